@@ -1,0 +1,37 @@
+"""Train a video autoencoder: python, torchrun or accelerate launch train.py; see README.md and conf/train.yaml."""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from vae3d import launch
+from vae3d.check import check_training
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    launch.one_message(lambda: run(cfg))
+
+
+def run(cfg: DictConfig) -> None:
+    launch.forbid_sweep_under_torchrun()
+    config = check_training(cfg)
+    if launch.starts_ranks(config.launcher):
+        launch.torchrun_child(config.launcher, __file__)
+    else:
+        launch.recorded(train)(config)
+
+
+def train(config) -> None:
+    from vae3d import factory  # torch is imported only once the configuration is sound
+
+    if config.debug.mode == "dry":
+        factory.describe(config)
+    else:
+        factory.trainer(config, launch.run_directory()).fit()
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = launch.allow_unknown_keys(sys.argv[1:])
+    main()

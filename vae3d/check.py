@@ -1,0 +1,295 @@
+"""Every fault of a configuration in one list, before data, weights or a GPU are touched.
+
+First what needs no torch (keys, missing values, `_target_` signatures, values, paths), then what only the model can
+tell: it is built on the meta device, without memory, and takes one training step there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import os
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vae3d.config import InferConfig, TrainConfig
+from vae3d.errors import UserError
+
+MISSING = "???"
+EXAMPLES = {
+    "data.source.path": "data.source.path=/path/to/videos.csv",
+    "stage.init_from": "stage.init_from=CHECKPOINT (a run folder, an export, published weights) or random",
+    "stage.init_from.spatial_vae": "stage.init_from.spatial_vae=/path/to/2D-VAE (diffusers folder, LDM file or export)",
+    "checkpoint": "checkpoint=PATH (a run folder, an export, published weights)",
+    "source": "source=PATH (a CSV or parquet file, a folder, or one video)",
+    "save_dir": "save_dir=PREFIX of the folders PREFIX_ori, PREFIX_rec, PREFIX_spatial",
+}
+CHOICES = {
+    "loss.reduction": ("sum", "mean"),
+    "data.crop": ("center", "random"),
+    "data.reader": ("auto", "pyav", "decord"),
+    "optim.schedule": ("constant", "cosine"),
+    "trainer.precision": ("bf16", "fp16", "fp32"),
+    "launcher.name": ("local", "torchrun"),
+    "debug.mode": (None, "dry", "profile"),
+}
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "data.height": (lambda v: v >= 1, "at least 1"),
+    "data.width": (lambda v: v >= 1, "at least 1"),
+    "data.frames.min": (lambda v: v >= 1, "at least 1"),
+    "data.frames.step": (lambda v: v >= 1, "at least 1"),
+    "data.frames.images": (lambda v: 0 <= v <= 1, "a probability, 0 to 1"),
+    "data.stride": (lambda v: v >= 1, "at least 1"),
+    "data.fps": (lambda v: v is None or v > 0, "positive, or null"),
+    "data.batch_size": (lambda v: v >= 1, "at least 1"),
+    "data.workers": (lambda v: v >= 0, "0 or more"),
+    "data.prefetch": (lambda v: v >= 1, "at least 1"),
+    "data.holdout": (lambda v: v >= 0, "0 or more"),
+    "data.max_broken": (lambda v: 0 <= v < 1, "a share, from 0 to less than 1"),
+    "optim.lr": (lambda v: v > 0, "positive"),
+    "optim.betas": (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to less than 1"),
+    "optim.warmup_steps": (lambda v: v >= 0, "0 or more"),
+    "optim.grad_clip": (lambda v: v > 0, "positive"),
+    "trainer.max_steps": (lambda v: v >= 1, "at least 1"),
+    "trainer.accumulate": (lambda v: v >= 1, "at least 1"),
+    "trainer.log_every": (lambda v: v >= 1, "at least 1"),
+    "trainer.save_every": (lambda v: v >= 0, "0 (never) or more"),
+    "trainer.keep": (lambda v: v >= 0, "0 (all) or more"),
+    "trainer.ema.decay": (lambda v: 0 <= v < 1, "0 (off) to less than 1"),
+    "trainer.ema.every": (lambda v: v >= 1, "at least 1"),
+    "trainer.spike.factor": (lambda v: v is None or v > 1, "more than 1, or null"),
+    "trainer.spike.patience": (lambda v: v >= 1, "at least 1"),
+    "validation.every": (lambda v: v >= 0, "0 (never) or more"),
+    "validation.clips": (lambda v: v >= 1, "at least 1"),
+    "validation.frames": (lambda v: v >= 1, "at least 1"),
+    "launcher.nproc": (lambda v: v >= 1, "at least 1"),
+    "run.name": (lambda v: "/" not in v and v not in ("", ".", ".."), "the name of a folder, without /"),
+}
+INFER_CHOICES = {
+    "codec": ("lossless", "h264"),
+    "precision": ("bf16", "fp16", "fp32"),
+    "on_error": ("stop", "skip"),
+    "reader": ("auto", "pyav", "decord"),
+    "split": (None, "train", "val", "test"),
+}
+INFER_RANGES = {
+    "start": (lambda v: v >= 0, "0 or more"),
+    "stride": (lambda v: v >= 1, "at least 1"),
+    "num_frames": (lambda v: v is None or v >= 1, "at least 1, or null"),
+    "num_samples": (lambda v: v is None or v >= 1, "at least 1, or null"),
+    "frame_batch": (lambda v: v >= 1, "at least 1"),
+    "micro_frames": (lambda v: v is None or v >= 1, "at least 1, or null"),
+    "fps": (lambda v: v is None or v > 0, "positive, or null"),
+}
+
+
+class ConfigError(UserError):
+    """All faults of a configuration."""
+
+    def __init__(self, faults: list[str]) -> None:
+        self.faults = faults
+        count = f"{len(faults)} fault" + ("s" if len(faults) > 1 else "")
+        super().__init__(f"the configuration has {count}:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def check_training(cfg: DictConfig) -> TrainConfig:
+    """The configuration as typed objects; raises ConfigError naming every fault."""
+    faults, tree = _keys(cfg, TrainConfig)
+    config = _typed(cfg, TrainConfig, tree)
+    reported = {fault.split(" ")[0].split("=")[0] for fault in faults}
+    values = [*_values(config, CHOICES, RANGES), *_training_rules(config, os.environ)]
+    faults += [fault for fault in values if fault.split(" ")[0].split("=")[0] not in reported]
+    if not any(fault.startswith(("model", "loss", "stage.train")) for fault in faults):
+        from vae3d import model_check
+
+        faults += model_check.faults(config)
+    if faults:
+        raise ConfigError(faults)
+    return config
+
+
+def check_inference(cfg: DictConfig) -> InferConfig:
+    """As check_training, for infer.py."""
+    faults, tree = _keys(cfg, InferConfig)
+    config = _typed(cfg, InferConfig, tree)
+    faults += _values(config, INFER_CHOICES, INFER_RANGES)
+    if (config.height is None) != (config.width is None):
+        faults.append("height and width go together; set both, or neither")
+    faults += [
+        f"{name}={value}: no such file or folder" for name, value in _given_paths(config) if not Path(value).exists()
+    ]
+    if faults:
+        raise ConfigError(faults)
+    return config
+
+
+def _given_paths(config: InferConfig) -> list[tuple[str, str]]:
+    pairs = [("checkpoint", config.checkpoint), ("source", config.source), ("root", config.root)]
+    return [(name, value) for name, value in pairs if value not in (None, MISSING)]
+
+
+def _keys(cfg: DictConfig, schema: type) -> tuple[list[str], dict[str, Any]]:
+    """Faults of keys, missing values, interpolations and targets; and the resolved tree without unknown keys."""
+    faults = []
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        faults.append(f"{key} is required; set {EXAMPLES.get(key, f'{key}=VALUE')}")
+    try:
+        tree = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError([*faults, " ".join(str(error).split())]) from error
+    faults += _unknown_keys(tree, schema, "")
+    faults += _target_faults(tree, "")
+    return faults, tree
+
+
+def _unknown_keys(tree: dict[str, Any], schema: type, prefix: str) -> list[str]:
+    """Report and delete keys that the schema does not have."""
+    faults = []
+    fields = {field.name: field for field in dataclasses.fields(schema)}
+    types = typing.get_type_hints(schema)
+    for key in list(tree):
+        if key not in fields:
+            faults.append(f"{prefix}{key} is not a setting{_nearest(key, fields, prefix)}")
+            del tree[key]
+        elif isinstance(tree[key], dict):
+            for inner, path, kind in _nested(tree[key], f"{prefix}{key}.", types[key]):
+                faults += _unknown_keys(inner, kind, path)
+    return faults
+
+
+def _nested(node: dict[str, Any], path: str, kind: Any) -> Iterator[tuple[dict[str, Any], str, type]]:
+    if dataclasses.is_dataclass(kind):
+        yield node, path, kind
+    elif typing.get_origin(kind) is dict and dataclasses.is_dataclass(typing.get_args(kind)[1]):
+        for name, inner in node.items():
+            if isinstance(inner, dict):
+                yield inner, f"{path}{name}.", typing.get_args(kind)[1]
+
+
+def _target_faults(node: Any, path: str) -> list[str]:
+    """Arguments of every `_target_` that its signature does not have or misses."""
+    if not isinstance(node, dict):
+        return []
+    faults = [fault for key, value in node.items() for fault in _target_faults(value, f"{path}{key}.")]
+    if "_target_" not in node:
+        return faults
+    target, name = node["_target_"], path.rstrip(".")
+    try:
+        parameters = inspect.signature(_locate(target)).parameters
+    except (ImportError, AttributeError, ValueError) as error:
+        return [*faults, f"{path}_target_={target} cannot be imported: {error}"]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return faults
+    given = [key for key in node if not key.startswith("_")]
+    for key in given:
+        if key not in parameters:
+            faults.append(f"{path}{key} is not an argument of {target}{_nearest(key, parameters, path)}")
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in given and parameter.kind is not parameter.VAR_POSITIONAL:
+            faults.append(f"{name} lacks the argument {key} of {target}")
+    return faults
+
+
+def _locate(target: str) -> Any:
+    module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _nearest(key: str, options: Mapping[str, Any], prefix: str) -> str:
+    close = difflib.get_close_matches(key, options, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {prefix}{close[0]}?"
+    return f"; there are {', '.join(options)}"
+
+
+def _typed(cfg: DictConfig, schema: type, tree: dict[str, Any]) -> Any:
+    """Typed objects of a tree in which missing values keep `???`, so that all other values can be checked too."""
+    return _object(schema, tree)
+
+
+def _object(kind: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        types = typing.get_type_hints(kind)
+        return kind(**{key: _object(types[key], inner) for key, inner in value.items()})
+    if typing.get_origin(kind) is dict and isinstance(value, dict):
+        return {key: _object(typing.get_args(kind)[1], inner) for key, inner in value.items()}
+    return value
+
+
+def _get(config: Any, dotted: str) -> Any:
+    for name in dotted.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _values(
+    config: Any, choices: Mapping[str, tuple], ranges: Mapping[str, tuple[Callable[[Any], bool], str]]
+) -> list[str]:
+    faults = []
+    for key, allowed in choices.items():
+        value = _get(config, key)
+        if value != MISSING and value not in allowed:
+            named = ", ".join("null" if choice is None else choice for choice in allowed)
+            faults.append(f"{key}={value} is unknown; use one of {named}")
+    for key, (holds, rule) in ranges.items():
+        value = _get(config, key)
+        if value != MISSING and not holds(value):
+            faults.append(f"{key}={value} must be {rule}")
+    return faults
+
+
+def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list[str]:
+    data, trainer, loss = config.data, config.trainer, config.loss
+    faults = []
+    if data.frames.max < data.frames.min:
+        faults.append(f"data.frames.max={data.frames.max} is below data.frames.min={data.frames.min}; raise it")
+
+    world = int(environment.get("WORLD_SIZE", config.launcher.nproc if config.launcher.name == "torchrun" else 1))
+    share = world * trainer.accumulate
+    if trainer.accumulate >= 1 and data.batch_size % share:
+        above = -(-data.batch_size // share) * share
+        faults.append(
+            f"data.batch_size={data.batch_size} does not divide over {world} ranks x trainer.accumulate="
+            f"{trainer.accumulate}; use a multiple of {share}, such as {above}"
+        )
+
+    if isinstance(loss.terms, dict):
+        for name, term in loss.terms.items():
+            if term.weight < 0:
+                faults.append(f"loss.terms.{name}.weight={term.weight} must be 0 or more")
+            if len(term.ramp) != 2 or not 0 <= term.ramp[0] <= term.ramp[1]:
+                faults.append(f"loss.terms.{name}.ramp={term.ramp} must be [first step, last step]")
+        if not any(term.weight > 0 for term in loss.terms.values()):
+            faults.append("loss.terms has no term with a weight above 0; there is nothing to train on")
+
+    if isinstance(config.stage.train, dict):
+        for part, scale in config.stage.train.items():
+            if not scale > 0:
+                faults.append(f"stage.train.{part}={scale} must be above 0; leave a part out to freeze it")
+    faults += _missing_files(config)
+    launched = environment.get("ACCELERATE_MIXED_PRECISION")
+    if launched and launched.replace("no", "fp32") != trainer.precision and "ACCELERATE_USE_CPU" not in environment:
+        faults.append(
+            f"trainer.precision={trainer.precision}, but accelerate launch says {launched}; "
+            f"give it --mixed_precision={trainer.precision.replace('fp32', 'no')}, or change trainer.precision"
+        )
+    return faults
+
+
+def _missing_files(config: TrainConfig) -> list[str]:
+    init = config.stage.init_from
+    paths = {"stage.init_from": init} if isinstance(init, str) else {f"stage.init_from.{k}": v for k, v in init.items()}
+    if isinstance(config.data.source, dict) and isinstance(config.data.source.get("path"), str):
+        paths["data.source.path"] = config.data.source["path"]
+    return [
+        f"{key}={path}: no such file or folder"
+        for key, path in paths.items()
+        if path not in (MISSING, "random") and not Path(path).exists()
+    ]

@@ -1,0 +1,194 @@
+"""Typed schema of train.py and infer.py. Imports no torch: configuration faults must show in a second.
+
+Nodes typed Any hold a `_target_` (open sets: model, loss term, adversary, data source, logger); everything else
+is closed and checked key by key. `???` (MISSING) is what only the user can know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+CONF = Path(__file__).parent / "conf"  # the project's conf/, which an installed package carries inside
+
+
+@dataclass
+class Run:
+    name: str = MISSING  # folder under root; the same name resumes
+    root: str = "runs"
+    sweep: str = "sweep"  # folder under root for the jobs of a multirun
+    seed: int = 0
+    resume: bool = True  # False: refuse a folder that already holds checkpoints
+
+
+@dataclass
+class Stage:
+    """Which parts train (part -> learning-rate scale; all others are frozen, in eval mode) and from where."""
+
+    name: str = MISSING
+    train: dict[str, float] = MISSING
+    init_from: Any = "random"  # random, a checkpoint, or {submodule: checkpoint}
+
+
+@dataclass
+class LossTerm:
+    term: Any = MISSING
+    weight: float = 1.0
+    ramp: list[int] = field(default_factory=lambda: [0, 0])  # weight rises linearly from the first to the second step
+    log: bool = False  # compute and log the term even at weight 0
+
+
+@dataclass
+class Loss:
+    reduction: str = MISSING  # sum: over a frame's (KL: a clip's) elements; mean: over elements
+    terms: dict[str, LossTerm] = MISSING
+
+
+@dataclass
+class Frames:
+    """Frames per clip, drawn once per step: min, min + step, ... max alike, or 1 with probability `images`."""
+
+    min: int = 17
+    max: int = 17
+    step: int = 1
+    images: float = 0.0
+
+
+@dataclass
+class Data:
+    source: Any = MISSING
+    height: int = 256
+    width: int = 256
+    frames: Frames = field(default_factory=Frames)
+    stride: int = 1  # take every n-th frame
+    fps: float | None = None  # thin faster videos out to this rate; slower ones keep theirs
+    crop: str = "center"  # center, random
+    flip: bool = False
+    reader: str = "auto"  # auto, pyav, decord
+    batch_size: int = 8  # clips per optimizer step over all ranks
+    workers: int = 4
+    prefetch: int = 2
+    holdout: int = 16  # videos held out for validation where the table has no `split` column
+    max_broken: float = 0.2  # stop when a larger share of reads fails
+    overfit: bool = False  # draw the first step's clips again and again
+
+
+@dataclass
+class Optim:
+    lr: float = 1e-5
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: str = "constant"  # constant, cosine
+    min_lr: float = 0.0
+    grad_clip: float = 1.0
+
+
+@dataclass
+class Ema:
+    decay: float = 0.999  # 0 turns EMA off
+    warmup: bool = True
+    every: int = 1
+
+
+@dataclass
+class Spike:
+    factor: float | None = None  # skip a step whose loss exceeds this many times the running mean
+    warmup: int = 100  # accepted steps before the factor counts
+    patience: int = 20  # skipped steps in a row that stop the run
+
+
+@dataclass
+class Validation:
+    every: int = 1000  # 0 turns validation off
+    clips: int = 16
+    frames: int = 17
+    metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim"])
+    videos: int = 4  # clips shown in the logger and saved
+
+
+@dataclass
+class Trainer:
+    max_steps: int = 100_000
+    accumulate: int = 1  # micro-batches per optimizer step
+    precision: str = "bf16"  # bf16, fp16, fp32: autocast over fp32 weights
+    ema: Ema = field(default_factory=Ema)
+    spike: Spike = field(default_factory=Spike)
+    log_every: int = 10
+    save_every: int = 1000
+    keep: int = 3  # newest checkpoints and exports kept; 0 keeps all
+
+
+@dataclass
+class Launcher:
+    name: str = "local"  # local: this process is a rank; torchrun: start the ranks
+    nproc: int = 1
+    args: list[str] = field(default_factory=list)  # further torchrun arguments
+
+
+@dataclass
+class Debug:
+    mode: str | None = None  # dry, profile
+    steps: int = 3  # steps that profile records
+
+
+@dataclass
+class TrainConfig:
+    run: Run = field(default_factory=Run)
+    model: Any = MISSING
+    stage: Stage = field(default_factory=Stage)
+    loss: Loss = field(default_factory=Loss)
+    adversary: Any = MISSING
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    trainer: Trainer = field(default_factory=Trainer)
+    validation: Validation = field(default_factory=Validation)
+    logger: Any = MISSING
+    launcher: Launcher = field(default_factory=Launcher)
+    debug: Debug = field(default_factory=Debug)
+
+
+@dataclass
+class InferConfig:
+    """Reconstruct videos with a checkpoint."""
+
+    checkpoint: str = MISSING
+    source: str = MISSING  # a table, a folder or one file
+    save_dir: str = MISSING  # prefix of <save_dir>_ori, _rec, _spatial
+    root: str | None = None  # what relative paths in a table are relative to; by default the table's folder
+    model: dict[str, Any] = field(default_factory=dict)  # changes to the checkpoint's model configuration
+    micro_frames: int | None = 17  # frames coded together by temporal_vae; null: the whole clip
+    frame_batch: int = 4  # frames through a 2D network at once
+    height: int | None = None  # resize and centre-crop to height x width; null: as the video is
+    width: int | None = None
+    start: int = 0
+    num_frames: int | None = None  # null: to the end
+    stride: int = 1
+    fps: float | None = None
+    num_samples: int | None = None  # the first n rows of the source
+    split: str | None = None  # rows of this split only
+    sample: bool = False  # draw the latents, as in training, instead of the posterior's mode
+    seed: int = 0
+    precision: str = "bf16"
+    device: str | None = None  # null: cuda if there is one
+    codec: str = "lossless"  # lossless (RGB, bit-exact) or h264 (for eyes)
+    metrics: list[str] = field(default_factory=list)  # score in memory, before any codec
+    reader: str = "auto"
+    on_error: str = "stop"  # stop, skip: what to do with a file that cannot be read
+    overwrite: bool = False
+    workers: int = 2
+
+
+def register() -> None:
+    """Make the schemas known to Hydra as `train_schema` and `infer_schema`."""
+    store = ConfigStore.instance()
+    store.store("train_schema", TrainConfig)
+    store.store("infer_schema", InferConfig)
+
+
+register()

@@ -1,0 +1,80 @@
+"""python -m vae3d.data.check FILE.csv: read every file of a table and list the bad rows with their reasons.
+
+Each video is decoded at its first, middle and last frame, or wholly with --full. Exit status 1 if any row is bad.
+--clean OUT.csv writes the good rows with their num_frames, height, width and fps, so that training need not probe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from vae3d.data.readers import MediaError, MediaInfo, open_media
+from vae3d.data.sources import NUMBERS, DataError, open_source
+
+
+def examine(path: str, full: bool) -> MediaInfo | str:
+    """Facts of a file, or why it cannot be used."""
+    try:
+        reader = open_media(path)
+        count = reader.info.num_frames
+        for index in range(count) if full else sorted({0, count // 2, count - 1}):
+            reader.read([index])
+        reader.close()
+    except MediaError as error:
+        return error.reason
+    return reader.info
+
+
+def disagreement(row: pd.Series, info: MediaInfo) -> str | None:
+    """What a row says of its file that is not so."""
+    told = {name: row[name] for name in NUMBERS if pd.notna(row[name])}
+    wrong = [
+        f"{name} is {value:g} in the table, {getattr(info, name):g} in the file"
+        for name, value in told.items()
+        if abs(value - getattr(info, name)) > (0.01 * value if name == "fps" else 0)
+    ]
+    return "; ".join(wrong) or None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vae3d.data.check", description=__doc__)
+    parser.add_argument("table", help="CSV or parquet file, or a folder")
+    parser.add_argument("--root", help="what relative paths are relative to; by default the table's folder")
+    parser.add_argument("--full", action="store_true", help="decode every frame")
+    parser.add_argument("--clean", metavar="OUT.csv", help="write the good rows here")
+    parser.add_argument("--workers", type=int, default=4)
+    args = parser.parse_args(argv)
+
+    try:
+        table = open_source(args.table, args.root).table()
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    with ProcessPoolExecutor(args.workers) as pool:
+        work = pool.map(partial(examine, full=args.full), table["path"], chunksize=4)
+        results = list(tqdm(work, total=len(table), unit="file", disable=None))
+
+    good = []
+    for (_, row), result in zip(table.iterrows(), results, strict=True):
+        reason = result if isinstance(result, str) else disagreement(row, result)
+        if reason is None:
+            good.append({**row, **{name: getattr(result, name) for name in NUMBERS}})
+        else:
+            print(f"row {row['row']}: {row['path']}: {reason}")
+    print(f"{len(good)} of {len(table)} rows are good, {len(table) - len(good)} bad")
+    if args.clean:
+        columns = ["path", *NUMBERS, *(name for name in ("split", "text") if table[name].notna().any())]
+        pd.DataFrame(good, columns=columns).to_csv(Path(args.clean), index=False)
+        print(f"wrote the good ones to {args.clean}")
+    return 0 if len(good) == len(table) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""From a source to batches: read the table, hold videos out, and load clips with worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader
+
+from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, read_clip, to_tensor
+from vae3d.data.probe import complete
+from vae3d.data.readers import MediaError, open_media
+from vae3d.data.sampler import Lengths, Plan, StepSampler
+from vae3d.data.sources import DataError, Source
+from vae3d.seeding import seed_of
+from vae3d.types import Clip
+
+
+class UnreadableData(DataError):
+    """Met by one worker of one rank."""
+
+    on_every_rank = False
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Readable files for training and validation. faults: (path, reason) of files that did not open."""
+
+    train: pd.DataFrame
+    val: pd.DataFrame
+    faults: list[tuple[str, str]]
+
+
+def read_tables(source: Source, holdout: int, max_broken: float) -> Tables:
+    """List a source's files and set some aside for validation.
+
+    With a `split` column its `val` rows; without, the `holdout` paths with the smallest hash, but at most a
+    tenth, so that the choice survives a table that grows.
+    Raises DataError if more than the share `max_broken` does not open, or nothing is left to train on.
+    """
+    listed = source.table()
+    table, faults = complete(listed)
+    if len(faults) > max_broken * len(listed):
+        shown = "\n".join(f"  {path}: {reason}" for path, reason in faults[:10])
+        raise DataError(
+            f"{len(faults)} of {len(listed)} files cannot be read, more than data.max_broken={max_broken}; the first:\n"
+            f"{shown}\n  python -m vae3d.data.check FILE lists them all"
+        )
+    if table["split"].notna().any():
+        is_val = (table["split"] == "val").to_numpy()
+        is_train = (table["split"] == "train").to_numpy()
+    else:
+        hashes = np.array([seed_of(path) for path in table["path"]])
+        is_val = np.zeros(len(table), dtype=bool)
+        is_val[np.argsort(hashes)[: min(holdout, len(table) // 10)]] = True
+        is_train = ~is_val
+    if not is_train.any():
+        raise DataError("no rows are left to train on; is the `split` column `val` or `test` throughout?")
+    return Tables(table[is_train].reset_index(drop=True), table[is_val].reset_index(drop=True), faults)
+
+
+def lengths_of(table: pd.DataFrame, settings: ClipSettings) -> Lengths:
+    return Lengths(settings.length(table["num_frames"].to_numpy(), table["fps"].to_numpy()))
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Everything that training reads: the clips of any range of steps, and the held-out clips of this rank."""
+
+    table: pd.DataFrame
+    plan: Plan
+    settings: ClipSettings
+    workers: int
+    prefetch: int
+    held_out: list[Clip]
+    faults: list[tuple[str, str]]  # files that did not open when the tables were read
+
+    def clips(self, first: int, last: int) -> Iterator[Clip]:
+        """Micro-batches of optimizer steps first..last-1.
+
+        Raises DataError when one file after another cannot be read.
+        """
+        loader = DataLoader(
+            ClipDataset(self.table, self.plan, self.settings),
+            batch_sampler=StepSampler(self.plan, first, last),
+            collate_fn=collate,
+            num_workers=self.workers,
+            prefetch_factor=self.prefetch if self.workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+        for clip in loader:
+            if isinstance(clip, Unreadable):
+                listed = "\n".join(f"  {path}: {reason}" for path, reason in clip.faults[-10:])
+                raise UnreadableData(f"file after file could not be read, so the run stops:\n{listed}")
+            yield clip
+
+
+def validation_clips(
+    table: pd.DataFrame, settings: ClipSettings, frames: int, count: int, rank: int = 0, world_size: int = 1
+) -> tuple[list[Clip], list[tuple[str, str]]]:
+    """This rank's share of the first `count` held-out videos that have `frames` frames, and files that failed.
+
+    One clip each, always the same, from the middle of the video and the centre of the picture.
+    Raises DataError if no video is long enough.
+    """
+    long_enough = table[settings.length(table["num_frames"].to_numpy(), table["fps"].to_numpy()) >= frames]
+    if long_enough.empty:
+        raise DataError(
+            f"no held-out video has {frames} frames for validation ({len(table)} are held out); "
+            "lower validation.frames, raise data.holdout, or set validation.every=0"
+        )
+    clips, faults = [], []
+    for place in range(rank, min(count, len(long_enough)), world_size):
+        path = long_enough["path"].iloc[place]
+        try:
+            clips.append(_still_clip(path, place, settings, frames))
+        except MediaError as error:
+            faults.append((error.path, error.reason))
+    return clips, faults
+
+
+def _still_clip(path: str, place: int, settings: ClipSettings, frames: int) -> Clip:
+    reader = open_media(path, settings.reader)
+    try:
+        video = read_clip(reader, path, settings, frames, start=0.5)
+    finally:
+        reader.close()
+    return Clip(to_tensor(video)[None], positions=torch.tensor([place]), paths=[path])

@@ -1,0 +1,93 @@
+"""Filling in what a table does not tell of its files, in parallel, once: the answers are kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from vae3d.data.readers import MediaError, open_media
+from vae3d.data.sources import NUMBERS
+
+THREADS = 16
+Facts = dict[str, float | str]  # the columns of NUMBERS, or the one key `error`
+
+
+def complete(table: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
+    """The table without NaN in num_frames, height, width and fps, and (path, reason) of files that do not open.
+
+    Only rows that lack a number are opened; rows that do not open are left out of the table.
+    """
+    unknown = table[list(NUMBERS)].isna().any(axis=1).to_numpy()
+    if not unknown.any():
+        return table, []
+    table = table.copy()
+    facts = probe(table.loc[unknown, "path"].tolist())
+    faults = [(path, str(f["error"])) for path, f in facts.items() if "error" in f]
+    for name in NUMBERS:
+        found = np.array([facts[path].get(name, np.nan) for path in table.loc[unknown, "path"]], dtype=float)
+        table.loc[unknown, name] = table.loc[unknown, name].fillna(pd.Series(found, index=table.index[unknown]))
+    broken = {path for path, _ in faults}
+    return table[~table["path"].isin(broken)].reset_index(drop=True), faults
+
+
+def probe(paths: list[str]) -> dict[str, Facts]:
+    """Facts of every file, from the cache where the file has not changed since."""
+    cache = _cache_file(paths)
+    known = _read_cache(cache)
+    keys = {path: _key(path) for path in dict.fromkeys(paths)}
+    todo = [path for path, key in keys.items() if known.get(path, {}).get("key") != key]
+    if todo:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with cache.open("a") as stream, ThreadPoolExecutor(THREADS) as pool:
+            results = zip(todo, pool.map(look, todo), strict=True)
+            for path, facts in tqdm(results, total=len(todo), desc="probing videos", unit="file", disable=None):
+                known[path] = {"path": path, "key": keys[path], **facts}
+                stream.write(json.dumps(known[path]) + "\n")
+    return {path: {k: v for k, v in known[path].items() if k not in ("path", "key")} for path in keys}
+
+
+def look(path: str) -> Facts:
+    """Facts of one file."""
+    try:
+        reader = open_media(path)
+    except MediaError as error:
+        return {"error": error.reason}
+    reader.close()
+    info = reader.info
+    return {"num_frames": info.num_frames, "height": info.height, "width": info.width, "fps": info.fps}
+
+
+def _key(path: str) -> list[int] | None:
+    """What changes when the file does; None (never equal to a stored key) if there is no file."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _read_cache(cache: Path) -> dict[str, dict]:
+    if not cache.is_file():
+        return {}
+    known = {}
+    for line in cache.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:  # the last line of a probe that was killed
+            continue
+        known[entry["path"]] = entry
+    return known
+
+
+def _cache_file(paths: list[str]) -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = Path(os.environ.get("VAE3D_CACHE", home / "vae3d"))
+    name = hashlib.blake2b(os.path.commonpath(paths).encode(), digest_size=8).hexdigest()
+    return folder / "probe" / f"{name}.jsonl"

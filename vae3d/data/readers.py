@@ -1,0 +1,270 @@
+"""Reading just the wanted frames of a video or image file, through PyAV or decord behind one interface.
+
+Frames are [T, H, W, 3] uint8 RGB, turned upright as the file's rotation says. Frame numbers are in presentation
+order and exact for constant and variable frame rate alike, because they come from the packets' timestamps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vae3d.errors import UserError
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
+Size = tuple[int, int]  # height, width
+
+
+class MediaError(UserError):
+    """A file that cannot be read; the message names it and the reason."""
+
+    on_every_rank = False
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = str(path), reason
+
+    def __reduce__(self) -> tuple[type[MediaError], tuple[str, str]]:  # survives the trip out of a worker process
+        return MediaError, (self.path, self.reason)
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """frames, upright height and width in pixels, frames per second (0 for an image)."""
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+
+
+class Reader(Protocol):
+    info: MediaInfo
+
+    def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
+        """Frames at `indices` (any order, repeats allowed), resized to `size` with an antialiased filter."""
+
+    def close(self) -> None: ...
+
+
+def open_media(path: str | Path, reader: str = "auto", threads: int = 1) -> Reader:
+    """Open a video or image, told apart by its extension.
+
+    reader: pyav, decord, or auto: pyav, which reads everything that decord does, faster. threads: for decoding.
+    Raises MediaError if it is missing, empty, not what its extension says,
+    or holds what cannot be decoded faithfully.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise MediaError(path, "no such file")
+    if not path.is_file():
+        raise MediaError(path, "is a folder, not a file")
+    if path.stat().st_size == 0:
+        raise MediaError(path, "is empty (0 bytes)")
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return ImageReader(path)
+    if suffix not in VIDEO_SUFFIXES:
+        raise MediaError(path, f"unknown extension {suffix!r}; known: {' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}")
+    return READERS[reader](path, threads)
+
+
+class ImageReader:
+    """One image as a video of one frame."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with Image.open(path) as image:
+                self.image = ImageOps.exif_transpose(image).convert("RGB")
+        except UnidentifiedImageError as error:
+            raise MediaError(path, "is not an image, whatever its extension says") from error
+        except (OSError, SyntaxError, ValueError) as error:
+            raise MediaError(path, f"cannot be decoded: {error}") from error
+        self.info = MediaInfo(1, self.image.height, self.image.width, 0.0)
+        self.path = path
+
+    def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
+        _check_indices(self.path, indices, 1)
+        image = self.image if size in (None, self.image.size[::-1]) else _resize(self.image, size)
+        return np.repeat(np.asarray(image)[None], len(indices), axis=0)
+
+    def close(self) -> None:
+        self.image.close()
+
+
+class PyAVReader:
+    """Seeks to the key frame before a wanted frame and decodes from there; resizes inside swscale."""
+
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        self.path = path
+        self.container = _open_container(path)
+        self.stream = self.container.streams.best("video")
+        self.stream.codec_context.thread_count = threads
+        self.pts, self.key_pts = _packet_index(path, self.container, self.stream)
+        self.rotation = 0
+        self._frames: Iterator[VideoFrame] = iter(())
+        self._last: int | None = None  # number of the frame that _frames gave last
+        first = self._frame_at(0)
+        _refuse_hdr(path, first)
+        self.rotation = int(first.rotation) % 360
+        if self.rotation % 90:
+            raise MediaError(path, f"is rotated by {self.rotation} degrees; only multiples of 90 are supported")
+        height, width = (first.width, first.height) if self.rotation % 180 else (first.height, first.width)
+        rate = self.stream.average_rate or self.stream.guessed_rate
+        self.info = MediaInfo(len(self.pts), height, width, float(rate or 0))
+        self._first = first
+
+    def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
+        _check_indices(self.path, indices, len(self.pts))
+        frames = {i: self._to_rgb(self._frame_at(i), size) for i in sorted(set(indices))}
+        return np.stack([frames[i] for i in indices])
+
+    def close(self) -> None:
+        self._frames = iter(())
+        self.container.close()
+
+    def _frame_at(self, index: int) -> VideoFrame:
+        """Decode on from the last frame if that is the shorter way, else from the key frame before."""
+        if index == 0 and self._last == 0:
+            return self._first
+        target = self.pts[index]
+        key = int(np.searchsorted(self.key_pts, target, side="right")) - 1
+        try:
+            behind = self._last is not None and self._last < index
+            if not behind or (key >= 0 and self.key_pts[key] > self.pts[self._last + 1]):
+                self._seek(key, target)
+            for frame in self._frames:
+                if frame.pts == target:
+                    if frame.is_corrupt:
+                        break
+                    self._last = index
+                    return frame
+                if frame.pts is not None and frame.pts > target:
+                    break
+        except av.error.FFmpegError as error:
+            raise MediaError(self.path, f"cannot be decoded at frame {index}: {error.strerror}") from error
+        raise MediaError(self.path, f"is damaged: frame {index} of {len(self.pts)} does not decode")
+
+    def _seek(self, key: int, target: int) -> None:
+        """Leave _frames at a key frame not after `target`; demuxers may land late, so step back until it holds."""
+        for k in range(key, -1, -1):
+            self._restart(self.key_pts[k])
+            first = next(self._frames, None)
+            if first is not None and first.pts is not None and first.pts <= target:
+                self._frames = itertools.chain([first], self._frames)
+                return
+        self._restart(min(self.pts[0], 0))
+
+    def _restart(self, pts: int) -> None:
+        self.container.seek(int(pts), stream=self.stream, backward=True)
+        self._frames = self.container.decode(self.stream)
+
+    def _to_rgb(self, frame: VideoFrame, size: Size | None) -> np.ndarray:
+        if size is None:
+            rgb = frame.to_ndarray(format="rgb24")
+        else:
+            height, width = reversed(size) if self.rotation % 180 else size
+            rgb = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+        return np.rot90(rgb, self.rotation // 90) if self.rotation else rgb
+
+
+class DecordReader:
+    """decord, which decodes batches in C++; its last release is of 2021. Refuses what it would decode wrongly."""
+
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        import decord
+
+        with_av = PyAVReader(path)  # the header facts that decord does not tell
+        bits = max(component.bits for component in with_av._first.format.components)
+        with_av.close()
+        if bits > 8:
+            raise MediaError(path, f"has {bits} bits per channel, which decord decodes wrongly; use reader=pyav")
+        try:
+            self.video = decord.VideoReader(str(path), num_threads=threads)
+        except (decord.DECORDError, RuntimeError) as error:
+            raise MediaError(path, f"decord cannot open it: {_one_line(error)}") from error
+        self.path, self.info, self.error = path, with_av.info, decord.DECORDError
+        if len(self.video) != self.info.num_frames:
+            raise MediaError(path, f"decord counts {len(self.video)} frames, its packets {self.info.num_frames}")
+
+    def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
+        _check_indices(self.path, indices, self.info.num_frames)
+        try:
+            frames = self.video.get_batch(list(indices)).asnumpy()
+        except (self.error, RuntimeError) as error:
+            raise MediaError(self.path, f"decord cannot decode it: {_one_line(error)}") from error
+        if size in (None, frames.shape[1:3]):
+            return frames
+        return np.stack([np.asarray(_resize(Image.fromarray(frame), size)) for frame in frames])
+
+    def close(self) -> None:
+        del self.video
+
+
+READERS: dict[str, Callable[[Path, int], Reader]] = {"auto": PyAVReader, "pyav": PyAVReader, "decord": DecordReader}
+
+
+def _open_container(path: Path) -> InputContainer:
+    try:
+        container = av.open(str(path))
+    except av.error.FFmpegError as error:
+        raise MediaError(path, f"is not a readable video: {error.strerror}") from error
+    if container.format.name.endswith("_pipe") or container.format.name == "image2":
+        raise MediaError(path, f"is an image ({container.format.name}), not a video, whatever its extension says")
+    if container.streams.best("video") is None:
+        kinds = sorted({stream.type for stream in container.streams})
+        raise MediaError(path, f"has no video stream, only {', '.join(kinds) or 'nothing'}")
+    return container
+
+
+def _packet_index(path: Path, container: InputContainer, stream: VideoStream) -> tuple[np.ndarray, np.ndarray]:
+    """Presentation timestamps of all frames and of the key frames among them, both sorted."""
+    pts, keys, packets = [], [], 0
+    try:
+        for packet in container.demux(stream):
+            packets += packet.size > 0
+            if packet.size == 0 or packet.is_discard:
+                continue
+            if packet.pts is None:
+                raise MediaError(path, "has frames without timestamps; remux it, e.g. into .mp4")
+            pts.append(packet.pts)
+            if packet.is_keyframe:
+                keys.append(packet.pts)
+    except av.error.FFmpegError as error:
+        raise MediaError(path, f"is damaged or cut short: {error.strerror}") from error
+    if packets < stream.frames:
+        raise MediaError(path, f"is cut short: its header promises {stream.frames} frames, {packets} are there")
+    if not pts:
+        raise MediaError(path, "holds no frames")
+    return np.unique(np.array(pts)), np.unique(np.array(keys, dtype=np.int64))
+
+
+def _refuse_hdr(path: Path, frame: VideoFrame) -> None:
+    transfer = HDR_TRANSFERS.get(int(frame.color_trc))
+    if transfer:
+        raise MediaError(path, f"is HDR ({transfer}); tone-map it to SDR first, 8-bit RGB would look washed out")
+
+
+def _check_indices(path: Path, indices: Sequence[int], num_frames: int) -> None:
+    if len(indices) and not 0 <= min(indices) <= max(indices) < num_frames:
+        raise MediaError(path, f"has {num_frames} frames; asked for {min(indices)} to {max(indices)}")
+
+
+def _resize(image: Image.Image, size: Size) -> Image.Image:
+    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

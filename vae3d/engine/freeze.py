@@ -1,0 +1,57 @@
+"""Choosing what trains: named parts of a model, each with a learning-rate scale; everything else is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from vae3d.errors import UserError
+
+ALL = "all"
+
+
+class PartError(UserError):
+    """A stage that does not fit the model."""
+
+
+def train_parts(model: nn.Module, scales: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Freeze `model` but for the named parts; returns optimizer parameter groups with `part` and `lr_scale`.
+
+    scales: part of model.parts(), or `all`, to learning-rate scale.
+    Raises PartError for an unknown part, for a parameter named twice, or if nothing trains.
+    """
+    parts = {**model.parts(), ALL: [model]}
+    unknown = [name for name in scales if name not in parts]
+    if unknown:
+        raise PartError(f"{type(model).__name__} has no part {', '.join(unknown)}; it has {', '.join(parts)}")
+    model.requires_grad_(False)
+    groups: list[dict[str, Any]] = []
+    owner: dict[int, str] = {}
+    for name, scale in scales.items():
+        parameters = [p for module in parts[name] for p in module.parameters()]
+        twice = {owner[id(p)] for p in parameters if id(p) in owner}
+        if twice:
+            raise PartError(f"parts {name} and {', '.join(twice)} overlap; name every parameter once")
+        owner.update((id(p), name) for p in parameters)
+        for p in parameters:
+            p.requires_grad_(True)
+        groups.append({"params": parameters, "part": name, "lr_scale": float(scale)})
+    if not owner:
+        raise PartError(f"nothing trains; name at least one of {', '.join(parts)}")
+    return groups
+
+
+def set_mode(model: nn.Module, scales: Mapping[str, float]) -> None:
+    """Training mode for the named parts, eval mode for everything else."""
+    parts = {**model.parts(), ALL: [model]}
+    model.eval()
+    for name in scales:
+        for module in parts[name]:
+            module.train()
+
+
+def without_gradient(model: nn.Module) -> list[str]:
+    """Names of trainable parameters that the last backward did not reach."""
+    return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

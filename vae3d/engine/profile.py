@@ -1,0 +1,33 @@
+"""Recording a few training steps with torch's profiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+
+@contextmanager
+def profiled(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
+    """Yields what to call after every step: two steps warm up, `steps` are recorded.
+
+    Leaves profile.json (for chrome://tracing or Perfetto) and profile.txt, the operators by time, in `folder`.
+    """
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    sort = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+
+    def write(recorded: profile) -> None:
+        recorded.export_chrome_trace(str(folder / "profile.json"))
+        table = recorded.key_averages().table(sort_by=sort, row_limit=30, max_name_column_width=60)
+        (folder / "profile.txt").write_text(table + "\n")
+
+    with profile(
+        activities=activities,
+        schedule=schedule(wait=1, warmup=1, active=steps, repeat=1),
+        on_trace_ready=write,
+        profile_memory=True,
+    ) as recorder:
+        yield recorder.step

@@ -1,0 +1,129 @@
+"""What a run writes down about itself: launches.jsonl, metrics.jsonl, faults.jsonl, log lines, the progress bar."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vae3d.engine.loggers import Logger
+
+log = logging.getLogger("vae3d")
+PACKAGES = ("torch", "accelerate", "hydra-core", "av", "numpy")
+
+
+class RunLog:
+    """Rank 0 writes; on other ranks every method but `faults` does nothing."""
+
+    def __init__(self, folder: Path, logger: Logger, *, rank: int, step: int, max_steps: int) -> None:
+        self.folder, self.logger, self.rank = folder, logger, rank
+        self.main = rank == 0
+        self._broken: set[str] = set()
+        self._bar = None
+        if self.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._forget_after(step)
+            logger.open(folder, step)
+            self._bar = tqdm(total=max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+
+    def launch(self, step: int, config: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
+        """Record this start: when, from which step, which code, command, versions and changed settings."""
+        if not self.main:
+            return
+        entry = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "step": step,
+            "command": sys.argv,
+            "commit": _git("rev-parse", "HEAD"),
+            "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+            "python": platform.python_version(),
+            "versions": {name: _version(name) for name in PACKAGES},
+            "changed_since_checkpoint": {key: list(pair) for key, pair in changed.items()},
+            "config": config,
+        }
+        self._append("launches.jsonl", entry)
+
+    def say(self, message: str) -> None:
+        if self.main:
+            log.info(message)
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """To metrics.jsonl, the logger and, for the main ones, the console."""
+        if not self.main:
+            return
+        self._append("metrics.jsonl", {"step": step, **values})
+        self.logger.scalars(dict(values), step)
+        shown = {k: v for k, v in values.items() if "/" not in k or k.startswith(("loss/", "val/"))}
+        log.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+
+    def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> None:
+        if self.main:
+            self.logger.video(name, frames, fps, step)
+
+    def faults(self, faults: Iterable[tuple[str, str]]) -> None:
+        """Report a broken file the first time it is met, in the log and in faults.jsonl (one file per rank)."""
+        for path, reason in faults:
+            if path in self._broken:
+                continue
+            self._broken.add(path)
+            log.warning("cannot be read, another file takes its place: %s: %s", path, reason)
+            self._append(f"faults{self.rank or ''}.jsonl", {"path": path, "reason": reason})
+
+    @property
+    def broken_files(self) -> int:
+        return len(self._broken)
+
+    def close(self) -> None:
+        if self.main:
+            self._bar.close()
+            self.logger.close()
+
+    def _forget_after(self, step: int) -> None:
+        """Drop metrics of steps that a killed run took after its last checkpoint; they are about to be taken again."""
+        file = self.folder / "metrics.jsonl"
+        if not file.is_file():
+            return
+        kept = []
+        for line in file.read_text().splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except json.JSONDecodeError:  # half a line, from a kill in the middle of a write
+                continue
+        file.write_text("".join(kept))
+
+    def _append(self, name: str, entry: Mapping[str, Any]) -> None:
+        with (self.folder / name).open("a") as stream:
+            stream.write(json.dumps(entry) + "\n")
+
+
+def _git(*args: str) -> str | None:
+    """Output of git in the project's folder; None where there is no git or no repository."""
+    try:
+        done = subprocess.run(
+            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,49 @@
+"""Reconstruction quality on held-out clips, while training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vae3d.inference.video import to_uint8
+from vae3d.metrics import Metric
+from vae3d.types import Clip
+
+
+@dataclass
+class ValidatedClip:
+    """place: among the held-out clips. scores: metric -> mean over frames. picture: original above
+    reconstruction, [T, 2H, W, 3] uint8, of the first few clips."""
+
+    place: int
+    name: str
+    scores: dict[str, float]
+    picture: np.ndarray | None
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, clips: Sequence[Clip], metrics: Sequence[Metric], device: torch.device, pictures: int
+) -> list[ValidatedClip]:
+    """Reconstruct clips from the posterior's mode and score them as 8-bit pixels, as files would hold them."""
+    done = []
+    for clip in clips:
+        out = model(clip.to(device).video, sample=False)
+        ref, rec = clip.video[0].permute(1, 2, 3, 0).numpy(), to_uint8(out.video[0])
+        for metric in metrics:
+            metric.update(as_unit(ref, device), as_unit(rec, device))
+        scores = {metric.name: float(np.mean(metric.result())) for metric in metrics}
+        place = int(clip.positions)
+        picture = np.concatenate([ref, rec], axis=1) if place < pictures else None
+        done.append(ValidatedClip(place, Path(clip.paths[0]).stem, scores, picture))
+    return done
+
+
+def as_unit(frames: np.ndarray, device: torch.device | str) -> Tensor:
+    """[T, H, W, 3] uint8 -> [T, 3, H, W] float in [0, 1], as metrics take them."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float() / 255.0

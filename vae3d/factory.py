@@ -1,0 +1,231 @@
+"""From configuration to objects: the only module that calls hydra.utils.instantiate."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
+
+from vae3d.checkpoints.formats import Checkpoint, CheckpointError, load_state, read_checkpoint
+from vae3d.checkpoints.state import latest_state
+from vae3d.config import CONF
+from vae3d.data.clips import ClipSettings
+from vae3d.data.loader import TrainingData, lengths_of, read_tables, validation_clips
+from vae3d.data.sampler import FrameCounts, Plan
+from vae3d.engine.freeze import ALL, train_parts
+from vae3d.engine.trainer import Trainer
+from vae3d.errors import UserError
+from vae3d.losses.objective import Objective, Weighted
+from vae3d.metrics import build_metrics
+
+if TYPE_CHECKING:
+    from vae3d.config import Data, Loss, TrainConfig
+
+log = logging.getLogger("vae3d")
+RANDOM = "random"
+
+
+def instantiate(node: Mapping[str, Any]) -> Any:
+    """The object that a `_target_` node describes; lists and dicts reach it as plain Python."""
+    return hydra.utils.instantiate(node, _convert_="all")
+
+
+def model_config(name: str, *overrides: str) -> dict[str, Any]:
+    """The `model` node of conf/model/<name>.yaml with overrides such as "model.temporal.channels=32"."""
+    from omegaconf import OmegaConf
+
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra.compose("model", [f"model={name}", *overrides])
+    return OmegaConf.to_container(composed.model, resolve=True)
+
+
+def build(name: str, *overrides: str) -> nn.Module:
+    """A randomly initialised model from its config name and overrides, in eval mode.
+
+        vae3d.build("temporal_vae", "model.temporal.channels=32")
+
+    Raises hydra's ConfigCompositionException for a name or key that does not exist.
+    """
+    return instantiate(model_config(name, *overrides)).eval()
+
+
+def load(path: str | Path, model: nn.Module | None = None, **changes: Any) -> nn.Module:
+    """A model with the weights at `path`, in eval mode, in fp32 on the CPU.
+
+    path: a run folder, an export, published weights (a folder or a file); the layout is recognised from the
+    keys. model: load into this one instead of building what the checkpoint describes. changes: constructor
+    arguments that differ from the checkpoint's, as in vae3d.load(path, micro_frames=None).
+    Raises CheckpointError with everything that is missing or does not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    for note in checkpoint.notes:
+        log.info("%s: %s", checkpoint.path, note)
+    if model is None:
+        model = instantiate(_trusted({**checkpoint.config, **changes}, checkpoint.path))
+    elif changes:
+        raise ValueError(f"changes to a model's arguments ({', '.join(changes)}) cannot be made to a given model")
+    load_state(model, checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})")
+    return model.eval()
+
+
+def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str]:
+    """Give `model` its first weights: `random`, a checkpoint, or {submodule: checkpoint}. Returns what was done."""
+    if isinstance(init_from, str):
+        init_from = {"": init_from}
+    done = []
+    for name, path in init_from.items():
+        what = name or "the model"
+        if path == RANDOM:
+            done.append(f"{what} starts from random weights")
+            continue
+        checkpoint = read_checkpoint(path)
+        target = model.get_submodule(name)
+        load_state(
+            target, checkpoint.part(name) if name else checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})"
+        )
+        done += [f"{what} starts from {checkpoint.path} ({checkpoint.layout})", *checkpoint.notes]
+        if differing := _factors(target, checkpoint):
+            if not name:
+                raise CheckpointError(f"{checkpoint.path} does not fit the model: {differing}")
+            done.append(differing)
+    return done
+
+
+def objective(config: Loss) -> Objective:
+    """Terms of weight 0 that are not logged are not even built."""
+    terms = {
+        name: Weighted(instantiate(term.term), term.weight, tuple(term.ramp), term.log)
+        for name, term in config.terms.items()
+        if term.weight or term.log
+    }
+    return Objective(terms, config.reduction)
+
+
+def clip_settings(config: Data) -> ClipSettings:
+    names = ("height", "width", "stride", "fps", "crop", "flip", "reader")
+    return ClipSettings(**{name: getattr(config, name) for name in names})
+
+
+def frame_counts(config: Data) -> FrameCounts:
+    frames = config.frames
+    return FrameCounts(frames.min, frames.max, frames.step, frames.images)
+
+
+def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData:
+    data, validation = config.data, config.validation
+    settings = clip_settings(data)
+    tables = read_tables(instantiate(data.source), data.holdout if validation.every else 0, data.max_broken)
+    plan = Plan(
+        lengths_of(tables.train, settings),
+        frame_counts(data),
+        seed=config.run.seed,
+        batch_size=data.batch_size,
+        accumulate=config.trainer.accumulate,
+        rank=rank,
+        world_size=world_size,
+        overfit=data.overfit,
+    )
+    held_out, faults = [], tables.faults
+    if validation.every:
+        held_out, more = validation_clips(tables.val, settings, validation.frames, validation.clips, rank, world_size)
+        faults = faults + more
+    return TrainingData(tables.train, plan, settings, data.workers, data.prefetch, held_out, faults)
+
+
+def trainer(config: TrainConfig, folder: Path) -> Trainer:
+    """Everything that a run needs, ready to `fit`."""
+    if config.trainer.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("trainer.precision is fp16, which needs a GPU; use bf16 or fp32")
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    precision = config.trainer.precision.replace("fp32", "no")
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[ddp])
+    with accelerator.main_process_first():  # which probes the files; the others find its answers on disk
+        data = training_data(config, accelerator.process_index, accelerator.num_processes)
+    terms = objective(config.loss)
+    terms.load(accelerator.device)
+    validation = config.validation
+    metrics = build_metrics(validation.metrics, accelerator.device) if validation.every else []
+    torch.manual_seed(config.run.seed)
+    model = instantiate(config.model)
+    if latest_state(folder / "checkpoints") is None:
+        for line in initialize(model, config.stage.init_from):
+            if accelerator.is_main_process:
+                log.info(line)
+    return Trainer(
+        config,
+        folder,
+        accelerator,
+        model,
+        terms,
+        instantiate(config.adversary),
+        data,
+        metrics,
+        instantiate(config.logger),
+    )
+
+
+def describe(config: TrainConfig) -> None:
+    """Log what a configuration means: parts, parameters, latent shapes, batches. Builds the model without memory."""
+    with torch.device("meta"):
+        model = instantiate(config.model)
+    train_parts(model, config.stage.train)
+    log.info("\n".join(summary(config, model)))
+
+
+def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None) -> list[str]:
+    """Derived numbers of a run, a line each. The model's parameters must be frozen or not as in training."""
+    data, trainer = config.data, config.trainer
+    world = world_size or int(os.environ.get("WORLD_SIZE", config.launcher.nproc))
+    lines = [f"{type(model).__name__}: {_millions(model.parameters())} parameters"]
+    for part, scale in config.stage.train.items():
+        modules = {**model.parts(), ALL: [model]}[part]
+        trained = _millions(p for module in modules for p in module.parameters())
+        lines.append(f"  trains {part}: {trained}, learning rate x {scale:g}")
+    lines.append(f"  frozen: {_millions(p for p in model.parameters() if not p.requires_grad)}")
+    counts = frame_counts(data)
+    for count in sorted({counts.all()[0], counts.all()[-1]}):
+        latent = "x".join(map(str, model.latent_shape(count, data.height, data.width)))
+        lines.append(f"  {count} frames of {data.height}x{data.width} -> latent {latent}")
+    terms = ", ".join(f"{term.weight:g} {name}" for name, term in config.loss.terms.items() if term.weight)
+    lines.append(f"loss ({config.loss.reduction}): {terms}")
+    share = data.batch_size // (world * trainer.accumulate)
+    lines.append(
+        f"batch of {data.batch_size} clips = {world} ranks x {trainer.accumulate} micro-batches x {share} clips; "
+        f"{trainer.max_steps} steps at learning rate {config.optim.lr:g}, {trainer.precision}"
+    )
+    return lines
+
+
+def _millions(parameters: Iterable[nn.Parameter]) -> str:
+    return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M"
+
+
+def _trusted(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Refuse to build anything but this project's models on the word of a file."""
+    for node in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        target = node.get("_target_", "vae3d.models.")
+        if not target.startswith("vae3d.models."):
+            raise CheckpointError(
+                f"{path} asks for {target}, which is not a model of this project; if you trust it, build the model "
+                "yourself and call vae3d.load(path, model)"
+            )
+    return config
+
+
+def _factors(target: nn.Module, checkpoint: Checkpoint) -> str:
+    """How the latent scale that the weights were made for differs from the model's; empty if it does not."""
+    spatial = getattr(target, "spatial_vae", target)
+    told = checkpoint.config.get("spatial", checkpoint.config)
+    differing = [
+        f"{name} is {told[name]} in the checkpoint and {getattr(spatial, name)} in the model"
+        for name in ("scaling_factor", "shift_factor")
+        if hasattr(spatial, name) and told.get(name, getattr(spatial, name)) != getattr(spatial, name)
+    ]
+    return " and ".join(differing)

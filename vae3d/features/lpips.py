@@ -1,0 +1,99 @@
+"""LPIPS (Zhang et al., arXiv 1801.03924; richzhang/PerceptualSimilarity), built from local files.
+
+Equal to the lpips package on the same weights, without its downloads, its warnings and the unused classifier; and
+with a gradient that is finite where all features of a pixel are zero. N images, [N, 3, H, W] in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vae3d import weights
+
+# Name of torchvision's trunk and the ends of the slices of its `features` whose outputs are compared.
+TRUNKS = {
+    "alex": ("alexnet", "alexnet-owt-7be5be79.pth", (2, 5, 8, 10, 12)),
+    "vgg": ("vgg16", "vgg16-397923af.pth", (4, 9, 16, 23, 30)),
+}
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+EPS = 1e-10
+
+
+class LPIPSNet(nn.Module):
+    """Frozen trunk and linear weights; empty (on the meta device) until `load`.
+
+    net: alex or vgg. Raises ValueError for another name.
+    """
+
+    def __init__(self, net: str) -> None:
+        super().__init__()
+        if net not in TRUNKS:
+            raise ValueError(f"net is {net!r}; use one of {', '.join(TRUNKS)}")
+        import torchvision  # slow to import, and not needed by anything else
+
+        builder, self.file, ends = TRUNKS[net]
+        self.net = net
+        with torch.device("meta"):
+            features = getattr(torchvision.models, builder)(weights=None).features
+        for layer in features:
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = False
+        self.slices = nn.ModuleList(features[a:b] for a, b in zip((0, *ends), ends, strict=False))
+        widths = [[m for m in part if isinstance(m, nn.Conv2d)][-1].out_channels for part in self.slices]
+        self.lins = nn.ParameterList(nn.Parameter(torch.empty(1, c, 1, 1, device="meta")) for c in widths)
+        self.register_buffer("shift", torch.tensor(SHIFT)[None, :, None, None], persistent=False)
+        self.register_buffer("scale", torch.tensor(SCALE)[None, :, None, None], persistent=False)
+        self.eval().requires_grad_(False)
+
+    def load(self, path: str | Path | None = None) -> LPIPSNet:
+        """Read the trunk from `path` or where `weights.find` finds it, the linear weights from the lpips package.
+
+        Raises WeightsMissing, or ValueError if the file holds another network.
+        """
+        file = weights.find(self.file, path)
+        trunk = torch.load(file, map_location="cpu", weights_only=True)
+        lin_file = _package_folder("lpips") / "weights" / "v0.1" / f"{self.net}.pth"
+        lins = torch.load(lin_file, map_location="cpu", weights_only=True)
+        for part in self.slices:  # a slice keeps the layers' names in `features`
+            missing = [key for key in part.state_dict() if f"features.{key}" not in trunk]
+            if missing:
+                raise ValueError(f"{file} is not the {self.net} trunk of LPIPS: it lacks features.{missing[0]}")
+            part.load_state_dict({key: trunk[f"features.{key}"].float() for key in part.state_dict()}, assign=True)
+        for i in range(len(self.lins)):
+            self.lins[i] = nn.Parameter(lins[f"lin{i}.model.1.weight"].float())
+        return self.eval().requires_grad_(False)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        x = (x - self.shift) / self.scale
+        outputs = []
+        for part in self.slices:
+            x = part(x)
+            outputs.append(x)
+        return outputs
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance of every image pair, [N, 1, 1, 1]."""
+        layers = zip(self.features(x), self.features(y), self.lins, strict=True)
+        maps = [nn.functional.conv2d((_unit(a) - _unit(b)) ** 2, lin) for a, b, lin in layers]
+        return sum(m.mean((2, 3), keepdim=True) for m in maps)
+
+
+def _unit(features: Tensor) -> Tensor:
+    """features / (norm over channels + eps), as published; the gradient of the norm at zero is taken as zero."""
+    square = features.square().sum(1, keepdim=True)
+    zero = square == 0
+    norm = square.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
+    return torch.where(zero, 0.0, features / (norm + EPS))
+
+
+def _package_folder(name: str) -> Path:
+    """Folder of an installed package, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"the {name} package, which holds LPIPS's linear weights, is not installed")
+    return Path(spec.origin).parent

@@ -1,0 +1,98 @@
+"""Writing videos and images."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+
+import av
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+BT601 = 6  # AVCOL_SPC_SMPTE170M, the matrix swscale converts RGB with; said in the file, players need not guess
+
+# codec -> (encoder, pixel format, options). lossless is bit-exact RGB; h264 is small, plays everywhere, and costs
+# up to several dB.
+CODECS = {
+    "lossless": ("libx264rgb", "rgb24", {"crf": "0", "preset": "veryfast"}),
+    "h264": ("libx264", "yuv420p", {"crf": "18", "preset": "medium"}),
+}
+
+
+def to_uint8(video: Tensor) -> np.ndarray:
+    """[3, T, H, W] in [-1, 1] (clamped here) -> [T, H, W, 3] uint8, rounded to nearest."""
+    pixels = video.float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round()
+    return pixels.byte().permute(1, 2, 3, 0).cpu().numpy()
+
+
+class VideoWriter:
+    """An .mp4 written frame by frame, under a temporary name until it is whole.
+
+    codec: lossless or h264; h264 falls to 4:4:4 colour where a side is odd, because 4:2:0 cannot hold it.
+    Raises ValueError for another codec.
+    """
+
+    def __init__(self, path: Path, fps: float, codec: str = "lossless") -> None:
+        if codec not in CODECS:
+            raise ValueError(f"codec is {codec!r}; use one of {', '.join(CODECS)}")
+        self.path = path
+        self.unfinished = path.with_name(f".{path.stem}.partial{path.suffix}")
+        self.fps = Fraction(fps).limit_denominator(1001)
+        self.codec = codec
+        self.container = None
+        self.count = 0
+
+    def write(self, frames: np.ndarray) -> None:
+        """Append [T, H, W, 3] uint8 frames."""
+        if self.container is None:
+            self._open(*frames.shape[1:3])
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            picture.pts, picture.time_base = self.count, 1 / self.fps
+            self.container.mux(self.stream.encode(picture))
+            self.count += 1
+
+    def close(self) -> None:
+        """Finish the file and give it its name."""
+        assert self.container is not None, "no frame was written"
+        self.container.mux(self.stream.encode())
+        self.container.close()
+        self.unfinished.replace(self.path)
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        elif self.container is not None:
+            self.container.close()
+            self.unfinished.unlink(missing_ok=True)
+
+    def _open(self, height: int, width: int) -> None:
+        encoder, pixels, options = CODECS[self.codec]
+        if pixels == "yuv420p" and (height % 2 or width % 2):
+            pixels = "yuv444p"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.container = av.open(str(self.unfinished), "w")
+        self.stream = self.container.add_stream(encoder, rate=self.fps, options=dict(options))
+        self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, pixels
+        self.stream.codec_context.time_base = 1 / self.fps
+        if pixels != "rgb24":
+            self.stream.codec_context.colorspace = BT601
+
+
+def write_video(path: Path, frames: np.ndarray, fps: float, codec: str = "lossless") -> None:
+    """Write [T, H, W, 3] uint8 frames."""
+    with VideoWriter(path, fps, codec) as writer:
+        writer.write(frames)
+
+
+def write_image(path: Path, frame: np.ndarray) -> None:
+    """Write one [H, W, 3] uint8 frame, under a temporary name until it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.stem}.partial{path.suffix}")
+    Image.fromarray(frame).save(unfinished)
+    unfinished.replace(path)

@@ -1,0 +1,124 @@
+"""Starting processes: ranks, sweep jobs as torchrun children, console output of many ranks. Imports no torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from tqdm import tqdm
+
+from vae3d.config import CONF, Launcher
+from vae3d.errors import UserError
+
+R = TypeVar("R")
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+class ConsoleHandler(logging.Handler):
+    """Log lines above the progress bar, from rank 0; warnings from every rank."""
+
+    def __init__(self, stream: Any = None) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if rank() == 0 or record.levelno >= logging.WARNING:
+            tqdm.write(self.format(record), file=self.stream)
+
+
+def allow_unknown_keys(arguments: Sequence[str]) -> list[str]:
+    """Command-line overrides with `++` in front of plain `key=value` ones.
+
+    Hydra would stop at the first key it does not know; so all reach vae3d.check, which names every fault at once.
+    """
+    return [f"++{a}" if _is_plain_override(a) else a for a in arguments]
+
+
+def _is_plain_override(argument: str) -> bool:
+    key, equals, _ = argument.partition("=")
+    group = (CONF / key).is_dir() or "@" in key or "/" in key
+    return bool(equals) and key[:1].isalpha() and not group and not key.startswith("hydra.")
+
+
+def run_directory() -> Path:
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def in_sweep() -> bool:
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ
+
+
+def starts_ranks(launcher: Launcher) -> bool:
+    """Whether this process is to start torchrun rather than to train."""
+    return launcher.name == "torchrun" and not under_torchrun()
+
+
+def torchrun_child(launcher: Launcher, script: str) -> None:
+    """Run this job again under torchrun, with the same overrides and folder; wait for it.
+
+    Raises RuntimeError if it fails, which lets Hydra go on with the next job of a sweep (SystemExit would not).
+    """
+    overrides = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+").startswith("launcher")]
+    folder = str(run_directory()).replace("\\", "\\\\").replace("'", "\\'")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *([] if any("rdzv" in a or "master" in a for a in launcher.args) else ["--standalone"]),
+        *(f"--nproc-per-node={launcher.nproc}", *launcher.args),
+        *(script, *overrides, f"hydra.run.dir='{folder}'"),
+    ]
+    child = subprocess.Popen(command)
+    forward = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        code = child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, forward)
+    if code:
+        raise RuntimeError(f"torchrun exited with {code}; see the log files in {run_directory()}")
+
+
+def one_message(run: Callable[[], R]) -> R:
+    """run(); a UserError ends as its message alone and exit status 2.
+
+    In a sweep it is raised on, so that the next job runs. VAE3D_TRACEBACK=1 shows where it came from.
+    """
+    try:
+        return run()
+    except UserError as error:
+        if in_sweep() or os.environ.get("VAE3D_TRACEBACK") == "1":
+            raise
+        if rank() == 0 or not error.on_every_rank:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def recorded(train: Callable[..., R]) -> Callable[..., R]:
+    """Let torchrun's summary show a rank's exception, which Hydra would swallow."""
+    if not under_torchrun():
+        return train
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(train)
+
+
+def forbid_sweep_under_torchrun() -> None:
+    """Raises UserError: ranks of an in-process sweep drift apart when one of them fails."""
+    if in_sweep() and under_torchrun():
+        raise UserError(
+            "a sweep (-m) does not run under torchrun; let every job start its own ranks:\n"
+            "  python train.py -m ... launcher=torchrun launcher.nproc=N"
+        )

@@ -1,0 +1,62 @@
+"""Losses on latents: the posterior's KL, and the 2D latents inside a two-stage autoencoder."""
+
+from __future__ import annotations
+
+import torch
+
+from vae3d.losses.objective import Error, numel_per_frame
+from vae3d.types import Clip, Reconstruction, SpatialPath
+
+
+class KL:
+    """KL(posterior || N(0, 1)) in nats; `sum` adds up a whole clip, not a frame (Open-Sora v1.2 `losses.py`)."""
+
+    needs_pixels = False
+
+    def __call__(self, clip: Clip, out: Reconstruction) -> Error | None:
+        if out.posterior is None:
+            return None
+        kl = out.posterior.kl_map().float()
+        return Error(kl, kl[0].numel())
+
+
+class LatentL1:
+    """|reconstructed - encoded| 2D latents: what the temporal VAE is trained on in stages 1 and 2.
+
+    The target is detached: where the 2D encoder trains too, it must not make its latents easy instead.
+    """
+
+    needs_pixels = False
+
+    def __call__(self, clip: Clip, out: Reconstruction) -> Error:
+        path = _two_stage(out)
+        target = path.latent.detach().float()
+        return Error((path.latent_rec.float() - target).abs(), numel_per_frame(target))
+
+
+class Identity:
+    """|temporal latent - 2D latent| of single images: keeps the temporal VAE's space like the 2D VAE's.
+
+    Open-Sora v1.2 `scripts/train_vae.py`, use_image_identity_loss. None for clips of more than one frame.
+    Raises ValueError if the two latents have different channels.
+    """
+
+    needs_pixels = False
+
+    def __call__(self, clip: Clip, out: Reconstruction) -> Error | None:
+        path = _two_stage(out)
+        if clip.video.shape[2] > 1:
+            return None
+        if path.latent.shape != out.z.shape:
+            raise ValueError(
+                f"the identity loss compares 2D latents of {path.latent.shape[1]} channels with temporal latents of "
+                f"{out.z.shape[1]}; give both as many or use a loss set without identity"
+            )
+        target = path.latent.detach().float()
+        return Error(torch.abs(out.z.float() - target), numel_per_frame(target))
+
+
+def _two_stage(out: Reconstruction) -> SpatialPath:
+    if out.spatial is None:
+        raise ValueError("latent and identity losses need a model with a 2D VAE inside, such as model=temporal_vae")
+    return out.spatial

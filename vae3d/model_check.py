@@ -1,0 +1,120 @@
+"""The part of vae3d.check that needs the model: built on the meta device, without memory or weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from hydra.errors import InstantiationException
+from torch import nn
+
+from vae3d import factory
+from vae3d.engine.freeze import PartError, train_parts, without_gradient
+from vae3d.losses.objective import Objective
+from vae3d.metrics import METRICS
+from vae3d.types import Clip
+
+if TYPE_CHECKING:
+    from vae3d.config import TrainConfig
+
+
+def faults(config: TrainConfig) -> list[str]:
+    """What does not fit between model, stage, losses and data."""
+    found = [
+        f"validation.metrics: no metric is called {name}; there are {', '.join(METRICS)}"
+        for name in config.validation.metrics
+        if name not in METRICS
+    ]
+    try:
+        with torch.device("meta"):
+            model = factory.instantiate(config.model)
+            objective = factory.objective(config.loss)
+    except InstantiationException as error:
+        return [*found, f"model or loss cannot be built: {_cause(error)}"]
+    found += [*_size_faults(config, model), *_init_faults(config, model)]
+    try:
+        train_parts(model, config.stage.train)
+    except PartError as error:
+        return [*found, f"stage.train: {error}"]
+    found += _frozen_random(config, model)
+    return found or list(_step_faults(config, model, objective))
+
+
+def meta_clip(frames: int, height: int, width: int) -> Clip:
+    video = torch.zeros(1, 3, frames, height, width, device="meta")
+    return Clip(video, torch.zeros(1, dtype=torch.long), [""])
+
+
+def _size_faults(config: TrainConfig, model: nn.Module) -> Iterator[str]:
+    stride = model.spec.space_stride
+    for side in ("height", "width"):
+        size = getattr(config.data, side)
+        if size % stride:
+            near = " or ".join(str(s) for s in (size // stride * stride, -(-size // stride) * stride) if s)
+            yield f"data.{side}={size} is not a multiple of the model's stride {stride}; use {near}"
+    for count in factory.frame_counts(config.data).all():
+        if not model.frames_valid(count):
+            near = [n for n in range(max(1, count - 16), count + 17) if model.frames_valid(n)]
+            near = sorted(near, key=lambda n: abs(n - count))[:2]
+            yield f"data.frames: the model does not take {count} frames; nearest are {' and '.join(map(str, sorted(near)))}"
+            return
+
+
+def _init_faults(config: TrainConfig, model: nn.Module) -> Iterator[str]:
+    init = config.stage.init_from
+    names = {name for name, _ in model.named_modules() if name}
+    for name in init if isinstance(init, dict) else []:
+        if name not in names:
+            yield f"stage.init_from.{name}: the model has no such submodule; it has {', '.join(dict(model.named_children()))}"
+
+
+def _frozen_random(config: TrainConfig, model: nn.Module) -> list[str]:
+    """A frozen part with random weights would stay random."""
+    init = config.stage.init_from
+    given = [f"{name}." for name, path in init.items() if path != "random"] if isinstance(init, dict) else []
+    if isinstance(init, str) and init != "random":
+        return []
+    covered = {id(p) for name, p in model.named_parameters() if name.startswith(tuple(given))}
+    frozen = _parts_with(model, lambda p: not p.requires_grad and id(p) not in covered)
+    if not frozen:
+        return []
+    return [f"stage {config.stage.name} freezes {', '.join(frozen)} with random weights; set stage.init_from"]
+
+
+def _parts_with(model: nn.Module, holds: Callable[[nn.Parameter], bool]) -> list[str]:
+    """Parts of the model that have a parameter of which `holds` is true."""
+    return [
+        part
+        for part, modules in model.parts().items()
+        if any(holds(parameter) for module in modules for parameter in module.parameters())
+    ]
+
+
+def _step_faults(config: TrainConfig, model: nn.Module, objective: Objective) -> Iterator[str]:
+    """Forward and backward on shapes alone: do the terms apply, and does every trained part get a gradient?"""
+    counts = factory.frame_counts(config.data).all()
+    for frames in sorted({counts[0], counts[-1]}):
+        clip = meta_clip(frames, config.data.height, config.data.width)
+        try:
+            out = model(clip.video, pixels=objective.needs_pixels)
+            loss, _ = objective(clip, out, step=0)
+        except (ValueError, RuntimeError) as error:
+            yield f"loss: a clip of {frames} frames of {config.data.height}x{config.data.width} fails: {error}"
+            return
+        model.zero_grad()
+        if loss.requires_grad:
+            loss.backward()
+        if without_gradient(model):
+            parts = _parts_with(model, lambda p: p.requires_grad and p.grad is None)
+            yield (
+                f"stage.train: no loss term reaches {', '.join(parts)} on clips of {frames} frames; "
+                "freeze it, or choose a loss that reads it"
+            )
+            return
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"

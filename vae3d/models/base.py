@@ -1,0 +1,62 @@
+"""What every video autoencoder of this project offers to training, inference and evaluation."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from vae3d.seeding import Generators
+from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction
+
+
+@runtime_checkable
+class VideoAutoencoder(Protocol):
+    """An nn.Module that maps video [B, 3, T, H, W] in [-1, 1] to latents [B, C, t, h, w] and back.
+
+    Any number of frames and any size goes in and the same comes out of `forward`; what the network cannot take
+    is padded and cropped back, as its docstring says.
+    """
+
+    spec: LatentSpec
+
+    def encode(self, video: Tensor) -> Posterior | Delta:
+        """Posterior over raw (un-normalised) latents."""
+
+    def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
+        """Raw latents to video, unclamped, of num_frames frames."""
+
+    def forward(
+        self,
+        video: Tensor,
+        *,
+        latents: Tensor | None = None,
+        sample: bool = True,
+        pixels: bool = True,
+        generator: Generators = None,
+    ) -> Reconstruction:
+        """The only call that training makes, so that DDP's hooks fire and compile works.
+
+        latents: decode these instead of encoding `video`. sample: draw the latents (with `generator`: one for
+        the batch, or one per clip) or take the posterior's mode. pixels=False skips a pixel decoder whose
+        output no loss reads.
+        """
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """Name -> modules that a stage may train; names may overlap."""
+
+    def frames_valid(self, frames: int) -> bool:
+        """Whether `frames` goes through without padding."""
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, t, h, w) of a clip's latents."""
+
+    @property
+    def chunk_frames(self) -> int | None:
+        """Frames that one step of a stream codes; None if only whole clips can be coded."""
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """Raw latents to those a diffusion model sees, about zero mean and unit variance."""
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        """Inverse of normalize."""

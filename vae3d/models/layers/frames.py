@@ -1,0 +1,33 @@
+"""Running an image network over the frames of a video, and fitting videos to a network's strides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from vae3d.models.layers.checkpointing import run
+
+
+def per_frame(fn: Callable[[Tensor], Tensor], video: Tensor, frame_batch: int | None, recompute: bool) -> Tensor:
+    """Apply `fn` ([N, C, H, W] -> [N, C', H', W']) to every frame of [B, C, T, H, W], `frame_batch` at a time.
+
+    recompute: keep only the frames and recompute `fn` in backward, one `frame_batch` at a time. Exact for
+    networks that normalise per image. frame_batch None: all frames at once.
+    """
+    frames = rearrange(video, "b c t h w -> (b t) c h w")
+    batches = frames.split(frame_batch or len(frames))
+    outputs = [run(fn, batch, recompute=recompute) for batch in batches]
+    return rearrange(torch.cat(outputs), "(b t) c h w -> b c t h w", b=video.shape[0])
+
+
+def pad_space(video: Tensor, stride: int) -> Tensor:
+    """Repeat the last row and column of [B, C, T, H, W] until both sides are multiples of `stride`."""
+    height, width = video.shape[-2:]
+    bottom, right = -height % stride, -width % stride
+    if not bottom and not right:
+        return video
+    return F.pad(video, (0, right, 0, bottom, 0, 0), mode="replicate")

@@ -1,0 +1,163 @@
+"""The video autoencoder of Open-Sora 1.2: the 2D VAE on every frame, then the temporal VAE on its latents.
+
+`opensora/models/vae/vae.py` of hpcaitech/Open-Sora v1.2 (VideoAutoencoderPipeline); state-dict keys are those of
+the published OpenSora-VAE-v1.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vae3d.models.spatial import SpatialVAE
+from vae3d.models.temporal import TemporalVAE
+from vae3d.seeding import Generators
+from vae3d.types import LatentSpec, Posterior, Reconstruction, SpatialPath
+
+
+class OpenSoraVAE(nn.Module):
+    """Spatial and temporal VAE in series: a VideoAutoencoder with strides 4 x 8 x 8.
+
+    micro_frames: clips are cut into pieces of this many frames that are coded independently (17 in the
+    published pipeline: 17 frames to 5 latents); None codes the clip as a whole. The two differ by design,
+    because the temporal VAE's GroupNorm pools over time. Any number of frames works with both.
+    shift, scale: per channel, for `normalize`; the latents inside stay raw.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        spatial: SpatialVAE,
+        temporal: TemporalVAE,
+        *,
+        micro_frames: int | None = 17,
+        shift: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
+        scale: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    ) -> None:
+        super().__init__()
+        channels = temporal.latent_channels
+        if not len(shift) == len(scale) == channels:
+            raise ValueError(f"shift and scale have {len(shift)} and {len(scale)} entries; give {channels} each")
+        if micro_frames is not None and micro_frames < 1:
+            raise ValueError(f"micro_frames is {micro_frames}; use a positive number, or null for the whole clip")
+        self.spatial_vae = spatial
+        self.temporal_vae = temporal
+        self.micro_frames = micro_frames
+        self.register_buffer("shift", torch.tensor(shift)[None, :, None, None, None])
+        self.register_buffer("scale", torch.tensor(scale)[None, :, None, None, None])
+
+    @property
+    def spec(self) -> LatentSpec:
+        return LatentSpec(
+            channels=self.temporal_vae.latent_channels,
+            time_stride=self.temporal_vae.stride,
+            space_stride=self.spatial_vae.spec.space_stride,
+            causal=False,
+            shift=tuple(self.shift.flatten().tolist()),
+            scale=tuple(self.scale.flatten().tolist()),
+        )
+
+    def encode(self, video: Tensor, *, sample: bool = False, generator: Generators = None) -> Posterior:
+        """[B, 3, T, H, W] -> posterior over raw latents; `sample` draws the 2D latents instead of their mode."""
+        return self.encode_temporal(self.encode_spatial(video, sample=sample, generator=generator))
+
+    def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
+        """Raw latents [B, C, t, h, w] -> video [B, 3, T, h*f, w*f], unclamped.
+
+        num_frames: T, by default every frame that the latents can stand for.
+        Raises ValueError if it does not fit the latents.
+        """
+        return self.decode_spatial(self.decode_temporal(z, num_frames))
+
+    def forward(
+        self,
+        video: Tensor,
+        *,
+        latents: Tensor | None = None,
+        sample: bool = True,
+        pixels: bool = True,
+        generator: Generators = None,
+    ) -> Reconstruction:
+        """Reconstruct [B, 3, T, H, W]; see VideoAutoencoder.forward. `spatial` holds the 2D latents."""
+        frames, height, width = video.shape[2:]
+        if latents is None:
+            latent = self.encode_spatial(video, sample=sample, generator=generator)
+            posterior = self.encode_temporal(latent)
+            z = posterior.sample(generator) if sample else posterior.mode()
+        else:
+            latent, posterior, z = None, None, latents
+        latent_rec = self.decode_temporal(z, frames)
+        rec = self.decode_spatial(latent_rec)[..., :height, :width] if pixels else None
+        return Reconstruction(rec, posterior, z, SpatialPath(latent, latent_rec))
+
+    def encode_spatial(self, video: Tensor, *, sample: bool = False, generator: Generators = None) -> Tensor:
+        """Normalised 2D latents [B, C, T, h, w] of every frame."""
+        posterior = self.spatial_vae.encode(video)
+        return self.spatial_vae.normalize(posterior.sample(generator) if sample else posterior.mode())
+
+    def decode_spatial(self, latent: Tensor) -> Tensor:
+        """Video from normalised 2D latents; of `encode_spatial`'s, the best that this pipeline could reach."""
+        return self.spatial_vae.decode(self.spatial_vae.denormalize(latent))
+
+    def encode_temporal(self, latent: Tensor) -> Posterior:
+        pieces = [self.temporal_vae.encode(piece) for piece in latent.split(self.micro_frames or latent.shape[2], 2)]
+        return Posterior(torch.cat([p.mean for p in pieces], 2), torch.cat([p.logvar for p in pieces], 2))
+
+    def decode_temporal(self, z: Tensor, num_frames: int | None = None) -> Tensor:
+        if self.micro_frames is None:
+            return self.temporal_vae.decode(z, num_frames)
+        pieces = z.split(self.temporal_vae.latent_frames(self.micro_frames), 2)
+        lengths = self._piece_lengths(z.shape[2], num_frames)
+        return torch.cat([self.temporal_vae.decode(p, n) for p, n in zip(pieces, lengths, strict=True)], 2)
+
+    def _piece_lengths(self, latent_frames: int, num_frames: int | None) -> list[int]:
+        """Frames of every piece, of which only the last may be shorter than micro_frames."""
+        whole, rest = divmod(latent_frames, self.temporal_vae.latent_frames(self.micro_frames))
+        most = whole * self.micro_frames + rest * self.temporal_vae.stride
+        frames = most if num_frames is None else num_frames
+        if self.latent_frames(frames) != latent_frames:
+            raise ValueError(
+                f"num_frames is {frames}, which does not fit {latent_frames} latent frames "
+                f"in pieces of {self.micro_frames} frames"
+            )
+        return [min(self.micro_frames, frames - start) for start in range(0, frames, self.micro_frames)]
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        spatial, temporal = self.spatial_vae.parts(), self.temporal_vae
+        parts = {
+            "spatial_encoder": spatial["encoder"],
+            "spatial_decoder": spatial["decoder"],
+            "temporal_encoder": [temporal.encoder, temporal.quant_conv],
+            "temporal_decoder": [temporal.post_quant_conv, temporal.decoder],
+        }
+        parts["encoder"] = parts["spatial_encoder"] + parts["temporal_encoder"]
+        parts["decoder"] = parts["temporal_decoder"] + parts["spatial_decoder"]
+        return parts
+
+    def frames_valid(self, frames: int) -> bool:
+        return frames >= 1
+
+    def latent_frames(self, frames: int) -> int:
+        if self.micro_frames is None:
+            return self.temporal_vae.latent_frames(frames)
+        whole, rest = divmod(frames, self.micro_frames)
+        return whole * self.temporal_vae.latent_frames(self.micro_frames) + self.temporal_vae.latent_frames(rest)
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        _, _, h, w = self.spatial_vae.latent_shape(frames, height, width)
+        return self.temporal_vae.latent_channels, self.latent_frames(frames), h, w
+
+    @property
+    def chunk_frames(self) -> int | None:
+        """Frames that one step of a stream takes; None if only whole clips can be coded."""
+        return self.micro_frames
+
+    def normalize(self, z: Tensor) -> Tensor:
+        return (z - self.shift) / self.scale
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        return z * self.scale + self.shift

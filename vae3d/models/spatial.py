@@ -1,0 +1,283 @@
+"""The image autoencoder of Stable Diffusion and SDXL, run on every frame of a video.
+
+Network: latent-diffusion `ldm/modules/diffusionmodules/model.py`; attribute names, and so state-dict keys, are
+those of diffusers' AutoencoderKL. N images or frames, [N, C, H, W].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vae3d.models.layers.checkpointing import needs_grad
+from vae3d.models.layers.frames import pad_space, per_frame
+from vae3d.models.layers.norm import norm_silu
+from vae3d.seeding import Generators
+from vae3d.types import LatentSpec, Posterior, Reconstruction
+
+EPS = 1e-6
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=EPS)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=EPS)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = self.conv2(norm_silu(self.norm2, h))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the pixels of one image."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [N, H*W, C]
+        q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
+        tokens = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        # Tokens first: the sum takes their channels-last layout, the faster one here and the one that
+        # diffusers ends up with, so that both round alike.
+        return tokens.transpose(1, 2).reshape(x.shape) + x
+
+
+class Downsample(nn.Module):
+    """Stride-2 convolution with a row of zeros below and a column right of the image only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, then an optional change of resolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, resample: str | None) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * layers
+        self.resnets = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+        if resample == "down":
+            self.downsamplers = nn.ModuleList([Downsample(out_channels)])
+        elif resample == "up":
+            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        if self.resample == "down":
+            x = self.downsamplers[0](x)
+        elif self.resample == "up":
+            x = self.upsamplers[0](x)
+        return x
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels: int, groups: int, attention: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(channels, groups)] if attention else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, channels: Sequence[int], layers: int, out_channels: int, groups: int, attention: bool) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        inputs = [channels[0], *channels[:-1]]
+        self.down_blocks = nn.ModuleList(
+            Level(a, b, layers, groups, "down" if i < len(channels) - 1 else None)
+            for i, (a, b) in enumerate(zip(inputs, channels, strict=True))
+        )
+        self.mid_block = MidBlock(channels[-1], groups, attention)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(norm_silu(self.conv_norm_out, self.mid_block(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, channels: Sequence[int], layers: int, in_channels: int, groups: int, attention: bool) -> None:
+        super().__init__()
+        outputs = list(reversed(channels))
+        inputs = [outputs[0], *outputs[:-1]]
+        self.conv_in = nn.Conv2d(in_channels, outputs[0], 3, padding=1)
+        self.mid_block = MidBlock(outputs[0], groups, attention)
+        self.up_blocks = nn.ModuleList(
+            Level(a, b, layers + 1, groups, "up" if i < len(channels) - 1 else None)
+            for i, (a, b) in enumerate(zip(inputs, outputs, strict=True))
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, outputs[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(outputs[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
+
+
+class AutoencoderKL(nn.Module):
+    """Images [N, 3, H, W] to latent moments [N, 2c, H/f, W/f] and back, f = 2 ** (len(channels) - 1).
+
+    Raises ValueError if a channel count is not a multiple of `groups`.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (128, 256, 512, 512),
+        *,
+        layers: int = 2,
+        latent_channels: int = 4,
+        groups: int = 32,
+        attention: bool = True,
+        quant_convs: bool = True,
+    ) -> None:
+        super().__init__()
+        if any(c % groups for c in channels):
+            raise ValueError(f"channels are {list(channels)}; each must be a multiple of groups={groups}")
+        self.encoder = Encoder(channels, layers, 2 * latent_channels, groups, attention)
+        self.decoder = Decoder(channels, layers, latent_channels, groups, attention)
+        if quant_convs:
+            self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+            self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.quant_convs = quant_convs
+
+    def encode(self, images: Tensor) -> Tensor:
+        moments = self.encoder(images)
+        return self.quant_conv(moments) if self.quant_convs else moments
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z) if self.quant_convs else z)
+
+
+class SpatialVAE(nn.Module):
+    """AutoencoderKL frame by frame: a VideoAutoencoder without temporal compression.
+
+    scaling_factor, shift_factor: (z - shift) * scaling brings raw latents to about zero mean and unit variance
+    (SD 0.18215 and 0, SDXL 0.13025 and 0).
+    frame_batch: frames that pass through the network at once (None: all).
+    gradient_checkpointing: in training keep only each frame batch's input and recompute the rest in backward.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (128, 256, 512, 512),
+        *,
+        layers: int = 2,
+        latent_channels: int = 4,
+        groups: int = 32,
+        attention: bool = True,
+        quant_convs: bool = True,
+        scaling_factor: float = 0.13025,
+        shift_factor: float = 0.0,
+        frame_batch: int | None = 4,
+        gradient_checkpointing: bool = True,
+    ) -> None:
+        super().__init__()
+        self.module = AutoencoderKL(
+            channels,
+            layers=layers,
+            latent_channels=latent_channels,
+            groups=groups,
+            attention=attention,
+            quant_convs=quant_convs,
+        )
+        self.scaling_factor = scaling_factor
+        self.shift_factor = shift_factor
+        self.frame_batch = frame_batch
+        self.gradient_checkpointing = gradient_checkpointing
+        self.spec = LatentSpec(
+            channels=latent_channels,
+            time_stride=1,
+            space_stride=2 ** (len(channels) - 1),
+            causal=True,
+            shift=(shift_factor,) * latent_channels,
+            scale=(1.0 / scaling_factor,) * latent_channels,
+        )
+
+    def encode(self, video: Tensor) -> Posterior:
+        """[B, 3, T, H, W] -> posterior over raw latents [B, C, T, ceil(H/f), ceil(W/f)]."""
+        video = pad_space(video, self.spec.space_stride).to(self.module.encoder.conv_in.weight.dtype)
+        recompute = self.gradient_checkpointing and needs_grad(self.module.encoder, video)
+        return Posterior.from_moments(per_frame(self.module.encode, video, self.frame_batch, recompute))
+
+    def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
+        """Raw latents [B, C, T, h, w] -> video [B, 3, T, h*f, w*f], unclamped. num_frames must be T or None."""
+        assert num_frames in (None, z.shape[2]), "a per-frame autoencoder neither adds nor drops frames"
+        z = z.to(self.module.decoder.conv_in.weight.dtype)
+        recompute = self.gradient_checkpointing and needs_grad(self.module.decoder, z)
+        return per_frame(self.module.decode, z, self.frame_batch, recompute)
+
+    def forward(
+        self,
+        video: Tensor,
+        *,
+        latents: Tensor | None = None,
+        sample: bool = True,
+        pixels: bool = True,
+        generator: Generators = None,
+    ) -> Reconstruction:
+        """Reconstruct [B, 3, T, H, W]; see VideoAutoencoder.forward."""
+        posterior = self.encode(video) if latents is None else None
+        z = latents if posterior is None else posterior.sample(generator) if sample else posterior.mode()
+        height, width = video.shape[-2:]
+        return Reconstruction(self.decode(z)[..., :height, :width] if pixels else None, posterior, z)
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        quant = [self.module.quant_conv] if self.module.quant_convs else []
+        post_quant = [self.module.post_quant_conv] if self.module.quant_convs else []
+        return {"encoder": [self.module.encoder, *quant], "decoder": [*post_quant, self.module.decoder]}
+
+    def frames_valid(self, frames: int) -> bool:
+        return frames >= 1
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        f = self.spec.space_stride
+        return self.spec.channels, frames, -(-height // f), -(-width // f)
+
+    @property
+    def chunk_frames(self) -> int:
+        """Frames that one step of a stream takes; any number gives the same result."""
+        return self.frame_batch or 16
+
+    def normalize(self, z: Tensor) -> Tensor:
+        return (z - self.shift_factor) * self.scaling_factor
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        return z / self.scaling_factor + self.shift_factor

@@ -1,0 +1,167 @@
+"""The temporal VAE of Open-Sora 1.2: compresses the 2D latents of a video four times along time.
+
+`opensora/models/vae/vae_temporal.py` of hpcaitech/Open-Sora v1.2 (VAE_Temporal_SD), which follows the
+tokenizer of MAGVIT-v2 (arXiv 2310.05737, appendix A.1) without codebook and spatial resampling. State-dict keys
+are those of the published checkpoint. x: 2D latents [B, C, T, h, w]; z: temporal latents [B, C', ceil(T/4), h, w].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vae3d.models.layers.causal_conv import CausalConv3d
+from vae3d.models.layers.checkpointing import needs_grad, run
+from vae3d.models.layers.norm import norm_silu
+from vae3d.types import Posterior
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels)
+        self.conv1 = CausalConv3d(in_channels, out_channels, 3, bias=False)
+        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.conv2 = CausalConv3d(out_channels, out_channels, 3, bias=False)
+        self.conv3 = CausalConv3d(in_channels, out_channels, 1, bias=False) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = self.conv2(norm_silu(self.norm2, h))
+        return h + (x if self.conv3 is None else self.conv3(x))
+
+
+def res_blocks(in_channels: int, out_channels: int, count: int, groups: int) -> nn.ModuleList:
+    widths = [in_channels] + [out_channels] * count
+    return nn.ModuleList(ResBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+
+
+class Encoder(nn.Module):
+    def __init__(
+        self, in_channels: int, out_channels: int, widths: Sequence[int], down: Sequence[bool], layers: int, groups: int
+    ) -> None:
+        super().__init__()
+        self.conv_in = CausalConv3d(in_channels, widths[0], 3, bias=False)
+        inputs = [widths[0], *widths[:-1]]
+        self.block_res_blocks = nn.ModuleList(
+            res_blocks(a, b, layers, groups) for a, b in zip(inputs, widths, strict=True)
+        )
+        self.conv_blocks = nn.ModuleList(
+            CausalConv3d(width, width, 3, time_stride=2) if halve else nn.Identity()
+            for width, halve in zip(widths, down, strict=False)
+        )
+        self.res_blocks = res_blocks(widths[-1], widths[-1], layers, groups)
+        self.norm1 = nn.GroupNorm(groups, widths[-1])
+        self.conv2 = CausalConv3d(widths[-1], out_channels, 1)
+
+    def forward(self, x: Tensor, recompute: bool) -> Tensor:
+        x = self.conv_in(x)
+        for level, blocks in enumerate(self.block_res_blocks):
+            for block in blocks:
+                x = run(block, x, recompute=recompute)
+            if level < len(self.conv_blocks):
+                x = self.conv_blocks[level](x)
+        for block in self.res_blocks:
+            x = run(block, x, recompute=recompute)
+        return self.conv2(norm_silu(self.norm1, x))
+
+
+class Decoder(nn.Module):
+    """Mirror of the encoder; its lists are indexed by level, so the forward pass runs through them backwards."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, widths: Sequence[int], up: Sequence[bool], layers: int, groups: int
+    ) -> None:
+        super().__init__()
+        self.conv1 = CausalConv3d(in_channels, widths[-1], 3)
+        self.res_blocks = res_blocks(widths[-1], widths[-1], layers, groups)
+        inputs = [*widths[1:], widths[-1]]
+        self.block_res_blocks = nn.ModuleList(
+            res_blocks(a, b, layers, groups) for a, b in zip(inputs, widths, strict=True)
+        )
+        self.conv_blocks = nn.ModuleList(
+            CausalConv3d(width, 2 * width, 3) if double else nn.Identity()
+            for width, double in zip(widths[1:], up, strict=True)
+        )
+        self.up = list(up)
+        self.norm1 = nn.GroupNorm(groups, widths[0])
+        self.conv_out = CausalConv3d(widths[0], out_channels, 3)
+
+    def forward(self, z: Tensor, recompute: bool) -> Tensor:
+        x = self.conv1(z)
+        for block in self.res_blocks:
+            x = run(block, x, recompute=recompute)
+        for level in reversed(range(len(self.block_res_blocks))):
+            for block in self.block_res_blocks[level]:
+                x = run(block, x, recompute=recompute)
+            if level > 0 and self.up[level - 1]:
+                x = self.conv_blocks[level - 1](x)
+                x = rearrange(x, "b (c s) t h w -> b c (t s) h w", s=2)
+        return self.conv_out(norm_silu(self.norm1, x))
+
+
+class TemporalVAE(nn.Module):
+    """2D latents [B, C, T, h, w] <-> posterior over [B, latent_channels, ceil(T / stride), h, w].
+
+    Any T: zero frames are put in front until `stride` divides T, and decode drops as many. The convolutions
+    are causal but GroupNorm pools over time, so every latent depends on all frames of the clip.
+
+    channels, multipliers: width of each level; downsample: which level boundaries halve the frame rate.
+    gradient_checkpointing: recompute each residual block in backward.
+    Raises ValueError if the lists do not fit together or a width is not a multiple of `groups`.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 4,
+        latent_channels: int = 4,
+        channels: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 4),
+        downsample: Sequence[bool] = (False, True, True),
+        layers: int = 4,
+        groups: int = 32,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(downsample) != len(multipliers) - 1:
+            raise ValueError(
+                f"downsample has {len(downsample)} entries for {len(multipliers)} multipliers; "
+                f"give one per level boundary, {len(multipliers) - 1}"
+            )
+        widths = [channels * m for m in multipliers]
+        if any(width % groups for width in widths):
+            raise ValueError(f"channels * multipliers are {widths}; each must be a multiple of groups={groups}")
+        self.stride = 2 ** sum(downsample)
+        self.encoder = Encoder(in_channels, 2 * latent_channels, widths, downsample, layers, groups)
+        self.quant_conv = CausalConv3d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = CausalConv3d(latent_channels, latent_channels, 1)
+        self.decoder = Decoder(latent_channels, in_channels, widths, downsample, layers, groups)
+        self.latent_channels = latent_channels
+        self.gradient_checkpointing = gradient_checkpointing
+
+    def latent_frames(self, frames: int) -> int:
+        return -(-frames // self.stride)
+
+    def encode(self, x: Tensor) -> Posterior:
+        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.stride, 0)).to(self.quant_conv.conv.weight.dtype)
+        recompute = self.gradient_checkpointing and needs_grad(self.encoder, x)
+        return Posterior.from_moments(self.quant_conv(self.encoder(x, recompute)))
+
+    def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
+        """num_frames: frames to return, by default all `stride * t` that the latents stand for.
+
+        Raises ValueError if the latents do not stand for num_frames.
+        """
+        frames = self.stride * z.shape[2] if num_frames is None else num_frames
+        if self.latent_frames(frames) != z.shape[2]:
+            raise ValueError(
+                f"num_frames is {frames}, but {z.shape[2]} latent frames stand for "
+                f"{self.stride * (z.shape[2] - 1) + 1} to {self.stride * z.shape[2]} frames"
+            )
+        z = self.post_quant_conv(z.to(self.post_quant_conv.conv.weight.dtype))
+        x = self.decoder(z, self.gradient_checkpointing and needs_grad(self.decoder, z))
+        return x[:, :, -frames % self.stride :]

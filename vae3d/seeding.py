@@ -1,0 +1,31 @@
+"""Randomness as a pure function of (seed, position, purpose): nothing to save, nothing to lose on resume."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed from any mixture of integers and names; equal on every machine and Python version."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
+    """Standard normal noise of x's shape, drawn on x's device.
+
+    generator: None (the device's own), one generator for the whole batch, or one per clip. With one per clip
+    the noise of a clip does not depend on the batch, rank or world size it falls into.
+    Raises ValueError if the number of generators is not the batch size.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    if len(generator) != x.shape[0]:
+        raise ValueError(f"got {len(generator)} generators for a batch of {x.shape[0]} clips; give one per clip")
+    return torch.stack([torch.randn(x.shape[1:], generator=g, device=x.device, dtype=x.dtype) for g in generator])

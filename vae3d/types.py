@@ -1,0 +1,132 @@
+"""The values that pass between models, losses, data and the training loop.
+
+Shapes: B clips, C channels, T frames of H x W pixels; t, h, w are the same axes in the latent space.
+Pixels lie in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from vae3d.seeding import Generators, randn_like, seed_of
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """What a diffusion model must know of a latent space.
+
+    Normalised latents are (z - shift) / scale per channel; `time_stride` and `space_stride` are the
+    compression factors; `causal` says that a latent never depends on later frames.
+    """
+
+    channels: int
+    time_stride: int
+    space_stride: int
+    causal: bool
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+
+
+@dataclass
+class Posterior:
+    """Diagonal Gaussian over latents [B, C, t, h, w] (latent-diffusion `ldm/modules/distributions`)."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    @classmethod
+    def from_moments(cls, moments: Tensor) -> Posterior:
+        """Split [B, 2C, t, h, w] into mean and log-variance, the latter clamped to [-30, 20]; fp32."""
+        mean, logvar = moments.float().chunk(2, dim=1)
+        return cls(mean, logvar.clamp(-30.0, 20.0))
+
+    def sample(self, generator: Generators = None) -> Tensor:
+        return self.mean + torch.exp(0.5 * self.logvar) * randn_like(self.mean, generator)
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def kl_map(self) -> Tensor:
+        """KL(q || N(0, 1)) of every latent element, [B, C, t, h, w], in nats."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
+
+    def kl(self) -> Tensor:
+        """KL(q || N(0, 1)) summed over everything but the batch, [B], in nats."""
+        return self.kl_map().flatten(1).sum(1)
+
+
+@dataclass
+class Delta:
+    """Posterior of a deterministic encoder: all mass on `mean`, no KL."""
+
+    mean: Tensor
+
+    def sample(self, generator: Generators = None) -> Tensor:
+        return self.mean
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def kl_map(self) -> Tensor:
+        return torch.zeros_like(self.mean)
+
+    def kl(self) -> Tensor:
+        return self.mean.new_zeros(self.mean.shape[0])
+
+
+@dataclass
+class SpatialPath:
+    """The inner latents of a two-stage autoencoder, [B, C, T, h, w]: of the 2D VAE, and as reconstructed.
+
+    latent: None if latents were given instead of encoded.
+    """
+
+    latent: Tensor | None
+    latent_rec: Tensor
+
+
+@dataclass
+class Reconstruction:
+    """What one forward pass of a VideoAutoencoder returns.
+
+    video: [B, 3, T, H, W], unclamped, or None if pixels were not asked for.
+    posterior: None if latents were given instead of encoded. z: [B, C, t, h, w], raw.
+    """
+
+    video: Tensor | None
+    posterior: Posterior | Delta | None
+    z: Tensor
+    spatial: SpatialPath | None = None
+
+
+@dataclass
+class Clip:
+    """A batch of clips as the losses see it.
+
+    video: [B, 3, T, H, W]; uint8 [0, 255] as loaded, float [-1, 1] after `to`.
+    positions: [B], each clip's place in the endless training order; with the run's seed it fixes every
+    random draw made for the clip. paths: source files. faults: (path, reason) of files that failed to read
+    while this batch was made.
+    """
+
+    video: Tensor
+    positions: Tensor
+    paths: list[str]
+    faults: list[tuple[str, str]] = field(default_factory=list)
+
+    def to(self, device: torch.device | str) -> Clip:
+        """Move to a device; uint8 pixels become float in [-1, 1]."""
+        video = self.video.to(device, non_blocking=True)
+        if video.dtype == torch.uint8:
+            video = video.float().div_(127.5).sub_(1.0)
+        return replace(self, video=video)
+
+    def generators(self, seed: int, device: torch.device | str) -> list[torch.Generator]:
+        """One generator per clip, a pure function of (seed, position)."""
+        return [
+            torch.Generator(device).manual_seed(seed_of(seed, position, "noise"))
+            for position in self.positions.tolist()
+        ]
