@@ -174,14 +174,13 @@ class InferConfig:
     split: str | None = None  # rows of this split only
     sample: bool = False  # draw the latents, as in training, instead of the posterior's mode
     seed: int = 0
-    precision: str = "bf16"
+    precision: str = "fp32"  # fp32, bf16, fp16: autocast over fp32 weights
     device: str | None = None  # null: cuda if there is one
     codec: str = "lossless"  # lossless (RGB, bit-exact) or h264 (for eyes)
     metrics: list[str] = field(default_factory=list)  # score in memory, before any codec
     reader: str = "auto"
     on_error: str = "stop"  # stop, skip: what to do with a file that cannot be read
     overwrite: bool = False
-    workers: int = 2
 
 
 def register() -> None:

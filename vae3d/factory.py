@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import gather_object
 from torch import nn
 
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, load_state, read_checkpoint
@@ -19,17 +20,21 @@ from vae3d.config import CONF
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import TrainingData, lengths_of, read_tables, validation_clips
 from vae3d.data.sampler import FrameCounts, Plan
+from vae3d.data.sources import DataError, open_source
 from vae3d.engine.freeze import ALL, train_parts
 from vae3d.engine.trainer import Trainer
 from vae3d.errors import UserError
+from vae3d.inference.files import reconstruct_files, refuse_to_mix
+from vae3d.inference.reconstruct import Reconstructor, Selection
 from vae3d.losses.objective import Objective, Weighted
 from vae3d.metrics import build_metrics
 
 if TYPE_CHECKING:
-    from vae3d.config import Data, Loss, TrainConfig
+    from vae3d.config import Data, InferConfig, Loss, TrainConfig
 
 log = logging.getLogger("vae3d")
 RANDOM = "random"
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def instantiate(node: Mapping[str, Any]) -> Any:
@@ -168,6 +173,50 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
         data,
         metrics,
         instantiate(config.logger),
+    )
+
+
+def infer(config: InferConfig) -> None:
+    """Reconstruct the files that `config` names."""
+    ranks = PartialState()
+    device = torch.device(config.device) if config.device else ranks.device
+    selection = Selection(
+        **{
+            name: getattr(config, name)
+            for name in ("start", "num_frames", "stride", "fps", "height", "width", "reader")
+        }
+    )
+    metrics = build_metrics(config.metrics, device)
+    model = load(config.checkpoint, **config.model).to(device)
+    if hasattr(model, "micro_frames"):
+        model.micro_frames = config.micro_frames
+    getattr(model, "spatial_vae", model).frame_batch = config.frame_batch
+    reconstructor = Reconstructor(
+        model,
+        config.save_dir,
+        selection,
+        codec=config.codec,
+        sample=config.sample,
+        seed=config.seed,
+        dtype=DTYPES[config.precision],
+        metrics=metrics,
+    )
+    table = open_source(config.source, config.root).table()
+    if config.split is not None:
+        table = table[table["split"] == config.split]
+    table = table.iloc[: config.num_samples]
+    if table.empty:
+        raise DataError(f"{config.source} has no rows of split {config.split}")
+    if ranks.is_main_process and not config.overwrite:
+        refuse_to_mix(reconstructor)
+    ranks.wait_for_everyone()
+    reconstruct_files(
+        reconstructor,
+        table,
+        skip_errors=config.on_error == "skip",
+        rank=ranks.process_index,
+        world_size=ranks.num_processes,
+        gather=gather_object,
     )
 
 

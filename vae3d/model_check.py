@@ -94,7 +94,7 @@ def _parts_with(model: nn.Module, holds: Callable[[nn.Parameter], bool]) -> list
 def _step_faults(config: TrainConfig, model: nn.Module, objective: Objective) -> Iterator[str]:
     """Forward and backward on shapes alone: do the terms apply, and does every trained part get a gradient?"""
     counts = factory.frame_counts(config.data).all()
-    for frames in sorted({counts[0], counts[-1]}):
+    for frames in counts[:2]:  # one frame and several: what holds for two holds for more
         clip = meta_clip(frames, config.data.height, config.data.width)
         try:
             out = model(clip.video, pixels=objective.needs_pixels)

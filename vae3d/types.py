@@ -16,18 +16,15 @@ from vae3d.seeding import Generators, randn_like, seed_of
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """What a diffusion model must know of a latent space.
+    """Shape of a latent space: its channels and compression factors.
 
-    Normalised latents are (z - shift) / scale per channel; `time_stride` and `space_stride` are the
-    compression factors; `causal` says that a latent never depends on later frames.
+    causal: a latent never depends on later frames. Scale and shift live in the model's `normalize` alone.
     """
 
     channels: int
     time_stride: int
     space_stride: int
     causal: bool
-    shift: tuple[float, ...]
-    scale: tuple[float, ...]
 
 
 @dataclass

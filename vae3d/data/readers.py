@@ -42,12 +42,18 @@ class MediaError(UserError):
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """frames, upright height and width in pixels, frames per second (0 for an image)."""
+    """frames, upright height and width in pixels, frames per second (0 for an image), how it is stored.
+
+    bits: per channel, as stored; frames are always read as 8 bits.
+    """
 
     num_frames: int
     height: int
     width: int
     fps: float
+    codec: str
+    pixels: str
+    bits: int = 8
 
 
 class Reader(Protocol):
@@ -87,12 +93,14 @@ class ImageReader:
     def __init__(self, path: Path) -> None:
         try:
             with Image.open(path) as image:
+                codec, mode = (image.format or "image").lower(), image.mode
                 self.image = ImageOps.exif_transpose(image).convert("RGB")
         except UnidentifiedImageError as error:
             raise MediaError(path, "is not an image, whatever its extension says") from error
         except (OSError, SyntaxError, ValueError) as error:
             raise MediaError(path, f"cannot be decoded: {error}") from error
-        self.info = MediaInfo(1, self.image.height, self.image.width, 0.0)
+        bits = 16 if mode.startswith("I;16") else 32 if mode in ("I", "F") else 8
+        self.info = MediaInfo(1, self.image.height, self.image.width, 0.0, codec, mode, bits)
         self.path = path
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
@@ -123,7 +131,9 @@ class PyAVReader:
             raise MediaError(path, f"is rotated by {self.rotation} degrees; only multiples of 90 are supported")
         height, width = (first.width, first.height) if self.rotation % 180 else (first.height, first.width)
         rate = self.stream.average_rate or self.stream.guessed_rate
-        self.info = MediaInfo(len(self.pts), height, width, float(rate or 0))
+        bits = max(component.bits for component in first.format.components)
+        codec = self.stream.codec_context.name
+        self.info = MediaInfo(len(self.pts), height, width, float(rate or 0), codec, first.format.name, bits)
         self._first = first
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
@@ -186,16 +196,17 @@ class DecordReader:
     def __init__(self, path: Path, threads: int = 1) -> None:
         import decord
 
-        with_av = PyAVReader(path)  # the header facts that decord does not tell
-        bits = max(component.bits for component in with_av._first.format.components)
-        with_av.close()
-        if bits > 8:
-            raise MediaError(path, f"has {bits} bits per channel, which decord decodes wrongly; use reader=pyav")
+        header = PyAVReader(path)  # tells what decord does not, and refuses what both must refuse
+        header.close()
+        if header.info.bits > 8:
+            raise MediaError(
+                path, f"has {header.info.bits} bits per channel, which decord decodes wrongly; use reader=pyav"
+            )
         try:
             self.video = decord.VideoReader(str(path), num_threads=threads)
         except (decord.DECORDError, RuntimeError) as error:
             raise MediaError(path, f"decord cannot open it: {_one_line(error)}") from error
-        self.path, self.info, self.error = path, with_av.info, decord.DECORDError
+        self.path, self.info, self.error = path, header.info, decord.DECORDError
         if len(self.video) != self.info.num_frames:
             raise MediaError(path, f"decord counts {len(self.video)} frames, its packets {self.info.num_frames}")
 

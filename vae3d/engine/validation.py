@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vae3d.inference.video import to_uint8
+from vae3d.inference.video import as_unit, to_uint8
 from vae3d.metrics import Metric
 from vae3d.types import Clip
 
@@ -42,8 +42,3 @@ def validate(
         picture = np.concatenate([ref, rec], axis=1) if place < pictures else None
         done.append(ValidatedClip(place, Path(clip.paths[0]).stem, scores, picture))
     return done
-
-
-def as_unit(frames: np.ndarray, device: torch.device | str) -> Tensor:
-    """[T, H, W, 3] uint8 -> [T, 3, H, W] float in [0, 1], as metrics take them."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float() / 255.0

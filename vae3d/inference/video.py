@@ -8,6 +8,7 @@ from types import TracebackType
 
 import av
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -59,7 +60,15 @@ class VideoWriter:
         assert self.container is not None, "no frame was written"
         self.container.mux(self.stream.encode())
         self.container.close()
+        self.container = None
         self.unfinished.replace(self.path)
+
+    def abandon(self) -> None:
+        """Delete an unfinished file; a finished one stays."""
+        if self.container is not None:
+            self.container.close()
+            self.container = None
+            self.unfinished.unlink(missing_ok=True)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -67,9 +76,7 @@ class VideoWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is None:
             self.close()
-        elif self.container is not None:
-            self.container.close()
-            self.unfinished.unlink(missing_ok=True)
+        self.abandon()
 
     def _open(self, height: int, width: int) -> None:
         encoder, pixels, options = CODECS[self.codec]
@@ -96,3 +103,8 @@ def write_image(path: Path, frame: np.ndarray) -> None:
     unfinished = path.with_name(f".{path.stem}.partial{path.suffix}")
     Image.fromarray(frame).save(unfinished)
     unfinished.replace(path)
+
+
+def as_unit(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """[T, H, W, 3] uint8 -> [T, 3, H, W] float in [0, 1], as metrics take them."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float() / 255.0

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from vae3d.precision import full_precision
 from vae3d.schedules import ramp
 from vae3d.types import Clip, Reconstruction
 
@@ -80,7 +81,7 @@ class Objective:
         """
         shares: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
-        with torch.autocast(clip.video.device.type, enabled=False):
+        with full_precision(clip.video.device):
             for name, weighted in self.terms.items():
                 error = weighted.term(clip, out)
                 if error is None:

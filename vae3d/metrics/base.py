@@ -32,6 +32,9 @@ class Metric(Protocol):
         Raises MetricError if a score is not finite.
         """
 
+    def reset(self) -> None:
+        """Forget a video that could not be read to its end."""
+
 
 class FrameMetric:
     """A metric that scores every frame by itself. Subclasses define `name`, `higher_is_better` and `score`."""
@@ -52,8 +55,12 @@ class FrameMetric:
         self._scores += self.score(ref, rec).tolist()
 
     def result(self) -> list[float]:
-        scores, self._scores = self._scores, []
+        scores = self._scores
+        self.reset()
         for frame, score in enumerate(scores):
             if not math.isfinite(score):
                 raise MetricError(f"{self.name} of frame {frame} is {score}")
         return scores
+
+    def reset(self) -> None:
+        self._scores = []

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vae3d.metrics.base import FrameMetric, MetricError
+from vae3d.precision import full_precision
 
 PSNR_CAP = 100.0  # dB, of frames with a mean squared error below 1e-10
 
@@ -74,5 +75,5 @@ class Lpips(FrameMetric):
         if min(ref.shape[-2:]) < self.smallest:
             size = "x".join(map(str, ref.shape[-2:]))
             raise MetricError(f"lpips needs frames of at least {self.smallest} pixels; these are {size}")
-        with torch.autocast(ref.device.type, enabled=False):
+        with full_precision(ref.device):
             return self.network(ref.float() * 2 - 1, rec.float() * 2 - 1).flatten()

@@ -57,8 +57,6 @@ class OpenSoraVAE(nn.Module):
             time_stride=self.temporal_vae.stride,
             space_stride=self.spatial_vae.spec.space_stride,
             causal=False,
-            shift=tuple(self.shift.flatten().tolist()),
-            scale=tuple(self.scale.flatten().tolist()),
         )
 
     def encode(self, video: Tensor, *, sample: bool = False, generator: Generators = None) -> Posterior:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.models.layers.checkpointing import needs_grad, run
+from vae3d.precision import full_precision
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -19,6 +19,6 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         y = F.group_norm(x.float(), norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps)
         return F.silu(y).to(x.dtype)

@@ -1,0 +1,26 @@
+"""Reconstruct videos: python or torchrun infer.py checkpoint=... source=... save_dir=...; see README.md."""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from vae3d import launch
+from vae3d.check import check_inference
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="infer")
+def main(cfg: DictConfig) -> None:
+    launch.one_message(lambda: run(cfg))
+
+
+def run(cfg: DictConfig) -> None:
+    config = check_inference(cfg)
+    from vae3d import factory  # torch is imported only once the configuration is sound
+
+    factory.infer(config)
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = launch.allow_unknown_keys(sys.argv[1:])
+    main()

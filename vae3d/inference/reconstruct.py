@@ -1,0 +1,173 @@
+"""Reconstructing files in bounded memory: read a chunk, code it, write it, score it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vae3d.data.clips import to_tensor
+from vae3d.data.readers import MediaError, open_media
+from vae3d.data.transforms import cover
+from vae3d.inference.video import VideoWriter, as_unit, to_uint8, write_image
+from vae3d.metrics import Metric
+from vae3d.seeding import seed_of
+from vae3d.types import Reconstruction
+
+KINDS = ("ori", "rec", "spatial")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which frames of a file, at which size.
+
+    height, width: resize and centre-crop, or None for the file's own size. fps: thin faster videos out to this
+    rate.
+    """
+
+    start: int = 0
+    num_frames: int | None = None
+    stride: int = 1
+    fps: float | None = None
+    height: int | None = None
+    width: int | None = None
+    reader: str = "auto"
+
+
+@dataclass
+class Done:
+    """One reconstructed file, as index.csv tells of it. padding: rows below and columns right that the network
+    needed and that were cut off again. scores: metric -> mean over frames."""
+
+    id: str
+    source: str
+    start: int
+    frames: int
+    fps: float
+    height: int
+    width: int
+    pad_bottom: int
+    pad_right: int
+    scores: dict[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, str | float]:
+        told = asdict(self)
+        return {**{key: value for key, value in told.items() if key != "scores"}, **self.scores}
+
+
+def identifier(row: int, source: str) -> str:
+    """Name of a file's outputs: its row and its stem, with what a file name should not hold replaced."""
+    return f"{row:06d}_{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(source).stem)}"
+
+
+class Reconstructor:
+    """Writes <prefix>_ori, _rec and, for two-stage models, _spatial: what the inner 2D VAE alone would give.
+
+    sample: draw latents (seeded by `seed` and the file's row) instead of taking the posterior's mode.
+    dtype: of autocast, or None for fp32. codec: see inference.video. metrics: scored on the 8-bit pixels, before
+    any codec.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prefix: str,
+        selection: Selection,
+        *,
+        codec: str = "lossless",
+        sample: bool = False,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        metrics: Sequence[Metric] = (),
+    ) -> None:
+        self.model, self.prefix, self.selection = model, prefix, selection
+        self.codec, self.sample, self.seed, self.dtype, self.metrics = codec, sample, seed, dtype, metrics
+        self.device = next(model.parameters()).device
+
+    def folder(self, kind: str) -> Path:
+        return Path(f"{self.prefix}_{kind}")
+
+    def file(self, source: str, row: int) -> Done:
+        """Reconstruct one file. Raises MediaError if it cannot be read; nothing half-written is left."""
+        for metric in self.metrics:
+            metric.reset()
+        reader = open_media(source, self.selection.reader, threads=0)
+        try:
+            info = reader.info
+            indices, fps = self._frames(source, info.num_frames, info.fps)
+            target = (self.selection.height or info.height, self.selection.width or info.width)
+            crop = cover(info.height, info.width, target)
+            chunks = (crop.cut(reader.read(chunk, crop.size)) for chunk in _split(indices, self.model.chunk_frames))
+            name = identifier(row, source)
+            if info.fps:
+                self._video(chunks, name, fps, row)
+            else:
+                self._image(chunks, name, row)
+        finally:
+            reader.close()
+        stride = self.model.spec.space_stride
+        padding = (-target[0] % stride, -target[1] % stride)
+        scores = {metric.name: float(np.mean(metric.result())) for metric in self.metrics}
+        return Done(name, source, indices[0], len(indices), fps, *target, *padding, scores)
+
+    def _frames(self, source: str, count: int, fps: float) -> tuple[list[int], float]:
+        """Numbers of the wanted frames and their rate."""
+        chosen = self.selection
+        step = chosen.stride * (max(1.0, fps / chosen.fps) if chosen.fps and fps else 1.0)
+        if chosen.start >= count:
+            raise MediaError(source, f"has {count} frames; start={chosen.start} is behind its end")
+        possible = int((count - 1 - chosen.start) // step) + 1
+        wanted = possible if chosen.num_frames is None else chosen.num_frames
+        if wanted > possible:
+            raise MediaError(source, f"gives {possible} frames from start={chosen.start}; num_frames={wanted}")
+        return [chosen.start + int(i * step) for i in range(wanted)], fps / step
+
+    def _video(self, chunks: Iterator[np.ndarray], name: str, fps: float, row: int) -> None:
+        writers: dict[str, VideoWriter] = {}
+        try:
+            for number, chunk in enumerate(chunks):
+                for kind, frames in self._code(chunk, row, number).items():
+                    if kind not in writers:
+                        writers[kind] = VideoWriter(self.folder(kind) / f"{name}.mp4", fps, self.codec)
+                    writers[kind].write(frames)
+            for writer in writers.values():
+                writer.close()
+        finally:
+            for writer in writers.values():
+                writer.abandon()
+
+    def _image(self, chunks: Iterator[np.ndarray], name: str, row: int) -> None:
+        for kind, frames in self._code(next(chunks), row, 0).items():
+            write_image(self.folder(kind) / f"{name}.png", frames[0])
+
+    @torch.inference_mode()
+    def _code(self, frames: np.ndarray, row: int, number: int) -> dict[str, np.ndarray]:
+        """8-bit frames of every kind, and their scores added to the metrics."""
+        video = to_tensor(frames)[None].to(self.device).float() / 127.5 - 1.0
+        generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, row, number))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            out = self.model(video, sample=self.sample, generator=generator)
+            spatial = self._spatial(out, video)
+        coded = {"ori": frames, "rec": to_uint8(out.video[0])}
+        if spatial is not None:
+            coded["spatial"] = to_uint8(spatial[0])
+        for metric in self.metrics:
+            metric.update(as_unit(coded["ori"], self.device), as_unit(coded["rec"], self.device))
+        return coded
+
+    def _spatial(self, out: Reconstruction, video: Tensor) -> Tensor | None:
+        if out.spatial is None:
+            return None
+        height, width = video.shape[-2:]
+        return self.model.decode_spatial(out.spatial.latent)[..., :height, :width]
+
+
+def _split(indices: list[int], size: int | None) -> Iterator[list[int]]:
+    size = size or len(indices)
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
