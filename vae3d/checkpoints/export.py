@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -11,13 +12,17 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import save_file
+from torch import nn
 
 from vae3d import __version__
 from vae3d.checkpoints import ldm
 from vae3d.checkpoints.formats import EXPORT_CONFIG, PUBLISHED_FACTOR, Checkpoint, CheckpointError, State
+from vae3d.models.opensora import OpenSoraVAE
+from vae3d.models.spatial import SpatialVAE
+from vae3d.models.temporal import TemporalVAE
 
-SPATIAL = "vae3d.models.spatial.SpatialVAE"
-OPENSORA = "vae3d.models.opensora.OpenSoraVAE"
+# Settings that change how a model runs, not what its weights compute.
+RUNNING = ("scaling_factor", "frame_batch", "gradient_checkpointing")
 
 
 def write_export(checkpoint: Checkpoint, folder: Path, **about: Any) -> None:
@@ -30,7 +35,7 @@ def write_export(checkpoint: Checkpoint, folder: Path, **about: Any) -> None:
 
 def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
     """A folder that diffusers' AutoencoderKL.from_pretrained opens."""
-    config = _require(checkpoint, SPATIAL, "diffusers")
+    config = _require(checkpoint, SpatialVAE, "diffusers")
     levels = len(config["channels"])
     folder.mkdir(parents=True, exist_ok=True)
     _save(_inner(checkpoint.state), folder / "diffusion_pytorch_model.safetensors")
@@ -39,7 +44,7 @@ def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
         "act_fn": "silu",
         "in_channels": 3,
         "out_channels": 3,
-        "block_out_channels": list(config["channels"]),
+        "block_out_channels": config["channels"],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "layers_per_block": config["layers"],
@@ -56,7 +61,7 @@ def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
 
 def write_ldm(checkpoint: Checkpoint, file: Path) -> None:
     """One file with latent-diffusion's keys, without prefix."""
-    _require(checkpoint, SPATIAL, "ldm")
+    _require(checkpoint, SpatialVAE, "ldm")
     file.parent.mkdir(parents=True, exist_ok=True)
     _save(ldm.to_ldm(_inner(checkpoint.state)), file)
 
@@ -68,7 +73,8 @@ def write_opensora(checkpoint: Checkpoint, folder: Path) -> None:
     into the 2D VAE's quant convolutions: the pipeline computes the same.
     Raises CheckpointError for a network of another size, which the original code cannot build.
     """
-    config = _require(checkpoint, OPENSORA, "opensora")
+    config = _require(checkpoint, OpenSoraVAE, "opensora")
+    _require_published_network(config)
     state = _fold_factor(checkpoint.state, config["spatial"])
     folder.mkdir(parents=True, exist_ok=True)
     _save(state, folder / "model.safetensors")
@@ -101,12 +107,36 @@ WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
 }
 
 
-def _require(checkpoint: Checkpoint, target: str, layout: str) -> dict[str, Any]:
+def _require(checkpoint: Checkpoint, network: type[nn.Module], layout: str) -> dict[str, Any]:
+    """The configuration with the network's defaults filled in; raises CheckpointError for another network."""
+    target = f"{network.__module__}.{network.__qualname__}"
     if checkpoint.config["_target_"] != target:
         raise CheckpointError(
             f"{checkpoint.path} holds a {checkpoint.config['_target_']}; the {layout} layout is for {target}"
         )
-    return checkpoint.config
+    return _defaults(network) | checkpoint.config
+
+
+def _require_published_network(config: dict[str, Any]) -> None:
+    """Raises CheckpointError if the pipeline is not of the size that Open-Sora 1.2 hard-codes."""
+    for part, network in (("spatial", SpatialVAE), ("temporal", TemporalVAE)):
+        published = _defaults(network)
+        for name, value in config[part].items():
+            if name not in (*RUNNING, "_target_") and value != published[name]:
+                raise CheckpointError(
+                    f"the original code builds one network only: {part} {name} is {value}, not {published[name]}; "
+                    "use the layout export"
+                )
+
+
+def _defaults(network: type[nn.Module]) -> dict[str, Any]:
+    """Default constructor arguments, as YAML would hold them."""
+    parameters = inspect.signature(network).parameters.values()
+    return {
+        p.name: list(p.default) if isinstance(p.default, tuple) else p.default
+        for p in parameters
+        if p.default is not p.empty
+    }
 
 
 def _inner(state: State) -> State:
@@ -115,7 +145,7 @@ def _inner(state: State) -> State:
 
 def _fold_factor(state: State, spatial: dict[str, Any]) -> State:
     """Weights whose 2D VAE has the scaling factor 0.18215 and computes the same normalised latents."""
-    ratio = spatial["scaling_factor"] / PUBLISHED_FACTOR
+    ratio = (_defaults(SpatialVAE) | spatial)["scaling_factor"] / PUBLISHED_FACTOR
     if ratio == 1.0:
         return state
     state = dict(state)

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from tests import tiny
+from vae3d.checkpoints.export import write_export
+from vae3d.checkpoints.formats import Checkpoint
+
+
+@pytest.fixture(autouse=True, scope="session")
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One thread, no caches of the user's, random trunks under the published names."""
+    torch.set_num_threads(1)
+    patch = pytest.MonkeyPatch()
+    patch.setenv("VAE3D_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("VAE3D_ALLOW_UNVERIFIED", "1")
+    patch.setenv("VAE3D_WEIGHTS", str(tmp_path_factory.mktemp("weights")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def trunks(surroundings: None) -> Path:
+    """Folder with random VGG and AlexNet features under their official names."""
+    import os
+
+    import torchvision
+
+    folder = Path(os.environ["VAE3D_WEIGHTS"])
+    torch.manual_seed(0)
+    for name, file in (("vgg16", "vgg16-397923af.pth"), ("alexnet", "alexnet-owt-7be5be79.pth")):
+        with torch.device("meta"):
+            features = getattr(torchvision.models, name)(weights=None).features
+        state = {f"features.{key}": torch.randn(t.shape) * 0.05 for key, t in features.state_dict().items()}
+        torch.save(state, folder / file)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of ten videos of 12 to 21 frames and two images."""
+    folder = tmp_path_factory.mktemp("videos")
+    paths = []
+    for i in range(10):
+        paths.append(f"clip{i}.mp4")
+        tiny.write_video(folder / paths[-1], tiny.frames(12 + i, seed=i), g="6", bf="2")
+    for i in range(2):
+        paths.append(f"image{i}.png")
+        Image.fromarray(tiny.frames(1, seed=20 + i)[0]).save(folder / paths[-1])
+    pd.DataFrame({"path": paths}).to_csv(folder / "videos.csv", index=False)
+    return folder / "videos.csv"
+
+
+@pytest.fixture(scope="session")
+def spatial_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny 2D VAE with random weights, exported."""
+    from vae3d.factory import model_config
+
+    folder = tmp_path_factory.mktemp("spatial")
+    config = model_config("spatial", *tiny.MODEL["spatial"])
+    write_export(Checkpoint(config, tiny.model("spatial").state_dict(), folder, "export"), folder)
+    return folder
+
+
+@pytest.fixture
+def clip() -> torch.Tensor:
+    """[2, 3, 5, 16, 16] in [-1, 1]."""
+    rng = np.random.default_rng(0)
+    return torch.from_numpy(rng.uniform(-1, 1, (2, 3, 5, 16, 16))).float()

@@ -1,0 +1,129 @@
+"""Models, videos and configurations small enough for a test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import hydra
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+
+import vae3d
+from vae3d.check import check_training
+from vae3d.config import CONF, TrainConfig
+
+ROOT = Path(__file__).parents[1]
+
+SPATIAL = {"channels": "[8,8]", "groups": 4, "layers": 1, "frame_batch": "null", "gradient_checkpointing": "false"}
+TEMPORAL = {"channels": 8, "multipliers": "[1,1,2]", "downsample": "[true,true]", "groups": 4, "layers": 1}
+MODEL = {
+    "spatial": [f"model.{key}={value}" for key, value in SPATIAL.items()],
+    "temporal_vae": [
+        *(f"model.spatial.{key}={value}" for key, value in SPATIAL.items()),
+        *(f"model.temporal.{key}={value}" for key, value in TEMPORAL.items()),
+    ],
+}
+MODEL["opensora_v1_2"] = MODEL["temporal_vae"]
+TRAINING = [
+    "data.height=16",
+    "data.width=16",
+    "data.batch_size=2",
+    "data.workers=0",
+    "trainer.precision=fp32",
+    "trainer.max_steps=2",
+    "trainer.log_every=1",
+    "trainer.save_every=2",
+    "validation.every=0",
+    "logger=none",
+    "optim.lr=1e-3",
+]
+
+
+def model(name: str, *overrides: str, seed: int = 0) -> torch.nn.Module:
+    """A tiny model with random weights."""
+    torch.manual_seed(seed)
+    return vae3d.build(name, *MODEL[name], *overrides)
+
+
+def compose(*overrides: str, config: str = "train") -> DictConfig:
+    """A configuration as the command line would compose it; keys that do not exist are kept for the check."""
+    from vae3d.launch import allow_unknown_keys
+
+    named = ["run.name=test"] if config == "train" else []
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose(config, allow_unknown_keys([*named, *overrides]))
+
+
+def training(name: str, table: Path, *overrides: str) -> TrainConfig:
+    """A checked configuration for a tiny model and two short steps."""
+    path = [f"data.source.path={table}"] if not any(o.startswith("data=") for o in overrides) else []
+    return check_training(compose(f"model={name}", *MODEL[name], *TRAINING, *path, *overrides))
+
+
+def frames(count: int, height: int = 32, width: int = 40, seed: int = 0) -> np.ndarray:
+    """[count, height, width, 3] uint8: a smooth pattern that moves, a grey patch that tells the frame's number."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (height // 8 + 4, width // 8 + 4, 3), dtype=np.uint8))
+    big = np.asarray(small.resize((width + 2 * count, height + count), Image.Resampling.BICUBIC))
+    clip = np.stack([big[i : i + height, 2 * i : 2 * i + width] for i in range(count)])
+    clip[:, :8, :8] = (np.arange(count) * 5 % 256)[:, None, None, None]
+    return clip
+
+
+def write_video(
+    path: Path,
+    clip: np.ndarray,
+    *,
+    fps: int = 24,
+    codec: str = "libx264",
+    pixels: str = "yuv420p",
+    times_ms: Sequence[int] | None = None,
+    rotation: int = 0,
+    **options: str,
+) -> Path:
+    """Encode with PyAV; times_ms makes the frame rate variable."""
+    base = Fraction(1, fps) if times_ms is None else Fraction(1, 1000)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options=options)
+        stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], pixels
+        stream.codec_context.time_base = base
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for i, array in enumerate(clip):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+            frame.pts, frame.time_base = (i if times_ms is None else times_ms[i]), base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def run(*command: str, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of the project as a user would; output and errors are captured together."""
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=environ(**environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def environ(**changes: str) -> dict[str, str]:
+    """One thread per process, so that sums are made in one order; nothing inherited from a distributed launch."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")}
+    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **changes}
+
+
+def script(name: str) -> list[str]:
+    return [sys.executable, str(ROOT / name)]
