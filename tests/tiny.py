@@ -87,6 +87,7 @@ def write_video(
     pixels: str = "yuv420p",
     times_ms: Sequence[int] | None = None,
     rotation: int = 0,
+    transfer: int | None = None,
     **options: str,
 ) -> Path:
     """Encode with PyAV; times_ms makes the frame rate variable."""
@@ -95,6 +96,8 @@ def write_video(
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], pixels
         stream.codec_context.time_base = base
+        if transfer is not None:
+            stream.codec_context.color_trc = transfer
         if rotation:
             stream.set_display_rotation(rotation)
         for i, array in enumerate(clip):

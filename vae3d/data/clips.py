@@ -43,8 +43,8 @@ class ClipSettings:
         return self.stride * np.asarray(thin)
 
     def length(self, num_frames: np.ndarray | float, fps: np.ndarray | float) -> np.ndarray:
-        """Frames that a file can give."""
-        return np.floor((np.asarray(num_frames) - 1) / self.step(fps)).astype(int) + 1
+        """Frames that a file can give: those i for which frame floor(i * step) exists."""
+        return np.ceil(np.asarray(num_frames) / self.step(fps)).astype(int)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +25,7 @@ from vae3d.errors import UserError
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
+UNINDEXED = ("mpegts", "mpeg")  # containers in which decord seeks by guessing
 Size = tuple[int, int]  # height, width
 
 
@@ -120,7 +122,7 @@ class PyAVReader:
         self.container = _open_container(path)
         self.stream = self.container.streams.best("video")
         self.stream.codec_context.thread_count = threads
-        self.pts, self.key_pts = _packet_index(path, self.container, self.stream)
+        self.pts, self.key_pts, self.open_gop = _packet_index(path, self.container, self.stream)
         self.rotation = 0
         self._frames: Iterator[VideoFrame] = iter(())
         self._last: int | None = None  # number of the frame that _frames gave last
@@ -196,12 +198,8 @@ class DecordReader:
     def __init__(self, path: Path, threads: int = 1) -> None:
         import decord
 
-        header = PyAVReader(path)  # tells what decord does not, and refuses what both must refuse
-        header.close()
-        if header.info.bits > 8:
-            raise MediaError(
-                path, f"has {header.info.bits} bits per channel, which decord decodes wrongly; use reader=pyav"
-            )
+        with closing(PyAVReader(path)) as header:  # tells what decord does not, and refuses what both must refuse
+            _refuse_for_decord(path, header)
         try:
             self.video = decord.VideoReader(str(path), num_threads=threads)
         except (decord.DECORDError, RuntimeError) as error:
@@ -224,6 +222,18 @@ class DecordReader:
         del self.video
 
 
+def _refuse_for_decord(path: Path, header: PyAVReader) -> None:
+    if header.info.bits > 8:
+        reason = f"has {header.info.bits} bits per channel, which decord turns into other colours"
+    elif header.container.format.name in UNINDEXED:
+        reason = f"is {header.container.format.name}, where decord gives wrong frames"
+    elif header.open_gop:
+        reason = "has open groups of pictures, of which decord gives wrong frames"
+    else:
+        return
+    raise MediaError(path, f"{reason}; use reader=pyav")
+
+
 READERS: dict[str, Callable[[Path, int], Reader]] = {"auto": PyAVReader, "pyav": PyAVReader, "decord": DecordReader}
 
 
@@ -240,9 +250,10 @@ def _open_container(path: Path) -> InputContainer:
     return container
 
 
-def _packet_index(path: Path, container: InputContainer, stream: VideoStream) -> tuple[np.ndarray, np.ndarray]:
-    """Presentation timestamps of all frames and of the key frames among them, both sorted."""
-    pts, keys, packets = [], [], 0
+def _packet_index(path: Path, container: InputContainer, stream: VideoStream) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Presentation timestamps of all frames and of the key frames among them, both sorted; and whether frames that
+    follow a key frame in the file are shown before it, so that they need the group before (an open GOP)."""
+    pts, keys, packets, open_gop = [], [], 0, False
     try:
         for packet in container.demux(stream):
             packets += packet.size > 0
@@ -251,6 +262,7 @@ def _packet_index(path: Path, container: InputContainer, stream: VideoStream) ->
             if packet.pts is None:
                 raise MediaError(path, "has frames without timestamps; remux it, e.g. into .mp4")
             pts.append(packet.pts)
+            open_gop = open_gop or bool(keys) and packet.pts < keys[-1]
             if packet.is_keyframe:
                 keys.append(packet.pts)
     except av.error.FFmpegError as error:
@@ -259,7 +271,7 @@ def _packet_index(path: Path, container: InputContainer, stream: VideoStream) ->
         raise MediaError(path, f"is cut short: its header promises {stream.frames} frames, {packets} are there")
     if not pts:
         raise MediaError(path, "holds no frames")
-    return np.unique(np.array(pts)), np.unique(np.array(keys, dtype=np.int64))
+    return np.unique(np.array(pts)), np.unique(np.array(keys, dtype=np.int64)), open_gop
 
 
 def _refuse_hdr(path: Path, frame: VideoFrame) -> None:

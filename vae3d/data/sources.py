@@ -72,7 +72,8 @@ class Table:
         if name not in raw.columns:
             return np.nan
         numbers = pd.to_numeric(raw[name], errors="coerce")
-        bad = (numbers.isna() & raw[name].notna()) | (numbers <= 0)
+        smallest = 0 if name == "fps" else 1  # images have no rate
+        bad = (numbers.isna() & raw[name].notna()) | (numbers < smallest)
         if bad.any():
             raise DataError(f"{self.path}: `{name}` is no positive number in rows {_some(rows[bad])}")
         return numbers.astype(float)

@@ -53,7 +53,7 @@ class LPIPSNet(nn.Module):
     def load(self, path: str | Path | None = None) -> LPIPSNet:
         """Read the trunk from `path` or where `weights.find` finds it, the linear weights from the lpips package.
 
-        Raises WeightsMissing, or ValueError if the file holds another network.
+        Raises WeightsMissing if it is not there or holds another network.
         """
         file = weights.find(self.file, path)
         trunk = torch.load(file, map_location="cpu", weights_only=True)
@@ -62,7 +62,9 @@ class LPIPSNet(nn.Module):
         for part in self.slices:  # a slice keeps the layers' names in `features`
             missing = [key for key in part.state_dict() if f"features.{key}" not in trunk]
             if missing:
-                raise ValueError(f"{file} is not the {self.net} trunk of LPIPS: it lacks features.{missing[0]}")
+                raise weights.WeightsMissing(
+                    f"{file} is not the {self.net} trunk of LPIPS: it lacks features.{missing[0]}"
+                )
             part.load_state_dict({key: trunk[f"features.{key}"].float() for key in part.state_dict()}, assign=True)
         for i in range(len(self.lins)):
             self.lins[i] = nn.Parameter(lins[f"lin{i}.model.1.weight"].float())

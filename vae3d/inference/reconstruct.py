@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -121,7 +122,7 @@ class Reconstructor:
         step = chosen.stride * (max(1.0, fps / chosen.fps) if chosen.fps and fps else 1.0)
         if chosen.start >= count:
             raise MediaError(source, f"has {count} frames; start={chosen.start} is behind its end")
-        possible = int((count - 1 - chosen.start) // step) + 1
+        possible = math.ceil((count - chosen.start) / step)
         wanted = possible if chosen.num_frames is None else chosen.num_frames
         if wanted > possible:
             raise MediaError(source, f"gives {possible} frames from start={chosen.start}; num_frames={wanted}")

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tests import tiny
+from vae3d.data.clips import ClipDataset, ClipSettings, collate, read_clip
+from vae3d.data.loader import TrainingData, UnreadableData, lengths_of, validation_clips
+from vae3d.data.probe import complete
+from vae3d.data.readers import MediaError, open_media
+from vae3d.data.sampler import FrameCounts, Plan
+from vae3d.data.sources import DataError, Table
+from vae3d.data.transforms import cover
+
+
+def training_data(table, workers=0, frames=(1, 9), settings=None, **kwargs) -> TrainingData:
+    settings = settings or ClipSettings(16, 16, crop="random", flip=True)
+    rows, faults = complete(Table(table).table())
+    plan = Plan(lengths_of(rows, settings), FrameCounts(*frames), seed=3, batch_size=4, **kwargs)
+    return TrainingData(rows, plan, settings, workers, 2, [], faults)
+
+
+def number(frame: np.ndarray) -> int:
+    """The number that tiny.frames wrote into the corner."""
+    return round(float(frame[1:7, 1:7].mean()) / 5)
+
+
+def test_workers_and_start_do_not_change_the_clips(videos):
+    alone = list(training_data(videos).clips(0, 6))
+    shared = list(training_data(videos, workers=2).clips(0, 6))
+    resumed = list(training_data(videos, workers=2).clips(4, 6))
+    for a, b in zip(alone, shared, strict=True):
+        assert torch.equal(a.video, b.video)
+        assert a.paths == b.paths
+    for a, b in zip(alone[4:], resumed, strict=True):
+        assert torch.equal(a.video, b.video)
+
+
+def test_two_ranks_share_the_clips_of_one(videos):
+    whole = list(training_data(videos).clips(0, 3))
+    halves = [list(training_data(videos, rank=r, world_size=2).clips(0, 3)) for r in range(2)]
+    for step in range(3):
+        both = torch.cat([halves[r][step].video for r in range(2)])
+        assert torch.equal(both, whole[step].video)
+
+
+def test_clips_are_uint8_until_moved_and_then_in_minus_one_to_one(videos):
+    clip = next(iter(training_data(videos).clips(0, 1)))
+    assert clip.video.dtype == torch.uint8
+    moved = clip.to("cpu")
+    assert moved.video.dtype == torch.float32
+    torch.testing.assert_close((moved.video + 1) * 127.5, clip.video.float(), rtol=0, atol=1e-3)
+    assert moved.video.min() >= -1
+    assert moved.video.max() <= 1
+
+
+def test_every_start_is_drawn_and_frames_are_consecutive(tmp_path):
+    path = tiny.write_video(tmp_path / "a.mp4", tiny.frames(18), crf="0")
+    reader = open_media(path)
+    settings = ClipSettings(32, 40)
+    starts = Counter()
+    for start in np.random.default_rng(0).random(60):
+        numbers = [number(frame) for frame in read_clip(reader, str(path), settings, 17, start)]
+        assert np.diff(numbers).tolist() == [1] * 16
+        starts[numbers[0]] += 1
+    assert set(starts) == {0, 1}
+    assert min(starts.values()) > 15
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (ClipSettings(32, 40, stride=3), [0, 3, 6, 9]),
+        (ClipSettings(32, 40, fps=8.0), [0, 3, 6, 9]),  # the file has 24
+        (ClipSettings(32, 40, fps=10.0), [0, 2, 4, 7]),
+        (ClipSettings(32, 40, fps=60.0), [0, 1, 2, 3]),
+        (ClipSettings(32, 40, stride=2, fps=12.0), [0, 4, 8, 12]),
+    ],
+)
+def test_stride_and_rate(tmp_path, settings, expected):
+    path = tiny.write_video(tmp_path / "a.mp4", tiny.frames(20), crf="0")
+    frames = read_clip(open_media(path), str(path), settings, 4, start=0.0)
+    assert [number(frame) for frame in frames] == expected
+    assert settings.length(20, 24.0) == len([i for i in range(20) if int(i * settings.step(24.0)) < 20])
+
+
+def test_a_file_shorter_than_its_row_is_refused(tmp_path):
+    path = tiny.write_video(tmp_path / "a.mp4", tiny.frames(5))
+    with pytest.raises(MediaError, match="has 5 frames, fewer than the table says; 9 are needed"):
+        read_clip(open_media(path), str(path), ClipSettings(32, 40), 9, 0.0)
+
+
+@pytest.mark.parametrize("short", [394, 474, 478, 1012, 480, 720, 1080, 65])
+def test_crops_cover_the_target_for_every_size(short):
+    for height, width in ((short, short * 16 // 9), (short * 16 // 9, short)):
+        crop = cover(height, width, (256, 256))
+        assert min(crop.size) == 256
+        assert crop.size[0] / crop.size[1] == pytest.approx(height / width, rel=0.01)
+        assert (crop.top, crop.left) == ((crop.size[0] - 256) // 2, (crop.size[1] - 256) // 2)
+
+
+def test_random_crops_reach_every_corner():
+    rng = np.random.default_rng(0)
+    places = {(c.top, c.left) for c in (cover(20, 20, (18, 18), rng) for _ in range(200))}
+    assert places == {(0, 0)}  # nothing to choose: the size is covered exactly
+    places = {c.left for c in (cover(18, 21, (18, 18), rng) for _ in range(200))}
+    assert places == {0, 1, 2, 3}
+
+
+def broken(videos, tmp_path, share: int):
+    rows, _ = complete(Table(videos).table())
+    rows = rows[rows["num_frames"] > 1].reset_index(drop=True)
+    for i in range(share):
+        (tmp_path / f"gone{i}.mp4").write_bytes(b"")
+        rows.loc[i, "path"] = str(tmp_path / f"gone{i}.mp4")
+    settings = ClipSettings(16, 16)
+    return rows, Plan(lengths_of(rows, settings), FrameCounts(5, 5), seed=0, batch_size=2), settings
+
+
+def test_a_broken_file_is_told_and_replaced_by_a_seeded_draw(videos, tmp_path):
+    rows, plan, settings = broken(videos, tmp_path, 2)
+    dataset = ClipDataset(rows, plan, settings)
+    samples = [dataset[draw] for step in range(10) for draw in plan.step(step)[0]]
+    replaced = [sample for sample in samples if sample.faults]
+    assert replaced
+    for sample in samples:
+        assert sample.video.shape == (3, 5, 16, 16)
+        assert sample.video.float().std() > 5  # a picture, no placeholder
+        assert "gone" not in sample.path
+    assert {reason for sample in replaced for _, reason in sample.faults} == {"is empty (0 bytes)"}
+    again = ClipDataset(rows, plan, settings)
+    assert torch.equal(
+        again[replaced[0].draw._replace(record=0)].video, dataset[replaced[0].draw._replace(record=0)].video
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_broken_files_stops_the_run_with_their_names(videos, tmp_path, workers):
+    rows, plan, settings = broken(videos, tmp_path, 10)
+    data = TrainingData(rows, plan, settings, workers, 2, [], [])
+    with pytest.raises(UnreadableData, match=r"(?s)^file after file could not be read.*gone\d\.mp4: is empty"):
+        next(data.clips(0, 3))
+
+
+def test_batches_collect_faults(videos, tmp_path):
+    rows, plan, settings = broken(videos, tmp_path, 3)
+    dataset = ClipDataset(rows, plan, settings)
+    samples = [dataset[draw] for draw in plan.step(0)[0]]
+    samples[0].faults = [("x.mp4", "is odd")]
+    assert ("x.mp4", "is odd") in collate(samples).faults
+
+
+def test_validation_clips_are_always_the_same_and_shared_among_ranks(videos):
+    rows, _ = complete(Table(videos).table())
+    settings = ClipSettings(16, 16)
+    clips, faults = validation_clips(rows, settings, 9, 5)
+    assert faults == []
+    assert [int(clip.positions) for clip in clips] == [0, 1, 2, 3, 4]
+    shared = [validation_clips(rows, settings, 9, 5, rank, 2)[0] for rank in range(2)]
+    assert torch.equal(shared[1][0].video, clips[1].video)
+    assert len(shared[0]) + len(shared[1]) == 5
+    with pytest.raises(DataError, match=r"no held-out video has 30 frames for validation \(12 are held out\)"):
+        validation_clips(rows, settings, 30, 5)
+
+
+def test_a_broken_held_out_video_is_told_and_left_out(videos, tmp_path):
+    rows, _, settings = broken(videos, tmp_path, 1)
+    clips, faults = validation_clips(rows, settings, 5, 3)
+    assert len(clips) == 2
+    assert faults == [(str(tmp_path / "gone0.mp4"), "is empty (0 bytes)")]
+
+
+def test_rows_that_promise_more_than_the_file_has_are_replaced(videos):
+    rows, _ = complete(Table(videos).table())
+    rows = pd.concat([rows.iloc[:3].assign(num_frames=21), rows.iloc[9:10]], ignore_index=True)  # 12, 13, 14, 21
+    settings = ClipSettings(16, 16)
+    plan = Plan(lengths_of(rows, settings), FrameCounts(21, 21), seed=0, batch_size=4)
+    clip = next(TrainingData(rows, plan, settings, 0, 2, [], []).clips(0, 1))
+    assert all("clip9" in path for path in clip.paths)
+    assert all("fewer than the table says" in reason for _, reason in clip.faults)

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import pickle
+import shutil
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import tiny
+from vae3d.data.readers import MediaError, open_media
+
+KINDS = {
+    "b_frames.mp4": {"bf": "3", "g": "8"},
+    "b_frames.mkv": {"bf": "3", "g": "8"},
+    "all_key.mp4": {"g": "1"},
+    "one_key.mp4": {"g": "1000"},
+    "open_gop.mp4": {"codec": "libx265", "x265-params": "open-gop=1:keyint=8:bframes=3:log-level=none"},
+    "open_gop264.mp4": {"x264-params": "open-gop=1:keyint=8:bframes=3"},
+    "mpeg4.avi": {"codec": "mpeg4", "g": "8"},
+    "vp9.webm": {"codec": "libvpx-vp9", "g": "8"},
+    "stream.ts": {"bf": "3", "g": "8"},
+    "rotated.mp4": {"rotation": 90, "bf": "2"},
+    "upside_down.mp4": {"rotation": 180, "bf": "2"},
+    "variable.mp4": {"bf": "3", "g": "8", "times_ms": np.cumsum(np.random.default_rng(1).integers(5, 90, 40)).tolist()},
+    "variable.mkv": {"bf": "3", "g": "8", "times_ms": np.cumsum(np.random.default_rng(2).integers(5, 90, 40)).tolist()},
+}
+
+NOT_DECORD = ("open_gop.mp4", "open_gop264.mp4", "stream.ts")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds")
+    for name, options in KINDS.items():
+        size = (128, 128) if options.get("codec") == "libx265" else (32, 40)  # x265 crashes on smaller pictures
+        tiny.write_video(folder / name, tiny.frames(40, *size), **options)
+    tiny.write_video(folder / "odd.mp4", tiny.frames(5, 33, 41), pixels="yuv444p")
+    tiny.write_video(folder / "ten_bit.mp4", tiny.frames(5), pixels="yuv420p10le")
+    return folder
+
+
+def decode_all(path) -> np.ndarray:
+    """Every frame in order, the plain way."""
+    with av.open(str(path)) as container:
+        frames = [(f.to_ndarray(format="rgb24"), f.rotation) for f in container.decode(video=0)]
+    return np.stack([np.rot90(frame, rotation // 90) for frame, rotation in frames])
+
+
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
+@pytest.mark.parametrize("name", KINDS)
+def test_any_frames_are_those_of_a_full_decode(folder, name, reader):
+    if name in NOT_DECORD and reader == "decord":
+        with pytest.raises(MediaError, match="decord gives wrong frames; use reader=pyav"):
+            open_media(folder / name, reader)
+        return
+    expected = decode_all(folder / name)
+    opened = open_media(folder / name, reader)
+    assert opened.info.num_frames == len(expected) == 40
+    assert (opened.info.height, opened.info.width) == expected.shape[1:3]
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        start = int(rng.integers(40))
+        for indices in (range(start, min(start + 17, 40)), rng.integers(0, 40, 5).tolist(), range(0, 40, 7)):
+            np.testing.assert_array_equal(opened.read(indices), expected[list(indices)])
+    opened.close()
+
+
+def test_reading_on_does_not_seek(folder, monkeypatch):
+    opened = open_media(folder / "b_frames.mp4")
+    opened.read([0])
+    seeks = []
+    monkeypatch.setattr(type(opened), "_restart", lambda self, pts: seeks.append(pts))
+    for start in range(1, 33, 8):
+        opened.read(range(start, start + 8))
+    assert seeks == []
+
+
+def test_resizing_is_antialiased_in_both_readers(tmp_path):
+    """A zone plate: shrunk without a low-pass filter, its fine rings turn into coarse ones."""
+    y, x = np.mgrid[-1:1:256j, -1:1:256j]
+    grey = (127.5 + 127.5 * np.cos(128 * np.pi * (x**2 + y**2) / 2)).astype(np.uint8)
+    plate = np.repeat(grey[None, ..., None], 3, axis=3)
+    tiny.write_video(tmp_path / "plate.mp4", plate, crf="0", pixels="yuv444p")
+    full = open_media(tmp_path / "plate.mp4").read([0])[0]
+    reference = np.asarray(Image.fromarray(full).resize((48, 40), Image.Resampling.BICUBIC)).astype(float)
+    aliased = np.asarray(Image.fromarray(full).resize((48, 40), Image.Resampling.NEAREST)).astype(float)
+    for reader in ("pyav", "decord"):
+        small = open_media(tmp_path / "plate.mp4", reader).read([0], (40, 48))[0].astype(float)
+        assert small.shape == (40, 48, 3)
+        assert np.abs(small - reference).mean() < 2.0
+    assert np.abs(aliased - reference).mean() > 20.0
+
+
+def test_rotated_videos_are_resized_upright(folder):
+    opened = open_media(folder / "rotated.mp4")
+    assert opened.read([3], (20, 16)).shape == (1, 20, 16, 3)
+    whole, small = opened.read([3])[0], opened.read([3], (20, 16))[0]
+    expected = np.asarray(Image.fromarray(np.ascontiguousarray(whole)).resize((16, 20), Image.Resampling.BICUBIC))
+    assert np.abs(small.astype(float) - expected).mean() < 8.0
+
+
+def test_images_are_videos_of_one_frame(tmp_path):
+    picture = tiny.frames(1, 20, 30)[0]
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    opened = open_media(tmp_path / "a.png")
+    assert (opened.info.num_frames, opened.info.height, opened.info.width, opened.info.fps) == (1, 20, 30, 0.0)
+    np.testing.assert_array_equal(opened.read([0])[0], picture)
+    assert opened.read([0, 0], (10, 15)).shape == (2, 10, 15, 3)
+
+
+def test_photographs_are_turned_as_their_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.fromarray(tiny.frames(1, 20, 30)[0]).save(tmp_path / "a.jpg", exif=exif)
+    info = open_media(tmp_path / "a.jpg").info
+    assert (info.height, info.width) == (30, 20)
+
+
+def test_odd_sizes_and_ten_bits_are_read(folder):
+    assert open_media(folder / "odd.mp4").read([4]).shape == (1, 33, 41, 3)
+    source = tiny.frames(5)
+    ten = open_media(tiny.write_video(folder / "ten.mp4", source, pixels="yuv444p10le", crf="1"))
+    assert ten.info.bits == 10
+    assert np.abs(ten.read([2])[0].astype(float) - source[2]).mean() < 2.0
+
+
+def make_faulty(folder, source):
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("this is no video")
+    (folder / "text.png").write_text("this is no image")
+    (folder / "video.xyz").write_bytes((source / "all_key.mp4").read_bytes())
+    (folder / "folder.mp4").mkdir()
+    Image.fromarray(tiny.frames(1)[0]).save(folder / "picture.png")
+    shutil.copy(folder / "picture.png", folder / "picture_called.mp4")
+    shutil.copy(source / "all_key.mp4", folder / "video_called.png")
+    whole = (source / "all_key.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])  # the index is at the end, and gone
+    tiny.write_video(folder / "front.mp4", tiny.frames(40), g="8", movflags="+faststart")
+    with av.open(str(folder / "front.mp4")) as container:
+        stream = container.streams.video[0]
+        payload = b"".join(bytes(p) for p in container.demux(stream) if p.size)
+    fast = folder / "cut_front.mp4"
+    with av.open(str(folder / "index_first.mp4"), "w", options={"movflags": "+faststart"}) as out:
+        with av.open(str(folder / "front.mp4")) as container:
+            target = out.add_stream_from_template(container.streams.video[0])
+            for packet in container.demux(container.streams.video[0]):
+                if packet.dts is not None:
+                    packet.stream = target
+                    out.mux(packet)
+    content = (folder / "index_first.mp4").read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat")
+    fast.write_bytes(content[: len(content) - len(payload) // 2])
+    damaged = bytearray(whole)
+    middle = len(whole) // 3
+    damaged[middle : middle + len(whole) // 4] = b"\xff" * (len(whole) // 4)
+    (folder / "damaged.mp4").write_bytes(damaged)
+    with av.open(str(folder / "audio.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    tiny.write_video(folder / "hdr.mp4", tiny.frames(2), pixels="yuv420p10le", transfer=16)
+
+
+FAULTY = {
+    "absent.mp4": "no such file",
+    "empty.mp4": r"is empty \(0 bytes\)",
+    "text.mp4": "is not a readable video",
+    "text.png": "is not an image, whatever its extension says",
+    "video.xyz": r"unknown extension '\.xyz'; known: \.mp4",
+    "folder.mp4": "is a folder, not a file",
+    "picture_called.mp4": r"is an image \(png_pipe\), not a video",
+    "video_called.png": "is not an image, whatever its extension says",
+    "cut.mp4": "is not a readable video",
+    "cut_front.mp4": r"is cut short: its header promises 40 frames, \d+ are there",
+    "damaged.mp4": "is damaged|cannot be decoded",
+    "audio.mp4": "has no video stream, only audio",
+    "hdr.mp4": r"is HDR \(PQ\); tone-map it",
+}
+
+
+@pytest.fixture(scope="module")
+def faulty(folder, tmp_path_factory):
+    where = tmp_path_factory.mktemp("faulty")
+    make_faulty(where, folder)
+    return where
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_faulty_files_are_refused_with_name_and_reason(faulty, name):
+    with pytest.raises(MediaError, match=FAULTY[name]) as error:
+        opened = open_media(faulty / name)
+        opened.read(range(opened.info.num_frames))
+    assert str(error.value).startswith(str(faulty / name))
+
+
+def test_what_decord_cannot_read_is_refused(folder):
+    with pytest.raises(
+        MediaError, match="has 10 bits per channel, which decord turns into other colours; use reader=pyav"
+    ):
+        open_media(folder / "ten_bit.mp4", "decord")
+
+
+def test_frames_behind_the_end_are_refused(folder):
+    with pytest.raises(MediaError, match="has 40 frames; asked for 38 to 40"):
+        open_media(folder / "all_key.mp4").read([38, 40])
+
+
+def test_errors_survive_the_way_out_of_a_worker_process():
+    error = pickle.loads(pickle.dumps(MediaError("a.mp4", "is empty")))
+    assert (str(error), error.path, error.reason) == ("a.mp4: is empty", "a.mp4", "is empty")

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from vae3d.data.sampler import FrameCounts, Lengths, Plan, StepSampler
+from vae3d.data.sources import DataError
+
+
+def plan(lengths=tuple(range(5, 45)), frames=(1, 33), **kwargs) -> Plan:
+    settings = {"seed": 0, "batch_size": 4, **kwargs}
+    counts = frames if isinstance(frames, FrameCounts) else FrameCounts(*frames)
+    return Plan(Lengths(np.array(lengths)), counts, **settings)
+
+
+def test_a_step_is_the_same_whatever_came_before():
+    a, b = plan(), plan()
+    later = [a.step(s) for s in range(100)][60:]
+    assert [b.step(s) for s in range(60, 100)] == later
+    assert list(StepSampler(plan(), 60, 62)) == [batch for s in (60, 61) for batch in later[s - 60]]
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)])
+def test_clips_of_a_step_do_not_depend_on_ranks_or_accumulation(world, accumulate):
+    reference = sorted(plan().step(7)[0])
+    ranks = [plan(world_size=world, rank=r, accumulate=accumulate).step(7) for r in range(world)]
+    assert sorted(draw for rank in ranks for micro in rank for draw in micro) == reference
+    assert {len(micro) for rank in ranks for micro in rank} == {4 // (world * accumulate)}
+
+
+def test_all_ranks_and_micro_batches_of_a_step_have_one_frame_count():
+    for step in range(20):
+        counts = {
+            draw.frames
+            for rank in range(2)
+            for micro in plan(world_size=2, rank=rank, accumulate=2).step(step)
+            for draw in micro
+        }
+        assert len(counts) == 1
+
+
+def test_frame_counts_are_uniform_over_their_range():
+    p = plan(frames=(1, 33))
+    drawn = Counter(p.frames_at(step) for step in range(6600))
+    assert set(drawn) == set(range(1, 34))
+    assert max(abs(n - 200) for n in drawn.values()) < 60  # four standard deviations
+
+
+def test_a_fifth_of_the_steps_are_images():
+    p = plan(frames=FrameCounts(17, 17, 1, 0.2))
+    drawn = Counter(p.frames_at(step) for step in range(5000))
+    assert set(drawn) == {1, 17}
+    assert drawn[1] / 5000 == pytest.approx(0.2, abs=0.025)
+
+
+def test_counts_keep_to_their_step():
+    assert FrameCounts(1, 33, 4).all() == [1, 5, 9, 13, 17, 21, 25, 29, 33]
+    assert FrameCounts(5, 17, 4, 0.5).all() == [1, 5, 9, 13, 17]
+    assert FrameCounts(17, 17, 1, 1.0).all() == [1]
+
+
+def test_every_record_comes_once_per_epoch_and_epochs_differ():
+    p = plan(lengths=[50] * 10, batch_size=4)
+    records = [draw.record for step in range(5) for draw in p.step(step)[0]]
+    assert sorted(records[:10]) == sorted(records[10:20]) == list(range(10))
+    assert records[:10] != records[10:20]
+
+
+def test_short_records_serve_short_clips_only():
+    p = plan(lengths=[1, 1, 1, 20, 40], frames=(1, 33))
+    seen = Counter()
+    for step in range(200):
+        for draw in p.step(step)[0]:
+            assert p.lengths.lengths[draw.record] >= draw.frames
+            seen[draw.record] += draw.frames == 1
+    assert all(seen[record] > 0 for record in range(5))
+
+
+def test_a_frame_count_that_no_video_has_is_refused():
+    with pytest.raises(DataError, match="clips of 22 frames are asked for, but the longest video gives 21"):
+        plan(lengths=[5, 21], frames=(1, 33))
+
+
+def test_seeds_give_other_orders():
+    assert plan(seed=0).step(3) != plan(seed=1).step(3)
+
+
+def test_overfitting_draws_the_first_step_again_and_again():
+    p = plan(overfit=True)
+    assert p.step(0) == p.step(99) == plan().step(0)
+
+
+def test_replacements_are_seeded_and_long_enough():
+    p = plan()
+    assert p.replacement(12, 30, 0) == plan().replacement(12, 30, 0)
+    assert len({p.replacement(12, 30, why) for why in range(50)}) > 5
+    assert all(p.lengths.lengths[p.replacement(i, 30, 0)] >= 30 for i in range(50))

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from vae3d.features.lpips import LPIPSNet, _unit
+from vae3d.weights import FILES, WeightsMissing, find
+
+
+def reference(net: str, trunk: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The lpips package's network with the trunk's weights."""
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    state = {key: trunk[f"features.{key.split('.', 1)[1]}"] for key in theirs.net.state_dict()}
+    theirs.net.load_state_dict(state)
+    return theirs
+
+
+@pytest.mark.parametrize(("net", "file"), [("vgg", "vgg16-397923af.pth"), ("alex", "alexnet-owt-7be5be79.pth")])
+def test_equals_the_lpips_package_bit_for_bit(trunks, net, file):
+    theirs = reference(net, torch.load(trunks / file, weights_only=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = LPIPSNet(net).load()
+    x, y = torch.rand(2, 2, 3, 64, 48) * 2 - 1
+    assert torch.equal(ours(x, y), theirs(x, y))
+    gradients = []
+    for network in (ours, theirs):
+        z = y.clone().requires_grad_()
+        network(x, z).sum().backward()
+        gradients.append(z.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-10)
+
+
+def test_trunk_and_linear_weights_are_frozen(trunks):
+    network = LPIPSNet("vgg").load()
+    assert not network.training
+    assert not any(p.requires_grad for p in network.parameters())
+    assert sum(p.numel() for p in network.parameters()) == 14_714_688 + 64 + 128 + 256 + 512 + 512
+
+
+def test_gradient_is_finite_where_all_features_of_a_pixel_are_zero():
+    """The published normalisation divides 0 by 0 there."""
+    features = torch.zeros(1, 4, 2, 2)
+    features[..., 0] = 1.0
+    features.requires_grad_()
+    published = features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
+    ours = _unit(features)
+    assert torch.equal(ours, published)
+    (theirs,) = torch.autograd.grad(published.sum(), features)
+    (grad,) = torch.autograd.grad(ours.sum(), features)
+    assert theirs.isnan().any()
+    assert grad.isfinite().all()
+    torch.testing.assert_close(grad[..., 0], theirs[..., 0])
+
+
+def test_missing_trunk_names_file_size_hash_and_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with pytest.raises(WeightsMissing) as error:
+        LPIPSNet("vgg").load()
+    message = str(error.value)
+    assert "vgg16-397923af.pth (553,433,881 bytes, sha256 397923af8e79" in message
+    assert f"searched {tmp_path}" in message
+    assert "python scripts/fetch_weights.py vgg16-397923af.pth --dest" in message
+
+
+def test_a_file_of_another_hash_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_WEIGHTS", str(tmp_path))
+    monkeypatch.delenv("VAE3D_ALLOW_UNVERIFIED")
+    (tmp_path / "vgg16-397923af.pth").write_bytes(b"other")
+    with pytest.raises(WeightsMissing, match="it has 5 bytes and sha256 d9298a10d1b0"):
+        find("vgg16-397923af.pth")
+
+
+def test_a_trunk_of_another_network_is_refused(trunks):
+    with pytest.raises(ValueError, match="is not the vgg trunk of LPIPS: it lacks features"):
+        LPIPSNet("vgg").load(trunks / "alexnet-owt-7be5be79.pth")
+
+
+def test_an_explicit_path_that_is_missing_is_named(tmp_path):
+    with pytest.raises(WeightsMissing, match=r"nowhere\.pth: no such file; expected vgg16-397923af\.pth"):
+        LPIPSNet("vgg").load(tmp_path / "nowhere.pth")
+
+
+def test_published_hashes_are_those_that_torchvision_abbreviates():
+    for name, file in FILES.items():
+        assert file.sha256.startswith(name.split("-")[-1].split(".")[0])
