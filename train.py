@@ -7,23 +7,26 @@ from omegaconf import DictConfig
 
 from vae3d import launch
 from vae3d.check import check_training
+from vae3d.config import TrainConfig
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> None:
-    launch.one_message(lambda: run(cfg))
+def main(cfg: DictConfig) -> float | None:
+    return launch.one_message(lambda: run(cfg))
 
 
-def run(cfg: DictConfig) -> None:
+def run(cfg: DictConfig) -> float | None:
+    """Train; returns the last validation PSNR, for sweepers that look for the best."""
     launch.forbid_sweep_under_torchrun()
     config = check_training(cfg)
     if launch.starts_ranks(config.launcher):
         launch.torchrun_child(config.launcher, __file__)
     else:
         launch.recorded(train)(config)
+    return launch.last_metric(launch.run_directory(), "val/psnr")
 
 
-def train(config) -> None:
+def train(config: TrainConfig) -> None:
     from vae3d import factory  # torch is imported only once the configuration is sound
 
     if config.debug.mode == "dry":

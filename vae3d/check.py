@@ -31,6 +31,8 @@ EXAMPLES = {
     "source": "source=PATH (a CSV or parquet file, a folder, or one video)",
     "save_dir": "save_dir=PREFIX of the folders PREFIX_ori, PREFIX_rec, PREFIX_spatial",
 }
+# The model is built and tried only if these are sound.
+MODEL_NEEDS = ("model", "loss", "stage", "data.frames", "data.height", "data.width")
 CHOICES = {
     "loss.reduction": ("sum", "mean"),
     "data.crop": ("center", "random"),
@@ -85,7 +87,6 @@ INFER_RANGES = {
     "num_frames": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "num_samples": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "frame_batch": (lambda v: v >= 1, "at least 1"),
-    "micro_frames": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "fps": (lambda v: v is None or v > 0, "positive, or null"),
 }
 
@@ -102,11 +103,11 @@ class ConfigError(UserError):
 def check_training(cfg: DictConfig) -> TrainConfig:
     """The configuration as typed objects; raises ConfigError naming every fault."""
     faults, tree = _keys(cfg, TrainConfig)
-    config = _typed(cfg, TrainConfig, tree)
+    config = _object(TrainConfig, tree)
     reported = {fault.split(" ")[0].split("=")[0] for fault in faults}
     values = [*_values(config, CHOICES, RANGES), *_training_rules(config, os.environ)]
     faults += [fault for fault in values if fault.split(" ")[0].split("=")[0] not in reported]
-    if not any(fault.startswith(("model", "loss", "stage.train")) for fault in faults):
+    if not any(fault.startswith(MODEL_NEEDS) for fault in faults):
         from vae3d import model_check
 
         faults += model_check.faults(config)
@@ -118,7 +119,7 @@ def check_training(cfg: DictConfig) -> TrainConfig:
 def check_inference(cfg: DictConfig) -> InferConfig:
     """As check_training, for infer.py."""
     faults, tree = _keys(cfg, InferConfig)
-    config = _typed(cfg, InferConfig, tree)
+    config = _object(InferConfig, tree)
     faults += _values(config, INFER_CHOICES, INFER_RANGES)
     if (config.height is None) != (config.width is None):
         faults.append("height and width go together; set both, or neither")
@@ -136,17 +137,31 @@ def _given_paths(config: InferConfig) -> list[tuple[str, str]]:
 
 
 def _keys(cfg: DictConfig, schema: type) -> tuple[list[str], dict[str, Any]]:
-    """Faults of keys, missing values, interpolations and targets; and the resolved tree without unknown keys."""
-    faults = []
-    for key in sorted(OmegaConf.missing_keys(cfg)):
-        faults.append(f"{key} is required; set {EXAMPLES.get(key, f'{key}=VALUE')}")
-    try:
-        tree = OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError([*faults, " ".join(str(error).split())]) from error
+    """Faults of keys, missing values, interpolations and targets; and the resolved tree without unknown keys.
+
+    What is missing or cannot be resolved is `???` in the tree.
+    """
+    faults: list[str] = []
+    tree = _resolve(cfg, OmegaConf.to_container(cfg, resolve=False), "", faults)
     faults += _unknown_keys(tree, schema, "")
     faults += _target_faults(tree, "")
     return faults, tree
+
+
+def _resolve(cfg: DictConfig, node: Any, key: str, faults: list[str]) -> Any:
+    if isinstance(node, dict):
+        return {name: _resolve(cfg, value, f"{key}.{name}".lstrip("."), faults) for name, value in node.items()}
+    if isinstance(node, list):
+        return [_resolve(cfg, value, f"{key}[{index}]", faults) for index, value in enumerate(node)]
+    if node == MISSING:
+        faults.append(f"{key} is required; set {EXAMPLES.get(key, f'{key}=VALUE')}")
+    if isinstance(node, str) and "${" in node:
+        try:
+            return OmegaConf.select(cfg, key)
+        except OmegaConfBaseException as error:
+            faults.append(f"{key}={node} cannot be resolved: {str(error).splitlines()[0]}")
+            return MISSING
+    return node
 
 
 def _unknown_keys(tree: dict[str, Any], schema: type, prefix: str) -> list[str]:
@@ -209,12 +224,8 @@ def _nearest(key: str, options: Mapping[str, Any], prefix: str) -> str:
     return f"; there are {', '.join(options)}"
 
 
-def _typed(cfg: DictConfig, schema: type, tree: dict[str, Any]) -> Any:
-    """Typed objects of a tree in which missing values keep `???`, so that all other values can be checked too."""
-    return _object(schema, tree)
-
-
 def _object(kind: Any, value: Any) -> Any:
+    """Typed objects of a tree; `???` stays where it stands, so that all other values can still be checked."""
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         types = typing.get_type_hints(kind)
         return kind(**{key: _object(types[key], inner) for key, inner in value.items()})

@@ -31,7 +31,8 @@ class Stage:
 
     name: str = MISSING
     train: dict[str, float] = MISSING
-    init_from: Any = "random"  # random, a checkpoint, or {submodule: checkpoint}
+    init_from: Any = MISSING  # random, a checkpoint, or {submodule: checkpoint}
+    whole_clips: bool = False  # train on clips as a whole, where the model would cut them into pieces in use
 
 
 @dataclass
@@ -161,8 +162,7 @@ class InferConfig:
     source: str = MISSING  # a table, a folder or one file
     save_dir: str = MISSING  # prefix of <save_dir>_ori, _rec, _spatial
     root: str | None = None  # what relative paths in a table are relative to; by default the table's folder
-    model: dict[str, Any] = field(default_factory=dict)  # changes to the checkpoint's model configuration
-    micro_frames: int | None = 17  # frames coded together by temporal_vae; null: the whole clip
+    model: dict[str, Any] = field(default_factory=dict)  # changes to the checkpoint's model: model.micro_frames=null
     frame_batch: int = 4  # frames through a 2D network at once
     height: int | None = None  # resize and centre-crop to height x width; null: as the video is
     width: int | None = None

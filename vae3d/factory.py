@@ -159,6 +159,8 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     metrics = build_metrics(validation.metrics, accelerator.device) if validation.every else []
     torch.manual_seed(config.run.seed)
     model = instantiate(config.model)
+    if config.stage.whole_clips and hasattr(model, "micro_frames"):
+        model.micro_frames = None
     if latest_state(folder / "checkpoints") is None:
         for line in initialize(model, config.stage.init_from):
             if accelerator.is_main_process:
@@ -188,8 +190,6 @@ def infer(config: InferConfig) -> None:
     )
     metrics = build_metrics(config.metrics, device)
     model = load(config.checkpoint, **config.model).to(device)
-    if hasattr(model, "micro_frames"):
-        model.micro_frames = config.micro_frames
     getattr(model, "spatial_vae", model).frame_batch = config.frame_batch
     reconstructor = Reconstructor(
         model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -89,6 +90,14 @@ def torchrun_child(launcher: Launcher, script: str) -> None:
         signal.signal(signal.SIGTERM, forward)
     if code:
         raise RuntimeError(f"torchrun exited with {code}; see the log files in {run_directory()}")
+
+
+def last_metric(folder: Path, name: str) -> float | None:
+    """The newest value of a metric in a run's metrics.jsonl; None if it holds none."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    values = [json.loads(line)[name] for line in lines if f'"{name}"' in line]
+    return values[-1] if values else None
 
 
 def one_message(run: Callable[[], R]) -> R:

@@ -57,7 +57,8 @@ def _size_faults(config: TrainConfig, model: nn.Module) -> Iterator[str]:
         if not model.frames_valid(count):
             near = [n for n in range(max(1, count - 16), count + 17) if model.frames_valid(n)]
             near = sorted(near, key=lambda n: abs(n - count))[:2]
-            yield f"data.frames: the model does not take {count} frames; nearest are {' and '.join(map(str, sorted(near)))}"
+            nearest = " and ".join(map(str, sorted(near)))
+            yield f"data.frames: the model does not take {count} frames; nearest are {nearest}"
             return
 
 
@@ -66,7 +67,8 @@ def _init_faults(config: TrainConfig, model: nn.Module) -> Iterator[str]:
     names = {name for name, _ in model.named_modules() if name}
     for name in init if isinstance(init, dict) else []:
         if name not in names:
-            yield f"stage.init_from.{name}: the model has no such submodule; it has {', '.join(dict(model.named_children()))}"
+            children = ", ".join(dict(model.named_children()))
+            yield f"stage.init_from.{name}: the model has no such submodule; it has {children}"
 
 
 def _frozen_random(config: TrainConfig, model: nn.Module) -> list[str]:

@@ -220,7 +220,7 @@ def test_a_file_that_holds_code_is_not_run(tmp_path):
             return (exec, ("raise SystemExit('it ran')",))
 
     (tmp_path / "evil.pt").write_bytes(pickle.dumps({"state_dict": Evil()}, protocol=2))
-    with pytest.raises(CheckpointError, match="evil.pt"):
+    with pytest.raises(CheckpointError, match=r"evil\.pt"):
         vae3d.load(tmp_path / "evil.pt")
 
     torch.save({"state_dict": {}, "config": tiny.SPATIAL, "path": tmp_path}, tmp_path / "objects.pt")
@@ -281,5 +281,5 @@ def test_a_part_starts_from_its_own_checkpoint_or_from_a_whole_one(tmp_path):
 
 def test_weights_made_for_another_latent_scale_are_refused(tmp_path):
     write_export(checkpoint("temporal_vae", tiny.MODEL["temporal_vae"], tmp_path), tmp_path)
-    with pytest.raises(CheckpointError, match="scaling_factor is 0.13025 in the checkpoint and 0.18215 in the model"):
+    with pytest.raises(CheckpointError, match=r"scaling_factor is 0.13025 in the checkpoint and 0.18215 in the model"):
         initialize(tiny.model("opensora_v1_2"), str(tmp_path))

@@ -126,6 +126,16 @@ def test_odd_sizes_and_ten_bits_are_read(folder):
     assert np.abs(ten.read([2])[0].astype(float) - source[2]).mean() < 2.0
 
 
+def index_first(source, target):
+    """Copy a video with its index in front of the pictures, as for streaming."""
+    with av.open(str(source)) as read, av.open(str(target), "w", options={"movflags": "+faststart"}) as written:
+        stream = written.add_stream_from_template(read.streams.video[0])
+        for packet in read.demux(read.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                written.mux(packet)
+
+
 def make_faulty(folder, source):
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("this is no video")
@@ -137,21 +147,11 @@ def make_faulty(folder, source):
     shutil.copy(source / "all_key.mp4", folder / "video_called.png")
     whole = (source / "all_key.mp4").read_bytes()
     (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])  # the index is at the end, and gone
-    tiny.write_video(folder / "front.mp4", tiny.frames(40), g="8", movflags="+faststart")
-    with av.open(str(folder / "front.mp4")) as container:
-        stream = container.streams.video[0]
-        payload = b"".join(bytes(p) for p in container.demux(stream) if p.size)
-    fast = folder / "cut_front.mp4"
-    with av.open(str(folder / "index_first.mp4"), "w", options={"movflags": "+faststart"}) as out:
-        with av.open(str(folder / "front.mp4")) as container:
-            target = out.add_stream_from_template(container.streams.video[0])
-            for packet in container.demux(container.streams.video[0]):
-                if packet.dts is not None:
-                    packet.stream = target
-                    out.mux(packet)
+    tiny.write_video(folder / "index_last.mp4", tiny.frames(40), g="8")
+    index_first(folder / "index_last.mp4", folder / "index_first.mp4")
     content = (folder / "index_first.mp4").read_bytes()
     assert content.index(b"moov") < content.index(b"mdat")
-    fast.write_bytes(content[: len(content) - len(payload) // 2])
+    (folder / "cut_front.mp4").write_bytes(content[: (content.index(b"mdat") + len(content)) // 2])
     damaged = bytearray(whole)
     middle = len(whole) // 3
     damaged[middle : middle + len(whole) // 4] = b"\xff" * (len(whole) // 4)

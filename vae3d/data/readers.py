@@ -262,7 +262,7 @@ def _packet_index(path: Path, container: InputContainer, stream: VideoStream) ->
             if packet.pts is None:
                 raise MediaError(path, "has frames without timestamps; remux it, e.g. into .mp4")
             pts.append(packet.pts)
-            open_gop = open_gop or bool(keys) and packet.pts < keys[-1]
+            open_gop |= bool(keys) and packet.pts < keys[-1]
             if packet.is_keyframe:
                 keys.append(packet.pts)
     except av.error.FFmpegError as error:

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import tiny
+from vae3d.engine.ema import Ema
+from vae3d.engine.freeze import PartError, set_mode, train_parts
+from vae3d.engine.metrics import StepMetrics, Window
+from vae3d.engine.spike import SpikeError, SpikeGuard
+from vae3d.errors import UserError
+from vae3d.schedules import ema_decay, learning_rate, ramp
+
+
+def test_only_named_parts_train_each_with_its_scale():
+    model = tiny.model("temporal_vae")
+    groups = train_parts(model, {"temporal_encoder": 0.1, "spatial_decoder": 1.0})
+    assert [(g["part"], g["lr_scale"]) for g in groups] == [("temporal_encoder", 0.1), ("spatial_decoder", 1.0)]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    prefixes = ("temporal_vae.encoder.", "temporal_vae.quant_conv.", "spatial_vae.module.decoder.")
+    assert trained == {
+        n for n, _ in model.named_parameters() if n.startswith((*prefixes, "spatial_vae.module.post_quant"))
+    }
+    set_mode(model, {"temporal_encoder": 0.1})
+    assert model.temporal_vae.encoder.training
+    assert not model.temporal_vae.decoder.training
+    assert not model.spatial_vae.training
+
+
+def test_all_names_every_parameter():
+    model = tiny.model("spatial")
+    (group,) = train_parts(model, {"all": 1.0})
+    assert len(group["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        ({"temporal_encodr": 1.0}, "OpenSoraVAE has no part temporal_encodr; it has spatial_encoder, .*, all"),
+        ({"encoder": 1.0, "temporal_encoder": 0.1}, "parts temporal_encoder and encoder overlap"),
+        ({}, "nothing trains"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(scales, message):
+    with pytest.raises(PartError, match=message):
+        train_parts(tiny.model("temporal_vae"), scales)
+
+
+def small_model() -> torch.nn.Linear:
+    torch.manual_seed(0)
+    return torch.nn.Linear(3, 2)
+
+
+def test_ema_follows_its_formula_and_swaps_in_and_out():
+    model = small_model()
+    ema = Ema(model, decay=0.9, warmup=False)
+    shadow = model.weight.detach().clone()
+    for step in range(5):
+        with torch.no_grad():
+            model.weight += 1.0
+        ema.update(step)
+        shadow = 0.9 * shadow + 0.1 * model.weight.detach()
+    raw = model.weight.detach().clone()
+    with ema.applied():
+        torch.testing.assert_close(model.weight.detach(), shadow)
+    assert torch.equal(model.weight.detach(), raw)
+
+
+def test_ema_warms_up_and_can_pause():
+    assert [ema_decay(s, decay=0.999, warmup=True) for s in (0, 9, 89)] == pytest.approx([0.1, 10 / 19, 90 / 99])
+    assert ema_decay(10**6, decay=0.999, warmup=True) == 0.999
+    model = small_model()
+    ema = Ema(model, decay=0.5, warmup=False, every=2)
+    start = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight += 4.0
+    ema.update(0)
+    torch.testing.assert_close(ema.shadow["weight"], start)
+    ema.update(1)
+    torch.testing.assert_close(ema.shadow["weight"], start + 4.0 * (1 - 0.25))
+
+
+def test_ema_keeps_only_what_trains_and_can_be_off():
+    model = small_model()
+    model.bias.requires_grad_(False)
+    assert Ema(model, decay=0.9).state_dict().keys() == {"weight"}
+    off = Ema(model, decay=0.0)
+    assert off.state_dict() == {}
+    with off.applied():
+        pass
+    with pytest.raises(UserError, match="averages of 1 parameters, this run keeps 0"):
+        off.load_state_dict({"weight": model.weight})
+
+
+def test_spikes_and_non_finite_losses_are_skipped():
+    guard = SpikeGuard(factor=5.0, warmup=3, patience=10)
+    assert [guard.accept(loss, 1.0) for loss in (100.0, 1.0, 1.0, 1.0)] == [True] * 4  # still warming up
+    guard.mean = 1.0
+    assert not guard.accept(5.1, 1.0)
+    assert guard.accept(4.9, 1.0)
+    assert not guard.accept(float("nan"), 1.0)
+    assert not guard.accept(1.0, float("inf"))
+    assert guard.skipped_in_row == 2
+    copy = SpikeGuard(5.0, 3, 10)
+    copy.load_state_dict(guard.state_dict())
+    assert copy.state_dict() == guard.state_dict()
+
+
+def test_without_a_factor_only_non_finite_losses_are_skipped():
+    guard = SpikeGuard(factor=None, warmup=0, patience=3)
+    assert all(guard.accept(10.0**i, 1.0) for i in range(10))
+    assert not guard.accept(float("inf"), 1.0)
+
+
+def test_too_many_skipped_steps_stop_the_run():
+    guard = SpikeGuard(factor=None, warmup=0, patience=3)
+    assert not guard.accept(float("nan"), 1.0)
+    assert not guard.accept(float("nan"), 1.0)
+    with pytest.raises(SpikeError, match="3 steps in a row were skipped: loss nan"):
+        guard.accept(float("nan"), 1.0)
+
+
+@pytest.mark.parametrize(("step", "value"), [(0, 0.0), (200, 0.0), (350, 0.5), (500, 1.0), (5000, 1.0)])
+def test_ramp(step, value):
+    assert ramp(step, 200, 500) == value
+    assert ramp(step, 0, 0) == 1.0
+
+
+def test_learning_rate_warms_up_and_decays():
+    rates = {"lr": 1.0, "warmup_steps": 4, "schedule": "cosine", "max_steps": 104, "min_lr": 0.1}
+    assert [learning_rate(s, **rates) for s in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert learning_rate(54, **rates) == pytest.approx(0.55)
+    assert learning_rate(104, **rates) == learning_rate(200, **rates) == pytest.approx(0.1)
+    assert learning_rate(10**6, lr=1e-5) == 1e-5
+    with pytest.raises(ValueError, match="schedule is 'linear'"):
+        learning_rate(5, lr=1.0, schedule="linear")
+
+
+def test_metrics_average_over_the_micro_batches_that_have_them():
+    metrics = StepMetrics()
+    metrics.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
+    metrics.add({"a": torch.tensor(3.0)})
+    names, packed = metrics.pack({"stop": 1.0}, torch.device("cpu"))
+    assert dict(zip(names, packed.tolist(), strict=True)) == {"a": 2.0, "b": 5.0, "stop": 1.0}
+
+
+def test_a_window_survives_a_resume():
+    window, resumed = Window(), Window()
+    window.add({"a": 1.0})
+    resumed.load_state_dict(window.state_dict())
+    resumed.add({"a": 2.0})
+    assert resumed.flush() == {"a": 1.5}
+    assert resumed.flush() == {}

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests import tiny
+from vae3d.check import ConfigError, check_inference, check_training
+from vae3d.launch import allow_unknown_keys
+
+FAULTS = {
+    "unknown key": (["trainer.max_step=5"], "trainer.max_step is not a setting; did you mean trainer.max_steps?"),
+    "unknown group": (["stages=stage1"], "stages is not a setting; did you mean stage?"),
+    "unknown key of a term": (["loss.terms.l1.wieght=2"], "loss.terms.l1.wieght is not a setting; did you mean loss.terms.l1.weight?"),
+    "missing value": (["data.source.path=???"], "data.source.path is required; set data.source.path=/path/to/videos.csv"),
+    "missing checkpoint": (["stage=finetune"], "stage.init_from is required; set stage.init_from=CHECKPOINT"),
+    "missing 2D VAE": (["stage=stage1"], "stage.init_from.spatial_vae is required; set stage.init_from.spatial_vae=/path/to/2D-VAE"),
+    "absent file": (["data.source.path=/nowhere.csv"], "data.source.path=/nowhere.csv: no such file or folder"),
+    "absent checkpoint": (["stage.init_from=/nowhere"], "stage.init_from=/nowhere: no such file or folder"),
+    "unknown target": (["model._target_=vae3d.models.nothing.VAE"], "model._target_=vae3d.models.nothing.VAE cannot be imported"),
+    "unknown argument": (["model.temporal.chanels=8"], "model.temporal.chanels is not an argument of vae3d.models.temporal.TemporalVAE; did you mean model.temporal.channels?"),
+    "missing argument": (["~model.temporal"], "model lacks the argument temporal of vae3d.models.opensora.OpenSoraVAE"),
+    "constructor refuses": (["model.temporal.groups=5"], "model or loss cannot be built: ValueError: channels * multipliers are [8, 8, 16]; each must be a multiple of groups=5"),
+    "frames upside down": (["data.frames.min=9", "data.frames.max=5"], "data.frames.max=5 is below data.frames.min=9; raise it"),
+    "size": (["data.height=17"], "data.height=17 is not a multiple of the model's stride 2; use 16 or 18"),
+    "choice": (["optim.schedule=linear"], "optim.schedule=linear is unknown; use one of constant, cosine"),
+    "range": (["data.frames.images=1.5"], "data.frames.images=1.5 must be a probability, 0 to 1"),
+    "ramp": (["loss.terms.l1.ramp=[500,200]"], "loss.terms.l1.ramp=[500, 200] must be [first step, last step]"),
+    "batch": (["data.batch_size=3", "trainer.accumulate=2"], "data.batch_size=3 does not divide over 1 ranks x trainer.accumulate=2; use a multiple of 2, such as 4"),
+    "ranks": (["launcher=torchrun", "launcher.nproc=4", "data.batch_size=2"], "data.batch_size=2 does not divide over 4 ranks x trainer.accumulate=1; use a multiple of 4, such as 4"),
+    "unknown part": (["stage.train={temporal_encodr: 1.0}"], "stage.train: OpenSoraVAE has no part temporal_encodr; it has spatial_encoder, spatial_decoder, temporal_encoder"),
+    "unreached part": (["loss=latent"], "stage.train: no loss term reaches spatial_decoder, decoder on clips of 1 frames"),
+    "frozen and random": (["stage.train={temporal_decoder: 1.0}", "~stage.train.spatial_encoder", "~stage.train.spatial_decoder", "~stage.train.temporal_encoder"], "freezes spatial_encoder, spatial_decoder, temporal_encoder, encoder, decoder with random weights; set stage.init_from"),
+    "unknown submodule": (["stage.init_from={spatial: random}"], "stage.init_from.spatial: the model has no such submodule; it has spatial_vae, temporal_vae"),
+    "nothing to train on": (["loss.terms.l1.weight=0", "loss.terms.kl.weight=0"], "loss.terms has no term with a weight above 0"),
+    "unknown metric": (["validation.metrics=[psnr,vmaf]"], "validation.metrics: no metric is called vmaf; there are psnr, ssim, lpips"),
+    "broken interpolation": (["data.height=${data.hight}"], "data.height=${data.hight} cannot be resolved: Interpolation key 'data.hight' not found"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_fault_is_one_readable_line(videos, name):
+    overrides, message = FAULTS[name]
+    with pytest.raises(ConfigError) as error:
+        tiny.training("temporal_vae", videos, "loss=recon_kl", *overrides)
+    assert len(error.value.faults) == 1, error.value.faults
+    assert message in error.value.faults[0]
+    assert "\n" not in error.value.faults[0]
+
+
+def test_all_faults_are_reported_at_once():
+    with pytest.raises(ConfigError) as error:
+        tiny.training(
+            "temporal_vae", "/nowhere.csv", "stage=stage1", "trainer.max_step=5", "data.crop=left", "data.batch_size=0",
+            "loss.terms.kl.term.beta=2", "data.workers=-1",
+        )  # fmt: skip
+    message = str(error.value)
+    assert message.startswith("the configuration has 7 faults:\n")
+    for key in ("init_from.spatial_vae", "max_step ", "crop", "batch_size", "kl.term.beta", "workers", "nowhere"):
+        assert key in message
+
+
+def test_wrong_frame_counts_name_the_nearest(videos, monkeypatch):
+    from vae3d.models.opensora import OpenSoraVAE
+
+    monkeypatch.setattr(OpenSoraVAE, "frames_valid", lambda self, frames: frames % 4 == 1)
+    with pytest.raises(ConfigError, match="the model does not take 6 frames; nearest are 5 and 9"):
+        tiny.training("temporal_vae", videos, "loss=recon_kl", "data.frames.min=6", "data.frames.max=6")
+
+
+def test_identity_on_unequal_channels_is_refused(videos, spatial_export):
+    with pytest.raises(
+        ConfigError, match="the identity loss compares 2D latents of 4 channels with temporal latents of 6"
+    ):
+        tiny.training(
+            "temporal_vae", videos, "stage=stage1", f"stage.init_from.spatial_vae={spatial_export}",
+            "model.temporal.latent_channels=6", "model.shift=[0,0,0,0,0,0]", "model.scale=[1,1,1,1,1,1]",
+        )  # fmt: skip
+
+
+def test_accelerate_must_not_be_told_another_precision(videos, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ConfigError, match="trainer.precision=fp32, but accelerate launch says bf16"):
+        tiny.training("temporal_vae", videos, "loss=recon_kl")
+
+
+def test_a_sound_configuration_comes_back_typed(videos):
+    config = tiny.training("temporal_vae", videos, "loss=recon_kl", "optim.lr=3e-4", "loss.terms.kl.ramp=[5,9]")
+    assert config.optim.lr == 3e-4
+    assert config.loss.terms["kl"].ramp == [5, 9]
+    assert config.stage.name == "stage3"
+    assert config.model["micro_frames"] == 17
+    assert type(config.model["spatial"]["channels"]) is list
+
+
+def test_only_plain_overrides_are_marked():
+    arguments = [
+        "stage=stage1",
+        "trainer.foo=1",
+        "+a.b=2",
+        "~loss.terms.kl",
+        "-m",
+        "hydra.sweep.dir=x",
+        "hydra/launcher=y",
+        "lr",
+    ]
+    assert allow_unknown_keys(arguments) == ["stage=stage1", "++trainer.foo=1", *arguments[2:]]
+
+
+INFER_FAULTS = {
+    "nothing given": ([], ["checkpoint is required", "save_dir is required", "source is required"]),
+    "typo": (["checkpoint=.", "source=.", "save_dir=x", "num_frame=3"], ["num_frame is not a setting; did you mean num_frames?"]),
+    "absent": (["checkpoint=/a", "source=/b", "save_dir=x"], ["checkpoint=/a: no such file or folder", "source=/b: no such"]),
+    "one side": (["checkpoint=.", "source=.", "save_dir=x", "height=64"], ["height and width go together"]),
+    "codec": (["checkpoint=.", "source=.", "save_dir=x", "codec=av1"], ["codec=av1 is unknown; use one of lossless, h264"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INFER_FAULTS)
+def test_inference_faults(name):
+    overrides, messages = INFER_FAULTS[name]
+    with pytest.raises(ConfigError) as error:
+        check_inference(tiny.compose(*overrides, config="infer"))
+    assert len(error.value.faults) == len(messages)
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_schema_and_check_import_no_torch():
+    code = "import sys, vae3d.check, vae3d.launch, vae3d; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=tiny.ROOT).returncode == 0

@@ -1,0 +1,162 @@
+"""Every experiment, and every model x stage x loss that composes, is checked and takes two steps at tiny size."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, PartialState
+
+from tests import tiny
+from vae3d import factory
+from vae3d.check import ConfigError
+from vae3d.checkpoints.export import write_export
+from vae3d.checkpoints.formats import Checkpoint
+from vae3d.config import CONF
+from vae3d.data.sources import Table
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+COMBINATIONS = list(itertools.product(names("model"), names("stage"), names("loss")))
+TWO_STAGE = ("temporal_vae", "opensora_v1_2")
+PIXEL_LOSSES = ("recon_kl", "recon_kl_lpips")
+
+
+def reason(model: str, stage: str, loss: str) -> str | None:
+    """Why a combination makes no sense, in the words of the check."""
+    if model == "spatial" and stage.startswith("stage"):
+        return "SpatialVAE has no part"
+    if model == "spatial" and loss.startswith("latent"):
+        return "need a model with a 2D VAE inside"
+    if stage in ("stage3", "finetune", "decoder_only") and loss.startswith("latent"):
+        return "no loss term reaches"
+    return None
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory):
+    """A tiny export of every model, to start from."""
+    root = tmp_path_factory.mktemp("exports")
+    for name in names("model"):
+        config = factory.model_config(name, *tiny.MODEL[name])
+        write_export(Checkpoint(config, tiny.model(name).state_dict(), root, ""), root / name)
+    return root
+
+
+def starting_point(model: str, stage: str, exports: Path) -> list[str]:
+    if stage == "stage1":
+        return [f"stage.init_from.spatial_vae={exports / 'spatial'}"]
+    return [] if stage == "stage3" else [f"stage.init_from={exports / model}"]
+
+
+def two_steps(config, folder: Path) -> None:
+    t = factory.trainer(config, folder)
+    t.fit()
+    assert t.step == 2
+
+
+@pytest.mark.parametrize(("model", "stage", "loss"), COMBINATIONS)
+def test_combination_steps_twice_or_is_refused_with_the_reason(videos, trunks, exports, tmp_path, model, stage, loss):
+    overrides = [f"stage={stage}", f"loss={loss}", "data.frames.min=1", "data.frames.max=2", "trainer.save_every=0"]
+    overrides += starting_point(model, stage, exports)
+    expected = reason(model, stage, loss)
+    if expected is not None:
+        with pytest.raises(ConfigError, match=expected):
+            tiny.training(model, videos, *overrides)
+        return
+    two_steps(tiny.training(model, videos, *overrides), tmp_path)
+
+
+def test_most_combinations_make_sense():
+    sound = [c for c in COMBINATIONS if reason(*c) is None]
+    assert {model for model, _, _ in sound} == set(names("model"))
+    assert {stage for _, stage, _ in sound} == set(names("stage"))
+    assert {loss for _, _, loss in sound} == set(names("loss"))
+
+
+SMALL = [
+    "data.batch_size=2", "data.height=32", "data.width=32", "data.frames.max=3", "data.workers=0", "trainer.max_steps=2",
+    "trainer.precision=fp32", "trainer.log_every=1", "validation.frames=3", "validation.every=2", "logger=none",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_experiment_steps_twice(videos, trunks, exports, tmp_path, monkeypatch, experiment):
+    monkeypatch.chdir(tmp_path)
+    composed = tiny.compose(f"experiment={experiment}")
+    model, stage = composed.model._target_.rsplit(".", 1)[1], composed.stage.name
+    name = "spatial" if model == "SpatialVAE" else "temporal_vae"
+    start = starting_point(name, stage, exports)
+    frames = ["data.frames.min=1"] if composed.data.frames.min > 3 else []
+    overrides = [f"experiment={experiment}", *tiny.MODEL[name], *SMALL, *frames, *start]
+    if stage == "stage3":
+        overrides.append(f"stage.init_from={exports / name}")
+    if composed.data.source._target_ == f"{Table.__module__}.{Table.__qualname__}":
+        overrides.append(f"data.source.path={videos}")
+    from vae3d.check import check_training
+
+    two_steps(check_training(tiny.compose(*overrides)), tmp_path / "run")
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_experiment_says_its_command_and_what_to_expect(experiment):
+    text = (CONF / f"experiment/{experiment}.yaml").read_text()
+    assert f"experiment={experiment}" in text
+    assert re.search(r"^# .*(Expected|Published)", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("group", ["stage", "experiment", "debug"])
+def test_package_directive_is_the_first_line(group):
+    """Hydra ignores it anywhere else."""
+    for name in names(group):
+        assert (CONF / group / f"{name}.yaml").read_text().startswith("# @package _global_\n"), name
+
+
+def test_full_scale_presets_hold_the_reports_numbers():
+    expected = {"opensora_stage1": (380_000, 8), "opensora_stage2": (260_000, 8), "opensora_stage3": (540_000, 24)}
+    for name, (steps, batch) in expected.items():
+        cfg = tiny.compose(f"experiment={name}")
+        assert (cfg.trainer.max_steps, cfg.data.batch_size) == (steps, batch)
+        assert (cfg.optim.lr, cfg.optim.grad_clip, cfg.trainer.precision) == (1e-5, 1.0, "bf16")
+        assert cfg.loss.terms.kl.weight == 1e-6
+        assert cfg.loss.reduction == "sum"
+    one, two, three = (tiny.compose(f"experiment=opensora_stage{i}") for i in (1, 2, 3))
+    assert dict(one.data.frames) == {"min": 17, "max": 17, "step": 1, "images": 0.2}
+    assert dict(three.data.frames) == {"min": 1, "max": 33, "step": 1, "images": 0.0}
+    assert set(one.loss.terms) == {"latent", "kl", "identity"}
+    assert set(two.loss.terms) == {"latent", "kl"}
+    assert {name: term.weight for name, term in three.loss.terms.items()} == {"l1": 1.0, "lpips": 0.1, "kl": 1e-6}
+    assert (two.stage.init_from, three.stage.init_from) == ("runs/opensora_stage1", "runs/opensora_stage2")
+    assert set(one.stage.train) == set(two.stage.train) == {"temporal_encoder", "temporal_decoder"}
+    assert len(three.stage.train) == 4
+
+
+@pytest.mark.parametrize(
+    ("choice", "package"),
+    [
+        ("hydra/launcher=slurm", "hydra_plugins.hydra_submitit_launcher"),
+        ("hydra/sweeper=optuna_kl", "hydra_plugins.hydra_optuna_sweeper"),
+    ],
+)
+def test_plugins_compose(choice, package):
+    """Slurm and Optuna are extras; their configurations must fit the plugins that are installed."""
+    pytest.importorskip(package)
+    import hydra
+
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("train", [choice], return_hydra_config=True)
+    group, name = choice.removeprefix("hydra/").split("=")
+    assert cfg.hydra.runtime.choices[f"hydra/{group}"] == name
+    assert package in cfg.hydra[group]._target_
