@@ -22,7 +22,7 @@ def run(cfg: DictConfig) -> float | None:
     if launch.starts_ranks(config.launcher):
         launch.torchrun_child(config.launcher, __file__)
     else:
-        launch.recorded(train)(config)
+        launch.recorded(lambda: train(config))
     return launch.last_metric(launch.run_directory(), "val/psnr")
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests import tiny
-from vae3d.check import ConfigError, check_inference, check_training
+from vae3d.check import ConfigError, check_inference
 from vae3d.launch import allow_unknown_keys
 
 FAULTS = {
@@ -81,7 +81,7 @@ def test_identity_on_unequal_channels_is_refused(videos, spatial_export):
 
 def test_accelerate_must_not_be_told_another_precision(videos, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(ConfigError, match="trainer.precision=fp32, but accelerate launch says bf16"):
+    with pytest.raises(ConfigError, match=r"trainer.precision=fp32, but accelerate launch says bf16"):
         tiny.training("temporal_vae", videos, "loss=recon_kl")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,9 +149,12 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     """Everything that a run needs, ready to `fit`."""
     if config.trainer.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("trainer.precision is fp16, which needs a GPU; use bf16 or fp32")
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    # The 2D decoder runs channels-last, so gradients of its 1x1 convolutions come in the other of two equal layouts.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     precision = config.trainer.precision.replace("fp32", "no")
-    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[ddp])
+    accelerator = Accelerator(mixed_precision=precision, cpu=_no_accelerator(), kwargs_handlers=[ddp])
+    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "ranks did not find each other"
     with accelerator.main_process_first():  # which probes the files; the others find its answers on disk
         data = training_data(config, accelerator.process_index, accelerator.num_processes)
     terms = objective(config.loss)
@@ -161,11 +165,9 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     model = instantiate(config.model)
     if config.stage.whole_clips and hasattr(model, "micro_frames"):
         model.micro_frames = None
-    if latest_state(folder / "checkpoints") is None:
-        for line in initialize(model, config.stage.init_from):
-            if accelerator.is_main_process:
-                log.info(line)
-    return Trainer(
+    resumes = latest_state(folder / "checkpoints") is not None
+    started = [] if resumes else initialize(model, config.stage.init_from)
+    built = Trainer(
         config,
         folder,
         accelerator,
@@ -176,11 +178,14 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
         metrics,
         instantiate(config.logger),
     )
+    for line in [*summary(config, model, accelerator.num_processes), *_data_summary(config, data), *started]:
+        built.log.say(line)
+    return built
 
 
 def infer(config: InferConfig) -> None:
     """Reconstruct the files that `config` names."""
-    ranks = PartialState()
+    ranks = PartialState(cpu=_no_accelerator())
     device = torch.device(config.device) if config.device else ranks.device
     selection = Selection(
         **{
@@ -252,8 +257,23 @@ def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None
     return lines
 
 
+def _data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
+    lengths, counts = data.plan.lengths.lengths, data.plan.frames.all()
+    epochs = config.trainer.max_steps * config.data.batch_size / len(lengths)
+    lines = [f"{len(lengths)} training videos, {epochs:.3g} epochs; {len(data.faults)} files do not open"]
+    short = int((lengths < counts[-1]).sum())
+    if short:
+        lines.append(f"  {short} have fewer than {counts[-1]} frames and serve steps with fewer only")
+    return lines
+
+
 def _millions(parameters: Iterable[nn.Parameter]) -> str:
     return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M"
+
+
+def _no_accelerator() -> bool:
+    """Accelerate must be told: without a GPU it does not join the ranks that torchrun started."""
+    return not torch.accelerator.is_available()
 
 
 def _trusted(config: dict[str, Any], path: Path) -> dict[str, Any]:

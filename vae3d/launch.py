@@ -115,13 +115,13 @@ def one_message(run: Callable[[], R]) -> R:
         sys.exit(2)
 
 
-def recorded(train: Callable[..., R]) -> Callable[..., R]:
-    """Let torchrun's summary show a rank's exception, which Hydra would swallow."""
+def recorded(run: Callable[[], R]) -> R:
+    """run(), so that torchrun's summary shows what went wrong in a rank, which Hydra would swallow."""
     if not under_torchrun():
-        return train
+        return run()
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    return record(train)
+    return record(one_message)(run)
 
 
 def forbid_sweep_under_torchrun() -> None:

@@ -14,6 +14,7 @@ from vae3d.engine.freeze import PartError, train_parts, without_gradient
 from vae3d.losses.objective import Objective
 from vae3d.metrics import METRICS
 from vae3d.types import Clip
+from vae3d.weights import WeightsMissing
 
 if TYPE_CHECKING:
     from vae3d.config import TrainConfig
@@ -38,6 +39,7 @@ def faults(config: TrainConfig) -> list[str]:
     except PartError as error:
         return [*found, f"stage.train: {error}"]
     found += _frozen_random(config, model)
+    found += _weight_faults(config, objective)
     return found or list(_step_faults(config, model, objective))
 
 
@@ -82,6 +84,18 @@ def _frozen_random(config: TrainConfig, model: nn.Module) -> list[str]:
     if not frozen:
         return []
     return [f"stage {config.stage.name} freezes {', '.join(frozen)} with random weights; set stage.init_from"]
+
+
+def _weight_faults(config: TrainConfig, objective: Objective) -> Iterator[str]:
+    """Pretrained networks that loss terms and metrics measure with, and that are not here."""
+    needed = [t.term.find_weights for t in objective.terms.values() if hasattr(t.term, "find_weights")]
+    metrics = config.validation.metrics if config.validation.every else []
+    needed += [METRICS[name].find_weights for name in metrics if hasattr(METRICS.get(name), "find_weights")]
+    for find in needed:
+        try:
+            find()
+        except WeightsMissing as error:
+            yield str(error)
 
 
 def _parts_with(model: nn.Module, holds: Callable[[nn.Parameter], bool]) -> list[str]:

@@ -42,7 +42,7 @@ def probe(paths: list[str]) -> dict[str, Facts]:
     cache = _cache_file(paths)
     known = _read_cache(cache)
     keys = {path: _key(path) for path in dict.fromkeys(paths)}
-    todo = [path for path, key in keys.items() if known.get(path, {}).get("key") != key]
+    todo = [path for path, key in keys.items() if key is None or known.get(path, {}).get("key") != key]
     if todo:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with cache.open("a") as stream, ThreadPoolExecutor(THREADS) as pool:
@@ -65,7 +65,7 @@ def look(path: str) -> Facts:
 
 
 def _key(path: str) -> list[int] | None:
-    """What changes when the file does; None (never equal to a stored key) if there is no file."""
+    """What changes when the file does; None if there is no file."""
     try:
         stat = os.stat(path)
     except OSError:

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from vae3d import weights
 from vae3d.features.lpips import LPIPSNet
 from vae3d.losses.objective import Error, numel_per_frame, require_pixels
 from vae3d.types import Clip, Reconstruction
@@ -17,9 +18,9 @@ from vae3d.types import Clip, Reconstruction
 class LPIPS:
     """LPIPS of every frame. The trunk is frozen and runs in fp32.
 
-    net: vgg (as in Open-Sora and latent-diffusion) or alex. weights: the trunk's file, by default found by
-    name. frame_batch: frames that pass at once. gradient_checkpointing: keep only the frames and recompute the
-    trunk's activations in backward.
+    net: vgg (as in Open-Sora and latent-diffusion) or alex. path: the trunk's file, by default found by its name.
+    frame_batch: frames that pass at once. gradient_checkpointing: keep only the frames and recompute the trunk's
+    activations in backward.
     """
 
     needs_pixels = True
@@ -28,17 +29,21 @@ class LPIPS:
         self,
         *,
         net: str = "vgg",
-        weights: str | Path | None = None,
+        path: str | Path | None = None,
         frame_batch: int = 4,
         gradient_checkpointing: bool = True,
     ) -> None:
         self.network = LPIPSNet(net)
-        self.weights = weights
+        self.path = path
         self.frame_batch = frame_batch
         self.gradient_checkpointing = gradient_checkpointing
 
+    def find_weights(self) -> Path:
+        """Where the trunk's file is. Raises WeightsMissing if it is nowhere."""
+        return weights.find(self.network.file, self.path)
+
     def load(self, device: torch.device | str) -> None:
-        self.network.load(self.weights).to(device)
+        self.network.load(self.path).to(device)
 
     def __call__(self, clip: Clip, out: Reconstruction) -> Error:
         rec = rearrange(require_pixels(out), "b c t h w -> (b t) c h w")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from vae3d import weights
 from vae3d.metrics.base import FrameMetric, MetricError
 from vae3d.precision import full_precision
 
@@ -63,6 +66,11 @@ class Lpips(FrameMetric):
     name = "lpips"
     higher_is_better = False
     smallest = 31
+
+    @staticmethod
+    def find_weights() -> Path:
+        """Where the trunk's file is. Raises WeightsMissing if it is nowhere."""
+        return weights.find("alexnet-owt-7be5be79.pth")
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__()
