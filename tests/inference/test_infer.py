@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import vae3d
+from tests import tiny
+from vae3d.check import check_inference
+from vae3d.checkpoints.export import write_export
+from vae3d.checkpoints.formats import Checkpoint
+from vae3d.data.readers import MediaError, open_media
+from vae3d.factory import infer, model_config
+from vae3d.inference.files import InferenceError
+from vae3d.inference.reconstruct import identifier
+from vae3d.inference.video import to_uint8
+
+INFER = [sys.executable, str(tiny.ROOT / "infer.py")]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    config = model_config("temporal_vae", *tiny.MODEL["temporal_vae"])
+    write_export(Checkpoint(config, tiny.model("temporal_vae").state_dict(), folder, ""), folder)
+    return folder
+
+
+def run(export, source, prefix, *overrides: str) -> None:
+    infer(
+        check_inference(
+            tiny.compose(f"checkpoint={export}", f"source={source}", f"save_dir={prefix}", *overrides, config="infer")
+        )
+    )
+
+
+def stems(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".mp4", ".png"))
+
+
+def read(path) -> np.ndarray:
+    opened = open_media(path)
+    return opened.read(range(opened.info.num_frames))
+
+
+def test_writes_three_folders_of_equal_names_and_an_index(export, videos, tmp_path):
+    run(export, videos, tmp_path / "out", "metrics=[psnr,ssim]")
+    names = [f"{i + 1:06d}_clip{i}.mp4" for i in range(10)] + ["000011_image0.png", "000012_image1.png"]
+    for kind in ("ori", "rec", "spatial"):
+        assert stems(tmp_path / f"out_{kind}") == names
+    index = pd.read_csv(tmp_path / "out_rec/index.csv")
+    assert index["id"].tolist() == [name.rsplit(".", 1)[0] for name in names]
+    assert index["frames"].tolist() == [12 + i for i in range(10)] + [1, 1]
+    assert index["source"][0] == str(videos.parent / "clip0.mp4")
+    assert set(index["height"]) == {32}
+    metrics = json.loads((tmp_path / "out_rec/metrics.json").read_text())
+    assert metrics["psnr"] == pytest.approx(index["psnr"].mean())
+    assert metrics["videos"] == 12
+
+
+def test_original_is_bit_exact_and_reconstruction_is_the_models(export, videos, tmp_path):
+    run(export, videos, tmp_path / "out", "num_samples=1", "model.micro_frames=null")
+    source = read(videos.parent / "clip0.mp4")
+    np.testing.assert_array_equal(read(tmp_path / "out_ori/000001_clip0.mp4"), source)
+    model = vae3d.load(export, micro_frames=None)
+    video = torch.from_numpy(source.transpose(3, 0, 1, 2).copy())[None].float() / 127.5 - 1
+    with torch.inference_mode():
+        out = model(video, sample=False)
+        spatial = model.decode_spatial(out.spatial.latent)
+    for kind, expected in (("rec", out.video), ("spatial", spatial)):
+        written = read(tmp_path / f"out_{kind}/000001_clip0.mp4")
+        assert np.abs(written.astype(int) - to_uint8(expected[0])).max() <= 1
+
+
+def test_long_videos_are_coded_piece_by_piece_as_the_model_would(export, tmp_path):
+    tiny.write_video(tmp_path / "long.mp4", tiny.frames(40))
+    run(export, tmp_path / "long.mp4", tmp_path / "out")
+    source = read(tmp_path / "long.mp4")
+    video = torch.from_numpy(source.transpose(3, 0, 1, 2).copy())[None].float() / 127.5 - 1
+    with torch.inference_mode():
+        expected = to_uint8(vae3d.load(export)(video, sample=False).video[0])
+    written = read(tmp_path / "out_rec/000001_long.mp4")
+    assert written.shape == expected.shape
+    assert np.abs(written.astype(int) - expected).max() <= 1
+
+
+def test_only_a_piece_is_in_memory(export, tmp_path, monkeypatch):
+    from vae3d.data.readers import PyAVReader
+
+    asked = []
+    original = PyAVReader.read
+    monkeypatch.setattr(
+        PyAVReader, "read", lambda self, indices, size=None: asked.append(len(indices)) or original(self, indices, size)
+    )
+    tiny.write_video(tmp_path / "long.mp4", tiny.frames(60))
+    run(export, tmp_path / "long.mp4", tmp_path / "out")
+    assert max(asked) == 17
+    assert sum(asked) == 60
+
+
+def test_selection_of_frames_rate_and_size(export, videos, tmp_path):
+    run(
+        export,
+        videos,
+        tmp_path / "out",
+        "num_samples=1",
+        "start=2",
+        "num_frames=4",
+        "stride=2",
+        "height=16",
+        "width=20",
+    )
+    index = pd.read_csv(tmp_path / "out_rec/index.csv").iloc[0]
+    assert (index["start"], index["frames"], index["fps"], index["height"], index["width"]) == (2, 4, 12.0, 16, 20)
+    assert read(tmp_path / "out_rec/000001_clip0.mp4").shape == (4, 16, 20, 3)
+    run(export, videos, tmp_path / "slow", "num_samples=1", "fps=8")
+    assert open_media(tmp_path / "slow_ori/000001_clip0.mp4").info.fps == pytest.approx(8.0)
+    assert pd.read_csv(tmp_path / "slow_rec/index.csv")["frames"].tolist() == [4]
+
+
+def test_odd_sizes_come_back_whole_and_the_padding_is_told(export, tmp_path):
+    tiny.write_video(tmp_path / "odd.mp4", tiny.frames(3, 33, 41), pixels="yuv444p")
+    for codec in ("lossless", "h264"):
+        run(export, tmp_path / "odd.mp4", tmp_path / codec, f"codec={codec}")
+        assert read(tmp_path / f"{codec}_rec/000001_odd.mp4").shape == (3, 33, 41, 3)
+        index = pd.read_csv(tmp_path / f"{codec}_rec/index.csv").iloc[0]
+        assert (index["pad_bottom"], index["pad_right"]) == (1, 1)
+
+
+def test_a_single_stage_model_writes_no_spatial(spatial_export, videos, tmp_path):
+    run(spatial_export, videos.parent / "clip0.mp4", tmp_path / "out")
+    assert stems(tmp_path / "out_rec") == ["000001_clip0.mp4"]
+    assert not (tmp_path / "out_spatial").exists()
+
+
+def test_sampling_is_seeded(export, videos, tmp_path):
+    source = videos.parent / "clip0.mp4"
+    for name, more in (("a", ["seed=1"]), ("b", ["seed=1"]), ("c", ["seed=2"])):
+        run(export, source, tmp_path / name, "sample=true", *more)
+    a, b, c = (read(tmp_path / f"{name}_rec/000001_clip0.mp4") for name in "abc")
+    assert (a == b).all()
+    assert (a != c).any()
+
+
+def test_full_folders_are_not_mixed_with_new_results(export, videos, tmp_path):
+    source = videos.parent / "clip0.mp4"
+    run(export, source, tmp_path / "out")
+    with pytest.raises(InferenceError, match="out_ori is not empty; choose another save_dir, or set overwrite=true"):
+        run(export, source, tmp_path / "out")
+    run(export, source, tmp_path / "out", "overwrite=true")
+
+
+def test_a_faulty_file_stops_or_is_skipped_and_listed(export, videos, tmp_path):
+    shutil.copy(videos.parent / "clip0.mp4", tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").write_bytes(b"")
+    pd.DataFrame({"path": ["b.mp4", "a.mp4"]}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(MediaError, match=r"b\.mp4: is empty"):
+        run(export, tmp_path / "t.csv", tmp_path / "stop")
+    with pytest.raises(InferenceError, match=r"(?s)1 of 2 files could not be read:.*b\.mp4: is empty"):
+        run(export, tmp_path / "t.csv", tmp_path / "skip", "on_error=skip", "metrics=[psnr]")
+    assert stems(tmp_path / "skip_rec") == ["000002_a.mp4"]
+    assert len(pd.read_csv(tmp_path / "skip_rec/index.csv")) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["start=12"], "has 12 frames; start=12 is behind its end"),
+        (["num_frames=13"], "gives 12 frames from start=0; num_frames=13"),
+    ],
+)
+def test_frames_that_are_not_there_are_refused(export, videos, tmp_path, overrides, message):
+    with pytest.raises(MediaError, match=message):
+        run(export, videos.parent / "clip0.mp4", tmp_path / "out", *overrides)
+
+
+def test_names_are_safe_and_unique():
+    assert identifier(7, "/data/a b/ünï (1).mp4") == "000007_-n-1-"
+    assert identifier(7, "x.mp4") != identifier(8, "x.mp4")
+
+
+def test_two_ranks_share_the_files(export, videos, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", INFER[1]]
+    settings = [f"checkpoint={export}", f"source={videos}", "metrics=[psnr]"]
+    done = tiny.run(*command, *settings, f"save_dir={tmp_path / 'two'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    run(export, videos, tmp_path / "one", "metrics=[psnr]")
+    one, two = (pd.read_csv(tmp_path / f"{name}_rec/index.csv") for name in ("one", "two"))
+    pd.testing.assert_frame_equal(one, two)
+    assert stems(tmp_path / "two_rec") == stems(tmp_path / "one_rec")
+
+
+def test_command_line_ends_as_one_message(tmp_path):
+    done = tiny.run(*INFER, "checkpoint=/nowhere", "source=/none", f"save_dir={tmp_path}/x", "codecs=a", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "codecs is not a setting; did you mean codec?" in done.stdout
+    assert "checkpoint=/nowhere: no such file or folder" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
