@@ -161,3 +161,22 @@ def test_bf16_weights_work():
     out = model(torch.randn(1, 3, 5, 8, 8))
     assert out.video.dtype == torch.bfloat16
     assert out.posterior.kl().dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_norm_and_activation_recompute_themselves_exactly(dtype, frozen):
+    from vae3d.models.layers.norm import norm_silu
+
+    norm = torch.nn.GroupNorm(2, 8).requires_grad_(not frozen)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 8, 3, 4, 4, dtype=dtype, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = norm_silu(norm, x)
+    assert [t.numel() for t in kept] == [x.numel(), 8, 8]
+    expected = torch.nn.functional.silu(norm(x.float())).to(dtype)
+    wrt = [x] if frozen else [x, norm.weight, norm.bias]
+    assert torch.equal(out, expected)
+    for ours, theirs in zip(torch.autograd.grad(out.sum(), wrt), torch.autograd.grad(expected.sum(), wrt), strict=True):
+        torch.testing.assert_close(ours, theirs)

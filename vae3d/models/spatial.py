@@ -47,7 +47,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [N, H*W, C]
+        tokens = self.group_norm(x.flatten(2)).transpose(1, 2)  # [N, H*W, C]
         q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
         tokens = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
         # Tokens first: the sum takes their channels-last layout, the faster one here and the one that

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from vae3d.models.layers.checkpointing import needs_grad, run
-from vae3d.precision import full_precision
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -15,10 +15,29 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     Backward recomputes it from x, which the residual branch keeps anyway: of the three tensors that autograd
     would save per convolution (norm input, SiLU input, convolution input) only two remain, none in fp32.
     """
-    return run(_norm_silu, norm, x, recompute=needs_grad(norm, x))
+    if torch.compiler.is_compiling():  # the compiler decides for itself what to recompute
+        return _norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+    return _NormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
-def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    with full_precision(x.device):
-        y = F.group_norm(x.float(), norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps)
-        return F.silu(y).to(x.dtype)
+def _norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    return F.silu(F.group_norm(x.float(), groups, weight.float(), bias.float(), eps)).to(x.dtype)
+
+
+class _NormSiLU(torch.autograd.Function):
+    """torch.utils.checkpoint of _norm_silu at a third of its overhead, which counts at some hundred calls a step."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.groups, ctx.eps = groups, eps
+        return _norm_silu(x, weight, bias, groups, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[:3]
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_(want) for t, want in zip(ctx.saved_tensors, wanted, strict=True)]
+            out = _norm_silu(*inputs, ctx.groups, ctx.eps)
+            grads = iter(torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad))
+        return *(next(grads) if want else None for want in wanted), None, None
