@@ -24,6 +24,7 @@ FAULTS = {
     "constructor refuses": (["model.temporal.groups=5"], "model or loss cannot be built: ValueError: channels * multipliers are [8, 8, 16]; each must be a multiple of groups=5"),
     "frames upside down": (["data.frames.min=9", "data.frames.max=5"], "data.frames.max=5 is below data.frames.min=9; raise it"),
     "size": (["data.height=17"], "data.height=17 is not a multiple of the model's stride 2; use 16 or 18"),
+    "short side": (["data.short_side=8"], "data.short_side=8 is smaller than the crop; use at least 16, or null"),
     "choice": (["optim.schedule=linear"], "optim.schedule=linear is unknown; use one of constant, cosine"),
     "range": (["data.frames.images=1.5"], "data.frames.images=1.5 must be a probability, 0 to 1"),
     "ramp": (["loss.terms.l1.ramp=[500,200]"], "loss.terms.l1.ramp=[500, 200] must be [first step, last step]"),

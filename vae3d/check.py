@@ -259,6 +259,9 @@ def _values(
 def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list[str]:
     data, trainer, loss = config.data, config.trainer, config.loss
     faults = []
+    largest = max([side for side in (data.height, data.width) if side != MISSING], default=0)
+    if data.short_side is not None and data.short_side < largest:
+        faults.append(f"data.short_side={data.short_side} is smaller than the crop; use at least {largest}, or null")
     if data.frames.max < data.frames.min:
         faults.append(f"data.frames.max={data.frames.max} is below data.frames.min={data.frames.min}; raise it")
 

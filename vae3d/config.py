@@ -67,6 +67,7 @@ class Data:
     frames: Frames = field(default_factory=Frames)
     stride: int = 1  # take every n-th frame
     fps: float | None = None  # thin faster videos out to this rate; slower ones keep theirs
+    short_side: int | None = None  # scale to this before cropping; null: so that the crop covers the short side
     crop: str = "center"  # center, random
     flip: bool = False
     reader: str = "auto"  # auto, pyav, decord

@@ -115,7 +115,7 @@ def objective(config: Loss) -> Objective:
 
 
 def clip_settings(config: Data) -> ClipSettings:
-    names = ("height", "width", "stride", "fps", "crop", "flip", "reader")
+    names = ("height", "width", "short_side", "stride", "fps", "crop", "flip", "reader")
     return ClipSettings(**{name: getattr(config, name) for name in names})
 
 

@@ -105,10 +105,14 @@ def test_crops_cover_the_target_for_every_size(short):
 
 def test_random_crops_reach_every_corner():
     rng = np.random.default_rng(0)
-    places = {(c.top, c.left) for c in (cover(20, 20, (18, 18), rng) for _ in range(200))}
+    places = {(c.top, c.left) for c in (cover(20, 20, (18, 18), rng=rng) for _ in range(200))}
     assert places == {(0, 0)}  # nothing to choose: the size is covered exactly
-    places = {c.left for c in (cover(18, 21, (18, 18), rng) for _ in range(200))}
+    places = {c.left for c in (cover(18, 21, (18, 18), rng=rng) for _ in range(200))}
     assert places == {0, 1, 2, 3}
+    crops = [cover(40, 60, (18, 18), 20, rng) for _ in range(300)]
+    assert {c.size for c in crops} == {(20, 30)}
+    assert {c.top for c in crops} == {0, 1, 2}
+    assert {c.left for c in crops} == set(range(13))
 
 
 def broken(videos, tmp_path, share: int):

@@ -26,6 +26,7 @@ IDENTITY = (
     "data.frames",
     "data.height",
     "data.width",
+    "data.short_side",
     "data.stride",
     "data.fps",
     "run.seed",

@@ -26,6 +26,7 @@ class ClipSettings:
     """How a clip is cut out of a file.
 
     stride: take every n-th frame. fps: thin faster videos out to this rate; slower ones keep theirs.
+    short_side: scale to this before cropping (None: so that the crop covers the short side).
     crop: center or random. flip: mirror every other clip.
     """
 
@@ -33,6 +34,7 @@ class ClipSettings:
     width: int
     stride: int = 1
     fps: float | None = None
+    short_side: int | None = None
     crop: str = "center"
     flip: bool = False
     reader: str = "auto"
@@ -113,7 +115,8 @@ def read_clip(
         raise MediaError(path, f"has {info.num_frames} frames, fewer than the table says; {span} are needed")
     first = int(start * (info.num_frames - span + 1))
     indices = [first + int(i * step) for i in range(frames)]
-    crop = cover(info.height, info.width, (settings.height, settings.width), crop_rng)
+    target = (settings.height, settings.width)
+    crop = cover(info.height, info.width, target, settings.short_side, crop_rng)
     return crop.cut(reader.read(indices, crop.size))
 
 

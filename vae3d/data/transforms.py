@@ -22,12 +22,19 @@ class Crop:
         return frames[:, self.top : self.top + self.height, self.left : self.left + self.width]
 
 
-def cover(height: int, width: int, target: tuple[int, int], rng: np.random.Generator | None = None) -> Crop:
-    """Scale height x width to the smallest size that covers `target`, keeping its aspect, and crop.
+def cover(
+    height: int,
+    width: int,
+    target: tuple[int, int],
+    short_side: int | None = None,
+    rng: np.random.Generator | None = None,
+) -> Crop:
+    """Scale height x width, keeping its aspect, so that its short side is `short_side` (None: just so that it covers
+    `target`), and crop `target`.
 
     rng: draws the crop's place; None takes the centre.
     """
-    scale = max(target[0] / height, target[1] / width)
+    scale = max(target[0] / height, target[1] / width, (short_side or 0) / min(height, width))
     size = (max(target[0], round(height * scale)), max(target[1], round(width * scale)))
     free = (size[0] - target[0], size[1] - target[1])
     top, left = (f // 2 for f in free) if rng is None else (int(rng.integers(f + 1)) for f in free)
