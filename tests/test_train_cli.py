@@ -120,13 +120,15 @@ def test_a_killed_run_continues_bit_for_bit(request, videos, tmp_path, ranks):
 
 
 def test_two_ranks_with_half_the_batch_equal_one(one_rank, two_ranks):
+    # Not closer than 2e-5: L1's gradient is a sign, which rounding decides where a pixel is matched exactly.
     one, two = final_state(one_rank), final_state(two_ranks)
     for kind in ("model", "ema"):
         for name, tensor in one[kind].items():
-            torch.testing.assert_close(two[kind][name], tensor, rtol=0, atol=1e-6, msg=f"{kind} {name}")
+            assert (two[kind][name] - tensor).abs().max() < 2e-5, (kind, name)
     for a, b in zip(trace(one_rank), trace(two_ranks), strict=True):
         assert a.keys() == b.keys()
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        for name in ("loss", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4)
 
 
 def test_ranks_keep_logs_and_configurations_apart(two_ranks):

@@ -96,6 +96,7 @@ def write_video(
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], pixels
         stream.codec_context.time_base = base
+        stream.codec_context.thread_count = 1  # x264's rate control depends on thread timing otherwise
         if transfer is not None:
             stream.codec_context.color_trc = transfer
         if rotation:

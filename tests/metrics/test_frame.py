@@ -26,7 +26,10 @@ def score(metric, ref, rec) -> list[float]:
 
 def test_psnr_is_that_of_each_frame():
     ref, rec = pair()
-    expected = [20 * np.log10(1 / np.sqrt(((a.double() - b.double()) ** 2).mean().item())) for a, b in zip(ref, rec, strict=True)]
+    expected = [
+        20 * np.log10(1 / np.sqrt(((a.double() - b.double()) ** 2).mean().item()))
+        for a, b in zip(ref, rec, strict=True)
+    ]
     assert score(Psnr(), ref, rec) == pytest.approx(expected, abs=1e-9)
 
 
