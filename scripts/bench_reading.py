@@ -53,7 +53,9 @@ def whole_file(path: str, start: float) -> np.ndarray:
         frames = [frame.to_rgb().to_ndarray() for frame in container.decode(video=0)]
     video = torch.as_tensor(np.stack(frames)).permute(0, 3, 1, 2)
     first = int(start * (len(video) - FRAMES + 1))
-    clip = F.interpolate(video[first : first + FRAMES].float(), scale_factor=SIZE / min(video.shape[-2:]), mode="bilinear")
+    clip = F.interpolate(
+        video[first : first + FRAMES].float(), scale_factor=SIZE / min(video.shape[-2:]), mode="bilinear"
+    )
     left = (clip.shape[-1] - SIZE) // 2
     return clip[..., left : left + SIZE].byte().numpy()
 
