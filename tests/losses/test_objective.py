@@ -8,7 +8,7 @@ from tests import tiny
 from vae3d.losses.latent import KL, Identity, LatentL1
 from vae3d.losses.objective import Error, Objective, Weighted
 from vae3d.losses.perceptual import LPIPS
-from vae3d.losses.pixel import L1
+from vae3d.losses.pixel import L1, MSE
 from vae3d.types import Clip, Posterior, Reconstruction, SpatialPath
 
 
@@ -65,6 +65,13 @@ def test_stage1_and_2_equal_the_published_loss_on_latents():
     x = out.spatial.latent
     expected = (x - out.spatial.latent_rec).abs().sum() / 2 + (x - out.z).abs().sum() / 2
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+def test_mse_is_the_mean_square_under_the_mean_reduction():
+    video = torch.rand(2, 3, 4, 16, 16) * 2 - 1
+    out = reconstruction(video)
+    loss, _ = Objective({"mse": Weighted(MSE(), 2.0)}, "mean")(as_clip(video), out, step=0)
+    torch.testing.assert_close(loss, 2 * (video - out.video).square().mean())
 
 
 def test_reductions_differ_by_the_number_of_elements():

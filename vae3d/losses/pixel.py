@@ -13,3 +13,12 @@ class L1:
 
     def __call__(self, clip: Clip, out: Reconstruction) -> Error:
         return Error((require_pixels(out) - clip.video).abs(), numel_per_frame(clip.video))
+
+
+class MSE:
+    """(reconstruction - clip) ** 2."""
+
+    needs_pixels = True
+
+    def __call__(self, clip: Clip, out: Reconstruction) -> Error:
+        return Error((require_pixels(out) - clip.video).square(), numel_per_frame(clip.video))
