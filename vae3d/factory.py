@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -15,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import gather_object
 from torch import nn
 
+import vae3d.models
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, load_state, read_checkpoint
 from vae3d.checkpoints.state import latest_state
 from vae3d.config import CONF
@@ -278,14 +281,27 @@ def _no_accelerator() -> bool:
 
 def _trusted(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """Refuse to build anything but this project's models on the word of a file."""
-    for node in [config, *(value for value in config.values() if isinstance(value, dict))]:
-        target = node.get("_target_", "vae3d.models.")
-        if not target.startswith("vae3d.models."):
+    own = {module.name for module in iter_modules(vae3d.models.__path__, "vae3d.models.")}
+    for target in _targets(config):
+        module, _, name = str(target).rpartition(".")
+        # What a module defines, not what it imports: vae3d.models.spatial.nn.Module would lead anywhere.
+        if module not in own or getattr(getattr(import_module(module), name, None), "__module__", None) != module:
             raise CheckpointError(
                 f"{path} asks for {target}, which is not a model of this project; if you trust it, build the model "
                 "yourself and call vae3d.load(path, model)"
             )
     return config
+
+
+def _targets(node: Any) -> Iterator[Any]:
+    """Every `_target_` at any depth."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node["_target_"]
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from _targets(child)
 
 
 def _factors(target: nn.Module, checkpoint: Checkpoint) -> str:

@@ -228,10 +228,25 @@ def test_a_file_that_holds_code_is_not_run(tmp_path):
         vae3d.load(tmp_path / "objects.pt")
 
 
-def test_an_export_cannot_name_foreign_code(tmp_path):
+@pytest.mark.parametrize(
+    "target",
+    [
+        "subprocess.run",
+        "vae3d.models.spatial.nn.Linear",
+        "vae3d.models.spatial.nn.modules.module.torch.load",
+        "vae3d.models.absent.Model",
+        "vae3d.models.spatial.Absent",
+        "",
+    ],
+)
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_an_export_cannot_name_foreign_code(tmp_path, target, depth):
     saved = checkpoint("spatial", WIDE, tmp_path)
-    write_export(Checkpoint({"_target_": "subprocess.run", "args": "true"}, saved.state, tmp_path, ""), tmp_path)
-    with pytest.raises(CheckpointError, match=r"asks for subprocess\.run, which is not a model of this project"):
+    config = {"_target_": target, "args": "true"}
+    for _ in range(depth):
+        config = saved.config | {"channels": [config]}
+    write_export(Checkpoint(config, saved.state, tmp_path, ""), tmp_path)
+    with pytest.raises(CheckpointError, match=r"asks for .*, which is not a model of this project"):
         vae3d.load(tmp_path)
 
 
