@@ -62,6 +62,17 @@ def fetch(url: str, path: Path, file: WeightFile) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     have = partial.stat().st_size if partial.is_file() else 0
+    if have < file.size:
+        download(url, partial, have, file)
+    try:
+        verify(partial, file)
+    except WeightsMissing:
+        partial.unlink()  # what is wrong cannot be continued
+        raise
+    partial.rename(path)
+
+
+def download(url: str, partial: Path, have: int, file: WeightFile) -> None:
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=60) as response:
         resumed = response.status == 206
@@ -72,12 +83,6 @@ def fetch(url: str, path: Path, file: WeightFile) -> None:
                 done += len(block)
                 print(f"\r{file.name}  {done / file.size:4.0%}", end="", file=sys.stderr)
     print(file=sys.stderr)
-    try:
-        verify(partial, file)
-    except WeightsMissing:
-        partial.unlink()  # what is wrong cannot be continued
-        raise
-    partial.rename(path)
 
 
 if __name__ == "__main__":

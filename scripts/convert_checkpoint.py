@@ -1,0 +1,53 @@
+"""Write a checkpoint in the layout that another program opens.
+
+    python scripts/convert_checkpoint.py runs/opensora_stage3 opensora_folder --to opensora
+    python scripts/convert_checkpoint.py sd_vae.safetensors sd_vae_folder --to diffusers
+    python scripts/convert_checkpoint.py sd_vae_folder sd_vae.safetensors --to ldm
+    python scripts/convert_checkpoint.py runs/opensora_stage3 sdxl_vae --part spatial --to diffusers
+
+Reads whatever vae3d.load reads. Refuses what the target layout cannot hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from vae3d.checkpoints.export import WRITERS
+from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
+from vae3d.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="file, folder, export or run")
+    parser.add_argument("target", type=Path, help="folder to write; for ldm a .safetensors file")
+    parser.add_argument("--to", required=True, choices=WRITERS)
+    parser.add_argument("--part", choices=("spatial", "temporal"), help="only this half of an Open-Sora VAE")
+    args = parser.parse_args(argv)
+    try:
+        if args.target.exists():
+            raise CheckpointError(f"{args.target}: exists already")
+        checkpoint = read_checkpoint(args.source)
+        if args.part:
+            checkpoint = half(checkpoint, args.part)
+        WRITERS[args.to](checkpoint, args.target)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for note in checkpoint.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{checkpoint.path} ({checkpoint.layout}) -> {args.target} ({args.to})")
+    return 0
+
+
+def half(checkpoint: Checkpoint, part: str) -> Checkpoint:
+    if part not in checkpoint.config:
+        raise CheckpointError(f"{checkpoint.path} holds a {checkpoint.config['_target_']}, which has no {part} half")
+    return replace(checkpoint, config=checkpoint.config[part], state=checkpoint.part(f"{part}_vae"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

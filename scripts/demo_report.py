@@ -1,0 +1,198 @@
+"""Write one self-contained HTML page about a demo run, and print its table of scores.
+
+    python scripts/demo_report.py demo
+
+Reads what scripts/demo.sh leaves in the folder: runs/STAGE/metrics.jsonl, out/STAGE_{ori,rec,spatial} with their
+_eval.json, commands.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import av
+import matplotlib
+import numpy as np
+from PIL import Image
+
+import vae3d
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+STAGES = {
+    "spatial": "2D VAE alone",
+    "stage1": "stage 1: latents, identity",
+    "stage2": "stage 2: latents",
+    "stage3": "stage 3: everything, pixels",
+}
+CURVES = ("val/psnr", "loss", "grad_norm")
+ENLARGE = 2
+ERROR_GAIN = 4  # error maps show |original - reconstruction| times this
+SHOWN = (0, 8, 16, 24, 32, 39)  # frames in the still pictures
+
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<title>vae3d demo</title>
+<style>
+  body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+  h1, h2 {{ line-height: 1.2 }} h2 {{ margin-top: 2.5rem }}
+  table {{ border-collapse: collapse }}
+  td, th {{ padding: .3rem .9rem; border-bottom: 1px solid #ddd; text-align: right }}
+  td:first-child, th:first-child {{ text-align: left }}
+  .strip {{ display: grid; grid-template-columns: 8rem auto; gap: .3rem .6rem; align-items: center }}
+  .strip span {{ color: #555; text-align: right }}
+  img {{ max-width: 100%; image-rendering: pixelated }} pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
+</style>
+<h1>vae3d demo</h1>
+<p>A toy video VAE (4 &times; 2 &times; 2 compression) trained on a processor through the three stages of Open-Sora 1.2.
+It shows that the parts work together; its pictures are as blurred as {parameters} parameters make them.</p>
+<h2>Scores on the held-out clips</h2>
+{table}
+<p><i>2D ceiling</i>: the same clips through the 2D VAE alone, the best that the temporal VAE between its halves
+can reach. Stages 1 and 2 leave the 2D VAE as it was; stage 3 trains it too.</p>
+<h2>Moving</h2>
+<p>Original, through the 2D VAE alone, after stage 1, after stage 3.</p>
+{movies}
+<h2>Frames</h2>
+<p>Error maps show the absolute difference, {gain} times amplified.</p>
+{strips}
+<h2>Training</h2>
+{curves}
+<h2>Commands</h2>
+<pre>{commands}</pre>
+"""
+
+
+def read_video(path: Path) -> np.ndarray:
+    """All frames, [T, H, W, 3] uint8."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def image_tag(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+def enlarged(frame: np.ndarray) -> Image.Image:
+    image = Image.fromarray(frame)
+    return image.resize((image.width * ENLARGE, image.height * ENLARGE), Image.Resampling.NEAREST)
+
+
+def strip(frames: np.ndarray) -> str:
+    return image_tag(enlarged(np.concatenate([frames[i] for i in SHOWN if i < len(frames)], axis=1)))
+
+
+def strips(name: str, out: Path) -> str:
+    """One clip: rows of frames for the original, the 2D VAE, stage 3 and its error."""
+    original = read_video(out / f"stage3_ori/{name}.mp4")
+    spatial = read_video(out / f"stage3_spatial/{name}.mp4")
+    final = read_video(out / f"stage3_rec/{name}.mp4")
+    error = np.abs(original.astype(int) - final)
+    rows = {
+        "original": original,
+        "2D VAE alone": spatial,
+        "reconstruction": final,
+        f"error &times; {ERROR_GAIN}": (error * ERROR_GAIN).clip(0, 255).astype(np.uint8),
+    }
+    cells = "\n".join(f"<span>{label}</span>{strip(frames)}" for label, frames in rows.items())
+    return f'<h3>{html.escape(name)}</h3>\n<div class="strip">{cells}</div>'
+
+
+def movie(name: str, out: Path) -> str:
+    """One clip as an animation of four videos side by side."""
+    folders = ("stage3_ori", "stage3_spatial", "stage1_rec", "stage3_rec")
+    frames = np.concatenate([read_video(out / folder / f"{name}.mp4") for folder in folders], axis=2)
+    images = [enlarged(frame) for frame in frames]
+    file = io.BytesIO()
+    images[0].save(file, format="WEBP", save_all=True, append_images=images[1:], duration=80, loop=0, quality=85)
+    return f'<img alt="{html.escape(name)}" src="data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+def curves(histories: dict[str, list[dict[str, float]]]) -> str:
+    figure, axes = plt.subplots(len(CURVES), len(histories), figsize=(12, 6), sharex="col", squeeze=False)
+    for column, (stage, history) in enumerate(histories.items()):
+        axes[0, column].set_title(STAGES[stage], fontsize=9)
+        for row, key in enumerate(CURVES):
+            points = [(line["step"], line[key]) for line in history if key in line]
+            axis = axes[row, column]
+            axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 10 else None)
+            if key != "val/psnr":
+                axis.set_yscale("log")
+            if column == 0:
+                axis.set_ylabel(key)
+        axes[-1, column].set_xlabel("step")
+    figure.tight_layout()
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+    return image_tag(Image.open(file))
+
+
+def scores(out: Path) -> list[list[str]]:
+    """Head and rows: stage, PSNR and SSIM of the reconstruction, of the 2D VAE alone."""
+
+    def cells(stage: str, kind: str) -> list[str]:
+        file = out / f"{stage}_{kind}_eval.json"
+        if not file.is_file():  # a 2D VAE has no 2D VAE inside
+            return ["", ""]
+        means = json.loads(file.read_text())["metrics"]
+        return [f"{means['psnr']['mean']:.2f}", f"{means['ssim']['mean']:.4f}"]
+
+    head = ["after", "PSNR (dB)", "SSIM", "2D ceiling, PSNR", "2D ceiling, SSIM"]
+    return [head, *([title, *cells(stage, "rec"), *cells(stage, "spatial")] for stage, title in STAGES.items())]
+
+
+def as_text(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def as_html(rows: list[list[str]]) -> str:
+    def line(row: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+
+    return "<table>" + line(rows[0], "th") + "".join(line(row, "td") for row in rows[1:]) + "</table>"
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def parameters(run: Path) -> str:
+    return f"{sum(p.numel() for p in vae3d.load(run).parameters()):,}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    out = folder / "out"
+    names = sorted(path.stem for path in (out / "stage3_rec").glob("*.mp4"))
+    rows = scores(out)
+    page = PAGE.format(
+        parameters=parameters(folder / "runs/stage3"),
+        table=as_html(rows),
+        movies="\n".join(movie(name, out) for name in names),
+        gain=ERROR_GAIN,
+        strips="\n".join(strips(name, out) for name in names),
+        curves=curves({stage: history(folder / "runs" / stage) for stage in STAGES}),
+        commands=html.escape((folder / "commands.txt").read_text()),
+    )
+    report = folder / "report.html"
+    report.write_text(page)
+    print(as_text(rows))
+    print(f"\nreport with pictures and curves: {report.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

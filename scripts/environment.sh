@@ -1,0 +1,22 @@
+# Sourced by demo.sh and test.sh, in the repository's root: makes .venv with the package and its extras, once.
+# PYTHON=python3.12 chooses the interpreter. pip's own settings (index, proxy, cache) apply.
+
+stamp=.venv/vae3d-installed
+wanted=$(cat setup.cfg pyproject.toml)
+
+if [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]]; then
+  python=${PYTHON:-python3}
+  if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2])' 2>/dev/null; then
+    echo "error: $python is missing or older than 3.10; set PYTHON to a newer one, such as PYTHON=python3.12" >&2
+    exit 1
+  fi
+  echo "Installing into .venv (about 6 GB; torch is most of it) ..."
+  [[ -x .venv/bin/python ]] || "$python" -m venv .venv || {
+    echo "error: no virtual environment could be made; on Debian and Ubuntu install python3-venv" >&2
+    exit 1
+  }
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+  echo "$wanted" > "$stamp"
+fi
+
+source .venv/bin/activate

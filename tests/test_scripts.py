@@ -1,0 +1,240 @@
+"""The scripts beside the package: costs, weights, conversion, demo videos and report, shell scripts."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import subprocess
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import ModuleType
+
+import pandas as pd
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+import vae3d
+from tests import tiny
+from vae3d.checkpoints.export import write_export
+from vae3d.checkpoints.formats import Checkpoint
+from vae3d.data.readers import open_media
+from vae3d.factory import model_config
+from vae3d.weights import WeightFile
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, tiny.ROOT / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- count_costs
+
+
+def test_stage_1_needs_less_than_half_the_published_flops_and_keeps_at_most_2_gib():
+    count = script("count_costs").count
+    ours, published = count(1, 17), count(1, 17, checkpointing=False, pixels=True)
+    assert ours.tera_flops <= 0.45 * published.tera_flops
+    assert ours.kept_gib <= 2.0
+
+
+def test_stage_3_keeps_at_most_3_and_a_half_gib_at_33_frames():
+    assert script("count_costs").count(3, 33).kept_gib <= 3.5
+
+
+def test_counted_flops_are_those_of_a_convolution_by_hand():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    conv = torch.nn.Conv2d(4, 8, 3, padding=1)
+    with FlopCounterMode(display=False) as flops:
+        conv(torch.zeros(1, 4, 16, 16))
+    assert flops.get_total_flops() == 2 * 8 * 4 * 9 * 16 * 16
+
+
+# --- fetch_weights
+
+
+class Server(BaseHTTPRequestHandler):
+    """One file, from the byte that the Range header names."""
+
+    def __init__(self, content: bytes, asked: list[str | None], *args) -> None:
+        self.content, self.asked = content, asked
+        super().__init__(*args)
+
+    def do_GET(self) -> None:
+        wanted = self.headers["Range"]
+        self.asked.append(wanted)
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
+        self.send_response(206 if wanted else 200)
+        self.end_headers()
+        self.wfile.write(self.content[start:])
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def fetching(monkeypatch):
+    """(the script, a served file's content, its address, the Range headers seen)."""
+    monkeypatch.delenv("VAE3D_ALLOW_UNVERIFIED")
+    content, asked = bytes(range(256)) * 20, []
+    fetch_weights = script("fetch_weights")
+    entry = WeightFile("net.pth", len(content), hashlib.sha256(content).hexdigest(), "http://nowhere", "MIT", "a test")
+    monkeypatch.setattr(fetch_weights, "FILES", {"net.pth": entry})
+    server = HTTPServer(("127.0.0.1", 0), partial(Server, content, asked))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield fetch_weights, content, f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_weights_are_fetched_and_verified(fetching, tmp_path, capsys):
+    fetch_weights, content, address, _ = fetching
+    assert fetch_weights.main(["all", "--dest", str(tmp_path), "--mirror", address]) == 0
+    assert (tmp_path / "net.pth").read_bytes() == content
+    assert fetch_weights.main(["net.pth", "--dest", str(tmp_path), "--check"]) == 0
+    assert "verified" in capsys.readouterr().out
+
+
+def test_an_interrupted_download_goes_on_where_it_stopped(fetching, tmp_path):
+    fetch_weights, content, address, asked = fetching
+    (tmp_path / "net.pth.partial").write_bytes(content[:1000])
+    assert fetch_weights.main(["all", "--dest", str(tmp_path), "--mirror", address]) == 0
+    assert asked == ["bytes=1000-"]
+    assert (tmp_path / "net.pth").read_bytes() == content
+    (tmp_path / "net.pth").rename(tmp_path / "net.pth.partial")  # stopped between the last byte and the name
+    assert fetch_weights.main(["all", "--dest", str(tmp_path), "--mirror", address]) == 0
+    assert len(asked) == 1
+
+
+def test_a_wrong_file_is_not_kept(fetching, tmp_path, capsys):
+    fetch_weights, _, address, _ = fetching
+    (tmp_path / "net.pth.partial").write_bytes(b"x" * 1000)
+    assert fetch_weights.main(["all", "--dest", str(tmp_path), "--mirror", address]) == 1
+    assert "sha256" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unreachable_server_and_an_unknown_name_are_told(fetching, tmp_path, capsys):
+    fetch_weights, *_ = fetching
+    assert fetch_weights.main(["all", "--dest", str(tmp_path), "--mirror", "http://127.0.0.1:9"]) == 1
+    assert fetch_weights.main(["vgg"]) == 2
+    assert "unknown file vgg; there are net.pth" in capsys.readouterr().err
+
+
+# --- convert_checkpoint
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    overrides = ["model.spatial.channels=[32,32]", "model.spatial.groups=32", *tiny.MODEL["temporal_vae"][2:]]
+    model = vae3d.build("temporal_vae", *overrides)
+    write_export(Checkpoint(model_config("temporal_vae", *overrides), model.state_dict(), tmp_path, ""), tmp_path / "a")
+    return model, tmp_path / "a"
+
+
+def test_the_2d_half_goes_to_diffusers_to_ldm_and_back(pipeline, tmp_path):
+    model, source = pipeline
+    convert = script("convert_checkpoint").main
+    folder, file, again = (str(tmp_path / name) for name in ("vae", "vae.safetensors", "again"))
+    assert convert([str(source), folder, "--part", "spatial", "--to", "diffusers"]) == 0
+    assert convert([folder, file, "--to", "ldm"]) == 0
+    assert convert([file, again, "--to", "diffusers"]) == 0
+    inner = model.spatial_vae.module.state_dict()
+    for written in (folder, again):
+        state = AutoencoderKL.from_pretrained(written).state_dict()
+        assert state.keys() == inner.keys()
+        assert all(torch.equal(state[key], inner[key]) for key in inner)
+
+
+def test_the_temporal_half_loads_alone(pipeline, tmp_path):
+    model, source = pipeline
+    assert script("convert_checkpoint").main([str(source), str(tmp_path / "t"), "--part=temporal", "--to=export"]) == 0
+    state = vae3d.load(tmp_path / "t").state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in model.temporal_vae.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "ldm"], "the ldm layout is for"),
+        (["--to", "opensora"], "the original code builds one network only"),
+        (["--to", "export", "--target-exists"], "exists already"),
+        (["--to", "export", "--source-missing"], "no such file or folder"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(pipeline, tmp_path, capsys, arguments, message):
+    _, source = pipeline
+    target = tmp_path / "target.safetensors"
+    if "--target-exists" in arguments:
+        target.touch()
+    if "--source-missing" in arguments:
+        source = tmp_path / "nothing"
+    flags = arguments[:2]
+    assert script("convert_checkpoint").main([str(source), str(target), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+# --- demo
+
+
+def test_demo_videos_are_40_or_more_readable_clips_with_a_held_out_split(tmp_path):
+    done = tiny.run(*tiny.script("scripts/make_demo_videos.py"), str(tmp_path / "videos"), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    table = pd.read_csv(tmp_path / "videos/videos.csv")
+    assert len(table) >= 40
+    held_out = table[table["split"] == "val"]["path"]
+    assert {name.rsplit("_", 1)[1] for name in held_out} == {"pan.mp4", "zoom.mp4", "cut.mp4", "overlay.mp4"}
+    for name in table["path"]:
+        with open_media(tmp_path / "videos" / name) as media:
+            assert media.info.num_frames == 40
+
+
+def test_demo_commands_are_sound():
+    """Every train.py line of demo.sh passes the check of the configuration."""
+    lines = (tiny.ROOT / "scripts/demo.sh").read_text().replace("\\\n", "").splitlines()
+    commands = [line.split("train.py ")[1].split() for line in lines if line.startswith("run python train.py")]
+    assert len(commands) == 4
+    for overrides in commands:
+        tiny.compose(*overrides)
+
+
+@pytest.mark.parametrize("name", ["demo.sh", "test.sh", "environment.sh"])
+def test_shell_scripts_parse(name):
+    assert subprocess.run(["bash", "-n", str(tiny.ROOT / "scripts" / name)], check=False).returncode == 0
+
+
+def test_report_holds_its_pictures_and_prints_the_table(tmp_path):
+    demo_report = script("demo_report")
+    for stage in demo_report.STAGES:
+        run = tmp_path / "runs" / stage
+        run.mkdir(parents=True)
+        lines = [{"step": s, "loss": 1.0, "grad_norm": 2.0} for s in (1, 2)] + [{"step": 2, "val/psnr": 20.0}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for kind in ("ori", "rec", "spatial"):
+            (tmp_path / f"out/{stage}_{kind}").mkdir(parents=True)
+            tiny.write_video(tmp_path / f"out/{stage}_{kind}/clip.mp4", tiny.frames(10))
+            if kind != "ori" and (stage, kind) != ("spatial", "spatial"):
+                report = {"metrics": {"psnr": {"mean": 20.5}, "ssim": {"mean": 0.75}}}
+                (tmp_path / f"out/{stage}_{kind}_eval.json").write_text(json.dumps(report))
+    config = model_config("temporal_vae", *tiny.MODEL["temporal_vae"])
+    state = tiny.model("temporal_vae").state_dict()
+    write_export(Checkpoint(config, state, Path(), ""), tmp_path / "runs/stage3/exports/step-0000002")
+    (tmp_path / "commands.txt").write_text("python train.py <x>\n")
+
+    done = tiny.run(*tiny.script("scripts/demo_report.py"), str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "stage 3: everything, pixels" in done.stdout
+    assert "20.50" in done.stdout
+    page = (tmp_path / "report.html").read_text()
+    assert "python train.py &lt;x&gt;" in page
+    assert page.count("data:image/") == 1 + 4 + 1  # an animation, four strips, the curves
+    assert "http" not in page
