@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, PartialState
+from omegaconf import OmegaConf
 
 from tests import tiny
 from vae3d import factory
-from vae3d.check import ConfigError
+from vae3d.check import ConfigError, check_training
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.config import CONF
@@ -93,20 +94,22 @@ SMALL = [
 
 
 @pytest.mark.parametrize("experiment", names("experiment"))
-def test_experiment_steps_twice(videos, trunks, exports, tmp_path, monkeypatch, experiment):
+def test_experiment_steps_twice(videos, trunks, tmp_path, monkeypatch, experiment):
     monkeypatch.chdir(tmp_path)
-    composed = tiny.compose(f"experiment={experiment}")
-    model, stage = composed.model._target_.rsplit(".", 1)[1], composed.stage.name
-    name = "spatial" if model == "SpatialVAE" else "temporal_vae"
-    start = starting_point(name, stage, exports)
-    frames = ["data.frames.min=1"] if composed.data.frames.min > 3 else []
-    overrides = [f"experiment={experiment}", *tiny.MODEL[name], *SMALL, *frames, *start]
-    if stage == "stage3":
-        overrides.append(f"stage.init_from={exports / name}")
+    name = "spatial" if "SpatialVAE" in tiny.compose(f"experiment={experiment}").model._target_ else "temporal_vae"
+    overrides = [f"experiment={experiment}", *tiny.MODEL[name], *SMALL]
+    composed = tiny.compose(*overrides)
+    if composed.stage.name == "stage1":
+        start, first = "stage.init_from.spatial_vae", composed.model.spatial
+    else:
+        start, first = "stage.init_from", composed.model
+    first = OmegaConf.to_container(first, resolve=True)
+    write_export(Checkpoint(first, factory.instantiate(first).state_dict(), tmp_path, ""), tmp_path / "start")
+    overrides.append(f"{start}={tmp_path / 'start'}")
+    if composed.data.frames.min > 3:
+        overrides.append("data.frames.min=1")
     if composed.data.source._target_ == f"{Table.__module__}.{Table.__qualname__}":
         overrides.append(f"data.source.path={videos}")
-    from vae3d.check import check_training
-
     two_steps(check_training(tiny.compose(*overrides)), tmp_path / "run")
 
 

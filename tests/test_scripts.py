@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import subprocess
+import sys
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -19,6 +20,7 @@ from diffusers import AutoencoderKL
 
 import vae3d
 from tests import tiny
+from vae3d.check import check_training
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.data.readers import open_media
@@ -29,9 +31,7 @@ from vae3d.weights import WeightFile
 def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, tiny.ROOT / f"scripts/{name}.py")
     module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[name] = module
+    sys.modules[name] = module  # where dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
 
@@ -194,8 +194,7 @@ def test_demo_videos_are_40_or_more_readable_clips_with_a_held_out_split(tmp_pat
     held_out = table[table["split"] == "val"]["path"]
     assert {name.rsplit("_", 1)[1] for name in held_out} == {"pan.mp4", "zoom.mp4", "cut.mp4", "overlay.mp4"}
     for name in table["path"]:
-        with open_media(tmp_path / "videos" / name) as media:
-            assert media.info.num_frames == 40
+        assert open_media(tmp_path / "videos" / name).info.num_frames == 40
 
 
 def test_demo_commands_are_sound():
@@ -204,7 +203,7 @@ def test_demo_commands_are_sound():
     commands = [line.split("train.py ")[1].split() for line in lines if line.startswith("run python train.py")]
     assert len(commands) == 4
     for overrides in commands:
-        tiny.compose(*overrides)
+        check_training(tiny.compose(*overrides))
 
 
 @pytest.mark.parametrize("name", ["demo.sh", "test.sh", "environment.sh"])
