@@ -31,8 +31,8 @@ def train(config: TrainConfig) -> None:
 
     if config.debug.mode == "dry":
         factory.describe(config)
-    else:
-        factory.trainer(config, launch.run_directory()).fit()
+    elif not factory.trainer(config, launch.run_directory()).fit():
+        launch.stop_sweep()
 
 
 if __name__ == "__main__":

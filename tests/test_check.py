@@ -62,6 +62,21 @@ def test_all_faults_are_reported_at_once():
         assert key in message
 
 
+def test_a_wrong_starting_point_does_not_hide_the_models_faults(videos):
+    with pytest.raises(ConfigError) as error:
+        tiny.training(
+            "temporal_vae", videos, "loss=recon_kl", "stage.init_from=/nowhere", "data.height=17",
+            "validation.metrics=[psnrr]", "optim.weight_decay=-1",
+        )  # fmt: skip
+    for fault in (
+        "stage.init_from=/nowhere: no such",
+        "data.height=17 is not",
+        "psnrr",
+        "optim.weight_decay=-1.0 must be",
+    ):
+        assert fault in str(error.value)
+
+
 def test_wrong_frame_counts_name_the_nearest(videos, monkeypatch):
     from vae3d.models.opensora import OpenSoraVAE
 
@@ -81,6 +96,8 @@ def test_identity_on_unequal_channels_is_refused(videos, spatial_export):
 
 
 def test_accelerate_must_not_be_told_another_precision(videos, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what accelerate launch says unasked
+    tiny.training("temporal_vae", videos, "loss=recon_kl", "trainer.precision=bf16")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(ConfigError, match=r"trainer.precision=fp32, but accelerate launch says bf16"):
         tiny.training("temporal_vae", videos, "loss=recon_kl")

@@ -91,12 +91,13 @@ def write_video(
     **options: str,
 ) -> Path:
     """Encode with PyAV; times_ms makes the frame rate variable."""
+    if codec == "libx264" and "crf" not in options:
+        options["qp"] = "20"  # x264's rate control does not give the same file every time
     base = Fraction(1, fps) if times_ms is None else Fraction(1, 1000)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], pixels
         stream.codec_context.time_base = base
-        stream.codec_context.thread_count = 1  # x264's rate control depends on thread timing otherwise
         if transfer is not None:
             stream.codec_context.color_trc = transfer
         if rotation:

@@ -32,7 +32,7 @@ EXAMPLES = {
     "save_dir": "save_dir=PREFIX of the folders PREFIX_ori, PREFIX_rec, PREFIX_spatial",
 }
 # The model is built and tried only if these are sound.
-MODEL_NEEDS = ("model", "loss", "stage", "data.frames", "data.height", "data.width")
+MODEL_NEEDS = ("model", "loss", "stage.train", "data.frames", "data.height", "data.width")
 CHOICES = {
     "loss.reduction": ("sum", "mean"),
     "data.crop": ("center", "random"),
@@ -57,6 +57,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.max_broken": (lambda v: 0 <= v < 1, "a share, from 0 to less than 1"),
     "optim.lr": (lambda v: v > 0, "positive"),
     "optim.betas": (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to less than 1"),
+    "optim.eps": (lambda v: v > 0, "positive"),
+    "optim.weight_decay": (lambda v: v >= 0, "0 or more"),
+    "optim.min_lr": (lambda v: v >= 0, "0 or more"),
     "optim.warmup_steps": (lambda v: v >= 0, "0 or more"),
     "optim.grad_clip": (lambda v: v > 0, "positive"),
     "trainer.max_steps": (lambda v: v >= 1, "at least 1"),
@@ -67,6 +70,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.ema.decay": (lambda v: 0 <= v < 1, "0 (off) to less than 1"),
     "trainer.ema.every": (lambda v: v >= 1, "at least 1"),
     "trainer.spike.factor": (lambda v: v is None or v > 1, "more than 1, or null"),
+    "trainer.spike.warmup": (lambda v: v >= 0, "0 or more"),
     "trainer.spike.patience": (lambda v: v >= 1, "at least 1"),
     "validation.every": (lambda v: v >= 0, "0 (never) or more"),
     "validation.clips": (lambda v: v >= 1, "at least 1"),
@@ -144,7 +148,7 @@ def _keys(cfg: DictConfig, schema: type) -> tuple[list[str], dict[str, Any]]:
     faults: list[str] = []
     tree = _resolve(cfg, OmegaConf.to_container(cfg, resolve=False), "", faults)
     faults += _unknown_keys(tree, schema, "")
-    faults += _target_faults(tree, "")
+    faults += target_faults(tree, "")
     return faults, tree
 
 
@@ -188,11 +192,11 @@ def _nested(node: dict[str, Any], path: str, kind: Any) -> Iterator[tuple[dict[s
                 yield inner, f"{path}{name}.", typing.get_args(kind)[1]
 
 
-def _target_faults(node: Any, path: str) -> list[str]:
+def target_faults(node: Any, path: str = "") -> list[str]:
     """Arguments of every `_target_` that its signature does not have or misses."""
     if not isinstance(node, dict):
         return []
-    faults = [fault for key, value in node.items() for fault in _target_faults(value, f"{path}{key}.")]
+    faults = [fault for key, value in node.items() for fault in target_faults(value, f"{path}{key}.")]
     if "_target_" not in node:
         return faults
     target, name = node["_target_"], path.rstrip(".")
@@ -289,7 +293,7 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
                 faults.append(f"stage.train.{part}={scale} must be above 0; leave a part out to freeze it")
     faults += _missing_files(config)
     launched = environment.get("ACCELERATE_MIXED_PRECISION")
-    if launched and launched.replace("no", "fp32") != trainer.precision and "ACCELERATE_USE_CPU" not in environment:
+    if launched not in (None, "no", trainer.precision):  # "no" is also what accelerate launch says unasked
         faults.append(
             f"trainer.precision={trainer.precision}, but accelerate launch says {launched}; "
             f"give it --mixed_precision={trainer.precision.replace('fp32', 'no')}, or change trainer.precision"

@@ -6,12 +6,13 @@ is closed and checked key by key. `???` (MISSING) is what only the user can know
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 CONF = Path(__file__).parent / "conf"  # the project's conf/, which an installed package carries inside
 
@@ -191,4 +192,9 @@ def register() -> None:
     store.store("infer_schema", InferConfig)
 
 
+def _short_hash(items: list[str]) -> str:
+    return hashlib.sha256("\n".join(items).encode()).hexdigest()[:6]
+
+
+OmegaConf.register_new_resolver("short_hash", _short_hash, replace=True)
 register()

@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -13,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from torch import nn
 
 import vae3d.models
+from vae3d.check import target_faults
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, load_state, read_checkpoint
-from vae3d.checkpoints.state import latest_state
+from vae3d.checkpoints.state import ResumeError, latest_state
 from vae3d.config import CONF
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import TrainingData, lengths_of, read_tables, validation_clips
@@ -70,14 +73,17 @@ def load(path: str | Path, model: nn.Module | None = None, **changes: Any) -> nn
 
     path: a run folder, an export, published weights (a folder or a file); the layout is recognised from the
     keys. model: load into this one instead of building what the checkpoint describes. changes: constructor
-    arguments that differ from the checkpoint's, as in vae3d.load(path, micro_frames=None).
+    arguments that differ from the checkpoint's, as in vae3d.load(path, micro_frames=None, spatial={"frame_batch": 1}).
     Raises CheckpointError with everything that is missing or does not fit.
     """
     checkpoint = read_checkpoint(path)
     for note in checkpoint.notes:
         log.info("%s: %s", checkpoint.path, note)
     if model is None:
-        model = instantiate(_trusted({**checkpoint.config, **changes}, checkpoint.path))
+        config = _trusted(_merged(checkpoint.config, changes), checkpoint.path)
+        if faults := target_faults(config):
+            raise CheckpointError(f"{checkpoint.path} does not build a model:\n" + "\n".join(f"  {f}" for f in faults))
+        model = instantiate(config)
     elif changes:
         raise ValueError(f"changes to a model's arguments ({', '.join(changes)}) cannot be made to a given model")
     load_state(model, checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})")
@@ -130,7 +136,7 @@ def frame_counts(config: Data) -> FrameCounts:
 def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData:
     data, validation = config.data, config.validation
     settings = clip_settings(data)
-    tables = read_tables(instantiate(data.source), data.holdout if validation.every else 0, data.max_broken)
+    tables = read_tables(instantiate(data.source), settings, data.holdout if validation.every else 0, data.max_broken)
     plan = Plan(
         lengths_of(tables.train, settings),
         frame_counts(data),
@@ -153,10 +159,12 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     if config.trainer.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("trainer.precision is fp16, which needs a GPU; use bf16 or fp32")
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # while rank 0 probes files that nobody has probed
     # The 2D decoder runs channels-last, so gradients of its 1x1 convolutions come in the other of two equal layouts.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     precision = config.trainer.precision.replace("fp32", "no")
-    accelerator = Accelerator(mixed_precision=precision, cpu=_no_accelerator(), kwargs_handlers=[ddp])
+    AcceleratorState._reset_state()  # jobs of a sweep in one process may differ in precision
+    accelerator = Accelerator(mixed_precision=precision, cpu=_no_accelerator(), kwargs_handlers=[ddp, patience])
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "ranks did not find each other"
     with accelerator.main_process_first():  # which probes the files; the others find its answers on disk
         data = training_data(config, accelerator.process_index, accelerator.num_processes)
@@ -169,6 +177,8 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     if config.stage.whole_clips and hasattr(model, "micro_frames"):
         model.micro_frames = None
     resumes = latest_state(folder / "checkpoints") is not None
+    if resumes and not config.run.resume:
+        raise ResumeError(f"{folder} holds checkpoints and run.resume=false; give this run another run.name")
     started = [] if resumes else initialize(model, config.stage.init_from)
     built = Trainer(
         config,
@@ -211,7 +221,7 @@ def infer(config: InferConfig) -> None:
     )
     table = open_source(config.source, config.root).table()
     if config.split is not None:
-        table = table[table["split"] == config.split]
+        table = table[(table["split"] == config.split) | table["fault"].notna()]
     table = table.iloc[: config.num_samples]
     if table.empty:
         raise DataError(f"{config.source} has no rows of split {config.split}")
@@ -291,6 +301,12 @@ def _trusted(config: dict[str, Any], path: Path) -> dict[str, Any]:
                 "yourself and call vae3d.load(path, model)"
             )
     return config
+
+
+def _merged(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """config with changes, node by node."""
+    both = {k for k in changes if isinstance(changes[k], Mapping) and isinstance(config.get(k), dict)}
+    return {**config, **{k: _merged(config[k], v) if k in both else v for k, v in changes.items()}}
 
 
 def _targets(node: Any) -> Iterator[Any]:

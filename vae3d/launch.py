@@ -83,13 +83,27 @@ def torchrun_child(launcher: Launcher, script: str) -> None:
         *(script, *overrides, f"hydra.run.dir='{folder}'"),
     ]
     child = subprocess.Popen(command)
-    forward = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    told = []
+
+    def forward(*_: object) -> None:
+        told.append(True)
+        child.terminate()
+
+    before = signal.signal(signal.SIGTERM, forward)
     try:
         code = child.wait()
     finally:
-        signal.signal(signal.SIGTERM, forward)
-    if code:
+        signal.signal(signal.SIGTERM, before)
+    if told:
+        stop_sweep()
+    elif code:
         raise RuntimeError(f"torchrun exited with {code}; see the log files in {run_directory()}")
+
+
+def stop_sweep() -> None:
+    """After SIGTERM: no further job of a sweep starts. (SystemExit ends a sweep, other exceptions only their job.)"""
+    if in_sweep():
+        sys.exit(128 + signal.SIGTERM)
 
 
 def last_metric(folder: Path, name: str) -> float | None:
@@ -110,7 +124,7 @@ def one_message(run: Callable[[], R]) -> R:
     except UserError as error:
         if in_sweep() or os.environ.get("VAE3D_TRACEBACK") == "1":
             raise
-        if rank() == 0 or not error.on_every_rank:
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not error.on_every_rank:  # once per machine
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -114,6 +114,10 @@ class Clip:
     paths: list[str]
     faults: list[tuple[str, str]] = field(default_factory=list)
 
+    def pin_memory(self) -> Clip:
+        """Called by the DataLoader, so that `to` copies while the GPU computes."""
+        return replace(self, video=self.video.pin_memory())
+
     def to(self, device: torch.device | str) -> Clip:
         """Move to a device; uint8 pixels become float in [-1, 1]."""
         video = self.video.to(device, non_blocking=True)

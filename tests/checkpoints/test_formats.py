@@ -250,6 +250,17 @@ def test_an_export_cannot_name_foreign_code(tmp_path, target, depth):
         vae3d.load(tmp_path)
 
 
+def test_single_settings_of_a_checkpoint_can_be_changed(tmp_path):
+    saved = checkpoint("temporal_vae", PIPELINE, tmp_path)
+    write_export(saved, tmp_path)
+    model = vae3d.load(tmp_path, micro_frames=9, spatial={"frame_batch": 2})
+    assert (model.micro_frames, model.spatial_vae.frame_batch) == (9, 2)
+    with pytest.raises(
+        CheckpointError, match=r"spatial\.frame_batsh is not an argument .*did you mean spatial\.frame_batch"
+    ):
+        vae3d.load(tmp_path, spatial={"frame_batsh": 2})
+
+
 def bad_files(folder):
     (folder / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     (folder / "cut.pt").write_bytes(b"PK\x03\x04 cut")

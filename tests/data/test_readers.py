@@ -110,6 +110,28 @@ def test_images_are_videos_of_one_frame(tmp_path):
     assert opened.read([0, 0], (10, 15)).shape == (2, 10, 15, 3)
 
 
+def test_16_bit_grey_is_scaled_and_floats_are_refused(tmp_path):
+    ramp = np.linspace(0, 65535, 600).reshape(20, 30)
+    for mode in (np.uint16, np.int32):
+        Image.fromarray(ramp.astype(mode)).save(tmp_path / "deep.tiff")
+        opened = open_media(tmp_path / "deep.tiff")
+        assert opened.info.bits == 16
+        assert np.abs(opened.read([0])[0, :, :, 0] - ramp / 257).max() <= 0.51
+    Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "deeper.tiff")
+    with pytest.raises(MediaError, match="integer pixels beyond 16 bits"):
+        open_media(tmp_path / "deeper.tiff")
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(MediaError, match="floating-point pixels of unknown range"):
+        open_media(tmp_path / "float.tiff")
+
+
+def test_an_image_beyond_pillows_limit_is_refused(tmp_path, monkeypatch):
+    Image.fromarray(tiny.frames(1, 20, 30)[0]).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(MediaError, match="exceeds limit"):
+        open_media(tmp_path / "a.png")
+
+
 def test_photographs_are_turned_as_their_exif_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees

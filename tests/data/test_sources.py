@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import re
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,8 +11,11 @@ import pytest
 from tests import tiny
 from vae3d.data import probe
 from vae3d.data.check import main as check
+from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import DataError, Folder, Table
+
+SETTINGS = ClipSettings(16, 16)
 
 
 def test_paths_are_relative_to_the_table_or_to_root(tmp_path):
@@ -30,9 +37,6 @@ FAULTS = {
     "": r"is empty",
     "path\n": r"has no rows",
     "video,text\na.mp4,x\n": r"has no column `path`; its columns are video, text",
-    'path\na.mp4\n""\nb.mp4\n': r"`path` is empty in rows 2; fill or drop them",
-    "path,num_frames\na.mp4,12\nb.mp4,many\nc.mp4,-3\n": r"`num_frames` is no positive number in rows 2, 3",
-    "path,split\na.mp4,train\nb.mp4,testing\n": r"`split` must be one of train, val, test; it is not in rows 2",
     "path,a\nx,1\ny,1,2,3\n": r"is not a readable table",
 }
 
@@ -43,6 +47,72 @@ def test_faulty_tables_are_refused_with_the_rows(tmp_path, content):
     with pytest.raises(DataError, match=FAULTS[content]) as error:
         Table(tmp_path / "t.csv").table()
     assert str(tmp_path / "t.csv") in str(error.value)
+
+
+def test_faulty_rows_are_told_one_by_one_and_left_out(tmp_path, capsys):
+    tiny.write_video(tmp_path / "a.mp4", tiny.frames(6))
+    (tmp_path / "t.csv").write_text(
+        "path,num_frames,split\na.mp4,6,train\n,6,train\na.mp4,many,train\na.mp4,-3,train\na.mp4,6,testing\nb.mp4,,val\n"
+    )
+    assert check([str(tmp_path / "t.csv"), "--workers", "1"]) == 1
+    out = capsys.readouterr().out
+    for row, reason in {
+        2: "has no `path`",
+        3: "`num_frames` is no positive number",
+        4: "`num_frames` is no positive number",
+        5: "`split` is none of train, val, test",
+        6: "no such file",
+    }.items():
+        assert re.search(rf"row {row}: .*{reason}", out)
+    assert "1 of 6 rows are good, 5 bad" in out
+    tables = read_tables(Table(tmp_path / "t.csv"), SETTINGS, holdout=0, max_broken=0.9)
+    assert tables.train["row"].tolist() == [1]
+    assert [reason for _, reason in tables.faults][:2] == ["has no `path`", "`num_frames` is no positive number"]
+    assert len(tables.faults) == 5
+
+
+def test_a_parquet_file_keeps_its_rows_together_whatever_its_index(tmp_path):
+    frame = pd.DataFrame({"path": list("abcd"), "num_frames": [1, 2, 3, 4], "split": ["train"] * 3 + ["val"]})
+    for i, shuffled in enumerate(
+        (frame.sample(frac=1, random_state=1), frame[frame.num_frames > 2], frame.set_index("split", drop=False))
+    ):
+        shuffled.to_parquet(tmp_path / f"{i}.parquet")
+        table = Table(tmp_path / f"{i}.parquet").table()
+        assert table["name"].tolist() == shuffled["path"].tolist()
+        assert table["num_frames"].tolist() == shuffled["num_frames"].tolist()
+        assert table["split"].tolist() == shuffled["split"].tolist()
+
+
+def test_relative_and_absolute_paths_mix(videos, monkeypatch):
+    monkeypatch.chdir(videos.parent)
+    pd.DataFrame({"path": ["clip0.mp4", str(videos.parent / "clip1.mp4")]}).to_csv("mixed.csv", index=False)
+    table, faults = probe.complete(Table("mixed.csv").table())
+    assert table["num_frames"].tolist() == [12, 13]
+    assert faults == []
+
+
+def test_the_held_out_videos_stay_when_the_data_moves(videos, tmp_path):
+    chosen = read_tables(Table(videos), SETTINGS, holdout=5, max_broken=0).val["name"].tolist()
+    shutil.copytree(videos.parent, tmp_path / "moved")
+    moved = read_tables(Table(tmp_path / "moved/videos.csv"), SETTINGS, holdout=5, max_broken=0)
+    assert moved.val["name"].tolist() == chosen
+
+
+def test_an_error_is_not_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    tiny.write_video(tmp_path / "a.mp4", tiny.frames(5))
+    pd.DataFrame({"path": ["a.mp4"]}).to_csv(tmp_path / "t.csv", index=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, "look", lambda path: {"error": "the disk is away"})
+        assert len(probe.complete(Table(tmp_path / "t.csv").table())[1]) == 1
+    assert probe.complete(Table(tmp_path / "t.csv").table())[1] == []
+
+
+def test_training_probes_only_what_it_needs(tmp_path):
+    pd.DataFrame({"path": ["absent.mp4"], "num_frames": [5]}).to_csv(tmp_path / "t.csv", index=False)
+    assert read_tables(Table(tmp_path / "t.csv"), SETTINGS, holdout=0, max_broken=0).faults == []
+    with pytest.raises(DataError, match="no such file"):
+        read_tables(Table(tmp_path / "t.csv"), replace(SETTINGS, fps=8.0), holdout=0, max_broken=0)
 
 
 def test_missing_table_and_binary_table_are_refused(tmp_path):
@@ -123,7 +193,7 @@ def broken_table(folder, videos, broken: int):
 
 
 def test_files_that_do_not_open_are_left_out_and_told(videos, tmp_path):
-    tables = read_tables(broken_table(tmp_path, videos, 2), holdout=0, max_broken=0.2)
+    tables = read_tables(broken_table(tmp_path, videos, 2), SETTINGS, holdout=0, max_broken=0.2)
     assert len(tables.train) == 12
     assert [(path.rsplit("/", 1)[1], reason) for path, reason in tables.faults] == [
         ("broken0.mp4", "is empty (0 bytes)"),
@@ -133,21 +203,21 @@ def test_files_that_do_not_open_are_left_out_and_told(videos, tmp_path):
 
 def test_too_many_broken_files_stop_the_run(videos, tmp_path):
     with pytest.raises(DataError, match=r"(?s)8 of 20 files cannot be read, more than data.max_broken=0.2.*is empty"):
-        read_tables(broken_table(tmp_path, videos, 8), holdout=0, max_broken=0.2)
+        read_tables(broken_table(tmp_path, videos, 8), SETTINGS, holdout=0, max_broken=0.2)
 
 
 def test_validation_rows_are_the_split_columns_or_a_stable_choice(videos, tmp_path):
     table = pd.read_csv(videos)
     table["path"] = [str(videos.parent / path) for path in table["path"]]
     table.assign(split=["train"] * 8 + ["val"] * 3 + ["test"]).to_csv(tmp_path / "split.csv", index=False)
-    tables = read_tables(Table(tmp_path / "split.csv"), holdout=5, max_broken=0)
+    tables = read_tables(Table(tmp_path / "split.csv"), SETTINGS, holdout=5, max_broken=0)
     assert (len(tables.train), len(tables.val)) == (8, 3)
 
-    chosen = read_tables(Table(videos), holdout=5, max_broken=0).val["path"].tolist()
+    chosen = read_tables(Table(videos), SETTINGS, holdout=5, max_broken=0).val["path"].tolist()
     assert len(chosen) == 1  # at most a tenth
-    shuffled = table.sample(frac=1, random_state=3)
-    shuffled.to_csv(tmp_path / "shuffled.csv", index=False)
-    assert read_tables(Table(tmp_path / "shuffled.csv"), holdout=5, max_broken=0).val["path"].tolist() == chosen
+    pd.read_csv(videos).sample(frac=1, random_state=3).to_csv(tmp_path / "shuffled.csv", index=False)
+    shuffled = Table(tmp_path / "shuffled.csv", root=videos.parent)
+    assert read_tables(shuffled, SETTINGS, holdout=5, max_broken=0).val["path"].tolist() == chosen
 
 
 def test_a_table_without_training_rows_is_refused(videos, tmp_path):
@@ -155,7 +225,7 @@ def test_a_table_without_training_rows_is_refused(videos, tmp_path):
     table["path"] = [str(videos.parent / path) for path in table["path"]]
     table.to_csv(tmp_path / "t.csv", index=False)
     with pytest.raises(DataError, match="no rows are left to train on"):
-        read_tables(Table(tmp_path / "t.csv"), holdout=0, max_broken=0)
+        read_tables(Table(tmp_path / "t.csv"), SETTINGS, holdout=0, max_broken=0)
 
 
 def test_check_lists_every_bad_row_and_writes_the_good_ones(videos, tmp_path, capsys):

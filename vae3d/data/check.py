@@ -63,7 +63,10 @@ def main(argv: list[str] | None = None) -> int:
 
     good = []
     for (_, row), result in zip(table.iterrows(), results, strict=True):
-        reason = result if isinstance(result, str) else disagreement(row, result)
+        if pd.notna(row["fault"]):
+            reason = row["fault"]
+        else:
+            reason = result if isinstance(result, str) else disagreement(row, result)
         if reason is None:
             good.append({**row, **{name: getattr(result, name) for name in NUMBERS}})
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,15 +35,16 @@ class Tables:
     faults: list[tuple[str, str]]
 
 
-def read_tables(source: Source, holdout: int, max_broken: float) -> Tables:
+def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken: float) -> Tables:
     """List a source's files and set some aside for validation.
 
-    With a `split` column its `val` rows; without, the `holdout` paths with the smallest hash, but at most a
-    tenth, so that the choice survives a table that grows.
+    With a `split` column its `val` rows; without, the `holdout` files whose names hash lowest, but at most a
+    tenth, so that the choice survives a table that grows or a folder that moves.
     Raises DataError if more than the share `max_broken` does not open, or nothing is left to train on.
     """
     listed = source.table()
-    table, faults = complete(listed)
+    needed = ("num_frames",) if settings.fps is None else ("num_frames", "fps")
+    table, faults = complete(listed, needed)
     if len(faults) > max_broken * len(listed):
         shown = "\n".join(f"  {path}: {reason}" for path, reason in faults[:10])
         raise DataError(
@@ -53,7 +55,7 @@ def read_tables(source: Source, holdout: int, max_broken: float) -> Tables:
         is_val = (table["split"] == "val").to_numpy()
         is_train = (table["split"] == "train").to_numpy()
     else:
-        hashes = np.array([seed_of(path) for path in table["path"]])
+        hashes = np.array([seed_of(name) for name in table["name"]])
         is_val = np.zeros(len(table), dtype=bool)
         is_val[np.argsort(hashes)[: min(holdout, len(table) // 10)]] = True
         is_train = ~is_val
@@ -90,12 +92,18 @@ class TrainingData:
             num_workers=self.workers,
             prefetch_factor=self.prefetch if self.workers else None,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_outlive_sigterm,
         )
         for clip in loader:
             if isinstance(clip, Unreadable):
                 listed = "\n".join(f"  {path}: {reason}" for path, reason in clip.faults[-10:])
                 raise UnreadableData(f"file after file could not be read, so the run stops:\n{listed}")
             yield clip
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """torchrun sends SIGTERM to workers too, but the step that their rank is in still needs their clips."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def validation_clips(

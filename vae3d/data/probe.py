@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,22 +20,23 @@ THREADS = 16
 Facts = dict[str, float | str]  # the columns of NUMBERS, or the one key `error`
 
 
-def complete(table: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
-    """The table without NaN in num_frames, height, width and fps, and (path, reason) of files that do not open.
+def complete(table: pd.DataFrame, needed: Sequence[str] = NUMBERS) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
+    """The table without NaN in the columns `needed`, and (path, reason) of rows that are faulty or do not open.
 
-    Only rows that lack a number are opened; rows that do not open are left out of the table.
+    Only rows that lack one of these numbers are opened; rows that do not open are left out of the table.
     """
-    unknown = table[list(NUMBERS)].isna().any(axis=1).to_numpy()
+    sound = table["fault"].isna()
+    faults = [(f"row {row} ({path})", fault) for row, path, fault in table.loc[~sound, ["row", "path", "fault"]].values]
+    table = table[sound].reset_index(drop=True)
+    unknown = table[list(needed)].isna().any(axis=1).to_numpy()
     if not unknown.any():
-        return table, []
-    table = table.copy()
+        return table, faults
     facts = probe(table.loc[unknown, "path"].tolist())
-    faults = [(path, str(f["error"])) for path, f in facts.items() if "error" in f]
+    unread = {path: str(f["error"]) for path, f in facts.items() if "error" in f}
     for name in NUMBERS:
         found = np.array([facts[path].get(name, np.nan) for path in table.loc[unknown, "path"]], dtype=float)
         table.loc[unknown, name] = table.loc[unknown, name].fillna(pd.Series(found, index=table.index[unknown]))
-    broken = {path for path, _ in faults}
-    return table[~table["path"].isin(broken)].reset_index(drop=True), faults
+    return table[~table["path"].isin(unread)].reset_index(drop=True), [*faults, *unread.items()]
 
 
 def probe(paths: list[str]) -> dict[str, Facts]:
@@ -49,7 +51,8 @@ def probe(paths: list[str]) -> dict[str, Facts]:
             results = zip(todo, pool.map(look, todo), strict=True)
             for path, facts in tqdm(results, total=len(todo), desc="probing videos", unit="file", disable=None):
                 known[path] = {"path": path, "key": keys[path], **facts}
-                stream.write(json.dumps(known[path]) + "\n")
+                if "error" not in facts:  # which may pass: a disk that was away, a file still being copied
+                    stream.write(json.dumps(known[path]) + "\n")
     return {path: {k: v for k, v in known[path].items() if k not in ("path", "key")} for path in keys}
 
 

@@ -96,12 +96,14 @@ class ImageReader:
         try:
             with Image.open(path) as image:
                 codec, mode = (image.format or "image").lower(), image.mode
-                self.image = ImageOps.exif_transpose(image).convert("RGB")
+                upright = ImageOps.exif_transpose(image)
+                upright.load()
         except UnidentifiedImageError as error:
             raise MediaError(path, "is not an image, whatever its extension says") from error
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise MediaError(path, f"cannot be decoded: {error}") from error
-        bits = 16 if mode.startswith("I;16") else 32 if mode in ("I", "F") else 8
+        self.image = _to_8_bits(path, upright).convert("RGB")
+        bits = 16 if mode.startswith("I") else 8
         self.info = MediaInfo(1, self.image.height, self.image.width, 0.0, codec, mode, bits)
         self.path = path
 
@@ -112,6 +114,18 @@ class ImageReader:
 
     def close(self) -> None:
         self.image.close()
+
+
+def _to_8_bits(path: Path, image: Image.Image) -> Image.Image:
+    """Pillow's own conversion of 16-bit grey clips nearly everything to white."""
+    if image.mode == "F":
+        raise MediaError(path, "holds floating-point pixels of unknown range; store it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    pixels = np.asarray(image).astype(np.int64)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise MediaError(path, "has integer pixels beyond 16 bits; store it with 8 or 16 bits")
+    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
 
 
 class PyAVReader:

@@ -1,11 +1,13 @@
 """Where videos and images come from: every source lists its files as a table, without decoding anything.
 
-The table has the columns path (absolute), num_frames, height, width, fps (NaN where unknown), split and text
-(None where not given) and row, the place in the source that messages name.
+The table has the columns path (absolute), name (the path as the source gives it), num_frames, height, width, fps
+(NaN where unknown), split and text (None where not given), row, the place in the source that messages name, and
+fault: why a row cannot be used, or None.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -39,21 +41,32 @@ class Table:
         self.root = Path(root) if root is not None else self.path.parent
 
     def table(self) -> pd.DataFrame:
-        raw = self._read()
+        raw = self._read().reset_index(drop=True)  # parquet keeps an index of any kind
         if "path" not in raw.columns:
             raise DataError(f"{self.path} has no column `path`; its columns are {', '.join(map(str, raw.columns))}")
         if raw.empty:
             raise DataError(f"{self.path} has no rows")
-        rows = raw.index.to_numpy() + 1
-        empty = raw["path"].isna() | (raw["path"].astype(str).str.strip() == "")
-        if empty.any():
-            raise DataError(f"{self.path}: `path` is empty in rows {_some(rows[empty])}; fill or drop them")
-        paths = [str(self.root / path) for path in raw["path"].astype(str)]
-        table = pd.DataFrame({"path": paths, "row": rows})
-        for name in NUMBERS:
-            table[name] = self._numbers(raw, name, rows)
-        table["text"] = raw["text"] if "text" in raw.columns else None
-        table["split"] = self._splits(raw, rows)
+        names = raw["path"].fillna("").astype(str).str.strip()
+        table = pd.DataFrame(
+            {
+                "path": [os.path.abspath(self.root / name) for name in names],
+                "name": names,
+                "row": raw.index + 1,
+                "text": raw["text"] if "text" in raw.columns else None,
+                "fault": None,
+            }
+        )
+        _mark(table, names == "", "has no `path`")
+        for column in NUMBERS:
+            table[column] = np.nan
+            if column in raw.columns:
+                table[column] = pd.to_numeric(raw[column], errors="coerce").astype(float)
+                smallest = 0 if column == "fps" else 1  # images have no rate
+                bad = (table[column].isna() & raw[column].notna()) | (table[column] < smallest)
+                _mark(table, bad, f"`{column}` is no positive number")
+        table["split"] = raw["split"] if "split" in raw.columns else None
+        if "split" in raw.columns:
+            _mark(table, ~raw["split"].isin(SPLITS), f"`split` is none of {', '.join(SPLITS)}")
         return table
 
     def _read(self) -> pd.DataFrame:
@@ -68,25 +81,10 @@ class Table:
         except (pd.errors.ParserError, UnicodeDecodeError, OSError, ValueError) as error:
             raise DataError(f"{self.path} is not a readable table: {error}") from error
 
-    def _numbers(self, raw: pd.DataFrame, name: str, rows: np.ndarray) -> pd.Series | float:
-        if name not in raw.columns:
-            return np.nan
-        numbers = pd.to_numeric(raw[name], errors="coerce")
-        smallest = 0 if name == "fps" else 1  # images have no rate
-        bad = (numbers.isna() & raw[name].notna()) | (numbers < smallest)
-        if bad.any():
-            raise DataError(f"{self.path}: `{name}` is no positive number in rows {_some(rows[bad])}")
-        return numbers.astype(float)
 
-    def _splits(self, raw: pd.DataFrame, rows: np.ndarray) -> pd.Series | None:
-        if "split" not in raw.columns:
-            return None
-        bad = ~raw["split"].isin(SPLITS)
-        if bad.any():
-            raise DataError(
-                f"{self.path}: `split` must be one of {', '.join(SPLITS)}; it is not in rows {_some(rows[bad])}"
-            )
-        return raw["split"]
+def _mark(table: pd.DataFrame, bad: pd.Series, reason: str) -> None:
+    """Give the rows where `bad` their fault; the first one that is found counts."""
+    table.loc[bad & table["fault"].isna(), "fault"] = reason
 
 
 class Folder:
@@ -104,14 +102,17 @@ class Folder:
             raise DataError(f"{self.path}: no such file or folder")
         if not files:
             raise DataError(f"{self.path} holds no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)})")
-        table = pd.DataFrame({"path": [str(f) for f in files], "row": np.arange(1, len(files) + 1)})
-        return table.assign(**dict.fromkeys(NUMBERS, np.nan), text=None, split=None)
+        top = self.path if self.path.is_dir() else self.path.parent
+        table = pd.DataFrame(
+            {
+                "path": [os.path.abspath(f) for f in files],
+                "name": [str(f.relative_to(top)) for f in files],
+                "row": np.arange(1, len(files) + 1),
+            }
+        )
+        return table.assign(**dict.fromkeys(NUMBERS, np.nan), text=None, split=None, fault=None)
 
 
 def open_source(path: str | Path, root: str | Path | None = None) -> Source:
     """A Table for .csv and .parquet, else a Folder."""
     return Table(path, root) if Path(path).suffix in (".csv", ".parquet") else Folder(path)
-
-
-def _some(rows: np.ndarray, count: int = 5) -> str:
-    return ", ".join(map(str, rows[:count])) + (f" and {len(rows) - count} more" if len(rows) > count else "")

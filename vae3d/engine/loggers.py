@@ -43,7 +43,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # purge_step hides what a killed run wrote after its last checkpoint.
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():

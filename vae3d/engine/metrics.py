@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class StepMetrics:
-    """Sums over micro-batches; a name that appears in fewer of them is averaged over those."""
+    """Means over micro-batches; a name that appears in fewer of them is averaged over those."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = defaultdict(list)

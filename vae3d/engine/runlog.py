@@ -14,12 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from vae3d.engine.loggers import Logger
+from vae3d.errors import UserError
 
 log = logging.getLogger("vae3d")
 PACKAGES = ("torch", "accelerate", "hydra-core", "av", "numpy")
+
+
+class RunLocked(UserError):
+    """Two processes would write to one run's folder; only rank 0 finds out."""
+
+    on_every_rank = False
 
 
 class RunLog:
@@ -32,6 +40,13 @@ class RunLog:
         self._bar = None
         if self.main:
             folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(folder / ".lock")
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout as error:
+                raise RunLocked(
+                    f"another process is training in {folder}; stop it, or give this run another name"
+                ) from error
             self._forget_after(step)
             logger.open(folder, step)
             self._bar = tqdm(total=max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
@@ -83,14 +98,11 @@ class RunLog:
             log.warning("cannot be read, another file takes its place: %s: %s", path, reason)
             self._append(f"faults{self.rank or ''}.jsonl", {"path": path, "reason": reason})
 
-    @property
-    def broken_files(self) -> int:
-        return len(self._broken)
-
     def close(self) -> None:
         if self.main:
             self._bar.close()
             self.logger.close()
+            self._lock.release()
 
     def _forget_after(self, step: int) -> None:
         """Drop metrics of steps that a killed run took after its last checkpoint; they are about to be taken again."""

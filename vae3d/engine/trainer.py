@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from torch import nn
 from vae3d.adversarial.base import Adversary
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
-from vae3d.checkpoints.state import latest_state, load_state, prune, refuse_other_run, save_state
+from vae3d.checkpoints.state import ResumeError, latest_state, load_state, prune, refuse_other_run, save_state
 from vae3d.data.loader import TrainingData
 from vae3d.data.sources import DataError
 from vae3d.engine.ema import Ema
@@ -71,15 +72,23 @@ class Trainer:
         self._first_step_here = True
         self.optimizer = torch.optim.AdamW(groups, fused=self.device.type == "cuda", **self._optimizer_settings())
         changed = self._resume()
+        steps = gather_object([self.step])
+        if len(set(steps)) > 1:
+            raise ResumeError(
+                f"the ranks found checkpoints of steps {', '.join(map(str, sorted(set(steps))))} in {folder}; "
+                "they must all see the same folder, so put run.root on a shared disk"
+            )
         self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
         self.log = RunLog(
             folder, logger, rank=accelerator.process_index, step=self.step, max_steps=config.trainer.max_steps
         )
         self.log.launch(self.step, asdict(config), changed)
+        for key, (old, new) in changed.items():
+            self.log.say(f"{key} was {old} until step {self.step} and is {new} from here on")
         self.log.faults(data.faults)
 
-    def fit(self) -> None:
-        """Train to the last step, or to the first step boundary after SIGTERM."""
+    def fit(self) -> bool:
+        """Train to the last step, or to the first step boundary after SIGTERM; whether it was the last step."""
         config, last = self.config, self.config.trainer.max_steps
         self.log.say(f"training from step {self.step} to {last}")
         profiling = config.debug.mode == "profile"
@@ -96,8 +105,10 @@ class Trainer:
                 self._after_step(values, stopped)
                 step_done()
         if stopped:
-            self.log.say(f"stopped by SIGTERM after step {self.step}; the same command goes on from there")
+            saved = "the same command goes on from there" if config.trainer.save_every else "nothing is saved"
+            self.log.say(f"stopped by SIGTERM after step {self.step}; {saved}")
         self.log.close()
+        return not stopped
 
     def train_step(self, clips: list[Clip], stop: bool = False) -> dict[str, float]:
         """One optimizer step over the micro-batches `clips`; returns metrics averaged over them and all ranks."""
@@ -186,9 +197,14 @@ class Trainer:
         """Step unless loss or gradient are unsound; whether it did."""
         # fp16 gradients overflow in normal operation: the loss scaler skips those steps and learns from them.
         norm = 0.0 if self.accelerator.scaler is not None else values["grad_norm"]
+        scaler = self.accelerator.scaler
         taken = self.spikes.accept(values["loss"], norm)
         if taken:
             self.optimizer.step()
+            taken = scaler is None or not self.optimizer.step_was_skipped
+        elif scaler is not None:
+            scaler.update()  # the gradients were unscaled for clipping, which it must not meet twice
+        if taken:
             self.ema.update(self.step)
         self.optimizer.zero_grad()
         return taken
@@ -249,11 +265,15 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """The averaged weights (the current ones without EMA), for vae3d.load."""
+        unfinished = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
         with self.ema.applied():
             weights = Checkpoint(self.config.model, self.network.state_dict(), folder, "export")
             write_export(
-                weights, folder, stage=self.config.stage.name, step=self.step, ema=self.config.trainer.ema.decay
+                weights, unfinished, stage=self.config.stage.name, step=self.step, ema=self.config.trainer.ema.decay
             )
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
 
     def _state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler

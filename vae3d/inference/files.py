@@ -48,6 +48,8 @@ def reconstruct_files(
     mine = table.iloc[rank::world_size]
     for _, entry in tqdm(mine.iterrows(), total=len(mine), unit="file", disable=None if rank == 0 else True):
         try:
+            if pd.notna(entry["fault"]):
+                raise MediaError(f"row {entry['row']}", entry["fault"])
             done.append(reconstructor.file(entry["path"], int(entry["row"])))
         except MediaError as error:
             if not skip_errors:

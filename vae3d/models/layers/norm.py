@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -34,6 +35,7 @@ class _NormSiLU(torch.autograd.Function):
         return _norm_silu(x, weight, bias, groups, eps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:3]
         with torch.enable_grad():
