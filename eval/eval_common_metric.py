@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,8 +24,13 @@ from vae3d.errors import UserError
 from vae3d.evaluation.pairs import PairError, Protocol, find_pairs
 from vae3d.evaluation.score import VideoScore, score_pair, summarize, table
 from vae3d.metrics import METRICS, MetricError, build_metrics
+from vae3d.precision import as_device, without_tf32
 
-PLANNED = ("flolpips",)
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of 1 or more")
+    return int(text)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -34,12 +40,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--generated_video_dir", type=Path, required=True, help="folder of reconstructions, such as OUT_rec")
     add("--metric", nargs="+", default=["ssim", "psnr"], metavar="NAME", help=f"any of {' '.join(METRICS)}")
     add("--device", default="cuda", help="cuda or cpu; without a GPU the CPU computes the same numbers")
-    add("--num_frames", type=int, help="compare the first n frames; default all")
-    add("--sample_rate", type=int, default=1, help="take every n-th frame")
-    add("--resolution", type=int, help="scale the short side to this; default as the files are")
-    add("--crop_size", type=int, help="centre-crop to this square after scaling; default no crop")
+    add("--num_frames", type=positive, help="compare the first n frames; default all")
+    add("--sample_rate", type=positive, default=1, help="take every n-th frame")
+    add("--resolution", type=positive, help="scale the short side to this; default as the files are")
+    add("--crop_size", type=positive, help="centre-crop to this square after scaling; default no crop")
     add(
-        "--batch_size", type=int, default=1, help="accepted for the original's command line; scores do not depend on it"
+        "--batch_size",
+        type=positive,
+        default=1,
+        help="accepted for the original's command line; scores do not depend on it",
     )
     add("--sample_fps", type=float, help="accepted for the original's command line, which did not use it either")
     add("--output", type=Path, help="JSON report; default GENERATED_VIDEO_DIR with _eval.json behind")
@@ -60,18 +69,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    planned = [name for name in args.metric if name in PLANNED]
-    if planned:
-        raise MetricError(f"{', '.join(planned)} is not available yet; there are {', '.join(METRICS)}")
     device = args.device
     if device.startswith("cuda") and not torch.cuda.is_available():
         print("no CUDA device here: scoring on the CPU", file=sys.stderr)
         device = "cpu"
+    device = as_device(device)
+    without_tf32()
     metrics = build_metrics(args.metric, device)  # before any file is opened: it names all missing weights
     protocol = Protocol(
         args.num_frames, args.sample_rate, args.resolution, args.crop_size, args.ignore_fps, args.to_8bit
     )
     pairs, unmatched = find_pairs(args.real_video_dir, args.generated_video_dir, args.allow_unmatched)
+
+    folder = args.generated_video_dir.resolve()
+    output = args.output or folder.with_name(folder.name + "_eval.json")
+    if not output.parent.is_dir():
+        raise PairError(f"--output {output}: {output.parent} is no folder")
 
     scores: list[VideoScore] = []
     failed: list[str] = []
@@ -88,7 +101,7 @@ def evaluate(args: argparse.Namespace) -> int:
     summary = summarize(scores, metrics, protocol) | {
         "real_video_dir": str(args.real_video_dir),
         "generated_video_dir": str(args.generated_video_dir),
-        "device": device,
+        "device": str(device),
         "unmatched": unmatched,
         "failed": failed,
     }
@@ -99,9 +112,8 @@ def evaluate(args: argparse.Namespace) -> int:
         print("warning: files are stored lossily, so codecs are scored too; infer.py codec=lossless", file=sys.stderr)
     if summary["identical_videos"] == len(scores):
         print("warning: all pairs are identical; is the original scored against itself?", file=sys.stderr)
-    output = args.output or args.generated_video_dir.with_name(args.generated_video_dir.name + "_eval.json")
     output.write_text(json.dumps(summary, indent=2, default=str) + "\n")
-    print(f"wrote {output}")
+    print(f"wrote {os.path.relpath(output)}")
     return 1 if failed else 0
 
 

@@ -34,8 +34,9 @@ def reason(model: str, stage: str, loss: str) -> str | None:
         return "SpatialVAE has no part"
     if model == "spatial" and loss.startswith("latent"):
         return "need a model with a 2D VAE inside"
-    if stage in ("stage3", "finetune", "decoder_only") and loss.startswith("latent"):
-        return "no loss term reaches"
+    trained = OmegaConf.load(CONF / f"stage/{stage}.yaml").stage.train
+    if loss.startswith("latent") and not all(part.startswith("temporal") for part in trained):
+        return "no loss term reaches"  # the 2D VAE gives the target, without gradient
     return None
 
 

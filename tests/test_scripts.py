@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType
 
+import hydra
 import pandas as pd
 import pytest
 import torch
@@ -23,6 +25,7 @@ from tests import tiny
 from vae3d.check import check_training
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
+from vae3d.config import CONF
 from vae3d.data.readers import open_media
 from vae3d.factory import model_config
 from vae3d.weights import WeightFile
@@ -181,6 +184,37 @@ def test_what_cannot_be_converted_is_refused(pipeline, tmp_path, capsys, argumen
     flags = arguments[:2]
     assert script("convert_checkpoint").main([str(source), str(target), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+# --- README
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (tiny.ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_yaml_of_the_readme_composes(text, tmp_path):
+    group = re.search(r"conf/(\w+)/", text)
+    (tmp_path / (group[1] if group else "stage")).mkdir()
+    folder = group[1] if group else "stage"
+    (tmp_path / folder / "mine.yaml").write_text(text)
+    override = f"hydra.searchpath=[file://{tmp_path}]"
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        hydra.compose("train", [override, f"{folder}=mine", "run.name=x"])
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_python_of_the_readme_compiles(text):
+    compile(text, "README.md", "exec")
+
+
+def test_commands_of_the_readme_name_scripts_and_experiments_that_exist():
+    text = (tiny.ROOT / "README.md").read_text()
+    for path in re.findall(r"(?:scripts|eval)/\w+\.(?:py|sh)", text):
+        assert (tiny.ROOT / path).is_file(), path
+    for group, name in re.findall(r"\b(experiment|model|loss|stage|data)=([a-z]\w+)\b", text):
+        assert (CONF / group / f"{name}.yaml").is_file() or name in ("mine", "slow_encoder"), (group, name)
 
 
 # --- demo

@@ -86,6 +86,12 @@ INFER_CHOICES = {
     "split": (None, "train", "val", "test"),
 }
 INFER_RANGES = {
+    "height": (lambda v: v is None or v >= 1, "at least 1, or null"),
+    "width": (lambda v: v is None or v >= 1, "at least 1, or null"),
+    "save_dir": (
+        lambda v: Path(v).name not in ("", ".", "..") and not v.endswith("/"),
+        "a prefix, without / at its end",
+    ),
     "start": (lambda v: v >= 0, "0 or more"),
     "stride": (lambda v: v >= 1, "at least 1"),
     "num_frames": (lambda v: v is None or v >= 1, "at least 1, or null"),

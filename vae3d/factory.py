@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
+from hydra.errors import InstantiationException
 from torch import nn
 
 import vae3d.models
@@ -27,14 +28,15 @@ from vae3d.config import CONF
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import TrainingData, lengths_of, read_tables, validation_clips
 from vae3d.data.sampler import FrameCounts, Plan
-from vae3d.data.sources import DataError, open_source
+from vae3d.data.sources import SPLITS, DataError, open_source
 from vae3d.engine.freeze import ALL, train_parts
 from vae3d.engine.trainer import Trainer
 from vae3d.errors import UserError
-from vae3d.inference.files import reconstruct_files, refuse_to_mix
+from vae3d.inference.files import clear, reconstruct_files, refuse_own_source, refuse_to_mix
 from vae3d.inference.reconstruct import Reconstructor, Selection
 from vae3d.losses.objective import Objective, Weighted
 from vae3d.metrics import build_metrics
+from vae3d.precision import as_device, without_tf32
 
 if TYPE_CHECKING:
     from vae3d.config import Data, InferConfig, Loss, TrainConfig
@@ -83,7 +85,10 @@ def load(path: str | Path, model: nn.Module | None = None, **changes: Any) -> nn
         config = _trusted(_merged(checkpoint.config, changes), checkpoint.path)
         if faults := target_faults(config):
             raise CheckpointError(f"{checkpoint.path} does not build a model:\n" + "\n".join(f"  {f}" for f in faults))
-        model = instantiate(config)
+        try:
+            model = instantiate(config)
+        except InstantiationException as error:
+            raise CheckpointError(f"{checkpoint.path} does not build a model: {error.__cause__ or error}") from error
     elif changes:
         raise ValueError(f"changes to a model's arguments ({', '.join(changes)}) cannot be made to a given model")
     load_state(model, checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})")
@@ -198,8 +203,12 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
 
 def infer(config: InferConfig) -> None:
     """Reconstruct the files that `config` names."""
-    ranks = PartialState(cpu=_no_accelerator())
-    device = torch.device(config.device) if config.device else ranks.device
+    ranks = PartialState(
+        cpu=_no_accelerator(), timeout=timedelta(days=7)
+    )  # ranks wait for the one with the longest videos
+    device = as_device(config.device) if config.device else ranks.device
+    if config.precision == "fp32":
+        without_tf32()
     selection = Selection(
         **{
             name: getattr(config, name)
@@ -221,12 +230,16 @@ def infer(config: InferConfig) -> None:
     )
     table = open_source(config.source, config.root).table()
     if config.split is not None:
-        table = table[(table["split"] == config.split) | table["fault"].notna()]
+        unknown = table.loc[~table["split"].isin(SPLITS), "row"]
+        if len(unknown):
+            raise DataError(f"{config.source}: `split` is none of {', '.join(SPLITS)} in rows {list(unknown[:10])}")
+        table = table[table["split"] == config.split]
     table = table.iloc[: config.num_samples]
     if table.empty:
         raise DataError(f"{config.source} has no rows of split {config.split}")
-    if ranks.is_main_process and not config.overwrite:
-        refuse_to_mix(reconstructor)
+    refuse_own_source(reconstructor, config.source)
+    if ranks.is_main_process:
+        clear(reconstructor) if config.overwrite else refuse_to_mix(reconstructor)
     ranks.wait_for_everyone()
     reconstruct_files(
         reconstructor,

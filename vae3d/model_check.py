@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def faults(config: TrainConfig) -> list[str]:
     """What does not fit between model, stage, losses and data."""
     found = [
-        f"validation.metrics: no metric is called {name}; there are {', '.join(METRICS)}"
+        f"validation.metrics: there is no metric {name} yet; there are {', '.join(METRICS)}"
         for name in config.validation.metrics
         if name not in METRICS
     ]

@@ -32,7 +32,7 @@ FILES = {
             "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
             "https://download.pytorch.org/models/vgg16-397923af.pth",
             "BSD-3-Clause (torchvision)",
-            "LPIPS with the VGG trunk: the training loss, metric lpips_vgg",
+            "LPIPS with the VGG trunk: the training loss",
         ),
         WeightFile(
             "alexnet-owt-7be5be79.pth",
@@ -84,13 +84,18 @@ def verify(path: Path, file: WeightFile) -> None:
     """Raises WeightsMissing if the file's hash is not the published one."""
     if os.environ.get(UNVERIFIED) == "1":
         return
-    stat = path.stat()
-    found = _sha256(str(path), stat.st_size, stat.st_mtime_ns)
+    found = sha256(path)
     if found != file.sha256:
         raise WeightsMissing(
-            f"{path} is not {_describe(file)}: it has {stat.st_size:,} bytes and sha256 {found}; "
+            f"{path} is not {_describe(file)}: it has {path.stat().st_size:,} bytes and sha256 {found}; "
             f"fetch it again, or set {UNVERIFIED}=1 if you mean to use it"
         )
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, remembered while the file does not change."""
+    stat = path.stat()
+    return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
 
 
 def _describe(file: WeightFile) -> str:

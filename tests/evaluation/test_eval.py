@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests import tiny
 from vae3d.inference.video import write_image, write_video
@@ -221,3 +223,61 @@ def test_scaling_is_the_originals():
     expected = torch.nn.functional.interpolate(x, size=(32, 42), mode="bilinear", align_corners=False)
     ours = _prepare(clip, Protocol(resolution=32, crop=30))
     torch.testing.assert_close(ours, expected[:, :, 1:31, 6:36])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--num_frames", "-3"),
+        ("--num_frames", "0"),
+        ("--sample_rate", "0"),
+        ("--resolution", "0"),
+        ("--crop_size", "x"),
+    ],
+)
+def test_numbers_below_one_are_refused(folders, option, value, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate(*folders, option, value)
+    assert end.value.code == 2
+    assert f"{value} is no number of 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--device", "gpu"), "device=gpu is not usable here"),
+        (("--output", "/nowhere/x.json"), "/nowhere is no folder"),
+        (("--metric", "flolpips"), "flolpips is not available yet; there are psnr, ssim, lpips"),
+    ],
+)
+def test_what_cannot_work_is_told_before_scoring(folders, more, message, capsys):
+    assert evaluate(*folders, *more) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "mean over videos" not in captured.out
+
+
+def test_report_tells_pooled_psnr_and_the_hash_of_weights(folders, trunks):
+    ori, rec = folders
+    assert evaluate(ori, rec, "--metric", "psnr", "lpips") == 0
+    told = report(rec)
+    clip = tiny.frames(5, 40, 48, seed=0)
+    mse = ((clip.astype(float) - degrade(clip, 4.0)) ** 2).mean() / 255**2
+    assert told["per_video"][0]["psnr_video"] == pytest.approx(-10 * np.log10(mse), abs=1e-6)
+    content = (trunks / "alexnet-owt-7be5be79.pth").read_bytes()
+    assert told["weights"] == {"lpips": hashlib.sha256(content).hexdigest()}
+
+
+def test_a_pair_too_small_for_a_metric_is_named(tmp_path, capsys):
+    for kind in ("ori", "rec"):
+        write_video(tmp_path / f"x_{kind}/small.mp4", tiny.frames(2, 8, 8), 24)
+    assert evaluate(tmp_path / "x_ori", tmp_path / "x_rec", "--metric", "ssim") == 2
+    assert "small: ssim needs frames of at least 11 pixels" in capsys.readouterr().err
+
+
+def test_transparent_images_are_refused(tmp_path, capsys):
+    for kind in ("ori", "rec"):
+        (tmp_path / f"x_{kind}").mkdir()
+        Image.fromarray(np.full((20, 20, 4), 100, np.uint8)).save(tmp_path / f"x_{kind}/a.png")
+    assert evaluate(tmp_path / "x_ori", tmp_path / "x_rec", "--metric", "psnr") == 2
+    assert "a.png: has transparent pixels; flatten it" in capsys.readouterr().err

@@ -15,6 +15,8 @@ from vae3d.check import check_inference
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.data.readers import MediaError, open_media
+from vae3d.data.sources import DataError
+from vae3d.errors import UserError
 from vae3d.factory import infer, model_config
 from vae3d.inference.files import InferenceError
 from vae3d.inference.reconstruct import identifier
@@ -152,7 +154,60 @@ def test_full_folders_are_not_mixed_with_new_results(export, videos, tmp_path):
     run(export, source, tmp_path / "out")
     with pytest.raises(InferenceError, match="out_ori is not empty; choose another save_dir, or set overwrite=true"):
         run(export, source, tmp_path / "out")
-    run(export, source, tmp_path / "out", "overwrite=true")
+    (tmp_path / "out_rec/notes.txt").write_text("mine")
+    (tmp_path / "out_rec/.000009_x.partial.mp4").touch()  # from a run that was killed
+    run(export, videos.parent / "clip1.mp4", tmp_path / "out", "overwrite=true")
+    for kind in ("ori", "rec", "spatial"):
+        assert stems(tmp_path / f"out_{kind}") == ["000001_clip1.mp4"]
+    assert (tmp_path / "out_rec/notes.txt").is_file()
+
+
+def test_results_do_not_go_into_the_folder_that_is_read(export, videos, tmp_path):
+    shutil.copy(videos.parent / "clip0.mp4", tmp_path / "a.mp4")
+    shutil.copy(videos.parent / "clip0.mp4", tmp_path / "._a.mp4")  # as macOS leaves them
+    with pytest.raises(InferenceError, match=r"lies in source=.*; choose another place"):
+        run(export, tmp_path, tmp_path / "out")
+    run(export, tmp_path, tmp_path.with_name("elsewhere"))
+    assert stems(tmp_path.with_name("elsewhere_rec")) == ["000001_a.mp4"]
+
+
+def test_only_rows_of_the_wanted_split_count(export, videos, tmp_path):
+    shutil.copy(videos.parent / "clip0.mp4", tmp_path / "a.mp4")
+    (tmp_path / "t.csv").write_text("path,split,num_frames\n,train,1\na.mp4,val,many\n")
+    run(export, tmp_path / "t.csv", tmp_path / "out", "split=val")
+    assert stems(tmp_path / "out_rec") == ["000002_a.mp4"]
+    with pytest.raises(MediaError, match="row 1: has no `path`"):
+        run(export, tmp_path / "t.csv", tmp_path / "all")
+    (tmp_path / "t.csv").write_text("path,split\na.mp4,vla\na.mp4,val\n")
+    with pytest.raises(DataError, match=r"`split` is none of train, val, test in rows \[1\]"):
+        run(export, tmp_path / "t.csv", tmp_path / "typo", "split=val")
+
+
+def test_a_file_that_cannot_be_scored_is_named_and_skipped(export, videos, tmp_path):
+    shutil.copy(videos.parent / "clip0.mp4", tmp_path / "a.mp4")
+    tiny.write_video(tmp_path / "b.mp4", tiny.frames(3, 8, 8))
+    with pytest.raises(InferenceError, match=r"(?s)1 of 2 files .*b\.mp4: ssim needs frames of at least 11 pixels"):
+        run(export, tmp_path, tmp_path.with_name("scored"), "on_error=skip", "metrics=[ssim]")
+    assert len(pd.read_csv(tmp_path.with_name("scored_rec") / "index.csv")) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.micro_frame=null", "micro_frame is not an argument of .*did you mean micro_frames"),
+        ("device=gpu", "device=gpu is not usable here"),
+        ("metrics=[flolpips]", "flolpips is not available yet; there are psnr, ssim, lpips"),
+        ("height=0 width=16", "height=0 must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_message(export, videos, tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        run(export, videos.parent / "clip0.mp4", tmp_path / "out", *override.split())
+
+
+def test_single_settings_of_the_model_can_be_changed(export, videos, tmp_path):
+    run(export, videos.parent / "clip0.mp4", tmp_path / "out", "model.spatial.frame_batch=2", "model.micro_frames=null")
+    assert stems(tmp_path / "out_rec") == ["000001_clip0.mp4"]
 
 
 def test_a_faulty_file_stops_or_is_skipped_and_listed(export, videos, tmp_path):
@@ -180,7 +235,8 @@ def test_frames_that_are_not_there_are_refused(export, videos, tmp_path, overrid
 
 
 def test_names_are_safe_and_unique():
-    assert identifier(7, "/data/a b/ünï (1).mp4") == "000007_-n-1-"
+    assert identifier(7, "/data/a b/ünï (1).mp4") == "000007_ünï-1-"
+    assert identifier(7, "视频.mp4") == "000007_视频"
     assert identifier(7, "x.mp4") != identifier(8, "x.mp4")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +69,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if export.is_file():
         return Checkpoint(yaml.safe_load(export.read_text())["model"], state, weights, "export")
 
-    told = json.loads(config_json.read_text()) if config_json.is_file() else {}
+    try:
+        told = json.loads(config_json.read_text()) if config_json.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{config_json}: cannot be read ({error})") from error
     layout, state, notes = recognise(state, weights)
     try:
         if layout == "opensora":
@@ -110,7 +114,7 @@ def read_state(path: Path) -> State:
             content: Any = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError) as error:
+    except (SafetensorError, RuntimeError, EOFError, struct.error, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read, is it complete? ({error})") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(

@@ -52,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=4)
     args = parser.parse_args(argv)
 
+    if args.clean and not Path(args.clean).resolve().parent.is_dir():
+        print(f"error: --clean {args.clean}: its folder does not exist", file=sys.stderr)
+        return 1
     try:
         table = open_source(args.table, args.root).table()
     except DataError as error:

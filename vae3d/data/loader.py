@@ -39,7 +39,7 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
     """List a source's files and set some aside for validation.
 
     With a `split` column its `val` rows; without, the `holdout` files whose names hash lowest, but at most a
-    tenth, so that the choice survives a table that grows or a folder that moves.
+    tenth (and one), so that the choice survives a table that grows or a folder that moves.
     Raises DataError if more than the share `max_broken` does not open, or nothing is left to train on.
     """
     listed = source.table()
@@ -57,7 +57,7 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
     else:
         hashes = np.array([seed_of(name) for name in table["name"]])
         is_val = np.zeros(len(table), dtype=bool)
-        is_val[np.argsort(hashes)[: min(holdout, len(table) // 10)]] = True
+        is_val[np.argsort(hashes)[: min(holdout, max(1, len(table) // 10))]] = len(table) > 1
         is_train = ~is_val
     if not is_train.any():
         raise DataError("no rows are left to train on; is the `split` column `val` or `test` throughout?")
@@ -118,7 +118,7 @@ def validation_clips(
     if long_enough.empty:
         raise DataError(
             f"no held-out video has {frames} frames for validation ({len(table)} are held out); "
-            "lower validation.frames, raise data.holdout, or set validation.every=0"
+            "lower validation.frames, give the table a `split` column, or set validation.every=0"
         )
     clips, faults = [], []
     for place in range(rank, min(count, len(long_enough)), world_size):

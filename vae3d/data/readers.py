@@ -96,12 +96,15 @@ class ImageReader:
         try:
             with Image.open(path) as image:
                 codec, mode = (image.format or "image").lower(), image.mode
+                seen_through = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
                 upright = ImageOps.exif_transpose(image)
                 upright.load()
         except UnidentifiedImageError as error:
             raise MediaError(path, "is not an image, whatever its extension says") from error
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise MediaError(path, f"cannot be decoded: {error}") from error
+        if seen_through:
+            raise MediaError(path, "has transparent pixels; flatten it")
         self.image = _to_8_bits(path, upright).convert("RGB")
         bits = 16 if mode.startswith("I") else 8
         self.info = MediaInfo(1, self.image.height, self.image.width, 0.0, codec, mode, bits)

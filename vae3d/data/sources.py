@@ -97,7 +97,7 @@ class Folder:
         if self.path.is_file():
             files = [self.path]
         elif self.path.is_dir():
-            files = sorted(f for f in self.path.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES)
+            files = sorted(f for f in self.path.rglob("[!.]*") if f.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES)
         else:
             raise DataError(f"{self.path}: no such file or folder")
         if not files:

@@ -18,7 +18,7 @@ from vae3d.errors import UserError
 
 SUFFIXES = ("_ori", "_rec", "_spatial")
 CHUNK = 16  # frames in memory at once
-RGB = ("rgb24", "gbrp", "bgr24", "bgr0", "rgb0", "RGB", "L", "P")
+RGB = ("rgb24", "gbrp", "bgr24", "bgr0", "rgb0", "RGB", "RGBA", "L", "LA", "P")
 
 
 class PairError(UserError):
@@ -125,9 +125,11 @@ def read_pair(pair: Pair, protocol: Protocol) -> tuple[PairInfo, Iterator[tuple[
 
 def _require_alike(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> None:
     if (ref.height, ref.width) != (rec.height, rec.width):
+        near = all(0 <= a - b < 16 for a, b in ((ref.height, rec.height), (ref.width, rec.width)))
+        hint = "; a model that only takes multiples of 8 or 16 may have cut the rest" if near else ""
         raise PairError(
             f"{pair.name}: the original is {ref.height}x{ref.width}, the reconstruction {rec.height}x{rec.width}; "
-            "both must have one size"
+            f"both must have one size{hint}"
         )
     if ref.num_frames != rec.num_frames and not _enough(ref, rec, protocol):
         hint = ""

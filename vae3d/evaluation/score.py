@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from vae3d import __version__
+from vae3d import __version__, weights
 from vae3d.evaluation.pairs import Pair, PairInfo, Protocol, read_pair
-from vae3d.metrics import Metric
+from vae3d.metrics import Metric, MetricError
 
 SUSPICIOUS_PSNR = 10.0  # dB; below it a pair is probably not one
 
@@ -29,6 +29,11 @@ class VideoScore:
     def mean(self, metric: str) -> float:
         return math.fsum(self.frames[metric]) / len(self.frames[metric])
 
+    def pooled_psnr(self) -> float:
+        """PSNR in dB of the mean squared error over the whole video, as other tools report it."""
+        errors = [10 ** (-psnr / 10) for psnr in self.frames["psnr"]]
+        return -10 * math.log10(math.fsum(errors) / len(errors))
+
 
 @torch.inference_mode()
 def score_pair(pair: Pair, metrics: Sequence[Metric], protocol: Protocol, device: torch.device | str) -> VideoScore:
@@ -36,10 +41,13 @@ def score_pair(pair: Pair, metrics: Sequence[Metric], protocol: Protocol, device
     for metric in metrics:
         metric.reset()
     info, chunks = read_pair(pair, protocol)
-    for ref, rec in chunks:
-        for metric in metrics:
-            metric.update(ref.to(device), rec.to(device))
-    scores = VideoScore(pair.name, info, {metric.name: metric.result() for metric in metrics})
+    try:
+        for ref, rec in chunks:
+            for metric in metrics:
+                metric.update(ref.to(device), rec.to(device))
+        scores = VideoScore(pair.name, info, {metric.name: metric.result() for metric in metrics})
+    except MetricError as error:
+        raise MetricError(f"{pair.name}: {error}") from None
     info.warnings += _doubts(scores)
     return scores
 
@@ -71,6 +79,7 @@ def summarize(scores: Sequence[VideoScore], metrics: Sequence[Metric], protocol:
         "identical_videos": identical,
         "lossy_input": any(video.info.lossy for video in scores),
         "protocol": vars(protocol),
+        "weights": {metric.name: weights.sha256(metric.find_weights()) for metric in metrics if metric.needs_weights},
         "versions": {name: version(name) for name in ("torch", "av")} | {"vae3d": __version__},
         "per_video": [
             {
@@ -80,6 +89,7 @@ def summarize(scores: Sequence[VideoScore], metrics: Sequence[Metric], protocol:
                 "width": video.info.width,
                 "codecs": list(video.info.codecs),
                 **{metric.name: video.mean(metric.name) for metric in metrics},
+                **({"psnr_video": video.pooled_psnr()} if "psnr" in video.frames else {}),
             }
             for video in scores
         ],

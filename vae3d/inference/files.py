@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
@@ -12,6 +14,7 @@ from tqdm import tqdm
 from vae3d.data.readers import MediaError
 from vae3d.errors import UserError
 from vae3d.inference.reconstruct import KINDS, Done, Reconstructor
+from vae3d.metrics import MetricError
 
 log = logging.getLogger("vae3d")
 Gather = Callable[[list], list]
@@ -29,6 +32,22 @@ def refuse_to_mix(reconstructor: Reconstructor) -> None:
             raise InferenceError(f"{folder} is not empty; choose another save_dir, or set overwrite=true")
 
 
+def refuse_own_source(reconstructor: Reconstructor, source: str) -> None:
+    """Raises InferenceError if the results would lie inside the folder that is read."""
+    inside = [kind for kind in KINDS if reconstructor.folder(kind).resolve().is_relative_to(Path(source).resolve())]
+    if inside:
+        raise InferenceError(f"save_dir={reconstructor.prefix} lies in source={source}; choose another place")
+
+
+def clear(reconstructor: Reconstructor) -> None:
+    """Delete what an earlier reconstruction of the same prefix wrote, and nothing else."""
+    for kind in KINDS:
+        folder = reconstructor.folder(kind)
+        for file in folder.iterdir() if folder.is_dir() else ():
+            if re.fullmatch(r"\.?\d{6}_.*\.(mp4|png)|index\.csv|metrics\.json", file.name):
+                file.unlink()
+
+
 def reconstruct_files(
     reconstructor: Reconstructor,
     table: pd.DataFrame,
@@ -40,20 +59,22 @@ def reconstruct_files(
 ) -> list[Done]:
     """Reconstruct this rank's share of the table; rank 0 writes index.csv, prints and stores the scores of all.
 
-    Returns every rank's files in the table's order. Raises MediaError at the first file that cannot be read, or,
-    with skip_errors, InferenceError that lists them all at the end.
+    Returns every rank's files in the table's order. Raises MediaError at the first file that cannot be read or
+    scored, or, with skip_errors, InferenceError that lists them all at the end.
     """
     done: list[Done] = []
     failed: list[str] = []
     mine = table.iloc[rank::world_size]
     for _, entry in tqdm(mine.iterrows(), total=len(mine), unit="file", disable=None if rank == 0 else True):
         try:
-            if pd.notna(entry["fault"]):
-                raise MediaError(f"row {entry['row']}", entry["fault"])
+            if not entry["name"]:
+                raise MediaError(f"row {entry['row']}", "has no `path`")
             done.append(reconstructor.file(entry["path"], int(entry["row"])))
-        except MediaError as error:
+        except (MediaError, MetricError) as error:
+            if isinstance(error, MetricError):
+                error = MediaError(entry["path"], str(error))
             if not skip_errors:
-                raise
+                raise error from None
             log.warning("skipped: %s", error)
             failed.append(str(error))
     done = sorted(gather(done), key=lambda item: item.id)

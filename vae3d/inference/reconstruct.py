@@ -63,7 +63,8 @@ class Done:
 
 def identifier(row: int, source: str) -> str:
     """Name of a file's outputs: its row and its stem, with what a file name should not hold replaced."""
-    return f"{row:06d}_{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(source).stem)}"
+    stem = re.sub(r"[^\w.-]+", "-", Path(source).stem)
+    return f"{row:06d}_{stem}"
 
 
 class Reconstructor:

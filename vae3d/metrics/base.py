@@ -17,11 +17,13 @@ class MetricError(UserError):
 class Metric(Protocol):
     """Scores one video after another, each in as many `update`s as its reader likes.
 
-    name: as users ask for it. higher_is_better: which way to sort.
+    name: as users ask for it. higher_is_better: which way to sort. needs_weights: it has a static method
+    find_weights, which tells where its pretrained network is.
     """
 
     name: str
     higher_is_better: bool
+    needs_weights: bool
 
     def update(self, ref: Tensor, rec: Tensor) -> None:
         """Add the next frames of both videos, [T, 3, H, W] float in [0, 1]."""
@@ -41,6 +43,7 @@ class FrameMetric:
 
     name: str
     higher_is_better: bool
+    needs_weights = False
 
     def __init__(self) -> None:
         self._scores: list[float] = []

@@ -65,6 +65,7 @@ class Lpips(FrameMetric):
 
     name = "lpips"
     higher_is_better = False
+    needs_weights = True
     smallest = 31
 
     @staticmethod
