@@ -201,6 +201,14 @@ def test_sigterm_saves_and_exits_cleanly(videos, tmp_path, launcher):
     assert "stopped by SIGTERM" in (tmp_path / "run/rank0.log").read_text()
 
 
+def test_a_run_that_fails_takes_its_workers_along(videos, tmp_path):
+    failing = ["loss=recon_kl", "optim.lr=1e30", "trainer.max_steps=1000", "trainer.spike.patience=2", "data.workers=2"]
+    done = tiny.run(*PYTHON, *arguments(videos, tmp_path, "run", *failing), cwd=tmp_path, timeout=90)
+    assert done.returncode == 2
+    assert "2 steps in a row were skipped" in done.stdout
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+
+
 @pytest.mark.parametrize("launcher", ["local", "torchrun"])
 def test_sigterm_ends_a_sweep(videos, tmp_path, launcher):
     more = [*ENDLESS, f"launcher={launcher}"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -102,8 +104,18 @@ class TrainingData:
 
 
 def _outlive_sigterm(worker: int) -> None:
-    """torchrun sends SIGTERM to workers too, but the step that their rank is in still needs their clips."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Let only the rank itself end its workers.
+
+    torchrun and Slurm send SIGTERM to all processes, but the step that a rank is in still needs its workers' clips.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def validation_clips(
