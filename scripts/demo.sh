@@ -21,7 +21,7 @@ run python -m vae3d.data.check demo/videos/videos.csv
 run python train.py experiment=demo_spatial
 run python train.py experiment=demo stage=stage1 stage.init_from.spatial_vae=demo/runs/spatial
 run python train.py experiment=demo stage=stage2 stage.init_from=demo/runs/stage1 optim.lr=1e-3 trainer.max_steps=200
-run python train.py experiment=demo stage=stage3 stage.init_from=demo/runs/stage2 optim.lr=1e-3 trainer.max_steps=400 \
+run python train.py experiment=demo stage=stage3 stage.init_from=demo/runs/stage2 optim.lr=1e-3 trainer.max_steps=300 \
   loss=recon_kl data.frames.max=17
 
 for stage in spatial stage1 stage2 stage3; do
