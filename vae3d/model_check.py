@@ -12,7 +12,7 @@ from torch import nn
 from vae3d import factory
 from vae3d.engine.freeze import PartError, train_parts, without_gradient
 from vae3d.losses.objective import Objective
-from vae3d.metrics import METRICS
+from vae3d.metrics import METRICS, PLANNED
 from vae3d.types import Clip
 from vae3d.weights import WeightsMissing
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def faults(config: TrainConfig) -> list[str]:
     """What does not fit between model, stage, losses and data."""
     found = [
-        f"validation.metrics: there is no metric {name} yet; there are {', '.join(METRICS)}"
+        f"validation.metrics: {_no_metric(name)}; there are {', '.join(METRICS)}"
         for name in config.validation.metrics
         if name not in METRICS
     ]
@@ -41,6 +41,10 @@ def faults(config: TrainConfig) -> list[str]:
     found += _frozen_random(config, model)
     found += _weight_faults(config, objective)
     return found or list(_step_faults(config, model, objective))
+
+
+def _no_metric(name: str) -> str:
+    return f"{name} is not available yet" if name in PLANNED else f"no metric is called {name}"
 
 
 def meta_clip(frames: int, height: int, width: int) -> Clip:
