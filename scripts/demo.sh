@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a report: installs, makes small videos, trains a toy VAE through the three stages, reconstructs,
-# scores. About ten minutes on two cores after the install. Everything lands in demo/; delete it to start over,
+# scores. Ten to thirteen minutes on two cores after the install. Everything lands in demo/; delete it to start over,
 # or call the script again to go on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
