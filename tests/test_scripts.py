@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL
 
 import vae3d
 from tests import tiny
-from vae3d.check import check_training
+from vae3d.check import ConfigError, check_training
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.config import CONF
@@ -231,13 +231,21 @@ def test_demo_videos_are_40_or_more_readable_clips_with_a_held_out_split(tmp_pat
         assert open_media(tmp_path / "videos" / name).info.num_frames == 40
 
 
-def test_demo_commands_are_sound():
-    """Every train.py line of demo.sh passes the check of the configuration."""
+def test_demo_commands_are_sound(tmp_path, monkeypatch):
+    """Before the demo ran, the check of each train.py line of demo.sh misses only what earlier lines make."""
+    monkeypatch.chdir(tmp_path)
     lines = (tiny.ROOT / "scripts/demo.sh").read_text().replace("\\\n", "").splitlines()
     commands = [line.split("train.py ")[1].split() for line in lines if line.startswith("run python train.py")]
-    assert len(commands) == 4
-    for overrides in commands:
-        check_training(tiny.compose(*overrides))
+    made = [
+        "stage.init_from.spatial_vae=demo/runs/spatial",
+        "stage.init_from=demo/runs/stage1",
+        "stage.init_from=demo/runs/stage2",
+    ]
+    for overrides, checkpoint in zip(commands, [None, *made], strict=True):
+        with pytest.raises(ConfigError) as error:
+            check_training(tiny.compose(*overrides))
+        missing = ["data.source.path=demo/videos/videos.csv", *([checkpoint] if checkpoint else [])]
+        assert sorted(error.value.faults) == sorted(f"{path}: no such file or folder" for path in missing)
 
 
 @pytest.mark.parametrize("name", ["demo.sh", "test.sh", "environment.sh"])
