@@ -84,7 +84,7 @@ def run_killed(launcher: list[str], videos: Path, folder: Path, name: str, more:
     """SIGKILL to every process at a random step, then the same command again."""
     command = [*launcher, *arguments(videos, folder, name, *more)]
     process = start(command, folder)
-    wait_for_step(process, folder / name, random.randint(2, STEPS - 3))
+    wait_for_step(process, folder / name, random.randint(3, STEPS - 3))  # at 2 the first checkpoint may be half-written
     agent = psutil.Process(process.pid)
     for victim in [agent, *agent.children(recursive=True)]:  # torchrun's ranks have sessions of their own
         victim.kill()
