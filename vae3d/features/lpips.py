@@ -7,9 +7,11 @@ with a gradient that is finite where all features of a pixel are zero. N images,
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vae3d import weights
@@ -34,7 +36,8 @@ class LPIPSNet(nn.Module):
         super().__init__()
         if net not in TRUNKS:
             raise ValueError(f"net is {net!r}; use one of {', '.join(TRUNKS)}")
-        import torchvision  # slow to import, and not needed by anything else
+        with torch.device("cpu"):  # torchvision 0.21 computes while it is imported, which a meta device breaks
+            import torchvision  # slow, and not needed by psnr or ssim
 
         builder, self.file, ends = TRUNKS[net]
         self.net = net
@@ -51,12 +54,13 @@ class LPIPSNet(nn.Module):
         self.eval().requires_grad_(False)
 
     def load(self, path: str | Path | None = None) -> LPIPSNet:
-        """Read the trunk from `path` or where `weights.find` finds it, the linear weights from the lpips package.
+        """Read the trunk, whole or slim, from `path` or where `weights.find` finds it; the linear weights from lpips.
 
         Raises WeightsMissing if it is not there or holds another network.
         """
-        file = weights.find(self.file, path)
-        trunk = torch.load(file, map_location="cpu", weights_only=True)
+        file = weights.find(self.file, path=path)
+        slim = file.suffix == ".safetensors"
+        trunk = load_file(file) if slim else torch.load(file, map_location="cpu", weights_only=True)
         lin_file = _package_folder("lpips") / "weights" / "v0.1" / f"{self.net}.pth"
         lins = torch.load(lin_file, map_location="cpu", weights_only=True)
         for part in self.slices:  # a slice keeps the layers' names in `features`
@@ -78,10 +82,18 @@ class LPIPSNet(nn.Module):
             outputs.append(x)
         return outputs
 
+    def unit_features(self, x: Tensor) -> list[Tensor]:
+        """Features of every layer, [N, C, h, w], of length 1 over the channels."""
+        return [_unit(f) for f in self.features(x)]
+
+    def layer_maps(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> list[Tensor]:
+        """Distance of two images' `unit_features` at every place of every layer, [N, 1, h, w] each."""
+        layers = zip(x, y, self.lins, strict=True)
+        return [nn.functional.conv2d((a - b) ** 2, lin) for a, b, lin in layers]
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distance of every image pair, [N, 1, 1, 1]."""
-        layers = zip(self.features(x), self.features(y), self.lins, strict=True)
-        maps = [nn.functional.conv2d((_unit(a) - _unit(b)) ** 2, lin) for a, b, lin in layers]
+        maps = self.layer_maps(self.unit_features(x), self.unit_features(y))
         return sum(m.mean((2, 3), keepdim=True) for m in maps)
 
 
