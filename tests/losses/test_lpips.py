@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vae3d.features.lpips import LPIPSNet, _unit
-from vae3d.weights import FILES, WeightsMissing, find
+from vae3d.weights import WeightsMissing
 
 
 def reference(net: str, trunk: dict[str, torch.Tensor]) -> torch.nn.Module:
@@ -59,25 +59,6 @@ def test_gradient_is_finite_where_all_features_of_a_pixel_are_zero():
     torch.testing.assert_close(grad[..., 0], theirs[..., 0])
 
 
-def test_missing_trunk_names_file_size_hash_and_command(tmp_path, monkeypatch):
-    monkeypatch.setenv("VAE3D_WEIGHTS", str(tmp_path))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    with pytest.raises(WeightsMissing) as error:
-        LPIPSNet("vgg").load()
-    message = str(error.value)
-    assert "vgg16-397923af.pth (553,433,881 bytes, sha256 397923af8e79" in message
-    assert f"searched {tmp_path}" in message
-    assert "python scripts/fetch_weights.py vgg16-397923af.pth --dest" in message
-
-
-def test_a_file_of_another_hash_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("VAE3D_WEIGHTS", str(tmp_path))
-    monkeypatch.delenv("VAE3D_ALLOW_UNVERIFIED")
-    (tmp_path / "vgg16-397923af.pth").write_bytes(b"other")
-    with pytest.raises(WeightsMissing, match="it has 5 bytes and sha256 d9298a10d1b0"):
-        find("vgg16-397923af.pth")
-
-
 def test_a_trunk_of_another_network_is_refused(trunks):
     with pytest.raises(ValueError, match="is not the vgg trunk of LPIPS: it lacks features"):
         LPIPSNet("vgg").load(trunks / "alexnet-owt-7be5be79.pth")
@@ -86,8 +67,3 @@ def test_a_trunk_of_another_network_is_refused(trunks):
 def test_an_explicit_path_that_is_missing_is_named(tmp_path):
     with pytest.raises(WeightsMissing, match=r"nowhere\.pth: no such file; expected vgg16-397923af\.pth"):
         LPIPSNet("vgg").load(tmp_path / "nowhere.pth")
-
-
-def test_published_hashes_are_those_that_torchvision_abbreviates():
-    for name, file in FILES.items():
-        assert file.sha256.startswith(name.split("-")[-1].split(".")[0])

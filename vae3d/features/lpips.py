@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vae3d import weights
+from vae3d.features import files
 
 # Name of torchvision's trunk and the ends of the slices of its `features` whose outputs are compared.
 TRUNKS = {
@@ -59,20 +59,16 @@ class LPIPSNet(nn.Module):
         Raises WeightsMissing if it is not there or holds another network.
         """
         file = weights.find(self.file, path=path)
-        slim = file.suffix == ".safetensors"
-        trunk = load_file(file) if slim else torch.load(file, map_location="cpu", weights_only=True)
-        lin_file = _package_folder("lpips") / "weights" / "v0.1" / f"{self.net}.pth"
-        lins = torch.load(lin_file, map_location="cpu", weights_only=True)
+        trunk, name = files.read(file), f"the {self.net} trunk of LPIPS"
         for part in self.slices:  # a slice keeps the layers' names in `features`
-            missing = [key for key in part.state_dict() if f"features.{key}" not in trunk]
-            if missing:
-                raise weights.WeightsMissing(
-                    f"{file} is not the {self.net} trunk of LPIPS: it lacks features.{missing[0]}"
-                )
-            part.load_state_dict({key: trunk[f"features.{key}"].float() for key in part.state_dict()}, assign=True)
-        for i in range(len(self.lins)):
-            self.lins[i] = nn.Parameter(lins[f"lin{i}.model.1.weight"].float())
-        return self.eval().requires_grad_(False)
+            keys = part.state_dict().keys()
+            if missing := [key for key in keys if f"features.{key}" not in trunk]:
+                raise weights.WeightsMissing(f"{file} is not {name}: it lacks features.{missing[0]}")
+            files.assign(part, {key: trunk[f"features.{key}"] for key in keys}, file, name)
+        lin_file = _package_folder("lpips") / "weights" / "v0.1" / f"{self.net}.pth"
+        lins = files.read(lin_file)
+        files.assign(self.lins, {str(i): lins[f"lin{i}.model.1.weight"] for i in range(len(self.lins))}, lin_file)
+        return self
 
     def features(self, x: Tensor) -> list[Tensor]:
         x = (x - self.shift) / self.scale

@@ -40,7 +40,7 @@ class LPIPS:
 
     def find_weights(self) -> Path:
         """Where the trunk's file is. Raises WeightsMissing if it is nowhere."""
-        return weights.find(self.network.file, self.path)
+        return weights.find(self.network.file, path=self.path)
 
     def load(self, device: torch.device | str) -> None:
         self.network.load(self.path).to(device)

@@ -1,0 +1,70 @@
+"""Published weight files: reading their tensors, and giving them to the networks built here."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Size, Tensor, nn
+
+from vae3d.weights import WeightsMissing
+
+# What torch.load and safetensors raise for a file that is cut short, altered, or something else.
+DAMAGED = (
+    SafetensorError, pickle.UnpicklingError, struct.error, EOFError, RuntimeError,
+    LookupError, ValueError, TypeError, AttributeError, AssertionError,
+)  # fmt: skip
+
+
+def read(file: Path) -> dict[str, Tensor]:
+    """Tensors by name, on the CPU, of what torch.save wrote (in its format of today or before 1.6) or of .safetensors;
+    also where they are nested under `state_dict`.
+
+    Raises WeightsMissing if the file is damaged or holds anything else.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except DAMAGED as error:
+        raise WeightsMissing(f"{file} holds no weights, or is damaged ({type(error).__name__})") from error
+    if isinstance(content, dict):
+        content = content.get("state_dict", content)
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise WeightsMissing(f"{file} holds no tensors by name")
+    return content
+
+
+def assign(network: nn.Module, state: Mapping[str, Tensor], file: Path, name: str | None = None) -> None:
+    """Give `network` its tensors of `state`, read from `file`, as fp32, and freeze it. What it has no place for is
+    ignored: a classifier, counts of batches.
+
+    name: what an error calls the network, by default its class.
+    Raises WeightsMissing with the first tensors that are missing or of another shape.
+    """
+    shapes = {key: t.shape for key, t in network.state_dict().items() if not key.endswith("num_batches_tracked")}
+    refuse(misfits(state, shapes), file, name or type(network).__name__)
+    network.load_state_dict({key: state[key].float() for key in shapes}, assign=True)
+    network.eval().requires_grad_(False)
+
+
+def misfits(state: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> list[str]:
+    """Which of the tensors `shapes` are not in `state`, or in another shape."""
+    missing = [f"{key} is missing" for key in shapes if key not in state]
+    return missing + [
+        f"{key} has shape {list(state[key].shape)}, not {list(shape)}"
+        for key, shape in shapes.items()
+        if key in state and state[key].shape != shape
+    ]
+
+
+def refuse(faults: list[str], file: Path, name: str) -> None:
+    """Raises WeightsMissing with the first faults, if there are any."""
+    if faults:
+        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise WeightsMissing(f"{file} does not hold the weights of {name}: {'; '.join(faults[:3])}{more}")
