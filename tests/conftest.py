@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,35 @@ def trunks(surroundings: None) -> Path:
         state = {f"features.{key}": torch.randn(t.shape) * 0.05 for key, t in features.state_dict().items()}
         torch.save(state, folder / file)
     return folder
+
+
+@pytest.fixture(scope="session")
+def all_weights(trunks: Path) -> Path:
+    """The same folder, with random weights of every network that metrics measure with."""
+    from torchvision.models import optical_flow
+
+    def shapes(name: str) -> dict:
+        return json.loads((Path(__file__).parent / "keys" / name).read_text())
+
+    rng = torch.Generator().manual_seed(0)
+    files = {
+        "network-default.pytorch": {key: shape for key, (_, shape) in shapes("pwcnet.json").items()},
+        "weights-inception-2015-12-05-6726825d.pth": shapes("inception_fid.json"),
+        "i3d_pretrained_400.pt": shapes("i3d.json"),
+    }
+    for file, keys in files.items():
+        torch.save({key: _random_weight(key, shape, rng) for key, shape in keys.items()}, trunks / file)
+    for name, file in (("raft_large", "raft_large_C_T_SKHT_V2-ff5fadd5"), ("raft_small", "raft_small_C_T_V2-01064c6d")):
+        torch.manual_seed(0)
+        torch.save(getattr(optical_flow, name)(weights=None).state_dict(), trunks / f"{file}.pth")
+    return trunks
+
+
+def _random_weight(key: str, shape: list[int], rng: torch.Generator) -> torch.Tensor:
+    """Such that activations keep their scale from layer to layer."""
+    if len(shape) > 1:
+        return torch.randn(shape, generator=rng) * (2 / math.prod(shape[1:])) ** 0.5
+    return torch.full(shape, float(key.endswith(("bn.weight", "running_var"))))
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,9 @@ FAULTS = {
     "frozen and random": (["stage.train={temporal_decoder: 1.0}", "~stage.train.spatial_encoder", "~stage.train.spatial_decoder", "~stage.train.temporal_encoder"], "freezes spatial_encoder, spatial_decoder, temporal_encoder, encoder, decoder with random weights; set stage.init_from"),
     "unknown submodule": (["stage.init_from={spatial: random}"], "stage.init_from.spatial: the model has no such submodule; it has spatial_vae, temporal_vae"),
     "nothing to train on": (["loss.terms.l1.weight=0", "loss.terms.kl.weight=0"], "loss.terms has no term with a weight above 0"),
-    "unknown metric": (["validation.metrics=[psnr,vmaf]"], "validation.metrics: no metric is called vmaf; there are psnr, ssim, lpips"),
+    "unknown metric": (["validation.metrics=[psnr,vmaf]"], "validation.metrics: no metric is called vmaf; there are psnr, ssim, ms_ssim"),
+    "metric for larger frames": (["validation.metrics=[ms_ssim]", "validation.every=1", "data.height=64", "data.width=64"], "validation.metrics: ms_ssim needs at least 161 pixels; data has 64"),
+    "metric for longer clips": (["validation.metrics=[rfvd]", "validation.every=1", "validation.frames=9"], "validation.metrics: rfvd needs validation.frames of at least 10"),
     "broken interpolation": (["data.height=${data.hight}"], "data.height=${data.hight} cannot be resolved: Interpolation key 'data.hight' not found"),
 }  # fmt: skip
 

@@ -12,7 +12,8 @@ from torch import nn
 from vae3d import factory
 from vae3d.engine.freeze import PartError, train_parts, without_gradient
 from vae3d.losses.objective import Objective
-from vae3d.metrics import METRICS, PLANNED
+from vae3d.metrics import METRICS, MetricError
+from vae3d.metrics.registry import find_files, resolve
 from vae3d.types import Clip
 from vae3d.weights import WeightsMissing
 
@@ -22,11 +23,7 @@ if TYPE_CHECKING:
 
 def faults(config: TrainConfig) -> list[str]:
     """What does not fit between model, stage, losses and data."""
-    found = [
-        f"validation.metrics: {_no_metric(name)}; there are {', '.join(METRICS)}"
-        for name in config.validation.metrics
-        if name not in METRICS
-    ]
+    found = list(dict.fromkeys(_metric_faults(config)))
     try:
         with torch.device("meta"):
             model = factory.instantiate(config.model)
@@ -43,8 +40,24 @@ def faults(config: TrainConfig) -> list[str]:
     return found or list(_step_faults(config, model, objective))
 
 
-def _no_metric(name: str) -> str:
-    return f"{name} is not available yet" if name in PLANNED else f"no metric is called {name}"
+def _metric_faults(config: TrainConfig) -> Iterator[str]:
+    """Metrics of the validation that do not exist, cannot score such clips, or miss their weights."""
+    try:
+        names = resolve(config.validation.metrics)
+    except MetricError as error:
+        yield f"validation.metrics: {error}"
+        return
+    if not config.validation.every:
+        return
+    size, frames = min(config.data.height, config.data.width), config.validation.frames
+    for name in names:
+        kind = METRICS[name].kind
+        if size < kind.min_size:
+            yield f"validation.metrics: {name} needs at least {kind.min_size} pixels; data has {size}"
+        elif frames < kind.min_frames:
+            yield f"validation.metrics: {name} needs validation.frames of at least {kind.min_frames}"
+        else:
+            yield from find_files([name])[1].get(name, ())
 
 
 def meta_clip(frames: int, height: int, width: int) -> Clip:
@@ -91,10 +104,8 @@ def _frozen_random(config: TrainConfig, model: nn.Module) -> list[str]:
 
 
 def _weight_faults(config: TrainConfig, objective: Objective) -> Iterator[str]:
-    """Pretrained networks that loss terms and metrics measure with, and that are not here."""
+    """Pretrained networks that loss terms measure with, and that are not here."""
     needed = [t.term.find_weights for t in objective.terms.values() if hasattr(t.term, "find_weights")]
-    metrics = config.validation.metrics if config.validation.every else []
-    needed += [METRICS[name].find_weights for name in metrics if hasattr(METRICS.get(name), "find_weights")]
     for find in needed:
         try:
             find()

@@ -31,7 +31,7 @@ from vae3d.engine.spike import SpikeGuard
 from vae3d.engine.stopping import on_sigterm
 from vae3d.engine.validation import validate
 from vae3d.losses.objective import Objective
-from vae3d.metrics import Metric
+from vae3d.metrics import MetricSet
 from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
 from vae3d.types import Clip
@@ -54,7 +54,7 @@ class Trainer:
         objective: Objective,
         adversary: Adversary,
         data: TrainingData,
-        metrics: list[Metric],
+        metrics: MetricSet,
         logger: Logger,
     ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
@@ -243,10 +243,8 @@ class Trainer:
             mine = validate(self.network, self.data.held_out, self.metrics, self.device, self.config.validation.videos)
         set_mode(self.network, self.config.stage.train)
         everyone = sorted(gather_object(mine), key=lambda clip: clip.place)
-        means = {
-            f"val/{metric.name}": sum(clip.scores[metric.name] for clip in everyone) / len(everyone)
-            for metric in self.metrics
-        }
+        scores = self.metrics.over([clip.result for clip in everyone])
+        means = {f"val/{column}": value for column, value in scores.items() if value is not None}
         self.log.scalars({**means, "val_clips": len(everyone)}, self.step)
         for clip in everyone:
             if clip.picture is not None:

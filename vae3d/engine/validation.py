@@ -11,34 +11,32 @@ import torch
 from torch import nn
 
 from vae3d.inference.video import as_unit, to_uint8
-from vae3d.metrics import Metric
+from vae3d.metrics import MetricSet, VideoResult
 from vae3d.types import Clip
 
 
 @dataclass
 class ValidatedClip:
-    """place: among the held-out clips. scores: metric -> mean over frames. picture: original above
-    reconstruction, [T, 2H, W, 3] uint8, of the first few clips."""
+    """place: among the held-out clips. picture: original above reconstruction, [T, 2H, W, 3] uint8, of the first few
+    clips."""
 
     place: int
     name: str
-    scores: dict[str, float]
+    result: VideoResult
     picture: np.ndarray | None
 
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, clips: Sequence[Clip], metrics: Sequence[Metric], device: torch.device, pictures: int
+    model: nn.Module, clips: Sequence[Clip], metrics: MetricSet, device: torch.device, pictures: int
 ) -> list[ValidatedClip]:
     """Reconstruct clips from the posterior's mode and score them as 8-bit pixels, as files would hold them."""
     done = []
     for clip in clips:
         out = model(clip.to(device).video, sample=False)
         ref, rec = clip.video[0].permute(1, 2, 3, 0).numpy(), to_uint8(out.video[0])
-        for metric in metrics:
-            metric.update(as_unit(ref, device), as_unit(rec, device))
-        scores = {metric.name: float(np.mean(metric.result())) for metric in metrics}
+        metrics.update(as_unit(ref, device), as_unit(rec, device))
         place = int(clip.positions)
         picture = np.concatenate([ref, rec], axis=1) if place < pictures else None
-        done.append(ValidatedClip(place, Path(clip.paths[0]).stem, scores, picture))
+        done.append(ValidatedClip(place, Path(clip.paths[0]).stem, metrics.result(), picture))
     return done

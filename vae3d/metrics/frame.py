@@ -1,88 +1,149 @@
-"""PSNR, SSIM and LPIPS of single frames, by the definitions of Open-Sora v1.2 `eval/vae`."""
+"""Metrics of single frames: PSNR, SSIM, MS-SSIM, LPIPS."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vae3d import weights
-from vae3d.metrics.base import FrameMetric, MetricError
+from vae3d.metrics.base import Chunk, Score, SeriesMetric, VideoResult
+from vae3d.metrics.networks import Networks, at_once, lpips_features
+from vae3d.metrics.ssim import SSIM, ms_ssim
 from vae3d.precision import full_precision
 
-PSNR_CAP = 100.0  # dB, of frames with a mean squared error below 1e-10
+PSNR_CAP = 100.0  # dB, of identical frames
 
 
-class Psnr(FrameMetric):
-    """10 log10(1 / MSE) in dB over all RGB values of a frame; 100 where MSE < 1e-10 (`cal_psnr.py`)."""
+class Psnr(SeriesMetric):
+    """10 log10(1 / MSE) in dB over all RGB values: of each frame (psnr), and of the video as a whole (psnr_video).
+
+    Where the MSE is below `floor` it is 100 (Open-Sora v1.2 `cal_psnr.py`: 1e-10). eps: added to the MSE instead
+    (VidTok, piq: 1e-8). root_eps: added to its root (TokenBench: float32's epsilon on pixels of 0 to 255). pool:
+    `video` makes psnr the same as psnr_video.
+    """
 
     name = "psnr"
-    higher_is_better = True
 
-    def score(self, ref: Tensor, rec: Tensor) -> Tensor:
-        mse = (ref.double() - rec.double()).square().mean((1, 2, 3))
-        return torch.where(mse < 1e-10, PSNR_CAP, -10.0 * mse.clamp_min(1e-10).log10())
+    columns = {"psnr": True, "psnr_video": True}
+    counted = ("identical_frames",)
+
+    def __init__(self, floor: float = 1e-10, eps: float = 0.0, root_eps: float = 0.0, pool: str = "frames") -> None:
+        super().__init__()
+        self.floor, self.eps, self.root_eps, self.pool = floor, eps, root_eps, pool
+
+    def measure(self, chunk: Chunk) -> dict[str, Tensor]:
+        ref, rec = chunk.new
+        return {"psnr": (ref.double() - rec.double()).square().mean((1, 2, 3))}
+
+    def result(self) -> VideoResult:
+        mse, errors = self._mean("psnr")
+        self.reset()
+        if mse is None:
+            return VideoResult({column: Score(None) for column in self.columns})
+        frames, pooled = [self._decibel(error) for error in errors], self._decibel(mse)
+        value = pooled if self.pool == "video" else math.fsum(frames) / len(frames)
+        counts = {"identical_frames": sum(error == 0 for error in errors)}
+        return VideoResult({"psnr": Score(value, frames), "psnr_video": Score(pooled)}, {}, counts)
+
+    def _decibel(self, mse: float) -> float:
+        if self.root_eps:
+            return -20 * math.log10(math.sqrt(mse) + self.root_eps)
+        if self.eps:
+            return -10 * math.log10(mse + self.eps)
+        return PSNR_CAP if mse < self.floor else -10 * math.log10(mse)
+
+    def settings(self) -> dict[str, Any]:
+        return {"floor": self.floor, "eps": self.eps, "root_eps": self.root_eps, "pool": self.pool}
 
 
-class Ssim(FrameMetric):
-    """Structural similarity (Wang et al. 2004): 11 x 11 Gaussian window of sigma 1.5, only where it fits whole,
-    each RGB channel by itself, in fp64 (`cal_ssim.py`). Raises MetricError for frames under 11 pixels.
-    """
+class Ssim(SeriesMetric):
+    """Structural similarity. formula: a key of metrics.ssim.SSIM."""
 
     name = "ssim"
-    higher_is_better = True
-    window, sigma = 11, 1.5
-    c1, c2 = 0.01**2, 0.03**2
+    columns = {"ssim": True}
+    min_size = 11
 
-    def score(self, ref: Tensor, rec: Tensor) -> Tensor:
-        height, width = ref.shape[-2:]
-        if min(height, width) < self.window:
-            raise MetricError(f"ssim needs frames of at least {self.window} pixels; these are {height}x{width}")
-        x, y = ref.double(), rec.double()
-        rows, columns = self._band(height, x), self._band(width, x)
-        mean_x, mean_y, squares, product = (rows @ m @ columns.T for m in (x, y, x * x + y * y, x * y))
-        both, means = mean_x * mean_y, mean_x.square() + mean_y.square()
-        similarity = (2 * both + self.c1) * (2 * (product - both) + self.c2)
-        similarity = similarity / ((means + self.c1) * (squares - means + self.c2))
-        return similarity.mean((1, 2, 3))
+    def __init__(self, formula: str = "gaussian") -> None:
+        super().__init__()
+        self.formula = formula
 
-    def _band(self, size: int, like: Tensor) -> Tensor:
-        """[size - 10, size] matrix whose product with a row is the row's valid Gaussian convolution."""
-        offsets = torch.arange(self.window, dtype=like.dtype, device=like.device) - (self.window - 1) / 2
-        kernel = torch.exp(-offsets.square() / (2 * self.sigma**2))
-        band = torch.zeros(size - self.window + 1, size, dtype=like.dtype, device=like.device)
-        for i, weight in enumerate(kernel / kernel.sum()):
-            band.diagonal(i).fill_(weight)
-        return band
+    def measure(self, chunk: Chunk) -> dict[str, Tensor]:
+        with full_precision(chunk.ref.device):
+            return {"ssim": SSIM[self.formula](*chunk.new)}
+
+    def settings(self) -> dict[str, Any]:
+        return {"formula": self.formula}
 
 
-class Lpips(FrameMetric):
-    """LPIPS v0.1 with the AlexNet trunk, frames mapped to [-1, 1], in fp32. Lower is better.
+class MsSsim(SeriesMetric):
+    """Multi-scale SSIM; see metrics.ssim.ms_ssim."""
 
-    Raises WeightsMissing if the trunk is not on this machine, MetricError for frames under 31 pixels.
+    name = "ms_ssim"
+    columns = {"ms_ssim": True}
+    min_size = 161
+
+    def measure(self, chunk: Chunk) -> dict[str, Tensor]:
+        ref, rec = chunk.new
+        with full_precision(ref.device):
+            return {"ms_ssim": torch.cat([ms_ssim(a, b) for a, b in zip(ref.split(4), rec.split(4), strict=True)])}
+
+
+class Lpips(SeriesMetric):
+    """LPIPS v0.1 (Zhang et al., arXiv 1801.03924) on frames mapped to [-1, 1], in fp32.
+
+    With the AlexNet trunk, the field's usual metric. spatial: average the map that is upsampled to the frame's size
+    instead of the layers' own maps (Open-Sora v1.2, WF-VAE); it differs by 1e-4 or less.
     """
 
-    name = "lpips"
-    higher_is_better = False
-    needs_weights = True
-    smallest = 31
+    name = "lpips_alex"
+    columns = {"lpips_alex": False}
+    net = "alex"
+    min_size = 31
 
-    @staticmethod
-    def find_weights() -> Path:
-        """Where the trunk's file is. Raises WeightsMissing if it is nowhere."""
-        return weights.find("alexnet-owt-7be5be79.pth")
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, networks: Networks, spatial: bool = False) -> None:
         super().__init__()
-        from vae3d.features.lpips import LPIPSNet  # psnr and ssim must not wait for torchvision
+        self.spatial, self.network = spatial, networks.lpips(self.net)
 
-        self.network = LPIPSNet("alex").load().to(device)
+    def measure(self, chunk: Chunk) -> dict[str, Tensor]:
+        with full_precision(chunk.ref.device):
+            if self.net == "alex":  # small features, which other metrics need too
+                return {self.name: self._distance(chunk)}
+            batches = zip(*(part.split(max(1, at_once(part) // 4)) for part in chunk.new), strict=True)
+            return {self.name: torch.cat([self._distance(Chunk(ref, rec)) for ref, rec in batches])}
 
-    @torch.no_grad()
-    def score(self, ref: Tensor, rec: Tensor) -> Tensor:
-        if min(ref.shape[-2:]) < self.smallest:
-            size = "x".join(map(str, ref.shape[-2:]))
-            raise MetricError(f"lpips needs frames of at least {self.smallest} pixels; these are {size}")
-        with full_precision(ref.device):
-            return self.network(ref.float() * 2 - 1, rec.float() * 2 - 1).flatten()
+    def _distance(self, chunk: Chunk) -> Tensor:
+        ref, rec = (
+            [f[chunk.overlap :] for f in lpips_features(chunk, self.network, which)] for which in ("ref", "rec")
+        )
+        maps = self.network.layer_maps(ref, rec)
+        if not self.spatial:
+            return sum(m.mean((2, 3)) for m in maps)[:, 0]
+        return sum(upsampled_mean(m, chunk.ref.shape[-2:]) for m in maps)
+
+    def settings(self) -> dict[str, Any]:
+        return {"spatial": self.spatial}
+
+
+class LpipsVgg(Lpips):
+    """LPIPS with the VGG trunk, as VidTok and TokenBench report it; not comparable with AlexNet's."""
+
+    name = "lpips_vgg"
+    columns = {"lpips_vgg": False}
+    net = "vgg"
+    min_size = 16
+
+
+def upsampled_mean(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """[N] means of [N, 1, h, w] maps after bilinear upsampling to `size`, without upsampling: it is linear and
+    separable, so each row and column of the map has a weight of its own."""
+    rows, columns = (
+        _upsampling_weights(small, large, maps) for small, large in zip(maps.shape[-2:], size, strict=True)
+    )
+    return torch.einsum("nhw,h,w->n", maps[:, 0], rows, columns)
+
+
+def _upsampling_weights(small: int, large: int, like: Tensor) -> Tensor:
+    identity = torch.eye(small, dtype=like.dtype, device=like.device)[None]
+    return torch.nn.functional.interpolate(identity, size=large, mode="linear", align_corners=False)[0].mean(1)

@@ -1,0 +1,70 @@
+"""Pretrained networks that several metrics measure with, each loaded once and kept in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from vae3d.features import i3d, inception, lpips, pwcnet, raft
+from vae3d.metrics.base import Chunk
+
+# Names of the files that each network may come from.
+FLOWS = {"pwc": pwcnet.FILES, **raft.FILES}
+LPIPS = {net: (file,) for net, (_, file, _) in lpips.TRUNKS.items()}
+INCEPTION = (inception.FILE,)
+I3D = (i3d.TORCHSCRIPT, i3d.STATE_DICT)
+PIXELS_AT_ONCE = 2**20  # through a network; 16 frames of 256x256, one of 720p
+
+
+class Networks:
+    """On one device, each built when it is first asked for. pwc_warp: see features.pwcnet.PWCNet."""
+
+    def __init__(self, device: torch.device | str = "cpu", pwc_warp: str = "flolpips") -> None:
+        self.device, self.pwc_warp = torch.device(device), pwc_warp
+        self._built: dict[str, nn.Module] = {}
+
+    def lpips(self, net: str) -> nn.Module:
+        return self._once(f"lpips_{net}", lambda: lpips.LPIPSNet(net).load())
+
+    def flow(self, name: str) -> nn.Module:
+        """name: a key of FLOWS."""
+        return self._once(name, lambda: (pwcnet.PWCNet(self.pwc_warp) if name == "pwc" else raft.Raft(name)).load())
+
+    def inception(self) -> nn.Module:
+        return self._once("inception", lambda: inception.InceptionV3().load())
+
+    def i3d(self) -> nn.Module:
+        return self._once("i3d", i3d.load_i3d)
+
+    def _once(self, key: str, build: Callable[[], nn.Module]) -> nn.Module:
+        if key not in self._built:
+            self._built[key] = build().to(self.device)
+        return self._built[key]
+
+
+def at_once(frames: Tensor) -> int:
+    """How many of these [T, 3, H, W] frames may pass through a network together."""
+    return max(1, PIXELS_AT_ONCE // (frames.shape[-2] * frames.shape[-1]))
+
+
+def lpips_features(chunk: Chunk, net: nn.Module, which: str) -> list[Tensor]:
+    """Normalised AlexNet features of all frames of the original (ref) or the reconstruction (rec)."""
+    frames = getattr(chunk, which)
+    return chunk.derive(("lpips", net.net, which), lambda: _batched_features(net, frames))
+
+
+def _batched_features(net: nn.Module, frames: Tensor) -> list[Tensor]:
+    batches = [net.unit_features(part * 2 - 1) for part in frames.split(at_once(frames))]
+    return [torch.cat(layer) for layer in zip(*batches, strict=True)]
+
+
+def flow(chunk: Chunk, networks: Networks, name: str, which: str) -> Tensor:
+    """Motion from every frame of the chunk to the next, [T-1, 2, H, W] in pixels."""
+    return chunk.derive(("flow", name, which), lambda: _batched_flow(networks.flow(name), getattr(chunk, which)))
+
+
+def _batched_flow(net: nn.Module, frames: Tensor) -> Tensor:
+    step = at_once(frames)
+    return torch.cat([net(frames[i : i + step + 1]) for i in range(0, len(frames) - 1, step)])

@@ -1,0 +1,113 @@
+"""The formulas of other tools, so that numbers can be compared with theirs.
+
+One and the same pair of videos scores up to 6 dB apart between tools. Each preset gives what its tool would give on
+the same frames; frame choice and scaling are the command line's matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vae3d.metrics.base import MetricError, Score
+from vae3d.metrics.frame import PSNR_CAP
+
+ONLY_EQUAL = 1e-45  # an MSE that frames in fp32 fall below only if they are equal
+
+
+@dataclass(frozen=True)
+class Preset:
+    """source: whose formulas. settings: metric -> arguments. lpips: which metric `lpips` means.
+
+    average: how a set's mean is formed. `videos`: mean of the videos' values. `frames`: mean of all frames. `batches`:
+    mean over batches of videos in the order of their names, as a tool computes that averages every batch first: a
+    short last batch weighs as much as a whole one. `pixels`: of all frames, PSNR from the MSE of all pixels.
+    whole_batches: columns that `batches` reduces to one number per batch, instead of one per frame number.
+    """
+
+    source: str
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    lpips: str = "lpips_alex"
+    average: str = "videos"
+    whole_batches: tuple[str, ...] = ()
+
+
+PRESETS: dict[str, Preset] = {
+    "default": Preset("Open-Sora v1.2's formulas per frame; mean of videos"),
+    "opensora12": Preset(
+        "hpcaitech/Open-Sora v1.2 eval/vae",
+        {"lpips_alex": {"spatial": True}, "flolpips": {"zero_flow": "nan"}},
+        average="batches",
+    ),
+    "vidtok": Preset(
+        "microsoft/VidTok scripts/inference_evaluate.py",
+        {"psnr": {"eps": 1e-8}, "ssim": {"formula": "piq"}},
+        lpips="lpips_vgg",
+        average="frames",
+    ),
+    "tokenbench": Preset(
+        "NVlabs/TokenBench token_bench/metrics_cli.py",
+        {"psnr": {"root_eps": 2**-23 / 255, "pool": "video"}, "ssim": {"formula": "uniform"}},
+        lpips="lpips_vgg",
+    ),
+    "torchmetrics": Preset(
+        "torchmetrics with data_range=1",
+        {"psnr": {"floor": ONLY_EQUAL}, "ssim": {"formula": "torchmetrics"}},
+        average="pixels",
+    ),
+    "wfvae": Preset(
+        "PKU-YuanGroup/WF-VAE scripts/eval.py",
+        {"psnr": {"floor": ONLY_EQUAL}, "lpips_alex": {"spatial": True}},
+        average="batches",
+        whole_batches=("psnr", "lpips_alex"),
+    ),
+}
+
+
+def average(preset: Preset, column: str, scores: Sequence[Score], batch_size: int = 1) -> float | None:
+    """The set's mean of a column, in the preset's way; None if no video has a value.
+
+    scores: of the videos in the order of their names. Raises MetricError where the tool could not have batched.
+    """
+    values = [score.value for score in scores if score.value is not None]
+    if not values:
+        return None
+    if preset.average == "videos" or not any(score.frames for score in scores):
+        return mean(values)
+    if preset.average == "batches":
+        return _batch_mean(preset, column, scores, batch_size)
+    every = [value for score in scores for value in score.frames]
+    if preset.average == "pixels" and column == "psnr":
+        return pooled_psnr(every)
+    return mean(every)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Exact to the last digit in any order."""
+    return math.fsum(values) / len(values)
+
+
+def pooled_psnr(frames: Sequence[float]) -> float:
+    """PSNR in dB of the mean MSE of frames of one size, from their PSNRs (100 stands for equal ones)."""
+    errors = [0.0 if value == PSNR_CAP else 10 ** (-value / 10) for value in frames]
+    mse = mean(errors)
+    return -10 * math.log10(mse) if mse else PSNR_CAP
+
+
+def _batch_mean(preset: Preset, column: str, scores: Sequence[Score], batch_size: int) -> float:
+    means: list[float] = []
+    for start in range(0, len(scores), batch_size):
+        batch = [score.frames for score in scores[start : start + batch_size]]
+        if len({len(frames) for frames in batch}) > 1:
+            raise MetricError(
+                f"{preset.source} cannot batch videos of different lengths; choose --num_frames, or --batch_size 1"
+            )
+        if column not in preset.whole_batches:
+            means += [mean(at_time) for at_time in zip(*batch, strict=True)]
+        elif column == "psnr" and any(value == PSNR_CAP for frames in batch for value in frames):
+            means.append(PSNR_CAP)  # one equal frame makes the batch's mean infinite there, and infinity 100
+        else:
+            means.append(mean([value for frames in batch for value in frames]))
+    return mean(means)

@@ -1,0 +1,151 @@
+"""Structural similarity as different tools compute it. All take [T, 3, H, W] frames in [0, 1] and give [T] scores.
+
+The formula is Wang et al. 2004, each RGB channel by itself, with K1 = 0.01, K2 = 0.03 and a range of 1; the tools
+differ in window, border, covariance and precision, which is worth up to 0.1 on the same frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+C1, C2 = 0.01**2, 0.03**2
+SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of MS-SSIM
+
+A = TypeVar("A", Tensor, np.ndarray)
+
+
+def gaussian(size: int = 11, sigma: float = 1.5) -> np.ndarray:
+    offsets = np.arange(size) - (size - 1) / 2
+    kernel = np.exp(-(offsets**2) / (2 * sigma**2))
+    return kernel / kernel.sum()
+
+
+def ssim_gaussian(x: Tensor, y: Tensor) -> Tensor:
+    """11x11 Gaussian window of sigma 1.5 where it fits whole, population covariance, fp64: Open-Sora v1.2 and WF-VAE
+    `cal_ssim.py`, scikit-image with gaussian_weights and use_sample_covariance=False."""
+    if x.device.type == "cpu":
+        return _on_cpu(x, y, gaussian())
+    smooth = _valid_filter(gaussian(), x)
+    return _similarity(x.double(), y.double(), smooth)[0].mean((1, 2, 3))
+
+
+def ssim_uniform(x: Tensor, y: Tensor) -> Tensor:
+    """7x7 uniform window where it fits whole, sample covariance, fp64: scikit-image's default, TokenBench."""
+    kernel = np.full(7, 1 / 7)
+    if x.device.type == "cpu":
+        return _on_cpu(x, y, kernel, 49 / 48)
+    smooth = _valid_filter(kernel, x)
+    return _similarity(x.double(), y.double(), smooth, 49 / 48)[0].mean((1, 2, 3))
+
+
+def ssim_piq(x: Tensor, y: Tensor) -> Tensor:
+    """As `ssim_gaussian` in fp32, after average pooling by round(min(H, W) / 256): piq, VidTok `compute_ssim`."""
+    factor = max(1, round(min(x.shape[-2:]) / 256))
+    if factor > 1:
+        x, y = F.avg_pool2d(x, factor), F.avg_pool2d(y, factor)
+    squares = (torch.arange(11, dtype=torch.float32, device=x.device) - 5) ** 2
+    kernel = (-(squares[None] + squares[:, None]) / (2 * 1.5**2)).exp()
+    return _in_fp32(x, y, kernel / kernel.sum())
+
+
+def ssim_torchmetrics(x: Tensor, y: Tensor) -> Tensor:
+    """As `ssim_gaussian` in fp32, with reflected borders that count too: torchmetrics since its PR 2721."""
+    offsets = torch.arange(-5, 6, dtype=torch.float32, device=x.device)
+    kernel = torch.exp(-((offsets / 1.5) ** 2) / 2)
+    kernel = (kernel / kernel.sum())[None]
+    return _in_fp32(F.pad(x, (5, 5, 5, 5), "reflect"), F.pad(y, (5, 5, 5, 5), "reflect"), kernel.T @ kernel)
+
+
+def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Multi-scale SSIM (Wang et al. 2003) with five scales, as pytorch-msssim computes it, in fp64.
+
+    Frames need at least 161 pixels.
+    """
+    x, y = x.double(), y.double()
+    smooth = _smooth_planes if x.device.type == "cpu" else None
+    product = torch.ones((), dtype=torch.float64, device=x.device)
+    for scale, weight in enumerate(SCALES):
+        if scale:
+            odd = [side % 2 for side in x.shape[-2:]]
+            x, y = F.avg_pool2d(x, 2, padding=odd), F.avg_pool2d(y, 2, padding=odd)
+        whole, contrast = _similarity(x, y, smooth or _valid_filter(gaussian(), x))
+        part = whole if scale == len(SCALES) - 1 else contrast
+        product = product * part.mean((2, 3)).clamp_min(0) ** weight
+    return product.mean(1)
+
+
+SSIM: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gaussian": ssim_gaussian,
+    "uniform": ssim_uniform,
+    "piq": ssim_piq,
+    "torchmetrics": ssim_torchmetrics,
+}
+
+
+def ssim_map(x: Tensor, y: Tensor) -> Tensor:
+    """`ssim_gaussian` before the mean: [T, 3, H - 10, W - 10] in fp64."""
+    smooth = _smooth_planes if x.device.type == "cpu" else _valid_filter(gaussian(), x)
+    return _similarity(x.double(), y.double(), smooth)[0]
+
+
+def _similarity(x: A, y: A, smooth: Callable[[A], A], unbiased: float = 1.0) -> tuple[A, A]:
+    """Maps of SSIM, and of its contrast and structure alone. unbiased: N / (N - 1) for the sample covariance."""
+    mean_x, mean_y = smooth(x), smooth(y)
+    both, means = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
+    contrast = 2 * unbiased * (smooth(x * y) - both) + C2
+    contrast /= unbiased * (smooth(x * x + y * y) - means) + C2
+    return (2 * both + C1) / (means + C1) * contrast, contrast
+
+
+def _on_cpu(x: Tensor, y: Tensor, kernel: np.ndarray, unbiased: float = 1.0) -> Tensor:
+    """Frame by frame, channels last, through OpenCV's separable filter: five times faster than torch's."""
+    scores = []
+    for a, b in zip(x, y, strict=True):
+        planes = (p.permute(1, 2, 0).double().contiguous().numpy() for p in (a, b))
+        scores.append(_similarity(*planes, lambda image: _cv2_filter(image, kernel), unbiased)[0].mean())
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def _cv2_filter(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """[H, W, C] filtered along both axes where the kernel fits whole."""
+    import cv2
+
+    edge = len(kernel) // 2
+    return cv2.sepFilter2D(image, cv2.CV_64F, kernel, kernel)[edge:-edge, edge:-edge]
+
+
+def _smooth_planes(x: Tensor) -> Tensor:
+    """[T, C, H, W] filtered by the Gaussian where it fits whole, on the CPU."""
+    planes = x.permute(0, 2, 3, 1).contiguous().numpy()
+    return torch.from_numpy(np.stack([_cv2_filter(image, gaussian()) for image in planes])).permute(0, 3, 1, 2)
+
+
+def _valid_filter(kernel: np.ndarray, like: Tensor) -> Callable[[Tensor], Tensor]:
+    """The same as two products with banded matrices, which GPUs do best in fp64."""
+    rows, columns = (_band(kernel, side, like.device) for side in like.shape[-2:])
+    return lambda x: rows @ x @ columns.T
+
+
+def _band(kernel: np.ndarray, size: int, device: torch.device) -> Tensor:
+    """[size - K + 1, size] matrix whose product with a column is its valid convolution with the kernel."""
+    band = torch.zeros(size - len(kernel) + 1, size, dtype=torch.float64, device=device)
+    for i, weight in enumerate(kernel):
+        band.diagonal(i).fill_(weight)
+    return band
+
+
+def _in_fp32(x: Tensor, y: Tensor, kernel: Tensor) -> Tensor:
+    """Depthwise convolutions in fp32, as piq and torchmetrics do; their rounding shows in the sixth digit."""
+    x, y = x.float(), y.float()
+    window = kernel.expand(3, 1, *kernel.shape).contiguous()
+    mean_x, mean_y, xx, yy, xy = (F.conv2d(p, window, groups=3) for p in (x, y, x * x, y * y, x * y))
+    variance_x, variance_y = (xx - mean_x**2).clamp_min(0), (yy - mean_y**2).clamp_min(0)
+    contrast = (2 * (xy - mean_x * mean_y) + C2) / (variance_x + variance_y + C2)
+    luminance = (2 * mean_x * mean_y + C1) / (mean_x**2 + mean_y**2 + C1)
+    return (luminance * contrast).mean((1, 2, 3)).double()

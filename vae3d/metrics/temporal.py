@@ -1,0 +1,203 @@
+"""Metrics of motion and flicker: what changes from one frame to the next, which PSNR and SSIM do not see.
+
+Each is a series over the pairs of neighbouring frames (t, t + 1); a single frame has none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vae3d.metrics.base import Chunk, SeriesMetric
+from vae3d.metrics.frame import PSNR_CAP
+from vae3d.metrics.networks import Networks, at_once, flow, lpips_features
+from vae3d.precision import full_precision
+
+
+class PairMetric(SeriesMetric):
+    pairs = True
+
+
+class Flicker(PairMetric):
+    """Mean absolute change of a pixel to the next frame, in [0, 1] units (CogVideoX report): of the original, of the
+    reconstruction, and how much more the reconstruction has. It includes motion; the excess is what was added."""
+
+    name = "flicker"
+    columns = {"flicker_ori": None, "flicker_rec": None, "flicker_excess": None}
+
+    def measure(self, chunk: Chunk) -> dict[str, Tensor]:
+        ori, rec = ((x[1:] - x[:-1]).double().abs().mean((1, 2, 3)) for x in (chunk.ref, chunk.rec))
+        return {"flicker_ori": ori, "flicker_rec": rec, "flicker_excess": rec - ori}
+
+
+class TPsnr(PairMetric):
+    """PSNR in dB (at most 100) of the change from frame to frame: blind to a constant error, not to a flickering one"""
+
+    name = "tpsnr"
+    columns = {"tpsnr": True}
+
+    def measure(self, chunk: Chunk) -> dict[str, Tensor]:
+        error = (chunk.rec - chunk.ref).double()
+        mse = (error[1:] - error[:-1]).square().mean((1, 2, 3))
+        return {"tpsnr": torch.where(mse < 1e-10, PSNR_CAP, -10 * mse.clamp_min(1e-10).log10())}
+
+
+class TOf(PairMetric):
+    """Mean length, in pixels, of the difference of Farneback's optical flow (Chu et al., TecoGAN, `metrics.py`), over
+    all frames and pixels; TecoGAN leaves out two frames at either end and a border."""
+
+    name = "tof"
+    columns = {"tof": False}
+    min_size = 16
+
+    def measure(self, chunk: Chunk) -> dict[str, Tensor]:
+        ref, rec = (_grey(frames) for frames in (chunk.ref, chunk.rec))
+        return {"tof": torch.tensor([_flow_difference(ref[t : t + 2], rec[t : t + 2]) for t in range(len(ref) - 1)])}
+
+
+def _grey(frames: Tensor) -> np.ndarray:
+    import cv2
+
+    rgb = (frames * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in rgb])
+
+
+def _flow_difference(ref: np.ndarray, rec: np.ndarray) -> float:
+    import cv2
+
+    flows = [cv2.calcOpticalFlowFarneback(pair[0], pair[1], None, 0.5, 3, 15, 3, 5, 1.2, 0) for pair in (ref, rec)]
+    return float(np.linalg.norm(flows[0] - flows[1], axis=-1).mean(dtype=np.float64))
+
+
+class TLpips(PairMetric):
+    """100 |LPIPS(x_t, x_t+1) - LPIPS(y_t, y_t+1)| with AlexNet (tLP of TecoGAN): whether frames change perceptually as
+    much as they should."""
+
+    name = "tlp"
+    columns = {"tlp": False}
+    min_size = 31
+
+    def __init__(self, networks: Networks) -> None:
+        super().__init__()
+        self.network = networks.lpips("alex")
+
+    def measure(self, chunk: Chunk) -> dict[str, Tensor]:
+        with full_precision(chunk.ref.device):
+            ref, rec = (self._change(chunk, which) for which in ("ref", "rec"))
+        return {"tlp": 100 * (ref - rec).abs()}
+
+    def _change(self, chunk: Chunk, which: str) -> Tensor:
+        features = lpips_features(chunk, self.network, which)
+        maps = self.network.layer_maps([f[:-1] for f in features], [f[1:] for f in features])
+        return sum(m.mean((2, 3)) for m in maps)[:, 0]
+
+
+class WarpingError(PairMetric):
+    """Mean squared difference of frame t and frame t + 1 warped back onto it along the original's motion, where
+    nothing is occluded (Lai et al. 2018, fast_blind_video_consistency); of the reconstruction and of the original.
+
+    Motion from torchvision's raft_large; occlusion by forward-backward consistency and at motion boundaries
+    (Ruder et al. 2016). As published, what moves out of the frame counts, and is compared with the frame's edge; and
+    where all is occluded, as at a cut, the error is 0 (counted as hidden_frames).
+    """
+
+    name = "warping_error"
+    columns = {"warping_error": False, "warping_error_ori": None}
+    counted = ("warping_error_hidden_frames",)
+
+    def __init__(self, networks: Networks) -> None:
+        super().__init__()
+        self.networks = networks
+        networks.flow("raft_large")
+
+    def measure(self, chunk: Chunk) -> dict[str, Tensor]:
+        with full_precision(chunk.ref.device):
+            forward = flow(chunk, self.networks, "raft_large", "ref")
+            net, step = self.networks.flow("raft_large"), at_once(chunk.ref)
+            later, earlier = chunk.ref[1:].split(step), chunk.ref[:-1].split(step)
+            backward = torch.cat([net.flow(a, b) for a, b in zip(later, earlier, strict=True)])
+            visible = ~occluded(forward, backward)
+            self.count(self.counted[0], ~visible.flatten(1).any(1))
+            return {
+                "warping_error": _masked_error(chunk.rec, forward, visible),
+                "warping_error_ori": _masked_error(chunk.ref, forward, visible),
+            }
+
+
+def warp(images: Tensor, motion: Tensor) -> Tensor:
+    """[N, C, H, W] sampled bilinearly at every pixel plus its motion [N, 2, H, W]; beyond the border, its edge."""
+    height, width = images.shape[-2:]
+    rows = torch.arange(height, device=images.device, dtype=motion.dtype)[:, None]
+    columns = torch.arange(width, device=images.device, dtype=motion.dtype)
+    x = (columns + motion[:, 0]) * 2 / max(width - 1, 1) - 1
+    y = (rows + motion[:, 1]) * 2 / max(height - 1, 1) - 1
+    return F.grid_sample(images, torch.stack([x, y], -1), padding_mode="border", align_corners=True)
+
+
+def occluded(forward: Tensor, backward: Tensor) -> Tensor:
+    """[N, 1, H, W] True where a pixel of the first frame is hidden in the second, or its motion is not reliable.
+
+    forward, backward: motion between the frames, [N, 2, H, W].
+    """
+    returned = warp(backward, forward)
+    length = forward.square().sum(1, keepdim=True)
+    mismatch = (returned + forward).square().sum(1, keepdim=True)
+    lost = mismatch > 0.01 * (returned.square().sum(1, keepdim=True) + length) + 0.5
+    across = F.pad(forward[..., :-1] - forward[..., 1:], (0, 1)).square()
+    down = F.pad(forward[..., :-1, :] - forward[..., 1:, :], (0, 0, 0, 1)).square()
+    boundary = (across + down).sum(1, keepdim=True) > 0.01 * length + 0.002
+    return lost | boundary
+
+
+def _masked_error(frames: Tensor, motion: Tensor, visible: Tensor) -> Tensor:
+    """[T-1] mean over the visible pixels; 0 where none is."""
+    error = (warp(frames[1:], motion) - frames[:-1]).double().square() * visible
+    return error.sum((1, 2, 3)) / (visible.sum((1, 2, 3)) * frames.shape[1]).clamp_min(1)
+
+
+class FloLpips(PairMetric):
+    """LPIPS-AlexNet of frame t, weighted in space by how far the motion from t to t + 1 differs between original and
+    reconstruction (Danier et al., arXiv 2207.08119; danier97/flolpips), on RGB as published.
+
+    motion: pwc (the published metric), raft_large or raft_small. zero_flow: what to do where the motions are equal
+    everywhere, for which the published code gives NaN: uniform weights (counted as uniform_frames), or nan.
+    """
+
+    def __init__(self, networks: Networks, motion: str = "pwc", zero_flow: str = "uniform") -> None:
+        super().__init__()
+        self.name = "flolpips" if motion == "pwc" else f"flolpips_{motion}"
+        self.columns = {self.name: False}
+        self.counted = (f"{self.name}_uniform_frames",)
+        self.min_size = 31
+        self.motion, self.zero_flow, self.networks = motion, zero_flow, networks
+        self.network = networks.lpips("alex")
+        networks.flow(motion)
+
+    def measure(self, chunk: Chunk) -> dict[str, Tensor]:
+        with full_precision(chunk.ref.device):
+            moves = [flow(chunk, self.networks, self.motion, which) for which in ("ref", "rec")]
+            features = [[f[:-1] for f in lpips_features(chunk, self.network, which)] for which in ("ref", "rec")]
+            maps = self.network.layer_maps(*features)
+            return {self.name: self._weighted(maps, moves[0] - moves[1])}
+
+    def _weighted(self, maps: list[Tensor], difference: Tensor) -> Tensor:
+        """[T-1] sums over the layers of the maps' weighted means. maps: [T-1, 1, h, w] each."""
+        total, uniform = 0, torch.zeros(len(difference), dtype=torch.bool, device=difference.device)
+        for values in maps:
+            small = F.interpolate(difference, values.shape[-2:], mode="bilinear", align_corners=False)
+            weight = small.square().sum(1, keepdim=True).sqrt()
+            mass = weight.sum((1, 2, 3), keepdim=True)
+            if self.zero_flow == "uniform":
+                none = mass < 1e-12
+                uniform |= none.flatten()
+                weight, mass = torch.where(none, 1.0, weight), torch.where(none, float(weight[0].numel()), mass)
+            total = total + (values * weight / mass).sum((1, 2, 3))
+        self.count(self.counted[0], uniform)
+        return total
+
+    def settings(self) -> dict[str, Any]:
+        return {"zero_flow": self.zero_flow, "pwc_warp": self.networks.pwc_warp if self.motion == "pwc" else None}
