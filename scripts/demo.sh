@@ -27,11 +27,7 @@ run python train.py experiment=demo stage=stage3 stage.init_from=demo/runs/stage
 for stage in spatial stage1 stage2 stage3; do
   run python infer.py checkpoint=demo/runs/$stage source=demo/videos/videos.csv split=val height=64 width=64 \
     save_dir=demo/out/$stage overwrite=true
-  for kind in rec spatial; do
-    [[ $stage/$kind == spatial/spatial ]] && continue # a 2D VAE has no 2D VAE inside
-    run python eval/eval_common_metric.py --real_video_dir demo/out/${stage}_ori \
-      --generated_video_dir demo/out/${stage}_$kind --device cpu --metric ssim psnr
-  done
+  run python eval/eval_common_metric.py --base demo/out/$stage --device cpu --metric ssim psnr tpsnr
 done
 
 echo

@@ -3,7 +3,7 @@
     python scripts/demo_report.py demo
 
 Reads what scripts/demo.sh leaves in the folder: runs/STAGE/metrics.jsonl, out/STAGE_{ori,rec,spatial} with their
-_eval.json, commands.txt.
+_eval/summary.json, commands.txt.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def scores(out: Path) -> list[list[str]]:
     """Head and rows: stage, PSNR and SSIM of the reconstruction, of the 2D VAE alone."""
 
     def cells(stage: str, kind: str) -> list[str]:
-        file = out / f"{stage}_{kind}_eval.json"
+        file = out / f"{stage}_{kind}_eval/summary.json"
         if not file.is_file():  # a 2D VAE has no 2D VAE inside
             return ["", ""]
         means = json.loads(file.read_text())["metrics"]

@@ -1,16 +1,12 @@
-"""The scripts beside the package: costs, weights, conversion, demo videos and report, shell scripts."""
+"""The scripts beside the package: costs, conversion, demo videos and report, shell scripts."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import re
 import subprocess
 import sys
-import threading
-from functools import partial
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType
 
@@ -28,7 +24,6 @@ from vae3d.checkpoints.formats import Checkpoint
 from vae3d.config import CONF
 from vae3d.data.readers import open_media
 from vae3d.factory import model_config
-from vae3d.weights import WeightFile
 
 
 def script(name: str) -> ModuleType:
@@ -60,77 +55,6 @@ def test_counted_flops_are_those_of_a_convolution_by_hand():
     with FlopCounterMode(display=False) as flops:
         conv(torch.zeros(1, 4, 16, 16))
     assert flops.get_total_flops() == 2 * 8 * 4 * 9 * 16 * 16
-
-
-# --- fetch_weights
-
-
-class Server(BaseHTTPRequestHandler):
-    """One file, from the byte that the Range header names."""
-
-    def __init__(self, content: bytes, asked: list[str | None], *args) -> None:
-        self.content, self.asked = content, asked
-        super().__init__(*args)
-
-    def do_GET(self) -> None:
-        wanted = self.headers["Range"]
-        self.asked.append(wanted)
-        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
-        self.send_response(206 if wanted else 200)
-        self.end_headers()
-        self.wfile.write(self.content[start:])
-
-    def log_message(self, *args) -> None:
-        pass
-
-
-@pytest.fixture
-def fetching(monkeypatch):
-    """(the script, a served file's content, its address, the Range headers seen)."""
-    monkeypatch.delenv("VAE3D_ALLOW_UNVERIFIED")
-    content, asked = bytes(range(256)) * 20, []
-    fetch_weights = script("fetch_weights")
-    entry = WeightFile("net.pth", len(content), hashlib.sha256(content).hexdigest(), "http://nowhere", "MIT", "a test")
-    monkeypatch.setattr(fetch_weights, "FILES", {"net.pth": entry})
-    server = HTTPServer(("127.0.0.1", 0), partial(Server, content, asked))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield fetch_weights, content, f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    server.server_close()
-
-
-def test_weights_are_fetched_and_verified(fetching, tmp_path, capsys):
-    fetch_weights, content, address, _ = fetching
-    assert fetch_weights.main(["all", "--dest", str(tmp_path), "--mirror", address]) == 0
-    assert (tmp_path / "net.pth").read_bytes() == content
-    assert fetch_weights.main(["net.pth", "--dest", str(tmp_path), "--check"]) == 0
-    assert "verified" in capsys.readouterr().out
-
-
-def test_an_interrupted_download_goes_on_where_it_stopped(fetching, tmp_path):
-    fetch_weights, content, address, asked = fetching
-    (tmp_path / "net.pth.partial").write_bytes(content[:1000])
-    assert fetch_weights.main(["all", "--dest", str(tmp_path), "--mirror", address]) == 0
-    assert asked == ["bytes=1000-"]
-    assert (tmp_path / "net.pth").read_bytes() == content
-    (tmp_path / "net.pth").rename(tmp_path / "net.pth.partial")  # stopped between the last byte and the name
-    assert fetch_weights.main(["all", "--dest", str(tmp_path), "--mirror", address]) == 0
-    assert len(asked) == 1
-
-
-def test_a_wrong_file_is_not_kept(fetching, tmp_path, capsys):
-    fetch_weights, _, address, _ = fetching
-    (tmp_path / "net.pth.partial").write_bytes(b"x" * 1000)
-    assert fetch_weights.main(["all", "--dest", str(tmp_path), "--mirror", address]) == 1
-    assert "sha256" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_unreachable_server_and_an_unknown_name_are_told(fetching, tmp_path, capsys):
-    fetch_weights, *_ = fetching
-    assert fetch_weights.main(["all", "--dest", str(tmp_path), "--mirror", "http://127.0.0.1:9"]) == 1
-    assert fetch_weights.main(["vgg"]) == 2
-    assert "unknown file vgg; there are net.pth" in capsys.readouterr().err
 
 
 # --- convert_checkpoint
@@ -265,7 +189,8 @@ def test_report_holds_its_pictures_and_prints_the_table(tmp_path):
             tiny.write_video(tmp_path / f"out/{stage}_{kind}/clip.mp4", tiny.frames(10))
             if kind != "ori" and (stage, kind) != ("spatial", "spatial"):
                 report = {"metrics": {"psnr": {"mean": 20.5}, "ssim": {"mean": 0.75}}}
-                (tmp_path / f"out/{stage}_{kind}_eval.json").write_text(json.dumps(report))
+                (tmp_path / f"out/{stage}_{kind}_eval").mkdir()
+                (tmp_path / f"out/{stage}_{kind}_eval/summary.json").write_text(json.dumps(report))
     config = model_config("temporal_vae", *tiny.MODEL["temporal_vae"])
     state = tiny.model("temporal_vae").state_dict()
     write_export(Checkpoint(config, state, Path(), ""), tmp_path / "runs/stage3/exports/step-0000002")

@@ -180,6 +180,7 @@ class InferConfig:
     device: str | None = None  # null: cuda if there is one
     codec: str = "lossless"  # lossless (RGB, bit-exact) or h264 (for eyes)
     metrics: list[str] = field(default_factory=list)  # score in memory, before any codec
+    cost: bool = False  # also measure speed and memory of encoding and decoding, on the first chunk
     reader: str = "auto"
     on_error: str = "stop"  # stop, skip: what to do with a file that cannot be read
     overwrite: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
@@ -32,7 +33,7 @@ from vae3d.data.sources import SPLITS, DataError, open_source
 from vae3d.engine.freeze import ALL, train_parts
 from vae3d.engine.trainer import Trainer
 from vae3d.errors import UserError
-from vae3d.inference.files import clear, reconstruct_files, refuse_own_source, refuse_to_mix
+from vae3d.inference.files import clear, cost_of, reconstruct_files, refuse_own_source, refuse_to_mix
 from vae3d.inference.reconstruct import Reconstructor, Selection
 from vae3d.losses.objective import Objective, Weighted
 from vae3d.metrics import build_metrics
@@ -176,7 +177,7 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     terms = objective(config.loss)
     terms.load(accelerator.device)
     validation = config.validation
-    metrics = build_metrics(validation.metrics, accelerator.device) if validation.every else []
+    metrics = build_metrics(validation.metrics if validation.every else [], accelerator.device)
     torch.manual_seed(config.run.seed)
     model = instantiate(config.model)
     if config.stage.whole_clips and hasattr(model, "micro_frames"):
@@ -216,6 +217,10 @@ def infer(config: InferConfig) -> None:
         }
     )
     metrics = build_metrics(config.metrics, device)
+    if config.height and config.width:
+        reasons = (m.refuses(config.num_frames or sys.maxsize, config.height, config.width) for m in metrics)
+        if faults := [reason for reason in reasons if reason]:
+            raise UserError(f"metrics: {'; '.join(faults)}")
     model = load(config.checkpoint, **config.model).to(device)
     getattr(model, "spatial_vae", model).frame_batch = config.frame_batch
     reconstructor = Reconstructor(
@@ -240,6 +245,7 @@ def infer(config: InferConfig) -> None:
     refuse_own_source(reconstructor, config.source)
     if ranks.is_main_process:
         clear(reconstructor) if config.overwrite else refuse_to_mix(reconstructor)
+    cost = cost_of(reconstructor, table) if config.cost and ranks.is_main_process else None
     ranks.wait_for_everyone()
     reconstruct_files(
         reconstructor,
@@ -248,6 +254,7 @@ def infer(config: InferConfig) -> None:
         rank=ranks.process_index,
         world_size=ranks.num_processes,
         gather=gather_object,
+        cost=cost,
     )
 
 

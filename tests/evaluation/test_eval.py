@@ -1,43 +1,26 @@
+"""The evaluation's command line, its report and its warnings."""
+
 from __future__ import annotations
 
+import csv
 import hashlib
-import importlib.util
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from tests import tiny
+from tests.scoring import degrade, evaluate, make_pairs, one_pair, original, refused, report, script
 from vae3d.inference.video import write_image, write_video
 
-spec = importlib.util.spec_from_file_location("eval_common_metric", tiny.ROOT / "eval/eval_common_metric.py")
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
-
-
-def degrade(clip: np.ndarray, amount: float = 8.0, seed: int = 0) -> np.ndarray:
-    noise = np.random.default_rng(seed).normal(0, amount, clip.shape)
-    return np.clip(clip + noise, 0, 255).round().astype(np.uint8)
+PSNR = ("--metric", "psnr")
 
 
 @pytest.fixture
 def folders(tmp_path):
-    """Three pairs, of 5, 6 and 7 frames."""
-    for i in range(3):
-        clip = tiny.frames(5 + i, 40, 48, seed=i)
-        write_video(tmp_path / f"x_ori/v{i}.mp4", clip, 24)
-        write_video(tmp_path / f"x_rec/v{i}.mp4", degrade(clip, 4.0 * (i + 1)), 24)
-    return tmp_path / "x_ori", tmp_path / "x_rec"
-
-
-def evaluate(ori, rec, *more: str) -> int:
-    return script.main(["--real_video_dir", str(ori), "--generated_video_dir", str(rec), "--device", "cpu", *more])
-
-
-def report(rec) -> dict:
-    return json.loads(rec.with_name(f"{rec.name}_eval.json").read_text())
+    return make_pairs(tmp_path)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -45,11 +28,15 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return -10 * np.log10(mse)
 
 
-def test_the_reports_command_line_works_as_printed(folders, trunks, capsys):
+def noisy(i: int) -> np.ndarray:
+    return degrade(original(i), 4.0 * (i + 1))
+
+
+def test_the_reports_command_line_works_as_printed(folders, all_weights, capsys):
     ori, rec = folders
     words = (
         f"--batch_size 2 --real_video_dir {ori} --generated_video_dir {rec} --device cuda --sample_fps 24 "
-        "--crop_size 32 --resolution 40 --num_frames 5 --sample_rate 1 --metric ssim psnr lpips"
+        "--crop_size 32 --resolution 40 --num_frames 3 --sample_rate 1 --metric ssim psnr lpips flolpips"
     )
     assert script.main(words.split()) == 0
     captured = capsys.readouterr()
@@ -57,227 +44,247 @@ def test_the_reports_command_line_works_as_printed(folders, trunks, capsys):
     if not torch.cuda.is_available():
         assert "no CUDA device here: scoring on the CPU" in captured.err
     told = report(rec)
-    assert set(told["metrics"]) == {"ssim", "psnr", "lpips"}
-    assert (told["videos"], told["frames"], told["lossy_input"]) == (3, 15, False)
+    assert list(told["metrics"]) == ["ssim", "psnr", "psnr_video", "lpips_alex", "flolpips"]
+    assert (told["videos"], told["frames"], told["lossy_input"]) == (3, 9, False)
+    assert "<svg" in (rec.with_name("x_rec_eval") / "report.html").read_text()
 
 
 def test_scores_are_means_of_videos_and_frames_by_hand(folders):
     ori, rec = folders
-    assert evaluate(ori, rec, "--metric", "psnr") == 0
-    expected = [
-        psnr(tiny.frames(5 + i, 40, 48, seed=i), degrade(tiny.frames(5 + i, 40, 48, seed=i), 4.0 * (i + 1)))
-        for i in range(3)
-    ]
+    assert evaluate(ori, rec, *PSNR) == 0
+    expected = [psnr(original(i), noisy(i)) for i in range(3)]
     told = report(rec)
     assert [video["psnr"] for video in told["per_video"]] == pytest.approx([e.mean() for e in expected], abs=1e-5)
-    assert told["metrics"]["psnr"]["mean"] == pytest.approx(np.mean([e.mean() for e in expected]), abs=1e-5)
-    assert told["metrics"]["psnr"]["frame_mean"] == pytest.approx(np.concatenate(expected).mean(), abs=1e-5)
-    assert told["versions"]["torch"]
+    figures = told["metrics"]["psnr"]
+    means = [e.mean() for e in expected]
+    assert figures["mean"] == pytest.approx(np.mean(means), abs=1e-5)
+    assert figures["frame_mean"] == pytest.approx(np.concatenate(expected).mean(), abs=1e-5)
+    assert figures["std"] == pytest.approx(np.std(means, ddof=1), abs=1e-5)
+    assert figures["ci95"][0] < figures["mean"] < figures["ci95"][1]
+    mse = ((original(0).astype(float) - noisy(0)) ** 2).mean() / 255**2
+    assert told["per_video"][0]["psnr_video"] == pytest.approx(-10 * np.log10(mse), abs=1e-5)
+
+
+def test_report_says_how_it_was_computed(folders, all_weights):
+    ori, rec = folders
+    assert evaluate(ori, rec, "--metric", "psnr", "lpips", "--num_frames", "4", "--crop_size", "32") == 0
+    told = report(rec)
+    content = (all_weights / "alexnet-owt-7be5be79.pth").read_bytes()
+    assert told["weights"] == {"lpips_alex": {"alexnet-owt-7be5be79.pth": hashlib.sha256(content).hexdigest()}}
+    assert told["preset"]["name"] == "default"
+    assert (told["protocol"]["num_frames"], told["protocol"]["crop"]) == (4, 32)
     assert told["per_video"][0]["codecs"] == ["h264/gbrp", "h264/gbrp"]
+    assert {"torch", "av", "vae3d", "python"} <= told["versions"].keys()
+
+
+def test_tables_hold_every_video_and_on_request_every_frame(folders):
+    ori, rec = folders
+    assert evaluate(ori, rec, "--metric", "psnr", "tpsnr", "--per_frame") == 0
+    folder = rec.with_name("x_rec_eval")
+    videos = list(csv.DictReader((folder / "per_video.csv").open()))
+    assert [row["name"] for row in videos] == ["v0", "v1", "v2"]
+    frames = psnr(original(1), noisy(1))
+    assert float(videos[1]["psnr_min"]) == pytest.approx(frames.min(), abs=1e-5)
+    assert float(videos[1]["psnr_std"]) == pytest.approx(frames.std(), abs=1e-5)
+    rows = [row for row in csv.DictReader((folder / "per_frame.csv").open()) if row["name"] == "v1"]
+    assert [float(row["psnr"]) for row in rows] == pytest.approx(frames, abs=1e-5)
+    assert [bool(row["tpsnr"]) for row in rows] == [True] * 5 + [False]  # pairs of neighbours
 
 
 def test_first_frames_every_nth(folders):
     ori, rec = folders
-    assert evaluate(ori, rec, "--metric", "psnr", "--num_frames", "2", "--sample_rate", "3") == 0
-    clip = tiny.frames(5, 40, 48, seed=0)
-    assert report(rec)["per_video"][0]["psnr"] == pytest.approx(psnr(clip, degrade(clip, 4.0))[[0, 3]].mean(), abs=1e-5)
+    assert evaluate(ori, rec, *PSNR, "--num_frames", "2", "--sample_rate", "3") == 0
+    expected = psnr(original(0), noisy(0))[[0, 3]].mean()
+    assert report(rec)["per_video"][0]["psnr"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_order_and_batch_size_do_not_matter(folders):
+def test_batch_size_matters_only_to_presets_that_average_over_batches(folders):
     ori, rec = folders
-    results = []
-    for more in ([], ["--batch_size", "3"]):
-        evaluate(ori, rec, "--metric", "psnr", "ssim", *more)
-        results.append(report(rec)["metrics"])
-    assert results[0] == results[1]
+    results = {}
+    for preset in ("default", "opensora12"):
+        for batch in ("1", "2"):
+            words = (*PSNR, "--preset", preset, "--batch_size", batch, "--num_frames", "5")
+            assert evaluate(ori, rec, *words) == 0
+            results[preset, batch] = report(rec)["metrics"]["psnr"]["mean"]
+    assert results["default", "1"] == results["default", "2"] == pytest.approx(results["opensora12", "1"])
+    means = [psnr(original(i), noisy(i))[:5].mean() for i in range(3)]
+    assert results["opensora12", "2"] == pytest.approx((np.mean(means[:2]) + means[2]) / 2, abs=1e-5)
 
 
-def test_pairs_are_found_by_name_with_the_suffix_aside(tmp_path):
-    clip = tiny.frames(3)
-    write_video(tmp_path / "a/sub/one_ori.mp4", clip, 24)
-    write_video(tmp_path / "b/sub/one_rec.mp4", clip, 24)
-    write_image(tmp_path / "a/two.png", clip[0])
-    write_image(tmp_path / "b/two_rec.png", clip[1])
-    assert evaluate(tmp_path / "a", tmp_path / "b", "--metric", "psnr") == 0
-    assert [video["name"] for video in report(tmp_path / "b")["per_video"]] == ["sub/one", "two"]
-
-
-def refused(capsys, *args: str) -> str:
-    assert script.main([*args, "--device", "cpu"]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ")
-    return captured.err
-
-
-def dirs(ori, rec, *more: str) -> list[str]:
-    return ["--real_video_dir", str(ori), "--generated_video_dir", str(rec), *more]
-
-
-def test_folders_that_cannot_be_compared_are_refused(folders, tmp_path, capsys):
-    ori, rec = folders
-    assert f"{tmp_path}/none: no such folder" in refused(capsys, *dirs(ori, tmp_path / "none"))
-    assert not (tmp_path / "none").exists()
-    (tmp_path / "void").mkdir()
-    assert f"{tmp_path}/void holds no video or image" in refused(capsys, *dirs(ori, tmp_path / "void"))
-    assert "is given as original and as reconstruction" in refused(capsys, *dirs(ori, ori))
-    (rec / "v1.mp4").rename(rec / "w1.mp4")
-    message = refused(capsys, *dirs(ori, rec))
-    assert "2 files have no partner of the same name, 2 have:" in message
-    assert f"only in {ori}: v1" in message
-    assert f"only in {rec}: w1" in message
-    assert evaluate(ori, rec, "--metric", "psnr", "--allow_unmatched") == 0
-    assert report(rec)["unmatched"] == [f"only in {ori}: v1", f"only in {rec}: w1"]
-    capsys.readouterr()
-    write_image(rec / "V0.png", tiny.frames(1)[0])
-    assert "have the same name; keep one" in refused(capsys, *dirs(ori, rec))
-
-
-def one_pair(tmp_path, ori: np.ndarray, rec: np.ndarray, fps: float = 24, **kwargs):
-    write_video(tmp_path / "o/v.mp4", ori, 24)
-    write_video(tmp_path / "r/v.mp4", rec, fps, **kwargs)
-    return dirs(tmp_path / "o", tmp_path / "r")
-
-
-def test_pairs_of_unequal_size_length_or_rate_are_refused(tmp_path, capsys):
-    clip = tiny.frames(16, 32, 40)
-    assert "the original is 32x40, the reconstruction 32x32" in refused(
-        capsys, *one_pair(tmp_path, clip, clip[:, :, :32])
+def test_base_finds_all_folders_and_shows_the_ceiling_beside(tmp_path, capsys):
+    make_pairs(tmp_path)
+    make_pairs(tmp_path, kind="spatial", amount=2.0)
+    assert script.main(["--base", str(tmp_path / "x"), "--device", "cpu", "--no_html"]) == 0
+    printed = capsys.readouterr().out
+    assert "metric          rec  spatial" in printed
+    assert "spatial - rec" in printed
+    rows = json.loads((tmp_path / "x_rec_eval/comparison.json").read_text())["differences"]
+    gap = (
+        report(tmp_path / "x_spatial")["metrics"]["psnr"]["mean"]
+        - report(tmp_path / "x_rec")["metrics"]["psnr"]["mean"]
     )
-    message = refused(capsys, *one_pair(tmp_path, clip, clip[:13]))
-    assert "the original has 16 frames, the reconstruction 13, a model that only takes 4n+1 frames" in message
-    assert "--num_frames 13 compares the first ones" in message
-    assert (
-        script.main(
-            [*dirs(tmp_path / "o", tmp_path / "r"), "--device", "cpu", "--num_frames", "13", "--metric", "psnr"]
-        )
-        == 0
-    )
-    capsys.readouterr()
-    message = refused(capsys, *one_pair(tmp_path, clip, clip, fps=25))
-    assert "24 frames per second, the reconstruction 25" in message
-    assert (
-        script.main([*dirs(tmp_path / "o", tmp_path / "r"), "--device", "cpu", "--ignore_fps", "--metric", "psnr"]) == 0
-    )
+    assert rows[1]["metric"] == "psnr"
+    assert rows[1]["difference"] == pytest.approx(gap)
+    assert rows[1]["better_on"] == 3
 
 
-def test_more_than_eight_bits_are_refused_unless_asked_for(tmp_path, capsys):
-    clip = tiny.frames(3)
-    for folder in ("o", "r"):
-        (tmp_path / folder).mkdir()
-        tiny.write_video(tmp_path / folder / "v.mp4", clip, pixels="yuv444p10le")
-    assert "has 10 bits per channel; --to_8bit" in refused(capsys, *dirs(tmp_path / "o", tmp_path / "r"))
-    assert evaluate(tmp_path / "o", tmp_path / "r", "--to_8bit", "--metric", "psnr") == 0
-
-
-def test_a_faulty_pair_stops_or_is_skipped_and_the_exit_status_tells(folders, capsys):
-    ori, rec = folders
-    (rec / "v1.mp4").write_bytes(b"")
-    assert f"{rec}/v1.mp4: is empty" in refused(capsys, *dirs(ori, rec))
-    assert evaluate(ori, rec, "--metric", "psnr", "--on_error", "skip") == 1
-    told = report(rec)
-    assert told["videos"] == 2
-    assert told["failed"] == [f"{rec}/v1.mp4: is empty (0 bytes)"]
-
-
-def test_warnings_of_lossy_short_identical_and_suspicious_input(tmp_path, capsys):
-    clip = tiny.frames(6, 48, 64)
-    assert (
-        script.main(
-            [*one_pair(tmp_path, clip, clip, codec="h264"), "--device", "cpu", "--num_frames", "9", "--metric", "psnr"]
-        )
-        == 0
-    )
-    err = capsys.readouterr().err
-    assert "files are stored lossily" in err
-    assert "v has 6 of the 9 frames asked for" in err
-    assert script.main([*one_pair(tmp_path, clip, clip), "--device", "cpu", "--metric", "psnr"]) == 0
-    assert "all pairs are identical" in capsys.readouterr().err
-    assert report(tmp_path / "r")["metrics"]["psnr"]["mean"] == 100.0
-    assert script.main([*one_pair(tmp_path, clip, 255 - clip), "--device", "cpu", "--metric", "psnr"]) == 0
-    assert "are the two a pair?" in capsys.readouterr().err
-
-
-def test_metrics_that_are_not_there_are_named(folders, tmp_path, monkeypatch, capsys):
-    ori, rec = folders
-    assert "no metric is called vmaf; there are psnr, ssim, lpips" in refused(
-        capsys, *dirs(ori, rec, "--metric", "vmaf")
-    )
-    assert "flolpips is not available yet" in refused(capsys, *dirs(ori, rec, "--metric", "ssim", "flolpips"))
-    monkeypatch.setenv("VAE3D_WEIGHTS", str(tmp_path))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    message = refused(capsys, *dirs(ori, rec, "--metric", "psnr", "lpips"))
-    assert "alexnet-owt-7be5be79.pth (244,408,911 bytes, sha256 7be5be79" in message
-    assert "python scripts/fetch_weights.py" in message
-
-
-def test_crop_larger_than_the_frames_is_refused(folders, capsys):
-    assert "cannot be cropped to 64; lower --crop_size" in refused(capsys, *dirs(*folders, "--crop_size", "64"))
-
-
-def test_scaling_is_the_originals():
-    """pytorchvideo's ShortSideScale: bilinear without antialiasing, the long side rounded down; centre crop."""
-    from vae3d.evaluation.pairs import Protocol, _prepare
-
-    clip = tiny.frames(2, 50, 67)
-    x = torch.from_numpy(clip).permute(0, 3, 1, 2).float() / 255
-    expected = torch.nn.functional.interpolate(x, size=(32, 42), mode="bilinear", align_corners=False)
-    ours = _prepare(clip, Protocol(resolution=32, crop=30))
-    torch.testing.assert_close(ours, expected[:, :, 1:31, 6:36])
+def test_compare_gives_paired_differences_with_intervals(tmp_path, capsys):
+    ori, first = make_pairs(tmp_path)
+    _, second = make_pairs(tmp_path, kind="b", amount=3.0)
+    words = [
+        "--ref",
+        str(ori),
+        "--compare",
+        str(first),
+        str(second),
+        "--device",
+        "cpu",
+        "--no_html",
+        "--metric",
+        "psnr",
+    ]
+    assert script.main([*words, "--output", str(tmp_path / "out")]) == 0
+    (row, _) = json.loads((tmp_path / "out/x_rec/comparison.json").read_text())["differences"]
+    gaps = [
+        psnr(original(i), degrade(original(i), 3.0 * (i + 1))).mean() - psnr(original(i), noisy(i)).mean()
+        for i in range(3)
+    ]
+    assert row["difference"] == pytest.approx(np.mean(gaps), abs=1e-5)
+    assert min(gaps) - 1e-6 <= row["ci95"][0] <= row["difference"] <= row["ci95"][1] <= max(gaps) + 1e-6
+    assert (row["better_on"], row["videos"]) == (3, 3)
+    assert "3 of 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
+    ("words", "message"),
     [
-        ("--num_frames", "-3"),
-        ("--num_frames", "0"),
-        ("--sample_rate", "0"),
-        ("--resolution", "0"),
-        ("--crop_size", "x"),
+        ("--ref a", "give --ref and --rec, --ref and --compare, or --base"),
+        ("--base x --ref a", "--base names all folders"),
+        ("--ref a --compare b", "--compare needs two or more different folders"),
+        ("--ref a --rec b --num_frames -3", "-3 is no number of 1 or more"),
+        ("--ref a --rec b --sample_rate 0", "0 is no number of 1 or more"),
+        ("--ref a --rec b --crop_size x", "x is no number of 1 or more"),
+        ("--ref a --rec b --resize 256", "256 is neither ref nor HEIGHTxWIDTH"),
+        ("--ref a --rec b --preset mine", "invalid choice: 'mine'"),
     ],
 )
-def test_numbers_below_one_are_refused(folders, option, value, capsys):
+def test_words_that_make_no_sense_are_refused(words, message, capsys):
     with pytest.raises(SystemExit) as end:
-        evaluate(*folders, option, value)
+        script.main(words.split())
     assert end.value.code == 2
-    assert f"{value} is no number of 1 or more" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (("--device", "gpu"), "device=gpu is not usable here"),
-        (("--output", "/nowhere/x.json"), "/nowhere is no folder"),
-        (("--metric", "flolpips"), "flolpips is not available yet; there are psnr, ssim, lpips"),
+        (("--output", "/nowhere/deeper/x"), "--output /nowhere/deeper/x must be a folder"),
+        (("--metric", "vmaf"), "no metric is called vmaf; there are psnr, ssim, ms_ssim, lpips_alex"),
+        (("--metric", "rfvd", "--rfvd_frames", "3"), "rfvd needs at least 10 frames; it was told to take 3"),
     ],
 )
-def test_what_cannot_work_is_told_before_scoring(folders, more, message, capsys):
-    assert evaluate(*folders, *more) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert "mean over videos" not in captured.out
+def test_what_cannot_work_is_told_before_scoring(folders, all_weights, more, message, capsys):
+    assert message in refused(capsys, *folders, *more)
 
 
-def test_report_tells_pooled_psnr_and_the_hash_of_weights(folders, trunks):
+def test_all_missing_weights_are_named_at_once_or_skipped(folders, tmp_path, monkeypatch, capsys):
     ori, rec = folders
-    assert evaluate(ori, rec, "--metric", "psnr", "lpips") == 0
+    monkeypatch.setenv("VAE3D_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    message = refused(capsys, ori, rec, "--metric", "psnr", "lpips", "flolpips")
+    assert "weights of lpips_alex, flolpips are missing; without them: psnr" in message
+    assert "alexnet-owt-7be5be79.pth (244,408,911 bytes, sha256 7be5be79" in message
+    assert "network-default.pytorch" in message
+    assert "python scripts/fetch_weights.py" in message
+    assert evaluate(ori, rec, "--metric", "psnr", "lpips", "--on_missing", "skip") == 0
+    assert "warning: lpips_alex is left out: alexnet-owt-7be5be79.pth" in capsys.readouterr().err
     told = report(rec)
-    clip = tiny.frames(5, 40, 48, seed=0)
-    mse = ((clip.astype(float) - degrade(clip, 4.0)) ** 2).mean() / 255**2
-    assert told["per_video"][0]["psnr_video"] == pytest.approx(-10 * np.log10(mse), abs=1e-6)
-    content = (trunks / "alexnet-owt-7be5be79.pth").read_bytes()
-    assert told["weights"] == {"lpips": hashlib.sha256(content).hexdigest()}
+    assert "psnr" in told["metrics"]
+    assert "alexnet-owt-7be5be79.pth" in told["absent"]["lpips_alex"]
 
 
-def test_a_pair_too_small_for_a_metric_is_named(tmp_path, capsys):
-    for kind in ("ori", "rec"):
-        write_video(tmp_path / f"x_{kind}/small.mp4", tiny.frames(2, 8, 8), 24)
-    assert evaluate(tmp_path / "x_ori", tmp_path / "x_rec", "--metric", "ssim") == 2
-    assert "small: ssim needs frames of at least 11 pixels" in capsys.readouterr().err
+def test_single_frames_have_no_motion_and_are_counted(tmp_path, capsys):
+    ori, rec = make_pairs(tmp_path, 2)
+    frame = tiny.frames(1, 40, 48)[0]
+    write_image(ori / "still.png", frame)
+    write_image(rec / "still.png", degrade(frame))
+    assert evaluate(ori, rec, "--metric", "psnr", "tpsnr") == 0
+    told = report(rec)
+    assert told["per_video"][0]["tpsnr"] is None
+    assert (told["metrics"]["tpsnr"]["undefined"], told["metrics"]["psnr"]["undefined"]) == (1, 0)
+    values = [video["tpsnr"] for video in told["per_video"][1:]]
+    assert told["metrics"]["tpsnr"]["mean"] == pytest.approx(np.mean(values))
 
 
-def test_transparent_images_are_refused(tmp_path, capsys):
-    for kind in ("ori", "rec"):
-        (tmp_path / f"x_{kind}").mkdir()
-        Image.fromarray(np.full((20, 20, 4), 100, np.uint8)).save(tmp_path / f"x_{kind}/a.png")
-    assert evaluate(tmp_path / "x_ori", tmp_path / "x_rec", "--metric", "psnr") == 2
-    assert "a.png: has transparent pixels; flatten it" in capsys.readouterr().err
+def test_identical_videos_are_counted_and_doubted(tmp_path, capsys):
+    clip = tiny.frames(6, 48, 64)
+    ori, rec = one_pair(tmp_path, clip, clip)
+    assert evaluate(ori, rec) == 0
+    assert "all pairs are identical; is the original scored against itself?" in capsys.readouterr().err
+    told = report(rec)
+    assert (told["metrics"]["psnr"]["mean"], told["metrics"]["ssim"]["mean"]) == (100.0, pytest.approx(1.0))
+    assert told["counts"] == {"identical_frames": 6}
+
+
+def test_lossy_files_are_flagged(tmp_path, capsys):
+    clip = tiny.frames(6, 48, 64)
+    ori, rec = one_pair(tmp_path, clip, degrade(clip), codec="h264")
+    assert evaluate(ori, rec, *PSNR) == 0
+    assert "1 of 1 pairs are stored lossily" in capsys.readouterr().err
+    assert report(rec)["lossy_input"]
+
+
+def test_pairs_that_are_none_and_shifted_ones_are_doubted(tmp_path, capsys):
+    clip = tiny.frames(8, 48, 64)
+    ori, rec = one_pair(tmp_path, clip, 255 - clip)
+    assert evaluate(ori, rec, *PSNR) == 0
+    assert "v: PSNR is below 10 dB on most frames; are the two a pair?" in capsys.readouterr().err
+    for late, word in ((True, "late"), (False, "early")):
+        longer = tiny.frames(9, 48, 64)
+        pair = (longer[1:], longer[:-1]) if late else (longer[:-1], longer[1:])
+        ori, rec = one_pair(tmp_path / word, *pair)
+        assert evaluate(ori, rec, *PSNR) == 0
+        assert f"fits the original better as one frame {word}; misaligned" in capsys.readouterr().err
+    ori, rec = one_pair(tmp_path / "aligned", clip, degrade(clip, 2.0))
+    assert evaluate(ori, rec, *PSNR) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_scores_that_are_not_finite_are_errors_of_their_video(folders, monkeypatch, capsys):
+    from vae3d.evaluation import pairs
+
+    whole = pairs._as_float
+
+    def with_a_hole(frames):
+        x = whole(frames)
+        if len(x) == 6:  # v1
+            x[2, 0, 0, 0] = float("nan")
+        return x
+
+    monkeypatch.setattr(pairs, "_as_float", with_a_hole)
+    ori, rec = folders
+    assert "error: v1: psnr of frame 2 is nan" in refused(capsys, ori, rec, *PSNR)
+    assert evaluate(ori, rec, *PSNR, "--on_error", "skip") == 1
+    assert report(rec)["failed"] == ["v1: psnr of frame 2 is nan"]
+    assert report(rec)["videos"] == 2
+
+
+def test_many_metrics_are_printed_a_line_each(folders, capsys):
+    assert evaluate(*folders, "--metric", "psnr", "ssim", "flicker", "tpsnr", "ws_psnr", "ws_ssim") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["3", "videos", "mean", "over", "videos", "95", "%", "interval", "standard", "deviation",
+                                "median", "5", "%", "95", "%"]  # fmt: skip
+    assert lines[2].startswith("psnr ")
+
+
+def test_page_shows_worst_clips_first_and_is_self_contained(folders):
+    ori, rec = folders
+    write_video(ori / "one.mp4", tiny.frames(1, 40, 48), 24)
+    write_video(rec / "one.mp4", degrade(tiny.frames(1, 40, 48), 30.0), 24)
+    assert evaluate(ori, rec, *PSNR, "--html") == 0
+    page = (rec.with_name("x_rec_eval") / "report.html").read_text()
+    places = [page.index(f"<h3>{name}</h3>") for name in ("one", "v2", "v1", "v0")]
+    assert places == sorted(places)
+    assert not re.search(r"(src|href)=.http|url\(http", page)
+    assert page.count("data:image/jpeg;base64,") == 4 * 3

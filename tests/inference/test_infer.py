@@ -196,7 +196,11 @@ def test_a_file_that_cannot_be_scored_is_named_and_skipped(export, videos, tmp_p
     [
         ("model.micro_frame=null", "micro_frame is not an argument of .*did you mean micro_frames"),
         ("device=gpu", "device=gpu is not usable here"),
-        ("metrics=[flolpips]", "flolpips is not available yet; there are psnr, ssim, lpips"),
+        ("metrics=[vmaf]", "no metric is called vmaf; there are psnr, ssim, ms_ssim"),
+        (
+            "metrics=[ms_ssim] height=64 width=64",
+            "metrics: ms_ssim needs frames of at least 161 pixels; these are 64x64",
+        ),
         ("height=0 width=16", "height=0 must be at least 1"),
     ],
 )
@@ -258,3 +262,24 @@ def test_command_line_ends_as_one_message(tmp_path):
     assert "checkpoint=/nowhere: no such file or folder" in done.stdout
     assert "Traceback" not in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_cost_of_coding_is_measured_on_request(export, videos, tmp_path):
+    """tiny spatial VAE: 2x2 smaller, 4 channels."""
+    run(export, videos, tmp_path / "out", "cost=true", "num_samples=2", "num_frames=9")
+    told = json.loads((tmp_path / "out_rec/metrics.json").read_text())
+    cost = told["cost"]
+    assert (cost["frames"], cost["height"], cost["width"]) == (9, 32, 40)
+    assert cost["encode_frames_per_second"] > 0
+    assert cost["decode_frames_per_second"] > 0
+    assert cost["parameters"] == sum(p.numel() for p in vae3d.load(export).parameters())
+    model = vae3d.load(export)
+    assert cost["compression"] == pytest.approx(3 * 9 * 32 * 40 / np.prod(model.latent_shape(9, 32, 40)))
+    assert cost["encode_memory_gib"] is None or 0 <= cost["encode_memory_gib"] < 1
+
+
+def test_memory_of_a_run_is_its_peak():
+    from vae3d.inference.cost import _timed
+
+    _, memory = _timed(lambda: torch.ones(2**26).add_(1), torch.device("cpu"))
+    assert memory is None or 0.2 < memory < 0.4  # 256 MiB

@@ -142,6 +142,7 @@ class PyAVReader:
         self.pts, self.key_pts, self.open_gop = _packet_index(path, self.container, self.stream)
         self.rotation = 0
         self._frames: Iterator[VideoFrame] = iter(())
+        self._stored_size: Size | None = None
         self._last: int | None = None  # number of the frame that _frames gave last
         first = self._frame_at(0)
         _refuse_hdr(path, first)
@@ -178,6 +179,7 @@ class PyAVReader:
                 if frame.pts == target:
                     if frame.is_corrupt:
                         break
+                    self._refuse_other_size(index, frame)
                     self._last = index
                     return frame
                 if frame.pts is not None and frame.pts > target:
@@ -185,6 +187,13 @@ class PyAVReader:
         except av.error.FFmpegError as error:
             raise MediaError(self.path, f"cannot be decoded at frame {index}: {error.strerror}") from error
         raise MediaError(self.path, f"is damaged: frame {index} of {len(self.pts)} does not decode")
+
+    def _refuse_other_size(self, index: int, frame: VideoFrame) -> None:
+        size = frame.height, frame.width
+        self._stored_size = self._stored_size or size
+        if size != self._stored_size:
+            first, here = (f"{height}x{width}" for height, width in (self._stored_size, size))
+            raise MediaError(self.path, f"changes its size at frame {index}, from {first} to {here}")
 
     def _seek(self, key: int, target: int) -> None:
         """Leave _frames at a key frame not after `target`; demuxers may land late, so step back until it holds."""

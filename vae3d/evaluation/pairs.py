@@ -1,24 +1,25 @@
-"""Pairing the videos of two folders by name, and reading a pair side by side in chunks."""
+"""Pairing the videos of two folders, checking that each pair can be compared, and reading it in chunks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae3d.data.readers import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaInfo, open_media
+from vae3d.data.readers import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaInfo, Size, open_media
 from vae3d.errors import UserError
 
 SUFFIXES = ("_ori", "_rec", "_spatial")
-CHUNK = 16  # frames in memory at once
 RGB = ("rgb24", "gbrp", "bgr24", "bgr0", "rgb0", "RGB", "RGBA", "L", "LA", "P")
+PIXELS_IN_MEMORY = 2**22  # of one video, in a chunk
 
 
 class PairError(UserError):
@@ -27,18 +28,31 @@ class PairError(UserError):
 
 @dataclass(frozen=True)
 class Pair:
+    """start: number of the original's frame that the reconstruction begins with."""
+
     name: str
     ref: Path
     rec: Path
+    start: int = 0
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is compared: the first num_frames * stride frames, every stride-th; scaled so that the short side is
-    `resolution` (bilinear, not antialiased, as Open-Sora v1.2 `eval/vae` does) and centre-cropped to `crop`."""
+    """What is compared: the first num_frames frames of every stride-th, at which size.
+
+    frames: `equal` refuses videos of different length, `common` compares the frames that both have. strict_frames:
+    refuse videos with fewer than num_frames. cut: `center` or `topleft` cuts the original to the size of a smaller
+    reconstruction. resize: `ref` scales the reconstruction to the original's size, (H, W) scales both (bilinear,
+    antialiased). resolution, crop: then scale the short side to this (bilinear, not antialiased, as Open-Sora v1.2
+    `eval/vae` does) and centre-crop.
+    """
 
     num_frames: int | None = None
     stride: int = 1
+    frames: str = "equal"
+    strict_frames: bool = False
+    cut: str | None = None
+    resize: str | Size | None = None
     resolution: int | None = None
     crop: int | None = None
     ignore_fps: bool = False
@@ -47,46 +61,55 @@ class Protocol:
 
 @dataclass
 class PairInfo:
-    """What a report must say of a pair. frames: compared. warnings: to be shown to the user."""
+    """What is compared of a pair. frames: how many; height, width: at which size. warnings: for the user."""
 
     frames: int
     height: int
     width: int
+    fps: float
     codecs: tuple[str, str]
     lossy: bool
     warnings: list[str] = field(default_factory=list)
 
 
-def find_pairs(ref: Path, rec: Path, allow_unmatched: bool = False) -> tuple[list[Pair], list[str]]:
-    """Pairs by relative stem, one trailing _ori, _rec or _spatial aside; and stems that only one folder has.
+def find_pairs(
+    ref: Path, rec: Path, pair_by: str = "stem", allow_unmatched: bool = False
+) -> tuple[list[Pair], list[str]]:
+    """Pairs sorted by name, and files that have no partner.
 
-    Raises PairError if a folder is missing or empty, both are one, a stem occurs twice, or stems do not match
+    pair_by: `stem` (relative path without extension and one trailing _ori, _rec or _spatial), `index_csv` (the
+    reconstruction's index.csv tells sources and first frames; ref holds the sources), `sorted` (n-th with n-th).
+    Raises PairError if a folder is missing or empty, both are one, a name occurs twice, or files have no partner
     (unless allow_unmatched, which still needs one pair).
     """
     if ref.resolve() == rec.resolve():
         raise PairError(f"{ref} is given as original and as reconstruction; name two folders")
+    if pair_by == "index_csv":
+        return _by_index(ref, rec), []
     refs, recs = _stems(ref), _stems(rec)
+    if pair_by == "sorted":
+        if len(refs) != len(recs):
+            raise PairError(f"{ref} holds {len(refs)} files, {rec} holds {len(recs)}; pairing by order needs as many")
+        return [Pair(b, refs[a], recs[b]) for a, b in zip(sorted(refs), sorted(recs), strict=True)], []
     common = sorted(refs.keys() & recs.keys())
-    lonely = [f"only in {ref}: {stem}" for stem in sorted(refs.keys() - recs.keys())]
-    lonely += [f"only in {rec}: {stem}" for stem in sorted(recs.keys() - refs.keys())]
-    if lonely and not (allow_unmatched and common):
-        shown = "\n".join(f"  {line}" for line in lonely[:10])
-        more = f"\n  ... {len(lonely) - 10} more" if len(lonely) > 10 else ""
+    lonely = [[f"only in {here}: {stem}" for stem in sorted(a.keys() - b.keys())] for here, a, b in
+              ((ref, refs, recs), (rec, recs, refs))]  # fmt: skip
+    count = sum(map(len, lonely))
+    if count and not (allow_unmatched and common):
+        shown = "\n".join(f"  {line}" for side in lonely for line in [*side[:10], *_more(side)])
         way_out = "\n  --allow_unmatched scores those that have" if common else ""
-        raise PairError(
-            f"{len(lonely)} files have no partner of the same name, {len(common)} have:\n{shown}{more}{way_out}"
-        )
-    return [Pair(stem, refs[stem], recs[stem]) for stem in common], lonely
+        raise PairError(f"{count} files have no partner of the same name, {len(common)} have:\n{shown}{way_out}")
+    return [Pair(stem, refs[stem], recs[stem]) for stem in common], [line for side in lonely for line in side]
+
+
+def _more(lines: list[str]) -> list[str]:
+    return [f"... {len(lines) - 10} more"] if len(lines) > 10 else []
 
 
 def _stems(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise PairError(f"{folder}: no such folder")
     found: dict[str, Path] = {}
     lower: dict[str, Path] = {}
-    for file in sorted(folder.rglob("*")):
-        if file.name.startswith(".") or file.suffix.lower() not in VIDEO_SUFFIXES + IMAGE_SUFFIXES:
-            continue
+    for file in _media(folder):
         stem = str(file.relative_to(folder).with_suffix(""))
         for suffix in SUFFIXES:
             if stem.endswith(suffix):
@@ -95,49 +118,111 @@ def _stems(folder: Path) -> dict[str, Path]:
         if stem.lower() in lower:
             raise PairError(f"{lower[stem.lower()]} and {file} have the same name; keep one")
         found[stem] = lower[stem.lower()] = file
-    if not found:
-        raise PairError(f"{folder} holds no video or image")
     return found
 
 
-def read_pair(pair: Pair, protocol: Protocol) -> tuple[PairInfo, Iterator[tuple[Tensor, Tensor]]]:
-    """Facts of a pair, and its frames chunk by chunk as float [T, 3, H, W] in [0, 1].
+def _media(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise PairError(f"{folder}: no such folder")
+    files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES]
+    files = [f for f in files if not f.name.startswith(".")]
+    if not files:
+        raise PairError(f"{folder} holds no video or image")
+    return files
 
-    Raises PairError if the two cannot be compared, MediaError (also while iterating) if one cannot be read.
-    """
-    ref, rec = open_media(pair.ref, threads=0), open_media(pair.rec, threads=0)
-    a, b = ref.info, rec.info
+
+def _by_index(ref: Path, rec: Path) -> list[Pair]:
+    table = rec / "index.csv"
+    if not table.is_file():
+        raise PairError(f"{table}: no such file; infer.py writes it")
+    recs, refs = ({file.stem: file for file in _media(folder)} for folder in (rec, ref))
+    pairs, faults = [], []
+    for row in pd.read_csv(table).itertuples():
+        source = Path(str(row.source)).stem
+        if row.id not in recs:
+            faults.append(f"{table}, {row.id}: not in {rec}")
+        elif source not in refs:
+            faults.append(f"{table}, {row.id}: its source {source} is not in {ref}")
+        else:
+            pairs.append(Pair(row.id, refs[source], recs[row.id], int(row.start)))
+    if faults:
+        raise PairError("\n  ".join([f"{len(faults)} rows have no pair:", *faults[:10], *_more(faults)]))
+    return sorted(pairs, key=lambda pair: pair.name)
+
+
+def inspect(pair: Pair, protocol: Protocol) -> PairInfo:
+    """Facts of a pair, from the files' headers. Raises PairError if it cannot be compared, MediaError if a file does
+    not open."""
+    with closing(open_media(pair.ref)) as ref, closing(open_media(pair.rec)) as rec:
+        a, b = ref.info, rec.info
     _require_alike(pair, a, b, protocol)
-    indices = list(range(0, a.num_frames, protocol.stride))[: protocol.num_frames]
-    lossy = not (a.pixels in RGB and b.pixels in RGB) or "mjpeg" in (a.codec, b.codec) or "jpeg" in (a.codec, b.codec)
-    info = PairInfo(len(indices), a.height, a.width, (f"{a.codec}/{a.pixels}", f"{b.codec}/{b.pixels}"), lossy)
-    if protocol.num_frames is not None and len(indices) < protocol.num_frames:
-        info.warnings.append(f"{pair.name} has {len(indices)} of the {protocol.num_frames} frames asked for")
+    frames = len(_frame_numbers(pair, a, b, protocol))
+    codecs = (f"{a.codec}/{a.pixels}", f"{b.codec}/{b.pixels}")
+    lossy = not (a.pixels in RGB and b.pixels in RGB) or bool({"mjpeg", "jpeg"} & {a.codec, b.codec})
+    info = PairInfo(frames, *_compared_size(pair, a, b, protocol), a.fps, codecs, lossy)
+    if protocol.num_frames is not None and frames < protocol.num_frames:
+        short = f"{pair.name} has {frames} of the {protocol.num_frames} frames asked for"
+        if protocol.strict_frames:
+            raise PairError(short)
+        info.warnings.append(short)
+    if a.num_frames - pair.start != b.num_frames and protocol.frames == "common":
+        info.warnings.append(
+            f"{pair.name}: of {a.num_frames - pair.start} and {b.num_frames} frames the first {frames}"
+        )
+    return info
 
-    def chunks() -> Iterator[tuple[Tensor, Tensor]]:
-        with closing(ref), closing(rec):
-            for start in range(0, len(indices), CHUNK):
-                chunk = indices[start : start + CHUNK]
-                yield _prepare(ref.read(chunk), protocol), _prepare(rec.read(chunk), protocol)
 
-    return info, chunks()
+class PairReader:
+    """The frames of an inspected pair that are compared, by their place among them; a context manager."""
+
+    def __init__(self, pair: Pair, protocol: Protocol) -> None:
+        self.pair, self.protocol = pair, protocol
+        self.ref, self.rec = (open_media(path, threads=0) for path in (pair.ref, pair.rec))
+        self.numbers = _frame_numbers(pair, self.ref.info, self.rec.info, protocol)
+
+    def read(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """[T, 3, H, W] float in [0, 1] of original and reconstruction. Raises MediaError."""
+        wanted = [self.numbers[place] for place in places]
+        frames = self.ref.read([self.pair.start + i for i in wanted]), self.rec.read(wanted)
+        return _alike(*(_as_float(x) for x in frames), self.protocol)
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All frames, in chunks of bounded memory."""
+        info = self.ref.info
+        size = max(1, min(16, PIXELS_IN_MEMORY // (info.height * info.width)))
+        for start in range(0, len(self.numbers), size):
+            yield self.read(range(start, min(start + size, len(self.numbers))))
+
+    def __enter__(self) -> PairReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ref.close()
+        self.rec.close()
+
+
+def _frame_numbers(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> list[int]:
+    count = min(ref.num_frames - pair.start, rec.num_frames)
+    return list(range(0, count, protocol.stride))[: protocol.num_frames]
 
 
 def _require_alike(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> None:
-    if (ref.height, ref.width) != (rec.height, rec.width):
-        near = all(0 <= a - b < 16 for a, b in ((ref.height, rec.height), (ref.width, rec.width)))
-        hint = "; a model that only takes multiples of 8 or 16 may have cut the rest" if near else ""
+    """Raises PairError for a difference that the protocol does not tell how to treat."""
+    if (ref.height, ref.width) != (rec.height, rec.width) and not (protocol.cut or protocol.resize):
+        gaps = (ref.height - rec.height, ref.width - rec.width)
+        cut = all(0 <= gap < 16 for gap in gaps) and rec.height % 8 == rec.width % 8 == 0
+        hint = "a model that takes multiples of 8 or 16 has cut the rest? --cut center, or " if cut else ""
         raise PairError(
             f"{pair.name}: the original is {ref.height}x{ref.width}, the reconstruction {rec.height}x{rec.width}; "
-            f"both must have one size{hint}"
+            f"{hint}--resize ref scales the reconstruction"
         )
-    if ref.num_frames != rec.num_frames and not _enough(ref, rec, protocol):
-        hint = ""
-        if rec.num_frames < ref.num_frames and (rec.num_frames - 1) % 4 == 0:
-            hint = ", a model that only takes 4n+1 frames may have dropped the rest"
+    count = ref.num_frames - pair.start
+    if count != rec.num_frames and protocol.frames != "common" and not _enough(count, rec.num_frames, protocol):
+        causal = rec.num_frames < count and rec.num_frames % 4 == 1
+        hint = " (a causal model that takes 4n+1 frames may have dropped the rest)" if causal else ""
         raise PairError(
-            f"{pair.name}: the original has {ref.num_frames} frames, the reconstruction {rec.num_frames}{hint}; "
-            f"--num_frames {min(ref.num_frames, rec.num_frames)} compares the first ones"
+            f"{pair.name}: the original has {count} frames, the reconstruction {rec.num_frames}{hint}; "
+            f"--frames common compares the first {min(count, rec.num_frames)}"
         )
     if abs(ref.fps - rec.fps) > 1e-3 * max(ref.fps, rec.fps) and not protocol.ignore_fps:
         raise PairError(
@@ -148,24 +233,61 @@ def _require_alike(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protoco
         raise PairError(f"{pair.name} has {max(ref.bits, rec.bits)} bits per channel; --to_8bit scores it as 8 bits")
 
 
-def _enough(ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> bool:
+def _enough(ref: int, rec: int, protocol: Protocol) -> bool:
     """Whether both have all the frames that are compared anyway."""
-    if protocol.num_frames is None:
-        return False
-    return min(ref.num_frames, rec.num_frames) > (protocol.num_frames - 1) * protocol.stride
+    return protocol.num_frames is not None and min(ref, rec) > (protocol.num_frames - 1) * protocol.stride
 
 
-def _prepare(frames: np.ndarray, protocol: Protocol) -> Tensor:
-    x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255.0
-    height, width = x.shape[-2:]
-    if protocol.resolution is not None and min(height, width) != protocol.resolution:
-        short = min(height, width)
-        size = [math.floor(side / short * protocol.resolution) for side in (height, width)]  # as pytorchvideo rounds
-        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+def _compared_size(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> Size:
+    size = (ref.height, ref.width)
+    if protocol.cut:
+        size = (rec.height, rec.width)
+        if rec.height > ref.height or rec.width > ref.width:
+            raise PairError(f"{pair.name}: the reconstruction is larger than the original; --cut cannot help")
+    if isinstance(protocol.resize, tuple):
+        size = protocol.resize
+    if protocol.resolution is not None:
+        size = _short_side(size, protocol.resolution)
     if protocol.crop is not None:
-        height, width = x.shape[-2:]
-        if min(height, width) < protocol.crop:
-            raise PairError(f"frames of {height}x{width} cannot be cropped to {protocol.crop}; lower --crop_size")
-        top, left = round((height - protocol.crop) / 2.0), round((width - protocol.crop) / 2.0)
-        x = x[..., top : top + protocol.crop, left : left + protocol.crop]
-    return x
+        if min(size) < protocol.crop:
+            raise PairError(f"{pair.name}: frames of {size[0]}x{size[1]} cannot be cropped to {protocol.crop}")
+        size = (protocol.crop, protocol.crop)
+    return size
+
+
+def _short_side(size: Size, short: int) -> Size:
+    """As pytorchvideo rounds."""
+    height, width = (math.floor(side / min(size) * short) for side in size)
+    return height, width
+
+
+def _as_float(frames: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255.0
+
+
+def _alike(ref: Tensor, rec: Tensor, protocol: Protocol) -> tuple[Tensor, Tensor]:
+    """Both at the size that is compared."""
+    if protocol.cut:
+        ref = _cut(ref, (rec.shape[-2], rec.shape[-1]), protocol.cut)
+    if protocol.resize:
+        size = ref.shape[-2:] if protocol.resize == "ref" else protocol.resize
+        ref, rec = (_scale(x, size, antialias=True) for x in (ref, rec))
+    if protocol.resolution is not None:
+        size = _short_side((ref.shape[-2], ref.shape[-1]), protocol.resolution)
+        ref, rec = (_scale(x, size, antialias=False) for x in (ref, rec))
+    if protocol.crop is not None:
+        ref, rec = (_cut(x, (protocol.crop, protocol.crop), "center") for x in (ref, rec))
+    return ref, rec
+
+
+def _scale(frames: Tensor, size: Size, antialias: bool) -> Tensor:
+    if tuple(frames.shape[-2:]) == tuple(size):
+        return frames
+    return F.interpolate(frames, size, mode="bilinear", align_corners=False, antialias=antialias)
+
+
+def _cut(frames: Tensor, size: Size, where: str) -> Tensor:
+    top, left = 0, 0
+    if where == "center":
+        top, left = (round((side - kept) / 2.0) for side, kept in zip(frames.shape[-2:], size, strict=True))
+    return frames[..., top : top + size[0], left : left + size[1]]

@@ -1,114 +1,161 @@
-"""Scoring pairs of videos: each is decoded once for all metrics, and only a few frames are in memory."""
+"""Scoring the pairs of two folders: each is decoded once for all metrics, and only a few frames are in memory."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
-from typing import Any
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from vae3d import __version__, weights
-from vae3d.evaluation.pairs import Pair, PairInfo, Protocol, read_pair
-from vae3d.metrics import Metric, MetricError
+from vae3d.data.readers import MediaError
+from vae3d.evaluation.pairs import Pair, PairError, PairInfo, PairReader, Protocol, inspect
+from vae3d.evaluation.store import Store, VideoScore, pair_key
+from vae3d.metrics import MetricError, MetricSet, VideoResult
 
 SUSPICIOUS_PSNR = 10.0  # dB; below it a pair is probably not one
+CLEARLY_BETTER = 0.8  # of the error: a shift by one frame that has less means that the videos are not aligned
+FAULTS = (PairError, MediaError, MetricError)
 
 
 @dataclass
-class VideoScore:
-    """frames: metric -> score of every compared frame."""
+class Job:
+    """A pair that can be scored."""
 
-    name: str
+    pair: Pair
     info: PairInfo
-    frames: dict[str, list[float]]
+    key: str
 
-    def mean(self, metric: str) -> float:
-        return math.fsum(self.frames[metric]) / len(self.frames[metric])
 
-    def pooled_psnr(self) -> float:
-        """PSNR in dB of the mean squared error over the whole video, as other tools report it."""
-        errors = [10 ** (-psnr / 10) for psnr in self.frames["psnr"]]
-        return -10 * math.log10(math.fsum(errors) / len(errors))
+def plan(
+    pairs: Sequence[Pair], protocol: Protocol, metrics: MetricSet, on_error: str = "stop"
+) -> tuple[list[Job], list[str]]:
+    """Look at all headers: the pairs that can be scored, and what is wrong with the others.
+
+    Raises PairError with all faults unless on_error is `skip`.
+    """
+
+    def look(pair: Pair) -> Job | str:
+        try:
+            info = inspect(pair, protocol)
+            for metric in metrics:
+                if reason := metric.refuses(info.frames, info.height, info.width):
+                    return f"{pair.name}: {reason}"
+            return Job(pair, info, pair_key(pair, protocol))
+        except (PairError, MediaError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(look, pairs))
+    faults = [item for item in found if isinstance(item, str)]
+    jobs = [item for item in found if not isinstance(item, str)]
+    if faults and (on_error == "stop" or not jobs):
+        listed = "\n".join(f"  {fault}" for fault in faults[:20])
+        more = f"\n  ... {len(faults) - 20} more" if len(faults) > 20 else ""
+        skip = "\n  --on_error skip scores the others" if jobs else ""
+        raise PairError(f"{len(faults)} of {len(pairs)} pairs cannot be scored:\n{listed}{more}{skip}")
+    return jobs, faults
+
+
+def share(jobs: Iterable[Job], rank: int, world_size: int) -> list[Job]:
+    """This process's part: every world_size-th, the largest first, so that all end at about the same time."""
+    ordered = sorted(jobs, key=lambda job: (-job.info.frames * job.info.height * job.info.width, job.pair.name))
+    return ordered[rank::world_size]
+
+
+def score_jobs(
+    jobs: Iterable[Job],
+    protocol: Protocol,
+    store: Store,
+    device: torch.device | str,
+    *,
+    on_error: str = "stop",
+    finished: Callable[[], object] = lambda: None,
+) -> list[str]:
+    """Score what the store does not know yet; returns what went wrong, if on_error is `skip`.
+
+    Raises PairError, MediaError or MetricError that names the pair.
+    """
+    known, faults = store.read(), []
+    for job in jobs:
+        metrics = MetricSet(store.missing(job.key, known))
+        try:
+            result, warnings = score_pair(job.pair, metrics, protocol, device)
+            store.append(job.key, job.pair.name, result, metrics.metrics, warnings)
+        except FAULTS as error:
+            if on_error == "stop":
+                error.on_every_rank = False
+                raise
+            faults.append(str(error))
+        finished()
+    return faults
 
 
 @torch.inference_mode()
-def score_pair(pair: Pair, metrics: Sequence[Metric], protocol: Protocol, device: torch.device | str) -> VideoScore:
-    """Raises PairError, MediaError or MetricError, each naming what is wrong."""
-    for metric in metrics:
-        metric.reset()
-    info, chunks = read_pair(pair, protocol)
+def score_pair(
+    pair: Pair, metrics: MetricSet, protocol: Protocol, device: torch.device | str = "cpu"
+) -> tuple[VideoResult, list[str]]:
+    """Scores of one pair, and doubts about it. Raises MediaError, or MetricError that names the pair."""
+    metrics.reset()
+    alignment = Alignment()
     try:
-        for ref, rec in chunks:
-            for metric in metrics:
-                metric.update(ref.to(device), rec.to(device))
-        scores = VideoScore(pair.name, info, {metric.name: metric.result() for metric in metrics})
+        with PairReader(pair, protocol) as reader:
+            for ref, rec in reader.chunks():
+                ref, rec = ref.to(device), rec.to(device)
+                metrics.update(ref, rec)
+                alignment.update(ref, rec)
+        result = metrics.result()
     except MetricError as error:
         raise MetricError(f"{pair.name}: {error}") from None
-    info.warnings += _doubts(scores)
-    return scores
-
-
-def _doubts(scores: VideoScore) -> list[str]:
-    psnr = scores.frames.get("psnr", [])
+    psnr = result.scores["psnr"].frames if "psnr" in result.scores else []
+    doubts = alignment.doubts()
     if sum(value < SUSPICIOUS_PSNR for value in psnr) > len(psnr) / 2:
-        return [f"{scores.name}: PSNR is below {SUSPICIOUS_PSNR:g} dB on most frames; are the two a pair?"]
-    return []
+        doubts.append(f"PSNR is below {SUSPICIOUS_PSNR:g} dB on most frames; are the two a pair?")
+    return result, [f"{pair.name}: {doubt}" for doubt in doubts]
 
 
-def summarize(scores: Sequence[VideoScore], metrics: Sequence[Metric], protocol: Protocol) -> dict[str, Any]:
-    """Everything a report holds. `mean` is the mean over videos of each video's mean over frames."""
-    summary: dict[str, Any] = {}
-    for metric in metrics:
-        means = [video.mean(metric.name) for video in scores]
-        every = [value for video in scores for value in video.frames[metric.name]]
-        summary[metric.name] = {
-            "mean": math.fsum(means) / len(means),
-            "std": statistics.stdev(means) if len(means) > 1 else None,
-            "median": statistics.median(means),
-            "frame_mean": math.fsum(every) / len(every),
-        }
-    identical = sum(all(value == 100.0 for value in video.frames["psnr"]) for video in scores if "psnr" in video.frames)
-    return {
-        "metrics": summary,
-        "videos": len(scores),
-        "frames": sum(video.info.frames for video in scores),
-        "identical_videos": identical,
-        "lossy_input": any(video.info.lossy for video in scores),
-        "protocol": vars(protocol),
-        "weights": {metric.name: weights.sha256(metric.find_weights()) for metric in metrics if metric.needs_weights},
-        "versions": {name: version(name) for name in ("torch", "av")} | {"vae3d": __version__},
-        "per_video": [
-            {
-                "name": video.name,
-                "frames": video.info.frames,
-                "height": video.info.height,
-                "width": video.info.width,
-                "codecs": list(video.info.codecs),
-                **{metric.name: video.mean(metric.name) for metric in metrics},
-                **({"psnr_video": video.pooled_psnr()} if "psnr" in video.frames else {}),
-            }
-            for video in scores
-        ],
-    }
+class Alignment:
+    """Whether the reconstruction fits the original better one frame earlier or later (on every fourth pixel)."""
+
+    def __init__(self) -> None:
+        self.errors = {-1: [0.0, 0.0], 1: [0.0, 0.0]}  # shift -> summed error with it, and without it
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def update(self, ref: Tensor, rec: Tensor) -> None:
+        ref, rec = ref[..., ::4, ::4], rec[..., ::4, ::4]
+        if self.last is not None:
+            ref, rec = torch.cat([self.last[0], ref]), torch.cat([self.last[1], rec])
+        self.last = ref[-1:], rec[-1:]
+        aligned = (ref - rec).square().mean((1, 2, 3)).double()
+        later = (ref[:-1] - rec[1:]).square().mean((1, 2, 3)).double()
+        earlier = (ref[1:] - rec[:-1]).square().mean((1, 2, 3)).double()
+        for shift, error, same in ((1, later, aligned[1:]), (-1, earlier, aligned[:-1])):
+            self.errors[shift][0] += float(error.sum())
+            self.errors[shift][1] += float(same.sum())
+
+    def doubts(self) -> list[str]:
+        words = {1: "one frame late", -1: "one frame early"}
+        return [
+            f"the reconstruction fits the original better as {words[shift]}; misaligned, or the wrong pair?"
+            for shift, (shifted, aligned) in self.errors.items()
+            if shifted < CLEARLY_BETTER * aligned
+        ]
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The summary as text: one line per video, then the mean."""
-    names = list(summary["metrics"])
-    width = max([len(video["name"]) for video in summary["per_video"]] + [len("standard deviation")])
-    head = "video".ljust(width) + "  frames" + "".join(name.rjust(11) for name in names)
-    lines = [head, "-" * len(head)]
-    for video in summary["per_video"]:
-        cells = "".join(f"{video[name]:11.4f}" for name in names)
-        lines.append(f"{video['name'].ljust(width)}{video['frames']:8d}{cells}")
-    lines.append("-" * len(head))
-    means = "".join(f"{summary['metrics'][name]['mean']:11.4f}" for name in names)
-    lines.append("mean over videos".ljust(width) + f"{summary['frames']:8d}" + means)
-    deviations = [summary["metrics"][name]["std"] for name in names]
-    if None not in deviations:
-        lines.append("standard deviation".ljust(width) + " " * 8 + "".join(f"{d:11.4f}" for d in deviations))
-    return "\n".join(lines)
+def collect(jobs: Sequence[Job], store: Store) -> list[VideoScore]:
+    """All finished pairs, in the order of their names."""
+    known = store.read()
+    done = [job for job in jobs if not store.missing(job.key, known)]
+    return [store.score(job.pair.name, job.key, job.info, known) for job in sorted(done, key=lambda j: j.pair.name)]
+
+
+def write_faults(store: Store, faults: Sequence[str]) -> None:
+    """For the process that sums up."""
+    store.file.with_suffix(".faults.json").write_text(json.dumps(list(faults)))
+
+
+def read_faults(folder: Path, world_size: int) -> list[str]:
+    return [fault for r in range(world_size) for fault in json.loads((folder / f"rank{r}.faults.json").read_text())]

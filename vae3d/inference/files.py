@@ -7,12 +7,14 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
 
 from vae3d.data.readers import MediaError
 from vae3d.errors import UserError
+from vae3d.inference.cost import measure_cost
 from vae3d.inference.reconstruct import KINDS, Done, Reconstructor
 from vae3d.metrics import MetricError
 
@@ -56,11 +58,12 @@ def reconstruct_files(
     rank: int = 0,
     world_size: int = 1,
     gather: Gather = list,
+    cost: dict[str, Any] | None = None,
 ) -> list[Done]:
     """Reconstruct this rank's share of the table; rank 0 writes index.csv, prints and stores the scores of all.
 
-    Returns every rank's files in the table's order. Raises MediaError at the first file that cannot be read or
-    scored, or, with skip_errors, InferenceError that lists them all at the end.
+    cost: of measure_cost, to be reported too. Returns every rank's files in the table's order. Raises MediaError at
+    the first file that cannot be read or scored, or, with skip_errors, InferenceError that lists them all at the end.
     """
     done: list[Done] = []
     failed: list[str] = []
@@ -80,25 +83,38 @@ def reconstruct_files(
     done = sorted(gather(done), key=lambda item: item.id)
     failed = gather(failed)
     if rank == 0:
-        report(reconstructor, done)
+        report(reconstructor, done, cost)
     if failed:
         listed = "\n".join(f"  {reason}" for reason in failed)
         raise InferenceError(f"{len(failed)} of {len(table)} files could not be read:\n{listed}")
     return done
 
 
-def report(reconstructor: Reconstructor, done: Sequence[Done]) -> None:
-    """Write <prefix>_rec/index.csv, and <prefix>_rec/metrics.json if there are scores; say where all is."""
+def cost_of(reconstructor: Reconstructor, table: pd.DataFrame) -> dict[str, Any]:
+    """Speed and memory of the model on the first chunk of the first file. Raises MediaError if it cannot be read."""
+    source = next((path for path, name in zip(table["path"], table["name"], strict=True) if name), None)
+    if source is None:
+        raise InferenceError("cost=true needs a file to measure with, and no row has a path")
+    return measure_cost(reconstructor.model, reconstructor.first_chunk(source), reconstructor.dtype)
+
+
+def report(reconstructor: Reconstructor, done: Sequence[Done], cost: dict[str, Any] | None) -> None:
+    """Write <prefix>_rec/index.csv, and <prefix>_rec/metrics.json if anything was measured; say where all is."""
     folder = reconstructor.folder("rec")
     folder.mkdir(parents=True, exist_ok=True)
     pd.DataFrame([item.row() for item in done]).to_csv(folder / "index.csv", index=False)
     frames = sum(item.frames for item in done)
     written = [str(reconstructor.folder(kind)) for kind in KINDS if reconstructor.folder(kind).is_dir()]
     log.info("%d files, %d frames -> %s", len(done), frames, ", ".join(written))
-    names = [metric.name for metric in reconstructor.metrics]
-    if not (names and done):
-        return
-    means = {name: sum(item.scores[name] for item in done) / len(done) for name in names}
-    (folder / "metrics.json").write_text(json.dumps({"videos": len(done), "frames": frames, **means}, indent=2) + "\n")
-    for name, mean in means.items():
-        log.info("%8s %.4f  (mean of %d videos, each the mean of its frames)", name, mean, len(done))
+    scores = reconstructor.metrics.over([item.result for item in done]) if done else {}
+    for name, mean in scores.items():
+        log.info("%14s %s  (over %d videos)", name, "undefined" if mean is None else f"{mean:.4f}", len(done))
+    if cost is not None:
+        log.info(
+            "encodes %.1f and decodes %.1f frames of %dx%d per second (%s, %s)",
+            *(cost[key] for key in ("encode_frames_per_second", "decode_frames_per_second", "height", "width")),
+            *(cost["device"], cost["precision"]),
+        )
+    if scores or cost is not None:
+        told = {"videos": len(done), "frames": frames, **scores} | ({} if cost is None else {"cost": cost})
+        (folder / "metrics.json").write_text(json.dumps(told, indent=2) + "\n")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.data.clips import to_tensor
-from vae3d.data.readers import MediaError, open_media
+from vae3d.data.readers import MediaError, MediaInfo, Reader, Size, open_media
 from vae3d.data.transforms import cover
 from vae3d.inference.video import VideoWriter, as_unit, to_uint8, write_image
-from vae3d.metrics import Metric
+from vae3d.metrics import MetricSet, VideoResult
 from vae3d.seeding import seed_of
 from vae3d.types import Reconstruction
 
@@ -43,7 +44,7 @@ class Selection:
 @dataclass
 class Done:
     """One reconstructed file, as index.csv tells of it. padding: rows below and columns right that the network
-    needed and that were cut off again. scores: metric -> mean over frames."""
+    needed and that were cut off again."""
 
     id: str
     source: str
@@ -54,11 +55,11 @@ class Done:
     width: int
     pad_bottom: int
     pad_right: int
-    scores: dict[str, float] = field(default_factory=dict)
+    result: VideoResult
 
-    def row(self) -> dict[str, str | float]:
-        told = asdict(self)
-        return {**{key: value for key, value in told.items() if key != "scores"}, **self.scores}
+    def row(self) -> dict[str, str | float | None]:
+        facts = {fact.name: getattr(self, fact.name) for fact in fields(self) if fact.name != "result"}
+        return facts | {column: score.value for column, score in self.result.scores.items()}
 
 
 def identifier(row: int, source: str) -> str:
@@ -85,10 +86,11 @@ class Reconstructor:
         sample: bool = False,
         seed: int = 0,
         dtype: torch.dtype | None = None,
-        metrics: Sequence[Metric] = (),
+        metrics: MetricSet | None = None,
     ) -> None:
         self.model, self.prefix, self.selection = model, prefix, selection
-        self.codec, self.sample, self.seed, self.dtype, self.metrics = codec, sample, seed, dtype, metrics
+        self.codec, self.sample, self.seed, self.dtype = codec, sample, seed, dtype
+        self.metrics = metrics or MetricSet([])
         self.device = next(model.parameters()).device
 
     def folder(self, kind: str) -> Path:
@@ -96,15 +98,12 @@ class Reconstructor:
 
     def file(self, source: str, row: int) -> Done:
         """Reconstruct one file. Raises MediaError if it cannot be read; nothing half-written is left."""
-        for metric in self.metrics:
-            metric.reset()
+        self.metrics.reset()
         reader = open_media(source, self.selection.reader, threads=0)
         try:
             info = reader.info
-            indices, fps = self._frames(source, info.num_frames, info.fps)
-            target = (self.selection.height or info.height, self.selection.width or info.width)
-            crop = cover(info.height, info.width, target)
-            chunks = (crop.cut(reader.read(chunk, crop.size)) for chunk in _split(indices, self.model.chunk_frames))
+            indices, fps, target = self._wanted(source, info)
+            chunks = self._chunks(reader, indices, target)
             name = identifier(row, source)
             if info.fps:
                 self._video(chunks, name, fps, row)
@@ -114,8 +113,25 @@ class Reconstructor:
             reader.close()
         stride = self.model.spec.space_stride
         padding = (-target[0] % stride, -target[1] % stride)
-        scores = {metric.name: float(np.mean(metric.result())) for metric in self.metrics}
-        return Done(name, source, indices[0], len(indices), fps, *target, *padding, scores)
+        return Done(name, source, indices[0], len(indices), fps, *target, *padding, self.metrics.result())
+
+    def first_chunk(self, source: str) -> Tensor:
+        """What the network gets first of a file, [1, 3, T, H, W] in [-1, 1]. Raises MediaError."""
+        with closing(open_media(source, self.selection.reader, threads=0)) as reader:
+            indices, _, target = self._wanted(source, reader.info)
+            return self._to_video(next(self._chunks(reader, indices, target)))
+
+    def _wanted(self, source: str, info: MediaInfo) -> tuple[list[int], float, Size]:
+        """Which frames, at which rate and size."""
+        indices, fps = self._frames(source, info.num_frames, info.fps)
+        return indices, fps, (self.selection.height or info.height, self.selection.width or info.width)
+
+    def _chunks(self, reader: Reader, indices: list[int], target: Size) -> Iterator[np.ndarray]:
+        crop = cover(reader.info.height, reader.info.width, target)
+        return (crop.cut(reader.read(chunk, crop.size)) for chunk in _split(indices, self.model.chunk_frames))
+
+    def _to_video(self, frames: np.ndarray) -> Tensor:
+        return to_tensor(frames)[None].to(self.device).float() / 127.5 - 1.0
 
     def _frames(self, source: str, count: int, fps: float) -> tuple[list[int], float]:
         """Numbers of the wanted frames and their rate."""
@@ -150,7 +166,7 @@ class Reconstructor:
     @torch.inference_mode()
     def _code(self, frames: np.ndarray, row: int, number: int) -> dict[str, np.ndarray]:
         """8-bit frames of every kind, and their scores added to the metrics."""
-        video = to_tensor(frames)[None].to(self.device).float() / 127.5 - 1.0
+        video = self._to_video(frames)
         generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, row, number))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             out = self.model(video, sample=self.sample, generator=generator)
@@ -158,8 +174,7 @@ class Reconstructor:
         coded = {"ori": frames, "rec": to_uint8(out.video[0])}
         if spatial is not None:
             coded["spatial"] = to_uint8(spatial[0])
-        for metric in self.metrics:
-            metric.update(as_unit(coded["ori"], self.device), as_unit(coded["rec"], self.device))
+        self.metrics.update(as_unit(coded["ori"], self.device), as_unit(coded["rec"], self.device))
         return coded
 
     def _spatial(self, out: Reconstruction, video: Tensor) -> Tensor | None:

@@ -1,0 +1,91 @@
+"""Means, intervals and comparisons by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vae3d.evaluation.pairs import PairInfo, Protocol
+from vae3d.evaluation.store import VideoScore
+from vae3d.evaluation.summary import bootstrap, compare, summarize
+from vae3d.evaluation.tables import comparison_table, set_table, text_table
+from vae3d.metrics import MetricError, Score, build_metrics
+
+
+def video(name: str, value: float | None, frames: int = 4) -> VideoScore:
+    info = PairInfo(frames, 16, 16, 24.0, ("h264/gbrp", "h264/gbrp"), lossy=False)
+    series = [] if value is None else [value] * frames
+    return VideoScore(name, info, {"ssim": Score(value, series)}, {}, {})
+
+
+def test_interval_covers_the_mean_of_a_normal_sample_and_is_reproducible():
+    values = np.random.default_rng(1).normal(5.0, 2.0, 400).tolist()
+    low, high = bootstrap(values)
+    expected = 1.96 * np.std(values) / 20
+    assert (high - low) / 2 == pytest.approx(expected, rel=0.05)
+    assert low < np.mean(values) < high
+    assert bootstrap(values) == (low, high)
+
+
+def test_one_video_has_no_interval():
+    assert bootstrap([1.0]) == (None, None)
+
+
+def test_interval_of_many_videos_needs_little_memory():
+    low, high = bootstrap([0.0, 1.0] * 50_000)
+    assert low < 0.5 < high
+
+
+def test_long_videos_weigh_as_much_as_short_ones():
+    told = summarize([video("a", 0.5, frames=1), video("b", 1.0, frames=9)], build_metrics(["ssim"]), Protocol())
+    figures = told["metrics"]["ssim"]
+    assert figures["mean"] == figures["video_mean"] == figures["median"] == 0.75
+    assert figures["frame_mean"] == pytest.approx(0.95)
+    assert figures["higher_is_better"] is True
+
+
+def test_videos_without_a_value_are_left_out_and_counted():
+    told = summarize([video("a", 0.5), video("b", None)], build_metrics(["ssim"]), Protocol())
+    assert (told["metrics"]["ssim"]["mean"], told["metrics"]["ssim"]["undefined"]) == (0.5, 1)
+    nothing = summarize([video("b", None)], build_metrics(["ssim"]), Protocol())["metrics"]["ssim"]
+    assert nothing == {"mean": None, "undefined": 1, "higher_is_better": True}
+
+
+def test_differences_are_paired_by_video():
+    first = [video("a", 0.5), video("b", 0.9), video("c", None)]
+    second = [video("a", 0.6), video("b", 0.8), video("c", 0.7)]
+    (row,) = compare({"x": first, "y": second}, {"ssim": True})
+    assert row["difference"] == pytest.approx(0.0)
+    assert (row["better_on"], row["videos"], row["name"], row["against"]) == (1, 2, "y", "x")
+    (lower,) = compare({"x": first, "y": second}, {"ssim": False})
+    assert lower["better_on"] == 1
+    with pytest.raises(MetricError, match="y and x hold different videos"):
+        compare({"x": first, "y": second[:2]}, {"ssim": True})
+
+
+def test_differences_that_are_sure_are_marked():
+    first = [video(str(i), 0.5 + 0.01 * (i % 3)) for i in range(12)]
+    second = [video(str(i), 0.6 + 0.01 * (i % 5)) for i in range(12)]
+    text = comparison_table(compare({"x": first, "y": second}, {"ssim": True}))
+    assert "*" in text
+    assert "12 of 12" in text
+    assert "*" not in comparison_table(compare({"x": first, "y": first}, {"ssim": True}))
+
+
+def test_a_table_of_many_videos_is_cut_and_says_so():
+    videos = [video(f"v{i:02}", 0.5) for i in range(30)]
+    text = set_table(summarize(videos, build_metrics(["ssim"]), Protocol()))
+    assert "v19" in text
+    assert "v20" not in text
+    assert "... 10 more in per_video.csv" in text
+
+
+def test_columns_line_up():
+    text = text_table(["name", "x"], [["a", "1.0000"], None, ["long name", "-"]])
+    assert text.splitlines() == [
+        "name            x",
+        "-----------------",
+        "a          1.0000",
+        "-----------------",
+        "long name       -",
+    ]

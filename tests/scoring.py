@@ -1,0 +1,67 @@
+"""The evaluation script, called as from the command line, and folders of pairs for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from vae3d.inference.video import write_video
+
+spec = importlib.util.spec_from_file_location("eval_common_metric", tiny.ROOT / "eval/eval_common_metric.py")
+script = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = script  # where dataclasses look themselves up
+spec.loader.exec_module(script)
+
+
+def degrade(clip: np.ndarray, amount: float = 8.0, seed: int = 0) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(0, amount, clip.shape)
+    return np.clip(clip + noise, 0, 255).round().astype(np.uint8)
+
+
+def original(i: int) -> np.ndarray:
+    """The i-th clip of `make_pairs`, of 5 + i frames."""
+    return tiny.frames(5 + i, 40, 48, seed=i)
+
+
+def make_pairs(folder: Path, count: int = 3, *, kind: str = "rec", amount: float = 4.0) -> tuple[Path, Path]:
+    """x_ori and x_<kind> with videos v0, v1, ...; the i-th has noise of (i + 1) * amount."""
+    ori, rec = folder / "x_ori", folder / f"x_{kind}"
+    for i in range(count):
+        write_video(ori / f"v{i}.mp4", original(i), 24)
+        write_video(rec / f"v{i}.mp4", degrade(original(i), amount * (i + 1)), 24)
+    return ori, rec
+
+
+def one_pair(
+    folder: Path, ori: np.ndarray, rec: np.ndarray, fps: float = 24, codec: str = "lossless"
+) -> tuple[Path, Path]:
+    write_video(folder / "o/v.mp4", ori, 24, codec)
+    write_video(folder / "r/v.mp4", rec, fps, codec)
+    return folder / "o", folder / "r"
+
+
+def evaluate(ori: Path, rec: Path, *more: str) -> int:
+    """Exit status. Without report.html, which is slow, unless asked for."""
+    words = [w for w in more if w != "--html"]
+    quick = [] if "--html" in more else ["--no_html"]
+    return script.main(["--ref", str(ori), "--rec", str(rec), "--device", "cpu", *quick, *words])
+
+
+def report(rec: Path) -> dict:
+    return json.loads((rec.with_name(f"{rec.name}_eval") / "summary.json").read_text())
+
+
+def refused(capsys: pytest.CaptureFixture[str], ori: Path, rec: Path, *more: str) -> str:
+    """The error's text; nothing else is printed."""
+    capsys.readouterr()
+    assert evaluate(ori, rec, *more) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert "mean over videos" not in captured.out
+    return captured.err

@@ -1,0 +1,143 @@
+"""From the scores of videos to what a report says: means, spread, confidence intervals, comparisons."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from vae3d import __version__, weights
+from vae3d.evaluation.pairs import Protocol
+from vae3d.evaluation.store import VideoScore, read_features
+from vae3d.metrics import MetricError, MetricSet
+from vae3d.metrics.distribution import SetMetric
+from vae3d.metrics.presets import PRESETS, average, mean
+
+RESAMPLES = 10_000
+PACKAGES = ("torch", "torchvision", "av", "numpy", "lpips", "opencv-python-headless")
+
+
+def summarize(
+    videos: Sequence[VideoScore], metrics: MetricSet, protocol: Protocol, preset: str = "default", batch_size: int = 1
+) -> dict[str, Any]:
+    """Everything about a set of scored videos, which are in the order of their names.
+
+    Raises MetricError where the preset's tool could not have averaged them.
+    """
+    columns, warnings = {}, []
+    for metric in metrics:
+        if isinstance(metric, SetMetric):
+            value, count, doubts = metric.combine(read_features(video.features[metric.name]) for video in videos)
+            columns[metric.name] = {"mean": value, "samples": count, "higher_is_better": False}
+            warnings += doubts
+            continue
+        for column, better in metric.columns.items():
+            columns[column] = {**_column(videos, column, preset, batch_size), "higher_is_better": better}
+    counts: dict[str, int] = {}
+    for video in videos:
+        for name, count in video.counts.items():
+            counts[name] = counts.get(name, 0) + count
+    frames = sum(video.info.frames for video in videos)
+    if frames and counts.get("identical_frames") == frames:
+        warnings.append("all pairs are identical; is the original scored against itself?")
+    lossy = [video.name for video in videos if video.info.lossy]
+    if lossy:
+        warnings.append(
+            f"{len(lossy)} of {len(videos)} pairs are stored lossily, so codecs are scored too, which is worth up to "
+            "several dB; infer.py codec=lossless, or metrics=[...] in infer.py"
+        )
+    return {
+        "metrics": columns,
+        "videos": len(videos),
+        "frames": frames,
+        "counts": counts,
+        "absent": metrics.absent,
+        "lossy_input": bool(lossy),
+        "preset": {"name": preset, "source": PRESETS[preset].source, "average": PRESETS[preset].average}
+        | ({"batch_size": batch_size} if PRESETS[preset].average == "batches" else {}),
+        "protocol": vars(protocol),
+        "settings": {metric.name: metric.settings() for metric in metrics if metric.settings()},
+        "weights": {
+            name: {file.name: weights.sha256(file) for file in files} for name, files in metrics.files.items() if files
+        },
+        "versions": _versions(),
+        "warnings": [*(w for video in videos for w in video.info.warnings), *warnings],
+        "per_video": [_video(video) for video in videos],
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"vae3d": __version__, "python": sys.version.split()[0]}
+    return found | {name: version(name) for name in PACKAGES}
+
+
+def _column(videos: Sequence[VideoScore], column: str, preset: str, batch_size: int) -> dict[str, Any]:
+    """`mean` is formed in the preset's way; the other figures are of the videos' values."""
+    scores = [video.scores[column] for video in videos]
+    values = [score.value for score in scores if score.value is not None]
+    if not values:
+        return {"mean": None, "undefined": len(scores)}
+    frames = [value for score in scores for value in score.frames]
+    low, high = bootstrap(values)
+    return {
+        "mean": average(PRESETS[preset], column, scores, batch_size),
+        "video_mean": mean(values),
+        "frame_mean": mean(frames) if frames else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "median": statistics.median(values),
+        "p5": float(np.percentile(values, 5)),
+        "p95": float(np.percentile(values, 95)),
+        "ci95": [low, high],
+        "undefined": len(scores) - len(values),
+    }
+
+
+def _video(video: VideoScore) -> dict[str, Any]:
+    info = video.info
+    facts = {"name": video.name, "frames": info.frames, "height": info.height, "width": info.width, "fps": info.fps}
+    facts |= {"codecs": list(info.codecs), "lossy": info.lossy}
+    return facts | {column: score.value for column, score in video.scores.items()} | video.counts
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float | None, float | None]:
+    """95 % interval of the mean by resampling the videos (percentiles of 10,000 seeded resamples); None for one."""
+    if len(values) < 2:
+        return None, None
+    means = np.concatenate(list(_resampled_means(np.asarray(values), np.random.default_rng(seed))))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _resampled_means(values: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """In pieces of bounded memory."""
+    step = max(1, 2**22 // len(values))
+    for start in range(0, RESAMPLES, step):
+        picks = rng.integers(len(values), size=(min(step, RESAMPLES - start), len(values)))
+        yield values[picks].mean(1)
+
+
+def compare(results: dict[str, Sequence[VideoScore]], columns: dict[str, bool | None]) -> list[dict[str, Any]]:
+    """Paired differences of every reconstruction to the first, over the videos that have both values.
+
+    results: name of the reconstruction -> its videos. Raises MetricError if they are not of the same videos.
+    """
+    (first, base), *others = results.items()
+    rows = []
+    for name, videos in others:
+        if [v.name for v in videos] != [v.name for v in base]:
+            raise MetricError(f"{name} and {first} hold different videos, so their differences cannot be paired")
+        for column, better in columns.items():
+            gaps = [
+                b.scores[column].value - a.scores[column].value
+                for a, b in zip(base, videos, strict=True)
+                if column in a.scores and None not in (a.scores[column].value, b.scores[column].value)
+            ]
+            if gaps and (better is not None or any(gaps)):  # figures of the original alone do not differ
+                wins = None if better is None else sum((gap > 0) == better and gap != 0 for gap in gaps)
+                row = {"name": name, "against": first, "metric": column, "difference": mean(gaps)}
+                rows.append(row | {"ci95": list(bootstrap(gaps)), "better_on": wins, "videos": len(gaps)})
+    return rows
