@@ -40,7 +40,9 @@ from vae3d.evaluation.tables import (
     write_per_frame,
     write_per_video,
 )
+from vae3d.launch import tell
 from vae3d.metrics import METRICS, PRESETS, MetricSet, build_metrics
+from vae3d.metrics.presets import require_batches
 from vae3d.precision import as_device, without_tf32
 
 
@@ -94,7 +96,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--pwc_warp",
         choices=("flolpips", "exact"),
         default="flolpips",
-        help="exact: without the published warp's error",
+        help="exact: warp without the published offset",
     )
     add(
         "--on_missing",
@@ -138,8 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return evaluate(args)
     except UserError as error:
-        if not error.on_every_rank or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+        tell(error)
         return 2
 
 
@@ -208,6 +209,7 @@ def evaluate(args: argparse.Namespace) -> int:
     for name, rec in args.recs.items():
         pairs, unmatched = find_pairs(args.ref, rec, args.pair_by, args.allow_unmatched)
         jobs, faults = plan(pairs, protocol, metrics, args.on_error)
+        require_batches(PRESETS[args.preset], [job.info.frames for job in jobs], args.batch_size)
         evaluations.append(Evaluation(name, rec, output_folder(args, name, rec), jobs, unmatched, faults))
     results, summaries = {}, {}
     for evaluation in evaluations:

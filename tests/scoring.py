@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -65,3 +67,23 @@ def refused(capsys: pytest.CaptureFixture[str], ori: Path, rec: Path, *more: str
     assert captured.err.startswith("error: ")
     assert "mean over videos" not in captured.out
     return captured.err
+
+
+def write_two_sizes(path: Path) -> None:
+    """An MPEG-TS of four frames of 48x64 and four of 32x32."""
+    packets = []
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24, options={"bf": "0", "qp": "20"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        other = av.CodecContext.create("libx264", "w")
+        other.width, other.height, other.pix_fmt, other.time_base = 32, 32, "yuv420p", Fraction(1, 24)
+        other.options = {"bf": "0", "qp": "20"}
+        for encoder, clip, first in ((stream, tiny.frames(4, 48, 64), 0), (other, tiny.frames(4, 32, 32), 4)):
+            for i, array in enumerate(clip):
+                frame = av.VideoFrame.from_ndarray(array, format="rgb24").reformat(format="yuv420p")
+                frame.pts, frame.time_base = first + i, Fraction(1, 24)
+                packets += encoder.encode(frame)
+            packets += encoder.encode(None)
+        for packet in packets:
+            packet.stream = stream
+            container.mux(packet)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,9 +125,18 @@ def one_message(run: Callable[[], R]) -> R:
     except UserError as error:
         if in_sweep() or os.environ.get("VAE3D_TRACEBACK") == "1":
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0" or not error.on_every_rank:  # once per machine
-            print(f"error: {error}", file=sys.stderr)
+        tell(error)
         sys.exit(2)
+
+
+def tell(error: UserError) -> None:
+    """Print an error, once per machine if all ranks have it.
+
+    torchrun ends all ranks when the first one exits, so the others leave rank 0 time to speak before they do.
+    """
+    if error.on_every_rank and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def recorded(run: Callable[[], R]) -> R:

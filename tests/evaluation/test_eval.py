@@ -181,6 +181,7 @@ def test_words_that_make_no_sense_are_refused(words, message, capsys):
         (("--device", "gpu"), "device=gpu is not usable here"),
         (("--output", "/nowhere/deeper/x"), "--output /nowhere/deeper/x must be a folder"),
         (("--metric", "vmaf"), "no metric is called vmaf; there are psnr, ssim, ms_ssim, lpips_alex"),
+        (("--preset", "opensora12", "--batch_size", "2"), "v1.2 eval/vae cannot batch videos of different lengths"),
         (("--metric", "rfvd", "--rfvd_frames", "3"), "rfvd needs at least 10 frames; it was told to take 3"),
     ],
 )
@@ -256,17 +257,17 @@ def test_scores_that_are_not_finite_are_errors_of_their_video(folders, monkeypat
 
     whole = pairs._as_float
 
-    def with_a_hole(frames):
-        x = whole(frames)
+    def with_a_hole(frames, device):
+        x = whole(frames, device)
         if len(x) == 6:  # v1
             x[2, 0, 0, 0] = float("nan")
         return x
 
     monkeypatch.setattr(pairs, "_as_float", with_a_hole)
     ori, rec = folders
-    assert "error: v1: psnr of frame 2 is nan" in refused(capsys, ori, rec, *PSNR)
+    assert "error: v1: frame 2 of the original has pixels that are not finite" in refused(capsys, ori, rec, *PSNR)
     assert evaluate(ori, rec, *PSNR, "--on_error", "skip") == 1
-    assert report(rec)["failed"] == ["v1: psnr of frame 2 is nan"]
+    assert report(rec)["failed"] == ["v1: frame 2 of the original has pixels that are not finite"]
     assert report(rec)["videos"] == 2
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-from pathlib import Path
-
-import av
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests import tiny
-from tests.scoring import degrade, evaluate, make_pairs, one_pair, refused, report
+from tests.scoring import degrade, evaluate, make_pairs, one_pair, refused, report, write_two_sizes
 from vae3d.evaluation.pairs import Pair, PairReader, Protocol
 from vae3d.inference.video import write_image, write_video
 
@@ -177,26 +173,6 @@ def test_hdr_and_transparency_are_refused_and_grey_is_three_equal_channels(tmp_p
         (tmp_path / kind / "a.png").unlink()
         tiny.write_video(tmp_path / kind / "v.mp4", tiny.frames(2), pixels="yuv420p10le", transfer=16)
     assert "is HDR (PQ)" in refused(capsys, tmp_path / "o", tmp_path / "r", "--to_8bit")
-
-
-def write_two_sizes(path: Path) -> None:
-    """An MPEG-TS of four frames of 48x64 and four of 32x32."""
-    packets = []
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=24, options={"bf": "0", "qp": "20"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        other = av.CodecContext.create("libx264", "w")
-        other.width, other.height, other.pix_fmt, other.time_base = 32, 32, "yuv420p", Fraction(1, 24)
-        other.options = {"bf": "0", "qp": "20"}
-        for encoder, clip, first in ((stream, tiny.frames(4, 48, 64), 0), (other, tiny.frames(4, 32, 32), 4)):
-            for i, array in enumerate(clip):
-                frame = av.VideoFrame.from_ndarray(array, format="rgb24").reformat(format="yuv420p")
-                frame.pts, frame.time_base = first + i, Fraction(1, 24)
-                packets += encoder.encode(frame)
-            packets += encoder.encode(None)
-        for packet in packets:
-            packet.stream = stream
-            container.mux(packet)
 
 
 def test_files_that_do_not_decode_are_errors_of_their_pair(folders, capsys):

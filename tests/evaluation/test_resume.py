@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
-from tests.scoring import degrade, evaluate, make_pairs, original, report
+from tests.scoring import degrade, evaluate, make_pairs, original, report, write_two_sizes
 from vae3d.evaluation import score as scoring
 from vae3d.evaluation import store as storing
 from vae3d.inference.video import write_video
@@ -91,8 +92,10 @@ def test_changed_files_formulas_and_frames_are_scored_again(folders, scored):
     assert scored == [("v2", ["psnr", "ssim"])]
     scored.clear()
     assert evaluate(ori, rec, "--metric", "psnr", "ssim", "--preset", "torchmetrics") == 0
-    assert [names for _, names in scored] == [["ssim"]] * 5  # its PSNR differs only in how it is averaged
+    assert [names for _, names in scored] == [["psnr", "ssim"]] * 5
     scored.clear()
+    assert evaluate(ori, rec, "--metric", "psnr", "ssim", "--preset", "opensora12") == 0
+    assert scored == []  # it differs from the default only in how the set is averaged
     assert evaluate(ori, rec, "--metric", "psnr", "--num_frames", "3") == 0
     assert len(scored) == 5
 
@@ -128,22 +131,21 @@ def test_features_survive_for_distances_between_sets(folders, all_weights, score
     assert report(rec)["metrics"]["rfid"] == whole
 
 
-def launch(ranks: int, ori: Path, rec: Path, output: Path) -> str:
-    """Under torchrun with this many processes; what it printed."""
-    words = ["--ref", ori, "--rec", rec, "--output", output, "--device", "cpu", "--no_html", *METRICS]
+def launch(ranks: int, ori: Path, rec: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """Under torchrun with this many processes."""
+    words = ["--ref", ori, "--rec", rec, "--output", output, "--device", "cpu", "--no_html", *METRICS, *more]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     script = str(tiny.ROOT / "eval/eval_common_metric.py")
-    done = tiny.run(sys.executable, *torchrun, script, *map(str, words), cwd=output.parent)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    return tiny.run(sys.executable, *torchrun, script, *map(str, words), cwd=output.parent)
 
 
 def test_processes_share_the_work_and_another_number_goes_on(tmp_path, folders):
     ori, rec = folders
     assert evaluate(ori, rec, *METRICS, "--output", str(tmp_path / "one")) == 0
     whole = (tmp_path / "one/summary.json").read_bytes()
-    printed = launch(2, ori, rec, tmp_path / "two")
-    assert printed.count("mean over videos") == 1
+    done = launch(2, ori, rec, tmp_path / "two")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("mean over videos") == 1
     assert (tmp_path / "two/summary.json").read_bytes() == whole
     lines = {rank: (tmp_path / f"two/rank{rank}.jsonl").read_text().splitlines() for rank in (0, 1)}
     assert sorted(map(len, lines.values())) == [2, 3]
@@ -151,6 +153,20 @@ def test_processes_share_the_work_and_another_number_goes_on(tmp_path, folders):
     (tmp_path / "two/rank1.jsonl").write_text(lines[1][0] + "\n" + lines[1][1][:50])  # killed there
     assert evaluate(ori, rec, *METRICS, "--output", str(tmp_path / "two")) == 0
     assert (tmp_path / "two/summary.json").read_bytes() == whole
+
+
+def test_processes_tell_an_error_of_all_once_and_one_of_a_single_one_too(tmp_path, folders):
+    ori, rec = folders
+    (rec / "v1.mp4").write_bytes(b"")
+    done = launch(2, ori, rec, tmp_path / "all")
+    assert done.returncode != 0
+    assert done.stdout.count("v1.mp4: is empty (0 bytes)") == 1
+    for folder in folders:  # found only by the process that reads it
+        (folder / "v1.mp4").unlink(missing_ok=True)
+        write_two_sizes(folder / "v1.ts")
+    done = launch(2, ori, rec, tmp_path / "single")
+    assert done.returncode != 0
+    assert done.stdout.count("changes its size at frame 4") == 1
 
 
 def test_two_evaluations_do_not_write_to_one_folder(folders, capsys):

@@ -175,8 +175,8 @@ def inspect(pair: Pair, protocol: Protocol) -> PairInfo:
 class PairReader:
     """The frames of an inspected pair that are compared, by their place among them; a context manager."""
 
-    def __init__(self, pair: Pair, protocol: Protocol) -> None:
-        self.pair, self.protocol = pair, protocol
+    def __init__(self, pair: Pair, protocol: Protocol, device: torch.device | str = "cpu") -> None:
+        self.pair, self.protocol, self.device = pair, protocol, device
         self.ref, self.rec = (open_media(path, threads=0) for path in (pair.ref, pair.rec))
         self.numbers = _frame_numbers(pair, self.ref.info, self.rec.info, protocol)
 
@@ -184,7 +184,7 @@ class PairReader:
         """[T, 3, H, W] float in [0, 1] of original and reconstruction. Raises MediaError."""
         wanted = [self.numbers[place] for place in places]
         frames = self.ref.read([self.pair.start + i for i in wanted]), self.rec.read(wanted)
-        return _alike(*(_as_float(x) for x in frames), self.protocol)
+        return _alike(*(_as_float(x, self.device) for x in frames), self.protocol)
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All frames, in chunks of bounded memory."""
@@ -261,8 +261,8 @@ def _short_side(size: Size, short: int) -> Size:
     return height, width
 
 
-def _as_float(frames: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255.0
+def _as_float(frames: np.ndarray, device: torch.device | str) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float() / 255.0
 
 
 def _alike(ref: Tensor, rec: Tensor, protocol: Protocol) -> tuple[Tensor, Tensor]:

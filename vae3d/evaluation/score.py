@@ -102,9 +102,8 @@ def score_pair(
     metrics.reset()
     alignment = Alignment()
     try:
-        with PairReader(pair, protocol) as reader:
+        with PairReader(pair, protocol, device) as reader:
             for ref, rec in reader.chunks():
-                ref, rec = ref.to(device), rec.to(device)
                 metrics.update(ref, rec)
                 alignment.update(ref, rec)
         result = metrics.result()

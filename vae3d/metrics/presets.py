@@ -96,14 +96,20 @@ def pooled_psnr(frames: Sequence[float]) -> float:
     return -10 * math.log10(mse) if mse else PSNR_CAP
 
 
+def require_batches(preset: Preset, lengths: Sequence[int], batch_size: int) -> None:
+    """Raises MetricError if the preset's tool could not put videos of these lengths into batches, in this order."""
+    batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
+    if preset.average == "batches" and any(len(set(batch)) > 1 for batch in batches):
+        raise MetricError(
+            f"{preset.source} cannot batch videos of different lengths; choose --num_frames, or --batch_size 1"
+        )
+
+
 def _batch_mean(preset: Preset, column: str, scores: Sequence[Score], batch_size: int) -> float:
     means: list[float] = []
+    require_batches(preset, [len(score.frames) for score in scores], batch_size)
     for start in range(0, len(scores), batch_size):
         batch = [score.frames for score in scores[start : start + batch_size]]
-        if len({len(frames) for frames in batch}) > 1:
-            raise MetricError(
-                f"{preset.source} cannot batch videos of different lengths; choose --num_frames, or --batch_size 1"
-            )
         if column not in preset.whole_batches:
             means += [mean(at_time) for at_time in zip(*batch, strict=True)]
         elif column == "psnr" and any(value == PSNR_CAP for frames in batch for value in frames):
