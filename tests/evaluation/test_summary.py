@@ -67,9 +67,9 @@ def test_differences_that_are_sure_are_marked():
     first = [video(str(i), 0.5 + 0.01 * (i % 3)) for i in range(12)]
     second = [video(str(i), 0.6 + 0.01 * (i % 5)) for i in range(12)]
     text = comparison_table(compare({"x": first, "y": second}, {"ssim": True}))
-    assert "*" in text
+    assert "+0.1075*" in text
     assert "12 of 12" in text
-    assert "*" not in comparison_table(compare({"x": first, "y": first}, {"ssim": True}))
+    assert "+0.0000 " in comparison_table(compare({"x": first, "y": first}, {"ssim": True}))
 
 
 def test_a_table_of_many_videos_is_cut_and_says_so():

@@ -84,7 +84,7 @@ def side_by_side(summaries: dict[str, dict[str, Any]]) -> str:
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Paired differences with their intervals; * marks an interval without 0."""
+    """Paired differences with their intervals."""
     lines = []
     for row in rows:
         low, high = row["ci95"]
@@ -93,7 +93,8 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
         better = "-" if row["better_on"] is None else f"{row['better_on']} of {row['videos']}"
         name = f"{row['name']} - {row['against']}"
         lines.append([name, row["metric"], f"{row['difference']:+.4f}{'*' if sure else ' '}", ends, better])
-    return text_table(["reconstruction", "metric", "difference ", "95 % interval", "better on"], lines)
+    table = text_table(["reconstruction", "metric", "difference ", "95 % interval", "better on"], lines)
+    return f"{table}\n* zero lies outside the interval"
 
 
 def write_json(path: Path, content: Any) -> None:
