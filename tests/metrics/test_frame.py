@@ -1,121 +1,92 @@
 from __future__ import annotations
 
-import subprocess
-import sys
+import math
 
-import numpy as np
 import pytest
 import torch
-from skimage.metrics import structural_similarity
 
-from tests import tiny
-from vae3d.metrics import MetricError, build_metrics
-from vae3d.metrics.frame import Lpips, Psnr, Ssim
-
-
-def pair(count=3, height=40, width=48) -> tuple[torch.Tensor, torch.Tensor]:
-    clip = torch.from_numpy(tiny.frames(count, height, width)).permute(0, 3, 1, 2).float() / 255
-    noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(0)) * 0.05
-    return clip, (clip + noise).clamp(0, 1)
+from tests.metrics.clips import levels, lpips_package, pair, result, value
+from vae3d.metrics import build_metrics
+from vae3d.metrics.frame import Psnr, upsampled_mean
 
 
-def score(metric, ref, rec) -> list[float]:
-    metric.update(ref, rec)
-    return metric.result()
+def decibel(mse: float) -> float:
+    return -10 * math.log10(mse)
 
 
-def test_psnr_is_that_of_each_frame():
+def test_psnr_is_that_of_each_frame_and_their_mean():
     ref, rec = pair()
-    expected = [
-        20 * np.log10(1 / np.sqrt(((a.double() - b.double()) ** 2).mean().item()))
-        for a, b in zip(ref, rec, strict=True)
-    ]
-    assert score(Psnr(), ref, rec) == pytest.approx(expected, abs=1e-9)
+    expected = [decibel(error) for error in (ref.double() - rec.double()).square().mean((1, 2, 3)).tolist()]
+    score = result(Psnr(), ref, rec).scores["psnr"]
+    assert score.frames == pytest.approx(expected, abs=1e-9)
+    assert score.value == pytest.approx(sum(expected) / 3, abs=1e-9)
 
 
-def test_psnr_of_equal_frames_is_capped():
-    ref, _ = pair()
-    assert score(Psnr(), ref, ref) == [100.0] * 3
-    step = torch.full((1, 3, 16, 16), 1 / 255)
-    assert score(Psnr(), torch.zeros_like(step), step) == pytest.approx([48.1308], abs=1e-4)
+def test_psnr_of_the_video_is_that_of_all_its_pixels():
+    ref, rec = levels(0, 0), levels(0.1, 0.5)
+    scores = result(Psnr(), ref, rec).scores
+    assert scores["psnr_video"].value == pytest.approx(decibel((0.01 + 0.25) / 2), abs=1e-6)
+    assert scores["psnr"].value == pytest.approx((20 + decibel(0.25)) / 2, abs=1e-6)
+    assert value(Psnr(pool="video"), ref, rec, "psnr") == scores["psnr_video"].value
 
 
-def published_ssim(x: np.ndarray, y: np.ndarray) -> float:
-    """`cal_ssim.py` of Open-Sora v1.2 written out: correlation with an 11x11 Gaussian, valid area, per channel."""
-    offsets = np.arange(11) - 5.0
-    kernel = np.exp(-(offsets**2) / (2 * 1.5**2))
-    window = np.outer(kernel, kernel) / kernel.sum() ** 2
-
-    def smooth(image):
-        views = np.lib.stride_tricks.sliding_window_view(image, (11, 11))
-        return (views * window).sum((2, 3))
-
-    values = []
-    for a, b in zip(x.astype(np.float64), y.astype(np.float64), strict=True):
-        mu_a, mu_b = smooth(a), smooth(b)
-        var_a, var_b = smooth(a * a) - mu_a**2, smooth(b * b) - mu_b**2
-        covariance = smooth(a * b) - mu_a * mu_b
-        top = (2 * mu_a * mu_b + 0.01**2) * (2 * covariance + 0.03**2)
-        values.append((top / ((mu_a**2 + mu_b**2 + 0.01**2) * (var_a + var_b + 0.03**2))).mean())
-    return float(np.mean(values))
+def test_one_step_of_8_bits_is_48_decibels():
+    assert value(Psnr(), levels(0), levels(1 / 255), "psnr") == pytest.approx(20 * math.log10(255), abs=1e-6)
 
 
-def test_ssim_is_the_published_formula():
+def test_psnr_of_equal_frames_is_100_and_they_are_counted():
     ref, rec = pair()
-    expected = [published_ssim(a.numpy(), b.numpy()) for a, b in zip(ref, rec, strict=True)]
-    assert score(Ssim(), ref, rec) == pytest.approx(expected, abs=1e-12)
-    theirs = structural_similarity(
-        ref[0].double().numpy(), rec[0].double().numpy(), channel_axis=0, gaussian_weights=True, sigma=1.5,
-        use_sample_covariance=False, data_range=1.0,
-    )  # fmt: skip
-    assert score(Ssim(), ref, rec)[0] == pytest.approx(theirs, abs=1e-6)
-    assert score(Ssim(), ref, ref) == pytest.approx([1.0] * 3)
+    rec[1] = ref[1]
+    got = result(Psnr(), ref, rec)
+    assert got.scores["psnr"].frames[1] == 100
+    assert got.counts == {"identical_frames": 1}
+    assert value(Psnr(), ref, ref, "psnr_video") == 100
 
 
-def test_lpips_sees_pixels_in_minus_one_to_one(trunks):
-    ref, rec = pair(height=64, width=64)
-    metric = Lpips()
-    expected = metric.network(ref * 2 - 1, rec * 2 - 1).flatten().tolist()
-    assert score(metric, ref, rec) == pytest.approx(expected, rel=1e-6)
-    assert score(metric, ref, ref) == [0.0] * 3
+def test_psnr_above_100_is_100_but_its_frame_is_not_identical():
+    ref = levels(0.5)
+    rec = ref.clone()
+    rec[0, 0, 0, 0] += 1e-4  # an MSE of 5e-11
+    got = result(Psnr(), ref, rec)
+    assert got.scores["psnr"].value == 100
+    assert got.counts == {"identical_frames": 0}
+    assert value(Psnr(floor=1e-45), ref, rec, "psnr") == pytest.approx(decibel(1e-8 / 192), abs=1e-2)
 
 
-def test_chunks_do_not_matter(trunks):
-    ref, rec = pair(count=7)
-    for name in ("psnr", "ssim", "lpips"):
-        (metric,) = build_metrics([name])
-        whole = score(metric, ref, rec)
-        for size in (1, 3):
-            for a, b in zip(ref.split(size), rec.split(size), strict=True):
-                metric.update(a, b)
-            assert metric.result() == pytest.approx(whole, rel=1e-6)
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_lpips_is_bit_for_bit_that_of_the_package(trunks, net):
+    ref, rec = pair(height=64, width=48)
+    expected = lpips_package(net, trunks)(ref * 2 - 1, rec * 2 - 1).flatten().tolist()
+    assert result(build_metrics([f"lpips_{net}"]), ref, rec).scores[f"lpips_{net}"].frames == expected
 
 
-def test_what_cannot_be_scored_is_refused(trunks):
-    ref, rec = pair()
-    with pytest.raises(MetricError, match="differ in shape"):
-        Psnr().update(ref, rec[:2])
-    with pytest.raises(MetricError, match="ssim needs frames of at least 11 pixels; these are 10x40"):
-        Ssim().update(torch.zeros(1, 3, 10, 40), torch.zeros(1, 3, 10, 40))
-    with pytest.raises(MetricError, match="lpips needs frames of at least 31 pixels; these are 30x40"):
-        Lpips().update(torch.zeros(1, 3, 30, 40), torch.zeros(1, 3, 30, 40))
-    with pytest.raises(MetricError, match="psnr of frame 1 is nan"):
-        bad = rec.clone()
-        bad[1, 0, 0, 0] = torch.nan
-        score(Psnr(), ref, bad)
-    with pytest.raises(MetricError, match="no metric is called vmaf; there are psnr, ssim, lpips"):
-        build_metrics(["psnr", "vmaf"])
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+@pytest.mark.parametrize("size", [(64, 64), (63, 90)])
+def test_spatial_lpips_is_the_mean_of_the_packages_map(trunks, net, size):
+    ref, rec = pair(2, *size)
+    expected = lpips_package(net, trunks, spatial=True)(ref * 2 - 1, rec * 2 - 1).mean((1, 2, 3)).tolist()
+    metrics = build_metrics([f"lpips_{net}"], settings={f"lpips_{net}": {"spatial": True}})
+    plain, spatial = (value(m, ref, rec) for m in (build_metrics([f"lpips_{net}"]), metrics))
+    assert result(metrics, ref, rec).scores[f"lpips_{net}"].frames == pytest.approx(expected, rel=1e-6)
+    assert (spatial == pytest.approx(plain, rel=1e-6)) == (net == "vgg" and size == (64, 64))  # whole ratios
 
 
-def test_a_video_given_up_leaves_nothing_behind():
-    ref, rec = pair()
-    metric = Psnr()
-    metric.update(ref, rec)
-    metric.reset()
-    assert len(score(metric, ref, rec)) == 3
+@pytest.mark.parametrize("size", [(7, 9), (8, 18), (4, 5), (20, 31)])
+def test_mean_of_upsampled_maps_needs_no_upsampling(size):
+    maps = torch.rand(3, 1, 4, 5, generator=torch.Generator().manual_seed(0))
+    upsampled = torch.nn.functional.interpolate(maps, size, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(upsampled_mean(maps, size), upsampled.mean((1, 2, 3)), rtol=0, atol=1e-6)
 
 
-def test_psnr_needs_neither_lpips_nor_torchvision():
-    code = "import sys; from vae3d.metrics import build_metrics; build_metrics(['psnr', 'ssim']); print([m for m in ('lpips', 'torchvision') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]"
+def test_lpips_of_vgg_is_computed_in_batches_of_bounded_memory(trunks, monkeypatch):
+    from vae3d.metrics import networks
+
+    ref, rec = pair(5, 32, 32)
+    (metric,) = metrics = build_metrics(["lpips_vgg"])
+    whole = result(metrics, ref, rec).scores["lpips_vgg"].frames
+    sizes = []
+    features = metric.network.unit_features
+    monkeypatch.setattr(metric.network, "unit_features", lambda x: sizes.append(len(x)) or features(x))
+    monkeypatch.setattr(networks, "PIXELS_AT_ONCE", 8 * 32 * 32)
+    assert result(metrics, ref, rec).scores["lpips_vgg"].frames == pytest.approx(whole, rel=1e-6)
+    assert sizes == [2] * 4 + [1] * 2

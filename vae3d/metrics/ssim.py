@@ -104,26 +104,28 @@ def _similarity(x: A, y: A, smooth: Callable[[A], A], unbiased: float = 1.0) -> 
 
 
 def _on_cpu(x: Tensor, y: Tensor, kernel: np.ndarray, unbiased: float = 1.0) -> Tensor:
-    """Frame by frame, channels last, through OpenCV's separable filter: five times faster than torch's."""
-    scores = []
-    for a, b in zip(x, y, strict=True):
-        planes = (p.permute(1, 2, 0).double().contiguous().numpy() for p in (a, b))
-        scores.append(_similarity(*planes, lambda image: _cv2_filter(image, kernel), unbiased)[0].mean())
-    return torch.tensor(scores, dtype=torch.float64)
-
-
-def _cv2_filter(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """[H, W, C] filtered along both axes where the kernel fits whole."""
+    """Plane by plane, which the cache holds, through OpenCV's separable filter: many times faster than torch's."""
     import cv2
 
     edge = len(kernel) // 2
-    return cv2.sepFilter2D(image, cv2.CV_64F, kernel, kernel)[edge:-edge, edge:-edge]
+    scores = []
+    for frames in zip(x, y, strict=True):
+        planes = (frame.contiguous().double().numpy() for frame in frames)
+        maps = [
+            _similarity(a, b, lambda plane: cv2.sepFilter2D(plane, cv2.CV_64F, kernel, kernel), unbiased)[0]
+            for a, b in zip(*planes, strict=True)
+        ]
+        scores.append(np.mean([m[edge:-edge, edge:-edge].mean() for m in maps]))
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 def _smooth_planes(x: Tensor) -> Tensor:
     """[T, C, H, W] filtered by the Gaussian where it fits whole, on the CPU."""
-    planes = x.permute(0, 2, 3, 1).contiguous().numpy()
-    return torch.from_numpy(np.stack([_cv2_filter(image, gaussian()) for image in planes])).permute(0, 3, 1, 2)
+    import cv2
+
+    kernel = gaussian()
+    planes = [cv2.sepFilter2D(plane, cv2.CV_64F, kernel, kernel) for plane in x.flatten(0, 1).numpy()]
+    return torch.from_numpy(np.stack(planes)).unflatten(0, x.shape[:2])[..., 5:-5, 5:-5]
 
 
 def _valid_filter(kernel: np.ndarray, like: Tensor) -> Callable[[Tensor], Tensor]:

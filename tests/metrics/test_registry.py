@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.metrics.clips import pair, result
+from vae3d.metrics import METRICS, PRESETS, MetricError, build_metrics
+from vae3d.metrics.registry import resolve
+from vae3d.weights import FILES, WeightsMissing
+
+
+def in_a_fresh_process(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def no_weights(tmp_path, monkeypatch):
+    for variable in ("VAE3D_WEIGHTS", "TORCH_HOME", "HF_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_metrics_come_in_the_order_asked_for_and_once():
+    metrics = build_metrics(["ssim", "psnr", "ssim", "flicker"])
+    assert [metric.name for metric in metrics] == ["ssim", "psnr", "flicker"]
+
+
+def test_all_metrics_can_be_built_and_know_their_files(quick):
+    metrics = build_metrics(list(METRICS))
+    assert [metric.name for metric in metrics] == list(METRICS)
+    assert metrics.absent == {}
+    for name, entry in METRICS.items():
+        assert len(metrics.files.get(name, [])) == len(entry.files)
+    assert [f.name for f in metrics.files["flolpips"]] == ["alexnet-owt-7be5be79.pth", "network-default.pytorch"]
+
+
+def test_published_files_say_which_metrics_they_are_for():
+    for name, entry in METRICS.items():
+        for file in (file for alternatives in entry.files for file in alternatives):
+            assert name in FILES[file].used_for, f"{file} is needed by {name}"
+
+
+def test_unknown_metrics_are_named_with_those_there_are():
+    with pytest.raises(MetricError, match=r"no metric is called vmaf, fvd; there are psnr, ssim, .*, rfvd, lpips$"):
+        build_metrics(["psnr", "vmaf", "fvd"])
+
+
+def test_unknown_presets_are_named_with_those_there_are():
+    with pytest.raises(MetricError, match="no preset is called opensora; there are default, opensora12, vidtok"):
+        build_metrics(["psnr"], preset="opensora")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_lpips_is_the_one_that_the_preset_uses(preset):
+    net = "lpips_vgg" if preset in ("vidtok", "tokenbench") else "lpips_alex"
+    assert resolve(["lpips", "psnr", net], preset) == [net, "psnr"]
+
+
+def test_settings_go_to_their_metric_over_the_presets():
+    (metric,) = build_metrics(
+        ["ssim"], preset="vidtok", settings={"ssim": {"formula": "uniform"}, "rfid": {"stride": 4}}
+    )
+    assert metric.formula == "uniform"
+
+
+def test_all_missing_files_are_named_at_once(no_weights):
+    with pytest.raises(WeightsMissing) as error:
+        build_metrics(["psnr", "lpips_vgg", "flolpips", "tlp", "rfvd"])
+    message = str(error.value)
+    assert message.startswith("weights of lpips_vgg, flolpips, tlp, rfvd are missing; without them: psnr\n")
+    for file in ("vgg16-397923af.pth", "alexnet-owt-7be5be79.pth", "network-default.pytorch", "i3d_torchscript.pt"):
+        assert message.count(f"fetch_weights.py {file}") == 1
+
+
+def test_nothing_is_promised_where_nothing_is_left(no_weights):
+    with pytest.raises(WeightsMissing, match=r"^weights of lpips_alex are missing\n"):
+        build_metrics(["lpips"])
+
+
+def test_metrics_without_weights_are_skipped_if_wished(no_weights):
+    metrics = build_metrics(["rfid", "psnr"], on_missing="skip")
+    assert [metric.name for metric in metrics] == ["psnr"]
+    assert metrics.absent.keys() == {"rfid"}
+    assert metrics.absent["rfid"].startswith("weights-inception-2015-12-05-6726825d.pth (95,628,359 bytes")
+    assert "\n" not in metrics.absent["rfid"]
+    assert "rfid" not in result(metrics, *pair(2)).features
+
+
+def test_a_metric_of_which_one_file_is_missing_loads_none(trunks, no_weights):
+    (no_weights / "alexnet-owt-7be5be79.pth").symlink_to(trunks / "alexnet-owt-7be5be79.pth")
+    metrics = build_metrics(["lpips", "flolpips"], on_missing="skip")
+    assert [metric.name for metric in metrics] == ["lpips_alex"]
+    assert metrics.files == {"lpips_alex": [no_weights / "alexnet-owt-7be5be79.pth"]}
+    assert metrics.absent["flolpips"].startswith("network-default.pytorch")
+
+
+def test_metrics_share_their_networks(all_weights):
+    alex, flolpips, tlp = build_metrics(["lpips_alex", "flolpips", "tlp"])
+    assert alex.network is flolpips.network is tlp.network
+
+
+def test_networks_are_on_the_device_asked_for(trunks):
+    (metric,) = build_metrics(["lpips_alex"], torch.device("cpu"))
+    assert {p.device.type for p in metric.network.parameters()} == {"cpu"}
+
+
+def test_psnr_imports_no_package_that_only_others_need():
+    heavy = "lpips", "torchvision", "cv2", "scipy", "huggingface_hub"
+    code = f"import sys, vae3d.metrics as m; m.build_metrics(['psnr', 'flicker', 'ws_psnr']); print([n for n in {heavy} if n in sys.modules])"
+    assert in_a_fresh_process(code) == "[]"
+
+
+def test_lpips_can_be_described_on_the_meta_device_before_torchvision_is_imported():
+    code = (
+        "import torch\n"
+        "from vae3d.features.lpips import LPIPSNet\n"
+        "with torch.device('meta'):\n"
+        "    print({p.device.type for p in LPIPSNet('alex').parameters()})"
+    )
+    assert in_a_fresh_process(code) == "{'meta'}"
