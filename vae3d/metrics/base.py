@@ -120,7 +120,7 @@ class SeriesMetric(Metric):
     """A metric whose columns are series over the frames; the video's value is their mean."""
 
     def __init__(self) -> None:
-        self._series: dict[str, list[Tensor]] = {}
+        self._series: dict[str, list[float]] = {}
         self._counts: dict[str, int] = {}
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
@@ -133,7 +133,8 @@ class SeriesMetric(Metric):
         if self.pairs and len(chunk.ref) < 2:  # the video's first frame, alone
             return
         for column, values in self.measure(chunk).items():
-            self._series.setdefault(column, []).append(values.double().cpu())
+            # As numbers: small tensors kept between the large temporary ones would keep malloc from reusing these.
+            self._series.setdefault(column, []).extend(values.double().tolist())
 
     def count(self, name: str, flags: Tensor) -> None:
         """Add the frames of which `flags` is true to the count of that name, one of `counted`."""
@@ -147,7 +148,7 @@ class SeriesMetric(Metric):
         return result
 
     def _mean(self, column: str) -> tuple[float | None, list[float]]:
-        series = torch.cat(self._series[column]).tolist() if column in self._series else []
+        series = self._series.get(column, [])
         for place, value in enumerate(series):
             if not math.isfinite(value):
                 what = f"frames {place} and {place + 1}" if self.pairs else f"frame {place}"
