@@ -42,8 +42,8 @@ from vae3d.evaluation.tables import (
 )
 from vae3d.launch import tell
 from vae3d.metrics import METRICS, PRESETS, MetricSet, build_metrics
-from vae3d.metrics.presets import require_batches
-from vae3d.precision import as_device, without_tf32
+from vae3d.metrics.presets import require_shapes
+from vae3d.precision import as_device
 
 
 def positive(text: str) -> int:
@@ -183,7 +183,6 @@ class Evaluation:
 
 def evaluate(args: argparse.Namespace) -> int:
     ranks = join_ranks(args.device)
-    without_tf32()
     settings = {"rfid": {"stride": args.rfid_stride}, "rfvd": {"frames": args.rfvd_frames}}
     metrics = build_metrics(  # before any file is opened: it names all missing weights
         args.metric,
@@ -209,7 +208,8 @@ def evaluate(args: argparse.Namespace) -> int:
     for name, rec in args.recs.items():
         pairs, unmatched = find_pairs(args.ref, rec, args.pair_by, args.allow_unmatched)
         jobs, faults = plan(pairs, protocol, metrics, args.on_error)
-        require_batches(PRESETS[args.preset], [job.info.frames for job in jobs], args.batch_size)
+        shapes = [(job.info.frames, job.info.height, job.info.width) for job in jobs]
+        require_shapes(PRESETS[args.preset], shapes, args.batch_size)
         evaluations.append(Evaluation(name, rec, output_folder(args, name, rec), jobs, unmatched, faults))
     results, summaries = {}, {}
     for evaluation in evaluations:

@@ -25,7 +25,7 @@ from random_weights import SHAPES, write_weights
 
 from vae3d.metrics import METRICS, VideoResult, build_metrics
 from vae3d.metrics.distribution import SetMetric
-from vae3d.precision import as_device, without_tf32
+from vae3d.precision import as_device
 
 TOLERANCE = 1e-3
 
@@ -67,7 +67,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--metric", nargs="+", default=list(METRICS), metavar="NAME", help="default: all")
     args = parser.parse_args(argv)
     device = as_device(args.device)
-    without_tf32()
     pair = make_pair(args.frames, args.size)
     bad = 0
     with tempfile.TemporaryDirectory() as folder:

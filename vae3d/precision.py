@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -23,6 +24,17 @@ def without_tf32() -> None:
     """Measure in real fp32: convolutions on NVIDIA GPUs keep only 10 bits of the mantissa by default."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@contextmanager
+def measuring() -> Iterator[None]:
+    """Inside this context GPUs compute in real fp32, whatever the program does outside of it."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    without_tf32()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

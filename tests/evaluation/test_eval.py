@@ -111,6 +111,15 @@ def test_batch_size_matters_only_to_presets_that_average_over_batches(folders):
     assert results["opensora12", "2"] == pytest.approx((np.mean(means[:2]) + means[2]) / 2, abs=1e-5)
 
 
+def test_a_mean_over_pixels_needs_one_size(folders, capsys):
+    for folder in folders:
+        write_video(folder / "large.mp4", tiny.frames(5, 64, 64), 24)
+    assert "averages over pixels, for which videos need one size" in refused(
+        capsys, *folders, "--preset", "torchmetrics"
+    )
+    assert evaluate(*folders, *PSNR, "--preset", "torchmetrics", "--crop_size", "40") == 0
+
+
 def test_base_finds_all_folders_and_shows_the_ceiling_beside(tmp_path, capsys):
     make_pairs(tmp_path)
     make_pairs(tmp_path, kind="spatial", amount=2.0)
@@ -181,7 +190,10 @@ def test_words_that_make_no_sense_are_refused(words, message, capsys):
         (("--device", "gpu"), "device=gpu is not usable here"),
         (("--output", "/nowhere/deeper/x"), "--output /nowhere/deeper/x must be a folder"),
         (("--metric", "vmaf"), "no metric is called vmaf; there are psnr, ssim, ms_ssim, lpips_alex"),
-        (("--preset", "opensora12", "--batch_size", "2"), "v1.2 eval/vae cannot batch videos of different lengths"),
+        (
+            ("--preset", "opensora12", "--batch_size", "2"),
+            "v1.2 eval/vae cannot batch videos of different lengths or sizes",
+        ),
         (("--metric", "rfvd", "--rfvd_frames", "3"), "rfvd needs at least 10 frames; it was told to take 3"),
     ],
 )

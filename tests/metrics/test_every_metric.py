@@ -167,3 +167,29 @@ def test_videos_that_differ_in_shape_are_refused(metrics):
     for other in (rec[:-1], rec[..., 1:]):
         with pytest.raises(MetricError, match="the videos differ in shape"):
             metrics.update(ref, other)
+
+
+def test_scores_are_in_real_fp32_whatever_the_program_allows(monkeypatch):
+    """The switches only matter on GPUs; here it is seen that a metric finds them off and leaves them as they were."""
+    from vae3d.metrics.frame import Psnr
+
+    seen = []
+    measure = Psnr.measure
+
+    def spy(self, chunk):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return measure(self, chunk)
+
+    monkeypatch.setattr(Psnr, "measure", spy)
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = True
+        metrics = build_metrics(["psnr"])
+        metrics.update(torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16))
+        assert seen == [(False, False)]
+        assert [switch.allow_tf32 for switch in switches] == [True, True]
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value

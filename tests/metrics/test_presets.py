@@ -154,7 +154,7 @@ def test_opensora_averages_the_frames_of_a_batch_at_each_time():
 @pytest.mark.parametrize("preset", ["opensora12", "wfvae"])
 def test_videos_of_unequal_length_cannot_be_in_one_batch(preset):
     values = [of_frames(1.0, 2.0), of_frames(3.0)]
-    with pytest.raises(MetricError, match="cannot batch videos of different lengths; choose --num_frames"):
+    with pytest.raises(MetricError, match="cannot batch videos of different lengths or sizes; choose --num_frames"):
         average(PRESETS[preset], "psnr", values, 2)
     with pytest.raises(MetricError, match="cannot batch"):  # also if it has no pairs at all
         average(PRESETS[preset], "flolpips", [of_frames(1.0, 2.0), Score(None)], 2)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vae3d.errors import UserError
+from vae3d.precision import measuring
 
 R = TypeVar("R")
 
@@ -187,6 +188,7 @@ class MetricSet:
     def columns(self) -> dict[str, bool | None]:
         return {column: better for metric in self.metrics for column, better in metric.columns.items()}
 
+    @measuring()
     @torch.no_grad()
     def update(self, ref: Tensor, rec: Tensor) -> None:
         """Add the next frames of the original and the reconstruction, [T, 3, H, W] in [0, 1].
@@ -207,6 +209,8 @@ class MetricSet:
             metric.update(chunk)
         self._last, self._count = (ref[-1:], rec[-1:]), self._count + count
 
+    @measuring()
+    @torch.no_grad()
     def result(self) -> VideoResult:
         """Scores of the video; the next update begins another one. Raises MetricError for one that is not finite."""
         whole = VideoResult()

@@ -138,7 +138,6 @@ class Rfvd(SetMetric):
         for video, frames in zip(self._videos, chunk.new, strict=True):
             video.append(frames[:wanted])
 
-    @torch.no_grad()
     def result(self) -> VideoResult:
         features = Features(), Features()
         for whole, parts in zip(features, self._videos, strict=True):

@@ -96,18 +96,22 @@ def pooled_psnr(frames: Sequence[float]) -> float:
     return -10 * math.log10(mse) if mse else PSNR_CAP
 
 
-def require_batches(preset: Preset, lengths: Sequence[int], batch_size: int) -> None:
-    """Raises MetricError if the preset's tool could not put videos of these lengths into batches, in this order."""
-    batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
+def require_shapes(preset: Preset, shapes: Sequence[tuple[int, int, int]], batch_size: int) -> None:
+    """Raises MetricError if the preset's tool could not average videos of these (frames, height, width), in this order:
+    batches hold equal shapes, and a mean over pixels is one of frames only where all are of one size."""
+    batches = [shapes[start : start + batch_size] for start in range(0, len(shapes), batch_size)]
     if preset.average == "batches" and any(len(set(batch)) > 1 for batch in batches):
         raise MetricError(
-            f"{preset.source} cannot batch videos of different lengths; choose --num_frames, or --batch_size 1"
+            f"{preset.source} cannot batch videos of different lengths or sizes; choose --num_frames and --crop_size, "
+            "or --batch_size 1"
         )
+    if preset.average == "pixels" and len({shape[1:] for shape in shapes}) > 1:
+        raise MetricError(f"{preset.source} averages over pixels, for which videos need one size; choose --crop_size")
 
 
 def _batch_mean(preset: Preset, column: str, scores: Sequence[Score], batch_size: int) -> float:
     means: list[float] = []
-    require_batches(preset, [len(score.frames) for score in scores], batch_size)
+    require_shapes(preset, [(len(score.frames), 0, 0) for score in scores], batch_size)
     for start in range(0, len(scores), batch_size):
         batch = [score.frames for score in scores[start : start + batch_size]]
         if column not in preset.whole_batches:
