@@ -97,10 +97,23 @@ def ssim_map(x: Tensor, y: Tensor) -> Tensor:
 def _similarity(x: A, y: A, smooth: Callable[[A], A], unbiased: float = 1.0) -> tuple[A, A]:
     """Maps of SSIM, and of its contrast and structure alone. unbiased: N / (N - 1) for the sample covariance."""
     mean_x, mean_y = smooth(x), smooth(y)
+    squares = x * x
+    squares += y * y
+    product, squares = smooth(x * y), smooth(squares)
     both, means = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
-    contrast = 2 * unbiased * (smooth(x * y) - both) + C2
-    contrast /= unbiased * (smooth(x * x + y * y) - means) + C2
-    return (2 * both + C1) / (means + C1) * contrast, contrast
+    product -= both  # in place from here on: the memory's speed is what limits it
+    product *= 2 * unbiased
+    product += C2
+    squares -= means
+    squares *= unbiased
+    squares += C2
+    product /= squares
+    both *= 2
+    both += C1
+    means += C1
+    both /= means
+    both *= product
+    return both, product
 
 
 def _on_cpu(x: Tensor, y: Tensor, kernel: np.ndarray, unbiased: float = 1.0) -> Tensor:
