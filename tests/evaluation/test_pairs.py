@@ -193,12 +193,17 @@ def test_files_that_do_not_decode_are_errors_of_their_pair(folders, capsys):
     assert "v1.ts: changes its size" in report(rec)["failed"][0]
 
 
-def test_a_pair_too_small_or_short_for_a_metric_is_named_before_anything_is_scored(tmp_path, capsys):
+def test_a_pair_too_small_or_short_for_a_metric_is_named_before_anything_is_scored(tmp_path, all_weights, capsys):
     ori, rec = make_pairs(tmp_path)
     for kind in (ori, rec):
         write_video(kind / "small.mp4", tiny.frames(2, 8, 8), 24)
     message = refused(capsys, ori, rec, "--metric", "ssim")
     assert "small: ssim needs frames of at least 11 pixels; these are 8x8" in message
+    message = refused(capsys, ori, rec, "--metric", "rfvd", "ms_ssim", "lpips")
+    assert (
+        "ms_ssim needs frames of at least 161 pixels; these are 8x8; lpips_alex needs frames of at least 31" in message
+    )
+    assert "v0: rfvd needs at least 10 frames; there are 5" in message
     assert not list((tmp_path / "x_rec_eval").glob("*"))
     assert evaluate(ori, rec, "--metric", "ssim", "--resize", "16x16") == 0
 

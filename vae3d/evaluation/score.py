@@ -41,9 +41,9 @@ def plan(
     def look(pair: Pair) -> Job | str:
         try:
             info = inspect(pair, protocol)
-            for metric in metrics:
-                if reason := metric.refuses(info.frames, info.height, info.width):
-                    return f"{pair.name}: {reason}"
+            refusals = [metric.refuses(info.frames, info.height, info.width) for metric in metrics]
+            if reasons := [reason for reason in refusals if reason]:
+                return f"{pair.name}: {'; '.join(reasons)}"
             return Job(pair, info, pair_key(pair, protocol))
         except (PairError, MediaError) as error:
             return str(error)
