@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
-python -m pytest --numprocesses 2 "$@"
+python -m pytest --numprocesses 2 --dist worksteal "$@"

@@ -57,7 +57,7 @@ def lpips_features(chunk: Chunk, net: nn.Module, which: str) -> list[Tensor]:
 
 def _batched_features(net: nn.Module, frames: Tensor) -> list[Tensor]:
     batches = [net.unit_features(part * 2 - 1) for part in frames.split(at_once(frames))]
-    return [torch.cat(layer) for layer in zip(*batches, strict=True)]
+    return batches[0] if len(batches) == 1 else [torch.cat(layer) for layer in zip(*batches, strict=True)]
 
 
 def flow(chunk: Chunk, networks: Networks, name: str, which: str) -> Tensor:
