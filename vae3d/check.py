@@ -97,6 +97,7 @@ INFER_RANGES = {
     "num_frames": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "num_samples": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "frame_batch": (lambda v: v >= 1, "at least 1"),
+    "memory_gib": (lambda v: v is None or v > 0, "positive, or null"),
     "fps": (lambda v: v is None or v > 0, "positive, or null"),
 }
 

@@ -166,6 +166,7 @@ class InferConfig:
     root: str | None = None  # what relative paths in a table are relative to; by default the table's folder
     model: dict[str, Any] = field(default_factory=dict)  # changes to the checkpoint's model: model.micro_frames=null
     frame_batch: int = 4  # frames through a 2D network at once
+    memory_gib: float | None = None  # what a streaming network may take beside its weights; null: its own default
     height: int | None = None  # resize and centre-crop to height x width; null: as the video is
     width: int | None = None
     start: int = 0

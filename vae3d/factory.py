@@ -37,6 +37,7 @@ from vae3d.inference.files import clear, cost_of, reconstruct_files, refuse_own_
 from vae3d.inference.reconstruct import Reconstructor, Selection
 from vae3d.losses.objective import Objective, Weighted
 from vae3d.metrics import build_metrics
+from vae3d.models.spatial import SpatialVAE
 from vae3d.precision import as_device, without_tf32
 
 if TYPE_CHECKING:
@@ -222,7 +223,8 @@ def infer(config: InferConfig) -> None:
         if faults := [reason for reason in reasons if reason]:
             raise UserError(f"metrics: {'; '.join(faults)}")
     model = load(config.checkpoint, **config.model).to(device)
-    getattr(model, "spatial_vae", model).frame_batch = config.frame_batch
+    if isinstance(spatial := getattr(model, "spatial_vae", model), SpatialVAE):
+        spatial.frame_batch = config.frame_batch
     reconstructor = Reconstructor(
         model,
         config.save_dir,
@@ -232,6 +234,7 @@ def infer(config: InferConfig) -> None:
         seed=config.seed,
         dtype=DTYPES[config.precision],
         metrics=metrics,
+        memory_gib=config.memory_gib,
     )
     table = open_source(config.source, config.root).table()
     if config.split is not None:

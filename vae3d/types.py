@@ -36,8 +36,9 @@ class Posterior:
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> Posterior:
-        """Split [B, 2C, t, h, w] into mean and log-variance, the latter clamped to [-30, 20]; fp32."""
-        mean, logvar = moments.float().chunk(2, dim=1)
+        """Split [B, 2C, t, h, w] into mean and log-variance, the latter clamped to [-30, 20]; fp32 or better."""
+        wide = moments.to(torch.promote_types(moments.dtype, torch.float32))
+        mean, logvar = wide.chunk(2, dim=1)
         return cls(mean, logvar.clamp(-30.0, 20.0))
 
     def sample(self, generator: Generators = None) -> Tensor:

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vae3d import __version__
-from vae3d.checkpoints import ldm
+from vae3d.checkpoints import ldm, wan
 from vae3d.checkpoints.formats import EXPORT_CONFIG, PUBLISHED_FACTOR, Checkpoint, CheckpointError, State
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.temporal import TemporalVAE
+from vae3d.models.wan import WanVAE
 
 # Settings that change how a model runs, not what its weights compute.
 RUNNING = ("scaling_factor", "frame_batch", "gradient_checkpointing")
@@ -34,12 +35,20 @@ def write_export(checkpoint: Checkpoint, folder: Path, **about: Any) -> None:
 
 
 def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
-    """A folder that diffusers' AutoencoderKL.from_pretrained opens."""
+    """A folder that diffusers' AutoencoderKL.from_pretrained, or AutoencoderKLWan's, opens."""
+    if _is(checkpoint, WanVAE):
+        state, told = wan.to_diffusers(checkpoint.state), wan.diffusers_config(_wan_config(checkpoint, "diffusers"))
+    else:
+        state, told = _inner(checkpoint.state), _autoencoder_kl(checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(state, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n")
+
+
+def _autoencoder_kl(checkpoint: Checkpoint) -> dict[str, Any]:
     config = _require(checkpoint, SpatialVAE, "diffusers")
     levels = len(config["channels"])
-    folder.mkdir(parents=True, exist_ok=True)
-    _save(_inner(checkpoint.state), folder / "diffusion_pytorch_model.safetensors")
-    told = {
+    return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "in_channels": 3,
@@ -56,7 +65,6 @@ def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
         "scaling_factor": config["scaling_factor"],
         "shift_factor": config["shift_factor"] or None,
     }
-    (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n")
 
 
 def write_ldm(checkpoint: Checkpoint, file: Path) -> None:
@@ -99,22 +107,48 @@ def write_opensora(checkpoint: Checkpoint, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n")
 
 
+def write_wan(checkpoint: Checkpoint, file: Path) -> None:
+    """One file like the published Wan2.1_VAE.pth."""
+    _wan_config(checkpoint, "wan")
+    _save_file(checkpoint.state, file)
+
+
+def write_videox_fun(checkpoint: Checkpoint, file: Path) -> None:
+    """One file that VideoX-Fun's AutoencoderKLWan loads with a strict load_state_dict."""
+    _wan_config(checkpoint, "videox_fun")
+    _save_file(wan.videox_fun(checkpoint.state), file)
+
+
 WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
     "export": write_export,
     "diffusers": write_diffusers,
     "ldm": write_ldm,
     "opensora": write_opensora,
+    "wan": write_wan,
+    "videox_fun": write_videox_fun,
 }
 
 
 def _require(checkpoint: Checkpoint, network: type[nn.Module], layout: str) -> dict[str, Any]:
     """The configuration with the network's defaults filled in; raises CheckpointError for another network."""
-    target = f"{network.__module__}.{network.__qualname__}"
-    if checkpoint.config["_target_"] != target:
+    if not _is(checkpoint, network):
+        target = f"{network.__module__}.{network.__qualname__}"
         raise CheckpointError(
             f"{checkpoint.path} holds a {checkpoint.config['_target_']}; the {layout} layout is for {target}"
         )
     return _defaults(network) | checkpoint.config
+
+
+def _is(checkpoint: Checkpoint, network: type[nn.Module]) -> bool:
+    return checkpoint.config["_target_"] == f"{network.__module__}.{network.__qualname__}"
+
+
+def _wan_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
+    """Every constructor argument; raises CheckpointError for another network."""
+    config = _require(checkpoint, WanVAE, layout)
+    config["decoder_channels"] = config["decoder_channels"] or config["channels"]
+    zeros, ones = [0.0] * config["latent_channels"], [1.0] * config["latent_channels"]
+    return config | {"shift": config["shift"] or zeros, "scale": config["scale"] or ones}
 
 
 def _require_published_network(config: dict[str, Any]) -> None:
@@ -157,6 +191,15 @@ def _fold_factor(state: State, spatial: dict[str, Any]) -> State:
     state[f"{quant}.bias"] = state[f"{quant}.bias"] * gain + offset
     state[f"{post}.weight"] = state[f"{post}.weight"] / ratio
     return state
+
+
+def _save_file(state: State, file: Path) -> None:
+    """One file of the kind that its name says: .safetensors, or else torch's (.pth, .pt)."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".safetensors":
+        _save(state, file)
+    else:
+        torch.save({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, file)
 
 
 def _save(state: State, file: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vae3d.checkpoints import ldm
+from vae3d.checkpoints import ldm, wan
 from vae3d.errors import UserError
 
 State = dict[str, Tensor]
@@ -30,6 +30,8 @@ PUBLISHED_FACTOR = 0.18215  # hard-coded in Open-Sora 1.2 around its SDXL VAE; n
 # A key that only this layout has; what stands in front of it in a file is a wrapper's prefix.
 MARKERS = {
     "opensora": "temporal_vae.encoder.conv_in.conv.weight",
+    "wan": "encoder.middle.0.residual.0.gamma",
+    "wan_diffusers": "encoder.mid_block.resnets.0.norm1.gamma",
     "diffusers": "encoder.down_blocks.0.resnets.0.norm1.weight",
     "ldm": "encoder.down.0.block.0.norm1.weight",
 }
@@ -77,6 +79,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     try:
         if layout == "opensora":
             config, state = _opensora(state, told, notes)
+        elif layout in ("wan", "wan_diffusers"):
+            state = wan.from_diffusers(state) if layout == "wan_diffusers" else state
+            config = wan.config_of(state, told, notes)
         else:
             inner = ldm.modernize(ldm.from_ldm(state) if layout == "ldm" else state)
             config = _spatial_config(inner, told, notes)
@@ -142,7 +147,7 @@ def recognise(state: State, path: Path) -> tuple[str, State, list[str]]:
             notes = [f"left out, not part of the VAE: {', '.join(others)}"] if others else []
             return layout, {k: v for k, v in own.items() if k not in ignored}, notes
     raise CheckpointError(
-        f"{path}: none of the known layouts (vae3d export, Open-Sora 1.2, diffusers AutoencoderKL, LDM); "
+        f"{path}: none of the known layouts (vae3d export, Open-Sora 1.2, Wan, diffusers AutoencoderKL, LDM); "
         f"its keys begin with {_first(state)}"
     )
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, fields
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from vae3d.data.readers import MediaError, MediaInfo, Reader, Size, open_media
 from vae3d.data.transforms import cover
 from vae3d.inference.video import VideoWriter, as_unit, to_uint8, write_image
 from vae3d.metrics import MetricSet, VideoResult
+from vae3d.models.streaming import Stream
 from vae3d.seeding import seed_of
 from vae3d.types import Reconstruction
 
@@ -43,8 +45,8 @@ class Selection:
 
 @dataclass
 class Done:
-    """One reconstructed file, as index.csv tells of it. padding: rows below and columns right that the network
-    needed and that were cut off again."""
+    """One reconstructed file, as index.csv tells of it. pad_*: frames behind, rows below and columns right that the
+    network needed and that were cut off again."""
 
     id: str
     source: str
@@ -53,6 +55,7 @@ class Done:
     fps: float
     height: int
     width: int
+    pad_frames: int
     pad_bottom: int
     pad_right: int
     result: VideoResult
@@ -73,7 +76,7 @@ class Reconstructor:
 
     sample: draw latents (seeded by `seed` and the file's row) instead of taking the posterior's mode.
     dtype: of autocast, or None for fp32. codec: see inference.video. metrics: scored on the 8-bit pixels, before
-    any codec.
+    any codec. memory_gib: about what a streaming model may take, beside its weights.
     """
 
     def __init__(
@@ -87,10 +90,12 @@ class Reconstructor:
         seed: int = 0,
         dtype: torch.dtype | None = None,
         metrics: MetricSet | None = None,
+        memory_gib: float | None = None,
     ) -> None:
         self.model, self.prefix, self.selection = model, prefix, selection
         self.codec, self.sample, self.seed, self.dtype = codec, sample, seed, dtype
         self.metrics = metrics or MetricSet([])
+        self.memory_gib = memory_gib
         self.device = next(model.parameters()).device
 
     def folder(self, kind: str) -> Path:
@@ -103,32 +108,39 @@ class Reconstructor:
         try:
             info = reader.info
             indices, fps, target = self._wanted(source, info)
-            chunks = self._chunks(reader, indices, target)
+            stream = self.model.stream(*target, self.memory_gib)
+            chunks = self._chunks(reader, indices, target, stream)
             name = identifier(row, source)
             if info.fps:
-                self._video(chunks, name, fps, row)
+                self._video(stream, chunks, name, fps, row)
             else:
-                self._image(chunks, name, row)
+                self._image(stream, chunks, name, row)
         finally:
             reader.close()
         stride = self.model.spec.space_stride
-        padding = (-target[0] % stride, -target[1] % stride)
+        padding = (self._pad_frames(len(indices)), -target[0] % stride, -target[1] % stride)
         return Done(name, source, indices[0], len(indices), fps, *target, *padding, self.metrics.result())
+
+    def _pad_frames(self, frames: int) -> int:
+        return next(more for more in count() if self.model.frames_valid(frames + more))
 
     def first_chunk(self, source: str) -> Tensor:
         """What the network gets first of a file, [1, 3, T, H, W] in [-1, 1]. Raises MediaError."""
         with closing(open_media(source, self.selection.reader, threads=0)) as reader:
             indices, _, target = self._wanted(source, reader.info)
-            return self._to_video(next(self._chunks(reader, indices, target)))
+            stream = self.model.stream(*target, self.memory_gib)
+            return self._to_video(next(self._chunks(reader, indices, target, stream)))
 
     def _wanted(self, source: str, info: MediaInfo) -> tuple[list[int], float, Size]:
         """Which frames, at which rate and size."""
         indices, fps = self._frames(source, info.num_frames, info.fps)
         return indices, fps, (self.selection.height or info.height, self.selection.width or info.width)
 
-    def _chunks(self, reader: Reader, indices: list[int], target: Size) -> Iterator[np.ndarray]:
+    def _chunks(self, reader: Reader, indices: list[int], target: Size, stream: Stream) -> Iterator[np.ndarray]:
         crop = cover(reader.info.height, reader.info.width, target)
-        return (crop.cut(reader.read(chunk, crop.size)) for chunk in _split(indices, self.model.chunk_frames))
+        place = iter(indices)
+        pieces = (list(islice(place, length)) for length in stream.chunks(len(indices)))
+        return (crop.cut(reader.read(piece, crop.size)) for piece in pieces)
 
     def _to_video(self, frames: np.ndarray) -> Tensor:
         return to_tensor(frames)[None].to(self.device).float() / 127.5 - 1.0
@@ -145,11 +157,11 @@ class Reconstructor:
             raise MediaError(source, f"gives {possible} frames from start={chosen.start}; num_frames={wanted}")
         return [chosen.start + int(i * step) for i in range(wanted)], fps / step
 
-    def _video(self, chunks: Iterator[np.ndarray], name: str, fps: float, row: int) -> None:
+    def _video(self, stream: Stream, chunks: Iterator[np.ndarray], name: str, fps: float, row: int) -> None:
         writers: dict[str, VideoWriter] = {}
         try:
             for number, chunk in enumerate(chunks):
-                for kind, frames in self._code(chunk, row, number).items():
+                for kind, frames in self._code(stream, chunk, row, number).items():
                     if kind not in writers:
                         writers[kind] = VideoWriter(self.folder(kind) / f"{name}.mp4", fps, self.codec)
                     writers[kind].write(frames)
@@ -159,17 +171,17 @@ class Reconstructor:
             for writer in writers.values():
                 writer.abandon()
 
-    def _image(self, chunks: Iterator[np.ndarray], name: str, row: int) -> None:
-        for kind, frames in self._code(next(chunks), row, 0).items():
+    def _image(self, stream: Stream, chunks: Iterator[np.ndarray], name: str, row: int) -> None:
+        for kind, frames in self._code(stream, next(chunks), row, 0).items():
             write_image(self.folder(kind) / f"{name}.png", frames[0])
 
     @torch.inference_mode()
-    def _code(self, frames: np.ndarray, row: int, number: int) -> dict[str, np.ndarray]:
+    def _code(self, stream: Stream, frames: np.ndarray, row: int, number: int) -> dict[str, np.ndarray]:
         """8-bit frames of every kind, and their scores added to the metrics."""
         video = self._to_video(frames)
         generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, row, number))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            out = self.model(video, sample=self.sample, generator=generator)
+            out = stream(video, sample=self.sample, generator=generator)
             spatial = self._spatial(out, video)
         coded = {"ori": frames, "rec": to_uint8(out.video[0])}
         if spatial is not None:
@@ -182,9 +194,3 @@ class Reconstructor:
             return None
         height, width = video.shape[-2:]
         return self.model.decode_spatial(out.spatial.latent)[..., :height, :width]
-
-
-def _split(indices: list[int], size: int | None) -> Iterator[list[int]]:
-    size = size or len(indices)
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]

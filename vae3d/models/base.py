@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from vae3d.models.streaming import Stream
 from vae3d.seeding import Generators
 from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction
 
@@ -51,9 +52,8 @@ class VideoAutoencoder(Protocol):
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, t, h, w) of a clip's latents."""
 
-    @property
-    def chunk_frames(self) -> int | None:
-        """Frames that one step of a stream codes; None if only whole clips can be coded."""
+    def stream(self, height: int, width: int, memory_gib: float | None = None) -> Stream:
+        """What reconstructs one long video of this size piece by piece, in about `memory_gib` if it has the choice."""
 
     def normalize(self, z: Tensor) -> Tensor:
         """Raw latents to those a diffusion model sees, about zero mean and unit variance."""

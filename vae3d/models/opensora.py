@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.models.spatial import SpatialVAE
+from vae3d.models.streaming import IndependentChunks
 from vae3d.models.temporal import TemporalVAE
 from vae3d.seeding import Generators
 from vae3d.types import LatentSpec, Posterior, Reconstruction, SpatialPath
@@ -149,10 +150,9 @@ class OpenSoraVAE(nn.Module):
         _, _, h, w = self.spatial_vae.latent_shape(frames, height, width)
         return self.temporal_vae.latent_channels, self.latent_frames(frames), h, w
 
-    @property
-    def chunk_frames(self) -> int | None:
-        """Frames that one step of a stream takes; None if only whole clips can be coded."""
-        return self.micro_frames
+    def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
+        """Pieces of micro_frames, which this pipeline codes independently; the whole video without micro_frames."""
+        return IndependentChunks(self, self.micro_frames)
 
     def normalize(self, z: Tensor) -> Tensor:
         return (z - self.shift) / self.scale

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vae3d.models.layers.checkpointing import needs_grad
 from vae3d.models.layers.frames import pad_space, per_frame
 from vae3d.models.layers.norm import norm_silu
+from vae3d.models.streaming import IndependentChunks
 from vae3d.seeding import Generators
 from vae3d.types import LatentSpec, Posterior, Reconstruction
 
@@ -269,10 +270,9 @@ class SpatialVAE(nn.Module):
         f = self.spec.space_stride
         return self.spec.channels, frames, -(-height // f), -(-width // f)
 
-    @property
-    def chunk_frames(self) -> int:
-        """Frames that one step of a stream takes; any number gives the same result."""
-        return self.frame_batch or 16
+    def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
+        """Pieces of frame_batch frames; any number gives the same result."""
+        return IndependentChunks(self, self.frame_batch or 16)
 
     def normalize(self, z: Tensor) -> Tensor:
         return (z - self.shift_factor) * self.scaling_factor

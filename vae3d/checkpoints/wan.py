@@ -1,0 +1,170 @@
+"""The key layouts of the Wan VAEs: official (this project's own), diffusers, and VideoX-Fun, which prefixes `model.`.
+
+diffusers: `loaders/single_file_utils.py` (convert_wan_vae_to_diffusers) and `scripts/convert_wan_to_diffusers.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+State = dict[str, Tensor]
+CONF = Path(__file__).parents[1] / "conf/model"
+PREFIX = "model."  # VideoX-Fun's AutoencoderKLWan
+
+# (official, diffusers), but for the numbers of blocks; ^ is the beginning of a key.
+RENAMES = (
+    ("^conv1.", "^quant_conv."),
+    ("^conv2.", "^post_quant_conv."),
+    ("^encoder.conv1.", "^encoder.conv_in."),
+    ("^decoder.conv1.", "^decoder.conv_in."),
+    (".head.0.", ".norm_out."),
+    (".head.2.", ".conv_out."),
+    (".middle.0.", ".mid_block.resnets.0."),
+    (".middle.1.", ".mid_block.attentions.0."),
+    (".middle.2.", ".mid_block.resnets.1."),
+    (".residual.0.", ".norm1."),
+    (".residual.2.", ".conv1."),
+    (".residual.3.", ".norm2."),
+    (".residual.6.", ".conv2."),
+    (".shortcut.", ".conv_shortcut."),
+)
+
+
+def to_diffusers(state: State) -> State:
+    """Official keys -> diffusers' AutoencoderKLWan."""
+    layers = _layers(state)
+
+    def flat(match: re.Match[str]) -> str:
+        level, place = divmod(int(match[1]), layers + 2)
+        return f"decoder.up_blocks.{level}." + (f"resnets.{place}." if place <= layers else "upsamplers.0.")
+
+    def nested(match: re.Match[str]) -> str:
+        way, level, place = match[1], match[2], int(match[3])
+        resampler = place == layers + (way == "up")
+        return f"{way}_blocks.{level}." + (f"{way}sampler." if resampler else f"resnets.{place}.")
+
+    def rename(key: str) -> str:
+        for official, theirs in RENAMES:
+            key = f"^{key}".replace(official, theirs).removeprefix("^")
+        key = re.sub(r"(up|down)samples\.(\d+)\.\1samples\.(\d+)\.", nested, key)
+        key = re.sub(r"^decoder\.upsamples\.(\d+)\.", flat, key)
+        return re.sub(r"^encoder\.downsamples\.", "encoder.down_blocks.", key)
+
+    return {rename(key): tensor for key, tensor in state.items()}
+
+
+def from_diffusers(state: State) -> State:
+    """Inverse of to_diffusers."""
+    count = sum(bool(re.match(r"decoder\.up_blocks\.0\.resnets\.\d+\.conv1\.weight", key)) for key in state)
+
+    def flat(match: re.Match[str]) -> str:
+        place = int(match[3]) if match[2] == "resnets" else count
+        return f"decoder.upsamples.{int(match[1]) * (count + 1) + place}."
+
+    def nested(match: re.Match[str]) -> str:
+        way, level = match[1], match[2]
+        place = match[3] or (count if way == "up" else count - 1)
+        return f"{way}samples.{level}.{way}samples.{place}."
+
+    def rename(key: str) -> str:
+        if any(".upsampler." in name for name in state):  # Wan2.2
+            key = re.sub(r"(up|down)_blocks\.(\d+)\.(?:resnets\.(\d+)|\1sampler)\.", nested, key)
+        key = re.sub(r"^decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", flat, key)
+        key = re.sub(r"^encoder\.down_blocks\.", "encoder.downsamples.", key)
+        for official, theirs in reversed(RENAMES):
+            key = f"^{key}".replace(theirs, official).removeprefix("^")
+        return key
+
+    return {rename(key): tensor for key, tensor in state.items()}
+
+
+def videox_fun(state: State) -> State:
+    """Official keys -> those of VideoX-Fun's wrapper."""
+    return {PREFIX + key: tensor for key, tensor in state.items()}
+
+
+def config_of(state: State, told: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Constructor arguments of WanVAE, read off official keys and shapes, and off a diffusers config.json.
+
+    Raises KeyError for a tensor that should be there.
+    """
+    shortcuts = any(key.startswith("encoder.downsamples.0.downsamples.") for key in state)
+    widths, time = _levels(state, shortcuts)
+    base = math.gcd(*widths)
+    pixels, latents = state["encoder.conv1.weight"].shape[1], state["conv2.weight"].shape[0]
+    published = yaml.safe_load((CONF / ("wan22.yaml" if shortcuts else "wan.yaml")).read_text())
+    shift, scale = told.get("latents_mean"), told.get("latents_std")
+    if shift is None or scale is None:
+        known = latents == len(published["shift"])
+        shift = published["shift"] if known else [0.0] * latents
+        scale = published["scale"] if known else [1.0] * latents
+        whose = "the published weights' are" if known else "0 and 1 are"
+        notes.append(f"the file does not tell its latents' mean and standard deviation; {whose} used")
+    return {
+        "_target_": "vae3d.models.wan.WanVAE",
+        "channels": base,
+        "decoder_channels": state["decoder.head.2.weight"].shape[1] // (widths[0] // base),
+        "multipliers": [width // base for width in widths],
+        "downsample": time,
+        "layers": _layers(state),
+        "latent_channels": latents,
+        "patch": math.isqrt(pixels // 3),
+        "shortcuts": shortcuts,
+        "shift": list(shift),
+        "scale": list(scale),
+    }
+
+
+def diffusers_config(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of diffusers' AutoencoderKLWan."""
+    time = config["downsample"]
+    return {
+        "_class_name": "AutoencoderKLWan",
+        "base_dim": config["channels"],
+        "decoder_base_dim": config["decoder_channels"],
+        "z_dim": config["latent_channels"],
+        "dim_mult": config["multipliers"],
+        "num_res_blocks": config["layers"],
+        "attn_scales": [],
+        "temperal_downsample": time,
+        "dropout": 0.0,
+        "latents_mean": config["shift"],
+        "latents_std": config["scale"],
+        "is_residual": config["shortcuts"],
+        "in_channels": 3 * config["patch"] ** 2,
+        "out_channels": 3 * config["patch"] ** 2,
+        "patch_size": config["patch"] if config["patch"] > 1 else None,
+        "scale_factor_temporal": 2 ** sum(time),
+        "scale_factor_spatial": config["patch"] * 2 ** len(time),
+    }
+
+
+def _layers(state: State) -> int:
+    """Residual blocks per level of the encoder."""
+    nested = [re.match(r"encoder\.downsamples\.0\.downsamples\.(\d+)\.residual\.2\.weight", key) for key in state]
+    if any(nested):
+        return len([match for match in nested if match])
+    flat = [key for key in state if re.match(r"encoder\.downsamples\.\d+\.residual\.2\.weight", key)]
+    levels = 1 + len([key for key in state if re.match(r"encoder\.downsamples\.\d+\.resample\.1\.weight", key)])
+    return len(flat) // levels
+
+
+def _levels(state: State, shortcuts: bool) -> tuple[list[int], list[bool]]:
+    """Width of every level, and which boundaries halve the frame rate."""
+    widths: list[int] = []
+    time: list[bool] = []
+    layers = _layers(state)
+    while True:
+        level = len(widths)
+        block = f"{level}.downsamples.0" if shortcuts else str(level * (layers + 1))
+        down = f"{level}.downsamples.{layers}" if shortcuts else str(level * (layers + 1) + layers)
+        widths.append(state[f"encoder.downsamples.{block}.residual.2.weight"].shape[0])
+        if f"encoder.downsamples.{down}.resample.1.weight" not in state:
+            return widths, time
+        time.append(f"encoder.downsamples.{down}.time_conv.weight" in state)
