@@ -9,13 +9,7 @@ from tests.metrics.clips import levels, pair, result, value
 from tests.metrics.test_ssim import published_ssim
 from vae3d.metrics import ssim
 from vae3d.metrics.frame import Psnr
-from vae3d.metrics.panorama import Seam, WsPsnr, WsSsim, latitude_weights
-
-
-def test_rows_weigh_the_cosine_of_their_latitude():
-    assert latitude_weights(2, "cpu").tolist() == pytest.approx([math.cos(math.pi / 4)] * 2)
-    eighth = math.pi / 8
-    assert latitude_weights(4, "cpu").tolist() == pytest.approx([math.cos(k * eighth) for k in (3, 1, 1, 3)])
+from vae3d.metrics.panorama import Seam, WsPsnr, WsSsim
 
 
 def test_ws_psnr_by_hand():
