@@ -22,7 +22,7 @@ class LPIPS:
     net: vgg (as in Open-Sora and latent-diffusion) or alex. path: the trunk's file, by default found by its name.
     frame_batch: frames that pass at once. gradient_checkpointing: keep only the frames and recompute the trunk's
     activations in backward. wrap: columns of a panorama that the trunk sees beyond either side of the seam, instead of
-    zeros; they do not count themselves.
+    zeros; they do not count themselves. 32 to 64 suffice, and a multiple of 16 ends where VGG's places end.
     The clip's weight counts inside each layer, at its size; see LPIPSNet.
     """
 
