@@ -63,6 +63,7 @@ def size(text: str) -> str | tuple[int, int]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     listing = "\n".join(f"  {name:20} {entry.summary}" for name, entry in METRICS.items())
+    panorama = " ".join(PRESETS["panorama"].metrics)
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -87,7 +88,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--ignore_fps", action="store_true", help="compare frame by frame although frame rates differ")
     add("--to_8bit", action="store_true", help="score files of more than 8 bits as 8 bits")
     add = parser.add_argument_group("metrics").add_argument
-    add("--metric", nargs="+", default=["ssim", "psnr"], metavar="NAME", help="see below; default ssim psnr")
+    add(
+        "--metric",
+        nargs="+",
+        metavar="NAME",
+        help=f"see below; default ssim psnr, or with --preset panorama {panorama}",
+    )
     add("--preset", choices=PRESETS, default="default", help="whose formulas; default %(default)s")
     add("--batch_size", type=positive, default=1, help="only presets that average over batches depend on it")
     add("--rfid_stride", type=positive, default=1, help="rfid takes every n-th frame")
@@ -113,6 +119,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--on_error", choices=("stop", "skip"), default="stop", help="what to do with a pair that cannot be scored")
     add("--sample_fps", type=float, help="accepted for the original's command line, which did not use it either")
     args = parser.parse_args(argv)
+    args.metric = args.metric or PRESETS[args.preset].metrics
     args.ref, args.recs = folders(parser, args)
     return args
 

@@ -33,7 +33,7 @@ from vae3d.inference.video import VideoWriter
 from vae3d.metrics import Metric, MetricSet, VideoResult, build_metrics
 from vae3d.metrics.base import Chunk
 
-METRICS = ["psnr", "ssim", "flicker", "tpsnr", "ws_psnr", "ws_ssim", "seam"]
+METRICS = ["psnr", "ssim", "flicker", "tpsnr", "ws_psnr", "ws_ssim", "seam", "polar", "cube"]
 NETWORKS = ["lpips_alex", "rfid"]
 SHORT = 17  # frames of a degenerate video; these are also scored by what would take too long on the long one:
 SLOW, SLOW_NETWORKS = ["tof"], ["tlp", "flolpips"]

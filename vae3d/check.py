@@ -291,6 +291,8 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
                 faults.append(f"loss.terms.{name}.weight={term.weight} must be 0 or more")
             if len(term.ramp) != 2 or not 0 <= term.ramp[0] <= term.ramp[1]:
                 faults.append(f"loss.terms.{name}.ramp={term.ramp} must be [first step, last step]")
+            if term.reduction not in (None, *CHOICES["loss.reduction"]):
+                faults.append(f"loss.terms.{name}.reduction={term.reduction} is unknown; use one of null, sum, mean")
         if not any(term.weight > 0 for term in loss.terms.values()):
             faults.append("loss.terms has no term with a weight above 0; there is nothing to train on")
 

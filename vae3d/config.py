@@ -42,12 +42,14 @@ class LossTerm:
     weight: float = 1.0
     ramp: list[int] = field(default_factory=lambda: [0, 0])  # weight rises linearly from the first to the second step
     log: bool = False  # compute and log the term even at weight 0
+    reduction: str | None = None  # sum, mean; null: the set's
 
 
 @dataclass
 class Loss:
     reduction: str = MISSING  # sum: over a frame's (KL: a clip's) elements; mean: over elements
     terms: dict[str, LossTerm] = MISSING
+    pixel_weight: Any = None  # how much each row counts in the terms on pixels, such as ErpCosine; null: all alike
 
 
 @dataclass

@@ -123,11 +123,11 @@ def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str
 def objective(config: Loss) -> Objective:
     """Terms of weight 0 that are not logged are not even built."""
     terms = {
-        name: Weighted(instantiate(term.term), term.weight, tuple(term.ramp), term.log)
+        name: Weighted(instantiate(term.term), term.weight, tuple(term.ramp), term.log, term.reduction)
         for name, term in config.terms.items()
         if term.weight or term.log
     }
-    return Objective(terms, config.reduction)
+    return Objective(terms, config.reduction, config.pixel_weight and instantiate(config.pixel_weight))
 
 
 def clip_settings(config: Data) -> ClipSettings:

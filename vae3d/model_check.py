@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -129,7 +130,7 @@ def _step_faults(config: TrainConfig, model: nn.Module, objective: Objective) ->
         clip = meta_clip(frames, config.data.height, config.data.width)
         try:
             out = model(clip.video, pixels=objective.needs_pixels)
-            loss, _ = objective(clip, out, step=0)
+            loss, _ = objective(clip, out, step=sys.maxsize)  # where all ramps have ended
         except (ValueError, RuntimeError) as error:
             yield f"loss: a clip of {frames} frames of {config.data.height}x{config.data.width} fails: {error}"
             return

@@ -108,12 +108,16 @@ class Clip:
     positions: [B], each clip's place in the endless training order; with the run's seed it fixes every
     random draw made for the clip. paths: source files. faults: (path, reason) of files that failed to read
     while this batch was made.
+    valid: [B, 1, T, H, W] bool, False where a clip holds no measurement; its pixels there must be finite.
+    weight: how much each pixel counts, broadcastable to [B, 1, T, H, W], of mean 1; set by the Objective.
     """
 
     video: Tensor
     positions: Tensor
     paths: list[str]
     faults: list[tuple[str, str]] = field(default_factory=list)
+    valid: Tensor | None = None
+    weight: Tensor | None = None
 
     def pin_memory(self) -> Clip:
         """Called by the DataLoader, so that `to` copies while the GPU computes."""

@@ -70,7 +70,7 @@ FILES = {
         ),
         _torchvision(
             "alexnet-owt-7be5be79.pth",
-            ("lpips", "lpips_alex", "tlp", "flolpips", "flolpips_raft_large", "flolpips_raft_small"),
+            ("lpips", "lpips_alex", "tlp", "cube_lpips", "flolpips", "flolpips_raft_large", "flolpips_raft_small"),
             244_408_911,
             "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
             slim="features.",

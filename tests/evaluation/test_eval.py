@@ -111,6 +111,22 @@ def test_batch_size_matters_only_to_presets_that_average_over_batches(folders):
     assert results["opensora12", "2"] == pytest.approx((np.mean(means[:2]) + means[2]) / 2, abs=1e-5)
 
 
+def test_the_panorama_preset_chooses_its_metrics_unless_some_are_named(folders, capsys):
+    assert evaluate(*folders, "--preset", "panorama") == 0
+    told = report(folders[1])
+    chosen = ("ws_psnr", "ws_ssim", "seam_gradient", "seam_ratio", "psnr_polar", "cube_psnr", "cube_psnr_up")
+    assert {*chosen} < told["metrics"].keys()
+    assert "psnr" not in told["metrics"]
+    assert told["preset"]["name"] == "panorama"
+    assert evaluate(*folders, *PSNR, "--preset", "panorama", "--output", str(folders[1].with_name("out"))) == 0
+    chosen = json.loads((folders[1].with_name("out") / "summary.json").read_text())["metrics"]
+    assert list(chosen) == ["psnr", "psnr_video"]
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "default ssim psnr, or with --preset panorama ws_psnr ws_ssim seam polar cube" in printed
+
+
 def test_a_mean_over_pixels_needs_one_size(folders, capsys):
     for folder in folders:
         write_video(folder / "large.mp4", tiny.frames(5, 64, 64), 24)

@@ -17,6 +17,8 @@ IDEAL = {
     **dict.fromkeys(("ssim", "ms_ssim", "ws_ssim", "seam_ratio"), 1.0),
     **dict.fromkeys(("lpips_alex", "lpips_vgg", "tof", "tlp", "seam_gradient", "rfid", "rfvd"), 0.0),
     **dict.fromkeys(("flolpips", "flolpips_raft_large", "flolpips_raft_small"), 0.0),
+    **dict.fromkeys(METRICS["polar"].kind.columns | METRICS["cube"].kind.columns, 100.0),
+    **dict.fromkeys(METRICS["cube_lpips"].kind.columns, 0.0),
 }
 
 
@@ -112,7 +114,18 @@ def test_a_single_frame_has_scores_but_no_motion(metrics):
 
 
 @pytest.mark.parametrize(
-    ("name", "side"), [("ssim", 11), ("ms_ssim", 161), ("lpips_alex", 31), ("lpips_vgg", 16), ("psnr", 1), ("seam", 33)]
+    ("name", "side"),
+    [
+        ("ssim", 11),
+        ("ms_ssim", 161),
+        ("lpips_alex", 31),
+        ("lpips_vgg", 16),
+        ("psnr", 1),
+        ("seam", 33),
+        ("polar", 6),
+        ("cube", 2),
+        ("cube_lpips", 62),
+    ],
 )
 def test_no_larger_frames_are_asked_for_than_the_formula_needs(quick, name, side):
     assert [metric.min_size for metric in build_metrics([name])] == [side]

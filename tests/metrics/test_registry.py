@@ -62,6 +62,13 @@ def test_lpips_is_the_one_that_the_preset_uses(preset):
     assert resolve(["lpips", "psnr", net], preset) == [net, "psnr"]
 
 
+def test_presets_choose_metrics_that_need_no_weights():
+    """They are computed by default, also on machines without weights."""
+    assert PRESETS["panorama"].metrics == ("ws_psnr", "ws_ssim", "seam", "polar", "cube")
+    for preset in PRESETS.values():
+        assert not any(METRICS[name].files for name in preset.metrics)
+
+
 def test_settings_go_to_their_metric_over_the_presets():
     (metric,) = build_metrics(
         ["ssim"], preset="vidtok", settings={"ssim": {"formula": "uniform"}, "rfid": {"stride": 4}}

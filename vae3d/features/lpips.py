@@ -87,10 +87,24 @@ class LPIPSNet(nn.Module):
         layers = zip(x, y, self.lins, strict=True)
         return [nn.functional.conv2d((a - b) ** 2, lin) for a, b, lin in layers]
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distance of every image pair, [N, 1, 1, 1]."""
+    def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Distance of every image pair, [N, 1, 1, 1].
+
+        weight: how much each pixel counts, broadcastable to [N, 1, H, W], of mean 1. Every layer's map is weighted by
+        its mean over the area of a place in the map (the nearest whole pixels, where sizes do not divide), which is
+        nearly what the map that is upsampled to H x W has for a mean under these weights.
+        """
         maps = self.layer_maps(self.unit_features(x), self.unit_features(y))
+        if weight is not None:
+            maps = [m * _at_size(weight, m.shape[-2:]) for m in maps]
         return sum(m.mean((2, 3), keepdim=True) for m in maps)
+
+
+def _at_size(weight: Tensor, size: Sequence[int]) -> Tensor:
+    """[N, 1, H, W] weights, of which H or W may be 1, averaged to `size`; the mean of each image stays as it is."""
+    small = nn.functional.adaptive_avg_pool2d(weight, [min(a, b) for a, b in zip(weight.shape[-2:], size, strict=True)])
+    before, after = (w.mean((2, 3), keepdim=True) for w in (weight, small))
+    return small * (before / torch.where(after > 0, after, 1.0))
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from vae3d.losses.weights import PixelWeight, mean_one
 from vae3d.precision import full_precision
 from vae3d.schedules import ramp
 from vae3d.types import Clip, Reconstruction
@@ -20,7 +21,8 @@ class Error(NamedTuple):
     """What a term measured: a map of errors, and how many elements one frame (KL: one clip) has.
 
     The mean of `map` is the error per element; times `elements` it is the sum that latent-diffusion and
-    Open-Sora call the loss. A map may be broadcastable (LPIPS: one value per frame).
+    Open-Sora call the loss. A map of the clip's height and width is weighted by `Clip.weight` afterwards; a term
+    whose map is broadcastable (LPIPS: one value per frame) or of another size has weighted by itself, if at all.
     """
 
     map: Tensor
@@ -38,29 +40,35 @@ class Term(Protocol):
 
 @dataclass(frozen=True)
 class Weighted:
+    """A term in an Objective. reduction: by default the objective's."""
+
     term: Term
     weight: float
     ramp: tuple[int, int] = (0, 0)
     log: bool = False
+    reduction: str | None = None
 
     def at(self, step: int) -> float:
         return self.weight * ramp(step, *self.ramp)
 
 
 class Objective:
-    """Sum of weighted terms under one reduction.
+    """Sum of weighted terms under one reduction, which a term may replace by its own.
 
     reduction "sum": each term summed over the elements of a frame and averaged over frames and clips (KL:
     summed over a clip, averaged over clips), as `VAELoss` in Open-Sora v1.2 `losses.py` and
     `LPIPSWithDiscriminator` in latent-diffusion do, with logvar 0. "mean": averaged over all elements.
+    pixel_weight: how much each row counts in the terms on pixels. Pixels that are not valid count nothing, and the
+    others of their clip the more; a clip without a valid pixel adds nothing.
     Raises ValueError for another reduction.
     """
 
-    def __init__(self, terms: Mapping[str, Weighted], reduction: str) -> None:
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction is {reduction!r}; use one of {', '.join(REDUCTIONS)}")
+    def __init__(self, terms: Mapping[str, Weighted], reduction: str, pixel_weight: PixelWeight | None = None) -> None:
+        for chosen in (reduction, *(t.reduction or reduction for t in terms.values())):
+            if chosen not in REDUCTIONS:
+                raise ValueError(f"reduction is {chosen!r}; use one of {', '.join(REDUCTIONS)}")
         self.terms = {name: t for name, t in terms.items() if t.weight or t.log}
-        self.reduction = reduction
+        self.reduction, self.pixel_weight = reduction, pixel_weight
 
     @property
     def needs_pixels(self) -> bool:
@@ -75,19 +83,20 @@ class Objective:
     def __call__(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch at optimizer step `step`.
 
-        Metrics per term: `loss/<name>` under the reduction, `loss_mean/<name>` per element and
+        Metrics per term: `loss/<name>` under its reduction, `loss_mean/<name>` per element and
         `loss_weighted/<name>`, its share of the total.
         Raises ValueError if no term applies.
         """
         shares: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
         with full_precision(clip.video.device):
-            for name, weighted in self.terms.items():
+            clip, out = self._weigh(clip, out)
+            for name, weighted in self._computed(step).items():
                 error = weighted.term(clip, out)
                 if error is None:
                     continue
-                mean = error.map.float().mean()
-                value = mean * error.elements if self.reduction == "sum" else mean
+                mean = _weighted_map(error.map.float(), clip).mean()
+                value = mean * error.elements if (weighted.reduction or self.reduction) == "sum" else mean
                 shares.append(weighted.at(step) * value)
                 metrics[f"loss/{name}"] = value.detach()
                 metrics[f"loss_mean/{name}"] = mean.detach()
@@ -97,6 +106,31 @@ class Objective:
                 f"none of the loss terms {list(self.terms)} applies to a clip of {clip.video.shape[2]} frames"
             )
         return torch.stack(shares).sum(), metrics
+
+    def _computed(self, step: int) -> Mapping[str, Weighted]:
+        """The terms without those that read pixels at weight 0 (LPIPS before its ramp) where another reads them too.
+
+        Skipping such a term leaves no parameter without a gradient, on which DDP would fail.
+        """
+        wanted = {name for name, t in self.terms.items() if t.at(step) or t.log or not t.term.needs_pixels}
+        if not any(self.terms[name].term.needs_pixels for name in wanted):
+            return self.terms
+        return {name: t for name, t in self.terms.items() if name in wanted}
+
+    def _weigh(self, clip: Clip, out: Reconstruction) -> tuple[Clip, Reconstruction]:
+        """The clip with its weights. Pixels that are not valid are reconstructed perfectly: no error, no gradient."""
+        weight = None
+        if self.pixel_weight is not None:
+            weight = self.pixel_weight(clip.video.shape[-2], clip.video.device)[None, None, None, :, None]
+        if clip.valid is not None:
+            weight = mean_one(clip.valid.float() if weight is None else clip.valid * weight)
+            if out.video is not None:
+                out = replace(out, video=torch.where(clip.valid, out.video, clip.video))
+        return replace(clip, weight=weight), out
+
+
+def _weighted_map(errors: Tensor, clip: Clip) -> Tensor:
+    return errors * clip.weight if clip.weight is not None and errors.shape[-2:] == clip.video.shape[-2:] else errors
 
 
 def numel_per_frame(x: Tensor) -> int:

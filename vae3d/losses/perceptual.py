@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vae3d import weights
+from vae3d import panorama, weights
 from vae3d.features.lpips import LPIPSNet
 from vae3d.losses.objective import Error, numel_per_frame, require_pixels
 from vae3d.types import Clip, Reconstruction
@@ -20,7 +21,9 @@ class LPIPS:
 
     net: vgg (as in Open-Sora and latent-diffusion) or alex. path: the trunk's file, by default found by its name.
     frame_batch: frames that pass at once. gradient_checkpointing: keep only the frames and recompute the trunk's
-    activations in backward.
+    activations in backward. wrap: columns of a panorama that the trunk sees beyond either side of the seam, instead of
+    zeros; they do not count themselves. 32 to 64 suffice, and a multiple of 16 ends where VGG's places end.
+    The clip's weight counts inside each layer, at its size; see LPIPSNet.
     """
 
     needs_pixels = True
@@ -32,11 +35,13 @@ class LPIPS:
         path: str | Path | None = None,
         frame_batch: int = 4,
         gradient_checkpointing: bool = True,
+        wrap: int = 0,
     ) -> None:
         self.network = LPIPSNet(net)
         self.path = path
         self.frame_batch = frame_batch
         self.gradient_checkpointing = gradient_checkpointing
+        self.wrap = wrap
 
     def find_weights(self) -> Path:
         """Where the trunk's file is. Raises WeightsMissing if it is nowhere."""
@@ -46,14 +51,35 @@ class LPIPS:
         self.network.load(self.path).to(device)
 
     def __call__(self, clip: Clip, out: Reconstruction) -> Error:
-        rec = rearrange(require_pixels(out), "b c t h w -> (b t) c h w")
-        ori = rearrange(clip.video, "b c t h w -> (b t) c h w")
-        pairs = zip(ori.split(self.frame_batch), rec.split(self.frame_batch), strict=True)
-        distances = torch.cat([self._distance(x, y) for x, y in pairs])  # [B*T, 1, 1, 1]
-        distances = rearrange(distances, "(b t) c h w -> b c t h w", b=len(clip.video))
-        return Error(distances, numel_per_frame(clip.video))
+        ori, rec = frames_of(clip.video), frames_of(require_pixels(out))
+        weight = clip.weight
+        if self.wrap:
+            ori, rec = panorama.wrap(ori, self.wrap), panorama.wrap(rec, self.wrap)
+            weight = self._with_margins(clip)
+        if weight is not None:
+            clips, frames = clip.video.shape[0], clip.video.shape[2]
+            weight = frames_of(weight.expand(clips, 1, frames, -1, -1))
+        return Error(self.distances(ori, rec, weight, len(clip.video)), numel_per_frame(clip.video))
 
-    def _distance(self, ori: Tensor, rec: Tensor) -> Tensor:
+    def distances(self, ori: Tensor, rec: Tensor, weight: Tensor | None, clips: int) -> Tensor:
+        """[clips, 1, N / clips, 1, 1] of images [N, 3, H, W], with weights [N, 1, H, W] of which H or W may be 1."""
+        batches = [part.split(self.frame_batch) for part in (ori, rec, *([] if weight is None else [weight]))]
+        values = torch.cat([self._distance(*batch) for batch in zip(*batches, strict=True)])
+        return rearrange(values, "(b t) c h w -> b c t h w", b=clips)
+
+    def _distance(self, ori: Tensor, rec: Tensor, weight: Tensor | None = None) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled() and rec.requires_grad:
-            return checkpoint(self.network, ori, rec, use_reentrant=False, preserve_rng_state=False)
-        return self.network(ori, rec)
+            return checkpoint(self.network, ori, rec, weight, use_reentrant=False, preserve_rng_state=False)
+        return self.network(ori, rec, weight)
+
+    def _with_margins(self, clip: Clip) -> Tensor:
+        """The clip's weight on wrapped frames: 0 in the margins, and mean 1 as before."""
+        width = clip.video.shape[-1]
+        weight = clip.video.new_ones(1, 1, 1, 1, 1) if clip.weight is None else clip.weight
+        weight = weight.expand(-1, -1, -1, clip.video.shape[-2], width)
+        return F.pad(weight, (self.wrap, self.wrap)) * (1 + 2 * self.wrap / width)
+
+
+def frames_of(clips: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B * T, C, H, W]."""
+    return rearrange(clips, "b c t h w -> (b t) c h w")

@@ -19,7 +19,8 @@ ONLY_EQUAL = 1e-45  # an MSE that frames in fp32 fall below only if they are equ
 
 @dataclass(frozen=True)
 class Preset:
-    """source: whose formulas. settings: metric -> arguments. lpips: which metric `lpips` means.
+    """source: whose formulas. settings: metric -> arguments. lpips: which metric `lpips` means. metrics: those that
+    the evaluation script computes unless told others.
 
     average: how a set's mean is formed. `videos`: mean of the videos' values. `frames`: mean of all frames. `batches`:
     mean over batches of videos in the order of their names, as a tool computes that averages every batch first: a
@@ -32,6 +33,7 @@ class Preset:
     lpips: str = "lpips_alex"
     average: str = "videos"
     whole_batches: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ("ssim", "psnr")
 
 
 PRESETS: dict[str, Preset] = {
@@ -62,6 +64,10 @@ PRESETS: dict[str, Preset] = {
         {"psnr": {"floor": ONLY_EQUAL}, "lpips_alex": {"spatial": True}},
         average="batches",
         whole_batches=("psnr", "lpips_alex"),
+    ),
+    "panorama": Preset(
+        "the default's formulas, for 360 degree panoramas",
+        metrics=("ws_psnr", "ws_ssim", "seam", "polar", "cube"),
     ),
 }
 

@@ -53,6 +53,9 @@ METRICS: dict[str, Entry] = {
     "ws_psnr": Entry("panoramas: PSNR weighted by latitude", panorama.WsPsnr),
     "ws_ssim": Entry("panoramas: SSIM weighted by latitude", panorama.WsSsim),
     "seam": Entry("panoramas: errors where left and right edge meet", panorama.Seam),
+    "polar": Entry("panoramas: PSNR of bands of latitude", panorama.Polar),
+    "cube": Entry("panoramas: PSNR of the views ahead, back, left, right, up, down", panorama.Cube),
+    "cube_lpips": Entry("panoramas: LPIPS of these views, AlexNet", panorama.CubeLpips, (LPIPS["alex"],)),
     "rfid": Entry("Fréchet distance of all frames, Inception", distribution.Rfid, (INCEPTION,)),
     "rfvd": Entry("Fréchet distance of all videos, I3D", distribution.Rfvd, (I3D,)),
 }

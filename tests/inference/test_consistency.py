@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from tests import tiny
+from vae3d.inference.consistency import roll_consistency
+
+
+class Painter(nn.Module):
+    """Adds `amount` to column 0 of whatever it sees: a seam."""
+
+    spec = SimpleNamespace(space_stride=8)
+
+    def __init__(self, amount: float) -> None:
+        super().__init__()
+        self.amount = amount
+
+    def forward(self, video, *, sample):
+        assert not sample
+        rec = video.clone()
+        rec[..., 0] += self.amount
+        return SimpleNamespace(video=rec)
+
+
+VIDEO = torch.rand(2, 3, 3, 16, 32, generator=torch.Generator().manual_seed(0)) - 0.5
+
+
+def test_a_model_without_a_seam_is_consistent():
+    assert roll_consistency(Painter(0), VIDEO) == 100
+
+
+@pytest.mark.parametrize("columns", [None, 8, -8])
+def test_a_seam_is_wrong_in_both_places(columns):
+    """Two of 32 columns are off by 0.4 in [-1, 1], 0.2 in [0, 1]."""
+    assert roll_consistency(Painter(0.4), VIDEO, columns) == pytest.approx(-10 * math.log10(0.04 * 2 / 32), abs=1e-4)
+
+
+def test_what_is_out_of_range_is_cut_off_as_on_a_screen():
+    assert roll_consistency(Painter(0.4), torch.ones(1, 3, 1, 16, 32)) == 100
+
+
+def test_zero_padding_is_seen():
+    model = tiny.model("spatial")
+    stride = model.spec.space_stride
+    video = torch.rand(1, 3, 2, 4 * stride, 8 * stride) * 2 - 1
+    assert 5 < roll_consistency(model, video) < 60
+
+
+@pytest.mark.parametrize(("width", "columns"), [(32, 4), (32, 0), (32, 32), (8, None)])
+def test_turns_that_tell_nothing_are_refused(width, columns):
+    with pytest.raises(ValueError, match=f"a turn by .* of {width} columns tells nothing about a model of stride 8"):
+        roll_consistency(Painter(0), VIDEO[..., :width], columns)
