@@ -262,16 +262,27 @@ class WanVAE(nn.Module):
         return coded[0] if whole else torch.cat(coded, 2)
 
     def _moments(self, video: Tensor, cache: Cache | None, keep: bool, recompute: bool = False) -> tuple[Tensor, Cache]:
-        x = rearrange(
-            video.to(self.conv1.weight.dtype), "b c t (h q) (w r) -> b (c r q) t h w", q=self.patch, r=self.patch
-        )
-        x, cache = run_chain(self.encoder.chain(), x, cache, keep, recompute)
-        return pointwise(self.conv1, x), cache
+        x, cache = run_chain(self.encoder.chain(), self.to_patches(video), cache, keep, recompute)
+        return self.to_moments(x), cache
 
     def _pixels(self, z: Tensor, cache: Cache | None, keep: bool, recompute: bool = False) -> tuple[Tensor, Cache]:
-        x = pointwise(self.conv2, z.to(self.conv2.weight.dtype))
-        x, cache = run_chain(self.decoder.chain(), x, cache, keep, recompute)
-        return rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=self.patch, r=self.patch), cache
+        x, cache = run_chain(self.decoder.chain(), self.from_latents(z), cache, keep, recompute)
+        return self.from_patches(x), cache
+
+    def to_patches(self, video: Tensor) -> Tensor:
+        """What the encoder's chain takes."""
+        video = video.to(self.conv1.weight.dtype)
+        return rearrange(video, "b c t (h q) (w r) -> b (c r q) t h w", q=self.patch, r=self.patch)
+
+    def to_moments(self, x: Tensor) -> Tensor:
+        return pointwise(self.conv1, x)
+
+    def from_latents(self, z: Tensor) -> Tensor:
+        """What the decoder's chain takes."""
+        return pointwise(self.conv2, z.to(self.conv2.weight.dtype))
+
+    def from_patches(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=self.patch, r=self.patch)
 
     def _fit(self, video: Tensor) -> Tensor:
         """Extend a clip to what the network takes."""
@@ -280,6 +291,10 @@ class WanVAE(nn.Module):
             raise ValueError(
                 f"the width is {video.shape[-1]}; a circular width must be a multiple of {space}, since columns that "
                 "are added would lie across the seam"
+            )
+        if self.borders.height == "pole" and video.shape[-1] % (2 * space):
+            raise ValueError(
+                f"the width is {video.shape[-1]}; pad_h=pole turns rows by half, so that 2 x {space} divides it"
             )
         missing = -(video.shape[2] - 1) % stride
         if missing:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from vae3d.panorama import wrap
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,7 @@ class Borders:
     def pad(self, frames: Tensor) -> Tensor:
         """[N, C, H, W] with its halo; itself where there is none."""
         rows, columns = self.halo
-        if columns:
-            frames = torch.cat([frames[..., -1:], frames, frames[..., :1]], -1)
-        if rows:
-            half = frames.shape[-1] // 2 - 1
-            turned = torch.cat([frames[..., 1:-1].roll(half, -1)], -1)
-            turned = torch.cat([turned[..., -1:], turned, turned[..., :1]], -1)
-            frames = torch.cat([turned[..., :1, :], frames, turned[..., -1:, :]], -2)
-        return frames
+        return wrap(frames, columns, rows) if columns else frames
 
 
 POINTWISE = Borders("none", "none")
