@@ -27,6 +27,8 @@ FAULTS = {
     "short side": (["data.short_side=8"], "data.short_side=8 is smaller than the crop; use at least 16, or null"),
     "choice": (["optim.schedule=linear"], "optim.schedule=linear is unknown; use one of constant, cosine"),
     "range": (["data.frames.images=1.5"], "data.frames.images=1.5 must be a probability, 0 to 1"),
+    "decay inside the warm-up": (["optim.warmup_steps=200", "optim.decay_start=100"], "optim.decay_start=100 is before the end of optim.warmup_steps=200; raise it, or null"),
+    "proximal": (["optim.proximal=-1"], "optim.proximal=-1.0 must be 0 (off) or more"),
     "ramp": (["loss.terms.l1.ramp=[500,200]"], "loss.terms.l1.ramp=[500, 200] must be [first step, last step]"),
     "batch": (["data.batch_size=3", "trainer.accumulate=2"], "data.batch_size=3 does not divide over 1 ranks x trainer.accumulate=2; use a multiple of 2, such as 4"),
     "ranks": (["launcher=torchrun", "launcher.nproc=4", "data.batch_size=2"], "data.batch_size=2 does not divide over 4 ranks x trainer.accumulate=1; use a multiple of 4, such as 4"),

@@ -61,6 +61,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.weight_decay": (lambda v: v >= 0, "0 or more"),
     "optim.min_lr": (lambda v: v >= 0, "0 or more"),
     "optim.warmup_steps": (lambda v: v >= 0, "0 or more"),
+    "optim.proximal": (lambda v: v >= 0, "0 (off) or more"),
     "optim.grad_clip": (lambda v: v > 0, "positive"),
     "trainer.max_steps": (lambda v: v >= 1, "at least 1"),
     "trainer.accumulate": (lambda v: v >= 1, "at least 1"),
@@ -267,13 +268,19 @@ def _values(
 
 
 def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list[str]:
-    data, trainer, loss = config.data, config.trainer, config.loss
+    data, trainer, loss, optim = config.data, config.trainer, config.loss, config.optim
     faults = []
     largest = max([side for side in (data.height, data.width) if side != MISSING], default=0)
     if data.short_side is not None and data.short_side < largest:
         faults.append(f"data.short_side={data.short_side} is smaller than the crop; use at least {largest}, or null")
     if data.frames.max < data.frames.min:
         faults.append(f"data.frames.max={data.frames.max} is below data.frames.min={data.frames.min}; raise it")
+
+    if optim.decay_start is not None and optim.decay_start < optim.warmup_steps:
+        faults.append(
+            f"optim.decay_start={optim.decay_start} is before the end of optim.warmup_steps={optim.warmup_steps}; "
+            "raise it, or null"
+        )
 
     world = int(environment.get("WORLD_SIZE", config.launcher.nproc if config.launcher.name == "torchrun" else 1))
     share = world * trainer.accumulate

@@ -88,8 +88,10 @@ class Optim:
     weight_decay: float = 0.0
     warmup_steps: int = 0
     schedule: str = "constant"  # constant, cosine
+    decay_start: int | None = None  # first step of the cosine's descent; null: right after the warm-up
     min_lr: float = 0.0
     grad_clip: float = 1.0
+    proximal: float = 0.0  # lambda of the pull lambda * sum (theta - theta0)^2 towards the weights of the start
 
 
 @dataclass

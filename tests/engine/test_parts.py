@@ -128,12 +128,26 @@ def test_ramp(step, value):
 
 def test_learning_rate_warms_up_and_decays():
     rates = {"lr": 1.0, "warmup_steps": 4, "schedule": "cosine", "max_steps": 104, "min_lr": 0.1}
-    assert [learning_rate(s, **rates) for s in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert [learning_rate(s, **rates) for s in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert learning_rate(54, **rates) == pytest.approx(0.55)
     assert learning_rate(104, **rates) == learning_rate(200, **rates) == pytest.approx(0.1)
     assert learning_rate(10**6, lr=1e-5) == 1e-5
     with pytest.raises(ValueError, match="schedule is 'linear'"):
         learning_rate(5, lr=1.0, schedule="linear")
+
+
+WAN_ERP = {"lr": 1e-5, "warmup_steps": 200, "decay_start": 1000, "schedule": "cosine", "max_steps": 5000}
+
+
+@pytest.mark.parametrize(
+    ("step", "value"),
+    [
+        (0, 0.0), (1, 5e-8), (100, 5e-6), (200, 1e-5), (350, 1e-5), (500, 1e-5), (750, 1e-5), (1000, 1e-5),
+        (2000, 1e-5 * (2 + 2**0.5) / 4), (3000, 5e-6), (5000, 0.0), (6000, 0.0),
+    ],
+)  # fmt: skip
+def test_learning_rate_is_held_between_warm_up_and_decay(step, value):
+    assert learning_rate(step, **WAN_ERP) == pytest.approx(value, rel=1e-12, abs=1e-20)
 
 
 def test_metrics_average_over_the_micro_batches_that_have_them():

@@ -155,6 +155,7 @@ class Trainer:
             self.step,
             lr=optim.lr,
             warmup_steps=optim.warmup_steps,
+            decay_start=optim.decay_start,
             schedule=optim.schedule,
             max_steps=self.config.trainer.max_steps,
             min_lr=optim.min_lr,
