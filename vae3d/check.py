@@ -39,6 +39,7 @@ CHOICES = {
     "data.reader": ("auto", "pyav", "decord"),
     "optim.schedule": ("constant", "cosine"),
     "trainer.precision": ("bf16", "fp16", "fp32"),
+    "trainer.ema.device": ("model", "cpu"),
     "launcher.name": ("local", "torchrun"),
     "debug.mode": (None, "dry", "profile"),
 }
@@ -73,6 +74,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.spike.factor": (lambda v: v is None or v > 1, "more than 1, or null"),
     "trainer.spike.warmup": (lambda v: v >= 0, "0 or more"),
     "trainer.spike.patience": (lambda v: v >= 1, "at least 1"),
+    "trainer.publish.prefix": (lambda v: v is None or (v and "/" not in v), "how file names begin, without /, or null"),
     "validation.every": (lambda v: v >= 0, "0 (never) or more"),
     "validation.clips": (lambda v: v >= 1, "at least 1"),
     "validation.frames": (lambda v: v >= 1, "at least 1"),
@@ -304,7 +306,7 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
         for part, scale in config.stage.train.items():
             if not scale > 0:
                 faults.append(f"stage.train.{part}={scale} must be above 0; leave a part out to freeze it")
-    faults += _missing_files(config)
+    faults += [*_missing_files(config), *_resume_faults(config.run.resume_from)]
     launched = environment.get("ACCELERATE_MIXED_PRECISION")
     if launched not in (None, "no", trainer.precision):  # "no" is also what accelerate launch says unasked
         faults.append(
@@ -312,6 +314,14 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
             f"give it --mixed_precision={trainer.precision.replace('fp32', 'no')}, or change trainer.precision"
         )
     return faults
+
+
+def _resume_faults(path: str | None) -> list[str]:
+    if path is None or Path(path).is_file() or Path(path, "run.json").is_file():
+        return []
+    if Path(path).is_dir():
+        return [f"run.resume_from={path} is no checkpoint; give RUN/checkpoints/step-..., or a training state's .pt"]
+    return [f"run.resume_from={path}: no such file or folder"]
 
 
 def _missing_files(config: TrainConfig) -> list[str]:
