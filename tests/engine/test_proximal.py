@@ -8,7 +8,8 @@ import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
-from tests.engine.test_trainer import fresh_accelerate, trace, trainer, weights  # noqa: F401
+from tests.engine.quick import trainer
+from tests.engine.test_trainer import fresh_accelerate, trace, weights  # noqa: F401
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.state import ResumeError, latest_state, load_state
@@ -17,10 +18,10 @@ from vae3d.engine.proximal import Proximal
 
 @pytest.fixture
 def start(videos, tmp_path):
-    """An export to start from, and the overrides of a run that is pulled towards it."""
+    """Settings of a run that is pulled towards the export in tmp_path/start."""
     t = trainer(videos, tmp_path / "first")
     write_export(Checkpoint(t.config.model, t.network.state_dict(), tmp_path, ""), tmp_path / "start")
-    return [f"stage.init_from={tmp_path / 'start'}", "optim.proximal=50"]
+    return {"stage.init_from": str(tmp_path / "start"), "optim.proximal": 50.0}
 
 
 def drifted() -> tuple[torch.nn.Module, Proximal]:
@@ -80,11 +81,11 @@ def test_the_digest_tells_anchors_apart():
 
 def test_the_anchor_survives_a_resume(videos, tmp_path, start):
     """2 + 2 steps are 4, bit for bit, and what the second start was pulled to is not where the first one ended."""
-    four = [*start, "trainer.max_steps=4"]
-    whole = trainer(videos, tmp_path / "whole", *four)
+    four = {**start, "trainer.max_steps": 4}
+    whole = trainer(videos, tmp_path / "whole", **four)
     whole.fit()
-    trainer(videos, tmp_path / "parts", *start).fit()
-    resumed = trainer(videos, tmp_path / "parts", *four)
+    trainer(videos, tmp_path / "parts", **start).fit()
+    resumed = trainer(videos, tmp_path / "parts", **four)
     assert all(torch.equal(a, whole.proximal.anchor[name]) for name, a in resumed.proximal.anchor.items())
     resumed.fit()
     a, b = (load_state(latest_state(tmp_path / run / "checkpoints")) for run in ("whole", "parts"))
@@ -95,34 +96,36 @@ def test_the_anchor_survives_a_resume(videos, tmp_path, start):
     assert pulls == trace(tmp_path / "whole", "prox")
     assert 0 < pulls[0][1] < pulls[1][1]
 
-    free = trainer(videos, tmp_path / "free", start[0], "trainer.max_steps=4")
+    free = trainer(videos, tmp_path / "free", **{**four, "optim.proximal": 0.0})
     free.fit()
     assert any(not torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(free).items())
     assert trace(tmp_path / "free", "prox") == []
 
 
 def test_a_resume_is_refused_when_the_file_of_the_start_has_changed(videos, tmp_path, start):
-    trainer(videos, tmp_path / "run", *start).fit()
+    trainer(videos, tmp_path / "run", **start).fit()
     shutil.copytree(tmp_path / "start", tmp_path / "copy")
-    moved = [f"stage.init_from={tmp_path / 'copy'}", start[1], "trainer.max_steps=3"]
-    assert trainer(videos, tmp_path / "run", *moved).step == 2  # the same weights elsewhere are the same anchor
-    t = trainer(videos, tmp_path / "other", "run.seed=9")
+    moved = {**start, "stage.init_from": str(tmp_path / "copy")}
+    again = trainer(videos, tmp_path / "run", **moved)  # the same weights elsewhere are the same anchor
+    assert again.step == 2
+    again.log.close()
+    t = trainer(videos, tmp_path / "other", **{"run.seed": 9})
     write_export(Checkpoint(t.config.model, t.network.state_dict(), tmp_path, ""), tmp_path / "start")
     with pytest.raises(ResumeError, match=r"pulled \(optim.proximal\) towards other weights than stage.init_from="):
-        trainer(videos, tmp_path / "run", *start, "trainer.max_steps=3")
-    assert trainer(videos, tmp_path / "run", start[0], "trainer.max_steps=3").step == 2  # without the pull
+        trainer(videos, tmp_path / "run", **start)
+    assert trainer(videos, tmp_path / "run", **{**start, "optim.proximal": 0.0}).step == 2
 
 
 def test_random_weights_are_an_anchor_too(videos, tmp_path):
-    trainer(videos, tmp_path, "optim.proximal=0.1").fit()
-    assert trainer(videos, tmp_path, "optim.proximal=0.1", "trainer.max_steps=3").step == 2
+    trainer(videos, tmp_path, **{"optim.proximal": 0.1}).fit()
+    assert trainer(videos, tmp_path, **{"optim.proximal": 0.1}).step == 2
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_pull_is_added_once_after_unscaling(videos, tmp_path, start, accumulate):
     """A loss scaler that multiplies by a power of two changes no bit, with accumulated micro-batches as without."""
-    common = [*start, f"trainer.accumulate={accumulate}", "trainer.save_every=0", "optim.grad_clip=0.5"]
-    plain, scaled = (trainer(videos, tmp_path / name, *common) for name in ("plain", "scaled"))
+    common = {**start, "trainer.accumulate": accumulate, "trainer.save_every": 0, "optim.grad_clip": 0.5}
+    plain, scaled = (trainer(videos, tmp_path / name, **common) for name in ("plain", "scaled"))
     scaled.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=10)
     scaled.accelerator.state._mixed_precision = "fp16"
     scaled.accelerator.native_amp = True
