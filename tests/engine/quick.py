@@ -19,9 +19,9 @@ def checked(videos: Path) -> TrainConfig:
     return tiny.training("spatial", videos, "stage=finetune", "stage.init_from=random", "loss=recon_kl", *frames)
 
 
-def trainer(videos: Path, folder: Path, **changes: Any) -> Trainer:
-    """changes: settings by their dotted keys, as in **{"optim.proximal": 0.1}."""
-    config = deepcopy(checked(videos))
+def trainer(videos: Path | TrainConfig, folder: Path, **changes: Any) -> Trainer:
+    """videos: a table, or what `checked` made of it. changes: settings, as in **{"optim.proximal": 0.1}."""
+    config = deepcopy(videos if isinstance(videos, TrainConfig) else checked(videos))
     for key, value in changes.items():
         *path, name = key.split(".")
         node = config
