@@ -54,8 +54,7 @@ refuse() {
 }
 
 quoted() { # a path as a Hydra value, whatever is in it
-  local value=${1//\\/\\\\}
-  printf "'%s'" "${value//\'/\\\'}"
+  printf "'%s'" "${1//\'/\\\'}"
 }
 
 experiment=wan_erp_rgb
@@ -70,6 +69,9 @@ apply() { # option, kind, key, value
   fi
   if [[ $kind =~ ^(number|encoder|frames)$ && ! $value =~ ^[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?$ ]]; then
     refuse "$option $value is not a number"
+  fi
+  if [[ $kind =~ ^(path|folder)$ && $value == *\\* ]]; then
+    refuse "$option $value holds a backslash, which Hydra would read as an escape"
   fi
   case $option in
     --decoder_only) experiment=wan_erp_decoder ;;

@@ -115,6 +115,7 @@ def test_the_command_line_of_the_requirement():
         ("--lr --height 128", "--lr needs a value"),
         ("--vae_path=", "--vae_path needs a value"),
         ("--lr fast", "--lr fast is not a number"),
+        (r"--vae_path a\b.pth", r"--vae_path a\b.pth holds a backslash"),
         ("--max_frames 4", "--max_frames 4 must be a whole number of at least 5"),
         ("--mixed_precision fp8", "--mixed_precision fp8 is unknown; use bf16, fp16 or no"),
         ("--decoder_only=1", "--decoder_only takes no value"),
