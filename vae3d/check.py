@@ -39,6 +39,7 @@ CHOICES = {
     "data.reader": ("auto", "pyav", "decord"),
     "optim.schedule": ("constant", "cosine"),
     "trainer.precision": ("bf16", "fp16", "fp32"),
+    "trainer.ema.device": ("model", "cpu"),
     "launcher.name": ("local", "torchrun"),
     "debug.mode": (None, "dry", "profile"),
 }
@@ -61,6 +62,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.weight_decay": (lambda v: v >= 0, "0 or more"),
     "optim.min_lr": (lambda v: v >= 0, "0 or more"),
     "optim.warmup_steps": (lambda v: v >= 0, "0 or more"),
+    "optim.proximal": (lambda v: v >= 0, "0 (off) or more"),
     "optim.grad_clip": (lambda v: v > 0, "positive"),
     "trainer.max_steps": (lambda v: v >= 1, "at least 1"),
     "trainer.accumulate": (lambda v: v >= 1, "at least 1"),
@@ -72,6 +74,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.spike.factor": (lambda v: v is None or v > 1, "more than 1, or null"),
     "trainer.spike.warmup": (lambda v: v >= 0, "0 or more"),
     "trainer.spike.patience": (lambda v: v >= 1, "at least 1"),
+    "trainer.publish.prefix": (lambda v: v is None or (v and "/" not in v), "how file names begin, without /, or null"),
     "validation.every": (lambda v: v >= 0, "0 (never) or more"),
     "validation.clips": (lambda v: v >= 1, "at least 1"),
     "validation.frames": (lambda v: v >= 1, "at least 1"),
@@ -268,13 +271,19 @@ def _values(
 
 
 def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list[str]:
-    data, trainer, loss = config.data, config.trainer, config.loss
+    data, trainer, loss, optim = config.data, config.trainer, config.loss, config.optim
     faults = []
     largest = max([side for side in (data.height, data.width) if side != MISSING], default=0)
     if data.short_side is not None and data.short_side < largest:
         faults.append(f"data.short_side={data.short_side} is smaller than the crop; use at least {largest}, or null")
     if data.frames.max < data.frames.min:
         faults.append(f"data.frames.max={data.frames.max} is below data.frames.min={data.frames.min}; raise it")
+
+    if optim.decay_start is not None and optim.decay_start < optim.warmup_steps:
+        faults.append(
+            f"optim.decay_start={optim.decay_start} is before the end of optim.warmup_steps={optim.warmup_steps}; "
+            "raise it, or null"
+        )
 
     world = int(environment.get("WORLD_SIZE", config.launcher.nproc if config.launcher.name == "torchrun" else 1))
     share = world * trainer.accumulate
@@ -300,7 +309,7 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
         for part, scale in config.stage.train.items():
             if not scale > 0:
                 faults.append(f"stage.train.{part}={scale} must be above 0; leave a part out to freeze it")
-    faults += _missing_files(config)
+    faults += [*_missing_files(config), *_resume_faults(config.run.resume_from)]
     launched = environment.get("ACCELERATE_MIXED_PRECISION")
     if launched not in (None, "no", trainer.precision):  # "no" is also what accelerate launch says unasked
         faults.append(
@@ -308,6 +317,14 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
             f"give it --mixed_precision={trainer.precision.replace('fp32', 'no')}, or change trainer.precision"
         )
     return faults
+
+
+def _resume_faults(path: str | None) -> list[str]:
+    if path is None or Path(path).is_file() or Path(path, "run.json").is_file():
+        return []
+    if Path(path).is_dir():
+        return [f"run.resume_from={path} is no checkpoint; give RUN/checkpoints/step-..., or a training state's .pt"]
+    return [f"run.resume_from={path}: no such file or folder"]
 
 
 def _missing_files(config: TrainConfig) -> list[str]:

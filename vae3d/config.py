@@ -24,6 +24,7 @@ class Run:
     sweep: str = "sweep"  # folder under root for the jobs of a multirun
     seed: int = 0
     resume: bool = True  # False: refuse a folder that already holds checkpoints
+    resume_from: str | None = None  # a step folder or a lone state file to go on from, instead of the run's newest
 
 
 @dataclass
@@ -90,8 +91,10 @@ class Optim:
     weight_decay: float = 0.0
     warmup_steps: int = 0
     schedule: str = "constant"  # constant, cosine
+    decay_start: int | None = None  # first step of the cosine's descent; null: right after the warm-up
     min_lr: float = 0.0
     grad_clip: float = 1.0
+    proximal: float = 0.0  # lambda of the pull lambda * sum (theta - theta0)^2 towards the weights of the start
 
 
 @dataclass
@@ -99,13 +102,14 @@ class Ema:
     decay: float = 0.999  # 0 turns EMA off
     warmup: bool = True
     every: int = 1
+    device: str = "model"  # where the averages lie: model (beside the weights), cpu (pinned host memory)
 
 
 @dataclass
 class Spike:
     factor: float | None = None  # skip a step whose loss exceeds this many times the running mean
     warmup: int = 100  # accepted steps before the factor counts
-    patience: int = 20  # skipped steps in a row that stop the run
+    patience: int = 20  # skipped steps in a row after which finite losses become the new level; others stop the run
 
 
 @dataclass
@@ -118,6 +122,15 @@ class Validation:
 
 
 @dataclass
+class Publish:
+    """Checkpoints under names that other programs expect, in the run's folder: <prefix>_step<N>.pt (training state),
+    <prefix>_ema_step<N>.pt and <prefix>_final_ema.pt (averaged weights)."""
+
+    prefix: str | None = None  # null: none
+    layout: str = "videox_fun"  # keys of the averaged weights, a name in vae3d/checkpoints/export.py FLAT_LAYOUTS
+
+
+@dataclass
 class Trainer:
     max_steps: int = 100_000
     accumulate: int = 1  # micro-batches per optimizer step
@@ -126,7 +139,8 @@ class Trainer:
     spike: Spike = field(default_factory=Spike)
     log_every: int = 10
     save_every: int = 1000
-    keep: int = 3  # newest checkpoints and exports kept; 0 keeps all
+    keep: int = 3  # newest checkpoints, exports and published files kept; 0 keeps all
+    publish: Publish = field(default_factory=Publish)
 
 
 @dataclass

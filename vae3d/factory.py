@@ -24,7 +24,7 @@ from torch import nn
 import vae3d.models
 from vae3d.check import target_faults
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, load_state, read_checkpoint
-from vae3d.checkpoints.state import ResumeError, latest_state
+from vae3d.checkpoints.state import ResumeError, latest_state, starting_state
 from vae3d.config import CONF
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import TrainingData, lengths_of, read_tables, validation_clips
@@ -183,10 +183,13 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     model = instantiate(config.model)
     if config.stage.whole_clips and hasattr(model, "micro_frames"):
         model.micro_frames = None
-    resumes = latest_state(folder / "checkpoints") is not None
-    if resumes and not config.run.resume:
+    if not config.run.resume and latest_state(folder / "checkpoints") is not None:
         raise ResumeError(f"{folder} holds checkpoints and run.resume=false; give this run another run.name")
-    started = [] if resumes else initialize(model, config.stage.init_from)
+    resumes = starting_state(folder / "checkpoints", config.run.resume_from) is not None
+    anchored = config.optim.proximal > 0  # needs the weights of the start, whether or not they are about to be replaced
+    started = initialize(model, config.stage.init_from) if anchored or not resumes else []
+    if anchored and resumes:
+        started = [f"optim.proximal pulls towards stage.init_from={config.stage.init_from}"]
     built = Trainer(
         config,
         folder,

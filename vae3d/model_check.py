@@ -11,6 +11,8 @@ from hydra.errors import InstantiationException
 from torch import nn
 
 from vae3d import factory
+from vae3d.checkpoints.export import to_layout
+from vae3d.checkpoints.formats import CheckpointError
 from vae3d.engine.freeze import PartError, train_parts, without_gradient
 from vae3d.losses.objective import Objective
 from vae3d.metrics import METRICS, MetricError
@@ -31,7 +33,7 @@ def faults(config: TrainConfig) -> list[str]:
             objective = factory.objective(config.loss)
     except InstantiationException as error:
         return [*found, f"model or loss cannot be built: {_cause(error)}"]
-    found += [*_size_faults(config, model), *_init_faults(config, model)]
+    found += [*_size_faults(config, model), *_init_faults(config, model), *_layout_faults(config, model)]
     try:
         train_parts(model, config.stage.train)
     except PartError as error:
@@ -59,6 +61,14 @@ def _metric_faults(config: TrainConfig) -> Iterator[str]:
             yield f"validation.metrics: {name} needs validation.frames of at least {kind.min_frames}"
         else:
             yield from find_files([name])[1].get(name, ())
+
+
+def _layout_faults(config: TrainConfig, model: nn.Module) -> Iterator[str]:
+    if config.trainer.publish.prefix is not None:
+        try:
+            to_layout(model.state_dict(), config.trainer.publish.layout)
+        except CheckpointError as error:
+            yield f"trainer.publish.layout: {error}"
 
 
 def meta_clip(frames: int, height: int, width: int) -> Clip:

@@ -15,19 +15,28 @@ def ramp(step: int, start: int, end: int) -> float:
 
 
 def learning_rate(
-    step: int, *, lr: float, warmup_steps: int = 0, schedule: str = "constant", max_steps: int = 0, min_lr: float = 0.0
+    step: int,
+    *,
+    lr: float,
+    warmup_steps: int = 0,
+    decay_start: int | None = None,
+    schedule: str = "constant",
+    max_steps: int = 0,
+    min_lr: float = 0.0,
 ) -> float:
     """Learning rate of optimizer step `step` (0-based).
 
-    Linear warm-up reaches `lr` at step `warmup_steps`; then `constant`, or `cosine` down to `min_lr` at
-    `max_steps`. Raises ValueError for an unknown schedule.
+    Linear warm-up from 0 at step 0 to `lr` at step `warmup_steps`, as in Hugging Face's schedules; then `constant`,
+    or `cosine`: held until step `decay_start` (None: no hold), then down to `min_lr` at `max_steps`.
+    Raises ValueError for an unknown schedule.
     """
     if step < warmup_steps:
-        return lr * (step + 1) / (warmup_steps + 1)
+        return lr * step / warmup_steps
     if schedule == "constant":
         return lr
     if schedule == "cosine":
-        progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+        start = warmup_steps if decay_start is None else decay_start
+        progress = min(1.0, max(0, step - start) / max(1, max_steps - start))
         return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
     raise ValueError(f"schedule is {schedule!r}; use 'constant' or 'cosine'")
 

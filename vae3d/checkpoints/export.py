@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,31 @@ WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
     "wan": write_wan,
     "videox_fun": write_videox_fun,
 }
+
+
+# Keys that other programs give to the same weights, in one flat state dict.
+# Raise CheckpointError for the state of a model that they do not know.
+FLAT_LAYOUTS: dict[str, Callable[[State], State]] = {
+    "native": lambda state: state,
+}
+
+
+def to_layout(state: State, layout: str) -> State:
+    """A model's state dict under the keys of `layout`. Raises CheckpointError if it is unknown or does not fit."""
+    if layout not in FLAT_LAYOUTS:
+        raise CheckpointError(f"no key layout is called {layout}; there are {', '.join(FLAT_LAYOUTS)}")
+    return FLAT_LAYOUTS[layout](state)
+
+
+def write_flat(state: State, layout: str, file: Path) -> None:
+    """One file for torch.load(..., weights_only=True), under the keys of `layout`; complete or not there at all."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in to_layout(state, layout).items()}
+    unfinished = file.with_name(f".{file.name}.partial")
+    with unfinished.open("wb") as stream:
+        torch.save(tensors, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.replace(file)
 
 
 def _require(checkpoint: Checkpoint, network: type[nn.Module], layout: str) -> dict[str, Any]:

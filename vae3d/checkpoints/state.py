@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -37,27 +38,33 @@ class ResumeError(UserError):
     """A run folder that belongs to another configuration."""
 
 
-def save_state(root: Path, step: int, state: Mapping[str, Any], config: Mapping[str, Any], keep: int) -> Path:
-    """Write root/step-<step>, then delete all but the newest `keep` (0 keeps all)."""
+def save_state(root: Path, step: int, state: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
+    """Write root/step-<step>, whose state file holds `config` too and so resumes without the folder."""
     target = root / f"step-{step:07d}"
     unfinished = root / f".{target.name}.partial"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     with (unfinished / STATE).open("wb") as stream:
-        torch.save(dict(state), stream)
+        torch.save({**state, "config": dict(config)}, stream)
         stream.flush()
         os.fsync(stream.fileno())
     (unfinished / META).write_text(json.dumps({"step": step, "config": config}, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     unfinished.rename(target)
-    prune(root, keep)
     return target
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all step folders but the newest `keep` (0 keeps all)."""
-    for old in _steps(root)[:-keep] if keep else []:
-        shutil.rmtree(old)
+def prune(root: Path, keep: int) -> list[int]:
+    """Delete all step folders but the newest `keep` (0 keeps all); returns the steps deleted."""
+    old = _steps(root)[:-keep] if keep else []
+    for folder in old:
+        shutil.rmtree(folder)
+    return [step_of(folder) for folder in old]
+
+
+def step_of(folder: Path) -> int:
+    """1000 for .../step-0001000."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def latest_state(root: Path) -> Path | None:
@@ -66,18 +73,47 @@ def latest_state(root: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def load_state(folder: Path) -> dict[str, Any]:
-    """Tensors on the CPU. Raises CheckpointError if the file is damaged."""
+def starting_state(root: Path, resume_from: str | None) -> Path | None:
+    """What a run goes on from: the newest checkpoint under root, or `resume_from`, a step folder or a state file.
+
+    With `resume_from` the newest checkpoint is taken only if it comes from the same start.
+    Raises ResumeError if it is another one's and newer.
+    """
+    newest = latest_state(root)
+    if resume_from is None or newest is None:
+        return newest if resume_from is None else Path(resume_from)
+    if saved_config(newest)["run"].get("resume_from") == resume_from:
+        return newest
+    given = load_state(Path(resume_from), mmap=True)["step"]
+    if step_of(newest) > given:
+        raise ResumeError(
+            f"{newest} is newer than run.resume_from={resume_from} (step {given}); give this run another run.name, "
+            "leave run.resume_from out to go on from the newest, or delete the newer checkpoints"
+        )
+    return Path(resume_from)
+
+
+def load_state(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """The training state in a step folder or a lone state file, tensors on the CPU (mmap: left on disk until used).
+
+    Raises CheckpointError if the file is damaged or holds something else.
+    """
+    file = path / STATE if path.is_dir() else path
     try:
-        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(
-            f"{folder / STATE} cannot be read ({error}); delete {folder} to resume before it"
-        ) from error
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        advice = f"; delete {path} to resume before it" if path.is_dir() else ""
+        raise CheckpointError(f"{file} cannot be read ({error}){advice}") from error
+    if not isinstance(state, dict) or not {"step", "model", "optimizer"} <= state.keys():
+        raise CheckpointError(f"{file} holds no training state; to start from weights alone set stage.init_from={file}")
+    return state
 
 
-def saved_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / META).read_text())["config"]
+def saved_config(path: Path) -> dict[str, Any]:
+    """The configuration that a step folder or a lone state file was trained under."""
+    if path.is_dir():
+        return json.loads((path / META).read_text())["config"]
+    return load_state(path, mmap=True)["config"]
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -16,21 +16,32 @@ class Ema:
     """Shadow copies of `model`'s trainable parameters; frozen ones never differ and are not kept.
 
     decay 0 keeps no shadow: `state_dict` is empty and `applied` changes nothing. warmup: see
-    schedules.ema_decay. every: update after every n-th step, with the decay of n steps.
+    schedules.ema_decay. every: update after every n-th step, with the decay of n steps. device: where the shadow
+    lies, `model` or `cpu`. In host memory it costs no GPU memory but one parameter's at a time: it is averaged on the
+    model's device all the same, copied there and back in stream order, so that the processor waits for nothing.
     """
 
-    def __init__(self, model: nn.Module, decay: float, warmup: bool = True, every: int = 1) -> None:
-        self.decay, self.warmup, self.every = decay, warmup, every
+    def __init__(
+        self, model: nn.Module, decay: float, warmup: bool = True, every: int = 1, device: str = "model"
+    ) -> None:
+        self.decay, self.warmup, self.every, self.on_host = decay, warmup, every, device == "cpu"
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad} if decay else {}
-        self.shadow = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.shadow = {
+            name: _pinned(p.detach()) if self.on_host else p.detach().clone() for name, p in self.parameters.items()
+        }
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the weights after optimizer step `step` (0-based)."""
         if not self.shadow or (step + 1) % self.every:
             return
-        decay = ema_decay(step, decay=self.decay, warmup=self.warmup) ** self.every
-        torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1.0 - decay)
+        weight = 1.0 - ema_decay(step, decay=self.decay, warmup=self.warmup) ** self.every
+        if not self.on_host:
+            torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), weight)
+            return
+        for name, p in self.parameters.items():
+            average = self.shadow[name].to(p.device, non_blocking=True)
+            self.shadow[name].copy_(average.lerp_(p, weight), non_blocking=True)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -44,9 +55,15 @@ class Ema:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, p in self.parameters.items():
-            p.data, self.shadow[name] = self.shadow[name], p.data
+            if self.on_host:
+                average = self.shadow[name].to(p.device, non_blocking=True, copy=True)
+                self.shadow[name].copy_(p, non_blocking=True)
+                p.copy_(average)
+            else:
+                p.data, self.shadow[name] = self.shadow[name], p.data
 
     def state_dict(self) -> dict[str, Tensor]:
+        self._wait()
         return dict(self.shadow)
 
     @torch.no_grad()
@@ -56,5 +73,16 @@ class Ema:
                 f"the checkpoint holds averages of {len(state)} parameters, this run keeps {len(self.shadow)}; "
                 "trainer.ema cannot be turned on or off in the middle of a run"
             )
+        self._wait()
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])
+
+    def _wait(self) -> None:
+        """Until copies to and from host memory have arrived; everything on the GPU is in order by itself."""
+        if self.on_host and torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """A copy in host memory, from where a GPU copies without the processor's help."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)

@@ -18,6 +18,10 @@ class StepMetrics:
         for name, value in values.items():
             self._values[name].append(value.detach().float())
 
+    def worst(self, name: str) -> Tensor:
+        """The largest value of any micro-batch, NaN if one is."""
+        return torch.stack(self._values[name]).max()
+
     def pack(self, extra: dict[str, float], device: torch.device) -> tuple[list[str], Tensor]:
         """Names and one tensor of means, so that one all-reduce and one transfer serve them all."""
         means = {name: torch.stack(values).mean() for name, values in self._values.items()}

@@ -72,6 +72,10 @@ class RunLog:
         if self.main:
             log.info(message)
 
+    def warn(self, message: str) -> None:
+        if self.main:
+            log.warning(message)
+
     def advance(self) -> None:
         if self._bar is not None:
             self._bar.update()

@@ -18,7 +18,8 @@ from torch import nn
 from vae3d.adversarial.base import Adversary
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
-from vae3d.checkpoints.state import ResumeError, latest_state, load_state, prune, refuse_other_run, save_state
+from vae3d.checkpoints.publish import publish, withdraw
+from vae3d.checkpoints.state import ResumeError, load_state, prune, refuse_other_run, save_state, starting_state
 from vae3d.data.loader import TrainingData
 from vae3d.data.sources import DataError
 from vae3d.engine.ema import Ema
@@ -26,8 +27,9 @@ from vae3d.engine.freeze import PartError, set_mode, train_parts, without_gradie
 from vae3d.engine.loggers import Logger
 from vae3d.engine.metrics import StepMetrics, Window
 from vae3d.engine.profile import profiled
+from vae3d.engine.proximal import Proximal
 from vae3d.engine.runlog import RunLog
-from vae3d.engine.spike import SpikeGuard
+from vae3d.engine.spike import SpikeGuard, worst
 from vae3d.engine.stopping import on_sigterm
 from vae3d.engine.validation import validate
 from vae3d.losses.objective import Objective
@@ -65,7 +67,8 @@ class Trainer:
         groups = train_parts(model, config.stage.train)
         set_mode(model, config.stage.train)
         self.ema = Ema(model, **asdict(config.trainer.ema))
-        self.spikes = SpikeGuard(**asdict(config.trainer.spike))
+        self.proximal = Proximal(model, config.optim.proximal)
+        self.spikes = SpikeGuard(**asdict(config.trainer.spike), warn=lambda message: self.log.warn(message))
         self.window = Window()
         self.step = 0
         self.reads, self.broken_reads = 0, 0
@@ -136,6 +139,8 @@ class Trainer:
                     metrics.add(more)
 
         if turn.generator:
+            self.accelerator.unscale_gradients()
+            self.proximal.add_gradient()
             metrics.add({"grad_norm": self._clip_gradients()})
         values = self._reduce(metrics, clips, stop)  # from here on every rank knows and does the same
         if turn.generator:
@@ -155,6 +160,7 @@ class Trainer:
             self.step,
             lr=optim.lr,
             warmup_steps=optim.warmup_steps,
+            decay_start=optim.decay_start,
             schedule=optim.schedule,
             max_steps=self.config.trainer.max_steps,
             min_lr=optim.min_lr,
@@ -173,14 +179,25 @@ class Trainer:
                     f"stage.train names parts that no loss term reaches: {len(unreached)} parameters such as "
                     f"{unreached[0]} got no gradient; take the part out of stage.train or add a term that reads it"
                 )
-        return self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.optim.grad_clip)
+        # Accelerate's own would unscale fp16 gradients, which are unscaled already.
+        return nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optim.grad_clip)
 
     def _reduce(self, metrics: StepMetrics, clips: list[Clip], stop: bool) -> dict[str, float]:
-        """Means over all ranks in one all-reduce and one transfer; stops the run if too many reads failed."""
+        """Means over all ranks, and the worst loss of all as `loss_max`, in one all-reduce and one transfer.
+
+        Stops the run if too many reads failed.
+        """
         faults = [fault for clip in clips for fault in clip.faults]
         self.log.faults(faults)
         names, packed = metrics.pack({"stop": stop, "broken": len(faults)}, self.device)
-        values = dict(zip(names, self.accelerator.reduce(packed, "mean").tolist(), strict=True))
+        ranks = self.accelerator.num_processes
+        slots = torch.zeros(ranks, device=self.device)  # one per rank, so that a mean tells each rank's loss
+        if "loss" in names:
+            slots[self.accelerator.process_index] = metrics.worst("loss")
+        reduced = self.accelerator.reduce(torch.cat([packed, slots]), "mean").tolist()
+        values = dict(zip(names, reduced[:-ranks], strict=True))
+        if "loss" in names:
+            values["loss_max"] = worst(loss * ranks for loss in reduced[-ranks:])
 
         broken = round(values.pop("broken") * self.accelerator.num_processes)
         self.broken_reads += broken
@@ -198,7 +215,7 @@ class Trainer:
         # fp16 gradients overflow in normal operation: the loss scaler skips those steps and learns from them.
         norm = 0.0 if self.accelerator.scaler is not None else values["grad_norm"]
         scaler = self.accelerator.scaler
-        taken = self.spikes.accept(values["loss"], norm)
+        taken = self.spikes.accept(values["loss"], values["loss_max"], norm)
         if taken:
             self.optimizer.step()
             taken = scaler is None or not self.optimizer.step_was_skipped
@@ -223,7 +240,7 @@ class Trainer:
             self.save()
 
     def _gauges(self) -> dict[str, float]:
-        """Learning rates, speed since the last log line, and peak memory of this process."""
+        """Learning rates, the proximal term, speed since the last log line, and peak memory of this process."""
         elapsed = time.perf_counter() - self._tick
         per_second = self.config.data.batch_size / elapsed
         speed = {"clips_per_second": self._steps * per_second, "frames_per_second": self._frames * per_second}
@@ -232,6 +249,7 @@ class Trainer:
         peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {
             **{f"lr/{group['part']}": group["lr"] for group in self.optimizer.param_groups},
+            **({"prox": self.proximal.value().item()} if self.proximal.weight else {}),
             **speed,
             "memory_gib": peak / 2**30,
         }
@@ -252,12 +270,19 @@ class Trainer:
         return means
 
     def save(self) -> None:
-        """Write a checkpoint and an export; other ranks wait for rank 0."""
+        """Write a checkpoint, an export and, if asked for, their published files; other ranks wait for rank 0."""
         if self.accelerator.is_main_process:
-            keep = self.config.trainer.keep
-            saved = save_state(self.folder / "checkpoints", self.step, self._state(), asdict(self.config), keep)
+            keep, named = self.config.trainer.keep, self.config.trainer.publish
+            saved = save_state(self.folder / "checkpoints", self.step, self._state(), asdict(self.config))
             self.export(self.folder / "exports" / saved.name)
+            if named.prefix is not None:
+                last = self.step == self.config.trainer.max_steps
+                with self.ema.applied():
+                    publish(self.folder, named.prefix, saved, self.network.state_dict(), named.layout, last=last)
             prune(self.folder / "exports", keep)
+            gone = prune(self.folder / "checkpoints", keep)
+            if named.prefix is not None:
+                withdraw(self.folder, named.prefix, gone)
             self.log.say(f"saved {saved}")
         self.accelerator.wait_for_everyone()
 
@@ -280,6 +305,7 @@ class Trainer:
             "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
+            "anchor": self.proximal.digest,
             "spikes": self.spikes.state_dict(),
             "adversary": self.adversary.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},
@@ -288,12 +314,13 @@ class Trainer:
         }
 
     def _resume(self) -> dict[str, tuple[Any, Any]]:
-        """Restore the newest checkpoint, if there is one; returns the settings that changed since."""
-        newest = latest_state(self.folder / "checkpoints")
-        if newest is None:
+        """Restore what the run goes on from, if there is anything; returns the settings that changed since."""
+        start = starting_state(self.folder / "checkpoints", self.config.run.resume_from)
+        if start is None:
             return {}
-        changed = refuse_other_run(newest, asdict(self.config))
-        state = load_state(newest)
+        changed = refuse_other_run(start, asdict(self.config))
+        state = load_state(start)
+        self.proximal.refuse_other_anchor(state.get("anchor"), start, self.config.stage.init_from)
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:  # the checkpoint's own came back with its moments

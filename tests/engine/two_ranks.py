@@ -1,0 +1,58 @@
+"""One of two ranks, run as a process by test_two_ranks.py: steps on which rank 1 alone meets an unsound clip."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tests.engine import quick
+from vae3d.engine.trainer import Trainer
+
+SETTINGS = {
+    "data.batch_size": 4, "trainer.max_steps": 9, "trainer.save_every": 0, "optim.eps": 0.01, "optim.proximal": 5.0,
+    "trainer.spike.factor": 5.0, "trainer.spike.warmup": 2,
+}  # fmt: skip
+SOUND = 3  # steps before the first unsound one
+UNSOUND = {"spike": 8.0, "nan": float("nan")}  # what the pixels of one of the four clips are multiplied by
+
+
+def sound_steps(t: Trainer, accumulate: int) -> dict[str, torch.Tensor]:
+    """Take the first steps; the weights after them."""
+    clips = t.data.clips(0, SOUND)
+    for _ in range(SOUND):
+        t.train_step([next(clips) for _ in range(accumulate)])
+    return {name: tensor.clone() for name, tensor in t.network.state_dict().items()}
+
+
+def main(folder: Path) -> None:
+    """Leaves rank<N>.pt in `folder`, which holds the checked configuration."""
+    torch.set_num_threads(1)
+    config = pickle.loads((folder / "config.pickle").read_bytes())
+    t = quick.trainer(config, folder / "run", **SETTINGS, **{"trainer.accumulate": 2})
+    rank = t.accelerator.process_index
+    report = {"sound": sound_steps(t, 2), "steps": {}}
+
+    reduced, all_reduce = [], torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda *args, **kwargs: (reduced.append(1), all_reduce(*args, **kwargs))[1]
+    clips = t.data.clips(SOUND, SOUND + len(UNSOUND) + 1)
+    for name, factor in UNSOUND.items():
+        first, second = next(clips), next(clips).to("cpu")
+        if rank == 1:
+            second = replace(second, video=second.video * factor)
+        report["steps"][name] = t.train_step([first, second])
+    report["steps"]["after"] = t.train_step([next(clips), next(clips)])
+    report["collectives"] = len(reduced) / 3
+    report["weights"], report["spikes"] = t.network.state_dict(), t.spikes.state_dict()
+    t.save()
+    t.log.close()
+    again = quick.trainer(config, folder / "run", **SETTINGS, **{"trainer.accumulate": 2})
+    report["resumed"] = again.spikes.state_dict()
+    torch.save(report, folder / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
