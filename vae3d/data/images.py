@@ -55,6 +55,18 @@ def _to_8_bits(path: Path, image: Image.Image) -> Image.Image:
     return Image.fromarray(((grey_levels(path, image) + 128) // 257).astype(np.uint8))
 
 
+def load_grey(path: Path) -> np.ndarray:
+    """[H, W] uint16 of an image of one channel of 16 bits. Raises MediaError if it holds anything else."""
+    try:
+        with Image.open(path) as image:
+            if not image.mode.startswith("I"):
+                kind = "floating-point" if image.mode == "F" else f"8-bit {image.mode}"
+                raise MediaError(path, f"holds {kind} pixels; depth is read from images of one channel of 16 bits")
+            return grey_levels(path, image).astype(np.uint16)
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
 def grey_levels(path: Path, image: Image.Image) -> np.ndarray:
     """[H, W] int64, 0 to 65535, of an image of one integer channel."""
     pixels = np.asarray(image).astype(np.int64)
@@ -71,6 +83,16 @@ def _unreadable(path: Path, error: Exception) -> MediaError:
 
 def resize(image: Image.Image, size: Size) -> Image.Image:
     return image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+
+
+def resize_around(frame: np.ndarray, size: Size) -> np.ndarray:
+    """Resize [H, W, 3] whose right edge goes on at its left one, antialiased: no column is special, so the picture
+    may be rolled before or after."""
+    height, width = frame.shape[:2]
+    margin = min(width, 2 * -(-width // size[1]) + 2)  # what the filter reaches
+    wider = Image.fromarray(np.pad(frame, ((0, 0), (margin, margin), (0, 0)), mode="wrap"))
+    box = (margin, 0, margin + width, height)
+    return np.asarray(wider.resize((size[1], size[0]), Image.Resampling.BICUBIC, box))
 
 
 def is_sequence(path: str | Path) -> bool:

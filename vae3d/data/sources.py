@@ -1,8 +1,8 @@
 """Where videos and images come from: every source lists its files as a table, without decoding anything.
 
-The table has the columns path (absolute; with a * in its name, images numbered there are a video), name (the path as the source gives it), num_frames, height, width, fps
-(NaN where unknown), split and text (None where not given), row, the place in the source that messages name, and
-fault: why a row cannot be used, or None.
+The table has the columns path (absolute; with a * for their numbers, the images of a video), name (the path as the
+source gives it), num_frames, height, width, fps (NaN where unknown), split and text (None where not given), row, the
+place in the source that messages name, and fault: why a row cannot be used, or None.
 """
 
 from __future__ import annotations
