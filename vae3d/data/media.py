@@ -23,6 +23,10 @@ class MediaError(UserError):
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = str(path), reason
 
+    def reason_for(self, path: str) -> str:
+        """Why `path` cannot be read: the reason, with the name of the file if it is one of a sequence."""
+        return self.reason if self.path == path else f"{Path(self.path).name} {self.reason}"
+
     def __reduce__(self) -> tuple[type[MediaError], tuple[str, str]]:  # survives the trip out of a worker process
         return MediaError, (self.path, self.reason)
 

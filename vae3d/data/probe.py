@@ -62,7 +62,7 @@ def look(path: str) -> Facts:
     try:
         reader = open_media(path)
     except MediaError as error:
-        return {"error": error.reason}
+        return {"error": error.reason_for(path)}
     reader.close()
     info = reader.info
     return {"num_frames": info.num_frames, "height": info.height, "width": info.width, "fps": info.fps}
