@@ -82,7 +82,7 @@ class ErpRooms:
         return list(self.val_areas)
 
     def _count(self, rooms: int, kept: int, areas: int) -> str:
-        short = f"; {rooms - kept} others have fewer than {self.min_frames} frames and are left out"
+        short = f"; left out: {rooms - kept} with fewer than {self.min_frames} frames"
         return f"{kept} rooms of {areas} areas in {self.root}{short if rooms > kept else ''}"
 
 
