@@ -167,3 +167,16 @@ def test_depth_of_the_same_rooms(rendered):
     assert clip.valid.shape == (2, 1, 5, 8, 16)
     assert clip.depth_bounds.tolist() == [pytest.approx([0.1, 20.0])] * 2
     assert (data.held_out[0].valid.shape, data.held_out[0].depth_bounds.shape) == ((1, 1, 5, 8, 16), (1, 2))
+
+
+def test_the_same_clips_from_a_table_of_panorama_videos(rendered, tmp_path):
+    tiny.write_video(tmp_path / "a.mp4", tiny.frames(12, 16, 32))
+    (tmp_path / "t.csv").write_text(f"path\na.mp4\n{rendered}/area1/room0/output/panorama_*.png\n")
+    config = tiny.training(
+        "temporal_vae", tmp_path, "data=erp_videos", f"data.source.path={tmp_path}/t.csv", "data.width=32",
+        "stage=finetune", "stage.init_from=random", "loss=recon_kl", "data.frames.max=17",
+    )  # fmt: skip
+    data = factory.training_data(config, 0, 1)
+    (clip,) = data.clips(0, 1)
+    assert {Path(path).name for path in clip.paths} == {"a.mp4", "panorama_*.png"}
+    assert clip.video.shape == (2, 3, 9, 16, 32)
