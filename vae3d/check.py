@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
 import importlib
 import inspect
 import os
@@ -19,12 +20,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vae3d.config import InferConfig, TrainConfig
+from vae3d.config import Data, InferConfig, TrainConfig
 from vae3d.errors import UserError
 
 MISSING = "???"
 EXAMPLES = {
     "data.source.path": "data.source.path=/path/to/videos.csv",
+    "data.source.root": "data.source.root=/path/to/areas (ROOT/AREA/ROOM/output/panorama_0000.png)",
     "stage.init_from": "stage.init_from=CHECKPOINT (a run folder, an export, published weights) or random",
     "stage.init_from.spatial_vae": "stage.init_from.spatial_vae=/path/to/2D-VAE (diffusers folder, LDM file or export)",
     "checkpoint": "checkpoint=PATH (a run folder, an export, published weights)",
@@ -37,6 +39,9 @@ CHOICES = {
     "loss.reduction": ("sum", "mean"),
     "data.crop": ("center", "random"),
     "data.reader": ("auto", "pyav", "decord"),
+    "data.sampling": ("contiguous", "requirement", "strided"),
+    "data.depth.mapping": (None, "log", "inverse"),
+    "data.depth.bounds": ("fixed", "percentiles"),
     "optim.schedule": ("constant", "cosine"),
     "trainer.precision": ("bf16", "fp16", "fp32"),
     "trainer.ema.device": ("model", "cpu"),
@@ -51,6 +56,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.frames.images": (lambda v: 0 <= v <= 1, "a probability, 0 to 1"),
     "data.stride": (lambda v: v >= 1, "at least 1"),
     "data.fps": (lambda v: v is None or v > 0, "positive, or null"),
+    "data.depth.near": (lambda v: v > 0, "positive"),
+    "data.depth.unit": (lambda v: v > 0, "positive"),
     "data.batch_size": (lambda v: v >= 1, "at least 1"),
     "data.workers": (lambda v: v >= 0, "0 or more"),
     "data.prefetch": (lambda v: v >= 1, "at least 1"),
@@ -137,9 +144,7 @@ def check_inference(cfg: DictConfig) -> InferConfig:
     faults += _values(config, INFER_CHOICES, INFER_RANGES)
     if (config.height is None) != (config.width is None):
         faults.append("height and width go together; set both, or neither")
-    faults += [
-        f"{name}={value}: no such file or folder" for name, value in _given_paths(config) if not Path(value).exists()
-    ]
+    faults += [f"{name}={value}: no such file or folder" for name, value in _given_paths(config) if not _exists(value)]
     if faults:
         raise ConfigError(faults)
     return config
@@ -278,6 +283,7 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
         faults.append(f"data.short_side={data.short_side} is smaller than the crop; use at least {largest}, or null")
     if data.frames.max < data.frames.min:
         faults.append(f"data.frames.max={data.frames.max} is below data.frames.min={data.frames.min}; raise it")
+    faults += _clip_rules(data)
 
     if optim.decay_start is not None and optim.decay_start < optim.warmup_steps:
         faults.append(
@@ -327,13 +333,39 @@ def _resume_faults(path: str | None) -> list[str]:
     return [f"run.resume_from={path}: no such file or folder"]
 
 
+def _clip_rules(data: Data) -> Iterator[str]:
+    """What does not go together of panoramas, sampling and depth."""
+    if data.roll and not data.panorama:
+        yield "data.roll=true turns panoramas; set data.panorama=true, or data.roll=false"
+    if data.panorama:
+        if MISSING not in (data.height, data.width) and data.width != 2 * data.height:
+            yield f"data.width={data.width} must be twice data.height={data.height}, for data.panorama=true"
+        if data.crop == "random":
+            yield "data.crop=random cuts panoramas, which data.panorama=true shows whole; use center"
+        if data.short_side is not None:
+            yield f"data.short_side={data.short_side} cuts panoramas, which data.panorama=true shows whole; use null"
+    if data.sampling == "strided":
+        for key, neutral in (("stride", 1), ("fps", None)):
+            if getattr(data, key) != neutral:
+                value, named = getattr(data, key), "null" if neutral is None else neutral
+                yield f"data.{key}={value}, but data.sampling=strided takes the largest stride that fits; use {named}"
+    if data.depth.far <= data.depth.near:
+        yield f"data.depth.far={data.depth.far} must be beyond data.depth.near={data.depth.near}"
+
+
+def _exists(path: str) -> bool:
+    """A `*` stands for any characters: numbered images."""
+    return Path(path).exists() or ("*" in path and any(glob.iglob(glob.escape(path).replace("[*]", "*"))))
+
+
 def _missing_files(config: TrainConfig) -> list[str]:
     init = config.stage.init_from
     paths = {"stage.init_from": init} if isinstance(init, str) else {f"stage.init_from.{k}": v for k, v in init.items()}
-    if isinstance(config.data.source, dict) and isinstance(config.data.source.get("path"), str):
-        paths["data.source.path"] = config.data.source["path"]
+    if isinstance(config.data.source, dict):
+        given = {f"data.source.{key}": config.data.source.get(key) for key in ("path", "root")}
+        paths |= {key: path for key, path in given.items() if isinstance(path, str)}
     return [
         f"{key}={path}: no such file or folder"
         for key, path in paths.items()
-        if path not in (MISSING, "random") and not Path(path).exists()
+        if path not in (MISSING, "random") and not _exists(path)
     ]

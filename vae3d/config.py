@@ -61,6 +61,18 @@ class Frames:
     max: int = 17
     step: int = 1
     images: float = 0.0
+    fit: bool = False  # not drawn, but the largest that all clips of the step have
+
+
+@dataclass
+class Depth:
+    """Depth maps of 16 bits instead of colours, where `mapping` is not null; see vae3d/data/depth.py."""
+
+    mapping: str | None = None  # log, inverse
+    bounds: str = "fixed"  # fixed: near and far; percentiles: the 2nd and 98th of each clip
+    near: float = 0.1  # metres
+    far: float = 20.0
+    unit: float = 1000.0  # stored value of one metre; 0 is none
 
 
 @dataclass
@@ -71,9 +83,14 @@ class Data:
     frames: Frames = field(default_factory=Frames)
     stride: int = 1  # take every n-th frame
     fps: float | None = None  # thin faster videos out to this rate; slower ones keep theirs
+    # contiguous; requirement: first and last frame of the file and a random draw between; strided: largest stride
+    sampling: str = "contiguous"
     short_side: int | None = None  # scale to this before cropping; null: so that the crop covers the short side
     crop: str = "center"  # center, random
     flip: bool = False
+    panorama: bool = False  # files are equirectangular (2:1), shown whole
+    roll: bool = False  # turn panoramas by a random number of columns
+    depth: Depth = field(default_factory=Depth)
     reader: str = "auto"  # auto, pyav, decord
     batch_size: int = 8  # clips per optimizer step over all ranks
     workers: int = 4

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +28,7 @@ from vae3d.checkpoints.formats import Checkpoint, CheckpointError, load_state, r
 from vae3d.checkpoints.state import ResumeError, latest_state, starting_state
 from vae3d.config import CONF
 from vae3d.data.clips import ClipSettings
+from vae3d.data.depth import DepthSettings
 from vae3d.data.loader import TrainingData, lengths_of, read_tables, validation_clips
 from vae3d.data.sampler import FrameCounts, Plan
 from vae3d.data.sources import SPLITS, DataError, open_source
@@ -131,13 +133,14 @@ def objective(config: Loss) -> Objective:
 
 
 def clip_settings(config: Data) -> ClipSettings:
-    names = ("height", "width", "short_side", "stride", "fps", "crop", "flip", "reader")
-    return ClipSettings(**{name: getattr(config, name) for name in names})
+    shared = {field.name for field in fields(ClipSettings)} - {"depth"}
+    depth = DepthSettings(**vars(config.depth)) if config.depth.mapping else None
+    return ClipSettings(**{name: getattr(config, name) for name in shared}, depth=depth)
 
 
 def frame_counts(config: Data) -> FrameCounts:
     frames = config.frames
-    return FrameCounts(frames.min, frames.max, frames.step, frames.images)
+    return FrameCounts(frames.min, frames.max, frames.step, frames.images, frames.fit)
 
 
 def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData:
@@ -158,7 +161,7 @@ def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingDa
     if validation.every:
         held_out, more = validation_clips(tables.val, settings, validation.frames, validation.clips, rank, world_size)
         faults = faults + more
-    return TrainingData(tables.train, plan, settings, data.workers, data.prefetch, held_out, faults)
+    return TrainingData(tables.train, plan, settings, data.workers, data.prefetch, held_out, faults, tables.notes)
 
 
 def trainer(config: TrainConfig, folder: Path) -> Trainer:
@@ -300,7 +303,11 @@ def _data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
     lengths, counts = data.plan.lengths.lengths, data.plan.frames.all()
     epochs = config.trainer.max_steps * config.data.batch_size / len(lengths)
     lines = [f"{len(lengths)} training videos, {epochs:.3g} epochs; {len(data.faults)} files do not open"]
-    short = int((lengths < counts[-1]).sum())
+    lines += [f"  {note}" for note in data.notes]
+    unused = int((lengths < counts[0]).sum())
+    if unused:
+        lines.append(f"  {unused} have fewer than {counts[0]} frames and are left out")
+    short = int((lengths < counts[-1]).sum()) - unused
     if short:
         lines.append(f"  {short} have fewer than {counts[-1]} frames and serve steps with fewer only")
     return lines

@@ -6,6 +6,7 @@ Pixels lie in [-1, 1].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -108,7 +109,8 @@ class Clip:
     positions: [B], each clip's place in the endless training order; with the run's seed it fixes every
     random draw made for the clip. paths: source files. faults: (path, reason) of files that failed to read
     while this batch was made.
-    valid: [B, 1, T, H, W] bool, False where a clip holds no measurement; its pixels there must be finite.
+    Of depth maps only, valid: [B, 1, T, H, W] bool, False where nothing was measured, with finite pixels nevertheless;
+    depth_bounds: [B, 2] metres that -1 and 1 stand for.
     weight: how much each pixel counts, broadcastable to [B, 1, T, H, W], of mean 1; set by the Objective.
     """
 
@@ -117,18 +119,24 @@ class Clip:
     paths: list[str]
     faults: list[tuple[str, str]] = field(default_factory=list)
     valid: Tensor | None = None
+    depth_bounds: Tensor | None = None
     weight: Tensor | None = None
 
     def pin_memory(self) -> Clip:
         """Called by the DataLoader, so that `to` copies while the GPU computes."""
-        return replace(self, video=self.video.pin_memory())
+        return self._each(Tensor.pin_memory)
 
     def to(self, device: torch.device | str) -> Clip:
         """Move to a device; uint8 pixels become float in [-1, 1]."""
-        video = self.video.to(device, non_blocking=True)
-        if video.dtype == torch.uint8:
-            video = video.float().div_(127.5).sub_(1.0)
-        return replace(self, video=video)
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        if moved.video.dtype == torch.uint8:
+            moved.video = moved.video.float().div_(127.5).sub_(1.0)
+        return moved
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Clip:
+        """A copy with `change` made to what belongs on a device; positions stay where they are."""
+        given = {name: getattr(self, name) for name in ("video", "valid", "depth_bounds", "weight")}
+        return replace(self, **{name: change(tensor) for name, tensor in given.items() if tensor is not None})
 
     def generators(self, seed: int, device: torch.device | str) -> list[torch.Generator]:
         """One generator per clip, a pure function of (seed, position)."""

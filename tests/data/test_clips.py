@@ -6,14 +6,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from tests import tiny
 from vae3d.data.clips import ClipDataset, ClipSettings, collate, read_clip
+from vae3d.data.images import resize_around
 from vae3d.data.loader import TrainingData, UnreadableData, lengths_of, validation_clips
 from vae3d.data.probe import complete
 from vae3d.data.readers import MediaError, open_media
 from vae3d.data.sampler import FrameCounts, Plan
-from vae3d.data.sources import DataError, Table
+from vae3d.data.sources import DataError, Folder, Table
 from vae3d.data.transforms import cover
 
 
@@ -186,3 +188,84 @@ def test_rows_that_promise_more_than_the_file_has_are_replaced(videos):
     clip = next(TrainingData(rows, plan, settings, 0, 2, [], []).clips(0, 1))
     assert all("clip9" in path for path in clip.paths)
     assert all("fewer than the table says" in reason for _, reason in clip.faults)
+
+
+# --- panoramas
+
+
+def panoramas(folder, count=6, height=16, width=32) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(tiny.frames(count, height, width)):
+        Image.fromarray(picture).save(folder / f"panorama_{i}.png")
+    return str(folder / "panorama_*.png")
+
+
+def test_panoramas_are_shown_whole(tmp_path):
+    path = panoramas(tmp_path)
+    settings = ClipSettings(16, 32, panorama=True)
+    frames = read_clip(open_media(path), path, settings, 6, 0.0)
+    np.testing.assert_array_equal(frames, tiny.frames(6, 16, 32))
+    small = read_clip(open_media(path), path, ClipSettings(8, 16, panorama=True), 6, 0.0)
+    np.testing.assert_array_equal(small[3], resize_around(frames[3], (8, 16)))
+
+
+def test_within_a_hundredth_of_2_to_1_nothing_is_cut_off(tmp_path):
+    path = panoramas(tmp_path, height=100, width=201)
+    settings = ClipSettings(100, 200, panorama=True)
+    frames = read_clip(open_media(path), path, settings, 1, 0.0)
+    np.testing.assert_array_equal(frames[0], resize_around(tiny.frames(6, 100, 201)[0], (100, 200)))
+
+
+@pytest.mark.parametrize("width", [31, 33, 64, 16])
+def test_other_pictures_are_no_panoramas(tmp_path, width):
+    path = panoramas(tmp_path, width=width)
+    with pytest.raises(MediaError, match=f"is 16x{width}: no equirectangular panorama, which is twice as wide as high"):
+        read_clip(open_media(path), path, ClipSettings(16, 32, panorama=True), 1, 0.0)
+
+
+def of_rooms(tmp_path, **settings) -> tuple[ClipDataset, ClipSettings]:
+    rows, _ = complete(Folder(panoramas(tmp_path)).table())
+    chosen = ClipSettings(16, 32, panorama=True, **settings)
+    return ClipDataset(rows, Plan(lengths_of(rows, chosen), FrameCounts(6, 6), seed=0, batch_size=1), chosen), chosen
+
+
+def test_rolls_lose_nothing_and_reach_every_column(tmp_path):
+    plain, _ = of_rooms(tmp_path)
+    rolled, _ = of_rooms(tmp_path, roll=True)
+    shifts = Counter()
+    for position in range(200):
+        draw = plain.plan.draw(position, 6)
+        a, b = plain[draw].video, rolled[draw].video
+        (shift,) = (k for k in range(32) if torch.equal(torch.roll(a, k, dims=-1), b))
+        shifts[shift] += 1
+    assert set(shifts) == set(range(32))
+    assert max(shifts.values()) < 18
+    assert torch.equal(rolled[draw].video, b)
+
+
+def test_half_of_the_clips_are_mirrored_whether_or_not_they_roll(tmp_path):
+    plain, _ = of_rooms(tmp_path)
+    both, _ = of_rooms(tmp_path, roll=True, flip=True)
+    mirrored = 0
+    for position in range(60):
+        draw = plain.plan.draw(position, 6)
+        a, b = plain[draw].video, both[draw].video
+        straight = any(torch.equal(torch.roll(a, k, dims=-1), b) for k in range(32))
+        mirrored += not straight
+        assert straight or any(torch.equal(torch.roll(a.flip(-1), k, dims=-1), b) for k in range(32))
+    assert 15 < mirrored < 45
+
+
+def test_held_out_clips_are_neither_rolled_nor_mirrored_nor_drawn(tmp_path):
+    dataset, settings = of_rooms(tmp_path, roll=True, flip=True, sampling="requirement")
+    rows, _ = complete(Folder(dataset.paths[0].decode()).table())
+    (clip,), _ = validation_clips(rows, settings, 3, 1)
+    expected = tiny.frames(6, 16, 32)[[0, 2, 5]]
+    np.testing.assert_array_equal(clip.video[0].permute(1, 2, 3, 0).numpy(), expected)
+
+
+def test_samplings_of_a_video_file(tmp_path):
+    path = str(tiny.write_video(tmp_path / "a.mp4", tiny.frames(20), crf="0"))
+    for sampling, expected in (("strided", [0, 4, 8, 12, 16]), ("requirement", [0, 4, 9, 14, 19])):
+        frames = read_clip(open_media(path), path, ClipSettings(32, 40, sampling=sampling), 5, 0.0)
+        assert [number(frame) for frame in frames] == expected

@@ -61,6 +61,41 @@ def test_counts_keep_to_their_step():
     assert FrameCounts(17, 17, 1, 1.0).all() == [1]
 
 
+def test_a_fitting_step_has_the_largest_count_that_all_its_clips_have():
+    """T = the largest 4n+1 <= min(N, max_frames), for one clip per step."""
+    counts = FrameCounts(5, 13, 4, fit=True)
+    fitting = {n: counts.fitting(np.array([n])) for n in (5, 8, 9, 12, 13, 100)}
+    assert fitting == {5: 5, 8: 5, 9: 9, 12: 9, 13: 13, 100: 13}
+    assert counts.fitting(np.array([13, 10, 100])) == 9
+    assert counts.fitting(np.array([3, 13])) == 13  # what is too short for all is replaced
+    assert counts.fitting(np.array([3, 4])) == 5
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (2, 2)])
+def test_fitting_counts_are_the_same_for_all_ranks(world, accumulate):
+    lengths = np.array([3, 5, 6, 9, 12, 13, 20, 40])
+    counts = FrameCounts(5, 17, 4, fit=True)
+    seen = set()
+    for step in range(60):
+        draws = [
+            draw
+            for rank in range(world)
+            for micro in plan(lengths, counts, world_size=world, rank=rank, accumulate=accumulate).step(step)
+            for draw in micro
+        ]
+        (frames,) = {draw.frames for draw in draws}
+        assert frames == plan(lengths, counts).step(step)[0][0].frames
+        assert all(lengths[draw.record] >= frames for draw in draws)
+        seen.add(frames)
+    assert {5, 9} <= seen <= {5, 9, 13, 17}
+
+
+def test_fitting_needs_a_record_of_the_smallest_count_only():
+    plan([6, 7], FrameCounts(5, 81, 4, fit=True))
+    with pytest.raises(DataError, match="clips of 5 frames are asked for, but the longest video gives 4"):
+        plan([3, 4], FrameCounts(5, 81, 4, fit=True))
+
+
 def test_every_record_comes_once_per_epoch_and_epochs_differ():
     p = plan(lengths=[50] * 10, batch_size=4)
     records = [draw.record for step in range(5) for draw in p.step(step)[0]]

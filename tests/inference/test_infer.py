@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 import vae3d
 from tests import tiny
@@ -283,3 +284,14 @@ def test_memory_of_a_run_is_its_peak():
 
     _, memory = _timed(lambda: torch.ones(2**26).add_(1), torch.device("cpu"))
     assert memory is None or 0.2 < memory < 0.4  # 256 MiB
+
+
+def test_numbered_images_are_a_video_of_each_folder(export, tmp_path):
+    for room in ("a", "b"):
+        (tmp_path / f"rooms/{room}/output").mkdir(parents=True)
+        for i, picture in enumerate(tiny.frames(3, 16, 32, seed=ord(room))):
+            Image.fromarray(picture).save(tmp_path / f"rooms/{room}/output/panorama_{8 + i}.png")
+    run(export, f"'{tmp_path}/rooms/*/output/panorama_*.png'", tmp_path / "out")
+    written = [f"00000{i + 1}_rooms-{room}-output-panorama.mp4" for i, room in enumerate("ab")]
+    assert stems(tmp_path / "out_rec") == written
+    np.testing.assert_array_equal(read(tmp_path / "out_ori" / written[1]), tiny.frames(3, 16, 32, seed=ord("b")))

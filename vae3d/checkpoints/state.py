@@ -30,6 +30,8 @@ IDENTITY = (
     "data.short_side",
     "data.stride",
     "data.fps",
+    "data.panorama",
+    "data.depth.mapping",
     "run.seed",
 )
 
@@ -128,7 +130,9 @@ def refuse_other_run(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple
     Raises ResumeError if one of them (see IDENTITY) makes it another run.
     """
     differing = changes(saved_config(folder), config)
-    fatal = {key: pair for key, pair in differing.items() if key.startswith(IDENTITY)}
+    # A setting that is off now and unknown to an older checkpoint was off there, too.
+    changed = {key: (old, new) for key, (old, new) in differing.items() if old is not None or new}
+    fatal = {key: pair for key, pair in changed.items() if key.startswith(IDENTITY)}
     if fatal:
         listed = "\n".join(f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in fatal.items())
         raise ResumeError(

@@ -28,7 +28,7 @@ def examine(path: str, full: bool) -> MediaInfo | str:
             reader.read([index])
         reader.close()
     except MediaError as error:
-        return error.reason
+        return error.reason_for(path)
     return reader.info
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -12,13 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vae3d.data.readers import MediaError, Reader, open_media
+from vae3d.data.depth import DepthReader, DepthSettings, encode_depth
+from vae3d.data.images import resize_around
+from vae3d.data.media import MediaError, Reader, Size
+from vae3d.data.readers import open_media
 from vae3d.data.sampler import Draw, Plan
+from vae3d.data.sampling import frame_numbers
 from vae3d.data.transforms import cover
 from vae3d.seeding import seed_of
 from vae3d.types import Clip
 
 ATTEMPTS = 10
+PANORAMA_TOLERANCE = 0.01  # of the ratio of width to twice the height
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,9 @@ class ClipSettings:
 
     stride: take every n-th frame. fps: thin faster videos out to this rate; slower ones keep theirs.
     short_side: scale to this before cropping (None: so that the crop covers the short side).
-    crop: center or random. flip: mirror every other clip.
+    crop: center or random. flip: mirror every other clip. sampling: see data.sampling.
+    panorama: files are equirectangular, and shown whole; others are refused. roll: turn each clip about the vertical
+    by a random number of columns, which loses nothing. depth: read depth maps of 16 bits, not colours.
     """
 
     height: int
@@ -38,6 +46,10 @@ class ClipSettings:
     crop: str = "center"
     flip: bool = False
     reader: str = "auto"
+    sampling: str = "contiguous"
+    panorama: bool = False
+    roll: bool = False
+    depth: DepthSettings | None = None
 
     def step(self, fps: np.ndarray | float) -> np.ndarray:
         """Distance of taken frames in frames of the file."""
@@ -53,10 +65,12 @@ class ClipSettings:
 class Sample:
     """One loaded clip; video None if nothing could be loaded. faults: (path, reason) of files that failed."""
 
-    video: Tensor | None  # [3, T, H, W], uint8
+    video: Tensor | None  # [3, T, H, W], uint8; of depth maps float32 in [-1, 1]
     draw: Draw
     path: str
     faults: list[tuple[str, str]] = field(default_factory=list)
+    valid: Tensor | None = None  # [1, T, H, W], bool
+    depth_bounds: Tensor | None = None  # [2]
 
 
 class ClipDataset(Dataset[Sample]):
@@ -76,24 +90,27 @@ class ClipDataset(Dataset[Sample]):
         for attempt in range(ATTEMPTS):
             path = os.fsdecode(self.paths[draw.record])
             try:
-                return Sample(self._load(path, draw), draw, path, faults)
+                return replace(self._load(path, draw), faults=faults)
             except MediaError as error:
                 faults.append((error.path, error.reason))
             draw = draw._replace(record=self.plan.replacement(draw.position, draw.frames, attempt))
         return Sample(None, draw, path, faults)
 
-    def _load(self, path: str, draw: Draw) -> Tensor:
+    def _load(self, path: str, draw: Draw) -> Sample:
         rng = np.random.default_rng(seed_of(self.plan.seed, draw.position, "clip"))
-        reader = open_media(path, self.settings.reader)
-        try:
+        with closing(open_frames(path, self.settings)) as reader:
             start, mirror = rng.random(), rng.random() < 0.5
-            crop_rng = rng if self.settings.crop == "random" else None
-            frames = read_clip(reader, path, self.settings, draw.frames, start, crop_rng)
-        finally:
-            reader.close()
+            frames = read_clip(reader, path, self.settings, draw.frames, start, rng)
         if mirror and self.settings.flip:
             frames = frames[:, :, ::-1]
-        return to_tensor(frames)
+        if self.settings.roll:
+            frames = np.roll(frames, int(rng.integers(self.settings.width)), axis=2)
+        return to_sample(frames, draw, path, self.settings)
+
+
+def open_frames(path: str, settings: ClipSettings) -> Reader:
+    """A reader of what the settings want: colours, or depth maps as stored. Raises MediaError."""
+    return open_media(path, settings.reader) if settings.depth is None else DepthReader(path)
 
 
 def read_clip(
@@ -102,22 +119,48 @@ def read_clip(
     settings: ClipSettings,
     frames: int,
     start: float,
-    crop_rng: np.random.Generator | None = None,
+    rng: np.random.Generator | None = None,
 ) -> np.ndarray:
-    """[frames, height, width, 3] uint8, beginning at the fraction `start` in [0, 1) of the possible places.
+    """[frames, height, width, 3] uint8, beginning at the fraction `start` in [0, 1) of the possible places; of depth
+    maps [frames, height, width] uint16.
 
-    Raises MediaError if the file has fewer frames than that.
+    rng: for what the settings leave to chance; None takes the centre crop and evenly spaced frames.
+    Raises MediaError if the file has fewer frames than that, or is no panorama though the settings say so.
     """
     info = reader.info
     step = float(settings.step(info.fps))
     span = int((frames - 1) * step) + 1
     if info.num_frames < span:
         raise MediaError(path, f"has {info.num_frames} frames, fewer than the table says; {span} are needed")
-    first = int(start * (info.num_frames - span + 1))
-    indices = [first + int(i * step) for i in range(frames)]
+    indices = frame_numbers(settings.sampling, info.num_frames, frames, step, start, rng)
     target = (settings.height, settings.width)
-    crop = cover(info.height, info.width, target, settings.short_side, crop_rng)
+    if settings.panorama:
+        return _read_panoramas(reader, path, indices, target)
+    crop = cover(info.height, info.width, target, settings.short_side, rng if settings.crop == "random" else None)
     return crop.cut(reader.read(indices, crop.size))
+
+
+def _read_panoramas(reader: Reader, path: str, indices: Sequence[int], size: Size) -> np.ndarray:
+    """Whole frames at `size`. Readers treat both ends of a row as borders; here they are neighbours."""
+    info = reader.info
+    if abs(info.width / (2 * info.height) - 1) > PANORAMA_TOLERANCE:
+        raise MediaError(
+            path, f"is {info.height}x{info.width}: no equirectangular panorama, which is twice as wide as high"
+        )
+    if isinstance(reader, DepthReader) or size == (info.height, info.width):
+        return reader.read(indices, size)
+    return np.stack([resize_around(reader.read([index])[0], size) for index in indices])
+
+
+def to_sample(frames: np.ndarray, draw: Draw, path: str, settings: ClipSettings) -> Sample:
+    """What read_clip gave as tensors. Raises MediaError if it is depth without a single valid pixel."""
+    if settings.depth is None:
+        return Sample(to_tensor(frames), draw, path)
+    try:
+        video, valid, bounds = encode_depth(np.ascontiguousarray(frames), settings.depth)
+    except ValueError as error:
+        raise MediaError(path, str(error)) from error
+    return Sample(video, draw, path, valid=valid, depth_bounds=bounds)
 
 
 def to_tensor(frames: np.ndarray) -> Tensor:
@@ -138,8 +181,12 @@ def collate(samples: Sequence[Sample]) -> Clip | Unreadable:
     if any(sample.video is None for sample in samples):
         return Unreadable(faults)
     return Clip(
-        video=torch.stack([sample.video for sample in samples]),
         positions=torch.tensor([sample.draw.position for sample in samples]),
         paths=[sample.path for sample in samples],
         faults=faults,
+        **{name: _stack([getattr(sample, name) for sample in samples]) for name in ("video", "valid", "depth_bounds")},
     )
+
+
+def _stack(tensors: list[Tensor | None]) -> Tensor | None:
+    return None if tensors[0] is None else torch.stack(tensors)

@@ -6,17 +6,18 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import torch
 from torch.utils.data import DataLoader
 
-from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, read_clip, to_tensor
+from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, open_frames, read_clip, to_sample
+from vae3d.data.media import MediaError
 from vae3d.data.probe import complete
-from vae3d.data.readers import MediaError, open_media
-from vae3d.data.sampler import Lengths, Plan, StepSampler
+from vae3d.data.sampler import Draw, Lengths, Plan, StepSampler
 from vae3d.data.sources import DataError, Source
 from vae3d.seeding import seed_of
 from vae3d.types import Clip
@@ -30,11 +31,13 @@ class UnreadableData(DataError):
 
 @dataclass(frozen=True)
 class Tables:
-    """Readable files for training and validation. faults: (path, reason) of files that did not open."""
+    """Readable files for training and validation. faults: (path, reason) of files that did not open. notes: what the
+    source tells of its files."""
 
     train: pd.DataFrame
     val: pd.DataFrame
     faults: list[tuple[str, str]]
+    notes: list[str]
 
 
 def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken: float) -> Tables:
@@ -63,7 +66,8 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
         is_train = ~is_val
     if not is_train.any():
         raise DataError("no rows are left to train on; is the `split` column `val` or `test` throughout?")
-    return Tables(table[is_train].reset_index(drop=True), table[is_val].reset_index(drop=True), faults)
+    train, val = (table[rows].reset_index(drop=True) for rows in (is_train, is_val))
+    return Tables(train, val, faults, list(getattr(source, "notes", ())))
 
 
 def lengths_of(table: pd.DataFrame, settings: ClipSettings) -> Lengths:
@@ -81,6 +85,7 @@ class TrainingData:
     prefetch: int
     held_out: list[Clip]
     faults: list[tuple[str, str]]  # files that did not open when the tables were read
+    notes: list[str] = field(default_factory=list)  # of the source
 
     def clips(self, first: int, last: int) -> Iterator[Clip]:
         """Micro-batches of optimizer steps first..last-1.
@@ -123,7 +128,8 @@ def validation_clips(
 ) -> tuple[list[Clip], list[tuple[str, str]]]:
     """This rank's share of the first `count` held-out videos that have `frames` frames, and files that failed.
 
-    One clip each, always the same, from the middle of the video and the centre of the picture.
+    One clip each, always the same, from the middle of the video (or over all of it, as data.sampling says) and the
+    centre of the picture, neither mirrored nor rolled.
     Raises DataError if no video is long enough.
     """
     long_enough = table[settings.length(table["num_frames"].to_numpy(), table["fps"].to_numpy()) >= frames]
@@ -143,9 +149,6 @@ def validation_clips(
 
 
 def _still_clip(path: str, place: int, settings: ClipSettings, frames: int) -> Clip:
-    reader = open_media(path, settings.reader)
-    try:
-        video = read_clip(reader, path, settings, frames, start=0.5)
-    finally:
-        reader.close()
-    return Clip(to_tensor(video)[None], positions=torch.tensor([place]), paths=[path])
+    with closing(open_frames(path, settings)) as reader:
+        pixels = read_clip(reader, path, settings, frames, start=0.5)
+    return collate([to_sample(pixels, Draw(place, place, frames), path, settings)])

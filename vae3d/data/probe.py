@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from vae3d.data.images import is_sequence, sequence_files
 from vae3d.data.readers import MediaError, open_media
 from vae3d.data.sources import NUMBERS
 
@@ -61,19 +62,21 @@ def look(path: str) -> Facts:
     try:
         reader = open_media(path)
     except MediaError as error:
-        return {"error": error.reason}
+        return {"error": error.reason_for(path)}
     reader.close()
     info = reader.info
     return {"num_frames": info.num_frames, "height": info.height, "width": info.width, "fps": info.fps}
 
 
 def _key(path: str) -> list[int] | None:
-    """What changes when the file does; None if there is no file."""
+    """What changes when the file does, or, of a sequence, its number of files or the first of them; None if there is
+    no file."""
     try:
-        stat = os.stat(path)
-    except OSError:
+        files = sequence_files(path)
+        stat = os.stat(files[0])
+    except (OSError, MediaError):
         return None
-    return [stat.st_size, stat.st_mtime_ns]
+    return [stat.st_size, stat.st_mtime_ns, *([len(files)] if is_sequence(path) else [])]
 
 
 def _read_cache(cache: Path) -> dict[str, dict]:

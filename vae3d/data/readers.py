@@ -9,72 +9,33 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from vae3d.errors import UserError
+from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, is_sequence, resize
+from vae3d.data.media import MediaError, MediaInfo, Reader, Size, check_indices
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
 UNINDEXED = ("mpegts", "mpeg")  # containers in which decord seeks by guessing
-Size = tuple[int, int]  # height, width
-
-
-class MediaError(UserError):
-    """A file that cannot be read; the message names it and the reason."""
-
-    on_every_rank = False
-
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = str(path), reason
-
-    def __reduce__(self) -> tuple[type[MediaError], tuple[str, str]]:  # survives the trip out of a worker process
-        return MediaError, (self.path, self.reason)
-
-
-@dataclass(frozen=True)
-class MediaInfo:
-    """frames, upright height and width in pixels, frames per second (0 for an image), how it is stored.
-
-    bits: per channel, as stored; frames are always read as 8 bits.
-    """
-
-    num_frames: int
-    height: int
-    width: int
-    fps: float
-    codec: str
-    pixels: str
-    bits: int = 8
-
-
-class Reader(Protocol):
-    info: MediaInfo
-
-    def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
-        """Frames at `indices` (any order, repeats allowed), resized to `size` with an antialiased filter."""
-
-    def close(self) -> None: ...
 
 
 def open_media(path: str | Path, reader: str = "auto", threads: int = 1) -> Reader:
-    """Open a video or image, told apart by its extension.
+    """Open a video or image, told apart by its extension, or with a `*` in its name the images numbered so.
 
     reader: pyav, decord, or auto: pyav, which reads everything that decord does, faster. threads: for decoding.
     Raises MediaError if it is missing, empty, not what its extension says,
     or holds what cannot be decoded faithfully.
     """
     path = Path(path)
+    if is_sequence(path):
+        return SequenceReader(path)
     if not path.exists():
         raise MediaError(path, "no such file")
     if not path.is_file():
@@ -87,48 +48,6 @@ def open_media(path: str | Path, reader: str = "auto", threads: int = 1) -> Read
     if suffix not in VIDEO_SUFFIXES:
         raise MediaError(path, f"unknown extension {suffix!r}; known: {' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}")
     return READERS[reader](path, threads)
-
-
-class ImageReader:
-    """One image as a video of one frame."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            with Image.open(path) as image:
-                codec, mode = (image.format or "image").lower(), image.mode
-                seen_through = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
-                upright = ImageOps.exif_transpose(image)
-                upright.load()
-        except UnidentifiedImageError as error:
-            raise MediaError(path, "is not an image, whatever its extension says") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise MediaError(path, f"cannot be decoded: {error}") from error
-        if seen_through:
-            raise MediaError(path, "has transparent pixels; flatten it")
-        self.image = _to_8_bits(path, upright).convert("RGB")
-        bits = 16 if mode.startswith("I") else 8
-        self.info = MediaInfo(1, self.image.height, self.image.width, 0.0, codec, mode, bits)
-        self.path = path
-
-    def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
-        _check_indices(self.path, indices, 1)
-        image = self.image if size in (None, self.image.size[::-1]) else _resize(self.image, size)
-        return np.repeat(np.asarray(image)[None], len(indices), axis=0)
-
-    def close(self) -> None:
-        self.image.close()
-
-
-def _to_8_bits(path: Path, image: Image.Image) -> Image.Image:
-    """Pillow's own conversion of 16-bit grey clips nearly everything to white."""
-    if image.mode == "F":
-        raise MediaError(path, "holds floating-point pixels of unknown range; store it with 8 or 16 bits")
-    if not image.mode.startswith("I"):
-        return image
-    pixels = np.asarray(image).astype(np.int64)
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise MediaError(path, "has integer pixels beyond 16 bits; store it with 8 or 16 bits")
-    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
 
 
 class PyAVReader:
@@ -157,7 +76,7 @@ class PyAVReader:
         self._first = first
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
-        _check_indices(self.path, indices, len(self.pts))
+        check_indices(self.path, indices, len(self.pts))
         frames = {i: self._to_rgb(self._frame_at(i), size) for i in sorted(set(indices))}
         return np.stack([frames[i] for i in indices])
 
@@ -235,14 +154,14 @@ class DecordReader:
             raise MediaError(path, f"decord counts {len(self.video)} frames, its packets {self.info.num_frames}")
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
-        _check_indices(self.path, indices, self.info.num_frames)
+        check_indices(self.path, indices, self.info.num_frames)
         try:
             frames = self.video.get_batch(list(indices)).asnumpy()
         except (self.error, RuntimeError) as error:
             raise MediaError(self.path, f"decord cannot decode it: {_one_line(error)}") from error
         if size in (None, frames.shape[1:3]):
             return frames
-        return np.stack([np.asarray(_resize(Image.fromarray(frame), size)) for frame in frames])
+        return np.stack([np.asarray(resize(Image.fromarray(frame), size)) for frame in frames])
 
     def close(self) -> None:
         del self.video
@@ -304,15 +223,6 @@ def _refuse_hdr(path: Path, frame: VideoFrame) -> None:
     transfer = HDR_TRANSFERS.get(int(frame.color_trc))
     if transfer:
         raise MediaError(path, f"is HDR ({transfer}); tone-map it to SDR first, 8-bit RGB would look washed out")
-
-
-def _check_indices(path: Path, indices: Sequence[int], num_frames: int) -> None:
-    if len(indices) and not 0 <= min(indices) <= max(indices) < num_frames:
-        raise MediaError(path, f"has {num_frames} frames; asked for {min(indices)} to {max(indices)}")
-
-
-def _resize(image: Image.Image, size: Size) -> Image.Image:
-    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
 def _one_line(error: Exception) -> str:

@@ -23,21 +23,32 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class FrameCounts:
-    """Frames per clip: minimum, minimum + step, ... maximum alike, or 1 with probability `images`."""
+    """Frames per clip: minimum, minimum + step, ... maximum alike, or 1 with probability `images`.
+
+    fit: not drawn, but the largest that all clips of a step have.
+    """
 
     minimum: int
     maximum: int
     step: int = 1
     images: float = 0.0
+    fit: bool = False
 
     @property
     def choices(self) -> range:
         return range(self.minimum, self.maximum + 1, self.step)
 
-    def draw(self, rng: np.random.Generator) -> int:
+    def draw(self, rng: np.random.Generator, lengths: np.ndarray) -> int:
+        """The frame count of a step whose records have `lengths`."""
         if rng.random() < self.images:
             return 1
-        return int(rng.choice(self.choices))
+        return self.fitting(lengths) if self.fit else int(rng.choice(self.choices))
+
+    def fitting(self, lengths: np.ndarray) -> int:
+        """The largest count that all have; those without even the smallest are replaced, and do not count."""
+        enough = lengths[lengths >= self.minimum]
+        shortest = min(enough.min(), self.maximum) if len(enough) else self.minimum
+        return self.choices[int(shortest - self.minimum) // self.step]
 
     def all(self) -> list[int]:
         """Every count that can be drawn, ascending."""
@@ -66,7 +77,8 @@ class Plan:
 
     Records are shuffled anew in every epoch; epochs run into each other, so no batch is short and no record is
     dropped. A record too short for the step's frame count gives its place to one that is long enough.
-    Raises DataError if a frame count can be drawn that no record has.
+    Raises DataError if a frame count can be drawn that no record has, or, where counts fit the records, no record
+    has the smallest.
     """
 
     lengths: Lengths
@@ -80,7 +92,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         longest = int(self.lengths.lengths.max(initial=0))
-        too_long = [frames for frames in self.frames.all() if frames > longest]
+        needed = [self.frames.minimum] if self.frames.fit else self.frames.all()
+        too_long = [frames for frames in needed if frames > longest]
         if too_long:
             raise DataError(
                 f"clips of {too_long[0]} frames are asked for, but the longest video gives {longest}; "
@@ -93,7 +106,9 @@ class Plan:
         return self.batch_size // (self.accumulate * self.world_size)
 
     def frames_at(self, step: int) -> int:
-        return self.frames.draw(np.random.default_rng(seed_of(self.seed, step, "frames")))
+        clips = range(step * self.batch_size, (step + 1) * self.batch_size)
+        lengths = self.lengths.lengths[[self._record(position) for position in clips]]
+        return self.frames.draw(np.random.default_rng(seed_of(self.seed, step, "frames")), lengths)
 
     def step(self, step: int) -> list[list[Draw]]:
         """This rank's draws of optimizer step `step`, one list per micro-batch.

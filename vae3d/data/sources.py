@@ -1,20 +1,22 @@
 """Where videos and images come from: every source lists its files as a table, without decoding anything.
 
-The table has the columns path (absolute), name (the path as the source gives it), num_frames, height, width, fps
-(NaN where unknown), split and text (None where not given), row, the place in the source that messages name, and
-fault: why a row cannot be used, or None.
+The table has the columns path (absolute; with a * for their numbers, the images of a video), name (the path as the
+source gives it), num_frames, height, width, fps (NaN where unknown), split and text (None where not given), row, the
+place in the source that messages name, and fault: why a row cannot be used, or None.
 """
 
 from __future__ import annotations
 
 import os
+from glob import escape, glob
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
-from vae3d.data.readers import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from vae3d.data.images import IMAGE_SUFFIXES, is_sequence, numbered
+from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.errors import UserError
 
 NUMBERS = ("num_frames", "height", "width", "fps")
@@ -26,6 +28,8 @@ class DataError(UserError):
 
 
 class Source(Protocol):
+    """May have `notes`, a list of lines that the start of a run tells of the files once `table` was called."""
+
     def table(self) -> pd.DataFrame:
         """The files, one row each. Raises DataError."""
 
@@ -88,13 +92,18 @@ def _mark(table: pd.DataFrame, bad: pd.Series, reason: str) -> None:
 
 
 class Folder:
-    """Every video and image under a folder, sorted by name; or one file."""
+    """Every video and image under a folder, sorted by name; or one file; or, of a path with `*`, such as
+    rooms/*/output/panorama_*.png, the numbered images of every folder that it fits as a video."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def table(self) -> pd.DataFrame:
-        if self.path.is_file():
+        top = self.path if self.path.is_dir() else self.path.parent
+        if is_sequence(self.path):
+            files = sequences(self.path)
+            top = next(parent for parent in self.path.parents if "*" not in str(parent))
+        elif self.path.is_file():
             files = [self.path]
         elif self.path.is_dir():
             files = sorted(f for f in self.path.rglob("[!.]*") if f.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES)
@@ -102,15 +111,26 @@ class Folder:
             raise DataError(f"{self.path}: no such file or folder")
         if not files:
             raise DataError(f"{self.path} holds no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)})")
-        top = self.path if self.path.is_dir() else self.path.parent
-        table = pd.DataFrame(
-            {
-                "path": [os.path.abspath(f) for f in files],
-                "name": [str(f.relative_to(top)) for f in files],
-                "row": np.arange(1, len(files) + 1),
-            }
-        )
-        return table.assign(**dict.fromkeys(NUMBERS, np.nan), text=None, split=None, fault=None)
+        return listed([os.path.abspath(f) for f in files], [str(f.relative_to(top)) for f in files])
+
+
+def sequences(path: Path) -> list[Path]:
+    """The sequences that a path stands for whose folders may have a `*` too. Raises DataError if there is none."""
+    try:
+        fits = numbered(path.name)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+    folders = sorted(glob(escape(str(path.parent)).replace("[*]", "*")))
+    found = [folder for folder in folders if os.path.isdir(folder) and any(map(fits, os.listdir(folder)))]
+    if not found:
+        raise DataError(f"{path}: no files are called so, with a number for the * of their name")
+    return [Path(folder) / path.name for folder in found]
+
+
+def listed(paths: list[str], names: list[str]) -> pd.DataFrame:
+    """A table of files of which nothing else is known."""
+    table = pd.DataFrame({"path": paths, "name": names, "row": np.arange(1, len(paths) + 1)})
+    return table.assign(**dict.fromkeys(NUMBERS, np.nan), text=None, split=None, fault=None)
 
 
 def open_source(path: str | Path, root: str | Path | None = None) -> Source:

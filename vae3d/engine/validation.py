@@ -33,8 +33,9 @@ def validate(
     """Reconstruct clips from the posterior's mode and score them as 8-bit pixels, as files would hold them."""
     done = []
     for clip in clips:
-        out = model(clip.to(device).video, sample=False)
-        ref, rec = clip.video[0].permute(1, 2, 3, 0).numpy(), to_uint8(out.video[0])
+        clip = clip.to(device)
+        out = model(clip.video, sample=False)
+        ref, rec = to_uint8(clip.video[0]), to_uint8(out.video[0])
         metrics.update(as_unit(ref, device), as_unit(rec, device))
         place = int(clip.positions)
         picture = np.concatenate([ref, rec], axis=1) if place < pictures else None

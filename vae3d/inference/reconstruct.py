@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.data.clips import to_tensor
+from vae3d.data.images import is_sequence
 from vae3d.data.readers import MediaError, MediaInfo, Reader, Size, open_media
 from vae3d.data.transforms import cover
 from vae3d.inference.video import VideoWriter, as_unit, to_uint8, write_image
@@ -66,8 +67,13 @@ class Done:
 
 
 def identifier(row: int, source: str) -> str:
-    """Name of a file's outputs: its row and its stem, with what a file name should not hold replaced."""
-    stem = re.sub(r"[^\w.-]+", "-", Path(source).stem)
+    """Name of a file's outputs: its row and its stem (of numbered images with their folders, since these tell rooms
+    apart), with what a file name should not hold replaced."""
+    path = Path(source)
+    stem = path.stem
+    if is_sequence(path):
+        stem = "-".join([*path.parts[-4:-1], stem.replace("*", "").rstrip("_-")])
+    stem = re.sub(r"[^\w.-]+", "-", stem)
     return f"{row:06d}_{stem}"
 
 

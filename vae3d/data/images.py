@@ -1,0 +1,178 @@
+"""Reading images, alone or as the numbered frames of a video."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vae3d.data.media import MediaError, MediaInfo, Size, check_indices
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+SEQUENCE_RATE = 24.0  # frames per second that a sequence is said to have
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for bad files
+ORIENTATION = 0x0112  # Exif; 5 to 8 turn by a quarter
+
+
+class ImageReader:
+    """One image as a video of one frame."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with Image.open(path) as image:
+                codec, mode = (image.format or "image").lower(), image.mode
+                seen_through = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
+                upright = ImageOps.exif_transpose(image)
+                upright.load()
+        except UNREADABLE as error:
+            raise _unreadable(path, error) from error
+        if seen_through:
+            raise MediaError(path, "has transparent pixels; flatten it")
+        self.image = _to_8_bits(path, upright).convert("RGB")
+        bits = 16 if mode.startswith("I") else 8
+        self.info = MediaInfo(1, self.image.height, self.image.width, 0.0, codec, mode, bits)
+        self.path = path
+
+    def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
+        check_indices(self.path, indices, 1)
+        image = self.image if size in (None, self.image.size[::-1]) else resize(self.image, size)
+        return np.repeat(np.asarray(image)[None], len(indices), axis=0)
+
+    def close(self) -> None:
+        self.image.close()
+
+
+def _to_8_bits(path: Path, image: Image.Image) -> Image.Image:
+    """Pillow's own conversion of 16-bit grey clips nearly everything to white."""
+    if image.mode == "F":
+        raise MediaError(path, "holds floating-point pixels of unknown range; store it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray(((grey_levels(path, image) + 128) // 257).astype(np.uint8))
+
+
+def load_grey(path: Path) -> np.ndarray:
+    """[H, W] uint16 of an image of one channel of 16 bits. Raises MediaError if it holds anything else."""
+    try:
+        with Image.open(path) as image:
+            if not image.mode.startswith("I"):
+                kind = "floating-point" if image.mode == "F" else f"8-bit {image.mode}"
+                raise MediaError(path, f"holds {kind} pixels; depth is read from images of one channel of 16 bits")
+            return grey_levels(path, image).astype(np.uint16)
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
+def grey_levels(path: Path, image: Image.Image) -> np.ndarray:
+    """[H, W] int64, 0 to 65535, of an image of one integer channel."""
+    pixels = np.asarray(image).astype(np.int64)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise MediaError(path, "has integer pixels beyond 16 bits; store it with 8 or 16 bits")
+    return pixels
+
+
+def _unreadable(path: Path, error: Exception) -> MediaError:
+    if isinstance(error, UnidentifiedImageError):
+        return MediaError(path, "is not an image, whatever its extension says")
+    return MediaError(path, f"cannot be decoded: {error}")
+
+
+def resize(image: Image.Image, size: Size) -> Image.Image:
+    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+
+
+def resize_around(frame: np.ndarray, size: Size) -> np.ndarray:
+    """Resize [H, W, 3] whose right edge goes on at its left one, antialiased: no column is special, so the picture
+    may be rolled before or after."""
+    height, width = frame.shape[:2]
+    margin = min(width, 2 * -(-width // size[1]) + 2)  # what the filter reaches
+    wider = Image.fromarray(np.pad(frame, ((0, 0), (margin, margin), (0, 0)), mode="wrap"))
+    box = (margin, 0, margin + width, height)
+    return np.asarray(wider.resize((size[1], size[0]), Image.Resampling.BICUBIC, box))
+
+
+def is_sequence(path: str | Path) -> bool:
+    """Whether a path stands for numbered files, as panorama_*.png does."""
+    return "*" in Path(path).name
+
+
+def numbered(pattern: str) -> Callable[[str], re.Match[str] | None]:
+    """Matches names that are `pattern` with digits for its `*`; group 1 is the number.
+
+    Names that have more there (panorama_0000_mask.png for panorama_*.png) do not match.
+    Raises ValueError if the pattern has not one `*`.
+    """
+    if pattern.count("*") != 1:
+        raise ValueError(f"{pattern} must have one * where the number of the frame stands")
+    return re.compile(re.escape(pattern).replace(r"\*", "([0-9]+)")).fullmatch
+
+
+def sequence_files(path: str | Path) -> list[Path]:
+    """The files of a sequence, frame_9 before frame_10; the file alone if the path has no `*`.
+
+    Raises MediaError if there is none, or two have the same number.
+    """
+    path = Path(path)
+    if not is_sequence(path):
+        return [path]
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise MediaError(path, f"is no sequence of images; known: {' '.join(IMAGE_SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise MediaError(path, "no such folder")
+    try:
+        matches = list(filter(None, map(numbered(path.name), sorted(os.listdir(path.parent)))))
+    except (OSError, ValueError) as error:
+        raise MediaError(path, str(error)) from error
+    if not matches:
+        raise MediaError(path, f"no file there is called so, with a number for *, as {path.name.replace('*', '0')}")
+    found: dict[int, str] = {}
+    for match in matches:
+        other = found.setdefault(int(match[1]), match[0])
+        if other != match[0]:
+            raise MediaError(path, f"{other} and {match[0]} have the same number; keep one")
+    return [path.parent / found[number] for number in sorted(found)]
+
+
+class SequenceReader:
+    """Numbered images as a video; opening it reads the header of the first file and lists the folder.
+
+    Its rate is a nominal 24 frames per second: a sequence of photographs has none, and 0 would mean a single image.
+    Reading raises MediaError naming a file of another size than the first.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.files = Path(path), sequence_files(path)
+        first = self.files[0]
+        try:
+            with Image.open(first) as image:
+                codec, mode = (image.format or "image").lower(), image.mode
+                # Pillow decodes a PNG to find its Exif data, which hardly any has.
+                turned = codec != "png" and image.getexif().get(ORIENTATION, 1) >= 5
+                width, height = image.size[::-1] if turned else image.size
+        except UNREADABLE as error:
+            raise _unreadable(first, error) from error
+        bits = 16 if mode.startswith("I") else 8
+        self.info = MediaInfo(len(self.files), height, width, SEQUENCE_RATE, codec, mode, bits)
+
+    def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
+        check_indices(self.path, indices, len(self.files))
+        frames = {i: self.frame(self.files[i], size) for i in sorted(set(indices))}
+        return np.stack([frames[i] for i in indices])
+
+    def frame(self, file: Path, size: Size | None) -> np.ndarray:
+        """[H, W, 3] uint8 of one file."""
+        reader = ImageReader(file)
+        self.refuse_other_size(file, reader.info.height, reader.info.width)
+        return reader.read([0], size)[0]
+
+    def refuse_other_size(self, file: Path, height: int, width: int) -> None:
+        if (height, width) != (self.info.height, self.info.width):
+            expected = f"{self.info.height}x{self.info.width}"
+            raise MediaError(file, f"is {height}x{width}, but its sequence begins with {expected}")
+
+    def close(self) -> None:
+        """Nothing is kept open."""

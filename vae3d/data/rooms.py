@@ -1,0 +1,97 @@
+"""Rooms as sequences of equirectangular panoramas, in the layout {root}/{area}/{room}/output/panorama_0000.png."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from vae3d.data.images import SEQUENCE_RATE, numbered
+from vae3d.data.sources import DataError, listed
+from vae3d.seeding import seed_of
+
+FOLDER = "output"  # of a room
+
+
+class ErpRooms:
+    """Every room of every area, as a video of the files that `pattern` numbers; masks, depth maps and partial renders
+    beside them are not of it. No file is opened.
+
+    Whole areas are held out for validation: `val_areas`, or (None) the tenth of all areas, at least one, whose names
+    hash lowest. With a single area there is no split, and rooms are held out as from any source.
+    min_frames: rooms with fewer are left out, and counted in `notes`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        pattern: str = "panorama_*.png",
+        val_areas: Sequence[str] | None = None,
+        min_frames: int = 5,
+    ) -> None:
+        self.root, self.pattern, self.val_areas, self.min_frames = Path(root), pattern, val_areas, min_frames
+        self.notes: list[str] = []
+
+    def table(self) -> pd.DataFrame:
+        """Raises DataError if no room has enough files of that name, or a validation area is not there."""
+        rooms = sorted(self._scan())
+        where = f"{self.root}/AREA/ROOM/{FOLDER}/{self.pattern}"
+        if not any(frames for _, _, frames in rooms):
+            raise DataError(f"{where}: no such files; data.source.root takes the folder that holds the areas")
+        kept = [(area, room, frames) for area, room, frames in rooms if frames >= self.min_frames]
+        if not kept:
+            most = max(frames for _, _, frames in rooms)
+            raise DataError(
+                f"{where}: no room has {self.min_frames} files (data.source.min_frames); the most is {most}"
+            )
+        areas, names, frames = zip(*((area, f"{area}/{room}", frames) for area, room, frames in kept), strict=True)
+        paths = [os.path.abspath(self.root / name / FOLDER / self.pattern) for name in names]
+        table = listed(paths, list(names)).assign(num_frames=[float(n) for n in frames], fps=SEQUENCE_RATE)
+        held_out = self._held_out(sorted(set(areas)))
+        if held_out is not None:
+            table["split"] = ["val" if area in held_out else "train" for area in areas]
+        self.notes = [self._count(len(rooms), len(kept), len(set(areas))), _areas(held_out)]
+        return table
+
+    def _scan(self) -> Iterator[tuple[str, str, int]]:
+        """Area, room and number of files of every room that has an output folder."""
+        try:
+            fits = numbered(self.pattern)
+        except ValueError as error:
+            raise DataError(f"data.source.pattern: {error}") from error
+        if not self.root.is_dir():
+            raise DataError(f"{self.root}: no such folder; data.source.root takes the folder that holds the areas")
+        for area in _folders(self.root):
+            for room in _folders(self.root / area):
+                output = self.root / area / room / FOLDER
+                if output.is_dir():
+                    with os.scandir(output) as entries:
+                        yield area, room, sum(fits(entry.name) is not None for entry in entries)
+
+    def _held_out(self, areas: list[str]) -> list[str] | None:
+        if self.val_areas is None:
+            return sorted(areas, key=seed_of)[: max(1, len(areas) // 10)] if len(areas) > 1 else None
+        unknown = sorted(set(self.val_areas) - set(areas))
+        if unknown:
+            raise DataError(
+                f"data.source.val_areas: {', '.join(unknown)} is no area of {self.root} that has rooms of "
+                f"{self.min_frames} frames or more; there are {', '.join(areas)}"
+            )
+        return list(self.val_areas)
+
+    def _count(self, rooms: int, kept: int, areas: int) -> str:
+        short = f"; left out: {rooms - kept} with fewer than {self.min_frames} frames"
+        return f"{kept} rooms of {areas} areas in {self.root}{short if rooms > kept else ''}"
+
+
+def _areas(held_out: list[str] | None) -> str:
+    if held_out is None:
+        return "there is one area only, so rooms are held out for validation instead of areas"
+    return f"areas held out for validation: {', '.join(held_out) or 'none'}"
+
+
+def _folders(path: Path) -> list[str]:
+    with os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
