@@ -28,6 +28,18 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session")
+def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rendered panoramas and depth maps, 32 x 64: three areas of two rooms with six frames."""
+    root = tmp_path_factory.mktemp("rooms")
+    done = tiny.run(
+        *tiny.script("scripts/make_demo_panoramas.py"), str(root), "--depth", "--areas=3", "--rooms=2", "--frames=6",
+        "--height=32", cwd=root,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return root
+
+
+@pytest.fixture(scope="session")
 def trunks(surroundings: None) -> Path:
     """Folder with random VGG and AlexNet features under their official names."""
     import os

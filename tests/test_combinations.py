@@ -16,7 +16,6 @@ from vae3d.check import ConfigError, check_training
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.config import CONF
-from vae3d.data.sources import Table
 
 
 def names(group: str) -> list[str]:
@@ -30,14 +29,15 @@ COMBINATIONS = [
     ("temporal_vae", "decoder_only", "erp_lite"),
 ]
 TWO_STAGE = ("temporal_vae", "opensora_v1_2")
+CAUSAL = ("wan", "wan22")  # of time stride 2 at tiny size
 PIXEL_LOSSES = ("recon_kl", "recon_kl_lpips")
 
 
 def reason(model: str, stage: str, loss: str) -> str | None:
     """Why a combination makes no sense, in the words of the check."""
-    if model == "spatial" and stage.startswith("stage"):
-        return "SpatialVAE has no part"
-    if model == "spatial" and loss.startswith("latent"):
+    if model not in TWO_STAGE and stage.startswith("stage"):
+        return "VAE has no part"
+    if model not in TWO_STAGE and loss.startswith("latent"):
         return "need a model with a 2D VAE inside"
     trained = OmegaConf.load(CONF / f"stage/{stage}.yaml").stage.train
     if loss.startswith("latent") and not all(part.startswith("temporal") for part in trained):
@@ -77,6 +77,8 @@ def two_steps(config, folder: Path) -> None:
 @pytest.mark.parametrize(("model", "stage", "loss"), COMBINATIONS)
 def test_combination_steps_twice_or_is_refused_with_the_reason(videos, trunks, exports, tmp_path, model, stage, loss):
     overrides = [f"stage={stage}", f"loss={loss}", "data.frames.min=1", "data.frames.max=2", "trainer.save_every=0"]
+    if model in CAUSAL:
+        overrides += ["data.frames.max=3", "data.frames.step=2"]
     overrides += starting_point(model, stage, exports)
     if loss in PANORAMA_LOSSES:
         overrides += ["data.height=32", "data.width=64"]
@@ -101,11 +103,16 @@ SMALL = [
 ]  # fmt: skip
 
 
+TINY_OF = {"SpatialVAE": "spatial", "OpenSoraVAE": "temporal_vae", "WanVAE": "wan"}
+
+
 @pytest.mark.parametrize("experiment", names("experiment"))
-def test_experiment_steps_twice(videos, trunks, tmp_path, monkeypatch, experiment):
+def test_experiment_steps_twice(videos, rooms, trunks, tmp_path, monkeypatch, experiment):
     monkeypatch.chdir(tmp_path)
-    name = "spatial" if "SpatialVAE" in tiny.compose(f"experiment={experiment}").model._target_ else "temporal_vae"
-    overrides = [f"experiment={experiment}", *tiny.MODEL[name], *SMALL]
+    full = tiny.compose(f"experiment={experiment}")
+    name = TINY_OF[full.model._target_.rpartition(".")[2]]
+    panorama = full.data.panorama
+    overrides = [f"experiment={experiment}", *tiny.MODEL[name], *SMALL, f"data.width={64 if panorama else 32}"]
     composed = tiny.compose(*overrides)
     if composed.stage.name == "stage1":
         start, first = "stage.init_from.spatial_vae", composed.model.spatial
@@ -115,9 +122,9 @@ def test_experiment_steps_twice(videos, trunks, tmp_path, monkeypatch, experimen
     write_export(Checkpoint(first, factory.instantiate(first).state_dict(), tmp_path, ""), tmp_path / "start")
     overrides.append(f"{start}={tmp_path / 'start'}")
     if composed.data.frames.min > 3:
-        overrides.append("data.frames.min=1")
-    if composed.data.source._target_ == f"{Table.__module__}.{Table.__qualname__}":
-        overrides.append(f"data.source.path={videos}")
+        overrides.append("data.frames.min=1" if name != "wan" else "data.frames.min=3")
+    where = {"Table": "path", "ErpRooms": "root"}.get(composed.data.source._target_.rpartition(".")[2])
+    overrides.append(f"data.source.{where}={rooms if where == 'root' else videos}")
     two_steps(check_training(tiny.compose(*overrides)), tmp_path / "run")
 
 
@@ -144,8 +151,8 @@ def test_full_scale_presets_hold_the_reports_numbers():
         assert cfg.loss.terms.kl.weight == 1e-6
         assert cfg.loss.reduction == "sum"
     one, two, three = (tiny.compose(f"experiment=opensora_stage{i}") for i in (1, 2, 3))
-    assert dict(one.data.frames) == {"min": 17, "max": 17, "step": 1, "images": 0.2}
-    assert dict(three.data.frames) == {"min": 1, "max": 33, "step": 1, "images": 0.0}
+    assert dict(one.data.frames) == {"min": 17, "max": 17, "step": 1, "images": 0.2, "fit": False}
+    assert dict(three.data.frames) == {"min": 1, "max": 33, "step": 1, "images": 0.0, "fit": False}
     assert set(one.loss.terms) == {"latent", "kl", "identity"}
     assert set(two.loss.terms) == {"latent", "kl"}
     assert {name: term.weight for name, term in three.loss.terms.items()} == {"l1": 1.0, "lpips": 0.1, "kl": 1e-6}

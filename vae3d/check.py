@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vae3d.config import Data, InferConfig, TrainConfig
+from vae3d.config import InferConfig, TrainConfig
 from vae3d.errors import UserError
 
 MISSING = "???"
@@ -107,6 +107,7 @@ INFER_RANGES = {
     "num_frames": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "num_samples": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "frame_batch": (lambda v: v >= 1, "at least 1"),
+    "tile": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "memory_gib": (lambda v: v is None or v > 0, "positive, or null"),
     "fps": (lambda v: v is None or v > 0, "positive, or null"),
 }
@@ -144,6 +145,11 @@ def check_inference(cfg: DictConfig) -> InferConfig:
     faults += _values(config, INFER_CHOICES, INFER_RANGES)
     if (config.height is None) != (config.width is None):
         faults.append("height and width go together; set both, or neither")
+    if config.tile is None and config.tile_overlap is not None:
+        faults.append(f"tile_overlap={config.tile_overlap} needs the tiles' size; set tile")
+    for key in ("compile", "cost"):
+        if config.tile is not None and getattr(config, key):
+            faults.append(f"{key}=true is of whole frames; leave out tile={config.tile}")
     faults += [f"{name}={value}: no such file or folder" for name, value in _given_paths(config) if not _exists(value)]
     if faults:
         raise ConfigError(faults)
@@ -283,7 +289,7 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
         faults.append(f"data.short_side={data.short_side} is smaller than the crop; use at least {largest}, or null")
     if data.frames.max < data.frames.min:
         faults.append(f"data.frames.max={data.frames.max} is below data.frames.min={data.frames.min}; raise it")
-    faults += _clip_rules(data)
+    faults += _clip_rules(config)
 
     if optim.decay_start is not None and optim.decay_start < optim.warmup_steps:
         faults.append(
@@ -333,10 +339,13 @@ def _resume_faults(path: str | None) -> list[str]:
     return [f"run.resume_from={path}: no such file or folder"]
 
 
-def _clip_rules(data: Data) -> Iterator[str]:
+def _clip_rules(config: TrainConfig) -> Iterator[str]:
     """What does not go together of panoramas, sampling and depth."""
+    data = config.data
     if data.roll and not data.panorama:
         yield "data.roll=true turns panoramas; set data.panorama=true, or data.roll=false"
+    if config.validation.roll and not data.panorama:
+        yield "validation.roll=true turns panoramas; set data.panorama=true, or validation.roll=false"
     if data.panorama:
         if MISSING not in (data.height, data.width) and data.width != 2 * data.height:
             yield f"data.width={data.width} must be twice data.height={data.height}, for data.panorama=true"

@@ -136,6 +136,7 @@ class Validation:
     frames: int = 17
     metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim"])
     videos: int = 4  # clips shown in the logger and saved
+    roll: bool = False  # also compare a turned panorama's reconstruction with the turned reconstruction
 
 
 @dataclass
@@ -199,6 +200,9 @@ class InferConfig:
     root: str | None = None  # what relative paths in a table are relative to; by default the table's folder
     model: dict[str, Any] = field(default_factory=dict)  # changes to the checkpoint's model: model.micro_frames=null
     frame_batch: int = 4  # frames through a 2D network at once
+    tile: int | None = None  # code frames of causal networks in tiles of so many pixels a side; null: whole
+    tile_overlap: int | None = None  # pixels that tiles share, blended linearly; null: exact, with halos
+    compile: bool = False  # torch.compile, once per shape
     memory_gib: float | None = None  # what a streaming network may take beside its weights; null: its own default
     height: int | None = None  # resize and centre-crop to height x width; null: as the video is
     width: int | None = None

@@ -40,6 +40,8 @@ from vae3d.inference.reconstruct import Reconstructor, Selection
 from vae3d.losses.objective import Objective, Weighted
 from vae3d.metrics import build_metrics
 from vae3d.models.spatial import SpatialVAE
+from vae3d.models.tiling import Tiled
+from vae3d.models.wan import WanVAE
 from vae3d.precision import as_device, without_tf32
 
 if TYPE_CHECKING:
@@ -231,6 +233,8 @@ def infer(config: InferConfig) -> None:
     model = load(config.checkpoint, **config.model).to(device)
     if isinstance(spatial := getattr(model, "spatial_vae", model), SpatialVAE):
         spatial.frame_batch = config.frame_batch
+    if config.compile:
+        _compile(model)
     reconstructor = Reconstructor(
         model,
         config.save_dir,
@@ -241,6 +245,7 @@ def infer(config: InferConfig) -> None:
         dtype=DTYPES[config.precision],
         metrics=metrics,
         memory_gib=config.memory_gib,
+        open_stream=_tiled(model, config.tile, config.tile_overlap).stream if config.tile else None,
     )
     table = open_source(config.source, config.root).table()
     if config.split is not None:
@@ -265,6 +270,24 @@ def infer(config: InferConfig) -> None:
         gather=gather_object,
         cost=cost,
     )
+
+
+def _compile(model: nn.Module) -> None:
+    """Compile what infer calls, per shape: the length of chunks changes at the two ends of a video only."""
+    if isinstance(model, WanVAE):
+        model.encode_chunk = torch.compile(model.encode_chunk, dynamic=False)
+        model.decode_chunk = torch.compile(model.decode_chunk, dynamic=False)
+    else:
+        model.compile(dynamic=False)
+
+
+def _tiled(model: nn.Module, tile: int, overlap: int | None) -> Tiled:
+    if not isinstance(model, WanVAE):
+        raise UserError(f"tile={tile}: a {type(model).__name__} cannot be coded in tiles; set frame_batch instead")
+    try:
+        return Tiled(model, tile, overlap)
+    except ValueError as error:
+        raise UserError(f"tile={tile}, tile_overlap={overlap}: {error}") from error
 
 
 def describe(config: TrainConfig) -> None:

@@ -131,10 +131,18 @@ WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
 
 
 # Keys that other programs give to the same weights, in one flat state dict.
-# Raise CheckpointError for the state of a model that they do not know.
+# Raise CheckpointError for the state of a model that they do not know. `native` keys of the Wan VAEs are the official.
 FLAT_LAYOUTS: dict[str, Callable[[State], State]] = {
     "native": lambda state: state,
+    "videox_fun": lambda state: wan.videox_fun(_require_wan(state)),
+    "diffusers": lambda state: wan.to_diffusers(_require_wan(state)),
 }
+
+
+def _require_wan(state: State) -> State:
+    if wan.MARKER not in state:
+        raise CheckpointError("only the Wan VAEs have the key layouts videox_fun and diffusers here; use native")
+    return state
 
 
 def to_layout(state: State, layout: str) -> State:

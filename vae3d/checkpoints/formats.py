@@ -30,8 +30,8 @@ PUBLISHED_FACTOR = 0.18215  # hard-coded in Open-Sora 1.2 around its SDXL VAE; n
 # A key that only this layout has; what stands in front of it in a file is a wrapper's prefix.
 MARKERS = {
     "opensora": "temporal_vae.encoder.conv_in.conv.weight",
-    "wan": "encoder.middle.0.residual.0.gamma",
-    "wan_diffusers": "encoder.mid_block.resnets.0.norm1.gamma",
+    "wan": wan.MARKER,
+    "wan_diffusers": wan.MARKER_DIFFUSERS,
     "diffusers": "encoder.down_blocks.0.resnets.0.norm1.weight",
     "ldm": "encoder.down.0.block.0.norm1.weight",
 }

@@ -16,6 +16,8 @@ from torch import Tensor
 State = dict[str, Tensor]
 CONF = Path(__file__).parents[1] / "conf/model"
 PREFIX = "model."  # VideoX-Fun's AutoencoderKLWan
+MARKER = "encoder.middle.0.residual.0.gamma"  # a key that only these networks have
+MARKER_DIFFUSERS = "encoder.mid_block.resnets.0.norm1.gamma"
 
 # (official, diffusers), but for the numbers of blocks; ^ is the beginning of a key.
 RENAMES = (

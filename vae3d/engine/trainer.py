@@ -8,6 +8,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -256,12 +257,22 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Score the held-out clips with the averaged weights; log the means and show some of the clips."""
+        settings, depth = self.config.validation, self.config.data.depth.mapping
         self.network.eval()
         with self.ema.applied():
-            mine = validate(self.network, self.data.held_out, self.metrics, self.device, self.config.validation.videos)
+            mine = validate(
+                self.network,
+                self.data.held_out,
+                self.metrics,
+                self.device,
+                settings.videos,
+                roll=settings.roll,
+                depth=depth,
+            )
         set_mode(self.network, self.config.stage.train)
         everyone = sorted(gather_object(mine), key=lambda clip: clip.place)
         scores = self.metrics.over([clip.result for clip in everyone])
+        scores |= {name: fmean(clip.more[name] for clip in everyone) for name in everyone[0].more}
         means = {f"val/{column}": value for column, value in scores.items() if value is not None}
         self.log.scalars({**means, "val_clips": len(everyone)}, self.step)
         for clip in everyone:

@@ -8,29 +8,44 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from vae3d.data.depth import depth_of, to_metres
+from vae3d.inference.consistency import roll_consistency
 from vae3d.inference.video import as_unit, to_uint8
 from vae3d.metrics import MetricSet, VideoResult
+from vae3d.metrics.depth import abs_rel, delta1
 from vae3d.types import Clip
 
 
 @dataclass
 class ValidatedClip:
     """place: among the held-out clips. picture: original above reconstruction, [T, 2H, W, 3] uint8, of the first few
-    clips."""
+    clips. more: scores that are not of pairs of 8-bit frames."""
 
     place: int
     name: str
     result: VideoResult
     picture: np.ndarray | None
+    more: dict[str, float]
 
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, clips: Sequence[Clip], metrics: MetricSet, device: torch.device, pictures: int
+    model: nn.Module,
+    clips: Sequence[Clip],
+    metrics: MetricSet,
+    device: torch.device,
+    pictures: int,
+    *,
+    roll: bool = False,
+    depth: str | None = None,
 ) -> list[ValidatedClip]:
-    """Reconstruct clips from the posterior's mode and score them as 8-bit pixels, as files would hold them."""
+    """Reconstruct clips from the posterior's mode and score them as 8-bit pixels, as files would hold them.
+
+    roll: also how far the reconstruction of a turned panorama is the turned reconstruction, `roll_psnr`. depth: the
+    mapping of clips that are depth maps, for AbsRel and delta1 in metres.
+    """
     done = []
     for clip in clips:
         clip = clip.to(device)
@@ -39,5 +54,12 @@ def validate(
         metrics.update(as_unit(ref, device), as_unit(rec, device))
         place = int(clip.positions)
         picture = np.concatenate([ref, rec], axis=1) if place < pictures else None
-        done.append(ValidatedClip(place, Path(clip.paths[0]).stem, metrics.result(), picture))
+        more = {"roll_psnr": roll_consistency(model, clip.video)} if roll else {}
+        more |= _depth_errors(clip, out.video, depth) if depth is not None else {}
+        done.append(ValidatedClip(place, Path(clip.paths[0]).stem, metrics.result(), picture, more))
     return done
+
+
+def _depth_errors(clip: Clip, rec: Tensor, mapping: str) -> dict[str, float]:
+    ref, rec = (to_metres(depth_of(video.float()), clip.depth_bounds, mapping) for video in (clip.video, rec))
+    return {"abs_rel": float(abs_rel(ref, rec, clip.valid)), "delta1": float(delta1(ref, rec, clip.valid))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, fields
 from itertools import count, islice
@@ -82,7 +82,8 @@ class Reconstructor:
 
     sample: draw latents (seeded by `seed` and the file's row) instead of taking the posterior's mode.
     dtype: of autocast, or None for fp32. codec: see inference.video. metrics: scored on the 8-bit pixels, before
-    any codec. memory_gib: about what a streaming model may take, beside its weights.
+    any codec. memory_gib: about what a streaming model may take, beside its weights. open_stream:
+    what codes a video, by default the model's own stream.
     """
 
     def __init__(
@@ -97,11 +98,12 @@ class Reconstructor:
         dtype: torch.dtype | None = None,
         metrics: MetricSet | None = None,
         memory_gib: float | None = None,
+        open_stream: Callable[[int, int, float | None], Stream] | None = None,
     ) -> None:
         self.model, self.prefix, self.selection = model, prefix, selection
         self.codec, self.sample, self.seed, self.dtype = codec, sample, seed, dtype
         self.metrics = metrics or MetricSet([])
-        self.memory_gib = memory_gib
+        self.memory_gib, self.open_stream = memory_gib, open_stream or model.stream
         self.device = next(model.parameters()).device
 
     def folder(self, kind: str) -> Path:
@@ -114,7 +116,7 @@ class Reconstructor:
         try:
             info = reader.info
             indices, fps, target = self._wanted(source, info)
-            stream = self.model.stream(*target, self.memory_gib)
+            stream = self.open_stream(*target, self.memory_gib)
             chunks = self._chunks(reader, indices, target, stream)
             name = identifier(row, source)
             if info.fps:
@@ -134,7 +136,7 @@ class Reconstructor:
         """What the network gets first of a file, [1, 3, T, H, W] in [-1, 1]. Raises MediaError."""
         with closing(open_media(source, self.selection.reader, threads=0)) as reader:
             indices, _, target = self._wanted(source, reader.info)
-            stream = self.model.stream(*target, self.memory_gib)
+            stream = self.open_stream(*target, self.memory_gib)
             return self._to_video(next(self._chunks(reader, indices, target, stream)))
 
     def _wanted(self, source: str, info: MediaInfo) -> tuple[list[int], float, Size]:

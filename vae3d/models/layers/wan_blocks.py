@@ -152,6 +152,8 @@ class Downsample(nn.Module):
             x = self.time_conv(torch.cat([past, x], 2))
         elif x.shape[2] > 1:
             x = torch.cat([x[:, :, :1], self.time_conv(x)], 2)
+        else:
+            x = passed_by(x, self.time_conv)
         return x, last
 
     def _pad(self, frames: Tensor) -> Tensor:
@@ -185,10 +187,17 @@ class Upsample(nn.Module):
     def _double_frames(self, x: Tensor, past: Past, keep: bool) -> tuple[Tensor, Past]:
         alone, later = (x[:, :, :1], x[:, :, 1:]) if past is None else (x[:, :, :0], x)
         if not later.shape[2]:
-            return x, x[:, :, :0] if keep else None
+            return passed_by(x, self.time_conv), x[:, :, :0] if keep else None
         pairs, remembered = stream_conv(later, past, self.time_conv, POINTWISE, keep=keep)
         pairs = rearrange(pairs.permute(0, 2, 3, 4, 1), "b t h w (s c) -> b (t s) h w c", s=2).permute(0, 4, 1, 2, 3)
         return torch.cat([alone, pairs], 2) if alone.shape[2] else pairs, remembered
+
+
+def passed_by(x: Tensor, conv: nn.Conv3d) -> Tensor:
+    """x, with a gradient of zero for a convolution that a single frame does not need: DDP waits for every parameter."""
+    if not (torch.is_grad_enabled() and conv.weight.requires_grad):
+        return x
+    return x + 0.0 * (conv.weight.sum() + conv.bias.sum()).to(x.dtype)
 
 
 def upsample_conv(frames: Tensor, weight: Tensor, bias: Tensor, borders: Borders) -> Tensor:
