@@ -42,7 +42,7 @@ from vae3d.metrics import build_metrics
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.tiling import Tiled
 from vae3d.models.wan import WanVAE
-from vae3d.precision import as_device, without_tf32
+from vae3d.precision import as_device, slow_conv3d, without_tf32
 
 if TYPE_CHECKING:
     from vae3d.config import Data, InferConfig, Loss, TrainConfig
@@ -208,6 +208,8 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     )
     for line in [*summary(config, model, accelerator.num_processes), *_data_summary(config, data), *started]:
         built.log.say(line)
+    if isinstance(model, WanVAE) and precision != "no" and (fault := slow_conv3d()):
+        built.log.say(fault)
     return built
 
 
@@ -219,6 +221,8 @@ def infer(config: InferConfig) -> None:
     device = as_device(config.device) if config.device else ranks.device
     if config.precision == "fp32":
         without_tf32()
+    elif fault := slow_conv3d():
+        log.warning(fault)
     selection = Selection(
         **{
             name: getattr(config, name)

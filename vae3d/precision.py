@@ -40,3 +40,12 @@ def measuring() -> Iterator[None]:
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Inside this context operations keep their inputs' dtype. The meta device knows no autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def slow_conv3d() -> str | None:
+    """What is wrong with this machine's half-precision 3D convolutions, or None: torch 2.9 with a cuDNN before 9.15
+    runs them without cuDNN, in 3 to 17 times the memory (pytorch#166643)."""
+    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
+    if cudnn is None or not torch.__version__.startswith("2.9.") or cudnn >= 91500:
+        return None
+    return f"torch {torch.__version__} with cuDNN {cudnn} is slow at 3D convolutions in bf16 and fp16; update either"
