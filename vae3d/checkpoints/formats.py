@@ -128,6 +128,11 @@ def read_state(path: Path) -> State:
         ) from error
     while isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
+    if isinstance(content, dict) and {"model", "optimizer"} <= content.keys():
+        raise CheckpointError(
+            f"{path}: is the state of a training run; go on from it with run.resume_from={path}, or give the run's "
+            "folder, or its averaged weights"
+        )
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     if not tensors:
         raise CheckpointError(f"{path}: holds no state dict")

@@ -116,7 +116,7 @@ class Reconstructor:
         try:
             info = reader.info
             indices, fps, target = self._wanted(source, info)
-            stream = self.open_stream(*target, self.memory_gib)
+            stream = self._stream(source, target)
             chunks = self._chunks(reader, indices, target, stream)
             name = identifier(row, source)
             if info.fps:
@@ -129,6 +129,12 @@ class Reconstructor:
         padding = (self._pad_frames(len(indices)), -target[0] % stride, -target[1] % stride)
         return Done(name, source, indices[0], len(indices), fps, *target, *padding, self.metrics.result())
 
+    def _stream(self, source: str, size: Size) -> Stream:
+        try:
+            return self.open_stream(*size, self.memory_gib)
+        except ValueError as error:
+            raise MediaError(source, f"cannot be coded at {size[0]}x{size[1]}: {error}") from error
+
     def _pad_frames(self, frames: int) -> int:
         return next(more for more in count() if self.model.frames_valid(frames + more))
 
@@ -136,7 +142,7 @@ class Reconstructor:
         """What the network gets first of a file, [1, 3, T, H, W] in [-1, 1]. Raises MediaError."""
         with closing(open_media(source, self.selection.reader, threads=0)) as reader:
             indices, _, target = self._wanted(source, reader.info)
-            stream = self.open_stream(*target, self.memory_gib)
+            stream = self._stream(source, target)
             return self._to_video(next(self._chunks(reader, indices, target, stream)))
 
     def _wanted(self, source: str, info: MediaInfo) -> tuple[list[int], float, Size]:
