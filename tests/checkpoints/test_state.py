@@ -12,7 +12,7 @@ def new(fit: bool = False, mapping: str | None = None) -> dict:
 
 
 def test_an_older_checkpoint_resumes_where_new_settings_are_off(tmp_path):
-    folder = save_state(tmp_path, 3, {}, OLD, keep=0)
+    folder = save_state(tmp_path, 3, {}, OLD)
     assert refuse_other_run(folder, new()) == {"data.frames.fit": (None, False), "data.panorama": (None, False)}
 
 
@@ -20,6 +20,6 @@ def test_an_older_checkpoint_resumes_where_new_settings_are_off(tmp_path):
     ("changed", "key"), [({"fit": True}, "data.frames.fit"), ({"mapping": "log"}, "depth.mapping")]
 )
 def test_an_older_checkpoint_is_another_run_where_they_are_on(tmp_path, changed, key):
-    folder = save_state(tmp_path, 3, {}, OLD, keep=0)
+    folder = save_state(tmp_path, 3, {}, OLD)
     with pytest.raises(ResumeError, match=key):
         refuse_other_run(folder, new(**changed))
