@@ -12,21 +12,23 @@ from vae3d.models.layers.borders import Borders
 from vae3d.models.layers.stream_conv import _stream_conv, rms_norm, stream_conv
 
 BORDERS = [Borders(), Borders("circular"), Borders("circular", "pole")]
+CASES = list(itertools.product([0, 1, 2], [False, True], BORDERS))  # past frames, norm, borders
 
 
-def case(past: int, norm: bool, dtype: torch.dtype = torch.float64):
-    """x, past frames, convolution and gain; two clips of three frames of 3 x 4."""
+def case(past: int, norm: bool, borders: Borders = BORDERS[0], dtype: torch.dtype = torch.float64):
+    """x, past frames with their halo, convolution and gain; two clips of three frames of 3 x 4."""
+    rows, columns = borders.halo
     torch.manual_seed(0)
     x = torch.randn(2, 3, 3, 3, 4, dtype=dtype, requires_grad=True)
-    frames = torch.randn(2, 3, past, 3, 4, dtype=dtype, requires_grad=True) if past else None
+    frames = torch.randn(2, 3, past, 3 + 2 * rows, 4 + 2 * columns, dtype=dtype, requires_grad=True) if past else None
     conv = torch.nn.Conv3d(3, 2, 3, dtype=dtype)
     gamma = torch.randn(3, 1, 1, 1, dtype=dtype, requires_grad=True) if norm else None
     return x, frames, conv, gamma
 
 
-@pytest.mark.parametrize(("past", "norm", "borders"), itertools.product([0, 1, 2], [False, True], BORDERS))
+@pytest.mark.parametrize(("past", "norm", "borders"), CASES)
 def test_gradients_are_those_of_finite_differences(past, norm, borders):
-    x, frames, conv, gamma = case(past, norm)
+    x, frames, conv, gamma = case(past, norm, borders)
     weights = [conv.weight, conv.bias]
     given = [t for t in (x, frames, gamma) if t is not None]
 
@@ -42,20 +44,18 @@ def test_gradients_are_those_of_finite_differences(past, norm, borders):
     assert torch.autograd.gradcheck(step, [*given, *weights], fast_mode=True)
 
 
-@pytest.mark.parametrize(("past", "norm", "borders"), itertools.product([0, 1, 2], [False, True], BORDERS))
-def test_result_and_gradients_are_those_of_the_plain_formula(past, norm, borders):
-    x, frames, conv, gamma = case(past, norm)
+@pytest.mark.parametrize("taps_apart", [True, False])  # as on CPUs, as on GPUs
+@pytest.mark.parametrize(("past", "norm", "borders"), CASES)
+def test_result_and_gradients_are_those_of_the_plain_formula(monkeypatch, past, norm, borders, taps_apart):
+    monkeypatch.setattr("vae3d.models.layers.stream_conv._taps_apart", lambda _: taps_apart)
+    x, frames, conv, gamma = case(past, norm, borders)
     given = [t for t in (x, frames, gamma, conv.weight, conv.bias) if t is not None]
     found = stream_conv(x, frames, conv, borders, gamma=gamma, keep=True)
     expected = _stream_conv(x, frames, gamma, conv.weight, conv.bias, borders, True)
-    probes = [torch.randn_like(expected[0]), torch.randn_like(borders.inside(found[1]))]
-    gradients = []
-    for out, kept in (found, expected):
-        kept = kept if kept.shape[-2:] == x.shape[-2:] else borders.inside(kept)
-        gradients.append(torch.autograd.grad((out * probes[0]).sum() + (kept * probes[1]).sum(), given))
-    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-13)
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+    probes = [torch.randn_like(t) for t in expected]
+    mine, theirs = (torch.autograd.grad(results, given, probes) for results in (found, expected))
+    for one, other in zip([*found, *mine], [*expected, *theirs], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 def test_only_what_is_asked_for_gets_a_gradient():
@@ -68,7 +68,7 @@ def test_only_what_is_asked_for_gets_a_gradient():
 
 
 def test_zeros_pass_the_norm_as_zeros_with_finite_gradients():
-    x, _, conv, gamma = case(0, True, torch.float32)
+    x, _, conv, gamma = case(0, True, dtype=torch.float32)
     x = x.detach()
     x[:, :, 1] = 0
     x.requires_grad_()
@@ -133,3 +133,17 @@ def test_nothing_is_written_around_frames_with_zero_borders():
     assert Borders().halo == (0, 0)
     assert Borders().zeros == (1, 1)
     assert Borders().pad(x) is x
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_frames_leave_out_taps_that_would_meet_zeros(monkeypatch, count):
+    x, _, conv, _ = case(0, False)
+    x = x[:, :, :count]
+    expected = F.conv3d(F.pad(x, (1, 1, 1, 1, 2, 0)), conv.weight, conv.bias)
+    gradient = torch.autograd.grad(expected.square().sum(), conv.weight)[0]
+    for apart in (True, False):
+        monkeypatch.setattr("vae3d.models.layers.stream_conv._taps_apart", lambda _, apart=apart: apart)
+        out, _ = stream_conv(x, None, conv, Borders())
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+        found = torch.autograd.grad(out.square().sum(), conv.weight)[0]
+        torch.testing.assert_close(found, gradient, rtol=0, atol=1e-12)

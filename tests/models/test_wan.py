@@ -50,7 +50,13 @@ def test_wan22_has_the_published_size_and_diffusers_keys():
     with torch.device("meta"):
         model = vae3d.build("wan22")
         theirs = AutoencoderKLWan(
-            base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2
+            base_dim=160,
+            decoder_base_dim=256,
+            z_dim=48,
+            is_residual=True,
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
         )
     assert sum(p.numel() for p in model.parameters()) == 704_688_668
     assert len(model.state_dict()) == 196

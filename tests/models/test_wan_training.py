@@ -122,16 +122,15 @@ def test_bf16_weights_work():
     assert wan.relative_error(found.float(), expected) < 0.05
 
 
-@pytest.mark.parametrize("style", wan.STYLES)
-@pytest.mark.parametrize("chunk_latents", [None, 1])
+@pytest.mark.parametrize(("style", "chunk_latents"), [("wan", None), ("wan22", 1)])
 def test_shapes_go_through_the_meta_device(style, chunk_latents):
     with torch.device("meta"):
         ours = WanVAE(**wan.STYLES[style], chunk_latents=chunk_latents, gradient_checkpointing=True)
-        video = torch.empty(2, 3, 9, 64, 64)
+        video = torch.empty(1, 3, 5, 64, 64)
     out = ours(video, sample=False)
     out.video.sum().backward()
     assert out.video.shape == video.shape
-    assert out.z.shape[1:] == ours.latent_shape(9, 64, 64)
+    assert out.z.shape[1:] == ours.latent_shape(5, 64, 64)
     assert all(p.grad.shape == p.shape for p in ours.decoder.parameters())
 
 
