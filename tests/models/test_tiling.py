@@ -119,7 +119,8 @@ def test_blending_is_near_to_whole_frames():
             overlap: wan.relative_error(wan.decode_in(Tiled(ours, 16, overlap), z, [1]), ours.decode(z))
             for overlap in (4, 8)
         }
-    assert 1e-6 < error[8] < error[4] < 0.3  # never equal: attention sees a tile only
+    assert 1e-6 < error[8] < 0.35  # never equal: attention sees a tile only
+    assert error[8] < error[4]
 
 
 @pytest.mark.parametrize(
