@@ -116,7 +116,7 @@ class Reconstructor:
         try:
             info = reader.info
             indices, fps, target = self._wanted(source, info)
-            stream = self.open_stream(*target, self.memory_gib)
+            stream = self._stream(source, target)
             chunks = self._chunks(reader, indices, target, stream)
             name = identifier(row, source)
             if info.fps:
@@ -136,8 +136,14 @@ class Reconstructor:
         """What the network gets first of a file, [1, 3, T, H, W] in [-1, 1]. Raises MediaError."""
         with closing(open_media(source, self.selection.reader, threads=0)) as reader:
             indices, _, target = self._wanted(source, reader.info)
-            stream = self.open_stream(*target, self.memory_gib)
+            stream = self._stream(source, target)
             return self._to_video(next(self._chunks(reader, indices, target, stream)))
+
+    def _stream(self, source: str, target: Size) -> Stream:
+        try:
+            return self.open_stream(*target, self.memory_gib)
+        except ValueError as error:
+            raise MediaError(source, str(error)) from error
 
     def _wanted(self, source: str, info: MediaInfo) -> tuple[list[int], float, Size]:
         """Which frames, at which rate and size."""
