@@ -164,9 +164,9 @@ def test_a_tensor_of_another_shape_is_named(tmp_path):
 def test_layouts_are_for_their_own_model(tmp_path):
     spatial = Checkpoint(factory.model_config("spatial", *tiny.MODEL["spatial"]), {}, tmp_path, "export")
     for layout in ("wan", "videox_fun"):
-        with pytest.raises(CheckpointError, match=f"the {layout} layout is for vae3d.models.wan.WanVAE"):
+        with pytest.raises(CheckpointError, match=rf"the {layout} layout is for vae3d\.models\.wan\.WanVAE"):
             WRITERS[layout](spatial, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match="the ldm layout is for vae3d.models.spatial.SpatialVAE"):
+    with pytest.raises(CheckpointError, match=r"the ldm layout is for vae3d\.models\.spatial\.SpatialVAE"):
         WRITERS["ldm"](checkpoint("wan", tmp_path), tmp_path / "x.safetensors")
     for layout in ("videox_fun", "diffusers"):
         with pytest.raises(CheckpointError, match="only the Wan VAEs have the key layouts"):
