@@ -74,18 +74,6 @@ def test_two_and_two_steps_are_four(rooms, start, tmp_path):
     assert {group["lr_scale"] for group in whole.optimizer.param_groups} == {0.1, 1.0}
 
 
-def test_ways_to_train_change_no_step(rooms, start, tmp_path):
-    """Whole, checkpointed and in chunks: the same losses."""
-    losses = []
-    for number, settings in enumerate(({}, {"gradient_checkpointing": True}, {"chunk_latents": 1})):
-        config = configured(rooms, start, "stage=slow_encoder", "trainer.save_every=0")
-        config.model.update(settings)
-        factory.trainer(config, tmp_path / str(number)).fit()
-        losses.append([loss for _, loss in trace(tmp_path / str(number))])
-    for other in losses[1:]:
-        assert other == pytest.approx(losses[0], rel=1e-4)
-
-
 def test_the_requirements_experiment_needs_vgg_for_lpips_alone(rooms, start, tmp_path, monkeypatch):
     monkeypatch.setenv("VAE3D_WEIGHTS", str(tmp_path / "empty"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))

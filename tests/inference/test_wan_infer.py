@@ -58,8 +58,7 @@ def test_the_memory_allowed_changes_chunks_and_not_the_result(export, videos, tm
         assert np.abs(reconstructed(tmp_path / str(memory)) - expected).max() <= 1
 
 
-@pytest.mark.parametrize("pad_w", ["zeros", "circular"])
-@pytest.mark.parametrize("name", ["wan", "wan22"])
+@pytest.mark.parametrize(("name", "pad_w"), [("wan", "zeros"), ("wan", "circular"), ("wan22", "circular")])
 def test_tiles_give_what_whole_frames_give(videos, tmp_path, name, pad_w):
     export = write(name, tmp_path / "export", f"model.pad_w={pad_w}")
     source = videos.parent / "clip3.mp4"  # 32 x 40
@@ -67,7 +66,7 @@ def test_tiles_give_what_whole_frames_give(videos, tmp_path, name, pad_w):
     for tile in (16, 32) if name == "wan" else (8,):
         run(export, source, tmp_path / str(tile), f"tile={tile}", "memory_gib=1e-6")
         assert np.abs(reconstructed(tmp_path / str(tile)) - expected).max() <= 1
-    if name == "wan":
+    if (name, pad_w) == ("wan", "circular"):
         run(export, source, tmp_path / "blended", "tile=16", "tile_overlap=8")
         assert 0 < np.abs(reconstructed(tmp_path / "blended") - expected).mean() < 16
 
@@ -92,14 +91,6 @@ def test_a_panorama_is_turned_with_its_reconstruction(export, tmp_path):
     for prefix, closed in (("", True), ("zeros-", False)):
         still, turned = (reconstructed(tmp_path / (prefix + name), name) for name in ("still", "turned"))
         assert (np.abs(np.roll(still, 6, 2) - turned).max() <= 1) == closed
-
-
-def test_latents_that_are_drawn_are_seeded(export, videos, tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run(export, videos.parent / "clip3.mp4", tmp_path / name, "sample=true", f"seed={seed}", "memory_gib=1e-6")
-    a, b, c = (reconstructed(tmp_path / name) for name in "abc")
-    assert (a == b).all()
-    assert (a != c).any()
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ class PeakMemory(TorchDispatchMode):
         self.live -= size
 
 
-@pytest.mark.parametrize(("name", "latents", "size"), [("wan", 1, 64), ("wan", 4, 128), ("wan22", 2, 128)])
+@pytest.mark.parametrize(("name", "latents", "size"), [("wan", 3, 64), ("wan22", 1, 128)])
 def test_the_memory_of_a_chunk_is_estimated(name, latents, size):
     """Within 15 per cent of what fake tensors count for a chunk in the middle of a stream, cache included."""
     with FakeTensorMode(), torch.no_grad():

@@ -25,8 +25,7 @@ def tiles(coder: Tiled, ours, height: int, width: int) -> int:
     return len(coder._spans(height, margin, False, 1)) * len(coder._spans(width, margin, coder.circular, 1))
 
 
-@pytest.mark.parametrize("pad_w", ["zeros", "circular"])
-@pytest.mark.parametrize("style", wan.STYLES)
+@pytest.mark.parametrize(("style", "pad_w"), [("wan", "zeros"), ("wan", "circular"), ("wan22", "circular")])
 def test_tiles_with_halos_are_exact(style, pad_w):
     ours = small(style, pad_w=pad_w)
     height, width = SIZES[style]
@@ -35,7 +34,7 @@ def test_tiles_with_halos_are_exact(style, pad_w):
     with torch.no_grad():
         coded, pixels = wan.moments(ours.encode(video)), ours.decode(z)
         whole = ours(video, sample=False).video
-    for tile in (3, 5):
+    for tile in (3, 5) if style == "wan" else (5,):
         tiled = Tiled(ours, tile * ours.spec.space_stride)
         assert tiles(tiled, ours, height, width) > 3
         torch.testing.assert_close(wan.encode_in(tiled, video, frames), coded, rtol=0, atol=1e-10)

@@ -113,8 +113,7 @@ def test_models_keep_the_protocol(name):
 # ---- chunks
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("style", wan.STYLES)
+@pytest.mark.parametrize(("style", "dtype"), [("wan", torch.float32), ("wan", torch.float64), ("wan22", torch.float64)])
 def test_a_clip_is_coded_the_same_whole_and_in_chunks(style, dtype):
     ours = wan.model(style, dtype)
     video, z = wan.clip(ours, 17, 1, 2), wan.latents(ours, 5, 1, 2)
@@ -162,7 +161,7 @@ def test_the_first_latent_enters_no_time_convolution():
 
 
 @pytest.mark.parametrize("style", wan.STYLES)
-@pytest.mark.parametrize("changed", [1, 4, 5, 8])
+@pytest.mark.parametrize("changed", [4, 5])
 def test_a_frame_changes_no_earlier_latent_and_no_earlier_frame(style, changed):
     ours = wan.model(style, torch.float64)
     video, other = wan.clip(ours, 9), wan.clip(ours, 9)
@@ -177,8 +176,7 @@ def test_a_frame_changes_no_earlier_latent_and_no_earlier_frame(style, changed):
     assert (first.video - second.video)[:, :, frame].abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("frames", [1, 2, 4, 5, 6, 8])
-@pytest.mark.parametrize("beyond", [0, 3])
+@pytest.mark.parametrize(("frames", "beyond"), [(1, 3), (2, 0), (4, 0), (5, 3), (6, 3), (8, 0)])
 def test_as_many_frames_of_the_same_size_come_out_as_went_in(frames, beyond):
     """What is missing is the last frame, row and column repeated; the reconstruction is cut back."""
     ours = wan.model()

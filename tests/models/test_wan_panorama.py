@@ -19,9 +19,10 @@ def turned(ours, video: torch.Tensor, z: torch.Tensor, steps: int) -> tuple[floa
     return coded.abs().max().item(), pixels.abs().max().item()
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("pad_h", ["zeros", "pole"])
-@pytest.mark.parametrize("style", wan.STYLES)
+@pytest.mark.parametrize(
+    ("style", "pad_h", "dtype"),
+    [("wan", "zeros", torch.float32), ("wan", "pole", torch.float64), ("wan22", "zeros", torch.float64)],
+)
 def test_rolls_by_the_stride_commute_with_a_circular_width(style, pad_h, dtype):
     ours = wan.model(style, dtype, pad_w="circular", pad_h=pad_h)
     video, z = wan.clip(ours, 5, 1, 4), wan.latents(ours, 2, 1, 4)

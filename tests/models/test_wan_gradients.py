@@ -23,7 +23,7 @@ def loss_gradients(ours, video: torch.Tensor) -> dict[str, torch.Tensor]:
     return wan.gradients(ours, (out.video * pixels).sum() + out.posterior.kl().sum())
 
 
-@pytest.mark.parametrize(("style", "dtype"), [("wan", torch.float32), ("wan", torch.float64), ("wan22", torch.float64)])
+@pytest.mark.parametrize(("style", "dtype"), [("wan", torch.float32), ("wan22", torch.float64)])
 def test_training_whole_checkpointed_and_in_chunks_has_the_same_gradients(style, dtype):
     ours = wan.model(style, dtype)
     video = wan.clip(ours, 9, 1, 2)
@@ -122,10 +122,9 @@ def test_bf16_weights_work():
     assert wan.relative_error(found.float(), expected) < 0.05
 
 
-@pytest.mark.parametrize(("style", "chunk_latents"), [("wan", None), ("wan22", 1)])
-def test_shapes_go_through_the_meta_device(style, chunk_latents):
+def test_shapes_go_through_the_meta_device():
     with torch.device("meta"):
-        ours = WanVAE(**wan.STYLES[style], chunk_latents=chunk_latents, gradient_checkpointing=True)
+        ours = WanVAE(**wan.STYLES["wan22"], chunk_latents=1, gradient_checkpointing=True)
         video = torch.empty(1, 3, 5, 64, 64)
     out = ours(video, sample=False)
     out.video.sum().backward()
@@ -136,18 +135,15 @@ def test_shapes_go_through_the_meta_device(style, chunk_latents):
 
 def test_compiled_chunks_equal_eager_ones():
     """Traced whole, without a break; what a backend makes of it is not this project's."""
-    small = {"multipliers": [1, 2], "downsample": [True], "layers": 1}
-    ours = wan.model(pad_w="circular", **small)
+    ours = wan.model(pad_w="circular", multipliers=[1, 2], downsample=[True], layers=1)
     encode, decode = (
         torch.compile(step, backend="eager", fullgraph=True, dynamic=False)
         for step in (ours.encode_chunk, ours.decode_chunk)
     )
-    video = wan.clip(ours, 5)
+    z = wan.latents(ours, 3)
     with torch.no_grad():
-        first, cache = ours.encode_chunk(video[:, :, :1], None)
-        expected, _ = ours.encode_chunk(video[:, :, 1:], tuple(cache))
-        found, _ = encode(video[:, :, 1:], tuple(cache))
-        torch.testing.assert_close(found.mean, expected.mean, rtol=0, atol=1e-5)
-        _, cache = ours.decode_chunk(first.mean, None)
-        expected_pixels, _ = ours.decode_chunk(expected.mean, tuple(cache))
-        torch.testing.assert_close(decode(expected.mean, tuple(cache))[0], expected_pixels, rtol=0, atol=1e-5)
+        found, expected = (step(wan.clip(ours, 3), None)[0].mean for step in (encode, ours.encode_chunk))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        _, cache = ours.decode_chunk(z[:, :, :1], None)
+        found, expected = (step(z[:, :, 1:], tuple(cache))[0] for step in (decode, ours.decode_chunk))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
