@@ -6,6 +6,7 @@ import pickle
 import socket
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
@@ -13,16 +14,31 @@ import torch
 from tests import tiny
 from tests.engine import quick, two_ranks
 from tests.engine.test_trainer import fresh_accelerate  # noqa: F401
+from vae3d import factory
+from vae3d.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
-def ranks(videos, tmp_path_factory) -> list[dict]:
+def wan(videos) -> TrainConfig:
+    """Of one and of three frames: single frames give the time convolutions zero gradients, which DDP waits for."""
+    mse = "{l1: {term: {_target_: vae3d.losses.pixel.MSE}}}"  # without L1's kink, where rounding decides the sign
+    more = [
+        "stage=slow_encoder", "stage.init_from=random", "loss=recon_kl", f"++loss.terms={mse}",
+        "data.frames.min=1", "data.frames.max=3", "data.frames.step=2", "data.batch_size=4", "trainer.max_steps=4",
+        "optim.eps=0.01", "optim.lr=1e-2", "loss.terms.kl.weight=10", "model.gradient_checkpointing=true", "trainer.save_every=0",
+    ]  # fmt: skip
+    return tiny.training("wan", videos, *more)
+
+
+@pytest.fixture(scope="module")
+def ranks(videos, wan, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "tests.engine.two_ranks", str(folder)]
     (folder / "config.pickle").write_bytes(pickle.dumps(quick.checked(videos)))
+    (folder / "wan.pickle").write_bytes(pickle.dumps(wan))
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     running = []
     for rank in ("0", "1"):
@@ -65,3 +81,21 @@ def test_two_ranks_are_pulled_as_one_is(videos, tmp_path, ranks):
         torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-6)
     drift = sum((tensor - one.proximal.anchor[name]).abs().sum() for name, tensor in alone.items())
     assert drift > 1e-3
+
+
+def test_two_ranks_are_one_also_where_time_convolutions_are_idle(ranks, wan, tmp_path):
+    config = deepcopy(wan)
+    config.trainer.accumulate = 2
+    before = {
+        name: tensor.clone()
+        for name, tensor in factory.trainer(config, tmp_path / "start").network.state_dict().items()
+    }
+    alone = two_ranks.train(config, tmp_path / "one")
+    first, second = (report["wan"] for report in ranks)
+    assert set(alone["frames"]) == {1, 3}
+    assert first["frames"] == second["frames"] == alone["frames"]
+    for name, tensor in alone["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name]), name
+        torch.testing.assert_close(first["weights"][name], tensor, rtol=0, atol=1e-6)
+        if "time_conv" in name:
+            assert (tensor - before[name]).abs().max() > 1e-5, name

@@ -1,4 +1,5 @@
-"""One of two ranks, run as a process by test_two_ranks.py: steps on which rank 1 alone meets an unsound clip."""
+"""One of two ranks, run as a process by test_two_ranks.py: steps on which rank 1 alone meets an unsound clip, and steps
+of a tiny Wan VAE on one and on three frames."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from pathlib import Path
 import torch
 
 from tests.engine import quick
+from vae3d import factory
+from vae3d.config import TrainConfig
 from vae3d.engine.trainer import Trainer
 
 SETTINGS = {
@@ -28,8 +31,17 @@ def sound_steps(t: Trainer, accumulate: int) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in t.network.state_dict().items()}
 
 
+def train(config: TrainConfig, folder: Path) -> dict[str, object]:
+    """Weights after a run, and the number of frames of each step's clips."""
+    t = factory.trainer(config, folder)
+    frames, step = [], t.train_step
+    t.train_step = lambda clips, *rest: (frames.append(clips[0].video.shape[2]), step(clips, *rest))[1]
+    t.fit()
+    return {"weights": t.network.state_dict(), "frames": frames}
+
+
 def main(folder: Path) -> None:
-    """Leaves rank<N>.pt in `folder`, which holds the checked configuration."""
+    """Leaves rank<N>.pt in `folder`, which holds the checked configurations."""
     torch.set_num_threads(1)
     config = pickle.loads((folder / "config.pickle").read_bytes())
     t = quick.trainer(config, folder / "run", **SETTINGS, **{"trainer.accumulate": 2})
@@ -51,6 +63,8 @@ def main(folder: Path) -> None:
     t.log.close()
     again = quick.trainer(config, folder / "run", **SETTINGS, **{"trainer.accumulate": 2})
     report["resumed"] = again.spikes.state_dict()
+    again.log.close()
+    report["wan"] = train(pickle.loads((folder / "wan.pickle").read_bytes()), folder / "wan")
     torch.save(report, folder / f"rank{rank}.pt")
 
 

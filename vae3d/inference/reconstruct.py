@@ -129,12 +129,6 @@ class Reconstructor:
         padding = (self._pad_frames(len(indices)), -target[0] % stride, -target[1] % stride)
         return Done(name, source, indices[0], len(indices), fps, *target, *padding, self.metrics.result())
 
-    def _stream(self, source: str, size: Size) -> Stream:
-        try:
-            return self.open_stream(*size, self.memory_gib)
-        except ValueError as error:
-            raise MediaError(source, f"cannot be coded at {size[0]}x{size[1]}: {error}") from error
-
     def _pad_frames(self, frames: int) -> int:
         return next(more for more in count() if self.model.frames_valid(frames + more))
 
@@ -144,6 +138,12 @@ class Reconstructor:
             indices, _, target = self._wanted(source, reader.info)
             stream = self._stream(source, target)
             return self._to_video(next(self._chunks(reader, indices, target, stream)))
+
+    def _stream(self, source: str, target: Size) -> Stream:
+        try:
+            return self.open_stream(*target, self.memory_gib)
+        except ValueError as error:
+            raise MediaError(source, f"cannot be coded at {target[0]}x{target[1]}: {error}") from error
 
     def _wanted(self, source: str, info: MediaInfo) -> tuple[list[int], float, Size]:
         """Which frames, at which rate and size."""

@@ -215,7 +215,7 @@ class WanVAE(nn.Module):
 
         Raises ValueError for a circular width that the space stride does not divide.
         """
-        self._refuse_cut(width)
+        self.refuse_open_seam(width)
         chunk = self.chunk_latents
         if chunk is None:
             budget = (memory_gib or DEFAULT_MEMORY) * 2**30
@@ -290,22 +290,23 @@ class WanVAE(nn.Module):
 
     def _fit(self, video: Tensor) -> Tensor:
         """Extend a clip to what the network takes."""
-        self._refuse_cut(video.shape[-1])
         stride, space = self.spec.time_stride, self.spec.space_stride
+        self.refuse_open_seam(video.shape[-1])
         missing = -(video.shape[2] - 1) % stride
         if missing:
             video = torch.cat([video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2)
         return pad_space(video, space)
 
-    def _refuse_cut(self, width: int) -> None:
+    def refuse_open_seam(self, width: int) -> None:
+        """Raises ValueError for the width of a panorama to which columns would have to be added."""
         space = self.spec.space_stride
         if self.borders.width == "circular" and width % space:
             raise ValueError(
-                f"the width is {width}; a circular width must be a multiple of {space}, since columns that are added "
-                "would lie across the seam"
+                f"the width is {width}; a circular width must be a multiple of {space}, since columns that "
+                "are added would lie across the seam"
             )
         if self.borders.height == "pole" and width % (2 * space):
-            raise ValueError(f"the width is {width}; pad_h=pole turns rows by half and needs a multiple of {2 * space}")
+            raise ValueError(f"the width is {width}; pad_h=pole turns rows by half, so that 2 x {space} divides it")
 
     def _refuse_ragged(self, video: Tensor, first: bool) -> None:
         frames, height, width = video.shape[2:]

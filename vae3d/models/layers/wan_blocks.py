@@ -187,7 +187,7 @@ class Upsample(nn.Module):
     def _double_frames(self, x: Tensor, past: Past, keep: bool) -> tuple[Tensor, Past]:
         alone, later = (x[:, :, :1], x[:, :, 1:]) if past is None else (x[:, :, :0], x)
         if not later.shape[2]:
-            return passed_by(x, self.time_conv), x[:, :, :0] if keep else None
+            return passed_by(x, self.time_conv), x[:, :, :0].clone() if keep else None
         pairs, remembered = stream_conv(later, past, self.time_conv, POINTWISE, keep=keep)
         pairs = rearrange(pairs.permute(0, 2, 3, 4, 1), "b t h w (s c) -> b (t s) h w c", s=2).permute(0, 4, 1, 2, 3)
         return torch.cat([alone, pairs], 2) if alone.shape[2] else pairs, remembered

@@ -1,0 +1,220 @@
+"""Key layouts of the Wan VAEs: official, diffusers', VideoX-Fun's; and the files of a fine-tune."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLWan
+from safetensors.torch import load_file, save_file
+
+import vae3d
+from scripts import convert_checkpoint
+from tests import tiny
+from tests.checkpoints.test_formats import assert_equal_states
+from tests.engine.test_trainer import fresh_accelerate  # noqa: F401
+from tests.models import wan
+from vae3d import factory
+from vae3d.checkpoints.export import FLAT_LAYOUTS, WRITERS, to_layout, write_export
+from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
+from vae3d.checkpoints.wan import from_diffusers, to_diffusers
+from vae3d.factory import initialize
+
+LAYOUTS = {"wan": "VAE.pth", "videox_fun": "VAE.safetensors", "diffusers": "folder", "export": "export"}
+
+
+def checkpoint(style: str, folder, **changes: object) -> Checkpoint:
+    config = {"_target_": "vae3d.models.wan.WanVAE", **wan.STYLES[style], **changes}
+    return Checkpoint(config, wan.model(style, **changes).state_dict(), folder, "")
+
+
+@pytest.fixture(params=wan.STYLES)
+def saved(request, tmp_path):
+    channels = wan.STYLES[request.param]["latent_channels"]
+    constants = {"shift": [0.1 * i for i in range(channels)], "scale": [1.0 + i for i in range(channels)]}
+    return checkpoint(request.param, tmp_path, **constants)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_recognised_and_comes_back_bit_exact(tmp_path, saved, layout):
+    path = tmp_path / LAYOUTS[layout]
+    WRITERS[layout](saved, path)
+    read = read_checkpoint(path)
+    assert read.layout == {"videox_fun": "wan", "diffusers": "wan_diffusers"}.get(layout, layout)
+    assert_equal_states(read.state, saved.state)
+    model = vae3d.load(path)
+    assert_equal_states(model.state_dict(), saved.state)
+    assert model.spec == factory.instantiate(saved.config).spec
+    if layout in ("diffusers", "export"):
+        assert model.shift.flatten().tolist() == pytest.approx(saved.config["shift"])
+        assert model.scale.flatten().tolist() == pytest.approx(saved.config["scale"])
+        assert read.notes == []
+    else:  # bare weights; these are not of the published kind
+        assert model.scale.flatten().tolist() == [1.0] * model.spec.channels
+        assert "does not tell its latents' mean and standard deviation; 0 and 1 are used" in read.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "prefix", "suffix"),
+    [
+        (False, "", ".pth"), (False, "model.", ".safetensors"), (False, "vae.model.", ".pt"),
+        (True, "", ".safetensors"), (True, "module.", ".pth"),
+    ],
+)  # fmt: skip
+def test_files_are_recognised_by_their_keys(tmp_path, prefix, suffix, theirs):
+    """Single files of official and of diffusers' keys, bare or inside a wrapper."""
+    saved = checkpoint("wan", tmp_path)
+    state = to_diffusers(saved.state) if theirs else saved.state
+    state = {prefix + key: tensor for key, tensor in state.items()}
+    file = tmp_path / f"file{suffix}"
+    save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
+    assert read_checkpoint(file).layout == ("wan_diffusers" if theirs else "wan")
+    assert_equal_states(vae3d.load(file).state_dict(), saved.state)
+
+
+def test_bare_files_of_the_published_width_have_the_published_constants(tmp_path):
+    small = checkpoint("wan", tmp_path, latent_channels=16)
+    torch.save(small.state, tmp_path / "Wan2.1_VAE.pth")
+    read = read_checkpoint(tmp_path / "Wan2.1_VAE.pth")
+    assert read.config["shift"] == factory.model_config("wan")["shift"]
+    assert "the published weights' are used" in read.notes[0]
+
+
+def test_diffusers_opens_the_folder_and_computes_the_same(tmp_path, saved):
+    WRITERS["diffusers"](saved, tmp_path / "vae")
+    theirs, told = AutoencoderKLWan.from_pretrained(
+        tmp_path / "vae", local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+    )
+    assert not any(told.values()), told
+    ours = factory.instantiate(saved.config).eval()
+    ours.load_state_dict(saved.state)
+    video = wan.clip(ours, 5)
+    with torch.no_grad():
+        expected = theirs.encode(video).latent_dist.mean
+        torch.testing.assert_close(ours.encode(video).mean, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.decode(expected), theirs.decode(expected).sample, rtol=0, atol=1e-5)
+    assert list(theirs.config.latents_mean) == saved.config["shift"]
+    assert theirs.config.scale_factor_spatial == ours.spec.space_stride
+    theirs.save_pretrained(tmp_path / "again")  # what diffusers writes is read
+    assert_equal_states(vae3d.load(tmp_path / "again").state_dict(), saved.state)
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "again").rename(tmp_path / "pipeline/vae")
+    assert vae3d.load(tmp_path / "pipeline").shift.flatten().tolist() == pytest.approx(saved.config["shift"])
+
+
+def test_renaming_is_one_to_one_both_ways(saved):
+    renamed = to_diffusers(saved.state)
+    assert len(renamed) == len(saved.state)
+    assert_equal_states(from_diffusers(renamed), saved.state)
+
+
+def test_an_export_keeps_what_the_weights_do_not_tell(tmp_path):
+    write_export(checkpoint("wan", tmp_path, pad_w="circular", pad_h="pole", chunk_latents=2), tmp_path / "e")
+    model = vae3d.load(tmp_path / "e")
+    assert (model.borders.width, model.borders.height, model.chunk_latents) == ("circular", "pole", 2)
+    assert vae3d.load(tmp_path / "e", pad_h="zeros").borders.height == "zeros"
+    WRITERS["wan"](read_checkpoint(tmp_path / "e"), tmp_path / "VAE.pth")
+    assert vae3d.load(tmp_path / "VAE.pth").borders.width == "zeros"
+    assert vae3d.load(tmp_path / "VAE.pth", pad_w="circular").borders.width == "circular"
+
+
+@pytest.mark.parametrize("name", ["temporal_vae", "spatial"])
+def test_files_of_other_networks_are_refused_with_what_they_are(tmp_path, name):
+    if name == "temporal_vae":
+        state, layout = tiny.model(name).state_dict(), "opensora"
+        torch.save(state, tmp_path / "file.pt")
+        path = tmp_path / "file.pt"
+    else:
+        path, layout = tmp_path / "kl", "diffusers"
+        AutoencoderKL(block_out_channels=(32,), latent_channels=4).save_pretrained(path)
+    with pytest.raises(CheckpointError) as error:
+        initialize(wan.model(), str(path))
+    message = str(error.value)
+    assert f"({layout}) does not fit the model" in message
+    assert "missing in the file: conv1.bias, conv1.weight, conv2.bias" in message
+    assert "tensors unknown to the model:" in message
+
+
+def test_wan22_is_not_wan21(tmp_path):
+    WRITERS["wan"](checkpoint("wan22", tmp_path), tmp_path / "VAE.pth")
+    with pytest.raises(CheckpointError, match=r"\(wan\) does not fit the model:\n.* decoder.upsamples.0.residual.0"):
+        initialize(wan.model(), str(tmp_path / "VAE.pth"))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "conv2.weight", "encoder.conv1.weight", "decoder.upsamples.3.time_conv.bias",
+        "encoder.downsamples.3.residual.2.weight",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("layout", ["wan", "diffusers"])
+def test_a_tensor_that_is_missing_is_named(tmp_path, layout, key):
+    saved = checkpoint("wan", tmp_path)
+    del saved.state[key]
+    path = tmp_path / LAYOUTS[layout]
+    WRITERS[layout](saved, path)
+    with pytest.raises(CheckpointError, match=key.replace(".", r"\.")):
+        vae3d.load(path, wan.model())
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path):
+    saved = checkpoint("wan", tmp_path)
+    saved.state["conv2.bias"] = torch.zeros(7)
+    WRITERS["wan"](saved, tmp_path / "VAE.pth")
+    with pytest.raises(CheckpointError, match=r"of another shape \(file, model\): conv2.bias \[7\] \[4\]"):
+        vae3d.load(tmp_path / "VAE.pth")
+
+
+def test_layouts_are_for_their_own_model(tmp_path):
+    spatial = Checkpoint(factory.model_config("spatial", *tiny.MODEL["spatial"]), {}, tmp_path, "export")
+    for layout in ("wan", "videox_fun"):
+        with pytest.raises(CheckpointError, match=rf"the {layout} layout is for vae3d\.models\.wan\.WanVAE"):
+            WRITERS[layout](spatial, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"the ldm layout is for vae3d\.models\.spatial\.SpatialVAE"):
+        WRITERS["ldm"](checkpoint("wan", tmp_path), tmp_path / "x.safetensors")
+    for layout in ("videox_fun", "diffusers"):
+        with pytest.raises(CheckpointError, match="only the Wan VAEs have the key layouts"):
+            to_layout(tiny.model("spatial").state_dict(), layout)
+    assert not (tmp_path / "x.pth").exists()
+
+
+def test_the_script_converts_to_every_layout_and_back(tmp_path):
+    saved = checkpoint("wan", tmp_path)
+    last = tmp_path / "start"
+    write_export(saved, last)
+    for layout, name in LAYOUTS.items():
+        target = tmp_path / layout / name
+        target.parent.mkdir()
+        assert convert_checkpoint.main([str(last), str(target), "--to", layout]) == 0
+        last = target
+    assert_equal_states(vae3d.load(last).state_dict(), saved.state)
+    prefixed = load_file(tmp_path / "videox_fun/VAE.safetensors")
+    assert prefixed.keys() == {f"model.{key}" for key in saved.state}
+
+
+class Wrapper(torch.nn.Module):
+    """As other programs hold the official network: under the attribute `model`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny.model("wan", seed=9)
+
+
+def test_the_final_file_of_a_run_loads_strictly_where_the_network_is_called_model(rooms, tmp_path, monkeypatch):
+    erp = ["data=erp_rooms", f"data.source.root={rooms}", "data.width=32", "data.frames.min=3", "data.frames.max=3"]
+    publish = ["trainer.publish.prefix=vae_rgb", "trainer.publish.layout=videox_fun"]
+    config = tiny.training(
+        "wan", rooms, "stage=slow_encoder", "stage.init_from=random", "loss=erp_lite", *erp, *publish
+    )
+    t = factory.trainer(config, tmp_path)
+    t.fit()
+    monkeypatch.chdir(tmp_path)
+    vae = Wrapper()
+    state_dict = torch.load("vae_rgb_final_ema.pt", map_location="cpu")
+    vae.load_state_dict(state_dict)
+    assert_equal_states(vae.model.state_dict(), vae3d.load(tmp_path).state_dict())
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == [
+        "vae_rgb_ema_step2.pt", "vae_rgb_final_ema.pt", "vae_rgb_step2.pt",
+    ]  # fmt: skip
+    assert_equal_states(vae3d.load("vae_rgb_ema_step2.pt").state_dict(), vae.model.state_dict())
+    assert set(FLAT_LAYOUTS) == {"native", "videox_fun", "diffusers"}
