@@ -23,8 +23,14 @@ def names(group: str) -> list[str]:
 
 
 PANORAMA_LOSSES = [name for name in names("loss") if name.startswith("erp")]
+TWINS = ("opensora_v1_2",)  # temporal_vae with other factors
 COMBINATIONS = [
-    *itertools.product(names("model"), names("stage"), [n for n in names("loss") if n not in PANORAMA_LOSSES]),
+    *itertools.product(
+        [n for n in names("model") if n not in TWINS],
+        names("stage"),
+        [n for n in names("loss") if n not in PANORAMA_LOSSES],
+    ),
+    *((twin, "stage3", "recon_kl") for twin in TWINS),
     *itertools.product(["spatial"], ["finetune"], PANORAMA_LOSSES),  # they add terms that no part and no stage changes
     ("temporal_vae", "decoder_only", "erp_lite"),
 ]
