@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -29,15 +30,16 @@ def trainer(folder: Path, *overrides: str) -> Trainer:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of what `wan_tiny` makes of clips that are neither rooms nor panoramas."""
-    folder, root = tmp_path_factory.mktemp("start"), tmp_path_factory.mktemp("patterns")
+    """An export of what `wan_tiny` makes of cuts of clips that are neither rooms nor panoramas."""
+    folder, clips = tmp_path_factory.mktemp("start"), tmp_path_factory.mktemp("clips")
     for number in range(40):
-        output = root / f"area{number % 2}/clip{number}/output"
-        output.mkdir(parents=True)
+        (clips / f"{number}").mkdir()
         for i, frame in enumerate(tiny.frames(5, seed=number)):
-            Image.fromarray(frame).save(output / f"panorama_{i:04d}.png")
-    sizes = ["data.height=24", "data.width=24", "data.short_side=32", "trainer.max_steps=200", "trainer.ema.decay=0.95"]
-    run = trainer(folder, "experiment=wan_tiny", f"data.source.root={root}", *sizes)
+            Image.fromarray(frame).save(clips / f"{number}/{i}.png")
+    pd.DataFrame({"path": [f"{number}/*.png" for number in range(40)]}).to_csv(clips / "clips.csv", index=False)
+    sizes = ["data.height=24", "data.width=24", "data.short_side=32", "data.frames.images=0.75"]
+    steps = ["trainer.max_steps=200", "trainer.ema.decay=0.95"]
+    run = trainer(folder, "experiment=wan_tiny", f"data.source.path={clips / 'clips.csv'}", *sizes, *steps)
     run.fit()
     run.export(folder / "export")
     return folder / "export"
@@ -72,6 +74,6 @@ def test_fine_tuning_on_panoramas_helps_rooms_that_it_did_not_see(scores, recipe
 @pytest.mark.parametrize("rgb", ["rgb", "rgb without EMA"])
 def test_the_best_recipe_beats_the_requirements_at_the_seam_and_at_the_poles(scores, rgb):
     """Also without the EMA that holds the requirement's recipe back."""
-    assert scores["best"]["val/seam_gradient"] < 0.75 * scores[rgb]["val/seam_gradient"]
+    assert scores["best"]["val/seam_gradient"] < 0.85 * scores[rgb]["val/seam_gradient"]
     assert scores["best"]["val/roll_psnr"] == 100.0 > scores[rgb]["val/roll_psnr"] + 50
     assert scores["best"]["val/psnr_polar"] > scores[rgb]["val/psnr_polar"] + 0.1

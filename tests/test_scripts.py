@@ -168,7 +168,7 @@ def test_demo_commands_are_sound(tmp_path, monkeypatch):
         [videos, "stage.init_from.spatial_vae=demo/runs/spatial"],
         [videos, "stage.init_from=demo/runs/stage1"],
         [videos, "stage.init_from=demo/runs/stage2"],
-        [rooms],
+        [videos],
         [rooms, "stage.init_from=demo/runs/wan_tiny"],
         [rooms, "stage.init_from=demo/runs/wan_tiny"],
     ]
