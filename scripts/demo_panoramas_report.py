@@ -111,7 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     out = args.folder / "out"
     args.picture.parent.mkdir(parents=True, exist_ok=True)
-    picture(clips(names(out)[args.room], out), times=3).quantize(128).save(args.picture, optimize=True)
+    picture(clips(names(out)[args.room], out), times=3).save(args.picture, optimize=True)
     print(as_text(table(out)))
 
 
