@@ -3,7 +3,7 @@
     python scripts/demo_report.py demo
 
 Reads what scripts/demo.sh leaves in the folder: runs/STAGE/metrics.jsonl, out/STAGE_{ori,rec,spatial} with their
-_eval/summary.json, commands.txt.
+_eval/summary.json, commands.txt; for the panoramas see demo_panoramas_report.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import av
+import demo_panoramas_report
 import matplotlib
 import numpy as np
+from demo_page import ERROR_GAIN, as_html, as_text, enlarged, error_map, image_tag, read_video
 from PIL import Image
 
 import vae3d
@@ -34,7 +35,6 @@ STAGES = {
 }
 CURVES = ("val/psnr", "loss", "grad_norm")
 ENLARGE = 2
-ERROR_GAIN = 4  # error maps show |original - reconstruction| times this
 SHOWN = (0, 8, 16, 24, 32, 39)  # frames in the still pictures
 
 PAGE = """<!doctype html>
@@ -65,30 +65,14 @@ can reach. Stages 1 and 2 leave the 2D VAE as it was; stage 3 trains it too.</p>
 {strips}
 <h2>Training</h2>
 {curves}
+{panoramas}
 <h2>Commands</h2>
 <pre>{commands}</pre>
 """
 
 
-def read_video(path: Path) -> np.ndarray:
-    """All frames, [T, H, W, 3] uint8."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
-def image_tag(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
-
-
-def enlarged(frame: np.ndarray) -> Image.Image:
-    image = Image.fromarray(frame)
-    return image.resize((image.width * ENLARGE, image.height * ENLARGE), Image.Resampling.NEAREST)
-
-
 def strip(frames: np.ndarray) -> str:
-    return image_tag(enlarged(np.concatenate([frames[i] for i in SHOWN if i < len(frames)], axis=1)))
+    return image_tag(enlarged(np.concatenate([frames[i] for i in SHOWN if i < len(frames)], axis=1), ENLARGE))
 
 
 def strips(name: str, out: Path) -> str:
@@ -96,12 +80,11 @@ def strips(name: str, out: Path) -> str:
     original = read_video(out / f"stage3_ori/{name}.mp4")
     spatial = read_video(out / f"stage3_spatial/{name}.mp4")
     final = read_video(out / f"stage3_rec/{name}.mp4")
-    error = np.abs(original.astype(int) - final)
     rows = {
         "original": original,
         "2D VAE alone": spatial,
         "reconstruction": final,
-        f"error &times; {ERROR_GAIN}": (error * ERROR_GAIN).clip(0, 255).astype(np.uint8),
+        f"error &times; {ERROR_GAIN}": error_map(original, final),
     }
     cells = "\n".join(f"<span>{label}</span>{strip(frames)}" for label, frames in rows.items())
     return f'<h3>{html.escape(name)}</h3>\n<div class="strip">{cells}</div>'
@@ -111,7 +94,7 @@ def movie(name: str, out: Path) -> str:
     """One clip as an animation of four videos side by side."""
     folders = ("stage3_ori", "stage3_spatial", "stage1_rec", "stage3_rec")
     frames = np.concatenate([read_video(out / folder / f"{name}.mp4") for folder in folders], axis=2)
-    images = [enlarged(frame) for frame in frames]
+    images = [enlarged(frame, ENLARGE) for frame in frames]
     file = io.BytesIO()
     images[0].save(file, format="WEBP", save_all=True, append_images=images[1:], duration=80, loop=0, quality=85)
     return f'<img alt="{html.escape(name)}" src="data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}">'
@@ -151,19 +134,6 @@ def scores(out: Path) -> list[list[str]]:
     return [head, *([title, *cells(stage, "rec"), *cells(stage, "spatial")] for stage, title in STAGES.items())]
 
 
-def as_text(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def as_html(rows: list[list[str]]) -> str:
-    def line(row: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-
-    return "<table>" + line(rows[0], "th") + "".join(line(row, "td") for row in rows[1:]) + "</table>"
-
-
 def history(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -186,11 +156,13 @@ def main() -> None:
         gain=ERROR_GAIN,
         strips="\n".join(strips(name, out) for name in names),
         curves=curves({stage: history(folder / "runs" / stage) for stage in STAGES}),
+        panoramas=demo_panoramas_report.section(out),
         commands=html.escape((folder / "commands.txt").read_text()),
     )
     report = folder / "report.html"
     report.write_text(page)
     print(as_text(rows))
+    print(f"\n{as_text(demo_panoramas_report.table(out))}")
     print(f"\nreport with pictures and curves: {report.resolve()}")
 
 

@@ -27,6 +27,8 @@ from vae3d.factory import model_config
 
 
 def script(name: str) -> ModuleType:
+    if str(tiny.ROOT / "scripts") not in sys.path:
+        sys.path.append(str(tiny.ROOT / "scripts"))  # where scripts find each other
     spec = importlib.util.spec_from_file_location(name, tiny.ROOT / f"scripts/{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses look themselves up
@@ -160,15 +162,19 @@ def test_demo_commands_are_sound(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = (tiny.ROOT / "scripts/demo.sh").read_text().replace("\\\n", "").splitlines()
     commands = [line.split("train.py ")[1].split() for line in lines if line.startswith("run python train.py")]
+    videos, rooms = "data.source.path=demo/videos/videos.csv", "data.source.root=demo/rooms"
     made = [
-        "stage.init_from.spatial_vae=demo/runs/spatial",
-        "stage.init_from=demo/runs/stage1",
-        "stage.init_from=demo/runs/stage2",
+        [videos],
+        [videos, "stage.init_from.spatial_vae=demo/runs/spatial"],
+        [videos, "stage.init_from=demo/runs/stage1"],
+        [videos, "stage.init_from=demo/runs/stage2"],
+        [videos],
+        [rooms, "stage.init_from=demo/runs/wan_tiny"],
+        [rooms, "stage.init_from=demo/runs/wan_tiny"],
     ]
-    for overrides, checkpoint in zip(commands, [None, *made], strict=True):
+    for overrides, missing in zip(commands, made, strict=True):
         with pytest.raises(ConfigError) as error:
             check_training(tiny.compose(*overrides))
-        missing = ["data.source.path=demo/videos/videos.csv", *([checkpoint] if checkpoint else [])]
         assert sorted(error.value.faults) == sorted(f"{path}: no such file or folder" for path in missing)
 
 
@@ -194,13 +200,21 @@ def test_report_holds_its_pictures_and_prints_the_table(tmp_path):
     config = model_config("temporal_vae", *tiny.MODEL["temporal_vae"])
     state = tiny.model("temporal_vae").state_dict()
     write_export(Checkpoint(config, state, Path(), ""), tmp_path / "runs/stage3/exports/step-0000002")
+    for run in script("demo_panoramas_report").RUNS:
+        for kind in ("ori", "rec"):
+            (tmp_path / f"out/{run}_{kind}").mkdir()
+            tiny.write_video(tmp_path / f"out/{run}_{kind}/room.mp4", tiny.frames(5, height=32, width=64))
+        report = {"metrics": {column: {"mean": 30.25} for column in script("demo_panoramas_report").SCORES}}
+        (tmp_path / f"out/{run}_rec_eval").mkdir()
+        (tmp_path / f"out/{run}_rec_eval/summary.json").write_text(json.dumps(report))
     (tmp_path / "commands.txt").write_text("python train.py <x>\n")
 
     done = tiny.run(*tiny.script("scripts/demo_report.py"), str(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert "stage 3: everything, pixels" in done.stdout
     assert "20.50" in done.stdout
+    assert "30.25" in done.stdout
     page = (tmp_path / "report.html").read_text()
     assert "python train.py &lt;x&gt;" in page
-    assert page.count("data:image/") == 1 + 4 + 1  # an animation, four strips, the curves
+    assert page.count("data:image/") == 1 + 4 + 1 + 1  # an animation, four strips, the curves, panoramas
     assert "http" not in page
