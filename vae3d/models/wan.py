@@ -211,7 +211,7 @@ class WanVAE(nn.Module):
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> CausalStream:
         """A stream of videos of this size: chunks of `chunk_latents`, or of as many latents as decode in `memory_gib`
-        (in fp32; by default DEFAULT_MEMORY), but at most MOST_LATENTS: longer chunks are not faster.
+        (in fp32; by default DEFAULT_MEMORY), but at most MOST_LATENTS.
 
         Raises ValueError for a circular width that the space stride does not divide.
         """
