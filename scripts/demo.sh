@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a report: installs, makes small videos, trains a toy VAE through the three stages, reconstructs,
-# scores; then fine-tunes a toy Wan VAE on panoramas in two ways. Thirteen to sixteen minutes on two cores after the
+# scores; then fine-tunes a toy Wan VAE on panoramas in two ways. Eleven to sixteen minutes on two cores after the
 # install. Everything lands in demo/; delete it to start over, or call the script again to go on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
