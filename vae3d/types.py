@@ -17,15 +17,18 @@ from vae3d.seeding import Generators, randn_like, seed_of
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """Shape of a latent space: its channels and compression factors.
+    """A latent space: its channels, its compression factors, and its mean and standard deviation.
 
-    causal: a latent never depends on later frames. Scale and shift live in the model's `normalize` alone.
+    causal: a latent never depends on later frames. shift, scale: per channel, what `normalize` subtracts and divides
+    by; empty on the meta device, where a model that keeps them with its weights does not know them.
     """
 
     channels: int
     time_stride: int
     space_stride: int
     causal: bool
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
 
 
 @dataclass

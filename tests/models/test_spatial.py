@@ -109,6 +109,8 @@ def test_latents_are_scaled_in_one_place():
     z = torch.randn(1, 4, 2, 8, 8)
     torch.testing.assert_close(model.normalize(z), z * 0.5)
     torch.testing.assert_close(model.denormalize(model.normalize(z)), z)
+    shift, scale = (torch.tensor(told)[:, None, None, None] for told in (model.spec.shift, model.spec.scale))
+    torch.testing.assert_close((z - shift) / scale, model.normalize(z))
 
 
 def test_channels_must_divide_into_groups():

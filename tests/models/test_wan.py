@@ -100,6 +100,7 @@ def test_normalisation_uses_the_published_constants(name):
     shift, scale = (torch.tensor(config[key])[:, None, None, None] for key in ("shift", "scale"))
     torch.testing.assert_close(model.normalize(z), (z - shift) / scale)
     torch.testing.assert_close(model.denormalize(model.normalize(z)), z)
+    assert (list(model.spec.shift), list(model.spec.scale)) == (config["shift"], config["scale"])
 
 
 @pytest.mark.parametrize("name", ["wan", "wan22"])

@@ -58,6 +58,8 @@ class OpenSoraVAE(nn.Module):
             time_stride=self.temporal_vae.stride,
             space_stride=self.spatial_vae.spec.space_stride,
             causal=False,
+            shift=_numbers(self.shift),
+            scale=_numbers(self.scale),
         )
 
     def encode(self, video: Tensor, *, sample: bool = False, generator: Generators = None) -> Posterior:
@@ -159,3 +161,7 @@ class OpenSoraVAE(nn.Module):
 
     def denormalize(self, z: Tensor) -> Tensor:
         return z * self.scale + self.shift
+
+
+def _numbers(buffer: Tensor) -> tuple[float, ...]:
+    return () if buffer.is_meta else tuple(buffer.flatten().tolist())

@@ -228,6 +228,8 @@ class SpatialVAE(nn.Module):
             time_stride=1,
             space_stride=2 ** (len(channels) - 1),
             causal=True,
+            shift=(shift_factor,) * latent_channels,
+            scale=(1 / scaling_factor,) * latent_channels,
         )
 
     def encode(self, video: Tensor) -> Posterior:

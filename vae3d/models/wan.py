@@ -167,7 +167,14 @@ class WanVAE(nn.Module):
         self.decoder = Decoder(latent_channels, pixels, wide, time, layers, shortcuts, borders)
         self.patch, self.borders = patch, borders
         self.chunk_latents, self.gradient_checkpointing = chunk_latents, gradient_checkpointing
-        self.spec = LatentSpec(latent_channels, 2 ** sum(time), patch * 2 ** len(time), causal=True)
+        self.spec = LatentSpec(
+            latent_channels,
+            2 ** sum(time),
+            patch * 2 ** len(time),
+            causal=True,
+            shift=tuple(shift),
+            scale=tuple(scale),
+        )
         # Constants beside the weights, as in the published files.
         self.register_buffer("shift", torch.tensor(shift)[None, :, None, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor(scale)[None, :, None, None, None], persistent=False)
