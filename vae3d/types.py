@@ -95,13 +95,27 @@ class Reconstruction:
     """What one forward pass of a VideoAutoencoder returns.
 
     video: [B, 3, T, H, W], unclamped, or None if pixels were not asked for.
-    posterior: None if latents were given instead of encoded. z: [B, C, t, h, w], raw.
+    posterior: None if latents were given instead of encoded. z: [B, C, t, h, w], raw: what was decoded.
+    features: of inner modules, [B, C', t', h', w'], by name; only if a feature distillation asked for them.
     """
 
     video: Tensor | None
     posterior: Posterior | Delta | None
     z: Tensor
     spatial: SpatialPath | None = None
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Lesson:
+    """What a teacher makes of a clip, without gradients.
+
+    z: its latents, in the student's convention. features: of its inner modules, under the names of the student's
+    modules that are to imitate them and at their number of frames.
+    """
+
+    z: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -115,6 +129,7 @@ class Clip:
     Of depth maps only, valid: [B, 1, T, H, W] bool, False where nothing was measured, with finite pixels nevertheless;
     depth_bounds: [B, 2] metres that -1 and 1 stand for.
     weight: how much each pixel counts, broadcastable to [B, 1, T, H, W], of mean 1; set by the Objective.
+    lesson: what the teacher makes of it, if there is one; set by the Trainer.
     """
 
     video: Tensor
@@ -124,6 +139,7 @@ class Clip:
     valid: Tensor | None = None
     depth_bounds: Tensor | None = None
     weight: Tensor | None = None
+    lesson: Lesson | None = None
 
     def pin_memory(self) -> Clip:
         """Called by the DataLoader, so that `to` copies while the GPU computes."""

@@ -327,7 +327,7 @@ class OnePixelCritic:
     def turn(self, step):
         return Turn(generator=step % 2 == 0, discriminator=step % 2 == 1)
 
-    def generator_loss(self, clip, out, step):
+    def generator_loss(self, clip, out, recon, step):
         loss = -(out.video[:, :, 0, 0, 0] * self.weight.detach()).mean()
         return loss, {"adversary/generator": loss}
 

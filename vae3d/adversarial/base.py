@@ -20,31 +20,52 @@ class Turn(NamedTuple):
 class Adversary(Protocol):
     """Owns its networks, their optimizer and all their state.
 
-    The discriminator is frozen in the generator's pass, and sees detached reconstructions in its own.
+    The discriminator is frozen in the generator's pass, and sees detached reconstructions in its own. In an optimizer
+    step the two losses are asked for each micro-batch and differentiated by the trainer; then comes either `step`, on
+    all ranks, or `discard`, on all ranks. Only `step` may communicate.
     """
+
+    def load(self, device: torch.device, seed: int, rank: int) -> None:
+        """Move to the device that training runs on; called once, before anything else. seed: the run's."""
 
     def turn(self, step: int) -> Turn: ...
 
-    def generator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted loss to add to the objective, and metrics."""
+    def generator_loss(
+        self, clip: Clip, out: Reconstruction, loss: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted loss to add to the objective's `loss`, and metrics."""
 
     def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     def step(self) -> None:
-        """Update the discriminator and clear its gradients."""
+        """Average the discriminator's gradients over ranks, update it and clear them."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def discard(self) -> None:
+        """Forget the gradients, and what else of this optimizer step was kept: it is skipped."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is equal on all ranks."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """What every rank has of its own, such as a replay buffer; empty if there is nothing."""
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class NoAdversary:
     """Plain reconstruction training: the generator's turn, always, and nothing to add to its loss."""
 
+    def load(self, device: torch.device, seed: int, rank: int) -> None:
+        pass
+
     def turn(self, step: int) -> Turn:
         return Turn(generator=True, discriminator=False)
 
-    def generator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def generator_loss(
+        self, clip: Clip, out: Reconstruction, loss: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return torch.zeros((), device=clip.video.device), {}
 
     def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -53,8 +74,17 @@ class NoAdversary:
     def step(self) -> None:
         raise AssertionError("it is never the discriminator's turn")
 
+    def discard(self) -> None:
+        pass
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert not state, "a checkpoint with a discriminator was given to a run without one"
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
         assert not state, "a checkpoint with a discriminator was given to a run without one"

@@ -130,7 +130,7 @@ class Trainer:
 
                 if turn.generator:
                     loss, terms = self.objective(clip, out, self.step)
-                    adversarial, more = self.adversary.generator_loss(clip, out, self.step)
+                    adversarial, more = self.adversary.generator_loss(clip, out, loss, self.step)
                     self.accelerator.backward((loss + adversarial) / len(clips))
                     metrics.add({"loss": loss, **terms, **more})
 

@@ -32,15 +32,16 @@ class VideoAutoencoder(Protocol):
         video: Tensor,
         *,
         latents: Tensor | None = None,
+        encode: bool = False,
         sample: bool = True,
         pixels: bool = True,
         generator: Generators = None,
     ) -> Reconstruction:
         """The only call that training makes, so that DDP's hooks fire and compile works.
 
-        latents: decode these instead of encoding `video`. sample: draw the latents (with `generator`: one for
-        the batch, or one per clip) or take the posterior's mode. pixels=False skips a pixel decoder whose
-        output no loss reads.
+        latents: decode these instead of encoding `video`. encode: encode it all the same, for the posterior.
+        sample: draw the latents (with `generator`: one for the batch, or one per clip) or take the posterior's mode.
+        pixels=False skips a pixel decoder whose output no loss reads.
         """
 
     def parts(self) -> dict[str, list[nn.Module]]:

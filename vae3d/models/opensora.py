@@ -79,18 +79,18 @@ class OpenSoraVAE(nn.Module):
         video: Tensor,
         *,
         latents: Tensor | None = None,
+        encode: bool = False,
         sample: bool = True,
         pixels: bool = True,
         generator: Generators = None,
     ) -> Reconstruction:
         """Reconstruct [B, 3, T, H, W]; see VideoAutoencoder.forward. `spatial` holds the 2D latents."""
         frames, height, width = video.shape[2:]
-        if latents is None:
+        latent = posterior = None
+        if encode or latents is None:
             latent = self.encode_spatial(video, sample=sample, generator=generator)
             posterior = self.encode_temporal(latent)
-            z = posterior.sample(generator) if sample else posterior.mode()
-        else:
-            latent, posterior, z = None, None, latents
+        z = latents if latents is not None else posterior.sample(generator) if sample else posterior.mode()
         latent_rec = self.decode_temporal(z, frames)
         rec = self.decode_spatial(latent_rec)[..., :height, :width] if pixels else None
         return Reconstruction(rec, posterior, z, SpatialPath(latent, latent_rec))

@@ -250,13 +250,14 @@ class SpatialVAE(nn.Module):
         video: Tensor,
         *,
         latents: Tensor | None = None,
+        encode: bool = False,
         sample: bool = True,
         pixels: bool = True,
         generator: Generators = None,
     ) -> Reconstruction:
         """Reconstruct [B, 3, T, H, W]; see VideoAutoencoder.forward."""
-        posterior = self.encode(video) if latents is None else None
-        z = latents if posterior is None else posterior.sample(generator) if sample else posterior.mode()
+        posterior = self.encode(video) if encode or latents is None else None
+        z = latents if latents is not None else posterior.sample(generator) if sample else posterior.mode()
         height, width = video.shape[-2:]
         return Reconstruction(self.decode(z)[..., :height, :width] if pixels else None, posterior, z)
 

@@ -244,14 +244,15 @@ class WanVAE(nn.Module):
         video: Tensor,
         *,
         latents: Tensor | None = None,
+        encode: bool = False,
         sample: bool = True,
         pixels: bool = True,
         generator: Generators = None,
     ) -> Reconstruction:
         """Reconstruct [B, 3, T, H, W]; see VideoAutoencoder.forward."""
         frames, height, width = video.shape[2:]
-        posterior = self.encode(video) if latents is None else None
-        z = latents if posterior is None else posterior.sample(generator) if sample else posterior.mode()
+        posterior = self.encode(video) if encode or latents is None else None
+        z = latents if latents is not None else posterior.sample(generator) if sample else posterior.mode()
         rec = self.decode(z, frames)[..., :height, :width] if pixels else None
         return Reconstruction(rec, posterior, z)
 

@@ -1,0 +1,41 @@
+"""What the processes of one training run do together; alone, all of it does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BUCKET = 64 * 2**20  # elements of one all-reduce: as few as possible, in bounded memory
+
+
+def together() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@torch.no_grad()
+def average(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its mean over ranks, in place, in as few all-reduces as fit BUCKET.
+
+    Ranks must give tensors of the same shapes and dtypes in the same order.
+    """
+    if not together():
+        return
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or sum(t.numel() for t in bucket) + tensor.numel() > BUCKET):
+            _average(bucket)
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        _average(bucket)
+
+
+def _average(tensors: list[Tensor]) -> None:
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)])
