@@ -42,6 +42,7 @@ TRAINING = [
     "data.batch_size=2",
     "data.workers=0",
     "trainer.precision=fp32",
+    "trainer.robust.rehearse=false",
     "trainer.max_steps=2",
     "trainer.log_every=1",
     "trainer.save_every=2",

@@ -149,12 +149,44 @@ class Publish:
 
 
 @dataclass
+class Robust:
+    """What a run bears before it stops with the reason, and what it does so that it need not."""
+
+    patience: int = 10  # steps in a row that a rank cannot finish, out of memory or without a readable file
+    zero_gradient: int = 10  # steps in a row whose gradient is zero; 0: any number
+    save_failures: int = 3  # checkpoints in a row that cannot be written
+    compact_gib: float | None = None  # give idle GPU memory back, where there is more of it; null: never
+    rehearse: bool = True  # try the shortest and the longest clip with every loss before the first step
+
+
+@dataclass
+class Strategy:
+    """How ranks share the work: ddp (each has the whole model), or deepspeed (ZeRO, with a full DeepSpeed config)."""
+
+    name: str = "ddp"
+    deepspeed: Any = None
+
+
+@dataclass
+class Teacher:
+    """A frozen autoencoder whose latents the model is to encode to and decode from."""
+
+    path: str | None = None  # as vae3d.load takes it; null: no teacher
+    precision: str = "fp32"  # fp32, bf16, fp16: of its weights and of all it computes
+    sample: bool = False  # draw its latents instead of taking the mode
+    decode: str = "teacher"  # latents that the student decodes: teacher, own, mixed (one or the other, a coin per step)
+    features: dict[str, str] = field(default_factory=dict)  # module of the student -> module of the teacher it imitates
+
+
+@dataclass
 class Trainer:
     max_steps: int = 100_000
     accumulate: int = 1  # micro-batches per optimizer step
     precision: str = "bf16"  # bf16, fp16, fp32: autocast over fp32 weights
     ema: Ema = field(default_factory=Ema)
     spike: Spike = field(default_factory=Spike)
+    robust: Robust = field(default_factory=Robust)
+    strategy: Strategy = field(default_factory=Strategy)
     log_every: int = 10
     save_every: int = 1000
     keep: int = 3  # newest checkpoints, exports and published files kept; 0 keeps all
@@ -181,6 +213,7 @@ class TrainConfig:
     stage: Stage = field(default_factory=Stage)
     loss: Loss = field(default_factory=Loss)
     adversary: Any = MISSING
+    teacher: Teacher = field(default_factory=Teacher)
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
     trainer: Trainer = field(default_factory=Trainer)

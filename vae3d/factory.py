@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from datetime import timedelta
 from importlib import import_module
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from hydra.errors import InstantiationException
@@ -30,9 +29,10 @@ from vae3d.config import CONF
 from vae3d.data.clips import ClipSettings
 from vae3d.data.depth import DepthSettings
 from vae3d.data.loader import TrainingData, lengths_of, read_tables, validation_clips
-from vae3d.data.sampler import FrameCounts, Plan
+from vae3d.data.sampler import Plan
 from vae3d.data.sources import SPLITS, DataError, open_source
-from vae3d.engine.freeze import ALL, train_parts
+from vae3d.engine.distillation import Distillation
+from vae3d.engine.freeze import train_parts
 from vae3d.engine.trainer import Trainer
 from vae3d.errors import UserError
 from vae3d.inference.files import clear, cost_of, reconstruct_files, refuse_own_source, refuse_to_mix
@@ -43,9 +43,10 @@ from vae3d.models.spatial import SpatialVAE
 from vae3d.models.tiling import Tiled
 from vae3d.models.wan import WanVAE
 from vae3d.precision import as_device, slow_conv3d, without_tf32
+from vae3d.summary import data_summary, frame_counts, summary
 
 if TYPE_CHECKING:
-    from vae3d.config import Data, InferConfig, Loss, TrainConfig
+    from vae3d.config import Data, InferConfig, Loss, Teacher, TrainConfig
 
 log = logging.getLogger("vae3d")
 RANDOM = "random"
@@ -88,17 +89,22 @@ def load(path: str | Path, model: nn.Module | None = None, **changes: Any) -> nn
     for note in checkpoint.notes:
         log.info("%s: %s", checkpoint.path, note)
     if model is None:
-        config = _trusted(_merged(checkpoint.config, changes), checkpoint.path)
-        if faults := target_faults(config):
-            raise CheckpointError(f"{checkpoint.path} does not build a model:\n" + "\n".join(f"  {f}" for f in faults))
-        try:
-            model = instantiate(config)
-        except InstantiationException as error:
-            raise CheckpointError(f"{checkpoint.path} does not build a model: {error.__cause__ or error}") from error
+        model = build_checkpoint(checkpoint, changes)
     elif changes:
         raise ValueError(f"changes to a model's arguments ({', '.join(changes)}) cannot be made to a given model")
     load_state(model, checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})")
     return model.eval()
+
+
+def build_checkpoint(checkpoint: Checkpoint, changes: Mapping[str, Any] | None = None) -> nn.Module:
+    """The model that a checkpoint describes, without its weights. Raises CheckpointError if it describes none."""
+    config = _trusted(_merged(checkpoint.config, changes or {}), checkpoint.path)
+    if faults := target_faults(config):
+        raise CheckpointError(f"{checkpoint.path} does not build a model:\n" + "\n".join(f"  {f}" for f in faults))
+    try:
+        return instantiate(config)
+    except InstantiationException as error:
+        raise CheckpointError(f"{checkpoint.path} does not build a model: {error.__cause__ or error}") from error
 
 
 def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str]:
@@ -140,11 +146,6 @@ def clip_settings(config: Data) -> ClipSettings:
     return ClipSettings(**{name: getattr(config, name) for name in shared}, depth=depth)
 
 
-def frame_counts(config: Data) -> FrameCounts:
-    frames = config.frames
-    return FrameCounts(frames.min, frames.max, frames.step, frames.images, frames.fit)
-
-
 def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData:
     data, validation = config.data, config.validation
     settings = clip_settings(data)
@@ -166,17 +167,35 @@ def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingDa
     return TrainingData(tables.train, plan, settings, data.workers, data.prefetch, held_out, faults, tables.notes)
 
 
+def teacher(config: Teacher, device: torch.device | str = "cpu") -> nn.Module | None:
+    """The teacher's network. Raises CheckpointError if it cannot be loaded: a run never goes on without it."""
+    return None if config.path is None else load(config.path).to(device)
+
+
+def distillation(config: TrainConfig, teacher: nn.Module | None, student: nn.Module) -> Distillation | None:
+    if teacher is None:
+        return None
+    told = config.teacher
+    dtype = DTYPES[told.precision] or torch.float32
+    return Distillation(
+        teacher,
+        student,
+        dtype=dtype,
+        sample=told.sample,
+        decode=told.decode,
+        features=told.features,
+        seed=config.run.seed,
+    )
+
+
 def trainer(config: TrainConfig, folder: Path) -> Trainer:
     """Everything that a run needs, ready to `fit`."""
     if config.trainer.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("trainer.precision is fp16, which needs a GPU; use bf16 or fp32")
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # while rank 0 probes files that nobody has probed
-    # The 2D decoder runs channels-last, so gradients of its 1x1 convolutions come in the other of two equal layouts.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     precision = config.trainer.precision.replace("fp32", "no")
     AcceleratorState._reset_state()  # jobs of a sweep in one process may differ in precision
-    accelerator = Accelerator(mixed_precision=precision, cpu=_no_accelerator(), kwargs_handlers=[ddp, patience])
+    accelerator = Accelerator(mixed_precision=precision, cpu=_no_accelerator(), kwargs_handlers=[patience])
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "ranks did not find each other"
     with accelerator.main_process_first():  # which probes the files; the others find its answers on disk
         data = training_data(config, accelerator.process_index, accelerator.num_processes)
@@ -205,8 +224,9 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
         data,
         metrics,
         instantiate(config.logger),
+        distillation(config, teacher(config.teacher, accelerator.device), model),
     )
-    for line in [*summary(config, model, accelerator.num_processes), *_data_summary(config, data), *started]:
+    for line in [*summary(config, model, accelerator.num_processes), *data_summary(config, data), *started]:
         built.log.say(line)
     if isinstance(model, WanVAE) and precision != "no" and (fault := slow_conv3d()):
         built.log.say(fault)
@@ -300,48 +320,6 @@ def describe(config: TrainConfig) -> None:
         model = instantiate(config.model)
     train_parts(model, config.stage.train)
     log.info("\n".join(summary(config, model)))
-
-
-def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None) -> list[str]:
-    """Derived numbers of a run, a line each. The model's parameters must be frozen or not as in training."""
-    data, trainer = config.data, config.trainer
-    world = world_size or int(os.environ.get("WORLD_SIZE", config.launcher.nproc))
-    lines = [f"{type(model).__name__}: {_millions(model.parameters())} parameters"]
-    for part, scale in config.stage.train.items():
-        modules = {**model.parts(), ALL: [model]}[part]
-        trained = _millions(p for module in modules for p in module.parameters())
-        lines.append(f"  trains {part}: {trained}, learning rate x {scale:g}")
-    lines.append(f"  frozen: {_millions(p for p in model.parameters() if not p.requires_grad)}")
-    counts = frame_counts(data)
-    for count in sorted({counts.all()[0], counts.all()[-1]}):
-        latent = "x".join(map(str, model.latent_shape(count, data.height, data.width)))
-        lines.append(f"  {count} frames of {data.height}x{data.width} -> latent {latent}")
-    terms = ", ".join(f"{term.weight:g} {name}" for name, term in config.loss.terms.items() if term.weight)
-    lines.append(f"loss ({config.loss.reduction}): {terms}")
-    share = data.batch_size // (world * trainer.accumulate)
-    lines.append(
-        f"batch of {data.batch_size} clips = {world} ranks x {trainer.accumulate} micro-batches x {share} clips; "
-        f"{trainer.max_steps} steps at learning rate {config.optim.lr:g}, {trainer.precision}"
-    )
-    return lines
-
-
-def _data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
-    lengths, counts = data.plan.lengths.lengths, data.plan.frames.all()
-    epochs = config.trainer.max_steps * config.data.batch_size / len(lengths)
-    lines = [f"{len(lengths)} training videos, {epochs:.3g} epochs; {len(data.faults)} files do not open"]
-    lines += [f"  {note}" for note in data.notes]
-    unused = int((lengths < counts[0]).sum())
-    if unused:
-        lines.append(f"  {unused} have fewer than {counts[0]} frames and are left out")
-    short = int((lengths < counts[-1]).sum()) - unused
-    if short:
-        lines.append(f"  {short} have fewer than {counts[-1]} frames and serve steps with fewer only")
-    return lines
-
-
-def _millions(parameters: Iterable[nn.Parameter]) -> str:
-    return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M"
 
 
 def _no_accelerator() -> bool:

@@ -12,12 +12,15 @@ from torch import nn
 
 from vae3d import factory
 from vae3d.checkpoints.export import to_layout
-from vae3d.checkpoints.formats import CheckpointError
+from vae3d.checkpoints.formats import CheckpointError, read_checkpoint
+from vae3d.engine.distillation import Distillation, TeacherError
 from vae3d.engine.freeze import PartError, train_parts, without_gradient
+from vae3d.errors import UserError
 from vae3d.losses.objective import Objective
 from vae3d.metrics import METRICS, MetricError
 from vae3d.metrics.registry import find_files, resolve
-from vae3d.types import Clip
+from vae3d.summary import frame_counts
+from vae3d.types import Clip, Reconstruction
 from vae3d.weights import WeightsMissing
 
 if TYPE_CHECKING:
@@ -40,7 +43,14 @@ def faults(config: TrainConfig) -> list[str]:
         return [*found, f"stage.train: {error}"]
     found += _frozen_random(config, model)
     found += _weight_faults(config, objective)
-    return found or list(_step_faults(config, model, objective))
+    distillation = None
+    if not found:
+        try:
+            distillation = factory.distillation(config, teacher_on_meta(config), model)
+        except UserError as error:
+            return [*found, str(error)]
+        found += _frame_faults(config, model, distillation)
+    return found or list(_step_faults(config, model, objective, distillation))
 
 
 def _metric_faults(config: TrainConfig) -> Iterator[str]:
@@ -83,13 +93,48 @@ def _size_faults(config: TrainConfig, model: nn.Module) -> Iterator[str]:
         if size % stride:
             near = " or ".join(str(s) for s in (size // stride * stride, -(-size // stride) * stride) if s)
             yield f"data.{side}={size} is not a multiple of the model's stride {stride}; use {near}"
-    for count in factory.frame_counts(config.data).all():
+    for count in frame_counts(config.data).all():
         if not model.frames_valid(count):
             near = [n for n in range(max(1, count - 16), count + 17) if model.frames_valid(n)]
             near = sorted(near, key=lambda n: abs(n - count))[:2]
             nearest = " and ".join(map(str, sorted(near)))
             yield f"data.frames: the model does not take {count} frames; nearest are {nearest}"
             return
+
+
+def teacher_on_meta(config: TrainConfig) -> nn.Module | None:
+    """The teacher without weights. Raises CheckpointError if its checkpoint cannot be read."""
+    if config.teacher.path is None:
+        return None
+    with torch.device("meta"):
+        return factory.build_checkpoint(read_checkpoint(config.teacher.path))
+
+
+def _frame_faults(config: TrainConfig, model: nn.Module, distillation: Distillation | None) -> Iterator[str]:
+    """Frame counts that the teacher would extend, and latents that do not come in the same shape."""
+    if distillation is None:
+        return
+    data, teacher = config.data, distillation.teacher
+    size = (data.height, data.width)
+
+    def fits(frames: int) -> bool:
+        same = model.latent_shape(frames, *size) == teacher.latent_shape(frames, *size)
+        return model.frames_valid(frames) and teacher.frames_valid(frames) and same
+
+    for count in frame_counts(data).all():
+        if not fits(count):
+            near = sorted((n for n in range(1, count + 18) if fits(n)), key=lambda n: abs(n - count))[:4]
+            told = f"; nearest are {', '.join(map(str, sorted(near)))}" if near else ""
+            shapes = [_shape(network.latent_shape(count, *size)) for network in (teacher, model)]
+            yield (
+                f"data.frames: teacher and model do not both take {count} frames of {size[0]}x{size[1]} whole, to "
+                f"latents of one shape (teacher {shapes[0]}, model {shapes[1]}){told}"
+            )
+            return
+
+
+def _shape(latents: tuple[int, ...]) -> str:
+    return "x".join(map(str, latents))
 
 
 def _init_faults(config: TrainConfig, model: nn.Module) -> Iterator[str]:
@@ -133,15 +178,17 @@ def _parts_with(model: nn.Module, holds: Callable[[nn.Parameter], bool]) -> list
     ]
 
 
-def _step_faults(config: TrainConfig, model: nn.Module, objective: Objective) -> Iterator[str]:
+def _step_faults(
+    config: TrainConfig, model: nn.Module, objective: Objective, distillation: Distillation | None
+) -> Iterator[str]:
     """Forward and backward on shapes alone: do the terms apply, and does every trained part get a gradient?"""
-    counts = factory.frame_counts(config.data).all()
+    counts = frame_counts(config.data).all()
     for frames in counts[:2]:  # one frame and several: what holds for two holds for more
         clip = meta_clip(frames, config.data.height, config.data.width)
         try:
-            out = model(clip.video, pixels=objective.needs_pixels)
+            out, clip = _forward(model, clip, objective, distillation)
             loss, _ = objective(clip, out, step=sys.maxsize)  # where all ramps have ended
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, TeacherError) as error:
             yield f"loss: a clip of {frames} frames of {config.data.height}x{config.data.width} fails: {error}"
             return
         model.zero_grad()
@@ -154,6 +201,17 @@ def _step_faults(config: TrainConfig, model: nn.Module, objective: Objective) ->
                 "freeze it, or choose a loss that reads it"
             )
             return
+
+
+def _forward(
+    model: nn.Module, clip: Clip, objective: Objective, distillation: Distillation | None
+) -> tuple[Reconstruction, Clip]:
+    if distillation is None:
+        return model(clip.video, pixels=objective.needs_pixels), clip
+    clip = distillation.teach(clip)
+    pupil = distillation.pupil(model, clip.video.shape[2])
+    latents = distillation.latents(clip, step=0)
+    return pupil(clip.video, latents=latents, encode=objective.needs_posterior, pixels=objective.needs_pixels), clip
 
 
 def _cause(error: BaseException) -> str:

@@ -15,6 +15,15 @@ def together() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def everyone(ok: bool, device: torch.device) -> bool:
+    """Whether `ok` holds on every rank. Every rank must call it."""
+    if not together():
+        return ok
+    flag = torch.tensor(int(ok), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)
+
+
 @torch.no_grad()
 def average(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its mean over ranks, in place, in as few all-reduces as fit BUCKET.

@@ -129,7 +129,7 @@ def test_the_pull_is_added_once_after_unscaling(videos, tmp_path, start, accumul
     scaled.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=10)
     scaled.accelerator.state._mixed_precision = "fp16"
     scaled.accelerator.native_amp = True
-    scaled.optimizer = AcceleratedOptimizer(scaled.optimizer.optimizer, scaler=scaler)
+    scaled.strategy.optimizer = AcceleratedOptimizer(scaled.optimizer.optimizer, scaler=scaler)
     scaled.accelerator._optimizers = [scaled.optimizer]
     for t in (plain, scaled):
         clips = list(t.data.clips(0, 2))

@@ -57,7 +57,7 @@ def main(folder: Path) -> None:
             second = replace(second, video=second.video * factor)
         report["steps"][name] = t.train_step([first, second])
     report["steps"]["after"] = t.train_step([next(clips), next(clips)])
-    report["collectives"] = len(reduced) / 3
+    report["collectives"] = len(reduced)
     report["weights"], report["spikes"] = t.network.state_dict(), t.spikes.state_dict()
     t.save()
     t.log.close()

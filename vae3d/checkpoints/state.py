@@ -18,6 +18,7 @@ from vae3d.errors import UserError
 
 META = "run.json"  # written last: a folder without it is not complete
 STATE = "state.pt"
+RANK_STATE = "rank-{rank}.pt"
 # Settings that make a run another run: a checkpoint of one does not continue the other.
 IDENTITY = (
     "model",
@@ -40,20 +41,41 @@ class ResumeError(UserError):
     """A run folder that belongs to another configuration."""
 
 
-def save_state(root: Path, step: int, state: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
-    """Write root/step-<step>, whose state file holds `config` too and so resumes without the folder."""
+def unfinished(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written until it is complete."""
+    return root / f".step-{step:07d}.partial"
+
+
+def begin(folder: Path) -> None:
+    """Make the folder of an unfinished checkpoint, empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def write(folder: Path, state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """The state that all ranks share; the file holds `config` too and so resumes without the folder."""
+    _write(folder / STATE, {**state, "config": dict(config)})
+
+
+def write_rank(folder: Path, rank: int, state: Mapping[str, Any]) -> None:
+    """What a rank has of its own."""
+    _write(folder / RANK_STATE.format(rank=rank), dict(state))
+
+
+def finish(folder: Path, root: Path, step: int, config: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
+    """Mark an unfinished checkpoint as complete and give it its name. facts: for readers, beside step and config."""
     target = root / f"step-{step:07d}"
-    unfinished = root / f".{target.name}.partial"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    with (unfinished / STATE).open("wb") as stream:
-        torch.save({**state, "config": dict(config)}, stream)
+    (folder / META).write_text(json.dumps({"step": step, **facts, "config": config}, indent=2) + "\n")
+    shutil.rmtree(target, ignore_errors=True)
+    folder.rename(target)
+    return target
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    with file.open("wb") as stream:
+        torch.save(content, stream)
         stream.flush()
         os.fsync(stream.fileno())
-    (unfinished / META).write_text(json.dumps({"step": step, "config": config}, indent=2) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
-    unfinished.rename(target)
-    return target
 
 
 def prune(root: Path, keep: int) -> list[int]:
@@ -109,6 +131,20 @@ def load_state(path: Path, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"step", "model", "optimizer"} <= state.keys():
         raise CheckpointError(f"{file} holds no training state; to start from weights alone set stage.init_from={file}")
     return state
+
+
+def load_rank(path: Path, rank: int) -> dict[str, Any]:
+    """What a rank of this number had of its own; empty if there is nothing, as in a lone state file.
+
+    Raises CheckpointError if the file is damaged.
+    """
+    file = path / RANK_STATE.format(rank=rank)
+    if not path.is_dir() or not file.is_file():
+        return {}
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); delete {path} to resume before it") from error
 
 
 def saved_config(path: Path) -> dict[str, Any]:

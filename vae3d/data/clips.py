@@ -170,7 +170,7 @@ def to_tensor(frames: np.ndarray) -> Tensor:
 
 @dataclass
 class Unreadable:
-    """Stands for a batch in which ATTEMPTS files in a row could not be read; the loader raises it as DataError."""
+    """Stands for a batch in which ATTEMPTS files in a row could not be read: its rank cannot take the step."""
 
     faults: list[tuple[str, str]]
 

@@ -23,12 +23,6 @@ from vae3d.seeding import seed_of
 from vae3d.types import Clip
 
 
-class UnreadableData(DataError):
-    """Met by one worker of one rank."""
-
-    on_every_rank = False
-
-
 @dataclass(frozen=True)
 class Tables:
     """Readable files for training and validation. faults: (path, reason) of files that did not open. notes: what the
@@ -87,25 +81,19 @@ class TrainingData:
     faults: list[tuple[str, str]]  # files that did not open when the tables were read
     notes: list[str] = field(default_factory=list)  # of the source
 
-    def clips(self, first: int, last: int) -> Iterator[Clip]:
-        """Micro-batches of optimizer steps first..last-1.
-
-        Raises DataError when one file after another cannot be read.
-        """
-        loader = DataLoader(
-            ClipDataset(self.table, self.plan, self.settings),
-            batch_sampler=StepSampler(self.plan, first, last),
-            collate_fn=collate,
-            num_workers=self.workers,
-            prefetch_factor=self.prefetch if self.workers else None,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_outlive_sigterm,
+    def clips(self, first: int, last: int) -> Iterator[Clip | Unreadable]:
+        """Micro-batches of optimizer steps first..last-1; Unreadable where one file after another could not be read."""
+        return iter(
+            DataLoader(
+                ClipDataset(self.table, self.plan, self.settings),
+                batch_sampler=StepSampler(self.plan, first, last),
+                collate_fn=collate,
+                num_workers=self.workers,
+                prefetch_factor=self.prefetch if self.workers else None,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=_outlive_sigterm,
+            )
         )
-        for clip in loader:
-            if isinstance(clip, Unreadable):
-                listed = "\n".join(f"  {path}: {reason}" for path, reason in clip.faults[-10:])
-                raise UnreadableData(f"file after file could not be read, so the run stops:\n{listed}")
-            yield clip
 
 
 def _outlive_sigterm(worker: int) -> None:

@@ -18,14 +18,24 @@ class StepMetrics:
         for name, value in values.items():
             self._values[name].append(value.detach().float())
 
-    def worst(self, name: str) -> Tensor:
-        """The largest value of any micro-batch, NaN if one is."""
-        return torch.stack(self._values[name]).max()
+    def mean(self, name: str) -> float:
+        """Mean over micro-batches, 0 if none has the value."""
+        values = self._values.get(name)
+        return float(torch.stack(values).mean()) if values else 0.0
 
-    def pack(self, extra: dict[str, float], device: torch.device) -> tuple[list[str], Tensor]:
+    def worst(self, name: str) -> float:
+        """The largest value of any micro-batch, NaN if one is; 0 if there is none."""
+        values = self._values.get(name)
+        if not values:
+            return 0.0
+        return float(torch.stack(values).max())
+
+    def means(self) -> dict[str, float]:
+        return {name: self.mean(name) for name in self._values}
+
+    def pack(self) -> tuple[list[str], Tensor]:
         """Names and one tensor of means, so that one all-reduce and one transfer serve them all."""
         means = {name: torch.stack(values).mean() for name, values in self._values.items()}
-        means |= {name: torch.tensor(float(value), device=device) for name, value in extra.items()}
         return list(means), torch.stack(list(means.values()))
 
 

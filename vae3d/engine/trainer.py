@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import resource
-import shutil
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -16,33 +17,39 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from vae3d.adversarial.base import Adversary
-from vae3d.checkpoints.export import write_export
-from vae3d.checkpoints.formats import Checkpoint
-from vae3d.checkpoints.publish import publish, withdraw
-from vae3d.checkpoints.state import ResumeError, load_state, prune, refuse_other_run, save_state, starting_state
+from vae3d import ranks
+from vae3d.adversarial.base import Adversary, Turn
+from vae3d.data.clips import Unreadable
 from vae3d.data.loader import TrainingData
 from vae3d.data.sources import DataError
+from vae3d.engine.distillation import Distillation, Pupil
 from vae3d.engine.ema import Ema
-from vae3d.engine.freeze import PartError, set_mode, train_parts, without_gradient
+from vae3d.engine.freeze import set_mode, train_parts
 from vae3d.engine.loggers import Logger
+from vae3d.engine.memory import compact, idle_gib
 from vae3d.engine.metrics import StepMetrics, Window
+from vae3d.engine.patience import Patience
 from vae3d.engine.profile import profiled
 from vae3d.engine.proximal import Proximal
+from vae3d.engine.rehearsal import rehearse
+from vae3d.engine.replicas import Replicas
 from vae3d.engine.runlog import RunLog
-from vae3d.engine.spike import SpikeGuard, worst
+from vae3d.engine.saving import resume, save
+from vae3d.engine.spike import SpikeGuard
 from vae3d.engine.stopping import on_sigterm
 from vae3d.engine.validation import validate
+from vae3d.engine.verdict import Ballot, Verdict
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricSet
 from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
-from vae3d.types import Clip
+from vae3d.types import Clip, Reconstruction
 
 if TYPE_CHECKING:
     from vae3d.config import TrainConfig
 
 READS_BEFORE_JUDGING = 50  # clips read before data.max_broken can stop the run
+NO_GRADIENT = 1e-12  # norm below which nothing is learned
 
 
 class Trainer:
@@ -59,41 +66,48 @@ class Trainer:
         data: TrainingData,
         metrics: MetricSet,
         logger: Logger,
+        distillation: Distillation | None = None,
     ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
-        self.device = accelerator.device
+        self.device, rank = accelerator.device, accelerator.process_index
         self.objective, self.adversary, self.data, self.metrics = objective, adversary, data, metrics
-        self.network = model.to(self.device)  # `model` below is the same, wrapped for autocast and DDP
+        self.network, self.distillation = model.to(self.device), distillation
 
         groups = train_parts(model, config.stage.train)
         set_mode(model, config.stage.train)
+        pupil = model if distillation is None else distillation.pupil(model, data.plan.frames.all()[-1])
+        self.projections = pupil.projections if isinstance(pupil, Pupil) else None
+        if self.projections is not None:
+            groups.append({"params": list(self.projections.parameters()), "part": "projections", "lr_scale": 1.0})
         self.ema = Ema(model, **asdict(config.trainer.ema))
         self.proximal = Proximal(model, config.optim.proximal)
         self.spikes = SpikeGuard(**asdict(config.trainer.spike), warn=lambda message: self.log.warn(message))
         self.window = Window()
         self.step = 0
         self.reads, self.broken_reads = 0, 0
-        self._first_step_here = True
-        self.optimizer = torch.optim.AdamW(groups, fused=self.device.type == "cuda", **self._optimizer_settings())
-        changed = self._resume()
-        steps = gather_object([self.step])
-        if len(set(steps)) > 1:
-            raise ResumeError(
-                f"the ranks found checkpoints of steps {', '.join(map(str, sorted(set(steps))))} in {folder}; "
-                "they must all see the same folder, so put run.root on a shared disk"
-            )
-        self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
-        self.log = RunLog(
-            folder, logger, rank=accelerator.process_index, step=self.step, max_steps=config.trainer.max_steps
-        )
+        adversary.load(self.device, config.run.seed, rank)
+        optimizer = torch.optim.AdamW(groups, fused=self.device.type == "cuda", **self._optimizer_settings())
+        self.strategy = Replicas(accelerator, pupil, optimizer)  # its `model` is the pupil, wrapped for autocast
+        self.ballot = Ballot(rank, accelerator.num_processes, self.device)
+        changed = resume(self)
+        for group in self.optimizer.param_groups:  # a checkpoint's own came back with its moments
+            group.update(self._optimizer_settings())
+        self._set_patience()
+        self.log = RunLog(folder, logger, rank=rank, step=self.step, max_steps=config.trainer.max_steps)
         self.log.launch(self.step, asdict(config), changed)
         for key, (old, new) in changed.items():
             self.log.say(f"{key} was {old} until step {self.step} and is {new} from here on")
         self.log.faults(data.faults)
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.strategy.optimizer
+
     def fit(self) -> bool:
         """Train to the last step, or to the first step boundary after SIGTERM; whether it was the last step."""
         config, last = self.config, self.config.trainer.max_steps
+        if config.trainer.robust.rehearse and self.step < last:
+            rehearse(self)
         self.log.say(f"training from step {self.step} to {last}")
         profiling = config.debug.mode == "profile"
         recorder = profiled(self.folder, config.debug.steps) if profiling else nullcontext(lambda: None)
@@ -104,7 +118,7 @@ class Trainer:
             while self.step < last and not stopped:
                 batch = [next(clips) for _ in range(config.trainer.accumulate)]
                 values = self.train_step(batch, stop.asked)
-                self._steps, self._frames = self._steps + 1, self._frames + batch[0].video.shape[2]
+                self._steps, self._frames = self._steps + 1, self._frames + self.data.plan.frames_at(self.step - 1)
                 stopped = values.pop("stop") > 0
                 self._after_step(values, stopped)
                 step_done()
@@ -114,42 +128,141 @@ class Trainer:
         self.log.close()
         return not stopped
 
-    def train_step(self, clips: list[Clip], stop: bool = False) -> dict[str, float]:
-        """One optimizer step over the micro-batches `clips`; returns metrics averaged over them and all ranks."""
+    def train_step(self, clips: Sequence[Clip | Unreadable], stop: bool = False) -> dict[str, float]:
+        """One optimizer step over the micro-batches `clips`; returns metrics averaged over them and all ranks.
+
+        Every rank tries its own part; then all hear how it went everywhere, and take the step together or skip it
+        together.
+        """
         turn = self.adversary.turn(self.step)
         self._set_lr()
         torch.manual_seed(seed_of(self.config.run.seed, "step", self.step, self.accelerator.process_index))
-        metrics = StepMetrics()
+        metrics, fault = StepMetrics(), None
 
-        for i, clip in enumerate(clips):
-            clip = clip.to(self.device)
-            noise = clip.generators(self.config.run.seed, self.device)
-            with self._sync_gradients(i == len(clips) - 1):
-                with torch.set_grad_enabled(turn.generator):
-                    out = self.model(clip.video, pixels=self.objective.needs_pixels, generator=noise)
-
-                if turn.generator:
-                    loss, terms = self.objective(clip, out, self.step)
-                    adversarial, more = self.adversary.generator_loss(clip, out, loss, self.step)
-                    self.accelerator.backward((loss + adversarial) / len(clips))
-                    metrics.add({"loss": loss, **terms, **more})
-
-                if turn.discriminator:
-                    loss, more = self.adversary.discriminator_loss(clip, out, self.step)
-                    self.accelerator.backward(loss / len(clips))
-                    metrics.add(more)
-
-        if turn.generator:
-            self.accelerator.unscale_gradients()
-            self.proximal.add_gradient()
-            metrics.add({"grad_norm": self._clip_gradients()})
-        values = self._reduce(metrics, clips, stop)  # from here on every rank knows and does the same
-        if turn.generator:
-            values["skipped"] = float(not self._step_optimizer(values))
-        if turn.discriminator:
+        if not any(isinstance(clip, Unreadable) for clip in clips):
+            fault = self.strategy.attempt(lambda: self.accumulate(clips, turn, metrics, self.step))
+        verdict = self.vote(clips, metrics, fault, stop)
+        values = self._averages(metrics, verdict) if verdict.complete else {}
+        taken = self._update(turn, verdict, values)
+        if not taken:
+            self.adversary.discard()
+        elif turn.discriminator:
             self.adversary.step()
         self.step += 1
-        return values
+        self._judge(verdict, values, fault)
+        return {**values, "skipped": float(not taken), "stop": float(verdict.stop)}
+
+    def accumulate(self, clips: Sequence[Clip], turn: Turn, metrics: StepMetrics, step: int) -> None:
+        """Forward and backward passes of this rank's micro-batches; their gradients add up."""
+        for clip in clips:
+            clip = clip.to(self.device)
+            with torch.set_grad_enabled(turn.generator):
+                clip, out = self._reconstruct(clip, step)
+
+            if turn.generator:
+                loss, terms = self.objective(clip, out, step)
+                adversarial, more = self.adversary.generator_loss(clip, out, loss, step)
+                self.strategy.backward((loss + adversarial) / len(clips))
+                metrics.add({"loss": loss, **terms, **more})
+
+            if turn.discriminator:
+                loss, more = self.adversary.discriminator_loss(clip, out, step)
+                (loss / len(clips)).backward()
+                metrics.add({"loss_discriminator": loss, **more})
+
+    def _reconstruct(self, clip: Clip, step: int) -> tuple[Clip, Reconstruction]:
+        """The clip with its teacher's lesson, if there is a teacher, and what the model makes of it."""
+        noise = clip.generators(self.config.run.seed, self.device)
+        how: dict[str, Any] = {"pixels": self.objective.needs_pixels, "generator": noise}
+        if self.distillation is not None:
+            clip = self.distillation.teach(clip)
+            how |= {"latents": self.distillation.latents(clip, step), "encode": self.objective.needs_posterior}
+        return clip, self.strategy.model(clip.video, **how)
+
+    def vote(self, clips: Sequence[Clip | Unreadable], metrics: StepMetrics, fault: str | None, stop: bool) -> Verdict:
+        """Tell the other ranks how this one fared, and hear how they did. fault: how its memory ran out."""
+        faults = [fault for clip in clips for fault in clip.faults]
+        self.log.faults(faults)
+        sound = math.isfinite(metrics.worst("loss_discriminator"))
+        return self.ballot.cast(
+            loss=metrics.mean("loss"),
+            worst=metrics.worst("loss") if sound else math.nan,
+            out_of_memory=fault is not None,
+            unreadable=any(isinstance(clip, Unreadable) for clip in clips),
+            stop=stop,
+            broken=len(faults),
+            gradients=self.strategy.gradients(),
+        )
+
+    def _averages(self, metrics: StepMetrics, verdict: Verdict) -> dict[str, float]:
+        """The step's metrics as means over all ranks, in one all-reduce and one transfer."""
+        names, packed = metrics.pack()
+        ranks.average([packed])
+        return dict(zip(names, packed.tolist(), strict=True)) | {"loss_max": verdict.worst}
+
+    def _update(self, turn: Turn, verdict: Verdict, values: dict[str, float]) -> bool:
+        """Average the gradients and step, unless loss or gradient are unsound; whether it did.
+
+        Writes the norm of the gradient before clipping into `values`.
+        """
+        averaged = sound = verdict.complete and verdict.finite
+        if turn.generator and verdict.complete:
+            norm = 0.0
+            if averaged:
+                self.strategy.average_gradients()
+                self.proximal.add_gradient()
+                norm = values["grad_norm"] = self.strategy.clip(self.config.optim.grad_clip)
+            # fp16 gradients overflow in normal operation: the loss scaler skips those steps and learns from them.
+            norm = 0.0 if self.accelerator.scaler is not None else norm
+            sound = self.spikes.accept(verdict.loss, verdict.worst, norm)
+        if not sound:
+            self.strategy.skip(unscaled=averaged and turn.generator)
+            return False
+        if turn.generator:
+            sound = self.strategy.step()
+            if sound:
+                self.ema.update(self.step)
+        return sound
+
+    def _judge(self, verdict: Verdict, values: dict[str, float], fault: str | None) -> None:
+        """Stop the run where a fault has come back too often; every rank counts the same."""
+        self.broken_reads += verdict.broken
+        self.reads += verdict.broken + self.config.data.batch_size
+        share = self.broken_reads / self.reads
+        if self.reads >= READS_BEFORE_JUDGING and share > self.config.data.max_broken:
+            raise DataError(
+                f"{self.broken_reads} of {self.reads} reads failed, a larger share than "
+                f"data.max_broken={self.config.data.max_broken}; the files are listed in {self.folder}/faults.jsonl"
+            )
+        if not verdict.complete:
+            self.log.warn(f"step {self.step} is skipped by all ranks: {verdict.fault()}{f': {fault}' if fault else ''}")
+            self._unfinished.fault(verdict.fault())
+        else:
+            self._unfinished.went_well()
+        if values.get("grad_norm", 1.0) < NO_GRADIENT:
+            self._zero_gradient.fault(f"loss {verdict.loss:g}")
+        else:
+            self._zero_gradient.went_well()
+
+    def _set_patience(self) -> None:
+        robust = self.config.trainer.robust
+        self._unfinished = Patience(
+            robust.patience,
+            "steps in a row could not be finished",
+            "for memory raise trainer.accumulate or lower data.frames.max, data.height and data.width; for files look "
+            f"at {self.folder}/faults.jsonl (trainer.robust.patience is the limit)",
+        )
+        self._zero_gradient = Patience(
+            robust.zero_gradient,
+            "steps in a row had no gradient at all",
+            "the model learns nothing: are its outputs clamped, or the pixels in another range than the losses expect? "
+            "(trainer.robust.zero_gradient is the limit)",
+        )
+        self._unsaved = Patience(
+            robust.save_failures,
+            "checkpoints in a row could not be written",
+            "the last complete one stays (trainer.robust.save_failures is the limit)",
+        )
 
     def _optimizer_settings(self) -> dict[str, Any]:
         optim = self.config.optim
@@ -169,64 +282,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-    def _sync_gradients(self, sync: bool) -> AbstractContextManager[None]:
-        return nullcontext() if sync else self.accelerator.no_sync(self.model)
-
-    def _clip_gradients(self) -> torch.Tensor:
-        if self._first_step_here:
-            self._first_step_here = False
-            if unreached := without_gradient(self.network):
-                raise PartError(
-                    f"stage.train names parts that no loss term reaches: {len(unreached)} parameters such as "
-                    f"{unreached[0]} got no gradient; take the part out of stage.train or add a term that reads it"
-                )
-        # Accelerate's own would unscale fp16 gradients, which are unscaled already.
-        return nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optim.grad_clip)
-
-    def _reduce(self, metrics: StepMetrics, clips: list[Clip], stop: bool) -> dict[str, float]:
-        """Means over all ranks, and the worst loss of all as `loss_max`, in one all-reduce and one transfer.
-
-        Stops the run if too many reads failed.
-        """
-        faults = [fault for clip in clips for fault in clip.faults]
-        self.log.faults(faults)
-        names, packed = metrics.pack({"stop": stop, "broken": len(faults)}, self.device)
-        ranks = self.accelerator.num_processes
-        slots = torch.zeros(ranks, device=self.device)  # one per rank, so that a mean tells each rank's loss
-        if "loss" in names:
-            slots[self.accelerator.process_index] = metrics.worst("loss")
-        reduced = self.accelerator.reduce(torch.cat([packed, slots]), "mean").tolist()
-        values = dict(zip(names, reduced[:-ranks], strict=True))
-        if "loss" in names:
-            values["loss_max"] = worst(loss * ranks for loss in reduced[-ranks:])
-
-        broken = round(values.pop("broken") * self.accelerator.num_processes)
-        self.broken_reads += broken
-        self.reads += broken + self.config.data.batch_size
-        share = self.broken_reads / self.reads
-        if self.reads >= READS_BEFORE_JUDGING and share > self.config.data.max_broken:
-            raise DataError(
-                f"{self.broken_reads} of {self.reads} reads failed, a larger share than "
-                f"data.max_broken={self.config.data.max_broken}; the files are listed in {self.folder}/faults.jsonl"
-            )
-        return values
-
-    def _step_optimizer(self, values: dict[str, float]) -> bool:
-        """Step unless loss or gradient are unsound; whether it did."""
-        # fp16 gradients overflow in normal operation: the loss scaler skips those steps and learns from them.
-        norm = 0.0 if self.accelerator.scaler is not None else values["grad_norm"]
-        scaler = self.accelerator.scaler
-        taken = self.spikes.accept(values["loss"], values["loss_max"], norm)
-        if taken:
-            self.optimizer.step()
-            taken = scaler is None or not self.optimizer.step_was_skipped
-        elif scaler is not None:
-            scaler.update()  # the gradients were unscaled for clipping, which it must not meet twice
-        if taken:
-            self.ema.update(self.step)
-        self.optimizer.zero_grad()
-        return taken
-
     def _after_step(self, values: dict[str, float], stopped: bool) -> None:
         """Whatever is due after a step: log, validate, save."""
         trainer, validation = self.config.trainer, self.config.validation
@@ -235,10 +290,24 @@ class Trainer:
         self.log.advance()
         if self.step % trainer.log_every == 0 or finished or stopped:
             self.log.scalars(self.window.flush() | self._gauges(), self.step)
+            if freed := compact(trainer.robust.compact_gib):
+                self.log.say(f"gave back {freed:.2f} GiB of GPU memory that lay idle")
         if validation.every and (self.step % validation.every == 0 or finished) and not stopped:
             self.validate()
         if trainer.save_every and (self.step % trainer.save_every == 0 or finished or stopped):
             self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint and an export; where that fails the run goes on, for a while.
+
+        Raises LostPatience after trainer.robust.save_failures failures in a row.
+        """
+        fault = save(self)
+        if fault is None:
+            self._unsaved.went_well()
+        else:
+            self.log.warn(f"no checkpoint of step {self.step}: {fault}; training goes on")
+            self._unsaved.fault(fault)
 
     def _gauges(self) -> dict[str, float]:
         """Learning rates, the proximal term, speed since the last log line, and peak memory of this process."""
@@ -253,6 +322,7 @@ class Trainer:
             **({"prox": self.proximal.value().item()} if self.proximal.weight else {}),
             **speed,
             "memory_gib": peak / 2**30,
+            **({"memory_idle_gib": idle_gib()} if cuda else {}),
         }
 
     def validate(self) -> dict[str, float]:
@@ -279,69 +349,3 @@ class Trainer:
             if clip.picture is not None:
                 self.log.video(f"original above reconstruction {clip.place}: {clip.name}", clip.picture, 8, self.step)
         return means
-
-    def save(self) -> None:
-        """Write a checkpoint, an export and, if asked for, their published files; other ranks wait for rank 0."""
-        if self.accelerator.is_main_process:
-            keep, named = self.config.trainer.keep, self.config.trainer.publish
-            saved = save_state(self.folder / "checkpoints", self.step, self._state(), asdict(self.config))
-            self.export(self.folder / "exports" / saved.name)
-            if named.prefix is not None:
-                last = self.step == self.config.trainer.max_steps
-                with self.ema.applied():
-                    publish(self.folder, named.prefix, saved, self.network.state_dict(), named.layout, last=last)
-            prune(self.folder / "exports", keep)
-            gone = prune(self.folder / "checkpoints", keep)
-            if named.prefix is not None:
-                withdraw(self.folder, named.prefix, gone)
-            self.log.say(f"saved {saved}")
-        self.accelerator.wait_for_everyone()
-
-    def export(self, folder: Path) -> None:
-        """The averaged weights (the current ones without EMA), for vae3d.load."""
-        unfinished = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with self.ema.applied():
-            weights = Checkpoint(self.config.model, self.network.state_dict(), folder, "export")
-            write_export(
-                weights, unfinished, stage=self.config.stage.name, step=self.step, ema=self.config.trainer.ema.decay
-            )
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-
-    def _state(self) -> dict[str, Any]:
-        scaler = self.accelerator.scaler
-        return {
-            "step": self.step,
-            "model": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.state_dict(),
-            "anchor": self.proximal.digest,
-            "spikes": self.spikes.state_dict(),
-            "adversary": self.adversary.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else {},
-            "window": self.window.state_dict(),
-            "reads": [self.reads, self.broken_reads],
-        }
-
-    def _resume(self) -> dict[str, tuple[Any, Any]]:
-        """Restore what the run goes on from, if there is anything; returns the settings that changed since."""
-        start = starting_state(self.folder / "checkpoints", self.config.run.resume_from)
-        if start is None:
-            return {}
-        changed = refuse_other_run(start, asdict(self.config))
-        state = load_state(start)
-        self.proximal.refuse_other_anchor(state.get("anchor"), start, self.config.stage.init_from)
-        self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # the checkpoint's own came back with its moments
-            group.update(self._optimizer_settings())
-        self.ema.load_state_dict(state["ema"])
-        self.spikes.load_state_dict(state["spikes"])
-        self.adversary.load_state_dict(state["adversary"])
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.window.load_state_dict(state["window"])
-        self.step = state["step"]
-        self.reads, self.broken_reads = state["reads"]
-        return changed

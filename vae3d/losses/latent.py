@@ -12,6 +12,7 @@ class KL:
     """KL(posterior || N(0, 1)) in nats; `sum` adds up a whole clip, not a frame (Open-Sora v1.2 `losses.py`)."""
 
     needs_pixels = False
+    needs_posterior = True
 
     def __call__(self, clip: Clip, out: Reconstruction) -> Error | None:
         if out.posterior is None:

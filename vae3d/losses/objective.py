@@ -74,6 +74,11 @@ class Objective:
     def needs_pixels(self) -> bool:
         return any(t.term.needs_pixels for t in self.terms.values())
 
+    @property
+    def needs_posterior(self) -> bool:
+        """Whether a term reads the posterior: then clips are encoded also where a teacher's latents are decoded."""
+        return any(getattr(t.term, "needs_posterior", False) for t in self.terms.values())
+
     def load(self, device: torch.device | str) -> None:
         """Read the weights of terms that have any and move the terms to `device`."""
         for t in self.terms.values():

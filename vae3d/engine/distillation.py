@@ -1,0 +1,175 @@
+"""Learning from a frozen teacher: its latents, and the features inside its decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vae3d.errors import UserError
+from vae3d.seeding import seed_of
+from vae3d.types import Clip, Lesson, Reconstruction
+
+
+class TeacherError(UserError):
+    """A teacher that does not fit the student."""
+
+
+class Distillation:
+    """What a teacher gives to every step. It is frozen, in eval mode and in its own precision.
+
+    decode: which latents the student decodes: `teacher`, `own`, or `mixed`, one or the other by a coin per step.
+    features: module of the student -> module of the teacher that it imitates, as named_modules() names them.
+    seed: the run's, for coins and sampled latents.
+    Raises TeacherError if the two do not share a latent space's shape, or have no such modules.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        *,
+        dtype: torch.dtype = torch.float32,
+        sample: bool = False,
+        decode: str = "teacher",
+        features: dict[str, str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.teacher = teacher.requires_grad_(False).eval().to(dtype)
+        self.dtype, self.sample, self.decode, self.features = dtype, sample, decode, dict(features or {})
+        self.seed = seed
+        # What the student's latents are: the teacher's own (raw), or those that a diffusion model sees.
+        self.normalized = getattr(student, "latent", "raw") == "normalized"
+        if teacher.spec.channels != student.spec.channels:
+            raise TeacherError(
+                f"teacher.path: the teacher has {teacher.spec.channels} latent channels and the model "
+                f"{student.spec.channels}; they must share their latents"
+            )
+        for network, whose, names in (
+            (student, "model", self.features.keys()),
+            (teacher, "teacher", self.features.values()),
+        ):
+            known = dict(network.named_modules())
+            if unknown := [name for name in names if name not in known]:
+                raise TeacherError(f"teacher.features: the {whose} has no module {', '.join(unknown)}")
+
+    @torch.no_grad()
+    def teach(self, clip: Clip) -> Clip:
+        """The clip with what the teacher makes of it: latents as the student has them, and features."""
+        video = clip.video.to(self.dtype)
+        posterior = self.teacher.encode(video)
+        z = posterior.sample(self._noise(clip)) if self.sample else posterior.mode()
+        features: dict[str, Tensor] = {}
+        if self.features:
+            with captured(self.teacher, list(self.features.values()), len(video)) as found:
+                self.teacher.decode(z.to(self.dtype), video.shape[2])
+            features = {name: one_per_latent(found(inner), z.shape[2]) for name, inner in self.features.items()}
+        latents = self.teacher.normalize(z) if self.normalized else z
+        return replace(clip, lesson=Lesson(latents.float(), {name: f.float() for name, f in features.items()}))
+
+    def latents(self, clip: Clip, step: int) -> Tensor | None:
+        """What the student decodes in this step: the teacher's latents, or None for its own."""
+        own = self.decode == "own" or (self.decode == "mixed" and seed_of(self.seed, "coin", step) % 2)
+        return None if own else clip.lesson.z
+
+    def pupil(self, student: nn.Module, frames: int) -> nn.Module:
+        """What training calls instead of the student: the student, or, for its features, a Pupil around it."""
+        if not self.features:
+            return student
+        video = torch.zeros(
+            1, 3, frames, *[2 * student.spec.space_stride] * 2, device=next(student.parameters()).device
+        )
+        target = self.teach(Clip(video, torch.zeros(1, dtype=torch.long), [""])).lesson
+        with torch.no_grad(), captured(student, list(self.features), 1) as found:
+            student(video, latents=target.z)
+        shapes = {name: one_per_latent(found(name), target.z.shape[2]).shape for name in self.features}
+        for name, shape in shapes.items():
+            if shape[2:] != target.features[name].shape[2:]:
+                raise TeacherError(
+                    f"teacher.features.{name}: the model's features are {_size(shape)} where the teacher's "
+                    f"{self.features[name]} are {_size(target.features[name].shape)}; choose modules of one resolution"
+                )
+        channels = {name: (shape[1], target.features[name].shape[1]) for name, shape in shapes.items()}
+        return Pupil(student, channels).to(video.device)
+
+    def _noise(self, clip: Clip) -> list[torch.Generator] | None:
+        if clip.video.is_meta:
+            return None
+        return [
+            torch.Generator(clip.video.device).manual_seed(seed_of(self.seed, position, "teacher"))
+            for position in clip.positions.tolist()
+        ]
+
+
+class Pupil(nn.Module):
+    """A student whose features leave it together with its reconstruction, projected to the width of the teacher's.
+
+    channels: module of the student -> (its channels, the teacher's). Only `projections` is new; it trains along and is
+    thrown away after (Turbo-VAED, arXiv 2508.09136, section 3.3).
+    """
+
+    def __init__(self, student: nn.Module, channels: dict[str, tuple[int, int]]) -> None:
+        super().__init__()
+        self.student = student
+        self.names = list(channels)
+        self.projections = nn.ModuleList(nn.Conv3d(*pair, 1) for pair in channels.values())
+
+    def forward(self, video: Tensor, **how: Any) -> Reconstruction:
+        with captured(self.student, self.names, len(video)) as found:
+            out = self.student(video, **how)
+        features = {
+            name: project(one_per_latent(found(name), out.z.shape[2]))
+            for name, project in zip(self.names, self.projections, strict=True)
+        }
+        return replace(out, features=features)
+
+
+@contextmanager
+def captured(network: nn.Module, names: Sequence[str], clips: int) -> Iterator[Callable[[str], Tensor]]:
+    """Inside this context the outputs of modules are kept; yields a function from a module's name to what it gave for
+    so many clips, [B, C, T, H, W], over all chunks that they were coded in.
+
+    Raises TeacherError if a module gives frames, whose order only networks with `as_video` tell (see TAEHV).
+    """
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(name: str, output: Any) -> None:
+        features = output[0] if isinstance(output, tuple) else output
+        if features.ndim == 4 and hasattr(network, "as_video"):
+            features = network.as_video(features, clips)
+        if features.ndim != 5:
+            raise TeacherError(f"teacher.features: {name} gives no video but {_size(features.shape)}; choose another")
+        kept[name].append(features)
+
+    hooks = [
+        network.get_submodule(name).register_forward_hook(lambda _m, _in, output, name=name: keep(name, output))
+        for name in names
+    ]
+    try:
+        yield lambda name: torch.cat(kept[name], 2)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def one_per_latent(features: Tensor, latents: int) -> Tensor:
+    """The last frame that each latent stands for, of features at any frame rate: [B, C, latents, H, W].
+
+    Features have k frames per latent, or, where a causal decoder has dropped the first ones, 1 + k * (latents - 1).
+    Raises TeacherError for another number of frames.
+    """
+    frames = features.shape[2]
+    if frames % latents == 0:
+        every = frames // latents
+        return features[:, :, every - 1 :: every]
+    if latents > 1 and (frames - 1) % (latents - 1) == 0:
+        return features[:, :, :: (frames - 1) // (latents - 1)]
+    raise TeacherError(f"teacher.features: {frames} frames of features do not fit {latents} latent frames")
+
+
+def _size(shape: torch.Size) -> str:
+    return "x".join(map(str, shape[2:]))

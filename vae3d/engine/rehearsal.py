@@ -1,0 +1,76 @@
+"""The first step's faults before the first step: every loss, on the shortest and the longest clip."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+from vae3d.engine.freeze import PartError, without_gradient
+from vae3d.engine.metrics import StepMetrics
+from vae3d.errors import UserError
+from vae3d.types import Clip
+
+if TYPE_CHECKING:
+    from vae3d.engine.trainer import Trainer
+
+ALL_ON = sys.maxsize  # a step at which every ramp has ended and every adversary has started
+
+
+class RehearsalError(UserError):
+    """A step that cannot work at all."""
+
+
+def rehearse(trainer: Trainer) -> None:
+    """Forward and backward passes on noise of a micro-batch's size, with every loss term and the adversary on, so that
+    a term that starts at step 50,000 fails now. Leaves no trace: no update, no gradient, no random state.
+
+    Raises RehearsalError, on every rank, if memory does not suffice or a loss is not finite; PartError if a part that
+    is to train gets no gradient.
+    """
+    counts = trainer.data.plan.frames.all()
+    for frames in dict.fromkeys((counts[0], counts[-1])):
+        metrics, turn = StepMetrics(), trainer.adversary.turn(ALL_ON)
+        clip = _noise(trainer, frames)
+        fault = trainer.strategy.attempt(lambda: trainer.accumulate([clip], turn, metrics, ALL_ON))  # noqa: B023
+        verdict = trainer.vote([clip], metrics, fault, stop=False)
+        what = f"a micro-batch of {'x'.join(map(str, clip.video.shape))}"
+        unreached = without_gradient(trainer.network) if verdict.complete and turn.generator else []
+        trainer.strategy.skip(unscaled=False)
+        trainer.adversary.discard()
+        if not verdict.complete:
+            raise RehearsalError(
+                f"{what} does not fit into memory ({verdict.fault()}): {fault or 'see the other ranks'}; raise "
+                "trainer.accumulate, lower data.height, data.width or data.frames.max, or set "
+                "model.gradient_checkpointing=true if the model has it"
+            )
+        if not verdict.finite:
+            told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.means().items() if "/" in name)
+            raise RehearsalError(
+                f"{what} of noise gives a loss that is not finite: {told}; look at the first such term"
+            )
+        refuse_unreached(unreached)
+
+
+def refuse_unreached(names: list[str]) -> None:
+    """Raises PartError if there are any."""
+    if names:
+        raise PartError(
+            f"stage.train names parts that no loss term reaches: {len(names)} parameters such as "
+            f"{names[0]} got no gradient; take the part out of stage.train or add a term that reads it"
+        )
+
+
+def _noise(trainer: Trainer, frames: int) -> Clip:
+    plan, settings = trainer.data.plan, trainer.data.settings
+    shape = (plan.micro_batch, frames, settings.height, settings.width)
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.arange(plan.micro_batch)
+    names = ["noise"] * plan.micro_batch
+    if settings.depth is None:
+        video = torch.randint(0, 256, (shape[0], 3, *shape[1:]), dtype=torch.uint8, generator=generator)
+        return Clip(video, positions, names)
+    video = torch.rand(shape[0], 1, *shape[1:], generator=generator).mul_(2).sub_(1).expand(-1, 3, -1, -1, -1)
+    valid = torch.ones(shape[0], 1, *shape[1:], dtype=torch.bool)
+    return Clip(video.contiguous(), positions, names, valid=valid, depth_bounds=torch.tensor([[0.1, 20.0]] * shape[0]))

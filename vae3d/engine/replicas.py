@@ -1,0 +1,99 @@
+"""Data parallelism that survives a rank's bad step: every rank holds the whole model, and gradients are averaged in one
+explicit all-reduce once all ranks have agreed to take the step.
+
+torch's DistributedDataParallel averages while backward runs, so a rank that leaves backward early, out of memory or
+after a NaN, leaves the others waiting for ever (pytorch#44353). What its overlap would save is the time of one
+all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from vae3d import ranks
+from vae3d.engine.memory import out_of_memory, release
+from vae3d.engine.verdict import RanksDiffer
+
+
+class Replicas:
+    """model: what training calls. optimizer: what steps. `finish` is given a step's verdict after `attempt`."""
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.accelerator = accelerator
+        self.model = accelerator.prepare_model(model, evaluation_mode=True)  # autocast, without DDP around it
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        _refuse_different_starts(model)
+
+    saves_apart = True  # no collective is needed to write a checkpoint
+
+    def attempt(self, run: Callable[[], None]) -> str | None:
+        """run(), this rank's forward and backward passes; what it said if memory ran out in them."""
+        fault = None
+        try:
+            run()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            fault = str(error).splitlines()[0]
+        if fault is not None:
+            self.optimizer.zero_grad()
+            release()
+        return fault
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def gradients(self) -> int:
+        """Elements of gradient on this rank."""
+        return sum(p.numel() for p in self.parameters if p.grad is not None)
+
+    def average_gradients(self) -> None:
+        """Over ranks, and as they were before an fp16 scaler."""
+        ranks.average(p.grad for p in self.parameters if p.grad is not None)
+        self.accelerator.unscale_gradients()
+
+    def clip(self, max_norm: float) -> float:
+        """Clip the gradients; their norm before."""
+        # Accelerate's own would unscale fp16 gradients, which are unscaled already.
+        return float(nn.utils.clip_grad_norm_(self.parameters, max_norm))
+
+    def step(self) -> bool:
+        """Whether the optimizer stepped; an fp16 scaler skips what overflowed, and learns from it."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self.accelerator.scaler is None or not self.optimizer.step_was_skipped
+
+    def skip(self, unscaled: bool) -> None:
+        """Forget the gradients. unscaled: average_gradients was called, which an fp16 scaler must not meet twice."""
+        if unscaled and self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+        self.optimizer.zero_grad()
+
+    def optimizer_state(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_optimizer(self, state: dict[str, Any], checkpoint: Path) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+def _refuse_different_starts(model: nn.Module) -> None:
+    """Raises RanksDiffer unless all ranks begin with the same weights."""
+    if not ranks.together():
+        return
+    sums = torch.stack([p.detach().double().sum() for p in model.parameters()])
+    mean = sums.clone()
+    ranks.average([mean])
+    differs = (mean - sums).abs() > 1e-9 * (1 + sums.abs())
+    if bool(differs.any()):
+        names = [name for (name, _), bad in zip(model.named_parameters(), differs.tolist(), strict=True) if bad]
+        raise RanksDiffer(
+            f"{len(names)} parameters, such as {names[0]}, differ between ranks before the first step; do all ranks "
+            "read the same stage.init_from and the same run.seed?"
+        )

@@ -1,0 +1,152 @@
+"""A run's checkpoints and exports: written by all ranks together, or given up by all together."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+
+from vae3d import ranks
+from vae3d.checkpoints import state
+from vae3d.checkpoints.export import write_export
+from vae3d.checkpoints.formats import Checkpoint
+from vae3d.checkpoints.publish import publish, withdraw
+
+if TYPE_CHECKING:
+    from vae3d.engine.trainer import Trainer
+
+# What a full or vanished disk raises; torch.save tells it as a RuntimeError.
+DISK_FAULTS = (OSError, RuntimeError, SafetensorError)
+
+
+def save(trainer: Trainer) -> str | None:
+    """Write a checkpoint, an export and, if asked for, their published files; why not, if that failed on some rank.
+
+    Every step of it is tried by all ranks, and the next only taken if all succeeded, so that none is left waiting. The
+    last complete checkpoint stays whatever happens.
+    """
+    root, log = trainer.folder / "checkpoints", trainer.log
+    unfinished = state.unfinished(root, trainer.step)
+    shared, own = _shared_state(trainer), trainer.adversary.rank_state_dict()
+    main = trainer.accelerator.is_main_process
+
+    def write() -> None:
+        if main:
+            state.write(unfinished, shared, asdict(trainer.config))
+        if own:
+            state.write_rank(unfinished, trainer.accelerator.process_index, own)
+
+    def finish() -> None:
+        if main:
+            facts = {"world_size": trainer.accelerator.num_processes, "strategy": trainer.config.trainer.strategy.name}
+            saved = state.finish(unfinished, root, trainer.step, asdict(trainer.config), facts)
+            _publish(trainer, saved)
+            log.say(f"saved {saved}")
+
+    for stage in (lambda: state.begin(unfinished) if main else None, write, finish):
+        fault = _try(trainer, stage)
+        if fault is not None:
+            if main:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            return fault
+    return None
+
+
+def _try(trainer: Trainer, stage: Callable[[], Any]) -> str | None:
+    """Run a stage of saving on all ranks; what went wrong on any of them."""
+    if not trainer.strategy.saves_apart:
+        stage()  # a collective inside: a rank that fails must end, and the others with it
+        return None
+    fault = None
+    try:
+        stage()
+    except DISK_FAULTS as error:
+        fault = f"{type(error).__name__}: {error}"
+    if ranks.everyone(fault is None, trainer.device):
+        return None
+    faults = gather_object([fault])
+    return "; ".join(f"rank {rank}: {told}" for rank, told in enumerate(faults) if told)
+
+
+def _publish(trainer: Trainer, saved: Path) -> None:
+    """The export and the published files of a checkpoint; what is older than trainer.keep goes."""
+    keep, named, folder = trainer.config.trainer.keep, trainer.config.trainer.publish, trainer.folder
+    export(trainer, folder / "exports" / saved.name)
+    if named.prefix is not None:
+        last = trainer.step == trainer.config.trainer.max_steps
+        with trainer.ema.applied():
+            publish(folder, named.prefix, saved, trainer.network.state_dict(), named.layout, last=last)
+    state.prune(folder / "exports", keep)
+    gone = state.prune(folder / "checkpoints", keep)
+    if named.prefix is not None:
+        withdraw(folder, named.prefix, gone)
+
+
+def export(trainer: Trainer, folder: Path) -> None:
+    """The averaged weights (the current ones without EMA), for vae3d.load."""
+    config = trainer.config
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with trainer.ema.applied():
+        weights = Checkpoint(config.model, trainer.network.state_dict(), folder, "export")
+        write_export(weights, unfinished, stage=config.stage.name, step=trainer.step, ema=config.trainer.ema.decay)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def resume(trainer: Trainer) -> dict[str, tuple[Any, Any]]:
+    """Restore what the run goes on from, if there is anything; returns the settings that changed since.
+
+    Raises ResumeError on every rank if they do not all find the same checkpoint.
+    """
+    start = state.starting_state(trainer.folder / "checkpoints", trainer.config.run.resume_from)
+    found = gather_object([None if start is None else start.name])
+    if len(set(found)) > 1:
+        raise state.ResumeError(
+            f"the ranks found the checkpoints {', '.join(sorted(map(str, set(found))))} in {trainer.folder}; they must "
+            "all see the same folder, so put run.root on a shared disk"
+        )
+    if start is None:
+        return {}
+    changed = state.refuse_other_run(start, asdict(trainer.config))
+    saved = state.load_state(start)
+    trainer.proximal.refuse_other_anchor(saved.get("anchor"), start, trainer.config.stage.init_from)
+    trainer.network.load_state_dict(saved["model"])
+    if trainer.projections is not None:
+        trainer.projections.load_state_dict(saved["projections"])
+    trainer.strategy.load_optimizer(saved["optimizer"], start)
+    trainer.ema.load_state_dict(saved["ema"])
+    trainer.spikes.load_state_dict(saved["spikes"])
+    trainer.adversary.load_state_dict(saved["adversary"])
+    own = state.load_rank(start, trainer.accelerator.process_index)
+    if own:
+        trainer.adversary.load_rank_state_dict(own)
+    if trainer.accelerator.scaler is not None and saved["scaler"]:
+        trainer.accelerator.scaler.load_state_dict(saved["scaler"])
+    trainer.window.load_state_dict(saved["window"])
+    trainer.step = saved["step"]
+    trainer.reads, trainer.broken_reads = saved["reads"]
+    return changed
+
+
+def _shared_state(trainer: Trainer) -> dict[str, Any]:
+    """What is equal on all ranks."""
+    scaler = trainer.accelerator.scaler
+    return {
+        "step": trainer.step,
+        "model": trainer.network.state_dict(),
+        "optimizer": trainer.strategy.optimizer_state(),
+        "ema": trainer.ema.state_dict(),
+        "anchor": trainer.proximal.digest,
+        "spikes": trainer.spikes.state_dict(),
+        "adversary": trainer.adversary.state_dict(),
+        "projections": {} if trainer.projections is None else trainer.projections.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else {},
+        "window": trainer.window.state_dict(),
+        "reads": [trainer.reads, trainer.broken_reads],
+    }

@@ -1,0 +1,88 @@
+"""How a step went on every rank, told to all before any of them acts on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from vae3d import ranks
+from vae3d.engine.spike import worst
+from vae3d.errors import UserError
+
+
+class RanksDiffer(UserError):
+    """Ranks that should do the same do not."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """loss: mean over ranks. worst: the largest loss of any micro-batch, NaN if one is; neither counts where a rank did
+    not finish. out_of_memory, unreadable: ranks that could not. stop: a rank was told to. broken: reads that failed."""
+
+    loss: float
+    worst: float
+    out_of_memory: tuple[int, ...]
+    unreadable: tuple[int, ...]
+    stop: bool
+    broken: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether every rank got through its micro-batches."""
+        return not self.out_of_memory and not self.unreadable
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.worst)
+
+    def fault(self) -> str:
+        """Why the step cannot be taken, for the log."""
+        told = {"out of memory": self.out_of_memory, "without a readable file": self.unreadable}
+        return "; ".join(f"{what}: rank {', '.join(map(str, who))}" for what, who in told.items() if who)
+
+
+class Ballot:
+    """One row per rank in a table that an all-reduce fills: the only collective of a step that goes wrong.
+
+    The table is made at the start, since a rank that is out of memory could not make it then.
+    """
+
+    COLUMNS = ("loss", "worst", "out_of_memory", "unreadable", "stop", "broken", "gradients")
+
+    def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
+        self.rank = rank
+        self.table = torch.zeros(world_size, len(self.COLUMNS), device=device, dtype=torch.float64)
+
+    def cast(self, **mine: float) -> Verdict:
+        """Tell the other ranks how it went here, and hear how it went there.
+
+        gradients: how many elements of gradient this rank has.
+        Raises RanksDiffer if ranks that finished have gradients of different parameters, which cannot be averaged.
+        """
+        self.table.zero_()
+        self.table[self.rank].copy_(torch.tensor([float(mine[name]) for name in self.COLUMNS], dtype=torch.float64))
+        if ranks.together():
+            dist.all_reduce(self.table)
+        columns = dict(zip(self.COLUMNS, zip(*self.table.tolist(), strict=True), strict=True))
+        verdict = Verdict(
+            loss=sum(columns["loss"]) / len(columns["loss"]),
+            worst=worst(columns["worst"]),
+            out_of_memory=_where(columns["out_of_memory"]),
+            unreadable=_where(columns["unreadable"]),
+            stop=any(columns["stop"]),
+            broken=round(sum(columns["broken"])),
+        )
+        if verdict.complete and len(set(columns["gradients"])) > 1:
+            raise RanksDiffer(
+                f"the ranks have gradients of {', '.join(f'{n:.0f}' for n in columns['gradients'])} elements after the "
+                "same step; a loss term that applies to some clips only must reach the same parameters on every rank"
+            )
+        return verdict
+
+
+def _where(flags: Iterable[float]) -> tuple[int, ...]:
+    return tuple(rank for rank, flag in enumerate(flags) if flag)
