@@ -40,7 +40,7 @@ FAULTS = {
     "range": (["data.frames.images=1.5"], "data.frames.images=1.5 must be a probability, 0 to 1"),
     "decay inside the warm-up": (["optim.warmup_steps=200", "optim.decay_start=100"], "optim.decay_start=100 is before the end of optim.warmup_steps=200; raise it, or null"),
     "resume from nothing": (["run.resume_from=/nowhere.pt"], "run.resume_from=/nowhere.pt: no such file or folder"),
-    "resume from a folder": (["run.resume_from=/tmp"], "run.resume_from=/tmp is no checkpoint; give RUN/checkpoints/step-..., or a training state's .pt"),
+    "resume from a folder": (["run.resume_from=/tmp"], "run.resume_from=/tmp is no checkpoint; give RUN/checkpoints/step-..., a run or a training state's .pt"),
     "ema device": (["trainer.ema.device=gpu"], "trainer.ema.device=gpu is unknown; use one of model, cpu"),
     "proximal": (["optim.proximal=-1"], "optim.proximal=-1.0 must be 0 (off) or more"),
     "ramp": (["loss.terms.l1.ramp=[500,200]"], "loss.terms.l1.ramp=[500, 200] must be [first step, last step]"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -127,6 +128,28 @@ def run(*command: str, cwd: Path, timeout: float = 300, **environment: str) -> s
         timeout=timeout,
         check=False,
     )
+
+
+def two_ranks(module: str, folder: Path, timeout: float = 150) -> list[str]:
+    """Run `python -m module folder` as two ranks; what each printed. Fails if one of them does, or hangs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    logs = [folder / f"rank{rank}.log" for rank in (0, 1)]
+    running = []
+    for rank, file in enumerate(logs):
+        with file.open("w") as log:
+            env = environ(RANK=str(rank), LOCAL_RANK=str(rank), **place)
+            command = [sys.executable, "-m", module, str(folder)]
+            running.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout=timeout) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    told = [file.read_text() for file in logs]
+    assert codes == [0, 0], "\n".join(told)
+    return told
 
 
 def environ(**changes: str) -> dict[str, str]:

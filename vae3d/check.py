@@ -12,6 +12,7 @@ import glob
 import importlib
 import inspect
 import os
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -332,11 +333,14 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
 
 
 def _resume_faults(path: str | None) -> list[str]:
-    if path is None or Path(path).is_file() or Path(path, "run.json").is_file():
+    """Of a path; names of checkpoints are looked up in the run's folder, once that is known."""
+    if path in (None, "latest") or re.fullmatch(r"(step|checkpoint)-\d+", Path(path).name) or Path(path).is_file():
         return []
-    if Path(path).is_dir():
-        return [f"run.resume_from={path} is no checkpoint; give RUN/checkpoints/step-..., or a training state's .pt"]
-    return [f"run.resume_from={path}: no such file or folder"]
+    if not Path(path).is_dir():
+        return [f"run.resume_from={path}: no such file or folder"]
+    if Path(path, "run.json").is_file() or Path(path, "checkpoints").is_dir():
+        return []
+    return [f"run.resume_from={path} is no checkpoint; give RUN/checkpoints/step-..., a run or a training state's .pt"]
 
 
 def _clip_rules(config: TrainConfig) -> Iterator[str]:

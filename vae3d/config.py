@@ -24,7 +24,8 @@ class Run:
     sweep: str = "sweep"  # folder under root for the jobs of a multirun
     seed: int = 0
     resume: bool = True  # False: refuse a folder that already holds checkpoints
-    resume_from: str | None = None  # a step folder or a lone state file to go on from, instead of the run's newest
+    # latest, checkpoint-5500, RUN/checkpoint-5500, a run, a step folder or a state file; null: the newest, if any
+    resume_from: str | None = None
 
 
 @dataclass

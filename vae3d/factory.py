@@ -192,6 +192,9 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     """Everything that a run needs, ready to `fit`."""
     if config.trainer.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("trainer.precision is fp16, which needs a GPU; use bf16 or fp32")
+    if not config.run.resume and latest_state(folder / "checkpoints") is not None:
+        raise ResumeError(f"{folder} holds checkpoints and run.resume=false; give this run another run.name")
+    resumes = starting_state(folder / "checkpoints", config.run.resume_from) is not None
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # while rank 0 probes files that nobody has probed
     precision = config.trainer.precision.replace("fp32", "no")
     AcceleratorState._reset_state()  # jobs of a sweep in one process may differ in precision
@@ -207,9 +210,6 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     model = instantiate(config.model)
     if config.stage.whole_clips and hasattr(model, "micro_frames"):
         model.micro_frames = None
-    if not config.run.resume and latest_state(folder / "checkpoints") is not None:
-        raise ResumeError(f"{folder} holds checkpoints and run.resume=false; give this run another run.name")
-    resumes = starting_state(folder / "checkpoints", config.run.resume_from) is not None
     anchored = config.optim.proximal > 0  # needs the weights of the start, whether or not they are about to be replaced
     started = initialize(model, config.stage.init_from) if anchored or not resumes else []
     if anchored and resumes:

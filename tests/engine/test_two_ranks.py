@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import socket
-import subprocess
-import sys
 from copy import deepcopy
 
 import pytest
@@ -33,24 +30,9 @@ def wan(videos) -> TrainConfig:
 @pytest.fixture(scope="module")
 def ranks(videos, wan, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.engine.two_ranks", str(folder)]
     (folder / "config.pickle").write_bytes(pickle.dumps(quick.checked(videos)))
     (folder / "wan.pickle").write_bytes(pickle.dumps(wan))
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    running = []
-    for rank in ("0", "1"):
-        with (folder / f"rank{rank}.log").open("w") as log:
-            env = tiny.environ(RANK=rank, LOCAL_RANK=rank, **place)
-            running.append(subprocess.Popen(command, cwd=tiny.ROOT, env=env, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=120) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert codes == [0, 0], "\n".join((folder / f"rank{rank}.log").read_text() for rank in (0, 1))
+    tiny.two_ranks("tests.engine.two_ranks", folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -97,24 +97,52 @@ def latest_state(root: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
+def find_state(root: Path, asked: str) -> Path:
+    """The checkpoint that `asked` names: `latest` of this run, whose checkpoints are in `root`; step-0005500 or
+    checkpoint-5500 of this run; another run's folder (its latest); RUN/checkpoint-5500; a step folder; a state file.
+
+    Raises ResumeError if there is none, with those that there are.
+    """
+    path = Path(asked)
+    if path.is_file() or (path / META).is_file():
+        return path
+    named = re.fullmatch(r"(?:step|checkpoint)-(\d+)", path.name)
+    folder = root
+    if asked != "latest" and (named is None or path.name != asked):
+        folder = path.parent if named else path
+        folder = folder if folder.name == "checkpoints" else folder / "checkpoints"
+    steps = [step for step in _steps(folder) if (step / META).is_file()]
+    found = steps[-1:] if named is None else [step for step in steps if step_of(step) == int(named[1])]
+    if not found:
+        there = f"it has {', '.join(step.name for step in steps)}" if steps else "it has no complete checkpoint"
+        raise ResumeError(
+            f"run.resume_from={asked}: no such checkpoint in {folder} ({there}); give latest, step-..., "
+            "RUN/checkpoints/step-..., RUN/checkpoint-..., a run's folder, or a training state's .pt"
+        )
+    return found[0]
+
+
 def starting_state(root: Path, resume_from: str | None) -> Path | None:
-    """What a run goes on from: the newest checkpoint under root, or `resume_from`, a step folder or a state file.
+    """What a run goes on from: the newest checkpoint under root, or `resume_from`; see find_state.
 
     With `resume_from` the newest checkpoint is taken only if it comes from the same start.
-    Raises ResumeError if it is another one's and newer.
+    Raises ResumeError if it is another one's and newer, or if nothing is called `resume_from`.
     """
     newest = latest_state(root)
-    if resume_from is None or newest is None:
-        return newest if resume_from is None else Path(resume_from)
+    if resume_from is None:
+        return newest
+    found = find_state(root, resume_from)
+    if newest is None or found.resolve() == newest.resolve():
+        return found
     if saved_config(newest)["run"].get("resume_from") == resume_from:
         return newest
-    given = load_state(Path(resume_from), mmap=True)["step"]
+    given = load_state(found, mmap=True)["step"]
     if step_of(newest) > given:
         raise ResumeError(
             f"{newest} is newer than run.resume_from={resume_from} (step {given}); give this run another run.name, "
             "leave run.resume_from out to go on from the newest, or delete the newer checkpoints"
         )
-    return Path(resume_from)
+    return found
 
 
 def load_state(path: Path, mmap: bool = False) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""One of two ranks, run as a process by test_faulty_ranks.py: rank 1 alone fails, in every way that a run must bear."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from tests.engine import quick
+from vae3d.checkpoints import state
+from vae3d.data.clips import Unreadable
+from vae3d.engine import replicas
+from vae3d.engine.rehearsal import RehearsalError, rehearse
+from vae3d.engine.trainer import Trainer
+from vae3d.engine.verdict import RanksDiffer
+
+SETTINGS = {
+    "data.batch_size": 4, "trainer.max_steps": 20, "trainer.save_every": 0, "optim.eps": 0.01, "optim.warmup_steps": 5,
+    "optim.schedule": "cosine",
+}  # fmt: skip
+FAULTS = ("forward", "backward", "second", "data", "slow", "nan")  # one after each sound step
+NO_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB (pretended)"
+
+
+def clips_of(t: Trainer, step: int) -> list:
+    return list(t.data.clips(step, step + 1))
+
+
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError(NO_MEMORY)
+
+
+def faulty_step(t: Trainer, fault: str, fails: bool) -> dict[str, float]:
+    """A step in which this rank meets `fault`, if it is the one that fails."""
+    clips, hooks = clips_of(t, t.step), []
+    if fails and fault == "forward":
+        hooks.append(t.network.register_forward_pre_hook(out_of_memory))
+    if fails and fault == "backward":  # half of the parameters have their gradient by then
+        hooks.append(t.network.module.encoder.conv_in.weight.register_hook(out_of_memory))
+    if fails and fault == "second":  # of two micro-batches
+        calls = iter([lambda *_: None, out_of_memory])
+        hooks.append(t.network.register_forward_pre_hook(lambda *given: next(calls)(*given)))
+    if fails and fault == "data":
+        clips[1] = Unreadable([("gone.mp4", "is empty")])
+    if fails and fault == "slow":
+        time.sleep(1.5)
+    if fails and fault == "nan":
+        clips[1].video = clips[1].to("cpu").video * float("nan")
+    values = t.train_step(clips)
+    for hook in hooks:
+        hook.remove()
+    return values
+
+
+def steps(t: Trainer, fails: bool) -> tuple[dict[str, dict[str, float]], list[float]]:
+    """A sound step and a faulty one, by turns; and the learning rate of every step."""
+    told, rates = {}, []
+    for fault in FAULTS:
+        told[f"before {fault}"] = t.train_step(clips_of(t, t.step))
+        rates.append(t.optimizer.param_groups[0]["lr"])
+        told[fault] = faulty_step(t, fault, fails)
+        rates.append(t.optimizer.param_groups[0]["lr"])
+    told["after"] = t.train_step(clips_of(t, t.step))
+    return told, rates
+
+
+def saving(t: Trainer, rank: int) -> dict[str, object]:
+    """Save well, then with a full disk on either rank, then well again; what lies on disk each time."""
+    root, told = t.folder / "checkpoints", {}
+    t.adversary.rank_state_dict = lambda: {"rank": torch.tensor(rank)}
+    writes = {0: state.write, 1: state.write_rank}
+
+    def disk_full(folder: Path, *_: object) -> None:
+        (folder / "half").write_bytes(b"of a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for number, failing in enumerate((None, 0, 1, None)):
+        t.step = 100 + number
+        if rank == failing:
+            setattr(state, writes[rank].__name__, disk_full)
+        t.save()
+        setattr(state, writes[rank].__name__, writes[rank])
+        torch.distributed.barrier()
+        told[str(number)] = sorted(path.name for path in root.iterdir())
+        torch.distributed.barrier()
+    told["own"] = int(state.load_rank(root / "step-0000103", rank)["rank"])
+    return told
+
+
+def refusals(t: Trainer, rank: int) -> dict[str, str]:
+    """What both ranks say of a rehearsal that does not fit into one rank's memory, and of different weights."""
+    told = {}
+    hooks = [t.network.register_forward_pre_hook(out_of_memory)] if rank == 1 else []
+    try:
+        rehearse(t)
+    except RehearsalError as error:
+        told["rehearsal"] = str(error)
+    for hook in hooks:
+        hook.remove()
+    rehearse(t)
+    with torch.no_grad():
+        next(t.network.parameters()).add_(rank)
+    try:
+        replicas._refuse_different_starts(t.network)
+    except RanksDiffer as error:
+        told["weights"] = str(error)
+    return told
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    config = pickle.loads((folder / "config.pickle").read_bytes())
+    t = quick.trainer(config, folder / "run", **SETTINGS, **{"trainer.accumulate": 2})
+    rank = t.accelerator.process_index
+    report: dict[str, object] = {}
+    report["steps"], report["rates"] = steps(t, fails=rank == 1)
+    report["weights"] = {name: tensor.clone() for name, tensor in t.network.state_dict().items()}
+    report["saving"] = saving(t, rank)
+    report["refusals"] = refusals(t, rank)
+    t.log.close()
+    torch.save(report, folder / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
