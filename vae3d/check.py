@@ -35,7 +35,7 @@ EXAMPLES = {
     "save_dir": "save_dir=PREFIX of the folders PREFIX_ori, PREFIX_rec, PREFIX_spatial",
 }
 # The model is built and tried only if these are sound.
-MODEL_NEEDS = ("model", "loss", "stage.train", "data.frames", "data.height", "data.width")
+MODEL_NEEDS = ("model", "loss", "adversary", "stage.train", "data.frames", "data.height", "data.width")
 CHOICES = {
     "loss.reduction": ("sum", "mean"),
     "data.crop": ("center", "random"),

@@ -11,6 +11,7 @@ from hydra.errors import InstantiationException
 from torch import nn
 
 from vae3d import factory
+from vae3d.adversarial.base import Adversary
 from vae3d.checkpoints.export import to_layout
 from vae3d.checkpoints.formats import CheckpointError, read_checkpoint
 from vae3d.engine.distillation import Distillation, TeacherError
@@ -43,14 +44,17 @@ def faults(config: TrainConfig) -> list[str]:
         return [*found, f"stage.train: {error}"]
     found += _frozen_random(config, model)
     found += _weight_faults(config, objective)
-    distillation = None
-    if not found:
-        try:
-            distillation = factory.distillation(config, teacher_on_meta(config), model)
-        except UserError as error:
-            return [*found, str(error)]
-        found += _frame_faults(config, model, distillation)
-    return found or list(_step_faults(config, model, objective, distillation))
+    if found:
+        return found
+    try:
+        distillation = factory.distillation(config, teacher_on_meta(config), model)
+        adversary = factory.instantiate(config.adversary)
+    except InstantiationException as error:
+        return [f"adversary cannot be built: {_cause(error)}"]
+    except UserError as error:
+        return [str(error)]
+    found = list(_frame_faults(config, model, distillation))
+    return found or list(_step_faults(config, model, objective, adversary, distillation))
 
 
 def _metric_faults(config: TrainConfig) -> Iterator[str]:
@@ -179,9 +183,14 @@ def _parts_with(model: nn.Module, holds: Callable[[nn.Parameter], bool]) -> list
 
 
 def _step_faults(
-    config: TrainConfig, model: nn.Module, objective: Objective, distillation: Distillation | None
+    config: TrainConfig,
+    model: nn.Module,
+    objective: Objective,
+    adversary: Adversary,
+    distillation: Distillation | None,
 ) -> Iterator[str]:
     """Forward and backward on shapes alone: do the terms apply, and does every trained part get a gradient?"""
+    adversary.load(torch.device("meta"), config.run.seed, rank=0)
     counts = frame_counts(config.data).all()
     for frames in counts[:2]:  # one frame and several: what holds for two holds for more
         clip = meta_clip(frames, config.data.height, config.data.width)
@@ -190,6 +199,11 @@ def _step_faults(
             loss, _ = objective(clip, out, step=sys.maxsize)  # where all ramps have ended
         except (ValueError, RuntimeError, TeacherError) as error:
             yield f"loss: a clip of {frames} frames of {config.data.height}x{config.data.width} fails: {error}"
+            return
+        try:
+            adversary.generator_loss(clip, out, loss, step=sys.maxsize)
+        except (ValueError, RuntimeError) as error:
+            yield f"adversary: a clip of {frames} frames fails: {error}"
             return
         model.zero_grad()
         if loss.requires_grad:

@@ -1,0 +1,33 @@
+"""One of two ranks, run as a process by test_seraena_ranks.py: clips of its own, and a step that is discarded."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.adversarial import toy
+
+
+def main(folder: Path, rank: int) -> None:
+    """Leaves rank<N>.pt in `folder`."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    adversary = toy.seraena(rank=rank)
+    report = {"before": {name: t.clone() for name, t in adversary.discriminator.state_dict().items()}}
+    report["losses"] = toy.train(adversary, range(2), accumulate=2)
+    loss, _ = adversary.discriminator_loss(*toy.pair(seed=7 + rank), 2)
+    loss.backward()
+    adversary.discard()
+    loss, _ = adversary.discriminator_loss(*toy.pair(seed=7 + rank), 3)
+    (loss * (float("nan") if rank else 1.0)).backward()  # which rank 0 must learn from the average
+    adversary.step()
+    report |= {"state": adversary.state_dict(), "own": adversary.rank_state_dict()}
+    torch.save(report, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

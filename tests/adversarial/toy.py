@@ -1,0 +1,58 @@
+"""Seraena and clips small enough for a test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from vae3d.adversarial.seraena import Seraena
+from vae3d.types import Clip, Reconstruction
+
+SETTINGS = {"context_channels": 4, "channels": [8, 8, 16, 16], "buffer_length": 10, "gauge_every": 2}
+
+
+def seraena(seed: int = 0, rank: int = 0, **settings: Any) -> Seraena:
+    adversary = Seraena(**{**SETTINGS, **settings})
+    adversary.load(torch.device("cpu"), seed, rank)
+    return adversary
+
+
+def blur(video: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool3d(video, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
+
+
+def pair(
+    seed: int = 0, batch: int = 2, frames: int = 5, side: int = 16, channels: int = 4
+) -> tuple[Clip, Reconstruction]:
+    """Noise, and the same blurred, with latents that tell its mean colour only."""
+    video = torch.rand((batch, 3, frames, side, side), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    z = F.adaptive_avg_pool3d(video, (1 + frames // 4, side // 8, side // 8)).mean(1, keepdim=True)
+    z = z.repeat(1, channels, 1, 1, 1).requires_grad_()
+    out = Reconstruction(blur(video).requires_grad_(), None, z)
+    return Clip(video, torch.arange(batch), [""] * batch), out
+
+
+def train(adversary: Seraena, steps: range, accumulate: int = 1) -> list[float]:
+    """The discriminator alone, on clips of its rank; its losses."""
+    losses = []
+    for step in steps:
+        for i in range(accumulate):
+            clip, out = pair(seed=1000 * adversary.rank + accumulate * step + i)
+            loss, _ = adversary.discriminator_loss(clip, out, step)
+            (loss / accumulate).backward()
+            losses.append(loss.item())
+        adversary.step()
+    return losses
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two states hold the same keys, and the same bits."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b

@@ -1,0 +1,59 @@
+"""Reconstructions of the past, in bounded host memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Replay:
+    """At most `length` pairs of an image [C, H, W] and its context [c, h, w], in half precision on the CPU.
+
+    Memory grows with the pairs, 2 bytes an element. Pairs are replaced and never written into, so that a state that
+    was taken stays as it is.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.pairs: list[Pair] = []
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for pair in self.pairs for tensor in pair)
+
+    def push(self, images: Tensor, contexts: Tensor, generator: torch.Generator) -> None:
+        """Keep [N, C, H, W] and [N, c, h, w]; once full, each pair in the place of a random one.
+
+        What is not finite in half precision is left out, since it would come back for thousands of steps.
+        """
+        for pair in zip(images.to("cpu", torch.float16), contexts.to("cpu", torch.float16), strict=True):
+            if not all(tensor.isfinite().all() for tensor in pair):
+                continue
+            image, context = (tensor.clone() for tensor in pair)  # a row would keep the whole batch, also when saved
+            if len(self.pairs) < self.length:
+                self.pairs.append((image, context))
+            else:
+                self.pairs[int(torch.randint(self.length, (), generator=generator))] = image, context
+
+    def pick(self, chosen: Tensor, images: Tensor, contexts: Tensor) -> Pair:
+        """The pairs of these indices, which count on after the kept ones into the batch given, in its dtypes."""
+        kept = len(self.pairs)
+        pairs = [self.pairs[i] if i < kept else (images[i - kept], contexts[i - kept]) for i in chosen.tolist()]
+        return torch.stack([image.to(images) for image, _ in pairs]), torch.stack([c.to(contexts) for _, c in pairs])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": [image for image, _ in self.pairs], "contexts": [context for _, context in self.pairs]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if it holds more than `length` pairs."""
+        pairs = list(zip(state["images"], state["contexts"], strict=True))
+        if len(pairs) > self.length:
+            raise ValueError(f"the checkpoint's buffer holds {len(pairs)} images; set buffer_length to at least that")
+        self.pairs = pairs
