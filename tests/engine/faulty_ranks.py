@@ -87,7 +87,7 @@ def saving(t: Trainer, rank: int) -> dict[str, object]:
         torch.distributed.barrier()
         told[str(number)] = sorted(path.name for path in root.iterdir())
         torch.distributed.barrier()
-    told["own"] = int(state.load_rank(root / "step-0000103", rank)["rank"])
+    told["own"] = int(state.load_rank(root / "step-0000103", rank)["adversary"]["rank"])
     return told
 
 
@@ -105,7 +105,7 @@ def refusals(t: Trainer, rank: int) -> dict[str, str]:
     with torch.no_grad():
         next(t.network.parameters()).add_(rank)
     try:
-        replicas._refuse_different_starts(t.network)
+        replicas.refuse_different_starts(t.network)
     except RanksDiffer as error:
         told["weights"] = str(error)
     return told

@@ -8,7 +8,7 @@ all-reduce.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vae3d import ranks
+from vae3d.checkpoints.state import ResumeError
 from vae3d.engine.memory import out_of_memory, release
 from vae3d.engine.verdict import RanksDiffer
 
@@ -29,9 +30,9 @@ class Replicas:
         self.model = accelerator.prepare_model(model, evaluation_mode=True)  # autocast, without DDP around it
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        _refuse_different_starts(model)
+        refuse_different_starts(model)
 
-    saves_apart = True  # no collective is needed to write a checkpoint
+    recovers = True  # a step that a rank could not finish leaves no trace
 
     def attempt(self, run: Callable[[], None]) -> str | None:
         """run(), this rank's forward and backward passes; what it said if memory ran out in them."""
@@ -79,11 +80,21 @@ class Replicas:
     def optimizer_state(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
 
-    def load_optimizer(self, state: dict[str, Any], checkpoint: Path) -> None:
+    def rank_state(self) -> dict[str, Any]:
+        """What this rank has of its own: nothing."""
+        return {}
+
+    def load_optimizer(self, state: Mapping[str, Any], own: Mapping[str, Any], checkpoint: Path) -> None:
+        """Raises ResumeError if the checkpoint was written under another strategy."""
+        if not state:
+            raise ResumeError(
+                f"{checkpoint} holds its optimizer in DeepSpeed's shards; go on with the same trainer/strategy, or "
+                f"start anew from its weights: stage.init_from={checkpoint} and another run.name"
+            )
         self.optimizer.load_state_dict(state)
 
 
-def _refuse_different_starts(model: nn.Module) -> None:
+def refuse_different_starts(model: nn.Module) -> None:
     """Raises RanksDiffer unless all ranks begin with the same weights."""
     if not ranks.together():
         return

@@ -32,7 +32,7 @@ def save(trainer: Trainer) -> str | None:
     """
     root, log = trainer.folder / "checkpoints", trainer.log
     unfinished = state.unfinished(root, trainer.step)
-    shared, own = _shared_state(trainer), trainer.adversary.rank_state_dict()
+    shared, own = _shared_state(trainer), _rank_state(trainer)
     main = trainer.accelerator.is_main_process
 
     def write() -> None:
@@ -59,9 +59,6 @@ def save(trainer: Trainer) -> str | None:
 
 def _try(trainer: Trainer, stage: Callable[[], Any]) -> str | None:
     """Run a stage of saving on all ranks; what went wrong on any of them."""
-    if not trainer.strategy.saves_apart:
-        stage()  # a collective inside: a rank that fails must end, and the others with it
-        return None
     fault = None
     try:
         stage()
@@ -119,19 +116,25 @@ def resume(trainer: Trainer) -> dict[str, tuple[Any, Any]]:
     trainer.network.load_state_dict(saved["model"])
     if trainer.projections is not None:
         trainer.projections.load_state_dict(saved["projections"])
-    trainer.strategy.load_optimizer(saved["optimizer"], start)
+    own = state.load_rank(start, trainer.accelerator.process_index)
+    trainer.strategy.load_optimizer(saved["optimizer"], own.get("strategy", {}), start)
     trainer.ema.load_state_dict(saved["ema"])
     trainer.spikes.load_state_dict(saved["spikes"])
     trainer.adversary.load_state_dict(saved["adversary"])
-    own = state.load_rank(start, trainer.accelerator.process_index)
-    if own:
-        trainer.adversary.load_rank_state_dict(own)
+    if "adversary" in own:
+        trainer.adversary.load_rank_state_dict(own["adversary"])
     if trainer.accelerator.scaler is not None and saved["scaler"]:
         trainer.accelerator.scaler.load_state_dict(saved["scaler"])
     trainer.window.load_state_dict(saved["window"])
     trainer.step = saved["step"]
     trainer.reads, trainer.broken_reads = saved["reads"]
     return changed
+
+
+def _rank_state(trainer: Trainer) -> dict[str, Any]:
+    """What each rank has of its own."""
+    parts = {"strategy": trainer.strategy.rank_state(), "adversary": trainer.adversary.rank_state_dict()}
+    return {name: part for name, part in parts.items() if part}
 
 
 def _shared_state(trainer: Trainer) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from vae3d.engine.freeze import set_mode, train_parts
 from vae3d.engine.loggers import Logger
 from vae3d.engine.memory import compact, idle_gib
 from vae3d.engine.metrics import StepMetrics, Window
-from vae3d.engine.patience import Patience
+from vae3d.engine.patience import LostPatience, Patience
 from vae3d.engine.profile import profiled
 from vae3d.engine.proximal import Proximal
 from vae3d.engine.rehearsal import rehearse
@@ -39,6 +39,7 @@ from vae3d.engine.spike import SpikeGuard
 from vae3d.engine.stopping import on_sigterm
 from vae3d.engine.validation import validate
 from vae3d.engine.verdict import Ballot, Verdict
+from vae3d.engine.zero import Zero
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricSet
 from vae3d.schedules import learning_rate
@@ -86,8 +87,8 @@ class Trainer:
         self.step = 0
         self.reads, self.broken_reads = 0, 0
         adversary.load(self.device, config.run.seed, rank)
-        optimizer = torch.optim.AdamW(groups, fused=self.device.type == "cuda", **self._optimizer_settings())
-        self.strategy = Replicas(accelerator, pupil, optimizer)  # its `model` is the pupil, wrapped for autocast
+        optimizer = torch.optim.AdamW(groups, fused=self._fuses(), **self._optimizer_settings())
+        self.strategy = self._share_work(pupil, optimizer)
         self.ballot = Ballot(rank, accelerator.num_processes, self.device)
         changed = resume(self)
         for group in self.optimizer.param_groups:  # a checkpoint's own came back with its moments
@@ -98,6 +99,14 @@ class Trainer:
         for key, (old, new) in changed.items():
             self.log.say(f"{key} was {old} until step {self.step} and is {new} from here on")
         self.log.faults(data.faults)
+
+    def _share_work(self, pupil: nn.Module, optimizer: torch.optim.Optimizer) -> Replicas | Zero:
+        """The strategy, whose `model` is what training calls: the pupil under autocast."""
+        told, data = self.config.trainer.strategy, self.data.plan
+        if told.name == "ddp":
+            return Replicas(self.accelerator, pupil, optimizer)
+        batch = {"micro_batch": data.micro_batch, "accumulate": data.accumulate}
+        return Zero(self.accelerator, pupil, optimizer, told.deepspeed, **batch, grad_clip=self.config.optim.grad_clip)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -234,6 +243,8 @@ class Trainer:
                 f"{self.broken_reads} of {self.reads} reads failed, a larger share than "
                 f"data.max_broken={self.config.data.max_broken}; the files are listed in {self.folder}/faults.jsonl"
             )
+        if verdict.out_of_memory and not self.strategy.recovers:
+            self._leave(verdict)
         if not verdict.complete:
             self.log.warn(f"step {self.step} is skipped by all ranks: {verdict.fault()}{f': {fault}' if fault else ''}")
             self._unfinished.fault(verdict.fault())
@@ -243,6 +254,17 @@ class Trainer:
             self._zero_gradient.fault(f"loss {verdict.loss:g}")
         else:
             self._zero_gradient.went_well()
+
+    def _leave(self, verdict: Verdict) -> None:
+        """Save, without the step that failed, and end: the strategy cannot take back what came of it."""
+        self.log.warn(
+            f"step {self.step} failed on some rank ({verdict.fault()}), and DeepSpeed cannot forget half a step"
+        )
+        self.save()
+        raise LostPatience(
+            f"saved after step {self.step} and stopped; torchrun --max-restarts=N goes on from there by itself. If it "
+            "comes back, raise trainer.accumulate or lower data.frames.max, data.height and data.width"
+        )
 
     def _set_patience(self) -> None:
         robust = self.config.trainer.robust
@@ -263,6 +285,10 @@ class Trainer:
             "checkpoints in a row could not be written",
             "the last complete one stays (trainer.robust.save_failures is the limit)",
         )
+
+    def _fuses(self) -> bool:
+        """Where DeepSpeed offloads, AdamW steps on the host."""
+        return self.device.type == "cuda" and self.config.trainer.strategy.name == "ddp"
 
     def _optimizer_settings(self) -> dict[str, Any]:
         optim = self.config.optim
