@@ -31,7 +31,7 @@ EXAMPLES = {
     "stage.init_from": "stage.init_from=CHECKPOINT (a run folder, an export, published weights) or random",
     "stage.init_from.spatial_vae": "stage.init_from.spatial_vae=/path/to/2D-VAE (diffusers folder, LDM file or export)",
     "checkpoint": "checkpoint=PATH (a run folder, an export, published weights)",
-    "source": "source=PATH (a CSV or parquet file, a folder, or one video)",
+    "source": "source=PATH (a CSV, parquet or JSON file, a folder, or one video)",
     "save_dir": "save_dir=PREFIX of the folders PREFIX_ori, PREFIX_rec, PREFIX_spatial",
 }
 # The model is built and tried only if these are sound.

@@ -229,7 +229,7 @@ class InferConfig:
     """Reconstruct videos with a checkpoint."""
 
     checkpoint: str = MISSING
-    source: str = MISSING  # a table, a folder or one file
+    source: str = MISSING  # a table, a JSON list, a folder or one file
     save_dir: str = MISSING  # prefix of <save_dir>_ori, _rec, _spatial
     root: str | None = None  # what relative paths in a table are relative to; by default the table's folder
     model: dict[str, Any] = field(default_factory=dict)  # changes to the checkpoint's model: model.micro_frames=null

@@ -19,11 +19,18 @@ from torch import Tensor, nn
 
 from vae3d.checkpoints import ldm, wan
 from vae3d.errors import UserError
+from vae3d.models import diffusers_vae
 
 State = dict[str, Tensor]
 
 EXPORT_CONFIG = "model.yaml"
-WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+INDEX = ".index.json"  # of weights in several files
+WEIGHT_FILES = (
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+    f"diffusion_pytorch_model.safetensors{INDEX}",
+)
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 PUBLISHED_FACTOR = 0.18215  # hard-coded in Open-Sora 1.2 around its SDXL VAE; needed for its weights (Open-Sora#493)
 
@@ -35,6 +42,7 @@ MARKERS = {
     "diffusers": "encoder.down_blocks.0.resnets.0.norm1.weight",
     "ldm": "encoder.down.0.block.0.norm1.weight",
 }
+VIDEO_VAE = "encoder.down_blocks.0.resnets.0.conv1.conv.weight"  # a key of what DiffusersVAE holds
 
 
 class CheckpointError(UserError):
@@ -75,6 +83,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         told = json.loads(config_json.read_text()) if config_json.is_file() else {}
     except ValueError as error:
         raise CheckpointError(f"{config_json}: cannot be read ({error})") from error
+    if told.get("_class_name") in diffusers_vae.KINDS:
+        return _diffusers_vae(told, state, weights)
+    if VIDEO_VAE in state:
+        raise CheckpointError(f"{weights}: looks like a video VAE of diffusers; its config.json must lie beside it")
     layout, state, notes = recognise(state, weights)
     try:
         if layout == "opensora":
@@ -113,7 +125,9 @@ def find_weights(path: Path) -> Path:
 
 
 def read_state(path: Path) -> State:
-    """Tensors of a weight file in fp32, without running code that it may hold."""
+    """Tensors of a weight file, or of all files of an index, in fp32, without running code that they may hold."""
+    if path.name.endswith(INDEX):
+        return _read_shards(path)
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
@@ -137,6 +151,17 @@ def read_state(path: Path) -> State:
     if not tensors:
         raise CheckpointError(f"{path}: holds no state dict")
     return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def _read_shards(index: Path) -> State:
+    """The tensors of the files that an index names, which lie beside it."""
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: is no index of weight files ({error!r})") from error
+    if missing := [name for name in files if not index.with_name(name).is_file()]:
+        raise CheckpointError(f"{index}: of its {len(files)} files {_first(missing)} are not there")
+    return {key: tensor for name in files for key, tensor in read_state(index.with_name(name)).items()}
 
 
 def recognise(state: State, path: Path) -> tuple[str, State, list[str]]:
@@ -185,6 +210,13 @@ def _fault(kind: str, names: Iterable[str]) -> str:
 def _first(names: Iterable[str], count: int = 6) -> str:
     names = list(names)
     return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")
+
+
+def _diffusers_vae(told: dict[str, Any], state: State, path: Path) -> Checkpoint:
+    kind = told["_class_name"]
+    own = {key: value for key, value in told.items() if not key.startswith("_")}
+    config = {"_target_": "vae3d.models.diffusers_vae.DiffusersVAE", "kind": kind, "config": own}
+    return Checkpoint(config, {f"vae.{key}": tensor for key, tensor in state.items()}, path, kind)
 
 
 def _opensora(state: State, told: dict[str, Any], notes: list[str]) -> tuple[dict[str, Any], State]:

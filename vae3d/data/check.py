@@ -1,7 +1,8 @@
-"""python -m vae3d.data.check FILE.csv: read every file of a table and list the bad rows with their reasons.
+"""python -m vae3d.data.check FILE: read every file of a table or JSON list and list the bad rows with their reasons.
 
-Each video is decoded at its first, middle and last frame, or wholly with --full. Exit status 1 if any row is bad.
---clean OUT.csv writes the good rows with their num_frames, height, width and fps, so that training need not probe.
+Each video (or part of one) is decoded at its first, middle and last frame, or wholly with --full. Exit status 1 if any
+row is bad. --clean OUT.csv writes the good rows with their num_frames, height, width and fps, so that training need not
+probe.
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ import pandas as pd
 from tqdm import tqdm
 
 from vae3d.data.readers import MediaError, MediaInfo, open_media
+from vae3d.data.segments import SEGMENT, Bounds, Segment, bounds_of
 from vae3d.data.sources import NUMBERS, DataError, open_source
 
 
-def examine(path: str, full: bool) -> MediaInfo | str:
-    """Facts of a file, or why it cannot be used."""
+def examine(path: str, bounds: Bounds, full: bool) -> MediaInfo | str:
+    """Facts of a file, or why it, or the part of it between two times, cannot be used."""
     try:
-        reader = open_media(path)
+        file = open_media(path)
+        reader = Segment(file, path, bounds)
         count = reader.info.num_frames
         for index in range(count) if full else sorted({0, count // 2, count - 1}):
             reader.read([index])
         reader.close()
     except MediaError as error:
         return error.reason_for(path)
-    return reader.info
+    return file.info
 
 
 def disagreement(row: pd.Series, info: MediaInfo) -> str | None:
@@ -45,7 +48,7 @@ def disagreement(row: pd.Series, info: MediaInfo) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vae3d.data.check", description=__doc__)
-    parser.add_argument("table", help="CSV or parquet file, or a folder")
+    parser.add_argument("table", help="CSV, parquet or JSON file, or a folder")
     parser.add_argument("--root", help="what relative paths are relative to; by default the table's folder")
     parser.add_argument("--full", action="store_true", help="decode every frame")
     parser.add_argument("--clean", metavar="OUT.csv", help="write the good rows here")
@@ -56,12 +59,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: --clean {args.clean}: its folder does not exist", file=sys.stderr)
         return 1
     try:
-        table = open_source(args.table, args.root).table()
+        source = open_source(args.table, args.root)
+        table = source.table()
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     with ProcessPoolExecutor(args.workers) as pool:
-        work = pool.map(partial(examine, full=args.full), table["path"], chunksize=4)
+        work = pool.map(partial(examine, full=args.full), table["path"], bounds_of(table), chunksize=4)
         results = list(tqdm(work, total=len(table), unit="file", disable=None))
 
     good = []
@@ -74,9 +78,11 @@ def main(argv: list[str] | None = None) -> int:
             good.append({**row, **{name: getattr(result, name) for name in NUMBERS}})
         else:
             print(f"row {row['row']}: {row['path']}: {reason}")
+    for note in getattr(source, "notes", ()):
+        print(note)
     print(f"{len(good)} of {len(table)} rows are good, {len(table) - len(good)} bad")
     if args.clean:
-        columns = ["path", *NUMBERS, *(name for name in ("split", "text") if table[name].notna().any())]
+        columns = ["path", *NUMBERS, *(name for name in (*SEGMENT, "split", "text") if table[name].notna().any())]
         pd.DataFrame(good, columns=columns).to_csv(Path(args.clean), index=False)
         print(f"wrote the good ones to {args.clean}")
     return 0 if len(good) == len(table) else 1

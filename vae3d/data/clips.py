@@ -19,6 +19,7 @@ from vae3d.data.media import MediaError, Reader, Size
 from vae3d.data.readers import open_media
 from vae3d.data.sampler import Draw, Plan
 from vae3d.data.sampling import frame_numbers
+from vae3d.data.segments import WHOLE, Bounds, Segment, bounds_of
 from vae3d.data.transforms import cover
 from vae3d.seeding import seed_of
 from vae3d.types import Clip
@@ -82,6 +83,7 @@ class ClipDataset(Dataset[Sample]):
 
     def __init__(self, table: pd.DataFrame, plan: Plan, settings: ClipSettings) -> None:
         self.paths = np.array([os.fsencode(path) for path in table["path"]])  # one buffer, shared by forked workers
+        self.bounds = np.array(bounds_of(table)).reshape(-1, 2)
         self.plan = plan
         self.settings = settings
 
@@ -98,7 +100,7 @@ class ClipDataset(Dataset[Sample]):
 
     def _load(self, path: str, draw: Draw) -> Sample:
         rng = np.random.default_rng(seed_of(self.plan.seed, draw.position, "clip"))
-        with closing(open_frames(path, self.settings)) as reader:
+        with closing(open_frames(path, self.settings, tuple(self.bounds[draw.record]))) as reader:
             start, mirror = rng.random(), rng.random() < 0.5
             frames = read_clip(reader, path, self.settings, draw.frames, start, rng)
         if mirror and self.settings.flip:
@@ -108,9 +110,13 @@ class ClipDataset(Dataset[Sample]):
         return to_sample(frames, draw, path, self.settings)
 
 
-def open_frames(path: str, settings: ClipSettings) -> Reader:
-    """A reader of what the settings want: colours, or depth maps as stored. Raises MediaError."""
-    return open_media(path, settings.reader) if settings.depth is None else DepthReader(path)
+def open_frames(path: str, settings: ClipSettings, bounds: Bounds = WHOLE) -> Reader:
+    """A reader of what the settings want of a file or a part of it: colours, or depth maps as stored.
+
+    Raises MediaError.
+    """
+    reader = open_media(path, settings.reader) if settings.depth is None else DepthReader(path)
+    return Segment(reader, path, bounds)
 
 
 def read_clip(
@@ -135,19 +141,19 @@ def read_clip(
     indices = frame_numbers(settings.sampling, info.num_frames, frames, step, start, rng)
     target = (settings.height, settings.width)
     if settings.panorama:
-        return _read_panoramas(reader, path, indices, target)
+        return _read_panoramas(reader, path, indices, target, depth=settings.depth is not None)
     crop = cover(info.height, info.width, target, settings.short_side, rng if settings.crop == "random" else None)
     return crop.cut(reader.read(indices, crop.size))
 
 
-def _read_panoramas(reader: Reader, path: str, indices: Sequence[int], size: Size) -> np.ndarray:
+def _read_panoramas(reader: Reader, path: str, indices: Sequence[int], size: Size, depth: bool) -> np.ndarray:
     """Whole frames at `size`. Readers treat both ends of a row as borders; here they are neighbours."""
     info = reader.info
     if abs(info.width / (2 * info.height) - 1) > PANORAMA_TOLERANCE:
         raise MediaError(
             path, f"is {info.height}x{info.width}: no equirectangular panorama, which is twice as wide as high"
         )
-    if isinstance(reader, DepthReader) or size == (info.height, info.width):
+    if depth or size == (info.height, info.width):
         return reader.read(indices, size)
     return np.stack([resize_around(reader.read([index])[0], size) for index in indices])
 

@@ -18,8 +18,8 @@ from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, ope
 from vae3d.data.media import MediaError
 from vae3d.data.probe import complete
 from vae3d.data.sampler import Draw, Lengths, Plan, StepSampler
-from vae3d.data.sources import DataError, Source
-from vae3d.seeding import seed_of
+from vae3d.data.segments import Bounds, bounds_of, count_frames
+from vae3d.data.sources import DataError, Source, file_hashes
 from vae3d.types import Clip
 
 
@@ -38,12 +38,15 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
     """List a source's files and set some aside for validation.
 
     With a `split` column its `val` rows; without, the `holdout` files whose names hash lowest, but at most a
-    tenth (and one), so that the choice survives a table that grows or a folder that moves.
+    tenth (and one), with all their segments, so that the choice survives a table that grows or a folder that moves.
+    The num_frames of a row with a segment are the segment's.
     Raises DataError if more than the share `max_broken` does not open, or nothing is left to train on.
     """
     listed = source.table()
     needed = ("num_frames",) if settings.fps is None else ("num_frames", "fps")
     table, faults = complete(listed, needed)
+    table, outside = count_frames(table)
+    faults += outside
     if len(faults) > max_broken * len(listed):
         shown = "\n".join(f"  {path}: {reason}" for path, reason in faults[:10])
         raise DataError(
@@ -54,9 +57,9 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
         is_val = (table["split"] == "val").to_numpy()
         is_train = (table["split"] == "train").to_numpy()
     else:
-        hashes = np.array([seed_of(name) for name in table["name"]])
-        is_val = np.zeros(len(table), dtype=bool)
-        is_val[np.argsort(hashes)[: min(holdout, max(1, len(table) // 10))]] = len(table) > 1
+        hashes = file_hashes(table)
+        files = np.unique(hashes)
+        is_val = np.isin(hashes, files[: min(holdout, max(1, len(files) // 10))]) & (len(files) > 1)
         is_train = ~is_val
     if not is_train.any():
         raise DataError("no rows are left to train on; is the `split` column `val` or `test` throughout?")
@@ -126,17 +129,17 @@ def validation_clips(
             f"no held-out video has {frames} frames for validation ({len(table)} are held out); "
             "lower validation.frames, give the table a `split` column, or set validation.every=0"
         )
-    clips, faults = [], []
+    clips, faults, bounds = [], [], bounds_of(long_enough)
     for place in range(rank, min(count, len(long_enough)), world_size):
         path = long_enough["path"].iloc[place]
         try:
-            clips.append(_still_clip(path, place, settings, frames))
+            clips.append(_still_clip(path, bounds[place], place, settings, frames))
         except MediaError as error:
             faults.append((error.path, error.reason))
     return clips, faults
 
 
-def _still_clip(path: str, place: int, settings: ClipSettings, frames: int) -> Clip:
-    with closing(open_frames(path, settings)) as reader:
+def _still_clip(path: str, bounds: Bounds, place: int, settings: ClipSettings, frames: int) -> Clip:
+    with closing(open_frames(path, settings, bounds)) as reader:
         pixels = read_clip(reader, path, settings, frames, start=0.5)
     return collate([to_sample(pixels, Draw(place, place, frames), path, settings)])

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from vae3d.data.images import is_sequence, sequence_files
 from vae3d.data.readers import MediaError, open_media
+from vae3d.data.segments import has_segment
 from vae3d.data.sources import NUMBERS
 
 THREADS = 16
@@ -24,12 +25,15 @@ Facts = dict[str, float | str]  # the columns of NUMBERS, or the one key `error`
 def complete(table: pd.DataFrame, needed: Sequence[str] = NUMBERS) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     """The table without NaN in the columns `needed`, and (path, reason) of rows that are faulty or do not open.
 
-    Only rows that lack one of these numbers are opened; rows that do not open are left out of the table.
+    Rows with a segment need num_frames and fps too. Only rows that lack one of these numbers are opened; rows that do
+    not open are left out of the table.
     """
     sound = table["fault"].isna()
     faults = [(f"row {row} ({path})", fault) for row, path, fault in table.loc[~sound, ["row", "path", "fault"]].values]
     table = table[sound].reset_index(drop=True)
-    unknown = table[list(needed)].isna().any(axis=1).to_numpy()
+    unknown = table[list(needed)].isna().any(axis=1)
+    unknown |= has_segment(table) & table[["num_frames", "fps"]].isna().any(axis=1)
+    unknown = unknown.to_numpy()
     if not unknown.any():
         return table, faults
     facts = probe(table.loc[unknown, "path"].tolist())
@@ -37,7 +41,8 @@ def complete(table: pd.DataFrame, needed: Sequence[str] = NUMBERS) -> tuple[pd.D
     for name in NUMBERS:
         found = np.array([facts[path].get(name, np.nan) for path in table.loc[unknown, "path"]], dtype=float)
         table.loc[unknown, name] = table.loc[unknown, name].fillna(pd.Series(found, index=table.index[unknown]))
-    return table[~table["path"].isin(unread)].reset_index(drop=True), [*faults, *unread.items()]
+    faults += [(path, unread[path]) for path in table["path"] if path in unread]  # a file may have many rows
+    return table[~table["path"].isin(unread)].reset_index(drop=True), faults
 
 
 def probe(paths: list[str]) -> dict[str, Facts]:

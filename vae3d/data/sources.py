@@ -1,8 +1,9 @@
 """Where videos and images come from: every source lists its files as a table, without decoding anything.
 
 The table has the columns path (absolute; with a * for their numbers, the images of a video), name (the path as the
-source gives it), num_frames, height, width, fps (NaN where unknown), split and text (None where not given), row, the
-place in the source that messages name, and fault: why a row cannot be used, or None.
+source gives it), num_frames, height, width, fps (of the file; NaN where unknown), start and end of the part of the
+file that the row stands for (seconds; NaN: the file's own), split and text (None where not given), row, the place in
+the source that messages name, and fault: why a row cannot be used, or None.
 """
 
 from __future__ import annotations
@@ -17,10 +18,17 @@ import pandas as pd
 
 from vae3d.data.images import IMAGE_SUFFIXES, is_sequence, numbered
 from vae3d.data.readers import VIDEO_SUFFIXES
+from vae3d.data.segments import SEGMENT, SEGMENT_FAULT
 from vae3d.errors import UserError
+from vae3d.seeding import seed_of
 
 NUMBERS = ("num_frames", "height", "width", "fps")
 SPLITS = ("train", "val", "test")
+LIMITS = {  # least value of a column, if it is not 1, and the fault of a row that has no such number
+    "fps": (0, "`fps` is no positive number"),  # images have none
+    "start": (0, SEGMENT_FAULT),
+    "end": (0, SEGMENT_FAULT),
+}
 
 
 class DataError(UserError):
@@ -35,9 +43,11 @@ class Source(Protocol):
 
 
 class Table:
-    """A CSV or parquet file with a column `path`; optional text, num_frames, height, width, fps and split.
+    """A CSV or parquet file with a column `path`; optional text, num_frames, height, width, fps, start, end
+    and split.
 
-    Relative paths are relative to `root`, by default the table's folder.
+    Relative paths are relative to `root`, by default the table's folder. A row with start or end (seconds) is that part
+    of its file only; num_frames is the file's nevertheless.
     """
 
     def __init__(self, path: str | Path, root: str | Path | None = None) -> None:
@@ -50,28 +60,7 @@ class Table:
             raise DataError(f"{self.path} has no column `path`; its columns are {', '.join(map(str, raw.columns))}")
         if raw.empty:
             raise DataError(f"{self.path} has no rows")
-        names = raw["path"].fillna("").astype(str).str.strip()
-        table = pd.DataFrame(
-            {
-                "path": [os.path.abspath(self.root / name) for name in names],
-                "name": names,
-                "row": raw.index + 1,
-                "text": raw["text"] if "text" in raw.columns else None,
-                "fault": None,
-            }
-        )
-        _mark(table, names == "", "has no `path`")
-        for column in NUMBERS:
-            table[column] = np.nan
-            if column in raw.columns:
-                table[column] = pd.to_numeric(raw[column], errors="coerce").astype(float)
-                smallest = 0 if column == "fps" else 1  # images have no rate
-                bad = (table[column].isna() & raw[column].notna()) | (table[column] < smallest)
-                _mark(table, bad, f"`{column}` is no positive number")
-        table["split"] = raw["split"] if "split" in raw.columns else None
-        if "split" in raw.columns:
-            _mark(table, ~raw["split"].isin(SPLITS), f"`split` is none of {', '.join(SPLITS)}")
-        return table
+        return checked(raw, self.root)
 
     def _read(self) -> pd.DataFrame:
         if not self.path.is_file():
@@ -84,6 +73,29 @@ class Table:
             raise DataError(f"{self.path} is empty") from error
         except (pd.errors.ParserError, UnicodeDecodeError, OSError, ValueError) as error:
             raise DataError(f"{self.path} is not a readable table: {error}") from error
+
+
+def checked(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
+    """A source's table of rows as a file gives them, numbered from 0, with what is wrong with each in `fault`, where
+    `raw` may already tell it."""
+    names = raw["path"].fillna("").astype(str).str.strip()
+    table = pd.DataFrame({"path": [os.path.abspath(root / name) for name in names], "name": names})
+    table["row"] = raw.index + 1
+    for column in ("text", "split", "fault"):
+        table[column] = raw[column] if column in raw.columns else None
+    _mark(table, names == "", "has no `path`")
+    for column in (*SEGMENT, *NUMBERS):
+        table[column] = np.nan
+        if column in raw.columns:
+            numbers = pd.to_numeric(raw[column], errors="coerce").astype(float)
+            table[column] = numbers.replace([np.inf, -np.inf], np.nan)
+            least, reason = LIMITS.get(column, (1, f"`{column}` is no positive number"))
+            bad = (table[column].isna() & raw[column].notna()) | (table[column] < least)
+            _mark(table, bad, reason)
+    _mark(table, table["end"] <= table["start"].fillna(0), SEGMENT_FAULT)
+    if "split" in raw.columns:
+        _mark(table, ~raw["split"].isin(SPLITS), f"`split` is none of {', '.join(SPLITS)}")
+    return table
 
 
 def _mark(table: pd.DataFrame, bad: pd.Series, reason: str) -> None:
@@ -130,9 +142,19 @@ def sequences(path: Path) -> list[Path]:
 def listed(paths: list[str], names: list[str]) -> pd.DataFrame:
     """A table of files of which nothing else is known."""
     table = pd.DataFrame({"path": paths, "name": names, "row": np.arange(1, len(paths) + 1)})
-    return table.assign(**dict.fromkeys(NUMBERS, np.nan), text=None, split=None, fault=None)
+    return table.assign(**dict.fromkeys([*NUMBERS, *SEGMENT], np.nan), text=None, split=None, fault=None)
+
+
+def file_hashes(table: pd.DataFrame) -> np.ndarray:
+    """A number per row, of its name, from 0 to 2**63 - 1: equal for all rows of a file, and on every machine."""
+    names = table.groupby("path")["name"].transform("min")
+    return np.array([seed_of(name) for name in names], dtype=np.int64)
 
 
 def open_source(path: str | Path, root: str | Path | None = None) -> Source:
-    """A Table for .csv and .parquet, else a Folder."""
-    return Table(path, root) if Path(path).suffix in (".csv", ".parquet") else Folder(path)
+    """A Table for .csv and .parquet, JsonClips for .json, else a Folder."""
+    from vae3d.data.json_clips import JsonClips  # which builds on this module
+
+    kinds = {".csv": Table, ".parquet": Table, ".json": JsonClips}
+    kind = kinds.get(Path(path).suffix)
+    return Folder(path) if kind is None else kind(path, root)

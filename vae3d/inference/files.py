@@ -13,6 +13,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from vae3d.data.readers import MediaError
+from vae3d.data.segments import SEGMENT_FAULT, bounds_of
 from vae3d.errors import UserError
 from vae3d.inference.cost import measure_cost
 from vae3d.inference.reconstruct import KINDS, Done, Reconstructor
@@ -72,7 +73,9 @@ def reconstruct_files(
         try:
             if not entry["name"]:
                 raise MediaError(f"row {entry['row']}", "has no `path`")
-            done.append(reconstructor.file(entry["path"], int(entry["row"])))
+            if entry["fault"] == SEGMENT_FAULT:  # other faults are of facts that are not needed here
+                raise MediaError(f"row {entry['row']} ({entry['path']})", SEGMENT_FAULT)
+            done.append(reconstructor.file(entry["path"], int(entry["row"]), (entry["start"], entry["end"])))
         except (MediaError, MetricError) as error:
             if isinstance(error, MetricError):
                 error = MediaError(entry["path"], str(error))
@@ -92,10 +95,11 @@ def reconstruct_files(
 
 def cost_of(reconstructor: Reconstructor, table: pd.DataFrame) -> dict[str, Any]:
     """Speed and memory of the model on the first chunk of the first file. Raises MediaError if it cannot be read."""
-    source = next((path for path, name in zip(table["path"], table["name"], strict=True) if name), None)
-    if source is None:
+    usable = table[(table["name"] != "") & (table["fault"] != SEGMENT_FAULT)]
+    if usable.empty:
         raise InferenceError("cost=true needs a file to measure with, and no row has a path")
-    return measure_cost(reconstructor.model, reconstructor.first_chunk(source), reconstructor.dtype)
+    chunk = reconstructor.first_chunk(usable["path"].iloc[0], bounds_of(usable)[0])
+    return measure_cost(reconstructor.model, chunk, reconstructor.dtype)
 
 
 def report(reconstructor: Reconstructor, done: Sequence[Done], cost: dict[str, Any] | None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vae3d.data.clips import to_tensor
 from vae3d.data.images import is_sequence
 from vae3d.data.readers import MediaError, MediaInfo, Reader, Size, open_media
+from vae3d.data.segments import WHOLE, Bounds, Segment
 from vae3d.data.transforms import cover
 from vae3d.inference.video import VideoWriter, as_unit, to_uint8, write_image
 from vae3d.metrics import MetricSet, VideoResult
@@ -46,8 +47,8 @@ class Selection:
 
 @dataclass
 class Done:
-    """One reconstructed file, as index.csv tells of it. pad_*: frames behind, rows below and columns right that the
-    network needed and that were cut off again."""
+    """One reconstructed file, as index.csv tells of it. start: its first frame in the source. pad_*: frames
+    behind, rows below and columns right that the network needed and that were cut off again."""
 
     id: str
     source: str
@@ -109,10 +110,13 @@ class Reconstructor:
     def folder(self, kind: str) -> Path:
         return Path(f"{self.prefix}_{kind}")
 
-    def file(self, source: str, row: int) -> Done:
-        """Reconstruct one file. Raises MediaError if it cannot be read; nothing half-written is left."""
+    def file(self, source: str, row: int, bounds: Bounds = WHOLE) -> Done:
+        """Reconstruct one file, or the part of it between two times, which all that selects frames counts from.
+
+        Raises MediaError if it cannot be read; nothing half-written is left.
+        """
         self.metrics.reset()
-        reader = open_media(source, self.selection.reader, threads=0)
+        reader = self._open(source, bounds)
         try:
             info = reader.info
             indices, fps, target = self._wanted(source, info)
@@ -127,14 +131,19 @@ class Reconstructor:
             reader.close()
         stride = self.model.spec.space_stride
         padding = (self._pad_frames(len(indices)), -target[0] % stride, -target[1] % stride)
-        return Done(name, source, indices[0], len(indices), fps, *target, *padding, self.metrics.result())
+        return Done(
+            name, source, reader.first + indices[0], len(indices), fps, *target, *padding, self.metrics.result()
+        )
 
     def _pad_frames(self, frames: int) -> int:
         return next(more for more in count() if self.model.frames_valid(frames + more))
 
-    def first_chunk(self, source: str) -> Tensor:
+    def _open(self, source: str, bounds: Bounds) -> Segment:
+        return Segment(open_media(source, self.selection.reader, threads=0), source, bounds)
+
+    def first_chunk(self, source: str, bounds: Bounds = WHOLE) -> Tensor:
         """What the network gets first of a file, [1, 3, T, H, W] in [-1, 1]. Raises MediaError."""
-        with closing(open_media(source, self.selection.reader, threads=0)) as reader:
+        with closing(self._open(source, bounds)) as reader:
             indices, _, target = self._wanted(source, reader.info)
             stream = self._stream(source, target)
             return self._to_video(next(self._chunks(reader, indices, target, stream)))
