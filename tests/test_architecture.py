@@ -16,7 +16,7 @@ ENTRIES = [tiny.ROOT / "train.py", tiny.ROOT / "infer.py", *sorted((tiny.ROOT / 
 BASE = {"errors", "panorama", "precision", "ranks", "schedules", "seeding", "types", "weights", "features"}
 PARTS = {"models", "losses", "adversarial", "data", "metrics"}
 PROCESSES = {"checkpoints", "inference", "evaluation", "engine"}
-WIRING = {"config", "check", "model_check", "factory", "launch", "summary"}
+WIRING = {"config", "check", "model_check", "factory", "launch", "limits", "summary"}
 
 HYDRA = {"config", "check", "model_check", "factory", "launch"}
 ACCELERATE = {"engine", "factory", "launch"}

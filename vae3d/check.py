@@ -23,95 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vae3d.config import InferConfig, TrainConfig
 from vae3d.errors import UserError
+from vae3d.limits import CHOICES, EXAMPLES, INFER_CHOICES, INFER_RANGES, MODEL_NEEDS, RANGES
 
 MISSING = "???"
-EXAMPLES = {
-    "data.source.path": "data.source.path=/path/to/videos.csv",
-    "data.source.root": "data.source.root=/path/to/areas (ROOT/AREA/ROOM/output/panorama_0000.png)",
-    "stage.init_from": "stage.init_from=CHECKPOINT (a run folder, an export, published weights) or random",
-    "stage.init_from.spatial_vae": "stage.init_from.spatial_vae=/path/to/2D-VAE (diffusers folder, LDM file or export)",
-    "checkpoint": "checkpoint=PATH (a run folder, an export, published weights)",
-    "source": "source=PATH (a CSV, parquet or JSON file, a folder, or one video)",
-    "save_dir": "save_dir=PREFIX of the folders PREFIX_ori, PREFIX_rec, PREFIX_spatial",
-}
-# The model is built and tried only if these are sound.
-MODEL_NEEDS = ("model", "loss", "adversary", "stage.train", "data.frames", "data.height", "data.width")
-CHOICES = {
-    "loss.reduction": ("sum", "mean"),
-    "data.crop": ("center", "random"),
-    "data.reader": ("auto", "pyav", "decord"),
-    "data.sampling": ("contiguous", "requirement", "strided"),
-    "data.depth.mapping": (None, "log", "inverse"),
-    "data.depth.bounds": ("fixed", "percentiles"),
-    "optim.schedule": ("constant", "cosine"),
-    "trainer.precision": ("bf16", "fp16", "fp32"),
-    "trainer.ema.device": ("model", "cpu"),
-    "launcher.name": ("local", "torchrun"),
-    "debug.mode": (None, "dry", "profile"),
-}
-RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "data.height": (lambda v: v >= 1, "at least 1"),
-    "data.width": (lambda v: v >= 1, "at least 1"),
-    "data.frames.min": (lambda v: v >= 1, "at least 1"),
-    "data.frames.step": (lambda v: v >= 1, "at least 1"),
-    "data.frames.images": (lambda v: 0 <= v <= 1, "a probability, 0 to 1"),
-    "data.stride": (lambda v: v >= 1, "at least 1"),
-    "data.fps": (lambda v: v is None or v > 0, "positive, or null"),
-    "data.depth.near": (lambda v: v > 0, "positive"),
-    "data.depth.unit": (lambda v: v > 0, "positive"),
-    "data.batch_size": (lambda v: v >= 1, "at least 1"),
-    "data.workers": (lambda v: v >= 0, "0 or more"),
-    "data.prefetch": (lambda v: v >= 1, "at least 1"),
-    "data.holdout": (lambda v: v >= 0, "0 or more"),
-    "data.max_broken": (lambda v: 0 <= v < 1, "a share, from 0 to less than 1"),
-    "optim.lr": (lambda v: v > 0, "positive"),
-    "optim.betas": (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to less than 1"),
-    "optim.eps": (lambda v: v > 0, "positive"),
-    "optim.weight_decay": (lambda v: v >= 0, "0 or more"),
-    "optim.min_lr": (lambda v: v >= 0, "0 or more"),
-    "optim.warmup_steps": (lambda v: v >= 0, "0 or more"),
-    "optim.proximal": (lambda v: v >= 0, "0 (off) or more"),
-    "optim.grad_clip": (lambda v: v > 0, "positive"),
-    "trainer.max_steps": (lambda v: v >= 1, "at least 1"),
-    "trainer.accumulate": (lambda v: v >= 1, "at least 1"),
-    "trainer.log_every": (lambda v: v >= 1, "at least 1"),
-    "trainer.save_every": (lambda v: v >= 0, "0 (never) or more"),
-    "trainer.keep": (lambda v: v >= 0, "0 (all) or more"),
-    "trainer.ema.decay": (lambda v: 0 <= v < 1, "0 (off) to less than 1"),
-    "trainer.ema.every": (lambda v: v >= 1, "at least 1"),
-    "trainer.spike.factor": (lambda v: v is None or v > 1, "more than 1, or null"),
-    "trainer.spike.warmup": (lambda v: v >= 0, "0 or more"),
-    "trainer.spike.patience": (lambda v: v >= 1, "at least 1"),
-    "trainer.publish.prefix": (lambda v: v is None or (v and "/" not in v), "how file names begin, without /, or null"),
-    "validation.every": (lambda v: v >= 0, "0 (never) or more"),
-    "validation.clips": (lambda v: v >= 1, "at least 1"),
-    "validation.frames": (lambda v: v >= 1, "at least 1"),
-    "launcher.nproc": (lambda v: v >= 1, "at least 1"),
-    "run.name": (lambda v: "/" not in v and v not in ("", ".", ".."), "the name of a folder, without /"),
-}
-INFER_CHOICES = {
-    "codec": ("lossless", "h264"),
-    "precision": ("bf16", "fp16", "fp32"),
-    "on_error": ("stop", "skip"),
-    "reader": ("auto", "pyav", "decord"),
-    "split": (None, "train", "val", "test"),
-}
-INFER_RANGES = {
-    "height": (lambda v: v is None or v >= 1, "at least 1, or null"),
-    "width": (lambda v: v is None or v >= 1, "at least 1, or null"),
-    "save_dir": (
-        lambda v: Path(v).name not in ("", ".", "..") and not v.endswith("/"),
-        "a prefix, without / at its end",
-    ),
-    "start": (lambda v: v >= 0, "0 or more"),
-    "stride": (lambda v: v >= 1, "at least 1"),
-    "num_frames": (lambda v: v is None or v >= 1, "at least 1, or null"),
-    "num_samples": (lambda v: v is None or v >= 1, "at least 1, or null"),
-    "frame_batch": (lambda v: v >= 1, "at least 1"),
-    "tile": (lambda v: v is None or v >= 1, "at least 1, or null"),
-    "memory_gib": (lambda v: v is None or v > 0, "positive, or null"),
-    "fps": (lambda v: v is None or v > 0, "positive, or null"),
-}
 
 
 class ConfigError(UserError):
@@ -322,6 +236,7 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
         for part, scale in config.stage.train.items():
             if not scale > 0:
                 faults.append(f"stage.train.{part}={scale} must be above 0; leave a part out to freeze it")
+    faults += _strategy_rules(config)
     faults += [*_missing_files(config), *_resume_faults(config.run.resume_from)]
     launched = environment.get("ACCELERATE_MIXED_PRECISION")
     if launched not in (None, "no", trainer.precision):  # "no" is also what accelerate launch says unasked
@@ -330,6 +245,21 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
             f"give it --mixed_precision={trainer.precision.replace('fp32', 'no')}, or change trainer.precision"
         )
     return faults
+
+
+def _strategy_rules(config: TrainConfig) -> Iterator[str]:
+    """What DeepSpeed cannot do, since it averages gradients and steps in one go."""
+    strategy = config.trainer.strategy
+    if strategy.name != "deepspeed":
+        return
+    if not isinstance(strategy.deepspeed, dict):
+        yield "trainer.strategy.deepspeed is empty; use trainer/strategy=deepspeed_zero2 or deepspeed_zero2_offload"
+    if config.trainer.precision == "fp16":
+        yield "trainer.precision=fp16 needs a loss scaler, which DeepSpeed does not share; use bf16 or fp32"
+    if config.trainer.spike.factor is not None:
+        yield f"trainer.spike.factor={config.trainer.spike.factor}: DeepSpeed cannot take a step back; use null"
+    if config.optim.proximal:
+        yield f"optim.proximal={config.optim.proximal} edits gradients, which DeepSpeed keeps to itself; use 0"
 
 
 def _resume_faults(path: str | None) -> list[str]:
@@ -373,7 +303,11 @@ def _exists(path: str) -> bool:
 
 def _missing_files(config: TrainConfig) -> list[str]:
     init = config.stage.init_from
-    paths = {"stage.init_from": init} if isinstance(init, str) else {f"stage.init_from.{k}": v for k, v in init.items()}
+    teacher = config.teacher.path
+    paths = {"teacher.path": teacher} if teacher not in (None, "") else {}
+    paths |= (
+        {"stage.init_from": init} if isinstance(init, str) else {f"stage.init_from.{k}": v for k, v in init.items()}
+    )
     if isinstance(config.data.source, dict):
         given = {f"data.source.{key}": config.data.source.get(key) for key in ("path", "root")}
         paths |= {key: path for key, path in given.items() if isinstance(path, str)}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vae3d.engine.freeze import PartError, without_gradient
+from vae3d.engine.freeze import PartError
 from vae3d.engine.metrics import StepMetrics
 from vae3d.errors import UserError
 from vae3d.types import Clip
@@ -33,10 +33,12 @@ def rehearse(trainer: Trainer) -> None:
     for frames in dict.fromkeys((counts[0], counts[-1])):
         metrics, turn = StepMetrics(), trainer.adversary.turn(ALL_ON)
         clip = _noise(trainer, frames)
-        fault = trainer.strategy.attempt(lambda: trainer.accumulate([clip], turn, metrics, ALL_ON))  # noqa: B023
+        clips = [clip] * trainer.strategy.rehearsal_clips
+        with trainer.strategy.rehearsing():
+            fault = trainer.strategy.attempt(lambda: trainer.accumulate(clips, turn, metrics, ALL_ON))  # noqa: B023
         verdict = trainer.vote([clip], metrics, fault, stop=False)
         what = f"a micro-batch of {'x'.join(map(str, clip.video.shape))}"
-        unreached = without_gradient(trainer.network) if verdict.complete and turn.generator else []
+        unreached = trainer.strategy.unreached() if verdict.complete and turn.generator else []
         trainer.strategy.skip(unscaled=False)
         trainer.adversary.discard()
         if not verdict.complete:

@@ -9,6 +9,7 @@ all-reduce.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from vae3d import ranks
 from vae3d.checkpoints.state import ResumeError
+from vae3d.engine.freeze import without_gradient
 from vae3d.engine.memory import out_of_memory, release
 from vae3d.engine.verdict import RanksDiffer
 
@@ -29,6 +31,7 @@ class Replicas:
         self.accelerator = accelerator
         self.model = accelerator.prepare_model(model, evaluation_mode=True)  # autocast, without DDP around it
         self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.network = model
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         refuse_different_starts(model)
 
@@ -47,6 +50,16 @@ class Replicas:
             self.optimizer.zero_grad()
             release()
         return fault
+
+    rehearsal_clips = 1
+
+    def rehearsing(self) -> AbstractContextManager[None]:
+        """Inside this context gradients are never meant to be taken; here nothing changes, they are skipped."""
+        return nullcontext()
+
+    def unreached(self) -> list[str]:
+        """Trainable parameters without a gradient."""
+        return without_gradient(self.network)
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)

@@ -7,8 +7,8 @@ of Replicas. Each rank saves the tensors of its own shard; DeepSpeed's checkpoin
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +71,15 @@ class Zero:
         )
         if self.engine.gradient_clipping() != grad_clip or self.optimizer.clip_grad != grad_clip:
             raise StrategyError(f"DeepSpeed clips at {self.optimizer.clip_grad}, not at optim.grad_clip={grad_clip}")
-        self.accumulate, self._backwards, self._in_backward = accumulate, 0, False
+        self.rehearsal_clips = self.accumulate = accumulate  # DeepSpeed drops whole steps only
+        self._backwards, self._in_backward, self._rehearses = 0, False, False
 
     def model(self, video: Tensor, **how: Any) -> Any:
         with self._autocast():
             return self.engine(video, **how)
 
     def attempt(self, run: Callable[[], None]) -> str | None:
-        """run(); what it said if memory ran out before a backward pass, here or elsewhere.
+        """run(); what it said if memory ran out here before a backward pass.
 
         In a backward pass the error is raised on: the others are waiting inside of it, and torchrun must end them.
         """
@@ -86,7 +87,7 @@ class Zero:
         try:
             run()
         except PeerFailed:
-            fault = "a rank ran out of memory"
+            release()  # the other rank tells of it in the vote
         except (RuntimeError, MemoryError) as error:
             if self._in_backward or not out_of_memory(error):
                 raise
@@ -96,6 +97,19 @@ class Zero:
             release()
         return fault
 
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Inside this context gradients become NaN, so that DeepSpeed drops them."""
+        self._rehearses = True
+        try:
+            yield
+        finally:
+            self._rehearses = False
+
+    def unreached(self) -> list[str]:
+        """Not known: DeepSpeed takes gradients away as soon as they are there."""
+        return []
+
     def backward(self, loss: Tensor) -> None:
         """Raises PeerFailed if another rank has failed meanwhile."""
         verdict = ranks.lowest(WELL if bool(loss.isfinite()) else UNSOUND, loss.device)
@@ -103,7 +117,8 @@ class Zero:
             raise PeerFailed
         self._backwards, self._in_backward = self._backwards + 1, True
         self.engine.set_gradient_accumulation_boundary(self._backwards == self.accumulate)
-        self.engine.backward(loss if verdict == WELL else loss * float("nan"), scale_wrt_gas=False)
+        poisoned = verdict == UNSOUND or self._rehearses
+        self.engine.backward(loss * float("nan") if poisoned else loss, scale_wrt_gas=False)
         self._in_backward = False
 
     def gradients(self) -> int:
