@@ -159,15 +159,16 @@ def captured(network: nn.Module, names: Sequence[str], clips: int) -> Iterator[C
 def one_per_latent(features: Tensor, latents: int) -> Tensor:
     """The last frame that each latent stands for, of features at any frame rate: [B, C, latents, H, W].
 
-    Features have k frames per latent, or, where a causal decoder has dropped the first ones, 1 + k * (latents - 1).
+    Features have k frames per latent, or, where a causal decoder has dropped the first ones, 1 + k * (latents - 1), for
+    k a power of two, which tells the two apart.
     Raises TeacherError for another number of frames.
     """
     frames = features.shape[2]
-    if frames % latents == 0:
-        every = frames // latents
-        return features[:, :, every - 1 :: every]
-    if latents > 1 and (frames - 1) % (latents - 1) == 0:
-        return features[:, :, :: (frames - 1) // (latents - 1)]
+    for k in (1, 2, 4, 8, 16):
+        if frames == k * latents:
+            return features[:, :, k - 1 :: k]
+        if frames == 1 + k * (latents - 1):
+            return features[:, :, ::k]
     raise TeacherError(f"teacher.features: {frames} frames of features do not fit {latents} latent frames")
 
 
