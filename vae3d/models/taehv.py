@@ -7,7 +7,7 @@ which no gradient passes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from vae3d.types import Delta, LatentSpec, Reconstruction
 BASE, SUPER = (256, 128, 64, 64), (512, 256, 128, 64)  # widths of the two published decoders
 DEFAULT_MEMORY = 8.0  # GiB
 MOST_LATENTS = 4
+Step = Callable[[Tensor, Memory | None, bool], tuple[Tensor, Memory]]
 
 
 @dataclass(frozen=True)
@@ -224,15 +225,26 @@ class TAEHV(nn.Module):
     def encode_chunk(self, video: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         """The network's step: latents of the next n * time_stride raw frames, of sides that the space stride divides,
         and the memory for the chunk after; memory: None at the beginning, where it is zero."""
-        return self._in_training(self.encoder, self._latents, video, memory)
+        return self._step(self.encoder, self._latents, video, memory, self.spec.time_stride)
 
     def decode_chunk(self, z: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
         """The network's step: time_upscale raw frames of each of the next latents, unclamped; see encode_chunk."""
-        return self._in_training(self.decoder, self._pixels, z, memory)
+        return self._step(self.decoder, self._pixels, z, memory, 1)
 
-    def _in_training(self, part: nn.Module, step: object, x: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """With gradient checkpointing, a clip at once keeps the input of every block; one in chunks keeps only their
-        memory, and runs each chunk once more in backward."""
+    def _step(self, part: nn.Module, step: Step, x: Tensor, memory: Memory | None, unit: int) -> tuple[Tensor, Memory]:
+        """Code a chunk, of which `unit` frames belong to a latent.
+
+        Without gradients a CPU codes one latent after another: several at once take longer, and oneDNN computes a
+        convolution in another order for another number of frames, so that results would depend on the chunks.
+        With gradient checkpointing, a clip at once keeps the input of every block; one in chunks keeps only their
+        memory, and runs each chunk once more in backward.
+        """
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            coded = []
+            for piece in x.split(unit, 2):
+                y, memory = step(piece, memory, False)
+                coded.append(y)
+            return coded[0] if len(coded) == 1 else torch.cat(coded, 2), memory
         recompute = self.gradient_checkpointing and needs_grad(part, x)
         whole = self.chunk_latents is None
         return run(step, x, memory, recompute and whole, recompute=recompute and not whole)
