@@ -42,7 +42,7 @@ PIXEL_LOSSES = ("recon_kl", "recon_kl_lpips")
 def reason(model: str, stage: str, loss: str) -> str | None:
     """Why a combination makes no sense, in the words of the check."""
     if model not in TWO_STAGE and stage.startswith("stage"):
-        return "VAE has no part"
+        return "has no part"
     if model not in TWO_STAGE and loss.startswith("latent"):
         return "need a model with a 2D VAE inside"
     trained = OmegaConf.load(CONF / f"stage/{stage}.yaml").stage.train
