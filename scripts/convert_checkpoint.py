@@ -26,11 +26,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", type=Path, help="folder to write; for ldm a .safetensors file")
     parser.add_argument("--to", required=True, choices=WRITERS)
     parser.add_argument("--part", choices=("spatial", "temporal"), help="only this half of an Open-Sora VAE")
+    parser.add_argument("--variant", help="of a TAEHV, where the file does not tell")
     args = parser.parse_args(argv)
     try:
         if args.target.exists():
             raise CheckpointError(f"{args.target}: exists already")
-        checkpoint = read_checkpoint(args.source)
+        checkpoint = read_checkpoint(args.source, args.variant)
         if args.part:
             checkpoint = half(checkpoint, args.part)
         WRITERS[args.to](checkpoint, args.target)

@@ -38,6 +38,7 @@ WAN += ["model.latent_channels=4", "model.shift=[0,0,0,0]", "model.scale=[1,1,1,
 MODEL["wan"] = WAN
 MODEL["wan22"] = [*WAN, "model.multipliers=[1,1]", "model.decoder_channels=16"]
 SERAENA = ["adversary=seraena", "adversary.context_channels=4", "adversary.channels=[8,8,8,8]"]
+MODEL["taehv"] = ["model.variant=taew2_1", "model.channels=8", "model.decoder_channels=[16,8,8,8]"]
 TRAINING = [
     "data.height=16",
     "data.width=16",

@@ -40,6 +40,7 @@ from vae3d.inference.reconstruct import Reconstructor, Selection
 from vae3d.losses.objective import Objective, Weighted
 from vae3d.metrics import build_metrics
 from vae3d.models.spatial import SpatialVAE
+from vae3d.models.taehv import TAEHV
 from vae3d.models.tiling import Tiled
 from vae3d.models.wan import WanVAE
 from vae3d.precision import as_device, slow_conv3d, without_tf32
@@ -85,7 +86,7 @@ def load(path: str | Path, model: nn.Module | None = None, **changes: Any) -> nn
     arguments that differ from the checkpoint's, as in vae3d.load(path, micro_frames=None, spatial={"frame_batch": 1}).
     Raises CheckpointError with everything that is missing or does not fit.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, changes.get("variant", getattr(model, "variant", None)))
     for note in checkpoint.notes:
         log.info("%s: %s", checkpoint.path, note)
     if model is None:
@@ -117,8 +118,8 @@ def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str
         if path == RANDOM:
             done.append(f"{what} starts from random weights")
             continue
-        checkpoint = read_checkpoint(path)
         target = model.get_submodule(name)
+        checkpoint = read_checkpoint(path, getattr(target, "variant", None))
         load_state(
             target, checkpoint.part(name) if name else checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})"
         )
@@ -298,7 +299,7 @@ def infer(config: InferConfig) -> None:
 
 def _compile(model: nn.Module) -> None:
     """Compile what infer calls, per shape: the length of chunks changes at the two ends of a video only."""
-    if isinstance(model, WanVAE):
+    if isinstance(model, WanVAE | TAEHV):
         model.encode_chunk = torch.compile(model.encode_chunk, dynamic=False)
         model.decode_chunk = torch.compile(model.decode_chunk, dynamic=False)
     else:

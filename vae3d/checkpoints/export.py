@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vae3d import __version__
-from vae3d.checkpoints import ldm, wan
+from vae3d.checkpoints import ldm, taehv, wan
 from vae3d.checkpoints.formats import EXPORT_CONFIG, PUBLISHED_FACTOR, Checkpoint, CheckpointError, State
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.spatial import SpatialVAE
+from vae3d.models.taehv import TAEHV
 from vae3d.models.temporal import TemporalVAE
 from vae3d.models.wan import WanVAE
 
@@ -30,7 +31,7 @@ RUNNING = ("scaling_factor", "frame_batch", "gradient_checkpointing")
 def write_export(checkpoint: Checkpoint, folder: Path, **about: Any) -> None:
     """model.safetensors and model.yaml (the configuration that builds the model, and `about`) in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    _save(checkpoint.state, folder / "model.safetensors")
+    _save(checkpoint.state, folder / "model.safetensors", metadata_of(checkpoint))
     text = {"vae3d": __version__, **about, "model": checkpoint.config}
     (folder / EXPORT_CONFIG).write_text(yaml.safe_dump(text, sort_keys=False))
 
@@ -120,6 +121,30 @@ def write_videox_fun(checkpoint: Checkpoint, file: Path) -> None:
     _save_file(wan.videox_fun(checkpoint.state), file)
 
 
+def write_taehv(checkpoint: Checkpoint, file: Path) -> None:
+    """One file like the published ones, and what must be known of it: in the file, or in <its stem>.json beside it."""
+    told = taehv.facts(_require(checkpoint, TAEHV, "taehv"))
+    _save_file(checkpoint.state, file, taehv.metadata(told))
+    if file.suffix != ".safetensors":
+        file.with_suffix(".json").write_text(json.dumps(told, indent=2) + "\n")
+
+
+def write_final_model(checkpoint: Checkpoint, folder: Path) -> None:
+    """final_model.pth, a plain state dict in fp32 that the published TAEHV class loads with weights_only=True; the same
+    as final_model.safetensors with its metadata; model.json, which holds these for the former."""
+    told = taehv.facts(_require(checkpoint, TAEHV, "taehv"))
+    state = {key: tensor.float() for key, tensor in checkpoint.state.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / taehv.FACTS).write_text(json.dumps(told, indent=2) + "\n")
+    _save(state, folder / "final_model.safetensors", taehv.metadata(told))
+    write_flat(state, "native", folder / "final_model.pth")
+
+
+def metadata_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a weight file's header tells beside its tensors."""
+    return taehv.metadata(taehv.facts(checkpoint.config)) if _is(checkpoint, TAEHV) else {}
+
+
 WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
     "export": write_export,
     "diffusers": write_diffusers,
@@ -127,6 +152,7 @@ WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
     "opensora": write_opensora,
     "wan": write_wan,
     "videox_fun": write_videox_fun,
+    "taehv": write_taehv,
 }
 
 
@@ -227,15 +253,15 @@ def _fold_factor(state: State, spatial: dict[str, Any]) -> State:
     return state
 
 
-def _save_file(state: State, file: Path) -> None:
+def _save_file(state: State, file: Path, metadata: Mapping[str, str] | None = None) -> None:
     """One file of the kind that its name says: .safetensors, or else torch's (.pth, .pt)."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".safetensors":
-        _save(state, file)
+        _save(state, file, metadata)
     else:
         torch.save({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, file)
 
 
-def _save(state: State, file: Path) -> None:
+def _save(state: State, file: Path, metadata: Mapping[str, str] | None = None) -> None:
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    save_file(contiguous, file, metadata={"format": "pt"})
+    save_file(contiguous, file, metadata={"format": "pt", **(metadata or {})})

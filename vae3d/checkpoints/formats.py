@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vae3d.checkpoints import ldm, wan
+from vae3d.checkpoints import ldm, taehv, wan
 from vae3d.errors import UserError
 from vae3d.models import diffusers_vae
 
@@ -39,6 +39,7 @@ MARKERS = {
     "opensora": "temporal_vae.encoder.conv_in.conv.weight",
     "wan": wan.MARKER,
     "wan_diffusers": wan.MARKER_DIFFUSERS,
+    "taehv": taehv.MARKER,
     "diffusers": "encoder.down_blocks.0.resnets.0.norm1.weight",
     "ldm": "encoder.down.0.block.0.norm1.weight",
 }
@@ -68,9 +69,10 @@ class Checkpoint:
         return inner or self.state
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
     """Read a folder or a file; see README "Checkpoints" for what is recognised.
 
+    variant: of a TAEHV, whose files need not tell.
     Raises CheckpointError if nothing readable is there or no layout fits its keys.
     """
     weights = find_weights(Path(path))
@@ -94,10 +96,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         elif layout in ("wan", "wan_diffusers"):
             state = wan.from_diffusers(state) if layout == "wan_diffusers" else state
             config = wan.config_of(state, told, notes)
+        elif layout == "taehv":
+            config = taehv.config_of(state, weights, variant, notes)
         else:
             inner = ldm.modernize(ldm.from_ldm(state) if layout == "ldm" else state)
             config = _spatial_config(inner, told, notes)
             state = {f"module.{key}": tensor for key, tensor in inner.items()}
+    except ValueError as error:
+        raise CheckpointError(f"{weights}: {error}") from error
     except KeyError as missing:
         raise CheckpointError(f"{weights}: looks like {layout}, but {missing} is not in it") from missing
     return Checkpoint(config, state, weights, layout, notes)
@@ -177,7 +183,7 @@ def recognise(state: State, path: Path) -> tuple[str, State, list[str]]:
             notes = [f"left out, not part of the VAE: {', '.join(others)}"] if others else []
             return layout, {k: v for k, v in own.items() if k not in ignored}, notes
     raise CheckpointError(
-        f"{path}: none of the known layouts (vae3d export, Open-Sora 1.2, Wan, diffusers AutoencoderKL, LDM); "
+        f"{path}: none of the known layouts (vae3d export, Open-Sora 1.2, Wan, TAEHV, diffusers AutoencoderKL, LDM); "
         f"its keys begin with {_first(state)}"
     )
 
@@ -185,6 +191,10 @@ def recognise(state: State, path: Path) -> tuple[str, State, list[str]]:
 def load_state(module: nn.Module, state: State, what: str) -> None:
     """module.load_state_dict, strict; raises CheckpointError naming everything that did not fit."""
     own = module.state_dict()
+    try:
+        state = taehv.fit_time(module, state)
+    except ValueError as error:
+        raise CheckpointError(f"{what} does not fit the model:\n{error}") from error
     faults = [
         _fault("missing in the file", own.keys() - state.keys()),
         _fault("unknown to the model", state.keys() - own.keys()),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, fields
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from vae3d.seeding import seed_of
 from vae3d.types import Reconstruction
 
 KINDS = ("ori", "rec", "spatial")
+Piece = tuple[np.ndarray, int]  # frames of a video, [T, H, W, 3] uint8, and how many of them are to be coded now
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ class Reconstructor:
         with closing(self._open(source, bounds)) as reader:
             indices, _, target = self._wanted(source, reader.info)
             stream = self._stream(source, target)
-            return self._to_video(next(self._chunks(reader, indices, target, stream)))
+            frames, length = next(self._chunks(reader, indices, target, stream))
+            return self._to_video(frames[:length])
 
     def _stream(self, source: str, target: Size) -> Stream:
         try:
@@ -159,11 +161,18 @@ class Reconstructor:
         indices, fps = self._frames(source, info.num_frames, info.fps)
         return indices, fps, (self.selection.height or info.height, self.selection.width or info.width)
 
-    def _chunks(self, reader: Reader, indices: list[int], target: Size, stream: Stream) -> Iterator[np.ndarray]:
+    def _chunks(self, reader: Reader, indices: list[int], target: Size, stream: Stream) -> Iterator[Piece]:
+        """Every piece of the stream, with the frames after it that the stream wants to see; none is read twice."""
         crop = cover(reader.info.height, reader.info.width, target)
-        place = iter(indices)
-        pieces = (list(islice(place, length)) for length in stream.chunks(len(indices)))
-        return (crop.cut(reader.read(piece, crop.size)) for piece in pieces)
+        held, read = np.empty((0, *target, 3), np.uint8), 0
+        for length in stream.chunks(len(indices)):
+            new = indices[read : read + length + stream.lookahead - len(held)]
+            if new:
+                frames = crop.cut(reader.read(new, crop.size))
+                held = np.concatenate([held, frames]) if len(held) else frames
+                read += len(new)
+            yield held, length
+            held = held[length:]
 
     def _to_video(self, frames: np.ndarray) -> Tensor:
         return to_tensor(frames)[None].to(self.device).float() / 127.5 - 1.0
@@ -180,7 +189,7 @@ class Reconstructor:
             raise MediaError(source, f"gives {possible} frames from start={chosen.start}; num_frames={wanted}")
         return [chosen.start + int(i * step) for i in range(wanted)], fps / step
 
-    def _video(self, stream: Stream, chunks: Iterator[np.ndarray], name: str, fps: float, row: int) -> None:
+    def _video(self, stream: Stream, chunks: Iterator[Piece], name: str, fps: float, row: int) -> None:
         writers: dict[str, VideoWriter] = {}
         try:
             for number, chunk in enumerate(chunks):
@@ -194,19 +203,20 @@ class Reconstructor:
             for writer in writers.values():
                 writer.abandon()
 
-    def _image(self, stream: Stream, chunks: Iterator[np.ndarray], name: str, row: int) -> None:
+    def _image(self, stream: Stream, chunks: Iterator[Piece], name: str, row: int) -> None:
         for kind, frames in self._code(stream, next(chunks), row, 0).items():
             write_image(self.folder(kind) / f"{name}.png", frames[0])
 
     @torch.inference_mode()
-    def _code(self, stream: Stream, frames: np.ndarray, row: int, number: int) -> dict[str, np.ndarray]:
+    def _code(self, stream: Stream, piece: Piece, row: int, number: int) -> dict[str, np.ndarray]:
         """8-bit frames of every kind, and their scores added to the metrics."""
+        frames, length = piece
         video = self._to_video(frames)
         generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, row, number))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             out = stream(video, sample=self.sample, generator=generator)
             spatial = self._spatial(out, video)
-        coded = {"ori": frames, "rec": to_uint8(out.video[0])}
+        coded = {"ori": frames[:length], "rec": to_uint8(out.video[0])}
         if spatial is not None:
             coded["spatial"] = to_uint8(spatial[0])
         self.metrics.update(as_unit(coded["ori"], self.device), as_unit(coded["rec"], self.device))

@@ -31,3 +31,9 @@ def pad_space(video: Tensor, stride: int) -> Tensor:
     if not bottom and not right:
         return video
     return F.pad(video, (0, right, 0, bottom, 0, 0), mode="replicate")
+
+
+def extend_time(video: Tensor, frames: int) -> Tensor:
+    """Repeat the last frame of [B, C, T, H, W] until there are `frames`; a longer one stays as it is."""
+    missing = frames - video.shape[2]
+    return torch.cat([video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2) if missing > 0 else video

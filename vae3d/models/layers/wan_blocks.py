@@ -200,7 +200,7 @@ def passed_by(x: Tensor, conv: nn.Conv3d) -> Tensor:
     return x + 0.0 * (conv.weight.sum() + conv.bias.sum()).to(x.dtype)
 
 
-def upsample_conv(frames: Tensor, weight: Tensor, bias: Tensor, borders: Borders) -> Tensor:
+def upsample_conv(frames: Tensor, weight: Tensor, bias: Tensor | None, borders: Borders) -> Tensor:
     """conv2d(nearest-neighbour upsampling of [N, C, H, W] by two, 3 x 3 weight), without the upsampled frames.
 
     Every output pixel sees 2 x 2 different inputs, under weights that are sums of the kernel's: one 2 x 2 convolution
@@ -211,7 +211,8 @@ def upsample_conv(frames: Tensor, weight: Tensor, bias: Tensor, borders: Borders
                         torch.stack([weight[:, :, 0] + weight[:, :, 1], weight[:, :, 2]], 2)])  # fmt: skip
     phases = torch.stack([torch.stack([rows[..., 0], rows[..., 1] + rows[..., 2]], -1),
                           torch.stack([rows[..., 0] + rows[..., 1], rows[..., 2]], -1)], 1)  # fmt: skip
-    out = F.conv2d(borders.pad(frames), phases.flatten(0, 2), bias.repeat(4), padding=borders.zeros)
+    bias = None if bias is None else bias.repeat(4)
+    out = F.conv2d(borders.pad(frames), phases.flatten(0, 2), bias, padding=borders.zeros)
     even_odd = [
         piece[..., row : row + height, column : column + width]
         for piece, (row, column) in zip(out.chunk(4, 1), ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True)
