@@ -147,6 +147,7 @@ class Publish:
 
     prefix: str | None = None  # null: none
     layout: str = "videox_fun"  # keys of the averaged weights, a name in vae3d/checkpoints/export.py FLAT_LAYOUTS
+    final_model: bool = False  # of a TAEHV: final_model.pth, final_model.safetensors and model.json at the end
 
 
 @dataclass

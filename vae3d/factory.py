@@ -229,6 +229,10 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     )
     for line in [*summary(config, model, accelerator.num_processes), *data_summary(config, data), *started]:
         built.log.say(line)
+    if isinstance(model, TAEHV) and config.teacher.path is None and "decoder" not in config.stage.train:
+        built.log.warn(
+            f"no teacher (teacher=none): nothing keeps the latents those of {model.variant}; they become its own"
+        )
     if isinstance(model, WanVAE) and precision != "no" and (fault := slow_conv3d()):
         built.log.say(fault)
     return built

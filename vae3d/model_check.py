@@ -20,6 +20,7 @@ from vae3d.errors import UserError
 from vae3d.losses.objective import Objective
 from vae3d.metrics import METRICS, MetricError
 from vae3d.metrics.registry import find_files, resolve
+from vae3d.models.taehv import TAEHV
 from vae3d.summary import frame_counts
 from vae3d.types import Clip, Reconstruction
 from vae3d.weights import WeightsMissing
@@ -78,6 +79,8 @@ def _metric_faults(config: TrainConfig) -> Iterator[str]:
 
 
 def _layout_faults(config: TrainConfig, model: nn.Module) -> Iterator[str]:
+    if config.trainer.publish.final_model and not isinstance(model, TAEHV):
+        yield "trainer.publish.final_model is of TAEHV alone; use trainer.publish.prefix, or the export"
     if config.trainer.publish.prefix is not None:
         try:
             to_layout(model.state_dict(), config.trainer.publish.layout)

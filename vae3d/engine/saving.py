@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from vae3d import ranks
 from vae3d.checkpoints import state
-from vae3d.checkpoints.export import write_export
+from vae3d.checkpoints.export import write_export, write_final_model
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.publish import publish, withdraw
 
@@ -74,10 +74,13 @@ def _publish(trainer: Trainer, saved: Path) -> None:
     """The export and the published files of a checkpoint; what is older than trainer.keep goes."""
     keep, named, folder = trainer.config.trainer.keep, trainer.config.trainer.publish, trainer.folder
     export(trainer, folder / "exports" / saved.name)
+    last = trainer.step == trainer.config.trainer.max_steps
     if named.prefix is not None:
-        last = trainer.step == trainer.config.trainer.max_steps
         with trainer.ema.applied():
             publish(folder, named.prefix, saved, trainer.network.state_dict(), named.layout, last=last)
+    if named.final_model and last:
+        with trainer.ema.applied():
+            write_final_model(Checkpoint(trainer.config.model, trainer.network.state_dict(), folder, "export"), folder)
     state.prune(folder / "exports", keep)
     gone = state.prune(folder / "checkpoints", keep)
     if named.prefix is not None:

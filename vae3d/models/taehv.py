@@ -300,6 +300,10 @@ class TAEHV(nn.Module):
             frames -= min(length, frames)
         return count
 
+    def as_video(self, features: Tensor, clips: int) -> Tensor:
+        """What a layer gave for so many clips, [T * B, C, H, W], as [B, C, T, H, W]."""
+        return rearrange(features, "(t b) c h w -> b c t h w", b=clips)
+
     def parts(self) -> dict[str, list[nn.Module]]:
         return {"encoder": [self.encoder], "decoder": [self.decoder]}
 
