@@ -261,7 +261,8 @@ class TAEHV(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         grown = 1 + max(i for i, layer in enumerate(self.decoder) if isinstance(layer, blocks.TGrow))
         x, memory = run_layers(self.decoder[:grown], x, len(z), memory, recompute)
-        x = torch.cat([self.decoder[grown:](frames) for frames in (x.split(1) if _one_by_one(x) else [x])])
+        pieces = x.split(1) if _one_by_one(x) else [x]
+        x = torch.cat([run(self.decoder[grown:], piece, recompute=recompute) for piece in pieces])
         x = F.pixel_shuffle(x, self.patch)
         return rearrange(2 * x - 1, "(t b) c h w -> b c t h w", b=len(z)), memory
 
