@@ -234,12 +234,13 @@ class TAEHV(nn.Module):
     def _step(self, part: nn.Module, step: Step, x: Tensor, memory: Memory | None, unit: int) -> tuple[Tensor, Memory]:
         """Code a chunk, of which `unit` frames belong to a latent.
 
-        Without gradients a CPU codes one latent after another: several at once take longer, and oneDNN computes a
-        convolution in another order for another number of frames, so that results would depend on the chunks.
+        Without gradients a CPU codes one latent after another, and the last layers one frame after another: more at
+        once take longer, since they do not fit into its caches, and oneDNN sums a convolution in another order for
+        another number of frames, so that results would depend on the chunks.
         With gradient checkpointing, a clip at once keeps the input of every block; one in chunks keeps only their
         memory, and runs each chunk once more in backward.
         """
-        if x.device.type == "cpu" and not torch.is_grad_enabled():
+        if _one_by_one(x):
             coded = []
             for piece in x.split(unit, 2):
                 y, memory = step(piece, memory, False)
@@ -258,7 +259,10 @@ class TAEHV(nn.Module):
     def _pixels(self, z: Tensor, memory: Memory | None, recompute: bool) -> tuple[Tensor, Memory]:
         x = rearrange(z.to(self.decoder[-1].weight.dtype), "b c t h w -> (t b) c h w")
         x = x.contiguous(memory_format=torch.channels_last)
-        x, memory = run_layers(self.decoder, x, len(z), memory, recompute)
+        grown = 1 + max(i for i, layer in enumerate(self.decoder) if isinstance(layer, blocks.TGrow))
+        x, memory = run_layers(self.decoder[:grown], x, len(z), memory, recompute)
+        pieces = x.split(1) if _one_by_one(x) else [x]
+        x = torch.cat([run(self.decoder[grown:], piece, recompute=recompute) for piece in pieces])
         x = F.pixel_shuffle(x, self.patch)
         return rearrange(2 * x - 1, "(t b) c h w -> b c t h w", b=len(z)), memory
 
@@ -286,7 +290,7 @@ class TAEHV(nn.Module):
         """About how many bytes decoding a chunk takes in fp32, with the memory but without weights: some frames of the
         last stage are in work."""
         pixels = height * width // self.patch**2
-        return int(4 * pixels * self.decoder[-1].in_channels * (3 + 3 * latents * self.time_upscale))
+        return int(4 * pixels * self.decoder[-1].in_channels * (3 + 3.3 * latents * self.time_upscale))
 
     def plan(self, frames: int) -> Plan:
         """Which frames the network reads and shows of a clip of so many."""
@@ -319,6 +323,11 @@ class TAEHV(nn.Module):
 
     def denormalize(self, z: Tensor) -> Tensor:
         return z * self.scale + self.shift
+
+
+def _one_by_one(x: Tensor) -> bool:
+    """Whether frames that do not need each other are better coded one after another; see TAEHV._step."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def _time_flags(variant: str, flags: Sequence[bool] | None) -> tuple[bool, ...]:

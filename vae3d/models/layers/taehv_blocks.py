@@ -145,7 +145,8 @@ def run_layers(
 ) -> tuple[Tensor, Memory]:
     """Pass frames through `layers`; returns them and the memory for the chunk after.
 
-    memory: what the chunk before returned, None at the beginning. recompute: keep only each layer's input for backward.
+    memory: what the chunk before returned, None at the beginning. recompute: keep only the large layers' inputs for
+    backward.
     """
     remembered: list[Tensor | None] = []
     for number, layer in enumerate(layers):
@@ -156,6 +157,6 @@ def run_layers(
         elif isinstance(layer, TPool | TGrow):
             x = layer(x, clips)
         else:
-            x = layer(x)
+            x = run(layer, x, recompute=recompute and isinstance(layer, UpConv))
         remembered.append(last)
     return x, tuple(remembered)
