@@ -99,7 +99,7 @@ def test_wrong_frame_counts_name_the_nearest(videos, monkeypatch):
     from vae3d.models.opensora import OpenSoraVAE
 
     monkeypatch.setattr(OpenSoraVAE, "frames_valid", lambda self, frames: frames % 4 == 1)
-    with pytest.raises(ConfigError, match="the model does not take 6 frames; nearest are 5 and 9"):
+    with pytest.raises(ConfigError, match="the model does not take 6 frames; nearest are 1, 5, 9, 13"):
         tiny.training("temporal_vae", videos, "loss=recon_kl", "data.frames.min=6", "data.frames.max=6")
 
 

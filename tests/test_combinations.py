@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -22,14 +23,17 @@ def names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+TAUGHT_LOSSES = ("distill", "distill_lpips", "taehv")  # of a teacher, here of the model's own kind
 PANORAMA_LOSSES = [name for name in names("loss") if name.startswith("erp")]
 TWINS = ("opensora_v1_2",)  # temporal_vae with other factors
 COMBINATIONS = [
     *itertools.product(
         [n for n in names("model") if n not in TWINS],
         names("stage"),
-        [n for n in names("loss") if n not in PANORAMA_LOSSES],
+        [n for n in names("loss") if n not in (*PANORAMA_LOSSES, *TAUGHT_LOSSES)],
     ),
+    *itertools.product(["taehv"], ["finetune", "decoder_only"], TAUGHT_LOSSES),
+    *itertools.product(["wan", "spatial", "temporal_vae"], ["finetune"], ["distill"]),
     *((twin, "stage3", "recon_kl") for twin in TWINS),
     *itertools.product(["spatial"], ["finetune"], PANORAMA_LOSSES),  # they add terms that no part and no stage changes
     ("temporal_vae", "decoder_only", "erp_lite"),
@@ -87,6 +91,8 @@ def test_combination_steps_twice_or_is_refused_with_the_reason(videos, trunks, e
         most, step = FRAMES[model]
         overrides += [f"data.frames.max={most}", f"data.frames.step={step}"]
     overrides += starting_point(model, stage, exports)
+    if loss in TAUGHT_LOSSES:
+        overrides += ["teacher=vae", f"teacher.path={exports / model}"]
     if loss in PANORAMA_LOSSES:
         overrides += ["data.height=32", "data.width=64"]
     expected = reason(model, stage, loss)
@@ -110,6 +116,22 @@ SMALL = [
 ]  # fmt: skip
 
 
+TEACHERS = {
+    "wan": ["model.channels=4", "model.multipliers=[1,1,1,1]", "model.downsample=[false,true,true]", "model.layers=2",
+            "model.shift=null", "model.scale=null"],
+    "opensora_v1_2": [*tiny.MODEL["opensora_v1_2"], "model.spatial.channels=[8,8,8,8]"],
+}  # fmt: skip
+
+
+def taught(variant: str, folder: Path) -> list[str]:
+    """Overrides with a tiny teacher of 4 x 8 x 8 for a TAEHV."""
+    name = "opensora_v1_2" if variant == "taeos1_2" else "wan"
+    config = factory.model_config(name, *TEACHERS[name])
+    write_export(Checkpoint(config, factory.instantiate(config).state_dict(), folder, ""), folder / "teacher")
+    return [f"teacher.path={folder / 'teacher'}", f"model.variant={variant}", *FEW]
+
+
+FEW = [f"data.frames.{bound}=9" for bound in ("min", "max")] + ["adversary.channels=[8,8,8,8]"]
 TINY_OF = {"SpatialVAE": "spatial", "OpenSoraVAE": "temporal_vae", "WanVAE": "wan", "TAEHV": "taehv"}
 
 
@@ -121,6 +143,9 @@ def test_experiment_steps_twice(videos, rooms, trunks, tmp_path, monkeypatch, ex
     panorama = full.data.panorama
     overrides = [f"experiment={experiment}", *tiny.MODEL[name], *SMALL, f"data.width={64 if panorama else 32}"]
     composed = tiny.compose(*overrides)
+    if composed.teacher.precision == "bf16":
+        overrides += taught(full.model.variant, tmp_path)
+        composed = tiny.compose(*overrides)
     if composed.stage.name == "stage1":
         start, first = "stage.init_from.spatial_vae", composed.model.spatial
     else:
@@ -128,10 +153,15 @@ def test_experiment_steps_twice(videos, rooms, trunks, tmp_path, monkeypatch, ex
     first = OmegaConf.to_container(first, resolve=True)
     write_export(Checkpoint(first, factory.instantiate(first).state_dict(), tmp_path, ""), tmp_path / "start")
     overrides.append(f"{start}={tmp_path / 'start'}")
-    if composed.data.frames.min > 3:
+    if composed.data.frames.min > 3 and name != "taehv":
         overrides.append("data.frames.min=1" if name != "wan" else "data.frames.min=3")
-    where = {"Table": "path", "ErpRooms": "root"}.get(composed.data.source._target_.rpartition(".")[2])
-    overrides.append(f"data.source.{where}={rooms if where == 'root' else videos}")
+    kind = composed.data.source._target_.rpartition(".")[2]
+    clips = [{"path": str(path)} for path in sorted(Path(videos).parent.glob("*.mp4"))]
+    (tmp_path / "clips.json").write_text(json.dumps(clips))
+    where = {"Table": f"path={videos}", "ErpRooms": f"root={rooms}", "JsonClips": f"path={tmp_path / 'clips.json'}"}[
+        kind
+    ]
+    overrides.append(f"data.source.{where}")
     two_steps(check_training(tiny.compose(*overrides)), tmp_path / "run")
 
 

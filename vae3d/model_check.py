@@ -102,10 +102,7 @@ def _size_faults(config: TrainConfig, model: nn.Module) -> Iterator[str]:
             yield f"data.{side}={size} is not a multiple of the model's stride {stride}; use {near}"
     for count in frame_counts(config.data).all():
         if not model.frames_valid(count):
-            near = [n for n in range(max(1, count - 16), count + 17) if model.frames_valid(n)]
-            near = sorted(near, key=lambda n: abs(n - count))[:2]
-            nearest = " and ".join(map(str, sorted(near)))
-            yield f"data.frames: the model does not take {count} frames; nearest are {nearest}"
+            yield f"data.frames: the model does not take {count} frames{_nearest(count, model.frames_valid)}"
             return
 
 
@@ -130,14 +127,18 @@ def _frame_faults(config: TrainConfig, model: nn.Module, distillation: Distillat
 
     for count in frame_counts(data).all():
         if not fits(count):
-            near = sorted((n for n in range(1, count + 18) if fits(n)), key=lambda n: abs(n - count))[:4]
-            told = f"; nearest are {', '.join(map(str, sorted(near)))}" if near else ""
             shapes = [_shape(network.latent_shape(count, *size)) for network in (teacher, model)]
             yield (
                 f"data.frames: teacher and model do not both take {count} frames of {size[0]}x{size[1]} whole, to "
-                f"latents of one shape (teacher {shapes[0]}, model {shapes[1]}){told}"
+                f"latents of one shape (teacher {shapes[0]}, model {shapes[1]}){_nearest(count, fits)}"
             )
             return
+
+
+def _nearest(count: int, fits: Callable[[int], bool]) -> str:
+    """The four frame counts nearest to `count` that fit, to end a message with."""
+    near = sorted((n for n in range(1, count + 35) if fits(n)), key=lambda n: abs(n - count))[:4]
+    return f"; nearest are {', '.join(map(str, sorted(near)))}" if near else ""
 
 
 def _shape(latents: tuple[int, ...]) -> str:
