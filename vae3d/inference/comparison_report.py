@@ -31,7 +31,7 @@ def report_comparison(comparer: Comparer, files: Sequence[dict[str, Any]]) -> No
     if not files:
         return
     means = mean_of([{name: file[name] for name in ("pairs", "baseline", "latents")} for file in files])
-    warnings, notes = _collapsed(files), _partial(comparer, files)
+    warnings, notes = collapsed(files), _partial(comparer, files)
     told = {
         **{whose: network.facts() for whose, network in comparer.networks.items()},
         "units": UNITS,
@@ -61,7 +61,7 @@ def mean_of(values: Sequence[Any]) -> Any:
     return None if None in values else math.fsum(values) / len(values)
 
 
-def _collapsed(files: Sequence[dict[str, Any]]) -> list[str]:
+def collapsed(files: Sequence[dict[str, Any]]) -> list[str]:
     """Pairs that are hardly better than a frame of one colour."""
     found = []
     for pair in map(key_of, PAIRS):

@@ -80,7 +80,7 @@ def _line(width: int, texts: Mapping[int, str]) -> np.ndarray:
 def _with_text(picture: np.ndarray, place: Sequence[int], text: str) -> np.ndarray:
     image = Image.fromarray(picture)
     ImageDraw.Draw(image).text(tuple(place), text, fill=(255, 255, 255), font=ImageFont.load_default(12))
-    return np.asarray(image)
+    return np.array(image)
 
 
 def _fitted(frame: np.ndarray) -> np.ndarray:
