@@ -228,7 +228,7 @@ class TrainConfig:
 class Compared:
     """A second network: every encoder is then tried with every decoder, and compared."""
 
-    path: str | None = None  # as vae3d.load takes it; null: no comparison
+    path: str | None = None  # as vae3d.load takes it; null: no comparison. teacher=PATH is short for it
     precision: str = "fp32"  # fp32, bf16, fp16: of its weights and of all it computes
 
 

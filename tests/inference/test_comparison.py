@@ -217,6 +217,12 @@ def test_pixels_that_are_not_finite_are_no_figures(teacher, source, tmp_path):
         compare(tmp_path / "broken", source, tmp_path / "out", teacher)
 
 
+def test_lpips_is_measured_if_asked_for(student, teacher, source, tmp_path, trunks):
+    run(student, source, tmp_path / "out", f"teacher.path={teacher}", "num_frames=1", "metrics=[lpips,psnr,flicker]")
+    pairs = json.loads((tmp_path / "out_rec/comparison.json").read_text())["mean"]["pairs"]
+    assert [list(figures) for figures in pairs.values()] == [["mse", "psnr", "psnr_video", "ssim", "lpips_alex"]] * 4
+
+
 def test_a_teacher_in_half_precision_and_a_still_image(student, teacher, videos, tmp_path):
     told = compare(student, videos.parent / "image0.png", tmp_path / "out", teacher, "teacher.precision=bf16")
     full = compare(student, videos.parent / "image0.png", tmp_path / "full", teacher)
@@ -251,7 +257,7 @@ def test_pictures_show_what_they_are_given():
 
 
 def test_infer_compares_its_files_and_starts_anew(student, teacher, videos, tmp_path):
-    words = [f"checkpoint={student}", f"source={videos}", f"save_dir={tmp_path}/out", f"teacher.path={teacher}"]
+    words = [f"checkpoint={student}", f"source={videos}", f"save_dir={tmp_path}/out", f"teacher={teacher}"]
     words += ["num_samples=2", "num_frames=9", "metrics=[psnr]", *SMALL]
     done = tiny.run(*tiny.script("infer.py"), *words, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
