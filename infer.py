@@ -21,6 +21,11 @@ def run(cfg: DictConfig) -> None:
     factory.infer(config)
 
 
+def in_full(argument: str) -> str:
+    """teacher=PATH is short for teacher.path=PATH; Hydra would look for PATH in conf/teacher, which train.py reads."""
+    return f"teacher.path={argument.removeprefix('teacher=')}" if argument.startswith("teacher=") else argument
+
+
 if __name__ == "__main__":
-    sys.argv[1:] = launch.allow_unknown_keys(sys.argv[1:])
+    sys.argv[1:] = launch.allow_unknown_keys(list(map(in_full, sys.argv[1:])))
     main()

@@ -65,6 +65,11 @@ def check_inference(cfg: DictConfig) -> InferConfig:
     for key in ("compile", "cost"):
         if config.tile is not None and getattr(config, key):
             faults.append(f"{key}=true is of whole frames; leave out tile={config.tile}")
+    if (teacher := config.teacher.path) is not None:
+        if config.tile is not None:
+            faults.append(f"teacher.path={teacher} is compared on whole frames; leave out tile={config.tile}")
+        if config.sample:
+            faults.append(f"teacher.path={teacher} is compared by the mode of the latents; leave out sample=true")
     faults += [f"{name}={value}: no such file or folder" for name, value in _given_paths(config) if not _exists(value)]
     if faults:
         raise ConfigError(faults)
@@ -73,6 +78,7 @@ def check_inference(cfg: DictConfig) -> InferConfig:
 
 def _given_paths(config: InferConfig) -> list[tuple[str, str]]:
     pairs = [("checkpoint", config.checkpoint), ("source", config.source), ("root", config.root)]
+    pairs.append(("teacher.path", config.teacher.path))
     return [(name, value) for name, value in pairs if value not in (None, MISSING)]
 
 

@@ -226,12 +226,20 @@ class TrainConfig:
 
 
 @dataclass
+class Compared:
+    """A second network: every encoder is then tried with every decoder, and compared."""
+
+    path: str | None = None  # as vae3d.load takes it; null: no comparison. teacher=PATH is short for it
+    precision: str = "fp32"  # fp32, bf16, fp16: of its weights and of all it computes
+
+
+@dataclass
 class InferConfig:
     """Reconstruct videos with a checkpoint."""
 
     checkpoint: str = MISSING
     source: str = MISSING  # a table, a JSON list, a folder or one file
-    save_dir: str = MISSING  # prefix of <save_dir>_ori, _rec, _spatial
+    save_dir: str = MISSING  # prefix of <save_dir>_ori, _rec, _spatial, _compare
     root: str | None = None  # what relative paths in a table are relative to; by default the table's folder
     model: dict[str, Any] = field(default_factory=dict)  # changes to the checkpoint's model: model.micro_frames=null
     frame_batch: int = 4  # frames through a 2D network at once
@@ -253,6 +261,8 @@ class InferConfig:
     device: str | None = None  # null: cuda if there is one
     codec: str = "lossless"  # lossless (RGB, bit-exact) or h264 (for eyes)
     metrics: list[str] = field(default_factory=list)  # score in memory, before any codec
+    teacher: Compared = field(default_factory=Compared)
+    strip: int = 5  # frames in the picture that each comparison gives
     cost: bool = False  # also measure speed and memory of encoding and decoding, on the first chunk
     reader: str = "auto"
     on_error: str = "stop"  # stop, skip: what to do with a file that cannot be read

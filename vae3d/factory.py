@@ -30,12 +30,12 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.depth import DepthSettings
 from vae3d.data.loader import TrainingData, lengths_of, read_tables, validation_clips
 from vae3d.data.sampler import Plan
-from vae3d.data.sources import SPLITS, DataError, open_source
 from vae3d.engine.distillation import Distillation
 from vae3d.engine.freeze import train_parts
 from vae3d.engine.trainer import Trainer
 from vae3d.errors import UserError
-from vae3d.inference.files import clear, cost_of, reconstruct_files, refuse_own_source, refuse_to_mix
+from vae3d.inference.comparison import Comparer, Network
+from vae3d.inference.files import clear, cost_of, reconstruct_files, refuse_own_source, refuse_to_mix, rows_of
 from vae3d.inference.reconstruct import Reconstructor, Selection
 from vae3d.losses.objective import Objective, Weighted
 from vae3d.metrics import build_metrics
@@ -244,10 +244,7 @@ def infer(config: InferConfig) -> None:
         cpu=_no_accelerator(), timeout=timedelta(days=7)
     )  # ranks wait for the one with the longest videos
     device = as_device(config.device) if config.device else ranks.device
-    if config.precision == "fp32":
-        without_tf32()
-    elif fault := slow_conv3d():
-        log.warning(fault)
+    _set_precision(config.precision)
     selection = Selection(
         **{
             name: getattr(config, name)
@@ -276,15 +273,8 @@ def infer(config: InferConfig) -> None:
         memory_gib=config.memory_gib,
         open_stream=_tiled(model, config.tile, config.tile_overlap).stream if config.tile else None,
     )
-    table = open_source(config.source, config.root).table()
-    if config.split is not None:
-        unknown = table.loc[~table["split"].isin(SPLITS), "row"]
-        if len(unknown):
-            raise DataError(f"{config.source}: `split` is none of {', '.join(SPLITS)} in rows {list(unknown[:10])}")
-        table = table[table["split"] == config.split]
-    table = table.iloc[: config.num_samples]
-    if table.empty:
-        raise DataError(f"{config.source} has no rows of split {config.split}")
+    comparer = _comparer(config, reconstructor, ranks.is_main_process)
+    table = rows_of(config.source, config.root, config.split, config.num_samples)
     refuse_own_source(reconstructor, config.source)
     if ranks.is_main_process:
         clear(reconstructor) if config.overwrite else refuse_to_mix(reconstructor)
@@ -298,7 +288,33 @@ def infer(config: InferConfig) -> None:
         world_size=ranks.num_processes,
         gather=gather_object,
         cost=cost,
+        comparer=comparer,
     )
+
+
+def _comparer(config: InferConfig, reconstructor: Reconstructor, measures: bool) -> Comparer | None:
+    """What compares with the teacher, if there is one; of the metrics it takes, beside PSNR and SSIM, LPIPS."""
+    path, precision = config.teacher.path, config.teacher.precision
+    if path is None:
+        return None
+    _set_precision(precision)
+    teacher = load(path).to(reconstructor.device, DTYPES[precision])
+    lpips = [name for name in config.metrics if name.startswith("lpips")]
+    return Comparer(
+        reconstructor,
+        Network(reconstructor.model, config.checkpoint, config.precision, DTYPES[config.precision]),
+        Network(teacher, path, precision),
+        build_metrics(["psnr", "ssim", *lpips], reconstructor.device),
+        pictures=config.strip,
+        measures=measures,
+    )
+
+
+def _set_precision(precision: str) -> None:
+    if precision == "fp32":
+        without_tf32()
+    elif fault := slow_conv3d():
+        log.warning(fault)
 
 
 def _compile(model: nn.Module) -> None:

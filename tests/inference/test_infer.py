@@ -280,9 +280,9 @@ def test_cost_of_coding_is_measured_on_request(export, videos, tmp_path):
 
 
 def test_memory_of_a_run_is_its_peak():
-    from vae3d.inference.cost import _timed
+    from vae3d.inference.cost import timed
 
-    _, memory = _timed(lambda: torch.ones(2**26).add_(1), torch.device("cpu"))
+    _, memory = timed(lambda: torch.ones(2**26).add_(1), torch.device("cpu"))
     assert memory is None or 0.2 < memory < 0.4  # 256 MiB
 
 

@@ -34,8 +34,8 @@ def measure_cost(model: nn.Module, video: Tensor, dtype: torch.dtype | None = No
         with torch.autocast(video.device.type, dtype, enabled=dtype is not None):
             return model.decode(z, frames)
 
-    encode_seconds, encode_memory = _timed(encode, video.device)
-    decode_seconds, decode_memory = _timed(decode, video.device)
+    encode_seconds, encode_memory = timed(encode, video.device)
+    decode_seconds, decode_memory = timed(decode, video.device)
     return {
         "frames": frames,
         "height": video.shape[3],
@@ -51,7 +51,7 @@ def measure_cost(model: nn.Module, video: Tensor, dtype: torch.dtype | None = No
     }
 
 
-def _timed(run: Callable[[], Tensor], device: torch.device) -> tuple[float, float | None]:
+def timed(run: Callable[[], Tensor], device: torch.device) -> tuple[float, float | None]:
     """Seconds of the median run, and the peak of memory in GiB."""
     run()
     before = _start_of_peak(device)

@@ -14,7 +14,10 @@ from tqdm import tqdm
 
 from vae3d.data.readers import MediaError
 from vae3d.data.segments import SEGMENT_FAULT, bounds_of
+from vae3d.data.sources import SPLITS, DataError, open_source
 from vae3d.errors import UserError
+from vae3d.inference.comparison import Comparer
+from vae3d.inference.comparison_report import report_comparison
 from vae3d.inference.cost import measure_cost
 from vae3d.inference.reconstruct import KINDS, Done, Reconstructor
 from vae3d.metrics import MetricError
@@ -25,6 +28,20 @@ Gather = Callable[[list], list]
 
 class InferenceError(UserError):
     """Reconstruction that cannot start, or did not succeed for every file."""
+
+
+def rows_of(source: str, root: str | None, split: str | None, count: int | None) -> pd.DataFrame:
+    """The files of a source, only of one split, only the first `count`. Raises DataError if there are none."""
+    table = open_source(source, root).table()
+    if split is not None:
+        unknown = table.loc[~table["split"].isin(SPLITS), "row"]
+        if len(unknown):
+            raise DataError(f"{source}: `split` is none of {', '.join(SPLITS)} in rows {list(unknown[:10])}")
+        table = table[table["split"] == split]
+    table = table.iloc[:count]
+    if table.empty:
+        raise DataError(f"{source} has no rows of split {split}")
+    return table
 
 
 def refuse_to_mix(reconstructor: Reconstructor) -> None:
@@ -47,7 +64,7 @@ def clear(reconstructor: Reconstructor) -> None:
     for kind in KINDS:
         folder = reconstructor.folder(kind)
         for file in folder.iterdir() if folder.is_dir() else ():
-            if re.fullmatch(r"\.?\d{6}_.*\.(mp4|png)|index\.csv|metrics\.json", file.name):
+            if re.fullmatch(r"\.?\d{6}_.*\.(mp4|png)|index\.csv|(metrics|comparison)\.json", file.name):
                 file.unlink()
 
 
@@ -60,13 +77,16 @@ def reconstruct_files(
     world_size: int = 1,
     gather: Gather = list,
     cost: dict[str, Any] | None = None,
+    comparer: Comparer | None = None,
 ) -> list[Done]:
     """Reconstruct this rank's share of the table; rank 0 writes index.csv, prints and stores the scores of all.
 
-    cost: of measure_cost, to be reported too. Returns every rank's files in the table's order. Raises MediaError at
-    the first file that cannot be read or scored, or, with skip_errors, InferenceError that lists them all at the end.
+    cost: of measure_cost, to be reported too. comparer: for what is compared of each file. Returns every rank's files
+    in the table's order. Raises MediaError at the first file that cannot be read or scored, or, with skip_errors,
+    InferenceError that lists them all at the end.
     """
     done: list[Done] = []
+    compared: list[dict[str, Any]] = []
     failed: list[str] = []
     mine = table.iloc[rank::world_size]
     for _, entry in tqdm(mine.iterrows(), total=len(mine), unit="file", disable=None if rank == 0 else True):
@@ -75,7 +95,10 @@ def reconstruct_files(
                 raise MediaError(f"row {entry['row']}", "has no `path`")
             if entry["fault"] == SEGMENT_FAULT:  # other faults are of facts that are not needed here
                 raise MediaError(f"row {entry['row']} ({entry['path']})", SEGMENT_FAULT)
-            done.append(reconstructor.file(entry["path"], int(entry["row"]), (entry["start"], entry["end"])))
+            file = entry["path"], int(entry["row"]), (entry["start"], entry["end"])
+            done.append(reconstructor.file(*file))
+            if comparer is not None:
+                compared.append(comparer.file(*file))
         except (MediaError, MetricError) as error:
             if isinstance(error, MetricError):
                 error = MediaError(entry["path"], str(error))
@@ -84,9 +107,12 @@ def reconstruct_files(
             log.warning("skipped: %s", error)
             failed.append(str(error))
     done = sorted(gather(done), key=lambda item: item.id)
+    compared = sorted(gather(compared), key=lambda item: item["file"])
     failed = gather(failed)
     if rank == 0:
         report(reconstructor, done, cost)
+        if comparer is not None:
+            report_comparison(comparer, compared)
     if failed:
         listed = "\n".join(f"  {reason}" for reason in failed)
         raise InferenceError(f"{len(failed)} of {len(table)} files could not be read:\n{listed}")

@@ -25,7 +25,7 @@ from vae3d.models.streaming import Stream
 from vae3d.seeding import seed_of
 from vae3d.types import Reconstruction
 
-KINDS = ("ori", "rec", "spatial")
+KINDS = ("ori", "rec", "spatial", "compare")  # of folders; compare: see inference.comparison
 Piece = tuple[np.ndarray, int]  # frames of a video, [T, H, W, 3] uint8, and how many of them are to be coded now
 
 
@@ -148,7 +148,15 @@ class Reconstructor:
             indices, _, target = self._wanted(source, reader.info)
             stream = self._stream(source, target)
             frames, length = next(self._chunks(reader, indices, target, stream))
-            return self._to_video(frames[:length])
+            return self.to_video(frames[:length])
+
+    def opening(self, source: str, bounds: Bounds, count: Callable[[int], int]) -> tuple[np.ndarray, float, int]:
+        """The first frames of those that a file is reconstructed from, [T, H, W, 3] uint8, their rate (0 of an image),
+        and how many there are. count: from that to how many are wanted. Raises MediaError."""
+        with closing(self._open(source, bounds)) as reader:
+            indices, fps, target = self._wanted(source, reader.info)
+            crop = cover(reader.info.height, reader.info.width, target)
+            return crop.cut(reader.read(indices[: count(len(indices))], crop.size)), fps, len(indices)
 
     def _stream(self, source: str, target: Size) -> Stream:
         try:
@@ -174,7 +182,8 @@ class Reconstructor:
             yield held, length
             held = held[length:]
 
-    def _to_video(self, frames: np.ndarray) -> Tensor:
+    def to_video(self, frames: np.ndarray) -> Tensor:
+        """[T, H, W, 3] uint8 -> [1, 3, T, H, W] in [-1, 1], on the model's device."""
         return to_tensor(frames)[None].to(self.device).float() / 127.5 - 1.0
 
     def _frames(self, source: str, count: int, fps: float) -> tuple[list[int], float]:
@@ -211,7 +220,7 @@ class Reconstructor:
     def _code(self, stream: Stream, piece: Piece, row: int, number: int) -> dict[str, np.ndarray]:
         """8-bit frames of every kind, and their scores added to the metrics."""
         frames, length = piece
-        video = self._to_video(frames)
+        video = self.to_video(frames)
         generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, row, number))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             out = stream(video, sample=self.sample, generator=generator)

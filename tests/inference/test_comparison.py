@@ -1,0 +1,285 @@
+"""infer.py with a teacher: every encoder with every decoder, on the same frames."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import vae3d
+from tests import tiny
+from tests.inference.test_infer import read, run
+from tests.inference.test_wan_infer import write
+from vae3d.check import ConfigError
+from vae3d.checkpoints.export import write_export
+from vae3d.checkpoints.formats import Checkpoint
+from vae3d.errors import UserError
+from vae3d.factory import model_config
+from vae3d.inference.comparison import ComparisonError, Network, baseline, translated
+from vae3d.inference.comparison_report import collapsed
+from vae3d.inference.files import InferenceError
+from vae3d.inference.pictures import error_map, side_by_side, strip
+from vae3d.metrics import build_metrics
+
+SHIFT, SCALE = [0.1 * i for i in range(16)], [1 + 0.1 * i for i in range(16)]
+TEACHER = [
+    "model.latent_channels=16", f"model.shift={SHIFT}", f"model.scale={SCALE}",
+    "model.multipliers=[1,1,1,1]", "model.downsample=[false,true,true]",
+]  # fmt: skip
+PAIRS = ["student -> student", "student -> teacher", "teacher -> student", "teacher -> teacher"]
+SMALL = ["height=16", "width=24"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """4 x 8 x 8, 16 channels of raw latents."""
+    return write("wan", tmp_path_factory.mktemp("wan16"), *TEACHER)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """The same latent space, normalized."""
+    return write("taehv", tmp_path_factory.mktemp("taew2_1"))
+
+
+@pytest.fixture
+def source(videos):
+    return videos.parent / "clip3.mp4"  # 15 frames
+
+
+def compare(checkpoint, source, prefix, teacher, *overrides) -> dict:
+    run(checkpoint, source, prefix, f"teacher.path={teacher}", *SMALL, *overrides)
+    return json.loads(prefix.with_name(f"{prefix.name}_rec").joinpath("comparison.json").read_text())
+
+
+def eight_bits(video: torch.Tensor) -> torch.Tensor:
+    """[1, 3, T, H, W] in [-1, 1] -> [T, 3, H, W] in [0, 1]."""
+    return ((video[0].transpose(0, 1).clamp(-1, 1) + 1) * 127.5).round() / 255
+
+
+def test_figures_are_those_of_their_definitions(student, teacher, source, tmp_path):
+    told = compare(student, source, tmp_path / "out", teacher, "num_frames=9")
+    pixels = read(next((tmp_path / "out_ori").glob("*.mp4")))
+    video = torch.from_numpy(pixels.transpose(3, 0, 1, 2).copy())[None].float() / 127.5 - 1
+    own, raw = vae3d.load(student), vae3d.load(teacher)
+    shift, scale = (torch.tensor(values).view(1, 16, 1, 1, 1) for values in (SHIFT, SCALE))
+    with torch.no_grad():
+        z, taught = own.encode(video).mode(), raw.encode(video).mode()
+        expected = [
+            own.decode(z, 9),
+            raw.decode(z * scale + shift, 9),
+            own.decode((taught - shift) / scale, 9),
+            raw.decode(taught, 9),
+        ]
+    ref = eight_bits(video)
+    ssim = build_metrics(["ssim"])
+    for pair, rec in zip(PAIRS, map(eight_bits, expected), strict=True):
+        ssim.update(ref, rec)
+        frames = (ref - rec).double().square().flatten(1).mean(1)
+        figures = told["files"][0]["pairs"][pair]
+        assert figures["mse"] == pytest.approx(frames.mean().item(), rel=1e-5)
+        assert figures["psnr_video"] == pytest.approx(-10 * math.log10(frames.mean()), abs=1e-4)
+        assert figures["psnr"] == pytest.approx((-10 * frames.log10()).mean().item(), abs=1e-4)
+        assert figures["ssim"] == pytest.approx(ssim.result().scores["ssim"].value, abs=1e-4)
+    taught = (taught - shift) / scale
+    latents = told["files"][0]["latents"]
+    assert latents["mse"] == pytest.approx((z - taught).square().mean().item(), rel=1e-4)
+    assert latents["cosine"] == pytest.approx((z * taught).sum().item() / (z.norm() * taught.norm()).item(), abs=1e-4)
+    for whose, values in (("student", z), ("teacher", taught)):
+        assert latents[whose]["mean"] == pytest.approx(values.mean((0, 2, 3, 4)).tolist(), abs=1e-4)
+        assert latents[whose]["std"] == pytest.approx(values.std((0, 2, 3, 4), correction=0).tolist(), abs=1e-4)
+    flat = told["files"][0]["baseline"]
+    assert flat["black"] == pytest.approx(-10 * math.log10(ref.double().square().mean()), abs=1e-6)
+    grey = ref.double().mean((0, 2, 3), keepdim=True)
+    assert flat["mean_colour"] == pytest.approx(-10 * math.log10((ref - grey).square().mean()), abs=1e-6)
+
+
+def test_a_network_beside_itself_gives_four_equal_pairs(teacher, source, tmp_path):
+    told = compare(teacher, source, tmp_path / "out", teacher, "num_frames=5")
+    pairs = told["mean"]["pairs"]
+    assert list(pairs) == PAIRS
+    assert all(pairs[pair] == pairs[PAIRS[0]] for pair in PAIRS)
+    assert told["mean"]["latents"]["mse"] == 0
+    assert told["mean"]["latents"]["cosine"] == pytest.approx(1)
+    assert told["mean"]["latents"]["student"] == told["mean"]["latents"]["teacher"]
+
+
+def test_latents_go_through_the_statistics_of_the_network_that_has_them_raw():
+    raw = Network(tiny.model("wan", "model.shift=[1,2,3,4]", "model.scale=[2,2,2,2]"), "", "fp32")
+    normal = Network(nn.Module(), "", "fp32")
+    normal.model.latent = "normalized"
+    z = torch.randn(1, 4, 1, 2, 2)
+    expected = (z - torch.arange(1.0, 5).view(1, 4, 1, 1, 1)) / 2
+    torch.testing.assert_close(translated(z, raw, normal), expected)
+    torch.testing.assert_close(translated(expected, normal, raw), z)
+    assert translated(z, raw, raw) is z
+
+
+def test_only_frames_that_both_take_are_compared(student, teacher, source, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    told = compare(student, source, tmp_path / "out", teacher)
+    assert (told["files"][0]["frames"], told["files"][0]["frames_reconstructed"]) == (13, 15)
+    assert "set num_frames for another number, such as 9, 13, 17, 21" in told["notes"][0]
+    assert told["notes"][0] in caplog.text
+    assert len(read(next((tmp_path / "out_rec").glob("*.mp4")))) == 15  # which is whole nevertheless
+    with pytest.raises(ComparisonError, match=r"num_frames=12: student and teacher do not both .* 5, 9, 13, 17"):
+        compare(student, source, tmp_path / "b", teacher, "num_frames=12")
+    assert not list(tmp_path.glob("b*"))
+
+
+def test_frames_of_long_files_are_bounded(student, teacher, tmp_path):
+    tiny.write_video(tmp_path / "long.mp4", tiny.frames(40))
+    told = compare(student, tmp_path / "long.mp4", tmp_path / "out", teacher)
+    assert told["files"][0]["frames"] == 33
+    assert len(read(tmp_path / "out_compare/000001_long.mp4")) == 33
+    told = compare(student, tmp_path / "long.mp4", tmp_path / "more", teacher, "num_frames=37")
+    assert told["files"][0]["frames"] == 37
+    assert told["notes"] == []
+
+
+def test_frame_rules_of_both_networks_hold(teacher, source, tmp_path):
+    """CogVideoX takes 8n or 1 + 8n, Wan 1 + 4n."""
+    student = write("taehv", tmp_path / "taecvx", "model.variant=taecvx")
+    assert compare(student, source, tmp_path / "out", teacher)["files"][0]["frames"] == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ([], "has 4 latent channels and the checkpoint's model 16"),
+        (TEACHER[:3], "has 2 pixels to a latent and the checkpoint's model 8"),
+        (
+            [*TEACHER[:4], "model.downsample=[false,false,true]"],
+            "has 2 frames to a latent and the checkpoint's model 4",
+        ),
+    ],
+)
+def test_networks_of_another_latent_space_are_refused_before_anything_is_deleted(
+    student, source, tmp_path, changes, fault
+):
+    other = write("wan", tmp_path / "other", *changes)
+    (tmp_path / "out_rec").mkdir()
+    (tmp_path / "out_rec/metrics.json").touch()
+    with pytest.raises(ComparisonError, match=fault):
+        compare(student, source, tmp_path / "out", other, "overwrite=true")
+    assert (tmp_path / "out_rec/metrics.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["teacher.path=/nowhere"], "teacher.path=/nowhere: no such file or folder"),
+        (["teacher.precision=fp8"], "teacher.precision=fp8 is unknown; use one of bf16, fp16, fp32"),
+        (["teacher.pth=x"], "teacher.pth is not a setting; did you mean teacher.path?"),
+        (["tile=16"], "is compared on whole frames; leave out tile=16"),
+        (["sample=true"], "is compared by the mode of the latents; leave out sample=true"),
+        (["strip=0"], "strip=0 must be at least 1"),
+    ],
+)
+def test_settings_that_do_not_go_with_a_teacher(student, source, tmp_path, overrides, fault):
+    with pytest.raises(ConfigError, match=fault):
+        compare(student, source, tmp_path / "out", student, *overrides)
+
+
+def test_a_student_that_gives_black_is_warned_about(teacher, source, tmp_path, caplog):
+    model = tiny.model("taehv")
+    nn.init.zeros_(model.decoder[-1].weight)
+    nn.init.constant_(model.decoder[-1].bias, -1)
+    config = model_config("taehv", *tiny.MODEL["taehv"])
+    write_export(Checkpoint(config, model.state_dict(), tmp_path, ""), tmp_path / "black")
+    told = compare(tmp_path / "black", source, tmp_path / "out", teacher, "num_frames=5")
+    figures = told["files"][0]
+    assert figures["pairs"]["student -> student"]["psnr_video"] == pytest.approx(figures["baseline"]["black"], abs=1e-4)
+    assert told["warnings"][0].startswith("student -> student shows nothing in 1 of 1 files")
+    assert told["warnings"][0] in [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_what_shows_something_is_not_warned_about():
+    files = [
+        {"file": "a", "pairs": {p: {"psnr_video": 15.1} for p in PAIRS}, "baseline": {"black": 5, "mean_colour": 14}}
+    ]
+    assert collapsed(files) == []
+    files[0]["pairs"][PAIRS[1]]["psnr_video"] = 14.9
+    assert [warning.split(" shows")[0] for warning in collapsed(files)] == [PAIRS[1]]
+
+
+def test_pixels_that_are_not_finite_are_no_figures(teacher, source, tmp_path):
+    model = tiny.model("taehv")
+    nn.init.constant_(model.decoder[-1].bias, torch.nan)
+    config = model_config("taehv", *tiny.MODEL["taehv"])
+    write_export(Checkpoint(config, model.state_dict(), tmp_path, ""), tmp_path / "broken")
+    with pytest.raises(UserError, match=r"clip3.mp4: the student's decoder gives pixels that are not finite"):
+        compare(tmp_path / "broken", source, tmp_path / "out", teacher)
+
+
+def test_lpips_is_measured_if_asked_for(student, teacher, source, tmp_path, trunks):
+    run(student, source, tmp_path / "out", f"teacher.path={teacher}", "num_frames=1", "metrics=[lpips,psnr,flicker]")
+    pairs = json.loads((tmp_path / "out_rec/comparison.json").read_text())["mean"]["pairs"]
+    assert [list(figures) for figures in pairs.values()] == [["mse", "psnr", "psnr_video", "ssim", "lpips_alex"]] * 4
+
+
+def test_a_teacher_in_half_precision_and_a_still_image(student, teacher, videos, tmp_path):
+    told = compare(student, videos.parent / "image0.png", tmp_path / "out", teacher, "teacher.precision=bf16")
+    full = compare(student, videos.parent / "image0.png", tmp_path / "full", teacher)
+    assert told["teacher"]["precision"] == told["cost"]["teacher"]["precision"] == "bf16"
+    assert [path.name for path in (tmp_path / "out_compare").iterdir()] == ["000001_image0.png"]
+    for pair in PAIRS:
+        assert told["mean"]["pairs"][pair]["psnr"] == pytest.approx(full["mean"]["pairs"][pair]["psnr"], abs=0.1)
+    assert told["mean"]["latents"]["mse"] != full["mean"]["latents"]["mse"]
+
+
+def test_black_and_one_colour_are_the_baselines():
+    flat = baseline(np.full((2, 4, 4, 3), 51, np.uint8))
+    assert flat == {"black": pytest.approx(-20 * math.log10(0.2)), "mean_colour": 100}
+
+
+def test_pictures_show_what_they_are_given():
+    frames = tiny.frames(9, 16, 24)
+    panels = {"original": frames, "other": 255 - frames}
+    shown = np.concatenate(list(side_by_side(panels)))
+    times = 7  # to 168 pixels
+    assert shown.shape[0] == 9
+    assert not any(side % 2 for side in shown.shape[1:3])
+    assert np.array_equal(shown[:, -16 * times :: times, : 24 * times : times], frames)
+    assert np.array_equal(shown[:, -16 * times :: times, 24 * times + 2 : -2 : times], 255 - frames)
+    picture = strip(panels, "original", 3)
+    assert picture.shape[1] == 200 + 3 * (24 * times + 2)
+    error = (
+        error_map(frames[:1, :1, 0], frames[:1, :1, 0])[0, 0],
+        error_map(*np.array([[[[0] * 3]], [[[26] * 3]]], np.uint8))[0, 0],
+    )
+    assert error[0].sum() < 10 < 500 < error[1].sum()
+
+
+def test_infer_compares_its_files_and_starts_anew(student, teacher, videos, tmp_path):
+    words = [f"checkpoint={student}", f"source={videos}", f"save_dir={tmp_path}/out", f"teacher={teacher}"]
+    words += ["num_samples=2", "num_frames=9", "metrics=[psnr]", *SMALL]
+    done = tiny.run(*tiny.script("infer.py"), *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    names = ["000001_clip0", "000002_clip1"]
+    shown = sorted(path.name for path in (tmp_path / "out_compare").iterdir())
+    assert shown == [f"{name}.{kind}" for name in names for kind in ("mp4", "png")]
+    told = json.loads((tmp_path / "out_rec/comparison.json").read_text())
+    assert told["student"]["variant"] == "taew2_1"
+    assert [file["file"] for file in told["files"]] == names
+    for pair in PAIRS:
+        values = [file["pairs"][pair]["psnr"] for file in told["files"]]
+        assert told["mean"]["pairs"][pair]["psnr"] == pytest.approx(sum(values) / 2)
+        assert f"{pair}  " in done.stdout
+    assert told["cost"]["student"]["first_frame_from"] == told["cost"]["teacher"]["first_frame_from"] == "1 latent"
+    assert told["cost"]["student"]["first_frame_seconds"] > 0
+    own = json.loads((tmp_path / "out_rec/metrics.json").read_text())["psnr"]
+    assert told["mean"]["pairs"]["student -> student"]["psnr"] == pytest.approx(own, abs=0.02)  # streamed
+    for kind in ("ori", "rec"):
+        for path in (tmp_path / f"out_{kind}").iterdir():
+            path.unlink()
+    with pytest.raises(InferenceError, match="out_compare is not empty"):
+        run(student, videos, tmp_path / "out", "num_samples=1")
+    run(student, videos, tmp_path / "out", "num_samples=1", "overwrite=true")
+    assert not list((tmp_path / "out_compare").iterdir())
+    assert not (tmp_path / "out_rec/comparison.json").exists()

@@ -1,0 +1,248 @@
+"""A student beside its teacher: every encoder with every decoder, on the same frames."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vae3d.data.readers import MediaError, Size
+from vae3d.data.segments import WHOLE, Bounds
+from vae3d.errors import UserError
+from vae3d.inference.cost import measure_cost, timed
+from vae3d.inference.pictures import side_by_side, strip
+from vae3d.inference.reconstruct import Reconstructor, identifier
+from vae3d.inference.video import VideoWriter, as_unit, to_uint8, write_image
+from vae3d.metrics import MetricError, MetricSet
+from vae3d.metrics.frame import PSNR_CAP
+
+PAIRS = list(product(("student", "teacher"), repeat=2))  # (whose encoder, whose decoder)
+SHOWN = [("student", "student"), ("teacher", "student"), ("teacher", "teacher")]
+MOST_FRAMES = 33  # of a file, where no number is asked for: networks code them all at once
+AT_ONCE = 16  # frames that are scored at once
+LEAST_GAIN = 1.0  # dB over a frame of one colour, below which a reconstruction shows nothing
+
+
+class ComparisonError(UserError):
+    """A teacher that does not fit the student, or frames that they do not both take."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """One of the two. path: where it is from. precision: fp32, bf16 or fp16, of autocast (dtype, for fp32 None), or, of
+    a teacher, of its weights and all it computes."""
+
+    model: nn.Module
+    path: str
+    precision: str
+    dtype: torch.dtype | None = None
+
+    @property
+    def latent(self) -> str:
+        """Whether its latents are raw or those that a diffusion model sees (normalized)."""
+        return getattr(self.model, "latent", "raw")
+
+    def encode(self, video: Tensor) -> Tensor:
+        """[1, 3, T, H, W] in [-1, 1] -> the posterior's mode, fp32."""
+        with torch.autocast(video.device.type, self.dtype, enabled=self.dtype is not None):
+            return self.model.encode(self._own(video)).mode().float()
+
+    def decode(self, z: Tensor, frames: int, size: Size) -> Tensor:
+        """Latents -> [1, 3, T, H, W], unclamped, without what the sides were extended by."""
+        with torch.autocast(z.device.type, self.dtype, enabled=self.dtype is not None):
+            return self.model.decode(self._own(z), frames)[..., : size[0], : size[1]]
+
+    def cost(self, video: Tensor) -> dict[str, Any]:
+        """See measure_cost; and the time from the first latent, or, of networks that do not stream, from all of them,
+        to the first frame."""
+        z, frames = self.encode(video), video.shape[2]
+        streams = hasattr(self.model, "decode_chunk")
+
+        def first_frame() -> Tensor:
+            with torch.autocast(z.device.type, self.dtype, enabled=self.dtype is not None):
+                if streams:
+                    return self.model.decode_chunk(self._own(z[:, :, :1]), None)[0]
+                return self.model.decode(self._own(z), frames)
+
+        told = measure_cost(self.model, self._own(video), self.dtype) | {"precision": self.precision}
+        latents = "1 latent" if streams else f"{z.shape[2]} latents, the whole clip; it does not stream"
+        return told | {"first_frame_seconds": timed(first_frame, video.device)[0], "first_frame_from": latents}
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "network": type(self.model).__name__,
+            "variant": getattr(self.model, "variant", None),
+            "latent": self.latent,
+            "precision": self.precision,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        return tensor.to(next(self.model.parameters()).dtype)
+
+
+def translated(z: Tensor, source: Network, target: Network) -> Tensor:
+    """Latents of `source` as `target` has them; the one whose latents are raw knows their mean and deviation."""
+    if source.latent == target.latent:
+        return z
+    return source.model.normalize(z) if source.latent == "raw" else target.model.denormalize(z)
+
+
+class Comparer:
+    """Codes the first frames of files by student and teacher, whole, by the mode of the latents; scores all pairs of
+    encoder and decoder on 8-bit pixels; writes <prefix>_compare with a video and a strip of pictures of each file.
+
+    student: the reconstructor's model. metrics: for one pair after another. pictures: frames of a strip. measures:
+    whether this process is to measure what both networks cost, on the first file.
+    Raises ComparisonError if the two do not share a latent space's shape, or do not both take the reconstructor's
+    number of frames.
+    """
+
+    def __init__(
+        self,
+        reconstructor: Reconstructor,
+        student: Network,
+        teacher: Network,
+        metrics: MetricSet,
+        *,
+        pictures: int = 5,
+        measures: bool = True,
+    ) -> None:
+        self.reconstructor, self.metrics, self.pictures, self.measures = reconstructor, metrics, pictures, measures
+        self.networks = {"student": student, "teacher": teacher}
+        self.costs: dict[str, Any] = {}
+        for what, name in (("latent channels", "channels"), ("pixels", "space_stride"), ("frames", "time_stride")):
+            theirs, own = (getattr(network.model.spec, name) for network in (teacher, student))
+            if theirs != own:
+                shared = what if name == "channels" else f"{what} to a latent"
+                raise ComparisonError(
+                    f"teacher.path={teacher.path} has {theirs} {shared} and the checkpoint's model {own}; "
+                    "only networks of one latent space can be compared"
+                )
+        wanted = reconstructor.selection.num_frames
+        if wanted is not None and not self.takes(wanted):
+            raise ComparisonError(
+                f"num_frames={wanted}: student and teacher do not both take so many frames whole; nearest are "
+                f"{', '.join(map(str, self.nearest(wanted)))}"
+            )
+
+    def takes(self, frames: int) -> bool:
+        """Whether both code so many frames without adding any, to as many latents."""
+        size = (self.networks["student"].model.spec.space_stride,) * 2
+        models = [network.model for network in self.networks.values()]
+        return all(m.frames_valid(frames) for m in models) and len({m.latent_shape(frames, *size) for m in models}) == 1
+
+    def nearest(self, frames: int) -> list[int]:
+        """Up to four numbers of frames that both take."""
+        near = sorted(filter(self.takes, range(1, frames + 36)), key=lambda n: abs(n - frames))[:4]
+        return sorted(near)
+
+    @torch.inference_mode()
+    def file(self, source: str, row: int, bounds: Bounds = WHOLE) -> dict[str, Any]:
+        """The figures of one file. Raises MediaError if it cannot be read or is too short, MetricError if it cannot be
+        scored."""
+        frames, fps, given = self.reconstructor.opening(source, bounds, lambda there: self._count(source, there))
+        video = self.reconstructor.to_video(frames)
+        latents, coded = self._coded(source, video)
+        name = identifier(row, source)
+        if self.measures and not self.costs:
+            self.costs = {"file": name} | {whose: network.cost(video) for whose, network in self.networks.items()}
+        self._draw(name, frames, coded, fps)
+        return {
+            "file": name,
+            "source": source,
+            "frames": len(frames),
+            "frames_reconstructed": given,
+            "height": frames.shape[1],
+            "width": frames.shape[2],
+            "pairs": {key_of(pair): self._score(frames, rec) for pair, rec in coded.items()},
+            "baseline": baseline(frames),
+            "latents": latents,
+        }
+
+    def _count(self, source: str, frames: int) -> int:
+        if self.reconstructor.selection.num_frames is not None:
+            return frames
+        fitting = [n for n in range(1, min(frames, MOST_FRAMES) + 1) if self.takes(n)]
+        if not fitting:
+            valid = ", ".join(map(str, self.nearest(frames)))
+            raise MediaError(source, f"has {frames} frames, too few to be compared; student and teacher take {valid}")
+        return fitting[-1]
+
+    def _coded(self, source: str, video: Tensor) -> tuple[dict[str, Any], dict[tuple[str, str], np.ndarray]]:
+        """Figures of both latents, and the 8-bit frames of every pair."""
+        frames, *size = video.shape[2:]
+        try:
+            z = {whose: network.encode(video) for whose, network in self.networks.items()}
+        except ValueError as error:
+            raise MediaError(source, f"cannot be compared at {size[0]}x{size[1]}: {error}") from error
+        coded = {}
+        for encoder, decoder in PAIRS:
+            given = translated(z[encoder], self.networks[encoder], self.networks[decoder])
+            rec = self.networks[decoder].decode(given, frames, tuple(size))
+            coded[encoder, decoder] = _finite(rec[0], encoder, decoder)
+        teachers = translated(z["teacher"], self.networks["teacher"], self.networks["student"])
+        return compare_latents(z["student"], teachers), coded
+
+    def _score(self, ref: np.ndarray, rec: np.ndarray) -> dict[str, float | None]:
+        self.metrics.reset()
+        squares = 0.0
+        for start in range(0, len(ref), AT_ONCE):
+            a, b = (as_unit(video[start : start + AT_ONCE], self.reconstructor.device) for video in (ref, rec))
+            self.metrics.update(a, b)
+            squares += float((a - b).square().sum(dtype=torch.float64))
+        scores = self.metrics.result().scores
+        return {"mse": squares / ref.size} | {column: score.value for column, score in scores.items()}
+
+    def _draw(self, name: str, frames: np.ndarray, coded: dict[tuple[str, str], np.ndarray], fps: float) -> None:
+        """The pictures; of an image no video. In h264, which every player shows: they are for eyes."""
+        panels = {"original": frames} | {" > ".join(pair): coded[pair] for pair in SHOWN}
+        folder = self.reconstructor.folder("compare")
+        write_image(folder / f"{name}.png", strip(panels, "original", self.pictures))
+        if fps:
+            with VideoWriter(folder / f"{name}.mp4", fps, "h264") as writer:
+                for frame in side_by_side(panels):
+                    writer.write(frame)
+
+
+def key_of(pair: tuple[str, str]) -> str:
+    return " -> ".join(pair)
+
+
+def baseline(frames: np.ndarray) -> dict[str, float]:
+    """PSNR in dB, of the pooled MSE, of black frames and of frames of the clip's mean colour: [T, H, W, 3] uint8."""
+    pixels = frames.reshape(-1, 3)
+    squares = np.einsum("nc,nc->c", pixels, pixels, dtype=np.float64) / len(pixels) / 255**2
+    colour = pixels.mean(0, dtype=np.float64) / 255
+    return {"black": decibel(squares.mean()), "mean_colour": decibel((squares - colour**2).mean())}
+
+
+def decibel(mse: float) -> float:
+    return PSNR_CAP if mse < 1e-10 else -10 * math.log10(mse)
+
+
+def compare_latents(student: Tensor, teacher: Tensor) -> dict[str, Any]:
+    """Of latents [1, C, t, h, w] in one convention: MSE, cosine, and mean and standard deviation of every channel."""
+    a, b = student.double(), teacher.double()
+    each: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda z: z.mean(1), "std": lambda z: z.std(1, correction=0)}
+    channels = {whose: z[0].flatten(1) for whose, z in (("student", a), ("teacher", b))}
+    return {
+        "mse": float((a - b).square().mean()),
+        "cosine": float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0)),
+        **{whose: {name: fn(z).tolist() for name, fn in each.items()} for whose, z in channels.items()},
+    }
+
+
+def _finite(video: Tensor, encoder: str, decoder: str) -> np.ndarray:
+    """8-bit frames of [3, T, H, W]. Raises MetricError if a pixel is not finite, which 8 bits would hide."""
+    if not bool(video.isfinite().all()):
+        raise MetricError(f"the {decoder}'s decoder gives pixels that are not finite, from the {encoder}'s latents")
+    return to_uint8(video)
