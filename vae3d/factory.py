@@ -43,7 +43,7 @@ from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.tiling import Tiled
 from vae3d.models.wan import WanVAE
-from vae3d.precision import as_device, slow_conv3d, without_tf32
+from vae3d.precision import as_device, in_precision, slow_conv3d, without_tf32
 from vae3d.summary import data_summary, frame_counts, summary
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ def _comparer(config: InferConfig, reconstructor: Reconstructor, measures: bool)
     if path is None:
         return None
     _set_precision(precision)
-    teacher = load(path).to(reconstructor.device, DTYPES[precision])
+    teacher = in_precision(load(path).to(reconstructor.device), DTYPES[precision] or torch.float32)
     lpips = [name for name in config.metrics if name.startswith("lpips")]
     return Comparer(
         reconstructor,

@@ -54,6 +54,17 @@ def test_the_lesson_is_the_teachers_mode_in_the_students_convention(teacher):
     assert torch.equal(Distillation(network, student).teach(clip).lesson.z, network.normalize(z))
 
 
+def test_half_precision_leaves_the_mean_and_deviation_of_latents_alone(teacher):
+    network, student = vae3d.load(teacher), tiny.model("wan")
+    network.scale.fill_(2.8184)  # which bf16 would make 2.8125
+    student.latent = "normalized"
+    given = Distillation(network, student, dtype=torch.bfloat16)
+    assert next(network.parameters()).dtype == torch.bfloat16
+    assert network.scale.dtype == torch.float32
+    assert float(network.scale.flatten()[0]) == pytest.approx(2.8184)
+    assert given.teach(clip_of()).lesson.z.dtype == torch.float32
+
+
 def test_sampled_lessons_depend_on_the_clip_alone(teacher):
     given = Distillation(vae3d.load(teacher), tiny.model("wan"), sample=True, seed=7)
     both = clip_of()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.errors import UserError
+from vae3d.precision import in_precision
 from vae3d.seeding import seed_of
 from vae3d.types import Clip, Lesson, Reconstruction
 
@@ -39,7 +40,7 @@ class Distillation:
         features: dict[str, str] | None = None,
         seed: int = 0,
     ) -> None:
-        self.teacher = teacher.requires_grad_(False).eval().to(dtype)
+        self.teacher = in_precision(teacher.requires_grad_(False).eval(), dtype)
         self.dtype, self.sample, self.decode, self.features = dtype, sample, decode, dict(features or {})
         self.seed = seed
         # What the student's latents are: the teacher's own (raw), or those that a diffusion model sees.
@@ -68,7 +69,7 @@ class Distillation:
             with captured(self.teacher, list(self.features.values()), len(video)) as found:
                 self.teacher.decode(z.to(self.dtype), video.shape[2])
             features = {name: one_per_latent(found(inner), z.shape[2]) for name, inner in self.features.items()}
-        latents = self.teacher.normalize(z) if self.normalized else z
+        latents = self.teacher.normalize(z.float()) if self.normalized else z
         return replace(clip, lesson=Lesson(latents.float(), {name: f.float() for name, f in features.items()}))
 
     def latents(self, clip: Clip, step: int) -> Tensor | None:
