@@ -135,8 +135,12 @@ class TAEHV(nn.Module):
             scale=tuple(scale),
         )
         # Constants beside the weights; the published files have none.
-        self.register_buffer("shift", torch.tensor(shift)[None, :, None, None, None], persistent=False)
-        self.register_buffer("scale", torch.tensor(scale)[None, :, None, None, None], persistent=False)
+        self.register_buffer(
+            "shift", torch.tensor(shift, dtype=torch.float32)[None, :, None, None, None], persistent=False
+        )
+        self.register_buffer(
+            "scale", torch.tensor(scale, dtype=torch.float32)[None, :, None, None, None], persistent=False
+        )
 
     @property
     def decimated(self) -> bool:

@@ -176,8 +176,12 @@ class WanVAE(nn.Module):
             scale=tuple(scale),
         )
         # Constants beside the weights, as in the published files.
-        self.register_buffer("shift", torch.tensor(shift)[None, :, None, None, None], persistent=False)
-        self.register_buffer("scale", torch.tensor(scale)[None, :, None, None, None], persistent=False)
+        self.register_buffer(
+            "shift", torch.tensor(shift, dtype=torch.float32)[None, :, None, None, None], persistent=False
+        )
+        self.register_buffer(
+            "scale", torch.tensor(scale, dtype=torch.float32)[None, :, None, None, None], persistent=False
+        )
 
     def encode(self, video: Tensor) -> Posterior:
         """[B, 3, T, H, W] -> posterior over raw latents.
