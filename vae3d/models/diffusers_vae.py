@@ -56,8 +56,12 @@ class DiffusersVAE(nn.Module):
         self.spec = LatentSpec(
             told.latent_channels, int(ratio), space, causal=False, shift=tuple(shift), scale=tuple(scale)
         )  # not causal, because GroupNorm pools over time
-        self.register_buffer("shift", torch.tensor(shift)[None, :, None, None, None], persistent=False)
-        self.register_buffer("scale", torch.tensor(scale)[None, :, None, None, None], persistent=False)
+        self.register_buffer(
+            "shift", torch.tensor(shift, dtype=torch.float32)[None, :, None, None, None], persistent=False
+        )
+        self.register_buffer(
+            "scale", torch.tensor(scale, dtype=torch.float32)[None, :, None, None, None], persistent=False
+        )
 
     def encode(self, video: Tensor) -> Posterior:
         """[B, 3, T, H, W] -> posterior over raw latents."""

@@ -48,8 +48,8 @@ class OpenSoraVAE(nn.Module):
         self.spatial_vae = spatial
         self.temporal_vae = temporal
         self.micro_frames = micro_frames
-        self.register_buffer("shift", torch.tensor(shift)[None, :, None, None, None])
-        self.register_buffer("scale", torch.tensor(scale)[None, :, None, None, None])
+        self.register_buffer("shift", torch.tensor(shift, dtype=torch.float32)[None, :, None, None, None])
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32)[None, :, None, None, None])
 
     @property
     def spec(self) -> LatentSpec:
