@@ -28,13 +28,15 @@ def test_an_unsound_step_changes_nothing(videos, tmp_path):
     assert t.train_step([clips[1]])["skipped"] == 0.0
 
 
-def test_the_fp16_scaler_survives_unsound_steps(videos, tmp_path):
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_fp16_scaler_survives_unsound_steps(videos, tmp_path, fused):
     """With a CPU scaler in place of the GPU's: its state machine is the same."""
     t = trainer(videos, tmp_path, "trainer.max_steps=9", "trainer.save_every=0")
     t.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     t.accelerator.state._mixed_precision = "fp16"
     t.accelerator.native_amp = True
-    t.strategy.optimizer = AcceleratedOptimizer(t.optimizer.optimizer, scaler=scaler)
+    optimizer = torch.optim.AdamW([{**group, "fused": fused} for group in t.optimizer.param_groups], fused=fused)
+    t.strategy.optimizer = AcceleratedOptimizer(optimizer, scaler=scaler)
     t.accelerator._optimizers = [t.optimizer]
     sound, bad, overflow, again = (clip.to("cpu") for clip in t.data.clips(0, 4))
     assert t.train_step([sound])["skipped"] == 0.0
