@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 
 import pytest
 import torch
@@ -82,6 +83,12 @@ def test_memory_that_runs_out_after_the_last_backward_pass_leaves_without_the_st
     for report in both:
         assert "torchrun --max-restarts=N goes on" in report["late"]["told"]
         assert not report["late"]["moved"]
+
+
+def test_one_process_needs_no_launcher(folder):
+    done = tiny.run(sys.executable, "-m", "tests.engine.zero_ranks", str(folder), "alone", cwd=tiny.ROOT)
+    assert done.returncode == 0, done.stdout
+    assert (folder / "alone/checkpoints/step-0000001/rank-0.pt").is_file()
 
 
 def test_keys_that_deepspeed_would_pass_over_are_refused(both):

@@ -105,6 +105,16 @@ def weights(t: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in t.network.state_dict().items()}
 
 
+def alone(folder: Path) -> None:
+    """One process that nobody started as a rank: a rehearsal, a step, a checkpoint."""
+    config = pickle.loads((folder / "config.pickle").read_bytes())
+    t = sharded(
+        config, folder / "alone", "deepspeed_zero2_offload", **{"trainer.max_steps": 1, "trainer.save_every": 1}
+    )
+    rehearse(t)
+    t.fit()
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     config = pickle.loads((folder / "config.pickle").read_bytes())
@@ -145,4 +155,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    {"main": main, "alone": alone}[(sys.argv[2:] or ["main"])[0]](Path(sys.argv[1]))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -62,6 +63,7 @@ class Zero:
             "gradient_clipping": grad_clip,
         }
         self.accelerator = accelerator
+        join_alone(accelerator.device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config={**told, **filled}, dist_init_required=False
         )
@@ -177,6 +179,14 @@ def import_deepspeed(device: torch.device) -> Any:
             f"({error}); pip install 'vae3d[deepspeed]', or leave trainer/strategy at ddp"
         ) from error
     return deepspeed
+
+
+def join_alone(device: torch.device) -> None:
+    """Make a process group of this process, if it is in none: one GPU, for the sake of the offloaded optimizer."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed insists on
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def refuse_unknown_keys(told: Mapping[str, Any]) -> None:
