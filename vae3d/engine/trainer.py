@@ -228,9 +228,11 @@ class Trainer:
                 self.strategy.average_gradients()
                 self.proximal.add_gradient()
                 norm = values["grad_norm"] = self.strategy.clip(self.config.optim.grad_clip)
-            # fp16 gradients overflow in normal operation: the loss scaler skips those steps and learns from them.
-            norm = 0.0 if self.accelerator.scaler is not None else norm
-            sound = self.spikes.accept(verdict.loss, verdict.worst, norm)
+            # fp16 gradients overflow in normal operation: the loss scaler skips those steps and learns from them. What
+            # it no longer scales up did not overflow by scaling.
+            scaler = self.accelerator.scaler
+            learning = scaler is not None and scaler.get_scale() > 1
+            sound = self.spikes.accept(verdict.loss, verdict.worst, 0.0 if learning else norm)
         if not sound:
             self.strategy.skip(unscaled=averaged and turn.generator)
             return False
