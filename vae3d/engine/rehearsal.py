@@ -30,6 +30,8 @@ def rehearse(trainer: Trainer) -> None:
     is to train gets no gradient.
     """
     counts = trainer.data.plan.frames.all()
+    # AdamW makes its two moments at its first step, which must fit beside the activations' peak.
+    moments = [] if trainer.optimizer.state else [torch.empty_like(p) for p in trainer.parameters for _ in range(2)]
     for frames in dict.fromkeys((counts[0], counts[-1])):
         metrics, turn = StepMetrics(), trainer.adversary.turn(ALL_ON)
         clip = _noise(trainer, frames)
@@ -53,6 +55,7 @@ def rehearse(trainer: Trainer) -> None:
                 f"{what} of noise gives a loss that is not finite: {told}; look at the first such term"
             )
         refuse_unreached(unreached)
+    del moments
 
 
 def refuse_unreached(names: list[str]) -> None:
