@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a report: installs, makes small videos, trains a toy VAE through the three stages, reconstructs,
-# scores; then fine-tunes a toy Wan VAE on panoramas in two ways. Eleven to sixteen minutes on two cores after the
-# install. Everything lands in demo/; delete it to start over, or call the script again to go on where it stopped.
+# scores; then fine-tunes a toy Wan VAE on panoramas in two ways, and distils a toy VAE into a tiny decoder. Everything
+# lands in demo/; delete it to start over, or call the script again to go on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -40,6 +40,13 @@ for name in wan_tiny wan_erp_tiny wan_erp_tiny_best; do
     save_dir=demo/out/$name overwrite=true
   run python eval/eval_common_metric.py --base demo/out/$name --device cpu --preset panorama
 done
+
+# A teacher trained from scratch, a TAEHV that learns its latents and to decode them, and every encoder with every
+# decoder.
+run python train.py experiment=taehv_teacher_tiny
+run python train.py experiment=taehv_tiny
+run python infer.py checkpoint=demo/runs/taehv_tiny teacher=demo/runs/taehv_teacher_tiny \
+  source=demo/videos/videos.csv split=val height=128 width=128 num_frames=9 save_dir=demo/out/taehv_tiny overwrite=true
 
 echo
 python scripts/demo_report.py demo

@@ -1,22 +1,54 @@
-"""What both parts of the demo report share: videos in, pictures and tables out."""
+"""What the parts of the demo report share: files in, pictures and tables out."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
+import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
+
+from vae3d.errors import UserError
 
 ERROR_GAIN = 4  # error maps show |original - reconstruction| times this
 
 
+def one_message(run: Callable[[], None]) -> None:
+    """run(); a UserError ends as its message alone and exit status 2."""
+    try:
+        run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def existing(path: Path) -> Path:
+    """The path. Raises UserError if no file is there."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; scripts/demo.sh makes it, and goes on where it stopped")
+    return path
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(existing(path).read_text())
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in existing(run / "metrics.jsonl").read_text().splitlines()]
+
+
 def read_video(path: Path) -> np.ndarray:
     """All frames, [T, H, W, 3] uint8."""
-    with av.open(str(path)) as container:
+    with av.open(str(existing(path))) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
@@ -30,10 +62,16 @@ def enlarged(frame: np.ndarray, times: int) -> Image.Image:
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
-def image_tag(image: Image.Image) -> str:
+def image_tag(image: Image.Image, attributes: str = "") -> str:
     file = io.BytesIO()
     image.save(file, format="PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return f'<img {attributes} src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+def figure_tag(figure: Figure) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return image_tag(Image.open(file))
 
 
 def as_text(rows: list[list[str]]) -> str:

@@ -8,13 +8,22 @@ Reads what scripts/demo.sh leaves in the folder: out/RUN_{ori,rec} of the RUNS b
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from demo_page import ERROR_GAIN, as_html, as_text, enlarged, error_map, image_tag, read_video
+from demo_page import (
+    ERROR_GAIN,
+    as_html,
+    as_text,
+    enlarged,
+    error_map,
+    image_tag,
+    one_message,
+    read_json,
+    read_video,
+)
 from PIL import Image, ImageDraw, ImageFont
 
 from vae3d import panorama
@@ -52,7 +61,7 @@ def table(out: Path) -> list[list[str]]:
     """Head and rows: run, its scores."""
     rows = [["model", *(head for head, _ in SCORES.values())]]
     for run, title in RUNS.items():
-        means = json.loads((out / f"{run}_rec_eval/summary.json").read_text())["metrics"]
+        means = read_json(out / f"{run}_rec_eval/summary.json")["metrics"]
         rows.append([title, *(f"{means[column]['mean']:.{digits}f}" for column, (_, digits) in SCORES.items())])
     return rows
 
@@ -103,16 +112,19 @@ def section(out: Path) -> str:
     return SECTION.format(table=as_html(table(out)), gain=ERROR_GAIN, pictures=pictures)
 
 
+def report(out: Path, file: Path, room: int) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture(clips(names(out)[room], out), times=3).save(file, optimize=True)
+    print(as_text(table(out)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--room", type=int, default=0, help="which of the held-out rooms")
     args = parser.parse_args()
-    out = args.folder / "out"
-    args.picture.parent.mkdir(parents=True, exist_ok=True)
-    picture(clips(names(out)[args.room], out), times=3).save(args.picture, optimize=True)
-    print(as_text(table(out)))
+    one_message(lambda: report(args.folder / "out", args.picture, args.room))
 
 
 if __name__ == "__main__":

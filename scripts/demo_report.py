@@ -3,7 +3,8 @@
     python scripts/demo_report.py demo
 
 Reads what scripts/demo.sh leaves in the folder: runs/STAGE/metrics.jsonl, out/STAGE_{ori,rec,spatial} with their
-_eval/summary.json, commands.txt; for the panoramas see demo_panoramas_report.py.
+_eval/summary.json, commands.txt; for the panoramas see demo_panoramas_report.py, for the distillation
+demo_distillation_report.py.
 """
 
 from __future__ import annotations
@@ -12,20 +13,28 @@ import argparse
 import base64
 import html
 import io
-import json
 from pathlib import Path
-from typing import Any
 
+import demo_distillation_report
 import demo_panoramas_report
-import matplotlib
 import numpy as np
-from demo_page import ERROR_GAIN, as_html, as_text, enlarged, error_map, image_tag, read_video
-from PIL import Image
+from demo_page import (
+    ERROR_GAIN,
+    as_html,
+    as_text,
+    enlarged,
+    error_map,
+    existing,
+    figure_tag,
+    history,
+    image_tag,
+    one_message,
+    read_json,
+    read_video,
+)
+from matplotlib.figure import Figure
 
 import vae3d
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 STAGES = {
     "spatial": "2D VAE alone",
@@ -66,6 +75,7 @@ can reach. Stages 1 and 2 leave the 2D VAE as it was; stage 3 trains it too.</p>
 <h2>Training</h2>
 {curves}
 {panoramas}
+{distillation}
 <h2>Commands</h2>
 <pre>{commands}</pre>
 """
@@ -101,11 +111,12 @@ def movie(name: str, out: Path) -> str:
 
 
 def curves(histories: dict[str, list[dict[str, float]]]) -> str:
-    figure, axes = plt.subplots(len(CURVES), len(histories), figsize=(12, 6), sharex="col", squeeze=False)
-    for column, (stage, history) in enumerate(histories.items()):
+    figure = Figure(figsize=(12, 6))
+    axes = figure.subplots(len(CURVES), len(histories), sharex="col", squeeze=False)
+    for column, (stage, lines) in enumerate(histories.items()):
         axes[0, column].set_title(STAGES[stage], fontsize=9)
         for row, key in enumerate(CURVES):
-            points = [(line["step"], line[key]) for line in history if key in line]
+            points = [(line["step"], line[key]) for line in lines if key in line]
             axis = axes[row, column]
             axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 10 else None)
             if key != "val/psnr":
@@ -114,38 +125,28 @@ def curves(histories: dict[str, list[dict[str, float]]]) -> str:
                 axis.set_ylabel(key)
         axes[-1, column].set_xlabel("step")
     figure.tight_layout()
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
-    return image_tag(Image.open(file))
+    return figure_tag(figure)
 
 
 def scores(out: Path) -> list[list[str]]:
     """Head and rows: stage, PSNR and SSIM of the reconstruction, of the 2D VAE alone."""
 
     def cells(stage: str, kind: str) -> list[str]:
-        file = out / f"{stage}_{kind}_eval/summary.json"
-        if not file.is_file():  # a 2D VAE has no 2D VAE inside
+        if stage == kind == "spatial":  # a 2D VAE has no 2D VAE inside
             return ["", ""]
-        means = json.loads(file.read_text())["metrics"]
+        means = read_json(out / f"{stage}_{kind}_eval/summary.json")["metrics"]
         return [f"{means['psnr']['mean']:.2f}", f"{means['ssim']['mean']:.4f}"]
 
     head = ["after", "PSNR (dB)", "SSIM", "2D ceiling, PSNR", "2D ceiling, SSIM"]
     return [head, *([title, *cells(stage, "rec"), *cells(stage, "spatial")] for stage, title in STAGES.items())]
 
 
-def history(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def parameters(run: Path) -> str:
     return f"{sum(p.numel() for p in vae3d.load(run).parameters()):,}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+def write_report(folder: Path) -> None:
+    """folder/report.html, and its tables to the console. Raises UserError if a file of the demo is missing."""
     out = folder / "out"
     names = sorted(path.stem for path in (out / "stage3_rec").glob("*.mp4"))
     rows = scores(out)
@@ -157,13 +158,22 @@ def main() -> None:
         strips="\n".join(strips(name, out) for name in names),
         curves=curves({stage: history(folder / "runs" / stage) for stage in STAGES}),
         panoramas=demo_panoramas_report.section(out),
-        commands=html.escape((folder / "commands.txt").read_text()),
+        distillation=demo_distillation_report.section(folder),
+        commands=html.escape(existing(folder / "commands.txt").read_text()),
     )
     report = folder / "report.html"
     report.write_text(page)
     print(as_text(rows))
     print(f"\n{as_text(demo_panoramas_report.table(out))}")
+    print(f"\n{demo_distillation_report.tables(folder)}")
     print(f"\nreport with pictures and curves: {report.resolve()}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    one_message(lambda: write_report(folder))
 
 
 if __name__ == "__main__":

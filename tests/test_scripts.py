@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL
 
 import vae3d
 from tests import tiny
+from tests.test_demo_distillation import distil
 from vae3d.check import ConfigError, check_training
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
@@ -171,6 +172,8 @@ def test_demo_commands_are_sound(tmp_path, monkeypatch):
         [videos],
         [rooms, "stage.init_from=demo/runs/wan_tiny"],
         [rooms, "stage.init_from=demo/runs/wan_tiny"],
+        [videos],
+        [videos, "teacher.path=demo/runs/taehv_teacher_tiny"],
     ]
     for overrides, missing in zip(commands, made, strict=True):
         with pytest.raises(ConfigError) as error:
@@ -183,7 +186,7 @@ def test_shell_scripts_parse(name):
     assert subprocess.run(["bash", "-n", str(tiny.ROOT / "scripts" / name)], check=False).returncode == 0
 
 
-def test_report_holds_its_pictures_and_prints_the_table(tmp_path):
+def test_report_holds_its_pictures_and_prints_the_tables(tmp_path, videos):
     demo_report = script("demo_report")
     for stage in demo_report.STAGES:
         run = tmp_path / "runs" / stage
@@ -207,6 +210,7 @@ def test_report_holds_its_pictures_and_prints_the_table(tmp_path):
         report = {"metrics": {column: {"mean": 30.25} for column in script("demo_panoramas_report").SCORES}}
         (tmp_path / f"out/{run}_rec_eval").mkdir()
         (tmp_path / f"out/{run}_rec_eval/summary.json").write_text(json.dumps(report))
+    distil(tmp_path, videos)
     (tmp_path / "commands.txt").write_text("python train.py <x>\n")
 
     done = tiny.run(*tiny.script("scripts/demo_report.py"), str(tmp_path), cwd=tmp_path)
@@ -214,7 +218,10 @@ def test_report_holds_its_pictures_and_prints_the_table(tmp_path):
     assert "stage 3: everything, pixels" in done.stdout
     assert "20.50" in done.stdout
     assert "30.25" in done.stdout
+    assert "mean colour" in done.stdout
     page = (tmp_path / "report.html").read_text()
     assert "python train.py &lt;x&gt;" in page
-    assert page.count("data:image/") == 1 + 4 + 1 + 1  # an animation, four strips, the curves, panoramas
+    assert (
+        page.count("data:image/") == 1 + 4 + 1 + 1 + 3
+    )  # an animation, four strips, the curves, panoramas, distillation
     assert "http" not in page

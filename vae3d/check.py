@@ -167,7 +167,7 @@ def _nearest(key: str, options: Mapping[str, Any], prefix: str) -> str:
     close = difflib.get_close_matches(key, options, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {prefix}{close[0]}?"
-    return f"; there are {', '.join(options)}"
+    return f"; there are {', '.join(options)}" if options else "; it takes none"
 
 
 def _object(kind: Any, value: Any) -> Any:

@@ -183,7 +183,7 @@ def test_losses_against_a_teacher_have_their_formulas():
     [
         (["teacher.path=/nowhere"], "teacher.path=/nowhere: no such file or folder"),
         (["teacher.path=???"], "teacher.path is required; set teacher.path=PATH"),
-        (["teacher.path=null"], "distillation needs a teacher; set teacher=vae teacher.path=..., or leave its terms out"),
+        (["teacher.path=null"], "distillation needs a teacher; set teacher=vae teacher.path=..., or the weights of its terms to 0"),
         (["data.frames.min=4", "data.frames.max=4"], "nearest are"),
         (["model.latent_channels=3", "model.shift=null", "model.scale=null"], "teacher.path: the teacher has 4 latent channels and the model 3"),
         (["teacher.features={decoder.middle.9: decoder.middle.2}"], "teacher.features: the model has no module decoder.middle.9"),

@@ -67,6 +67,17 @@ def test_a_loss_that_starts_late_fails_before_the_first_step(videos, tmp_path, e
     assert t.step == 0
 
 
+def test_a_rehearsal_needs_memory_for_the_optimizers_moments(videos, tmp_path, monkeypatch):
+    t = trainer(videos, tmp_path, **LONG, **{"trainer.robust.rehearse": True})
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB")
+
+    monkeypatch.setattr(torch, "empty_like", full)
+    with pytest.raises(RehearsalError, match="does not fit into memory"):
+        t.fit()
+
+
 def test_a_rehearsal_leaves_no_trace(videos, tmp_path):
     runs = []
     for rehearses in (False, True):

@@ -121,6 +121,11 @@ def find_weights(path: Path) -> Path:
         for name in WEIGHT_FILES:
             if (folder / name).is_file():
                 return folder / name
+    if (path / "latest").is_file() or (path / "zero_to_fp32.py").is_file():
+        raise CheckpointError(
+            f"{path}: a checkpoint in DeepSpeed's own format, whose files hold code; write its weights out by "
+            f"python -m deepspeed.utils.zero_to_fp32 {path} OUT --safe_serialization and give OUT/model.safetensors"
+        )
     exports = sorted((path / "exports").glob("step-*/model.safetensors"))
     if exports:
         return exports[-1]

@@ -167,6 +167,12 @@ def load_state(path: Path, mmap: bool = False) -> dict[str, Any]:
     return state
 
 
+def from_weights(checkpoint: Path) -> str:
+    """What to give to a new run that is to have a checkpoint's weights, but nothing else of it."""
+    export = checkpoint.parent.parent / "exports" / checkpoint.name
+    return f"another run.name and stage.init_from={export if export.is_dir() else 'RUN, for its newest export'}"
+
+
 def load_rank(path: Path, rank: int) -> dict[str, Any]:
     """What a rank of this number had of its own; empty if there is nothing, as in a lone state file.
 

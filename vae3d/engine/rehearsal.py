@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vae3d.adversarial.base import Turn
 from vae3d.engine.freeze import PartError
 from vae3d.engine.metrics import StepMetrics
 from vae3d.errors import UserError
@@ -34,7 +35,7 @@ def rehearse(trainer: Trainer) -> None:
         metrics, turn = StepMetrics(), trainer.adversary.turn(ALL_ON)
         clip = _noise(trainer, frames)
         clips = [clip] * trainer.strategy.rehearsal_clips
-        fault = trainer.strategy.attempt(lambda: trainer.accumulate(clips, turn, metrics, ALL_ON))  # noqa: B023
+        fault = trainer.strategy.attempt(lambda: _first_step(trainer, clips, turn, metrics))  # noqa: B023
         verdict = trainer.vote([clip], metrics, fault, stop=False)
         what = f"a micro-batch of {'x'.join(map(str, clip.video.shape))}"
         unreached = trainer.strategy.unreached() if verdict.complete and turn.generator else []
@@ -52,6 +53,13 @@ def rehearse(trainer: Trainer) -> None:
                 f"{what} of noise gives a loss that is not finite: {told}; look at the first such term"
             )
         refuse_unreached(unreached)
+
+
+def _first_step(trainer: Trainer, clips: list[Clip], turn: Turn, metrics: StepMetrics) -> None:
+    """Passes beside as much memory as the two moments take that AdamW makes at its first step."""
+    moments = [] if trainer.optimizer.state else [torch.empty_like(p) for p in trainer.parameters for _ in range(2)]
+    trainer.accumulate(clips, turn, metrics, ALL_ON)
+    del moments
 
 
 def refuse_unreached(names: list[str]) -> None:

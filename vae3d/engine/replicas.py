@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vae3d import ranks
-from vae3d.checkpoints.state import ResumeError
+from vae3d.checkpoints.state import ResumeError, from_weights
 from vae3d.engine.freeze import without_gradient
 from vae3d.engine.memory import first_line, out_of_memory, release
 from vae3d.engine.verdict import RanksDiffer
@@ -107,7 +107,7 @@ class Replicas:
         if not state:
             raise ResumeError(
                 f"{checkpoint} holds its optimizer in DeepSpeed's shards; go on with the same trainer/strategy, or "
-                f"start anew from its weights: stage.init_from={checkpoint} and another run.name"
+                f"start anew from its weights: {from_weights(checkpoint)}"
             )
         self.optimizer.load_state_dict(state)
 

@@ -114,6 +114,11 @@ class Trainer:
         return Zero(self.accelerator, pupil, optimizer, told.deepspeed, **batch, grad_clip=self.config.optim.grad_clip)
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What trains."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
     def optimizer(self) -> torch.optim.Optimizer:
         return self.strategy.optimizer
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vae3d import ranks
-from vae3d.checkpoints.state import ResumeError
+from vae3d.checkpoints.state import ResumeError, from_weights
 from vae3d.engine.memory import first_line, out_of_memory, release
 from vae3d.engine.replicas import refuse_different_starts
 from vae3d.errors import UserError
@@ -159,7 +159,7 @@ class Zero:
             raise ResumeError(
                 f"{checkpoint} holds no optimizer shards for rank {self.accelerator.process_index} of "
                 f"{self.accelerator.num_processes}; DeepSpeed's go on with the same number of ranks and the same "
-                f"strategy only. To start anew from its weights: stage.init_from={checkpoint} and another run.name"
+                f"strategy only. To start anew from its weights: {from_weights(checkpoint)}"
             )
         self.optimizer.optimizer.load_state_dict(own["optimizer"])
         with torch.no_grad():
@@ -176,7 +176,7 @@ def import_deepspeed(device: torch.device) -> Any:
     except ImportError as error:
         raise StrategyError(
             "trainer/strategy=deepspeed_... needs DeepSpeed, which cannot be imported "
-            f"({error}); pip install 'vae3d[deepspeed]', or leave trainer/strategy at ddp"
+            f"({error}); pip install -e .[deepspeed], or leave trainer/strategy at ddp"
         ) from error
     return deepspeed
 

@@ -55,7 +55,9 @@ class FeatureDistillation:
 
 def lesson_of(clip: Clip) -> Lesson:
     if clip.lesson is None:
-        raise ValueError("distillation needs a teacher; set teacher=vae teacher.path=..., or leave its terms out")
+        raise ValueError(
+            "distillation needs a teacher; set teacher=vae teacher.path=..., or the weights of its terms to 0"
+        )
     return clip.lesson
 
 
