@@ -173,7 +173,7 @@ class Strategy:
 class Teacher:
     """A frozen autoencoder whose latents the model is to encode to and decode from."""
 
-    path: str | None = None  # as vae3d.load takes it; null: no teacher
+    path: str | None = MISSING  # as vae3d.load takes it; null: no teacher
     precision: str = "fp32"  # fp32, bf16, fp16: of its weights and of all it computes
     sample: bool = False  # draw its latents instead of taking the mode
     decode: str = "teacher"  # latents that the student decodes: teacher, own, mixed (one or the other, a coin per step)

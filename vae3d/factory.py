@@ -229,7 +229,7 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     )
     for line in [*summary(config, model, accelerator.num_processes), *data_summary(config, data), *started]:
         built.log.say(line)
-    if isinstance(model, TAEHV) and config.teacher.path is None and "decoder" not in config.stage.train:
+    if isinstance(model, TAEHV) and config.teacher.path is None and {"all", "encoder"} & config.stage.train.keys():
         built.log.warn(
             f"no teacher (teacher=none): nothing keeps the latents those of {model.variant}; they become its own"
         )

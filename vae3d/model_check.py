@@ -17,6 +17,7 @@ from vae3d.checkpoints.formats import CheckpointError, read_checkpoint
 from vae3d.engine.distillation import Distillation, TeacherError
 from vae3d.engine.freeze import PartError, train_parts, without_gradient
 from vae3d.errors import UserError
+from vae3d.losses.distillation import FeatureDistillation
 from vae3d.losses.objective import Objective
 from vae3d.metrics import METRICS, MetricError
 from vae3d.metrics.registry import find_files, resolve
@@ -54,7 +55,7 @@ def faults(config: TrainConfig) -> list[str]:
         return [f"adversary cannot be built: {_cause(error)}"]
     except UserError as error:
         return [str(error)]
-    found = list(_frame_faults(config, model, distillation))
+    found = [*_unread_features(distillation, objective), *_frame_faults(config, model, distillation)]
     return found or list(_step_faults(config, model, objective, adversary, distillation))
 
 
@@ -133,6 +134,13 @@ def _frame_faults(config: TrainConfig, model: nn.Module, distillation: Distillat
                 f"latents of one shape (teacher {shapes[0]}, model {shapes[1]}){_nearest(count, fits)}"
             )
             return
+
+
+def _unread_features(distillation: Distillation | None, objective: Objective) -> Iterator[str]:
+    """Features that no loss term reads: their projections would get no gradient."""
+    weights = [t.weight for t in objective.terms.values() if isinstance(t.term, FeatureDistillation)]
+    if distillation is not None and distillation.features and not any(weights):
+        yield "teacher.features: no loss term reads them; set loss.terms.features.weight, or leave them out"
 
 
 def _nearest(count: int, fits: Callable[[int], bool]) -> str:

@@ -17,16 +17,11 @@ def together() -> bool:
 
 def everyone(ok: bool, device: torch.device) -> bool:
     """Whether `ok` holds on every rank. Every rank must call it."""
-    return bool(lowest(int(ok), device))
-
-
-def lowest(value: int, device: torch.device) -> int:
-    """The lowest value that any rank gives. Every rank must call it."""
     if not together():
-        return value
-    lowest = torch.tensor(value, device=device)
+        return ok
+    lowest = torch.tensor(int(ok), device=device)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
-    return int(lowest)
+    return bool(lowest)
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from vae3d.engine.freeze import ALL
 if TYPE_CHECKING:
     from vae3d.config import Data, TrainConfig
 
+LATENTS = {"teacher": "the teacher's", "own": "its own", "mixed": "the teacher's or its own"}  # by teacher.decode
+
 
 def frame_counts(config: Data) -> FrameCounts:
     frames = config.frames
@@ -37,6 +39,9 @@ def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None
         lines.append(f"  {count} frames of {data.height}x{data.width} -> latent {latent}")
     terms = ", ".join(f"{term.weight:g} {name}" for name, term in config.loss.terms.items() if term.weight)
     lines.append(f"loss ({config.loss.reduction}): {terms}")
+    if config.teacher.path is not None:
+        told = config.teacher
+        lines.append(f"teacher: {told.path} in {told.precision}; the model decodes {LATENTS[told.decode]} latents")
     share = data.batch_size // (world * trainer.accumulate)
     lines.append(
         f"batch of {data.batch_size} clips = {world} ranks x {trainer.accumulate} micro-batches x {share} clips; "

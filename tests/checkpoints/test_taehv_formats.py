@@ -131,6 +131,17 @@ def test_a_variant_that_does_not_fit_is_refused(tmp_path, variant, message):
         vae3d.load(tmp_path / "taehv.pth", variant=variant)
 
 
+@pytest.mark.parametrize(
+    ("fact", "fault"), [("frame_rule", "follow the rule 'odd', here it is 'cogvideox'"), ("latent", "latent is 'odd'")]
+)
+def test_unknown_frame_rules_and_latents_are_refused(tmp_path, fact, fault):
+    WRITERS["taehv"](saved("taecvx", tmp_path), tmp_path / "weights.pth")
+    told = json.loads((tmp_path / "weights.json").read_text())
+    (tmp_path / "weights.json").write_text(json.dumps({**told, fact: "odd"}))
+    with pytest.raises(CheckpointError, match=fault):
+        vae3d.load(tmp_path / "weights.pth")
+
+
 def test_a_broken_or_foreign_json_beside_a_file(tmp_path):
     torch.save(toy("taehv").state_dict(), tmp_path / "taehv.pth")
     (tmp_path / "model.json").write_text('{"variant": "of something else"}')

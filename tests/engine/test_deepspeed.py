@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 
 import pytest
 import torch
@@ -68,8 +69,26 @@ def test_the_shards_together_are_the_fp32_weights_that_are_saved_and_exported(bo
 
 def test_a_rank_without_memory_makes_all_save_and_leave(both):
     for report in both:
-        assert "torchrun --max-restarts=N goes on from there" in report["left"]
+        assert "torchrun --max-restarts=N goes on from the newest checkpoint" in report["left"]
         assert report["saved"] == f"step-{zero_ranks.STEPS + 1:07d}"
+
+
+@pytest.mark.parametrize("which", ["dropped", "dropped offloaded"])
+def test_a_step_that_one_rank_cannot_take_moves_nothing_and_the_next_is_taken(both, which):
+    for report in both:
+        assert report[which] == {"data": [1.0, 0.0, 0.0], "discriminator": [1.0, 0.0, 0.0]}
+
+
+def test_memory_that_runs_out_after_the_last_backward_pass_leaves_without_the_step(both):
+    for report in both:
+        assert "torchrun --max-restarts=N goes on" in report["late"]["told"]
+        assert not report["late"]["moved"]
+
+
+def test_one_process_needs_no_launcher(folder):
+    done = tiny.run(sys.executable, "-m", "tests.engine.zero_ranks", str(folder), "alone", cwd=tiny.ROOT)
+    assert done.returncode == 0, done.stdout
+    assert (folder / "alone/checkpoints/step-0000001/rank-0.pt").is_file()
 
 
 def test_keys_that_deepspeed_would_pass_over_are_refused(both):

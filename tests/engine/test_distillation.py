@@ -12,6 +12,7 @@ from vae3d import factory
 from vae3d.check import ConfigError
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
+from vae3d.checkpoints.state import ResumeError
 from vae3d.engine.distillation import Distillation, TeacherError, captured, one_per_latent
 from vae3d.losses.distillation import FeatureDistillation, LatentDistillation
 from vae3d.types import Clip, Delta, Lesson, Reconstruction
@@ -128,6 +129,21 @@ def test_a_resumed_student_goes_on_bit_for_bit_with_its_projections(videos, teac
     assert not any("projections" in name for name in exported.state_dict())
 
 
+def test_other_features_make_another_run(videos, teacher, tmp_path):
+    trainer(videos, teacher, tmp_path, *FEATURES).fit()
+    with pytest.raises(ResumeError, match=r"teacher.features.decoder.middle.2: 'decoder.middle.2' in the checkpoint"):
+        trainer(videos, teacher, tmp_path)
+
+
+@pytest.mark.parametrize("features", [[], FEATURES], ids=["plain", "features"])
+def test_training_and_validation_turn_autocast_on_by_themselves(videos, teacher, tmp_path, features):
+    t = trainer(videos, teacher, tmp_path, *features, "trainer.precision=bf16")
+    for network in (t.network, t.strategy.model):
+        with torch.autocast("cpu", enabled=False):  # as inside of DeepSpeed's engine
+            assert network(clip_of().video).video.dtype == torch.bfloat16
+    t.log.close()
+
+
 def test_features_are_taken_where_latents_stand_for_frames():
     frames = torch.arange(8.0).view(1, 1, 8, 1, 1)
     assert one_per_latent(frames, 2).flatten().tolist() == [3.0, 7.0]
@@ -166,12 +182,14 @@ def test_losses_against_a_teacher_have_their_formulas():
     ("overrides", "fault"),
     [
         (["teacher.path=/nowhere"], "teacher.path=/nowhere: no such file or folder"),
+        (["teacher.path=???"], "teacher.path is required; set teacher.path=PATH"),
         (["teacher.path=null"], "distillation needs a teacher; set teacher=vae teacher.path=..., or the weights of its terms to 0"),
         (["data.frames.min=4", "data.frames.max=4"], "nearest are"),
         (["model.latent_channels=3", "model.shift=null", "model.scale=null"], "teacher.path: the teacher has 4 latent channels and the model 3"),
         (["teacher.features={decoder.middle.9: decoder.middle.2}"], "teacher.features: the model has no module decoder.middle.9"),
         (["teacher.features={decoder.middle.2: decoder.mid}"], "teacher.features: the teacher has no module decoder.mid"),
-        (["teacher.features={decoder.middle.2: decoder.head}"], "teacher.features.decoder.middle.2: the model's features are 2x2x2 where the teacher's decoder.head are 2x4x4"),
+        (["teacher.features={decoder.middle.2: decoder.head}", "loss.terms.features.weight=1"], "teacher.features.decoder.middle.2: the model's features are 2x2x2 where the teacher's decoder.head are 2x4x4"),
+        (["teacher.features={decoder.middle.2: decoder.middle.2}"], "teacher.features: no loss term reads them"),
         (["loss.terms.features.weight=1"], "feature distillation needs teacher.features"),
         (["teacher.decode=both"], "teacher.decode=both is unknown; use one of teacher, own, mixed"),
     ],

@@ -111,7 +111,12 @@ def test_a_student_of_open_sora_has_its_latents_chunk_by_chunk(videos, tmp_path)
     assert t.network.latent_shape(18, 16, 16) == t.distillation.teacher.latent_shape(18, 16, 16) == (4, 6, 2, 2)
 
 
-def test_without_a_teacher_a_warning_says_what_becomes_of_the_latents(videos, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("train", "warns"), [({"all": 1.0}, True), ({"encoder": 1.0, "decoder": 1.0}, True), ({"decoder": 1.0}, False)]
+)
+def test_without_a_teacher_a_warning_says_what_becomes_of_the_latents(videos, tmp_path, caplog, train, warns):
     given = ["stage=finetune", "stage.init_from=random", "loss=recon_kl", "data.frames.max=5", "data.frames.min=5"]
-    factory.trainer(tiny.training("taehv", videos, *given), tmp_path).log.close()
-    assert "nothing keeps the latents those of taew2_1" in caplog.text
+    config = tiny.training("taehv", videos, *given)
+    config.stage.train = train
+    factory.trainer(config, tmp_path).log.close()
+    assert ("nothing keeps the latents those of taew2_1" in caplog.text) == warns

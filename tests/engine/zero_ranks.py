@@ -14,6 +14,7 @@ from tests import tiny
 from tests.engine import quick
 from tests.engine.faulty_ranks import clips_of, out_of_memory
 from vae3d.checkpoints import state
+from vae3d.data.clips import Unreadable
 from vae3d.engine.patience import LostPatience
 from vae3d.engine.rehearsal import rehearse
 from vae3d.engine.trainer import Trainer
@@ -54,8 +55,64 @@ def steps(t: Trainer, count: int, spoils: bool) -> list[dict[str, float]]:
     return told
 
 
+def dropped(t: Trainer, rank: int) -> dict[str, list[float]]:
+    """What becomes of steps that must not be taken though DeepSpeed has sound gradients, or those of one rank only:
+    rank 1 has no file, or its discriminator fails after the last backward pass. With a sound step after each."""
+    told = {}
+    for fault in ("data", "discriminator"):
+        before, clips, accumulate = weights(t), clips_of(t, t.step), t.accumulate
+
+        def spoilt(clips: list, turn: Any, metrics: Any, step: int, accumulate: Any = accumulate) -> None:
+            accumulate(clips, turn, metrics, step)
+            metrics.add({"loss_discriminator": torch.tensor(float("nan") if rank == 1 else 0.5)})
+
+        if fault == "data" and rank == 1:
+            clips[1] = Unreadable([("gone.mp4", "is empty")])
+        if fault == "discriminator":
+            t.accumulate = spoilt
+        skipped = t.train_step(clips)["skipped"]
+        t.accumulate = accumulate
+        moved = any(not torch.equal(tensor, before[name]) for name, tensor in weights(t).items())
+        told[fault] = [skipped, float(moved), t.train_step(clips_of(t, t.step))["skipped"]]
+    return told
+
+
+def leaves(t: Trainer) -> str:
+    """What the run says as it ends for a step that it cannot take back."""
+    try:
+        t.train_step(clips_of(t, t.step))
+    except LostPatience as error:
+        return str(error)
+    return "nothing"
+
+
+def leaves_late(t: Trainer, fails: bool) -> dict[str, Any]:
+    """As `leaves`, where memory runs out after the last backward pass; and whether the step was taken all the same."""
+    before, accumulate = weights(t), t.accumulate
+
+    def late(*given: Any) -> None:
+        accumulate(*given)
+        if fails:
+            out_of_memory()
+
+    t.accumulate = late
+    told = leaves(t)
+    t.accumulate = accumulate
+    return {"told": told, "moved": any(not torch.equal(v, before[name]) for name, v in weights(t).items())}
+
+
 def weights(t: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in t.network.state_dict().items()}
+
+
+def alone(folder: Path) -> None:
+    """One process that nobody started as a rank: a rehearsal, a step, a checkpoint."""
+    config = pickle.loads((folder / "config.pickle").read_bytes())
+    t = sharded(
+        config, folder / "alone", "deepspeed_zero2_offload", **{"trainer.max_steps": 1, "trainer.save_every": 1}
+    )
+    rehearse(t)
+    t.fit()
 
 
 def main(folder: Path) -> None:
@@ -77,18 +134,18 @@ def main(folder: Path) -> None:
     steps(again, STEPS - again.step, spoils=False)
     report["resumed"] = weights(again)
     hook = again.network.register_forward_pre_hook(out_of_memory) if rank == 1 else None
-    try:
-        again.train_step(clips_of(again, again.step))
-    except LostPatience as error:
-        report["left"] = str(error)
+    report["left"] = leaves(again)
     if hook is not None:
         hook.remove()
-    again.log.close()
     report["saved"] = state.latest_state(folder / "run/checkpoints").name
+    report["dropped"] = dropped(again, rank)
+    report["late"] = leaves_late(again, fails=rank == 1)
+    again.log.close()
 
     offloaded = sharded(config, folder / "offload", "deepspeed_zero2_offload")
     steps(offloaded, STEPS, spoils=rank == 1)
     report["offloaded"] = weights(offloaded)
+    report["dropped offloaded"] = dropped(offloaded, rank)
     offloaded.log.close()
     try:
         sharded(config, folder / "typo", **{"trainer.strategy.deepspeed": {**told("deepspeed_zero2"), "overlap": True}})
@@ -98,4 +155,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    {"main": main, "alone": alone}[(sys.argv[2:] or ["main"])[0]](Path(sys.argv[1]))

@@ -33,12 +33,18 @@ IDENTITY = (
     "data.fps",
     "data.panorama",
     "data.depth.mapping",
+    "teacher.features",
     "run.seed",
 )
 
 
 class ResumeError(UserError):
     """A run folder that belongs to another configuration."""
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """The complete checkpoint of a step."""
+    return root / f"step-{step:07d}"
 
 
 def unfinished(root: Path, step: int) -> Path:
@@ -64,7 +70,7 @@ def write_rank(folder: Path, rank: int, state: Mapping[str, Any]) -> None:
 
 def finish(folder: Path, root: Path, step: int, config: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
     """Mark an unfinished checkpoint as complete and give it its name. facts: for readers, beside step and config."""
-    target = root / f"step-{step:07d}"
+    target = step_folder(root, step)
     (folder / META).write_text(json.dumps({"step": step, **facts, "config": config}, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     folder.rename(target)

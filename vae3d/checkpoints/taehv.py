@@ -29,11 +29,16 @@ OTHER_NETWORKS = ("lighttaehy",)  # LightX2V's for HunyuanVideo 1.5: the same ke
 def config_of(state: State, path: Path, variant: str | None, notes: list[str]) -> dict[str, Any]:
     """Constructor arguments of TAEHV for the file at `path`. variant: what the user says.
 
-    Raises ValueError if the variant is not known or does not fit, KeyError for a tensor that should be there.
+    Raises ValueError if the variant or its frame rule is not known or does not fit, KeyError for a tensor that should
+    be there.
     """
     told = read_facts(path)
     variant = _variant(state, path, variant, told, notes)
     kind = VARIANTS[variant]
+    if told.get("variant") == variant and told.get("frame_rule", kind.rule) != kind.rule:
+        raise ValueError(
+            f"says that frames of {variant} follow the rule {told['frame_rule']!r}, here it is {kind.rule!r}"
+        )
     widths = _widths(state, kind.decoder)
     time = [len(state[_tgrow(kind.decoder, s)]) == 2 * state[_tgrow(kind.decoder, s)].shape[1] for s in range(3)]
     config = {

@@ -17,6 +17,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, for a log line; Python's own MemoryError says nothing but its name."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def release() -> None:
     """Give cached memory back. To be called outside of the `except` that caught an error, whose traceback holds tensors
     (pytorch#18853)."""

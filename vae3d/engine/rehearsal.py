@@ -36,8 +36,7 @@ def rehearse(trainer: Trainer) -> None:
         metrics, turn = StepMetrics(), trainer.adversary.turn(ALL_ON)
         clip = _noise(trainer, frames)
         clips = [clip] * trainer.strategy.rehearsal_clips
-        with trainer.strategy.rehearsing():
-            fault = trainer.strategy.attempt(lambda: trainer.accumulate(clips, turn, metrics, ALL_ON))  # noqa: B023
+        fault = trainer.strategy.attempt(lambda: trainer.accumulate(clips, turn, metrics, ALL_ON))  # noqa: B023
         verdict = trainer.vote([clip], metrics, fault, stop=False)
         what = f"a micro-batch of {'x'.join(map(str, clip.video.shape))}"
         unreached = trainer.strategy.unreached() if verdict.complete and turn.generator else []

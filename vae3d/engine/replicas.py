@@ -8,8 +8,8 @@ all-reduce.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,21 @@ from torch import Tensor, nn
 from vae3d import ranks
 from vae3d.checkpoints.state import ResumeError, from_weights
 from vae3d.engine.freeze import without_gradient
-from vae3d.engine.memory import out_of_memory, release
+from vae3d.engine.memory import first_line, out_of_memory, release
 from vae3d.engine.verdict import RanksDiffer
 
 
 class Replicas:
-    """model: what training calls. optimizer: what steps. `finish` is given a step's verdict after `attempt`."""
+    """model: what training calls. optimizer: what steps.
+
+    In a step comes `attempt` or, for a rank that cannot take part, `abstain`; once all ranks have voted, either
+    `average_gradients`, `clip` and `step`, or `skip`.
+    """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.accelerator = accelerator
-        self.model = accelerator.prepare_model(model, evaluation_mode=True)  # autocast, without DDP around it
+        self.accelerator, self.model = accelerator, model
         self.optimizer = accelerator.prepare_optimizer(optimizer)
-        self.network = model
+        self._finite = True  # the gradient that was clipped last
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         refuse_different_starts(model)
 
@@ -45,21 +48,20 @@ class Replicas:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            fault = str(error).splitlines()[0]
+            fault = first_line(error)
         if fault is not None:
             self.optimizer.zero_grad()
             release()
         return fault
 
-    rehearsal_clips = 1
+    def abstain(self) -> None:
+        """In place of `attempt`, for a rank without clips; nobody waits for it before the vote."""
 
-    def rehearsing(self) -> AbstractContextManager[None]:
-        """Inside this context gradients are never meant to be taken; here nothing changes, they are skipped."""
-        return nullcontext()
+    rehearsal_clips = 1
 
     def unreached(self) -> list[str]:
         """Trainable parameters without a gradient."""
-        return without_gradient(self.network)
+        return without_gradient(self.model)
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
@@ -76,13 +78,16 @@ class Replicas:
     def clip(self, max_norm: float) -> float:
         """Clip the gradients; their norm before."""
         # Accelerate's own would unscale fp16 gradients, which are unscaled already.
-        return float(nn.utils.clip_grad_norm_(self.parameters, max_norm))
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, max_norm))
+        self._finite = math.isfinite(norm)
+        return norm
 
     def step(self) -> bool:
         """Whether the optimizer stepped; an fp16 scaler skips what overflowed, and learns from it."""
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return self.accelerator.scaler is None or not self.optimizer.step_was_skipped
+        # Accelerate's step_was_skipped is False for a fused optimizer, which skips inside of its own step.
+        return self._finite
 
     def skip(self, unscaled: bool) -> None:
         """Forget the gradients. unscaled: average_gradients was called, which an fp16 scaler must not meet twice."""

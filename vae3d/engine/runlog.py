@@ -8,7 +8,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -84,14 +85,16 @@ class RunLog:
         """To metrics.jsonl, the logger and, for the main ones, the console."""
         if not self.main:
             return
-        self._append("metrics.jsonl", {"step": step, **values})
-        self.logger.scalars(dict(values), step)
+        with self._bearing(f"metrics of step {step}"):
+            self._append("metrics.jsonl", {"step": step, **values})
+            self.logger.scalars(dict(values), step)
         shown = {k: v for k, v in values.items() if "/" not in k or k.startswith(("loss/", "val/"))}
         log.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
 
     def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> None:
         if self.main:
-            self.logger.video(name, frames, fps, step)
+            with self._bearing(f"a video of step {step}"):
+                self.logger.video(name, frames, fps, step)
 
     def faults(self, faults: Iterable[tuple[str, str]]) -> None:
         """Report a broken file the first time it is met, in the log and in faults.jsonl (one file per rank)."""
@@ -100,7 +103,8 @@ class RunLog:
                 continue
             self._broken.add(path)
             log.warning("cannot be read, another file takes its place: %s: %s", path, reason)
-            self._append(f"faults{self.rank or ''}.jsonl", {"path": path, "reason": reason})
+            with self._bearing(f"the fault of {path}"):
+                self._append(f"faults{self.rank or ''}.jsonl", {"path": path, "reason": reason})
 
     def close(self) -> None:
         if self.main:
@@ -121,6 +125,14 @@ class RunLog:
             except json.JSONDecodeError:  # half a line, from a kill in the middle of a write
                 continue
         file.write_text("".join(kept))
+
+    @contextmanager
+    def _bearing(self, what: str) -> Iterator[None]:
+        """A full disk costs the record, which the log tells, and not the run."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("%s is not recorded: %s", what, error)
 
     def _append(self, name: str, entry: Mapping[str, Any]) -> None:
         with (self.folder / name).open("a") as stream:

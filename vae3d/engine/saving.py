@@ -44,16 +44,17 @@ def save(trainer: Trainer) -> str | None:
     def finish() -> None:
         if main:
             facts = {"world_size": trainer.accelerator.num_processes, "strategy": trainer.config.trainer.strategy.name}
-            saved = state.finish(unfinished, root, trainer.step, asdict(trainer.config), facts)
-            _publish(trainer, saved)
-            log.say(f"saved {saved}")
+            state.finish(unfinished, root, trainer.step, asdict(trainer.config), facts)
 
     for stage in (lambda: state.begin(unfinished) if main else None, write, finish):
-        fault = _try(trainer, stage)
-        if fault is not None:
+        if fault := _try(trainer, stage):
             if main:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            return fault
+            return f"no checkpoint of step {trainer.step}: {fault}"
+    saved = state.step_folder(root, trainer.step)
+    if fault := _try(trainer, lambda: _publish(trainer, saved) if main else None):
+        return f"{saved} is complete, but not what is made of it: {fault}"
+    log.say(f"saved {saved}")
     return None
 
 
@@ -94,7 +95,12 @@ def export(trainer: Trainer, folder: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     with trainer.ema.applied():
         weights = Checkpoint(config.model, trainer.network.state_dict(), folder, "export")
-        write_export(weights, unfinished, stage=config.stage.name, step=trainer.step, ema=config.trainer.ema.decay)
+        facts = {"stage": config.stage.name, "step": trainer.step, "ema": config.trainer.ema.decay}
+        try:
+            write_export(weights, unfinished, **facts)
+        except DISK_FAULTS:
+            shutil.rmtree(unfinished, ignore_errors=True)  # half a file would only keep the disk full
+            raise
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 
@@ -131,6 +137,7 @@ def resume(trainer: Trainer) -> dict[str, tuple[Any, Any]]:
     trainer.window.load_state_dict(saved["window"])
     trainer.step = saved["step"]
     trainer.reads, trainer.broken_reads = saved["reads"]
+    trainer.unfinished.in_row, trainer.zero_gradient.in_row = saved.get("faults_in_row", (0, 0))
     return changed
 
 
@@ -155,4 +162,5 @@ def _shared_state(trainer: Trainer) -> dict[str, Any]:
         "scaler": scaler.state_dict() if scaler is not None else {},
         "window": trainer.window.state_dict(),
         "reads": [trainer.reads, trainer.broken_reads],
+        "faults_in_row": [trainer.unfinished.in_row, trainer.zero_gradient.in_row],
     }

@@ -72,7 +72,7 @@ class Trainer:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.device, rank = accelerator.device, accelerator.process_index
         self.objective, self.adversary, self.data, self.metrics = objective, adversary, data, metrics
-        self.network, self.distillation = model.to(self.device), distillation
+        self.network, self.distillation = self._under_autocast(model.to(self.device)), distillation
 
         groups = train_parts(model, config.stage.train)
         set_mode(model, config.stage.train)
@@ -80,6 +80,7 @@ class Trainer:
         self.projections = pupil.projections if isinstance(pupil, Pupil) else None
         if self.projections is not None:
             groups.append({"params": list(self.projections.parameters()), "part": "projections", "lr_scale": 1.0})
+            pupil = self._under_autocast(pupil)
         self.ema = Ema(model, **asdict(config.trainer.ema))
         self.proximal = Proximal(model, config.optim.proximal)
         self.spikes = SpikeGuard(**asdict(config.trainer.spike), warn=lambda message: self.log.warn(message))
@@ -90,18 +91,22 @@ class Trainer:
         optimizer = torch.optim.AdamW(groups, fused=self._fuses(), **self._optimizer_settings())
         self.strategy = self._share_work(pupil, optimizer)
         self.ballot = Ballot(rank, accelerator.num_processes, self.device)
+        self._set_patience()
         changed = resume(self)
         for group in self.optimizer.param_groups:  # a checkpoint's own came back with its moments
             group.update(self._optimizer_settings())
-        self._set_patience()
         self.log = RunLog(folder, logger, rank=rank, step=self.step, max_steps=config.trainer.max_steps)
         self.log.launch(self.step, asdict(config), changed)
         for key, (old, new) in changed.items():
             self.log.say(f"{key} was {old} until step {self.step} and is {new} from here on")
         self.log.faults(data.faults)
 
+    def _under_autocast(self, network: nn.Module) -> nn.Module:
+        """The same network, whose forward turns autocast on by itself: DeepSpeed turns off what is on around it."""
+        return self.accelerator.prepare_model(network, evaluation_mode=True)  # which leaves DDP out
+
     def _share_work(self, pupil: nn.Module, optimizer: torch.optim.Optimizer) -> Replicas | Zero:
-        """The strategy, whose `model` is what training calls: the pupil under autocast."""
+        """The strategy, whose `model` is what training calls: the pupil."""
         told, data = self.config.trainer.strategy, self.data.plan
         if told.name == "ddp":
             return Replicas(self.accelerator, pupil, optimizer)
@@ -153,7 +158,9 @@ class Trainer:
         torch.manual_seed(seed_of(self.config.run.seed, "step", self.step, self.accelerator.process_index))
         metrics, fault = StepMetrics(), None
 
-        if not any(isinstance(clip, Unreadable) for clip in clips):
+        if any(isinstance(clip, Unreadable) for clip in clips):
+            self.strategy.abstain()
+        else:
             fault = self.strategy.attempt(lambda: self.accumulate(clips, turn, metrics, self.step))
         verdict = self.vote(clips, metrics, fault, stop)
         values = self._averages(metrics, verdict) if verdict.complete else {}
@@ -226,9 +233,11 @@ class Trainer:
                 self.strategy.average_gradients()
                 self.proximal.add_gradient()
                 norm = values["grad_norm"] = self.strategy.clip(self.config.optim.grad_clip)
-            # fp16 gradients overflow in normal operation: the loss scaler skips those steps and learns from them.
-            norm = 0.0 if self.accelerator.scaler is not None else norm
-            sound = self.spikes.accept(verdict.loss, verdict.worst, norm)
+            # fp16 gradients overflow in normal operation: the loss scaler skips those steps and learns from them. What
+            # it no longer scales up did not overflow by scaling.
+            scaler = self.accelerator.scaler
+            learning = scaler is not None and scaler.get_scale() > 1
+            sound = self.spikes.accept(verdict.loss, verdict.worst, 0.0 if learning else norm)
         if not sound:
             self.strategy.skip(unscaled=averaged and turn.generator)
             return False
@@ -252,34 +261,36 @@ class Trainer:
             self._leave(verdict)
         if not verdict.complete:
             self.log.warn(f"step {self.step} is skipped by all ranks: {verdict.fault()}{f': {fault}' if fault else ''}")
-            self._unfinished.fault(verdict.fault())
+            self.unfinished.fault(verdict.fault())
         else:
-            self._unfinished.went_well()
-        if values.get("grad_norm", 1.0) < NO_GRADIENT:
-            self._zero_gradient.fault(f"loss {verdict.loss:g}")
-        else:
-            self._zero_gradient.went_well()
+            self.unfinished.went_well()
+        norm = values.get("grad_norm")
+        if norm is not None and norm < NO_GRADIENT:
+            self.zero_gradient.fault(f"loss {verdict.loss:g}")
+        elif norm is not None:  # a step that was skipped tells nothing
+            self.zero_gradient.went_well()
 
     def _leave(self, verdict: Verdict) -> None:
         """Save, without the step that failed, and end: the strategy cannot take back what came of it."""
         self.log.warn(
             f"step {self.step} failed on some rank ({verdict.fault()}), and DeepSpeed cannot forget half a step"
         )
-        self.save()
+        fault = save(self)
+        saved = f"saved after step {self.step}" if fault is None else f"could not save step {self.step} ({fault})"
         raise LostPatience(
-            f"saved after step {self.step} and stopped; torchrun --max-restarts=N goes on from there by itself. If it "
+            f"{saved} and stopped; torchrun --max-restarts=N goes on from the newest checkpoint by itself. If it "
             "comes back, raise trainer.accumulate or lower data.frames.max, data.height and data.width"
         )
 
     def _set_patience(self) -> None:
         robust = self.config.trainer.robust
-        self._unfinished = Patience(
+        self.unfinished = Patience(
             robust.patience,
             "steps in a row could not be finished",
             "for memory raise trainer.accumulate or lower data.frames.max, data.height and data.width; for files look "
             f"at {self.folder}/faults.jsonl (trainer.robust.patience is the limit)",
         )
-        self._zero_gradient = Patience(
+        self.zero_gradient = Patience(
             robust.zero_gradient,
             "steps in a row had no gradient at all",
             "the model learns nothing: are its outputs clamped, or the pixels in another range than the losses expect? "
@@ -337,7 +348,7 @@ class Trainer:
         if fault is None:
             self._unsaved.went_well()
         else:
-            self.log.warn(f"no checkpoint of step {self.step}: {fault}; training goes on")
+            self.log.warn(f"{fault}; training goes on")
             self._unsaved.fault(fault)
 
     def _gauges(self) -> dict[str, float]:

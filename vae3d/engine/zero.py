@@ -7,23 +7,20 @@ of Replicas. Each rank saves the tensors of its own shard; DeepSpeed's checkpoin
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vae3d import ranks
 from vae3d.checkpoints.state import ResumeError, from_weights
-from vae3d.engine.memory import out_of_memory, release
+from vae3d.engine.memory import first_line, out_of_memory, release
 from vae3d.engine.replicas import refuse_different_starts
 from vae3d.errors import UserError
-
-FAILED, UNSOUND, WELL = 0, 1, 2  # what ranks tell each other before a backward pass, of which the lowest counts
-AUTOCAST = {"no": None, "bf16": torch.bfloat16}
 
 
 class StrategyError(UserError):
@@ -31,15 +28,15 @@ class StrategyError(UserError):
 
 
 class PeerFailed(Exception):
-    """Another rank ran out of memory before its backward pass."""
+    """Another rank has left the step before its backward pass."""
 
 
 class Zero:
     """See Replicas, whose methods these are. told: DeepSpeed's configuration, without what is filled in here.
 
-    DeepSpeed averages gradients while backward runs. So the ranks tell each other how they fared before each backward
-    pass: where a loss is not finite, all ranks make it NaN, whose step DeepSpeed drops everywhere; where one is out of
-    memory, all leave the step, whose earlier micro-batches cannot be taken back: the run must be restarted.
+    DeepSpeed averages gradients while backward runs. So the ranks ask each other before each backward pass whether all
+    have got there: where one has no clips, or no memory, all leave the step. What went before of its micro-batches
+    cannot be taken back, so that for want of memory the run must be restarted.
     Raises StrategyError for keys that DeepSpeed does not know, or if it clips otherwise than `grad_clip` says.
     """
 
@@ -65,18 +62,17 @@ class Zero:
             "train_batch_size": micro_batch * accumulate * accelerator.num_processes,
             "gradient_clipping": grad_clip,
         }
-        self.accelerator, self.dtype = accelerator, AUTOCAST[accelerator.mixed_precision]
+        self.accelerator = accelerator
+        join_alone(accelerator.device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config={**told, **filled}, dist_init_required=False
         )
         if self.engine.gradient_clipping() != grad_clip or self.optimizer.clip_grad != grad_clip:
             raise StrategyError(f"DeepSpeed clips at {self.optimizer.clip_grad}, not at optim.grad_clip={grad_clip}")
+        self.optimizer.check_grad_overflow = True  # which DeepSpeed turns off for fp32 weights
+        self.model = self.engine
         self.rehearsal_clips = self.accumulate = accumulate  # DeepSpeed drops whole steps only
-        self._backwards, self._in_backward, self._rehearses = 0, False, False
-
-    def model(self, video: Tensor, **how: Any) -> Any:
-        with self._autocast():
-            return self.engine(video, **how)
+        self._backwards, self._in_backward = 0, False
 
     def attempt(self, run: Callable[[], None]) -> str | None:
         """run(); what it said if memory ran out here before a backward pass.
@@ -86,25 +82,22 @@ class Zero:
         fault, self._backwards = None, 0
         try:
             run()
-        except PeerFailed:
-            release()  # the other rank tells of it in the vote
+        except PeerFailed:  # the other rank tells of it in the vote
+            pass
         except (RuntimeError, MemoryError) as error:
             if self._in_backward or not out_of_memory(error):
                 raise
-            fault = str(error).splitlines()[0]
-            ranks.lowest(FAILED, self.accelerator.device)
+            fault = first_line(error)
         if fault is not None:
             release()
+            if self._backwards < self.accumulate:  # after the last one nobody waits before the vote
+                ranks.everyone(False, self.accelerator.device)
         return fault
 
-    @contextmanager
-    def rehearsing(self) -> Iterator[None]:
-        """Inside this context gradients become NaN, so that DeepSpeed drops them."""
-        self._rehearses = True
-        try:
-            yield
-        finally:
-            self._rehearses = False
+    def abstain(self) -> None:
+        """In place of `attempt`, for a rank without clips: the others need not wait for its backward pass."""
+        self._backwards = 0
+        ranks.everyone(False, self.accelerator.device)
 
     def unreached(self) -> list[str]:
         """Not known: DeepSpeed takes gradients away as soon as they are there."""
@@ -112,13 +105,11 @@ class Zero:
 
     def backward(self, loss: Tensor) -> None:
         """Raises PeerFailed if another rank has failed meanwhile."""
-        verdict = ranks.lowest(WELL if bool(loss.isfinite()) else UNSOUND, loss.device)
-        if verdict == FAILED:
+        if not ranks.everyone(True, loss.device):
             raise PeerFailed
         self._backwards, self._in_backward = self._backwards + 1, True
         self.engine.set_gradient_accumulation_boundary(self._backwards == self.accumulate)
-        poisoned = verdict == UNSOUND or self._rehearses
-        self.engine.backward(loss * float("nan") if poisoned else loss, scale_wrt_gas=False)
+        self.engine.backward(loss, scale_wrt_gas=False)
         self._in_backward = False
 
     def gradients(self) -> int:
@@ -137,10 +128,19 @@ class Zero:
         return not self.optimizer.overflow
 
     def skip(self, unscaled: bool) -> None:
-        """Let DeepSpeed drop gradients that `clip` has not met: they are NaN."""
+        """Let DeepSpeed drop gradients that `clip` has not met, as it drops those that are not finite."""
         if not unscaled and self._backwards == self.accumulate:
+            self._spoil()
             self.engine.step()
-        self._backwards = 0
+
+    def _spoil(self) -> None:
+        """Make DeepSpeed find all gradients that it holds not finite."""
+        if self.optimizer.cpu_offload:
+            self.optimizer.local_overflow = True
+            return
+        for gradients in self.optimizer.averaged_gradients.values():
+            for gradient in gradients:
+                gradient.fill_(torch.nan)
 
     def optimizer_state(self) -> dict[str, Any]:
         """Nothing that all ranks share."""
@@ -162,21 +162,9 @@ class Zero:
                 f"strategy only. To start anew from its weights: {from_weights(checkpoint)}"
             )
         self.optimizer.optimizer.load_state_dict(own["optimizer"])
-        self.refresh(saved)
-
-    @torch.no_grad()
-    def refresh(self, partitions: list[Tensor] | None = None) -> None:
-        """Give DeepSpeed the weights that the model holds now. partitions: this rank's, if they were saved."""
-        if partitions is None:
-            self.optimizer.refresh_fp32_params()
-        else:
-            for mine, saved in zip(self.optimizer.single_partition_of_fp32_groups, partitions, strict=True):
-                mine.copy_(saved)
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(
-            self.accelerator.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None
-        )
+        with torch.no_grad():
+            for mine, theirs in zip(partitions, saved, strict=True):
+                mine.copy_(theirs)
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -191,6 +179,14 @@ def import_deepspeed(device: torch.device) -> Any:
             f"({error}); pip install -e .[deepspeed], or leave trainer/strategy at ddp"
         ) from error
     return deepspeed
+
+
+def join_alone(device: torch.device) -> None:
+    """Make a process group of this process, if it is in none: one GPU, for the sake of the offloaded optimizer."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed insists on
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def refuse_unknown_keys(told: Mapping[str, Any]) -> None:
