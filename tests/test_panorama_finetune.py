@@ -13,6 +13,7 @@ from tests import tiny
 from vae3d import factory
 from vae3d.check import check_training
 from vae3d.engine.ema import Ema
+from vae3d.engine.saving import export
 from vae3d.engine.trainer import Trainer
 
 COMMON = ["data.workers=0", "data.batch_size=2", "logger=none", "trainer.save_every=0", "validation.every=1000"]
@@ -41,7 +42,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     steps = ["trainer.max_steps=200", "trainer.ema.decay=0.95"]
     run = trainer(folder, "experiment=wan_tiny", f"data.source.path={clips / 'clips.csv'}", *sizes, *steps)
     run.fit()
-    run.export(folder / "export")
+    export(run, folder / "export")
     return folder / "export"
 
 

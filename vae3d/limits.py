@@ -12,7 +12,7 @@ EXAMPLES = {
     "stage.init_from": "stage.init_from=CHECKPOINT (a run folder, an export, published weights) or random",
     "stage.init_from.spatial_vae": "stage.init_from.spatial_vae=/path/to/2D-VAE (diffusers folder, LDM file or export)",
     "model.variant": "model.variant=taew2_1 (or taehv, taecvx, taew2_2, ...; see conf/model/taehv.yaml)",
-    "teacher.path": "teacher.path=PATH (a run, an export, published weights, a diffusers folder), or teacher=none",
+    "teacher.path": "teacher.path=PATH (a run folder, an export, published weights, diffusers' folder) or teacher=none",
     "checkpoint": "checkpoint=PATH (a run folder, an export, published weights)",
     "source": "source=PATH (a CSV, parquet or JSON file, a folder, or one video)",
     "save_dir": "save_dir=PREFIX of the folders PREFIX_ori, PREFIX_rec, PREFIX_spatial",

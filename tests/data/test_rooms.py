@@ -12,6 +12,7 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.rooms import ErpRooms
 from vae3d.data.sources import DataError
+from vae3d.summary import data_summary
 
 SETTINGS = ClipSettings(16, 32, sampling="requirement", panorama=True)
 
@@ -136,7 +137,7 @@ def test_the_start_of_a_run_tells_of_rooms_and_areas(rendered):
     config = tiny.training(
         "temporal_vae", rendered, "data=erp_rooms", f"data.source.root={rendered}", "data.width=32", "loss=recon_kl"
     )  # fmt: skip
-    lines = factory._data_summary(config, factory.training_data(config, 0, 1))
+    lines = data_summary(config, factory.training_data(config, 0, 1))
     assert lines[0].startswith("1 training videos, ")
     assert lines[1].startswith("  2 rooms of 2 areas in ")
     assert lines[1].endswith("; left out: 1 with fewer than 5 frames")
