@@ -244,6 +244,10 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
                 faults.append(f"stage.train.{part}={scale} must be above 0; leave a part out to freeze it")
     faults += _strategy_rules(config)
     faults += [*_missing_files(config), *_resume_faults(config.run.resume_from)]
+    if not trainer.save_every:
+        for key in ("prefix", "final_model"):
+            if getattr(trainer.publish, key):
+                faults.append(f"trainer.publish.{key} is written with checkpoints, and trainer.save_every=0 makes none")
     launched = environment.get("ACCELERATE_MIXED_PRECISION")
     if launched not in (None, "no", trainer.precision):  # "no" is also what accelerate launch says unasked
         faults.append(

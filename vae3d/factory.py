@@ -124,6 +124,9 @@ def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str
             target, checkpoint.part(name) if name else checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})"
         )
         done += [f"{what} starts from {checkpoint.path} ({checkpoint.layout})", *checkpoint.notes]
+        convention = checkpoint.config.get("latent")
+        if convention is not None and convention != getattr(target, "latent", convention):
+            done.append(f"its latents were {convention} and are {target.latent} from here on")
         if differing := _factors(target, checkpoint):
             if not name:
                 raise CheckpointError(f"{checkpoint.path} does not fit the model: {differing}")

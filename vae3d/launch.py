@@ -111,7 +111,8 @@ def last_metric(folder: Path, name: str) -> float | None:
     """The newest value of a metric in a run's metrics.jsonl; None if it holds none."""
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
-    values = [json.loads(line)[name] for line in lines if f'"{name}"' in line]
+    whole = [line for line in lines if line.endswith("}")]  # a full disk leaves half a line
+    values = [json.loads(line)[name] for line in whole if f'"{name}"' in line]
     return values[-1] if values else None
 
 

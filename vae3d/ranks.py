@@ -25,6 +25,16 @@ def everyone(ok: bool, device: torch.device) -> bool:
 
 
 @torch.no_grad()
+def spread(tensor: Tensor) -> Tensor:
+    """Largest minus smallest value over ranks, element by element."""
+    low, high = tensor.clone(), tensor.clone()
+    if together():
+        dist.all_reduce(low, op=dist.ReduceOp.MIN)
+        dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    return high - low
+
+
+@torch.no_grad()
 def average(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its mean over ranks, in place, in as few all-reduces as fit BUCKET.
 

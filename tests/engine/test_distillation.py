@@ -66,6 +66,13 @@ def test_half_precision_leaves_the_mean_and_deviation_of_latents_alone(teacher):
     assert given.teach(clip_of()).lesson.z.dtype == torch.float32
 
 
+def test_a_raw_student_of_normalized_latents_is_refused(teacher):
+    network = vae3d.load(teacher)
+    network.latent = "normalized"
+    with pytest.raises(TeacherError, match=r"the model's are raw; set model.latent=normalized"):
+        Distillation(network, tiny.model("wan"))
+
+
 def test_sampled_lessons_depend_on_the_clip_alone(teacher):
     given = Distillation(vae3d.load(teacher), tiny.model("wan"), sample=True, seed=7)
     both = clip_of()

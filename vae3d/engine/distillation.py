@@ -50,6 +50,11 @@ class Distillation:
                 f"teacher.path: the teacher has {teacher.spec.channels} latent channels and the model "
                 f"{student.spec.channels}; they must share their latents"
             )
+        if getattr(teacher, "latent", "raw") == "normalized" and not self.normalized:
+            raise TeacherError(
+                "teacher.path: the teacher's latents are those that a diffusion model sees, and the model's are raw; "
+                "set model.latent=normalized"
+            )
         for network, whose, names in (
             (student, "model", self.features.keys()),
             (teacher, "teacher", self.features.values()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,6 +20,8 @@ from vae3d.checkpoints.publish import publish, withdraw
 
 if TYPE_CHECKING:
     from vae3d.engine.trainer import Trainer
+
+log = logging.getLogger("vae3d")
 
 # What a full or vanished disk raises; torch.save tells it as a RuntimeError.
 DISK_FAULTS = (OSError, RuntimeError, SafetensorError)
@@ -125,13 +128,16 @@ def resume(trainer: Trainer) -> dict[str, tuple[Any, Any]]:
     trainer.network.load_state_dict(saved["model"])
     if trainer.projections is not None:
         trainer.projections.load_state_dict(saved["projections"])
-    own = state.load_rank(start, trainer.accelerator.process_index)
+    rank = trainer.accelerator.process_index
+    own = state.load_rank(start, rank)
     trainer.strategy.load_optimizer(saved["optimizer"], own.get("strategy", {}), start)
     trainer.ema.load_state_dict(saved["ema"])
     trainer.spikes.load_state_dict(saved["spikes"])
     trainer.adversary.load_state_dict(saved["adversary"])
     if "adversary" in own:
         trainer.adversary.load_rank_state_dict(own["adversary"])
+    elif trainer.adversary.rank_state_dict():
+        log.warning("%s has nothing of rank %d's own: its replay buffer starts empty", start, rank)
     if trainer.accelerator.scaler is not None and saved["scaler"]:
         trainer.accelerator.scaler.load_state_dict(saved["scaler"])
     trainer.window.load_state_dict(saved["window"])

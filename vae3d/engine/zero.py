@@ -206,6 +206,8 @@ def refuse_unknown_keys(told: Mapping[str, Any]) -> None:
         "scheduler": "optim.schedule",
         "bf16": "trainer.precision",
         "fp16": "trainer.precision",
+        "amp": "trainer.precision",
+        "torch_autocast": "trainer.precision",
     }
     faults = [f"{key} is set by {filled[key]}" for key in told if key in filled]
     faults += [f"DeepSpeed has no key {key}" for key in told if key not in known]
