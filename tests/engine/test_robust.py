@@ -220,3 +220,20 @@ def test_idle_memory_is_given_back_above_a_threshold_only(monkeypatch, threshold
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.update(reserved=7 * 2**30))
     assert memory.compact(threshold) == (3.0 if compacts else 0.0)
     assert memory.idle_gib() == (0.0 if compacts else 3.0)
+
+
+def test_a_validation_without_memory_is_left_out_and_training_goes_on(videos, tmp_path, caplog):
+    validates = {"validation.every": 1, "validation.frames": 1}
+    t = trainer(videos, tmp_path, **validates)
+    hook = t.network.register_forward_pre_hook(lambda network, _: None if network.training else no_memory())
+    assert t.validate() == {}
+    assert t.network.training
+    t.fit()
+    assert t.step == 2
+    assert "no validation at step 2, for want of memory: CUDA out of memory" in caplog.text
+    hook.remove()
+    assert "val/psnr" in t.validate()
+
+
+def no_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")

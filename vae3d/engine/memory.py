@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 # Libraries that allocate by themselves fail with plain RuntimeErrors.
 SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
@@ -20,6 +24,19 @@ def out_of_memory(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """What an error says, for a log line; Python's own MemoryError says nothing but its name."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def attempted(run: Callable[[], Result]) -> tuple[Result | None, str | None]:
+    """What run() returns, or, if memory ran out in it, None and what was said; other errors are raised on."""
+    fault = None
+    try:
+        return run(), None
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        fault = first_line(error)
+    release()
+    return None, fault
 
 
 def release() -> None:

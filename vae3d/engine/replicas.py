@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vae3d import ranks
 from vae3d.checkpoints.state import ResumeError, from_weights
 from vae3d.engine.freeze import without_gradient
-from vae3d.engine.memory import first_line, out_of_memory, release
+from vae3d.engine.memory import attempted, release
 from vae3d.engine.verdict import RanksDiffer
 
 
@@ -42,13 +42,7 @@ class Replicas:
 
     def attempt(self, run: Callable[[], None]) -> str | None:
         """run(), this rank's forward and backward passes; what it said if memory ran out in them."""
-        fault = None
-        try:
-            run()
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            fault = first_line(error)
+        _, fault = attempted(run)
         if fault is not None:
             self.optimizer.zero_grad()
             release()

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 
 from vae3d import ranks
@@ -37,7 +36,7 @@ from vae3d.engine.runlog import RunLog
 from vae3d.engine.saving import resume, save
 from vae3d.engine.spike import SpikeGuard
 from vae3d.engine.stopping import on_sigterm
-from vae3d.engine.validation import validate
+from vae3d.engine.validation import validate_together
 from vae3d.engine.verdict import Ballot, Verdict
 from vae3d.engine.zero import Zero
 from vae3d.losses.objective import Objective
@@ -369,20 +368,9 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Score the held-out clips with the averaged weights; log the means and show some of the clips."""
-        settings, depth = self.config.validation, self.config.data.depth.mapping
-        self.network.eval()
-        with self.ema.applied():
-            mine = validate(
-                self.network,
-                self.data.held_out,
-                self.metrics,
-                self.device,
-                settings.videos,
-                roll=settings.roll,
-                depth=depth,
-            )
-        set_mode(self.network, self.config.stage.train)
-        everyone = sorted(gather_object(mine), key=lambda clip: clip.place)
+        everyone = validate_together(self)
+        if not everyone:
+            return {}
         scores = self.metrics.over([clip.result for clip in everyone])
         scores |= {name: fmean(clip.more[name] for clip in everyone) for name in everyone[0].more}
         means = {f"val/{column}": value for column, value in scores.items() if value is not None}

@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from vae3d import ranks
 from vae3d.data.depth import depth_of, to_metres
+from vae3d.engine.freeze import set_mode
+from vae3d.engine.memory import attempted
 from vae3d.inference.consistency import roll_consistency
 from vae3d.inference.video import as_unit, to_uint8
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.metrics.depth import abs_rel, delta1
 from vae3d.types import Clip
+
+if TYPE_CHECKING:
+    from vae3d.engine.trainer import Trainer
 
 
 @dataclass
@@ -28,6 +36,30 @@ class ValidatedClip:
     result: VideoResult
     picture: np.ndarray | None
     more: dict[str, float]
+
+
+def validate_together(trainer: Trainer) -> list[ValidatedClip]:
+    """All ranks' held-out clips, in their order; none, with a warning, if memory ran out on a rank."""
+    settings, network = trainer.config.validation, trainer.network
+    network.eval()
+    with trainer.ema.applied():
+        mine, fault = attempted(
+            lambda: validate(
+                network,
+                trainer.data.held_out,
+                trainer.metrics,
+                trainer.device,
+                settings.videos,
+                roll=settings.roll,
+                depth=trainer.config.data.depth.mapping,
+            )
+        )
+    set_mode(network, trainer.config.stage.train)
+    if not ranks.everyone(fault is None, trainer.device):
+        why = fault or "on another rank"
+        trainer.log.warn(f"no validation at step {trainer.step}, for want of memory: {why}; lower validation.frames")
+        return []
+    return sorted(gather_object(mine), key=lambda clip: clip.place)
 
 
 @torch.no_grad()
