@@ -67,6 +67,8 @@ def _try(trainer: Trainer, stage: Callable[[], Any]) -> str | None:
     try:
         stage()
     except DISK_FAULTS as error:
+        if "CUDA" in str(error):  # a RuntimeError, too, and of no disk
+            raise
         fault = f"{type(error).__name__}: {error}"
     if ranks.everyone(fault is None, trainer.device):
         return None
