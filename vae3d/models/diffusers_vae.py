@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from itertools import count
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vae3d.errors import UserError
-from vae3d.models.layers.frames import pad_space
+from vae3d.models.layers.frames import extend_time, pad_space
+from vae3d.models.layers.normalized import Normalized
 from vae3d.models.streaming import IndependentChunks
 from vae3d.seeding import Generators
 from vae3d.types import LatentSpec, Posterior, Reconstruction
@@ -25,7 +25,7 @@ log = logging.getLogger("vae3d")
 COGVIDEOX, HUNYUAN = KINDS = ("AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo")
 
 
-class DiffusersVAE(nn.Module):
+class DiffusersVAE(Normalized):
     """A VAE of diffusers: a VideoAutoencoder, with its results and its keys behind `vae.`.
 
     kind: one of KINDS. config: what its config.json holds; keys that the installed diffusers does not know are left
@@ -40,9 +40,6 @@ class DiffusersVAE(nn.Module):
     Raises UserError without diffusers, ValueError for a config that does not fit.
     """
 
-    shift: Tensor
-    scale: Tensor
-
     def __init__(self, kind: str, config: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.kind = kind
@@ -54,21 +51,16 @@ class DiffusersVAE(nn.Module):
         space = 2 ** (len(told.block_out_channels) - 1) if kind == COGVIDEOX else told.spatial_compression_ratio
         shift, scale = _normalisation(told, told.latent_channels)
         self.spec = LatentSpec(
-            told.latent_channels, int(ratio), space, causal=False, shift=tuple(shift), scale=tuple(scale)
-        )  # not causal, because GroupNorm pools over time
-        self.register_buffer(
-            "shift", torch.tensor(shift, dtype=torch.float32)[None, :, None, None, None], persistent=False
-        )
-        self.register_buffer(
-            "scale", torch.tensor(scale, dtype=torch.float32)[None, :, None, None, None], persistent=False
+            told.latent_channels,
+            int(ratio),
+            space,
+            causal=False,  # because GroupNorm pools over time
+            **self.keep_factors(shift, scale, told.latent_channels),
         )
 
     def encode(self, video: Tensor) -> Posterior:
         """[B, 3, T, H, W] -> posterior over raw latents."""
-        missing = self._fitting(video.shape[2]) - video.shape[2]
-        if missing:
-            video = torch.cat([video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2)
-        video = pad_space(video, self.spec.space_stride)
+        video = pad_space(extend_time(video, self._fitting(video.shape[2])), self.spec.space_stride)
         return Posterior.from_moments(self.vae.encode(video.to(self.vae.dtype)).latent_dist.parameters)
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
@@ -125,12 +117,6 @@ class DiffusersVAE(nn.Module):
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """The whole video at once: of pieces that know nothing of each other one would see the borders."""
         return IndependentChunks(self, None)
-
-    def normalize(self, z: Tensor) -> Tensor:
-        return (z - self.shift) / self.scale
-
-    def denormalize(self, z: Tensor) -> Tensor:
-        return z * self.scale + self.shift
 
 
 def _build(kind: str, config: Mapping[str, Any]) -> nn.Module:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vae3d.models.layers.normalized import Normalized
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.streaming import IndependentChunks
 from vae3d.models.temporal import TemporalVAE
@@ -18,7 +19,7 @@ from vae3d.seeding import Generators
 from vae3d.types import LatentSpec, Posterior, Reconstruction, SpatialPath
 
 
-class OpenSoraVAE(nn.Module):
+class OpenSoraVAE(Normalized):
     """Spatial and temporal VAE in series: a VideoAutoencoder with strides 4 x 8 x 8.
 
     micro_frames: clips are cut into pieces of this many frames that are coded independently (17 in the
@@ -26,9 +27,6 @@ class OpenSoraVAE(nn.Module):
     because the temporal VAE's GroupNorm pools over time. Any number of frames works with both.
     shift, scale: per channel, for `normalize`; the latents inside stay raw.
     """
-
-    shift: Tensor
-    scale: Tensor
 
     def __init__(
         self,
@@ -40,16 +38,12 @@ class OpenSoraVAE(nn.Module):
         scale: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     ) -> None:
         super().__init__()
-        channels = temporal.latent_channels
-        if not len(shift) == len(scale) == channels:
-            raise ValueError(f"shift and scale have {len(shift)} and {len(scale)} entries; give {channels} each")
+        self.keep_factors(shift, scale, temporal.latent_channels, persistent=True)
         if micro_frames is not None and micro_frames < 1:
             raise ValueError(f"micro_frames is {micro_frames}; use a positive number, or null for the whole clip")
         self.spatial_vae = spatial
         self.temporal_vae = temporal
         self.micro_frames = micro_frames
-        self.register_buffer("shift", torch.tensor(shift, dtype=torch.float32)[None, :, None, None, None])
-        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32)[None, :, None, None, None])
 
     @property
     def spec(self) -> LatentSpec:
@@ -155,12 +149,6 @@ class OpenSoraVAE(nn.Module):
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """Pieces of micro_frames, which this pipeline codes independently; the whole video without micro_frames."""
         return IndependentChunks(self, self.micro_frames)
-
-    def normalize(self, z: Tensor) -> Tensor:
-        return (z - self.shift) / self.scale
-
-    def denormalize(self, z: Tensor) -> Tensor:
-        return z * self.scale + self.shift
 
 
 def _numbers(buffer: Tensor) -> tuple[float, ...]:

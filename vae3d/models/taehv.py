@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vae3d.models.layers import taehv_blocks as blocks
 from vae3d.models.layers.checkpointing import needs_grad, run
 from vae3d.models.layers.frames import extend_time, pad_space
+from vae3d.models.layers.normalized import Normalized
 from vae3d.models.layers.taehv_blocks import Memory, run_layers
 from vae3d.models.layers.taehv_frames import RULES, Plan, between
 from vae3d.models.streaming import PlannedStream
@@ -64,7 +65,7 @@ VARIANTS = {
 }
 
 
-class TAEHV(nn.Module):
+class TAEHV(Normalized):
     """A tiny video autoencoder: a VideoAutoencoder whose encoder is deterministic.
 
     variant: one of VARIANTS. decoder_time_upscale, decoder_space_upscale: which of the three stages double the frame
@@ -80,9 +81,6 @@ class TAEHV(nn.Module):
     Weights start as torch's defaults, but the last bias of the decoder at 0.5, mid-grey of the inner range [0, 1].
     Raises ValueError if the arguments do not fit together.
     """
-
-    shift: Tensor
-    scale: Tensor
 
     def __init__(
         self,
@@ -120,26 +118,12 @@ class TAEHV(nn.Module):
         self.latent = _convention(latent or kind.latent, shift, scale)
         self.chunk_latents, self.gradient_checkpointing = chunk_latents, gradient_checkpointing
         self.time_upscale, self.space_shrink = 2 ** sum(time), 2 ** (3 - sum(space))
-        shift = [0.0] * kind.latent_channels if shift is None else shift
-        scale = [1.0] * kind.latent_channels if scale is None else scale
-        if not len(shift) == len(scale) == kind.latent_channels:
-            raise ValueError(
-                f"shift and scale have {len(shift)} and {len(scale)} entries; give {kind.latent_channels} each"
-            )
         self.spec = LatentSpec(
             kind.latent_channels,
             2 ** sum(kind.time_down),
             8 * kind.patch,
             causal=not self.rule.looks_ahead,
-            shift=tuple(shift),
-            scale=tuple(scale),
-        )
-        # Constants beside the weights; the published files have none.
-        self.register_buffer(
-            "shift", torch.tensor(shift, dtype=torch.float32)[None, :, None, None, None], persistent=False
-        )
-        self.register_buffer(
-            "scale", torch.tensor(scale, dtype=torch.float32)[None, :, None, None, None], persistent=False
+            **self.keep_factors(shift, scale, kind.latent_channels),
         )
 
     @property
@@ -321,12 +305,6 @@ class TAEHV(nn.Module):
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         stride = self.spec.space_stride
         return self.spec.channels, self.plan(frames).latents, -(-height // stride), -(-width // stride)
-
-    def normalize(self, z: Tensor) -> Tensor:
-        return (z - self.shift) / self.scale
-
-    def denormalize(self, z: Tensor) -> Tensor:
-        return z * self.scale + self.shift
 
 
 def _one_by_one(x: Tensor) -> bool:

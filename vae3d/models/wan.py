@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vae3d.models.layers.borders import Borders
 from vae3d.models.layers.checkpointing import needs_grad, run
-from vae3d.models.layers.frames import pad_space
+from vae3d.models.layers.frames import extend_time, pad_space
+from vae3d.models.layers.normalized import Normalized
 from vae3d.models.layers.wan_blocks import (
     AttentionBlock,
     Conv,
@@ -104,7 +105,7 @@ def _middle(width: int, borders: Borders) -> nn.ModuleList:
     )
 
 
-class WanVAE(nn.Module):
+class WanVAE(Normalized):
     """Wan2.1's (the defaults) or Wan2.2's VAE: a VideoAutoencoder.
 
     channels, multipliers: width of each level. downsample: which level boundaries halve the frame rate; each halves
@@ -121,9 +122,6 @@ class WanVAE(nn.Module):
     but a circular width must be one.
     Raises ValueError if the lists do not fit together.
     """
-
-    shift: Tensor
-    scale: Tensor
 
     def __init__(
         self,
@@ -149,10 +147,6 @@ class WanVAE(nn.Module):
                 f"downsample has {len(downsample)} entries for {len(multipliers)} multipliers; "
                 f"give one per level boundary, {len(multipliers) - 1}"
             )
-        shift = [0.0] * latent_channels if shift is None else shift
-        scale = [1.0] * latent_channels if scale is None else scale
-        if not len(shift) == len(scale) == latent_channels:
-            raise ValueError(f"shift and scale have {len(shift)} and {len(scale)} entries; give {latent_channels} each")
         if chunk_latents is not None and chunk_latents < 1:
             raise ValueError(f"chunk_latents is {chunk_latents}; use a positive number, or null for the whole clip")
         borders = Borders(pad_w, pad_h)
@@ -172,15 +166,7 @@ class WanVAE(nn.Module):
             2 ** sum(time),
             patch * 2 ** len(time),
             causal=True,
-            shift=tuple(shift),
-            scale=tuple(scale),
-        )
-        # Constants beside the weights, as in the published files.
-        self.register_buffer(
-            "shift", torch.tensor(shift, dtype=torch.float32)[None, :, None, None, None], persistent=False
-        )
-        self.register_buffer(
-            "scale", torch.tensor(scale, dtype=torch.float32)[None, :, None, None, None], persistent=False
+            **self.keep_factors(shift, scale, latent_channels),
         )
 
     def encode(self, video: Tensor) -> Posterior:
@@ -304,10 +290,8 @@ class WanVAE(nn.Module):
         """Extend a clip to what the network takes."""
         stride, space = self.spec.time_stride, self.spec.space_stride
         self.refuse_open_seam(video.shape[-1])
-        missing = -(video.shape[2] - 1) % stride
-        if missing:
-            video = torch.cat([video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2)
-        return pad_space(video, space)
+        frames = video.shape[2]
+        return pad_space(extend_time(video, frames + -(frames - 1) % stride), space)
 
     def refuse_open_seam(self, width: int) -> None:
         """Raises ValueError for the width of a panorama to which columns would have to be added."""
@@ -348,9 +332,3 @@ class WanVAE(nn.Module):
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         stride = self.spec.space_stride
         return self.spec.channels, self.latent_frames(frames), -(-height // stride), -(-width // stride)
-
-    def normalize(self, z: Tensor) -> Tensor:
-        return (z - self.shift) / self.scale
-
-    def denormalize(self, z: Tensor) -> Tensor:
-        return z * self.scale + self.shift
