@@ -21,6 +21,7 @@ from vae3d.losses.distillation import FeatureDistillation
 from vae3d.losses.objective import Objective
 from vae3d.metrics import METRICS, MetricError
 from vae3d.metrics.registry import find_files, resolve
+from vae3d.models.base import nearest_frames, share_frames
 from vae3d.models.taehv import TAEHV
 from vae3d.summary import frame_counts
 from vae3d.types import Clip, Reconstruction
@@ -123,8 +124,7 @@ def _frame_faults(config: TrainConfig, model: nn.Module, distillation: Distillat
     size = (data.height, data.width)
 
     def fits(frames: int) -> bool:
-        same = model.latent_shape(frames, *size) == teacher.latent_shape(frames, *size)
-        return model.frames_valid(frames) and teacher.frames_valid(frames) and same
+        return share_frames(model, teacher, frames, *size)
 
     for count in frame_counts(data).all():
         if not fits(count):
@@ -145,8 +145,8 @@ def _unread_features(distillation: Distillation | None, objective: Objective) ->
 
 def _nearest(count: int, fits: Callable[[int], bool]) -> str:
     """The four frame counts nearest to `count` that fit, to end a message with."""
-    near = sorted((n for n in range(1, count + 35) if fits(n)), key=lambda n: abs(n - count))[:4]
-    return f"; nearest are {', '.join(map(str, sorted(near)))}" if near else ""
+    near = nearest_frames(count, fits)
+    return f"; nearest are {', '.join(map(str, near))}" if near else ""
 
 
 def _shape(latents: tuple[int, ...]) -> str:

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from tests.adversarial import toy
 
 
-def main(folder: Path, rank: int) -> None:
+def main(folder: Path) -> None:
     """Leaves rank<N>.pt in `folder`."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     adversary = toy.seraena(rank=rank)
     report = {"before": {name: t.clone() for name, t in adversary.discriminator.state_dict().items()}}
     report["losses"] = toy.train(adversary, range(2), accumulate=2)
@@ -30,4 +31,4 @@ def main(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))

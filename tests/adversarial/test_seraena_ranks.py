@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import torch
 
 from tests import tiny
@@ -12,19 +9,7 @@ from tests.adversarial import toy
 
 
 def test_two_ranks_go_on_with_equal_discriminators_and_buffers_of_their_own(tmp_path):
-    command = [sys.executable, "-m", "tests.adversarial.seraena_ranks", str(tmp_path)]
-    running = []
-    for rank in ("0", "1"):
-        with (tmp_path / f"rank{rank}.log").open("w") as log:
-            process = subprocess.Popen([*command, rank], cwd=tiny.ROOT, env=tiny.environ(), stdout=log, stderr=log)
-            running.append(process)
-    try:
-        codes = [process.wait(timeout=120) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert codes == [0, 0], "\n".join((tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1))
-
+    tiny.two_ranks("tests.adversarial.seraena_ranks", tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["losses"] != second["losses"]
     assert toy.same(first["before"], second["before"])

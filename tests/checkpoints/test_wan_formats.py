@@ -213,7 +213,7 @@ def test_the_final_file_of_a_run_loads_strictly_where_the_network_is_called_mode
     t.fit()
     monkeypatch.chdir(tmp_path)
     vae = Wrapper()
-    state_dict = torch.load("vae_rgb_final_ema.pt", map_location="cpu")
+    state_dict = torch.load("vae_rgb_final_ema.pt", map_location="cpu", weights_only=True)
     vae.load_state_dict(state_dict)
     assert_equal_states(vae.model.state_dict(), vae3d.load(tmp_path).state_dict())
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == [

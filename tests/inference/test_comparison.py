@@ -20,11 +20,12 @@ from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.errors import UserError
 from vae3d.factory import model_config
-from vae3d.inference.comparison import ComparisonError, Network, baseline, translated
+from vae3d.inference.comparison import ComparisonError, baseline
 from vae3d.inference.comparison_report import collapsed
 from vae3d.inference.files import InferenceError
 from vae3d.inference.pictures import error_map, side_by_side, strip
 from vae3d.metrics import build_metrics
+from vae3d.models.base import translated
 
 SHIFT, SCALE = [0.1 * i for i in range(16)], [1 + 0.1 * i for i in range(16)]
 TEACHER = [
@@ -110,9 +111,8 @@ def test_a_network_beside_itself_gives_four_equal_pairs(teacher, source, tmp_pat
 
 
 def test_latents_go_through_the_statistics_of_the_network_that_has_them_raw():
-    raw = Network(tiny.model("wan", "model.shift=[1,2,3,4]", "model.scale=[2,2,2,2]"), "", "fp32")
-    normal = Network(nn.Module(), "", "fp32")
-    normal.model.latent = "normalized"
+    raw, normal = tiny.model("wan", "model.shift=[1,2,3,4]", "model.scale=[2,2,2,2]"), nn.Module()
+    normal.latent = "normalized"
     z = torch.randn(1, 4, 1, 2, 2)
     expected = (z - torch.arange(1.0, 5).view(1, 4, 1, 1, 1)) / 2
     torch.testing.assert_close(translated(z, raw, normal), expected)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.errors import UserError
+from vae3d.models.base import convention, translated
 from vae3d.precision import in_precision
 from vae3d.seeding import seed_of
 from vae3d.types import Clip, Lesson, Reconstruction
@@ -43,14 +44,13 @@ class Distillation:
         self.teacher = in_precision(teacher.requires_grad_(False).eval(), dtype)
         self.dtype, self.sample, self.decode, self.features = dtype, sample, decode, dict(features or {})
         self.seed = seed
-        # What the student's latents are: the teacher's own (raw), or those that a diffusion model sees.
-        self.normalized = getattr(student, "latent", "raw") == "normalized"
+        self.student = student
         if teacher.spec.channels != student.spec.channels:
             raise TeacherError(
                 f"teacher.path: the teacher has {teacher.spec.channels} latent channels and the model "
                 f"{student.spec.channels}; they must share their latents"
             )
-        if getattr(teacher, "latent", "raw") == "normalized" and not self.normalized:
+        if convention(teacher) == "normalized" and convention(student) == "raw":
             raise TeacherError(
                 "teacher.path: the teacher's latents are those that a diffusion model sees, and the model's are raw; "
                 "set model.latent=normalized"
@@ -74,8 +74,8 @@ class Distillation:
             with captured(self.teacher, list(self.features.values()), len(video)) as found:
                 self.teacher.decode(z.to(self.dtype), video.shape[2])
             features = {name: one_per_latent(found(inner), z.shape[2]) for name, inner in self.features.items()}
-        latents = self.teacher.normalize(z.float()) if self.normalized else z
-        return replace(clip, lesson=Lesson(latents.float(), {name: f.float() for name, f in features.items()}))
+        latents = translated(z.float(), self.teacher, self.student)
+        return replace(clip, lesson=Lesson(latents, {name: f.float() for name, f in features.items()}))
 
     def latents(self, clip: Clip, step: int) -> Tensor | None:
         """What the student decodes in this step: the teacher's latents, or None for its own."""

@@ -33,7 +33,7 @@ def save(trainer: Trainer) -> str | None:
     Every step of it is tried by all ranks, and the next only taken if all succeeded, so that none is left waiting. The
     last complete checkpoint stays whatever happens.
     """
-    root, log = trainer.folder / "checkpoints", trainer.log
+    root = trainer.folder / "checkpoints"
     unfinished = state.unfinished(root, trainer.step)
     shared, own = _shared_state(trainer), _rank_state(trainer)
     main = trainer.accelerator.is_main_process
@@ -57,7 +57,7 @@ def save(trainer: Trainer) -> str | None:
     saved = state.step_folder(root, trainer.step)
     if fault := _try(trainer, lambda: _publish(trainer, saved) if main else None):
         return f"{saved} is complete, but not what is made of it: {fault}"
-    log.say(f"saved {saved}")
+    trainer.log.say(f"saved {saved}")
     return None
 
 

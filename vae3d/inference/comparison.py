@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -21,7 +20,8 @@ from vae3d.inference.pictures import side_by_side, strip
 from vae3d.inference.reconstruct import Reconstructor, identifier
 from vae3d.inference.video import VideoWriter, as_unit, to_uint8, write_image
 from vae3d.metrics import MetricError, MetricSet
-from vae3d.metrics.frame import PSNR_CAP
+from vae3d.metrics.frame import decibel
+from vae3d.models.base import convention, nearest_frames, share_frames, translated
 
 PAIRS = list(product(("student", "teacher"), repeat=2))  # (whose encoder, whose decoder)
 SHOWN = [("student", "student"), ("teacher", "student"), ("teacher", "teacher")]
@@ -46,8 +46,7 @@ class Network:
 
     @property
     def latent(self) -> str:
-        """Whether its latents are raw or those that a diffusion model sees (normalized)."""
-        return getattr(self.model, "latent", "raw")
+        return convention(self.model)
 
     def encode(self, video: Tensor) -> Tensor:
         """[1, 3, T, H, W] in [-1, 1] -> the posterior's mode, fp32."""
@@ -87,13 +86,6 @@ class Network:
 
     def _own(self, tensor: Tensor) -> Tensor:
         return tensor.to(next(self.model.parameters()).dtype)
-
-
-def translated(z: Tensor, source: Network, target: Network) -> Tensor:
-    """Latents of `source` as `target` has them; the one whose latents are raw knows their mean and deviation."""
-    if source.latent == target.latent:
-        return z
-    return source.model.normalize(z) if source.latent == "raw" else target.model.denormalize(z)
 
 
 class Comparer:
@@ -136,14 +128,12 @@ class Comparer:
 
     def takes(self, frames: int) -> bool:
         """Whether both code so many frames without adding any, to as many latents."""
-        size = (self.networks["student"].model.spec.space_stride,) * 2
-        models = [network.model for network in self.networks.values()]
-        return all(m.frames_valid(frames) for m in models) and len({m.latent_shape(frames, *size) for m in models}) == 1
+        student, teacher = (network.model for network in self.networks.values())
+        return share_frames(student, teacher, frames, *[student.spec.space_stride] * 2)
 
     def nearest(self, frames: int) -> list[int]:
         """Up to four numbers of frames that both take."""
-        near = sorted(filter(self.takes, range(1, frames + 36)), key=lambda n: abs(n - frames))[:4]
-        return sorted(near)
+        return nearest_frames(frames, self.takes)
 
     @torch.inference_mode()
     def file(self, source: str, row: int, bounds: Bounds = WHOLE) -> dict[str, Any]:
@@ -186,10 +176,10 @@ class Comparer:
             raise MediaError(source, f"cannot be compared at {size[0]}x{size[1]}: {error}") from error
         coded = {}
         for encoder, decoder in PAIRS:
-            given = translated(z[encoder], self.networks[encoder], self.networks[decoder])
+            given = translated(z[encoder], self.networks[encoder].model, self.networks[decoder].model)
             rec = self.networks[decoder].decode(given, frames, tuple(size))
             coded[encoder, decoder] = _finite(rec[0], encoder, decoder)
-        teachers = translated(z["teacher"], self.networks["teacher"], self.networks["student"])
+        teachers = translated(z["teacher"], self.networks["teacher"].model, self.networks["student"].model)
         return compare_latents(z["student"], teachers), coded
 
     def _score(self, ref: np.ndarray, rec: np.ndarray) -> dict[str, float | None]:
@@ -223,10 +213,6 @@ def baseline(frames: np.ndarray) -> dict[str, float]:
     squares = np.einsum("nc,nc->c", pixels, pixels, dtype=np.float64) / len(pixels) / 255**2
     colour = pixels.mean(0, dtype=np.float64) / 255
     return {"black": decibel(squares.mean()), "mean_colour": decibel((squares - colour**2).mean())}
-
-
-def decibel(mse: float) -> float:
-    return PSNR_CAP if mse < 1e-10 else -10 * math.log10(mse)
 
 
 def compare_latents(student: Tensor, teacher: Tensor) -> dict[str, Any]:

@@ -16,6 +16,11 @@ from vae3d.precision import full_precision
 PSNR_CAP = 100.0  # dB, of identical frames
 
 
+def decibel(mse: float, floor: float = 1e-10) -> float:
+    """PSNR in dB of a mean square error of pixels in [0, 1]."""
+    return PSNR_CAP if mse < floor else -10 * math.log10(mse)
+
+
 class Psnr(SeriesMetric):
     """10 log10(1 / MSE) in dB over all RGB values: of each frame (psnr), and of the video as a whole (psnr_video).
 
@@ -53,7 +58,7 @@ class Psnr(SeriesMetric):
             return -20 * math.log10(math.sqrt(mse) + self.root_eps)
         if self.eps:
             return -10 * math.log10(mse + self.eps)
-        return PSNR_CAP if mse < self.floor else -10 * math.log10(mse)
+        return decibel(mse, self.floor)
 
     def settings(self) -> dict[str, Any]:
         return {"floor": self.floor, "eps": self.eps, "root_eps": self.root_eps, "pool": self.pool}

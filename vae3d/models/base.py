@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -61,3 +62,26 @@ class VideoAutoencoder(Protocol):
 
     def denormalize(self, z: Tensor) -> Tensor:
         """Inverse of normalize."""
+
+
+def share_frames(a: VideoAutoencoder, b: VideoAutoencoder, frames: int, height: int, width: int) -> bool:
+    """Whether both take clips of this size without adding frames, to latents of one shape."""
+    whole = a.frames_valid(frames) and b.frames_valid(frames)
+    return whole and a.latent_shape(frames, height, width) == b.latent_shape(frames, height, width)
+
+
+def nearest_frames(frames: int, fits: Callable[[int], bool]) -> list[int]:
+    """Up to four frame counts nearest to `frames` that fit, ascending."""
+    return sorted(sorted(filter(fits, range(1, frames + 36)), key=lambda n: abs(n - frames))[:4])
+
+
+def convention(model: nn.Module) -> str:
+    """Whether a model's latents are a VAE's own (raw) or those that a diffusion model sees (normalized)."""
+    return getattr(model, "latent", "raw")
+
+
+def translated(z: Tensor, source: nn.Module, target: nn.Module) -> Tensor:
+    """Latents of `source` as `target` has them; the one whose latents are raw knows their mean and deviation."""
+    if convention(source) == convention(target):
+        return z
+    return source.normalize(z) if convention(source) == "raw" else target.denormalize(z)
