@@ -27,11 +27,14 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def train(config: TrainConfig) -> None:
-    from vae3d import factory  # torch is imported only once the configuration is sound
+    from vae3d import factory, ranks  # torch is imported only once the configuration is sound
 
     if config.debug.mode == "dry":
         factory.describe(config)
-    elif not factory.trainer(config, launch.run_directory()).fit():
+        return
+    with ranks.leaving():
+        finished = factory.trainer(config, launch.run_directory()).fit()
+    if not finished:
         launch.stop_sweep()
 
 

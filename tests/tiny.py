@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -134,9 +136,7 @@ def run(*command: str, cwd: Path, timeout: float = 300, **environment: str) -> s
 
 def two_ranks(module: str, folder: Path, timeout: float = 150) -> list[str]:
     """Run `python -m module folder` as two ranks; what each printed. Fails if one of them does, or hangs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     logs = [folder / f"rank{rank}.log" for rank in (0, 1)]
     running = []
     for rank, file in enumerate(logs):
@@ -152,6 +152,15 @@ def two_ranks(module: str, folder: Path, timeout: float = 150) -> list[str]:
     told = [file.read_text() for file in logs]
     assert codes == [0, 0], "\n".join(told)
     return told
+
+
+def _free_port() -> int:
+    """A port that nobody listens on, below those which the system gives to connections of other tests meanwhile."""
+    for port in random.SystemRandom().sample(range(12000, 32000), 100):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port")
 
 
 def environ(**changes: str) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,21 @@ BUCKET = 64 * 2**20  # elements of one all-reduce: as few as possible, in bounde
 
 def together() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """The process group ends with the block: gloo's threads abort a process that ends while they live (torch 2.15).
+
+    After an error NCCL's is left to the end of the process: ending it would wait for ranks that are still at work.
+    """
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        if dist.is_available() and dist.is_initialized() and (finished or dist.get_backend() == "gloo"):
+            dist.destroy_process_group()
 
 
 def everyone(ok: bool, device: torch.device) -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tests.adversarial import toy
+from vae3d import ranks
 
 
 def main(folder: Path) -> None:
@@ -27,8 +28,8 @@ def main(folder: Path) -> None:
     adversary.step()
     report |= {"state": adversary.state_dict(), "own": adversary.rank_state_dict()}
     torch.save(report, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with ranks.leaving():
+        main(Path(sys.argv[1]))

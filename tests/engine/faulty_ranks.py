@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from tests.engine import quick
+from vae3d import ranks
 from vae3d.checkpoints import state
 from vae3d.data.clips import Unreadable
 from vae3d.engine import replicas
@@ -126,4 +127,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with ranks.leaving():
+        main(Path(sys.argv[1]))

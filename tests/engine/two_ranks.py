@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tests.engine import quick
-from vae3d import factory
+from vae3d import factory, ranks
 from vae3d.config import TrainConfig
 from vae3d.engine.trainer import Trainer
 
@@ -69,4 +69,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with ranks.leaving():
+        main(Path(sys.argv[1]))

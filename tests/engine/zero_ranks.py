@@ -13,6 +13,7 @@ import yaml
 from tests import tiny
 from tests.engine import quick
 from tests.engine.faulty_ranks import clips_of, out_of_memory
+from vae3d import ranks
 from vae3d.checkpoints import state
 from vae3d.data.clips import Unreadable
 from vae3d.engine.patience import LostPatience
@@ -155,4 +156,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"main": main, "alone": alone}[(sys.argv[2:] or ["main"])[0]](Path(sys.argv[1]))
+    with ranks.leaving():
+        {"main": main, "alone": alone}[(sys.argv[2:] or ["main"])[0]](Path(sys.argv[1]))
