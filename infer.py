@@ -16,9 +16,10 @@ def main(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> None:
     config = check_inference(cfg)
-    from vae3d import factory  # torch is imported only once the configuration is sound
+    from vae3d import factory, ranks  # torch is imported only once the configuration is sound
 
-    factory.infer(config)
+    with ranks.leaving():
+        factory.infer(config)
 
 
 def in_full(argument: str) -> str:

@@ -44,6 +44,7 @@ from vae3d.launch import tell
 from vae3d.metrics import METRICS, PRESETS, MetricSet, build_metrics
 from vae3d.metrics.presets import require_shapes
 from vae3d.precision import as_device
+from vae3d.ranks import leaving
 
 
 def positive(text: str) -> int:
@@ -145,7 +146,8 @@ def folders(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        return evaluate(args)
+        with leaving():
+            return evaluate(args)
     except UserError as error:
         tell(error)
         return 2

@@ -202,7 +202,7 @@ def _step_faults(
     distillation: Distillation | None,
 ) -> Iterator[str]:
     """Forward and backward on shapes alone: do the terms apply, and does every trained part get a gradient?"""
-    adversary.load(torch.device("meta"), config.run.seed, rank=0)
+    adversary.load(model, torch.device("meta"), config.run.seed, rank=0)
     counts = frame_counts(config.data).all()
     for frames in counts[:2]:  # one frame and several: what holds for two holds for more
         clip = meta_clip(frames, config.data.height, config.data.width)

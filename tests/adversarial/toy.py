@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from vae3d.adversarial.seraena import Seraena
 from vae3d.types import Clip, Reconstruction
@@ -15,7 +16,7 @@ SETTINGS = {"context_channels": 4, "channels": [8, 8, 16, 16], "buffer_length": 
 
 def seraena(seed: int = 0, rank: int = 0, **settings: Any) -> Seraena:
     adversary = Seraena(**{**SETTINGS, **settings})
-    adversary.load(torch.device("cpu"), seed, rank)
+    adversary.load(nn.Identity(), torch.device("cpu"), seed, rank)
     return adversary
 
 

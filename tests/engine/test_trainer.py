@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, PartialState
 import vae3d
 from tests import tiny
 from vae3d import factory
-from vae3d.adversarial.base import Turn
+from vae3d.adversarial.base import NoAdversary, Turn
 from vae3d.checkpoints.formats import CheckpointError
 from vae3d.checkpoints.state import ResumeError, latest_state, load_state
 from vae3d.data.sources import DataError
@@ -318,7 +318,7 @@ def test_profile_leaves_a_table_and_a_trace(videos, tmp_path):
     assert json.loads((tmp_path / "profile.json").read_text())["traceEvents"]
 
 
-class OnePixelCritic:
+class OnePixelCritic(NoAdversary):
     """The smallest adversary: a linear discriminator on one pixel, to hold the seam of the training step."""
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vae3d.types import Clip, Reconstruction
 
@@ -21,12 +21,14 @@ class Adversary(Protocol):
     """Owns its networks, their optimizer and all their state.
 
     The discriminator is frozen in the generator's pass, and sees detached reconstructions in its own. In an optimizer
-    step the two losses are asked for each micro-batch and differentiated by the trainer; then comes either `step`, on
-    all ranks, or `discard`, on all ranks. Only `step` may communicate.
+    step the two losses are asked for each micro-batch and differentiated by the trainer; then comes `settle`, and
+    after it either `step`, on all ranks, or `discard`, on all ranks. `step` may communicate, and so may
+    `generator_loss`, as long as `settle` makes up for a rank that could not call it.
     """
 
-    def load(self, device: torch.device, seed: int, rank: int) -> None:
-        """Move to the device that training runs on; called once, before anything else. seed: the run's."""
+    def load(self, model: nn.Module, device: torch.device, seed: int, rank: int) -> None:
+        """Move to the device that training runs on; called once, before anything else. model: what trains, as its
+        stage has frozen it. seed: the run's."""
 
     def turn(self, step: int) -> Turn: ...
 
@@ -36,6 +38,10 @@ class Adversary(Protocol):
         """Weighted loss to add to the objective's `loss`, and metrics."""
 
     def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def settle(self, step: int, micro_batches: int) -> None:
+        """Take part in what other ranks ask of each other in their generator losses of this step, as often as this
+        rank has not: memory or files may have failed it. Called on every rank."""
 
     def step(self) -> None:
         """Average the discriminator's gradients over ranks, update it and clear them."""
@@ -57,7 +63,7 @@ class Adversary(Protocol):
 class NoAdversary:
     """Plain reconstruction training: the generator's turn, always, and nothing to add to its loss."""
 
-    def load(self, device: torch.device, seed: int, rank: int) -> None:
+    def load(self, model: nn.Module, device: torch.device, seed: int, rank: int) -> None:
         pass
 
     def turn(self, step: int) -> Turn:
@@ -70,6 +76,9 @@ class NoAdversary:
 
     def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         raise AssertionError("it is never the discriminator's turn")
+
+    def settle(self, step: int, micro_batches: int) -> None:
+        pass
 
     def step(self) -> None:
         raise AssertionError("it is never the discriminator's turn")

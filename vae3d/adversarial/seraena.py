@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vae3d.adversarial.base import Turn
 from vae3d.adversarial.groups import context_of, images_of, video_of
@@ -83,7 +83,7 @@ class Seraena:
         self.skipped = 0  # steps whose gradients were not finite
         self._forget()
 
-    def load(self, device: torch.device, seed: int, rank: int) -> None:
+    def load(self, model: nn.Module, device: torch.device, seed: int, rank: int) -> None:
         self.device, self.seed, self.rank = device, seed, rank
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed_of(seed, "seraena"))  # the CPU's alone
@@ -152,6 +152,9 @@ class Seraena:
             scores = torch.func.functional_call(self.discriminator, self._statistics, (images, contexts))
         with full_precision(images.device):
             return F.mse_loss(scores.float(), (is_fake.float() * 2 - 1).expand(scores.shape))
+
+    def settle(self, step: int, micro_batches: int) -> None:
+        """Only `step` communicates."""
 
     def step(self) -> None:
         """A step whose averaged gradient is not finite is discarded, on all ranks alike, and counted."""

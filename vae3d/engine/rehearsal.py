@@ -36,6 +36,7 @@ def rehearse(trainer: Trainer) -> None:
         clip = _noise(trainer, frames)
         clips = [clip] * trainer.strategy.rehearsal_clips
         fault = trainer.strategy.attempt(lambda: _first_step(trainer, clips, turn, metrics))  # noqa: B023
+        trainer.adversary.settle(ALL_ON, len(clips))
         verdict = trainer.vote([clip], metrics, fault, stop=False)
         what = f"a micro-batch of {'x'.join(map(str, clip.video.shape))}"
         unreached = trainer.strategy.unreached() if verdict.complete and turn.generator else []

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +35,7 @@ from vae3d.engine.runlog import RunLog
 from vae3d.engine.saving import resume, save
 from vae3d.engine.spike import SpikeGuard
 from vae3d.engine.stopping import on_sigterm
-from vae3d.engine.validation import validate_together
+from vae3d.engine.validation import report, validate_together
 from vae3d.engine.verdict import Ballot, Verdict
 from vae3d.engine.zero import Zero
 from vae3d.losses.objective import Objective
@@ -86,7 +85,7 @@ class Trainer:
         self.window = Window()
         self.step = 0
         self.reads, self.broken_reads = 0, 0
-        adversary.load(self.device, config.run.seed, rank)
+        adversary.load(model, self.device, config.run.seed, rank)
         optimizer = torch.optim.AdamW(groups, fused=self._fuses(), **self._optimizer_settings())
         self.strategy = self._share_work(pupil, optimizer)
         self.ballot = Ballot(rank, accelerator.num_processes, self.device)
@@ -161,6 +160,7 @@ class Trainer:
             self.strategy.abstain()
         else:
             fault = self.strategy.attempt(lambda: self.accumulate(clips, turn, metrics, self.step))
+        self.adversary.settle(self.step, len(clips))
         verdict = self.vote(clips, metrics, fault, stop)
         values = self._averages(metrics, verdict) if verdict.complete else {}
         taken = self._update(turn, verdict, values)
@@ -368,14 +368,4 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Score the held-out clips with the averaged weights; log the means and show some of the clips."""
-        everyone = validate_together(self)
-        if not everyone:
-            return {}
-        scores = self.metrics.over([clip.result for clip in everyone])
-        scores |= {name: fmean(clip.more[name] for clip in everyone) for name in everyone[0].more}
-        means = {f"val/{column}": value for column, value in scores.items() if value is not None}
-        self.log.scalars({**means, "val_clips": len(everyone)}, self.step)
-        for clip in everyone:
-            if clip.picture is not None:
-                self.log.video(f"original above reconstruction {clip.place}: {clip.name}", clip.picture, 8, self.step)
-        return means
+        return report(self, validate_together(self))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,6 +61,21 @@ def validate_together(trainer: Trainer) -> list[ValidatedClip]:
         trainer.log.warn(f"no validation at step {trainer.step}, for want of memory: {why}; lower validation.frames")
         return []
     return sorted(gather_object(mine), key=lambda clip: clip.place)
+
+
+def report(trainer: Trainer, everyone: Sequence[ValidatedClip]) -> dict[str, float]:
+    """Log the means over the clips and show some of them; the means."""
+    if not everyone:
+        return {}
+    scores = trainer.metrics.over([clip.result for clip in everyone])
+    scores |= {name: fmean(clip.more[name] for clip in everyone) for name in everyone[0].more}
+    means = {f"val/{column}": value for column, value in scores.items() if value is not None}
+    trainer.log.scalars({**means, "val_clips": len(everyone)}, trainer.step)
+    for clip in everyone:
+        if clip.picture is not None:
+            name = f"original above reconstruction {clip.place}: {clip.name}"
+            trainer.log.video(name, clip.picture, 8, trainer.step)
+    return means
 
 
 @torch.no_grad()
