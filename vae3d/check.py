@@ -227,6 +227,12 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
             f"{trainer.accumulate}; use a multiple of {share}, such as {above}"
         )
 
+    if loss.logvar is not None and trainer.spike.factor is not None:
+        faults.append(
+            f"trainer.spike.factor={trainer.spike.factor} compares losses above 0, and with loss.logvar={loss.logvar} "
+            "the loss falls below; use null for either"
+        )
+
     if isinstance(loss.terms, dict):
         for name, term in loss.terms.items():
             if term.weight < 0:
@@ -268,6 +274,8 @@ def _strategy_rules(config: TrainConfig) -> Iterator[str]:
         yield "trainer.precision=fp16 needs a loss scaler, which DeepSpeed does not share; use bf16 or fp32"
     if config.trainer.spike.factor is not None:
         yield f"trainer.spike.factor={config.trainer.spike.factor}: DeepSpeed cannot take a step back; use null"
+    if config.loss.logvar is not None:
+        yield f"loss.logvar={config.loss.logvar} is no parameter of the model, and DeepSpeed averages those; use null"
     if config.optim.proximal:
         yield f"optim.proximal={config.optim.proximal} edits gradients, which DeepSpeed keeps to itself; use 0"
 

@@ -36,6 +36,8 @@ class Stage:
     train: dict[str, float] = MISSING
     init_from: Any = MISSING  # random, a checkpoint, or {submodule: checkpoint}
     whole_clips: bool = False  # train on clips as a whole, where the model would cut them into pieces in use
+    # most noise, in standard deviations of a clip's latents, that is added to what the decoder gets in training
+    latent_noise: float = 0.0
 
 
 @dataclass
@@ -52,6 +54,8 @@ class Loss:
     reduction: str = MISSING  # sum: over a frame's (KL: a clip's) elements; mean: over elements
     terms: dict[str, LossTerm] = MISSING
     pixel_weight: Any = None  # how much each row counts in the terms on pixels, such as ErpCosine; null: all alike
+    logvar: float | None = None  # first log-variance of the terms on pixels, which is then learned; null: 0 for ever
+    logvar_lr: float = 1.0  # multiple of optim.lr for it
 
 
 @dataclass
@@ -108,9 +112,12 @@ class Optim:
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup_steps: int = 0
-    schedule: str = "constant"  # constant, cosine
-    decay_start: int | None = None  # first step of the cosine's descent; null: right after the warm-up
-    min_lr: float = 0.0
+    # constant or constant_with_warmup (all warm up), linear, cosine, cosine_with_restarts, polynomial
+    schedule: str = "constant"
+    decay_start: int | None = None  # first step of the descent; null: right after the warm-up
+    min_lr: float = 0.0  # what it ends at
+    cycles: int = 1  # descents of cosine_with_restarts
+    power: float = 1.0  # of polynomial
     grad_clip: float = 1.0
     proximal: float = 0.0  # lambda of the pull lambda * sum (theta - theta0)^2 towards the weights of the start
 

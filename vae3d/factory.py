@@ -141,7 +141,8 @@ def objective(config: Loss) -> Objective:
         for name, term in config.terms.items()
         if term.weight or term.log
     }
-    return Objective(terms, config.reduction, config.pixel_weight and instantiate(config.pixel_weight))
+    weight = config.pixel_weight and instantiate(config.pixel_weight)
+    return Objective(terms, config.reduction, weight, logvar=config.logvar)
 
 
 def clip_settings(config: Data) -> ClipSettings:

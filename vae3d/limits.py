@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vae3d.schedules import SCHEDULES
+
 EXAMPLES = {
     "data.source.path": "data.source.path=/path/to/videos.csv",
     "data.source.root": "data.source.root=/path/to/areas (ROOT/AREA/ROOM/output/panorama_0000.png)",
@@ -26,7 +28,7 @@ CHOICES = {
     "data.sampling": ("contiguous", "requirement", "strided"),
     "data.depth.mapping": (None, "log", "inverse"),
     "data.depth.bounds": ("fixed", "percentiles"),
-    "optim.schedule": ("constant", "cosine"),
+    "optim.schedule": SCHEDULES,
     "trainer.precision": ("bf16", "fp16", "fp32"),
     "trainer.ema.device": ("model", "cpu"),
     "trainer.strategy.name": ("ddp", "deepspeed"),
@@ -36,6 +38,8 @@ CHOICES = {
     "debug.mode": (None, "dry", "profile"),
 }
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "stage.latent_noise": (lambda v: v >= 0, "0 (off) or more"),
+    "loss.logvar_lr": (lambda v: v > 0, "positive"),
     "data.height": (lambda v: v >= 1, "at least 1"),
     "data.width": (lambda v: v >= 1, "at least 1"),
     "data.frames.min": (lambda v: v >= 1, "at least 1"),
@@ -55,6 +59,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.eps": (lambda v: v > 0, "positive"),
     "optim.weight_decay": (lambda v: v >= 0, "0 or more"),
     "optim.min_lr": (lambda v: v >= 0, "0 or more"),
+    "optim.cycles": (lambda v: v >= 1, "at least 1"),
+    "optim.power": (lambda v: v > 0, "positive"),
     "optim.warmup_steps": (lambda v: v >= 0, "0 or more"),
     "optim.proximal": (lambda v: v >= 0, "0 (off) or more"),
     "optim.grad_clip": (lambda v: v > 0, "positive"),

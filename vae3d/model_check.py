@@ -21,7 +21,7 @@ from vae3d.losses.distillation import FeatureDistillation
 from vae3d.losses.objective import Objective
 from vae3d.metrics import METRICS, MetricError
 from vae3d.metrics.registry import find_files, resolve
-from vae3d.models.base import nearest_frames, share_frames
+from vae3d.models.base import nearest_frames, share_frames, with_decoder
 from vae3d.models.taehv import TAEHV
 from vae3d.summary import frame_counts
 from vae3d.types import Clip, Reconstruction
@@ -38,7 +38,7 @@ def faults(config: TrainConfig) -> list[str]:
         with torch.device("meta"):
             model = factory.instantiate(config.model)
             objective = factory.objective(config.loss)
-    except InstantiationException as error:
+    except (InstantiationException, ValueError) as error:
         return [*found, f"model or loss cannot be built: {_cause(error)}"]
     found += [*_size_faults(config, model), *_init_faults(config, model), *_layout_faults(config, model)]
     try:
@@ -92,7 +92,7 @@ def _layout_faults(config: TrainConfig, model: nn.Module) -> Iterator[str]:
 
 def meta_clip(frames: int, height: int, width: int) -> Clip:
     video = torch.zeros(1, 3, frames, height, width, device="meta")
-    return Clip(video, torch.zeros(1, dtype=torch.long), [""])
+    return Clip(video, torch.full((1,), -1), [""])
 
 
 def _size_faults(config: TrainConfig, model: nn.Module) -> Iterator[str]:
@@ -233,11 +233,12 @@ def _forward(
     model: nn.Module, clip: Clip, objective: Objective, distillation: Distillation | None
 ) -> tuple[Reconstruction, Clip]:
     if distillation is None:
-        return model(clip.video, pixels=objective.needs_pixels), clip
+        return with_decoder(model(clip.video, pixels=objective.needs_pixels), model), clip
     clip = distillation.teach(clip)
     pupil = distillation.pupil(model, clip.video.shape[2])
     latents = distillation.latents(clip, step=0)
-    return pupil(clip.video, latents=latents, encode=objective.needs_posterior, pixels=objective.needs_pixels), clip
+    out = pupil(clip.video, latents=latents, encode=objective.needs_posterior, pixels=objective.needs_pixels)
+    return with_decoder(out, model), clip
 
 
 def _cause(error: BaseException) -> str:

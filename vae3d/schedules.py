@@ -14,6 +14,9 @@ def ramp(step: int, start: int, end: int) -> float:
     return (step - start) / (end - start)
 
 
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
 def learning_rate(
     step: int,
     *,
@@ -23,22 +26,31 @@ def learning_rate(
     schedule: str = "constant",
     max_steps: int = 0,
     min_lr: float = 0.0,
+    cycles: int = 1,
+    power: float = 1.0,
 ) -> float:
-    """Learning rate of optimizer step `step` (0-based).
+    """Learning rate of optimizer step `step` (0-based), by the names of `get_scheduler` in diffusers and transformers.
 
-    Linear warm-up from 0 at step 0 to `lr` at step `warmup_steps`, as in Hugging Face's schedules; then `constant`,
-    or `cosine`: held until step `decay_start` (None: no hold), then down to `min_lr` at `max_steps`.
+    Linear warm-up from 0 at step 0 to `lr` at step `warmup_steps` under every schedule, so that `constant` and
+    `constant_with_warmup` are the same here (theirs differ: `constant` leaves the warm-up out). Then `lr` for ever, or
+    until step `decay_start` (None: no hold), and from there down to `min_lr` at `max_steps` and after: `linear`; along
+    half a `cosine`; `cosine_with_restarts`, back at `lr` after each of `cycles` descents; `polynomial`,
+    (1 - progress) ** `power` (theirs ends at 1e-7, which is min_lr here).
     Raises ValueError for an unknown schedule.
     """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}; use one of {', '.join(SCHEDULES)}")
     if step < warmup_steps:
         return lr * step / warmup_steps
-    if schedule == "constant":
+    if schedule.startswith("constant"):
         return lr
-    if schedule == "cosine":
-        start = warmup_steps if decay_start is None else decay_start
-        progress = min(1.0, max(0, step - start) / max(1, max_steps - start))
+    start = warmup_steps if decay_start is None else decay_start
+    progress = min(1.0, max(0, step - start) / max(1, max_steps - start))
+    if schedule == "cosine_with_restarts":
+        progress = progress * cycles % 1.0 if progress < 1.0 else 1.0
+    if schedule.startswith("cosine"):
         return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
-    raise ValueError(f"schedule is {schedule!r}; use 'constant' or 'cosine'")
+    return min_lr + (lr - min_lr) * (1.0 - progress) ** (power if schedule == "polynomial" else 1.0)
 
 
 def ema_decay(step: int, *, decay: float, warmup: bool) -> float:

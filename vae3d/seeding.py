@@ -29,3 +29,10 @@ def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
     if len(generator) != x.shape[0]:
         raise ValueError(f"got {len(generator)} generators for a batch of {x.shape[0]} clips; give one per clip")
     return torch.stack([torch.randn(x.shape[1:], generator=g, device=x.device, dtype=x.dtype) for g in generator])
+
+
+def uniform(clips: int, device: torch.device, generator: Generators = None) -> Tensor:
+    """A number between 0 and 1 for every clip, [clips]; generator as in randn_like."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.rand(clips, generator=generator, device=device)
+    return torch.cat([torch.rand(1, generator=g, device=device) for g in generator])

@@ -95,8 +95,11 @@ class Reconstruction:
     """What one forward pass of a VideoAutoencoder returns.
 
     video: [B, 3, T, H, W], unclamped, or None if pixels were not asked for.
-    posterior: None if latents were given instead of encoded. z: [B, C, t, h, w], raw: what was decoded.
+    posterior: None if latents were given instead of encoded. z: [B, C, t, h, w], raw: what was decoded, but before
+    noise was added to it (stage.latent_noise).
     features: of inner modules, [B, C', t', h', w'], by name; only if a feature distillation asked for them.
+    decode: decodes other latents with the same network, for terms that ask: (latents, video) -> video, where the second
+    argument only tells the size of the result; set by the Trainer.
     """
 
     video: Tensor | None
@@ -104,6 +107,7 @@ class Reconstruction:
     z: Tensor
     spatial: SpatialPath | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
+    decode: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass
@@ -124,8 +128,8 @@ class Clip:
 
     video: [B, 3, T, H, W]; uint8 [0, 255] as loaded, float [-1, 1] after `to`.
     positions: [B], each clip's place in the endless training order; with the run's seed it fixes every
-    random draw made for the clip. paths: source files. faults: (path, reason) of files that failed to read
-    while this batch was made.
+    random draw made for the clip; below 0 in a rehearsal. paths: source files. faults: (path, reason) of
+    files that failed to read while this batch was made.
     Of depth maps only, valid: [B, 1, T, H, W] bool, False where nothing was measured, with finite pixels nevertheless;
     depth_bounds: [B, 2] metres that -1 and 1 stand for.
     weight: how much each pixel counts, broadcastable to [B, 1, T, H, W], of mean 1; set by the Objective.

@@ -76,7 +76,7 @@ def _noise(trainer: Trainer, frames: int) -> Clip:
     plan, settings = trainer.data.plan, trainer.data.settings
     shape = (plan.micro_batch, frames, settings.height, settings.width)
     generator = torch.Generator().manual_seed(0)
-    positions = torch.arange(plan.micro_batch)
+    positions = torch.arange(-plan.micro_batch, 0)
     names = ["noise"] * plan.micro_batch
     if settings.depth is None:
         video = torch.randint(0, 256, (shape[0], 3, *shape[1:]), dtype=torch.uint8, generator=generator)

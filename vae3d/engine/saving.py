@@ -127,6 +127,13 @@ def resume(trainer: Trainer) -> dict[str, tuple[Any, Any]]:
     changed = state.refuse_other_run(start, asdict(trainer.config))
     saved = state.load_state(start)
     trainer.proximal.refuse_other_anchor(saved.get("anchor"), start, trainer.config.stage.init_from)
+    learned = saved.get("objective", {})
+    if learned.keys() != trainer.objective.state_dict().keys():
+        raise state.ResumeError(
+            f"{start} was trained {'with' if learned else 'without'} loss.logvar; give this run another run.name, or "
+            "set loss.logvar as it was"
+        )
+    trainer.objective.load_state_dict(learned)
     trainer.network.load_state_dict(saved["model"])
     if trainer.projections is not None:
         trainer.projections.load_state_dict(saved["projections"])
@@ -161,6 +168,7 @@ def _shared_state(trainer: Trainer) -> dict[str, Any]:
     return {
         "step": trainer.step,
         "model": trainer.network.state_dict(),
+        "objective": trainer.objective.state_dict(),
         "optimizer": trainer.strategy.optimizer_state(),
         "ema": trainer.ema.state_dict(),
         "anchor": trainer.proximal.digest,

@@ -40,6 +40,7 @@ from vae3d.engine.verdict import Ballot, Verdict
 from vae3d.engine.zero import Zero
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricSet
+from vae3d.models.base import with_decoder
 from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
 from vae3d.types import Clip, Reconstruction
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 READS_BEFORE_JUDGING = 50  # clips read before data.max_broken can stop the run
 NO_GRADIENT = 1e-12  # norm below which nothing is learned
+LOGVAR = "logvar"  # the optimizer's group of Objective.logvar
 
 
 class Trainer:
@@ -79,6 +81,8 @@ class Trainer:
         if self.projections is not None:
             groups.append({"params": list(self.projections.parameters()), "part": "projections", "lr_scale": 1.0})
             pupil = self._under_autocast(pupil)
+        if objective.logvar is not None:
+            groups.append({"params": [objective.logvar], "part": LOGVAR, "lr_scale": config.loss.logvar_lr})
         self.ema = Ema(model, **asdict(config.trainer.ema))
         self.proximal = Proximal(model, config.optim.proximal)
         self.spikes = SpikeGuard(**asdict(config.trainer.spike), warn=lambda message: self.log.warn(message))
@@ -93,6 +97,8 @@ class Trainer:
         changed = resume(self)
         for group in self.optimizer.param_groups:  # a checkpoint's own came back with its moments
             group.update(self._optimizer_settings())
+            if group["part"] == LOGVAR:
+                group.update(weight_decay=0.0, lr_scale=config.loss.logvar_lr)
         self.log = RunLog(folder, logger, rank=rank, step=self.step, max_steps=config.trainer.max_steps)
         self.log.launch(self.step, asdict(config), changed)
         for key, (old, new) in changed.items():
@@ -194,10 +200,11 @@ class Trainer:
         """The clip with its teacher's lesson, if there is a teacher, and what the model makes of it."""
         noise = clip.generators(self.config.run.seed, self.device)
         how: dict[str, Any] = {"pixels": self.objective.needs_pixels, "generator": noise}
+        how["noise"] = self.config.stage.latent_noise
         if self.distillation is not None:
             clip = self.distillation.teach(clip)
             how |= {"latents": self.distillation.latents(clip, step), "encode": self.objective.needs_posterior}
-        return clip, self.strategy.model(clip.video, **how)
+        return clip, with_decoder(self.strategy.model(clip.video, **how), self.network)
 
     def vote(self, clips: Sequence[Clip | Unreadable], metrics: StepMetrics, fault: str | None, stop: bool) -> Verdict:
         """Tell the other ranks how this one fared, and hear how they did. fault: how its memory ran out."""
@@ -319,6 +326,8 @@ class Trainer:
             schedule=optim.schedule,
             max_steps=self.config.trainer.max_steps,
             min_lr=optim.min_lr,
+            cycles=optim.cycles,
+            power=optim.power,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]

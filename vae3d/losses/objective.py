@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vae3d.losses.weights import PixelWeight, mean_one
 from vae3d.precision import full_precision
@@ -57,18 +57,32 @@ class Objective:
 
     reduction "sum": each term summed over the elements of a frame and averaged over frames and clips (KL:
     summed over a clip, averaged over clips), as `VAELoss` in Open-Sora v1.2 `losses.py` and
-    `LPIPSWithDiscriminator` in latent-diffusion do, with logvar 0. "mean": averaged over all elements.
+    `LPIPSWithDiscriminator` in latent-diffusion do. "mean": averaged over all elements.
     pixel_weight: how much each row counts in the terms on pixels. Pixels that are not valid count nothing, and the
     others of their clip the more; a clip without a valid pixel adds nothing.
-    Raises ValueError for another reduction.
+    logvar: where the learned log-variance s begins, if there is one. The terms on pixels (needs_pixels; equivariance
+    is one, so that their weights keep their ratios) are then a negative log-likelihood: their sum / exp(s) + s, under
+    "sum" + s times the elements of a frame, as in latent-diffusion `contperceptual.py`, whose optimizer never gets its s.
+    At rest exp(s) is the weighted error per element, and the other terms weigh 1 / exp(s) less against these.
+    Raises ValueError for another reduction, or for a logvar without terms on pixels.
     """
 
-    def __init__(self, terms: Mapping[str, Weighted], reduction: str, pixel_weight: PixelWeight | None = None) -> None:
+    def __init__(
+        self,
+        terms: Mapping[str, Weighted],
+        reduction: str,
+        pixel_weight: PixelWeight | None = None,
+        *,
+        logvar: float | None = None,
+    ) -> None:
         for chosen in (reduction, *(t.reduction or reduction for t in terms.values())):
             if chosen not in REDUCTIONS:
                 raise ValueError(f"reduction is {chosen!r}; use one of {', '.join(REDUCTIONS)}")
         self.terms = {name: t for name, t in terms.items() if t.weight or t.log}
         self.reduction, self.pixel_weight = reduction, pixel_weight
+        self.logvar = None if logvar is None else nn.Parameter(torch.tensor(float(logvar)))
+        if self.logvar is not None and not self.needs_pixels:
+            raise ValueError(f"loss.logvar={logvar} is of the terms on pixels, of which there is none; use null")
 
     @property
     def needs_pixels(self) -> bool:
@@ -80,16 +94,26 @@ class Objective:
         return any(getattr(t.term, "needs_posterior", False) for t in self.terms.values())
 
     def load(self, device: torch.device | str) -> None:
-        """Read the weights of terms that have any and move the terms to `device`."""
+        """Read the weights of terms that have any and move everything to `device`."""
+        if self.logvar is not None:
+            self.logvar.data = self.logvar.data.to(device)
         for t in self.terms.values():
             if hasattr(t.term, "load"):
                 t.term.load(device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is learned here."""
+        return {} if self.logvar is None else {"logvar": self.logvar.data}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if self.logvar is not None:
+            self.logvar.data.copy_(state["logvar"])
 
     def __call__(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch at optimizer step `step`.
 
         Metrics per term: `loss/<name>` under its reduction, `loss_mean/<name>` per element and
-        `loss_weighted/<name>`, its share of the total.
+        `loss_weighted/<name>`, its share of the total. `loss/logvar` is s.
         Raises ValueError if no term applies.
         """
         shares: list[Tensor] = []
@@ -102,7 +126,9 @@ class Objective:
                     continue
                 mean = _weighted_map(error.map.float(), clip).mean()
                 value = mean * error.elements if (weighted.reduction or self.reduction) == "sum" else mean
-                shares.append(weighted.at(step) * value)
+                share = weighted.at(step) * value
+                learned = self.logvar is not None and weighted.term.needs_pixels
+                shares.append(share * torch.exp(-self.logvar) if learned else share)
                 metrics[f"loss/{name}"] = value.detach()
                 metrics[f"loss_mean/{name}"] = mean.detach()
                 metrics[f"loss_weighted/{name}"] = shares[-1].detach()
@@ -110,6 +136,10 @@ class Objective:
             raise ValueError(
                 f"none of the loss terms {list(self.terms)} applies to a clip of {clip.video.shape[2]} frames"
             )
+        if self.logvar is not None:
+            shares.append(self.logvar * (numel_per_frame(clip.video) if self.reduction == "sum" else 1))
+            metrics["loss/logvar"] = self.logvar.detach().clone()
+            metrics["loss_weighted/logvar"] = shares[-1].detach()
         return torch.stack(shares).sum(), metrics
 
     def _computed(self, step: int) -> Mapping[str, Weighted]:

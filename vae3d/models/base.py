@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from vae3d.models.streaming import Stream
-from vae3d.seeding import Generators
+from vae3d.seeding import Generators, randn_like, uniform
 from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction
 
 
@@ -37,12 +38,13 @@ class VideoAutoencoder(Protocol):
         sample: bool = True,
         pixels: bool = True,
         generator: Generators = None,
+        noise: float = 0.0,
     ) -> Reconstruction:
         """The only call that training makes, so that DDP's hooks fire and compile works.
 
         latents: decode these instead of encoding `video`. encode: encode it all the same, for the posterior.
         sample: draw the latents (with `generator`: one for the batch, or one per clip) or take the posterior's mode.
-        pixels=False skips a pixel decoder whose output no loss reads.
+        pixels=False skips a pixel decoder whose output no loss reads. noise: see `disturbed`.
         """
 
     def parts(self) -> dict[str, list[nn.Module]]:
@@ -62,6 +64,55 @@ class VideoAutoencoder(Protocol):
 
     def denormalize(self, z: Tensor) -> Tensor:
         """Inverse of normalize."""
+
+
+def reconstruct(
+    model: VideoAutoencoder,
+    video: Tensor,
+    *,
+    latents: Tensor | None = None,
+    encode: bool = False,
+    sample: bool = True,
+    pixels: bool = True,
+    generator: Generators = None,
+    noise: float = 0.0,
+) -> Reconstruction:
+    """VideoAutoencoder.forward of a model that encodes and decodes in one stage."""
+    frames, height, width = video.shape[2:]
+    posterior = model.encode(video) if encode or latents is None else None
+    z = latents_of(posterior, latents, sample, generator)
+    rec = model.decode(disturbed(z, noise, generator), frames)[..., :height, :width] if pixels else None
+    return Reconstruction(rec, posterior, z)
+
+
+def latents_of(
+    posterior: Posterior | Delta | None, latents: Tensor | None, sample: bool, generator: Generators
+) -> Tensor:
+    """The latents of a forward pass: those that were given, or else the posterior's."""
+    if latents is not None:
+        return latents
+    return posterior.sample(generator) if sample else posterior.mode()
+
+
+def disturbed(z: Tensor, noise: float, generator: Generators) -> Tensor:
+    """What the decoder gets of latents [B, C, t, h, w]: z + sigma * std(z) * eps.
+
+    sigma is drawn for every clip, uniformly from [0, noise], as for the decoders of RAE (arXiv 2510.11690, `noise_tau`
+    in bytetriper/RAE) and LTX-Video (arXiv 2501.00103); eps is standard normal. std(z), of each clip's own latents,
+    gives `noise` the same meaning for latents of any scale. Gradients pass through it, so that the encoder does not
+    enlarge its latents to drown the noise.
+    """
+    if not noise:
+        return z
+    each = (-1, 1, 1, 1, 1)
+    sigma = noise * uniform(len(z), z.device, generator)
+    deviation = z.float().flatten(1).std(1, correction=0)
+    return z + (sigma * deviation).view(each) * randn_like(z, generator)
+
+
+def with_decoder(out: Reconstruction, model: VideoAutoencoder) -> Reconstruction:
+    """The same with `decode`: what `model` makes of other latents."""
+    return replace(out, decode=lambda z, video: model(video, latents=z).video)
 
 
 def share_frames(a: VideoAutoencoder, b: VideoAutoencoder, frames: int, height: int, width: int) -> bool:

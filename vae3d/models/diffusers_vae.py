@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from vae3d.errors import UserError
+from vae3d.models.base import reconstruct
 from vae3d.models.layers.frames import extend_time, pad_space
 from vae3d.models.layers.normalized import Normalized
 from vae3d.models.streaming import IndependentChunks
-from vae3d.seeding import Generators
 from vae3d.types import LatentSpec, Posterior, Reconstruction
 
 log = logging.getLogger("vae3d")
@@ -76,22 +76,9 @@ class DiffusersVAE(Normalized):
             raise ValueError(f"num_frames is {frames}, which does not fit {length} latent frames")
         return self.vae.decode(z.to(self.vae.dtype)).sample[:, :, :frames]
 
-    def forward(
-        self,
-        video: Tensor,
-        *,
-        latents: Tensor | None = None,
-        encode: bool = False,
-        sample: bool = True,
-        pixels: bool = True,
-        generator: Generators = None,
-    ) -> Reconstruction:
+    def forward(self, video: Tensor, **how: Any) -> Reconstruction:
         """Reconstruct [B, 3, T, H, W]; see VideoAutoencoder.forward."""
-        frames, height, width = video.shape[2:]
-        posterior = self.encode(video) if encode or latents is None else None
-        z = latents if latents is not None else posterior.sample(generator) if sample else posterior.mode()
-        rec = self.decode(z, frames)[..., :height, :width] if pixels else None
-        return Reconstruction(rec, posterior, z)
+        return reconstruct(self, video, **how)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         vae = self.vae

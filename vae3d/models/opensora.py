@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vae3d.models.base import disturbed, latents_of
 from vae3d.models.layers.normalized import Normalized
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.streaming import IndependentChunks
@@ -77,15 +78,19 @@ class OpenSoraVAE(Normalized):
         sample: bool = True,
         pixels: bool = True,
         generator: Generators = None,
+        noise: float = 0.0,
     ) -> Reconstruction:
-        """Reconstruct [B, 3, T, H, W]; see VideoAutoencoder.forward. `spatial` holds the 2D latents."""
+        """Reconstruct [B, 3, T, H, W]; see VideoAutoencoder.forward. `spatial` holds the 2D latents.
+
+        noise is added to the temporal latents.
+        """
         frames, height, width = video.shape[2:]
         latent = posterior = None
         if encode or latents is None:
             latent = self.encode_spatial(video, sample=sample, generator=generator)
             posterior = self.encode_temporal(latent)
-        z = latents if latents is not None else posterior.sample(generator) if sample else posterior.mode()
-        latent_rec = self.decode_temporal(z, frames)
+        z = latents_of(posterior, latents, sample, generator)
+        latent_rec = self.decode_temporal(disturbed(z, noise, generator), frames)
         rec = self.decode_spatial(latent_rec)[..., :height, :width] if pixels else None
         return Reconstruction(rec, posterior, z, SpatialPath(latent, latent_rec))
 

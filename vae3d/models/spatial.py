@@ -7,15 +7,16 @@ those of diffusers' AutoencoderKL. N images or frames, [N, C, H, W].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae3d.models.base import reconstruct
 from vae3d.models.layers.checkpointing import needs_grad
 from vae3d.models.layers.frames import pad_space, per_frame
 from vae3d.models.layers.norm import norm_silu
 from vae3d.models.streaming import IndependentChunks
-from vae3d.seeding import Generators
 from vae3d.types import LatentSpec, Posterior, Reconstruction
 
 EPS = 1e-6
@@ -245,21 +246,9 @@ class SpatialVAE(nn.Module):
         recompute = self.gradient_checkpointing and needs_grad(self.module.decoder, z)
         return per_frame(self.module.decode, z, self.frame_batch, recompute)
 
-    def forward(
-        self,
-        video: Tensor,
-        *,
-        latents: Tensor | None = None,
-        encode: bool = False,
-        sample: bool = True,
-        pixels: bool = True,
-        generator: Generators = None,
-    ) -> Reconstruction:
+    def forward(self, video: Tensor, **how: Any) -> Reconstruction:
         """Reconstruct [B, 3, T, H, W]; see VideoAutoencoder.forward."""
-        posterior = self.encode(video) if encode or latents is None else None
-        z = latents if latents is not None else posterior.sample(generator) if sample else posterior.mode()
-        height, width = video.shape[-2:]
-        return Reconstruction(self.decode(z)[..., :height, :width] if pixels else None, posterior, z)
+        return reconstruct(self, video, **how)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         quant = [self.module.quant_conv] if self.module.quant_convs else []

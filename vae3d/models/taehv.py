@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vae3d.models.base import reconstruct
 from vae3d.models.layers import taehv_blocks as blocks
 from vae3d.models.layers.checkpointing import needs_grad, run
 from vae3d.models.layers.frames import extend_time, pad_space
@@ -22,7 +24,6 @@ from vae3d.models.layers.normalized import Normalized
 from vae3d.models.layers.taehv_blocks import Memory, run_layers
 from vae3d.models.layers.taehv_frames import RULES, Plan, between
 from vae3d.models.streaming import PlannedStream
-from vae3d.seeding import Generators
 from vae3d.types import Delta, LatentSpec, Reconstruction
 
 BASE, SUPER = (256, 128, 64, 64), (512, 256, 128, 64)  # widths of the two published decoders
@@ -163,30 +164,18 @@ class TAEHV(Normalized):
             coded.append(video)
         return torch.cat(coded, 2)[:, :, : self.frames_shown(frames)]
 
-    def forward(
-        self,
-        video: Tensor,
-        *,
-        latents: Tensor | None = None,
-        encode: bool = False,
-        sample: bool = True,
-        pixels: bool = True,
-        generator: Generators = None,
-    ) -> Reconstruction:
+    def forward(self, video: Tensor, **how: Any) -> Reconstruction:
         """Reconstruct [B, 3, T, H, W]; see VideoAutoencoder.forward. There is nothing to sample.
 
         A decimated decoder gives its fewer or smaller frames, and raises ValueError in training mode.
         """
         if self.decimated and self.training:
             raise ValueError("a decoder without all of its upscaling cannot be trained; leave decoder_*_upscale out")
-        frames, height, width = video.shape[2:]
-        posterior = self.encode(video) if encode or latents is None else None
-        z = posterior.mean if latents is None else latents
-        rec = None
-        if pixels:
-            shrink = self.space_shrink
-            rec = self.decode(z, frames)[..., : -(-height // shrink), : -(-width // shrink)]
-        return Reconstruction(rec, posterior, z)
+        out = reconstruct(self, video, **how)
+        if self.space_shrink > 1 and out.video is not None:
+            height, width = (-(-side // self.space_shrink) for side in video.shape[-2:])
+            out.video = out.video[..., :height, :width]
+        return out
 
     def encode_planned(
         self, video: Tensor, plan: Plan, start: int, stop: int, memory: Memory | None

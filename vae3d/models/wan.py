@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from vae3d.models.base import reconstruct
 from vae3d.models.layers.borders import Borders
 from vae3d.models.layers.checkpointing import needs_grad, run
 from vae3d.models.layers.frames import extend_time, pad_space
@@ -30,7 +32,6 @@ from vae3d.models.layers.wan_blocks import (
 )
 from vae3d.models.layers.wan_shortcuts import DownBlock, UpBlock
 from vae3d.models.streaming import CausalStream, chunk_lengths
-from vae3d.seeding import Generators
 from vae3d.types import LatentSpec, Posterior, Reconstruction
 
 DEFAULT_MEMORY = 8.0  # GiB
@@ -229,22 +230,9 @@ class WanVAE(Normalized):
         channels = self.decoder.head["2"].in_channels / self.patch**2
         return int(4 * height * width * channels * (fixed + each * latents))
 
-    def forward(
-        self,
-        video: Tensor,
-        *,
-        latents: Tensor | None = None,
-        encode: bool = False,
-        sample: bool = True,
-        pixels: bool = True,
-        generator: Generators = None,
-    ) -> Reconstruction:
+    def forward(self, video: Tensor, **how: Any) -> Reconstruction:
         """Reconstruct [B, 3, T, H, W]; see VideoAutoencoder.forward."""
-        frames, height, width = video.shape[2:]
-        posterior = self.encode(video) if encode or latents is None else None
-        z = latents if latents is not None else posterior.sample(generator) if sample else posterior.mode()
-        rec = self.decode(z, frames)[..., :height, :width] if pixels else None
-        return Reconstruction(rec, posterior, z)
+        return reconstruct(self, video, **how)
 
     def _in_chunks(
         self, step: Callable[..., tuple[Tensor, Cache]], pieces: Sequence[Tensor], part: nn.Module
