@@ -36,7 +36,7 @@ FAULTS = {
     "unknown key of depth": (["data.depth.nera=3"], "data.depth.nera is not a setting; did you mean data.depth.near?"),
     "absent rooms": (["data=erp_rooms", "data.source.root=/nowhere", "data.height=16", "data.width=32", "data.batch_size=2"], "data.source.root=/nowhere: no such file or folder"),
     "rooms not given": (["data=erp_rooms", "data.height=16", "data.width=32", "data.batch_size=2"], "data.source.root is required; set data.source.root=/path/to/areas (ROOT/AREA/ROOM/output/panorama_0000.png)"),
-    "choice": (["optim.schedule=linear"], "optim.schedule=linear is unknown; use one of constant, cosine"),
+    "choice": (["optim.schedule=exp"], "optim.schedule=exp is unknown; use one of constant, constant_with_warmup, linear, cosine"),
     "range": (["data.frames.images=1.5"], "data.frames.images=1.5 must be a probability, 0 to 1"),
     "decay inside the warm-up": (["optim.warmup_steps=200", "optim.decay_start=100"], "optim.decay_start=100 is before the end of optim.warmup_steps=200; raise it, or null"),
     "resume from nothing": (["run.resume_from=/nowhere.pt"], "run.resume_from=/nowhere.pt: no such file or folder"),

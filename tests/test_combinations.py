@@ -24,19 +24,24 @@ def names(group: str) -> list[str]:
 
 
 TAUGHT_LOSSES = ("distill", "distill_lpips", "taehv")  # of a teacher, here of the model's own kind
+# `ldm` and those of its kind: the terms of recon_kl_lpips and some more, which no part and no stage changes.
+SD_LOSSES = ("ldm", "sd_vae", "sd_vae_regularized", "sd_vae_requirement")
 PANORAMA_LOSSES = [name for name in names("loss") if name.startswith("erp")]
 TWINS = ("opensora_v1_2",)  # temporal_vae with other factors
 COMBINATIONS = [
     *itertools.product(
         [n for n in names("model") if n not in TWINS],
         names("stage"),
-        [n for n in names("loss") if n not in (*PANORAMA_LOSSES, *TAUGHT_LOSSES)],
+        [n for n in names("loss") if n not in (*PANORAMA_LOSSES, *TAUGHT_LOSSES, *SD_LOSSES)],
     ),
     *itertools.product(["taehv"], ["finetune", "decoder_only"], TAUGHT_LOSSES),
     *itertools.product(["wan", "spatial", "temporal_vae"], ["finetune"], ["distill"]),
     *((twin, "stage3", "recon_kl") for twin in TWINS),
     *itertools.product(["spatial"], ["finetune"], PANORAMA_LOSSES),  # they add terms that no part and no stage changes
     ("temporal_vae", "decoder_only", "erp_lite"),
+    *itertools.product(["spatial"], ["finetune"], SD_LOSSES),
+    *((name, "finetune", "sd_vae_regularized") for name in names("model") if name not in ("spatial", *TWINS)),
+    ("wan", "decoder_only", "sd_vae_regularized"),
 ]
 TWO_STAGE = ("temporal_vae", "opensora_v1_2")
 FRAMES = {"wan": (3, 2), "wan22": (3, 2), "taehv": (5, 4)}  # most, and step, of models that do not take any number

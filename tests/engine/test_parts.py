@@ -190,8 +190,8 @@ def test_learning_rate_warms_up_and_decays():
     assert learning_rate(54, **rates) == pytest.approx(0.55)
     assert learning_rate(104, **rates) == learning_rate(200, **rates) == pytest.approx(0.1)
     assert learning_rate(10**6, lr=1e-5) == 1e-5
-    with pytest.raises(ValueError, match="schedule is 'linear'"):
-        learning_rate(5, lr=1.0, schedule="linear")
+    with pytest.raises(ValueError, match="schedule is 'linaer'; use one of constant, constant_with_warmup, linear,"):
+        learning_rate(5, lr=1.0, schedule="linaer")
 
 
 WAN_ERP = {"lr": 1e-5, "warmup_steps": 200, "decay_start": 1000, "schedule": "cosine", "max_steps": 5000}

@@ -18,9 +18,11 @@ from vae3d.config import TrainConfig
 @pytest.fixture(scope="module")
 def wan(videos) -> TrainConfig:
     """Of one and of three frames: single frames give the time convolutions zero gradients, which DDP waits for."""
-    mse = "{l1: {term: {_target_: vae3d.losses.pixel.MSE}}}"  # without L1's kink, where rounding decides the sign
+    mse = "{_target_: vae3d.losses.pixel.MSE}"  # without L1's kink, where rounding decides the sign
+    turned = "{_target_: vae3d.losses.equivariance.Equivariance, norm: l2}"
     more = [
-        "stage=slow_encoder", "stage.init_from=random", "loss=recon_kl", f"++loss.terms={mse}",
+        "stage=slow_encoder", "stage.init_from=random", "stage.latent_noise=0.3", "loss=recon_kl", "loss.logvar=-1",
+        f"++loss.terms={{l1: {{term: {mse}}}, turned: {{term: {turned}}}}}",
         "data.frames.min=1", "data.frames.max=3", "data.frames.step=2", "data.batch_size=4", "trainer.max_steps=4",
         "optim.eps=0.01", "optim.lr=1e-2", "loss.terms.kl.weight=10", "model.gradient_checkpointing=true", "trainer.save_every=0",
     ]  # fmt: skip
@@ -76,6 +78,7 @@ def test_two_ranks_are_one_also_where_time_convolutions_are_idle(ranks, wan, tmp
     first, second = (report["wan"] for report in ranks)
     assert set(alone["frames"]) == {1, 3}
     assert first["frames"] == second["frames"] == alone["frames"]
+    assert first["logvar"] == second["logvar"] == pytest.approx(alone["logvar"], abs=1e-6)
     for name, tensor in alone["weights"].items():
         assert torch.equal(first["weights"][name], second["weights"][name]), name
         torch.testing.assert_close(first["weights"][name], tensor, rtol=0, atol=1e-6)

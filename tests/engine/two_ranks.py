@@ -32,12 +32,12 @@ def sound_steps(t: Trainer, accumulate: int) -> dict[str, torch.Tensor]:
 
 
 def train(config: TrainConfig, folder: Path) -> dict[str, object]:
-    """Weights after a run, and the number of frames of each step's clips."""
+    """Weights and log-variance after a run, and the number of frames of each step's clips."""
     t = factory.trainer(config, folder)
     frames, step = [], t.train_step
     t.train_step = lambda clips, *rest: (frames.append(clips[0].video.shape[2]), step(clips, *rest))[1]
     t.fit()
-    return {"weights": t.network.state_dict(), "frames": frames}
+    return {"weights": t.network.state_dict(), "logvar": t.objective.logvar.item(), "frames": frames}
 
 
 def main(folder: Path) -> None:

@@ -9,7 +9,12 @@ from vae3d.types import Clip, Reconstruction, SpatialPath
 
 
 class KL:
-    """KL(posterior || N(0, 1)) in nats; `sum` adds up a whole clip, not a frame (Open-Sora v1.2 `losses.py`)."""
+    """KL(posterior || N(0, 1)) in nats; `sum` adds up a whole clip, not a frame (Open-Sora v1.2 `losses.py`).
+
+    latent-diffusion's 1e-6 is of a sum against sums. Against means, for images of N = 3 x H x W elements with n latent
+    elements, the same is 1e-6 / N of the sum (5.1e-12 at 256 pixels) or 1e-6 x n / N of the mean (2.1e-8 for f8c4, of
+    any size); 1e-6 of the sum against means is N times as much. `loss_mean/kl` is always nats per latent element.
+    """
 
     needs_pixels = False
     needs_posterior = True

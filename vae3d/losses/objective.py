@@ -60,10 +60,10 @@ class Objective:
     `LPIPSWithDiscriminator` in latent-diffusion do. "mean": averaged over all elements.
     pixel_weight: how much each row counts in the terms on pixels. Pixels that are not valid count nothing, and the
     others of their clip the more; a clip without a valid pixel adds nothing.
-    logvar: where the learned log-variance s begins, if there is one. The terms on pixels (needs_pixels; equivariance
-    is one, so that their weights keep their ratios) are then a negative log-likelihood: their sum / exp(s) + s, under
-    "sum" + s times the elements of a frame, as in latent-diffusion `contperceptual.py`, whose optimizer never gets its s.
-    At rest exp(s) is the weighted error per element, and the other terms weigh 1 / exp(s) less against these.
+    logvar: where the learned log-variance s begins, if there is one. The terms on pixels (needs_pixels; equivariance is
+    one, so that their weights keep their ratios) are then a negative log-likelihood, their sum / exp(s) + s, where s
+    under "sum" counts for every element of a frame: latent-diffusion `contperceptual.py`, which never trains its s. At
+    rest exp(s) is the weighted error per element, and other terms weigh exp(s) of what they did against these.
     Raises ValueError for another reduction, or for a logvar without terms on pixels.
     """
 
