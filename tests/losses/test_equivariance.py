@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from tests import tiny
+from tests.engine import quick
+from tests.engine.test_trainer import fresh_accelerate  # noqa: F401
 from tests.losses.test_objective import as_clip
 from vae3d.check import ConfigError
+from vae3d.config import LossTerm
+from vae3d.engine.rehearsal import rehearse
 from vae3d.losses.equivariance import Equivariance, Transform
 from vae3d.losses.objective import Objective, Weighted
 from vae3d.losses.weights import ErpCosine
@@ -205,3 +209,20 @@ def test_what_a_model_cannot_decode_shows_before_the_run(videos):
             "data.frames.max=1", "data.frames.min=1", "model.pad_w=circular", "model.pad_h=pole",
             f"++loss.terms={{e: {{term: {term}}}}}",
         )  # fmt: skip
+
+
+def test_a_run_decodes_under_autocast_and_in_its_rehearsal(videos, tmp_path):
+    term = {"_target_": "vae3d.losses.equivariance.Equivariance", "probability": 1e-9}
+    terms = quick.checked(videos).loss.terms | {"equivariance": LossTerm(term)}
+    t = quick.trainer(videos, tmp_path, **{"loss.terms": terms, "trainer.precision": "bf16", "trainer.save_every": 0})
+    seen = []
+    hook = t.network.module.decoder.conv_in.register_forward_hook(
+        lambda _m, _in, out: seen.append((out.dtype, *out.shape))
+    )
+    rehearse(t)
+    assert seen == [(torch.bfloat16, 2, 8, 8, 8), *[(torch.bfloat16, 1, 8, 8, 8)] * 2]
+    seen.clear()
+    values = t.train_step([next(t.data.clips(0, 1))])
+    hook.remove()
+    assert len(seen) == 1  # at such a probability nothing is drawn, and nothing decoded
+    assert values["loss/equivariance"] == 0.0
