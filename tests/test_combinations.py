@@ -27,7 +27,7 @@ TAUGHT_LOSSES = ("distill", "distill_lpips", "taehv")  # of a teacher, here of t
 # `ldm` and those of its kind: the terms of recon_kl_lpips and some more, which no part and no stage changes.
 SD_LOSSES = ("ldm", "sd_vae", "sd_vae_regularized", "sd_vae_requirement")
 PANORAMA_LOSSES = [name for name in names("loss") if name.startswith("erp")]
-TWINS = ("opensora_v1_2",)  # temporal_vae with other factors
+TWINS = {"opensora_v1_2": "stage3", "sd_vae": "finetune"}  # temporal_vae and spatial with other factors: a stage
 COMBINATIONS = [
     *itertools.product(
         [n for n in names("model") if n not in TWINS],
@@ -36,7 +36,7 @@ COMBINATIONS = [
     ),
     *itertools.product(["taehv"], ["finetune", "decoder_only"], TAUGHT_LOSSES),
     *itertools.product(["wan", "spatial", "temporal_vae"], ["finetune"], ["distill"]),
-    *((twin, "stage3", "recon_kl") for twin in TWINS),
+    *((twin, stage, "recon_kl") for twin, stage in TWINS.items()),
     *itertools.product(["spatial"], ["finetune"], PANORAMA_LOSSES),  # they add terms that no part and no stage changes
     ("temporal_vae", "decoder_only", "erp_lite"),
     *itertools.product(["spatial"], ["finetune"], SD_LOSSES),

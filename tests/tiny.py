@@ -35,6 +35,7 @@ MODEL = {
     ],
 }
 MODEL["opensora_v1_2"] = MODEL["temporal_vae"]
+MODEL["sd_vae"] = MODEL["spatial"]
 WAN = ["model.channels=8", "model.multipliers=[1,2]", "model.downsample=[true]", "model.layers=1"]
 WAN += ["model.latent_channels=4", "model.shift=[0,0,0,0]", "model.scale=[1,1,1,1]"]
 MODEL["wan"] = WAN

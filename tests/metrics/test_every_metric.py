@@ -14,7 +14,7 @@ from vae3d.metrics.temporal import Flicker
 NAMES = list(METRICS)
 IDEAL = {
     **dict.fromkeys(("psnr", "psnr_video", "tpsnr", "ws_psnr"), 100.0),
-    **dict.fromkeys(("ssim", "ms_ssim", "ws_ssim", "seam_ratio"), 1.0),
+    **dict.fromkeys(("ssim", "ms_ssim", "ws_ssim", "seam_ratio", "sharpness"), 1.0),
     **dict.fromkeys(("lpips_alex", "lpips_vgg", "tof", "tlp", "seam_gradient", "rfid", "rfvd"), 0.0),
     **dict.fromkeys(("flolpips", "flolpips_raft_large", "flolpips_raft_small"), 0.0),
     **dict.fromkeys(METRICS["polar"].kind.columns | METRICS["cube"].kind.columns, 100.0),

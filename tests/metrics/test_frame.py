@@ -7,7 +7,7 @@ import torch
 
 from tests.metrics.clips import levels, lpips_package, pair, result, value
 from vae3d.metrics import build_metrics
-from vae3d.metrics.frame import Psnr, upsampled_mean
+from vae3d.metrics.frame import Psnr, Sharpness, gradient_energy, upsampled_mean
 
 
 def decibel(mse: float) -> float:
@@ -90,3 +90,25 @@ def test_lpips_of_vgg_is_computed_in_batches_of_bounded_memory(trunks, monkeypat
     monkeypatch.setattr(networks, "PIXELS_AT_ONCE", 8 * 32 * 32)
     assert result(metrics, ref, rec).scores["lpips_vgg"].frames == pytest.approx(whole, rel=1e-6)
     assert sizes == [2] * 4 + [1] * 2
+
+
+def test_gradient_energy_is_that_of_the_steps_between_pixels():
+    stripes = levels(0.0, height=4, width=4)
+    stripes[..., 1::2] = 0.5  # every step along a row is 0.5, none along a column
+    assert gradient_energy(stripes).tolist() == pytest.approx([0.25])
+
+
+def test_half_the_contrast_has_a_quarter_of_the_sharpness():
+    ref, _ = pair()
+    assert value(Sharpness(floor=1e-12), ref, ref / 2 + 0.25) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_blur_lowers_sharpness_and_noise_raises_it():
+    ref, noisy = pair()
+    blurred = torch.nn.functional.avg_pool2d(ref, 3, 1, 1, count_include_pad=False)
+    assert value(Sharpness(), ref, blurred) < 0.9
+    assert value(Sharpness(), ref, noisy) > 1.1
+
+
+def test_frames_without_detail_are_as_sharp_as_each_other():
+    assert value(Sharpness(), levels(0.2), levels(0.7)) == 1.0

@@ -1,4 +1,4 @@
-"""Metrics of single frames: PSNR, SSIM, MS-SSIM, LPIPS."""
+"""Metrics of single frames: PSNR, SSIM, MS-SSIM, LPIPS, sharpness."""
 
 from __future__ import annotations
 
@@ -139,6 +139,34 @@ class LpipsVgg(Lpips):
     columns = {"lpips_vgg": False}
     net = "vgg"
     min_size = 16
+
+
+class Sharpness(SeriesMetric):
+    """Gradient energy of the reconstruction over that of the original: 1 as sharp, less is blurred, more is noisier.
+
+    The energy is the mean square of the differences of neighbouring pixels, along rows and columns, of values in
+    [0, 1]. `floor` is added to both: frames without any detail are as sharp as each other.
+    """
+
+    name = "sharpness"
+    columns = {"sharpness": None}
+    min_size = 2
+
+    def __init__(self, floor: float = 1e-6) -> None:
+        super().__init__()
+        self.floor = floor
+
+    def measure(self, chunk: Chunk) -> dict[str, Tensor]:
+        ref, rec = (gradient_energy(frames) + self.floor for frames in chunk.new)
+        return {"sharpness": rec / ref}
+
+    def settings(self) -> dict[str, Any]:
+        return {"floor": self.floor}
+
+
+def gradient_energy(frames: Tensor) -> Tensor:
+    """[T, 3, H, W] -> [T]."""
+    return sum(frames.diff(dim=axis).double().square().mean((1, 2, 3)) for axis in (2, 3))
 
 
 def upsampled_mean(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -42,6 +42,7 @@ METRICS: dict[str, Entry] = {
     "ms_ssim": Entry("SSIM on five scales", frame.MsSsim),
     "lpips_alex": Entry("perceptual distance, AlexNet", frame.Lpips, (LPIPS["alex"],)),
     "lpips_vgg": Entry("perceptual distance, VGG", frame.LpipsVgg, (LPIPS["vgg"],)),
+    "sharpness": Entry("gradient energy over the original's", frame.Sharpness),
     "flolpips": _flolpips("pwc", "PWC-Net"),
     "flolpips_raft_large": _flolpips("raft_large", "RAFT"),
     "flolpips_raft_small": _flolpips("raft_small", "small RAFT"),
