@@ -226,3 +226,12 @@ def test_a_run_decodes_under_autocast_and_in_its_rehearsal(videos, tmp_path):
     hook.remove()
     assert len(seen) == 1  # at such a probability nothing is drawn, and nothing decoded
     assert values["loss/equivariance"] == 0.0
+
+
+def test_a_clip_that_draws_none_has_a_gradient_of_zero():
+    """Ranks that draw differently must agree on what has a gradient, also where this is the only term on pixels."""
+    model, clip, out = coded("spatial", 1, (8, 8))
+    error = Equivariance(probability=1e-9)(clip, out).map.mean()
+    error.backward()
+    assert error == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vae3d.losses.objective import Error, numel_per_frame
+from vae3d.losses.objective import Error, numel_per_frame, require_pixels
 from vae3d.losses.weights import mean_one
 from vae3d.seeding import seed_of
 from vae3d.types import Clip, Reconstruction
@@ -85,10 +85,9 @@ class Equivariance:
         if out.decode is None:
             raise ValueError("equivariance decodes transformed latents, and Reconstruction.decode is None; set it")
         drawn = [self.draw(position) for position in clip.positions.tolist()]
-        errors = [
-            clip.video.new_zeros(()) if tau is None else self._error(tau, clip, out, index)
-            for index, tau in enumerate(drawn)
-        ]
+        # Nothing drawn is 0 times the reconstruction: every rank then has a gradient of every parameter.
+        nothing = require_pixels(out).sum() * 0.0
+        errors = [nothing if tau is None else self._error(tau, clip, out, i) for i, tau in enumerate(drawn)]
         return Error(torch.stack(errors).view(-1, 1, 1, 1, 1), numel_per_frame(clip.video))
 
     def draw(self, position: int) -> Transform | None:
