@@ -101,6 +101,20 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images as ImageNet has them: train and val, two classes in each, 16 and 4 images."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 8), ("val", 2)):
+        for place, kind in enumerate(("cat", "train")):  # a class may be called so
+            (root / split / kind).mkdir(parents=True)
+            for i in range(count):
+                picture = Image.fromarray(tiny.frames(1, 40 + i, 48, seed=10 * place + i)[0])
+                suffix = ("JPEG", "png", "webp", "jpg")[i % 4]
+                picture.save(root / split / kind / f"{i}.{suffix}", quality=95)
+    return root
+
+
+@pytest.fixture(scope="session")
 def spatial_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny 2D VAE with random weights, exported."""
     from vae3d.factory import model_config

@@ -141,7 +141,7 @@ TINY_OF = {"SpatialVAE": "spatial", "OpenSoraVAE": "temporal_vae", "WanVAE": "wa
 
 
 @pytest.mark.parametrize("experiment", names("experiment"))
-def test_experiment_steps_twice(videos, rooms, trunks, tmp_path, monkeypatch, experiment):
+def test_experiment_steps_twice(videos, rooms, images, trunks, tmp_path, monkeypatch, experiment):
     monkeypatch.chdir(tmp_path)
     full = tiny.compose(f"experiment={experiment}")
     name = TINY_OF[full.model._target_.rpartition(".")[2]]
@@ -168,9 +168,14 @@ def test_experiment_steps_twice(videos, rooms, trunks, tmp_path, monkeypatch, ex
     kind = composed.data.source._target_.rpartition(".")[2]
     clips = [{"path": str(path)} for path in sorted(Path(videos).parent.glob("*.mp4"))]
     (tmp_path / "clips.json").write_text(json.dumps(clips))
-    where = {"Table": f"path={videos}", "ErpRooms": f"root={rooms}", "JsonClips": f"path={tmp_path / 'clips.json'}"}[
-        kind
-    ]
+    where = {
+        "Table": f"path={videos}",
+        "ErpRooms": f"root={rooms}",
+        "JsonClips": f"path={tmp_path / 'clips.json'}",
+        "ImageFolder": f"path={images}",
+    }[kind]
+    if kind == "ImageFolder":
+        overrides += ["data.frames.max=1", "validation.frames=1"]
     overrides.append(f"data.source.{where}")
     two_steps(check_training(tiny.compose(*overrides)), tmp_path / "run")
 

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vae3d.config import InferConfig, TrainConfig
+from vae3d.data.dataset_rows import how_to_download
 from vae3d.errors import UserError
 from vae3d.limits import CHOICES, EXAMPLES, INFER_CHOICES, INFER_RANGES, MODEL_NEEDS, RANGES
 
@@ -330,7 +331,7 @@ def _missing_files(config: TrainConfig) -> list[str]:
         given = {f"data.source.{key}": config.data.source.get(key) for key in ("path", "root")}
         paths |= {key: path for key, path in given.items() if isinstance(path, str)}
     return [
-        f"{key}={path}: no such file or folder"
+        f"{key}={path}: no such file or folder{how_to_download(path) if key == 'data.source.path' else ''}"
         for key, path in paths.items()
         if path not in (MISSING, "random") and not _exists(path)
     ]

@@ -91,6 +91,7 @@ class Data:
     # contiguous; requirement: first and last frame of the file and a random draw between; strided: largest stride
     sampling: str = "contiguous"
     short_side: int | None = None  # scale to this before cropping; null: so that the crop covers the short side
+    min_side: int | None = None  # leave out files whose shorter side has fewer pixels; null: enlarge them
     crop: str = "center"  # center, random
     flip: bool = False
     panorama: bool = False  # files are equirectangular (2:1), shown whole

@@ -169,7 +169,9 @@ def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingDa
     if validation.every:
         held_out, more = validation_clips(tables.val, settings, validation.frames, validation.clips, rank, world_size)
         faults = faults + more
-    return TrainingData(tables.train, plan, settings, data.workers, data.prefetch, held_out, faults, tables.notes)
+    return TrainingData(
+        tables.train, plan, settings, data.workers, data.prefetch, held_out, faults, tables.notes, tables.left_out
+    )
 
 
 def teacher(config: Teacher, device: torch.device | str = "cpu") -> nn.Module | None:

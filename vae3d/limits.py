@@ -46,6 +46,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.frames.step": (lambda v: v >= 1, "at least 1"),
     "data.frames.images": (lambda v: 0 <= v <= 1, "a probability, 0 to 1"),
     "data.stride": (lambda v: v >= 1, "at least 1"),
+    "data.min_side": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "data.fps": (lambda v: v is None or v > 0, "positive, or null"),
     "data.depth.near": (lambda v: v > 0, "positive"),
     "data.depth.unit": (lambda v: v > 0, "positive"),

@@ -53,7 +53,7 @@ def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None
 def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
     lengths, counts = data.plan.lengths.lengths, data.plan.frames.all()
     epochs = config.trainer.max_steps * config.data.batch_size / len(lengths)
-    lines = [f"{len(lengths)} training videos, {epochs:.3g} epochs; {len(data.faults)} files do not open"]
+    lines = [f"{len(lengths)} training files, {epochs:.3g} epochs; {len(data.faults)} files do not open"]
     lines += [f"  {note}" for note in data.notes]
     unused = int((lengths < counts[0]).sum())
     if unused:

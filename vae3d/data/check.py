@@ -1,8 +1,9 @@
-"""python -m vae3d.data.check FILE: read every file of a table or JSON list and list the bad rows with their reasons.
+"""python -m vae3d.data.check FILE: read every file of a table or JSON list, a folder or a dataset, and list the bad
+ones with their reasons.
 
-Each video (or part of one) is decoded at its first, middle and last frame, or wholly with --full. Exit status 1 if any
-row is bad. --clean OUT.csv writes the good rows with their num_frames, height, width and fps, so that training need not
-probe.
+Each image is decoded, and each video (or part of one) at its first, middle and last frame, or wholly with --full. Exit
+status 1 if any row is bad. --clean OUT.csv writes the good rows with their num_frames, height, width and fps, so that
+training need not probe.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def disagreement(row: pd.Series, info: MediaInfo) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vae3d.data.check", description=__doc__)
-    parser.add_argument("table", help="CSV, parquet or JSON file, or a folder")
+    parser.add_argument("table", help="CSV, parquet or JSON file, a folder, or the folder of a Hugging Face dataset")
     parser.add_argument("--root", help="what relative paths are relative to; by default the table's folder")
     parser.add_argument("--full", action="store_true", help="decode every frame")
     parser.add_argument("--clean", metavar="OUT.csv", help="write the good rows here")

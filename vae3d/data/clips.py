@@ -35,6 +35,7 @@ class ClipSettings:
     stride: take every n-th frame. fps: thin faster videos out to this rate; slower ones keep theirs.
     short_side: scale to this before cropping (None: so that the crop covers the short side).
     crop: center or random. flip: mirror every other clip. sampling: see data.sampling.
+    min_side: leave out files whose shorter side has fewer pixels.
     panorama: files are equirectangular, and shown whole; others are refused. roll: turn each clip about the vertical
     by a random number of columns, which loses nothing. depth: read depth maps of 16 bits, not colours.
     """
@@ -44,6 +45,7 @@ class ClipSettings:
     stride: int = 1
     fps: float | None = None
     short_side: int | None = None
+    min_side: int | None = None
     crop: str = "center"
     flip: bool = False
     reader: str = "auto"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -16,34 +19,76 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".p
 SEQUENCE_RATE = 24.0  # frames per second that a sequence is said to have
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for bad files
 ORIENTATION = 0x0112  # Exif; 5 to 8 turn by a quarter
+GAP = 2  # how many times larger than wanted a JPEG is decoded at least
 
 
 class ImageReader:
-    """One image as a video of one frame."""
+    """One image as a video of one frame.
 
-    def __init__(self, path: Path) -> None:
-        try:
-            with Image.open(path) as image:
-                codec, mode = (image.format or "image").lower(), image.mode
-                seen_through = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
-                upright = ImageOps.exif_transpose(image)
-                upright.load()
-        except UNREADABLE as error:
-            raise _unreadable(path, error) from error
-        if seen_through:
-            raise MediaError(path, "has transparent pixels; flatten it")
-        self.image = _to_8_bits(path, upright).convert("RGB")
-        bits = 16 if mode.startswith("I") else 8
-        self.info = MediaInfo(1, self.image.height, self.image.width, 0.0, codec, mode, bits)
-        self.path = path
+    file: its content, if it is in no file of its own; `path` is then only its name. A JPEG is decoded when it is read:
+    at half, a quarter or an eighth of its size where that is still at least twice the size asked for, before it is
+    resized, as Pillow's `thumbnail` does. The result is that of a full decode to about 50 dB.
+    Raises MediaError; for the pixels of a JPEG, `read` does.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO | None = None) -> None:
+        self.path, self.file = path, file
+        self.info = image_info(path, file)
+        self.image: Image.Image | None = None
+        if self.info.codec not in ("jpeg", "mpo"):
+            self.image = self._decode()
+            self.info = replace(self.info, height=self.image.height, width=self.image.width)
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
         check_indices(self.path, indices, 1)
-        image = self.image if size in (None, self.image.size[::-1]) else resize(self.image, size)
+        size = size or (self.info.height, self.info.width)
+        image = self._decode(size) if self.image is None else resize(self.image, size)
         return np.repeat(np.asarray(image)[None], len(indices), axis=0)
 
     def close(self) -> None:
-        self.image.close()
+        if self.image is not None:
+            self.image.close()
+
+    def _decode(self, size: Size | None = None) -> Image.Image:
+        """RGB, upright, at `size` or whole."""
+        with _opened(self.path, self.file) as image:
+            if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+                raise MediaError(self.path, "has transparent pixels; flatten it")
+            if size is None:
+                return _to_8_bits(self.path, ImageOps.exif_transpose(image)).convert("RGB")
+            stored = size[::-1] if _is_turned(image) else size
+            drawn = image.draft(None, (GAP * stored[1], GAP * stored[0]))
+            box = drawn and drawn[1]  # a last row or column may stand for less than a whole one
+            return ImageOps.exif_transpose(resize(image.convert("RGB"), stored, box))
+
+
+def image_info(path: Path, file: BinaryIO | None = None) -> MediaInfo:
+    """Facts of an image from its header: whether its pixels can be decoded is not noticed. Raises MediaError."""
+    with _opened(path, file) as image:
+        height, width = image.size if _is_turned(image) else image.size[::-1]
+        bits = 16 if image.mode.startswith("I") else 8
+        return MediaInfo(1, height, width, 0.0, (image.format or "image").lower(), image.mode, bits)
+
+
+@contextmanager
+def _opened(path: Path, file: BinaryIO | None = None) -> Iterator[Image.Image]:
+    try:
+        if file is not None:
+            file.seek(0)
+        with Image.open(path if file is None else file) as image:
+            yield image
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether the header asks for a quarter turn that Pillow leaves to us, as it does but for TIFF.
+
+    A PNG whose header has no Exif data would be decoded to look for it behind the pixels, and hardly any has it there.
+    """
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return False
+    return image.getexif().get(ORIENTATION, 1) >= 5
 
 
 def _to_8_bits(path: Path, image: Image.Image) -> Image.Image:
@@ -57,14 +102,11 @@ def _to_8_bits(path: Path, image: Image.Image) -> Image.Image:
 
 def load_grey(path: Path) -> np.ndarray:
     """[H, W] uint16 of an image of one channel of 16 bits. Raises MediaError if it holds anything else."""
-    try:
-        with Image.open(path) as image:
-            if not image.mode.startswith("I"):
-                kind = "floating-point" if image.mode == "F" else f"8-bit {image.mode}"
-                raise MediaError(path, f"holds {kind} pixels; depth is read from images of one channel of 16 bits")
-            return grey_levels(path, image).astype(np.uint16)
-    except UNREADABLE as error:
-        raise _unreadable(path, error) from error
+    with _opened(path) as image:
+        if not image.mode.startswith("I"):
+            kind = "floating-point" if image.mode == "F" else f"8-bit {image.mode}"
+            raise MediaError(path, f"holds {kind} pixels; depth is read from images of one channel of 16 bits")
+        return grey_levels(path, image).astype(np.uint16)
 
 
 def grey_levels(path: Path, image: Image.Image) -> np.ndarray:
@@ -81,8 +123,9 @@ def _unreadable(path: Path, error: Exception) -> MediaError:
     return MediaError(path, f"cannot be decoded: {error}")
 
 
-def resize(image: Image.Image, size: Size) -> Image.Image:
-    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+def resize(image: Image.Image, size: Size, box: tuple[float, ...] | None = None) -> Image.Image:
+    """`box`, or all, of an image at `size`, antialiased."""
+    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box)
 
 
 def resize_around(frame: np.ndarray, size: Size) -> np.ndarray:
@@ -97,7 +140,7 @@ def resize_around(frame: np.ndarray, size: Size) -> np.ndarray:
 
 def is_sequence(path: str | Path) -> bool:
     """Whether a path stands for numbered files, as panorama_*.png does."""
-    return "*" in Path(path).name
+    return "*" in os.path.basename(path)
 
 
 def numbered(pattern: str) -> Callable[[str], re.Match[str] | None]:
@@ -146,17 +189,7 @@ class SequenceReader:
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.files = Path(path), sequence_files(path)
-        first = self.files[0]
-        try:
-            with Image.open(first) as image:
-                codec, mode = (image.format or "image").lower(), image.mode
-                # Pillow decodes a PNG to find its Exif data, which hardly any has.
-                turned = codec != "png" and image.getexif().get(ORIENTATION, 1) >= 5
-                width, height = image.size[::-1] if turned else image.size
-        except UNREADABLE as error:
-            raise _unreadable(first, error) from error
-        bits = 16 if mode.startswith("I") else 8
-        self.info = MediaInfo(len(self.files), height, width, SEQUENCE_RATE, codec, mode, bits)
+        self.info = replace(image_info(self.files[0]), num_frames=len(self.files), fps=SEQUENCE_RATE)
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
         check_indices(self.path, indices, len(self.files))

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, open_frames, read_clip, to_sample
 from vae3d.data.media import MediaError
 from vae3d.data.probe import complete
+from vae3d.data.resolution import SIZE, leave_out_small, told_of_enlarged
 from vae3d.data.sampler import Draw, Lengths, Plan, StepSampler
 from vae3d.data.segments import Bounds, bounds_of, count_frames
 from vae3d.data.sources import DataError, Source, file_hashes
@@ -25,12 +26,13 @@ from vae3d.types import Clip
 
 @dataclass(frozen=True)
 class Tables:
-    """Readable files for training and validation. faults: (path, reason) of files that did not open. notes: what the
-    source tells of its files."""
+    """Readable files for training and validation. faults: (path, reason) of files that did not open. left_out: of files
+    that are too small. notes: what there is to tell of the files."""
 
     train: pd.DataFrame
     val: pd.DataFrame
     faults: list[tuple[str, str]]
+    left_out: list[tuple[str, str]]
     notes: list[str]
 
 
@@ -39,11 +41,12 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
 
     With a `split` column its `val` rows; without, the `holdout` files whose names hash lowest, but at most a
     tenth (and one), with all their segments, so that the choice survives a table that grows or a folder that moves.
-    The num_frames of a row with a segment are the segment's.
+    The num_frames of a row with a segment are the segment's. Files smaller than settings.min_side are left out, and are
+    no fault.
     Raises DataError if more than the share `max_broken` does not open, or nothing is left to train on.
     """
     listed = source.table()
-    needed = ("num_frames",) if settings.fps is None else ("num_frames", "fps")
+    needed = ["num_frames"] + ["fps"] * (settings.fps is not None) + SIZE * (settings.min_side is not None)
     table, faults = complete(listed, needed)
     table, outside = count_frames(table)
     faults += outside
@@ -53,6 +56,10 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
             f"{len(faults)} of {len(listed)} files cannot be read, more than data.max_broken={max_broken}; the first:\n"
             f"{shown}\n  python -m vae3d.data.check FILE lists them all"
         )
+    table, left_out = leave_out_small(table, settings.min_side)
+    notes = [*getattr(source, "notes", ()), *told_of_enlarged(table, settings)]
+    if left_out:
+        notes.append(f"{len(left_out)} files are smaller than data.min_side={settings.min_side}, and left out")
     if table["split"].notna().any():
         is_val = (table["split"] == "val").to_numpy()
         is_train = (table["split"] == "train").to_numpy()
@@ -64,7 +71,7 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
     if not is_train.any():
         raise DataError("no rows are left to train on; is the `split` column `val` or `test` throughout?")
     train, val = (table[rows].reset_index(drop=True) for rows in (is_train, is_val))
-    return Tables(train, val, faults, list(getattr(source, "notes", ())))
+    return Tables(train, val, faults, left_out, notes)
 
 
 def lengths_of(table: pd.DataFrame, settings: ClipSettings) -> Lengths:
@@ -82,7 +89,8 @@ class TrainingData:
     prefetch: int
     held_out: list[Clip]
     faults: list[tuple[str, str]]  # files that did not open when the tables were read
-    notes: list[str] = field(default_factory=list)  # of the source
+    notes: list[str] = field(default_factory=list)  # what there is to tell of the files
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # files that are too small
 
     def clips(self, first: int, last: int) -> Iterator[Clip | Unreadable]:
         """Micro-batches of optimizer steps first..last-1; Unreadable where one file after another could not be read."""

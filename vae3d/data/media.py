@@ -14,6 +14,10 @@ from vae3d.errors import UserError
 Size = tuple[int, int]  # height, width
 
 
+class DataError(UserError):
+    """A data set that cannot be used as it is; the message says what to change."""
+
+
 class MediaError(UserError):
     """A file that cannot be read; the message names it and the reason."""
 

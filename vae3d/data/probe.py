@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from vae3d.data.dataset_rows import is_row, version_of
 from vae3d.data.images import is_sequence, sequence_files
-from vae3d.data.readers import MediaError, open_media
+from vae3d.data.readers import MediaError, media_info
 from vae3d.data.segments import has_segment
 from vae3d.data.sources import NUMBERS
 
@@ -55,7 +56,7 @@ def probe(paths: list[str]) -> dict[str, Facts]:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with cache.open("a") as stream, ThreadPoolExecutor(THREADS) as pool:
             results = zip(todo, pool.map(look, todo), strict=True)
-            for path, facts in tqdm(results, total=len(todo), desc="probing videos", unit="file", disable=None):
+            for path, facts in tqdm(results, total=len(todo), desc="probing files", unit="file", disable=None):
                 known[path] = {"path": path, "key": keys[path], **facts}
                 if "error" not in facts:  # which may pass: a disk that was away, a file still being copied
                     stream.write(json.dumps(known[path]) + "\n")
@@ -63,19 +64,19 @@ def probe(paths: list[str]) -> dict[str, Facts]:
 
 
 def look(path: str) -> Facts:
-    """Facts of one file."""
+    """Facts of one file; of an image, from its header."""
     try:
-        reader = open_media(path)
+        info = media_info(path)
     except MediaError as error:
         return {"error": error.reason_for(path)}
-    reader.close()
-    info = reader.info
     return {"num_frames": info.num_frames, "height": info.height, "width": info.width, "fps": info.fps}
 
 
 def _key(path: str) -> list[int] | None:
-    """What changes when the file does, or, of a sequence, its number of files or the first of them; None if there is
-    no file."""
+    """What changes when the file does, or, of a sequence, its number of files or the first of them, or the dataset of
+    a row; None if there is no file."""
+    if is_row(path):
+        return version_of(path)
     try:
         files = sequence_files(path)
         stat = os.stat(files[0])

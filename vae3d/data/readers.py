@@ -18,7 +18,8 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
-from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, is_sequence, resize
+from vae3d.data.dataset_rows import is_row, open_row
+from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence, resize
 from vae3d.data.media import MediaError, MediaInfo, Reader, Size, check_indices
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
@@ -27,27 +28,51 @@ UNINDEXED = ("mpegts", "mpeg")  # containers in which decord seeks by guessing
 
 
 def open_media(path: str | Path, reader: str = "auto", threads: int = 1) -> Reader:
-    """Open a video or image, told apart by its extension, or with a `*` in its name the images numbered so.
+    """Open a video or image, told apart by its extension, with a `*` in its name the images numbered so, or a row of
+    a dataset (see dataset_rows).
 
     reader: pyav, decord, or auto: pyav, which reads everything that decord does, faster. threads: for decoding.
     Raises MediaError if it is missing, empty, not what its extension says,
     or holds what cannot be decoded faithfully.
     """
     path = Path(path)
+    if is_row(path):
+        return ImageReader(path, open_row(path))
     if is_sequence(path):
         return SequenceReader(path)
-    if not path.exists():
-        raise MediaError(path, "no such file")
-    if not path.is_file():
-        raise MediaError(path, "is a folder, not a file")
-    if path.stat().st_size == 0:
-        raise MediaError(path, "is empty (0 bytes)")
+    _refuse_no_file(path)
     suffix = path.suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         return ImageReader(path)
     if suffix not in VIDEO_SUFFIXES:
         raise MediaError(path, f"unknown extension {suffix!r}; known: {' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}")
     return READERS[reader](path, threads)
+
+
+def media_info(path: str | Path) -> MediaInfo:
+    """Facts of what open_media takes; of an image from its header, in 50 microseconds. Raises MediaError."""
+    path = Path(path)
+    if is_row(path):
+        return image_info(path, open_row(path))
+    if is_image(path):
+        _refuse_no_file(path)
+        return image_info(path)
+    with closing(open_media(path)) as reader:
+        return reader.info
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether open_media takes it for a single image."""
+    return is_row(path) or (str(path).lower().endswith(IMAGE_SUFFIXES) and not is_sequence(path))
+
+
+def _refuse_no_file(path: Path) -> None:
+    if not path.exists():
+        raise MediaError(path, "no such file")
+    if not path.is_file():
+        raise MediaError(path, "is a folder, not a file")
+    if path.stat().st_size == 0:
+        raise MediaError(path, "is empty (0 bytes)")
 
 
 class PyAVReader:

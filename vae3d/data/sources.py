@@ -16,10 +16,11 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
+from vae3d.data.dataset_rows import has_tables, how_to_download, is_saved
 from vae3d.data.images import IMAGE_SUFFIXES, is_sequence, numbered
+from vae3d.data.media import DataError
 from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.segments import SEGMENT, SEGMENT_FAULT
-from vae3d.errors import UserError
 from vae3d.seeding import seed_of
 
 NUMBERS = ("num_frames", "height", "width", "fps")
@@ -29,10 +30,6 @@ LIMITS = {  # least value of a column, if it is not 1, and the fault of a row th
     "start": (0, SEGMENT_FAULT),
     "end": (0, SEGMENT_FAULT),
 }
-
-
-class DataError(UserError):
-    """A data set that cannot be used as it is; the message says what to change."""
 
 
 class Source(Protocol):
@@ -118,12 +115,32 @@ class Folder:
         elif self.path.is_file():
             files = [self.path]
         elif self.path.is_dir():
-            files = sorted(f for f in self.path.rglob("[!.]*") if f.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES)
+            files = [top / name for name in files_under(top) if is_media(name)]
         else:
-            raise DataError(f"{self.path}: no such file or folder")
+            raise DataError(f"{self.path}: no such file or folder{how_to_download(self.path)}")
         if not files:
             raise DataError(f"{self.path} holds no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)})")
         return listed([os.path.abspath(f) for f in files], [str(f.relative_to(top)) for f in files])
+
+
+def files_under(folder: str | Path) -> list[str]:
+    """Names of all files in a folder and the folders in it, sorted; links are followed, hidden ones left out."""
+    found = []
+    for here, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_up(here, name)]
+        inside = os.path.relpath(here, folder)
+        found += [os.path.normpath(os.path.join(inside, name)) for name in files if not name.startswith(".")]
+    return sorted(found, key=lambda name: name.split(os.sep))
+
+
+def _leads_up(here: str, name: str) -> bool:
+    """Whether a folder is a link to one that it lies in."""
+    path = os.path.join(here, name)
+    return os.path.islink(path) and f"{os.path.realpath(here)}/".startswith(f"{os.path.realpath(path)}/")
+
+
+def is_media(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES
 
 
 def sequences(path: Path) -> list[Path]:
@@ -152,9 +169,17 @@ def file_hashes(table: pd.DataFrame) -> np.ndarray:
 
 
 def open_source(path: str | Path, root: str | Path | None = None) -> Source:
-    """A Table for .csv and .parquet, JsonClips for .json, else a Folder."""
-    from vae3d.data.json_clips import JsonClips  # which builds on this module
+    """A Table for .csv and .parquet, JsonClips for .json, HuggingFace for the folder of a dataset, else a Folder."""
+    from vae3d.data.hugging_face import HuggingFace  # which build on this module
+    from vae3d.data.json_clips import JsonClips
 
+    if holds_dataset(path):
+        return HuggingFace(path)
     kinds = {".csv": Table, ".parquet": Table, ".json": JsonClips}
     kind = kinds.get(Path(path).suffix)
     return Folder(path) if kind is None else kind(path, root)
+
+
+def holds_dataset(folder: str | Path) -> bool:
+    """Whether a folder is a dataset of Hugging Face: saved, or with parquet or arrow files and no videos or images."""
+    return is_saved(folder) or (has_tables(folder) and not any(map(is_media, files_under(folder))))

@@ -106,6 +106,13 @@ class RunLog:
             with self._bearing(f"the fault of {path}"):
                 self._append(f"faults{self.rank or ''}.jsonl", {"path": path, "reason": reason})
 
+    def left_out(self, files: Iterable[tuple[str, str]]) -> None:
+        """List files that are not used, though they can be, in faults.jsonl."""
+        if self.main:
+            with self._bearing("which files are left out"):
+                for path, reason in files:
+                    self._append("faults.jsonl", {"path": path, "reason": reason})
+
     def close(self) -> None:
         if self.main:
             self._bar.close()

@@ -104,6 +104,7 @@ class Trainer:
         for key, (old, new) in changed.items():
             self.log.say(f"{key} was {old} until step {self.step} and is {new} from here on")
         self.log.faults(data.faults)
+        self.log.left_out(data.left_out)
 
     def _under_autocast(self, network: nn.Module) -> nn.Module:
         """The same network, whose forward turns autocast on by itself: DeepSpeed turns off what is on around it."""

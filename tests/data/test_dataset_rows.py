@@ -1,0 +1,81 @@
+"""What of Hugging Face datasets needs no `datasets` package: names, refusals, commands."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests import tiny
+from vae3d.check import ConfigError
+from vae3d.data import dataset_rows
+from vae3d.data.check import main as check
+from vae3d.data.dataset_rows import how_to_download, is_row, open_splits, row_path
+from vae3d.data.hugging_face import HuggingFace
+from vae3d.data.image_folder import ImageFolder
+from vae3d.data.readers import MediaError, open_media
+from vae3d.data.sources import DataError, Folder, Table, holds_dataset, open_source
+
+
+def test_a_row_has_a_path_that_can_be_taken_apart(tmp_path):
+    path = row_path(tmp_path, "train", "image/encoded", 12)
+    assert path == f"{tmp_path}/train/image%2Fencoded/12.hfimage"
+    assert is_row(path)
+    assert dataset_rows._parts(path) == (str(tmp_path), "train", "image/encoded", 12)
+    for wrong in ("/a/b/12.hfimage", "/a/train/image/x.hfimage", "/a/train/image/-1.hfimage"):
+        with pytest.raises(MediaError, match=r"is no row of a dataset: FOLDER/SPLIT/COLUMN/ROW\.hfimage"):
+            open_media(wrong)
+
+
+def test_a_name_is_refused_with_the_command_that_downloads_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = "hf download clane9/imagenet-100 --repo-type dataset --local-dir imagenet-100"
+    for name in ("hf_images", "image_folder"):
+        with pytest.raises(ConfigError, match=rf"no such file or folder; .* get it with: {command}"):
+            tiny.training(
+                "spatial", tmp_path, f"data={name}", "data.source.path=clane9/imagenet-100", "stage=finetune",
+                "stage.init_from=random", "loss=recon_kl",
+            )  # fmt: skip
+    monkeypatch.setattr(dataset_rows, "_library", lambda: sys)
+    for source in (HuggingFace, ImageFolder):
+        with pytest.raises(DataError, match=command):
+            source("clane9/imagenet-100").table()
+    assert check(["clane9/imagenet-100"]) == 1
+    assert command in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["/data/images", "images", "a/b/c", "./images", "data/videos.csv", "data/t.parquet"])
+def test_other_paths_are_no_names(path):
+    assert how_to_download(path) == ""
+
+
+def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="need the extra `huggingface`"):
+        HuggingFace(tmp_path).table()
+    with pytest.raises(MediaError, match=r"0\.hfimage: .*need the extra `huggingface`"):
+        open_media(row_path(tmp_path, "train", "image", 0))
+
+
+def test_data_files_on_the_network_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_rows, "_library", lambda: sys)
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: mit\nconfigs:\n- config_name: default\n  data_files:\n"
+        "  - split: train\n    path: https://example.org/x.parquet\n---\n# Text\n"
+    )
+    with pytest.raises(DataError, match=r"are on the network \(https://example\.org/x\.parquet\)"):
+        open_splits(str(tmp_path))
+
+
+def test_folders_of_tables_are_datasets_and_folders_of_media_are_not(tmp_path):
+    (tmp_path / "data").mkdir()
+    assert not holds_dataset(tmp_path)
+    (tmp_path / "data/train-00000-of-00001.parquet").write_bytes(b"")
+    assert holds_dataset(tmp_path)
+    assert isinstance(open_source(tmp_path), HuggingFace)
+    tiny.write_video(tmp_path / "a.mp4", tiny.frames(3))
+    assert isinstance(open_source(tmp_path), Folder)
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved/dataset_dict.json").write_text("{}")
+    assert holds_dataset(tmp_path / "saved")
+    assert isinstance(open_source(tmp_path / "data/train-00000-of-00001.parquet"), Table)

@@ -1,0 +1,174 @@
+"""What single images become: colours, turns, crops, flips, and JPEGs decoded with fewer pixels."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from tests import tiny
+from vae3d.data.clips import ClipDataset, ClipSettings
+from vae3d.data.images import ImageReader
+from vae3d.data.readers import MediaError, is_image, media_info, open_media
+from vae3d.data.sampler import FrameCounts, Lengths, Plan
+
+PICTURE = tiny.frames(1, 24, 40)[0]
+RGB = Image.fromarray(PICTURE)
+GREY = np.asarray(RGB.convert("L"))
+PALETTE = RGB.quantize(256)
+SEEN = {  # file, what is saved, what is seen of it
+    "grey.png": (RGB.convert("L"), np.repeat(GREY[..., None], 3, axis=2)),
+    "grey.jpg": (RGB.convert("L"), np.repeat(GREY[..., None], 3, axis=2)),
+    "bits.png": (RGB.convert("1"), np.asarray(RGB.convert("1").convert("RGB"))),
+    "cmyk.jpg": (RGB.convert("CMYK"), PICTURE),
+    "cmyk.tif": (RGB.convert("CMYK"), PICTURE),
+    "palette.png": (PALETTE, np.asarray(PALETTE.convert("RGB"))),
+    "deep.png": (Image.fromarray(GREY.astype(np.uint16) * 257), np.repeat(GREY[..., None], 3, axis=2)),
+    "opaque.png": (RGB.convert("RGBA"), PICTURE),
+    "opaque.webp": (RGB.convert("RGBA"), PICTURE),
+    "plain.webp": (RGB, PICTURE),
+    "plain.bmp": (RGB, PICTURE),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_every_kind_of_image_is_read_as_rgb(tmp_path, name):
+    image, expected = SEEN[name]
+    lossy = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(name.rpartition(".")[2], {})
+    image.save(tmp_path / name, **lossy)
+    info, read = media_info(tmp_path / name), open_media(tmp_path / name).read([0])[0]
+    assert (info.num_frames, info.height, info.width, info.fps) == (1, 24, 40, 0.0)
+    assert np.abs(read.astype(int) - expected).max() <= (6 if name.endswith("jpg") else 0)
+    assert open_media(tmp_path / name).read([0], (12, 20)).shape == (1, 12, 20, 3)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif"])
+def test_transparent_pixels_are_refused(tmp_path, name):
+    image = RGB.convert("RGBA")
+    image.putpixel((3, 3), (0, 0, 0, 100))
+    image.save(tmp_path / name)
+    with pytest.raises(MediaError, match="has transparent pixels; flatten it"):
+        open_media(tmp_path / name)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_images_are_upright_at_every_size(tmp_path, suffix, turn):
+    """The file holds what turns into PICTURE."""
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # members of Image.Transpose that undo the Exif number
+    stored = RGB if turn == 1 else RGB.transpose(Image.Transpose(back[turn]))
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    options = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {})
+    stored.save(tmp_path / f"a.{suffix}", exif=exif, **options)
+    info = media_info(tmp_path / f"a.{suffix}")
+    assert (info.height, info.width) == (24, 40)
+    opened = open_media(tmp_path / f"a.{suffix}")
+    assert np.abs(opened.read([0])[0].astype(int) - PICTURE).max() <= 6
+    expected = np.asarray(RGB.resize((10, 6), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(opened.read([0], (6, 10))[0] - expected).max() <= 8
+
+
+def test_only_single_images_are_images():
+    assert is_image("/a/b.JPEG")
+    assert is_image("/a/train/image/3.hfimage")
+    assert not any(map(is_image, ("/a/b_*.png", "/a/b.mp4", "/a/b.gif", "/a/png", "/a/b.txt")))
+
+
+# --- crops and flips
+
+
+def clips_of(folder, settings, count=200):
+    table = pd.DataFrame({"path": [str(folder / "a.png")]})
+    plan = Plan(Lengths(np.array([1])), FrameCounts(1, 1), seed=3, batch_size=count)
+    dataset = ClipDataset(table, plan, settings)
+    return [dataset[draw].video[:, 0].permute(1, 2, 0).numpy() for draw in plan.step(0)[0]]
+
+
+@pytest.fixture
+def ramp(tmp_path):
+    """A pixel's red and green are its column and row."""
+    y, x = np.mgrid[:20, :30]
+    Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8)).save(tmp_path / "a.png")
+    return tmp_path
+
+
+def test_images_are_cropped_everywhere_and_mirrored_every_other_time(ramp):
+    drawn = clips_of(ramp, ClipSettings(16, 16, short_side=20, crop="random", flip=True))
+    mirrored = [bool(clip[0, 0, 0] > clip[0, -1, 0]) for clip in drawn]
+    places = {(int(clip[0, :, 0].min()), int(clip[0, 0, 1])) for clip in drawn}
+    assert 70 < sum(mirrored) < 130
+    assert {left for left, _ in places} == set(range(15))
+    assert {top for _, top in places} == set(range(5))
+    for clip, turned in zip(drawn, mirrored, strict=True):
+        assert np.diff(clip[0, :, 0].astype(int)).tolist() == [-1 if turned else 1] * 15
+    again = clips_of(ramp, ClipSettings(16, 16, short_side=20, crop="random", flip=True))
+    assert all(map(np.array_equal, drawn, again))
+
+
+def test_without_either_every_clip_is_the_centre(ramp):
+    for clip in clips_of(ramp, ClipSettings(16, 16, short_side=20), 4):
+        assert (clip[0, 0, 0], clip[0, 0, 1]) == (7, 2)
+
+
+# --- JPEGs
+
+
+@pytest.fixture(scope="module")
+def photograph(tmp_path_factory):
+    """A JPEG of 403 x 601, no multiple of 8: fine and coarse structure, sharp edges."""
+    rng = np.random.default_rng(0)
+    layers = [rng.integers(0, 256, (403 // n + 1, 601 // n + 1, 3), dtype=np.uint8) for n in (1, 4, 16, 64)]
+    sizes = [Image.fromarray(layer).resize((601, 403), Image.Resampling.BICUBIC) for layer in layers]
+    mixed = sum(np.asarray(size, float) * n for size, n in zip(sizes, (1, 4, 16, 64), strict=True)) / 85
+    mixed[100:180, 200:320] = 255 - mixed[100:180, 200:320]
+    path = tmp_path_factory.mktemp("photo") / "a.jpg"
+    Image.fromarray(mixed.astype(np.uint8)).save(path, quality=90)
+    return path
+
+
+@pytest.mark.parametrize(
+    "size", [(25, 38), (50, 75), (64, 64), (100, 149), (100, 150), (101, 150), (202, 301), (403, 601)]
+)
+def test_a_jpeg_decoded_with_fewer_pixels_is_close_to_all_of_them(photograph, size, monkeypatch):
+    decoded = []
+    convert = Image.Image.convert
+    monkeypatch.setattr(Image.Image, "convert", lambda image, *a: decoded.append(image.size) or convert(image, *a))
+    small = open_media(photograph).read([0], size)[0]
+    (width, height) = decoded[0]
+    assert small.shape == (*size, 3)
+    assert height >= min(403, 2 * size[0])
+    assert width >= min(601, 2 * size[1])
+    assert width < 601 or 4 * size[1] > 601 or 4 * size[0] > 403
+    full = np.asarray(convert(Image.open(photograph), "RGB").resize(size[::-1], Image.Resampling.BICUBIC))
+    error = np.square(small.astype(float) - full).mean()
+    assert 10 * np.log10(255**2 / max(error, 1e-9)) > 42
+    if width == 601:
+        np.testing.assert_array_equal(small, full)
+
+
+def test_a_larger_size_enlarges_the_whole_decode(photograph):
+    large = open_media(photograph).read([0], (500, 700))[0]
+    full = Image.open(photograph).convert("RGB").resize((700, 500), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(large, np.asarray(full))
+
+
+def test_an_image_in_memory_is_read_as_often_as_wanted(photograph):
+    opened = ImageReader("row", io.BytesIO(photograph.read_bytes()))
+    first = opened.read([0, 0], (50, 75))
+    np.testing.assert_array_equal(first[0], open_media(photograph).read([0], (50, 75))[0])
+    np.testing.assert_array_equal(opened.read([0])[0], open_media(photograph).read([0])[0])
+    with pytest.raises(MediaError, match=r"^row: is not an image"):
+        ImageReader("row", io.BytesIO(b"junk"))
+
+
+def test_pixels_that_do_not_decode_are_found_when_read(photograph, tmp_path):
+    whole = photograph.read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    assert media_info(tmp_path / "cut.jpg").height == 403
+    for size in (None, (50, 75)):
+        with pytest.raises(MediaError, match="cannot be decoded: image file is truncated"):
+            open_media(tmp_path / "cut.jpg").read([0], size)

@@ -1,0 +1,156 @@
+"""Images inside of Hugging Face datasets on this disk, under paths of their own:
+
+    /absolute/folder/of/the/dataset/SPLIT/COLUMN/ROW.hfimage        (rows count from 0)
+
+A dataset is opened once per process, and then mapped into memory: processes share its pages, and only the rows that are
+asked for are read. Needs the package datasets (the extra `huggingface`), which never goes online here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import quote, unquote
+
+import yaml
+
+from vae3d.data.media import DataError, MediaError
+
+if TYPE_CHECKING:
+    import datasets
+
+SUFFIX = ".hfimage"
+SAVED = ("dataset_dict.json", "state.json")  # of DatasetDict.save_to_disk, and of Dataset.save_to_disk
+TABLES = (".parquet", ".arrow")
+
+
+def row_path(folder: str | Path, split: str, column: str, row: int) -> str:
+    """Where open_media finds a row's image."""
+    return os.path.join(os.path.abspath(folder), quote(split, ""), quote(column, ""), f"{row}{SUFFIX}")
+
+
+def is_row(path: str | Path) -> bool:
+    return str(path).endswith(SUFFIX)
+
+
+def open_row(path: str | Path) -> BinaryIO:
+    """The encoded image of a row. Raises MediaError if there is no such row, or no image in it."""
+    folder, split, column, row = _parts(path)
+    try:
+        images = encoded(folder, split, column)
+    except DataError as error:
+        raise MediaError(path, str(error)) from error
+    if row >= len(images):
+        raise MediaError(path, f"the dataset has {len(images)} rows, counted from 0")
+    image = images[row][column][0]
+    if not image.is_valid or not image["bytes"].is_valid:
+        raise MediaError(path, "has no image")
+    return io.BytesIO(image["bytes"].as_py())
+
+
+def version_of(path: str | Path) -> list[int] | None:
+    """Size and time of the files that a row's dataset is stored in; None if it cannot be opened."""
+    try:
+        return list(_version(*_parts(path)[:3]))
+    except (DataError, MediaError, OSError):
+        return None
+
+
+@lru_cache(maxsize=8)
+def _version(folder: str, split: str, column: str) -> tuple[int, int]:
+    stats = [os.stat(file["filename"]) for file in encoded(folder, split, column).cache_files]
+    return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
+
+
+def _parts(path: str | Path) -> tuple[str, str, str, int]:
+    """Folder, split, column and row. Raises MediaError."""
+    found = re.fullmatch(rf"(.+)/([^/]+)/([^/]+)/([0-9]+){re.escape(SUFFIX)}", str(path))
+    if not found:
+        raise MediaError(path, f"is no row of a dataset: FOLDER/SPLIT/COLUMN/ROW{SUFFIX}")
+    return found[1], unquote(found[2]), unquote(found[3]), int(found[4])
+
+
+@lru_cache(maxsize=8)
+def encoded(folder: str, split: str, column: str) -> datasets.Dataset:
+    """The column alone, as Arrow tables: images are not decoded, and not copied. Raises DataError."""
+    splits = open_splits(folder)
+    if split not in splits or column not in image_columns(splits[split]):
+        raise DataError(f"{folder} has no split `{split}` with images in a column `{column}`")
+    return splits[split].select_columns([column]).with_format("arrow")
+
+
+def image_columns(rows: datasets.Dataset) -> list[str]:
+    """Columns that are images, or what they are stored as: {bytes, path}."""
+    image = _library().Image
+    return [name for name, kind in rows.features.items() if isinstance(kind, image) or _is_stored(kind)]
+
+
+def _is_stored(kind: Any) -> bool:
+    return isinstance(kind, dict) and set(kind) == {"bytes", "path"}
+
+
+@lru_cache(maxsize=4)
+def open_splits(folder: str) -> dict[str, datasets.Dataset]:
+    """All splits of a dataset. Raises DataError if the folder holds none."""
+    library = _library()
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder}: no such folder{how_to_download(folder)}")
+    if remote := _remote_file(Path(folder)):
+        raise DataError(f"{folder}: the data files that its README.md names are on the network ({remote})")
+    try:
+        opened = library.load_from_disk(folder) if is_saved(folder) else library.load_dataset(folder)
+    except (OSError, ValueError, ImportError, KeyError, library.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{folder} is not a dataset that can be opened: {' '.join(str(error).split())[:500]}"
+        ) from error
+    return dict(opened) if isinstance(opened, dict) else {str(opened.split or "train"): opened}
+
+
+def how_to_download(path: str | Path) -> str:
+    """What to do if `path`, which is not here, is the name of a dataset of the hub; empty if it cannot be one."""
+    no_name = Path(path).suffix.lower() in (".csv", ".json", *TABLES)
+    if no_name or not re.fullmatch(r"\w[\w.-]*/[\w-][\w.-]*", str(path)):
+        return ""
+    name = Path(path).name
+    return f"; if it is a dataset of the hub, get it with: hf download {path} --repo-type dataset --local-dir {name}"
+
+
+def is_saved(folder: str | Path) -> bool:
+    """Whether save_to_disk wrote it."""
+    return any(Path(folder, name).is_file() for name in SAVED)
+
+
+def has_tables(folder: str | Path) -> bool:
+    """Whether parquet or arrow files lie in a folder where repositories have them."""
+    return any(file.suffix in TABLES for place in (".", "data") for file in Path(folder, place).glob("*"))
+
+
+def _library() -> ModuleType:
+    os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")  # read when the package is imported
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"datasets of Hugging Face need the extra `huggingface`: pip install datasets ({error})"
+        ) from error
+    return datasets
+
+
+def _remote_file(folder: Path) -> str | None:
+    """A URL that a repository's card gives for its data, which even an offline load_dataset would open."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    try:
+        told = yaml.safe_load(header[1]) if header else None
+    except yaml.YAMLError:  # load_dataset says so
+        return None
+    configs = told.get("configs") if isinstance(told, dict) else None
+    found = re.search(r"\w+://[^\s\"]+", json.dumps(configs, default=str))
+    return found and found[0]

@@ -1,0 +1,83 @@
+"""Image datasets of Hugging Face, from a folder on this disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+
+from vae3d.data.dataset_rows import encoded, image_columns, open_splits, row_path
+from vae3d.data.sources import DataError, listed
+
+HELD_OUT = ("validation", "valid", "val", "test")  # the first of them that there is serves for validation
+
+
+class HuggingFace:
+    """The images of a dataset in a folder that `save_to_disk` wrote, or of a repository that was downloaded as it is:
+    parquet, arrow or image files, as `datasets.load_dataset` takes them. Never goes online.
+
+    split: trained on; None: train, or the only one there is. val_split: held out for validation; None: the first there
+    is of validation, valid, val and test; without one, images are held out as from any source. column: of images;
+    None: the only one.
+    Rows without an image are faults. `notes` tells splits and numbers.
+    """
+
+    def __init__(
+        self, path: str | Path, split: str | None = None, val_split: str | None = None, column: str | None = None
+    ) -> None:
+        self.path, self.split, self.val_split, self.column = path, split, val_split, column
+        self.notes: list[str] = []
+
+    def table(self) -> pd.DataFrame:
+        """Raises DataError if the folder is no dataset, or has no such split or column."""
+        folder = os.path.abspath(self.path) if os.path.isdir(self.path) else str(self.path)
+        splits = open_splits(folder)
+        roles = self._roles(list(splits))
+        rows = splits[next(iter(roles))]
+        column = self._column(folder, image_columns(rows), rows.column_names)
+        tables = {name: _rows(folder, name, column) for name in roles}
+        table = pd.concat([rows.assign(split=roles[name]) for name, rows in tables.items()], ignore_index=True)
+        table["row"] = np.arange(1, len(table) + 1)
+        if "val" not in roles.values():
+            table["split"] = None
+        counts = ", ".join(f"{len(rows)} of {name} ({roles[name]})" for name, rows in tables.items())
+        self.notes = [f"images in the column {column} of {folder}: {counts}"]
+        return table
+
+    def _roles(self, splits: Sequence[str]) -> dict[str, str]:
+        """What each split that is read is for; the one that is trained on comes first."""
+        trained = self.split or (splits[0] if len(splits) == 1 else "train")
+        for key, name in (("split", trained), ("val_split", self.val_split)):
+            if name is not None and name not in splits:
+                raise DataError(f"data.source.{key}={name}: {self.path} has only the splits {', '.join(splits)}")
+        others = [name for name in (self.val_split, *HELD_OUT) if name in splits and name != trained]
+        roles = {trained: "train"} | dict.fromkeys(others[:1], "val")
+        return roles | ({"test": "test"} if "test" in splits and "test" not in roles else {})
+
+    def _column(self, folder: str, images: Sequence[str], columns: Sequence[str]) -> str:
+        column = self.column or (images[0] if len(images) == 1 else None)
+        if column in images:
+            return column
+        asked = "" if self.column is None else f"data.source.column={self.column}: "
+        hint = "; set data.source.column to one of them" if images else ""
+        found = f"{', '.join(images) or 'none'} of its columns ({', '.join(columns)})"
+        raise DataError(f"{asked}{folder} holds images in {found}{hint}")
+
+
+def _rows(folder: str, split: str, column: str) -> pd.DataFrame:
+    """The rows of a split; an image that is a file of its own, which only its path was stored of, is listed as that."""
+    images = encoded(folder, split, column)[:][column]
+    outside = pc.is_null(pc.struct_field(images, "bytes")).to_pylist()
+    files = pc.struct_field(images, "path").to_pylist()
+    paths = [
+        os.path.join(folder, file) if out and file else row_path(folder, split, column, row)
+        for row, (out, file) in enumerate(zip(outside, files, strict=True))
+    ]
+    table = listed(paths, [f"{split}/{row}" for row in range(len(paths))]).assign(num_frames=1.0, fps=0.0)
+    return table.assign(
+        fault=[None if file or not out else "has no image" for out, file in zip(outside, files, strict=True)]
+    )
