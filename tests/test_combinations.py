@@ -108,6 +108,40 @@ def test_combination_steps_twice_or_is_refused_with_the_reason(videos, trunks, e
     two_steps(tiny.training(model, videos, *overrides), tmp_path)
 
 
+# Of frames and of clips with every model, in a stage of decoders alone and in one of all parts; of other kinds with one.
+GANS = [
+    *itertools.product([n for n in names("model") if n not in TWINS], ("patchgan",), ("decoder_only",)),
+    *itertools.product([n for n in names("model") if n not in TWINS], ("patchgan3d",), ("finetune",)),
+    ("temporal_vae", "patchgan", "stage3"),
+    ("temporal_vae", "patchgan", "stage1"),
+    ("spatial", "patchgan_multiscale", "finetune"),
+    ("wan", "vidtok", "finetune"),
+    ("taehv", "relativistic", "decoder_only"),
+]
+
+
+@pytest.mark.parametrize(("model", "adversary", "stage"), GANS)
+def test_a_gan_steps_twice_with_every_model_and_stage(videos, exports, tmp_path, model, adversary, stage):
+    most, step = FRAMES.get(model, (2, 1))
+    overrides = [f"stage={stage}", "loss=recon_kl", "loss.reduction=mean", *tiny.GAN, f"adversary={adversary}"]
+    overrides += ["data.frames.min=1", f"data.frames.max={most}", f"data.frames.step={step}", "trainer.save_every=0"]
+    t = factory.trainer(tiny.training(model, videos, *overrides, *starting_point(model, stage, exports)), tmp_path)
+    told, train_step = [], t.train_step
+    t.train_step = lambda clips, *rest: (told.append(train_step(clips, *rest)), told[-1])[1]
+    t.fit()
+    for values in told:
+        assert values["skipped"] == 0
+        assert {"loss/gan", "gan/weight", "gan/logits_real", "gan/discriminator_grad_norm"} <= values.keys()
+        assert ("gan/adaptive_weight" in values) == (adversary != "relativistic")
+    assert told[-1]["gan/discriminator_grad_norm"] > 0
+
+
+def test_every_adversary_is_tried_here_or_is_a_seraena():
+    assert {adversary for _, adversary, _ in GANS} | {"none", "seraena", "seraena_half", "seraena_last"} == set(
+        names("adversary")
+    )
+
+
 def test_most_combinations_make_sense():
     sound = [c for c in COMBINATIONS if reason(*c) is None]
     assert {model for model, _, _ in sound} == set(names("model"))
@@ -148,8 +182,10 @@ def test_experiment_steps_twice(videos, rooms, images, trunks, tmp_path, monkeyp
     panorama = full.data.panorama
     overrides = [f"experiment={experiment}", *tiny.MODEL[name], *SMALL, f"data.width={64 if panorama else 32}"]
     composed = tiny.compose(*overrides)
-    if "channels" in composed.adversary:
+    if "context_channels" in composed.adversary:
         overrides.append("adversary.channels=[8,8,8,8]")
+    elif "channels" in composed.adversary:
+        overrides += [*tiny.GAN[1:], "adversary.ramp=0", "adversary.discriminator_start=null"]
     if composed.model.get("shortcuts"):
         overrides += ["model.multipliers=[1,1]"]
         composed = tiny.compose(*overrides)

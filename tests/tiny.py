@@ -41,6 +41,7 @@ WAN += ["model.latent_channels=4", "model.shift=[0,0,0,0]", "model.scale=[1,1,1,
 MODEL["wan"] = WAN
 MODEL["wan22"] = [*WAN, "model.multipliers=[1,1]", "model.decoder_channels=16"]
 SERAENA = ["adversary=seraena", "adversary.context_channels=4", "adversary.channels=[8,8,8,8]"]
+GAN = ["adversary=patchgan", "adversary.channels=8", "adversary.layers=1", "adversary.groups=4", "adversary.start=0"]
 MODEL["taehv"] = ["model.variant=taew2_1", "model.channels=8", "model.decoder_channels=[16,8,8,8]"]
 TRAINING = [
     "data.height=16",

@@ -249,7 +249,7 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
         for part, scale in config.stage.train.items():
             if not scale > 0:
                 faults.append(f"stage.train.{part}={scale} must be above 0; leave a part out to freeze it")
-    faults += _strategy_rules(config)
+    faults += [*_strategy_rules(config), *_adversary_rules(config)]
     faults += [*_missing_files(config), *_resume_faults(config.run.resume_from)]
     if not trainer.save_every:
         for key in ("prefix", "final_model"):
@@ -279,6 +279,32 @@ def _strategy_rules(config: TrainConfig) -> Iterator[str]:
         yield f"loss.logvar={config.loss.logvar} is no parameter of the model, and DeepSpeed averages those; use null"
     if config.optim.proximal:
         yield f"optim.proximal={config.optim.proximal} edits gradients, which DeepSpeed keeps to itself; use 0"
+
+
+def _adversary_rules(config: TrainConfig) -> Iterator[str]:
+    """What an adversary cannot do under a strategy, or in a precision."""
+    adversary = config.adversary if isinstance(config.adversary, dict) else {}
+    deepspeed, fp16 = config.trainer.strategy.name == "deepspeed", config.trainer.precision == "fp16"
+    if adversary.get("adaptive") and deepspeed:
+        yield (
+            "adversary.adaptive=true: ranks exchange gradients in the middle of a step, where DeepSpeed exchanges its "
+            "own; use adversary.adaptive=false, or trainer/strategy=ddp"
+        )
+    if adversary.get("adaptive") and fp16:
+        yield (
+            "adversary.adaptive=true takes gradients that no loss scaler has scaled, and that fp16 cannot hold; use "
+            "trainer.precision=bf16, or adversary.adaptive=false"
+        )
+    if adversary.get("alternate") and config.trainer.ema.every > 1:
+        yield (
+            f"adversary.alternate=true leaves every second step to the discriminator, which trainer.ema.every="
+            f"{config.trainer.ema.every} may pick alone; use 1"
+        )
+    if adversary.get("alternate") and deepspeed:
+        yield (
+            "adversary.alternate=true has steps without a generator, in which DeepSpeed would wait for its gradients; "
+            "use adversary.alternate=false, or trainer/strategy=ddp"
+        )
 
 
 def _resume_faults(path: str | None) -> list[str]:

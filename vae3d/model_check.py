@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from vae3d.metrics import METRICS, MetricError
 from vae3d.metrics.registry import find_files, resolve
 from vae3d.models.base import nearest_frames, share_frames, with_decoder
 from vae3d.models.taehv import TAEHV
+from vae3d.schedules import ALL_ON
 from vae3d.summary import frame_counts
 from vae3d.types import Clip, Reconstruction
 from vae3d.weights import WeightsMissing
@@ -208,12 +208,12 @@ def _step_faults(
         clip = meta_clip(frames, config.data.height, config.data.width)
         try:
             out, clip = _forward(model, clip, objective, distillation)
-            loss, _ = objective(clip, out, step=sys.maxsize)  # where all ramps have ended
+            loss, _ = objective(clip, out, ALL_ON)
         except (ValueError, RuntimeError, TeacherError) as error:
             yield f"loss: a clip of {frames} frames of {config.data.height}x{config.data.width} fails: {error}"
             return
         try:
-            adversary.generator_loss(clip, out, loss, step=sys.maxsize)
+            adversary.generator_loss(clip, out, loss, step=ALL_ON)
         except (ValueError, RuntimeError) as error:
             yield f"adversary: a clip of {frames} frames fails: {error}"
             return

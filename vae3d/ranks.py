@@ -50,6 +50,12 @@ def spread(tensor: Tensor) -> Tensor:
     return high - low
 
 
+def add_up(tensor: Tensor) -> None:
+    """Replace a tensor by its sum over ranks, in place. Every rank must call it."""
+    if together():
+        dist.all_reduce(tensor)
+
+
 @torch.no_grad()
 def average(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its mean over ranks, in place, in as few all-reduces as fit BUCKET.

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
+
+# No run gets so far: at this step and the next, which are of either turn, every ramp has ended and all has started.
+ALL_ON = sys.maxsize - 1
 
 
 def ramp(step: int, start: int, end: int) -> float:

@@ -1,4 +1,4 @@
-"""Seraena and clips small enough for a test."""
+"""Adversaries and clips small enough for a test."""
 
 from __future__ import annotations
 
@@ -8,16 +8,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vae3d.adversarial.gan import Gan
 from vae3d.adversarial.seraena import Seraena
 from vae3d.types import Clip, Reconstruction
 
 SETTINGS = {"context_channels": 4, "channels": [8, 8, 16, 16], "buffer_length": 10, "gauge_every": 2}
+GAN = {"channels": 8, "layers": 1, "groups": 4, "adaptive": False, "lr": 1e-3}
 
 
 def seraena(seed: int = 0, rank: int = 0, **settings: Any) -> Seraena:
     adversary = Seraena(**{**SETTINGS, **settings})
     adversary.load(nn.Identity(), torch.device("cpu"), seed, rank)
     return adversary
+
+
+def gan(seed: int = 0, **settings: Any) -> Gan:
+    adversary = Gan(**{**GAN, **settings})
+    adversary.load(nn.Identity(), torch.device("cpu"), seed, 0)
+    return adversary
+
+
+def frames_of(video: torch.Tensor) -> torch.Tensor:
+    """[B, 3, T, H, W] -> [B * T, 3, H, W]."""
+    return video.transpose(1, 2).flatten(0, 1)
 
 
 def blur(video: torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,7 @@ def test_a_pipeline_or_its_vae_is_loaded_and_keeps_the_protocol(saved, pair):
     members = [id(p) for modules in ours.parts().values() for module in modules for p in module.parameters()]
     assert sorted(members) == sorted(id(p) for p in ours.parameters())
     assert ours.stream(16, 16).chunks(50) == [50]
+    assert [len(weight) for weight in ours.last_layers()] == [3]
 
 
 @torch.no_grad()

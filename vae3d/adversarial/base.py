@@ -60,6 +60,19 @@ class Adversary(Protocol):
     def load_rank_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def require_pair(name: str, clip: Clip, out: Reconstruction) -> tuple[Tensor, Tensor]:
+    """The clip's pixels and their reconstruction, [B, 3, T, H, W]; name: of who reads them.
+
+    Raises ValueError if there is none, or of another size.
+    """
+    if out.video is None:
+        raise ValueError(f"{name} reads pixels, which no loss term asks for; add one on pixels, such as loss=recon_kl")
+    real, fake = list(clip.video.shape), list(out.video.shape)
+    if fake != real:
+        raise ValueError(f"the clip is {real}, its reconstruction {fake}; they must agree")
+    return clip.video, out.video
+
+
 class NoAdversary:
     """Plain reconstruction training: the generator's turn, always, and nothing to add to its loss."""
 

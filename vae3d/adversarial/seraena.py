@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae3d.adversarial.base import Turn
+from vae3d.adversarial.base import Turn, require_pair
 from vae3d.adversarial.groups import context_of, images_of, video_of
 from vae3d.adversarial.patch import NORMS, STRIDE, ConditionalPatchDiscriminator
 from vae3d.adversarial.replay import Replay
@@ -184,6 +184,8 @@ class Seraena:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # the checkpoint's own came back with its moments
+            group["lr"] = self.lr
         self.skipped = state["skipped"]
 
     def rank_state_dict(self) -> dict[str, Any]:
@@ -225,13 +227,7 @@ class Seraena:
         return real, fake, context
 
     def _refuse_misfits(self, clip: Clip, out: Reconstruction) -> None:
-        real, fake, z = clip.video, out.video, out.z
-        if fake is None:
-            raise ValueError(
-                "Seraena reads pixels, which no loss term asks for; add one on pixels, such as loss=recon_kl"
-            )
-        if fake.shape != real.shape:
-            raise ValueError(f"the clip is {list(real.shape)}, its reconstruction {list(fake.shape)}; they must agree")
+        real, z = require_pair("Seraena", clip, out)[0], out.z
         if z.ndim != 5 or z.shape[0] != real.shape[0]:
             raise ValueError(f"latents of {len(real)} clips are [{len(real)}, C, t, h, w]; these are {list(z.shape)}")
         if z.shape[1] != self.context_channels:

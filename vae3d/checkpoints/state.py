@@ -36,6 +36,8 @@ IDENTITY = (
     "teacher.features",
     "run.seed",
 )
+# Of those, what may change as optim may: the discriminator's learning rate, often tied to optim and trainer.max_steps.
+FREE = tuple(f"adversary.{key}" for key in ("lr", "schedule", "warmup_steps", "max_steps", "min_lr", "cycles", "power"))
 
 
 class ResumeError(UserError):
@@ -208,7 +210,7 @@ def refuse_other_run(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple
     differing = changes(saved_config(folder), config)
     # A setting that is off now and unknown to an older checkpoint was off there, too.
     changed = {key: (old, new) for key, (old, new) in differing.items() if old is not None or new}
-    fatal = {key: pair for key, pair in changed.items() if key.startswith(IDENTITY)}
+    fatal = {key: pair for key, pair in changed.items() if key.startswith(IDENTITY) and key not in FREE}
     if fatal:
         listed = "\n".join(f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in fatal.items())
         raise ResumeError(

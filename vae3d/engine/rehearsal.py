@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,12 +11,11 @@ from vae3d.adversarial.base import Turn
 from vae3d.engine.freeze import PartError
 from vae3d.engine.metrics import StepMetrics
 from vae3d.errors import UserError
+from vae3d.schedules import ALL_ON
 from vae3d.types import Clip
 
 if TYPE_CHECKING:
     from vae3d.engine.trainer import Trainer
-
-ALL_ON = sys.maxsize  # a step at which every ramp has ended and every adversary has started
 
 
 class RehearsalError(UserError):
@@ -25,18 +24,19 @@ class RehearsalError(UserError):
 
 def rehearse(trainer: Trainer) -> None:
     """Forward and backward passes on noise of a micro-batch's size, with every loss term and the adversary on, so that
-    a term that starts at step 50,000 fails now. Leaves no trace: no update, no gradient, no random state.
+    a term that starts at step 50,000 fails now; where two networks take turns, those of each turn. Leaves no trace: no
+    update, no gradient, no random state.
 
     Raises RehearsalError, on every rank, if memory does not suffice or a loss is not finite; PartError if a part that
     is to train gets no gradient.
     """
     counts = trainer.data.plan.frames.all()
-    for frames in dict.fromkeys((counts[0], counts[-1])):
-        metrics, turn = StepMetrics(), trainer.adversary.turn(ALL_ON)
-        clip = _noise(trainer, frames)
+    turns = {trainer.adversary.turn(step): step for step in (ALL_ON, ALL_ON + 1)}
+    for frames, (turn, step) in product(dict.fromkeys((counts[0], counts[-1])), turns.items()):
+        metrics, clip = StepMetrics(), _noise(trainer, frames)
         clips = [clip] * trainer.strategy.rehearsal_clips
-        fault = trainer.strategy.attempt(lambda: _first_step(trainer, clips, turn, metrics))  # noqa: B023
-        trainer.adversary.settle(ALL_ON, len(clips))
+        fault = trainer.strategy.attempt(lambda: _first_step(trainer, clips, turn, metrics, step))  # noqa: B023
+        trainer.adversary.settle(step, len(clips))
         verdict = trainer.vote([clip], metrics, fault, stop=False)
         what = f"a micro-batch of {'x'.join(map(str, clip.video.shape))}"
         unreached = trainer.strategy.unreached() if verdict.complete and turn.generator else []
@@ -56,10 +56,10 @@ def rehearse(trainer: Trainer) -> None:
         refuse_unreached(unreached)
 
 
-def _first_step(trainer: Trainer, clips: list[Clip], turn: Turn, metrics: StepMetrics) -> None:
+def _first_step(trainer: Trainer, clips: list[Clip], turn: Turn, metrics: StepMetrics, step: int) -> None:
     """Passes beside as much memory as the two moments take that AdamW makes at its first step."""
     moments = [] if trainer.optimizer.state else [torch.empty_like(p) for p in trainer.parameters for _ in range(2)]
-    trainer.accumulate(clips, turn, metrics, ALL_ON)
+    trainer.accumulate(clips, turn, metrics, step)
     del moments
 
 

@@ -50,6 +50,9 @@ class VideoAutoencoder(Protocol):
     def parts(self) -> dict[str, list[nn.Module]]:
         """Name -> modules that a stage may train; names may overlap."""
 
+    def last_layers(self) -> list[nn.Parameter]:
+        """Weights of the layers that end at pixels, nearest to them first; a stage may freeze some of them."""
+
     def frames_valid(self, frames: int) -> bool:
         """Whether `frames` goes through without padding."""
 

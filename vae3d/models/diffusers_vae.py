@@ -85,6 +85,9 @@ class DiffusersVAE(Normalized):
         parts = {"encoder": [vae.encoder, vae.quant_conv], "decoder": [vae.post_quant_conv, vae.decoder]}
         return {name: [module for module in modules if module is not None] for name, modules in parts.items()}
 
+    def last_layers(self) -> list[nn.Parameter]:
+        return [self.vae.decoder.conv_out.conv.weight]
+
     def frames_valid(self, frames: int) -> bool:
         if self.kind == COGVIDEOX:
             return frames >= 1 and frames % 8 in (0, 1)

@@ -138,6 +138,9 @@ class OpenSoraVAE(Normalized):
         parts["decoder"] = parts["temporal_decoder"] + parts["spatial_decoder"]
         return parts
 
+    def last_layers(self) -> list[nn.Parameter]:
+        return [*self.spatial_vae.last_layers(), self.temporal_vae.decoder.conv_out.conv.weight]
+
     def frames_valid(self, frames: int) -> bool:
         return frames >= 1
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.models.base import reconstruct
-from vae3d.models.layers.checkpointing import needs_grad
+from vae3d.models.layers.checkpointing import needs_grad, run
 from vae3d.models.layers.frames import pad_space, per_frame
 from vae3d.models.layers.norm import norm_silu
 from vae3d.models.streaming import IndependentChunks
@@ -148,10 +148,14 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(outputs[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        return self.conv_out(self.features(z))
+
+    def features(self, z: Tensor) -> Tensor:
+        """What the last layer takes."""
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(norm_silu(self.conv_norm_out, x))
+        return norm_silu(self.conv_norm_out, x)
 
 
 class AutoencoderKL(nn.Module):
@@ -187,6 +191,10 @@ class AutoencoderKL(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z) if self.quant_convs else z)
 
+    def features(self, z: Tensor) -> Tensor:
+        """What the decoder's last layer takes."""
+        return self.decoder.features(self.post_quant_conv(z) if self.quant_convs else z)
+
 
 class SpatialVAE(nn.Module):
     """AutoencoderKL frame by frame: a VideoAutoencoder without temporal compression.
@@ -195,6 +203,8 @@ class SpatialVAE(nn.Module):
     (SD 0.18215 and 0, SDXL 0.13025 and 0).
     frame_batch: frames that pass through the network at once (None: all).
     gradient_checkpointing: in training keep only each frame batch's input and recompute the rest in backward.
+    keep_last_input: set it to keep the last layer's input, too. Otherwise whoever asks for the gradient of that layer
+    alone, as an adaptive weight does, has the whole decoder recomputed.
     """
 
     def __init__(
@@ -224,6 +234,7 @@ class SpatialVAE(nn.Module):
         self.shift_factor = shift_factor
         self.frame_batch = frame_batch
         self.gradient_checkpointing = gradient_checkpointing
+        self.keep_last_input = False
         self.spec = LatentSpec(
             channels=latent_channels,
             time_stride=1,
@@ -237,14 +248,24 @@ class SpatialVAE(nn.Module):
         """[B, 3, T, H, W] -> posterior over raw latents [B, C, T, ceil(H/f), ceil(W/f)]."""
         video = pad_space(video, self.spec.space_stride).to(self.module.encoder.conv_in.weight.dtype)
         recompute = self.gradient_checkpointing and needs_grad(self.module.encoder, video)
-        return Posterior.from_moments(per_frame(self.module.encode, video, self.frame_batch, recompute))
+
+        def encode(frames: Tensor) -> Tensor:
+            return run(self.module.encode, frames, recompute=recompute)
+
+        return Posterior.from_moments(per_frame(encode, video, self.frame_batch))
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         """Raw latents [B, C, T, h, w] -> video [B, 3, T, h*f, w*f], unclamped. num_frames must be T or None."""
         assert num_frames in (None, z.shape[2]), "a per-frame autoencoder neither adds nor drops frames"
         z = z.to(self.module.decoder.conv_in.weight.dtype)
         recompute = self.gradient_checkpointing and needs_grad(self.module.decoder, z)
-        return per_frame(self.module.decode, z, self.frame_batch, recompute)
+
+        def decode(frames: Tensor) -> Tensor:
+            if self.keep_last_input:
+                return self.module.decoder.conv_out(run(self.module.features, frames, recompute=recompute))
+            return run(self.module.decode, frames, recompute=recompute)
+
+        return per_frame(decode, z, self.frame_batch)
 
     def forward(self, video: Tensor, **how: Any) -> Reconstruction:
         """Reconstruct [B, 3, T, H, W]; see VideoAutoencoder.forward."""
@@ -254,6 +275,9 @@ class SpatialVAE(nn.Module):
         quant = [self.module.quant_conv] if self.module.quant_convs else []
         post_quant = [self.module.post_quant_conv] if self.module.quant_convs else []
         return {"encoder": [self.module.encoder, *quant], "decoder": [*post_quant, self.module.decoder]}
+
+    def last_layers(self) -> list[nn.Parameter]:
+        return [self.module.decoder.conv_out.weight]
 
     def frames_valid(self, frames: int) -> bool:
         return frames >= 1

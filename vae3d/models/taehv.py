@@ -288,6 +288,9 @@ class TAEHV(Normalized):
     def parts(self) -> dict[str, list[nn.Module]]:
         return {"encoder": [self.encoder], "decoder": [self.decoder]}
 
+    def last_layers(self) -> list[nn.Parameter]:
+        return [self.decoder[-1].weight]
+
     def frames_valid(self, frames: int) -> bool:
         return frames >= 1 and self.plan(frames).frames == frames
 

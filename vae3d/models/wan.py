@@ -311,6 +311,9 @@ class WanVAE(Normalized):
     def parts(self) -> dict[str, list[nn.Module]]:
         return {"encoder": [self.encoder, self.conv1], "decoder": [self.conv2, self.decoder]}
 
+    def last_layers(self) -> list[nn.Parameter]:
+        return [self.decoder.head["2"].weight]
+
     def frames_valid(self, frames: int) -> bool:
         return frames >= 1 and (frames - 1) % self.spec.time_stride == 0
 

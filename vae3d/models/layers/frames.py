@@ -9,18 +9,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vae3d.models.layers.checkpointing import run
 
-
-def per_frame(fn: Callable[[Tensor], Tensor], video: Tensor, frame_batch: int | None, recompute: bool) -> Tensor:
-    """Apply `fn` ([N, C, H, W] -> [N, C', H', W']) to every frame of [B, C, T, H, W], `frame_batch` at a time.
-
-    recompute: keep only the frames and recompute `fn` in backward, one `frame_batch` at a time. Exact for
-    networks that normalise per image. frame_batch None: all frames at once.
-    """
+def per_frame(fn: Callable[[Tensor], Tensor], video: Tensor, frame_batch: int | None) -> Tensor:
+    """Apply `fn` ([N, C, H, W] -> [N, C', H', W']) to every frame of [B, C, T, H, W], `frame_batch` at a time, or all
+    at once. Exact for networks that normalise per image."""
     frames = rearrange(video, "b c t h w -> (b t) c h w")
-    batches = frames.split(frame_batch or len(frames))
-    outputs = [run(fn, batch, recompute=recompute) for batch in batches]
+    outputs = [fn(batch) for batch in frames.split(frame_batch or len(frames))]
     return rearrange(torch.cat(outputs), "(b t) c h w -> b c t h w", b=video.shape[0])
 
 

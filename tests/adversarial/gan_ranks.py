@@ -1,0 +1,71 @@
+"""One of two ranks, run as a process by test_gan_ranks.py: steps with a GAN, and steps in which rank 1 alone fails, while
+ranks exchange gradients for the adaptive weight."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.engine import quick
+from tests.engine.faulty_ranks import clips_of, faulty_step, out_of_memory
+from vae3d import ranks
+from vae3d.engine.rehearsal import RehearsalError, rehearse
+from vae3d.engine.trainer import Trainer
+
+SOUND = 3
+FAULTS = ("backward", "second", "data", "nan", "discriminator")  # a rehearsal fails in the forward pass
+
+
+def sound_steps(t: Trainer) -> dict[str, object]:
+    """Take the first steps, without the tiny epsilon that makes a sign of a rounding error; the state after them."""
+    t.adversary.optimizer.param_groups[0]["eps"] = 0.01
+    told = [t.train_step(clips_of(t, step)) for step in range(SOUND)]
+    weights = {name: tensor.clone() for name, tensor in t.network.state_dict().items()}
+    critic = {name: tensor.clone() for name, tensor in t.adversary.discriminator.state_dict().items()}
+    return {"told": told, "weights": weights, "critic": critic, "averages": t.adversary.averages.clone()}
+
+
+def faulty_steps(t: Trainer, fails: bool) -> dict[str, dict[str, float]]:
+    told = {}
+    for fault in FAULTS:
+        hooks = []
+        if fails and fault == "discriminator":  # its own pass, after the exchange of the first micro-batch
+            judge = t.adversary.judge
+            t.adversary.judge = out_of_memory
+            hooks.append(lambda: setattr(t.adversary, "judge", judge))  # noqa: B023
+        told[fault] = faulty_step(t, fault, fails)
+        for undo in hooks:
+            undo()
+        told[f"after {fault}"] = t.train_step(clips_of(t, t.step))
+    return told
+
+
+def main(folder: Path) -> None:
+    """Leaves rank<N>.pt in `folder`, which holds the checked configuration."""
+    torch.set_num_threads(1)
+    config = pickle.loads((folder / "config.pickle").read_bytes())
+    t = quick.trainer(config, folder / "sound", **{"data.batch_size": 2})
+    rank = t.accelerator.process_index
+    report = {"sound": sound_steps(t)}
+    t.log.close()
+    t = quick.trainer(config, folder / "faulty", **{"data.batch_size": 4, "trainer.accumulate": 2})
+    report["steps"] = faulty_steps(t, fails=rank == 1)
+    report["weights"], report["critic"] = t.network.state_dict(), t.adversary.discriminator.state_dict()
+    hooks = [t.network.register_forward_pre_hook(out_of_memory)] if rank == 1 else []
+    try:
+        rehearse(t)
+    except RehearsalError as error:
+        report["rehearsal"] = str(error)
+    for hook in hooks:
+        hook.remove()
+    rehearse(t)
+    t.log.close()
+    torch.save(report, folder / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    with ranks.leaving():
+        main(Path(sys.argv[1]))
