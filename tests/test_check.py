@@ -54,6 +54,13 @@ FAULTS = {
     "unknown metric": (["validation.metrics=[psnr,vmaf]"], "validation.metrics: no metric is called vmaf; there are psnr, ssim, ms_ssim"),
     "metric for larger frames": (["validation.metrics=[ms_ssim]", "validation.every=1", "data.height=64", "data.width=64"], "validation.metrics: ms_ssim needs at least 161 pixels; data has 64"),
     "metric for longer clips": (["validation.metrics=[rfvd]", "validation.every=1", "validation.frames=9"], "validation.metrics: rfvd needs validation.frames of at least 10"),
+    "seldom, but out of turn": (["validation.every=4", "validation.frames=1", "validation.seldom_every=6"], "validation.seldom_every=6 is not a multiple of validation.every=4; use one, or 0 for the last step only"),
+    "seldom and never": (["validation.seldom=[psnr]"], "validation.seldom=['psnr'] is of validations, and validation.every=0 makes none"),
+    "unknown seldom metric": (["validation.seldom=[fid]", "validation.every=1", "validation.frames=1"], "validation.seldom: no metric is called fid; there are psnr, ssim"),
+    "seldom metric for longer clips": (["validation.seldom=[rfvd]", "validation.every=1", "validation.frames=9"], "validation.seldom: rfvd needs validation.frames of at least 10"),
+    "best of nothing": (["trainer.best=psnr"], "trainer.best=psnr is of validations, and validation.every=0 makes none"),
+    "best of what is not measured": (["trainer.best=rfid", "validation.every=1", "validation.frames=1"], "trainer.best=rfid is no score that can be ranked of validation.metrics and validation.seldom; use one of psnr, psnr_video, ssim, or name its metric there"),
+    "best of what has no better": (["trainer.best=flicker_ori", "validation.every=1", "validation.frames=2", "validation.metrics=[flicker]"], "trainer.best=flicker_ori is no score that can be ranked of validation.metrics and validation.seldom; use one of none, for there are no metrics"),
     "broken interpolation": (["data.height=${data.hight}"], "data.height=${data.hight} cannot be resolved: Interpolation key 'data.hight' not found"),
 }  # fmt: skip
 

@@ -249,10 +249,11 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
         for part, scale in config.stage.train.items():
             if not scale > 0:
                 faults.append(f"stage.train.{part}={scale} must be above 0; leave a part out to freeze it")
-    faults += [*_strategy_rules(config), *_adversary_rules(config)]
+    faults += [*_validation_rules(config), *_strategy_rules(config), *_adversary_rules(config)]
     faults += [*_missing_files(config), *_resume_faults(config.run.resume_from)]
     if not trainer.save_every:
-        for key in ("prefix", "final_model"):
+        alone = ["prefix", "final_model"] + ["measure_scale"] * (trainer.best is None)
+        for key in alone:
             if getattr(trainer.publish, key):
                 faults.append(f"trainer.publish.{key} is written with checkpoints, and trainer.save_every=0 makes none")
     launched = environment.get("ACCELERATE_MIXED_PRECISION")
@@ -264,9 +265,23 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
     return faults
 
 
+def _validation_rules(config: TrainConfig) -> Iterator[str]:
+    validation = config.validation
+    if validation.every and validation.seldom_every % validation.every:
+        yield (
+            f"validation.seldom_every={validation.seldom_every} is not a multiple of validation.every="
+            f"{validation.every}; use one, or 0 for the last step only"
+        )
+    for key, value in (("validation.seldom", validation.seldom), ("trainer.best", config.trainer.best)):
+        if value and not validation.every:
+            yield f"{key}={value} is of validations, and validation.every=0 makes none"
+
+
 def _strategy_rules(config: TrainConfig) -> Iterator[str]:
-    """What DeepSpeed cannot do, since it averages gradients and steps in one go."""
+    """What a compiler cannot see; and what DeepSpeed cannot do, since it averages gradients and steps in one go."""
     strategy = config.trainer.strategy
+    if config.trainer.compile and config.teacher.features:
+        yield "trainer.compile=true hides the features inside of blocks, which teacher.features reads; use false"
     if strategy.name != "deepspeed":
         return
     if not isinstance(strategy.deepspeed, dict):

@@ -144,7 +144,9 @@ class Validation:
     clips: int = 16
     frames: int = 17
     metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim"])
-    videos: int = 4  # clips shown in the logger and saved
+    seldom: list[str] = field(default_factory=list)  # further metrics that cost more, such as rfid
+    seldom_every: int = 0  # steps between these, a multiple of `every`; 0: only after the last step
+    videos: int = 4  # clips shown in the logger: original, latent, reconstruction
     roll: bool = False  # also compare a turned panorama's reconstruction with the turned reconstruction
 
 
@@ -155,6 +157,7 @@ class Publish:
 
     prefix: str | None = None  # null: none
     layout: str = "videox_fun"  # keys of the averaged weights, a name in vae3d/checkpoints/export.py FLAT_LAYOUTS
+    measure_scale: int = 0  # training clips on which every export's latent scale is measured; 0: the model's is kept
     final_model: bool = False  # of a TAEHV: final_model.pth, final_model.safetensors and model.json at the end
 
 
@@ -197,9 +200,12 @@ class Trainer:
     spike: Spike = field(default_factory=Spike)
     robust: Robust = field(default_factory=Robust)
     strategy: Strategy = field(default_factory=Strategy)
+    compile: bool = False  # torch.compile of the model's blocks, in place
     log_every: int = 10
     save_every: int = 1000
     keep: int = 3  # newest checkpoints, exports and published files kept; 0 keeps all
+    # Score of the validation (lpips_alex, rfid, psnr, ...) whose best is kept as exports/best; null: none
+    best: str | None = None
     publish: Publish = field(default_factory=Publish)
 
 

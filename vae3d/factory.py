@@ -39,6 +39,7 @@ from vae3d.inference.files import clear, cost_of, reconstruct_files, refuse_own_
 from vae3d.inference.reconstruct import Reconstructor, Selection
 from vae3d.losses.objective import Objective, Weighted
 from vae3d.metrics import build_metrics
+from vae3d.models.compiled import compile_blocks, compile_steps
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.tiling import Tiled
@@ -128,7 +129,7 @@ def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str
         if convention is not None and convention != getattr(target, "latent", convention):
             done.append(f"its latents were {convention} and are {target.latent} from here on")
         if differing := _factors(target, checkpoint):
-            if not name:
+            if not name and not isinstance(target, SpatialVAE):  # of which only normalize reads its factors
                 raise CheckpointError(f"{checkpoint.path} does not fit the model: {differing}")
             done.append(differing)
     return done
@@ -212,7 +213,8 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     terms = objective(config.loss)
     terms.load(accelerator.device)
     validation = config.validation
-    metrics = build_metrics(validation.metrics if validation.every else [], accelerator.device)
+    measured = [*validation.metrics, *validation.seldom] if validation.every else []
+    metrics = build_metrics(measured, accelerator.device)
     torch.manual_seed(config.run.seed)
     model = instantiate(config.model)
     if config.stage.whole_clips and hasattr(model, "micro_frames"):
@@ -221,6 +223,8 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     started = initialize(model, config.stage.init_from) if anchored or not resumes else []
     if anchored and resumes:
         started = [f"optim.proximal pulls towards stage.init_from={config.stage.init_from}"]
+    if config.trainer.compile:
+        compile_blocks(model, dynamic=None if len(data.plan.frames.all()) > 1 else False)
     built = Trainer(
         config,
         folder,
@@ -266,7 +270,7 @@ def infer(config: InferConfig) -> None:
     if isinstance(spatial := getattr(model, "spatial_vae", model), SpatialVAE):
         spatial.frame_batch = config.frame_batch
     if config.compile:
-        _compile(model)
+        compile_steps(model)
     reconstructor = Reconstructor(
         model,
         config.save_dir,
@@ -321,15 +325,6 @@ def _set_precision(precision: str) -> None:
         without_tf32()
     elif fault := slow_conv3d():
         log.warning(fault)
-
-
-def _compile(model: nn.Module) -> None:
-    """Compile what infer calls, per shape: the length of chunks changes at the two ends of a video only."""
-    if isinstance(model, WanVAE | TAEHV):
-        model.encode_chunk = torch.compile(model.encode_chunk, dynamic=False)
-        model.decode_chunk = torch.compile(model.decode_chunk, dynamic=False)
-    else:
-        model.compile(dynamic=False)
 
 
 def _tiled(model: nn.Module, tile: int, overlap: int | None) -> Tiled:

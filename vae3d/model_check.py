@@ -16,11 +16,13 @@ from vae3d.checkpoints.formats import CheckpointError, read_checkpoint
 from vae3d.engine.distillation import Distillation, TeacherError
 from vae3d.engine.freeze import PartError, train_parts, without_gradient
 from vae3d.errors import UserError
+from vae3d.inference import scale
 from vae3d.losses.distillation import FeatureDistillation
 from vae3d.losses.objective import Objective
 from vae3d.metrics import METRICS, MetricError
-from vae3d.metrics.registry import find_files, resolve
+from vae3d.metrics.registry import columns_of, find_files, resolve
 from vae3d.models.base import nearest_frames, share_frames, with_decoder
+from vae3d.models.compiled import blocks_of
 from vae3d.models.taehv import TAEHV
 from vae3d.schedules import ALL_ON
 from vae3d.summary import frame_counts
@@ -61,28 +63,42 @@ def faults(config: TrainConfig) -> list[str]:
 
 
 def _metric_faults(config: TrainConfig) -> Iterator[str]:
-    """Metrics of the validation that do not exist, cannot score such clips, or miss their weights."""
-    try:
-        names = resolve(config.validation.metrics)
-    except MetricError as error:
-        yield f"validation.metrics: {error}"
-        return
-    if not config.validation.every:
-        return
+    """Metrics of the validation that do not exist, cannot score such clips, or miss their weights; and a best score
+    that they do not give."""
     size, frames = min(config.data.height, config.data.width), config.validation.frames
-    for name in names:
-        kind = METRICS[name].kind
-        if size < kind.min_size:
-            yield f"validation.metrics: {name} needs at least {kind.min_size} pixels; data has {size}"
-        elif frames < kind.min_frames:
-            yield f"validation.metrics: {name} needs validation.frames of at least {kind.min_frames}"
-        else:
-            yield from find_files([name])[1].get(name, ())
+    known = []
+    for key in ("metrics", "seldom"):
+        try:
+            names = resolve(getattr(config.validation, key))
+        except MetricError as error:
+            yield f"validation.{key}: {error}"
+            return
+        for name in names if config.validation.every else []:
+            kind = METRICS[name].kind
+            if size < kind.min_size:
+                yield f"validation.{key}: {name} needs at least {kind.min_size} pixels; data has {size}"
+            elif frames < kind.min_frames:
+                yield f"validation.{key}: {name} needs validation.frames of at least {kind.min_frames}"
+            else:
+                yield from find_files([name])[1].get(name, ())
+        known += names
+    best, columns = config.trainer.best, columns_of(known)
+    if best is not None and columns.get(best) is None:
+        ranked = ", ".join(column for column, better in columns.items() if better is not None)
+        yield (
+            f"trainer.best={best} is no score that can be ranked of validation.metrics and validation.seldom; "
+            f"use one of {ranked or 'none, for there are no metrics'}, or name its metric there"
+        )
 
 
 def _layout_faults(config: TrainConfig, model: nn.Module) -> Iterator[str]:
+    """What cannot be compiled or written of this model."""
+    if config.trainer.compile and not blocks_of(model):
+        yield f"trainer.compile=true: a {type(model).__name__} has no blocks that are known; use false"
     if config.trainer.publish.final_model and not isinstance(model, TAEHV):
         yield "trainer.publish.final_model is of TAEHV alone; use trainer.publish.prefix, or the export"
+    if config.trainer.publish.measure_scale and (why := scale.refusal(model)):
+        yield f"trainer.publish.measure_scale={config.trainer.publish.measure_scale}: {why}; use 0"
     if config.trainer.publish.prefix is not None:
         try:
             to_layout(model.state_dict(), config.trainer.publish.layout)

@@ -10,9 +10,9 @@ import torch
 
 from tests.engine.quick import trainer
 from tests.engine.test_trainer import fresh_accelerate, weights  # noqa: F401
-from vae3d.checkpoints import state
+from vae3d.checkpoints import export, state
 from vae3d.data.clips import Unreadable
-from vae3d.engine import memory, saving
+from vae3d.engine import memory
 from vae3d.engine.patience import LostPatience
 from vae3d.engine.rehearsal import RehearsalError
 from vae3d.losses.objective import Error, Weighted
@@ -205,7 +205,7 @@ def test_an_export_that_cannot_be_written_leaves_the_checkpoint(videos, tmp_path
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(saving, "write_export", full)
+    monkeypatch.setattr(export, "write_export", full)
     t.save()
     assert state.latest_state(tmp_path / "checkpoints").name == "step-0000000"
     assert "step-0000000 is complete, but not what is made of it: rank 0: OSError" in caplog.text

@@ -25,6 +25,7 @@ def wan(videos) -> TrainConfig:
         f"++loss.terms={{l1: {{term: {mse}}}, turned: {{term: {turned}}}}}",
         "data.frames.min=1", "data.frames.max=3", "data.frames.step=2", "data.batch_size=4", "trainer.max_steps=4",
         "optim.eps=0.01", "optim.lr=1e-2", "loss.terms.kl.weight=10", "model.gradient_checkpointing=true", "trainer.save_every=0",
+        "validation.every=2", "validation.frames=1", "validation.clips=2", "trainer.best=psnr",
     ]  # fmt: skip
     return tiny.training("wan", videos, *more)
 
@@ -78,6 +79,7 @@ def test_two_ranks_are_one_also_where_time_convolutions_are_idle(ranks, wan, tmp
     first, second = (report["wan"] for report in ranks)
     assert set(alone["frames"]) == {1, 3}
     assert first["frames"] == second["frames"] == alone["frames"]
+    assert first["best"] == second["best"] == [alone["best"][0], pytest.approx(alone["best"][1], abs=1e-3), True]
     assert first["logvar"] == second["logvar"] == pytest.approx(alone["logvar"], abs=1e-6)
     for name, tensor in alone["weights"].items():
         assert torch.equal(first["weights"][name], second["weights"][name]), name

@@ -37,7 +37,8 @@ def train(config: TrainConfig, folder: Path) -> dict[str, object]:
     frames, step = [], t.train_step
     t.train_step = lambda clips, *rest: (frames.append(clips[0].video.shape[2]), step(clips, *rest))[1]
     t.fit()
-    return {"weights": t.network.state_dict(), "logvar": t.objective.logvar.item(), "frames": frames}
+    best = [t.best.step, t.best.value, (folder / "exports/best/model.yaml").is_file()]
+    return {"weights": t.network.state_dict(), "logvar": t.objective.logvar.item(), "frames": frames, "best": best}
 
 
 def main(folder: Path) -> None:

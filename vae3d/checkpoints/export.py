@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from vae3d.models.taehv import TAEHV
 from vae3d.models.temporal import TemporalVAE
 from vae3d.models.wan import WanVAE
 
+LDM_GROUPS = 32
 # Settings that change how a model runs, not what its weights compute.
 RUNNING = ("scaling_factor", "frame_batch", "gradient_checkpointing")
 
@@ -34,6 +36,18 @@ def write_export(checkpoint: Checkpoint, folder: Path, **about: Any) -> None:
     _save(checkpoint.state, folder / "model.safetensors", metadata_of(checkpoint))
     text = {"vae3d": __version__, **about, "model": checkpoint.config}
     (folder / EXPORT_CONFIG).write_text(yaml.safe_dump(text, sort_keys=False))
+
+
+def replace_export(checkpoint: Checkpoint, folder: Path, **about: Any) -> None:
+    """write_export aside, and then in place of what is in `folder`; where that fails nothing of it stays."""
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        write_export(checkpoint, unfinished, **about)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # half a file would only keep the disk full
 
 
 def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
@@ -70,10 +84,27 @@ def _autoencoder_kl(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def write_ldm(checkpoint: Checkpoint, file: Path) -> None:
-    """One file with latent-diffusion's keys, without prefix."""
-    _require(checkpoint, SpatialVAE, "ldm")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _save(ldm.to_ldm(_inner(checkpoint.state)), file)
+    """One file with latent-diffusion's keys: a .safetensors, or else torch's with all under `state_dict`, which its
+    `ckpt_path` reads (ldm/models/autoencoder.py).
+
+    There is no prefix `first_stage_model.`: the VAE has it inside of whole Stable Diffusion checkpoints only. The
+    scaling factor is not told: it is the `scale_factor` of the diffusion model's configuration. A network without quant
+    convolutions has none here either: FLUX's and SD3's code opens it, while latent-diffusion's own class would leave
+    its quant convolutions random.
+    Raises CheckpointError if it does not normalise in 32 groups, as all that code does, whatever the file.
+    """
+    groups = _require(checkpoint, SpatialVAE, "ldm")["groups"]
+    if groups != LDM_GROUPS:
+        raise CheckpointError(
+            f"{checkpoint.path} normalises in {groups} groups and latent-diffusion's code in {LDM_GROUPS}, so that it "
+            "would compute something else; use the layout diffusers"
+        )
+    state = ldm.to_ldm(_inner(checkpoint.state))
+    if file.suffix == ".safetensors":
+        _save_file(state, file)
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"state_dict": {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}}, file)
 
 
 def write_opensora(checkpoint: Checkpoint, folder: Path) -> None:

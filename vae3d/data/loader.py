@@ -141,13 +141,14 @@ def validation_clips(
     for place in range(rank, min(count, len(long_enough)), world_size):
         path = long_enough["path"].iloc[place]
         try:
-            clips.append(_still_clip(path, bounds[place], place, settings, frames))
+            clips.append(still_clip(path, bounds[place], place, settings, frames))
         except MediaError as error:
             faults.append((error.path, error.reason))
     return clips, faults
 
 
-def _still_clip(path: str, bounds: Bounds, place: int, settings: ClipSettings, frames: int) -> Clip:
+def still_clip(path: str, bounds: Bounds, place: int, settings: ClipSettings, frames: int) -> Clip:
+    """The clip of a file that is always the same, as validation_clips says, at position `place`. Raises MediaError."""
     with closing(open_frames(path, settings, bounds)) as reader:
         pixels = read_clip(reader, path, settings, frames, start=0.5)
     return collate([to_sample(pixels, Draw(place, place, frames), path, settings)])

@@ -1,10 +1,11 @@
-"""Where scalars and videos of a run go, besides metrics.jsonl which is always written."""
+"""Where scalars, pictures and videos of a run go, besides metrics.jsonl which is always written."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -15,6 +16,9 @@ class Logger(Protocol):
         """Begin writing under the run's folder; `step` is where training (re)starts."""
 
     def scalars(self, values: dict[str, float], step: int) -> None: ...
+
+    def image(self, name: str, picture: np.ndarray, step: int) -> None:
+        """picture: [H, W, 3] uint8."""
 
     def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> None:
         """frames: [T, H, W, 3] uint8."""
@@ -29,6 +33,9 @@ class NoLogger:
     def scalars(self, values: dict[str, float], step: int) -> None:
         pass
 
+    def image(self, name: str, picture: np.ndarray, step: int) -> None:
+        pass
+
     def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> None:
         pass
 
@@ -37,7 +44,7 @@ class NoLogger:
 
 
 class TensorBoard:
-    """Scalars and animated images for `tensorboard --logdir runs`."""
+    """Scalars, images and animated images for `tensorboard --logdir runs`."""
 
     def open(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -49,18 +56,23 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
+    def image(self, name: str, picture: np.ndarray, step: int) -> None:
+        self._add(name, [picture], step, format="PNG")
+
     def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> None:
+        # SummaryWriter.add_video makes the same GIF, but through the moviepy package.
+        self._add(name, frames, step, format="GIF", duration=round(1000 / (fps or 8)), loop=0)
+
+    def _add(self, name: str, frames: Sequence[np.ndarray], step: int, **how: Any) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        # SummaryWriter.add_video makes the same GIF, but through the moviepy package.
-        pictures = [Image.fromarray(frame) for frame in frames]
+        first, *others = [Image.fromarray(frame) for frame in frames]
         stream = io.BytesIO()
-        pictures[0].save(
-            stream, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / (fps or 8)), loop=0
+        first.save(stream, save_all=bool(others), append_images=others, **how)
+        encoded = Summary.Image(
+            height=first.height, width=first.width, colorspace=3, encoded_image_string=stream.getvalue()
         )
-        height, width = frames.shape[1:3]
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=stream.getvalue())
-        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=encoded)]), step)
 
     def close(self) -> None:
         self.writer.close()

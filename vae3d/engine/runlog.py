@@ -91,6 +91,11 @@ class RunLog:
         shown = {k: v for k, v in values.items() if "/" not in k or k.startswith(("loss/", "val/"))}
         log.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
 
+    def image(self, name: str, picture: np.ndarray, step: int) -> None:
+        if self.main:
+            with self._bearing(f"a picture of step {step}"):
+                self.logger.image(name, picture, step)
+
     def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> None:
         if self.main:
             with self._bearing(f"a video of step {step}"):

@@ -14,9 +14,12 @@ from safetensors import SafetensorError
 
 from vae3d import ranks
 from vae3d.checkpoints import state
-from vae3d.checkpoints.export import write_export, write_final_model
+from vae3d.checkpoints.export import replace_export, write_final_model
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.publish import publish, withdraw
+from vae3d.engine.freeze import set_mode
+from vae3d.inference.scale import ScaleError, measure, rescaled, spread_clips
+from vae3d.metrics import MetricError
 
 if TYPE_CHECKING:
     from vae3d.engine.trainer import Trainer
@@ -50,18 +53,18 @@ def save(trainer: Trainer) -> str | None:
             state.finish(unfinished, root, trainer.step, asdict(trainer.config), facts)
 
     for stage in (lambda: state.begin(unfinished) if main else None, write, finish):
-        if fault := _try(trainer, stage):
+        if fault := tried_by_all(trainer, stage):
             if main:
                 shutil.rmtree(unfinished, ignore_errors=True)
             return f"no checkpoint of step {trainer.step}: {fault}"
     saved = state.step_folder(root, trainer.step)
-    if fault := _try(trainer, lambda: _publish(trainer, saved) if main else None):
+    if fault := tried_by_all(trainer, lambda: _publish(trainer, saved) if main else None):
         return f"{saved} is complete, but not what is made of it: {fault}"
     trainer.log.say(f"saved {saved}")
     return None
 
 
-def _try(trainer: Trainer, stage: Callable[[], Any]) -> str | None:
+def tried_by_all(trainer: Trainer, stage: Callable[[], Any]) -> str | None:
     """Run a stage of saving on all ranks; what went wrong on any of them."""
     fault = None
     try:
@@ -93,21 +96,34 @@ def _publish(trainer: Trainer, saved: Path) -> None:
         withdraw(folder, named.prefix, gone)
 
 
-def export(trainer: Trainer, folder: Path) -> None:
-    """The averaged weights (the current ones without EMA), for vae3d.load."""
+def export(trainer: Trainer, folder: Path, **about: Any) -> None:
+    """The averaged weights (the current ones without EMA), for vae3d.load. about: further facts for model.yaml."""
     config = trainer.config
-    unfinished = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
     with trainer.ema.applied():
         weights = Checkpoint(config.model, trainer.network.state_dict(), folder, "export")
-        facts = {"stage": config.stage.name, "step": trainer.step, "ema": config.trainer.ema.decay}
-        try:
-            write_export(weights, unfinished, **facts)
-        except DISK_FAULTS:
-            shutil.rmtree(unfinished, ignore_errors=True)  # half a file would only keep the disk full
-            raise
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+        facts = {"stage": config.stage.name, "step": trainer.step, "ema": config.trainer.ema.decay, **about}
+        if config.trainer.publish.measure_scale:
+            weights, measured = _scaled(trainer, weights)
+            facts |= measured
+        replace_export(weights, folder, **facts)
+
+
+def _scaled(trainer: Trainer, weights: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
+    """The weights with the scale of their latents on training clips of the largest size, and the facts of it."""
+    data, network, faults = trainer.data, trainer.network, []
+    counts = [count for count in data.plan.frames.all() if len(data.plan.lengths.eligible(count))]
+    count = trainer.config.trainer.publish.measure_scale
+    clips = spread_clips(data.table, data.settings, counts[-1], count, faults)
+    network.eval()
+    try:
+        statistics = measure(network, clips, trainer.config.run.seed)
+        return rescaled(weights, network, statistics), {"latents": statistics.facts()}
+    except (ScaleError, MetricError) as error:
+        trainer.log.warn(f"the export of step {trainer.step} has the scale of the configuration: {error}")
+        return weights, {}
+    finally:
+        set_mode(network, trainer.config.stage.train)
+        trainer.log.faults(faults)
 
 
 def resume(trainer: Trainer) -> dict[str, tuple[Any, Any]]:
@@ -150,6 +166,7 @@ def resume(trainer: Trainer) -> dict[str, tuple[Any, Any]]:
     if trainer.accelerator.scaler is not None and saved["scaler"]:
         trainer.accelerator.scaler.load_state_dict(saved["scaler"])
     trainer.window.load_state_dict(saved["window"])
+    trainer.best.load_state_dict(saved.get("best", {}))
     trainer.step = saved["step"]
     trainer.reads, trainer.broken_reads = saved["reads"]
     trainer.unfinished.in_row, trainer.zero_gradient.in_row = saved.get("faults_in_row", (0, 0))
@@ -177,6 +194,7 @@ def _shared_state(trainer: Trainer) -> dict[str, Any]:
         "projections": {} if trainer.projections is None else trainer.projections.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else {},
         "window": trainer.window.state_dict(),
+        "best": trainer.best.state_dict(),
         "reads": [trainer.reads, trainer.broken_reads],
         "faults_in_row": [trainer.unfinished.in_row, trainer.zero_gradient.in_row],
     }

@@ -20,6 +20,7 @@ from vae3d.adversarial.base import Adversary, Turn
 from vae3d.data.clips import Unreadable
 from vae3d.data.loader import TrainingData
 from vae3d.data.sources import DataError
+from vae3d.engine.best import Best, keep_best
 from vae3d.engine.distillation import Distillation, Pupil
 from vae3d.engine.ema import Ema
 from vae3d.engine.freeze import set_mode, train_parts
@@ -35,7 +36,7 @@ from vae3d.engine.runlog import RunLog
 from vae3d.engine.saving import resume, save
 from vae3d.engine.spike import SpikeGuard
 from vae3d.engine.stopping import on_sigterm
-from vae3d.engine.validation import report, validate_together
+from vae3d.engine.validation import metrics_due, report, validate_together
 from vae3d.engine.verdict import Ballot, Verdict
 from vae3d.engine.zero import Zero
 from vae3d.losses.objective import Objective
@@ -86,6 +87,7 @@ class Trainer:
         self.ema = Ema(model, **asdict(config.trainer.ema))
         self.proximal = Proximal(model, config.optim.proximal)
         self.spikes = SpikeGuard(**asdict(config.trainer.spike), warn=lambda message: self.log.warn(message))
+        self.best = Best(config.trainer.best, metrics.columns)
         self.window = Window()
         self.step = 0
         self.reads, self.broken_reads = 0, 0
@@ -344,7 +346,7 @@ class Trainer:
             if freed := compact(trainer.robust.compact_gib):
                 self.log.say(f"gave back {freed:.2f} GiB of GPU memory that lay idle")
         if validation.every and (self.step % validation.every == 0 or finished) and not stopped:
-            self.validate()
+            keep_best(self, self.validate())
         if trainer.save_every and (self.step % trainer.save_every == 0 or finished or stopped):
             self.save()
 
@@ -378,4 +380,5 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Score the held-out clips with the averaged weights; log the means and show some of the clips."""
-        return report(self, validate_together(self))
+        due = metrics_due(self)
+        return report(self, due, validate_together(self, due))

@@ -18,9 +18,12 @@ from vae3d.data.depth import depth_of, to_metres
 from vae3d.engine.freeze import set_mode
 from vae3d.engine.memory import attempted
 from vae3d.inference.consistency import roll_consistency
+from vae3d.inference.pictures import grid, latent_colours
 from vae3d.inference.video import as_unit, to_uint8
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.metrics.depth import abs_rel, delta1
+from vae3d.metrics.distribution import SetMetric
+from vae3d.metrics.registry import resolve
 from vae3d.types import Clip
 
 if TYPE_CHECKING:
@@ -29,17 +32,26 @@ if TYPE_CHECKING:
 
 @dataclass
 class ValidatedClip:
-    """place: among the held-out clips. picture: original above reconstruction, [T, 2H, W, 3] uint8, of the first few
-    clips. more: scores that are not of pairs of 8-bit frames."""
+    """place: among the held-out clips. panels: target, latent and reconstruction, [3, T, H, W, 3] uint8, of the first
+    few clips. more: scores that are not of pairs of 8-bit frames."""
 
     place: int
     name: str
     result: VideoResult
-    picture: np.ndarray | None
+    panels: np.ndarray | None
     more: dict[str, float]
 
 
-def validate_together(trainer: Trainer) -> list[ValidatedClip]:
+def metrics_due(trainer: Trainer) -> MetricSet:
+    """The metrics of this step: without those of validation.seldom, except where it is their turn."""
+    settings, step = trainer.config.validation, trainer.step
+    last = step == trainer.config.trainer.max_steps
+    if last or (settings.seldom_every and step % settings.seldom_every == 0):
+        return trainer.metrics
+    return trainer.metrics.only(resolve(settings.metrics))
+
+
+def validate_together(trainer: Trainer, metrics: MetricSet) -> list[ValidatedClip]:
     """All ranks' held-out clips, in their order; none, with a warning, if memory ran out on a rank."""
     settings, network = trainer.config.validation, trainer.network
     network.eval()
@@ -48,7 +60,7 @@ def validate_together(trainer: Trainer) -> list[ValidatedClip]:
             lambda: validate(
                 network,
                 trainer.data.held_out,
-                trainer.metrics,
+                metrics,
                 trainer.device,
                 settings.videos,
                 roll=settings.roll,
@@ -63,19 +75,29 @@ def validate_together(trainer: Trainer) -> list[ValidatedClip]:
     return sorted(gather_object(mine), key=lambda clip: clip.place)
 
 
-def report(trainer: Trainer, everyone: Sequence[ValidatedClip]) -> dict[str, float]:
+def report(trainer: Trainer, metrics: MetricSet, everyone: Sequence[ValidatedClip]) -> dict[str, float]:
     """Log the means over the clips and show some of them; the means."""
     if not everyone:
         return {}
-    scores = trainer.metrics.over([clip.result for clip in everyone])
+    results = [clip.result for clip in everyone]
+    scores = metrics.over(results)
     scores |= {name: fmean(clip.more[name] for clip in everyone) for name in everyone[0].more}
+    scores |= {f"{m.name}_samples": m.samples(results) for m in metrics if isinstance(m, SetMetric)}
     means = {f"val/{column}": value for column, value in scores.items() if value is not None}
     trainer.log.scalars({**means, "val_clips": len(everyone)}, trainer.step)
-    for clip in everyone:
-        if clip.picture is not None:
-            name = f"original above reconstruction {clip.place}: {clip.name}"
-            trainer.log.video(name, clip.picture, 8, trainer.step)
+    _show(trainer, [clip for clip in everyone if clip.panels is not None])
     return means
+
+
+def _show(trainer: Trainer, clips: Sequence[ValidatedClip]) -> None:
+    """Images as rows of one picture; every video by itself, its latent and reconstruction below."""
+    images = [clip.panels[:, 0] for clip in clips if clip.panels.shape[1] == 1]
+    if images:
+        trainer.log.image("val/target | latent | reconstruction", grid(images), trainer.step)
+    for clip in clips:
+        if clip.panels.shape[1] > 1:
+            name = f"original above latent above reconstruction {clip.place}: {clip.name}"
+            trainer.log.video(name, np.concatenate(clip.panels, axis=1), 8, trainer.step)
 
 
 @torch.no_grad()
@@ -101,10 +123,10 @@ def validate(
         ref, rec = to_uint8(clip.video[0]), to_uint8(out.video[0])
         metrics.update(as_unit(ref, device), as_unit(rec, device))
         place = int(clip.positions)
-        picture = np.concatenate([ref, rec], axis=1) if place < pictures else None
+        panels = np.stack([ref, latent_colours(out.z[0], ref.shape[:3]), rec]) if place < pictures else None
         more = {"roll_psnr": roll_consistency(model, clip.video)} if roll else {}
         more |= _depth_errors(clip, out.video, depth) if depth is not None else {}
-        done.append(ValidatedClip(place, Path(clip.paths[0]).stem, metrics.result(), picture, more))
+        done.append(ValidatedClip(place, Path(clip.paths[0]).stem, metrics.result(), panels, more))
     return done
 
 

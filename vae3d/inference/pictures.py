@@ -1,11 +1,16 @@
-"""Pictures for eyes: reconstructions side by side, and strips of frames with maps of their errors."""
+"""Pictures for eyes: reconstructions side by side, strips of frames with maps of their errors, and latents."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from vae3d.inference.video import to_uint8
 
 LINE = 20  # pixels of a line of text
 GAP = 2  # pixels between panels
@@ -47,6 +52,29 @@ def strip(panels: Panels, original: str, count: int) -> np.ndarray:
         row = [margin, *(np.pad(cell, ((0, 0), (0, GAP), (0, 0))) for cell in cells)]
         picture.append(np.pad(np.concatenate(row, 1), ((0, GAP), (0, 0), (0, 0))))
     return np.concatenate([*picture, *_scale(whole)])
+
+
+def latent_colours(z: Tensor, size: tuple[int, int, int]) -> np.ndarray:
+    """A clip's latents [C, t, h, w] as [T, H, W, 3] uint8 of that size, every latent a block of T / t frames.
+
+    Three channels are R, G and B. Others are mixed by a fixed random matrix, so that every channel shows
+    (latent-diffusion `to_rgb`, ldm/models/autoencoder.py). Each colour is stretched from its smallest to its largest
+    value in the clip.
+    """
+    z = z.detach().float().cpu()
+    if len(z) != 3:
+        mixture = torch.randn(3, len(z), generator=torch.Generator().manual_seed(0))
+        z = torch.einsum("rc,cthw->rthw", mixture, z)
+    low, high = z.amin((1, 2, 3), keepdim=True), z.amax((1, 2, 3), keepdim=True)
+    unit = (z - low) / (high - low).clamp_min(torch.finfo(z.dtype).tiny)
+    return to_uint8(2 * F.interpolate(unit[None], size, mode="nearest")[0] - 1)
+
+
+def grid(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """[H', W', 3] uint8 of rows of pictures, [number, H, W, 3] uint8 each."""
+    gaps = ((0, GAP), (0, GAP), (0, 0))
+    lines = [np.concatenate([np.pad(picture, gaps) for picture in row], 1) for row in rows]
+    return np.concatenate(lines)[:-GAP, :-GAP]
 
 
 def error_map(original: np.ndarray, rec: np.ndarray) -> np.ndarray:

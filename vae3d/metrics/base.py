@@ -184,6 +184,10 @@ class MetricSet:
     def __iter__(self) -> Iterator[Metric]:
         return iter(self.metrics)
 
+    def only(self, names: Sequence[str]) -> MetricSet:
+        """Some of the metrics, which share their networks and what they hold of a video with these."""
+        return MetricSet([metric for metric in self.metrics if metric.name in names])
+
     @property
     def columns(self) -> dict[str, bool | None]:
         return {column: better for metric in self.metrics for column, better in metric.columns.items()}

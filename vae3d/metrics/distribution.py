@@ -38,6 +38,10 @@ class Features:
             self.moments.update(self.rows)
             self.rows = self.rows[:0]
 
+    @property
+    def count(self) -> int:
+        return self.moments.count + len(self.rows)
+
     def arrays(self) -> dict[str, np.ndarray]:
         """What a file needs to hold."""
         moments = self.moments
@@ -73,6 +77,10 @@ class SetMetric(Metric):
         if ref.count < 2:
             return None, ref.count, [f"{self.name} needs two samples, there is {ref.count}"]
         return frechet(ref, rec), ref.count, self._warnings(ref.count)
+
+    def samples(self, results: Sequence[VideoResult]) -> int:
+        """How many the distance over these videos is of: fewer make it larger."""
+        return sum(result.features[self.name][0].count for result in results)
 
     def over(self, results: Sequence[VideoResult]) -> dict[str, float | None]:
         return {self.name: self.combine(result.features[self.name] for result in results)[0]}

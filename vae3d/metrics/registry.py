@@ -73,6 +73,13 @@ def resolve(names: Sequence[str], preset: str = "default") -> list[str]:
     return wanted
 
 
+def columns_of(names: Sequence[str]) -> dict[str, bool | None]:
+    """The columns of metrics that are not built yet, and whether higher is better (None: neither)."""
+    # Those whose columns depend on their settings have one, of their own name, and it is a distance.
+    kinds = {name: getattr(METRICS[name].kind, "columns", {name: False}) for name in names}
+    return {column: better for columns in kinds.values() for column, better in columns.items()}
+
+
 def find_files(names: Sequence[str]) -> tuple[dict[str, list[Path]], dict[str, list[str]]]:
     """Where the weights of each metric are, and what other metrics miss."""
     files: dict[str, list[Path]] = {}

@@ -1,0 +1,116 @@
+"""Measure the mean and standard deviation of an autoencoder's latents, and write them into its export.
+
+    python scripts/measure_scale.py runs/sd_vae_gan photos
+    python scripts/measure_scale.py runs/wan_finetune videos.csv --frames 17 --height 480 --width 832 --count 200
+    python scripts/measure_scale.py sd_vae_folder photos --out sd_vae_measured
+
+Encodes one centred clip of each of COUNT files, evenly spread over the source, in fp32, and samples from the
+posteriors. An image VAE gets one scaling_factor, 1 / standard deviation of all values, as Stable Diffusion's have
+(--shift: also shift_factor, the mean); other models a mean (`shift`) and deviation (`scale`) per channel. `normalize`
+then gives latents of unit variance, and so does what scripts/convert_checkpoint.py makes of the export.
+Without --out the export itself is rewritten: of a run, its newest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vae3d.checkpoints.export import write_export
+from vae3d.checkpoints.formats import EXPORT_CONFIG, Checkpoint, CheckpointError, load_state, read_checkpoint
+from vae3d.data.clips import ClipSettings
+from vae3d.data.loader import read_tables
+from vae3d.data.sources import open_source
+from vae3d.errors import UserError
+from vae3d.factory import build_checkpoint
+from vae3d.inference.scale import LatentStatistics, ScaleError, measure, refusal, rescaled, spread_clips
+from vae3d.precision import as_device
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="run, export, or published weights")
+    parser.add_argument("source", help="a CSV, parquet or JSON file, a folder, or one file")
+    parser.add_argument("--count", type=int, default=1000, help="files to measure on, at most (1000)")
+    parser.add_argument("--frames", type=int, default=1, help="frames of each (1)")
+    parser.add_argument("--height", type=int, default=256, help="of the centre crop (256)")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--shift", action="store_true", help="of an image VAE: the mean, too")
+    parser.add_argument("--out", type=Path, help="write another export instead")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    try:
+        rescale(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def rescale(args: argparse.Namespace) -> None:
+    checkpoint = read_checkpoint(args.checkpoint)
+    if args.out is None and checkpoint.layout != "export":
+        raise CheckpointError(f"{checkpoint.path} ({checkpoint.layout}) is no export; name a new one with --out")
+    if args.out is not None and args.out.exists():
+        raise CheckpointError(f"{args.out}: exists already")
+    model = build_checkpoint(checkpoint)
+    if why := refusal(model):
+        raise ScaleError(f"{checkpoint.path}: {why}")
+    load_state(model, checkpoint.state, str(checkpoint.path))
+    settings = ClipSettings(args.height, args.width)
+    table = read_tables(open_source(args.source), settings, holdout=0, max_broken=1.0).train
+    faults: list[tuple[str, str]] = []
+    clips = spread_clips(table, settings, args.frames, args.count, faults)
+    statistics = measure(model.eval().to(as_device(args.device)), clips, args.seed)
+    for path, reason in faults:
+        print(f"left out: {path}: {reason}", file=sys.stderr)
+    found = rescaled(checkpoint, model, statistics, shift=args.shift)
+    tell(checkpoint, found, statistics)
+    target = args.out or checkpoint.path.parent
+    write(found, target, **(about(checkpoint) | {"latents": statistics.facts()}))
+    print(f"written to {target}")
+
+
+def write(checkpoint: Checkpoint, folder: Path, **told: Any) -> None:
+    """An export; other files in the folder stay."""
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    write_export(checkpoint, unfinished, **told)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in unfinished.iterdir():
+        file.replace(folder / file.name)
+    unfinished.rmdir()
+
+
+def about(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What an export's model.yaml tells beside the model."""
+    if checkpoint.layout != "export":
+        return {}
+    told = yaml.safe_load(checkpoint.path.with_name(EXPORT_CONFIG).read_text())
+    return {key: value for key, value in told.items() if key not in ("vae3d", "model")}
+
+
+def tell(old: Checkpoint, new: Checkpoint, statistics: LatentStatistics) -> None:
+    size = " x ".join(map(str, statistics.size))
+    print(f"{statistics.clips} clips of {size}\n{'channel':>7}{'mean':>12}{'std':>12}")
+    for channel, (mean, std) in enumerate(zip(statistics.mean.tolist(), statistics.std.tolist(), strict=True)):
+        print(f"{channel:7}{mean:12.5f}{std:12.5f}")
+    mean, std = statistics.over_channels()
+    print(f"{'all':>7}{mean:12.5f}{std:12.5f}   1 / std = {1 / std:.5f}")
+    for name in ("scaling_factor", "shift_factor", "shift", "scale"):
+        if new.config.get(name) != old.config.get(name):
+            print(f"{name}: {_short(old.config.get(name))} -> {_short(new.config[name])}")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(f'{number:.4f}' for number in value)}]"
+    return "none" if value is None else f"{value:.5f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

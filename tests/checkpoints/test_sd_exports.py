@@ -1,0 +1,98 @@
+"""What a run with a 2D VAE leaves opens in diffusers, and goes to latent-diffusion's keys and back, at every size."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from diffusers import AutoencoderKL as Reference
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from safetensors.torch import load_file
+
+import vae3d
+from tests import tiny
+from vae3d.checkpoints.export import write_export
+from vae3d.checkpoints.formats import Checkpoint
+from vae3d.factory import model_config
+
+# stride, latent channels, quant convolutions, attention
+SIZES = [
+    (4, 4, True, True),
+    (8, 4, True, True),
+    (8, 4, True, False),
+    (8, 16, False, True),
+    (16, 16, False, False),
+    (16, 32, True, True),
+]
+
+
+def network(stride: int, channels: int, quant_convs: bool, attention: bool, groups: int = 32) -> list[str]:
+    levels = {4: [32, 32, 64], 8: [32, 32, 64, 64], 16: [32, 32, 32, 64, 64]}[stride]
+    return [
+        f"model.channels={levels}", "model.layers=1", f"model.latent_channels={channels}", f"model.groups={groups}",
+        f"model.quant_convs={quant_convs}", f"model.attention={attention}", "model.scaling_factor=0.4",
+        "+model.shift_factor=0.05",
+    ]  # fmt: skip
+
+
+def run_of(overrides: list[str], folder) -> torch.nn.Module:
+    """A run's folder with an export of random weights."""
+    torch.manual_seed(0)
+    model = vae3d.build("spatial", *overrides)
+    config = model_config("spatial", *overrides)
+    write_export(Checkpoint(config, model.state_dict(), folder, "export"), folder / "exports/step-0000005", step=5)
+    return model
+
+
+def convert(*arguments: object) -> int:
+    spec = importlib.util.spec_from_file_location("convert", tiny.ROOT / "scripts/convert_checkpoint.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main([*map(str, arguments)])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_run_opens_in_diffusers_and_reconstructs_equally(tmp_path, size):
+    ours = run_of(network(*size, groups=8), tmp_path / "run")
+    assert convert(tmp_path / "run", tmp_path / "vae", "--to", "diffusers") == 0
+    theirs, told = Reference.from_pretrained(tmp_path / "vae", output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert (theirs.config.scaling_factor, theirs.config.shift_factor) == (0.4, 0.05)
+    images = torch.rand(2, 3, 32, 48, generator=torch.manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        z = theirs.encode(images).latent_dist.mode()
+        out = ours(images[:, :, None], sample=False)
+        assert z.shape[1:] == (size[1], 32 // size[0], 48 // size[0])
+        torch.testing.assert_close(out.z[:, :, 0], z, rtol=0, atol=1e-5)
+        torch.testing.assert_close(out.video[:, :, 0], theirs.decode(z).sample, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("size", SIZES)
+def test_latent_diffusions_layout_round_trips_and_is_what_diffusers_takes_it_for(tmp_path, size, suffix):
+    ours = run_of(network(*size), tmp_path / "run")
+    file = tmp_path / f"vae{suffix}"
+    assert convert(tmp_path / "run", file, "--to", "ldm") == 0
+    state = load_file(file) if suffix == ".safetensors" else torch.load(file, weights_only=True)["state_dict"]
+    assert {key.partition(".")[0] for key in state} <= {"encoder", "decoder", "quant_conv", "post_quant_conv"}
+    assert ("quant_conv.weight" in state) == size[2]
+    levels = len(ours.module.encoder.down_blocks)
+    if size[2] and size[3]:  # diffusers looks for these without asking
+        blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+        theirs = convert_ldm_vae_checkpoint(dict(state), blocks)
+        inner = ours.module.state_dict()
+        assert theirs.keys() == inner.keys()
+        assert all(torch.equal(theirs[key].reshape(tensor.shape), tensor) for key, tensor in inner.items())
+    again = vae3d.load(file)
+    assert again.state_dict().keys() == ours.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in ours.state_dict().items())
+    assert again.spec.space_stride == size[0]
+
+
+def test_latent_diffusion_would_compute_something_else_of_other_groups(tmp_path, capsys):
+    run_of(network(8, 4, True, True, groups=8), tmp_path / "run")
+    assert convert(tmp_path / "run", tmp_path / "vae.safetensors", "--to", "ldm") == 2
+    assert "normalises in 8 groups and latent-diffusion's code in 32" in capsys.readouterr().err
+    assert not (tmp_path / "vae.safetensors").exists()

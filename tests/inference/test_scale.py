@@ -1,0 +1,225 @@
+"""The measured scale of latents: against numpy, in exports of a run and by the script."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL, AutoencoderKLWan
+
+import vae3d
+from tests import tiny
+from tests.engine.quick import trainer
+from tests.engine.test_trainer import fresh_accelerate, weights  # noqa: F401
+from vae3d import factory
+from vae3d.check import ConfigError
+from vae3d.checkpoints.export import write_diffusers, write_export
+from vae3d.checkpoints.formats import Checkpoint, read_checkpoint
+from vae3d.data.clips import ClipSettings
+from vae3d.data.loader import read_tables
+from vae3d.data.sources import open_source
+from vae3d.inference.scale import LatentStatistics, ScaleError, measure, refusal, rescaled, spread_clips
+from vae3d.types import Clip
+
+RAW = {
+    "spatial": [],
+    "temporal_vae": [],
+    "wan": [],
+    "taehv": ["model.variant=taeos1_2", "model.decoder_channels=[8,8,8,8]"],
+}
+
+
+def clips(count: int = 3, frames: int = 5, size: int = 16) -> list[Clip]:
+    rng = torch.manual_seed(1)
+    return [
+        Clip(torch.rand(1, 3, frames, size, size, generator=rng) * 2 - 1, torch.tensor([place]), [""])
+        for place in range(count)
+    ]
+
+
+def saved(name: str, folder) -> tuple[torch.nn.Module, Checkpoint]:
+    config = factory.model_config(name, *tiny.MODEL[name], *RAW[name])
+    model = tiny.model(name, *RAW[name])
+    with torch.no_grad():  # channels that differ, and are not of mean 0
+        for number, p in enumerate(p for p in model.parts()["encoder"][-1].parameters() if p.ndim == 1):
+            p.add_(torch.linspace(-1, 1, len(p)) + number)
+    return model, Checkpoint(config, model.state_dict(), folder, "export")
+
+
+def test_statistics_of_chunks_are_those_of_numpy_over_all():
+    z = torch.randn(7, 4, 2, 3, 5, generator=torch.manual_seed(0)) * torch.arange(1, 5).reshape(4, 1, 1, 1) + 3
+    statistics = LatentStatistics()
+    for chunk in z.split([1, 4, 2]):
+        statistics.add(chunk)
+    assert statistics.clips == 7
+    whole = z.double().numpy()
+    np.testing.assert_allclose(statistics.mean, whole.mean((0, 2, 3, 4)), rtol=1e-12)
+    np.testing.assert_allclose(statistics.std, whole.std((0, 2, 3, 4)), rtol=1e-12)
+    np.testing.assert_allclose(statistics.over_channels(), (whole.mean(), whole.std()), rtol=1e-12)
+
+
+def test_samples_are_measured_not_means():
+    """What a diffusion model trains on; each clip's noise is its own."""
+    model = tiny.model("spatial")
+    statistics = measure(model, clips(), seed=5)
+    with torch.no_grad():
+        z = torch.cat([model.encode(c.video).sample(c.generators(5, "cpu")) for c in clips()]).double()
+    np.testing.assert_allclose(statistics.mean, z.mean((0, 2, 3, 4)), rtol=1e-6)
+    np.testing.assert_allclose(statistics.std, z.std((0, 2, 3, 4), correction=0), rtol=1e-6)
+    assert statistics.facts() | {"mean": 0, "std": 0} == {
+        "clips": 3, "frames_height_width": [5, 16, 16], "mean": 0, "std": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("name", RAW)
+def test_an_export_with_the_measured_scale_normalizes_to_unit_variance(tmp_path, name, shift):
+    model, checkpoint = saved(name, tmp_path)
+    write_export(rescaled(checkpoint, model, measure(model, clips()), shift=shift), tmp_path / "export")
+    loaded = vae3d.load(tmp_path / "export")
+    assert loaded.state_dict().keys() == checkpoint.state.keys()
+    with torch.no_grad():
+        z = torch.cat([loaded.encode(c.video).sample(c.generators(0, "cpu")) for c in clips()])
+        unit = loaded.normalize(z).double()
+        torch.testing.assert_close(loaded.denormalize(loaded.normalize(z)), z, rtol=0, atol=1e-5)
+    if name == "spatial":
+        assert float(unit.std(correction=0)) == pytest.approx(1, abs=1e-5)
+        assert (abs(float(unit.mean())) < 1e-5) == shift
+        assert loaded.spec.scale == (1 / loaded.scaling_factor,) * 4
+    else:
+        np.testing.assert_allclose(unit.mean((0, 2, 3, 4)), 0, atol=1e-5)
+        np.testing.assert_allclose(unit.std((0, 2, 3, 4), correction=0), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "reference"), [("spatial", AutoencoderKL), ("wan", AutoencoderKLWan)])
+def test_the_measured_scale_reaches_diffusers(tmp_path, name, reference):
+    model, checkpoint = saved(name, tmp_path)
+    statistics = measure(model, clips())
+    write_diffusers(rescaled(checkpoint, model, statistics, shift=True), tmp_path / "vae")
+    told = reference.load_config(tmp_path / "vae")
+    if name == "spatial":
+        mean, std = statistics.over_channels()
+        assert (told["scaling_factor"], told["shift_factor"]) == (pytest.approx(1 / std), pytest.approx(mean))
+    else:
+        assert told["latents_mean"] == pytest.approx(statistics.mean.tolist())
+        assert told["latents_std"] == pytest.approx(statistics.std.tolist())
+
+
+def test_what_cannot_be_scaled_is_refused(videos, tmp_path):
+    assert "those that a diffusion model sees" in refusal(tiny.model("taehv"))
+    with pytest.raises(ConfigError, match=r"trainer\.publish\.measure_scale=4: its latents are those .*; use 0"):
+        tiny.training(
+            "taehv", videos, "stage=finetune", "stage.init_from=random", "loss=recon_kl", "data.frames.min=5",
+            "data.frames.max=5", "trainer.publish.measure_scale=4",
+        )  # fmt: skip
+    with pytest.raises(ScaleError, match="there is no clip that can be read"):
+        measure(tiny.model("spatial"), [])
+    model, checkpoint = saved("wan", tmp_path)
+    statistics = LatentStatistics()
+    statistics.add(
+        torch.ones(1, 4, 1, 2, 2) * torch.rand(1, 1, 1, 2, 2) * torch.tensor([1, 0, 1, 0]).reshape(4, 1, 1, 1)
+    )
+    with pytest.raises(ScaleError, match="latents of channel 1, 3 do not vary"):
+        rescaled(checkpoint, model, statistics)
+
+
+def test_clips_are_spread_over_the_table_and_broken_files_are_told(videos):
+    settings = ClipSettings(16, 16)
+    table = read_tables(open_source(videos), settings, 0, 1.0).train
+    table.loc[11, "path"] = "/nowhere.png"
+    faults = []
+    found = list(spread_clips(table, settings, 1, 3, faults))
+    assert [int(clip.positions) for clip in found] == [0, 6]  # of rows 0, 6 and 11
+    assert [path for path, _ in faults] == ["/nowhere.png"]
+    assert len(list(spread_clips(table, settings, 15, 100, faults))) == 7  # those of 15 to 21 frames
+    again = list(spread_clips(table, settings, 1, 3, faults))
+    assert all(torch.equal(a.video, b.video) for a, b in zip(found, again, strict=True))
+
+
+MEASURES = {"trainer.publish.measure_scale": 4, "trainer.save_every": 1, "trainer.ema.decay": 0.5}
+
+
+def test_every_export_of_a_run_has_its_own_scale_and_training_knows_nothing_of_it(videos, tmp_path):
+    plain = trainer(videos, tmp_path / "plain", **(MEASURES | {"trainer.publish.measure_scale": 0}))
+    plain.fit()
+    t = trainer(videos, tmp_path / "run", **MEASURES)
+    t.fit()
+    assert t.network.training
+    assert all(torch.equal(tensor, weights(plain)[name]) for name, tensor in weights(t).items())
+    factors = []
+    for step in (1, 2):
+        folder = tmp_path / f"run/exports/step-000000{step}"
+        told = yaml.safe_load((folder / "model.yaml").read_text())
+        loaded = vae3d.load(folder)
+        factors.append(loaded.scaling_factor)
+        assert told["latents"]["clips"] == 4
+        data = t.data
+        found = measure(loaded, spread_clips(data.table, data.settings, 1, 4, []), t.config.run.seed)
+        assert loaded.scaling_factor == pytest.approx(1 / found.over_channels()[1], rel=1e-6)
+        assert told["latents"]["std"] == pytest.approx(found.std.tolist(), rel=1e-6)
+    assert factors[0] != factors[1]
+    assert t.network.scaling_factor == 0.13025
+
+
+def test_an_export_without_readable_clips_keeps_its_scale_and_says_so(videos, tmp_path, caplog):
+    t = trainer(videos, tmp_path, **MEASURES)
+    t.data.table["path"] = "/nowhere.mp4"
+    t.save()
+    assert "the export of step 0 has the scale of the configuration: the scale of the latents cannot be" in caplog.text
+    assert vae3d.load(tmp_path).scaling_factor == 0.13025
+
+
+def test_a_scale_that_differs_does_not_keep_an_image_vae_from_starting(videos, tmp_path):
+    trainer(videos, tmp_path, **MEASURES).fit()
+    notes = factory.initialize(tiny.model("spatial"), str(tmp_path))
+    assert any("scaling_factor is" in note and "0.13025 in the model" in note for note in notes)
+
+
+# --- scripts/measure_scale.py
+
+
+def script(*arguments: object) -> int:
+    spec = importlib.util.spec_from_file_location("measure_scale", tiny.ROOT / "scripts/measure_scale.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main([*map(str, arguments), "--height=16", "--width=16"])
+
+
+def test_the_script_rewrites_the_newest_export_of_a_run(videos, tmp_path, capsys):
+    trainer(videos, tmp_path).fit()
+    folder = tmp_path / "exports/step-0000002"
+    (folder / "notes.txt").write_text("of the user")
+    before = read_checkpoint(folder)
+    assert script(tmp_path, videos.parent, "--count=3", "--shift") == 0
+    after, told = read_checkpoint(folder), yaml.safe_load((folder / "model.yaml").read_text())
+    assert all(torch.equal(after.state[key], tensor) for key, tensor in before.state.items())
+    assert (told["stage"], told["step"], told["latents"]["clips"]) == ("finetune", 2, 3)
+    assert after.config["scaling_factor"] != before.config["scaling_factor"]
+    assert after.config["shift_factor"] != 0
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "model.yaml", "notes.txt"]
+    assert f"scaling_factor: 0.13025 -> {after.config['scaling_factor']:.5f}" in capsys.readouterr().out
+
+
+def test_the_script_makes_an_export_of_published_weights(videos, tmp_path, capsys):
+    overrides = ["model.channels=[32,32]", "model.groups=32", "model.layers=1"]
+    model = vae3d.build("spatial", *overrides)
+    write_diffusers(
+        Checkpoint(factory.model_config("spatial", *overrides), model.state_dict(), tmp_path, ""), tmp_path / "a"
+    )
+    assert script(tmp_path / "a", videos) == 2
+    assert "is no export; name a new one with --out" in capsys.readouterr().err
+    assert script(tmp_path / "a", videos, "--count=2", "--out", tmp_path / "b") == 0
+    assert (
+        vae3d.load(tmp_path / "b").scaling_factor
+        != json.loads((tmp_path / "a/config.json").read_text())["scaling_factor"]
+    )
+    table = pd.DataFrame({"path": ["/nowhere.png"]})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    assert script(tmp_path / "b", tmp_path / "t.csv") == 2
+    assert script(tmp_path / "a", videos, "--out", tmp_path / "b") == 2
+    assert "exists already" in capsys.readouterr().err

@@ -1,0 +1,145 @@
+"""The mean and standard deviation of an autoencoder's latents: measured on clips, and written into a checkpoint.
+
+A diffusion model needs latents of about zero mean and unit variance. What a trained autoencoder gives is another scale
+with every run (SD 0.18215, SDXL 0.13025, FLUX 0.3611), so it is measured, never copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from vae3d.checkpoints.formats import Checkpoint
+from vae3d.data.clips import ClipSettings
+from vae3d.data.loader import still_clip
+from vae3d.data.media import MediaError
+from vae3d.data.segments import bounds_of
+from vae3d.errors import UserError
+from vae3d.metrics.frechet import Moments
+from vae3d.models.base import convention
+from vae3d.models.diffusers_vae import DiffusersVAE
+from vae3d.models.layers.normalized import Normalized
+from vae3d.models.spatial import SpatialVAE
+from vae3d.precision import measuring
+from vae3d.types import Clip
+
+
+class ScaleError(UserError):
+    """Latents whose scale cannot be measured."""
+
+
+@dataclass
+class LatentStatistics:
+    """Of raw latents: the moments of the vectors [C] at all places of `clips` clips of `size` (T, H, W), in fp64."""
+
+    clips: int = 0
+    size: tuple[int, ...] = ()
+    moments: Moments = field(default_factory=Moments)
+
+    def add(self, z: Tensor) -> None:
+        """[B, C, t, h, w]. Raises MetricError if a value is not finite."""
+        self.moments.update(z.transpose(0, 1).flatten(1).T)
+        self.clips += len(z)
+
+    @property
+    def mean(self) -> Tensor:
+        """[C]."""
+        return self.moments.mean
+
+    @property
+    def std(self) -> Tensor:
+        """[C], of all values there are (divided by their number)."""
+        return (self.moments.scatter.diagonal() / self.moments.count).sqrt()
+
+    def over_channels(self) -> tuple[float, float]:
+        """Mean and standard deviation of all values of all channels."""
+        mean = self.mean.mean()
+        variance = (self.std.square() + (self.mean - mean).square()).mean()
+        return float(mean), float(variance.sqrt())
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader of a scale should know, for model.yaml."""
+        told = {"clips": self.clips, "frames_height_width": list(self.size)}
+        return told | {"mean": self.mean.tolist(), "std": self.std.tolist()}
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Why a model cannot be given a scale; None if it can."""
+    if isinstance(model, DiffusersVAE):
+        return f"a {model.kind} is of another library, whose config holds its scale"
+    if convention(model) != "raw":
+        return "its latents are those that a diffusion model sees; the VAE that they come from has the scale"
+    return None
+
+
+@measuring()
+@torch.no_grad()
+def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> LatentStatistics:
+    """Encode clips one after another, in the model's precision, and sample from their posteriors.
+
+    Samples, because they are what a diffusion model is trained on, and what latent-diffusion takes (`scale_by_std`,
+    ldm/models/diffusion/ddpm.py; of its first batch alone). seed: with each clip's position, of the samples.
+    Raises ScaleError without clips, MetricError for latents that are not finite.
+    """
+    device = next(model.parameters()).device
+    statistics = LatentStatistics()
+    for clip in clips:
+        clip = clip.to(device)
+        statistics.add(model.encode(clip.video).sample(clip.generators(seed, device)))
+        statistics.size = tuple(clip.video.shape[2:])
+    if not statistics.clips:
+        raise ScaleError("the scale of the latents cannot be measured: there is no clip that can be read")
+    return statistics
+
+
+def spread_clips(
+    table: pd.DataFrame, settings: ClipSettings, frames: int, count: int, faults: list[tuple[str, str]]
+) -> Iterator[Clip]:
+    """A clip of `frames` frames of each of `count` rows, evenly spread over those that are long enough (tables are
+    often sorted by class), always the same: see data.loader.still_clip. faults: gets (path, reason) of files that fail.
+    """
+    lengths = settings.length(table["num_frames"].to_numpy(), table["fps"].to_numpy())
+    enough, bounds = np.flatnonzero(lengths >= frames), bounds_of(table)
+    places = np.linspace(0, len(enough) - 1, min(count, len(enough))).round().astype(int)
+    for row in enough[places]:
+        try:
+            yield still_clip(table["path"].iloc[row], bounds[row], int(row), settings, frames)
+        except MediaError as error:
+            faults.append((error.path, error.reason))
+
+
+def rescaled(
+    checkpoint: Checkpoint, model: nn.Module, statistics: LatentStatistics, *, shift: bool = False
+) -> Checkpoint:
+    """The checkpoint of `model` with a configuration whose `normalize` gives unit variance on what was measured.
+
+    Of a SpatialVAE one scaling_factor for all channels, 1 / std; shift: also shift_factor, the mean, which SD and SDXL
+    leave at 0. Of all others `shift` and `scale`, the mean and standard deviation of each channel.
+    Raises ScaleError if these do not vary.
+    """
+    if isinstance(model, SpatialVAE):
+        mean, std = statistics.over_channels()
+        _refuse_constant([std])
+        told = {"scaling_factor": 1 / std} | ({"shift_factor": mean} if shift else {})
+        return replace(checkpoint, config=checkpoint.config | told)
+    assert isinstance(model, Normalized)
+    factors = {"shift": statistics.mean.tolist(), "scale": statistics.std.tolist()}
+    _refuse_constant(factors["scale"])
+    kept = {  # OpenSoraVAE has them among its weights
+        name: torch.tensor(values, dtype=torch.float32)[None, :, None, None, None]
+        for name, values in factors.items()
+        if name in checkpoint.state
+    }
+    return replace(checkpoint, config=checkpoint.config | factors, state={**checkpoint.state, **kept})
+
+
+def _refuse_constant(stds: list[float]) -> None:
+    constant = [str(channel) for channel, std in enumerate(stds) if not std > 0]
+    if constant:
+        raise ScaleError(f"latents of channel {', '.join(constant)} do not vary, and cannot be scaled to unit variance")
