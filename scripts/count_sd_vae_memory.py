@@ -41,11 +41,7 @@ from vae3d.models.base import with_decoder
 from vae3d.schedules import ALL_ON
 from vae3d.types import Clip
 
-RECIPE = (
-    *("run.name=count", "model=sd_vae", "stage=finetune", "stage.init_from=random", "loss=sd_vae"),
-    *("adversary=patchgan", "data.source.path=none", "data.height=256", "data.width=256"),
-    *("data.frames.min=1", "data.frames.max=1", "data.batch_size=8", "trainer.accumulate=8"),
-)
+RECIPE = ("experiment=sd_vae_gan", "data.source.path=none")
 GIB = 2**30
 
 
