@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to a report: installs, makes small videos, trains a toy VAE through the three stages, reconstructs,
-# scores; then fine-tunes a toy Wan VAE on panoramas in two ways, and distils a toy VAE into a tiny decoder. Everything
-# lands in demo/; delete it to start over, or call the script again to go on where it stopped.
+# scores; then trains a toy image VAE with a GAN, fine-tunes a toy Wan VAE on panoramas in two ways, and distils a toy
+# VAE into a tiny decoder. Everything lands in demo/; delete it to start over, or call the script again to go on where
+# it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -28,6 +29,17 @@ for stage in spatial stage1 stage2 stage3; do
   run python infer.py checkpoint=demo/runs/$stage source=demo/videos/videos.csv split=val height=64 width=64 \
     save_dir=demo/out/$stage overwrite=true
   run python eval/eval_common_metric.py --base demo/out/$stage --device cpu --metric ssim psnr tpsnr
+done
+
+# An image VAE on photographs, and how it goes on with a GAN and without.
+run python scripts/make_demo_images.py demo/images
+run python train.py experiment=sd_vae_tiny
+run python train.py experiment=sd_vae_gan_tiny adversary=none run.name=sd_vae_control
+run python train.py experiment=sd_vae_gan_tiny
+for name in sd_vae_tiny sd_vae_control sd_vae_gan_tiny; do
+  run python infer.py checkpoint=demo/runs/$name source=demo/images/val height=128 width=128 \
+    save_dir=demo/out/$name overwrite=true
+  run python eval/eval_common_metric.py --base demo/out/$name --device cpu --metric ssim psnr sharpness
 done
 
 # A Wan VAE that knows ordinary videos only, and its two fine-tunes on panoramas; area0 is held out.

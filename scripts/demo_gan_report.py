@@ -9,6 +9,7 @@ _eval/summary.json.
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,8 @@ SECTION = """<h2>A GAN</h2>
 <p>A toy image VAE on photographs, and two ways to go on with it: the same steps with a PatchGAN and without. Scores on
 held-out photographs:</p>
 {table}
-<p><i>Sharpness</i>: the reconstruction's gradient energy over the original's. An L1 loss alone leaves blur; the GAN adds
-detail, and pays in PSNR what of it is in the wrong place.</p>
+<p><i>Sharpness</i>: the reconstruction's gradient energy over the original's. An L1 loss alone leaves blur; the GAN
+adds detail, and pays in PSNR what of it is in the wrong place.</p>
 {curves}
 <p>Validation during training is on smaller crops than the table's scores.</p>
 {pictures}
@@ -65,14 +66,15 @@ def pictures(folder: Path) -> Figure:
     """Held-out photographs: original, then each run's reconstruction."""
     names = sorted(path.name for path in (folder / f"out/{START}_ori").glob("*.png"))
     columns = {f"{START}_ori": "original", **{f"{run}_rec": title for run, title in RUNS.items()}}
-    figure = Figure(figsize=(3 * len(columns), 3.1 * len(names)))
+    figure = Figure(figsize=(3 * len(columns), 3 * len(names) + 0.3))
     axes = figure.subplots(len(names), len(columns), squeeze=False)
+    for axis, title in zip(axes[0], columns.values(), strict=True):
+        axis.set_title(title, fontsize=9)
     for row, name in zip(axes, names, strict=True):
-        for axis, (place, title) in zip(row, columns.items(), strict=True):
+        for axis, place in zip(row, columns, strict=True):
             with Image.open(existing(folder / "out" / place / name)) as image:
                 axis.imshow(np.asarray(image), interpolation="nearest")
             axis.set_axis_off()
-            axis.set_title(title, fontsize=9)
     figure.tight_layout(pad=0.3)
     return figure
 
@@ -91,8 +93,9 @@ def stacked(folder: Path) -> Image.Image:
     """Curves above pictures, of one width."""
     parts = []
     for figure in (curves(folder), pictures(folder)):
-        figure.canvas.draw()
-        drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=110)
+        drawn = Image.open(file).convert("RGB")
         parts.append(drawn.resize((1000, round(drawn.height * 1000 / drawn.width)), Image.Resampling.LANCZOS))
     whole = Image.new("RGB", (1000, sum(part.height for part in parts)))
     whole.paste(parts[0], (0, 0))

@@ -3,8 +3,8 @@
     python scripts/demo_report.py demo
 
 Reads what scripts/demo.sh leaves in the folder: runs/STAGE/metrics.jsonl, out/STAGE_{ori,rec,spatial} with their
-_eval/summary.json, commands.txt; for the panoramas see demo_panoramas_report.py, for the distillation
-demo_distillation_report.py.
+_eval/summary.json, commands.txt; for the GAN see demo_gan_report.py, for the panoramas demo_panoramas_report.py, for
+the distillation demo_distillation_report.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import io
 from pathlib import Path
 
 import demo_distillation_report
+import demo_gan_report
 import demo_panoramas_report
 import numpy as np
 from demo_page import (
@@ -74,6 +75,7 @@ can reach. Stages 1 and 2 leave the 2D VAE as it was; stage 3 trains it too.</p>
 {strips}
 <h2>Training</h2>
 {curves}
+{gan}
 {panoramas}
 {distillation}
 <h2>Commands</h2>
@@ -157,6 +159,7 @@ def write_report(folder: Path) -> None:
         gain=ERROR_GAIN,
         strips="\n".join(strips(name, out) for name in names),
         curves=curves({stage: history(folder / "runs" / stage) for stage in STAGES}),
+        gan=demo_gan_report.section(folder),
         panoramas=demo_panoramas_report.section(out),
         distillation=demo_distillation_report.section(folder),
         commands=html.escape(existing(folder / "commands.txt").read_text()),
@@ -164,6 +167,7 @@ def write_report(folder: Path) -> None:
     report = folder / "report.html"
     report.write_text(page)
     print(as_text(rows))
+    print(f"\n{demo_gan_report.table(folder)}")
     print(f"\n{as_text(demo_panoramas_report.table(out))}")
     print(f"\n{demo_distillation_report.tables(folder)}")
     print(f"\nreport with pictures and curves: {report.resolve()}")

@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL
 import vae3d
 from tests import tiny
 from tests.test_demo_distillation import distil
+from tests.test_demo_gan import adversarial
 from vae3d.check import ConfigError, check_training
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
@@ -164,11 +165,15 @@ def test_demo_commands_are_sound(tmp_path, monkeypatch):
     lines = (tiny.ROOT / "scripts/demo.sh").read_text().replace("\\\n", "").splitlines()
     commands = [line.split("train.py ")[1].split() for line in lines if line.startswith("run python train.py")]
     videos, rooms = "data.source.path=demo/videos/videos.csv", "data.source.root=demo/rooms"
+    images = "data.source.path=demo/images"
     made = [
         [videos],
         [videos, "stage.init_from.spatial_vae=demo/runs/spatial"],
         [videos, "stage.init_from=demo/runs/stage1"],
         [videos, "stage.init_from=demo/runs/stage2"],
+        [images],
+        [images, "stage.init_from=demo/runs/sd_vae_tiny"],
+        [images, "stage.init_from=demo/runs/sd_vae_tiny"],
         [videos],
         [rooms, "stage.init_from=demo/runs/wan_tiny"],
         [rooms, "stage.init_from=demo/runs/wan_tiny"],
@@ -178,7 +183,8 @@ def test_demo_commands_are_sound(tmp_path, monkeypatch):
     for overrides, missing in zip(commands, made, strict=True):
         with pytest.raises(ConfigError) as error:
             check_training(tiny.compose(*overrides))
-        assert sorted(error.value.faults) == sorted(f"{path}: no such file or folder" for path in missing)
+        faults = sorted(fault.partition(";")[0] for fault in error.value.faults)
+        assert faults == sorted(f"{path}: no such file or folder" for path in missing)
 
 
 @pytest.mark.parametrize("name", ["demo.sh", "test.sh", "environment.sh"])
@@ -211,6 +217,7 @@ def test_report_holds_its_pictures_and_prints_the_tables(tmp_path, videos):
         (tmp_path / f"out/{run}_rec_eval").mkdir()
         (tmp_path / f"out/{run}_rec_eval/summary.json").write_text(json.dumps(report))
     distil(tmp_path, videos)
+    adversarial(tmp_path)
     (tmp_path / "commands.txt").write_text("python train.py <x>\n")
 
     done = tiny.run(*tiny.script("scripts/demo_report.py"), str(tmp_path), cwd=tmp_path)
@@ -219,9 +226,10 @@ def test_report_holds_its_pictures_and_prints_the_tables(tmp_path, videos):
     assert "20.50" in done.stdout
     assert "30.25" in done.stdout
     assert "mean colour" in done.stdout
+    assert "300 steps with the GAN      28.00  0.500      0.900" in done.stdout
     page = (tmp_path / "report.html").read_text()
     assert "python train.py &lt;x&gt;" in page
     assert (
-        page.count("data:image/") == 1 + 4 + 1 + 1 + 3
-    )  # an animation, four strips, the curves, panoramas, distillation
+        page.count("data:image/") == 1 + 4 + 1 + 2 + 1 + 3
+    )  # an animation, four strips, the curves, the GAN, panoramas, distillation
     assert "http" not in page
