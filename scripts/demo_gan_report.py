@@ -1,6 +1,6 @@
 """The GAN's part of the demo report; by itself, its curves and pictures as one picture and its table.
 
-    python scripts/demo_gan_report.py demo docs/gan.png
+    python scripts/demo_gan_report.py demo docs/gan.jpg
 
 Reads what scripts/demo.sh leaves in the folder: runs/RUN/metrics.jsonl and out/RUN_{ori,rec} with their
 _eval/summary.json.
@@ -105,7 +105,7 @@ def stacked(folder: Path) -> Image.Image:
 
 def report(folder: Path, picture: Path) -> None:
     picture.parent.mkdir(parents=True, exist_ok=True)
-    stacked(folder).quantize(256).save(picture, optimize=True)
+    stacked(folder).save(picture, quality=88)
     print(table(folder))
 
 
