@@ -87,7 +87,7 @@ def test_training_has_noise_and_validation_none(videos, tmp_path, monkeypatch):
     clips = t.data.clips(0, 1)
     t.train_step([next(clips)])
     assert told == [0.4]
-    assert len(validate_together(t)) == 1
+    assert len(validate_together(t, t.metrics)) == 1
     assert told == [0.4, 0.0]
 
 
