@@ -150,21 +150,18 @@ def test_accelerate_launch(videos, tmp_path):
 
 def test_sweep_with_torchrun_children(videos, trunks, spatial_export, tmp_path):
     done = tiny.run(
-        *PYTHON, "-m", "stage=stage1,stage3", "loss.terms.kl.weight=1e-6,1e-5", "launcher=torchrun", "launcher.nproc=2",
+        *PYTHON, "-m", "stage=stage1,stage3", "loss.terms.kl.weight=1e-5", "launcher=torchrun", "launcher.nproc=2",
         *(a for a in arguments(videos, tmp_path, "x") if not a.startswith("run.name")),
         "data.frames.min=1", "data.height=32", "data.width=32", f"stage.init_from.spatial_vae={spatial_export}",
         cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     jobs = sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir())
-    stages = ["0-temporal_vae-stage1", "1-temporal_vae-stage1", "2-temporal_vae-stage3", "3-temporal_vae-stage3"]
-    assert [job.rpartition("-")[0] for job in jobs] == stages
-    weights = []
+    assert [job.rpartition("-")[0] for job in jobs] == ["0-temporal_vae-stage1", "1-temporal_vae-stage3"]
     for job in jobs:
         launch = json.loads((tmp_path / "sweep" / job / "launches.jsonl").read_text())
-        weights.append(launch["config"]["loss"]["terms"]["kl"]["weight"])
+        assert launch["config"]["loss"]["terms"]["kl"]["weight"] == 1e-5
         assert [line["step"] for line in trace(tmp_path / "sweep" / job)] == [1, 2]
-    assert weights == [1e-6, 1e-5, 1e-6, 1e-5]
 
 
 def test_a_crashed_job_does_not_stop_the_sweep_but_tells(videos, tmp_path):
@@ -275,8 +272,6 @@ def test_dry_run_describes_and_leaves_nothing(videos, tmp_path):
 
 FAULTY_TABLES = {
     "missing.csv": (None, "data.source.path={path}: no such file or folder"),
-    "empty.csv": ("", "{path} is empty"),
-    "no_rows.csv": ("path\n", "{path} has no rows"),
     "no_path.csv": ("video\na.mp4\n", "{path} has no column `path`; its columns are video"),
     "all_missing.csv": ("path\na.mp4\nb.mp4\n", "2 of 2 files cannot be read, more than data.max_broken=0.2"),
 }
