@@ -6,8 +6,9 @@
 
 Encodes one centred clip of each of COUNT files, evenly spread over the source, in fp32, and samples from the
 posteriors. An image VAE gets one scaling_factor, 1 / standard deviation of all values, as Stable Diffusion's have
-(--shift: also shift_factor, the mean); other models a mean (`shift`) and deviation (`scale`) per channel. `normalize`
-then gives latents of unit variance, and so does what scripts/convert_checkpoint.py makes of the export.
+(--shift: also shift_factor, the mean; --per-channel: both, of each channel); other models a mean (`shift`) and
+deviation (`scale`) per channel. `normalize` then gives latents of unit variance, and so does what
+scripts/convert_checkpoint.py makes of the export.
 Without --out the export itself is rewritten: of a run, its newest.
 """
 
@@ -39,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=1, help="frames of each (1)")
     parser.add_argument("--height", type=int, default=256, help="of the centre crop (256)")
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--shift", action="store_true", help="of an image VAE: the mean, too")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--shift", action="store_true", help="of an image VAE: the mean, too")
+    how.add_argument("--per-channel", action="store_true", help="of an image VAE: a mean and deviation per channel")
     parser.add_argument("--out", type=Path, help="write another export instead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -69,7 +72,7 @@ def rescale(args: argparse.Namespace) -> None:
     statistics = measure(model.eval().to(as_device(args.device)), clips, args.seed)
     for path, reason in faults:
         print(f"left out: {path}: {reason}", file=sys.stderr)
-    found = rescaled(checkpoint, model, statistics, shift=args.shift)
+    found = rescaled(checkpoint, model, statistics, shift=args.shift, per_channel=args.per_channel)
     tell(checkpoint, found, statistics)
     target = args.out or checkpoint.path.parent
     write(found, target, **(about(checkpoint) | {"latents": statistics.facts()}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from vae3d import __version__
 from vae3d.checkpoints import ldm, taehv, wan
 from vae3d.checkpoints.formats import EXPORT_CONFIG, PUBLISHED_FACTOR, Checkpoint, CheckpointError, State
 from vae3d.models.opensora import OpenSoraVAE
-from vae3d.models.spatial import SpatialVAE
+from vae3d.models.spatial import SpatialVAE, of_channels
 from vae3d.models.taehv import TAEHV
 from vae3d.models.temporal import TemporalVAE
 from vae3d.models.wan import WanVAE
@@ -78,9 +77,19 @@ def _autoencoder_kl(checkpoint: Checkpoint) -> dict[str, Any]:
         "mid_block_add_attention": config["attention"],
         "use_quant_conv": config["quant_convs"],
         "use_post_quant_conv": config["quant_convs"],
-        "scaling_factor": config["scaling_factor"],
-        "shift_factor": config["shift_factor"] or None,
+        **_factors(config),
     }
+
+
+def _factors(config: dict[str, Any]) -> dict[str, Any]:
+    """A SpatialVAE's normalisation as diffusers' pipelines read it: (z - mean) * scaling_factor / std, or
+    (z - shift_factor) * scaling_factor."""
+    scaling, shift = config["scaling_factor"], config["shift_factor"]
+    if not (isinstance(scaling, list) or isinstance(shift, list)):
+        return {"scaling_factor": scaling, "shift_factor": shift or None}
+    channels = config["latent_channels"]
+    std = [1 / factor for factor in of_channels(scaling, channels)]
+    return {"scaling_factor": 1.0, "latents_mean": list(of_channels(shift, channels)), "latents_std": std}
 
 
 def write_ldm(checkpoint: Checkpoint, file: Path) -> None:
@@ -270,17 +279,17 @@ def _inner(state: State) -> State:
 
 def _fold_factor(state: State, spatial: dict[str, Any]) -> State:
     """Weights whose 2D VAE has the scaling factor 0.18215 and computes the same normalised latents."""
-    ratio = (_defaults(SpatialVAE) | spatial)["scaling_factor"] / PUBLISHED_FACTOR
-    if ratio == 1.0:
+    quant, post = ("spatial_vae.module.quant_conv", "spatial_vae.module.post_quant_conv")
+    channels = state[f"{quant}.bias"].shape[0] // 2
+    ratio = torch.tensor(of_channels((_defaults(SpatialVAE) | spatial)["scaling_factor"], channels)) / PUBLISHED_FACTOR
+    if (ratio == 1.0).all():
         return state
     state = dict(state)
-    quant, post = ("spatial_vae.module.quant_conv", "spatial_vae.module.post_quant_conv")
-    half = state[f"{quant}.bias"].shape[0] // 2
-    gain = torch.cat([torch.full((half,), ratio), torch.ones(half)])  # mean * r, log-variance + 2 ln r
-    offset = torch.cat([torch.zeros(half), torch.full((half,), 2 * math.log(ratio))])
+    gain = torch.cat([ratio, torch.ones(channels)])  # mean * r, log-variance + 2 ln r
+    offset = torch.cat([torch.zeros(channels), 2 * ratio.log()])
     state[f"{quant}.weight"] = state[f"{quant}.weight"] * gain[:, None, None, None]
     state[f"{quant}.bias"] = state[f"{quant}.bias"] * gain + offset
-    state[f"{post}.weight"] = state[f"{post}.weight"] / ratio
+    state[f"{post}.weight"] = state[f"{post}.weight"] / ratio[:, None, None]
     return state
 
 

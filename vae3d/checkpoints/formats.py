@@ -281,9 +281,19 @@ def _spatial_config(state: State, told: dict[str, Any], notes: list[str]) -> dic
         "groups": told.get("norm_num_groups", 32),
         "attention": any(".attentions.0." in key for key in state),
         "quant_convs": "quant_conv.weight" in state,
-        "scaling_factor": scaling,
-        "shift_factor": told.get("shift_factor") or 0.0,
+        **_spatial_factors(scaling, told),
     }
+
+
+def _spatial_factors(scaling: float, told: dict[str, Any]) -> dict[str, Any]:
+    """scaling_factor and shift_factor of SpatialVAE; diffusers' pipelines take (z - mean) * scaling / std where a
+    config has latents_mean and latents_std."""
+    mean, std, shift = told.get("latents_mean"), told.get("latents_std"), told.get("shift_factor")
+    if mean is None and std is None:
+        return {"scaling_factor": scaling, "shift_factor": shift or 0.0}
+    if None in (mean, std) or shift:
+        raise ValueError("config.json has latents_mean and latents_std one without the other, or shift_factor besides")
+    return {"scaling_factor": [scaling / value for value in std], "shift_factor": list(mean)}
 
 
 def _temporal_config(state: State) -> dict[str, Any]:

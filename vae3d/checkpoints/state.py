@@ -202,7 +202,9 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[A
     return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
 
 
-def refuse_other_run(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def refuse_other_run(
+    folder: Path, config: Mapping[str, Any], identity: tuple[str, ...] = IDENTITY
+) -> dict[str, tuple[Any, Any]]:
     """Differences between a checkpoint's configuration and `config`.
 
     Raises ResumeError if one of them (see IDENTITY) makes it another run.
@@ -210,7 +212,7 @@ def refuse_other_run(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple
     differing = changes(saved_config(folder), config)
     # A setting that is off now and unknown to an older checkpoint was off there, too.
     changed = {key: (old, new) for key, (old, new) in differing.items() if old is not None or new}
-    fatal = {key: pair for key, pair in changed.items() if key.startswith(IDENTITY) and key not in FREE}
+    fatal = {key: pair for key, pair in changed.items() if key.startswith(identity) and key not in FREE}
     if fatal:
         listed = "\n".join(f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in fatal.items())
         raise ResumeError(

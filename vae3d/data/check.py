@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         print(note)
     print(f"{len(good)} of {len(table)} rows are good, {len(table) - len(good)} bad")
     if args.clean:
-        columns = ["path", *NUMBERS, *(name for name in (*SEGMENT, "split", "text") if table[name].notna().any())]
+        optional = [name for name in (*SEGMENT, "split", "text", "label") if table[name].notna().any()]
+        columns = ["path", *NUMBERS, *optional]
         pd.DataFrame(good, columns=columns).to_csv(Path(args.clean), index=False)
         print(f"wrote the good ones to {args.clean}")
     return 0 if len(good) == len(table) else 1

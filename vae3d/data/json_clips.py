@@ -24,6 +24,7 @@ KINDS = {
     "fps": NUMBER,
     "split": TEXT,
     "text": TEXT,
+    "label": ((str, int), "a text or a whole number"),
 }
 OPTIONAL = [key for key in KINDS if key != "path"]
 COLUMNS = {"frames": "num_frames"}  # of a table, where they are not called as the keys
@@ -36,7 +37,7 @@ class JsonClips:
 
         start, end: seconds of the file that the clip begins and ends at; without them, the file's own.
         frames, fps: of the whole file, as annotated, so that it need not be opened to know them.
-        split: train, val or test; all clips have it, or none. text: a caption.
+        split: train, val or test; all clips have it, or none. text: a caption. label: a class, as text or a number.
 
     null is as good as leaving a key out; other keys are not read, and told in `notes`. Relative paths are relative to
     `root`, by default the JSON file's folder.

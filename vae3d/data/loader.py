@@ -102,12 +102,12 @@ class TrainingData:
                 num_workers=self.workers,
                 prefetch_factor=self.prefetch if self.workers else None,
                 pin_memory=torch.cuda.is_available(),
-                worker_init_fn=_outlive_sigterm,
+                worker_init_fn=outlive_sigterm,
             )
         )
 
 
-def _outlive_sigterm(worker: int) -> None:
+def outlive_sigterm(worker: int) -> None:
     """Let only the rank itself end its workers.
 
     torchrun and Slurm send SIGTERM to all processes, but the step that a rank is in still needs its workers' clips.

@@ -2,8 +2,8 @@
 
 The table has the columns path (absolute; with a * for their numbers, the images of a video), name (the path as the
 source gives it), num_frames, height, width, fps (of the file; NaN where unknown), start and end of the part of the
-file that the row stands for (seconds; NaN: the file's own), split and text (None where not given), row, the place in
-the source that messages name, and fault: why a row cannot be used, or None.
+file that the row stands for (seconds; NaN: the file's own), split, text and label (None where not given), row, the
+place in the source that messages name, and fault: why a row cannot be used, or None.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Source(Protocol):
 
 
 class Table:
-    """A CSV or parquet file with a column `path`; optional text, num_frames, height, width, fps, start, end
+    """A CSV or parquet file with a column `path`; optional text, label, num_frames, height, width, fps, start, end
     and split.
 
     Relative paths are relative to `root`, by default the table's folder. A row with start or end (seconds) is that part
@@ -65,7 +65,7 @@ class Table:
         try:
             if self.path.suffix == ".parquet":
                 return pd.read_parquet(self.path)
-            return pd.read_csv(self.path, dtype={"path": str, "split": str, "text": str})
+            return pd.read_csv(self.path, dtype=dict.fromkeys(("path", "split", "text", "label"), str))
         except pd.errors.EmptyDataError as error:
             raise DataError(f"{self.path} is empty") from error
         except (pd.errors.ParserError, UnicodeDecodeError, OSError, ValueError) as error:
@@ -78,7 +78,7 @@ def checked(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
     names = raw["path"].fillna("").astype(str).str.strip()
     table = pd.DataFrame({"path": [os.path.abspath(root / name) for name in names], "name": names})
     table["row"] = raw.index + 1
-    for column in ("text", "split", "fault"):
+    for column in ("text", "label", "split", "fault"):
         table[column] = raw[column] if column in raw.columns else None
     _mark(table, names == "", "has no `path`")
     for column in (*SEGMENT, *NUMBERS):
@@ -159,7 +159,7 @@ def sequences(path: Path) -> list[Path]:
 def listed(paths: list[str], names: list[str]) -> pd.DataFrame:
     """A table of files of which nothing else is known."""
     table = pd.DataFrame({"path": paths, "name": names, "row": np.arange(1, len(paths) + 1)})
-    return table.assign(**dict.fromkeys([*NUMBERS, *SEGMENT], np.nan), text=None, split=None, fault=None)
+    return table.assign(**dict.fromkeys([*NUMBERS, *SEGMENT], np.nan), text=None, label=None, split=None, fault=None)
 
 
 def file_hashes(table: pd.DataFrame) -> np.ndarray:

@@ -115,14 +115,25 @@ def spread_clips(
 
 
 def rescaled(
-    checkpoint: Checkpoint, model: nn.Module, statistics: LatentStatistics, *, shift: bool = False
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    statistics: LatentStatistics,
+    *,
+    shift: bool = False,
+    per_channel: bool = False,
 ) -> Checkpoint:
     """The checkpoint of `model` with a configuration whose `normalize` gives unit variance on what was measured.
 
     Of a SpatialVAE one scaling_factor for all channels, 1 / std; shift: also shift_factor, the mean, which SD and SDXL
-    leave at 0. Of all others `shift` and `scale`, the mean and standard deviation of each channel.
+    leave at 0; per_channel: both, of each channel. Of all others `shift` and `scale`, the mean and standard deviation
+    of each channel.
     Raises ScaleError if these do not vary.
     """
+    if isinstance(model, SpatialVAE) and per_channel:
+        stds = statistics.std.tolist()
+        _refuse_constant(stds)
+        told = {"scaling_factor": [1 / std for std in stds], "shift_factor": statistics.mean.tolist()}
+        return replace(checkpoint, config=checkpoint.config | told)
     if isinstance(model, SpatialVAE):
         mean, std = statistics.over_channels()
         _refuse_constant([std])

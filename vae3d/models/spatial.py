@@ -200,7 +200,7 @@ class SpatialVAE(nn.Module):
     """AutoencoderKL frame by frame: a VideoAutoencoder without temporal compression.
 
     scaling_factor, shift_factor: (z - shift) * scaling brings raw latents to about zero mean and unit variance
-    (SD 0.18215 and 0, SDXL 0.13025 and 0).
+    (SD 0.18215 and 0, SDXL 0.13025 and 0); one number, or one per channel.
     frame_batch: frames that pass through the network at once (None: all).
     gradient_checkpointing: in training keep only each frame batch's input and recompute the rest in backward.
     keep_last_input: set it to keep the last layer's input, too. Otherwise whoever asks for the gradient of that layer
@@ -216,8 +216,8 @@ class SpatialVAE(nn.Module):
         groups: int = 32,
         attention: bool = True,
         quant_convs: bool = True,
-        scaling_factor: float = 0.13025,
-        shift_factor: float = 0.0,
+        scaling_factor: float | Sequence[float] = 0.13025,
+        shift_factor: float | Sequence[float] = 0.0,
         frame_batch: int | None = 4,
         gradient_checkpointing: bool = True,
     ) -> None:
@@ -240,8 +240,8 @@ class SpatialVAE(nn.Module):
             time_stride=1,
             space_stride=2 ** (len(channels) - 1),
             causal=True,
-            shift=(shift_factor,) * latent_channels,
-            scale=(1 / scaling_factor,) * latent_channels,
+            shift=of_channels(shift_factor, latent_channels),
+            scale=tuple(1 / factor for factor in of_channels(scaling_factor, latent_channels)),
         )
 
     def encode(self, video: Tensor) -> Posterior:
@@ -291,7 +291,20 @@ class SpatialVAE(nn.Module):
         return IndependentChunks(self, self.frame_batch or 16)
 
     def normalize(self, z: Tensor) -> Tensor:
-        return (z - self.shift_factor) * self.scaling_factor
+        return (z - _beside(z, self.shift_factor)) * _beside(z, self.scaling_factor)
 
     def denormalize(self, z: Tensor) -> Tensor:
-        return z / self.scaling_factor + self.shift_factor
+        return z / _beside(z, self.scaling_factor) + _beside(z, self.shift_factor)
+
+
+def of_channels(factor: float | Sequence[float], channels: int) -> tuple[float, ...]:
+    """A factor of every channel, given one for all, or each. Raises ValueError if they are not as many."""
+    factors = tuple(factor) if isinstance(factor, Sequence) else (factor,) * channels
+    if len(factors) != channels:
+        raise ValueError(f"scaling_factor or shift_factor has {len(factors)} entries; give 1 or {channels}")
+    return factors
+
+
+def _beside(z: Tensor, factor: float | Sequence[float]) -> float | Tensor:
+    """A factor, or one per channel, for [B, C, t, h, w]."""
+    return z.new_tensor(factor)[:, None, None, None] if isinstance(factor, Sequence) else factor

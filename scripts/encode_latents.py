@@ -1,0 +1,35 @@
+"""Encode a data set into a latent cache: python or torchrun; see README "Latents".
+
+    python scripts/encode_latents.py checkpoint=runs/sd_vae_gan source=photos cache=latents/photos height=256 width=256
+    torchrun --nproc-per-node=8 scripts/encode_latents.py checkpoint=Wan2.1_VAE.pth source=videos.csv \\
+        cache=latents/videos height=480 width=832 frames=81 fps=16 clips=all precision=bf16
+
+The same command goes on where a killed one stopped, with any number of processes.
+"""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from vae3d import launch
+from vae3d.config import CONF
+from vae3d.latent_config import check_encoding
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="latents")
+def main(cfg: DictConfig) -> None:
+    launch.one_message(lambda: run(cfg))
+
+
+def run(cfg: DictConfig) -> None:
+    config = check_encoding(cfg)
+    from vae3d import latent_factory, ranks  # torch is imported only once the configuration is sound
+
+    with ranks.leaving():
+        latent_factory.encode(config)
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = launch.allow_unknown_keys(sys.argv[1:])
+    main()

@@ -1,0 +1,331 @@
+"""The job that makes a cache: which clips, killed and gone on with, by several processes, with files that are broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tarfile
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from tests import tiny
+from tests.latents import caches
+from vae3d.check import ConfigError
+from vae3d.data.sources import DataError, Folder, open_source
+from vae3d.latent_config import check_encoding
+from vae3d.latent_factory import encode as encode_command
+from vae3d.latent_factory import open_codec
+from vae3d.latents import encode, shards
+from vae3d.latents.cache import LatentCache
+from vae3d.latents.clips import Transform, items_of, labels_of
+from vae3d.latents.encode import encode_cache
+from vae3d.latents.shards import CacheError
+from vae3d.latents.statistics import LatentStatistics
+
+SMALL = Transform(**caches.SMALL)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return caches.pictures(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tmp_path_factory):
+    """Made in one go: three shards of two images and their mirror images."""
+    folder = tmp_path_factory.mktemp("whole") / "cache"
+    return caches.made(photos, folder, flip=True, writers=["npy", "webdataset"])
+
+
+# ---- resuming
+
+
+def killed(job, when):
+    """Encode in a process that is killed just before the `when`-th file gets its name."""
+    child = os.fork()
+    if child == 0:
+        rename, count = shards.Path.replace, iter(range(when))
+
+        def replace(self, target):
+            if next(count, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(self, target)
+
+        shards.Path.replace = replace
+        encode_cache(job)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+@pytest.mark.parametrize("when", [0, 1, 3, 4, 9, 12, 18])
+def test_a_killed_export_is_gone_on_with_to_the_same_bytes(when, photos, whole, tmp_path):
+    job = caches.job(photos, tmp_path / "cache", flip=True, writers=["npy", "webdataset"])
+    assert killed(job, when)
+    with pytest.raises(CacheError, match=r"no latent cache|not complete"):
+        LatentCache(tmp_path / "cache")
+    done = {path: (tmp_path / "cache" / path).stat().st_mtime_ns for path in _markers(tmp_path / "cache")}
+    encode_cache(job)
+    assert caches.files(tmp_path / "cache") == caches.files(whole)
+    assert all((tmp_path / "cache" / path).stat().st_mtime_ns == time for path, time in done.items())
+    assert len(done) == {0: 0, 1: 0, 3: 0, 4: 0, 9: 1, 12: 2, 18: 3}[when]
+
+
+def _markers(folder):
+    return [str(file.relative_to(folder)) for file in folder.glob("shards/[0-9][0-9][0-9][0-9][0-9].json")]
+
+
+def test_any_number_of_processes_makes_the_same_bytes(photos, whole, tmp_path):
+    job = caches.job(photos, tmp_path / "cache", flip=True, writers=["npy", "webdataset"])
+    waits = []
+
+    def wait():
+        """All others do their part before rank 0 goes on for the first time."""
+        waits.append(None)
+        if len(waits) == 1:
+            for rank in (1, 2, 3):
+                encode_cache(job, rank, 4)
+
+    encode_cache(job, 0, 4, wait)
+    assert len(waits) == 2
+    assert caches.files(tmp_path / "cache") == caches.files(whole)
+
+
+def test_a_process_that_writes_elsewhere_is_noticed(photos, tmp_path):
+    with pytest.raises(
+        CacheError, match=r"2 of 3 shards are missing \(\[0, 2\]\); do all processes write to the same folder"
+    ):
+        job = caches.job(photos, tmp_path / "cache")
+        shards.write_json(tmp_path / "cache/meta.json", job.meta())
+        encode_cache(job, 1, 2)
+        encode.finish(job, job.meta()["digest"])
+
+
+def test_other_settings_are_refused_by_name(photos, whole, tmp_path):
+    before = caches.files(whole)
+    with pytest.raises(
+        CacheError,
+        match=r"begun otherwise: dtype is fp16 there and fp32 here, transform.height is 16 there and 32 here",
+    ):
+        caches.made(photos, whole, flip=True, dtype="fp32", height=32, writers=["npy", "webdataset"])
+    other = caches.codec()
+    next(other.model.module.encoder.parameters()).data += 1
+    with pytest.raises(CacheError, match=r"encoder's weights is \w+ there and \w+ here; choose another folder"):
+        caches.made(photos, whole, other, flip=True, writers=["npy", "webdataset"])
+    assert caches.files(whole) == before
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(CacheError, match="is not empty, and no latent cache"):
+        caches.made(photos, tmp_path)
+
+
+def test_a_damaged_shard_is_made_anew(photos, whole, tmp_path):
+    folder = caches.made(photos, tmp_path / "cache", flip=True, writers=["npy", "webdataset"])
+    file = shards.shard_file(folder, 1)
+    file.write_bytes(file.read_bytes()[:100])
+    encode_cache(caches.job(photos, folder, flip=True, writers=["npy", "webdataset"]))
+    assert caches.files(folder) == caches.files(whole)
+
+
+# ---- statistics and other layouts
+
+
+def test_statistics_are_those_of_all_entries_in_one_pass(whole):
+    cache, reference = LatentCache(whole), LatentStatistics(4)
+    for place in range(len(cache)):
+        moments = cache.moments(place)
+        reference.update(moments.mean * cache.scale + cache.shift, moments.std * cache.scale)
+    told, expected = cache.statistics, reference.summary()
+    assert told["clips"] == 12
+    for name in ("mean", "std", "posterior_std", "covariance_eigenvalues"):
+        np.testing.assert_allclose(told[name], expected[name], rtol=1e-5)
+
+
+def test_npy_and_webdataset_hold_the_same(whole):
+    cache = LatentCache(whole, mode="mean")
+    assert len(list((whole / "npy").rglob("*.npy"))) == 24
+    for row in cache.index.itertuples():
+        kept = caches.array((whole / f"npy/{row.shard:05d}/{row.number:09d}.mean.npy").read_bytes())
+        torch.testing.assert_close((kept - cache.shift) / cache.scale, cache[row.Index].z)
+        with tarfile.open(whole / f"webdataset/{row.shard:05d}.tar") as tar:
+            assert torch.equal(caches.array(tar.extractfile(f"{row.number:09d}.mean.npy").read()), kept)
+            assert json.load(tar.extractfile(f"{row.number:09d}.json"))["key"] == row.key
+
+
+# ---- clips
+
+
+def entries(table, root, transform=SMALL, **settings):
+    frame = pd.DataFrame(table)
+    frame.to_csv(root / "table.csv", index=False)
+    return items_of(open_source(root / "table.csv").table(), transform, **settings)
+
+
+def test_parts_and_windows_of_a_file_are_entries_of_their_own(tmp_path):
+    tiny.write_video(tmp_path / "a.mp4", tiny.frames(22), codec="libx264rgb", pixels="rgb24", crf="0")
+    table = {"path": ["a.mp4", "./a.mp4"], "start": [None, 0.25], "end": [None, 0.75]}
+    items, faults = entries(table, tmp_path, Transform(16, 16, frames=5, clips="all"))
+    assert not faults
+    keys = [item.key for item in items]
+    assert keys == [
+        "a.mp4[0:5]",
+        "a.mp4[5:10]",
+        "a.mp4[10:15]",
+        "a.mp4[15:20]",
+        "a.mp4@0.25-0.75[0:5]",
+        "a.mp4@0.25-0.75[5:10]",
+    ]
+    size = {"height": 32, "width": 40, "clips": "all"}
+    job = caches.job(tmp_path / "table.csv", tmp_path / "cache", frames=5, **size)
+    assert [numbers(job, n) for n in (0, 1)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert numbers(job, 4) == [6, 7, 8, 9, 10]
+    thinned = caches.job(tmp_path / "table.csv", tmp_path / "cache", frames=3, stride=3, **size)
+    assert [item.key for item in thinned.items] == ["a.mp4[0:3]", "a.mp4[3:6]", "a.mp4@0.25-0.75[0:3]"]
+    assert [numbers(thinned, n) for n in (0, 1)] == [[0, 3, 6], [9, 12, 15]]
+
+
+def numbers(job, item):
+    """Which frames a clip has, by their grey patches."""
+    return (caches.pixels(job, item)[0, 0, :, 0, 0] // 5).tolist()
+
+
+def test_rows_that_are_the_same_clip_are_refused(tmp_path):
+    for table, message in [
+        ({"path": ["a.png", "b.png", "./a.png"]}, "rows 1 and 3 are the same clip, a.png"),
+        ({"path": ["a.png#flip", "a.png"]}, "row 1: a.png#flip is called as a mirrored clip"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            entries(table, tmp_path)
+    items, _ = entries({"path": ["x/a.png", "y/a.png"]}, tmp_path)
+    assert [item.key for item in items] == ["x/a.png", "y/a.png"]
+
+
+def test_labels_come_from_a_column_or_a_folder(tmp_path):
+    table = {"path": ["cat/a.png", "train/b.png", "c.png"]}
+    assert [item.label for item in entries(table, tmp_path)[0]] == ["cat", "", ""]
+    assert [item.label for item in entries(table, tmp_path, labels="none")[0]] == ["", "", ""]
+    with pytest.raises(DataError, match="the source has no column `label`"):
+        entries(table, tmp_path, labels="column")
+    assert [item.label for item in entries({**table, "label": [3, None, 0]}, tmp_path)[0]] == ["3", "", "0"]
+    assert [item.label for item in entries({**table, "label": ["x", None, 0]}, tmp_path, labels="folder")[0]] == [
+        "cat",
+        "",
+        "",
+    ]
+    clips = [{"path": "a.mp4", "label": 7}, {"path": "b.mp4", "label": "dog"}, {"path": "c.mp4"}]
+    (tmp_path / "clips.json").write_text(json.dumps(clips))
+    assert labels_of(open_source(tmp_path / "clips.json").table(), "auto") == ["7", "dog", ""]
+
+
+def test_files_of_their_own_size_and_length_make_latents_of_theirs(tmp_path):
+    tiny.write_video(tmp_path / "long.mp4", tiny.frames(7, 16, 24))
+    Image.fromarray(tiny.frames(1, 18, 16)[0]).save(tmp_path / "image.png")
+    folder = caches.made(tmp_path, tmp_path / "cache", caches.codec("wan"), height=None, width=None)
+    cache = LatentCache(folder)
+    assert dict(zip(cache.index["key"], cache.index["latent"], strict=True)) == {
+        "image.png": "4x1x9x8",
+        "long.mp4": "4x4x8x12",
+    }
+    assert cache.statistics["other_frames"]["count"] == 3 * 8 * 12
+    assert cache[1].z.shape == (4, 4, 8, 12)
+
+
+# ---- broken files
+
+
+def test_broken_files_are_told_and_can_be_tried_again(photos, tmp_path):
+    source = caches.pictures(tmp_path / "source")
+    (source / "cat/1.png").write_bytes(b"no image")
+    tiny.write_video(source / "cat/short.mp4", tiny.frames(3))
+    Image.fromarray(tiny.frames(1)[0]).save(source / "cat/z.png")
+    settings = {"frames": 1, "max_broken": 0.5}
+    folder = caches.made(source, tmp_path / "cache", **settings)
+    faults = [json.loads(line) for line in (folder / "faults.jsonl").read_text().splitlines()]
+    assert [fault["key"] for fault in faults] == ["cat/1.png"]
+    assert "is not an image" in faults[0]["reason"]
+    cache = LatentCache(folder)
+    assert len(cache) == 7
+    Image.fromarray(tiny.frames(1)[0]).save(source / "cat/1.png")
+    encode_cache(caches.job(source, folder, **settings))
+    assert len(LatentCache(folder)) == 7
+    encode_cache(caches.job(source, folder, retry=True, **settings))
+    assert len(LatentCache(folder)) == 8
+    assert (folder / "faults.jsonl").read_text() == ""
+
+
+def test_too_many_broken_files_stop_the_job(tmp_path):
+    source = caches.pictures(tmp_path / "source")
+    tiny.write_video(source / "cat/short.mp4", tiny.frames(3))
+    with pytest.raises(
+        CacheError,
+        match=r"3 of 7 clips cannot be encoded, more than max_broken=0.3; the first: .*0.png: gives 1 frames; frames=3",
+    ):
+        caches.made(source, tmp_path / "cache", frames=3, max_broken=0.3)
+    assert not (tmp_path / "cache/complete.json").exists()
+    table = pd.DataFrame({"path": ["cat/0.png", "", "cat/1.png"], "fps": [0, 0, -1]})
+    table.to_csv(source / "table.csv", index=False)
+    folder = tmp_path / "table"
+    with pytest.raises(
+        CacheError,
+        match=r"2 of 3 clips .* row 2 has no `path`.* row 3 `fps` is no positive number.*faults.jsonl lists all",
+    ):
+        caches.made(source / "table.csv", folder)
+    caches.made(source / "table.csv", folder, max_broken=0.9)
+    assert len(LatentCache(folder)) == 1
+    assert len((folder / "faults.jsonl").read_text().splitlines()) == 2
+
+
+def test_latents_that_are_not_finite_are_faults_of_their_clips(photos, tmp_path):
+    ours = caches.codec()
+    ours.model.module.quant_conv.bias.data[0] = 1e6  # beyond fp16
+    with pytest.raises(CacheError, match="hold NaN or values beyond fp16"):
+        caches.made(photos, tmp_path / "cache", ours)
+
+
+# ---- the command
+
+
+def test_the_command_encodes_and_its_codec_reads(spatial_export, photos, tmp_path):
+    arguments = [
+        f"checkpoint={spatial_export}",
+        f"source={photos}",
+        f"cache={tmp_path / 'cache'}",
+        "height=16",
+        "width=16",
+        "workers=0",
+    ]
+    encode_command(check_encoding(tiny.compose(*arguments, "flip=true", config="latents")))
+    ours = open_codec(spatial_export, pixel_range="uint8")
+    cache = LatentCache(tmp_path / "cache", ours, mode="mean")
+    assert len(cache) == 12
+    assert cache.meta["vae"]["checkpoint"] == str(spatial_export)
+    job = caches.job(photos, tmp_path / "cache", ours)
+    torch.testing.assert_close(cache[0].z, ours.encode(caches.pixels(job, 0))[0], rtol=1e-3, atol=1e-3)
+    image = caches.pixels(job, 0)
+    assert ours.decode(ours.encode(image), 1).shape == image.shape
+    node = [f"++source._target_={Folder.__module__}.Folder", f"++source.path={photos}/cat"]
+    told = [a for a in arguments if not a.startswith(("source", "cache"))]
+    config = check_encoding(tiny.compose(*told, *node, f"cache={tmp_path / 'node'}", config="latents"))
+    encode_command(config)
+    assert LatentCache(tmp_path / "node").classes == []
+
+
+def test_all_faults_of_a_configuration_are_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        check_encoding(
+            tiny.compose(
+                "source=/nowhere", "height=16", "dtype=bf16", "writers=[npy]", "clips=all", "shard_size=0", "store=all",
+                "colour=red", config="latents",
+            )
+        )  # fmt: skip
+    told = "\n".join(error.value.faults)
+    for part in (
+        "checkpoint is required", "cache is required; set cache=FOLDER", "source=/nowhere: no such file or folder",
+        "height and width go together", "cannot hold bf16", "clips=all needs to know", "shard_size=0 must be at least 1",
+        "store=all is unknown; use one of moments, mean, sample", "colour is not a setting",
+    ):  # fmt: skip
+        assert part in told

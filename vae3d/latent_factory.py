@@ -1,0 +1,84 @@
+"""From configuration to latents: codecs, and the job that makes a cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+
+from vae3d.checkpoints.formats import load_state, read_checkpoint
+from vae3d.data.sources import Source, open_source
+from vae3d.errors import UserError
+from vae3d.factory import build_checkpoint, instantiate, merged
+from vae3d.latents.clips import Transform, items_of
+from vae3d.latents.codec import LatentCodec
+from vae3d.latents.encode import DTYPES, Job, encode_cache
+from vae3d.precision import as_device
+
+if TYPE_CHECKING:
+    from vae3d.latent_config import EncodeConfig
+
+log = logging.getLogger("vae3d")
+
+
+def open_codec(
+    path: str | Path,
+    *,
+    pixel_range: str = "signed",
+    precision: str = "fp32",
+    chunk_frames: int | None = None,
+    device: torch.device | str = "cpu",
+    changes: Mapping[str, Any] | None = None,
+) -> LatentCodec:
+    """The codec of whatever vae3d.load opens; see LatentCodec.
+
+    precision: fp32, bf16 or fp16. changes: to the model's arguments, as vae3d.load takes them.
+    Raises CheckpointError if it does not load, strictly; UserError for settings that the model does not take.
+    """
+    checkpoint = read_checkpoint(path, (changes or {}).get("variant"))
+    for note in checkpoint.notes:
+        log.info("%s: %s", checkpoint.path, note)
+    model = build_checkpoint(checkpoint, changes)
+    load_state(model, checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})")
+    config = merged(checkpoint.config, changes or {})
+    try:
+        codec = LatentCodec(
+            model, pixel_range=pixel_range, dtype=DTYPES[precision], chunk_frames=chunk_frames, config=config
+        )
+    except ValueError as error:
+        raise UserError(f"{checkpoint.path}: {error}") from error
+    return codec.to(device)
+
+
+def encode(config: EncodeConfig) -> None:
+    """Make the latent cache that `config` describes, or go on with it."""
+    # ranks wait for the one with the longest videos
+    ranks = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    codec = open_codec(
+        config.checkpoint,
+        pixel_range="uint8",
+        precision=config.precision,
+        chunk_frames=config.chunk_frames,
+        device=as_device(config.device) if config.device else ranks.device,
+        changes=config.model,
+    )
+    source: Source = (
+        open_source(config.source, config.root) if isinstance(config.source, str) else instantiate(config.source)
+    )
+    transform = Transform(**{field.name: getattr(config, field.name) for field in fields(Transform)})
+    with ranks.main_process_first():  # which probes the files, where it must; the others find its answers on disk
+        items, faults = items_of(source.table(), transform, labels=config.labels, split=config.split)
+    if ranks.is_main_process:
+        for note in getattr(source, "notes", ()):
+            log.info(note)
+    named = {field.name for field in fields(Job)} & {field.name for field in fields(config)}
+    settings = {name: getattr(config, name) for name in named - {"checkpoint", "source"}}
+    told = config.source if isinstance(config.source, str) else str(config.source)
+    job = Job(codec, config.checkpoint, told, Path(config.cache), items, faults, transform, **settings)
+    encode_cache(job, ranks.process_index, ranks.num_processes, ranks.wait_for_everyone)

@@ -1,0 +1,1 @@
+"""What lies between an autoencoder and a diffusion model."""

@@ -1,0 +1,194 @@
+"""Reading a latent cache as a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vae3d.latents.codec import LatentCodec, Moments
+from vae3d.latents.identity import difference, vae_difference
+from vae3d.latents.shards import (
+    COMPLETE,
+    INDEX,
+    KINDS,
+    META,
+    STATISTICS,
+    CacheError,
+    damage,
+    marker_file,
+    read_json,
+    read_marker,
+    shard_file,
+)
+from vae3d.seeding import seed_of
+
+OPEN_SHARDS = 64  # files that a process keeps open
+MOST_CLASSES = 100_000  # larger numbers are names, not places in a list
+NONE = -1  # the label of an entry without one
+TEXT = ("key", "latent", "label", "split", "text", "source")  # columns of index.csv that are not numbers
+
+
+class Latent(NamedTuple):
+    """One entry: z [C, t, h, w], normalised, fp32; the number of its class, or NONE; its key."""
+
+    z: Tensor
+    label: int
+    key: str
+
+
+class LatentCache(Dataset[Latent]):
+    """The entries of a latent cache (see latents.shards), by place, or by (place, position in the training order).
+
+    Latents come normalised: by the codec's factors if it is given, so that statistics which were written into an
+    export count at once, else by those that the model had when the cache was made.
+    mode: sample (drawn from the moments, a pure function of (seed, position), as Clip.generators draws for clips that
+    are encoded on the fly), or mean; None: sample where that is possible. A position left out is the place.
+    split: entries of this split only. flips: with the entries of mirrored pixels. verify: compare the files' hashes,
+    not only their sizes.
+    transform: settings of what will be encoded on the fly, or was trained on, that must be those of the cache.
+
+    index: the rows of index.csv. labels: the number of each one's class, or NONE. classes: names of the labels, in the
+    order of their numbers; labels that are all whole numbers are these numbers.
+    Raises CacheError if the cache is not complete, damaged, mixed from several, of another autoencoder or of another
+    transform, naming what differs.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        codec: LatentCodec | None = None,
+        *,
+        mode: str | None = None,
+        seed: int = 0,
+        split: str | None = None,
+        flips: bool = True,
+        transform: Mapping[str, Any] | None = None,
+        verify: bool = False,
+    ) -> None:
+        self.folder, self.seed = Path(folder), seed
+        self.meta = read_meta(self.folder)
+        self._refuse_others(codec, transform)
+        told = read_json(self.folder / COMPLETE)
+        self.shards = told["shards"]
+        self._refuse_damage(verify)
+        self.mode = self._mode(mode)
+        index = read_index(self.folder)
+        if len(index) != told["entries"]:
+            raise CacheError(
+                f"{self.folder / INDEX} has {len(index)} rows; {told['entries']} were written; encode again"
+            )
+        self.classes = class_names(index["label"])
+        if split is not None:
+            index = index[index["split"] == split]
+        if not flips:
+            index = index[~index["flip"]]
+        if index.empty:
+            raise CacheError(f"{self.folder} has no entries of split {split}")
+        self.index = index.reset_index(drop=True)
+        numbers = {"": NONE} | {name: number for number, name in enumerate(self.classes)}
+        self.labels = [numbers[label] for label in self.index["label"]]
+        self._keys, self._shards = self.index["key"].tolist(), self.index["shard"].tolist()
+        factors = self.meta["vae"] if codec is None else vars(codec.model.spec)
+        self.shift, self.scale = (torch.tensor(factors[name])[:, None, None, None] for name in ("shift", "scale"))
+        self._open: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, place: int | tuple[int, int]) -> Latent:
+        place, position = place if isinstance(place, tuple) else (place, place)
+        moments = self.moments(place)
+        z = moments.mean
+        if self.mode == "sample" and self.meta["store"] == "moments":
+            generator = torch.Generator().manual_seed(seed_of(self.seed, position, "noise"))
+            z = moments.sample(generator)
+        return Latent(z, self.labels[place], self._keys[place])
+
+    def moments(self, place: int) -> Moments:
+        """The normalised posterior of an entry, [C, t, h, w] each; std is 0 where only means or samples are kept."""
+        key, shard = self._keys[place], self._shards[place]
+        kept = [self._tensor(shard, f"{kind}/{key}") for kind in KINDS[self.meta["store"]]]
+        mean, std = kept if len(kept) == 2 else (kept[0], torch.zeros_like(kept[0]))
+        return Moments((mean - self.shift) / self.scale, std / self.scale)
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """Of the raw latents of all entries; see LatentStatistics.summary."""
+        return read_json(self.folder / STATISTICS)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # open files do not travel to worker processes
+
+    def _tensor(self, shard: int, name: str) -> Tensor:
+        file = shard_file(self.folder, shard)
+        try:
+            if shard not in self._open:
+                if len(self._open) >= OPEN_SHARDS:
+                    self._open.pop(next(iter(self._open)))
+                self._open[shard] = safe_open(file, framework="pt")
+            return self._open[shard].get_tensor(name).float()
+        except (OSError, SafetensorError) as error:
+            marker = marker_file(self.folder, shard)
+            raise CacheError(f"{file} cannot be read ({error}); delete {marker} and encode again") from error
+
+    def _refuse_others(self, codec: LatentCodec | None, transform: Mapping[str, Any] | None) -> None:
+        vae = self.meta["vae"]
+        if codec is not None and (why := vae_difference(vae, codec)):
+            raise CacheError(
+                f"{self.folder} holds latents of another autoencoder, {vae['checkpoint']} ({vae['model']}): {why}; "
+                "give its own checkpoint, or encode again"
+            )
+        told = self.meta["transform"]
+        if transform is not None and (why := difference({name: told.get(name) for name in transform}, transform)):
+            raise CacheError(f"{self.folder} holds latents of another transform: {why}; encode again, or set the same")
+
+    def _refuse_damage(self, verify: bool) -> None:
+        for number in range(self.shards):
+            marker = read_marker(self.folder, number)
+            if marker is None:
+                raise CacheError(f"{marker_file(self.folder, number)} is missing; encode again to make the shard")
+            if marker["of"] != self.meta["digest"]:
+                raise CacheError(
+                    f"{shard_file(self.folder, number)} belongs to another cache ({marker['of']}) than "
+                    f"{self.folder / META} ({self.meta['digest']}); caches cannot be mixed"
+                )
+            if why := damage(self.folder, number, marker, verify=verify):
+                raise CacheError(f"{why}; delete {marker_file(self.folder, number)} and encode again")
+
+    def _mode(self, mode: str | None) -> str:
+        store = self.meta["store"]
+        possible = {"moments": ("sample", "mean"), "mean": ("mean",), "sample": ("sample",)}[store]
+        if mode is not None and mode not in possible:
+            raise CacheError(f"mode is {mode}, but {self.folder} stores {store}; use {' or '.join(possible)}")
+        return mode or possible[0]
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What a complete cache tells of itself. Raises CacheError."""
+    if not (folder / META).is_file():
+        raise CacheError(f"{folder} is no latent cache: it has no {META}; make one by scripts/encode_latents.py")
+    if not (folder / COMPLETE).is_file():
+        raise CacheError(f"{folder} is not complete; the command that began it goes on with it")
+    return read_json(folder / META)
+
+
+def read_index(folder: Path) -> pd.DataFrame:
+    """index.csv; texts that are not given are empty."""
+    return pd.read_csv(folder / INDEX, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values={"fps": [""]})
+
+
+def class_names(labels: Sequence[str]) -> list[str]:
+    """Names of classes in the order of their numbers."""
+    names = sorted({label for label in labels if label != ""})
+    if names and all(name.isdecimal() and name == str(int(name)) for name in names):
+        most = max(map(int, names))
+        if most < MOST_CLASSES:
+            return [str(number) for number in range(1 + most)]
+    return names

@@ -1,0 +1,200 @@
+"""The clips of a data set that a latent cache is to hold, in a fixed order and under keys of their own."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vae3d.data.clips import ClipSettings, open_frames, read_clip, to_tensor
+from vae3d.data.media import MediaError, MediaInfo
+from vae3d.data.probe import complete
+from vae3d.data.segments import Bounds, Segment, bounds_of, count_frames
+from vae3d.data.sources import DataError
+
+FLIP = "#flip"  # behind the key of an entry of mirrored pixels
+CLIPS = ("one", "all")
+LABELS = ("auto", "column", "folder", "none")
+SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")  # which are no classes
+Fault = dict[str, Any]  # key, path, reason
+
+
+@dataclass(frozen=True)
+class Transform:
+    """From a file to the pixels of its clips; see ClipSettings.
+
+    height, width: None: the file's own size. frames: of a clip; None: all that the file has. clips: one, from the
+    middle of the file, or all that lie in it one behind the other.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    short_side: int | None = None
+    frames: int | None = None
+    clips: str = "one"
+    stride: int = 1
+    fps: float | None = None
+    panorama: bool = False
+
+    def settings(self, info: MediaInfo, reader: str = "auto") -> ClipSettings:
+        """For a file; clips are cut from its centre, neither mirrored nor rolled."""
+        height, width = self.height or info.height, self.width or info.width
+        return ClipSettings(
+            height, width, self.stride, self.fps, self.short_side, reader=reader, panorama=self.panorama
+        )
+
+
+@dataclass(frozen=True)
+class Item:
+    """A clip to encode. bounds: the part of the file that the row stands for. first: of its frames, counting those that
+    are taken; None: from the middle. row: in the source."""
+
+    key: str
+    path: str
+    bounds: Bounds
+    first: int | None
+    row: int
+    label: str
+    split: str
+    text: str
+
+
+@dataclass
+class Read:
+    """A clip that was read, [3, T, H, W] uint8 at fps (0 of an image), or why not."""
+
+    number: int
+    pixels: Tensor | None = None
+    fps: float = 0.0
+    fault: str | None = None
+
+
+def items_of(
+    table: pd.DataFrame, transform: Transform, *, labels: str = "auto", split: str | None = None
+) -> tuple[list[Item], list[Fault]]:
+    """The clips of a source's table, in its order, and the rows that have none.
+
+    A key is the file's name in the source, with the seconds of a part as in a.mp4@1.5-4.0, and the frames of one clip
+    of several as in a.mp4[17:34].
+    labels: the column `label`, the name of the folder that a file lies in (unless it is that of a split), none, or
+    auto: the column if there is one, else the folder. split: rows of this split only.
+    Raises DataError if nothing is left, if two rows are the same clip, or if there is no such column.
+    """
+    if split is not None:
+        table = table[table["split"] == split].reset_index(drop=True)
+    told = labels_of(table, labels)
+    named = dict(zip(table["row"], told, strict=True))
+    if transform.clips == "all":
+        sound, broken = complete(table, ("num_frames", "fps"))
+        sound, outside = count_frames(sound)
+        faults = [{"key": None, "path": path, "reason": reason} for path, reason in [*broken, *outside]]
+    else:
+        sound = table[table["fault"].isna()]
+        faults = [_fault(row) for row in table[table["fault"].notna()].itertuples()]
+    items = []
+    for row, bounds in zip(sound.itertuples(), bounds_of(sound), strict=True):
+        windows = _windows(row, transform)
+        if not windows:
+            reason = f"gives {_frames_of(row, transform)} frames; frames={transform.frames}"
+            faults.append({"key": _key(row.name, bounds), "path": row.path, "reason": reason})
+        for first in windows:
+            key = _key(row.name, bounds)
+            if transform.clips == "all":
+                key += f"[{first}:{first + transform.frames}]"
+            texts = named[row.row], _text(row.split), _text(row.text)
+            items.append(Item(key, row.path, bounds, first, int(row.row), *texts))
+    _refuse_twins(items)
+    if not items:
+        raise DataError(f"no clips are left to encode{'' if split is None else f' of split {split}'}")
+    return items, faults
+
+
+def labels_of(table: pd.DataFrame, labels: str) -> list[str]:
+    """The label of every row; empty where there is none."""
+    given = [_text(label) for label in table["label"]]
+    if all(re.fullmatch(r"(\d+\.0)?", label) for label in given):  # which is how pandas writes a 3 beside empty cells
+        given = [label.removesuffix(".0") for label in given]
+    if labels == "column" and not any(given):
+        raise DataError("labels=column, but the source has no column `label`; use labels=folder, or none")
+    if labels == "column" or (labels == "auto" and any(given)):
+        return given
+    folders = [Path(name).parent.name for name in table["name"]]
+    return ["" if labels == "none" or folder.lower() in SPLIT_FOLDERS else folder for folder in folders]
+
+
+def _key(name: str, bounds: Bounds) -> str:
+    start, end = ("" if math.isnan(second) else repr(float(second)) for second in bounds)
+    return os.path.normpath(name) + (f"@{start}-{end}" if start or end else "")
+
+
+def _windows(row: Any, transform: Transform) -> Sequence[int | None]:
+    """First frames of the clips of a row."""
+    if transform.clips == "one":
+        return [None]
+    count = _frames_of(row, transform) // transform.frames
+    return [number * transform.frames for number in range(count)]
+
+
+def _frames_of(row: Any, transform: Transform) -> int:
+    any_size = ClipSettings(1, 1, transform.stride, transform.fps)
+    return int(any_size.length(row.num_frames, row.fps))
+
+
+def _fault(row: Any) -> Fault:
+    return {"key": row.name or None, "path": row.path, "reason": f"row {row.row} {row.fault}"}
+
+
+def _text(value: Any) -> str:
+    """A cell as text."""
+    return "" if pd.isna(value) else str(value)
+
+
+def _refuse_twins(items: Sequence[Item]) -> None:
+    seen: dict[str, int] = {}
+    for item in items:
+        other = seen.setdefault(item.key, item.row)
+        if other != item.row:
+            raise DataError(f"rows {other} and {item.row} are the same clip, {item.key}; leave one of them out")
+    for item in items:
+        if item.key.removesuffix(FLIP) != item.key and item.key.removesuffix(FLIP) in seen:
+            raise DataError(f"row {item.row}: {item.key} is called as a mirrored clip; rename it")
+
+
+class ClipReader(Dataset[Read]):
+    """Indexed by the number of an item; a file that cannot be read is a fault, never left out."""
+
+    def __init__(self, items: Sequence[Item], transform: Transform, reader: str = "auto") -> None:
+        self.items, self.transform, self.reader = items, transform, reader
+
+    def __getitem__(self, number: int) -> Read:
+        item = self.items[number]
+        try:
+            any_size = ClipSettings(1, 1, reader=self.reader)
+            with closing(open_frames(item.path, any_size, item.bounds)) as opened:
+                return self._cut(number, item, opened)
+        except MediaError as error:
+            return Read(number, fault=error.reason_for(item.path))
+
+    def _cut(self, number: int, item: Item, opened: Segment) -> Read:
+        info = opened.info
+        settings = self.transform.settings(info, self.reader)
+        possible, step = int(settings.length(info.num_frames, info.fps)), float(settings.step(info.fps))
+        frames = self.transform.frames or possible
+        if possible < frames:
+            raise MediaError(item.path, f"gives {possible} frames; frames={frames}")
+        start = 0.5
+        if item.first is not None:
+            places = info.num_frames - int((frames - 1) * step)  # where a clip can begin
+            start = (int(item.first * step) + 0.5) / places
+        pixels = read_clip(opened, item.path, settings, frames, start)
+        return Read(number, to_tensor(np.ascontiguousarray(pixels)), info.fps / step)

@@ -1,0 +1,213 @@
+"""One door between pixels and the latents that a diffusion model sees, for every autoencoder of this project."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vae3d.errors import UserError
+from vae3d.models.base import VideoAutoencoder
+from vae3d.precision import measuring
+from vae3d.seeding import Generators, randn_like
+from vae3d.types import Delta, Posterior
+
+RANGES = {"uint8": (0.0, 255.0), "unit": (0.0, 1.0), "signed": (-1.0, 1.0)}
+TOLERANCE = 1e-3  # of the width of a range: what rounding to bf16 and back may add
+MODES = ("sample", "mean")
+
+
+class PixelError(UserError):
+    """Pixels that are not what was declared."""
+
+    on_every_rank = False
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and standard deviation of a posterior, both [B, C, t, h, w] in fp32; std is 0 for deterministic encoders."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, generator: Generators = None) -> Tensor:
+        """mean + std * noise; generator: one for the batch, or one per clip, on the device of the moments."""
+        return self.mean + self.std * randn_like(self.mean, generator)
+
+
+class LatentCodec:
+    """A frozen VideoAutoencoder between pixels of a declared range and normalised latents.
+
+    Latents outside of it have about mean 0 and deviation 1 per channel: only the model's own normalize and denormalize
+    know its scale factors. The codec takes the model over: it is put into eval mode, and its weights need no gradients.
+
+    pixel_range: uint8 (whole numbers 0 to 255, as torch.uint8), unit ([0, 1]) or signed ([-1, 1]), of what goes in and
+    comes out. dtype: what the network computes in, torch.float32 (without TF32) or autocast's torch.bfloat16 or
+    torch.float16, whatever autocast is on outside; moments and latents are fp32.
+    chunk_frames: about how many frames are coded at once (at least one latent); None: as many as the model's stream
+    would take. That changes memory, not results; what a model codes as a whole by design, such as the micro_frames of
+    OpenSoraVAE, stays whole. config: the `_target_` tree that built the model, for caches to tell.
+    Raises ValueError for another range or dtype, for chunk_frames where the model cannot code pieces, and for a model
+    whose decoder does not give back what went in.
+    """
+
+    def __init__(
+        self,
+        model: VideoAutoencoder,
+        *,
+        pixel_range: str = "signed",
+        dtype: torch.dtype = torch.float32,
+        chunk_frames: int | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        if pixel_range not in RANGES:
+            raise ValueError(f"pixel_range is {pixel_range!r}; use one of {', '.join(RANGES)}")
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype is {dtype}; use torch.float32, torch.bfloat16 or torch.float16")
+        if getattr(model, "decimated", False):
+            raise ValueError(
+                "a decoder without all of its upscaling does not invert encode; leave decoder_*_upscale out"
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.pixel_range, self.dtype, self.config = pixel_range, dtype, config
+        self._by_size = chunk_frames is None and getattr(model, "chunk_latents", 0) is None
+        if chunk_frames is not None:
+            _set_chunks(model, chunk_frames)
+
+    @property
+    def channels(self) -> int:
+        return self.model.spec.channels
+
+    @property
+    def time_stride(self) -> int:
+        return self.model.spec.time_stride
+
+    @property
+    def space_stride(self) -> int:
+        return self.model.spec.space_stride
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> LatentCodec:
+        self.model.to(device)
+        return self
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, t, h, w) of a clip's latents, as the model tells."""
+        return self.model.latent_shape(frames, height, width)
+
+    def encode(self, pixels: Tensor, mode: str = "mean", generator: Generators = None) -> Tensor:
+        """Images [B, 3, H, W] or clips [B, 3, T, H, W] in pixel_range -> normalised latents [B, C, t, h, w] (t = 1 of
+        images). mode: mean, or sample (with `generator`: one for the batch, or one per clip).
+
+        Raises PixelError as `moments` does, ValueError for another mode.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; use one of {', '.join(MODES)}")
+        moments = self.moments(pixels)
+        return moments.mean if mode == "mean" else moments.sample(generator)
+
+    def moments(self, pixels: Tensor) -> Moments:
+        """As `encode`, the normalised mean and, in the same units, the standard deviation.
+
+        Raises PixelError for pixels of another shape or type, and outside of the declared range.
+        """
+        raw = self.raw_moments(pixels)
+        return Moments(self.model.normalize(raw.mean), raw.std / self.scale(raw.std))
+
+    @torch.no_grad()
+    def raw_moments(self, pixels: Tensor) -> Moments:
+        """As `moments`, before the normalisation: what a cache keeps, which thereby outlives new statistics."""
+        video = self.to_video(pixels)
+        with self._computing(*video.shape[-2:]):
+            posterior = self.model.encode(video)
+        return Moments(posterior.mean.float(), _std(posterior))
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, num_frames: int | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        """Normalised latents [B, C, t, h, w] -> clips [B, 3, T, H, W] in pixel_range, clamped, of images too.
+
+        num_frames, size (height, width): of what was encoded, since the model may have padded it; by default all that
+        the latents stand for. uint8 pixels are rounded to nearest.
+        Raises ValueError for latents of another number of channels, and if num_frames does not fit them.
+        """
+        if z.ndim != 5 or z.shape[1] != self.channels:
+            raise ValueError(f"latents are {list(z.shape)}; they must be [B, {self.channels}, t, h, w]")
+        raw = self.model.denormalize(z.to(self.device, torch.float32))
+        stride = self.space_stride
+        with self._computing(z.shape[-2] * stride, z.shape[-1] * stride):
+            video = self.model.decode(raw, num_frames)
+        height, width = size or video.shape[-2:]
+        return self.from_video(video[..., :height, :width])
+
+    def to_video(self, pixels: Tensor) -> Tensor:
+        """Pixels in pixel_range -> what models take, [B, 3, T, H, W] in [-1, 1] on the codec's device.
+
+        Raises PixelError, which tells the measured range.
+        """
+        if pixels.ndim not in (4, 5) or pixels.shape[1] != 3:
+            raise PixelError(f"pixels are {list(pixels.shape)}; they must be [B, 3, H, W] or [B, 3, T, H, W]")
+        video = pixels.to(self.device)
+        if (video.dtype == torch.uint8) != (self.pixel_range == "uint8"):
+            raise PixelError(f"pixels are {video.dtype}, but pixel_range={self.pixel_range} is declared")
+        video = video.float()
+        low, high = RANGES[self.pixel_range]
+        measured = [float(value) for value in torch.aminmax(video)]
+        slack = TOLERANCE * (high - low)
+        if not low - slack <= measured[0] <= measured[1] <= high + slack:  # NaN fails, too
+            raise PixelError(
+                f"pixels lie in [{measured[0]:g}, {measured[1]:g}], but pixel_range={self.pixel_range} declares "
+                f"[{low:g}, {high:g}]; use one of {', '.join(RANGES)}"
+            )
+        if self.pixel_range != "signed":
+            video = video / (high / 2) - 1  # as Clip.to, to the bit
+        return video if video.ndim == 5 else video.unsqueeze(2)
+
+    def from_video(self, video: Tensor) -> Tensor:
+        """What models give, about [-1, 1] -> pixels in pixel_range, clamped."""
+        video = video.float().clamp(-1, 1)
+        if self.pixel_range == "signed":
+            return video
+        return (video + 1) / 2 if self.pixel_range == "unit" else video.add(1).mul(127.5).round().byte()
+
+    def scale(self, like: Tensor) -> Tensor:
+        """The deviation that raw latents are divided by, [C, 1, 1, 1] beside `like`."""
+        return torch.tensor(self.model.spec.scale, device=like.device, dtype=like.dtype)[:, None, None, None]
+
+    @contextmanager
+    def _computing(self, height: int, width: int) -> Iterator[None]:
+        """Inside, the model computes in `dtype`, in pieces that fit frames of this size."""
+        if self._by_size:
+            self.model.chunk_latents = None
+            self.model.chunk_latents = self.model.stream(height, width).chunk_latents
+        half = self.dtype != torch.float32
+        with ExitStack() as stack:
+            if not half:
+                stack.enter_context(measuring())
+            stack.enter_context(torch.autocast(self.device.type, self.dtype if half else None, enabled=half))
+            yield
+
+
+def _std(posterior: Posterior | Delta) -> Tensor:
+    if isinstance(posterior, Delta):
+        return torch.zeros_like(posterior.mean, dtype=torch.float32)
+    return posterior.logvar.float().mul(0.5).exp()
+
+
+def _set_chunks(model: nn.Module, frames: int) -> None:
+    """Let the model code `frames` frames at once."""
+    if frames < 1:
+        raise ValueError(f"chunk_frames is {frames}; use a positive number, or None")
+    inner = getattr(model, "spatial_vae", model)
+    if hasattr(model, "chunk_latents"):
+        model.chunk_latents = max(1, frames // model.spec.time_stride)
+    elif hasattr(inner, "frame_batch"):
+        inner.frame_batch = frames
+    else:
+        raise ValueError(f"a {type(model).__name__} codes clips as a whole; leave chunk_frames out")

@@ -1,0 +1,298 @@
+"""Encoding a data set into a latent cache: by any number of processes, and again and again until it is complete."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import safetensors
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from vae3d import __version__
+from vae3d.latents.clips import FLIP, ClipReader, Fault, Item, Read, Transform
+from vae3d.latents.codec import LatentCodec, Moments
+from vae3d.latents.identity import difference, digest_of, latent_config, vae_facts
+from vae3d.latents.shards import (
+    COMPLETE,
+    FAULTS,
+    INDEX,
+    KINDS,
+    META,
+    STATISTICS,
+    CacheError,
+    Shard,
+    aside,
+    damage,
+    is_whole,
+    read_json,
+    read_marker,
+    read_statistics,
+    write_json,
+    write_shard,
+)
+from vae3d.latents.statistics import LatentStatistics, StatisticsError
+from vae3d.seeding import seed_of
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SHOWN = 10  # faults in a message
+log = logging.getLogger("vae3d")
+
+
+@dataclass
+class Job:
+    """What is encoded, and how it is kept.
+
+    faults: rows of the source without a clip. store: moments (mean and deviation of the posterior), mean, or sample
+    (drawn once, by (seed, key)). dtype: of the stored latents. flip: every clip also mirrored, as an entry of its own.
+    shard_size: clips in a shard, which a process holds in memory and a kill loses. writers: further layouts, see
+    shards.WRITERS. max_broken: share of clips that may fail. retry: encode shards with faults anew.
+    """
+
+    codec: LatentCodec
+    checkpoint: str
+    source: str
+    folder: Path
+    items: Sequence[Item]
+    faults: Sequence[Fault]
+    transform: Transform
+    store: str = "moments"
+    dtype: str = "fp16"
+    flip: bool = False
+    seed: int = 0
+    shard_size: int = 512
+    batch_size: int = 8
+    workers: int = 4
+    reader: str = "auto"
+    writers: list[str] = field(default_factory=list)
+    max_broken: float = 0.2
+    retry: bool = False
+
+    @property
+    def shards(self) -> int:
+        return math.ceil(len(self.items) / self.shard_size)
+
+    def span(self, shard: int) -> range:
+        """Numbers of a shard's items: a function of the source alone, not of the processes."""
+        return range(shard * self.shard_size, min(len(self.items), (shard + 1) * self.shard_size))
+
+    def meta(self) -> dict[str, Any]:
+        """meta.json; `digest` stands for all that makes the cache what it is."""
+        told = {
+            "vae": vae_facts(self.codec, self.checkpoint),
+            "pixel_range": self.codec.pixel_range,
+            "precision": str(self.codec.dtype).removeprefix("torch."),
+            "transform": asdict(self.transform),
+            "transform_hash": digest_of(asdict(self.transform)),
+            "store": self.store,
+            "dtype": self.dtype,
+            "latents": "raw; a diffusion model takes (z - shift) / scale, with the vae's shift and scale",
+            "flip": self.flip,
+            "seed": self.seed if self.store == "sample" else None,
+            "source": self.source,
+            "clips": len(self.items),
+            "clips_hash": digest_of([item.key for item in self.items]),
+            "shard_size": self.shard_size,
+            "writers": self.writers,
+            "versions": {
+                "vae3d": __version__,
+                "torch": torch.__version__,
+                "safetensors": safetensors.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        return {"digest": digest_of(identity(told)), **told}
+
+
+def identity(meta: dict[str, Any]) -> dict[str, Any]:
+    """What of meta.json must be the same for a cache to be gone on with, flat."""
+    config = latent_config(meta["vae"]["config"] or {})
+    names = (
+        *("pixel_range", "precision", "store", "dtype", "flip", "seed", "clips", "clips_hash", "shard_size"),
+        "writers",
+    )
+    return {
+        "encoder's weights": meta["vae"]["encoder"],
+        **{f"model.{name}": value for name, value in config.items()},
+        **{f"transform.{name}": value for name, value in meta["transform"].items()},
+        **{name: meta[name] for name in names},
+    }
+
+
+def encode_cache(job: Job, rank: int = 0, world_size: int = 1, wait: Callable[[], None] = lambda: None) -> None:
+    """Make, or go on with, the cache of a job; `wait` returns when all ranks have called it.
+
+    Complete shards stay as they are; the others are made from the start, to the same bytes.
+    Raises CacheError for a folder that holds something else, and if more than max_broken of the clips fail.
+    """
+    meta = job.meta()
+    if rank == 0:
+        begin(job.folder, meta)
+    wait()
+    mine = [shard for shard in range(rank, job.shards, world_size) if not _done(job, shard, meta["digest"])]
+    if mine:
+        (job.folder / COMPLETE).unlink(missing_ok=True)
+        _encode(job, mine, meta["digest"], quiet=rank > 0)
+    wait()
+    if rank == 0:
+        finish(job, meta["digest"])
+
+
+def begin(folder: Path, meta: dict[str, Any]) -> None:
+    """Write meta.json, or see that the one that is there says the same. Raises CacheError."""
+    if not (folder / META).is_file():
+        if folder.is_dir() and any(is_whole(file) for file in folder.iterdir()):
+            raise CacheError(f"{folder} is not empty, and no latent cache; choose another folder")
+        write_json(folder / META, meta)
+    elif why := difference(identity(read_json(folder / META)), identity(meta)):
+        raise CacheError(f"{folder} was begun otherwise: {why}; choose another folder, or delete this one")
+
+
+def _done(job: Job, shard: int, digest: str) -> bool:
+    marker = read_marker(job.folder, shard)
+    if marker is None or marker["of"] != digest or (job.retry and marker["faults"]):
+        return False
+    return damage(job.folder, shard, marker) is None
+
+
+def _encode(job: Job, shards: Sequence[int], digest: str, quiet: bool) -> None:
+    """Encode and write these shards."""
+    numbers = [number for shard in shards for number in job.span(shard)]
+    reads: Iterable[Read] = DataLoader(
+        ClipReader(job.items, job.transform, job.reader),
+        sampler=numbers,
+        batch_size=None,
+        num_workers=job.workers,
+        collate_fn=_as_it_is,
+    )
+    progress = iter(tqdm(reads, total=len(numbers), unit="clip", disable=True if quiet else None))
+    faults: list[Fault] = []
+    for number in shards:
+        shard, statistics = Shard(), LatentStatistics(job.codec.channels)
+        for batch in _batches(islice(progress, len(job.span(number))), job.batch_size):
+            _code(job, number, batch, shard, statistics)
+        write_shard(job.folder, number, shard, statistics, digest, job.writers)
+        faults += shard.faults
+        if len(faults) > job.max_broken * len(job.items):
+            raise CacheError(_too_many(faults, len(job.items), job.max_broken))
+
+
+def _as_it_is(read: Read) -> Read:
+    return read
+
+
+def _batches(reads: Iterable[Read], size: int) -> Iterator[list[Read]]:
+    """Clips that follow each other and are of one shape; faults alone."""
+    batch: list[Read] = []
+    for read in reads:
+        if batch and (len(batch) == size or _shape(read) != _shape(batch[0]) or read.pixels is None):
+            yield batch
+            batch = []
+        batch.append(read)
+    if batch:
+        yield batch
+
+
+def _shape(read: Read) -> torch.Size | None:
+    return None if read.pixels is None else read.pixels.shape
+
+
+def _code(job: Job, number: int, batch: list[Read], shard: Shard, statistics: LatentStatistics) -> None:
+    """Add the entries of a batch to a shard, or its fault."""
+    if batch[0].pixels is None:
+        item = job.items[batch[0].number]
+        shard.faults.append({"key": item.key, "path": item.path, "reason": batch[0].fault})
+        return
+    pixels = torch.stack([read.pixels for read in batch])
+    versions = {"": job.codec.raw_moments(pixels)}
+    if job.flip:
+        versions[FLIP] = job.codec.raw_moments(pixels.flip(-1))
+    for place, read in enumerate(batch):
+        item = job.items[read.number]
+        for flip, (suffix, moments) in enumerate(versions.items()):
+            key = item.key + suffix
+            kept = _kept(job, key, moments.mean[place], moments.std[place])
+            try:
+                statistics.update(*kept)
+            except StatisticsError as error:
+                shard.faults.append({"key": key, "path": item.path, "reason": str(error)})
+                continue
+            shard.tensors |= {f"{kind}/{key}": z for kind, z in zip(KINDS[job.store], kept, strict=True)}
+            entry = 2 * read.number + flip if job.flip else read.number
+            shard.rows.append(_row(item, read, key, entry, number, bool(flip), kept[0]))
+
+
+def _kept(job: Job, key: str, mean: Tensor, std: Tensor) -> list[Tensor]:
+    """What is stored of an entry, in its dtype, on the CPU."""
+    kept = {"moments": [mean, std], "mean": [mean]}.get(job.store)
+    if kept is None:
+        generator = torch.Generator().manual_seed(seed_of(job.seed, key, "sample"))
+        kept = [Moments(mean.cpu(), std.cpu()).sample(generator)]
+    return [tensor.to("cpu", DTYPES[job.dtype]).contiguous() for tensor in kept]
+
+
+def _row(item: Item, read: Read, key: str, entry: int, shard: int, flip: bool, z: Tensor) -> dict[str, Any]:
+    """Of index.csv."""
+    frames, height, width = read.pixels.shape[1:]
+    start, end = (None if np.isnan(second) else second for second in item.bounds)
+    return {
+        "number": entry,
+        "key": key,
+        "shard": shard,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "latent": "x".join(map(str, z.shape)),
+        "fps": read.fps,
+        "label": item.label,
+        "split": item.split,
+        "text": item.text,
+        "flip": flip,
+        "source": item.path,
+        "start": start,
+        "end": end,
+        "row": item.row,
+    }
+
+
+def finish(job: Job, digest: str) -> None:
+    """Write what is told of all shards, and last that the cache is complete. Raises CacheError."""
+    markers = [read_marker(job.folder, shard) for shard in range(job.shards)]
+    if missing := [shard for shard, marker in enumerate(markers) if marker is None or marker["of"] != digest]:
+        raise CacheError(
+            f"{job.folder}: {len(missing)} of {job.shards} shards are missing ({missing[:SHOWN]}); do all processes "
+            "write to the same folder?"
+        )
+    rows = [row for marker in markers for row in marker["rows"]]
+    faults = [*job.faults, *(fault for marker in markers for fault in marker["faults"])]
+    with aside(job.folder / FAULTS) as file:
+        file.write_text("".join(json.dumps(fault) + "\n" for fault in faults))
+    clips = len(job.items) + len(job.faults)
+    if len(faults) > job.max_broken * clips or not rows:
+        raise CacheError(_too_many(faults, clips, job.max_broken) + f"; {job.folder / FAULTS} lists all")
+    with aside(job.folder / INDEX) as file:
+        pd.DataFrame(rows).to_csv(file, index=False)
+    statistics = read_statistics(job.folder, job.shards).summary()
+    write_json(job.folder / STATISTICS, statistics)
+    write_json(job.folder / COMPLETE, {"shards": job.shards, "entries": len(rows), "faults": len(faults)})
+    log.info("%d entries of %d clips -> %s", len(rows), len(job.items), job.folder)
+    if faults:
+        log.warning("%d clips could not be encoded; %s tells which and why", len(faults), job.folder / FAULTS)
+    if job.store == "moments" and not any(statistics["posterior_std"]):
+        log.info("the encoder is deterministic: store=mean would take half the space")
+
+
+def _too_many(faults: Sequence[Fault], clips: int, most: float) -> str:
+    shown = "; ".join(f"{fault['path']}: {fault['reason']}" for fault in faults[:SHOWN])
+    return f"{len(faults)} of {clips} clips cannot be encoded, more than max_broken={most}; the first: {shown}"
