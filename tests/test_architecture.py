@@ -15,11 +15,12 @@ ENTRIES = [tiny.ROOT / "train.py", tiny.ROOT / "infer.py", *sorted((tiny.ROOT / 
 
 BASE = {"errors", "panorama", "precision", "ranks", "schedules", "seeding", "types", "weights", "features"}
 PARTS = {"models", "losses", "adversarial", "data", "metrics"}
-PROCESSES = {"checkpoints", "inference", "evaluation", "engine"}
-WIRING = {"config", "check", "model_check", "factory", "launch", "limits", "summary"}
+PROCESSES = {"checkpoints", "diffusion", "inference", "evaluation", "engine", "latents"}
+WIRING = {"config", "check", "model_check", "factory", "launch", "limits", "summary", "latent_config", "latent_factory"}
+WIRING |= {"diffusion_config", "diffusion_factory"}
 
-HYDRA = {"config", "check", "model_check", "factory", "launch"}
-ACCELERATE = {"engine", "factory", "launch"}
+HYDRA = {"config", "check", "model_check", "factory", "launch", "latent_config", "diffusion_config"}
+ACCELERATE = {"engine", "factory", "launch", "latent_factory", "diffusion_factory"}
 
 
 def imports(path: Path, type_checking: bool = False) -> set[str]:

@@ -9,10 +9,18 @@ import typing
 import pytest
 
 from tests import tiny
-from vae3d import config
+from vae3d import config, diffusion_config, latent_config
 
 # These declare, check and list settings; reading one here does nothing.
-DECLARING = ("config.py", "limits.py", "check.py", "model_check.py", "summary.py")
+DECLARING = (
+    "config.py",
+    "limits.py",
+    "check.py",
+    "model_check.py",
+    "summary.py",
+    "latent_config.py",
+    "diffusion_config.py",
+)
 READERS = [path for path in (tiny.ROOT / "vae3d").rglob("*.py") if path.name not in DECLARING]
 READERS += [tiny.ROOT / "train.py", tiny.ROOT / "infer.py", tiny.ROOT / "conf/hydra/run.yaml"]
 CODE = "\n".join(path.read_text() for path in READERS)
@@ -25,7 +33,15 @@ def keys(kind: type, prefix: str = "") -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("key", [*keys(config.TrainConfig), *keys(config.InferConfig)])
+@pytest.mark.parametrize(
+    "key",
+    sorted(
+        {
+            *(*keys(config.TrainConfig), *keys(config.InferConfig), *keys(latent_config.EncodeConfig)),
+            *(*keys(diffusion_config.DiffusionConfig), *keys(diffusion_config.SampleConfig)),
+        }
+    ),
+)
 def test_a_setting_is_read_somewhere(key):
     name = key.rpartition(".")[2]
     # as an attribute, or, where a node is handed over whole, as the parameter of what takes it

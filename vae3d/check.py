@@ -56,9 +56,7 @@ def check_training(cfg: DictConfig) -> TrainConfig:
 
 def check_inference(cfg: DictConfig) -> InferConfig:
     """As check_training, for infer.py."""
-    faults, tree = _keys(cfg, InferConfig)
-    config = _object(InferConfig, tree)
-    faults += _values(config, INFER_CHOICES, INFER_RANGES)
+    config, faults = typed(cfg, InferConfig, INFER_CHOICES, INFER_RANGES)
     if (config.height is None) != (config.width is None):
         faults.append("height and width go together; set both, or neither")
     if config.tile is None and config.tile_overlap is not None:
@@ -71,16 +69,29 @@ def check_inference(cfg: DictConfig) -> InferConfig:
             faults.append(f"teacher.path={teacher} is compared on whole frames; leave out tile={config.tile}")
         if config.sample:
             faults.append(f"teacher.path={teacher} is compared by the mode of the latents; leave out sample=true")
-    faults += [f"{name}={value}: no such file or folder" for name, value in _given_paths(config) if not _exists(value)]
+    given = {name: getattr(config, name) for name in ("checkpoint", "source", "root")}
+    faults += path_faults(given | {"teacher.path": teacher})
     if faults:
         raise ConfigError(faults)
     return config
 
 
-def _given_paths(config: InferConfig) -> list[tuple[str, str]]:
-    pairs = [("checkpoint", config.checkpoint), ("source", config.source), ("root", config.root)]
-    pairs.append(("teacher.path", config.teacher.path))
-    return [(name, value) for name, value in pairs if value not in (None, MISSING)]
+def typed(
+    cfg: DictConfig,
+    schema: type,
+    choices: Mapping[str, tuple],
+    ranges: Mapping[str, tuple[Callable[[Any], bool], str]],
+) -> tuple[Any, list[str]]:
+    """The configuration as typed objects, and the faults of its keys and values."""
+    faults, tree = _keys(cfg, schema)
+    config = _object(schema, tree)
+    return config, [*faults, *_values(config, choices, ranges)]
+
+
+def path_faults(given: Mapping[str, Any]) -> list[str]:
+    """Of the files and folders that settings name."""
+    told = {name: value for name, value in given.items() if isinstance(value, str) and value != MISSING}
+    return [f"{name}={value}: no such file or folder" for name, value in told.items() if not _exists(value)]
 
 
 def _keys(cfg: DictConfig, schema: type) -> tuple[list[str], dict[str, Any]]:
@@ -250,7 +261,7 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
             if not scale > 0:
                 faults.append(f"stage.train.{part}={scale} must be above 0; leave a part out to freeze it")
     faults += [*_validation_rules(config), *_strategy_rules(config), *_adversary_rules(config)]
-    faults += [*_missing_files(config), *_resume_faults(config.run.resume_from)]
+    faults += [*_missing_files(config), *resume_faults(config.run.resume_from)]
     if not trainer.save_every:
         alone = ["prefix", "final_model"] + ["measure_scale"] * (trainer.best is None)
         for key in alone:
@@ -322,7 +333,7 @@ def _adversary_rules(config: TrainConfig) -> Iterator[str]:
         )
 
 
-def _resume_faults(path: str | None) -> list[str]:
+def resume_faults(path: str | None) -> list[str]:
     """Of a path; names of checkpoints are looked up in the run's folder, once that is known."""
     if path in (None, "latest") or re.fullmatch(r"(step|checkpoint)-\d+", Path(path).name) or Path(path).is_file():
         return []

@@ -100,7 +100,7 @@ def load(path: str | Path, model: nn.Module | None = None, **changes: Any) -> nn
 
 def build_checkpoint(checkpoint: Checkpoint, changes: Mapping[str, Any] | None = None) -> nn.Module:
     """The model that a checkpoint describes, without its weights. Raises CheckpointError if it describes none."""
-    config = _trusted(_merged(checkpoint.config, changes or {}), checkpoint.path)
+    config = _trusted(merged(checkpoint.config, changes or {}), checkpoint.path)
     if faults := target_faults(config):
         raise CheckpointError(f"{checkpoint.path} does not build a model:\n" + "\n".join(f"  {f}" for f in faults))
     try:
@@ -363,10 +363,10 @@ def _trusted(config: dict[str, Any], path: Path) -> dict[str, Any]:
     return config
 
 
-def _merged(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merged(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """config with changes, node by node."""
     both = {k for k in changes if isinstance(changes[k], Mapping) and isinstance(config.get(k), dict)}
-    return {**config, **{k: _merged(config[k], v) if k in both else v for k, v in changes.items()}}
+    return {**config, **{k: merged(config[k], v) if k in both else v for k, v in changes.items()}}
 
 
 def _targets(node: Any) -> Iterator[Any]:

@@ -17,6 +17,7 @@ EXAMPLES = {
     "teacher.path": "teacher.path=PATH (a run folder, an export, published weights, diffusers' folder) or teacher=none",
     "checkpoint": "checkpoint=PATH (a run folder, an export, published weights)",
     "source": "source=PATH (a CSV, parquet or JSON file, a folder, or one video)",
+    "cache": "cache=FOLDER of the latents (the same command goes on with it)",
     "save_dir": "save_dir=PREFIX of the folders PREFIX_ori, PREFIX_rec, PREFIX_spatial",
 }
 # The model is built and tried only if these are sound.

@@ -1,0 +1,36 @@
+"""Draw samples of a latent diffusion model: python or torchrun; see README "Latents".
+
+    python scripts/sample_latent_diffusion.py checkpoint=runs/ldm-unet-flow out=samples count=64 guidance=2
+    python scripts/sample_latent_diffusion.py checkpoint=runs/ldm-unet-ddpm out=samples classes=[cat,dog] method=ddim
+
+Writes OUT/grid.png (or .mp4), OUT/000000_cat.png, ... and, of images, OUT/samples_64x64x64x3.npz, which the evaluators
+of openai/guided-diffusion read: arr_0 uint8 NHWC and, with classes, arr_1. A sample depends on seed, number and class
+alone, not on the batch that it is drawn in.
+"""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from vae3d import launch
+from vae3d.config import CONF
+from vae3d.diffusion_config import check_sampling
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="sample")
+def main(cfg: DictConfig) -> None:
+    launch.one_message(lambda: run(cfg))
+
+
+def run(cfg: DictConfig) -> None:
+    config = check_sampling(cfg)
+    from vae3d import diffusion_factory, ranks  # torch is imported only once the configuration is sound
+
+    with ranks.leaving():
+        diffusion_factory.sample(config)
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = launch.allow_unknown_keys(sys.argv[1:])
+    main()

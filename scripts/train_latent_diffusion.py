@@ -1,0 +1,50 @@
+"""Train a diffusion model on the latents of an autoencoder: python, torchrun or accelerate launch; README "Latents".
+
+    python scripts/train_latent_diffusion.py vae.path=runs/sd_vae_gan cache=latents/photos labels=auto
+    torchrun --nproc-per-node=8 scripts/train_latent_diffusion.py vae.path=Wan2.1_VAE.pth data=video_csv \\
+        data.source.path=videos.csv data.frames.min=17 data.frames.max=17 denoiser=video_transformer
+
+The same command goes on where a killed one stopped.
+"""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from vae3d import launch
+from vae3d.config import CONF
+from vae3d.diffusion_config import DiffusionConfig, check_diffusion
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="diffusion")
+def main(cfg: DictConfig) -> float | None:
+    return launch.one_message(lambda: run(cfg))
+
+
+def run(cfg: DictConfig) -> float | None:
+    """Train; returns the last validation loss, for sweepers that look for the least."""
+    launch.forbid_sweep_under_torchrun()
+    config = check_diffusion(cfg)
+    if launch.starts_ranks(config.launcher):
+        launch.torchrun_child(config.launcher, __file__)
+    else:
+        launch.recorded(lambda: train(config))
+    return launch.last_metric(launch.run_directory(), "val/loss")
+
+
+def train(config: DiffusionConfig) -> None:
+    from vae3d import diffusion_factory, ranks  # torch is imported only once the configuration is sound
+
+    if config.debug.mode == "dry":
+        diffusion_factory.describe(config)
+        return
+    with ranks.leaving():
+        finished = diffusion_factory.diffusion_trainer(config, launch.run_directory()).fit()
+    if not finished:
+        launch.stop_sweep()
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = launch.allow_unknown_keys(sys.argv[1:])
+    main()

@@ -1,0 +1,24 @@
+"""Run as one of two ranks: trains what tests/diffusion/test_latent_training.py trains alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.diffusion import latent_runs
+from vae3d import ranks
+from vae3d.checkpoints import state
+
+
+def trained(folder: Path, settings: list[str]) -> dict[str, Any]:
+    """The state after four steps."""
+    assert latent_runs.trainer(folder, *settings, "validation.every=2").fit()
+    return state.load_state(folder / "checkpoints/step-0000004")
+
+
+if __name__ == "__main__":
+    top = Path(sys.argv[1])
+    with ranks.leaving():
+        trained(top / "together", json.loads((top / "settings.json").read_text()))

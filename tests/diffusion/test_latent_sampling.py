@@ -1,0 +1,177 @@
+"""Samples of trained models on disk: their files, that they depend on nothing but the seed, and what is refused."""
+
+from __future__ import annotations
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from tests import tiny
+from tests.diffusion import latent_runs
+from tests.diffusion.toy import shaken
+from vae3d.check import ConfigError
+from vae3d.checkpoints.formats import CheckpointError
+from vae3d.diffusion.build import build_network, network_config
+from vae3d.diffusion.export import CONFIG, read_export, write_export
+from vae3d.errors import UserError
+from vae3d.latent_factory import open_codec
+from vae3d.latents.identity import vae_facts
+
+CLASSES = ["cat", "dog"]
+
+
+def export(folder, vae, size, network, classes=(), process=None, seed=0):
+    """Of a network with random weights, none of which is zero."""
+    codec = open_codec(vae)
+    shape = codec.latent_shape(*size)
+    config = network_config({**network, "num_classes": len(classes)}, shape)
+    torch.manual_seed(seed)
+    weights = [shaken(build_network(config, shape), by).state_dict() for by in (0.05, 0.1)]
+    told = {
+        "step": 1,
+        "network": config,
+        "process": process or {"kind": "flow"},
+        "latent_shape": list(shape),
+        "size": list(size),
+        "classes": list(classes),
+        "vae": {"path": str(vae), **vae_facts(codec, str(vae))},
+    }
+    write_export(folder, told, dict(zip((0.9, 0.99), weights, strict=True)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return latent_runs.pictures(tmp_path_factory.mktemp("pictures"), count=2, size=32)
+
+
+@pytest.fixture(scope="module")
+def vae(pictures, tmp_path_factory):
+    return latent_runs.vae("spatial", tmp_path_factory.mktemp("image") / "vae", pictures, size=32)
+
+
+@pytest.fixture(scope="module")
+def of_images(vae, tmp_path_factory):
+    network = {"kind": "unet", "width": 16, "head_channels": 16, "blocks": 1}
+    return export(tmp_path_factory.mktemp("images") / "step-0000001", vae, (1, 32, 32), network, CLASSES)
+
+
+@pytest.fixture(scope="module")
+def of_videos(pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    vae = latent_runs.vae("wan", folder / "vae", pictures, scaled=False)
+    return export(
+        folder / "step-0000001", vae, (5, 32, 32), {"kind": "transformer", "width": 24, "heads": 2, "depth": 1}
+    )
+
+
+def drawn(model, out, *overrides):
+    latent_runs.sample(f"checkpoint={model}", f"out={out}", *overrides)
+    return out
+
+
+def test_files_of_images(of_images, tmp_path):
+    out = drawn(of_images, tmp_path, "guidance=2", "interval=[0.2,0.8]")
+    names = [
+        "000000_cat.png",
+        "000001_dog.png",
+        "000002_cat.png",
+        "000003_dog.png",
+        "grid.png",
+        "samples_4x32x32x3.npz",
+    ]
+    assert sorted(path.name for path in out.iterdir()) == names
+    with np.load(out / names[-1]) as arrays:
+        assert arrays["arr_0"].dtype == np.uint8
+        assert arrays["arr_0"].shape == (4, 32, 32, 3)
+        assert arrays["arr_1"].tolist() == [0, 1, 0, 1]
+        assert np.array_equal(arrays["arr_0"][1], np.asarray(Image.open(out / names[1])))
+
+
+def test_files_of_videos_of_another_length(of_videos, tmp_path):
+    out = drawn(of_videos, tmp_path, "num_frames=9", "count=2")
+    assert sorted(path.name for path in out.iterdir()) == ["000000.mp4", "000001.mp4", "grid.mp4"]
+    with av.open(str(out / "000001.mp4")) as video:
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    assert np.stack(frames).shape == (9, 32, 32, 3)
+
+
+def pixels(folder):
+    return np.load(folder / "samples_4x32x32x3.npz")["arr_0"].astype(int)
+
+
+def test_a_sample_depends_on_seed_number_and_class_alone(of_images, tmp_path):
+    whole = pixels(drawn(of_images, tmp_path / "a", "guidance=2"))
+    again = pixels(drawn(of_images, tmp_path / "b", "guidance=2"))
+    parts = pixels(drawn(of_images, tmp_path / "c", "guidance=2", "batch_size=3"))
+    other = pixels(drawn(of_images, tmp_path / "d", "guidance=2", "seed=1"))
+    assert np.array_equal(whole, again)
+    assert np.abs(whole - parts).max() <= 1  # sums of another batch round otherwise
+    assert np.abs(whole - other).max() > 20
+
+
+def test_classes_and_averages_are_chosen(of_images, tmp_path):
+    first = pixels(drawn(of_images, tmp_path / "a", "classes=[dog]"))
+    both = pixels(drawn(of_images, tmp_path / "b", "ema=0.9"))
+    second = pixels(drawn(of_images, tmp_path / "c", "classes=[dog]", "ema=0.99"))
+    assert np.array_equal(first[1], both[1])
+    assert not np.array_equal(first[0], both[0])
+    assert not np.array_equal(first, second)
+    with pytest.raises(UserError, match="classes=bird: the model has cat, dog"):
+        drawn(of_images, tmp_path / "d", "classes=[bird,cat]")
+    with pytest.raises(CheckpointError, match=r"no averages of ema=0.5; it has 0.9, 0.99"):
+        drawn(of_images, tmp_path / "d", "ema=0.5")
+
+
+def test_another_autoencoder_is_refused(of_images, pictures, vae, tmp_path):
+    other = latent_runs.vae("spatial", tmp_path / "other", pictures, size=32, seed=1)
+    with pytest.raises(CheckpointError, match=r"another autoencoder .*: the encoder's weights have sha256"):
+        drawn(of_images, tmp_path / "out", f"vae={other}")
+    unscaled = latent_runs.vae("spatial", tmp_path / "unscaled", pictures, size=32, scaled=False)
+    with pytest.raises(CheckpointError, match=r"another autoencoder .*: the shift of its latents is"):
+        drawn(of_images, tmp_path / "out", f"vae={unscaled}")
+    moved = vae.rename(vae.with_name("moved"))
+    try:
+        with pytest.raises(UserError, match="is not there; name where it is by vae=PATH"):
+            drawn(of_images, tmp_path / "out")
+        drawn(of_images, tmp_path / "out", f"vae={moved}")
+    finally:
+        moved.rename(vae)
+
+
+def test_another_network_than_its_configuration_tells_is_refused(of_images, tmp_path):
+    copy = tmp_path / "step-0000001"
+    told = yaml.safe_load((of_images / CONFIG).read_text())
+    weights = read_export(of_images).weights
+    told["network"]["width"] = 32
+    write_export(copy, told, {0.9: weights})
+    with pytest.raises(CheckpointError, match=r"(?s)does not fit the model:.*of another shape"):
+        drawn(copy, tmp_path / "out")
+    told["network"] |= {"width": 16, "blocks": 2}
+    write_export(copy, told, {0.9: weights})
+    with pytest.raises(CheckpointError, match=r"(?s)does not fit the model:.*missing in the file"):
+        drawn(copy, tmp_path / "out")
+
+
+def test_what_the_model_cannot_do_is_refused(of_images, of_videos, tmp_path):
+    with pytest.raises(UserError, match="trained without classes"):
+        drawn(of_videos, tmp_path, "guidance=2")
+    with pytest.raises(UserError, match="method is 'ddim'; use euler"):
+        drawn(of_images, tmp_path, "method=ddim")
+    with pytest.raises(UserError, match="latents of 3 frames; the UNet takes one"):
+        drawn(of_images, tmp_path, "num_frames=3", "count=1")
+    with pytest.raises(CheckpointError, match="no diffusion model"):
+        drawn(tmp_path, tmp_path / "out")
+    with pytest.raises(ConfigError) as why:
+        latent_runs.sample_config("checkpoint=nowhere", "steps=0", "guidance=-1", "write=[gif]", "height=3")
+    assert len(why.value.faults) == 6  # and there is no out
+
+
+def test_the_command_as_a_user_types_it(of_images, tmp_path):
+    asked = [f"checkpoint={of_images}", f"out={tmp_path / 'out'}", "count=2", "steps=2", "write=[grid]", "device=cpu"]
+    done = tiny.run(*tiny.script("scripts/sample_latent_diffusion.py"), *asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["grid.png"]

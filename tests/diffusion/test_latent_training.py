@@ -1,0 +1,260 @@
+"""Training on latents: of a cache and on the fly, killed and resumed, by one rank and two; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests import tiny
+from tests.diffusion import latent_runs, rank_training
+from vae3d import diffusion_factory
+from vae3d.check import ConfigError
+from vae3d.checkpoints import state
+from vae3d.data.sources import DataError
+from vae3d.diffusion.base import Sampling
+from vae3d.diffusion.quality import sliced_wasserstein
+from vae3d.diffusion.sampling import sample_latents
+from vae3d.diffusion.scale import ScaleRefused
+from vae3d.errors import UserError
+from vae3d.latents.cache import CacheError
+
+sys.path.insert(0, str(tiny.ROOT / "scripts"))
+FOUR = "model.channels=[8,8,8]"  # 4 x 4
+EIGHT = "model.channels=[8,8,8,8]"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return latent_runs.pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def vae(pictures, tmp_path_factory):
+    return latent_runs.vae("spatial", tmp_path_factory.mktemp("vae") / "four", pictures / "images.csv", FOUR)
+
+
+@pytest.fixture(scope="module")
+def cached(pictures, vae, tmp_path_factory):
+    """What trains on the cache of the pictures, with their classes."""
+    cache = latent_runs.cache(pictures / "images.csv", tmp_path_factory.mktemp("cached") / "cache", vae, flip=True)
+    return [f"vae.path={vae}", f"cache={cache}", "labels=auto"]
+
+
+@pytest.fixture(scope="module")
+def encoded(pictures, vae):
+    """What encodes the same pictures as they are needed."""
+    return [f"vae.path={vae}", f"data.source.path={pictures}", "data.height=64", "data.width=64", "labels=folder"]
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+# ---- what is trained on
+
+
+@pytest.mark.parametrize(("channels", "size", "stride", "precision"), [(FOUR, 64, 4, "fp32"), (EIGHT, 128, 8, "bf16")])
+def test_factors_are_derived(channels, size, stride, precision, tmp_path):
+    source = latent_runs.pictures(tmp_path / "pictures", count=3, size=size)
+    vae = latent_runs.vae("spatial", tmp_path / "vae", source / "images.csv", channels, size=size)
+    told = [f"vae.path={vae}", f"data.source.path={source}", f"data.height={size}", f"data.width={size}"]
+    trainer = latent_runs.trainer(tmp_path / "run", *told, f"trainer.precision={precision}", "trainer.max_steps=2")
+    assert trainer.data.latent_shape == (4, 1, 16, 16)
+    assert trainer.data.codec.space_stride == stride
+    assert trainer.fit()
+    latent_runs.sample(f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'out'}", "count=2")
+    with Image.open(tmp_path / "out/000001.png") as picture:
+        assert picture.size == (size, size)
+
+
+def test_a_cache_and_encoding_as_needed_give_the_same(cached, encoded, tmp_path):
+    of_cache = latent_runs.trainer(tmp_path / "cache", *cached, "data.flip=false").data
+    of_clips = latent_runs.trainer(tmp_path / "clips", *encoded, "data.flip=false").data
+    assert of_cache.classes == of_clips.classes == ["cat", "dog"]
+    order = [list(data.batches(0, 2)) for data in (of_cache, of_clips)]
+    for ours, theirs in zip(*order, strict=True):
+        assert ours.positions == theirs.positions
+        assert torch.equal(ours.labels, theirs.labels)
+        z = [data.latents(batch, torch.device("cpu")) for data, batch in ((of_cache, ours), (of_clips, theirs))]
+        assert torch.allclose(*z, atol=2e-5)
+    assert len(of_cache.held_out) == len(of_clips.held_out) == 0
+
+
+def test_mirrored_entries_are_trained_on_and_never_held_out(cached, tmp_path):
+    plain, both = (
+        latent_runs.trainer(tmp_path / flip, *cached, f"data.flip={flip}", "validation.every=2").data
+        for flip in ("false", "true")
+    )
+    assert (len(plain.dataset.places), len(both.dataset.places)) == (10, 20)
+    assert len(plain.held_out) == len(both.held_out) == 2
+
+
+def test_a_file_in_place_of_a_broken_one_has_its_own_label(encoded, pictures, tmp_path):
+    source = tmp_path / "pictures"
+    shutil.copytree(pictures, source)
+    (source / "train/cat/3.png").write_bytes(b"no picture")
+    told = [setting for setting in encoded if "source" not in setting]
+    data = latent_runs.trainer(tmp_path / "run", *told, f"data.source.path={source}", "data.max_broken=0.5").data
+    rows = {draw.position: draw for step in range(5) for draws in data.plan.step(step) for draw in draws}
+    replaced = 0
+    for batch in data.batches(0, 5):
+        for position, label in zip(batch.positions, batch.labels.tolist(), strict=True):
+            broken = data.dataset.paths[rows[position].record].endswith(b"cat/3.png")
+            sample = data.dataset[rows[position]]
+            assert label == int("dog" in sample.path)
+            replaced += broken and "dog" in sample.path
+    assert replaced
+
+
+# ---- the run
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(cached, tmp_path):
+    told = [*cached, "validation.every=2", "process=ddpm_learned_sigma", "trainer.accumulate=2", "label_dropout=0.5"]
+    whole = latent_runs.trainer(tmp_path / "whole", *told)
+    assert whole.fit()
+    first = latent_runs.trainer(tmp_path / "killed", *told)
+    batches = first.data.batches(0, 4)
+    for _ in range(3):  # the third step is lost
+        values = first.train_step([next(batches), next(batches)])
+        assert not values.pop("stop")
+        first._after_step(values, stopped=False)
+    first.log.close()
+    second = latent_runs.trainer(tmp_path / "killed", *told)
+    assert second.step == 2
+    assert second.fit()
+    states = [state.load_state(tmp_path / name / "checkpoints/step-0000004") for name in ("whole", "killed")]
+    for part in ("model", "ema"):
+        ours, theirs = (state.flatten(saved[part]) for saved in states)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    assert (tmp_path / "whole/exports/step-0000004/model.safetensors").read_bytes() == (
+        tmp_path / "killed/exports/step-0000004/model.safetensors"
+    ).read_bytes()
+
+
+def test_two_ranks_train_as_one(cached, tmp_path):
+    told = [*cached, "optim.eps=0.01"]  # else Adam enlarges what rounding leaves of gradients that are 0
+    alone = rank_training.trained(tmp_path / "alone", told)
+    (tmp_path / "settings.json").write_text(json.dumps(told))
+    tiny.two_ranks("tests.diffusion.rank_training", tmp_path)
+    together = state.load_state(tmp_path / "together/checkpoints/step-0000004")
+    for name, tensor in alone["model"].items():
+        assert torch.allclose(together["model"][name], tensor, atol=2e-5), name
+    assert together["scale"]["count"] == alone["scale"]["count"]
+    assert np.allclose(together["scale"]["std"], alone["scale"]["std"])
+
+
+def test_samples_come_near_the_data(tmp_path):
+    """By a distance at which a network that learned nothing stays: its samples are noise."""
+    source = latent_runs.pictures(tmp_path / "pictures", size=16)
+    vae = latent_runs.vae("spatial", tmp_path / "vae", source / "images.csv", FOUR, size=16)
+    cache = latent_runs.cache(source / "images.csv", tmp_path / "cache", vae, size=16)
+    told = [f"vae.path={vae}", f"cache={cache}", "optim.lr=3e-3", "trainer.max_steps=150", "trainer.save_every=0"]
+    trainer = latent_runs.trainer(tmp_path / "run", *told, "data.batch_size=16")
+    real = torch.cat([trainer.data.latents(batch, trainer.device) for batch in trainer.data.batches(0, 4)])
+
+    def distance():
+        with trainer.ema.applied():
+            args = trainer.network, trainer.process, trainer.data.latent_shape, Sampling(10)
+            return sliced_wasserstein(sample_latents(*args, seed=1, indices=range(64), batch_size=64), real)
+
+    before = distance()
+    assert trainer.fit()
+    assert distance() < 0.65 * before
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("from_cache", [True, False])
+def test_latents_of_another_scale_are_refused_until_they_are_mended(from_cache, pictures, tmp_path, capsys):
+    import latent_stats
+    import measure_scale
+
+    vae = latent_runs.vae("spatial", tmp_path / "vae", pictures, FOUR, scaled=False)
+    told = [f"vae.path={vae}", "data.flip=false"]
+    if from_cache:
+        told.append(f"cache={latent_runs.cache(pictures / 'images.csv', tmp_path / 'cache', vae)}")
+    else:
+        told += [f"data.source.path={pictures}", "data.height=64", "data.width=64"]
+    with pytest.raises(
+        ScaleRefused, match=r"(?s)of 64 latents|Of 64 latents, per channel\n  means .*\n  deviations "
+    ) as why:
+        latent_runs.trainer(tmp_path / "run", *told)
+    script, *arguments = str(why.value).split("python scripts/")[1].split()
+    assert {"latent_stats.py": latent_stats, "measure_scale.py": measure_scale}[script].main(arguments) == 0
+    assert latent_runs.trainer(tmp_path / "run", *told).scale["count"] == 64
+    capsys.readouterr()
+
+
+def test_one_batch_can_be_overfitted(cached, tmp_path):
+    plain, one = (
+        latent_runs.trainer(tmp_path / mode, *cached, f"data.overfit={mode}", "data.batch_size=2")
+        for mode in ("false", "true")
+    )
+    assert one.scale == plain.scale
+    assert [batch.positions for batch in one.data.batches(0, 2)] == [[0, 1], [0, 1]]
+
+
+def test_a_cache_of_another_autoencoder_is_refused(cached, pictures, tmp_path):
+    other = latent_runs.vae("spatial", tmp_path / "other", pictures, FOUR, seed=1)
+    with pytest.raises(CacheError, match="holds latents of another autoencoder"):
+        latent_runs.trainer(tmp_path / "run", *cached, f"vae.path={other}")
+
+
+def test_missing_labels_are_refused(vae, pictures, tmp_path):
+    (tmp_path / "some.csv").write_text("path,label\n" + "".join(
+        f"{pictures}/train/{name}/{i}.png,{'cat' if i > 1 else ''}\n" for name in ("cat", "dog") for i in range(1, 6)
+    ))  # fmt: skip
+    told = [f"vae.path={vae}", f"data.source.path={tmp_path}/some.csv", "data.height=64", "data.width=64"]
+    with pytest.raises(DataError, match="2 of 10 files have no label"):
+        latent_runs.trainer(tmp_path / "run", *told, "labels=column")
+    with pytest.raises(ConfigError, match="num_classes=5, but labels=none gives none"):
+        latent_runs.trainer(tmp_path / "run", *told, "denoiser.num_classes=5")
+
+
+def test_another_network_or_process_does_not_go_on(cached, tmp_path):
+    assert latent_runs.trainer(tmp_path, *cached, "trainer.max_steps=2").fit()
+    with pytest.raises(UserError, match="checkpoint's denoiser is another one: width is 16 there, 32 here"):
+        latent_runs.trainer(tmp_path, *cached, "denoiser.width=32")
+    with pytest.raises(UserError, match=r"checkpoint's process is another one: .*kind is 'flow' there"):
+        latent_runs.trainer(tmp_path, *cached, "process=ddpm")
+    assert latent_runs.trainer(tmp_path, *cached, "denoiser.gradient_checkpointing=true").step == 2
+
+
+def test_faults_are_told_together(vae, pictures, tmp_path):
+    with pytest.raises(ConfigError) as why:
+        latent_runs.config(
+            "vae.path=nowhere", "labels=all", "data.batch_size=0", "trainer.ema.decay=0.9", "optim.prox=1"
+        )
+    assert len(why.value.faults) == 6  # and the missing source
+    told = [f"vae.path={vae}", f"data.source.path={pictures}", "data.height=64", "data.width=64"]
+    config = latent_runs.config(*told, "denoiser.size=3", "process.kind=ddpm", "data.frames.max=2")
+    data = diffusion_factory.latent_data(
+        latent_runs.config(*told), diffusion_factory._codec(config, torch.device("cpu")), 0, 1
+    )
+    with pytest.raises(ConfigError) as why:
+        diffusion_factory.complete(config, data)
+    assert [fault.split()[0] for fault in why.value.faults] == ["process,", "denoiser:"]
+
+
+@pytest.mark.parametrize(
+    "file", sorted((tiny.ROOT / "conf/latent_experiment").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_latent_experiments_are_sound(file, tmp_path):
+    cfg = tiny.compose(f"latent_experiment={file.stem}", f"vae.path={tmp_path}", config="diffusion")
+    given = [f"cache={tmp_path}"] if cfg.cache else [f"data.source.path={tmp_path}"]
+    overrides = [f"latent_experiment={file.stem}", f"vae.path={tmp_path}", *given]
+    from vae3d.diffusion_config import check_diffusion
+
+    config = check_diffusion(tiny.compose(*overrides, config="diffusion"))
+    assert Path(config.run.root) == Path("demo/runs")

@@ -1,0 +1,1 @@
+"""Diffusion models on the latents of a VAE: networks, processes, guidance, sampling."""

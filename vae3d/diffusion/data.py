@@ -1,0 +1,168 @@
+"""Latents to train on: of a cache, or of clips that are encoded on the device, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vae3d.data.clips import Sample, Unreadable, collate
+from vae3d.data.loader import outlive_sigterm
+from vae3d.data.sampler import Draw, Plan, StepSampler
+from vae3d.data.sources import DataError
+from vae3d.latents.cache import NONE, CacheError, LatentCache
+from vae3d.latents.codec import LatentCodec
+from vae3d.seeding import seed_of
+from vae3d.types import Clip
+
+
+class Batch(NamedTuple):
+    """values: normalised latents [B, C, t, h, w], or pixels [B, 3, T, H, W] uint8 still to be encoded; None where one
+    file after another could not be read. labels: [B], NONE without classes. positions: in the endless training order.
+    faults: (path, reason) of files that failed."""
+
+    values: Tensor | None
+    labels: Tensor
+    positions: list[int]
+    faults: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class LatentData:
+    """Everything that training reads.
+
+    dataset: indexed by Draw. size: frames, height and width of the clips that are sampled, latent_shape (C, t, h, w)
+    that of their latents, and trained the latent frames of all clips that are trained on. sample: draw latents from the
+    posterior. held_out: this rank's share, one clip each.
+    """
+
+    dataset: Dataset[Any]
+    collate: Callable[[list[Any]], Batch]
+    plan: Plan
+    codec: LatentCodec
+    size: tuple[int, int, int]
+    latent_shape: tuple[int, int, int, int]
+    trained: tuple[int, ...]
+    classes: list[str]
+    held_out: list[Batch]
+    sample: bool = True
+    workers: int = 0
+    prefetch: int = 2
+    faults: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
+        """Micro-batches of optimizer steps first..last-1, a pure function of the plan."""
+        return iter(
+            DataLoader(
+                self.dataset,
+                batch_sampler=StepSampler(self.plan, first, last),
+                collate_fn=self.collate,
+                num_workers=self.workers,
+                prefetch_factor=self.prefetch if self.workers else None,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=outlive_sigterm,
+            )
+        )
+
+    def latents(self, batch: Batch, device: torch.device) -> Tensor:
+        """[B, C, t, h, w], normalised, on the device; sampled by (seed, position), as LatentCache does."""
+        if batch.values.dtype != torch.uint8:
+            return batch.values.to(device, non_blocking=True)
+        pixels = batch.values.to(device, non_blocking=True)
+        if not self.sample:
+            return self.codec.encode(pixels)
+        seeds = [seed_of(self.plan.seed, position, "noise") for position in batch.positions]
+        return self.codec.encode(pixels, "sample", [torch.Generator(device).manual_seed(seed) for seed in seeds])
+
+
+class CachedLatents(Dataset[Batch]):
+    """Some entries of a cache, indexed by Draw."""
+
+    def __init__(self, cache: LatentCache, places: Sequence[int], labelled: bool) -> None:
+        self.cache, self.places, self.labelled = cache, np.asarray(places), labelled
+
+    def __getitem__(self, draw: Draw) -> Batch:
+        latent = self.cache[(int(self.places[draw.record]), draw.position)]
+        label = latent.label if self.labelled else NONE
+        return Batch(latent.z[None], torch.tensor([label]), [draw.position], [])
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Of latents of one shape."""
+    values, labels = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
+    return Batch(values, labels, [position for batch in batches for position in batch.positions], [])
+
+
+@dataclass(frozen=True)
+class LabelledClips:
+    """Collates samples of a ClipDataset with the labels of the rows that they were read from."""
+
+    labels: np.ndarray
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        clip = collate(samples)
+        labels = torch.tensor([int(self.labels[sample.draw.record]) for sample in samples])
+        positions = [sample.draw.position for sample in samples]
+        return Batch(None if isinstance(clip, Unreadable) else clip.video, labels, positions, clip.faults)
+
+
+def of_clips(clips: Sequence[Clip], labels: Sequence[int]) -> list[Batch]:
+    """Held-out clips, whose positions are rows of a table with these labels."""
+    return [
+        Batch(clip.video, torch.tensor([labels[int(clip.positions)]]), clip.positions.tolist(), []) for clip in clips
+    ]
+
+
+def split_cache(index: pd.DataFrame, holdout: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the entries to train on and, without mirrored ones, of those held out.
+
+    Those of split `val` if there are any (`test` is left out of both), else of the `holdout` files whose names hash
+    lowest, but at most of a tenth of them.
+    """
+    split = index["split"]
+    if (split == "val").any():
+        held_out, rest = split == "val", ~split.isin(("val", "test"))
+    else:
+        names = index.groupby("source")["key"].transform("min")
+        hashes = np.array([seed_of(name) for name in names], dtype=np.int64)
+        files = np.unique(hashes)
+        held_out = pd.Series(np.isin(hashes, files[: min(holdout, len(files) // 10)]), index.index)
+        rest = ~held_out
+    if not rest.any():
+        raise DataError("the cache has no entries to train on; is its split `val` or `test` throughout?")
+    return np.flatnonzero(rest), np.flatnonzero(held_out & ~index["flip"])
+
+
+def size_of(cache: LatentCache) -> tuple[tuple[int, int, int], tuple[int, int, int, int]]:
+    """Frames, height and width of a cache's clips, and (C, t, h, w) of their latents.
+
+    Raises CacheError if they are of several sizes, which do not fit into one batch.
+    """
+    sizes = cache.index.groupby(["frames", "height", "width", "latent"]).size().sort_values(ascending=False)
+    if len(sizes) > 1:
+        told = ", ".join(f"{count} of {'x'.join(map(str, size[:3]))}" for size, count in sizes.head(5).items())
+        raise CacheError(
+            f"{cache.folder} holds clips of {len(sizes)} sizes ({told}), of which batches cannot be made; encode again "
+            "with height, width and frames"
+        )
+    frames, height, width, latent = sizes.index[0]
+    return (int(frames), int(height), int(width)), tuple(int(side) for side in latent.split("x"))
+
+
+def refuse_unlabelled(labels: Sequence[int], names: Sequence[str], what: str) -> None:
+    """Raises DataError if some have no label, or all have the same."""
+    missing = [name for name, label in zip(names, labels, strict=True) if label == NONE]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(names)} {what} have no label, such as {missing[0]}, and a denoiser with classes "
+            "needs them all: a column `label`, or a folder per class; labels=none trains without classes"
+        )
+    if len(set(labels)) < 2:
+        raise DataError(f"all {len(names)} {what} have the same label, so there is nothing to tell; use labels=none")

@@ -1,0 +1,121 @@
+"""Samples: latents from noise, and pictures, videos and arrays of what they decode to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vae3d.diffusion.base import Sampling
+from vae3d.diffusion.conditioning import guided
+from vae3d.diffusion.processes import Process
+from vae3d.inference.video import to_uint8, write_image, write_video
+from vae3d.seeding import seed_of
+
+GAP = 2  # pixels between samples
+
+
+@torch.no_grad()
+def sample_latents(
+    network: nn.Module,
+    process: Process,
+    latent_shape: Sequence[int],
+    sampling: Sampling,
+    *,
+    seed: int,
+    indices: Sequence[int],
+    labels: Sequence[int] | None = None,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Normalised latents [N, C, t, h, w] fp32 of the samples numbered `indices`, on `device`, where the network is.
+
+    A sample is a function of (seed, its index) and its label: batch size, rank and number of samples change it by no
+    more than rounding. Its noise is drawn on the CPU, so that it is the same on every device.
+    labels: one class per sample; None: without a class. Raises ValueError as conditioning.guided and the process do.
+    """
+    if labels is not None and len(labels) != len(indices):
+        raise ValueError(f"got {len(labels)} labels for {len(indices)} samples; give one each")
+    training = network.training
+    network.eval()
+    try:
+        done = []
+        for start in range(0, len(indices), batch_size):
+            part = slice(start, start + batch_size)
+            generators = [torch.Generator().manual_seed(seed_of(seed, index, "sample")) for index in indices[part]]
+            given = None if labels is None else torch.tensor(labels[part], device=device)
+            z = torch.stack([torch.randn(tuple(latent_shape), generator=g) for g in generators]).to(device)
+            done.append(_denoise(network, process, sampling, z, given, generators))
+        return torch.cat(done)
+    finally:
+        network.train(training)
+
+
+def _denoise(
+    network: nn.Module,
+    process: Process,
+    sampling: Sampling,
+    z: Tensor,
+    labels: Tensor | None,
+    generators: list[torch.Generator],
+) -> Tensor:
+    evaluate = guided(network, labels, sampling.guidance, sampling.interval)
+    stepper = process.stepper(sampling)
+    for index, (time, level) in enumerate(zip(stepper.times, stepper.levels, strict=True)):
+        output = evaluate(z, torch.full((len(z),), time, device=z.device), level)
+        z = stepper.step(output.float(), index, z, generators)
+    return z
+
+
+def frames_of(pixels: Tensor) -> np.ndarray:
+    """[N, 3, T, H, W] in [-1, 1] (clamped here) -> [N, T, H, W, 3] uint8."""
+    return np.stack([to_uint8(video) for video in pixels])
+
+
+def grid(frames: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """[N, T, H, W, 3] uint8 -> [T, H', W', 3]: row by row, by default in about as many rows as columns. Sides are even,
+    as most players want them."""
+    count, length, height, width, _ = frames.shape
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    rows = -(-count // columns)
+    tall, wide = rows * (height + GAP) - GAP, columns * (width + GAP) - GAP
+    picture = np.zeros((length, tall + tall % 2, wide + wide % 2, 3), np.uint8)
+    for place, sample in enumerate(frames):
+        top, left = place // columns * (height + GAP), place % columns * (width + GAP)
+        picture[:, top : top + height, left : left + width] = sample
+    return picture
+
+
+def write_grid(stem: Path, frames: np.ndarray, *, columns: int | None = None, fps: float = 8.0) -> Path:
+    """Write samples [N, T, H, W, 3] uint8 side by side, images as stem.png, videos as stem.mp4; returns the path."""
+    picture = grid(frames, columns)
+    if len(picture) == 1:
+        path = stem.with_name(f"{stem.name}.png")
+        write_image(path, picture[0])
+    else:
+        path = stem.with_name(f"{stem.name}.mp4")
+        write_video(path, picture, fps, "h264")
+    return path
+
+
+def write_npz(folder: Path, frames: np.ndarray, labels: Sequence[int] | None = None) -> Path:
+    """Write images [N, 1, H, W, 3] uint8 as samples_NxHxWx3.npz, which evaluators of openai/guided-diffusion read:
+    arr_0 the images [N, H, W, 3], and arr_1 the labels [N] int64, if there are any. Returns the path.
+
+    Raises ValueError for videos, and if the numbers differ.
+    """
+    if frames.shape[1] != 1:
+        raise ValueError(f"samples have {frames.shape[1]} frames; the npz holds images, write_grid writes videos")
+    if labels is not None and len(labels) != len(frames):
+        raise ValueError(f"got {len(labels)} labels for {len(frames)} images; give one each")
+    images = frames[:, 0]
+    path = folder / f"samples_{'x'.join(map(str, images.shape))}.npz"
+    unfinished = path.with_name(f".{path.stem}.partial.npz")
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(unfinished, *([images] if labels is None else [images, np.asarray(labels, np.int64)]))
+    unfinished.replace(path)
+    return path

@@ -1,0 +1,73 @@
+"""The diffusion transformer of Wan2.1 (arXiv 2503.20314), as diffusers has it, with a class instead of a text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vae3d.diffusion.conditioning import class_ids
+from vae3d.diffusion.library import from_diffusers
+from vae3d.models.layers.frames import pad_space
+
+GATES = (2, 5)  # of the six modulations of a block: those of the attention and of the MLP
+
+
+class WanTransformer(nn.Module):
+    """Latents [B, C, t, h, w], times [B] in [0, 1000] and labels -> [B, C, t, h, w], for any t, h and w.
+
+    As transformer.VideoTransformer, but for the condition: the class is the one token of a text that Wan attends to.
+    The output is zero at the start, and every block passes its input on.
+    Raises ValueError for settings that do not fit each other, UserError without diffusers.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        learned_sigma: bool = False,
+        num_classes: int = 0,
+        width: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        patch: int = 2,
+        mlp_ratio: float = 4.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if width % heads or width // heads % 2 or width // heads < 6:
+            raise ValueError(f"width is {width} for {heads} heads; give each an even number of channels, at least 6")
+        self.channels, self.learned_sigma, self.num_classes = channels, learned_sigma, num_classes
+        self.patch = patch
+        self.tokens = nn.Embedding(num_classes + 1, width)  # without classes, only that of no text
+        self.wan = from_diffusers("WanTransformer3DModel")(
+            patch_size=(1, patch, patch),
+            num_attention_heads=heads,
+            attention_head_dim=width // heads,
+            in_channels=channels,
+            out_channels=channels * (2 if learned_sigma else 1),
+            text_dim=width,
+            ffn_dim=int(width * mlp_ratio),
+            num_layers=depth,
+        )
+        if gradient_checkpointing:
+            self.wan.enable_gradient_checkpointing()
+        self._zero_outputs()
+
+    def forward(self, z: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Raises ValueError as class_ids does."""
+        ids = class_ids(labels, len(z), self.num_classes, z.device)
+        text = self.tokens(torch.zeros(len(z), dtype=torch.long, device=z.device) if ids is None else ids)
+        output = self.wan(pad_space(z, self.patch), time, text[:, None], return_dict=False)[0]
+        return output[..., : z.shape[-2], : z.shape[-1]]
+
+    @torch.no_grad()
+    def _zero_outputs(self) -> None:
+        time = self.wan.condition_embedder.time_proj  # its gates are those of all blocks
+        for part in (time.weight, time.bias):
+            part.unflatten(0, (6, -1))[list(GATES)] = 0
+        for block in self.wan.blocks:
+            block.scale_shift_table[:, list(GATES)] = 0
+            nn.init.zeros_(block.attn2.to_out[0].weight)
+            nn.init.zeros_(block.attn2.to_out[0].bias)
+        nn.init.zeros_(self.wan.proj_out.weight)
+        nn.init.zeros_(self.wan.proj_out.bias)

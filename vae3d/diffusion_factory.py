@@ -1,0 +1,362 @@
+"""From configuration to latent diffusion: what trains, and what samples."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
+from torch import nn
+
+from vae3d.check import ConfigError
+from vae3d.checkpoints.formats import EXPORT_CONFIG, find_weights
+from vae3d.checkpoints.state import ResumeError, latest_state
+from vae3d.data.clips import ClipDataset
+from vae3d.data.loader import lengths_of, read_tables, validation_clips
+from vae3d.data.sampler import Draw, FrameCounts, Lengths, Plan
+from vae3d.diffusion.base import Sampling
+from vae3d.diffusion.build import build_network, build_process, network_config, process_config
+from vae3d.diffusion.data import (
+    CachedLatents,
+    LabelledClips,
+    LatentData,
+    joined,
+    of_clips,
+    refuse_unlabelled,
+    size_of,
+    split_cache,
+)
+from vae3d.diffusion.export import Export, read_export, refuse_other_vae
+from vae3d.diffusion.sampling import sample_latents, write_grid, write_npz
+from vae3d.diffusion.trainer import DiffusionTrainer
+from vae3d.diffusion.validation import decoded
+from vae3d.errors import UserError
+from vae3d.factory import clip_settings, instantiate
+from vae3d.inference.scale import refusal
+from vae3d.inference.video import write_image, write_video
+from vae3d.latent_factory import open_codec
+from vae3d.latents.cache import NONE, LatentCache, class_names
+from vae3d.latents.clips import labels_of
+from vae3d.latents.codec import LatentCodec
+from vae3d.latents.identity import vae_facts
+from vae3d.precision import as_device
+from vae3d.summary import frame_counts
+
+if TYPE_CHECKING:
+    from vae3d.diffusion.processes import Process
+    from vae3d.diffusion_config import DiffusionConfig, SampleConfig
+
+log = logging.getLogger("vae3d")
+
+
+def diffusion_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
+    """Everything that a run needs, ready to `fit`."""
+    if not config.run.resume and latest_state(folder / "checkpoints") is not None:
+        raise ResumeError(f"{folder} holds checkpoints and run.resume=false; give this run another run.name")
+    accelerator = _accelerator(config)
+    with accelerator.main_process_first():  # which probes the files; the others find its answers on disk
+        codec = _codec(config, accelerator.device)
+        data = latent_data(config, codec, accelerator.process_index, accelerator.num_processes)
+    config, process = complete(config, data)
+    torch.manual_seed(config.run.seed)
+    network = _network(config, data)
+    if accelerator.is_main_process:
+        for line in summary(config, network, data, accelerator.num_processes):
+            log.info(line)
+    vae = {"path": os.path.abspath(config.vae.path), **vae_facts(codec, config.vae.path)}
+    logger, told = instantiate(config.logger), remedy(config, data)
+    return DiffusionTrainer(config, folder, accelerator, network, process, data, vae, logger, told)
+
+
+def describe(config: DiffusionConfig) -> None:
+    """Print what a run would be, without taking a step."""
+    codec = _codec(config, torch.device("cpu"))
+    data = latent_data(config, codec, 0, int(os.environ.get("WORLD_SIZE", 1)))
+    config, _ = complete(config, data)
+    for line in summary(config, _network(config, data), data, data.plan.world_size):
+        log.info(line)
+
+
+def _accelerator(config: DiffusionConfig) -> Accelerator:
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # while the first rank draws samples
+    AcceleratorState._reset_state()  # jobs of a sweep in one process may differ in precision
+    accelerator = Accelerator(
+        mixed_precision=config.trainer.precision.replace("fp32", "no"),
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[patience],
+    )
+    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "ranks did not find each other"
+    return accelerator
+
+
+def _codec(config: DiffusionConfig, device: torch.device) -> LatentCodec:
+    told = config.vae
+    return open_codec(
+        told.path, pixel_range="uint8", precision=told.precision, chunk_frames=told.chunk_frames, device=device
+    )
+
+
+def latent_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
+    """The latents of a cache, or of clips that are encoded as they are needed."""
+    make = _of_clips if config.cache is None else _of_cache
+    return make(config, codec, rank, world_size)
+
+
+def _of_cache(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
+    mode = None if config.vae.sample else "mean"
+    cache = LatentCache(config.cache, codec, mode=mode, seed=config.run.seed, flips=config.data.flip)
+    size, latent_shape = size_of(cache)
+    labelled = config.labels != "none"
+    if labelled:
+        refuse_unlabelled(cache.labels, cache.index["key"].tolist(), f"entries of {config.cache}")
+    train, held_out = split_cache(cache.index, config.data.holdout if config.validation.every else 0)
+    mine = held_out[: config.validation.clips if config.validation.every else 0][rank::world_size]
+    every = CachedLatents(cache, range(len(cache)), labelled)
+    return LatentData(
+        dataset=CachedLatents(cache, train, labelled),
+        collate=joined,
+        plan=_plan(config, Lengths(np.ones(len(train), int)), FrameCounts(1, 1), rank, world_size),
+        codec=codec,
+        size=size,
+        latent_shape=latent_shape,
+        trained=(latent_shape[1],),
+        classes=cache.classes if labelled else [],
+        held_out=[every[Draw(place, place, 1)] for place in mine.tolist()],
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        notes=[f"{config.cache}: {len(train)} latents to train on ({cache.mode}), {len(held_out)} held out"],
+    )
+
+
+def _of_clips(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
+    data, validation = config.data, config.validation
+    settings, source = clip_settings(data), instantiate(data.source)
+    tables = read_tables(source, settings, data.holdout if validation.every else 0, data.max_broken)
+    classes: list[str] = []
+    numbers = {"": NONE}
+    every = pd.concat([tables.train, tables.val], ignore_index=True)
+    labels = labels_of(every, config.labels)
+    if config.labels != "none":
+        classes = class_names(labels)
+        numbers |= {name: number for number, name in enumerate(classes)}
+        refuse_unlabelled([numbers[label] for label in labels], every["path"].tolist(), "files")
+    labels = np.array([numbers[label] for label in labels])
+    of_train, of_val = np.split(labels, [len(tables.train)])
+    plan = _plan(config, lengths_of(tables.train, settings), frame_counts(data), rank, world_size)
+    held_out, faults = [], tables.faults
+    if validation.every:
+        enough = lengths_of(tables.val, settings).lengths >= validation.frames
+        clips, more = validation_clips(tables.val, settings, validation.frames, validation.clips, rank, world_size)
+        held_out, faults = of_clips(clips, of_val[enough]), faults + more
+    trained = {codec.latent_shape(count, data.height, data.width)[1] for count in plan.frames.all()}
+    return LatentData(
+        dataset=ClipDataset(tables.train, plan, settings),
+        collate=LabelledClips(of_train),
+        plan=plan,
+        codec=codec,
+        size=(validation.frames, data.height, data.width),
+        latent_shape=codec.latent_shape(validation.frames, data.height, data.width),
+        trained=tuple(sorted(trained)),
+        classes=classes,
+        held_out=held_out,
+        sample=config.vae.sample,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        faults=faults,
+        notes=[
+            *tables.notes,
+            f"{len(labels)} files, {len(tables.val)} of them held out; encoded batch by batch",
+        ],
+    )
+
+
+def _plan(config: DiffusionConfig, lengths: Lengths, frames: FrameCounts, rank: int, world_size: int) -> Plan:
+    return Plan(
+        lengths,
+        frames,
+        seed=config.run.seed,
+        batch_size=config.data.batch_size,
+        accumulate=config.trainer.accumulate,
+        rank=rank,
+        world_size=world_size,
+        overfit=config.data.overfit,
+    )
+
+
+def complete(config: DiffusionConfig, data: LatentData) -> tuple[DiffusionConfig, Process]:
+    """The configuration with every setting of network and process, which data and autoencoder decide with it; and the
+    process. Raises ConfigError naming what is wrong with both."""
+    faults: list[str] = []
+    process, network = None, dict(config.denoiser)
+    try:
+        process = build_process(config.process)
+        process.stepper(Sampling(config.validation.steps, config.validation.method, shift=config.validation.shift))
+        network.setdefault("learned_sigma", process.learned_sigma)
+    except ValueError as error:
+        faults.append(f"process, or validation: {error}")
+    if data.classes:
+        network["num_classes"] = network.get("num_classes") or len(data.classes)
+        if network["num_classes"] < len(data.classes):
+            faults.append(f"denoiser.num_classes={network['num_classes']}, but the data have {len(data.classes)}")
+    elif network.get("num_classes"):
+        faults.append(
+            f"denoiser.num_classes={network['num_classes']}, but labels=none gives none; set labels=auto, column or "
+            "folder, or leave num_classes out"
+        )
+    if network["kind"] == "unet" and max(*data.trained, data.latent_shape[1]) > 1:
+        faults.append(
+            f"denoiser.kind=unet is for images, and these latents have {max(*data.trained, data.latent_shape[1])} "
+            "frames; use denoiser=video_transformer, or set data.frames.max=1 and validation.frames=1"
+        )
+    try:
+        network = network_config(network, data.latent_shape)
+    except ValueError as error:
+        faults.append(f"denoiser: {error}")
+    if faults:
+        raise ConfigError(faults)
+    return replace(config, denoiser=network, process=process_config(process)), process
+
+
+def _network(config: DiffusionConfig, data: LatentData) -> nn.Module:
+    try:
+        return build_network(config.denoiser, data.latent_shape)
+    except ValueError as error:
+        raise ConfigError([f"denoiser: {error}"]) from error
+
+
+def summary(config: DiffusionConfig, network: nn.Module, data: LatentData, world_size: int) -> list[str]:
+    """Derived numbers of a run, a line each."""
+    codec, trainer, batch = data.codec, config.trainer, config.data.batch_size
+    stride, frames, height, width = codec.space_stride, *data.size
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    classes = f"{len(data.classes)} classes" if data.classes else "no classes"
+    share = batch // (world_size * trainer.accumulate)
+    return [
+        f"{type(codec.model).__name__} of {config.vae.path}: {codec.time_stride} x {stride} x {stride}, "
+        f"{codec.channels} channels",
+        f"  {frames} frames of {height}x{width} -> latent {'x'.join(map(str, data.latent_shape))}",
+        *(f"  {note}" for note in data.notes),
+        f"{type(network).__name__}: {millions:.2f} M parameters, {classes}",
+        "  " + ", ".join(f"{name}={value}" for name, value in config.denoiser.items()),
+        "process: " + ", ".join(f"{name}={value}" for name, value in config.process.items()),
+        f"batch of {batch} clips = {world_size} ranks x {trainer.accumulate} micro-batches x {share} clips; "
+        f"{trainer.max_steps} steps ({trainer.max_steps * batch / len(data.plan.lengths.lengths):.3g} epochs) at "
+        f"learning rate {config.optim.lr:g}, {trainer.precision}",
+    ]
+
+
+def remedy(config: DiffusionConfig, data: LatentData) -> str:
+    """What mends latents of another scale."""
+    path = config.vae.path
+    if why := refusal(data.codec.model):
+        return f"{path} cannot be given another scale: {why}"
+    kept = find_weights(Path(path)).with_name(EXPORT_CONFIG).is_file()
+    out = "" if kept else " --out FOLDER"
+    then = "" if kept else "; then vae.path=FOLDER"
+    if config.cache is not None:
+        means = "" if config.vae.sample else " --of-means"
+        command = f"scripts/latent_stats.py {config.cache} --write {path} --per-channel{means}{out}"
+    else:
+        source = config.data.source.get("path") or config.data.source.get("root") or "SOURCE"
+        frames, height, width = max(frame_counts(config.data).all()), config.data.height, config.data.width
+        command = (
+            f"scripts/measure_scale.py {path} {source} --per-channel --frames {frames} --height {height} "
+            f"--width {width}{out}"
+        )
+    return f"measure it, and write it into the autoencoder: python {command}{then}"
+
+
+def sample(config: SampleConfig) -> None:
+    """Draw the samples that `config` describes, shared among the ranks; the first one writes them."""
+    ranks = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    device = as_device(config.device) if config.device else ranks.device
+    export = read_export(config.checkpoint, config.ema)
+    path = config.vae or export.told["vae"]["path"]
+    if not Path(path).exists():
+        raise UserError(f"{path}, the autoencoder of {export.folder}, is not there; name where it is by vae=PATH")
+    codec = open_codec(path, pixel_range="uint8", precision=config.precision, device=device)
+    refuse_other_vae(export.told["vae"], codec, str(path))
+    labels = _labels(config, export.told["classes"], export.told["network"]["num_classes"])
+    mine = list(range(config.count))[ranks.process_index :: ranks.num_processes]
+    frames = _drawn(config, export, codec, mine, None if labels is None else [labels[i] for i in mine], device)
+    parts = gather_object([(mine, frames)])
+    if ranks.is_main_process:
+        order = np.argsort([index for indices, _ in parts for index in indices])
+        whole = np.concatenate([part for indices, part in parts if indices])[order]
+        _write(config, whole, labels, export.told["classes"])
+        log.info("%d samples of %s -> %s", config.count, export.folder, config.out)
+
+
+def _labels(config: SampleConfig, classes: Sequence[str], count: int) -> list[int] | None:
+    """The class of every sample; None for a network without classes."""
+    if not count:
+        if config.classes or config.guidance != 1:
+            raise UserError("the model was trained without classes; leave out classes and guidance")
+        return None
+    numbers = {name: number for number, name in enumerate(classes)}
+    unknown = [str(name) for name in config.classes if str(name) not in numbers]
+    if unknown:
+        raise UserError(f"classes={', '.join(unknown)}: the model has {', '.join(numbers)}")
+    asked = [numbers[str(name)] for name in config.classes] or list(range(len(classes)))
+    return [asked[index % len(asked)] for index in range(config.count)]
+
+
+def _drawn(
+    config: SampleConfig,
+    export: Export,
+    codec: LatentCodec,
+    indices: list[int],
+    labels: list[int] | None,
+    device: torch.device,
+) -> np.ndarray:
+    """[N, T, H, W, 3] uint8."""
+    asked = (config.num_frames, config.height, config.width)
+    size = tuple(ours or told for ours, told in zip(asked, export.told["size"], strict=True))
+    shape = codec.latent_shape(*size)
+    network, process = export.network().to(device), export.process()
+    named = {field.name for field in fields(Sampling)} & {field.name for field in fields(config)}
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        try:
+            sampling = Sampling(**{name: getattr(config, name) for name in named})
+            z = sample_latents(
+                network,
+                process,
+                shape,
+                sampling,
+                seed=config.seed,
+                indices=indices,
+                labels=labels,
+                batch_size=config.batch_size,
+                device=device,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    if not z.isfinite().all():
+        raise UserError(f"samples of {export.folder} are not finite; more steps, or clip=5, may help")
+    return decoded(codec, z, size)
+
+
+def _write(config: SampleConfig, frames: np.ndarray, labels: list[int] | None, classes: Sequence[str]) -> None:
+    folder, images = Path(config.out), frames.shape[1] == 1
+    folder.mkdir(parents=True, exist_ok=True)
+    if "grid" in config.write:
+        write_grid(folder / "grid", frames, fps=config.fps)
+    if "files" in config.write:
+        for index, sample in enumerate(frames):
+            name = f"{index:06d}" + ("" if labels is None else f"_{classes[labels[index]]}")
+            if images:
+                write_image(folder / f"{name}.png", sample[0])
+            else:
+                write_video(folder / f"{name}.mp4", sample, config.fps, "h264")
+    if "npz" in config.write and images:
+        write_npz(folder, frames, labels)
