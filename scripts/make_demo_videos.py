@@ -2,7 +2,7 @@
 
     python scripts/make_demo_videos.py demo/videos
 
-Leaves FOLDER/videos.csv with the columns path and split; every seventh clip is for validation.
+Leaves FOLDER/videos.csv with the columns path, split and label (the photograph); every seventh clip is for validation.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def main() -> None:
             other = pictures[names[(i + 1 + int(rng.integers(len(names) - 1))) % len(names)]]
             path = folder / f"{name}_{motion.__name__}.mp4"
             write(path, motion(pictures[name], other, rng))
-            rows.append({"path": path.name, "split": "val" if len(rows) % 7 == 6 else "train"})
+            split = "val" if len(rows) % 7 == 6 else "train"
+            rows.append({"path": path.name, "split": split, "label": name})
     pd.DataFrame(rows).to_csv(folder / "videos.csv", index=False)
     print(f"{len(rows)} clips of {FRAMES} frames of {SIZE}x{SIZE} -> {folder / 'videos.csv'}")
 
