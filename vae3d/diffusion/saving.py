@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
-from vae3d import ranks
 from vae3d.checkpoints import state
 from vae3d.diffusion.build import require_same
 from vae3d.diffusion.export import write_export
+from vae3d.engine.saving import tried_by_all
 from vae3d.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +17,6 @@ if TYPE_CHECKING:
 
 # Settings that make a run another run, beside those of network and process.
 IDENTITY = ("vae.sample", "labels", "data.frames", "data.height", "data.width", "data.stride", "data.fps", "run.seed")
-DISK_FAULTS = (OSError, RuntimeError, SafetensorError)  # torch.save tells a full disk as a RuntimeError
 
 
 class SaveError(UserError):
@@ -33,7 +29,7 @@ def save(trainer: DiffusionTrainer) -> None:
     All ranks hold the same; the first one writes. Raises SaveError on all of them; the last complete checkpoint stays.
     """
     root = trainer.folder / "checkpoints"
-    config, keep, fault = asdict(trainer.config), trainer.config.trainer.keep, None
+    config, keep = asdict(trainer.config), trainer.config.trainer.keep
 
     def write() -> None:
         unfinished = state.unfinished(root, trainer.step)
@@ -48,24 +44,12 @@ def save(trainer: DiffusionTrainer) -> None:
         state.prune(trainer.folder / "exports", keep)
         state.prune(root, keep)
 
-    if trainer.accelerator.is_main_process:
-        fault = _fault_of(write)
-    if not ranks.everyone(fault is None, trainer.device):
+    if fault := tried_by_all(trainer.device, lambda: write() if trainer.accelerator.is_main_process else None):
         raise SaveError(
-            f"step {trainer.step} could not be saved: {fault or 'see the first rank'}; the last complete checkpoint "
-            "stays, and the same command goes on from there"
+            f"step {trainer.step} could not be saved: {fault}; the last complete checkpoint stays, and the same "
+            "command goes on from there"
         )
     trainer.log.say(f"saved {state.step_folder(root, trainer.step)}")
-
-
-def _fault_of(write: Callable[[], None]) -> str | None:
-    try:
-        write()
-    except DISK_FAULTS as error:
-        if "CUDA" in str(error):  # a RuntimeError, too, and of no disk
-            raise
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def export(trainer: DiffusionTrainer) -> None:

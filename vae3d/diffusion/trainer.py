@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vae3d import ranks
-from vae3d.data.sources import DataError
 from vae3d.diffusion.conditioning import drop_labels
 from vae3d.diffusion.data import Batch, LatentData
 from vae3d.diffusion.processes import QUARTILES, Process, quartile_sums, training_losses
@@ -23,20 +21,18 @@ from vae3d.diffusion.validation import validate
 from vae3d.engine.ema import Ema
 from vae3d.engine.loggers import Logger
 from vae3d.engine.metrics import StepMetrics, Window
-from vae3d.engine.patience import Patience
+from vae3d.engine.optim import adamw_settings, rate_at
+from vae3d.engine.patience import Patience, refuse_many_broken
 from vae3d.engine.replicas import Replicas
 from vae3d.engine.runlog import RunLog
 from vae3d.engine.stopping import on_sigterm
 from vae3d.engine.verdict import Ballot, Verdict
-from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from vae3d.diffusion_config import DiffusionConfig
-
-READS_BEFORE_JUDGING = 50  # clips read before data.max_broken can stop the run
 
 
 class DiffusionTrainer:
@@ -65,13 +61,10 @@ class DiffusionTrainer:
         ema = asdict(config.trainer.ema)
         self.averages = {decay: Ema(self.network, decay, **ema) for decay in ema.pop("decays")}
         self.ema = next(iter(self.averages.values()))
-        optim = config.optim
         optimizer = torch.optim.AdamW(
             self.network.parameters(),
-            betas=tuple(optim.betas),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
             fused=self.device.type == "cuda",
+            **adamw_settings(config.optim),
         )
         self.replicas = Replicas(accelerator, self.network, optimizer)
         self.ballot = Ballot(accelerator.process_index, accelerator.num_processes, self.device)
@@ -129,7 +122,7 @@ class DiffusionTrainer:
         else:
             fault = self.replicas.attempt(lambda: self.accumulate(batches, metrics))
         verdict = self._vote(batches, metrics, fault, stop)
-        values = self._averages(metrics) if verdict.complete else {}
+        values = metrics.averaged() if verdict.complete else {}
         if verdict.complete and verdict.finite:
             self.replicas.average_gradients()
             values["grad_norm"] = self.replicas.clip(self.config.optim.grad_clip)
@@ -179,21 +172,11 @@ class DiffusionTrainer:
             gradients=self.replicas.gradients(),
         )
 
-    def _averages(self, metrics: StepMetrics) -> dict[str, float]:
-        names, packed = metrics.pack()
-        ranks.average([packed])
-        return dict(zip(names, packed.tolist(), strict=True))
-
     def _judge(self, verdict: Verdict, taken: bool, fault: str | None) -> None:
         """Stop the run where a fault has come back too often; every rank counts the same."""
         self.broken_reads += verdict.broken
         self.reads += verdict.broken + self.config.data.batch_size
-        share = self.broken_reads / self.reads
-        if self.reads >= READS_BEFORE_JUDGING and share > self.config.data.max_broken:
-            raise DataError(
-                f"{self.broken_reads} of {self.reads} reads failed, a larger share than "
-                f"data.max_broken={self.config.data.max_broken}; the files are listed in {self.folder}/faults.jsonl"
-            )
+        refuse_many_broken(self.reads, self.broken_reads, self.config.data.max_broken, self.folder)
         if taken:
             self.skipped.went_well()
             return
@@ -202,18 +185,7 @@ class DiffusionTrainer:
         self.skipped.fault(why)
 
     def _set_lr(self) -> None:
-        optim = self.config.optim
-        lr = learning_rate(
-            self.step,
-            lr=optim.lr,
-            warmup_steps=optim.warmup_steps,
-            decay_start=optim.decay_start,
-            schedule=optim.schedule,
-            max_steps=self.config.trainer.max_steps,
-            min_lr=optim.min_lr,
-            cycles=optim.cycles,
-            power=optim.power,
-        )
+        lr = rate_at(self.config.optim, self.step, self.config.trainer.max_steps)
         for group in self.replicas.optimizer.param_groups:
             group["lr"] = lr
 

@@ -48,7 +48,7 @@ def keep_best(trainer: Trainer, scores: Mapping[str, float]) -> None:
     folder = trainer.folder / "exports" / FOLDER
     told = {"best": {best.column: value}}
     main = trainer.accelerator.is_main_process
-    if fault := tried_by_all(trainer, lambda: export(trainer, folder, **told) if main else None):
+    if fault := tried_by_all(trainer.device, lambda: export(trainer, folder, **told) if main else None):
         trainer.log.warn(f"{folder} is not of step {trainer.step}, the best so far: {fault}; training goes on")
         return
     best.value, best.step = value, trainer.step

@@ -7,6 +7,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from vae3d import ranks
+
 
 class StepMetrics:
     """Means over micro-batches; a name that appears in fewer of them is averaged over those."""
@@ -37,6 +39,12 @@ class StepMetrics:
         """Names and one tensor of means, so that one all-reduce and one transfer serve them all."""
         means = {name: torch.stack(values).mean() for name, values in self._values.items()}
         return list(means), torch.stack(list(means.values()))
+
+    def averaged(self) -> dict[str, float]:
+        """Means over all ranks, which must have the same names, in one all-reduce and one transfer."""
+        names, packed = self.pack()
+        ranks.average([packed])
+        return dict(zip(names, packed.tolist(), strict=True))
 
 
 class Window:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from vae3d.data.sources import DataError
 from vae3d.errors import UserError
+
+READS_BEFORE_JUDGING = 50  # clips read before data.max_broken can stop the run
 
 
 class LostPatience(UserError):
@@ -28,3 +33,12 @@ class Patience:
 
     def went_well(self) -> None:
         self.in_row = 0
+
+
+def refuse_many_broken(reads: int, broken: int, max_broken: float, folder: Path) -> None:
+    """Raises DataError if more than the share `max_broken` of the reads failed; never before there are enough."""
+    if reads >= READS_BEFORE_JUDGING and broken / reads > max_broken:
+        raise DataError(
+            f"{broken} of {reads} reads failed, a larger share than data.max_broken={max_broken}; the files are listed "
+            f"in {folder}/faults.jsonl"
+        )

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
@@ -53,18 +54,18 @@ def save(trainer: Trainer) -> str | None:
             state.finish(unfinished, root, trainer.step, asdict(trainer.config), facts)
 
     for stage in (lambda: state.begin(unfinished) if main else None, write, finish):
-        if fault := tried_by_all(trainer, stage):
+        if fault := tried_by_all(trainer.device, stage):
             if main:
                 shutil.rmtree(unfinished, ignore_errors=True)
             return f"no checkpoint of step {trainer.step}: {fault}"
     saved = state.step_folder(root, trainer.step)
-    if fault := tried_by_all(trainer, lambda: _publish(trainer, saved) if main else None):
+    if fault := tried_by_all(trainer.device, lambda: _publish(trainer, saved) if main else None):
         return f"{saved} is complete, but not what is made of it: {fault}"
     trainer.log.say(f"saved {saved}")
     return None
 
 
-def tried_by_all(trainer: Trainer, stage: Callable[[], Any]) -> str | None:
+def tried_by_all(device: torch.device, stage: Callable[[], Any]) -> str | None:
     """Run a stage of saving on all ranks; what went wrong on any of them."""
     fault = None
     try:
@@ -73,7 +74,7 @@ def tried_by_all(trainer: Trainer, stage: Callable[[], Any]) -> str | None:
         if "CUDA" in str(error):  # a RuntimeError, too, and of no disk
             raise
         fault = f"{type(error).__name__}: {error}"
-    if ranks.everyone(fault is None, trainer.device):
+    if ranks.everyone(fault is None, device):
         return None
     faults = gather_object([fault])
     return "; ".join(f"rank {rank}: {told}" for rank, told in enumerate(faults) if told)

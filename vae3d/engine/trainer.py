@@ -15,11 +15,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vae3d import ranks
 from vae3d.adversarial.base import Adversary, Turn
 from vae3d.data.clips import Unreadable
 from vae3d.data.loader import TrainingData
-from vae3d.data.sources import DataError
 from vae3d.engine.best import Best, keep_best
 from vae3d.engine.distillation import Distillation, Pupil
 from vae3d.engine.ema import Ema
@@ -27,7 +25,8 @@ from vae3d.engine.freeze import set_mode, train_parts
 from vae3d.engine.loggers import Logger
 from vae3d.engine.memory import compact, idle_gib
 from vae3d.engine.metrics import StepMetrics, Window
-from vae3d.engine.patience import LostPatience, Patience
+from vae3d.engine.optim import adamw_settings, rate_at
+from vae3d.engine.patience import LostPatience, Patience, refuse_many_broken
 from vae3d.engine.profile import profiled
 from vae3d.engine.proximal import Proximal
 from vae3d.engine.rehearsal import rehearse
@@ -42,14 +41,12 @@ from vae3d.engine.zero import Zero
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricSet
 from vae3d.models.base import with_decoder
-from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
 from vae3d.types import Clip, Reconstruction
 
 if TYPE_CHECKING:
     from vae3d.config import TrainConfig
 
-READS_BEFORE_JUDGING = 50  # clips read before data.max_broken can stop the run
 NO_GRADIENT = 1e-12  # norm below which nothing is learned
 LOGVAR = "logvar"  # the optimizer's group of Objective.logvar
 
@@ -92,13 +89,13 @@ class Trainer:
         self.step = 0
         self.reads, self.broken_reads = 0, 0
         adversary.load(model, self.device, config.run.seed, rank)
-        optimizer = torch.optim.AdamW(groups, fused=self._fuses(), **self._optimizer_settings())
+        optimizer = torch.optim.AdamW(groups, fused=self._fuses(), **adamw_settings(config.optim))
         self.strategy = self._share_work(pupil, optimizer)
         self.ballot = Ballot(rank, accelerator.num_processes, self.device)
         self._set_patience()
         changed = resume(self)
         for group in self.optimizer.param_groups:  # a checkpoint's own came back with its moments
-            group.update(self._optimizer_settings())
+            group.update(adamw_settings(config.optim))
             if group["part"] == LOGVAR:
                 group.update(weight_decay=0.0, lr_scale=config.loss.logvar_lr)
         self.log = RunLog(folder, logger, rank=rank, step=self.step, max_steps=config.trainer.max_steps)
@@ -171,7 +168,7 @@ class Trainer:
             fault = self.strategy.attempt(lambda: self.accumulate(clips, turn, metrics, self.step))
         self.adversary.settle(self.step, len(clips))
         verdict = self.vote(clips, metrics, fault, stop)
-        values = self._averages(metrics, verdict) if verdict.complete else {}
+        values = metrics.averaged() | {"loss_max": verdict.worst} if verdict.complete else {}
         taken = self._update(turn, verdict, values)
         if not taken:
             self.adversary.discard()
@@ -224,12 +221,6 @@ class Trainer:
             gradients=self.strategy.gradients(),
         )
 
-    def _averages(self, metrics: StepMetrics, verdict: Verdict) -> dict[str, float]:
-        """The step's metrics as means over all ranks, in one all-reduce and one transfer."""
-        names, packed = metrics.pack()
-        ranks.average([packed])
-        return dict(zip(names, packed.tolist(), strict=True)) | {"loss_max": verdict.worst}
-
     def _update(self, turn: Turn, verdict: Verdict, values: dict[str, float]) -> bool:
         """Average the gradients and step, unless loss or gradient are unsound; whether it did.
 
@@ -260,12 +251,7 @@ class Trainer:
         """Stop the run where a fault has come back too often; every rank counts the same."""
         self.broken_reads += verdict.broken
         self.reads += verdict.broken + self.config.data.batch_size
-        share = self.broken_reads / self.reads
-        if self.reads >= READS_BEFORE_JUDGING and share > self.config.data.max_broken:
-            raise DataError(
-                f"{self.broken_reads} of {self.reads} reads failed, a larger share than "
-                f"data.max_broken={self.config.data.max_broken}; the files are listed in {self.folder}/faults.jsonl"
-            )
+        refuse_many_broken(self.reads, self.broken_reads, self.config.data.max_broken, self.folder)
         if verdict.out_of_memory and not self.strategy.recovers:
             self._leave(verdict)
         if not verdict.complete:
@@ -315,23 +301,8 @@ class Trainer:
         """Where DeepSpeed offloads, AdamW steps on the host."""
         return self.device.type == "cuda" and self.config.trainer.strategy.name == "ddp"
 
-    def _optimizer_settings(self) -> dict[str, Any]:
-        optim = self.config.optim
-        return {"betas": tuple(optim.betas), "eps": optim.eps, "weight_decay": optim.weight_decay}
-
     def _set_lr(self) -> None:
-        optim = self.config.optim
-        lr = learning_rate(
-            self.step,
-            lr=optim.lr,
-            warmup_steps=optim.warmup_steps,
-            decay_start=optim.decay_start,
-            schedule=optim.schedule,
-            max_steps=self.config.trainer.max_steps,
-            min_lr=optim.min_lr,
-            cycles=optim.cycles,
-            power=optim.power,
-        )
+        lr = rate_at(self.config.optim, self.step, self.config.trainer.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
