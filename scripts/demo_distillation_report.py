@@ -8,13 +8,12 @@ and the strips of pictures in out/STUDENT_compare.
 
 from __future__ import annotations
 
-import argparse
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from demo_page import as_html, as_text, existing, figure_tag, history, image_tag, one_message, read_json
+from demo_page import as_html, as_text, draw_part, existing, figure_tag, history, image_tag, read_json
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -128,18 +127,9 @@ def tables(folder: Path) -> str:
 
 
 def report(folder: Path, picture: Path) -> None:
-    picture.parent.mkdir(parents=True, exist_ok=True)
     curves(folder).savefig(picture, dpi=110)
     print(tables(folder))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("picture", type=Path)
-    args = parser.parse_args()
-    one_message(lambda: report(args.folder, args.picture))
-
-
 if __name__ == "__main__":
-    main()
+    draw_part(__doc__, report)

@@ -8,13 +8,12 @@ _eval/summary.json.
 
 from __future__ import annotations
 
-import argparse
 import io
 from pathlib import Path
 
 import numpy as np
 from demo_distillation_report import points
-from demo_page import as_html, as_text, existing, figure_tag, one_message, read_json
+from demo_page import as_html, as_text, draw_part, existing, figure_tag, read_json
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -104,18 +103,9 @@ def stacked(folder: Path) -> Image.Image:
 
 
 def report(folder: Path, picture: Path) -> None:
-    picture.parent.mkdir(parents=True, exist_ok=True)
     stacked(folder).save(picture, quality=88)
     print(table(folder))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("picture", type=Path)
-    args = parser.parse_args()
-    one_message(lambda: report(args.folder, args.picture))
-
-
 if __name__ == "__main__":
-    main()
+    draw_part(__doc__, report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import html
 import io
@@ -28,6 +29,16 @@ def one_message(run: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def draw_part(doc: str | None, report: Callable[[Path, Path], None]) -> None:
+    """The command line of a part of the report by itself: the demo's folder, and the picture that it writes."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("picture", type=Path)
+    args = parser.parse_args()
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    one_message(lambda: report(args.folder, args.picture))
 
 
 def existing(path: Path) -> Path:

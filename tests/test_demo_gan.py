@@ -49,8 +49,8 @@ def test_runs_that_go_on_begin_where_the_first_ended(report, tmp_path):
 
 def test_one_picture_holds_curves_and_photographs(report, tmp_path):
     adversarial(tmp_path)
-    report.report(tmp_path, tmp_path / "docs/gan.jpg")
-    with Image.open(tmp_path / "docs/gan.jpg") as picture:
+    report.report(tmp_path, tmp_path / "gan.jpg")
+    with Image.open(tmp_path / "gan.jpg") as picture:
         assert picture.width == 1000
 
 
