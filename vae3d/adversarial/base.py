@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from vae3d.ranks import average
 from vae3d.types import Clip, Reconstruction
 
 
@@ -71,6 +75,30 @@ def require_pair(name: str, clip: Clip, out: Reconstruction) -> tuple[Tensor, Te
     if fake != real:
         raise ValueError(f"the clip is {real}, its reconstruction {fake}; they must agree")
     return clip.video, out.video
+
+
+def update(
+    discriminator: nn.Module,
+    optimizer: Optimizer,
+    buffers: Mapping[str, Tensor],
+    grad_clip: float | None,
+    *,
+    also: Sequence[Tensor] = (),
+) -> float:
+    """Average gradients, `buffers` and `also` over ranks, clip, and step; the gradient's norm before clipping.
+
+    Where it is not finite, on all ranks alike, nothing of the discriminator changes. buffers: of the discriminator, as
+    the step's micro-batches left them; each rank's norms have normalised by its own clips, so the mean of their
+    statistics is what all go on with.
+    """
+    parameters = list(discriminator.parameters())
+    average([*(p.grad for p in parameters), *(b for b in buffers.values() if b.is_floating_point()), *also])
+    norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
+    if math.isfinite(norm):
+        optimizer.step()
+        for name, buffer in discriminator.named_buffers():
+            buffer.copy_(buffers[name])
+    return norm
 
 
 class NoAdversary:

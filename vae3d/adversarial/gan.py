@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vae3d.adversarial.adaptive import AdaptiveWeight
-from vae3d.adversarial.base import Turn, require_pair
+from vae3d.adversarial.base import Turn, require_pair, update
 from vae3d.adversarial.criteria import CRITERIA, gradient_penalty, lecam, over_scales
 from vae3d.adversarial.groups import images_of
 from vae3d.adversarial.patchgan import MultiScale, PatchGAN, PatchGAN3D
 from vae3d.precision import full_precision
-from vae3d.ranks import average
 from vae3d.schedules import ALL_ON, learning_rate
 from vae3d.schedules import ramp as ramp_at
 from vae3d.seeding import seed_of
@@ -217,21 +216,15 @@ class Gan:
 
     def step(self) -> None:
         """A step whose averaged gradient is not finite is discarded, on all ranks alike, and counted."""
-        parameters = list(self.discriminator.parameters())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr_at(self._step)
         means = torch.stack(self._means).mean(0)
-        # Batch norms have normalised by each rank's own clips: the mean of their statistics is what all go on with.
-        average([*(p.grad for p in parameters), *(b for b in self._buffers.values() if b.is_floating_point()), means])
-        norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip or math.inf)
-        if not norm.isfinite():
+        norm = update(self.discriminator, self.optimizer, self._buffers, self.grad_clip, also=[means])
+        if not math.isfinite(norm):
             self.skipped += 1
             self.discard()
             return
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_at(self._step)
-        self.optimizer.step()
-        self.grad_norm = norm.item()
-        for name, buffer in self.discriminator.named_buffers():
-            buffer.copy_(self._buffers[name])
+        self.grad_norm = norm
         self.averages.lerp_(means, 1 - self.lecam_decay)
         self.discard()
 

@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae3d.adversarial.base import Turn, require_pair
+from vae3d.adversarial.base import Turn, require_pair, update
 from vae3d.adversarial.groups import context_of, images_of, video_of
 from vae3d.adversarial.patch import NORMS, STRIDE, ConditionalPatchDiscriminator
 from vae3d.adversarial.replay import Replay
 from vae3d.precision import full_precision
-from vae3d.ranks import average
 from vae3d.schedules import ramp as ramp_at
 from vae3d.seeding import seed_of
 from vae3d.types import Clip, Reconstruction
@@ -158,17 +157,11 @@ class Seraena:
 
     def step(self) -> None:
         """A step whose averaged gradient is not finite is discarded, on all ranks alike, and counted."""
-        parameters = list(self.discriminator.parameters())
-        # Every rank normalised by its own batch: the mean of their running statistics is what all go on with.
-        average([*(p.grad for p in parameters), *(s for s in self._statistics.values() if s.is_floating_point())])
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip or math.inf)
-        if not norm.isfinite():
+        norm = update(self.discriminator, self.optimizer, self._statistics, self.grad_clip)
+        if not math.isfinite(norm):
             self.skipped += 1
             self.discard()
             return
-        self.optimizer.step()
-        for name, buffer in self.discriminator.named_buffers():
-            buffer.copy_(self._statistics[name])
         for i, (images, contexts) in enumerate(self._pending):
             self.buffer.push(images, contexts, self._generator("places", self._step, i))
         self.discard()
