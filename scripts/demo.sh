@@ -1,64 +1,83 @@
 #!/usr/bin/env bash
-# From nothing to a report: installs, makes small videos, trains a toy VAE through the three stages, reconstructs,
-# scores; then trains a toy image VAE with a GAN, fine-tunes a toy Wan VAE on panoramas in two ways, and distils a toy
-# VAE into a tiny decoder. Everything lands in demo/; delete it to start over, or call the script again to go on where
-# it stopped.
+# From nothing to a report: scripts/demo.sh [PART ...], by default all parts:
+#   stages        small videos, a toy VAE through the three stages, reconstructions, scores
+#   gan           a toy image VAE on photographs, and how it goes on with a GAN and without
+#   panoramas     a toy Wan VAE, and its two fine-tunes on rendered rooms
+#   distillation  a toy VAE distilled into a tiny decoder
+# Everything lands in demo/, the report after each part in demo/report.html. Delete the folder to start over, or call the
+# script again to go on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PARTS=(stages gan panoramas distillation)
+for part in "$@"; do
+  [[ " ${PARTS[*]} " == *" $part "* ]] || { echo "error: no part $part; give some of ${PARTS[*]}" >&2; exit 2; }
+done
 source scripts/environment.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # more threads only slow down networks this small
 
-mkdir -p demo
-: > demo/commands.txt
 run() {
   printf '\n$ %s\n' "$*"
-  printf '%s\n' "$*" >> demo/commands.txt
+  printf '%s\n' "$*" >> demo/commands/unfinished
   "$@"
 }
 
-run python scripts/make_demo_videos.py demo/videos
-run python -m vae3d.data.check demo/videos/videos.csv
+videos() {
+  [[ -f demo/videos/videos.csv ]] || run python scripts/make_demo_videos.py demo/videos
+}
 
-run python train.py experiment=demo_spatial
-run python train.py experiment=demo stage=stage1 stage.init_from.spatial_vae=demo/runs/spatial
-run python train.py experiment=demo stage=stage2 stage.init_from=demo/runs/stage1 optim.lr=1e-3 trainer.max_steps=200
-run python train.py experiment=demo stage=stage3 stage.init_from=demo/runs/stage2 optim.lr=1e-3 trainer.max_steps=300 \
-  loss=recon_kl data.frames.max=17
+stages() {
+  videos
+  run python -m vae3d.data.check demo/videos/videos.csv
+  run python train.py experiment=demo_spatial
+  run python train.py experiment=demo stage=stage1 stage.init_from.spatial_vae=demo/runs/spatial
+  run python train.py experiment=demo stage=stage2 stage.init_from=demo/runs/stage1 optim.lr=1e-3 trainer.max_steps=200
+  run python train.py experiment=demo stage=stage3 stage.init_from=demo/runs/stage2 optim.lr=1e-3 trainer.max_steps=300 \
+    loss=recon_kl data.frames.max=17
+  for stage in spatial stage1 stage2 stage3; do
+    run python infer.py checkpoint=demo/runs/$stage source=demo/videos/videos.csv split=val height=64 width=64 \
+      save_dir=demo/out/$stage overwrite=true
+    run python eval/eval_common_metric.py --base demo/out/$stage --device cpu --metric ssim psnr tpsnr
+  done
+}
 
-for stage in spatial stage1 stage2 stage3; do
-  run python infer.py checkpoint=demo/runs/$stage source=demo/videos/videos.csv split=val height=64 width=64 \
-    save_dir=demo/out/$stage overwrite=true
-  run python eval/eval_common_metric.py --base demo/out/$stage --device cpu --metric ssim psnr tpsnr
+gan() {
+  run python scripts/make_demo_images.py demo/images
+  run python train.py experiment=sd_vae_tiny
+  run python train.py experiment=sd_vae_gan_tiny adversary=none run.name=sd_vae_control
+  run python train.py experiment=sd_vae_gan_tiny
+  for name in sd_vae_tiny sd_vae_control sd_vae_gan_tiny; do
+    run python infer.py checkpoint=demo/runs/$name source=demo/images/val height=128 width=128 \
+      save_dir=demo/out/$name overwrite=true
+    run python eval/eval_common_metric.py --base demo/out/$name --device cpu --metric ssim psnr sharpness
+  done
+}
+
+panoramas() { # the Wan VAE knows ordinary videos only; area0 is held out
+  videos
+  run python scripts/make_demo_panoramas.py demo/rooms --areas 6 --rooms 5 --frames 6 --height 48
+  run python train.py experiment=wan_tiny
+  run python train.py experiment=wan_erp_tiny
+  run python train.py experiment=wan_erp_tiny_best
+  for name in wan_tiny wan_erp_tiny wan_erp_tiny_best; do
+    run python infer.py checkpoint=demo/runs/$name source="'demo/rooms/area0/*/output/panorama_*.png'" \
+      save_dir=demo/out/$name overwrite=true
+    run python eval/eval_common_metric.py --base demo/out/$name --device cpu --preset panorama
+  done
+}
+
+distillation() { # a teacher from scratch, a student of its latents, and every encoder with every decoder
+  videos
+  run python train.py experiment=taehv_teacher_tiny
+  run python train.py experiment=taehv_tiny
+  run python infer.py checkpoint=demo/runs/taehv_tiny teacher=demo/runs/taehv_teacher_tiny \
+    source=demo/videos/videos.csv split=val height=128 width=128 num_frames=9 save_dir=demo/out/taehv_tiny overwrite=true
+}
+
+mkdir -p demo/commands
+for part in "${@:-${PARTS[@]}}"; do
+  : > demo/commands/unfinished
+  "$part"
+  mv demo/commands/unfinished "demo/commands/$part.txt"
+  echo
+  python scripts/demo_report.py demo
 done
-
-# An image VAE on photographs, and how it goes on with a GAN and without.
-run python scripts/make_demo_images.py demo/images
-run python train.py experiment=sd_vae_tiny
-run python train.py experiment=sd_vae_gan_tiny adversary=none run.name=sd_vae_control
-run python train.py experiment=sd_vae_gan_tiny
-for name in sd_vae_tiny sd_vae_control sd_vae_gan_tiny; do
-  run python infer.py checkpoint=demo/runs/$name source=demo/images/val height=128 width=128 \
-    save_dir=demo/out/$name overwrite=true
-  run python eval/eval_common_metric.py --base demo/out/$name --device cpu --metric ssim psnr sharpness
-done
-
-# A Wan VAE that knows ordinary videos only, and its two fine-tunes on panoramas; area0 is held out.
-run python scripts/make_demo_panoramas.py demo/rooms --areas 6 --rooms 5 --frames 6 --height 48
-run python train.py experiment=wan_tiny
-run python train.py experiment=wan_erp_tiny
-run python train.py experiment=wan_erp_tiny_best
-for name in wan_tiny wan_erp_tiny wan_erp_tiny_best; do
-  run python infer.py checkpoint=demo/runs/$name source="'demo/rooms/area0/*/output/panorama_*.png'" \
-    save_dir=demo/out/$name overwrite=true
-  run python eval/eval_common_metric.py --base demo/out/$name --device cpu --preset panorama
-done
-
-# A teacher trained from scratch, a TAEHV that learns its latents and to decode them, and every encoder with every
-# decoder.
-run python train.py experiment=taehv_teacher_tiny
-run python train.py experiment=taehv_tiny
-run python infer.py checkpoint=demo/runs/taehv_tiny teacher=demo/runs/taehv_teacher_tiny \
-  source=demo/videos/videos.csv split=val height=128 width=128 num_frames=9 save_dir=demo/out/taehv_tiny overwrite=true
-
-echo
-python scripts/demo_report.py demo

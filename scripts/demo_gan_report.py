@@ -84,7 +84,7 @@ def section(folder: Path) -> str:
     )
 
 
-def table(folder: Path) -> str:
+def tables(folder: Path) -> str:
     return as_text(scores(folder))
 
 
@@ -104,7 +104,7 @@ def stacked(folder: Path) -> Image.Image:
 
 def report(folder: Path, picture: Path) -> None:
     stacked(folder).save(picture, quality=88)
-    print(table(folder))
+    print(tables(folder))
 
 
 if __name__ == "__main__":

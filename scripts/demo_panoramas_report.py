@@ -107,15 +107,21 @@ def names(out: Path) -> list[str]:
     return sorted(path.stem for path in (out / "wan_tiny_rec").glob("*.mp4"))
 
 
-def section(out: Path) -> str:
+def section(folder: Path) -> str:
+    out = folder / "out"
     pictures = "\n".join(image_tag(picture(clips(name, out))) for name in names(out))
     return SECTION.format(table=as_html(table(out)), gain=ERROR_GAIN, pictures=pictures)
 
 
-def report(out: Path, file: Path, room: int) -> None:
+def tables(folder: Path) -> str:
+    return as_text(table(folder / "out"))
+
+
+def report(folder: Path, file: Path, room: int) -> None:
+    out = folder / "out"
     file.parent.mkdir(parents=True, exist_ok=True)
     picture(clips(names(out)[room], out), times=3).save(file, optimize=True)
-    print(as_text(table(out)))
+    print(tables(folder))
 
 
 def main() -> None:
@@ -124,7 +130,7 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--room", type=int, default=0, help="which of the held-out rooms")
     args = parser.parse_args()
-    one_message(lambda: report(args.folder / "out", args.picture, args.room))
+    one_message(lambda: report(args.folder, args.picture, args.room))
 
 
 if __name__ == "__main__":

@@ -1,51 +1,31 @@
-"""Write one self-contained HTML page about a demo run, and print its table of scores.
+"""Write one self-contained HTML page about the finished parts of a demo, and print their tables of scores.
 
     python scripts/demo_report.py demo
 
-Reads what scripts/demo.sh leaves in the folder: runs/STAGE/metrics.jsonl, out/STAGE_{ori,rec,spatial} with their
-_eval/summary.json, commands.txt; for the GAN see demo_gan_report.py, for the panoramas demo_panoramas_report.py, for
-the distillation demo_distillation_report.py.
+A part is finished once commands/PART.txt is in the folder, which scripts/demo.sh puts there last; what else of a part
+is read stands in demo_PART_report.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import html
-import io
 from pathlib import Path
 
 import demo_distillation_report
 import demo_gan_report
 import demo_panoramas_report
-import numpy as np
-from demo_page import (
-    ERROR_GAIN,
-    as_html,
-    as_text,
-    enlarged,
-    error_map,
-    existing,
-    figure_tag,
-    history,
-    image_tag,
-    one_message,
-    read_json,
-    read_video,
-)
-from matplotlib.figure import Figure
+import demo_stages_report
+from demo_page import one_message
 
-import vae3d
+from vae3d.errors import UserError
 
-STAGES = {
-    "spatial": "2D VAE alone",
-    "stage1": "stage 1: latents, identity",
-    "stage2": "stage 2: latents",
-    "stage3": "stage 3: everything, pixels",
+PARTS = {
+    "stages": demo_stages_report,
+    "gan": demo_gan_report,
+    "panoramas": demo_panoramas_report,
+    "distillation": demo_distillation_report,
 }
-CURVES = ("val/psnr", "loss", "grad_norm")
-ENLARGE = 2
-SHOWN = (0, 8, 16, 24, 32, 39)  # frames in the still pictures
 
 PAGE = """<!doctype html>
 <meta charset="utf-8">
@@ -61,116 +41,33 @@ PAGE = """<!doctype html>
   img {{ max-width: 100%; image-rendering: pixelated }} pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
 </style>
 <h1>vae3d demo</h1>
-<p>A toy video VAE (4 &times; 2 &times; 2 compression) trained on a processor through the three stages of Open-Sora 1.2.
-It shows that the parts work together; its pictures are as blurred as {parameters} parameters make them.</p>
-<h2>Scores on the held-out clips</h2>
-{table}
-<p><i>2D ceiling</i>: the same clips through the 2D VAE alone, the best that the temporal VAE between its halves
-can reach. Stages 1 and 2 leave the 2D VAE as it was; stage 3 trains it too.</p>
-<h2>Moving</h2>
-<p>Original, through the 2D VAE alone, after stage 1, after stage 3.</p>
-{movies}
-<h2>Frames</h2>
-<p>Error maps show the absolute difference, {gain} times amplified.</p>
-{strips}
-<h2>Training</h2>
-{curves}
-{gan}
-{panoramas}
-{distillation}
-<h2>Commands</h2>
-<pre>{commands}</pre>
+<p>Toy networks, trained on a processor. They show that the parts work together, not what the parts can do.</p>
+{sections}
 """
 
-
-def strip(frames: np.ndarray) -> str:
-    return image_tag(enlarged(np.concatenate([frames[i] for i in SHOWN if i < len(frames)], axis=1), ENLARGE))
+COMMANDS = "<details><summary>Commands</summary><pre>{}</pre></details>\n"
 
 
-def strips(name: str, out: Path) -> str:
-    """One clip: rows of frames for the original, the 2D VAE, stage 3 and its error."""
-    original = read_video(out / f"stage3_ori/{name}.mp4")
-    spatial = read_video(out / f"stage3_spatial/{name}.mp4")
-    final = read_video(out / f"stage3_rec/{name}.mp4")
-    rows = {
-        "original": original,
-        "2D VAE alone": spatial,
-        "reconstruction": final,
-        f"error &times; {ERROR_GAIN}": error_map(original, final),
-    }
-    cells = "\n".join(f"<span>{label}</span>{strip(frames)}" for label, frames in rows.items())
-    return f'<h3>{html.escape(name)}</h3>\n<div class="strip">{cells}</div>'
-
-
-def movie(name: str, out: Path) -> str:
-    """One clip as an animation of four videos side by side."""
-    folders = ("stage3_ori", "stage3_spatial", "stage1_rec", "stage3_rec")
-    frames = np.concatenate([read_video(out / folder / f"{name}.mp4") for folder in folders], axis=2)
-    images = [enlarged(frame, ENLARGE) for frame in frames]
-    file = io.BytesIO()
-    images[0].save(file, format="WEBP", save_all=True, append_images=images[1:], duration=80, loop=0, quality=85)
-    return f'<img alt="{html.escape(name)}" src="data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}">'
-
-
-def curves(histories: dict[str, list[dict[str, float]]]) -> str:
-    figure = Figure(figsize=(12, 6))
-    axes = figure.subplots(len(CURVES), len(histories), sharex="col", squeeze=False)
-    for column, (stage, lines) in enumerate(histories.items()):
-        axes[0, column].set_title(STAGES[stage], fontsize=9)
-        for row, key in enumerate(CURVES):
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            axis = axes[row, column]
-            axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 10 else None)
-            if key != "val/psnr":
-                axis.set_yscale("log")
-            if column == 0:
-                axis.set_ylabel(key)
-        axes[-1, column].set_xlabel("step")
-    figure.tight_layout()
-    return figure_tag(figure)
-
-
-def scores(out: Path) -> list[list[str]]:
-    """Head and rows: stage, PSNR and SSIM of the reconstruction, of the 2D VAE alone."""
-
-    def cells(stage: str, kind: str) -> list[str]:
-        if stage == kind == "spatial":  # a 2D VAE has no 2D VAE inside
-            return ["", ""]
-        means = read_json(out / f"{stage}_{kind}_eval/summary.json")["metrics"]
-        return [f"{means['psnr']['mean']:.2f}", f"{means['ssim']['mean']:.4f}"]
-
-    head = ["after", "PSNR (dB)", "SSIM", "2D ceiling, PSNR", "2D ceiling, SSIM"]
-    return [head, *([title, *cells(stage, "rec"), *cells(stage, "spatial")] for stage, title in STAGES.items())]
-
-
-def parameters(run: Path) -> str:
-    return f"{sum(p.numel() for p in vae3d.load(run).parameters()):,}"
+def finished(folder: Path) -> dict[str, str]:
+    """Part -> its commands. Raises UserError if there is none."""
+    files = {part: folder / f"commands/{part}.txt" for part in PARTS}
+    found = {part: file.read_text() for part, file in files.items() if file.is_file()}
+    if not found:
+        raise UserError(f"{folder} has no finished part of a demo; scripts/demo.sh makes {', '.join(PARTS)}")
+    return found
 
 
 def write_report(folder: Path) -> None:
-    """folder/report.html, and its tables to the console. Raises UserError if a file of the demo is missing."""
-    out = folder / "out"
-    names = sorted(path.stem for path in (out / "stage3_rec").glob("*.mp4"))
-    rows = scores(out)
-    page = PAGE.format(
-        parameters=parameters(folder / "runs/stage3"),
-        table=as_html(rows),
-        movies="\n".join(movie(name, out) for name in names),
-        gain=ERROR_GAIN,
-        strips="\n".join(strips(name, out) for name in names),
-        curves=curves({stage: history(folder / "runs" / stage) for stage in STAGES}),
-        gan=demo_gan_report.section(folder),
-        panoramas=demo_panoramas_report.section(out),
-        distillation=demo_distillation_report.section(folder),
-        commands=html.escape(existing(folder / "commands.txt").read_text()),
-    )
+    """folder/report.html, and its tables to the console. Raises UserError if a file of a finished part is missing."""
+    parts = finished(folder)
+    sections = [
+        PARTS[part].section(folder) + COMMANDS.format(html.escape(commands)) for part, commands in parts.items()
+    ]
     report = folder / "report.html"
-    report.write_text(page)
-    print(as_text(rows))
-    print(f"\n{demo_gan_report.table(folder)}")
-    print(f"\n{as_text(demo_panoramas_report.table(out))}")
-    print(f"\n{demo_distillation_report.tables(folder)}")
-    print(f"\nreport with pictures and curves: {report.resolve()}")
+    report.write_text(PAGE.format(sections="\n".join(sections)))
+    for part in parts:
+        print(f"{PARTS[part].tables(folder)}\n")
+    print(f"report with pictures and curves: {report.resolve()}")
 
 
 def main() -> None:

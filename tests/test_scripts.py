@@ -25,6 +25,7 @@ from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.config import CONF
 from vae3d.data.readers import open_media
+from vae3d.errors import UserError
 from vae3d.factory import model_config
 
 
@@ -163,7 +164,7 @@ def test_demo_commands_are_sound(tmp_path, monkeypatch):
     """Before the demo ran, the check of each train.py line of demo.sh misses only what earlier lines make."""
     monkeypatch.chdir(tmp_path)
     lines = (tiny.ROOT / "scripts/demo.sh").read_text().replace("\\\n", "").splitlines()
-    commands = [line.split("train.py ")[1].split() for line in lines if line.startswith("run python train.py")]
+    commands = [line.split("train.py ")[1].split() for line in lines if line.lstrip().startswith("run python train.py")]
     videos, rooms = "data.source.path=demo/videos/videos.csv", "data.source.root=demo/rooms"
     images = "data.source.path=demo/images"
     made = [
@@ -194,7 +195,7 @@ def test_shell_scripts_parse(name):
 
 def test_report_holds_its_pictures_and_prints_the_tables(tmp_path, videos):
     demo_report = script("demo_report")
-    for stage in demo_report.STAGES:
+    for stage in script("demo_stages_report").STAGES:
         run = tmp_path / "runs" / stage
         run.mkdir(parents=True)
         lines = [{"step": s, "loss": 1.0, "grad_norm": 2.0} for s in (1, 2)] + [{"step": 2, "val/psnr": 20.0}]
@@ -218,7 +219,9 @@ def test_report_holds_its_pictures_and_prints_the_tables(tmp_path, videos):
         (tmp_path / f"out/{run}_rec_eval/summary.json").write_text(json.dumps(report))
     distil(tmp_path, videos)
     adversarial(tmp_path)
-    (tmp_path / "commands.txt").write_text("python train.py <x>\n")
+    (tmp_path / "commands").mkdir()
+    for part in demo_report.PARTS:
+        (tmp_path / f"commands/{part}.txt").write_text(f"python train.py <{part}>\n")
 
     done = tiny.run(*tiny.script("scripts/demo_report.py"), str(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stdout
@@ -228,8 +231,24 @@ def test_report_holds_its_pictures_and_prints_the_tables(tmp_path, videos):
     assert "mean colour" in done.stdout
     assert "300 steps with the GAN      28.00  0.500      0.900" in done.stdout
     page = (tmp_path / "report.html").read_text()
-    assert "python train.py &lt;x&gt;" in page
+    assert all(f"python train.py &lt;{part}&gt;" in page for part in demo_report.PARTS)
     assert (
         page.count("data:image/") == 1 + 4 + 1 + 2 + 1 + 3
     )  # an animation, four strips, the curves, the GAN, panoramas, distillation
     assert "http" not in page
+
+    for part in ("stages", "panoramas", "distillation"):
+        (tmp_path / f"commands/{part}.txt").unlink()
+    demo_report.write_report(tmp_path)
+    assert re.findall("<h2>(.*)</h2>", (tmp_path / "report.html").read_text()) == ["A GAN"]
+    (tmp_path / "commands/gan.txt").unlink()
+    with pytest.raises(UserError, match="no finished part of a demo"):
+        demo_report.write_report(tmp_path)
+
+
+def test_the_demo_names_its_parts_where_it_is_given_another():
+    told = subprocess.run(
+        [tiny.ROOT / "scripts/demo.sh", "gan", "vae"], capture_output=True, text=True, check=False, cwd=tiny.ROOT
+    )
+    assert told.returncode == 2
+    assert told.stderr == f"error: no part vae; give some of {' '.join(script('demo_report').PARTS)}\n"
