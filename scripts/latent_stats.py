@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure_scale import about, tell, write
+from measure_scale import opened, rescale
 
-from vae3d.checkpoints.formats import CheckpointError, read_checkpoint
 from vae3d.errors import UserError
-from vae3d.inference.scale import LatentStatistics, ScaleError, refusal, rescaled
-from vae3d.latent_factory import open_codec
+from vae3d.factory import load
+from vae3d.inference.scale import MeasuredScale
 from vae3d.latents.cache import LatentCache
+from vae3d.latents.codec import LatentCodec
 
 SHOWN = ("0.1", "50", "99.9")  # percentiles
 WELL_SCALED = 0.1  # |mean|, and how far the deviation may be from 1
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         cache = LatentCache(args.cache, verify=args.verify)
         show(cache)
         if args.write is not None:
-            rescale(args)
+            write(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,34 +76,20 @@ def show(cache: LatentCache) -> None:
     judge(told, vae["shift"], vae["scale"], "the scale that the cache was made with")
 
 
-def rescale(args: argparse.Namespace) -> None:
-    checkpoint = read_checkpoint(args.write)
-    if args.out is None and checkpoint.layout != "export":
-        raise CheckpointError(f"{checkpoint.path} ({checkpoint.layout}) is no export; name a new one with --out")
-    if args.out is not None and args.out.exists():
-        raise CheckpointError(f"{args.out}: exists already")
-    codec = open_codec(args.write)
-    cache = LatentCache(args.cache, codec)  # refuses those of another autoencoder
-    if why := refusal(codec.model):
-        raise ScaleError(f"{checkpoint.path}: {why}")
-    measured = of_cache(cache, args.of_means)
-    found = rescaled(checkpoint, codec.model, measured, shift=args.shift, per_channel=args.per_channel)
-    tell(checkpoint, found, measured)
-    target = args.out or checkpoint.path.parent
-    write(found, target, **(about(checkpoint) | {"latents": measured.facts()}))
-    print(f"written to {target}")
-    spec = open_codec(target).model.spec
+def write(args: argparse.Namespace) -> None:
+    checkpoint, model = opened(args.write, args.out)
+    cache = LatentCache(
+        args.cache, LatentCodec(model, config=checkpoint.config)
+    )  # refuses those of another autoencoder
+    spec = load(rescale(checkpoint, model, of_cache(cache, args.of_means), args)).spec
     judge(cache.statistics, spec.shift, spec.scale, "the new scale", args.of_means)
 
 
-def of_cache(cache: LatentCache, of_means: bool) -> LatentStatistics:
-    """The statistics of a cache as those that clips are measured with."""
-    told, size = cache.statistics, cache.index.iloc[0]
-    measured = LatentStatistics(told["clips"], (int(size["frames"]), int(size["height"]), int(size["width"])))
-    std = torch.tensor(told["std_of_mean" if of_means else "std"], dtype=torch.float64)
-    measured.moments.count, measured.moments.mean = told["count"], torch.tensor(told["mean"], dtype=torch.float64)
-    measured.moments.scatter = torch.diag(std.square() * told["count"])
-    return measured
+def of_cache(cache: LatentCache, of_means: bool) -> MeasuredScale:
+    told, sizes = cache.statistics, cache.index[["frames", "height", "width"]].drop_duplicates()
+    size = tuple(map(int, sizes.iloc[0])) if len(sizes) == 1 else None
+    mean, std = (torch.tensor(told[key], dtype=torch.float64) for key in ("mean", "std_of_mean" if of_means else "std"))
+    return MeasuredScale(told["clips"], size, mean, std)
 
 
 def judge(told: dict[str, Any], shift: Any, scale: Any, what: str, of_means: bool = False) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import EXPORT_CONFIG, Checkpoint, CheckpointError, load_state, read_checkpoint
@@ -28,7 +29,7 @@ from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
 from vae3d.errors import UserError
 from vae3d.factory import build_checkpoint
-from vae3d.inference.scale import LatentStatistics, ScaleError, measure, refusal, rescaled, spread_clips
+from vae3d.inference.scale import MeasuredScale, ScaleError, measure, refusal, rescaled, spread_clips
 from vae3d.precision import as_device
 
 
@@ -48,35 +49,47 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     try:
-        rescale(args)
+        checkpoint, model = opened(args.checkpoint, args.out)
+        rescale(checkpoint, model, of_source(model, args), args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def rescale(args: argparse.Namespace) -> None:
-    checkpoint = read_checkpoint(args.checkpoint)
-    if args.out is None and checkpoint.layout != "export":
+def opened(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
+    """What is to be given a scale, and its model. Raises UserError, before anything is measured, if it cannot be."""
+    checkpoint = read_checkpoint(path)
+    if out is None and checkpoint.layout != "export":
         raise CheckpointError(f"{checkpoint.path} ({checkpoint.layout}) is no export; name a new one with --out")
-    if args.out is not None and args.out.exists():
-        raise CheckpointError(f"{args.out}: exists already")
+    if out is not None and out.exists():
+        raise CheckpointError(f"{out}: exists already")
     model = build_checkpoint(checkpoint)
     if why := refusal(model):
         raise ScaleError(f"{checkpoint.path}: {why}")
     load_state(model, checkpoint.state, str(checkpoint.path))
+    return checkpoint, model.eval()
+
+
+def of_source(model: nn.Module, args: argparse.Namespace) -> MeasuredScale:
     settings = ClipSettings(args.height, args.width)
     table = read_tables(open_source(args.source), settings, holdout=0, max_broken=1.0).train
     faults: list[tuple[str, str]] = []
     clips = spread_clips(table, settings, args.frames, args.count, faults)
-    statistics = measure(model.eval().to(as_device(args.device)), clips, args.seed)
+    measured = measure(model.to(as_device(args.device)), clips, args.seed)
     for path, reason in faults:
         print(f"left out: {path}: {reason}", file=sys.stderr)
-    found = rescaled(checkpoint, model, statistics, shift=args.shift, per_channel=args.per_channel)
-    tell(checkpoint, found, statistics)
+    return measured
+
+
+def rescale(checkpoint: Checkpoint, model: nn.Module, measured: MeasuredScale, args: argparse.Namespace) -> Path:
+    """Write the measured scale into args.out, or else into the export itself; the folder of it."""
+    found = rescaled(checkpoint, model, measured, shift=args.shift, per_channel=args.per_channel)
+    tell(checkpoint, found, measured)
     target = args.out or checkpoint.path.parent
-    write(found, target, **(about(checkpoint) | {"latents": statistics.facts()}))
+    write(found, target, **(about(checkpoint) | {"latents": measured.facts()}))
     print(f"written to {target}")
+    return target
 
 
 def write(checkpoint: Checkpoint, folder: Path, **told: Any) -> None:
@@ -97,12 +110,12 @@ def about(checkpoint: Checkpoint) -> dict[str, Any]:
     return {key: value for key, value in told.items() if key not in ("vae3d", "model")}
 
 
-def tell(old: Checkpoint, new: Checkpoint, statistics: LatentStatistics) -> None:
-    size = " x ".join(map(str, statistics.size))
-    print(f"{statistics.clips} clips of {size}\n{'channel':>7}{'mean':>12}{'std':>12}")
-    for channel, (mean, std) in enumerate(zip(statistics.mean.tolist(), statistics.std.tolist(), strict=True)):
+def tell(old: Checkpoint, new: Checkpoint, measured: MeasuredScale) -> None:
+    size = "several sizes" if measured.size is None else " x ".join(map(str, measured.size))
+    print(f"{measured.clips} clips of {size}\n{'channel':>7}{'mean':>12}{'std':>12}")
+    for channel, (mean, std) in enumerate(zip(measured.mean.tolist(), measured.std.tolist(), strict=True)):
         print(f"{channel:7}{mean:12.5f}{std:12.5f}")
-    mean, std = statistics.over_channels()
+    mean, std = measured.over_channels()
     print(f"{'all':>7}{mean:12.5f}{std:12.5f}   1 / std = {1 / std:.5f}")
     for name in ("scaling_factor", "shift_factor", "shift", "scale"):
         if new.config.get(name) != old.config.get(name):

@@ -23,7 +23,7 @@ from vae3d.checkpoints.formats import Checkpoint, read_checkpoint
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
-from vae3d.inference.scale import LatentStatistics, ScaleError, measure, refusal, rescaled, spread_clips
+from vae3d.inference.scale import MeasuredScale, ScaleError, measure, refusal, rescaled, spread_clips
 from vae3d.types import Clip
 
 RAW = {
@@ -51,18 +51,6 @@ def saved(name: str, folder) -> tuple[torch.nn.Module, Checkpoint]:
     return model, Checkpoint(config, model.state_dict(), folder, "export")
 
 
-def test_statistics_of_chunks_are_those_of_numpy_over_all():
-    z = torch.randn(7, 4, 2, 3, 5, generator=torch.manual_seed(0)) * torch.arange(1, 5).reshape(4, 1, 1, 1) + 3
-    statistics = LatentStatistics()
-    for chunk in z.split([1, 4, 2]):
-        statistics.add(chunk)
-    assert statistics.clips == 7
-    whole = z.double().numpy()
-    np.testing.assert_allclose(statistics.mean, whole.mean((0, 2, 3, 4)), rtol=1e-12)
-    np.testing.assert_allclose(statistics.std, whole.std((0, 2, 3, 4)), rtol=1e-12)
-    np.testing.assert_allclose(statistics.over_channels(), (whole.mean(), whole.std()), rtol=1e-12)
-
-
 def test_samples_are_measured_not_means():
     """What a diffusion model trains on; each clip's noise is its own."""
     model = tiny.model("spatial")
@@ -71,9 +59,11 @@ def test_samples_are_measured_not_means():
         z = torch.cat([model.encode(c.video).sample(c.generators(5, "cpu")) for c in clips()]).double()
     np.testing.assert_allclose(statistics.mean, z.mean((0, 2, 3, 4)), rtol=1e-6)
     np.testing.assert_allclose(statistics.std, z.std((0, 2, 3, 4), correction=0), rtol=1e-6)
+    np.testing.assert_allclose(statistics.over_channels(), (z.mean(), z.std(correction=0)), rtol=1e-6)
     assert statistics.facts() | {"mean": 0, "std": 0} == {
         "clips": 3, "frames_height_width": [5, 16, 16], "mean": 0, "std": 0,
     }  # fmt: skip
+    assert measure(model, [*clips(2), *clips(1, frames=1)]).facts()["frames_height_width"] is None
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -120,10 +110,7 @@ def test_what_cannot_be_scaled_is_refused(videos, tmp_path):
     with pytest.raises(ScaleError, match="there is no clip that can be read"):
         measure(tiny.model("spatial"), [])
     model, checkpoint = saved("wan", tmp_path)
-    statistics = LatentStatistics()
-    statistics.add(
-        torch.ones(1, 4, 1, 2, 2) * torch.rand(1, 1, 1, 2, 2) * torch.tensor([1, 0, 1, 0]).reshape(4, 1, 1, 1)
-    )
+    statistics = MeasuredScale(1, (1, 2, 2), torch.zeros(4), torch.tensor([1.0, 0, 1, 0]))
     with pytest.raises(ScaleError, match="latents of channel 1, 3 do not vary"):
         rescaled(checkpoint, model, statistics)
 

@@ -117,8 +117,8 @@ def _scaled(trainer: Trainer, weights: Checkpoint) -> tuple[Checkpoint, dict[str
     clips = spread_clips(data.table, data.settings, counts[-1], count, faults)
     network.eval()
     try:
-        statistics = measure(network, clips, trainer.config.run.seed)
-        return rescaled(weights, network, statistics), {"latents": statistics.facts()}
+        measured = measure(network, clips, trainer.config.run.seed)
+        return rescaled(weights, network, measured), {"latents": measured.facts()}
     except (ScaleError, MetricError) as error:
         trainer.log.warn(f"the export of step {trainer.step} has the scale of the configuration: {error}")
         return weights, {}

@@ -7,7 +7,7 @@ with every run (SD 0.18215, SDXL 0.13025, FLUX 0.3611), so it is measured, never
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,28 +34,15 @@ class ScaleError(UserError):
     """Latents whose scale cannot be measured."""
 
 
-@dataclass
-class LatentStatistics:
-    """Of raw latents: the moments of the vectors [C] at all places of `clips` clips of `size` (T, H, W), in fp64."""
+@dataclass(frozen=True)
+class MeasuredScale:
+    """Of raw latents: mean and standard deviation (of the population) of each channel, [C] fp64, over `clips` clips of
+    `size` (T, H, W), or None if they are of several."""
 
-    clips: int = 0
-    size: tuple[int, ...] = ()
-    moments: Moments = field(default_factory=Moments)
-
-    def add(self, z: Tensor) -> None:
-        """[B, C, t, h, w]. Raises MetricError if a value is not finite."""
-        self.moments.update(z.transpose(0, 1).flatten(1).T)
-        self.clips += len(z)
-
-    @property
-    def mean(self) -> Tensor:
-        """[C]."""
-        return self.moments.mean
-
-    @property
-    def std(self) -> Tensor:
-        """[C], of all values there are (divided by their number)."""
-        return (self.moments.scatter.diagonal() / self.moments.count).sqrt()
+    clips: int
+    size: tuple[int, int, int] | None
+    mean: Tensor
+    std: Tensor
 
     def over_channels(self) -> tuple[float, float]:
         """Mean and standard deviation of all values of all channels."""
@@ -65,7 +52,7 @@ class LatentStatistics:
 
     def facts(self) -> dict[str, Any]:
         """What a reader of a scale should know, for model.yaml."""
-        told = {"clips": self.clips, "frames_height_width": list(self.size)}
+        told = {"clips": self.clips, "frames_height_width": self.size and list(self.size)}
         return told | {"mean": self.mean.tolist(), "std": self.std.tolist()}
 
 
@@ -80,7 +67,7 @@ def refusal(model: nn.Module) -> str | None:
 
 @measuring()
 @torch.no_grad()
-def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> LatentStatistics:
+def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> MeasuredScale:
     """Encode clips one after another, in the model's precision, and sample from their posteriors.
 
     Samples, because they are what a diffusion model is trained on, and what latent-diffusion takes (`scale_by_std`,
@@ -88,14 +75,17 @@ def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> LatentSta
     Raises ScaleError without clips, MetricError for latents that are not finite.
     """
     device = next(model.parameters()).device
-    statistics = LatentStatistics()
+    moments, count, sizes = Moments(), 0, set()
     for clip in clips:
         clip = clip.to(device)
-        statistics.add(model.encode(clip.video).sample(clip.generators(seed, device)))
-        statistics.size = tuple(clip.video.shape[2:])
-    if not statistics.clips:
+        z = model.encode(clip.video).sample(clip.generators(seed, device))
+        moments.update(z.transpose(0, 1).flatten(1).T)
+        count += len(z)
+        sizes.add(tuple(clip.video.shape[2:]))
+    if not count:
         raise ScaleError("the scale of the latents cannot be measured: there is no clip that can be read")
-    return statistics
+    std = (moments.scatter.diagonal() / moments.count).sqrt()
+    return MeasuredScale(count, sizes.pop() if len(sizes) == 1 else None, moments.mean, std)
 
 
 def spread_clips(
@@ -117,7 +107,7 @@ def spread_clips(
 def rescaled(
     checkpoint: Checkpoint,
     model: nn.Module,
-    statistics: LatentStatistics,
+    measured: MeasuredScale,
     *,
     shift: bool = False,
     per_channel: bool = False,
@@ -130,17 +120,17 @@ def rescaled(
     Raises ScaleError if these do not vary.
     """
     if isinstance(model, SpatialVAE) and per_channel:
-        stds = statistics.std.tolist()
+        stds = measured.std.tolist()
         _refuse_constant(stds)
-        told = {"scaling_factor": [1 / std for std in stds], "shift_factor": statistics.mean.tolist()}
+        told = {"scaling_factor": [1 / std for std in stds], "shift_factor": measured.mean.tolist()}
         return replace(checkpoint, config=checkpoint.config | told)
     if isinstance(model, SpatialVAE):
-        mean, std = statistics.over_channels()
+        mean, std = measured.over_channels()
         _refuse_constant([std])
         told = {"scaling_factor": 1 / std} | ({"shift_factor": mean} if shift else {})
         return replace(checkpoint, config=checkpoint.config | told)
     assert isinstance(model, Normalized)
-    factors = {"shift": statistics.mean.tolist(), "scale": statistics.std.tolist()}
+    factors = {"shift": measured.mean.tolist(), "scale": measured.std.tolist()}
     _refuse_constant(factors["scale"])
     kept = {  # OpenSoraVAE has them among its weights
         name: torch.tensor(values, dtype=torch.float32)[None, :, None, None, None]
