@@ -25,12 +25,11 @@ from measure_scale import opened, rescale
 
 from vae3d.errors import UserError
 from vae3d.factory import load
-from vae3d.inference.scale import MeasuredScale
+from vae3d.inference.scale import MeasuredScale, off_scale
+from vae3d.latent_factory import open_codec
 from vae3d.latents.cache import LatentCache
-from vae3d.latents.codec import LatentCodec
 
 SHOWN = ("0.1", "50", "99.9")  # percentiles
-WELL_SCALED = 0.1  # |mean|, and how far the deviation may be from 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,9 +77,7 @@ def show(cache: LatentCache) -> None:
 
 def write(args: argparse.Namespace) -> None:
     checkpoint, model = opened(args.write, args.out)
-    cache = LatentCache(
-        args.cache, LatentCodec(model, config=checkpoint.config)
-    )  # refuses those of another autoencoder
+    cache = LatentCache(args.cache, open_codec(args.write))  # refuses those of another autoencoder
     spec = load(rescale(checkpoint, model, of_cache(cache, args.of_means), args)).spec
     judge(cache.statistics, spec.shift, spec.scale, "the new scale", args.of_means)
 
@@ -97,8 +94,7 @@ def judge(told: dict[str, Any], shift: Any, scale: Any, what: str, of_means: boo
     std = told["std_of_mean" if of_means else "std"]
     means = [(mean - by) / over for mean, by, over in zip(told["mean"], shift, scale, strict=True)]
     stds = [value / over for value, over in zip(std, scale, strict=True)]
-    sound = all(abs(mean) <= WELL_SCALED for mean in means) and all(abs(s - 1) <= WELL_SCALED for s in stds)
-    hint = "" if sound else "; write another into the export (--write, --per-channel)"
+    hint = "; write another into the export (--write, --per-channel)" if off_scale(means, stds) else ""
     print(f"by {what}: means {min(means):.3f} to {max(means):.3f}, deviations {min(stds):.3f} to {max(stds):.3f}{hint}")
 
 

@@ -23,7 +23,7 @@ from vae3d.checkpoints.formats import Checkpoint, read_checkpoint
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
-from vae3d.inference.scale import MeasuredScale, ScaleError, measure, refusal, rescaled, spread_clips
+from vae3d.inference.scale import MeasuredScale, ScaleError, measure, off_scale, refusal, rescaled, spread_clips
 from vae3d.types import Clip
 
 RAW = {
@@ -64,6 +64,11 @@ def test_samples_are_measured_not_means():
         "clips": 3, "frames_height_width": [5, 16, 16], "mean": 0, "std": 0,
     }  # fmt: skip
     assert measure(model, [*clips(2), *clips(1, frames=1)]).facts()["frames_height_width"] is None
+
+
+def test_channels_that_diffusion_must_not_be_given():
+    means, stds = [0.1, -0.11, 0, 0, float("nan"), 0], [1.09, 1, 0.89, 1.11, 1, float("nan")]
+    assert off_scale(means, stds) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("shift", [False, True])

@@ -170,9 +170,9 @@ def test_clips_are_the_same_every_time_and_apart(photos, video):
 
 
 def test_a_model_that_normalises_wrongly_is_named():
-    told = {"statistics": {"shift": 0.0, "scale": 5.49}, "collapsed": [], "latent_shape": [4, 1, 8, 8]}
-    assert "standard deviation 5.490" in probe_run.warnings_of("sd", told)[0]
-    fine = told | {"statistics": {"shift": 0.05, "scale": 1.05}}
+    told = {"statistics": {"mean": [0.0, 0.05], "std": [1.2, 0.8]}, "collapsed": [], "latent_shape": [4, 1, 8, 8]}
+    assert "deviations from 0.800 to 1.200, by channel" in probe_run.warnings_of("sd", told)[0]  # 1.02 over all
+    fine = told | {"statistics": {"mean": [0.05, -0.05], "std": [1.05, 0.95]}}
     assert probe_run.warnings_of("sd", fine) == []
     assert probe_run.warnings_of("sd", fine | {"collapsed": [2]}) == ["sd: 1 of 4 channels tell nothing: 2"]
 

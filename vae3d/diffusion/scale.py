@@ -12,8 +12,7 @@ from torch import Tensor
 from vae3d import ranks
 from vae3d.diffusion.data import LatentData
 from vae3d.errors import UserError
-
-WIDEST_MEAN, WIDEST_GAP = 0.1, 0.1  # of a channel's mean from 0, and of its deviation from 1
+from vae3d.inference.scale import WIDEST, off_scale
 
 
 class ScaleRefused(UserError):
@@ -30,8 +29,7 @@ class Scale:
 
     def outside(self) -> list[int]:
         """Channels that are not of about mean 0 and deviation 1."""
-        sound = (self.mean.abs() <= WIDEST_MEAN) & ((self.std - 1).abs() <= WIDEST_GAP)  # NaN is not
-        return [channel for channel, ok in enumerate(sound.tolist()) if not ok]
+        return off_scale(self.mean.tolist(), self.std.tolist())
 
     def facts(self) -> dict[str, Any]:
         return {"count": self.count, "mean": self.mean.tolist(), "std": self.std.tolist()}
@@ -63,6 +61,6 @@ def refuse_other_scale(scale: Scale, remedy: str) -> None:
     means, stds = (", ".join(f"{value:.3f}" for value in values.tolist()) for values in (scale.mean, scale.std))
     raise ScaleRefused(
         f"latents of channel {', '.join(map(str, outside))} are not of mean 0 and deviation 1 (within "
-        f"{WIDEST_MEAN} each), which diffusion needs. Of {scale.count} latents, per channel\n"
+        f"{WIDEST} each), which diffusion needs. Of {scale.count} latents, per channel\n"
         f"  means      {means}\n  deviations {stds}\n{remedy}"
     )

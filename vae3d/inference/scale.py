@@ -6,7 +6,7 @@ with every run (SD 0.18215, SDXL 0.13025, FLUX 0.3611), so it is measured, never
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,8 @@ from vae3d.models.layers.normalized import Normalized
 from vae3d.models.spatial import SpatialVAE
 from vae3d.precision import measuring
 from vae3d.types import Clip
+
+WIDEST = 0.1  # how far a channel's mean may be from 0, and its deviation from 1, where latents are diffused
 
 
 class ScaleError(UserError):
@@ -54,6 +56,13 @@ class MeasuredScale:
         """What a reader of a scale should know, for model.yaml."""
         told = {"clips": self.clips, "frames_height_width": self.size and list(self.size)}
         return told | {"mean": self.mean.tolist(), "std": self.std.tolist()}
+
+
+def off_scale(means: Sequence[float], stds: Sequence[float]) -> list[int]:
+    """Channels of normalised latents, with these means and deviations, that are not of about mean 0 and deviation 1, or
+    NaN."""
+    pairs = enumerate(zip(means, stds, strict=True))
+    return [channel for channel, (mean, std) in pairs if not (abs(mean) <= WIDEST and abs(std - 1) <= WIDEST)]
 
 
 def refusal(model: nn.Module) -> str | None:

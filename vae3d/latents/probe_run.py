@@ -23,6 +23,7 @@ from vae3d.data.segments import bounds_of
 from vae3d.data.sources import DataError
 from vae3d.data.transforms import cover
 from vae3d.errors import UserError
+from vae3d.inference.scale import off_scale
 from vae3d.latents import probes
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.statistics import LatentStatistics
@@ -33,7 +34,6 @@ from vae3d.seeding import randn_like, seed_of
 
 LEAST_LATENT = 4  # sides of a frame of latents, of which the smallest spectrum and a scaled frame can be had
 SHOWN_NOISE = (0.0, 0.2, 0.5, 1.0)
-UNIT = 0.1  # how far |mean| and the standard deviation may be off 0 and 1, over all latents
 
 
 class ProbeError(UserError):
@@ -306,11 +306,12 @@ def decoded_pictures(model: nn.Module, clips: Clips, settings: ProbeSettings, st
 def warnings_of(name: str, told: Mapping[str, Any]) -> list[str]:
     """What makes the latents of a model unfit to be diffused as they are."""
     found, statistics = [], told["statistics"]
-    shift, scale = statistics["shift"], statistics["scale"]
-    if abs(shift) > UNIT or abs(scale - 1) > UNIT:
+    means, stds = statistics["mean"], statistics["std"]
+    if off_scale(means, stds):
         found.append(
-            f"{name}: its normalised latents have mean {shift:.3f} and standard deviation {scale:.3f}, where 0 and 1 "
-            "are due: write what is measured into the export (scripts/measure_scale.py) before they are diffused"
+            f"{name}: its normalised latents have means from {min(means):.3f} to {max(means):.3f} and standard "
+            f"deviations from {min(stds):.3f} to {max(stds):.3f}, by channel, where 0 and 1 are due: write what is "
+            "measured into the export (scripts/measure_scale.py --per-channel) before they are diffused"
         )
     if told["collapsed"]:
         channels = ", ".join(map(str, told["collapsed"]))
