@@ -110,6 +110,7 @@ def test_a_saved_dataset_is_read(tmp_path, kind):
     table = HuggingFace(tmp_path / "saved").table()
     assert table["split"].tolist() == ([None] * 6 if kind == "Dataset" else ["train"] * 6 + ["val"] * 2)
     np.testing.assert_array_equal(open_media(table["path"][5]).read([0])[0], picture(5))
+    assert table["label"].tolist() == ([*range(6)] if kind == "Dataset" else [*range(6), 0, 1])
     again = ImageFolder(tmp_path / "saved").table()  # which takes datasets too
     assert again["path"].tolist() == table["path"].tolist()
 
@@ -119,6 +120,11 @@ def test_rows_that_were_filtered_keep_their_order(tmp_path):
     heights = [open_media(path).info.height for path in HuggingFace(tmp_path / "saved").table()["path"]]
     assert sorted(heights) == [21, 23, 25]
     assert heights == [row["image"].height for row in hf.load_from_disk(tmp_path / "saved")]
+
+
+def test_labels_that_are_kept_secret_are_none(tmp_path):
+    rows(3).map(lambda row: {"label": -1 if row["label"] == 1 else row["label"]}).save_to_disk(tmp_path / "saved")
+    assert HuggingFace(tmp_path / "saved").table()["label"].isna().tolist() == [False, True, False]
 
 
 def test_image_files_stay_files(tmp_path):

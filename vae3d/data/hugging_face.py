@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from vae3d.data.dataset_rows import encoded, image_columns, open_splits, row_path
 from vae3d.data.sources import DataError, listed
 
+NO_LABEL = -1  # of test sets whose labels are kept secret
 HELD_OUT = ("validation", "valid", "val", "test")  # the first of them that there is serves for validation
 
 
@@ -23,7 +24,8 @@ class HuggingFace:
     split: trained on; None: train, or the only one there is. val_split: held out for validation; None: the first there
     is of validation, valid, val and test; without one, images are held out as from any source. column: of images;
     None: the only one.
-    Rows without an image are faults. `notes` tells splits and numbers.
+    A column `label` gives the labels: classes by their numbers. Rows without an image are faults. `notes` tells splits
+    and numbers.
     """
 
     def __init__(
@@ -78,6 +80,10 @@ def _rows(folder: str, split: str, column: str) -> pd.DataFrame:
         for row, (out, file) in enumerate(zip(outside, files, strict=True))
     ]
     table = listed(paths, [f"{split}/{row}" for row in range(len(paths))]).assign(num_frames=1.0, fps=0.0)
+    rows = open_splits(folder)[split]
+    if "label" in rows.column_names:
+        labels = rows.select_columns(["label"])[:]["label"]
+        table["label"] = [label if isinstance(label, int | str) and label != NO_LABEL else None for label in labels]
     return table.assign(
         fault=[None if file or not out else "has no image" for out, file in zip(outside, files, strict=True)]
     )
