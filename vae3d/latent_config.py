@@ -85,6 +85,8 @@ def check_encoding(cfg: DictConfig) -> EncodeConfig:
         faults.append(f"short_side={config.short_side} cuts panoramas, which panorama=true shows whole; use null")
     if config.panorama and config.height is not None and config.width != 2 * config.height:
         faults.append(f"width={config.width} must be twice height={config.height}, for panorama=true")
+    if isinstance(config.source, dict) and "_target_" not in config.source:
+        faults.append("source must be a path, or a node with `_target_`, as conf/data has")
     faults += path_faults({name: getattr(config, name) for name in ("checkpoint", "source", "root")})
     if faults:
         raise ConfigError(faults)

@@ -13,7 +13,9 @@ import torch
 from accelerate import PartialState
 
 from vae3d.checkpoints.formats import load_state, read_checkpoint
-from vae3d.data.sources import Source, open_source
+from vae3d.data.image_folder import ImageFolder
+from vae3d.data.readers import is_image
+from vae3d.data.sources import Folder, Source, open_source
 from vae3d.errors import UserError
 from vae3d.factory import build_checkpoint, instantiate, merged
 from vae3d.latents.clips import Transform, items_of
@@ -56,6 +58,15 @@ def open_codec(
     return codec.to(device)
 
 
+def _source(config: EncodeConfig) -> Source:
+    """A folder of nothing but images is read as in training, with the splits that its folders are called after."""
+    if not isinstance(config.source, str):
+        return instantiate(config.source)
+    source = open_source(config.source, config.root)
+    images = isinstance(source, Folder) and source.path.is_dir() and source.table()["path"].map(is_image).all()
+    return ImageFolder(config.source) if images else source
+
+
 def encode(config: EncodeConfig) -> None:
     """Make the latent cache that `config` describes, or go on with it."""
     # ranks wait for the one with the longest videos
@@ -68,9 +79,7 @@ def encode(config: EncodeConfig) -> None:
         device=as_device(config.device) if config.device else ranks.device,
         changes=config.model,
     )
-    source: Source = (
-        open_source(config.source, config.root) if isinstance(config.source, str) else instantiate(config.source)
-    )
+    source = _source(config)
     transform = Transform(**{field.name: getattr(config, field.name) for field in fields(Transform)})
     with ranks.main_process_first():  # which probes the files, where it must; the others find its answers on disk
         items, faults = items_of(source.table(), transform, labels=config.labels, split=config.split)

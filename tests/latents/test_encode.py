@@ -16,6 +16,7 @@ from PIL import Image
 from tests import tiny
 from tests.latents import caches
 from vae3d.check import ConfigError
+from vae3d.data.image_folder import ImageFolder
 from vae3d.data.sources import DataError, Folder, open_source
 from vae3d.latent_config import check_encoding
 from vae3d.latent_factory import encode as encode_command
@@ -131,6 +132,25 @@ def test_a_damaged_shard_is_made_anew(photos, whole, tmp_path):
     assert caches.files(folder) == caches.files(whole)
 
 
+@pytest.mark.parametrize("writers", [[], ["webdataset"]])
+def test_labels_that_were_changed_need_no_second_export(writers, tmp_path):
+    source = caches.pictures(tmp_path / "source")
+    table = pd.DataFrame({"path": [f"cat/{i}.png" for i in range(3)], "label": ["a", "b", "a"]})
+    table.to_csv(source / "table.csv", index=False)
+    settings = {"flip": True, "writers": writers}
+    folder = caches.made(source / "table.csv", tmp_path / "cache", **settings)
+    latents = shards.shard_file(folder, 0).read_bytes()
+    table.assign(label=["a", "b", "c"], split=["train", "val", "train"]).to_csv(source / "table.csv", index=False)
+    caches.made(source / "table.csv", folder, **settings)
+    cache = LatentCache(folder)
+    assert [cache.classes[label] for label in cache.labels] == ["a", "a", "b", "b", "c", "c"]
+    assert cache.index["split"].tolist() == ["train", "train", "val", "val", "train", "train"]
+    assert shards.shard_file(folder, 0).read_bytes() == latents
+    anew = caches.files(caches.made(source / "table.csv", tmp_path / "anew", **settings))
+    now = caches.files(folder)
+    assert {file for file in anew if anew[file] != now[file]} <= set(_markers(folder))  # which tell of the first time
+
+
 # ---- statistics and other layouts
 
 
@@ -216,6 +236,8 @@ def test_labels_come_from_a_column_or_a_folder(tmp_path):
         "",
         "",
     ]
+    with pytest.raises(DataError, match="no file of the source lies in a folder of a class"):
+        entries({"path": ["train/b.png", "c.png"]}, tmp_path, labels="folder")
     clips = [{"path": "a.mp4", "label": 7}, {"path": "b.mp4", "label": "dog"}, {"path": "c.mp4"}]
     (tmp_path / "clips.json").write_text(json.dumps(clips))
     assert labels_of(open_source(tmp_path / "clips.json").table(), "auto") == ["7", "dog", ""]
@@ -314,6 +336,18 @@ def test_the_command_encodes_and_its_codec_reads(spatial_export, photos, tmp_pat
     assert LatentCache(tmp_path / "node").classes == []
 
 
+def test_folders_of_splits_are_those_that_training_sees(spatial_export, tmp_path):
+    for split in ("train", "test"):
+        caches.pictures(tmp_path / "set" / split, count=1)
+    Image.fromarray(tiny.frames(1)[0]).save(tmp_path / "set/stray.png")
+    given = [f"checkpoint={spatial_export}", f"source={tmp_path / 'set'}", f"cache={tmp_path / 'cache'}", "workers=0"]
+    encode_command(check_encoding(tiny.compose(*given, "height=16", "width=16", config="latents")))
+    index, reference = LatentCache(tmp_path / "cache").index, ImageFolder(tmp_path / "set").table()
+    assert index["key"].tolist() == reference["name"].tolist()
+    assert index["split"].tolist() == reference["split"].tolist() == ["val", "val", "train", "train"]
+    assert index["label"].tolist() == ["cat", "dog"] * 2
+
+
 def test_all_faults_of_a_configuration_are_told_at_once():
     with pytest.raises(ConfigError) as error:
         check_encoding(
@@ -329,3 +363,5 @@ def test_all_faults_of_a_configuration_are_told_at_once():
         "store=all is unknown; use one of moments, mean, sample", "colour is not a setting",
     ):  # fmt: skip
         assert part in told
+    with pytest.raises(ConfigError, match="source must be a path, or a node with `_target_`"):
+        check_encoding(tiny.compose("checkpoint=.", "cache=x", "source={path: photos}", config="latents"))

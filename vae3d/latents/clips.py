@@ -88,7 +88,7 @@ def items_of(
     of several as in a.mp4[17:34].
     labels: the column `label`, the name of the folder that a file lies in (unless it is that of a split), none, or
     auto: the column if there is one, else the folder. split: rows of this split only.
-    Raises DataError if nothing is left, if two rows are the same clip, or if there is no such column.
+    Raises DataError if nothing is left, if two rows are the same clip, or if there is no such column or folder.
     """
     if split is not None:
         table = table[table["split"] == split].reset_index(drop=True)
@@ -129,7 +129,12 @@ def labels_of(table: pd.DataFrame, labels: str) -> list[str]:
     if labels == "column" or (labels == "auto" and any(given)):
         return given
     folders = [Path(name).parent.name for name in table["name"]]
-    return ["" if labels == "none" or folder.lower() in SPLIT_FOLDERS else folder for folder in folders]
+    found = ["" if labels == "none" or folder.lower() in SPLIT_FOLDERS else folder for folder in folders]
+    if labels == "folder" and not any(found):
+        raise DataError(
+            "labels=folder, but no file of the source lies in a folder of a class; use labels=column, or none"
+        )
+    return found
 
 
 def _key(name: str, bounds: Bounds) -> str:

@@ -133,7 +133,8 @@ def identity(meta: dict[str, Any]) -> dict[str, Any]:
 def encode_cache(job: Job, rank: int = 0, world_size: int = 1, wait: Callable[[], None] = lambda: None) -> None:
     """Make, or go on with, the cache of a job; `wait` returns when all ranks have called it.
 
-    Complete shards stay as they are; the others are made from the start, to the same bytes.
+    Complete shards stay as they are; the others are made from the start, to the same bytes. Labels, splits and texts
+    are those that the source has now.
     Raises CacheError for a folder that holds something else, and if more than max_broken of the clips fail.
     """
     meta = job.meta()
@@ -163,7 +164,15 @@ def _done(job: Job, shard: int, digest: str) -> bool:
     marker = read_marker(job.folder, shard)
     if marker is None or marker["of"] != digest or (job.retry and marker["faults"]):
         return False
+    if "webdataset" in job.writers and any(row != row | _told(job, row) for row in marker["rows"]):
+        return False  # its tar file tells of another label
     return damage(job.folder, shard, marker) is None
+
+
+def _told(job: Job, row: dict[str, Any]) -> dict[str, str]:
+    """What the source tells of an entry, which is no part of its latents."""
+    item = job.items[row["number"] // 2 if job.flip else row["number"]]
+    return {"label": item.label, "split": item.split, "text": item.text}
 
 
 def _encode(job: Job, shards: Sequence[int], digest: str, quiet: bool) -> None:
@@ -274,7 +283,7 @@ def finish(job: Job, digest: str) -> None:
             f"{job.folder}: {len(missing)} of {job.shards} shards are missing ({missing[:SHOWN]}); do all processes "
             "write to the same folder?"
         )
-    rows = [row for marker in markers for row in marker["rows"]]
+    rows = [row | _told(job, row) for marker in markers for row in marker["rows"]]
     faults = [*job.faults, *(fault for marker in markers for fault in marker["faults"])]
     with aside(job.folder / FAULTS) as file:
         file.write_text("".join(json.dumps(fault) + "\n" for fault in faults))
