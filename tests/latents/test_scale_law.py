@@ -109,7 +109,7 @@ def test_factors_per_channel_reach_diffusers_and_come_back(name, reference, few,
     caches.made(few, tmp_path / "cache", ours, frames=1, dtype="fp32")
     assert latent_stats(tmp_path / "cache", "--write", tmp_path / "export", "--per-channel") == 0
     write_diffusers(read_checkpoint(tmp_path / "export"), tmp_path / "diffusers")
-    told = LatentCache(tmp_path / "cache").statistics
+    told = LatentCache(tmp_path / "cache", open_codec(tmp_path / "diffusers")).statistics  # of the same autoencoder
     theirs = reference.from_pretrained(tmp_path / "diffusers", local_files_only=True).config
     assert theirs.latents_mean == pytest.approx(told["mean"])
     assert theirs.latents_std == pytest.approx(told["std"])

@@ -137,17 +137,17 @@ def encode_cache(job: Job, rank: int = 0, world_size: int = 1, wait: Callable[[]
     are those that the source has now.
     Raises CacheError for a folder that holds something else, and if more than max_broken of the clips fail.
     """
-    meta = job.meta()
     if rank == 0:
-        begin(job.folder, meta)
+        begin(job.folder, job.meta())
     wait()
-    mine = [shard for shard in range(rank, job.shards, world_size) if not _done(job, shard, meta["digest"])]
+    digest = read_json(job.folder / META)["digest"]
+    mine = [shard for shard in range(rank, job.shards, world_size) if not _done(job, shard, digest)]
     if mine:
         (job.folder / COMPLETE).unlink(missing_ok=True)
-        _encode(job, mine, meta["digest"], quiet=rank > 0)
+        _encode(job, mine, digest, quiet=rank > 0)
     wait()
     if rank == 0:
-        finish(job, meta["digest"])
+        finish(job, digest)
 
 
 def begin(folder: Path, meta: dict[str, Any]) -> None:

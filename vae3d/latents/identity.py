@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
+from pydoc import locate
 from typing import Any
 
 import torch
@@ -76,9 +78,9 @@ def digest_of(content: Any) -> str:
 
 
 def latent_config(config: Mapping[str, Any], top: bool = True) -> dict[str, Any]:
-    """What of a model's configuration changes its raw latents, flat."""
+    """What of a model's configuration changes its raw latents, flat, with the defaults of what it leaves out."""
     kept: dict[str, Any] = {}
-    for name, value in config.items():
+    for name, value in {**_defaults(config.get("_target_")), **config}.items():
         if name in RUNNING or name.startswith("decoder") or (top and name in FACTORS):
             continue
         if isinstance(value, Mapping):
@@ -86,3 +88,11 @@ def latent_config(config: Mapping[str, Any], top: bool = True) -> dict[str, Any]
         else:
             kept[name] = list(value) if isinstance(value, tuple) else value
     return kept
+
+
+def _defaults(target: Any) -> dict[str, Any]:
+    """Of the arguments of a model of this project, which layouts of published weights leave out."""
+    if not str(target).startswith("vae3d.models."):
+        return {}
+    arguments = inspect.signature(locate(target)).parameters.values()
+    return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
