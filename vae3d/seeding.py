@@ -18,17 +18,23 @@ def seed_of(*parts: int | str) -> int:
 
 
 def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
-    """Standard normal noise of x's shape, drawn on x's device.
+    """Standard normal noise of x's shape, on x's device.
 
     generator: None (the device's own), one generator for the whole batch, or one per clip. With one per clip
-    the noise of a clip does not depend on the batch, rank or world size it falls into.
+    the noise of a clip does not depend on the batch, rank or world size it falls into. It is drawn on the generator's
+    device: a generator of the CPU gives the same noise wherever x is.
     Raises ValueError if the number of generators is not the batch size.
     """
+
+    def drawn(shape: torch.Size, source: torch.Generator | None) -> Tensor:
+        where = x.device if source is None else source.device
+        return torch.randn(shape, generator=source, device=where, dtype=x.dtype).to(x.device)
+
     if generator is None or isinstance(generator, torch.Generator):
-        return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return drawn(x.shape, generator)
     if len(generator) != x.shape[0]:
         raise ValueError(f"got {len(generator)} generators for a batch of {x.shape[0]} clips; give one per clip")
-    return torch.stack([torch.randn(x.shape[1:], generator=g, device=x.device, dtype=x.dtype) for g in generator])
+    return torch.stack([drawn(x.shape[1:], source) for source in generator])
 
 
 def uniform(clips: int, device: torch.device, generator: Generators = None) -> Tensor:

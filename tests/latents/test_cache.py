@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
 from tests.latents import caches, families
+from vae3d.diffusion.data import Batch, LatentData
 from vae3d.latents.cache import NONE, LatentCache, class_names
-from vae3d.latents.codec import LatentCodec
+from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.shards import CacheError, shard_file
 from vae3d.seeding import seed_of
 
@@ -58,6 +60,17 @@ def test_cached_latents_are_those_of_a_batch_and_of_encoding_on_the_fly(name, dt
     assert torch.equal(cache[1].z, cache[1, 1].z)
     assert (name == "taehv") == torch.equal(cache[1, 0].z, cache[1, 1].z)  # only of it there is nothing to draw
     assert cache.index["fps"].tolist() == [24.0] * 4
+
+
+def test_samples_are_the_same_on_every_device(monkeypatch):
+    """A cache draws on the CPU; what is encoded as needed comes from the device of training."""
+    draw, devices = torch.randn, []
+    monkeypatch.setattr(torch, "randn", lambda *a, **told: (devices.append(str(told["device"])), draw(*a, **told))[1])
+    data = SimpleNamespace(sample=True, plan=SimpleNamespace(seed=0), codec=caches.codec())
+    data.codec.moments = lambda pixels: Moments(*torch.zeros(2, 2, 4, 1, 8, 8, device="meta"))
+    batch = Batch(torch.zeros(2, 3, 1, 16, 16, dtype=torch.uint8), torch.zeros(2), [3, 4], [])
+    assert LatentData.latents(data, batch, torch.device("meta")).device.type == "meta"
+    assert devices == ["cpu", "cpu"]
 
 
 def test_a_mirrored_entry_is_the_mirrored_image_encoded(photos, cached):

@@ -72,14 +72,14 @@ class LatentData:
         )
 
     def latents(self, batch: Batch, device: torch.device) -> Tensor:
-        """[B, C, t, h, w], normalised, on the device; sampled by (seed, position), as LatentCache does."""
+        """[B, C, t, h, w], normalised, on the device; sampled by (seed, position) on the CPU, as LatentCache does."""
         if batch.values.dtype != torch.uint8:
             return batch.values.to(device, non_blocking=True)
         pixels = batch.values.to(device, non_blocking=True)
         if not self.sample:
             return self.codec.encode(pixels)
         seeds = [seed_of(self.plan.seed, position, "noise") for position in batch.positions]
-        return self.codec.encode(pixels, "sample", [torch.Generator(device).manual_seed(seed) for seed in seeds])
+        return self.codec.encode(pixels, "sample", [torch.Generator().manual_seed(seed) for seed in seeds])
 
 
 class CachedLatents(Dataset[Batch]):
