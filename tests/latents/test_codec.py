@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.latents import families
-from vae3d.latents.codec import LatentCodec, Moments, PixelError
+from vae3d.latents import LatentCodec
+from vae3d.latents.codec import Moments, PixelError
 from vae3d.models.diffusers_vae import COGVIDEOX
 
 UNIT_FACTORS = {
@@ -77,8 +78,9 @@ def test_samples_are_mean_plus_noise_of_each_clips_own_generator():
     noise = torch.randn(moments.mean.shape[1:], generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(z[1], moments.mean[1] + moments.std[1] * noise)
     assert torch.equal(z[1:], Moments(moments.mean[1:], moments.std[1:]).sample([torch.Generator().manual_seed(4)]))
-    with pytest.raises(ValueError, match="mode is 'moments'; use one of sample, mean"):
-        ours.encode(video, "moments")
+    assert torch.equal(ours.encode(video, "moments").std, moments.std)
+    with pytest.raises(ValueError, match="mode is 'mode'; use one of sample, mean, moments"):
+        ours.encode(video, "mode")
 
 
 @pytest.mark.parametrize("name", ["spatial", "wan", "taehv"])

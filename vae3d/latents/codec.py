@@ -18,7 +18,7 @@ from vae3d.types import Delta, Posterior
 
 RANGES = {"uint8": (0.0, 255.0), "unit": (0.0, 1.0), "signed": (-1.0, 1.0)}
 TOLERANCE = 1e-3  # of the width of a range: what rounding to bf16 and back may add
-MODES = ("sample", "mean")
+MODES = ("sample", "mean", "moments")
 
 
 class PixelError(UserError):
@@ -35,7 +35,7 @@ class Moments:
     std: Tensor
 
     def sample(self, generator: Generators = None) -> Tensor:
-        """mean + std * noise; generator: one for the batch, or one per clip, on the device of the moments."""
+        """mean + std * noise; generator: one for the batch, or one per clip, on any device."""
         return self.mean + self.std * randn_like(self.mean, generator)
 
 
@@ -102,15 +102,18 @@ class LatentCodec:
         """(C, t, h, w) of a clip's latents, as the model tells."""
         return self.model.latent_shape(frames, height, width)
 
-    def encode(self, pixels: Tensor, mode: str = "mean", generator: Generators = None) -> Tensor:
+    def encode(self, pixels: Tensor, mode: str = "mean", generator: Generators = None) -> Tensor | Moments:
         """Images [B, 3, H, W] or clips [B, 3, T, H, W] in pixel_range -> normalised latents [B, C, t, h, w] (t = 1 of
-        images). mode: mean, or sample (with `generator`: one for the batch, or one per clip).
+        images). mode: mean, sample (with `generator`: one for the batch, or one per clip), or moments, which are both
+        mean and deviation.
 
         Raises PixelError as `moments` does, ValueError for another mode.
         """
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; use one of {', '.join(MODES)}")
         moments = self.moments(pixels)
+        if mode == "moments":
+            return moments
         return moments.mean if mode == "mean" else moments.sample(generator)
 
     def moments(self, pixels: Tensor) -> Moments:
