@@ -26,6 +26,7 @@ Told = Mapping[str, Any]  # of probe_run.probe_model
 Report = Mapping[str, Any]  # settings, source, pixels (of probe_pixels), models (name -> Told), warnings, notes
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, for all eyes
 PIXELS = "#222222"
+OCTAVES = [2.0**-octave for octave in range(8, -1, -1)]  # of Nyquist's frequency
 WIDTH = 192  # of a shown picture, in pixels
 
 PAGE = """<!doctype html>
@@ -35,8 +36,9 @@ PAGE = """<!doctype html>
   body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
   h1, h2 {{ line-height: 1.2 }} h2 {{ margin-top: 2.5rem }} img {{ max-width: 100%; height: auto }}
   table {{ border-collapse: collapse }} .warning {{ background: #fff4d6; padding: .3rem .8rem; margin: .3rem 0 }}
+  .warning {{ white-space: pre-wrap }}
   td, th {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }}
-  td:first-child, th:first-child {{ text-align: left }}
+  td:first-child, th:first-child {{ text-align: left; white-space: pre }}
   td:last-child, th:last-child {{ text-align: left; color: #555; max-width: 30rem }}
   .shots {{ display: flex; flex-wrap: wrap; gap: .6rem }} .shots figure {{ margin: 0 }}
   .shots figcaption {{ color: #555; font-size: .85rem }} pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
@@ -133,7 +135,7 @@ CHANNELS = (
 
 def _spectral(pixels: Told) -> list[Row]:
     space, time = pixels["space"], pixels["time"] or {}
-    steep = "how fast power falls with frequency; 0 is white noise, images have about -2 (2502.14831)"
+    steep = "how fast power falls with frequency; 0 is white noise, images have about -2 (arXiv 2502.14831)"
     return [
         Row("spectrum, slope", _part("space", "slope"), steep, space["slope"]),
         Row(
@@ -157,12 +159,12 @@ STRUCTURE = (
     Row(
         "local correlation",
         _part("local_correlation", "mean"),
-        "of channel vectors in windows of 2 x 2 x 2; SSVAE asks for 0.75 at least (2512.05394)",
+        "of channel vectors in windows of 2 x 2 x 2; SSVAE asks for 0.75 at least (arXiv 2512.05394)",
     ),
     Row(
         "participation ratio",
         lambda m: m["statistics"]["participation_ratio"],
-        "channels that vary alone, from 1 to C; few large modes are easier to learn (2512.05394)",
+        "channels that vary alone, from 1 to C; few large modes are easier to learn (arXiv 2512.05394)",
     ),
     Row(
         "first frame's mean",
@@ -235,6 +237,7 @@ def figures(report: Report) -> dict[str, Figure]:
         _spectra(axes[1], {name: told["time"] for name, told in models.items()}, frames, "in time")
     drawn["Channels"] = _panels(3)
     _channels(drawn["Channels"].axes, models)
+    _legend(drawn["Channels"])
     drawn["Equivariance, and what noise costs"] = _panels(3)
     axes = drawn["Equivariance, and what noise costs"].axes
     errors = {name: list(told["encoder_equivariance"].values()) for name, told in models.items()}
@@ -242,7 +245,14 @@ def figures(report: Report) -> dict[str, Figure]:
     lost = {name: _lost(told) for name, told in models.items()}
     _bars(axes[1], lost, r"dB that D($\tau$z) is farther from $\tau$x than D(z) from x")
     _noise(axes[2], models)
+    _legend(drawn["Equivariance, and what noise costs"])
     return drawn
+
+
+def _legend(figure: Figure) -> None:
+    """One for all plots, below them, where it covers nothing."""
+    shown, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(shown, names, loc="outside lower center", ncols=len(names), fontsize=8, frameon=False)
 
 
 def _lost(told: Told) -> list[float]:
@@ -268,7 +278,13 @@ def _spectra(axis: Axes, spectra: Mapping[str, Told | None], pixels: Mapping[str
             power = np.array(told["power"]) / np.mean(told["power"])
             axis.loglog(told["frequency"], power, dashes, color=PIXELS, label=name)
     axis.axvline(0.5, color="#bbb", linewidth=0.8)
+    least = axis.get_xlim()[0]
+    octaves = [octave for octave in OCTAVES if octave >= least]
+    axis.set_xticks(octaves, [f"1/{round(1 / octave)}" if octave < 1 else "1" for octave in octaves])
+    axis.minorticks_off()
+    axis.set_xlim(least, 1.05)
     axis.set_title(f"power {where}", fontsize=10)
+    axis.set_ylabel("power / its mean", fontsize=8)
     axis.set_xlabel("frequency / Nyquist", fontsize=8)
     axis.legend(fontsize=8)
 
@@ -291,7 +307,6 @@ def _channels(axes: Sequence[Axes], models: Mapping[str, Told]) -> None:
     for axis in axes[:2]:
         axis.set_ylim(bottom=0)
     axes[2].set_yscale("log")
-    axes[0].legend(fontsize=8)
 
 
 def _bars(axis: Axes, values: Mapping[str, list[float | None]], title: str) -> None:
@@ -301,7 +316,6 @@ def _bars(axis: Axes, values: Mapping[str, list[float | None]], title: str) -> N
         axis.bar(at, [np.nan if h is None else h for h in heights], width, color=colour, label=name)
     axis.set_xticks(range(len(TRANSFORMS)), TRANSFORMS)
     axis.set_title(title, fontsize=10)
-    axis.legend(fontsize=8)
 
 
 def _noise(axis: Axes, models: Mapping[str, Told]) -> None:
@@ -310,7 +324,6 @@ def _noise(axis: Axes, models: Mapping[str, Told]) -> None:
         axis.plot(list(map(float, curve)), list(curve.values()), color=colour, marker=".", label=name)
     axis.set_title(r"PSNR of D(z + $\sigma \epsilon$), dB", fontsize=10)
     axis.set_xlabel(r"$\sigma$, in standard deviations of a channel", fontsize=8)
-    axis.legend(fontsize=8)
 
 
 def _colours(models: Mapping[str, Any]) -> list[str]:
