@@ -132,7 +132,7 @@ class LatentStatistics:
         return _value(torch.searchsorted(below, wanted)).flatten().tolist()
 
     def summary(self) -> dict[str, Any]:
-        """What statistics.json holds; see README "Latents". Deviations are of the population (divided by count).
+        """What statistics.json holds. Deviations are of the population (divided by count).
 
         shift, scale: mean and deviation of all values alike, for models that have one number; scaling_factor = 1 /
         scale. Of the covariance of channels (of means), eigenvalues, descending, and the participation ratio
