@@ -21,6 +21,7 @@ from vae3d.factory import build_checkpoint, instantiate, merged
 from vae3d.latents.clips import Transform, items_of
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.encode import DTYPES, Job, encode_cache
+from vae3d.models.base import nearest_frames
 from vae3d.precision import as_device
 
 if TYPE_CHECKING:
@@ -67,6 +68,17 @@ def _source(config: EncodeConfig) -> Source:
     return ImageFolder(config.source) if images else source
 
 
+def padding(codec: LatentCodec, transform: Transform) -> list[str]:
+    """What the autoencoder adds to clips of this size; their last latents stand for it, too."""
+    odd = {name: size for name in ("height", "width") if (size := getattr(transform, name) or 0) % codec.space_stride}
+    notes = [f"{name}={size} is filled up to a multiple of {codec.space_stride}" for name, size in odd.items()]
+    fits = codec.model.frames_valid
+    if transform.frames is not None and not fits(transform.frames):
+        nearest = ", ".join(map(str, nearest_frames(transform.frames, fits)))
+        notes.append(f"frames={transform.frames} is filled up with added frames; whole are {nearest}")
+    return notes
+
+
 def encode(config: EncodeConfig) -> None:
     """Make the latent cache that `config` describes, or go on with it."""
     # ranks wait for the one with the longest videos
@@ -84,7 +96,7 @@ def encode(config: EncodeConfig) -> None:
     with ranks.main_process_first():  # which probes the files, where it must; the others find its answers on disk
         items, faults = items_of(source.table(), transform, labels=config.labels, split=config.split)
     if ranks.is_main_process:
-        for note in getattr(source, "notes", ()):
+        for note in (*getattr(source, "notes", ()), *padding(codec, transform)):
             log.info(note)
     named = {field.name for field in fields(Job)} & {field.name for field in fields(config)}
     settings = {name: getattr(config, name) for name in named - {"checkpoint", "source"}}

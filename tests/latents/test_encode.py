@@ -20,7 +20,7 @@ from vae3d.data.image_folder import ImageFolder
 from vae3d.data.sources import DataError, Folder, open_source
 from vae3d.latent_config import check_encoding
 from vae3d.latent_factory import encode as encode_command
-from vae3d.latent_factory import open_codec
+from vae3d.latent_factory import open_codec, padding
 from vae3d.latents import encode, shards
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.clips import Transform, items_of, labels_of
@@ -346,6 +346,15 @@ def test_folders_of_splits_are_those_that_training_sees(spatial_export, tmp_path
     assert index["key"].tolist() == reference["name"].tolist()
     assert index["split"].tolist() == reference["split"].tolist() == ["val", "val", "train", "train"]
     assert index["label"].tolist() == ["cat", "dog"] * 2
+
+
+def test_clips_that_are_filled_up_are_told():
+    codec = caches.codec("wan")
+    assert padding(codec, Transform(16, 16, frames=5)) == padding(codec, Transform()) == []
+    assert padding(codec, Transform(16, 17, frames=4)) == [
+        "width=17 is filled up to a multiple of 2",
+        "frames=4 is filled up with added frames; whole are 1, 3, 5, 7",
+    ]
 
 
 def test_all_faults_of_a_configuration_are_told_at_once():
