@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 
 from tests import tiny
 
@@ -164,15 +166,19 @@ def test_sweep_with_torchrun_children(videos, trunks, spatial_export, tmp_path):
         assert [line["step"] for line in trace(tmp_path / "sweep" / job)] == [1, 2]
 
 
-def test_a_crashed_job_does_not_stop_the_sweep_but_tells(videos, tmp_path):
-    done = tiny.run(
-        *PYTHON, "-m", *arguments(videos, tmp_path, "job", "loss=recon_kl"), "model.temporal.groups=5,4", cwd=tmp_path
-    )  # fmt: skip
+def test_a_crashed_job_does_not_stop_the_sweep_but_tells_and_another_sweep_has_folders_of_its_own(videos, tmp_path):
+    ours = arguments(videos, tmp_path, "job", "loss=recon_kl")
+    done = tiny.run(*PYTHON, "-m", *ours, "model.temporal.groups=5,4", cwd=tmp_path)
     assert done.returncode == 1
     assert "each must be a multiple of groups=5" in done.stdout
     (crashed,), (sound,) = (list((tmp_path / "sweep").glob(f"{number}-job-*")) for number in (0, 1))
     assert not (crashed / "metrics.jsonl").exists()
     assert [line["step"] for line in trace(sound)] == [1, 2]
+
+    done = tiny.run(*PYTHON, "-m", *ours, "optim.lr=2e-3", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    (other,) = set((tmp_path / "sweep").glob("0-job-*")) - {crashed}
+    assert [line["step"] for line in trace(other)] == [1, 2]
 
 
 def test_a_sweep_under_torchrun_is_refused_with_the_command_to_use(videos, tmp_path):
@@ -219,40 +225,27 @@ def test_sigterm_ends_a_sweep(videos, tmp_path, launcher):
     assert not list((tmp_path / "sweep").glob("1-b-*"))
 
 
-def test_another_sweep_has_folders_of_its_own(videos, tmp_path):
-    for rates in ("1e-3", "2e-3"):
-        done = tiny.run(
-            *PYTHON, "-m", *arguments(videos, tmp_path, "job", "loss=recon_kl", f"optim.lr={rates}"), cwd=tmp_path
-        )
-        assert done.returncode == 0, done.stdout
-    assert len(list((tmp_path / "sweep").glob("0-job-*/metrics.jsonl"))) == 2
-
-
 def test_a_second_process_is_kept_out_of_a_run(videos, tmp_path):
-    process = start([*PYTHON, *arguments(videos, tmp_path, "run", *ENDLESS)], tmp_path)
-    wait_for_step(process, tmp_path / "run", 1)
-    second = tiny.run(*PYTHON, *arguments(videos, tmp_path, "run", *ENDLESS), cwd=tmp_path)
-    process.kill()
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run/.lock"):
+        second = tiny.run(*PYTHON, *arguments(videos, tmp_path, "run", "loss=recon_kl"), cwd=tmp_path)
     assert second.returncode == 2
     assert f"another process is training in {tmp_path / 'run'}" in second.stdout
 
 
-def test_ranks_that_see_other_checkpoints_are_stopped(videos, tmp_path):
+def test_ranks_that_see_other_checkpoints_are_stopped(one_rank, videos, tmp_path):
     """As with run folders on disks of the machines' own."""
-    ours = arguments(videos, tmp_path, "run", "loss=recon_kl")
-    assert tiny.run(*PYTHON, *ours, cwd=tmp_path).returncode == 0
+    shutil.copytree(one_rank, tmp_path / "1/whole")
     own_root = f"run.root='{tmp_path}/${{oc.env:RANK}}'"
-    (tmp_path / "1").mkdir()
-    (tmp_path / "run").rename(tmp_path / "1/run")
-    done = tiny.run(*TORCHRUN, *ours, own_root, "trainer.max_steps=9", cwd=tmp_path)
+    done = tiny.run(*TORCHRUN, *arguments(videos, tmp_path, "whole", *RESUMABLE), own_root, cwd=tmp_path)
     assert done.returncode == 1
-    assert "the ranks found the checkpoints None, step-0000002 in" in done.stdout
+    assert f"the ranks found the checkpoints None, step-{STEPS:07d} in" in done.stdout
 
 
-def test_run_resume_false_refuses_to_go_on(videos, tmp_path):
-    ours = arguments(videos, tmp_path, "run", "loss=recon_kl", "run.resume=false")
-    assert tiny.run(*PYTHON, *ours, cwd=tmp_path).returncode == 0
-    done = tiny.run(*PYTHON, *ours, cwd=tmp_path)
+def test_run_resume_false_refuses_to_go_on(one_rank, videos):
+    done = tiny.run(
+        *PYTHON, *arguments(videos, one_rank.parent, one_rank.name, *RESUMABLE), "run.resume=false", cwd=one_rank.parent
+    )
     assert done.returncode == 2
     assert "run.resume=false; give this run another run.name" in done.stdout
 

@@ -40,7 +40,7 @@ def told_of_enlarged(table: pd.DataFrame, settings: ClipSettings) -> list[str]:
     read.
     """
     known = table[SIZE].notna().all(axis=1)
-    images = table.loc[~known & table["path"].map(is_image), "path"]
+    images = table.loc[~known & table["path"].map(is_image).astype(bool), "path"]  # of no rows, map makes no booleans
     looked_at = np.unique(np.linspace(0, len(images) - 1, min(LOOKED_AT, len(images))).astype(int))
     facts = probe(images.iloc[looked_at].tolist()) if len(images) else {}
     found = [
