@@ -46,6 +46,7 @@ class Training:
     scale_samples: int = 1000  # training latents whose mean and deviation are measured before the first step
     log_every: int = 10
     save_every: int = 1000
+    save_failures: int = 3  # checkpoints in a row that cannot be written before the run stops
     keep: int = 3  # newest checkpoints and exports kept; 0 keeps all
 
 
@@ -129,7 +130,7 @@ TRAIN_CHOICES = {
 }
 SHARED = ("data.", "optim.", "launcher.", "run.", "trainer.max", "trainer.acc", "trainer.log", "trainer.save")
 TRAIN_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **{key: RANGES[key] for key in RANGES if key.startswith(SHARED) and not key.startswith("trainer.save_f")},
+    **{key: RANGES[key] for key in RANGES if key.startswith(SHARED)},
     "vae.chunk_frames": (_positive, "at least 1, or null"),
     "label_dropout": (_share, "a share, from 0 to less than 1"),
     "trainer.keep": RANGES["trainer.keep"],
@@ -139,6 +140,7 @@ TRAIN_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "trainer.ema.every": RANGES["trainer.ema.every"],
     "trainer.patience": RANGES["trainer.robust.patience"],
+    "trainer.save_failures": RANGES["trainer.robust.save_failures"],
     "trainer.scale_samples": (lambda v: v >= 64, "at least 64"),
     "validation.every": RANGES["validation.every"],
     **dict.fromkeys(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -18,10 +19,12 @@ from vae3d import diffusion_factory
 from vae3d.check import ConfigError
 from vae3d.checkpoints import state
 from vae3d.data.sources import DataError
+from vae3d.diffusion import saving
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import sample_latents
 from vae3d.diffusion.scale import ScaleRefused
+from vae3d.engine.patience import LostPatience
 from vae3d.errors import UserError
 from vae3d.latents.cache import CacheError
 
@@ -139,6 +142,25 @@ def test_a_killed_run_goes_on_to_the_same_bits(cached, tmp_path):
     assert (tmp_path / "whole/exports/step-0000004/model.safetensors").read_bytes() == (
         tmp_path / "killed/exports/step-0000004/model.safetensors"
     ).read_bytes()
+
+
+def test_checkpoints_that_cannot_be_written_are_borne_until_patience_ends(cached, tmp_path, monkeypatch, caplog):
+    told = [*cached, "trainer.save_every=1", "trainer.save_failures=2"]
+    trainer = latent_runs.trainer(tmp_path, *told)
+    write, write_export = state.write, saving.write_export
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(state, "write", lambda *args: (full if trainer.step == 2 else write)(*args))
+    monkeypatch.setattr(saving, "write_export", lambda *args: (full if trainer.step == 3 else write_export)(*args))
+    with pytest.raises(LostPatience, match=r"2 checkpoints in a row could not be written .*trainer.save_failures is"):
+        trainer.fit()
+    assert "no checkpoint of step 2: rank 0: OSError: [Errno 28]" in caplog.text
+    assert "step-0000003 is complete, but not what is made of it: rank 0: OSError" in caplog.text
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000001", "step-0000003"]
+    trainer.log.close()
+    assert latent_runs.trainer(tmp_path, *told).fit()
 
 
 def test_two_ranks_train_as_one(cached, tmp_path):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vae3d.checkpoints import state
 from vae3d.diffusion.build import require_same
 from vae3d.diffusion.export import write_export
-from vae3d.engine.saving import tried_by_all
-from vae3d.errors import UserError
+from vae3d.engine.saving import common_start, written
 
 if TYPE_CHECKING:
     from vae3d.diffusion.trainer import DiffusionTrainer
@@ -19,37 +17,16 @@ if TYPE_CHECKING:
 IDENTITY = ("vae.sample", "labels", "data.frames", "data.height", "data.width", "data.stride", "data.fps", "run.seed")
 
 
-class SaveError(UserError):
-    """A checkpoint that could not be written."""
+def save(trainer: DiffusionTrainer) -> str | None:
+    """Write a checkpoint and an export, and delete what is older than trainer.keep; why not, if that failed on some
+    rank. All ranks hold the same; the first one writes."""
+    return written(trainer, _state(trainer), {}, {}, lambda saved: _publish(trainer))
 
 
-def save(trainer: DiffusionTrainer) -> None:
-    """Write a checkpoint and an export, each aside and then renamed; what is older than trainer.keep goes.
-
-    All ranks hold the same; the first one writes. Raises SaveError on all of them; the last complete checkpoint stays.
-    """
-    root = trainer.folder / "checkpoints"
-    config, keep = asdict(trainer.config), trainer.config.trainer.keep
-
-    def write() -> None:
-        unfinished = state.unfinished(root, trainer.step)
-        try:
-            state.begin(unfinished)
-            state.write(unfinished, _state(trainer), config)
-            facts = {"world_size": trainer.accelerator.num_processes}
-            state.finish(unfinished, root, trainer.step, config, facts)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        export(trainer)
-        state.prune(trainer.folder / "exports", keep)
-        state.prune(root, keep)
-
-    if fault := tried_by_all(trainer.device, lambda: write() if trainer.accelerator.is_main_process else None):
-        raise SaveError(
-            f"step {trainer.step} could not be saved: {fault}; the last complete checkpoint stays, and the same "
-            "command goes on from there"
-        )
-    trainer.log.say(f"saved {state.step_folder(root, trainer.step)}")
+def _publish(trainer: DiffusionTrainer) -> None:
+    export(trainer)
+    for made in ("exports", "checkpoints"):
+        state.prune(trainer.folder / made, trainer.config.trainer.keep)
 
 
 def export(trainer: DiffusionTrainer) -> None:
@@ -81,7 +58,7 @@ def resume(trainer: DiffusionTrainer) -> dict[str, tuple[Any, Any]]:
 
     Raises ResumeError, or UserError by name, for another network, process, autoencoder or data.
     """
-    start = state.starting_state(trainer.folder / "checkpoints", trainer.config.run.resume_from)
+    start = common_start(trainer)
     if start is None:
         return {}
     config = asdict(trainer.config)

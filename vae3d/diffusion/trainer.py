@@ -22,7 +22,7 @@ from vae3d.engine.ema import Ema
 from vae3d.engine.loggers import Logger
 from vae3d.engine.metrics import StepMetrics, Window
 from vae3d.engine.optim import adamw_settings, rate_at
-from vae3d.engine.patience import Patience, refuse_many_broken
+from vae3d.engine.patience import Patience, SavePatience, refuse_many_broken
 from vae3d.engine.replicas import Replicas
 from vae3d.engine.runlog import RunLog
 from vae3d.engine.stopping import on_sigterm
@@ -75,6 +75,7 @@ class DiffusionTrainer:
             "lower optim.lr if losses are not finite, data.batch_size or raise trainer.accumulate for memory; files "
             f"that cannot be read are in {folder}/faults.jsonl (trainer.patience is the limit)",
         )
+        self._unsaved = SavePatience(config.trainer.save_failures, "trainer.save_failures")
         self.step, self.reads, self.broken_reads = 0, 0, 0
         self._tick, self._steps = time.perf_counter(), 0  # since the last log line
         self.scale: dict[str, Any] = {}
@@ -202,7 +203,7 @@ class DiffusionTrainer:
             validate(self)
             self._tick, self._steps = time.perf_counter(), 0
         if trainer.save_every and (self.step % trainer.save_every == 0 or finished or stopped):
-            save(self)
+            self._unsaved.heed(save(self), self.log.warn)
 
     def _gauges(self) -> dict[str, float]:
         """Learning rate, and speed since the last log line."""

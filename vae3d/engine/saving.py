@@ -23,6 +23,7 @@ from vae3d.inference.scale import ScaleError, measure, rescaled, spread_clips
 from vae3d.metrics import MetricError
 
 if TYPE_CHECKING:
+    from vae3d.diffusion.trainer import DiffusionTrainer
     from vae3d.engine.trainer import Trainer
 
 log = logging.getLogger("vae3d")
@@ -32,26 +33,39 @@ DISK_FAULTS = (OSError, RuntimeError, SafetensorError)
 
 
 def save(trainer: Trainer) -> str | None:
-    """Write a checkpoint, an export and, if asked for, their published files; why not, if that failed on some rank.
+    """Write a checkpoint, an export and, if asked for, their published files; why not, if that failed on some rank."""
+    facts = {"strategy": trainer.config.trainer.strategy.name}
+    states = _shared_state(trainer), _rank_state(trainer)
+    return written(trainer, *states, facts, lambda saved: _publish(trainer, saved))
 
+
+def written(
+    trainer: Trainer | DiffusionTrainer,
+    shared: dict[str, Any],
+    own: dict[str, Any],
+    facts: dict[str, Any],
+    publish: Callable[[Path], None],
+) -> str | None:
+    """Write a checkpoint, and let the first rank `publish` what is made of it; why not, if that failed on some rank.
+
+    shared: state that is equal on all ranks. own: what this rank has beside. facts: for readers.
     Every step of it is tried by all ranks, and the next only taken if all succeeded, so that none is left waiting. The
     last complete checkpoint stays whatever happens.
     """
-    root = trainer.folder / "checkpoints"
+    root, config = trainer.folder / "checkpoints", asdict(trainer.config)
     unfinished = state.unfinished(root, trainer.step)
-    shared, own = _shared_state(trainer), _rank_state(trainer)
     main = trainer.accelerator.is_main_process
 
     def write() -> None:
         if main:
-            state.write(unfinished, shared, asdict(trainer.config))
+            state.write(unfinished, shared, config)
         if own:
             state.write_rank(unfinished, trainer.accelerator.process_index, own)
 
     def finish() -> None:
         if main:
-            facts = {"world_size": trainer.accelerator.num_processes, "strategy": trainer.config.trainer.strategy.name}
-            state.finish(unfinished, root, trainer.step, asdict(trainer.config), facts)
+            about = {"world_size": trainer.accelerator.num_processes, **facts}
+            state.finish(unfinished, root, trainer.step, config, about)
 
     for stage in (lambda: state.begin(unfinished) if main else None, write, finish):
         if fault := tried_by_all(trainer.device, stage):
@@ -59,7 +73,7 @@ def save(trainer: Trainer) -> str | None:
                 shutil.rmtree(unfinished, ignore_errors=True)
             return f"no checkpoint of step {trainer.step}: {fault}"
     saved = state.step_folder(root, trainer.step)
-    if fault := tried_by_all(trainer.device, lambda: _publish(trainer, saved) if main else None):
+    if fault := tried_by_all(trainer.device, lambda: publish(saved) if main else None):
         return f"{saved} is complete, but not what is made of it: {fault}"
     trainer.log.say(f"saved {saved}")
     return None
@@ -127,11 +141,8 @@ def _scaled(trainer: Trainer, weights: Checkpoint) -> tuple[Checkpoint, dict[str
         trainer.log.faults(faults)
 
 
-def resume(trainer: Trainer) -> dict[str, tuple[Any, Any]]:
-    """Restore what the run goes on from, if there is anything; returns the settings that changed since.
-
-    Raises ResumeError on every rank if they do not all find the same checkpoint.
-    """
+def common_start(trainer: Trainer | DiffusionTrainer) -> Path | None:
+    """The checkpoint that a run goes on from. Raises ResumeError on every rank if they do not all find the same."""
     start = state.starting_state(trainer.folder / "checkpoints", trainer.config.run.resume_from)
     found = gather_object([None if start is None else start.name])
     if len(set(found)) > 1:
@@ -139,6 +150,12 @@ def resume(trainer: Trainer) -> dict[str, tuple[Any, Any]]:
             f"the ranks found the checkpoints {', '.join(sorted(map(str, set(found))))} in {trainer.folder}; they must "
             "all see the same folder, so put run.root on a shared disk"
         )
+    return start
+
+
+def resume(trainer: Trainer) -> dict[str, tuple[Any, Any]]:
+    """Restore what the run goes on from, if there is anything; returns the settings that changed since."""
+    start = common_start(trainer)
     if start is None:
         return {}
     changed = state.refuse_other_run(start, asdict(trainer.config))

@@ -26,7 +26,7 @@ from vae3d.engine.loggers import Logger
 from vae3d.engine.memory import compact, idle_gib
 from vae3d.engine.metrics import StepMetrics, Window
 from vae3d.engine.optim import adamw_settings, rate_at
-from vae3d.engine.patience import LostPatience, Patience, refuse_many_broken
+from vae3d.engine.patience import LostPatience, Patience, SavePatience, refuse_many_broken
 from vae3d.engine.profile import profiled
 from vae3d.engine.proximal import Proximal
 from vae3d.engine.rehearsal import rehearse
@@ -291,11 +291,7 @@ class Trainer:
             "the model learns nothing: are its outputs clamped, or the pixels in another range than the losses expect? "
             "(trainer.robust.zero_gradient is the limit)",
         )
-        self._unsaved = Patience(
-            robust.save_failures,
-            "checkpoints in a row could not be written",
-            "the last complete one stays (trainer.robust.save_failures is the limit)",
-        )
+        self._unsaved = SavePatience(robust.save_failures, "trainer.robust.save_failures")
 
     def _fuses(self) -> bool:
         """Where DeepSpeed offloads, AdamW steps on the host."""
@@ -326,12 +322,7 @@ class Trainer:
 
         Raises LostPatience after trainer.robust.save_failures failures in a row.
         """
-        fault = save(self)
-        if fault is None:
-            self._unsaved.went_well()
-        else:
-            self.log.warn(f"{fault}; training goes on")
-            self._unsaved.fault(fault)
+        self._unsaved.heed(save(self), self.log.warn)
 
     def _gauges(self) -> dict[str, float]:
         """Learning rates, the proximal term, speed since the last log line, and peak memory of this process."""
