@@ -250,7 +250,11 @@ def test_another_network_or_process_does_not_go_on(cached, tmp_path):
         latent_runs.trainer(tmp_path, *cached, "denoiser.width=32")
     with pytest.raises(UserError, match=r"checkpoint's process is another one: .*kind is 'flow' there"):
         latent_runs.trainer(tmp_path, *cached, "process=ddpm")
-    assert latent_runs.trainer(tmp_path, *cached, "denoiser.gradient_checkpointing=true").step == 2
+    changed = ["denoiser.gradient_checkpointing=true", "optim.betas=[0.5,0.6]", "optim.weight_decay=0.3"]
+    again = latent_runs.trainer(tmp_path, *cached, *changed)
+    assert again.step == 2
+    group = again.replicas.optimizer.param_groups[0]
+    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.6), 0.3)
 
 
 def test_faults_are_told_together(vae, pictures, tmp_path):

@@ -81,6 +81,8 @@ class DiffusionTrainer:
         self.scale: dict[str, Any] = {}
         self.shown = False  # held-out clips, beside samples
         changed = resume(self)
+        for group in self.replicas.optimizer.param_groups:  # a checkpoint's own came back with its moments
+            group.update(adamw_settings(config.optim))
         if not self.scale:
             scale = measure(data, config.trainer.scale_samples, self.device)
             refuse_other_scale(scale, remedy)
