@@ -206,6 +206,8 @@ def _rules(config: DiffusionConfig, environment: Mapping[str, str]) -> Iterator[
         )
     if config.validation.guidance != 1 and config.labels == "none":
         yield f"validation.guidance={config.validation.guidance} needs classes, and labels=none; use 1, or set labels"
+    elif config.validation.guidance != 1 and config.label_dropout == 0:
+        yield f"validation.guidance={config.validation.guidance} needs a label_dropout above 0; use 1, or set it"
 
 
 def check_sampling(cfg: DictConfig) -> SampleConfig:

@@ -287,6 +287,8 @@ def sample(config: SampleConfig) -> None:
     codec = open_codec(path, pixel_range="uint8", precision=config.precision, device=device)
     refuse_other_vae(export.told["vae"], codec, str(path))
     labels = _labels(config, export.told["classes"], export.told["network"]["num_classes"])
+    if config.guidance != 1 and export.told.get("label_dropout") == 0:
+        raise UserError("the model was trained with label_dropout=0, and so not for guidance; leave out guidance")
     mine = list(range(config.count))[ranks.process_index :: ranks.num_processes]
     frames = _drawn(config, export, codec, mine, None if labels is None else [labels[i] for i in mine], device)
     parts = gather_object([(mine, frames)])

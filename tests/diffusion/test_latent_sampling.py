@@ -126,6 +126,15 @@ def test_classes_and_averages_are_chosen(of_images, tmp_path):
         drawn(of_images, tmp_path / "d", "ema=0.5")
 
 
+def test_guidance_needs_a_network_that_knows_no_label(of_images, tmp_path):
+    copy = tmp_path / "step-0000001"
+    told = {**yaml.safe_load((of_images / CONFIG).read_text()), "label_dropout": 0.0}
+    write_export(copy, told, {0.9: read_export(of_images).weights})
+    with pytest.raises(UserError, match="trained with label_dropout=0, and so not for guidance"):
+        drawn(copy, tmp_path / "out", "guidance=2")
+    drawn(copy, tmp_path / "out")
+
+
 def test_another_autoencoder_is_refused(of_images, pictures, vae, tmp_path):
     other = latent_runs.vae("spatial", tmp_path / "other", pictures, size=32, seed=1)
     with pytest.raises(CheckpointError, match=r"another autoencoder .*: the encoder's weights have sha256"):

@@ -19,7 +19,7 @@ from vae3d import diffusion_factory
 from vae3d.check import ConfigError
 from vae3d.checkpoints import state
 from vae3d.data.sources import DataError
-from vae3d.diffusion import saving
+from vae3d.diffusion import saving, validation
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import sample_latents
@@ -244,6 +244,34 @@ def test_missing_labels_are_refused(vae, pictures, tmp_path):
         latent_runs.trainer(tmp_path / "run", *told, "denoiser.num_classes=5")
 
 
+def test_other_classes_do_not_go_on(pictures, vae, tmp_path):
+    """Which have the numbers of those before: a class would be learned under the name of another one."""
+    source = tmp_path / "pictures"
+    shutil.copytree(pictures, source)
+    told = [f"vae.path={vae}", f"data.source.path={source}", "data.height=64", "data.width=64", "labels=folder"]
+    assert latent_runs.trainer(tmp_path / "run", *told, "trainer.max_steps=2").fit()
+    for split in ("train", "val"):
+        (source / split / "cat").rename(source / split / "zebra")
+    with pytest.raises(state.ResumeError, match="trained on the classes cat, dog; the data have dog, zebra"):
+        latent_runs.trainer(tmp_path / "run", *told)
+
+
+def test_a_checkpoint_of_an_autoencoder_does_not_go_on(cached, tmp_path):
+    state.begin(tmp_path / "of_vae")
+    state.write(tmp_path / "of_vae", {"step": 1, "model": {}, "optimizer": {}}, {"model": {}})
+    with pytest.raises(state.ResumeError, match="is no checkpoint of a diffusion model"):
+        latent_runs.trainer(tmp_path / "run", *cached, f"run.resume_from={tmp_path}/of_vae/{state.STATE}")
+
+
+def test_samples_of_validation_are_of_classes_that_there_are(cached, tmp_path, monkeypatch):
+    asked = []
+    draw = validation.sample_latents
+    monkeypatch.setattr(validation, "sample_latents", lambda *a, labels, **k: asked.extend(labels) or draw(*a, **k))
+    told = ["denoiser.num_classes=7", "trainer.max_steps=1", "trainer.save_every=0", "validation.every=1"]
+    assert latent_runs.trainer(tmp_path, *cached, *told, "validation.samples=5").fit()
+    assert asked == [0, 1, 0, 1, 0]
+
+
 def test_another_network_or_process_does_not_go_on(cached, tmp_path):
     assert latent_runs.trainer(tmp_path, *cached, "trainer.max_steps=2").fit()
     with pytest.raises(UserError, match="checkpoint's denoiser is another one: width is 16 there, 32 here"):
@@ -263,6 +291,9 @@ def test_faults_are_told_together(vae, pictures, tmp_path):
             "vae.path=nowhere", "labels=all", "data.batch_size=0", "trainer.ema.decay=0.9", "optim.prox=1"
         )
     assert len(why.value.faults) == 6  # and the missing source
+    with pytest.raises(ConfigError, match=r"validation.guidance=2.0 needs a label_dropout above 0"):
+        latent_runs.config(f"vae.path={vae}", f"data.source.path={pictures}", "labels=folder", "label_dropout=0",
+                           "validation.guidance=2")  # fmt: skip
     told = [f"vae.path={vae}", f"data.source.path={pictures}", "data.height=64", "data.width=64"]
     config = latent_runs.config(*told, "denoiser.size=3", "process.kind=ddpm", "data.frames.max=2")
     data = diffusion_factory.latent_data(

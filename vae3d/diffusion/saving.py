@@ -50,6 +50,7 @@ def _state(trainer: DiffusionTrainer) -> dict[str, Any]:
         "skipped": trainer.skipped.in_row,
         "scale": trainer.scale,
         "vae": trainer.vae_facts(),
+        "classes": trainer.data.classes,
     }
 
 
@@ -62,11 +63,18 @@ def resume(trainer: DiffusionTrainer) -> dict[str, tuple[Any, Any]]:
     if start is None:
         return {}
     config = asdict(trainer.config)
-    before = state.saved_config(start)
+    before, saved = state.saved_config(start), state.load_state(start)
+    if "denoiser" not in before:
+        raise state.ResumeError(f"{start} is no checkpoint of a diffusion model; run.resume_from takes one of those")
+    if saved["classes"] != trainer.data.classes:
+        there, here = (", ".join(names) or "none" for names in (saved["classes"], trainer.data.classes))
+        raise state.ResumeError(
+            f"{start} was trained on the classes {there}; the data have {here}. A class is its place in this list; "
+            "give back the data of before, or give this run another run.name"
+        )
     for part in ("denoiser", "process"):
         require_same(before[part], config[part], part)
     changed = state.refuse_other_run(start, config, IDENTITY)
-    saved = state.load_state(start)
     if saved["vae"] != trainer.vae_facts():
         told = ", ".join(name for name, value in trainer.vae_facts().items() if saved["vae"][name] != value)
         raise state.ResumeError(

@@ -57,7 +57,7 @@ def held_out_losses(trainer: DiffusionTrainer) -> dict[str, float]:
 
 def _samples(trainer: DiffusionTrainer) -> dict[str, float]:
     """Show samples and, the first time, held-out clips as the autoencoder gives them back; how far both are apart."""
-    settings, data, classes = trainer.config.validation, trainer.data, trainer.network.num_classes
+    settings, data, classes = trainer.config.validation, trainer.data, len(trainer.data.classes)
     sampling = Sampling(settings.steps, settings.method, settings.guidance, shift=settings.shift)
     count = range(settings.samples)
 
