@@ -104,7 +104,7 @@ class SampleConfig:
     clip: float | None = None  # bound of predicted latents, in standard deviations
     eta: float = 0.0  # noise of ddim
     shift: float = 1.0  # of flow's times
-    write: list[str] = field(default_factory=lambda: ["grid", "files", "npz"])  # npz: of images
+    write: list[str] = field(default_factory=lambda: ["grid", "files", "npz"])  # grid: of the first 100; npz: of images
     fps: float = 8.0
     batch_size: int = 16
     precision: str = "fp32"  # fp32, bf16: autocast over fp32 weights, of network and autoencoder

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 BUCKET = 64 * 2**20  # elements of one all-reduce: as few as possible, in bounded memory
 
@@ -54,6 +57,15 @@ def add_up(tensor: Tensor) -> None:
     """Replace a tensor by its sum over ranks, in place. Every rank must call it."""
     if together():
         dist.all_reduce(tensor)
+
+
+def gathered(mine: T) -> list[T]:
+    """What each rank gives, in their order, on the first rank; nothing on the others. Every rank must call it."""
+    if not together():
+        return [mine]
+    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, parts)
+    return parts or []
 
 
 @torch.no_grad()

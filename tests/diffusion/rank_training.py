@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.diffusion import latent_runs
-from vae3d import ranks
+from vae3d import launch, ranks
 from vae3d.checkpoints import state
+
+THREE = ("count=3", "batch_size=1", "classes=[dog,cat]")  # of which one rank draws the last alone
 
 
 def trained(folder: Path, settings: list[str]) -> dict[str, Any]:
@@ -22,3 +24,5 @@ if __name__ == "__main__":
     top = Path(sys.argv[1])
     with ranks.leaving():
         trained(top / "together", json.loads((top / "settings.json").read_text()))
+        assert ranks.gathered(launch.rank()) == ([0, 1] if launch.rank() == 0 else [])
+        latent_runs.sample(f"checkpoint={top}/together", f"out={top}/of_two", *THREE)

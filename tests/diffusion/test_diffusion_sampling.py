@@ -12,7 +12,8 @@ from vae3d.diffusion.build import build_network
 from vae3d.diffusion.conditioning import drop_labels, guided
 from vae3d.diffusion.flow import RectifiedFlow
 from vae3d.diffusion.gaussian import GaussianDiffusion
-from vae3d.diffusion.sampling import frames_of, grid, sample_latents, write_grid, write_npz
+from vae3d.diffusion.sampling import doubted, frames_of, grid, rounds, sample_latents, write_grid, write_npz
+from vae3d.diffusion.scale import Sums
 
 WAYS = {
     "ddpm": (GaussianDiffusion(), Sampling(steps=40)),
@@ -92,6 +93,34 @@ def test_nothing_is_clipped_by_default():
     process = GaussianDiffusion(variance="fixed_large")
     z = sample_latents(toy.Oracle(process, 0.0, 1.0), process, (4, 1, 32, 32), Sampling(), seed=0, indices=[0])
     assert (z.abs() > 1).double().mean() == pytest.approx(0.317, abs=0.03)
+
+
+def test_size_of_latents_by_hand():
+    sums = Sums(2, torch.device("cpu"))
+    for z in (torch.tensor([-1.0, 7.0, 7.0]), torch.tensor([-1.0])):  # mean 3, deviation 4
+        sums.add(torch.stack([z, 2 * z]).view(1, 2, 1, 1, -1))
+    scale = sums.scale()
+    assert (scale.count, scale.mean.tolist(), scale.std.tolist()) == (2, [3, 6], [4, 8])
+    assert scale.rms == pytest.approx(62.5**0.5)  # 25 and 100
+
+
+@pytest.mark.parametrize(
+    ("rms", "sampling", "advice"),
+    [(0.4, Sampling(clip=1.0), "train for longer, or take more steps, or raise or leave out clip"),
+     (3.0, Sampling(clip=5.0, guidance=4.0), "train for longer, or lower guidance"),
+     (0.6, Sampling(), None), (1.9, Sampling(), None)],
+)  # fmt: skip
+def test_samples_far_from_the_size_of_data_are_doubted(rms, sampling, advice):
+    told = doubted(rms, RectifiedFlow(), sampling)
+    assert told is None if advice is None else told.endswith(f"To mend it, {advice}")
+
+
+@pytest.mark.parametrize(("count", "batch", "world"), [(10, 3, 2), (1, 4, 3), (12, 2, 3)])
+def test_ranks_share_samples_in_equally_many_rounds(count, batch, world):
+    of_ranks = [list(rounds(count, batch, rank, world)) for rank in range(world)]
+    assert {len(shares) for shares in of_ranks} == {-(-count // (batch * world))}
+    assert sorted(i for shares in of_ranks for share in shares for i in share) == list(range(count))
+    assert max(len(share) for shares in of_ranks for share in shares) <= batch
 
 
 def test_labels_reach_their_samples():

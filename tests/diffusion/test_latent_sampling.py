@@ -12,6 +12,7 @@ from PIL import Image
 from tests import tiny
 from tests.diffusion import latent_runs
 from tests.diffusion.toy import shaken
+from vae3d import diffusion_factory
 from vae3d.check import ConfigError
 from vae3d.checkpoints.formats import CheckpointError
 from vae3d.diffusion.build import build_network, network_config
@@ -23,13 +24,13 @@ from vae3d.latents.identity import vae_facts
 CLASSES = ["cat", "dog"]
 
 
-def export(folder, vae, size, network, classes=(), process=None, seed=0):
-    """Of a network with random weights, none of which is zero."""
+def export(folder, vae, size, network, classes=(), process=None, seed=0, zero=False):
+    """Of a network with random weights, none of which is zero; or of one that gives zeros."""
     codec = open_codec(vae)
     shape = codec.latent_shape(*size)
     config = network_config({**network, "num_classes": len(classes)}, shape)
     torch.manual_seed(seed)
-    weights = [shaken(build_network(config, shape), by).state_dict() for by in (0.05, 0.1)]
+    weights = [shaken(build_network(config, shape), 0 if zero else by).state_dict() for by in (0.05, 0.1)]
     told = {
         "step": 1,
         "network": config,
@@ -97,6 +98,40 @@ def test_files_of_videos_of_another_length(of_videos, tmp_path):
     with av.open(str(out / "000001.mp4")) as video:
         frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
     assert np.stack(frames).shape == (9, 32, 32, 3)
+
+
+def test_names_of_classes_are_no_folders(vae, tmp_path):
+    model = export(tmp_path / "model", vae, (1, 32, 32), {"kind": "transformer", "width": 24, "heads": 2}, ["a/b", "c"])
+    out = drawn(model, tmp_path / "out", "count=2", "write=[files]")
+    assert sorted(path.name for path in out.iterdir()) == ["000000_a_b.png", "000001_c.png"]
+
+
+def test_the_grid_is_of_the_first_samples(of_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion_factory, "MOST_IN_GRID", 2)
+    whole = pixels(drawn(of_images, tmp_path, "write=[npz,grid]"))
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (32, 66, 3)
+    assert np.array_equal(grid[:, 34:], whole[1])
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_latents_of_samples_are_measured(prediction, vae, tmp_path, caplog):
+    """By a network that has learned nothing, the noise predicted is an error that explodes; v is none."""
+    caplog.set_level("INFO", "vae3d")
+    network = {"kind": "transformer", "width": 24, "heads": 2, "depth": 1}
+    process = {"kind": "gaussian", "prediction": prediction, "variance": "fixed_large"}
+    model = export(tmp_path / "model", vae, (1, 32, 32), network, process=process, zero=True)
+    drawn(model, tmp_path / "out", "steps=20")
+    told = [record for record in caplog.records if "their latents" in record.message]
+    means, stds = ([float(x) for x in line.split()[1:]] for line in told[0].message.replace(",", "").split("\n")[1:])
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    if prediction == "v":
+        assert max(map(abs, means)) < 0.3
+        assert not warned
+    else:
+        assert min(stds) > 10
+        assert len(warned) == 1
+        assert "set clip=5, which bounds what is predicted, or train with process.prediction=v or" in warned[0]
 
 
 def pixels(folder):
@@ -172,6 +207,8 @@ def test_what_the_model_cannot_do_is_refused(of_images, of_videos, tmp_path):
         drawn(of_images, tmp_path, "method=ddim")
     with pytest.raises(UserError, match="latents of 3 frames; the UNet takes one"):
         drawn(of_images, tmp_path, "num_frames=3", "count=1")
+    with pytest.raises(UserError, match=r"write=\[npz\] is for images, and these samples have 5 frames"):
+        drawn(of_videos, tmp_path, "write=[npz]")
     with pytest.raises(CheckpointError, match="no diffusion model"):
         drawn(tmp_path, tmp_path / "out")
     with pytest.raises(ConfigError) as why:

@@ -163,7 +163,7 @@ def test_checkpoints_that_cannot_be_written_are_borne_until_patience_ends(cached
     assert latent_runs.trainer(tmp_path, *told).fit()
 
 
-def test_two_ranks_train_as_one(cached, tmp_path):
+def test_two_ranks_train_and_sample_as_one(cached, tmp_path):
     told = [*cached, "optim.eps=0.01"]  # else Adam enlarges what rounding leaves of gradients that are 0
     alone = rank_training.trained(tmp_path / "alone", told)
     (tmp_path / "settings.json").write_text(json.dumps(told))
@@ -173,6 +173,11 @@ def test_two_ranks_train_as_one(cached, tmp_path):
         assert torch.allclose(together["model"][name], tensor, atol=2e-5), name
     assert together["scale"]["count"] == alone["scale"]["count"]
     assert np.allclose(together["scale"]["std"], alone["scale"]["std"])
+    latent_runs.sample(f"checkpoint={tmp_path}/together", f"out={tmp_path}/of_one", *rank_training.THREE)
+    files = {"000000_dog.png", "000001_cat.png", "000002_dog.png", "grid.png", "samples_3x64x64x3.npz"}
+    for folder in ("of_one", "of_two"):
+        assert {path.name for path in (tmp_path / folder).iterdir()} == files
+    assert all((tmp_path / "of_one" / name).read_bytes() == (tmp_path / "of_two" / name).read_bytes() for name in files)
 
 
 def test_samples_come_near_the_data(tmp_path):

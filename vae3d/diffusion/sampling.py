@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.conditioning import guided
+from vae3d.diffusion.gaussian import GaussianDiffusion
 from vae3d.diffusion.processes import Process
 from vae3d.inference.video import to_uint8, write_image, write_video
 from vae3d.seeding import seed_of
 
 GAP = 2  # pixels between samples
+FAR = 2.0  # by how much latents of samples may be larger or smaller than those of data before that is told
+MOST_IN_GRID = 100  # samples: more cannot be seen
 
 
 @torch.no_grad()
@@ -43,7 +46,7 @@ def sample_latents(
     training = network.training
     network.eval()
     try:
-        done = []
+        done = [torch.empty(0, *latent_shape, device=device)]
         for start in range(0, len(indices), batch_size):
             part = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed_of(seed, index, "sample")) for index in indices[part]]
@@ -69,6 +72,34 @@ def _denoise(
         output = evaluate(z, torch.full((len(z),), time, device=z.device), level)
         z = stepper.step(output.float(), index, z, generators)
     return z
+
+
+def doubted(rms: float, process: Process, sampling: Sampling) -> str | None:
+    """What is wrong with samples whose latents have this root mean square, and what to do; None near the 1 of data."""
+    if 1 / FAR <= rms <= FAR:
+        return None
+    advice = ["train for longer"]
+    if rms < 1:
+        advice += ["take more steps"] + ["raise or leave out clip"] * (sampling.clip is not None)
+    else:
+        advice += ["lower guidance"] * (sampling.guidance > 1)
+        advice += ["set clip=5, which bounds what is predicted"] * (sampling.clip is None)
+        if isinstance(process, GaussianDiffusion) and process.prediction == "epsilon":
+            advice.append(
+                "train with process.prediction=v or process=flow: latents that are predicted by their noise carry its "
+                f"error times {process.alphas_cumprod[-1].rsqrt():.0f} at the first step"
+            )
+    return (
+        f"the latents of these samples have a root mean square of {rms:.3g}, those of the data one of 1: these are no "
+        f"samples like the data. To mend it, {', or '.join(advice)}"
+    )
+
+
+def rounds(count: int, batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
+    """This rank's share of the numbers of `count` samples, batch by batch. All ranks have equally many batches, some of
+    which may be empty, so that they can meet after each."""
+    for start in range(0, count, batch_size * world_size):
+        yield list(range(start, min(count, start + batch_size * world_size)))[rank::world_size]
 
 
 def frames_of(pixels: Tensor) -> np.ndarray:
@@ -100,6 +131,16 @@ def write_grid(stem: Path, frames: np.ndarray, *, columns: int | None = None, fp
         path = stem.with_name(f"{stem.name}.mp4")
         write_video(path, picture, fps, "h264")
     return path
+
+
+def write_files(folder: Path, names: Sequence[str], frames: np.ndarray, *, fps: float = 8.0) -> None:
+    """Write samples [N, T, H, W, 3] uint8, images as NAME.png, videos as NAME.mp4; a / in a name becomes _."""
+    for name, sample in zip(names, frames, strict=True):
+        stem = folder / name.replace("/", "_")
+        if len(sample) == 1:
+            write_image(stem.with_name(f"{stem.name}.png"), sample[0])
+        else:
+            write_video(stem.with_name(f"{stem.name}.mp4"), sample, fps, "h264")
 
 
 def write_npz(folder: Path, frames: np.ndarray, labels: Sequence[int] | None = None) -> Path:

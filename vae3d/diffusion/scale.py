@@ -31,36 +31,59 @@ class Scale:
         """Channels that are not of about mean 0 and deviation 1."""
         return off_scale(self.mean.tolist(), self.std.tolist())
 
+    @property
+    def rms(self) -> float:
+        """The root of the mean square of all values of all channels."""
+        return float((self.mean.square() + self.std.square()).mean().sqrt())
+
+    def told(self) -> str:
+        means, stds = (", ".join(f"{value:.3f}" for value in values.tolist()) for values in (self.mean, self.std))
+        return f"  means      {means}\n  deviations {stds}"
+
     def facts(self) -> dict[str, Any]:
         return {"count": self.count, "mean": self.mean.tolist(), "std": self.std.tolist()}
 
 
-@torch.no_grad()
+class Sums:
+    """Of latents of `channels` channels, which add up over batches and ranks."""
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self.total = torch.zeros(2 + 2 * channels, dtype=torch.float64, device=device)
+        self.channels = channels
+
+    @torch.no_grad()
+    def add(self, z: Tensor) -> None:
+        """[B, C, t, h, w]."""
+        places = z.double().transpose(0, 1).flatten(1)
+        counts = places.new_tensor([len(z), places.shape[1]])
+        self.total += torch.cat([counts, places.sum(1), places.square().sum(1)])
+
+    def scale(self) -> Scale:
+        """Of what all ranks have added. Every rank must call it, once."""
+        ranks.add_up(self.total)
+        mean, square = (self.total[2:] / self.total[1]).cpu().split(self.channels)
+        return Scale(round(float(self.total[0])), mean, (square - mean.square()).clamp(min=0).sqrt())
+
+
 def measure(data: LatentData, count: int, device: torch.device) -> Scale:
     """Of the latents of the first steps, at least `count` of them; of all data, also where a run overfits one batch."""
     data = replace(data, plan=replace(data.plan, overfit=False))
-    channels = data.latent_shape[0]
-    sums = torch.zeros(2 + 2 * channels, dtype=torch.float64, device=device)  # latents, places, values, squares
+    sums = Sums(data.latent_shape[0], device)
     for batch in data.batches(0, math.ceil(count / data.plan.batch_size)):
-        if batch.values is None:
-            continue
-        z = data.latents(batch, device).double().transpose(0, 1).flatten(1)
-        counts = z.new_tensor([len(batch.positions), z.shape[1]])
-        sums += torch.cat([counts, z.sum(1), z.square().sum(1)])
-    ranks.average([sums])
-    if not sums[0]:
+        if batch.values is not None:
+            sums.add(data.latents(batch, device))
+    scale = sums.scale()
+    if not scale.count:
         raise ScaleRefused("the scale of the latents cannot be measured: no file of the first steps can be read")
-    mean, square = (sums[2:] / sums[1]).cpu().split(channels)
-    return Scale(round(float(sums[0]) * data.plan.world_size), mean, (square - mean.square()).clamp(min=0).sqrt())
+    return scale
 
 
 def refuse_other_scale(scale: Scale, remedy: str) -> None:
     """Raises ScaleRefused, with what was measured. remedy: the command that mends it."""
     if not (outside := scale.outside()):
         return
-    means, stds = (", ".join(f"{value:.3f}" for value in values.tolist()) for values in (scale.mean, scale.std))
     raise ScaleRefused(
         f"latents of channel {', '.join(map(str, outside))} are not of mean 0 and deviation 1 (within "
         f"{WIDEST} each), which diffusion needs. Of {scale.count} latents, per channel\n"
-        f"  means      {means}\n  deviations {stds}\n{remedy}"
+        f"{scale.told()}\n{remedy}"
     )
