@@ -217,7 +217,7 @@ def complete(config: DiffusionConfig, data: LatentData) -> tuple[DiffusionConfig
     if network["kind"] == "unet" and max(*data.trained, data.latent_shape[1]) > 1:
         faults.append(
             f"denoiser.kind=unet is for images, and these latents have {max(*data.trained, data.latent_shape[1])} "
-            "frames; use denoiser=video_transformer, or set data.frames.max=1 and validation.frames=1"
+            "frames; use denoiser=video_transformer, or data.frames.min=1 data.frames.max=1 validation.frames=1"
         )
     try:
         network = network_config(network, data.latent_shape)

@@ -84,7 +84,7 @@ class VideoTransformer(nn.Module):
         t, h, w = patches.shape[1:4]
         x = self.embed(patches.flatten(2, 3))  # [B, t, h w, width]
         condition = F.silu(self._condition(time, class_ids(labels, len(z), self.num_classes, z.device)))
-        x = x + places(t, h, w, x.shape[-1], z.device).to(x.dtype)
+        x = x + places(t, h, w, x.shape[-1], z.device)  # in fp32, as are all sums from here on, also under autocast
         angles = rope_angles(t, h, w, self.head_channels, z.device)
         for block in self.blocks:
             x = run(block, x, condition, angles, recompute=self.gradient_checkpointing)
