@@ -202,7 +202,8 @@ def complete(config: DiffusionConfig, data: LatentData) -> tuple[DiffusionConfig
     try:
         process = build_process(config.process)
         process.stepper(Sampling(config.validation.steps, config.validation.method, shift=config.validation.shift))
-        network.setdefault("learned_sigma", process.learned_sigma)
+        if network.setdefault("learned_sigma", process.learned_sigma) != process.learned_sigma:
+            faults.append(f"denoiser.learned_sigma={network['learned_sigma']} is not what process does; leave it out")
     except ValueError as error:
         faults.append(f"process, or validation: {error}")
     if data.classes:

@@ -76,6 +76,19 @@ def test_unknown_settings_of_a_process_are_named():
         build_process({"kind": "flow", "steps": 1000})
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(lambda: build_process({"kind": "gaussian", "steps": "many"}), "gaussian has steps='many'; give .* as 1000"),
+     (lambda: build_process({"kind": "flow", "logit_mean": None}), "flow has logit_mean=None; give .* as 0.0"),
+     (lambda: network_config({"kind": "unet", "width": 16.5}, (4, 1, 8, 8)), "unet has width=16.5; give .* as 128"),
+     (lambda: network_config({"kind": "wan", "learned_sigma": "no"}, (4, 1, 8, 8)), "wan has learned_sigma='no'")],
+)  # fmt: skip
+def test_settings_of_another_type_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+    assert build_process({"kind": "flow", "logit_mean": 1}) == RectifiedFlow(logit_mean=1)
+
+
 def test_what_diffusers_lacks_is_named(monkeypatch):
     with pytest.raises(UserError, match=r"no FutureScheduler: pip install --upgrade diffusers"):
         library.from_diffusers("FutureScheduler")

@@ -307,6 +307,8 @@ def test_faults_are_told_together(vae, pictures, tmp_path):
     with pytest.raises(ConfigError) as why:
         diffusion_factory.complete(config, data)
     assert [fault.split()[0] for fault in why.value.faults] == ["process,", "denoiser:"]
+    with pytest.raises(ConfigError, match=r"denoiser.learned_sigma=True is not what process does; leave it out"):
+        diffusion_factory.complete(latent_runs.config(*told, "denoiser.learned_sigma=true"), data)
 
 
 @pytest.mark.parametrize(

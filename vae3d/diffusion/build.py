@@ -36,10 +36,10 @@ def network_config(config: Mapping[str, Any], latent_shape: Sequence[int]) -> di
     kind, given = _kind("network", config, NETWORKS)
     cls, fitted = NETWORKS[kind]
     defaults = _settings(cls)
+    given = {name: value for name, value in given.items() if value is not None}
     _known(kind, given, defaults)
     if given.get("channels") not in (None, latent_shape[0]):
         raise ValueError(f"the network is for latents of {given['channels']} channels; these have {latent_shape[0]}")
-    given = {name: value for name, value in given.items() if value is not None}
     return {"kind": kind, **_plain(defaults | fitted(given | {"channels": latent_shape[0]}, latent_shape))}
 
 
@@ -88,6 +88,14 @@ def _kind(what: str, config: Mapping[str, Any], kinds: Mapping[str, Any]) -> tup
 def _known(kind: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(f"{kind} has no {', '.join(unknown)}; it has {', '.join(known)}")
+    for name, value in given.items():
+        if known[name] is not None and not _fits(value, known[name]):
+            raise ValueError(f"{kind} has {name}={value!r}; give a value such as {known[name]!r}")
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a setting has its default's type; a whole number does for a fraction."""
+    return type(value) is type(default) or (type(value) is int and type(default) is float)
 
 
 def _settings(cls: type) -> dict[str, Any]:
