@@ -132,6 +132,7 @@ def _of_cache(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         latent_shape=latent_shape,
         trained=(latent_shape[1],),
         classes=cache.classes if labelled else [],
+        known=sorted({cache.labels[place] for place in train}) if labelled else [],
         held_out=[every[Draw(place, place, 1)] for place in mine.tolist()],
         workers=config.data.workers,
         prefetch=config.data.prefetch,
@@ -169,6 +170,7 @@ def _of_clips(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         latent_shape=codec.latent_shape(validation.frames, data.height, data.width),
         trained=tuple(sorted(trained)),
         classes=classes,
+        known=np.unique(of_train).tolist() if classes else [],
         held_out=held_out,
         sample=config.vae.sample,
         workers=data.workers,
@@ -241,7 +243,7 @@ def summary(config: DiffusionConfig, network: nn.Module, data: LatentData, world
     codec, trainer, batch = data.codec, config.trainer, config.data.batch_size
     stride, frames, height, width = codec.space_stride, *data.size
     millions = sum(p.numel() for p in network.parameters()) / 1e6
-    classes = f"{len(data.classes)} classes" if data.classes else "no classes"
+    classes = f"{len(data.known)} classes" if data.known else "no classes"
     share = batch // (world_size * trainer.accumulate)
     return [
         f"{type(codec.model).__name__} of {config.vae.path}: {codec.time_stride} x {stride} x {stride}, "
@@ -281,7 +283,8 @@ def remedy(config: DiffusionConfig, data: LatentData) -> str:
 def sample(config: SampleConfig) -> None:
     """Draw the samples that `config` describes, shared among the ranks. Each writes its own files, and sends what grid
     and npz need to the first one, batch by batch."""
-    process = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    process = PartialState(cpu=cpu, timeout=timedelta(days=7))
     device = as_device(config.device) if config.device else process.device
     export = read_export(config.checkpoint, config.ema)
     classes, labels = export.told["classes"], _labels(config, export.told)
@@ -337,13 +340,13 @@ def _labels(config: SampleConfig, told: Mapping[str, Any]) -> list[int] | None:
         if config.classes or config.guidance != 1:
             raise UserError("the model was trained without classes; leave out classes and guidance")
         return None
-    if config.guidance != 1 and told.get("label_dropout") == 0:
+    if config.guidance != 1 and told["label_dropout"] == 0:
         raise UserError("the model was trained with label_dropout=0, and so not for guidance; leave out guidance")
-    numbers = {name: number for number, name in enumerate(told["classes"])}
+    numbers = {told["classes"][number]: number for number in told["known"]}
     unknown = [str(name) for name in config.classes if str(name) not in numbers]
     if unknown:
-        raise UserError(f"classes={', '.join(unknown)}: the model has {', '.join(numbers)}")
-    asked = [numbers[str(name)] for name in config.classes] or list(range(len(numbers)))
+        raise UserError(f"classes={', '.join(unknown)}: the model knows {', '.join(numbers)}")
+    asked = [numbers[str(name)] for name in config.classes] or list(numbers.values())
     return [asked[index % len(asked)] for index in range(config.count)]
 
 

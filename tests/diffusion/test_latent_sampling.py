@@ -38,6 +38,8 @@ def export(folder, vae, size, network, classes=(), process=None, seed=0, zero=Fa
         "latent_shape": list(shape),
         "size": list(size),
         "classes": list(classes),
+        "known": list(range(len(classes))),
+        "label_dropout": 0.1,
         "vae": {"path": str(vae), **vae_facts(codec, str(vae))},
     }
     write_export(folder, told, dict(zip((0.9, 0.99), weights, strict=True)))
@@ -155,7 +157,7 @@ def test_classes_and_averages_are_chosen(of_images, tmp_path):
     assert np.array_equal(first[1], both[1])
     assert not np.array_equal(first[0], both[0])
     assert not np.array_equal(first, second)
-    with pytest.raises(UserError, match="classes=bird: the model has cat, dog"):
+    with pytest.raises(UserError, match="classes=bird: the model knows cat, dog"):
         drawn(of_images, tmp_path / "d", "classes=[bird,cat]")
     with pytest.raises(CheckpointError, match=r"no averages of ema=0.5; it has 0.9, 0.99"):
         drawn(of_images, tmp_path / "d", "ema=0.5")

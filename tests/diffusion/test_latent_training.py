@@ -268,13 +268,22 @@ def test_a_checkpoint_of_an_autoencoder_does_not_go_on(cached, tmp_path):
         latent_runs.trainer(tmp_path / "run", *cached, f"run.resume_from={tmp_path}/of_vae/{state.STATE}")
 
 
-def test_samples_of_validation_are_of_classes_that_there_are(cached, tmp_path, monkeypatch):
+def test_samples_are_of_classes_that_were_trained_on(vae, pictures, tmp_path, monkeypatch):
+    """Not of those that the network could have, nor of a 0 before labels that begin with 1."""
+    (tmp_path / "numbers.csv").write_text("path,label\n" + "".join(
+        f"{pictures}/train/{name}/{i}.png,{label}\n" for name, label in (("cat", 1), ("dog", 3)) for i in range(1, 6)
+    ))  # fmt: skip
     asked = []
     draw = validation.sample_latents
     monkeypatch.setattr(validation, "sample_latents", lambda *a, labels, **k: asked.extend(labels) or draw(*a, **k))
-    told = ["denoiser.num_classes=7", "trainer.max_steps=1", "trainer.save_every=0", "validation.every=1"]
-    assert latent_runs.trainer(tmp_path, *cached, *told, "validation.samples=5").fit()
-    assert asked == [0, 1, 0, 1, 0]
+    told = [f"vae.path={vae}", f"data.source.path={tmp_path}/numbers.csv", "data.height=64", "data.width=64"]
+    told += ["labels=column", "denoiser.num_classes=7", "trainer.max_steps=1", "validation.every=1"]
+    assert latent_runs.trainer(tmp_path / "run", *told, "validation.samples=5").fit()
+    assert asked == [1, 3, 1, 3, 1]
+    latent_runs.sample(f"checkpoint={tmp_path}/run", f"out={tmp_path}/out", "count=2", "write=[files]")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000000_1.png", "000001_3.png"]
+    with pytest.raises(UserError, match="classes=0: the model knows 1, 3"):
+        latent_runs.sample(f"checkpoint={tmp_path}/run", f"out={tmp_path}/out", "classes=[0]")
 
 
 def test_another_network_or_process_does_not_go_on(cached, tmp_path):

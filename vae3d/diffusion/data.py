@@ -39,7 +39,8 @@ class LatentData:
 
     dataset: indexed by Draw. size: frames, height and width of the clips that are sampled, latent_shape (C, t, h, w)
     that of their latents, and trained the latent frames of all clips that are trained on. sample: draw latents from the
-    posterior. held_out: this rank's share, one clip each.
+    posterior. classes: their names, and known the numbers of those that are trained on: not all where labels are
+    numbers, or held-out files have others. held_out: this rank's share, one clip each.
     """
 
     dataset: Dataset[Any]
@@ -50,6 +51,7 @@ class LatentData:
     latent_shape: tuple[int, int, int, int]
     trained: tuple[int, ...]
     classes: list[str]
+    known: list[int]
     held_out: list[Batch]
     sample: bool = True
     workers: int = 0

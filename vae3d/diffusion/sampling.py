@@ -14,7 +14,7 @@ from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.conditioning import guided
 from vae3d.diffusion.gaussian import GaussianDiffusion
 from vae3d.diffusion.processes import Process
-from vae3d.inference.video import to_uint8, write_image, write_video
+from vae3d.inference.video import write_image, write_video
 from vae3d.seeding import seed_of
 
 GAP = 2  # pixels between samples
@@ -100,11 +100,6 @@ def rounds(count: int, batch_size: int, rank: int, world_size: int) -> Iterator[
     which may be empty, so that they can meet after each."""
     for start in range(0, count, batch_size * world_size):
         yield list(range(start, min(count, start + batch_size * world_size)))[rank::world_size]
-
-
-def frames_of(pixels: Tensor) -> np.ndarray:
-    """[N, 3, T, H, W] in [-1, 1] (clamped here) -> [N, T, H, W, 3] uint8."""
-    return np.stack([to_uint8(video) for video in pixels])
 
 
 def grid(frames: np.ndarray, columns: int | None = None) -> np.ndarray:

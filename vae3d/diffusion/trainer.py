@@ -226,6 +226,7 @@ class DiffusionTrainer:
             "latent_shape": list(self.data.latent_shape),
             "size": list(self.data.size),
             "classes": self.data.classes,
+            "known": self.data.known,
             "label_dropout": self.config.label_dropout,
             "vae": self.vae,
             "latents": self.scale,

@@ -57,7 +57,7 @@ def held_out_losses(trainer: DiffusionTrainer) -> dict[str, float]:
 
 def _samples(trainer: DiffusionTrainer) -> dict[str, float]:
     """Show samples and, the first time, held-out clips as the autoencoder gives them back; how far both are apart."""
-    settings, data, classes = trainer.config.validation, trainer.data, len(trainer.data.classes)
+    settings, data, known = trainer.config.validation, trainer.data, trainer.data.known
     sampling = Sampling(settings.steps, settings.method, settings.guidance, shift=settings.shift)
     count = range(settings.samples)
 
@@ -70,7 +70,7 @@ def _samples(trainer: DiffusionTrainer) -> dict[str, float]:
                 sampling,
                 seed=trainer.seed,
                 indices=count,
-                labels=[i % classes for i in count] if classes else None,
+                labels=[known[i % len(known)] for i in count] if known else None,
                 batch_size=BATCH,
                 device=trainer.device,
             )
