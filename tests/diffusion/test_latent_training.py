@@ -56,9 +56,9 @@ def encoded(pictures, vae):
     return [f"vae.path={vae}", f"data.source.path={pictures}", "data.height=64", "data.width=64", "labels=folder"]
 
 
-def losses(folder):
+def losses(folder, name="loss"):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return {line["step"]: line[name] for line in lines if name in line}
 
 
 # ---- what is trained on
@@ -173,6 +173,10 @@ def test_two_ranks_train_and_sample_as_one(cached, tmp_path):
         assert torch.allclose(together["model"][name], tensor, atol=2e-5), name
     assert together["scale"]["count"] == alone["scale"]["count"]
     assert np.allclose(together["scale"]["std"], alone["scale"]["std"])
+    for name in ("loss", "val/loss", "val/sliced_wasserstein"):
+        one, two = (losses(tmp_path / run, name) for run in ("alone", "together"))
+        assert list(one) == [2, 4]
+        assert two == pytest.approx(one, rel=1e-3), name
     latent_runs.sample(f"checkpoint={tmp_path}/together", f"out={tmp_path}/of_one", *rank_training.THREE)
     files = {"000000_dog.png", "000001_cat.png", "000002_dog.png", "grid.png", "samples_3x64x64x3.npz"}
     for folder in ("of_one", "of_two"):

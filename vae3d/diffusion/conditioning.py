@@ -41,7 +41,7 @@ def guided(
     scale: float,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Callable[[Tensor, Tensor, float], Tensor]:
-    """(z, time, noise level) -> output, as the network gives it, with classifier-free guidance.
+    """(z, time, noise level) -> output in fp32, with classifier-free guidance.
 
     The output for no label is moved by `scale` towards and beyond that for the label:
     u + scale (c - u), all channels alike (arXiv 2207.12598, equation 6, with w = scale - 1). Scale 1 is the conditional
@@ -59,9 +59,9 @@ def guided(
 
     def evaluate(z: Tensor, time: Tensor, level: float) -> Tensor:
         if scale == 1.0 or not interval[0] <= level <= interval[1]:
-            return network(z, time, labels)
+            return network(z, time, labels).float()
         both = torch.cat([labels, torch.full_like(labels, classes)])
-        with_label, without = network(torch.cat([z, z]), torch.cat([time, time]), both).chunk(2)
+        with_label, without = network(torch.cat([z, z]), torch.cat([time, time]), both).float().chunk(2)
         channels = z.shape[1]
         mean = without[:, :channels] + scale * (with_label[:, :channels] - without[:, :channels])
         return torch.cat([mean, with_label[:, channels:]], 1)

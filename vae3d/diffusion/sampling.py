@@ -70,7 +70,7 @@ def _denoise(
     stepper = process.stepper(sampling)
     for index, (time, level) in enumerate(zip(stepper.times, stepper.levels, strict=True)):
         output = evaluate(z, torch.full((len(z),), time, device=z.device), level)
-        z = stepper.step(output.float(), index, z, generators)
+        z = stepper.step(output, index, z, generators)
     return z
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vae3d import ranks
 from vae3d.diffusion.conditioning import drop_labels
 from vae3d.diffusion.data import Batch, LatentData
 from vae3d.diffusion.processes import QUARTILES, Process, quartile_sums, training_losses
@@ -88,6 +89,8 @@ class DiffusionTrainer:
             refuse_other_scale(scale, remedy)
             self.scale = scale.facts()
         self.held_out = [(data.latents(batch, self.device), batch) for batch in data.held_out]
+        parts = ranks.gathered([z.cpu() for z, _ in self.held_out])
+        self.real = [z for part in parts for z in part]  # of all ranks, on the first, which compares samples with them
         rank, last = accelerator.process_index, config.trainer.max_steps
         self.log = RunLog(folder, logger, rank=rank, step=self.step, max_steps=last)
         self.log.launch(self.step, asdict(config), changed)

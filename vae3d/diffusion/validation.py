@@ -82,16 +82,16 @@ def _samples(trainer: DiffusionTrainer) -> dict[str, float]:
         return {}
     z, frames = drawn
     _show(trainer, "samples", frames)
-    real = torch.cat([z for z, _ in trainer.held_out]) if trainer.held_out else z[:0]
+    if trainer.real and not trainer.shown:
+        shown = torch.cat(trainer.real)[: len(z)]
+        _show(trainer, "held out, as the autoencoder gives it back", decoded(data.codec, shown, data.size))
+        trainer.shown = True
     if not z.isfinite().all():
         return {}
     values = {"val/sample_rms": float(z.square().mean().sqrt())}  # of the data: 1
-    if not len(real):
-        return values
-    if not trainer.shown:
-        _show(trainer, "held out, as the autoencoder gives it back", decoded(data.codec, real[: len(z)], data.size))
-        trainer.shown = True
-    return values | {"val/sliced_wasserstein": sliced_wasserstein(z, real)}
+    if trainer.real:
+        values["val/sliced_wasserstein"] = sliced_wasserstein(z, torch.cat(trainer.real).to(z.device))
+    return values
 
 
 def decoded(codec: LatentCodec, z: Tensor, size: tuple[int, int, int]) -> np.ndarray:
