@@ -217,7 +217,12 @@ def complete(config: DiffusionConfig, data: LatentData) -> tuple[DiffusionConfig
             f"denoiser.num_classes={network['num_classes']}, but labels=none gives none; set labels=auto, column or "
             "folder, or leave num_classes out"
         )
-    if network["kind"] == "unet" and max(*data.trained, data.latent_shape[1]) > 1:
+    if data.latent_shape[1] > max(data.trained):
+        faults.append(
+            f"validation.frames={config.validation.frames} gives {data.latent_shape[1]} latent frames, and training "
+            f"has {max(data.trained)} at most; use validation.frames={config.data.frames.max}, for samples, too"
+        )
+    elif network["kind"] == "unet" and max(*data.trained, data.latent_shape[1]) > 1:
         faults.append(
             f"denoiser.kind=unet is for images, and these latents have {max(*data.trained, data.latent_shape[1])} "
             "frames; use denoiser=video_transformer, or data.frames.min=1 data.frames.max=1 validation.frames=1"

@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -320,6 +321,9 @@ def test_faults_are_told_together(vae, pictures, tmp_path):
     with pytest.raises(ConfigError) as why:
         diffusion_factory.complete(config, data)
     assert [fault.split()[0] for fault in why.value.faults] == ["process,", "denoiser:"]
+    longer = replace(data, latent_shape=(4, 5, 16, 16))
+    with pytest.raises(ConfigError, match="gives 5 latent frames, and training has 1 at most; use"):
+        diffusion_factory.complete(latent_runs.config(*told, network="video_transformer"), longer)
     with pytest.raises(ConfigError, match=r"denoiser.learned_sigma=True is not what process does; leave it out"):
         diffusion_factory.complete(latent_runs.config(*told, "denoiser.learned_sigma=true"), data)
 

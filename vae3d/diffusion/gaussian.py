@@ -114,8 +114,9 @@ class GaussianDiffusion:
     def stepper(self, sampling: Sampling) -> Stepper:
         """From noise to latents by diffusers' schedulers.
 
-        method: ddpm, ancestral sampling over times spread evenly from 0 to T - 1 (guided-diffusion's respacing N); or
-        ddim, at multiples of a whole stride (its respacing ddimN; Song et al., arXiv 2010.02502).
+        method: ddpm, ancestral sampling over times spread evenly from 0 to T - 1 (guided-diffusion's respacing N, which
+        may round halves otherwise); or ddim, at multiples of a whole stride (its respacing ddimN; Song et al., arXiv
+        2010.02502).
         Raises ValueError for another method, for steps that the chain cannot be divided into, and for shift.
         """
         method = one_of("method", sampling.method or "ddpm", ("ddpm", "ddim"))
