@@ -204,6 +204,8 @@ def _rules(config: DiffusionConfig, environment: Mapping[str, str]) -> Iterator[
             f"data.batch_size={data.batch_size} does not divide over {world} ranks x trainer.accumulate="
             f"{trainer.accumulate}; use a multiple of {share}, such as {above}"
         )
+    if config.cache is not None and config.labels in ("column", "folder"):
+        yield f"labels={config.labels} is of a source, and a cache has the labels it was encoded with; use auto or none"
     if config.validation.guidance != 1 and config.labels == "none":
         yield f"validation.guidance={config.validation.guidance} needs classes, and labels=none; use 1, or set labels"
     elif config.validation.guidance != 1 and config.label_dropout == 0:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +21,7 @@ from vae3d import diffusion_factory
 from vae3d.check import ConfigError
 from vae3d.checkpoints import state
 from vae3d.data.sources import DataError
-from vae3d.diffusion import saving, validation
+from vae3d.diffusion import data, saving, validation
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import sample_latents
@@ -304,6 +305,20 @@ def test_another_network_or_process_does_not_go_on(cached, tmp_path):
     assert (group["betas"], group["weight_decay"]) == ((0.5, 0.6), 0.3)
 
 
+@pytest.mark.parametrize("splits", [["val"] * 5 + ["train"] * 30, ["train"] * 35], ids=["told", "by hash"])
+def test_entries_of_split_test_are_neither_trained_on_nor_held_out(splits):
+    keys = [f"{i}.png" for i in range(40)]
+    index = pd.DataFrame({"key": keys, "source": keys, "split": [*splits, *["test"] * 5], "flip": False})
+    train, held_out = data.split_cache(index, holdout=3)
+    assert sorted([*train, *held_out]) == list(range(35))
+    assert len(held_out) == (5 if "val" in splits else 3)
+
+
+def test_labels_of_a_cache_are_its_own(cached):
+    with pytest.raises(ConfigError, match="labels=folder is of a source, and a cache has the labels it was encoded"):
+        latent_runs.config(*cached, "labels=folder")
+
+
 def test_faults_are_told_together(vae, pictures, tmp_path):
     with pytest.raises(ConfigError) as why:
         latent_runs.config(
@@ -315,17 +330,17 @@ def test_faults_are_told_together(vae, pictures, tmp_path):
                            "validation.guidance=2")  # fmt: skip
     told = [f"vae.path={vae}", f"data.source.path={pictures}", "data.height=64", "data.width=64"]
     config = latent_runs.config(*told, "denoiser.size=3", "process.kind=ddpm", "data.frames.max=2")
-    data = diffusion_factory.latent_data(
+    clips = diffusion_factory.latent_data(
         latent_runs.config(*told), diffusion_factory._codec(config, torch.device("cpu")), 0, 1
     )
     with pytest.raises(ConfigError) as why:
-        diffusion_factory.complete(config, data)
+        diffusion_factory.complete(config, clips)
     assert [fault.split()[0] for fault in why.value.faults] == ["process,", "denoiser:"]
-    longer = replace(data, latent_shape=(4, 5, 16, 16))
+    longer = replace(clips, latent_shape=(4, 5, 16, 16))
     with pytest.raises(ConfigError, match="gives 5 latent frames, and training has 1 at most; use"):
         diffusion_factory.complete(latent_runs.config(*told, network="video_transformer"), longer)
     with pytest.raises(ConfigError, match=r"denoiser.learned_sigma=True is not what process does; leave it out"):
-        diffusion_factory.complete(latent_runs.config(*told, "denoiser.learned_sigma=true"), data)
+        diffusion_factory.complete(latent_runs.config(*told, "denoiser.learned_sigma=true"), clips)
 
 
 @pytest.mark.parametrize(

@@ -125,18 +125,16 @@ def of_clips(clips: Sequence[Clip], labels: Sequence[int]) -> list[Batch]:
 def split_cache(index: pd.DataFrame, holdout: int) -> tuple[np.ndarray, np.ndarray]:
     """Places of the entries to train on and, without mirrored ones, of those held out.
 
-    Those of split `val` if there are any (`test` is left out of both), else of the `holdout` files whose names hash
-    lowest, but at most of a tenth of them.
+    Those of split `val` if there are any, else of the `holdout` files whose names hash lowest, but at most of a tenth
+    of them. Split `test` is left out of both.
     """
-    split = index["split"]
-    if (split == "val").any():
-        held_out, rest = split == "val", ~split.isin(("val", "test"))
-    else:
+    held_out, possible = index["split"] == "val", index["split"] != "test"
+    if not held_out.any():
         names = index.groupby("source")["key"].transform("min")
         hashes = np.array([seed_of(name) for name in names], dtype=np.int64)
-        files = np.unique(hashes)
-        held_out = pd.Series(np.isin(hashes, files[: min(holdout, len(files) // 10)]), index.index)
-        rest = ~held_out
+        files = np.unique(hashes[possible])
+        held_out = possible & np.isin(hashes, files[: min(holdout, len(files) // 10)])
+    rest = possible & ~held_out
     if not rest.any():
         raise DataError("the cache has no entries to train on; is its split `val` or `test` throughout?")
     return np.flatnonzero(rest), np.flatnonzero(held_out & ~index["flip"])
@@ -167,4 +165,7 @@ def refuse_unlabelled(labels: Sequence[int], names: Sequence[str], what: str) ->
             "needs them all: a column `label`, or a folder per class; labels=none trains without classes"
         )
     if len(set(labels)) < 2:
-        raise DataError(f"all {len(names)} {what} have the same label, so there is nothing to tell; use labels=none")
+        raise DataError(
+            f"all {len(names)} {what} have the same label (that of their folder, where there is no column `label`), so "
+            "that there is nothing to tell; use labels=none"
+        )
