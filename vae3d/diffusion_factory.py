@@ -303,6 +303,7 @@ def sample(config: SampleConfig) -> None:
     folder, sums = Path(config.out), Sums(codec.channels, device)
     shown = min(config.count, MOST_IN_GRID) if "grid" in write else 0
     sent = config.count if "npz" in write else shown
+    folder.mkdir(parents=True, exist_ok=True)  # before the samples, which would be lost
     whole = np.empty((sent if process.is_main_process else 0, *size, 3), np.uint8)
     for mine in rounds(config.count, config.batch_size, process.process_index, process.num_processes):
         part = []
@@ -319,7 +320,6 @@ def sample(config: SampleConfig) -> None:
     scale = sums.scale()
     if not process.is_main_process:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     if "grid" in write:
         write_grid(folder / "grid", whole[:shown], fps=config.fps)
     if "npz" in write:

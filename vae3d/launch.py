@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -21,6 +22,9 @@ from vae3d.config import CONF, Launcher
 from vae3d.errors import UserError
 
 R = TypeVar("R")
+UNWRITABLE = frozenset(
+    {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
+)  # faults of the disk or of the folder that the user named, not of the program
 
 
 def rank() -> int:
@@ -117,17 +121,23 @@ def last_metric(folder: Path, name: str) -> float | None:
 
 
 def one_message(run: Callable[[], R]) -> R:
-    """run(); a UserError ends as its message alone and exit status 2.
+    """run(); a UserError, or a place that cannot be written, ends as its message alone and exit status 2.
 
     In a sweep it is raised on, so that the next job runs. VAE3D_TRACEBACK=1 shows where it came from.
     """
+    raised_on = in_sweep() or os.environ.get("VAE3D_TRACEBACK") == "1"
     try:
         return run()
     except UserError as error:
-        if in_sweep() or os.environ.get("VAE3D_TRACEBACK") == "1":
+        if raised_on:
             raise
         tell(error)
-        sys.exit(2)
+    except OSError as error:
+        if raised_on or error.errno not in UNWRITABLE:
+            raise
+        place = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {place}{os.strerror(error.errno)}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def tell(error: UserError) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from tests import tiny
 from tests.diffusion import latent_runs
 from tests.diffusion.toy import shaken
-from vae3d import diffusion_factory
+from vae3d import diffusion_factory, launch
 from vae3d.check import ConfigError
 from vae3d.checkpoints.formats import CheckpointError
 from vae3d.diffusion.build import build_network, network_config
@@ -170,6 +170,17 @@ def test_guidance_needs_a_network_that_knows_no_label(of_images, tmp_path):
     with pytest.raises(UserError, match="trained with label_dropout=0, and so not for guidance"):
         drawn(copy, tmp_path / "out", "guidance=2")
     drawn(copy, tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_is_found_before_the_first_sample(of_images, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(diffusion_factory, "sample_latents", None)
+    monkeypatch.setattr(launch, "in_sweep", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        launch.one_message(lambda: drawn(of_images, tmp_path / "file"))
+    assert capsys.readouterr().err == f"error: {tmp_path}/file: File exists\n"
+    with pytest.raises(FileNotFoundError):  # no fault of a disk
+        launch.one_message((tmp_path / "none").read_text)
 
 
 def test_another_autoencoder_is_refused(of_images, pictures, vae, tmp_path):

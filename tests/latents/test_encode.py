@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from tests import tiny
 from tests.latents import caches
@@ -299,6 +300,15 @@ def test_too_many_broken_files_stop_the_job(tmp_path):
     caches.made(source / "table.csv", folder, max_broken=0.9)
     assert len(LatentCache(folder)) == 1
     assert len((folder / "faults.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_full_disk_is_told_with_the_file(photos, tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(shards, "save_file", full)
+    with pytest.raises(CacheError, match=r"shards/00000.safetensors: No space left on device; the same command"):
+        caches.made(photos, tmp_path)
 
 
 def test_latents_that_are_not_finite_are_faults_of_their_clips(photos, tmp_path):

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -72,13 +73,15 @@ def write_shard(
 ) -> None:
     """Write a shard, what `writers` make of it, and last its marker. of: digest of the cache that it belongs to.
 
-    The same content gives the same bytes. Raises OSError.
+    The same content gives the same bytes. Raises OSError, CacheError if the disk does not take it.
     """
     data, numbers = shard_file(cache, number), statistics_file(cache, number)
-    with aside(data) as file:
-        save_file(shard.tensors, file)
-    with aside(numbers) as file:
-        save_file(statistics.to_tensors(), file)
+    for target, tensors in ((data, shard.tensors), (numbers, statistics.to_tensors())):
+        try:
+            with aside(target) as file:
+                save_file(tensors, file)
+        except SafetensorError as error:
+            raise CacheError(f"{target}: {error}; the same command goes on from here") from error
     for writer in writers:
         WRITERS[writer](cache, number, shard)
     files = {file.name: {"bytes": file.stat().st_size, "sha256": file_hash(file)} for file in (data, numbers)}
