@@ -209,7 +209,7 @@ def test_samples_come_near_the_data(tmp_path):
 
 
 @pytest.mark.parametrize("from_cache", [True, False])
-def test_latents_of_another_scale_are_refused_until_they_are_mended(from_cache, pictures, tmp_path, capsys):
+def test_latents_of_another_scale_are_refused_until_they_are_mended(from_cache, pictures, tmp_path, capsys, caplog):
     import latent_stats
     import measure_scale
 
@@ -225,7 +225,9 @@ def test_latents_of_another_scale_are_refused_until_they_are_mended(from_cache, 
         latent_runs.trainer(tmp_path / "run", *told)
     script, *arguments = str(why.value).split("python scripts/")[1].split()
     assert {"latent_stats.py": latent_stats, "measure_scale.py": measure_scale}[script].main(arguments) == 0
-    assert latent_runs.trainer(tmp_path / "run", *told).scale["count"] == 64
+    with caplog.at_level("INFO"):
+        assert latent_runs.trainer(tmp_path / "run", *told).scale["count"] == 64
+    assert "64 latents have means " in caplog.text
     capsys.readouterr()
 
 

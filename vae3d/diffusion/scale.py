@@ -40,6 +40,10 @@ class Scale:
         means, stds = (", ".join(f"{value:.3f}" for value in values.tolist()) for values in (self.mean, self.std))
         return f"  means      {means}\n  deviations {stds}"
 
+    def __str__(self) -> str:
+        means, stds = (f"{values.min():.3f} to {values.max():.3f}" for values in (self.mean, self.std))
+        return f"{self.count} latents have means {means} and deviations {stds} per channel"
+
     def facts(self) -> dict[str, Any]:
         return {"count": self.count, "mean": self.mean.tolist(), "std": self.std.tolist()}
 

@@ -81,7 +81,7 @@ class DiffusionTrainer:
         self._tick, self._steps = time.perf_counter(), 0  # since the last log line
         self.scale: dict[str, Any] = {}
         self.shown = False  # held-out clips, beside samples
-        changed = resume(self)
+        changed, scale = resume(self), None
         for group in self.replicas.optimizer.param_groups:  # a checkpoint's own came back with its moments
             group.update(adamw_settings(config.optim))
         if not self.scale:
@@ -97,6 +97,8 @@ class DiffusionTrainer:
         for key, (old, new) in changed.items():
             self.log.say(f"{key} was {old} until step {self.step} and is {new} from here on")
         self.log.faults(data.faults)
+        if scale is not None:
+            self.log.say(str(scale))
 
     def fit(self) -> bool:
         """Train to the last step, or to the first step boundary after SIGTERM; whether it was the last step."""
