@@ -80,6 +80,10 @@ def probe(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         return probe_run.clips(table, settings)
 
     pixels = probe_run.probe_pixels(clips, settings, {model.spec.space_stride for model in models.values()})
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProbeError(f"--out {args.out}: {error.strerror}; name another folder") from error
     found, pictures = {}, {}
     for name, model in models.items():
         print(f"{name}: {pixels['clips']} clips", file=sys.stderr)

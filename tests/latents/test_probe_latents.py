@@ -207,6 +207,15 @@ def test_what_cannot_be_probed_is_said(script, exports, photos, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+def test_a_report_that_cannot_be_written_is_said_before_the_probes(
+    script, exports, photos, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "out").touch()
+    monkeypatch.setattr(probe_run, "probe_model", None)
+    assert script.main([str(exports["two"]), f"--source={photos}", *SIZE, f"--out={tmp_path / 'out'}"]) == 2
+    assert f"--out {tmp_path / 'out'}: File exists; name another folder" in capsys.readouterr().err
+
+
 def test_a_row_with_a_fault_is_named(script, exports, photos, tmp_path, capsys):
     (tmp_path / "list.csv").write_text(f"path,start,end\n{photos}/0.png,,\n{photos}/1.png,3,2\n")
     table = f"--source={tmp_path / 'list.csv'}"
