@@ -55,7 +55,7 @@ class DiffusionValidation:
     every: int = 1000  # 0 turns validation off
     clips: int = 64  # held-out latents whose loss is measured
     draws: int = 8  # of time and noise for each, the same at every validation
-    frames: int = 17  # of held-out clips and of samples; of a cache: its own
+    frames: int | None = None  # of held-out clips and of samples; null: data.frames.max; of a cache: its own
     samples: int = 16
     steps: int = 50
     method: str | None = None  # ddpm, ddim; euler of flow; null: the first of them
@@ -144,9 +144,10 @@ TRAIN_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.scale_samples": (lambda v: v >= 64, "at least 64"),
     "validation.every": RANGES["validation.every"],
     **dict.fromkeys(
-        [f"validation.{name}" for name in ("clips", "draws", "frames", "samples", "steps")],
+        [f"validation.{name}" for name in ("clips", "draws", "samples", "steps")],
         (lambda v: v >= 1, "at least 1"),
     ),
+    "validation.frames": (_positive, "at least 1, or null"),
     "validation.guidance": (lambda v: v >= 0, "0 or more"),
     "validation.shift": (lambda v: v > 0, "positive"),
 }

@@ -156,9 +156,10 @@ def _of_clips(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
     of_train, of_val = np.split(labels, [len(tables.train)])
     plan = _plan(config, lengths_of(tables.train, settings), frame_counts(data), rank, world_size)
     held_out, faults = [], tables.faults
+    frames = validation.frames or max(plan.frames.all())
     if validation.every:
-        enough = lengths_of(tables.val, settings).lengths >= validation.frames
-        clips, more = validation_clips(tables.val, settings, validation.frames, validation.clips, rank, world_size)
+        enough = lengths_of(tables.val, settings).lengths >= frames
+        clips, more = validation_clips(tables.val, settings, frames, validation.clips, rank, world_size)
         held_out, faults = of_clips(clips, of_val[enough]), faults + more
     trained = {codec.latent_shape(count, data.height, data.width)[1] for count in plan.frames.all()}
     return LatentData(
@@ -166,8 +167,8 @@ def _of_clips(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         collate=LabelledClips(of_train),
         plan=plan,
         codec=codec,
-        size=(validation.frames, data.height, data.width),
-        latent_shape=codec.latent_shape(validation.frames, data.height, data.width),
+        size=(frames, data.height, data.width),
+        latent_shape=codec.latent_shape(frames, data.height, data.width),
         trained=tuple(sorted(trained)),
         classes=classes,
         known=np.unique(of_train).tolist() if classes else [],

@@ -321,6 +321,21 @@ def test_labels_of_a_cache_are_its_own(cached):
         latent_runs.config(*cached, "labels=folder")
 
 
+def test_clips_are_validated_and_sampled_as_long_as_the_longest_that_is_trained_on(vae, tmp_path):
+    for i in range(4):
+        tiny.write_video(tmp_path / f"{i}.mp4", tiny.frames(6, 64, 64, seed=i))
+    (tmp_path / "videos.csv").write_text("path\n" + "".join(f"{i}.mp4\n" for i in range(4)))
+    told = [f"vae.path={vae}", "data=video_csv", f"data.source.path={tmp_path / 'videos.csv'}", "validation.every=1"]
+    told += ["data.height=64", "data.width=64", "data.frames.min=2", "data.frames.max=5", "data.holdout=1"]
+    config = latent_runs.config(*told)
+    codec = diffusion_factory._codec(config, torch.device("cpu"))
+    data = diffusion_factory.latent_data(config, codec, 0, 1)
+    assert (data.size, data.latent_shape, max(data.trained)) == ((5, 64, 64), (4, 5, 16, 16), 5)
+    assert data.held_out[0].values.shape[2] == 5
+    asked = diffusion_factory.latent_data(latent_runs.config(*told, "validation.frames=3"), codec, 0, 1)
+    assert (asked.size, asked.held_out[0].values.shape[2]) == ((3, 64, 64), 3)
+
+
 def test_faults_are_told_together(vae, pictures, tmp_path):
     with pytest.raises(ConfigError) as why:
         latent_runs.config(
