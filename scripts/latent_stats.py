@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         show(cache)
         if args.write is not None:
             write(args)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

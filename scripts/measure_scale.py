@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         checkpoint, model = opened(args.checkpoint, args.out)
         rescale(checkpoint, model, of_source(model, args), args)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -135,8 +135,8 @@ def one_message(run: Callable[[], R]) -> R:
     except OSError as error:
         if raised_on or error.errno not in UNWRITABLE:
             raise
-        place = "" if error.filename is None else f"{error.filename}: "
-        print(f"error: {place}{os.strerror(error.errno)}", file=sys.stderr, flush=True)
+        place = error.filename or "a file could not be written (VAE3D_TRACEBACK=1 shows which)"
+        print(f"error: {place}: {os.strerror(error.errno)}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import av
 import numpy as np
 import pytest
@@ -179,6 +181,13 @@ def test_a_folder_that_cannot_be_is_found_before_the_first_sample(of_images, tmp
     with pytest.raises(SystemExit, match="2"):
         launch.one_message(lambda: drawn(of_images, tmp_path / "file"))
     assert capsys.readouterr().err == f"error: {tmp_path}/file: File exists\n"
+
+    def full():
+        raise OSError(errno.ENOSPC, "as Pillow tells it, without the file")
+
+    with pytest.raises(SystemExit, match="2"):
+        launch.one_message(full)
+    assert "a file could not be written" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError):  # no fault of a disk
         launch.one_message((tmp_path / "none").read_text)
 
