@@ -25,10 +25,10 @@ def main(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> None:
     config = check_sampling(cfg)
-    from vae3d import diffusion_factory, ranks  # torch is imported only once the configuration is sound
+    from vae3d import ranks, sampling_factory  # torch is imported only once the configuration is sound
 
     with ranks.leaving():
-        diffusion_factory.sample(config)
+        sampling_factory.sample(config)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ BASE = {"errors", "panorama", "precision", "ranks", "schedules", "seeding", "typ
 PARTS = {"models", "losses", "adversarial", "data", "metrics"}
 PROCESSES = {"checkpoints", "diffusion", "inference", "evaluation", "engine", "latents"}
 WIRING = {"config", "check", "model_check", "factory", "launch", "limits", "summary", "latent_config", "latent_factory"}
-WIRING |= {"diffusion_config", "diffusion_factory"}
+WIRING |= {"diffusion_config", "diffusion_factory", "sampling_factory"}
 
 HYDRA = {"config", "check", "model_check", "factory", "launch", "latent_config", "diffusion_config"}
-ACCELERATE = {"engine", "factory", "launch", "latent_factory", "diffusion_factory"}
+ACCELERATE = {"engine", "factory", "launch", "latent_factory", "diffusion_factory", "sampling_factory"}
 
 
 def imports(path: Path, type_checking: bool = False) -> set[str]:

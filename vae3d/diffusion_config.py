@@ -92,7 +92,7 @@ class SampleConfig:
     vae: str | None = None  # the autoencoder, if it is no longer where the run found it
     ema: float | None = None  # rate of the averaged weights; null: the run's first
     count: int = 16
-    classes: list[Any] = field(default_factory=list)  # names, in turn; []: all classes in turn
+    classes: Any = field(default_factory=list)  # a name, or several, in turn; []: all classes in turn
     seed: int = 0
     num_frames: int | None = None  # null: as in the run's own samples
     height: int | None = None
@@ -105,6 +105,8 @@ class SampleConfig:
     eta: float = 0.0  # noise of ddim
     shift: float = 1.0  # of flow's times
     write: list[str] = field(default_factory=lambda: ["grid", "files", "npz"])  # grid: of the first 100; npz: of images
+    overwrite: bool = False  # samples that `out` holds
+    against: str | None = None  # a cache of latents: how far the samples are from them, and a grid of theirs
     fps: float = 8.0
     batch_size: int = 16
     precision: str = "fp32"  # fp32, bf16: autocast over fp32 weights, of network and autoencoder
@@ -218,7 +220,7 @@ def check_sampling(cfg: DictConfig) -> SampleConfig:
     config, faults = typed(cfg, SampleConfig, SAMPLE_CHOICES, SAMPLE_RANGES)
     if (config.height is None) != (config.width is None):
         faults.append("height and width go together; set both, or neither")
-    faults += path_faults({"checkpoint": config.checkpoint, "vae": config.vae})
+    faults += path_faults({"checkpoint": config.checkpoint, "vae": config.vae, "against": config.against})
     if faults:
         raise ConfigError(faults)
     return config

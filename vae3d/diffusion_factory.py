@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import nn
 
-from vae3d import ranks
 from vae3d.check import ConfigError
 from vae3d.checkpoints.formats import EXPORT_CONFIG, find_weights
 from vae3d.checkpoints.state import ResumeError, latest_state
@@ -37,12 +34,7 @@ from vae3d.diffusion.data import (
     size_of,
     split_cache,
 )
-from vae3d.diffusion.export import Export, read_export, refuse_other_vae
-from vae3d.diffusion.sampling import MOST_IN_GRID, doubted, rounds, sample_latents, write_files, write_grid, write_npz
-from vae3d.diffusion.scale import Sums
 from vae3d.diffusion.trainer import DiffusionTrainer
-from vae3d.diffusion.validation import decoded
-from vae3d.errors import UserError
 from vae3d.factory import clip_settings, instantiate
 from vae3d.inference.scale import refusal
 from vae3d.latent_factory import open_codec
@@ -50,12 +42,11 @@ from vae3d.latents.cache import NONE, LatentCache, class_names
 from vae3d.latents.clips import labels_of
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import vae_facts
-from vae3d.precision import as_device
 from vae3d.summary import frame_counts
 
 if TYPE_CHECKING:
     from vae3d.diffusion.processes import Process
-    from vae3d.diffusion_config import DiffusionConfig, SampleConfig
+    from vae3d.diffusion_config import DiffusionConfig
 
 log = logging.getLogger("vae3d")
 
@@ -284,111 +275,3 @@ def remedy(config: DiffusionConfig, data: LatentData) -> str:
             f"--width {width}{out}"
         )
     return f"measure it, and write it into the autoencoder: python {command}{then}"
-
-
-def sample(config: SampleConfig) -> None:
-    """Draw the samples that `config` describes, shared among the ranks. Each writes its own files, and sends what grid
-    and npz need to the first one, batch by batch."""
-    cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    process = PartialState(cpu=cpu, timeout=timedelta(days=7))
-    device = as_device(config.device) if config.device else process.device
-    export = read_export(config.checkpoint, config.ema)
-    classes, labels = export.told["classes"], _labels(config, export.told)
-    asked = (config.num_frames, config.height, config.width)
-    size = tuple(ours or told for ours, told in zip(asked, export.told["size"], strict=True))
-    write = set(config.write) - ({"npz"} if size[0] > 1 else set())
-    if not write:
-        raise UserError(f"write=[npz] is for images, and these samples have {size[0]} frames; use grid or files")
-    codec = _codec_of(export, config, device)
-    draw = _sampler(export, config, codec.latent_shape(*size), labels, device)
-    folder, sums = Path(config.out), Sums(codec.channels, device)
-    shown = min(config.count, MOST_IN_GRID) if "grid" in write else 0
-    sent = config.count if "npz" in write else shown
-    folder.mkdir(parents=True, exist_ok=True)  # before the samples, which would be lost
-    whole = np.empty((sent if process.is_main_process else 0, *size, 3), np.uint8)
-    for mine in rounds(config.count, config.batch_size, process.process_index, process.num_processes):
-        part = []
-        if mine:
-            z = draw(mine)
-            sums.add(z)
-            frames = decoded(codec, z, size)
-            if "files" in write:
-                names = [f"{i:06d}" + ("" if labels is None else f"_{classes[labels[i]]}") for i in mine]
-                write_files(folder, names, frames, fps=config.fps)
-            part = [(i, frame) for i, frame in zip(mine, frames, strict=True) if i < sent]
-        for index, frame in chain.from_iterable(ranks.gathered(part)):
-            whole[index] = frame
-    scale = sums.scale()
-    if not process.is_main_process:
-        return
-    if "grid" in write:
-        write_grid(folder / "grid", whole[:shown], fps=config.fps)
-    if "npz" in write:
-        write_npz(folder, whole, labels)
-    log.info("%d samples of %s -> %s", config.count, export.folder, config.out)
-    log.info("their latents (those of the data have mean 0, deviation 1), per channel\n%s", scale.told())
-    if doubt := doubted(scale.rms, export.process(), _sampling(config)):
-        log.warning(doubt)
-
-
-def _codec_of(export: Export, config: SampleConfig, device: torch.device) -> LatentCodec:
-    path = config.vae or export.told["vae"]["path"]
-    if not Path(path).exists():
-        raise UserError(f"{path}, the autoencoder of {export.folder}, is not there; name where it is by vae=PATH")
-    codec = open_codec(path, pixel_range="uint8", precision=config.precision, device=device)
-    refuse_other_vae(export.told["vae"], codec, str(path))
-    return codec
-
-
-def _labels(config: SampleConfig, told: Mapping[str, Any]) -> list[int] | None:
-    """The class of every sample; None for a network without classes."""
-    if not told["network"]["num_classes"]:
-        if config.classes or config.guidance != 1:
-            raise UserError("the model was trained without classes; leave out classes and guidance")
-        return None
-    if config.guidance != 1 and told["label_dropout"] == 0:
-        raise UserError("the model was trained with label_dropout=0, and so not for guidance; leave out guidance")
-    numbers = {told["classes"][number]: number for number in told["known"]}
-    unknown = [str(name) for name in config.classes if str(name) not in numbers]
-    if unknown:
-        raise UserError(f"classes={', '.join(unknown)}: the model knows {', '.join(numbers)}")
-    asked = [numbers[str(name)] for name in config.classes] or list(numbers.values())
-    return [asked[index % len(asked)] for index in range(config.count)]
-
-
-def _sampling(config: SampleConfig) -> Sampling:
-    named = {field.name for field in fields(Sampling)} & {field.name for field in fields(config)}
-    return Sampling(**{name: getattr(config, name) for name in named})
-
-
-def _sampler(
-    export: Export,
-    config: SampleConfig,
-    latent_shape: Sequence[int],
-    labels: Sequence[int] | None,
-    device: torch.device,
-) -> Callable[[Sequence[int]], Tensor]:
-    """Numbers of samples -> their latents [B, C, t, h, w], which are finite."""
-    network, process = export.network().to(device), export.process()
-
-    def draw(indices: Sequence[int]) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            try:
-                z = sample_latents(
-                    network,
-                    process,
-                    latent_shape,
-                    _sampling(config),
-                    seed=config.seed,
-                    indices=indices,
-                    labels=None if labels is None else [labels[i] for i in indices],
-                    batch_size=config.batch_size,
-                    device=device,
-                )
-            except ValueError as error:
-                raise UserError(str(error)) from error
-        if not z.isfinite().all():
-            raise UserError(f"samples of {export.folder} are not finite; more steps, or clip=5, may help")
-        return z
-
-    return draw

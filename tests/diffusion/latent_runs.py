@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.latents import caches
-from vae3d import diffusion_factory, factory
+from vae3d import diffusion_factory, factory, sampling_factory
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.data.clips import ClipSettings
@@ -103,4 +103,4 @@ def sample_config(*overrides: str) -> SampleConfig:
 
 
 def sample(*overrides: str) -> None:
-    diffusion_factory.sample(sample_config(*overrides))
+    sampling_factory.sample(sample_config(*overrides))

@@ -14,6 +14,10 @@ from vae3d.checkpoints import state
 THREE = ("count=3", "batch_size=1", "classes=[dog,cat]")  # of which one rank draws the last alone
 
 
+def against(settings: list[str]) -> str:
+    return next(told.replace("cache=", "against=") for told in settings if told.startswith("cache="))
+
+
 def trained(folder: Path, settings: list[str]) -> dict[str, Any]:
     """The state after four steps."""
     assert latent_runs.trainer(folder, *settings, "validation.every=2").fit()
@@ -23,6 +27,7 @@ def trained(folder: Path, settings: list[str]) -> dict[str, Any]:
 if __name__ == "__main__":
     top = Path(sys.argv[1])
     with ranks.leaving():
-        trained(top / "together", json.loads((top / "settings.json").read_text()))
+        settings = json.loads((top / "settings.json").read_text())
+        trained(top / "together", settings)
         assert ranks.gathered(launch.rank()) == ([0, 1] if launch.rank() == 0 else [])
-        latent_runs.sample(f"checkpoint={top}/together", f"out={top}/of_two", *THREE)
+        latent_runs.sample(f"checkpoint={top}/together", f"out={top}/of_two", *THREE, against(settings))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vae3d.diffusion.comparison import distances
 from vae3d.diffusion.quality import sliced_wasserstein
 
 
@@ -57,3 +58,11 @@ def test_what_cannot_be_compared_is_named():
         sliced_wasserstein(a, a[:0])
     with pytest.raises(ValueError, match="not finite"):
         sliced_wasserstein(a, a / 0)
+
+
+def test_distances_are_those_of_samples_other_latents_and_noise():
+    data = torch.randn(400, 4, 1, 2, 2, generator=torch.Generator().manual_seed(1)) + 3
+    found = distances(data + 0.5, data, data.flip(0))
+    assert found["samples"] == pytest.approx(0.5, rel=0.1)
+    assert found["other latents"] == 0
+    assert found["noise"] == pytest.approx(3, rel=0.1)

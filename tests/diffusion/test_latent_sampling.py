@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 
 import av
 import numpy as np
@@ -14,13 +15,17 @@ from PIL import Image
 from tests import tiny
 from tests.diffusion import latent_runs
 from tests.diffusion.toy import shaken
-from vae3d import diffusion_factory, launch
+from vae3d import launch, sampling_factory
 from vae3d.check import ConfigError
 from vae3d.checkpoints.formats import CheckpointError
+from vae3d.diffusion import sampling
 from vae3d.diffusion.build import build_network, network_config
+from vae3d.diffusion.comparison import matched
 from vae3d.diffusion.export import CONFIG, read_export, write_export
+from vae3d.diffusion.validation import decoded
 from vae3d.errors import UserError
 from vae3d.latent_factory import open_codec
+from vae3d.latents.cache import LatentCache
 from vae3d.latents.identity import vae_facts
 
 CLASSES = ["cat", "dog"]
@@ -111,7 +116,7 @@ def test_names_of_classes_are_no_folders(vae, tmp_path):
 
 
 def test_the_grid_is_of_the_first_samples(of_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(diffusion_factory, "MOST_IN_GRID", 2)
+    monkeypatch.setattr(sampling_factory, "MOST_IN_GRID", 2)
     whole = pixels(drawn(of_images, tmp_path, "write=[npz,grid]"))
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (32, 66, 3)
@@ -165,6 +170,42 @@ def test_classes_and_averages_are_chosen(of_images, tmp_path):
         drawn(of_images, tmp_path / "d", "ema=0.5")
 
 
+def test_samples_are_compared_with_latents_of_their_classes(of_images, pictures, vae, tmp_path, caplog):
+    caplog.set_level("INFO", "vae3d")
+    cache = latent_runs.cache(
+        pictures, tmp_path / "cache", vae, size=32, flip=True
+    )  # of each class 4, 2 of them mirrored
+    out = drawn(of_images, tmp_path / "out", f"against={cache}", "count=3", "classes=[cat,cat,dog]")
+    told = json.loads((out / "distances.json").read_text())
+    found = told["sliced_wasserstein"]
+    assert told["count"] == 3
+    assert list(found) == ["samples", "other latents", "noise"]
+    assert f"samples {found['samples']:.3f}, other latents" in caplog.text
+    codec = open_codec(vae, pixel_range="uint8")
+    entries = LatentCache(cache, codec)
+    places, others = matched(entries, 3, ["cat", "cat", "dog"])
+    assert [entries[place].key.split("/")[1] for place in [*places, *others]] == ["cat", "cat", "dog"] * 2
+    assert not {*places} & {*others}
+    shown = sampling.grid(decoded(codec, torch.stack([entries[place].z for place in places]), (1, 32, 32)))
+    assert np.array_equal(shown[0], np.asarray(Image.open(out / "data.png")))
+
+    with pytest.raises(UserError, match="has 4 latents of class cat; two sets of 3 take 6: give a smaller count"):
+        drawn(of_images, tmp_path / "b", f"against={cache}", "count=3", "classes=cat")
+    with pytest.raises(UserError, match="has latents of 4 x 1 x 16 x 16, the samples are of 4 x 1 x 32 x 16"):
+        drawn(of_images, tmp_path / "b", f"against={cache}", "height=64", "width=32")
+
+
+def test_samples_of_two_models_are_not_mixed(of_images, tmp_path):
+    out = drawn(of_images, tmp_path, "count=3")
+    with pytest.raises(UserError, match=r"out=.* holds files; choose another, or overwrite=true"):
+        drawn(of_images, out, "count=2")
+    drawn(of_images, out, "count=2", "overwrite=true", "write=[files]")
+    assert {path.name for path in out.iterdir()} == {"000000_cat.png", "000001_dog.png"}
+    (out / "mine.png").touch()
+    with pytest.raises(UserError, match=r"out=.* holds files that sampling did not write"):
+        drawn(of_images, out, "overwrite=true")
+
+
 def test_guidance_needs_a_network_that_knows_no_label(of_images, tmp_path):
     copy = tmp_path / "step-0000001"
     told = {**yaml.safe_load((of_images / CONFIG).read_text()), "label_dropout": 0.0}
@@ -176,7 +217,7 @@ def test_guidance_needs_a_network_that_knows_no_label(of_images, tmp_path):
 
 def test_a_folder_that_cannot_be_is_found_before_the_first_sample(of_images, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(diffusion_factory, "sample_latents", None)
+    monkeypatch.setattr(sampling_factory, "sample_latents", None)
     monkeypatch.setattr(launch, "in_sweep", lambda: False)
     with pytest.raises(SystemExit, match="2"):
         launch.one_message(lambda: drawn(of_images, tmp_path / "file"))

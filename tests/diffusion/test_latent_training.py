@@ -179,8 +179,10 @@ def test_two_ranks_train_and_sample_as_one(cached, tmp_path):
         one, two = (losses(tmp_path / run, name) for run in ("alone", "together"))
         assert list(one) == [2, 4]
         assert two == pytest.approx(one, rel=1e-3), name
-    latent_runs.sample(f"checkpoint={tmp_path}/together", f"out={tmp_path}/of_one", *rank_training.THREE)
+    against = rank_training.against(told)
+    latent_runs.sample(f"checkpoint={tmp_path}/together", f"out={tmp_path}/of_one", *rank_training.THREE, against)
     files = {"000000_dog.png", "000001_cat.png", "000002_dog.png", "grid.png", "samples_3x64x64x3.npz"}
+    files |= {"data.png", "distances.json"}
     for folder in ("of_one", "of_two"):
         assert {path.name for path in (tmp_path / folder).iterdir()} == files
     assert all((tmp_path / "of_one" / name).read_bytes() == (tmp_path / "of_two" / name).read_bytes() for name in files)

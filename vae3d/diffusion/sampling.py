@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from vae3d.diffusion.processes import Process
 from vae3d.inference.video import write_image, write_video
 from vae3d.seeding import seed_of
 
+OURS = re.compile(
+    r"(grid|data)\.(png|mp4)|\d{6,}(_.*)?\.(png|mp4)|samples_[\dx]+\.npz|distances\.json"
+)  # files of samples
 GAP = 2  # pixels between samples
 FAR = 2.0  # by how much latents of samples may be larger or smaller than those of data before that is told
 MOST_IN_GRID = 100  # samples: more cannot be seen
@@ -116,6 +120,13 @@ def grid(frames: np.ndarray, columns: int | None = None) -> np.ndarray:
     return picture
 
 
+def clear(folder: Path) -> None:
+    """Remove what sampling writes, and nothing else."""
+    for path in folder.iterdir():
+        if OURS.fullmatch(path.name):
+            path.unlink()
+
+
 def write_grid(stem: Path, frames: np.ndarray, *, columns: int | None = None, fps: float = 8.0) -> Path:
     """Write samples [N, T, H, W, 3] uint8 side by side, images as stem.png, videos as stem.mp4; returns the path."""
     picture = grid(frames, columns)
@@ -128,7 +139,7 @@ def write_grid(stem: Path, frames: np.ndarray, *, columns: int | None = None, fp
     return path
 
 
-def write_files(folder: Path, names: Sequence[str], frames: np.ndarray, *, fps: float = 8.0) -> None:
+def write_files(folder: Path, names: Sequence[str], frames: np.ndarray, fps: float = 8.0) -> None:
     """Write samples [N, T, H, W, 3] uint8, images as NAME.png, videos as NAME.mp4; a / in a name becomes _."""
     for name, sample in zip(names, frames, strict=True):
         stem = folder / name.replace("/", "_")
