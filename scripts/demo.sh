@@ -4,11 +4,12 @@
 #   gan           a toy image VAE on photographs, and how it goes on with a GAN and without
 #   panoramas     a toy Wan VAE, and its two fine-tunes on rendered rooms
 #   distillation  a toy VAE distilled into a tiny decoder
+#   diffusion     toy diffusion models of images and clips, on the latents of toy VAEs
 # Everything lands in demo/, the report after each part in demo/report.html. Delete the folder to start over, or call the
 # script again to go on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PARTS=(stages gan panoramas distillation)
+PARTS=(stages gan panoramas distillation diffusion)
 for part in "$@"; do
   [[ " ${PARTS[*]} " == *" $part "* ]] || { echo "error: no part $part; give some of ${PARTS[*]}" >&2; exit 2; }
 done
@@ -71,6 +72,26 @@ distillation() { # a teacher from scratch, a student of its latents, and every e
   run python train.py experiment=taehv_tiny
   run python infer.py checkpoint=demo/runs/taehv_tiny teacher=demo/runs/taehv_teacher_tiny \
     source=demo/videos/videos.csv split=val height=128 width=128 num_frames=9 save_dir=demo/out/taehv_tiny overwrite=true
+}
+
+diffusion() { # each with an autoencoder of its own, whose latents a cache holds
+  run python scripts/make_demo_classes.py demo/classes
+  run python train.py experiment=ldm_vae_tiny
+  run python scripts/encode_latents.py checkpoint=demo/runs/ldm_vae_tiny source=demo/classes/images.csv \
+    cache=demo/latents/classes height=64 width=64
+  run python scripts/latent_stats.py demo/latents/classes --write demo/runs/ldm_vae_tiny --per-channel
+  run python scripts/train_latent_diffusion.py latent_experiment=unet_tiny
+  run python scripts/sample_latent_diffusion.py checkpoint=demo/runs/ldm_unet_tiny out=demo/out/ldm_unet_tiny \
+    against=demo/latents/classes count=256 steps=25 guidance=1.5 shift=2 write=[grid] overwrite=true
+
+  videos
+  run python train.py experiment=ldm_video_vae_tiny
+  run python scripts/encode_latents.py checkpoint=demo/runs/ldm_video_vae_tiny source=demo/videos/videos.csv \
+    cache=demo/latents/videos height=32 width=32 frames=5 clips=all
+  run python scripts/latent_stats.py demo/latents/videos --write demo/runs/ldm_video_vae_tiny
+  run python scripts/train_latent_diffusion.py latent_experiment=video_tiny
+  run python scripts/sample_latent_diffusion.py checkpoint=demo/runs/ldm_video_tiny out=demo/out/ldm_video_tiny \
+    against=demo/latents/videos count=208 steps=25 guidance=1.5 shift=2 write=[grid] overwrite=true
 }
 
 mkdir -p demo/commands

@@ -12,6 +12,7 @@ import argparse
 import html
 from pathlib import Path
 
+import demo_diffusion_report
 import demo_distillation_report
 import demo_gan_report
 import demo_panoramas_report
@@ -25,6 +26,7 @@ PARTS = {
     "gan": demo_gan_report,
     "panoramas": demo_panoramas_report,
     "distillation": demo_distillation_report,
+    "diffusion": demo_diffusion_report,
 }
 
 PAGE = """<!doctype html>

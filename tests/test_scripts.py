@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL
 
 import vae3d
 from tests import tiny
+from tests.test_demo_diffusion import sampled
 from tests.test_demo_distillation import distil
 from tests.test_demo_gan import adversarial
 from vae3d.check import ConfigError, check_training
@@ -180,6 +181,8 @@ def test_demo_commands_are_sound(tmp_path, monkeypatch):
         [rooms, "stage.init_from=demo/runs/wan_tiny"],
         [videos],
         [videos, "teacher.path=demo/runs/taehv_teacher_tiny"],
+        ["data.source.path=demo/classes"],
+        [videos],
     ]
     for overrides, missing in zip(commands, made, strict=True):
         with pytest.raises(ConfigError) as error:
@@ -219,6 +222,7 @@ def test_report_holds_its_pictures_and_prints_the_tables(tmp_path, videos):
         (tmp_path / f"out/{run}_rec_eval/summary.json").write_text(json.dumps(report))
     distil(tmp_path, videos)
     adversarial(tmp_path)
+    sampled(tmp_path)
     (tmp_path / "commands").mkdir()
     for part in demo_report.PARTS:
         (tmp_path / f"commands/{part}.txt").write_text(f"python train.py <{part}>\n")
@@ -233,11 +237,11 @@ def test_report_holds_its_pictures_and_prints_the_tables(tmp_path, videos):
     page = (tmp_path / "report.html").read_text()
     assert all(f"python train.py &lt;{part}&gt;" in page for part in demo_report.PARTS)
     assert (
-        page.count("data:image/") == 1 + 4 + 1 + 2 + 1 + 3
-    )  # an animation, four strips, the curves, the GAN, panoramas, distillation
+        page.count("data:image/") == 1 + 4 + 1 + 2 + 1 + 3 + 2
+    )  # an animation, four strips, the curves, the GAN, panoramas, distillation, diffusion
     assert "http" not in page
 
-    for part in ("stages", "panoramas", "distillation"):
+    for part in ("stages", "panoramas", "distillation", "diffusion"):
         (tmp_path / f"commands/{part}.txt").unlink()
     demo_report.write_report(tmp_path)
     assert re.findall("<h2>(.*)</h2>", (tmp_path / "report.html").read_text()) == ["A GAN"]
