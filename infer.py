@@ -1,4 +1,4 @@
-"""Reconstruct videos: python or torchrun infer.py checkpoint=... source=... save_dir=...; see README.md."""
+"""Reconstruct videos: python or torchrun infer.py checkpoint=... source=... save_dir=...; see docs/score.md."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train a video autoencoder: python, torchrun or accelerate launch train.py; see README.md and conf/train.yaml."""
+"""Train a video autoencoder: python, torchrun or accelerate launch train.py; see docs/train.md and conf/train.yaml."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Encode a data set into a latent cache: python or torchrun; see README "Use the latents".
+"""Encode a data set into a latent cache: python or torchrun; see docs/latents.md.
 
     python scripts/encode_latents.py checkpoint=runs/sd_vae_gan source=photos cache=latents/photos height=256 width=256
     torchrun --nproc-per-node=8 scripts/encode_latents.py checkpoint=Wan2.1_VAE.pth source=videos.csv \\

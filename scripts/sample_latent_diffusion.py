@@ -1,4 +1,4 @@
-"""Draw samples of a latent diffusion model: python or torchrun; see README "Diffuse in the latents".
+"""Draw samples of a latent diffusion model: python or torchrun; see docs/latents.md.
 
     python scripts/sample_latent_diffusion.py checkpoint=runs/ldm-unet-flow out=samples count=64 guidance=2
     python scripts/sample_latent_diffusion.py checkpoint=runs/ldm-unet-ddpm out=samples classes=[cat,dog] method=ddim

@@ -1,4 +1,4 @@
-"""Train a diffusion model on latents: python, torchrun or accelerate launch; see README "Diffuse in the latents".
+"""Train a diffusion model on latents: python, torchrun or accelerate launch; see docs/latents.md.
 
     python scripts/train_latent_diffusion.py vae.path=runs/sd_vae_gan cache=latents/photos labels=auto
     torchrun --nproc-per-node=8 scripts/train_latent_diffusion.py vae.path=Wan2.1_VAE.pth data=video_csv \\

@@ -116,15 +116,17 @@ def test_what_cannot_be_converted_is_refused(pipeline, tmp_path, capsys, argumen
     assert message in capsys.readouterr().err
 
 
-# --- README
+# --- README and docs
+
+PAGES = [tiny.ROOT / "README.md", *sorted((tiny.ROOT / "docs").glob("*.md"))]
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (tiny.ROOT / "README.md").read_text(), re.DOTALL)
+    return [text for page in PAGES for text in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
-def test_yaml_of_the_readme_composes(text, tmp_path):
+def test_yaml_of_the_pages_composes(text, tmp_path):
     group = re.search(r"conf/(\w+)/", text)
     (tmp_path / (group[1] if group else "stage")).mkdir()
     folder = group[1] if group else "stage"
@@ -135,16 +137,27 @@ def test_yaml_of_the_readme_composes(text, tmp_path):
 
 
 @pytest.mark.parametrize("text", blocks("python"))
-def test_python_of_the_readme_compiles(text):
-    compile(text, "README.md", "exec")
+def test_python_of_the_pages_compiles(text):
+    compile(text, "a page", "exec")
 
 
-def test_commands_of_the_readme_name_scripts_and_experiments_that_exist():
-    text = (tiny.ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_of_the_pages_name_scripts_and_experiments_that_exist(page):
+    text = page.read_text()
     for path in re.findall(r"(?:scripts|eval)/\w+\.(?:py|sh)", text):
         assert (tiny.ROOT / path).is_file(), path
     for group, name in re.findall(r"\b(experiment|model|loss|stage|data)=([a-z]\w+)\b", text):
         assert (CONF / group / f"{name}.yaml").is_file() or name in ("mine", "slow_encoder"), (group, name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_of_the_pages_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if link.startswith("#"):
+            headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+            assert link[1:] in [heading.lower().replace(" ", "-") for heading in headings], link
+        elif not link.startswith("https://"):
+            assert (page.parent / link).is_file(), link
 
 
 # --- demo
