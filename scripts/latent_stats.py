@@ -45,7 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         cache = LatentCache(args.cache, verify=args.verify)
-        show(cache)
+        show(
+            cache,
+            "" if args.write else "; the export needs another (--write, --per-channel), if it has not got it since",
+        )
         if args.write is not None:
             write(args)
     except (UserError, OSError) as error:
@@ -54,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def show(cache: LatentCache) -> None:
+def show(cache: LatentCache, hint: str) -> None:
     told = cache.statistics
     vae, transform = cache.meta["vae"], cache.meta["transform"]
     settings = ", ".join(f"{name}={value}" for name, value in transform.items() if value not in (None, False))
@@ -72,14 +75,14 @@ def show(cache: LatentCache) -> None:
             print(f"{name.replace('_', ' ')}: mean {means}, std {stds}")
     print(f"eigenvalues of the channels' covariance: {_list(told['covariance_eigenvalues'])}")
     print(f"participation ratio: {told['participation_ratio'] or 0:.2f} of {vae['channels']} channels")
-    judge(told, vae["shift"], vae["scale"], "the scale that the cache was made with")
+    judge(told, vae["shift"], vae["scale"], "the scale that the export had when the cache was made", hint)
 
 
 def write(args: argparse.Namespace) -> None:
     checkpoint, model = opened(args.write, args.out)
     cache = LatentCache(args.cache, open_codec(args.write))  # refuses those of another autoencoder
     spec = load(rescale(checkpoint, model, of_cache(cache, args.of_means), args)).spec
-    judge(cache.statistics, spec.shift, spec.scale, "the new scale", args.of_means)
+    judge(cache.statistics, spec.shift, spec.scale, "the new scale", "; try --per-channel", args.of_means)
 
 
 def of_cache(cache: LatentCache, of_means: bool) -> MeasuredScale:
@@ -89,13 +92,13 @@ def of_cache(cache: LatentCache, of_means: bool) -> MeasuredScale:
     return MeasuredScale(told["clips"], size, mean, std)
 
 
-def judge(told: dict[str, Any], shift: Any, scale: Any, what: str, of_means: bool = False) -> None:
-    """Whether latents are what a diffusion model needs: of about mean 0 and deviation 1."""
+def judge(told: dict[str, Any], shift: Any, scale: Any, what: str, hint: str, of_means: bool = False) -> None:
+    """Whether latents are what a diffusion model needs: of about mean 0 and deviation 1; else with the hint."""
     std = told["std_of_mean" if of_means else "std"]
     means = [(mean - by) / over for mean, by, over in zip(told["mean"], shift, scale, strict=True)]
     stds = [value / over for value, over in zip(std, scale, strict=True)]
-    hint = "; write another into the export (--write, --per-channel)" if off_scale(means, stds) else ""
-    print(f"by {what}: means {min(means):.3f} to {max(means):.3f}, deviations {min(stds):.3f} to {max(stds):.3f}{hint}")
+    found = f"means {min(means):.3f} to {max(means):.3f}, deviations {min(stds):.3f} to {max(stds):.3f}"
+    print(f"by {what}: {found}{hint if off_scale(means, stds) else ''}")
 
 
 def _list(values: list[float]) -> str:

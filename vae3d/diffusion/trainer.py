@@ -103,7 +103,7 @@ class DiffusionTrainer:
     def fit(self) -> bool:
         """Train to the last step, or to the first step boundary after SIGTERM; whether it was the last step."""
         trainer = self.config.trainer
-        self.log.say(f"training from step {self.step} to {trainer.max_steps}")
+        self.log.begin(self.step, trainer.max_steps)
         batches, stopped = self.data.batches(self.step, trainer.max_steps), False
         self._tick, self._steps = time.perf_counter(), 0
         with on_sigterm() as stop:

@@ -69,6 +69,10 @@ class RunLog:
         }
         self._append("launches.jsonl", entry)
 
+    def begin(self, step: int, max_steps: int) -> None:
+        done = f"the run is complete: it has its {max_steps} steps; a larger trainer.max_steps goes on with it"
+        self.say(done if step >= max_steps else f"training from step {step} to {max_steps}")
+
     def say(self, message: str) -> None:
         if self.main:
             log.info(message)

@@ -87,7 +87,8 @@ def tried_by_all(device: torch.device, stage: Callable[[], Any]) -> str | None:
     except DISK_FAULTS as error:
         if "CUDA" in str(error):  # a RuntimeError, too, and of no disk
             raise
-        fault = f"{type(error).__name__}: {error}"
+        full = "a file could not be written whole, as on a full disk: " if "inline_container" in str(error) else ""
+        fault = f"{full}{type(error).__name__}: {error}"
     if ranks.everyone(fault is None, device):
         return None
     faults = gather_object([fault])

@@ -131,7 +131,7 @@ class Trainer:
         config, last = self.config, self.config.trainer.max_steps
         if config.trainer.robust.rehearse and self.step < last:
             rehearse(self)
-        self.log.say(f"training from step {self.step} to {last}")
+        self.log.begin(self.step, last)
         profiling = config.debug.mode == "profile"
         recorder = profiled(self.folder, config.debug.steps) if profiling else nullcontext(lambda: None)
         clips = self.data.clips(self.step, last)

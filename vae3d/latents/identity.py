@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from pydoc import locate
 from typing import Any
@@ -69,7 +70,13 @@ def vae_difference(told: Mapping[str, Any], codec: LatentCodec) -> str | None:
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
     """The settings that differ, by name, or None."""
     names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
-    return ", ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in names) or None
+    told = ((name, _short(there.get(name)), _short(here.get(name))) for name in names)
+    return ", ".join(f"{name} is {one} there and {other} here" for name, one, other in told) or None
+
+
+def _short(value: Any) -> Any:
+    """A hash by its first digits, as everything else."""
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
 def digest_of(content: Any) -> str:
