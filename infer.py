@@ -1,4 +1,11 @@
-"""Reconstruct videos: python or torchrun infer.py checkpoint=... source=... save_dir=...; see docs/score.md."""
+"""Reconstruct videos and images: python or torchrun; see docs/score.md.
+
+    python infer.py checkpoint=runs/opensora_stage3 source=videos.csv save_dir=out/stage3 metrics=[psnr,ssim]
+    python infer.py checkpoint=runs/taehv_wan_best teacher=Wan2.1_VAE.pth source=videos.csv save_dir=out/tiny
+
+Writes out/stage3_ori, _rec and, of two-stage models, _spatial; with a teacher _compare, see docs/taehv.md. Settings:
+InferConfig in vae3d/config.py.
+"""
 
 import sys
 

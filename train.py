@@ -1,4 +1,11 @@
-"""Train a video autoencoder: python, torchrun or accelerate launch train.py; see docs/train.md and conf/train.yaml."""
+"""Train a video autoencoder: python, torchrun or accelerate launch; see docs/train.md.
+
+    python train.py stage=stage3 model=temporal_vae data.source.path=videos.csv
+    python train.py debug=dry stage=stage3 model=temporal_vae data.source.path=videos.csv     # what the run would be
+    torchrun --nproc-per-node=8 train.py experiment=opensora_stage2 data.source.path=videos.csv
+
+The same command goes on where a killed one stopped. Settings: vae3d/config.py; their values: conf/train.yaml.
+"""
 
 import sys
 

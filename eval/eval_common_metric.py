@@ -1,4 +1,4 @@
-"""Score reconstructed videos against their originals.
+"""Score reconstructed videos against their originals; see docs/score.md.
 
     python eval/eval_common_metric.py --batch_size 2 --real_video_dir OUT_ori --generated_video_dir OUT_rec \\
         --device cuda --sample_fps 24 --crop_size 256 --resolution 256 --num_frames 17 --sample_rate 1 \\

@@ -1,9 +1,10 @@
-"""Write a checkpoint in the layout that another program opens.
+"""Write a checkpoint in the layout that another program opens; see README, Checkpoints.
 
     python scripts/convert_checkpoint.py runs/opensora_stage3 opensora_folder --to opensora
     python scripts/convert_checkpoint.py sd_vae.safetensors sd_vae_folder --to diffusers
     python scripts/convert_checkpoint.py sd_vae_folder sd_vae.safetensors --to ldm
     python scripts/convert_checkpoint.py runs/opensora_stage3 sdxl_vae --part spatial --to diffusers
+    python scripts/convert_checkpoint.py runs/wan_finetune wan_vae.pth --to wan
 
 Reads whatever vae3d.load reads. Refuses what the target layout cannot hold.
 """
@@ -23,7 +24,7 @@ from vae3d.errors import UserError
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="file, folder, export or run")
-    parser.add_argument("target", type=Path, help="folder to write; for ldm a .safetensors file")
+    parser.add_argument("target", type=Path, help="folder to write; a file of ldm, wan, videox_fun and taehv")
     parser.add_argument("--to", required=True, choices=WRITERS)
     parser.add_argument("--part", choices=("spatial", "temporal"), help="only this half of an Open-Sora VAE")
     parser.add_argument("--variant", help="of a TAEHV, where the file does not tell")

@@ -1,7 +1,8 @@
-"""Fetch the pretrained networks that losses and metrics need; for machines with a connection, without torch.
+"""Fetch the pretrained networks that losses and metrics need; for machines with a connection, without torch. See
+docs/score.md.
 
     python scripts/fetch_weights.py                                      # list them, and which are here
-    python scripts/fetch_weights.py --metrics lpips flolpips --dest DIR  # fetch and verify what these need
+    python scripts/fetch_weights.py --metrics lpips flolpips --dest DIR  # fetch and verify; lpips_loss is for training
     python scripts/fetch_weights.py vgg16-397923af.pth --dest DIR --slim # one (or `all`); LPIPS's without classifier
     python scripts/fetch_weights.py --dest DIR --check                   # verify what is in DIR, offline
 

@@ -1,4 +1,4 @@
-"""Print the statistics of a latent cache, and write their scale into an export.
+"""Print the statistics of a latent cache, and write their scale into an export; see docs/latents.md.
 
     python scripts/latent_stats.py latents/photos
     python scripts/latent_stats.py latents/photos --verify

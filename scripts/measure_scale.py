@@ -1,4 +1,5 @@
-"""Measure the mean and standard deviation of an autoencoder's latents, and write them into its export.
+"""Measure the mean and standard deviation of an autoencoder's latents, and write them into its export. See
+docs/latents.md; scripts/latent_stats.py does it from a cache.
 
     python scripts/measure_scale.py runs/sd_vae_gan photos
     python scripts/measure_scale.py runs/wan_finetune videos.csv --frames 17 --height 480 --width 832 --count 200

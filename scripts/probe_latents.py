@@ -1,4 +1,5 @@
 """Measure how easy the latents of autoencoders are to diffuse, and how forgiving their decoders: several side by side.
+See docs/latents.md.
 
     python scripts/probe_latents.py runs/vae_a runs/vae_b --source photos/ --height 256 --width 256 --out probes
     python scripts/probe_latents.py ours=runs/wan_finetune wan=Wan2.1_VAE.pth --source videos.csv --frames 17 \\
