@@ -153,11 +153,13 @@ def test_commands_of_the_pages_name_scripts_and_experiments_that_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_of_the_pages_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
-        if link.startswith("#"):
-            headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
-            assert link[1:] in [heading.lower().replace(" ", "-") for heading in headings], link
-        elif not link.startswith("https://"):
-            assert (page.parent / link).is_file(), link
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.is_file(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], link
 
 
 # --- demo

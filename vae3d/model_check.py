@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
 def faults(config: TrainConfig) -> list[str]:
     """What does not fit between model, stage, losses and data."""
-    found = list(dict.fromkeys(_metric_faults(config)))
+    found = list(_metric_faults(config))
     try:
         with torch.device("meta"):
             model = factory.instantiate(config.model)
             objective = factory.objective(config.loss)
     except (InstantiationException, ValueError) as error:
-        return [*found, f"model or loss cannot be built: {_cause(error)}"]
+        return [*dict.fromkeys(found), f"model or loss cannot be built: {_cause(error)}"]
     found += [*_size_faults(config, model), *_init_faults(config, model), *_layout_faults(config, model)]
     try:
         train_parts(model, config.stage.train)
@@ -50,7 +50,7 @@ def faults(config: TrainConfig) -> list[str]:
     found += _frozen_random(config, model)
     found += _weight_faults(config, objective)
     if found:
-        return found
+        return list(dict.fromkeys(found))  # several terms and metrics may miss the same file
     try:
         distillation = factory.distillation(config, teacher_on_meta(config), model)
         adversary = factory.instantiate(config.adversary)

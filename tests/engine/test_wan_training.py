@@ -83,8 +83,9 @@ def test_the_requirements_experiment_needs_vgg_for_lpips_alone(rooms, start, tmp
     config = check_training(tiny.compose(*overrides, "loss.terms.lpips.weight=0"))
     assert set(factory.objective(config.loss).terms) == {"l1", "edge", "kl"}
     factory.trainer(config, tmp_path / "run").fit()
-    with pytest.raises(ConfigError, match=r"vgg16-397923af.pth .* lpips_loss\) is not on this machine"):
-        check_training(tiny.compose(*overrides))
+    with pytest.raises(ConfigError, match=r"vgg16-397923af.pth .* lpips_loss\) is not on this machine") as why:
+        check_training(tiny.compose(*overrides, "loss=erp_best"))
+    assert len(why.value.faults) == 1  # though two terms miss the file
 
 
 def test_the_requirements_numbers():
