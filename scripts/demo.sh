@@ -78,7 +78,7 @@ diffusion() { # each with an autoencoder of its own, whose latents a cache holds
   run python scripts/make_demo_classes.py demo/classes
   run python train.py experiment=ldm_vae_tiny
   run python scripts/encode_latents.py checkpoint=demo/runs/ldm_vae_tiny source=demo/classes/images.csv \
-    cache=demo/latents/classes height=64 width=64
+    cache=demo/latents/classes height=64 width=64 workers=1
   run python scripts/latent_stats.py demo/latents/classes --write demo/runs/ldm_vae_tiny --per-channel
   run python scripts/train_latent_diffusion.py latent_experiment=unet_tiny
   run python scripts/sample_latent_diffusion.py checkpoint=demo/runs/ldm_unet_tiny out=demo/out/ldm_unet_tiny \
@@ -87,7 +87,7 @@ diffusion() { # each with an autoencoder of its own, whose latents a cache holds
   videos
   run python train.py experiment=ldm_video_vae_tiny
   run python scripts/encode_latents.py checkpoint=demo/runs/ldm_video_vae_tiny source=demo/videos/videos.csv \
-    cache=demo/latents/videos height=32 width=32 frames=5 clips=all
+    cache=demo/latents/videos height=32 width=32 frames=5 clips=all workers=1
   run python scripts/latent_stats.py demo/latents/videos --write demo/runs/ldm_video_vae_tiny
   run python scripts/train_latent_diffusion.py latent_experiment=video_tiny
   run python scripts/sample_latent_diffusion.py checkpoint=demo/runs/ldm_video_tiny out=demo/out/ldm_video_tiny \

@@ -73,7 +73,7 @@ def show(cache: LatentCache, hint: str) -> None:
         for name in ("first_frame", "other_frames"):
             means, stds = (_list(told[name][key]) for key in ("mean", "std"))
             print(f"{name.replace('_', ' ')}: mean {means}, std {stds}")
-    print(f"eigenvalues of the channels' covariance: {_list(told['covariance_eigenvalues'])}")
+    print(f"eigenvalues of the covariance of the channels' means: {_list(told['covariance_eigenvalues'])}")
     print(f"participation ratio: {told['participation_ratio'] or 0:.2f} of {vae['channels']} channels")
     judge(told, vae["shift"], vae["scale"], "the scale that the export had when the cache was made", hint)
 
