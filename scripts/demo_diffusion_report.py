@@ -27,7 +27,7 @@ a video transformer on clips. Sliced Wasserstein distance to latents of the data
 <p><i>Noise</i> is what the models begin with, trained or not. Nothing comes closer than <i>other latents of the
 data</i>.</p>
 <p>Left samples, right data of the same classes as the autoencoder gives them back; of clips the first, the middle and
-the last frame.</p>
+the last frame. A clip's class is its photograph; some cut to another one.</p>
 {pictures}
 """
 
@@ -79,7 +79,7 @@ def report(folder: Path, picture: Path) -> None:
     whole = Image.new("RGB", (width, sum(part.height for part in parts) + GAP), "white")
     whole.paste(parts[0], (0, 0))
     whole.paste(parts[1], (0, parts[0].height + GAP))
-    whole.save(picture, optimize=True)
+    whole.quantize(256).save(picture, optimize=True)
     print(tables(folder))
 
 
