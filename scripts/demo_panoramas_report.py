@@ -46,8 +46,8 @@ NEAR_SEAM = 10  # columns on either side of it in the close-up
 TEXT, LABEL, GAP = 14, 24, 6  # pixels: size of the picture's letters, height of a label, space between views
 
 SECTION = """<h2>Panoramas</h2>
-<p>A tiny Wan VAE (2 &times; 4 &times; 4), trained on the clips above with zeros beyond its borders, and fine-tuned on
-rendered rooms by the two recipes. Held-out rooms:</p>
+<p>A tiny Wan VAE (2 &times; 4 &times; 4), trained on the clips of the demo with zeros beyond its borders, and
+fine-tuned on rendered rooms by the two recipes. Held-out rooms:</p>
 {table}
 <p><i>Seam gradient error</i>: of the step from the last column to the first, in [0, 1]. <i>Poles</i>: beyond 60
 degrees. <i>Up face</i>: a view of 90 degrees to the ceiling.</p>
