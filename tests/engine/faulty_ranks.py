@@ -7,6 +7,7 @@ import pickle
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -16,6 +17,7 @@ from vae3d.checkpoints import state
 from vae3d.data.clips import Unreadable
 from vae3d.engine import replicas
 from vae3d.engine.rehearsal import RehearsalError, rehearse
+from vae3d.engine.saving import common_start
 from vae3d.engine.trainer import Trainer
 from vae3d.engine.verdict import RanksDiffer
 
@@ -93,8 +95,13 @@ def saving(t: Trainer, rank: int) -> dict[str, object]:
 
 
 def refusals(t: Trainer, rank: int) -> dict[str, str]:
-    """What both ranks say of a rehearsal that does not fit into one rank's memory, and of different weights."""
+    """What both ranks say of a rehearsal that does not fit into one rank's memory, of different weights, and of run
+    folders on disks of their own, of which only one holds checkpoints."""
     told = {}
+    try:
+        common_start(SimpleNamespace(folder=t.folder if rank else t.folder / "empty", config=t.config))
+    except state.ResumeError as error:
+        told["checkpoints"] = str(error)
     hooks = [t.network.register_forward_pre_hook(out_of_memory)] if rank == 1 else []
     try:
         rehearse(t)

@@ -75,3 +75,4 @@ def test_both_refuse_a_rehearsal_that_one_cannot_take_and_weights_that_differ(bo
         assert "does not fit into memory (out of memory: rank 1)" in report["refusals"]["rehearsal"]
         assert ("CUDA out of memory" in report["refusals"]["rehearsal"]) == (rank == 1)
         assert "differ between ranks before the first step" in report["refusals"]["weights"]
+        assert "the ranks found the checkpoints None, step-0000103 in" in report["refusals"]["checkpoints"]
