@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from filelock import FileLock
 
 from tests import tiny
 
@@ -226,22 +225,6 @@ def test_sigterm_ends_a_sweep(videos, tmp_path, launcher):
     (first,) = (tmp_path / "sweep").glob("0-a-*")
     assert_saved_where_it_ended(first)
     assert not list((tmp_path / "sweep").glob("1-b-*"))
-
-
-def test_a_second_process_is_kept_out_of_a_run(videos, tmp_path):
-    (tmp_path / "run").mkdir()
-    with FileLock(tmp_path / "run/.lock"):
-        second = tiny.run(*PYTHON, *arguments(videos, tmp_path, "run", "loss=recon_kl"), cwd=tmp_path)
-    assert second.returncode == 2
-    assert f"another process is training in {tmp_path / 'run'}" in second.stdout
-
-
-def test_run_resume_false_refuses_to_go_on(one_rank, videos):
-    done = tiny.run(
-        *PYTHON, *arguments(videos, one_rank.parent, one_rank.name, *RESUMABLE), "run.resume=false", cwd=one_rank.parent
-    )
-    assert done.returncode == 2
-    assert "run.resume=false; give this run another run.name" in done.stdout
 
 
 def test_dry_run_describes_and_leaves_nothing(videos, tmp_path):

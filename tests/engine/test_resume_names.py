@@ -1,12 +1,14 @@
-"""What run.resume_from may be called."""
+"""What run.resume_from may be called, and runs that are not to be gone on with."""
 
 from __future__ import annotations
 
 import pytest
+from filelock import FileLock
 
 from tests.engine.quick import trainer
 from tests.engine.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.checkpoints.state import ResumeError, find_state
+from vae3d.engine.runlog import RunLocked
 
 OFTEN = {"trainer.save_every": 1, "trainer.max_steps": 3}
 
@@ -53,6 +55,16 @@ def test_an_incomplete_checkpoint_is_none(run, tmp_path):
     (tmp_path / "checkpoints/step-0000009").mkdir(parents=True)
     with pytest.raises(ResumeError):
         find_state(tmp_path / "checkpoints", "checkpoint-9")
+
+
+def test_a_second_process_is_kept_out_of_a_run(videos, run):
+    with FileLock(run / ".lock"), pytest.raises(RunLocked, match=f"another process is training in {run}; stop it, or"):
+        trainer(videos, run, **OFTEN)
+
+
+def test_run_resume_false_refuses_to_go_on(videos, run):
+    with pytest.raises(ResumeError, match=r"holds checkpoints and run\.resume=false; give this run another run.name"):
+        trainer(videos, run, **OFTEN, **{"run.resume": False})
 
 
 def test_another_runs_checkpoint_goes_on_in_a_new_folder_and_leaves_its_own_alone(videos, run, tmp_path):
