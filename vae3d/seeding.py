@@ -17,6 +17,11 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def generator_of(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A new generator on `device`, seeded by seed_of."""
+    return torch.Generator(device).manual_seed(seed_of(*parts))
+
+
 def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
     """Standard normal noise of x's shape, on x's device.
 

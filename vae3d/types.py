@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from vae3d.seeding import Generators, randn_like, seed_of
+from vae3d.seeding import Generators, generator_of, randn_like
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,4 @@ class Clip:
 
     def generators(self, seed: int, device: torch.device | str) -> list[torch.Generator]:
         """One generator per clip, a pure function of (seed, position)."""
-        return [
-            torch.Generator(device).manual_seed(seed_of(seed, position, "noise"))
-            for position in self.positions.tolist()
-        ]
+        return [generator_of(seed, position, "noise", device=device) for position in self.positions.tolist()]

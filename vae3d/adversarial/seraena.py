@@ -17,7 +17,7 @@ from vae3d.adversarial.patch import NORMS, STRIDE, ConditionalPatchDiscriminator
 from vae3d.adversarial.replay import Replay
 from vae3d.precision import full_precision
 from vae3d.schedules import ramp as ramp_at
-from vae3d.seeding import seed_of
+from vae3d.seeding import generator_of, seed_of
 from vae3d.types import Clip, Reconstruction
 
 CONTEXTS = ("mean", "nearest")
@@ -194,7 +194,7 @@ class Seraena:
         self._statistics: dict[str, Tensor] = {}  # running ones, as this step's micro-batches changed them
 
     def _generator(self, purpose: str, step: int, micro_batch: int) -> torch.Generator:
-        return torch.Generator().manual_seed(seed_of(self.seed, "seraena", purpose, step, self.rank, micro_batch))
+        return generator_of(self.seed, "seraena", purpose, step, self.rank, micro_batch)
 
     def _choose(self, count: int, generator: torch.Generator) -> Tensor:
         """For every place of the batch, which fake to show: its own in a share of `fresh`, on average where that is no

@@ -18,7 +18,7 @@ from vae3d.data.sampler import Draw, Plan, StepSampler
 from vae3d.data.sources import DataError
 from vae3d.latents.cache import NONE, CacheError, LatentCache
 from vae3d.latents.codec import LatentCodec
-from vae3d.seeding import seed_of
+from vae3d.seeding import generator_of, seed_of
 from vae3d.types import Clip
 
 
@@ -80,8 +80,8 @@ class LatentData:
         pixels = batch.values.to(device, non_blocking=True)
         if not self.sample:
             return self.codec.encode(pixels)
-        seeds = [seed_of(self.plan.seed, position, "noise") for position in batch.positions]
-        return self.codec.encode(pixels, "sample", [torch.Generator().manual_seed(seed) for seed in seeds])
+        generators = [generator_of(self.plan.seed, position, "noise") for position in batch.positions]
+        return self.codec.encode(pixels, "sample", generators)
 
 
 class CachedLatents(Dataset[Batch]):

@@ -16,7 +16,7 @@ from vae3d.diffusion.conditioning import guided
 from vae3d.diffusion.gaussian import GaussianDiffusion
 from vae3d.diffusion.processes import Process
 from vae3d.inference.video import write_image, write_video
-from vae3d.seeding import seed_of
+from vae3d.seeding import generator_of
 
 OURS = re.compile(
     r"(grid|data)\.(png|mp4)|\d{6,}(_.*)?\.(png|mp4)|samples_[\dx]+\.npz|distances\.json"
@@ -53,7 +53,7 @@ def sample_latents(
         done = [torch.empty(0, *latent_shape, device=device)]
         for start in range(0, len(indices), batch_size):
             part = slice(start, start + batch_size)
-            generators = [torch.Generator().manual_seed(seed_of(seed, index, "sample")) for index in indices[part]]
+            generators = [generator_of(seed, index, "sample") for index in indices[part]]
             given = None if labels is None else torch.tensor(labels[part], device=device)
             z = torch.stack([torch.randn(tuple(latent_shape), generator=g) for g in generators]).to(device)
             done.append(_denoise(network, process, sampling, z, given, generators))

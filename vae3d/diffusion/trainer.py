@@ -28,7 +28,7 @@ from vae3d.engine.replicas import Replicas
 from vae3d.engine.runlog import RunLog
 from vae3d.engine.stopping import on_sigterm
 from vae3d.engine.verdict import Ballot, Verdict
-from vae3d.seeding import seed_of
+from vae3d.seeding import generator_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -160,7 +160,7 @@ class DiffusionTrainer:
 
     def _generator(self, position: int) -> torch.Generator:
         """For the time, the noise and the label's dropout of a clip: a pure function of (seed, step, position)."""
-        return torch.Generator(self.device).manual_seed(seed_of(self.seed, self.step, position, "diffusion"))
+        return generator_of(self.seed, self.step, position, "diffusion", device=self.device)
 
     def _labels(self, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor | None:
         if not self.network.num_classes:

@@ -15,7 +15,7 @@ from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import grid, sample_latents
 from vae3d.engine.memory import attempted
 from vae3d.latents.codec import LatentCodec
-from vae3d.seeding import seed_of
+from vae3d.seeding import generator_of
 
 if TYPE_CHECKING:
     from vae3d.diffusion.trainer import DiffusionTrainer
@@ -43,8 +43,10 @@ def held_out_losses(trainer: DiffusionTrainer) -> dict[str, float]:
     sums = torch.zeros(QUARTILES, 2, dtype=torch.float64, device=trainer.device)
     for z, batch in trainer.held_out:
         for draw in range(trainer.config.validation.draws):
-            seeds = [seed_of(trainer.seed, position, draw, "validation") for position in batch.positions]
-            noise = [torch.Generator(trainer.device).manual_seed(seed) for seed in seeds]
+            noise = [
+                generator_of(trainer.seed, position, draw, "validation", device=trainer.device)
+                for position in batch.positions
+            ]
             labels = batch.labels if trainer.network.num_classes else None
             with trainer.accelerator.autocast():
                 losses = training_losses(trainer.network, trainer.process, z, noise, labels)

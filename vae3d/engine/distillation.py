@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vae3d.errors import UserError
 from vae3d.models.base import convention, translated
 from vae3d.precision import in_precision
-from vae3d.seeding import seed_of
+from vae3d.seeding import generator_of, seed_of
 from vae3d.types import Clip, Lesson, Reconstruction
 
 
@@ -105,10 +105,8 @@ class Distillation:
     def _noise(self, clip: Clip) -> list[torch.Generator] | None:
         if clip.video.is_meta:
             return None
-        return [
-            torch.Generator(clip.video.device).manual_seed(seed_of(self.seed, position, "teacher"))
-            for position in clip.positions.tolist()
-        ]
+        device = clip.video.device
+        return [generator_of(self.seed, position, "teacher", device=device) for position in clip.positions.tolist()]
 
 
 class Pupil(nn.Module):

@@ -22,7 +22,7 @@ from vae3d.data.transforms import cover
 from vae3d.inference.video import VideoWriter, as_unit, to_uint8, write_image
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.models.streaming import Stream
-from vae3d.seeding import seed_of
+from vae3d.seeding import generator_of
 from vae3d.types import Reconstruction
 
 KINDS = ("ori", "rec", "spatial", "compare")  # of folders; compare: see inference.comparison
@@ -221,7 +221,7 @@ class Reconstructor:
         """8-bit frames of every kind, and their scores added to the metrics."""
         frames, length = piece
         video = self.to_video(frames)
-        generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, row, number))
+        generator = generator_of(self.seed, row, number, device=self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             out = stream(video, sample=self.sample, generator=generator)
             spatial = self._spatial(out, video)

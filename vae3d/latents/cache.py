@@ -27,7 +27,7 @@ from vae3d.latents.shards import (
     read_marker,
     shard_file,
 )
-from vae3d.seeding import seed_of
+from vae3d.seeding import generator_of
 
 OPEN_SHARDS = 64  # files that a process keeps open
 MOST_CLASSES = 100_000  # larger numbers are names, not places in a list
@@ -107,7 +107,7 @@ class LatentCache(Dataset[Latent]):
         moments = self.moments(place)
         z = moments.mean
         if self.mode == "sample" and self.meta["store"] == "moments":
-            generator = torch.Generator().manual_seed(seed_of(self.seed, position, "noise"))
+            generator = generator_of(self.seed, position, "noise")
             z = moments.sample(generator)
         return Latent(z, self.labels[place], self._keys[place])
 

@@ -23,8 +23,6 @@ from vae3d.data.segments import Bounds, Segment, bounds_of, count_frames
 from vae3d.data.sources import DataError
 
 FLIP = "#flip"  # behind the key of an entry of mirrored pixels
-CLIPS = ("one", "all")
-LABELS = ("auto", "column", "folder", "none")
 SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")  # which are no classes
 Fault = dict[str, Any]  # key, path, reason
 

@@ -43,7 +43,7 @@ from vae3d.latents.shards import (
     write_shard,
 )
 from vae3d.latents.statistics import LatentStatistics, StatisticsError
-from vae3d.seeding import seed_of
+from vae3d.seeding import generator_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHOWN = 10  # faults in a message
@@ -118,10 +118,18 @@ class Job:
 def identity(meta: dict[str, Any]) -> dict[str, Any]:
     """What of meta.json must be the same for a cache to be gone on with, flat."""
     config = latent_config(meta["vae"]["config"] or {})
-    names = (
-        *("pixel_range", "precision", "store", "dtype", "flip", "seed", "clips", "clips_hash", "shard_size"),
+    names = [
+        "pixel_range",
+        "precision",
+        "store",
+        "dtype",
+        "flip",
+        "seed",
+        "clips",
+        "clips_hash",
+        "shard_size",
         "writers",
-    )
+    ]
     return {
         "encoder's weights": meta["vae"]["encoder"],
         **{f"model.{name}": value for name, value in config.items()},
@@ -246,7 +254,7 @@ def _kept(job: Job, key: str, mean: Tensor, std: Tensor) -> list[Tensor]:
     """What is stored of an entry, in its dtype, on the CPU."""
     kept = {"moments": [mean, std], "mean": [mean]}.get(job.store)
     if kept is None:
-        generator = torch.Generator().manual_seed(seed_of(job.seed, key, "sample"))
+        generator = generator_of(job.seed, key, "sample")
         kept = [Moments(mean.cpu(), std.cpu()).sample(generator)]
     return [tensor.to("cpu", DTYPES[job.dtype]).contiguous() for tensor in kept]
 

@@ -30,7 +30,7 @@ from vae3d.latents.statistics import LatentStatistics
 from vae3d.models.base import nearest_frames
 from vae3d.models.tiling import Tiled
 from vae3d.models.wan import WanVAE
-from vae3d.seeding import randn_like, seed_of
+from vae3d.seeding import generator_of, randn_like, seed_of
 
 LEAST_LATENT = 4  # sides of a frame of latents, of which the smallest spectrum and a scaled frame can be had
 SHOWN_NOISE = (0.0, 0.2, 0.5, 1.0)
@@ -275,8 +275,7 @@ def _means(values: Mapping[str, list[Tensor]]) -> dict[str, float | None]:
 
 def _generators(settings: ProbeSettings, first: int, z: Tensor) -> list[torch.Generator]:
     """One per clip, so that its noise does not depend on the batch."""
-    seeds = [seed_of(settings.seed, "noise", first + place) for place in range(len(z))]
-    return [torch.Generator(z.device).manual_seed(seed) for seed in seeds]
+    return [generator_of(settings.seed, "noise", first + place, device=z.device) for place in range(len(z))]
 
 
 def tiled(model: WanVAE, settings: ProbeSettings) -> Tiled:
