@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.diffusion.conditioning import class_ids
+from vae3d.diffusion.layers import head_width, zeroed
 from vae3d.models.layers.checkpointing import run
 from vae3d.models.layers.frames import pad_space
 
@@ -61,10 +62,13 @@ class VideoTransformer(nn.Module):
         among = ATTENTIONS[attention]
         if depth % len(among):
             raise ValueError(f"depth is {depth}; factorised attention takes an even number of blocks")
-        if width % heads or width // heads % 2 or width // heads < 6:
-            raise ValueError(f"width is {width} for {heads} heads; give each an even number of channels, at least 6")
+        self.head_channels = head_width(width, heads)
         self.channels, self.learned_sigma, self.num_classes = channels, learned_sigma, num_classes
-        self.patch, self.head_channels, self.gradient_checkpointing = patch, width // heads, gradient_checkpointing
+        self.patch, self.head_channels, self.gradient_checkpointing = (
+            patch,
+            head_width(width, heads),
+            gradient_checkpointing,
+        )
         self.embed = nn.Linear(channels * patch**2, width)
         self.time = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         self.classes = nn.Embedding(num_classes + 1, width) if num_classes else None
@@ -72,9 +76,9 @@ class VideoTransformer(nn.Module):
             nn.init.normal_(self.classes.weight, std=0.02)  # of the size of the time's embedding, not above it
         hidden = int(width * mlp_ratio)
         self.blocks = nn.ModuleList(Block(width, heads, hidden, among[i % len(among)]) for i in range(depth))
-        self.modulation = _zero(nn.Linear(width, 2 * width))
+        self.modulation = zeroed(nn.Linear(width, 2 * width))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.output = _zero(nn.Linear(width, channels * patch**2 * (2 if learned_sigma else 1)))
+        self.output = zeroed(nn.Linear(width, channels * patch**2 * (2 if learned_sigma else 1)))
 
     def forward(self, z: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
         """Raises ValueError as class_ids does."""
@@ -109,7 +113,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int, among: str) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.modulation = _zero(nn.Linear(width, 6 * width))
+        self.modulation = zeroed(nn.Linear(width, 6 * width))
         self.attention = Attention(width, heads, among)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width))
 
@@ -170,9 +174,3 @@ def rotated(x: Tensor, angles: Tensor) -> Tensor:
 def fitted(config: Mapping[str, Any], latent_shape: Sequence[int]) -> dict[str, Any]:
     """The configuration with the patch chosen for latents [C, t, h, w], where it leaves it open."""
     return {**config, "patch": config.get("patch") or (2 if min(latent_shape[2:]) >= COARSE else 1)}
-
-
-def _zero(layer: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vae3d.diffusion.conditioning import class_ids
+from vae3d.diffusion.layers import zeroed
 from vae3d.diffusion.library import from_diffusers
 from vae3d.models.layers.frames import pad_space
 
@@ -121,5 +122,4 @@ def _zero_outputs(unet: nn.Module) -> None:
     last += [module.conv2 for module in unet.modules() if isinstance(module, block)]
     last += [module.to_out[0] for module in unet.modules() if isinstance(module, attention)]
     for layer in last:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+        zeroed(layer)

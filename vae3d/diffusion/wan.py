@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.diffusion.conditioning import class_ids
+from vae3d.diffusion.layers import head_width, zeroed
 from vae3d.diffusion.library import from_diffusers
 from vae3d.models.layers.frames import pad_space
 
@@ -34,15 +35,14 @@ class WanTransformer(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if width % heads or width // heads % 2 or width // heads < 6:
-            raise ValueError(f"width is {width} for {heads} heads; give each an even number of channels, at least 6")
+        head_channels = head_width(width, heads)
         self.channels, self.learned_sigma, self.num_classes = channels, learned_sigma, num_classes
         self.patch = patch
         self.tokens = nn.Embedding(num_classes + 1, width)  # without classes, only that of no text
         self.wan = from_diffusers("WanTransformer3DModel")(
             patch_size=(1, patch, patch),
             num_attention_heads=heads,
-            attention_head_dim=width // heads,
+            attention_head_dim=head_channels,
             in_channels=channels,
             out_channels=channels * (2 if learned_sigma else 1),
             text_dim=width,
@@ -67,7 +67,5 @@ class WanTransformer(nn.Module):
             part.unflatten(0, (6, -1))[list(GATES)] = 0
         for block in self.wan.blocks:
             block.scale_shift_table[:, list(GATES)] = 0
-            nn.init.zeros_(block.attn2.to_out[0].weight)
-            nn.init.zeros_(block.attn2.to_out[0].bias)
-        nn.init.zeros_(self.wan.proj_out.weight)
-        nn.init.zeros_(self.wan.proj_out.bias)
+            zeroed(block.attn2.to_out[0])
+        zeroed(self.wan.proj_out)

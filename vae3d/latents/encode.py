@@ -47,6 +47,8 @@ from vae3d.seeding import generator_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHOWN = 10  # faults in a message
+# What of meta.json, beside autoencoder and transform, must be the same for a cache to be gone on with.
+SAME = ("pixel_range", "precision", "store", "dtype", "flip", "seed", "clips", "clips_hash", "shard_size", "writers")
 log = logging.getLogger("vae3d")
 
 
@@ -118,23 +120,11 @@ class Job:
 def identity(meta: dict[str, Any]) -> dict[str, Any]:
     """What of meta.json must be the same for a cache to be gone on with, flat."""
     config = latent_config(meta["vae"]["config"] or {})
-    names = [
-        "pixel_range",
-        "precision",
-        "store",
-        "dtype",
-        "flip",
-        "seed",
-        "clips",
-        "clips_hash",
-        "shard_size",
-        "writers",
-    ]
     return {
         "encoder's weights": meta["vae"]["encoder"],
         **{f"model.{name}": value for name, value in config.items()},
         **{f"transform.{name}": value for name, value in meta["transform"].items()},
-        **{name: meta[name] for name in names},
+        **{name: meta[name] for name in SAME},
     }
 
 
