@@ -20,7 +20,7 @@ WIRING = {"config", "check", "model_check", "factory", "launch", "limits", "summ
 WIRING |= {"diffusion_config", "diffusion_factory", "sampling_factory"}
 
 HYDRA = {"config", "check", "model_check", "factory", "launch", "latent_config", "diffusion_config"}
-ACCELERATE = {"engine", "factory", "launch", "latent_factory", "diffusion_factory", "sampling_factory"}
+ACCELERATE = {"engine", "factory", "launch"}
 
 
 def imports(path: Path, type_checking: bool = False) -> set[str]:

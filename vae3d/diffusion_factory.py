@@ -5,23 +5,19 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from vae3d.check import ConfigError
 from vae3d.checkpoints.formats import EXPORT_CONFIG, find_weights
-from vae3d.checkpoints.state import ResumeError, latest_state
 from vae3d.data.clips import ClipDataset
 from vae3d.data.loader import lengths_of, read_tables, validation_clips
-from vae3d.data.sampler import Draw, FrameCounts, Lengths, Plan
+from vae3d.data.sampler import Draw, FrameCounts, Lengths
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.build import build_network, build_process, network_config, process_config
 from vae3d.diffusion.data import (
@@ -35,7 +31,8 @@ from vae3d.diffusion.data import (
     split_cache,
 )
 from vae3d.diffusion.trainer import DiffusionTrainer
-from vae3d.factory import clip_settings, instantiate
+from vae3d.engine.start import refuse_to_go_on, training_ranks
+from vae3d.factory import clip_settings, instantiate, plan_of
 from vae3d.inference.scale import refusal
 from vae3d.latent_factory import open_codec
 from vae3d.latents.cache import NONE, LatentCache, class_names
@@ -53,11 +50,10 @@ log = logging.getLogger("vae3d")
 
 def diffusion_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     """Everything that a run needs, ready to `fit`."""
-    if not config.run.resume and latest_state(folder / "checkpoints") is not None:
-        raise ResumeError(f"{folder} holds checkpoints and run.resume=false; give this run another run.name")
-    accelerator = _accelerator(config)
+    refuse_to_go_on(folder, config.run.resume)
+    accelerator = training_ranks(config.trainer.precision)
+    codec = _codec(config, accelerator.device)
     with accelerator.main_process_first():  # which probes the files; the others find its answers on disk
-        codec = _codec(config, accelerator.device)
         data = latent_data(config, codec, accelerator.process_index, accelerator.num_processes)
     config, process = complete(config, data)
     torch.manual_seed(config.run.seed)
@@ -77,18 +73,6 @@ def describe(config: DiffusionConfig) -> None:
     config, _ = complete(config, data)
     for line in summary(config, _network(config, data), data, data.plan.world_size):
         log.info(line)
-
-
-def _accelerator(config: DiffusionConfig) -> Accelerator:
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # while the first rank draws samples
-    AcceleratorState._reset_state()  # jobs of a sweep in one process may differ in precision
-    accelerator = Accelerator(
-        mixed_precision=config.trainer.precision.replace("fp32", "no"),
-        cpu=not torch.accelerator.is_available(),
-        kwargs_handlers=[patience],
-    )
-    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "ranks did not find each other"
-    return accelerator
 
 
 def _codec(config: DiffusionConfig, device: torch.device) -> LatentCodec:
@@ -117,7 +101,7 @@ def _of_cache(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
     return LatentData(
         dataset=CachedLatents(cache, train, labelled),
         collate=joined,
-        plan=_plan(config, Lengths(np.ones(len(train), int)), FrameCounts(1, 1), rank, world_size),
+        plan=plan_of(config, Lengths(np.ones(len(train), int)), FrameCounts(1, 1), rank, world_size),
         codec=codec,
         size=size,
         latent_shape=latent_shape,
@@ -145,7 +129,7 @@ def _of_clips(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         refuse_unlabelled([numbers[label] for label in labels], every["path"].tolist(), "files")
     labels = np.array([numbers[label] for label in labels])
     of_train, of_val = np.split(labels, [len(tables.train)])
-    plan = _plan(config, lengths_of(tables.train, settings), frame_counts(data), rank, world_size)
+    plan = plan_of(config, lengths_of(tables.train, settings), frame_counts(data), rank, world_size)
     held_out, faults = [], tables.faults
     frames = validation.frames or max(plan.frames.all())
     if validation.every:
@@ -172,19 +156,6 @@ def _of_clips(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
             *tables.notes,
             f"{len(labels)} files, {len(tables.val)} of them held out; encoded batch by batch",
         ],
-    )
-
-
-def _plan(config: DiffusionConfig, lengths: Lengths, frames: FrameCounts, rank: int, world_size: int) -> Plan:
-    return Plan(
-        lengths,
-        frames,
-        seed=config.run.seed,
-        batch_size=config.data.batch_size,
-        accumulate=config.trainer.accumulate,
-        rank=rank,
-        world_size=world_size,
-        overfit=config.data.overfit,
     )
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -15,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from hydra.errors import InstantiationException
 from torch import nn
@@ -24,14 +20,15 @@ from torch import nn
 import vae3d.models
 from vae3d.check import target_faults
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, load_state, read_checkpoint
-from vae3d.checkpoints.state import ResumeError, latest_state, starting_state
+from vae3d.checkpoints.state import starting_state
 from vae3d.config import CONF
 from vae3d.data.clips import ClipSettings
 from vae3d.data.depth import DepthSettings
 from vae3d.data.loader import TrainingData, lengths_of, read_tables, validation_clips
-from vae3d.data.sampler import Plan
+from vae3d.data.sampler import FrameCounts, Lengths, Plan
 from vae3d.engine.distillation import Distillation
 from vae3d.engine.freeze import train_parts
+from vae3d.engine.start import refuse_to_go_on, training_ranks, working_ranks
 from vae3d.engine.trainer import Trainer
 from vae3d.errors import UserError
 from vae3d.inference.comparison import Comparer, Network
@@ -44,11 +41,12 @@ from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.tiling import Tiled
 from vae3d.models.wan import WanVAE
-from vae3d.precision import as_device, in_precision, slow_conv3d, without_tf32
+from vae3d.precision import in_precision, slow_conv3d, without_tf32
 from vae3d.summary import data_summary, frame_counts, summary
 
 if TYPE_CHECKING:
     from vae3d.config import Data, InferConfig, Loss, Teacher, TrainConfig
+    from vae3d.diffusion_config import DiffusionConfig
 
 log = logging.getLogger("vae3d")
 RANDOM = "random"
@@ -87,6 +85,14 @@ def load(path: str | Path, model: nn.Module | None = None, **changes: Any) -> nn
     arguments that differ from the checkpoint's, as in vae3d.load(path, micro_frames=None, spatial={"frame_batch": 1}).
     Raises CheckpointError with everything that is missing or does not fit.
     """
+    return opened(path, model, changes)[1]
+
+
+def opened(
+    path: str | Path, model: nn.Module | None = None, changes: Mapping[str, Any] | None = None
+) -> tuple[Checkpoint, nn.Module]:
+    """As load, with the checkpoint that was read."""
+    changes = changes or {}
     checkpoint = read_checkpoint(path, changes.get("variant", getattr(model, "variant", None)))
     for note in checkpoint.notes:
         log.info("%s: %s", checkpoint.path, note)
@@ -95,7 +101,7 @@ def load(path: str | Path, model: nn.Module | None = None, **changes: Any) -> nn
     elif changes:
         raise ValueError(f"changes to a model's arguments ({', '.join(changes)}) cannot be made to a given model")
     load_state(model, checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})")
-    return model.eval()
+    return checkpoint, model.eval()
 
 
 def build_checkpoint(checkpoint: Checkpoint, changes: Mapping[str, Any] | None = None) -> nn.Module:
@@ -152,20 +158,26 @@ def clip_settings(config: Data) -> ClipSettings:
     return ClipSettings(**{name: getattr(config, name) for name in shared}, depth=depth)
 
 
+def plan_of(
+    config: TrainConfig | DiffusionConfig, lengths: Lengths, frames: FrameCounts, rank: int, world_size: int
+) -> Plan:
+    return Plan(
+        lengths,
+        frames,
+        seed=config.run.seed,
+        batch_size=config.data.batch_size,
+        accumulate=config.trainer.accumulate,
+        rank=rank,
+        world_size=world_size,
+        overfit=config.data.overfit,
+    )
+
+
 def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData:
     data, validation = config.data, config.validation
     settings = clip_settings(data)
     tables = read_tables(instantiate(data.source), settings, data.holdout if validation.every else 0, data.max_broken)
-    plan = Plan(
-        lengths_of(tables.train, settings),
-        frame_counts(data),
-        seed=config.run.seed,
-        batch_size=data.batch_size,
-        accumulate=config.trainer.accumulate,
-        rank=rank,
-        world_size=world_size,
-        overfit=data.overfit,
-    )
+    plan = plan_of(config, lengths_of(tables.train, settings), frame_counts(data), rank, world_size)
     held_out, faults = [], tables.faults
     if validation.every:
         held_out, more = validation_clips(tables.val, settings, validation.frames, validation.clips, rank, world_size)
@@ -200,14 +212,9 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     """Everything that a run needs, ready to `fit`."""
     if config.trainer.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("trainer.precision is fp16, which needs a GPU; use bf16 or fp32")
-    if not config.run.resume and latest_state(folder / "checkpoints") is not None:
-        raise ResumeError(f"{folder} holds checkpoints and run.resume=false; give this run another run.name")
+    refuse_to_go_on(folder, config.run.resume)
     resumes = starting_state(folder / "checkpoints", config.run.resume_from) is not None
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # while rank 0 probes files that nobody has probed
-    precision = config.trainer.precision.replace("fp32", "no")
-    AcceleratorState._reset_state()  # jobs of a sweep in one process may differ in precision
-    accelerator = Accelerator(mixed_precision=precision, cpu=_no_accelerator(), kwargs_handlers=[patience])
-    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "ranks did not find each other"
+    accelerator = training_ranks(config.trainer.precision)
     with accelerator.main_process_first():  # which probes the files; the others find its answers on disk
         data = training_data(config, accelerator.process_index, accelerator.num_processes)
     terms = objective(config.loss)
@@ -243,17 +250,14 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
         built.log.warn(
             f"no teacher (teacher=none): nothing keeps the latents those of {model.variant}; they become its own"
         )
-    if isinstance(model, WanVAE) and precision != "no" and (fault := slow_conv3d()):
+    if isinstance(model, WanVAE) and config.trainer.precision != "fp32" and (fault := slow_conv3d()):
         built.log.say(fault)
     return built
 
 
 def infer(config: InferConfig) -> None:
     """Reconstruct the files that `config` names."""
-    ranks = PartialState(
-        cpu=_no_accelerator(), timeout=timedelta(days=7)
-    )  # ranks wait for the one with the longest videos
-    device = as_device(config.device) if config.device else ranks.device
+    ranks, device = working_ranks(config.device)
     _set_precision(config.precision)
     selection = Selection(
         **{
@@ -342,11 +346,6 @@ def describe(config: TrainConfig) -> None:
         model = instantiate(config.model)
     train_parts(model, config.stage.train)
     log.info("\n".join(summary(config, model)))
-
-
-def _no_accelerator() -> bool:
-    """Accelerate must be told: without a GPU it does not join the ranks that torchrun started."""
-    return not torch.accelerator.is_available()
 
 
 def _trusted(config: dict[str, Any], path: Path) -> dict[str, Any]:

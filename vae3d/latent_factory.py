@@ -5,24 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import fields
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 
-from vae3d.checkpoints.formats import load_state, read_checkpoint
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.readers import is_image
 from vae3d.data.sources import Folder, Source, open_source
+from vae3d.engine.start import working_ranks
 from vae3d.errors import UserError
-from vae3d.factory import build_checkpoint, instantiate, merged
+from vae3d.factory import instantiate, merged, opened
 from vae3d.latents.clips import Transform, items_of
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.encode import DTYPES, Job, encode_cache
 from vae3d.models.base import nearest_frames
-from vae3d.precision import as_device
 
 if TYPE_CHECKING:
     from vae3d.latent_config import EncodeConfig
@@ -44,11 +41,7 @@ def open_codec(
     precision: fp32, bf16 or fp16. changes: to the model's arguments, as vae3d.load takes them.
     Raises CheckpointError if it does not load, strictly; UserError for settings that the model does not take.
     """
-    checkpoint = read_checkpoint(path, (changes or {}).get("variant"))
-    for note in checkpoint.notes:
-        log.info("%s: %s", checkpoint.path, note)
-    model = build_checkpoint(checkpoint, changes)
-    load_state(model, checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})")
+    checkpoint, model = opened(path, changes=changes)
     config = merged(checkpoint.config, changes or {})
     try:
         codec = LatentCodec(
@@ -81,14 +74,13 @@ def padding(codec: LatentCodec, transform: Transform) -> list[str]:
 
 def encode(config: EncodeConfig) -> None:
     """Make the latent cache that `config` describes, or go on with it."""
-    # ranks wait for the one with the longest videos
-    ranks = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    ranks, device = working_ranks(config.device)
     codec = open_codec(
         config.checkpoint,
         pixel_range="uint8",
         precision=config.precision,
         chunk_frames=config.chunk_frames,
-        device=as_device(config.device) if config.device else ranks.device,
+        device=device,
         changes=config.model,
     )
     source = _source(config)

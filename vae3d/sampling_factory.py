@@ -6,13 +6,11 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from vae3d import ranks
@@ -32,11 +30,11 @@ from vae3d.diffusion.sampling import (
 )
 from vae3d.diffusion.scale import Sums
 from vae3d.diffusion.validation import decoded
+from vae3d.engine.start import working_ranks
 from vae3d.errors import UserError
 from vae3d.latent_factory import open_codec
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.codec import LatentCodec
-from vae3d.precision import as_device
 
 if TYPE_CHECKING:
     from vae3d.diffusion_config import SampleConfig
@@ -57,9 +55,7 @@ class Reference(NamedTuple):
 
 def sample(config: SampleConfig) -> None:
     """Draw the samples that `config` describes, shared among the ranks; the first one writes what is of all of them."""
-    cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    process = PartialState(cpu=cpu, timeout=timedelta(days=7))
-    device = as_device(config.device) if config.device else process.device
+    process, device = working_ranks(config.device)
     export = read_export(config.checkpoint, config.ema)
     labels = _labels(config, export.told)
     names = [] if labels is None else [export.told["classes"][label] for label in labels]
