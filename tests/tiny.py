@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 import vae3d
+from tests import warm
 from vae3d.check import check_training
 from vae3d.config import CONF, TrainConfig
 
@@ -123,7 +124,9 @@ def write_video(
 
 
 def run(*command: str, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a script of the project as a user would; output and errors are captured together."""
+    """Run a command as a user would; output and errors are captured together. Scripts start in a warm process."""
+    if command[0] == sys.executable and command[1].endswith(".py"):
+        return warm.run(list(command), cwd, environ(**environment), timeout)
     return subprocess.run(
         command,
         cwd=cwd,
