@@ -82,24 +82,25 @@ def annotations_of(function: Any) -> dict[str, Any]:
     return kinds
 
 
-def check_fields(given: Mapping[str, Any], fields: type, source: str, key: str = "") -> None:
+def check_fields(given: Any, fields: type, source: str = "", key: str = "") -> None:
     """Check the entries of a dict against a TypedDict or a dataclass; others than its fields are not looked at.
 
-    Raises ArgumentError for a wrong value, and for a field that is required and missing.
+    source, key: the file, and where in it the dict stands, for errors.
+    Raises ArgumentError for a wrong value, and for one that a TypedDict requires and that is missing.
     """
-    where = f"{source}: {key}" if key else source
+    where = f"{source}: " if source else ""
     if not isinstance(given, Mapping):
-        raise ArgumentError(f"{where} is {short(given)}; give a dict")
+        raise ArgumentError(f"{where}{key + ' ' if key else ''}is {short(given)}; give a dict")
     required = getattr(fields, "__required_keys__", frozenset())
     for name, kind in annotations_of(fields).items():
-        full = f"{key}.{name}".lstrip(".")
+        full = f"{key}.{name}" if key else name
         if name not in given:
             if name in required:
-                raise ArgumentError(f"{source}: {full} is missing; give {describe(kind)}")
+                raise ArgumentError(f"{where}{full} is missing; give {describe(kind)}")
         elif typing.is_typeddict(kind):
             check_fields(given[name], kind, source, full)
         else:
-            check_value(given[name], kind, f"{source}: {full}")
+            check_value(given[name], kind, f"{where}{full}")
 
 
 def check_value(value: Any, kind: Any, name: str) -> None:
@@ -125,7 +126,8 @@ def _wrong(value: Any, kind: Any) -> tuple[str, Any, Any] | None:
             wrong = ("", value, kind)  # names the range, too
         return wrong if fits else ("", value, kind)
     if origin is Literal:
-        return None if any(type(value) is type(one) and value == one for one in inner) else ("", value, kind)
+        same = (value == one and isinstance(value, bool) == isinstance(one, bool) for one in inner)
+        return None if any(same) else ("", value, kind)
     if origin in (Sequence, list, tuple):
         if not isinstance(value, Sequence) or isinstance(value, str | bytes):
             return "", value, kind
@@ -137,7 +139,7 @@ def _wrong(value: Any, kind: Any) -> tuple[str, Any, Any] | None:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    if kind in (None, types.NoneType):
+    if kind is types.NoneType:
         return value is None
     if kind is bool:
         return isinstance(value, bool)
@@ -173,8 +175,10 @@ def describe(kind: Any) -> str:
         return f"a list, each entry {describe(inner[0])}"
     if origin is not None and issubclass(origin, Mapping):
         return "a dict"
-    names = {bool: "true or false", int: "an integer", float: "a finite number", str: "text"}
-    return names.get(kind, "null" if kind in (None, types.NoneType) else getattr(kind, "__name__", str(kind)))
+    if typing.is_typeddict(kind):
+        return "a dict"
+    names = {bool: "true or false", int: "an integer", float: "a finite number", str: "text", types.NoneType: "null"}
+    return names.get(kind) or getattr(kind, "__name__", str(kind))
 
 
 def _limit(limit: Range | Size) -> str:
