@@ -47,6 +47,7 @@ Depth = Annotated[int, Range(1, 64)]  # blocks of a level
 Widths = Annotated[Sequence[Width], Size(1, 10)]  # of each level; each but the last halves the resolution
 Factors = Annotated[Sequence[Factor], Size(1, 10)]
 Flags = Annotated[Sequence[bool], Size(0, 10)]  # of each level boundary
+Classes = Annotated[int, Range(0, 10**6)]
 Count = Annotated[int, Range(1, 2**31)]  # frames or latents
 Mean = Annotated[float, Range(-1e6, 1e6)]
 Deviation = Annotated[float, Range(1e-6, 1e6)]  # also of factors that multiply
