@@ -108,7 +108,7 @@ def read_export(path: str | Path, decay: float | None = None) -> Export:
         weights = load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} cannot be read ({error})") from error
-    check_state(network, weights, str(folder))
+    check_state(network, weights, f"{file} ({CONFIG} beside it)")
     return Export(folder, told, weights)
 
 
