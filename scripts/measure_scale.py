@@ -18,19 +18,27 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
 from torch import nn
 
-from vae3d.checkpoints.export import write_export
-from vae3d.checkpoints.formats import EXPORT_CONFIG, Checkpoint, CheckpointError, load_state, read_checkpoint
+from vae3d.checkpoints.export import replace_export, write_export
+from vae3d.checkpoints.formats import (
+    EXPORT_CONFIG,
+    Checkpoint,
+    CheckpointError,
+    load_state,
+    read_checkpoint,
+    read_export_config,
+)
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
 from vae3d.errors import UserError
 from vae3d.factory import build_checkpoint
 from vae3d.inference.scale import MeasuredScale, ScaleError, measure, refusal, rescaled, spread_clips
+from vae3d.io import fsync_folder, fsync_tree
 from vae3d.precision import as_device
 
 
@@ -94,20 +102,23 @@ def rescale(checkpoint: Checkpoint, model: nn.Module, measured: MeasuredScale, a
 
 
 def write(checkpoint: Checkpoint, folder: Path, **told: Any) -> None:
-    """An export; other files in the folder stay."""
-    unfinished = folder.with_name(f".{folder.name}.partial")
-    write_export(checkpoint, unfinished, **told)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in unfinished.iterdir():
-        file.replace(folder / file.name)
-    unfinished.rmdir()
+    """A new export, or another one in place of it; other files in the folder stay."""
+    if not folder.exists():
+        replace_export(checkpoint, folder, **told)
+        return
+    with TemporaryDirectory(dir=folder) as unfinished:
+        write_export(checkpoint, Path(unfinished), **told)
+        fsync_tree(Path(unfinished))
+        for file in Path(unfinished).iterdir():
+            file.replace(folder / file.name)
+    fsync_folder(folder)
 
 
 def about(checkpoint: Checkpoint) -> dict[str, Any]:
     """What an export's model.yaml tells beside the model."""
     if checkpoint.layout != "export":
         return {}
-    told = yaml.safe_load(checkpoint.path.with_name(EXPORT_CONFIG).read_text())
+    told = read_export_config(checkpoint.path.with_name(EXPORT_CONFIG))
     return {key: value for key, value in told.items() if key not in ("vae3d", "model")}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 
@@ -136,3 +137,20 @@ def test_links_are_never_followed_for_writing(tmp_path):
     remove(run / "again")
     assert [p.name for p in victim.iterdir()] == ["kept"]
     assert (victim / "kept").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("a: 1" + ":1" * 100_000, id="to base 60"),
+        pytest.param("a: 0x" + "f" * 100_000, id="hexadecimal"),
+        pytest.param("a: 0x1" + "0" * 100, id="of 401 bits"),
+        pytest.param("a: [" + "1, " * 200_000 + "1]", id="many"),
+    ],
+)
+def test_numbers_that_take_long_to_read_are_refused_at_once(tmp_path, text):
+    (tmp_path / "f").write_text(text)
+    start = time.perf_counter()
+    with pytest.raises(FileError, match=str(tmp_path / "f")):
+        read_yaml(tmp_path / "f")
+    assert time.perf_counter() - start < 1

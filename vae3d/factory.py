@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 import hydra
 import torch
 from accelerate.utils import gather_object
-from hydra.errors import InstantiationException
 from torch import nn
 
-import vae3d.models
-from vae3d.check import target_faults
-from vae3d.checkpoints.formats import Checkpoint, CheckpointError, load_state, read_checkpoint
+from vae3d.checkpoints.formats import Checkpoint, CheckpointError, as_checkpoint_error, load_state, read_checkpoint
 from vae3d.checkpoints.state import starting_state
 from vae3d.config import CONF
 from vae3d.data.clips import ClipSettings
@@ -37,6 +32,7 @@ from vae3d.inference.reconstruct import Reconstructor, Selection
 from vae3d.losses.objective import Objective, Weighted
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_blocks, compile_steps
+from vae3d.models.registry import build_model
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.tiling import Tiled
@@ -83,7 +79,9 @@ def load(path: str | Path, model: nn.Module | None = None, **changes: Any) -> nn
     path: a run folder, an export, published weights (a folder or a file); the layout is recognised from the
     keys. model: load into this one instead of building what the checkpoint describes. changes: constructor
     arguments that differ from the checkpoint's, as in vae3d.load(path, micro_frames=None, spatial={"frame_batch": 1}).
-    Raises CheckpointError with everything that is missing or does not fit.
+    Nothing in the files is run, and no class is looked up by a name in them; see vae3d.models.registry.
+    Raises CheckpointError with everything that is missing or does not fit, and for a configuration beside the weights
+    that does not build a model of this project.
     """
     return opened(path, model, changes)[1]
 
@@ -93,7 +91,9 @@ def opened(
 ) -> tuple[Checkpoint, nn.Module]:
     """As load, with the checkpoint that was read."""
     changes = changes or {}
-    checkpoint = read_checkpoint(path, changes.get("variant", getattr(model, "variant", None)))
+    checkpoint = read_checkpoint(
+        path, changes.get("variant", getattr(model, "variant", None)), own_model=model is not None
+    )
     for note in checkpoint.notes:
         log.info("%s: %s", checkpoint.path, note)
     if model is None:
@@ -106,13 +106,8 @@ def opened(
 
 def build_checkpoint(checkpoint: Checkpoint, changes: Mapping[str, Any] | None = None) -> nn.Module:
     """The model that a checkpoint describes, without its weights. Raises CheckpointError if it describes none."""
-    config = _trusted(merged(checkpoint.config, changes or {}), checkpoint.path)
-    if faults := target_faults(config):
-        raise CheckpointError(f"{checkpoint.path} does not build a model:\n" + "\n".join(f"  {f}" for f in faults))
-    try:
-        return instantiate(config)
-    except InstantiationException as error:
-        raise CheckpointError(f"{checkpoint.path} does not build a model: {error.__cause__ or error}") from error
+    with as_checkpoint_error():
+        return build_model(merged(checkpoint.config, changes or {}), checkpoint.path)
 
 
 def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str]:
@@ -126,7 +121,7 @@ def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str
             done.append(f"{what} starts from random weights")
             continue
         target = model.get_submodule(name)
-        checkpoint = read_checkpoint(path, getattr(target, "variant", None))
+        checkpoint = read_checkpoint(path, getattr(target, "variant", None), own_model=True)
         load_state(
             target, checkpoint.part(name) if name else checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})"
         )
@@ -348,35 +343,10 @@ def describe(config: TrainConfig) -> None:
     log.info("\n".join(summary(config, model)))
 
 
-def _trusted(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Refuse to build anything but this project's models on the word of a file."""
-    own = {module.name for module in iter_modules(vae3d.models.__path__, "vae3d.models.")}
-    for target in _targets(config):
-        module, _, name = str(target).rpartition(".")
-        # What a module defines, not what it imports: vae3d.models.spatial.nn.Module would lead anywhere.
-        if module not in own or getattr(getattr(import_module(module), name, None), "__module__", None) != module:
-            raise CheckpointError(
-                f"{path} asks for {target}, which is not a model of this project; if you trust it, build the model "
-                "yourself and call vae3d.load(path, model)"
-            )
-    return config
-
-
 def merged(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """config with changes, node by node."""
     both = {k for k in changes if isinstance(changes[k], Mapping) and isinstance(config.get(k), dict)}
     return {**config, **{k: merged(config[k], v) if k in both else v for k, v in changes.items()}}
-
-
-def _targets(node: Any) -> Iterator[Any]:
-    """Every `_target_` at any depth."""
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield node["_target_"]
-        node = list(node.values())
-    if isinstance(node, list):
-        for child in node:
-            yield from _targets(child)
 
 
 def _factors(target: nn.Module, checkpoint: Checkpoint) -> str:

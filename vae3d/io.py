@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -20,7 +21,10 @@ import yaml
 
 from vae3d.errors import UserError
 
-MAX_BYTES = 2**20  # of a configuration file; a larger one takes seconds to parse
+MAX_BYTES = 2**20  # of a JSON file; a larger one takes seconds to parse
+MAX_YAML_BYTES = 2**18  # likewise
+MAX_BITS = 64  # of an integer
+LONG_NUMBER = re.compile(r"[-+0-9a-fxob_:.eE]{200,}")  # PyYAML takes minutes for 1:1:1:..., a number to base 60
 MAX_DEPTH = 32  # of nested lists and dicts
 
 
@@ -59,7 +63,7 @@ def parse_json(text: str, source: str) -> Any:
     return check_plain(value, source)
 
 
-def read_yaml(path: str | Path, max_bytes: int = MAX_BYTES) -> Any:
+def read_yaml(path: str | Path, max_bytes: int = MAX_YAML_BYTES) -> Any:
     """The value in a YAML file without tags, aliases and `${...}`. Raises FileError."""
     return parse_yaml(read_text(path, max_bytes), str(path))
 
@@ -76,6 +80,8 @@ def parse_yaml(text: str, source: str) -> Any:
                 raise FileError(f"{where}: alias *{event.anchor} is not allowed; write the value out")
             if getattr(event, "tag", None) is not None and event.tag != "!":
                 raise FileError(f"{where}: tag {event.tag} is not allowed; use plain numbers, text, lists and dicts")
+            if isinstance(event, yaml.ScalarEvent) and not event.style and LONG_NUMBER.fullmatch(event.value):
+                raise FileError(f"{where}: a number of {len(event.value)} characters is not allowed")
             depth += isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent))
             depth -= isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent))
             if depth > MAX_DEPTH:
@@ -109,7 +115,10 @@ def check_plain(value: Any, source: str, key: str = "", depth: int = 0) -> Any:
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise FileError(f"{where}: {value} is not a finite number")
-    elif value is not None and type(value) not in (bool, int):
+    elif type(value) is int:
+        if value.bit_length() > MAX_BITS:
+            raise FileError(f"{where}: an integer of {value.bit_length()} bits is not allowed")
+    elif value is not None and type(value) is not bool:
         raise FileError(f"{where}: a {type(value).__name__} is not allowed; use numbers, text, lists and dicts")
     return value
 

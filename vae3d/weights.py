@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from vae3d.errors import UserError
+from vae3d.io import read_json
 
 UNVERIFIED = "VAE3D_ALLOW_UNVERIFIED"
 MANIFEST = "manifest.json"
@@ -239,7 +239,7 @@ def _slim_fault(path: Path, file: WeightFile) -> str | None:
     if not manifest.is_file():
         return f"{path} cannot be verified: no {manifest} names it"
     try:
-        entry = json.loads(manifest.read_text())[path.name]
+        entry = read_json(manifest)[path.name]
         source, own = entry["source_sha256"], entry["sha256"]
     except (ValueError, LookupError, TypeError) as error:
         return f"{path} cannot be verified: {manifest} does not name it with its hashes ({type(error).__name__})"

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from vae3d.checkpoints import state
+from vae3d.checkpoints.formats import CheckpointError
 from vae3d.checkpoints.state import ResumeError, refuse_other_run
 
 OLD = {"data": {"frames": {"min": 5}, "flip": False}}  # before there were fit, panorama and depth
@@ -31,3 +33,67 @@ def test_an_older_checkpoint_is_another_run_where_they_are_on(tmp_path, changed,
     folder = saved(tmp_path, 3, OLD)
     with pytest.raises(ResumeError, match=key):
         refuse_other_run(folder, new(**changed))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"[]", b"null", b"{", b'{"step": 3}', b'{"config": {}}', b'{"step": "3", "config": {}}',
+        b'{"step": 3, "config": []}', b"\xff\xfe\x00", b"[" * 100_000, b'{"a": "' + b"x" * 2**21 + b'"}', None,
+    ],
+    ids=lambda content: repr(content)[:30],
+)  # fmt: skip
+@pytest.mark.parametrize("resume_from", [None, "step-0000001"])
+def test_a_damaged_run_json_stops_a_resume_and_names_the_folder_to_delete(tmp_path, content, resume_from):
+    """Neither the checkpoint before it nor the start is taken without a word."""
+    for step in (1, 3):
+        folder = saved(tmp_path, step, OLD)
+    (folder / "run.json").unlink()
+    (folder / "run.json").write_bytes(content) if content is not None else (folder / "run.json").mkdir()
+    if content is None:  # no file at all: it was never complete
+        assert state.latest_state(tmp_path).name == "step-0000001"
+        return
+    with pytest.raises(CheckpointError, match=f"run.json.*delete {folder}"):
+        refuse_other_run(state.starting_state(tmp_path, resume_from), new())
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_damaged_training_state_is_named(tmp_path, mmap):
+    folder = state.unfinished(tmp_path, 3)
+    state.begin(folder)
+    state.write(folder, {"step": 3, "model": {"a": torch.zeros(9)}, "optimizer": {}}, OLD)
+    state.write_rank(folder, 0, {"a": torch.zeros(9)})
+    folder = state.finish(folder, tmp_path, 3, OLD, {})
+    whole = (folder / "state.pt").read_bytes()
+    damage = [
+        b"",
+        whole[:64],
+        whole[: len(whole) // 2],
+        b"PK\x03\x04",
+        b"\x80\x02\x8a\xff.",
+        b"<html>",
+        b"\x80\x0200.",
+        b"(0t.",
+    ]
+    for content in [*damage, whole[:40] + b"\xff" * 60 + whole[100:]]:
+        (folder / "state.pt").write_bytes(content)
+        (folder / "rank-0.pt").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"state\.pt"):
+            state.load_state(folder, mmap)
+        with pytest.raises(CheckpointError, match=r"rank-0\.pt"):
+            state.load_rank(folder, 0)
+    for content in (
+        {"step": "3", "model": {}, "optimizer": {}},
+        {"step": 3, "model": [], "optimizer": {}},
+        [1],
+        {"a": 1},
+    ):
+        torch.save(content, folder / "state.pt")
+        with pytest.raises(CheckpointError, match=r"state\.pt"):
+            state.load_state(folder, mmap)
+
+
+def test_a_lone_state_file_without_its_configuration_is_refused(tmp_path):
+    torch.save({"step": 3, "model": {}, "optimizer": {}}, tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match="configuration"):
+        refuse_other_run(tmp_path / "state.pt", new())

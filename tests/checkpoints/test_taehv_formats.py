@@ -147,7 +147,7 @@ def test_a_broken_or_foreign_json_beside_a_file(tmp_path):
     (tmp_path / "model.json").write_text('{"variant": "of something else"}')
     assert vae3d.load(tmp_path / "taehv.pth").variant == "taehv"
     (tmp_path / "taehv.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"taehv.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"taehv.json: is not JSON"):
         vae3d.load(tmp_path / "taehv.pth")
 
 

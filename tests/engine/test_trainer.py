@@ -224,7 +224,7 @@ def test_sigterm_saves_and_ends_between_two_steps(videos, tmp_path):
 def test_an_export_cut_off_in_the_middle_is_written_again(videos, tmp_path, monkeypatch):
     t = trainer(videos, tmp_path, "trainer.save_every=1")
     with monkeypatch.context() as patch:
-        patch.setattr("vae3d.checkpoints.export.yaml.safe_dump", lambda *a, **k: 1 / 0)  # as good as a kill
+        patch.setattr("vae3d.checkpoints.export.yaml_text", lambda *a, **k: 1 / 0)  # as good as a kill
         with pytest.raises(ZeroDivisionError):
             export(t, tmp_path / "exports/step-0000001")
     with pytest.raises(CheckpointError, match=r"no exports/ of a run"):

@@ -361,7 +361,7 @@ def test_latent_conventions():
         ({"variant": "taew2_1", "shift": [0.0] * 16, "scale": [1.0] * 16}, "shift and scale are of raw latents"),
         ({"variant": "taecvx", "shift": [0.0] * 4, "scale": [1.0] * 4}, "4 and 4 entries; give 16"),
         ({"variant": "taehv", "latent": "scaled"}, "use raw or normalized"),
-        ({"variant": "taehv", "chunk_latents": 0}, "use a positive number"),
+        ({"variant": "taehv", "chunk_latents": 0}, "chunk_latents is 0; give an integer"),
         ({"variant": "taehv", "decoder_channels": [8, 8]}, "give 4"),
         ({"variant": "taehv", "decoder_time_upscale": [True, True, True]}, "stage 0 of taehv.*cannot grow"),
         ({"variant": "taehv", "decoder_time_upscale": [True]}, "give 3, or 2"),

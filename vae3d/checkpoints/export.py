@@ -5,19 +5,18 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import nn
 
 from vae3d import __version__
 from vae3d.checkpoints import ldm, taehv, wan
 from vae3d.checkpoints.formats import EXPORT_CONFIG, PUBLISHED_FACTOR, Checkpoint, CheckpointError, State
+from vae3d.io import atomic_folder, write_text, yaml_text
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.spatial import SpatialVAE, of_channels
 from vae3d.models.taehv import TAEHV
@@ -33,20 +32,13 @@ def write_export(checkpoint: Checkpoint, folder: Path, **about: Any) -> None:
     """model.safetensors and model.yaml (the configuration that builds the model, and `about`) in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     _save(checkpoint.state, folder / "model.safetensors", metadata_of(checkpoint))
-    text = {"vae3d": __version__, **about, "model": checkpoint.config}
-    (folder / EXPORT_CONFIG).write_text(yaml.safe_dump(text, sort_keys=False))
+    write_text(folder / EXPORT_CONFIG, yaml_text({"vae3d": __version__, **about, "model": checkpoint.config}))
 
 
 def replace_export(checkpoint: Checkpoint, folder: Path, **about: Any) -> None:
-    """write_export aside, and then in place of what is in `folder`; where that fails nothing of it stays."""
-    unfinished = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    """write_export in place of all that is in `folder`: it is whole, or what was there stays."""
+    with atomic_folder(folder) as unfinished:
         write_export(checkpoint, unfinished, **about)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)  # half a file would only keep the disk full
 
 
 def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
@@ -186,7 +178,7 @@ def metadata_of(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
-    "export": write_export,
+    "export": replace_export,
     "diffusers": write_diffusers,
     "ldm": write_ldm,
     "opensora": write_opensora,

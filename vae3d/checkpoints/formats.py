@@ -6,20 +6,23 @@ import json
 import pickle
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vae3d.arguments import Count, Deviation, Mean, Width, check_fields
 from vae3d.checkpoints import ldm, taehv, wan
 from vae3d.errors import UserError
+from vae3d.io import FileError, read_json, read_yaml
 from vae3d.models import diffusers_vae
+from vae3d.models.registry import TARGET, build_model, is_known, target_of
 
 State = dict[str, Tensor]
 
@@ -46,7 +49,7 @@ MARKERS = {
 VIDEO_VAE = "encoder.down_blocks.0.resnets.0.conv1.conv.weight"  # a key of what DiffusersVAE holds
 
 
-class CheckpointError(UserError):
+class CheckpointError(FileError):
     """A checkpoint that is missing, unreadable, unknown, or does not fit the model."""
 
 
@@ -69,24 +72,96 @@ class Checkpoint:
         return inner or self.state
 
 
-def read_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
+class ConfigJson(TypedDict, total=False):
+    """What is read of a config.json that lies beside published weights; diffusers' and Open-Sora's have more."""
+
+    _class_name: str
+    scaling_factor: Deviation | None
+    shift_factor: Mean | None
+    latents_mean: Sequence[Mean] | None
+    latents_std: Sequence[Deviation] | None
+    norm_num_groups: Width
+    micro_frame_size: Count | None
+
+
+def read_checkpoint(path: str | Path, variant: str | None = None, *, own_model: bool = False) -> Checkpoint:
     """Read a folder or a file; see README "Checkpoints" for what is recognised.
 
-    variant: of a TAEHV, whose files need not tell.
-    Raises CheckpointError if nothing readable is there or no layout fits its keys.
+    The configuration is checked: it builds a model of this project, which the weights fit.
+    variant: of a TAEHV, whose files need not tell. own_model: for a caller who has a model to load into. Then only what
+    an export says is checked, and of a class that this project does not know the configuration is `_target_` alone.
+    Raises CheckpointError if nothing readable is there, no layout fits its keys, or the configuration builds no model.
     """
-    weights = find_weights(Path(path))
-    export, config_json = weights.with_name(EXPORT_CONFIG), weights.with_name("config.json")
-    state = read_state(weights)
-    if export.is_file():
-        return Checkpoint(yaml.safe_load(export.read_text())["model"], state, weights, "export")
+    with as_checkpoint_error():
+        return _read(find_weights(Path(path)), variant, own_model)
 
+
+@contextmanager
+def as_checkpoint_error() -> Iterator[None]:
+    """Errors of the files beside the weights, and of building a model, as CheckpointError."""
     try:
-        told = json.loads(config_json.read_text()) if config_json.is_file() else {}
-    except ValueError as error:
-        raise CheckpointError(f"{config_json}: cannot be read ({error})") from error
-    if told.get("_class_name") in diffusers_vae.KINDS:
-        return _diffusers_vae(told, state, weights)
+        yield
+    except CheckpointError:
+        raise
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _read(weights: Path, variant: str | None, own_model: bool) -> Checkpoint:
+    export, config_json = weights.with_name(EXPORT_CONFIG), weights.with_name("config.json")
+    if export.is_file():
+        config, key, source, layout, prefix = read_export_config(export)["model"], "model", export, "export", ""
+        if own_model and not is_known(config):
+            name = config.get(TARGET) if isinstance(config, dict) else None
+            return Checkpoint({TARGET: name}, read_state(weights), weights, layout)
+    else:
+        told = _read_config_json(config_json)
+        config, key, source, layout, prefix = _diffusers_config(told), "", config_json, told.get("_class_name"), "vae."
+    if config is not None:
+        model = meta_model(config, source, key)  # before the weights, which may be large
+        state = {prefix + key: tensor for key, tensor in read_state(weights).items()}
+        checkpoint = Checkpoint(config, state, weights, layout)
+    else:
+        checkpoint = _recognised(weights, told, variant)
+        if own_model:
+            return checkpoint
+        model = meta_model(checkpoint.config, weights)
+    if not own_model:
+        check_state(model, checkpoint.state, f"{weights} ({checkpoint.layout})")
+    return checkpoint
+
+
+def read_export_config(file: Path) -> dict[str, Any]:
+    """What a model.yaml holds: `model`, and facts about it. Raises FileError."""
+    content = read_yaml(file)
+    if not isinstance(content, dict) or "model" not in content:
+        raise CheckpointError(f"{file}: has no `model`, the configuration that builds the model")
+    return content
+
+
+def meta_model(config: Any, source: object, key: str = "") -> nn.Module:
+    """The model of a file's configuration on the meta device, where it takes no memory, however large it is."""
+    with torch.device("meta"):
+        return build_model(config, source, key)
+
+
+def _read_config_json(file: Path) -> dict[str, Any]:
+    told = read_json(file) if file.is_file() else {}
+    check_fields(told, ConfigJson, str(file))
+    return told
+
+
+def _diffusers_config(told: dict[str, Any]) -> dict[str, Any] | None:
+    """Of a video VAE of diffusers; None for other files."""
+    if told.get("_class_name") not in diffusers_vae.KINDS:
+        return None
+    own = {key: value for key, value in told.items() if not key.startswith("_")}
+    return {TARGET: target_of(diffusers_vae.DiffusersVAE), "kind": told["_class_name"], "config": own}
+
+
+def _recognised(weights: Path, told: dict[str, Any], variant: str | None) -> Checkpoint:
+    """Published weights, whose layout and configuration their keys and shapes tell. told: their config.json."""
+    state = read_state(weights)
     if VIDEO_VAE in state:
         raise CheckpointError(f"{weights}: looks like a video VAE of diffusers; its config.json must lie beside it")
     layout, state, notes = recognise(state, weights)
@@ -102,10 +177,14 @@ def read_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
             inner = ldm.modernize(ldm.from_ldm(state) if layout == "ldm" else state)
             config = _spatial_config(inner, told, notes)
             state = {f"module.{key}": tensor for key, tensor in inner.items()}
+    except FileError:
+        raise
     except ValueError as error:
         raise CheckpointError(f"{weights}: {error}") from error
     except KeyError as missing:
         raise CheckpointError(f"{weights}: looks like {layout}, but {missing} is not in it") from missing
+    except (IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{weights}: looks like {layout}, but its tensors have other shapes") from error
     return Checkpoint(config, state, weights, layout, notes)
 
 
@@ -195,6 +274,11 @@ def recognise(state: State, path: Path) -> tuple[str, State, list[str]]:
 
 def load_state(module: nn.Module, state: State, what: str) -> None:
     """module.load_state_dict, strict; raises CheckpointError naming everything that did not fit."""
+    module.load_state_dict(check_state(module, state, what))
+
+
+def check_state(module: nn.Module, state: State, what: str) -> State:
+    """The state for module.load_state_dict; raises CheckpointError naming everything that does not fit."""
     own = module.state_dict()
     try:
         state = taehv.fit_time(module, state)
@@ -214,7 +298,7 @@ def load_state(module: nn.Module, state: State, what: str) -> None:
     ]
     if any(faults):
         raise CheckpointError(f"{what} does not fit the model:\n" + "\n".join(f for f in faults if f))
-    module.load_state_dict(state)
+    return state
 
 
 def _fault(kind: str, names: Iterable[str]) -> str:
@@ -225,13 +309,6 @@ def _fault(kind: str, names: Iterable[str]) -> str:
 def _first(names: Iterable[str], count: int = 6) -> str:
     names = list(names)
     return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")
-
-
-def _diffusers_vae(told: dict[str, Any], state: State, path: Path) -> Checkpoint:
-    kind = told["_class_name"]
-    own = {key: value for key, value in told.items() if not key.startswith("_")}
-    config = {"_target_": "vae3d.models.diffusers_vae.DiffusersVAE", "kind": kind, "config": own}
-    return Checkpoint(config, {f"vae.{key}": tensor for key, tensor in state.items()}, path, kind)
 
 
 def _opensora(state: State, told: dict[str, Any], notes: list[str]) -> tuple[dict[str, Any], State]:

@@ -7,14 +7,17 @@ import os
 import pickle
 import re
 import shutil
+import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 
-from vae3d.checkpoints.formats import CheckpointError
+from vae3d.arguments import Range, check_fields
+from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error
 from vae3d.errors import UserError
+from vae3d.io import read_json
 
 META = "run.json"  # written last: a folder without it is not complete
 STATE = "state.pt"
@@ -38,6 +41,28 @@ IDENTITY = (
 )
 # Of those, what may change as optim may: the discriminator's learning rate, often tied to optim and trainer.max_steps.
 FREE = tuple(f"adversary.{key}" for key in ("lr", "schedule", "warmup_steps", "max_steps", "min_lr", "cycles", "power"))
+
+
+# What torch.load raises for damaged files, whatever its documentation says: found by changing random bytes.
+DAMAGED = (
+    *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, struct.error, LookupError, ValueError, TypeError),
+    *(AttributeError, AssertionError, ArithmeticError, MemoryError),
+)
+
+
+class _RunInfo(TypedDict):
+    """What is read of a run.json."""
+
+    step: Annotated[int, Range(0, 10**12)]
+    config: Mapping[str, Any]
+
+
+class _State(TypedDict, total=False):
+    """What every training state has; the rest is for those who resume from it."""
+
+    step: Annotated[int, Range(0, 10**12)]
+    model: Mapping[str, Any]
+    config: Mapping[str, Any]
 
 
 class ResumeError(UserError):
@@ -142,7 +167,7 @@ def starting_state(root: Path, resume_from: str | None) -> Path | None:
     found = find_state(root, resume_from)
     if newest is None or found.resolve() == newest.resolve():
         return found
-    if saved_config(newest)["run"].get("resume_from") == resume_from:
+    if flatten(saved_config(newest)).get("run.resume_from") == resume_from:
         return newest
     given = load_state(found, mmap=True)["step"]
     if step_of(newest) > given:
@@ -159,13 +184,11 @@ def load_state(path: Path, mmap: bool = False) -> dict[str, Any]:
     Raises CheckpointError if the file is damaged or holds something else.
     """
     file = path / STATE if path.is_dir() else path
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        advice = f"; delete {path} to resume before it" if path.is_dir() else ""
-        raise CheckpointError(f"{file} cannot be read ({error}){advice}") from error
+    state = _read(file, path, mmap)
     if not isinstance(state, dict) or not {"step", "model", "optimizer"} <= state.keys():
         raise CheckpointError(f"{file} holds no training state; to start from weights alone set stage.init_from={file}")
+    with as_checkpoint_error():
+        check_fields(state, _State, str(file))
     return state
 
 
@@ -183,17 +206,43 @@ def load_rank(path: Path, rank: int) -> dict[str, Any]:
     file = path / RANK_STATE.format(rank=rank)
     if not path.is_dir() or not file.is_file():
         return {}
+    own = _read(file, path)
+    if not isinstance(own, dict):
+        raise CheckpointError(f"{file} holds no state of a rank; {_hint(path)}")
+    return own
+
+
+def _read(file: Path, checkpoint: Path, mmap: bool = False) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); delete {path} to resume before it") from error
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except DAMAGED as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{file} cannot be read ({reason[:200]}); {_hint(checkpoint)}") from error
+
+
+def _hint(checkpoint: Path) -> str:
+    if not checkpoint.is_dir():
+        return "give another file"
+    return f"delete {checkpoint} to resume from the checkpoint before it, or from the start if there is none"
 
 
 def saved_config(path: Path) -> dict[str, Any]:
-    """The configuration that a step folder or a lone state file was trained under."""
-    if path.is_dir():
-        return json.loads((path / META).read_text())["config"]
-    return load_state(path, mmap=True)["config"]
+    """The configuration that a step folder or a lone state file was trained under.
+
+    Raises CheckpointError if its run.json is damaged. Such a checkpoint is never passed over: whether to lose its steps
+    is for the user to say.
+    """
+    if not path.is_dir():
+        state = load_state(path, mmap=True)
+        if "config" not in state:
+            raise CheckpointError(f"{path} does not hold the configuration of its run; {_hint(path)}")
+        return state["config"]
+    try:
+        info = read_json(path / META)
+        check_fields(info, _RunInfo, str(path / META))
+    except UserError as error:
+        raise CheckpointError(f"{error}; {_hint(path)}") from error
+    return info["config"]
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from vae3d import __version__
+from vae3d.arguments import Deviation, Mean, check_fields, short
+from vae3d.io import MAX_BYTES, FileError, parse_json, read_json
 from vae3d.models.layers.taehv_blocks import TGrow
 from vae3d.models.taehv import BASE, SUPER, TAEHV, VARIANTS
 
@@ -78,22 +81,38 @@ def metadata(told: dict[str, Any]) -> dict[str, str]:
     return {"taehv": json.dumps(told)}
 
 
+class Facts(TypedDict, total=False):
+    """What is read of the metadata of a weight file."""
+
+    variant: str | None
+    latent: str | None
+    frame_rule: str | None
+    shift: Sequence[Mean] | None
+    scale: Sequence[Deviation] | None
+
+
 def read_facts(path: Path) -> dict[str, Any]:
-    """What is written in or beside a weight file; empty if nothing is. Raises ValueError if it cannot be read."""
+    """What is written in or beside a weight file; empty if nothing is. Raises FileError if it cannot be read."""
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-        if "taehv" in header:
-            return json.loads(header["taehv"])
+            header = (file.metadata() or {}).get("taehv")
+        if header is not None:
+            if len(header) > MAX_BYTES:
+                raise FileError(f"{path}: its metadata `taehv` has more than {MAX_BYTES} characters, the maximum")
+            return _checked(parse_json(header, f"{path}, metadata `taehv`"), f"{path}, metadata `taehv`")
     for beside in (path.with_suffix(".json"), path.with_name(FACTS)):
         if beside.is_file():
-            try:
-                told = json.loads(beside.read_text())
-            except ValueError as error:
-                raise ValueError(f"{beside} cannot be read ({error})") from error
+            told = read_json(beside)
             if isinstance(told, dict) and told.get("architecture") == "TAEHV":
-                return told
+                return _checked(told, str(beside))
     return {}
+
+
+def _checked(told: Any, source: str) -> dict[str, Any]:
+    check_fields(told, Facts, source)
+    if (variant := told.get("variant")) not in (None, *VARIANTS):
+        raise FileError(f"{source}: variant is {short(variant)}; give one of {', '.join(VARIANTS)}")
+    return told
 
 
 def fit_time(model: nn.Module, state: State) -> State:

@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
+
+from vae3d.io import read_yaml
 
 State = dict[str, Tensor]
 CONF = Path(__file__).parents[1] / "conf/model"
@@ -100,7 +101,7 @@ def config_of(state: State, told: dict[str, Any], notes: list[str]) -> dict[str,
     widths, time = _levels(state, shortcuts)
     base = math.gcd(*widths)
     pixels, latents = state["encoder.conv1.weight"].shape[1], state["conv2.weight"].shape[0]
-    published = yaml.safe_load((CONF / ("wan22.yaml" if shortcuts else "wan.yaml")).read_text())
+    published = read_yaml(CONF / ("wan22.yaml" if shortcuts else "wan.yaml"))
     shift, scale = told.get("latents_mean"), told.get("latents_std")
     if shift is None or scale is None:
         known = latents == len(published["shift"])

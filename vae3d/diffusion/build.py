@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from vae3d.arguments import annotations_of, check_value, short
 from vae3d.diffusion import transformer, unet, wan
 from vae3d.diffusion.flow import RectifiedFlow
 from vae3d.diffusion.gaussian import GaussianDiffusion
@@ -37,7 +38,7 @@ def network_config(config: Mapping[str, Any], latent_shape: Sequence[int]) -> di
     cls, fitted = NETWORKS[kind]
     defaults = _settings(cls)
     given = {name: value for name, value in given.items() if value is not None}
-    _known(kind, given, defaults)
+    _check(kind, given, annotations_of(cls.__init__))
     if given.get("channels") not in (None, latent_shape[0]):
         raise ValueError(f"the network is for latents of {given['channels']} channels; these have {latent_shape[0]}")
     return {"kind": kind, **_plain(defaults | fitted(given | {"channels": latent_shape[0]}, latent_shape))}
@@ -63,7 +64,7 @@ def process_config(process: Process) -> dict[str, Any]:
 def build_process(config: Mapping[str, Any]) -> Process:
     """config: kind, gaussian or flow, and what differs from its defaults. Raises ValueError as network_config does."""
     kind, given = _kind("process", config, PROCESSES)
-    _known(kind, given, _settings(PROCESSES[kind]))
+    _check(kind, given, annotations_of(PROCESSES[kind]))
     return PROCESSES[kind](**given)
 
 
@@ -80,22 +81,16 @@ def require_same(trained: Mapping[str, Any], asked: Mapping[str, Any], what: str
 def _kind(what: str, config: Mapping[str, Any], kinds: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     given = dict(config)
     kind = given.pop("kind", None)
-    if kind not in kinds:
-        raise ValueError(f"kind of {what} is {kind!r}; use one of {', '.join(kinds)}")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"kind of {what} is {short(kind)}; use one of {', '.join(kinds)}")
     return kind, given
 
 
-def _known(kind: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"{kind} has no {', '.join(unknown)}; it has {', '.join(known)}")
+def _check(kind: str, given: Mapping[str, Any], annotations: Mapping[str, Any]) -> None:
+    if unknown := sorted(set(given) - set(annotations)):
+        raise ValueError(f"{kind} has no {short(', '.join(unknown))[1:-1]}; it has {', '.join(annotations)}")
     for name, value in given.items():
-        if known[name] is not None and not _fits(value, known[name]):
-            raise ValueError(f"{kind} has {name}={value!r}; give a value such as {known[name]!r}")
-
-
-def _fits(value: Any, default: Any) -> bool:
-    """Whether a setting has its default's type; a whole number does for a fraction."""
-    return type(value) is type(default) or (type(value) is int and type(default) is float)
+        check_value(value, annotations[name], f"{kind}: {name}")
 
 
 def _settings(cls: type) -> dict[str, Any]:

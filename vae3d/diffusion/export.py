@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
-import yaml
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vae3d import __version__
-from vae3d.checkpoints.formats import CheckpointError, load_state
+from vae3d.arguments import Count, Deviation, Mean, Range, Size, check_fields, short
+from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error, check_state, load_state
 from vae3d.diffusion.build import build_network, build_process
 from vae3d.diffusion.processes import Process
+from vae3d.io import FileError, atomic_folder, read_yaml, write_text, yaml_text
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import vae_difference
 
 CONFIG = "diffusion.yaml"
+MAX_LATENTS, MAX_PIXELS = 2**28, 2**31  # of one sample; more is not what anybody trained on
 ROUNDING = 1e-6  # relative, of scale factors
+
+
+class VaeFacts(TypedDict):
+    """What is read of the autoencoder that a model was trained with."""
+
+    path: str
+    model: str
+    encoder: str
+    config: Mapping[str, Any] | None
+    shift: Sequence[Mean]
+    scale: Sequence[Deviation]
+
+
+class Facts(TypedDict):
+    """What is read of a diffusion.yaml; `network` and `process` are checked where they are built."""
+
+    network: Mapping[str, Any]
+    process: Mapping[str, Any]
+    latent_shape: Annotated[Sequence[Count], Size(4, 4)]  # C, t, h, w
+    size: Annotated[Sequence[Count], Size(3, 3)]  # frames, height, width
+    classes: Sequence[str]
+    known: Sequence[Annotated[int, Range(0, 2**31)]]  # indices of `classes`
+    label_dropout: Annotated[float, Range(0, 1)]
+    ema: Annotated[Sequence[Annotated[float, Range(0, 1)]], Size(1, 100)]
+    vae: VaeFacts
 
 
 @dataclass(frozen=True)
@@ -34,10 +62,7 @@ class Export:
 
     def network(self) -> nn.Module:
         """As it was trained. Raises CheckpointError if the weights are of another network than diffusion.yaml tells."""
-        try:
-            network = build_network(self.told["network"], self.told["latent_shape"])
-        except ValueError as error:
-            raise CheckpointError(f"{self.folder / CONFIG} does not build a network: {error}") from error
+        network = build_network(self.told["network"], self.told["latent_shape"])
         load_state(network, self.weights, str(self.folder))
         return network.eval()
 
@@ -50,26 +75,22 @@ def weights_file(folder: Path, decay: float, first: bool) -> Path:
 
 
 def write_export(folder: Path, told: Mapping[str, Any], weights: Mapping[float, Mapping[str, Tensor]]) -> None:
-    """Written aside, and then in place of what is there. weights: of each rate of averaging, the first one first."""
-    unfinished = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    """In place of all that is in `folder`: it is whole, or what was there stays.
+
+    weights: of each rate of averaging, the first one first.
+    """
+    with atomic_folder(folder) as unfinished:
         for number, (decay, state) in enumerate(weights.items()):
             kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
             save_file(kept, weights_file(unfinished, decay, first=number == 0))
-        text = {"vae3d": __version__, **told, "ema": list(weights)}
-        (unfinished / CONFIG).write_text(yaml.safe_dump(text, sort_keys=False))
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        write_text(unfinished / CONFIG, yaml_text({"vae3d": __version__, **told, "ema": list(weights)}))
 
 
 def read_export(path: str | Path, decay: float | None = None) -> Export:
     """Of a run (its newest), or an export. decay: of the averages; None: the run's first rate.
 
-    Raises CheckpointError if there is none, if it cannot be read, or if it has no averages of that rate.
+    Raises CheckpointError if there is none, if it cannot be read, if what diffusion.yaml says builds no network and
+    process that its weights fit, or if it has no averages of that rate.
     """
     folder = Path(path)
     if not (folder / CONFIG).is_file():
@@ -77,15 +98,39 @@ def read_export(path: str | Path, decay: float | None = None) -> Export:
         if not exports:
             raise CheckpointError(f"{folder} is no diffusion model: neither it nor its exports have a {CONFIG}")
         folder = exports[-1]
-    told = yaml.safe_load((folder / CONFIG).read_text())
+    with as_checkpoint_error():
+        told, network = _read_config(folder / CONFIG)
     rates = told["ema"]
     if decay is not None and decay not in rates:
         raise CheckpointError(f"{folder} has no averages of ema={decay:g}; it has {', '.join(f'{r:g}' for r in rates)}")
     file = weights_file(folder, decay or rates[0], first=decay in (None, rates[0]))
     try:
-        return Export(folder, told, load_file(file))
+        weights = load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} cannot be read ({error})") from error
+    check_state(network, weights, f"{file} ({CONFIG} beside it)")
+    return Export(folder, told, weights)
+
+
+def _read_config(file: Path) -> tuple[dict[str, Any], nn.Module]:
+    """What a diffusion.yaml says, checked, and its network on the meta device, where it takes no memory."""
+    told = read_yaml(file)
+    check_fields(told, Facts, str(file))
+    for name, limit in (("latent_shape", MAX_LATENTS), ("size", MAX_PIXELS)):
+        if math.prod(told[name]) > limit:
+            raise FileError(f"{file}: {name} is {short(told[name])}; of one sample {limit} values are the maximum")
+    try:
+        build_process(told["process"])
+        with torch.device("meta"):
+            network = build_network(told["network"], told["latent_shape"])
+    except ValueError as error:
+        raise FileError(f"{file}: {error}") from error
+    classes = len(told["classes"])
+    if classes > network.num_classes:
+        raise FileError(f"{file}: there are {classes} classes, and the network has {network.num_classes}")
+    if strange := [number for number in told["known"] if number >= classes]:
+        raise FileError(f"{file}: known has {strange[0]}, and there are {classes} classes")
+    return {**told, "network": network.config}, network
 
 
 def refuse_other_vae(told: Mapping[str, Any], codec: LatentCodec, path: str) -> None:
@@ -96,7 +141,7 @@ def refuse_other_vae(told: Mapping[str, Any], codec: LatentCodec, path: str) -> 
     why = vae_difference(told, codec)
     for name in ("shift", "scale"):
         there, here = told[name], list(getattr(codec.model.spec, name))
-        if why is None and any(abs(a - b) > ROUNDING * max(1.0, abs(a)) for a, b in zip(there, here, strict=True)):
+        if why is None and not _close(there, here):
             short = [", ".join(f"{value:.4f}" for value in values) for values in (there, here)]
             why = f"the {name} of its latents is [{short[0]}] there and [{short[1]}] here"
     if why:
@@ -104,3 +149,8 @@ def refuse_other_vae(told: Mapping[str, Any], codec: LatentCodec, path: str) -> 
             f"{path} is another autoencoder than {told['path']} ({told['model']}), on whose latents this diffusion "
             f"model was trained: {why}"
         )
+
+
+def _close(there: Sequence[float], here: Sequence[float]) -> bool:
+    same = len(there) == len(here)
+    return same and all(abs(a - b) <= ROUNDING * max(1.0, abs(a)) for a, b in zip(there, here, strict=True))

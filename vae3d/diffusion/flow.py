@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from vae3d.arguments import Range, check_fields
 from vae3d.diffusion.base import Generators, Sampling, Stepper, check_channels, mean_square, not_for, one_of, per_sample
 from vae3d.diffusion.library import from_diffusers
 
@@ -19,13 +21,12 @@ class RectifiedFlow:
     3.1). A mean of ln s trains at the times that a sampler's shift of s spends its steps on.
     """
 
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
+    logit_mean: Annotated[float, Range(-100, 100)] = 0.0
+    logit_std: Annotated[float, Range(1e-6, 100)] = 1.0
     learned_sigma = False
 
     def __post_init__(self) -> None:
-        if self.logit_std <= 0:
-            raise ValueError(f"logit_std is {self.logit_std}; give a standard deviation above 0")
+        check_fields(vars(self), type(self))
 
     def draw_times(self, generators: Generators) -> Tensor:
         """[B] in (0, 1), logit-normal."""

@@ -6,11 +6,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from vae3d.arguments import Range, check_fields
 from vae3d.diffusion.base import (
     Generators,
     Sampling,
@@ -39,22 +40,21 @@ class GaussianDiffusion:
     Raises ValueError for another schedule, prediction or variance, and for too few steps.
     """
 
-    steps: int = 1000
+    steps: Annotated[int, Range(2, 100_000)] = 1000
     schedule: str = "linear"
     prediction: str = "epsilon"
     variance: str = "fixed_small"
     rescale_learned_sigmas: bool = True
-    min_snr: float | None = None
+    min_snr: Annotated[float, Range(1e-6, 1e6)] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(vars(self), type(self))
         one_of("schedule", self.schedule, ("linear", "cosine"))
         one_of("prediction", self.prediction, ("epsilon", "v"))
         one_of("variance", self.variance, ("fixed_small", "fixed_large", "learned_range"))
         least = 21 if self.schedule == "linear" else 2
         if self.steps < least:  # else a beta of the linear schedule would be 1 or more
             raise ValueError(f"steps is {self.steps}; a {self.schedule} chain has at least {least}")
-        if self.min_snr is not None and self.min_snr <= 0:
-            raise ValueError(f"min_snr is {self.min_snr}; give a ratio above 0, or none")
 
     @property
     def learned_sigma(self) -> bool:

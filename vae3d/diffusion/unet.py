@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
+from vae3d.arguments import Classes, Depth, Flags, Range, Size, Width, check_arguments
 from vae3d.diffusion.conditioning import class_ids
 from vae3d.diffusion.layers import zeroed
 from vae3d.diffusion.library import from_diffusers
@@ -44,18 +45,19 @@ class LatentUNet(nn.Module):
     Raises ValueError for settings that do not fit each other, UserError without diffusers.
     """
 
+    @check_arguments
     def __init__(
         self,
-        channels: int,
-        multipliers: Sequence[float],
-        attention: Sequence[bool],
+        channels: Width,
+        multipliers: Annotated[Sequence[Annotated[float, Range(0.01, 64)]], Size(1, 10)],
+        attention: Flags,
         *,
         learned_sigma: bool = False,
-        num_classes: int = 0,
-        width: int = 128,
-        blocks: int = 2,
-        head_channels: int = 64,
-        dropout: float = 0.0,
+        num_classes: Classes = 0,
+        width: Width = 128,
+        blocks: Depth = 2,
+        head_channels: Width = 64,
+        dropout: Annotated[float, Range(0, 0.99)] = 0.0,
         resblock_updown: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor, nn
 
+from vae3d.arguments import Classes, Factor, Range, Width, check_arguments
 from vae3d.diffusion.conditioning import class_ids
 from vae3d.diffusion.layers import head_width, zeroed
 from vae3d.diffusion.library import from_diffusers
@@ -21,17 +24,18 @@ class WanTransformer(nn.Module):
     Raises ValueError for settings that do not fit each other, UserError without diffusers.
     """
 
+    @check_arguments
     def __init__(
         self,
-        channels: int,
+        channels: Width,
         *,
         learned_sigma: bool = False,
-        num_classes: int = 0,
-        width: int = 384,
-        depth: int = 12,
-        heads: int = 6,
-        patch: int = 2,
-        mlp_ratio: float = 4.0,
+        num_classes: Classes = 0,
+        width: Width = 384,
+        depth: Annotated[int, Range(1, 128)] = 12,
+        heads: Annotated[int, Range(1, 1024)] = 6,
+        patch: Factor = 2,
+        mlp_ratio: Annotated[float, Range(0.01, 64)] = 4.0,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()

@@ -7,13 +7,13 @@ import inspect
 import json
 import re
 from collections.abc import Mapping
-from pydoc import locate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vae3d.latents.codec import LatentCodec
+from vae3d.models.registry import MODELS
 
 FACTORS = ("shift", "scale", "scaling_factor", "shift_factor")  # of a model, not of what it is made of
 RUNNING = ("frame_batch", "gradient_checkpointing", "chunk_latents")  # change memory, not latents
@@ -99,7 +99,7 @@ def latent_config(config: Mapping[str, Any], top: bool = True) -> dict[str, Any]
 
 def _defaults(target: Any) -> dict[str, Any]:
     """Of the arguments of a model of this project, which layouts of published weights leave out."""
-    if not str(target).startswith("vae3d.models."):
+    if not isinstance(target, str) or target not in MODELS:
         return {}
-    arguments = inspect.signature(locate(target)).parameters.values()
+    arguments = inspect.signature(MODELS[target]).parameters.values()
     return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}

@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
 from torch import Tensor, nn
 
+from vae3d.arguments import (
+    Count,
+    Depth,
+    Deviation,
+    Mean,
+    Range,
+    Width,
+    Widths,
+    annotations_of,
+    check_arguments,
+    check_fields,
+    short,
+)
 from vae3d.errors import UserError
 from vae3d.models.base import reconstruct
 from vae3d.models.layers.frames import extend_time, pad_space
@@ -40,6 +53,7 @@ class DiffusersVAE(Normalized):
     Raises UserError without diffusers, ValueError for a config that does not fit.
     """
 
+    @check_arguments
     def __init__(self, kind: str, config: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.kind = kind
@@ -109,6 +123,47 @@ class DiffusersVAE(Normalized):
         return IndependentChunks(self, None)
 
 
+class _Config(TypedDict, total=False):
+    """What both kinds have in their config.json."""
+
+    in_channels: Literal[3]
+    out_channels: Literal[3]
+    block_out_channels: Widths
+    latent_channels: Width
+    layers_per_block: Depth
+    act_fn: Literal["silu", "swish", "mish", "gelu", "relu"]
+    norm_num_groups: Width
+    scaling_factor: Deviation
+
+
+class _CogVideoXConfig(_Config, total=False):
+    down_block_types: Sequence[Literal["CogVideoXDownBlock3D"]]
+    up_block_types: Sequence[Literal["CogVideoXUpBlock3D"]]
+    norm_eps: Annotated[float, Range(0, 1)]
+    temporal_compression_ratio: Literal[1, 2, 4, 8]
+    sample_height: Count
+    sample_width: Count
+    shift_factor: Mean | None
+    latents_mean: Sequence[Mean] | None
+    latents_std: Sequence[Deviation] | None
+    force_upcast: bool
+    use_quant_conv: bool
+    use_post_quant_conv: bool
+    invert_scale_latents: bool
+
+
+class _HunyuanConfig(_Config, total=False):
+    down_block_types: Sequence[Literal["HunyuanVideoDownBlock3D"]]
+    up_block_types: Sequence[Literal["HunyuanVideoUpBlock3D"]]
+    spatial_compression_ratio: Literal[1, 2, 4, 8, 16, 32]
+    temporal_compression_ratio: Literal[4, 8]
+    mid_block_add_attention: bool
+
+
+LEVELS = ("block_out_channels", "down_block_types", "up_block_types")
+CONFIGS: dict[str, type] = {COGVIDEOX: _CogVideoXConfig, HUNYUAN: _HunyuanConfig}
+
+
 def _build(kind: str, config: Mapping[str, Any]) -> nn.Module:
     """diffusers' model, with random weights."""
     if kind not in KINDS:
@@ -120,11 +175,28 @@ def _build(kind: str, config: Mapping[str, Any]) -> nn.Module:
     model = getattr(diffusers, kind, None)
     if model is None:
         raise UserError(f"diffusers {diffusers.__version__} has no {kind}: pip install --upgrade diffusers")
-    known = inspect.signature(model.__init__).parameters
     own = {key: value for key, value in config.items() if not key.startswith("_")}  # not what tells of versions
-    if unknown := [key for key in own if key not in known]:
-        log.warning("diffusers %s does not know %s of a %s's config", diffusers.__version__, ", ".join(unknown), kind)
-    return model(**{key: value for key, value in own.items() if key in known})
+    return model(**_checked(own, kind, inspect.signature(model.__init__).parameters, diffusers.__version__))
+
+
+def _checked(
+    own: Mapping[str, Any], kind: str, parameters: Mapping[str, inspect.Parameter], version: str
+) -> dict[str, Any]:
+    """The entries of a config.json that the installed diffusers takes, checked before it sees them."""
+    check_fields(own, CONFIGS[kind], key="config")
+    levels = {key: len(own.get(key, parameters[key].default)) for key in LEVELS}
+    if len({*levels.values()}) > 1:
+        raise ValueError(
+            f"there are {', '.join(f'{n} {key}' for key, n in levels.items())}; give one of each per level"
+        )
+    if unknown := [key for key in own if key not in parameters]:
+        names = short(", ".join(unknown))[1:-1]
+        log.warning("diffusers %s does not know %s of a %s's config", version, names, kind)
+    known = {key: value for key, value in own.items() if key in parameters}
+    for key in known.keys() - annotations_of(CONFIGS[kind]).keys():  # of a newer diffusers: what it does is not known
+        if known[key] != parameters[key].default:
+            raise ValueError(f"{key} is {short(known[key])}; of {kind} only {parameters[key].default!r} is supported")
+    return known
 
 
 def _normalisation(told: Mapping[str, Any], channels: int) -> tuple[list[float], list[float]]:

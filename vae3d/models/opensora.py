@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vae3d.arguments import Count, Deviation, Mean, check_arguments
 from vae3d.models.base import disturbed, latents_of
 from vae3d.models.layers.normalized import Normalized
 from vae3d.models.spatial import SpatialVAE
@@ -29,19 +30,18 @@ class OpenSoraVAE(Normalized):
     shift, scale: per channel, for `normalize`; the latents inside stay raw.
     """
 
+    @check_arguments
     def __init__(
         self,
         spatial: SpatialVAE,
         temporal: TemporalVAE,
         *,
-        micro_frames: int | None = 17,
-        shift: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
-        scale: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+        micro_frames: Count | None = 17,
+        shift: Sequence[Mean] = (0.0, 0.0, 0.0, 0.0),
+        scale: Sequence[Deviation] = (1.0, 1.0, 1.0, 1.0),
     ) -> None:
         super().__init__()
         self.keep_factors(shift, scale, temporal.latent_channels, persistent=True)
-        if micro_frames is not None and micro_frames < 1:
-            raise ValueError(f"micro_frames is {micro_frames}; use a positive number, or null for the whole clip")
         self.spatial_vae = spatial
         self.temporal_vae = temporal
         self.micro_frames = micro_frames

@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae3d.arguments import Count, Depth, Deviation, Mean, Width, Widths, check_arguments
 from vae3d.models.base import reconstruct
 from vae3d.models.layers.checkpointing import needs_grad, run
 from vae3d.models.layers.frames import pad_space, per_frame
@@ -207,18 +208,19 @@ class SpatialVAE(nn.Module):
     alone, as an adaptive weight does, has the whole decoder recomputed.
     """
 
+    @check_arguments
     def __init__(
         self,
-        channels: Sequence[int] = (128, 256, 512, 512),
+        channels: Widths = (128, 256, 512, 512),
         *,
-        layers: int = 2,
-        latent_channels: int = 4,
-        groups: int = 32,
+        layers: Depth = 2,
+        latent_channels: Width = 4,
+        groups: Width = 32,
         attention: bool = True,
         quant_convs: bool = True,
-        scaling_factor: float | Sequence[float] = 0.13025,
-        shift_factor: float | Sequence[float] = 0.0,
-        frame_batch: int | None = 4,
+        scaling_factor: Deviation | Sequence[Deviation] = 0.13025,
+        shift_factor: Mean | Sequence[Mean] = 0.0,
+        frame_batch: Count | None = 4,
         gradient_checkpointing: bool = True,
     ) -> None:
         super().__init__()

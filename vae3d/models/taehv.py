@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vae3d.arguments import Count, Deviation, Flags, Mean, Width, Widths, check_arguments
 from vae3d.models.base import reconstruct
 from vae3d.models.layers import taehv_blocks as blocks
 from vae3d.models.layers.checkpointing import needs_grad, run
@@ -83,25 +84,24 @@ class TAEHV(Normalized):
     Raises ValueError if the arguments do not fit together.
     """
 
+    @check_arguments
     def __init__(
         self,
         *,
         variant: str,
-        decoder_time_upscale: Sequence[bool] | None = None,
-        decoder_space_upscale: Sequence[bool] | None = None,
-        channels: int = 64,
-        decoder_channels: Sequence[int] | None = None,
+        decoder_time_upscale: Flags | None = None,
+        decoder_space_upscale: Flags | None = None,
+        channels: Width = 64,
+        decoder_channels: Widths | None = None,
         latent: str | None = None,
-        shift: Sequence[float] | None = None,
-        scale: Sequence[float] | None = None,
-        chunk_latents: int | None = None,
+        shift: Sequence[Mean] | None = None,
+        scale: Sequence[Deviation] | None = None,
+        chunk_latents: Count | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant is {variant!r}; use one of {', '.join(VARIANTS)}")
-        if chunk_latents is not None and chunk_latents < 1:
-            raise ValueError(f"chunk_latents is {chunk_latents}; use a positive number, or null for the whole clip")
         kind = VARIANTS[variant]
         time = _time_flags(variant, decoder_time_upscale)
         space = _space_flags(variant, decoder_space_upscale)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vae3d.arguments import Depth, Factors, Flags, Width, check_arguments
 from vae3d.models.layers.causal_conv import CausalConv3d
 from vae3d.models.layers.checkpointing import needs_grad, run
 from vae3d.models.layers.norm import norm_silu
@@ -114,16 +115,17 @@ class TemporalVAE(nn.Module):
     Raises ValueError if the lists do not fit together or a width is not a multiple of `groups`.
     """
 
+    @check_arguments
     def __init__(
         self,
         *,
-        in_channels: int = 4,
-        latent_channels: int = 4,
-        channels: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 4),
-        downsample: Sequence[bool] = (False, True, True),
-        layers: int = 4,
-        groups: int = 32,
+        in_channels: Width = 4,
+        latent_channels: Width = 4,
+        channels: Width = 128,
+        multipliers: Factors = (1, 2, 2, 4),
+        downsample: Flags = (False, True, True),
+        layers: Depth = 4,
+        groups: Width = 32,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()

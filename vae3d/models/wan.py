@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from vae3d.arguments import Count, Depth, Deviation, Factor, Factors, Flags, Mean, Width, check_arguments
 from vae3d.models.base import reconstruct
 from vae3d.models.layers.borders import Borders
 from vae3d.models.layers.checkpointing import needs_grad, run
@@ -124,22 +125,23 @@ class WanVAE(Normalized):
     Raises ValueError if the lists do not fit together.
     """
 
+    @check_arguments
     def __init__(
         self,
         *,
-        channels: int = 96,
-        decoder_channels: int | None = None,
-        multipliers: Sequence[int] = (1, 2, 4, 4),
-        downsample: Sequence[bool] = (False, True, True),
-        layers: int = 2,
-        latent_channels: int = 16,
-        patch: int = 1,
+        channels: Width = 96,
+        decoder_channels: Width | None = None,
+        multipliers: Factors = (1, 2, 4, 4),
+        downsample: Flags = (False, True, True),
+        layers: Depth = 2,
+        latent_channels: Width = 16,
+        patch: Factor = 1,
         shortcuts: bool = False,
         pad_w: str = "zeros",
         pad_h: str = "zeros",
-        shift: Sequence[float] | None = None,
-        scale: Sequence[float] | None = None,
-        chunk_latents: int | None = None,
+        shift: Sequence[Mean] | None = None,
+        scale: Sequence[Deviation] | None = None,
+        chunk_latents: Count | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -148,8 +150,6 @@ class WanVAE(Normalized):
                 f"downsample has {len(downsample)} entries for {len(multipliers)} multipliers; "
                 f"give one per level boundary, {len(multipliers) - 1}"
             )
-        if chunk_latents is not None and chunk_latents < 1:
-            raise ValueError(f"chunk_latents is {chunk_latents}; use a positive number, or null for the whole clip")
         borders = Borders(pad_w, pad_h)
         time = list(downsample)
         pixels = 3 * patch**2

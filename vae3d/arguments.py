@@ -1,0 +1,200 @@
+"""Check plain values against annotations: types, ranges, lengths. One check for arguments from code, conf/ and files.
+
+    @check_arguments
+    def __init__(self, *, latent_channels: Width = 4, scale: Sequence[Deviation] | None = None): ...
+
+raises ArgumentError naming the argument, its value, and what is allowed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Annotated, Any, Literal, TypeVar
+
+from vae3d.errors import UserError
+
+F = TypeVar("F", bound=Callable[..., Any])
+MAX_TEXT = 4096  # characters of a string argument
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from low to high, both included."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Size:
+    """Lists of at most `high` entries, and of at least `low`."""
+
+    low: int
+    high: int
+
+
+# Upper limits are far above every published model, and low enough that nothing that keeps them takes long to build.
+Width = Annotated[int, Range(1, 2**16)]  # channels of a layer
+Factor = Annotated[int, Range(1, 64)]  # of a width
+Depth = Annotated[int, Range(1, 64)]  # blocks of a level
+Widths = Annotated[Sequence[Width], Size(1, 10)]  # of each level; each but the last halves the resolution
+Factors = Annotated[Sequence[Factor], Size(1, 10)]
+Flags = Annotated[Sequence[bool], Size(0, 10)]  # of each level boundary
+Classes = Annotated[int, Range(0, 10**6)]
+Count = Annotated[int, Range(1, 2**31)]  # frames or latents
+Mean = Annotated[float, Range(-1e6, 1e6)]
+Deviation = Annotated[float, Range(1e-6, 1e6)]  # also of factors that multiply
+
+
+class ArgumentError(UserError):
+    """An argument of the wrong type or out of its range."""
+
+
+def check_arguments(function: F) -> F:
+    """Decorator: check the arguments of every call against the annotations. Raises ArgumentError.
+
+    Annotations that this module does not know (tensors, modules) are not checked.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        kinds = annotations_of(function)
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            if name in kinds:
+                check_value(value, kinds[name], name)
+        return function(*args, **kwargs)
+
+    return typing.cast(F, checked)
+
+
+@functools.cache
+def annotations_of(function: Any) -> dict[str, Any]:
+    """Name -> annotation of a function's arguments, or of a class's fields, evaluated."""
+    kinds = typing.get_type_hints(function, include_extras=True)
+    kinds.pop("return", None)
+    return kinds
+
+
+def check_fields(given: Any, fields: type, source: str = "", key: str = "") -> None:
+    """Check the entries of a dict against a TypedDict or a dataclass; others than its fields are not looked at.
+
+    source, key: the file, and where in it the dict stands, for errors.
+    Raises ArgumentError for a wrong value, and for one that a TypedDict requires and that is missing.
+    """
+    where = f"{source}: " if source else ""
+    if not isinstance(given, Mapping):
+        raise ArgumentError(f"{where}{key + ' ' if key else ''}is {short(given)}; give a dict")
+    required = getattr(fields, "__required_keys__", frozenset())
+    for name, kind in annotations_of(fields).items():
+        full = f"{key}.{name}" if key else name
+        if name not in given:
+            if name in required:
+                raise ArgumentError(f"{where}{full} is missing; give {describe(kind)}")
+        elif typing.is_typeddict(kind):
+            check_fields(given[name], kind, source, full)
+        else:
+            check_value(given[name], kind, f"{where}{full}")
+
+
+def check_value(value: Any, kind: Any, name: str) -> None:
+    """Raises ArgumentError if a value does not have the type and the range of an annotation."""
+    wrong = _wrong(value, kind)
+    if wrong is not None:
+        index, entry, allowed = wrong
+        raise ArgumentError(f"{name}{index} is {short(entry)}; give {describe(allowed)}")
+
+
+def _wrong(value: Any, kind: Any) -> tuple[str, Any, Any] | None:
+    """(index in a list, value, annotation) of the first value that does not fit, or None."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        found = [_wrong(value, one) for one in inner]
+        if None in found:
+            return None
+        return next((wrong for wrong in found if wrong[0]), ("", value, kind))  # of a list, the entry that is wrong
+    if origin is Annotated:
+        wrong = _wrong(value, inner[0])
+        fits = all(_within(value, limit) for limit in inner[1:]) if wrong is None else True
+        if wrong is not None and not wrong[0]:
+            wrong = ("", value, kind)  # names the range, too
+        return wrong if fits else ("", value, kind)
+    if origin is Literal:
+        same = (value == one and isinstance(value, bool) == isinstance(one, bool) for one in inner)
+        return None if any(same) else ("", value, kind)
+    if origin in (Sequence, list, tuple):
+        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+            return "", value, kind
+        entries = ((f"[{i}]{wrong[0]}", *wrong[1:]) for i, v in enumerate(value) if (wrong := _wrong(v, inner[0])))
+        return next(entries, None)
+    if origin is not None and issubclass(origin, Mapping):
+        return None if isinstance(value, Mapping) else ("", value, kind)
+    return None if _is(value, kind) else ("", value, kind)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind is types.NoneType:
+        return value is None
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, Real) and not isinstance(value, bool) and _finite(value)
+    if kind is str:
+        return isinstance(value, str) and len(value) <= MAX_TEXT
+    return True
+
+
+def _finite(value: Real) -> bool:
+    return isinstance(value, Integral) or math.isfinite(value)
+
+
+def _within(value: Any, limit: Any) -> bool:
+    if isinstance(limit, Range):
+        return limit.low <= value <= limit.high
+    return limit.low <= len(value) <= limit.high
+
+
+def describe(kind: Any) -> str:
+    """What an annotation allows, in words: "an integer from 1 to 64"."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(one) for one in inner)
+    if origin is Annotated:
+        return describe(inner[0]) + "".join(_limit(limit) for limit in inner[1:])
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin in (Sequence, list, tuple):
+        return f"a list, each entry {describe(inner[0])}"
+    if origin is not None and issubclass(origin, Mapping):
+        return "a dict"
+    if typing.is_typeddict(kind):
+        return "a dict"
+    names = {bool: "true or false", int: "an integer", float: "a finite number", str: "text", types.NoneType: "null"}
+    return names.get(kind) or getattr(kind, "__name__", str(kind))
+
+
+def _limit(limit: Range | Size) -> str:
+    numbers = f"{limit.low:.10g} to {limit.high:.10g}"
+    return f" from {numbers}" if isinstance(limit, Range) else f", {numbers} entries"
+
+
+def short(value: Any) -> str:
+    """repr of a value, for a message: one line of at most 80 characters."""
+    if isinstance(value, int) and value.bit_length() > 200:  # of more digits than Python prints
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, dict | list | tuple):
+        return f"a {type(value).__name__} of {len(value)} entries" if len(value) > 8 else _cut(repr(value))
+    return _cut(repr(value[:80] if isinstance(value, str) else value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,85 @@
+"""The models that a file may name, and the only way to build one from a file: no code is looked up by its name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from vae3d.arguments import ArgumentError, annotations_of, short
+from vae3d.io import FileError
+from vae3d.models.diffusers_vae import DiffusersVAE
+from vae3d.models.opensora import OpenSoraVAE
+from vae3d.models.spatial import SpatialVAE
+from vae3d.models.taehv import TAEHV
+from vae3d.models.temporal import TemporalVAE
+from vae3d.models.wan import WanVAE
+
+TARGET = "_target_"  # as in conf/model, so that one configuration serves both
+
+
+def target_of(cls: type) -> str:
+    """The name of a class under `_target_`."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+# Their constructors check their arguments (vae3d.arguments). A new model goes here, so that its exports can be loaded.
+MODELS: dict[str, type[nn.Module]] = {
+    target_of(cls): cls for cls in (SpatialVAE, TemporalVAE, OpenSoraVAE, WanVAE, TAEHV, DiffusersVAE)
+}
+
+
+def build_model(config: Any, source: object, key: str = "") -> nn.Module:
+    """The model of a configuration of plain dicts, `_target_` naming a class of MODELS, with random weights.
+
+    source, key: the file, and where in it the configuration stands, for errors.
+    Raises FileError for a class that is not in MODELS; for arguments that its constructor does not have or misses, or
+    that are of another type or out of range; and for those that do not fit together.
+    """
+    return _build(config, nn.Module, f"{source}: ", key)
+
+
+def is_known(config: Any) -> bool:
+    """Whether a configuration names a class of MODELS."""
+    return isinstance(config, Mapping) and isinstance(config.get(TARGET), str) and config[TARGET] in MODELS
+
+
+def _build(config: Any, kind: type[nn.Module], source: str, key: str) -> nn.Module:
+    choices = [target for target, cls in MODELS.items() if issubclass(cls, kind)]
+    if not isinstance(config, Mapping):
+        raise FileError(f"{source}{key} is {short(config)}; give a dict with {TARGET}, one of {', '.join(choices)}")
+    path = f"{key}." if key else ""
+    target = config.get(TARGET)
+    if not isinstance(target, str) or target not in choices:
+        raise FileError(
+            f"{source}{path}{TARGET} is {short(target)}, which is not a model of this project that can stand there; "
+            f"there are {', '.join(choices)}. If you trust another one, build it yourself and call "
+            "vae3d.load(path, model)"
+        )
+    cls = MODELS[target]
+    given = {name: value for name, value in config.items() if name != TARGET}
+    _check_names(given, cls, source, path)
+    for name, annotation in annotations_of(cls.__init__).items():
+        if name in given and inspect.isclass(annotation) and issubclass(annotation, nn.Module):
+            given[name] = _build(given[name], annotation, source, f"{path}{name}")
+    try:
+        return cls(**given)
+    except ArgumentError as error:
+        raise FileError(f"{source}{path}{error}") from error
+    except ValueError as error:  # arguments that do not fit together
+        raise FileError(f"{source}{key or 'model'} ({cls.__name__}): {error}") from error
+
+
+def _check_names(given: Iterable[str], cls: type, source: str, path: str) -> None:
+    parameters = inspect.signature(cls).parameters
+    for name in given:
+        if name not in parameters:
+            close = difflib.get_close_matches(name[:80], parameters, n=1, cutoff=0.5)
+            hint = f"did you mean {path}{close[0]}?" if close else f"there are {', '.join(parameters)}"
+            raise FileError(f"{source}{path}{name[:80]} is not an argument of {cls.__name__}; {hint}")
+    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in given]
+    if missing:
+        raise FileError(f"{source}{path}{missing[0]} is missing; {cls.__name__} needs {', '.join(missing)}")
