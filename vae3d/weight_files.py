@@ -83,19 +83,23 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return {name: tensor.read() for name, tensor in open_tensors(path).items()}
 
 
-def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
+def open_tensors(path: str | Path, tree: Any = None) -> dict[str, LazyTensor]:
     """All tensors of a weight file, or of all files of an index, by name.
 
     Names of nested dicts and lists are joined by dots: `state_dict.encoder.weight`, `0.encoder.weight`. A container
-    that occurs again, also inside itself, counts once.
+    that occurs again, also inside itself, counts once. tree: of this file, if it is open already.
     Raises FileError if the file is missing, damaged or something else, and says what it is.
     """
+    return _flat(open_tree(path) if tree is None else tree, Path(path))
+
+
+def open_tree(path: str | Path) -> Any:
+    """The nested containers of a weight file, with LazyTensors in place of its tensors. Raises FileError."""
     path = Path(path)
     try:
         with path.open("rb") as stream:
             start = stream.read(4096)
-        size = path.stat().st_size
-        return _flat(_open(path, start, size), path)
+        return _open(path, start, path.stat().st_size)
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -114,7 +118,7 @@ def _open(path: Path, start: bytes, size: int) -> Any:
     for magic, kind, hint in OTHER_KINDS:
         if text.startswith(magic) or start.startswith(magic):
             raise FileError(f"{path}: is {kind}; {hint}")
-    if text.startswith(b"{"):
+    if text.startswith((b"{", b"[")):
         return _open_index(path)
     if start[257:262] == b"ustar":
         raise FileError(f"{path}: is a tar archive; unpack it")
@@ -156,7 +160,7 @@ def _open_index(path: Path) -> dict[str, LazyTensor]:
         raise FileError(f"{path}: is a JSON text, not weights, and no index of weight files (it has no weight_map)")
     files = {name: _shard(path, name) for name in sorted(set(places.values()))}
     if missing := [name for name, file in files.items() if not file.is_file()]:
-        raise FileError(f"{path}: of its {len(files)} files {len(missing)} are not there: {', '.join(missing[:6])}")
+        raise FileError(f"{path}: of its {len(files)} files {', '.join(missing[:6])} are not there")
     tensors: dict[str, LazyTensor] = {}
     for name, file in files.items():
         with file.open("rb") as stream:
@@ -293,7 +297,7 @@ def _entry(path: Path, entry: zipfile.ZipInfo, size: int) -> _Bytes:
     start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
     if start + entry.file_size > size:
         raise FileError(f"{path}: is cut short: {entry.filename} ends at byte {start + entry.file_size}; {DOWNLOAD}")
-    return _Bytes(path, start, entry.file_size, entry.CRC)
+    return _Bytes(path, start, entry.file_size, entry.CRC or None)  # 0: set_crc32_options(False)
 
 
 def _open_legacy(path: Path, size: int) -> Any:

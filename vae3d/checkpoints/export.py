@@ -62,23 +62,9 @@ def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _autoencoder_kl(checkpoint: Checkpoint) -> dict[str, Any]:
     config = _require(checkpoint, SpatialVAE, "diffusers")
-    levels = len(config["channels"])
-    return {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "in_channels": 3,
-        "out_channels": 3,
-        "block_out_channels": config["channels"],
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "layers_per_block": config["layers"],
-        "latent_channels": config["latent_channels"],
-        "norm_num_groups": config["groups"],
-        "mid_block_add_attention": config["attention"],
-        "use_quant_conv": config["quant_convs"],
-        "use_post_quant_conv": config["quant_convs"],
-        **_factors(config),
-    }
+    if config["scaling_factor"] is None:
+        raise CheckpointError(f"{checkpoint.path}: the latents' scaling factor is not known; give --scaling_factor")
+    return {**ldm.diffusers_config(config), **_factors(config)}
 
 
 def _factors(config: dict[str, Any]) -> dict[str, Any]:
