@@ -24,7 +24,8 @@ EPS = 1e-6
 UNKNOWN_FACTOR = (
     "only reconstruction works without it; give scaling_factor=0.18215 (Stable Diffusion 1, 2) or 0.13025 (SDXL), or "
     "both scaling_factor=1.5305 shift_factor=0.0609 (SD3) or scaling_factor=0.3611 shift_factor=0.1159 (FLUX.1), as in "
-    "vae3d.load(path, scaling_factor=0.18215), or model.scaling_factor=0.18215 on the command line"
+    "vae3d.load(path, scaling_factor=0.18215), or model.scaling_factor=0.18215 for infer.py and encode_latents.py; or "
+    "write it into an export: python scripts/convert_checkpoint.py FILE FOLDER --to export --scaling_factor 0.18215"
 )
 
 
