@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from vae3d import launch
 from vae3d.check import check_inference
+from vae3d.config import InferConfig
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="infer")
@@ -35,5 +36,5 @@ def in_full(argument: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.allow_unknown_keys(list(map(in_full, sys.argv[1:])))
+    sys.argv[1:] = launch.allow_unknown_keys(list(map(in_full, sys.argv[1:])), InferConfig)
     main()

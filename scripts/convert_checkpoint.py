@@ -5,13 +5,16 @@
     python scripts/convert_checkpoint.py sd_vae_folder sd_vae.safetensors --to ldm
     python scripts/convert_checkpoint.py runs/opensora_stage3 sdxl_vae --part spatial --to diffusers
     python scripts/convert_checkpoint.py runs/wan_finetune wan_vae.pth --to wan
+    python scripts/convert_checkpoint.py lightning.ckpt::ema_model vae --to export --scaling_factor 0.18215
 
-Reads whatever vae3d.load reads. Refuses what the target layout cannot hold.
+Reads whatever vae3d.load reads. Where the target layout cannot hold the latents' mean and standard deviation, they are
+folded into the weights if that is exact. Refuses everything else that the layout cannot hold.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--to", required=True, choices=WRITERS)
     parser.add_argument("--part", choices=("spatial", "temporal"), help="only this half of an Open-Sora VAE")
     parser.add_argument("--variant", help="of a TAEHV, where the file does not tell")
+    parser.add_argument("--scaling_factor", type=float, help="of an image VAE's latents, where the file does not tell")
+    parser.add_argument("--shift_factor", type=float, help="likewise")
     args = parser.parse_args(argv)
     try:
         if args.target.exists():
@@ -35,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = read_checkpoint(args.source, args.variant)
         if args.part:
             checkpoint = half(checkpoint, args.part)
+        factors = {name: getattr(args, name) for name in ("scaling_factor", "shift_factor")}
+        if given := {name: value for name, value in factors.items() if value is not None}:
+            checkpoint = with_factors(checkpoint, given)
         WRITERS[args.to](checkpoint, args.target)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,6 +57,15 @@ def half(checkpoint: Checkpoint, part: str) -> Checkpoint:
     if part not in checkpoint.config:
         raise CheckpointError(f"{checkpoint.path} holds a {checkpoint.config['_target_']}, which has no {part} half")
     return replace(checkpoint, config=checkpoint.config[part], state=checkpoint.part(f"{part}_vae"))
+
+
+def with_factors(checkpoint: Checkpoint, factors: dict[str, float]) -> Checkpoint:
+    if not all(math.isfinite(value) for value in factors.values()) or factors.get("scaling_factor", 1.0) <= 0:
+        raise CheckpointError(f"{factors}: scaling_factor must be positive, and shift_factor finite")
+    if not checkpoint.config["_target_"].endswith(".SpatialVAE"):
+        raise CheckpointError(f"{checkpoint.path} holds a {checkpoint.config['_target_']}, which has no scaling_factor")
+    notes = [note for note in checkpoint.notes if "scaling factor" not in note]
+    return replace(checkpoint, config=checkpoint.config | factors, notes=notes)
 
 
 if __name__ == "__main__":

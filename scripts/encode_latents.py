@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from vae3d import launch
 from vae3d.config import CONF
-from vae3d.latent_config import check_encoding
+from vae3d.latent_config import EncodeConfig, check_encoding
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="latents")
@@ -31,5 +31,5 @@ def run(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.allow_unknown_keys(sys.argv[1:])
+    sys.argv[1:] = launch.allow_unknown_keys(sys.argv[1:], EncodeConfig)
     main()

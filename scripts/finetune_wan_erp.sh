@@ -5,8 +5,8 @@
 #     --height 128 --width 256 --max_frames 5 --lr 1e-5 --max_steps 5000 --gradient_checkpointing
 #
 # becomes `python train.py experiment=wan_erp_rgb ...`, or experiment=wan_erp_decoder with --decoder_only. Options that
-# are not given keep the experiment's values. --dry_run prints the command instead of running it. What follows `--`
-# goes to train.py as it is: `-- launcher=torchrun launcher.nproc=8`. PYTHON names the interpreter.
+# are not given keep the experiment's values. --dry_run prints the command instead of running it; --help prints this.
+# What follows `--` goes to train.py as it is: `-- launcher=torchrun launcher.nproc=8`. PYTHON names the interpreter.
 set -euo pipefail
 
 # option                kind       key of train.py
@@ -47,6 +47,13 @@ TABLE='
 lpips_ramp=(200 500)
 kl_ramp=(500 1000)
 
+# What stands above `set`, without the #.
+help() {
+  sed -n '2,/^set /{/^set /d; s/^#$//; s/^# //; p}' "${BASH_SOURCE[0]}"
+  printf 'Options:\n'
+  awk 'NF { printf "  %-24s %s\n", $1, $3 == "-" ? "print the command, do not run it" : $3 }' <<< "$TABLE"
+}
+
 refuse() {
   printf 'error: %s\n' "$1" >&2
   printf 'options: %s\n' "$(awk 'NF { print $1 }' <<< "$TABLE" | xargs)" >&2
@@ -67,7 +74,7 @@ apply() { # option, kind, key, value
   if [[ $kind == encoder ]]; then
     encoder_options+=("$option")
   fi
-  if [[ $kind =~ ^(number|encoder|frames)$ && ! $value =~ ^[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?$ ]]; then
+  if [[ $kind =~ ^(number|encoder|frames)$ && ! $value =~ ^([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?$ ]]; then
     refuse "$option $value is not a number"
   fi
   if [[ $kind =~ ^(path|folder)$ && $value == *\\* ]]; then
@@ -106,6 +113,7 @@ while (($#)); do
   option=$1
   shift
   [[ $option == -- ]] && break
+  [[ $option == --help || $option == -h ]] && help && exit
   given=""
   if [[ $option == --*=* ]]; then
     given=yes value=${option#*=} option=${option%%=*}

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from vae3d import launch
 from vae3d.config import CONF
-from vae3d.diffusion_config import check_sampling
+from vae3d.diffusion_config import SampleConfig, check_sampling
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="sample")
@@ -32,5 +32,5 @@ def run(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.allow_unknown_keys(sys.argv[1:])
+    sys.argv[1:] = launch.allow_unknown_keys(sys.argv[1:], SampleConfig)
     main()

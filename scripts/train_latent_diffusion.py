@@ -46,5 +46,5 @@ def train(config: DiffusionConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.allow_unknown_keys(sys.argv[1:])
+    sys.argv[1:] = launch.allow_unknown_keys(sys.argv[1:], DiffusionConfig)
     main()

@@ -3,10 +3,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import hydra
 import pytest
 
 from tests import tiny
 from vae3d.check import ConfigError, check_inference
+from vae3d.config import CONF, InferConfig, TrainConfig
+from vae3d.latent_config import EncodeConfig
 from vae3d.launch import allow_unknown_keys
 
 FAULTS = {
@@ -135,6 +138,49 @@ def test_a_sound_configuration_comes_back_typed(videos):
     assert config.stage.name == "stage3"
     assert config.model["micro_frames"] == 17
     assert type(config.model["spatial"]["channels"]) is list
+
+
+PATHS = [
+    "/дом/видео.csv",
+    "run=7,lr=1.csv",
+    "a (1).mp4",
+    "#1.mp4",
+    "it's.csv",
+    "a&b;c!.csv",
+    "end\\'",
+    "50%.csv",
+    "C:\\x",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_paths_reach_the_configuration_as_they_are_typed(path, plus):
+    once = allow_unknown_keys([f"{plus}checkpoint={path}"], InferConfig)
+    assert allow_unknown_keys(once, InferConfig) == once  # as under torchrun
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        assert hydra.compose("infer", once).checkpoint == path
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/дом")
+    assert allow_unknown_keys(["source=~/a=b.csv", "hydra.run.dir=~", "~loss.terms.kl"]) == [
+        "++source='/home/дом/a=b.csv'", "hydra.run.dir='/home/дом'", "~loss.terms.kl",
+    ]  # fmt: skip
+
+
+def test_one_value_of_a_list_is_a_list_of_it():
+    def composed(config, schema, *arguments):
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra.compose(config, allow_unknown_keys(arguments, schema))
+
+    assert composed("infer", InferConfig, "metrics=psnr").metrics == ["psnr"]
+    assert composed("infer", InferConfig, "metrics=[psnr,ssim]").metrics == ["psnr", "ssim"]
+    assert composed("latents", EncodeConfig, "writers=npy").writers == ["npy"]
+    train = ["loss.terms.l1.ramp=5", "validation.metrics='psnr'", "optim.lr=1e-3"]
+    cfg = composed("train", TrainConfig, "run.name=x", "stage=stage3", "model=spatial", *train)
+    assert (cfg.loss.terms.l1.ramp, cfg.validation.metrics, cfg.optim.lr) == ([5], ["psnr"], 1e-3)
+    assert allow_unknown_keys(["metrics=a,b", "metrics=null"], InferConfig) == ["++metrics=a,b", "++metrics=null"]
 
 
 def test_only_plain_overrides_are_marked():

@@ -48,6 +48,7 @@ OPTIONS = {
     "--max_steps 5000": {"trainer.max_steps": 5000},
     "--warmup_steps 200": {"optim.warmup_steps": 200},
     "--max_grad_norm 0.5": {"optim.grad_clip": 0.5},
+    "--max_grad_norm .5": {"optim.grad_clip": 0.5},
     "--mixed_precision bf16": {"trainer.precision": "bf16"},
     "--mixed_precision fp16": {"trainer.precision": "fp16"},
     "--mixed_precision no": {"trainer.precision": "fp32"},
@@ -129,6 +130,15 @@ def test_what_is_refused(line, message):
     assert error.startswith(f"error: {message}")
     assert options.startswith("options: --vae_path --data_root ")
     assert done.stdout == ""
+
+
+def test_help_names_every_option_and_its_key():
+    done = call("--vae_path", "x", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Fine-tune the Wan2.1 VAE on panoramas")
+    listed = dict(line.split()[:2] for line in done.stdout.partition("Options:\n")[2].splitlines())
+    assert listed.keys() == {o.split()[0] for o in OPTIONS} | {"--dry_run"}
+    assert listed["--lr"] == "optim.lr"
 
 
 def test_without_dry_run_the_command_runs(tmp_path):

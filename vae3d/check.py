@@ -21,12 +21,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vae3d.checkpoints.location import exists, hub_hint
 from vae3d.config import InferConfig, TrainConfig
 from vae3d.data.dataset_rows import how_to_download
 from vae3d.errors import UserError
 from vae3d.limits import CHOICES, EXAMPLES, INFER_CHOICES, INFER_RANGES, MODEL_NEEDS, RANGES
 
 MISSING = "???"
+CHECKPOINT_KEYS = ("checkpoint", "teacher.path", "vae", "vae.path")
 
 
 class ConfigError(UserError):
@@ -91,7 +93,18 @@ def typed(
 def path_faults(given: Mapping[str, Any]) -> list[str]:
     """Of the files and folders that settings name."""
     told = {name: value for name, value in given.items() if isinstance(value, str) and value != MISSING}
-    return [f"{name}={value}: no such file or folder" for name, value in told.items() if not _exists(value)]
+    return [
+        f"{name}={value}: no such file or folder{_hint(name, value)}"
+        for name, value in told.items()
+        if not _exists(value)
+    ]
+
+
+def _hint(key: str, path: str) -> str:
+    """How to download what is not here, if it may be of the Hugging Face hub."""
+    if key in CHECKPOINT_KEYS or key.startswith("stage.init_from"):
+        return hub_hint(path)
+    return how_to_download(path) if key == "data.source.path" else ""
 
 
 def _keys(cfg: DictConfig, schema: type) -> tuple[list[str], dict[str, Any]]:
@@ -368,8 +381,8 @@ def _clip_rules(config: TrainConfig) -> Iterator[str]:
 
 
 def _exists(path: str) -> bool:
-    """A `*` stands for any characters: numbered images."""
-    return Path(path).exists() or ("*" in path and any(glob.iglob(glob.escape(path).replace("[*]", "*"))))
+    """A `*` stands for any characters: numbered images; `::` divides a checkpoint from its part."""
+    return exists(path) or ("*" in path and any(glob.iglob(glob.escape(path).replace("[*]", "*"))))
 
 
 def _missing_files(config: TrainConfig) -> list[str]:
@@ -383,7 +396,7 @@ def _missing_files(config: TrainConfig) -> list[str]:
         given = {f"data.source.{key}": config.data.source.get(key) for key in ("path", "root")}
         paths |= {key: path for key, path in given.items() if isinstance(path, str)}
     return [
-        f"{key}={path}: no such file or folder{how_to_download(path) if key == 'data.source.path' else ''}"
+        f"{key}={path}: no such file or folder{_hint(key, path)}"
         for key, path in paths.items()
         if path not in (MISSING, "random") and not _exists(path)
     ]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vae3d.check import ConfigError
-from vae3d.checkpoints.formats import EXPORT_CONFIG, find_weights
+from vae3d.checkpoints.location import EXPORT_CONFIG, find_weights, split_part
 from vae3d.data.clips import ClipDataset
 from vae3d.data.loader import lengths_of, read_tables, validation_clips
 from vae3d.data.sampler import Draw, FrameCounts, Lengths
@@ -232,7 +232,7 @@ def remedy(config: DiffusionConfig, data: LatentData) -> str:
     path = config.vae.path
     if why := refusal(data.codec.model):
         return f"{path} cannot be given another scale: {why}"
-    kept = find_weights(Path(path)).with_name(EXPORT_CONFIG).is_file()
+    kept = find_weights(split_part(path)[0]).with_name(EXPORT_CONFIG).is_file()
     out = "" if kept else " --out FOLDER"
     then = "" if kept else "; then vae.path=FOLDER"
     if config.cache is not None:

@@ -73,26 +73,30 @@ def build(name: str, *overrides: str) -> nn.Module:
     return instantiate(model_config(name, *overrides)).eval()
 
 
-def load(path: str | Path, model: nn.Module | None = None, **changes: Any) -> nn.Module:
+def load(path: str | Path, model: nn.Module | None = None, *, part: str | None = None, **changes: Any) -> nn.Module:
     """A model with the weights at `path`, in eval mode, in fp32 on the CPU.
 
     path: a run folder, an export, published weights (a folder or a file); the layout is recognised from the
-    keys. model: load into this one instead of building what the checkpoint describes. changes: constructor
+    keys. part: which VAE, of a file that holds several, such as "ema_model"; path may be weights.ckpt::ema_model, too.
+    model: load into this one instead of building what the checkpoint describes. changes: constructor
     arguments that differ from the checkpoint's, as in vae3d.load(path, micro_frames=None, spatial={"frame_batch": 1}).
     Nothing in the files is run, and no class is looked up by a name in them; see vae3d.models.registry.
     Raises CheckpointError with everything that is missing or does not fit, and for a configuration beside the weights
     that does not build a model of this project.
     """
-    return opened(path, model, changes)[1]
+    return opened(path, model, changes, part)[1]
 
 
 def opened(
-    path: str | Path, model: nn.Module | None = None, changes: Mapping[str, Any] | None = None
+    path: str | Path,
+    model: nn.Module | None = None,
+    changes: Mapping[str, Any] | None = None,
+    part: str | None = None,
 ) -> tuple[Checkpoint, nn.Module]:
     """As load, with the checkpoint that was read."""
     changes = changes or {}
     checkpoint = read_checkpoint(
-        path, changes.get("variant", getattr(model, "variant", None)), own_model=model is not None
+        path, changes.get("variant", getattr(model, "variant", None)), part, own_model=model is not None
     )
     for note in checkpoint.notes:
         log.info("%s: %s", checkpoint.path, note)
@@ -356,6 +360,6 @@ def _factors(target: nn.Module, checkpoint: Checkpoint) -> str:
     differing = [
         f"{name} is {told[name]} in the checkpoint and {getattr(spatial, name)} in the model"
         for name in ("scaling_factor", "shift_factor")
-        if hasattr(spatial, name) and told.get(name, getattr(spatial, name)) != getattr(spatial, name)
+        if hasattr(spatial, name) and told.get(name) not in (None, getattr(spatial, name))
     ]
     return " and ".join(differing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -10,11 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from tqdm import tqdm
 
@@ -43,18 +48,48 @@ class ConsoleHandler(logging.Handler):
             tqdm.write(self.format(record), file=self.stream)
 
 
-def allow_unknown_keys(arguments: Sequence[str]) -> list[str]:
-    """Command-line overrides with `++` in front of plain `key=value` ones.
+def allow_unknown_keys(arguments: Sequence[str], schema: type | None = None) -> list[str]:
+    """Command-line overrides as Hydra takes them.
 
-    Hydra would stop at the first key it does not know; so all reach vae3d.check, which names every fault at once.
+    `++` in front of plain `key=value` ones: Hydra would stop at the first key it does not know; so all reach
+    vae3d.check, which names every error at once. Values that Hydra's grammar does not know, such as paths with `=`,
+    brackets or letters beyond ASCII, are quoted, and `~/` is the home folder. One value for a key that is a list in
+    `schema` becomes a list of it.
     """
-    return [f"++{a}" if _is_plain_override(a) else a for a in arguments]
+    return [_override(a, schema) if "=" in a and a[0] not in "-~" else a for a in arguments]
 
 
-def _is_plain_override(argument: str) -> bool:
-    key, equals, _ = argument.partition("=")
-    group = (CONF / key).is_dir() or "@" in key or "/" in key
-    return bool(equals) and key[:1].isalpha() and not group and not key.startswith("hydra.")
+def _override(argument: str, schema: type | None) -> str:
+    key, _, value = argument.partition("=")
+    name = key.lstrip("+")
+    if not name[:1].isalpha() or (CONF / name).is_dir() or "@" in name or "/" in name:
+        return argument  # a group
+    if value == "~" or value.startswith("~/"):
+        value = os.path.expanduser(value)
+    is_list = schema is not None and typing.get_origin(_type_of(name, schema)) is list
+    try:
+        parsed = OverridesParser.create().parse_override(f"{name}={value}").value()
+    except HydraException:
+        if value[:1] + value[-1:] not in ("[]", "{}"):  # of which Hydra says what is wrong
+            value = parsed = quoted(value)
+    if is_list and isinstance(parsed, (str, int, float)):
+        value = f"[{value}]"
+    return f"{'' if key != name or name.startswith('hydra.') else '++'}{key}={value}"
+
+
+def quoted(text: str) -> str:
+    """Text as a value of a Hydra override, whatever is in it."""
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def _type_of(key: str, schema: Any) -> Any:
+    """The type of a dotted key in a tree of dataclasses; None if it has no such key."""
+    for name in key.split("."):
+        if typing.get_origin(schema) is dict:
+            schema = typing.get_args(schema)[1]
+        else:
+            schema = typing.get_type_hints(schema).get(name) if dataclasses.is_dataclass(schema) else None
+    return schema
 
 
 def run_directory() -> Path:
@@ -80,12 +115,11 @@ def torchrun_child(launcher: Launcher, script: str) -> None:
     Raises RuntimeError if it fails, which lets Hydra go on with the next job of a sweep (SystemExit would not).
     """
     overrides = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+").startswith("launcher")]
-    folder = str(run_directory()).replace("\\", "\\\\").replace("'", "\\'")
     command = [
         *(sys.executable, "-m", "torch.distributed.run"),
         *([] if any("rdzv" in a or "master" in a for a in launcher.args) else ["--standalone"]),
         *(f"--nproc-per-node={launcher.nproc}", *launcher.args),
-        *(script, *overrides, f"hydra.run.dir='{folder}'"),
+        *(script, *overrides, f"hydra.run.dir={quoted(str(run_directory()))}"),
     ]
     child = subprocess.Popen(command)
     told = []

@@ -20,7 +20,8 @@ class LatentSpec:
     """A latent space: its channels, its compression factors, and its mean and standard deviation.
 
     causal: a latent never depends on later frames. shift, scale: per channel, what `normalize` subtracts and divides
-    by; empty on the meta device, where a model that keeps them with its weights does not know them.
+    by. Empty on the meta device, where a model that keeps them with its weights does not know them; scale is empty
+    also for a SpatialVAE without a scaling factor.
     """
 
     channels: int

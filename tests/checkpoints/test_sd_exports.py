@@ -82,13 +82,50 @@ def test_latent_diffusions_layout_round_trips_and_is_what_diffusers_takes_it_for
     if size[2] and size[3]:  # diffusers looks for these without asking
         blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
         theirs = convert_ldm_vae_checkpoint(dict(state), blocks)
-        inner = ours.module.state_dict()
+        inner = vae3d.load(file).module.state_dict()
         assert theirs.keys() == inner.keys()
         assert all(torch.equal(theirs[key].reshape(tensor.shape), tensor) for key, tensor in inner.items())
     again = vae3d.load(file)
     assert again.state_dict().keys() == ours.state_dict().keys()
-    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in ours.state_dict().items())
+    folded = {f"module.{name}quant_conv.{kind}" for name in ("", "post_") for kind in ("weight", "bias")}
+    for key, tensor in ours.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor) or key in folded, key
     assert again.spec.space_stride == size[0]
+
+
+@pytest.mark.parametrize(
+    ("factors", "expected"),
+    [
+        (["model.scaling_factor=0.4"], "scale_factor=0.4"),
+        (["model.scaling_factor=0.4", "+model.shift_factor=0.3"], "scale_factor=0.4"),
+        (["model.scaling_factor=[0.5,2,1,0.1]", "+model.shift_factor=[1,0,-2,0.3]"], "scale_factor=1.0"),
+    ],
+)
+def test_latent_diffusions_one_factor_gives_the_same_normalized_latents(tmp_path, capsys, factors, expected):
+    """Its readers multiply by scale_factor and know no shift."""
+    network = ["model.channels=[32,32]", "model.layers=1", *factors]
+    ours = run_of(network, tmp_path / "run")
+    assert convert(tmp_path / "run", tmp_path / "vae.safetensors", "--to", "ldm") == 0
+    assert f"set {expected} " in capsys.readouterr().err
+    theirs = vae3d.load(tmp_path / "vae.safetensors")
+    video = torch.rand(1, 3, 2, 16, 16, generator=torch.manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        z, w = ours.encode(video), theirs.encode(video)
+        scale = float(expected.split("=")[1])
+        torch.testing.assert_close(w.mean * scale, ours.normalize(z.mean), rtol=1e-4, atol=1e-5)
+        std = (0.5 * z.logvar).exp() / torch.tensor(ours.spec.scale)[:, None, None, None]
+        torch.testing.assert_close((0.5 * w.logvar).exp() * scale, std, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(theirs.decode(w.mean), ours.decode(z.mean), rtol=1e-4, atol=1e-5)
+
+
+def test_a_shift_per_channel_without_quant_convolutions_is_refused(tmp_path, capsys):
+    network = ["model.channels=[32,32]", "model.layers=1", "model.quant_convs=false", "model.scaling_factor=0.3611"]
+    run_of([*network, "+model.shift_factor=[1,0,-2,0.3]"], tmp_path / "a")
+    assert convert(tmp_path / "a", tmp_path / "a.safetensors", "--to", "ldm") == 2
+    assert "factor per channel and no quant convolutions" in capsys.readouterr().err
+    run_of([*network, "+model.shift_factor=0.1159"], tmp_path / "b")  # as FLUX.1's code takes it
+    assert convert(tmp_path / "b", tmp_path / "b.safetensors", "--to", "ldm") == 0
+    assert "set scale_factor=0.3611 and shift_factor=0.1159" in capsys.readouterr().err
 
 
 def test_latent_diffusion_would_compute_something_else_of_other_groups(tmp_path, capsys):

@@ -6,12 +6,13 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from vae3d import __version__
 from vae3d.checkpoints import ldm, taehv, wan
@@ -25,7 +26,7 @@ from vae3d.models.wan import WanVAE
 
 LDM_GROUPS = 32
 # Settings that change how a model runs, not what its weights compute.
-RUNNING = ("scaling_factor", "frame_batch", "gradient_checkpointing")
+RUNNING = ("scaling_factor", "shift_factor", "frame_batch", "gradient_checkpointing")
 
 
 def write_export(checkpoint: Checkpoint, folder: Path, **about: Any) -> None:
@@ -54,23 +55,9 @@ def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _autoencoder_kl(checkpoint: Checkpoint) -> dict[str, Any]:
     config = _require(checkpoint, SpatialVAE, "diffusers")
-    levels = len(config["channels"])
-    return {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "in_channels": 3,
-        "out_channels": 3,
-        "block_out_channels": config["channels"],
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "layers_per_block": config["layers"],
-        "latent_channels": config["latent_channels"],
-        "norm_num_groups": config["groups"],
-        "mid_block_add_attention": config["attention"],
-        "use_quant_conv": config["quant_convs"],
-        "use_post_quant_conv": config["quant_convs"],
-        **_factors(config),
-    }
+    if config["scaling_factor"] is None:
+        raise CheckpointError(f"{checkpoint.path}: the latents' scaling factor is not known; give --scaling_factor")
+    return {**ldm.diffusers_config(config), **_factors(config)}
 
 
 def _factors(config: dict[str, Any]) -> dict[str, Any]:
@@ -88,19 +75,23 @@ def write_ldm(checkpoint: Checkpoint, file: Path) -> None:
     """One file with latent-diffusion's keys: a .safetensors, or else torch's with all under `state_dict`, which its
     `ckpt_path` reads (ldm/models/autoencoder.py).
 
-    There is no prefix `first_stage_model.`: the VAE has it inside of whole Stable Diffusion checkpoints only. The
-    scaling factor is not told: it is the `scale_factor` of the diffusion model's configuration. A network without quant
-    convolutions has none here either: FLUX's and SD3's code opens it, while latent-diffusion's own class would leave
-    its quant convolutions random.
-    Raises CheckpointError if it does not normalise in 32 groups, as all that code does, whatever the file.
+    There is no prefix `first_stage_model.`: the VAE has it inside of whole Stable Diffusion checkpoints only. The file
+    does not hold the scaling factor: programs take it from the diffusion model's configuration (`scale_factor`), and a
+    note says which to set. latent-diffusion knows no shift and one scaling factor for all channels; so those are folded
+    into the quant convolutions. A network without quant convolutions has none here either: FLUX's and SD3's code opens
+    it, which takes one scale_factor and one shift_factor, while latent-diffusion's own class would leave its quant
+    convolutions random.
+    Raises CheckpointError if it does not normalise in 32 groups, as all that code does, whatever the file, and for
+    factors per channel of a network without quant convolutions.
     """
-    groups = _require(checkpoint, SpatialVAE, "ldm")["groups"]
+    config = _require(checkpoint, SpatialVAE, "ldm")
+    groups = config["groups"]
     if groups != LDM_GROUPS:
         raise CheckpointError(
             f"{checkpoint.path} normalises in {groups} groups and latent-diffusion's code in {LDM_GROUPS}, so that it "
             "would compute something else; use the layout diffusers"
         )
-    state = ldm.to_ldm(_inner(checkpoint.state))
+    state = ldm.to_ldm(_inner(_without_shift(checkpoint, config)))
     if file.suffix == ".safetensors":
         _save_file(state, file)
     else:
@@ -111,8 +102,8 @@ def write_ldm(checkpoint: Checkpoint, file: Path) -> None:
 def write_opensora(checkpoint: Checkpoint, folder: Path) -> None:
     """A folder like hpcai-tech/OpenSora-VAE-v1.2, for the original code.
 
-    That code multiplies the 2D latents by 0.18215 whatever their own factor is, so another factor is folded
-    into the 2D VAE's quant convolutions: the pipeline computes the same.
+    That code multiplies the 2D latents by 0.18215 whatever their own factor is, so other factors are folded into the
+    2D VAE's quant convolutions: the pipeline computes the same.
     Raises CheckpointError for a network of another size, which the original code cannot build.
     """
     config = _require(checkpoint, OpenSoraVAE, "opensora")
@@ -142,15 +133,17 @@ def write_opensora(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def write_wan(checkpoint: Checkpoint, file: Path) -> None:
-    """One file like the published Wan2.1_VAE.pth."""
-    _wan_config(checkpoint, "wan")
-    _save_file(checkpoint.state, file)
+    """One file like the published Wan2.1_VAE.pth.
+
+    Programs have the published mean and standard deviation of the latents in their code; others are folded into the
+    weights, so that the normalised latents are the same.
+    """
+    _save_file(_with_published_constants(checkpoint, "wan"), file)
 
 
 def write_videox_fun(checkpoint: Checkpoint, file: Path) -> None:
-    """One file that VideoX-Fun's AutoencoderKLWan loads with a strict load_state_dict."""
-    _wan_config(checkpoint, "videox_fun")
-    _save_file(wan.videox_fun(checkpoint.state), file)
+    """One file that VideoX-Fun's AutoencoderKLWan loads with a strict load_state_dict; constants as in write_wan."""
+    _save_file(wan.videox_fun(_with_published_constants(checkpoint, "videox_fun")), file)
 
 
 def write_taehv(checkpoint: Checkpoint, file: Path) -> None:
@@ -169,7 +162,7 @@ def write_final_model(checkpoint: Checkpoint, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / taehv.FACTS).write_text(json.dumps(told, indent=2) + "\n")
     _save(state, folder / "final_model.safetensors", taehv.metadata(told))
-    write_flat(state, "native", folder / "final_model.pth")
+    write_flat(replace(checkpoint, state=state), "native", folder / "final_model.pth")
 
 
 def metadata_of(checkpoint: Checkpoint) -> dict[str, str]:
@@ -210,8 +203,12 @@ def to_layout(state: State, layout: str) -> State:
     return FLAT_LAYOUTS[layout](state)
 
 
-def write_flat(state: State, layout: str, file: Path) -> None:
-    """One file for torch.load(..., weights_only=True), under the keys of `layout`; complete or not there at all."""
+def write_flat(checkpoint: Checkpoint, layout: str, file: Path) -> None:
+    """One file for torch.load(..., weights_only=True), under the keys of `layout`; complete or not there at all.
+
+    Of a Wan VAE, whose flat files hold no mean and standard deviation of the latents, they are folded as in write_wan.
+    """
+    state = _with_published_constants(checkpoint, layout) if _is(checkpoint, WanVAE) else checkpoint.state
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in to_layout(state, layout).items()}
     unfinished = file.with_name(f".{file.name}.partial")
     with unfinished.open("wb") as stream:
@@ -271,18 +268,81 @@ def _inner(state: State) -> State:
 
 def _fold_factor(state: State, spatial: dict[str, Any]) -> State:
     """Weights whose 2D VAE has the scaling factor 0.18215 and computes the same normalised latents."""
-    quant, post = ("spatial_vae.module.quant_conv", "spatial_vae.module.post_quant_conv")
-    channels = state[f"{quant}.bias"].shape[0] // 2
-    ratio = torch.tensor(of_channels((_defaults(SpatialVAE) | spatial)["scaling_factor"], channels)) / PUBLISHED_FACTOR
-    if (ratio == 1.0).all():
+    shift, factor = _factors_of_channels(_defaults(SpatialVAE) | spatial)
+    gain = factor / PUBLISHED_FACTOR
+    return _folded(state, "spatial_vae.module.quant_conv", "spatial_vae.module.post_quant_conv", gain, -shift * gain)
+
+
+def _with_published_constants(checkpoint: Checkpoint, layout: str) -> State:
+    """Weights of a Wan VAE whose latents have the mean and standard deviation that programs apply to bare weights."""
+    config = _wan_config(checkpoint, layout)
+    shift, scale = (torch.tensor(config[name], dtype=torch.float64) for name in ("shift", "scale"))
+    constants = wan.reader_constants(config["latent_channels"], config["shortcuts"])
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in constants)
+    gain = std / scale
+    folded = _folded(checkpoint.state, "conv1", "conv2", gain, mean - shift * gain)
+    if folded is not checkpoint.state:
+        checkpoint.notes.append(
+            f"{layout} files hold no mean and standard deviation of the latents, and programs apply the published "
+            "ones; the weights were changed so that the normalised latents stay the same"
+        )
+    return folded
+
+
+def _without_shift(checkpoint: Checkpoint, config: dict[str, Any]) -> State:
+    """Weights of a SpatialVAE that need no shift and one scaling factor; notes which."""
+    scaling, shift = config["scaling_factor"], config["shift_factor"] or 0.0
+    per_channel = isinstance(scaling, list) or isinstance(shift, list)
+    if scaling is None:
+        if shift:
+            raise CheckpointError(f"{checkpoint.path}: has a shift_factor but no scaling factor; give --scaling_factor")
+        checkpoint.notes.append("the scaling factor is not known; set the diffusion model's scale_factor")
+        return checkpoint.state
+    if not config["quant_convs"]:
+        if per_channel:
+            raise CheckpointError(
+                f"{checkpoint.path}: has a scaling or shift factor per channel and no quant convolutions to fold them "
+                "into, and the code that reads the layout ldm takes one number; use the layout diffusers"
+            )
+        checkpoint.notes.append(f"set scale_factor={scaling} and shift_factor={shift} where the file is used")
+        return checkpoint.state
+    offset, factor = _factors_of_channels(config)
+    gain = factor if per_channel else torch.ones_like(factor)
+    checkpoint.notes.append(
+        f"set scale_factor={1.0 if per_channel else scaling} in the diffusion model's configuration"
+    )
+    return _folded(checkpoint.state, "module.quant_conv", "module.post_quant_conv", gain, -offset * gain)
+
+
+def _factors_of_channels(config: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """shift_factor and scaling_factor of a SpatialVAE, [C] each in fp64."""
+    shift, scaling = (
+        torch.tensor(of_channels(factor, config["latent_channels"]), dtype=torch.float64)
+        for factor in (config["shift_factor"] or 0.0, config["scaling_factor"])
+    )
+    return shift, scaling
+
+
+def _folded(state: State, quant: str, post: str, gain: Tensor, offset: Tensor) -> State:
+    """Weights whose latents are z * gain + offset, with the same reconstruction; `state` itself if that is z.
+
+    quant, post: names of the 1x1 convolutions that make the moments and that take the latents. gain, offset: [C], fp64.
+    """
+    if (gain == 1).all() and (offset == 0).all():
         return state
-    state = dict(state)
-    gain = torch.cat([ratio, torch.ones(channels)])  # mean * r, log-variance + 2 ln r
-    offset = torch.cat([torch.zeros(channels), 2 * ratio.log()])
-    state[f"{quant}.weight"] = state[f"{quant}.weight"] * gain[:, None, None, None]
-    state[f"{quant}.bias"] = state[f"{quant}.bias"] * gain + offset
-    state[f"{post}.weight"] = state[f"{post}.weight"] / ratio[:, None, None]
-    return state
+    after_w, after_b, before_w, before_b = (
+        state[f"{name}.{kind}"].double() for name in (quant, post) for kind in ("weight", "bias")
+    )
+    ones = [1] * (after_w.ndim - 2)  # the kernel's sides
+    both = torch.cat([gain, torch.ones_like(gain)])  # mean * gain, log-variance + 2 ln gain
+    inverse = before_w / gain.reshape(1, -1, *ones)
+    new = {
+        f"{quant}.weight": after_w * both.reshape(-1, 1, *ones),
+        f"{quant}.bias": after_b * both + torch.cat([offset, 2 * gain.log()]),
+        f"{post}.weight": inverse,
+        f"{post}.bias": before_b - inverse.flatten(1) @ offset,
+    }
+    return state | {name: tensor.to(state[name].dtype) for name, tensor in new.items()}
 
 
 def _save_file(state: State, file: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
-import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Deviation, Mean, Width, check_fields
 from vae3d.checkpoints import ldm, taehv, wan
+from vae3d.checkpoints.location import EXPORT_CONFIG, PART, CheckpointError, find_weights, first, split_part
 from vae3d.errors import UserError
 from vae3d.io import FileError, read_json, read_yaml
 from vae3d.models import diffusers_vae
 from vae3d.models.registry import TARGET, build_model, is_known, target_of
+from vae3d.models.spatial import UNKNOWN_FACTOR
+from vae3d.weight_files import LazyTensor, open_tensors, open_tree
+
+__all__ = ["EXPORT_CONFIG", "Checkpoint", "CheckpointError", "find_weights", "load_state", "read_checkpoint"]
 
 State = dict[str, Tensor]
 
-EXPORT_CONFIG = "model.yaml"
-INDEX = ".index.json"  # of weights in several files
-WEIGHT_FILES = (
-    "model.safetensors",
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.bin",
-    f"diffusion_pytorch_model.safetensors{INDEX}",
-)
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 PUBLISHED_FACTOR = 0.18215  # hard-coded in Open-Sora 1.2 around its SDXL VAE; needed for its weights (Open-Sora#493)
 
 # A key that only this layout has; what stands in front of it in a file is a wrapper's prefix.
@@ -47,10 +38,14 @@ MARKERS = {
     "ldm": "encoder.down.0.block.0.norm1.weight",
 }
 VIDEO_VAE = "encoder.down_blocks.0.resnets.0.conv1.conv.weight"  # a key of what DiffusersVAE holds
-
-
-class CheckpointError(FileError):
-    """A checkpoint that is missing, unreadable, unknown, or does not fit the model."""
+# The class that a config.json beside the weights must name, if it is of a VAE at all.
+CLASSES = {"wan": "AutoencoderKLWan", "wan_diffusers": "AutoencoderKLWan"} | dict.fromkeys(
+    ("diffusers", "ldm"), "AutoencoderKL"
+)
+# What torch.compile, FSDP and activation checkpointing put into names.
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+NO_PART_OF_A_VAE = ("loss.", "model_ema.")  # of latent-diffusion's AutoencoderKL
+ROOT = "."  # the part that has no prefix
 
 
 @dataclass
@@ -84,21 +79,26 @@ class ConfigJson(TypedDict, total=False):
     micro_frame_size: Count | None
 
 
-def read_checkpoint(path: str | Path, variant: str | None = None, *, own_model: bool = False) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, variant: str | None = None, part: str | None = None, *, own_model: bool = False
+) -> Checkpoint:
     """Read a folder or a file; see README "Checkpoints" for what is recognised.
 
     The configuration is checked: it builds a model of this project, which the weights fit.
-    variant: of a TAEHV, whose files need not tell. own_model: for a caller who has a model to load into. Then only what
-    an export says is checked, and of a class that this project does not know the configuration is `_target_` alone.
-    Raises CheckpointError if nothing readable is there, no layout fits its keys, or the configuration builds no model.
+    variant: of a TAEHV, whose files need not tell. part: which VAE, of a file that holds several; `path` may name it
+    too, as in weights.ckpt::ema_model. own_model: for a caller who has a model to load into. Then only what an export
+    says is checked, and of a class that this project does not know the configuration is `_target_` alone.
+    Raises CheckpointError if nothing readable is there, if no layout fits its keys, if several VAEs are there and
+    `part` names none of them, or if the configuration builds no model.
     """
+    file, named = split_part(path)
     with as_checkpoint_error():
-        return _read(find_weights(Path(path)), variant, own_model)
+        return _read(find_weights(file), variant, part or named, own_model)
 
 
 @contextmanager
 def as_checkpoint_error() -> Iterator[None]:
-    """Errors of the files beside the weights, and of building a model, as CheckpointError."""
+    """Errors of the files and of building a model, as CheckpointError."""
     try:
         yield
     except CheckpointError:
@@ -107,9 +107,11 @@ def as_checkpoint_error() -> Iterator[None]:
         raise CheckpointError(str(error)) from error
 
 
-def _read(weights: Path, variant: str | None, own_model: bool) -> Checkpoint:
+def _read(weights: Path, variant: str | None, part: str | None, own_model: bool) -> Checkpoint:
     export, config_json = weights.with_name(EXPORT_CONFIG), weights.with_name("config.json")
     if export.is_file():
+        if part is not None:
+            raise CheckpointError(f"{weights}: is an export, which holds one model; leave out the part {part!r}")
         config, key, source, layout, prefix = read_export_config(export)["model"], "model", export, "export", ""
         if own_model and not is_known(config):
             name = config.get(TARGET) if isinstance(config, dict) else None
@@ -122,7 +124,7 @@ def _read(weights: Path, variant: str | None, own_model: bool) -> Checkpoint:
         state = {prefix + key: tensor for key, tensor in read_state(weights).items()}
         checkpoint = Checkpoint(config, state, weights, layout)
     else:
-        checkpoint = _recognised(weights, told, variant)
+        checkpoint = _published(weights, told, variant, part)
         if own_model:
             return checkpoint
         model = meta_model(checkpoint.config, weights)
@@ -159,23 +161,22 @@ def _diffusers_config(told: dict[str, Any]) -> dict[str, Any] | None:
     return {TARGET: target_of(diffusers_vae.DiffusersVAE), "kind": told["_class_name"], "config": own}
 
 
-def _recognised(weights: Path, told: dict[str, Any], variant: str | None) -> Checkpoint:
+def _published(weights: Path, told: dict[str, Any], variant: str | None, part: str | None) -> Checkpoint:
     """Published weights, whose layout and configuration their keys and shapes tell. told: their config.json."""
-    state = read_state(weights)
-    if VIDEO_VAE in state:
-        raise CheckpointError(f"{weights}: looks like a video VAE of diffusers; its config.json must lie beside it")
-    layout, state, notes = recognise(state, weights)
+    layout, state, notes, others = recognise(weights, part)
     try:
+        told = _own_config(told, layout)
         if layout == "opensora":
             config, state = _opensora(state, told, notes)
         elif layout in ("wan", "wan_diffusers"):
             state = wan.from_diffusers(state) if layout == "wan_diffusers" else state
             config = wan.config_of(state, told, notes)
+            check_config(told, wan.diffusers_config(config), wan.NOT_NEEDED)
         elif layout == "taehv":
             config = taehv.config_of(state, weights, variant, notes)
         else:
             inner = ldm.modernize(ldm.from_ldm(state) if layout == "ldm" else state)
-            config = _spatial_config(inner, told, notes)
+            config = _spatial_config(inner, told, ldm.factors_of(others, inner), notes)
             state = {f"module.{key}": tensor for key, tensor in inner.items()}
     except FileError:
         raise
@@ -188,88 +189,115 @@ def _recognised(weights: Path, told: dict[str, Any], variant: str | None) -> Che
     return Checkpoint(config, state, weights, layout, notes)
 
 
-def find_weights(path: Path) -> Path:
-    """The weight file at `path`: a file, an export, a published folder, its `vae` subfolder, or a run folder."""
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise CheckpointError(f"{path}: unknown kind of weight file; known: {', '.join(SUFFIXES)}")
-        return path
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or folder")
-    for folder in (path, path / "vae"):
-        for name in WEIGHT_FILES:
-            if (folder / name).is_file():
-                return folder / name
-    if (path / "latest").is_file() or (path / "zero_to_fp32.py").is_file():
-        raise CheckpointError(
-            f"{path}: a checkpoint in DeepSpeed's own format, whose files hold code; write its weights out by "
-            f"python -m deepspeed.utils.zero_to_fp32 {path} OUT --safe_serialization and give OUT/model.safetensors"
-        )
-    exports = sorted((path / "exports").glob("step-*/model.safetensors"))
-    if exports:
-        return exports[-1]
-    raise CheckpointError(
-        f"{path}: holds none of {', '.join(WEIGHT_FILES)}, no vae/ folder and no exports/ of a run; "
-        f"found {_first(p.name for p in path.iterdir()) or 'nothing'}"
-    )
-
-
 def read_state(path: Path) -> State:
-    """Tensors of a weight file, or of all files of an index, in fp32, without running code that they may hold."""
-    if path.name.endswith(INDEX):
-        return _read_shards(path)
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, struct.error, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read, is it complete? ({error})") from error
-    except pickle.UnpicklingError as error:
+    """All tensors of a weight file, or of all files of an index, in fp32, without running code that they may hold."""
+    return _in_fp32(open_tensors(path))
+
+
+def _in_fp32(tensors: Mapping[str, LazyTensor]) -> State:
+    read = {name: tensor.read() for name, tensor in tensors.items()}
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in read.items()}
+
+
+def recognise(path: Path, part: str | None) -> tuple[str, State, list[str], list[str]]:
+    """The layout of the VAE in a file, its tensors without what wraps them (`state_dict.`, `first_stage_model.`, DDP's
+    `module.`), notes, and the names of all other tensors; see read_checkpoint."""
+    tree = open_tree(path)
+    if isinstance(tree, dict) and {"step", "model", "optimizer", "config"} <= tree.keys():
         raise CheckpointError(
-            f"{path}: holds more than tensors, which is refused because loading it would run its code; "
-            "save its state dict alone, as .safetensors"
-        ) from error
-    while isinstance(content, dict) and "state_dict" in content:
-        content = content["state_dict"]
-    if isinstance(content, dict) and {"model", "optimizer"} <= content.keys():
-        raise CheckpointError(
-            f"{path}: is the state of a training run; go on from it with run.resume_from={path}, or give the run's "
-            "folder, or its averaged weights"
+            f"{path}: is the state of a training run; resume it with run.resume_from={path}, or give the run's folder, "
+            "or its averaged weights"
         )
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
-    if not tensors:
-        raise CheckpointError(f"{path}: holds no state dict")
-    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in open_tensors(path, tree).items():
+        if (short := WRAPPERS.sub("", name)) in tensors:
+            raise CheckpointError(f"{path}: two tensors are called {short}, one inside of torch.compile's wrapper")
+        tensors[short] = tensor
+    prefix, layout = _choose(_candidates(tensors), tensors, path, part)
+
+    inner = [other for other, _ in _candidates(tensors) if other != prefix and other.startswith(prefix)]
+    not_own = tuple(prefix + name for name in NO_PART_OF_A_VAE) + tuple(inner if layout != "opensora" else ())
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix) and not k.startswith(not_own)}
+    others = [key for key in tensors if not key.startswith(prefix) or key.startswith(not_own)]
+    notes = [f"left out, not part of the VAE: {first(sorted({_beside(prefix, key) for key in others}))}"] * bool(others)
+    return layout, _in_fp32(own), notes, others
 
 
-def _read_shards(index: Path) -> State:
-    """The tensors of the files that an index names, which lie beside it."""
-    try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: is no index of weight files ({error!r})") from error
-    if missing := [name for name in files if not index.with_name(name).is_file()]:
-        raise CheckpointError(f"{index}: of its {len(files)} files {_first(missing)} are not there")
-    return {key: tensor for name in files for key, tensor in read_state(index.with_name(name)).items()}
+def _candidates(tensors: Collection[str]) -> list[tuple[str, str]]:
+    """Prefix and layout of every VAE in a file."""
+    found = [
+        (prefix, layout)
+        for layout, marker in MARKERS.items()
+        for key in tensors
+        if key.endswith(marker) and ((prefix := key.removesuffix(marker)) == "" or prefix.endswith("."))
+    ]
+    whole = tuple(f"{prefix}spatial_vae." for prefix, layout in found if layout == "opensora")
+    return [(prefix, layout) for prefix, layout in found if not prefix.startswith(whole)] if whole else found
 
 
-def recognise(state: State, path: Path) -> tuple[str, State, list[str]]:
-    """Name the layout and strip its prefix, as in `first_stage_model.` or DDP's `module.`."""
-    for layout, marker in MARKERS.items():
-        prefixes = {key.removesuffix(marker) for key in state if key.endswith(marker)}
-        prefixes -= {"model_ema."}
-        if len(prefixes) == 1:
-            prefix = prefixes.pop()
-            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            ignored = {k: v for k, v in own.items() if k.startswith(("loss.", "model_ema."))}
-            others = sorted({k.split(".")[0] for k in [*ignored, *(k for k in state if not k.startswith(prefix))]})
-            notes = [f"left out, not part of the VAE: {', '.join(others)}"] if others else []
-            return layout, {k: v for k, v in own.items() if k not in ignored}, notes
-    raise CheckpointError(
-        f"{path}: none of the known layouts (vae3d export, Open-Sora 1.2, Wan, TAEHV, diffusers AutoencoderKL, LDM); "
-        f"its keys begin with {_first(state)}"
-    )
+def _choose(found: list[tuple[str, str]], tensors: Collection[str], path: Path, part: str | None) -> tuple[str, str]:
+    """The candidate that `part` names by its prefix or by some of its words, or else the only one."""
+    if any(key.endswith(VIDEO_VAE) for key in tensors):
+        raise CheckpointError(f"{path}: looks like a video VAE of diffusers; its config.json must lie beside it")
+    if not found:
+        if not tensors:
+            raise CheckpointError(f"{path}: holds no tensors")
+        raise CheckpointError(
+            f"{path}: none of the known layouts (vae3d export, Open-Sora 1.2, Wan, TAEHV, diffusers AutoencoderKL, "
+            f"LDM); its keys begin with {first(tensors)}"
+        )
+    names = {prefix.removesuffix(".") or ROOT: (prefix, layout) for prefix, layout in found}
+    if part is None:
+        chosen = list(names)
+    else:
+        chosen = [name for name in names if name == part] or [name for name in names if f".{part}." in f".{name}."]
+    if len(chosen) == 1:
+        return names[chosen[0]]
+    listed = ", ".join(f"{name} ({layout})" for name, (_, layout) in names.items())
+    if part is None:
+        raise CheckpointError(
+            f"{path}: holds {len(names)} VAEs: {listed}; say which: vae3d.load(path, part={chosen[0]!r}), or "
+            f"{path}{PART}{chosen[0]} as the path of a command"
+        )
+    raise CheckpointError(f"{path}: part={part} names {len(chosen) or 'none'} of its VAEs; use one of {listed}")
+
+
+def _beside(prefix: str, key: str) -> str:
+    """The first word of a key that is not that of the prefix."""
+    words, own = key.split("."), prefix.split(".")[:-1]
+    same = next((i for i, word in enumerate(words) if i >= len(own) or word != own[i]), 0)
+    return words[same]
+
+
+def _own_config(told: dict[str, Any], layout: str) -> dict[str, Any]:
+    """config.json, if it is of these weights; empty if it is of something else, as in the folder of a diffusion model.
+
+    Raises ValueError if it is of another VAE.
+    """
+    kind, own = told.get("_class_name"), CLASSES.get(layout)
+    if kind is None or kind == own:
+        return told
+    if own is not None and "Autoencoder" in str(kind):
+        raise ValueError(f"config.json is of a {kind}, which is not supported; its weights look like {own}")
+    return {}
+
+
+def check_config(told: Mapping[str, Any], expected: Mapping[str, Any], not_needed: Collection[str]) -> None:
+    """That a config.json says of a network what its weights do.
+
+    expected: what we would write for these weights. not_needed: keys that change nothing here.
+    Raises ValueError naming every key that says otherwise, or that is not known.
+    """
+    errors = []
+    for key, value in told.items():
+        if key.startswith("_") or key in not_needed or value is None:  # null: not said
+            continue
+        if key not in expected:
+            errors.append(f"{key}={value} is not known here")
+        elif value != expected[key]:
+            errors.append(f"{key} is {value}, but the weights are of {expected[key]}")
+    if errors:
+        raise ValueError(f"config.json does not fit the weights: {'; '.join(errors)}")
 
 
 def load_state(module: nn.Module, state: State, what: str) -> None:
@@ -303,12 +331,7 @@ def check_state(module: nn.Module, state: State, what: str) -> State:
 
 def _fault(kind: str, names: Iterable[str]) -> str:
     names = sorted(names)
-    return f"  {len(names)} tensors {kind}: {_first(names)}" if names else ""
-
-
-def _first(names: Iterable[str], count: int = 6) -> str:
-    names = list(names)
-    return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")
+    return f"  {len(names)} tensors {kind}: {first(names)}" if names else ""
 
 
 def _opensora(state: State, told: dict[str, Any], notes: list[str]) -> tuple[dict[str, Any], State]:
@@ -332,7 +355,7 @@ def _opensora(state: State, told: dict[str, Any], notes: list[str]) -> tuple[dic
         notes.append(f"no config.json beside the file; micro_frames {micro} is used, as published")
     config = {
         "_target_": "vae3d.models.opensora.OpenSoraVAE",
-        "spatial": _spatial_config(inner, {"scaling_factor": PUBLISHED_FACTOR}, notes),
+        "spatial": _spatial_config(inner, {}, {"scaling_factor": PUBLISHED_FACTOR}, notes),
         "temporal": config_temporal,
         "micro_frames": micro,
         "shift": buffers["shift"].tolist(),
@@ -343,23 +366,36 @@ def _opensora(state: State, told: dict[str, Any], notes: list[str]) -> tuple[dic
     return config, ours | rest
 
 
-def _spatial_config(state: State, told: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Constructor arguments of SpatialVAE read off the shapes, and off a diffusers config.json."""
-    levels = _count(state, r"encoder\.down_blocks\.(\d+)\.")
-    scaling = told.get("scaling_factor")
-    if scaling is None:
-        scaling = 0.13025
-        notes.append(f"the file does not tell its scaling factor; {scaling} (SDXL) is used, SD 1 and 2 have 0.18215")
-    return {
+def _spatial_config(
+    state: State, told: dict[str, Any], factors: Mapping[str, float], notes: list[str]
+) -> dict[str, Any]:
+    """Constructor arguments of SpatialVAE read off the shapes, and off a diffusers config.json.
+
+    factors: scaling_factor and shift_factor, where there is no config.json.
+    Raises ValueError if the config does not fit the weights.
+    """
+    config = {
         "_target_": "vae3d.models.spatial.SpatialVAE",
-        "channels": [state[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)],
+        "channels": [
+            state[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0]
+            for i in range(_count(state, r"encoder\.down_blocks\.(\d+)\."))
+        ],
         "layers": _count(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         "latent_channels": state["decoder.conv_in.weight"].shape[1],
         "groups": told.get("norm_num_groups", 32),
         "attention": any(".attentions.0." in key for key in state),
         "quant_convs": "quant_conv.weight" in state,
-        **_spatial_factors(scaling, told),
     }
+    if told:
+        # Absent, it is 0.18215: the default of diffusers' class (models/autoencoders/autoencoder_kl.py).
+        config |= _spatial_factors(told.get("scaling_factor", 0.18215), told)
+        check_config(told | ldm.SAME.get(str(told.get("act_fn")), {}), ldm.diffusers_config(config), ldm.NOT_NEEDED)
+    elif factors:
+        config |= {"shift_factor": 0.0, **factors}
+    else:
+        config |= {"scaling_factor": None, "shift_factor": None}
+        notes.append(f"the file does not say the scaling factor of its latents; {UNKNOWN_FACTOR}")
+    return config
 
 
 def _spatial_factors(scaling: float, told: dict[str, Any]) -> dict[str, Any]:
@@ -389,4 +425,8 @@ def _temporal_config(state: State) -> dict[str, Any]:
 
 
 def _count(state: State, pattern: str) -> int:
-    return 1 + max((int(m[1]) for key in state if (m := re.match(pattern, key))), default=-1)
+    """How many numbers, from 0 on, a pattern finds. Raises ValueError if some are left out."""
+    found = {int(m[1]) for key in state if (m := re.match(pattern, key))}
+    if found != set(range(len(found))):
+        raise ValueError(f"its layers {pattern} are numbered {sorted(found)[:6]}")
+    return len(found)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -23,8 +24,52 @@ RENAMES = (
     ("conv_norm_out.", "norm_out."),
     ("conv_shortcut.", "nin_shortcut."),
 )
+# Keys of a config.json of AutoencoderKL that change nothing in the network, or are read on their own.
+NOT_NEEDED = ("sample_size", "force_upcast", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
+SAME = {"swish": {"act_fn": "silu"}}  # two names of one function
+# Latent factors, by a word that only the keys of the diffusion model or text encoder beside the VAE have. In their
+# order: Stable Diffusion XL (generative-models, sd_xl_base.yaml), 1 and 2 (v1-inference.yaml), 3 (sd3_impls.py),
+# FLUX.1 (flux/util.py). Their VAEs alone have equal shapes, so that a lone VAE does not say its factors.
+FAMILIES = (
+    ("conditioner.embedders.", 4, {"scaling_factor": 0.13025}),
+    ("cond_stage_model.", 4, {"scaling_factor": 0.18215}),
+    (".joint_blocks.", 16, {"scaling_factor": 1.5305, "shift_factor": 0.0609}),
+    (".double_blocks.", 16, {"scaling_factor": 0.3611, "shift_factor": 0.1159}),
+)
 # Attention as diffusers before 0.18 wrote it.
 LEGACY = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+
+
+def factors_of(others: Iterable[str], state: Mapping[str, Tensor]) -> dict[str, float]:
+    """The latent factors of the VAE `state` (diffusers keys) by the names of what else its file holds; empty if that
+    does not say them."""
+    channels = state["decoder.conv_in.weight"].shape[1]
+    levels = {key.split(".")[2] for key in state if key.startswith("encoder.down_blocks.")}
+    names = list(others)
+    for word, expected, factors in FAMILIES:
+        if (channels, len(levels)) == (expected, 4) and any(word in name for name in names):
+            return factors
+    return {}
+
+
+def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of diffusers' AutoencoderKL, without its latent factors. config: arguments of SpatialVAE."""
+    levels = len(config["channels"])
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": list(config["channels"]),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": config["layers"],
+        "latent_channels": config["latent_channels"],
+        "norm_num_groups": config["groups"],
+        "mid_block_add_attention": config["attention"],
+        "use_quant_conv": config["quant_convs"],
+        "use_post_quant_conv": config["quant_convs"],
+    }
 
 
 def to_ldm(state: dict[str, Tensor]) -> dict[str, Tensor]:

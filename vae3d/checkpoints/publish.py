@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vae3d.checkpoints.export import write_flat
-from vae3d.checkpoints.formats import State
+from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.state import STATE, step_of
 
 
-def publish(folder: Path, prefix: str, saved: Path, averaged: State, layout: str, *, last: bool) -> None:
+def publish(folder: Path, prefix: str, saved: Path, averaged: Checkpoint, layout: str, *, last: bool) -> None:
     """<prefix>_step<N>.pt, the training state in `saved`, and <prefix>_ema_step<N>.pt, the averaged weights.
 
     last: the run is at its end; the averaged weights are <prefix>_final_ema.pt as well.

@@ -16,6 +16,8 @@ from vae3d.io import read_yaml
 
 State = dict[str, Tensor]
 CONF = Path(__file__).parents[1] / "conf/model"
+# Keys of a config.json of AutoencoderKLWan that change nothing in the network, or are read on their own.
+NOT_NEEDED = ("dropout", "clip_output", "latents_mean", "latents_std")
 PREFIX = "model."  # VideoX-Fun's AutoencoderKLWan
 MARKER = "encoder.middle.0.residual.0.gamma"  # a key that only these networks have
 MARKER_DIFFUSERS = "encoder.mid_block.resnets.0.norm1.gamma"
@@ -99,15 +101,14 @@ def config_of(state: State, told: dict[str, Any], notes: list[str]) -> dict[str,
     """
     shortcuts = any(key.startswith("encoder.downsamples.0.downsamples.") for key in state)
     widths, time = _levels(state, shortcuts)
-    base = math.gcd(*widths)
+    base = state["encoder.conv1.weight"].shape[0]
+    if any(width % base for width in widths):
+        raise ValueError(f"its levels have {widths} channels, no multiples of the first convolution's {base}")
     pixels, latents = state["encoder.conv1.weight"].shape[1], state["conv2.weight"].shape[0]
-    published = read_yaml(CONF / ("wan22.yaml" if shortcuts else "wan.yaml"))
     shift, scale = told.get("latents_mean"), told.get("latents_std")
     if shift is None or scale is None:
-        known = latents == len(published["shift"])
-        shift = published["shift"] if known else [0.0] * latents
-        scale = published["scale"] if known else [1.0] * latents
-        whose = "the published weights' are" if known else "0 and 1 are"
+        shift, scale = reader_constants(latents, shortcuts)
+        whose = "the published weights' are" if any(shift) else "0 and 1 are"
         notes.append(f"the file does not tell its latents' mean and standard deviation; {whose} used")
     return {
         "_target_": "vae3d.models.wan.WanVAE",
@@ -122,6 +123,15 @@ def config_of(state: State, told: dict[str, Any], notes: list[str]) -> dict[str,
         "shift": list(shift),
         "scale": list(scale),
     }
+
+
+def reader_constants(channels: int, shortcuts: bool) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation that programs apply to the latents of bare Wan2.1 (or, shortcuts, Wan2.2) weights:
+    the published ones, which they have in their code; 0 and 1 for another number of channels than the published."""
+    published = read_yaml(CONF / ("wan22.yaml" if shortcuts else "wan.yaml"))
+    if channels == len(published["shift"]):
+        return published["shift"], published["scale"]
+    return [0.0] * channels, [1.0] * channels
 
 
 def diffusers_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,8 @@ def _publish(trainer: Trainer, saved: Path) -> None:
     last = trainer.step == trainer.config.trainer.max_steps
     if named.prefix is not None:
         with trainer.ema.applied():
-            publish(folder, named.prefix, saved, trainer.network.state_dict(), named.layout, last=last)
+            averaged = Checkpoint(trainer.config.model, trainer.network.state_dict(), folder, "export")
+            publish(folder, named.prefix, saved, averaged, named.layout, last=last)
     if named.final_model and last:
         with trainer.ema.applied():
             write_final_model(Checkpoint(trainer.config.model, trainer.network.state_dict(), folder, "export"), folder)

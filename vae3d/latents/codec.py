@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vae3d.errors import UserError
 from vae3d.models.base import VideoAutoencoder
+from vae3d.models.spatial import UNKNOWN_FACTOR
 from vae3d.precision import measuring
 from vae3d.seeding import Generators, randn_like
 from vae3d.types import Delta, Posterior
@@ -52,7 +53,7 @@ class LatentCodec:
     would take. That changes memory, not results; what a model codes as a whole by design, such as the micro_frames of
     OpenSoraVAE, stays whole. config: the `_target_` tree that built the model, for caches to tell.
     Raises ValueError for another range or dtype, for chunk_frames where the model cannot code pieces, and for a model
-    whose decoder does not give back what went in.
+    whose decoder does not give back what went in, or whose scaling factor is not known.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class LatentCodec:
             raise ValueError(
                 "a decoder without all of its upscaling does not invert encode; leave decoder_*_upscale out"
             )
+        if not model.spec.scale and not next(model.parameters()).is_meta:
+            raise ValueError(f"the scaling factor of its latents is not known; {UNKNOWN_FACTOR}")
         self.model = model.eval().requires_grad_(False)
         self.pixel_range, self.dtype, self.config = pixel_range, dtype, config
         self._by_size = chunk_frames is None and getattr(model, "chunk_latents", 0) is None

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Depth, Deviation, Mean, Width, Widths, check_arguments
+from vae3d.errors import UserError
 from vae3d.models.base import reconstruct
 from vae3d.models.layers.checkpointing import needs_grad, run
 from vae3d.models.layers.frames import pad_space, per_frame
@@ -21,6 +22,12 @@ from vae3d.models.streaming import IndependentChunks
 from vae3d.types import LatentSpec, Posterior, Reconstruction
 
 EPS = 1e-6
+UNKNOWN_FACTOR = (
+    "only reconstruction works without it; give scaling_factor=0.18215 (Stable Diffusion 1, 2) or 0.13025 (SDXL), or "
+    "both scaling_factor=1.5305 shift_factor=0.0609 (SD3) or scaling_factor=0.3611 shift_factor=0.1159 (FLUX.1), as in "
+    "vae3d.load(path, scaling_factor=0.18215), or model.scaling_factor=0.18215 for infer.py and encode_latents.py; or "
+    "write it into an export: python scripts/convert_checkpoint.py FILE FOLDER --to export --scaling_factor 0.18215"
+)
 
 
 class ResnetBlock(nn.Module):
@@ -201,7 +208,8 @@ class SpatialVAE(nn.Module):
     """AutoencoderKL frame by frame: a VideoAutoencoder without temporal compression.
 
     scaling_factor, shift_factor: (z - shift) * scaling brings raw latents to about zero mean and unit variance
-    (SD 0.18215 and 0, SDXL 0.13025 and 0); one number, or one per channel.
+    (SD 0.18215 and 0, SDXL 0.13025 and 0); one number, or one per channel. scaling_factor None: not known, so that
+    `normalize` and `denormalize` raise UserError; spec.scale is empty then. shift_factor None: 0.
     frame_batch: frames that pass through the network at once (None: all).
     gradient_checkpointing: in training keep only each frame batch's input and recompute the rest in backward.
     keep_last_input: set it to keep the last layer's input, too. Otherwise whoever asks for the gradient of that layer
@@ -218,8 +226,8 @@ class SpatialVAE(nn.Module):
         groups: Width = 32,
         attention: bool = True,
         quant_convs: bool = True,
-        scaling_factor: Deviation | Sequence[Deviation] = 0.13025,
-        shift_factor: Mean | Sequence[Mean] = 0.0,
+        scaling_factor: Deviation | Sequence[Deviation] | None = 0.13025,
+        shift_factor: Mean | Sequence[Mean] | None = 0.0,
         frame_batch: Count | None = 4,
         gradient_checkpointing: bool = True,
     ) -> None:
@@ -233,7 +241,7 @@ class SpatialVAE(nn.Module):
             quant_convs=quant_convs,
         )
         self.scaling_factor = scaling_factor
-        self.shift_factor = shift_factor
+        self.shift_factor = shift_factor = 0.0 if shift_factor is None else shift_factor
         self.frame_batch = frame_batch
         self.gradient_checkpointing = gradient_checkpointing
         self.keep_last_input = False
@@ -293,14 +301,23 @@ class SpatialVAE(nn.Module):
         return IndependentChunks(self, self.frame_batch or 16)
 
     def normalize(self, z: Tensor) -> Tensor:
-        return (z - _beside(z, self.shift_factor)) * _beside(z, self.scaling_factor)
+        """Raw latents to about zero mean and unit variance. Raises UserError if scaling_factor is None."""
+        return (z - _beside(z, self.shift_factor)) * _beside(z, self._known_scaling())
 
     def denormalize(self, z: Tensor) -> Tensor:
-        return z / _beside(z, self.scaling_factor) + _beside(z, self.shift_factor)
+        """Inverse of normalize."""
+        return z / _beside(z, self._known_scaling()) + _beside(z, self.shift_factor)
+
+    def _known_scaling(self) -> float | Sequence[float]:
+        if self.scaling_factor is None:
+            raise UserError(f"the scaling factor of these latents is not known; {UNKNOWN_FACTOR}")
+        return self.scaling_factor
 
 
-def of_channels(factor: float | Sequence[float], channels: int) -> tuple[float, ...]:
-    """A factor of every channel, given one for all, or each. Raises ValueError if they are not as many."""
+def of_channels(factor: float | Sequence[float] | None, channels: int) -> tuple[float, ...]:
+    """A factor of every channel, given one for all or each; empty for None. Raises ValueError for another number."""
+    if factor is None:
+        return ()
     factors = tuple(factor) if isinstance(factor, Sequence) else (factor,) * channels
     if len(factors) != channels:
         raise ValueError(f"scaling_factor or shift_factor has {len(factors)} entries; give 1 or {channels}")

@@ -41,12 +41,14 @@ Cache = Sequence[Past]  # frames between two chunks of a stream, of every layer
 
 
 class Encoder(nn.Module):
-    """Video (or patches) to moments. widths: of each level; time: which level boundaries halve the frame rate."""
+    """Video (or patches) to moments. first: channels of the first convolution; widths: of each level; time: which level
+    boundaries halve the frame rate."""
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
+        first: int,
         widths: Sequence[int],
         time: Sequence[bool],
         layers: int,
@@ -54,9 +56,9 @@ class Encoder(nn.Module):
         borders: Borders,
     ) -> None:
         super().__init__()
-        self.conv1 = Conv(in_channels, widths[0], borders)
+        self.conv1 = Conv(in_channels, first, borders)
         levels = []
-        for level, (before, width) in enumerate(pairwise([widths[0], *widths])):
+        for level, (before, width) in enumerate(pairwise([first, *widths])):
             blocks = [ResidualBlock(a, width, borders) for a in [before, *[width] * (layers - 1)]]
             down = [Downsample(width, time[level], borders)] if level < len(time) else []
             levels += [DownBlock(before, width, blocks, down)] if shortcuts else blocks + down
@@ -153,9 +155,8 @@ class WanVAE(Normalized):
         borders = Borders(pad_w, pad_h)
         time = list(downsample)
         pixels = 3 * patch**2
-        self.encoder = Encoder(
-            pixels, 2 * latent_channels, [channels * m for m in multipliers], time, layers, shortcuts, borders
-        )
+        widths = [channels * m for m in multipliers]
+        self.encoder = Encoder(pixels, 2 * latent_channels, channels, widths, time, layers, shortcuts, borders)
         self.conv1 = nn.Conv3d(2 * latent_channels, 2 * latent_channels, 1)
         self.conv2 = nn.Conv3d(latent_channels, latent_channels, 1)
         wide = [(decoder_channels or channels) * m for m in multipliers]

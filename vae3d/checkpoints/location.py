@@ -1,0 +1,107 @@
+"""Where the weights at a path are: in a file, a folder as downloaded, an export or a run. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from vae3d.io import FileError
+
+EXPORT_CONFIG = "model.yaml"
+SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
+# Under which an export, diffusers, transformers and Open-Sora keep the weights of a folder; the first one is taken.
+WEIGHT_FILES = tuple(
+    f"{stem}{suffix}{index}"
+    for stem, suffix in (
+        ("model", ".safetensors"),
+        ("diffusion_pytorch_model", ".safetensors"),
+        ("diffusion_pytorch_model", ".bin"),
+        ("pytorch_model", ".bin"),
+    )
+    for index in ("", ".index.json")
+)
+# The same in another precision: diffusion_pytorch_model.fp16.safetensors, ...safetensors.index.fp16.json
+VARIANTS = re.compile(
+    r"(model|diffusion_pytorch_model|pytorch_model)"
+    r"(\.\w+\.(safetensors|bin)(\.index\.json)?|\.(safetensors|bin)\.index\.\w+\.json)"
+)
+# Beside which lies a diffusion model under the names above, in Wan-AI's repositories.
+OFFICIAL_VAES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
+PART = "::"  # between a path and the part of the file that is meant: weights.ckpt::ema_model
+
+
+class CheckpointError(FileError):
+    """A checkpoint that is missing, unreadable, unknown, or does not fit the model."""
+
+
+def split_part(path: str | Path) -> tuple[Path, str | None]:
+    """`weights.ckpt::ema_model` is the file weights.ckpt and its part ema_model."""
+    file, separator, part = str(path).partition(PART)
+    return (Path(file), part) if separator and not Path(path).exists() else (Path(path), None)
+
+
+def exists(path: str | Path) -> bool:
+    return split_part(path)[0].exists()
+
+
+def hub_hint(path: str | Path) -> str:
+    """What to do if `path`, which is not here, is the name of a model of the Hugging Face hub; empty if it cannot be
+    one."""
+    text = str(path)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) or Path(text).parent.exists() or text.endswith(SUFFIXES):
+        return ""
+    name = Path(text).name
+    only = "" if "vae" in name.lower() else ' --include "*vae*" "*VAE*"'  # of a whole pipeline its VAE alone
+    return f"; if it is a model of the Hugging Face hub: hf download {text}{only} --local-dir {name}, then give {name}"
+
+
+def find_weights(path: Path) -> Path:
+    """The weight file at `path`: itself, or that of an export, a published folder, its `vae` subfolder, or a run.
+
+    Raises CheckpointError if there is none, or if several are there and none of them has a standard name.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder{hub_hint(path)}")
+    folders = [path / "vae", path] if (path / "model_index.json").is_file() else [path, path / "vae"]
+    for folder in folders:
+        if found := _in_folder(folder):
+            return found
+    if (path / "latest").is_file() or (path / "zero_to_fp32.py").is_file():
+        raise CheckpointError(
+            f"{path}: a checkpoint in DeepSpeed's own format, whose files hold code; write its weights out by "
+            f"python -m deepspeed.utils.zero_to_fp32 {path} OUT --safe_serialization and give OUT/model.safetensors"
+        )
+    exports = sorted((path / "exports").glob("step-*/model.safetensors"))
+    if exports:
+        return exports[-1]
+    others = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    if len(others) == 1:
+        return others[0]
+    if others:
+        raise CheckpointError(f"{path}: holds several weight files; give one of them: {first(p.name for p in others)}")
+    raise CheckpointError(
+        f"{path}: holds no weights ({', '.join(SUFFIXES)}), no vae/ folder and no exports/ of a run; "
+        f"found {first(sorted(p.name for p in path.iterdir())) or 'nothing'}"
+    )
+
+
+def _in_folder(folder: Path) -> Path | None:
+    """The weights of a folder that have a standard name. Raises CheckpointError if that leaves a choice."""
+    if not folder.is_dir():
+        return None
+    official = [folder / name for name in OFFICIAL_VAES if (folder / name).is_file()]
+    standard = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    variants = sorted(file for file in folder.iterdir() if VARIANTS.fullmatch(file.name) and file.is_file())
+    found = official or standard[:1] or variants
+    if len(found) > 1:
+        raise CheckpointError(f"{folder}: holds several; give one of them: {first(file.name for file in found)}")
+    return found[0] if found else None
+
+
+def first(names: Iterable[str], count: int = 6) -> str:
+    """The first names, and how many there are."""
+    names = list(names)
+    return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")
