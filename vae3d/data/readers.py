@@ -21,7 +21,7 @@ from av.video.reformatter import VideoReformatter
 from vae3d.data.dataset_rows import is_row, open_row
 from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
 from vae3d.data.media import MediaError, MediaInfo, Reader, Size, check_indices
-from vae3d.data.video_index import BLOCK, FRAME, FrameSource, Header, check_frame, open_index, to_rgb
+from vae3d.data.video_index import BLOCK, FRAME, FrameSource, VideoIndex, check_frame, open_index, to_rgb
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
 
@@ -183,7 +183,7 @@ class DecordReader:
         import decord
 
         with closing(PyAVReader(path)) as reader:  # knows what decord does not, and refuses what both must refuse
-            _check_for_decord(path, reader.header)
+            _check_for_decord(path, reader.index)
             self.info, self.times = reader.info, reader.times
         try:
             self.video = decord.VideoReader(str(path), num_threads=threads)
@@ -205,13 +205,15 @@ class DecordReader:
         del self.video
 
 
-def _check_for_decord(path: Path, header: Header) -> None:
+def _check_for_decord(path: Path, index: VideoIndex) -> None:
+    header = index.header
+    reordered = (np.diff(index.rows("frames")["packet"].astype(int)) < 0).any()
     if header.info.bits > 8:
         reason = f"has {header.info.bits} bits per channel, which decord turns into other colours"
     elif any(side % 2 for side in header.stored):
         reason = "has an odd number of rows or columns, of which decord gives other colours"
-    elif header.ordered != "times" or header.first or not header.contiguous:
-        reason = f"is {header.container} of which decord gives wrong frames"
+    elif header.first or not header.contiguous or (header.ordered != "times" and reordered):
+        reason = f"has no reliable timestamps ({header.container}), so that decord gives wrong frames"
     elif header.open_gop:
         reason = "has open groups of pictures, of which decord gives wrong frames"
     elif sum(header.orientation) % 2:

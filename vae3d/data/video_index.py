@@ -259,16 +259,33 @@ def _text(error: BaseException) -> str:
 def to_rgb(path: Path, frame: VideoFrame, convert: VideoReformatter) -> np.ndarray:
     """[H, W, 3] uint8 of a decoded frame as stored, with the matrix and range that the file says.
 
-    The one conversion of all readers; it is that of the ffmpeg program. Resizing comes after it, so that chroma lies at
+    The one conversion of all readers: each chroma sample covers its 2x2 (or 2x1) pixels, as in the ffmpeg program for
+    8 bits and even sizes; POINT makes swscale do so for more bits too. Resizing comes after it, so that chroma lies at
     the same place whatever the size. Raises MediaError if a pixel is transparent.
     """
     alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
     kind = "rgba" if alpha else "rgb24"
     with media_errors(path, "cannot be converted to RGB"):
-        pixels = convert.reformat(frame, format=kind, interpolation="BICUBIC", threads=1).to_ndarray()
+        pixels = convert.reformat(_even(frame), format=kind, interpolation="POINT", threads=1).to_ndarray()
     if alpha and pixels[..., 3].min() < 255:
         raise MediaError(path, "has transparent pixels; flatten it onto a background of your choice")
-    return pixels[..., :3]
+    return pixels[: frame.height, : frame.width, :3]
+
+
+def _even(frame: VideoFrame) -> VideoFrame:
+    """The frame with an odd last row or column repeated where chroma has fewer pixels, which swscale would stretch."""
+    height, width, planes = frame.height, frame.width, frame.planes
+    halved = len(planes) >= 3 and (planes[1].width, planes[1].height) != (width, height)
+    if not halved or not (height % 2 or width % 2):
+        return frame
+    even = VideoFrame(width + width % 2, height + height % 2, frame.format.name)
+    dtype = np.uint16 if max(component.bits for component in frame.format.components) > 8 else np.uint8
+    for old, new in zip(planes, even.planes, strict=True):
+        pixels = np.frombuffer(old, dtype).reshape(old.height, -1)[:, : old.width]
+        right = new.line_size // dtype().itemsize - old.width
+        new.update(np.pad(pixels, ((0, new.height - old.height), (0, right)), mode="edge").tobytes())
+    even.colorspace, even.color_range = frame.colorspace, frame.color_range
+    return even
 
 
 def check_frame(path: Path, frame: VideoFrame, number: int, size: Size) -> None:
@@ -360,7 +377,8 @@ class FrameSource:
                 content = os.pread(self.file.fileno(), size, offset)
                 if len(content) < size:
                     raise MediaError(self.path, f"ends within packet {number} of {total}")
-                packet = av.Packet(content)
+                packet = av.Packet(size)  # not of `content`, behind which the decoder would read
+                packet.update(content)
                 packet.is_keyframe = bool(key)
                 yield number, packet
 
@@ -753,8 +771,8 @@ def _gives(source: FrameSource, start: int, expected: dict[int, int]) -> bool:
         for fed, frames in source.decode(start):
             for number, frame in frames:
                 if number in left:
-                    pixels = np.ascontiguousarray(to_rgb(source.path, frame, convert))
-                    if frame.is_corrupt or zlib.crc32(pixels) != left.pop(number):
+                    pixels = to_rgb(source.path, frame, convert)
+                    if frame.is_corrupt or zlib.crc32(np.ascontiguousarray(pixels)) != left.pop(number):
                         return False
             if not left or fed > max(left) + source.index.header.late:
                 break
