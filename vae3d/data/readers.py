@@ -6,8 +6,9 @@ numbered in the order in which a decoder puts them out.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +22,7 @@ from av.video.reformatter import VideoReformatter
 from vae3d.data.dataset_rows import is_row, open_row
 from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
 from vae3d.data.media import MediaError, MediaInfo, Reader, Size, check_indices
-from vae3d.data.video_index import BLOCK, FRAME, FrameSource, VideoIndex, check_frame, open_index, to_rgb
+from vae3d.data.video_index import BLOCK, FRAME, KEYS_BACK, FrameSource, VideoIndex, check_frame, open_index, to_rgb
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
 
@@ -118,25 +119,23 @@ class PyAVReader:
         return self._last[1]
 
     def _frame(self, index: int) -> VideoFrame:
-        """Decode on from the last frame if that is the shorter way, else from where the index says, and if the frame
-        does not come out whole from there, as after a recovery point, from the key frame before that."""
+        """Decode on from the last frame if that is the shorter way, else from where the index says; if the frame does
+        not come out whole from there, as where a picture is refreshed bit by bit, from key frames before that."""
         packet, start = self._row(index)
         behind = self._last is not None and self._last[0] < index
         if not behind or start > self._fed:
             self._restart(start)
         problem = f"is damaged: frame {index} of {self.info.num_frames} does not decode"
-        try:
-            frame = self._find(packet)
-            if frame is not None and not frame.is_corrupt:
-                return frame
-        except MediaError as error:
-            problem = error.reason
-        earlier = self._key_before(start)
-        if earlier is not None:
-            self._restart(earlier)
-            frame = self._find(packet)
-            if frame is not None:
-                return frame
+        for earlier in itertools.chain([None], self._keys_before(start)):
+            if earlier is not None:
+                self._restart(earlier)
+            try:
+                frame = self._find(packet)
+            except MediaError as error:
+                problem = error.reason
+            else:
+                if frame is not None and not frame.is_corrupt:
+                    return frame
         raise MediaError(self.path, problem)
 
     def _find(self, packet: int) -> VideoFrame | None:
@@ -162,10 +161,9 @@ class PyAVReader:
             self._rows, self._block = self.index.rows("frames", index, BLOCK), index
         return self._rows[index - self._block].tolist()
 
-    def _key_before(self, packet: int) -> int | None:
+    def _keys_before(self, packet: int) -> Iterator[int]:
         keys = np.flatnonzero(self.index.rows("packets", 0, packet)["key"])
-        keys = keys[keys >= self.header.first]
-        return int(keys[-1]) if len(keys) else None
+        yield from keys[keys >= self.header.first][: -KEYS_BACK - 1 : -1].tolist()
 
     def _upright(self, pixels: np.ndarray, size: Size | None) -> np.ndarray:
         exchange, rows, columns = self.header.orientation

@@ -60,6 +60,8 @@ RATES = [Fraction(n) for n in (8, 10, 12, 15, 16, 20, 24, 25, 30, 48, 50, 60, 90
 RATES += [Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120)]
 ASPECT_TOLERANCE = 0.01  # pixels that are this near to square count as square
 BLOCK = 256  # rows that are read at once
+CHECKED = 8  # frames at the beginning whose order is compared with that of the timestamps
+KEYS_BACK = 4  # key frames before a frame from which it is tried to decode it
 LATE = 64  # packets after its own by which a frame has come out; no codec reorders by more than 16
 
 PACKET = np.dtype([("offset", "<i8"), ("size", "<u4"), ("key", "u1")])
@@ -486,6 +488,7 @@ def _read_packets(path: Path, container: InputContainer, stream: VideoStream, na
             if not packet.size:
                 continue
             if packet.is_corrupt and not names & BYTE_SEEK:
+                _check_whole(path, file, len(rows), stream.frames, names)
                 raise MediaError(path, f"is damaged or cut short: packet {len(rows)} is not whole")
             if lead is not None:
                 lead = None if _changes_decoder(packet) else _lead(file.fileno(), packet, lead)
@@ -561,22 +564,23 @@ def _promised_end(file: BinaryIO, names: set[str]) -> int | None:
     return None
 
 
-def _order_by_packets(packets: _Packets, first: int, names: set[str], codec: av.Codec) -> tuple[str, list[int]] | None:
+def _order_by_packets(
+    packets: _Packets, first: int, names: set[str], context: av.VideoCodecContext
+) -> tuple[str, list[int]] | None:
     """How the order of frames follows from the packets, and the packets in that order; None if it does not."""
     numbers = list(range(first, len(packets.pts)))
-    if codec.intra_only:
+    if context.codec.intra_only:
         return "file", numbers
+    if not names & TIMED or context.codec.canonical_name not in ONE_FRAME:
+        return None
     pts, dts = ([values[number] for number in numbers] for values in (packets.pts, packets.dts))
     known = [time for time in dts if time is not None]
-    if (
-        names & TIMED
-        and codec.canonical_name in ONE_FRAME
-        and None not in pts
-        and len(set(pts)) == len(pts)
-        and all(a < b for a, b in itertools.pairwise(known))
-    ):
-        return "times", sorted(numbers, key=packets.pts.__getitem__)
-    return None
+    if None in pts or len(set(pts)) < len(pts) or any(a >= b for a, b in itertools.pairwise(known)):
+        return None
+    order = sorted(numbers, key=packets.pts.__getitem__)
+    if context.reorder_depth and order == numbers:
+        return None  # as in a copy of an AVI, where times of decoding were taken for those of showing
+    return "times", order
 
 
 def build(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
@@ -591,23 +595,28 @@ def build(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
         packets = _read_packets(path, container, stream, names)
         context = stream.codec_context
         first = int(np.argmax(packets.rows["key"]))  # 0 if there is no key frame
-        plan = _order_by_packets(packets, first, names, context.codec)
+        plan = _order_by_packets(packets, first, names, context)
         decoder, codec, container_name = _decoder_of(context), context.name, container.format.name
         index, rates = stream.index, (stream.average_rate, stream.guessed_rate, stream.base_rate)
         aspect, unit = stream.sample_aspect_ratio, stream.time_base
 
-    shown: list[int | None] = []
+    last = len(packets.rows) - 1
+    cut = last if names & BYTE_SEEK else None  # such files are cut anywhere, also within a packet
     if plan is not None:
         ordered, planned = plan
         early = set(planned[: planned.index(first)])  # of an open group whose beginning is missing
         late = [number for number in planned if number not in early and not packets.discard[number]]
-        opening, shown, hashes = _decode_in_order(path, index, first, lambda number: number not in early)
-        if late and shown[-1] == late[0] and early.issuperset(shown[:-1]):
-            order = shown[:-1] + late
+        enough = lambda shown: sum(number not in early for number in shown) >= CHECKED  # noqa: E731
+        opening, shown, hashes = _decode_in_order(path, index, first, cut, enough)
+        lead = [number for number in shown if number in early]
+        if shown == lead + late[: len(shown) - len(lead)] and (enough(shown) or len(shown) == len(lead) + len(late)):
+            order = lead + late
+            if cut is not None and not _comes_out(path, index, packets, last):
+                order = order[: order.index(last)]
         else:
             plan = None
     if plan is None:
-        opening, shown, hashes = _decode_in_order(path, index, first, lambda number: False)
+        opening, shown, hashes = _decode_in_order(path, index, first, cut)
         distinct = len({number for number in shown if number is not None}) == len(shown)
         ordered, planned = ("decoded", shown) if distinct else ("counted", [])
         order = shown if distinct else list(range(len(shown)))
@@ -664,10 +673,13 @@ def _decoder_of(context: av.VideoCodecContext) -> Decoder | None:
 
 
 def _decode_in_order(
-    path: Path, index: int, first: int, stop: Callable[[int | None], bool]
+    path: Path, index: int, first: int, cut: int | None, enough: Callable[[Sequence], bool] = lambda shown: False
 ) -> tuple[VideoFrame, list[int | None], list[int]]:
-    """The first frame, and of each frame the packet that it comes from and a hash of its pixels, up to the first at
-    which to stop. Decodes as the container says, from packet `first` on. Raises MediaError."""
+    """The first frame, and the packet and a hash of the pixels of each frame, until there are enough.
+
+    Decodes as the container says, from packet `first` on. cut: a packet that need not be whole; if it is not, its frame
+    and those shown after it are left out. Raises MediaError.
+    """
     opening, shown, hashes = None, [], []
     convert = VideoReformatter()
     with media_errors(path, "cannot be decoded"), closing(open_container(path)) as container:
@@ -675,21 +687,46 @@ def _decode_in_order(
         _only(container, stream)
         stream.codec_context.thread_count = 1
         packets = (packet for packet in container.demux(stream) if packet.size)
-        for number, packet in enumerate(itertools.chain(itertools.islice(packets, first, None), [None])):
-            with media_errors(path, f"is damaged: packet {first + number} cannot be decoded"):
-                frames = stream.codec_context.decode(packet and _numbered(packet, first + number))
+        for number, packet in enumerate(itertools.chain(itertools.islice(packets, first, None), [None]), first):
+            try:
+                with media_errors(path, f"is damaged: packet {number} cannot be decoded"):
+                    frames = stream.codec_context.decode(packet and _numbered(packet, number))
+            except MediaError:
+                if number != cut:
+                    raise
+                continue
             for frame in frames:
+                if shown and frame.is_corrupt and frame.pts == cut:
+                    return opening, shown, hashes
                 if opening is None:
                     opening = frame
                     _check_kind(path, frame)
                 check_frame(path, frame, len(shown), (opening.height, opening.width))
                 shown.append(frame.pts)
                 hashes.append(zlib.crc32(np.ascontiguousarray(to_rgb(path, frame, convert))))
-                if stop(frame.pts):
+                if enough(shown):
                     return opening, shown, hashes
     if opening is None:
         raise MediaError(path, "holds no frame that can be decoded")
     return opening, shown, hashes
+
+
+def _comes_out(path: Path, index: int, packets: _Packets, number: int) -> bool:
+    """Whether a packet gives a whole frame, decoded from a few key frames before it on."""
+    keys = np.flatnonzero(packets.rows["key"][: number + 1])
+    start = int(keys[-KEYS_BACK:][0]) if len(keys) else 0
+    try:
+        with media_errors(path, "cannot be decoded"), closing(open_container(path)) as container:
+            stream = container.streams[index]
+            _only(container, stream)
+            demuxed = (packet for packet in container.demux(stream) if packet.size)
+            for place, packet in enumerate(itertools.chain(itertools.islice(demuxed, start, None), [None]), start):
+                for frame in stream.codec_context.decode(packet and _numbered(packet, place)):
+                    if frame.pts == number:
+                        return not frame.is_corrupt
+    except MediaError:
+        pass
+    return False
 
 
 def _check_kind(path: Path, frame: VideoFrame) -> None:
@@ -715,13 +752,13 @@ def _times(
     """Seconds of each frame since the first, and frames per second, the mean if that varies; no seconds if it is
     constant: then frame i is shown at i / rate.
 
-    Times are those of the frames' packets. AVI has only times of decoding; the n-th frame is shown at the n-th of them.
-    A step back, as where recordings were joined, counts as a step of usual length.
+    Times are those of the frames' packets. Where these are times of decoding, as in AVI, the n-th frame is shown at the
+    n-th of them. A step back, as where recordings were joined, counts as a step of usual length.
     """
-    stamps = [None if number is None else packets.pts[number] for number in order]
-    if None in stamps or "avi" in names:
-        stamps = [None if number is None else packets.dts[number] for number in order]
-        stamps = [None] if None in stamps else sorted(stamps)
+    stored = packets.dts if "avi" in names or None in packets.pts else packets.pts
+    stamps = [None if number is None else stored[number] for number in order]
+    if None not in stamps and all(a <= b for a, b in itertools.pairwise(stored[number] for number in sorted(order))):
+        stamps = sorted(stamps)
     known = [Fraction(rate) for rate in rates if rate]
     if None in stamps or stamps[0] == stamps[-1]:
         return None, known[0] if known else Fraction(25)  # as the ffmpeg program has it
