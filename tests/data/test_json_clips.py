@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,7 @@ FAULTS = [
     ({"path": "0.mp4", "end": 0}, SEGMENT_FAULT),
     ({"path": "0.mp4", "end": 1.5}, "is 1 s long; end=1.5 lies behind its end"),
     ({"path": "0.mp4", "start": 1.0}, "is 1 s long; start=1 lies behind its end"),
-    ({"path": "0.mp4", "start": 0.5, "end": 0.51}, "has no frame between start=0.5 and end=0.51, at 24 frames per"),
+    ({"path": "0.mp4", "start": 0.51, "end": 0.52}, "has no frame between start=0.51 and end=0.52, at 24 frames per"),
 ]
 
 
@@ -170,7 +171,7 @@ def test_every_clip_of_a_broken_file_counts(folder):
     ],
 )
 def test_a_segment_is_its_frames_to_the_number(folder, bounds, expected):
-    assert frame_range(bounds, 24, 24.0) == expected
+    assert frame_range(bounds, np.arange(24) / 24, 24.0) == expected
     reader = open_frames(str(folder / "0.mp4"), SETTINGS, bounds)
     assert reader.info.num_frames == len(expected)
     assert numbers(reader.read(range(len(expected)))) == list(expected)
@@ -285,7 +286,9 @@ def test_at_least_one_video_is_held_out_if_there_are_two(tmp_path):
     assert set(sides(tmp_path / "c.json", ["a.mp4"], 3, share=0.999).values()) == {"train"}
 
 
-def test_the_holdout_of_any_source_keeps_the_clips_of_a_file_together(tmp_path):
+def test_the_holdout_of_any_source_keeps_the_clips_of_a_file_together(folder, tmp_path):
+    for i in range(20):
+        shutil.copy(folder / "0.mp4", tmp_path / f"{i}.mp4")
     rows = [(f"{i}.mp4", 24, 24.0, j / 4, (j + 1) / 4) for i in range(20) for j in range(4)]
     pd.DataFrame(rows, columns=["path", "num_frames", "fps", "start", "end"]).to_csv(tmp_path / "t.csv", index=False)
     found = tables(Table(tmp_path / "t.csv"), holdout=5)

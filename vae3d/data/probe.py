@@ -18,6 +18,7 @@ from vae3d.data.images import is_sequence, sequence_files
 from vae3d.data.readers import MediaError, media_info
 from vae3d.data.segments import has_segment
 from vae3d.data.sources import NUMBERS
+from vae3d.data.video_index import cache_folder
 
 THREADS = 16
 Facts = dict[str, float | str]  # the columns of NUMBERS, or the one key `error`
@@ -26,15 +27,14 @@ Facts = dict[str, float | str]  # the columns of NUMBERS, or the one key `error`
 def complete(table: pd.DataFrame, needed: Sequence[str] = NUMBERS) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     """The table without NaN in the columns `needed`, and (path, reason) of rows that are faulty or do not open.
 
-    Rows with a segment need num_frames and fps too. Only rows that lack one of these numbers are opened; rows that do
-    not open are left out of the table.
+    Only rows that lack one of these numbers are opened, and those with a segment, for the times of their frames; rows
+    that do not open are left out of the table.
     """
     sound = table["fault"].isna()
     faults = [(f"row {row} ({path})", fault) for row, path, fault in table.loc[~sound, ["row", "path", "fault"]].values]
     table = table[sound].reset_index(drop=True)
     unknown = table[list(needed)].isna().any(axis=1)
-    unknown |= has_segment(table) & table[["num_frames", "fps"]].isna().any(axis=1)
-    unknown = unknown.to_numpy()
+    unknown = (unknown | has_segment(table)).to_numpy()
     if not unknown.any():
         return table, faults
     facts = probe(table.loc[unknown, "path"].tolist())
@@ -99,7 +99,5 @@ def _read_cache(cache: Path) -> dict[str, dict]:
 
 
 def _cache_file(paths: list[str]) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = Path(os.environ.get("VAE3D_CACHE", home / "vae3d"))
     name = hashlib.blake2b(os.path.commonpath(paths).encode(), digest_size=8).hexdigest()
-    return folder / "probe" / f"{name}.jsonl"
+    return cache_folder() / "probe" / f"{name}.jsonl"

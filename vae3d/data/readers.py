@@ -1,30 +1,30 @@
 """Reading just the wanted frames of a video or image file, through PyAV or decord behind one interface.
 
-Frames are [T, H, W, 3] uint8 RGB, turned upright as the file's rotation says. Frame numbers are in presentation
-order and exact for constant and variable frame rate alike, because they come from the packets' timestamps.
+Frames are [T, H, W, 3] uint8 RGB, turned and mirrored as the file's display matrix says, with square pixels. They are
+numbered in the order in which a decoder puts them out.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Protocol
 
-import av
 import numpy as np
-from av.container import InputContainer
+import torch
+import torch.nn.functional as F
 from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
-from PIL import Image
+from av.video.reformatter import VideoReformatter
 
 from vae3d.data.dataset_rows import is_row, open_row
-from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence, resize
+from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
 from vae3d.data.media import MediaError, MediaInfo, Reader, Size, check_indices
+from vae3d.data.video_index import BLOCK, FRAME, KEYS_BACK, FrameSource, VideoIndex, check_frame, open_index, to_rgb
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
-HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
-UNINDEXED = ("mpegts", "mpeg")  # containers in which decord seeks by guessing
 
 
 def open_media(path: str | Path, reader: str = "auto", threads: int = 1) -> Reader:
@@ -75,91 +75,103 @@ def _refuse_no_file(path: Path) -> None:
         raise MediaError(path, "is empty (0 bytes)")
 
 
+class VideoReader(Reader, Protocol):
+    times: np.ndarray  # [frames] seconds since the first frame
+
+
 class PyAVReader:
-    """Seeks to the key frame before a wanted frame and decodes from there; resizes inside swscale."""
+    """Reads the packets of the wanted frames from the key frame before them on, wherever they lie in the file.
+
+    The index of the file comes from the cache; see video_index. Raises MediaError.
+    """
 
     def __init__(self, path: Path, threads: int = 1) -> None:
         self.path = path
-        self.container = _open_container(path)
-        self.stream = self.container.streams.best("video")
-        self.stream.codec_context.thread_count = threads
-        self.pts, self.key_pts, self.open_gop = _packet_index(path, self.container, self.stream)
-        self.rotation = 0
-        self._frames: Iterator[VideoFrame] = iter(())
-        self._stored_size: Size | None = None
-        self._last: int | None = None  # number of the frame that _frames gave last
-        first = self._frame_at(0)
-        _refuse_hdr(path, first)
-        self.rotation = int(first.rotation) % 360
-        if self.rotation % 90:
-            raise MediaError(path, f"is rotated by {self.rotation} degrees; only multiples of 90 are supported")
-        height, width = (first.width, first.height) if self.rotation % 180 else (first.height, first.width)
-        rate = self.stream.average_rate or self.stream.guessed_rate
-        bits = max(component.bits for component in first.format.components)
-        codec = self.stream.codec_context.name
-        self.info = MediaInfo(len(self.pts), height, width, float(rate or 0), codec, first.format.name, bits)
-        self._first = first
+        self.index = open_index(path)
+        self.header, self.info = self.index.header, self.index.header.info
+        self._source = FrameSource(path, self.index, threads)
+        self._convert = VideoReformatter()
+        self._rows, self._block = np.empty(0, FRAME), 0  # a part of the index, and where it begins
+        self._restart(self.header.first)
+        self._last: tuple[int, np.ndarray] | None = None  # number and pixels of the frame that was read last
+
+    @property
+    def times(self) -> np.ndarray:
+        return self.index.times()
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
-        check_indices(self.path, indices, len(self.pts))
-        frames = {i: self._to_rgb(self._frame_at(i), size) for i in sorted(set(indices))}
+        check_indices(self.path, indices, self.info.num_frames)
+        frames = {i: self._upright(self._pixels(i), size) for i in sorted(set(indices))}
         return np.stack([frames[i] for i in indices])
 
     def close(self) -> None:
-        self._frames = iter(())
-        self.container.close()
+        self._run = iter(())
+        self._source.close()
+        self.index.close()
 
-    def _frame_at(self, index: int) -> VideoFrame:
-        """Decode on from the last frame if that is the shorter way, else from the key frame before."""
-        if index == 0 and self._last == 0:
-            return self._first
-        target = self.pts[index]
-        key = int(np.searchsorted(self.key_pts, target, side="right")) - 1
-        try:
-            behind = self._last is not None and self._last < index
-            if not behind or (key >= 0 and self.key_pts[key] > self.pts[self._last + 1]):
-                self._seek(key, target)
-            for frame in self._frames:
-                if frame.pts == target:
-                    if frame.is_corrupt:
-                        break
-                    self._refuse_other_size(index, frame)
-                    self._last = index
+    def _pixels(self, index: int) -> np.ndarray:
+        """[H, W, 3] uint8 of a frame as stored."""
+        if self._last is not None and self._last[0] == index:
+            return self._last[1]
+        frame = self._frame(index)
+        check_frame(self.path, frame, index, self.header.stored)
+        self._last = index, to_rgb(self.path, frame, self._convert)
+        return self._last[1]
+
+    def _frame(self, index: int) -> VideoFrame:
+        """Decode on from the last frame if that is the shorter way, else from where the index says; if the frame does
+        not come out whole from there, as where a picture is refreshed bit by bit, from key frames before that."""
+        packet, start = self._row(index)
+        behind = self._last is not None and self._last[0] < index
+        if not behind or start > self._fed:
+            self._restart(start)
+        problem = f"is damaged: frame {index} of {self.info.num_frames} does not decode"
+        for earlier in itertools.chain([None], self._keys_before(start)):
+            if earlier is not None:
+                self._restart(earlier)
+            try:
+                frame = self._find(packet)
+            except MediaError as error:
+                problem = error.reason
+            else:
+                if frame is not None and not frame.is_corrupt:
                     return frame
-                if frame.pts is not None and frame.pts > target:
-                    break
-        except av.error.FFmpegError as error:
-            raise MediaError(self.path, f"cannot be decoded at frame {index}: {error.strerror}") from error
-        raise MediaError(self.path, f"is damaged: frame {index} of {len(self.pts)} does not decode")
+        raise MediaError(self.path, problem)
 
-    def _refuse_other_size(self, index: int, frame: VideoFrame) -> None:
-        size = frame.height, frame.width
-        self._stored_size = self._stored_size or size
-        if size != self._stored_size:
-            first, here = (f"{height}x{width}" for height, width in (self._stored_size, size))
-            raise MediaError(self.path, f"changes its size at frame {index}, from {first} to {here}")
+    def _find(self, packet: int) -> VideoFrame | None:
+        """The frame that comes from a packet, if it comes out."""
+        while True:
+            while self._waiting:
+                number, frame = self._waiting.popleft()
+                if number == packet:
+                    return frame
+            fed = next(self._run, None)
+            if fed is None or self._fed > packet + self.header.late:
+                return None
+            self._fed, frames = fed
+            self._waiting.extend(frames)
 
-    def _seek(self, key: int, target: int) -> None:
-        """Leave _frames at a key frame not after `target`; demuxers may land late, so step back until it holds."""
-        for k in range(key, -1, -1):
-            self._restart(self.key_pts[k])
-            first = next(self._frames, None)
-            if first is not None and first.pts is not None and first.pts <= target:
-                self._frames = itertools.chain([first], self._frames)
-                return
-        self._restart(min(self.pts[0], 0))
+    def _restart(self, packet: int) -> None:
+        self._run, self._fed = self._source.decode(packet), packet
+        self._waiting: deque[tuple[int, VideoFrame]] = deque()
+        self._last = None
 
-    def _restart(self, pts: int) -> None:
-        self.container.seek(int(pts), stream=self.stream, backward=True)
-        self._frames = self.container.decode(self.stream)
+    def _row(self, index: int) -> tuple[int, int]:
+        if not self._block <= index < self._block + len(self._rows):
+            self._rows, self._block = self.index.rows("frames", index, BLOCK), index
+        return self._rows[index - self._block].tolist()
 
-    def _to_rgb(self, frame: VideoFrame, size: Size | None) -> np.ndarray:
-        if size is None:
-            rgb = frame.to_ndarray(format="rgb24")
-        else:
-            height, width = reversed(size) if self.rotation % 180 else size
-            rgb = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
-        return np.rot90(rgb, self.rotation // 90) if self.rotation else rgb
+    def _keys_before(self, packet: int) -> Iterator[int]:
+        keys = np.flatnonzero(self.index.rows("packets", 0, packet)["key"])
+        yield from keys[keys >= self.header.first][: -KEYS_BACK - 1 : -1].tolist()
+
+    def _upright(self, pixels: np.ndarray, size: Size | None) -> np.ndarray:
+        exchange, rows, columns = self.header.orientation
+        stored = self.header.size if size is None else (size[::-1] if exchange else size)
+        pixels = resize(pixels, stored)
+        if exchange:
+            pixels = pixels.swapaxes(0, 1)
+        return pixels[:: -1 if rows else 1, :: -1 if columns else 1]
 
 
 class DecordReader:
@@ -168,13 +180,14 @@ class DecordReader:
     def __init__(self, path: Path, threads: int = 1) -> None:
         import decord
 
-        with closing(PyAVReader(path)) as header:  # tells what decord does not, and refuses what both must refuse
-            _refuse_for_decord(path, header)
+        with closing(PyAVReader(path)) as reader:  # knows what decord does not, and refuses what both must refuse
+            _check_for_decord(path, reader.index)
+            self.info, self.times = reader.info, reader.times
         try:
             self.video = decord.VideoReader(str(path), num_threads=threads)
         except (decord.DECORDError, RuntimeError) as error:
             raise MediaError(path, f"decord cannot open it: {_one_line(error)}") from error
-        self.path, self.info, self.error = path, header.info, decord.DECORDError
+        self.path, self.error = path, decord.DECORDError
         if len(self.video) != self.info.num_frames:
             raise MediaError(path, f"decord counts {len(self.video)} frames, its packets {self.info.num_frames}")
 
@@ -184,21 +197,25 @@ class DecordReader:
             frames = self.video.get_batch(list(indices)).asnumpy()
         except (self.error, RuntimeError) as error:
             raise MediaError(self.path, f"decord cannot decode it: {_one_line(error)}") from error
-        if size in (None, frames.shape[1:3]):
-            return frames
-        return np.stack([np.asarray(resize(Image.fromarray(frame), size)) for frame in frames])
+        return np.stack([resize(frame, size or (self.info.height, self.info.width)) for frame in frames])
 
     def close(self) -> None:
         del self.video
 
 
-def _refuse_for_decord(path: Path, header: PyAVReader) -> None:
+def _check_for_decord(path: Path, index: VideoIndex) -> None:
+    header = index.header
+    reordered = (np.diff(index.rows("frames")["packet"].astype(int)) < 0).any()
     if header.info.bits > 8:
         reason = f"has {header.info.bits} bits per channel, which decord turns into other colours"
-    elif header.container.format.name in UNINDEXED:
-        reason = f"is {header.container.format.name}, where decord gives wrong frames"
+    elif any(side % 2 for side in header.stored):
+        reason = "has an odd number of rows or columns, of which decord gives other colours"
+    elif header.first or not header.contiguous or (header.ordered != "times" and reordered):
+        reason = f"has no reliable timestamps ({header.container}), so that decord gives wrong frames"
     elif header.open_gop:
         reason = "has open groups of pictures, of which decord gives wrong frames"
+    elif sum(header.orientation) % 2:
+        reason = "is mirrored, which decord ignores"
     else:
         return
     raise MediaError(path, f"{reason}; use reader=pyav")
@@ -207,47 +224,13 @@ def _refuse_for_decord(path: Path, header: PyAVReader) -> None:
 READERS: dict[str, Callable[[Path, int], Reader]] = {"auto": PyAVReader, "pyav": PyAVReader, "decord": DecordReader}
 
 
-def _open_container(path: Path) -> InputContainer:
-    try:
-        container = av.open(str(path))
-    except av.error.FFmpegError as error:
-        raise MediaError(path, f"is not a readable video: {error.strerror}") from error
-    if container.format.name.endswith("_pipe") or container.format.name == "image2":
-        raise MediaError(path, f"is an image ({container.format.name}), not a video, whatever its extension says")
-    if container.streams.best("video") is None:
-        kinds = sorted({stream.type for stream in container.streams})
-        raise MediaError(path, f"has no video stream, only {', '.join(kinds) or 'nothing'}")
-    return container
-
-
-def _packet_index(path: Path, container: InputContainer, stream: VideoStream) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Presentation timestamps of all frames and of the key frames among them, both sorted; and whether frames that
-    follow a key frame in the file are shown before it, so that they need the group before (an open GOP)."""
-    pts, keys, packets, open_gop = [], [], 0, False
-    try:
-        for packet in container.demux(stream):
-            packets += packet.size > 0
-            if packet.size == 0 or packet.is_discard:
-                continue
-            if packet.pts is None:
-                raise MediaError(path, "has frames without timestamps; remux it, e.g. into .mp4")
-            pts.append(packet.pts)
-            open_gop |= bool(keys) and packet.pts < keys[-1]
-            if packet.is_keyframe:
-                keys.append(packet.pts)
-    except av.error.FFmpegError as error:
-        raise MediaError(path, f"is damaged or cut short: {error.strerror}") from error
-    if packets < stream.frames:
-        raise MediaError(path, f"is cut short: its header promises {stream.frames} frames, {packets} are there")
-    if not pts:
-        raise MediaError(path, "holds no frames")
-    return np.unique(np.array(pts)), np.unique(np.array(keys, dtype=np.int64)), open_gop
-
-
-def _refuse_hdr(path: Path, frame: VideoFrame) -> None:
-    transfer = HDR_TRANSFERS.get(int(frame.color_trc))
-    if transfer:
-        raise MediaError(path, f"is HDR ({transfer}); tone-map it to SDR first, 8-bit RGB would look washed out")
+def resize(frame: np.ndarray, size: Size) -> np.ndarray:
+    """[H, W, 3] uint8 -> size, bicubic and antialiased: as Pillow does to within one level, but faster."""
+    if frame.shape[:2] == tuple(size):
+        return frame
+    planes = torch.from_numpy(np.require(frame, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    scaled = F.interpolate(planes, tuple(size), mode="bicubic", align_corners=False, antialias=True)
+    return scaled[0].permute(1, 2, 0).numpy()
 
 
 def _one_line(error: Exception) -> str:

@@ -6,7 +6,6 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,19 +173,28 @@ def _refuse_twins(items: Sequence[Item]) -> None:
 
 
 class ClipReader(Dataset[Read]):
-    """Indexed by the number of an item; a file that cannot be read is a fault, never left out."""
+    """Indexed by the number of an item; a file that cannot be read is a fault, never left out. The file that was read
+    last stays open, so that the clips of one file open it once."""
 
     def __init__(self, items: Sequence[Item], transform: Transform, reader: str = "auto") -> None:
         self.items, self.transform, self.reader = items, transform, reader
+        self._opened: tuple[tuple[str, Bounds], Segment] | None = None
 
     def __getitem__(self, number: int) -> Read:
         item = self.items[number]
         try:
-            any_size = ClipSettings(1, 1, reader=self.reader)
-            with closing(open_frames(item.path, any_size, item.bounds)) as opened:
-                return self._cut(number, item, opened)
+            return self._cut(number, item, self._open(item))
         except MediaError as error:
             return Read(number, fault=error.reason_for(item.path))
+
+    def _open(self, item: Item) -> Segment:
+        part = item.path, item.bounds
+        if self._opened is None or repr(self._opened[0]) != repr(part):  # NaN, which a bound may be, equals nothing
+            if self._opened is not None:
+                self._opened[1].close()
+                self._opened = None
+            self._opened = part, open_frames(item.path, ClipSettings(1, 1, reader=self.reader), item.bounds)
+        return self._opened[1]
 
     def _cut(self, number: int, item: Item, opened: Segment) -> Read:
         info = opened.info

@@ -1,0 +1,818 @@
+"""The index of a video file: where each packet lies, and which packet each frame comes from.
+
+It is built once, by reading all packets of the file, and kept in the cache; afterwards a clip reads the rows of its own
+frames and the packets that they need, whatever the length of the file.
+
+Frames are numbered in the order in which the decoder puts them out. Timestamps are not needed for that: each packet is
+handed to the decoder with its number in place of its timestamp, and the decoder hands the number on to the frame.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import json
+import math
+import os
+import secrets
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.sidedata.sidedata import Type as SideData
+from av.stream import Discard
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
+
+from vae3d.data.media import MediaError, MediaInfo, Size
+
+MAGIC = b"vae3d video index 1\n"
+HEAD = struct.Struct("<20sII")  # magic, bytes of the JSON, CRC-32 of JSON and rows
+# What libav and PyAV raise for a damaged file; other exceptions are errors of this program.
+DECODER_ERRORS = (av.error.FFmpegError, OSError, ValueError, MemoryError, RuntimeError, LookupError, ArithmeticError)
+
+# Demuxers that read the one file that they are given. Playlists and scripts, which open other files, are left out.
+FORMATS = (
+    "mov,matroska,avi,mpeg,mpegts,mpegtsraw,mpegvideo,m4v,h264,hevc,vvc,obu,ivf,flv,asf,ogg,gif,rm,dv,mxf,nut,wtv,mjpeg,"
+    "yuv4mpegpipe,vc1,h263,swf,4xm,nsv,roq,bink,smk,fli,apng,aac,mp3,wav,flac,"
+    "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe,gif_pipe,ppm_pipe,pgm_pipe,j2k_pipe,jpegxl_pipe,image2"
+)
+OPEN_OPTIONS = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+
+# Containers that store the time at which each frame is shown, and codecs whose packets hold one frame each. VP8 is not
+# among them (it has packets without a frame), nor are MPEG-1, -2 and -4 (open groups at the start, frames not coded).
+TIMED = {"mov", "matroska", "mpegts", "flv"}
+ONE_FRAME = {"h264", "hevc", "av1", "vp9", "ffv1"}
+BYTE_SEEK = {"mpegts", "mpeg"}  # where positions are exact and timestamps may not be
+HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
+RATES = [Fraction(n) for n in (8, 10, 12, 15, 16, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120)]
+RATES += [Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120)]
+ASPECT_TOLERANCE = 0.01  # pixels that are this near to square count as square
+BLOCK = 256  # rows that are read at once
+CHECKED = 8  # frames at the beginning whose order is compared with that of the timestamps
+KEYS_BACK = 4  # key frames before a frame from which it is tried to decode it
+LATE = 64  # packets after its own by which a frame has come out; no codec reorders by more than 16
+
+PACKET = np.dtype([("offset", "<i8"), ("size", "<u4"), ("key", "u1")])
+SEEK = np.dtype([("crc", "<u4"), ("dts", "<i8")])  # of files whose packets only the demuxer can read
+FRAME = np.dtype([("packet", "<u4"), ("start", "<u4")])  # which it comes from, and where decoding can begin
+TIME = np.dtype("<f8")  # seconds since the first frame
+ROW_TYPES = {"packets": PACKET, "seek": SEEK, "frames": FRAME, "times": TIME}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What a decoder must know beside the packets."""
+
+    codec: str
+    tag: str
+    width: int
+    height: int
+    bits: int
+    extradata: str  # base64
+    colours: tuple[int, int, int, int]  # range, primaries, transfer, matrix
+    reorder: int
+
+    def open(self, threads: int) -> av.VideoCodecContext:
+        context = av.CodecContext.create(self.codec, "r")
+        context.extradata = base64.b64decode(self.extradata) or None
+        context.codec_tag = self.tag
+        context.width, context.height = self.width, self.height
+        context.bits_per_coded_sample = self.bits
+        context.color_range, context.color_primaries, context.color_trc, context.colorspace = self.colours
+        context.thread_count = threads
+        # A decoder that does not know how far frames are reordered drops the first ones that come too late.
+        context.options = {"has_b_frames": str(self.reorder)}
+        return context
+
+
+@dataclass(frozen=True)
+class Header:
+    """Facts of a file. orientation: whether rows and columns are exchanged, then whether rows, then whether columns run
+    backwards. stored: height and width before that; size: the same with square pixels. first: packet at which decoding
+    begins. contiguous: whether packets lie in the file as the decoder takes them. ordered: "times" if the order of
+    frames follows from timestamps, "file" if it is that of the packets, "decoded" if it was found by decoding,
+    "counted" if there is also no telling which packet a frame comes from, so that decoding begins at the first.
+    """
+
+    info: MediaInfo
+    container: str
+    stream: int
+    decoder: Decoder | None
+    orientation: tuple[bool, bool, bool]
+    stored: Size
+    size: Size
+    first: int
+    contiguous: bool
+    ordered: str
+    open_gop: bool
+    rate: tuple[int, int] | None  # frames per second if it is constant
+
+    @property
+    def late(self) -> float:
+        """How many packets after its own a frame may come out."""
+        return math.inf if self.ordered == "counted" else LATE
+
+    @classmethod
+    def from_json(cls, value: dict) -> Header:
+        decoder = value["decoder"] and Decoder(**value["decoder"])
+        lists = {name: tuple(entry) for name, entry in value.items() if isinstance(entry, list)}
+        return cls(**{**value, **lists, "info": MediaInfo(**value["info"]), "decoder": decoder})
+
+    def to_json(self) -> dict:
+        return {**vars(self), "info": vars(self.info), "decoder": self.decoder and vars(self.decoder)}
+
+
+class VideoIndex:
+    """The rows of an index, read from its cache file in parts, or from memory."""
+
+    def __init__(self, header: Header, counts: dict[str, int], begin: int, source: BinaryIO | bytes) -> None:
+        self.header, self.counts, self.source = header, counts, source
+        self.begins: dict[str, int] = {}
+        for name, count in counts.items():
+            self.begins[name] = begin
+            begin += count * ROW_TYPES[name].itemsize
+
+    def rows(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
+        """Rows first, first + 1, ... of packets, seek, frames or times; up to the end if `count` is None."""
+        dtype = ROW_TYPES[name]
+        left = self.counts[name] - first
+        count = left if count is None else min(count, left)
+        begin, size = self.begins[name] + first * dtype.itemsize, count * dtype.itemsize
+        if isinstance(self.source, bytes):
+            content = self.source[begin : begin + size]
+        else:
+            content = os.pread(self.source.fileno(), size, begin)
+        return np.frombuffer(content, dtype)
+
+    def times(self) -> np.ndarray:
+        """[frames] float64: seconds since the first frame."""
+        if self.header.rate is None:
+            return self.rows("times")
+        return np.arange(self.counts["frames"]) / float(Fraction(*self.header.rate))
+
+    def close(self) -> None:
+        if not isinstance(self.source, bytes):
+            self.source.close()
+
+
+def cache_folder() -> Path:
+    """$VAE3D_CACHE, or vae3d in the user's cache folder."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("VAE3D_CACHE", home / "vae3d"))
+
+
+def open_index(path: Path) -> VideoIndex:
+    """The index of a video, from the cache if the file has the size and time that it had then. Raises MediaError."""
+    stat = path.stat()
+    key = [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
+    name = hashlib.blake2b(os.fsencode(key[0]), digest_size=12).hexdigest()
+    cached = cache_folder() / "index" / name[:2] / name[2:]
+    index = _load(cached, key)
+    if index is None:
+        index = in_memory(*build(path))
+        _store(cached, key, index)
+    return index
+
+
+def _load(cached: Path, key: list) -> VideoIndex | None:
+    """None if there is no index of this file, or only an old or incomplete one."""
+    try:
+        source = cached.open("rb")
+    except OSError:
+        return None
+    try:
+        opening = os.pread(source.fileno(), 4096, 0)
+        magic, length, check = HEAD.unpack(opening[: HEAD.size].ljust(HEAD.size))
+        text = opening[HEAD.size : HEAD.size + length]
+        text += os.pread(source.fileno(), length - len(text), HEAD.size + len(text)) if len(text) < length else b""
+        if magic == MAGIC and zlib.crc32(text) == check:
+            value = json.loads(text)
+            begin = HEAD.size + length
+            size = begin + sum(count * ROW_TYPES[name].itemsize for name, count in value["counts"].items())
+            if value["key"] == key and os.fstat(source.fileno()).st_size == size:
+                return VideoIndex(Header.from_json(value["header"]), value["counts"], begin, source)
+    except OSError:
+        pass
+    source.close()
+    return None
+
+
+def in_memory(header: Header, rows: dict[str, np.ndarray]) -> VideoIndex:
+    counts = {name: len(array) for name, array in rows.items()}
+    return VideoIndex(
+        header, counts, 0, b"".join(array.astype(ROW_TYPES[name]).tobytes() for name, array in rows.items())
+    )
+
+
+def _store(cached: Path, key: list, index: VideoIndex) -> None:
+    text = json.dumps({"key": key, "counts": index.counts, "header": index.header.to_json()}).encode()
+    content = HEAD.pack(MAGIC, len(text), zlib.crc32(text)) + text + index.source
+    partial = cached.with_name(f".{cached.name}.{secrets.token_hex(4)}")
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(content)  # not fsynced: an incomplete index is built anew
+            partial.replace(cached)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(
+            f"cannot write to the cache folder {cached.parents[2]} ({error.strerror}): every opening of a video reads "
+            "the whole file; set VAE3D_CACHE to a folder that can be written",
+            stacklevel=2,
+        )
+
+
+# --- errors
+
+
+@contextmanager
+def media_errors(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a demuxer or decoder raises into a MediaError of the file."""
+    try:
+        yield
+    except MediaError:
+        raise
+    except DECODER_ERRORS as error:
+        raise MediaError(path, f"{what}: {_text(error)}") from error
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# --- frames
+
+
+def to_rgb(path: Path, frame: VideoFrame, convert: VideoReformatter) -> np.ndarray:
+    """[H, W, 3] uint8 of a decoded frame as stored, with the matrix and range that the file says.
+
+    The one conversion of all readers: each chroma sample covers its 2x2 (or 2x1) pixels, as in the ffmpeg program for
+    8 bits and even sizes; POINT makes swscale do so for more bits too. Resizing comes after it, so that chroma lies at
+    the same place whatever the size. Raises MediaError if a pixel is transparent.
+    """
+    alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+    kind = "rgba" if alpha else "rgb24"
+    with media_errors(path, "cannot be converted to RGB"):
+        pixels = convert.reformat(_even(frame), format=kind, interpolation="POINT", threads=1).to_ndarray()
+    if alpha and pixels[..., 3].min() < 255:
+        raise MediaError(path, "has transparent pixels; flatten it onto a background of your choice")
+    return pixels[: frame.height, : frame.width, :3]
+
+
+def _even(frame: VideoFrame) -> VideoFrame:
+    """The frame with an odd last row or column repeated where chroma has fewer pixels, which swscale would stretch."""
+    height, width, planes = frame.height, frame.width, frame.planes
+    halved = len(planes) >= 3 and (planes[1].width, planes[1].height) != (width, height)
+    if not halved or not (height % 2 or width % 2):
+        return frame
+    even = VideoFrame(width + width % 2, height + height % 2, frame.format.name)
+    dtype = np.uint16 if max(component.bits for component in frame.format.components) > 8 else np.uint8
+    for old, new in zip(planes, even.planes, strict=True):
+        pixels = np.frombuffer(old, dtype).reshape(old.height, -1)[:, : old.width]
+        right = new.line_size // dtype().itemsize - old.width
+        new.update(np.pad(pixels, ((0, new.height - old.height), (0, right)), mode="edge").tobytes())
+    even.colorspace, even.color_range = frame.colorspace, frame.color_range
+    return even
+
+
+def check_frame(path: Path, frame: VideoFrame, number: int, size: Size) -> None:
+    """Raise MediaError for a frame that is not whole, progressive, and of `size`, the height and width of the first."""
+    if frame.is_corrupt:
+        raise MediaError(path, f"is damaged: frame {number} does not decode completely")
+    if frame.interlaced_frame:
+        raise MediaError(
+            path,
+            f"is interlaced (frame {number} is coded as two fields): ffmpeg -i IN -vf bwdif OUT makes it progressive, "
+            "or -vf setfield=prog where its frames show no combs",
+        )
+    if (frame.height, frame.width) != tuple(size):
+        first, here = (f"{height}x{width}" for height, width in (size, (frame.height, frame.width)))
+        raise MediaError(path, f"changes its size at frame {number}, from {first} to {here}")
+
+
+def _orientation(path: Path, frame: VideoFrame) -> tuple[bool, bool, bool]:
+    """How to turn the stored picture upright, as Header says, from the display matrix of the file."""
+    if SideData.DISPLAYMATRIX not in {entry.type for entry in frame.side_data}:
+        return False, False, False
+    # (x, y) of the stored picture is shown at (a x + c y, b x + d y)
+    a, b, _, c, d = np.frombuffer(bytes(frame.side_data[SideData.DISPLAYMATRIX]), "<i4")[:5] / 65536
+    straight, turned = ([abs(value) for value in pair] for pair in ((a, d), (b, c)))
+    if np.allclose(straight, 1, atol=1e-3) and np.allclose(turned, 0, atol=1e-3):
+        return False, bool(d < 0), bool(a < 0)
+    if np.allclose(straight, 0, atol=1e-3) and np.allclose(turned, 1, atol=1e-3):
+        return True, bool(b < 0), bool(c < 0)
+    degrees = math.degrees(math.atan2(b, a))
+    raise MediaError(
+        path,
+        f"has a display matrix ({a:g} {b:g} {c:g} {d:g}) that turns it by {degrees:g} degrees or scales it; only "
+        "multiples of 90 degrees and mirrors are supported",
+    )
+
+
+def _square_size(path: Path, frame: VideoFrame, aspect: Fraction | None) -> Size:
+    """Height and width with square pixels; the shorter side of a pixel is enlarged, so that nothing is lost."""
+    aspect = float(aspect or 1)
+    if abs(aspect - 1) <= ASPECT_TOLERANCE:
+        return frame.height, frame.width
+    if not 1 / 8 <= aspect <= 8:
+        raise MediaError(path, f"says that its pixels are {aspect:g} times as wide as high")
+    if aspect > 1:
+        return frame.height, round(frame.width * aspect)
+    return round(frame.height / aspect), frame.width
+
+
+# --- decoding
+
+
+class FrameSource:
+    """Decodes a file from a given packet on."""
+
+    def __init__(self, path: Path, index: VideoIndex, threads: int = 1) -> None:
+        self.path, self.index, self.threads = path, index, threads
+        self.file: BinaryIO | None = None
+        self.container: InputContainer | None = None
+
+    def decode(self, start: int) -> Iterator[tuple[int, list[tuple[int, VideoFrame]]]]:
+        """Begin anew at packet `start`. Yields for each packet its number and the frames that come out then, each with
+        the number of the packet that it comes from (or its own, if the order is "counted"). Raises MediaError."""
+        header, count = self.index.header, 0
+        with media_errors(self.path, "cannot be decoded"):
+            if header.contiguous:
+                packets, context = self._stored(start), header.decoder.open(self.threads)
+            else:
+                packets, context = self._demuxed(start)
+            for number, packet in packets:
+                with media_errors(self.path, f"cannot be decoded at packet {number}"):
+                    frames = context.decode(_numbered(packet, number))
+                yield number, self._named(frames, count)
+                count += len(frames)
+            yield self.index.counts["packets"], self._named(context.decode(None), count)
+
+    def _named(self, frames: list[VideoFrame], count: int) -> list[tuple[int, VideoFrame]]:
+        if self.index.header.ordered == "counted":
+            return list(enumerate(frames, count))
+        return [(frame.pts, frame) for frame in frames]
+
+    def _stored(self, start: int) -> Iterator[tuple[int, av.Packet]]:
+        """Packets read straight from the file."""
+        if self.file is None:
+            self.file = self.path.open("rb")
+        total = self.index.counts["packets"]
+        for block in range(start, total, BLOCK):
+            for number, row in enumerate(self.index.rows("packets", block, BLOCK).tolist(), block):
+                offset, size, key = row
+                content = os.pread(self.file.fileno(), size, offset)
+                if len(content) < size:
+                    raise MediaError(self.path, f"ends within packet {number} of {total}")
+                packet = av.Packet(size)  # not of `content`, behind which the decoder would read
+                packet.update(content)
+                packet.is_keyframe = bool(key)
+                yield number, packet
+
+    def _demuxed(self, start: int) -> tuple[Iterator[tuple[int, av.Packet]], av.VideoCodecContext]:
+        """Packets read by the demuxer, each compared with the index; and its decoder."""
+        offset, size, _ = self.index.rows("packets", start, 1)[0].tolist()
+        crc, dts = self.index.rows("seek", start, 1)[0].tolist()
+        packets, context = self._open()
+        if start:
+            by_byte = self.container.format.name in BYTE_SEEK
+            stream = self.container.streams[self.index.header.stream]
+            with suppress(*DECODER_ERRORS):
+                self.container.seek(offset if by_byte else dts, stream=stream, unsupported_byte_offset=by_byte)
+                for packet in itertools.islice(packets, BLOCK):
+                    place = packet.pos if by_byte else packet.dts
+                    if (place, packet.size, zlib.crc32(packet)) == (offset if by_byte else dts, size, crc):
+                        return self._compared(itertools.chain([packet], packets), start), context
+            packets, context = self._open()  # where seeking does not lead there, reading from the start does
+        return self._compared(packets, start, skip=start), context
+
+    def _open(self) -> tuple[Iterator[av.Packet], av.VideoCodecContext]:
+        if self.container is not None:
+            self.container.close()
+        self.container = open_container(self.path)
+        stream = self.container.streams[self.index.header.stream]
+        _only(self.container, stream)
+        stream.codec_context.thread_count = self.threads
+        return (packet for packet in self.container.demux(stream) if packet.size), stream.codec_context
+
+    def _compared(self, packets: Iterator[av.Packet], start: int, skip: int = 0) -> Iterator[tuple[int, av.Packet]]:
+        sizes, crcs = (
+            np.concatenate([self.index.rows(*key)[name] for key in [(rows, start)]])
+            for rows, name in (("packets", "size"), ("seek", "crc"))
+        )
+        for number, packet in enumerate(itertools.islice(packets, skip, None), start):
+            if number - start >= len(sizes):
+                break
+            if (packet.size, zlib.crc32(packet)) != (sizes[number - start], crcs[number - start]):
+                raise MediaError(self.path, f"gives another packet {number} than when it was first read")
+            yield number, packet
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        if self.container is not None:
+            self.container.close()
+        self.file = self.container = None
+
+
+def _numbered(packet: av.Packet, number: int) -> av.Packet:
+    packet.pts = packet.dts = number
+    return packet
+
+
+# --- building
+
+
+def open_container(path: Path) -> InputContainer:
+    # An absolute path: ffmpeg takes what stands before a colon for a protocol.
+    return av.open(os.path.abspath(path), options=OPEN_OPTIONS, metadata_errors="replace")
+
+
+def _only(container: InputContainer, stream: VideoStream) -> None:
+    """Let the demuxer skip all other streams."""
+    for other in container.streams:
+        if other is not stream:
+            other.discard = Discard.all
+
+
+def _video_stream(path: Path, container: InputContainer) -> VideoStream:
+    name = container.format.name
+    if name.endswith("_pipe") or name == "image2":
+        raise MediaError(path, f"is an image ({name}), not a video, whatever its extension says")
+    stream = container.streams.best("video")
+    videos = [stream] if stream else container.streams.video
+    if not videos:
+        kinds = sorted({stream.type for stream in container.streams})
+        raise MediaError(path, f"has no video stream, only {', '.join(kinds) or 'nothing'}")
+    if videos[0].codec_context is None:
+        raise MediaError(path, "is coded in a way for which there is no decoder here")
+    if videos[0].metadata.get("alpha_mode") == "1":
+        raise MediaError(path, "has transparent pixels; flatten it onto a background of your choice")
+    return videos[0]
+
+
+@dataclass
+class _Packets:
+    """All packets of the stream that hold data, in the order of the file. pts, dts: None where there is none. discard:
+    decoded, but not shown. contiguous: each lies in the file as the decoder takes it."""
+
+    rows: np.ndarray
+    seek: np.ndarray
+    pts: list[int | None]
+    dts: list[int | None]
+    discard: list[bool]
+    contiguous: bool
+
+
+def _read_packets(path: Path, container: InputContainer, stream: VideoStream, names: set[str]) -> _Packets:
+    rows, seek, pts, dts, discard = [], [], [], [], []
+    lead: int | None = 0
+    _only(container, stream)
+    with path.open("rb") as file, media_errors(path, "is damaged or cut short"):
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            if packet.is_corrupt and not names & BYTE_SEEK:
+                _check_whole(path, file, len(rows), stream.frames, names)
+                raise MediaError(path, f"is damaged or cut short: packet {len(rows)} is not whole")
+            if lead is not None:
+                lead = None if _changes_decoder(packet) else _lead(file.fileno(), packet, lead)
+            place = -1 if packet.pos is None else packet.pos
+            rows.append((place + (lead or 0), packet.size, packet.is_keyframe))
+            seek.append((zlib.crc32(packet), packet.dts or 0))
+            pts.append(packet.pts)
+            dts.append(packet.dts)
+            discard.append(packet.is_discard)
+        _check_whole(path, file, len(rows), stream.frames, names)
+    if not rows:
+        raise MediaError(path, "holds no frames")
+    return _Packets(np.array(rows, PACKET), np.array(seek, SEEK), pts, dts, discard, lead is not None)
+
+
+def _changes_decoder(packet: av.Packet) -> bool:
+    return any(packet.has_sidedata(kind) for kind in ("new_extradata", "param_change", "palette"))
+
+
+def _lead(file: int, packet: av.Packet, lead: int) -> int | None:
+    """How many bytes after its position the content of a packet begins, `lead` if possible; None if it is not there."""
+    if packet.pos is None:
+        return None
+    content = bytes(packet)
+    if os.pread(file, len(content), packet.pos + lead) == content:
+        return lead
+    found = os.pread(file, len(content) + 64, packet.pos).find(content)
+    return None if found < 0 else found
+
+
+def _check_whole(path: Path, file: BinaryIO, packets: int, promised: int, names: set[str]) -> None:
+    """Raise MediaError if the container says that it is longer than the file."""
+    if "mov" in names and packets < promised:
+        raise MediaError(path, f"is cut short: its header promises {promised} frames, {packets} are there")
+    end, size = _promised_end(file, names), os.fstat(file.fileno()).st_size
+    if end is not None and end > size:
+        raise MediaError(path, f"is cut short: its header promises {end} bytes, {size} are there")
+
+
+def _promised_end(file: BinaryIO, names: set[str]) -> int | None:
+    """Where the outermost parts of a container end by its own account."""
+    opening = os.pread(file.fileno(), 4096, 0)
+    size = os.fstat(file.fileno()).st_size
+    if "matroska" in names:  # EBML header, then one segment; both have an identifier of 4 bytes
+        place = 0
+        for _ in range(2):
+            place += 4
+            width = 9 - opening[place].bit_length()
+            length = int.from_bytes(opening[place : place + width], "big") & ((1 << 7 * width) - 1)
+            if length == (1 << 7 * width) - 1:  # unknown, as in a live stream
+                return None
+            place += width + length
+            if place > 4000:
+                break
+        return place
+    place = 0
+    if "avi" in names:  # RIFF chunks; their size counts from behind itself
+        while place + 12 <= size:
+            kind, length = struct.unpack("<4sI", os.pread(file.fileno(), 8, place))
+            if kind != b"RIFF" or not length:
+                break
+            place += 8 + length
+        return place or None
+    if "mov" in names:  # boxes; size 1: a longer size follows, 0: up to the end
+        while place + 8 <= size:
+            length, kind = struct.unpack(">I4s", os.pread(file.fileno(), 8, place))
+            if length == 1:
+                length = int.from_bytes(os.pread(file.fileno(), 8, place + 8), "big")
+            if length < 8 or not kind.isalnum():
+                return None
+            place += length
+        return place
+    return None
+
+
+def _order_by_packets(
+    packets: _Packets, first: int, names: set[str], context: av.VideoCodecContext
+) -> tuple[str, list[int]] | None:
+    """How the order of frames follows from the packets, and the packets in that order; None if it does not."""
+    numbers = list(range(first, len(packets.pts)))
+    if context.codec.intra_only:
+        return "file", numbers
+    if not names & TIMED or context.codec.canonical_name not in ONE_FRAME:
+        return None
+    pts, dts = ([values[number] for number in numbers] for values in (packets.pts, packets.dts))
+    known = [time for time in dts if time is not None]
+    if None in pts or len(set(pts)) < len(pts) or any(a >= b for a, b in itertools.pairwise(known)):
+        return None
+    order = sorted(numbers, key=packets.pts.__getitem__)
+    if context.reorder_depth and order == numbers:
+        return None  # as in a copy of an AVI, where times of decoding were taken for those of showing
+    return "times", order
+
+
+def build(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
+    """Read all packets of a file, and decode as much as is needed to be sure of the order of its frames: its beginning,
+    or all of it, twice, where timestamps are missing, repeat, run backwards or are invented by the container.
+
+    Raises MediaError if the file is damaged, or holds what cannot be read faithfully.
+    """
+    with media_errors(path, "is not a readable video"), closing(open_container(path)) as container:
+        names = set(container.format.name.split(","))
+        stream = _video_stream(path, container)
+        packets = _read_packets(path, container, stream, names)
+        context = stream.codec_context
+        first = int(np.argmax(packets.rows["key"]))  # 0 if there is no key frame
+        plan = _order_by_packets(packets, first, names, context)
+        decoder, codec, container_name = _decoder_of(context), context.name, container.format.name
+        index, rates = stream.index, (stream.average_rate, stream.guessed_rate, stream.base_rate)
+        aspect, unit = stream.sample_aspect_ratio, stream.time_base
+
+    last = len(packets.rows) - 1
+    cut = last if names & BYTE_SEEK else None  # such files are cut anywhere, also within a packet
+    if plan is not None:
+        ordered, planned = plan
+        early = set(planned[: planned.index(first)])  # of an open group whose beginning is missing
+        late = [number for number in planned if number not in early and not packets.discard[number]]
+        enough = lambda shown: sum(number not in early for number in shown) >= CHECKED  # noqa: E731
+        opening, shown, hashes = _decode_in_order(path, index, first, cut, enough)
+        lead = [number for number in shown if number in early]
+        if shown == lead + late[: len(shown) - len(lead)] and (enough(shown) or len(shown) == len(lead) + len(late)):
+            order = lead + late
+            if cut is not None and not _comes_out(path, index, packets, last):
+                order = order[: order.index(last)]
+        else:
+            plan = None
+    if plan is None:
+        opening, shown, hashes = _decode_in_order(path, index, first, cut)
+        distinct = len({number for number in shown if number is not None}) == len(shown)
+        ordered, planned = ("decoded", shown) if distinct else ("counted", [])
+        order = shown if distinct else list(range(len(shown)))
+
+    starts = _starts(planned, packets.rows["key"], first, intra=ordered == "file")
+    frames = np.array([(number, starts.get(number, first)) for number in order], FRAME)
+    times, rate = _times(packets, shown if ordered == "counted" else order, names, unit, rates)
+    keys = np.maximum.accumulate(np.where(packets.rows["key"], np.arange(len(packets.rows)), first))
+    size = _square_size(path, opening, aspect)
+    orientation = _orientation(path, opening)
+    header = Header(
+        info=MediaInfo(
+            len(order),
+            *(size[::-1] if orientation[0] else size),
+            float(rate),
+            codec,
+            opening.format.name,
+            max(component.bits for component in opening.format.components),
+        ),
+        container=container_name,
+        stream=index,
+        decoder=decoder,
+        orientation=orientation,
+        stored=(opening.height, opening.width),
+        size=size,
+        first=first,
+        contiguous=packets.contiguous and decoder is not None,
+        ordered=ordered,
+        open_gop=ordered != "counted" and bool((keys[frames["packet"]] != frames["start"]).any()),
+        rate=None if times is not None else rate.as_integer_ratio(),
+    )
+    rows = {"packets": packets.rows, "frames": frames}
+    if times is not None:
+        rows["times"] = times
+    return _verified(path, header, rows, packets.seek, hashes)
+
+
+def _decoder_of(context: av.VideoCodecContext) -> Decoder | None:
+    """None if what the demuxer knows of the stream cannot be given to another decoder."""
+    try:
+        tag = context.codec_tag
+    except UnicodeDecodeError:
+        return None
+    return Decoder(
+        context.name,
+        tag,
+        context.width,
+        context.height,
+        context.bits_per_coded_sample,
+        base64.b64encode(context.extradata or b"").decode(),
+        tuple(int(c) for c in (context.color_range, context.color_primaries, context.color_trc, context.colorspace)),
+        context.reorder_depth,
+    )
+
+
+def _decode_in_order(
+    path: Path, index: int, first: int, cut: int | None, enough: Callable[[Sequence], bool] = lambda shown: False
+) -> tuple[VideoFrame, list[int | None], list[int]]:
+    """The first frame, and the packet and a hash of the pixels of each frame, until there are enough.
+
+    Decodes as the container says, from packet `first` on. cut: a packet that need not be whole; if it is not, its frame
+    and those shown after it are left out. Raises MediaError.
+    """
+    opening, shown, hashes = None, [], []
+    convert = VideoReformatter()
+    with media_errors(path, "cannot be decoded"), closing(open_container(path)) as container:
+        stream = container.streams[index]
+        _only(container, stream)
+        stream.codec_context.thread_count = 1
+        packets = (packet for packet in container.demux(stream) if packet.size)
+        for number, packet in enumerate(itertools.chain(itertools.islice(packets, first, None), [None]), first):
+            try:
+                with media_errors(path, f"is damaged: packet {number} cannot be decoded"):
+                    frames = stream.codec_context.decode(packet and _numbered(packet, number))
+            except MediaError:
+                if number != cut:
+                    raise
+                continue
+            for frame in frames:
+                if shown and frame.is_corrupt and frame.pts == cut:
+                    return opening, shown, hashes
+                if opening is None:
+                    opening = frame
+                    _check_kind(path, frame)
+                check_frame(path, frame, len(shown), (opening.height, opening.width))
+                shown.append(frame.pts)
+                hashes.append(zlib.crc32(np.ascontiguousarray(to_rgb(path, frame, convert))))
+                if enough(shown):
+                    return opening, shown, hashes
+    if opening is None:
+        raise MediaError(path, "holds no frame that can be decoded")
+    return opening, shown, hashes
+
+
+def _comes_out(path: Path, index: int, packets: _Packets, number: int) -> bool:
+    """Whether a packet gives a whole frame, decoded from a few key frames before it on."""
+    keys = np.flatnonzero(packets.rows["key"][: number + 1])
+    start = int(keys[-KEYS_BACK:][0]) if len(keys) else 0
+    try:
+        with media_errors(path, "cannot be decoded"), closing(open_container(path)) as container:
+            stream = container.streams[index]
+            _only(container, stream)
+            demuxed = (packet for packet in container.demux(stream) if packet.size)
+            for place, packet in enumerate(itertools.chain(itertools.islice(demuxed, start, None), [None]), start):
+                for frame in stream.codec_context.decode(packet and _numbered(packet, place)):
+                    if frame.pts == number:
+                        return not frame.is_corrupt
+    except MediaError:
+        pass
+    return False
+
+
+def _check_kind(path: Path, frame: VideoFrame) -> None:
+    transfer = HDR_TRANSFERS.get(int(frame.color_trc))
+    if transfer:
+        raise MediaError(path, f"is HDR ({transfer}); tone-map it to SDR first, 8-bit RGB would look washed out")
+
+
+def _starts(planned: Sequence[int], key: np.ndarray, first: int, intra: bool) -> dict[int, int]:
+    """For each packet, in the order of their frames, the last key packet that is shown not after it: from there it can
+    be decoded, also where frames of an open group come before a key frame that stands before them in the file."""
+    starts, current = {}, first
+    for number in planned:
+        if (intra or key[number]) and number > current:
+            current = number
+        starts[number] = current
+    return starts
+
+
+def _times(
+    packets: _Packets, order: Sequence[int | None], names: set[str], unit: Fraction, rates: Sequence[Fraction | None]
+) -> tuple[np.ndarray | None, Fraction]:
+    """Seconds of each frame since the first, and frames per second, the mean if that varies; no seconds if it is
+    constant: then frame i is shown at i / rate.
+
+    Times are those of the frames' packets. Where these are times of decoding, as in AVI, the n-th frame is shown at the
+    n-th of them. A step back, as where recordings were joined, counts as a step of usual length.
+    """
+    stored = packets.dts if "avi" in names or None in packets.pts else packets.pts
+    stamps = [None if number is None else stored[number] for number in order]
+    if None not in stamps and all(a <= b for a, b in itertools.pairwise(stored[number] for number in sorted(order))):
+        stamps = sorted(stamps)
+    known = [Fraction(rate) for rate in rates if rate]
+    if None in stamps or stamps[0] == stamps[-1]:
+        return None, known[0] if known else Fraction(25)  # as the ffmpeg program has it
+    ticks = np.diff(np.array(stamps, dtype=np.int64))
+    if (ticks < 0).any():
+        forward = ticks[ticks > 0]
+        ticks[ticks < 0] = int(np.median(forward)) if len(forward) else 0
+    ticks = np.concatenate([[0], np.cumsum(ticks)])
+    if not ticks[-1]:
+        return None, known[0] if known else Fraction(25)
+    mean = Fraction(len(ticks) - 1) / (int(ticks[-1]) * Fraction(unit))
+    for rate in [*known, *sorted(RATES, key=lambda rate: abs(rate - mean))]:
+        # Rounded to the unit of the container, which in Matroska is a millisecond.
+        if np.abs(ticks * float(unit * rate) - np.arange(len(ticks))).max() <= 1.001 * float(unit * rate):
+            return None, rate
+    return ticks * float(unit), mean
+
+
+def _verified(
+    path: Path, header: Header, rows: dict[str, np.ndarray], seek: np.ndarray, hashes: Sequence[int]
+) -> tuple[Header, dict[str, np.ndarray]]:
+    """The index after it was tried: frames whose hash is known must come out alike when decoding begins where the index
+    says. A start from which they do not is given up for the one before it. Raises MediaError if nothing helps."""
+    if not header.contiguous:
+        rows = {**rows, "seek": seek}
+    frames = rows["frames"]
+    with closing(FrameSource(path, in_memory(header, rows))) as source:
+        good = header.first
+        for start in np.unique(frames["start"][: len(hashes)]).tolist():
+            places = np.flatnonzero(frames["start"][: len(hashes)] == start)
+            expected = {int(frames["packet"][place]): hashes[place] for place in places}
+            if _gives(source, start, expected):
+                good = start
+            elif start != header.first:
+                frames["start"][frames["start"] == start] = good
+            elif header.contiguous:
+                return _verified(path, replace(header, contiguous=False), rows, seek, hashes)
+            else:
+                raise MediaError(path, "gives other frames each time it is decoded")
+    return header, rows
+
+
+def _gives(source: FrameSource, start: int, expected: dict[int, int]) -> bool:
+    """Whether decoding from packet `start` gives frames of these packets with these hashes."""
+    left, convert = dict(expected), VideoReformatter()
+    try:
+        for fed, frames in source.decode(start):
+            for number, frame in frames:
+                if number in left:
+                    pixels = to_rgb(source.path, frame, convert)
+                    if frame.is_corrupt or zlib.crc32(np.ascontiguousarray(pixels)) != left.pop(number):
+                        return False
+            if not left or fed > max(left) + source.index.header.late:
+                break
+    except MediaError:
+        return False
+    return not left
