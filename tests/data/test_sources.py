@@ -36,8 +36,8 @@ def test_only_path_is_required_and_parquet_serves_too(tmp_path):
 FAULTS = {
     "": r"is empty",
     "path\n": r"has no rows",
-    "video,text\na.mp4,x\n": r"has no column `path`; its columns are video, text",
-    "path,a\nx,1\ny,1,2,3\n": r"is not a readable table",
+    "video,text\na.mp4,x\n": r"has no column `path`; .* video, text",
+    'path,a\nx,1\ny,"1\n': r"is not a readable table",
 }
 
 
@@ -119,7 +119,7 @@ def test_missing_table_and_binary_table_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.csv: no such file; data.source.path takes a CSV or parquet file"):
         Table(tmp_path / "nowhere.csv").table()
     (tmp_path / "t.csv").write_bytes(bytes(range(128, 256)))
-    with pytest.raises(DataError, match="is not a readable table"):
+    with pytest.raises(DataError, match="is not UTF-8 text"):
         Table(tmp_path / "t.csv").table()
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 from vae3d.data.images import is_sequence
 from vae3d.data.segments import SEGMENT, SEGMENT_FAULT
 from vae3d.data.sources import SPLITS, DataError, checked, file_hashes
+from vae3d.data.tables import read_entries
 
 TEXT, NUMBER = (str, "a text"), ((int, float), "a number")
 KINDS = {
@@ -33,7 +34,9 @@ HASHES = 2**63
 
 
 class JsonClips:
-    """A JSON list of clips, or an object {"list": [...]}; each clip is an object with the key `path` and optional
+    """A JSON list of clips, an object {"list": [...]}, or JSON Lines (.jsonl), also gzipped (.gz).
+
+    Each clip is an object with the key `path` and optional
 
         start, end: seconds of the file that the clip begins and ends at; without them, the file's own.
         frames, fps: of the whole file, as annotated, so that it need not be opened to know them.
@@ -91,14 +94,7 @@ def _clips_of(table: pd.DataFrame) -> str:
 
 def _entries(path: Path) -> tuple[list[Any], list[str]]:
     """The list in a file, and what is odd about it. Raises DataError."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; data.source.path takes a JSON file")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: is not JSON: {error.msg}") from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{path} is not a readable JSON file: {error}") from error
+    content = read_entries(path)
     entries = content.get("list") if isinstance(content, dict) else content
     if not isinstance(entries, list):
         found = f"an object with the keys {', '.join(content)}" if isinstance(content, dict) else f"{content!r:.40}"
@@ -135,11 +131,18 @@ def _fault(entry: Any) -> str | None:
 
 
 def _well_typed(entry: Any) -> dict[str, Any]:
-    """What can be used of an entry; NaN, which JSON does not have but Python reads, is not."""
+    """What can be used of an entry; NaN, which JSON does not have but Python reads, is not, nor is half a character."""
     if not isinstance(entry, dict):
         return {}
     found = {key: value for key, value in entry.items() if key in KINDS and isinstance(value, KINDS[key][0])}
-    return {key: value for key, value in found.items() if not isinstance(value, bool) and value == value}
+    return {
+        key: value for key, value in found.items() if not isinstance(value, bool) and value == value and _whole(value)
+    }
+
+
+def _whole(value: Any) -> bool:
+    """Whether a text has no lone surrogate, which JSON can spell and no encoding has."""
+    return not isinstance(value, str) or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _is_there(path: str) -> bool:
