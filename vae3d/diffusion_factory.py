@@ -16,7 +16,7 @@ from torch import nn
 from vae3d.check import ConfigError
 from vae3d.checkpoints.formats import EXPORT_CONFIG, find_weights
 from vae3d.data.clips import ClipDataset
-from vae3d.data.loader import lengths_of, read_tables, validation_clips
+from vae3d.data.loader import lengths_of, look_for_files, read_tables, validation_clips
 from vae3d.data.sampler import Draw, FrameCounts, Lengths
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.build import build_network, build_process, network_config, process_config
@@ -68,6 +68,9 @@ def diffusion_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer
 
 def describe(config: DiffusionConfig) -> None:
     """Print what a run would be, without taking a step."""
+    if config.cache is None:
+        for line in look_for_files(instantiate(config.data.source), config.data.max_broken):
+            log.info(line)
     codec = _codec(config, torch.device("cpu"))
     data = latent_data(config, codec, 0, int(os.environ.get("WORLD_SIZE", 1)))
     config, _ = complete(config, data)

@@ -24,7 +24,7 @@ from vae3d.checkpoints.state import starting_state
 from vae3d.config import CONF
 from vae3d.data.clips import ClipSettings
 from vae3d.data.depth import DepthSettings
-from vae3d.data.loader import TrainingData, lengths_of, read_tables, validation_clips
+from vae3d.data.loader import TrainingData, lengths_of, look_for_files, read_tables, validation_clips
 from vae3d.data.sampler import FrameCounts, Lengths, Plan
 from vae3d.engine.distillation import Distillation
 from vae3d.engine.freeze import train_parts
@@ -341,11 +341,15 @@ def _tiled(model: nn.Module, tile: int, overlap: int | None) -> Tiled:
 
 
 def describe(config: TrainConfig) -> None:
-    """Log what a configuration means: parts, parameters, latent shapes, batches. Builds the model without memory."""
+    """Log what a configuration means: parts, parameters, latent shapes, batches, files.
+
+    Builds the model without memory. Opens the table, but no file of it. Raises DataError for data that no run can read.
+    """
     with torch.device("meta"):
         model = instantiate(config.model)
     train_parts(model, config.stage.train)
-    log.info("\n".join(summary(config, model)))
+    files = look_for_files(instantiate(config.data.source), config.data.max_broken)
+    log.info("\n".join([*summary(config, model), *files]))
 
 
 def _trusted(config: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vae3d.data.images import is_sequence
 from vae3d.data.segments import SEGMENT, SEGMENT_FAULT
-from vae3d.data.sources import SPLITS, DataError, checked, file_hashes
+from vae3d.data.sources import SPLITS, DataError, checked, exists, file_hashes
 from vae3d.data.tables import read_entries
 
 TEXT, NUMBER = (str, "a text"), ((int, float), "a number")
@@ -63,7 +61,7 @@ class JsonClips:
         given = ["path", *(key for key in OPTIONAL if any(key in entry for entry in sound))]
         raw = pd.DataFrame({COLUMNS.get(key, key): [entry.get(key) for entry in sound] for key in given})
         table = checked(raw.assign(fault=faults), self.root)
-        gone = table["fault"].isna() & ~table["path"].map(_is_there)
+        gone = table["fault"].isna() & ~table["path"].map(exists)
         table.loc[gone, "fault"] = "no such file"
         how = "as their `split` says"
         if "split" not in given and self.val_share is not None:
@@ -143,11 +141,6 @@ def _well_typed(entry: Any) -> dict[str, Any]:
 def _whole(value: Any) -> bool:
     """Whether a text has no lone surrogate, which JSON can spell and no encoding has."""
     return not isinstance(value, str) or not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-def _is_there(path: str) -> bool:
-    """Of a sequence, whether its folder is."""
-    return os.path.isdir(os.path.dirname(path)) if is_sequence(path) else os.path.isfile(path)
 
 
 def _unread(entries: list[Any]) -> list[str]:

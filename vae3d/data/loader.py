@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -16,12 +17,14 @@ from torch.utils.data import DataLoader
 
 from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, open_frames, read_clip, to_sample
 from vae3d.data.media import MediaError
-from vae3d.data.probe import complete
+from vae3d.data.probe import THREADS, complete, faulty_rows
 from vae3d.data.resolution import SIZE, leave_out_small, told_of_enlarged
 from vae3d.data.sampler import Draw, Lengths, Plan, StepSampler
 from vae3d.data.segments import Bounds, bounds_of, count_frames
-from vae3d.data.sources import DataError, Source, file_hashes
+from vae3d.data.sources import DataError, Source, exists, file_hashes
 from vae3d.types import Clip
+
+SHOWN = 10  # files in a message
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,7 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
     table, faults = complete(listed, needed)
     table, outside = count_frames(table)
     faults += outside
-    if len(faults) > max_broken * len(listed):
-        shown = "\n".join(f"  {path}: {reason}" for path, reason in faults[:10])
-        raise DataError(
-            f"{len(faults)} of {len(listed)} files cannot be read, more than data.max_broken={max_broken}; the first:\n"
-            f"{shown}\n  python -m vae3d.data.check FILE lists them all"
-        )
+    _check_share(faults, len(listed), max_broken)
     table, left_out = leave_out_small(table, settings.min_side)
     notes = [*getattr(source, "notes", ()), *told_of_enlarged(table, settings)]
     if left_out:
@@ -72,6 +70,35 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
         raise DataError("no rows are left to train on; is the `split` column `val` or `test` throughout?")
     train, val = (table[rows].reset_index(drop=True) for rows in (is_train, is_val))
     return Tables(train, val, faults, left_out, notes)
+
+
+def look_for_files(source: Source, max_broken: float) -> list[str]:
+    """List a source's files, and see which are there, without opening any. Returns lines for the log.
+
+    Raises DataError if more than the share `max_broken` is missing or faulty.
+    """
+    table = source.table()
+    sound = table[table["fault"].isna()]
+    paths = sound["path"].unique().tolist()
+    with ThreadPoolExecutor(THREADS) as pool:  # a network disk answers many at once
+        there = dict(zip(paths, pool.map(exists, paths, chunksize=64), strict=True))
+    faults = faulty_rows(table) + [(path, "no such file") for path in sound["path"] if not there[path]]
+    _check_share(faults, len(table), max_broken)
+    count = sum(there.values())
+    return [
+        f"data: {len(table)} rows, {count} of {len(there)} files are there, {len(table) - len(sound)} rows are faulty",
+        *(f"  {path}: {reason}" for path, reason in faults[:SHOWN]),
+        *(f"  {note}" for note in getattr(source, "notes", ())),
+    ]
+
+
+def _check_share(faults: list[tuple[str, str]], rows: int, max_broken: float) -> None:
+    if len(faults) > max_broken * rows:
+        shown = "\n".join(f"  {path}: {reason}" for path, reason in faults[:SHOWN])
+        raise DataError(
+            f"{len(faults)} of {rows} files cannot be read, more than data.max_broken={max_broken}; the first:\n"
+            f"{shown}\n  python -m vae3d.data.check FILE lists them all"
+        )
 
 
 def lengths_of(table: pd.DataFrame, settings: ClipSettings) -> Lengths:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from vae3d.data.dataset_rows import has_tables, how_to_download, is_saved
+from vae3d.data.dataset_rows import has_tables, how_to_download, is_row, is_saved
 from vae3d.data.images import IMAGE_SUFFIXES, is_sequence, numbered
 from vae3d.data.media import DataError
 from vae3d.data.readers import VIDEO_SUFFIXES
@@ -175,6 +175,13 @@ def listed(paths: list[str], names: list[str]) -> pd.DataFrame:
     """A table of files of which nothing else is known."""
     table = pd.DataFrame({"path": paths, "name": names, "row": np.arange(1, len(paths) + 1)})
     return table.assign(**dict.fromkeys([*NUMBERS, *SEGMENT], np.nan), text=None, label=None, split=None, fault=None)
+
+
+def exists(path: str) -> bool:
+    """Whether a row's file is there; of a sequence its folder, of a row of a dataset always: its table says so."""
+    if is_row(path):
+        return True
+    return os.path.isdir(os.path.dirname(path)) if is_sequence(path) else os.path.isfile(path)
 
 
 def file_hashes(table: pd.DataFrame) -> np.ndarray:
