@@ -114,6 +114,7 @@ def _of_cache(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         held_out=[every[Draw(place, place, 1)] for place in mine.tolist()],
         workers=config.data.workers,
         prefetch=config.data.prefetch,
+        timeout=config.data.timeout,
         notes=[f"{config.cache}: {len(train)} latents to train on ({cache.mode}), {len(held_out)} held out"],
     )
 
@@ -154,6 +155,7 @@ def _of_clips(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         sample=config.vae.sample,
         workers=data.workers,
         prefetch=data.prefetch,
+        timeout=data.timeout,
         faults=faults,
         notes=[
             *tables.notes,

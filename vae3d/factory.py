@@ -183,7 +183,16 @@ def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingDa
         held_out, more = validation_clips(tables.val, settings, validation.frames, validation.clips, rank, world_size)
         faults = faults + more
     return TrainingData(
-        tables.train, plan, settings, data.workers, data.prefetch, held_out, faults, tables.notes, tables.left_out
+        tables.train,
+        plan,
+        settings,
+        data.workers,
+        data.prefetch,
+        held_out,
+        faults,
+        tables.notes,
+        tables.left_out,
+        data.timeout,
     )
 
 

@@ -54,6 +54,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.batch_size": (lambda v: v >= 1, "at least 1"),
     "data.workers": (lambda v: v >= 0, "0 or more"),
     "data.prefetch": (lambda v: v >= 1, "at least 1"),
+    "data.timeout": (lambda v: v >= 0, "0 (for ever) or more"),
     "data.holdout": (lambda v: v >= 0, "0 or more"),
     "data.max_broken": (lambda v: 0 <= v < 1, "a share, from 0 to less than 1"),
     "optim.lr": (lambda v: v > 0, "positive"),

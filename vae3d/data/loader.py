@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -13,7 +10,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader
 
 from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, open_frames, read_clip, to_sample
 from vae3d.data.media import MediaError
@@ -22,6 +18,7 @@ from vae3d.data.resolution import SIZE, leave_out_small, told_of_enlarged
 from vae3d.data.sampler import Draw, Lengths, Plan, StepSampler
 from vae3d.data.segments import Bounds, bounds_of, count_frames
 from vae3d.data.sources import DataError, Source, exists, file_hashes
+from vae3d.data.workers import load
 from vae3d.types import Clip
 
 SHOWN = 10  # files in a message
@@ -118,35 +115,27 @@ class TrainingData:
     faults: list[tuple[str, str]]  # files that did not open when the tables were read
     notes: list[str] = field(default_factory=list)  # what there is to tell of the files
     left_out: list[tuple[str, str]] = field(default_factory=list)  # files that are too small
+    timeout: float = 0.0  # seconds without a batch after which WorkerTimeout is raised; 0: never
 
-    def clips(self, first: int, last: int) -> Iterator[Clip | Unreadable]:
-        """Micro-batches of optimizer steps first..last-1; Unreadable where one file after another could not be read."""
-        return iter(
-            DataLoader(
-                ClipDataset(self.table, self.plan, self.settings),
-                batch_sampler=StepSampler(self.plan, first, last),
-                collate_fn=collate,
-                num_workers=self.workers,
-                prefetch_factor=self.prefetch if self.workers else None,
-                pin_memory=torch.cuda.is_available(),
-                worker_init_fn=outlive_sigterm,
-            )
+    def clips(self, first: int, last: int, stopping: Callable[[], bool] = lambda: False) -> Iterator[Clip | Unreadable]:
+        """Micro-batches of optimizer steps first..last-1; Unreadable where one file after another could not be read.
+
+        stopping: whether the run is to end after this step. Raises as workers.load does.
+        """
+        settings, plan = self.settings, self.plan
+        pixels = 3 * plan.frames.all()[-1] * settings.height * settings.width
+        return load(
+            ClipDataset(self.table, plan, settings),
+            workers=self.workers,
+            prefetch=self.prefetch,
+            timeout=self.timeout,
+            stopping=stopping,
+            item_bytes=plan.micro_batch * pixels * (1 if settings.depth is None else 4),
+            held=plan.accumulate,
+            batch_sampler=StepSampler(plan, first, last),
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
         )
-
-
-def outlive_sigterm(worker: int) -> None:
-    """Let only the rank itself end its workers.
-
-    torchrun and Slurm send SIGTERM to all processes, but the step that a rank is in still needs its workers' clips.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def validation_clips(

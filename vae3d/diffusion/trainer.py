@@ -104,9 +104,10 @@ class DiffusionTrainer:
         """Train to the last step, or to the first step boundary after SIGTERM; whether it was the last step."""
         trainer = self.config.trainer
         self.log.begin(self.step, trainer.max_steps)
-        batches, stopped = self.data.batches(self.step, trainer.max_steps), False
+        stopped = False
         self._tick, self._steps = time.perf_counter(), 0
         with on_sigterm() as stop:
+            batches = self.data.batches(self.step, trainer.max_steps, lambda: stop.asked)
             while self.step < trainer.max_steps and not stopped:
                 values = self.train_step([next(batches) for _ in range(trainer.accumulate)], stop.asked)
                 stopped = values.pop("stop") > 0

@@ -134,10 +134,10 @@ class Trainer:
         self.log.begin(self.step, last)
         profiling = config.debug.mode == "profile"
         recorder = profiled(self.folder, config.debug.steps) if profiling else nullcontext(lambda: None)
-        clips = self.data.clips(self.step, last)
         stopped = False
         self._tick, self._steps, self._frames = time.perf_counter(), 0, 0
         with on_sigterm() as stop, recorder as step_done:
+            clips = self.data.clips(self.step, last, lambda: stop.asked)
             while self.step < last and not stopped:
                 batch = [next(clips) for _ in range(config.trainer.accumulate)]
                 values = self.train_step(batch, stop.asked)
