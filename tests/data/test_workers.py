@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, _utils
 
 from tests import tiny
 from vae3d import factory
@@ -20,6 +20,8 @@ class Acting(Dataset):
     """Items do what they are called."""
 
     def __getitem__(self, item):
+        if item not in ("a", "b", "c"):
+            time.sleep(0.2)  # what was read before is on its way
         if item == "hang":
             time.sleep(60)
         elif item == "error":
@@ -40,6 +42,7 @@ def run(*items, **options):
 def quick(monkeypatch):
     monkeypatch.setattr(workers, "POLL", 0.1)
     monkeypatch.setattr(workers, "GRACE", 0.3)
+    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # how long PyTorch waits for a worker to end by itself
 
 
 @pytest.mark.parametrize(
@@ -102,9 +105,11 @@ def test_too_little_shared_memory_is_refused_with_the_flag_that_helps():
 
 
 def test_training_looks_at_the_shared_memory_before_workers_start(videos, monkeypatch):
-    config = tiny.training("temporal_vae", videos, "loss=recon_kl", "data.workers=2")
+    config = tiny.training(
+        "temporal_vae", videos, "loss=recon_kl", "data.workers=2", "data.frames.min=5", "data.frames.max=5"
+    )
     data = factory.training_data(config, 0, 1)
-    clip = 3 * 17 * 16 * 16
+    clip = 3 * 5 * 16 * 16
     monkeypatch.setattr(workers, "shared_memory_free", lambda: 6 * 2 * clip - 1)
     with pytest.raises(UserError, match=r"6 batches of 0\.0 MiB"):
         data.clips(0, 1)
