@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from vae3d.check import ConfigError
 from vae3d.checkpoints.formats import EXPORT_CONFIG, find_weights
 from vae3d.data.clips import ClipDataset
 from vae3d.data.loader import lengths_of, look_for_files, read_tables, validation_clips
+from vae3d.data.record import record_of, record_of_cache
 from vae3d.data.sampler import Draw, FrameCounts, Lengths
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.build import build_network, build_process, network_config, process_config
@@ -31,6 +32,7 @@ from vae3d.diffusion.data import (
     split_cache,
 )
 from vae3d.diffusion.trainer import DiffusionTrainer
+from vae3d.engine.agreement import check_ranks_agree
 from vae3d.engine.start import refuse_to_go_on, training_ranks
 from vae3d.factory import clip_settings, instantiate, plan_of
 from vae3d.inference.scale import refusal
@@ -52,9 +54,11 @@ def diffusion_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer
     """Everything that a run needs, ready to `fit`."""
     refuse_to_go_on(folder, config.run.resume)
     accelerator = training_ranks(config.trainer.precision)
+    check_ranks_agree(asdict(config))
     codec = _codec(config, accelerator.device)
     with accelerator.main_process_first():  # which probes the files; the others find its answers on disk
         data = latent_data(config, codec, accelerator.process_index, accelerator.num_processes)
+    check_ranks_agree(data.record.identity())
     config, process = complete(config, data)
     torch.manual_seed(config.run.seed)
     network = _network(config, data)
@@ -115,6 +119,7 @@ def _of_cache(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         timeout=config.data.timeout,
+        record=record_of_cache(cache.index.iloc[[*train, *held_out]], cache.meta["digest"]),
         notes=[f"{config.cache}: {len(train)} latents to train on ({cache.mode}), {len(held_out)} held out"],
     )
 
@@ -156,6 +161,7 @@ def _of_clips(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         workers=data.workers,
         prefetch=data.prefetch,
         timeout=data.timeout,
+        record=record_of(every, look=rank == 0),
         faults=faults,
         notes=[
             *tables.notes,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 import hydra
+import pandas as pd
 import torch
 from accelerate.utils import gather_object
 from hydra.errors import InstantiationException
@@ -25,7 +26,9 @@ from vae3d.config import CONF
 from vae3d.data.clips import ClipSettings
 from vae3d.data.depth import DepthSettings
 from vae3d.data.loader import TrainingData, lengths_of, look_for_files, read_tables, validation_clips
+from vae3d.data.record import record_of
 from vae3d.data.sampler import FrameCounts, Lengths, Plan
+from vae3d.engine.agreement import check_ranks_agree
 from vae3d.engine.distillation import Distillation
 from vae3d.engine.freeze import train_parts
 from vae3d.engine.start import refuse_to_go_on, training_ranks, working_ranks
@@ -193,6 +196,7 @@ def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingDa
         tables.notes,
         tables.left_out,
         data.timeout,
+        record_of(pd.concat([tables.train, tables.val], ignore_index=True), look=rank == 0),
     )
 
 
@@ -224,8 +228,10 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     refuse_to_go_on(folder, config.run.resume)
     resumes = starting_state(folder / "checkpoints", config.run.resume_from) is not None
     accelerator = training_ranks(config.trainer.precision)
+    check_ranks_agree(asdict(config))
     with accelerator.main_process_first():  # which probes the files; the others find its answers on disk
         data = training_data(config, accelerator.process_index, accelerator.num_processes)
+    check_ranks_agree(data.record.identity())
     terms = objective(config.loss)
     terms.load(accelerator.device)
     validation = config.validation

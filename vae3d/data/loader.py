@@ -14,6 +14,7 @@ import torch
 from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, open_frames, read_clip, to_sample
 from vae3d.data.media import MediaError
 from vae3d.data.probe import THREADS, complete, faulty_rows
+from vae3d.data.record import DataRecord
 from vae3d.data.resolution import SIZE, leave_out_small, told_of_enlarged
 from vae3d.data.sampler import Draw, Lengths, Plan, StepSampler
 from vae3d.data.segments import Bounds, bounds_of, count_frames
@@ -116,6 +117,7 @@ class TrainingData:
     notes: list[str] = field(default_factory=list)  # what there is to tell of the files
     left_out: list[tuple[str, str]] = field(default_factory=list)  # files that are too small
     timeout: float = 0.0  # seconds without a batch after which WorkerTimeout is raised; 0: never
+    record: DataRecord | None = None  # what a checkpoint remembers of the data
 
     def clips(self, first: int, last: int, stopping: Callable[[], bool] = lambda: False) -> Iterator[Clip | Unreadable]:
         """Micro-batches of optimizer steps first..last-1; Unreadable where one file after another could not be read.

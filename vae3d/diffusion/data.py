@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vae3d.data.clips import Sample, Unreadable, collate
+from vae3d.data.record import DataRecord
 from vae3d.data.sampler import Draw, Plan, StepSampler
 from vae3d.data.sources import DataError
 from vae3d.data.workers import load
@@ -60,6 +61,7 @@ class LatentData:
     faults: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     timeout: float = 0.0  # seconds without a batch after which WorkerTimeout is raised; 0: never
+    record: DataRecord | None = None  # what a checkpoint remembers of the data
 
     def batches(self, first: int, last: int, stopping: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         """Micro-batches of optimizer steps first..last-1, a pure function of the plan.
