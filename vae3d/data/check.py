@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
+from vae3d.arguments import non_negative_int
 from vae3d.data.readers import MediaError, MediaInfo, open_media
 from vae3d.data.segments import SEGMENT, Bounds, Segment, bounds_of
 from vae3d.data.sources import NUMBERS, DataError, open_source
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", help="what relative paths are relative to; by default the table's folder")
     parser.add_argument("--full", action="store_true", help="decode every frame")
     parser.add_argument("--clean", metavar="OUT.csv", help="write the good rows here")
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=non_negative_int, default=4)
     args = parser.parse_args(argv)
 
     if args.clean and not Path(args.clean).resolve().parent.is_dir():

@@ -47,7 +47,7 @@ class DataRecord:
             "data: number of rows": len(self.rows),
             "data: rows": _digest(np.sort(self.rows)),
             "data: order of the rows": _digest(self.rows),
-            "data: numbers, splits and labels of the rows": _digest(self.facts),
+            "data: numbers, splits and labels of the rows": _digest(self.facts[np.argsort(self.rows, kind="stable")]),
         }
 
     def changes_since(self, saved: Mapping[str, torch.Tensor] | None) -> list[str]:
