@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -7,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from tests import tiny
 from vae3d import factory
+from vae3d.data import check as check_module
 from vae3d.data import probe
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipSettings
@@ -268,3 +271,14 @@ def test_a_dry_run_looks_for_the_files_of_its_table(tmp_path):
     pd.DataFrame({"path": ["x.mp4", "y.mp4"], "num_frames": 99}).to_csv(tmp_path / "t.csv", index=False)
     with pytest.raises(DataError, match="2 of 2 files cannot be read"):
         factory.describe(tiny.training("temporal_vae", tmp_path / "t.csv", "loss=recon_kl"))
+
+
+def test_check_names_a_file_that_crashes_the_decoder_and_goes_on(tmp_path, monkeypatch, capsys):
+    for name in ("a", "bad", "c"):
+        Image.fromarray(tiny.frames(1)[0]).save(tmp_path / f"{name}.png")
+    opened = check_module.open_media
+    monkeypatch.setattr(check_module, "open_media", lambda path: os._exit(11) if "bad" in str(path) else opened(path))
+    assert check([str(tmp_path), "--workers", "1"]) == 1
+    out = capsys.readouterr().out
+    assert f"row 2: {tmp_path}/bad.png: crashes the decoder" in out
+    assert "2 of 3 rows are good" in out

@@ -116,6 +116,7 @@ def test_paths_and_numbers_that_cannot_be_are_faults_of_their_rows(tmp_path):
         {"path": "\ud800.mp4"},
         {"path": "a.mp4", "fps": 10**400},
         {"path": "a.mp4", "fps": 1e999},
+        {"path": "a caption in its place " * 20},
     ]
     (tmp_path / "t.json").write_text(json.dumps(rows))
     faults = JsonClips(tmp_path / "t.json").table()["fault"]
@@ -123,3 +124,4 @@ def test_paths_and_numbers_that_cannot_be_are_faults_of_their_rows(tmp_path):
     assert r'`path` is "\ud800.mp4"' in faults[1]
     assert "`fps`" in faults[2]
     assert "`fps`" in faults[3]
+    assert "255 bytes" in faults[4]

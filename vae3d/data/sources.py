@@ -25,6 +25,7 @@ from vae3d.data.tables import JSON, kind_of, read_table
 from vae3d.seeding import seed_of
 
 NUMBERS = ("num_frames", "height", "width", "fps")
+MAX_NAME = 255  # bytes of a file's name, on every file system
 ARCHIVES = (".tar", ".tgz", ".zip", ".gz", ".7z", ".rar")
 MISSING_NUMBERS = ("", "nan", "na", "n/a", "none", "null")  # as a column of numbers may have; a text is always a text
 SPLITS = ("train", "val", "test")
@@ -75,6 +76,8 @@ def checked(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
         table[column] = raw[column] if column in raw.columns else None
     _mark(table, names == "", "has no `path`")
     _mark(table, names.map(lambda name: "\0" in name), "`path` has the character NUL, which no file name has")
+    too_long = names.map(lambda name: any(len(os.fsencode(part)) > MAX_NAME for part in name.split("/")))
+    _mark(table, too_long, f"`path` has a name of more than {MAX_NAME} bytes; is it the right column?")
     for column in (*SEGMENT, *NUMBERS):
         table[column] = np.nan
         if column in raw.columns:
