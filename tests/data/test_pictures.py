@@ -69,6 +69,20 @@ def test_one_transparent_level_of_16_bit_grey_is_refused_only_where_it_is_used(t
         open_media(tmp_path / "b.png")
 
 
+def test_a_transparent_colour_of_16_bits_is_refused(tmp_path):
+    """Pillow keeps 8 bits of the pixels and would find it nowhere."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    colour = struct.pack(">HHH", 1000, 2000, 3000)
+    parts = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)), chunk(b"tRNS", colour)
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + colour)) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts) + pixels)
+    with pytest.raises(MediaError, match="transparent colour of 16 bits"):
+        open_media(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif", "gif.png"])
 def test_several_pictures_in_a_file_are_refused_as_what_they_are(tmp_path, name):
     more = [RGB.transpose(Image.Transpose.ROTATE_180)]

@@ -152,8 +152,11 @@ def _check_opaque(path: str | Path, image: Image.Image) -> None:
     """Raises MediaError for transparent pixels: what is behind them is not in the file."""
     if not image.has_transparency_data:
         return
+    key = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
+        raise MediaError(path, "has a transparent colour of 16 bits, which cannot be looked for; flatten it")
     if image.mode.startswith("I"):  # whose transparency is one grey level, and which does not convert
-        transparent = bool((np.asarray(image) == image.info["transparency"]).any())
+        transparent = bool((np.asarray(image) == key).any())
     else:
         transparent = image.convert("RGBA").getextrema()[3][0] < 255
     if transparent:

@@ -19,6 +19,9 @@ from vae3d.data.resolution import SIZE, leave_out_small, told_of_enlarged
 from vae3d.data.sampler import Draw, Lengths, Plan, StepSampler
 from vae3d.data.segments import Bounds, bounds_of, count_frames
 from vae3d.data.sources import DataError, Source, exists, file_hashes
+from vae3d.data.workers import WorkerDied as WorkerDied
+from vae3d.data.workers import WorkerError as WorkerError
+from vae3d.data.workers import WorkerTimeout as WorkerTimeout
 from vae3d.data.workers import load
 from vae3d.types import Clip
 
