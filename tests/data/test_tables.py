@@ -77,6 +77,7 @@ REFUSED = {
     "latin.json": ('[{"path": "a.mp4",\n"text": "Café"}]'.encode("latin-1"), ["WINDOWS-1252"]),
     "utf16.csv": (CSV.encode("utf-16"), ["UTF-16"]),
     "binary.csv": (b"\x00\x01\x02\xff\xfe\n" * 9, ["line 1", "not text"]),
+    "tar_called.csv": (b"a.mp4" + bytes(507) + b"x" * 512, ["line 1", "not text"]),
     "semicolon.csv": (b"path;text\na.mp4;x\n", ["';'", "','"]),
     "tabs.csv": (TSV.encode(), [r"'\t'"]),
     "quote.csv": (b'path,text\na.mp4,"x\nb.mp4,y\n', ["line 3", "quotation mark"]),

@@ -134,6 +134,8 @@ def _lines(path: Path, limit: int = MAX_LINE) -> Iterator[str]:
 
 
 def _text(line: bytes, where: str) -> str:
+    if b"\0" in line:
+        raise DataError(f"{where}: is not text; is the file damaged, or another kind of file?")
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
