@@ -26,6 +26,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from vae3d.argparse_types import positive_float
 from vae3d.errors import UserError
 from vae3d.evaluation.html import write_html
 from vae3d.evaluation.pairs import PairError, Protocol, find_pairs
@@ -118,7 +119,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--per_frame", action="store_true", help="also write per_frame.csv")
     add("--no_html", action="store_true", help="no report.html")
     add("--on_error", choices=("stop", "skip"), default="stop", help="what to do with a pair that cannot be scored")
-    add("--sample_fps", type=float, help="accepted for the original's command line, which did not use it either")
+    add(
+        "--sample_fps",
+        type=positive_float,
+        help="accepted for the original's command line, which did not use it either",
+    )
     args = parser.parse_args(argv)
     args.metric = args.metric or PRESETS[args.preset].metrics
     args.ref, args.recs = folders(parser, args)

@@ -24,6 +24,7 @@ import torch
 import yaml
 from torch import nn
 
+from vae3d.argparse_types import positive_int
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.build import build_network, build_process
 from vae3d.diffusion.processes import training_losses
@@ -104,9 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--denoiser", choices=("unet", "transformer", "wan"))
-    parser.add_argument("--latent", type=int, nargs=4, metavar=("C", "T", "H", "W"))
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--steps", type=int, default=20, help="that are timed (20)")
+    parser.add_argument("--latent", type=positive_int, nargs=4, metavar=("C", "T", "H", "W"))
+    parser.add_argument("--batch", type=positive_int)
+    parser.add_argument("--steps", type=positive_int, default=20, help="that are timed (20)")
     parser.add_argument("settings", nargs="*", help="as of denoiser.*, such as width=768")
     args = parser.parse_intermixed_args(argv)
     if (args.denoiser is None) != (args.latent is None):

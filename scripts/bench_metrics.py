@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from random_weights import write_weights
 
+from vae3d.argparse_types import positive_int
 from vae3d.evaluation.pairs import Protocol, find_pairs
 from vae3d.evaluation.score import plan, score_pair
 from vae3d.features.lpips import TRUNKS
@@ -234,10 +235,10 @@ def timed(way: Callable[[], object], loops: int) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=256, help="height and width; default %(default)s")
-    parser.add_argument("--frames", type=int, default=17, help="of a video; default %(default)s")
-    parser.add_argument("--videos", type=int, default=3, help="default %(default)s")
-    parser.add_argument("--repeats", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--size", type=positive_int, default=256, help="height and width; default %(default)s")
+    parser.add_argument("--frames", type=positive_int, default=17, help="of a video; default %(default)s")
+    parser.add_argument("--videos", type=positive_int, default=3, help="default %(default)s")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="default %(default)s")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)

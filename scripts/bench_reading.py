@@ -22,6 +22,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from vae3d.argparse_types import positive_int
+
 FRAMES, SIZE, RATE, SECONDS = 17, 256, 24, 10
 
 
@@ -100,7 +102,7 @@ def measure(way: str, path: Path, start: float) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=positive_int, default=9)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

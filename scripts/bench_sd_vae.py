@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from count_sd_vae_memory import GIB, Recipe, clip_of, composed
 
+from vae3d.argparse_types import positive_int
 from vae3d.config import TrainConfig
 from vae3d.models.compiled import compile_blocks
 from vae3d.precision import as_device
@@ -79,7 +80,7 @@ def _wait(device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--steps", type=int, default=20, help="that are timed (20)")
+    parser.add_argument("--steps", type=positive_int, default=20, help="that are timed (20)")
     parser.add_argument("settings", nargs="*", help="as of train.py, such as data.height=512")
     args = parser.parse_intermixed_args(argv)
     device = as_device(args.device)

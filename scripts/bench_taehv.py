@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from count_wan_memory import PeakMemory
 
+from vae3d.argparse_types import positive_int
 from vae3d.models.taehv import TAEHV, VARIANTS
 
 WORK = ("decode", "encode", "memory", "stream")
@@ -169,13 +170,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=WORK, help="by default all on the CPU, stream on a GPU")
     parser.add_argument("--compile", action="store_true", help="streams: compiled as well")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--frames", type=int, default=13)
-    parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--latents", type=int, default=21, help="length of a stream")
-    parser.add_argument("--chunk", type=int, default=1, help="latents at once, of a stream")
-    parser.add_argument("--height", type=int, default=720)
-    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--repeats", type=positive_int, default=5)
+    parser.add_argument("--frames", type=positive_int, default=13)
+    parser.add_argument("--size", type=positive_int, default=128)
+    parser.add_argument("--latents", type=positive_int, default=21, help="length of a stream")
+    parser.add_argument("--chunk", type=positive_int, default=1, help="latents at once, of a stream")
+    parser.add_argument("--height", type=positive_int, default=720)
+    parser.add_argument("--width", type=positive_int, default=1280)
     args = parser.parse_args(argv)
     wanted = args.only or (WORK[:3] if args.device == "cpu" else ("stream",))
     where = torch.cuda.get_device_name() if args.device == "cuda" else "one CPU thread"

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from count_wan_memory import PeakMemory
 
 import vae3d
+from vae3d.argparse_types import positive_int
 from vae3d.checkpoints.wan import to_diffusers
 
 
@@ -190,9 +191,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=(*CASES, *STREAMS), help="these lines only")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--latents", type=int, default=21, help="length of a stream on a GPU (21 latents, 81 frames)")
-    parser.add_argument("--chunk", type=int, default=2, help="latents at once, of a stream on a GPU")
+    parser.add_argument("--repeats", type=positive_int, default=5)
+    parser.add_argument(
+        "--latents", type=positive_int, default=21, help="length of a stream on a GPU (21 latents, 81 frames)"
+    )
+    parser.add_argument("--chunk", type=positive_int, default=2, help="latents at once, of a stream on a GPU")
     args = parser.parse_args()
     where = platform.processor() or platform.machine()
     if args.device == "cuda":

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from random_weights import SHAPES, write_weights
 
+from vae3d.argparse_types import positive_int
 from vae3d.metrics import METRICS, VideoResult, build_metrics
 from vae3d.metrics.distribution import SetMetric
 from vae3d.precision import as_device
@@ -62,8 +63,8 @@ def values(metric: object, result: VideoResult) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="compared with cpu; default %(default)s")
-    parser.add_argument("--size", type=int, default=256, help="of the square frames; default %(default)s")
-    parser.add_argument("--frames", type=int, default=17, help="of the clip; default %(default)s")
+    parser.add_argument("--size", type=positive_int, default=256, help="of the square frames; default %(default)s")
+    parser.add_argument("--frames", type=positive_int, default=17, help="of the clip; default %(default)s")
     parser.add_argument("--metric", nargs="+", default=list(METRICS), metavar="NAME", help="default: all")
     args = parser.parse_args(argv)
     device = as_device(args.device)

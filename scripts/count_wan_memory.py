@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vae3d
+from vae3d.argparse_types import positive_int
 
 CLIPS = ((5, 128, 256), (17, 256, 256), (33, 256, 256), (5, 512, 1024))
 WAYS = {
@@ -105,8 +106,8 @@ def stream(frames: int, channels: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stream", type=int, metavar="FRAMES", help="decode a stream of 64 x 64 instead")
-    parser.add_argument("--channels", type=int, default=96, help="width of the streamed network (96)")
+    parser.add_argument("--stream", type=positive_int, metavar="FRAMES", help="decode a stream of 64 x 64 instead")
+    parser.add_argument("--channels", type=positive_int, default=96, help="width of the streamed network (96)")
     args = parser.parse_args()
     if args.stream:
         stream(args.stream, args.channels)

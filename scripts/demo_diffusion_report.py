@@ -14,6 +14,8 @@ import numpy as np
 from demo_page import as_html, as_text, draw_part, enlarged, image_tag, read_json, read_video
 from PIL import Image
 
+from vae3d.data.images import open_image
+
 RUNS = {"ldm_unet_tiny": "UNet, images", "ldm_video_tiny": "video transformer, clips"}
 DISTANCES = {"noise": "noise", "samples": "samples", "other latents": "other latents of the data"}
 GRID = 10  # columns of the grids that sampling writes
@@ -45,7 +47,7 @@ def frames(folder: Path, name: str) -> np.ndarray:
     """The first columns and rows of a grid that sampling has written, [T, H, W, 3] uint8."""
     image = folder / f"{name}.png"
     if image.is_file():
-        with Image.open(image) as opened:
+        with open_image(image) as opened:
             grid = np.asarray(opened.convert("RGB"))[None]
     else:
         grid = read_video(folder / f"{name}.mp4")

@@ -15,8 +15,8 @@ from typing import Any
 
 from demo_page import as_html, as_text, draw_part, existing, figure_tag, history, image_tag, read_json
 from matplotlib.figure import Figure
-from PIL import Image
 
+from vae3d.data.images import open_image
 from vae3d.errors import UserError
 
 TEACHER, STUDENT = "taehv_teacher_tiny", "taehv_tiny"
@@ -103,7 +103,7 @@ def own_psnr(file: Mapping[str, Any]) -> float:
 
 
 def strip(file: Mapping[str, Any], folder: Path) -> str:
-    with Image.open(existing(folder / f"out/{STUDENT}_compare/{file['file']}.png")) as picture:
+    with open_image(existing(folder / f"out/{STUDENT}_compare/{file['file']}.png")) as picture:
         return f"<h3>{html.escape(file['file'])}: {own_psnr(file):.2f} dB</h3>\n{image_tag(picture, SMOOTH)}"
 
 

@@ -17,6 +17,8 @@ from demo_page import as_html, as_text, draw_part, existing, figure_tag, read_js
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vae3d.data.images import open_image
+
 START = "sd_vae_tiny"
 RUNS = {START: "start", "sd_vae_control": "300 steps more", "sd_vae_gan_tiny": "300 steps with the GAN"}
 SCORES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "sharpness": "sharpness"}
@@ -71,7 +73,7 @@ def pictures(folder: Path) -> Figure:
         axis.set_title(title, fontsize=9)
     for row, name in zip(axes, names, strict=True):
         for axis, place in zip(row, columns, strict=True):
-            with Image.open(existing(folder / "out" / place / name)) as image:
+            with open_image(existing(folder / "out" / place / name)) as image:
                 axis.imshow(np.asarray(image), interpolation="nearest")
             axis.set_axis_off()
     figure.tight_layout(pad=0.3)
@@ -94,7 +96,7 @@ def stacked(folder: Path) -> Image.Image:
     for figure in (curves(folder), pictures(folder)):
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=110)
-        drawn = Image.open(file).convert("RGB")
+        drawn = Image.open(file, formats=["PNG"]).convert("RGB")
         parts.append(drawn.resize((1000, round(drawn.height * 1000 / drawn.width)), Image.Resampling.LANCZOS))
     whole = Image.new("RGB", (1000, sum(part.height for part in parts)))
     whole.paste(parts[0], (0, 0))

@@ -82,7 +82,7 @@ def image_tag(image: Image.Image, attributes: str = "") -> str:
 def figure_tag(figure: Figure) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
-    return image_tag(Image.open(file))
+    return image_tag(Image.open(file, formats=["PNG"]))
 
 
 def as_text(rows: list[list[str]]) -> str:

@@ -27,6 +27,7 @@ from demo_page import (
 from PIL import Image, ImageDraw, ImageFont
 
 from vae3d import panorama
+from vae3d.argparse_types import non_negative_int
 
 RUNS = {
     "wan_tiny": "start",
@@ -128,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("picture", type=Path)
-    parser.add_argument("--room", type=int, default=0, help="which of the held-out rooms")
+    parser.add_argument("--room", type=non_negative_int, default=0, help="which of the held-out rooms")
     args = parser.parse_args()
     one_message(lambda: report(args.folder, args.picture, args.room))
 

@@ -16,6 +16,8 @@ import pandas as pd
 from make_demo_videos import photographs
 from PIL import Image
 
+from vae3d.argparse_types import positive_int
+
 CLASSES = {"astronaut": "astronaut", "cat": "chelsea", "coffee": "coffee", "flower": "flower", "rocket": "rocket"}
 SHARES = (0.6, 0.95)  # of the photograph's side
 HELD_OUT = 16  # images of each class
@@ -24,8 +26,8 @@ HELD_OUT = 16  # images of each class
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", type=int, default=64, help="pixels of a side (64)")
-    parser.add_argument("--count", type=int, default=200, help="images to train on of each class (200)")
+    parser.add_argument("--size", type=positive_int, default=64, help="pixels of a side (64)")
+    parser.add_argument("--count", type=positive_int, default=200, help="images to train on of each class (200)")
     args = parser.parse_args()
     rng, rows, pictures = np.random.default_rng(0), [], photographs()
     for label, name in CLASSES.items():

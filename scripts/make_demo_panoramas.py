@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vae3d.argparse_types import non_negative_int, positive_int
+
 SAMPLES = 2  # rays per pixel and axis
 MILLIMETRES = 1000
 FLOOR, CEILING, LAMP_EDGE, WHITE = (4, 5, (70, 70, 74), (255, 255, 250))  # faces are 2 * axis + (1 at the far end)
@@ -203,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     for name, default in (("areas", 4), ("rooms", 3), ("frames", 7), ("height", 64), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=non_negative_int if name == "seed" else positive_int, default=default)
     parser.add_argument("--depth", action="store_true", help="depth maps, too")
     args = parser.parse_args()
     for area in range(args.areas):

@@ -17,6 +17,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
 
+from vae3d.data.images import ImageReader
+
 FRAMES, SIZE, RATE = 40, 96, 24
 SKIMAGE = (
     "astronaut.png",
@@ -44,7 +46,7 @@ def photographs() -> dict[str, Image.Image]:
     paths += [Path(sklearn.__file__).parent / "datasets/images" / name for name in SKLEARN]
     pictures = {}
     for path in paths:
-        image = Image.open(path).convert("RGB")
+        image = Image.fromarray(ImageReader(path).read([0])[0])
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         pictures[path.stem] = image.crop((left, top, left + side, top + side))

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import nn
 
+from vae3d.argparse_types import non_negative_int, positive_int
 from vae3d.checkpoints.export import replace_export, write_export
 from vae3d.checkpoints.formats import (
     EXPORT_CONFIG,
@@ -46,15 +47,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="run, export, or published weights")
     parser.add_argument("source", help="a CSV, parquet or JSON file, a folder, or one file")
-    parser.add_argument("--count", type=int, default=1000, help="files to measure on, at most (1000)")
-    parser.add_argument("--frames", type=int, default=1, help="frames of each (1)")
-    parser.add_argument("--height", type=int, default=256, help="of the centre crop (256)")
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--count", type=positive_int, default=1000, help="files to measure on, at most (1000)")
+    parser.add_argument("--frames", type=positive_int, default=1, help="frames of each (1)")
+    parser.add_argument("--height", type=positive_int, default=256, help="of the centre crop (256)")
+    parser.add_argument("--width", type=positive_int, default=256)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--shift", action="store_true", help="of an image VAE: the mean, too")
     how.add_argument("--per-channel", action="store_true", help="of an image VAE: a mean and deviation per channel")
     parser.add_argument("--out", type=Path, help="write another export instead")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     try:

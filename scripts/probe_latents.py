@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 import vae3d
+from vae3d.argparse_types import non_negative_int, positive_int
 from vae3d.data.sources import open_source
 from vae3d.errors import UserError
 from vae3d.features.lpips import LPIPSNet
@@ -40,17 +41,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("models", nargs="+", metavar="[NAME=]PATH")
     parser.add_argument("--source", required=True, help="folder, table (.csv, .parquet, .json), video or image")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--height", type=int, required=True, help="of a clip, cut out of a file")
-    parser.add_argument("--width", type=int, required=True)
-    parser.add_argument("--frames", type=int, default=1, help="of a clip; 1 of images")
-    parser.add_argument("--count", type=int, default=64, help="clips at most")
-    parser.add_argument("--decoded", type=int, default=16, help="of them through the probes that decode")
-    parser.add_argument("--per_file", type=int, default=1, help="clips of each file, at places drawn from the seed")
-    parser.add_argument("--short_side", type=int, help="scale files to this before cropping")
-    parser.add_argument("--batch", type=int, default=4, help="clips coded at once")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tile", type=int, help="also code in tiles of so many pixels (Wan VAEs)")
-    parser.add_argument("--tile_overlap", type=int, help="blend tiles over so many pixels; default: exact tiles")
+    parser.add_argument("--height", type=positive_int, required=True, help="of a clip, cut out of a file")
+    parser.add_argument("--width", type=positive_int, required=True)
+    parser.add_argument("--frames", type=positive_int, default=1, help="of a clip; 1 of images")
+    parser.add_argument("--count", type=positive_int, default=64, help="clips at most")
+    parser.add_argument("--decoded", type=positive_int, default=16, help="of them through the probes that decode")
+    parser.add_argument(
+        "--per_file", type=positive_int, default=1, help="clips of each file, at places drawn from the seed"
+    )
+    parser.add_argument("--short_side", type=positive_int, help="scale files to this before cropping")
+    parser.add_argument("--batch", type=positive_int, default=4, help="clips coded at once")
+    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--tile", type=positive_int, help="also code in tiles of so many pixels (Wan VAEs)")
+    parser.add_argument(
+        "--tile_overlap", type=non_negative_int, help="blend tiles over so many pixels; default: exact tiles"
+    )
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     try:

@@ -14,6 +14,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 ENTRIES = [tiny.ROOT / "train.py", tiny.ROOT / "infer.py", *sorted((tiny.ROOT / "eval").glob("*.py"))]
 
 BASE = {
+    "argparse_types",
     "arguments",
     "errors",
     "io",
@@ -102,3 +103,13 @@ def test_no_broad_except_and_no_unsafe_load(path):
             assert ast.unparse(node.type) not in ("Exception", "BaseException")
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+
+
+@pytest.mark.parametrize(
+    "path", [*FILES, *ENTRIES, *sorted((tiny.ROOT / "scripts").glob("*.py"))], ids=lambda path: path.name
+)
+def test_images_are_opened_with_a_list_of_formats(path):
+    """Without one Pillow hands a PostScript file to Ghostscript, whatever the file is called."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
+            assert "formats" in [keyword.arg for keyword in node.keywords]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import argparse
+import re
 import subprocess
 import sys
 
@@ -7,9 +9,11 @@ import hydra
 import pytest
 
 from tests import tiny
-from vae3d.check import ConfigError, check_inference
+from vae3d import argparse_types
+from vae3d.check import ConfigError, check_inference, check_training
 from vae3d.config import CONF, InferConfig, TrainConfig
-from vae3d.latent_config import EncodeConfig
+from vae3d.diffusion_config import check_diffusion, check_sampling
+from vae3d.latent_config import EncodeConfig, check_encoding
 from vae3d.launch import allow_unknown_keys
 
 FAULTS = {
@@ -219,3 +223,54 @@ def test_inference_faults(name):
 def test_schema_and_check_import_no_torch():
     code = "import sys, vae3d.check, vae3d.launch, vae3d; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=tiny.ROOT).returncode == 0
+
+
+NUMBERS = {  # no setting may be such a number, at any depth and in nodes with a _target_, too
+    "train": {
+        "optim.lr": "inf", "optim.eps": "inf", "optim.betas": "[0.9,nan]", "stage.latent_noise": "inf", "run.seed": "-1",
+        "loss.terms.l1.weight": "nan", "loss.logvar": "nan", "model.scale": "[nan,1,1,1]", "adversary.lr": "inf",
+        "stage.train": "{decoder: nan}", "data.fps": "inf", "data.source.val_share": "nan", "validation.videos": "-1",
+        "trainer.max_steps": "99999999999999999999", "trainer.spike.factor": "inf", "data.timeout": "nan",
+    },
+    "infer": {"memory_gib": "inf", "fps": "nan", "seed": "-1", "model.scale": "[nan]", "tile_overlap": "-1"},
+    "latents": {"max_broken": "nan", "fps": "inf", "seed": "-1", "model.shift": "[inf]"},
+    "diffusion": {"optim.lr": "inf", "validation.guidance": "nan", "process.shift": "inf", "run.seed": "-1"},
+    "sample": {"guidance": "nan", "shift": "inf", "eta": "nan", "interval": "[0,nan]", "seed": "-1"},
+}  # fmt: skip
+CHECKS = {
+    "train": check_training, "infer": check_inference, "latents": check_encoding, "diffusion": check_diffusion,
+    "sample": check_sampling,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_are_not_finite_or_out_of_range_are_refused_wherever_they_stand(name):
+    settings = [f"{key}={value}" for key, value in NUMBERS[name].items()]
+    model = ["model=temporal_vae", "adversary=patchgan"] if name == "train" else []
+    with pytest.raises(ConfigError) as error:
+        CHECKS[name](tiny.compose(*model, *settings, config=name))
+    for key in NUMBERS[name]:
+        named = [fault for fault in error.value.faults if re.match(rf"{re.escape(key)}[.=\[]\S* must ", fault)]
+        assert len(named) == 1, (key, error.value.faults)
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (argparse_types.positive_int, "1", ["0", "-1", "nan", "1.5", "9" * 30]),
+        (argparse_types.non_negative_int, "0", ["-1", "inf", "x"]),
+        (argparse_types.positive_float, "0.5", ["0", "nan", "inf", "-1", "x"]),
+    ],
+)
+def test_arguments_of_scripts_are_numbers_in_their_range(kind, good, bad):
+    assert kind(good) == float(good)
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(text[:20])):
+            kind(text)
+
+
+@pytest.mark.parametrize("folder", ["scripts", "eval", "vae3d"])
+def test_no_argument_is_any_number(folder):
+    """argparse takes nan and inf for a float, and -1 for an int."""
+    for path in (tiny.ROOT / folder).rglob("*.py"):
+        assert not re.search(r"add(_argument)?\(.*[( ]type=(int|float)\b", path.read_text()), path

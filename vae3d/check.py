@@ -11,10 +11,11 @@ import difflib
 import glob
 import importlib
 import inspect
+import math
 import os
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,7 @@ def check_training(cfg: DictConfig) -> TrainConfig:
     """The configuration as typed objects; raises ConfigError naming every fault."""
     faults, tree = _keys(cfg, TrainConfig)
     config = _object(TrainConfig, tree)
-    reported = {fault.split(" ")[0].split("=")[0] for fault in faults}
-    values = [*_values(config, CHOICES, RANGES), *_training_rules(config, os.environ)]
-    faults += [fault for fault in values if fault.split(" ")[0].split("=")[0] not in reported]
+    faults = _without_repeats(faults, [*_values(config, CHOICES, RANGES), *_training_rules(config, os.environ)])
     if not any(fault.startswith(MODEL_NEEDS) for fault in faults):
         from vae3d import model_check
 
@@ -87,7 +86,17 @@ def typed(
     """The configuration as typed objects, and the faults of its keys and values."""
     faults, tree = _keys(cfg, schema)
     config = _object(schema, tree)
-    return config, [*faults, *_values(config, choices, ranges)]
+    return config, _without_repeats(faults, _values(config, choices, ranges))
+
+
+def _without_repeats(faults: list[str], more: Iterable[str]) -> list[str]:
+    """Both, without those of `more` whose key has a fault already."""
+    reported = {_key_of(fault) for fault in faults}
+    return [*faults, *(fault for fault in more if _key_of(fault) not in reported)]
+
+
+def _key_of(fault: str) -> str:
+    return re.split(r"[ =\[]", fault)[0]
 
 
 def path_faults(given: Mapping[str, Any]) -> list[str]:
@@ -116,7 +125,25 @@ def _keys(cfg: DictConfig, schema: type) -> tuple[list[str], dict[str, Any]]:
     tree = _resolve(cfg, OmegaConf.to_container(cfg, resolve=False), "", faults)
     faults += _unknown_keys(tree, schema, "")
     faults += target_faults(tree, "")
+    faults += number_faults(tree)
     return faults, tree
+
+
+def number_faults(node: Any, key: str = "") -> list[str]:
+    """Of every number at any depth: it must be finite, fit into 64 bits and, if it is called seed, not be negative."""
+    if isinstance(node, dict):
+        inner = [(value, f"{key}.{name}".lstrip(".")) for name, value in node.items()]
+    elif isinstance(node, list):
+        inner = [(value, f"{key}[{index}]") for index, value in enumerate(node)]
+    else:
+        inner = []
+        if isinstance(node, float) and not math.isfinite(node):
+            return [f"{key}={node} must be a finite number"]
+        if isinstance(node, int) and not -(2**63) <= node < 2**63:
+            return [f"{key}={node} must fit into 64 bits"]
+        if isinstance(node, int) and node < 0 and key.split(".")[-1] == "seed":
+            return [f"{key}={node} must be 0 or more"]
+    return [fault for value, name in inner for fault in number_faults(value, name)]
 
 
 def _resolve(cfg: DictConfig, node: Any, key: str, faults: list[str]) -> Any:

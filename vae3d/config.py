@@ -101,6 +101,7 @@ class Data:
     batch_size: int = 8  # clips per optimizer step over all ranks
     workers: int = 4
     prefetch: int = 2
+    timeout: float = 900.0  # seconds without a batch from the workers after which the run stops; 0: never
     holdout: int = 16  # videos held out for validation where the table has no `split` column
     max_broken: float = 0.2  # stop when a larger share of reads fails
     overfit: bool = False  # draw the first step's clips again and again

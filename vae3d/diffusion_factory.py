@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,8 @@ from torch import nn
 from vae3d.check import ConfigError
 from vae3d.checkpoints.location import EXPORT_CONFIG, find_weights, split_part
 from vae3d.data.clips import ClipDataset
-from vae3d.data.loader import lengths_of, read_tables, validation_clips
+from vae3d.data.loader import lengths_of, look_for_files, read_tables, validation_clips
+from vae3d.data.record import record_of, record_of_cache
 from vae3d.data.sampler import Draw, FrameCounts, Lengths
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.build import build_network, build_process, network_config, process_config
@@ -31,6 +32,7 @@ from vae3d.diffusion.data import (
     split_cache,
 )
 from vae3d.diffusion.trainer import DiffusionTrainer
+from vae3d.engine.agreement import check_ranks_agree
 from vae3d.engine.start import refuse_to_go_on, training_ranks
 from vae3d.factory import clip_settings, instantiate, plan_of
 from vae3d.inference.scale import refusal
@@ -52,9 +54,11 @@ def diffusion_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer
     """Everything that a run needs, ready to `fit`."""
     refuse_to_go_on(folder, config.run.resume)
     accelerator = training_ranks(config.trainer.precision)
+    check_ranks_agree(asdict(config))
     codec = _codec(config, accelerator.device)
     with accelerator.main_process_first():  # which probes the files; the others find its answers on disk
         data = latent_data(config, codec, accelerator.process_index, accelerator.num_processes)
+    check_ranks_agree(data.record.identity())
     config, process = complete(config, data)
     torch.manual_seed(config.run.seed)
     network = _network(config, data)
@@ -68,6 +72,9 @@ def diffusion_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer
 
 def describe(config: DiffusionConfig) -> None:
     """Print what a run would be, without taking a step."""
+    if config.cache is None:
+        for line in look_for_files(instantiate(config.data.source), config.data.max_broken):
+            log.info(line)
     codec = _codec(config, torch.device("cpu"))
     data = latent_data(config, codec, 0, int(os.environ.get("WORLD_SIZE", 1)))
     config, _ = complete(config, data)
@@ -111,6 +118,8 @@ def _of_cache(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         held_out=[every[Draw(place, place, 1)] for place in mine.tolist()],
         workers=config.data.workers,
         prefetch=config.data.prefetch,
+        timeout=config.data.timeout,
+        record=record_of_cache(cache.index.iloc[[*train, *held_out]], cache.meta["digest"]),
         notes=[f"{config.cache}: {len(train)} latents to train on ({cache.mode}), {len(held_out)} held out"],
     )
 
@@ -151,6 +160,8 @@ def _of_clips(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         sample=config.vae.sample,
         workers=data.workers,
         prefetch=data.prefetch,
+        timeout=data.timeout,
+        record=record_of(every, look=rank == 0),
         faults=faults,
         notes=[
             *tables.notes,

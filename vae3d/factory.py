@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+import pandas as pd
 import torch
 from accelerate.utils import gather_object
 from torch import nn
@@ -19,8 +20,10 @@ from vae3d.checkpoints.state import starting_state
 from vae3d.config import CONF
 from vae3d.data.clips import ClipSettings
 from vae3d.data.depth import DepthSettings
-from vae3d.data.loader import TrainingData, lengths_of, read_tables, validation_clips
+from vae3d.data.loader import TrainingData, lengths_of, look_for_files, read_tables, validation_clips
+from vae3d.data.record import record_of
 from vae3d.data.sampler import FrameCounts, Lengths, Plan
+from vae3d.engine.agreement import check_ranks_agree
 from vae3d.engine.distillation import Distillation
 from vae3d.engine.freeze import train_parts
 from vae3d.engine.start import refuse_to_go_on, training_ranks, working_ranks
@@ -182,7 +185,17 @@ def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingDa
         held_out, more = validation_clips(tables.val, settings, validation.frames, validation.clips, rank, world_size)
         faults = faults + more
     return TrainingData(
-        tables.train, plan, settings, data.workers, data.prefetch, held_out, faults, tables.notes, tables.left_out
+        tables.train,
+        plan,
+        settings,
+        data.workers,
+        data.prefetch,
+        held_out,
+        faults,
+        tables.notes,
+        tables.left_out,
+        data.timeout,
+        record_of(pd.concat([tables.train, tables.val], ignore_index=True), look=rank == 0),
     )
 
 
@@ -214,8 +227,10 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     refuse_to_go_on(folder, config.run.resume)
     resumes = starting_state(folder / "checkpoints", config.run.resume_from) is not None
     accelerator = training_ranks(config.trainer.precision)
+    check_ranks_agree(asdict(config))
     with accelerator.main_process_first():  # which probes the files; the others find its answers on disk
         data = training_data(config, accelerator.process_index, accelerator.num_processes)
+    check_ranks_agree(data.record.identity())
     terms = objective(config.loss)
     terms.load(accelerator.device)
     validation = config.validation
@@ -340,11 +355,15 @@ def _tiled(model: nn.Module, tile: int, overlap: int | None) -> Tiled:
 
 
 def describe(config: TrainConfig) -> None:
-    """Log what a configuration means: parts, parameters, latent shapes, batches. Builds the model without memory."""
+    """Log what a configuration means: parts, parameters, latent shapes, batches, files.
+
+    Builds the model without memory. Opens the table, but no file of it. Raises DataError for data that no run can read.
+    """
     with torch.device("meta"):
         model = instantiate(config.model)
     train_parts(model, config.stage.train)
-    log.info("\n".join(summary(config, model)))
+    files = look_for_files(instantiate(config.data.source), config.data.max_broken)
+    log.info("\n".join([*summary(config, model), *files]))
 
 
 def merged(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

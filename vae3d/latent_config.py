@@ -41,6 +41,7 @@ class EncodeConfig:
     chunk_frames: int | None = None  # coded at once; null: what the model's stream takes
     device: str | None = None  # null: cuda if there is one
     workers: int = 4
+    timeout: float = 900.0  # seconds without a clip from the workers after which it stops; 0: never
     reader: str = "auto"
     seed: int = 0  # of samples
     max_broken: float = 0.2  # stop when a larger share of the clips cannot be encoded
@@ -66,7 +67,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("height", "width", "short_side", "frames", "chunk_frames"), (_count, "at least 1, or null")),
     **dict.fromkeys(("stride", "shard_size", "batch_size"), (_count, "at least 1")),
     "fps": (lambda v: v is None or v > 0, "positive, or null"),
-    "workers": (lambda v: v >= 0, "0 or more"),
+    **dict.fromkeys(("workers", "timeout"), (lambda v: v >= 0, "0 or more")),
     "max_broken": (lambda v: 0 <= v < 1, "a share, from 0 to less than 1"),
     "writers": (lambda v: set(v) <= {"npy", "webdataset"}, "a list of npy, webdataset"),
 }

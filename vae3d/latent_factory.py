@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,14 @@ import torch
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.readers import is_image
 from vae3d.data.sources import Folder, Source, open_source
+from vae3d.engine.agreement import check_ranks_agree
 from vae3d.engine.start import working_ranks
 from vae3d.errors import UserError
 from vae3d.factory import instantiate, merged, opened
 from vae3d.latents.clips import Transform, items_of
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.encode import DTYPES, Job, encode_cache
+from vae3d.latents.identity import digest_of
 from vae3d.models.base import nearest_frames
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ def padding(codec: LatentCodec, transform: Transform) -> list[str]:
 def encode(config: EncodeConfig) -> None:
     """Make the latent cache that `config` describes, or go on with it."""
     ranks, device = working_ranks(config.device)
+    check_ranks_agree(asdict(config))
     codec = open_codec(
         config.checkpoint,
         pixel_range="uint8",
@@ -87,6 +90,13 @@ def encode(config: EncodeConfig) -> None:
     transform = Transform(**{field.name: getattr(config, field.name) for field in fields(Transform)})
     with ranks.main_process_first():  # which probes the files, where it must; the others find its answers on disk
         items, faults = items_of(source.table(), transform, labels=config.labels, split=config.split)
+    check_ranks_agree(
+        {
+            "clips to encode": len(items),
+            "their names and order": digest_of([item.key for item in items]),
+            "their labels, splits and texts": digest_of([[item.label, item.split, item.text] for item in items]),
+        }
+    )
     if ranks.is_main_process:
         for note in (*getattr(source, "notes", ()), *padding(codec, transform)):
             log.info(note)

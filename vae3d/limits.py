@@ -54,6 +54,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.batch_size": (lambda v: v >= 1, "at least 1"),
     "data.workers": (lambda v: v >= 0, "0 or more"),
     "data.prefetch": (lambda v: v >= 1, "at least 1"),
+    "data.timeout": (lambda v: v >= 0, "0 (for ever) or more"),
     "data.holdout": (lambda v: v >= 0, "0 or more"),
     "data.max_broken": (lambda v: 0 <= v < 1, "a share, from 0 to less than 1"),
     "optim.lr": (lambda v: v > 0, "positive"),
@@ -84,8 +85,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.publish.measure_scale": (lambda v: v >= 0, "0 (not measured) or more"),
     "validation.every": (lambda v: v >= 0, "0 (never) or more"),
     "validation.seldom_every": (lambda v: v >= 0, "0 (only after the last step) or more"),
+    "validation.videos": (lambda v: v >= 0, "0 (none) or more"),
     "validation.clips": (lambda v: v >= 1, "at least 1"),
     "validation.frames": (lambda v: v >= 1, "at least 1"),
+    "debug.steps": (lambda v: v >= 1, "at least 1"),
     "launcher.nproc": (lambda v: v >= 1, "at least 1"),
     "run.name": (lambda v: "/" not in v and v not in ("", ".", ".."), "the name of a folder, without /"),
 }
@@ -111,6 +114,7 @@ INFER_RANGES = {
     "strip": (lambda v: v >= 1, "at least 1"),
     "frame_batch": (lambda v: v >= 1, "at least 1"),
     "tile": (lambda v: v is None or v >= 1, "at least 1, or null"),
+    "tile_overlap": (lambda v: v is None or v >= 0, "0 or more, or null"),
     "memory_gib": (lambda v: v is None or v > 0, "positive, or null"),
     "fps": (lambda v: v is None or v > 0, "positive, or null"),
 }

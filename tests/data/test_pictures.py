@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
+import subprocess
+import zlib
 
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from tests import tiny
 from vae3d.data.clips import ClipDataset, ClipSettings
@@ -31,6 +34,8 @@ SEEN = {  # file, what is saved, what is seen of it
     "opaque.webp": (RGB.convert("RGBA"), PICTURE),
     "plain.webp": (RGB, PICTURE),
     "plain.bmp": (RGB, PICTURE),
+    "called.png.jpg": (RGB, PICTURE),  # a PNG, as what is inside of it
+    "deep_grey_alpha.png": (Image.fromarray(GREY).convert("LA"), np.repeat(GREY[..., None], 3, axis=2)),
 }
 
 
@@ -38,7 +43,7 @@ SEEN = {  # file, what is saved, what is seen of it
 def test_every_kind_of_image_is_read_as_rgb(tmp_path, name):
     image, expected = SEEN[name]
     lossy = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(name.rpartition(".")[2], {})
-    image.save(tmp_path / name, **lossy)
+    image.save(tmp_path / name, "PNG" if ".png." in name else None, **lossy)
     info, read = media_info(tmp_path / name), open_media(tmp_path / name).read([0])[0]
     assert (info.num_frames, info.height, info.width, info.fps) == (1, 24, 40, 0.0)
     assert np.abs(read.astype(int) - expected).max() <= (6 if name.endswith("jpg") else 0)
@@ -52,6 +57,115 @@ def test_transparent_pixels_are_refused(tmp_path, name):
     image.save(tmp_path / name)
     with pytest.raises(MediaError, match="has transparent pixels; flatten it"):
         open_media(tmp_path / name)
+
+
+def test_one_transparent_level_of_16_bit_grey_is_refused_only_where_it_is_used(tmp_path):
+    """Pillow cannot convert this kind to RGBA."""
+    deep = Image.fromarray(GREY.astype(np.uint16) * 256 + 1)
+    deep.save(tmp_path / "a.png", transparency=2)
+    np.testing.assert_allclose(open_media(tmp_path / "a.png").read([0])[0, ..., 0], GREY, atol=1)
+    deep.save(tmp_path / "b.png", transparency=int(GREY[0, 0]) * 256 + 1)
+    with pytest.raises(MediaError, match="has transparent pixels"):
+        open_media(tmp_path / "b.png")
+
+
+def test_a_transparent_colour_of_16_bits_is_refused(tmp_path):
+    """Pillow keeps 8 bits of the pixels and would find it nowhere."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    colour = struct.pack(">HHH", 1000, 2000, 3000)
+    parts = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)), chunk(b"tRNS", colour)
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + colour)) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts) + pixels)
+    with pytest.raises(MediaError, match="transparent colour of 16 bits"):
+        open_media(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif", "gif.png"])
+def test_several_pictures_in_a_file_are_refused_as_what_they_are(tmp_path, name):
+    more = [RGB.transpose(Image.Transpose.ROTATE_180)]
+    RGB.save(tmp_path / name, "GIF" if name == "gif.png" else None, save_all=True, append_images=more)
+    reason = {
+        "a.png": "animated PNG", "a.webp": "animated WebP", "a.tif": "has 2 pages", "gif.png": "animated GIF"
+    }  # fmt: skip
+    for opens in (media_info, open_media):
+        with pytest.raises(MediaError, match=reason[name]):
+            opens(tmp_path / name)
+
+
+def test_the_small_copy_in_a_tiff_is_no_second_page(tmp_path):
+    small = RGB.resize((10, 6))
+    small.encoderinfo = {"tiffinfo": {254: 1}}
+    RGB.save(tmp_path / "a.tif", save_all=True, append_images=[small], tiffinfo={254: 0})
+    with Image.open(tmp_path / "a.tif") as image:
+        assert image.n_frames == 2
+        image.seek(1)
+        if not image.tag_v2.get(254):
+            pytest.skip("this Pillow does not write the tag of a second page")
+    np.testing.assert_array_equal(open_media(tmp_path / "a.tif").read([0])[0], PICTURE)
+
+
+# --- what is no image, or a hostile one
+
+
+@pytest.mark.parametrize(
+    ("start", "named"),
+    [
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) print\n", "PostScript"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>404</html>", "HTML"),
+        (b"\0\0\0\x20ftypavif", "AVIF"),
+    ],
+)
+def test_what_is_no_image_is_called_what_it_is_and_starts_nothing(tmp_path, monkeypatch, start, named):
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("started a program"))
+    (tmp_path / "a.png").write_bytes(start)
+    for opens in (media_info, open_media):
+        with pytest.raises(MediaError, match=rf"a\.png: .*{named}"):
+            opens(tmp_path / "a.png")
+
+
+def test_an_image_of_too_many_pixels_is_refused_from_its_header(tmp_path):
+    header = struct.pack(">IIBBBBB", 2**14, 2**13 + 1, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    content = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "a.png").write_bytes(content + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
+    with (
+        pytest.raises(MediaError, match=r"a\.png: has 16384 x 8193 pixels"),
+        pytest.warns(Image.DecompressionBombWarning),
+    ):
+        media_info(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    "error", [struct.error("x"), TypeError("x"), KeyError("x"), MemoryError(), ZeroDivisionError()]
+)
+def test_whatever_a_decoder_raises_is_an_error_of_the_file(tmp_path, monkeypatch, error):
+    RGB.save(tmp_path / "a.png")
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fails)
+    with pytest.raises(MediaError, match=r"a\.png: cannot be decoded: "):
+        open_media(tmp_path / "a.png")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_images_are_errors_of_the_file(tmp_path):
+    """A TIFF of one byte changed raises TypeError, KeyError and SyntaxError in Pillow, among others."""
+    file = io.BytesIO()
+    RGB.save(file, "TIFF", exif=Image.Exif())
+    whole, failed = file.getvalue(), 0
+    for place in range(4, 150):  # the directory
+        for value in (0, 255):
+            try:
+                ImageReader("row", io.BytesIO(whole[:place] + bytes([value]) + whole[place + 1 :])).read([0])
+            except MediaError:
+                failed += 1
+    assert failed > 20
 
 
 @pytest.mark.parametrize("turn", range(1, 9))

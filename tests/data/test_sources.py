@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -7,12 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from tests import tiny
+from vae3d import factory
+from vae3d.data import check as check_module
 from vae3d.data import probe
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipSettings
-from vae3d.data.loader import read_tables
+from vae3d.data.loader import look_for_files, read_tables
 from vae3d.data.sources import DataError, Folder, Table
 
 SETTINGS = ClipSettings(16, 16)
@@ -36,8 +40,8 @@ def test_only_path_is_required_and_parquet_serves_too(tmp_path):
 FAULTS = {
     "": r"is empty",
     "path\n": r"has no rows",
-    "video,text\na.mp4,x\n": r"has no column `path`; its columns are video, text",
-    "path,a\nx,1\ny,1,2,3\n": r"is not a readable table",
+    "video,text\na.mp4,x\n": r"has no column `path`; .* video, text",
+    'path,a\nx,1\ny,"1\n': r"is not a readable table",
 }
 
 
@@ -119,7 +123,7 @@ def test_missing_table_and_binary_table_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.csv: no such file; data.source.path takes a CSV or parquet file"):
         Table(tmp_path / "nowhere.csv").table()
     (tmp_path / "t.csv").write_bytes(bytes(range(128, 256)))
-    with pytest.raises(DataError, match="is not a readable table"):
+    with pytest.raises(DataError, match="is not UTF-8 text"):
         Table(tmp_path / "t.csv").table()
 
 
@@ -250,3 +254,31 @@ def test_check_of_a_missing_table_is_one_line(tmp_path, capsys):
         capsys.readouterr().err
         == f"error: {tmp_path}/x.csv: no such file; data.source.path takes a CSV or parquet file\n"
     )
+
+
+def test_looking_for_files_opens_none_and_refuses_what_no_run_could_read(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"never opened")
+    (tmp_path / "t.csv").write_text("path,num_frames\na.mp4,9\na.mp4,\nb.mp4,9\n")
+    assert "1 of 2 files are there" in look_for_files(Table(tmp_path / "t.csv"), 0.4)[0]
+    with pytest.raises(DataError, match=r"1 of 3 files cannot be read(.|\n)*b\.mp4: no such file"):
+        look_for_files(Table(tmp_path / "t.csv"), 0.3)
+    (tmp_path / "clips.tar").touch()
+    with pytest.raises(DataError, match=r"clips\.tar: \.tar is not read"):
+        look_for_files(Folder(tmp_path / "clips.tar"), 0.9)
+
+
+def test_a_dry_run_looks_for_the_files_of_its_table(tmp_path):
+    pd.DataFrame({"path": ["x.mp4", "y.mp4"], "num_frames": 99}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(DataError, match="2 of 2 files cannot be read"):
+        factory.describe(tiny.training("temporal_vae", tmp_path / "t.csv", "loss=recon_kl"))
+
+
+def test_check_names_a_file_that_crashes_the_decoder_and_goes_on(tmp_path, monkeypatch, capsys):
+    for name in ("a", "bad", "c"):
+        Image.fromarray(tiny.frames(1)[0]).save(tmp_path / f"{name}.png")
+    opened = check_module.open_media
+    monkeypatch.setattr(check_module, "open_media", lambda path: os._exit(11) if "bad" in str(path) else opened(path))
+    assert check([str(tmp_path), "--workers", "1"]) == 1
+    out = capsys.readouterr().out
+    assert f"row 2: {tmp_path}/bad.png: crashes the decoder" in out
+    assert "2 of 3 rows are good" in out

@@ -10,6 +10,9 @@ from typing import Any
 from tests.diffusion import latent_runs
 from vae3d import launch, ranks
 from vae3d.checkpoints import state
+from vae3d.engine.agreement import RanksDiffer
+from vae3d.latent_config import EncodeConfig
+from vae3d.latent_factory import encode
 
 THREE = ("count=3", "batch_size=1", "classes=[dog,cat]")  # of which one rank draws the last alone
 
@@ -24,6 +27,19 @@ def trained(folder: Path, settings: list[str]) -> dict[str, Any]:
     return state.load_state(folder / "checkpoints/step-0000004")
 
 
+def refused(folder: Path, settings: list[str]) -> None:
+    """Print what is said to ranks of other settings."""
+    rank = launch.rank()
+    for start in (
+        lambda: encode(EncodeConfig("checkpoint", "source", "cache", seed=rank, workers=rank)),
+        lambda: latent_runs.trainer(folder, *settings, f"optim.lr={1e-3 * (1 + rank)}"),
+    ):
+        try:
+            start()
+        except RanksDiffer as error:
+            print(error)
+
+
 if __name__ == "__main__":
     top = Path(sys.argv[1])
     with ranks.leaving():
@@ -31,3 +47,4 @@ if __name__ == "__main__":
         trained(top / "together", settings)
         assert ranks.gathered(launch.rank()) == ([0, 1] if launch.rank() == 0 else [])
         latent_runs.sample(f"checkpoint={top}/together", f"out={top}/of_two", *THREE, against(settings))
+        refused(top / "refused", settings)

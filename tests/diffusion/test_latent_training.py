@@ -169,7 +169,9 @@ def test_two_ranks_train_and_sample_as_one(cached, tmp_path):
     told = [*cached, "optim.eps=0.01"]  # else Adam enlarges what rounding leaves of gradients that are 0
     alone = rank_training.trained(tmp_path / "alone", told)
     (tmp_path / "settings.json").write_text(json.dumps(told))
-    tiny.two_ranks("tests.diffusion.rank_training", tmp_path)
+    for said in tiny.two_ranks("tests.diffusion.rank_training", tmp_path):
+        refusals = [line for line in said.splitlines() if " on rank 0, " in line]
+        assert refusals == ["  seed: 0 on rank 0, 1 on rank 1", "  optim.lr: 0.001 on rank 0, 0.002 on rank 1"]
     together = state.load_state(tmp_path / "together/checkpoints/step-0000004")
     for name, tensor in alone["model"].items():
         assert torch.allclose(together["model"][name], tensor, atol=2e-5), name

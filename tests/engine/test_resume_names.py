@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
+import pandas as pd
 import pytest
 from filelock import FileLock
 
+from tests.engine import quick
 from tests.engine.quick import trainer
 from tests.engine.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.checkpoints.state import ResumeError, find_state
@@ -79,3 +83,20 @@ def test_another_runs_checkpoint_goes_on_in_a_new_folder_and_leaves_its_own_alon
     again = trainer(videos, tmp_path / "new", **new)  # the same command goes on from its own newest
     assert again.step == 4
     again.log.close()
+
+
+def test_a_resume_says_what_changed_in_the_data(videos, tmp_path):
+    table = pd.read_csv(videos).assign(path=lambda t: [str(videos.parent / name) for name in t["path"]])
+    table.to_csv(tmp_path / "t.csv", index=False)
+    config = quick.checked(videos)
+    source = {**config.data.source, "path": str(tmp_path / "t.csv")}
+    first = quick.trainer(config, tmp_path / "run", **{"data.source": source, "trainer.max_steps": 1})
+    first.fit()
+    table.iloc[::-1].iloc[:-2].to_csv(tmp_path / "t.csv", index=False)
+    again = quick.trainer(config, tmp_path / "run", **{"data.source": source})
+    again.log.close()
+    before, now = [json.loads(line) for line in (tmp_path / "run/launches.jsonl").open()]
+    assert before["data_changed_since_checkpoint"] == []
+    gone, order = now["data_changed_since_checkpoint"]
+    assert gone.startswith("2 rows of before are gone")
+    assert "10 of 10 rows are elsewhere" in order

@@ -59,6 +59,14 @@ def test_ranks_stay_equal_and_average_gradients_only_of_sound_steps(ranks):
     assert first["steps"]["after"] == second["steps"]["after"]
 
 
+def test_ranks_of_other_settings_or_data_refuse_to_start_and_name_what_differs(ranks):
+    for report in ranks:
+        settings, data = report["refused"]
+        assert settings.splitlines()[1:] == ["  optim.lr: 0.001 on rank 0, 0.002 on rank 1"]
+        (line,) = data.splitlines()[1:]
+        assert line.startswith("  data: order of the rows: ")
+
+
 def test_two_ranks_are_pulled_as_one_is(videos, tmp_path, ranks):
     one = quick.trainer(videos, tmp_path, **two_ranks.SETTINGS, **{"trainer.accumulate": 4})
     alone = two_ranks.sound_steps(one, 4)

@@ -8,11 +8,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from tests.engine import quick
 from vae3d import factory, ranks
 from vae3d.config import TrainConfig
+from vae3d.engine.agreement import RanksDiffer
 from vae3d.engine.trainer import Trainer
 
 SETTINGS = {
@@ -41,6 +43,21 @@ def train(config: TrainConfig, folder: Path) -> dict[str, object]:
     return {"weights": t.network.state_dict(), "logvar": t.objective.logvar.item(), "frames": frames, "best": best}
 
 
+def refused(config: TrainConfig, folder: Path, rank: int) -> list[str]:
+    """What is said to ranks of other settings, and to ranks whose tables have the same rows in another order."""
+    given = config.data.source
+    rows = pd.read_csv(given["path"]).iloc[:: -1 if rank else 1]
+    rows.to_csv(folder / f"table{rank}.csv", index=False)
+    source = {**given, "path": str(folder / f"table{rank}.csv"), "root": str(Path(given["path"]).parent)}
+    said = []
+    for changes in ({"optim.lr": 1e-3 * (1 + rank), "data.workers": rank}, {"data.source": source}):
+        try:
+            quick.trainer(config, folder / "refused", **{**SETTINGS, **changes})
+        except RanksDiffer as error:
+            said.append(str(error))
+    return said
+
+
 def main(folder: Path) -> None:
     """Leaves rank<N>.pt in `folder`, which holds the checked configurations."""
     torch.set_num_threads(1)
@@ -65,6 +82,7 @@ def main(folder: Path) -> None:
     again = quick.trainer(config, folder / "run", **SETTINGS, **{"trainer.accumulate": 2})
     report["resumed"] = again.spikes.state_dict()
     again.log.close()
+    report["refused"] = refused(config, folder, rank)
     report["wan"] = train(pickle.loads((folder / "wan.pickle").read_bytes()), folder / "wan")
     torch.save(report, folder / f"rank{rank}.pt")
 

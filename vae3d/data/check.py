@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
 
+from vae3d.argparse_types import positive_int
 from vae3d.data.readers import MediaError, MediaInfo, open_media
 from vae3d.data.segments import SEGMENT, Bounds, Segment, bounds_of
 from vae3d.data.sources import NUMBERS, DataError, open_source
@@ -36,6 +39,30 @@ def examine(path: str, bounds: Bounds, full: bool) -> MediaInfo | str:
     return file.info
 
 
+def examine_all(paths: list[str], bounds: list[Bounds], full: bool, workers: int) -> list[MediaInfo | str]:
+    """examine() of every file, in processes: a decoder that crashes costs one of them, and its file is named."""
+    work, results = partial(examine, full=full), []
+    with tqdm(total=len(paths), unit="file", disable=None) as bar:
+        while (done := len(results)) < len(paths):
+            try:
+                with ProcessPoolExecutor(workers) as pool:
+                    for result in pool.map(work, paths[done:], bounds[done:], chunksize=4):
+                        results.append(result)
+                        bar.update()
+            except BrokenProcessPool:  # by the next file, or by one of those that others had begun
+                results.append(_examine_alone(work, paths[len(results)], bounds[len(results)]))
+                bar.update()
+    return results
+
+
+def _examine_alone(work: Callable[[str, Bounds], MediaInfo | str], path: str, bounds: Bounds) -> MediaInfo | str:
+    try:
+        with ProcessPoolExecutor(1) as pool:
+            return pool.submit(work, path, bounds).result()
+    except BrokenProcessPool:
+        return "crashes the decoder, or needs more memory than there is"
+
+
 def disagreement(row: pd.Series, info: MediaInfo) -> str | None:
     """What a row says of its file that is not so."""
     told = {name: row[name] for name in NUMBERS if pd.notna(row[name])}
@@ -53,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", help="what relative paths are relative to; by default the table's folder")
     parser.add_argument("--full", action="store_true", help="decode every frame")
     parser.add_argument("--clean", metavar="OUT.csv", help="write the good rows here")
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=positive_int, default=4)
     args = parser.parse_args(argv)
 
     if args.clean and not Path(args.clean).resolve().parent.is_dir():
@@ -65,9 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    with ProcessPoolExecutor(args.workers) as pool:
-        work = pool.map(partial(examine, full=args.full), table["path"], bounds_of(table), chunksize=4)
-        results = list(tqdm(work, total=len(table), unit="file", disable=None))
+    results = examine_all(table["path"].tolist(), bounds_of(table), args.full, args.workers)
 
     good = []
     for (_, row), result in zip(table.iterrows(), results, strict=True):

@@ -21,6 +21,7 @@ from urllib.parse import quote, unquote
 import yaml
 
 from vae3d.data.media import DataError, MediaError
+from vae3d.data.tables import kind_of
 
 if TYPE_CHECKING:
     import datasets
@@ -114,7 +115,7 @@ def open_splits(folder: str) -> dict[str, datasets.Dataset]:
 
 def how_to_download(path: str | Path) -> str:
     """What to do if `path`, which is not here, is the name of a dataset of the hub; empty if it cannot be one."""
-    no_name = Path(path).suffix.lower() in (".csv", ".json", *TABLES)
+    no_name = kind_of(path) is not None or Path(path).suffix == ".arrow"
     if no_name or not re.fullmatch(r"\w[\w.-]*/[\w-][\w.-]*", str(path)):
         return ""
     name = Path(path).name
@@ -128,7 +129,7 @@ def is_saved(folder: str | Path) -> bool:
 
 def has_tables(folder: str | Path) -> bool:
     """Whether parquet or arrow files lie in a folder where repositories have them."""
-    return any(file.suffix in TABLES for place in (".", "data") for file in Path(folder, place).glob("*"))
+    return any(file.suffix.lower() in TABLES for place in (".", "data") for file in Path(folder, place).glob("*"))
 
 
 def _library() -> ModuleType:

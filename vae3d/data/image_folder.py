@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from vae3d.data.dataset_rows import is_row
 from vae3d.data.images import IMAGE_SUFFIXES, is_sequence
 from vae3d.data.readers import is_image
-from vae3d.data.sources import SPLITS, DataError, files_under, holds_dataset, listed, open_source
+from vae3d.data.sources import SPLITS, DataError, exists, files_under, holds_dataset, listed, open_source
 
 FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # and their splits
 
@@ -65,7 +64,7 @@ class ImageFolder:
         images = table["path"].map(is_image) | table["fault"].notna()
         self._tell_others(table.loc[~images, "path"], not images.any())
         table = table[images].reset_index(drop=True)
-        gone = table["fault"].isna() & ~table["path"].map(lambda path: is_row(path) or os.path.isfile(path))
+        gone = table["fault"].isna() & ~table["path"].map(exists)
         table.loc[gone, "fault"] = "no such file"
         return table
 

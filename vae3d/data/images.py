@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import struct
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +19,38 @@ from vae3d.data.media import MediaError, MediaInfo, Size, check_indices
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 SEQUENCE_RATE = 24.0  # frames per second that a sequence is said to have
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for bad files
+# All that Pillow may try, so that no other of its plugins runs: the one for PostScript starts Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+MAX_PIXELS = 2**27  # of one image, as 16384 x 8192; 400 MB as RGB
+DECODER_ERRORS = (  # what Pillow raises for bad files
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,  # where warnings are errors
+)
+SIGNATURES = {  # how files begin that are often called an image
+    b"%!PS": "a PostScript file",
+    b"%PDF": "a PDF file",
+    b"version https://git-lfs": "a Git LFS pointer; get the file itself with: git lfs pull",
+    b"<!doctype html": "an HTML page, as a failed download leaves",
+    b"<html": "an HTML page, as a failed download leaves",
+    b"<?xml": "an XML or SVG file",
+    b"<svg": "an SVG file",
+    b"8bpsi": "a Photoshop file",
+}
+BRANDS = {b"avif": "an AVIF file", b"avis": "an AVIF file", b"heic": "a HEIC file", b"mif1": "a HEIC file"}
+REDUCED = 254, 1  # TIFF's tag NewSubfileType, and its bit of a page that is a smaller copy of another
 ORIENTATION = 0x0112  # Exif; 5 to 8 turn by a quarter
 GAP = 2  # how many times larger than wanted a JPEG is decoded at least
 
@@ -28,7 +61,8 @@ class ImageReader:
     file: its content, if it is in no file of its own; `path` is then only its name. A JPEG is decoded when it is read:
     at half, a quarter or an eighth of its size where that is still at least twice the size asked for, before it is
     resized, as Pillow's `thumbnail` does. The result is that of a full decode to about 50 dB.
-    Raises MediaError; for the pixels of a JPEG, `read` does.
+    Raises MediaError for what is no image or several, and for pixels that are not opaque, or have no known range; for
+    the pixels of a JPEG, `read` does.
     """
 
     def __init__(self, path: Path, file: BinaryIO | None = None) -> None:
@@ -51,9 +85,8 @@ class ImageReader:
 
     def _decode(self, size: Size | None = None) -> Image.Image:
         """RGB, upright, at `size` or whole."""
-        with _opened(self.path, self.file) as image:
-            if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
-                raise MediaError(self.path, "has transparent pixels; flatten it")
+        with open_image(self.path, self.file) as image:
+            _check_opaque(self.path, image)
             if size is None:
                 return _to_8_bits(self.path, ImageOps.exif_transpose(image)).convert("RGB")
             stored = size[::-1] if _is_turned(image) else size
@@ -64,21 +97,84 @@ class ImageReader:
 
 def image_info(path: Path, file: BinaryIO | None = None) -> MediaInfo:
     """Facts of an image from its header: whether its pixels can be decoded is not noticed. Raises MediaError."""
-    with _opened(path, file) as image:
+    with open_image(path, file) as image:
         height, width = image.size if _is_turned(image) else image.size[::-1]
         bits = 16 if image.mode.startswith("I") else 8
         return MediaInfo(1, height, width, 0.0, (image.format or "image").lower(), image.mode, bits)
 
 
 @contextmanager
-def _opened(path: Path, file: BinaryIO | None = None) -> Iterator[Image.Image]:
+def open_image(path: str | Path, file: BinaryIO | None = None) -> Iterator[Image.Image]:
+    """An image whose header was read; the project opens images nowhere else.
+
+    What a decoder raises inside of the block becomes a MediaError, as do other formats than FORMATS, more pixels than
+    MAX_PIXELS, animations, and files of several pages.
+    """
     try:
         if file is not None:
             file.seek(0)
-        with Image.open(path if file is None else file) as image:
+        with Image.open(path if file is None else file, formats=FORMATS) as image:
+            _check_single(path, image)
             yield image
-    except UNREADABLE as error:
-        raise _unreadable(path, error) from error
+    except MediaError:
+        raise
+    except UnidentifiedImageError as error:
+        raise MediaError(path, f"is {_kind(path, file)}") from error
+    except DECODER_ERRORS as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise MediaError(path, f"cannot be read: {error.strerror}") from error
+        raise MediaError(path, f"cannot be decoded: {str(error) or type(error).__name__}") from error
+
+
+def _check_single(path: str | Path, image: Image.Image) -> None:
+    """Raises MediaError for more pixels than MAX_PIXELS, and for more than one picture."""
+    if image.width * image.height > MAX_PIXELS:
+        raise MediaError(path, f"has {image.width} x {image.height} pixels; at most {MAX_PIXELS} are read of an image")
+    if image.format == "MPO" or not getattr(image, "is_animated", False):  # MPO: a photograph, and what the camera adds
+        return
+    if image.format == "TIFF":
+        tag, reduced = REDUCED
+        pages = 0
+        for page in range(image.n_frames):
+            image.seek(page)
+            pages += not image.tag_v2.get(tag, 0) & reduced
+        image.seek(0)
+        if pages > 1:
+            raise MediaError(path, f"has {pages} pages; save each as a file of its own")
+    elif image.format == "GIF":
+        raise MediaError(path, "is an animated GIF; call it .gif, and it is read as a video")
+    else:
+        kind = {"PNG": "PNG (APNG)", "WEBP": "WebP"}.get(str(image.format), image.format)
+        raise MediaError(path, f"is an animated {kind} of {image.n_frames} frames; convert it to a video, such as .mp4")
+
+
+def _check_opaque(path: str | Path, image: Image.Image) -> None:
+    """Raises MediaError for transparent pixels: what is behind them is not in the file."""
+    if not image.has_transparency_data:
+        return
+    key = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
+        raise MediaError(path, "has a transparent colour of 16 bits, which cannot be looked for; flatten it")
+    if image.mode.startswith("I"):  # whose transparency is one grey level, and which does not convert
+        transparent = bool((np.asarray(image) == key).any())
+    else:
+        transparent = image.convert("RGBA").getextrema()[3][0] < 255
+    if transparent:
+        raise MediaError(path, "has transparent pixels; flatten it onto the background that it is to have")
+
+
+def _kind(path: str | Path, file: BinaryIO | None) -> str:
+    """What a file is that is no image."""
+    if file is None:
+        with open(path, "rb") as stream:
+            head = stream.read(64)
+    else:
+        file.seek(0)
+        head = file.read(64)
+    named = [kind for start, kind in SIGNATURES.items() if head.lower().lstrip().startswith(start.lower())]
+    if head[4:8] == b"ftyp":
+        named.append(BRANDS.get(head[8:12], "a video; call it .mp4"))
+    return "not an image, whatever its extension says" + (f", but {named[0]}" if named else "")
 
 
 def _is_turned(image: Image.Image) -> bool:
@@ -102,7 +198,7 @@ def _to_8_bits(path: Path, image: Image.Image) -> Image.Image:
 
 def load_grey(path: Path) -> np.ndarray:
     """[H, W] uint16 of an image of one channel of 16 bits. Raises MediaError if it holds anything else."""
-    with _opened(path) as image:
+    with open_image(path) as image:
         if not image.mode.startswith("I"):
             kind = "floating-point" if image.mode == "F" else f"8-bit {image.mode}"
             raise MediaError(path, f"holds {kind} pixels; depth is read from images of one channel of 16 bits")
@@ -115,12 +211,6 @@ def grey_levels(path: Path, image: Image.Image) -> np.ndarray:
     if pixels.min() < 0 or pixels.max() > 65535:
         raise MediaError(path, "has integer pixels beyond 16 bits; store it with 8 or 16 bits")
     return pixels
-
-
-def _unreadable(path: Path, error: Exception) -> MediaError:
-    if isinstance(error, UnidentifiedImageError):
-        return MediaError(path, "is not an image, whatever its extension says")
-    return MediaError(path, f"cannot be decoded: {error}")
 
 
 def resize(image: Image.Image, size: Size, box: tuple[float, ...] | None = None) -> Image.Image:

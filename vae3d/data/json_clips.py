@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vae3d.data.images import is_sequence
 from vae3d.data.segments import SEGMENT, SEGMENT_FAULT
-from vae3d.data.sources import SPLITS, DataError, checked, file_hashes
+from vae3d.data.sources import SPLITS, DataError, checked, exists, file_hashes
+from vae3d.data.tables import read_entries
 
 TEXT, NUMBER = (str, "a text"), ((int, float), "a number")
 KINDS = {
@@ -33,7 +32,9 @@ HASHES = 2**63
 
 
 class JsonClips:
-    """A JSON list of clips, or an object {"list": [...]}; each clip is an object with the key `path` and optional
+    """A JSON list of clips, an object {"list": [...]}, or JSON Lines (.jsonl), also gzipped (.gz).
+
+    Each clip is an object with the key `path` and optional
 
         start, end: seconds of the file that the clip begins and ends at; without them, the file's own.
         frames, fps: of the whole file, as annotated, so that it need not be opened to know them.
@@ -60,7 +61,7 @@ class JsonClips:
         given = ["path", *(key for key in OPTIONAL if any(key in entry for entry in sound))]
         raw = pd.DataFrame({COLUMNS.get(key, key): [entry.get(key) for entry in sound] for key in given})
         table = checked(raw.assign(fault=faults), self.root)
-        gone = table["fault"].isna() & ~table["path"].map(_is_there)
+        gone = table["fault"].isna() & ~table["path"].map(exists)
         table.loc[gone, "fault"] = "no such file"
         how = "as their `split` says"
         if "split" not in given and self.val_share is not None:
@@ -91,14 +92,7 @@ def _clips_of(table: pd.DataFrame) -> str:
 
 def _entries(path: Path) -> tuple[list[Any], list[str]]:
     """The list in a file, and what is odd about it. Raises DataError."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; data.source.path takes a JSON file")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: is not JSON: {error.msg}") from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{path} is not a readable JSON file: {error}") from error
+    content = read_entries(path)
     entries = content.get("list") if isinstance(content, dict) else content
     if not isinstance(entries, list):
         found = f"an object with the keys {', '.join(content)}" if isinstance(content, dict) else f"{content!r:.40}"
@@ -135,16 +129,18 @@ def _fault(entry: Any) -> str | None:
 
 
 def _well_typed(entry: Any) -> dict[str, Any]:
-    """What can be used of an entry; NaN, which JSON does not have but Python reads, is not."""
+    """What can be used of an entry; NaN, which JSON does not have but Python reads, is not, nor is half a character."""
     if not isinstance(entry, dict):
         return {}
     found = {key: value for key, value in entry.items() if key in KINDS and isinstance(value, KINDS[key][0])}
-    return {key: value for key, value in found.items() if not isinstance(value, bool) and value == value}
+    return {
+        key: value for key, value in found.items() if not isinstance(value, bool) and value == value and _whole(value)
+    }
 
 
-def _is_there(path: str) -> bool:
-    """Of a sequence, whether its folder is."""
-    return os.path.isdir(os.path.dirname(path)) if is_sequence(path) else os.path.isfile(path)
+def _whole(value: Any) -> bool:
+    """Whether a text has no lone surrogate, which JSON can spell and no encoding has."""
+    return not isinstance(value, str) or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _unread(entries: list[Any]) -> list[str]:

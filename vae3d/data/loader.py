@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader
 
 from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, open_frames, read_clip, to_sample
 from vae3d.data.media import MediaError
-from vae3d.data.probe import complete
+from vae3d.data.probe import THREADS, complete, faulty_rows
+from vae3d.data.record import DataRecord
 from vae3d.data.resolution import SIZE, leave_out_small, told_of_enlarged
 from vae3d.data.sampler import Draw, Lengths, Plan, StepSampler
 from vae3d.data.segments import Bounds, bounds_of, count_frames
-from vae3d.data.sources import DataError, Source, file_hashes
+from vae3d.data.sources import DataError, Source, exists, file_hashes
+from vae3d.data.workers import WorkerDied as WorkerDied
+from vae3d.data.workers import WorkerError as WorkerError
+from vae3d.data.workers import WorkerTimeout as WorkerTimeout
+from vae3d.data.workers import load
 from vae3d.types import Clip
+
+SHOWN = 10  # files in a message
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,7 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
     table, faults = complete(listed, needed)
     table, outside = count_frames(table)
     faults += outside
-    if len(faults) > max_broken * len(listed):
-        shown = "\n".join(f"  {path}: {reason}" for path, reason in faults[:10])
-        raise DataError(
-            f"{len(faults)} of {len(listed)} files cannot be read, more than data.max_broken={max_broken}; the first:\n"
-            f"{shown}\n  python -m vae3d.data.check FILE lists them all"
-        )
+    _check_share(faults, len(listed), max_broken)
     table, left_out = leave_out_small(table, settings.min_side)
     notes = [*getattr(source, "notes", ()), *told_of_enlarged(table, settings)]
     if left_out:
@@ -72,6 +71,35 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
         raise DataError("no rows are left to train on; is the `split` column `val` or `test` throughout?")
     train, val = (table[rows].reset_index(drop=True) for rows in (is_train, is_val))
     return Tables(train, val, faults, left_out, notes)
+
+
+def look_for_files(source: Source, max_broken: float) -> list[str]:
+    """List a source's files, and see which are there, without opening any. Returns lines for the log.
+
+    Raises DataError if more than the share `max_broken` is missing or faulty.
+    """
+    table = source.table()
+    sound = table[table["fault"].isna()]
+    paths = sound["path"].unique().tolist()
+    with ThreadPoolExecutor(THREADS) as pool:  # a network disk answers many at once
+        there = dict(zip(paths, pool.map(exists, paths, chunksize=64), strict=True))
+    faults = faulty_rows(table) + [(path, "no such file") for path in sound["path"] if not there[path]]
+    _check_share(faults, len(table), max_broken)
+    count = sum(there.values())
+    return [
+        f"data: {len(table)} rows, {count} of {len(there)} files are there, {len(table) - len(sound)} rows are faulty",
+        *(f"  {path}: {reason}" for path, reason in faults[:SHOWN]),
+        *(f"  {note}" for note in getattr(source, "notes", ())),
+    ]
+
+
+def _check_share(faults: list[tuple[str, str]], rows: int, max_broken: float) -> None:
+    if len(faults) > max_broken * rows:
+        shown = "\n".join(f"  {path}: {reason}" for path, reason in faults[:SHOWN])
+        raise DataError(
+            f"{len(faults)} of {rows} files cannot be read, more than data.max_broken={max_broken}; the first:\n"
+            f"{shown}\n  python -m vae3d.data.check FILE lists them all"
+        )
 
 
 def lengths_of(table: pd.DataFrame, settings: ClipSettings) -> Lengths:
@@ -91,35 +119,28 @@ class TrainingData:
     faults: list[tuple[str, str]]  # files that did not open when the tables were read
     notes: list[str] = field(default_factory=list)  # what there is to tell of the files
     left_out: list[tuple[str, str]] = field(default_factory=list)  # files that are too small
+    timeout: float = 0.0  # seconds without a batch after which WorkerTimeout is raised; 0: never
+    record: DataRecord | None = None  # what a checkpoint remembers of the data
 
-    def clips(self, first: int, last: int) -> Iterator[Clip | Unreadable]:
-        """Micro-batches of optimizer steps first..last-1; Unreadable where one file after another could not be read."""
-        return iter(
-            DataLoader(
-                ClipDataset(self.table, self.plan, self.settings),
-                batch_sampler=StepSampler(self.plan, first, last),
-                collate_fn=collate,
-                num_workers=self.workers,
-                prefetch_factor=self.prefetch if self.workers else None,
-                pin_memory=torch.cuda.is_available(),
-                worker_init_fn=outlive_sigterm,
-            )
+    def clips(self, first: int, last: int, stopping: Callable[[], bool] = lambda: False) -> Iterator[Clip | Unreadable]:
+        """Micro-batches of optimizer steps first..last-1; Unreadable where one file after another could not be read.
+
+        stopping: whether the run is to end after this step. Raises as workers.load does.
+        """
+        settings, plan = self.settings, self.plan
+        pixels = 3 * plan.frames.all()[-1] * settings.height * settings.width
+        return load(
+            ClipDataset(self.table, plan, settings),
+            workers=self.workers,
+            prefetch=self.prefetch,
+            timeout=self.timeout,
+            stopping=stopping,
+            item_bytes=plan.micro_batch * pixels * (1 if settings.depth is None else 4),
+            held=plan.accumulate,
+            batch_sampler=StepSampler(plan, first, last),
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
         )
-
-
-def outlive_sigterm(worker: int) -> None:
-    """Let only the rank itself end its workers.
-
-    torchrun and Slurm send SIGTERM to all processes, but the step that a rank is in still needs its workers' clips.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def validation_clips(

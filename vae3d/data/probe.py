@@ -31,7 +31,7 @@ def complete(table: pd.DataFrame, needed: Sequence[str] = NUMBERS) -> tuple[pd.D
     that do not open are left out of the table.
     """
     sound = table["fault"].isna()
-    faults = [(f"row {row} ({path})", fault) for row, path, fault in table.loc[~sound, ["row", "path", "fault"]].values]
+    faults = faulty_rows(table)
     table = table[sound].reset_index(drop=True)
     unknown = table[list(needed)].isna().any(axis=1)
     unknown = (unknown | has_segment(table)).to_numpy()
@@ -44,6 +44,12 @@ def complete(table: pd.DataFrame, needed: Sequence[str] = NUMBERS) -> tuple[pd.D
         table.loc[unknown, name] = table.loc[unknown, name].fillna(pd.Series(found, index=table.index[unknown]))
     faults += [(path, unread[path]) for path in table["path"] if path in unread]  # a file may have many rows
     return table[~table["path"].isin(unread)].reset_index(drop=True), faults
+
+
+def faulty_rows(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """(row and path, reason) of the rows that their source found faulty."""
+    faulty = table.loc[table["fault"].notna(), ["row", "path", "fault"]]
+    return [(f"row {row} ({path})", fault) for row, path, fault in faulty.values]
 
 
 def probe(paths: list[str]) -> dict[str, Facts]:

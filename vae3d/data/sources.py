@@ -11,19 +11,23 @@ from __future__ import annotations
 import os
 from glob import escape, glob
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 
-from vae3d.data.dataset_rows import has_tables, how_to_download, is_saved
+from vae3d.data.dataset_rows import has_tables, how_to_download, is_row, is_saved
 from vae3d.data.images import IMAGE_SUFFIXES, is_sequence, numbered
 from vae3d.data.media import DataError
 from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.segments import SEGMENT, SEGMENT_FAULT
+from vae3d.data.tables import JSON, kind_of, read_table
 from vae3d.seeding import seed_of
 
 NUMBERS = ("num_frames", "height", "width", "fps")
+MAX_NAME = 255  # bytes of a file's name, on every file system
+ARCHIVES = (".tar", ".tgz", ".zip", ".gz", ".7z", ".rar")
+MISSING_NUMBERS = ("", "nan", "na", "n/a", "none", "null")  # as a column of numbers may have; a text is always a text
 SPLITS = ("train", "val", "test")
 LIMITS = {  # least value of a column, if it is not 1, and the fault of a row that has no such number
     "fps": (0, "`fps` is no positive number"),  # images have none
@@ -40,8 +44,8 @@ class Source(Protocol):
 
 
 class Table:
-    """A CSV or parquet file with a column `path`; optional text, label, num_frames, height, width, fps, start, end
-    and split.
+    """A CSV, TSV (also .gz) or parquet file with a column `path`; optional text, label, num_frames, height, width,
+    fps, start, end and split.
 
     Relative paths are relative to `root`, by default the table's folder. A row with start or end (seconds) is that part
     of its file only; num_frames is the file's nevertheless.
@@ -52,24 +56,14 @@ class Table:
         self.root = Path(root) if root is not None else self.path.parent
 
     def table(self) -> pd.DataFrame:
-        raw = self._read().reset_index(drop=True)  # parquet keeps an index of any kind
+        raw = read_table(self.path)
         if "path" not in raw.columns:
-            raise DataError(f"{self.path} has no column `path`; its columns are {', '.join(map(str, raw.columns))}")
+            raise DataError(
+                f"{self.path} has no column `path`; its first line names the columns {', '.join(map(str, raw.columns))}"
+            )
         if raw.empty:
             raise DataError(f"{self.path} has no rows")
         return checked(raw, self.root)
-
-    def _read(self) -> pd.DataFrame:
-        if not self.path.is_file():
-            raise DataError(f"{self.path}: no such file; data.source.path takes a CSV or parquet file")
-        try:
-            if self.path.suffix == ".parquet":
-                return pd.read_parquet(self.path)
-            return pd.read_csv(self.path, dtype=dict.fromkeys(("path", "split", "text", "label"), str))
-        except pd.errors.EmptyDataError as error:
-            raise DataError(f"{self.path} is empty") from error
-        except (pd.errors.ParserError, UnicodeDecodeError, OSError, ValueError) as error:
-            raise DataError(f"{self.path} is not a readable table: {error}") from error
 
 
 def checked(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
@@ -81,18 +75,35 @@ def checked(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
     for column in ("text", "label", "split", "fault"):
         table[column] = raw[column] if column in raw.columns else None
     _mark(table, names == "", "has no `path`")
+    _mark(table, names.map(lambda name: "\0" in name), "`path` has the character NUL, which no file name has")
+    too_long = names.map(lambda name: any(len(os.fsencode(part)) > MAX_NAME for part in name.split("/")))
+    _mark(table, too_long, f"`path` has a name of more than {MAX_NAME} bytes; is it the right column?")
     for column in (*SEGMENT, *NUMBERS):
         table[column] = np.nan
         if column in raw.columns:
-            numbers = pd.to_numeric(raw[column], errors="coerce").astype(float)
-            table[column] = numbers.replace([np.inf, -np.inf], np.nan)
+            given = raw[column].astype(object).map(_no_missing_word)
+            table[column] = given.map(_number).astype(float)
             least, reason = LIMITS.get(column, (1, f"`{column}` is no positive number"))
-            bad = (table[column].isna() & raw[column].notna()) | (table[column] < least)
+            bad = (table[column].isna() & given.notna()) | (table[column] < least)
             _mark(table, bad, reason)
     _mark(table, table["end"] <= table["start"].fillna(0), SEGMENT_FAULT)
     if "split" in raw.columns:
         _mark(table, ~raw["split"].isin(SPLITS), f"`split` is none of {', '.join(SPLITS)}")
     return table
+
+
+def _no_missing_word(value: Any) -> Any:
+    """None for what stands for a missing number."""
+    return None if isinstance(value, str) and value.strip().lower() in MISSING_NUMBERS else value
+
+
+def _number(value: Any) -> float:
+    """NaN for what is no finite number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return np.nan
+    return number if np.isfinite(number) else np.nan
 
 
 def _mark(table: pd.DataFrame, bad: pd.Series, reason: str) -> None:
@@ -113,6 +124,13 @@ class Folder:
             files = sequences(self.path)
             top = next(parent for parent in self.path.parents if "*" not in str(parent))
         elif self.path.is_file():
+            if not is_media(self.path.name):
+                kind = self.path.suffix or "a file without extension"
+                hint = "; extract it, and give the folder" if kind.lower() in ARCHIVES else ""
+                raise DataError(
+                    f"{self.path}: {kind} is not read; give a table (.csv, .tsv, .parquet), a list (.json, .jsonl), a "
+                    f"folder, a video or an image{hint}"
+                )
             files = [self.path]
         elif self.path.is_dir():
             files = [top / name for name in files_under(top) if is_media(name)]
@@ -162,6 +180,13 @@ def listed(paths: list[str], names: list[str]) -> pd.DataFrame:
     return table.assign(**dict.fromkeys([*NUMBERS, *SEGMENT], np.nan), text=None, label=None, split=None, fault=None)
 
 
+def exists(path: str) -> bool:
+    """Whether a row's file is there; of a sequence its folder, of a row of a dataset always: its table says so."""
+    if is_row(path):
+        return True
+    return os.path.isdir(os.path.dirname(path)) if is_sequence(path) else os.path.isfile(path)
+
+
 def file_hashes(table: pd.DataFrame) -> np.ndarray:
     """A number per row, of its name, from 0 to 2**63 - 1: equal for all rows of a file, and on every machine."""
     names = table.groupby("path")["name"].transform("min")
@@ -169,15 +194,17 @@ def file_hashes(table: pd.DataFrame) -> np.ndarray:
 
 
 def open_source(path: str | Path, root: str | Path | None = None) -> Source:
-    """A Table for .csv and .parquet, JsonClips for .json, HuggingFace for the folder of a dataset, else a Folder."""
+    """A Table for .csv, .tsv and .parquet, JsonClips for .json and .jsonl, HuggingFace for a dataset's folder, else a
+    Folder. Raises DataError for a file that is none of these."""
     from vae3d.data.hugging_face import HuggingFace  # which build on this module
     from vae3d.data.json_clips import JsonClips
 
     if holds_dataset(path):
         return HuggingFace(path)
-    kinds = {".csv": Table, ".parquet": Table, ".json": JsonClips}
-    kind = kinds.get(Path(path).suffix)
-    return Folder(path) if kind is None else kind(path, root)
+    kind = kind_of(path)
+    if kind is None or Path(path).is_dir():
+        return Folder(path)
+    return (JsonClips if kind in JSON else Table)(path, root)
 
 
 def holds_dataset(folder: str | Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -10,12 +11,13 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from vae3d.data.clips import Sample, Unreadable, collate
-from vae3d.data.loader import outlive_sigterm
+from vae3d.data.record import DataRecord
 from vae3d.data.sampler import Draw, Plan, StepSampler
 from vae3d.data.sources import DataError
+from vae3d.data.workers import load
 from vae3d.latents.cache import NONE, CacheError, LatentCache
 from vae3d.latents.codec import LatentCodec
 from vae3d.seeding import generator_of, seed_of
@@ -58,19 +60,29 @@ class LatentData:
     prefetch: int = 2
     faults: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    timeout: float = 0.0  # seconds without a batch after which WorkerTimeout is raised; 0: never
+    record: DataRecord | None = None  # what a checkpoint remembers of the data
 
-    def batches(self, first: int, last: int) -> Iterator[Batch]:
-        """Micro-batches of optimizer steps first..last-1, a pure function of the plan."""
-        return iter(
-            DataLoader(
-                self.dataset,
-                batch_sampler=StepSampler(self.plan, first, last),
-                collate_fn=self.collate,
-                num_workers=self.workers,
-                prefetch_factor=self.prefetch if self.workers else None,
-                pin_memory=torch.cuda.is_available(),
-                worker_init_fn=outlive_sigterm,
-            )
+    def batches(self, first: int, last: int, stopping: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+        """Micro-batches of optimizer steps first..last-1, a pure function of the plan.
+
+        stopping: whether the run is to end after this step. Raises as workers.load does.
+        """
+        cached = isinstance(self.dataset, CachedLatents)
+        one = (
+            4 * math.prod(self.latent_shape) if cached else 3 * math.prod((self.plan.frames.all()[-1], *self.size[1:]))
+        )
+        return load(
+            self.dataset,
+            workers=self.workers,
+            prefetch=self.prefetch,
+            timeout=self.timeout,
+            stopping=stopping,
+            item_bytes=self.plan.micro_batch * one,
+            held=self.plan.accumulate,
+            batch_sampler=StepSampler(self.plan, first, last),
+            collate_fn=self.collate,
+            pin_memory=torch.cuda.is_available(),
         )
 
     def latents(self, batch: Batch, device: torch.device) -> Tensor:

@@ -51,6 +51,7 @@ def _state(trainer: DiffusionTrainer) -> dict[str, Any]:
         "scale": trainer.scale,
         "vae": trainer.vae_facts(),
         "classes": trainer.data.classes,
+        "data": {} if trainer.data.record is None else trainer.data.record.state_dict(),
     }
 
 
@@ -93,6 +94,8 @@ def resume(trainer: DiffusionTrainer) -> dict[str, tuple[Any, Any]]:
         average.load_state_dict(saved["ema"][f"{decay:g}"])
     trainer.window.load_state_dict(saved["window"])
     trainer.step, trainer.scale = saved["step"], saved["scale"]
+    if trainer.data.record is not None:
+        trainer.data_changes = trainer.data.record.changes_since(saved.get("data"))
     trainer.reads, trainer.broken_reads = saved["reads"]
     trainer.skipped.in_row = saved["skipped"]
     return changed

@@ -81,6 +81,7 @@ class DiffusionTrainer:
         self._tick, self._steps = time.perf_counter(), 0  # since the last log line
         self.scale: dict[str, Any] = {}
         self.shown = False  # held-out clips, beside samples
+        self.data_changes: list[str] = []  # since the checkpoint that the run goes on from
         changed, scale = resume(self), None
         for group in self.replicas.optimizer.param_groups:  # a checkpoint's own came back with its moments
             group.update(adamw_settings(config.optim))
@@ -93,7 +94,7 @@ class DiffusionTrainer:
         self.real = [z for part in parts for z in part]  # of all ranks, on the first, which compares samples with them
         rank, last = accelerator.process_index, config.trainer.max_steps
         self.log = RunLog(folder, logger, rank=rank, step=self.step, max_steps=last)
-        self.log.launch(self.step, asdict(config), changed)
+        self.log.launch(self.step, asdict(config), changed, self.data_changes)
         for key, (old, new) in changed.items():
             self.log.say(f"{key} was {old} until step {self.step} and is {new} from here on")
         self.log.faults(data.faults)
@@ -104,9 +105,10 @@ class DiffusionTrainer:
         """Train to the last step, or to the first step boundary after SIGTERM; whether it was the last step."""
         trainer = self.config.trainer
         self.log.begin(self.step, trainer.max_steps)
-        batches, stopped = self.data.batches(self.step, trainer.max_steps), False
+        stopped = False
         self._tick, self._steps = time.perf_counter(), 0
         with on_sigterm() as stop:
+            batches = self.data.batches(self.step, trainer.max_steps, lambda: stop.asked)
             while self.step < trainer.max_steps and not stopped:
                 values = self.train_step([next(batches) for _ in range(trainer.accumulate)], stop.asked)
                 stopped = values.pop("stop") > 0

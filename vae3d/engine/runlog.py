@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -52,8 +52,10 @@ class RunLog:
             logger.open(folder, step)
             self._bar = tqdm(total=max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
 
-    def launch(self, step: int, config: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
-        """Record this start: when, from which step, which code, command, versions and changed settings."""
+    def launch(
+        self, step: int, config: Mapping[str, Any], changed: Mapping[str, Any], data_changes: Sequence[str] = ()
+    ) -> None:
+        """Record this start: when, from which step, which code, command, versions, changed settings and data."""
         if not self.main:
             return
         entry = {
@@ -65,9 +67,12 @@ class RunLog:
             "python": platform.python_version(),
             "versions": {name: _version(name) for name in PACKAGES},
             "changed_since_checkpoint": {key: list(pair) for key, pair in changed.items()},
+            "data_changed_since_checkpoint": list(data_changes),
             "config": config,
         }
         self._append("launches.jsonl", entry)
+        for line in data_changes:
+            self.warn(f"the data are not those of before step {step}: {line}")
 
     def begin(self, step: int, max_steps: int) -> None:
         done = f"the run is complete: it has its {max_steps} steps; a larger trainer.max_steps goes on with it"

@@ -188,6 +188,8 @@ def resume(trainer: Trainer) -> dict[str, tuple[Any, Any]]:
     trainer.window.load_state_dict(saved["window"])
     trainer.best.load_state_dict(saved.get("best", {}))
     trainer.step = saved["step"]
+    if trainer.data.record is not None:
+        trainer.data_changes = trainer.data.record.changes_since(saved.get("data"))
     trainer.reads, trainer.broken_reads = saved["reads"]
     trainer.unfinished.in_row, trainer.zero_gradient.in_row = saved.get("faults_in_row", (0, 0))
     return changed
@@ -215,6 +217,7 @@ def _shared_state(trainer: Trainer) -> dict[str, Any]:
         "scaler": scaler.state_dict() if scaler is not None else {},
         "window": trainer.window.state_dict(),
         "best": trainer.best.state_dict(),
+        "data": {} if trainer.data.record is None else trainer.data.record.state_dict(),
         "reads": [trainer.reads, trainer.broken_reads],
         "faults_in_row": [trainer.unfinished.in_row, trainer.zero_gradient.in_row],
     }

@@ -93,13 +93,14 @@ class Trainer:
         self.strategy = self._share_work(pupil, optimizer)
         self.ballot = Ballot(rank, accelerator.num_processes, self.device)
         self._set_patience()
+        self.data_changes: list[str] = []  # since the checkpoint that the run goes on from
         changed = resume(self)
         for group in self.optimizer.param_groups:  # a checkpoint's own came back with its moments
             group.update(adamw_settings(config.optim))
             if group["part"] == LOGVAR:
                 group.update(weight_decay=0.0, lr_scale=config.loss.logvar_lr)
         self.log = RunLog(folder, logger, rank=rank, step=self.step, max_steps=config.trainer.max_steps)
-        self.log.launch(self.step, asdict(config), changed)
+        self.log.launch(self.step, asdict(config), changed, self.data_changes)
         for key, (old, new) in changed.items():
             self.log.say(f"{key} was {old} until step {self.step} and is {new} from here on")
         self.log.faults(data.faults)
@@ -134,10 +135,10 @@ class Trainer:
         self.log.begin(self.step, last)
         profiling = config.debug.mode == "profile"
         recorder = profiled(self.folder, config.debug.steps) if profiling else nullcontext(lambda: None)
-        clips = self.data.clips(self.step, last)
         stopped = False
         self._tick, self._steps, self._frames = time.perf_counter(), 0, 0
         with on_sigterm() as stop, recorder as step_done:
+            clips = self.data.clips(self.step, last, lambda: stop.asked)
             while self.step < last and not stopped:
                 batch = [next(clips) for _ in range(config.trainer.accumulate)]
                 values = self.train_step(batch, stop.asked)

@@ -17,10 +17,10 @@ import pandas as pd
 import safetensors
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vae3d import __version__
+from vae3d.data.workers import load
 from vae3d.latents.clips import FLIP, ClipReader, Fault, Item, Read, Transform
 from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.identity import difference, digest_of, latent_config, vae_facts
@@ -59,7 +59,8 @@ class Job:
     faults: rows of the source without a clip. store: moments (mean and deviation of the posterior), mean, or sample
     (drawn once, by (seed, key)). dtype: of the stored latents. flip: every clip also mirrored, as an entry of its own.
     shard_size: clips in a shard, which a process holds in memory and a kill loses. writers: further layouts, see
-    shards.WRITERS. max_broken: share of clips that may fail. retry: encode shards with faults anew.
+    shards.WRITERS. timeout: seconds without a clip after which WorkerTimeout is raised; 0: never. max_broken: share of
+    clips that may fail. retry: encode shards with faults anew.
     """
 
     codec: LatentCodec
@@ -76,6 +77,7 @@ class Job:
     shard_size: int = 512
     batch_size: int = 8
     workers: int = 4
+    timeout: float = 0.0
     reader: str = "auto"
     writers: list[str] = field(default_factory=list)
     max_broken: float = 0.2
@@ -176,11 +178,15 @@ def _told(job: Job, row: dict[str, Any]) -> dict[str, str]:
 def _encode(job: Job, shards: Sequence[int], digest: str, quiet: bool) -> None:
     """Encode and write these shards."""
     numbers = [number for shard in shards for number in job.span(shard)]
-    reads: Iterable[Read] = DataLoader(
+    sides = job.transform.height, job.transform.width, job.transform.frames
+    reads: Iterable[Read] = load(
         ClipReader(job.items, job.transform, job.reader),
+        workers=job.workers,
+        timeout=job.timeout,
+        item_bytes=0 if None in sides else 3 * math.prod(sides),
+        held=job.batch_size,
         sampler=numbers,
         batch_size=None,
-        num_workers=job.workers,
         collate_fn=_as_it_is,
     )
     progress = iter(tqdm(reads, total=len(numbers), unit="clip", disable=True if quiet else None))

@@ -1,0 +1,71 @@
+"""What a checkpoint remembers of the data, and what a resume says of them."""
+
+from __future__ import annotations
+
+import os
+
+import pandas as pd
+import pytest
+
+from vae3d.data.record import record_of
+from vae3d.data.sources import Table
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in "abcd":
+        (tmp_path / f"{name}.mp4").write_bytes(b"1234")
+        os.utime(tmp_path / f"{name}.mp4", (1000, 1000))
+    return tmp_path
+
+
+def record(folder, names, **columns):
+    pd.DataFrame({"path": [f"{name}.mp4" for name in names], "num_frames": 9, **columns}).to_csv(
+        folder / "t.csv", index=False
+    )
+    return record_of(Table(folder / "t.csv").table())
+
+
+def test_the_same_data_are_the_same(folder):
+    saved = record(folder, "abc").state_dict()
+    assert record(folder, "abc").changes_since(saved) == []
+    assert record(folder, "abc").changes_since(None) == []  # a checkpoint that has no record
+
+
+def changed(folder, before, names, **columns):
+    return " | ".join(record(folder, names, **columns).changes_since(before.state_dict()))
+
+
+def test_rows_that_come_go_move_or_say_something_else_are_counted(folder):
+    before = record(folder, "abc")
+    assert changed(folder, before, "abcd") == "1 rows are new, such as d.mp4"
+    assert changed(folder, before, "ab") == "1 rows of before are gone"
+    assert "2 of 3 rows are elsewhere" in changed(folder, before, "bac")
+    assert "2 of 2 rows are elsewhere" in changed(folder, before, "cda")
+    assert "there 3 times are there 4 times" in changed(folder, before, "abca")
+    assert "1 rows have other numbers, split, label or text, such as b.mp4" in changed(
+        folder, before, "abc", num_frames=[9, 8, 9]
+    )
+    assert "3 rows have other" in changed(folder, before, "abc", split="train")
+
+
+def test_files_replaced_under_their_names_are_counted(folder):
+    before = record(folder, "abc")
+    (folder / "b.mp4").write_bytes(b"12345")
+    os.utime(folder / "c.mp4", (2000, 2000))
+    told = changed(folder, before, "abc")
+    assert "the files of 1 rows have another size, such as b.mp4" in told
+    assert "the files of 1 rows have another modification time, and the same size, such as c.mp4" in told
+
+
+def test_ranks_compare_names_and_not_where_the_folder_lies(folder, tmp_path_factory):
+    here, numbers = record(folder, "abc", num_frames=[1, 2, 3]), record(folder, "abc", num_frames=[1, 2, 4])
+    order = record(folder, "acb", num_frames=[1, 3, 2])
+    elsewhere = tmp_path_factory.mktemp("copy")
+    assert record(elsewhere, "abc", num_frames=[1, 2, 3]).identity() == here.identity()
+    assert _differing(order, here) == {"data: order of the rows"}
+    assert _differing(numbers, here) == {"data: numbers, splits and labels of the rows"}
+
+
+def _differing(one, other):
+    return {key for key, value in one.identity().items() if value != other.identity()[key]}

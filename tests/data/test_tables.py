@@ -1,0 +1,128 @@
+"""Tables and JSON lists as people's programs write them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pandas as pd
+import pytest
+
+from vae3d.data.json_clips import JsonClips
+from vae3d.data.media import DataError
+from vae3d.data.sources import Table, open_source
+
+CSV = "path,text,num_frames\na.mp4,ein Café,5\nb.mp4,,\n"
+TSV = CSV.replace(",", "\t")
+LIST = [{"path": "a.mp4", "text": "ein Café", "frames": 5}, {"path": "b.mp4"}]
+LINES = "\n".join(map(json.dumps, LIST)) + "\n\n"
+FILES = {
+    "t.csv": CSV.encode(),
+    "bom.csv": CSV.encode("utf-8-sig"),
+    "crlf.csv": CSV.replace("\n", "\r\n").encode(),
+    "T.CSV": CSV.encode(),
+    "t.tsv": TSV.encode(),
+    "t.csv.gz": gzip.compress(CSV.encode()),
+    "T.Tsv.GZ": gzip.compress(TSV.encode()),
+    "t.json": json.dumps(LIST).encode(),
+    "bom.json": json.dumps({"list": LIST}, ensure_ascii=False).encode("utf-8-sig"),
+    "T.JSON": json.dumps(LIST, indent=1).encode(),
+    "t.jsonl": LINES.encode(),
+    "t.jsonl.gz": gzip.compress(LINES.encode()),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
+    (tmp_path / name).write_bytes(FILES[name])
+    for media in ("a.mp4", "b.mp4"):  # a list looks whether they are there
+        (tmp_path / media).touch()
+    table = open_source(tmp_path / name).table()
+    assert table["name"].tolist() == ["a.mp4", "b.mp4"]
+    assert table["text"][0] == "ein Café"
+    assert pd.isna(table["text"][1])
+    assert table["num_frames"][0] == 5
+    assert pd.isna(table["num_frames"][1])
+    assert not table["fault"].notna().any()
+
+
+@pytest.mark.parametrize("word", ["None", "NA", "null", "nan", "N/A", "NaN"])
+def test_no_word_stands_for_a_missing_label(tmp_path, word):
+    (tmp_path / "t.csv").write_text(f"path,label,text,fps\n{word},{word},{word},{word}\n")
+    row = Table(tmp_path / "t.csv").table().iloc[0]
+    assert (row["name"], row["label"], row["text"]) == (word, word, word)
+    assert pd.isna(row["fps"])  # of a number it does
+    assert row["fault"] is None
+
+
+def test_a_row_with_another_number_of_fields_is_named_and_the_others_are_read(tmp_path):
+    (tmp_path / "t.csv").write_text('path,text\na.mp4,"a dog, running"\nb.mp4,a dog, running\nc.mp4\n\nd.mp4,x\n')
+    table = Table(tmp_path / "t.csv").table()
+    assert table["row"].tolist() == [1, 2, 3, 4]
+    assert table["text"][0] == "a dog, running"
+    assert "3 fields in line 3" in table["fault"][1]
+    assert '"..."' in table["fault"][1]
+    assert "1 fields in line 4" in table["fault"][2]
+    assert table["fault"].isna().tolist() == [True, False, False, True]
+
+
+def test_a_column_more_in_every_row_shifts_nothing(tmp_path):
+    """pandas takes the first column for an index then."""
+    (tmp_path / "t.csv").write_text("path,text\na.mp4,one, two\nb.mp4,one, two\n")
+    assert Table(tmp_path / "t.csv").table()["fault"].notna().all()
+
+
+REFUSED = {
+    "latin.csv": ("path,text\na.mp4,x\nb.mp4,Café au lait\n".encode("latin-1"), ["line 3", "WINDOWS-1252", "Café"]),
+    "latin.json": ('[{"path": "a.mp4",\n"text": "Café"}]'.encode("latin-1"), ["WINDOWS-1252"]),
+    "utf16.csv": (CSV.encode("utf-16"), ["UTF-16"]),
+    "binary.csv": (b"\x00\x01\x02\xff\xfe\n" * 9, ["line 1", "not text"]),
+    "tar_called.csv": (b"a.mp4" + bytes(507) + b"x" * 512, ["line 1", "not text"]),
+    "semicolon.csv": (b"path;text\na.mp4;x\n", ["';'", "','"]),
+    "tabs.csv": (TSV.encode(), [r"'\t'"]),
+    "quote.csv": (b'path,text\na.mp4,"x\nb.mp4,y\n', ["line 3", "quotation mark"]),
+    "twice.csv": (b"path,path\na,b\n", ["two columns `path`"]),
+    "headless.csv": (b"a.mp4,x\nb.mp4,y\n", ["no column `path`", "first line"]),
+    "cut.csv.gz": (gzip.compress(CSV.encode() * 99)[:-20], ["cut.csv.gz"]),
+    "plain.csv.gz": (CSV.encode(), ["plain.csv.gz"]),
+    "t.parquet": (b"PAR1 not really", ["not a readable parquet file"]),
+    "bad.jsonl": (b'{"path": "a.mp4"}\n{"path": \n', ["line 2"]),
+    "lines.json": (LINES.encode(), ["line 2", ".jsonl"]),
+    "deep.json": (b"[" * 100_000, ["deep.json"]),
+    "digits.json": (b'[{"path": "a", "start": ' + b"9" * 5000 + b"}]", ["digits.json"]),
+    "clips.tar": (b"x", [".tar", "extract it"]),
+    "t.xlsx": (b"x", [".xlsx", ".csv"]),
+    "videos": (b"x", ["without extension"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_is_refused_with_the_place_and_the_reason(tmp_path, name):
+    content, told = REFUSED[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        open_source(tmp_path / name).table()
+    assert all(part in str(error.value) for part in (str(tmp_path / name), *told)), str(error.value)
+
+
+def test_a_list_given_as_a_table_is_refused_with_the_right_setting(tmp_path):
+    (tmp_path / "t.json").write_text("[]")
+    with pytest.raises(DataError, match="data=json_clips"):
+        Table(tmp_path / "t.json").table()
+
+
+def test_paths_and_numbers_that_cannot_be_are_faults_of_their_rows(tmp_path):
+    rows = [
+        {"path": "a\0.mp4"},
+        {"path": "\ud800.mp4"},
+        {"path": "a.mp4", "fps": 10**400},
+        {"path": "a.mp4", "fps": 1e999},
+        {"path": "a caption in its place " * 20},
+    ]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    faults = JsonClips(tmp_path / "t.json").table()["fault"]
+    assert "NUL" in faults[0]
+    assert r'`path` is "\ud800.mp4"' in faults[1]
+    assert "`fps`" in faults[2]
+    assert "`fps`" in faults[3]
+    assert "255 bytes" in faults[4]

@@ -1,0 +1,129 @@
+"""What the data of a run are, row by row: saved with its checkpoints, compared on resume and between ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from vae3d.data.dataset_rows import is_row, version_of
+from vae3d.data.images import sequence_files
+from vae3d.data.media import MediaError
+from vae3d.data.segments import SEGMENT
+from vae3d.seeding import seed_of
+
+THREADS = 16
+FACTS = ("split", "num_frames", "height", "width", "fps", "label", "text")
+SHOWN = 3  # names in a message
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """Rows in the order of training.
+
+    rows: [N] int64, hash of what a row is: its name in the source, start and end. facts: [N] int64, hash of what else
+    the table says of it. files: [N, 2] int64, size and modification time of its file; -1 where they are not known.
+    names: of the rows, for messages.
+    """
+
+    rows: np.ndarray
+    facts: np.ndarray
+    files: np.ndarray
+    names: Sequence[str]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(getattr(self, name)) for name in ("rows", "facts", "files")}
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal on all ranks; names stay the same where the folder differs."""
+        return {
+            "data: number of rows": len(self.rows),
+            "data: rows": _digest(np.sort(self.rows)),
+            "data: order of the rows": _digest(self.rows),
+            "data: numbers, splits and labels of the rows": _digest(self.facts[np.argsort(self.rows, kind="stable")]),
+        }
+
+    def changes_since(self, saved: Mapping[str, torch.Tensor] | None) -> list[str]:
+        """What is different from the data of a checkpoint, a line each. saved: its state_dict; None: not recorded."""
+        if not saved:
+            return []
+        old = DataRecord(*(saved[name].numpy() for name in ("rows", "facts", "files")), names=[])
+        added, removed = ~np.isin(self.rows, old.rows), ~np.isin(old.rows, self.rows)
+        lines = []
+        if added.any():
+            lines.append(f"{added.sum()} rows are new{self._named(added)}")
+        if removed.any():
+            lines.append(f"{removed.sum()} rows of before are gone")
+        before, now = old.rows[~removed], self.rows[~added]
+        if len(before) != len(now):
+            lines.append(f"rows that were there {len(before)} times are there {len(now)} times")
+        elif moved := int((before != now).sum()):
+            lines.append(f"the order is another: {moved} of {len(now)} rows are elsewhere among those of before")
+        _, here, there = np.intersect1d(self.rows, old.rows, return_indices=True)
+        told = self.facts[here] != old.facts[there]
+        if told.any():
+            lines.append(f"{told.sum()} rows have other numbers, split, label or text{self._named(here[told])}")
+        (size, time), (old_size, old_time) = self.files[here].T, old.files[there].T
+        known = (size >= 0) & (old_size >= 0)
+        replaced, touched = known & (size != old_size), known & (size == old_size) & (time != old_time)
+        if replaced.any():
+            lines.append(f"the files of {replaced.sum()} rows have another size{self._named(here[replaced])}")
+        if touched.any():
+            lines.append(
+                f"the files of {touched.sum()} rows have another modification time, and the same size"
+                f"{self._named(here[touched])}"
+            )
+        return lines
+
+    def _named(self, chosen: np.ndarray) -> str:
+        names = list(dict.fromkeys(np.asarray(self.names, dtype=object)[chosen]))
+        return f", such as {', '.join(map(str, names[:SHOWN]))}" if names else ""
+
+
+def record_of(table: pd.DataFrame, look: bool = True) -> DataRecord:
+    """Of a source's table. look: at the files' size and time."""
+    columns = {name: table[name].astype(object).where(table[name].notna(), None) for name in (*SEGMENT, *FACTS)}
+    rows = [seed_of(*row) for row in zip(table["name"], *(columns[name] for name in SEGMENT), strict=True)]
+    facts = [seed_of(*map(_plain, row)) for row in zip(*(columns[name] for name in FACTS), strict=True)]
+    paths = table["path"].tolist()
+    stats = dict.fromkeys(paths, (-1, -1))
+    if look:
+        with ThreadPoolExecutor(THREADS) as pool:  # a network disk answers many at once
+            stats = dict(zip(stats, pool.map(_stat, stats), strict=True))
+    files = np.array([stats[path] for path in paths], dtype=np.int64).reshape(-1, 2)
+    return DataRecord(np.array(rows, np.int64), np.array(facts, np.int64), files, table["name"].tolist())
+
+
+def record_of_cache(index: pd.DataFrame, digest: str) -> DataRecord:
+    """Of the entries of a latent cache; digest: of what it was made with."""
+    keys = index["key"].tolist()
+    facts = [seed_of(*map(str, row), digest) for row in zip(index["label"], index["split"], strict=True)]
+    files = np.full((len(keys), 2), -1, np.int64)
+    return DataRecord(np.array([seed_of(key) for key in keys], np.int64), np.array(facts, np.int64), files, keys)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as floats, so that 5 and 5.0 are the same."""
+    return float(value) if isinstance(value, (int, float, np.number)) else value
+
+
+def _stat(path: str) -> tuple[int, int]:
+    """Size and modification time of a file, of the first of a sequence, or of the dataset of a row; -1 if unknown."""
+    if is_row(path):
+        return tuple(version_of(path) or (-1, -1))
+    try:
+        found = os.stat(sequence_files(path)[0])
+    except (OSError, MediaError):
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(values.tobytes()).hexdigest()[:12]

@@ -1,0 +1,152 @@
+"""Reading tables and JSON lists from files: CSV, TSV, JSON and JSON Lines, also gzipped, and parquet."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vae3d.data.media import DataError
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+JSON = (".json", ".jsonl")
+TEXT_COLUMNS = ("path", "split", "text", "label")
+MAX_LINE = 2**24  # bytes of a line of a table; more is no table
+ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # by a file's first bytes
+
+
+def kind_of(path: str | Path) -> str | None:
+    """.csv, .tsv, .parquet, .json or .jsonl, by a file's name; None for others. .csv.gz and .CSV are .csv, too."""
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind == ".gz":
+        kind = path.with_suffix("").suffix.lower()
+        return kind if kind in (*DELIMITERS, *JSON) else None
+    return kind if kind in (*DELIMITERS, *JSON, ".parquet") else None
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """The rows of a CSV, TSV or parquet file; those of text as text, an empty field None.
+
+    `fault` says of a row that it has more or fewer fields than the first line names columns. No text stands for a
+    missing one: a label may be called None or NA. Raises DataError naming the line for what is no table.
+    """
+    kind = kind_of(path)
+    if kind in JSON:
+        raise DataError(f"{path} is a JSON list, not a table; use data=json_clips")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; data.source.path takes a CSV or parquet file")
+    return _parquet(path) if kind == ".parquet" else _csv(path, DELIMITERS.get(str(kind), ","))
+
+
+def _parquet(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_parquet(path).reset_index(drop=True)  # which keeps an index of any kind
+    except (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {_one_line(error)}") from error
+    for column in TEXT_COLUMNS:
+        if column in table.columns:
+            table[column] = table[column].astype(object).where(table[column].notna(), None)
+    return table
+
+
+def _csv(path: Path, delimiter: str) -> pd.DataFrame:
+    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+    rows, faults = [], []
+    try:
+        header = [name.strip() for name in next((line for line in reader if line), [])]
+        for fields in reader:
+            if not fields:  # an empty line
+                continue
+            wrong = len(fields) != len(header)
+            faults.append(_field_count(reader.line_num, len(fields), header, delimiter) if wrong else None)
+            rows.append([field or None for field in (fields + [""] * len(header))[: len(header)]])
+    except csv.Error as error:
+        hint = "; is a quotation mark never closed?" if "end of data" in str(error) else ""
+        raise DataError(f"{path}, line {reader.line_num}: is not a readable table: {error}{hint}") from error
+    if not header:
+        raise DataError(f"{path} is empty")
+    if twice := [name for name, count in Counter(header).items() if count > 1 and name]:
+        raise DataError(f"{path} has two columns `{twice[0]}`; keep one")
+    if len(header) == 1 and (other := [mark for mark in (",", ";", "\t") if mark in header[0]]):
+        mark = repr(other[0])
+        raise DataError(
+            f"{path}: its fields are separated by {mark}, and {delimiter!r} is expected; .csv has commas, .tsv has tabs"
+        )
+    table = pd.DataFrame(rows, columns=header, dtype=object)
+    return (
+        table.assign(fault=pd.Series(faults, dtype=object))
+        if any(faults)
+        else table.drop(columns="fault", errors="ignore")
+    )
+
+
+def _field_count(line: int, count: int, header: list[str], delimiter: str) -> str:
+    named = {",": "commas", "\t": "tabs"}[delimiter]
+    hint = f'; put "..." around a value that has {named} in it' if count > len(header) else ""
+    return f"has {count} fields in line {line}, where the first line names {len(header)} columns{hint}"
+
+
+def read_entries(path: Path) -> Any:
+    """The value of a JSON file, or the list of those in a JSON Lines file. Raises DataError naming the place."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; data.source.path takes a JSON file")
+    if kind_of(path) == ".jsonl":
+        lines = enumerate(_lines(path), 1)
+        return [_json(line, path, number) for number, line in lines if line.strip()]
+    return _json("".join(_lines(path, limit=-1)), path)
+
+
+def _json(text: str, path: Path, line: int | None = None) -> Any:
+    """line: of the file, if `text` is one."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = "; a file of one object per line is called .jsonl" if line is None and "Extra data" in error.msg else ""
+        raise DataError(
+            f"{path}, line {line or error.lineno}, column {error.colno}: is not JSON: {error.msg}{hint}"
+        ) from error
+    except (RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
+        where = f", line {line}" if line else ""
+        raise DataError(f"{path}{where}: is not a readable JSON file: {_one_line(error)}") from error
+
+
+def _lines(path: Path, limit: int = MAX_LINE) -> Iterator[str]:
+    """The lines of a UTF-8 file, without a byte-order mark. Raises DataError naming a line that is not text."""
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with opened(path, "rb") as stream:
+            for number, line in enumerate(iter(lambda: stream.readline(limit), b""), 1):
+                if number == 1 and (encoding := ENCODINGS.get(line[:2])):
+                    raise DataError(f"{path} is {encoding} text; convert it: iconv -f {encoding} -t UTF-8 FILE > NEW")
+                if len(line) == limit:
+                    raise DataError(f"{path}, line {number}: has more than {limit} bytes; is it a table?")
+                yield _text(line, f"{path}, line {number}").removeprefix("\ufeff" if number == 1 else "")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or _one_line(error)}") from error
+
+
+def _text(line: bytes, where: str) -> str:
+    if b"\0" in line:
+        raise DataError(f"{where}: is not text; is the file damaged, or another kind of file?")
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if any(byte < 32 and byte not in b"\t\r\n" for byte in line):
+            raise DataError(f"{where}: is not text; is the file damaged, or another kind of file?") from error
+        seen = line[max(0, error.start - 10) : error.start + 10].decode("cp1252", errors="replace")
+        raise DataError(
+            f"{where}: is not UTF-8 text (byte 0x{line[error.start]:02x}, in Windows-1252 {seen!r}); convert it: "
+            "iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,181 @@
+"""Loading with worker processes that may die, hang or run out of shared memory: each is one error, not a wait."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from vae3d.data.media import DataError
+
+SHARED_MEMORY = Path("/dev/shm")
+POLL = 5.0  # seconds between two looks whether the workers live
+GRACE = 30.0  # seconds that a batch may still take once the run is to end
+GIB = 2**30
+
+
+class WorkerError(DataError):
+    """Data workers give no more batches. What was trained so far is sound and can be saved."""
+
+    on_every_rank = False
+
+
+class WorkerDied(WorkerError):
+    """A data worker was killed, or crashed."""
+
+
+class WorkerTimeout(WorkerError):
+    """No data worker has given a batch for too long."""
+
+
+def load(
+    dataset: Dataset[Any],
+    *,
+    workers: int,
+    prefetch: int = 2,
+    timeout: float = 0.0,
+    stopping: Callable[[], bool] = lambda: False,
+    item_bytes: int = 0,
+    held: int = 1,
+    **options: Any,
+) -> Iterator[Any]:
+    """The batches of DataLoader(dataset, **options).
+
+    timeout: seconds without a batch after which WorkerTimeout is raised; 0: never. stopping: whether the run is to end;
+    from then on a batch may take GRACE seconds more. item_bytes: of the tensors of one batch; 0: unknown. held: batches
+    that the caller keeps at a time.
+    Raises UserError if /dev/shm is too small for what the workers will put there; WorkerError, within POLL seconds,
+    when a worker is dead; and what a worker raises.
+    """
+    if not workers:
+        return iter(DataLoader(dataset, **options))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        check_shared_memory(item_bytes, ranks, workers, prefetch, held, shared_memory_free())
+    loader = DataLoader(
+        dataset,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        worker_init_fn=outlive_sigterm,
+        timeout=POLL,
+        **options,
+    )
+    others = set(multiprocessing.active_children())
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    processes = [process for process in multiprocessing.active_children() if process not in others]
+    _restore_sigchld(handler)
+    return _watched(batches, processes, timeout, stopping)
+
+
+def _restore_sigchld(handler: Any) -> None:
+    """Take back PyTorch's handler, which raises RuntimeError wherever the main thread is when a worker dies: in the
+    middle of an optimizer step, for one, which could not be saved after that."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        return
+    torchs = getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs or handler is None else handler)
+
+
+def _watched(
+    batches: Iterator[Any], workers: list[BaseProcess], timeout: float, stopping: Callable[[], bool]
+) -> Iterator[Any]:
+    while True:
+        begun, asked = time.monotonic(), None
+        while True:
+            try:
+                batch = next(batches)
+                break
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                if dead := [worker for worker in workers if worker.exitcode is not None]:
+                    raise WorkerDied(_death(dead)) from error
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                now = time.monotonic()
+                asked = (asked or now) if stopping() else None
+                if timeout and now - begun >= timeout:
+                    raise WorkerTimeout(_hang(len(workers), now - begun, "")) from error
+                if asked is not None and now - asked >= GRACE:
+                    raise WorkerTimeout(_hang(len(workers), now - begun, "the run was asked to end, and ")) from error
+        yield batch
+
+
+def _death(dead: list[BaseProcess]) -> str:
+    """What ended the workers, the first that a signal did."""
+    worker = min(dead, key=lambda process: process.exitcode or 0)
+    code = worker.exitcode or 0
+    if code >= 0:
+        return (
+            f"data worker {worker.pid} has exited with status {code}; what it printed is above. data.workers=0 reads "
+            "without workers"
+        )
+    name = signal.Signals(-code).name
+    hints = {
+        "SIGKILL": "usually for want of memory; lower data.workers or data.prefetch, or give the job more memory",
+        "SIGBUS": f"which a full {SHARED_MEMORY} causes ({_free()}); docker run --shm-size=8g or --ipc=host, lower "
+        "data.workers or data.prefetch, or data.workers=0",
+        "SIGSEGV": "a decoder crashed on a file; python -m vae3d.data.check TABLE finds it",
+    }
+    return f"data worker {worker.pid} was ended by {name}: {hints.get(name, 'see the system log')}"
+
+
+def _hang(workers: int, seconds: float, why: str) -> str:
+    return (
+        f"{why}{workers} data workers have given no batch for {seconds:.0f} s: a file or a disk does not answer, or "
+        f"{SHARED_MEMORY} is full ({_free()}); in Docker use --shm-size=8g or --ipc=host. data.workers=0 reads without "
+        "workers, and data.timeout sets how long to wait (0: for ever)"
+    )
+
+
+def shared_memory_free() -> int | None:
+    """Bytes; None where there is no such file system."""
+    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
+
+
+def _free() -> str:
+    free = shared_memory_free()
+    return f"{SHARED_MEMORY} is not there" if free is None else f"{free / GIB:.2f} GiB free"
+
+
+def check_shared_memory(item_bytes: int, ranks: int, workers: int, prefetch: int, held: int, free: int | None) -> None:
+    """Raises UserError if the batches that are under way at a time need more than `free` bytes of shared memory.
+
+    A worker that finds it full hangs or is killed by SIGBUS, long after the start.
+    """
+    batches = workers * prefetch + held + 1
+    needed = ranks * batches * item_bytes
+    if free is None or needed <= free:
+        return
+    where = f" on each of {ranks} ranks" if ranks > 1 else ""
+    raise DataError(
+        f"{SHARED_MEMORY} has {free / GIB:.2f} GiB free, and data.workers={workers} with data.prefetch={prefetch} keep "
+        f"{batches} batches of {item_bytes / 2**20:.1f} MiB there{where}: {needed / GIB:.2f} GiB. In Docker use "
+        f"--shm-size={-(-needed * 5 // (4 * GIB))}g or --ipc=host; else lower data.workers or data.prefetch, or set "
+        "data.workers=0"
+    )
+
+
+def outlive_sigterm(worker: int) -> None:
+    """Let only the rank itself end its workers.
+
+    torchrun and Slurm send SIGTERM to all processes, but the step that a rank is in still needs its workers' clips.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
