@@ -40,9 +40,8 @@ def train(config: TrainConfig) -> None:
         factory.describe(config)
         return
     with ranks.leaving():
-        finished = factory.trainer(config, launch.run_directory()).fit()
-    if not finished:
-        launch.stop_sweep()
+        signum = launch.fit(factory.trainer(config, launch.run_directory()))
+    launch.end_after(signum)
 
 
 if __name__ == "__main__":

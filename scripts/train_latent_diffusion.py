@@ -40,9 +40,8 @@ def train(config: DiffusionConfig) -> None:
         diffusion_factory.describe(config)
         return
     with ranks.leaving():
-        finished = diffusion_factory.diffusion_trainer(config, launch.run_directory()).fit()
-    if not finished:
-        launch.stop_sweep()
+        signum = launch.fit(diffusion_factory.diffusion_trainer(config, launch.run_directory()))
+    launch.end_after(signum)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -22,6 +22,7 @@ from vae3d.config import CONF, Launcher
 from vae3d.errors import UserError
 
 R = TypeVar("R")
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 UNWRITABLE = frozenset(
     {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 )  # faults of the disk or of the folder that the user named, not of the program
@@ -87,28 +88,54 @@ def torchrun_child(launcher: Launcher, script: str) -> None:
         *(f"--nproc-per-node={launcher.nproc}", *launcher.args),
         *(script, *overrides, f"hydra.run.dir='{folder}'"),
     ]
-    child = subprocess.Popen(command)
-    told = []
+    # In a session of its own, so that Ctrl-C reaches torchrun once, from here, and not from the terminal as well.
+    child = subprocess.Popen(command, start_new_session=True)
+    received: list[int] = []
 
-    def forward(*_: object) -> None:
-        told.append(True)
-        child.terminate()
+    def forward(signum: int, _: object) -> None:
+        received.append(signum)
+        child.send_signal(signum)
 
-    before = signal.signal(signal.SIGTERM, forward)
+    before = {name: signal.getsignal(name) for name in STOPS}
+    for name, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(name, forward)
     try:
         code = child.wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
-    if told:
-        stop_sweep()
-    elif code:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    if received:
+        sys.exit(128 + received[0])
+    if code:
         raise RuntimeError(f"torchrun exited with {code}; see the log files in {run_directory()}")
 
 
-def stop_sweep() -> None:
-    """After SIGTERM: no further job of a sweep starts. (SystemExit ends a sweep, other exceptions only their job.)"""
-    if in_sweep():
-        sys.exit(128 + signal.SIGTERM)
+class Fits(Protocol):
+    """A trainer. stopped_by: the signal that ended `fit`, or 0."""
+
+    stopped_by: int
+
+    def fit(self) -> bool: ...
+
+
+def fit(trainer: Fits) -> int:
+    """trainer.fit(); returns the signal that ended it, or 0. Where it ends with a UserError after a signal, that is
+    printed and the process ends, which ends a sweep; without a signal the next job of a sweep runs."""
+    try:
+        trainer.fit()
+    except UserError as error:
+        if not trainer.stopped_by:
+            raise
+        tell(error)
+        sys.exit(2)
+    return trainer.stopped_by
+
+
+def end_after(signum: int) -> None:
+    """After a signal the exit status is 128 + its number, so that neither `&&` nor a sweep goes on."""
+    if signum:
+        sys.exit(128 + signum)
 
 
 def last_metric(folder: Path, name: str) -> float | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import nn
 from vae3d import __version__
 from vae3d.checkpoints import ldm, taehv, wan
 from vae3d.checkpoints.formats import EXPORT_CONFIG, PUBLISHED_FACTOR, Checkpoint, CheckpointError, State
+from vae3d.io import atomic_folder, atomic_write
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.spatial import SpatialVAE, of_channels
 from vae3d.models.taehv import TAEHV
@@ -38,15 +37,9 @@ def write_export(checkpoint: Checkpoint, folder: Path, **about: Any) -> None:
 
 
 def replace_export(checkpoint: Checkpoint, folder: Path, **about: Any) -> None:
-    """write_export aside, and then in place of what is in `folder`; where that fails nothing of it stays."""
-    unfinished = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    """write_export in place of what is in `folder`: the old one or the new one is there, never half of one."""
+    with atomic_folder(folder) as unfinished:
         write_export(checkpoint, unfinished, **about)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)  # half a file would only keep the disk full
 
 
 def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
@@ -221,12 +214,8 @@ def to_layout(state: State, layout: str) -> State:
 def write_flat(state: State, layout: str, file: Path) -> None:
     """One file for torch.load(..., weights_only=True), under the keys of `layout`; complete or not there at all."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in to_layout(state, layout).items()}
-    unfinished = file.with_name(f".{file.name}.partial")
-    with unfinished.open("wb") as stream:
+    with atomic_write(file) as stream:
         torch.save(tensors, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(file)
 
 
 def _require(checkpoint: Checkpoint, network: type[nn.Module], layout: str) -> dict[str, Any]:

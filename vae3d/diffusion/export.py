@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from vae3d import __version__
 from vae3d.checkpoints.formats import CheckpointError, load_state
 from vae3d.diffusion.build import build_network, build_process
 from vae3d.diffusion.processes import Process
+from vae3d.io import atomic_folder
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import vae_difference
 
@@ -50,20 +50,13 @@ def weights_file(folder: Path, decay: float, first: bool) -> Path:
 
 
 def write_export(folder: Path, told: Mapping[str, Any], weights: Mapping[float, Mapping[str, Tensor]]) -> None:
-    """Written aside, and then in place of what is there. weights: of each rate of averaging, the first one first."""
-    unfinished = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    """In place of what is there, whole or not at all. weights: of each rate of averaging, the first one first."""
+    with atomic_folder(folder) as unfinished:
         for number, (decay, state) in enumerate(weights.items()):
             kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
             save_file(kept, weights_file(unfinished, decay, first=number == 0))
         text = {"vae3d": __version__, **told, "ema": list(weights)}
         (unfinished / CONFIG).write_text(yaml.safe_dump(text, sort_keys=False))
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def read_export(path: str | Path, decay: float | None = None) -> Export:
