@@ -12,14 +12,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from vae3d.config import CONF, Launcher
 from vae3d.errors import UserError
+from vae3d.io import check_run_folder, open_nofollow, write_text
 
 R = TypeVar("R")
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -44,6 +47,13 @@ class ConsoleHandler(logging.Handler):
             tqdm.write(self.format(record), file=self.stream)
 
 
+class RunLogFile(logging.FileHandler):
+    """A log file in a run's folder; raises FileError where it is a link."""
+
+    def _open(self) -> IO[str]:
+        return open_nofollow(Path(self.baseFilename), self.mode)
+
+
 def allow_unknown_keys(arguments: Sequence[str]) -> list[str]:
     """Command-line overrides with `++` in front of plain `key=value` ones.
 
@@ -60,6 +70,30 @@ def _is_plain_override(argument: str) -> bool:
 
 def run_directory() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
+
+
+def prepare_run_folder(cfg: DictConfig) -> Path:
+    """The run's folder, with this start's configuration in .hydra/rank<N>. Hydra itself would write that through links.
+
+    Raises FileError if the folder holds links, see check_run_folder.
+    """
+    folder, info = run_directory(), HydraConfig.instance().cfg
+    check_run_folder(folder)
+    target = folder / ".hydra" / f"rank{rank()}"
+    target.mkdir(parents=True, exist_ok=True)
+    for name, content in (("config", cfg), ("hydra", info), ("overrides", info.hydra.overrides.task)):
+        write_text(target / f"{name}.yaml", OmegaConf.to_yaml(content))
+    return folder
+
+
+class SweepFolderCheck(Callback):
+    """Hydra's callback that ends a sweep whose multirun.yaml, which Hydra writes, is a link."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        file = Path(config.hydra.sweep.dir) / "multirun.yaml"
+        if file.is_symlink():  # SystemExit, since Hydra turns other exceptions of callbacks into warnings
+            print(f"error: {file}: is a symbolic link to {os.readlink(file)}; delete it", file=sys.stderr)
+            sys.exit(2)
 
 
 def in_sweep() -> bool:

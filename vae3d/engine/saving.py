@@ -240,7 +240,7 @@ def finish_newest(trainer: Trainer | DiffusionTrainer, outputs: Outputs) -> None
         outputs = {}
 
     def clean() -> None:
-        for folder in (trainer.folder, root, trainer.folder / "exports"):
+        for folder in (trainer.folder, root, trainer.folder / "exports", *trainer.folder.glob(".hydra/rank*")):
             for path in folder.glob(".*") if folder.is_dir() else ():
                 if LEFTOVER.fullmatch(path.name):
                     remove(path)
