@@ -202,7 +202,8 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run_until_patience_ends(video
     with pytest.raises(SaveError, match=r"no checkpoint of step 6: rank 0: OSError.*the steps after step 5 are lost"):
         t.fit()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step-000000{n}" for n in (1, 3, 5)]
-    monkeypatch.setattr(state, "write", full)  # as at step 6
+    monkeypatch.setattr(state, "write", full)
+    t.save()
     with pytest.raises(
         LostPatience, match=r"2 checkpoints in a row could not be written \(.*rank 0: OSError.*No space left"
     ):
