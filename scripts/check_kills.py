@@ -28,6 +28,7 @@ import vae3d.factory  # noqa: F401  (once, before the forks)
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 8
+KINDS = ("checkpoints", "exports")
 COMMON = ["logger=none", "trainer.precision=fp32", f"trainer.max_steps={STEPS}", "trainer.save_every=2"]
 COMMON += ["trainer.log_every=1", "trainer.keep=2", "data.workers=0", "run.root=runs", "run.name=run", "optim.lr=1e-3"]
 VAE = ["model=spatial", "model.channels=[8,8]", "model.groups=4", "model.layers=1", "stage=finetune"]
@@ -36,8 +37,9 @@ VAE += ["data.frames.min=1", "data.frames.max=1", "validation.frames=1", "valida
 VAE += ["validation.metrics=[psnr]", "trainer.best=psnr", "trainer.publish.prefix=vae", "trainer.publish.layout=native"]
 VAE += ["trainer.robust.rehearse=false"]
 DIFFUSION = ["denoiser=unet", "denoiser.width=16", "denoiser.blocks=1", "denoiser.head_channels=16"]
-DIFFUSION += ["data.height=32", "data.width=32", "data.batch_size=4", "trainer.ema.decays=[0.9,0.99]", "labels=none"]
-DIFFUSION += ["validation.every=0", "trainer.scale_samples=16"]
+DIFFUSION += ["data.height=32", "data.width=32", "data.frames.min=1", "data.frames.max=1"]
+DIFFUSION += ["data.batch_size=4", "trainer.ema.decays=[0.9,0.99]", "labels=none"]
+DIFFUSION += ["validation.every=0", "trainer.scale_samples=64"]
 
 
 def start(script: str, arguments: list[str], folder: Path) -> int:
@@ -63,12 +65,6 @@ def start(script: str, arguments: list[str], folder: Path) -> int:
     os._exit(0)
 
 
-def ended(pid: int) -> int | None:
-    """The exit status, negative for a signal, or None while it runs."""
-    done, status = os.waitpid(pid, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if done else None
-
-
 def run_to_end(script: str, arguments: list[str], folder: Path) -> float:
     """Seconds that it took. Raises RuntimeError if it fails."""
     begun, pid = time.monotonic(), start(script, arguments, folder)
@@ -78,35 +74,36 @@ def run_to_end(script: str, arguments: list[str], folder: Path) -> float:
     return time.monotonic() - begun
 
 
-def kill_once(script: str, arguments: list[str], folder: Path, seconds: float, late: bool) -> str:
-    """Start a run and kill it. late: between its last checkpoint and its end. Where it was killed."""
-    pid, begun = start(script, arguments, folder), time.monotonic()
-    last = folder / f"runs/run/checkpoints/step-{STEPS:07d}"
-    wait = random.uniform(0.3, 1.0) * seconds
-    while (not last.is_dir() if late else time.monotonic() - begun < wait) and ended_or_none(pid):
+def kill_once(script: str, arguments: list[str], folder: Path, late: bool) -> str:
+    """Start a run and kill it, at a random step or, if late, between its last checkpoint and its end; where it was."""
+    pid, run, step = start(script, arguments, folder), folder / "runs/run", random.randint(1, STEPS - 1)
+    while not is_reached(run, step, late) and still_runs(pid):
         time.sleep(0.0005)
-    if late:
-        time.sleep(random.uniform(0, 0.03))
+    time.sleep(random.uniform(0, 0.01 if late else 0.1))
     try:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    except (ProcessLookupError, ChildProcessError):
+    except (ProcessLookupError, ChildProcessError):  # it had ended
         pass
-    checkpoints = sorted(path.name for path in folder.glob("runs/run/checkpoints/*"))
-    exports = sorted(path.name for path in folder.glob("runs/run/exports/*"))
-    return f"checkpoints {checkpoints[-1:]}, exports {exports[-1:]}"
+    newest = {kind: [path.name for path in sorted((run / kind).glob("step-*"))][-1:] for kind in KINDS}
+    return " and ".join(f"{kind} up to {', '.join(names) or 'none'}" for kind, names in newest.items())
 
 
-def ended_or_none(pid: int) -> bool:
-    """Whether it still runs."""
+def is_reached(run: Path, step: int, late: bool) -> bool:
+    if late:
+        return (run / f"checkpoints/step-{STEPS:07d}").is_dir()
+    return (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text().count("\n") >= step
+
+
+def still_runs(pid: int) -> bool:
     try:
-        return ended(pid) is None
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
     except ChildProcessError:
         return False
 
 
 def plain(value: object) -> object:
-    """Comparable with ==: tensors as their bits. Two pickles of equal values may differ, by which objects they share."""
+    """Comparable with ==: tensors as bits. Pickles of equal values may differ in what they share."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
     if isinstance(value, dict):
@@ -127,7 +124,7 @@ def contents(folder: Path) -> dict[str, object]:
     return found
 
 
-def make_images(folder: Path, count: int = 24) -> Path:
+def make_images(folder: Path, count: int = 80) -> Path:
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
@@ -164,12 +161,12 @@ def main() -> int:
     differing = 0
     for number in range(args.kills):
         killed = folder / f"killed{number:03d}"
-        where = kill_once(script, arguments, killed, seconds, late=number % 2 == 1)
+        where = kill_once(script, arguments, killed, late=number % 2 == 1)
         run_to_end(script, arguments, killed)
         found = contents(killed)
         names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         differing += bool(names)
-        print(f"{number:3d} killed with {where}: {'DIFFERS: ' + ', '.join(names) if names else 'equal'}", flush=True)
+        print(f"{number:3d} killed at {where}: {'DIFFERS: ' + ', '.join(names) if names else 'equal'}", flush=True)
     print(f"{args.kills - differing} of {args.kills} equal")
     return int(differing > 0)
 

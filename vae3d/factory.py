@@ -94,6 +94,8 @@ def opened(
     """As load, with the checkpoint that was read."""
     changes = changes or {}
     checkpoint = read_checkpoint(path, changes.get("variant", getattr(model, "variant", None)))
+    if (Path(path) / "exports").is_dir():
+        log.info("%s: its newest export, %s", path, checkpoint.path.parent.name)
     for note in checkpoint.notes:
         log.info("%s: %s", checkpoint.path, note)
     if model is None:

@@ -26,6 +26,15 @@ from vae3d.io import check_run_folder, open_nofollow, write_text
 
 R = TypeVar("R")
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+TORCHRUN = """\
+import sys
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.run import main
+try:
+    main()
+except SignalException as error:  # the ranks have ended by then
+    sys.exit(128 + error.sigval)  # instead of its traceback
+"""
 UNWRITABLE = frozenset(
     {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 )  # faults of the disk or of the folder that the user named, not of the program
@@ -117,7 +126,7 @@ def torchrun_child(launcher: Launcher, script: str) -> None:
     overrides = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+").startswith("launcher")]
     folder = str(run_directory()).replace("\\", "\\\\").replace("'", "\\'")
     command = [
-        *(sys.executable, "-m", "torch.distributed.run"),
+        *(sys.executable, "-c", TORCHRUN),
         *([] if any("rdzv" in a or "master" in a for a in launcher.args) else ["--standalone"]),
         *(f"--nproc-per-node={launcher.nproc}", *launcher.args),
         *(script, *overrides, f"hydra.run.dir='{folder}'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import re
 import struct
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from vae3d.checkpoints import ldm, taehv, wan
 from vae3d.errors import UserError
 from vae3d.models import diffusers_vae
+
+log = logging.getLogger("vae3d")
 
 State = dict[str, Tensor]
 
@@ -128,11 +131,23 @@ def find_weights(path: Path) -> Path:
         )
     exports = sorted((path / "exports").glob("step-*/model.safetensors"))
     if exports:
+        warn_if_older(path, exports[-1].parent)
         return exports[-1]
     raise CheckpointError(
         f"{path}: holds none of {', '.join(WEIGHT_FILES)}, no vae/ folder and no exports/ of a run; "
         f"found {_first(p.name for p in path.iterdir()) or 'nothing'}"
     )
+
+
+def warn_if_older(run: Path, export: Path) -> None:
+    """Say so where a run's newest export is older than its newest checkpoint, as after a kill or on a full disk."""
+    checkpoints = sorted(file.parent.name for file in (run / "checkpoints").glob("step-*/run.json"))
+    if checkpoints and checkpoints[-1] > export.name:
+        log.warning(
+            "%s is the newest export of %s, whose newest checkpoint is %s; the command that trained it writes what is "
+            "missing",
+            *(export.name, run, checkpoints[-1]),
+        )
 
 
 def read_state(path: Path) -> State:

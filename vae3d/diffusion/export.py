@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vae3d import __version__
-from vae3d.checkpoints.formats import CheckpointError, load_state
+from vae3d.checkpoints.formats import CheckpointError, load_state, warn_if_older
 from vae3d.diffusion.build import build_network, build_process
 from vae3d.diffusion.processes import Process
 from vae3d.io import atomic_folder
@@ -69,6 +69,7 @@ def read_export(path: str | Path, decay: float | None = None) -> Export:
         exports = sorted(file.parent for file in folder.glob(f"exports/step-*/{CONFIG}"))
         if not exports:
             raise CheckpointError(f"{folder} is no diffusion model: neither it nor its exports have a {CONFIG}")
+        warn_if_older(folder, exports[-1])
         folder = exports[-1]
     told = yaml.safe_load((folder / CONFIG).read_text())
     rates = told["ema"]

@@ -31,8 +31,8 @@ def stop_signals(speak: bool = True) -> Iterator[StopRequest]:
         if os.getpid() != owner:  # a data worker that has just been forked
             return
         if not request.signum and speak:
-            once_more = "; once more ends it at once, without" if signum == signal.SIGINT else ""
-            message = f"\n{signal.Signals(signum).name}: the run ends after this step, with a save{once_more}\n"
+            again = "; a second Ctrl-C ends it at once, without saving" if signum == signal.SIGINT else ""
+            message = f"\n{signal.Signals(signum).name}: the run stops after this step{again}\n"
             os.write(2, message.encode())  # print may not be entered twice
         request.signum = request.signum or signum
         if signum == signal.SIGINT:
