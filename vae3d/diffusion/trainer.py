@@ -129,8 +129,10 @@ class DiffusionTrainer:
             finish_newest(self, outputs(self))
             self.log.begin(self.step, last)
             with stop_signals(speak=self.log.main) as request:
-                self._train(request, last)
-                self.stopped_by = self.stopped_by or request.signum  # which may have come during the last save
+                try:
+                    self._train(request, last)
+                finally:
+                    self.stopped_by = self.stopped_by or request.signum  # which may have come during the last save
         except SpikeError as error:
             raise SpikeError(f"{error}{self.saver.way_back()}") from error
         finally:

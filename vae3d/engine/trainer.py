@@ -145,8 +145,10 @@ class Trainer:
             profiling = config.debug.mode == "profile"
             recorder = profiled(self.folder, config.debug.steps) if profiling else nullcontext(lambda: None)
             with stop_signals(speak=self.log.main) as request, recorder as step_done:
-                self._train(request, last, step_done)
-                self.stopped_by = self.stopped_by or request.signum  # which may have come during the last save
+                try:
+                    self._train(request, last, step_done)
+                finally:
+                    self.stopped_by = self.stopped_by or request.signum  # which may have come during the last save
         except SpikeError as error:
             raise SpikeError(f"{error}{self.saver.way_back()}") from error
         finally:
