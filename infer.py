@@ -9,6 +9,9 @@ InferConfig in vae3d/config.py.
 
 import sys
 
+import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
+
+# isort: split
 import hydra
 from omegaconf import DictConfig
 

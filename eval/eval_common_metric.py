@@ -13,6 +13,9 @@ on where a killed one stopped. Nothing is downloaded.
 
 from __future__ import annotations
 
+import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
+
+# isort: split
 import argparse
 import os
 import sys

@@ -9,6 +9,9 @@ The same command goes on where a killed one stopped, with any number of processe
 
 import sys
 
+import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
+
+# isort: split
 import hydra
 from omegaconf import DictConfig
 

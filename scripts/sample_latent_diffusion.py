@@ -10,6 +10,9 @@ alone, not on the batch that it is drawn in.
 
 import sys
 
+import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
+
+# isort: split
 import hydra
 from omegaconf import DictConfig
 

@@ -9,6 +9,9 @@ The same command goes on where a killed one stopped.
 
 import sys
 
+import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
+
+# isort: split
 import hydra
 from omegaconf import DictConfig
 
@@ -29,20 +32,20 @@ def run(cfg: DictConfig) -> float | None:
     if launch.starts_ranks(config.launcher):
         launch.torchrun_child(config.launcher, __file__)
     else:
-        launch.recorded(lambda: train(config))
+        launch.recorded(lambda: train(config, cfg))
     return launch.last_metric(launch.run_directory(), "val/loss")
 
 
-def train(config: DiffusionConfig) -> None:
+def train(config: DiffusionConfig, cfg: DictConfig) -> None:
     from vae3d import diffusion_factory, ranks  # torch is imported only once the configuration is sound
 
     if config.debug.mode == "dry":
         diffusion_factory.describe(config)
         return
+    folder = launch.prepare_run_folder(cfg)
     with ranks.leaving():
-        finished = diffusion_factory.diffusion_trainer(config, launch.run_directory()).fit()
-    if not finished:
-        launch.stop_sweep()
+        signum = launch.fit(diffusion_factory.diffusion_trainer(config, folder))
+    launch.end_after(signum)
 
 
 if __name__ == "__main__":

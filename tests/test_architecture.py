@@ -31,7 +31,7 @@ BASE = {
 PARTS = {"models", "losses", "adversarial", "data", "metrics"}
 PROCESSES = {"checkpoints", "diffusion", "inference", "evaluation", "engine", "latents"}
 WIRING = {"config", "check", "model_check", "factory", "launch", "limits", "summary", "latent_config", "latent_factory"}
-WIRING |= {"diffusion_config", "diffusion_factory", "sampling_factory"}
+WIRING |= {"interrupts", "diffusion_config", "diffusion_factory", "sampling_factory"}
 
 HYDRA = {"config", "check", "model_check", "factory", "launch", "latent_config", "diffusion_config"}
 ACCELERATE = {"engine", "factory", "launch"}

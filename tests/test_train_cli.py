@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
 import random
 import signal
 import subprocess
@@ -190,18 +192,39 @@ def test_a_sweep_under_torchrun_is_refused_with_the_command_to_use(videos, tmp_p
 ENDLESS = ["loss=recon_kl", "trainer.max_steps=10000", "trainer.save_every=10000", "data.workers=2"]
 
 
-def test_sigterm_saves_and_exits_cleanly(videos, tmp_path):
+def test_ctrl_c_reaches_all_processes_and_saves(videos, tmp_path):
     process = start([*PYTHON, *arguments(videos, tmp_path, "run", *ENDLESS, "data.batch_size=2")], tmp_path)
     wait_for_step(process, tmp_path / "run", 2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
-    assert_saved_where_it_ended(tmp_path / "run")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    assert_saved_where_it_ended(tmp_path / "run", "SIGINT")
+    assert (tmp_path / "run/.hydra/rank0/config.yaml").is_file()
 
 
-def assert_saved_where_it_ended(run: Path) -> None:
+def assert_saved_where_it_ended(run: Path, signal: str = "SIGTERM") -> None:
     (saved,) = (run / "checkpoints").iterdir()
     assert int(saved.name.removeprefix("step-")) == trace(run)[-1]["step"]
-    assert "stopped by SIGTERM" in (run / "rank0.log").read_text()
+    assert f"stopped by {signal}" in (run / "rank0.log").read_text()
+
+
+def test_ctrl_c_during_a_start_is_one_line(tmp_path):
+    done = tiny.run(sys.executable, "-c", "import vae3d.interrupts\nraise KeyboardInterrupt", cwd=tmp_path)
+    assert (done.returncode, done.stdout.splitlines()) == (128 + signal.SIGINT, ["interrupted (SIGINT)"])
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["train.py", "infer.py", "eval/eval_common_metric.py", "scripts/encode_latents.py",
+     "scripts/sample_latent_diffusion.py", "scripts/train_latent_diffusion.py"],
+)  # fmt: skip
+def test_entries_are_ready_for_ctrl_c_before_they_import_anything_slow(entry):
+    imports = [
+        node
+        for node in ast.parse((tiny.ROOT / entry).read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    names = [node.names[0].name for node in imports if getattr(node, "module", None) != "__future__"]
+    assert names[: 1 + names.index("vae3d.interrupts")] in (["vae3d.interrupts"], ["sys", "vae3d.interrupts"])
 
 
 def test_a_run_that_fails_takes_its_workers_along(videos, tmp_path):

@@ -101,6 +101,8 @@ def opened(
     checkpoint = read_checkpoint(
         path, changes.get("variant", getattr(model, "variant", None)), part, own_model=model is not None
     )
+    if (Path(path) / "exports").is_dir():
+        log.info("%s: its newest export, %s", path, checkpoint.path.parent.name)
     for note in checkpoint.notes:
         log.info("%s: %s", checkpoint.path, note)
     if model is None:

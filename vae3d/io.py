@@ -211,6 +211,24 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+RUN_SUBFOLDERS = (".hydra", "checkpoints", "exports", "tensorboard")  # of a training run's folder, which it writes
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raises FileError if a run's folder, or one of RUN_SUBFOLDERS, holds a symbolic link: a run writes nothing outside
+    of its folder. The folder itself may be a link."""
+    for root, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            path = Path(root, name)
+            if path.is_symlink():
+                raise FileError(
+                    f"{path}: is a symbolic link to {os.readlink(path)}, and a run writes inside its own folder only; "
+                    f"delete it (a link in place of {folder} itself is allowed)"
+                )
+        if Path(root) == Path(folder):
+            folders[:] = [name for name in folders if name in RUN_SUBFOLDERS]
+
+
 def open_nofollow(path: Path, mode: str = "a") -> IO[Any]:
     """open(path, mode) that refuses a symbolic link as the last part of the path.
 

@@ -14,19 +14,32 @@ import time
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from vae3d.config import CONF, Launcher
 from vae3d.errors import UserError
+from vae3d.io import check_run_folder, open_nofollow, write_text
 
 R = TypeVar("R")
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+TORCHRUN = """\
+import sys
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.run import main
+try:
+    main()
+except SignalException as error:  # the ranks have ended by then
+    sys.exit(128 + error.sigval)  # instead of its traceback
+"""
 UNWRITABLE = frozenset(
     {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 )  # faults of the disk or of the folder that the user named, not of the program
@@ -46,6 +59,13 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if rank() == 0 or record.levelno >= logging.WARNING:
             tqdm.write(self.format(record), file=self.stream)
+
+
+class RunLogFile(logging.FileHandler):
+    """A log file in a run's folder; raises FileError where it is a link."""
+
+    def _open(self) -> IO[str]:
+        return open_nofollow(Path(self.baseFilename), self.mode)
 
 
 def allow_unknown_keys(arguments: Sequence[str], schema: type | None = None) -> list[str]:
@@ -96,6 +116,30 @@ def run_directory() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
+def prepare_run_folder(cfg: DictConfig) -> Path:
+    """The run's folder, with this start's configuration in .hydra/rank<N>. Hydra itself would write that through links.
+
+    Raises FileError if the folder holds links, see check_run_folder.
+    """
+    folder, info = run_directory(), HydraConfig.instance().cfg
+    check_run_folder(folder)
+    target = folder / ".hydra" / f"rank{rank()}"
+    target.mkdir(parents=True, exist_ok=True)
+    for name, content in (("config", cfg), ("hydra", info), ("overrides", info.hydra.overrides.task)):
+        write_text(target / f"{name}.yaml", OmegaConf.to_yaml(content))
+    return folder
+
+
+class SweepFolderCheck(Callback):
+    """Hydra's callback that ends a sweep whose multirun.yaml, which Hydra writes, is a link."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        file = Path(config.hydra.sweep.dir) / "multirun.yaml"
+        if file.is_symlink():  # SystemExit, since Hydra turns other exceptions of callbacks into warnings
+            print(f"error: {file}: is a symbolic link to {os.readlink(file)}; delete it", file=sys.stderr)
+            sys.exit(2)
+
+
 def in_sweep() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
@@ -116,33 +160,59 @@ def torchrun_child(launcher: Launcher, script: str) -> None:
     """
     overrides = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+").startswith("launcher")]
     command = [
-        *(sys.executable, "-m", "torch.distributed.run"),
+        *(sys.executable, "-c", TORCHRUN),
         *([] if any("rdzv" in a or "master" in a for a in launcher.args) else ["--standalone"]),
         *(f"--nproc-per-node={launcher.nproc}", *launcher.args),
         *(script, *overrides, f"hydra.run.dir={quoted(str(run_directory()))}"),
     ]
-    child = subprocess.Popen(command)
-    told = []
+    # In a session of its own, so that Ctrl-C reaches torchrun once, from here, and not from the terminal as well.
+    child = subprocess.Popen(command, start_new_session=True)
+    received: list[int] = []
 
-    def forward(*_: object) -> None:
-        told.append(True)
-        child.terminate()
+    def forward(signum: int, _: object) -> None:
+        received.append(signum)
+        child.send_signal(signum)
 
-    before = signal.signal(signal.SIGTERM, forward)
+    before = {name: signal.getsignal(name) for name in STOPS}
+    for name, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(name, forward)
     try:
         code = child.wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
-    if told:
-        stop_sweep()
-    elif code:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    if received:
+        sys.exit(128 + received[0])
+    if code:
         raise RuntimeError(f"torchrun exited with {code}; see the log files in {run_directory()}")
 
 
-def stop_sweep() -> None:
-    """After SIGTERM: no further job of a sweep starts. (SystemExit ends a sweep, other exceptions only their job.)"""
-    if in_sweep():
-        sys.exit(128 + signal.SIGTERM)
+class Fits(Protocol):
+    """A trainer. stopped_by: the signal that ended `fit`, or 0."""
+
+    stopped_by: int
+
+    def fit(self) -> bool: ...
+
+
+def fit(trainer: Fits) -> int:
+    """trainer.fit(); returns the signal that ended it, or 0. Where it ends with a UserError after a signal, that is
+    printed and the process ends, which ends a sweep; without a signal the next job of a sweep runs."""
+    try:
+        trainer.fit()
+    except UserError as error:
+        if not trainer.stopped_by:
+            raise
+        tell(error)
+        sys.exit(2)
+    return trainer.stopped_by
+
+
+def end_after(signum: int) -> None:
+    """After a signal the exit status is 128 + its number, so that neither `&&` nor a sweep goes on."""
+    if signum:
+        sys.exit(128 + signum)
 
 
 def last_metric(folder: Path, name: str) -> float | None:

@@ -18,7 +18,8 @@ def saved(root, step, config):
     folder = state.unfinished(root, step)
     state.begin(folder)
     state.write(folder, {}, config)
-    return state.finish(folder, root, step, config, {})
+    state.seal(folder, step, config, {})
+    return state.finish(folder, root, step)
 
 
 def test_an_older_checkpoint_resumes_where_new_settings_are_off(tmp_path):

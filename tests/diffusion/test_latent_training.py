@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
+import os
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.diffusion import latent_runs, rank_training
-from vae3d import diffusion_factory
+from vae3d import diffusion_factory, launch
 from vae3d.check import ConfigError
 from vae3d.checkpoints import state
 from vae3d.data.sources import DataError
@@ -27,6 +30,7 @@ from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import sample_latents
 from vae3d.diffusion.scale import ScaleRefused
 from vae3d.engine.patience import LostPatience
+from vae3d.engine.saving import SaveError
 from vae3d.errors import UserError
 from vae3d.latents.cache import CacheError
 
@@ -131,7 +135,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(cached, tmp_path):
     for _ in range(3):  # the third step is lost
         values = first.train_step([next(batches), next(batches)])
         assert not values.pop("stop")
-        first._after_step(values, stopped=False)
+        first._after_step(values)
     first.log.close()
     second = latent_runs.trainer(tmp_path / "killed", *told)
     assert second.step == 2
@@ -161,8 +165,68 @@ def test_checkpoints_that_cannot_be_written_are_borne_until_patience_ends(cached
     assert "no checkpoint of step 2: rank 0: OSError: [Errno 28]" in caplog.text
     assert "step-0000003 is complete, but not what is made of it: rank 0: OSError" in caplog.text
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000001", "step-0000003"]
-    trainer.log.close()
+    monkeypatch.undo()
     assert latent_runs.trainer(tmp_path, *told).fit()
+
+
+def test_a_last_save_that_fails_is_an_error_that_says_what_is_lost(cached, tmp_path, monkeypatch, caplog):
+    trainer = latent_runs.trainer(tmp_path, *cached)
+    write = state.write
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(state, "write", lambda *args: (full if trainer.step == 4 else write)(*args))
+    with pytest.raises(SaveError, match=r"no checkpoint of step 4: .*the steps after step 2 are lost"):
+        trainer.fit()
+    assert "training goes on" not in caplog.text
+
+
+def test_an_export_that_a_kill_left_out_is_written_at_the_next_start(cached, tmp_path, monkeypatch):
+    assert latent_runs.trainer(tmp_path / "whole", *cached).fit()
+    first = latent_runs.trainer(tmp_path / "killed", *cached)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "write_export", lambda *_: 1 / 0)  # as good as a kill
+        with pytest.raises(ZeroDivisionError):
+            first.fit()
+    while not (tmp_path / "killed/exports/step-0000004").is_dir():
+        assert latent_runs.trainer(tmp_path / "killed", *cached).fit()
+    names = ("model.safetensors", "diffusion.yaml")
+    whole, killed = (
+        [(tmp_path / run / "exports/step-0000004" / name).read_bytes() for name in names] for run in ("whole", "killed")
+    )
+    assert whole == killed
+
+
+@pytest.mark.parametrize("ends", ["signal", "data", "ruined"])
+def test_what_is_finished_is_saved_before_a_run_stops_but_not_while_steps_are_skipped(cached, tmp_path, ends):
+    told = [*cached, "trainer.max_steps=9", "trainer.save_every=3", "trainer.patience=3", "trainer.keep=1"]
+    trainer = latent_runs.trainer(tmp_path, *told)
+    step, batches = trainer.train_step, trainer.data.batches
+
+    def dying(*span):
+        yield from itertools.islice(batches(*span), 5)
+        raise DataError("a worker was killed")
+
+    def at_step_5(*args):
+        if trainer.step == 4 and ends == "signal":
+            os.kill(os.getpid(), signal.SIGINT)
+        if trainer.step == 4 and ends == "ruined":
+            trainer.config.optim.lr = 1e30
+        return step(*args)
+
+    trainer.train_step = at_step_5
+    if ends == "signal":
+        assert launch.fit(trainer) == signal.SIGINT
+    elif ends == "data":
+        object.__setattr__(trainer.data, "batches", dying)  # which is frozen
+        with pytest.raises(DataError, match=r"(?s)a worker was killed.*all 5 finished steps are saved"):
+            trainer.fit()
+    else:
+        with pytest.raises(LostPatience, match="3 steps in a row were skipped"):
+            trainer.fit()
+    newest = {"signal": 6, "data": 5, "ruined": 3}[ends]
+    assert state.latest_state(tmp_path / "checkpoints").name == f"step-000000{newest}"
 
 
 def test_two_ranks_train_and_sample_as_one(cached, tmp_path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import pickle
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +17,12 @@ from tests.engine import quick
 from vae3d import ranks
 from vae3d.checkpoints import state
 from vae3d.data.clips import Unreadable
+from vae3d.data.sources import DataError
 from vae3d.engine import replicas
 from vae3d.engine.rehearsal import RehearsalError, rehearse
 from vae3d.engine.saving import common_start
 from vae3d.engine.trainer import Trainer
-from vae3d.engine.verdict import RanksDiffer
+from vae3d.engine.verdict import Ballot, RanksDiffer
 
 SETTINGS = {
     "data.batch_size": 4, "trainer.max_steps": 20, "trainer.save_every": 0, "optim.eps": 0.01, "optim.warmup_steps": 5,
@@ -119,6 +122,35 @@ def refusals(t: Trainer, rank: int) -> dict[str, str]:
     return told
 
 
+def uneven(t: Trainer, rank: int) -> str:
+    """What the ranks say of gradients of two parameters of equal size, of which each has one."""
+    first, second = [p for name, p in t.network.named_parameters() if name.endswith("norm1.weight")][:2]
+    for p in t.strategy.parameters:
+        p.grad = torch.zeros_like(p) if p is not (first, second)[rank] else None
+    votes = dict.fromkeys(Ballot.COLUMNS, 0.0) | {"gradients": t.strategy.gradients()}
+    try:
+        t.ballot.cast(**votes, with_gradient=t.strategy.with_gradient)
+    except RanksDiffer as error:
+        return str(error)
+    return "averaged crosswise"
+
+
+def out_of_data(t: Trainer, rank: int) -> dict[str, object]:
+    """What both ranks say, and save, where the loader of one fails at a run's second step."""
+    clips, t.step, t.saver.every = t.data.clips, 7, 1000
+
+    def dying(*span: int) -> Iterator:
+        yield from itertools.islice(clips(*span), 2)
+        raise DataError("a worker was killed")
+
+    t.data = SimpleNamespace(**vars(t.data) | {"clips": dying if rank else clips})
+    try:
+        t.fit()
+    except DataError as error:
+        return {"error": str(error), "saved": state.step_folder(t.folder / "checkpoints", 8).is_dir()}
+    return {}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     config = pickle.loads((folder / "config.pickle").read_bytes())
@@ -129,7 +161,8 @@ def main(folder: Path) -> None:
     report["weights"] = {name: tensor.clone() for name, tensor in t.network.state_dict().items()}
     report["saving"] = saving(t, rank)
     report["refusals"] = refusals(t, rank)
-    t.log.close()
+    report["uneven"] = uneven(t, rank)
+    report["out_of_data"] = out_of_data(t, rank)
     torch.save(report, folder / f"rank{rank}.pt")
 
 

@@ -76,3 +76,16 @@ def test_both_refuse_a_rehearsal_that_one_cannot_take_and_weights_that_differ(bo
         assert ("CUDA out of memory" in report["refusals"]["rehearsal"]) == (rank == 1)
         assert "differ between ranks before the first step" in report["refusals"]["weights"]
         assert "the ranks found the checkpoints None, step-0000103 in" in report["refusals"]["checkpoints"]
+
+
+def test_gradients_of_different_parameters_of_equal_size_are_refused_by_name(both):
+    for report in both:
+        assert "norm1.weight has one on rank" in report["uneven"]
+        assert "none on rank" in report["uneven"]
+
+
+def test_a_loader_that_fails_on_one_rank_saves_and_ends_both(both):
+    for rank, report in enumerate(both):
+        assert report["out_of_data"]["saved"]
+        assert ("a worker was killed" if rank else "rank 1 has no more data") in report["out_of_data"]["error"]
+        assert "all 8 finished steps are saved" in report["out_of_data"]["error"]

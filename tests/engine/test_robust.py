@@ -16,7 +16,7 @@ from vae3d.data.clips import Unreadable
 from vae3d.engine import memory
 from vae3d.engine.patience import LostPatience
 from vae3d.engine.rehearsal import RehearsalError
-from vae3d.engine.saving import tried_by_all
+from vae3d.engine.saving import SaveError, run_on_all_ranks
 from vae3d.losses.objective import Error, Weighted
 
 LONG = {"trainer.max_steps": 9, "trainer.save_every": 0}
@@ -139,7 +139,7 @@ def test_an_error_of_the_interpreters_memory_says_nothing_and_is_borne(videos, t
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_disk_too_full_for_a_checkpoint_is_called_so():
     """torch says `[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598`."""
-    fault = tried_by_all(torch.device("cpu"), lambda: torch.save({"weight": torch.zeros(10**6)}, "/dev/full"))
+    fault = run_on_all_ranks(torch.device("cpu"), lambda: torch.save({"weight": torch.zeros(10**6)}, "/dev/full"))
     assert "rank 0: a file could not be written whole, as on a full disk: RuntimeError" in fault
 
 
@@ -199,9 +199,11 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run_until_patience_ends(video
         (full if t.step % 2 == 0 else good)(folder, *rest)
 
     monkeypatch.setattr(state, "write", every_other)
-    t.fit()
+    with pytest.raises(SaveError, match=r"no checkpoint of step 6: rank 0: OSError.*the steps after step 5 are lost"):
+        t.fit()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step-000000{n}" for n in (1, 3, 5)]
-    monkeypatch.setattr(state, "write", full)  # as at step 6
+    monkeypatch.setattr(state, "write", full)
+    t.save()
     with pytest.raises(
         LostPatience, match=r"2 checkpoints in a row could not be written \(.*rank 0: OSError.*No space left"
     ):

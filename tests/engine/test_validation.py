@@ -21,6 +21,7 @@ from vae3d import factory
 from vae3d.checkpoints.state import load_state
 from vae3d.engine import best as best_module
 from vae3d.engine.loggers import TensorBoard
+from vae3d.engine.saving import SaveError
 from vae3d.engine.validation import validate
 from vae3d.inference.pictures import latent_colours
 from vae3d.metrics import METRICS, build_metrics
@@ -199,8 +200,8 @@ def test_the_best_validation_is_kept_as_an_export(videos, trunks, tmp_path, name
     sized = {"data.height": 32, "data.width": 32, "validation.metrics": [name]}
     t = with_scores(trainer(videos, tmp_path, **VALIDATES, **settings, **sized), name, scores)
     kept = {}
-    save = t.save
-    t.save = lambda: (save(), kept.update({t.step: vae3d.load(tmp_path).state_dict()}))
+    save = t.saver.save
+    t.saver.save = lambda *a, **k: (save(*a, **k), kept.update({t.step: vae3d.load(tmp_path).state_dict()}))
     t.fit()
     told = facts(tmp_path)
     assert (told["step"], told["best"]) == (step, {name: scores[step - 1]})
@@ -208,7 +209,7 @@ def test_the_best_validation_is_kept_as_an_export(videos, trunks, tmp_path, name
     assert found.keys() == kept[step].keys()
     assert all(torch.equal(tensor, kept[step][key]) for key, tensor in found.items())
     assert any(not torch.equal(tensor, kept[4][key]) for key, tensor in found.items())
-    assert [path.name for path in sorted((tmp_path / "exports").iterdir())] == ["best", "step-0000004"]
+    assert [path.name for path in sorted((tmp_path / "exports").iterdir())] == ["best", "step-0000003", "step-0000004"]
     assert torch.equal(vae3d.load(tmp_path).module.decoder.conv_out.bias, kept[4]["module.decoder.conv_out.bias"])
 
 
@@ -227,7 +228,9 @@ def test_the_best_survives_a_resume_and_is_forgotten_under_another_score(videos,
     assert facts(tmp_path)["best"] == {"ssim": 0.1}
 
 
-def test_a_best_that_cannot_be_written_is_said_and_training_goes_on(videos, tmp_path, monkeypatch, caplog):
+def test_a_best_that_cannot_be_written_is_said_and_training_goes_on_but_ends_with_an_error(
+    videos, tmp_path, monkeypatch, caplog
+):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -236,7 +239,8 @@ def test_a_best_that_cannot_be_written_is_said_and_training_goes_on(videos, tmp_
     monkeypatch.setattr(
         best_module, "export", lambda t, *args, **told: (full if t.step == 1 else export)(t, *args, **told)
     )
-    assert t.fit()
+    with pytest.raises(SaveError, match=r"exports/best of step 1, whose psnr is 20, could not be written"):
+        t.fit()
     assert "is not of step 1, the best so far: rank 0: OSError: [Errno 28] No space left on device" in caplog.text
     assert facts(tmp_path)["best"] == {"psnr": 19.0}  # the next best after the one that was lost
     assert json.loads((tmp_path / "checkpoints/step-0000002/run.json").read_text())["step"] == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from vae3d import __version__
 from vae3d.checkpoints import ldm, taehv, wan
 from vae3d.checkpoints.formats import EXPORT_CONFIG, PUBLISHED_FACTOR, Checkpoint, CheckpointError, State
-from vae3d.io import atomic_folder, write_text, yaml_text
+from vae3d.io import atomic_folder, atomic_write, write_text, yaml_text
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.spatial import SpatialVAE, of_channels
 from vae3d.models.taehv import TAEHV
@@ -210,12 +209,8 @@ def write_flat(checkpoint: Checkpoint, layout: str, file: Path) -> None:
     """
     state = _with_published_constants(checkpoint, layout) if _is(checkpoint, WanVAE) else checkpoint.state
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in to_layout(state, layout).items()}
-    unfinished = file.with_name(f".{file.name}.partial")
-    with unfinished.open("wb") as stream:
+    with atomic_write(file) as stream:
         torch.save(tensors, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(file)
 
 
 def _require(checkpoint: Checkpoint, network: type[nn.Module], layout: str) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from vae3d.io import FileError
+
+log = logging.getLogger("vae3d")
 
 EXPORT_CONFIG = "model.yaml"
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
@@ -76,6 +79,7 @@ def find_weights(path: Path) -> Path:
         )
     exports = sorted((path / "exports").glob("step-*/model.safetensors"))
     if exports:
+        warn_if_older(path, exports[-1].parent)
         return exports[-1]
     others = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if len(others) == 1:
@@ -86,6 +90,17 @@ def find_weights(path: Path) -> Path:
         f"{path}: holds no weights ({', '.join(SUFFIXES)}), no vae/ folder and no exports/ of a run; "
         f"found {first(sorted(p.name for p in path.iterdir())) or 'nothing'}"
     )
+
+
+def warn_if_older(run: Path, export: Path) -> None:
+    """Say so where a run's newest export is older than its newest checkpoint, as after a kill or on a full disk."""
+    checkpoints = sorted(file.parent.name for file in (run / "checkpoints").glob("step-*/run.json"))
+    if checkpoints and checkpoints[-1] > export.name:
+        log.warning(
+            "%s is the newest export of %s, whose newest checkpoint is %s; the command that trained it writes what is "
+            "missing",
+            *(export.name, run, checkpoints[-1]),
+        )
 
 
 def _in_folder(folder: Path) -> Path | None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
-import shutil
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 from vae3d.arguments import Range, check_fields
 from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error
 from vae3d.errors import UserError
-from vae3d.io import read_json
+from vae3d.io import fsync_folder, read_json, remove, write_json
 
 META = "run.json"  # written last: a folder without it is not complete
 STATE = "state.pt"
@@ -81,7 +79,7 @@ def unfinished(root: Path, step: int) -> Path:
 
 def begin(folder: Path) -> None:
     """Make the folder of an unfinished checkpoint, empty."""
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     folder.mkdir(parents=True)
 
 
@@ -95,12 +93,17 @@ def write_rank(folder: Path, rank: int, state: Mapping[str, Any]) -> None:
     _write(folder / RANK_STATE.format(rank=rank), dict(state))
 
 
-def finish(folder: Path, root: Path, step: int, config: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
-    """Mark an unfinished checkpoint as complete and give it its name. facts: for readers, beside step and config."""
+def seal(folder: Path, step: int, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Mark an unfinished checkpoint as complete. facts: for readers, beside step and config."""
+    write_json(folder / META, {"step": step, **facts, "config": config})
+
+
+def finish(folder: Path, root: Path, step: int) -> Path:
+    """Give a sealed checkpoint its name, in place of an older one of the same step; durable when this returns."""
     target = step_folder(root, step)
-    (folder / META).write_text(json.dumps({"step": step, **facts, "config": config}, indent=2) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
+    remove(target)
     folder.rename(target)
+    fsync_folder(root)
     return target
 
 
@@ -111,12 +114,23 @@ def _write(file: Path, content: dict[str, Any]) -> None:
         os.fsync(stream.fileno())
 
 
-def prune(root: Path, keep: int) -> list[int]:
-    """Delete all step folders but the newest `keep` (0 keeps all); returns the steps deleted."""
-    old = _steps(root)[:-keep] if keep else []
-    for folder in old:
-        shutil.rmtree(folder)
-    return [step_of(folder) for folder in old]
+def superseded(root: Path, keep: int) -> list[int]:
+    """The steps of all step folders but the newest `keep`; none if `keep` is 0."""
+    return [step_of(folder) for folder in _steps(root)[:-keep]] if keep else []
+
+
+def discard(root: Path, step: int) -> None:
+    """Delete a step folder; a kill in the middle leaves nothing that looks complete."""
+    aside = unfinished(root, step)
+    remove(aside)
+    step_folder(root, step).rename(aside)
+    remove(aside)
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all step folders but the newest `keep`; 0 keeps all."""
+    for step in superseded(root, keep):
+        discard(root, step)
 
 
 def step_of(folder: Path) -> int:

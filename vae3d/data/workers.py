@@ -169,8 +169,11 @@ def check_shared_memory(item_bytes: int, ranks: int, workers: int, prefetch: int
 def outlive_sigterm(worker: int) -> None:
     """Let only the rank itself end its workers.
 
-    torchrun and Slurm send SIGTERM to all processes, but the step that a rank is in still needs its workers' clips.
+    torchrun and Slurm send SIGTERM to all processes, and a terminal SIGINT and SIGHUP, but the step that a rank is in
+    still needs its workers' clips.
     """
+    for name in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:

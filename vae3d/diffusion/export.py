@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vae3d import __version__
 from vae3d.arguments import Count, Deviation, Mean, Range, Size, check_fields, short
 from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error, check_state, load_state
+from vae3d.checkpoints.location import warn_if_older
 from vae3d.diffusion.build import build_network, build_process
 from vae3d.diffusion.processes import Process
 from vae3d.io import FileError, atomic_folder, read_yaml, write_text, yaml_text
@@ -97,6 +98,7 @@ def read_export(path: str | Path, decay: float | None = None) -> Export:
         exports = sorted(file.parent for file in folder.glob(f"exports/step-*/{CONFIG}"))
         if not exports:
             raise CheckpointError(f"{folder} is no diffusion model: neither it nor its exports have a {CONFIG}")
+        warn_if_older(folder, exports[-1])
         folder = exports[-1]
     with as_checkpoint_error():
         told, network = _read_config(folder / CONFIG)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vae3d.checkpoints import state
 from vae3d.diffusion.build import require_same
 from vae3d.diffusion.export import write_export
-from vae3d.engine.saving import common_start, written
+from vae3d.engine.saving import Outputs, common_start, write_checkpoint
 
 if TYPE_CHECKING:
     from vae3d.diffusion.trainer import DiffusionTrainer
@@ -17,25 +18,30 @@ if TYPE_CHECKING:
 IDENTITY = ("vae.sample", "labels", "data.frames", "data.height", "data.width", "data.stride", "data.fps", "run.seed")
 
 
-def save(trainer: DiffusionTrainer) -> str | None:
-    """Write a checkpoint and an export, and delete what is older than trainer.keep; why not, if that failed on some
-    rank. All ranks hold the same; the first one writes."""
-    return written(trainer, _state(trainer), {}, {}, lambda saved: _publish(trainer))
+def save(trainer: DiffusionTrainer) -> None:
+    """Write a checkpoint and an export, and delete what is older than trainer.keep. All ranks hold the same; the first
+    one writes. Raises SaveError, on all ranks."""
+    write_checkpoint(trainer, _state(trainer), {}, {}, outputs(trainer))
 
 
-def _publish(trainer: DiffusionTrainer) -> None:
-    export(trainer)
-    for made in ("exports", "checkpoints"):
-        state.prune(trainer.folder / made, trainer.config.trainer.keep)
+def outputs(trainer: DiffusionTrainer) -> Outputs:
+    """What is made of the checkpoint of the step that the trainer is at."""
+    (folder,) = step_outputs(trainer.folder, trainer.step)
+    return {folder: lambda path: export(trainer, path)}
 
 
-def export(trainer: DiffusionTrainer) -> None:
+def step_outputs(folder: Path, step: int) -> list[Path]:
+    """The outputs that are named after their step."""
+    return [state.step_folder(folder / "exports", step)]
+
+
+def export(trainer: DiffusionTrainer, folder: Path) -> None:
     """The averaged weights, and what sampling needs to know."""
     weights = {}
     for decay, average in trainer.averages.items():
         with average.applied():
             weights[decay] = {name: tensor.cpu().clone() for name, tensor in trainer.network.state_dict().items()}
-    write_export(trainer.folder / "exports" / f"step-{trainer.step:07d}", trainer.export_facts(), weights)
+    write_export(folder, trainer.export_facts(), weights)
 
 
 def _state(trainer: DiffusionTrainer) -> dict[str, Any]:

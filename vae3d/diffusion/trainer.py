@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,21 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from vae3d import ranks
+from vae3d.data.media import DataError
 from vae3d.diffusion.conditioning import drop_labels
 from vae3d.diffusion.data import Batch, LatentData
 from vae3d.diffusion.processes import QUARTILES, Process, quartile_sums, training_losses
-from vae3d.diffusion.saving import resume, save
+from vae3d.diffusion.saving import outputs, resume, save, step_outputs
 from vae3d.diffusion.scale import measure, refuse_other_scale
 from vae3d.diffusion.validation import validate
 from vae3d.engine.ema import Ema
 from vae3d.engine.loggers import Logger
 from vae3d.engine.metrics import StepMetrics, Window
 from vae3d.engine.optim import adamw_settings, rate_at
-from vae3d.engine.patience import Patience, SavePatience, refuse_many_broken
+from vae3d.engine.patience import LostPatience, Patience, refuse_many_broken
 from vae3d.engine.replicas import Replicas
 from vae3d.engine.runlog import RunLog
-from vae3d.engine.stopping import on_sigterm
-from vae3d.engine.verdict import Ballot, Verdict
+from vae3d.engine.saving import Saver, finish_newest
+from vae3d.engine.spike import SpikeError
+from vae3d.engine.stopping import StopRequest, stop_signals
+from vae3d.engine.verdict import Ballot, RanksDiffer, Verdict
+from vae3d.errors import UserError
 from vae3d.seeding import generator_of
 
 if TYPE_CHECKING:
@@ -76,8 +81,21 @@ class DiffusionTrainer:
             "lower optim.lr if losses are not finite, data.batch_size or raise trainer.accumulate for memory; files "
             f"that cannot be read are in {folder}/faults.jsonl (trainer.patience is the limit)",
         )
-        self._unsaved = SavePatience(config.trainer.save_failures, "trainer.save_failures")
+        failures = Patience(
+            config.trainer.save_failures,
+            "checkpoints in a row could not be written",
+            "the last complete one stays (trainer.save_failures is the limit)",
+        )
+        self.saver = Saver(
+            lambda: save(self),
+            folder / "checkpoints",
+            config.trainer.save_every,
+            failures,
+            warn=lambda message: self.log.warn(message),
+        )
         self.step, self.reads, self.broken_reads = 0, 0, 0
+        self.stopped_by = 0  # the signal that ended the run
+        self.unsound = 0  # steps in a row whose loss or gradient was not finite
         self._tick, self._steps = time.perf_counter(), 0  # since the last log line
         self.scale: dict[str, Any] = {}
         self.shown = False  # held-out clips, beside samples
@@ -102,28 +120,48 @@ class DiffusionTrainer:
             self.log.say(str(scale))
 
     def fit(self) -> bool:
-        """Train to the last step, or to the first step boundary after SIGTERM; whether it was the last step."""
-        trainer = self.config.trainer
-        self.log.begin(self.step, trainer.max_steps)
-        stopped = False
-        self._tick, self._steps = time.perf_counter(), 0
-        with on_sigterm() as stop:
-            batches = self.data.batches(self.step, trainer.max_steps, lambda: stop.asked)
-            while self.step < trainer.max_steps and not stopped:
-                values = self.train_step([next(batches) for _ in range(trainer.accumulate)], stop.asked)
-                stopped = values.pop("stop") > 0
-                self._after_step(values, stopped)
-        if stopped:
-            saved = "the same command goes on from there" if trainer.save_every else "nothing is saved"
-            self.log.say(f"stopped by SIGTERM after step {self.step}; {saved}")
-        self.log.close()
-        return not stopped
+        """Train to the last step, or to the first step boundary after a signal (stop_signals); whether it was the last.
 
-    def train_step(self, batches: Sequence[Batch], stop: bool = False) -> dict[str, float]:
+        Raises SaveError if the last checkpoint, or its export, could not be written; SpikeError if the run ends on
+        skipped steps; DataError, after saving, if no more batches come.
+        """
+        last = self.config.trainer.max_steps
+        try:
+            finish_newest(self, outputs(self))
+            self.log.begin(self.step, last)
+            with stop_signals(speak=self.log.main) as request:
+                try:
+                    self._train(request, last)
+                finally:
+                    self.stopped_by = self.stopped_by or request.signum  # which may have come during the last save
+        except SpikeError as error:
+            raise SpikeError(f"{error}{self.saver.way_back()}") from error
+        finally:
+            self.log.close()
+        return self.step >= last
+
+    def _train(self, request: StopRequest, last: int) -> None:
+        accumulate = self.config.trainer.accumulate
+        batches = self.data.batches(self.step, last, lambda: bool(request.signum))
+        self._tick, self._steps = time.perf_counter(), 0
+        while self.step < last and not self.stopped_by:
+            batch, error = _next_batches(batches, accumulate)
+            values = self.train_step(batch, request.signum, error)
+            signum = int(values.pop("stop"))
+            if self.step < last and not self.unsound:  # else wait: what is saved now might be ruined
+                self.stopped_by = signum
+            self._after_step(values)
+        if self.stopped_by:
+            saved = "the same command goes on from there" if self.config.trainer.save_every else "nothing is saved"
+            self.log.say(f"stopped by {signal.Signals(self.stopped_by).name} after step {self.step}; {saved}")
+
+    def train_step(
+        self, batches: Sequence[Batch], stop: int = 0, data_error: UserError | None = None
+    ) -> dict[str, float]:
         """One optimizer step over micro-batches; returns metrics averaged over them and all ranks.
 
         Every rank tries its own part; then all hear how it went everywhere, and take the step together or skip it
-        together.
+        together. stop: a signal that this rank was sent. data_error: why this rank has no batches and gets no more.
         """
         self._set_lr()
         metrics, fault = StepMetrics(), None
@@ -131,7 +169,15 @@ class DiffusionTrainer:
             self.replicas.abstain()
         else:
             fault = self.replicas.attempt(lambda: self.accumulate(batches, metrics))
-        verdict = self._vote(batches, metrics, fault, stop)
+        try:
+            verdict = self._vote(batches, metrics, fault, stop, data_error)
+        except RanksDiffer as error:  # on all ranks
+            self.saver.save_before(error, self.step, self.unsound)
+            raise
+        if verdict.no_data:
+            error = data_error or DataError(f"rank {', '.join(map(str, verdict.no_data))} has no more data")
+            self.saver.save_before(error, self.step, self.unsound)
+            raise error
         values = metrics.averaged() if verdict.complete else {}
         if verdict.complete and verdict.finite:
             self.replicas.average_gradients()
@@ -144,8 +190,13 @@ class DiffusionTrainer:
         else:
             self.replicas.skip(unscaled=False)
         self.step += 1
-        self._judge(verdict, taken, fault)
-        return {**values, "skipped": float(not taken), "stop": float(verdict.stop)}
+        if taken:
+            self.unsound, self.saver.taken = 0, self.step
+        else:
+            self.unsound += verdict.complete
+        values["skipped"] = float(not taken)
+        self._judge(verdict, values, fault)
+        return {**values, "stop": float(verdict.stop)}
 
     def accumulate(self, batches: Sequence[Batch], metrics: StepMetrics) -> None:
         """Forward and backward passes of this rank's micro-batches; their gradients add up."""
@@ -169,25 +220,48 @@ class DiffusionTrainer:
             return None
         return drop_labels(batch.labels, self.config.label_dropout, self.network.num_classes, generators)
 
-    def _vote(self, batches: Sequence[Batch], metrics: StepMetrics, fault: str | None, stop: bool) -> Verdict:
+    def _vote(
+        self,
+        batches: Sequence[Batch],
+        metrics: StepMetrics,
+        fault: str | None,
+        stop: int,
+        data_error: UserError | None,
+    ) -> Verdict:
         faults = [fault for batch in batches for fault in batch.faults]
         self.log.faults(faults)
         return self.ballot.cast(
             loss=metrics.mean("loss"),
             worst=metrics.worst("loss"),
             out_of_memory=fault is not None,
-            unreadable=any(batch.values is None for batch in batches),
+            unreadable=data_error is None and any(batch.values is None for batch in batches),
+            no_data=data_error is not None,
             stop=stop,
             broken=len(faults),
             gradients=self.replicas.gradients(),
+            with_gradient=self.replicas.with_gradient,
         )
 
-    def _judge(self, verdict: Verdict, taken: bool, fault: str | None) -> None:
-        """Stop the run where a fault has come back too often; every rank counts the same."""
+    def _judge(self, verdict: Verdict, values: dict[str, float], fault: str | None) -> None:
+        """Stop the run where a fault has come back too often; every rank counts the same, and saves first."""
         self.broken_reads += verdict.broken
         self.reads += verdict.broken + self.config.data.batch_size
-        refuse_many_broken(self.reads, self.broken_reads, self.config.data.max_broken, self.folder)
-        if taken:
+        try:
+            refuse_many_broken(self.reads, self.broken_reads, self.config.data.max_broken, self.folder)
+            self._count_skipped(verdict, bool(values["skipped"]), fault)
+        except DataError as error:
+            self.reads = self.broken_reads = 0  # the files that the user mends are judged anew
+            self.window.add(values)
+            self.saver.save_before(error, self.step, self.unsound)
+            raise
+        except LostPatience as error:
+            self.window.add(values)
+            self.saver.save_before(error, self.step, self.unsound)
+            raise
+
+    def _count_skipped(self, verdict: Verdict, skipped: bool, fault: str | None) -> None:
+        """Raises LostPatience."""
+        if not skipped:
             self.skipped.went_well()
             return
         why = verdict.fault() or f"loss {verdict.loss:g} or its gradient is not finite"
@@ -199,10 +273,10 @@ class DiffusionTrainer:
         for group in self.replicas.optimizer.param_groups:
             group["lr"] = lr
 
-    def _after_step(self, values: dict[str, float], stopped: bool) -> None:
+    def _after_step(self, values: dict[str, float]) -> None:
         """Whatever is due after a step: log, validate, save."""
         trainer, every = self.config.trainer, self.config.validation.every
-        finished = self.step == trainer.max_steps
+        finished, stopped = self.step == trainer.max_steps, self.stopped_by > 0
         self.window.add(values)
         self.log.advance()
         self._steps += 1
@@ -211,8 +285,12 @@ class DiffusionTrainer:
         if every and (self.step % every == 0 or finished) and not stopped:
             validate(self)
             self._tick, self._steps = time.perf_counter(), 0
-        if trainer.save_every and (self.step % trainer.save_every == 0 or finished or stopped):
-            self._unsaved.heed(save(self), self.log.warn)
+        end = finished or stopped
+        self.saver.after_step(self.step, taken=not values["skipped"], ruined=self.unsound, end=end)
+
+    def step_outputs(self, step: int) -> list[Path]:
+        """What is made of the checkpoint of a step, and goes with it."""
+        return step_outputs(self.folder, step)
 
     def _gauges(self) -> dict[str, float]:
         """Learning rate, and speed since the last log line."""
@@ -238,6 +316,15 @@ class DiffusionTrainer:
             "vae": self.vae,
             "latents": self.scale,
         }
+
+
+def _next_batches(batches: Iterator[Batch], count: int) -> tuple[list[Batch], UserError | None]:
+    """The micro-batches of a step; or, if the loader fails on this rank, placeholders and why."""
+    try:
+        return [next(batches) for _ in range(count)], None
+    except UserError as error:
+        error.on_every_rank = False
+        return [Batch(None, torch.empty(0), [], [])] * count, error
 
 
 def _by_quartile(losses: dict[str, Tensor]) -> dict[str, Tensor]:

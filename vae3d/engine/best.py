@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vae3d.engine.saving import export, tried_by_all
+from vae3d.engine.saving import SaveError, export, run_on_all_ranks
 
 if TYPE_CHECKING:
     from vae3d.engine.trainer import Trainer
@@ -22,6 +22,7 @@ class Best:
         self.column, self.higher = column, columns.get(column)
         self.value: float | None = None
         self.step: int | None = None
+        self.missed: tuple[float, int] | None = None  # value and step of a better one that could not be written
 
     def beaten_by(self, value: float) -> bool:
         """Whether `value` is better; an equal one is not."""
@@ -35,7 +36,7 @@ class Best:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What was kept under another score, or by a run that kept none, counts for nothing."""
         if state.get("column") == self.column:
-            self.value, self.step = state["value"], state["step"]
+            self.value, self.step, self.missed = state["value"], state["step"], state.get("missed")
 
 
 def keep_best(trainer: Trainer, scores: Mapping[str, float]) -> None:
@@ -48,8 +49,22 @@ def keep_best(trainer: Trainer, scores: Mapping[str, float]) -> None:
     folder = trainer.folder / "exports" / FOLDER
     told = {"best": {best.column: value}}
     main = trainer.accelerator.is_main_process
-    if fault := tried_by_all(trainer.device, lambda: export(trainer, folder, **told) if main else None):
-        trainer.log.warn(f"{folder} is not of step {trainer.step}, the best so far: {fault}; training goes on")
+    if reason := run_on_all_ranks(trainer.device, lambda: export(trainer, folder, **told) if main else None):
+        trainer.log.warn(f"{folder} is not of step {trainer.step}, the best so far: {reason}; training goes on")
+        best.missed = value, trainer.step
         return
     best.value, best.step = value, trainer.step
     trainer.log.say(f"{best.column} {value:.6g} is the best so far: {folder}")
+
+
+def require_best(trainer: Trainer) -> None:
+    """Raises SaveError at the end of a run whose exports/best is not of its best validation."""
+    best = trainer.best
+    if best.missed is None or not best.beaten_by(best.missed[0]):
+        return
+    value, step = best.missed
+    there = "there is none" if best.step is None else f"what is there is of step {best.step}, {best.value:.6g}"
+    raise SaveError(
+        f"exports/{FOLDER} of step {step}, whose {best.column} is {value:.6g}, could not be written",
+        f"those weights are lost; {there}. The run is complete but for that",
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from vae3d.data.sources import DataError
@@ -34,25 +33,6 @@ class Patience:
 
     def went_well(self) -> None:
         self.in_row = 0
-
-
-class SavePatience(Patience):
-    """Checkpoints that cannot be written cost a run what they would have kept, and it goes on, for a while.
-
-    setting: the name of the limit.
-    """
-
-    def __init__(self, limit: int, setting: str) -> None:
-        advice = f"the last complete one stays ({setting} is the limit)"
-        super().__init__(limit, "checkpoints in a row could not be written", advice)
-
-    def heed(self, fault: str | None, warn: Callable[[str], None]) -> None:
-        """How a save went; None: well. Raises LostPatience if that was one fault too many."""
-        if fault is None:
-            self.went_well()
-        else:
-            warn(f"{fault}; training goes on")
-            self.fault(fault)
 
 
 def refuse_many_broken(reads: int, broken: int, max_broken: float, folder: Path) -> None:

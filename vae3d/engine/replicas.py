@@ -8,6 +8,7 @@ all-reduce.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,6 +37,8 @@ class Replicas:
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self._finite = True  # the gradient that was clipped last
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        names = {p: name for name, p in model.named_parameters()}
+        self._names = [names.get(p, f"parameter {number}") for number, p in enumerate(self.parameters)]
         refuse_different_starts(model)
 
     recovers = True  # a step that a rank could not finish leaves no trace
@@ -61,8 +64,13 @@ class Replicas:
         self.accelerator.backward(loss)
 
     def gradients(self) -> int:
-        """Elements of gradient on this rank."""
-        return sum(p.numel() for p in self.parameters if p.grad is not None)
+        """Digest, exact in a float64, of the set of parameters that have a gradient on this rank."""
+        flags = bytes(p.grad is not None for p in self.parameters)
+        return int.from_bytes(hashlib.blake2b(flags, digest_size=6).digest(), "big")
+
+    def with_gradient(self) -> list[str]:
+        """The names of those parameters."""
+        return [name for name, p in zip(self._names, self.parameters, strict=True) if p.grad is not None]
 
     def average_gradients(self) -> None:
         """Over ranks, and as they were before an fp16 scaler."""

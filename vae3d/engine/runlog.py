@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from vae3d.engine.loggers import Logger
 from vae3d.errors import UserError
+from vae3d.io import open_nofollow, write_text
 
 log = logging.getLogger("vae3d")
 PACKAGES = ("torch", "accelerate", "hydra-core", "av", "numpy")
@@ -128,9 +130,11 @@ class RunLog:
                     self._append("faults.jsonl", {"path": path, "reason": reason})
 
     def close(self) -> None:
+        """Also after an error, and twice."""
         if self.main:
             self._bar.close()
-            self.logger.close()
+            with self._bearing("what the logger still held"):
+                self.logger.close()
             self._lock.release()
 
     def _forget_after(self, step: int) -> None:
@@ -138,14 +142,10 @@ class RunLog:
         file = self.folder / "metrics.jsonl"
         if not file.is_file():
             return
-        kept = []
-        for line in file.read_text().splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except json.JSONDecodeError:  # half a line, from a kill in the middle of a write
-                continue
-        file.write_text("".join(kept))
+        lines = file.read_text(errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and -1 < _step_of(line) <= step]
+        if kept != lines:
+            write_text(file, "".join(kept))
 
     @contextmanager
     def _bearing(self, what: str) -> Iterator[None]:
@@ -156,8 +156,22 @@ class RunLog:
             log.warning("%s is not recorded: %s", what, error)
 
     def _append(self, name: str, entry: Mapping[str, Any]) -> None:
-        with (self.folder / name).open("a") as stream:
-            stream.write(json.dumps(entry) + "\n")
+        with open_nofollow(self.folder / name, "a+b") as stream:
+            if stream.seek(0, os.SEEK_END):
+                stream.seek(-1, os.SEEK_END)
+                if stream.read(1) != b"\n":  # half a line, from a kill in the middle of a write
+                    stream.write(b"\n")
+            stream.write(json.dumps(entry).encode() + b"\n")
+
+
+def _step_of(line: str) -> int:
+    """Of a line of metrics.jsonl; -1 for half a line, from a kill in the middle of a write."""
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:
+        return -1
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return step if isinstance(step, int) else -1
 
 
 def _git(*args: str) -> str | None:

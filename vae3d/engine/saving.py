@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
-import shutil
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,11 +16,15 @@ from safetensors import SafetensorError
 
 from vae3d import ranks
 from vae3d.checkpoints import state
-from vae3d.checkpoints.export import replace_export, write_final_model
+from vae3d.checkpoints.export import replace_export, write_final_model, write_flat
 from vae3d.checkpoints.formats import Checkpoint
-from vae3d.checkpoints.publish import publish, withdraw
+from vae3d.checkpoints.publish import final_file, link, published_files
 from vae3d.engine.freeze import set_mode
+from vae3d.engine.patience import Patience
+from vae3d.engine.spike import SpikeError
+from vae3d.errors import UserError
 from vae3d.inference.scale import ScaleError, measure, rescaled, spread_clips
+from vae3d.io import remove
 from vae3d.metrics import MetricError
 
 if TYPE_CHECKING:
@@ -28,32 +33,155 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vae3d")
 
-# What a full or vanished disk raises; torch.save tells it as a RuntimeError.
-DISK_FAULTS = (OSError, RuntimeError, SafetensorError)
+# What is made of a checkpoint beside its training state: where, and what writes it there, atomically.
+Outputs = dict[Path, Callable[[Path], None]]
+
+# Errors of a full, failing or vanished disk, or of a folder whose permissions changed.
+DISK_ERRORS = frozenset(
+    {
+        *(errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.ENOENT),
+        *(errno.ENOLCK, errno.ENOSPC, errno.ENOTCONN, errno.ENOTDIR, errno.ENXIO, errno.EPERM, errno.EREMOTEIO),
+        *(errno.EROFS, errno.ESTALE, errno.ETIMEDOUT),
+    }
+)
+LEFTOVER = re.compile(r"\..+\.(partial|[0-9a-f]{8}\.tmp)")  # of a writer that was killed
 
 
-def save(trainer: Trainer) -> str | None:
-    """Write a checkpoint, an export and, if asked for, their published files; why not, if that failed on some rank."""
+class SaveError(UserError):
+    """A checkpoint, or what is made of it, could not be written. what: that alone; lost: what comes of it at the end of
+    a run."""
+
+    def __init__(self, what: str, lost: str) -> None:
+        super().__init__(f"{what}; {lost}")
+        self.what, self.lost = what, lost
+
+
+class Saver:
+    """Decides when a run saves: at every `every`-th step, at its end, and before it stops with an error.
+
+    Nothing is saved while steps are being skipped, since the weights may be ruined: a checkpoint that is due then waits
+    for the next step that is taken. So a step has succeeded after every checkpoint but the newest.
+    write: writes the checkpoint of the step that the run is at, or raises SaveError. root: of the checkpoints. every: 0
+    never saves. failures: counts saves in a row that failed.
+    """
+
+    def __init__(
+        self, write: Callable[[], None], root: Path, every: int, failures: Patience, warn: Callable[[str], None]
+    ) -> None:
+        self.write, self.root, self.every, self.failures, self.warn = write, root, every, failures, warn
+        self.due = False
+        self.saved = self.taken = -1  # in this process: step of the newest checkpoint; step after the last update
+
+    def after_step(self, step: int, *, taken: bool, ruined: int, end: bool) -> None:
+        """taken: whether the step was. ruined: steps in a row, up to it, that were skipped because their loss or
+        gradient was not finite. end: whether the run ends with it.
+
+        Raises SpikeError at an end with ruined steps, SaveError at one where saving fails, LostPatience after too many
+        failures.
+        """
+        if not self.every:
+            return
+        self.due |= step % self.every == 0
+        if end and ruined:
+            raise SpikeError(
+                f"the run ends on {ruined} skipped steps whose loss or gradient was not finite, so that step {step} is "
+                "not saved; lower optim.lr, or raise trainer.max_steps to train past it"
+            )
+        if end:
+            self.save(step, end=True)
+        elif self.due and taken:
+            self.save(step)
+
+    def save(self, step: int, end: bool = False) -> None:
+        """Write a checkpoint and what is made of it; where that fails, and it is not the end, the run goes on.
+
+        Raises SaveError, or LostPatience after too many failures.
+        """
+        self.due = False
+        try:
+            self.write()
+        except SaveError as error:
+            if end:
+                raise
+            self.warn(f"{error.what}; training goes on")
+            self.failures.fault(str(error))
+        else:
+            self.saved = step
+            self.failures.went_well()
+
+    def save_before(self, error: UserError, step: int, skipped: int) -> None:
+        """Save the finished steps before the run ends with `error`, on all ranks alike, and let it say what is saved.
+
+        skipped: steps in a row whose loss or gradient was unsound; where there are any nothing is saved.
+        """
+        if skipped:
+            error.args = (f"{error}{self.way_back()}",)
+        if not self.every or skipped or step == 0:
+            return
+        try:
+            if self.saved != step:
+                self.write()
+        except SaveError as failed:
+            error.args = (f"{error}\n{failed}",)
+        else:
+            self.saved = step
+            error.args = (f"{error}\nall {step} finished steps are saved; the same command goes on from there",)
+
+    def way_back(self) -> str:
+        """How to go on where no step succeeded after the newest checkpoint."""
+        newest = state.latest_state(self.root)
+        if newest is None or self.taken > state.step_of(newest):
+            return ""
+        return f". No step succeeded after {newest}: delete it to go on from the checkpoint before"
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether an exception says that the disk refused; torch and safetensors report that in types of their own."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_ERRORS
+    if isinstance(error, SafetensorError):
+        return "I/O error" in str(error) or "IoError" in str(error)
+    return isinstance(error, RuntimeError) and ("inline_container" in str(error) or "PytorchStreamWriter" in str(error))
+
+
+def run_on_all_ranks(device: torch.device, stage: Callable[[], Any]) -> str | None:
+    """Run a stage of saving on all ranks; the disk error of any of them. Other errors propagate."""
+    reason = None
+    try:
+        stage()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not is_disk_error(error):
+            raise
+        full = "a file could not be written whole, as on a full disk: " if isinstance(error, RuntimeError) else ""
+        reason = f"{full}{type(error).__name__}: {error}"
+    if ranks.everyone(reason is None, device):
+        return None
+    reasons = gather_object([reason])
+    return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(reasons) if text)
+
+
+def save(trainer: Trainer) -> None:
+    """Write a checkpoint, an export and, if asked for, their published files. Raises SaveError, on all ranks."""
     facts = {"strategy": trainer.config.trainer.strategy.name}
-    states = _shared_state(trainer), _rank_state(trainer)
-    return written(trainer, *states, facts, lambda saved: _publish(trainer, saved))
+    write_checkpoint(trainer, _shared_state(trainer), _rank_state(trainer), facts, outputs(trainer))
 
 
-def written(
+def write_checkpoint(
     trainer: Trainer | DiffusionTrainer,
     shared: dict[str, Any],
     own: dict[str, Any],
     facts: dict[str, Any],
-    publish: Callable[[Path], None],
-) -> str | None:
-    """Write a checkpoint, and let the first rank `publish` what is made of it; why not, if that failed on some rank.
+    outputs: Outputs,
+) -> None:
+    """Write a checkpoint and then, on the first rank, its outputs.
 
-    shared: state that is equal on all ranks. own: what this rank has beside. facts: for readers.
-    Every step of it is tried by all ranks, and the next only taken if all succeeded, so that none is left waiting. The
-    last complete checkpoint stays whatever happens.
+    shared: state that is equal on all ranks. own: what this rank has beside. facts: for readers of run.json.
+    Every stage is run by all ranks, and the next only if all succeeded, so that none is left waiting. The last complete
+    checkpoint stays whatever happens.
+    Raises SaveError, on all ranks, if the disk of any of them refuses.
     """
-    root, config = trainer.folder / "checkpoints", asdict(trainer.config)
-    unfinished = state.unfinished(root, trainer.step)
+    root, config, step = trainer.folder / "checkpoints", asdict(trainer.config), trainer.step
+    unfinished = state.unfinished(root, step)
     main = trainer.accelerator.is_main_process
 
     def write() -> None:
@@ -62,55 +190,130 @@ def written(
         if own:
             state.write_rank(unfinished, trainer.accelerator.process_index, own)
 
+    def seal() -> None:
+        state.seal(unfinished, step, config, {"world_size": trainer.accelerator.num_processes, **facts})
+
     def finish() -> None:
-        if main:
-            about = {"world_size": trainer.accelerator.num_processes, **facts}
-            state.finish(unfinished, root, trainer.step, config, about)
+        for path in outputs:  # of an older checkpoint of this step: what is there belongs to the newest one
+            remove(path)
+        state.finish(unfinished, root, step)
 
-    for stage in (lambda: state.begin(unfinished) if main else None, write, finish):
-        if fault := tried_by_all(trainer.device, stage):
+    def on_main(do: Callable[[], Any]) -> Callable[[], Any]:
+        return do if main else lambda: None
+
+    for stage in (on_main(lambda: state.begin(unfinished)), write, on_main(seal), on_main(finish)):
+        if reason := run_on_all_ranks(trainer.device, stage):
             if main:
-                shutil.rmtree(unfinished, ignore_errors=True)
-            return f"no checkpoint of step {trainer.step}: {fault}"
-    saved = state.step_folder(root, trainer.step)
-    if fault := tried_by_all(trainer.device, lambda: publish(saved) if main else None):
-        return f"{saved} is complete, but not what is made of it: {fault}"
-    trainer.log.say(f"saved {saved}")
-    return None
+                _remove_if_possible(unfinished)
+            raise SaveError(f"no checkpoint of step {step}: {reason}", _lost(root))
+    write_outputs(trainer, outputs)
+    trainer.log.say(f"saved {state.step_folder(root, step)}")
 
 
-def tried_by_all(device: torch.device, stage: Callable[[], Any]) -> str | None:
-    """Run a stage of saving on all ranks; what went wrong on any of them."""
-    fault = None
+def write_outputs(trainer: Trainer | DiffusionTrainer, outputs: Outputs) -> None:
+    """On the first rank, write those outputs of the newest checkpoint that are missing; then delete what is superseded.
+
+    Raises SaveError, on all ranks, if the disk refuses.
+    """
+    main = trainer.accelerator.is_main_process
+
+    def write() -> None:
+        for path, writer in outputs.items():
+            if not path.exists():
+                writer(path)
+        _prune(trainer)
+
+    if reason := run_on_all_ranks(trainer.device, lambda: write() if main else None):
+        saved = state.step_folder(trainer.folder / "checkpoints", trainer.step)
+        raise SaveError(
+            f"{saved} is complete, but not what is made of it: {reason}",
+            "make room, or mend the disk, and start the same command again: it writes what is missing",
+        )
+
+
+def finish_newest(trainer: Trainer | DiffusionTrainer, outputs: Outputs) -> None:
+    """At the start of a run: remove what killed writers left, and write what the newest checkpoint, from which the run
+    resumed, lacks. Raises SaveError, on all ranks, if the disk refuses."""
+    root = trainer.folder / "checkpoints"
+    newest = state.latest_state(root)
+    if newest is None or state.step_of(newest) != trainer.step:  # resumed from another run's
+        outputs = {}
+
+    def clean() -> None:
+        for folder in (trainer.folder, root, trainer.folder / "exports", *trainer.folder.glob(".hydra/rank*")):
+            for path in folder.glob(".*") if folder.is_dir() else ():
+                if LEFTOVER.fullmatch(path.name):
+                    remove(path)
+
+    main = trainer.accelerator.is_main_process
+    if reason := run_on_all_ranks(trainer.device, lambda: clean() if main else None):
+        raise SaveError(f"{trainer.folder} cannot be written to: {reason}", "mend that and start the command again")
+    for path in outputs:
+        if main and not path.exists():
+            trainer.log.say(f"{newest} has no {path.relative_to(trainer.folder)} yet: writing it")
+    write_outputs(trainer, outputs)
+
+
+def _prune(trainer: Trainer | DiffusionTrainer) -> None:
+    """Delete what exceeds trainer.keep, a step's checkpoint last.
+
+    Two are kept at least: of the newest nobody knows yet whether a step succeeds from it, of the one before one did.
+    """
+    keep, root = trainer.config.trainer.keep, trainer.folder / "checkpoints"
+    keep = max(keep, 2) if keep else 0
+    state.prune(trainer.folder / "exports", keep)
+    for step in state.superseded(root, keep):
+        for path in trainer.step_outputs(step):
+            remove(path)
+        state.discard(root, step)
+
+
+def _lost(root: Path) -> str:
+    newest = state.latest_state(root)
+    since = "all steps since the start" if newest is None else f"the steps after step {state.step_of(newest)}"
+    goes_on = "starts anew" if newest is None else f"goes on from {newest}"
+    return f"{since} are lost; make room, or mend the disk, and start the same command again: it {goes_on}"
+
+
+def _remove_if_possible(folder: Path) -> None:
+    """Half a checkpoint would only keep the disk full; the next start removes what cannot be removed now."""
     try:
-        stage()
-    except DISK_FAULTS as error:
-        if "CUDA" in str(error):  # a RuntimeError, too, and of no disk
-            raise
-        full = "a file could not be written whole, as on a full disk: " if "inline_container" in str(error) else ""
-        fault = f"{full}{type(error).__name__}: {error}"
-    if ranks.everyone(fault is None, device):
-        return None
-    faults = gather_object([fault])
-    return "; ".join(f"rank {rank}: {told}" for rank, told in enumerate(faults) if told)
+        remove(folder)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", folder, error)
 
 
-def _publish(trainer: Trainer, saved: Path) -> None:
-    """The export and the published files of a checkpoint; what is older than trainer.keep goes."""
-    keep, named, folder = trainer.config.trainer.keep, trainer.config.trainer.publish, trainer.folder
-    export(trainer, folder / "exports" / saved.name)
-    last = trainer.step == trainer.config.trainer.max_steps
-    if named.prefix is not None:
+def step_outputs(trainer: Trainer, step: int) -> list[Path]:
+    """The outputs that are named after their step."""
+    named, folder = trainer.config.trainer.publish, trainer.folder
+    files = [] if named.prefix is None else published_files(folder, named.prefix, step)
+    return [state.step_folder(folder / "exports", step), *files]
+
+
+def outputs(trainer: Trainer) -> Outputs:
+    """What is made of the checkpoint of the step that the trainer is at."""
+    config, folder, step = trainer.config, trainer.folder, trainer.step
+    named, last = config.trainer.publish, step >= config.trainer.max_steps
+
+    def write_averaged(path: Path) -> None:
         with trainer.ema.applied():
-            averaged = Checkpoint(trainer.config.model, trainer.network.state_dict(), folder, "export")
-            publish(folder, named.prefix, saved, averaged, named.layout, last=last)
+            averaged = Checkpoint(config.model, trainer.network.state_dict(), folder, "export")
+            write_flat(averaged, named.layout, path)
+
+    def write_final(path: Path) -> None:
+        with trainer.ema.applied():
+            write_final_model(Checkpoint(config.model, trainer.network.state_dict(), folder, "export"), path.parent)
+
+    made: Outputs = {state.step_folder(folder / "exports", step): lambda path: export(trainer, path)}
+    if named.prefix is not None:
+        training, averaged = published_files(folder, named.prefix, step)
+        source = state.step_folder(folder / "checkpoints", step) / state.STATE
+        made |= {training: lambda path: link(source, path), averaged: write_averaged}
+        if last:
+            made[final_file(folder, named.prefix)] = lambda path: link(averaged, path)
     if named.final_model and last:
-        with trainer.ema.applied():
-            write_final_model(Checkpoint(trainer.config.model, trainer.network.state_dict(), folder, "export"), folder)
-    state.prune(folder / "exports", keep)
-    gone = state.prune(folder / "checkpoints", keep)
-    if named.prefix is not None:
-        withdraw(folder, named.prefix, gone)
+        made[folder / "final_model.pth"] = write_final  # the last of its three files
+    return made
 
 
 def export(trainer: Trainer, folder: Path, **about: Any) -> None:

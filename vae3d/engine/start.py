@@ -11,11 +11,13 @@ from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.state import AcceleratorState
 
 from vae3d.checkpoints.state import ResumeError, latest_state
+from vae3d.io import check_run_folder
 from vae3d.precision import as_device
 
 
 def refuse_to_go_on(folder: Path, resume: bool) -> None:
-    """Raises ResumeError for a run that has checkpoints and is not to be resumed."""
+    """Raises ResumeError for a run that has checkpoints and is not to be resumed, FileError for a folder with links."""
+    check_run_folder(folder)
     if not resume and latest_state(folder / "checkpoints") is not None:
         raise ResumeError(f"{folder} holds checkpoints and run.resume=false; give this run another run.name")
 

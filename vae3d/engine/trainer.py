@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import resource
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,8 @@ from torch import nn
 from vae3d.adversarial.base import Adversary, Turn
 from vae3d.data.clips import Unreadable
 from vae3d.data.loader import TrainingData
-from vae3d.engine.best import Best, keep_best
+from vae3d.data.media import DataError
+from vae3d.engine.best import Best, keep_best, require_best
 from vae3d.engine.distillation import Distillation, Pupil
 from vae3d.engine.ema import Ema
 from vae3d.engine.freeze import set_mode, train_parts
@@ -26,18 +28,19 @@ from vae3d.engine.loggers import Logger
 from vae3d.engine.memory import compact, idle_gib
 from vae3d.engine.metrics import StepMetrics, Window
 from vae3d.engine.optim import adamw_settings, rate_at
-from vae3d.engine.patience import LostPatience, Patience, SavePatience, refuse_many_broken
+from vae3d.engine.patience import LostPatience, Patience, refuse_many_broken
 from vae3d.engine.profile import profiled
 from vae3d.engine.proximal import Proximal
 from vae3d.engine.rehearsal import rehearse
 from vae3d.engine.replicas import Replicas
 from vae3d.engine.runlog import RunLog
-from vae3d.engine.saving import resume, save
-from vae3d.engine.spike import SpikeGuard
-from vae3d.engine.stopping import on_sigterm
+from vae3d.engine.saving import Saver, finish_newest, outputs, resume, save, step_outputs
+from vae3d.engine.spike import SpikeError, SpikeGuard
+from vae3d.engine.stopping import StopRequest, stop_signals
 from vae3d.engine.validation import metrics_due, report, validate_together
-from vae3d.engine.verdict import Ballot, Verdict
+from vae3d.engine.verdict import Ballot, RanksDiffer, Verdict
 from vae3d.engine.zero import Zero
+from vae3d.errors import UserError
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricSet
 from vae3d.models.base import with_decoder
@@ -87,6 +90,7 @@ class Trainer:
         self.best = Best(config.trainer.best, metrics.columns)
         self.window = Window()
         self.step = 0
+        self.stopped_by = 0  # the signal that ended the run
         self.reads, self.broken_reads = 0, 0
         adversary.load(model, self.device, config.run.seed, rank)
         optimizer = torch.optim.AdamW(groups, fused=self._fuses(), **adamw_settings(config.optim))
@@ -128,35 +132,54 @@ class Trainer:
         return self.strategy.optimizer
 
     def fit(self) -> bool:
-        """Train to the last step, or to the first step boundary after SIGTERM; whether it was the last step."""
-        config, last = self.config, self.config.trainer.max_steps
-        if config.trainer.robust.rehearse and self.step < last:
-            rehearse(self)
-        self.log.begin(self.step, last)
-        profiling = config.debug.mode == "profile"
-        recorder = profiled(self.folder, config.debug.steps) if profiling else nullcontext(lambda: None)
-        stopped = False
-        self._tick, self._steps, self._frames = time.perf_counter(), 0, 0
-        with on_sigterm() as stop, recorder as step_done:
-            clips = self.data.clips(self.step, last, lambda: stop.asked)
-            while self.step < last and not stopped:
-                batch = [next(clips) for _ in range(config.trainer.accumulate)]
-                values = self.train_step(batch, stop.asked)
-                self._steps, self._frames = self._steps + 1, self._frames + self.data.plan.frames_at(self.step - 1)
-                stopped = values.pop("stop") > 0
-                self._after_step(values, stopped)
-                step_done()
-        if stopped:
-            saved = "the same command goes on from there" if config.trainer.save_every else "nothing is saved"
-            self.log.say(f"stopped by SIGTERM after step {self.step}; {saved}")
-        self.log.close()
-        return not stopped
+        """Train to the last step, or to the first step boundary after a signal (stop_signals); whether it was the last.
 
-    def train_step(self, clips: Sequence[Clip | Unreadable], stop: bool = False) -> dict[str, float]:
+        Raises SaveError if the last checkpoint, or what is made of it, could not be written; SpikeError if the run ends
+        on skipped steps; DataError, after saving, if no more clips come.
+        """
+        config, last = self.config, self.config.trainer.max_steps
+        try:
+            finish_newest(self, outputs(self))
+            if config.trainer.robust.rehearse and self.step < last:
+                rehearse(self)
+            self.log.begin(self.step, last)
+            profiling = config.debug.mode == "profile"
+            recorder = profiled(self.folder, config.debug.steps) if profiling else nullcontext(lambda: None)
+            with stop_signals(speak=self.log.main) as request, recorder as step_done:
+                try:
+                    self._train(request, last, step_done)
+                finally:
+                    self.stopped_by = self.stopped_by or request.signum  # which may have come during the last save
+        except SpikeError as error:
+            raise SpikeError(f"{error}{self.saver.way_back()}") from error
+        finally:
+            self.log.close()
+        return self.step >= last
+
+    def _train(self, request: StopRequest, last: int, step_done: Callable[[], None]) -> None:
+        accumulate = self.config.trainer.accumulate
+        clips = self.data.clips(self.step, last, lambda: bool(request.signum))
+        self._tick, self._steps, self._frames = time.perf_counter(), 0, 0
+        while self.step < last and not self.stopped_by:
+            batch, error = _next_clips(clips, accumulate)
+            values = self.train_step(batch, request.signum, error)
+            self._steps, self._frames = self._steps + 1, self._frames + self.data.plan.frames_at(self.step - 1)
+            signum = int(values.pop("stop"))
+            if self.step < last and self.spikes.skipped_in_row == 0:  # else wait: what is saved now might be ruined
+                self.stopped_by = signum
+            self._after_step(values)
+            step_done()
+        if self.stopped_by:
+            saved = "the same command goes on from there" if self.config.trainer.save_every else "nothing is saved"
+            self.log.say(f"stopped by {signal.Signals(self.stopped_by).name} after step {self.step}; {saved}")
+
+    def train_step(
+        self, clips: Sequence[Clip | Unreadable], stop: int = 0, data_error: UserError | None = None
+    ) -> dict[str, float]:
         """One optimizer step over the micro-batches `clips`; returns metrics averaged over them and all ranks.
 
         Every rank tries its own part; then all hear how it went everywhere, and take the step together or skip it
-        together.
+        together. stop: a signal that this rank was sent. data_error: why this rank has no clips and gets no more.
         """
         turn = self.adversary.turn(self.step)
         self._set_lr()
@@ -168,7 +191,15 @@ class Trainer:
         else:
             fault = self.strategy.attempt(lambda: self.accumulate(clips, turn, metrics, self.step))
         self.adversary.settle(self.step, len(clips))
-        verdict = self.vote(clips, metrics, fault, stop)
+        try:
+            verdict = self.vote(clips, metrics, fault, stop, data_error)
+        except RanksDiffer as error:  # on all ranks
+            self._abandon_step(error)
+            raise
+        if verdict.no_data:
+            error = data_error or DataError(f"rank {', '.join(map(str, verdict.no_data))} has no more data")
+            self._abandon_step(error)
+            raise error
         values = metrics.averaged() | {"loss_max": verdict.worst} if verdict.complete else {}
         taken = self._update(turn, verdict, values)
         if not taken:
@@ -176,8 +207,10 @@ class Trainer:
         elif turn.discriminator:
             self.adversary.step()
         self.step += 1
+        self.saver.taken = self.step if taken else self.saver.taken
+        values["skipped"] = float(not taken)
         self._judge(verdict, values, fault)
-        return {**values, "skipped": float(not taken), "stop": float(verdict.stop)}
+        return {**values, "stop": float(verdict.stop)}
 
     def accumulate(self, clips: Sequence[Clip], turn: Turn, metrics: StepMetrics, step: int) -> None:
         """Forward and backward passes of this rank's micro-batches; their gradients add up."""
@@ -207,7 +240,14 @@ class Trainer:
             how |= {"latents": self.distillation.latents(clip, step), "encode": self.objective.needs_posterior}
         return clip, with_decoder(self.strategy.model(clip.video, **how), self.network)
 
-    def vote(self, clips: Sequence[Clip | Unreadable], metrics: StepMetrics, fault: str | None, stop: bool) -> Verdict:
+    def vote(
+        self,
+        clips: Sequence[Clip | Unreadable],
+        metrics: StepMetrics,
+        fault: str | None,
+        stop: int = 0,
+        data_error: UserError | None = None,
+    ) -> Verdict:
         """Tell the other ranks how this one fared, and hear how they did. fault: how its memory ran out."""
         faults = [fault for clip in clips for fault in clip.faults]
         self.log.faults(faults)
@@ -216,10 +256,12 @@ class Trainer:
             loss=metrics.mean("loss"),
             worst=metrics.worst("loss") if sound else math.nan,
             out_of_memory=fault is not None,
-            unreadable=any(isinstance(clip, Unreadable) for clip in clips),
+            unreadable=data_error is None and any(isinstance(clip, Unreadable) for clip in clips),
+            no_data=data_error is not None,
             stop=stop,
             broken=len(faults),
             gradients=self.strategy.gradients(),
+            with_gradient=self.strategy.with_gradient,
         )
 
     def _update(self, turn: Turn, verdict: Verdict, values: dict[str, float]) -> bool:
@@ -249,12 +291,26 @@ class Trainer:
         return sound
 
     def _judge(self, verdict: Verdict, values: dict[str, float], fault: str | None) -> None:
-        """Stop the run where a fault has come back too often; every rank counts the same."""
+        """Stop the run where a fault has come back too often; every rank counts the same, and saves first."""
         self.broken_reads += verdict.broken
         self.reads += verdict.broken + self.config.data.batch_size
-        refuse_many_broken(self.reads, self.broken_reads, self.config.data.max_broken, self.folder)
         if verdict.out_of_memory and not self.strategy.recovers:
             self._leave(verdict)
+        try:
+            refuse_many_broken(self.reads, self.broken_reads, self.config.data.max_broken, self.folder)
+            self._count_faults(verdict, values, fault)
+        except DataError as error:
+            self.reads = self.broken_reads = 0  # the files that the user mends are judged anew
+            self.window.add(values)
+            self.saver.save_before(error, self.step, self.spikes.skipped_in_row)
+            raise
+        except LostPatience as error:
+            self.window.add(values)
+            self.saver.save_before(error, self.step, self.spikes.skipped_in_row)
+            raise
+
+    def _count_faults(self, verdict: Verdict, values: dict[str, float], fault: str | None) -> None:
+        """Raises LostPatience."""
         if not verdict.complete:
             self.log.warn(f"step {self.step} is skipped by all ranks: {verdict.fault()}{f': {fault}' if fault else ''}")
             self.unfinished.fault(verdict.fault())
@@ -266,17 +322,23 @@ class Trainer:
         elif norm is not None:  # a step that was skipped tells nothing
             self.zero_gradient.went_well()
 
+    def _abandon_step(self, error: UserError) -> None:
+        """The step that a resumed run takes anew leaves no trace; the finished ones are saved."""
+        self.strategy.skip(unscaled=False)
+        self.adversary.discard()
+        self.saver.save_before(error, self.step, self.spikes.skipped_in_row)
+
     def _leave(self, verdict: Verdict) -> None:
         """Save, without the step that failed, and end: the strategy cannot take back what came of it."""
         self.log.warn(
             f"step {self.step} failed on some rank ({verdict.fault()}), and DeepSpeed cannot forget half a step"
         )
-        fault = save(self)
-        saved = f"saved after step {self.step}" if fault is None else f"could not save step {self.step} ({fault})"
-        raise LostPatience(
-            f"{saved} and stopped; torchrun --max-restarts=N goes on from the newest checkpoint by itself. If it "
-            "comes back, raise trainer.accumulate or lower data.frames.max, data.height and data.width"
+        error = LostPatience(
+            "stopped; torchrun --max-restarts=N goes on from the newest checkpoint by itself. If it comes back, "
+            "raise trainer.accumulate or lower data.frames.max, data.height and data.width"
         )
+        self.saver.save_before(error, self.step, self.spikes.skipped_in_row)
+        raise error
 
     def _set_patience(self) -> None:
         robust = self.config.trainer.robust
@@ -292,7 +354,18 @@ class Trainer:
             "the model learns nothing: are its outputs clamped, or the pixels in another range than the losses expect? "
             "(trainer.robust.zero_gradient is the limit)",
         )
-        self._unsaved = SavePatience(robust.save_failures, "trainer.robust.save_failures")
+        failures = Patience(
+            robust.save_failures,
+            "checkpoints in a row could not be written",
+            "the last complete one stays (trainer.robust.save_failures is the limit)",
+        )
+        self.saver = Saver(
+            lambda: save(self),
+            self.folder / "checkpoints",
+            self.config.trainer.save_every,
+            failures,
+            warn=lambda message: self.log.warn(message),
+        )
 
     def _fuses(self) -> bool:
         """Where DeepSpeed offloads, AdamW steps on the host."""
@@ -303,10 +376,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-    def _after_step(self, values: dict[str, float], stopped: bool) -> None:
+    def _after_step(self, values: dict[str, float]) -> None:
         """Whatever is due after a step: log, validate, save."""
         trainer, validation = self.config.trainer, self.config.validation
-        finished = self.step == trainer.max_steps
+        finished, stopped = self.step == trainer.max_steps, self.stopped_by > 0
         self.window.add(values)
         self.log.advance()
         if self.step % trainer.log_every == 0 or finished or stopped:
@@ -315,15 +388,18 @@ class Trainer:
                 self.log.say(f"gave back {freed:.2f} GiB of GPU memory that lay idle")
         if validation.every and (self.step % validation.every == 0 or finished) and not stopped:
             keep_best(self, self.validate())
-        if trainer.save_every and (self.step % trainer.save_every == 0 or finished or stopped):
-            self.save()
+        ruined = 0 if self.spikes.finite_row else self.spikes.skipped_in_row
+        self.saver.after_step(self.step, taken=not values["skipped"], ruined=ruined, end=finished or stopped)
+        if finished:
+            require_best(self)
 
     def save(self) -> None:
-        """Write a checkpoint and an export; where that fails the run goes on, for a while.
+        """Write a checkpoint and what is made of it; see Saver.save."""
+        self.saver.save(self.step)
 
-        Raises LostPatience after trainer.robust.save_failures failures in a row.
-        """
-        self._unsaved.heed(save(self), self.log.warn)
+    def step_outputs(self, step: int) -> list[Path]:
+        """What is made of the checkpoint of a step, and goes with it."""
+        return step_outputs(self, step)
 
     def _gauges(self) -> dict[str, float]:
         """Learning rates, the proximal term, speed since the last log line, and peak memory of this process."""
@@ -345,3 +421,12 @@ class Trainer:
         """Score the held-out clips with the averaged weights; log the means and show some of the clips."""
         due = metrics_due(self)
         return report(self, due, validate_together(self, due))
+
+
+def _next_clips(clips: Iterator[Clip | Unreadable], count: int) -> tuple[list[Clip | Unreadable], UserError | None]:
+    """The micro-batches of a step; or, if the loader fails on this rank, placeholders and why."""
+    try:
+        return [next(clips) for _ in range(count)], None
+    except UserError as error:
+        error.on_every_rank = False
+        return [Unreadable([])] * count, error

@@ -116,6 +116,9 @@ class Zero:
         """0: the gradients are DeepSpeed's, which holds their shards."""
         return 0
 
+    def with_gradient(self) -> list[str]:
+        return []
+
     def average_gradients(self) -> None:
         """Done while backward ran."""
 

@@ -1,0 +1,177 @@
+"""Kill training runs at random moments and check that the same command ends with the same bits.
+
+    python scripts/check_kills.py /tmp/kills --kills 30                    # train.py
+    python scripts/check_kills.py /tmp/kills --kills 10 --diffusion        # train_latent_diffusion.py
+
+Half of the kills come after the last checkpoint has its name, when exports and published files are being written. A run
+is killed once or more and then started until it ends; its checkpoints, exports, published files and metrics must be
+those of a run that was not killed, bit for bit, without leftovers. For developers, on Linux; 30 kills take minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import vae3d.factory  # noqa: F401  (once, before the forks)
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 8
+KINDS = ("checkpoints", "exports")
+COMMON = ["logger=none", "trainer.precision=fp32", f"trainer.max_steps={STEPS}", "trainer.save_every=2"]
+COMMON += ["trainer.log_every=1", "trainer.keep=2", "data.workers=0", "run.root=runs", "run.name=run", "optim.lr=1e-3"]
+VAE = ["model=spatial", "model.channels=[8,8]", "model.groups=4", "model.layers=1", "stage=finetune"]
+VAE += ["stage.init_from=random", "loss=recon_kl", "data.height=16", "data.width=16", "data.batch_size=4"]
+VAE += ["data.frames.min=1", "data.frames.max=1", "validation.frames=1", "validation.every=4", "validation.clips=2"]
+VAE += ["validation.metrics=[psnr]", "trainer.best=psnr", "trainer.publish.prefix=vae", "trainer.publish.layout=native"]
+VAE += ["trainer.robust.rehearse=false"]
+DIFFUSION = ["denoiser=unet", "denoiser.width=16", "denoiser.blocks=1", "denoiser.head_channels=16"]
+DIFFUSION += ["data.height=32", "data.width=32", "data.frames.min=1", "data.frames.max=1"]
+DIFFUSION += ["data.batch_size=4", "trainer.ema.decays=[0.9,0.99]", "labels=none"]
+DIFFUSION += ["validation.every=0", "trainer.scale_samples=64"]
+
+
+def start(script: str, arguments: list[str], folder: Path) -> int:
+    """Run a script in a fork of this process, which has imported torch; its process id."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setsid()
+    os.chdir(folder)
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = [str(ROOT / script), *arguments]
+    status = 1
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(bool(error.code))
+    finally:
+        if sys.exc_info()[0] is not None:
+            sys.excepthook(*sys.exc_info())
+        sys.stdout.flush()
+        os._exit(status)  # the child must not return into this loop
+
+
+def run_to_end(script: str, arguments: list[str], folder: Path) -> float:
+    """Seconds that it took. Raises RuntimeError if it fails."""
+    begun, pid = time.monotonic(), start(script, arguments, folder)
+    _, status = os.waitpid(pid, 0)
+    if os.waitstatus_to_exitcode(status):
+        raise RuntimeError(f"{script} failed; see {folder}/log.txt")
+    return time.monotonic() - begun
+
+
+def kill_once(script: str, arguments: list[str], folder: Path, late: bool) -> str:
+    """Start a run and kill it, at a random step or, if late, between its last checkpoint and its end; where it was."""
+    pid, run, step = start(script, arguments, folder), folder / "runs/run", random.randint(1, STEPS - 1)
+    while not is_reached(run, step, late) and still_runs(pid):
+        time.sleep(0.0005)
+    time.sleep(random.uniform(0, 0.01 if late else 0.1))
+    try:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    except (ProcessLookupError, ChildProcessError):  # it had ended
+        pass
+    newest = {kind: [path.name for path in sorted((run / kind).glob("step-*"))][-1:] for kind in KINDS}
+    return " and ".join(f"{kind} up to {', '.join(names) or 'none'}" for kind, names in newest.items())
+
+
+def is_reached(run: Path, step: int, late: bool) -> bool:
+    if late:
+        return (run / f"checkpoints/step-{STEPS:07d}").is_dir()
+    return (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text().count("\n") >= step
+
+
+def still_runs(pid: int) -> bool:
+    try:
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    except ChildProcessError:
+        return False
+
+
+def plain(value: object) -> object:
+    """Comparable with ==: tensors as bits. Pickles of equal values may differ in what they share."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """What must be equal: file name to what is in it, and the metrics that are not about the machine."""
+    run, found = folder / "runs/run", {}
+    for path in sorted(run.rglob("*")):
+        name = str(path.relative_to(run))
+        if path.is_file() and not name.startswith((".hydra", ".lock", "rank0.log", "launches", "metrics")):
+            found[name] = plain(torch.load(path, weights_only=True)) if path.suffix == ".pt" else path.read_bytes()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    about_machine = ("per_second", "memory_gib")
+    found["metrics.jsonl"] = [{k: v for k, v in line.items() if not k.endswith(about_machine)} for line in lines]
+    return found
+
+
+def make_images(folder: Path, count: int = 80) -> Path:
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        small.resize((32, 32), Image.Resampling.BICUBIC).save(folder / f"{number:02d}.png")
+    return folder
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="an empty folder for the runs")
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--diffusion", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    random.seed(args.seed)
+    folder = args.folder.resolve()
+    torch.set_num_threads(1)
+    script, arguments = "train.py", [*COMMON, *VAE, "data=folder", f"data.source.path={make_images(folder / 'images')}"]
+    if args.diffusion:
+        vae = folder / "vae"
+        run_to_end("train.py", arguments, vae)
+        made = sorted((vae / "runs/run/exports").glob("step-*"))[-1]
+        script = "scripts/train_latent_diffusion.py"
+        source = ["data=folder", f"data.source.path={folder / 'images'}", f"vae.path={made}"]
+        scale = [str(ROOT / "scripts/measure_scale.py"), str(made), str(folder / "images"), "--height", "32", "--width"]
+        scaled = os.system(" ".join([sys.executable, *scale, "32", "--per-channel", "> /dev/null 2>&1"]))
+        if scaled:
+            raise RuntimeError("measure_scale.py failed")
+        arguments = [*COMMON, *DIFFUSION, *source]
+    seconds = run_to_end(script, arguments, folder / "whole")
+    expected = contents(folder / "whole")
+    print(f"a run takes {seconds:.1f} s and leaves {len(expected)} files", flush=True)
+    differing = 0
+    for number in range(args.kills):
+        killed = folder / f"killed{number:03d}"
+        where = kill_once(script, arguments, killed, late=number % 2 == 1)
+        run_to_end(script, arguments, killed)
+        found = contents(killed)
+        names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        differing += bool(names)
+        print(f"{number:3d} killed at {where}: {'DIFFERS: ' + ', '.join(names) if names else 'equal'}", flush=True)
+    print(f"{args.kills - differing} of {args.kills} equal")
+    return int(differing > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
