@@ -13,7 +13,19 @@ PACKAGE = tiny.ROOT / "vae3d"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 ENTRIES = [tiny.ROOT / "train.py", tiny.ROOT / "infer.py", *sorted((tiny.ROOT / "eval").glob("*.py"))]
 
-BASE = {"arguments", "errors", "io", "panorama", "precision", "ranks", "schedules", "seeding", "types", "weights", "features"}
+BASE = {
+    "arguments",
+    "errors",
+    "io",
+    "panorama",
+    "precision",
+    "ranks",
+    "schedules",
+    "seeding",
+    "types",
+    "weights",
+    "features",
+}
 PARTS = {"models", "losses", "adversarial", "data", "metrics"}
 PROCESSES = {"checkpoints", "diffusion", "inference", "evaluation", "engine", "latents"}
 WIRING = {"config", "check", "model_check", "factory", "launch", "limits", "summary", "latent_config", "latent_factory"}
