@@ -130,6 +130,8 @@ def _read_config(file: Path) -> tuple[dict[str, Any], nn.Module]:
         raise FileError(f"{file}: there are {classes} classes, and the network has {network.num_classes}")
     if strange := [number for number in told["known"] if number >= classes]:
         raise FileError(f"{file}: known has {strange[0]}, and there are {classes} classes")
+    if network.num_classes and not told["known"]:
+        raise FileError(f"{file}: known is empty, and the network has {network.num_classes} classes")
     return {**told, "network": network.config}, network
 
 
