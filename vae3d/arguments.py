@@ -43,7 +43,7 @@ class Size:
 # Upper limits are far above every published model, and low enough that nothing that keeps them takes long to build.
 Width = Annotated[int, Range(1, 2**16)]  # channels of a layer
 Factor = Annotated[int, Range(1, 64)]  # of a width
-Depth = Annotated[int, Range(1, 64)]  # blocks of a level
+Depth = Annotated[int, Range(1, 16)]  # blocks of a level
 Widths = Annotated[Sequence[Width], Size(1, 10)]  # of each level; each but the last halves the resolution
 Factors = Annotated[Sequence[Factor], Size(1, 10)]
 Flags = Annotated[Sequence[bool], Size(0, 10)]  # of each level boundary

@@ -35,7 +35,7 @@ from vae3d.inference.reconstruct import Reconstructor, Selection
 from vae3d.losses.objective import Objective, Weighted
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_blocks, compile_steps
-from vae3d.models.registry import build_model
+from vae3d.models.registry import build_model, is_known
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.tiling import Tiled
@@ -265,6 +265,11 @@ def trainer(config: TrainConfig, folder: Path) -> Trainer:
     if isinstance(model, TAEHV) and config.teacher.path is None and {"all", "encoder"} & config.stage.train.keys():
         built.log.warn(
             f"no teacher (teacher=none): nothing keeps the latents those of {model.variant}; they become its own"
+        )
+    if not is_known(config.model):
+        built.log.warn(
+            f"{config.model['_target_']} is not in MODELS of vae3d/models/registry.py: only vae3d.load(path, model) "
+            "will open the exports of this run"
         )
     if isinstance(model, WanVAE) and config.trainer.precision != "fp32" and (fault := slow_conv3d()):
         built.log.say(fault)

@@ -66,6 +66,8 @@ def sample(config: SampleConfig) -> None:
         raise UserError(f"write=[npz] is for images, and these samples have {size[0]} frames; use grid or files")
     codec = _codec(export, config, device)
     shape = codec.latent_shape(*size)
+    if shape[0] != (channels := export.told["network"]["channels"]):
+        raise UserError(f"{export.folder} makes latents of {channels} channels, and its autoencoder has {shape[0]}")
     reference = None if config.against is None else _reference(config, codec, shape, names)
     draw = _sampler(export, config, shape, labels, device)
     folder = Path(config.out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from vae3d.diffusion.export import read_export
 from vae3d.diffusion.export import write_export as write_diffusion_export
 from vae3d.errors import UserError
 from vae3d.factory import initialize, model_config
+from vae3d.io import read_yaml, yaml_text
 from vae3d.latent_factory import open_codec
 
 CALL = "{_target_: os.system, _args_: ['touch PWNED']}"
@@ -426,3 +428,36 @@ def test_an_unknown_class_leaves_nothing_but_its_name_to_one_who_has_the_model(p
         place.file.write_text(good)
     assert torch.equal(model.module.encoder.conv_in.weight, tiny.model("spatial").module.encoder.conv_in.weight)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"latent_shape": [4, 2**20, 2**10, 2**10]}, "latent_shape"),
+        ({"latent_shape": [4, 1, 8]}, "latent_shape"),
+        ({"latent_shape": [8, 1, 8, 8]}, "latents of 4 channels"),
+        ({"size": [2**15, 2**15, 2**15]}, "size"),
+        ({"size": [1, 64]}, "size"),
+        ({"classes": ["a"], "known": [0]}, "classes"),
+        ({"classes": [1]}, r"classes\[0\]"),
+        ({"known": [0]}, "known"),
+        ({"known": [-1]}, r"known\[0\]"),
+        ({"label_dropout": 2}, "label_dropout"),
+        ({"ema": []}, "ema"),
+        ({"ema": ["../../../etc/passwd"]}, r"ema\[0\]"),
+        ({"ema": None}, "ema"),
+        ({"vae": None}, "vae"),
+        ({"vae": {"path": "vae"}}, r"vae\.model is missing"),
+        ({"process": {"kind": ["gaussian"]}}, "kind of process"),
+        ({"process": {"kind": "gaussian", "schedule": "x"}}, "schedule"),
+        ({"process": {"kind": "flow", "learned_sigma": True}}, "learned_sigma"),
+        ({"network": {"kind": "unet", "multipliers": [1e-9]}}, r"multipliers\[0\]"),
+        ({"network": {"kind": "transformer", "depth": 10**6}}, "depth"),
+        ({"network": {"kind": "transformer", "num_classes": 2, "width": 24, "heads": 2, "depth": 2}}, "known is empty"),
+    ],
+    ids=str,
+)
+def test_facts_of_a_diffusion_model_that_do_not_fit_are_named(places, refuses, changes, key):
+    place = places["diffusion network"]
+    content = {**read_yaml(place.file), **changes}
+    assert re.search(key, refused(place, yaml_text(content).encode(), refuses))

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vae3d import __version__
 from vae3d.arguments import Count, Deviation, Mean, Range, Size, check_fields, short
-from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error, check_state, load_state
+from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error, check_state, load_state, read_state
 from vae3d.checkpoints.location import warn_if_older
 from vae3d.diffusion.build import build_network, build_process
 from vae3d.diffusion.processes import Process
@@ -24,6 +23,7 @@ from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import vae_difference
 
 CONFIG = "diffusion.yaml"
+MAX_CONFIG_BYTES = 2**19  # of 20,000 classes
 MAX_LATENTS, MAX_PIXELS = 2**28, 2**31  # of one sample; more is not what anybody trained on
 ROUNDING = 1e-6  # relative, of scale factors
 
@@ -107,8 +107,8 @@ def read_export(path: str | Path, decay: float | None = None) -> Export:
         raise CheckpointError(f"{folder} has no averages of ema={decay:g}; it has {', '.join(f'{r:g}' for r in rates)}")
     file = weights_file(folder, decay or rates[0], first=decay in (None, rates[0]))
     try:
-        weights = load_file(file)
-    except (OSError, SafetensorError) as error:
+        weights = read_state(file)
+    except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error})") from error
     check_state(network, weights, f"{file} ({CONFIG} beside it)")
     return Export(folder, told, weights)
@@ -116,7 +116,7 @@ def read_export(path: str | Path, decay: float | None = None) -> Export:
 
 def _read_config(file: Path) -> tuple[dict[str, Any], nn.Module]:
     """What a diffusion.yaml says, checked, and its network on the meta device, where it takes no memory."""
-    told = read_yaml(file)
+    told = read_yaml(file, MAX_CONFIG_BYTES)
     check_fields(told, Facts, str(file))
     for name, limit in (("latent_shape", MAX_LATENTS), ("size", MAX_PIXELS)):
         if math.prod(told[name]) > limit:
@@ -132,6 +132,8 @@ def _read_config(file: Path) -> tuple[dict[str, Any], nn.Module]:
         raise FileError(f"{file}: there are {classes} classes, and the network has {network.num_classes}")
     if strange := [number for number in told["known"] if number >= classes]:
         raise FileError(f"{file}: known has {strange[0]}, and there are {classes} classes")
+    if network.num_classes and not told["known"]:
+        raise FileError(f"{file}: known is empty, and the network has {network.num_classes} classes")
     return {**told, "network": network.config}, network
 
 
