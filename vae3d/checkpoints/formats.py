@@ -88,6 +88,11 @@ def read_checkpoint(path: str | Path, variant: str | None = None, part: str | No
         raise CheckpointError(f"{config_json}: cannot be read ({error})") from error
     if told.get("_class_name") in diffusers_vae.KINDS:
         return _diffusers_vae(told, read_state(weights), weights)
+    return _recognised(weights, told, variant, part)
+
+
+def _recognised(weights: Path, told: dict[str, Any], variant: str | None, part: str | None) -> Checkpoint:
+    """Published weights, whose layout and configuration their keys and shapes tell. told: their config.json."""
     layout, state, notes, others = recognise(weights, part)
     try:
         told = _own_config(told, layout)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from vae3d.errors import UserError
+from vae3d.io import FileError
 
 EXPORT_CONFIG = "model.yaml"
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
@@ -31,7 +31,7 @@ OFFICIAL_VAES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 PART = "::"  # between a path and the part of the file that is meant: weights.ckpt::ema_model
 
 
-class CheckpointError(UserError):
+class CheckpointError(FileError):
     """A checkpoint that is missing, unreadable, unknown, or does not fit the model."""
 
 

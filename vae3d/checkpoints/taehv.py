@@ -12,12 +12,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from vae3d import __version__
 from vae3d.models.layers.taehv_blocks import TGrow
 from vae3d.models.taehv import BASE, SUPER, TAEHV, VARIANTS
+from vae3d.weight_files import read_metadata
 
 State = dict[str, Tensor]
 MARKER = "encoder.4.conv.0.weight"  # a key that only these networks have
@@ -80,11 +80,9 @@ def metadata(told: dict[str, Any]) -> dict[str, str]:
 
 def read_facts(path: Path) -> dict[str, Any]:
     """What is written in or beside a weight file; empty if nothing is. Raises ValueError if it cannot be read."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-        if "taehv" in header:
-            return json.loads(header["taehv"])
+    header = read_metadata(path)
+    if "taehv" in header:
+        return json.loads(header["taehv"])
     for beside in (path.with_suffix(".json"), path.with_name(FACTS)):
         if beside.is_file():
             try:
