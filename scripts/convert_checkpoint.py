@@ -1,7 +1,7 @@
 """Write a checkpoint in the layout that another program opens; see README, Checkpoints.
 
     python scripts/convert_checkpoint.py runs/opensora_stage3 opensora_folder --to opensora
-    python scripts/convert_checkpoint.py sd_vae.safetensors sd_vae_folder --to diffusers
+    python scripts/convert_checkpoint.py sd_vae.safetensors sd_vae_folder --to diffusers --scaling_factor 0.18215
     python scripts/convert_checkpoint.py sd_vae_folder sd_vae.safetensors --to ldm
     python scripts/convert_checkpoint.py runs/opensora_stage3 sdxl_vae --part spatial --to diffusers
     python scripts/convert_checkpoint.py runs/wan_finetune wan_vae.pth --to wan

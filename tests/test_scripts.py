@@ -80,7 +80,8 @@ def test_the_2d_half_goes_to_diffusers_to_ldm_and_back(pipeline, tmp_path):
     folder, file, again = (str(tmp_path / name) for name in ("vae", "vae.safetensors", "again"))
     assert convert([str(source), folder, "--part", "spatial", "--to", "diffusers"]) == 0
     assert convert([folder, file, "--to", "ldm"]) == 0
-    assert convert([file, again, "--to", "diffusers"]) == 0
+    assert convert([file, again, "--to", "diffusers"]) == 2  # a lone file does not say its scaling factor
+    assert convert([file, again, "--to", "diffusers", "--scaling_factor", "0.13025"]) == 0
     inner = model.spatial_vae.module.state_dict()
     for written in (folder, again):
         state = AutoencoderKL.from_pretrained(written).state_dict()

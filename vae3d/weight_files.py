@@ -29,7 +29,7 @@ from vae3d.io import FileError, parse_json
 INDEX = ".index"  # in the name of an index of weights in several files: *.safetensors.index.json, *.bin.index.fp16.json
 MAX_INDEX_BYTES = 2**26
 MAX_PICKLE_BYTES = 2**26  # tensors lie outside of the pickle
-MAX_OPERATIONS = 2_000_000  # of a pickle: two seconds; a tensor takes about 40
+MAX_OPERATIONS = 1_000_000  # of a pickle: about a second; a tensor takes about 40
 MAX_EXPANDED = 2**16  # elements of a tensor that repeats those of a smaller storage
 DOWNLOAD = "download it again"
 
@@ -48,7 +48,7 @@ OTHER_KINDS = (
     (b"\x93NUMPY", "a numpy array", "save the tensors as .safetensors"),
     (b"\0" * 16, "a file of zero bytes, as an interrupted download leaves it", DOWNLOAD),
 )
-LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number that torch.save wrote first before 1.6
+LEGACY = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number that torch.save wrote first before 1.6
 
 DTYPES = {
     f"{name}Storage": dtype
@@ -83,6 +83,15 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return {name: tensor.read() for name, tensor in open_tensors(path).items()}
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What the header of a safetensors file holds beside its tensors; empty for files of other kinds."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}
+
+
 def open_tensors(path: str | Path, tree: Any = None) -> dict[str, LazyTensor]:
     """All tensors of a weight file, or of all files of an index, by name.
 
@@ -113,7 +122,7 @@ def _open(path: Path, start: bytes, size: int) -> Any:
         return _open_safetensors(path, start, size)
     if start.startswith(b"PK\x03\x04"):
         return _open_zip(path, size)
-    if start.startswith(LEGACY):
+    if LEGACY in start[:32]:  # behind the protocol and, since protocol 4, a frame
         return _open_legacy(path, size)
     for magic, kind, hint in OTHER_KINDS:
         if text.startswith(magic) or start.startswith(magic):

@@ -40,7 +40,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, layout):
     whole = path.read_bytes()
     for size in range(0, len(whole), max(1, len(whole) // 100)):
         path.write_bytes(whole[:size])
-        with pytest.raises(WeightsMissing, match=r"net\.\w+ holds no weights, or is damaged \(\w+\)$"):
+        with pytest.raises(WeightsMissing, match=r"net\.\w+: "):
             read(path)
 
 
@@ -59,16 +59,11 @@ def test_a_file_with_altered_bytes_is_read_or_refused(tmp_path, layout):
     assert refused > 50
 
 
-def test_a_file_that_would_run_code_is_refused(tmp_path):
-    torch.save({"weight": nn.Linear(2, 2)}, tmp_path / "net.pth")
-    with pytest.raises(WeightsMissing, match=r"holds no weights, or is damaged \(UnpicklingError\)"):
-        read(tmp_path / "net.pth")
-
-
-@pytest.mark.parametrize("content", [[torch.zeros(1)], {"weight": 1.0}, {"state_dict": 3}, torch.zeros(2)])
-def test_what_is_not_tensors_by_name_is_refused(tmp_path, content):
+@pytest.mark.parametrize("content", [{"weight": nn.Linear(2, 2)}, {"weight": 1.0}, {"state_dict": 3}, []])
+def test_what_holds_no_tensors_is_refused(tmp_path, content):
+    """A whole model would run its code."""
     torch.save(content, tmp_path / "net.pth")
-    with pytest.raises(WeightsMissing, match=r"net\.pth holds no tensors by name$"):
+    with pytest.raises(WeightsMissing, match=r"net\.pth: holds no tensors$"):
         read(tmp_path / "net.pth")
 
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from vae3d import __version__
@@ -21,6 +20,7 @@ from vae3d.arguments import Deviation, Mean, check_fields, short
 from vae3d.io import MAX_BYTES, FileError, parse_json, read_json
 from vae3d.models.layers.taehv_blocks import TGrow
 from vae3d.models.taehv import BASE, SUPER, TAEHV, VARIANTS
+from vae3d.weight_files import read_metadata
 
 State = dict[str, Tensor]
 MARKER = "encoder.4.conv.0.weight"  # a key that only these networks have
@@ -93,13 +93,11 @@ class Facts(TypedDict, total=False):
 
 def read_facts(path: Path) -> dict[str, Any]:
     """What is written in or beside a weight file; empty if nothing is. Raises FileError if it cannot be read."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            header = (file.metadata() or {}).get("taehv")
-        if header is not None:
-            if len(header) > MAX_BYTES:
-                raise FileError(f"{path}: its metadata `taehv` has more than {MAX_BYTES} characters, the maximum")
-            return _checked(parse_json(header, f"{path}, metadata `taehv`"), f"{path}, metadata `taehv`")
+    header = read_metadata(path).get("taehv")
+    if header is not None:
+        if len(header) > MAX_BYTES:
+            raise FileError(f"{path}: its metadata `taehv` has more than {MAX_BYTES} characters, the maximum")
+        return _checked(parse_json(header, f"{path}, metadata `taehv`"), f"{path}, metadata `taehv`")
     for beside in (path.with_suffix(".json"), path.with_name(FACTS)):
         if beside.is_file():
             told = read_json(beside)

@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-import pickle
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Size, Tensor, nn
 
+from vae3d.io import FileError
+from vae3d.weight_files import read_tensors
 from vae3d.weights import WeightsMissing
-
-# What torch.load and safetensors raise for a file that is cut short, altered, or something else.
-DAMAGED = (
-    SafetensorError, pickle.UnpicklingError, struct.error, EOFError, RuntimeError,
-    LookupError, ValueError, TypeError, AttributeError, AssertionError,
-)  # fmt: skip
 
 
 def read(file: Path) -> dict[str, Tensor]:
-    """Tensors by name, on the CPU, of what torch.save wrote (in its format of today or before 1.6) or of .safetensors;
-    also where they are nested under `state_dict`.
+    """Tensors by name, on the CPU, of a weight file of torch.save or safetensors; also where they are nested under
+    `state_dict`. Nothing that the file holds is run.
 
-    Raises WeightsMissing if the file is damaged or holds anything else.
+    Raises WeightsMissing if the file is damaged or holds no tensors.
     """
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except DAMAGED as error:
-        raise WeightsMissing(f"{file} holds no weights, or is damaged ({type(error).__name__})") from error
-    if isinstance(content, dict):
-        content = content.get("state_dict", content)
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise WeightsMissing(f"{file} holds no tensors by name")
-    return content
+        found = read_tensors(file)
+    except FileError as error:
+        raise WeightsMissing(str(error)) from error
+    if not found:
+        raise WeightsMissing(f"{file}: holds no tensors")
+    return {name.removeprefix("state_dict."): tensor for name, tensor in found.items()}
 
 
 def assign(network: nn.Module, state: Mapping[str, Tensor], file: Path, name: str | None = None) -> None:
