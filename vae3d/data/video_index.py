@@ -58,8 +58,7 @@ BYTE_SEEK = {"mpegts", "mpeg"}  # where positions are exact and timestamps may n
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
 RATES = [Fraction(n) for n in (8, 10, 12, 15, 16, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120)]
 RATES += [Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120)]
-ASPECT_TOLERANCE = 0.01  # pixels that are this near to square count as square
-BLOCK = 256  # rows that are read at once
+BLOCK = 64  # rows that are read at once
 CHECKED = 8  # frames at the beginning whose order is compared with that of the timestamps
 KEYS_BACK = 4  # key frames before a frame from which it is tried to decode it
 LATE = 64  # packets after its own by which a frame has come out; no codec reorders by more than 16
@@ -100,7 +99,7 @@ class Decoder:
 @dataclass(frozen=True)
 class Header:
     """Facts of a file. orientation: whether rows and columns are exchanged, then whether rows, then whether columns run
-    backwards. stored: height and width before that; size: the same with square pixels. first: packet at which decoding
+    backwards. stored: height and width before that. first: packet at which decoding
     begins. contiguous: whether packets lie in the file as the decoder takes them. ordered: "times" if the order of
     frames follows from timestamps, "file" if it is that of the packets, "decoded" if it was found by decoding,
     "counted" if there is also no telling which packet a frame comes from, so that decoding begins at the first.
@@ -112,7 +111,6 @@ class Header:
     decoder: Decoder | None
     orientation: tuple[bool, bool, bool]
     stored: Size
-    size: Size
     first: int
     contiguous: bool
     ordered: str
@@ -324,16 +322,12 @@ def _orientation(path: Path, frame: VideoFrame) -> tuple[bool, bool, bool]:
     )
 
 
-def _square_size(path: Path, frame: VideoFrame, aspect: Fraction | None) -> Size:
-    """Height and width with square pixels; the shorter side of a pixel is enlarged, so that nothing is lost."""
+def _aspect(path: Path, aspect: Fraction | None, exchanged: bool) -> float:
+    """Width of a pixel over its height, upright; 1 if the file does not say."""
     aspect = float(aspect or 1)
-    if abs(aspect - 1) <= ASPECT_TOLERANCE:
-        return frame.height, frame.width
     if not 1 / 8 <= aspect <= 8:
         raise MediaError(path, f"says that its pixels are {aspect:g} times as wide as high")
-    if aspect > 1:
-        return frame.height, round(frame.width * aspect)
-    return round(frame.height / aspect), frame.width
+    return 1 / aspect if exchanged else aspect
 
 
 # --- decoding
@@ -625,23 +619,22 @@ def build(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
     frames = np.array([(number, starts.get(number, first)) for number in order], FRAME)
     times, rate = _times(packets, shown if ordered == "counted" else order, names, unit, rates)
     keys = np.maximum.accumulate(np.where(packets.rows["key"], np.arange(len(packets.rows)), first))
-    size = _square_size(path, opening, aspect)
-    orientation = _orientation(path, opening)
+    orientation, stored = _orientation(path, opening), (opening.height, opening.width)
     header = Header(
         info=MediaInfo(
             len(order),
-            *(size[::-1] if orientation[0] else size),
+            *(stored[::-1] if orientation[0] else stored),
             float(rate),
             codec,
             opening.format.name,
             max(component.bits for component in opening.format.components),
+            _aspect(path, aspect, orientation[0]),
         ),
         container=container_name,
         stream=index,
         decoder=decoder,
         orientation=orientation,
-        stored=(opening.height, opening.width),
-        size=size,
+        stored=stored,
         first=first,
         contiguous=packets.contiguous and decoder is not None,
         ordered=ordered,
@@ -797,7 +790,7 @@ def _verified(
             elif header.contiguous:
                 return _verified(path, replace(header, contiguous=False), rows, seek, hashes)
             else:
-                raise MediaError(path, "gives other frames each time it is decoded")
+                raise MediaError(path, "is damaged: it gives other frames each time it is decoded")
     return header, rows
 
 
