@@ -37,7 +37,7 @@ from av.video.stream import VideoStream
 
 from vae3d.data.media import MediaError, MediaInfo, Size
 
-MAGIC = b"vae3d video index 1\n"
+MAGIC = b"vae3d video index 2\n"
 HEAD = struct.Struct("<20sII")  # magic, bytes of the JSON, CRC-32 of JSON and rows
 # What libav and PyAV raise for a damaged file; other exceptions are errors of this program.
 DECODER_ERRORS = (av.error.FFmpegError, OSError, ValueError, MemoryError, RuntimeError, LookupError, ArithmeticError)
