@@ -24,7 +24,10 @@ from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image
 from vae3d.data.media import MediaError, MediaInfo, Reader, Size, check_indices
 from vae3d.data.video_index import BLOCK, FRAME, KEYS_BACK, FrameSource, VideoIndex, check_frame, open_index, to_rgb
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts"),
+    *(".wmv", ".asf", ".flv", ".ogv", ".gif"),
+)
 
 
 def open_media(path: str | Path, reader: str = "auto", threads: int = 1) -> Reader:

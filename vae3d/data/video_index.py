@@ -30,7 +30,6 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideData
-from av.stream import Discard
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
@@ -49,6 +48,11 @@ FORMATS = (
     "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe,gif_pipe,ppm_pipe,pgm_pipe,j2k_pipe,jpegxl_pipe,image2"
 )
 OPEN_OPTIONS = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+
+METADATA = (
+    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+)  # of any encoding, as 19 does
+DISCARD_ALL = 48  # AVDiscard
 
 # Containers that store the time at which each frame is shown, and codecs whose packets hold one frame each. VP8 is not
 # among them (it has packets without a frame), nor are MPEG-1, -2 and -4 (open groups at the start, frames not coded).
@@ -305,10 +309,11 @@ def check_frame(path: Path, frame: VideoFrame, number: int, size: Size) -> None:
 
 def _orientation(path: Path, frame: VideoFrame) -> tuple[bool, bool, bool]:
     """How to turn the stored picture upright, as Header says, from the display matrix of the file."""
-    if SideData.DISPLAYMATRIX not in {entry.type for entry in frame.side_data}:
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if matrix is None:
         return False, False, False
     # (x, y) of the stored picture is shown at (a x + c y, b x + d y)
-    a, b, _, c, d = np.frombuffer(bytes(frame.side_data[SideData.DISPLAYMATRIX]), "<i4")[:5] / 65536
+    a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4")[:5] / 65536
     straight, turned = ([abs(value) for value in pair] for pair in ((a, d), (b, c)))
     if np.allclose(straight, 1, atol=1e-3) and np.allclose(turned, 0, atol=1e-3):
         return False, bool(d < 0), bool(a < 0)
@@ -434,14 +439,14 @@ def _numbered(packet: av.Packet, number: int) -> av.Packet:
 
 def open_container(path: Path) -> InputContainer:
     # An absolute path: ffmpeg takes what stands before a colon for a protocol.
-    return av.open(os.path.abspath(path), options=OPEN_OPTIONS, metadata_errors="replace")
+    return av.open(os.path.abspath(path), options=OPEN_OPTIONS, **METADATA)
 
 
 def _only(container: InputContainer, stream: VideoStream) -> None:
     """Let the demuxer skip all other streams."""
     for other in container.streams:
-        if other is not stream:
-            other.discard = Discard.all
+        if other is not stream and hasattr(other, "discard"):  # PyAV 17 has none, and reads them all
+            other.discard = DISCARD_ALL
 
 
 def _video_stream(path: Path, container: InputContainer) -> VideoStream:
