@@ -410,16 +410,15 @@ class FrameSource:
         return (packet for packet in self.container.demux(stream) if packet.size), stream.codec_context
 
     def _compared(self, packets: Iterator[av.Packet], start: int, skip: int = 0) -> Iterator[tuple[int, av.Packet]]:
-        sizes, crcs = (
-            np.concatenate([self.index.rows(*key)[name] for key in [(rows, start)]])
-            for rows, name in (("packets", "size"), ("seek", "crc"))
-        )
-        for number, packet in enumerate(itertools.islice(packets, skip, None), start):
-            if number - start >= len(sizes):
-                break
-            if (packet.size, zlib.crc32(packet)) != (sizes[number - start], crcs[number - start]):
-                raise MediaError(self.path, f"gives another packet {number} than when it was first read")
-            yield number, packet
+        packets = itertools.islice(packets, skip, None)
+        for block in range(start, self.index.counts["packets"], BLOCK):
+            sizes = self.index.rows("packets", block, BLOCK)["size"]
+            crcs = self.index.rows("seek", block, BLOCK)["crc"]
+            # zip takes no packet too many, because it looks at the sizes first.
+            for number, (size, crc, packet) in enumerate(zip(sizes, crcs, packets), block):  # noqa: B905
+                if (packet.size, zlib.crc32(packet)) != (size, crc):
+                    raise MediaError(self.path, f"gives another packet {number} than when it was first read")
+                yield number, packet
 
     def close(self) -> None:
         if self.file is not None:
