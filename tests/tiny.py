@@ -100,10 +100,11 @@ def write_video(
     pixels: str = "yuv420p",
     times_ms: Sequence[int] | None = None,
     rotation: int = 0,
+    mirrored: bool = False,
     transfer: int | None = None,
     **options: str,
 ) -> Path:
-    """Encode with PyAV; times_ms makes the frame rate variable."""
+    """Encode with PyAV; times_ms makes the frame rate variable. rotation, mirrored: to be undone when shown."""
     if codec == "libx264" and "crf" not in options:
         options["qp"] = "20"  # x264's rate control does not give the same file every time
     base = Fraction(1, fps) if times_ms is None else Fraction(1, 1000)
@@ -113,8 +114,8 @@ def write_video(
         stream.codec_context.time_base = base
         if transfer is not None:
             stream.codec_context.color_trc = transfer
-        if rotation:
-            stream.set_display_rotation(rotation)
+        if rotation or mirrored:
+            stream.set_display_rotation(rotation, hflip=mirrored)
         for i, array in enumerate(clip):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
             frame.pts, frame.time_base = (i if times_ms is None else times_ms[i]), base

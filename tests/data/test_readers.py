@@ -19,6 +19,13 @@ KINDS = {
     "open_gop.mp4": {"codec": "libx265", "x265-params": "open-gop=1:keyint=8:bframes=3:log-level=none"},
     "open_gop264.mp4": {"x264-params": "open-gop=1:keyint=8:bframes=3"},
     "mpeg4.avi": {"codec": "mpeg4", "g": "8"},
+    "mpeg4_b_frames.avi": {"codec": "mpeg4", "bf": "2", "g": "8"},
+    "h264_b_frames.avi": {"bf": "3", "g": "8"},
+    "dropped.avi": {"codec": "mpeg4", "bf": "2", "g": "8", "times_ms": [40 * i + 40 * (i > 20) for i in range(40)]},
+    "program.mpg": {"codec": "mpeg2video", "bf": "2", "g": "8", "fps": 25},
+    "refresh.mp4": {"x264-params": "intra-refresh=1:keyint=8"},
+    "equal_times.mkv": {"codec": "ffv1", "g": "8", "times_ms": [80 * (i // 2) for i in range(40)]},
+    "vp8_alt_ref.webm": {"codec": "libvpx", "g": "20", "auto-alt-ref": "1", "lag-in-frames": "16", "b": "200k"},
     "vp9.webm": {"codec": "libvpx-vp9", "g": "8"},
     "stream.ts": {"bf": "3", "g": "8"},
     "rotated.mp4": {"rotation": 90, "bf": "2"},
@@ -27,7 +34,10 @@ KINDS = {
     "variable.mkv": {"bf": "3", "g": "8", "times_ms": np.cumsum(np.random.default_rng(2).integers(5, 90, 40)).tolist()},
 }
 
-NOT_DECORD = ("open_gop.mp4", "open_gop264.mp4", "stream.ts")
+NOT_DECORD = {
+    *("open_gop.mp4", "open_gop264.mp4", "stream.ts", "program.mpg", "refresh.mp4"),
+    *("mpeg4_b_frames.avi", "h264_b_frames.avi", "dropped.avi", "equal_times.mkv"),
+}
 
 
 @pytest.fixture(scope="module")

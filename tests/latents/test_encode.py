@@ -22,9 +22,9 @@ from vae3d.data.sources import DataError, Folder, open_source
 from vae3d.latent_config import check_encoding
 from vae3d.latent_factory import encode as encode_command
 from vae3d.latent_factory import open_codec, padding
-from vae3d.latents import encode, shards
+from vae3d.latents import clips, encode, shards
 from vae3d.latents.cache import LatentCache
-from vae3d.latents.clips import Transform, items_of, labels_of
+from vae3d.latents.clips import ClipReader, Transform, items_of, labels_of
 from vae3d.latents.encode import encode_cache
 from vae3d.latents.shards import CacheError
 from vae3d.latents.statistics import LatentStatistics
@@ -384,3 +384,17 @@ def test_all_faults_of_a_configuration_are_told_at_once():
         assert part in told
     with pytest.raises(ConfigError, match="source must be a path, or a node with `_target_`"):
         check_encoding(tiny.compose("checkpoint=.", "cache=x", "source={path: photos}", config="latents"))
+
+
+def test_the_clips_of_one_file_open_it_once(tmp_path, monkeypatch):
+    source = tiny.frames(20)
+    tiny.write_video(tmp_path / "a.mp4", source)
+    transform = Transform(32, 40, frames=5, clips="all")
+    items, _ = items_of(Folder(tmp_path).table(), transform, labels="none")
+    opened, open_frames = [], clips.open_frames
+    monkeypatch.setattr(clips, "open_frames", lambda path, *args: opened.append(path) or open_frames(path, *args))
+    reader = ClipReader(items, transform)
+    for number in range(4):
+        expected = torch.from_numpy(source[5 * number : 5 * number + 5]).permute(3, 0, 1, 2).float()
+        assert (reader[number].pixels.float() - expected).abs().mean() < 8
+    assert len(opened) == 1

@@ -32,7 +32,8 @@ PANORAMA_TOLERANCE = 0.01  # of the ratio of width to twice the height
 class ClipSettings:
     """How a clip is cut out of a file.
 
-    stride: take every n-th frame. fps: thin faster videos out to this rate; slower ones keep theirs.
+    stride: take every n-th frame. fps: thin faster videos out to this rate; slower ones keep theirs. A video whose
+    rate varies is thinned by the number of its frames, as if it had its mean rate throughout.
     short_side: scale to this before cropping (None: so that the crop covers the short side).
     crop: center or random. flip: mirror every other clip. sampling: see data.sampling.
     min_side: leave out files whose shorter side has fewer pixels.
@@ -144,14 +145,15 @@ def read_clip(
     target = (settings.height, settings.width)
     if settings.panorama:
         return _read_panoramas(reader, path, indices, target, depth=settings.depth is not None)
-    crop = cover(info.height, info.width, target, settings.short_side, rng if settings.crop == "random" else None)
+    size = info.size_to_scale(target)
+    crop = cover(*size, target, settings.short_side, rng if settings.crop == "random" else None)
     return crop.cut(reader.read(indices, crop.size))
 
 
 def _read_panoramas(reader: Reader, path: str, indices: Sequence[int], size: Size, depth: bool) -> np.ndarray:
     """Whole frames at `size`. Readers treat both ends of a row as borders; here they are neighbours."""
     info = reader.info
-    if abs(info.width / (2 * info.height) - 1) > PANORAMA_TOLERANCE:
+    if abs(info.aspect * info.width / (2 * info.height) - 1) > PANORAMA_TOLERANCE:
         raise MediaError(
             path, f"is {info.height}x{info.width}: no equirectangular panorama, which is twice as wide as high"
         )

@@ -12,6 +12,7 @@ import numpy as np
 from vae3d.errors import UserError
 
 Size = tuple[int, int]  # height, width
+ASPECT_TOLERANCE = 0.01  # pixels that are this near to square count as square
 
 
 class DataError(UserError):
@@ -39,7 +40,8 @@ class MediaError(UserError):
 class MediaInfo:
     """frames, upright height and width in pixels, frames per second (0 for an image), how it is stored.
 
-    bits: per channel, as stored; frames are always read as 8 bits.
+    bits: per channel, as stored; frames are always read as 8 bits. aspect: width of a stored pixel over its height,
+    upright.
     """
 
     num_frames: int
@@ -49,6 +51,16 @@ class MediaInfo:
     codec: str
     pixels: str
     bits: int = 8
+    aspect: float = 1.0
+
+    def size_to_scale(self, target: Size) -> Size:
+        """Height and width from which to scale to `target`, so that a circle stays one: those with square pixels, but
+        if the file is wanted at its own size those that it has."""
+        if target == (self.height, self.width) or abs(self.aspect - 1) <= ASPECT_TOLERANCE:
+            return self.height, self.width
+        if self.aspect > 1:
+            return self.height, round(self.width * self.aspect)
+        return round(self.height / self.aspect), self.width
 
 
 class Reader(Protocol):

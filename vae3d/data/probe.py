@@ -21,6 +21,7 @@ from vae3d.data.sources import NUMBERS
 from vae3d.data.video_index import cache_folder
 
 THREADS = 16
+VERSION = 2  # of the answers; 1 counted frames and rates by timestamps
 Facts = dict[str, float | str]  # the columns of NUMBERS, or the one key `error`
 
 
@@ -106,4 +107,4 @@ def _read_cache(cache: Path) -> dict[str, dict]:
 
 def _cache_file(paths: list[str]) -> Path:
     name = hashlib.blake2b(os.path.commonpath(paths).encode(), digest_size=8).hexdigest()
-    return cache_folder() / "probe" / f"{name}.jsonl"
+    return cache_folder() / "probe" / f"{name}-{VERSION}.jsonl"

@@ -1,6 +1,6 @@
 """Reading just the wanted frames of a video or image file, through PyAV or decord behind one interface.
 
-Frames are [T, H, W, 3] uint8 RGB, turned and mirrored as the file's display matrix says, with square pixels. They are
+Frames are [T, H, W, 3] uint8 RGB, turned and mirrored as the file's display matrix says. They are
 numbered in the order in which a decoder puts them out.
 """
 
@@ -24,7 +24,10 @@ from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image
 from vae3d.data.media import MediaError, MediaInfo, Reader, Size, check_indices
 from vae3d.data.video_index import BLOCK, FRAME, KEYS_BACK, FrameSource, VideoIndex, check_frame, open_index, to_rgb
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts"),
+    *(".wmv", ".asf", ".flv", ".ogv", ".gif"),
+)
 
 
 def open_media(path: str | Path, reader: str = "auto", threads: int = 1) -> Reader:
@@ -123,7 +126,7 @@ class PyAVReader:
         not come out whole from there, as where a picture is refreshed bit by bit, from key frames before that."""
         packet, start = self._row(index)
         behind = self._last is not None and self._last[0] < index
-        if not behind or start > self._fed:
+        if not behind or start > self._fed + 1:
             self._restart(start)
         problem = f"is damaged: frame {index} of {self.info.num_frames} does not decode"
         for earlier in itertools.chain([None], self._keys_before(start)):
@@ -152,7 +155,7 @@ class PyAVReader:
             self._waiting.extend(frames)
 
     def _restart(self, packet: int) -> None:
-        self._run, self._fed = self._source.decode(packet), packet
+        self._run, self._fed = self._source.decode(packet), packet - 1  # which packet was decoded last
         self._waiting: deque[tuple[int, VideoFrame]] = deque()
         self._last = None
 
@@ -167,8 +170,8 @@ class PyAVReader:
 
     def _upright(self, pixels: np.ndarray, size: Size | None) -> np.ndarray:
         exchange, rows, columns = self.header.orientation
-        stored = self.header.size if size is None else (size[::-1] if exchange else size)
-        pixels = resize(pixels, stored)
+        if size is not None:
+            pixels = resize(pixels, size[::-1] if exchange else size)
         if exchange:
             pixels = pixels.swapaxes(0, 1)
         return pixels[:: -1 if rows else 1, :: -1 if columns else 1]
@@ -206,11 +209,12 @@ class DecordReader:
 def _check_for_decord(path: Path, index: VideoIndex) -> None:
     header = index.header
     reordered = (np.diff(index.rows("frames")["packet"].astype(int)) < 0).any()
+    unordered = (np.diff(index.times()) <= 0).any()
     if header.info.bits > 8:
         reason = f"has {header.info.bits} bits per channel, which decord turns into other colours"
     elif any(side % 2 for side in header.stored):
         reason = "has an odd number of rows or columns, of which decord gives other colours"
-    elif header.first or not header.contiguous or (header.ordered != "times" and reordered):
+    elif header.first or not header.contiguous or unordered or (header.ordered != "times" and reordered):
         reason = f"has no reliable timestamps ({header.container}), so that decord gives wrong frames"
     elif header.open_gop:
         reason = "has open groups of pictures, of which decord gives wrong frames"

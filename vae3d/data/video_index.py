@@ -30,14 +30,13 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideData
-from av.stream import Discard
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from vae3d.data.media import MediaError, MediaInfo, Size
 
-MAGIC = b"vae3d video index 1\n"
+MAGIC = b"vae3d video index 2\n"
 HEAD = struct.Struct("<20sII")  # magic, bytes of the JSON, CRC-32 of JSON and rows
 # What libav and PyAV raise for a damaged file; other exceptions are errors of this program.
 DECODER_ERRORS = (av.error.FFmpegError, OSError, ValueError, MemoryError, RuntimeError, LookupError, ArithmeticError)
@@ -50,6 +49,11 @@ FORMATS = (
 )
 OPEN_OPTIONS = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
 
+METADATA = (
+    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+)  # of any encoding, as 19 does
+DISCARD_ALL = 48  # AVDiscard
+
 # Containers that store the time at which each frame is shown, and codecs whose packets hold one frame each. VP8 is not
 # among them (it has packets without a frame), nor are MPEG-1, -2 and -4 (open groups at the start, frames not coded).
 TIMED = {"mov", "matroska", "mpegts", "flv"}
@@ -58,8 +62,7 @@ BYTE_SEEK = {"mpegts", "mpeg"}  # where positions are exact and timestamps may n
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
 RATES = [Fraction(n) for n in (8, 10, 12, 15, 16, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120)]
 RATES += [Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120)]
-ASPECT_TOLERANCE = 0.01  # pixels that are this near to square count as square
-BLOCK = 256  # rows that are read at once
+BLOCK = 64  # rows that are read at once
 CHECKED = 8  # frames at the beginning whose order is compared with that of the timestamps
 KEYS_BACK = 4  # key frames before a frame from which it is tried to decode it
 LATE = 64  # packets after its own by which a frame has come out; no codec reorders by more than 16
@@ -100,7 +103,7 @@ class Decoder:
 @dataclass(frozen=True)
 class Header:
     """Facts of a file. orientation: whether rows and columns are exchanged, then whether rows, then whether columns run
-    backwards. stored: height and width before that; size: the same with square pixels. first: packet at which decoding
+    backwards. stored: height and width before that. first: packet at which decoding
     begins. contiguous: whether packets lie in the file as the decoder takes them. ordered: "times" if the order of
     frames follows from timestamps, "file" if it is that of the packets, "decoded" if it was found by decoding,
     "counted" if there is also no telling which packet a frame comes from, so that decoding begins at the first.
@@ -112,7 +115,6 @@ class Header:
     decoder: Decoder | None
     orientation: tuple[bool, bool, bool]
     stored: Size
-    size: Size
     first: int
     contiguous: bool
     ordered: str
@@ -307,10 +309,11 @@ def check_frame(path: Path, frame: VideoFrame, number: int, size: Size) -> None:
 
 def _orientation(path: Path, frame: VideoFrame) -> tuple[bool, bool, bool]:
     """How to turn the stored picture upright, as Header says, from the display matrix of the file."""
-    if SideData.DISPLAYMATRIX not in {entry.type for entry in frame.side_data}:
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if matrix is None:
         return False, False, False
     # (x, y) of the stored picture is shown at (a x + c y, b x + d y)
-    a, b, _, c, d = np.frombuffer(bytes(frame.side_data[SideData.DISPLAYMATRIX]), "<i4")[:5] / 65536
+    a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4")[:5] / 65536
     straight, turned = ([abs(value) for value in pair] for pair in ((a, d), (b, c)))
     if np.allclose(straight, 1, atol=1e-3) and np.allclose(turned, 0, atol=1e-3):
         return False, bool(d < 0), bool(a < 0)
@@ -324,16 +327,12 @@ def _orientation(path: Path, frame: VideoFrame) -> tuple[bool, bool, bool]:
     )
 
 
-def _square_size(path: Path, frame: VideoFrame, aspect: Fraction | None) -> Size:
-    """Height and width with square pixels; the shorter side of a pixel is enlarged, so that nothing is lost."""
+def _aspect(path: Path, aspect: Fraction | None, exchanged: bool) -> float:
+    """Width of a pixel over its height, upright; 1 if the file does not say."""
     aspect = float(aspect or 1)
-    if abs(aspect - 1) <= ASPECT_TOLERANCE:
-        return frame.height, frame.width
     if not 1 / 8 <= aspect <= 8:
         raise MediaError(path, f"says that its pixels are {aspect:g} times as wide as high")
-    if aspect > 1:
-        return frame.height, round(frame.width * aspect)
-    return round(frame.height / aspect), frame.width
+    return 1 / aspect if exchanged else aspect
 
 
 # --- decoding
@@ -411,16 +410,15 @@ class FrameSource:
         return (packet for packet in self.container.demux(stream) if packet.size), stream.codec_context
 
     def _compared(self, packets: Iterator[av.Packet], start: int, skip: int = 0) -> Iterator[tuple[int, av.Packet]]:
-        sizes, crcs = (
-            np.concatenate([self.index.rows(*key)[name] for key in [(rows, start)]])
-            for rows, name in (("packets", "size"), ("seek", "crc"))
-        )
-        for number, packet in enumerate(itertools.islice(packets, skip, None), start):
-            if number - start >= len(sizes):
-                break
-            if (packet.size, zlib.crc32(packet)) != (sizes[number - start], crcs[number - start]):
-                raise MediaError(self.path, f"gives another packet {number} than when it was first read")
-            yield number, packet
+        packets = itertools.islice(packets, skip, None)
+        for block in range(start, self.index.counts["packets"], BLOCK):
+            sizes = self.index.rows("packets", block, BLOCK)["size"]
+            crcs = self.index.rows("seek", block, BLOCK)["crc"]
+            # zip takes no packet too many, because it looks at the sizes first.
+            for number, (size, crc, packet) in enumerate(zip(sizes, crcs, packets), block):  # noqa: B905
+                if (packet.size, zlib.crc32(packet)) != (size, crc):
+                    raise MediaError(self.path, f"gives another packet {number} than when it was first read")
+                yield number, packet
 
     def close(self) -> None:
         if self.file is not None:
@@ -440,14 +438,14 @@ def _numbered(packet: av.Packet, number: int) -> av.Packet:
 
 def open_container(path: Path) -> InputContainer:
     # An absolute path: ffmpeg takes what stands before a colon for a protocol.
-    return av.open(os.path.abspath(path), options=OPEN_OPTIONS, metadata_errors="replace")
+    return av.open(os.path.abspath(path), options=OPEN_OPTIONS, **METADATA)
 
 
 def _only(container: InputContainer, stream: VideoStream) -> None:
     """Let the demuxer skip all other streams."""
     for other in container.streams:
-        if other is not stream:
-            other.discard = Discard.all
+        if other is not stream and hasattr(other, "discard"):  # PyAV 17 has none, and reads them all
+            other.discard = DISCARD_ALL
 
 
 def _video_stream(path: Path, container: InputContainer) -> VideoStream:
@@ -625,23 +623,22 @@ def build(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
     frames = np.array([(number, starts.get(number, first)) for number in order], FRAME)
     times, rate = _times(packets, shown if ordered == "counted" else order, names, unit, rates)
     keys = np.maximum.accumulate(np.where(packets.rows["key"], np.arange(len(packets.rows)), first))
-    size = _square_size(path, opening, aspect)
-    orientation = _orientation(path, opening)
+    orientation, stored = _orientation(path, opening), (opening.height, opening.width)
     header = Header(
         info=MediaInfo(
             len(order),
-            *(size[::-1] if orientation[0] else size),
+            *(stored[::-1] if orientation[0] else stored),
             float(rate),
             codec,
             opening.format.name,
             max(component.bits for component in opening.format.components),
+            _aspect(path, aspect, orientation[0]),
         ),
         container=container_name,
         stream=index,
         decoder=decoder,
         orientation=orientation,
-        stored=(opening.height, opening.width),
-        size=size,
+        stored=stored,
         first=first,
         contiguous=packets.contiguous and decoder is not None,
         ordered=ordered,
@@ -797,7 +794,7 @@ def _verified(
             elif header.contiguous:
                 return _verified(path, replace(header, contiguous=False), rows, seek, hashes)
             else:
-                raise MediaError(path, "gives other frames each time it is decoded")
+                raise MediaError(path, "is damaged: it gives other frames each time it is decoded")
     return header, rows
 
 

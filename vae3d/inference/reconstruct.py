@@ -155,7 +155,7 @@ class Reconstructor:
         and how many there are. count: from that to how many are wanted. Raises MediaError."""
         with closing(self._open(source, bounds)) as reader:
             indices, fps, target = self._wanted(source, reader.info)
-            crop = cover(reader.info.height, reader.info.width, target)
+            crop = cover(*reader.info.size_to_scale(target), target)
             return crop.cut(reader.read(indices[: count(len(indices))], crop.size)), fps, len(indices)
 
     def _stream(self, source: str, target: Size) -> Stream:
@@ -171,7 +171,7 @@ class Reconstructor:
 
     def _chunks(self, reader: Reader, indices: list[int], target: Size, stream: Stream) -> Iterator[Piece]:
         """Every piece of the stream, with the frames after it that the stream wants to see; none is read twice."""
-        crop = cover(reader.info.height, reader.info.width, target)
+        crop = cover(*reader.info.size_to_scale(target), target)
         held, read = np.empty((0, *target, 3), np.uint8), 0
         for length in stream.chunks(len(indices)):
             new = indices[read : read + length + stream.lookahead - len(held)]
