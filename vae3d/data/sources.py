@@ -101,11 +101,7 @@ def checked(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
 
 def _numbers(column: pd.Series) -> pd.Series:
     """Floats; NaN for what is no finite number."""
-    try:
-        numbers = pd.to_numeric(column, errors="coerce").astype(float)
-    except OverflowError:  # an integer of hundreds of digits
-        numbers = column.map(lambda value: np.nan if isinstance(value, int) and abs(value) > 2**63 else value)
-        numbers = pd.to_numeric(numbers, errors="coerce").astype(float)
+    numbers = pd.to_numeric(column, errors="coerce").astype(float)
     return numbers.replace([np.inf, -np.inf], np.nan)
 
 
