@@ -126,3 +126,10 @@ def test_paths_and_numbers_that_cannot_be_are_faults_of_their_rows(tmp_path):
     assert "`fps`" in faults[2]
     assert "`fps`" in faults[3]
     assert "255 bytes" in faults[4]
+
+
+def test_a_number_of_any_length_is_an_error_of_its_row(tmp_path):
+    (tmp_path / "t.csv").write_text(f"path,fps\na.mp4,{'9' * 400}\nb.mp4,1e999\nc.mp4,24\n")
+    table = Table(tmp_path / "t.csv").table()
+    assert table["fault"].notna().tolist() == [True, True, False]
+    assert table["fps"][2] == 24

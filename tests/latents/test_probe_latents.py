@@ -18,6 +18,7 @@ from tests import tiny
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.data.sources import open_source
+from vae3d.errors import UserError
 from vae3d.factory import model_config
 from vae3d.latents import probe_run, probes
 from vae3d.latents.probe_run import ProbeSettings
@@ -189,7 +190,6 @@ def test_a_model_that_normalises_wrongly_is_named():
         (["two", "four"], ["--width=36"], "width is 36; with four's stride of 4 it must be a multiple of 8"),
         (["four"], ["--height=8"], "at least 16: use 16"),
         (["wan"], ["--frames=4"], "frames is 4, which wan takes with added frames only; use"),
-        (["two"], ["--count=0"], "count is 0; it must be at least 1"),
         (["two", "two"], [], "two models are called two; give them names"),
         (["wan"], ["--tile=15"], "tile=15, tile_overlap=None: tile is 15; use a multiple"),
         (["two"], ["--device=cuda:9"], "device=cuda:9 is not usable here"),
@@ -205,6 +205,15 @@ def test_what_cannot_be_probed_is_said(script, exports, photos, tmp_path, capsys
     assert script.main([*named, f"--source={source}", *SIZE, *changes, f"--out={tmp_path / 'out'}"]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_counts_are_at_least_1_on_the_command_line_and_in_code(script, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script.main([f"a={tmp_path}", f"--source={tmp_path}", *SIZE, "--count=0", f"--out={tmp_path / 'out'}"])
+    assert ended.value.code == 2
+    assert "--count: '0'" in capsys.readouterr().err
+    with pytest.raises(UserError, match="count is 0"):
+        ProbeSettings(32, 32, count=0)
 
 
 def test_a_report_that_cannot_be_written_is_said_before_the_probes(

@@ -129,7 +129,7 @@ def _fault(entry: Any) -> str | None:
 
 
 def _well_typed(entry: Any) -> dict[str, Any]:
-    """What can be used of an entry; NaN, which JSON does not have but Python reads, is not, nor is half a character."""
+    """What can be used of an entry; NaN, which JSON does not have but Python reads, is not."""
     if not isinstance(entry, dict):
         return {}
     found = {key: value for key, value in entry.items() if key in KINDS and isinstance(value, KINDS[key][0])}
@@ -139,8 +139,10 @@ def _well_typed(entry: Any) -> dict[str, Any]:
 
 
 def _whole(value: Any) -> bool:
-    """Whether a text has no lone surrogate, which JSON can spell and no encoding has."""
-    return not isinstance(value, str) or not any("\ud800" <= character <= "\udfff" for character in value)
+    """Whether a text has no lone surrogate, which JSON can spell and no encoding has, and an integer has 64 bits."""
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    return not isinstance(value, int) or abs(value) < 2**63
 
 
 def _unread(entries: list[Any]) -> list[str]:

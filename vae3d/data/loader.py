@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -13,12 +12,12 @@ import torch
 
 from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, open_frames, read_clip, to_sample
 from vae3d.data.media import MediaError
-from vae3d.data.probe import THREADS, complete, faulty_rows
+from vae3d.data.probe import complete, faulty_rows
 from vae3d.data.record import DataRecord
 from vae3d.data.resolution import SIZE, leave_out_small, told_of_enlarged
 from vae3d.data.sampler import Draw, Lengths, Plan, StepSampler
 from vae3d.data.segments import Bounds, bounds_of, count_frames
-from vae3d.data.sources import DataError, Source, exists, file_hashes
+from vae3d.data.sources import DataError, Source, exists, file_hashes, in_threads
 from vae3d.data.workers import WorkerDied as WorkerDied
 from vae3d.data.workers import WorkerError as WorkerError
 from vae3d.data.workers import WorkerTimeout as WorkerTimeout
@@ -80,9 +79,7 @@ def look_for_files(source: Source, max_broken: float) -> list[str]:
     """
     table = source.table()
     sound = table[table["fault"].isna()]
-    paths = sound["path"].unique().tolist()
-    with ThreadPoolExecutor(THREADS) as pool:  # a network disk answers many at once
-        there = dict(zip(paths, pool.map(exists, paths, chunksize=64), strict=True))
+    there = in_threads(exists, sound["path"])
     faults = faulty_rows(table) + [(path, "no such file") for path in sound["path"] if not there[path]]
     _check_share(faults, len(table), max_broken)
     count = sum(there.values())

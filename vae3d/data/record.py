@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +13,12 @@ import pandas as pd
 import torch
 
 from vae3d.data.dataset_rows import is_row, version_of
-from vae3d.data.images import sequence_files
+from vae3d.data.images import is_sequence, sequence_files
 from vae3d.data.media import MediaError
 from vae3d.data.segments import SEGMENT
+from vae3d.data.sources import in_threads
 from vae3d.seeding import seed_of
 
-THREADS = 16
 FACTS = ("split", "num_frames", "height", "width", "fps", "label", "text")
 SHOWN = 3  # names in a message
 
@@ -93,10 +92,7 @@ def record_of(table: pd.DataFrame, look: bool = True) -> DataRecord:
     rows = [seed_of(*row) for row in zip(table["name"], *(columns[name] for name in SEGMENT), strict=True)]
     facts = [seed_of(*map(_plain, row)) for row in zip(*(columns[name] for name in FACTS), strict=True)]
     paths = table["path"].tolist()
-    stats = dict.fromkeys(paths, (-1, -1))
-    if look:
-        with ThreadPoolExecutor(THREADS) as pool:  # a network disk answers many at once
-            stats = dict(zip(stats, pool.map(_stat, stats), strict=True))
+    stats = in_threads(_stat, paths) if look else dict.fromkeys(paths, (-1, -1))
     files = np.array([stats[path] for path in paths], dtype=np.int64).reshape(-1, 2)
     return DataRecord(np.array(rows, np.int64), np.array(facts, np.int64), files, table["name"].tolist())
 
@@ -119,7 +115,7 @@ def _stat(path: str) -> tuple[int, int]:
     if is_row(path):
         return tuple(version_of(path) or (-1, -1))
     try:
-        found = os.stat(sequence_files(path)[0])
+        found = os.stat(sequence_files(path)[0] if is_sequence(path) else path)
     except (OSError, MediaError):
         return -1, -1
     return found.st_size, found.st_mtime_ns

@@ -9,9 +9,12 @@ place in the source that messages name, and fault: why a row cannot be used, or 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from glob import escape, glob
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -24,7 +27,9 @@ from vae3d.data.segments import SEGMENT, SEGMENT_FAULT
 from vae3d.data.tables import JSON, kind_of, read_table
 from vae3d.seeding import seed_of
 
+T = TypeVar("T")
 NUMBERS = ("num_frames", "height", "width", "fps")
+THREADS, CHUNK = 16, 200  # that look at files, and paths that one of them takes at a time
 MAX_NAME = 255  # bytes of a file's name, on every file system
 ARCHIVES = (".tar", ".tgz", ".zip", ".gz", ".7z", ".rar")
 MISSING_NUMBERS = ("", "nan", "na", "n/a", "none", "null")  # as a column of numbers may have; a text is always a text
@@ -75,16 +80,18 @@ def checked(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
     for column in ("text", "label", "split", "fault"):
         table[column] = raw[column] if column in raw.columns else None
     _mark(table, names == "", "has no `path`")
-    _mark(table, names.map(lambda name: "\0" in name), "`path` has the character NUL, which no file name has")
-    too_long = names.map(lambda name: any(len(os.fsencode(part)) > MAX_NAME for part in name.split("/")))
+    _mark(table, names.str.contains("\0", regex=False), "`path` has the character NUL, which no file name has")
+    too_long = names.str.len() > MAX_NAME // 4  # characters have up to four bytes
+    too_long[too_long] = names[too_long].map(lambda name: max(map(len, os.fsencode(name).split(b"/"))) > MAX_NAME)
     _mark(table, too_long, f"`path` has a name of more than {MAX_NAME} bytes; is it the right column?")
     for column in (*SEGMENT, *NUMBERS):
         table[column] = np.nan
         if column in raw.columns:
-            given = raw[column].astype(object).map(_no_missing_word)
-            table[column] = given.map(_number).astype(float)
+            table[column] = _numbers(raw[column])
             least, reason = LIMITS.get(column, (1, f"`{column}` is no positive number"))
-            bad = (table[column].isna() & given.notna()) | (table[column] < least)
+            bad = table[column].isna() & raw[column].notna()
+            bad[bad] = ~raw.loc[bad, column].astype(str).str.strip().str.lower().isin(MISSING_NUMBERS)
+            bad |= table[column] < least
             _mark(table, bad, reason)
     _mark(table, table["end"] <= table["start"].fillna(0), SEGMENT_FAULT)
     if "split" in raw.columns:
@@ -92,18 +99,10 @@ def checked(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
     return table
 
 
-def _no_missing_word(value: Any) -> Any:
-    """None for what stands for a missing number."""
-    return None if isinstance(value, str) and value.strip().lower() in MISSING_NUMBERS else value
-
-
-def _number(value: Any) -> float:
-    """NaN for what is no finite number."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return np.nan
-    return number if np.isfinite(number) else np.nan
+def _numbers(column: pd.Series) -> pd.Series:
+    """Floats; NaN for what is no finite number."""
+    numbers = pd.to_numeric(column, errors="coerce").astype(float)
+    return numbers.replace([np.inf, -np.inf], np.nan)
 
 
 def _mark(table: pd.DataFrame, bad: pd.Series, reason: str) -> None:
@@ -178,6 +177,15 @@ def listed(paths: list[str], names: list[str]) -> pd.DataFrame:
     """A table of files of which nothing else is known."""
     table = pd.DataFrame({"path": paths, "name": names, "row": np.arange(1, len(paths) + 1)})
     return table.assign(**dict.fromkeys([*NUMBERS, *SEGMENT], np.nan), text=None, label=None, split=None, fault=None)
+
+
+def in_threads(function: Callable[[str], T], paths: Iterable[str]) -> dict[str, T]:
+    """function(path) of each path once. A network disk answers many at once."""
+    unique = list(dict.fromkeys(paths))
+    chunks = [unique[i : i + CHUNK] for i in range(0, len(unique), CHUNK)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        results = pool.map(lambda chunk: [function(path) for path in chunk], chunks)
+        return dict(zip(unique, chain.from_iterable(results), strict=True))
 
 
 def exists(path: str) -> bool:
