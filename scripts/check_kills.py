@@ -18,6 +18,7 @@ import runpy
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -54,15 +55,17 @@ def start(script: str, arguments: list[str], folder: Path) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.argv = [str(ROOT / script), *arguments]
+    code = 1
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
     except SystemExit as error:
-        os._exit(error.code if isinstance(error.code, int) else 1 if error.code else 0)
-    except BaseException:  # noqa: BLE001  (the child must not return into this loop)
-        sys.excepthook(*sys.exc_info())
-        os._exit(1)
-    sys.stdout.flush()
-    os._exit(0)
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    finally:  # never back into the loop of the parent
+        if code == 1:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def run_to_end(script: str, arguments: list[str], folder: Path) -> float:
