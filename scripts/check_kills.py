@@ -18,6 +18,7 @@ import runpy
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -54,17 +55,17 @@ def start(script: str, arguments: list[str], folder: Path) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.argv = [str(ROOT / script), *arguments]
-    status = 1
+    code = 1
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
-        status = 0
+        code = 0
     except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else int(bool(error.code))
-    finally:
-        if sys.exc_info()[0] is not None:
-            sys.excepthook(*sys.exc_info())
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    finally:  # never back into the loop of the parent
+        if code == 1:
+            traceback.print_exc()
         sys.stdout.flush()
-        os._exit(status)  # the child must not return into this loop
+        os._exit(code)
 
 
 def run_to_end(script: str, arguments: list[str], folder: Path) -> float:

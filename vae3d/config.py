@@ -204,7 +204,7 @@ class Trainer:
     compile: bool = False  # torch.compile of the model's blocks, in place
     log_every: int = 10
     save_every: int = 1000
-    keep: int = 3  # newest checkpoints, exports and published files kept; 0 keeps all
+    keep: int = 3  # newest checkpoints, exports and published files kept, two at least; 0 keeps all
     # Score of the validation (lpips_alex, rfid, psnr, ...) whose best is kept as exports/best; null: none
     best: str | None = None
     publish: Publish = field(default_factory=Publish)

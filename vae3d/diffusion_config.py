@@ -47,7 +47,7 @@ class Training:
     log_every: int = 10
     save_every: int = 1000
     save_failures: int = 3  # checkpoints in a row that cannot be written before the run stops
-    keep: int = 3  # newest checkpoints and exports kept; 0 keeps all
+    keep: int = 3  # newest checkpoints and exports kept, two at least; 0 keeps all
 
 
 @dataclass
