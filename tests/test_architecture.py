@@ -14,6 +14,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 ENTRIES = [tiny.ROOT / "train.py", tiny.ROOT / "infer.py", *sorted((tiny.ROOT / "eval").glob("*.py"))]
 
 BASE = {"errors", "io", "panorama", "precision", "ranks", "schedules", "seeding", "types", "weights", "features"}
+BASE |= {"pixels"}
 PARTS = {"models", "losses", "adversarial", "data", "metrics"}
 PROCESSES = {"checkpoints", "diffusion", "inference", "evaluation", "engine", "latents"}
 WIRING = {"config", "check", "model_check", "factory", "launch", "limits", "summary", "latent_config", "latent_factory"}

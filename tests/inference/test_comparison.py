@@ -213,8 +213,13 @@ def test_pixels_that_are_not_finite_are_no_figures(teacher, source, tmp_path):
     nn.init.constant_(model.decoder[-1].bias, torch.nan)
     config = model_config("taehv", *tiny.MODEL["taehv"])
     write_export(Checkpoint(config, model.state_dict(), tmp_path, ""), tmp_path / "broken")
-    with pytest.raises(UserError, match=r"clip3.mp4: the student's decoder gives pixels that are not finite"):
-        compare(tmp_path / "broken", source, tmp_path / "out", teacher)
+    for student, who, hint in (
+        (tmp_path / "broken", "the model's pixels", "float32"),
+        (teacher, "teacher's decoder", "fp16"),
+    ):
+        whose = ["teacher.precision=fp16"] if student == teacher else []
+        with pytest.raises(UserError, match=rf"clip3.mp4: .*{who}.* NaN or infinite, the first in frame 0; .*{hint}"):
+            compare(student, source, tmp_path / hint, tmp_path / "broken", *whose)
 
 
 def test_lpips_is_measured_if_asked_for(student, teacher, source, tmp_path, trunks):

@@ -21,7 +21,7 @@ from vae3d.errors import UserError
 from vae3d.factory import infer, model_config
 from vae3d.inference.files import InferenceError
 from vae3d.inference.reconstruct import identifier
-from vae3d.inference.video import to_uint8
+from vae3d.pixels import to_uint8
 
 INFER = [sys.executable, str(tiny.ROOT / "infer.py")]
 

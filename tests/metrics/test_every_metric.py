@@ -170,7 +170,7 @@ def test_results_are_named_as_the_metric_says(metrics):
 def test_a_pixel_that_is_not_finite_is_an_error_that_names_its_frame(quick, names, wrong, which):
     ref, rec = pair(5)
     (ref if which == "original" else rec)[4, 1, 20, 20] = wrong
-    with pytest.raises(MetricError, match=f"frame 4 of the {which} has pixels that are not finite"):
+    with pytest.raises(MetricError, match=f"the {which}: .* the first in frame 4"):
         result(build_metrics(names), ref, rec, chunk=3)
 
 

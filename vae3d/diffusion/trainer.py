@@ -28,6 +28,7 @@ from vae3d.engine.replicas import Replicas
 from vae3d.engine.runlog import RunLog
 from vae3d.engine.stopping import on_sigterm
 from vae3d.engine.verdict import Ballot, Verdict
+from vae3d.pixels import no_value_checks
 from vae3d.seeding import generator_of
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class DiffusionTrainer:
         self.log.close()
         return not stopped
 
+    @no_value_checks()
     def train_step(self, batches: Sequence[Batch], stop: bool = False) -> dict[str, float]:
         """One optimizer step over micro-batches; returns metrics averaged over them and all ranks.
 

@@ -41,6 +41,7 @@ from vae3d.engine.zero import Zero
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricSet
 from vae3d.models.base import with_decoder
+from vae3d.pixels import no_value_checks
 from vae3d.seeding import seed_of
 from vae3d.types import Clip, Reconstruction
 
@@ -151,6 +152,7 @@ class Trainer:
         self.log.close()
         return not stopped
 
+    @no_value_checks()
     def train_step(self, clips: Sequence[Clip | Unreadable], stop: bool = False) -> dict[str, float]:
         """One optimizer step over the micro-batches `clips`; returns metrics averaged over them and all ranks.
 

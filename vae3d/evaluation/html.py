@@ -17,6 +17,7 @@ from torch import Tensor
 from vae3d.evaluation.pairs import Pair, PairReader, Protocol
 from vae3d.evaluation.store import VideoScore
 from vae3d.evaluation.tables import number
+from vae3d.pixels import quantize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -209,7 +210,7 @@ def _shown_frames(video: VideoScore, by: str, columns: Mapping[str, bool | None]
 
 
 def _strip(frames: Tensor) -> str:
-    pixels = (frames.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().numpy()
+    pixels = quantize(frames, "unit").permute(0, 2, 3, 1).numpy()
     images = [Image.fromarray(frame) for frame in pixels]
     height = max(1, round(images[0].height * WIDTH / images[0].width))
     scale = Image.Resampling.NEAREST if images[0].width < WIDTH else Image.Resampling.LANCZOS

@@ -8,9 +8,7 @@ from types import TracebackType
 
 import av
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 BT601 = 6  # AVCOL_SPC_SMPTE170M, the matrix swscale converts RGB with; said in the file, players need not guess
 
@@ -20,12 +18,6 @@ CODECS = {
     "lossless": ("libx264rgb", "rgb24", {"crf": "0", "preset": "veryfast"}),
     "h264": ("libx264", "yuv420p", {"crf": "18", "preset": "medium"}),
 }
-
-
-def to_uint8(video: Tensor) -> np.ndarray:
-    """[3, T, H, W] in [-1, 1] (clamped here) -> [T, H, W, 3] uint8, rounded to nearest."""
-    pixels = video.float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round()
-    return pixels.byte().permute(1, 2, 3, 0).cpu().numpy()
 
 
 class VideoWriter:
@@ -103,8 +95,3 @@ def write_image(path: Path, frame: np.ndarray) -> None:
     unfinished = path.with_name(f".{path.stem}.partial{path.suffix}")
     Image.fromarray(frame).save(unfinished)
     unfinished.replace(path)
-
-
-def as_unit(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """[T, H, W, 3] uint8 -> [T, 3, H, W] float in [0, 1], as metrics take them."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float() / 255.0

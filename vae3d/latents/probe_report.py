@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vae3d.evaluation.tables import text_table, write_json
 from vae3d.latents.probes import COLLAPSED_KL, COLLAPSED_SHARE, TRANSFORMS
+from vae3d.pixels import to_uint8
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -345,7 +346,7 @@ def _shots(name: str, shots: Mapping[str, Tensor]) -> str:
 
 
 def _picture(frame: Tensor) -> str:
-    image = Image.fromarray(((frame.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy())
+    image = Image.fromarray(to_uint8(frame[:, None])[0])
     scale = Image.Resampling.NEAREST if image.width < WIDTH else Image.Resampling.LANCZOS
     file = io.BytesIO()
     image.resize((WIDTH, max(1, round(image.height * WIDTH / image.width))), scale).save(file, format="PNG")

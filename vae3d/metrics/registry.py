@@ -101,12 +101,13 @@ def build_metrics(
     on_missing: str = "stop",
     pwc_warp: str = "flolpips",
     settings: dict[str, dict[str, Any]] | None = None,
+    pixel_range: str = "unit",
 ) -> MetricSet:
     """Metrics by name, their weights loaded.
 
     preset: whose formulas, a key of PRESETS. on_missing: `skip` leaves out metrics whose weights are not on this
     machine (`MetricSet.absent` says which), `stop` raises. pwc_warp: see features.pwcnet. settings: metric ->
-    arguments besides the preset's, such as {"rfid": {"stride": 4}}.
+    arguments besides the preset's, such as {"rfid": {"stride": 4}}. pixel_range: see MetricSet.
     Raises MetricError for an unknown name, WeightsMissing that names all files that are not there.
     """
     wanted = resolve(names, preset)
@@ -120,7 +121,8 @@ def build_metrics(
     present = [name for name in wanted if name not in missing]
     arguments = {name: {**PRESETS[preset].settings.get(name, {}), **more.get(name, {})} for name in present}
     metrics = [METRICS[name].build(networks, **arguments[name]) for name in present]
-    return MetricSet(metrics, {name: files[name] for name in present if name in files}, _one_line(missing))
+    found = {name: files[name] for name in present if name in files}
+    return MetricSet(metrics, found, _one_line(missing), pixel_range)
 
 
 def _one_line(missing: Mapping[str, Sequence[str]]) -> dict[str, str]:
