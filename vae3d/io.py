@@ -119,6 +119,15 @@ class _PlainDumper(yaml.SafeDumper):
         return True
 
 
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Inside, an OSError of writing becomes a FileError that names `path`, which the libraries' own do not."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
 def yaml_text(value: Any) -> str:
     """YAML that read_yaml accepts: no aliases, keys in their order."""
     return yaml.dump(value, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from vae3d import __version__, weights
 from vae3d.evaluation.pairs import Pair, PairInfo, Protocol
+from vae3d.io import FileError, atomic_write
 from vae3d.metrics import Metric, MetricSet, Score, VideoResult
 from vae3d.metrics.distribution import Features
 
@@ -94,10 +96,7 @@ class Store:
 
     def _write_features(self, key: str, metric: str, features: tuple[Features, Features]) -> str:
         path = self.folder / "features" / f"{metric}-{key}-{self.keys[metric]}.npz"
-        unfinished = path.with_suffix(".partial.npz")
-        both = zip(("ref", "rec"), features, strict=True)
-        np.savez(unfinished, **{f"{which}_{k}": v for which, f in both for k, v in f.arrays().items()})
-        unfinished.replace(path)
+        write_features(path, features)
         return path.name
 
     def score(self, name: str, key: str, info: PairInfo, known: dict[str, dict[str, Any]]) -> VideoScore:
@@ -114,10 +113,21 @@ class Store:
         return VideoScore(name, info, scores, counts, features)
 
 
+def write_features(file: Path, features: tuple[Features, Features]) -> None:
+    """Write the features of an original and a reconstruction, whole or not at all."""
+    both = zip(("ref", "rec"), features, strict=True)
+    with atomic_write(file) as stream:
+        np.savez(stream, **{f"{which}_{k}": v for which, f in both for k, v in f.arrays().items()})
+
+
 def read_features(file: Path) -> tuple[Features, Features]:
-    with np.load(file) as arrays:
-        ref, rec = (
-            Features.from_arrays({k: arrays[f"{which}_{k}"] for k in ("rows", "count", "mean", "scatter")})
-            for which in ("ref", "rec")
-        )
+    """Inverse of write_features. Raises FileError if the file is damaged."""
+    try:
+        with np.load(file) as arrays:
+            ref, rec = (
+                Features.from_arrays({k: arrays[f"{which}_{k}"] for k in ("rows", "count", "mean", "scatter")})
+                for which in ("ref", "rec")
+            )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise FileError(f"{file}: is damaged ({error}); delete it, and the same command makes it again") from error
     return ref, rec

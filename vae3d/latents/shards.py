@@ -11,7 +11,6 @@ CACHE/webdataset/00000.tar            on request; its samples are 000000012.mean
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -29,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vae3d.errors import UserError
+from vae3d.latents.identity import file_hash
 from vae3d.latents.statistics import LatentStatistics
 
 META, INDEX, FAULTS, STATISTICS, COMPLETE = (
@@ -171,14 +171,6 @@ def is_whole(file: Path) -> bool:
 
 def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def file_hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_json(file: Path, content: Any) -> None:

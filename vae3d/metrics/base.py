@@ -18,6 +18,25 @@ from vae3d.precision import measuring
 R = TypeVar("R")
 
 
+@dataclass(frozen=True)
+class Nearest:
+    """Of a column: the best value is `target`; below and above it are worse."""
+
+    target: float
+
+
+Better = bool | Nearest | None  # higher is better, lower is better, a value is best, or neither
+
+
+def goodness(value: float, better: Better) -> float:
+    """A number that is larger the better the value is. Raises ValueError for a column without better and worse."""
+    if better is None:
+        raise ValueError("no value of this column is better than another")
+    if isinstance(better, Nearest):
+        return -abs(value - better.target)
+    return value if better else -value
+
+
 class MetricError(UserError):
     """A metric that cannot be computed on this input; the message says why."""
 
@@ -74,13 +93,13 @@ class VideoResult:
 class Metric:
     """Base of all metrics.
 
-    name: as users ask for it. columns: result -> whether higher is better (None: neither). counted: keys of
+    name: as users ask for it. columns: result -> what is better, see Better. counted: keys of
     VideoResult.counts. pairs: whether it compares neighbouring frames. min_size: of a frame's sides, in pixels.
     min_frames: of a video.
     """
 
     name: str
-    columns: Mapping[str, bool | None]
+    columns: Mapping[str, Better]
     counted: Sequence[str] = ()
     pairs = False
     min_size = 1
@@ -196,7 +215,7 @@ class MetricSet:
         return MetricSet(chosen, pixel_range=self.pixel_range)
 
     @property
-    def columns(self) -> dict[str, bool | None]:
+    def columns(self) -> dict[str, Better]:
         return {column: better for metric in self.metrics for column, better in metric.columns.items()}
 
     @measuring()

@@ -11,7 +11,7 @@ import torch
 
 from vae3d import weights
 from vae3d.metrics import distribution, frame, panorama, temporal
-from vae3d.metrics.base import Metric, MetricError, MetricSet
+from vae3d.metrics.base import Better, Metric, MetricError, MetricSet
 from vae3d.metrics.networks import FLOWS, I3D, INCEPTION, LPIPS, Networks
 from vae3d.metrics.presets import PRESETS
 
@@ -73,8 +73,8 @@ def resolve(names: Sequence[str], preset: str = "default") -> list[str]:
     return wanted
 
 
-def columns_of(names: Sequence[str]) -> dict[str, bool | None]:
-    """The columns of metrics that are not built yet, and whether higher is better (None: neither)."""
+def columns_of(names: Sequence[str]) -> dict[str, Better]:
+    """The columns of metrics that are not built yet, and what is better."""
     # Those whose columns depend on their settings have one, of their own name, and it is a distance.
     kinds = {name: getattr(METRICS[name].kind, "columns", {name: False}) for name in names}
     return {column: better for columns in kinds.values() for column, better in columns.items()}
