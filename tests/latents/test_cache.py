@@ -252,7 +252,7 @@ def test_a_split_can_be_read_alone(photos, tmp_path):
 
 def test_one_flipped_bit_anywhere_is_found_when_it_is_read(cached, tmp_path):
     """In the header, in names, shapes, offsets and values of a shard; in index, metadata and statistics."""
-    hurt, found = shutil.copytree(cached, tmp_path / "hurt"), 0
+    hurt, found, right = shutil.copytree(cached, tmp_path / "hurt"), 0, entries(cached)
     shard = (hurt / "shards/00000.safetensors").read_bytes()
     length = int.from_bytes(shard[:8], "little")
     places = [0, 7, 9, *range(10, 8 + length, 23), *range(8 + length, len(shard), 977), len(shard) - 1]
@@ -265,12 +265,9 @@ def test_one_flipped_bit_anywhere_is_found_when_it_is_read(cached, tmp_path):
         changed[place] ^= 1 << number % 8
         (hurt / name).write_bytes(changed)
         try:
-            cache = LatentCache(hurt, mode="mean")
-            for entry in range(len(cache)):
-                assert torch.equal(cache[entry].z, LatentCache(cached, mode="mean")[entry].z), (name, place)
+            assert all(map(torch.equal, entries(hurt), right)), (name, place)
         except CacheError as error:
-            assert str(hurt) in str(error)
-            found += 1
+            found += str(hurt) in str(error)
         (hurt / name).write_bytes(whole)
     # What does not change a value, such as a space at the end of a shard's header, may pass.
     assert found >= len(tries) - 2
@@ -437,19 +434,25 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-def test_a_hostile_cache_is_one_message(cached, tmp_path):
+def test_a_hostile_cache_is_one_message_or_its_latents_are_right(cached, tmp_path):
     """Never a traceback, a hang, or latents that were not written."""
-    whole = LatentCache(cached, mode="mean")
-    right = [whole[place].z for place in range(len(whole))]
+    right = entries(cached)
+    refused = 0
     for number, change in enumerate(HOSTILE):
         folder = shutil.copytree(cached, tmp_path / str(number))
         change(folder)
         start = time.perf_counter()
-        with pytest.raises(CacheError) as caught:
-            cache = LatentCache(folder, mode="mean")
-            given = [cache[place].z for place in range(len(cache))]
-            _ = cache.statistics
-            assert all(map(torch.equal, given, right))  # else it fails here, by another error
-        assert str(folder) in str(caught.value), number
-        assert "Error(" not in str(caught.value), number
+        try:
+            assert all(map(torch.equal, entries(folder), right)), number
+        except CacheError as error:
+            refused += str(folder) in str(error) and "\n" not in str(error).strip()
         assert time.perf_counter() - start < 2, number
+        shutil.rmtree(folder)
+    assert refused == len(HOSTILE) - 2  # another name of the encoder, and no transform, are no harm
+
+
+def entries(folder) -> list[torch.Tensor]:
+    """All that a cache gives; it is asked for its statistics too."""
+    cache = LatentCache(folder, mode="mean")
+    assert isinstance(cache.statistics, dict)
+    return [cache[place].z for place in range(len(cache))]

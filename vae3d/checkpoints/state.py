@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vae3d.checkpoints.formats import CheckpointError
+from vae3d.checkpoints.integrity import check_records
 from vae3d.errors import UserError
 
 META = "run.json"  # written last: a folder without it is not complete
@@ -156,13 +157,15 @@ def starting_state(root: Path, resume_from: str | None) -> Path | None:
 def load_state(path: Path, mmap: bool = False) -> dict[str, Any]:
     """The training state in a step folder or a lone state file, tensors on the CPU (mmap: left on disk until used).
 
-    Raises CheckpointError if the file is damaged or holds something else.
+    Raises CheckpointError if the file is damaged (mmap: a flipped bit is not looked for) or holds something else.
     """
     file = path / STATE if path.is_dir() else path
+    advice = f"; delete {path} to resume before it" if path.is_dir() else ""
+    if not mmap:
+        check_records(file, advice)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        advice = f"; delete {path} to resume before it" if path.is_dir() else ""
         raise CheckpointError(f"{file} cannot be read ({error}){advice}") from error
     if not isinstance(state, dict) or not {"step", "model", "optimizer"} <= state.keys():
         raise CheckpointError(f"{file} holds no training state; to start from weights alone set stage.init_from={file}")
@@ -183,6 +186,7 @@ def load_rank(path: Path, rank: int) -> dict[str, Any]:
     file = path / RANK_STATE.format(rank=rank)
     if not path.is_dir() or not file.is_file():
         return {}
+    check_records(file, f"; delete {path} to resume before it")
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vae3d.io import FileError, read_text
 from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.identity import difference, file_hash, vae_difference
 from vae3d.latents.shards import (
@@ -35,6 +37,7 @@ from vae3d.seeding import generator_of
 OPEN_SHARDS = 64  # files that a process keeps open
 MOST_CLASSES = 100_000  # larger numbers are names, not places in a list
 TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+MAX_INDEX = 2**32  # bytes of index.csv
 NONE = -1  # the label of an entry without one
 TEXT = ("key", "latent", "label", "split", "text", "source")  # columns of index.csv that are not numbers
 
@@ -89,7 +92,11 @@ class LatentCache(Dataset[Latent]):
                 f"{self.folder / INDEX} has {len(index)} rows; {told['entries']} were written; encode again"
             )
         for name, there in told["sha256"].items():
-            if file_hash(self.folder / name) != there:
+            try:
+                same = file_hash(self.folder / name) == there
+            except (OSError, FileError) as error:
+                raise CacheError(f"{self.folder / name} cannot be read: {error}; encode again") from error
+            if not same:
                 raise CacheError(f"{self.folder / name} is not what was written: its sha256 differs; encode again")
         self.classes = class_names(index["label"])
         if split is not None:
@@ -231,8 +238,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     for key in ("digest", "precision", "pixel_range", "source", "clips_hash"):
         require(type(meta.get(key)) is str, key)
     require(isinstance(meta.get("transform"), dict), "transform")
-    require(meta.get("store") in KINDS, "store")
-    require(meta.get("dtype") in TORCH_NAMES, "dtype")
+    require(meta.get("store") in tuple(KINDS), "store")
+    require(meta.get("dtype") in tuple(TORCH_NAMES), "dtype")
     require(type(meta.get("flip")) is bool, "flip")
     for key in ("clips", "shard_size"):
         require(type(meta.get(key)) is int and meta[key] > 0, key)
@@ -272,7 +279,8 @@ def read_index(folder: Path, channels: int, shards: int) -> pd.DataFrame:
     """index.csv; texts that are not given are empty. Raises CacheError for a table that finish did not write."""
     file = folder / INDEX
     try:
-        index = pd.read_csv(file, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values={"fps": [""]})
+        text = StringIO(read_text(file, MAX_INDEX))
+        index = pd.read_csv(text, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values={"fps": [""]})
         whole = index[["number", "shard", "frames", "height", "width", "crc32"]]
         shapes = index["latent"].str.fullmatch(rf"{channels}(x[1-9][0-9]{{0,6}}){{3}}")
         checks = {
@@ -284,7 +292,7 @@ def read_index(folder: Path, channels: int, shards: int) -> pd.DataFrame:
             "no label, split, text or source": {"label", "split", "text", "source"} <= set(index.columns),
         }
     except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:  # ValueError: also of pandas' parser
-        raise CacheError(f"{file} cannot be read: {error}; encode again") from error
+        raise CacheError(f"{file} cannot be read: {' '.join(str(error).split())}; encode again") from error
     if wrong := [name for name, sound in checks.items() if not sound]:
         raise CacheError(f"{file} has {wrong[0]}; encode again")
     return index

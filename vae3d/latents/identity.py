@@ -18,6 +18,7 @@ from torch import Tensor
 from vae3d.data.dataset_rows import is_row, version_of
 from vae3d.data.images import sequence_files
 from vae3d.data.media import MediaError
+from vae3d.io import FileError, check_regular
 from vae3d.latents.codec import LatentCodec
 
 FACTORS = ("shift", "scale", "scaling_factor", "shift_factor")  # of a model, not of what it is made of
@@ -93,7 +94,7 @@ def source_version(path: str, hashed: bool = False) -> dict[str, Any] | None:
         files = sequence_files(path)
         stats = [os.stat(file) for file in files]
         hashes = [file_hash(file) for file in files] if hashed else []
-    except (OSError, MediaError):
+    except (OSError, MediaError, FileError):
         return None
     times = [stat.st_mtime_ns for stat in stats]
     single = len(files) == 1
@@ -102,6 +103,8 @@ def source_version(path: str, hashed: bool = False) -> dict[str, Any] | None:
 
 
 def file_hash(file: Path) -> str:
+    """sha256. Raises OSError, and FileError for a pipe or a device."""
+    check_regular(file)
     with file.open("rb") as stream:
         digest = hashlib.sha256()
         while block := stream.read(2**20):
