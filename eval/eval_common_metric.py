@@ -150,7 +150,9 @@ def main(argv: list[str] | None = None) -> int:
             return evaluate(args)
     except UserError as error:
         tell(error)
-        return 2
+    except OSError as error:  # a full disk, a folder that cannot be made
+        tell(UserError(f"{error.filename or args.output or 'the output folder'}: {error.strerror or error}"))
+    return 2
 
 
 @dataclass
@@ -222,10 +224,11 @@ def evaluate(args: argparse.Namespace) -> int:
         evaluations.append(Evaluation(name, rec, output_folder(args, name, rec), jobs, unmatched, faults))
     results, summaries = {}, {}
     for evaluation in evaluations:
-        videos, faults = score(evaluation, metrics, protocol, ranks, args)
-        if ranks.rank == 0:
-            results[evaluation.name] = videos
-            summaries[evaluation.name] = report(evaluation, videos, faults, metrics, protocol, args)
+        with lock(evaluation.output, ranks.rank):
+            videos, faults = score(evaluation, metrics, protocol, ranks, args)
+            if ranks.rank == 0:
+                results[evaluation.name] = videos
+                summaries[evaluation.name] = report(evaluation, videos, faults, metrics, protocol, args)
     if ranks.rank == 0 and len(evaluations) > 1:
         differences = compare(results, metrics.columns)
         print(f"\n{side_by_side(summaries)}\n\n{comparison_table(differences)}")
@@ -244,36 +247,40 @@ def output_folder(args: argparse.Namespace, name: str, rec: Path) -> Path:
     return args.output if len(args.recs) == 1 else args.output / rec.name
 
 
+def lock(folder: Path, rank: int) -> FileLock:
+    """The lock of an output folder, held by this process. Raises PairError if another evaluation holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / f".rank{rank}.lock")
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise PairError(f"{folder} is in use by another evaluation; choose another --output") from None
+    return held
+
+
 def score(
     evaluation: Evaluation, metrics: MetricSet, protocol: Protocol, ranks: Ranks, args: argparse.Namespace
 ) -> tuple[list[VideoScore], list[str]]:
     """Score this process's share; process 0 returns everything."""
-    evaluation.output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(evaluation.output / f".rank{ranks.rank}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise PairError(f"{evaluation.output} is in use by another evaluation; choose another --output") from None
-    with lock:
-        if args.fresh and ranks.rank == 0:
-            for file in evaluation.output.glob("rank*.jsonl"):
-                file.unlink()
-        ranks.wait()
-        store = Store(evaluation.output, ranks.rank, metrics)
-        known_pairs = store.read()
-        todo = [job for job in evaluation.jobs if store.missing(job.key, known_pairs)]
-        ranks.wait()  # all have seen the same before anybody adds to it
-        if ranks.rank == 0 and len(todo) < len(evaluation.jobs):
-            print(f"{len(evaluation.jobs) - len(todo)} of {len(evaluation.jobs)} pairs were scored before")
-        mine = share(todo, ranks.rank, ranks.world_size)
-        hidden = True if ranks.rank else None  # None: shown on terminals
-        with tqdm(total=len(mine), unit="video", desc=evaluation.name, disable=hidden) as bar:
-            faults = score_jobs(mine, protocol, store, ranks.device, on_error=args.on_error, finished=bar.update)
-        write_faults(store, faults)
-        ranks.wait()
-        if ranks.rank:
-            return [], []
-        return collect(evaluation.jobs, store), read_faults(evaluation.output, ranks.world_size)
+    if args.fresh and ranks.rank == 0:
+        for file in evaluation.output.glob("rank*.jsonl"):
+            file.unlink()
+    ranks.wait()
+    store = Store(evaluation.output, ranks.rank, metrics)
+    known_pairs = store.read()
+    todo = [job for job in evaluation.jobs if store.missing(job.key, known_pairs)]
+    ranks.wait()  # all have seen the same before anybody adds to it
+    if ranks.rank == 0 and len(todo) < len(evaluation.jobs):
+        print(f"{len(evaluation.jobs) - len(todo)} of {len(evaluation.jobs)} pairs were scored before")
+    mine = share(todo, ranks.rank, ranks.world_size)
+    hidden = True if ranks.rank else None  # None: shown on terminals
+    with tqdm(total=len(mine), unit="video", desc=evaluation.name, disable=hidden) as bar:
+        faults = score_jobs(mine, protocol, store, ranks.device, on_error=args.on_error, finished=bar.update)
+    write_faults(store, faults)
+    ranks.wait()
+    if ranks.rank:
+        return [], []
+    return collect(evaluation.jobs, store), read_faults(evaluation.output, ranks.world_size)
 
 
 def report(

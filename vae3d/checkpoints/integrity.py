@@ -12,7 +12,7 @@ BLOCK = 2**22  # bytes read at once
 
 
 def check_records(file: Path, hint: str = "") -> None:
-    """Compare the CRC-32 of every record of a torch.save file, which torch.load does not. About 2 GB/s: half of what loading takes.
+    """Compare the CRC-32 of every record of a torch.save file, which torch.load does not. About 2 GB/s.
 
     hint: what to do, for the error.
     Raises CheckpointError naming the record if one differs, or if the file cannot be read as the zip that it is.
