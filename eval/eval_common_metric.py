@@ -1,9 +1,9 @@
 """Score reconstructed videos against their originals; see docs/score.md.
 
+    python eval/eval_common_metric.py --base OUT --metric ssim psnr lpips   # OUT_ori, OUT_rec and OUT_spatial
     python eval/eval_common_metric.py --batch_size 2 --real_video_dir OUT_ori --generated_video_dir OUT_rec \\
         --device cuda --sample_fps 24 --crop_size 256 --resolution 256 --num_frames 17 --sample_rate 1 \\
-        --metric ssim psnr lpips flolpips
-    python eval/eval_common_metric.py --base OUT                            # OUT_ori, OUT_rec and OUT_spatial
+        --metric ssim psnr lpips flolpips                                   # Open-Sora's own protocol
     python eval/eval_common_metric.py --ref OUT_ori --compare A_rec B_rec   # which is better, and how surely
     torchrun --nproc_per_node=8 eval/eval_common_metric.py ...              # the same, shared among processes
 
@@ -17,6 +17,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -84,7 +85,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--frames", choices=("equal", "common"), default="equal", help="common: compare the frames that both have")
     add("--cut", choices=("center", "topleft"), help="cut originals to the size of smaller reconstructions")
     add("--resize", type=size, metavar="ref|HxW", help="scale reconstructions to the original's, or both to HxW")
-    add("--resolution", type=positive, help="scale the short side to this, as Open-Sora does; default as the files are")
+    add("--resolution", type=positive, help="scale the short side to this, as Open-Sora does; enlarging is warned of")
     add("--crop_size", type=positive, help="centre-crop to this square after scaling; default no crop")
     add("--ignore_fps", action="store_true", help="compare frame by frame although frame rates differ")
     add("--to_8bit", action="store_true", help="score files of more than 8 bits as 8 bits")
@@ -247,15 +248,13 @@ def output_folder(args: argparse.Namespace, name: str, rec: Path) -> Path:
     return args.output if len(args.recs) == 1 else args.output / rec.name
 
 
-def lock(folder: Path, rank: int) -> FileLock:
-    """The lock of an output folder, held by this process. Raises PairError if another evaluation holds it."""
+def lock(folder: Path, rank: int) -> AbstractContextManager[object]:
+    """Hold the lock of an output folder until the block ends. Raises PairError if another evaluation holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder / f".rank{rank}.lock")
     try:
-        held.acquire(timeout=0)
+        return FileLock(folder / f".rank{rank}.lock").acquire(timeout=0)
     except Timeout:
         raise PairError(f"{folder} is in use by another evaluation; choose another --output") from None
-    return held
 
 
 def score(

@@ -37,10 +37,10 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         raise FolderError(f"{setting}: another process is writing there; wait for it, or choose another name") from None
-    with lock:
+    with held:
         remove_unfinished(folder)
         yield
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vae3d.evaluation.tables import text_table, write_json
+from vae3d.io import naming, write_text
 from vae3d.latents.probes import COLLAPSED_KL, COLLAPSED_SHARE, TRANSFORMS
 from vae3d.pixels import to_uint8
 
@@ -71,9 +72,8 @@ def write_report(folder: Path, report: Report, pictures: Mapping[str, Mapping[st
         + "\n".join(_shots(name, shots) for name, shots in pictures.items()),
         details=html.escape(json.dumps({k: v for k, v in report.items() if k not in ("models", "pixels")}, indent=2)),
     )
-    unfinished = folder / ".report.html.partial"
-    unfinished.write_text(page)
-    unfinished.replace(folder / "report.html")
+    with naming(folder / "report.html"):
+        write_text(folder / "report.html", page)
 
 
 def console_table(report: Report) -> str:
