@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 from torch import nn
 
 from vae3d.checkpoints.export import write_export
@@ -31,6 +32,7 @@ from vae3d.data.sources import open_source
 from vae3d.errors import UserError
 from vae3d.factory import build_checkpoint
 from vae3d.inference.scale import MeasuredScale, ScaleError, measure, refusal, rescaled, spread_clips
+from vae3d.io import fsync_tree, remove
 from vae3d.precision import as_device
 
 
@@ -94,13 +96,21 @@ def rescale(checkpoint: Checkpoint, model: nn.Module, measured: MeasuredScale, a
 
 
 def write(checkpoint: Checkpoint, folder: Path, **told: Any) -> None:
-    """An export; other files in the folder stay."""
+    """An export; other files in the folder stay. If the disk refuses it, the folder stays as it was.
+
+    Raises ScaleError.
+    """
     unfinished = folder.with_name(f".{folder.name}.partial")
-    write_export(checkpoint, unfinished, **told)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in unfinished.iterdir():
-        file.replace(folder / file.name)
-    unfinished.rmdir()
+    try:
+        write_export(checkpoint, unfinished, **told)
+        fsync_tree(unfinished)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in unfinished.iterdir():
+            file.replace(folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise ScaleError(f"{folder} cannot be written: {error}") from error
+    finally:
+        remove(unfinished)
 
 
 def about(checkpoint: Checkpoint) -> dict[str, Any]:
