@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import tiny
 from vae3d import pixels
@@ -103,6 +104,8 @@ def test_values_are_not_looked_at_in_a_training_step(monkeypatch):
     model(GOOD)
     assert len(read) == 2  # the video and the latents
     check_video(torch.zeros(1, 3, 1, 8, 8, device="meta"))
+    with FakeTensorMode():
+        check_video(torch.zeros(1, 3, 1, 8, 8))
 
 
 def test_training_steps_do_not_look_at_values(monkeypatch):

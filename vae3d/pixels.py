@@ -155,7 +155,8 @@ def describe_not_finite(video: Tensor, start: int = 0) -> str:
 
 
 def _looks_at(values: Tensor) -> bool:
-    return _check_values and not torch.compiler.is_compiling() and values.device.type != "meta"
+    has_values = type(values) is Tensor and values.device.type != "meta"  # a FakeTensor, which counts memory, has none
+    return _check_values and has_values and not torch.compiler.is_compiling()
 
 
 # ---- 8 bits

@@ -178,9 +178,8 @@ class Comparer:
         coded = {}
         for encoder, decoder in PAIRS:
             given = translated(z[encoder], self.networks[encoder].model, self.networks[decoder].model)
-            rec = self.networks[decoder].decode(given, frames, tuple(size))
             try:
-                coded[encoder, decoder] = to_uint8(rec[0])
+                coded[encoder, decoder] = to_uint8(self.networks[decoder].decode(given, frames, tuple(size))[0])
             except NotFiniteError as error:
                 hint = overflow_hint(self.networks[decoder].precision)
                 latents = f"the {decoder}'s decoder, given the {encoder}'s latents"
