@@ -1,9 +1,9 @@
 """Score reconstructed videos against their originals; see docs/score.md.
 
+    python eval/eval_common_metric.py --base OUT --metric ssim psnr lpips   # OUT_ori, OUT_rec and OUT_spatial
     python eval/eval_common_metric.py --batch_size 2 --real_video_dir OUT_ori --generated_video_dir OUT_rec \\
         --device cuda --sample_fps 24 --crop_size 256 --resolution 256 --num_frames 17 --sample_rate 1 \\
-        --metric ssim psnr lpips flolpips
-    python eval/eval_common_metric.py --base OUT                            # OUT_ori, OUT_rec and OUT_spatial
+        --metric ssim psnr lpips flolpips                                   # Open-Sora's own protocol
     python eval/eval_common_metric.py --ref OUT_ori --compare A_rec B_rec   # which is better, and how surely
     torchrun --nproc_per_node=8 eval/eval_common_metric.py ...              # the same, shared among processes
 
@@ -20,6 +20,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -88,7 +89,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--frames", choices=("equal", "common"), default="equal", help="common: compare the frames that both have")
     add("--cut", choices=("center", "topleft"), help="cut originals to the size of smaller reconstructions")
     add("--resize", type=size, metavar="ref|HxW", help="scale reconstructions to the original's, or both to HxW")
-    add("--resolution", type=positive, help="scale the short side to this, as Open-Sora does; default as the files are")
+    add("--resolution", type=positive, help="scale the short side to this, as Open-Sora does; enlarging is warned of")
     add("--crop_size", type=positive, help="centre-crop to this square after scaling; default no crop")
     add("--ignore_fps", action="store_true", help="compare frame by frame although frame rates differ")
     add("--to_8bit", action="store_true", help="score files of more than 8 bits as 8 bits")
@@ -158,7 +159,9 @@ def main(argv: list[str] | None = None) -> int:
             return evaluate(args)
     except UserError as error:
         tell(error)
-        return 2
+    except OSError as error:  # a full disk, a folder that cannot be made
+        tell(UserError(f"{error.filename or args.output or 'the output folder'}: {error.strerror or error}"))
+    return 2
 
 
 @dataclass
@@ -230,10 +233,11 @@ def evaluate(args: argparse.Namespace) -> int:
         evaluations.append(Evaluation(name, rec, output_folder(args, name, rec), jobs, unmatched, faults))
     results, summaries = {}, {}
     for evaluation in evaluations:
-        videos, faults = score(evaluation, metrics, protocol, ranks, args)
-        if ranks.rank == 0:
-            results[evaluation.name] = videos
-            summaries[evaluation.name] = report(evaluation, videos, faults, metrics, protocol, args)
+        with lock(evaluation.output, ranks.rank):
+            videos, faults = score(evaluation, metrics, protocol, ranks, args)
+            if ranks.rank == 0:
+                results[evaluation.name] = videos
+                summaries[evaluation.name] = report(evaluation, videos, faults, metrics, protocol, args)
     if ranks.rank == 0 and len(evaluations) > 1:
         differences = compare(results, metrics.columns)
         print(f"\n{side_by_side(summaries)}\n\n{comparison_table(differences)}")
@@ -252,36 +256,38 @@ def output_folder(args: argparse.Namespace, name: str, rec: Path) -> Path:
     return args.output if len(args.recs) == 1 else args.output / rec.name
 
 
+def lock(folder: Path, rank: int) -> AbstractContextManager[object]:
+    """Hold the lock of an output folder until the block ends. Raises PairError if another evaluation holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(folder / f".rank{rank}.lock").acquire(timeout=0)
+    except Timeout:
+        raise PairError(f"{folder} is in use by another evaluation; choose another --output") from None
+
+
 def score(
     evaluation: Evaluation, metrics: MetricSet, protocol: Protocol, ranks: Ranks, args: argparse.Namespace
 ) -> tuple[list[VideoScore], list[str]]:
     """Score this process's share; process 0 returns everything."""
-    evaluation.output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(evaluation.output / f".rank{ranks.rank}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise PairError(f"{evaluation.output} is in use by another evaluation; choose another --output") from None
-    with lock:
-        if args.fresh and ranks.rank == 0:
-            for file in evaluation.output.glob("rank*.jsonl"):
-                file.unlink()
-        ranks.wait()
-        store = Store(evaluation.output, ranks.rank, metrics)
-        known_pairs = store.read()
-        todo = [job for job in evaluation.jobs if store.missing(job.key, known_pairs)]
-        ranks.wait()  # all have seen the same before anybody adds to it
-        if ranks.rank == 0 and len(todo) < len(evaluation.jobs):
-            print(f"{len(evaluation.jobs) - len(todo)} of {len(evaluation.jobs)} pairs were scored before")
-        mine = share(todo, ranks.rank, ranks.world_size)
-        hidden = True if ranks.rank else None  # None: shown on terminals
-        with tqdm(total=len(mine), unit="video", desc=evaluation.name, disable=hidden) as bar:
-            faults = score_jobs(mine, protocol, store, ranks.device, on_error=args.on_error, finished=bar.update)
-        write_faults(store, faults)
-        ranks.wait()
-        if ranks.rank:
-            return [], []
-        return collect(evaluation.jobs, store), read_faults(evaluation.output, ranks.world_size)
+    if args.fresh and ranks.rank == 0:
+        for file in evaluation.output.glob("rank*.jsonl"):
+            file.unlink()
+    ranks.wait()
+    store = Store(evaluation.output, ranks.rank, metrics)
+    known_pairs = store.read()
+    todo = [job for job in evaluation.jobs if store.missing(job.key, known_pairs)]
+    ranks.wait()  # all have seen the same before anybody adds to it
+    if ranks.rank == 0 and len(todo) < len(evaluation.jobs):
+        print(f"{len(evaluation.jobs) - len(todo)} of {len(evaluation.jobs)} pairs were scored before")
+    mine = share(todo, ranks.rank, ranks.world_size)
+    hidden = True if ranks.rank else None  # None: shown on terminals
+    with tqdm(total=len(mine), unit="video", desc=evaluation.name, disable=hidden) as bar:
+        faults = score_jobs(mine, protocol, store, ranks.device, on_error=args.on_error, finished=bar.update)
+    write_faults(store, faults)
+    ranks.wait()
+    if ranks.rank:
+        return [], []
+    return collect(evaluation.jobs, store), read_faults(evaluation.output, ranks.world_size)
 
 
 def report(

@@ -40,8 +40,9 @@ from vae3d.evaluation.pairs import Protocol, find_pairs
 from vae3d.evaluation.score import plan, score_pair
 from vae3d.features.lpips import TRUNKS
 from vae3d.features.pwcnet import CHANNELS, correlation
-from vae3d.inference.video import as_unit, write_video
+from vae3d.inference.video import write_video
 from vae3d.metrics import MetricSet, build_metrics
+from vae3d.pixels import as_unit
 
 PRESET = "opensora12"  # with LPIPS of the upsampled map, as published
 SHORTEST = 0.05  # seconds that are measured at once

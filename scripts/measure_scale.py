@@ -18,13 +18,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from vae3d.argparse_types import non_negative_int, positive_int
-from vae3d.checkpoints.export import replace_export, write_export
+from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import (
     EXPORT_CONFIG,
     Checkpoint,
@@ -39,7 +39,7 @@ from vae3d.data.sources import open_source
 from vae3d.errors import UserError
 from vae3d.factory import build_checkpoint
 from vae3d.inference.scale import MeasuredScale, ScaleError, measure, refusal, rescaled, spread_clips
-from vae3d.io import fsync_folder, fsync_tree
+from vae3d.io import fsync_tree, remove
 from vae3d.precision import as_device
 
 
@@ -103,16 +103,21 @@ def rescale(checkpoint: Checkpoint, model: nn.Module, measured: MeasuredScale, a
 
 
 def write(checkpoint: Checkpoint, folder: Path, **told: Any) -> None:
-    """A new export, or another one in place of it; other files in the folder stay."""
-    if not folder.exists():
-        replace_export(checkpoint, folder, **told)
-        return
-    with TemporaryDirectory(dir=folder) as unfinished:
-        write_export(checkpoint, Path(unfinished), **told)
-        fsync_tree(Path(unfinished))
-        for file in Path(unfinished).iterdir():
+    """An export; other files in the folder stay. If the disk refuses it, the folder stays as it was.
+
+    Raises ScaleError.
+    """
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    try:
+        write_export(checkpoint, unfinished, **told)
+        fsync_tree(unfinished)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in unfinished.iterdir():
             file.replace(folder / file.name)
-    fsync_folder(folder)
+    except (OSError, SafetensorError) as error:
+        raise ScaleError(f"{folder} cannot be written: {error}") from error
+    finally:
+        remove(unfinished)
 
 
 def about(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -60,10 +60,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         report, pictures = probe(args)
+        write_report(args.out, report, pictures)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_report(args.out, report, pictures)
     print(console_table(report))
     for line in report["warnings"] + report["notes"]:
         print(line, file=sys.stderr)

@@ -19,6 +19,7 @@ BASE = {
     "errors",
     "io",
     "panorama",
+    "pixels",
     "precision",
     "ranks",
     "schedules",

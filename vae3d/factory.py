@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,10 @@ from vae3d.engine.start import refuse_to_go_on, training_ranks, working_ranks
 from vae3d.engine.trainer import Trainer
 from vae3d.errors import UserError
 from vae3d.inference.comparison import Comparer, Network
-from vae3d.inference.files import clear, cost_of, reconstruct_files, refuse_own_source, refuse_to_mix, rows_of
+from vae3d.inference.files import command_of, cost_of, reconstruct_files, refuse_own_source, rows_of
 from vae3d.inference.reconstruct import Reconstructor, Selection
+from vae3d.inference.results import Results
+from vae3d.latents.identity import digest_of, weights_hash
 from vae3d.losses.objective import Objective, Weighted
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_blocks, compile_steps
@@ -291,7 +294,8 @@ def infer(config: InferConfig) -> None:
         reasons = (m.refuses(config.num_frames or sys.maxsize, config.height, config.width) for m in metrics)
         if faults := [reason for reason in reasons if reason]:
             raise UserError(f"metrics: {'; '.join(faults)}")
-    model = load(config.checkpoint, **config.model).to(device)
+    checkpoint, model = opened(config.checkpoint, changes=config.model)
+    model = model.to(device)
     if isinstance(spatial := getattr(model, "spatial_vae", model), SpatialVAE):
         spatial.frame_batch = config.frame_batch
     if config.compile:
@@ -311,20 +315,25 @@ def infer(config: InferConfig) -> None:
     comparer = _comparer(config, reconstructor, ranks.is_main_process)
     table = rows_of(config.source, config.root, config.split, config.num_samples)
     refuse_own_source(reconstructor, config.source)
-    if ranks.is_main_process:
-        clear(reconstructor) if config.overwrite else refuse_to_mix(reconstructor)
-    cost = cost_of(reconstructor, table) if config.cost and ranks.is_main_process else None
-    ranks.wait_for_everyone()
-    reconstruct_files(
-        reconstructor,
-        table,
-        skip_errors=config.on_error == "skip",
-        rank=ranks.process_index,
-        world_size=ranks.num_processes,
-        gather=gather_object,
-        cost=cost,
-        comparer=comparer,
-    )
+    main, results = ranks.is_main_process, Results(reconstructor)
+    with results.locked() if main else nullcontext():
+        if main:
+            networks = {"checkpoint": model, "teacher": comparer and comparer.networks["teacher"].model}
+            hashes = {name: network and weights_hash(network.state_dict()) for name, network in networks.items()}
+            hashes["checkpoint's configuration"] = digest_of(checkpoint.config)
+            results.begin(command_of(asdict(config), hashes, table), config.overwrite)
+        cost = cost_of(reconstructor, table) if config.cost and main else None
+        ranks.wait_for_everyone()
+        reconstruct_files(
+            reconstructor,
+            table,
+            skip_errors=config.on_error == "skip",
+            rank=ranks.process_index,
+            world_size=ranks.num_processes,
+            gather=gather_object,
+            cost=cost,
+            comparer=comparer,
+        )
 
 
 def _comparer(config: InferConfig, reconstructor: Reconstructor, measures: bool) -> Comparer | None:

@@ -34,6 +34,7 @@ class FileError(UserError):
 
 def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
     """The text of a UTF-8 file, a byte-order mark removed. Raises FileError if it is missing, larger, or not text."""
+    check_regular(path)
     try:
         with open(path, "rb") as stream:
             content = stream.read(max_bytes + 1)
@@ -45,6 +46,12 @@ def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise FileError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+
+
+def check_regular(path: str | Path) -> None:
+    """Raises FileError for a pipe or a device, whose reading may never end; a file that is missing passes."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise FileError(f"{path}: is not a regular file")
 
 
 def read_json(path: str | Path, max_bytes: int = MAX_BYTES) -> Any:
@@ -126,6 +133,15 @@ def check_plain(value: Any, source: str, key: str = "", depth: int = 0) -> Any:
 class _PlainDumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Inside, an OSError of writing becomes a FileError that names `path`, which the libraries' own do not."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def yaml_text(value: Any) -> str:

@@ -46,6 +46,7 @@ class EncodeConfig:
     seed: int = 0  # of samples
     max_broken: float = 0.2  # stop when a larger share of the clips cannot be encoded
     retry: bool = False  # encode shards with faults anew
+    verify: str = "stat"  # how replaced source files are found: stat (size and time), hash (content; reads all files)
 
 
 CHOICES = {
@@ -56,6 +57,7 @@ CHOICES = {
     "dtype": ("fp32", "fp16", "bf16"),
     "precision": ("bf16", "fp16", "fp32"),
     "reader": ("auto", "pyav", "decord"),
+    "verify": ("stat", "hash"),
 }
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from contextlib import nullcontext
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,9 +19,11 @@ from vae3d.diffusion.comparison import distances, matched
 from vae3d.diffusion.data import size_of
 from vae3d.diffusion.export import Export, read_export, refuse_other_vae
 from vae3d.diffusion.sampling import (
+    LATENTS,
     MOST_IN_GRID,
     clear,
     doubted,
+    kept_latents,
     rounds,
     sample_latents,
     write_files,
@@ -32,9 +34,12 @@ from vae3d.diffusion.scale import Sums
 from vae3d.diffusion.validation import decoded
 from vae3d.engine.start import working_ranks
 from vae3d.errors import UserError
+from vae3d.inference.folder import begin, has_results, locked, resumes
+from vae3d.io import naming, remove, write_json
 from vae3d.latent_factory import open_codec
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.codec import LatentCodec
+from vae3d.latents.identity import weights_hash
 
 if TYPE_CHECKING:
     from vae3d.diffusion_config import SampleConfig
@@ -71,15 +76,41 @@ def sample(config: SampleConfig) -> None:
     reference = None if config.against is None else _reference(config, codec, shape, names)
     draw = _sampler(export, config, shape, labels, device)
     folder = Path(config.out)
-    _make(folder, config.overwrite, process.is_main_process, device)
+    weights = weights_hash(export.network().state_dict())
+    command = _command(config, {"weights": weights, "autoencoder": weights_hash(codec.model.state_dict())}, names)
+    with locked(folder, f"out={folder}") if process.is_main_process else nullcontext():
+        _make(folder, config.overwrite, command, process.is_main_process, device)
+        _write(config, process, device, codec, export, reference, draw, labels, names, size, shape, write)
 
+
+def _command(config: SampleConfig, weights: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
+    """What the samples depend on, to tell a resume from another command."""
+    free = ("checkpoint", "vae", "out", "overwrite", "device")
+    return {**weights, **{name: value for name, value in asdict(config).items() if name not in free}, "labels": names}
+
+
+def _write(
+    config: SampleConfig,
+    process: Any,
+    device: torch.device,
+    codec: LatentCodec,
+    export: Export,
+    reference: Reference | None,
+    draw: Callable[[Sequence[int]], Tensor],
+    labels: Sequence[int] | None,
+    names: Sequence[str],
+    size: tuple[int, int, int],
+    shape: Sequence[int],
+    write: set[str],
+) -> None:
+    folder = Path(config.out)
     shown = min(config.count, MOST_IN_GRID) if "grid" in write else 0
     kept = config.count if "npz" in write else shown
     pictures = np.empty((kept if process.is_main_process else 0, *size, 3), np.uint8)
     latents = torch.empty(config.count if reference and process.is_main_process else 0, *shape)
     sums = Sums(codec.channels, device)
     for mine in rounds(config.count, config.batch_size, process.process_index, process.num_processes):
-        z = draw(mine)
+        z = kept_latents(folder, mine, draw).to(device)
         sums.add(z)
         frames = decoded(codec, z, size) if mine else pictures[:0]
         if "files" in write:
@@ -104,22 +135,27 @@ def sample(config: SampleConfig) -> None:
         data = _compare(latents, reference, config)
         if "grid" in write:
             write_grid(folder / "data", decoded(codec, data[:shown], size), fps=config.fps)
+    remove(folder / LATENTS)
 
 
-def _make(folder: Path, overwrite: bool, main: bool, device: torch.device) -> None:
+def _make(folder: Path, overwrite: bool, command: Mapping[str, Any], main: bool, device: torch.device) -> None:
     """Make the folder before the samples, which would be lost. Raises UserError on all ranks if it cannot be, or if it
-    holds something that may be taken for samples of this model."""
+    holds something that this command did not begin."""
     fault = None
     if main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if overwrite:
                 clear(folder)
-            if any(folder.iterdir()):
+            if has_results(folder) and not resumes(folder, command, f"out={folder}"):
                 rest = "files that sampling did not write" if overwrite else "files; choose another, or overwrite=true"
                 fault = f"out={folder} holds {rest}"
+            else:
+                begin(folder, command)
         except OSError as error:
             fault = f"{error.filename}: {error.strerror}"
+        except UserError as error:
+            fault = str(error)
     if not ranks.everyone(fault is None, device):
         raise UserError(fault or f"out={folder} cannot be used; the first rank tells why")
 
@@ -137,7 +173,9 @@ def _compare(latents: Tensor, reference: Reference, config: SampleConfig) -> Ten
     data, other = (reference.latents(places) for places in (reference.first, reference.second))
     found = distances(latents, data, other)
     told = {"against": str(config.against), "count": config.count, "sliced_wasserstein": found}
-    (Path(config.out) / "distances.json").write_text(json.dumps(told, indent=2) + "\n")
+    file = Path(config.out) / "distances.json"
+    with naming(file):
+        write_json(file, told)
     log.info(
         "sliced Wasserstein distance to as many latents of %s, in their deviations: %s",
         config.against,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
 
 import av
 import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from PIL import Image
 
 from tests import tiny
@@ -24,6 +27,7 @@ from vae3d.diffusion.comparison import matched
 from vae3d.diffusion.export import CONFIG, read_export, write_export
 from vae3d.diffusion.validation import decoded
 from vae3d.errors import UserError
+from vae3d.inference.folder import FolderError
 from vae3d.latent_factory import open_codec
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.identity import vae_facts
@@ -83,6 +87,44 @@ def drawn(model, out, *overrides):
     return out
 
 
+def results(out) -> list[str]:
+    """Files beside the record of the command and its lock."""
+    return [path.name for path in out.iterdir() if path.name not in (".lock", "command.json")]
+
+
+def everything(out) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("when", [1, 2, 4, 6])
+def test_killed_sampling_resumes_to_the_same_bytes(when, of_images, tmp_path, monkeypatch):
+    settings = ["count=3", "batch_size=2", "steps=2"]
+    whole = everything(drawn(of_images, tmp_path / "whole", *settings))
+    child = os.fork()
+    if child == 0:
+        rename, left = os.replace, iter(range(when))
+
+        def replace(*args):
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(*args)
+
+        os.replace = replace
+        drawn(of_images, tmp_path / "killed", *settings)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    batches = len(list((tmp_path / "killed/.latents").glob("0*")))
+    drawn_again = []
+    inner = sampling_factory.sample_latents
+    monkeypatch.setattr(sampling_factory, "sample_latents", lambda *a, **k: drawn_again.append(1) or inner(*a, **k))
+    drawn(of_images, tmp_path / "killed", *settings)
+    assert everything(tmp_path / "killed") == whole
+    assert len(drawn_again) == 2 - batches
+    with FileLock(tmp_path / "killed/.lock"), pytest.raises(FolderError, match=r"out=.* another process is writing"):
+        drawn(of_images, tmp_path / "killed", *settings)
+
+
 def test_files_of_images(of_images, tmp_path):
     out = drawn(of_images, tmp_path, "guidance=2", "interval=[0.2,0.8]")
     names = [
@@ -93,7 +135,7 @@ def test_files_of_images(of_images, tmp_path):
         "grid.png",
         "samples_4x32x32x3.npz",
     ]
-    assert sorted(path.name for path in out.iterdir()) == names
+    assert sorted(results(out)) == names
     with np.load(out / names[-1]) as arrays:
         assert arrays["arr_0"].dtype == np.uint8
         assert arrays["arr_0"].shape == (4, 32, 32, 3)
@@ -103,7 +145,7 @@ def test_files_of_images(of_images, tmp_path):
 
 def test_files_of_videos_of_another_length(of_videos, tmp_path):
     out = drawn(of_videos, tmp_path, "num_frames=9", "count=2")
-    assert sorted(path.name for path in out.iterdir()) == ["000000.mp4", "000001.mp4", "grid.mp4"]
+    assert sorted(results(out)) == ["000000.mp4", "000001.mp4", "grid.mp4"]
     with av.open(str(out / "000001.mp4")) as video:
         frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
     assert np.stack(frames).shape == (9, 32, 32, 3)
@@ -112,7 +154,7 @@ def test_files_of_videos_of_another_length(of_videos, tmp_path):
 def test_names_of_classes_are_no_folders(vae, tmp_path):
     model = export(tmp_path / "model", vae, (1, 32, 32), {"kind": "transformer", "width": 24, "heads": 2}, ["a/b", "c"])
     out = drawn(model, tmp_path / "out", "count=2", "write=[files]")
-    assert sorted(path.name for path in out.iterdir()) == ["000000_a_b.png", "000001_c.png"]
+    assert sorted(results(out)) == ["000000_a_b.png", "000001_c.png"]
 
 
 def test_the_grid_is_of_the_first_samples(of_images, tmp_path, monkeypatch):
@@ -197,10 +239,10 @@ def test_samples_are_compared_with_latents_of_their_classes(of_images, pictures,
 
 def test_samples_of_two_models_are_not_mixed(of_images, tmp_path):
     out = drawn(of_images, tmp_path, "count=3")
-    with pytest.raises(UserError, match=r"out=.* holds files; choose another, or overwrite=true"):
+    with pytest.raises(UserError, match=r"out=.* another command: count is 3 there and 2 here.* overwrite=true"):
         drawn(of_images, out, "count=2")
     drawn(of_images, out, "count=2", "overwrite=true", "write=[files]")
-    assert {path.name for path in out.iterdir()} == {"000000_cat.png", "000001_dog.png"}
+    assert set(results(out)) == {"000000_cat.png", "000001_dog.png"}
     (out / "mine.png").touch()
     with pytest.raises(UserError, match=r"out=.* holds files that sampling did not write"):
         drawn(of_images, out, "overwrite=true")
@@ -283,4 +325,4 @@ def test_the_command_as_a_user_types_it(of_images, tmp_path):
     asked = [f"checkpoint={of_images}", f"out={tmp_path / 'out'}", "count=2", "steps=2", "write=[grid]", "device=cpu"]
     done = tiny.run(*tiny.script("scripts/sample_latent_diffusion.py"), *asked, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["grid.png"]
+    assert results(tmp_path / "out") == ["grid.png"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -241,7 +243,23 @@ def test_a_validation_without_memory_is_left_out_and_training_goes_on(videos, tm
     assert t.network.training
     t.fit()
     assert t.step == 2
-    assert "no validation at step 2, for want of memory: CUDA out of memory" in caplog.text
+    assert "validation failed at step 2: CUDA out of memory" in caplog.text
+    hook.remove()
+    assert "val/psnr" in t.validate()
+
+
+def test_a_validation_of_nan_counts_as_failed_and_is_no_best_checkpoint(videos, tmp_path, caplog):
+    validates = {"validation.every": 1, "validation.frames": 1, "trainer.best": "psnr"}
+    t = trainer(videos, tmp_path, **validates)
+
+    def spoil(network, _, out):
+        return out if network.training else replace(out, video=out.video * float("nan"))
+
+    hook = t.network.register_forward_hook(spoil)
+    t.fit()
+    assert t.step == 2
+    assert re.search(r"validation failed at step 2: reconstruction of .*\.mp4: .* values are NaN", caplog.text)
+    assert (t.best.value, (t.folder / "exports/best").exists()) == (None, False)
     hook.remove()
     assert "val/psnr" in t.validate()
 

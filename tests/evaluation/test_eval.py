@@ -293,9 +293,11 @@ def test_scores_that_are_not_finite_are_errors_of_their_video(folders, monkeypat
 
     monkeypatch.setattr(pairs, "_as_float", with_a_hole)
     ori, rec = folders
-    assert "error: v1: frame 2 of the original has pixels that are not finite" in refused(capsys, ori, rec, *PSNR)
+    assert "error: v1: the original: 1 of 34560 values are NaN or infinite, the first in frame 2" in refused(
+        capsys, ori, rec, *PSNR
+    )
     assert evaluate(ori, rec, *PSNR, "--on_error", "skip") == 1
-    assert report(rec)["failed"] == ["v1: frame 2 of the original has pixels that are not finite"]
+    assert report(rec)["failed"] == ["v1: the original: 1 of 34560 values are NaN or infinite, the first in frame 2"]
     assert report(rec)["videos"] == 2
 
 

@@ -94,11 +94,63 @@ def test_pairing_by_index_scores_against_the_sources_from_their_first_frame(tmp_
     assert report(tmp_path / "x_rec")["metrics"]["psnr"]["mean"] == 100.0
     (tmp_path / "sources/holiday.mp4").rename(tmp_path / "sources/else.mp4")
     message = refused(capsys, tmp_path / "sources", tmp_path / "x_rec", "--pair_by", "index_csv")
-    assert "000007_holiday: its source holiday is not in" in message
+    assert "000007_holiday: its source /elsewhere/holiday.mp4 is not in" in message
     (tmp_path / "x_rec/index.csv").unlink()
     assert "index.csv: no such file" in refused(
         capsys, tmp_path / "sources", tmp_path / "x_rec", "--pair_by", "index_csv"
     )
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_pairing_by_index_tells_sources_of_one_name_apart(moved, tmp_path):
+    """Two folders hold a 0001.mp4 each, and the third lies in a folder that the other two's is the end of."""
+    clips = [tiny.frames(3, seed=i) for i in range(3)]
+    recorded = [str(tmp_path / "data" / name / "0001.mp4") for name in ("a", "b", "x/a")]
+    for i, (path, clip) in enumerate(zip(recorded, clips, strict=True)):
+        write_video(tmp_path / path, clip, 24)
+        write_video(tmp_path / f"x_rec/{i}.mp4", clip, 24)
+    pd.DataFrame({"id": ["0", "1", "2"], "source": recorded, "start": 0}).to_csv(
+        tmp_path / "x_rec/index.csv", index=False
+    )
+    if moved:
+        (tmp_path / "data").rename(tmp_path / "copy")
+    assert evaluate(tmp_path / ("copy" if moved else "data"), tmp_path / "x_rec", *PSNR, "--pair_by", "index_csv") == 0
+    told = report(tmp_path / "x_rec")
+    assert [video["psnr"] for video in told["per_video"]] == [100.0] * 3
+
+
+@pytest.mark.parametrize(
+    "content", ["", "id,source\n", "id,source,start\n1,a.mp4,x\n", 'a,"\n', "\0", "id,source,start\n1,a,\n"]
+)
+def test_an_index_that_infer_did_not_write_is_one_message(content, tmp_path, capsys):
+    write_video(tmp_path / "o/a.mp4", tiny.frames(2), 24)
+    write_video(tmp_path / "x_rec/1.mp4", tiny.frames(2), 24)
+    (tmp_path / "x_rec/index.csv").write_text(content)
+    message = refused(capsys, tmp_path / "o", tmp_path / "x_rec", *PSNR, "--pair_by", "index_csv")
+    assert "index.csv" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "scored"),
+    [
+        (["--resolution", "80"], "80x96"),
+        (["--resolution", "80", "--crop_size", "60"], "60x60"),
+        (["--resize", "50x48"], "50x48"),
+        (["--resolution", "40"], None),
+        (["--resolution", "20"], None),
+        (["--resize", "40x48"], None),
+        ([], None),
+    ],
+)
+def test_enlarging_before_scoring_is_warned_of(options, scored, tmp_path, capsys):
+    ori, rec = make_pairs(tmp_path, 2)  # 40x48
+    assert evaluate(ori, rec, *PSNR, *options, "--html") == 0
+    told, page = report(rec), (rec.with_name("x_rec_eval") / "report.html").read_text()
+    warned = [f"2 of 2 pairs are enlarged before scoring (v0: 40x48, scored at {scored})"] if scored else []
+    assert told["enlarged_input"] == bool(scored)
+    for text in ("\n".join(told["warnings"]), page, capsys.readouterr().err):
+        assert [warning for warning in warned if warning in text] == warned
+        assert ("enlarged before" in text) == bool(warned)
 
 
 def test_different_sizes_are_refused_with_both_and_can_be_scaled(tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 
 from vae3d.evaluation.pairs import PairInfo, Protocol
 from vae3d.evaluation.store import VideoScore
-from vae3d.evaluation.summary import bootstrap, compare, summarize
+from vae3d.evaluation.summary import bootstrap, compare, direction, summarize
 from vae3d.evaluation.tables import comparison_table, set_table, text_table
 from vae3d.metrics import MetricError, Score, build_metrics
 
@@ -61,6 +61,34 @@ def test_differences_are_paired_by_video():
     assert lower["better_on"] == 1
     with pytest.raises(MetricError, match="y and x hold different videos"):
         compare({"x": first, "y": second[:2]}, {"ssim": True})
+
+
+def test_a_ratio_is_best_at_1_in_comparisons_summaries_reports_and_best_checkpoints():
+    from vae3d.engine.best import Best
+    from vae3d.evaluation.html import _ranking, _shown_frames, _table
+
+    def ratio(name: str, *frames: float) -> VideoScore:
+        scores = {"seam_ratio": Score(float(np.mean(frames)), list(frames))}
+        return VideoScore(name, video(name, 1.0, len(frames)).info, scores, {}, {})
+
+    columns = build_metrics(["seam"]).columns
+    below, near, above = ratio("a", 0.2, 0.6, 0.3), ratio("b", 1.1, 0.95, 1.0), ratio("c", 3.0, 1.5, 1.0)
+    (row,) = compare(
+        {"x": [below, above], "y": [ratio("a", 1.2), ratio("c", 0.3)]}, {"seam_ratio": columns["seam_ratio"]}
+    )
+    assert row["better_on"] == 2
+    by, order = _ranking([near, above, below], {"seam_ratio": columns["seam_ratio"]})
+    assert (by, [v.name for v in order]) == ("seam_ratio", ["c", "a", "b"])
+    assert 0 in _shown_frames(below, "seam_ratio", columns)
+    figures = {"seam_ratio": {"mean": 1.0, **direction(columns["seam_ratio"])}}
+    assert figures["seam_ratio"] | {"mean": 0} == {"mean": 0, "higher_is_better": None, "best_at": 1.0}
+    assert "seam_ratio → 1" in _table(figures)
+    best, kept = Best("seam_ratio", columns), []
+    for value in (3.0, 0.2, 0.9, 0.5, 1.05, float("nan")):
+        if best.beaten_by(value):
+            best.value = value
+            kept.append(value)
+    assert kept == [3.0, 0.2, 0.9, 1.05]
 
 
 def test_differences_that_are_sure_are_marked():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from vae3d.errors import UserError
 from vae3d.factory import model_config
 from vae3d.inference.comparison import ComparisonError, baseline
 from vae3d.inference.comparison_report import collapsed
-from vae3d.inference.files import InferenceError
+from vae3d.inference.folder import FolderError
 from vae3d.inference.pictures import error_map, side_by_side, strip
 from vae3d.metrics import build_metrics
 from vae3d.models.base import translated
@@ -213,8 +214,13 @@ def test_pixels_that_are_not_finite_are_no_figures(teacher, source, tmp_path):
     nn.init.constant_(model.decoder[-1].bias, torch.nan)
     config = model_config("taehv", *tiny.MODEL["taehv"])
     write_export(Checkpoint(config, model.state_dict(), tmp_path, ""), tmp_path / "broken")
-    with pytest.raises(UserError, match=r"clip3.mp4: the student's decoder gives pixels that are not finite"):
-        compare(tmp_path / "broken", source, tmp_path / "out", teacher)
+    for student, who, hint in (
+        (tmp_path / "broken", "the model's pixels", "float32"),
+        (teacher, "teacher's decoder", "fp16"),
+    ):
+        whose = ["teacher.precision=fp16"] if student == teacher else []
+        with pytest.raises(UserError, match=rf"clip3.mp4: .*{who}.* NaN or infinite, the first in frame 0; .*{hint}"):
+            compare(student, source, tmp_path / hint, tmp_path / "broken", *whose)
 
 
 def test_lpips_is_measured_if_asked_for(student, teacher, source, tmp_path, trunks):
@@ -276,9 +282,8 @@ def test_infer_compares_its_files_and_starts_anew(student, teacher, videos, tmp_
     own = json.loads((tmp_path / "out_rec/metrics.json").read_text())["psnr"]
     assert told["mean"]["pairs"]["student -> student"]["psnr"] == pytest.approx(own, abs=0.02)  # streamed
     for kind in ("ori", "rec"):
-        for path in (tmp_path / f"out_{kind}").iterdir():
-            path.unlink()
-    with pytest.raises(InferenceError, match="out_compare is not empty"):
+        shutil.rmtree(tmp_path / f"out_{kind}")
+    with pytest.raises(FolderError, match="out_compare is not empty"):
         run(student, videos, tmp_path / "out", "num_samples=1")
     run(student, videos, tmp_path / "out", "num_samples=1", "overwrite=true")
     assert not list((tmp_path / "out_compare").iterdir())

@@ -13,25 +13,16 @@ from PIL import Image
 import vae3d
 from tests import tiny
 from vae3d.check import check_inference
-from vae3d.checkpoints.export import write_export
-from vae3d.checkpoints.formats import Checkpoint
 from vae3d.data.readers import MediaError, open_media
 from vae3d.data.sources import DataError
 from vae3d.errors import UserError
-from vae3d.factory import infer, model_config
+from vae3d.factory import infer
 from vae3d.inference.files import InferenceError
+from vae3d.inference.folder import FolderError
 from vae3d.inference.reconstruct import identifier
-from vae3d.inference.video import to_uint8
+from vae3d.pixels import to_uint8
 
 INFER = [sys.executable, str(tiny.ROOT / "infer.py")]
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export")
-    config = model_config("temporal_vae", *tiny.MODEL["temporal_vae"])
-    write_export(Checkpoint(config, tiny.model("temporal_vae").state_dict(), folder, ""), folder)
-    return folder
 
 
 def run(export, source, prefix, *overrides: str) -> None:
@@ -153,7 +144,10 @@ def test_sampling_is_seeded(export, videos, tmp_path):
 def test_full_folders_are_not_mixed_with_new_results(export, videos, tmp_path):
     source = videos.parent / "clip0.mp4"
     run(export, source, tmp_path / "out")
-    with pytest.raises(InferenceError, match="out_ori is not empty; choose another save_dir, or set overwrite=true"):
+    with pytest.raises(FolderError, match=r"save_dir=.*: seed is 0 there and 1 here; .* set overwrite=true"):
+        run(export, source, tmp_path / "out", "seed=1")
+    (tmp_path / "out_rec/command.json").unlink()
+    with pytest.raises(FolderError, match="out_ori is not empty; choose another save_dir, or set overwrite=true"):
         run(export, source, tmp_path / "out")
     (tmp_path / "out_rec/notes.txt").write_text("mine")
     (tmp_path / "out_rec/.000009_x.partial.mp4").touch()  # from a run that was killed

@@ -7,7 +7,8 @@ import torch
 
 from tests import tiny
 from vae3d.data.readers import open_media
-from vae3d.inference.video import VideoWriter, to_uint8, write_image, write_video
+from vae3d.inference.video import VideoWriter, write_image, write_video
+from vae3d.pixels import to_uint8
 
 
 @pytest.mark.parametrize("size", [(32, 40), (33, 41)])

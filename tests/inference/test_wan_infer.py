@@ -16,8 +16,8 @@ from vae3d.checkpoints.formats import Checkpoint
 from vae3d.data.readers import MediaError
 from vae3d.errors import UserError
 from vae3d.factory import model_config
-from vae3d.inference.video import to_uint8
 from vae3d.models.wan import WanVAE
+from vae3d.pixels import to_uint8
 
 
 def write(name: str, folder, *overrides: str):

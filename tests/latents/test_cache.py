@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 import shutil
+import time
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.latents import caches, families
 from vae3d.diffusion.data import Batch, LatentData
 from vae3d.latents.cache import NONE, LatentCache, class_names
 from vae3d.latents.codec import LatentCodec, Moments
-from vae3d.latents.shards import CacheError, shard_file
+from vae3d.latents.identity import file_hash
+from vae3d.latents.shards import CacheError, checksum, shard_file
 from vae3d.seeding import seed_of
 
 ROUNDING = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8}  # relative error of what is stored
@@ -202,7 +207,11 @@ def test_damage_is_found(cached, tmp_path):
     changed = bytearray(whole)
     changed[-1] ^= 1
     file.write_bytes(changed)
-    LatentCache(hurt)
+    opened = LatentCache(hurt)
+    with pytest.raises(
+        CacheError, match=r"00001.safetensors: .* its checksum differs; .*delete .*00001.json and encode"
+    ):
+        _ = [opened[place].z for place in range(len(opened))]
     with pytest.raises(
         CacheError,
         match=r"00001.safetensors is not what was written: its sha256 differs; delete .*00001.json and encode again",
@@ -239,3 +248,211 @@ def test_a_split_can_be_read_alone(photos, tmp_path):
     assert [entry.key for entry in LatentCache(folder, split="val")] == ["cat/1.png"]
     with pytest.raises(CacheError, match="has no entries of split test"):
         LatentCache(folder, split="test")
+
+
+def test_one_flipped_bit_anywhere_is_found_when_it_is_read(cached, tmp_path):
+    """In the header, in names, shapes, offsets and values of a shard; in index, metadata and statistics."""
+    hurt, found, right = shutil.copytree(cached, tmp_path / "hurt"), 0, entries(cached)
+    shard = (hurt / "shards/00000.safetensors").read_bytes()
+    length = int.from_bytes(shard[:8], "little")
+    places = [0, 7, 9, *range(10, 8 + length, 23), *range(8 + length, len(shard), 977), len(shard) - 1]
+    tries = [("shards/00000.safetensors", place) for place in places]
+    tries += [(name, place) for name in ("index.csv", "meta.json", "statistics.json") for place in (1, 40, 333)]
+    tries += [("shards/00001.statistics.safetensors", place) for place in (3, 99, 800)]
+    for number, (name, place) in enumerate(tries):
+        whole = (hurt / name).read_bytes()
+        changed = bytearray(whole)
+        changed[place] ^= 1 << number % 8
+        (hurt / name).write_bytes(changed)
+        try:
+            assert all(map(torch.equal, entries(hurt), right)), (name, place)
+        except CacheError as error:
+            found += str(hurt) in str(error)
+        (hurt / name).write_bytes(whole)
+    # What does not change a value, such as a space at the end of a shard's header, may pass.
+    assert found >= len(tries) - 2
+
+
+# ---- caches that strangers write
+
+
+def with_json(name: str, change):
+    """A cache whose JSON file says something else, hashes and all."""
+
+    def write(folder):
+        file = folder / name
+        told = json.loads(file.read_text())
+        changed = change(told)
+        file.write_text(json.dumps(told if changed is None else changed))
+        if name in ("meta.json", "index.csv", "statistics.json"):
+            sign(folder, name)
+
+    return write
+
+
+def sign(folder, name):
+    complete = json.loads((folder / "complete.json").read_text())
+    complete["sha256"][name] = file_hash(folder / name)
+    (folder / "complete.json").write_text(json.dumps(complete))
+
+
+def with_text(name: str, content: str):
+    def write(folder):
+        (folder / name).write_text(content)
+        if name in ("meta.json", "index.csv", "statistics.json"):
+            sign(folder, name)
+
+    return write
+
+
+def with_index(change):
+    def write(folder):
+        table = pd.read_csv(folder / "index.csv", keep_default_na=False)
+        changed = change(table)
+        (table if changed is None else changed).to_csv(folder / "index.csv", index=False)
+        sign(folder, "index.csv")
+
+    return write
+
+
+def with_tensors(change):
+    """A shard of other tensors, whose checksums and sizes are right."""
+
+    def write(folder):
+        file = folder / "shards/00000.safetensors"
+        tensors = change(load_file(file))
+        save_file(tensors, file)
+        marker = json.loads((folder / "shards/00000.json").read_text())
+        marker["files"][file.name]["bytes"] = file.stat().st_size
+        (folder / "shards/00000.json").write_text(json.dumps(marker))
+        table = pd.read_csv(folder / "index.csv", keep_default_na=False)
+        for place in table.index[table["shard"] == 0]:
+            key = table.loc[place, "key"]
+            entry = {kind: tensors[f"{kind}/{key}"] for kind in ("mean", "std") if f"{kind}/{key}" in tensors}
+            table.loc[place, "crc32"] = checksum(entry)
+        table.to_csv(folder / "index.csv", index=False)
+        sign(folder, "index.csv")
+
+    return write
+
+
+def as_link(name: str, target: str):
+    def write(folder):
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
+
+    return write
+
+
+def as_pipe(name: str):
+    def write(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return write
+
+
+def setting(*path, value):
+    def change(told):
+        for key in path[:-1]:
+            told = told[key]
+        told[path[-1]] = value
+
+    return change
+
+
+def without(*path):
+    def change(told):
+        for key in path[:-1]:
+            told = told[key]
+        del told[path[-1]]
+
+    return change
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+NONSENSE = [
+    "",
+    "null",
+    "5",
+    "[]",
+    "{}",
+    '"x"',
+    "{",
+    DEEP,
+    '{"a": NaN}',
+    "1" * 5000,
+    "\ud800".encode("utf-8", "replace").decode(),
+]
+HOSTILE = [
+    *(with_text(name, content) for name in ("meta.json", "complete.json", "statistics.json", "shards/00000.json")
+      for content in NONSENSE),
+    *(with_text("index.csv", content) for content in ("", "key\n", "\0\0", '"', "a,b\n1,2,3\n1\n", "x" * 100_000)),
+    *(with_json("meta.json", setting(key, value=value)) for key in ("vae", "transform", "store", "dtype", "digest")
+      for value in (None, 5, "../../etc", [], {})),
+    *(with_json("meta.json", setting("vae", key, value=value)) for key in ("shift", "scale", "channels", "encoder")
+      for value in (None, -1, "x", [], [1e999], [[]] * 4, ["a"] * 4, 10**30)),
+    *(with_json("meta.json", without("vae", key)) for key in ("shift", "scale", "encoder", "checkpoint", "config")),
+    with_json("meta.json", setting("vae", "scale", value=[0, 0, 0, 0])),
+    *(with_json("complete.json", setting(key, value=value)) for key in ("shards", "entries")
+      for value in (None, 0, -1, 10**15, 1.5, "2", [])),
+    with_json("complete.json", setting("sha256", value={"../../etc/passwd": "0"})),
+    with_json("complete.json", setting("sha256", "meta.json", value=7)),
+    *(with_json("shards/00000.json", setting("files", value=value))
+      for value in (None, [], {}, {"../../../etc/passwd": {"bytes": 1, "sha256": ""}}, {"/etc/passwd": {}})),
+    *(with_json("shards/00000.json", setting("files", "00000.safetensors", value=value))
+      for value in (None, {}, {"bytes": "x", "sha256": ""}, {"bytes": -1, "sha256": 5})),
+    *(with_index(lambda t, column=column: t.drop(columns=column)) for column in
+      ("key", "shard", "latent", "flip", "label", "crc32", "number", "split")),
+    *(with_index(lambda t, column=column, value=value: t.assign(**{column: value})) for column, value in [
+        ("shard", 99), ("shard", -1), ("shard", 0.5), ("shard", "../1"), ("shard", 10**25), ("latent", "4x1x8x9"),
+        ("latent", "4x8"), ("latent", "-4x1x8x8"), ("latent", f"4x{10**9}x8x8"), ("latent", ""), ("key", "a"),
+        ("key", ""), ("key", "../../x"), ("flip", "maybe"), ("crc32", 7), ("crc32", ""), ("crc32", 10**25),
+        ("frames", "many"),
+    ]),
+    with_index(lambda t: t.iloc[:-1]),
+    with_index(lambda t: pd.concat([t, t])),
+    with_index(lambda t: t.iloc[:0]),
+    *(with_json("statistics.json", setting(key, value=value)) for key in ("mean", "std", "percentiles", "scale")
+      for value in (None, [], "x", {"50": [1]}, [None, 1])),
+    *(with_tensors(lambda tensors, change=change: {k: change(z).contiguous() for k, z in tensors.items()}) for change in [
+        torch.Tensor.half, torch.Tensor.double, torch.Tensor.int, lambda z: z[:1], lambda z: z[..., :4],
+        lambda z: z[None], lambda z: z * float("nan"), lambda z: z * float("inf"), lambda z: z.flatten(),
+        lambda z: z[:, :0],
+    ]),
+    with_tensors(lambda tensors: {f"other/{k}": z for k, z in tensors.items()}),
+    with_tensors(lambda tensors: {k: z for k, z in tensors.items() if k.startswith("mean")}),
+    *(with_text("shards/00000.safetensors", content) for content in ("", "x", "\xff" * 8)),
+    *(as_link(name, target) for name in ("meta.json", "complete.json", "index.csv", "shards/00000.json",
+      "shards/00000.safetensors") for target in ("/dev/zero", "/etc/passwd", "nowhere", ".", "/proc/self/mem")),
+    *(as_pipe(name) for name in ("meta.json", "complete.json", "index.csv", "statistics.json", "shards/00000.json",
+      "shards/00000.safetensors", "shards/00000.statistics.safetensors")),
+    lambda folder: shutil.rmtree(folder / "shards"),
+    lambda folder: (folder / "shards/00000.statistics.safetensors").unlink(),
+    lambda folder: (folder / "index.csv").unlink(),
+    lambda folder: (folder / "statistics.json").unlink(),
+]  # fmt: skip
+
+
+def test_a_hostile_cache_is_one_message_or_its_latents_are_right(cached, tmp_path):
+    """Never a traceback, a hang, or latents that were not written."""
+    right = entries(cached)
+    refused = 0
+    for number, change in enumerate(HOSTILE):
+        folder = shutil.copytree(cached, tmp_path / str(number))
+        change(folder)
+        start = time.perf_counter()
+        try:
+            assert all(map(torch.equal, entries(folder), right)), number
+        except CacheError as error:
+            refused += str(folder) in str(error) and "\n" not in str(error).strip()
+        assert time.perf_counter() - start < 2, number
+        shutil.rmtree(folder)
+    assert refused == len(HOSTILE) - 2  # another name of the encoder, and no transform, are no harm
+
+
+def entries(folder) -> list[torch.Tensor]:
+    """All that a cache gives; it is asked for its statistics too."""
+    cache = LatentCache(folder, mode="mean")
+    assert isinstance(cache.statistics, dict)
+    return [cache[place].z for place in range(len(cache))]

@@ -210,7 +210,7 @@ def test_wrong_settings_are_refused():
             codec("wan", **settings)
     with pytest.raises(ValueError, match="a DiffusersVAE codes clips as a whole; leave chunk_frames out"):
         codec(COGVIDEOX, chunk_frames=4)
-    with pytest.raises(ValueError, match=r"latents are \[1, 3, 1, 4, 4\]; they must be \[B, 4, t, h, w\]"):
+    with pytest.raises(PixelError, match=r"\[1, 3, 1, 4, 4\]; the model takes \[B, 4, t, h, w\]"):
         codec("wan").decode(torch.zeros(1, 3, 1, 4, 4))
     decimated = families.model("taehv")
     decimated.time_upscale = 1

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -19,6 +20,7 @@ from tests.latents import caches
 from vae3d.check import ConfigError
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.sources import DataError, Folder, open_source
+from vae3d.inference.folder import FolderError
 from vae3d.latent_config import check_encoding
 from vae3d.latent_factory import encode as encode_command
 from vae3d.latent_factory import open_codec, padding
@@ -123,6 +125,61 @@ def test_other_settings_are_refused_by_name(photos, whole, tmp_path):
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(CacheError, match="is not empty, and no latent cache"):
         caches.made(photos, tmp_path)
+
+
+@pytest.mark.parametrize("verify", ["stat", "hash"])
+def test_latents_of_a_replaced_file_are_made_anew(verify, tmp_path, caplog):
+    source = caches.pictures(tmp_path / "source")
+    settings = {"verify": verify, "dtype": "fp32"}
+    folder = caches.made(source, tmp_path / "cache", **settings)
+    before, other = LatentCache(folder, mode="mean")[0].z, shards.shard_file(folder, 1).stat().st_mtime_ns
+    file = source / "cat/0.png"
+    stat, picture = file.stat(), np.asarray(Image.open(file))
+    if verify == "hash":  # of one size and time, so that only its content tells
+        content = bytearray(file.read_bytes())
+        file.write_bytes(content)
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+        caches.made(source, folder, **settings)
+        assert "was replaced" not in caplog.text  # a new time alone changes nothing
+    Image.fromarray(255 - picture).save(file)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    caches.made(source, folder, **settings)
+    assert f"shard 0 is encoded again: {file} was replaced since it was encoded" in caplog.text
+    assert not torch.equal(LatentCache(folder, mode="mean")[0].z, before)
+    assert shards.shard_file(folder, 1).stat().st_mtime_ns == other
+    anew = caches.made(source, tmp_path / "anew", **settings)
+    assert caches.files(folder) == caches.files(anew)
+
+
+def test_hashes_are_asked_of_a_cache_without_them_and_find_a_flipped_bit(photos, tmp_path, caplog):
+    folder = caches.made(photos, tmp_path / "cache")
+    caches.made(photos, folder, verify="hash")
+    assert "was encoded without verify=hash" in caplog.text
+    caplog.clear()
+    caches.made(photos, folder, verify="hash")
+    assert "encoded again" not in caplog.text
+    file = shards.shard_file(folder, 0)
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 4]))
+    caches.made(photos, folder, verify="hash")
+    assert "sha256 differs" in caplog.text
+    assert file.read_bytes() == content
+    marker = shards.marker_file(folder, 1)
+    whole = marker.read_text()
+    marker.write_text(whole.replace("cat/2.png", "cat/3.png", 1))
+    caplog.clear()
+    caches.made(photos, folder, verify="hash")
+    assert "00001.json is damaged" in caplog.text
+    assert marker.read_text() == whole
+
+
+def test_two_commands_do_not_encode_into_one_cache(photos, tmp_path):
+    (tmp_path / "cache").mkdir()
+    with FileLock(tmp_path / "cache/.lock"), pytest.raises(FolderError, match=r"cache=.*another process is writing"):
+        caches.made(photos, tmp_path / "cache")
+    (tmp_path / "cache/shards").symlink_to(tmp_path)
+    with pytest.raises(CacheError, match=r"cache/shards is a symbolic link"):
+        caches.made(photos, tmp_path / "cache")
 
 
 def test_a_damaged_shard_is_made_anew(photos, whole, tmp_path):
@@ -274,7 +331,7 @@ def test_broken_files_are_told_and_can_be_tried_again(photos, tmp_path):
     assert len(cache) == 7
     Image.fromarray(tiny.frames(1)[0]).save(source / "cat/1.png")
     encode_cache(caches.job(source, folder, **settings))
-    assert len(LatentCache(folder)) == 7
+    assert len(LatentCache(folder)) == 8  # a mended file is another one
     encode_cache(caches.job(source, folder, retry=True, **settings))
     assert len(LatentCache(folder)) == 8
     assert (folder / "faults.jsonl").read_text() == ""

@@ -25,7 +25,7 @@ def pair(
 
 def levels(*values: float, height: int = 8, width: int = 8) -> Tensor:
     """Frames of one grey each."""
-    return torch.tensor(values)[:, None, None, None].expand(-1, 3, height, width).contiguous()
+    return torch.tensor(values, dtype=torch.float32)[:, None, None, None].expand(-1, 3, height, width).contiguous()
 
 
 def result(metric: Metric | MetricSet, ref: Tensor, rec: Tensor, chunk: int | None = None) -> VideoResult:

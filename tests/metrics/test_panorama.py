@@ -29,7 +29,7 @@ def test_ws_psnr_of_two_rows_is_psnr():
 
 
 def test_ws_psnr_forgives_errors_at_the_poles():
-    ref, _ = pair(1, 48, 96)
+    ref = 0.8 * pair(1, 48, 96)[0]
     pole, equator = ref.clone(), ref.clone()
     pole[:, :, :8] += 0.1
     equator[:, :, 20:28] += 0.1
@@ -53,7 +53,7 @@ def test_ws_ssim_by_hand():
 
 
 def test_an_error_at_the_seam_counts_as_much_as_elsewhere():
-    ref = pair(1, 32, 1)[0].expand(-1, -1, -1, 64)  # the same at every longitude
+    ref = 0.8 * pair(1, 32, 1)[0].expand(-1, -1, -1, 64)  # the same at every longitude
     at_seam, inside = ref.clone(), ref.clone()
     at_seam[:, :, 12:20, :2] += 0.2
     inside[:, :, 12:20, 30:32] += 0.2
@@ -141,7 +141,7 @@ def test_cube_psnr_is_the_psnr_of_the_faces():
 
 def test_a_panorama_turned_by_quarters_has_the_same_scores_of_faces(networks):
     ref, rec = pair(1, 64, 128)
-    rec[:, :, :20] += 0.1
+    rec[:, :, :20] *= 0.9
     for metric in (Polar(), Cube()):
         here, there = (result(metric, *clip).scores for clip in ((ref, rec), (roll(ref, 32), roll(rec, 32))))
         assert {c: s.value for c, s in there.items()} == pytest.approx({c: s.value for c, s in here.items()}, abs=1e-4)

@@ -14,6 +14,7 @@ import torch
 
 from vae3d.arguments import Range, check_fields
 from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error
+from vae3d.checkpoints.integrity import check_records
 from vae3d.errors import UserError
 from vae3d.io import fsync_folder, read_json, remove, write_json
 
@@ -195,7 +196,7 @@ def starting_state(root: Path, resume_from: str | None) -> Path | None:
 def load_state(path: Path, mmap: bool = False) -> dict[str, Any]:
     """The training state in a step folder or a lone state file, tensors on the CPU (mmap: left on disk until used).
 
-    Raises CheckpointError if the file is damaged or holds something else.
+    Raises CheckpointError if the file is damaged (mmap: a flipped bit is not looked for) or holds something else.
     """
     file = path / STATE if path.is_dir() else path
     state = _read(file, path, mmap)
@@ -227,6 +228,8 @@ def load_rank(path: Path, rank: int) -> dict[str, Any]:
 
 
 def _read(file: Path, checkpoint: Path, mmap: bool = False) -> Any:
+    if not mmap:
+        check_records(file, f"; {_hint(checkpoint)}")
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except DAMAGED as error:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vae3d.diffusion.base import Sampling
@@ -16,11 +18,15 @@ from vae3d.diffusion.conditioning import guided
 from vae3d.diffusion.gaussian import GaussianDiffusion
 from vae3d.diffusion.processes import Process
 from vae3d.inference.video import write_image, write_video
+from vae3d.io import atomic_write, naming, remove
+from vae3d.latents.identity import digest_of
+from vae3d.latents.shards import checksum
 from vae3d.seeding import generator_of
 
 OURS = re.compile(
-    r"(grid|data)\.(png|mp4)|\d{6,}(_.*)?\.(png|mp4)|samples_[\dx]+\.npz|distances\.json"
+    r"(grid|data)\.(png|mp4)|\d{6,}(_.*)?\.(png|mp4)|samples_[\dx]+\.npz|(distances|command)\.json"
 )  # files of samples
+LATENTS = ".latents"  # folder of the latents that were drawn, until all files are written
 GAP = 2  # pixels between samples
 FAR = 2.0  # by how much latents of samples may be larger or smaller than those of data before that is told
 MOST_IN_GRID = 100  # samples: more cannot be seen
@@ -122,9 +128,31 @@ def grid(frames: np.ndarray, columns: int | None = None) -> np.ndarray:
 
 def clear(folder: Path) -> None:
     """Remove what sampling writes, and nothing else."""
+    remove(folder / LATENTS)
     for path in folder.iterdir():
         if OURS.fullmatch(path.name):
             path.unlink()
+
+
+def kept_latents(folder: Path, indices: Sequence[int], draw: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    """draw(indices), or what a killed process of the same command drew before: sampling is what takes long."""
+    if not indices:
+        return draw(indices)
+    file = folder / LATENTS / f"{indices[0]:06d}-{digest_of(list(indices))}.safetensors"
+    if file.is_file():
+        try:
+            with safe_open(file, framework="pt") as opened:
+                if opened.metadata() == {"crc32": str(checksum({"z": (z := opened.get_tensor("z"))}))}:
+                    return z
+        except SafetensorError:  # of a machine that lost power
+            pass
+    z = draw(indices)
+    cpu = z.cpu().contiguous()
+    with naming(file):
+        file.parent.mkdir(exist_ok=True)
+        with atomic_write(file) as stream:
+            stream.write(save({"z": cpu}, {"crc32": str(checksum({"z": cpu}))}))
+    return z
 
 
 def write_grid(stem: Path, frames: np.ndarray, *, columns: int | None = None, fps: float = 8.0) -> Path:
@@ -161,8 +189,8 @@ def write_npz(folder: Path, frames: np.ndarray, labels: Sequence[int] | None = N
         raise ValueError(f"got {len(labels)} labels for {len(frames)} images; give one each")
     images = frames[:, 0]
     path = folder / f"samples_{'x'.join(map(str, images.shape))}.npz"
-    unfinished = path.with_name(f".{path.stem}.partial.npz")
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez(unfinished, *([images] if labels is None else [images, np.asarray(labels, np.int64)]))
-    unfinished.replace(path)
+    with naming(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as stream:
+            np.savez(stream, *([images] if labels is None else [images, np.asarray(labels, np.int64)]))
     return path

@@ -33,6 +33,7 @@ from vae3d.engine.spike import SpikeError
 from vae3d.engine.stopping import StopRequest, stop_signals
 from vae3d.engine.verdict import Ballot, RanksDiffer, Verdict
 from vae3d.errors import UserError
+from vae3d.pixels import no_value_checks
 from vae3d.seeding import generator_of
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ class DiffusionTrainer:
             saved = "the same command goes on from there" if self.config.trainer.save_every else "nothing is saved"
             self.log.say(f"stopped by {signal.Signals(self.stopped_by).name} after step {self.step}; {saved}")
 
+    @no_value_checks()
     def train_step(
         self, batches: Sequence[Batch], stop: int = 0, data_error: UserError | None = None
     ) -> dict[str, float]:

@@ -15,6 +15,7 @@ from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import grid, sample_latents
 from vae3d.engine.memory import attempted
 from vae3d.latents.codec import LatentCodec
+from vae3d.pixels import PixelError
 from vae3d.seeding import generator_of
 
 if TYPE_CHECKING:
@@ -78,9 +79,12 @@ def _samples(trainer: DiffusionTrainer) -> dict[str, float]:
             )
         return z, decoded(data.codec, z, data.size)
 
-    drawn, fault = attempted(draw)
+    try:
+        drawn, fault = attempted(draw)
+    except PixelError as error:
+        drawn, fault = None, str(error)
     if drawn is None:
-        trainer.log.warn(f"no samples at step {trainer.step}, for want of memory: {fault}")
+        trainer.log.warn(f"no samples at step {trainer.step}: {fault}")
         return {}
     z, frames = drawn
     _show(trainer, "samples", frames)
@@ -88,8 +92,6 @@ def _samples(trainer: DiffusionTrainer) -> dict[str, float]:
         shown = torch.cat(trainer.real)[: len(z)]
         _show(trainer, "held out, as the autoencoder gives it back", decoded(data.codec, shown, data.size))
         trainer.shown = True
-    if not z.isfinite().all():
-        return {}
     values = {"val/sample_rms": float(z.square().mean().sqrt())}  # of the data: 1
     if trainer.real:
         values["val/sliced_wasserstein"] = sliced_wasserstein(z, torch.cat(trainer.real).to(z.device))

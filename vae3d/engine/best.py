@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vae3d.engine.saving import SaveError, export, run_on_all_ranks
+from vae3d.metrics.base import Better, goodness
 
 if TYPE_CHECKING:
     from vae3d.engine.trainer import Trainer
@@ -16,10 +17,10 @@ FOLDER = "best"  # no step-*: it is neither pruned nor taken for a run's newest 
 
 class Best:
     """The best value of a validation's score. column: its name; None keeps nothing. columns: those that the metrics
-    give, and whether higher is better."""
+    give, and what is better."""
 
-    def __init__(self, column: str | None, columns: Mapping[str, bool | None]) -> None:
-        self.column, self.higher = column, columns.get(column)
+    def __init__(self, column: str | None, columns: Mapping[str, Better]) -> None:
+        self.column, self.better = column, columns.get(column)
         self.value: float | None = None
         self.step: int | None = None
         self.missed: tuple[float, int] | None = None  # value and step of a better one that could not be written
@@ -28,10 +29,10 @@ class Best:
         """Whether `value` is better; an equal one is not."""
         if not math.isfinite(value):
             return False
-        return self.value is None or (value > self.value if self.higher else value < self.value)
+        return self.value is None or goodness(value, self.better) > goodness(self.value, self.better)
 
     def state_dict(self) -> dict[str, Any]:
-        return vars(self).copy()
+        return {"column": self.column, "value": self.value, "step": self.step, "missed": self.missed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What was kept under another score, or by a run that kept none, counts for nothing."""

@@ -44,6 +44,7 @@ from vae3d.errors import UserError
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricSet
 from vae3d.models.base import with_decoder
+from vae3d.pixels import no_value_checks
 from vae3d.seeding import seed_of
 from vae3d.types import Clip, Reconstruction
 
@@ -173,6 +174,7 @@ class Trainer:
             saved = "the same command goes on from there" if self.config.trainer.save_every else "nothing is saved"
             self.log.say(f"stopped by {signal.Signals(self.stopped_by).name} after step {self.step}; {saved}")
 
+    @no_value_checks()
     def train_step(
         self, clips: Sequence[Clip | Unreadable], stop: int = 0, data_error: UserError | None = None
     ) -> dict[str, float]:

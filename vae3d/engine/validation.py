@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,11 @@ from vae3d.engine.freeze import set_mode
 from vae3d.engine.memory import attempted
 from vae3d.inference.consistency import roll_consistency
 from vae3d.inference.pictures import grid, latent_colours
-from vae3d.inference.video import as_unit, to_uint8
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.metrics.depth import abs_rel, delta1
 from vae3d.metrics.distribution import SetMetric
 from vae3d.metrics.registry import resolve
+from vae3d.pixels import NotFiniteError, PixelError, as_unit, to_uint8
 from vae3d.types import Clip
 
 if TYPE_CHECKING:
@@ -52,25 +53,31 @@ def metrics_due(trainer: Trainer) -> MetricSet:
 
 
 def validate_together(trainer: Trainer, metrics: MetricSet) -> list[ValidatedClip]:
-    """All ranks' held-out clips, in their order; none, with a warning, if memory ran out on a rank."""
+    """All ranks' held-out clips, in their order; none, with a warning, if on a rank memory ran out or the model's
+    pixels of a clip are NaN."""
     settings, network = trainer.config.validation, trainer.network
     network.eval()
     with trainer.ema.applied():
-        mine, fault = attempted(
-            lambda: validate(
-                network,
-                trainer.data.held_out,
-                metrics,
-                trainer.device,
-                settings.videos,
-                roll=settings.roll,
-                depth=trainer.config.data.depth.mapping,
+        try:
+            mine, fault = attempted(
+                lambda: validate(
+                    network,
+                    trainer.data.held_out,
+                    metrics,
+                    trainer.device,
+                    settings.videos,
+                    roll=settings.roll,
+                    depth=trainer.config.data.depth.mapping,
+                )
             )
-        )
+            fault = fault and f"{fault}; lower validation.frames"
+        except PixelError as error:
+            mine, fault = None, str(error)
+            metrics.reset()
     set_mode(network, trainer.config.stage.train)
     if not ranks.everyone(fault is None, trainer.device):
         why = fault or "on another rank"
-        trainer.log.warn(f"no validation at step {trainer.step}, for want of memory: {why}; lower validation.frames")
+        trainer.log.warn(f"validation failed at step {trainer.step}: {why}; it counts for no best checkpoint")
         return []
     return sorted(gather_object(mine), key=lambda clip: clip.place)
 
@@ -120,12 +127,14 @@ def validate(
     for clip in clips:
         clip = clip.to(device)
         out = model(clip.video, sample=False)
-        ref, rec = to_uint8(clip.video[0]), to_uint8(out.video[0])
+        ref, rec = to_uint8(clip.video[0], clip.paths[0]), to_uint8(out.video[0], f"reconstruction of {clip.paths[0]}")
         metrics.update(as_unit(ref, device), as_unit(rec, device))
         place = int(clip.positions)
         panels = np.stack([ref, latent_colours(out.z[0], ref.shape[:3]), rec]) if place < pictures else None
         more = {"roll_psnr": roll_consistency(model, clip.video)} if roll else {}
         more |= _depth_errors(clip, out.video, depth) if depth is not None else {}
+        if bad := [name for name, value in more.items() if not math.isfinite(value)]:
+            raise NotFiniteError(f"{', '.join(bad)} is NaN or infinite", f"reconstruction of {clip.paths[0]}")
         done.append(ValidatedClip(place, Path(clip.paths[0]).stem, metrics.result(), panels, more))
     return done
 

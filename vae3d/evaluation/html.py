@@ -17,6 +17,9 @@ from torch import Tensor
 from vae3d.evaluation.pairs import Pair, PairReader, Protocol
 from vae3d.evaluation.store import VideoScore
 from vae3d.evaluation.tables import number
+from vae3d.io import naming, write_text
+from vae3d.metrics.base import Better, goodness
+from vae3d.pixels import quantize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,8 +47,8 @@ PAGE = """<!doctype html>
 {warnings}
 <h2>Scores</h2>
 {table}
-<p>&uarr; higher is better, &darr; lower is better. The mean is formed as the preset says; the other figures are of the
-videos' values, the interval by resampling videos.</p>
+<p>&uarr; higher is better, &darr; lower is better, &rarr; this value is best. The mean is formed as the preset says;
+the other figures are of the videos' values, the interval by resampling videos.</p>
 <h2>Distribution over videos</h2>
 {distributions}
 <h2>Over the frames</h2>
@@ -65,9 +68,9 @@ def write_html(
     videos: Sequence[VideoScore],
     pairs: Mapping[str, Pair],
     protocol: Protocol,
-    columns: Mapping[str, bool | None],
+    columns: Mapping[str, Better],
 ) -> None:
-    """summary: of summary.summarize. pairs: by name. columns: result -> whether higher is better."""
+    """summary: of summary.summarize. pairs: by name. columns: result -> what is better."""
     columns = {c: better for c, better in columns.items() if any(_values(videos, c))}
     ranked_by, order = _ranking(videos, columns)
     details = {key: summary[key] for key in ("preset", "protocol", "settings", "counts", "weights", "versions")}
@@ -84,9 +87,8 @@ def write_html(
         clips="\n".join(_clip(video, pairs[video.name], protocol, ranked_by, columns) for video in order),
         details=html.escape(json.dumps(details, indent=2, default=str)),
     )
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(page)
-    unfinished.replace(path)
+    with naming(path):
+        write_text(path, page)
 
 
 def _warnings(summary: Mapping[str, Any], most: int = 30) -> list[str]:
@@ -100,6 +102,8 @@ def _table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for column, figures in metrics.items():
         arrow = {True: " ↑", False: " ↓", None: ""}[figures["higher_is_better"]]
+        if "best_at" in figures:
+            arrow = f" → {figures['best_at']:g}"
         low, high = figures.get("ci95") or (None, None)
         interval = "-" if low is None else f"{low:.4f} to {high:.4f}"
         rows.append([column + arrow, *(number(figures.get(key)) for key in keys), interval])
@@ -116,14 +120,14 @@ def _values(videos: Sequence[VideoScore], column: str) -> list[float]:
     return [value for value in scores if value is not None]
 
 
-def _ranking(videos: Sequence[VideoScore], columns: Mapping[str, bool | None]) -> tuple[str, list[VideoScore]]:
+def _ranking(videos: Sequence[VideoScore], columns: Mapping[str, Better]) -> tuple[str, list[VideoScore]]:
     """The column that ranks, and the clips to show: the worst first, the best last, each once."""
     judged = [column for column, better in columns.items() if better is not None]
     if not judged:
         return "name", list(videos[:CLIPS])
     by = next((column for column in RANKED_BY if column in judged), judged[0])
     scored = [video for video in videos if by in video.scores and video.scores[by].value is not None]
-    order = sorted(scored, key=lambda video: video.scores[by].value, reverse=not columns[by])
+    order = sorted(scored, key=lambda video: goodness(video.scores[by].value, columns[by]))
     return by, order if len(order) <= 2 * CLIPS else [*order[:CLIPS], *order[-CLIPS:]]
 
 
@@ -143,7 +147,7 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def _distributions(videos: Sequence[VideoScore], columns: Mapping[str, bool | None]) -> str:
+def _distributions(videos: Sequence[VideoScore], columns: Mapping[str, Better]) -> str:
     if not columns:
         return "<p>no metric of single videos</p>"
     figure, axes = _panels(len(columns))
@@ -159,7 +163,7 @@ def _distributions(videos: Sequence[VideoScore], columns: Mapping[str, bool | No
     return _svg(figure)
 
 
-def _courses(videos: Sequence[VideoScore], columns: Mapping[str, bool | None]) -> str:
+def _courses(videos: Sequence[VideoScore], columns: Mapping[str, Better]) -> str:
     series = {c: [v.scores[c].frames for v in videos if c in v.scores and v.scores[c].frames] for c in columns}
     series = {column: frames for column, frames in series.items() if frames}
     if not series:
@@ -181,7 +185,7 @@ def _courses(videos: Sequence[VideoScore], columns: Mapping[str, bool | None]) -
     return _svg(figure)
 
 
-def _clip(video: VideoScore, pair: Pair, protocol: Protocol, by: str, columns: Mapping[str, bool | None]) -> str:
+def _clip(video: VideoScore, pair: Pair, protocol: Protocol, by: str, columns: Mapping[str, Better]) -> str:
     """Rows of frames: original, reconstruction, error."""
     places = _shown_frames(video, by, columns)
     with PairReader(pair, protocol) as reader:
@@ -197,19 +201,19 @@ def _clip(video: VideoScore, pair: Pair, protocol: Protocol, by: str, columns: M
     return f'<h3>{title}</p><div class="strip">{cells}</div>'
 
 
-def _shown_frames(video: VideoScore, by: str, columns: Mapping[str, bool | None]) -> list[int]:
+def _shown_frames(video: VideoScore, by: str, columns: Mapping[str, Better]) -> list[int]:
     even = np.linspace(0, video.info.frames - 1, min(FRAMES, video.info.frames)).round().astype(int).tolist()
     series = video.scores[by].frames if by in video.scores else []
     if not series:
         return even
-    worst = int(np.argmin(series) if columns[by] else np.argmax(series))
+    worst = int(np.argmin([goodness(value, columns[by]) for value in series]))
     nearest = min(range(len(even)), key=lambda i: abs(even[i] - worst))
     even[nearest] = worst
     return even
 
 
 def _strip(frames: Tensor) -> str:
-    pixels = (frames.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().numpy()
+    pixels = quantize(frames, "unit").permute(0, 2, 3, 1).numpy()
     images = [Image.fromarray(frame) for frame in pixels]
     height = max(1, round(images[0].height * WIDTH / images[0].width))
     scale = Image.Resampling.NEAREST if images[0].width < WIDTH else Image.Resampling.LANCZOS

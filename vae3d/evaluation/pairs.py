@@ -61,7 +61,8 @@ class Protocol:
 
 @dataclass
 class PairInfo:
-    """What is compared of a pair. frames: how many; height, width: at which size. warnings: for the user."""
+    """What is compared of a pair. frames: how many; height, width: at which size; enlarged_from: the size of files that
+    are enlarged to it. warnings: for the user."""
 
     frames: int
     height: int
@@ -70,6 +71,7 @@ class PairInfo:
     codecs: tuple[str, str]
     lossy: bool
     warnings: list[str] = field(default_factory=list)
+    enlarged_from: Size | None = None
 
 
 def find_pairs(
@@ -132,22 +134,43 @@ def _media(folder: Path) -> list[Path]:
 
 
 def _by_index(ref: Path, rec: Path) -> list[Pair]:
+    """Pairs as the reconstruction's index.csv records them: sources are found by their recorded paths."""
     table = rec / "index.csv"
     if not table.is_file():
         raise PairError(f"{table}: no such file; infer.py writes it")
-    recs, refs = ({file.stem: file for file in _media(folder)} for folder in (rec, ref))
+    recs = {file.stem: file for file in _media(rec)}
+    refs = _media(ref)
+    found = {file.resolve(): file for file in refs}
+    below = {file.relative_to(ref).parts: file for file in refs}
     pairs, faults = [], []
-    for row in pd.read_csv(table).itertuples():
-        source = Path(str(row.source)).stem
+    for row in _read_index(table).itertuples():
+        source = Path(row.source)
+        file = found.get(source.resolve()) or _moved(source, below)
         if row.id not in recs:
             faults.append(f"{table}, {row.id}: not in {rec}")
-        elif source not in refs:
+        elif file is None:
             faults.append(f"{table}, {row.id}: its source {source} is not in {ref}")
         else:
-            pairs.append(Pair(row.id, refs[source], recs[row.id], int(row.start)))
+            pairs.append(Pair(row.id, file, recs[row.id], int(row.start)))
     if faults:
         raise PairError("\n  ".join([f"{len(faults)} rows have no pair:", *faults[:10], *_more(faults)]))
     return sorted(pairs, key=lambda pair: pair.name)
+
+
+def _moved(source: Path, below: dict[tuple[str, ...], Path]) -> Path | None:
+    """The file of a folder whose path below it is the longest end of a source's recorded path: of copies elsewhere."""
+    ends = (source.parts[place:] for place in range(len(source.parts)))
+    return next((below[end] for end in ends if end in below), None)
+
+
+def _read_index(table: Path) -> pd.DataFrame:
+    """id, source and start of index.csv. Raises PairError."""
+    try:
+        index = pd.read_csv(table, dtype={"id": str, "source": str}, keep_default_na=False)
+        index["start"] = pd.to_numeric(index["start"]).astype(int)
+        return index[["id", "source", "start"]]
+    except (KeyError, ValueError, OverflowError) as error:  # also: no text, no CSV, no column, no number
+        raise PairError(f"{table}: is not what infer.py writes: {error}") from error
 
 
 def inspect(pair: Pair, protocol: Protocol) -> PairInfo:
@@ -160,6 +183,7 @@ def inspect(pair: Pair, protocol: Protocol) -> PairInfo:
     codecs = (f"{a.codec}/{a.pixels}", f"{b.codec}/{b.pixels}")
     lossy = not (a.pixels in RGB and b.pixels in RGB) or bool({"mjpeg", "jpeg"} & {a.codec, b.codec})
     info = PairInfo(frames, *_compared_size(pair, a, b, protocol), a.fps, codecs, lossy)
+    info.enlarged_from = _enlarged_from(pair, a, b, protocol)
     if protocol.num_frames is not None and frames < protocol.num_frames:
         short = f"{pair.name} has {frames} of the {protocol.num_frames} frames asked for"
         if protocol.strict_frames:
@@ -238,7 +262,8 @@ def _enough(ref: int, rec: int, protocol: Protocol) -> bool:
     return protocol.num_frames is not None and min(ref, rec) > (protocol.num_frames - 1) * protocol.stride
 
 
-def _compared_size(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> Size:
+def _scaled_size(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> Size:
+    """To which frames are scaled, before they are cropped."""
     size = (ref.height, ref.width)
     if protocol.cut:
         size = (rec.height, rec.width)
@@ -248,11 +273,23 @@ def _compared_size(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protoco
         size = protocol.resize
     if protocol.resolution is not None:
         size = _short_side(size, protocol.resolution)
+    return size
+
+
+def _compared_size(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> Size:
+    size = _scaled_size(pair, ref, rec, protocol)
     if protocol.crop is not None:
         if min(size) < protocol.crop:
             raise PairError(f"{pair.name}: frames of {size[0]}x{size[1]} cannot be cropped to {protocol.crop}")
         size = (protocol.crop, protocol.crop)
     return size
+
+
+def _enlarged_from(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> Size | None:
+    """The size of the file that is enlarged the most before it is scored; None if none is."""
+    height, width = _scaled_size(pair, ref, rec, protocol)
+    sizes = [(rec.height, rec.width), *([] if protocol.cut else [(ref.height, ref.width)])]
+    return min((size for size in sizes if height > size[0] or width > size[1]), key=min, default=None)
 
 
 def _short_side(size: Size, short: int) -> Size:

@@ -14,6 +14,7 @@ from torch import Tensor
 from vae3d.data.readers import MediaError
 from vae3d.evaluation.pairs import Pair, PairError, PairInfo, PairReader, Protocol, inspect
 from vae3d.evaluation.store import Store, VideoScore, pair_key
+from vae3d.io import naming, write_json
 from vae3d.metrics import MetricError, MetricSet, VideoResult
 
 SUSPICIOUS_PSNR = 10.0  # dB; below it a pair is probably not one
@@ -153,7 +154,9 @@ def collect(jobs: Sequence[Job], store: Store) -> list[VideoScore]:
 
 def write_faults(store: Store, faults: Sequence[str]) -> None:
     """For the process that sums up."""
-    store.file.with_suffix(".faults.json").write_text(json.dumps(list(faults)))
+    file = store.file.with_suffix(".faults.json")
+    with naming(file):
+        write_json(file, list(faults))
 
 
 def read_faults(folder: Path, world_size: int) -> list[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from vae3d import __version__, weights
 from vae3d.evaluation.pairs import Pair, PairInfo, Protocol
+from vae3d.io import FileError, atomic_write, naming
 from vae3d.metrics import Metric, MetricSet, Score, VideoResult
 from vae3d.metrics.distribution import Features
 
@@ -66,10 +68,19 @@ class Store:
                     record = json.loads(line)
                 except json.JSONDecodeError:  # a process was killed while it wrote; the video is scored again
                     continue
-                entry = known.setdefault(record["pair"], {"metrics": {}, "warnings": []})
-                entry["metrics"] |= {n: m for n, m in record["metrics"].items() if m["key"] == self.keys.get(n)}
-                entry["warnings"] += [w for w in record["warnings"] if w not in entry["warnings"]]
+                try:
+                    entry = known.setdefault(record["pair"], {"metrics": {}, "warnings": []})
+                    entry["metrics"] |= {n: m for n, m in record["metrics"].items() if self._is_current(n, m)}
+                    entry["warnings"] += [w for w in record["warnings"] if w not in entry["warnings"]]
+                except (KeyError, TypeError, AttributeError) as error:
+                    raise FileError(f"{file}: is damaged ({error!r}); --fresh scores all pairs again") from None
         return known
+
+    def _is_current(self, metric: str, found: dict[str, Any]) -> bool:
+        """Whether scores are of the metric as it is now defined, and its features are there."""
+        if found["key"] != self.keys.get(metric):
+            return False
+        return "features" not in found or (self.folder / "features" / found["features"]).is_file()
 
     def missing(self, key: str, known: dict[str, dict[str, Any]]) -> list[Metric]:
         """Metrics that this pair has no score of."""
@@ -87,17 +98,15 @@ class Store:
             if metric.name in result.features:
                 entry["features"] = self._write_features(key, metric.name, result.features[metric.name])
             record["metrics"][metric.name] = entry
-        with self.file.open("a") as stream:
+        with naming(self.file), self.file.open("a") as stream:
             stream.write(json.dumps(record) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
 
     def _write_features(self, key: str, metric: str, features: tuple[Features, Features]) -> str:
         path = self.folder / "features" / f"{metric}-{key}-{self.keys[metric]}.npz"
-        unfinished = path.with_suffix(".partial.npz")
-        both = zip(("ref", "rec"), features, strict=True)
-        np.savez(unfinished, **{f"{which}_{k}": v for which, f in both for k, v in f.arrays().items()})
-        unfinished.replace(path)
+        with naming(path):
+            write_features(path, features)
         return path.name
 
     def score(self, name: str, key: str, info: PairInfo, known: dict[str, dict[str, Any]]) -> VideoScore:
@@ -114,10 +123,21 @@ class Store:
         return VideoScore(name, info, scores, counts, features)
 
 
+def write_features(file: Path, features: tuple[Features, Features]) -> None:
+    """Write the features of an original and a reconstruction, whole or not at all."""
+    both = zip(("ref", "rec"), features, strict=True)
+    with atomic_write(file) as stream:
+        np.savez(stream, **{f"{which}_{k}": v for which, f in both for k, v in f.arrays().items()})
+
+
 def read_features(file: Path) -> tuple[Features, Features]:
-    with np.load(file) as arrays:
-        ref, rec = (
-            Features.from_arrays({k: arrays[f"{which}_{k}"] for k in ("rows", "count", "mean", "scatter")})
-            for which in ("ref", "rec")
-        )
+    """Inverse of write_features. Raises FileError if the file is damaged."""
+    try:
+        with np.load(file) as arrays:
+            ref, rec = (
+                Features.from_arrays({k: arrays[f"{which}_{k}"] for k in ("rows", "count", "mean", "scatter")})
+                for which in ("ref", "rec")
+            )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise FileError(f"{file}: is damaged ({error}); delete it, and the same command makes it again") from error
     return ref, rec

@@ -14,6 +14,7 @@ from vae3d import __version__, weights
 from vae3d.evaluation.pairs import Protocol
 from vae3d.evaluation.store import VideoScore, read_features
 from vae3d.metrics import MetricError, MetricSet
+from vae3d.metrics.base import Better, Nearest, goodness
 from vae3d.metrics.distribution import SetMetric
 from vae3d.metrics.presets import PRESETS, average, mean
 
@@ -36,7 +37,7 @@ def summarize(
             warnings += doubts
             continue
         for column, better in metric.columns.items():
-            columns[column] = {**_column(videos, column, preset, batch_size), "higher_is_better": better}
+            columns[column] = {**_column(videos, column, preset, batch_size), **direction(better)}
     counts: dict[str, int] = {}
     for video in videos:
         for name, count in video.counts.items():
@@ -50,6 +51,15 @@ def summarize(
             f"{len(lossy)} of {len(videos)} pairs are stored lossily, so codecs are scored too, which is worth up to "
             "several dB; infer.py codec=lossless, or metrics=[...] in infer.py"
         )
+    enlarged = [video for video in videos if video.info.enlarged_from is not None]
+    if enlarged:
+        first = enlarged[0].info
+        there, here = ("x".join(map(str, size)) for size in (first.enlarged_from, (first.height, first.width)))
+        warnings.append(
+            f"{len(enlarged)} of {len(videos)} pairs are enlarged before scoring ({enlarged[0].name}: {there}, scored "
+            f"at {here}): that smooths errors, so SSIM and others look better than at the files' own size; leave out "
+            "--resolution and --resize"
+        )
     return {
         "metrics": columns,
         "videos": len(videos),
@@ -57,6 +67,7 @@ def summarize(
         "counts": counts,
         "absent": metrics.absent,
         "lossy_input": bool(lossy),
+        "enlarged_input": bool(enlarged),
         "preset": {"name": preset, "source": PRESETS[preset].source, "average": PRESETS[preset].average}
         | ({"batch_size": batch_size} if PRESETS[preset].average == "batches" else {}),
         "protocol": vars(protocol),
@@ -68,6 +79,13 @@ def summarize(
         "warnings": [*(w for video in videos for w in video.info.warnings), *warnings],
         "per_video": [_video(video) for video in videos],
     }
+
+
+def direction(better: Better) -> dict[str, Any]:
+    """What is better, for summary.json."""
+    if isinstance(better, Nearest):
+        return {"higher_is_better": None, "best_at": better.target}
+    return {"higher_is_better": better}
 
 
 def _versions() -> dict[str, str]:
@@ -120,7 +138,7 @@ def _resampled_means(values: np.ndarray, rng: np.random.Generator) -> Iterator[n
         yield values[picks].mean(1)
 
 
-def compare(results: dict[str, Sequence[VideoScore]], columns: dict[str, bool | None]) -> list[dict[str, Any]]:
+def compare(results: dict[str, Sequence[VideoScore]], columns: dict[str, Better]) -> list[dict[str, Any]]:
     """Paired differences of every reconstruction to the first, over the videos that have both values.
 
     results: name of the reconstruction -> its videos. Raises MetricError if they are not of the same videos.
@@ -131,13 +149,16 @@ def compare(results: dict[str, Sequence[VideoScore]], columns: dict[str, bool | 
         if [v.name for v in videos] != [v.name for v in base]:
             raise MetricError(f"{name} and {first} hold different videos, so their differences cannot be paired")
         for column, better in columns.items():
-            gaps = [
-                b.scores[column].value - a.scores[column].value
+            both = [
+                (a.scores[column].value, b.scores[column].value)
                 for a, b in zip(base, videos, strict=True)
                 if column in a.scores and None not in (a.scores[column].value, b.scores[column].value)
             ]
+            gaps = [there - here for here, there in both]
             if gaps and (better is not None or any(gaps)):  # figures of the original alone do not differ
-                wins = None if better is None else sum((gap > 0) == better and gap != 0 for gap in gaps)
+                wins = None
+                if better is not None:
+                    wins = sum(goodness(there, better) > goodness(here, better) for here, there in both)
                 row = {"name": name, "against": first, "metric": column, "difference": mean(gaps)}
                 rows.append(row | {"ci95": list(bootstrap(gaps)), "better_on": wins, "videos": len(gaps)})
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vae3d.evaluation.store import VideoScore
+from vae3d.io import naming, write_text
 
 SHOWN = 20  # videos that a printed table lists
 WIDE = 8  # columns; with more, the table of a set has a line per metric instead
@@ -98,10 +100,9 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all; numbers in full."""
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(json.dumps(content, indent=2, default=str, allow_nan=False) + "\n")
-    unfinished.replace(path)
+    """Whole or not at all; numbers in full. Raises FileError."""
+    with naming(path):
+        write_text(path, json.dumps(content, indent=2, default=str, allow_nan=False) + "\n")
 
 
 def write_per_video(path: Path, videos: Sequence[VideoScore]) -> None:
@@ -132,7 +133,9 @@ def write_per_frame(path: Path, videos: Sequence[VideoScore]) -> None:
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     fields = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, fields)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fields)
+    writer.writeheader()
+    writer.writerows(rows)
+    with naming(path):
+        write_text(path, text.getvalue())

@@ -17,11 +17,12 @@ from vae3d.data.segments import WHOLE, Bounds
 from vae3d.errors import UserError
 from vae3d.inference.cost import measure_cost, timed
 from vae3d.inference.pictures import side_by_side, strip
-from vae3d.inference.reconstruct import Reconstructor, identifier
-from vae3d.inference.video import VideoWriter, as_unit, to_uint8, write_image
-from vae3d.metrics import MetricError, MetricSet
+from vae3d.inference.reconstruct import Reconstructor, identifier, overflow_hint
+from vae3d.inference.video import VideoWriter, write_image
+from vae3d.metrics import MetricSet
 from vae3d.metrics.frame import decibel
 from vae3d.models.base import convention, nearest_frames, share_frames, translated
+from vae3d.pixels import NotFiniteError, as_unit, to_uint8
 
 PAIRS = list(product(("student", "teacher"), repeat=2))  # (whose encoder, whose decoder)
 SHOWN = [("student", "student"), ("teacher", "student"), ("teacher", "teacher")]
@@ -177,8 +178,12 @@ class Comparer:
         coded = {}
         for encoder, decoder in PAIRS:
             given = translated(z[encoder], self.networks[encoder].model, self.networks[decoder].model)
-            rec = self.networks[decoder].decode(given, frames, tuple(size))
-            coded[encoder, decoder] = _finite(rec[0], encoder, decoder)
+            try:
+                coded[encoder, decoder] = to_uint8(self.networks[decoder].decode(given, frames, tuple(size))[0])
+            except NotFiniteError as error:
+                hint = overflow_hint(self.networks[decoder].precision)
+                latents = f"the {decoder}'s decoder, given the {encoder}'s latents"
+                raise MediaError(source, f"{latents}: {error.reason}; {hint}") from None
         teachers = translated(z["teacher"], self.networks["teacher"].model, self.networks["student"].model)
         return compare_latents(z["student"], teachers), coded
 
@@ -225,10 +230,3 @@ def compare_latents(student: Tensor, teacher: Tensor) -> dict[str, Any]:
         "cosine": float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0)),
         **{whose: {name: fn(z).tolist() for name, fn in each.items()} for whose, z in channels.items()},
     }
-
-
-def _finite(video: Tensor, encoder: str, decoder: str) -> np.ndarray:
-    """8-bit frames of [3, T, H, W]. Raises MetricError if a pixel is not finite, which 8 bits would hide."""
-    if not bool(video.isfinite().all()):
-        raise MetricError(f"the {decoder}'s decoder gives pixels that are not finite, from the {encoder}'s latents")
-    return to_uint8(video)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,10 @@ from vae3d.errors import UserError
 from vae3d.inference.comparison import Comparer
 from vae3d.inference.comparison_report import report_comparison
 from vae3d.inference.cost import measure_cost
-from vae3d.inference.reconstruct import KINDS, Done, Reconstructor
+from vae3d.inference.reconstruct import KINDS, Done, Reconstructor, identifier
+from vae3d.inference.results import Results
+from vae3d.io import naming, write_json, write_text
+from vae3d.latents.identity import digest_of, source_version
 from vae3d.metrics import MetricError
 
 log = logging.getLogger("vae3d")
@@ -44,12 +45,15 @@ def rows_of(source: str, root: str | None, split: str | None, count: int | None)
     return table
 
 
-def refuse_to_mix(reconstructor: Reconstructor) -> None:
-    """Raises InferenceError if an output folder already holds something."""
-    for kind in KINDS:
-        folder = reconstructor.folder(kind)
-        if folder.is_dir() and any(folder.iterdir()):
-            raise InferenceError(f"{folder} is not empty; choose another save_dir, or set overwrite=true")
+def command_of(settings: Mapping[str, Any], weights: Mapping[str, str | None], table: pd.DataFrame) -> dict[str, Any]:
+    """What the results depend on, to tell a resume from another command: settings, hashes of weights, rows."""
+    free = ("save_dir", "checkpoint", "source", "root", "overwrite", "on_error", "cost", "device")
+    rows = [[int(row), path, str(start), str(end)] for row, path, start, end in
+            table[["row", "path", "start", "end"]].itertuples(index=False)]  # fmt: skip
+    chosen = {name: value for name, value in settings.items() if name not in free}
+    chosen["teacher"] = {name: value for name, value in settings["teacher"].items() if name != "path"}
+    told = {"rows of the source": digest_of(rows), **{f"weights of {who}": value for who, value in weights.items()}}
+    return told | chosen
 
 
 def refuse_own_source(reconstructor: Reconstructor, source: str) -> None:
@@ -57,15 +61,6 @@ def refuse_own_source(reconstructor: Reconstructor, source: str) -> None:
     inside = [kind for kind in KINDS if reconstructor.folder(kind).resolve().is_relative_to(Path(source).resolve())]
     if inside:
         raise InferenceError(f"save_dir={reconstructor.prefix} lies in source={source}; choose another place")
-
-
-def clear(reconstructor: Reconstructor) -> None:
-    """Delete what an earlier reconstruction of the same prefix wrote, and nothing else."""
-    for kind in KINDS:
-        folder = reconstructor.folder(kind)
-        for file in folder.iterdir() if folder.is_dir() else ():
-            if re.fullmatch(r"\.?\d{6}_.*\.(mp4|png)|index\.csv|(metrics|comparison)\.json", file.name):
-                file.unlink()
 
 
 def reconstruct_files(
@@ -81,13 +76,15 @@ def reconstruct_files(
 ) -> list[Done]:
     """Reconstruct this rank's share of the table; rank 0 writes index.csv, prints and stores the scores of all.
 
-    cost: of measure_cost, to be reported too. comparer: for what is compared of each file. Returns every rank's files
-    in the table's order. Raises MediaError at the first file that cannot be read or scored, or, with skip_errors,
-    InferenceError that lists them all at the end.
+    Files that `Results` has as finished are kept. cost: of measure_cost, to be reported too. comparer: for what is
+    compared of each file. Returns every rank's files in the table's order. Raises MediaError at the first file that
+    cannot be read or scored, or, with skip_errors, InferenceError that lists them all at the end.
     """
+    results = Results(reconstructor, comparer)
     done: list[Done] = []
     compared: list[dict[str, Any]] = []
     failed: list[str] = []
+    kept = 0
     mine = table.iloc[rank::world_size]
     for _, entry in tqdm(mine.iterrows(), total=len(mine), unit="file", disable=None if rank == 0 else True):
         try:
@@ -95,10 +92,18 @@ def reconstruct_files(
                 raise MediaError(f"row {entry['row']}", "has no `path`")
             if entry["fault"] == SEGMENT_FAULT:  # other faults are of facts that are not needed here
                 raise MediaError(f"row {entry['row']} ({entry['path']})", SEGMENT_FAULT)
-            file = entry["path"], int(entry["row"]), (entry["start"], entry["end"])
-            done.append(reconstructor.file(*file))
-            if comparer is not None:
-                compared.append(comparer.file(*file))
+            source, row, bounds = entry["path"], int(entry["row"]), (entry["start"], entry["end"])
+            finished = results.read(identifier(row, source), source)
+            if finished is None:
+                results.discard(identifier(row, source))
+                version = source_version(source)
+                file = reconstructor.file(source, row, bounds)
+                finished = file, comparer and comparer.file(source, row, bounds)
+                results.write(source, version, *finished)
+            else:
+                kept += 1
+            done.append(finished[0])
+            compared += [] if finished[1] is None else [finished[1]]
         except (MediaError, MetricError) as error:
             if isinstance(error, MetricError):
                 error = MediaError(entry["path"], str(error))
@@ -108,7 +113,9 @@ def reconstruct_files(
             failed.append(str(error))
     done = sorted(gather(done), key=lambda item: item.id)
     compared = sorted(gather(compared), key=lambda item: item["file"])
-    failed = gather(failed)
+    failed, kept = gather(failed), sum(gather([kept]))
+    if rank == 0 and kept:
+        log.info("%d of %d files were finished before", kept, len(table))
     if rank == 0:
         report(reconstructor, done, cost)
         if comparer is not None:
@@ -132,7 +139,8 @@ def report(reconstructor: Reconstructor, done: Sequence[Done], cost: dict[str, A
     """Write <prefix>_rec/index.csv, and <prefix>_rec/metrics.json if anything was measured; say where all is."""
     folder = reconstructor.folder("rec")
     folder.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame([item.row() for item in done]).to_csv(folder / "index.csv", index=False)
+    with naming(folder / "index.csv"):
+        write_text(folder / "index.csv", pd.DataFrame([item.row() for item in done]).to_csv(index=False))
     frames = sum(item.frames for item in done)
     written = [str(reconstructor.folder(kind)) for kind in KINDS if reconstructor.folder(kind).is_dir()]
     log.info("%d files, %d frames -> %s", len(done), frames, ", ".join(written))
@@ -147,4 +155,5 @@ def report(reconstructor: Reconstructor, done: Sequence[Done], cost: dict[str, A
         )
     if scores or cost is not None:
         told = {"videos": len(done), "frames": frames, **scores} | ({} if cost is None else {"cost": cost})
-        (folder / "metrics.json").write_text(json.dumps(told, indent=2) + "\n")
+        with naming(folder / "metrics.json"):
+            write_json(folder / "metrics.json", told)

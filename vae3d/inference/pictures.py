@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from vae3d.inference.video import to_uint8
+from vae3d.pixels import to_uint8
 
 LINE = 20  # pixels of a line of text
 GAP = 2  # pixels between panels

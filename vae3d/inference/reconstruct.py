@@ -19,9 +19,10 @@ from vae3d.data.images import is_sequence
 from vae3d.data.readers import MediaError, MediaInfo, Reader, Size, open_media
 from vae3d.data.segments import WHOLE, Bounds, Segment
 from vae3d.data.transforms import cover
-from vae3d.inference.video import VideoWriter, as_unit, to_uint8, write_image
+from vae3d.inference.video import VideoWriter, write_image
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.models.streaming import Stream
+from vae3d.pixels import NotFiniteError, as_unit, to_uint8
 from vae3d.seeding import generator_of
 from vae3d.types import Reconstruction
 
@@ -79,6 +80,13 @@ def identifier(row: int, source: str) -> str:
     return f"{row:06d}_{stem}"
 
 
+def overflow_hint(precision: str) -> str:
+    """What to do about NaN, computed in a precision such as fp16 or torch.float16."""
+    if precision in ("fp16", "torch.float16"):
+        return "fp16 holds values up to 65504 only: use precision=bf16 or precision=fp32"
+    return f"computed in {precision}: are the weights sound?"
+
+
 class Reconstructor:
     """Writes <prefix>_ori, _rec and, for two-stage models, _spatial: what the inner 2D VAE alone would give.
 
@@ -114,7 +122,7 @@ class Reconstructor:
     def file(self, source: str, row: int, bounds: Bounds = WHOLE) -> Done:
         """Reconstruct one file, or the part of it between two times, which all that selects frames counts from.
 
-        Raises MediaError if it cannot be read; nothing half-written is left.
+        Raises MediaError if it cannot be read, or if the model makes NaN of it; nothing half-written is left.
         """
         self.metrics.reset()
         reader = self._open(source, bounds)
@@ -128,6 +136,9 @@ class Reconstructor:
                 self._video(stream, chunks, name, fps, row)
             else:
                 self._image(stream, chunks, name, row)
+        except NotFiniteError as error:
+            hint = overflow_hint(str(self.dtype or torch.float32))
+            raise MediaError(source, f"the model's pixels: {error.reason}; {hint}") from None
         finally:
             reader.close()
         stride = self.model.spec.space_stride
@@ -201,11 +212,13 @@ class Reconstructor:
     def _video(self, stream: Stream, chunks: Iterator[Piece], name: str, fps: float, row: int) -> None:
         writers: dict[str, VideoWriter] = {}
         try:
+            done = 0
             for number, chunk in enumerate(chunks):
-                for kind, frames in self._code(stream, chunk, row, number).items():
+                for kind, frames in self._code(stream, chunk, row, number, done).items():
                     if kind not in writers:
                         writers[kind] = VideoWriter(self.folder(kind) / f"{name}.mp4", fps, self.codec)
                     writers[kind].write(frames)
+                done += chunk[1]
             for writer in writers.values():
                 writer.close()
         finally:
@@ -213,21 +226,24 @@ class Reconstructor:
                 writer.abandon()
 
     def _image(self, stream: Stream, chunks: Iterator[Piece], name: str, row: int) -> None:
-        for kind, frames in self._code(stream, next(chunks), row, 0).items():
+        for kind, frames in self._code(stream, next(chunks), row, 0, 0).items():
             write_image(self.folder(kind) / f"{name}.png", frames[0])
 
     @torch.inference_mode()
-    def _code(self, stream: Stream, piece: Piece, row: int, number: int) -> dict[str, np.ndarray]:
-        """8-bit frames of every kind, and their scores added to the metrics."""
+    def _code(self, stream: Stream, piece: Piece, row: int, number: int, start: int) -> dict[str, np.ndarray]:
+        """8-bit frames of every kind, and their scores added to the metrics. start: number of the first frame.
+
+        Raises NotFiniteError.
+        """
         frames, length = piece
         video = self.to_video(frames)
         generator = generator_of(self.seed, row, number, device=self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             out = stream(video, sample=self.sample, generator=generator)
             spatial = self._spatial(out, video)
-        coded = {"ori": frames[:length], "rec": to_uint8(out.video[0])}
+        coded = {"ori": frames[:length], "rec": to_uint8(out.video[0], start=start)}
         if spatial is not None:
-            coded["spatial"] = to_uint8(spatial[0])
+            coded["spatial"] = to_uint8(spatial[0], start=start)
         self.metrics.update(as_unit(coded["ori"], self.device), as_unit(coded["rec"], self.device))
         return coded
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 
 import av
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
+
+from vae3d.io import atomic_write, naming
 
 BT601 = 6  # AVCOL_SPC_SMPTE170M, the matrix swscale converts RGB with; said in the file, players need not guess
 
@@ -22,17 +24,11 @@ CODECS = {
 }
 
 
-def to_uint8(video: Tensor) -> np.ndarray:
-    """[3, T, H, W] in [-1, 1] (clamped here) -> [T, H, W, 3] uint8, rounded to nearest."""
-    pixels = video.float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round()
-    return pixels.byte().permute(1, 2, 3, 0).cpu().numpy()
-
-
 class VideoWriter:
     """An .mp4 written frame by frame, under a temporary name until it is whole.
 
     codec: lossless or h264; h264 falls to 4:4:4 colour where a side is odd, because 4:2:0 cannot hold it.
-    Raises ValueError for another codec.
+    Raises ValueError for another codec; its methods FileError if the disk refuses.
     """
 
     def __init__(self, path: Path, fps: float, codec: str = "lossless") -> None:
@@ -47,27 +43,35 @@ class VideoWriter:
 
     def write(self, frames: np.ndarray) -> None:
         """Append [T, H, W, 3] uint8 frames."""
-        if self.container is None:
-            self._open(*frames.shape[1:3])
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            picture.pts, picture.time_base = self.count, 1 / self.fps
-            self.container.mux(self.stream.encode(picture))
-            self.count += 1
+        with naming(self.path):
+            if self.container is None:
+                self._open(*frames.shape[1:3])
+            for frame in frames:
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                picture.pts, picture.time_base = self.count, 1 / self.fps
+                self.container.mux(self.stream.encode(picture))
+                self.count += 1
 
     def close(self) -> None:
         """Finish the file and give it its name."""
         assert self.container is not None, "no frame was written"
-        self.container.mux(self.stream.encode())
-        self.container.close()
-        self.container = None
-        self.unfinished.replace(self.path)
+        with naming(self.path):
+            self.container.mux(self.stream.encode())
+            container, self.container = self.container, None
+            try:
+                container.close()
+                with self.unfinished.open("rb") as stream:
+                    os.fsync(stream.fileno())
+                self.unfinished.replace(self.path)
+            finally:
+                self.unfinished.unlink(missing_ok=True)
 
     def abandon(self) -> None:
         """Delete an unfinished file; a finished one stays."""
         if self.container is not None:
-            self.container.close()
-            self.container = None
+            container, self.container = self.container, None
+            with suppress(OSError):  # the error that led here is the one to report
+                container.close()
             self.unfinished.unlink(missing_ok=True)
 
     def __enter__(self) -> VideoWriter:
@@ -83,6 +87,7 @@ class VideoWriter:
         if pixels == "yuv420p" and (height % 2 or width % 2):
             pixels = "yuv444p"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.unfinished.unlink(missing_ok=True)  # a link there would be followed
         self.container = av.open(str(self.unfinished), "w")
         self.stream = self.container.add_stream(encoder, rate=self.fps, options=dict(options))
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, pixels
@@ -98,13 +103,8 @@ def write_video(path: Path, frames: np.ndarray, fps: float, codec: str = "lossle
 
 
 def write_image(path: Path, frame: np.ndarray) -> None:
-    """Write one [H, W, 3] uint8 frame, under a temporary name until it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.stem}.partial{path.suffix}")
-    Image.fromarray(frame).save(unfinished)
-    unfinished.replace(path)
-
-
-def as_unit(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """[T, H, W, 3] uint8 -> [T, 3, H, W] float in [0, 1], as metrics take them."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float() / 255.0
+    """Write one [H, W, 3] uint8 frame, under a temporary name until it is whole. Raises FileError."""
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as stream:
+            Image.fromarray(frame).save(stream, path.suffix.removeprefix("."))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vae3d.io import FileError, read_text
 from vae3d.latents.codec import LatentCodec, Moments
-from vae3d.latents.identity import difference, vae_difference
+from vae3d.latents.identity import difference, file_hash, vae_difference
 from vae3d.latents.shards import (
     COMPLETE,
     INDEX,
@@ -21,16 +24,20 @@ from vae3d.latents.shards import (
     META,
     STATISTICS,
     CacheError,
+    checksum,
     damage,
     marker_file,
     read_json,
     read_marker,
     shard_file,
 )
+from vae3d.pixels import value_range
 from vae3d.seeding import generator_of
 
 OPEN_SHARDS = 64  # files that a process keeps open
 MOST_CLASSES = 100_000  # larger numbers are names, not places in a list
+TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+MAX_INDEX = 2**32  # bytes of index.csv
 NONE = -1  # the label of an entry without one
 TEXT = ("key", "latent", "label", "split", "text", "source")  # columns of index.csv that are not numbers
 
@@ -50,8 +57,8 @@ class LatentCache(Dataset[Latent]):
     export count at once, else by those that the model had when the cache was made.
     mode: sample (drawn from the moments, a pure function of (seed, position), as Clip.generators draws for clips that
     are encoded on the fly), or mean; None: sample where that is possible. A position left out is the place.
-    split: entries of this split only. flips: with the entries of mirrored pixels. verify: compare the files' hashes,
-    not only their sizes.
+    split: entries of this split only. flips: with the entries of mirrored pixels. verify: compare the files' hashes
+    now; without it their sizes, and the checksum of every entry when it is read.
     transform: settings of what will be encoded on the fly, or was trained on, that must be those of the cache.
 
     index: the rows of index.csv. labels: the number of each one's class, or NONE. classes: names of the labels, in the
@@ -73,17 +80,24 @@ class LatentCache(Dataset[Latent]):
         verify: bool = False,
     ) -> None:
         self.folder, self.seed = Path(folder), seed
-        self.meta = read_meta(self.folder)
+        self.meta = open_meta(self.folder)
         self._refuse_others(codec, transform)
-        told = read_json(self.folder / COMPLETE)
+        told = read_complete(self.folder)
         self.shards = told["shards"]
         self._refuse_damage(verify)
         self.mode = self._mode(mode)
-        index = read_index(self.folder)
+        index = read_index(self.folder, self.meta["vae"]["channels"], self.shards)
         if len(index) != told["entries"]:
             raise CacheError(
                 f"{self.folder / INDEX} has {len(index)} rows; {told['entries']} were written; encode again"
             )
+        for name, there in told["sha256"].items():
+            try:
+                same = file_hash(self.folder / name) == there
+            except (OSError, FileError) as error:
+                raise CacheError(f"{self.folder / name} cannot be read: {error}; encode again") from error
+            if not same:
+                raise CacheError(f"{self.folder / name} is not what was written: its sha256 differs; encode again")
         self.classes = class_names(index["label"])
         if split is not None:
             index = index[index["split"] == split]
@@ -95,6 +109,7 @@ class LatentCache(Dataset[Latent]):
         numbers = {"": NONE} | {name: number for number, name in enumerate(self.classes)}
         self.labels = [numbers[label] for label in self.index["label"]]
         self._keys, self._shards = self.index["key"].tolist(), self.index["shard"].tolist()
+        self._shapes, self._checksums = self.index["latent"].tolist(), self.index["crc32"].tolist()
         factors = self.meta["vae"] if codec is None else vars(codec.model.spec)
         self.shift, self.scale = (torch.tensor(factors[name])[:, None, None, None] for name in ("shift", "scale"))
         self._open: dict[int, Any] = {}
@@ -112,16 +127,34 @@ class LatentCache(Dataset[Latent]):
         return Latent(z, self.labels[place], self._keys[place])
 
     def moments(self, place: int) -> Moments:
-        """The normalised posterior of an entry, [C, t, h, w] each; std is 0 where only means or samples are kept."""
+        """The normalised posterior of an entry, [C, t, h, w] each; std is 0 where only means or samples are kept.
+
+        Raises CacheError if a bit of the entry has changed since it was written.
+        """
         key, shard = self._keys[place], self._shards[place]
-        kept = [self._tensor(shard, f"{kind}/{key}") for kind in KINDS[self.meta["store"]]]
+        entry = {kind: self._tensor(shard, f"{kind}/{key}") for kind in KINDS[self.meta["store"]]}
+        if why := self._entry_error(place, entry):
+            marker = marker_file(self.folder, shard)
+            raise CacheError(
+                f"{shard_file(self.folder, shard)}: {key} {why}; the file is damaged: delete {marker} and encode again"
+            )
+        kept = [tensor.float() for tensor in entry.values()]
         mean, std = kept if len(kept) == 2 else (kept[0], torch.zeros_like(kept[0]))
         return Moments((mean - self.shift) / self.scale, std / self.scale)
 
     @property
     def statistics(self) -> dict[str, Any]:
         """Of the raw latents of all entries; see LatentStatistics.summary."""
-        return read_json(self.folder / STATISTICS)
+        told = read_json(self.folder / STATISTICS)
+        channels = self.meta["vae"]["channels"]
+        lists = ("mean", "std", "std_of_mean", "posterior_std", "covariance_eigenvalues", "kurtosis", "skewness")
+        sound = isinstance(told, dict) and all(_numbers(told.get(name), channels, none=True) for name in lists)
+        sound = sound and all(_numbers([told.get(name)], 1) for name in ("clips", "shift", "scale"))
+        sound = sound and _numbers([told.get("participation_ratio")], 1, none=True)
+        percentiles = told.get("percentiles") if sound else None
+        if not isinstance(percentiles, dict) or not all(_numbers(v, channels) for v in percentiles.values()):
+            raise CacheError(f"{self.folder / STATISTICS} is damaged; delete {self.folder / COMPLETE} and encode again")
+        return told
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # open files do not travel to worker processes
@@ -133,10 +166,23 @@ class LatentCache(Dataset[Latent]):
                 if len(self._open) >= OPEN_SHARDS:
                     self._open.pop(next(iter(self._open)))
                 self._open[shard] = safe_open(file, framework="pt")
-            return self._open[shard].get_tensor(name).float()
+            return self._open[shard].get_tensor(name)
         except (OSError, SafetensorError) as error:
             marker = marker_file(self.folder, shard)
             raise CacheError(f"{file} cannot be read ({error}); delete {marker} and encode again") from error
+
+    def _entry_error(self, place: int, entry: Mapping[str, Tensor]) -> str | None:
+        """What is wrong with the stored tensors of an entry, or None."""
+        for kind, tensor in entry.items():
+            if str(tensor.dtype) != f"torch.{TORCH_NAMES[self.meta['dtype']]}":
+                return f"{kind} is {tensor.dtype}, but the cache is of {self.meta['dtype']}"
+            if (shape := "x".join(map(str, tensor.shape))) != self._shapes[place]:
+                return f"{kind} is {shape}, but index.csv says {self._shapes[place]}"
+        if checksum(entry) != self._checksums[place]:
+            return "is not what was written: its checksum differs"
+        if any(not math.isfinite(sum(value_range(tensor))) for tensor in entry.values()):
+            return "holds NaN or infinity"
+        return None
 
     def _refuse_others(self, codec: LatentCodec | None, transform: Mapping[str, Any] | None) -> None:
         vae = self.meta["vae"]
@@ -151,7 +197,7 @@ class LatentCache(Dataset[Latent]):
 
     def _refuse_damage(self, verify: bool) -> None:
         for number in range(self.shards):
-            marker = read_marker(self.folder, number)
+            marker = read_marker(self.folder, number, verify=verify)
             if marker is None:
                 raise CacheError(f"{marker_file(self.folder, number)} is missing; encode again to make the shard")
             if marker["of"] != self.meta["digest"]:
@@ -170,24 +216,92 @@ class LatentCache(Dataset[Latent]):
         return mode or possible[0]
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
+def open_meta(folder: Path) -> dict[str, Any]:
     """What a complete cache tells of itself. Raises CacheError."""
     if not (folder / META).is_file():
         raise CacheError(f"{folder} is no latent cache: it has no {META}; make one by scripts/encode_latents.py")
     if not (folder / COMPLETE).is_file():
         raise CacheError(f"{folder} is not complete; the command that began it goes on with it")
-    return read_json(folder / META)
+    return read_meta(folder)
 
 
-def read_index(folder: Path) -> pd.DataFrame:
-    """index.csv; texts that are not given are empty."""
-    return pd.read_csv(folder / INDEX, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values={"fps": [""]})
+def read_meta(folder: Path) -> dict[str, Any]:
+    """meta.json. Raises CacheError if something that is read of it is missing or of another kind."""
+    file = folder / META
+    meta = read_json(file)
+
+    def require(sound: bool, key: str) -> None:
+        if not sound:
+            raise CacheError(f"{file}: {key} is missing or not what encode_latents.py writes; encode again")
+
+    require(isinstance(meta, dict), "the content")
+    for key in ("digest", "precision", "pixel_range", "source", "clips_hash"):
+        require(type(meta.get(key)) is str, key)
+    require(isinstance(meta.get("transform"), dict), "transform")
+    require(meta.get("store") in tuple(KINDS), "store")
+    require(meta.get("dtype") in tuple(TORCH_NAMES), "dtype")
+    require(type(meta.get("flip")) is bool, "flip")
+    for key in ("clips", "shard_size"):
+        require(type(meta.get(key)) is int and meta[key] > 0, key)
+    require("seed" in meta and isinstance(meta.get("writers"), list), "seed or writers")
+    vae = meta.get("vae")
+    require(isinstance(vae, dict), "vae")
+    for key in ("checkpoint", "model", "encoder"):
+        require(type(vae.get(key)) is str, f"vae.{key}")
+    require("config" in vae and isinstance(vae["config"], dict | None), "vae.config")
+    for key in ("channels", "time_stride", "space_stride"):
+        require(type(vae.get(key)) is int and 0 < vae[key] < 2**16, f"vae.{key}")
+    for key in ("shift", "scale"):
+        require(_numbers(vae.get(key), vae["channels"]), f"vae.{key}")
+    require(all(value > 0 for value in vae["scale"]), "vae.scale")
+    return meta
+
+
+def read_complete(folder: Path) -> dict[str, Any]:
+    """complete.json. Raises CacheError."""
+    file = folder / COMPLETE
+    told = read_json(file)
+    counts = [told.get(name) for name in ("shards", "entries")] if isinstance(told, dict) else [None]
+    hashes = told.get("sha256") if all(type(count) is int and count > 0 for count in counts) else None
+    if not isinstance(hashes, dict) or hashes.keys() != {META, INDEX, STATISTICS}:
+        raise CacheError(f"{file} is damaged; delete it, and the command that made the cache writes it again")
+    return told
+
+
+def _numbers(values: Any, count: int, none: bool = False) -> bool:
+    """Whether it is a list of so many finite numbers."""
+    if not isinstance(values, list) or len(values) != count:
+        return False
+    return all((none and v is None) or (type(v) in (int, float) and abs(v) < 1e300) for v in values)
+
+
+def read_index(folder: Path, channels: int, shards: int) -> pd.DataFrame:
+    """index.csv; texts that are not given are empty. Raises CacheError for a table that finish did not write."""
+    file = folder / INDEX
+    try:
+        text = StringIO(read_text(file, MAX_INDEX))
+        index = pd.read_csv(text, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values={"fps": [""]})
+        whole = index[["number", "shard", "frames", "height", "width", "crc32"]]
+        shapes = index["latent"].str.fullmatch(rf"{channels}(x[1-9][0-9]{{0,6}}){{3}}")
+        checks = {
+            "a number that is none": all(dtype.kind == "i" for dtype in whole.dtypes),
+            "a shard that is not there": bool(whole["shard"].between(0, shards - 1).all()),
+            "a `latent` that is no shape of the autoencoder's": bool(shapes.all()),
+            "a key twice": index["key"].is_unique and bool((index["key"] != "").all()),
+            "a `flip` that is neither True nor False": index["flip"].dtype == bool,
+            "no label, split, text or source": {"label", "split", "text", "source"} <= set(index.columns),
+        }
+    except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:  # ValueError: also of pandas' parser
+        raise CacheError(f"{file} cannot be read: {' '.join(str(error).split())}; encode again") from error
+    if wrong := [name for name, sound in checks.items() if not sound]:
+        raise CacheError(f"{file} has {wrong[0]}; encode again")
+    return index
 
 
 def class_names(labels: Sequence[str]) -> list[str]:
     """Names of classes in the order of their numbers."""
     names = sorted({label for label in labels if label != ""})
-    if names and all(name.isdecimal() and name == str(int(name)) for name in names):
+    if names and all(len(name) < 19 and name.isdecimal() and name == str(int(name)) for name in names):
         most = max(map(int, names))
         if most < MOST_CLASSES:
             return [str(number) for number in range(1 + most)]

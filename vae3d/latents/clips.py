@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vae3d.data.media import MediaError, MediaInfo
 from vae3d.data.probe import complete
 from vae3d.data.segments import Bounds, Segment, bounds_of, count_frames
 from vae3d.data.sources import DataError
+from vae3d.latents.identity import source_version
 
 FLIP = "#flip"  # behind the key of an entry of mirrored pixels
 SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")  # which are no classes
@@ -68,12 +69,14 @@ class Item:
 
 @dataclass
 class Read:
-    """A clip that was read, [3, T, H, W] uint8 at fps (0 of an image), or why not."""
+    """A clip that was read, [3, T, H, W] uint8 at fps (0 of an image), or why not. version: of its file, before it was
+    read; see identity.source_version."""
 
     number: int
     pixels: Tensor | None = None
     fps: float = 0.0
     fault: str | None = None
+    version: dict[str, Any] | None = None
 
 
 def items_of(
@@ -174,13 +177,25 @@ def _refuse_twins(items: Sequence[Item]) -> None:
 
 class ClipReader(Dataset[Read]):
     """Indexed by the number of an item; a file that cannot be read is a fault, never left out. The file that was read
-    last stays open, so that the clips of one file open it once."""
+    last stays open, so that the clips of one file open it once. hashed: versions with the hashes of the files."""
 
-    def __init__(self, items: Sequence[Item], transform: Transform, reader: str = "auto") -> None:
-        self.items, self.transform, self.reader = items, transform, reader
+    def __init__(self, items: Sequence[Item], transform: Transform, reader: str = "auto", hashed: bool = False) -> None:
+        self.items, self.transform, self.reader, self.hashed = items, transform, reader, hashed
+        self._last: tuple[str, dict[str, Any] | None] = "", None  # of the clips of one file
         self._opened: tuple[tuple[str, Bounds], Segment] | None = None
 
     def __getitem__(self, number: int) -> Read:
+        version = self._version(self.items[number].path)
+        return replace(self._read(number), version=version)
+
+    def _version(self, path: str) -> dict[str, Any] | None:
+        version = source_version(path)
+        known = self._last[1] if path == self._last[0] else None
+        if self.hashed and (known is None or version is None or not version.items() <= known.items()):
+            self._last = path, source_version(path, hashed=True)
+        return self._last[1] if self.hashed else version
+
+    def _read(self, number: int) -> Read:
         item = self.items[number]
         try:
             return self._cut(number, item, self._open(item))

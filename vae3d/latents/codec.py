@@ -10,22 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vae3d.errors import UserError
 from vae3d.models.base import VideoAutoencoder
 from vae3d.models.spatial import UNKNOWN_FACTOR
+from vae3d.pixels import RANGES, TOLERANCE, PixelError, check_latents, quantize, value_range
 from vae3d.precision import measuring
 from vae3d.seeding import Generators, randn_like
 from vae3d.types import Delta, Posterior
 
-RANGES = {"uint8": (0.0, 255.0), "unit": (0.0, 1.0), "signed": (-1.0, 1.0)}
-TOLERANCE = 1e-3  # of the width of a range: what rounding to bf16 and back may add
 MODES = ("sample", "mean", "moments")
-
-
-class PixelError(UserError):
-    """Pixels that are not what was declared."""
-
-    on_every_rank = False
 
 
 @dataclass(frozen=True)
@@ -141,10 +133,10 @@ class LatentCodec:
 
         num_frames, size (height, width): of what was encoded, since the model may have padded it; by default all that
         the latents stand for. uint8 pixels are rounded to nearest.
-        Raises ValueError for latents of another number of channels, and if num_frames does not fit them.
+        Raises PixelError for latents of another number of channels, ValueError if num_frames does not fit them, and
+        NotFiniteError if uint8 pixels are NaN, as after an overflow in fp16.
         """
-        if z.ndim != 5 or z.shape[1] != self.channels:
-            raise ValueError(f"latents are {list(z.shape)}; they must be [B, {self.channels}, t, h, w]")
+        check_latents(z, self.channels)
         raw = self.model.denormalize(z.to(self.device, torch.float32))
         stride = self.space_stride
         with self._computing(z.shape[-2] * stride, z.shape[-1] * stride):
@@ -164,7 +156,7 @@ class LatentCodec:
             raise PixelError(f"pixels are {video.dtype}, but pixel_range={self.pixel_range} is declared")
         video = video.float()
         low, high = RANGES[self.pixel_range]
-        measured = [float(value) for value in torch.aminmax(video)]
+        measured = value_range(video)
         slack = TOLERANCE * (high - low)
         if not low - slack <= measured[0] <= measured[1] <= high + slack:  # NaN fails, too
             raise PixelError(
@@ -176,11 +168,14 @@ class LatentCodec:
         return video if video.ndim == 5 else video.unsqueeze(2)
 
     def from_video(self, video: Tensor) -> Tensor:
-        """What models give, about [-1, 1] -> pixels in pixel_range, clamped."""
+        """What models give, about [-1, 1] -> pixels in pixel_range, clamped.
+
+        Raises NotFiniteError if they are to be uint8, which would show NaN as black.
+        """
+        if self.pixel_range == "uint8":
+            return quantize(video, name=f"what the decoder gives in {str(self.dtype).removeprefix('torch.')}")
         video = video.float().clamp(-1, 1)
-        if self.pixel_range == "signed":
-            return video
-        return (video + 1) / 2 if self.pixel_range == "unit" else video.add(1).mul(127.5).round().byte()
+        return video if self.pixel_range == "signed" else (video + 1) / 2
 
     def scale(self, like: Tensor) -> Tensor:
         """The deviation that raw latents are divided by, [C, 1, 1, 1] beside `like`."""

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,9 +22,11 @@ from tqdm import tqdm
 
 from vae3d import __version__
 from vae3d.data.workers import load
+from vae3d.inference.folder import has_results, locked
+from vae3d.latents.cache import read_meta
 from vae3d.latents.clips import FLIP, ClipReader, Fault, Item, Read, Transform
 from vae3d.latents.codec import LatentCodec, Moments
-from vae3d.latents.identity import difference, digest_of, latent_config, vae_facts
+from vae3d.latents.identity import difference, digest_of, file_hash, latent_config, source_version, vae_facts
 from vae3d.latents.shards import (
     COMPLETE,
     FAULTS,
@@ -31,11 +34,11 @@ from vae3d.latents.shards import (
     KINDS,
     META,
     STATISTICS,
+    WRITERS,
     CacheError,
     Shard,
     aside,
     damage,
-    is_whole,
     read_json,
     read_marker,
     read_statistics,
@@ -60,7 +63,8 @@ class Job:
     (drawn once, by (seed, key)). dtype: of the stored latents. flip: every clip also mirrored, as an entry of its own.
     shard_size: clips in a shard, which a process holds in memory and a kill loses. writers: further layouts, see
     shards.WRITERS. timeout: seconds without a clip after which WorkerTimeout is raised; 0: never. max_broken: share of
-    clips that may fail. retry: encode shards with faults anew.
+    clips that may fail. retry: encode shards with faults anew. verify: how a resume finds replaced source files, by
+    size and time (stat) or by content (hash, which also hashes the shards).
     """
 
     codec: LatentCodec
@@ -82,6 +86,7 @@ class Job:
     writers: list[str] = field(default_factory=list)
     max_broken: float = 0.2
     retry: bool = False
+    verify: str = "stat"
 
     @property
     def shards(self) -> int:
@@ -133,10 +138,16 @@ def identity(meta: dict[str, Any]) -> dict[str, Any]:
 def encode_cache(job: Job, rank: int = 0, world_size: int = 1, wait: Callable[[], None] = lambda: None) -> None:
     """Make, or go on with, the cache of a job; `wait` returns when all ranks have called it.
 
-    Complete shards stay as they are; the others are made from the start, to the same bytes. Labels, splits and texts
-    are those that the source has now.
-    Raises CacheError for a folder that holds something else, and if more than max_broken of the clips fail.
+    Complete shards whose source files are unchanged stay as they are; the others are made from the start, to the same
+    bytes. Labels, splits and texts are those that the source has now.
+    Raises CacheError for a folder that holds something else, and if more than max_broken of the clips fail; FolderError
+    if another process writes to it.
     """
+    with locked(job.folder, f"cache={job.folder}") if rank == 0 else nullcontext():
+        _encode_locked(job, rank, world_size, wait)
+
+
+def _encode_locked(job: Job, rank: int, world_size: int, wait: Callable[[], None]) -> None:
     if rank == 0:
         begin(job.folder, job.meta())
     wait()
@@ -152,21 +163,45 @@ def encode_cache(job: Job, rank: int = 0, world_size: int = 1, wait: Callable[[]
 
 def begin(folder: Path, meta: dict[str, Any]) -> None:
     """Write meta.json, or see that the one that is there says the same. Raises CacheError."""
+    if linked := [name for name in ("shards", *WRITERS) if (folder / name).is_symlink()]:
+        raise CacheError(
+            f"{folder / linked[0]} is a symbolic link, and files would be written where it points; delete it"
+        )
     if not (folder / META).is_file():
-        if folder.is_dir() and any(is_whole(file) for file in folder.iterdir()):
+        if has_results(folder):
             raise CacheError(f"{folder} is not empty, and no latent cache; choose another folder")
         write_json(folder / META, meta)
-    elif why := difference(identity(read_json(folder / META)), identity(meta)):
+    elif why := difference(identity(read_meta(folder)), identity(meta)):
         raise CacheError(f"{folder} was begun otherwise: {why}; choose another folder, or delete this one")
 
 
 def _done(job: Job, shard: int, digest: str) -> bool:
-    marker = read_marker(job.folder, shard)
+    """Whether a shard is complete, undamaged, and of the files that are there now."""
+    try:
+        marker = read_marker(job.folder, shard)
+    except CacheError as error:
+        log.warning("shard %d is encoded again: %s", shard, error)
+        return False
     if marker is None or marker["of"] != digest or (job.retry and marker["faults"]):
         return False
     if "webdataset" in job.writers and any(row != row | _told(job, row) for row in marker["rows"]):
         return False  # its tar file tells of another label
-    return damage(job.folder, shard, marker) is None
+    why = _replaced(job, shard, marker["sources"]) or damage(job.folder, shard, marker, verify=job.verify == "hash")
+    if why:
+        log.warning("shard %d is encoded again: %s", shard, why)
+    return why is None
+
+
+def _replaced(job: Job, shard: int, sources: Mapping[str, Any]) -> str | None:
+    """Which source file of a shard is not the one that was encoded; None if all are."""
+    keys = ("sha256", "dataset") if job.verify == "hash" else ("bytes", "modified", "dataset")
+    for path in dict.fromkeys(job.items[number].path for number in job.span(shard)):
+        versions = sources.get(path), source_version(path, job.verify == "hash")
+        there, here = ([(version or {}).get(key) for key in keys] for version in versions)
+        if there != here:
+            unknown = job.verify == "hash" and there[0] is None and here[0] is not None and versions[0] is not None
+            return f"{path} {'was encoded without verify=hash' if unknown else 'was replaced since it was encoded'}"
+    return None
 
 
 def _told(job: Job, row: dict[str, Any]) -> dict[str, str]:
@@ -180,7 +215,7 @@ def _encode(job: Job, shards: Sequence[int], digest: str, quiet: bool) -> None:
     numbers = [number for shard in shards for number in job.span(shard)]
     sides = job.transform.height, job.transform.width, job.transform.frames
     reads: Iterable[Read] = load(
-        ClipReader(job.items, job.transform, job.reader),
+        ClipReader(job.items, job.transform, job.reader, hashed=job.verify == "hash"),
         workers=job.workers,
         timeout=job.timeout,
         item_bytes=0 if None in sides else 3 * math.prod(sides),
@@ -223,6 +258,8 @@ def _shape(read: Read) -> torch.Size | None:
 
 def _code(job: Job, number: int, batch: list[Read], shard: Shard, statistics: LatentStatistics) -> None:
     """Add the entries of a batch to a shard, or its fault."""
+    for read in batch:
+        shard.sources.setdefault(job.items[read.number].path, read.version)
     if batch[0].pixels is None:
         item = job.items[batch[0].number]
         shard.faults.append({"key": item.key, "path": item.path, "reason": batch[0].fault})
@@ -298,7 +335,9 @@ def finish(job: Job, digest: str) -> None:
         pd.DataFrame(rows).to_csv(file, index=False)
     statistics = read_statistics(job.folder, job.shards).summary()
     write_json(job.folder / STATISTICS, statistics)
-    write_json(job.folder / COMPLETE, {"shards": job.shards, "entries": len(rows), "faults": len(faults)})
+    told = {"shards": job.shards, "entries": len(rows), "faults": len(faults)}
+    hashes = {name: file_hash(job.folder / name) for name in (META, INDEX, STATISTICS)}
+    write_json(job.folder / COMPLETE, told | {"sha256": hashes})
     log.info("%d entries of %d clips -> %s", len(rows), len(job.items), job.folder)
     if faults:
         log.warning("%d clips could not be encoded; %s tells which and why", len(faults), job.folder / FAULTS)

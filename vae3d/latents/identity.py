@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vae3d.data.dataset_rows import is_row, version_of
+from vae3d.data.images import sequence_files
+from vae3d.data.media import MediaError
+from vae3d.io import FileError, check_regular
 from vae3d.latents.codec import LatentCodec
 from vae3d.models.registry import MODELS
 
@@ -77,6 +83,33 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
 def _short(value: Any) -> Any:
     """A hash by its first digits, as everything else."""
     return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
+
+
+def source_version(path: str, hashed: bool = False) -> dict[str, Any] | None:
+    """What changes when a source file is replaced: size and modification time, and with `hashed` the sha256 of its
+    content; of numbered images of all of them, of a dataset's row of the dataset's files. None if it is not there."""
+    if is_row(path):
+        return {"dataset": version_of(path)}
+    try:
+        files = sequence_files(path)
+        stats = [os.stat(file) for file in files]
+        hashes = [file_hash(file) for file in files] if hashed else []
+    except (OSError, MediaError, FileError):
+        return None
+    times = [stat.st_mtime_ns for stat in stats]
+    single = len(files) == 1
+    version = {"bytes": sum(stat.st_size for stat in stats), "modified": times[0] if single else digest_of(times)}
+    return version | ({"sha256": hashes[0] if single else digest_of(hashes)} if hashed else {})
+
+
+def file_hash(file: Path) -> str:
+    """sha256. Raises OSError, and FileError for a pipe or a device."""
+    check_regular(file)
+    with file.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def digest_of(content: Any) -> str:

@@ -16,7 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from vae3d.evaluation.tables import text_table, write_json
+from vae3d.io import naming, write_text
 from vae3d.latents.probes import COLLAPSED_KL, COLLAPSED_SHARE, TRANSFORMS
+from vae3d.pixels import to_uint8
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,9 +72,8 @@ def write_report(folder: Path, report: Report, pictures: Mapping[str, Mapping[st
         + "\n".join(_shots(name, shots) for name, shots in pictures.items()),
         details=html.escape(json.dumps({k: v for k, v in report.items() if k not in ("models", "pixels")}, indent=2)),
     )
-    unfinished = folder / ".report.html.partial"
-    unfinished.write_text(page)
-    unfinished.replace(folder / "report.html")
+    with naming(folder / "report.html"):
+        write_text(folder / "report.html", page)
 
 
 def console_table(report: Report) -> str:
@@ -345,7 +346,7 @@ def _shots(name: str, shots: Mapping[str, Tensor]) -> str:
 
 
 def _picture(frame: Tensor) -> str:
-    image = Image.fromarray(((frame.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy())
+    image = Image.fromarray(to_uint8(frame[:, None])[0])
     scale = Image.Resampling.NEAREST if image.width < WIDTH else Image.Resampling.LANCZOS
     file = io.BytesIO()
     image.resize((WIDTH, max(1, round(image.height * WIDTH / image.width))), scale).save(file, format="PNG")

@@ -12,9 +12,29 @@ import torch
 from torch import Tensor
 
 from vae3d.errors import UserError
+from vae3d.pixels import RANGES, PixelError, check_frames
 from vae3d.precision import measuring
 
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Of a column: the best value is `target`; below and above it are worse."""
+
+    target: float
+
+
+Better = bool | Nearest | None  # higher is better, lower is better, a value is best, or neither
+
+
+def goodness(value: float, better: Better) -> float:
+    """A number that is larger the better the value is. Raises ValueError for a column without better and worse."""
+    if better is None:
+        raise ValueError("no value of this column is better than another")
+    if isinstance(better, Nearest):
+        return -abs(value - better.target)
+    return value if better else -value
 
 
 class MetricError(UserError):
@@ -73,13 +93,13 @@ class VideoResult:
 class Metric:
     """Base of all metrics.
 
-    name: as users ask for it. columns: result -> whether higher is better (None: neither). counted: keys of
+    name: as users ask for it. columns: result -> what is better, see Better. counted: keys of
     VideoResult.counts. pairs: whether it compares neighbouring frames. min_size: of a frame's sides, in pixels.
     min_frames: of a video.
     """
 
     name: str
-    columns: Mapping[str, bool | None]
+    columns: Mapping[str, Better]
     counted: Sequence[str] = ()
     pairs = False
     min_size = 1
@@ -168,6 +188,7 @@ class MetricSet:
         metrics.result().scores["psnr"].value
 
     files: metric -> the weights it loaded. absent: metrics that were asked for and left out, with the reason.
+    pixel_range: of what `update` takes: unit ([0, 1]), signed ([-1, 1]) or uint8.
     """
 
     def __init__(
@@ -175,7 +196,11 @@ class MetricSet:
         metrics: Sequence[Metric],
         files: Mapping[str, Sequence[Path]] | None = None,
         absent: Mapping[str, str] | None = None,
+        pixel_range: str = "unit",
     ) -> None:
+        if pixel_range not in RANGES:
+            raise MetricError(f"pixel_range is {pixel_range!r}; use one of {', '.join(RANGES)}")
+        self.pixel_range = pixel_range
         self.metrics, self.files, self.absent = list(metrics), dict(files or {}), dict(absent or {})
         self._pairs = any(metric.pairs for metric in metrics)
         self._last: tuple[Tensor, Tensor] | None = None
@@ -186,25 +211,28 @@ class MetricSet:
 
     def only(self, names: Sequence[str]) -> MetricSet:
         """Some of the metrics, which share their networks and what they hold of a video with these."""
-        return MetricSet([metric for metric in self.metrics if metric.name in names])
+        chosen = [metric for metric in self.metrics if metric.name in names]
+        return MetricSet(chosen, pixel_range=self.pixel_range)
 
     @property
-    def columns(self) -> dict[str, bool | None]:
+    def columns(self) -> dict[str, Better]:
         return {column: better for metric in self.metrics for column, better in metric.columns.items()}
 
     @measuring()
     @torch.no_grad()
     def update(self, ref: Tensor, rec: Tensor) -> None:
-        """Add the next frames of the original and the reconstruction, [T, 3, H, W] in [0, 1].
+        """Add the next frames of the original and the reconstruction, [T, 3, H, W] in `pixel_range`.
 
-        Raises MetricError if they differ in shape, a pixel is not finite or a metric cannot take them.
+        Raises MetricError if they are something else (and says what they look like), differ in shape, hold NaN, or if a
+        metric cannot take them.
         """
+        try:
+            ref = check_frames(ref, "original", self.pixel_range, self._count)
+            rec = check_frames(rec, "reconstruction", self.pixel_range, self._count)
+        except PixelError as error:
+            raise MetricError(str(error)) from None
         if ref.shape != rec.shape:
             raise MetricError(f"the videos differ in shape: {list(ref.shape)} and {list(rec.shape)}")
-        for which, frames in (("original", ref), ("reconstruction", rec)):
-            sums = frames.sum((1, 2, 3), dtype=torch.float32)  # thirty times faster than isfinite of every pixel
-            if len(bad := (~sums.isfinite()).nonzero()):
-                raise MetricError(f"frame {self._count + int(bad[0])} of the {which} has pixels that are not finite")
         count, overlap = len(ref), 0
         if self._pairs and self._last is not None:
             ref, rec, overlap = torch.cat([self._last[0], ref]), torch.cat([self._last[1], rec]), 1
@@ -216,7 +244,12 @@ class MetricSet:
     @measuring()
     @torch.no_grad()
     def result(self) -> VideoResult:
-        """Scores of the video; the next update begins another one. Raises MetricError for one that is not finite."""
+        """Scores of the video; the next update begins another one.
+
+        Raises MetricError for a score that is not finite, and without an update.
+        """
+        if self.metrics and not self._count:
+            raise MetricError("no frames were given: call update(original, reconstruction) before result()")
         whole = VideoResult()
         try:
             for metric in self.metrics:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vae3d.metrics.base import Chunk, Score, SeriesMetric, VideoResult
+from vae3d.metrics.base import Chunk, Nearest, Score, SeriesMetric, VideoResult
 from vae3d.metrics.networks import Networks, at_once, lpips_features
 from vae3d.metrics.ssim import SSIM, ms_ssim
 from vae3d.precision import full_precision
@@ -149,7 +149,7 @@ class Sharpness(SeriesMetric):
     """
 
     name = "sharpness"
-    columns = {"sharpness": None}
+    columns = {"sharpness": Nearest(1.0)}
     min_size = 2
 
     def __init__(self, floor: float = 1e-6) -> None:

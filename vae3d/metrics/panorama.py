@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae3d.metrics.base import Chunk, SeriesMetric
+from vae3d.metrics.base import Chunk, Nearest, SeriesMetric
 from vae3d.metrics.frame import PSNR_CAP
 from vae3d.metrics.networks import Networks, at_once
 from vae3d.metrics.ssim import ssim_map
@@ -61,11 +61,11 @@ class Seam(SeriesMetric):
 
     seam_gradient: mean |(y_0 - y_W-1) - (x_0 - x_W-1)| of the columns at either side of it, in [0, 1] units: an edge
     that was added or lost. seam_ratio: MSE of the 16 columns at either side (an eighth of frames narrower than 128)
-    over the MSE of the rest; 1 is ideal.
+    over the MSE of the rest; best at 1: above it the seam is worse than the rest, below it the rest.
     """
 
     name = "seam"
-    columns = {"seam_gradient": False, "seam_ratio": False}
+    columns = {"seam_gradient": False, "seam_ratio": Nearest(1.0)}
     min_size = 8
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:

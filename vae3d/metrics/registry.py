@@ -11,7 +11,7 @@ import torch
 
 from vae3d import weights
 from vae3d.metrics import distribution, frame, panorama, temporal
-from vae3d.metrics.base import Metric, MetricError, MetricSet
+from vae3d.metrics.base import Better, Metric, MetricError, MetricSet
 from vae3d.metrics.networks import FLOWS, I3D, INCEPTION, LPIPS, Networks
 from vae3d.metrics.presets import PRESETS
 
@@ -73,8 +73,8 @@ def resolve(names: Sequence[str], preset: str = "default") -> list[str]:
     return wanted
 
 
-def columns_of(names: Sequence[str]) -> dict[str, bool | None]:
-    """The columns of metrics that are not built yet, and whether higher is better (None: neither)."""
+def columns_of(names: Sequence[str]) -> dict[str, Better]:
+    """The columns of metrics that are not built yet, and what is better."""
     # Those whose columns depend on their settings have one, of their own name, and it is a distance.
     kinds = {name: getattr(METRICS[name].kind, "columns", {name: False}) for name in names}
     return {column: better for columns in kinds.values() for column, better in columns.items()}
@@ -101,12 +101,13 @@ def build_metrics(
     on_missing: str = "stop",
     pwc_warp: str = "flolpips",
     settings: dict[str, dict[str, Any]] | None = None,
+    pixel_range: str = "unit",
 ) -> MetricSet:
     """Metrics by name, their weights loaded.
 
     preset: whose formulas, a key of PRESETS. on_missing: `skip` leaves out metrics whose weights are not on this
     machine (`MetricSet.absent` says which), `stop` raises. pwc_warp: see features.pwcnet. settings: metric ->
-    arguments besides the preset's, such as {"rfid": {"stride": 4}}.
+    arguments besides the preset's, such as {"rfid": {"stride": 4}}. pixel_range: see MetricSet.
     Raises MetricError for an unknown name, WeightsMissing that names all files that are not there.
     """
     wanted = resolve(names, preset)
@@ -120,7 +121,8 @@ def build_metrics(
     present = [name for name in wanted if name not in missing]
     arguments = {name: {**PRESETS[preset].settings.get(name, {}), **more.get(name, {})} for name in present}
     metrics = [METRICS[name].build(networks, **arguments[name]) for name in present]
-    return MetricSet(metrics, {name: files[name] for name in present if name in files}, _one_line(missing))
+    found = {name: files[name] for name in present if name in files}
+    return MetricSet(metrics, found, _one_line(missing), pixel_range)
 
 
 def _one_line(missing: Mapping[str, Sequence[str]]) -> dict[str, str]:

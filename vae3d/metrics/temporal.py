@@ -15,6 +15,7 @@ from torch import Tensor
 from vae3d.metrics.base import Chunk, SeriesMetric
 from vae3d.metrics.frame import PSNR_CAP
 from vae3d.metrics.networks import Networks, at_once, flow, lpips_features
+from vae3d.pixels import quantize
 from vae3d.precision import full_precision
 
 
@@ -62,7 +63,7 @@ class TOf(PairMetric):
 def _grey(frames: Tensor) -> np.ndarray:
     import cv2
 
-    rgb = (frames * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    rgb = quantize(frames, "unit").permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in rgb])
 
 

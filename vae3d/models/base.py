@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from vae3d.models.streaming import Stream
+from vae3d.pixels import check_video
 from vae3d.seeding import Generators, randn_like, uniform
 from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction
 
@@ -24,10 +25,10 @@ class VideoAutoencoder(Protocol):
     spec: LatentSpec
 
     def encode(self, video: Tensor) -> Posterior | Delta:
-        """Posterior over raw (un-normalised) latents."""
+        """Posterior over raw (un-normalised) latents. Raises PixelError as pixels.check_video does."""
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
-        """Raw latents to video, unclamped, of num_frames frames."""
+        """Raw latents to video, unclamped, of num_frames frames. Raises PixelError as pixels.check_latents does."""
 
     def forward(
         self,
@@ -81,6 +82,7 @@ def reconstruct(
     noise: float = 0.0,
 ) -> Reconstruction:
     """VideoAutoencoder.forward of a model that encodes and decodes in one stage."""
+    check_video(video, values=False)
     frames, height, width = video.shape[2:]
     posterior = model.encode(video) if encode or latents is None else None
     z = latents_of(posterior, latents, sample, generator)

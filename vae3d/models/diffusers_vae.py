@@ -32,6 +32,7 @@ from vae3d.models.base import reconstruct
 from vae3d.models.layers.frames import extend_time, pad_space
 from vae3d.models.layers.normalized import Normalized
 from vae3d.models.streaming import IndependentChunks
+from vae3d.pixels import check_latents, check_video
 from vae3d.types import LatentSpec, Posterior, Reconstruction
 
 log = logging.getLogger("vae3d")
@@ -74,6 +75,7 @@ class DiffusersVAE(Normalized):
 
     def encode(self, video: Tensor) -> Posterior:
         """[B, 3, T, H, W] -> posterior over raw latents."""
+        check_video(video)
         video = pad_space(extend_time(video, self._fitting(video.shape[2])), self.spec.space_stride)
         return Posterior.from_moments(self.vae.encode(video.to(self.vae.dtype)).latent_dist.parameters)
 
@@ -82,6 +84,7 @@ class DiffusersVAE(Normalized):
 
         Raises ValueError if num_frames does not fit the latents.
         """
+        check_latents(z, self.spec.channels)
         length = z.shape[2]
         pairs = self.kind == COGVIDEOX and length % 2 == 0  # no first latent that stands for one frame alone
         most = self.spec.time_stride * length if pairs else 1 + self.spec.time_stride * (length - 1)

@@ -17,6 +17,7 @@ from vae3d.models.layers.normalized import Normalized
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.streaming import IndependentChunks
 from vae3d.models.temporal import TemporalVAE
+from vae3d.pixels import check_latents, check_video
 from vae3d.seeding import Generators
 from vae3d.types import LatentSpec, Posterior, Reconstruction, SpatialPath
 
@@ -67,6 +68,7 @@ class OpenSoraVAE(Normalized):
         num_frames: T, by default every frame that the latents can stand for.
         Raises ValueError if it does not fit the latents.
         """
+        check_latents(z, self.spec.channels)
         return self.decode_spatial(self.decode_temporal(z, num_frames))
 
     def forward(
@@ -84,6 +86,7 @@ class OpenSoraVAE(Normalized):
 
         noise is added to the temporal latents.
         """
+        check_video(video, values=False)
         frames, height, width = video.shape[2:]
         latent = posterior = None
         if encode or latents is None:

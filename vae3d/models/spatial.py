@@ -19,6 +19,7 @@ from vae3d.models.layers.checkpointing import needs_grad, run
 from vae3d.models.layers.frames import pad_space, per_frame
 from vae3d.models.layers.norm import norm_silu
 from vae3d.models.streaming import IndependentChunks
+from vae3d.pixels import check_latents, check_video
 from vae3d.types import LatentSpec, Posterior, Reconstruction
 
 EPS = 1e-6
@@ -256,6 +257,7 @@ class SpatialVAE(nn.Module):
 
     def encode(self, video: Tensor) -> Posterior:
         """[B, 3, T, H, W] -> posterior over raw latents [B, C, T, ceil(H/f), ceil(W/f)]."""
+        check_video(video)
         video = pad_space(video, self.spec.space_stride).to(self.module.encoder.conv_in.weight.dtype)
         recompute = self.gradient_checkpointing and needs_grad(self.module.encoder, video)
 
@@ -266,6 +268,7 @@ class SpatialVAE(nn.Module):
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         """Raw latents [B, C, T, h, w] -> video [B, 3, T, h*f, w*f], unclamped. num_frames must be T or None."""
+        check_latents(z, self.spec.channels)
         assert num_frames in (None, z.shape[2]), "a per-frame autoencoder neither adds nor drops frames"
         z = z.to(self.module.decoder.conv_in.weight.dtype)
         recompute = self.gradient_checkpointing and needs_grad(self.module.decoder, z)

@@ -25,6 +25,7 @@ from vae3d.models.layers.normalized import Normalized
 from vae3d.models.layers.taehv_blocks import Memory, run_layers
 from vae3d.models.layers.taehv_frames import RULES, Plan, between
 from vae3d.models.streaming import PlannedStream
+from vae3d.pixels import check_latents, check_video
 from vae3d.types import Delta, LatentSpec, Reconstruction
 
 BASE, SUPER = (256, 128, 64, 64), (512, 256, 128, 64)  # widths of the two published decoders
@@ -134,6 +135,7 @@ class TAEHV(Normalized):
 
     def encode(self, video: Tensor) -> Delta:
         """[B, 3, T, H, W] -> latents, [B, C, t, h, w]."""
+        check_video(video)
         plan = self.plan(video.shape[2])
         video = pad_space(extend_time(video, sum(frames for _, frames in plan.encoder)), self.spec.space_stride)
         coded, memory = [], None
@@ -150,6 +152,7 @@ class TAEHV(Normalized):
 
         Raises ValueError if num_frames does not fit the latents.
         """
+        check_latents(z, self.spec.channels)
         stride = self.spec.time_stride
         frames = self.rule.frames_of(z.shape[2], stride) if num_frames is None else num_frames
         if frames is None or self.plan(frames).latents != z.shape[2]:

@@ -33,6 +33,7 @@ from vae3d.models.layers.wan_blocks import (
 )
 from vae3d.models.layers.wan_shortcuts import DownBlock, UpBlock
 from vae3d.models.streaming import CausalStream, chunk_lengths
+from vae3d.pixels import check_latents, check_video
 from vae3d.types import LatentSpec, Posterior, Reconstruction
 
 DEFAULT_MEMORY = 8.0  # GiB
@@ -176,6 +177,7 @@ class WanVAE(Normalized):
 
         Raises ValueError for a circular width that the space stride does not divide.
         """
+        check_video(video)
         video = self._fit(video)
         moments = self._in_chunks(self._moments, video.split(self.chunks(video.shape[2]), 2), self.encoder)
         return Posterior.from_moments(moments)
@@ -185,6 +187,7 @@ class WanVAE(Normalized):
 
         Raises ValueError if num_frames does not fit the latents.
         """
+        check_latents(z, self.spec.channels)
         frames = 1 + (z.shape[2] - 1) * self.spec.time_stride if num_frames is None else num_frames
         if self.latent_frames(frames) != z.shape[2]:
             raise ValueError(f"num_frames is {frames}, which does not fit {z.shape[2]} latent frames")

@@ -1,0 +1,162 @@
+"""infer.py killed and resumed, beside another one, and with sources that were replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from tests import tiny
+from tests.inference.test_infer import run
+from vae3d.checkpoints.export import write_export
+from vae3d.checkpoints.formats import Checkpoint
+from vae3d.data.media import MediaError
+from vae3d.factory import model_config
+from vae3d.inference.files import InferenceError
+from vae3d.inference.folder import FolderError
+from vae3d.inference.video import VideoWriter, write_image, write_video
+from vae3d.io import FileError
+
+SETTINGS = ["metrics=[psnr,ssim]", "height=16", "width=16"]
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "source").mkdir()
+    for i, name in enumerate(("a0", "b1", "a2")):
+        tiny.write_video(tmp_path / f"source/{name}.mp4", tiny.frames(3, seed=i))
+    return tmp_path / "source"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Of out_ori, out_rec and out_spatial, hidden ones too; the lock is always empty."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def killed(when: int, export, source, prefix) -> bool:
+    """Reconstruct in a process that is killed just before the `when`-th file gets its name."""
+    child = os.fork()
+    if child == 0:
+        rename, path_rename, left = os.replace, Path.replace, iter(range(when))
+
+        def counted(inner):
+            def replace(*args):
+                if next(left, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return inner(*args)
+
+            return replace
+
+        os.replace, Path.replace = counted(rename), counted(path_rename)
+        run(export, source, prefix, *SETTINGS)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+@pytest.fixture
+def whole(export, source, tmp_path):
+    run(export, source, tmp_path / "whole/out", *SETTINGS)
+    return files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("when", [0, 1, 2, 4, 5, 8, 11])
+def test_a_killed_command_resumes_to_the_same_bytes(when, export, source, whole, tmp_path):
+    assert killed(when, export, source, tmp_path / "killed/out")
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "killed").rglob("*.json") if ".done" in str(file)}
+    run(export, source, tmp_path / "killed/out", *SETTINGS)
+    assert files(tmp_path / "killed") == whole
+    assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
+
+
+def test_a_finished_command_makes_nothing_anew(export, source, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(VideoWriter, "write", None)
+    run(export, source, tmp_path / "whole/out", *SETTINGS)
+    assert files(tmp_path / "whole") == whole
+
+
+def test_a_replaced_source_and_a_lost_output_are_made_anew(export, source, whole, tmp_path, monkeypatch):
+    made = []
+    close = VideoWriter.close
+    monkeypatch.setattr(VideoWriter, "close", lambda self: made.append(self.path.name) or close(self))
+    shutil.copy(source / "b1.mp4", source / "a0.mp4")
+    (tmp_path / "whole/out_ori/000002_a2.mp4").write_bytes(b"half")
+    run(export, source, tmp_path / "whole/out", *SETTINGS)
+    assert set(made) == {"000001_a0.mp4", "000002_a2.mp4"}
+    now = files(tmp_path / "whole")
+    assert now["out_rec/000001_a0.mp4"] == now["out_rec/000003_b1.mp4"] != whole["out_rec/000001_a0.mp4"]
+    assert now["out_ori/000002_a2.mp4"] == whole["out_ori/000002_a2.mp4"]
+
+
+def test_another_command_is_refused_and_names_what_differs(export, source, whole, tmp_path):
+    prefix = tmp_path / "whole/out"
+    for changes, named in (
+        (["sample=true"], "sample is False there and True here"),
+        (["num_samples=2"], "rows of the"),
+    ):
+        with pytest.raises(FolderError, match=rf"save_dir=.*{named}.*overwrite=true"):
+            run(export, source, prefix, *SETTINGS, *changes)
+    other = tmp_path / "other"
+    shutil.copytree(export, other)
+    from safetensors.torch import load_file, save_file
+
+    (weights,) = other.glob("*.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(FolderError, match="weights of checkpoint is"):
+        run(other, source, prefix, *SETTINGS)
+    assert files(tmp_path / "whole") == whole
+    shutil.copytree(export, tmp_path / "moved")  # the same weights elsewhere are the same command
+    run(tmp_path / "moved", source, prefix, *SETTINGS)
+
+
+def test_two_commands_do_not_write_into_one_place(export, source, whole, tmp_path):
+    with (
+        FileLock(tmp_path / "whole/out_rec/.lock"),
+        pytest.raises(FolderError, match=r"save_dir=.*out: another process is writing there"),
+    ):
+        run(export, source, tmp_path / "whole/out", *SETTINGS, "overwrite=true")
+    assert files(tmp_path / "whole") == whole
+
+
+def test_a_damaged_record_is_one_message(export, source, whole, tmp_path):
+    record = tmp_path / "whole/out_rec/.done/000001_a0.json"
+    told = json.loads(record.read_text())
+    for content in ("", "[]", "{}", json.dumps(told | {"file": {"id": 3}}), json.dumps(told | {"outputs": [[1]]})):
+        record.write_text(content)
+        with pytest.raises(FileError, match=r"000001_a0\.json: .*(damaged|is not JSON)"):
+            run(export, source, tmp_path / "whole/out", *SETTINGS)
+
+
+def test_a_disk_that_refuses_is_an_error_that_names_the_file(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # stands for a full disk
+    try:
+        with pytest.raises(FileError, match=r"a\.mp4: cannot be written: File too large"):
+            write_video(tmp_path / "a.mp4", tiny.frames(3), 8)
+        with pytest.raises(FileError, match=r"a\.png: cannot be written: File too large"):
+            write_image(tmp_path / "a.png", tiny.frames(1)[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_the_model_makes_nan_of_fails_with_its_name(source, tmp_path):
+    """NaN in 8 bits would be black, which scores as badly as it looks, with exit status 0."""
+    model = tiny.model("spatial")
+    torch.nn.init.constant_(model.module.decoder.conv_out.bias, float("nan"))
+    config = model_config("spatial", *tiny.MODEL["spatial"])
+    write_export(Checkpoint(config, model.state_dict(), tmp_path, ""), tmp_path / "broken")
+    with pytest.raises(
+        MediaError, match=r"a0\.mp4: .* NaN or infinite, the first in frame 0; computed in torch\.float32"
+    ):
+        run(tmp_path / "broken", source, tmp_path / "stop/out")
+    with pytest.raises(InferenceError, match=r"(?s)3 of 3 files .*a0\.mp4.*a2\.mp4.*b1\.mp4"):
+        run(tmp_path / "broken", source, tmp_path / "skip/out", "on_error=skip")
+    assert not [path for path in tmp_path.glob("s*/out_*/*") if path.suffix in (".mp4", ".png")]

@@ -1,0 +1,185 @@
+"""Pixels: checks of what enters models and metrics, and the only conversion to 8 bits.
+
+Video is [B, 3, T, H, W] in [-1, 1] in models; frames are [T, 3, H, W] in [0, 1] in metrics and [T, H, W, 3] uint8 in
+files. NaN would become black in 8 bits, so every conversion checks for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vae3d.errors import UserError
+
+RANGES = {"uint8": (0.0, 255.0), "unit": (0.0, 1.0), "signed": (-1.0, 1.0)}
+TOLERANCE = 1e-3  # of the width of a range: what interpolation and rounding to bf16 may add
+MAX_SIGNED = 10.0  # normalised noise is within it; a video of 0 to 255 is not
+_check_values = True
+
+
+class PixelError(UserError):
+    """Pixels or latents of another shape, type or range than a function takes; says what they look like."""
+
+    on_every_rank = False
+
+
+class NotFiniteError(PixelError):
+    """A tensor with NaN or infinity. reason: how many and where, without the name."""
+
+    def __init__(self, reason: str, name: str = "") -> None:
+        super().__init__(f"{name}: {reason}" if name else reason)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[NotFiniteError], tuple[str]]:
+        return NotFiniteError, (self.reason,)
+
+
+# ---- checks
+
+
+@contextmanager
+def no_value_checks() -> Iterator[None]:
+    """Inside, check_video and check_latents look at shapes and types only.
+
+    For training steps: reading a value makes the CPU wait for the GPU. Losses and gradients are checked there instead.
+    """
+    global _check_values
+    before, _check_values = _check_values, False
+    try:
+        yield
+    finally:
+        _check_values = before
+
+
+def check_video(video: Tensor, values: bool = True) -> None:
+    """Raises PixelError unless `video` is [B, 3, T, H, W], floating and, with `values`, finite and not of 0 to 255.
+
+    Values are not looked at inside no_value_checks and under torch.compile.
+    """
+    wanted = "a model takes [B, 3, T, H, W], floating, in [-1, 1]"
+    shape = list(video.shape)
+    if not video.is_floating_point():
+        raise PixelError(f"the video is {video.dtype}, {shape}; {wanted}: video.float() / 127.5 - 1")
+    if video.ndim == 4 and shape[1] == 3:
+        raise PixelError(f"the video is {shape}, which looks like images; {wanted}: images[:, :, None]")
+    if video.ndim == 4 and shape[0] == 3:
+        raise PixelError(f"the video is {shape}, which looks like one clip; {wanted}: video[None]")
+    if video.ndim == 5 and shape[1] != 3 and shape[2] == 3:
+        raise PixelError(f"the video is {shape}, which looks like [B, T, 3, H, W]; {wanted}: video.transpose(1, 2)")
+    if video.ndim == 5 and shape[1] != 3 and shape[4] == 3:
+        raise PixelError(f"the video is {shape}, which looks like [B, T, H, W, 3]; {wanted}: video.movedim(-1, 1)")
+    if video.ndim != 5 or shape[1] != 3:
+        raise PixelError(f"the video is {shape}; {wanted}")
+    if 0 in shape:
+        raise PixelError(f"the video is {shape}, empty; {wanted}")
+    if values and _looks_at(video):
+        low, high = value_range(video)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise NotFiniteError(describe_not_finite(video), "the video")
+        if max(-low, high) > MAX_SIGNED:
+            raise PixelError(
+                f"the video lies in [{low:g}, {high:g}], which looks like 0 to 255; {wanted}: video / 127.5 - 1"
+            )
+
+
+def check_latents(z: Tensor, channels: int) -> None:
+    """Raises PixelError unless `z` is [B, channels, t, h, w], floating and finite; see check_video."""
+    shape = list(z.shape)
+    if z.ndim != 5 or shape[1] != channels or not z.is_floating_point() or 0 in shape:
+        hint = ": z[:, :, None]" if z.ndim == 4 and shape[1] == channels else ""
+        raise PixelError(
+            f"the latents are {z.dtype}, {shape}; the model takes [B, {channels}, t, h, w], floating{hint}"
+        )
+    if _looks_at(z) and not all(map(math.isfinite, value_range(z))):
+        raise NotFiniteError(describe_not_finite(z), "the latents")
+
+
+def check_frames(frames: Tensor, name: str, pixel_range: str = "unit", start: int = 0) -> Tensor:
+    """Frames [T, 3, H, W] in `pixel_range` as metrics compute with them: in [0, 1].
+
+    name, start: of the video and of the first of these frames in it, for errors.
+    Raises PixelError that says what the frames look like if they are something else.
+    """
+    low, high = RANGES[pixel_range]
+    kind = "torch.uint8" if pixel_range == "uint8" else "floating"
+    wanted = f"metrics take [T, 3, H, W], {kind}, in [{low:g}, {high:g}] (pixel_range={pixel_range})"
+    shape = list(frames.shape)
+    if frames.ndim != 4 or shape[1] != 3 or 0 in shape:
+        looks = ""
+        if frames.ndim == 5:
+            looks = ", 5-D, which looks like a batch of videos: update and result once per video"
+        elif frames.ndim == 4 and shape[3] == 3:
+            looks = ", which looks like [T, H, W, 3]: frames.permute(0, 3, 1, 2)"
+        elif frames.ndim == 4 and shape[0] == 3:
+            looks = ", which looks like [3, T, H, W]: frames.transpose(0, 1)"
+        elif frames.ndim == 3 and shape[0] == 3:
+            looks = ", which looks like one frame: frame[None]"
+        raise PixelError(f"the {name} is {shape}{looks}; {wanted}")
+    if frames.dtype == torch.uint8 and pixel_range != "uint8":
+        raise PixelError(f"the {name} is torch.uint8, which looks like 0 to 255: pixel_range=uint8, or / 255; {wanted}")
+    if frames.dtype != torch.uint8 and (pixel_range == "uint8" or not frames.is_floating_point()):
+        raise PixelError(f"the {name} is {frames.dtype}; {wanted}")
+    if frames.dtype == torch.uint8:
+        return frames.float() / 255
+    least, most = value_range(frames)
+    if not (math.isfinite(least) and math.isfinite(most)):
+        raise NotFiniteError(describe_not_finite(frames.transpose(0, 1), start), f"the {name}")
+    slack = TOLERANCE * (high - low)
+    if least < low - slack or most > high + slack:
+        looks = "is not clamped: clamp it"
+        if most > 2:
+            looks = "looks like 0 to 255: divide by 255"
+        elif pixel_range == "unit" and least < -0.5 and most <= 1 + slack:
+            looks = "looks like [-1, 1]: pixel_range=signed"
+        raise PixelError(f"the {name} lies in [{least:g}, {most:g}], which {looks}; {wanted}")
+    return frames if pixel_range == "unit" else (frames + 1) / 2
+
+
+def value_range(values: Tensor) -> tuple[float, float]:
+    """Smallest and largest value; both NaN if there is one. Thirty times as fast as isfinite or aminmax on a CPU."""
+    values = values.detach()
+    low, high = torch.stack([values.amin(), values.amax()]).tolist()
+    return low, high
+
+
+def describe_not_finite(video: Tensor, start: int = 0) -> str:
+    """How many values of [..., T, H, W] are NaN or infinite, and the first frame with some, counted from `start`."""
+    bad = ~video.isfinite()
+    frame = int(bad.movedim(-3, 0).flatten(1).any(1).nonzero()[0])
+    return f"{int(bad.sum())} of {bad.numel()} values are NaN or infinite, the first in frame {start + frame}"
+
+
+def _looks_at(values: Tensor) -> bool:
+    has_values = type(values) is Tensor and values.device.type != "meta"  # a FakeTensor, which counts memory, has none
+    return _check_values and has_values and not torch.compiler.is_compiling()
+
+
+# ---- 8 bits
+
+
+def quantize(pixels: Tensor, pixel_range: str = "signed", name: str = "", start: int = 0) -> Tensor:
+    """Pixels [..., T, H, W] of any shape in `pixel_range`, clamped to it here -> uint8, rounded to nearest.
+
+    name, start: of the video and of the first of these frames in it, for errors.
+    Raises NotFiniteError for NaN and infinity.
+    """
+    low, high = RANGES[pixel_range]
+    pixels = pixels.float()
+    if pixels.numel() and not all(map(math.isfinite, value_range(pixels))):
+        raise NotFiniteError(describe_not_finite(pixels, start), name)
+    return pixels.clamp(low, high).sub(low).mul(255 / (high - low)).round().byte()
+
+
+def to_uint8(video: Tensor, name: str = "", start: int = 0) -> np.ndarray:
+    """[3, T, H, W] in [-1, 1] -> [T, H, W, 3] uint8; see quantize."""
+    return quantize(video, "signed", name, start).permute(1, 2, 3, 0).cpu().numpy()
+
+
+def as_unit(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """[T, H, W, 3] uint8 -> [T, 3, H, W] float in [0, 1], as metrics take them."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float() / 255.0
