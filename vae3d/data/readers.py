@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
@@ -170,11 +171,10 @@ class PyAVReader:
 
     def _upright(self, pixels: np.ndarray, size: Size | None) -> np.ndarray:
         exchange, rows, columns = self.header.orientation
-        if size is not None:
-            pixels = resize(pixels, size[::-1] if exchange else size)
         if exchange:
             pixels = pixels.swapaxes(0, 1)
-        return pixels[:: -1 if rows else 1, :: -1 if columns else 1]
+        pixels = pixels[:: -1 if rows else 1, :: -1 if columns else 1]
+        return pixels if size is None else resize(pixels, size)
 
 
 class DecordReader:
@@ -209,10 +209,11 @@ class DecordReader:
 def _check_for_decord(path: Path, index: VideoIndex) -> None:
     header = index.header
     reordered = (np.diff(index.rows("frames")["packet"].astype(int)) < 0).any()
+    stored = VideoFormat(header.info.pixels, *header.stored[::-1])
     unordered = (np.diff(index.times()) <= 0).any()
     if header.info.bits > 8:
         reason = f"has {header.info.bits} bits per channel, which decord turns into other colours"
-    elif any(side % 2 for side in header.stored):
+    elif any(side % 2 for side in header.stored) and stored.chroma_width() < stored.width:
         reason = "has an odd number of rows or columns, of which decord gives other colours"
     elif header.first or not header.contiguous or unordered or (header.ordered != "times" and reordered):
         reason = f"has no reliable timestamps ({header.container}), so that decord gives wrong frames"

@@ -107,4 +107,4 @@ def write_image(path: Path, frame: np.ndarray) -> None:
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as stream:
-            Image.fromarray(frame).save(stream, path.suffix.removeprefix("."))
+            Image.fromarray(frame).save(stream, Image.registered_extensions()[path.suffix.lower()])
