@@ -214,6 +214,7 @@ def test_numbers_that_are_not_finite_or_out_of_range_are_refused_wherever_they_s
     [
         (arguments.positive_int, "1", ["0", "-1", "nan", "1.5", "9" * 30]),
         (arguments.non_negative_int, "0", ["-1", "inf", "x"]),
+        (arguments.finite_float, "-1", ["nan", "inf", "x"]),
         (arguments.positive_float, "0.5", ["0", "nan", "inf", "-1", "x"]),
     ],
 )
