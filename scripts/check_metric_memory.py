@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from random_weights import write_weights
 
-from vae3d.argparse_types import positive_float, positive_int
+from vae3d.argparse_types import finite_float, positive_int
 from vae3d.evaluation.pairs import Pair, Protocol
 from vae3d.evaluation.score import score_pair
 from vae3d.inference.video import VideoWriter
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=positive_int, default=10_000, help="of the long video; default %(default)s")
     parser.add_argument("--size", type=positive_int, default=64, help="height and width; default %(default)s")
     parser.add_argument(
-        "--bound", type=positive_float, default=64, help="MiB that memory may grow by; default %(default)s"
+        "--bound", type=finite_float, default=64, help="MiB that memory may grow by; default %(default)s"
     )
     parser.add_argument("--networks", action="store_true", help=f"also {' and '.join(NETWORKS)}")
     parser.add_argument(

@@ -25,9 +25,9 @@ from vae3d.models.registry import MODELS
 
 GOOD = [
     (Width, 1), (Width, 65536), (Width, np.int64(4)), (Deviation, 1), (Deviation, 0.5), (Deviation, np.float32(0.5)),
-    (Widths, (8, 8)), (Widths, [8]), (Flags, []), (Flags, [True]), (Count | None, None), (Mapping[str, Any], {"a": object()}),
+    (Widths, (8, 8)), (Widths, [8]), (Flags, []), (Flags, [True]), (Count | None, None), (Mapping[str, Any], {"a": ...}),
     (float | Sequence[float], 1.0), (float | Sequence[float], [1, 2.0]), (Literal["a", 1], "a"), (Literal["a", 1], 1), (str, ""),
-    (bool, False), (object, object()),
+    (bool, False), (object, ...),
 ]  # fmt: skip
 BAD = [
     (Width, 0, "an integer from 1 to 65536"), (Width, 65537, "from 1"), (Width, 1.0, "integer"), (Width, True, "integer"),

@@ -264,6 +264,7 @@ def test_numbers_that_are_not_finite_or_out_of_range_are_refused_wherever_they_s
     [
         (argparse_types.positive_int, "1", ["0", "-1", "nan", "1.5", "9" * 30]),
         (argparse_types.non_negative_int, "0", ["-1", "inf", "x"]),
+        (argparse_types.finite_float, "-1", ["nan", "inf", "x"]),
         (argparse_types.positive_float, "0.5", ["0", "nan", "inf", "-1", "x"]),
     ],
 )
