@@ -19,6 +19,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from vae3d.argparse_types import positive_int
+
 FRAMES, RATE, LOOP = 17, 24, 10  # of the clip, per second, seconds that are encoded and then repeated
 WIDTH, HEIGHT = 640, 360
 
@@ -81,8 +83,8 @@ def read_one(path: Path, start: float) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, nargs="+", default=[10, 60, 600, 3600])
-    parser.add_argument("--clips", type=int, default=40)
+    parser.add_argument("--seconds", type=positive_int, nargs="+", default=[10, 60, 600, 3600])
+    parser.add_argument("--clips", type=positive_int, default=40)
     parser.add_argument("--container", default="mp4", choices=["mp4", "mkv", "avi", "ts", "mpg"])
     args = parser.parse_args()
     import torch

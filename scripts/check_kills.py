@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 import vae3d.factory  # noqa: F401  (once, before the forks)
+from vae3d.argparse_types import non_negative_int, positive_int
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 8
@@ -139,9 +140,9 @@ def make_images(folder: Path, count: int = 80) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="an empty folder for the runs")
-    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--kills", type=positive_int, default=30)
     parser.add_argument("--diffusion", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=non_negative_int, default=0)
     args = parser.parse_args()
     random.seed(args.seed)
     folder = args.folder.resolve()

@@ -19,6 +19,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from vae3d.argparse_types import finite_float, positive_float
 from vae3d.checkpoints.export import WRITERS
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
 from vae3d.errors import UserError
@@ -31,8 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--to", required=True, choices=WRITERS)
     parser.add_argument("--part", choices=("spatial", "temporal"), help="only this half of an Open-Sora VAE")
     parser.add_argument("--variant", help="of a TAEHV, where the file does not tell")
-    parser.add_argument("--scaling_factor", type=float, help="of an image VAE's latents, where the file does not tell")
-    parser.add_argument("--shift_factor", type=float, help="likewise")
+    parser.add_argument(
+        "--scaling_factor", type=positive_float, help="of an image VAE's latents, where the file does not tell"
+    )
+    parser.add_argument("--shift_factor", type=finite_float, help="likewise")
     args = parser.parse_args(argv)
     try:
         if args.target.exists():
