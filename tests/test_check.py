@@ -68,7 +68,7 @@ FAULTS = {
     "best of nothing": (["trainer.best=psnr"], "trainer.best=psnr is of validations, and validation.every=0 makes none"),
     "best of what is not measured": (["trainer.best=rfid", "validation.every=1", "validation.frames=1"], "trainer.best=rfid is no score that can be ranked of validation.metrics and validation.seldom; use one of psnr, psnr_video, ssim, or name its metric there"),
     "best of what has no better": (["trainer.best=flicker_ori", "validation.every=1", "validation.frames=2", "validation.metrics=[flicker]"], "trainer.best=flicker_ori is no score that can be ranked of validation.metrics and validation.seldom; use one of none, for there are no metrics"),
-    "NaN for the model": (["model.scale=[1,1,nan,1]"], "model or loss cannot be built: ArgumentError: scale[2] is nan; give a finite number"),
+    "NaN for the model": (["model.scale=[1,1,nan,1]"], "must be a finite number"),
     "infinity for the model": (["model.spatial.scaling_factor=inf"], "model.spatial.scaling_factor=inf"),
     "no deviation": (["model.scale=[1,0,1,1]"], "scale[1] is 0; give a finite number from 1e-06 to 1000000"),
     "frames below 1": (["model.micro_frames=0"], "micro_frames is 0; give an integer from 1 to 2147483648 or null"),
