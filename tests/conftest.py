@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from vae3d.checkpoints.formats import Checkpoint
 
 @pytest.fixture(autouse=True, scope="session")
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One thread, no caches of the user's, random trunks under the published names."""
+    """One thread, no caches of the user's, random trunks under the published names, Ctrl-C as in a terminal."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     patch = pytest.MonkeyPatch()
     patch.setenv("VAE3D_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("VAE3D_ALLOW_UNVERIFIED", "1")

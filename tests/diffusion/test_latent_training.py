@@ -248,7 +248,7 @@ def test_two_ranks_train_and_sample_as_one(cached, tmp_path):
     against = rank_training.against(told)
     latent_runs.sample(f"checkpoint={tmp_path}/together", f"out={tmp_path}/of_one", *rank_training.THREE, against)
     files = {"000000_dog.png", "000001_cat.png", "000002_dog.png", "grid.png", "samples_3x64x64x3.npz"}
-    files |= {"data.png", "distances.json"}
+    files |= {"data.png", "distances.json", "command.json", ".lock"}
     for folder in ("of_one", "of_two"):
         assert {path.name for path in (tmp_path / folder).iterdir()} == files
     assert all((tmp_path / "of_one" / name).read_bytes() == (tmp_path / "of_two" / name).read_bytes() for name in files)
@@ -357,7 +357,7 @@ def test_samples_are_of_classes_that_were_trained_on(vae, pictures, tmp_path, mo
     assert latent_runs.trainer(tmp_path / "run", *told, "validation.samples=5").fit()
     assert asked == [1, 3, 1, 3, 1]
     latent_runs.sample(f"checkpoint={tmp_path}/run", f"out={tmp_path}/out", "count=2", "write=[files]")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000000_1.png", "000001_3.png"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["000000_1.png", "000001_3.png"]
     with pytest.raises(UserError, match="classes=0: the model knows 1, 3"):
         latent_runs.sample(f"checkpoint={tmp_path}/run", f"out={tmp_path}/out", "classes=[0]")
 
