@@ -7,11 +7,13 @@ import time
 
 import pytest
 
+from vae3d.errors import UserError
 from vae3d.io import (
     FileError,
     atomic_folder,
     atomic_write,
     open_nofollow,
+    parse_json,
     read_json,
     read_yaml,
     remove,
@@ -154,3 +156,11 @@ def test_numbers_that_take_long_to_read_are_refused_at_once(tmp_path, text):
     with pytest.raises(FileError, match=str(tmp_path / "f")):
         read_yaml(tmp_path / "f")
     assert time.perf_counter() - start < 1
+
+
+def test_what_a_terminal_obeys_is_escaped_in_messages_and_long_lines_are_cut():
+    message = str(UserError("a\x1b[2J\ud800\u202e ä\nb" + "x" * 10_000))
+    assert message.splitlines()[0] == r"a\x1b[2J\ud800\u202e ä"
+    assert len(message) < 2200
+    with pytest.raises(FileError, match="cannot be printed"):
+        parse_json('{"a\\nerror: b": 1}', "x.json")

@@ -135,7 +135,15 @@ def _wrong(value: Any, kind: Any) -> tuple[str, Any, Any] | None:
         entries = ((f"[{i}]{wrong[0]}", *wrong[1:]) for i, v in enumerate(value) if (wrong := _wrong(v, inner[0])))
         return next(entries, None)
     if origin is not None and issubclass(origin, Mapping):
-        return None if isinstance(value, Mapping) else ("", value, kind)
+        if not isinstance(value, Mapping):
+            return "", value, kind
+        keys, values = inner or (Any, Any)
+        for key, entry in value.items():
+            if _wrong(key, keys) is not None:
+                return f"[{short(key)}]", key, keys
+            if wrong := _wrong(entry, values):
+                return f"[{short(key)}]{wrong[0]}", *wrong[1:]
+        return None
     return None if _is(value, kind) else ("", value, kind)
 
 
@@ -148,6 +156,8 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if kind is float:
         return isinstance(value, Real) and not isinstance(value, bool) and _finite(value)
+    if kind is Real:
+        return isinstance(value, Real)
     if kind is str:
         return isinstance(value, str) and len(value) <= MAX_TEXT
     return True
@@ -178,7 +188,14 @@ def describe(kind: Any) -> str:
         return "a dict"
     if typing.is_typeddict(kind):
         return "a dict"
-    names = {bool: "true or false", int: "an integer", float: "a finite number", str: "text", types.NoneType: "null"}
+    names = {
+        Real: "a number",
+        bool: "true or false",
+        int: "an integer",
+        float: "a finite number",
+        str: "text",
+        types.NoneType: "null",
+    }
     return names.get(kind) or getattr(kind, "__name__", str(kind))
 
 

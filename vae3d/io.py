@@ -110,7 +110,9 @@ def check_plain(value: Any, source: str, key: str = "", depth: int = 0) -> Any:
     if isinstance(value, dict):
         for name, inner in value.items():
             if type(name) is not str:
-                raise FileError(f"{where}: key {name!r} is not text")
+                raise FileError(f"{where}: a key is not text but a {type(name).__name__}")
+            if not name.isprintable():
+                raise FileError(f"{where}: the key {name[:80]!r} has characters that cannot be printed")
             check_plain(name, source, f"{key}.{name}".lstrip("."), depth + 1)
             check_plain(inner, source, f"{key}.{name}".lstrip("."), depth + 1)
     elif isinstance(value, list):

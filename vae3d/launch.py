@@ -41,7 +41,8 @@ except SignalException as error:  # the ranks have ended by then
     sys.exit(128 + error.sigval)  # instead of its traceback
 """
 UNWRITABLE = frozenset(
-    {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
+    {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
+    | {errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 )  # faults of the disk or of the folder that the user named, not of the program
 
 

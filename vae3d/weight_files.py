@@ -20,6 +20,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -28,8 +29,11 @@ from vae3d.io import FileError, parse_json
 
 INDEX = ".index"  # in the name of an index of weights in several files: *.safetensors.index.json, *.bin.index.fp16.json
 MAX_INDEX_BYTES = 2**26
+MAX_INDEX_FILES = 4096  # that an index names
 MAX_PICKLE_BYTES = 2**26  # tensors lie outside of the pickle
 MAX_OPERATIONS = 1_000_000  # of a pickle: about a second; a tensor takes about 40
+MAX_TENSORS = 2**16  # of a safetensors file
+MAX_SHARED = 8  # elements of all tensors together, per byte of the file: tensors may share their bytes
 MAX_EXPANDED = 2**16  # elements of a tensor that repeats those of a smaller storage
 DOWNLOAD = "download it again"
 
@@ -121,9 +125,9 @@ def _open(path: Path, start: bytes, size: int) -> Any:
     if start[8:9] == b"{":
         return _open_safetensors(path, start, size)
     if start.startswith(b"PK\x03\x04"):
-        return _open_zip(path, size)
+        return _bounded(path, _open_zip(path, size), size)
     if LEGACY in start[:32]:  # behind the protocol and, since protocol 4, a frame
-        return _open_legacy(path, size)
+        return _bounded(path, _open_legacy(path, size), size)
     for magic, kind, hint in OTHER_KINDS:
         if text.startswith(magic) or start.startswith(magic):
             raise FileError(f"{path}: is {kind}; {hint}")
@@ -136,6 +140,14 @@ def _open(path: Path, start: bytes, size: int) -> Any:
     raise FileError(f"{path}: is no weight file (safetensors, or of torch.save): it begins with {start[:16]!r}")
 
 
+def _bounded(path: Path, tree: Any, size: int) -> Any:
+    """The same tree. Raises FileError if a small file repeats its bytes to tensors that fill the memory."""
+    elements = sum(math.prod(tensor.shape) for tensor in _flat(tree, path).values())
+    if elements > MAX_SHARED * max(size, 2**20):
+        raise FileError(f"{path}: has {size:,} bytes, but its tensors {elements:,} elements; save copies of them")
+    return tree
+
+
 def _open_safetensors(path: Path, start: bytes, size: int) -> dict[str, LazyTensor]:
     end = 8 + int.from_bytes(start[:8], "little")
     if end > size:
@@ -144,7 +156,11 @@ def _open_safetensors(path: Path, start: bytes, size: int) -> dict[str, LazyTens
         )
     try:
         file = safe_open(path, "pt")
+        if len(file.keys()) > MAX_TENSORS:
+            raise FileError(f"{path}: has {len(file.keys()):,} tensors; the maximum is {MAX_TENSORS:,}")
         return {name: _of_safetensors(path, file, name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except MemoryError as error:
+        raise FileError(f"{path}: has {size:,} bytes, for which the memory does not suffice") from error
     except SafetensorError as error:
         raise FileError(f"{path}: is a damaged or incomplete safetensors file ({error}); {DOWNLOAD}") from error
 
@@ -167,7 +183,10 @@ def _open_index(path: Path) -> dict[str, LazyTensor]:
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise FileError(f"{path}: is a JSON text, not weights, and no index of weight files (it has no weight_map)")
-    files = {name: _shard(path, name) for name in sorted(set(places.values()))}
+    names = sorted(set(places.values()))
+    if len(names) > MAX_INDEX_FILES:
+        raise FileError(f"{path}: names {len(names)} files; the maximum is {MAX_INDEX_FILES}")
+    files = {name: _shard(path, name) for name in names}
     if missing := [name for name, file in files.items() if not file.is_file()]:
         raise FileError(f"{path}: of its {len(files)} files {', '.join(missing[:6])} are not there")
     tensors: dict[str, LazyTensor] = {}
@@ -188,9 +207,12 @@ def _open_index(path: Path) -> dict[str, LazyTensor]:
 def _shard(index: Path, name: str) -> Path:
     """A file of an index: beside it and, where that is a link, where the index itself really lies, as in the
     Hugging Face cache."""
-    file = index.with_name(name) if name and Path(name).name == name and "\\" not in name and "\0" not in name else None
+    plain = name.isprintable() and Path(name).name == name and "\\" not in name
+    file = index.with_name(name) if plain else None
     if file is None or name in (".", "..", index.name):
         raise FileError(f"{index}: names the file {name!r}; only names of other files in the same folder are allowed")
+    if file.is_symlink() and not file.exists():
+        raise FileError(f"{index}: {name} is a link to nothing; copy the file here")
     if file.resolve().parent not in (index.parent.resolve(), index.resolve().parent):
         raise FileError(f"{index}: {name} is a link that leaves the folder, to {file.resolve()}; copy the file here")
     return file
@@ -285,7 +307,10 @@ class _Bytes:
 
     def tensor(self) -> Tensor:
         """As uint8. Raises FileError if they are not what was written."""
-        content = torch.empty(self.size, dtype=torch.uint8)
+        try:
+            content = torch.from_numpy(np.empty(self.size, np.uint8))  # torch raises no MemoryError
+        except MemoryError as error:
+            raise FileError(f"{self.path}: has a part of {self.size:,} bytes, more than the memory holds") from error
         with self.path.open("rb") as stream:
             stream.seek(self.start)
             count = stream.readinto(content.numpy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -290,3 +291,38 @@ def test_the_config_of_a_diffusion_model_beside_the_official_file_is_not_its_own
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLQwenImage"}))
     with pytest.raises(CheckpointError, match="AutoencoderKLQwenImage, which is not supported"):
         read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.bool, torch.complex64])
+def test_weights_of_whole_or_complex_numbers_are_refused(tmp_path, saved, kind):
+    torch.save({key: tensor.to(kind) for key, tensor in inner(saved).items()}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="of whole, logical or complex numbers: module"):
+        vae3d.load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
+@pytest.mark.parametrize("name", ["model.yaml", "config.json"])
+def test_a_configuration_that_is_no_file_is_not_passed_over(tmp_path, saved, name, kind):
+    if name == "model.yaml":
+        write_export(saved, tmp_path)
+    else:
+        write_diffusers(saved, tmp_path)
+    file = tmp_path / name
+    file.unlink()
+    {"pipe": os.mkfifo, "folder": os.mkdir, "loop": lambda path: path.symlink_to(path.name)}[kind](file)
+    with pytest.raises(CheckpointError, match=name):
+        vae3d.load(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "pipe.pth", "loop.pth"])
+def test_a_path_that_is_neither_file_nor_folder_is_called_so(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.pth")
+    Path("loop.pth").symlink_to("loop.pth")
+    with pytest.raises(CheckpointError, match="neither a file nor a folder"):
+        vae3d.load(path)
+
+
+def test_a_path_that_is_too_long_is_one_error():
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        vae3d.load("/tmp/" + "x" * 5000)

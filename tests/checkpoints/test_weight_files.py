@@ -413,3 +413,44 @@ def test_an_index_of_another_shape_is_named(tmp_path, content):
     (tmp_path / "i.json").write_text(json.dumps(content))
     with pytest.raises(FileError, match="no index of weight files"):
         read_tensors(tmp_path / "i.json")
+
+
+def test_tensors_that_share_their_bytes_cannot_fill_the_memory(tmp_path):
+    whole = torch.zeros(2**18)
+    torch.save({str(i): whole[i:] for i in range(200)}, tmp_path / "bomb.pt")
+    with pytest.raises(FileError, match="elements"):
+        open_tensors(tmp_path / "bomb.pt")
+    torch.save({str(i): whole for i in range(20)}, tmp_path / "tied.pt")
+    assert len(open_tensors(tmp_path / "tied.pt")) == 20
+
+
+def test_a_file_or_an_index_of_very_many_parts_is_refused_soon(tmp_path):
+    header = {str(i): {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(70_000)}
+    (tmp_path / "x.safetensors").write_bytes(safetensors(header))
+    with pytest.raises(FileError, match="70,000 tensors"):
+        open_tensors(tmp_path / "x.safetensors")
+    with pytest.raises(FileError, match="names 5000 files"):
+        open_tensors(index(tmp_path, {str(i): f"{i}.safetensors" for i in range(5000)}))
+
+
+@pytest.mark.parametrize("name", ["\ud800.safetensors", "a\n.safetensors", "loop.safetensors"])
+def test_names_in_an_index_that_no_file_can_have_are_refused(tmp_path, name):
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    with pytest.raises(FileError, match=r"index\.json"):
+        open_tensors(index(tmp_path, {"w": name}))
+
+
+def test_a_part_that_no_memory_holds_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "x.safetensors"
+    save_file({"w": torch.ones(2)}, file)
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(weight_files, "safe_open", no_memory)
+    with pytest.raises(FileError, match=r"x\.safetensors.*memory"):
+        open_tensors(file)
+    torch.save({"w": torch.ones(2)}, tmp_path / "x.pt")
+    monkeypatch.setattr(weight_files.np, "empty", no_memory)
+    with pytest.raises(FileError, match=r"x\.pt.*memory"):
+        read_tensors(tmp_path / "x.pt")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from vae3d.data import probe
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import look_for_files, read_tables
+from vae3d.data.readers import MediaError, media_info
 from vae3d.data.sources import DataError, Folder, Table
 
 SETTINGS = ClipSettings(16, 16)
@@ -282,3 +284,30 @@ def test_check_names_a_file_that_crashes_the_decoder_and_goes_on(tmp_path, monke
     out = capsys.readouterr().out
     assert f"row 2: {tmp_path}/bad.png: crashes the decoder" in out
     assert "2 of 3 rows are good" in out
+
+
+def test_a_file_name_that_is_not_utf8_is_one_error(tmp_path):
+    tiny.write_video(tmp_path / "a.mp4", tiny.frames(2))
+    os.rename(tmp_path / "a.mp4", os.fsencode(tmp_path) + b"/\xff.mp4")
+    with pytest.raises(DataError, match=r"\\xff\.mp4.* is not UTF-8"):
+        Folder(tmp_path).table()
+
+
+def test_lines_of_the_probe_cache_that_no_probe_wrote_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    video = str(tiny.write_video(tmp_path / "a.mp4", tiny.frames(3)))
+    first = probe.probe([video])
+    (cache,) = (tmp_path / "cache/probe").iterdir()
+    good = json.loads(cache.read_text())
+    other = [[], 3, {}, {"path": [1]}, good | {"num_frames": "x"}]
+    lines = [json.dumps(value).encode() for value in other] + [b"\xff\xfe", b"[" * 10**5, b"9" * 5000]
+    cache.write_bytes(b"\n".join(lines) + b"\n")
+    assert probe.probe([video]) == first
+    assert first[video]["num_frames"] == 3
+
+
+@pytest.mark.parametrize(("name", "reason"), [("pipe.mp4", "pipe"), ("x" * 5000 + ".mp4", "no such file")])
+def test_a_pipe_or_a_name_that_is_too_long_is_a_data_error(tmp_path, name, reason):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(MediaError, match=reason):
+        media_info(str(tmp_path / name))

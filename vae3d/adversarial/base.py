@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vae3d.arguments import ArgumentError
 from vae3d.ranks import average
 from vae3d.types import Clip, Reconstruction
 
@@ -131,10 +132,12 @@ class NoAdversary:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        assert not state, "a checkpoint with a discriminator was given to a run without one"
+        if state:
+            raise ArgumentError("adversary is that of a discriminator, and this run has none")
 
     def rank_state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
-        assert not state, "a checkpoint with a discriminator was given to a run without one"
+        if state:
+            raise ArgumentError("adversary is that of a discriminator, and this run has none")

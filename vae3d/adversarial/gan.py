@@ -17,6 +17,8 @@ from vae3d.adversarial.base import Turn, require_pair, update
 from vae3d.adversarial.criteria import CRITERIA, gradient_penalty, lecam, over_scales
 from vae3d.adversarial.groups import images_of
 from vae3d.adversarial.patchgan import MultiScale, PatchGAN, PatchGAN3D
+from vae3d.arguments import ArgumentError
+from vae3d.checkpoints.restore import check_like, load_optimizer
 from vae3d.precision import full_precision
 from vae3d.schedules import ALL_ON, learning_rate
 from vae3d.schedules import ramp as ramp_at
@@ -241,8 +243,10 @@ class Gan:
         return {**parts, "averages": self.averages, "skipped": self.skipped, "grad_norm": self.grad_norm}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ArgumentError for the state of another discriminator."""
+        check_like(state, self.state_dict() | {"optimizer": None}, "adversary")
         self.discriminator.load_state_dict(state["discriminator"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"], "adversary.optimizer")
         self.averages = state["averages"].to(self.device)
         self.skipped, self.grad_norm = state["skipped"], state["grad_norm"]
 
@@ -250,7 +254,8 @@ class Gan:
         return {}
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
-        assert not state, "a GAN has nothing that only one rank knows"
+        if state:
+            raise ArgumentError("adversary is of a rank, of which a GAN keeps nothing")
 
     def _network(self) -> MultiScale:
         return MultiScale([NETWORKS[self.judges](**self.shape) for _ in range(self.scales)])

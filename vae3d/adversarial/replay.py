@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vae3d.arguments import ArgumentError, short
+from vae3d.checkpoints.restore import check_like
+
 Pair = tuple[Tensor, Tensor]
 
 
@@ -52,8 +55,16 @@ class Replay:
         return {"images": [image for image, _ in self.pairs], "contexts": [context for _, context in self.pairs]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if it holds more than `length` pairs."""
+        """Raises ArgumentError if it holds more than `length` pairs, or other things."""
+        check_like(state, {"images": None, "contexts": None}, "buffer")
+        for name in ("images", "contexts"):
+            entries = state[name]
+            if not isinstance(entries, list) or not all(isinstance(t, Tensor) and t.ndim == 3 for t in entries):
+                raise ArgumentError(f"buffer.{name} is {short(entries)}, not a list of tensors [C, H, W]")
+            check_like(entries, entries[:1] * len(state["images"]), f"buffer.{name}")
         pairs = list(zip(state["images"], state["contexts"], strict=True))
         if len(pairs) > self.length:
-            raise ValueError(f"the checkpoint's buffer holds {len(pairs)} images; set buffer_length to at least that")
+            raise ArgumentError(
+                f"the checkpoint's buffer holds {len(pairs)} images; set buffer_length to at least that"
+            )
         self.pairs = pairs

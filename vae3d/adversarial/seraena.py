@@ -15,6 +15,7 @@ from vae3d.adversarial.base import Turn, require_pair, update
 from vae3d.adversarial.groups import context_of, images_of, video_of
 from vae3d.adversarial.patch import NORMS, STRIDE, ConditionalPatchDiscriminator
 from vae3d.adversarial.replay import Replay
+from vae3d.checkpoints.restore import check_like, load_optimizer
 from vae3d.precision import full_precision
 from vae3d.schedules import ramp as ramp_at
 from vae3d.seeding import generator_of, seed_of
@@ -175,8 +176,10 @@ class Seraena:
         return {**parts, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ArgumentError for the state of another discriminator."""
+        check_like(state, self.state_dict() | {"optimizer": None}, "adversary")
         self.discriminator.load_state_dict(state["discriminator"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"], "adversary.optimizer")
         for group in self.optimizer.param_groups:  # the checkpoint's own came back with its moments
             group["lr"] = self.lr
         self.skipped = state["skipped"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,7 +110,7 @@ def as_checkpoint_error() -> Iterator[None]:
 
 def _read(weights: Path, variant: str | None, part: str | None, own_model: bool) -> Checkpoint:
     export, config_json = weights.with_name(EXPORT_CONFIG), weights.with_name("config.json")
-    if export.is_file():
+    if os.path.lexists(export):
         if part is not None:
             raise CheckpointError(f"{weights}: is an export, which holds one model; leave out the part {part!r}")
         config, key, source, layout, prefix = read_export_config(export)["model"], "model", export, "export", ""
@@ -148,7 +149,7 @@ def meta_model(config: Any, source: object, key: str = "") -> nn.Module:
 
 
 def _read_config_json(file: Path) -> dict[str, Any]:
-    told = read_json(file) if file.is_file() else {}
+    told = read_json(file) if os.path.lexists(file) else {}
     check_fields(told, ConfigJson, str(file))
     return told
 
@@ -323,10 +324,18 @@ def check_state(module: nn.Module, state: State, what: str) -> State:
                 if state[k].shape != own[k].shape
             ],
         ),
+        _fault(
+            "of whole, logical or complex numbers",
+            [k for k in own.keys() & state.keys() if not _real(state[k], own[k])],
+        ),
     ]
     if any(faults):
         raise CheckpointError(f"{what} does not fit the model:\n" + "\n".join(f for f in faults if f))
     return state
+
+
+def _real(tensor: Tensor, own: Tensor) -> bool:
+    return tensor.is_floating_point() or not own.is_floating_point()
 
 
 def _fault(kind: str, names: Iterable[str]) -> str:

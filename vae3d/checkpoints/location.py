@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,18 +42,18 @@ class CheckpointError(FileError):
 def split_part(path: str | Path) -> tuple[Path, str | None]:
     """`weights.ckpt::ema_model` is the file weights.ckpt and its part ema_model."""
     file, separator, part = str(path).partition(PART)
-    return (Path(file), part) if separator and not Path(path).exists() else (Path(path), None)
+    return (Path(file), part) if separator and not os.path.exists(path) else (Path(path), None)
 
 
 def exists(path: str | Path) -> bool:
-    return split_part(path)[0].exists()
+    return os.path.exists(split_part(path)[0])  # False also for a name that is too long
 
 
 def hub_hint(path: str | Path) -> str:
     """What to do if `path`, which is not here, is the name of a model of the Hugging Face hub; empty if it cannot be
     one."""
     text = str(path)
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) or Path(text).parent.exists() or text.endswith(SUFFIXES):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) or os.path.exists(Path(text).parent) or text.endswith(SUFFIXES):
         return ""
     name = Path(text).name
     only = "" if "vae" in name.lower() else ' --include "*vae*" "*VAE*"'  # of a whole pipeline its VAE alone
@@ -64,9 +65,11 @@ def find_weights(path: Path) -> Path:
 
     Raises CheckpointError if there is none, or if several are there and none of them has a standard name.
     """
-    if path.is_file():
+    if os.path.isfile(path):
         return path
-    if not path.is_dir():
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise CheckpointError(f"{path}: is neither a file nor a folder, but a device, a pipe, or a link to nothing")
+    if not os.path.isdir(path):
         raise CheckpointError(f"{path}: no such file or folder{hub_hint(path)}")
     folders = [path / "vae", path] if (path / "model_index.json").is_file() else [path, path / "vae"]
     for folder in folders:

@@ -6,17 +6,18 @@ import os
 import pickle
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import torch
 
-from vae3d.arguments import Range, check_fields
+from vae3d.arguments import ArgumentError, Range, check_fields
 from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error
 from vae3d.checkpoints.integrity import check_records
 from vae3d.errors import UserError
-from vae3d.io import fsync_folder, read_json, remove, write_json
+from vae3d.io import check_plain, fsync_folder, read_json, remove, write_json
 
 META = "run.json"  # written last: a folder without it is not complete
 STATE = "state.pt"
@@ -204,7 +205,18 @@ def load_state(path: Path, mmap: bool = False) -> dict[str, Any]:
         raise CheckpointError(f"{file} holds no training state; to start from weights alone set stage.init_from={file}")
     with as_checkpoint_error():
         check_fields(state, _State, str(file))
+        check_plain(state.get("config"), f"{file}: config")
     return state
+
+
+@contextmanager
+def restoring(checkpoint: Path, file: str = STATE) -> Iterator[None]:
+    """Inside, an ArgumentError about what was loaded becomes a CheckpointError that names the checkpoint's file."""
+    try:
+        yield
+    except ArgumentError as error:
+        path = checkpoint / file if checkpoint.is_dir() else checkpoint
+        raise CheckpointError(f"{path}: {error}; {_hint(checkpoint)}") from error
 
 
 def from_weights(checkpoint: Path) -> str:

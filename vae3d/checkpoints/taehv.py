@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -99,7 +100,7 @@ def read_facts(path: Path) -> dict[str, Any]:
             raise FileError(f"{path}: its metadata `taehv` has more than {MAX_BYTES} characters, the maximum")
         return _checked(parse_json(header, f"{path}, metadata `taehv`"), f"{path}, metadata `taehv`")
     for beside in (path.with_suffix(".json"), path.with_name(FACTS)):
-        if beside.is_file():
+        if os.path.lexists(beside):
             told = read_json(beside)
             if isinstance(told, dict) and told.get("architecture") == "TAEHV":
                 return _checked(told, str(beside))

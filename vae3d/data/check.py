@@ -23,6 +23,7 @@ from vae3d.argparse_types import positive_int
 from vae3d.data.readers import MediaError, MediaInfo, open_media
 from vae3d.data.segments import SEGMENT, Bounds, Segment, bounds_of
 from vae3d.data.sources import NUMBERS, DataError, open_source
+from vae3d.errors import printable
 
 
 def examine(path: str, bounds: Bounds, full: bool) -> MediaInfo | str:
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         if reason is None:
             good.append({**row, **{name: getattr(result, name) for name in NUMBERS}})
         else:
-            print(f"row {row['row']}: {row['path']}: {reason}")
+            print(printable(f"row {row['row']}: {row['path']}: {reason}"))
     for note in getattr(source, "notes", ()):
         print(note)
     print(f"{len(good)} of {len(table)} rows are good, {len(table) - len(good)} bad")

@@ -21,6 +21,7 @@ from vae3d.data.sources import NUMBERS
 from vae3d.data.video_index import cache_folder
 
 THREADS = 16
+ENTRY = {"path": str, **dict.fromkeys(NUMBERS, (int, float))}  # of the cache
 VERSION = 2  # of the answers; 1 counted frames and rates by timestamps
 Facts = dict[str, float | str]  # the columns of NUMBERS, or the one key `error`
 
@@ -93,15 +94,17 @@ def _key(path: str) -> list[int] | None:
 
 
 def _read_cache(cache: Path) -> dict[str, dict]:
+    """Lines that no probe wrote are left out, as is the last one of a probe that was killed."""
     if not cache.is_file():
         return {}
     known = {}
-    for line in cache.read_text().splitlines():
+    for line in cache.read_bytes().splitlines():
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:  # the last line of a probe that was killed
+        except (ValueError, RecursionError):
             continue
-        known[entry["path"]] = entry
+        if isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in ENTRY.items()):
+            known[entry["path"]] = entry
     return known
 
 

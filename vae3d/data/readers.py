@@ -7,6 +7,7 @@ numbered in the order in which a decoder puts them out.
 from __future__ import annotations
 
 import itertools
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -71,10 +72,12 @@ def is_image(path: str | Path) -> bool:
 
 
 def _refuse_no_file(path: Path) -> None:
-    if not path.exists():
+    if not os.path.exists(path):  # False, and no error, of a name that is too long
         raise MediaError(path, "no such file")
-    if not path.is_file():
-        raise MediaError(path, "is a folder, not a file")
+    if not os.path.isfile(path):
+        raise MediaError(
+            path, "is a folder, not a file" if os.path.isdir(path) else "is a pipe or a device, not a file"
+        )
     if path.stat().st_size == 0:
         raise MediaError(path, "is empty (0 bytes)")
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from vae3d.checkpoints.restore import check_like
 from vae3d.data.dataset_rows import is_row, version_of
 from vae3d.data.images import is_sequence, sequence_files
 from vae3d.data.media import MediaError
@@ -20,6 +21,7 @@ from vae3d.data.sources import in_threads
 from vae3d.seeding import seed_of
 
 FACTS = ("split", "num_frames", "height", "width", "fps", "label", "text")
+SIZES = (("rows", ()), ("facts", ()), ("files", (2,)))  # of the tensors of a record, beside the number of rows
 SHOWN = 3  # names in a message
 
 
@@ -50,9 +52,16 @@ class DataRecord:
         }
 
     def changes_since(self, saved: Mapping[str, torch.Tensor] | None) -> list[str]:
-        """What is different from the data of a checkpoint, a line each. saved: its state_dict; None: not recorded."""
+        """What is different from the data of a checkpoint, a line each. saved: its state_dict; None: not recorded.
+
+        Raises ArgumentError if `saved` is something else.
+        """
         if not saved:
             return []
+        count = len(saved["rows"]) if isinstance(saved, Mapping) and isinstance(saved.get("rows"), torch.Tensor) else 0
+        check_like(
+            saved, {name: torch.empty(count, *size, dtype=torch.int64, device="meta") for name, size in SIZES}, "data"
+        )
         old = DataRecord(*(saved[name].numpy() for name in ("rows", "facts", "files")), names=[])
         added, removed = ~np.isin(self.rows, old.rows), ~np.isin(old.rows, self.rows)
         lines = []

@@ -141,12 +141,18 @@ class Folder:
 
 
 def files_under(folder: str | Path) -> list[str]:
-    """Names of all files in a folder and the folders in it, sorted; links are followed, hidden ones left out."""
+    """Names of all files in a folder and the folders in it, sorted; links are followed, hidden ones left out.
+
+    Raises DataError for a name that is not UTF-8.
+    """
     found = []
     for here, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".") and not _leads_up(here, name)]
         inside = os.path.relpath(here, folder)
         found += [os.path.normpath(os.path.join(inside, name)) for name in files if not name.startswith(".")]
+    for name in found:
+        if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):
+            raise DataError(f"{folder}: the name of the file {os.fsencode(name)!r} is not UTF-8; rename it")
     return sorted(found, key=lambda name: name.split(os.sep))
 
 

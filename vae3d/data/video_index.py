@@ -198,7 +198,8 @@ def _load(cached: Path, key: list) -> VideoIndex | None:
         opening = os.pread(source.fileno(), 4096, 0)
         magic, length, check = HEAD.unpack(opening[: HEAD.size].ljust(HEAD.size))
         text = opening[HEAD.size : HEAD.size + length]
-        text += os.pread(source.fileno(), length - len(text), HEAD.size + len(text)) if len(text) < length else b""
+        if magic == MAGIC and len(text) < length <= os.fstat(source.fileno()).st_size:
+            text += os.pread(source.fileno(), length - len(text), HEAD.size + len(text))
         if magic == MAGIC and zlib.crc32(text) == check:
             value = json.loads(text)
             begin = HEAD.size + length

@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
+from vae3d.arguments import Size, check_fields
 from vae3d.checkpoints import state
+from vae3d.checkpoints.restore import check_like
 from vae3d.diffusion.build import require_same
 from vae3d.diffusion.export import write_export
-from vae3d.engine.saving import Outputs, common_start, write_checkpoint
+from vae3d.engine.saving import Means, Outputs, Steps, common_start, write_checkpoint
 
 if TYPE_CHECKING:
     from vae3d.diffusion.trainer import DiffusionTrainer
 
 # Settings that make a run another run, beside those of network and process.
 IDENTITY = ("vae.sample", "labels", "data.frames", "data.height", "data.width", "data.stride", "data.fps", "run.seed")
+
+
+class _Scale(TypedDict):
+    count: Steps
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+class _Older(TypedDict, total=False):
+    """What older checkpoints may lack."""
+
+    data: Mapping[str, Any]
+
+
+class _Saved(_Older):
+    """The state of a diffusion run, as far as its form does not depend on the run."""
+
+    step: Steps
+    optimizer: Mapping[str, Any]
+    ema: Mapping[str, Mapping[str, Any]]
+    window: Means
+    reads: Annotated[Sequence[Steps], Size(2, 2)]
+    skipped: Steps
+    scale: _Scale
+    vae: Mapping[str, Any]
+    classes: Sequence[str]
 
 
 def save(trainer: DiffusionTrainer) -> None:
@@ -69,10 +98,22 @@ def resume(trainer: DiffusionTrainer) -> dict[str, tuple[Any, Any]]:
     start = common_start(trainer)
     if start is None:
         return {}
-    config = asdict(trainer.config)
     before, saved = state.saved_config(start), state.load_state(start)
-    if "denoiser" not in before:
+    if not all(isinstance(before.get(part), Mapping) for part in ("denoiser", "process")):
         raise state.ResumeError(f"{start} is no checkpoint of a diffusion model; run.resume_from takes one of those")
+    with state.restoring(start):
+        check_fields(saved, _Saved)
+    changed = _check_same(trainer, start, before, saved)
+    with state.restoring(start):
+        _restore(trainer, start, saved)
+    return changed
+
+
+def _check_same(
+    trainer: DiffusionTrainer, start: Path, before: Mapping[str, Any], saved: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """The settings that changed since. Raises ResumeError, or UserError by name, as `resume` does."""
+    config = asdict(trainer.config)
     if saved["classes"] != trainer.data.classes:
         there, here = (", ".join(names) or "none" for names in (saved["classes"], trainer.data.classes))
         raise state.ResumeError(
@@ -83,7 +124,7 @@ def resume(trainer: DiffusionTrainer) -> dict[str, tuple[Any, Any]]:
         require_same(before[part], config[part], part)
     changed = state.refuse_other_run(start, config, IDENTITY)
     if saved["vae"] != trainer.vae_facts():
-        told = ", ".join(name for name, value in trainer.vae_facts().items() if saved["vae"][name] != value)
+        told = ", ".join(name for name, value in trainer.vae_facts().items() if saved["vae"].get(name) != value)
         raise state.ResumeError(
             f"{start} was trained on latents of another autoencoder than {trainer.config.vae.path}: its {told} "
             "differs; give the one of before, or another run.name"
@@ -94,6 +135,12 @@ def resume(trainer: DiffusionTrainer) -> dict[str, tuple[Any, Any]]:
             f"{start} holds averages at the rates {', '.join(saved['ema'])}, and trainer.ema.decays={rates}; "
             "these cannot be changed in the middle of a run"
         )
+    return changed
+
+
+def _restore(trainer: DiffusionTrainer, start: Path, saved: Mapping[str, Any]) -> None:
+    """Raises ArgumentError for what does not fit this run."""
+    check_like(saved["model"], trainer.network.state_dict(), "model")
     trainer.network.load_state_dict(saved["model"])
     trainer.replicas.load_optimizer(saved["optimizer"], {}, start)
     for decay, average in trainer.averages.items():
@@ -104,4 +151,3 @@ def resume(trainer: DiffusionTrainer) -> dict[str, tuple[Any, Any]]:
         trainer.data_changes = trainer.data.record.changes_since(saved.get("data"))
     trainer.reads, trainer.broken_reads = saved["reads"]
     trainer.skipped.in_row = saved["skipped"]
-    return changed

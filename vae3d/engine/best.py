@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
+from vae3d.arguments import Size, check_fields
 from vae3d.engine.saving import SaveError, export, run_on_all_ranks
 from vae3d.metrics.base import Better, goodness
 
@@ -13,6 +14,15 @@ if TYPE_CHECKING:
     from vae3d.engine.trainer import Trainer
 
 FOLDER = "best"  # no step-*: it is neither pruned nor taken for a run's newest export
+
+
+class _Older(TypedDict, total=False):
+    missed: Annotated[Sequence[float], Size(2, 2)] | None
+
+
+class _Saved(_Older):
+    value: float | None
+    step: int | None
 
 
 class Best:
@@ -36,7 +46,8 @@ class Best:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What was kept under another score, or by a run that kept none, counts for nothing."""
-        if state.get("column") == self.column:
+        if state and state.get("column") == self.column:
+            check_fields(state, _Saved, key="best")
             self.value, self.step, self.missed = state["value"], state["step"], state.get("missed")
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vae3d.checkpoints.restore import check_like
 from vae3d.errors import UserError
 from vae3d.schedules import ema_decay
 
@@ -68,11 +69,13 @@ class Ema:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if state.keys() != self.shadow.keys():
+        """Raises UserError if only one of both keeps averages, ArgumentError for averages of other parameters."""
+        if bool(state) != bool(self.shadow):
             raise UserError(
                 f"the checkpoint holds averages of {len(state)} parameters, this run keeps {len(self.shadow)}; "
                 "trainer.ema cannot be turned on or off in the middle of a run"
             )
+        check_like(state, self.shadow, "ema")
         self._wait()
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])

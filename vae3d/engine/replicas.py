@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vae3d import ranks
+from vae3d.checkpoints.restore import load_optimizer
 from vae3d.checkpoints.state import ResumeError, from_weights
 from vae3d.engine.freeze import without_gradient
 from vae3d.engine.memory import attempted, release
@@ -105,13 +106,14 @@ class Replicas:
         return {}
 
     def load_optimizer(self, state: Mapping[str, Any], own: Mapping[str, Any], checkpoint: Path) -> None:
-        """Raises ResumeError if the checkpoint was written under another strategy."""
+        """Raises ResumeError if the checkpoint was written under another strategy, ArgumentError if its state does not
+        fit."""
         if not state:
             raise ResumeError(
                 f"{checkpoint} holds its optimizer in DeepSpeed's shards; go on with the same trainer/strategy, or "
                 f"start anew from its weights: {from_weights(checkpoint)}"
             )
-        self.optimizer.load_state_dict(state)
+        load_optimizer(self.optimizer, state)
 
 
 def refuse_different_starts(model: nn.Module) -> None:

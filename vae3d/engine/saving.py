@@ -5,20 +5,23 @@ from __future__ import annotations
 import errno
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from vae3d import ranks
+from vae3d.arguments import Range, Size, check_fields
 from vae3d.checkpoints import state
 from vae3d.checkpoints.export import replace_export, write_final_model, write_flat
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.publish import final_file, link, published_files
+from vae3d.checkpoints.restore import check_like
 from vae3d.engine.freeze import set_mode
 from vae3d.engine.patience import Patience
 from vae3d.engine.spike import SpikeError
@@ -44,7 +47,46 @@ DISK_ERRORS = frozenset(
         *(errno.EROFS, errno.ESTALE, errno.ETIMEDOUT),
     }
 )
+Steps = Annotated[int, Range(0, 10**12)]
+Means = Mapping[str, Annotated[Sequence[Real], Size(1, 10**6)]]  # of a Window; also of losses that are not finite
 LEFTOVER = re.compile(r"\..+\.(partial|[0-9a-f]{8}\.tmp)")  # of a writer that was killed
+
+
+class _Spikes(TypedDict):
+    mean: float
+    accepted: Steps
+    skipped_in_row: Steps
+
+
+class _Older(TypedDict, total=False):
+    """What older checkpoints may lack."""
+
+    objective: Mapping[str, Any]
+    anchor: str | None
+    best: Mapping[str, Any]
+    data: Mapping[str, Any]
+    faults_in_row: Annotated[Sequence[Steps], Size(2, 2)]
+
+
+class _Saved(_Older):
+    """The state that all ranks share, as far as its form does not depend on the run."""
+
+    step: Steps
+    optimizer: Mapping[str, Any]
+    ema: Mapping[str, Any]
+    spikes: _Spikes
+    adversary: Mapping[str, Any]
+    projections: Mapping[str, Any]
+    scaler: Mapping[str, Any]
+    window: Means
+    reads: Annotated[Sequence[Steps], Size(2, 2)]
+
+
+class _Own(TypedDict, total=False):
+    """What each rank has of its own."""
+
+    strategy: Mapping[str, Any]
+    adversary: Mapping[str, Any]
 
 
 class SaveError(UserError):
@@ -365,6 +407,18 @@ def resume(trainer: Trainer) -> dict[str, tuple[Any, Any]]:
         return {}
     changed = state.refuse_other_run(start, asdict(trainer.config))
     saved = state.load_state(start)
+    own = state.load_rank(start, trainer.accelerator.process_index)
+    with state.restoring(start):
+        check_fields(saved, _Saved)
+        _restore(trainer, start, saved, own)
+    return changed
+
+
+def _restore(trainer: Trainer, start: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """own: of this rank. Raises ArgumentError for what does not fit this run."""
+    rank = trainer.accelerator.process_index
+    with state.restoring(start, state.RANK_STATE.format(rank=rank)):
+        check_fields(own, _Own)
     trainer.proximal.refuse_other_anchor(saved.get("anchor"), start, trainer.config.stage.init_from)
     learned = saved.get("objective", {})
     if learned.keys() != trainer.objective.state_dict().keys():
@@ -372,21 +426,24 @@ def resume(trainer: Trainer) -> dict[str, tuple[Any, Any]]:
             f"{start} was trained {'with' if learned else 'without'} loss.logvar; give this run another run.name, or "
             "set loss.logvar as it was"
         )
+    check_like(learned, trainer.objective.state_dict(), "objective")
     trainer.objective.load_state_dict(learned)
+    check_like(saved["model"], trainer.network.state_dict(), "model")
     trainer.network.load_state_dict(saved["model"])
     if trainer.projections is not None:
+        check_like(saved["projections"], trainer.projections.state_dict(), "projections")
         trainer.projections.load_state_dict(saved["projections"])
-    rank = trainer.accelerator.process_index
-    own = state.load_rank(start, rank)
     trainer.strategy.load_optimizer(saved["optimizer"], own.get("strategy", {}), start)
     trainer.ema.load_state_dict(saved["ema"])
     trainer.spikes.load_state_dict(saved["spikes"])
     trainer.adversary.load_state_dict(saved["adversary"])
     if "adversary" in own:
-        trainer.adversary.load_rank_state_dict(own["adversary"])
+        with state.restoring(start, state.RANK_STATE.format(rank=rank)):
+            trainer.adversary.load_rank_state_dict(own["adversary"])
     elif trainer.adversary.rank_state_dict():
         log.warning("%s has nothing of rank %d's own: its replay buffer starts empty", start, rank)
     if trainer.accelerator.scaler is not None and saved["scaler"]:
+        check_like(saved["scaler"], trainer.accelerator.scaler.state_dict(), "scaler")
         trainer.accelerator.scaler.load_state_dict(saved["scaler"])
     trainer.window.load_state_dict(saved["window"])
     trainer.best.load_state_dict(saved.get("best", {}))
@@ -395,7 +452,6 @@ def resume(trainer: Trainer) -> dict[str, tuple[Any, Any]]:
         trainer.data_changes = trainer.data.record.changes_since(saved.get("data"))
     trainer.reads, trainer.broken_reads = saved["reads"]
     trainer.unfinished.in_row, trainer.zero_gradient.in_row = saved.get("faults_in_row", (0, 0))
-    return changed
 
 
 def _rank_state(trainer: Trainer) -> dict[str, Any]:

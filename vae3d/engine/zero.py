@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vae3d import ranks
+from vae3d.checkpoints.restore import load_optimizer
 from vae3d.checkpoints.state import ResumeError, from_weights
 from vae3d.engine.memory import first_line, out_of_memory, release
 from vae3d.engine.replicas import refuse_different_starts
@@ -158,13 +159,13 @@ class Zero:
         """Raises ResumeError if the checkpoint's shards are not this run's."""
         partitions = self.optimizer.single_partition_of_fp32_groups
         saved = own.get("partitions", [])
-        if [p.shape for p in saved] != [p.shape for p in partitions]:
+        if [getattr(p, "shape", None) for p in saved] != [p.shape for p in partitions]:
             raise ResumeError(
                 f"{checkpoint} holds no optimizer shards for rank {self.accelerator.process_index} of "
                 f"{self.accelerator.num_processes}; DeepSpeed's go on with the same number of ranks and the same "
                 f"strategy only. To start anew from its weights: {from_weights(checkpoint)}"
             )
-        self.optimizer.optimizer.load_state_dict(own["optimizer"])
+        load_optimizer(self.optimizer.optimizer, own.get("optimizer"), "strategy.optimizer")
         with torch.no_grad():
             for mine, theirs in zip(partitions, saved, strict=True):
                 mine.copy_(theirs)
