@@ -18,6 +18,7 @@ from vae3d.data.media import MediaError
 from vae3d.data.readers import open_media
 from vae3d.data.segments import Segment, count_frames
 from vae3d.data.sources import Table
+from vae3d.data.video_index import FRAME, PACKET
 
 
 def numbers(frames: np.ndarray) -> list[int]:
@@ -80,6 +81,19 @@ def test_times_of_decoding_in_place_of_those_of_showing_are_seen_through(tmp_pat
         return packet
 
     assert read_numbers(copy_packets(tmp_path / "a.mp4", tmp_path / "b.mp4", confuse)) == list(range(30))
+
+
+def test_a_palette_that_comes_once_holds_for_all_frames(tmp_path):
+    path, levels = tmp_path / "a.avi", np.arange(256, dtype=np.uint8)
+    palette = np.stack([np.full(256, 255, np.uint8), levels, levels, levels], axis=1)  # alpha, red, green, blue
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("rawvideo", rate=24)
+        stream.height, stream.width, stream.pix_fmt = 32, 40, "pal8"
+        for picture in tiny.frames(12)[..., 0]:
+            frame = av.VideoFrame.from_ndarray((picture, palette), format="pal8")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert read_numbers(path) == list(range(12))
 
 
 def test_a_file_without_any_timestamps_is_read(tmp_path):
@@ -332,8 +346,9 @@ def test_a_clip_reads_its_own_packets_whatever_the_length_of_the_file(tmp_path, 
         with monkeypatch.context() as patch:
             patch.setattr(av, "open", lambda *args, **kwargs: pytest.fail("read the whole file again"))
             before = bytes_read()
-            np.testing.assert_array_equal(open_media(path).read(range(12, 17)), expected[12:17])
+            clip = open_media(path).read(range(12, 17))
             read[count] = bytes_read() - before
+        np.testing.assert_array_equal(clip, expected[12:17])
         assert read[count] < path.stat().st_size
     assert read[400] < 1.5 * read[20]
 
@@ -348,6 +363,22 @@ def test_an_index_is_read_again_only_if_it_is_whole_and_of_this_file(tmp_path, m
     for content in (cached.read_bytes()[:-3], b"", cached.read_bytes()[:60] + b"x" + cached.read_bytes()[61:]):
         cached.write_bytes(content)
         assert read_numbers(path) == list(range(12))
+
+
+def test_a_flipped_bit_of_an_index_never_gives_other_frames(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    path = tiny.write_video(tmp_path / "a.mp4", tiny.frames(9))
+    expected = open_media(path).read(range(9))
+    (cached,) = (file for file in (tmp_path / "cache").rglob("*") if file.is_file())
+    content = cached.read_bytes()
+    rows = 9 * (PACKET.itemsize + FRAME.itemsize)
+    for place in range(10, len(content), 11):
+        cached.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        if place >= len(content) - rows:
+            with pytest.raises(MediaError, match="index"):
+                open_media(path).read(range(9))
+            assert not cached.exists()
+        np.testing.assert_array_equal(open_media(path).read(range(9)), expected)
 
 
 def test_without_a_cache_files_are_read_with_a_warning(tmp_path, monkeypatch):
