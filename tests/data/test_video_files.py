@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pandas as pd
 import pytest
+from av.stream import Disposition
 
 from tests import tiny
 from vae3d.data.clips import ClipSettings, read_clip
@@ -319,6 +320,35 @@ def test_a_file_that_was_cut_short_is_refused_at_opening(tmp_path, suffix):
     path.write_bytes(content[: len(content) * 6 // 10])
     with pytest.raises(MediaError, match="cut short"):
         open_media(path)
+
+
+def test_frames_that_an_edit_list_leaves_out_are_not_missed(tmp_path):
+    path = tiny.write_video(tmp_path / "a.mp4", tiny.frames(12), g="4", bf="0")
+
+    def earlier(number, packet):  # by 5 frames, of which the last needs the key frame before it
+        step = int(1 / (24 * packet.time_base))
+        packet.pts, packet.dts = packet.pts - 5 * step, packet.dts - 5 * step
+        return packet
+
+    path = copy_packets(path, tmp_path / "b.mp4", earlier)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert sum(packet.size > 0 for packet in container.demux(stream)) < stream.frames
+    assert read_numbers(path) == list(range(5, 12))
+
+
+def test_the_cover_of_an_album_is_no_video(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        sound, cover = container.add_stream("aac", rate=48000, layout="mono"), container.add_stream("png")
+        cover.height, cover.width, cover.pix_fmt = 32, 40, "rgb24"
+        cover.disposition = Disposition.attached_pic
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        samples.sample_rate = 48000
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(tiny.frames(1)[0], format="rgb24")))
+        container.mux(sound.encode(samples))
+        container.mux([*cover.encode(), *sound.encode()])
+    with pytest.raises(MediaError, match="no video stream, only a still picture, audio"):
+        open_media(tmp_path / "a.mp4")
 
 
 def test_a_playlist_that_calls_itself_a_video_opens_no_other_file(tmp_path):

@@ -30,6 +30,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideData
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
@@ -475,8 +476,10 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
         raise MediaError(path, f"is an image ({name}), not a video, whatever its extension says")
     stream = container.streams.best("video")
     videos = [stream] if stream else container.streams.video
-    if not videos:
-        kinds = sorted({stream.type for stream in container.streams})
+    if not videos or all(
+        stream.disposition & Disposition.attached_pic for stream in videos
+    ):  # such as a record's cover
+        kinds = sorted({"a still picture" if stream in videos else stream.type for stream in container.streams})
         raise MediaError(path, f"has no video stream, only {', '.join(kinds) or 'nothing'}")
     if videos[0].codec_context is None:
         raise MediaError(path, "is coded in a way for which there is no decoder here")
@@ -510,7 +513,7 @@ def _read_packets(path: Path, container: InputContainer, stream: VideoStream, na
             if not packet.size:
                 continue
             if packet.is_corrupt and not names & BYTE_SEEK:
-                _check_whole(path, file, len(rows), stream.frames, names)
+                _check_whole(path, file, len(rows), stream, names)
                 raise MediaError(path, f"is damaged or cut short: packet {len(rows)} is not whole")
             for kind in ("new_extradata", "param_change", "palette"):
                 if packet.has_sidedata(kind):
@@ -524,7 +527,7 @@ def _read_packets(path: Path, container: InputContainer, stream: VideoStream, na
             pts.append(packet.pts)
             dts.append(packet.dts)
             discard.append(packet.is_discard)
-        _check_whole(path, file, len(rows), stream.frames, names)
+        _check_whole(path, file, len(rows), stream, names)
     if not rows:
         raise MediaError(path, "holds no frames")
     return _Packets(np.array(rows, PACKET), np.array(seek, SEEK), pts, dts, discard, lead is not None, stateful)
@@ -541,10 +544,12 @@ def _lead(file: int, packet: av.Packet, lead: int) -> int | None:
     return None if found < 0 else found
 
 
-def _check_whole(path: Path, file: BinaryIO, packets: int, promised: int, names: set[str]) -> None:
+def _check_whole(path: Path, file: BinaryIO, packets: int, stream: VideoStream, names: set[str]) -> None:
     """Raise MediaError if the container says that it is longer than the file."""
-    if "mov" in names and packets < promised:
-        raise MediaError(path, f"is cut short: its header promises {promised} frames, {packets} are there")
+    if "mov" in names and packets < len(stream.index_entries):  # without those that an edit list leaves out
+        promised = sum(entry.size > 0 for entry in stream.index_entries)
+        if packets < promised:
+            raise MediaError(path, f"is cut short: its header promises {promised} frames, {packets} are there")
     end, size = _promised_end(file, names), os.fstat(file.fileno()).st_size
     if end is not None and end > size:
         raise MediaError(path, f"is cut short: its header promises {end} bytes, {size} are there")
