@@ -16,6 +16,7 @@ from av.stream import Disposition
 from tests import tiny
 from vae3d.data.clips import ClipSettings, read_clip
 from vae3d.data.media import MediaError
+from vae3d.data.probe import probe
 from vae3d.data.readers import open_media
 from vae3d.data.segments import Segment, count_frames
 from vae3d.data.sources import Table
@@ -417,3 +418,5 @@ def test_without_a_cache_files_are_read_with_a_warning(tmp_path, monkeypatch):
     path = tiny.write_video(tmp_path / "a.mp4", tiny.frames(9))
     with pytest.warns(UserWarning, match="VAE3D_CACHE"):
         assert open_media(path).read([3]).shape == (1, 32, 40, 3)
+    with pytest.warns(UserWarning, match="VAE3D_CACHE"):
+        assert probe([str(path)])[str(path)]["num_frames"] == 9

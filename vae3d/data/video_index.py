@@ -252,11 +252,15 @@ def _store(cached: Path, key: list, index: VideoIndex) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        warnings.warn(
-            f"cannot write to the cache folder {cached.parents[2]} ({error.strerror}): every opening of a video reads "
-            "the whole file; set VAE3D_CACHE to a folder that can be written",
-            stacklevel=2,
-        )
+        warn_of_cache(error, "every opening of a video reads the whole file")
+
+
+def warn_of_cache(error: OSError, consequence: str) -> None:
+    warnings.warn(
+        f"cannot write to the cache folder {cache_folder()} ({error.strerror}): {consequence}; set VAE3D_CACHE to a "
+        "folder that can be written",
+        stacklevel=3,
+    )
 
 
 # --- errors
