@@ -302,10 +302,12 @@ def test_refused_files_are_closed(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize("suffix", ["mkv", "avi", "mp4"])
+@pytest.mark.parametrize("suffix", ["mkv", "avi", "mp4", "gif"])
 def test_a_file_that_was_cut_short_is_refused_at_opening(tmp_path, suffix):
     clip = np.random.default_rng(0).integers(0, 256, (30, 48, 64, 3), dtype=np.uint8)
-    path = tiny.write_video(tmp_path / f"a.{suffix}", clip, codec="mpeg4", g="5")
+    settings = {"codec": "gif", "pixels": "rgb8"} if suffix == "gif" else {"codec": "mpeg4", "g": "5"}
+    path = tiny.write_video(tmp_path / f"a.{suffix}", clip, **settings)
+    assert open_media(path).info.num_frames == 30
     if suffix == "mp4":  # in fragments, which are read up to the last whole one
         with (
             av.open(str(path)) as read,

@@ -583,6 +583,8 @@ def _promised_end(file: BinaryIO, names: set[str]) -> int | None:
                 break
             place += 8 + length
         return place or None
+    if "gif" in names:
+        return _gif_end(os.pread(file.fileno(), size, 0))
     if "mov" in names:  # boxes; size 1: a longer size follows, 0: up to the end
         while place + 8 <= size:
             length, kind = struct.unpack(">I4s", os.pread(file.fileno(), 8, place))
@@ -593,6 +595,23 @@ def _promised_end(file: BinaryIO, names: set[str]) -> int | None:
             place += length
         return place
     return None
+
+
+def _gif_end(content: bytes) -> int | None:
+    """Where a GIF ends, from the lengths of its blocks; None if it has others than the standard."""
+    table = lambda place: 6 << (content[place] & 7) if content[place] & 128 else 0  # noqa: E731  bytes of colours
+    place = 13 + table(10)
+    while place < len(content) and content[place] != 0x3B:
+        if content[place] == 0x2C and place + 9 < len(content):  # a picture
+            place += 11 + table(place + 9)
+        elif content[place] == 0x21:  # an extension
+            place += 2
+        else:
+            return None
+        while place < len(content) and content[place]:
+            place += 1 + content[place]
+        place += 1
+    return place
 
 
 def _order_by_packets(
