@@ -344,7 +344,7 @@ def test_the_cover_of_an_album_is_no_video(tmp_path):
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         sound, cover = container.add_stream("aac", rate=48000, layout="mono"), container.add_stream("png")
         cover.height, cover.width, cover.pix_fmt = 32, 40, "rgb24"
-        cover.disposition = Disposition.attached_pic
+        cover.disposition = Disposition.attached_pic.value
         samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         samples.sample_rate = 48000
         container.mux(cover.encode(av.VideoFrame.from_ndarray(tiny.frames(1)[0], format="rgb24")))
