@@ -87,6 +87,7 @@ BROKEN = {
     "[]": r"c\.json lists no clips",
     '{"clips": []}': r'must be a list of clips, or an object \{"list": \[...\]\}; it is an object with the keys clips',
     "3": "it is 3",
+    '["a.mp4"]': r"no clip has the key `path`; they must be \{'path': ...\}, not 'a.mp4'",
     '[{"full_path": "a.mp4", "frames": 9}]': "no clip has the key `path`; their keys are full_path, frames; "
     "call their `full_path` `path`",
 }

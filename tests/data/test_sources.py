@@ -168,16 +168,23 @@ def test_a_changed_file_is_probed_again(tmp_path, monkeypatch):
         assert table["num_frames"].tolist() == [count]
 
 
-def test_a_probe_cut_off_in_the_middle_of_a_line_goes_on(videos, monkeypatch, tmp_path):
+@pytest.mark.parametrize("damage", ["cut off", "flipped"])
+def test_damaged_answers_of_a_probe_are_found_anew(videos, monkeypatch, tmp_path, damage):
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path))
-    probe.complete(Table(videos).table())
-    (cache,) = (tmp_path / "probe").iterdir()
-    cache.write_text(cache.read_text()[:-20])
-    table, faults = probe.complete(Table(videos).table())
-    assert len(table) == 12
-    assert faults == []
     table, _ = probe.complete(Table(videos).table())
-    assert len(table) == 12
+    (cache,) = (tmp_path / "probe").iterdir()
+    content = cache.read_bytes()
+    changed = [content[:-20]] if damage == "cut off" else [_flipped(content, place) for place in range(5, 170, 8)]
+    for wrong in changed:
+        cache.write_bytes(wrong)
+        for _ in range(2):  # the second time, from what the first has added
+            again, faults = probe.complete(Table(videos).table())
+            pd.testing.assert_frame_equal(again, table)
+            assert faults == []
+
+
+def _flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
 def test_complete_rows_are_not_opened(tmp_path):

@@ -11,13 +11,16 @@ import av
 import numpy as np
 import pandas as pd
 import pytest
+from av.stream import Disposition
 
 from tests import tiny
 from vae3d.data.clips import ClipSettings, read_clip
 from vae3d.data.media import MediaError
+from vae3d.data.probe import probe
 from vae3d.data.readers import open_media
 from vae3d.data.segments import Segment, count_frames
 from vae3d.data.sources import Table
+from vae3d.data.video_index import FRAME, PACKET
 
 
 def numbers(frames: np.ndarray) -> list[int]:
@@ -80,6 +83,19 @@ def test_times_of_decoding_in_place_of_those_of_showing_are_seen_through(tmp_pat
         return packet
 
     assert read_numbers(copy_packets(tmp_path / "a.mp4", tmp_path / "b.mp4", confuse)) == list(range(30))
+
+
+def test_a_palette_that_comes_once_holds_for_all_frames(tmp_path):
+    path, levels = tmp_path / "a.avi", np.arange(256, dtype=np.uint8)
+    palette = np.stack([np.full(256, 255, np.uint8), levels, levels, levels], axis=1)  # alpha, red, green, blue
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("rawvideo", rate=24)
+        stream.height, stream.width, stream.pix_fmt = 32, 40, "pal8"
+        for picture in tiny.frames(12)[..., 0]:
+            frame = av.VideoFrame.from_ndarray((picture, palette), format="pal8")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert read_numbers(path) == list(range(12))
 
 
 def test_a_file_without_any_timestamps_is_read(tmp_path):
@@ -286,10 +302,12 @@ def test_refused_files_are_closed(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize("suffix", ["mkv", "avi", "mp4"])
+@pytest.mark.parametrize("suffix", ["mkv", "avi", "mp4", "gif"])
 def test_a_file_that_was_cut_short_is_refused_at_opening(tmp_path, suffix):
     clip = np.random.default_rng(0).integers(0, 256, (30, 48, 64, 3), dtype=np.uint8)
-    path = tiny.write_video(tmp_path / f"a.{suffix}", clip, codec="mpeg4", g="5")
+    settings = {"codec": "gif", "pixels": "rgb8"} if suffix == "gif" else {"codec": "mpeg4", "g": "5"}
+    path = tiny.write_video(tmp_path / f"a.{suffix}", clip, **settings)
+    assert open_media(path).info.num_frames == 30
     if suffix == "mp4":  # in fragments, which are read up to the last whole one
         with (
             av.open(str(path)) as read,
@@ -305,6 +323,35 @@ def test_a_file_that_was_cut_short_is_refused_at_opening(tmp_path, suffix):
     path.write_bytes(content[: len(content) * 6 // 10])
     with pytest.raises(MediaError, match="cut short"):
         open_media(path)
+
+
+def test_frames_that_an_edit_list_leaves_out_are_not_missed(tmp_path):
+    path = tiny.write_video(tmp_path / "a.mp4", tiny.frames(12), g="4", bf="0")
+
+    def earlier(number, packet):  # by 5 frames, of which the last needs the key frame before it
+        step = int(1 / (24 * packet.time_base))
+        packet.pts, packet.dts = packet.pts - 5 * step, packet.dts - 5 * step
+        return packet
+
+    path = copy_packets(path, tmp_path / "b.mp4", earlier)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert sum(packet.size > 0 for packet in container.demux(stream)) < stream.frames
+    assert read_numbers(path) == list(range(5, 12))
+
+
+def test_the_cover_of_an_album_is_no_video(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        sound, cover = container.add_stream("aac", rate=48000, layout="mono"), container.add_stream("png")
+        cover.height, cover.width, cover.pix_fmt = 32, 40, "rgb24"
+        cover.disposition = Disposition.attached_pic.value
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        samples.sample_rate = 48000
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(tiny.frames(1)[0], format="rgb24")))
+        container.mux(sound.encode(samples))
+        container.mux([*cover.encode(), *sound.encode()])
+    with pytest.raises(MediaError, match="no video stream, only a still picture, audio"):
+        open_media(tmp_path / "a.mp4")
 
 
 def test_a_playlist_that_calls_itself_a_video_opens_no_other_file(tmp_path):
@@ -332,8 +379,9 @@ def test_a_clip_reads_its_own_packets_whatever_the_length_of_the_file(tmp_path, 
         with monkeypatch.context() as patch:
             patch.setattr(av, "open", lambda *args, **kwargs: pytest.fail("read the whole file again"))
             before = bytes_read()
-            np.testing.assert_array_equal(open_media(path).read(range(12, 17)), expected[12:17])
+            clip = open_media(path).read(range(12, 17))
             read[count] = bytes_read() - before
+        np.testing.assert_array_equal(clip, expected[12:17])
         assert read[count] < path.stat().st_size
     assert read[400] < 1.5 * read[20]
 
@@ -350,9 +398,27 @@ def test_an_index_is_read_again_only_if_it_is_whole_and_of_this_file(tmp_path, m
         assert read_numbers(path) == list(range(12))
 
 
+def test_a_flipped_bit_of_an_index_never_gives_other_frames(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    path = tiny.write_video(tmp_path / "a.mp4", tiny.frames(9))
+    expected = open_media(path).read(range(9))
+    (cached,) = (file for file in (tmp_path / "cache").rglob("*") if file.is_file())
+    content = cached.read_bytes()
+    rows = 9 * (PACKET.itemsize + FRAME.itemsize)
+    for place in range(10, len(content), 11):
+        cached.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        if place >= len(content) - rows:
+            with pytest.raises(MediaError, match="index"):
+                open_media(path).read(range(9))
+            assert not cached.exists()
+        np.testing.assert_array_equal(open_media(path).read(range(9)), expected)
+
+
 def test_without_a_cache_files_are_read_with_a_warning(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "file"))
     path = tiny.write_video(tmp_path / "a.mp4", tiny.frames(9))
     with pytest.warns(UserWarning, match="VAE3D_CACHE"):
         assert open_media(path).read([3]).shape == (1, 32, 40, 3)
+    with pytest.warns(UserWarning, match="VAE3D_CACHE"):
+        assert probe([str(path)])[str(path)]["num_frames"] == 9

@@ -126,6 +126,15 @@ def test_odd_sizes_come_back_whole_and_the_padding_is_told(export, tmp_path):
         assert (index["pad_bottom"], index["pad_right"]) == (1, 1)
 
 
+@pytest.mark.parametrize(("height", "enlarged"), [(48, True), (32, False), (16, False)])
+def test_files_that_are_enlarged_are_warned_of(spatial_export, tmp_path, caplog, height, enlarged):
+    tiny.write_video(tmp_path / "a.mp4", tiny.frames(2, 32, 40))
+    run(spatial_export, tmp_path / "a.mp4", tmp_path / "out", f"height={height}", "width=40")
+    assert pd.read_csv(tmp_path / "out_rec/index.csv")["enlarged"].tolist() == [enlarged]
+    warned = [record.getMessage() for record in caplog.records if "enlarged" in record.getMessage()]
+    assert len(warned) == enlarged
+
+
 def test_a_single_stage_model_writes_no_spatial(spatial_export, videos, tmp_path):
     run(spatial_export, videos.parent / "clip0.mp4", tmp_path / "out")
     assert stems(tmp_path / "out_rec") == ["000001_clip0.mp4"]

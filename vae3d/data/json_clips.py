@@ -101,7 +101,12 @@ def _entries(path: Path) -> tuple[list[Any], list[str]]:
         raise DataError(f"{path} lists no clips")
     if not any(isinstance(entry, dict) and "path" in entry for entry in entries):
         hint = "; call their `full_path` `path`" if "full_path" in _keys(entries) else ""
-        raise DataError(f"{path}: no clip has the key `path`; their keys are {', '.join(_keys(entries))}{hint}")
+        found = (
+            f"their keys are {', '.join(_keys(entries))}"
+            if _keys(entries)
+            else f"they must be {{'path': ...}}, not {entries[0]!r:.40}"
+        )
+        raise DataError(f"{path}: no clip has the key `path`; {found}{hint}")
     claims = {key: content[key] for key in COUNTS if key in content} if isinstance(content, dict) else {}
     return entries, [
         f"`{key}` of {path} is {claim}, but its list has {len(entries)} clips"

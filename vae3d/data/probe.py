@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,11 +20,12 @@ from vae3d.data.images import is_sequence, sequence_files
 from vae3d.data.readers import MediaError, media_info
 from vae3d.data.segments import has_segment
 from vae3d.data.sources import NUMBERS
-from vae3d.data.video_index import cache_folder
+from vae3d.data.video_index import cache_folder, warn_of_cache
 
 THREADS = 16
 ENTRY = {"path": str, **dict.fromkeys(NUMBERS, (int, float))}  # of the cache
-VERSION = 2  # of the answers; 1 counted frames and rates by timestamps
+VERSION = 3  # of the answers; 1 counted frames and rates by timestamps, 2 had no checksums
+BATCH = 100  # answers that are written at once
 Facts = dict[str, float | str]  # the columns of NUMBERS, or the one key `error`
 
 
@@ -60,14 +63,15 @@ def probe(paths: list[str]) -> dict[str, Facts]:
     known = _read_cache(cache)
     keys = {path: _key(path) for path in dict.fromkeys(paths)}
     todo = [path for path, key in keys.items() if key is None or known.get(path, {}).get("key") != key]
-    if todo:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with cache.open("a") as stream, ThreadPoolExecutor(THREADS) as pool:
-            results = zip(todo, pool.map(look, todo), strict=True)
-            for path, facts in tqdm(results, total=len(todo), desc="probing files", unit="file", disable=None):
-                known[path] = {"path": path, "key": keys[path], **facts}
-                if "error" not in facts:  # which may pass: a disk that was away, a file still being copied
-                    stream.write(json.dumps(known[path]) + "\n")
+    with ThreadPoolExecutor(THREADS) as pool:
+        looked = pool.map(look, todo)
+        results = tqdm(looked, total=len(todo), desc="probing files", unit="file", disable=None if todo else True)
+        pairs = zip(todo, results, strict=True)
+        while batch := list(itertools.islice(pairs, BATCH)):
+            entries = [{"path": path, "key": keys[path], **facts} for path, facts in batch]
+            known |= {entry["path"]: entry for entry in entries}
+            # Errors may pass: a disk that was away, a file still being copied.
+            _write_cache(cache, [entry for entry in entries if "error" not in entry])
     return {path: {k: v for k, v in known[path].items() if k not in ("path", "key")} for path in keys}
 
 
@@ -94,18 +98,41 @@ def _key(path: str) -> list[int] | None:
 
 
 def _read_cache(cache: Path) -> dict[str, dict]:
-    """Lines that no probe wrote are left out, as is the last one of a probe that was killed."""
-    if not cache.is_file():
+    """What was found of each file; lines that were cut off, damaged or not written by a probe are passed over."""
+    try:
+        lines = cache.read_bytes().splitlines()
+    except OSError:
         return {}
     known = {}
-    for line in cache.read_bytes().splitlines():
+    for line in lines:
+        check, _, text = line.partition(b" ")
+        if check != _checksum(text):
+            continue
         try:
-            entry = json.loads(line)
+            entry = json.loads(text)
         except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in ENTRY.items()):
             known[entry["path"]] = entry
     return known
+
+
+def _write_cache(cache: Path, entries: Sequence[dict]) -> None:
+    if not entries:
+        return
+    texts = [json.dumps(entry).encode() for entry in entries]
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with cache.open("ab") as stream:  # begins with a new line, because the last one may be cut off
+            stream.write(b"".join(b"\n%s %s" % (_checksum(text), text) for text in texts) + b"\n")
+    except OSError as error:
+        warn_of_cache(
+            error, "every start of a run opens all files of its table that lack num_frames, height, width, fps"
+        )
+
+
+def _checksum(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text)
 
 
 def _cache_file(paths: list[str]) -> Path:

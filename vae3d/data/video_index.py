@@ -30,14 +30,17 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideData
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from vae3d.data.media import MediaError, MediaInfo, Size
 
-MAGIC = b"vae3d video index 2\n"
-HEAD = struct.Struct("<20sII")  # magic, bytes of the JSON, CRC-32 of JSON and rows
+MAGIC = b"vae3d video index 3\n"
+HEAD = struct.Struct("<20sII")  # magic, bytes of the JSON, its CRC-32
+PAGE = 1020  # bytes of rows that are checked at once: each page in the cache file ends with its CRC-32
+CRC = struct.Struct("<I")
 # What libav and PyAV raise for a damaged file; other exceptions are errors of this program.
 DECODER_ERRORS = (av.error.FFmpegError, OSError, ValueError, MemoryError, RuntimeError, LookupError, ArithmeticError)
 
@@ -137,26 +140,44 @@ class Header:
 
 
 class VideoIndex:
-    """The rows of an index, read from its cache file in parts, or from memory."""
+    """The rows of an index, read from memory, or in parts from its cache file, where their pages begin at `begin`."""
 
-    def __init__(self, header: Header, counts: dict[str, int], begin: int, source: BinaryIO | bytes) -> None:
-        self.header, self.counts, self.source = header, counts, source
+    def __init__(self, header: Header, counts: dict[str, int], source: BinaryIO | bytes, begin: int = 0) -> None:
+        self.header, self.counts, self.source, self.begin = header, counts, source, begin
         self.begins: dict[str, int] = {}
+        place = 0
         for name, count in counts.items():
-            self.begins[name] = begin
-            begin += count * ROW_TYPES[name].itemsize
+            self.begins[name] = place
+            place += count * ROW_TYPES[name].itemsize
 
     def rows(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Rows first, first + 1, ... of packets, seek, frames or times; up to the end if `count` is None."""
+        """Rows first, first + 1, ... of packets, seek, frames or times; up to the end if `count` is None.
+
+        Raises MediaError if they are damaged in the cache.
+        """
         dtype = ROW_TYPES[name]
         left = self.counts[name] - first
         count = left if count is None else min(count, left)
         begin, size = self.begins[name] + first * dtype.itemsize, count * dtype.itemsize
         if isinstance(self.source, bytes):
-            content = self.source[begin : begin + size]
-        else:
-            content = os.pread(self.source.fileno(), size, begin)
-        return np.frombuffer(content, dtype)
+            return np.frombuffer(self.source[begin : begin + size], dtype)
+        page, end = begin // PAGE, -(-(begin + size) // PAGE)
+        step = PAGE + CRC.size
+        stored = os.pread(self.source.fileno(), (end - page) * step, self.begin + page * step)
+        content = b"".join(self._checked(stored[place : place + step]) for place in range(0, len(stored), step))
+        begin -= page * PAGE
+        return np.frombuffer(content[begin : begin + size], dtype)
+
+    def _checked(self, page: bytes) -> bytes:
+        content, check = page[: -CRC.size], page[-CRC.size :]
+        if CRC.pack(zlib.crc32(content)) == check:
+            return content
+        try:
+            Path(self.source.name).unlink(missing_ok=True)
+            done = "was deleted, and is built anew when its video is next opened"
+        except OSError as error:
+            done = f"cannot be deleted ({error.strerror}); delete it"
+        raise MediaError(self.source.name, f"this index of a video is damaged; it {done}")
 
     def times(self) -> np.ndarray:
         """[frames] float64: seconds since the first frame."""
@@ -195,17 +216,17 @@ def _load(cached: Path, key: list) -> VideoIndex | None:
     except OSError:
         return None
     try:
+        total = os.fstat(source.fileno()).st_size
         opening = os.pread(source.fileno(), 4096, 0)
         magic, length, check = HEAD.unpack(opening[: HEAD.size].ljust(HEAD.size))
-        text = opening[HEAD.size : HEAD.size + length]
-        if magic == MAGIC and len(text) < length <= os.fstat(source.fileno()).st_size:
-            text += os.pread(source.fileno(), length - len(text), HEAD.size + len(text))
-        if magic == MAGIC and zlib.crc32(text) == check:
-            value = json.loads(text)
-            begin = HEAD.size + length
-            size = begin + sum(count * ROW_TYPES[name].itemsize for name, count in value["counts"].items())
-            if value["key"] == key and os.fstat(source.fileno()).st_size == size:
-                return VideoIndex(Header.from_json(value["header"]), value["counts"], begin, source)
+        begin = HEAD.size + length
+        if magic == MAGIC and begin <= total:
+            text = (opening + os.pread(source.fileno(), max(0, begin - len(opening)), len(opening)))[HEAD.size : begin]
+            if zlib.crc32(text) == check:
+                value = json.loads(text)
+                size = sum(count * ROW_TYPES[name].itemsize for name, count in value["counts"].items())
+                if value["key"] == key and total == begin + size + -(-size // PAGE) * CRC.size:
+                    return VideoIndex(Header.from_json(value["header"]), value["counts"], source, begin)
     except OSError:
         pass
     source.close()
@@ -214,14 +235,14 @@ def _load(cached: Path, key: list) -> VideoIndex | None:
 
 def in_memory(header: Header, rows: dict[str, np.ndarray]) -> VideoIndex:
     counts = {name: len(array) for name, array in rows.items()}
-    return VideoIndex(
-        header, counts, 0, b"".join(array.astype(ROW_TYPES[name]).tobytes() for name, array in rows.items())
-    )
+    return VideoIndex(header, counts, b"".join(array.astype(ROW_TYPES[name]).tobytes() for name, array in rows.items()))
 
 
 def _store(cached: Path, key: list, index: VideoIndex) -> None:
     text = json.dumps({"key": key, "counts": index.counts, "header": index.header.to_json()}).encode()
-    content = HEAD.pack(MAGIC, len(text), zlib.crc32(text)) + text + index.source
+    pages = (index.source[place : place + PAGE] for place in range(0, len(index.source), PAGE))
+    rows = b"".join(page + CRC.pack(zlib.crc32(page)) for page in pages)
+    content = HEAD.pack(MAGIC, len(text), zlib.crc32(text)) + text + rows
     partial = cached.with_name(f".{cached.name}.{secrets.token_hex(4)}")
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -231,11 +252,15 @@ def _store(cached: Path, key: list, index: VideoIndex) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        warnings.warn(
-            f"cannot write to the cache folder {cached.parents[2]} ({error.strerror}): every opening of a video reads "
-            "the whole file; set VAE3D_CACHE to a folder that can be written",
-            stacklevel=2,
-        )
+        warn_of_cache(error, "every opening of a video reads the whole file")
+
+
+def warn_of_cache(error: OSError, consequence: str) -> None:
+    warnings.warn(
+        f"cannot write to the cache folder {cache_folder()} ({error.strerror}): {consequence}; set VAE3D_CACHE to a "
+        "folder that can be written",
+        stacklevel=3,
+    )
 
 
 # --- errors
@@ -455,8 +480,10 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
         raise MediaError(path, f"is an image ({name}), not a video, whatever its extension says")
     stream = container.streams.best("video")
     videos = [stream] if stream else container.streams.video
-    if not videos:
-        kinds = sorted({stream.type for stream in container.streams})
+    if not videos or all(
+        stream.disposition & Disposition.attached_pic for stream in videos
+    ):  # such as a record's cover
+        kinds = sorted({"a still picture" if stream in videos else stream.type for stream in container.streams})
         raise MediaError(path, f"has no video stream, only {', '.join(kinds) or 'nothing'}")
     if videos[0].codec_context is None:
         raise MediaError(path, "is coded in a way for which there is no decoder here")
@@ -468,7 +495,8 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
 @dataclass
 class _Packets:
     """All packets of the stream that hold data, in the order of the file. pts, dts: None where there is none. discard:
-    decoded, but not shown. contiguous: each lies in the file as the decoder takes it."""
+    decoded, but not shown. contiguous: each lies in the file as the decoder takes it. stateful: some come with a
+    palette or other settings that hold for those after them."""
 
     rows: np.ndarray
     seek: np.ndarray
@@ -476,35 +504,37 @@ class _Packets:
     dts: list[int | None]
     discard: list[bool]
     contiguous: bool
+    stateful: bool
 
 
 def _read_packets(path: Path, container: InputContainer, stream: VideoStream, names: set[str]) -> _Packets:
     rows, seek, pts, dts, discard = [], [], [], [], []
     lead: int | None = 0
+    settings, stateful = {"new_extradata": stream.codec_context.extradata}, False
     _only(container, stream)
     with path.open("rb") as file, media_errors(path, "is damaged or cut short"):
         for packet in container.demux(stream):
             if not packet.size:
                 continue
             if packet.is_corrupt and not names & BYTE_SEEK:
-                _check_whole(path, file, len(rows), stream.frames, names)
+                _check_whole(path, file, len(rows), stream, names)
                 raise MediaError(path, f"is damaged or cut short: packet {len(rows)} is not whole")
+            for kind in ("new_extradata", "param_change", "palette"):
+                if packet.has_sidedata(kind):
+                    stateful |= settings.get(kind) != (content := bytes(packet.get_sidedata(kind)))
+                    settings[kind] = content
             if lead is not None:
-                lead = None if _changes_decoder(packet) else _lead(file.fileno(), packet, lead)
+                lead = None if stateful else _lead(file.fileno(), packet, lead)
             place = -1 if packet.pos is None else packet.pos
             rows.append((place + (lead or 0), packet.size, packet.is_keyframe))
             seek.append((zlib.crc32(packet), packet.dts or 0))
             pts.append(packet.pts)
             dts.append(packet.dts)
             discard.append(packet.is_discard)
-        _check_whole(path, file, len(rows), stream.frames, names)
+        _check_whole(path, file, len(rows), stream, names)
     if not rows:
         raise MediaError(path, "holds no frames")
-    return _Packets(np.array(rows, PACKET), np.array(seek, SEEK), pts, dts, discard, lead is not None)
-
-
-def _changes_decoder(packet: av.Packet) -> bool:
-    return any(packet.has_sidedata(kind) for kind in ("new_extradata", "param_change", "palette"))
+    return _Packets(np.array(rows, PACKET), np.array(seek, SEEK), pts, dts, discard, lead is not None, stateful)
 
 
 def _lead(file: int, packet: av.Packet, lead: int) -> int | None:
@@ -518,10 +548,12 @@ def _lead(file: int, packet: av.Packet, lead: int) -> int | None:
     return None if found < 0 else found
 
 
-def _check_whole(path: Path, file: BinaryIO, packets: int, promised: int, names: set[str]) -> None:
+def _check_whole(path: Path, file: BinaryIO, packets: int, stream: VideoStream, names: set[str]) -> None:
     """Raise MediaError if the container says that it is longer than the file."""
-    if "mov" in names and packets < promised:
-        raise MediaError(path, f"is cut short: its header promises {promised} frames, {packets} are there")
+    if "mov" in names and packets < len(stream.index_entries):  # without those that an edit list leaves out
+        promised = sum(entry.size > 0 for entry in stream.index_entries)
+        if packets < promised:
+            raise MediaError(path, f"is cut short: its header promises {promised} frames, {packets} are there")
     end, size = _promised_end(file, names), os.fstat(file.fileno()).st_size
     if end is not None and end > size:
         raise MediaError(path, f"is cut short: its header promises {end} bytes, {size} are there")
@@ -551,6 +583,8 @@ def _promised_end(file: BinaryIO, names: set[str]) -> int | None:
                 break
             place += 8 + length
         return place or None
+    if "gif" in names:
+        return _gif_end(os.pread(file.fileno(), size, 0))
     if "mov" in names:  # boxes; size 1: a longer size follows, 0: up to the end
         while place + 8 <= size:
             length, kind = struct.unpack(">I4s", os.pread(file.fileno(), 8, place))
@@ -561,6 +595,23 @@ def _promised_end(file: BinaryIO, names: set[str]) -> int | None:
             place += length
         return place
     return None
+
+
+def _gif_end(content: bytes) -> int | None:
+    """Where a GIF ends, from the lengths of its blocks; None if it has others than the standard."""
+    table = lambda place: 6 << (content[place] & 7) if content[place] & 128 else 0  # noqa: E731  bytes of colours
+    place = 13 + table(10)
+    while place < len(content) and content[place] != 0x3B:
+        if content[place] == 0x2C and place + 9 < len(content):  # a picture
+            place += 11 + table(place + 9)
+        elif content[place] == 0x21:  # an extension
+            place += 2
+        else:
+            return None
+        while place < len(content) and content[place]:
+            place += 1 + content[place]
+        place += 1
+    return place
 
 
 def _order_by_packets(
@@ -620,7 +671,8 @@ def build(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
         ordered, planned = ("decoded", shown) if distinct else ("counted", [])
         order = shown if distinct else list(range(len(shown)))
 
-    starts = _starts(planned, packets.rows["key"], first, intra=ordered == "file")
+    # After a seek, the demuxer does not repeat the settings that came with earlier packets.
+    starts = {} if packets.stateful else _starts(planned, packets.rows["key"], first, intra=ordered == "file")
     frames = np.array([(number, starts.get(number, first)) for number in order], FRAME)
     times, rate = _times(packets, shown if ordered == "counted" else order, names, unit, rates)
     keys = np.maximum.accumulate(np.where(packets.rows["key"], np.arange(len(packets.rows)), first))

@@ -147,6 +147,12 @@ def report(reconstructor: Reconstructor, done: Sequence[Done], cost: dict[str, A
     scores = reconstructor.metrics.over([item.result for item in done]) if done else {}
     for name, mean in scores.items():
         log.info("%14s %s  (over %d videos)", name, "undefined" if mean is None else f"{mean:.4f}", len(done))
+    if enlarged := [item for item in done if item.enlarged]:
+        log.warning(
+            "%d of %d files are enlarged to height=, width= (the first is %s): that smooths errors, so SSIM and others "
+            "look better than at the files' own size",
+            *(len(enlarged), len(done), enlarged[0].source),
+        )
     if cost is not None:
         log.info(
             "encodes %.1f and decodes %.1f frames of %dx%d per second (%s, %s)",

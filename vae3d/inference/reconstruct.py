@@ -50,7 +50,8 @@ class Selection:
 @dataclass
 class Done:
     """One reconstructed file, as index.csv tells of it. start: its first frame in the source. pad_*: frames
-    behind, rows below and columns right that the network needed and that were cut off again."""
+    behind, rows below and columns right that the network needed and that were cut off again. enlarged: whether the
+    source has fewer pixels a side."""
 
     id: str
     source: str
@@ -62,9 +63,10 @@ class Done:
     pad_frames: int
     pad_bottom: int
     pad_right: int
+    enlarged: bool
     result: VideoResult
 
-    def row(self) -> dict[str, str | float | None]:
+    def row(self) -> dict[str, str | float | bool | None]:
         facts = {fact.name: getattr(self, fact.name) for fact in fields(self) if fact.name != "result"}
         return facts | {column: score.value for column, score in self.result.scores.items()}
 
@@ -143,9 +145,10 @@ class Reconstructor:
             reader.close()
         stride = self.model.spec.space_stride
         padding = (self._pad_frames(len(indices)), -target[0] % stride, -target[1] % stride)
-        return Done(
-            name, source, reader.first + indices[0], len(indices), fps, *target, *padding, self.metrics.result()
-        )
+        first, result = reader.first + indices[0], self.metrics.result()
+        size = info.size_to_scale(target)
+        enlarged = cover(*size, target).size > size
+        return Done(name, source, first, len(indices), fps, *target, *padding, enlarged, result)
 
     def _pad_frames(self, frames: int) -> int:
         return next(more for more in count() if self.model.frames_valid(frames + more))
