@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from vae3d.errors import UserError
 
 MAX_BYTES = 2**20  # of a JSON file; a larger one takes seconds to parse
@@ -77,6 +75,8 @@ def read_yaml(path: str | Path, max_bytes: int = MAX_YAML_BYTES) -> Any:
 
 def parse_yaml(text: str, source: str) -> Any:
     """The value of a YAML text; `source` names it in errors. Raises FileError."""
+    import yaml  # here, since scripts/fetch_weights.py runs without site packages
+
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     depth = 0
     try:
@@ -130,11 +130,6 @@ def check_plain(value: Any, source: str, key: str = "", depth: int = 0) -> Any:
     return value
 
 
-class _PlainDumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
 @contextmanager
 def naming(path: Path | str) -> Iterator[None]:
     """Inside, an OSError of writing becomes a FileError that names `path`, which the libraries' own do not."""
@@ -146,7 +141,13 @@ def naming(path: Path | str) -> Iterator[None]:
 
 def yaml_text(value: Any) -> str:
     """YAML that read_yaml accepts: no aliases, keys in their order."""
-    return yaml.dump(value, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
+    import yaml
+
+    class PlainDumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    return yaml.dump(value, Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
 
 
 def write_text(path: Path, text: str) -> None:
