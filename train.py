@@ -26,14 +26,14 @@ def main(cfg: DictConfig) -> float | None:
 
 
 def run(cfg: DictConfig) -> float | None:
-    """Train; returns the last validation PSNR, for sweepers that look for the best."""
+    """Train; returns the validation PSNR of the last step, for sweepers that look for the best."""
     launch.forbid_sweep_under_torchrun()
     config = check_training(cfg)
     if launch.starts_ranks(config.launcher):
         launch.torchrun_child(config.launcher, __file__)
     else:
         launch.recorded(lambda: train(config, cfg))
-    return launch.last_metric(launch.run_directory(), "val/psnr")
+    return launch.last_metric(launch.run_directory(), "val/psnr", config.trainer.max_steps)
 
 
 def train(config: TrainConfig, cfg: DictConfig) -> None:

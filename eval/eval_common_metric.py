@@ -45,6 +45,7 @@ from vae3d.evaluation.tables import (
     write_per_frame,
     write_per_video,
 )
+from vae3d.inference.folder import remove_unfinished
 from vae3d.launch import tell
 from vae3d.metrics import METRICS, PRESETS, MetricSet, build_metrics
 from vae3d.metrics.presets import require_shapes
@@ -269,6 +270,8 @@ def score(
     evaluation: Evaluation, metrics: MetricSet, protocol: Protocol, ranks: Ranks, args: argparse.Namespace
 ) -> tuple[list[VideoScore], list[str]]:
     """Score this process's share; process 0 returns everything."""
+    if ranks.rank == 0:
+        remove_unfinished(evaluation.output)
     if args.fresh and ranks.rank == 0:
         for file in evaluation.output.glob("rank*.jsonl"):
             file.unlink()

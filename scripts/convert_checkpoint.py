@@ -13,6 +13,9 @@ folded into the weights if that is exact. Refuses everything else that the layou
 
 from __future__ import annotations
 
+import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
+
+# isort: split
 import argparse
 import math
 import sys
@@ -20,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vae3d.argparse_types import finite_float, positive_float
+from vae3d.checkpoints.disk import write_whole
 from vae3d.checkpoints.export import WRITERS
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
 from vae3d.errors import UserError
@@ -46,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         factors = {name: getattr(args, name) for name in ("scaling_factor", "shift_factor")}
         if given := {name: value for name, value in factors.items() if value is not None}:
             checkpoint = with_factors(checkpoint, given)
-        WRITERS[args.to](checkpoint, args.target)
+        write_whole(args.target, lambda path: WRITERS[args.to](checkpoint, path))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

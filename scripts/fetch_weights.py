@@ -23,9 +23,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a login node need not have the project installed
 
+import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
+
+# isort: split
 from slim_weights import write_slim
 
 from vae3d.errors import UserError
+from vae3d.io import naming, write_json
 from vae3d.weights import FILES, MANIFEST, WeightFile, search_path, sha256, verify
 
 
@@ -114,7 +118,8 @@ def provide(file: WeightFile, folder: Path, mirror: str | None, slim: bool) -> N
         raise
     if slim and file.slim and path.name != file.slim_name:
         full, path = path, folder / file.slim_name
-        write_slim(full, path, file.slim)
+        with naming(path):
+            write_slim(full, path, file.slim)
         enter(path, file, source=file.name, source_sha256=sha256(full))
         if not there:
             full.unlink()
@@ -140,14 +145,14 @@ def enter(path: Path, file: WeightFile, **origin: str) -> None:
         "url": file.url,
         **origin,
     }
-    partial = manifest.with_name(MANIFEST + ".partial")
-    partial.write_text(json.dumps(entries, indent=2) + "\n")
-    partial.replace(manifest)
+    with naming(manifest):
+        write_json(manifest, entries)
 
 
 def fetch(file: WeightFile, folder: Path, mirror: str | None) -> Path:
     """The whole file, still called .partial and not verified; goes on where an interrupted download stopped."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{file.name}.partial"
     have = unfinished.stat().st_size if unfinished.is_file() else 0
     if file.size is None or have < file.size:
@@ -168,9 +173,13 @@ def download(url: str, target: Path, have: int) -> None:
         resumed = response.status == http.client.PARTIAL_CONTENT
         done = have if resumed else 0
         total = done + int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
-        with target.open("ab" if resumed else "wb") as stream:
+        with naming(target):
+            stream = target.open("ab" if resumed else "wb")
+        with stream:
             while block := response.read(1 << 20):
-                stream.write(block)
+                with naming(target):
+                    stream.write(block)
+                    stream.flush()
                 done += len(block)
                 share = f"  {done / total:4.0%}" if total else ""
                 print(f"\r{target.stem}  {done >> 20} MiB{share}", end="", file=sys.stderr)

@@ -15,6 +15,9 @@ newest. --verify compares the hashes of all files of the cache.
 
 from __future__ import annotations
 
+import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
+
+# isort: split
 import argparse
 import sys
 from pathlib import Path

@@ -8,6 +8,9 @@ and FOLDER/images.csv with the columns path, label and split.
 
 from __future__ import annotations
 
+import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
+
+# isort: split
 import argparse
 from pathlib import Path
 

@@ -7,6 +7,9 @@ Leaves FOLDER/train/NAME.png and, of the photographs whose places are not traine
 
 from __future__ import annotations
 
+import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
+
+# isort: split
 import argparse
 from pathlib import Path
 

@@ -9,6 +9,9 @@ gives the same files.
 
 from __future__ import annotations
 
+import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
+
+# isort: split
 import argparse
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,6 +7,9 @@ Leaves FOLDER/videos.csv with the columns path, split and label (the photograph)
 
 from __future__ import annotations
 
+import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
+
+# isort: split
 import argparse
 from collections.abc import Callable
 from fractions import Fraction

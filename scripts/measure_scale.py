@@ -15,15 +15,18 @@ Without --out the export itself is rewritten: of a run, its newest.
 
 from __future__ import annotations
 
+import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
+
+# isort: split
 import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from vae3d.argparse_types import non_negative_int, positive_int
+from vae3d.checkpoints.disk import naming_target
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import (
     EXPORT_CONFIG,
@@ -105,19 +108,18 @@ def rescale(checkpoint: Checkpoint, model: nn.Module, measured: MeasuredScale, a
 def write(checkpoint: Checkpoint, folder: Path, **told: Any) -> None:
     """An export; other files in the folder stay. If the disk refuses it, the folder stays as it was.
 
-    Raises ScaleError.
+    Raises FileError.
     """
     unfinished = folder.with_name(f".{folder.name}.partial")
-    try:
-        write_export(checkpoint, unfinished, **told)
-        fsync_tree(unfinished)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in unfinished.iterdir():
-            file.replace(folder / file.name)
-    except (OSError, SafetensorError) as error:
-        raise ScaleError(f"{folder} cannot be written: {error}") from error
-    finally:
-        remove(unfinished)
+    with naming_target(folder):
+        try:
+            write_export(checkpoint, unfinished, **told)
+            fsync_tree(unfinished)
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in unfinished.iterdir():
+                file.replace(folder / file.name)
+        finally:
+            remove(unfinished)
 
 
 def about(checkpoint: Checkpoint) -> dict[str, Any]:

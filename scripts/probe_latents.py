@@ -13,6 +13,9 @@ OUT/probes.json and OUT/report.html, which tell what each figure means.
 
 from __future__ import annotations
 
+import vae3d.interrupts
+
+# isort: split
 import argparse
 import sys
 from dataclasses import asdict, fields

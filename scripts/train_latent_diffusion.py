@@ -26,14 +26,14 @@ def main(cfg: DictConfig) -> float | None:
 
 
 def run(cfg: DictConfig) -> float | None:
-    """Train; returns the last validation loss, for sweepers that look for the least."""
+    """Train; returns the validation loss of the last step, for sweepers that look for the least."""
     launch.forbid_sweep_under_torchrun()
     config = check_diffusion(cfg)
     if launch.starts_ranks(config.launcher):
         launch.torchrun_child(config.launcher, __file__)
     else:
         launch.recorded(lambda: train(config, cfg))
-    return launch.last_metric(launch.run_directory(), "val/loss")
+    return launch.last_metric(launch.run_directory(), "val/loss", config.trainer.max_steps)
 
 
 def train(config: DiffusionConfig, cfg: DictConfig) -> None:

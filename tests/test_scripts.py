@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import re
@@ -115,6 +116,29 @@ def test_what_cannot_be_converted_is_refused(pipeline, tmp_path, capsys, argumen
     flags = arguments[:2]
     assert script("convert_checkpoint").main([str(source), str(target), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_conversion_that_is_cut_off_leaves_nothing_and_can_be_repeated(
+    pipeline, tmp_path, capsys, monkeypatch, error
+):
+    _, source = pipeline
+    command = [str(source), str(tmp_path / "vae"), "--part", "spatial", "--to", "diffusers"]
+
+    def write_text(path, *_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write_text)  # of config.json, after the weights
+        if isinstance(error, OSError):
+            assert script("convert_checkpoint").main(command) == 2
+            assert capsys.readouterr().err == f"error: {tmp_path}/vae: cannot be written: No space left on device\n"
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                script("convert_checkpoint").main(command)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert script("convert_checkpoint").main(command) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "vae"]
 
 
 # --- README and docs

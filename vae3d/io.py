@@ -132,6 +132,15 @@ def check_plain(value: Any, source: str, key: str = "", depth: int = 0) -> Any:
     return value
 
 
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Inside, an OSError of writing becomes a FileError that names `path`, which the libraries' own do not."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
 def yaml_text(value: Any) -> str:
     """YAML that read_yaml accepts: no aliases, keys in their order."""
     import yaml

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -63,10 +64,23 @@ class ConsoleHandler(logging.Handler):
 
 
 class RunLogFile(logging.FileHandler):
-    """A log file in a run's folder; raises FileError where it is a link."""
+    """A log file in a run's folder; raises FileError where it is a link. A full disk costs the lines, and not the run:
+    one line on the console says so."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.failed = False
 
     def _open(self) -> IO[str]:
         return open_nofollow(Path(self.baseFilename), self.mode)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.failed:
+            self.failed = True
+            tqdm.write(f"{self.baseFilename} lacks lines: {error.strerror}", file=sys.stderr)
 
 
 def allow_unknown_keys(arguments: Sequence[str], schema: type | None = None) -> list[str]:
@@ -216,13 +230,22 @@ def end_after(signum: int) -> None:
         sys.exit(128 + signum)
 
 
-def last_metric(folder: Path, name: str) -> float | None:
-    """The newest value of a metric in a run's metrics.jsonl; None if it holds none."""
+def last_metric(folder: Path, name: str, step: int) -> float | None:
+    """The value of a metric at the last step of a run, from its metrics.jsonl; NaN if there is none, as after a
+    validation that failed; None if the run holds that metric of no step, as without validation."""
     file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.is_file() else []
-    whole = [line for line in lines if line.endswith("}")]  # a full disk leaves half a line
-    values = [json.loads(line)[name] for line in whole if f'"{name}"' in line]
-    return values[-1] if values else None
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    values = {entry["step"]: entry[name] for entry in map(_entry, lines) if name in entry}
+    return values.get(step, math.nan) if values else None
+
+
+def _entry(line: str) -> dict[str, Any]:
+    """A line of metrics.jsonl; {} for a damaged one, from a kill or a full disk in the middle of a write."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else {}
 
 
 def one_message(run: Callable[[], R]) -> R:

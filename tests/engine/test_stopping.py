@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 from pathlib import Path
@@ -16,10 +17,11 @@ from tests.engine.quick import trainer
 from tests.engine.test_trainer import fresh_accelerate, trace, weights  # noqa: F401
 from vae3d import launch
 from vae3d.checkpoints import state
+from vae3d.checkpoints.disk import is_disk_error
 from vae3d.data.clips import Unreadable
 from vae3d.data.sources import DataError
 from vae3d.engine import saving
-from vae3d.engine.saving import SaveError, is_disk_error
+from vae3d.engine.saving import SaveError
 from vae3d.engine.spike import SpikeError
 from vae3d.engine.stopping import STOPS, stop_signals
 from vae3d.io import FileError
@@ -355,3 +357,28 @@ def test_the_log_file_follows_no_link_and_a_runs_folder_may_be_one(videos, tmp_p
     with pytest.raises(FileError, match=r"rank0.log: is a symbolic link"):
         handler.emit(launch.logging.makeLogRecord({"msg": "x"}))
     assert not (tmp_path / "log").exists()
+
+
+def test_a_log_file_on_a_full_disk_lacks_lines_without_a_traceback(capsys):
+    handler = launch.RunLogFile("/dev/full")
+    for _ in range(2):
+        handler.emit(launch.logging.makeLogRecord({"msg": "x"}))
+    handler.stream = None  # its buffer cannot be flushed
+    assert capsys.readouterr().err == "/dev/full lacks lines: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "value"),
+    [
+        (['{"step": 2, "val/psnr": 20.5}', '{"step": 4, "val/psnr": 21.5}'], 21.5),
+        (['{"step": 2, "val/psnr": 20.5}', '{"step": 4, "loss": 1.0}'], math.nan),  # whose validation failed
+        (['{"step": 2, "val/psnr": 20.5}', '{"step": 4, "val/psnr": 2'], math.nan),
+        (['{"step": 4, "val/ps', "[]", "7", "\udcff}", '{"val/psnr": 1}', '{"step": 4, "val/psnr": 21.5}'], 21.5),
+        (['{"step": 4, "loss": 1.0}'], None),  # without validation
+        (None, None),
+    ],
+)
+def test_the_objective_of_a_sweep_is_the_value_of_the_last_step(tmp_path, lines, value):
+    if lines is not None:
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines), errors="surrogateescape")
+    assert launch.last_metric(tmp_path, "val/psnr", 4) == pytest.approx(value, nan_ok=True)

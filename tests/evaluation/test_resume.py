@@ -62,9 +62,11 @@ def test_a_killed_run_goes_on_to_the_identical_summary(tmp_path, folders, monkey
         with pytest.raises(KeyboardInterrupt):
             evaluate(ori, rec, *METRICS)
     assert not (tmp_path / "x_rec_eval/summary.json").exists()
+    (tmp_path / "x_rec_eval/.summary.json.0123abcd.tmp").write_text("half")  # what a kill leaves
     scored.clear()
     capsys.readouterr()
     assert evaluate(ori, rec, *METRICS) == 0
+    assert not list((tmp_path / "x_rec_eval").glob("*.tmp"))
     assert len(scored) == 3  # two were whole; the torn one is scored again
     assert "2 of 5 pairs were scored before" in capsys.readouterr().out
     assert (tmp_path / "x_rec_eval/summary.json").read_bytes() == whole

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from vae3d import ranks
 from vae3d.arguments import Range, Size, check_fields
 from vae3d.checkpoints import state
+from vae3d.checkpoints.disk import is_disk_error
 from vae3d.checkpoints.export import replace_export, write_final_model, write_flat
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.publish import final_file, link, published_files
@@ -39,14 +39,6 @@ log = logging.getLogger("vae3d")
 # What is made of a checkpoint beside its training state: where, and what writes it there, atomically.
 Outputs = dict[Path, Callable[[Path], None]]
 
-# Errors of a full, failing or vanished disk, or of a folder whose permissions changed.
-DISK_ERRORS = frozenset(
-    {
-        *(errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.ENOENT),
-        *(errno.ENOLCK, errno.ENOSPC, errno.ENOTCONN, errno.ENOTDIR, errno.ENXIO, errno.EPERM, errno.EREMOTEIO),
-        *(errno.EROFS, errno.ESTALE, errno.ETIMEDOUT),
-    }
-)
 Steps = Annotated[int, Range(0, 10**12)]
 Means = Mapping[str, Annotated[Sequence[Real], Size(1, 10**6)]]  # of a Window; also of losses that are not finite
 LEFTOVER = re.compile(r"\..+\.(partial|[0-9a-f]{8}\.tmp)")  # of a writer that was killed
@@ -175,15 +167,6 @@ class Saver:
         if newest is None or self.taken > state.step_of(newest):
             return ""
         return f". No step succeeded after {newest}: delete it to go on from the checkpoint before"
-
-
-def is_disk_error(error: BaseException) -> bool:
-    """Whether an exception says that the disk refused; torch and safetensors report that in types of their own."""
-    if isinstance(error, OSError):
-        return error.errno in DISK_ERRORS
-    if isinstance(error, SafetensorError):
-        return "I/O error" in str(error) or "IoError" in str(error)
-    return isinstance(error, RuntimeError) and ("inline_container" in str(error) or "PytorchStreamWriter" in str(error))
 
 
 def run_on_all_ranks(device: torch.device, stage: Callable[[], Any]) -> str | None:

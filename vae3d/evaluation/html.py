@@ -141,8 +141,11 @@ def _panels(count: int) -> tuple[Any, list[Axes]]:
 
 
 def _svg(figure: Any) -> str:
+    import matplotlib  # slow to import
+
     file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "vae3d"}):  # the same ids, and so the same file, every time
+        figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
     return text[text.index("<svg") :]
 
