@@ -1,4 +1,4 @@
-"""Write a checkpoint in the layout that another program opens; see README, Checkpoints.
+"""Write a checkpoint in the layout that another program opens; see docs/checkpoints.md.
 
     python scripts/convert_checkpoint.py runs/opensora_stage3 opensora_folder --to opensora
     python scripts/convert_checkpoint.py sd_vae.safetensors sd_vae_folder --to diffusers --scaling_factor 0.18215
@@ -8,7 +8,7 @@
     python scripts/convert_checkpoint.py lightning.ckpt::ema_model vae --to export --scaling_factor 0.18215
 
 Reads whatever vae3d.load reads. Where the target layout cannot hold the latents' mean and standard deviation, they are
-folded into the weights if that is exact. Refuses everything else that the layout cannot hold.
+folded into the weights if that is exact. Everything else that the layout cannot hold is an error.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from vae3d.argparse_types import finite_float, positive_float
 from vae3d.checkpoints.export import WRITERS
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
+from vae3d.engine.saving import is_disk_error
 from vae3d.errors import UserError
+from vae3d.io import FileError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,9 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", type=Path, help="folder to write; a file of ldm, wan, videox_fun and taehv")
     parser.add_argument("--to", required=True, choices=WRITERS)
     parser.add_argument("--part", choices=("spatial", "temporal"), help="only this half of an Open-Sora VAE")
-    parser.add_argument("--variant", help="of a TAEHV, where the file does not tell")
+    parser.add_argument("--variant", help="of a TAEHV whose file does not say it")
     parser.add_argument(
-        "--scaling_factor", type=positive_float, help="of an image VAE's latents, where the file does not tell"
+        "--scaling_factor", type=positive_float, help="of the latents of an image VAE whose file does not say it"
     )
     parser.add_argument("--shift_factor", type=finite_float, help="likewise")
     args = parser.parse_args(argv)
@@ -46,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         factors = {name: getattr(args, name) for name in ("scaling_factor", "shift_factor")}
         if given := {name: value for name, value in factors.items() if value is not None}:
             checkpoint = with_factors(checkpoint, given)
-        WRITERS[args.to](checkpoint, args.target)
+        write(checkpoint, args.to, args.target)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,6 +59,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"note: {note}", file=sys.stderr)
     print(f"{checkpoint.path} ({checkpoint.layout}) -> {args.target} ({args.to})")
     return 0
+
+
+def write(checkpoint: Checkpoint, layout: str, target: Path) -> None:
+    """Write under a temporary name, then rename. Raises FileError if the disk refuses; then nothing is left."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            written = Path(folder) / target.name
+            WRITERS[layout](checkpoint, written)
+            written.rename(target)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not (isinstance(error, OSError) or is_disk_error(error)):
+            raise
+        raise FileError(f"{target}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def half(checkpoint: Checkpoint, part: str) -> Checkpoint:

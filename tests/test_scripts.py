@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import re
@@ -115,6 +116,22 @@ def test_what_cannot_be_converted_is_refused(pipeline, tmp_path, capsys, argumen
     flags = arguments[:2]
     assert script("convert_checkpoint").main([str(source), str(target), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_conversion_that_cannot_be_written_leaves_nothing(pipeline, tmp_path, capsys, monkeypatch):
+    convert, (_, source) = script("convert_checkpoint"), pipeline
+    (tmp_path / "file").touch()
+    assert convert.main([str(source), str(tmp_path / "file" / "target"), "--to", "export"]) == 2
+    assert f"error: {tmp_path}/file/target" in capsys.readouterr().err
+
+    def fill_the_disk(checkpoint, target):
+        target.mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(convert.WRITERS, "export", fill_the_disk)
+    assert convert.main([str(source), str(tmp_path / "target"), "--to", "export"]) == 2
+    assert f"error: {tmp_path}/target" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # --- README and docs

@@ -23,8 +23,11 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from vae3d.arguments import describe
+from vae3d.check import ConfigError
 from vae3d.config import CONF, Launcher
 from vae3d.errors import UserError
 from vae3d.io import check_run_folder, open_nofollow, write_text
@@ -68,11 +71,42 @@ class RunLogFile(logging.FileHandler):
         return open_nofollow(Path(self.baseFilename), self.mode)
 
 
+def read_arguments(arguments: Sequence[str], schema: type) -> list[str]:
+    """allow_unknown_keys(); values that do not have their key's type in `schema` end the process with one message that
+    lists them, and exit status 2. Hydra would stop at the first one, and name its own classes."""
+    overrides = allow_unknown_keys(arguments, schema)
+    if wrong := [error for override in overrides if (error := type_error(override, schema))]:
+        tell(ConfigError(wrong))
+        sys.exit(2)
+    return overrides
+
+
+def type_error(override: str, schema: type) -> str | None:
+    """Why a value of an override does not have the type of its key; None if it has, or for a group, a sweep and a key
+    that is not in `schema`."""
+    name = override.lstrip("+").partition("=")[0]
+    kind = _type_of(name, schema)
+    if kind is None or dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict:
+        return None
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+        if parsed.is_sweep_override():
+            return None
+        value = parsed.value()
+        one = dataclasses.make_dataclass("One", [("value", kind, dataclasses.field(default_factory=lambda: value))])
+        OmegaConf.structured(one)
+    except OmegaConfBaseException:
+        return f"{name}={parsed.get_value_string()} is not {describe(kind)}"
+    except HydraException:  # not an override: Hydra says so
+        return None
+    return None
+
+
 def allow_unknown_keys(arguments: Sequence[str], schema: type | None = None) -> list[str]:
     """Command-line overrides as Hydra takes them.
 
-    `++` in front of plain `key=value` ones: Hydra would stop at the first key it does not know; so all reach
-    vae3d.check, which names every error at once. Values that Hydra's grammar does not know, such as paths with `=`,
+    Plain `key=value` overrides get `++` in front: Hydra stops at the first unknown key; so all reach vae3d.check, which
+    lists every error at once. Values that Hydra's grammar does not know, such as paths with `=`,
     brackets or letters beyond ASCII, are quoted, and `~/` is the home folder. One value for a key that is a list in
     `schema` becomes a list of it.
     """

@@ -91,7 +91,7 @@ def test_images_two_strides_side_by_side(script, exports, photos, tmp_path, caps
         assert model["interpolation"]["lpips"] > 0  # trunks: random AlexNet weights
     printed = capsys.readouterr()
     assert re.search(r"D\(z \+ 0\.3 noise\), dB +\d", printed.out)
-    assert any("where 0 and 1 are due" in line for line in printed.err.splitlines())
+    assert any("instead of 0 and 1" in line for line in printed.err.splitlines())
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 + 2 * 7  # plots; pictures of two models
     assert "http" not in re.sub(r"base64,[^\"]+", "", page)

@@ -19,7 +19,6 @@ from vae3d.errors import UserError
 from vae3d.io import FileError, read_json, read_yaml
 from vae3d.models import diffusers_vae
 from vae3d.models.registry import TARGET, build_model, is_known, target_of
-from vae3d.models.spatial import UNKNOWN_FACTOR
 from vae3d.weight_files import LazyTensor, open_tensors, open_tree
 
 __all__ = ["EXPORT_CONFIG", "Checkpoint", "CheckpointError", "find_weights", "load_state", "read_checkpoint"]
@@ -219,7 +218,7 @@ def recognise(path: Path, part: str | None) -> tuple[str, State, list[str], list
     not_own = tuple(prefix + name for name in NO_PART_OF_A_VAE) + tuple(inner if layout != "opensora" else ())
     own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix) and not k.startswith(not_own)}
     others = [key for key in tensors if not key.startswith(prefix) or key.startswith(not_own)]
-    notes = [f"left out, not part of the VAE: {first(sorted({_beside(prefix, key) for key in others}))}"] * bool(others)
+    notes = [f"skipped, not part of the VAE: {first(sorted({_beside(prefix, key) for key in others}))}"] * bool(others)
     return layout, _in_fp32(own), notes, others
 
 
@@ -293,9 +292,9 @@ def check_config(told: Mapping[str, Any], expected: Mapping[str, Any], not_neede
         if key.startswith("_") or key in not_needed or value is None:  # null: not said
             continue
         if key not in expected:
-            errors.append(f"{key}={value} is not known here")
+            errors.append(f"{key}={value} is not supported")
         elif value != expected[key]:
-            errors.append(f"{key} is {value}, but the weights are of {expected[key]}")
+            errors.append(f"{key} is {value}, and must be {expected[key]}")
     if errors:
         raise ValueError(f"config.json does not fit the weights: {'; '.join(errors)}")
 
@@ -394,7 +393,7 @@ def _spatial_config(
         config |= {"shift_factor": 0.0, **factors}
     else:
         config |= {"scaling_factor": None, "shift_factor": None}
-        notes.append(f"the file does not say the scaling factor of its latents; {UNKNOWN_FACTOR}")
+        notes.append("the scaling factor of its latents is not known; reconstruction works without it")
     return config
 
 

@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 class WorkerError(DataError):
-    """Data workers give no more batches. What was trained so far is sound and can be saved."""
+    """Data workers give no more batches. The finished steps are valid and can be saved."""
 
     on_every_rank = False
 
@@ -122,7 +122,7 @@ def _death(dead: list[BaseProcess]) -> str:
         )
     name = signal.Signals(-code).name
     hints = {
-        "SIGKILL": "usually for want of memory; lower data.workers or data.prefetch, or give the job more memory",
+        "SIGKILL": "usually out of memory; lower data.workers or data.prefetch, or give the job more memory",
         "SIGBUS": f"which a full {SHARED_MEMORY} causes ({_free()}); docker run --shm-size=8g or --ipc=host, lower "
         "data.workers or data.prefetch, or data.workers=0",
         "SIGSEGV": "a decoder crashed on a file; python -m vae3d.data.check TABLE finds it",

@@ -309,7 +309,7 @@ def warnings_of(name: str, told: Mapping[str, Any]) -> list[str]:
     if off_scale(means, stds):
         found.append(
             f"{name}: its normalised latents have means from {min(means):.3f} to {max(means):.3f} and standard "
-            f"deviations from {min(stds):.3f} to {max(stds):.3f}, by channel, where 0 and 1 are due: write what is "
+            f"deviations from {min(stds):.3f} to {max(stds):.3f}, by channel, instead of 0 and 1: write what is "
             "measured into the export (scripts/measure_scale.py --per-channel) before they are diffused"
         )
     if told["collapsed"]:
