@@ -164,12 +164,21 @@ def prepare_run_folder(cfg: DictConfig) -> Path:
     return folder
 
 
-class SweepFolderCheck(Callback):
-    """Hydra's callback that ends a sweep whose multirun.yaml, which Hydra writes, is a link."""
+class FolderCheck(Callback):
+    """Ends a start with one message where run.root cannot be made, or Hydra would write a sweep's multirun.yaml through
+    a link. SystemExit, since Hydra turns other exceptions of callbacks into warnings."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        try:
+            Path(config.run.root).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"error: run.root={config.run.root}: cannot be made: {error.strerror}", file=sys.stderr)
+            sys.exit(2)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        self.on_run_start(config)
         file = Path(config.hydra.sweep.dir) / "multirun.yaml"
-        if file.is_symlink():  # SystemExit, since Hydra turns other exceptions of callbacks into warnings
+        if file.is_symlink():
             print(f"error: {file}: is a symbolic link to {os.readlink(file)}; delete it", file=sys.stderr)
             sys.exit(2)
 
