@@ -3,7 +3,7 @@
 The kind is recognised by content, never by name. A pickle is read as data by the interpreter below: it builds
 dicts, lists and tuples and notes which bytes of the file each tensor is; no class of the file is imported and nothing
 of it is called. So checkpoints that hold Lightning callbacks, numpy scalars, Namespace or OmegaConf objects open, and
-those objects are left out. Tensors stay in the file until they are read.
+those objects are skipped. Tensors stay in the file until they are read.
 """
 
 from __future__ import annotations

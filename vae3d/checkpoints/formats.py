@@ -84,7 +84,7 @@ def read_checkpoint(
     """Read a folder or a file; see README "Checkpoints" for what is recognised.
 
     The configuration is checked: it builds a model of this project, which the weights fit.
-    variant: of a TAEHV, whose files need not tell. part: which VAE, of a file that holds several; `path` may name it
+    variant: of a TAEHV, whose files may not say it. part: which VAE, of a file that holds several; `path` may name it
     too, as in weights.ckpt::ema_model. own_model: for a caller who has a model to load into. Then only what an export
     says is checked, and of a class that this project does not know the configuration is `_target_` alone.
     Raises CheckpointError if nothing readable is there, if no layout fits its keys, if several VAEs are there and
@@ -161,7 +161,7 @@ def _diffusers_config(told: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _published(weights: Path, told: dict[str, Any], variant: str | None, part: str | None) -> Checkpoint:
-    """Published weights, whose layout and configuration their keys and shapes tell. told: their config.json."""
+    """Published weights; layout and configuration follow from keys and shapes. told: their config.json."""
     layout, state, notes, others = recognise(weights, part)
     try:
         told = _own_config(told, layout)
@@ -282,10 +282,10 @@ def _own_config(told: dict[str, Any], layout: str) -> dict[str, Any]:
 
 
 def check_config(told: Mapping[str, Any], expected: Mapping[str, Any], not_needed: Collection[str]) -> None:
-    """That a config.json says of a network what its weights do.
+    """Check a config.json against the weights beside it.
 
-    expected: what we would write for these weights. not_needed: keys that change nothing here.
-    Raises ValueError naming every key that says otherwise, or that is not known.
+    expected: what this project would write for these weights. not_needed: keys that change nothing here.
+    Raises ValueError naming every key that differs or is not supported.
     """
     errors = []
     for key, value in told.items():

@@ -777,8 +777,8 @@ def _times(
 def _verified(
     path: Path, header: Header, rows: dict[str, np.ndarray], seek: np.ndarray, hashes: Sequence[int]
 ) -> tuple[Header, dict[str, np.ndarray]]:
-    """The index after it was tried: frames whose hash is known must come out alike when decoding begins where the index
-    says. A start from which they do not is given up for the one before it. Raises MediaError if nothing helps."""
+    """The index, verified: frames whose hash is known must be the same when decoding starts where the index says; if
+    not, the start before it is tried. Raises MediaError if none works."""
     if not header.contiguous:
         rows = {**rows, "seek": seek}
     frames = rows["frames"]

@@ -246,7 +246,7 @@ class DiffusionTrainer:
         )
 
     def _judge(self, verdict: Verdict, values: dict[str, float], fault: str | None) -> None:
-        """Stop the run where a fault has come back too often; every rank counts the same, and saves first."""
+        """Stop the run, after saving, if an error repeats too often; all ranks count the same."""
         self.broken_reads += verdict.broken
         self.reads += verdict.broken + self.config.data.batch_size
         try:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vae3d")
 
-# What is made of a checkpoint beside its training state: where, and what writes it there, atomically.
+# What is written for a checkpoint beside its training state: where, and what writes it there, atomically.
 Outputs = dict[Path, Callable[[Path], None]]
 
 # Errors of a full, failing or vanished disk, or of a folder whose permissions changed.
@@ -257,7 +257,7 @@ def finish_newest(trainer: Trainer | DiffusionTrainer, outputs: Outputs) -> None
 def _prune(trainer: Trainer | DiffusionTrainer) -> None:
     """Delete what exceeds trainer.keep, a step's checkpoint last.
 
-    Two are kept at least: of the newest nobody knows yet whether a step succeeds from it, of the one before one did.
+    At least two are kept: a step is known to have succeeded after the last but one, not yet after the newest.
     """
     keep, root = trainer.config.trainer.keep, trainer.folder / "checkpoints"
     keep = max(keep, 2) if keep else 0

@@ -294,7 +294,7 @@ class Trainer:
         return sound
 
     def _judge(self, verdict: Verdict, values: dict[str, float], fault: str | None) -> None:
-        """Stop the run where a fault has come back too often; every rank counts the same, and saves first."""
+        """Stop the run, after saving, if an error repeats too often; all ranks count the same."""
         self.broken_reads += verdict.broken
         self.reads += verdict.broken + self.config.data.batch_size
         if verdict.out_of_memory and not self.strategy.recovers:
@@ -326,7 +326,7 @@ class Trainer:
             self.zero_gradient.went_well()
 
     def _abandon_step(self, error: UserError) -> None:
-        """The step that a resumed run takes anew leaves no trace; the finished ones are saved."""
+        """Undo the unfinished step, which a resumed run repeats, and save the finished ones."""
         self.strategy.skip(unscaled=False)
         self.adversary.discard()
         self.saver.save_before(error, self.step, self.spikes.skipped_in_row)
