@@ -248,6 +248,11 @@ def test_check_lists_every_bad_row_and_writes_the_good_ones(videos, tmp_path, ca
     assert check([str(tmp_path / "good.csv"), "--full", "--workers", "1"]) == 0
 
 
+def test_a_folder_in_place_of_a_table_is_named(tmp_path):
+    with pytest.raises(DataError, match="is a folder, not a table; use data=folder"):
+        Table(tmp_path).table()
+
+
 def test_check_of_a_missing_table_is_one_line(tmp_path, capsys):
     assert check([str(tmp_path / "x.csv")]) == 2
     assert (

@@ -21,7 +21,7 @@ from vae3d.data.sources import open_source
 from vae3d.errors import UserError
 from vae3d.factory import model_config
 from vae3d.latents import probe_run, probes
-from vae3d.latents.probe_run import ProbeSettings
+from vae3d.latents.probe_run import ProbeError, ProbeSettings
 from vae3d.models.tiling import Tiled
 
 SIZE = ["--height=32", "--width=32"]
@@ -126,6 +126,14 @@ def test_tiled_codec_without_seams_is_the_models_own():
 def probed(model: torch.nn.Module, photos: Path, **changes: int) -> dict:
     settings = ProbeSettings(32, 32, **{"count": 4, "decoded": 3, **changes})
     return probe_run.probe_model(model, lambda: probe_run.clips(open_source(photos).table(), settings), settings)
+
+
+def test_a_decoder_that_gives_nan_is_an_error(photos):
+    model = tiny.model("spatial")
+    with torch.no_grad():
+        model.last_layers()[0].fill_(math.nan)
+    with pytest.raises(ProbeError, match="decoder's pixels are NaN"):
+        probed(model, photos, count=2, decoded=1)
 
 
 def test_probes_depend_on_the_seed_and_not_on_the_batch(photos):
