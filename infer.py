@@ -39,5 +39,5 @@ def in_full(argument: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.allow_unknown_keys(list(map(in_full, sys.argv[1:])), InferConfig)
+    sys.argv[1:] = launch.read_arguments(list(map(in_full, sys.argv[1:])), InferConfig)
     main()

@@ -49,5 +49,5 @@ def train(config: TrainConfig, cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.allow_unknown_keys(sys.argv[1:], TrainConfig)
+    sys.argv[1:] = launch.read_arguments(sys.argv[1:], TrainConfig)
     main()

@@ -1,4 +1,4 @@
-"""Write a checkpoint in the layout that another program opens; see README, Checkpoints.
+"""Write a checkpoint in the layout that another program opens; see docs/checkpoints.md.
 
     python scripts/convert_checkpoint.py runs/opensora_stage3 opensora_folder --to opensora
     python scripts/convert_checkpoint.py sd_vae.safetensors sd_vae_folder --to diffusers --scaling_factor 0.18215
@@ -8,7 +8,7 @@
     python scripts/convert_checkpoint.py lightning.ckpt::ema_model vae --to export --scaling_factor 0.18215
 
 Reads whatever vae3d.load reads. Where the target layout cannot hold the latents' mean and standard deviation, they are
-folded into the weights if that is exact. Refuses everything else that the layout cannot hold.
+folded into the weights if that is exact. Everything else that the layout cannot hold is an error.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", type=Path, help="folder to write; a file of ldm, wan, videox_fun and taehv")
     parser.add_argument("--to", required=True, choices=WRITERS)
     parser.add_argument("--part", choices=("spatial", "temporal"), help="only this half of an Open-Sora VAE")
-    parser.add_argument("--variant", help="of a TAEHV, where the file does not tell")
+    parser.add_argument("--variant", help="of a TAEHV whose file does not say it")
     parser.add_argument(
-        "--scaling_factor", type=positive_float, help="of an image VAE's latents, where the file does not tell"
+        "--scaling_factor", type=positive_float, help="of the latents of an image VAE whose file does not say it"
     )
     parser.add_argument("--shift_factor", type=finite_float, help="likewise")
     args = parser.parse_args(argv)

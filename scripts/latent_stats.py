@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         cache = LatentCache(args.cache, verify=args.verify)
         show(
             cache,
-            "" if args.write else "; the export needs another (--write, --per-channel), if it has not got it since",
+            "" if args.write else "; unless the export was updated since, update it: --write, --per-channel",
         )
         if args.write is not None:
             write(args)

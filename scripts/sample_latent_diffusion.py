@@ -35,5 +35,5 @@ def run(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.allow_unknown_keys(sys.argv[1:], SampleConfig)
+    sys.argv[1:] = launch.read_arguments(sys.argv[1:], SampleConfig)
     main()

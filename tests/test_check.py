@@ -7,6 +7,7 @@ import sys
 
 import hydra
 import pytest
+from omegaconf import OmegaConf
 
 from tests import tiny
 from vae3d import argparse_types
@@ -14,7 +15,7 @@ from vae3d.check import ConfigError, check_inference, check_training
 from vae3d.config import CONF, InferConfig, TrainConfig
 from vae3d.diffusion_config import check_diffusion, check_sampling
 from vae3d.latent_config import EncodeConfig, check_encoding
-from vae3d.launch import allow_unknown_keys
+from vae3d.launch import FolderCheck, allow_unknown_keys, read_arguments
 
 FAULTS = {
     "unknown key": (["trainer.max_step=5"], "trainer.max_step is not a setting; did you mean trainer.max_steps?"),
@@ -280,3 +281,27 @@ def test_no_argument_is_any_number(folder):
     """argparse takes nan and inf for a float, and -1 for an int."""
     for path in (tiny.ROOT / folder).rglob("*.py"):
         assert not re.search(r"add(_argument)?\(.*[( ]type=(int|float)\b", path.read_text()), path
+
+
+def test_values_of_a_wrong_type_are_one_error(capsys):
+    arguments = ["trainer.max_steps=x", "optim.lr=abc", "validation.metrics=psnr", "run.name=5", "trainer.foo=1"]
+    sweeps = ["optim.lr=1e-3,abc", "data=folder", "data.height=${x}", "run.resume_from=null", "optim.betas=[0.9,0.99]"]
+    with pytest.raises(SystemExit) as end:
+        read_arguments([*arguments, *sweeps], TrainConfig)
+    assert end.value.code == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 3
+    assert told[1].strip() == "trainer.max_steps=x is not an integer"
+    assert told[2].strip().startswith("optim.lr=abc")
+    valid = [*arguments[2:], *sweeps]
+    assert read_arguments(valid, TrainConfig) == allow_unknown_keys(valid, TrainConfig)
+
+
+def test_a_root_that_cannot_be_made_is_one_message(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as end:
+        FolderCheck().on_run_start(OmegaConf.create({"run": {"root": str(tmp_path / "file/runs")}}))
+    assert end.value.code == 2
+    assert f"error: run.root={tmp_path}/file/runs" in capsys.readouterr().err
+    FolderCheck().on_run_start(OmegaConf.create({"run": {"root": str(tmp_path / "runs")}}))
+    assert (tmp_path / "runs").is_dir()

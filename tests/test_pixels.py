@@ -131,11 +131,11 @@ FRAMES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize(
     ("frames", "message"),
     [
-        (FRAMES * 2 - 1, r"looks like \[-1, 1\]: pixel_range=signed"),
-        (FRAMES * 255, "looks like 0 to 255: divide by 255"),
-        ((FRAMES * 255).byte(), "torch.uint8, which looks like 0 to 255: pixel_range=uint8"),
+        (FRAMES * 2 - 1, r"looks like \[-1, 1\]; set pixel_range=signed"),
+        (FRAMES * 255, "looks like 0 to 255; divide by 255"),
+        ((FRAMES * 255).byte(), "torch.uint8, which looks like 0 to 255; set pixel_range=uint8"),
         (FRAMES * 1.2, r"lies in \[.*\], which is not clamped"),
-        (FRAMES[None], r"\[1, 4, 3, 16, 16\], 5-D"),
+        (FRAMES[None], r"\[1, 4, 3, 16, 16\], which looks like a batch"),
         (FRAMES.permute(0, 2, 3, 1), r"looks like \[T, H, W, 3\]"),
         (FRAMES.transpose(0, 1), r"looks like \[3, T, H, W\]"),
         (FRAMES[0], r"looks like one frame"),

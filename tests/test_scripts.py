@@ -141,6 +141,22 @@ def test_a_conversion_that_is_cut_off_leaves_nothing_and_can_be_repeated(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "vae"]
 
 
+def test_a_conversion_that_cannot_be_written_leaves_nothing(pipeline, tmp_path, capsys, monkeypatch):
+    convert, (_, source) = script("convert_checkpoint"), pipeline
+    (tmp_path / "file").touch()
+    assert convert.main([str(source), str(tmp_path / "file" / "target"), "--to", "export"]) == 2
+    assert f"error: {tmp_path}/file/target" in capsys.readouterr().err
+
+    def fill_the_disk(checkpoint, target):
+        target.mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(convert.WRITERS, "export", fill_the_disk)
+    assert convert.main([str(source), str(tmp_path / "target"), "--to", "export"]) == 2
+    assert f"error: {tmp_path}/target" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "file"]
+
+
 # --- README and docs
 
 PAGES = [tiny.ROOT / "README.md", *sorted((tiny.ROOT / "docs").glob("*.md"))]

@@ -259,7 +259,7 @@ def test_dry_run_describes_and_leaves_nothing(videos, tmp_path):
         "trains temporal_encoder: 144.42 M, learning rate x 1",
         "33 frames of 256x256 -> latent 4x9x32x32",
         "batch of 8 clips = 1 ranks x 1 micro-batches x 8 clips",
-        "12 rows, 12 of 12 files are there",
+        "12 rows, 12 of 12 files exist",
     ):
         assert line in done.stdout
     assert not list(tmp_path.rglob("metrics.jsonl"))

@@ -105,9 +105,10 @@ def opened(
         path, changes.get("variant", getattr(model, "variant", None)), part, own_model=model is not None
     )
     if (Path(path) / "exports").is_dir():
-        log.info("%s: its newest export, %s", path, checkpoint.path.parent.name)
+        log.info("%s: using its newest export, %s", path, checkpoint.path.parent.name)
     for note in checkpoint.notes:
-        log.info("%s: %s", checkpoint.path, note)
+        if not ("scaling_factor" in changes and "scaling factor" in note):
+            log.info("%s: %s", checkpoint.path, note)
     if model is None:
         model = build_checkpoint(checkpoint, changes)
     elif changes:

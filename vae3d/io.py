@@ -1,4 +1,4 @@
-"""Files: read what a stranger may have written, and write so that a file is either whole or not there.
+"""Files: read untrusted ones safely, and write so that a file is either complete or not there.
 
 Readers return plain values only (dict, list, str, int, float, bool, None) in bounded time, and raise FileError for
 anything else. Writers never follow a symbolic link.

@@ -45,7 +45,7 @@ class EncodeConfig:
     reader: str = "auto"
     seed: int = 0  # of samples
     max_broken: float = 0.2  # stop when a larger share of the clips cannot be encoded
-    retry: bool = False  # encode shards with faults anew
+    retry: bool = False  # encode shards with faults again
     verify: str = "stat"  # how replaced source files are found: stat (size and time), hash (content; reads all files)
 
 

@@ -24,8 +24,11 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from vae3d.arguments import describe
+from vae3d.check import ConfigError
 from vae3d.config import CONF, Launcher
 from vae3d.errors import UserError
 from vae3d.io import check_run_folder, open_nofollow, write_text
@@ -83,11 +86,42 @@ class RunLogFile(logging.FileHandler):
             tqdm.write(f"{self.baseFilename} lacks lines: {error.strerror}", file=sys.stderr)
 
 
+def read_arguments(arguments: Sequence[str], schema: type) -> list[str]:
+    """allow_unknown_keys(); values that do not have their key's type in `schema` end the process with one message that
+    lists them, and exit status 2. Hydra would stop at the first one, and name its own classes."""
+    overrides = allow_unknown_keys(arguments, schema)
+    if wrong := [error for override in overrides if (error := type_error(override, schema))]:
+        tell(ConfigError(wrong))
+        sys.exit(2)
+    return overrides
+
+
+def type_error(override: str, schema: type) -> str | None:
+    """Why a value of an override does not have the type of its key; None if it has, or for a group, a sweep and a key
+    that is not in `schema`."""
+    name = override.lstrip("+").partition("=")[0]
+    kind = _type_of(name, schema)
+    if kind is None or dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict:
+        return None
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+        if parsed.is_sweep_override():
+            return None
+        value = parsed.value()
+        one = dataclasses.make_dataclass("One", [("value", kind, dataclasses.field(default_factory=lambda: value))])
+        OmegaConf.structured(one)
+    except OmegaConfBaseException:
+        return f"{name}={parsed.get_value_string()} is not {describe(kind)}"
+    except HydraException:  # not an override: Hydra says so
+        return None
+    return None
+
+
 def allow_unknown_keys(arguments: Sequence[str], schema: type | None = None) -> list[str]:
     """Command-line overrides as Hydra takes them.
 
-    `++` in front of plain `key=value` ones: Hydra would stop at the first key it does not know; so all reach
-    vae3d.check, which names every error at once. Values that Hydra's grammar does not know, such as paths with `=`,
+    Plain `key=value` overrides get `++` in front: Hydra stops at the first unknown key; so all reach vae3d.check, which
+    lists every error at once. Values that Hydra's grammar does not know, such as paths with `=`,
     brackets or letters beyond ASCII, are quoted, and `~/` is the home folder. One value for a key that is a list in
     `schema` becomes a list of it.
     """
@@ -145,12 +179,21 @@ def prepare_run_folder(cfg: DictConfig) -> Path:
     return folder
 
 
-class SweepFolderCheck(Callback):
-    """Hydra's callback that ends a sweep whose multirun.yaml, which Hydra writes, is a link."""
+class FolderCheck(Callback):
+    """Ends a start with one message where run.root cannot be made, or Hydra would write a sweep's multirun.yaml through
+    a link. SystemExit, since Hydra turns other exceptions of callbacks into warnings."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        try:
+            Path(config.run.root).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"error: run.root={config.run.root}: cannot be made: {error.strerror}", file=sys.stderr)
+            sys.exit(2)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        self.on_run_start(config)
         file = Path(config.hydra.sweep.dir) / "multirun.yaml"
-        if file.is_symlink():  # SystemExit, since Hydra turns other exceptions of callbacks into warnings
+        if file.is_symlink():
             print(f"error: {file}: is a symbolic link to {os.readlink(file)}; delete it", file=sys.stderr)
             sys.exit(2)
 

@@ -44,7 +44,7 @@ class NotFiniteError(PixelError):
 
 @contextmanager
 def no_value_checks() -> Iterator[None]:
-    """Inside, check_video and check_latents look at shapes and types only.
+    """Inside, check_video and check_latents check shapes and types only.
 
     For training steps: reading a value makes the CPU wait for the GPU. Losses and gradients are checked there instead.
     """
@@ -57,22 +57,22 @@ def no_value_checks() -> Iterator[None]:
 
 
 def check_video(video: Tensor, values: bool = True) -> None:
-    """Raises PixelError unless `video` is [B, 3, T, H, W], floating and, with `values`, finite and not of 0 to 255.
+    """Raises PixelError unless `video` is [B, 3, T, H, W], floating point and, with `values`, finite and not 0 to 255.
 
-    Values are not looked at inside no_value_checks and under torch.compile.
+    Values are not checked inside no_value_checks and under torch.compile.
     """
-    wanted = "a model takes [B, 3, T, H, W], floating, in [-1, 1]"
+    wanted = "models take [B, 3, T, H, W], floating point, in [-1, 1]"
     shape = list(video.shape)
     if not video.is_floating_point():
-        raise PixelError(f"the video is {video.dtype}, {shape}; {wanted}: video.float() / 127.5 - 1")
+        raise PixelError(f"the video is {video.dtype}, {shape}; {wanted}; use video.float() / 127.5 - 1")
     if video.ndim == 4 and shape[1] == 3:
-        raise PixelError(f"the video is {shape}, which looks like images; {wanted}: images[:, :, None]")
+        raise PixelError(f"the video is {shape}, which looks like images; {wanted}; use images[:, :, None]")
     if video.ndim == 4 and shape[0] == 3:
-        raise PixelError(f"the video is {shape}, which looks like one clip; {wanted}: video[None]")
+        raise PixelError(f"the video is {shape}, which looks like one clip; {wanted}; use video[None]")
     if video.ndim == 5 and shape[1] != 3 and shape[2] == 3:
-        raise PixelError(f"the video is {shape}, which looks like [B, T, 3, H, W]; {wanted}: video.transpose(1, 2)")
+        raise PixelError(f"the video is {shape}, which looks like [B, T, 3, H, W]; {wanted}; use video.transpose(1, 2)")
     if video.ndim == 5 and shape[1] != 3 and shape[4] == 3:
-        raise PixelError(f"the video is {shape}, which looks like [B, T, H, W, 3]; {wanted}: video.movedim(-1, 1)")
+        raise PixelError(f"the video is {shape}, which looks like [B, T, H, W, 3]; {wanted}; use video.movedim(-1, 1)")
     if video.ndim != 5 or shape[1] != 3:
         raise PixelError(f"the video is {shape}; {wanted}")
     if 0 in shape:
@@ -83,17 +83,17 @@ def check_video(video: Tensor, values: bool = True) -> None:
             raise NotFiniteError(describe_not_finite(video), "the video")
         if max(-low, high) > MAX_SIGNED:
             raise PixelError(
-                f"the video lies in [{low:g}, {high:g}], which looks like 0 to 255; {wanted}: video / 127.5 - 1"
+                f"the video lies in [{low:g}, {high:g}], which looks like 0 to 255; {wanted}; use video / 127.5 - 1"
             )
 
 
 def check_latents(z: Tensor, channels: int) -> None:
-    """Raises PixelError unless `z` is [B, channels, t, h, w], floating and finite; see check_video."""
+    """Raises PixelError unless `z` is [B, channels, t, h, w], floating point and finite; see check_video."""
     shape = list(z.shape)
     if z.ndim != 5 or shape[1] != channels or not z.is_floating_point() or 0 in shape:
-        hint = ": z[:, :, None]" if z.ndim == 4 and shape[1] == channels else ""
+        hint = "; use z[:, :, None]" if z.ndim == 4 and shape[1] == channels else ""
         raise PixelError(
-            f"the latents are {z.dtype}, {shape}; the model takes [B, {channels}, t, h, w], floating{hint}"
+            f"the latents are {z.dtype}, {shape}; the model takes [B, {channels}, t, h, w], floating point{hint}"
         )
     if _looks_at(z) and not all(map(math.isfinite, value_range(z))):
         raise NotFiniteError(describe_not_finite(z), "the latents")
@@ -106,22 +106,22 @@ def check_frames(frames: Tensor, name: str, pixel_range: str = "unit", start: in
     Raises PixelError that says what the frames look like if they are something else.
     """
     low, high = RANGES[pixel_range]
-    kind = "torch.uint8" if pixel_range == "uint8" else "floating"
+    kind = "torch.uint8" if pixel_range == "uint8" else "floating point"
     wanted = f"metrics take [T, 3, H, W], {kind}, in [{low:g}, {high:g}] (pixel_range={pixel_range})"
     shape = list(frames.shape)
     if frames.ndim != 4 or shape[1] != 3 or 0 in shape:
         looks = ""
         if frames.ndim == 5:
-            looks = ", 5-D, which looks like a batch of videos: update and result once per video"
+            looks = ", which looks like a batch of videos; call update and result once per video"
         elif frames.ndim == 4 and shape[3] == 3:
-            looks = ", which looks like [T, H, W, 3]: frames.permute(0, 3, 1, 2)"
+            looks = ", which looks like [T, H, W, 3]; use frames.permute(0, 3, 1, 2)"
         elif frames.ndim == 4 and shape[0] == 3:
-            looks = ", which looks like [3, T, H, W]: frames.transpose(0, 1)"
+            looks = ", which looks like [3, T, H, W]; use frames.transpose(0, 1)"
         elif frames.ndim == 3 and shape[0] == 3:
-            looks = ", which looks like one frame: frame[None]"
+            looks = ", which looks like one frame; use frame[None]"
         raise PixelError(f"the {name} is {shape}{looks}; {wanted}")
     if frames.dtype == torch.uint8 and pixel_range != "uint8":
-        raise PixelError(f"the {name} is torch.uint8, which looks like 0 to 255: pixel_range=uint8, or / 255; {wanted}")
+        raise PixelError(f"the {name} is torch.uint8, which looks like 0 to 255; set pixel_range=uint8; {wanted}")
     if frames.dtype != torch.uint8 and (pixel_range == "uint8" or not frames.is_floating_point()):
         raise PixelError(f"the {name} is {frames.dtype}; {wanted}")
     if frames.dtype == torch.uint8:
@@ -131,11 +131,11 @@ def check_frames(frames: Tensor, name: str, pixel_range: str = "unit", start: in
         raise NotFiniteError(describe_not_finite(frames.transpose(0, 1), start), f"the {name}")
     slack = TOLERANCE * (high - low)
     if least < low - slack or most > high + slack:
-        looks = "is not clamped: clamp it"
+        looks = "is not clamped; clamp it"
         if most > 2:
-            looks = "looks like 0 to 255: divide by 255"
+            looks = "looks like 0 to 255; divide by 255"
         elif pixel_range == "unit" and least < -0.5 and most <= 1 + slack:
-            looks = "looks like [-1, 1]: pixel_range=signed"
+            looks = "looks like [-1, 1]; set pixel_range=signed"
         raise PixelError(f"the {name} lies in [{least:g}, {most:g}], which {looks}; {wanted}")
     return frames if pixel_range == "unit" else (frames + 1) / 2
 

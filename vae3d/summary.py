@@ -53,11 +53,13 @@ def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None
 def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
     lengths, counts = data.plan.lengths.lengths, data.plan.frames.all()
     epochs = config.trainer.max_steps * config.data.batch_size / len(lengths)
-    lines = [f"{len(lengths)} training files, {epochs:.3g} epochs; {len(data.faults)} files do not open"]
+    lines = [f"{len(lengths)} training files, {epochs:.3g} epochs"]
+    if data.faults:
+        lines.append(f"  {len(data.faults)} files cannot be read and are skipped")
     lines += [f"  {note}" for note in data.notes]
     unused = int((lengths < counts[0]).sum())
     if unused:
-        lines.append(f"  {unused} have fewer than {counts[0]} frames and are left out")
+        lines.append(f"  {unused} have fewer than {counts[0]} frames and are skipped")
     short = int((lengths < counts[-1]).sum()) - unused
     if short:
         lines.append(f"  {short} have fewer than {counts[-1]} frames and serve steps with fewer only")

@@ -1,9 +1,9 @@
 """Tensors of weight files: safetensors, and what torch.save writes today and wrote before torch 1.6.
 
-The kind is told by a file's content, never by its name. A pickle is read as data by the interpreter below: it builds
+The kind is recognised by content, never by name. A pickle is read as data by the interpreter below: it builds
 dicts, lists and tuples and notes which bytes of the file each tensor is; no class of the file is imported and nothing
 of it is called. So checkpoints that hold Lightning callbacks, numpy scalars, Namespace or OmegaConf objects open, and
-those objects are left out. Tensors stay in the file until they are read.
+those objects are skipped. Tensors stay in the file until they are read.
 """
 
 from __future__ import annotations

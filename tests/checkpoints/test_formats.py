@@ -84,7 +84,7 @@ def test_a_stable_diffusion_checkpoint_gives_its_vae_and_says_what_it_left_out(t
     torch.save({"state_dict": state}, tmp_path / "sd.ckpt")
     read = read_checkpoint(tmp_path / "sd.ckpt")
     assert_equal_states(read.state, saved.state)
-    assert any("left out, not part of the VAE: loss, model" in note for note in read.notes)
+    assert any("skipped, not part of the VAE: loss, model" in note for note in read.notes)
     assert any("scaling factor" in note for note in read.notes)
 
 

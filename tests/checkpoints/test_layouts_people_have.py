@@ -240,7 +240,7 @@ def test_a_whole_checkpoint_says_which_model_its_vae_is_of(tmp_path, beside, cha
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"act_fn": "relu"}, "act_fn is relu, but the weights are of silu"),
+        ({"act_fn": "relu"}, "act_fn is relu, and must be silu"),
         ({"block_out_channels": [32, 64]}, "block_out_channels is"),
         ({"layers_per_block": 2}, "layers_per_block is 2"),
         ({"latent_channels": 16}, "latent_channels is 16"),
@@ -248,7 +248,7 @@ def test_a_whole_checkpoint_says_which_model_its_vae_is_of(tmp_path, beside, cha
         ({"down_block_types": ["AttnDownEncoderBlock2D", "DownEncoderBlock2D"]}, "down_block_types is"),
         ({"use_quant_conv": False}, "use_quant_conv is False"),
         ({"mid_block_add_attention": False}, "mid_block_add_attention is False"),
-        ({"new_option": 3}, "new_option=3 is not known here"),
+        ({"new_option": 3}, "new_option=3 is not supported"),
         ({"_class_name": "AsymmetricAutoencoderKL"}, "is of a AsymmetricAutoencoderKL, which is not supported"),
         ({"act_fn": "swish", "sample_size": 9, "force_upcast": False, "shift_factor": None, "_name": 1}, None),
     ],

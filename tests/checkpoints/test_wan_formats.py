@@ -192,7 +192,7 @@ def test_a_tensor_that_is_missing_is_named(tmp_path, layout, key):
     del saved.state[key]
     path = tmp_path / LAYOUTS[layout]
     WRITERS[layout](saved, path)
-    blocks = "num_res_blocks is 2, but the weights are of 1"  # said by a config.json
+    blocks = "num_res_blocks is 2, and must be 1"  # said by a config.json
     with pytest.raises(CheckpointError, match=rf"{re.escape(key)}|{blocks}"):
         vae3d.load(path, wan.model())
 

@@ -40,7 +40,7 @@ def test_a_name_is_refused_with_the_command_that_downloads_it(tmp_path, monkeypa
     for source in (HuggingFace, ImageFolder):
         with pytest.raises(DataError, match=command):
             source("clane9/imagenet-100").table()
-    assert check(["clane9/imagenet-100"]) == 1
+    assert check(["clane9/imagenet-100"]) == 2
     assert command in capsys.readouterr().err
 
 

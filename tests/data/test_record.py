@@ -39,10 +39,10 @@ def changed(folder, before, names, **columns):
 def test_rows_that_come_go_move_or_say_something_else_are_counted(folder):
     before = record(folder, "abc")
     assert changed(folder, before, "abcd") == "1 rows are new, such as d.mp4"
-    assert changed(folder, before, "ab") == "1 rows of before are gone"
-    assert "2 of 3 rows are elsewhere" in changed(folder, before, "bac")
-    assert "2 of 2 rows are elsewhere" in changed(folder, before, "cda")
-    assert "there 3 times are there 4 times" in changed(folder, before, "abca")
+    assert changed(folder, before, "ab") == "1 rows were removed"
+    assert "order of the rows changed: 2 of 3" in changed(folder, before, "bac")
+    assert "order of the rows changed: 2 of 2" in changed(folder, before, "cda")
+    assert "occurred 3 times occur 4 times" in changed(folder, before, "abca")
     assert "1 rows have other numbers, split, label or text, such as b.mp4" in changed(
         folder, before, "abc", num_frames=[9, 8, 9]
     )

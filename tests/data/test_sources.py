@@ -257,8 +257,13 @@ def test_check_lists_every_bad_row_and_writes_the_good_ones(videos, tmp_path, ca
     assert check([str(tmp_path / "good.csv"), "--full", "--workers", "1"]) == 0
 
 
+def test_a_folder_in_place_of_a_table_is_named(tmp_path):
+    with pytest.raises(DataError, match="is a folder, not a table; use data=folder"):
+        Table(tmp_path).table()
+
+
 def test_check_of_a_missing_table_is_one_line(tmp_path, capsys):
-    assert check([str(tmp_path / "x.csv")]) == 1
+    assert check([str(tmp_path / "x.csv")]) == 2
     assert (
         capsys.readouterr().err
         == f"error: {tmp_path}/x.csv: no such file; data.source.path takes a CSV or parquet file\n"
@@ -268,7 +273,7 @@ def test_check_of_a_missing_table_is_one_line(tmp_path, capsys):
 def test_looking_for_files_opens_none_and_refuses_what_no_run_could_read(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"never opened")
     (tmp_path / "t.csv").write_text("path,num_frames\na.mp4,9\na.mp4,\nb.mp4,9\n")
-    assert "1 of 2 files are there" in look_for_files(Table(tmp_path / "t.csv"), 0.4)[0]
+    assert "1 of 2 files exist" in look_for_files(Table(tmp_path / "t.csv"), 0.4)[0]
     with pytest.raises(DataError, match=r"1 of 3 files cannot be read(.|\n)*b\.mp4: no such file"):
         look_for_files(Table(tmp_path / "t.csv"), 0.3)
     (tmp_path / "clips.tar").touch()

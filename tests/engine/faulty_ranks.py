@@ -19,10 +19,11 @@ from vae3d.checkpoints import state
 from vae3d.data.clips import Unreadable
 from vae3d.data.sources import DataError
 from vae3d.engine import replicas
+from vae3d.engine.agreement import RanksDiffer
 from vae3d.engine.rehearsal import RehearsalError, rehearse
 from vae3d.engine.saving import common_start
 from vae3d.engine.trainer import Trainer
-from vae3d.engine.verdict import Ballot, RanksDiffer
+from vae3d.engine.verdict import Ballot
 
 SETTINGS = {
     "data.batch_size": 4, "trainer.max_steps": 20, "trainer.save_every": 0, "optim.eps": 0.01, "optim.warmup_steps": 5,

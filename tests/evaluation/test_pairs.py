@@ -119,6 +119,17 @@ def test_pairing_by_index_tells_sources_of_one_name_apart(moved, tmp_path):
     assert [video["psnr"] for video in told["per_video"]] == [100.0] * 3
 
 
+def test_pairing_by_index_takes_no_file_for_two_sources(tmp_path, capsys):
+    """The second source is not in the folder, and the first has its name."""
+    recorded = [str(tmp_path / "data" / name / "0001.mp4") for name in ("a", "b")]
+    for i, path in enumerate(recorded):
+        write_video(tmp_path / path, tiny.frames(2, seed=i), 24)
+        write_video(tmp_path / f"x_rec/{i}.mp4", tiny.frames(2, seed=i), 24)
+    pd.DataFrame({"id": ["0", "1"], "source": recorded, "start": 0}).to_csv(tmp_path / "x_rec/index.csv", index=False)
+    message = refused(capsys, tmp_path / "data/a", tmp_path / "x_rec", *PSNR, "--pair_by", "index_csv")
+    assert f"index.csv, 1: {recorded[0]} may be its source {recorded[1]}" in message
+
+
 @pytest.mark.parametrize(
     "content", ["", "id,source\n", "id,source,start\n1,a.mp4,x\n", 'a,"\n', "\0", "id,source,start\n1,a,\n"]
 )

@@ -224,7 +224,7 @@ def test_a_faulty_file_stops_or_is_skipped_and_listed(export, videos, tmp_path):
     pd.DataFrame({"path": ["b.mp4", "a.mp4"]}).to_csv(tmp_path / "t.csv", index=False)
     with pytest.raises(MediaError, match=r"b\.mp4: is empty"):
         run(export, tmp_path / "t.csv", tmp_path / "stop")
-    with pytest.raises(InferenceError, match=r"(?s)1 of 2 files could not be read:.*b\.mp4: is empty"):
+    with pytest.raises(InferenceError, match=r"(?s)1 of 2 files could not be reconstructed:.*b\.mp4: is empty"):
         run(export, tmp_path / "t.csv", tmp_path / "skip", "on_error=skip", "metrics=[psnr]")
     assert stems(tmp_path / "skip_rec") == ["000002_a.mp4"]
     assert len(pd.read_csv(tmp_path / "skip_rec/index.csv")) == 1

@@ -20,7 +20,7 @@ from vae3d.checkpoints.formats import Checkpoint
 from vae3d.data.media import MediaError
 from vae3d.factory import model_config
 from vae3d.inference.files import InferenceError
-from vae3d.inference.folder import FolderError
+from vae3d.inference.folder import FolderError, locked
 from vae3d.inference.video import VideoWriter, write_image, write_video
 from vae3d.io import FileError
 
@@ -123,6 +123,12 @@ def test_two_commands_do_not_write_into_one_place(export, source, whole, tmp_pat
     ):
         run(export, source, tmp_path / "whole/out", *SETTINGS, "overwrite=true")
     assert files(tmp_path / "whole") == whole
+
+
+def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileError, match="file/out_rec: cannot be written"), locked(tmp_path / "file/out_rec", "x"):
+        pass
 
 
 def test_a_damaged_record_is_one_message(export, source, whole, tmp_path):

@@ -21,7 +21,7 @@ from vae3d.data.sources import open_source
 from vae3d.errors import UserError
 from vae3d.factory import model_config
 from vae3d.latents import probe_run, probes
-from vae3d.latents.probe_run import ProbeSettings
+from vae3d.latents.probe_run import ProbeError, ProbeSettings
 from vae3d.models.tiling import Tiled
 
 SIZE = ["--height=32", "--width=32"]
@@ -91,7 +91,7 @@ def test_images_two_strides_side_by_side(script, exports, photos, tmp_path, caps
         assert model["interpolation"]["lpips"] > 0  # trunks: random AlexNet weights
     printed = capsys.readouterr()
     assert re.search(r"D\(z \+ 0\.3 noise\), dB +\d", printed.out)
-    assert any("where 0 and 1 are due" in line for line in printed.err.splitlines())
+    assert any("instead of 0 and 1" in line for line in printed.err.splitlines())
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 + 2 * 7  # plots; pictures of two models
     assert "http" not in re.sub(r"base64,[^\"]+", "", page)
@@ -126,6 +126,14 @@ def test_tiled_codec_without_seams_is_the_models_own():
 def probed(model: torch.nn.Module, photos: Path, **changes: int) -> dict:
     settings = ProbeSettings(32, 32, **{"count": 4, "decoded": 3, **changes})
     return probe_run.probe_model(model, lambda: probe_run.clips(open_source(photos).table(), settings), settings)
+
+
+def test_a_decoder_that_gives_nan_is_an_error(photos):
+    model = tiny.model("spatial")
+    with torch.no_grad():
+        model.last_layers()[0].fill_(math.nan)
+    with pytest.raises(ProbeError, match="decoder's pixels are NaN"):
+        probed(model, photos, count=2, decoded=1)
 
 
 def test_probes_depend_on_the_seed_and_not_on_the_batch(photos):

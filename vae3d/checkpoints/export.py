@@ -76,7 +76,7 @@ def write_ldm(checkpoint: Checkpoint, file: Path) -> None:
 
     There is no prefix `first_stage_model.`: the VAE has it inside of whole Stable Diffusion checkpoints only. The file
     does not hold the scaling factor: programs take it from the diffusion model's configuration (`scale_factor`), and a
-    note says which to set. latent-diffusion knows no shift and one scaling factor for all channels; so those are folded
+    note says which to set. latent-diffusion has no shift, and one scaling factor for all channels; others are folded
     into the quant convolutions. A network without quant convolutions has none here either: FLUX's and SD3's code opens
     it, which takes one scale_factor and one shift_factor, while latent-diffusion's own class would leave its quant
     convolutions random.

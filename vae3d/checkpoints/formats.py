@@ -20,7 +20,6 @@ from vae3d.errors import UserError
 from vae3d.io import FileError, read_json, read_yaml
 from vae3d.models import diffusers_vae
 from vae3d.models.registry import TARGET, build_model, is_known, target_of
-from vae3d.models.spatial import UNKNOWN_FACTOR
 from vae3d.weight_files import LazyTensor, open_tensors, open_tree
 
 __all__ = ["EXPORT_CONFIG", "Checkpoint", "CheckpointError", "find_weights", "load_state", "read_checkpoint"]
@@ -86,7 +85,7 @@ def read_checkpoint(
     """Read a folder or a file; see README "Checkpoints" for what is recognised.
 
     The configuration is checked: it builds a model of this project, which the weights fit.
-    variant: of a TAEHV, whose files need not tell. part: which VAE, of a file that holds several; `path` may name it
+    variant: of a TAEHV, whose files may not say it. part: which VAE, of a file that holds several; `path` may name it
     too, as in weights.ckpt::ema_model. own_model: for a caller who has a model to load into. Then only what an export
     says is checked, and of a class that this project does not know the configuration is `_target_` alone.
     Raises CheckpointError if nothing readable is there, if no layout fits its keys, if several VAEs are there and
@@ -163,7 +162,7 @@ def _diffusers_config(told: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _published(weights: Path, told: dict[str, Any], variant: str | None, part: str | None) -> Checkpoint:
-    """Published weights, whose layout and configuration their keys and shapes tell. told: their config.json."""
+    """Published weights; layout and configuration follow from keys and shapes. told: their config.json."""
     layout, state, notes, others = recognise(weights, part)
     try:
         told = _own_config(told, layout)
@@ -220,7 +219,7 @@ def recognise(path: Path, part: str | None) -> tuple[str, State, list[str], list
     not_own = tuple(prefix + name for name in NO_PART_OF_A_VAE) + tuple(inner if layout != "opensora" else ())
     own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix) and not k.startswith(not_own)}
     others = [key for key in tensors if not key.startswith(prefix) or key.startswith(not_own)]
-    notes = [f"left out, not part of the VAE: {first(sorted({_beside(prefix, key) for key in others}))}"] * bool(others)
+    notes = [f"skipped, not part of the VAE: {first(sorted({_beside(prefix, key) for key in others}))}"] * bool(others)
     return layout, _in_fp32(own), notes, others
 
 
@@ -284,19 +283,19 @@ def _own_config(told: dict[str, Any], layout: str) -> dict[str, Any]:
 
 
 def check_config(told: Mapping[str, Any], expected: Mapping[str, Any], not_needed: Collection[str]) -> None:
-    """That a config.json says of a network what its weights do.
+    """Check a config.json against the weights beside it.
 
-    expected: what we would write for these weights. not_needed: keys that change nothing here.
-    Raises ValueError naming every key that says otherwise, or that is not known.
+    expected: what this project would write for these weights. not_needed: keys that change nothing here.
+    Raises ValueError naming every key that differs or is not supported.
     """
     errors = []
     for key, value in told.items():
         if key.startswith("_") or key in not_needed or value is None:  # null: not said
             continue
         if key not in expected:
-            errors.append(f"{key}={value} is not known here")
+            errors.append(f"{key}={value} is not supported")
         elif value != expected[key]:
-            errors.append(f"{key} is {value}, but the weights are of {expected[key]}")
+            errors.append(f"{key} is {value}, and must be {expected[key]}")
     if errors:
         raise ValueError(f"config.json does not fit the weights: {'; '.join(errors)}")
 
@@ -403,7 +402,7 @@ def _spatial_config(
         config |= {"shift_factor": 0.0, **factors}
     else:
         config |= {"scaling_factor": None, "shift_factor": None}
-        notes.append(f"the file does not say the scaling factor of its latents; {UNKNOWN_FACTOR}")
+        notes.append("the scaling factor of its latents is not known; reconstruction works without it")
     return config
 
 

@@ -96,12 +96,12 @@ def find_weights(path: Path) -> Path:
 
 
 def warn_if_older(run: Path, export: Path) -> None:
-    """Say so where a run's newest export is older than its newest checkpoint, as after a kill or on a full disk."""
+    """Warn if a run's newest export is older than its newest checkpoint, as after a kill or on a full disk."""
     checkpoints = sorted(file.parent.name for file in (run / "checkpoints").glob("step-*/run.json"))
     if checkpoints and checkpoints[-1] > export.name:
         log.warning(
-            "%s is the newest export of %s, whose newest checkpoint is %s; the command that trained it writes what is "
-            "missing",
+            "%s is the newest export of %s, whose newest checkpoint is %s; the command that trained it writes the "
+            "missing export",
             *(export.name, run, checkpoints[-1]),
         )
 

@@ -258,8 +258,8 @@ def _hint(checkpoint: Path) -> str:
 def saved_config(path: Path) -> dict[str, Any]:
     """The configuration that a step folder or a lone state file was trained under.
 
-    Raises CheckpointError if its run.json is damaged. Such a checkpoint is never passed over: whether to lose its steps
-    is for the user to say.
+    Raises CheckpointError if its run.json is damaged. Such a checkpoint is never skipped: whether to lose its steps is
+    the user's decision.
     """
     if not path.is_dir():
         state = load_state(path, mmap=True)

@@ -2,8 +2,8 @@
 ones with their reasons.
 
 Each image is decoded, and each video (or part of one) at its first, middle and last frame, or wholly with --full. Exit
-status 1 if any row is bad. --clean OUT.csv writes the good rows with their num_frames, height, width and fps, so that
-training need not probe.
+status 1 if any row is bad, 2 if FILE cannot be read. --clean OUT.csv writes the good rows with their num_frames,
+height, width and fps, so that training need not probe.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vae3d.data.readers import MediaError, MediaInfo, open_media
 from vae3d.data.segments import SEGMENT, Bounds, Segment, bounds_of
 from vae3d.data.sources import NUMBERS, DataError, open_source
 from vae3d.errors import printable
+from vae3d.io import FileError, naming
 
 
 def examine(path: str, bounds: Bounds, full: bool) -> MediaInfo | str:
@@ -86,13 +87,13 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.clean and not Path(args.clean).resolve().parent.is_dir():
         print(f"error: --clean {args.clean}: its folder does not exist", file=sys.stderr)
-        return 1
+        return 2
     try:
         source = open_source(args.table, args.root)
         table = source.table()
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     results = examine_all(table["path"].tolist(), bounds_of(table), args.full, args.workers)
 
     good = []
@@ -111,8 +112,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.clean:
         optional = [name for name in (*SEGMENT, "split", "text", "label") if table[name].notna().any()]
         columns = ["path", *NUMBERS, *optional]
-        pd.DataFrame(good, columns=columns).to_csv(Path(args.clean), index=False)
-        print(f"wrote the good ones to {args.clean}")
+        try:
+            with naming(args.clean):
+                pd.DataFrame(good, columns=columns).to_csv(Path(args.clean), index=False)
+        except FileError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        print(f"wrote the good rows to {args.clean}")
     return 0 if len(good) == len(table) else 1
 
 

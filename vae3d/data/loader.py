@@ -73,9 +73,9 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
 
 
 def look_for_files(source: Source, max_broken: float) -> list[str]:
-    """List a source's files, and see which are there, without opening any. Returns lines for the log.
+    """List a source's files, and check that they exist, without opening any. Returns lines for the log.
 
-    Raises DataError if more than the share `max_broken` is missing or faulty.
+    Raises DataError if more than the share `max_broken` is missing or invalid.
     """
     table = source.table()
     sound = table[table["fault"].isna()]
@@ -84,7 +84,8 @@ def look_for_files(source: Source, max_broken: float) -> list[str]:
     _check_share(faults, len(table), max_broken)
     count = sum(there.values())
     return [
-        f"data: {len(table)} rows, {count} of {len(there)} files are there, {len(table) - len(sound)} rows are faulty",
+        f"data: {len(table)} rows, {count} of {len(there)} files exist"
+        + (f", {invalid} rows are invalid" if (invalid := len(table) - len(sound)) else ""),
         *(f"  {path}: {reason}" for path, reason in faults[:SHOWN]),
         *(f"  {note}" for note in getattr(source, "notes", ())),
     ]

@@ -1,4 +1,4 @@
-"""What the data of a run are, row by row: saved with its checkpoints, compared on resume and between ranks."""
+"""The data of a run, row by row: saved with its checkpoints, compared on resume and between ranks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class DataRecord:
         }
 
     def changes_since(self, saved: Mapping[str, torch.Tensor] | None) -> list[str]:
-        """What is different from the data of a checkpoint, a line each. saved: its state_dict; None: not recorded.
+        """What differs from the data of a checkpoint, one line each. saved: its state_dict; None: not recorded.
 
         Raises ArgumentError if `saved` is something else.
         """
@@ -68,16 +68,16 @@ class DataRecord:
         if added.any():
             lines.append(f"{added.sum()} rows are new{self._named(added)}")
         if removed.any():
-            lines.append(f"{removed.sum()} rows of before are gone")
+            lines.append(f"{removed.sum()} rows were removed")
         before, now = old.rows[~removed], self.rows[~added]
         if len(before) != len(now):
-            lines.append(f"rows that were there {len(before)} times are there {len(now)} times")
+            lines.append(f"rows that occurred {len(before)} times occur {len(now)} times")
         elif moved := int((before != now).sum()):
-            lines.append(f"the order is another: {moved} of {len(now)} rows are elsewhere among those of before")
+            lines.append(f"the order of the rows changed: {moved} of {len(now)} moved")
         _, here, there = np.intersect1d(self.rows, old.rows, return_indices=True)
-        told = self.facts[here] != old.facts[there]
-        if told.any():
-            lines.append(f"{told.sum()} rows have other numbers, split, label or text{self._named(here[told])}")
+        edited = self.facts[here] != old.facts[there]
+        if edited.any():
+            lines.append(f"{edited.sum()} rows have other numbers, split, label or text{self._named(here[edited])}")
         (size, time), (old_size, old_time) = self.files[here].T, old.files[there].T
         known = (size >= 0) & (old_size >= 0)
         replaced, touched = known & (size != old_size), known & (size == old_size) & (time != old_time)

@@ -41,6 +41,8 @@ def read_table(path: Path) -> pd.DataFrame:
     kind = kind_of(path)
     if kind in JSON:
         raise DataError(f"{path} is a JSON list, not a table; use data=json_clips")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, not a table; use data=folder, or data=image_folder for images by class")
     if not path.is_file():
         raise DataError(f"{path}: no such file; data.source.path takes a CSV or parquet file")
     return _parquet(path) if kind == ".parquet" else _csv(path, DELIMITERS.get(str(kind), ","))
@@ -97,7 +99,8 @@ def _field_count(line: int, count: int, header: list[str], delimiter: str) -> st
 def read_entries(path: Path) -> Any:
     """The value of a JSON file, or the list of those in a JSON Lines file. Raises DataError naming the place."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file; data.source.path takes a JSON file")
+        what = "is a folder, not a file" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: {what}; data.source.path takes a JSON file")
     if kind_of(path) == ".jsonl":
         lines = enumerate(_lines(path), 1)
         return [_json(line, path, number) for number, line in lines if line.strip()]

@@ -247,7 +247,7 @@ def _store(cached: Path, key: list, index: VideoIndex) -> None:
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_bytes(content)  # not fsynced: an incomplete index is built anew
+            partial.write_bytes(content)  # not fsynced: an incomplete index is built again
             partial.replace(cached)
         finally:
             partial.unlink(missing_ok=True)
@@ -279,7 +279,7 @@ def media_errors(path: Path, what: str) -> Iterator[None]:
 
 def _text(error: BaseException) -> str:
     if isinstance(error, MemoryError):
-        return "it needs more memory than there is"
+        return "out of memory"
     return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -357,7 +357,7 @@ def _aspect(path: Path, aspect: Fraction | None, exchanged: bool) -> float:
     """Width of a pixel over its height, upright; 1 if the file does not say."""
     aspect = float(aspect or 1)
     if not 1 / 8 <= aspect <= 8:
-        raise MediaError(path, f"says that its pixels are {aspect:g} times as wide as high")
+        raise MediaError(path, f"says that its pixels are {aspect:g} times as wide as high; correct its aspect ratio")
     return 1 / aspect if exchanged else aspect
 
 
@@ -373,7 +373,7 @@ class FrameSource:
         self.container: InputContainer | None = None
 
     def decode(self, start: int) -> Iterator[tuple[int, list[tuple[int, VideoFrame]]]]:
-        """Begin anew at packet `start`. Yields for each packet its number and the frames that come out then, each with
+        """Start at packet `start`. Yields for each packet its number and the frames that come out then, each with
         the number of the packet that it comes from (or its own, if the order is "counted"). Raises MediaError."""
         header, count = self.index.header, 0
         with media_errors(self.path, "cannot be decoded"):
@@ -830,8 +830,8 @@ def _times(
 def _verified(
     path: Path, header: Header, rows: dict[str, np.ndarray], seek: np.ndarray, hashes: Sequence[int]
 ) -> tuple[Header, dict[str, np.ndarray]]:
-    """The index after it was tried: frames whose hash is known must come out alike when decoding begins where the index
-    says. A start from which they do not is given up for the one before it. Raises MediaError if nothing helps."""
+    """The index, verified: frames whose hash is known must be the same when decoding starts where the index says; if
+    not, the start before it is tried. Raises MediaError if none works."""
     if not header.contiguous:
         rows = {**rows, "seek": seek}
     frames = rows["frames"]

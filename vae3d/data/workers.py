@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 from vae3d.data.media import DataError
 
 SHARED_MEMORY = Path("/dev/shm")
-POLL = 5.0  # seconds between two looks whether the workers live
+POLL = 5.0  # seconds between two checks that the workers are alive
 GRACE = 30.0  # seconds that a batch may still take once the run is to end
 GIB = 2**30
 
 
 class WorkerError(DataError):
-    """Data workers give no more batches. What was trained so far is sound and can be saved."""
+    """Data workers give no more batches. The finished steps are valid and can be saved."""
 
     on_every_rank = False
 
@@ -78,8 +78,8 @@ def load(
 
 
 def _restore_sigchld(handler: Any) -> None:
-    """Take back PyTorch's handler, which raises RuntimeError wherever the main thread is when a worker dies: in the
-    middle of an optimizer step, for one, which could not be saved after that."""
+    """Remove PyTorch's handler: when a worker dies, it raises RuntimeError wherever the main thread is, also in an
+    optimizer step, after which nothing could be saved."""
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         return
     torchs = getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
@@ -122,7 +122,7 @@ def _death(dead: list[BaseProcess]) -> str:
         )
     name = signal.Signals(-code).name
     hints = {
-        "SIGKILL": "usually for want of memory; lower data.workers or data.prefetch, or give the job more memory",
+        "SIGKILL": "usually out of memory; lower data.workers or data.prefetch, or give the job more memory",
         "SIGBUS": f"which a full {SHARED_MEMORY} causes ({_free()}); docker run --shm-size=8g or --ipc=host, lower "
         "data.workers or data.prefetch, or data.workers=0",
         "SIGSEGV": "a decoder crashed on a file; python -m vae3d.data.check TABLE finds it",

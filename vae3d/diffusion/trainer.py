@@ -21,6 +21,7 @@ from vae3d.diffusion.processes import QUARTILES, Process, quartile_sums, trainin
 from vae3d.diffusion.saving import outputs, resume, save, step_outputs
 from vae3d.diffusion.scale import measure, refuse_other_scale
 from vae3d.diffusion.validation import validate
+from vae3d.engine.agreement import RanksDiffer
 from vae3d.engine.ema import Ema
 from vae3d.engine.loggers import Logger
 from vae3d.engine.metrics import StepMetrics, Window
@@ -31,7 +32,7 @@ from vae3d.engine.runlog import RunLog
 from vae3d.engine.saving import Saver, finish_newest
 from vae3d.engine.spike import SpikeError
 from vae3d.engine.stopping import StopRequest, stop_signals
-from vae3d.engine.verdict import Ballot, RanksDiffer, Verdict
+from vae3d.engine.verdict import Ballot, Verdict
 from vae3d.errors import UserError
 from vae3d.pixels import no_value_checks
 from vae3d.seeding import generator_of
@@ -153,7 +154,7 @@ class DiffusionTrainer:
                 self.stopped_by = signum
             self._after_step(values)
         if self.stopped_by:
-            saved = "the same command goes on from there" if self.config.trainer.save_every else "nothing is saved"
+            saved = "the same command resumes from there" if self.config.trainer.save_every else "nothing is saved"
             self.log.say(f"stopped by {signal.Signals(self.stopped_by).name} after step {self.step}; {saved}")
 
     @no_value_checks()
@@ -162,8 +163,8 @@ class DiffusionTrainer:
     ) -> dict[str, float]:
         """One optimizer step over micro-batches; returns metrics averaged over them and all ranks.
 
-        Every rank tries its own part; then all hear how it went everywhere, and take the step together or skip it
-        together. stop: a signal that this rank was sent. data_error: why this rank has no batches and gets no more.
+        Each rank runs its own part; an all-reduce of the status then decides for all whether the step is taken or
+        skipped. stop: a signal that this rank was sent. data_error: why this rank has no batches and gets no more.
         """
         self._set_lr()
         metrics, fault = StepMetrics(), None
@@ -245,14 +246,14 @@ class DiffusionTrainer:
         )
 
     def _judge(self, verdict: Verdict, values: dict[str, float], fault: str | None) -> None:
-        """Stop the run where a fault has come back too often; every rank counts the same, and saves first."""
+        """Stop the run, after saving, if an error repeats too often; all ranks count the same."""
         self.broken_reads += verdict.broken
         self.reads += verdict.broken + self.config.data.batch_size
         try:
             refuse_many_broken(self.reads, self.broken_reads, self.config.data.max_broken, self.folder)
             self._count_skipped(verdict, bool(values["skipped"]), fault)
         except DataError as error:
-            self.reads = self.broken_reads = 0  # the files that the user mends are judged anew
+            self.reads = self.broken_reads = 0  # count afresh once the user has repaired the files
             self.window.add(values)
             self.saver.save_before(error, self.step, self.unsound)
             raise

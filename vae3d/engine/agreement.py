@@ -1,4 +1,4 @@
-"""Ranks that were started with different settings or data refuse to work together."""
+"""Check that all ranks were started with the same settings and data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PER_MACHINE += ("source", "root", "workers", "timeout", "device")
 
 
 class RanksDiffer(UserError):
-    """Some setting, or the data, is not the same on all ranks."""
+    """Something that must be the same on all ranks differs."""
 
 
 def check_ranks_agree(facts: Mapping[str, Any]) -> None:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from vae3d import ranks
 from vae3d.checkpoints.restore import load_optimizer
 from vae3d.checkpoints.state import ResumeError, from_weights
+from vae3d.engine.agreement import RanksDiffer
 from vae3d.engine.freeze import without_gradient
 from vae3d.engine.memory import attempted, release
-from vae3d.engine.verdict import RanksDiffer
 
 
 class Replicas:

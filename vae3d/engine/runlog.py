@@ -74,7 +74,7 @@ class RunLog:
         }
         self._append("launches.jsonl", entry)
         for line in data_changes:
-            self.warn(f"the data are not those of before step {step}: {line}")
+            self.warn(f"the data changed since step {step}: {line}")
 
     def begin(self, step: int, max_steps: int) -> None:
         done = f"the run is complete: it has its {max_steps} steps; a larger trainer.max_steps goes on with it"

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vae3d")
 
-# What is made of a checkpoint beside its training state: where, and what writes it there, atomically.
+# What is written for a checkpoint beside its training state: where, and what writes it there, atomically.
 Outputs = dict[Path, Callable[[Path], None]]
 
 Steps = Annotated[int, Range(0, 10**12)]
@@ -159,18 +159,18 @@ class Saver:
             error.args = (f"{error}\n{failed}",)
         else:
             self.saved = step
-            error.args = (f"{error}\nall {step} finished steps are saved; the same command goes on from there",)
+            error.args = (f"{error}\nall {step} finished steps are saved; the same command resumes from there",)
 
     def way_back(self) -> str:
-        """How to go on where no step succeeded after the newest checkpoint."""
+        """How to resume where no step succeeded after the newest checkpoint."""
         newest = state.latest_state(self.root)
         if newest is None or self.taken > state.step_of(newest):
             return ""
-        return f". No step succeeded after {newest}: delete it to go on from the checkpoint before"
+        return f". No step succeeded after {newest}: delete it to resume from the checkpoint before it"
 
 
 def run_on_all_ranks(device: torch.device, stage: Callable[[], Any]) -> str | None:
-    """Run a stage of saving on all ranks; the disk error of any of them. Other errors propagate."""
+    """Run a stage of saving on all ranks. Returns the disk errors of any of them; other errors propagate."""
     reason = None
     try:
         stage()
@@ -203,7 +203,7 @@ def write_checkpoint(
     shared: state that is equal on all ranks. own: what this rank has beside. facts: for readers of run.json.
     Every stage is run by all ranks, and the next only if all succeeded, so that none is left waiting. The last complete
     checkpoint stays whatever happens.
-    Raises SaveError, on all ranks, if the disk of any of them refuses.
+    Raises SaveError, on all ranks, if the disk of any of them fails.
     """
     root, config, step = trainer.folder / "checkpoints", asdict(trainer.config), trainer.step
     unfinished = state.unfinished(root, step)
@@ -238,7 +238,7 @@ def write_checkpoint(
 def write_outputs(trainer: Trainer | DiffusionTrainer, outputs: Outputs) -> None:
     """On the first rank, write those outputs of the newest checkpoint that are missing; then delete what is superseded.
 
-    Raises SaveError, on all ranks, if the disk refuses.
+    Raises SaveError, on all ranks, if the disk fails.
     """
     main = trainer.accelerator.is_main_process
 
@@ -252,13 +252,13 @@ def write_outputs(trainer: Trainer | DiffusionTrainer, outputs: Outputs) -> None
         saved = state.step_folder(trainer.folder / "checkpoints", trainer.step)
         raise SaveError(
             f"{saved} is complete, but not what is made of it: {reason}",
-            "make room, or mend the disk, and start the same command again: it writes what is missing",
+            "free disk space, then run the same command again: it writes what is missing",
         )
 
 
 def finish_newest(trainer: Trainer | DiffusionTrainer, outputs: Outputs) -> None:
     """At the start of a run: remove what killed writers left, and write what the newest checkpoint, from which the run
-    resumed, lacks. Raises SaveError, on all ranks, if the disk refuses."""
+    resumed, lacks. Raises SaveError, on all ranks, if the disk fails."""
     root = trainer.folder / "checkpoints"
     newest = state.latest_state(root)
     if newest is None or state.step_of(newest) != trainer.step:  # resumed from another run's
@@ -272,7 +272,7 @@ def finish_newest(trainer: Trainer | DiffusionTrainer, outputs: Outputs) -> None
 
     main = trainer.accelerator.is_main_process
     if reason := run_on_all_ranks(trainer.device, lambda: clean() if main else None):
-        raise SaveError(f"{trainer.folder} cannot be written to: {reason}", "mend that and start the command again")
+        raise SaveError(f"{trainer.folder} cannot be written to: {reason}", "fix that, then run the same command again")
     for path in outputs:
         if main and not path.exists():
             trainer.log.say(f"{newest} has no {path.relative_to(trainer.folder)} yet: writing it")
@@ -282,7 +282,7 @@ def finish_newest(trainer: Trainer | DiffusionTrainer, outputs: Outputs) -> None
 def _prune(trainer: Trainer | DiffusionTrainer) -> None:
     """Delete what exceeds trainer.keep, a step's checkpoint last.
 
-    Two are kept at least: of the newest nobody knows yet whether a step succeeds from it, of the one before one did.
+    At least two are kept: a step is known to have succeeded after the last but one, not yet after the newest.
     """
     keep, root = trainer.config.trainer.keep, trainer.folder / "checkpoints"
     keep = max(keep, 2) if keep else 0
@@ -296,8 +296,8 @@ def _prune(trainer: Trainer | DiffusionTrainer) -> None:
 def _lost(root: Path) -> str:
     newest = state.latest_state(root)
     since = "all steps since the start" if newest is None else f"the steps after step {state.step_of(newest)}"
-    goes_on = "starts anew" if newest is None else f"goes on from {newest}"
-    return f"{since} are lost; make room, or mend the disk, and start the same command again: it {goes_on}"
+    resumes = "starts from the beginning" if newest is None else f"resumes from {newest}"
+    return f"{since} are lost; free disk space, then run the same command again: it {resumes}"
 
 
 def _remove_if_possible(folder: Path) -> None:

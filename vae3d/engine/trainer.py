@@ -20,6 +20,7 @@ from vae3d.adversarial.base import Adversary, Turn
 from vae3d.data.clips import Unreadable
 from vae3d.data.loader import TrainingData
 from vae3d.data.media import DataError
+from vae3d.engine.agreement import RanksDiffer
 from vae3d.engine.best import Best, keep_best, require_best
 from vae3d.engine.distillation import Distillation, Pupil
 from vae3d.engine.ema import Ema
@@ -38,7 +39,7 @@ from vae3d.engine.saving import Saver, finish_newest, outputs, resume, save, ste
 from vae3d.engine.spike import SpikeError, SpikeGuard
 from vae3d.engine.stopping import StopRequest, stop_signals
 from vae3d.engine.validation import metrics_due, report, validate_together
-from vae3d.engine.verdict import Ballot, RanksDiffer, Verdict
+from vae3d.engine.verdict import Ballot, Verdict
 from vae3d.engine.zero import Zero
 from vae3d.errors import UserError
 from vae3d.losses.objective import Objective
@@ -171,7 +172,7 @@ class Trainer:
             self._after_step(values)
             step_done()
         if self.stopped_by:
-            saved = "the same command goes on from there" if self.config.trainer.save_every else "nothing is saved"
+            saved = "the same command resumes from there" if self.config.trainer.save_every else "nothing is saved"
             self.log.say(f"stopped by {signal.Signals(self.stopped_by).name} after step {self.step}; {saved}")
 
     @no_value_checks()
@@ -180,8 +181,8 @@ class Trainer:
     ) -> dict[str, float]:
         """One optimizer step over the micro-batches `clips`; returns metrics averaged over them and all ranks.
 
-        Every rank tries its own part; then all hear how it went everywhere, and take the step together or skip it
-        together. stop: a signal that this rank was sent. data_error: why this rank has no clips and gets no more.
+        Each rank runs its own part; an all-reduce of the status then decides for all whether the step is taken or
+        skipped. stop: a signal that this rank was sent. data_error: why this rank has no clips and gets no more.
         """
         turn = self.adversary.turn(self.step)
         self._set_lr()
@@ -293,7 +294,7 @@ class Trainer:
         return sound
 
     def _judge(self, verdict: Verdict, values: dict[str, float], fault: str | None) -> None:
-        """Stop the run where a fault has come back too often; every rank counts the same, and saves first."""
+        """Stop the run, after saving, if an error repeats too often; all ranks count the same."""
         self.broken_reads += verdict.broken
         self.reads += verdict.broken + self.config.data.batch_size
         if verdict.out_of_memory and not self.strategy.recovers:
@@ -302,7 +303,7 @@ class Trainer:
             refuse_many_broken(self.reads, self.broken_reads, self.config.data.max_broken, self.folder)
             self._count_faults(verdict, values, fault)
         except DataError as error:
-            self.reads = self.broken_reads = 0  # the files that the user mends are judged anew
+            self.reads = self.broken_reads = 0  # count afresh once the user has repaired the files
             self.window.add(values)
             self.saver.save_before(error, self.step, self.spikes.skipped_in_row)
             raise
@@ -325,7 +326,7 @@ class Trainer:
             self.zero_gradient.went_well()
 
     def _abandon_step(self, error: UserError) -> None:
-        """The step that a resumed run takes anew leaves no trace; the finished ones are saved."""
+        """Undo the unfinished step, which a resumed run repeats, and save the finished ones."""
         self.strategy.skip(unscaled=False)
         self.adversary.discard()
         self.saver.save_before(error, self.step, self.spikes.skipped_in_row)

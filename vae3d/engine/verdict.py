@@ -11,12 +11,8 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 
 from vae3d import ranks
+from vae3d.engine.agreement import RanksDiffer
 from vae3d.engine.spike import worst
-from vae3d.errors import UserError
-
-
-class RanksDiffer(UserError):
-    """Ranks that should do the same do not."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class Ballot:
         self.table = torch.zeros(world_size, len(self.COLUMNS), device=device, dtype=torch.float64)
 
     def cast(self, with_gradient: Callable[[], Sequence[str]], **mine: float) -> Verdict:
-        """Tell the other ranks how it went here, and hear how it went there.
+        """All-reduce the step status of all ranks.
 
         gradients: digest of the set of parameters that have a gradient here. with_gradient: their names, for the error.
         Raises RanksDiffer if ranks that finished have gradients of different parameters, which cannot be averaged.

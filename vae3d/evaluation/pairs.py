@@ -134,7 +134,8 @@ def _media(folder: Path) -> list[Path]:
 
 
 def _by_index(ref: Path, rec: Path) -> list[Pair]:
-    """Pairs as the reconstruction's index.csv records them: sources are found by their recorded paths."""
+    """Pairs as the reconstruction's index.csv records them: sources are found by their recorded paths, or, in a copy of
+    their folder, by the end of these. Raises PairError if that finds one file for two sources."""
     table = rec / "index.csv"
     if not table.is_file():
         raise PairError(f"{table}: no such file; infer.py writes it")
@@ -143,6 +144,7 @@ def _by_index(ref: Path, rec: Path) -> list[Pair]:
     found = {file.resolve(): file for file in refs}
     below = {file.relative_to(ref).parts: file for file in refs}
     pairs, faults = [], []
+    sources: dict[Path, Path] = {}  # file -> the source that it is
     for row in _read_index(table).itertuples():
         source = Path(row.source)
         file = found.get(source.resolve()) or _moved(source, below)
@@ -150,10 +152,13 @@ def _by_index(ref: Path, rec: Path) -> list[Pair]:
             faults.append(f"{table}, {row.id}: not in {rec}")
         elif file is None:
             faults.append(f"{table}, {row.id}: its source {source} is not in {ref}")
+        elif sources.setdefault(file, source) != source:
+            faults.append(f"{table}, {row.id}: {file} may be its source {source}, or {sources[file]}")
         else:
             pairs.append(Pair(row.id, file, recs[row.id], int(row.start)))
     if faults:
-        raise PairError("\n  ".join([f"{len(faults)} rows have no pair:", *faults[:10], *_more(faults)]))
+        hint = f"give the folder of the sources as --ref; {ref} is not, or not all of it"
+        raise PairError("\n  ".join([f"{len(faults)} rows have no pair; {hint}:", *faults[:10], *_more(faults)]))
     return sorted(pairs, key=lambda pair: pair.name)
 
 

@@ -122,7 +122,7 @@ def reconstruct_files(
             report_comparison(comparer, compared)
     if failed:
         listed = "\n".join(f"  {reason}" for reason in failed)
-        raise InferenceError(f"{len(failed)} of {len(table)} files could not be read:\n{listed}")
+        raise InferenceError(f"{len(failed)} of {len(table)} files could not be reconstructed:\n{listed}")
     return done
 
 

@@ -1,7 +1,7 @@
 """Folders that a command writes results into: one process group at a time, one command, resumed after a kill.
 
 FOLDER/.lock          held while the command runs
-FOLDER/command.json   written first: the settings that the results depend on; another command is refused
+FOLDER/command.json   written first: the settings that the results depend on; another command is an error
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ class FolderError(UserError):
 
 @contextmanager
 def locked(folder: Path, setting: str) -> Iterator[None]:
-    """Hold the folder's lock, and delete what a killed process left half-written. Makes the folder.
+    """Make the folder, hold its lock, and delete what a killed process left half-written.
 
-    setting: how the user named the folder, such as save_dir=out. Raises FolderError if another process holds it.
+    setting: how the user named the folder, such as save_dir=out. Raises FolderError if another process holds it,
+    FileError if it cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
         held = lock.acquire(timeout=0)

@@ -86,7 +86,7 @@ def overflow_hint(precision: str) -> str:
     """What to do about NaN, computed in a precision such as fp16 or torch.float16."""
     if precision in ("fp16", "torch.float16"):
         return "fp16 holds values up to 65504 only: use precision=bf16 or precision=fp32"
-    return f"computed in {precision}: are the weights sound?"
+    return f"computed in {precision}; do the weights hold NaN?"
 
 
 class Reconstructor:

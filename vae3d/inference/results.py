@@ -1,4 +1,4 @@
-"""The results of infer.py on disk: finished files are kept when the same command resumes, others are made anew.
+"""The results of infer.py on disk: finished files are kept when the same command resumes, others are written again.
 
 <save_dir>_rec/command.json            the settings and weights that made the results; see inference.folder
 <save_dir>_rec/.done/000001_a.json     written after the outputs of a file, whose sizes, scores and source it holds

@@ -63,7 +63,7 @@ class Job:
     (drawn once, by (seed, key)). dtype: of the stored latents. flip: every clip also mirrored, as an entry of its own.
     shard_size: clips in a shard, which a process holds in memory and a kill loses. writers: further layouts, see
     shards.WRITERS. timeout: seconds without a clip after which WorkerTimeout is raised; 0: never. max_broken: share of
-    clips that may fail. retry: encode shards with faults anew. verify: how a resume finds replaced source files, by
+    clips that may fail. retry: encode shards with faults again. verify: how a resume finds replaced source files, by
     size and time (stat) or by content (hash, which also hashes the shards).
     """
 

@@ -243,7 +243,8 @@ def probe_decoder(
     statistics: Mapping[str, Any],
     lpips: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> dict[str, Any]:
-    """The probes that decode: means over clips. statistics: of the normalised latents, LatentStatistics.summary()."""
+    """The probes that decode: means over clips. statistics: of the normalised latents, LatentStatistics.summary().
+    Raises ProbeError if the decoder gives NaN."""
     mean, std = (torch.tensor(statistics[key], device=codec.device) for key in ("mean", "std"))
     sigmas = (0.0, *probes.NOISE)
     found: dict[str, dict[str, list[Tensor]]] = {}
@@ -251,6 +252,8 @@ def probe_decoder(
     for pixels in batches(clips(), settings.batch, codec.device, settings.decoded):
         z = codec.encode(pixels)
         curve = probes.noise_curve(codec, z, pixels, std, _generators(settings, done, z), sigmas)
+        if not curve[0].isfinite().all():  # without noise
+            raise ProbeError("the decoder's pixels are NaN or infinite; do the weights hold NaN?")
         measured = {
             "encoder_equivariance": probes.encoder_equivariance(codec, pixels, mean),
             "decoder_equivariance_psnr": probes.decoder_equivariance(codec, z, pixels),
@@ -309,7 +312,7 @@ def warnings_of(name: str, told: Mapping[str, Any]) -> list[str]:
     if off_scale(means, stds):
         found.append(
             f"{name}: its normalised latents have means from {min(means):.3f} to {max(means):.3f} and standard "
-            f"deviations from {min(stds):.3f} to {max(stds):.3f}, by channel, where 0 and 1 are due: write what is "
+            f"deviations from {min(stds):.3f} to {max(stds):.3f}, by channel, instead of 0 and 1: write what is "
             "measured into the export (scripts/measure_scale.py --per-channel) before they are diffused"
         )
     if told["collapsed"]:

@@ -24,10 +24,10 @@ from vae3d.types import LatentSpec, Posterior, Reconstruction
 
 EPS = 1e-6
 UNKNOWN_FACTOR = (
-    "only reconstruction works without it; give scaling_factor=0.18215 (Stable Diffusion 1, 2) or 0.13025 (SDXL), or "
-    "both scaling_factor=1.5305 shift_factor=0.0609 (SD3) or scaling_factor=0.3611 shift_factor=0.1159 (FLUX.1), as in "
-    "vae3d.load(path, scaling_factor=0.18215), or model.scaling_factor=0.18215 for infer.py and encode_latents.py; or "
-    "write it into an export: python scripts/convert_checkpoint.py FILE FOLDER --to export --scaling_factor 0.18215"
+    "it is 0.18215 for Stable Diffusion 1 and 2, 0.13025 for SDXL, 1.5305 with shift_factor=0.0609 for SD3, 0.3611 "
+    "with shift_factor=0.1159 for FLUX.1. Give it as in vae3d.load(path, scaling_factor=0.18215), or as "
+    "model.scaling_factor=0.18215 to infer.py and encode_latents.py; or write it into an export: "
+    "python scripts/convert_checkpoint.py FILE FOLDER --to export --scaling_factor 0.18215"
 )
 
 
