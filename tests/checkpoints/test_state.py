@@ -29,7 +29,8 @@ def test_a_flipped_bit_of_a_training_state_is_found_when_it_is_loaded(tmp_path):
     content = {"step": 3, "model": {"w": torch.zeros(5000)}, "optimizer": {}}
     state.write(folder, content, {})
     state.write_rank(folder, 0, {"w": torch.ones(5000)})
-    folder = state.finish(folder, tmp_path, 3, {}, {})
+    state.seal(folder, 3, {}, {})
+    folder = state.finish(folder, tmp_path, 3)
     assert state.load_state(folder)["step"] == 3
     assert len(state.load_rank(folder, 0)["w"]) == 5000
     for name, load in (("state.pt", state.load_state), ("rank-0.pt", lambda path: state.load_rank(path, 0))):
@@ -86,7 +87,8 @@ def test_a_damaged_training_state_is_named(tmp_path, mmap):
     state.begin(folder)
     state.write(folder, {"step": 3, "model": {"a": torch.zeros(9)}, "optimizer": {}}, OLD)
     state.write_rank(folder, 0, {"a": torch.zeros(9)})
-    folder = state.finish(folder, tmp_path, 3, OLD, {})
+    state.seal(folder, 3, OLD, {})
+    folder = state.finish(folder, tmp_path, 3)
     whole = (folder / "state.pt").read_bytes()
     damage = [
         b"",
