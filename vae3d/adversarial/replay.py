@@ -61,7 +61,9 @@ class Replay:
             entries = state[name]
             if not isinstance(entries, list) or not all(isinstance(t, Tensor) and t.ndim == 3 for t in entries):
                 raise ArgumentError(f"buffer.{name} is {short(entries)}, not a list of tensors [C, H, W]")
-            check_like(entries, entries[:1] * len(state["images"]), f"buffer.{name}")
+            check_like(entries, entries[:1] * len(entries), f"buffer.{name}")
+        if len(state["images"]) != len(state["contexts"]):
+            raise ArgumentError(f"buffer has {len(state['images'])} images and {len(state['contexts'])} contexts")
         pairs = list(zip(state["images"], state["contexts"], strict=True))
         if len(pairs) > self.length:
             raise ArgumentError(
