@@ -19,6 +19,7 @@ from vae3d.data.readers import MediaError, media_info
 from vae3d.data.segments import has_segment
 from vae3d.data.sources import NUMBERS
 from vae3d.data.video_index import cache_folder
+from vae3d.io import naming
 
 THREADS = 16
 VERSION = 2  # of the answers; 1 counted frames and rates by timestamps
@@ -54,19 +55,23 @@ def faulty_rows(table: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def probe(paths: list[str]) -> dict[str, Facts]:
-    """Facts of every file, from the cache where the file has not changed since."""
+    """Facts of every file, from the cache where the file has not changed since.
+
+    Raises FileError if the cache cannot be written.
+    """
     cache = _cache_file(paths)
     known = _read_cache(cache)
     keys = {path: _key(path) for path in dict.fromkeys(paths)}
     todo = [path for path, key in keys.items() if key is None or known.get(path, {}).get("key") != key]
     if todo:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with cache.open("a") as stream, ThreadPoolExecutor(THREADS) as pool:
-            results = zip(todo, pool.map(look, todo), strict=True)
-            for path, facts in tqdm(results, total=len(todo), desc="probing files", unit="file", disable=None):
-                known[path] = {"path": path, "key": keys[path], **facts}
-                if "error" not in facts:  # which may pass: a disk that was away, a file still being copied
-                    stream.write(json.dumps(known[path]) + "\n")
+        with naming(cache):
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with cache.open("a") as stream, ThreadPoolExecutor(THREADS) as pool:
+                results = zip(todo, pool.map(look, todo), strict=True)
+                for path, facts in tqdm(results, total=len(todo), desc="probing files", unit="file", disable=None):
+                    known[path] = {"path": path, "key": keys[path], **facts}
+                    if "error" not in facts:  # which may pass: a disk that was away, a file still being copied
+                        stream.write(json.dumps(known[path]) + "\n")
     return {path: {k: v for k, v in known[path].items() if k not in ("path", "key")} for path in keys}
 
 
@@ -96,12 +101,13 @@ def _read_cache(cache: Path) -> dict[str, dict]:
     if not cache.is_file():
         return {}
     known = {}
-    for line in cache.read_text().splitlines():
+    for line in cache.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:  # the last line of a probe that was killed
+        except ValueError:  # the last line of a probe that was killed
             continue
-        known[entry["path"]] = entry
+        if isinstance(entry, dict) and isinstance(entry.get("path"), str):
+            known[entry["path"]] = entry
     return known
 
 
