@@ -31,7 +31,7 @@ from vae3d.arguments import describe
 from vae3d.check import ConfigError
 from vae3d.config import CONF, Launcher
 from vae3d.errors import UserError
-from vae3d.io import check_run_folder, open_nofollow, write_text
+from vae3d.io import check_run_folder, naming, open_nofollow, write_text
 
 R = TypeVar("R")
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -45,8 +45,10 @@ except SignalException as error:  # the ranks have ended by then
     sys.exit(128 + error.sigval)  # instead of its traceback
 """
 UNWRITABLE = frozenset(
-    {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
-    | {errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
+    {
+        *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG),
+        *(errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ESTALE),
+    }
 )  # faults of the disk or of the folder that the user named, not of the program
 
 
@@ -168,14 +170,15 @@ def run_directory() -> Path:
 def prepare_run_folder(cfg: DictConfig) -> Path:
     """The run's folder, with this start's configuration in .hydra/rank<N>. Hydra itself would write that through links.
 
-    Raises FileError if the folder holds links, see check_run_folder.
+    Raises FileError if the folder holds links, see check_run_folder, or cannot be written to.
     """
     folder, info = run_directory(), HydraConfig.instance().cfg
     check_run_folder(folder)
     target = folder / ".hydra" / f"rank{rank()}"
-    target.mkdir(parents=True, exist_ok=True)
-    for name, content in (("config", cfg), ("hydra", info), ("overrides", info.hydra.overrides.task)):
-        write_text(target / f"{name}.yaml", OmegaConf.to_yaml(content))
+    with naming(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for name, content in (("config", cfg), ("hydra", info), ("overrides", info.hydra.overrides.task)):
+            write_text(target / f"{name}.yaml", OmegaConf.to_yaml(content))
     return folder
 
 

@@ -20,6 +20,7 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import look_for_files, read_tables
 from vae3d.data.readers import MediaError, media_info
 from vae3d.data.sources import DataError, Folder, Table
+from vae3d.io import FileError
 
 SETTINGS = ClipSettings(16, 16)
 
@@ -157,6 +158,21 @@ def test_missing_facts_are_probed_once_and_kept(videos, monkeypatch, tmp_path):
     again, _ = probe.complete(Table(videos).table())
     pd.testing.assert_frame_equal(again, table)
     assert len(looked) == 12
+
+
+def test_a_cache_that_is_damaged_is_read_where_it_can_and_one_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    file = str(tiny.write_video(tmp_path / "a.mp4", tiny.frames(3)))
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    facts = probe.probe([file])
+    (cache,) = (tmp_path / "cache/probe").iterdir()
+    cache.write_bytes(b'7\nnull\n{"key": 1}\n{"path": [\n\xff\n' + cache.read_bytes())
+    assert probe.probe([file]) == facts
+    cache.unlink()
+    cache.symlink_to("/dev/full")
+    monkeypatch.setattr(probe, "_read_cache", lambda cache: {})
+    with pytest.raises(FileError, match="cannot be written: No space left on device") as error:
+        probe.probe([file])
+    assert str(cache) in str(error.value)
 
 
 def test_a_changed_file_is_probed_again(tmp_path, monkeypatch):

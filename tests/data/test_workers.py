@@ -63,6 +63,19 @@ def test_a_worker_that_dies_is_one_error_with_the_reason(item, told):
     assert getattr(item, "name", "") in str(error.value)
 
 
+def test_a_worker_that_breaks_its_connection_before_its_end_shows_has_died():
+    class Dying:
+        pid, codes = 7, iter([None, None, -9])
+        exitcode = property(lambda self: next(self.codes, -9))
+
+    def batches():
+        raise ConnectionResetError("Connection reset by peer")
+        yield
+
+    with pytest.raises(WorkerDied, match="data worker 7 was ended by SIGKILL"):
+        next(workers._watched(batches(), [Dying()], 1, lambda: False))
+
+
 def test_a_worker_that_dies_interrupts_no_step():
     """PyTorch's own handler raises wherever the main thread is."""
     batches = run("a", signal.SIGKILL)

@@ -58,7 +58,10 @@ def faulty_rows(table: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def probe(paths: list[str]) -> dict[str, Facts]:
-    """Facts of every file, from the cache where the file has not changed since."""
+    """Facts of every file, from the cache where the file has not changed since.
+
+    Raises FileError if the cache cannot be written.
+    """
     cache = _cache_file(paths)
     known = _read_cache(cache)
     keys = {path: _key(path) for path in dict.fromkeys(paths)}

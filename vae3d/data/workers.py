@@ -98,9 +98,10 @@ def _watched(
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                if dead := [worker for worker in workers if worker.exitcode is not None]:
+                timed_out = str(error).startswith("DataLoader timed out")
+                if dead := _ended(workers, 0 if timed_out else 1):
                     raise WorkerDied(_death(dead)) from error
-                if not str(error).startswith("DataLoader timed out"):
+                if not timed_out:
                     raise
                 now = time.monotonic()
                 asked = (asked or now) if stopping() else None
@@ -109,6 +110,16 @@ def _watched(
                 if asked is not None and now - asked >= GRACE:
                     raise WorkerTimeout(_hang(len(workers), now - begun, "the run was asked to end, and ")) from error
         yield batch
+
+
+def _ended(workers: list[BaseProcess], seconds: float) -> list[BaseProcess]:
+    """The workers that have ended. Waits for one, at most so long: a worker's connections break a little before."""
+    deadline = time.monotonic() + seconds
+    while not (dead := [worker for worker in workers if worker.exitcode is not None]):
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.01)
+    return dead
 
 
 def _death(dead: list[BaseProcess]) -> str:
