@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,7 @@ from vae3d.engine.patience import Patience
 from vae3d.engine.spike import SpikeError
 from vae3d.errors import UserError
 from vae3d.inference.scale import ScaleError, measure, rescaled, spread_clips
-from vae3d.io import remove
+from vae3d.io import remove, remove_unfinished
 from vae3d.metrics import MetricError
 
 if TYPE_CHECKING:
@@ -44,7 +43,6 @@ DISK_ERRORS = frozenset(
         *(errno.EROFS, errno.ESTALE, errno.ETIMEDOUT),
     }
 )
-LEFTOVER = re.compile(r"\..+\.(partial|[0-9a-f]{8}\.tmp)")  # of a writer that was killed
 
 
 class SaveError(UserError):
@@ -241,9 +239,7 @@ def finish_newest(trainer: Trainer | DiffusionTrainer, outputs: Outputs) -> None
 
     def clean() -> None:
         for folder in (trainer.folder, root, trainer.folder / "exports", *trainer.folder.glob(".hydra/rank*")):
-            for path in folder.glob(".*") if folder.is_dir() else ():
-                if LEFTOVER.fullmatch(path.name):
-                    remove(path)
+            remove_unfinished(folder)
 
     main = trainer.accelerator.is_main_process
     if reason := run_on_all_ranks(trainer.device, lambda: clean() if main else None):
