@@ -17,7 +17,7 @@ PER_MACHINE += ("source", "root", "workers", "timeout", "device")
 
 
 class RanksDiffer(UserError):
-    """Some setting, or the data, is not the same on all ranks."""
+    """Ranks that should have, or do, the same do not."""
 
 
 def check_ranks_agree(facts: Mapping[str, Any]) -> None:

@@ -11,12 +11,8 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 
 from vae3d import ranks
+from vae3d.engine.agreement import RanksDiffer
 from vae3d.engine.spike import worst
-from vae3d.errors import UserError
-
-
-class RanksDiffer(UserError):
-    """Ranks that should do the same do not."""
 
 
 @dataclass(frozen=True)
