@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import os
-import secrets
 import struct
 import warnings
 import zlib
@@ -35,9 +34,10 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from vae3d.data.media import MediaError, MediaInfo, Size
+from vae3d.io import atomic_write
 
 MAGIC = b"vae3d video index 2\n"
-HEAD = struct.Struct("<20sII")  # magic, bytes of the JSON, CRC-32 of JSON and rows
+HEAD = struct.Struct("<20sII")  # magic, bytes of the JSON, CRC-32 of the JSON
 # What libav and PyAV raise for a damaged file; other exceptions are errors of this program.
 DECODER_ERRORS = (av.error.FFmpegError, OSError, ValueError, MemoryError, RuntimeError, LookupError, ArithmeticError)
 
@@ -221,14 +221,10 @@ def in_memory(header: Header, rows: dict[str, np.ndarray]) -> VideoIndex:
 def _store(cached: Path, key: list, index: VideoIndex) -> None:
     text = json.dumps({"key": key, "counts": index.counts, "header": index.header.to_json()}).encode()
     content = HEAD.pack(MAGIC, len(text), zlib.crc32(text)) + text + index.source
-    partial = cached.with_name(f".{cached.name}.{secrets.token_hex(4)}")
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(content)  # not fsynced: an incomplete index is built anew
-            partial.replace(cached)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_write(cached) as stream:  # fsynced: rows of zeros, as after a power cut, would be other frames
+            stream.write(content)
     except OSError as error:
         warnings.warn(
             f"cannot write to the cache folder {cached.parents[2]} ({error.strerror}): every opening of a video reads "
