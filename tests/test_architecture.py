@@ -22,6 +22,7 @@ BASE = {
     "pixels",
     "precision",
     "ranks",
+    "restore",
     "schedules",
     "seeding",
     "types",

@@ -230,6 +230,17 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+# Names of what a killed process left half-written: of atomic_write, atomic_folder, and writers that need a path.
+UNFINISHED = re.compile(r"\..*(\.partial(\.\w+)?|\.[0-9a-f]{8}\.tmp)")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete half-written files and folders of a killed process; nothing if the folder is not there."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if UNFINISHED.fullmatch(path.name):
+            remove(path)
+
+
 RUN_SUBFOLDERS = (".hydra", "checkpoints", "exports", "tensorboard")  # of a training run's folder, which it writes
 
 

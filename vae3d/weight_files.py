@@ -35,6 +35,9 @@ MAX_OPERATIONS = 1_000_000  # of a pickle: about a second; a tensor takes about 
 MAX_TENSORS = 2**16  # of a safetensors file
 MAX_SHARED = 8  # elements of all tensors together, per byte of the file: tensors may share their bytes
 MAX_EXPANDED = 2**16  # elements of a tensor that repeats those of a smaller storage
+MAX_NAME = 4096  # characters of a tensor's name; a pickle of some MB can spell names of TB
+MAX_WORD = 256  # characters of the name of a class, a module or a storage
+MAX_SIDES = 64  # of a tensor
 DOWNLOAD = "download it again"
 
 # What a file is that holds no weights, by its first bytes, and what to do.
@@ -222,18 +225,34 @@ def _flat(tree: Any, path: Path) -> dict[str, LazyTensor]:
     """All tensors of nested containers, by dotted names."""
     found: dict[str, LazyTensor] = {}
     seen: set[int] = set()
-    pending = [("", tree)]
+    pending: list[tuple[_Place, Any]] = [(None, tree)]
     while pending:
-        name, node = pending.pop()
+        place, node = pending.pop()
         if isinstance(node, LazyTensor):
-            if name in found:
+            if (name := _name(place, path)) in found:
                 raise FileError(f"{path}: two tensors are called {name}")
             found[name] = node
         elif isinstance(node, (dict, list, tuple)) and id(node) not in seen:
             seen.add(id(node))  # of a checkpoint, whose containers all live as long as this loop
             items = node.items() if isinstance(node, dict) else enumerate(node)
-            pending += [(f"{name}.{key}" if name else str(key), inner) for key, inner in reversed([*items])]
+            pending += [((place, key), inner) for key, inner in reversed([*items])]
     return found
+
+
+_Place = tuple["_Place", Any] | None  # of a node: that of its container, and its key there
+
+
+def _name(place: _Place, path: Path) -> str:
+    """The keys that lead to a node, joined. Raises FileError if that is long, before it is spelled out."""
+    words: list[str] = []
+    left = MAX_NAME
+    while place is not None:
+        place, key = place
+        words.append(str(key))
+        left -= len(words[-1]) + 1
+        if left < 0:
+            raise FileError(f"{path}: the name of a tensor has more than {MAX_NAME} characters")
+    return ".".join(reversed(words))
 
 
 # torch.save
@@ -444,7 +463,7 @@ def _interpret(stream: io.BytesIO, place: Place) -> Any:
                 stack.append(_Name(argument.replace(" ", ".")))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
-                stack.append(_Name(f"{module}.{name}") if isinstance(name, str) else INERT)
+                stack.append(_Name(f"{module}.{name}") if _is_word(module) and _is_word(name) else INERT)
             case "REDUCE" | "NEWOBJ":
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(_called(function, arguments, place))
@@ -470,9 +489,13 @@ def _interpret(stream: io.BytesIO, place: Place) -> Any:
 def _fill(target: Any, items: list[Any]) -> Any:
     if isinstance(target, dict):
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if isinstance(key, (str, int)):
+            if isinstance(key, str) or (isinstance(key, int) and key.bit_length() <= 64):
                 target[key] = value
     return target
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_WORD
 
 
 def _storage(identity: Any) -> Any:
@@ -485,20 +508,25 @@ def _storage(identity: Any) -> Any:
     dtype = DTYPES.get(kind.rpartition(".")[2]) if isinstance(kind, _Name) else None
     if dtype is None:  # quantised numbers
         return INERT
-    if not isinstance(key, str) or type(numel) is not int or numel < 0:
-        raise ValueError(f"storage {key!r} has {numel!r} elements")
+    if not _is_word(key) or type(numel) is not int or not 0 <= numel < 2**63:
+        raise ValueError("a storage has no name or no number of elements")
     return _Storage(key, dtype, numel)
 
 
 def _called(function: Any, arguments: Any, place: Place) -> Any:
-    """What of a call matters: a tensor or a dict."""
-    if not isinstance(function, _Name) or not isinstance(arguments, (tuple, list)):
+    """What of a call matters: a tensor or a dict.
+
+    The time it takes must not depend on the arguments' length: a pickle may give the same long list to many calls.
+    """
+    if not isinstance(function, _Name) or not isinstance(arguments, tuple):
         return INERT
-    arguments = list(arguments)
     match function:
         case "collections.OrderedDict" | "collections.defaultdict":
-            pairs = arguments[0] if arguments and isinstance(arguments[0], list) else []  # of Python 2
-            return _fill({}, [item for pair in pairs if isinstance(pair, (list, tuple)) for item in pair])
+            if not arguments or not isinstance(arguments[0], list):
+                return {}
+            pairs, arguments[0][:] = [*arguments[0]], []  # of Python 2; emptied, so that no other call takes them
+            sound = (pair for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2)
+            return _fill({}, [item for pair in sound for item in pair])
         case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state":
             return arguments[0]
         case "torch._tensor._rebuild_from_type_v2":
@@ -508,16 +536,17 @@ def _called(function: Any, arguments: Any, place: Place) -> Any:
     return INERT
 
 
-def _tensor(arguments: list[Any], place: Place, *, typed: bool) -> Any:
+def _tensor(arguments: tuple[Any, ...], place: Place, *, typed: bool) -> Any:
     storage, offset, size, stride = arguments[:4]
     if not isinstance(storage, _Storage):
         return INERT
-    dtype = storage.dtype if typed else DTYPES.get(arguments[6].rpartition(".")[2])
+    kind = None if typed else arguments[6]
+    dtype = storage.dtype if typed else DTYPES.get(kind.rpartition(".")[2]) if isinstance(kind, _Name) else None
     if dtype is None:
         return INERT
-    numbers = [offset, *size, *stride]
-    if len(size) != len(stride) or len(size) > 64 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-        raise ValueError(f"a tensor has size {size}, stride {stride} and offset {offset}")
+    tuples = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= MAX_SIDES
+    if not tuples or not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride)):
+        raise ValueError("a tensor has no valid size, stride and offset")
     held = storage.numel * storage.dtype.itemsize // dtype.itemsize
     numel = math.prod(size)
     end = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if numel else 0

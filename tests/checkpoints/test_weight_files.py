@@ -235,7 +235,16 @@ def whole(**how: object) -> bytes:
     return stream.getvalue()
 
 
+def repeated(operations: bytes, count: int) -> bytes:
+    """The pickle of {} after OrderedDict was called `count` times, with what these operations push: 1 is a list of
+    100,000 pairs."""
+    pairs = b"K\x01K\x02\x86q\x000]q\x01(" + b"h\x00" * 100_000 + b"e0"
+    return b"\x80\x02" + pairs + b"ccollections\nOrderedDict\nq\x02" + (b"0h\x02" + operations + b"R") * count + b"0}."
+
+
 STORAGE = {"data/0": b"\0" * 16}
+NESTED = b"]q\x00" + b"".join(b"0]q%c(h%ch%ce" % (i + 1, i, i) for i in range(60))  # of 2**60 lists if spelled out
+LARGE = b"\x8b" + struct.pack("<I", 4000) + b"\x11" * 4000  # an integer of more digits than Python prints
 DAMAGED = {
     "empty": (b"", "is empty"),
     "zeros": (b"\0" * 100, "interrupted download"),
@@ -261,7 +270,20 @@ DAMAGED = {
     "unknown operation": (archive(b"\xff."), "damaged"),
     "huge text": (archive(b"\x8d" + b"\xff" * 7 + b"\x7f."), "damaged"),
     "huge memo": (archive(b"}r\xff\xff\xff\x7f."), None),
-    "many operations": (archive(b"]" * 2_000_000 + b"."), "operations"),
+    "many operations": (archive(b"N" * 1_000_002 + b"."), "operations"),
+    "lists in a class name": (archive(b"\x80\x04}" + NESTED + b"X\1\0\0\0x\x930."), None),
+    "lists for a storage": (archive(b"\x80\x02(U\7storagectorch\nFloatStorage\n" + NESTED + b"U\3cpuK\1tQ."), "storage"),
+    "lists for an offset": (archive(tensor_of((4,), (1,), [])[:-1].replace(b"]", NESTED) + b"."), "offset"),
+    "large key": (archive(b"\x80\x02}" + LARGE + b"}s."), None),
+    "long arguments": (archive(repeated(b"h\x01", 20_000)), None),
+    "long list of pairs": (archive(repeated(b"h\x01\x85", 20_000)), None),
+    "no type": (archive(b"\x80\x02ctorch._utils\n_rebuild_tensor_v3\n((U\7storagectorch\nFloatStorage\nU\0010U\3cpuK\4tQ"
+                        b"K\0K\4\x85K\1\x85\x89NK\5tR0}."), None),
+    "sizes of a dict": (archive(tensor_of({4: 1}, {1: 1}), STORAGE), "size"),
+    "long names": (
+        archive(b"\x80\x02}X\x10\x27\0\0" + b"k" * 10_000 + b"q\x00" + b"}h\x00" * 20_000
+                + tensor_of((4,), (1,))[2:-1] + b"s" * 20_001 + b".", STORAGE), "characters",
+    ),
     "no storage": (archive(tensor_of((4,), (1,))), "storage '0' is not in it"),
     "short storage": (archive(tensor_of((4,), (1,), 0, 5), STORAGE), "too short"),
     "large tensor": (archive(tensor_of((5,), (1,)), STORAGE), "does not fit its storage"),
@@ -271,7 +293,7 @@ DAMAGED = {
     "empty but huge": (archive(tensor_of((0, 2**62), (1, 1)), STORAGE), "does not fit its storage"),
     "sizes of text": (archive(tensor_of(("a",), (1,)), STORAGE), "size"),
     "no sizes": (archive(tensor_of(None, None), STORAGE), "damaged"),
-    "many elements": (archive(tensor_of((1,), (1,), 0, 10**30), STORAGE), "too short"),
+    "many elements": (archive(tensor_of((1,), (1,), 0, 10**30), STORAGE), "elements"),
     "safetensors cut": (safetensors({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}), "damaged or incomplete"),
     "safetensors header cut": (struct.pack("<Q", 2**40) + b'{"w"', "cut short"),
     "safetensors header": (safetensors(b"{not json}"), "damaged or incomplete"),

@@ -16,8 +16,8 @@ from tests.diffusion import latent_runs
 from tests.engine import quick
 from vae3d.adversarial.replay import Replay
 from vae3d.arguments import ArgumentError
-from vae3d.checkpoints.restore import load_optimizer
 from vae3d.errors import UserError
+from vae3d.restore import load_optimizer
 
 Change = Callable[[dict[str, Any]], None]
 

@@ -18,8 +18,8 @@ from vae3d.adversarial.criteria import CRITERIA, gradient_penalty, lecam, over_s
 from vae3d.adversarial.groups import images_of
 from vae3d.adversarial.patchgan import MultiScale, PatchGAN, PatchGAN3D
 from vae3d.arguments import ArgumentError
-from vae3d.checkpoints.restore import check_like, load_optimizer
 from vae3d.precision import full_precision
+from vae3d.restore import check_like, load_optimizer
 from vae3d.schedules import ALL_ON, learning_rate
 from vae3d.schedules import ramp as ramp_at
 from vae3d.seeding import seed_of

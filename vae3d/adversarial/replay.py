@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vae3d.arguments import ArgumentError, short
-from vae3d.checkpoints.restore import check_like
+from vae3d.restore import check_like
 
 Pair = tuple[Tensor, Tensor]
 

@@ -15,8 +15,8 @@ from vae3d.adversarial.base import Turn, require_pair, update
 from vae3d.adversarial.groups import context_of, images_of, video_of
 from vae3d.adversarial.patch import NORMS, STRIDE, ConditionalPatchDiscriminator
 from vae3d.adversarial.replay import Replay
-from vae3d.checkpoints.restore import check_like, load_optimizer
 from vae3d.precision import full_precision
+from vae3d.restore import check_like, load_optimizer
 from vae3d.schedules import ramp as ramp_at
 from vae3d.seeding import generator_of, seed_of
 from vae3d.types import Clip, Reconstruction

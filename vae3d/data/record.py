@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vae3d.checkpoints.restore import check_like
 from vae3d.data.dataset_rows import is_row, version_of
 from vae3d.data.images import is_sequence, sequence_files
 from vae3d.data.media import MediaError
 from vae3d.data.segments import SEGMENT
 from vae3d.data.sources import in_threads
+from vae3d.restore import check_like
 from vae3d.seeding import seed_of
 
 FACTS = ("split", "num_frames", "height", "width", "fps", "label", "text")

@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import os
-import secrets
 import struct
 import warnings
 import zlib
@@ -36,6 +35,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from vae3d.data.media import MediaError, MediaInfo, Size
+from vae3d.io import atomic_write
 
 MAGIC = b"vae3d video index 3\n"
 HEAD = struct.Struct("<20sII")  # magic, bytes of the JSON, its CRC-32
@@ -242,15 +242,10 @@ def _store(cached: Path, key: list, index: VideoIndex) -> None:
     text = json.dumps({"key": key, "counts": index.counts, "header": index.header.to_json()}).encode()
     pages = (index.source[place : place + PAGE] for place in range(0, len(index.source), PAGE))
     rows = b"".join(page + CRC.pack(zlib.crc32(page)) for page in pages)
-    content = HEAD.pack(MAGIC, len(text), zlib.crc32(text)) + text + rows
-    partial = cached.with_name(f".{cached.name}.{secrets.token_hex(4)}")
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(content)  # not fsynced: an incomplete index is built again
-            partial.replace(cached)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_write(cached) as stream:
+            stream.write(HEAD.pack(MAGIC, len(text), zlib.crc32(text)) + text + rows)
     except OSError as error:
         warn_of_cache(error, "every opening of a video reads the whole file")
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from vae3d.arguments import Size, check_fields
 from vae3d.checkpoints import state
-from vae3d.checkpoints.restore import check_like
 from vae3d.diffusion.build import require_same
 from vae3d.diffusion.export import write_export
 from vae3d.engine.saving import Means, Outputs, Steps, common_start, write_checkpoint
+from vae3d.restore import check_like
 
 if TYPE_CHECKING:
     from vae3d.diffusion.trainer import DiffusionTrainer

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vae3d.checkpoints.restore import check_like
 from vae3d.errors import UserError
+from vae3d.restore import check_like
 from vae3d.schedules import ema_decay
 
 

@@ -19,11 +19,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vae3d import ranks
-from vae3d.checkpoints.restore import load_optimizer
 from vae3d.checkpoints.state import ResumeError, from_weights
 from vae3d.engine.agreement import RanksDiffer
 from vae3d.engine.freeze import without_gradient
 from vae3d.engine.memory import attempted, release
+from vae3d.restore import load_optimizer
 
 
 class Replicas:

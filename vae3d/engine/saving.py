@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from numbers import Real
@@ -21,14 +20,14 @@ from vae3d.checkpoints.disk import is_disk_error
 from vae3d.checkpoints.export import replace_export, write_final_model, write_flat
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.publish import final_file, link, published_files
-from vae3d.checkpoints.restore import check_like
 from vae3d.engine.freeze import set_mode
 from vae3d.engine.patience import Patience
 from vae3d.engine.spike import SpikeError
 from vae3d.errors import UserError
 from vae3d.inference.scale import ScaleError, measure, rescaled, spread_clips
-from vae3d.io import remove
+from vae3d.io import remove, remove_unfinished
 from vae3d.metrics import MetricError
+from vae3d.restore import check_like
 
 if TYPE_CHECKING:
     from vae3d.diffusion.trainer import DiffusionTrainer
@@ -41,7 +40,6 @@ Outputs = dict[Path, Callable[[Path], None]]
 
 Steps = Annotated[int, Range(0, 10**12)]
 Means = Mapping[str, Annotated[Sequence[Real], Size(1, 10**6)]]  # of a Window; also of losses that are not finite
-LEFTOVER = re.compile(r"\..+\.(partial|[0-9a-f]{8}\.tmp)")  # of a writer that was killed
 
 
 class _Spikes(TypedDict):
@@ -266,9 +264,7 @@ def finish_newest(trainer: Trainer | DiffusionTrainer, outputs: Outputs) -> None
 
     def clean() -> None:
         for folder in (trainer.folder, root, trainer.folder / "exports", *trainer.folder.glob(".hydra/rank*")):
-            for path in folder.glob(".*") if folder.is_dir() else ():
-                if LEFTOVER.fullmatch(path.name):
-                    remove(path)
+            remove_unfinished(folder)
 
     main = trainer.accelerator.is_main_process
     if reason := run_on_all_ranks(trainer.device, lambda: clean() if main else None):

@@ -17,11 +17,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vae3d import ranks
-from vae3d.checkpoints.restore import load_optimizer
 from vae3d.checkpoints.state import ResumeError, from_weights
 from vae3d.engine.memory import first_line, out_of_memory, release
 from vae3d.engine.replicas import refuse_different_starts
 from vae3d.errors import UserError
+from vae3d.restore import load_optimizer
 
 
 class StrategyError(UserError):

@@ -6,7 +6,6 @@ FOLDER/command.json   written first: the settings that the results depend on; an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from vae3d.errors import UserError
-from vae3d.io import FileError, naming, read_json, remove, write_json
+from vae3d.io import UNFINISHED, FileError, naming, read_json, remove_unfinished, write_json
 from vae3d.latents.identity import difference
 
 LOCK, COMMAND = ".lock", "command.json"
-UNFINISHED = re.compile(r"\..*(\.partial(\.\w+)?|\.[0-9a-f]{8}\.tmp)")  # names that half-written files have
 
 
 class FolderError(UserError):
@@ -45,13 +43,6 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
     with held:
         remove_unfinished(folder)
         yield
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete half-written files of a killed process."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if UNFINISHED.fullmatch(path.name):
-            remove(path)
 
 
 def has_results(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from vae3d.evaluation.store import read_features, write_features
 from vae3d.inference import folder as folders
 from vae3d.inference.comparison import Comparer
 from vae3d.inference.reconstruct import KINDS, Done, Reconstructor
-from vae3d.io import FileError, naming, read_json, remove, write_json
+from vae3d.io import FileError, naming, read_json, remove, remove_unfinished, write_json
 from vae3d.latents.identity import source_version
 from vae3d.metrics import Score, VideoResult
 
@@ -41,8 +41,8 @@ class Results:
         """Hold the lock of save_dir. Raises FolderError if another process does."""
         with folders.locked(self.folder("rec"), self.setting):
             for kind in KINDS:
-                folders.remove_unfinished(self.folder(kind))
-            folders.remove_unfinished(self.done)
+                remove_unfinished(self.folder(kind))
+            remove_unfinished(self.done)
             yield
 
     def begin(self, command: Mapping[str, Any], overwrite: bool) -> bool:
