@@ -210,7 +210,7 @@ def _open_index(path: Path) -> dict[str, LazyTensor]:
 def _shard(index: Path, name: str) -> Path:
     """A file of an index: beside it and, where that is a link, where the index itself really lies, as in the
     Hugging Face cache."""
-    plain = name.isprintable() and Path(name).name == name and "\\" not in name
+    plain = name and name.isprintable() and Path(name).name == name and "\\" not in name
     file = index.with_name(name) if plain else None
     if file is None or name in (".", "..", index.name):
         raise FileError(f"{index}: names the file {name!r}; only names of other files in the same folder are allowed")

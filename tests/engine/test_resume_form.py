@@ -16,8 +16,10 @@ from tests.diffusion import latent_runs
 from tests.engine import quick
 from vae3d.adversarial.replay import Replay
 from vae3d.arguments import ArgumentError
-from vae3d.errors import UserError
 from vae3d.restore import load_optimizer
+from vae3d.diffusion import saving as diffusion_saving
+from vae3d.engine import saving
+from vae3d.errors import UserError
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -114,8 +116,11 @@ def refused(make: Callable[[Path], object], good: dict[str, Any], change: Change
 def test_every_part_of_a_training_state_is_checked_before_it_is_taken(pictures, run, tmp_path):
     good = torch.load(run, weights_only=True)
 
-    def resume(file: Path) -> object:
-        return quick.trainer(pictures, tmp_path, **{"run.resume_from": str(file)})
+    resuming = quick.trainer(pictures, tmp_path)
+
+    def resume(file: Path) -> None:
+        resuming.config.run.resume_from = str(file)
+        saving.resume(resuming)
 
     for key, change in WRONG.items():
         assert key in refused(resume, good, change, tmp_path)
@@ -125,7 +130,8 @@ def test_every_part_of_a_training_state_is_checked_before_it_is_taken(pictures, 
         if key in WHOLE:
             refused(resume, good, drop(key), tmp_path)
     (tmp_path / "good.pt").write_bytes(run.read_bytes())
-    assert resume(tmp_path / "good.pt").step == 2
+    resume(tmp_path / "good.pt")
+    assert resuming.step == 2
 
 
 def test_every_part_of_a_diffusion_state_is_checked_before_it_is_taken(tmp_path):
@@ -136,8 +142,11 @@ def test_every_part_of_a_diffusion_state_is_checked_before_it_is_taken(tmp_path)
     latent_runs.trainer(tmp_path / "run", *clips).fit()
     good = torch.load(tmp_path / "run/checkpoints/step-0000002/state.pt", weights_only=True)
 
-    def resume(file: Path) -> object:
-        return latent_runs.trainer(tmp_path / "other", *clips, f"run.resume_from={file}")
+    resuming = latent_runs.trainer(tmp_path / "other", *clips)
+
+    def resume(file: Path) -> None:
+        resuming.config.run.resume_from = str(file)
+        diffusion_saving.resume(resuming)
 
     wrong = {
         "classes": put([3], "classes"),
@@ -155,9 +164,9 @@ def test_every_part_of_a_diffusion_state_is_checked_before_it_is_taken(tmp_path)
     for key, change in wrong.items():
         message = refused(resume, good, change, tmp_path)
         assert key in message or key == "vae"
-    (tmp_path / "other").mkdir(exist_ok=True)
     torch.save(good, tmp_path / "good.pt")
-    assert resume(tmp_path / "good.pt").step == 2
+    resume(tmp_path / "good.pt")
+    assert resuming.step == 2
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ MARKERS = {
     "diffusers": "encoder.down_blocks.0.resnets.0.norm1.weight",
     "ldm": "encoder.down.0.block.0.norm1.weight",
 }
+TINY_VAE = re.compile(r"(^|\.)\d+\.conv\.4\.weight$")  # of a TAESD's blocks
 VIDEO_VAE = "encoder.down_blocks.0.resnets.0.conv1.conv.weight"  # a key of what DiffusersVAE holds
 # The class that a config.json beside the weights must name, if it is of a VAE at all.
 CLASSES = {"wan": "AutoencoderKLWan", "wan_diffusers": "AutoencoderKLWan"} | dict.fromkeys(
@@ -242,6 +243,13 @@ def _choose(found: list[tuple[str, str]], tensors: Collection[str], path: Path, 
     if not found:
         if not tensors:
             raise CheckpointError(f"{path}: holds no tensors")
+        if "" in tensors:
+            raise CheckpointError(f"{path}: is a single tensor, such as latents, not the weights of a model")
+        if any(TINY_VAE.search(key) for key in tensors):
+            raise CheckpointError(
+                f"{path}: looks like a TAESD (AutoencoderTiny of diffusers), a VAE of single images that is not "
+                "supported; TAEHV, for videos, is"
+            )
         raise CheckpointError(
             f"{path}: none of the known layouts (vae3d export, Open-Sora 1.2, Wan, TAEHV, diffusers AutoencoderKL, "
             f"LDM); its keys begin with {first(tensors)}"
