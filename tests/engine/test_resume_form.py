@@ -16,10 +16,10 @@ from tests.diffusion import latent_runs
 from tests.engine import quick
 from vae3d.adversarial.replay import Replay
 from vae3d.arguments import ArgumentError
-from vae3d.restore import load_optimizer
 from vae3d.diffusion import saving as diffusion_saving
 from vae3d.engine import saving
 from vae3d.errors import UserError
+from vae3d.restore import load_optimizer
 
 Change = Callable[[dict[str, Any]], None]
 
