@@ -326,6 +326,8 @@ class _Bytes:
 
     def tensor(self) -> Tensor:
         """As uint8. Raises FileError if they are not what was written."""
+        if not self.size:
+            return torch.empty(0, dtype=torch.uint8)  # of numpy's, torch takes no view as another type
         try:
             content = torch.from_numpy(np.empty(self.size, np.uint8))  # torch raises no MemoryError
         except MemoryError as error:

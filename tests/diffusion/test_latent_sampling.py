@@ -263,7 +263,7 @@ def test_a_folder_that_cannot_be_is_found_before_the_first_sample(of_images, tmp
     monkeypatch.setattr(launch, "in_sweep", lambda: False)
     with pytest.raises(SystemExit, match="2"):
         launch.one_message(lambda: drawn(of_images, tmp_path / "file"))
-    assert capsys.readouterr().err == f"error: {tmp_path}/file: File exists\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}/file: cannot be written: File exists\n"
 
     def full():
         raise OSError(errno.ENOSPC, "as Pillow tells it, without the file")
