@@ -245,8 +245,8 @@ RUN_SUBFOLDERS = (".hydra", "checkpoints", "exports", "tensorboard")  # of a tra
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raises FileError if a run's folder, or one of RUN_SUBFOLDERS, holds a symbolic link: a run writes nothing outside
-    of its folder. The folder itself may be a link."""
+    """Raises FileError if a run's folder, or one of RUN_SUBFOLDERS, holds a symbolic link, a pipe or a device: a run
+    writes nothing outside of its folder. The folder itself may be a link."""
     for root, folders, files in os.walk(folder):
         for name in [*folders, *files]:
             path = Path(root, name)
@@ -255,6 +255,8 @@ def check_run_folder(folder: Path) -> None:
                     f"{path}: is a symbolic link to {os.readlink(path)}, and a run writes inside its own folder only; "
                     f"delete it (a link in place of {folder} itself is allowed)"
                 )
+            if not path.is_file() and not path.is_dir():
+                raise FileError(f"{path}: is a pipe or a device; delete it")
         if Path(root) == Path(folder):
             folders[:] = [name for name in folders if name in RUN_SUBFOLDERS]
 

@@ -253,7 +253,8 @@ def test_metrics_are_left_alone_at_a_start_that_drops_none(videos, tmp_path):
     whole, number = file.read_text(), file.stat().st_ino
     trainer(videos, tmp_path, **short).fit()
     assert (file.read_text(), file.stat().st_ino) == (whole, number)
-    file.write_text(whole + '{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # killed in the middle of a line
+    nonsense = '3\n{"step": "x"}\n{"step": ' + "9" * 5000 + '}\n{"step": 1, "x": ' + "[" * 10**5 + "\n"
+    file.write_text(whole + nonsense + '{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # killed in the middle of a line
     opened = file.open()
     trainer(videos, tmp_path, **short).fit()
     assert file.read_text() == whole
@@ -346,6 +347,12 @@ def test_a_link_in_a_runs_folder_is_refused_by_name(videos, tmp_path, name):
     assert str(link) in str(error.value)
     assert [path.name for path in outside.iterdir()] == ["file"]
     assert (outside / "file").read_text() == "precious"
+
+
+def test_a_pipe_in_a_runs_folder_is_refused_by_name(videos, tmp_path):
+    os.mkfifo(tmp_path / "launches.jsonl")
+    with pytest.raises(FileError, match=r"launches\.jsonl: is a pipe"):
+        trainer(videos, tmp_path)
 
 
 def test_the_log_file_follows_no_link_and_a_runs_folder_may_be_one(videos, tmp_path):

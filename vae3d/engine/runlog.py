@@ -165,10 +165,10 @@ class RunLog:
 
 
 def _step_of(line: str) -> int:
-    """Of a line of metrics.jsonl; -1 for half a line, from a kill in the middle of a write."""
+    """Of a line of metrics.jsonl; -1 for half a line, from a kill in the middle of a write, and for nonsense."""
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return -1
     step = entry.get("step") if isinstance(entry, dict) else None
     return step if isinstance(step, int) else -1

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vae3d.errors import UserError
 from vae3d.models.base import VideoAutoencoder
 from vae3d.models.spatial import UNKNOWN_FACTOR
 from vae3d.pixels import RANGES, TOLERANCE, PixelError, check_latents, quantize, value_range
@@ -66,7 +67,7 @@ class LatentCodec:
                 "a decoder without all of its upscaling does not invert encode; leave decoder_*_upscale out"
             )
         if not model.spec.scale and not next(model.parameters()).is_meta:
-            raise ValueError(f"the scaling factor of its latents is not known; {UNKNOWN_FACTOR}")
+            raise UserError(f"the scaling factor of its latents is not known; {UNKNOWN_FACTOR}")
         self.model = model.eval().requires_grad_(False)
         self.pixel_range, self.dtype, self.config = pixel_range, dtype, config
         self._by_size = chunk_frames is None and getattr(model, "chunk_latents", 0) is None
