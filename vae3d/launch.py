@@ -46,17 +46,8 @@ except SignalException as error:  # the ranks have ended by then
 """
 UNWRITABLE = frozenset(
     {
-        *(
-            errno.EACCES,
-            errno.EDQUOT,
-            errno.EEXIST,
-            errno.EFBIG,
-            errno.EIO,
-            errno.EISDIR,
-            errno.ELOOP,
-            errno.ENAMETOOLONG,
-        ),
-        *(errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ESTALE),
+        *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP),
+        *(errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ESTALE),
     }
 )  # faults of the disk or of the folder that the user named, not of the program
 
