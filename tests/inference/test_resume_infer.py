@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,25 +40,33 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.inference.test_resume_infer import SETTINGS, run
+
+left = iter(range({when}))
+
+def counted(inner):
+    def replace(*args):
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(*args)
+    return replace
+
+os.replace, Path.replace = counted(os.replace), counted(Path.replace)
+run(Path({export!r}), Path({source!r}), Path({prefix!r}), *SETTINGS)
+"""
+
+
 def killed(when: int, export, source, prefix) -> bool:
-    """Reconstruct in a process that is killed just before the `when`-th file gets its name."""
-    child = os.fork()
-    if child == 0:
-        rename, path_rename, left = os.replace, Path.replace, iter(range(when))
-
-        def counted(inner):
-            def replace(*args):
-                if next(left, None) is None:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return inner(*args)
-
-            return replace
-
-        os.replace, Path.replace = counted(rename), counted(path_rename)
-        run(export, source, prefix, *SETTINGS)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    """Reconstruct in a process that is killed just before the `when`-th file gets its name. It is forked from one that
+    has computed nothing: after a fork torch may wait for threads that are not there."""
+    script = source.parent / "killed.py"
+    paths = {"export": str(export), "source": str(source), "prefix": str(prefix)}
+    script.write_text(KILLED.format(root=str(tiny.ROOT), when=when, **paths))
+    return tiny.run(sys.executable, str(script), cwd=source.parent).returncode == -signal.SIGKILL
 
 
 @pytest.fixture
