@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
+import sys
 
 import av
 import numpy as np
@@ -96,24 +96,35 @@ def everything(out) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.diffusion.test_latent_sampling import drawn
+
+rename, left = os.replace, iter(range({when}))
+
+def replace(*args):
+    if next(left, None) is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(*args)
+
+os.replace = replace
+drawn(Path({run!r}), Path({out!r}), *{settings!r})
+"""
+
+
 @pytest.mark.parametrize("when", [1, 2, 4, 6])
 def test_killed_sampling_resumes_to_the_same_bytes(when, of_images, tmp_path, monkeypatch):
     settings = ["count=3", "batch_size=2", "steps=2"]
     whole = everything(drawn(of_images, tmp_path / "whole", *settings))
-    child = os.fork()
-    if child == 0:
-        rename, left = os.replace, iter(range(when))
-
-        def replace(*args):
-            if next(left, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return rename(*args)
-
-        os.replace = replace
-        drawn(of_images, tmp_path / "killed", *settings)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
+    script = tmp_path / "killed.py"
+    script.write_text(
+        KILLED.format(
+            root=str(tiny.ROOT), when=when, run=str(of_images), out=str(tmp_path / "killed"), settings=settings
+        )
+    )
+    assert tiny.run(sys.executable, str(script), cwd=tmp_path).returncode == -signal.SIGKILL
     batches = len(list((tmp_path / "killed/.latents").glob("0*")))
     drawn_again = []
     inner = sampling_factory.sample_latents
