@@ -21,6 +21,14 @@ from vae3d.io import (
 )
 
 
+def assert_refused(read, file, text, word):
+    file.write_text(text)
+    with pytest.raises(FileError) as caught:
+        read(file)
+    assert str(file) in str(caught.value)
+    assert word in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [
@@ -41,12 +49,7 @@ from vae3d.io import (
     ],
 )
 def test_yaml_of_a_stranger_is_refused(tmp_path, text, word):
-    file = tmp_path / "model.yaml"
-    file.write_text(text)
-    with pytest.raises(FileError) as caught:
-        read_yaml(file)
-    assert str(file) in str(caught.value)
-    assert word in str(caught.value)
+    assert_refused(read_yaml, tmp_path / "model.yaml", text, word)
 
 
 @pytest.mark.parametrize(
@@ -61,12 +64,7 @@ def test_yaml_of_a_stranger_is_refused(tmp_path, text, word):
     ],
 )
 def test_json_of_a_stranger_is_refused(tmp_path, text, word):
-    file = tmp_path / "config.json"
-    file.write_text(text)
-    with pytest.raises(FileError) as caught:
-        read_json(file)
-    assert str(file) in str(caught.value)
-    assert word in str(caught.value)
+    assert_refused(read_json, tmp_path / "config.json", text, word)
 
 
 def test_missing_large_and_binary_files_are_refused(tmp_path):
