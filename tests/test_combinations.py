@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import pytest
 from accelerate.state import AcceleratorState, PartialState
 from omegaconf import OmegaConf
 
-from tests import tiny
+from tests import tiny, tiny_experiments
+from tests.tiny_experiments import EXPERIMENTS
 from vae3d import factory
 from vae3d.check import ConfigError, check_training
 from vae3d.checkpoints.export import write_export
@@ -149,75 +149,11 @@ def test_most_combinations_make_sense():
     assert {loss for _, _, loss in sound} == set(names("loss"))
 
 
-SMALL = [
-    "data.batch_size=2", "data.height=32", "data.width=32", "data.frames.max=3", "data.workers=0", "trainer.max_steps=2",
-    "trainer.precision=fp32", "trainer.log_every=1", "validation.frames=3", "validation.every=2", "logger=none",
-]  # fmt: skip
-
-
-TEACHERS = {
-    "wan": ["model.channels=4", "model.multipliers=[1,1,1,1]", "model.downsample=[false,true,true]", "model.layers=2",
-            "model.shift=null", "model.scale=null"],
-    "opensora_v1_2": [*tiny.MODEL["opensora_v1_2"], "model.spatial.channels=[8,8,8,8]"],
-}  # fmt: skip
-
-
-def taught(variant: str, folder: Path) -> list[str]:
-    """Overrides with a tiny teacher of 4 x 8 x 8 for a TAEHV."""
-    name = "opensora_v1_2" if variant == "taeos1_2" else "wan"
-    config = factory.model_config(name, *TEACHERS[name])
-    write_export(Checkpoint(config, factory.instantiate(config).state_dict(), folder, ""), folder / "teacher")
-    return [f"teacher.path={folder / 'teacher'}", f"model.variant={variant}", *FEW]
-
-
-FEW = [f"data.frames.{bound}=9" for bound in ("min", "max")]
-TINY_OF = {"SpatialVAE": "spatial", "OpenSoraVAE": "temporal_vae", "WanVAE": "wan", "TAEHV": "taehv"}
-
-
-@pytest.mark.parametrize("experiment", names("experiment"))
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiment_steps_twice(videos, rooms, images, trunks, tmp_path, monkeypatch, experiment):
     monkeypatch.chdir(tmp_path)
-    full = tiny.compose(f"experiment={experiment}")
-    name = TINY_OF[full.model._target_.rpartition(".")[2]]
-    panorama = full.data.panorama
-    overrides = [f"experiment={experiment}", *tiny.MODEL[name], *SMALL, f"data.width={64 if panorama else 32}"]
-    composed = tiny.compose(*overrides)
-    if "context_channels" in composed.adversary:
-        overrides.append("adversary.channels=[8,8,8,8]")
-    elif "channels" in composed.adversary:
-        overrides += [*tiny.GAN[1:], "adversary.ramp=0", "adversary.discriminator_start=null"]
-    if composed.trainer.accumulate > 2:
-        overrides.append("trainer.accumulate=2")
-    if "rfid" in composed.validation.seldom:
-        overrides.append("validation.seldom=[]")  # its network takes longer than all the rest
-    if composed.model.get("shortcuts"):
-        overrides += ["model.multipliers=[1,1]"]
-        composed = tiny.compose(*overrides)
-    if OmegaConf.is_missing(composed.teacher, "path") or composed.teacher.path is not None:
-        overrides += taught(full.model.variant, tmp_path)
-        composed = tiny.compose(*overrides)
-    if composed.stage.name == "stage1":
-        start, first = "stage.init_from.spatial_vae", composed.model.spatial
-    else:
-        start, first = "stage.init_from", composed.model
-    first = OmegaConf.to_container(first, resolve=True)
-    write_export(Checkpoint(first, factory.instantiate(first).state_dict(), tmp_path, ""), tmp_path / "start")
-    overrides.append(f"{start}={tmp_path / 'start'}")
-    if composed.data.frames.min > 3 and name != "taehv":
-        overrides.append("data.frames.min=1" if name != "wan" else "data.frames.min=3")
-    kind = composed.data.source._target_.rpartition(".")[2]
-    clips = [{"path": str(path)} for path in sorted(Path(videos).parent.glob("*.mp4"))]
-    (tmp_path / "clips.json").write_text(json.dumps(clips))
-    where = {
-        "Table": f"path={videos}",
-        "ErpRooms": f"root={rooms}",
-        "JsonClips": f"path={tmp_path / 'clips.json'}",
-        "ImageFolder": f"path={images}",
-    }[kind]
-    if kind == "ImageFolder":
-        overrides += ["data.frames.max=1", "validation.frames=1"]
-    overrides.append(f"data.source.{where}")
-    two_steps(check_training(tiny.compose(*overrides)), tmp_path / "run")
+    overrides = tiny_experiments.overrides(experiment, tmp_path, videos, rooms, images)
+    two_steps(check_training(tiny.compose(*overrides, "trainer.max_steps=2")), tmp_path / "run")
 
 
 @pytest.mark.parametrize("experiment", names("experiment"))

@@ -1,0 +1,197 @@
+"""Loss curves of a tiny run of every experiment, on one rank and on two, to prove that a refactoring changes nothing.
+
+    python -m tests.golden record FOLDER      before the change
+    python -m tests.golden compare FOLDER     after it: runs everything again; every number must be equal, bit for bit
+
+Sums are only made in the same order on the same kind of processor with the same versions of torch and PyAV, so record and
+compare on one machine. tests/golden/ holds the curves of one rank, which the tests compare with a tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+LATENT = ["unet_tiny", "video_tiny"]
+STEPS = 4
+NOT_OF_THE_RUN = ("clips_per_second", "frames_per_second", "memory_gib", "memory_idle_gib")
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, without speed and memory."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in sorted(line) if name not in NOT_OF_THE_RUN} for line in lines]
+
+
+def in_child(run: Callable[[], None], log: Path, **environment: str) -> int:
+    """Fork a process that calls `run` and ends; returns its number. This process must not compute with torch."""
+    child = os.fork()
+    if child:
+        return child
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    try:
+        run()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def wait(children: list[int], log: Path) -> None:
+    if any([os.waitpid(child, 0)[1] for child in children]):
+        sys.exit(f"a run failed:\n{log.read_text()}")
+
+
+def experiment_overrides(name: str, folder: Path, data: Path) -> list[str]:
+    import torch
+
+    from tests import tiny_experiments
+
+    torch.manual_seed(0)
+    made = tiny_experiments.overrides(name, folder, data / "videos/videos.csv", data / "rooms", data / "images")
+    return [*made, f"trainer.max_steps={STEPS}"]
+
+
+def train(overrides: list[str], folder: Path) -> None:
+    import torch
+
+    from tests import tiny
+    from vae3d import factory
+    from vae3d.check import check_training
+
+    torch.set_num_threads(1)
+    factory.trainer(check_training(tiny.compose(*overrides)), folder).fit()
+
+
+def latent_overrides(name: str, folder: Path, data: Path) -> list[str]:
+    """A tiny VAE with its measured scale, and what trains on images as they are encoded."""
+    from tests.diffusion import latent_runs
+
+    images = latent_runs.pictures(folder / "pictures")
+    vae = latent_runs.vae("spatial", folder / "vae", images / "images.csv", "model.channels=[8,8,8]")
+    network = "unet" if name == "unet_tiny" else "video_transformer"
+    where = [f"vae.path={vae}", "cache=null", f"data.source.path={images}", "data.height=64", "data.width=64"]
+    tiny = [*latent_runs.SMALL, *latent_runs.NETWORKS[network][1:], "trainer.log_every=1", "validation.every=2"]
+    return [f"latent_experiment={name}", *tiny, *where, "labels=folder", f"trainer.max_steps={STEPS}", "run.name=test"]
+
+
+def train_latent(overrides: list[str], folder: Path) -> None:
+    import torch
+
+    from tests import tiny
+    from vae3d import diffusion_factory
+    from vae3d.diffusion_config import check_diffusion
+
+    torch.set_num_threads(1)
+    diffusion_factory.diffusion_trainer(check_diffusion(tiny.compose(*overrides, config="diffusion")), folder).fit()
+
+
+def make_data(folder: Path) -> None:
+    """The files that the tests' fixtures make."""
+    from tests import conftest
+
+    class Folders:
+        def mktemp(self, name: str) -> Path:
+            (folder / name).mkdir()
+            return folder / name
+
+    for fixture in ("videos", "images", "rooms"):
+        getattr(conftest, fixture).__wrapped__(Folders())
+    os.environ["VAE3D_WEIGHTS"] = str(folder / "weights")
+    (folder / "weights").mkdir()
+    conftest.trunks.__wrapped__(None)
+
+
+def run_all(folder: Path, only: list[str]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Curves by experiment and number of ranks."""
+    from tests import tiny
+    from tests.tiny_experiments import EXPERIMENTS
+
+    log = folder / "log.txt"
+    environment = {"VAE3D_CACHE": str(folder / "cache"), "VAE3D_WEIGHTS": str(folder / "data/weights")}
+    environment |= {"VAE3D_ALLOW_UNVERIFIED": "1", "CUDA_VISIBLE_DEVICES": ""}
+    (folder / "data").mkdir(parents=True)
+    wait([in_child(lambda: make_data(folder / "data"), log, VAE3D_CACHE=str(folder / "cache"))], log)
+    curves = {}
+    for name in only or [*EXPERIMENTS, *LATENT]:
+        prepare, run = (latent_overrides, train_latent) if name in LATENT else (experiment_overrides, train)
+        here = folder / name
+        here.mkdir()
+
+        def prepared(name=name, prepare=prepare, here=here) -> None:
+            os.chdir(here)
+            (here / "overrides.json").write_text(json.dumps(prepare(name, here, folder / "data")))
+
+        wait([in_child(prepared, log, **environment)], log)
+        overrides = json.loads((here / "overrides.json").read_text())
+        curves[name] = {}
+        for ranks in (1, 2):
+            place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(tiny._free_port())}
+            target = here / f"ranks{ranks}"
+
+            def rank_run(run=run, overrides=overrides, target=target, here=here) -> None:
+                os.chdir(here)
+                run(overrides, target)
+
+            children = []
+            for rank in range(ranks):
+                mine = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+                children.append(in_child(rank_run, log, **environment, **mine))
+            wait(children, log)
+            curves[name][str(ranks)] = curve(target)
+        print(f"{name}: {len(curves[name]['1'])} and {len(curves[name]['2'])} lines", flush=True)
+    return curves
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["record", "compare"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("experiments", nargs="*", help="by default all")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        curves = run_all(Path(scratch), args.experiments)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    different = 0
+    for name, curve_of in curves.items():
+        file = args.folder / f"{name}.json"
+        if args.action == "record":
+            file.write_text(json.dumps(curve_of, indent=0) + "\n")
+            continue
+        before = json.loads(file.read_text())
+        for ranks, lines in curve_of.items():
+            if before[ranks] != json.loads(json.dumps(lines)):
+                different += 1
+                print(f"{name}, {ranks} ranks: differs {first_difference(before[ranks], lines)}")
+    if args.action == "compare":
+        print(f"{different} of {2 * len(curves)} curves differ")
+    return int(different > 0)
+
+
+def first_difference(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
+    for old, new in zip(before, after):
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                return f"at step {old.get('step')}: {name} was {old.get(name)} and is {new.get(name)}"
+    return f"in its number of lines: {len(before)} and {len(after)}"
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch  # noqa: F401  (once, for all children)
+
+    import vae3d.factory  # noqa: F401
+
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Every experiment at tiny size: the overrides that shrink it, and the files that it starts from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from tests import tiny
+from vae3d import factory
+from vae3d.checkpoints.export import write_export
+from vae3d.checkpoints.formats import Checkpoint
+from vae3d.config import CONF
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+SMALL = [
+    "data.batch_size=2", "data.height=32", "data.width=32", "data.frames.max=3", "data.workers=0",
+    "trainer.precision=fp32", "trainer.log_every=1", "validation.frames=3", "validation.every=2", "logger=none",
+]  # fmt: skip
+TEACHERS = {
+    "wan": ["model.channels=4", "model.multipliers=[1,1,1,1]", "model.downsample=[false,true,true]", "model.layers=2",
+            "model.shift=null", "model.scale=null"],
+    "opensora_v1_2": [*tiny.MODEL["opensora_v1_2"], "model.spatial.channels=[8,8,8,8]"],
+}  # fmt: skip
+NINE_FRAMES = [f"data.frames.{bound}=9" for bound in ("min", "max")]
+TINY_OF = {"SpatialVAE": "spatial", "OpenSoraVAE": "temporal_vae", "WanVAE": "wan", "TAEHV": "taehv"}
+
+
+def overrides(experiment: str, folder: Path, videos: Path, rooms: Path, images: Path) -> list[str]:
+    """Overrides of train.py; writes first weights, and a teacher where the experiment has one, to `folder`."""
+    full = tiny.compose(f"experiment={experiment}")
+    name = TINY_OF[full.model._target_.rpartition(".")[2]]
+    made = [f"experiment={experiment}", *tiny.MODEL[name], *SMALL, f"data.width={64 if full.data.panorama else 32}"]
+    composed = tiny.compose(*made)
+    if "context_channels" in composed.adversary:
+        made.append("adversary.channels=[8,8,8,8]")
+    elif "channels" in composed.adversary:
+        made += [*tiny.GAN[1:], "adversary.ramp=0", "adversary.discriminator_start=null"]
+    if composed.trainer.accumulate > 2:
+        made.append("trainer.accumulate=2")
+    if "rfid" in composed.validation.seldom:
+        made.append("validation.seldom=[]")  # its network takes longer than all the rest
+    if composed.model.get("shortcuts"):
+        made += ["model.multipliers=[1,1]"]
+        composed = tiny.compose(*made)
+    if OmegaConf.is_missing(composed.teacher, "path") or composed.teacher.path is not None:
+        made += [*_teacher(full.model.variant, folder), *NINE_FRAMES]
+        composed = tiny.compose(*made)
+    if composed.stage.name == "stage1":
+        start, first = "stage.init_from.spatial_vae", composed.model.spatial
+    else:
+        start, first = "stage.init_from", composed.model
+    _export(OmegaConf.to_container(first, resolve=True), folder / "start")
+    made.append(f"{start}={folder / 'start'}")
+    if composed.data.frames.min > 3 and name != "taehv":
+        made.append("data.frames.min=1" if name != "wan" else "data.frames.min=3")
+    kind = composed.data.source._target_.rpartition(".")[2]
+    clips = [{"path": str(path)} for path in sorted(Path(videos).parent.glob("*.mp4"))]
+    (folder / "clips.json").write_text(json.dumps(clips))
+    source = {
+        "Table": f"path={videos}",
+        "ErpRooms": f"root={rooms}",
+        "JsonClips": f"path={folder / 'clips.json'}",
+        "ImageFolder": f"path={images}",
+    }[kind]
+    if kind == "ImageFolder":
+        made += ["data.frames.max=1", "validation.frames=1"]
+    return [*made, f"data.source.{source}"]
+
+
+def _teacher(variant: str, folder: Path) -> list[str]:
+    """A tiny teacher of 4 x 8 x 8 for a TAEHV."""
+    name = "opensora_v1_2" if variant == "taeos1_2" else "wan"
+    _export(factory.model_config(name, *TEACHERS[name]), folder / "teacher")
+    return [f"teacher.path={folder / 'teacher'}", f"model.variant={variant}"]
+
+
+def _export(config: dict, folder: Path) -> None:
+    """Random weights, under torch's current seed."""
+    write_export(Checkpoint(config, factory.instantiate(config).state_dict(), folder, ""), folder)
