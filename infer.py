@@ -4,7 +4,7 @@
     python infer.py checkpoint=runs/taehv_wan_best teacher=Wan2.1_VAE.pth source=videos.csv save_dir=out/tiny
 
 Writes out/stage3_ori, _rec and, of two-stage models, _spatial; with a teacher _compare, see docs/taehv.md. Settings:
-InferConfig in vae3d/config.py.
+InferConfig in vae3d/config/schema.py.
 """
 
 import sys
@@ -15,9 +15,9 @@ import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other impor
 import hydra
 from omegaconf import DictConfig
 
-from vae3d import launch
-from vae3d.check import check_inference
-from vae3d.config import InferConfig
+from vae3d.commands import launch
+from vae3d.config.schema import InferConfig
+from vae3d.config.validate import check_inference
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="infer")
@@ -27,10 +27,11 @@ def main(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> None:
     config = check_inference(cfg)
-    from vae3d import factory, ranks  # torch is imported only once the configuration is sound
+    from vae3d import distributed  # torch is imported only once the configuration is sound
+    from vae3d.commands import infer
 
-    with ranks.leaving():
-        factory.infer(config)
+    with distributed.leaving():
+        infer.infer(config)
 
 
 def in_full(argument: str) -> str:

@@ -4,7 +4,7 @@
     python train.py debug=dry stage=stage3 model=temporal_vae data.source.path=videos.csv     # what the run would be
     torchrun --nproc-per-node=8 train.py experiment=opensora_stage2 data.source.path=videos.csv
 
-The same command goes on where a killed one stopped. Settings: vae3d/config.py; their values: conf/train.yaml.
+The same command goes on where a killed one stopped. Settings: vae3d/config/schema.py; their values: conf/train.yaml.
 """
 
 import sys
@@ -15,9 +15,9 @@ import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other impor
 import hydra
 from omegaconf import DictConfig
 
-from vae3d import launch
-from vae3d.check import check_training
-from vae3d.config import TrainConfig
+from vae3d.commands import launch
+from vae3d.config.schema import TrainConfig
+from vae3d.config.validate import check_training
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -37,14 +37,15 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def train(config: TrainConfig, cfg: DictConfig) -> None:
-    from vae3d import factory, ranks  # torch is imported only once the configuration is sound
+    from vae3d import distributed  # torch is imported only once the configuration is sound
+    from vae3d.commands import train
 
     if config.debug.mode == "dry":
-        factory.describe(config)
+        train.describe(config)
         return
     folder = launch.prepare_run_folder(cfg)
-    with ranks.leaving():
-        signum = launch.fit(factory.trainer(config, folder))
+    with distributed.leaving():
+        signum = launch.fit(train.build_trainer(config, folder))
     launch.end_after(signum)
 
 

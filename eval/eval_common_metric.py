@@ -31,6 +31,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from vae3d.argparse_types import positive_float
+from vae3d.commands.launch import tell
+from vae3d.distributed import leaving
 from vae3d.errors import UserError
 from vae3d.evaluation.html import write_html
 from vae3d.evaluation.pairs import PairError, Protocol, find_pairs
@@ -46,11 +48,9 @@ from vae3d.evaluation.tables import (
     write_per_video,
 )
 from vae3d.inference.folder import remove_unfinished
-from vae3d.launch import tell
 from vae3d.metrics import METRICS, PRESETS, MetricSet, build_metrics
 from vae3d.metrics.presets import require_shapes
 from vae3d.precision import as_device
-from vae3d.ranks import leaving
 
 
 def positive(text: str) -> int:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import vae3d.factory  # noqa: F401  (once, before the forks)
+import vae3d.loading  # noqa: F401  (once, before the forks)
 from vae3d.argparse_types import non_negative_int, positive_int
 
 ROOT = Path(__file__).resolve().parents[1]

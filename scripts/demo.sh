@@ -23,7 +23,7 @@ run() {
 }
 
 videos() {
-  [[ -f demo/videos/videos.csv ]] || run python scripts/make_demo_videos.py demo/videos
+  [[ -f demo/videos/videos.csv ]] || run python scripts/demo/make_demo_videos.py demo/videos
 }
 
 stages() {
@@ -42,7 +42,7 @@ stages() {
 }
 
 gan() {
-  run python scripts/make_demo_images.py demo/images
+  run python scripts/demo/make_demo_images.py demo/images
   run python train.py experiment=sd_vae_tiny
   run python train.py experiment=sd_vae_gan_tiny adversary=none run.name=sd_vae_control
   run python train.py experiment=sd_vae_gan_tiny
@@ -55,7 +55,7 @@ gan() {
 
 panoramas() { # the Wan VAE knows ordinary videos only; area0 is held out
   videos
-  run python scripts/make_demo_panoramas.py demo/rooms --areas 6 --rooms 5 --frames 6 --height 48
+  run python scripts/demo/make_demo_panoramas.py demo/rooms --areas 6 --rooms 5 --frames 6 --height 48
   run python train.py experiment=wan_tiny
   run python train.py experiment=wan_erp_tiny
   run python train.py experiment=wan_erp_tiny_best
@@ -75,7 +75,7 @@ distillation() { # a teacher from scratch, a student of its latents, and every e
 }
 
 diffusion() { # each with an autoencoder of its own, whose latents a cache holds
-  run python scripts/make_demo_classes.py demo/classes
+  run python scripts/demo/make_demo_classes.py demo/classes
   run python train.py experiment=ldm_vae_tiny
   run python scripts/encode_latents.py checkpoint=demo/runs/ldm_vae_tiny source=demo/classes/images.csv \
     cache=demo/latents/classes height=64 width=64 workers=1
@@ -100,5 +100,5 @@ for part in "${@:-${PARTS[@]}}"; do
   "$part"
   mv demo/commands/unfinished "demo/commands/$part.txt"
   echo
-  python scripts/demo_report.py demo
+  python scripts/demo/demo_report.py demo
 done

@@ -15,9 +15,9 @@ import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other impor
 import hydra
 from omegaconf import DictConfig
 
-from vae3d import launch
-from vae3d.config import CONF
-from vae3d.latent_config import EncodeConfig, check_encoding
+from vae3d.commands import launch
+from vae3d.config.latents import EncodeConfig, check_encoding
+from vae3d.config.schema import CONF
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="latents")
@@ -27,10 +27,11 @@ def main(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> None:
     config = check_encoding(cfg)
-    from vae3d import latent_factory, ranks  # torch is imported only once the configuration is sound
+    from vae3d import distributed  # torch is imported only once the configuration is sound
+    from vae3d.commands import encode
 
-    with ranks.leaving():
-        latent_factory.encode(config)
+    with distributed.leaving():
+        encode.encode(config)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from slim_weights import write_slim
 
 from vae3d.errors import UserError
 from vae3d.io import naming, write_json
-from vae3d.weights import FILES, MANIFEST, WeightFile, search_path, sha256, verify
+from vae3d.pretrained.weights import FILES, MANIFEST, WeightFile, search_path, sha256, verify
 
 
 def main(argv: list[str] | None = None) -> int:

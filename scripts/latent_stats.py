@@ -27,10 +27,9 @@ import torch
 from measure_scale import opened, rescale
 
 from vae3d.errors import UserError
-from vae3d.factory import load
 from vae3d.inference.scale import MeasuredScale, off_scale
-from vae3d.latent_factory import open_codec
 from vae3d.latents.cache import LatentCache
+from vae3d.loading import load, open_codec
 
 SHOWN = ("0.1", "50", "99.9")  # percentiles
 

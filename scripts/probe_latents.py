@@ -27,16 +27,16 @@ from torch import nn
 
 import vae3d
 from vae3d.argparse_types import non_negative_int, positive_int
-from vae3d.data.sources import open_source
+from vae3d.data.open_source import open_source
 from vae3d.errors import UserError
-from vae3d.features.lpips import LPIPSNet
 from vae3d.latents import probe_run
 from vae3d.latents.probe_report import console_table, write_report
 from vae3d.latents.probe_run import ProbeError, ProbeSettings
 from vae3d.metrics.frame import Lpips
 from vae3d.models.wan import WanVAE
 from vae3d.precision import as_device
-from vae3d.weights import WeightsMissing
+from vae3d.pretrained.lpips import LPIPSNet
+from vae3d.pretrained.weights import WeightsMissing
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,9 +16,9 @@ import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other impor
 import hydra
 from omegaconf import DictConfig
 
-from vae3d import launch
-from vae3d.config import CONF
-from vae3d.diffusion_config import SampleConfig, check_sampling
+from vae3d.commands import launch
+from vae3d.config.diffusion import SampleConfig, check_sampling
+from vae3d.config.schema import CONF
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="sample")
@@ -28,10 +28,11 @@ def main(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> None:
     config = check_sampling(cfg)
-    from vae3d import ranks, sampling_factory  # torch is imported only once the configuration is sound
+    from vae3d import distributed
+    from vae3d.commands import sample  # torch is imported only once the configuration is sound
 
-    with ranks.leaving():
-        sampling_factory.sample(config)
+    with distributed.leaving():
+        sample.sample(config)
 
 
 if __name__ == "__main__":

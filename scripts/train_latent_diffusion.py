@@ -15,9 +15,9 @@ import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other impor
 import hydra
 from omegaconf import DictConfig
 
-from vae3d import launch
-from vae3d.config import CONF
-from vae3d.diffusion_config import DiffusionConfig, check_diffusion
+from vae3d.commands import launch
+from vae3d.config.diffusion import DiffusionConfig, check_diffusion
+from vae3d.config.schema import CONF
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="diffusion")
@@ -37,14 +37,15 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def train(config: DiffusionConfig, cfg: DictConfig) -> None:
-    from vae3d import diffusion_factory, ranks  # torch is imported only once the configuration is sound
+    from vae3d import distributed  # torch is imported only once the configuration is sound
+    from vae3d.commands import train_diffusion
 
     if config.debug.mode == "dry":
-        diffusion_factory.describe(config)
+        train_diffusion.describe(config)
         return
     folder = launch.prepare_run_folder(cfg)
-    with ranks.leaving():
-        signum = launch.fit(diffusion_factory.diffusion_trainer(config, folder))
+    with distributed.leaving():
+        signum = launch.fit(train_diffusion.build_trainer(config, folder))
     launch.end_after(signum)
 
 

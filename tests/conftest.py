@@ -34,7 +34,7 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rendered panoramas and depth maps, 32 x 64: three areas of two rooms with six frames."""
     root = tmp_path_factory.mktemp("rooms")
     done = tiny.run(
-        *tiny.script("scripts/make_demo_panoramas.py"), str(root), "--depth", "--areas=3", "--rooms=2", "--frames=6",
+        *tiny.script("scripts/demo/make_demo_panoramas.py"), str(root), "--depth", "--areas=3", "--rooms=2", "--frames=6",
         "--height=32", cwd=root,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -119,7 +119,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def spatial_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny 2D VAE with random weights, exported."""
-    from vae3d.factory import model_config
+    from vae3d.loading import model_config
 
     folder = tmp_path_factory.mktemp("spatial")
     config = model_config("spatial", *tiny.MODEL["spatial"])

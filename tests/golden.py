@@ -50,7 +50,7 @@ def in_child(run: Callable[[], None], log: Path, **environment: str) -> int:
 
 
 def wait(children: list[int], log: Path) -> None:
-    if any([os.waitpid(child, 0)[1] for child in children]):
+    if any(os.waitpid(child, 0)[1] for child in children):
         sys.exit(f"a run failed:\n{log.read_text()}")
 
 
@@ -68,11 +68,11 @@ def train(overrides: list[str], folder: Path) -> None:
     import torch
 
     from tests import tiny
-    from vae3d import factory
-    from vae3d.check import check_training
+    from vae3d.commands.train import build_trainer
+    from vae3d.config.validate import check_training
 
     torch.set_num_threads(1)
-    factory.trainer(check_training(tiny.compose(*overrides)), folder).fit()
+    build_trainer(check_training(tiny.compose(*overrides)), folder).fit()
 
 
 def latent_overrides(name: str, folder: Path, data: Path) -> list[str]:
@@ -91,11 +91,11 @@ def train_latent(overrides: list[str], folder: Path) -> None:
     import torch
 
     from tests import tiny
-    from vae3d import diffusion_factory
-    from vae3d.diffusion_config import check_diffusion
+    from vae3d.commands.train_diffusion import build_trainer
+    from vae3d.config.diffusion import check_diffusion
 
     torch.set_num_threads(1)
-    diffusion_factory.diffusion_trainer(check_diffusion(tiny.compose(*overrides, config="diffusion")), folder).fit()
+    build_trainer(check_diffusion(tiny.compose(*overrides, config="diffusion")), folder).fit()
 
 
 def make_data(folder: Path) -> None:
@@ -181,7 +181,7 @@ def main() -> int:
 
 
 def first_difference(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
-    for old, new in zip(before, after):
+    for old, new in zip(before, after, strict=False):
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
                 return f"at step {old.get('step')}: {name} was {old.get(name)} and is {new.get(name)}"
@@ -192,6 +192,6 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch  # noqa: F401  (once, for all children)
 
-    import vae3d.factory  # noqa: F401
+    import vae3d.loading  # noqa: F401
 
     sys.exit(main())

@@ -20,7 +20,7 @@ from vae3d.arguments import (
     check_value,
     short,
 )
-from vae3d.config import CONF
+from vae3d.config.schema import CONF
 from vae3d.models.registry import MODELS
 
 GOOD = [

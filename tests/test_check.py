@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 
 from tests import tiny
 from vae3d import argparse_types
-from vae3d.check import ConfigError, check_inference, check_training
-from vae3d.config import CONF, InferConfig, TrainConfig
-from vae3d.diffusion_config import check_diffusion, check_sampling
-from vae3d.latent_config import EncodeConfig, check_encoding
-from vae3d.launch import FolderCheck, allow_unknown_keys, read_arguments
+from vae3d.commands.launch import FolderCheck, allow_unknown_keys, read_arguments
+from vae3d.config.diffusion import check_diffusion, check_sampling
+from vae3d.config.latents import EncodeConfig, check_encoding
+from vae3d.config.schema import CONF, InferConfig, TrainConfig
+from vae3d.config.validate import ConfigError, check_inference, check_training
 
 FAULTS = {
     "unknown key": (["trainer.max_step=5"], "trainer.max_step is not a setting; did you mean trainer.max_steps?"),
@@ -227,7 +227,7 @@ def test_inference_faults(name):
 
 
 def test_schema_and_check_import_no_torch():
-    code = "import sys, vae3d.check, vae3d.launch, vae3d; sys.exit('torch' in sys.modules)"
+    code = "import sys, vae3d.config.validate, vae3d.commands.launch, vae3d; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=tiny.ROOT).returncode == 0
 
 

@@ -12,11 +12,12 @@ from omegaconf import OmegaConf
 
 from tests import tiny, tiny_experiments
 from tests.tiny_experiments import EXPERIMENTS
-from vae3d import factory
-from vae3d.check import ConfigError, check_training
+from vae3d import loading
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
-from vae3d.config import CONF
+from vae3d.commands import train
+from vae3d.config.schema import CONF
+from vae3d.config.validate import ConfigError, check_training
 
 
 def names(group: str) -> list[str]:
@@ -72,7 +73,7 @@ def exports(tmp_path_factory):
     """A tiny export of every model, to start from."""
     root = tmp_path_factory.mktemp("exports")
     for name in names("model"):
-        config = factory.model_config(name, *tiny.MODEL[name])
+        config = loading.model_config(name, *tiny.MODEL[name])
         write_export(Checkpoint(config, tiny.model(name).state_dict(), root, ""), root / name)
     return root
 
@@ -84,7 +85,7 @@ def starting_point(model: str, stage: str, exports: Path) -> list[str]:
 
 
 def two_steps(config, folder: Path) -> None:
-    t = factory.trainer(config, folder)
+    t = train.build_trainer(config, folder)
     t.fit()
     assert t.step == 2
 
@@ -125,7 +126,7 @@ def test_a_gan_steps_twice_with_every_model_and_stage(videos, exports, tmp_path,
     most, step = FRAMES.get(model, (2, 1))
     overrides = [f"stage={stage}", "loss=recon_kl", "loss.reduction=mean", *tiny.GAN, f"adversary={adversary}"]
     overrides += ["data.frames.min=1", f"data.frames.max={most}", f"data.frames.step={step}", "trainer.save_every=0"]
-    t = factory.trainer(tiny.training(model, videos, *overrides, *starting_point(model, stage, exports)), tmp_path)
+    t = train.build_trainer(tiny.training(model, videos, *overrides, *starting_point(model, stage, exports)), tmp_path)
     told, train_step = [], t.train_step
     t.train_step = lambda clips, *rest: (told.append(train_step(clips, *rest)), told[-1])[1]
     t.fit()

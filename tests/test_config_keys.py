@@ -9,7 +9,7 @@ import typing
 import pytest
 
 from tests import tiny
-from vae3d import config, diffusion_config, latent_config
+from vae3d.config.schema import diffusion, latents, schema
 
 # These declare, check and list settings; reading one here does nothing.
 DECLARING = (
@@ -37,8 +37,8 @@ def keys(kind: type, prefix: str = "") -> list[str]:
     "key",
     sorted(
         {
-            *(*keys(config.TrainConfig), *keys(config.InferConfig), *keys(latent_config.EncodeConfig)),
-            *(*keys(diffusion_config.DiffusionConfig), *keys(diffusion_config.SampleConfig)),
+            *(*keys(schema.TrainConfig), *keys(schema.InferConfig), *keys(latents.EncodeConfig)),
+            *(*keys(diffusion.DiffusionConfig), *keys(diffusion.SampleConfig)),
         }
     ),
 )

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from vae3d.check import ConfigError
+from vae3d.config.diffusion import check_diffusion, check_sampling
+from vae3d.config.latents import check_encoding
+from vae3d.config.validate import ConfigError
 from vae3d.diffusion.sampling import write_grid
-from vae3d.diffusion_config import check_diffusion, check_sampling
-from vae3d.latent_config import check_encoding
 
 DISTANCES = {"samples": 0.15, "other latents": 0.125, "noise": 0.25}
 # Script, configuration, its check -> what is missing before the demo ran, of images and of clips.

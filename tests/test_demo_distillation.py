@@ -13,7 +13,7 @@ import infer
 from tests import tiny
 from tests.inference.test_comparison import TEACHER, compare
 from tests.inference.test_wan_infer import write
-from vae3d.check import ConfigError, check_inference
+from vae3d.config.validate import ConfigError, check_inference
 from vae3d.errors import UserError
 
 VAL = {"taehv_teacher_tiny": [(300, 15.0), (600, 18.0)], "taehv_tiny": [(100, 14.0), (200, 17.5)]}
@@ -119,7 +119,7 @@ def test_a_run_that_was_never_validated_is_named(report, folder):
 
 
 def test_the_script_ends_with_one_message(tmp_path):
-    done = tiny.run(*tiny.script("scripts/demo_distillation_report.py"), "demo", "curves.png", cwd=tmp_path)
+    done = tiny.run(*tiny.script("scripts/demo/demo_distillation_report.py"), "demo", "curves.png", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout.splitlines()[-1].startswith("error: demo/runs/taehv_teacher_tiny/metrics.jsonl is missing")
     assert "Traceback" not in done.stdout

@@ -16,7 +16,9 @@ HEIGHT = 64
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("make_demo_panoramas", tiny.ROOT / "scripts/make_demo_panoramas.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_demo_panoramas", tiny.ROOT / "scripts/demo/make_demo_panoramas.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look themselves up
     spec.loader.exec_module(module)
@@ -86,7 +88,13 @@ def test_pictures_go_on_across_the_seam_and_are_smooth_at_the_poles(demo):
 
 
 def test_the_script_writes_the_layout_and_the_same_files_again(tmp_path):
-    command = [*tiny.script("scripts/make_demo_panoramas.py"), "--areas=2", "--rooms=1", "--frames=2", "--height=16"]
+    command = [
+        *tiny.script("scripts/demo/make_demo_panoramas.py"),
+        "--areas=2",
+        "--rooms=1",
+        "--frames=2",
+        "--height=16",
+    ]
     for name in ("a", "b"):
         done = tiny.run(*command, str(tmp_path / name), "--depth", cwd=tmp_path)
         assert done.returncode == 0, done.stdout

@@ -12,7 +12,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tests import tiny
-from vae3d.config import TrainConfig
+from vae3d.config.schema import TrainConfig
 
 SCRIPT = tiny.ROOT / "scripts/finetune_wan_erp.sh"
 

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from vae3d import factory
-from vae3d.check import check_training
-from vae3d.engine.ema import Ema
-from vae3d.engine.saving import export
-from vae3d.engine.trainer import Trainer
+from vae3d.commands import train
+from vae3d.config.validate import check_training
+from vae3d.training.checkpointer import export
+from vae3d.training.ema import Ema
+from vae3d.training.vae_trainer import Trainer
 
 COMMON = ["data.workers=0", "data.batch_size=2", "logger=none", "trainer.save_every=0", "validation.every=1000"]
 # Both recipes take the same steps at the same learning rate. An EMA of 0.994 holds 61 % of its start after 80 of them.
@@ -26,7 +26,7 @@ Scores = dict[str, float]
 
 
 def trainer(folder: Path, *overrides: str) -> Trainer:
-    return factory.trainer(check_training(tiny.compose(*overrides, *COMMON)), folder)
+    return train.build_trainer(check_training(tiny.compose(*overrides, *COMMON)), folder)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def scores(start: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, S
     """Validation of the start, of what each recipe's averages hold at the end, and of rgb's last weights."""
     root = tmp_path_factory.mktemp("rooms")
     sizes = ("--areas=5", "--rooms=4", "--frames=6", "--height=32")
-    done = tiny.run(*tiny.script("scripts/make_demo_panoramas.py"), str(root), *sizes, cwd=root)
+    done = tiny.run(*tiny.script("scripts/demo/make_demo_panoramas.py"), str(root), *sizes, cwd=root)
     assert done.returncode == 0, done.stdout
     scores = {}
     for name, experiment in {"rgb": "wan_erp_tiny", "best": "wan_erp_tiny_best"}.items():

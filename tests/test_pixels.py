@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import tiny
 from vae3d import pixels
-from vae3d.engine.validation import validate
 from vae3d.metrics import MetricError, build_metrics
 from vae3d.pixels import NotFiniteError, PixelError, check_video, no_value_checks, quantize, to_uint8
+from vae3d.training.vae_validation import validate
 from vae3d.types import Clip
 
 NAN, INF = float("nan"), float("inf")
@@ -109,8 +109,8 @@ def test_values_are_not_looked_at_in_a_training_step(monkeypatch):
 
 
 def test_training_steps_do_not_look_at_values(monkeypatch):
-    from vae3d.diffusion.trainer import DiffusionTrainer
-    from vae3d.engine.trainer import Trainer
+    from vae3d.training.diffusion_trainer import DiffusionTrainer
+    from vae3d.training.vae_trainer import Trainer
 
     for trainer in (Trainer, DiffusionTrainer):
         seen = []

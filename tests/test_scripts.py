@@ -22,13 +22,13 @@ from tests import tiny
 from tests.test_demo_diffusion import sampled
 from tests.test_demo_distillation import distil
 from tests.test_demo_gan import adversarial
-from vae3d.check import ConfigError, check_training
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
-from vae3d.config import CONF
+from vae3d.config.schema import CONF
+from vae3d.config.validate import ConfigError, check_training
 from vae3d.data.readers import open_media
 from vae3d.errors import UserError
-from vae3d.factory import model_config
+from vae3d.loading import model_config
 
 
 def script(name: str) -> ModuleType:
@@ -207,7 +207,7 @@ def test_links_of_the_pages_lead_somewhere(page):
 
 
 def test_demo_videos_are_40_or_more_readable_clips_with_a_held_out_split(tmp_path):
-    done = tiny.run(*tiny.script("scripts/make_demo_videos.py"), str(tmp_path / "videos"), cwd=tmp_path)
+    done = tiny.run(*tiny.script("scripts/demo/make_demo_videos.py"), str(tmp_path / "videos"), cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     table = pd.read_csv(tmp_path / "videos/videos.csv")
     assert len(table) >= 40
@@ -283,7 +283,7 @@ def test_report_holds_its_pictures_and_prints_the_tables(tmp_path, videos):
     for part in demo_report.PARTS:
         (tmp_path / f"commands/{part}.txt").write_text(f"python train.py <{part}>\n")
 
-    done = tiny.run(*tiny.script("scripts/demo_report.py"), str(tmp_path), cwd=tmp_path)
+    done = tiny.run(*tiny.script("scripts/demo/demo_report.py"), str(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert "stage 3: everything, pixels" in done.stdout
     assert "20.50" in done.stdout

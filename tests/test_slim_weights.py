@@ -13,9 +13,9 @@ import torchvision
 from safetensors.torch import load_file
 
 from tests.test_scripts import script
-from vae3d import weights
-from vae3d.features.lpips import LPIPSNet
-from vae3d.weights import WeightFile, WeightsMissing, find
+from vae3d.pretrained import weights
+from vae3d.pretrained.lpips import LPIPSNet
+from vae3d.pretrained.weights import WeightFile, WeightsMissing, find
 
 write_slim = script("slim_weights").write_slim
 

@@ -216,7 +216,7 @@ def test_ctrl_c_during_a_start_is_one_line(tmp_path):
     "entry",
     ["train.py", "infer.py", "eval/eval_common_metric.py", "scripts/encode_latents.py",
      "scripts/sample_latent_diffusion.py", "scripts/train_latent_diffusion.py", "scripts/convert_checkpoint.py",
-     "scripts/latent_stats.py", "scripts/measure_scale.py", "scripts/probe_latents.py", "scripts/make_demo_videos.py"],
+     "scripts/latent_stats.py", "scripts/measure_scale.py", "scripts/probe_latents.py", "scripts/demo/make_demo_videos.py"],
 )  # fmt: skip
 def test_entries_are_ready_for_ctrl_c_before_they_import_anything_slow(entry):
     imports = [

@@ -20,9 +20,9 @@ import torch
 from tests import tiny
 from tests.test_scripts import script
 from tests.test_slim_weights import trunk
-from vae3d import weights
 from vae3d.metrics.registry import METRICS
-from vae3d.weights import FILES, WeightFile, WeightsMissing, find
+from vae3d.pretrained import weights
+from vae3d.pretrained.weights import FILES, WeightFile, WeightsMissing, find
 
 CONTENT = bytes(range(256)) * 20
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -164,7 +164,7 @@ def test_the_hugging_face_cache_is_the_last_place(places, tmp_path):
     (repository / "refs/main").write_text("0123abcd")
     (repository / "snapshots/0123abcd").mkdir(parents=True)
     cached = put(repository / "snapshots/0123abcd", "i3d_torchscript.pt")
-    code = "from vae3d.weights import find; print(find('i3d_pretrained_400.pt', 'i3d_torchscript.pt'))"
+    code = "from vae3d.pretrained.weights import find; print(find('i3d_pretrained_400.pt', 'i3d_torchscript.pt'))"
     env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "VAE3D_ALLOW_UNVERIFIED": "1"}
     env.pop("HF_HUB_CACHE", None)
 

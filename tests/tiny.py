@@ -21,8 +21,8 @@ from PIL import Image
 
 import vae3d
 from tests import warm
-from vae3d.check import check_training
-from vae3d.config import CONF, TrainConfig
+from vae3d.config.schema import CONF, TrainConfig
+from vae3d.config.validate import check_training
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,7 +68,7 @@ def model(name: str, *overrides: str, seed: int = 0) -> torch.nn.Module:
 
 def compose(*overrides: str, config: str = "train") -> DictConfig:
     """A configuration as the command line would compose it; keys that do not exist are kept for the check."""
-    from vae3d.launch import allow_unknown_keys
+    from vae3d.commands.launch import allow_unknown_keys
 
     named = ["run.name=test"] if config == "train" else []
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):

@@ -8,10 +8,10 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from tests import tiny
-from vae3d import factory
+from vae3d import loading
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
-from vae3d.config import CONF
+from vae3d.config.schema import CONF
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 SMALL = [
@@ -72,10 +72,10 @@ def overrides(experiment: str, folder: Path, videos: Path, rooms: Path, images: 
 def _teacher(variant: str, folder: Path) -> list[str]:
     """A tiny teacher of 4 x 8 x 8 for a TAEHV."""
     name = "opensora_v1_2" if variant == "taeos1_2" else "wan"
-    _export(factory.model_config(name, *TEACHERS[name]), folder / "teacher")
+    _export(loading.model_config(name, *TEACHERS[name]), folder / "teacher")
     return [f"teacher.path={folder / 'teacher'}", f"model.variant={variant}"]
 
 
 def _export(config: dict, folder: Path) -> None:
     """Random weights, under torch's current seed."""
-    write_export(Checkpoint(config, factory.instantiate(config).state_dict(), folder, ""), folder)
+    write_export(Checkpoint(config, loading.instantiate(config).state_dict(), folder, ""), folder)

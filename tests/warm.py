@@ -102,7 +102,7 @@ def main() -> None:
     import torch._dynamo  # noqa: F401  (the first optimizer imports it)
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
-    import vae3d.factory  # noqa: F401
+    import vae3d.loading  # noqa: F401
 
     job = _serve(socket.socket(fileno=int(sys.argv[1])))
     os.environ.clear()

@@ -15,7 +15,7 @@ __all__ = ["build", "load"]
 def __getattr__(name: str) -> Any:
     # Imported on demand: the configuration modules must not pull in torch.
     if name in __all__:
-        from vae3d import factory
+        from vae3d import loading
 
-        return getattr(factory, name)
+        return getattr(loading, name)
     raise AttributeError(f"module 'vae3d' has no attribute {name!r}")

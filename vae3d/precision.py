@@ -10,6 +10,8 @@ from torch import nn
 
 from vae3d.errors import UserError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def as_device(name: str) -> torch.device:
     """The device of that name. Raises UserError if there is none on this machine."""
@@ -61,3 +63,8 @@ def slow_conv3d() -> str | None:
     if cudnn is None or not torch.__version__.startswith("2.9.") or cudnn >= 91500:
         return None
     return f"torch {torch.__version__} with cuDNN {cudnn} is slow at 3D convolutions in bf16 and fp16; update either"
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """The dtype to autocast to, of fp32, bf16 or fp16; None for fp32, which runs without autocast."""
+    return None if precision == "fp32" else DTYPES[precision]

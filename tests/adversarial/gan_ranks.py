@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from tests.engine import quick
-from tests.engine.faulty_ranks import clips_of, faulty_step, out_of_memory
-from vae3d import ranks
-from vae3d.engine.rehearsal import RehearsalError, rehearse
-from vae3d.engine.trainer import Trainer
+from tests.training import quick
+from tests.training.faulty_ranks import clips_of, faulty_step, out_of_memory
+from vae3d import distributed
+from vae3d.training.preflight import RehearsalError, rehearse
+from vae3d.training.vae_trainer import Trainer
 
 SOUND = 3
 FAULTS = ("backward", "second", "data", "nan", "discriminator")  # a rehearsal fails in the forward pass
@@ -67,5 +67,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    with ranks.leaving():
+    with distributed.leaving():
         main(Path(sys.argv[1]))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tests.adversarial import toy
-from vae3d import ranks
+from vae3d import distributed
 
 
 def main(folder: Path) -> None:
@@ -31,5 +31,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    with ranks.leaving():
+    with distributed.leaving():
         main(Path(sys.argv[1]))

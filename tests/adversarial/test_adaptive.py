@@ -8,7 +8,7 @@ from torch import nn
 
 from tests import tiny
 from vae3d.adversarial.adaptive import AdaptiveWeight
-from vae3d.engine.freeze import train_parts
+from vae3d.training.freeze import train_parts
 
 CPU = torch.device("cpu")
 

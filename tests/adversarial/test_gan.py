@@ -11,12 +11,13 @@ import torch.nn.functional as F
 
 from tests import tiny
 from tests.adversarial import toy
-from tests.engine import quick
-from tests.engine.test_trainer import fresh_accelerate  # noqa: F401
-from vae3d import check, model_check
+from tests.training import quick
+from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.adversarial.base import Turn
 from vae3d.adversarial.gan import Gan
-from vae3d.engine.metrics import StepMetrics
+from vae3d.commands import dry_run
+from vae3d.config.schema import validate
+from vae3d.training.metrics import StepMetrics
 from vae3d.types import Clip
 
 START = ["stage=finetune", "stage.init_from=random", "loss=recon_kl", "loss.reduction=mean"]
@@ -146,7 +147,7 @@ def test_an_adaptive_weight_without_a_layer_is_refused_before_training(config):
     encoder = deepcopy(config)
     encoder.stage.train = {"encoder": 1.0}
     encoder.stage.init_from = "published weights"
-    (fault,) = model_check.faults(encoder)
+    (fault,) = dry_run.faults(encoder)
     assert fault.startswith("adversary: a clip of 2 frames fails: no layer that ends at the pixels trains, from which")
 
 
@@ -158,7 +159,7 @@ def test_the_check_names_what_does_not_go_with_a_gan(config):
                 key
             )
             changed.adversary.update({key: value}) if node is None else setattr(node, key, value)
-        return [*check._adversary_rules(changed), *model_check.faults(changed)]
+        return [*validate._adversary_rules(changed), *dry_run.faults(changed)]
 
     assert told() == told(adaptive=False, alternate=True, precision="fp16") == []
     for changes, message in (

@@ -10,8 +10,8 @@ import torch
 from tests import tiny
 from tests.adversarial import gan_ranks, toy
 from tests.adversarial.test_gan import FRAMES, START
-from tests.engine import quick
-from tests.engine.test_trainer import fresh_accelerate  # noqa: F401
+from tests.training import quick
+from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 from tests import tiny
 from tests.adversarial import toy
 from tests.adversarial.test_gan import FRAMES, START, clips_of
-from tests.engine import quick
-from tests.engine.test_trainer import fresh_accelerate  # noqa: F401
+from tests.training import quick
+from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.checkpoints.state import ResumeError
 from vae3d.data.clips import Unreadable
 

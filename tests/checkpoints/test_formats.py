@@ -13,8 +13,8 @@ from tests import tiny
 from vae3d.checkpoints import export, ldm
 from vae3d.checkpoints.export import write_diffusers, write_export, write_ldm, write_opensora
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
-from vae3d.factory import initialize, model_config
 from vae3d.io import FileError
+from vae3d.loading import initialize, model_config
 
 KEYS = json.loads((tiny.ROOT / "tests/keys/sd_vae.json").read_text())
 # 32 groups: a bare file does not tell its number of groups, all published ones have 32.

@@ -25,9 +25,8 @@ from vae3d.diffusion.build import build_network, network_config
 from vae3d.diffusion.export import read_export
 from vae3d.diffusion.export import write_export as write_diffusion_export
 from vae3d.errors import UserError
-from vae3d.factory import initialize, model_config
 from vae3d.io import read_yaml, yaml_text
-from vae3d.latent_factory import open_codec
+from vae3d.loading import initialize, model_config, open_codec
 
 CALL = "{_target_: os.system, _args_: ['touch PWNED']}"
 JSON_CALL = {"_target_": "os.system", "_args_": ["touch PWNED"]}
@@ -39,7 +38,7 @@ YAML_VALUES = {
     "hydra node of exec": '{_target_: builtins.exec, _args_: [\'open("PWNED", "w")\']}',
     "hydra node, partial": "{_target_: os.system, _partial_: true, command: touch PWNED}",
     "hydra node that finds a function": "{_target_: hydra.utils.get_method, path: os.system}",
-    "hydra node of the project": "{_target_: vae3d.factory.load, path: /}",
+    "hydra node of the project": "{_target_: vae3d.loading.load, path: /}",
     "a model": "{_target_: vae3d.models.spatial.SpatialVAE}",
     "flags of hydra": "{_convert_: all, _recursive_: true, _partial_: true}",
     "pairs with a hydra node": f"!!pairs [x: {CALL}]",

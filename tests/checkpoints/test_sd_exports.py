@@ -14,7 +14,7 @@ import vae3d
 from tests import tiny
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
-from vae3d.factory import model_config
+from vae3d.loading import model_config
 
 # stride, latent channels, quant convolutions, attention
 SIZES = [

@@ -15,7 +15,7 @@ from tests.models.test_taehv import TOY, toy
 from vae3d.checkpoints.export import WRITERS, write_export, write_final_model
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
 from vae3d.checkpoints.taehv import read_facts
-from vae3d.factory import initialize
+from vae3d.loading import initialize
 from vae3d.models.taehv import VARIANTS
 
 SIXTEEN = [name for name, kind in VARIANTS.items() if kind.latent_channels == 16]

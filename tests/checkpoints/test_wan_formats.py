@@ -14,13 +14,14 @@ import vae3d
 from scripts import convert_checkpoint
 from tests import tiny
 from tests.checkpoints.test_formats import assert_equal_states
-from tests.engine.test_trainer import fresh_accelerate  # noqa: F401
 from tests.models import wan
-from vae3d import factory
+from tests.training.test_trainer import fresh_accelerate  # noqa: F401
+from vae3d import loading
 from vae3d.checkpoints.export import FLAT_LAYOUTS, WRITERS, to_layout, write_export, write_flat
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
 from vae3d.checkpoints.wan import from_diffusers, to_diffusers
-from vae3d.factory import initialize
+from vae3d.commands import train
+from vae3d.loading import initialize
 
 LAYOUTS = {"wan": "VAE.pth", "videox_fun": "VAE.safetensors", "diffusers": "folder", "export": "export"}
 
@@ -48,7 +49,7 @@ def test_every_layout_is_recognised_and_comes_back_bit_exact(tmp_path, saved, la
     assert_equal_states(*({k: v for k, v in s.items() if k not in folded} for s in (read.state, saved.state)))
     model = vae3d.load(path)
     told = {"shift": model.spec.shift, "scale": model.spec.scale}  # which only some layouts hold; below
-    assert model.spec == replace(factory.instantiate(saved.config).spec, **told)
+    assert model.spec == replace(loading.instantiate(saved.config).spec, **told)
     if layout in ("diffusers", "export"):
         assert model.shift.flatten().tolist() == pytest.approx(saved.config["shift"])
         assert model.scale.flatten().tolist() == pytest.approx(saved.config["scale"])
@@ -60,7 +61,7 @@ def test_every_layout_is_recognised_and_comes_back_bit_exact(tmp_path, saved, la
 
 
 def assert_same_normalized_latents(saved: Checkpoint, model: torch.nn.Module) -> None:
-    ours = factory.instantiate(saved.config).eval()
+    ours = loading.instantiate(saved.config).eval()
     ours.load_state_dict(saved.state)
     video = wan.clip(ours, 5)
     with torch.no_grad():
@@ -78,14 +79,14 @@ def test_measured_constants_are_folded_for_programs_that_apply_the_published_one
     WRITERS[layout](saved, tmp_path / "vae.pth")
     assert "normalised latents stay the same" in saved.notes[0]
     model = vae3d.load(tmp_path / "vae.pth")
-    assert model.shift.flatten().tolist() == pytest.approx(factory.model_config("wan")["shift"])
+    assert model.shift.flatten().tolist() == pytest.approx(loading.model_config("wan")["shift"])
     assert_same_normalized_latents(saved, model)
     write_flat(saved, {"wan": "native"}.get(layout, layout), tmp_path / "flat.pt")
     assert_equal_states(read_checkpoint(tmp_path / "flat.pt").state, model.state_dict())
 
 
 def test_published_constants_leave_the_weights_as_they_are(tmp_path):
-    published = {name: factory.model_config("wan")[name] for name in ("shift", "scale")}
+    published = {name: loading.model_config("wan")[name] for name in ("shift", "scale")}
     saved = checkpoint("wan", tmp_path, latent_channels=16, **published)
     WRITERS["wan"](saved, tmp_path / "vae.pth")
     assert_equal_states(read_checkpoint(tmp_path / "vae.pth").state, saved.state)
@@ -114,7 +115,7 @@ def test_bare_files_of_the_published_width_have_the_published_constants(tmp_path
     small = checkpoint("wan", tmp_path, latent_channels=16)
     torch.save(small.state, tmp_path / "Wan2.1_VAE.pth")
     read = read_checkpoint(tmp_path / "Wan2.1_VAE.pth")
-    assert read.config["shift"] == factory.model_config("wan")["shift"]
+    assert read.config["shift"] == loading.model_config("wan")["shift"]
     assert "the published weights' are used" in read.notes[0]
 
 
@@ -124,7 +125,7 @@ def test_diffusers_opens_the_folder_and_computes_the_same(tmp_path, saved):
         tmp_path / "vae", local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
     )
     assert not any(told.values()), told
-    ours = factory.instantiate(saved.config).eval()
+    ours = loading.instantiate(saved.config).eval()
     ours.load_state_dict(saved.state)
     video = wan.clip(ours, 5)
     with torch.no_grad():
@@ -206,7 +207,7 @@ def test_a_tensor_of_another_shape_is_named(tmp_path):
 
 
 def test_layouts_are_for_their_own_model(tmp_path):
-    spatial = Checkpoint(factory.model_config("spatial", *tiny.MODEL["spatial"]), {}, tmp_path, "export")
+    spatial = Checkpoint(loading.model_config("spatial", *tiny.MODEL["spatial"]), {}, tmp_path, "export")
     for layout in ("wan", "videox_fun"):
         with pytest.raises(CheckpointError, match=rf"the {layout} layout is for vae3d\.models\.wan\.WanVAE"):
             WRITERS[layout](spatial, tmp_path / "x.pth")
@@ -246,7 +247,7 @@ def test_the_final_file_of_a_run_loads_strictly_where_the_network_is_called_mode
     config = tiny.training(
         "wan", rooms, "stage=slow_encoder", "stage.init_from=random", "loss=erp_lite", *erp, *publish
     )
-    t = factory.trainer(config, tmp_path)
+    t = train.build_trainer(config, tmp_path)
     t.fit()
     monkeypatch.chdir(tmp_path)
     vae = Wrapper()

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from tests import tiny
-from tests.engine.test_trainer import fresh_accelerate  # noqa: F401
-from vae3d import factory
+from tests.training.test_trainer import fresh_accelerate  # noqa: F401
+from vae3d.commands import train
 from vae3d.data import dataset_rows, probe
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipSettings
@@ -233,7 +233,7 @@ def test_a_run_trains_and_validates_on_it(tmp_path):
         "spatial", tmp_path, "data=hf_images", f"data.source.path={tmp_path / 'saved'}", "stage=finetune", "loss=recon_kl",
         "stage.init_from=random", "validation.every=2", "data.batch_size=8", "validation.metrics=[psnr]",
     )  # fmt: skip
-    trainer = factory.trainer(config, tmp_path / "run")
+    trainer = train.build_trainer(config, tmp_path / "run")
     trainer.fit()
     faults = [json.loads(line) for line in (tmp_path / "run/faults.jsonl").read_text().splitlines()]
     assert [(fault["path"], fault["reason"]) for fault in faults] == [

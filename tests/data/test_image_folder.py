@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from tests.engine.test_trainer import fresh_accelerate  # noqa: F401
-from vae3d import factory
-from vae3d.check import ConfigError
+from tests.training.test_trainer import fresh_accelerate  # noqa: F401
+from vae3d.commands import train
+from vae3d.config.validate import ConfigError
 from vae3d.data import probe, resolution
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipSettings
@@ -181,7 +181,7 @@ def test_a_folder_alone_trains_and_validates(images, tmp_path, model):
         model, tmp_path, *ALONE, f"data.source.path={tmp_path / 'set'}", "validation.every=2", "data.batch_size=8",
         "trainer.max_steps=4", "data.min_side=41", "validation.metrics=[psnr]",
     )  # fmt: skip
-    trainer = factory.trainer(config, tmp_path / "run")
+    trainer = train.build_trainer(config, tmp_path / "run")
     trainer.fit()
     assert trainer.step == 4
     listed = [json.loads(line) for line in (tmp_path / "run/faults.jsonl").read_text().splitlines()]
@@ -198,7 +198,7 @@ def test_a_cut_off_image_is_a_fault_with_its_name(images, tmp_path):
     config = tiny.training(
         "spatial", tmp_path, *ALONE, f"data.source.path={tmp_path / 'set'}", "data.batch_size=8", "trainer.max_steps=3"
     )
-    factory.trainer(config, tmp_path / "run").fit()
+    train.build_trainer(config, tmp_path / "run").fit()
     (fault,) = [json.loads(line) for line in (tmp_path / "run/faults.jsonl").read_text().splitlines()]
     assert fault["path"] == str(cut)
     assert fault["reason"].startswith("cannot be decoded: image file is truncated")

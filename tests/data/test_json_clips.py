@@ -12,8 +12,8 @@ import pytest
 from accelerate.state import AcceleratorState, PartialState
 
 from tests import tiny
-from vae3d import factory
-from vae3d.check import check_inference
+from vae3d.commands import train
+from vae3d.config.validate import check_inference
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipDataset, ClipSettings, open_frames
 from vae3d.data.json_clips import JsonClips
@@ -230,7 +230,7 @@ def test_inference_reconstructs_the_segment(folder, spatial_export, tmp_path):
 
     def infer(*more: str) -> None:
         words = [f"checkpoint={spatial_export}", f"source={path}", f"save_dir={tmp_path}/out", "overwrite=true"]
-        factory.infer(check_inference(tiny.compose(*words, *more, config="infer")))
+        infer.infer(check_inference(tiny.compose(*words, *more, config="infer")))
 
     infer("num_samples=1", "start=2")
     (row,) = pd.read_csv(tmp_path / "out_rec/index.csv").itertuples()
@@ -309,7 +309,7 @@ def test_two_steps_of_training(folder, tmp_path):
         "validation.frames=3", "validation.clips=1",
     )  # fmt: skip
     try:
-        trained = factory.trainer(config, tmp_path)
+        trained = train.build_trainer(config, tmp_path)
         trained.fit()
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from vae3d import factory
+from vae3d.commands import train
+from vae3d.commands.summary import data_summary
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.rooms import ErpRooms
 from vae3d.data.sources import DataError
-from vae3d.summary import data_summary
 
 SETTINGS = ClipSettings(16, 32, sampling="requirement", panorama=True)
 
@@ -113,7 +113,7 @@ def test_empty_roots_are_refused_with_what_was_looked_for(tmp_path):
 def rendered(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rendered")
     sizes = ["--areas=3", "--rooms=1", "--frames=9", "--height=16", "--depth"]
-    done = tiny.run(*tiny.script("scripts/make_demo_panoramas.py"), str(folder), *sizes, cwd=folder)
+    done = tiny.run(*tiny.script("scripts/demo/make_demo_panoramas.py"), str(folder), *sizes, cwd=folder)
     assert done.returncode == 0, done.stdout
     for number in range(4, 9):  # one room has 4 frames
         (folder / f"area0/room0/output/panorama_{number:04d}.png").unlink()
@@ -130,14 +130,14 @@ def data_of(rendered, name: str, *overrides: str):
         "stage=finetune",
     ]
     source = [f"data={name}", f"data.source.root={rendered}", "stage.init_from=random", "loss=recon_kl"]
-    return factory.training_data(tiny.training("temporal_vae", rendered, *small, *source, *overrides), 0, 1)
+    return train.training_data(tiny.training("temporal_vae", rendered, *small, *source, *overrides), 0, 1)
 
 
 def test_the_start_of_a_run_tells_of_rooms_and_areas(rendered):
     config = tiny.training(
         "temporal_vae", rendered, "data=erp_rooms", f"data.source.root={rendered}", "data.width=32", "loss=recon_kl"
     )  # fmt: skip
-    lines = data_summary(config, factory.training_data(config, 0, 1))
+    lines = data_summary(config, train.training_data(config, 0, 1))
     assert lines[0].startswith("1 training files, ")
     assert lines[1].startswith("  2 rooms of 2 areas in ")
     assert lines[1].endswith("; left out: 1 with fewer than 5 frames")
@@ -177,7 +177,7 @@ def test_the_same_clips_from_a_table_of_panorama_videos(rendered, tmp_path):
         "temporal_vae", tmp_path, "data=erp_videos", f"data.source.path={tmp_path}/t.csv", "data.width=32",
         "stage=finetune", "stage.init_from=random", "loss=recon_kl", "data.frames.max=17",
     )  # fmt: skip
-    data = factory.training_data(config, 0, 1)
+    data = train.training_data(config, 0, 1)
     (clip,) = data.clips(0, 1)
     assert {Path(path).name for path in clip.paths} == {"a.mp4", "panorama_*.png"}
     assert clip.video.shape == (2, 3, 9, 16, 32)

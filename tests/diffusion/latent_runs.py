@@ -10,16 +10,18 @@ from PIL import Image
 
 from tests import tiny
 from tests.latents import caches
-from vae3d import diffusion_factory, factory, sampling_factory
+from vae3d import loading
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
+from vae3d.commands import sample as sample_command
+from vae3d.commands import train_diffusion
+from vae3d.config.diffusion import DiffusionConfig, SampleConfig, check_diffusion, check_sampling
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
-from vae3d.data.sources import open_source
-from vae3d.diffusion.trainer import DiffusionTrainer
-from vae3d.diffusion_config import DiffusionConfig, SampleConfig, check_diffusion, check_sampling
+from vae3d.data.open_source import open_source
 from vae3d.inference.scale import measure, rescaled, spread_clips
-from vae3d.latent_factory import open_codec
+from vae3d.loading import open_codec
+from vae3d.training.diffusion_trainer import DiffusionTrainer
 
 SMALL = [
     "data.workers=0",
@@ -69,9 +71,9 @@ def vae(
 ) -> Path:
     """An export of a random autoencoder, of image VAEs with posteriors as narrow as trained ones have; scaled=False
     leaves its factors as they are."""
-    config = factory.model_config(name, *tiny.MODEL[name], *overrides)
+    config = loading.model_config(name, *tiny.MODEL[name], *overrides)
     torch.manual_seed(seed)
-    model = factory.instantiate(config).eval()
+    model = loading.instantiate(config).eval()
     if name == "spatial":
         with torch.no_grad():
             model.module.quant_conv.weight[4:], model.module.quant_conv.bias[4:] = 0.0, -6.0
@@ -95,7 +97,7 @@ def config(*overrides: str, network: str = "unet") -> DiffusionConfig:
 
 
 def trainer(folder: Path, *overrides: str, network: str = "unet") -> DiffusionTrainer:
-    return diffusion_factory.diffusion_trainer(config(*overrides, network=network), folder)
+    return train_diffusion.build_trainer(config(*overrides, network=network), folder)
 
 
 def sample_config(*overrides: str) -> SampleConfig:
@@ -103,4 +105,4 @@ def sample_config(*overrides: str) -> SampleConfig:
 
 
 def sample(*overrides: str) -> None:
-    sampling_factory.sample(sample_config(*overrides))
+    sample_command.sample(sample_config(*overrides))

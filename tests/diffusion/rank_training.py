@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.diffusion import latent_runs
-from vae3d import launch, ranks
+from vae3d import distributed
 from vae3d.checkpoints import state
-from vae3d.engine.agreement import RanksDiffer
-from vae3d.latent_config import EncodeConfig
-from vae3d.latent_factory import encode
+from vae3d.commands import launch
+from vae3d.commands.encode import encode
+from vae3d.config.latents import EncodeConfig
+from vae3d.training.agreement import RanksDiffer
 
 THREE = ("count=3", "batch_size=1", "classes=[dog,cat]")  # of which one rank draws the last alone
 
@@ -42,9 +43,9 @@ def refused(folder: Path, settings: list[str]) -> None:
 
 if __name__ == "__main__":
     top = Path(sys.argv[1])
-    with ranks.leaving():
+    with distributed.leaving():
         settings = json.loads((top / "settings.json").read_text())
         trained(top / "together", settings)
-        assert ranks.gathered(launch.rank()) == ([0, 1] if launch.rank() == 0 else [])
+        assert distributed.gathered(launch.rank()) == ([0, 1] if launch.rank() == 0 else [])
         latent_runs.sample(f"checkpoint={top}/together", f"out={top}/of_two", *THREE, against(settings))
         refused(top / "refused", settings)

@@ -9,7 +9,7 @@ from tests import tiny
 
 @pytest.fixture
 def main():
-    spec = importlib.util.spec_from_file_location("bench_latents", tiny.ROOT / "scripts/bench_latents.py")
+    spec = importlib.util.spec_from_file_location("bench_latents", tiny.ROOT / "scripts/benchmarks/bench_latents.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main

@@ -18,19 +18,19 @@ from PIL import Image
 from tests import tiny
 from tests.diffusion import latent_runs
 from tests.diffusion.toy import shaken
-from vae3d import launch, sampling_factory
-from vae3d.check import ConfigError
 from vae3d.checkpoints.formats import CheckpointError
+from vae3d.commands import launch, sample
+from vae3d.config.validate import ConfigError
 from vae3d.diffusion import sampling
 from vae3d.diffusion.build import build_network, network_config
 from vae3d.diffusion.comparison import matched
 from vae3d.diffusion.export import CONFIG, read_export, write_export
-from vae3d.diffusion.validation import decoded
 from vae3d.errors import UserError
 from vae3d.inference.folder import FolderError
-from vae3d.latent_factory import open_codec
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.identity import vae_facts
+from vae3d.loading import open_codec
+from vae3d.training.diffusion_validation import decoded
 
 CLASSES = ["cat", "dog"]
 
@@ -127,8 +127,8 @@ def test_killed_sampling_resumes_to_the_same_bytes(when, of_images, tmp_path, mo
     assert tiny.run(sys.executable, str(script), cwd=tmp_path).returncode == -signal.SIGKILL
     batches = len(list((tmp_path / "killed/.latents").glob("0*")))
     drawn_again = []
-    inner = sampling_factory.sample_latents
-    monkeypatch.setattr(sampling_factory, "sample_latents", lambda *a, **k: drawn_again.append(1) or inner(*a, **k))
+    inner = sample.sample_latents
+    monkeypatch.setattr(sample, "sample_latents", lambda *a, **k: drawn_again.append(1) or inner(*a, **k))
     drawn(of_images, tmp_path / "killed", *settings)
     assert everything(tmp_path / "killed") == whole
     assert len(drawn_again) == 2 - batches
@@ -169,7 +169,7 @@ def test_names_of_classes_are_no_folders(vae, tmp_path):
 
 
 def test_the_grid_is_of_the_first_samples(of_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling_factory, "MOST_IN_GRID", 2)
+    monkeypatch.setattr(sample, "MOST_IN_GRID", 2)
     whole = pixels(drawn(of_images, tmp_path, "write=[npz,grid]"))
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (32, 66, 3)
@@ -270,7 +270,7 @@ def test_guidance_needs_a_network_that_knows_no_label(of_images, tmp_path):
 
 def test_a_folder_that_cannot_be_is_found_before_the_first_sample(of_images, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(sampling_factory, "sample_latents", None)
+    monkeypatch.setattr(sample, "sample_latents", None)
     monkeypatch.setattr(launch, "in_sweep", lambda: False)
     with pytest.raises(SystemExit, match="2"):
         launch.one_message(lambda: drawn(of_images, tmp_path / "file"))

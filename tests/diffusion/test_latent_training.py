@@ -20,19 +20,20 @@ from PIL import Image
 
 from tests import tiny
 from tests.diffusion import latent_runs, rank_training
-from vae3d import diffusion_factory, launch
-from vae3d.check import ConfigError
 from vae3d.checkpoints import state
+from vae3d.commands import launch, train_diffusion
+from vae3d.config.validate import ConfigError
 from vae3d.data.sources import DataError
-from vae3d.diffusion import data, saving, validation
+from vae3d.diffusion import data
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import sample_latents
 from vae3d.diffusion.scale import ScaleRefused
-from vae3d.engine.patience import LostPatience
-from vae3d.engine.saving import SaveError
 from vae3d.errors import UserError
 from vae3d.latents.cache import CacheError
+from vae3d.training import diffusion_saving, diffusion_validation
+from vae3d.training.checkpointer import SaveError
+from vae3d.training.patience import LostPatience
 
 sys.path.insert(0, str(tiny.ROOT / "scripts"))
 FOUR = "model.channels=[8,8,8]"  # 4 x 4
@@ -153,13 +154,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(cached, tmp_path):
 def test_checkpoints_that_cannot_be_written_are_borne_until_patience_ends(cached, tmp_path, monkeypatch, caplog):
     told = [*cached, "trainer.save_every=1", "trainer.save_failures=2"]
     trainer = latent_runs.trainer(tmp_path, *told)
-    write, write_export = state.write, saving.write_export
+    write, write_export = state.write, diffusion_saving.write_export
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(state, "write", lambda *args: (full if trainer.step == 2 else write)(*args))
-    monkeypatch.setattr(saving, "write_export", lambda *args: (full if trainer.step == 3 else write_export)(*args))
+    monkeypatch.setattr(
+        diffusion_saving, "write_export", lambda *args: (full if trainer.step == 3 else write_export)(*args)
+    )
     with pytest.raises(LostPatience, match=r"2 checkpoints in a row could not be written .*trainer.save_failures is"):
         trainer.fit()
     assert "no checkpoint of step 2: rank 0: OSError: [Errno 28]" in caplog.text
@@ -186,7 +189,7 @@ def test_an_export_that_a_kill_left_out_is_written_at_the_next_start(cached, tmp
     assert latent_runs.trainer(tmp_path / "whole", *cached).fit()
     first = latent_runs.trainer(tmp_path / "killed", *cached)
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "write_export", lambda *_: 1 / 0)  # as good as a kill
+        patch.setattr(diffusion_saving, "write_export", lambda *_: 1 / 0)  # as good as a kill
         with pytest.raises(ZeroDivisionError):
             first.fit()
     while not (tmp_path / "killed/exports/step-0000004").is_dir():
@@ -350,8 +353,10 @@ def test_samples_are_of_classes_that_were_trained_on(vae, pictures, tmp_path, mo
         f"{pictures}/train/{name}/{i}.png,{label}\n" for name, label in (("cat", 1), ("dog", 3)) for i in range(1, 6)
     ))  # fmt: skip
     asked = []
-    draw = validation.sample_latents
-    monkeypatch.setattr(validation, "sample_latents", lambda *a, labels, **k: asked.extend(labels) or draw(*a, **k))
+    draw = diffusion_validation.sample_latents
+    monkeypatch.setattr(
+        diffusion_validation, "sample_latents", lambda *a, labels, **k: asked.extend(labels) or draw(*a, **k)
+    )
     told = [f"vae.path={vae}", f"data.source.path={tmp_path}/numbers.csv", "data.height=64", "data.width=64"]
     told += ["labels=column", "denoiser.num_classes=7", "trainer.max_steps=1", "validation.every=1"]
     assert latent_runs.trainer(tmp_path / "run", *told, "validation.samples=5").fit()
@@ -396,11 +401,11 @@ def test_clips_are_validated_and_sampled_as_long_as_the_longest_that_is_trained_
     told = [f"vae.path={vae}", "data=video_csv", f"data.source.path={tmp_path / 'videos.csv'}", "validation.every=1"]
     told += ["data.height=64", "data.width=64", "data.frames.min=2", "data.frames.max=5", "data.holdout=1"]
     config = latent_runs.config(*told)
-    codec = diffusion_factory._codec(config, torch.device("cpu"))
-    data = diffusion_factory.latent_data(config, codec, 0, 1)
+    codec = train_diffusion._codec(config, torch.device("cpu"))
+    data = train_diffusion.latent_data(config, codec, 0, 1)
     assert (data.size, data.latent_shape, max(data.trained)) == ((5, 64, 64), (4, 5, 16, 16), 5)
     assert data.held_out[0].values.shape[2] == 5
-    asked = diffusion_factory.latent_data(latent_runs.config(*told, "validation.frames=3"), codec, 0, 1)
+    asked = train_diffusion.latent_data(latent_runs.config(*told, "validation.frames=3"), codec, 0, 1)
     assert (asked.size, asked.held_out[0].values.shape[2]) == ((3, 64, 64), 3)
 
 
@@ -415,17 +420,17 @@ def test_faults_are_told_together(vae, pictures, tmp_path):
                            "validation.guidance=2")  # fmt: skip
     told = [f"vae.path={vae}", f"data.source.path={pictures}", "data.height=64", "data.width=64"]
     config = latent_runs.config(*told, "denoiser.size=3", "process.kind=ddpm", "data.frames.max=2")
-    clips = diffusion_factory.latent_data(
-        latent_runs.config(*told), diffusion_factory._codec(config, torch.device("cpu")), 0, 1
+    clips = train_diffusion.latent_data(
+        latent_runs.config(*told), train_diffusion._codec(config, torch.device("cpu")), 0, 1
     )
     with pytest.raises(ConfigError) as why:
-        diffusion_factory.complete(config, clips)
+        train_diffusion.complete(config, clips)
     assert [fault.split()[0] for fault in why.value.faults] == ["process,", "denoiser:"]
     longer = replace(clips, latent_shape=(4, 5, 16, 16))
     with pytest.raises(ConfigError, match="gives 5 latent frames, and training has 1 at most; use"):
-        diffusion_factory.complete(latent_runs.config(*told, network="video_transformer"), longer)
+        train_diffusion.complete(latent_runs.config(*told, network="video_transformer"), longer)
     with pytest.raises(ConfigError, match=r"denoiser.learned_sigma=True is not what process does; leave it out"):
-        diffusion_factory.complete(latent_runs.config(*told, "denoiser.learned_sigma=true"), clips)
+        train_diffusion.complete(latent_runs.config(*told, "denoiser.learned_sigma=true"), clips)
 
 
 @pytest.mark.parametrize(
@@ -435,7 +440,7 @@ def test_latent_experiments_are_sound(file, tmp_path):
     cfg = tiny.compose(f"latent_experiment={file.stem}", f"vae.path={tmp_path}", config="diffusion")
     given = [f"cache={tmp_path}"] if cfg.cache else [f"data.source.path={tmp_path}"]
     overrides = [f"latent_experiment={file.stem}", f"vae.path={tmp_path}", *given]
-    from vae3d.diffusion_config import check_diffusion
+    from vae3d.config.diffusion import check_diffusion
 
     config = check_diffusion(tiny.compose(*overrides, config="diffusion"))
     assert Path(config.run.root) == Path("demo/runs")

@@ -64,8 +64,8 @@ def test_differences_are_paired_by_video():
 
 
 def test_a_ratio_is_best_at_1_in_comparisons_summaries_reports_and_best_checkpoints():
-    from vae3d.engine.best import Best
     from vae3d.evaluation.html import _ranking, _shown_frames, _table
+    from vae3d.training.best import Best
 
     def ratio(name: str, *frames: float) -> VideoScore:
         scores = {"seam_ratio": Score(float(np.mean(frames)), list(frames))}

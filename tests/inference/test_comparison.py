@@ -16,15 +16,15 @@ import vae3d
 from tests import tiny
 from tests.inference.test_infer import read, run
 from tests.inference.test_wan_infer import write
-from vae3d.check import ConfigError
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
+from vae3d.config.validate import ConfigError
 from vae3d.errors import UserError
-from vae3d.factory import model_config
 from vae3d.inference.comparison import ComparisonError, baseline
 from vae3d.inference.comparison_report import collapsed
 from vae3d.inference.folder import FolderError
 from vae3d.inference.pictures import error_map, side_by_side, strip
+from vae3d.loading import model_config
 from vae3d.metrics import build_metrics
 from vae3d.models.base import translated
 

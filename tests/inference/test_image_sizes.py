@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from tests import tiny
-from vae3d.check import ConfigError, check_inference
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
-from vae3d.factory import infer, model_config
+from vae3d.commands.infer import infer
+from vae3d.config.validate import ConfigError, check_inference
+from vae3d.loading import model_config
 
 STRIDE_8 = [*tiny.MODEL["spatial"], "model.channels=[8,8,8,8]"]
 

@@ -12,11 +12,11 @@ from PIL import Image
 
 import vae3d
 from tests import tiny
-from vae3d.check import check_inference
+from vae3d.commands.infer import infer
+from vae3d.config.validate import check_inference
 from vae3d.data.readers import MediaError, open_media
 from vae3d.data.sources import DataError
 from vae3d.errors import UserError
-from vae3d.factory import infer
 from vae3d.inference.files import InferenceError
 from vae3d.inference.folder import FolderError
 from vae3d.inference.reconstruct import identifier

@@ -18,11 +18,11 @@ from tests.inference.test_infer import run
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.data.media import MediaError
-from vae3d.factory import model_config
 from vae3d.inference.files import InferenceError
 from vae3d.inference.folder import FolderError, locked
 from vae3d.inference.video import VideoWriter, write_image, write_video
 from vae3d.io import FileError
+from vae3d.loading import model_config
 
 SETTINGS = ["metrics=[psnr,ssim]", "height=16", "width=16"]
 

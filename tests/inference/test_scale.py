@@ -14,15 +14,15 @@ from diffusers import AutoencoderKL, AutoencoderKLWan
 
 import vae3d
 from tests import tiny
-from tests.engine.quick import trainer
-from tests.engine.test_trainer import fresh_accelerate, weights  # noqa: F401
-from vae3d import factory
-from vae3d.check import ConfigError
+from tests.training.quick import trainer
+from tests.training.test_trainer import fresh_accelerate, weights  # noqa: F401
+from vae3d import loading
 from vae3d.checkpoints.export import write_diffusers, write_export
 from vae3d.checkpoints.formats import Checkpoint, read_checkpoint
+from vae3d.config.validate import ConfigError
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
-from vae3d.data.sources import open_source
+from vae3d.data.open_source import open_source
 from vae3d.inference.scale import MeasuredScale, ScaleError, measure, off_scale, refusal, rescaled, spread_clips
 from vae3d.types import Clip
 
@@ -43,7 +43,7 @@ def clips(count: int = 3, frames: int = 5, size: int = 16) -> list[Clip]:
 
 
 def saved(name: str, folder) -> tuple[torch.nn.Module, Checkpoint]:
-    config = factory.model_config(name, *tiny.MODEL[name], *RAW[name])
+    config = loading.model_config(name, *tiny.MODEL[name], *RAW[name])
     model = tiny.model(name, *RAW[name])
     with torch.no_grad():  # channels that differ, and are not of mean 0
         for number, p in enumerate(p for p in model.parts()["encoder"][-1].parameters() if p.ndim == 1):
@@ -168,7 +168,7 @@ def test_an_export_without_readable_clips_keeps_its_scale_and_says_so(videos, tm
 
 def test_a_scale_that_differs_does_not_keep_an_image_vae_from_starting(videos, tmp_path):
     trainer(videos, tmp_path, **MEASURES).fit()
-    notes = factory.initialize(tiny.model("spatial"), str(tmp_path))
+    notes = loading.initialize(tiny.model("spatial"), str(tmp_path))
     assert any("scaling_factor is" in note and "0.13025 in the model" in note for note in notes)
 
 
@@ -201,7 +201,7 @@ def test_the_script_makes_an_export_of_published_weights(videos, tmp_path, capsy
     overrides = ["model.channels=[32,32]", "model.groups=32", "model.layers=1"]
     model = vae3d.build("spatial", *overrides)
     write_diffusers(
-        Checkpoint(factory.model_config("spatial", *overrides), model.state_dict(), tmp_path, ""), tmp_path / "a"
+        Checkpoint(loading.model_config("spatial", *overrides), model.state_dict(), tmp_path, ""), tmp_path / "a"
     )
     assert script(tmp_path / "a", videos) == 2
     assert "is no export; name a new one with --out" in capsys.readouterr().err

@@ -17,19 +17,21 @@ from safetensors import SafetensorError
 
 from tests import tiny
 from tests.latents import caches
-from vae3d.check import ConfigError
+from vae3d.commands.encode import encode as encode_command
+from vae3d.commands.encode import padding
+from vae3d.config.latents import check_encoding
+from vae3d.config.validate import ConfigError
 from vae3d.data.image_folder import ImageFolder
-from vae3d.data.sources import DataError, Folder, open_source
+from vae3d.data.open_source import open_source
+from vae3d.data.sources import DataError, Folder
 from vae3d.inference.folder import FolderError
-from vae3d.latent_config import check_encoding
-from vae3d.latent_factory import encode as encode_command
-from vae3d.latent_factory import open_codec, padding
 from vae3d.latents import clips, encode, shards
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.clips import ClipReader, Transform, items_of, labels_of
 from vae3d.latents.encode import encode_cache
 from vae3d.latents.shards import CacheError
 from vae3d.latents.statistics import LatentStatistics
+from vae3d.loading import open_codec
 
 SMALL = Transform(**caches.SMALL)
 

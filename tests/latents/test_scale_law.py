@@ -16,9 +16,8 @@ from tests import tiny
 from tests.latents import caches, families
 from vae3d.checkpoints.export import write_diffusers, write_export
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
-from vae3d.factory import load, model_config
-from vae3d.latent_factory import open_codec
 from vae3d.latents.cache import LatentCache
+from vae3d.loading import load, model_config, open_codec
 from vae3d.models.spatial import SpatialVAE
 
 RAW = {name: families.OVERRIDES[name] for name in ("spatial", "temporal_vae", "wan", "wan22")}
@@ -181,7 +180,7 @@ def test_only_models_and_the_doors_to_them_know_factors():
         "vae3d/checkpoints/",
         "vae3d/latents/identity.py",
         "vae3d/inference/scale.py",
-        "vae3d/factory.py",
+        "vae3d/loading.py",
         "scripts/",
     )
     knowing = [

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from tests import tiny
-from tests.engine import quick
-from tests.engine.test_trainer import fresh_accelerate  # noqa: F401
 from tests.losses.test_objective import as_clip
-from vae3d.check import ConfigError
-from vae3d.config import LossTerm
-from vae3d.engine.rehearsal import rehearse
+from tests.training import quick
+from tests.training.test_trainer import fresh_accelerate  # noqa: F401
+from vae3d.config.schema import LossTerm
+from vae3d.config.validate import ConfigError
 from vae3d.losses.equivariance import Equivariance, Transform
 from vae3d.losses.objective import Objective, Weighted
 from vae3d.losses.weights import ErpCosine
 from vae3d.models.base import with_decoder
+from vae3d.training.preflight import rehearse
 from vae3d.types import Clip, Reconstruction
 
 MODELS = ("spatial", "temporal_vae", "opensora_v1_2", "wan", "wan22", "taehv")

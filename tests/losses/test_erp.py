@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from tests import tiny
 from tests.losses.test_objective import as_clip, reconstruction
-from vae3d import factory
-from vae3d.check import ConfigError, check_training
+from vae3d.commands import train
+from vae3d.config.validate import ConfigError, check_training
 from vae3d.losses.cube import CubeL1, CubeLPIPS
 from vae3d.losses.latent import KL
 from vae3d.losses.objective import Objective, Weighted
@@ -312,7 +312,7 @@ def test_pixels_that_are_not_valid_have_no_gradient_in_any_term(trunks, name):
 
 def erp(*overrides: str) -> Objective:
     """The requirement's set with stand-ins for what costs time."""
-    return factory.objective(tiny.compose("loss=erp", *overrides).loss)
+    return train.objective(tiny.compose("loss=erp", *overrides).loss)
 
 
 class Counting:
@@ -377,11 +377,11 @@ def test_the_sets_hold_the_terms_they_name():
     assert (sets["erp_best"].pixel_weight.blend, sets["erp_depth"].pixel_weight.blend) == (0.5, 1.0)
     assert {s.reduction for s in sets.values()} == {"mean"}
     assert sets["erp_depth"].terms.kl.reduction == "sum"
-    objective = factory.objective(sets["erp_best"])
+    objective = train.objective(sets["erp_best"])
     assert objective.terms["lpips"].term.wrap == 32
     assert objective.terms["edge"].term.wrap
     assert objective.terms["edge"].term.normalize
-    assert factory.objective(tiny.compose("loss=recon_kl").loss).pixel_weight is None
+    assert train.objective(tiny.compose("loss=recon_kl").loss).pixel_weight is None
 
 
 def test_settings_of_the_loss_are_checked(videos):

@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 
-from vae3d.features.lpips import LPIPSNet, _unit
-from vae3d.weights import WeightsMissing
+from vae3d.pretrained.lpips import LPIPSNet, _unit
+from vae3d.pretrained.weights import WeightsMissing
 
 
 def reference(net: str, trunk: dict[str, torch.Tensor]) -> torch.nn.Module:

@@ -199,7 +199,7 @@ def test_unknown_reduction_is_refused():
 
 
 def test_stage1_gradients_reach_exactly_the_temporal_parts():
-    from vae3d.engine.freeze import train_parts
+    from vae3d.training.freeze import train_parts
 
     model = tiny.model("temporal_vae")
     train_parts(model, {"temporal_encoder": 1.0, "temporal_decoder": 1.0})

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tests import tiny
-from vae3d.features.lpips import TRUNKS
 from vae3d.metrics import Metric, MetricSet, VideoResult
+from vae3d.pretrained.lpips import TRUNKS
 
 
 def pair(

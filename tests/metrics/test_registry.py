@@ -9,7 +9,7 @@ import torch
 from tests.metrics.clips import pair, result
 from vae3d.metrics import METRICS, PRESETS, MetricError, build_metrics
 from vae3d.metrics.registry import resolve
-from vae3d.weights import FILES, WeightsMissing
+from vae3d.pretrained.weights import FILES, WeightsMissing
 
 
 def in_a_fresh_process(code: str) -> str:
@@ -126,7 +126,7 @@ def test_psnr_imports_no_package_that_only_others_need():
 def test_lpips_can_be_described_on_the_meta_device_before_torchvision_is_imported():
     code = (
         "import torch\n"
-        "from vae3d.features.lpips import LPIPSNet\n"
+        "from vae3d.pretrained.lpips import LPIPSNet\n"
         "with torch.device('meta'):\n"
         "    print({p.device.type for p in LPIPSNet('alex').parameters()})"
     )

@@ -17,8 +17,8 @@ from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import CheckpointError, read_checkpoint
 from vae3d.errors import UserError
 from vae3d.io import FileError
-from vae3d.models.base import VideoAutoencoder
 from vae3d.models.diffusers_vae import COGVIDEOX, HUNYUAN, KINDS, DiffusersVAE
+from vae3d.models.interface import VideoAutoencoder
 
 TINY = {"block_out_channels": [8, 8, 8, 8], "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -7,7 +7,7 @@ import torch
 
 import vae3d
 from tests import tiny
-from vae3d.models.base import VideoAutoencoder
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.temporal import TemporalVAE
 
 KEYS = json.loads((tiny.ROOT / "tests/keys/opensora_v1_2.json").read_text())

@@ -9,7 +9,7 @@ import torch
 
 import vae3d
 from tests import tiny
-from vae3d.factory import instantiate, model_config
+from vae3d.loading import instantiate, model_config
 
 FACTORS = {4: "[8,8,8]", 8: "[8,8,8,8]", 16: "[8,8,8,8,8]"}
 

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 import vae3d
 from tests.models import wan
-from vae3d.models.streaming import CausalStream, IndependentChunks, Stream, chunk_lengths
+from vae3d.models.interface import Stream
+from vae3d.models.streaming import CausalStream, IndependentChunks, chunk_lengths
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae3d.models.base import VideoAutoencoder
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers.taehv_frames import RULES, between, shown
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.taehv import TAEHV, VARIANTS
@@ -243,9 +243,9 @@ def test_frames_and_latents(variant, frames, latents, valid):
 
 def test_latents_of_open_sora_are_as_many_as_its_vae_makes():
     with torch.device("meta"):
-        from vae3d import factory
+        from vae3d import loading
 
-        teacher: OpenSoraVAE = factory.instantiate(factory.model_config("opensora_v1_2"))
+        teacher: OpenSoraVAE = loading.instantiate(loading.model_config("opensora_v1_2"))
     model = toy("taeos1_2")
     for frames in range(1, 60):
         assert model.latent_shape(frames, 40, 50) == teacher.latent_shape(frames, 40, 50)

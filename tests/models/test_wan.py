@@ -11,7 +11,7 @@ import vae3d
 from tests import tiny
 from tests.models import wan
 from vae3d.checkpoints.wan import from_diffusers, to_diffusers
-from vae3d.models.base import VideoAutoencoder
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers.borders import Borders
 from vae3d.models.layers.wan_blocks import Downsample, Upsample
 from vae3d.models.wan import WanVAE
@@ -84,7 +84,7 @@ def test_encode_and_decode_equal_diffusers(pair, frames):
 @pytest.mark.parametrize("name", ["wan", "wan22"])
 def test_normalisation_uses_the_published_constants(name):
     """The ends of the lists on the model cards; all of Wan2.1's are diffusers' defaults."""
-    config = vae3d.factory.model_config(name)
+    config = vae3d.loading.model_config(name)
     if name == "wan":
         from diffusers import AutoencoderKLWan
 

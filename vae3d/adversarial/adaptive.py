@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from vae3d.ranks import add_up
+from vae3d.distributed import add_up
 
 EPSILON = 1e-4
 

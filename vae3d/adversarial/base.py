@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vae3d.arguments import ArgumentError
-from vae3d.ranks import average
+from vae3d.distributed import average
 from vae3d.types import Clip, Reconstruction
 
 

@@ -20,9 +20,10 @@ import pandas as pd
 from tqdm import tqdm
 
 from vae3d.argparse_types import positive_int
+from vae3d.data.open_source import open_source
 from vae3d.data.readers import MediaError, MediaInfo, open_media
 from vae3d.data.segments import SEGMENT, Bounds, Segment, bounds_of
-from vae3d.data.sources import NUMBERS, DataError, open_source
+from vae3d.data.sources import NUMBERS, DataError
 from vae3d.errors import printable
 from vae3d.io import FileError, naming
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from vae3d.data.images import IMAGE_SUFFIXES, is_sequence
+from vae3d.data.open_source import holds_dataset, open_source
 from vae3d.data.readers import is_image
-from vae3d.data.sources import SPLITS, DataError, exists, files_under, holds_dataset, listed, open_source
+from vae3d.data.sources import SPLITS, DataError, exists, files_under, listed
 
 FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # and their splits
 

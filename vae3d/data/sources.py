@@ -19,12 +19,12 @@ from typing import Protocol, TypeVar
 import numpy as np
 import pandas as pd
 
-from vae3d.data.dataset_rows import has_tables, how_to_download, is_row, is_saved
+from vae3d.data.dataset_rows import how_to_download, is_row
 from vae3d.data.images import IMAGE_SUFFIXES, is_sequence, numbered
 from vae3d.data.media import DataError
 from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.segments import SEGMENT, SEGMENT_FAULT
-from vae3d.data.tables import JSON, kind_of, read_table
+from vae3d.data.tables import read_table
 from vae3d.seeding import seed_of
 
 T = TypeVar("T")
@@ -205,22 +205,3 @@ def file_hashes(table: pd.DataFrame) -> np.ndarray:
     """A number per row, of its name, from 0 to 2**63 - 1: equal for all rows of a file, and on every machine."""
     names = table.groupby("path")["name"].transform("min")
     return np.array([seed_of(name) for name in names], dtype=np.int64)
-
-
-def open_source(path: str | Path, root: str | Path | None = None) -> Source:
-    """A Table for .csv, .tsv and .parquet, JsonClips for .json and .jsonl, HuggingFace for a dataset's folder, else a
-    Folder. Raises DataError for a file that is none of these."""
-    from vae3d.data.hugging_face import HuggingFace  # which build on this module
-    from vae3d.data.json_clips import JsonClips
-
-    if holds_dataset(path):
-        return HuggingFace(path)
-    kind = kind_of(path)
-    if kind is None or Path(path).is_dir():
-        return Folder(path)
-    return (JsonClips if kind in JSON else Table)(path, root)
-
-
-def holds_dataset(folder: str | Path) -> bool:
-    """Whether a folder is a dataset of Hugging Face: saved, or with parquet or arrow files and no videos or images."""
-    return is_saved(folder) or (has_tables(folder) and not any(map(is_media, files_under(folder))))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vae3d import ranks
+from vae3d import distributed
 from vae3d.diffusion.data import LatentData
 from vae3d.errors import UserError
 from vae3d.inference.scale import WIDEST, off_scale
@@ -64,7 +64,7 @@ class Sums:
 
     def scale(self) -> Scale:
         """Of what all ranks have added. Every rank must call it, once."""
-        ranks.add_up(self.total)
+        distributed.add_up(self.total)
         mean, square = (self.total[2:] / self.total[1]).cpu().split(self.channels)
         return Scale(round(float(self.total[0])), mean, (square - mean.square()).clamp(min=0).sqrt())
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from vae3d import __version__, weights
+from vae3d import __version__
 from vae3d.evaluation.pairs import Pair, PairInfo, Protocol
 from vae3d.io import FileError, atomic_write, naming
 from vae3d.metrics import Metric, MetricSet, Score, VideoResult
 from vae3d.metrics.distribution import Features
+from vae3d.pretrained import weights
 
 
 @dataclass

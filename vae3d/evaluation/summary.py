@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from vae3d import __version__, weights
+from vae3d import __version__
 from vae3d.evaluation.pairs import Protocol
 from vae3d.evaluation.store import VideoScore, read_features
 from vae3d.metrics import MetricError, MetricSet
 from vae3d.metrics.base import Better, Nearest, goodness
 from vae3d.metrics.distribution import SetMetric
 from vae3d.metrics.presets import PRESETS, average, mean
+from vae3d.pretrained import weights
 
 RESAMPLES = 10_000
 PACKAGES = ("torch", "torchvision", "av", "numpy", "lpips", "opencv-python-headless")

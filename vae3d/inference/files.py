@@ -10,9 +10,10 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
+from vae3d.data.open_source import open_source
 from vae3d.data.readers import MediaError
 from vae3d.data.segments import SEGMENT_FAULT, bounds_of
-from vae3d.data.sources import SPLITS, DataError, open_source
+from vae3d.data.sources import SPLITS, DataError
 from vae3d.errors import UserError
 from vae3d.inference.comparison import Comparer
 from vae3d.inference.comparison_report import report_comparison

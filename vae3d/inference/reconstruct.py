@@ -21,7 +21,7 @@ from vae3d.data.segments import WHOLE, Bounds, Segment
 from vae3d.data.transforms import cover
 from vae3d.inference.video import VideoWriter, write_image
 from vae3d.metrics import MetricSet, VideoResult
-from vae3d.models.streaming import Stream
+from vae3d.models.interface import Stream
 from vae3d.pixels import NotFiniteError, as_unit, to_uint8
 from vae3d.seeding import generator_of
 from vae3d.types import Reconstruction

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.errors import UserError
-from vae3d.models.base import VideoAutoencoder
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.spatial import UNKNOWN_FACTOR
 from vae3d.pixels import RANGES, TOLERANCE, PixelError, check_latents, quantize, value_range
 from vae3d.precision import measuring

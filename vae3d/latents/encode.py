@@ -46,9 +46,9 @@ from vae3d.latents.shards import (
     write_shard,
 )
 from vae3d.latents.statistics import LatentStatistics, StatisticsError
+from vae3d.precision import DTYPES
 from vae3d.seeding import generator_of
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHOWN = 10  # faults in a message
 # What of meta.json, beside autoencoder and transform, must be the same for a cache to be gone on with.
 SAME = ("pixel_range", "precision", "store", "dtype", "flip", "seed", "clips", "clips_hash", "shard_size", "writers")

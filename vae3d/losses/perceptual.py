@@ -10,9 +10,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vae3d import panorama, weights
-from vae3d.features.lpips import LPIPSNet
+from vae3d import panorama
 from vae3d.losses.objective import Error, numel_per_frame, require_pixels
+from vae3d.pretrained import weights
+from vae3d.pretrained.lpips import LPIPSNet
 from vae3d.types import Clip, Reconstruction
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vae3d.features import i3d, inception, lpips, pwcnet, raft
 from vae3d.metrics.base import Chunk
+from vae3d.pretrained import i3d, inception, lpips, pwcnet, raft
 
 # Names of the files that each network may come from.
 FLOWS = {"pwc": pwcnet.FILES, **raft.FILES}

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from vae3d import weights
 from vae3d.metrics import distribution, frame, panorama, temporal
 from vae3d.metrics.base import Better, Metric, MetricError, MetricSet
 from vae3d.metrics.networks import FLOWS, I3D, INCEPTION, LPIPS, Networks
 from vae3d.metrics.presets import PRESETS
+from vae3d.pretrained import weights
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,7 @@ from vae3d.seeding import Generators
 from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction
 
 if TYPE_CHECKING:
-    from vae3d.models.base import VideoAutoencoder
-
-
-class Stream(Protocol):
-    """One video, called with one piece after another.
-
-    lookahead: how many of the frames after a piece must come with it, or as many as there are.
-    """
-
-    lookahead: int
-
-    def chunks(self, frames: int) -> list[int]:
-        """Lengths of the pieces of a video of so many frames; asked for once, before the first piece."""
-
-    def __call__(self, video: Tensor, *, sample: bool = False, generator: Generators = None) -> Reconstruction:
-        """Reconstruct the next piece, [B, 3, T, H, W], without the frames that came with it."""
+    from vae3d.models.interface import VideoAutoencoder
 
 
 class IndependentChunks:

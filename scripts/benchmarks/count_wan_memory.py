@@ -1,0 +1,119 @@
+"""Count the memory that the Wan2.1 VAE needs, without running it, and check that a long stream needs no more.
+
+    python scripts/benchmarks/count_wan_memory.py
+    python scripts/benchmarks/count_wan_memory.py --stream 10000 --channels 16    # really decodes 10,000 frames of 64 x 64
+
+Fake tensors: shapes only. Training is the forward pass, an L1 loss and the backward pass of one fp32 clip, with all
+gradients, without weights and optimizer state; the peak is of everything that is alive at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import vae3d
+from vae3d.argparse_types import positive_int
+
+CLIPS = ((5, 128, 256), (17, 256, 256), (33, 256, 256), (5, 512, 1024))
+WAYS = {
+    "whole": {},
+    "whole, checkpointed": {"gradient_checkpointing": True},
+    "2 latents at once, checkpointed": {"gradient_checkpointing": True, "chunk_latents": 2},
+    "decoder only, checkpointed": {"gradient_checkpointing": True},
+}
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of all storages that operators make, while they are alive: now (`live`) and at most (`peak`)."""
+
+    def __init__(self, apart: list[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = {x.untyped_storage()._cdata for x in apart}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self._known:
+                storage = x.untyped_storage()
+                self._known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _freed(self, storage: int, size: int) -> None:
+        self.live -= size
+        self._known.discard(storage)
+
+
+def training(clip: tuple[int, int, int], build: Callable[[], nn.Module], decoder_only: bool = False) -> tuple[int, int]:
+    """Bytes kept for backward, and at the peak."""
+    with FakeTensorMode():
+        model = build()
+        if decoder_only:
+            for module in model.parts()["encoder"]:
+                module.requires_grad_(False)
+        video = torch.zeros(1, 3, *clip)
+        with PeakMemory([*model.parameters(), video]) as memory:
+            loss = (model(video, sample=False).video - video).abs().mean()
+            kept = memory.live
+            loss.backward()
+    return kept, memory.peak
+
+
+def wan(**settings: object) -> nn.Module:
+    changes = {"gradient_checkpointing": False} | settings
+    return vae3d.build("wan", *(f"model.{key}={value}" for key, value in changes.items()))
+
+
+def table() -> None:
+    print(f"{'training, fp32, GiB':36}" + "".join(f"{f'{t} x {h} x {w}':>20}" for t, h, w in CLIPS))
+    print(f"{'':36}" + f"{'kept / peak':>20}" * len(CLIPS))
+    for name, settings in WAYS.items():
+        cells = [training(clip, lambda s=settings: wan(**s), name.startswith("decoder")) for clip in CLIPS]
+        print(f"{name:36}" + "".join(f"{f'{kept / 2**30:.2f} / {peak / 2**30:.2f}':>20}" for kept, peak in cells))
+    print(f"\n{'streaming decode, GiB':36}" + "".join(f"{f'{k} latents':>12}" for k in (1, 2, 4, 8)))
+    model = wan()
+    for height, width in ((480, 832), (720, 1280)):
+        sizes = [model.chunk_memory(k, height, width) / 2**30 for k in (1, 2, 4, 8)]
+        print(f"{f'{height} x {width}, fp32 (bf16: half)':36}" + "".join(f"{size:12.1f}" for size in sizes))
+
+
+@torch.inference_mode()
+def stream(frames: int, channels: int) -> None:
+    """Decode a stream chunk by chunk and print the memory of this process."""
+    model = wan(channels=channels, chunk_latents=2)
+    latents, cache = model.latent_frames(frames), None
+    size = model.spec.channels, 2, 8, 8
+    done = 0
+    for number in range(0, latents, 2):
+        video, cache = model.decode_chunk(torch.randn(1, *size), cache)
+        done += video.shape[2]
+        if number & (number - 1) == 0 or number + 2 >= latents:  # powers of two, and the end
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+            print(f"{done:8} frames decoded, peak of the process {peak:.0f} MiB", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stream", type=positive_int, metavar="FRAMES", help="decode a stream of 64 x 64 instead")
+    parser.add_argument("--channels", type=positive_int, default=96, help="width of the streamed network (96)")
+    args = parser.parse_args()
+    if args.stream:
+        stream(args.stream, args.channels)
+    else:
+        table()
+
+
+if __name__ == "__main__":
+    main()

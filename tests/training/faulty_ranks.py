@@ -1,0 +1,172 @@
+"""One of two ranks, run as a process by test_faulty_ranks.py: rank 1 alone fails, in every way that a run must bear."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import pickle
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from tests.training import quick
+from vae3d import distributed
+from vae3d.checkpoints import state
+from vae3d.data.clips import Unreadable
+from vae3d.data.sources import DataError
+from vae3d.training import data_parallel
+from vae3d.training.agreement import RanksDiffer
+from vae3d.training.checkpointer import common_start
+from vae3d.training.preflight import RehearsalError, rehearse
+from vae3d.training.step_status import Ballot
+from vae3d.training.vae_trainer import Trainer
+
+SETTINGS = {
+    "data.batch_size": 4, "trainer.max_steps": 20, "trainer.save_every": 0, "optim.eps": 0.01, "optim.warmup_steps": 5,
+    "optim.schedule": "cosine",
+}  # fmt: skip
+FAULTS = ("forward", "backward", "second", "data", "slow", "nan")  # one after each sound step
+NO_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB (pretended)"
+
+
+def clips_of(t: Trainer, step: int) -> list:
+    return list(t.data.clips(step, step + 1))
+
+
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError(NO_MEMORY)
+
+
+def faulty_step(t: Trainer, fault: str, fails: bool) -> dict[str, float]:
+    """A step in which this rank meets `fault`, if it is the one that fails."""
+    clips, hooks = clips_of(t, t.step), []
+    if fails and fault == "forward":
+        hooks.append(t.network.register_forward_pre_hook(out_of_memory))
+    if fails and fault == "backward":  # half of the parameters have their gradient by then
+        hooks.append(t.network.module.encoder.conv_in.weight.register_hook(out_of_memory))
+    if fails and fault == "second":  # of two micro-batches
+        calls = iter([lambda *_: None, out_of_memory])
+        hooks.append(t.network.register_forward_pre_hook(lambda *given: next(calls)(*given)))
+    if fails and fault == "data":
+        clips[1] = Unreadable([("gone.mp4", "is empty")])
+    if fails and fault == "slow":
+        time.sleep(1.5)
+    if fails and fault == "nan":
+        clips[1].video = clips[1].to("cpu").video * float("nan")
+    values = t.train_step(clips)
+    for hook in hooks:
+        hook.remove()
+    return values
+
+
+def steps(t: Trainer, fails: bool) -> tuple[dict[str, dict[str, float]], list[float]]:
+    """A sound step and a faulty one, by turns; and the learning rate of every step."""
+    told, rates = {}, []
+    for fault in FAULTS:
+        told[f"before {fault}"] = t.train_step(clips_of(t, t.step))
+        rates.append(t.optimizer.param_groups[0]["lr"])
+        told[fault] = faulty_step(t, fault, fails)
+        rates.append(t.optimizer.param_groups[0]["lr"])
+    told["after"] = t.train_step(clips_of(t, t.step))
+    return told, rates
+
+
+def saving(t: Trainer, rank: int) -> dict[str, object]:
+    """Save well, then with a full disk on either rank, then well again; what lies on disk each time."""
+    root, told = t.folder / "checkpoints", {}
+    t.adversary.rank_state_dict = lambda: {"rank": torch.tensor(rank)}
+    writes = {0: state.write, 1: state.write_rank}
+
+    def disk_full(folder: Path, *_: object) -> None:
+        (folder / "half").write_bytes(b"of a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for number, failing in enumerate((None, 0, 1, None)):
+        t.step = 100 + number
+        if rank == failing:
+            setattr(state, writes[rank].__name__, disk_full)
+        t.save()
+        setattr(state, writes[rank].__name__, writes[rank])
+        torch.distributed.barrier()
+        told[str(number)] = sorted(path.name for path in root.iterdir())
+        torch.distributed.barrier()
+    told["own"] = int(state.load_rank(root / "step-0000103", rank)["adversary"]["rank"])
+    return told
+
+
+def refusals(t: Trainer, rank: int) -> dict[str, str]:
+    """What both ranks say of a rehearsal that does not fit into one rank's memory, of different weights, and of run
+    folders on disks of their own, of which only one holds checkpoints."""
+    told = {}
+    try:
+        common_start(SimpleNamespace(folder=t.folder if rank else t.folder / "empty", config=t.config))
+    except state.ResumeError as error:
+        told["checkpoints"] = str(error)
+    hooks = [t.network.register_forward_pre_hook(out_of_memory)] if rank == 1 else []
+    try:
+        rehearse(t)
+    except RehearsalError as error:
+        told["rehearsal"] = str(error)
+    for hook in hooks:
+        hook.remove()
+    rehearse(t)
+    with torch.no_grad():
+        next(t.network.parameters()).add_(rank)
+    try:
+        data_parallel.refuse_different_starts(t.network)
+    except RanksDiffer as error:
+        told["weights"] = str(error)
+    return told
+
+
+def uneven(t: Trainer, rank: int) -> str:
+    """What the ranks say of gradients of two parameters of equal size, of which each has one."""
+    first, second = [p for name, p in t.network.named_parameters() if name.endswith("norm1.weight")][:2]
+    for p in t.strategy.parameters:
+        p.grad = torch.zeros_like(p) if p is not (first, second)[rank] else None
+    votes = dict.fromkeys(Ballot.COLUMNS, 0.0) | {"gradients": t.strategy.gradients()}
+    try:
+        t.ballot.cast(**votes, with_gradient=t.strategy.with_gradient)
+    except RanksDiffer as error:
+        return str(error)
+    return "averaged crosswise"
+
+
+def out_of_data(t: Trainer, rank: int) -> dict[str, object]:
+    """What both ranks say, and save, where the loader of one fails at a run's second step."""
+    clips, t.step, t.saver.every = t.data.clips, 7, 1000
+
+    def dying(*span: int) -> Iterator:
+        yield from itertools.islice(clips(*span), 2)
+        raise DataError("a worker was killed")
+
+    t.data = SimpleNamespace(**vars(t.data) | {"clips": dying if rank else clips})
+    try:
+        t.fit()
+    except DataError as error:
+        return {"error": str(error), "saved": state.step_folder(t.folder / "checkpoints", 8).is_dir()}
+    return {}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    config = pickle.loads((folder / "config.pickle").read_bytes())
+    t = quick.trainer(config, folder / "run", **SETTINGS, **{"trainer.accumulate": 2})
+    rank = t.accelerator.process_index
+    report: dict[str, object] = {}
+    report["steps"], report["rates"] = steps(t, fails=rank == 1)
+    report["weights"] = {name: tensor.clone() for name, tensor in t.network.state_dict().items()}
+    report["saving"] = saving(t, rank)
+    report["refusals"] = refusals(t, rank)
+    report["uneven"] = uneven(t, rank)
+    report["out_of_data"] = out_of_data(t, rank)
+    torch.save(report, folder / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    with distributed.leaving():
+        main(Path(sys.argv[1]))

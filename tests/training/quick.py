@@ -1,0 +1,32 @@
+"""Trainers of the smallest model whose configuration is checked once and then changed, since checks take the time."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tests import tiny
+from vae3d.commands import train
+from vae3d.config.schema import TrainConfig
+from vae3d.training.vae_trainer import Trainer
+
+
+@cache
+def checked(videos: Path) -> TrainConfig:
+    frames = ["data.frames.min=1", "data.frames.max=1"]
+    return tiny.training("spatial", videos, "stage=finetune", "stage.init_from=random", "loss=recon_kl", *frames)
+
+
+def trainer(videos: Path | TrainConfig, folder: Path, **changes: Any) -> Trainer:
+    """videos: a table, or what `checked` made of it. changes: settings, as in **{"optim.proximal": 0.1}."""
+    config = deepcopy(videos if isinstance(videos, TrainConfig) else checked(videos))
+    for key, value in changes.items():
+        *path, name = key.split(".")
+        node = config
+        for part in path:
+            node = getattr(node, part)
+        assert hasattr(node, name), key
+        setattr(node, name, value)
+    return train.build_trainer(config, folder)

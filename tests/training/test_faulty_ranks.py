@@ -1,0 +1,91 @@
+"""Two ranks of which one runs out of memory, reads nothing, is slow or cannot save: none hangs, none goes its own way."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.training import faulty_ranks, quick
+from tests.training.test_trainer import fresh_accelerate  # noqa: F401
+
+SKIPPED = ("forward", "backward", "second", "data", "nan")
+
+
+@pytest.fixture(scope="module")
+def both(videos, tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("faulty")
+    (folder / "config.pickle").write_bytes(pickle.dumps(quick.checked(videos)))
+    logs = tiny.two_ranks("tests.training.faulty_ranks", folder)
+    reports = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return [{**report, "log": log} for report, log in zip(reports, logs, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def alone(videos, tmp_path_factory) -> dict:
+    """One process that takes the same steps and skips those in which it reads nothing."""
+    folder = tmp_path_factory.mktemp("alone")
+    t = quick.trainer(videos, folder, **faulty_ranks.SETTINGS, **{"trainer.accumulate": 4})
+    told, rates = faulty_ranks.steps(t, fails=True)
+    t.log.close()
+    return {"steps": told, "rates": rates, "weights": t.network.state_dict()}
+
+
+@pytest.mark.parametrize("fault", faulty_ranks.FAULTS)
+def test_a_fault_of_one_rank_skips_the_step_on_both_and_the_next_is_taken(both, fault):
+    for report in both:
+        assert report["steps"][fault]["skipped"] == float(fault in SKIPPED)
+        assert report["steps"][f"before {fault}"]["skipped"] == 0.0
+        assert report["steps"]["after"]["skipped"] == 0.0
+
+
+def test_ranks_that_met_faults_hold_equal_weights_and_one_process_the_same(both, alone):
+    first, second = both
+    for name, tensor in first["weights"].items():
+        assert torch.equal(tensor, second["weights"][name]), name
+        torch.testing.assert_close(tensor, alone["weights"][name], rtol=0, atol=1e-6)
+    assert first["steps"]["after"] == second["steps"]["after"]
+
+
+def test_two_ranks_have_one_ranks_learning_rate_at_every_step(both, alone):
+    assert both[0]["rates"] == both[1]["rates"] == alone["rates"]
+    assert len(set(alone["rates"])) == len(alone["rates"])  # a schedule that moves
+
+
+def test_the_log_tells_which_rank_failed_and_why(both):
+    log = both[0]["log"]
+    assert log.count("out of memory: rank 1") >= 3
+    assert "without a readable file: rank 1" in log
+
+
+def test_a_checkpoint_that_one_rank_cannot_write_is_given_up_by_both(both):
+    for rank, report in enumerate(both):
+        saving = report["saving"]
+        assert saving["0"] == saving["1"] == saving["2"] == ["step-0000100"]  # the last complete one, and no remains
+        assert saving["3"] == ["step-0000100", "step-0000103"]
+        assert saving["own"] == rank
+    assert both[0]["log"].count("No space left on device") == 2
+    assert "no checkpoint of step 102: rank 1: OSError" in both[0]["log"]
+
+
+def test_both_refuse_a_rehearsal_that_one_cannot_take_and_weights_that_differ(both):
+    for rank, report in enumerate(both):
+        assert "does not fit into memory (out of memory: rank 1)" in report["refusals"]["rehearsal"]
+        assert ("CUDA out of memory" in report["refusals"]["rehearsal"]) == (rank == 1)
+        assert "differ between ranks before the first step" in report["refusals"]["weights"]
+        assert "the ranks found the checkpoints None, step-0000103 in" in report["refusals"]["checkpoints"]
+
+
+def test_gradients_of_different_parameters_of_equal_size_are_refused_by_name(both):
+    for report in both:
+        assert "norm1.weight has one on rank" in report["uneven"]
+        assert "none on rank" in report["uneven"]
+
+
+def test_a_loader_that_fails_on_one_rank_saves_and_ends_both(both):
+    for rank, report in enumerate(both):
+        assert report["out_of_data"]["saved"]
+        assert ("a worker was killed" if rank else "rank 1 has no more data") in report["out_of_data"]["error"]
+        assert "all 8 finished steps are saved" in report["out_of_data"]["error"]

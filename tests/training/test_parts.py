@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests import tiny
+from vae3d.errors import UserError
+from vae3d.schedules import ema_decay, learning_rate, ramp
+from vae3d.training.ema import Ema
+from vae3d.training.freeze import PartError, set_mode, train_parts
+from vae3d.training.metrics import StepMetrics, Window
+from vae3d.training.spike import SpikeError, SpikeGuard, worst
+
+
+def test_only_named_parts_train_each_with_its_scale():
+    model = tiny.model("temporal_vae")
+    groups = train_parts(model, {"temporal_encoder": 0.1, "spatial_decoder": 1.0})
+    assert [(g["part"], g["lr_scale"]) for g in groups] == [("temporal_encoder", 0.1), ("spatial_decoder", 1.0)]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    prefixes = ("temporal_vae.encoder.", "temporal_vae.quant_conv.", "spatial_vae.module.decoder.")
+    assert trained == {
+        n for n, _ in model.named_parameters() if n.startswith((*prefixes, "spatial_vae.module.post_quant"))
+    }
+    set_mode(model, {"temporal_encoder": 0.1})
+    assert model.temporal_vae.encoder.training
+    assert not model.temporal_vae.decoder.training
+    assert not model.spatial_vae.training
+
+
+def test_all_names_every_parameter():
+    model = tiny.model("spatial")
+    (group,) = train_parts(model, {"all": 1.0})
+    assert len(group["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        ({"temporal_encodr": 1.0}, "OpenSoraVAE has no part temporal_encodr; it has spatial_encoder, .*, all"),
+        ({"encoder": 1.0, "temporal_encoder": 0.1}, "parts temporal_encoder and encoder overlap"),
+        ({}, "nothing trains"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(scales, message):
+    with pytest.raises(PartError, match=message):
+        train_parts(tiny.model("temporal_vae"), scales)
+
+
+def small_model() -> torch.nn.Linear:
+    torch.manual_seed(0)
+    return torch.nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("device", ["model", "cpu"])
+def test_ema_follows_its_formula_and_swaps_in_and_out(device):
+    model = small_model()
+    ema = Ema(model, decay=0.9, warmup=False, device=device)
+    shadow = model.weight.detach().clone()
+    for step in range(5):
+        with torch.no_grad():
+            model.weight += 1.0
+        ema.update(step)
+        shadow = 0.9 * shadow + 0.1 * model.weight.detach()
+    raw = model.weight.detach().clone()
+    with ema.applied():
+        torch.testing.assert_close(model.weight.detach(), shadow)
+        assert torch.equal(ema.shadow["weight"], raw)
+    assert torch.equal(model.weight.detach(), raw)
+    torch.testing.assert_close(ema.state_dict()["weight"], shadow)
+    resumed = Ema(small_model(), decay=0.9, device={"cpu": "model", "model": "cpu"}[device])
+    resumed.load_state_dict(ema.state_dict())
+    assert torch.equal(resumed.shadow["weight"], ema.shadow["weight"])
+
+
+def test_ema_warms_up_and_can_pause():
+    assert [ema_decay(s, decay=0.999, warmup=True) for s in (0, 9, 89)] == pytest.approx([0.1, 10 / 19, 90 / 99])
+    assert ema_decay(10**6, decay=0.999, warmup=True) == 0.999
+    model = small_model()
+    ema = Ema(model, decay=0.5, warmup=False, every=2)
+    start = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight += 4.0
+    ema.update(0)
+    torch.testing.assert_close(ema.shadow["weight"], start)
+    ema.update(1)
+    torch.testing.assert_close(ema.shadow["weight"], start + 4.0 * (1 - 0.25))
+
+
+@pytest.mark.parametrize(
+    ("step", "decay"),
+    [
+        (0, 0.1), (200, 201 / 210), (350, 0.975), (500, 501 / 510), (750, 751 / 760), (1000, 1001 / 1010),
+        (5000, 5001 / 5010), (10**5, 0.9999),
+    ],
+)  # fmt: skip
+def test_ema_decay_at_the_steps_of_the_wan_recipe(step, decay):
+    assert ema_decay(step, decay=0.9999, warmup=True) == pytest.approx(decay, rel=1e-12)
+    assert ema_decay(step, decay=0.9999, warmup=False) == 0.9999
+
+
+def test_ema_keeps_only_what_trains_and_can_be_off():
+    model = small_model()
+    model.bias.requires_grad_(False)
+    assert Ema(model, decay=0.9).state_dict().keys() == {"weight"}
+    off = Ema(model, decay=0.0)
+    assert off.state_dict() == {}
+    with off.applied():
+        pass
+    with pytest.raises(UserError, match="averages of 1 parameters, this run keeps 0"):
+        off.load_state_dict({"weight": model.weight})
+
+
+def test_spikes_and_non_finite_losses_are_skipped():
+    guard = SpikeGuard(factor=5.0, warmup=3, patience=10)
+    assert [guard.accept(loss, loss, 1.0) for loss in (100.0, 1.0, 1.0, 1.0)] == [True] * 4  # still warming up
+    guard.mean = 1.0
+    assert not guard.accept(5.1, 5.1, 1.0)
+    assert guard.accept(4.9, 4.9, 1.0)
+    assert not guard.accept(math.nan, math.nan, 1.0)
+    assert not guard.accept(1.0, 1.0, math.inf)
+    assert not guard.accept(1.0, math.inf, 1.0)
+    assert guard.skipped_in_row == 3
+    copy = SpikeGuard(5.0, 3, 10)
+    copy.load_state_dict(guard.state_dict())
+    assert copy.state_dict() == guard.state_dict()
+
+
+def test_without_a_factor_only_non_finite_losses_are_skipped():
+    guard = SpikeGuard(factor=None, warmup=0, patience=3)
+    assert all(guard.accept(10.0**i, 10.0**i, 1.0) for i in range(10))
+    assert not guard.accept(math.inf, math.inf, 1.0)
+
+
+def test_the_running_mean_is_of_accepted_mean_losses():
+    guard = SpikeGuard(factor=5.0, warmup=2, patience=10)
+    for mean, largest in ((2.0, 3.0), (4.0, 9.0)):
+        assert guard.accept(mean, largest, 1.0)
+    assert guard.mean == pytest.approx(3.0)
+    assert not guard.accept(4.0, 15.1, 1.0)  # one rank's spike, which the mean does not show
+    assert guard.mean == pytest.approx(3.0)
+    assert guard.accept(4.0, 14.9, 1.0)
+    assert guard.mean == pytest.approx((2.0 + 4.0 + 4.0) / 3)
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run():
+    guard = SpikeGuard(factor=2.0, warmup=1, patience=3)
+    assert guard.accept(1.0, 1.0, 1.0)
+    assert not guard.accept(math.nan, math.nan, 1.0)
+    assert not guard.accept(9.0, 9.0, 1.0)
+    with pytest.raises(SpikeError, match=r"3 steps in a row were skipped: loss 9 \(worst 9\)"):
+        guard.accept(9.0, 9.0, 1.0)
+
+
+def test_losses_that_stay_high_become_the_new_level():
+    said = []
+    guard = SpikeGuard(factor=5.0, warmup=1, patience=3, warn=said.append)
+    assert guard.accept(1.0, 1.0, 1.0)
+    assert [guard.accept(50.0, 50.0, 1.0) for _ in range(4)] == [False, False, False, True]
+    assert guard.mean == 50.0
+    assert len(said) == 1
+    assert "running mean of the loss 1; this is the new level" in said[0]
+    assert guard.state_dict() == {"mean": 50.0, "accepted": 2, "skipped_in_row": 0, "finite_row": True}
+
+    guard.mean = 1.0  # one of eight ranks far above the others: its level must pass too
+    assert [guard.accept(10.0, 80.0, 1.0) for _ in range(4)] == [False, False, False, True]
+
+
+def test_the_worst_loss_is_nan_if_any_is():
+    assert worst([1.0, 3.0, 2.0]) == 3.0
+    assert math.isnan(worst([1.0, math.nan, 5.0]))
+    metrics = StepMetrics()
+    for loss in (2.0, 7.0, 3.0):
+        metrics.add({"loss": torch.tensor(loss)})
+    assert metrics.worst("loss") == 7.0
+    metrics.add({"loss": torch.tensor(math.nan)})
+    assert math.isnan(metrics.worst("loss"))
+
+
+@pytest.mark.parametrize(("step", "value"), [(0, 0.0), (200, 0.0), (350, 0.5), (500, 1.0), (5000, 1.0)])
+def test_ramp(step, value):
+    assert ramp(step, 200, 500) == value
+    assert ramp(step, 0, 0) == 1.0
+
+
+def test_learning_rate_warms_up_and_decays():
+    rates = {"lr": 1.0, "warmup_steps": 4, "schedule": "cosine", "max_steps": 104, "min_lr": 0.1}
+    assert [learning_rate(s, **rates) for s in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert learning_rate(54, **rates) == pytest.approx(0.55)
+    assert learning_rate(104, **rates) == learning_rate(200, **rates) == pytest.approx(0.1)
+    assert learning_rate(10**6, lr=1e-5) == 1e-5
+    with pytest.raises(ValueError, match="schedule is 'linaer'; use one of constant, constant_with_warmup, linear,"):
+        learning_rate(5, lr=1.0, schedule="linaer")
+
+
+WAN_ERP = {"lr": 1e-5, "warmup_steps": 200, "decay_start": 1000, "schedule": "cosine", "max_steps": 5000}
+
+
+@pytest.mark.parametrize(
+    ("step", "value"),
+    [
+        (0, 0.0), (1, 5e-8), (100, 5e-6), (200, 1e-5), (350, 1e-5), (500, 1e-5), (750, 1e-5), (1000, 1e-5),
+        (2000, 1e-5 * (2 + 2**0.5) / 4), (3000, 5e-6), (5000, 0.0), (6000, 0.0),
+    ],
+)  # fmt: skip
+def test_learning_rate_is_held_between_warm_up_and_decay(step, value):
+    assert learning_rate(step, **WAN_ERP) == pytest.approx(value, rel=1e-12, abs=1e-20)
+
+
+def test_metrics_average_over_the_micro_batches_that_have_them():
+    metrics = StepMetrics()
+    metrics.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
+    metrics.add({"a": torch.tensor(3.0)})
+    names, packed = metrics.pack()
+    assert dict(zip(names, packed.tolist(), strict=True)) == {"a": 2.0, "b": 5.0}
+
+
+def test_a_window_survives_a_resume():
+    window, resumed = Window(), Window()
+    window.add({"a": 1.0})
+    resumed.load_state_dict(window.state_dict())
+    resumed.add({"a": 2.0})
+    assert resumed.flush() == {"a": 1.5}
+    assert resumed.flush() == {}

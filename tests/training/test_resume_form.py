@@ -1,0 +1,217 @@
+"""A training state of another form than the run's is one error that names the file and the key."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.diffusion import latent_runs
+from tests.training import quick
+from vae3d.adversarial.replay import Replay
+from vae3d.arguments import ArgumentError
+from vae3d.errors import UserError
+from vae3d.restore import load_optimizer
+from vae3d.training import checkpointer, diffusion_saving
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def put(value: Any, *keys: Any) -> Change:
+    def change(state: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            state = state[key]
+        state[keys[-1]] = value
+
+    return change
+
+
+def drop(*keys: Any) -> Change:
+    def change(state: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            state = state[key]
+        del state[keys[-1]]
+
+    return change
+
+
+def deep(levels: int) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for _ in range(levels):
+        tree = {"x": tree}
+    return tree
+
+
+WRONG = {
+    "optimizer.param_groups": put([], "optimizer", "param_groups"),
+    "optimizer.param_groups[0].lr": put("x", "optimizer", "param_groups", 0, "lr"),
+    "optimizer.param_groups[0].betas": put([0.9], "optimizer", "param_groups", 0, "betas"),
+    "optimizer.param_groups[0].params": put([0], "optimizer", "param_groups", 0, "params"),
+    "optimizer.param_groups[0] has no lr_scale": drop("optimizer", "param_groups", 0, "lr_scale"),
+    "optimizer.param_groups[0].part": put(7, "optimizer", "param_groups", 0, "part"),
+    "optimizer.state is": put([1], "optimizer", "state"),
+    "optimizer.state[0] is": put("x", "optimizer", "state", 0),
+    "optimizer.state[0].exp_avg is": put(torch.zeros(3), "optimizer", "state", 0, "exp_avg"),
+    "optimizer.state[0] has no 'exp_avg_sq'": drop("optimizer", "state", 0, "exp_avg_sq"),
+    "optimizer.state[0].step": put("x", "optimizer", "state", 0, "step"),
+    "optimizer.state[-1]": put({}, "optimizer", "state", -1),
+    "model has no": lambda state: state["model"].popitem(),
+    "model.": lambda state: state["model"].update(dict.fromkeys(state["model"], torch.zeros(1))),
+    "ema.": lambda state: state["ema"].update(dict.fromkeys(state["ema"], torch.zeros(1))),
+    "ema has an unknown '../x'": put(torch.zeros(1), "ema", "../x"),
+    "spikes.mean": put(math.nan, "spikes", "mean"),
+    "spikes.accepted": put(None, "spikes", "accepted"),
+    "spikes.skipped_in_row is missing": drop("spikes", "skipped_in_row"),
+    "window['x'] is 'abc'": put("abc", "window", "x"),
+    "window['x'][0] is None": put([None], "window", "x"),
+    "window['x']": put([], "window", "x"),
+    "window[3]": put([1.0], "window", 3),
+    "reads[0] is -1": put([-1, 2], "reads"),
+    "reads is": put([1, 2, 3], "reads"),
+    "faults_in_row": put([0], "faults_in_row"),
+    "best.value": put({"column": None, "value": "x", "step": 1}, "best"),
+    "best.step is missing": put({"column": None, "value": 1.0}, "best"),
+    "anchor": put(3, "anchor"),
+    "data.files": put(torch.zeros(3), "data", "files"),
+    "data has no 'facts'": drop("data", "facts"),
+    "adversary": put({"discriminator": {}}, "adversary"),
+    "is nested more than": lambda state: state.update(config=deep(100)),
+    "config: model.x: a Tensor": put(torch.zeros(1), "config", "model", "x"),
+}
+WHOLE = ("model", "optimizer", "ema", "spikes", "adversary", "projections", "scaler", "window", "reads", "step")
+OLDER = ("objective", "anchor", "best", "data", "faults_in_row")  # which an older checkpoint may lack
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return latent_runs.pictures(tmp_path_factory.mktemp("pictures"), count=2) / "images.csv"
+
+
+@pytest.fixture(scope="module")
+def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    quick.trainer(pictures, folder, **{"trainer.spike.factor": 9.0}).fit()
+    return folder / "checkpoints/step-0000002/state.pt"
+
+
+def refused(make: Callable[[Path], object], good: dict[str, Any], change: Change, folder: Path) -> str:
+    state = copy.deepcopy(good)
+    change(state)
+    file = folder / "stranger.pt"
+    torch.save(state, file)
+    with pytest.raises(UserError) as error:
+        make(file)
+    assert str(file) in str(error.value)
+    assert len(str(error.value)) < 1000
+    return str(error.value)
+
+
+def test_every_part_of_a_training_state_is_checked_before_it_is_taken(pictures, run, tmp_path):
+    good = torch.load(run, weights_only=True)
+
+    resuming = quick.trainer(pictures, tmp_path)
+
+    def resume(file: Path) -> None:
+        resuming.config.run.resume_from = str(file)
+        checkpointer.resume(resuming)
+
+    for key, change in WRONG.items():
+        assert key in refused(resume, good, change, tmp_path)
+    for key in (*WHOLE, *OLDER):
+        for value in (["x"], 1.5, "x") if key != "anchor" else (["x"], 1.5):  # which is a text
+            assert key in refused(resume, good, put(value, key), tmp_path), value
+        if key in WHOLE:
+            refused(resume, good, drop(key), tmp_path)
+    (tmp_path / "good.pt").write_bytes(run.read_bytes())
+    resume(tmp_path / "good.pt")
+    assert resuming.step == 2
+
+
+def test_every_part_of_a_diffusion_state_is_checked_before_it_is_taken(tmp_path):
+    source = latent_runs.pictures(tmp_path / "pictures") / "images.csv"
+    vae = latent_runs.vae("spatial", tmp_path / "vae", source)
+    clips = [f"vae.path={vae}", f"data.source.path={source}", "data.height=64", "data.width=64", "data.frames.min=1"]
+    clips += ["data.frames.max=1", "trainer.max_steps=2", "process=flow"]
+    latent_runs.trainer(tmp_path / "run", *clips).fit()
+    good = torch.load(tmp_path / "run/checkpoints/step-0000002/state.pt", weights_only=True)
+
+    resuming = latent_runs.trainer(tmp_path / "other", *clips)
+
+    def resume(file: Path) -> None:
+        resuming.config.run.resume_from = str(file)
+        diffusion_saving.resume(resuming)
+
+    wrong = {
+        "classes": put([3], "classes"),
+        "skipped": put(-1, "skipped"),
+        "scale.mean": put("x", "scale", "mean"),
+        "vae": put({}, "vae"),
+        "ema['0.9']": put([1], "ema", "0.9"),
+        "ema.": lambda state: state["ema"]["0.9"].update(dict.fromkeys(state["ema"]["0.9"], torch.zeros(1))),
+        "model has no": lambda state: state["model"].popitem(),
+        "optimizer.state[0].exp_avg": put(torch.zeros(3), "optimizer", "state", 0, "exp_avg"),
+        "window['x'][0]": put(["x"], "window", "x"),
+        "reads": drop("reads"),
+        "data": put({"rows": 1}, "data"),
+    }
+    for key, change in wrong.items():
+        message = refused(resume, good, change, tmp_path)
+        assert key in message or key == "vae"
+    torch.save(good, tmp_path / "good.pt")
+    resume(tmp_path / "good.pt")
+    assert resuming.step == 2
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        [],
+        {"images": [torch.zeros(3, 4, 4)], "contexts": []},
+        {"images": ["x"], "contexts": ["y"]},
+        {"images": [torch.zeros(3, 4, 4), torch.zeros(3, 5, 4)], "contexts": [torch.zeros(1, 2, 2)] * 2},
+        {"images": [torch.zeros(4)], "contexts": [torch.zeros(4)]},
+        {"images": [torch.zeros(3, 4, 4)] * 3, "contexts": [torch.zeros(1, 2, 2)] * 3},
+    ],
+)
+def test_a_replay_buffer_takes_pairs_of_images_only(state):
+    with pytest.raises(ArgumentError, match="buffer"):
+        Replay(2).load_state_dict(state)
+
+
+def test_what_an_optimizer_saves_it_takes_again():
+    for settings in ({}, {"fused": True}, {"foreach": True}):
+        network = torch.nn.Linear(2, 3)
+        optimizer = torch.optim.AdamW(network.parameters(), **settings)
+        network(torch.ones(2)).sum().backward()
+        optimizer.step()
+        other = torch.optim.AdamW(torch.nn.Linear(2, 3).parameters())
+        load_optimizer(other, optimizer.state_dict())
+        assert len(other.state) == 2
+
+
+def test_a_discriminator_takes_the_state_of_an_equal_one_only(pictures, tmp_path):
+    config = tiny.training(
+        "spatial", pictures, "stage=finetune", "stage.init_from=random", "loss=recon_kl", "data.frames.min=1",
+        "data.frames.max=1", *tiny.GAN,
+    )  # fmt: skip
+    trained = quick.trainer(config, tmp_path)
+    state = trained.adversary.state_dict()
+    for key, change in {
+        "adversary.discriminator has no": lambda s: s["discriminator"].popitem(),
+        "adversary.optimizer": put([], "optimizer"),
+        "adversary.averages": put(torch.zeros(7), "averages"),
+        "adversary.skipped": put("x", "skipped"),
+        "adversary has no 'grad_norm'": drop("grad_norm"),
+    }.items():
+        wrong = {**state, "discriminator": dict(state["discriminator"])}
+        change(wrong)
+        with pytest.raises(ArgumentError) as error:
+            trained.adversary.load_state_dict(wrong)
+        assert key in str(error.value)
+    trained.adversary.load_state_dict(state)

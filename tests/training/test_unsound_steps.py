@@ -1,0 +1,80 @@
+"""Steps whose loss or gradient is unsound: skipped by all ranks, without a trace in the weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+
+from tests.training.test_trainer import fresh_accelerate, trainer, weights  # noqa: F401
+from vae3d.training.spike import SpikeError
+
+
+def test_an_unsound_step_changes_nothing(videos, tmp_path):
+    t = trainer(videos, tmp_path, "trainer.max_steps=3", "trainer.save_every=0")
+    clips = list(t.data.clips(0, 2))
+    t.train_step(clips[:1])
+    before, ema = weights(t), {k: v.clone() for k, v in t.ema.shadow.items()}
+    bad = clips[1].to("cpu")
+    bad.video[0, 0, 0, 0, 0] = math.nan
+    values = t.train_step([bad])
+    assert values["skipped"] == 1.0
+    assert all(torch.equal(v, before[k]) for k, v in weights(t).items())
+    assert all(torch.equal(v, ema[k]) for k, v in t.ema.shadow.items())
+    assert all(p.grad is None or not p.grad.any() for p in t.network.parameters())
+    assert t.step == 2
+    assert t.train_step([clips[1]])["skipped"] == 0.0
+
+
+def scaled(t, fused=False):
+    """The loss scaler that `t` is given: a CPU's in place of the GPU's, whose state machine is the same."""
+    t.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    t.accelerator.state._mixed_precision = "fp16"
+    t.accelerator.native_amp = True
+    optimizer = torch.optim.AdamW([{**group, "fused": fused} for group in t.optimizer.param_groups], fused=fused)
+    t.strategy.optimizer = AcceleratedOptimizer(optimizer, scaler=scaler)
+    t.accelerator._optimizers = [t.optimizer]
+    return scaler
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_fp16_scaler_survives_unsound_steps(videos, tmp_path, fused):
+    t = trainer(videos, tmp_path, "trainer.max_steps=9", "trainer.save_every=0")
+    scaler = scaled(t, fused)
+    sound, bad, overflow, again = (clip.to("cpu") for clip in t.data.clips(0, 4))
+    assert t.train_step([sound])["skipped"] == 0.0
+    before, ema = weights(t), {k: v.clone() for k, v in t.ema.shadow.items()}
+
+    bad.video[0, 0, 0, 0, 0] = math.nan  # the loss is unsound: all skip the step before the scaler hears of it
+    assert t.train_step([bad])["skipped"] == 1.0
+    assert scaler.get_scale() == 4.0
+
+    hook = t.network.temporal_vae.quant_conv.conv.weight.register_hook(lambda grad: grad * math.inf)
+    assert t.train_step([overflow])["skipped"] == 1.0  # only the scaled gradient is: the scaler skips it
+    hook.remove()
+    assert scaler.get_scale() == 2.0
+    assert all(torch.equal(v, before[k]) for k, v in weights(t).items())
+    assert all(torch.equal(v, ema[k]) for k, v in t.ema.shadow.items())
+    assert t.train_step([again])["skipped"] == 0.0
+
+
+def test_fp16_gradients_that_overflow_without_scaling_stop_the_run(videos, tmp_path):
+    t = trainer(videos, tmp_path, "trainer.max_steps=9", "trainer.save_every=0", "trainer.spike.patience=2")
+    scaler = scaled(t)
+    t.network.temporal_vae.quant_conv.conv.weight.register_hook(lambda grad: grad * math.inf)
+    clips = [clip.to("cpu") for clip in t.data.clips(0, 4)]
+    for clip in clips[:3]:  # at 4, 2 and, of two that are counted, at 1
+        assert t.train_step([clip])["skipped"] == 1.0
+    with pytest.raises(SpikeError, match="2 steps in a row were skipped"):
+        t.train_step(clips[3:])
+    assert scaler.get_scale() == 0.5
+
+
+def test_nothing_but_unsound_steps_stop_the_run(videos, tmp_path):
+    t = trainer(videos, tmp_path, "trainer.max_steps=9", "trainer.spike.patience=2")
+    with torch.no_grad():
+        t.network.temporal_vae.quant_conv.conv.weight.fill_(math.inf)
+    with pytest.raises(SpikeError, match="2 steps in a row were skipped"):
+        t.fit()

@@ -1,0 +1,246 @@
+"""Scores and pictures of held-out clips, metrics that come seldom, and the best export."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import vae3d
+from tests import tiny
+from tests.training.quick import trainer
+from tests.training.test_trainer import fresh_accelerate, trace, weights  # noqa: F401
+from vae3d.checkpoints.state import load_state
+from vae3d.commands import train
+from vae3d.inference.pictures import latent_colours
+from vae3d.metrics import METRICS, build_metrics
+from vae3d.metrics.distribution import Rfid
+from vae3d.metrics.registry import Entry
+from vae3d.training import best as best_module
+from vae3d.training.checkpointer import SaveError
+from vae3d.training.loggers import TensorBoard
+from vae3d.training.vae_validation import validate
+from vae3d.types import Clip
+
+VALIDATES = {"validation.every": 1, "validation.frames": 1, "validation.clips": 2}
+
+
+def scored(video: torch.Tensor, error: float):
+    def model(pixels: torch.Tensor, sample: bool) -> SimpleNamespace:
+        return SimpleNamespace(video=pixels + error, z=pixels[..., ::4, ::4])
+
+    clip = Clip(video, torch.tensor([0]), ["a.mp4"])
+    (done,) = validate(model, [clip], build_metrics(["psnr"], "cpu"), torch.device("cpu"), 1)
+    return done
+
+
+def test_colours_and_depth_are_scored_and_shown_as_8_bits():
+    pixels = torch.randint(0, 200, (1, 3, 2, 8, 16), generator=torch.manual_seed(0), dtype=torch.uint8)
+    for video in (pixels, pixels.float() / 127.5 - 1):
+        done = scored(video, 10 / 127.5)
+        assert done.result.scores["psnr"].value == pytest.approx(20 * math.log10(255 / 10), abs=1e-4)
+        shown = pixels[0].permute(1, 2, 3, 0).numpy()
+        np.testing.assert_array_equal(done.panels[0], shown)
+        np.testing.assert_array_equal(done.panels[2], shown + 10)
+
+
+def test_psnr_is_of_clamped_pixels_and_a_mean_over_images_not_of_their_pooled_error():
+    """A published trainer scores unclamped pixels, and averages PSNRs of batches (defect 13 of the report)."""
+    errors = iter([0.02, 0.2])
+
+    def model(pixels: torch.Tensor, sample: bool) -> SimpleNamespace:
+        return SimpleNamespace(video=torch.where(pixels > 0, 7.0, pixels + next(errors)), z=pixels)
+
+    video = torch.full((1, 3, 1, 16, 16), -0.5)
+    video[..., 8:] = 1.0  # where the model overshoots, which costs nothing
+    metrics = build_metrics(["psnr"], "cpu")
+    clips = [Clip(video.clone(), torch.tensor([place]), ["a.png"]) for place in (0, 1)]
+    done = validate(model, clips, metrics, torch.device("cpu"), 0)
+    eight = [round((-0.5 + error + 1) * 127.5) - round(0.5 * 127.5) for error in (0.02, 0.2)]
+    expected = [10 * math.log10(255**2 / (value**2 / 2)) for value in eight]  # half of the pixels are without error
+    assert metrics.over([clip.result for clip in done])["psnr"] == pytest.approx(sum(expected) / 2, abs=1e-4)
+
+
+def test_latents_of_three_channels_are_their_own_colours_stretched_and_enlarged():
+    z = torch.arange(12, dtype=torch.float32).reshape(3, 1, 2, 2)
+    shown = latent_colours(z, (2, 4, 6))
+    assert shown.shape == (2, 4, 6, 3)
+    blocks = np.array([[0, 85], [170, 255]], np.uint8).repeat(2, 0).repeat(3, 1)
+    for colour in range(3):
+        np.testing.assert_array_equal(shown[1, ..., colour], blocks)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 16])
+def test_every_latent_channel_shows_and_always_in_the_same_colours(channels):
+    z = torch.randn(channels, 2, 3, 3, generator=torch.manual_seed(0))
+    shown = latent_colours(z, (5, 6, 6))
+    assert (shown.min((0, 1, 2)), shown.max((0, 1, 2))) == (pytest.approx([0] * 3), pytest.approx([255] * 3))
+    np.testing.assert_array_equal(shown[0], shown[2])  # the first of two latents stands for frames 0 to 2
+    np.testing.assert_array_equal(shown, latent_colours(z, (5, 6, 6)))
+    for channel in range(channels):
+        other = z.clone()
+        other[channel] = other[channel].flip(-1)
+        assert (latent_colours(other, (5, 6, 6)) != shown).any()
+
+
+def test_latents_without_contrast_are_shown_as_one_colour():
+    assert (latent_colours(torch.full((4, 1, 2, 2), 3.0), (1, 4, 4)) == 0).all()
+
+
+class Album(TensorBoard):
+    """Keeps what is logged."""
+
+    def open(self, folder, step):
+        super().open(folder, step)
+        self.images, self.videos = {}, {}
+
+    def image(self, name, picture, step):
+        super().image(name, picture, step)
+        self.images[name] = picture
+
+    def video(self, name, frames, fps, step):
+        super().video(name, frames, fps, step)
+        self.videos[name] = frames
+
+
+def logged(folder) -> dict[str, Image.Image]:
+    """The pictures of a run's TensorBoard file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    last = {tag: events.Images(tag)[-1].encoded_image_string for tag in events.Tags()["images"]}
+    return {tag: Image.open(io.BytesIO(encoded)) for tag, encoded in last.items()}
+
+
+def test_images_are_shown_in_one_picture_target_latent_and_reconstruction_side_by_side(videos, tmp_path):
+    t = trainer(videos, tmp_path, **VALIDATES, **{"data.holdout": 5})
+    t.log.logger = Album()
+    t.log.logger.open(tmp_path, 0)
+    t.validate()
+    t.log.close()
+    (shown,) = t.log.logger.images.values()
+    count = len(t.data.held_out)
+    assert shown.shape == (count * 18 - 2, 3 * 18 - 2, 3)
+    for place, clip in enumerate(t.data.held_out):
+        row = shown[18 * place : 18 * place + 16]
+        np.testing.assert_array_equal(row[:, :16], clip.video[0, :, 0].permute(1, 2, 0).numpy())
+    ((tag, picture),) = logged(tmp_path).items()
+    assert (tag, picture.format) == ("val/target | latent | reconstruction", "PNG")
+    np.testing.assert_array_equal(np.asarray(picture), shown)
+
+
+def test_videos_are_shown_one_by_one_with_their_latents(videos, tmp_path):
+    overrides = [
+        "loss=recon_kl",
+        "data.frames.max=5",
+        "validation.every=1",
+        "validation.frames=5",
+        "logger=tensorboard",
+    ]
+    t = train.build_trainer(tiny.training("temporal_vae", videos, *overrides, "trainer.max_steps=1"), tmp_path)
+    t.fit()
+    ((tag, picture),) = logged(tmp_path).items()
+    assert tag.startswith("original above latent above reconstruction 0: clip")
+    assert (picture.format, picture.n_frames, picture.size) == ("GIF", 5, (16, 48))
+
+
+class MeanColours(Rfid):
+    """rFID with three features that cost nothing."""
+
+    def __init__(self) -> None:
+        self.network, self.stride = lambda frames: frames.mean((2, 3)), 1
+        self.reset()
+
+
+def test_seldom_metrics_come_in_their_turn_and_at_the_end_with_how_many_frames_they_are_of(
+    videos, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(METRICS, "rfid", Entry("", MeanColours))
+    t = trainer(
+        videos, tmp_path, **VALIDATES,
+        **{"validation.seldom": ["rfid"], "validation.seldom_every": 3, "trainer.max_steps": 5, "trainer.save_every": 0},
+    )  # fmt: skip
+    t.data.held_out.append(t.data.held_out[0].to("cpu"))  # two frames at least
+    t.fit()
+    assert [step for step, _ in trace(tmp_path, "val/psnr")] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in trace(tmp_path, "val/rfid")] == [3, 5]
+    assert trace(tmp_path, "val/rfid_samples") == [(3, 2.0), (5, 2.0)]
+
+
+def test_seldom_metrics_without_a_turn_come_at_the_end(videos, tmp_path):
+    seldom = {"validation.metrics": ["psnr"], "validation.seldom": ["ssim"], "trainer.save_every": 0}
+    trainer(videos, tmp_path, **VALIDATES, **seldom).fit()
+    assert [step for step, _ in trace(tmp_path, "val/psnr")] == [1, 2]
+    assert [step for step, _ in trace(tmp_path, "val/ssim")] == [2]
+
+
+def facts(folder) -> dict:
+    return yaml.safe_load((folder / "exports/best/model.yaml").read_text())
+
+
+def with_scores(t, name: str, scores: list[float]):
+    """The run, whose validation at step n finds scores[n - 1]."""
+    t.validate = lambda: {f"val/{name}": scores[t.step - 1]}
+    return t
+
+
+@pytest.mark.parametrize(
+    ("name", "scores", "step"), [("ssim", [0.1, 0.5, 0.5, 0.2], 2), ("lpips_alex", [0.4, math.nan, 0.2, 0.3], 3)]
+)
+def test_the_best_validation_is_kept_as_an_export(videos, trunks, tmp_path, name, scores, step):
+    settings = {"trainer.best": name, "trainer.max_steps": 4, "trainer.save_every": 1, "trainer.keep": 1}
+    sized = {"data.height": 32, "data.width": 32, "validation.metrics": [name]}
+    t = with_scores(trainer(videos, tmp_path, **VALIDATES, **settings, **sized), name, scores)
+    kept = {}
+    save = t.saver.save
+    t.saver.save = lambda *a, **k: (save(*a, **k), kept.update({t.step: vae3d.load(tmp_path).state_dict()}))
+    t.fit()
+    told = facts(tmp_path)
+    assert (told["step"], told["best"]) == (step, {name: scores[step - 1]})
+    found = vae3d.load(tmp_path / "exports/best").state_dict()
+    assert found.keys() == kept[step].keys()
+    assert all(torch.equal(tensor, kept[step][key]) for key, tensor in found.items())
+    assert any(not torch.equal(tensor, kept[4][key]) for key, tensor in found.items())
+    assert [path.name for path in sorted((tmp_path / "exports").iterdir())] == ["best", "step-0000003", "step-0000004"]
+    assert torch.equal(vae3d.load(tmp_path).module.decoder.conv_out.bias, kept[4]["module.decoder.conv_out.bias"])
+
+
+def test_the_best_survives_a_resume_and_is_forgotten_under_another_score(videos, tmp_path):
+    settings = {"trainer.best": "psnr", "trainer.save_every": 1}
+    with_scores(trainer(videos, tmp_path, **VALIDATES, **settings), "psnr", [20.0, 10.0]).fit()
+    more = {**VALIDATES, **settings, "trainer.max_steps": 4}
+    t = with_scores(trainer(videos, tmp_path, **more), "psnr", [20.0, 10.0, 19.0, 18.0])
+    assert (t.best.value, t.best.step) == (20.0, 1)
+    t.fit()
+    assert facts(tmp_path)["step"] == 1
+    assert load_state(tmp_path / "checkpoints/step-0000004")["best"]["value"] == 20.0
+    other = trainer(videos, tmp_path, **(more | {"trainer.best": "ssim", "trainer.max_steps": 5}))
+    assert other.best.value is None
+    with_scores(other, "ssim", [0.0] * 4 + [0.1]).fit()
+    assert facts(tmp_path)["best"] == {"ssim": 0.1}
+
+
+def test_a_best_that_cannot_be_written_is_said_and_training_goes_on_but_ends_with_an_error(
+    videos, tmp_path, monkeypatch, caplog
+):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    t = with_scores(trainer(videos, tmp_path, **VALIDATES, **{"trainer.best": "psnr"}), "psnr", [20.0, 19.0])
+    export = best_module.export
+    monkeypatch.setattr(
+        best_module, "export", lambda t, *args, **told: (full if t.step == 1 else export)(t, *args, **told)
+    )
+    with pytest.raises(SaveError, match=r"exports/best of step 1, whose psnr is 20, could not be written"):
+        t.fit()
+    assert "is not of step 1, the best so far: rank 0: OSError: [Errno 28] No space left on device" in caplog.text
+    assert facts(tmp_path)["best"] == {"psnr": 19.0}  # the next best after the one that was lost
+    assert json.loads((tmp_path / "checkpoints/step-0000002/run.json").read_text())["step"] == 2

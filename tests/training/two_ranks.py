@@ -1,0 +1,93 @@
+"""One of two ranks, run as a process by test_two_ranks.py: steps on which rank 1 alone meets an unsound clip, and steps
+of a tiny Wan VAE on one and on three frames."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from tests.training import quick
+from vae3d import distributed
+from vae3d.commands import train as train_command
+from vae3d.config.schema import TrainConfig
+from vae3d.training.agreement import RanksDiffer
+from vae3d.training.vae_trainer import Trainer
+
+SETTINGS = {
+    "data.batch_size": 4, "trainer.max_steps": 9, "trainer.save_every": 0, "optim.eps": 0.01, "optim.proximal": 5.0,
+    "trainer.spike.factor": 5.0, "trainer.spike.warmup": 2,
+}  # fmt: skip
+SOUND = 3  # steps before the first unsound one
+UNSOUND = {"spike": 8.0, "nan": float("nan")}  # what the pixels of one of the four clips are multiplied by
+
+
+def sound_steps(t: Trainer, accumulate: int) -> dict[str, torch.Tensor]:
+    """Take the first steps; the weights after them."""
+    clips = t.data.clips(0, SOUND)
+    for _ in range(SOUND):
+        t.train_step([next(clips) for _ in range(accumulate)])
+    return {name: tensor.clone() for name, tensor in t.network.state_dict().items()}
+
+
+def train(config: TrainConfig, folder: Path) -> dict[str, object]:
+    """Weights and log-variance after a run, and the number of frames of each step's clips."""
+    t = train_command.build_trainer(config, folder)
+    frames, step = [], t.train_step
+    t.train_step = lambda clips, *rest: (frames.append(clips[0].video.shape[2]), step(clips, *rest))[1]
+    t.fit()
+    best = [t.best.step, t.best.value, (folder / "exports/best/model.yaml").is_file()]
+    return {"weights": t.network.state_dict(), "logvar": t.objective.logvar.item(), "frames": frames, "best": best}
+
+
+def refused(config: TrainConfig, folder: Path, rank: int) -> list[str]:
+    """What is said to ranks of other settings, and to ranks whose tables have the same rows in another order."""
+    given = config.data.source
+    rows = pd.read_csv(given["path"]).iloc[:: -1 if rank else 1]
+    rows.to_csv(folder / f"table{rank}.csv", index=False)
+    source = {**given, "path": str(folder / f"table{rank}.csv"), "root": str(Path(given["path"]).parent)}
+    said = []
+    for changes in ({"optim.lr": 1e-3 * (1 + rank), "data.workers": rank}, {"data.source": source}):
+        try:
+            quick.trainer(config, folder / "refused", **{**SETTINGS, **changes})
+        except RanksDiffer as error:
+            said.append(str(error))
+    return said
+
+
+def main(folder: Path) -> None:
+    """Leaves rank<N>.pt in `folder`, which holds the checked configurations."""
+    torch.set_num_threads(1)
+    config = pickle.loads((folder / "config.pickle").read_bytes())
+    t = quick.trainer(config, folder / "run", **SETTINGS, **{"trainer.accumulate": 2})
+    rank = t.accelerator.process_index
+    report = {"sound": sound_steps(t, 2), "steps": {}}
+
+    reduced, all_reduce = [], torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda *args, **kwargs: (reduced.append(1), all_reduce(*args, **kwargs))[1]
+    clips = t.data.clips(SOUND, SOUND + len(UNSOUND) + 1)
+    for name, factor in UNSOUND.items():
+        first, second = next(clips), next(clips).to("cpu")
+        if rank == 1:
+            second = replace(second, video=second.video * factor)
+        report["steps"][name] = t.train_step([first, second])
+    report["steps"]["after"] = t.train_step([next(clips), next(clips)])
+    report["collectives"] = len(reduced)
+    report["weights"], report["spikes"] = t.network.state_dict(), t.spikes.state_dict()
+    t.save()
+    t.log.close()
+    again = quick.trainer(config, folder / "run", **SETTINGS, **{"trainer.accumulate": 2})
+    report["resumed"] = again.spikes.state_dict()
+    again.log.close()
+    report["refused"] = refused(config, folder, rank)
+    report["wan"] = train(pickle.loads((folder / "wan.pickle").read_bytes()), folder / "wan")
+    torch.save(report, folder / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    with distributed.leaving():
+        main(Path(sys.argv[1]))

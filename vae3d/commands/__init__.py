@@ -1,0 +1,1 @@
+"""Commands: one file each, from configuration to run."""

@@ -1,0 +1,180 @@
+"""Train a video autoencoder: from configuration to run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from torch import nn
+
+from vae3d.checkpoints.state import starting_state
+from vae3d.commands.summary import data_summary, frame_counts, summary
+from vae3d.data.clips import ClipSettings
+from vae3d.data.depth import DepthSettings
+from vae3d.data.loader import TrainingData, lengths_of, look_for_files, read_tables, validation_clips
+from vae3d.data.record import record_of
+from vae3d.data.sampler import FrameCounts, Lengths, Plan
+from vae3d.errors import UserError
+from vae3d.loading import initialize, instantiate, load, log
+from vae3d.losses.objective import Objective, Weighted
+from vae3d.metrics import build_metrics
+from vae3d.models.compiled import compile_blocks
+from vae3d.models.registry import is_known
+from vae3d.models.taehv import TAEHV
+from vae3d.models.wan import WanVAE
+from vae3d.precision import DTYPES, slow_conv3d
+from vae3d.training.agreement import check_ranks_agree
+from vae3d.training.distillation import Distillation
+from vae3d.training.freeze import train_parts
+from vae3d.training.start import refuse_to_go_on, training_ranks
+from vae3d.training.vae_trainer import Trainer
+
+if TYPE_CHECKING:
+    from vae3d.config.diffusion import DiffusionConfig
+    from vae3d.config.schema import Data, Loss, Teacher, TrainConfig
+
+
+def objective(config: Loss) -> Objective:
+    """Terms of weight 0 that are not logged are not even built."""
+    terms = {
+        name: Weighted(instantiate(term.term), term.weight, tuple(term.ramp), term.log, term.reduction)
+        for name, term in config.terms.items()
+        if term.weight or term.log
+    }
+    weight = config.pixel_weight and instantiate(config.pixel_weight)
+    return Objective(terms, config.reduction, weight, logvar=config.logvar)
+
+
+def clip_settings(config: Data) -> ClipSettings:
+    shared = {field.name for field in fields(ClipSettings)} - {"depth"}
+    depth = DepthSettings(**vars(config.depth)) if config.depth.mapping else None
+    return ClipSettings(**{name: getattr(config, name) for name in shared}, depth=depth)
+
+
+def plan_of(
+    config: TrainConfig | DiffusionConfig, lengths: Lengths, frames: FrameCounts, rank: int, world_size: int
+) -> Plan:
+    return Plan(
+        lengths,
+        frames,
+        seed=config.run.seed,
+        batch_size=config.data.batch_size,
+        accumulate=config.trainer.accumulate,
+        rank=rank,
+        world_size=world_size,
+        overfit=config.data.overfit,
+    )
+
+
+def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData:
+    data, validation = config.data, config.validation
+    settings = clip_settings(data)
+    tables = read_tables(instantiate(data.source), settings, data.holdout if validation.every else 0, data.max_broken)
+    plan = plan_of(config, lengths_of(tables.train, settings), frame_counts(data), rank, world_size)
+    held_out, faults = [], tables.faults
+    if validation.every:
+        held_out, more = validation_clips(tables.val, settings, validation.frames, validation.clips, rank, world_size)
+        faults = faults + more
+    return TrainingData(
+        tables.train,
+        plan,
+        settings,
+        data.workers,
+        data.prefetch,
+        held_out,
+        faults,
+        tables.notes,
+        tables.left_out,
+        data.timeout,
+        record_of(pd.concat([tables.train, tables.val], ignore_index=True), look=rank == 0),
+    )
+
+
+def teacher(config: Teacher, device: torch.device | str = "cpu") -> nn.Module | None:
+    """The teacher's network. Raises CheckpointError if it cannot be loaded: a run never goes on without it."""
+    return None if config.path is None else load(config.path).to(device)
+
+
+def distillation(config: TrainConfig, teacher: nn.Module | None, student: nn.Module) -> Distillation | None:
+    if teacher is None:
+        return None
+    told = config.teacher
+    dtype = DTYPES[told.precision]
+    return Distillation(
+        teacher,
+        student,
+        dtype=dtype,
+        sample=told.sample,
+        decode=told.decode,
+        features=told.features,
+        seed=config.run.seed,
+    )
+
+
+def build_trainer(config: TrainConfig, folder: Path) -> Trainer:
+    """Everything that a run needs, ready to `fit`."""
+    if config.trainer.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("trainer.precision is fp16, which needs a GPU; use bf16 or fp32")
+    refuse_to_go_on(folder, config.run.resume)
+    resumes = starting_state(folder / "checkpoints", config.run.resume_from) is not None
+    accelerator = training_ranks(config.trainer.precision)
+    check_ranks_agree(asdict(config))
+    with accelerator.main_process_first():  # which probes the files; the others find its answers on disk
+        data = training_data(config, accelerator.process_index, accelerator.num_processes)
+    check_ranks_agree(data.record.identity())
+    terms = objective(config.loss)
+    terms.load(accelerator.device)
+    validation = config.validation
+    measured = [*validation.metrics, *validation.seldom] if validation.every else []
+    metrics = build_metrics(measured, accelerator.device)
+    torch.manual_seed(config.run.seed)
+    model = instantiate(config.model)
+    if config.stage.whole_clips and hasattr(model, "micro_frames"):
+        model.micro_frames = None
+    anchored = config.optim.proximal > 0  # needs the weights of the start, whether or not they are about to be replaced
+    started = initialize(model, config.stage.init_from) if anchored or not resumes else []
+    if anchored and resumes:
+        started = [f"optim.proximal pulls towards stage.init_from={config.stage.init_from}"]
+    if config.trainer.compile:
+        compile_blocks(model, dynamic=None if len(data.plan.frames.all()) > 1 else False)
+    built = Trainer(
+        config,
+        folder,
+        accelerator,
+        model,
+        terms,
+        instantiate(config.adversary),
+        data,
+        metrics,
+        instantiate(config.logger),
+        distillation(config, teacher(config.teacher, accelerator.device), model),
+    )
+    for line in [*summary(config, model, accelerator.num_processes), *data_summary(config, data), *started]:
+        built.log.say(line)
+    if isinstance(model, TAEHV) and config.teacher.path is None and {"all", "encoder"} & config.stage.train.keys():
+        built.log.warn(
+            f"no teacher (teacher=none): nothing keeps the latents those of {model.variant}; they become its own"
+        )
+    if not is_known(config.model):
+        built.log.warn(
+            f"{config.model['_target_']} is not in MODELS of vae3d/models/registry.py: only vae3d.load(path, model) "
+            "will open the exports of this run"
+        )
+    if isinstance(model, WanVAE) and config.trainer.precision != "fp32" and (fault := slow_conv3d()):
+        built.log.say(fault)
+    return built
+
+
+def describe(config: TrainConfig) -> None:
+    """Log what a configuration means: parts, parameters, latent shapes, batches, files.
+
+    Builds the model without memory. Opens the table, but no file of it. Raises DataError for data that no run can read.
+    """
+    with torch.device("meta"):
+        model = instantiate(config.model)
+    train_parts(model, config.stage.train)
+    files = look_for_files(instantiate(config.data.source), config.data.max_broken)
+    log.info("\n".join([*summary(config, model), *files]))

@@ -1,0 +1,259 @@
+"""From configuration to latent diffusion: what trains, and what samples."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from vae3d.checkpoints.location import EXPORT_CONFIG, find_weights, split_part
+from vae3d.commands.summary import frame_counts
+from vae3d.commands.train import clip_settings, plan_of
+from vae3d.config.validate import ConfigError
+from vae3d.data.clips import ClipDataset
+from vae3d.data.loader import lengths_of, look_for_files, read_tables, validation_clips
+from vae3d.data.record import record_of, record_of_cache
+from vae3d.data.sampler import Draw, FrameCounts, Lengths
+from vae3d.diffusion.base import Sampling
+from vae3d.diffusion.build import build_network, build_process, network_config, process_config
+from vae3d.diffusion.data import (
+    CachedLatents,
+    LabelledClips,
+    LatentData,
+    joined,
+    of_clips,
+    refuse_unlabelled,
+    size_of,
+    split_cache,
+)
+from vae3d.inference.scale import refusal
+from vae3d.latents.cache import NONE, LatentCache, class_names
+from vae3d.latents.clips import labels_of
+from vae3d.latents.codec import LatentCodec
+from vae3d.latents.identity import vae_facts
+from vae3d.loading import instantiate, open_codec
+from vae3d.training.agreement import check_ranks_agree
+from vae3d.training.diffusion_trainer import DiffusionTrainer
+from vae3d.training.start import refuse_to_go_on, training_ranks
+
+if TYPE_CHECKING:
+    from vae3d.config.diffusion import DiffusionConfig
+    from vae3d.diffusion.processes import Process
+
+log = logging.getLogger("vae3d")
+
+
+def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
+    """Everything that a run needs, ready to `fit`."""
+    refuse_to_go_on(folder, config.run.resume)
+    accelerator = training_ranks(config.trainer.precision)
+    check_ranks_agree(asdict(config))
+    codec = _codec(config, accelerator.device)
+    with accelerator.main_process_first():  # which probes the files; the others find its answers on disk
+        data = latent_data(config, codec, accelerator.process_index, accelerator.num_processes)
+    check_ranks_agree(data.record.identity())
+    config, process = complete(config, data)
+    torch.manual_seed(config.run.seed)
+    network = _network(config, data)
+    if accelerator.is_main_process:
+        for line in summary(config, network, data, accelerator.num_processes):
+            log.info(line)
+    vae = {"path": os.path.abspath(config.vae.path), **vae_facts(codec, config.vae.path)}
+    logger, told = instantiate(config.logger), remedy(config, data)
+    return DiffusionTrainer(config, folder, accelerator, network, process, data, vae, logger, told)
+
+
+def describe(config: DiffusionConfig) -> None:
+    """Print what a run would be, without taking a step."""
+    if config.cache is None:
+        for line in look_for_files(instantiate(config.data.source), config.data.max_broken):
+            log.info(line)
+    codec = _codec(config, torch.device("cpu"))
+    data = latent_data(config, codec, 0, int(os.environ.get("WORLD_SIZE", 1)))
+    config, _ = complete(config, data)
+    for line in summary(config, _network(config, data), data, data.plan.world_size):
+        log.info(line)
+
+
+def _codec(config: DiffusionConfig, device: torch.device) -> LatentCodec:
+    told = config.vae
+    return open_codec(
+        told.path, pixel_range="uint8", precision=told.precision, chunk_frames=told.chunk_frames, device=device
+    )
+
+
+def latent_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
+    """The latents of a cache, or of clips that are encoded as they are needed."""
+    make = _of_clips if config.cache is None else _of_cache
+    return make(config, codec, rank, world_size)
+
+
+def _of_cache(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
+    mode = None if config.vae.sample else "mean"
+    cache = LatentCache(config.cache, codec, mode=mode, seed=config.run.seed, flips=config.data.flip)
+    size, latent_shape = size_of(cache)
+    labelled = config.labels != "none"
+    if labelled:
+        refuse_unlabelled(cache.labels, cache.index["key"].tolist(), f"entries of {config.cache}")
+    train, held_out = split_cache(cache.index, config.data.holdout if config.validation.every else 0)
+    mine = held_out[: config.validation.clips if config.validation.every else 0][rank::world_size]
+    every = CachedLatents(cache, range(len(cache)), labelled)
+    return LatentData(
+        dataset=CachedLatents(cache, train, labelled),
+        collate=joined,
+        plan=plan_of(config, Lengths(np.ones(len(train), int)), FrameCounts(1, 1), rank, world_size),
+        codec=codec,
+        size=size,
+        latent_shape=latent_shape,
+        trained=(latent_shape[1],),
+        classes=cache.classes if labelled else [],
+        known=sorted({cache.labels[place] for place in train}) if labelled else [],
+        held_out=[every[Draw(place, place, 1)] for place in mine.tolist()],
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        timeout=config.data.timeout,
+        record=record_of_cache(cache.index.iloc[[*train, *held_out]], cache.meta["digest"]),
+        notes=[f"{config.cache}: {len(train)} latents to train on ({cache.mode}), {len(held_out)} held out"],
+    )
+
+
+def _of_clips(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
+    data, validation = config.data, config.validation
+    settings, source = clip_settings(data), instantiate(data.source)
+    tables = read_tables(source, settings, data.holdout if validation.every else 0, data.max_broken)
+    classes: list[str] = []
+    numbers = {"": NONE}
+    every = pd.concat([tables.train, tables.val], ignore_index=True)
+    labels = labels_of(every, config.labels)
+    if config.labels != "none":
+        classes = class_names(labels)
+        numbers |= {name: number for number, name in enumerate(classes)}
+        refuse_unlabelled([numbers[label] for label in labels], every["path"].tolist(), "files")
+    labels = np.array([numbers[label] for label in labels])
+    of_train, of_val = np.split(labels, [len(tables.train)])
+    plan = plan_of(config, lengths_of(tables.train, settings), frame_counts(data), rank, world_size)
+    held_out, faults = [], tables.faults
+    frames = validation.frames or max(plan.frames.all())
+    if validation.every:
+        enough = lengths_of(tables.val, settings).lengths >= frames
+        clips, more = validation_clips(tables.val, settings, frames, validation.clips, rank, world_size)
+        held_out, faults = of_clips(clips, of_val[enough]), faults + more
+    trained = {codec.latent_shape(count, data.height, data.width)[1] for count in plan.frames.all()}
+    return LatentData(
+        dataset=ClipDataset(tables.train, plan, settings),
+        collate=LabelledClips(of_train),
+        plan=plan,
+        codec=codec,
+        size=(frames, data.height, data.width),
+        latent_shape=codec.latent_shape(frames, data.height, data.width),
+        trained=tuple(sorted(trained)),
+        classes=classes,
+        known=np.unique(of_train).tolist() if classes else [],
+        held_out=held_out,
+        sample=config.vae.sample,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        timeout=data.timeout,
+        record=record_of(every, look=rank == 0),
+        faults=faults,
+        notes=[
+            *tables.notes,
+            f"{len(labels)} files, {len(tables.val)} of them held out; encoded batch by batch",
+        ],
+    )
+
+
+def complete(config: DiffusionConfig, data: LatentData) -> tuple[DiffusionConfig, Process]:
+    """The configuration with every setting of network and process, which data and autoencoder decide with it; and the
+    process. Raises ConfigError naming what is wrong with both."""
+    faults: list[str] = []
+    process, network = None, dict(config.denoiser)
+    try:
+        process = build_process(config.process)
+        process.stepper(Sampling(config.validation.steps, config.validation.method, shift=config.validation.shift))
+        if network.setdefault("learned_sigma", process.learned_sigma) != process.learned_sigma:
+            faults.append(f"denoiser.learned_sigma={network['learned_sigma']} is not what process does; leave it out")
+    except ValueError as error:
+        faults.append(f"process, or validation: {error}")
+    if data.classes:
+        network["num_classes"] = network.get("num_classes") or len(data.classes)
+        if network["num_classes"] < len(data.classes):
+            faults.append(f"denoiser.num_classes={network['num_classes']}, but the data have {len(data.classes)}")
+    elif network.get("num_classes"):
+        faults.append(
+            f"denoiser.num_classes={network['num_classes']}, but labels=none gives none; set labels=auto, column or "
+            "folder, or leave num_classes out"
+        )
+    if data.latent_shape[1] > max(data.trained):
+        faults.append(
+            f"validation.frames={config.validation.frames} gives {data.latent_shape[1]} latent frames, and training "
+            f"has {max(data.trained)} at most; use validation.frames={config.data.frames.max}, for samples, too"
+        )
+    elif network["kind"] == "unet" and max(*data.trained, data.latent_shape[1]) > 1:
+        faults.append(
+            f"denoiser.kind=unet is for images, and these latents have {max(*data.trained, data.latent_shape[1])} "
+            "frames; use denoiser=video_transformer, or data.frames.min=1 data.frames.max=1 validation.frames=1"
+        )
+    try:
+        network = network_config(network, data.latent_shape)
+    except ValueError as error:
+        faults.append(f"denoiser: {error}")
+    if faults:
+        raise ConfigError(faults)
+    return replace(config, denoiser=network, process=process_config(process)), process
+
+
+def _network(config: DiffusionConfig, data: LatentData) -> nn.Module:
+    try:
+        return build_network(config.denoiser, data.latent_shape)
+    except ValueError as error:
+        raise ConfigError([f"denoiser: {error}"]) from error
+
+
+def summary(config: DiffusionConfig, network: nn.Module, data: LatentData, world_size: int) -> list[str]:
+    """Derived numbers of a run, a line each."""
+    codec, trainer, batch = data.codec, config.trainer, config.data.batch_size
+    stride, frames, height, width = codec.space_stride, *data.size
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    classes = f"{len(data.known)} classes" if data.known else "no classes"
+    share = batch // (world_size * trainer.accumulate)
+    return [
+        f"{type(codec.model).__name__} of {config.vae.path}: {codec.time_stride} x {stride} x {stride}, "
+        f"{codec.channels} channels",
+        f"  {frames} frames of {height}x{width} -> latent {'x'.join(map(str, data.latent_shape))}",
+        *(f"  {note}" for note in data.notes),
+        f"{type(network).__name__}: {millions:.2f} M parameters, {classes}",
+        "  " + ", ".join(f"{name}={value}" for name, value in config.denoiser.items()),
+        "process: " + ", ".join(f"{name}={value}" for name, value in config.process.items()),
+        f"batch of {batch} clips = {world_size} ranks x {trainer.accumulate} micro-batches x {share} clips; "
+        f"{trainer.max_steps} steps ({trainer.max_steps * batch / len(data.plan.lengths.lengths):.3g} epochs) at "
+        f"learning rate {config.optim.lr:g}, {trainer.precision}",
+    ]
+
+
+def remedy(config: DiffusionConfig, data: LatentData) -> str:
+    """What mends latents of another scale."""
+    path = config.vae.path
+    if why := refusal(data.codec.model):
+        return f"{path} cannot be given another scale: {why}"
+    kept = find_weights(split_part(path)[0]).with_name(EXPORT_CONFIG).is_file()
+    out = "" if kept else " --out FOLDER"
+    then = "" if kept else "; then vae.path=FOLDER"
+    if config.cache is not None:
+        means = "" if config.vae.sample else " --of-means"
+        command = f"scripts/latent_stats.py {config.cache} --write {path} --per-channel{means}{out}"
+    else:
+        source = config.data.source.get("path") or config.data.source.get("root") or "SOURCE"
+        frames, height, width = max(frame_counts(config.data).all()), config.data.height, config.data.width
+        command = (
+            f"scripts/measure_scale.py {path} {source} --per-channel --frames {frames} --height {height} "
+            f"--width {width}{out}"
+        )
+    return f"measure it, and write it into the autoencoder: python {command}{then}"

@@ -1,0 +1,1 @@
+"""Typed configuration and its checks. Imports no torch."""

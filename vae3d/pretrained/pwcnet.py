@@ -1,0 +1,225 @@
+"""PWC-Net (Sun et al., CVPR 2018, arXiv 1709.02371): the optical flow that FloLPIPS weights errors with.
+
+Written from the paper; needs neither CUDA nor CuPy. The published weights are CC BY-NC-SA 4.0: not for commercial use.
+Frames are RGB, as FloLPIPS feeds them, although the weights were trained on BGR; flow is in pixels, (x, y).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vae3d.precision import full_precision
+from vae3d.pretrained import files, weights
+
+FILES = ("network-default.pytorch", "pwc_net.pth.tar")  # of sniklaus/pytorch-pwc and of NVlabs/PWC-Net
+WARPS = ("flolpips", "exact")
+CHANNELS = (16, 32, 64, 96, 128, 196)  # of the pyramid's levels, from 1/2 to 1/64 of the frame's size
+DENSE = (128, 128, 96, 64, 32)
+CONTEXT = ((128, 1), (128, 2), (128, 4), (96, 8), (64, 16), (32, 1))  # channels and dilation
+RADIUS = 4
+SHIFTS = 2 * RADIUS + 1
+TILE = 8
+STRIDE = 64  # of the coarsest level
+FLOW_SCALE = 20  # the network predicts flow in units of 20 pixels
+INSIDE = 0.999  # how much of a warped pixel must come from inside the frame
+
+
+class PWCNet(nn.Module):
+    """Frozen network; empty (on the meta device) until `load`.
+
+    warp: `exact`, or `flolpips` as danier97/flolpips and Open-Sora 1.2 warp: by w / (w - 1) too far in a level that is
+    w wide, and likewise in height. Raises ValueError for another name.
+    """
+
+    def __init__(self, warp: str = "flolpips") -> None:
+        super().__init__()
+        if warp not in WARPS:
+            raise ValueError(f"warp is {warp!r}; use one of {', '.join(WARPS)}")
+        with torch.device("meta"):
+            self.extractor = nn.ModuleList(_level(a, b) for a, b in zip((3, *CHANNELS), CHANNELS, strict=False))
+            self.decoders = nn.ModuleList(Decoder(level, warp) for level in range(2, 7))
+            self.refiner = _context(self.decoders[0].width)
+        self.eval().requires_grad_(False)
+
+    def load(self, path: str | Path | None = None) -> PWCNet:
+        """Read the weights from `path` or where `weights.find` finds them: sniklaus's or NVlabs's file, or either's
+        tensors as .safetensors.
+
+        Raises WeightsMissing if the file is not there or holds anything else.
+        """
+        file = weights.find(*FILES, path=path)
+        shapes = {key: tensor.shape for key, tensor in self.state_dict().items()}
+        files.assign(self, _to_own_names(files.read(file), shapes, file), file)
+        return self
+
+    def pyramid(self, frames: Tensor) -> list[Tensor]:
+        """Features of frames [N, 3, H, W] in [0, 1], levels 2 to 6: 1/4 to 1/64 of H and W rounded up to 64."""
+        size = [-(-side // STRIDE) * STRIDE for side in frames.shape[-2:]]
+        with full_precision(frames.device):
+            x = _resize(frames.float(), size)
+            levels = []
+            for layers in self.extractor:
+                x = layers(x)
+                levels.append(x)
+        return levels[1:]
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Motion from every frame of [T, 3, H, W] in [0, 1] to the next, [T-1, 2, H, W] in pixels."""
+        levels = self.pyramid(frames)
+        return self._decode([x[:-1] for x in levels], [x[1:] for x in levels], frames.shape[-2:])
+
+    def flow(self, first: Tensor, second: Tensor) -> Tensor:
+        """Motion from frames [N, 3, H, W] in [0, 1] to others, [N, 2, H, W] in pixels."""
+        return self._decode(self.pyramid(first), self.pyramid(second), first.shape[-2:])
+
+    def _decode(self, first: list[Tensor], second: list[Tensor], size: torch.Size) -> Tensor:
+        flow = features = None
+        with full_precision(first[0].device):
+            for decoder, a, b in zip(reversed(self.decoders), reversed(first), reversed(second), strict=True):
+                flow, features = decoder(a, b, flow, features)
+            flow = flow + self.refiner(features)
+            scale = [FLOW_SCALE * n / (4 * m) for n, m in zip(size, flow.shape[-2:], strict=True)]
+            return _resize(flow, size) * flow.new_tensor(scale).flip(0)[:, None, None]
+
+
+class Decoder(nn.Module):
+    """Estimates the flow of one level from the cost volume, the level above correcting it; densely connected."""
+
+    def __init__(self, level: int, warp: str) -> None:
+        super().__init__()
+        self.warp = warp
+        self.pixels = FLOW_SCALE / 2**level  # of this level, per unit of flow
+        channels = _inputs(level)
+        if level < len(CHANNELS):
+            self.upflow = nn.ConvTranspose2d(2, 2, 4, 2, 1)
+            self.upfeat = nn.ConvTranspose2d(_inputs(level + 1) + sum(DENSE), 2, 4, 2, 1)
+        self.dense = nn.ModuleList()
+        for width in DENSE:
+            self.dense.append(nn.Conv2d(channels, width, 3, padding=1))
+            channels += width
+        self.predict = nn.Conv2d(channels, 2, 3, padding=1)
+        self.width = channels
+
+    def forward(
+        self, first: Tensor, second: Tensor, flow: Tensor | None, features: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Flow [N, 2, h, w] and features [N, width, h, w] from one level of two frames, [N, C, h, w] each, and from the
+        flow and features of the level above, which are None for the coarsest."""
+        if flow is None:
+            x = _leaky(correlation(first, second))
+        else:
+            flow, features = self.upflow(flow), self.upfeat(features)
+            second = warp_back(second, flow * self.pixels, self.warp)
+            x = torch.cat([_leaky(correlation(first, second)), first, flow, features], 1)
+        for layer in self.dense:
+            x = torch.cat([_leaky(layer(x)), x], 1)
+        return self.predict(x), x
+
+
+def correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Cost volume [B, 81, H, W] of two [B, C, H, W], dx and dy from -4 to 4: channel 9 * (dy + 4) + dx + 4 is the mean
+    over C of first at (y, x) times second at (y + dy, x + dx), which is zero outside.
+
+    Every tile of `first` is multiplied with the whole window of `second` that it can meet, in one batched matrix
+    product; of that each pixel's 9x9 neighbours are then a strided view.
+    """
+    b, c, h, w = first.shape
+    rows, columns = -(-h // TILE), -(-w // TILE)
+    below, right = rows * TILE - h, columns * TILE - w
+    window = TILE + 2 * RADIUS
+    first = F.pad(first / c, (0, right, 0, below)).unfold(2, TILE, TILE).unfold(3, TILE, TILE)
+    second = F.pad(second, (RADIUS, RADIUS + right, RADIUS, RADIUS + below))
+    second = second.unfold(2, window, TILE).unfold(3, window, TILE)
+    tiles = first.permute(0, 2, 3, 4, 5, 1).reshape(-1, TILE**2, c)
+    windows = second.permute(0, 2, 3, 1, 4, 5).reshape(-1, c, window**2)
+    products = torch.bmm(tiles, windows)
+    tile = TILE**2 * window**2
+    volume = products.as_strided(  # one pixel further in the tile is one further in its window as well
+        (b, rows, columns, SHIFTS, SHIFTS, TILE, TILE),
+        (rows * columns * tile, columns * tile, tile, window, 1, TILE * window**2 + window, window**2 + 1),
+    )
+    volume = volume.permute(0, 3, 4, 1, 5, 2, 6).reshape(b, SHIFTS**2, rows * TILE, columns * TILE)
+    return volume[..., :h, :w]
+
+
+def warp_back(x: Tensor, flow: Tensor, warp: str) -> Tensor:
+    """x [N, C, h, w] sampled bilinearly at every pixel plus flow [N, 2, h, w] in pixels; zero where that is outside."""
+    size = flow.new_tensor([x.shape[-1], x.shape[-2]])
+    step = 2 / (size - 1 if warp == "flolpips" else size)
+    ys, xs = ((torch.arange(n, dtype=flow.dtype, device=flow.device) * 2 + 1) / n - 1 for n in x.shape[-2:])
+    centres = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1)
+    grid = centres + flow.permute(0, 2, 3, 1) * step
+    inside = F.grid_sample(torch.ones_like(x[:, :1]), grid, align_corners=False) > INSIDE
+    return F.grid_sample(x, grid, align_corners=False) * inside
+
+
+def _level(channels: int, width: int) -> nn.Sequential:
+    layers = [nn.Conv2d(channels, width, 3, 2, 1), nn.Conv2d(width, width, 3, 1, 1), nn.Conv2d(width, width, 3, 1, 1)]
+    return nn.Sequential(*(part for layer in layers for part in (layer, nn.LeakyReLU(0.1))))
+
+
+def _context(channels: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width, dilation in CONTEXT:
+        layers += [nn.Conv2d(channels, width, 3, padding=dilation, dilation=dilation), nn.LeakyReLU(0.1)]
+        channels = width
+    return nn.Sequential(*layers, nn.Conv2d(channels, 2, 3, padding=1))
+
+
+def _inputs(level: int) -> int:
+    """Channels that the decoder of a level starts from: costs, and below the coarsest also features of the first frame,
+    flow and features of the level above."""
+    return SHIFTS**2 + (CHANNELS[level - 1] + 2 + 2 if level < len(CHANNELS) else 0)
+
+
+def _leaky(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.1)
+
+
+def _resize(x: Tensor, size: list[int] | torch.Size) -> Tensor:
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+def published_names() -> Iterator[tuple[str, str, str]]:
+    """Every convolution's name here, in sniklaus/pytorch-pwc (there each part has a prefix) and in NVlabs/PWC-Net."""
+    numbers = ("One", "Two", "Thr", "Fou", "Fiv", "Six")
+    for level in range(1, 7):
+        letters = ("a", "aa", "b") if level < 6 else ("aa", "a", "b")
+        for i, letter in enumerate(letters):
+            yield f"extractor.{level - 1}.{2 * i}", f"Extractor.{numbers[level - 1]}.{2 * i}", f"conv{level}{letter}.0"
+    for level in range(2, 7):
+        own, theirs = f"decoders.{level - 2}", numbers[level - 1]
+        if level < 6:
+            yield f"{own}.upflow", f"{theirs}.Upflow", f"deconv{level + 1}"
+            yield f"{own}.upfeat", f"{theirs}.Upfeat", f"upfeat{level + 1}"
+        for i in range(len(DENSE)):
+            yield f"{own}.dense.{i}", f"{theirs}.{numbers[i]}.0", f"conv{level}_{i}.0"
+        yield f"{own}.predict", f"{theirs}.Six.0", f"predict_flow{level}"
+    for i in range(7):
+        yield f"refiner.{2 * i}", f"Refiner.Main.{2 * i}", f"dc_conv{i + 1}.0" if i < 6 else "dc_conv7"
+
+
+def _layouts() -> list[dict[str, str]]:
+    """For each layout of the published tensors, their names there -> here."""
+    layouts: list[dict[str, str]] = [{}, {}, {}]
+    for own, sniklaus, nvlabs in published_names():
+        parts = sniklaus.split(".")
+        prefixed = [".".join(p if p.isdigit() else prefix + p for p in parts) for prefix in ("module", "net")]
+        for layout, name in zip(layouts, (*prefixed, nvlabs), strict=True):
+            layout |= {f"{name}.{kind}": f"{own}.{kind}" for kind in ("weight", "bias")}
+    return layouts
+
+
+def _to_own_names(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], file: Path) -> dict[str, Tensor]:
+    """Tensors by our names. Raises WeightsMissing if they are not those of PWC-Net."""
+    names = max(_layouts(), key=lambda layout: len(layout.keys() & state.keys()))
+    # NVlabs's network declares a last deconvolution and never uses it.
+    foreign = [key for key in state if key not in names and not key.startswith("deconv2.")]
+    faults = files.misfits(state, {key: shapes[own] for key, own in names.items()})
+    files.refuse([*faults, *(f"{key} does not belong to it" for key in foreign)], file, "PWC-Net")
+    return {own: state[key] for key, own in names.items()}

@@ -1,0 +1,192 @@
+"""What a run writes down about itself: launches.jsonl, metrics.jsonl, faults.jsonl, log lines, the progress bar."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from vae3d.errors import UserError
+from vae3d.io import open_nofollow, write_text
+from vae3d.training.loggers import Logger
+
+log = logging.getLogger("vae3d")
+PACKAGES = ("torch", "accelerate", "hydra-core", "av", "numpy")
+
+
+class RunLocked(UserError):
+    """Two processes would write to one run's folder; only rank 0 finds out."""
+
+    on_every_rank = False
+
+
+class RunLog:
+    """Rank 0 writes; on other ranks every method but `faults` does nothing."""
+
+    def __init__(self, folder: Path, logger: Logger, *, rank: int, step: int, max_steps: int) -> None:
+        self.folder, self.logger, self.rank = folder, logger, rank
+        self.main = rank == 0
+        self._broken: set[str] = set()
+        self._bar = None
+        if self.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(folder / ".lock")
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout as error:
+                raise RunLocked(
+                    f"another process is training in {folder}; stop it, or give this run another name"
+                ) from error
+            self._forget_after(step)
+            logger.open(folder, step)
+            self._bar = tqdm(total=max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+
+    def launch(
+        self, step: int, config: Mapping[str, Any], changed: Mapping[str, Any], data_changes: Sequence[str] = ()
+    ) -> None:
+        """Record this start: when, from which step, which code, command, versions, changed settings and data."""
+        if not self.main:
+            return
+        entry = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "step": step,
+            "command": sys.argv,
+            "commit": _git("rev-parse", "HEAD"),
+            "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+            "python": platform.python_version(),
+            "versions": {name: _version(name) for name in PACKAGES},
+            "changed_since_checkpoint": {key: list(pair) for key, pair in changed.items()},
+            "data_changed_since_checkpoint": list(data_changes),
+            "config": config,
+        }
+        self._append("launches.jsonl", entry)
+        for line in data_changes:
+            self.warn(f"the data changed since step {step}: {line}")
+
+    def begin(self, step: int, max_steps: int) -> None:
+        done = f"the run is complete: it has its {max_steps} steps; a larger trainer.max_steps goes on with it"
+        self.say(done if step >= max_steps else f"training from step {step} to {max_steps}")
+
+    def say(self, message: str) -> None:
+        if self.main:
+            log.info(message)
+
+    def warn(self, message: str) -> None:
+        if self.main:
+            log.warning(message)
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """To metrics.jsonl, the logger and, for the main ones, the console."""
+        if not self.main:
+            return
+        with self._bearing(f"metrics of step {step}"):
+            self._append("metrics.jsonl", {"step": step, **values})
+            self.logger.scalars(dict(values), step)
+        shown = {k: v for k, v in values.items() if "/" not in k or k.startswith(("loss/", "val/"))}
+        log.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+
+    def image(self, name: str, picture: np.ndarray, step: int) -> None:
+        if self.main:
+            with self._bearing(f"a picture of step {step}"):
+                self.logger.image(name, picture, step)
+
+    def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> None:
+        if self.main:
+            with self._bearing(f"a video of step {step}"):
+                self.logger.video(name, frames, fps, step)
+
+    def faults(self, faults: Iterable[tuple[str, str]]) -> None:
+        """Report a broken file the first time it is met, in the log and in faults.jsonl (one file per rank)."""
+        for path, reason in faults:
+            if path in self._broken:
+                continue
+            self._broken.add(path)
+            log.warning("cannot be read, another file takes its place: %s: %s", path, reason)
+            with self._bearing(f"the fault of {path}"):
+                self._append(f"faults{self.rank or ''}.jsonl", {"path": path, "reason": reason})
+
+    def left_out(self, files: Iterable[tuple[str, str]]) -> None:
+        """List files that are not used, though they can be, in faults.jsonl."""
+        if self.main:
+            with self._bearing("which files are left out"):
+                for path, reason in files:
+                    self._append("faults.jsonl", {"path": path, "reason": reason})
+
+    def close(self) -> None:
+        """Also after an error, and twice."""
+        if self.main:
+            self._bar.close()
+            with self._bearing("what the logger still held"):
+                self.logger.close()
+            self._lock.release()
+
+    def _forget_after(self, step: int) -> None:
+        """Drop metrics of steps that a killed run took after its last checkpoint; they are about to be taken again."""
+        file = self.folder / "metrics.jsonl"
+        if not file.is_file():
+            return
+        lines = file.read_text(errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and -1 < _step_of(line) <= step]
+        if kept != lines:
+            write_text(file, "".join(kept))
+
+    @contextmanager
+    def _bearing(self, what: str) -> Iterator[None]:
+        """A full disk costs the record, which the log tells, and not the run."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("%s is not recorded: %s", what, error)
+
+    def _append(self, name: str, entry: Mapping[str, Any]) -> None:
+        with open_nofollow(self.folder / name, "a+b") as stream:
+            if stream.seek(0, os.SEEK_END):
+                stream.seek(-1, os.SEEK_END)
+                if stream.read(1) != b"\n":  # half a line, from a kill in the middle of a write
+                    stream.write(b"\n")
+            stream.write(json.dumps(entry).encode() + b"\n")
+
+
+def _step_of(line: str) -> int:
+    """Of a line of metrics.jsonl; -1 for half a line, from a kill in the middle of a write, and for nonsense."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return -1
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return step if isinstance(step, int) else -1
+
+
+def _git(*args: str) -> str | None:
+    """Output of git in the project's folder; None where there is no git or no repository."""
+    try:
+        done = subprocess.run(
+            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
