@@ -22,7 +22,7 @@ from vae3d.config.validate import check_training
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    return launch.one_message(lambda: run(cfg))
+    return launch.exit_on_user_error(lambda: run(cfg))
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -32,7 +32,7 @@ def run(cfg: DictConfig) -> float | None:
     if launch.starts_ranks(config.launcher):
         launch.torchrun_child(config.launcher, __file__)
     else:
-        launch.recorded(lambda: train(config, cfg))
+        launch.with_elastic_record(lambda: train(config, cfg))
     return launch.last_metric(launch.run_directory(), "val/psnr", config.trainer.max_steps)
 
 
@@ -44,7 +44,7 @@ def train(config: TrainConfig, cfg: DictConfig) -> None:
         train.describe(config)
         return
     folder = launch.prepare_run_folder(cfg)
-    with distributed.leaving():
+    with distributed.process_group_scope():
         signum = launch.fit(train.build_trainer(config, folder))
     launch.end_after(signum)
 

@@ -32,11 +32,11 @@ from tqdm import tqdm
 
 from vae3d.argparse_types import positive_float
 from vae3d.commands.launch import tell
-from vae3d.distributed import leaving
+from vae3d.distributed import process_group_scope
 from vae3d.errors import UserError
 from vae3d.evaluation.html import write_html
 from vae3d.evaluation.pairs import PairError, Protocol, find_pairs
-from vae3d.evaluation.score import Job, collect, plan, read_faults, score_jobs, share, write_faults
+from vae3d.evaluation.score import Job, collect, plan, read_errors, score_jobs, share, write_errors
 from vae3d.evaluation.store import Store, VideoScore
 from vae3d.evaluation.summary import compare, summarize
 from vae3d.evaluation.tables import (
@@ -156,7 +156,7 @@ def folders(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        with leaving():
+        with process_group_scope():
             return evaluate(args)
     except UserError as error:
         tell(error)
@@ -199,7 +199,7 @@ class Evaluation:
     output: Path
     jobs: list[Job]
     unmatched: list[str]
-    faults: list[str]
+    errors: list[str]
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -228,17 +228,17 @@ def evaluate(args: argparse.Namespace) -> int:
     evaluations = []
     for name, rec in args.recs.items():
         pairs, unmatched = find_pairs(args.ref, rec, args.pair_by, args.allow_unmatched)
-        jobs, faults = plan(pairs, protocol, metrics, args.on_error)
+        jobs, errors = plan(pairs, protocol, metrics, args.on_error)
         shapes = [(job.info.frames, job.info.height, job.info.width) for job in jobs]
         require_shapes(PRESETS[args.preset], shapes, args.batch_size)
-        evaluations.append(Evaluation(name, rec, output_folder(args, name, rec), jobs, unmatched, faults))
+        evaluations.append(Evaluation(name, rec, output_folder(args, name, rec), jobs, unmatched, errors))
     results, summaries = {}, {}
     for evaluation in evaluations:
         with lock(evaluation.output, ranks.rank):
-            videos, faults = score(evaluation, metrics, protocol, ranks, args)
+            videos, errors = score(evaluation, metrics, protocol, ranks, args)
             if ranks.rank == 0:
                 results[evaluation.name] = videos
-                summaries[evaluation.name] = report(evaluation, videos, faults, metrics, protocol, args)
+                summaries[evaluation.name] = report(evaluation, videos, errors, metrics, protocol, args)
     if ranks.rank == 0 and len(evaluations) > 1:
         differences = compare(results, metrics.columns)
         print(f"\n{side_by_side(summaries)}\n\n{comparison_table(differences)}")
@@ -285,24 +285,24 @@ def score(
     mine = share(todo, ranks.rank, ranks.world_size)
     hidden = True if ranks.rank else None  # None: shown on terminals
     with tqdm(total=len(mine), unit="video", desc=evaluation.name, disable=hidden) as bar:
-        faults = score_jobs(mine, protocol, store, ranks.device, on_error=args.on_error, finished=bar.update)
-    write_faults(store, faults)
+        errors = score_jobs(mine, protocol, store, ranks.device, on_error=args.on_error, finished=bar.update)
+    write_errors(store, errors)
     ranks.wait()
     if ranks.rank:
         return [], []
-    return collect(evaluation.jobs, store), read_faults(evaluation.output, ranks.world_size)
+    return collect(evaluation.jobs, store), read_errors(evaluation.output, ranks.world_size)
 
 
 def report(
     evaluation: Evaluation,
     videos: list[VideoScore],
-    faults: list[str],
+    errors: list[str],
     metrics: MetricSet,
     protocol: Protocol,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Print and write everything about one reconstruction."""
-    failed = [*evaluation.faults, *faults]
+    failed = [*evaluation.errors, *errors]
     if not videos:
         raise PairError("no pair could be scored:\n" + "\n".join(f"  {reason}" for reason in failed))
     summary = summarize(videos, metrics, protocol, args.preset, args.batch_size) | {

@@ -37,10 +37,10 @@ VAE = ["model=spatial", "model.channels=[8,8]", "model.groups=4", "model.layers=
 VAE += ["stage.init_from=random", "loss=recon_kl", "data.height=16", "data.width=16", "data.batch_size=4"]
 VAE += ["data.frames.min=1", "data.frames.max=1", "validation.frames=1", "validation.every=4", "validation.clips=2"]
 VAE += ["validation.metrics=[psnr]", "trainer.best=psnr", "trainer.publish.prefix=vae", "trainer.publish.layout=native"]
-VAE += ["trainer.robust.rehearse=false"]
+VAE += ["trainer.robust.preflight=false"]
 DIFFUSION = ["denoiser=unet", "denoiser.width=16", "denoiser.blocks=1", "denoiser.head_channels=16"]
 DIFFUSION += ["data.height=32", "data.width=32", "data.frames.min=1", "data.frames.max=1"]
-DIFFUSION += ["data.batch_size=4", "trainer.ema.decays=[0.9,0.99]", "labels=none"]
+DIFFUSION += ["data.batch_size=4", "trainer.ema.rates=[0.9,0.99]", "labels=none"]
 DIFFUSION += ["validation.every=0", "trainer.scale_samples=64"]
 
 

@@ -22,7 +22,7 @@ from vae3d.config.schema import CONF
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="latents")
 def main(cfg: DictConfig) -> None:
-    launch.one_message(lambda: run(cfg))
+    launch.exit_on_user_error(lambda: run(cfg))
 
 
 def run(cfg: DictConfig) -> None:
@@ -30,7 +30,7 @@ def run(cfg: DictConfig) -> None:
     from vae3d import distributed  # torch is imported only once the configuration is sound
     from vae3d.commands import encode
 
-    with distributed.leaving():
+    with distributed.process_group_scope():
         encode.encode(config)
 
 

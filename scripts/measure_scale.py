@@ -87,10 +87,10 @@ def opened(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
 def of_source(model: nn.Module, args: argparse.Namespace) -> MeasuredScale:
     settings = ClipSettings(args.height, args.width)
     table = read_tables(open_source(args.source), settings, holdout=0, max_broken=1.0).train
-    faults: list[tuple[str, str]] = []
-    clips = spread_clips(table, settings, args.frames, args.count, faults)
+    errors: list[tuple[str, str]] = []
+    clips = spread_clips(table, settings, args.frames, args.count, errors)
     measured = measure(model.to(as_device(args.device)), clips, args.seed)
-    for path, reason in faults:
+    for path, reason in errors:
         print(f"left out: {path}: {reason}", file=sys.stderr)
     return measured
 

@@ -62,13 +62,13 @@ FAULTS = {
     "unknown metric": (["validation.metrics=[psnr,vmaf]"], "validation.metrics: no metric is called vmaf; there are psnr, ssim, ms_ssim"),
     "metric for larger frames": (["validation.metrics=[ms_ssim]", "validation.every=1", "data.height=64", "data.width=64"], "validation.metrics: ms_ssim needs at least 161 pixels; data has 64"),
     "metric for longer clips": (["validation.metrics=[rfvd]", "validation.every=1", "validation.frames=9"], "validation.metrics: rfvd needs validation.frames of at least 10"),
-    "seldom, but out of turn": (["validation.every=4", "validation.frames=1", "validation.seldom_every=6"], "validation.seldom_every=6 is not a multiple of validation.every=4; use one, or 0 for the last step only"),
-    "seldom and never": (["validation.seldom=[psnr]"], "validation.seldom=['psnr'] is of validations, and validation.every=0 makes none"),
-    "unknown seldom metric": (["validation.seldom=[fid]", "validation.every=1", "validation.frames=1"], "validation.seldom: no metric is called fid; there are psnr, ssim"),
-    "seldom metric for longer clips": (["validation.seldom=[rfvd]", "validation.every=1", "validation.frames=9"], "validation.seldom: rfvd needs validation.frames of at least 10"),
+    "slow_metrics, but out of turn": (["validation.every=4", "validation.frames=1", "validation.slow_metrics_every=6"], "validation.slow_metrics_every=6 is not a multiple of validation.every=4; use one, or 0 for the last step only"),
+    "slow_metrics and never": (["validation.slow_metrics=[psnr]"], "validation.slow_metrics=['psnr'] is of validations, and validation.every=0 makes none"),
+    "unknown slow_metrics metric": (["validation.slow_metrics=[fid]", "validation.every=1", "validation.frames=1"], "validation.slow_metrics: no metric is called fid; there are psnr, ssim"),
+    "slow_metrics metric for longer clips": (["validation.slow_metrics=[rfvd]", "validation.every=1", "validation.frames=9"], "validation.slow_metrics: rfvd needs validation.frames of at least 10"),
     "best of nothing": (["trainer.best=psnr"], "trainer.best=psnr is of validations, and validation.every=0 makes none"),
-    "best of what is not measured": (["trainer.best=rfid", "validation.every=1", "validation.frames=1"], "trainer.best=rfid is no score that can be ranked of validation.metrics and validation.seldom; use one of psnr, psnr_video, ssim, or name its metric there"),
-    "best of what has no better": (["trainer.best=flicker_ori", "validation.every=1", "validation.frames=2", "validation.metrics=[flicker]"], "trainer.best=flicker_ori is no score that can be ranked of validation.metrics and validation.seldom; use one of none, for there are no metrics"),
+    "best of what is not measured": (["trainer.best=rfid", "validation.every=1", "validation.frames=1"], "trainer.best=rfid is no score that can be ranked of validation.metrics and validation.slow_metrics; use one of psnr, psnr_video, ssim, or name its metric there"),
+    "best of what has no better": (["trainer.best=flicker_ori", "validation.every=1", "validation.frames=2", "validation.metrics=[flicker]"], "trainer.best=flicker_ori is no score that can be ranked of validation.metrics and validation.slow_metrics; use one of none, for there are no metrics"),
     "NaN for the model": (["model.scale=[1,1,nan,1]"], "must be a finite number"),
     "infinity for the model": (["model.spatial.scaling_factor=inf"], "model.spatial.scaling_factor=inf"),
     "no deviation": (["model.scale=[1,0,1,1]"], "scale[1] is 0; give a finite number from 1e-06 to 1000000"),
@@ -79,40 +79,40 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_each_fault_is_one_readable_line(videos, name):
+def test_each_error_is_one_readable_line(videos, name):
     overrides, message = FAULTS[name]
     with pytest.raises(ConfigError) as error:
         tiny.training("temporal_vae", videos, "loss=recon_kl", *overrides)
-    assert len(error.value.faults) == 1, error.value.faults
-    assert message in error.value.faults[0]
-    assert "\n" not in error.value.faults[0]
+    assert len(error.value.errors) == 1, error.value.errors
+    assert message in error.value.errors[0]
+    assert "\n" not in error.value.errors[0]
 
 
-def test_all_faults_are_reported_at_once():
+def test_all_errors_are_reported_at_once():
     with pytest.raises(ConfigError) as error:
         tiny.training(
             "temporal_vae", "/nowhere.csv", "stage=stage1", "trainer.max_step=5", "data.crop=left", "data.batch_size=0",
             "loss.terms.kl.term.beta=2", "data.workers=-1",
         )  # fmt: skip
     message = str(error.value)
-    assert message.startswith("the configuration has 7 faults:\n")
+    assert message.startswith("the configuration has 7 errors:\n")
     for key in ("init_from.spatial_vae", "max_step ", "crop", "batch_size", "kl.term.beta", "workers", "nowhere"):
         assert key in message
 
 
-def test_a_wrong_starting_point_does_not_hide_the_models_faults(videos):
+def test_a_wrong_starting_point_does_not_hide_the_models_errors(videos):
     with pytest.raises(ConfigError) as error:
         tiny.training(
             "temporal_vae", videos, "loss=recon_kl", "stage.init_from=/nowhere", "data.height=17",
             "validation.metrics=[psnrr]", "optim.weight_decay=-1",
         )  # fmt: skip
-    for fault in (
+    for reason in (
         "stage.init_from=/nowhere: no such",
         "data.height=17 is not",
         "psnrr",
         "optim.weight_decay=-1.0 must be",
     ):
-        assert fault in str(error.value)
+        assert reason in str(error.value)
 
 
 def test_wrong_frame_counts_name_the_nearest(videos, monkeypatch):
@@ -217,11 +217,11 @@ INFER_FAULTS = {
 
 
 @pytest.mark.parametrize("name", INFER_FAULTS)
-def test_inference_faults(name):
+def test_inference_errors(name):
     overrides, messages = INFER_FAULTS[name]
     with pytest.raises(ConfigError) as error:
         check_inference(tiny.compose(*overrides, config="infer"))
-    assert len(error.value.faults) == len(messages)
+    assert len(error.value.errors) == len(messages)
     for message in messages:
         assert message in str(error.value)
 
@@ -256,8 +256,8 @@ def test_numbers_that_are_not_finite_or_out_of_range_are_refused_wherever_they_s
     with pytest.raises(ConfigError) as error:
         CHECKS[name](tiny.compose(*model, *settings, config=name))
     for key in NUMBERS[name]:
-        named = [fault for fault in error.value.faults if re.match(rf"{re.escape(key)}[.=\[]\S* must ", fault)]
-        assert len(named) == 1, (key, error.value.faults)
+        named = [reason for reason in error.value.errors if re.match(rf"{re.escape(key)}[.=\[]\S* must ", reason)]
+        assert len(named) == 1, (key, error.value.errors)
 
 
 @pytest.mark.parametrize(

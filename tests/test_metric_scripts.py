@@ -66,7 +66,7 @@ def test_growing_memory_is_told(capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "column", "value", "frames", "faults"),
+    ("name", "column", "value", "frames", "errors"),
     [
         ("ssim", "ssim", 0.5, 1, []),
         ("ssim", "ssim", None, 1, ["v: ssim is missing"]),
@@ -75,6 +75,6 @@ def test_growing_memory_is_told(capsys):
         ("tpsnr", "tpsnr", None, 2, ["v: tpsnr is missing"]),
     ],
 )
-def test_scores_that_are_missing_or_not_finite_are_told(name, column, value, frames, faults):
+def test_scores_that_are_missing_or_not_finite_are_told(name, column, value, frames, errors):
     metrics: MetricSet = build_metrics([name])
-    assert memory.wrong_scores(metrics, "v", VideoResult({column: Score(value)}), frames) == faults
+    assert memory.wrong_scores(metrics, "v", VideoResult({column: Score(value)}), frames) == errors

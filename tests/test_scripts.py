@@ -243,8 +243,8 @@ def test_demo_commands_are_sound(tmp_path, monkeypatch):
     for overrides, missing in zip(commands, made, strict=True):
         with pytest.raises(ConfigError) as error:
             check_training(tiny.compose(*overrides))
-        faults = sorted(fault.partition(";")[0] for fault in error.value.faults)
-        assert faults == sorted(f"{path}: no such file or folder" for path in missing)
+        errors = sorted(reason.partition(";")[0] for reason in error.value.errors)
+        assert errors == sorted(f"{path}: no such file or folder" for path in missing)
 
 
 @pytest.mark.parametrize("name", ["demo.sh", "test.sh", "environment.sh"])

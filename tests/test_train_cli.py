@@ -229,7 +229,13 @@ def test_entries_are_ready_for_ctrl_c_before_they_import_anything_slow(entry):
 
 
 def test_a_run_that_fails_takes_its_workers_along(videos, tmp_path):
-    failing = ["loss=recon_kl", "optim.lr=1e30", "trainer.max_steps=1000", "trainer.spike.patience=2", "data.workers=2"]
+    failing = [
+        "loss=recon_kl",
+        "optim.lr=1e30",
+        "trainer.max_steps=1000",
+        "trainer.spike.max_consecutive_skips=2",
+        "data.workers=2",
+    ]
     done = tiny.run(*PYTHON, *arguments(videos, tmp_path, "run", *failing), cwd=tmp_path, timeout=90)
     assert done.returncode == 2
     assert "2 steps in a row were skipped" in done.stdout

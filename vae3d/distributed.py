@@ -1,4 +1,4 @@
-"""What the processes of one training run do together; alone, all of it does nothing."""
+"""What the processes of one training run do is_distributed; alone, all of it does nothing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ T = TypeVar("T")
 BUCKET = 64 * 2**20  # elements of one all-reduce: as few as possible, in bounded memory
 
 
-def together() -> bool:
+def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @contextmanager
-def leaving() -> Iterator[None]:
+def process_group_scope() -> Iterator[None]:
     """The process group ends with the block: gloo's threads abort a process that ends while they live (torch 2.15).
 
     After an error NCCL's is left to the end of the process: ending it would wait for ranks that are still at work.
@@ -34,9 +34,9 @@ def leaving() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def everyone(ok: bool, device: torch.device) -> bool:
+def all_ranks_ok(ok: bool, device: torch.device) -> bool:
     """Whether `ok` holds on every rank. Every rank must call it."""
-    if not together():
+    if not is_distributed():
         return ok
     lowest = torch.tensor(int(ok), device=device)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
@@ -44,24 +44,24 @@ def everyone(ok: bool, device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def spread(tensor: Tensor) -> Tensor:
+def max_minus_min(tensor: Tensor) -> Tensor:
     """Largest minus smallest value over ranks, element by element."""
     low, high = tensor.clone(), tensor.clone()
-    if together():
+    if is_distributed():
         dist.all_reduce(low, op=dist.ReduceOp.MIN)
         dist.all_reduce(high, op=dist.ReduceOp.MAX)
     return high - low
 
 
-def add_up(tensor: Tensor) -> None:
+def all_reduce_sum(tensor: Tensor) -> None:
     """Replace a tensor by its sum over ranks, in place. Every rank must call it."""
-    if together():
+    if is_distributed():
         dist.all_reduce(tensor)
 
 
-def gathered(mine: T) -> list[T]:
+def gather_to_main(mine: T) -> list[T]:
     """What each rank gives, in their order, on the first rank; nothing on the others. Every rank must call it."""
-    if not together():
+    if not is_distributed():
         return [mine]
     parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, parts)
@@ -69,12 +69,12 @@ def gathered(mine: T) -> list[T]:
 
 
 @torch.no_grad()
-def average(tensors: Iterable[Tensor]) -> None:
+def all_reduce_mean(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its mean over ranks, in place, in as few all-reduces as fit BUCKET.
 
     Ranks must give tensors of the same shapes and dtypes in the same order.
     """
-    if not together():
+    if not is_distributed():
         return
     bucket: list[Tensor] = []
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Faults that the user can mend; the entry points print their message alone, without a traceback."""
+"""Errors that the user can mend; the entry points print their message alone, without a traceback."""
 
 from __future__ import annotations
 

@@ -23,13 +23,13 @@ def as_device(name: str) -> torch.device:
     return device
 
 
-def without_tf32() -> None:
+def disable_tf32() -> None:
     """Measure in real fp32: convolutions on NVIDIA GPUs keep only 10 bits of the mantissa by default."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def in_precision(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_keep_stats(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The network in another precision, but for the mean and deviation of its latents (`shift`, `scale`), which stay in
     fp32: bf16 would change them by up to 0.4 %."""
     constants = {name: b for name, b in network.named_buffers() if name.rpartition(".")[2] in ("shift", "scale")}
@@ -41,17 +41,17 @@ def in_precision(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 @contextmanager
-def measuring() -> Iterator[None]:
+def no_tf32() -> Iterator[None]:
     """Inside this context GPUs compute in real fp32, whatever the program does outside of it."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    without_tf32()
+    disable_tf32()
     try:
         yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
+def autocast_off(device: torch.device) -> AbstractContextManager[object]:
     """Inside this context operations keep their inputs' dtype. The meta device knows no autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 

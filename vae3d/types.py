@@ -129,7 +129,7 @@ class Clip:
 
     video: [B, 3, T, H, W]; uint8 [0, 255] as loaded, float [-1, 1] after `to`.
     positions: [B], each clip's place in the endless training order; with the run's seed it fixes every
-    random draw made for the clip; below 0 in a rehearsal. paths: source files. faults: (path, reason) of
+    random draw made for the clip; below 0 in a rehearsal. paths: source files. errors: (path, reason) of
     files that failed to read while this batch was made.
     Of depth maps only, valid: [B, 1, T, H, W] bool, False where nothing was measured, with finite pixels nevertheless;
     depth_bounds: [B, 2] metres that -1 and 1 stand for.
@@ -140,7 +140,7 @@ class Clip:
     video: Tensor
     positions: Tensor
     paths: list[str]
-    faults: list[tuple[str, str]] = field(default_factory=list)
+    errors: list[tuple[str, str]] = field(default_factory=list)
     valid: Tensor | None = None
     depth_bounds: Tensor | None = None
     weight: Tensor | None = None

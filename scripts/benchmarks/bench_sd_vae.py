@@ -47,7 +47,7 @@ def measure(config: TrainConfig, device: torch.device, steps: int) -> tuple[floa
     """Seconds of a step and of the two that come first, and GiB at most."""
     torch.manual_seed(0)
     recipe = Recipe(config, device)
-    for network in recipe.measuring:
+    for network in recipe.loss_networks:
         give_weights(network, device)
     if config.trainer.compile:
         compile_blocks(recipe.model)

@@ -95,8 +95,8 @@ def check_memory(pair: Pair, metrics: MetricSet, frames: int, bound: float) -> l
     part = max(1, len(settled) // 5)  # medians, for a sample may meet memory that is about to be given back
     growth = statistics.median(settled[-part:]) - statistics.median(settled[:part])
     print(f"growth after the first tenth: {growth:.1f} MiB (bound {bound:g}); {scores(metrics, result)}")
-    faults = wrong_scores(metrics, pair.name, result, frames)
-    return faults + ([f"memory grew by {growth:.1f} MiB"] if growth > bound else [])
+    errors = wrong_scores(metrics, pair.name, result, frames)
+    return errors + ([f"memory grew by {growth:.1f} MiB"] if growth > bound else [])
 
 
 def check_degenerate(folder: Path, size: int, metrics: MetricSet) -> list[str]:
@@ -109,12 +109,12 @@ def check_degenerate(folder: Path, size: int, metrics: MetricSet) -> list[str]:
         write_pair(folder, "black and grey", SHORT, iter([still * 0] * SHORT)): SHORT,
         write_pair(folder, "one frame", 1, moving(size)): 1,
     }
-    faults = []
+    errors = []
     for pair, frames in pairs.items():
         result, _ = score_pair(pair, metrics, Protocol())
         print(f"{pair.name}: {scores(metrics, result)}")
-        faults += wrong_scores(metrics, pair.name, result, frames)
-    return faults
+        errors += wrong_scores(metrics, pair.name, result, frames)
+    return errors
 
 
 def scores(metrics: MetricSet, result: VideoResult) -> str:
@@ -123,15 +123,15 @@ def scores(metrics: MetricSet, result: VideoResult) -> str:
 
 def wrong_scores(metrics: MetricSet, name: str, result: VideoResult, frames: int) -> list[str]:
     """A single frame has neither neighbours nor a distribution; all else must have a finite score."""
-    faults = []
+    errors = []
     for metric in metrics:
         undefined = frames == 1 and (metric.pairs or metric.name == "rfid")
         for column, value in metric.over([result]).items():
             if value is None and not undefined:
-                faults.append(f"{name}: {column} is missing")
+                errors.append(f"{name}: {column} is missing")
             if value is not None and not math.isfinite(value):
-                faults.append(f"{name}: {column} is {value}")
-    return faults
+                errors.append(f"{name}: {column} is {value}")
+    return errors
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -156,11 +156,11 @@ def main(argv: list[str] | None = None) -> int:
             os.environ |= {"VAE3D_WEIGHTS": name, "VAE3D_ALLOW_UNVERIFIED": "1"}
         pair = write_pair(folder, "long", args.frames, moving(args.size))
         metrics = build_metrics(names, settings={"rfid": {"stride": args.rfid_stride}})
-        faults = check_memory(pair, metrics, args.frames, args.bound)
-        faults += check_degenerate(folder, args.size, build_metrics(names + more))
-    for fault in faults:
-        print(f"error: {fault}", file=sys.stderr)
-    return 1 if faults else 0
+        errors = check_memory(pair, metrics, args.frames, args.bound)
+        errors += check_degenerate(folder, args.size, build_metrics(names + more))
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

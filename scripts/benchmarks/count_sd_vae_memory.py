@@ -36,7 +36,7 @@ from vae3d import loading, precision
 from vae3d.adversarial.base import NoAdversary
 from vae3d.commands import train
 from vae3d.config.schema import CONF, TrainConfig
-from vae3d.models.base import with_decoder
+from vae3d.models.base import attach_decoder
 from vae3d.schedules import ALL_ON
 from vae3d.training.ema import Ema
 from vae3d.training.freeze import set_mode, train_parts
@@ -62,7 +62,7 @@ class Recipe:
         groups = train_parts(self.model, config.stage.train)
         set_mode(self.model, config.stage.train)
         self.objective = train.objective(config.loss)
-        self.measuring = [t.term.network for t in self.objective.terms.values() if hasattr(t.term, "network")]
+        self.loss_networks = [t.term.network for t in self.objective.terms.values() if hasattr(t.term, "network")]
         self.adversary = loading.instantiate(config.adversary)
         fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=tuple(config.optim.betas), fused=fused)
@@ -80,7 +80,7 @@ class Recipe:
         """Forward and backward passes of a micro-batch. done: is told of each as it ends."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             out = self.model(clip.video, pixels=self.objective.needs_pixels)
-        out = with_decoder(out, self.model)
+        out = attach_decoder(out, self.model)
         done("forward")
         loss, _ = self.objective(clip, out, step)
         adversarial, _ = self.adversary.generator_loss(clip, out, loss, step)
@@ -130,8 +130,8 @@ def standing(recipe: Recipe, clip: Clip) -> dict[str, int]:
         network, optimizer = recipe.adversary.discriminator, recipe.adversary.optimizer
         tensors = [*network.parameters(), *network.buffers(), *(p.grad for p in network.parameters())]
         found["discriminator, its gradients and moments"] = bytes_of([*tensors, *moments(optimizer)])
-    measuring = [x for network in recipe.measuring for x in (*network.parameters(), *network.buffers())]
-    return found | {"LPIPS": bytes_of(measuring), "clip": bytes_of([clip.video])}
+    in_loss = [x for network in recipe.loss_networks for x in (*network.parameters(), *network.buffers())]
+    return found | {"LPIPS": bytes_of(in_loss), "clip": bytes_of([clip.video])}
 
 
 def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -144,7 +144,7 @@ def count(overrides: Iterable[str] = ()) -> tuple[dict[str, int], dict[str, int]
     # Fake parameters cannot be moved, and are where they should be.
     with patch.object(nn.Module, "to", lambda module, *_: module), FakeTensorMode(), PeakMemory([]) as memory:
         recipe = Recipe(config, device)
-        for network in recipe.measuring:
+        for network in recipe.loss_networks:
             give_shapes(network)
         recipe.prepare()
         clip = clip_of(config, device)

@@ -61,7 +61,7 @@ def training(clip: tuple[int, int, int], build: Callable[[], nn.Module], decoder
     with FakeTensorMode():
         model = build()
         if decoder_only:
-            for module in model.parts()["encoder"]:
+            for module in model.trainable_parts()["encoder"]:
                 module.requires_grad_(False)
         video = torch.zeros(1, 3, *clip)
         with PeakMemory([*model.parameters(), video]) as memory:

@@ -22,7 +22,7 @@ from vae3d.errors import UserError
 ERROR_GAIN = 4  # error maps show |original - reconstruction| times this
 
 
-def one_message(run: Callable[[], None]) -> None:
+def exit_on_user_error(run: Callable[[], None]) -> None:
     """run(); a UserError ends as its message alone and exit status 2."""
     try:
         run()
@@ -38,7 +38,7 @@ def draw_part(doc: str | None, report: Callable[[Path, Path], None]) -> None:
     parser.add_argument("picture", type=Path)
     args = parser.parse_args()
     args.picture.parent.mkdir(parents=True, exist_ok=True)
-    one_message(lambda: report(args.folder, args.picture))
+    exit_on_user_error(lambda: report(args.folder, args.picture))
 
 
 def existing(path: Path) -> Path:

@@ -20,7 +20,7 @@ from demo_page import (
     enlarged,
     error_map,
     image_tag,
-    one_message,
+    exit_on_user_error,
     read_json,
     read_video,
 )
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--room", type=non_negative_int, default=0, help="which of the held-out rooms")
     args = parser.parse_args()
-    one_message(lambda: report(args.folder, args.picture, args.room))
+    exit_on_user_error(lambda: report(args.folder, args.picture, args.room))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import demo_distillation_report
 import demo_gan_report
 import demo_panoramas_report
 import demo_stages_report
-from demo_page import one_message
+from demo_page import exit_on_user_error
 
 from vae3d.errors import UserError
 
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    one_message(lambda: write_report(folder))
+    exit_on_user_error(lambda: write_report(folder))
 
 
 if __name__ == "__main__":

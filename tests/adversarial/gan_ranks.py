@@ -12,7 +12,7 @@ import torch
 from tests.training import quick
 from tests.training.faulty_ranks import clips_of, faulty_step, out_of_memory
 from vae3d import distributed
-from vae3d.training.preflight import RehearsalError, rehearse
+from vae3d.training.preflight import PreflightError, preflight
 from vae3d.training.vae_trainer import Trainer
 
 SOUND = 3
@@ -30,16 +30,16 @@ def sound_steps(t: Trainer) -> dict[str, object]:
 
 def faulty_steps(t: Trainer, fails: bool) -> dict[str, dict[str, float]]:
     told = {}
-    for fault in FAULTS:
+    for error in FAULTS:
         hooks = []
-        if fails and fault == "discriminator":  # its own pass, after the exchange of the first micro-batch
+        if fails and error == "discriminator":  # its own pass, after the exchange of the first micro-batch
             judge = t.adversary.judge
             t.adversary.judge = out_of_memory
             hooks.append(lambda: setattr(t.adversary, "judge", judge))  # noqa: B023
-        told[fault] = faulty_step(t, fault, fails)
+        told[error] = faulty_step(t, error, fails)
         for undo in hooks:
             undo()
-        told[f"after {fault}"] = t.train_step(clips_of(t, t.step))
+        told[f"after {error}"] = t.train_step(clips_of(t, t.step))
     return told
 
 
@@ -56,16 +56,16 @@ def main(folder: Path) -> None:
     report["weights"], report["critic"] = t.network.state_dict(), t.adversary.discriminator.state_dict()
     hooks = [t.network.register_forward_pre_hook(out_of_memory)] if rank == 1 else []
     try:
-        rehearse(t)
-    except RehearsalError as error:
+        preflight(t)
+    except PreflightError as error:
         report["rehearsal"] = str(error)
     for hook in hooks:
         hook.remove()
-    rehearse(t)
+    preflight(t)
     t.log.close()
     torch.save(report, folder / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":
-    with distributed.leaving():
+    with distributed.process_group_scope():
         main(Path(sys.argv[1]))

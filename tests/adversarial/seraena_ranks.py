@@ -31,5 +31,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    with distributed.leaving():
+    with distributed.process_group_scope():
         main(Path(sys.argv[1]))

@@ -147,8 +147,8 @@ def test_an_adaptive_weight_without_a_layer_is_refused_before_training(config):
     encoder = deepcopy(config)
     encoder.stage.train = {"encoder": 1.0}
     encoder.stage.init_from = "published weights"
-    (fault,) = dry_run.faults(encoder)
-    assert fault.startswith("adversary: a clip of 2 frames fails: no layer that ends at the pixels trains, from which")
+    (error,) = dry_run.errors(encoder)
+    assert error.startswith("adversary: a clip of 2 frames fails: no layer that ends at the pixels trains, from which")
 
 
 def test_the_check_names_what_does_not_go_with_a_gan(config):
@@ -159,7 +159,7 @@ def test_the_check_names_what_does_not_go_with_a_gan(config):
                 key
             )
             changed.adversary.update({key: value}) if node is None else setattr(node, key, value)
-        return [*validate._adversary_rules(changed), *dry_run.faults(changed)]
+        return [*validate._adversary_rules(changed), *dry_run.errors(changed)]
 
     assert told() == told(adaptive=False, alternate=True, precision="fp16") == []
     for changes, message in (
@@ -177,8 +177,8 @@ def test_the_check_names_what_does_not_go_with_a_gan(config):
         ({"norm": "layer"}, "adversary cannot be built: ValueError: adversary.norm is 'layer'; use one of"),
         ({"schedule": "sine"}, "adversary cannot be built: ValueError: schedule is 'sine'"),
     ):
-        (fault,) = told(**changes)
-        assert fault.startswith(message)
+        (error,) = told(**changes)
+        assert error.startswith(message)
 
 
 # ---- when
@@ -260,7 +260,7 @@ def test_a_rehearsal_tries_both_turns_and_the_penalties(config, tmp_path):
         whole = getattr(t.adversary, name)
         setattr(t.adversary, name, lambda *a, name=name, whole=whole: (seen.append(name), whole(*a))[1])
     before = deepcopy(t.adversary.state_dict())
-    t.config.trainer.robust.rehearse, t.config.trainer.max_steps = True, 1
+    t.config.trainer.robust.preflight, t.config.trainer.max_steps = True, 1
     t.fit()
     assert seen[:2] == ["generator_loss", "penalties"]
     assert toy.same(t.adversary.state_dict(), before)
@@ -281,7 +281,7 @@ def test_the_discriminators_learning_rate_is_of_its_own_steps(config, tmp_path):
 
 
 def test_pixels_that_are_not_valid_count_as_reconstructed_perfectly():
-    adversary = toy.gan(judges="clips")
+    adversary = toy.gan(input="clips")
     clip, out = toy.pair()
     valid = torch.zeros_like(clip.video[:, :1], dtype=torch.bool)
     valid[..., 4:12, 4:12] = True
@@ -298,7 +298,7 @@ def test_pixels_that_are_not_valid_count_as_reconstructed_perfectly():
     assert adversary.discriminator_loss(nothing, out, 0)[1]["gan/pair_right"] == 0
 
 
-@pytest.mark.parametrize("settings", [{}, {"judges": "clips"}, {"scales": 2, "r1": 1.0, "r2": 1.0}, {"criterion": "relativistic"},
+@pytest.mark.parametrize("settings", [{}, {"input": "clips"}, {"scales": 2, "r1": 1.0, "r2": 1.0}, {"criterion": "relativistic"},
                                       {"norm": "batch", "lecam": 0.1}, {"precision": "bf16"}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("frames", [1, 5])
 def test_black_and_constant_clips_of_any_length_stay_finite(settings, frames):
@@ -320,7 +320,7 @@ def test_black_and_constant_clips_of_any_length_stay_finite(settings, frames):
 def test_the_discriminator_sees_frames_or_clips():
     clip, out = toy.pair(frames=5)
     for judges, shape in (("frames", (20, 3, 16, 16)), ("clips", (4, 3, 5, 16, 16))):
-        adversary, seen = toy.gan(judges=judges), []
+        adversary, seen = toy.gan(input=judges), []
         adversary.discriminator.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0]))
         adversary.discriminator_loss(clip, out, 0)
         assert seen[0].shape == shape
@@ -405,7 +405,7 @@ def test_lecam_sees_the_averages_of_the_steps_before_and_then_moves_them():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"judges": "pixels"}, "adversary.judges is 'pixels'; use frames or clips"),
+        ({"input": "pixels"}, "adversary.input is 'pixels'; use frames or clips"),
         ({"criterion": "wasserstein"}, "adversary.criterion is 'wasserstein'; use hinge or vanilla or"),
         ({"precision": "fp16"}, "adversary.precision is 'fp16'; use fp32 or bf16"),
         ({"weight": -1.0}, "adversary.weight is -1.0; use 0 or more"),

@@ -49,15 +49,15 @@ def test_two_ranks_of_one_clip_are_one_rank_of_two(both, config, tmp_path):
     assert max((tensor - start[name]).abs().max() for name, tensor in alone["weights"].items()) > 1e-4
 
 
-@pytest.mark.parametrize("fault", gan_ranks.FAULTS)
-def test_a_fault_of_one_rank_amid_the_exchange_skips_the_step_on_both(both, fault):
+@pytest.mark.parametrize("error", gan_ranks.FAULTS)
+def test_a_error_of_one_rank_amid_the_exchange_skips_the_step_on_both(both, error):
     for report in both:
-        assert report["steps"][fault]["skipped"] == 1.0
-        assert report["steps"][f"after {fault}"]["skipped"] == 0.0
-    assert both[0]["steps"][f"after {fault}"] == both[1]["steps"][f"after {fault}"]
+        assert report["steps"][error]["skipped"] == 1.0
+        assert report["steps"][f"after {error}"]["skipped"] == 0.0
+    assert both[0]["steps"][f"after {error}"] == both[1]["steps"][f"after {error}"]
 
 
-def test_ranks_with_a_gan_that_met_faults_stay_equal(both):
+def test_ranks_with_a_gan_that_met_errors_stay_equal(both):
     first, second = both
     assert toy.same(first["weights"], second["weights"])
     assert toy.same(first["critic"], second["critic"])

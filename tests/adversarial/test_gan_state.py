@@ -104,16 +104,16 @@ def test_a_gradient_of_the_discriminator_that_is_not_finite_changes_nothing_but_
     assert adversary.discriminator_loss(*toy.pair(), 3)[1]["gan/skipped"] == 1
 
 
-@pytest.mark.parametrize("fault", ["nan", "unreadable", "adaptive"])
-def test_a_step_that_the_trainer_skips_leaves_no_trace_in_either_network(config, tmp_path, fault):
+@pytest.mark.parametrize("error", ["nan", "unreadable", "adaptive"])
+def test_a_step_that_the_trainer_skips_leaves_no_trace_in_either_network(config, tmp_path, error):
     t = quick.trainer(config, tmp_path, **{"trainer.accumulate": 1})
     for step in range(4):
         t.train_step(clips_of(t, step))
     before = state_of(t)
     (clip,) = clips_of(t, 4)
-    if fault == "unreadable":
+    if error == "unreadable":
         clip = Unreadable([("gone.mp4", "is empty")])
-    elif fault == "nan":
+    elif error == "nan":
         clip.video = clip.to("cpu").video * float("nan")
     else:  # only the discriminator's logits are not finite, and so its weight
         deceive = t.adversary.deceive
@@ -121,7 +121,7 @@ def test_a_step_that_the_trainer_skips_leaves_no_trace_in_either_network(config,
     assert t.train_step([clip])["skipped"] == 1.0
     network, adversary, optimizer = state_of(t)
     assert toy.same((network, adversary, optimizer["state"]), (*before[:2], before[2]["state"]))
-    if fault == "adaptive":
+    if error == "adaptive":
         t.adversary.deceive = deceive
     assert t.train_step(clips_of(t, 5))["skipped"] == 0.0
 

@@ -249,7 +249,7 @@ def test_another_resolution_is_refused_in_the_same_step_and_later():
 
 def test_images_too_small_are_refused():
     with pytest.raises(ValueError, match="7x7; Seraena needs 8 pixels or more"):
-        toy.seraena()._refuse_misfits(*toy.pair(side=7))
+        toy.seraena()._check_shapes(*toy.pair(side=7))
     clip, out = toy.pair(batch=1, frames=1, side=8)
     with pytest.raises(ValueError, match=r"gives the batch norms a single value; use adversary.norm=group"):
         toy.seraena().discriminator_loss(clip, out, 0)
@@ -277,4 +277,4 @@ def test_the_check_names_what_is_wrong_with_seraena(videos, override, message):
     assert config.adversary["betas"] == [0.9, 0.99]
     with pytest.raises(ConfigError) as error:
         tiny.training("spatial", videos, *given, override)
-    assert error.value.faults == [message]
+    assert error.value.errors == [message]

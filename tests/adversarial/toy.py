@@ -12,7 +12,7 @@ from vae3d.adversarial.gan import Gan
 from vae3d.adversarial.seraena import Seraena
 from vae3d.types import Clip, Reconstruction
 
-SETTINGS = {"context_channels": 4, "channels": [8, 8, 16, 16], "buffer_length": 10, "gauge_every": 2}
+SETTINGS = {"context_channels": 4, "channels": [8, 8, 16, 16], "buffer_length": 10, "diagnostics_every": 2}
 GAN = {"channels": 8, "layers": 1, "groups": 4, "adaptive": False, "lr": 1e-3}
 
 

@@ -103,8 +103,8 @@ def test_a_student_and_its_teacher_of_another_layout_are_two(tmp_path, saved):
 def test_every_command_takes_a_part(tmp_path, saved):
     file = tmp_path / "last.ckpt"
     torch.save({"model": inner(saved), "ema": inner(saved, scale=2.0)}, file)
-    assert validate.path_faults({"checkpoint": f"{file}::ema", "teacher.path": f"{file}::ema"}) == []
-    assert validate.path_faults({"checkpoint": f"{file}x::ema"}) == [f"checkpoint={file}x::ema: no such file or folder"]
+    assert validate.path_errors({"checkpoint": f"{file}::ema", "teacher.path": f"{file}::ema"}) == []
+    assert validate.path_errors({"checkpoint": f"{file}x::ema"}) == [f"checkpoint={file}x::ema: no such file or folder"]
     arguments = [f"{file}::ema", str(tmp_path / "out"), "--to", "export", "--scaling_factor", "0.5"]
     assert convert_checkpoint.main(arguments) == 0
     assert vae3d.load(tmp_path / "out").scaling_factor == 0.5
@@ -161,8 +161,8 @@ def test_a_folder_with_a_choice_asks(tmp_path, names):
 
 def test_a_hub_id_gets_the_command_that_downloads_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (fault,) = validate.path_faults({"checkpoint": "stabilityai/sd-vae-ft-mse"})
-    assert "hf download stabilityai/sd-vae-ft-mse --local-dir sd-vae-ft-mse, then give sd-vae-ft-mse" in fault
+    (error,) = validate.path_errors({"checkpoint": "stabilityai/sd-vae-ft-mse"})
+    assert "hf download stabilityai/sd-vae-ft-mse --local-dir sd-vae-ft-mse, then give sd-vae-ft-mse" in error
     with pytest.raises(CheckpointError, match=r'hf download .*1\.3B --include "\*vae\*" "\*VAE\*"'):
         vae3d.load("Wan-AI/Wan2.1-T2V-1.3B")
     Path("runs").mkdir()

@@ -5,7 +5,7 @@ import torch
 
 from vae3d.checkpoints import state
 from vae3d.checkpoints.formats import CheckpointError
-from vae3d.checkpoints.state import ResumeError, refuse_other_run
+from vae3d.checkpoints.state import ResumeError, check_same_run
 
 OLD = {"data": {"frames": {"min": 5}, "flip": False}}  # before there were fit, panorama and depth
 
@@ -47,7 +47,7 @@ def test_a_flipped_bit_of_a_training_state_is_found_when_it_is_loaded(tmp_path):
 
 def test_an_older_checkpoint_resumes_where_new_settings_are_off(tmp_path):
     folder = saved(tmp_path, 3, OLD)
-    assert refuse_other_run(folder, new()) == {"data.frames.fit": (None, False), "data.panorama": (None, False)}
+    assert check_same_run(folder, new()) == {"data.frames.fit": (None, False), "data.panorama": (None, False)}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_an_older_checkpoint_resumes_where_new_settings_are_off(tmp_path):
 def test_an_older_checkpoint_is_another_run_where_they_are_on(tmp_path, changed, key):
     folder = saved(tmp_path, 3, OLD)
     with pytest.raises(ResumeError, match=key):
-        refuse_other_run(folder, new(**changed))
+        check_same_run(folder, new(**changed))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_damaged_run_json_stops_a_resume_and_names_the_folder_to_delete(tmp_pa
         assert state.latest_state(tmp_path).name == "step-0000001"
         return
     with pytest.raises(CheckpointError, match=f"run.json.*delete {folder}"):
-        refuse_other_run(state.starting_state(tmp_path, resume_from), new())
+        check_same_run(state.starting_state(tmp_path, resume_from), new())
 
 
 @pytest.mark.parametrize("mmap", [False, True])
@@ -121,4 +121,4 @@ def test_a_damaged_training_state_is_named(tmp_path, mmap):
 def test_a_lone_state_file_without_its_configuration_is_refused(tmp_path):
     torch.save({"step": 3, "model": {}, "optimizer": {}}, tmp_path / "state.pt")
     with pytest.raises(CheckpointError, match="configuration"):
-        refuse_other_run(tmp_path / "state.pt", new())
+        check_same_run(tmp_path / "state.pt", new())

@@ -132,13 +132,13 @@ def test_a_variant_that_does_not_fit_is_refused(tmp_path, variant, message):
 
 
 @pytest.mark.parametrize(
-    ("fact", "fault"), [("frame_rule", "follow the rule 'odd', here it is 'cogvideox'"), ("latent", "latent is 'odd'")]
+    ("fact", "error"), [("frame_rule", "follow the rule 'odd', here it is 'cogvideox'"), ("latent", "latent is 'odd'")]
 )
-def test_unknown_frame_rules_and_latents_are_refused(tmp_path, fact, fault):
+def test_unknown_frame_rules_and_latents_are_refused(tmp_path, fact, error):
     WRITERS["taehv"](saved("taecvx", tmp_path), tmp_path / "weights.pth")
     told = json.loads((tmp_path / "weights.json").read_text())
     (tmp_path / "weights.json").write_text(json.dumps({**told, fact: "odd"}))
-    with pytest.raises(CheckpointError, match=fault):
+    with pytest.raises(CheckpointError, match=error):
         vae3d.load(tmp_path / "weights.pth")
 
 

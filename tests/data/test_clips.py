@@ -21,9 +21,9 @@ from vae3d.data.transforms import cover
 
 def training_data(table, workers=0, frames=(1, 9), settings=None, **kwargs) -> TrainingData:
     settings = settings or ClipSettings(16, 16, crop="random", flip=True)
-    rows, faults = complete(Table(table).table())
+    rows, errors = complete(Table(table).table())
     plan = Plan(lengths_of(rows, settings), FrameCounts(*frames), seed=3, batch_size=4, **kwargs)
-    return TrainingData(rows, plan, settings, workers, 2, [], faults)
+    return TrainingData(rows, plan, settings, workers, 2, [], errors)
 
 
 def number(frame: np.ndarray) -> int:
@@ -131,13 +131,13 @@ def test_a_broken_file_is_told_and_replaced_by_a_seeded_draw(videos, tmp_path):
     rows, plan, settings = broken(videos, tmp_path, 2)
     dataset = ClipDataset(rows, plan, settings)
     samples = [dataset[draw] for step in range(10) for draw in plan.step(step)[0]]
-    replaced = [sample for sample in samples if sample.faults]
+    replaced = [sample for sample in samples if sample.errors]
     assert replaced
     for sample in samples:
         assert sample.video.shape == (3, 5, 16, 16)
         assert sample.video.float().std() > 5  # a picture, no placeholder
         assert "gone" not in sample.path
-    assert {reason for sample in replaced for _, reason in sample.faults} == {"is empty (0 bytes)"}
+    assert {reason for sample in replaced for _, reason in sample.errors} == {"is empty (0 bytes)"}
     again = ClipDataset(rows, plan, settings)
     assert torch.equal(
         again[replaced[0].draw._replace(record=0)].video, dataset[replaced[0].draw._replace(record=0)].video
@@ -152,23 +152,23 @@ def test_nothing_but_broken_files_gives_their_names_in_place_of_clips(videos, tm
     assert len(given) == 3  # and reading goes on
     for unreadable in given:
         assert isinstance(unreadable, Unreadable)
-        assert len(unreadable.faults) >= ATTEMPTS
-        assert all(path.endswith(".mp4") and reason == "is empty (0 bytes)" for path, reason in unreadable.faults)
+        assert len(unreadable.errors) >= ATTEMPTS
+        assert all(path.endswith(".mp4") and reason == "is empty (0 bytes)" for path, reason in unreadable.errors)
 
 
-def test_batches_collect_faults(videos, tmp_path):
+def test_batches_collect_errors(videos, tmp_path):
     rows, plan, settings = broken(videos, tmp_path, 3)
     dataset = ClipDataset(rows, plan, settings)
     samples = [dataset[draw] for draw in plan.step(0)[0]]
-    samples[0].faults = [("x.mp4", "is odd")]
-    assert ("x.mp4", "is odd") in collate(samples).faults
+    samples[0].errors = [("x.mp4", "is odd")]
+    assert ("x.mp4", "is odd") in collate(samples).errors
 
 
 def test_validation_clips_are_always_the_same_and_shared_among_ranks(videos):
     rows, _ = complete(Table(videos).table())
     settings = ClipSettings(16, 16)
-    clips, faults = validation_clips(rows, settings, 9, 5)
-    assert faults == []
+    clips, errors = validation_clips(rows, settings, 9, 5)
+    assert errors == []
     assert [int(clip.positions) for clip in clips] == [0, 1, 2, 3, 4]
     shared = [validation_clips(rows, settings, 9, 5, rank, 2)[0] for rank in range(2)]
     assert torch.equal(shared[1][0].video, clips[1].video)
@@ -179,9 +179,9 @@ def test_validation_clips_are_always_the_same_and_shared_among_ranks(videos):
 
 def test_a_broken_held_out_video_is_told_and_left_out(videos, tmp_path):
     rows, _, settings = broken(videos, tmp_path, 1)
-    clips, faults = validation_clips(rows, settings, 5, 3)
+    clips, errors = validation_clips(rows, settings, 5, 3)
     assert len(clips) == 2
-    assert faults == [(str(tmp_path / "gone0.mp4"), "is empty (0 bytes)")]
+    assert errors == [(str(tmp_path / "gone0.mp4"), "is empty (0 bytes)")]
 
 
 def test_rows_that_promise_more_than_the_file_has_are_replaced(videos):
@@ -191,7 +191,7 @@ def test_rows_that_promise_more_than_the_file_has_are_replaced(videos):
     plan = Plan(lengths_of(rows, settings), FrameCounts(21, 21), seed=0, batch_size=4)
     clip = next(TrainingData(rows, plan, settings, 0, 2, [], []).clips(0, 1))
     assert all("clip9" in path for path in clip.paths)
-    assert all("fewer than the table says" in reason for _, reason in clip.faults)
+    assert all("fewer than the table says" in reason for _, reason in clip.errors)
 
 
 # --- panoramas

@@ -191,7 +191,7 @@ def test_broken_rows_are_told_with_their_numbers(tmp_path, capsys):
     tables = read_tables(ImageFolder(tmp_path / "clean.csv"), SETTINGS, holdout=0, max_broken=0)
     assert len(tables.train) == 5
     tables = read_tables(HuggingFace(tmp_path / "saved"), SETTINGS, holdout=0, max_broken=0.5)
-    assert tables.faults == [(f"row 6 ({tmp_path}/saved/train/image/5.hfimage)", "has no image")]
+    assert tables.errors == [(f"row 6 ({tmp_path}/saved/train/image/5.hfimage)", "has no image")]
 
 
 def test_sizes_are_looked_up_once_and_again_when_the_dataset_changes(tmp_path, monkeypatch):
@@ -235,8 +235,8 @@ def test_a_run_trains_and_validates_on_it(tmp_path):
     )  # fmt: skip
     trainer = train.build_trainer(config, tmp_path / "run")
     trainer.fit()
-    faults = [json.loads(line) for line in (tmp_path / "run/faults.jsonl").read_text().splitlines()]
-    assert [(fault["path"], fault["reason"]) for fault in faults] == [
+    errors = [json.loads(line) for line in (tmp_path / "run/data_errors.jsonl").read_text().splitlines()]
+    assert [(error["path"], error["reason"]) for error in errors] == [
         (f"{tmp_path}/saved/train/image/3.hfimage", "is not an image, whatever its extension says")
     ]
     scores = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

@@ -101,13 +101,13 @@ def test_a_table_may_name_them(tmp_path):
         source = ImageFolder(tmp_path / name)
         found = source.table()
         assert found["row"].tolist() == [1, 2, 4, 5]
-        assert found["fault"].tolist() == [None, None, "no such file", "has no `path`"]
+        assert found["error"].tolist() == [None, None, "no such file", "has no `path`"]
         assert source.notes == [
             f"{tmp_path / name}: 2 images: train 1, val 1",
             "left out, since they are no images: 1 .mp4",
         ]
     tables = read_tables(ImageFolder(tmp_path / "t.csv"), SETTINGS, holdout=4, max_broken=0.5)
-    assert [len(tables.train), len(tables.val), len(tables.faults)] == [1, 1, 2]
+    assert [len(tables.train), len(tables.val), len(tables.errors)] == [1, 1, 2]
     with pytest.raises(DataError, match=r"2 of 4 files cannot be read(.|\n)*gone\.png\): no such file"):
         read_tables(ImageFolder(tmp_path / "t.csv"), SETTINGS, holdout=4, max_broken=0.2)
 
@@ -121,7 +121,7 @@ def test_images_are_listed_without_being_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "look", lambda path: looked.append(path) or {"height": 12.0, "width": 24.0})
     tables = read_tables(ImageFolder(tmp_path), SETTINGS, holdout=2, max_broken=0)
     assert len(looked) == 5
-    assert (len(tables.train), len(tables.val), tables.faults) == (19, 2, [])
+    assert (len(tables.train), len(tables.val), tables.errors) == (19, 2, [])
     assert tables.notes[-1].startswith("5 of 5 files looked at, of 21, are smaller than 16x16 and are enlarged")
 
 
@@ -150,12 +150,12 @@ def test_videos_are_counted_where_their_size_is_known(videos, tmp_path):
     assert read_tables(Table(tmp_path / "t.csv"), ClipSettings(99, 99), 0, 0).notes == []
 
 
-def test_small_files_are_left_out_as_no_fault(tmp_path):
+def test_small_files_are_left_out_as_no_error(tmp_path):
     for i in range(6):
         save(tmp_path / f"{i}.png", 16 + 2 * i, 40)
     tables = read_tables(ImageFolder(tmp_path), ClipSettings(16, 16, min_side=22), holdout=1, max_broken=0)
     assert sorted([*tables.train["name"], *tables.val["name"]]) == ["3.png", "4.png", "5.png"]
-    assert tables.faults == []
+    assert tables.errors == []
     assert tables.left_out[0] == (str(tmp_path / "0.png"), "is 16x40: left out, since data.min_side=22")
     assert tables.notes[-1] == "3 files are smaller than data.min_side=22, and left out"
     with pytest.raises(DataError, match=r"no file has a shorter side of data\.min_side=99 pixels; the largest has 26"):
@@ -184,14 +184,14 @@ def test_a_folder_alone_trains_and_validates(images, tmp_path, model):
     trainer = train.build_trainer(config, tmp_path / "run")
     trainer.fit()
     assert trainer.step == 4
-    listed = [json.loads(line) for line in (tmp_path / "run/faults.jsonl").read_text().splitlines()]
+    listed = [json.loads(line) for line in (tmp_path / "run/data_errors.jsonl").read_text().splitlines()]
     left_out = [entry["path"] for entry in listed if "left out" in entry["reason"]]
     assert sorted(os.path.basename(path) for path in left_out) == ["0.JPEG"] * 4
     scores = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [entry["val_clips"] for entry in scores if "val_clips" in entry] == [2, 2]
 
 
-def test_a_cut_off_image_is_a_fault_with_its_name(images, tmp_path):
+def test_a_cut_off_image_is_a_error_with_its_name(images, tmp_path):
     shutil.copytree(images, tmp_path / "set")
     cut = tmp_path / "set/train/cat/0.JPEG"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
@@ -199,9 +199,9 @@ def test_a_cut_off_image_is_a_fault_with_its_name(images, tmp_path):
         "spatial", tmp_path, *ALONE, f"data.source.path={tmp_path / 'set'}", "data.batch_size=8", "trainer.max_steps=3"
     )
     train.build_trainer(config, tmp_path / "run").fit()
-    (fault,) = [json.loads(line) for line in (tmp_path / "run/faults.jsonl").read_text().splitlines()]
-    assert fault["path"] == str(cut)
-    assert fault["reason"].startswith("cannot be decoded: image file is truncated")
+    (error,) = [json.loads(line) for line in (tmp_path / "run/data_errors.jsonl").read_text().splitlines()]
+    assert error["path"] == str(cut)
+    assert error["reason"].startswith("cannot be decoded: image file is truncated")
 
 
 def test_check_lists_bad_images(images, tmp_path, capsys):

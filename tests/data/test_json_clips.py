@@ -63,13 +63,13 @@ def test_a_list_and_an_object_with_a_list_are_the_same(folder, tmp_path):
     assert table["path"].tolist() == [str(folder / "0.mp4"), str(folder / "1.mp4")]
     assert table.loc[0, ["start", "fps", "num_frames", "text", "row"]].tolist() == [0.25, 24.0, 24.0, "a cat", 1]
     assert table.loc[1, ["start", "end", "num_frames", "fps"]].isna().all()
-    assert table["fault"].isna().all()
+    assert table["error"].isna().all()
     assert nested.notes == [f"{tmp_path}/nested.json lists 2 clips of 2 videos"]
 
 
 def test_paths_are_relative_to_the_file_by_default_and_may_be_absolute(folder):
     source = JsonClips(write(folder / "here.json", [{"path": "0.mp4"}, {"path": str(folder / "1.mp4")}]))
-    assert tables(source).faults == []
+    assert tables(source).errors == []
 
 
 def test_what_is_odd_but_harmless_is_noted(folder):
@@ -135,8 +135,8 @@ def test_faulty_clips_are_counted_and_told_by_number(folder, capsys):
     path = write(folder / "faulty.json", [{"path": "1.mp4"}, *(entry for entry, _ in FAULTS), {"path": "2.mp4"}])
     found = tables(JsonClips(path, val_share=None))
     assert found.train["name"].tolist() == ["1.mp4", "2.mp4"]
-    reasons = {what.split(" (")[0]: reason for what, reason in found.faults}
-    assert len(found.faults) == len(FAULTS)
+    reasons = {what.split(" (")[0]: reason for what, reason in found.errors}
+    assert len(found.errors) == len(FAULTS)
     for row, (_, expected) in enumerate(FAULTS, start=2):
         assert reasons[f"row {row}"].startswith(expected)
     with pytest.raises(DataError, match=f"{len(FAULTS)} of {len(FAULTS) + 2} files cannot be read"):
@@ -199,23 +199,23 @@ def test_training_and_validation_read_nothing_outside_a_segment(folder, annotate
         sample = dataset[Draw(position, position % 2, 5)]
         clip = numbers(sample.video.permute(1, 2, 3, 0).numpy())
         assert np.diff(clip).tolist() == [1] * 4
-        assert sample.faults == []
+        assert sample.errors == []
         seen |= set(clip)
     assert seen == set(range(6, 18))
     with pytest.raises(DataError, match="no held-out video has 13 frames"):
         validation_clips(found.val, SETTINGS, 13, 1)
-    (clip,), faults = validation_clips(found.val, SETTINGS, 12, 1)
-    assert (numbers(clip.video[0].permute(1, 2, 3, 0).numpy()), faults) == (list(range(6, 18)), [])
+    (clip,), errors = validation_clips(found.val, SETTINGS, 12, 1)
+    assert (numbers(clip.video[0].permute(1, 2, 3, 0).numpy()), errors) == (list(range(6, 18)), [])
 
 
 def test_a_csv_gives_segments_too(folder, capsys):
     (folder / "t.csv").write_text("path,start,end\n0.mp4,0.5,\n0.mp4,0,0.25\n1.mp4,,\n1.mp4,x,1\n2.mp4,0,2\n")
-    table, faults = complete(Table(folder / "t.csv").table())
+    table, errors = complete(Table(folder / "t.csv").table())
     assert table["num_frames"].tolist() == [24] * 4  # of the file
-    assert [reason for _, reason in faults] == [SEGMENT_FAULT]
-    table, faults = count_frames(table)
+    assert [reason for _, reason in errors] == [SEGMENT_FAULT]
+    table, errors = count_frames(table)
     assert table["num_frames"].tolist() == [12, 6, 24]
-    assert faults == [(f"row 5 ({folder}/2.mp4)", "is 1 s long; end=2 lies behind its end")]
+    assert errors == [(f"row 5 ({folder}/2.mp4)", "is 1 s long; end=2 lies behind its end")]
 
     assert check([str(folder / "t.csv"), "--clean", str(folder / "clean.csv"), "--workers", "1"]) == 1
     assert "3 of 5 rows are good" in capsys.readouterr().out
@@ -254,7 +254,7 @@ def test_a_split_is_taken_as_it_is_and_must_be_whole(folder):
     del entries[1]["split"]
     entries[2]["split"] = "valid"
     found = tables(JsonClips(write(folder / "split.json", entries)))
-    assert [reason for _, reason in found.faults] == ["`split` is none of train, val, test"] * 2
+    assert [reason for _, reason in found.errors] == ["`split` is none of train, val, test"] * 2
 
 
 def sides(path: Path, names: list[str], clips: int = 1, share: float = 0.25) -> dict[str, str]:
@@ -315,4 +315,4 @@ def test_two_steps_of_training(folder, tmp_path):
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()
     assert (tmp_path / "checkpoints/step-0000002/run.json").is_file()
-    assert "row 4" in (tmp_path / "faults.jsonl").read_text()
+    assert "row 4" in (tmp_path / "data_errors.jsonl").read_text()

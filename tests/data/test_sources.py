@@ -74,8 +74,8 @@ def test_faulty_rows_are_told_one_by_one_and_left_out(tmp_path, capsys):
     assert "1 of 6 rows are good, 5 bad" in out
     tables = read_tables(Table(tmp_path / "t.csv"), SETTINGS, holdout=0, max_broken=0.9)
     assert tables.train["row"].tolist() == [1]
-    assert [reason for _, reason in tables.faults][:2] == ["has no `path`", "`num_frames` is no positive number"]
-    assert len(tables.faults) == 5
+    assert [reason for _, reason in tables.errors][:2] == ["has no `path`", "`num_frames` is no positive number"]
+    assert len(tables.errors) == 5
 
 
 def test_a_parquet_file_keeps_its_rows_together_whatever_its_index(tmp_path):
@@ -93,9 +93,9 @@ def test_a_parquet_file_keeps_its_rows_together_whatever_its_index(tmp_path):
 def test_relative_and_absolute_paths_mix(videos, monkeypatch):
     monkeypatch.chdir(videos.parent)
     pd.DataFrame({"path": ["clip0.mp4", str(videos.parent / "clip1.mp4")]}).to_csv("mixed.csv", index=False)
-    table, faults = probe.complete(Table("mixed.csv").table())
+    table, errors = probe.complete(Table("mixed.csv").table())
     assert table["num_frames"].tolist() == [12, 13]
-    assert faults == []
+    assert errors == []
 
 
 def test_the_held_out_videos_stay_when_the_data_moves(videos, tmp_path):
@@ -117,7 +117,7 @@ def test_an_error_is_not_remembered(tmp_path, monkeypatch):
 
 def test_training_probes_only_what_it_needs(tmp_path):
     pd.DataFrame({"path": ["absent.mp4"], "num_frames": [5]}).to_csv(tmp_path / "t.csv", index=False)
-    assert read_tables(Table(tmp_path / "t.csv"), SETTINGS, holdout=0, max_broken=0).faults == []
+    assert read_tables(Table(tmp_path / "t.csv"), SETTINGS, holdout=0, max_broken=0).errors == []
     with pytest.raises(DataError, match="no such file"):
         read_tables(Table(tmp_path / "t.csv"), replace(SETTINGS, fps=8.0), holdout=0, max_broken=0)
 
@@ -150,8 +150,8 @@ def test_missing_facts_are_probed_once_and_kept(videos, monkeypatch, tmp_path):
     looked = []
     original = probe.look
     monkeypatch.setattr(probe, "look", lambda path: looked.append(path) or original(path))
-    table, faults = probe.complete(Table(videos).table())
-    assert faults == []
+    table, errors = probe.complete(Table(videos).table())
+    assert errors == []
     assert table["num_frames"].tolist() == [12 + i for i in range(10)] + [1, 1]
     assert set(table["height"]) == {32}
     assert len(looked) == 12
@@ -179,9 +179,9 @@ def test_damaged_answers_of_a_probe_are_found_anew(videos, monkeypatch, tmp_path
     for wrong in changed:
         cache.write_bytes(wrong)
         for _ in range(2):  # the second time, from what the first has added
-            again, faults = probe.complete(Table(videos).table())
+            again, errors = probe.complete(Table(videos).table())
             pd.testing.assert_frame_equal(again, table)
-            assert faults == []
+            assert errors == []
 
 
 def _flipped(content: bytes, place: int) -> bytes:
@@ -191,8 +191,8 @@ def _flipped(content: bytes, place: int) -> bytes:
 def test_complete_rows_are_not_opened(tmp_path):
     facts = {"num_frames": [5], "height": [4], "width": [6], "fps": [24.0]}
     pd.DataFrame({"path": ["absent.mp4"], **facts}).to_csv(tmp_path / "t.csv", index=False)
-    table, faults = probe.complete(Table(tmp_path / "t.csv").table())
-    assert faults == []
+    table, errors = probe.complete(Table(tmp_path / "t.csv").table())
+    assert errors == []
     assert table["num_frames"].tolist() == [5]
 
 
@@ -209,7 +209,7 @@ def broken_table(folder, videos, broken: int):
 def test_files_that_do_not_open_are_left_out_and_told(videos, tmp_path):
     tables = read_tables(broken_table(tmp_path, videos, 2), SETTINGS, holdout=0, max_broken=0.2)
     assert len(tables.train) == 12
-    assert [(path.rsplit("/", 1)[1], reason) for path, reason in tables.faults] == [
+    assert [(path.rsplit("/", 1)[1], reason) for path, reason in tables.errors] == [
         ("broken0.mp4", "is empty (0 bytes)"),
         ("broken1.mp4", "no such file"),
     ]

@@ -44,7 +44,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     assert pd.isna(table["text"][1])
     assert table["num_frames"][0] == 5
     assert pd.isna(table["num_frames"][1])
-    assert not table["fault"].notna().any()
+    assert not table["error"].notna().any()
 
 
 @pytest.mark.parametrize("word", ["None", "NA", "null", "nan", "N/A", "NaN"])
@@ -53,7 +53,7 @@ def test_no_word_stands_for_a_missing_label(tmp_path, word):
     row = Table(tmp_path / "t.csv").table().iloc[0]
     assert (row["name"], row["label"], row["text"]) == (word, word, word)
     assert pd.isna(row["fps"])  # of a number it does
-    assert row["fault"] is None
+    assert row["error"] is None
 
 
 def test_a_row_with_another_number_of_fields_is_named_and_the_others_are_read(tmp_path):
@@ -61,16 +61,16 @@ def test_a_row_with_another_number_of_fields_is_named_and_the_others_are_read(tm
     table = Table(tmp_path / "t.csv").table()
     assert table["row"].tolist() == [1, 2, 3, 4]
     assert table["text"][0] == "a dog, running"
-    assert "3 fields in line 3" in table["fault"][1]
-    assert '"..."' in table["fault"][1]
-    assert "1 fields in line 4" in table["fault"][2]
-    assert table["fault"].isna().tolist() == [True, False, False, True]
+    assert "3 fields in line 3" in table["error"][1]
+    assert '"..."' in table["error"][1]
+    assert "1 fields in line 4" in table["error"][2]
+    assert table["error"].isna().tolist() == [True, False, False, True]
 
 
 def test_a_column_more_in_every_row_shifts_nothing(tmp_path):
     """pandas takes the first column for an index then."""
     (tmp_path / "t.csv").write_text("path,text\na.mp4,one, two\nb.mp4,one, two\n")
-    assert Table(tmp_path / "t.csv").table()["fault"].notna().all()
+    assert Table(tmp_path / "t.csv").table()["error"].notna().all()
 
 
 REFUSED = {
@@ -112,7 +112,7 @@ def test_a_list_given_as_a_table_is_refused_with_the_right_setting(tmp_path):
         Table(tmp_path / "t.json").table()
 
 
-def test_paths_and_numbers_that_cannot_be_are_faults_of_their_rows(tmp_path):
+def test_paths_and_numbers_that_cannot_be_are_errors_of_their_rows(tmp_path):
     rows = [
         {"path": "a\0.mp4"},
         {"path": "\ud800.mp4"},
@@ -121,16 +121,16 @@ def test_paths_and_numbers_that_cannot_be_are_faults_of_their_rows(tmp_path):
         {"path": "a caption in its place " * 20},
     ]
     (tmp_path / "t.json").write_text(json.dumps(rows))
-    faults = JsonClips(tmp_path / "t.json").table()["fault"]
-    assert "NUL" in faults[0]
-    assert r'`path` is "\ud800.mp4"' in faults[1]
-    assert "`fps`" in faults[2]
-    assert "`fps`" in faults[3]
-    assert "255 bytes" in faults[4]
+    errors = JsonClips(tmp_path / "t.json").table()["error"]
+    assert "NUL" in errors[0]
+    assert r'`path` is "\ud800.mp4"' in errors[1]
+    assert "`fps`" in errors[2]
+    assert "`fps`" in errors[3]
+    assert "255 bytes" in errors[4]
 
 
 def test_a_number_of_any_length_is_an_error_of_its_row(tmp_path):
     (tmp_path / "t.csv").write_text(f"path,fps\na.mp4,{'9' * 400}\nb.mp4,1e999\nc.mp4,24\n")
     table = Table(tmp_path / "t.csv").table()
-    assert table["fault"].notna().tolist() == [True, True, False]
+    assert table["error"].notna().tolist() == [True, True, False]
     assert table["fps"][2] == 24

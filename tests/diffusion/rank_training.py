@@ -43,9 +43,9 @@ def refused(folder: Path, settings: list[str]) -> None:
 
 if __name__ == "__main__":
     top = Path(sys.argv[1])
-    with distributed.leaving():
+    with distributed.process_group_scope():
         settings = json.loads((top / "settings.json").read_text())
         trained(top / "together", settings)
-        assert distributed.gathered(launch.rank()) == ([0, 1] if launch.rank() == 0 else [])
+        assert distributed.gather_to_main(launch.rank()) == ([0, 1] if launch.rank() == 0 else [])
         latent_runs.sample(f"checkpoint={top}/together", f"out={top}/of_two", *THREE, against(settings))
         refused(top / "refused", settings)

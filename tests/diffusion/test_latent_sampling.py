@@ -273,17 +273,17 @@ def test_a_folder_that_cannot_be_is_found_before_the_first_sample(of_images, tmp
     monkeypatch.setattr(sample, "sample_latents", None)
     monkeypatch.setattr(launch, "in_sweep", lambda: False)
     with pytest.raises(SystemExit, match="2"):
-        launch.one_message(lambda: drawn(of_images, tmp_path / "file"))
+        launch.exit_on_user_error(lambda: drawn(of_images, tmp_path / "file"))
     assert capsys.readouterr().err == f"error: {tmp_path}/file: cannot be written: File exists\n"
 
     def full():
         raise OSError(errno.ENOSPC, "as Pillow tells it, without the file")
 
     with pytest.raises(SystemExit, match="2"):
-        launch.one_message(full)
+        launch.exit_on_user_error(full)
     assert "a file could not be written" in capsys.readouterr().err
-    with pytest.raises(FileNotFoundError):  # no fault of a disk
-        launch.one_message((tmp_path / "none").read_text)
+    with pytest.raises(FileNotFoundError):  # no error of a disk
+        launch.exit_on_user_error((tmp_path / "none").read_text)
 
 
 def test_another_autoencoder_is_refused(of_images, pictures, vae, tmp_path):
@@ -329,7 +329,7 @@ def test_what_the_model_cannot_do_is_refused(of_images, of_videos, tmp_path):
         drawn(tmp_path, tmp_path / "out")
     with pytest.raises(ConfigError) as why:
         latent_runs.sample_config("checkpoint=nowhere", "steps=0", "guidance=-1", "write=[gif]", "height=3")
-    assert len(why.value.faults) == 6  # and there is no out
+    assert len(why.value.errors) == 6  # and there is no out
 
 
 def test_the_command_as_a_user_types_it(of_images, tmp_path):

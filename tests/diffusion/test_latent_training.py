@@ -203,7 +203,7 @@ def test_an_export_that_a_kill_left_out_is_written_at_the_next_start(cached, tmp
 
 @pytest.mark.parametrize("ends", ["signal", "data", "ruined"])
 def test_what_is_finished_is_saved_before_a_run_stops_but_not_while_steps_are_skipped(cached, tmp_path, ends):
-    told = [*cached, "trainer.max_steps=9", "trainer.save_every=3", "trainer.patience=3", "trainer.keep=1"]
+    told = [*cached, "trainer.max_steps=9", "trainer.save_every=3", "trainer.max_consecutive_skips=3", "trainer.keep=1"]
     trainer = latent_runs.trainer(tmp_path, *told)
     step, batches = trainer.train_step, trainer.data.batches
 
@@ -409,12 +409,12 @@ def test_clips_are_validated_and_sampled_as_long_as_the_longest_that_is_trained_
     assert (asked.size, asked.held_out[0].values.shape[2]) == ((3, 64, 64), 3)
 
 
-def test_faults_are_told_together(vae, pictures, tmp_path):
+def test_errors_are_told_together(vae, pictures, tmp_path):
     with pytest.raises(ConfigError) as why:
         latent_runs.config(
             "vae.path=nowhere", "labels=all", "data.batch_size=0", "trainer.ema.decay=0.9", "optim.prox=1"
         )
-    assert len(why.value.faults) == 6  # and the missing source
+    assert len(why.value.errors) == 6  # and the missing source
     with pytest.raises(ConfigError, match=r"validation.guidance=2.0 needs a label_dropout above 0"):
         latent_runs.config(f"vae.path={vae}", f"data.source.path={pictures}", "labels=folder", "label_dropout=0",
                            "validation.guidance=2")  # fmt: skip
@@ -425,7 +425,7 @@ def test_faults_are_told_together(vae, pictures, tmp_path):
     )
     with pytest.raises(ConfigError) as why:
         train_diffusion.complete(config, clips)
-    assert [fault.split()[0] for fault in why.value.faults] == ["process,", "denoiser:"]
+    assert [error.split()[0] for error in why.value.errors] == ["process,", "denoiser:"]
     longer = replace(clips, latent_shape=(4, 5, 16, 16))
     with pytest.raises(ConfigError, match="gives 5 latent frames, and training has 1 at most; use"):
         train_diffusion.complete(latent_runs.config(*told, network="video_transformer"), longer)

@@ -26,7 +26,7 @@ from vae3d.inference.folder import FolderError
 from vae3d.inference.pictures import error_map, side_by_side, strip
 from vae3d.loading import model_config
 from vae3d.metrics import build_metrics
-from vae3d.models.base import translated
+from vae3d.models.base import convert_latents
 
 SHIFT, SCALE = [0.1 * i for i in range(16)], [1 + 0.1 * i for i in range(16)]
 TEACHER = [
@@ -116,9 +116,9 @@ def test_latents_go_through_the_statistics_of_the_network_that_has_them_raw():
     normal.latent = "normalized"
     z = torch.randn(1, 4, 1, 2, 2)
     expected = (z - torch.arange(1.0, 5).view(1, 4, 1, 1, 1)) / 2
-    torch.testing.assert_close(translated(z, raw, normal), expected)
-    torch.testing.assert_close(translated(expected, normal, raw), z)
-    assert translated(z, raw, raw) is z
+    torch.testing.assert_close(convert_latents(z, raw, normal), expected)
+    torch.testing.assert_close(convert_latents(expected, normal, raw), z)
+    assert convert_latents(z, raw, raw) is z
 
 
 def test_only_frames_that_both_take_are_compared(student, teacher, source, tmp_path, caplog):
@@ -150,7 +150,7 @@ def test_frame_rules_of_both_networks_hold(teacher, source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault"),
+    ("changes", "error"),
     [
         ([], "has 4 latent channels and the checkpoint's model 16"),
         (TEACHER[:3], "has 2 pixels to a latent and the checkpoint's model 8"),
@@ -161,18 +161,18 @@ def test_frame_rules_of_both_networks_hold(teacher, source, tmp_path):
     ],
 )
 def test_networks_of_another_latent_space_are_refused_before_anything_is_deleted(
-    student, source, tmp_path, changes, fault
+    student, source, tmp_path, changes, error
 ):
     other = write("wan", tmp_path / "other", *changes)
     (tmp_path / "out_rec").mkdir()
     (tmp_path / "out_rec/metrics.json").touch()
-    with pytest.raises(ComparisonError, match=fault):
+    with pytest.raises(ComparisonError, match=error):
         compare(student, source, tmp_path / "out", other, "overwrite=true")
     assert (tmp_path / "out_rec/metrics.json").is_file()
 
 
 @pytest.mark.parametrize(
-    ("overrides", "fault"),
+    ("overrides", "error"),
     [
         (["teacher.path=/nowhere"], "teacher.path=/nowhere: no such file or folder"),
         (["teacher.precision=fp8"], "teacher.precision=fp8 is unknown; use one of bf16, fp16, fp32"),
@@ -182,8 +182,8 @@ def test_networks_of_another_latent_space_are_refused_before_anything_is_deleted
         (["strip=0"], "strip=0 must be at least 1"),
     ],
 )
-def test_settings_that_do_not_go_with_a_teacher(student, source, tmp_path, overrides, fault):
-    with pytest.raises(ConfigError, match=fault):
+def test_settings_that_do_not_go_with_a_teacher(student, source, tmp_path, overrides, error):
+    with pytest.raises(ConfigError, match=error):
         compare(student, source, tmp_path / "out", student, *overrides)
 
 

@@ -46,7 +46,7 @@ def saved(name: str, folder) -> tuple[torch.nn.Module, Checkpoint]:
     config = loading.model_config(name, *tiny.MODEL[name], *RAW[name])
     model = tiny.model(name, *RAW[name])
     with torch.no_grad():  # channels that differ, and are not of mean 0
-        for number, p in enumerate(p for p in model.parts()["encoder"][-1].parameters() if p.ndim == 1):
+        for number, p in enumerate(p for p in model.trainable_parts()["encoder"][-1].parameters() if p.ndim == 1):
             p.add_(torch.linspace(-1, 1, len(p)) + number)
     return model, Checkpoint(config, model.state_dict(), folder, "export")
 
@@ -124,12 +124,12 @@ def test_clips_are_spread_over_the_table_and_broken_files_are_told(videos):
     settings = ClipSettings(16, 16)
     table = read_tables(open_source(videos), settings, 0, 1.0).train
     table.loc[11, "path"] = "/nowhere.png"
-    faults = []
-    found = list(spread_clips(table, settings, 1, 3, faults))
+    errors = []
+    found = list(spread_clips(table, settings, 1, 3, errors))
     assert [int(clip.positions) for clip in found] == [0, 6]  # of rows 0, 6 and 11
-    assert [path for path, _ in faults] == ["/nowhere.png"]
-    assert len(list(spread_clips(table, settings, 15, 100, faults))) == 7  # those of 15 to 21 frames
-    again = list(spread_clips(table, settings, 1, 3, faults))
+    assert [path for path, _ in errors] == ["/nowhere.png"]
+    assert len(list(spread_clips(table, settings, 15, 100, errors))) == 7  # those of 15 to 21 frames
+    again = list(spread_clips(table, settings, 1, 3, errors))
     assert all(torch.equal(a.video, b.video) for a, b in zip(found, again, strict=True))
 
 

@@ -37,9 +37,9 @@ def job(source: Path, folder: Path, ours: LatentCodec | None = None, **settings:
     told = {name: settings.pop(name) for name in list(settings) if name in Transform.__dataclass_fields__}
     transform = Transform(**{**SMALL, **told})
     chosen = {name: settings.pop(name) for name in ("labels", "split") if name in settings}
-    items, faults = items_of(open_source(source).table(), transform, **chosen)
+    items, errors = items_of(open_source(source).table(), transform, **chosen)
     settings = {"workers": 0, "shard_size": 2, "batch_size": 2, **settings}
-    return Job(ours or codec(), "runs/x", str(source), folder, items, faults, transform, **settings)
+    return Job(ours or codec(), "runs/x", str(source), folder, items, errors, transform, **settings)
 
 
 def made(source: Path, folder: Path, ours: LatentCodec | None = None, **settings: Any) -> Path:

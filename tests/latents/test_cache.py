@@ -144,11 +144,11 @@ def test_means_and_samples_alone_can_be_kept(photos, tmp_path):
 
 def test_another_autoencoder_is_refused_by_name_but_not_another_decoder_or_scale(cached):
     ours = caches.codec()
-    for parameter in ours.model.parts()["decoder"][1].parameters():
+    for parameter in ours.model.trainable_parts()["decoder"][1].parameters():
         parameter.data += 1
     ours.model.scaling_factor, ours.model.spec = 0.5, families.tiny.model("spatial", "model.scaling_factor=0.5").spec
     LatentCache(cached, ours)
-    for parameter in ours.model.parts()["encoder"][0].parameters():
+    for parameter in ours.model.trainable_parts()["encoder"][0].parameters():
         parameter.data += 1
     with pytest.raises(
         CacheError,

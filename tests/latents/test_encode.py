@@ -248,8 +248,8 @@ def entries(table, root, transform=SMALL, **settings):
 def test_parts_and_windows_of_a_file_are_entries_of_their_own(tmp_path):
     tiny.write_video(tmp_path / "a.mp4", tiny.frames(22), codec="libx264rgb", pixels="rgb24", crf="0")
     table = {"path": ["a.mp4", "./a.mp4"], "start": [None, 0.25], "end": [None, 0.75]}
-    items, faults = entries(table, tmp_path, Transform(16, 16, frames=5, clips="all"))
-    assert not faults
+    items, errors = entries(table, tmp_path, Transform(16, 16, frames=5, clips="all"))
+    assert not errors
     keys = [item.key for item in items]
     assert keys == [
         "a.mp4[0:5]",
@@ -326,9 +326,9 @@ def test_broken_files_are_told_and_can_be_tried_again(photos, tmp_path):
     Image.fromarray(tiny.frames(1)[0]).save(source / "cat/z.png")
     settings = {"frames": 1, "max_broken": 0.5}
     folder = caches.made(source, tmp_path / "cache", **settings)
-    faults = [json.loads(line) for line in (folder / "faults.jsonl").read_text().splitlines()]
-    assert [fault["key"] for fault in faults] == ["cat/1.png"]
-    assert "is not an image" in faults[0]["reason"]
+    errors = [json.loads(line) for line in (folder / "data_errors.jsonl").read_text().splitlines()]
+    assert [error["key"] for error in errors] == ["cat/1.png"]
+    assert "is not an image" in errors[0]["reason"]
     cache = LatentCache(folder)
     assert len(cache) == 7
     Image.fromarray(tiny.frames(1)[0]).save(source / "cat/1.png")
@@ -336,7 +336,7 @@ def test_broken_files_are_told_and_can_be_tried_again(photos, tmp_path):
     assert len(LatentCache(folder)) == 8  # a mended file is another one
     encode_cache(caches.job(source, folder, retry=True, **settings))
     assert len(LatentCache(folder)) == 8
-    assert (folder / "faults.jsonl").read_text() == ""
+    assert (folder / "data_errors.jsonl").read_text() == ""
 
 
 def test_too_many_broken_files_stop_the_job(tmp_path):
@@ -353,12 +353,12 @@ def test_too_many_broken_files_stop_the_job(tmp_path):
     folder = tmp_path / "table"
     with pytest.raises(
         CacheError,
-        match=r"2 of 3 clips .* row 2 has no `path`.* row 3 `fps` is no positive number.*faults.jsonl lists all",
+        match=r"2 of 3 clips .* row 2 has no `path`.* row 3 `fps` is no positive number.*data_errors.jsonl lists all",
     ):
         caches.made(source / "table.csv", folder)
     caches.made(source / "table.csv", folder, max_broken=0.9)
     assert len(LatentCache(folder)) == 1
-    assert len((folder / "faults.jsonl").read_text().splitlines()) == 2
+    assert len((folder / "data_errors.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_full_disk_is_told_with_the_file(photos, tmp_path, monkeypatch):
@@ -370,7 +370,7 @@ def test_a_full_disk_is_told_with_the_file(photos, tmp_path, monkeypatch):
         caches.made(photos, tmp_path)
 
 
-def test_latents_that_are_not_finite_are_faults_of_their_clips(photos, tmp_path):
+def test_latents_that_are_not_finite_are_errors_of_their_clips(photos, tmp_path):
     ours = caches.codec()
     ours.model.module.quant_conv.bias.data[0] = 1e6  # beyond fp16
     with pytest.raises(CacheError, match="hold NaN or values beyond fp16"):
@@ -426,7 +426,7 @@ def test_clips_that_are_filled_up_are_told():
     ]
 
 
-def test_all_faults_of_a_configuration_are_told_at_once():
+def test_all_errors_of_a_configuration_are_told_at_once():
     with pytest.raises(ConfigError) as error:
         check_encoding(
             tiny.compose(
@@ -434,7 +434,7 @@ def test_all_faults_of_a_configuration_are_told_at_once():
                 "colour=red", config="latents",
             )
         )  # fmt: skip
-    told = "\n".join(error.value.faults)
+    told = "\n".join(error.value.errors)
     for part in (
         "checkpoint is required", "cache is required; set cache=FOLDER", "source=/nowhere: no such file or folder",
         "height and width go together", "cannot hold bf16", "clips=all needs to know", "shard_size=0 must be at least 1",

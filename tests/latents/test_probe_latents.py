@@ -233,7 +233,7 @@ def test_a_report_that_cannot_be_written_is_said_before_the_probes(
     assert f"--out {tmp_path / 'out'}: File exists; name another folder" in capsys.readouterr().err
 
 
-def test_a_row_with_a_fault_is_named(script, exports, photos, tmp_path, capsys):
+def test_a_row_with_a_error_is_named(script, exports, photos, tmp_path, capsys):
     (tmp_path / "list.csv").write_text(f"path,start,end\n{photos}/0.png,,\n{photos}/1.png,3,2\n")
     table = f"--source={tmp_path / 'list.csv'}"
     assert script.main([str(exports["two"]), table, *SIZE, f"--out={tmp_path / 'out'}"]) == 2

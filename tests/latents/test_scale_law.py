@@ -31,7 +31,7 @@ def export(name, folder):
     config = model_config(name, *tiny.MODEL[name], *RAW[name])
     model = tiny.model(name, *RAW[name])
     with torch.no_grad():
-        for number, p in enumerate(p for p in model.parts()["encoder"][-1].parameters() if p.ndim == 1):
+        for number, p in enumerate(p for p in model.trainable_parts()["encoder"][-1].parameters() if p.ndim == 1):
             p.add_(torch.linspace(-1, 1, len(p)) + number)
     write_export(Checkpoint(config, model.state_dict(), folder, "export"), folder)
     return folder

@@ -17,8 +17,8 @@ from vae3d.config.validate import ConfigError
 from vae3d.losses.equivariance import Equivariance, Transform
 from vae3d.losses.objective import Objective, Weighted
 from vae3d.losses.weights import ErpCosine
-from vae3d.models.base import with_decoder
-from vae3d.training.preflight import rehearse
+from vae3d.models.base import attach_decoder
+from vae3d.training.preflight import preflight
 from vae3d.types import Clip, Reconstruction
 
 MODELS = ("spatial", "temporal_vae", "opensora_v1_2", "wan", "wan22", "taehv")
@@ -42,7 +42,7 @@ def coded(
     generator = torch.Generator().manual_seed(0)
     video = torch.rand(1, 3, frames, *size, generator=generator) * 2 - 1
     out = model(video, generator=torch.Generator().manual_seed(1))
-    return model, as_clip(video), with_decoder(out, model)
+    return model, as_clip(video), attach_decoder(out, model)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -140,7 +140,7 @@ def learned(name: str, *overrides: str) -> dict[str, torch.Tensor]:
 def test_encoder_and_decoder_learn_from_it(name):
     grads = learned(name)
     assert all(grad is not None for grad in grads.values())
-    parts = tiny.model(name).parts()
+    parts = tiny.model(name).trainable_parts()
     assert {"encoder", "decoder"} <= parts.keys()
     for part in ("encoder", "decoder"):
         inside = [key for key in grads if part in key]
@@ -219,7 +219,7 @@ def test_a_run_decodes_under_autocast_and_in_its_rehearsal(videos, tmp_path):
     hook = t.network.module.decoder.conv_in.register_forward_hook(
         lambda _m, _in, out: seen.append((out.dtype, *out.shape))
     )
-    rehearse(t)
+    preflight(t)
     assert seen == [(torch.bfloat16, 2, 8, 8, 8), *[(torch.bfloat16, 1, 8, 8, 8)] * 2]
     seen.clear()
     values = t.train_step([next(t.data.clips(0, 1))])

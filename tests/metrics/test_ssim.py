@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.metrics.clips import levels, pair, value
 from vae3d.metrics import MetricError, ssim
 from vae3d.metrics.frame import MsSsim, Ssim
-from vae3d.precision import without_tf32
+from vae3d.precision import disable_tf32
 
 
 def published_ssim(x: np.ndarray, y: np.ndarray) -> float:
@@ -111,7 +111,7 @@ def test_ms_ssim_without_any_likeness_is_0():
     "formula", [*ssim.SSIM.values(), ssim.ms_ssim, lambda x, y: ssim.ssim_map(x, y).mean((1, 2, 3))]
 )
 def test_gpus_give_what_the_cpu_gives(formula):
-    without_tf32()
+    disable_tf32()
     ref, rec = pair(2, 161, 190)
     torch.testing.assert_close(formula(ref.cuda(), rec.cuda()).cpu(), formula(ref, rec), rtol=0, atol=1e-6)
 

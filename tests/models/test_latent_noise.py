@@ -10,7 +10,7 @@ from tests.models.test_diffusers_vae import TINY
 from tests.training import quick
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.models import base
-from vae3d.models.base import disturbed
+from vae3d.models.base import add_latent_noise
 from vae3d.models.diffusers_vae import HUNYUAN, DiffusersVAE
 from vae3d.training.vae_validation import validate_together
 
@@ -31,13 +31,13 @@ def generators(*positions: int) -> list[torch.Generator]:
 def test_noise_is_a_share_of_each_clips_deviation():
     z = torch.randn(3, 8, 2, 16, 16) * torch.tensor([1.0, 5.0, 0.0]).view(3, 1, 1, 1, 1) + 7
     sigma = [torch.rand(1, generator=g) for g in generators(1, 2, 3)]
-    error = disturbed(z, 0.5, generators(1, 2, 3)) - z
+    error = add_latent_noise(z, 0.5, generators(1, 2, 3)) - z
     for index, scale in enumerate((1.0, 5.0)):
         assert error[index].std().item() == pytest.approx(0.5 * scale * sigma[index].item(), rel=0.05)
         assert error[index].mean().item() == pytest.approx(0, abs=0.05 * scale)
     assert torch.equal(error[2], torch.zeros_like(error[2]))
-    assert disturbed(z, 0.0, None) is z
-    shares = torch.stack([(disturbed(z[:1], 0.5, generators(i)) - z[:1]).std() / z[0].std() for i in range(200)])
+    assert add_latent_noise(z, 0.0, None) is z
+    shares = torch.stack([(add_latent_noise(z[:1], 0.5, generators(i)) - z[:1]).std() / z[0].std() for i in range(200)])
     assert 0.22 < shares.mean() < 0.28  # uniform from 0 to 0.5
     assert shares.max() < 0.52
 
@@ -57,7 +57,7 @@ def test_every_model_decodes_disturbed_latents(name):
     assert torch.equal(noisy.z, plain.z)
     assert (noisy.video - plain.video).abs().max() > 1e-4
     torch.testing.assert_close(alone.video, noisy.video[1:], rtol=0, atol=1e-5)
-    expected = model.decode(disturbed(plain.z, 0.5, generators(3, 4)), 5)
+    expected = model.decode(add_latent_noise(plain.z, 0.5, generators(3, 4)), 5)
     torch.testing.assert_close(given.video, expected, rtol=0, atol=1e-5)
 
 
@@ -72,14 +72,16 @@ def test_larger_latents_are_no_way_out():
     """Scaled up by the encoder and down by the decoder, latents are as noisy as before, also to the gradient."""
     scale = torch.tensor(3.0, requires_grad=True)
     z = torch.randn(2, 4, 1, 8, 8)
-    (disturbed(z * scale, 0.5, generators(1, 2)) / scale).square().sum().backward()
+    (add_latent_noise(z * scale, 0.5, generators(1, 2)) / scale).square().sum().backward()
     assert scale.grad.abs() < 1e-3
 
 
 def test_training_has_noise_and_validation_none(videos, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(
-        base, "disturbed", lambda z, noise, generator: told.append(noise) or disturbed(z, noise, generator)
+        base,
+        "add_latent_noise",
+        lambda z, noise, generator: told.append(noise) or add_latent_noise(z, noise, generator),
     )
     settings = {"stage.latent_noise": 0.4, "validation.every": 2, "validation.frames": 1, "validation.clips": 1}
     t = quick.trainer(videos, tmp_path, **settings)

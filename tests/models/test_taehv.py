@@ -69,7 +69,7 @@ def test_keys_shapes_and_counts_are_the_published(variant):
     with torch.device("meta"):
         model = TAEHV(variant=variant)
     assert {key: "x".join(map(str, tensor.shape)) for key, tensor in model.state_dict().items()} == shapes
-    for part, modules in model.parts().items():
+    for part, modules in model.trainable_parts().items():
         assert sum(p.numel() for module in modules for p in module.parameters()) == parameters[part]
 
 

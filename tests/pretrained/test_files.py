@@ -97,6 +97,6 @@ def test_tensors_that_do_not_fit_are_named(change, message):
         assign(nn.Linear(3, 2), found, Path("f.pth"))
 
 
-def test_only_the_first_faults_are_named_and_the_network_as_it_is_called():
+def test_only_the_first_errors_are_named_and_the_network_as_it_is_called():
     with pytest.raises(WeightsMissing, match=r"weights of the trunk: 0.weight is missing; (?:.*?; ){2}and 3 more$"):
         assign(nn.Sequential(*(nn.Linear(1, 1) for _ in range(3))), {}, Path("f"), "the trunk")

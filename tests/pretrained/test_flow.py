@@ -141,7 +141,7 @@ def test_a_file_of_another_network_is_refused(trunks):
         ),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused_with_its_first_faults(state, tmp_path, change, message):
+def test_a_file_that_does_not_fit_is_refused_with_its_first_errors(state, tmp_path, change, message):
     content = {KEYS[key][0]: tensor for key, tensor in state.items()} | change
     torch.save({key: tensor for key, tensor in content.items() if tensor is not None}, tmp_path / "other.pth")
     with pytest.raises(WeightsMissing, match=message):

@@ -21,7 +21,7 @@ from vae3d.data.sources import DataError
 from vae3d.training import data_parallel
 from vae3d.training.agreement import RanksDiffer
 from vae3d.training.checkpointer import common_start
-from vae3d.training.preflight import RehearsalError, rehearse
+from vae3d.training.preflight import PreflightError, preflight
 from vae3d.training.step_status import Ballot
 from vae3d.training.vae_trainer import Trainer
 
@@ -41,21 +41,21 @@ def out_of_memory(*_: object) -> None:
     raise torch.OutOfMemoryError(NO_MEMORY)
 
 
-def faulty_step(t: Trainer, fault: str, fails: bool) -> dict[str, float]:
-    """A step in which this rank meets `fault`, if it is the one that fails."""
+def faulty_step(t: Trainer, error: str, fails: bool) -> dict[str, float]:
+    """A step in which this rank meets `error`, if it is the one that fails."""
     clips, hooks = clips_of(t, t.step), []
-    if fails and fault == "forward":
+    if fails and error == "forward":
         hooks.append(t.network.register_forward_pre_hook(out_of_memory))
-    if fails and fault == "backward":  # half of the parameters have their gradient by then
+    if fails and error == "backward":  # half of the parameters have their gradient by then
         hooks.append(t.network.module.encoder.conv_in.weight.register_hook(out_of_memory))
-    if fails and fault == "second":  # of two micro-batches
+    if fails and error == "second":  # of two micro-batches
         calls = iter([lambda *_: None, out_of_memory])
         hooks.append(t.network.register_forward_pre_hook(lambda *given: next(calls)(*given)))
-    if fails and fault == "data":
+    if fails and error == "data":
         clips[1] = Unreadable([("gone.mp4", "is empty")])
-    if fails and fault == "slow":
+    if fails and error == "slow":
         time.sleep(1.5)
-    if fails and fault == "nan":
+    if fails and error == "nan":
         clips[1].video = clips[1].to("cpu").video * float("nan")
     values = t.train_step(clips)
     for hook in hooks:
@@ -66,10 +66,10 @@ def faulty_step(t: Trainer, fault: str, fails: bool) -> dict[str, float]:
 def steps(t: Trainer, fails: bool) -> tuple[dict[str, dict[str, float]], list[float]]:
     """A sound step and a faulty one, by turns; and the learning rate of every step."""
     told, rates = {}, []
-    for fault in FAULTS:
-        told[f"before {fault}"] = t.train_step(clips_of(t, t.step))
+    for error in FAULTS:
+        told[f"before {error}"] = t.train_step(clips_of(t, t.step))
         rates.append(t.optimizer.param_groups[0]["lr"])
-        told[fault] = faulty_step(t, fault, fails)
+        told[error] = faulty_step(t, error, fails)
         rates.append(t.optimizer.param_groups[0]["lr"])
     told["after"] = t.train_step(clips_of(t, t.step))
     return told, rates
@@ -108,16 +108,16 @@ def refusals(t: Trainer, rank: int) -> dict[str, str]:
         told["checkpoints"] = str(error)
     hooks = [t.network.register_forward_pre_hook(out_of_memory)] if rank == 1 else []
     try:
-        rehearse(t)
-    except RehearsalError as error:
+        preflight(t)
+    except PreflightError as error:
         told["rehearsal"] = str(error)
     for hook in hooks:
         hook.remove()
-    rehearse(t)
+    preflight(t)
     with torch.no_grad():
         next(t.network.parameters()).add_(rank)
     try:
-        data_parallel.refuse_different_starts(t.network)
+        data_parallel.check_same_weights(t.network)
     except RanksDiffer as error:
         told["weights"] = str(error)
     return told
@@ -168,5 +168,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    with distributed.leaving():
+    with distributed.process_group_scope():
         main(Path(sys.argv[1]))

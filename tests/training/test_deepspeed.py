@@ -98,7 +98,8 @@ def test_keys_that_deepspeed_would_pass_over_are_refused(both):
 def test_another_number_of_ranks_goes_on_from_the_weights_alone(videos, folder, both, tmp_path):
     run = {"run.resume_from": str(folder / "run/checkpoints/step-0000004")}
     with pytest.raises(
-        ResumeError, match=r"shards; go on with the same trainer/strategy.*stage.init_from=.*exports/step-0000004"
+        ResumeError,
+        match=r"shards; go on with the same trainer/strategy.*stage.init_from=.*exports/step-0000004",
     ):
         quick.trainer(videos, tmp_path / "ddp", **zero_ranks.SETTINGS, **run)
     start = {"stage.init_from": str(folder / "run/exports/step-0000004")}

@@ -187,7 +187,7 @@ def test_losses_against_a_teacher_have_their_formulas():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "fault"),
+    ("overrides", "error"),
     [
         (["teacher.path=/nowhere"], "teacher.path=/nowhere: no such file or folder"),
         (["teacher.path=???"], "teacher.path is required; set teacher.path=PATH"),
@@ -202,7 +202,7 @@ def test_losses_against_a_teacher_have_their_formulas():
         (["teacher.decode=both"], "teacher.decode=both is unknown; use one of teacher, own, mixed"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_a_teacher_is_told_before_training(videos, teacher, overrides, fault):
+def test_what_does_not_fit_a_teacher_is_told_before_training(videos, teacher, overrides, reason):
     with pytest.raises(ConfigError) as error:
         tiny.training("wan", videos, *STUDENT, f"teacher.path={teacher}", *overrides)
-    assert fault in str(error.value)
+    assert reason in str(error.value)

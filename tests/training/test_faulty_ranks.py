@@ -33,15 +33,15 @@ def alone(videos, tmp_path_factory) -> dict:
     return {"steps": told, "rates": rates, "weights": t.network.state_dict()}
 
 
-@pytest.mark.parametrize("fault", faulty_ranks.FAULTS)
-def test_a_fault_of_one_rank_skips_the_step_on_both_and_the_next_is_taken(both, fault):
+@pytest.mark.parametrize("error", faulty_ranks.FAULTS)
+def test_a_error_of_one_rank_skips_the_step_on_both_and_the_next_is_taken(both, error):
     for report in both:
-        assert report["steps"][fault]["skipped"] == float(fault in SKIPPED)
-        assert report["steps"][f"before {fault}"]["skipped"] == 0.0
+        assert report["steps"][error]["skipped"] == float(error in SKIPPED)
+        assert report["steps"][f"before {error}"]["skipped"] == 0.0
         assert report["steps"]["after"]["skipped"] == 0.0
 
 
-def test_ranks_that_met_faults_hold_equal_weights_and_one_process_the_same(both, alone):
+def test_ranks_that_met_errors_hold_equal_weights_and_one_process_the_same(both, alone):
     first, second = both
     for name, tensor in first["weights"].items():
         assert torch.equal(tensor, second["weights"][name]), name

@@ -104,7 +104,10 @@ FAULTS = {
         ["trainer.spike.factor=5"],
         "trainer.spike.factor=5.0 compares losses above 0, and with loss.logvar=0.0",
     ),
-    "deepspeed": (["trainer/strategy=deepspeed_zero2"], "loss.logvar=0.0 is no parameter of the model, and DeepSpeed"),
+    "deepspeed": (
+        ["trainer/strategy=deepspeed_zero2"],
+        "loss.logvar=0.0 is no parameter of the model, and DeepSpeed",
+    ),
     "rate": (["loss.logvar_lr=0"], "loss.logvar_lr=0.0 must be positive"),
 }
 
@@ -115,7 +118,7 @@ def test_what_does_not_go_with_it_is_refused(videos, name):
     common = ["stage=finetune", "stage.init_from=random", "loss=recon_kl", "loss.logvar=0"]
     with pytest.raises(ConfigError) as error:
         tiny.training("spatial", videos, *common, *overrides)
-    assert [message in fault for fault in error.value.faults] == [True]
+    assert [message in reason for reason in error.value.errors] == [True]
 
 
 # ---- units

@@ -113,7 +113,7 @@ def test_ema_keeps_only_what_trains_and_can_be_off():
 
 
 def test_spikes_and_non_finite_losses_are_skipped():
-    guard = SpikeGuard(factor=5.0, warmup=3, patience=10)
+    guard = SpikeGuard(factor=5.0, warmup=3, max_consecutive_skips=10)
     assert [guard.accept(loss, loss, 1.0) for loss in (100.0, 1.0, 1.0, 1.0)] == [True] * 4  # still warming up
     guard.mean = 1.0
     assert not guard.accept(5.1, 5.1, 1.0)
@@ -128,13 +128,13 @@ def test_spikes_and_non_finite_losses_are_skipped():
 
 
 def test_without_a_factor_only_non_finite_losses_are_skipped():
-    guard = SpikeGuard(factor=None, warmup=0, patience=3)
+    guard = SpikeGuard(factor=None, warmup=0, max_consecutive_skips=3)
     assert all(guard.accept(10.0**i, 10.0**i, 1.0) for i in range(10))
     assert not guard.accept(math.inf, math.inf, 1.0)
 
 
 def test_the_running_mean_is_of_accepted_mean_losses():
-    guard = SpikeGuard(factor=5.0, warmup=2, patience=10)
+    guard = SpikeGuard(factor=5.0, warmup=2, max_consecutive_skips=10)
     for mean, largest in ((2.0, 3.0), (4.0, 9.0)):
         assert guard.accept(mean, largest, 1.0)
     assert guard.mean == pytest.approx(3.0)
@@ -145,7 +145,7 @@ def test_the_running_mean_is_of_accepted_mean_losses():
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run():
-    guard = SpikeGuard(factor=2.0, warmup=1, patience=3)
+    guard = SpikeGuard(factor=2.0, warmup=1, max_consecutive_skips=3)
     assert guard.accept(1.0, 1.0, 1.0)
     assert not guard.accept(math.nan, math.nan, 1.0)
     assert not guard.accept(9.0, 9.0, 1.0)
@@ -155,7 +155,7 @@ def test_too_many_steps_that_are_not_finite_stop_the_run():
 
 def test_losses_that_stay_high_become_the_new_level():
     said = []
-    guard = SpikeGuard(factor=5.0, warmup=1, patience=3, warn=said.append)
+    guard = SpikeGuard(factor=5.0, warmup=1, max_consecutive_skips=3, warn=said.append)
     assert guard.accept(1.0, 1.0, 1.0)
     assert [guard.accept(50.0, 50.0, 1.0) for _ in range(4)] == [False, False, False, True]
     assert guard.mean == 50.0

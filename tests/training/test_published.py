@@ -68,7 +68,7 @@ def test_keys_are_those_of_the_layout_and_links_become_copies_where_there_are_no
     assert not copy.samefile(state)
 
 
-def test_a_layout_that_does_not_fit_is_a_fault_of_the_configuration(videos, monkeypatch):
+def test_a_layout_that_does_not_fit_is_a_error_of_the_configuration(videos, monkeypatch):
     def refuse(state):
         raise CheckpointError("these are not the weights of a Wan VAE")
 

@@ -1,5 +1,5 @@
 """The failure of a published TAEHV trainer, which ended at 4 dB: pixels divided by 255 twice, and outputs clamped in the
-training path (zengwei-code/taehv-training at d3e5608). It comes back when both faults are put back in, here only."""
+training path (zengwei-code/taehv-training at d3e5608). It comes back when both errors are put back in, here only."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def black_psnr(clip) -> float:
     return float(-10 * torch.log10(((clip.to("cpu").video - BLACK) / 2).square().mean()))
 
 
-def test_with_both_faults_the_output_dies_at_black_and_the_run_stops(videos, tmp_path):
+def test_with_both_errors_the_output_dies_at_black_and_the_run_stops(videos, tmp_path):
     t = trainer(videos, tmp_path)
     clip = next(iter(t.data.clips(0, 1)))
     clamp_outputs(t)

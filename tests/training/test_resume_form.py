@@ -74,7 +74,7 @@ WRONG = {
     "window[3]": put([1.0], "window", 3),
     "reads[0] is -1": put([-1, 2], "reads"),
     "reads is": put([1, 2, 3], "reads"),
-    "faults_in_row": put([0], "faults_in_row"),
+    "errors_in_row": put([0], "errors_in_row"),
     "best.value": put({"column": None, "value": "x", "step": 1}, "best"),
     "best.step is missing": put({"column": None, "value": 1.0}, "best"),
     "anchor": put(3, "anchor"),
@@ -85,7 +85,7 @@ WRONG = {
     "config: model.x: a Tensor": put(torch.zeros(1), "config", "model", "x"),
 }
 WHOLE = ("model", "optimizer", "ema", "spikes", "adversary", "projections", "scaler", "window", "reads", "step")
-OLDER = ("objective", "anchor", "best", "data", "faults_in_row")  # which an older checkpoint may lack
+OLDER = ("objective", "anchor", "best", "data", "errors_in_row")  # which an older checkpoint may lack
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Faults that a run bears for a while, and what it tries before its first step."""
+"""Errors that a run bears for a while, and what it tries before its first step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vae3d.losses.objective import Error, Weighted
 from vae3d.training import memory
 from vae3d.training.checkpointer import SaveError, run_on_all_ranks
 from vae3d.training.patience import LostPatience
-from vae3d.training.preflight import RehearsalError
+from vae3d.training.preflight import PreflightError
 
 LONG = {"trainer.max_steps": 9, "trainer.save_every": 0}
 
@@ -58,34 +58,34 @@ def with_late_term(t, error):
         (ValueError("no such layer"), ValueError, "no such layer"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB"),
-            RehearsalError,
+            PreflightError,
             r"2x3x1x16x16 does not fit.*Tried 9 GiB",
         ),
-        (None, RehearsalError, r"not finite.*loss/late (inf|nan)"),
+        (None, PreflightError, r"not finite.*loss/late (inf|nan)"),
     ],
 )
 def test_a_loss_that_starts_late_fails_before_the_first_step(videos, tmp_path, error, raised, told):
-    t = with_late_term(trainer(videos, tmp_path, **LONG, **{"trainer.robust.rehearse": True}), error)
+    t = with_late_term(trainer(videos, tmp_path, **LONG, **{"trainer.robust.preflight": True}), error)
     with pytest.raises(raised, match=told):
         t.fit()
     assert t.step == 0
 
 
 def test_a_rehearsal_needs_memory_for_the_optimizers_moments(videos, tmp_path, monkeypatch):
-    t = trainer(videos, tmp_path, **LONG, **{"trainer.robust.rehearse": True})
+    t = trainer(videos, tmp_path, **LONG, **{"trainer.robust.preflight": True})
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB")
 
     monkeypatch.setattr(torch, "empty_like", full)
-    with pytest.raises(RehearsalError, match="does not fit into memory"):
+    with pytest.raises(PreflightError, match="does not fit into memory"):
         t.fit()
 
 
 def test_a_rehearsal_leaves_no_trace(videos, tmp_path):
     runs = []
     for rehearses in (False, True):
-        t = trainer(videos, tmp_path / str(rehearses), **{"trainer.robust.rehearse": rehearses})
+        t = trainer(videos, tmp_path / str(rehearses), **{"trainer.robust.preflight": rehearses})
         t.fit()
         runs.append(weights(t))
     assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
@@ -118,13 +118,13 @@ def test_a_step_without_files_does_not_make_an_alarm_begin_anew(videos, tmp_path
         t.train_step([clip])
 
 
-def test_faults_in_a_row_are_counted_on_after_a_resume(videos, tmp_path):
+def test_errors_in_a_row_are_counted_on_after_a_resume(videos, tmp_path):
     gone = [Unreadable([("a.mp4", "is empty")])]
-    t = trainer(videos, tmp_path, **LONG, **{"trainer.robust.patience": 2})
+    t = trainer(videos, tmp_path, **LONG, **{"trainer.robust.max_consecutive_failures": 2})
     t.train_step(gone)
     t.save()
     t.log.close()
-    again = trainer(videos, tmp_path, **LONG, **{"trainer.robust.patience": 2})
+    again = trainer(videos, tmp_path, **LONG, **{"trainer.robust.max_consecutive_failures": 2})
     with pytest.raises(LostPatience, match="2 steps in a row could not be finished"):
         again.train_step(gone)
 
@@ -141,8 +141,8 @@ def test_an_error_of_the_interpreters_memory_says_nothing_and_is_borne(videos, t
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_disk_too_full_for_a_checkpoint_is_called_so():
     """torch says `[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598`."""
-    fault = run_on_all_ranks(torch.device("cpu"), lambda: torch.save({"weight": torch.zeros(10**6)}, "/dev/full"))
-    assert "rank 0: a file could not be written whole, as on a full disk: RuntimeError" in fault
+    error = run_on_all_ranks(torch.device("cpu"), lambda: torch.save({"weight": torch.zeros(10**6)}, "/dev/full"))
+    assert "rank 0: a file could not be written whole, as on a full disk: RuntimeError" in error
 
 
 def test_a_disk_too_full_for_the_log_does_not_end_the_run(videos, tmp_path, monkeypatch, caplog):
@@ -157,13 +157,13 @@ def test_a_disk_too_full_for_the_log_does_not_end_the_run(videos, tmp_path, monk
 
 
 def test_nothing_readable_or_no_memory_stops_the_run_after_a_while(videos, tmp_path):
-    t = trainer(videos, tmp_path, **LONG, **{"trainer.robust.patience": 2})
+    t = trainer(videos, tmp_path, **LONG, **{"trainer.robust.max_consecutive_failures": 2})
     assert t.train_step([Unreadable([("a.mp4", "is empty")])])["skipped"] == 1.0
     with pytest.raises(
         LostPatience, match=r"2 steps in a row could not be finished \(without a readable file: rank 0\)"
     ):
         t.train_step([Unreadable([("b.mp4", "is empty")])])
-    assert "b.mp4" in (tmp_path / "faults.jsonl").read_text()
+    assert "b.mp4" in (tmp_path / "data_errors.jsonl").read_text()
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(videos, tmp_path):

@@ -265,7 +265,12 @@ def test_metrics_are_left_alone_at_a_start_that_drops_none(videos, tmp_path):
 
 
 def test_a_ruined_run_saves_nothing_more_and_keeps_the_last_good_checkpoint(videos, tmp_path):
-    often = {"trainer.max_steps": 40, "trainer.save_every": 1, "trainer.keep": 1, "trainer.spike.patience": 5}
+    often = {
+        "trainer.max_steps": 40,
+        "trainer.save_every": 1,
+        "trainer.keep": 1,
+        "trainer.spike.max_consecutive_skips": 5,
+    }
     t = trainer(videos, tmp_path, **often)
     at_step(t, 3, lambda: setattr(t.config.optim, "lr", 1e30))
     with pytest.raises(
@@ -319,7 +324,7 @@ def test_too_many_broken_files_save_first_and_are_counted_anew_once_they_are_men
     t = trainer(videos, tmp_path, **LONG, **{"data.max_broken": 0.2})
     t.reads, t.broken_reads = 1000, 199
     clip = next(t.data.clips(0, 1))
-    clip.faults.extend([(f"{number}.mp4", "is empty") for number in range(5)])
+    clip.errors.extend([(f"{number}.mp4", "is empty") for number in range(5)])
     with pytest.raises(DataError, match=r"(?s)reads failed.*all 1 finished steps are saved"):
         t.train_step([clip])
     t.log.close()
@@ -332,7 +337,7 @@ def test_too_many_broken_files_save_first_and_are_counted_anew_once_they_are_men
 
 @pytest.mark.parametrize(
     "name",
-    ["metrics.jsonl", "launches.jsonl", "faults.jsonl", ".lock", "rank0.log", ".hydra", ".hydra/rank0/config.yaml",
+    ["metrics.jsonl", "launches.jsonl", "data_errors.jsonl", ".lock", "rank0.log", ".hydra", ".hydra/rank0/config.yaml",
      "checkpoints", "checkpoints/.step-0000002.partial", "exports", "exports/.step-0000002.partial", "exports/best",
      "tensorboard", "vae_final_ema.pt", "final_model.safetensors"],
 )  # fmt: skip

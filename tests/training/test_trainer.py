@@ -234,7 +234,7 @@ def test_an_export_cut_off_in_the_middle_is_written_again(videos, tmp_path, monk
 
 
 def test_a_part_without_gradient_is_an_error(videos, tmp_path):
-    t = trainer(videos, tmp_path, "trainer.robust.rehearse=true")
+    t = trainer(videos, tmp_path, "trainer.robust.preflight=true")
     t.objective.terms = {"kl": t.objective.terms["kl"]}
     with pytest.raises(PartError, match=r"stage.train names parts that no loss term reaches"):
         t.fit()
@@ -259,8 +259,8 @@ def test_five_percent_broken_rows_train_through_and_are_listed(videos, tmp_path)
     rows.to_csv(tmp_path / "t.csv", index=False)
     t = trainer(tmp_path / "t.csv", tmp_path / "run", "data.batch_size=8", "trainer.max_steps=6", "data.workers=1")
     t.fit()
-    faults = [json.loads(line) for line in (tmp_path / "run/faults.jsonl").read_text().splitlines()]
-    assert [Path(fault["path"]).name for fault in faults] == ["empty.mp4", "cut.mp4"]
+    errors = [json.loads(line) for line in (tmp_path / "run/data_errors.jsonl").read_text().splitlines()]
+    assert [Path(error["path"]).name for error in errors] == ["empty.mp4", "cut.mp4"]
     assert t.step == 6
 
 

@@ -61,7 +61,9 @@ def test_the_fp16_scaler_survives_unsound_steps(videos, tmp_path, fused):
 
 
 def test_fp16_gradients_that_overflow_without_scaling_stop_the_run(videos, tmp_path):
-    t = trainer(videos, tmp_path, "trainer.max_steps=9", "trainer.save_every=0", "trainer.spike.patience=2")
+    t = trainer(
+        videos, tmp_path, "trainer.max_steps=9", "trainer.save_every=0", "trainer.spike.max_consecutive_skips=2"
+    )
     scaler = scaled(t)
     t.network.temporal_vae.quant_conv.conv.weight.register_hook(lambda grad: grad * math.inf)
     clips = [clip.to("cpu") for clip in t.data.clips(0, 4)]
@@ -73,7 +75,7 @@ def test_fp16_gradients_that_overflow_without_scaling_stop_the_run(videos, tmp_p
 
 
 def test_nothing_but_unsound_steps_stop_the_run(videos, tmp_path):
-    t = trainer(videos, tmp_path, "trainer.max_steps=9", "trainer.spike.patience=2")
+    t = trainer(videos, tmp_path, "trainer.max_steps=9", "trainer.spike.max_consecutive_skips=2")
     with torch.no_grad():
         t.network.temporal_vae.quant_conv.conv.weight.fill_(math.inf)
     with pytest.raises(SpikeError, match="2 steps in a row were skipped"):

@@ -1,4 +1,4 @@
-"""Scores and pictures of held-out clips, metrics that come seldom, and the best export."""
+"""Scores and pictures of held-out clips, metrics that come slow_metrics, and the best export."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_seldom_metrics_come_in_their_turn_and_at_the_end_with_how_many_frames_t
     monkeypatch.setitem(METRICS, "rfid", Entry("", MeanColours))
     t = trainer(
         videos, tmp_path, **VALIDATES,
-        **{"validation.seldom": ["rfid"], "validation.seldom_every": 3, "trainer.max_steps": 5, "trainer.save_every": 0},
+        **{"validation.slow_metrics": ["rfid"], "validation.slow_metrics_every": 3, "trainer.max_steps": 5, "trainer.save_every": 0},
     )  # fmt: skip
     t.data.held_out.append(t.data.held_out[0].to("cpu"))  # two frames at least
     t.fit()
@@ -176,8 +176,8 @@ def test_seldom_metrics_come_in_their_turn_and_at_the_end_with_how_many_frames_t
 
 
 def test_seldom_metrics_without_a_turn_come_at_the_end(videos, tmp_path):
-    seldom = {"validation.metrics": ["psnr"], "validation.seldom": ["ssim"], "trainer.save_every": 0}
-    trainer(videos, tmp_path, **VALIDATES, **seldom).fit()
+    slow_metrics = {"validation.metrics": ["psnr"], "validation.slow_metrics": ["ssim"], "trainer.save_every": 0}
+    trainer(videos, tmp_path, **VALIDATES, **slow_metrics).fit()
     assert [step for step, _ in trace(tmp_path, "val/psnr")] == [1, 2]
     assert [step for step, _ in trace(tmp_path, "val/ssim")] == [2]
 

@@ -86,7 +86,7 @@ def test_the_requirements_experiment_needs_vgg_for_lpips_alone(rooms, start, tmp
     train.build_trainer(config, tmp_path / "run").fit()
     with pytest.raises(ConfigError, match=r"vgg16-397923af.pth .* lpips_loss\) is not on this machine") as why:
         check_training(tiny.compose(*overrides, "loss=erp_best"))
-    assert len(why.value.faults) == 1  # though two terms miss the file
+    assert len(why.value.errors) == 1  # though two terms miss the file
 
 
 def test_the_requirements_numbers():

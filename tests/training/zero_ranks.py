@@ -18,7 +18,7 @@ from vae3d.checkpoints import state
 from vae3d.data.clips import Unreadable
 from vae3d.training.deepspeed import StrategyError
 from vae3d.training.patience import LostPatience
-from vae3d.training.preflight import rehearse
+from vae3d.training.preflight import preflight
 from vae3d.training.vae_trainer import Trainer
 
 SETTINGS = {
@@ -60,21 +60,21 @@ def dropped(t: Trainer, rank: int) -> dict[str, list[float]]:
     """What becomes of steps that must not be taken though DeepSpeed has sound gradients, or those of one rank only:
     rank 1 has no file, or its discriminator fails after the last backward pass. With a sound step after each."""
     told = {}
-    for fault in ("data", "discriminator"):
+    for error in ("data", "discriminator"):
         before, clips, accumulate = weights(t), clips_of(t, t.step), t.accumulate
 
         def spoilt(clips: list, turn: Any, metrics: Any, step: int, accumulate: Any = accumulate) -> None:
             accumulate(clips, turn, metrics, step)
             metrics.add({"loss_discriminator": torch.tensor(float("nan") if rank == 1 else 0.5)})
 
-        if fault == "data" and rank == 1:
+        if error == "data" and rank == 1:
             clips[1] = Unreadable([("gone.mp4", "is empty")])
-        if fault == "discriminator":
+        if error == "discriminator":
             t.accumulate = spoilt
         skipped = t.train_step(clips)["skipped"]
         t.accumulate = accumulate
         moved = any(not torch.equal(tensor, before[name]) for name, tensor in weights(t).items())
-        told[fault] = [skipped, float(moved), t.train_step(clips_of(t, t.step))["skipped"]]
+        told[error] = [skipped, float(moved), t.train_step(clips_of(t, t.step))["skipped"]]
     return told
 
 
@@ -112,7 +112,7 @@ def alone(folder: Path) -> None:
     t = sharded(
         config, folder / "alone", "deepspeed_zero2_offload", **{"trainer.max_steps": 1, "trainer.save_every": 1}
     )
-    rehearse(t)
+    preflight(t)
     t.fit()
 
 
@@ -122,7 +122,7 @@ def main(folder: Path) -> None:
     report: dict[str, Any] = {}
     t = sharded(config, folder / "run")
     rank = t.accelerator.process_index
-    rehearse(t)
+    preflight(t)
     report["steps"] = steps(t, 4, spoils=rank == 1)
     t.save()
     report["steps"] += steps(t, STEPS - 4, spoils=False)
@@ -156,5 +156,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    with distributed.leaving():
+    with distributed.process_group_scope():
         {"main": main, "alone": alone}[(sys.argv[2:] or ["main"])[0]](Path(sys.argv[1]))

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from vae3d.distributed import add_up
+from vae3d.distributed import all_reduce_sum
 
 EPSILON = 1e-4
 
@@ -72,7 +72,7 @@ class AdaptiveWeight:
             torch.cat([g.detach().flatten().float() for g in gradients], out=self.table[:-1])
             self.table[-1] = 1.0
         if not self.table.is_meta:
-            add_up(self.table)
+            all_reduce_sum(self.table)
         pull, push = norms = (self.table[:-1] / self.table[-1].clamp(min=1)).view(2, -1).norm(dim=1)
         self._exchanged += 1
         self._idle.append((pull == 0) & (push > 0))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vae3d.arguments import ArgumentError
-from vae3d.distributed import average
+from vae3d.distributed import all_reduce_mean
 from vae3d.types import Clip, Reconstruction
 
 
@@ -93,7 +93,7 @@ def update(
     statistics is what all go on with.
     """
     parameters = list(discriminator.parameters())
-    average([*(p.grad for p in parameters), *(b for b in buffers.values() if b.is_floating_point()), *also])
+    all_reduce_mean([*(p.grad for p in parameters), *(b for b in buffers.values() if b.is_floating_point()), *also])
     norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
     if math.isfinite(norm):
         optimizer.step()

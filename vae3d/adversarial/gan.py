@@ -18,7 +18,7 @@ from vae3d.adversarial.criteria import CRITERIA, gradient_penalty, lecam, over_s
 from vae3d.adversarial.groups import images_of
 from vae3d.adversarial.patchgan import MultiScale, PatchGAN, PatchGAN3D
 from vae3d.arguments import ArgumentError
-from vae3d.precision import full_precision
+from vae3d.precision import autocast_off
 from vae3d.restore import check_like, load_optimizer
 from vae3d.schedules import ALL_ON, learning_rate
 from vae3d.schedules import ramp as ramp_at
@@ -39,7 +39,7 @@ class Gan:
     only, and are kept aside until `step`: a step that is skipped leaves no trace. Pixels that are not valid count as
     reconstructed perfectly.
 
-    judges: `frames`, one by one, in 2D, or whole `clips`, in 3D. channels, layers, norm, groups, scales: see PatchGAN
+    input: `frames`, one by one, in 2D, or whole `clips`, in 3D. channels, layers, norm, groups, scales: see PatchGAN
     and MultiScale; the loss of several scales is their mean.
     criterion: a name in criteria.CRITERIA. lecam: weight of that regulariser, of lecam_decay; its averages begin at 0
     and follow each step, so that a step sees those before it. r1, r2: gamma of gamma / 2 * penalty, on clips and on
@@ -59,7 +59,7 @@ class Gan:
     def __init__(
         self,
         *,
-        judges: str = "frames",
+        input: str = "frames",
         channels: int = 64,
         layers: int = 3,
         norm: str = "spectral_group",
@@ -90,7 +90,7 @@ class Gan:
         power: float = 1.0,
         precision: str = "fp32",
     ) -> None:
-        self.judges, self.norm, self.scales = judges, norm, scales
+        self.input, self.norm, self.scales = input, norm, scales
         self.shape = {"channels": channels, "layers": layers, "norm": norm, "groups": groups}
         self.criterion, self.lecam, self.lecam_decay = criterion, lecam, lecam_decay
         self.r1, self.r2, self.penalty_every = r1, r2, penalty_every
@@ -101,7 +101,7 @@ class Gan:
         self.rate = {"lr": lr, "schedule": schedule, "warmup_steps": warmup_steps, "min_lr": min_lr}
         self.rate |= {"cycles": cycles, "power": power}
         self.grad_clip, self.max_steps, self.precision = grad_clip, max_steps, precision
-        self._refuse_unknown()
+        self._check_known_settings()
         self.skipped = 0  # steps whose gradients were not finite
         self.grad_norm = 0.0  # of the last update, before clipping
         self._forget()
@@ -136,7 +136,7 @@ class Gan:
         real, fake = self._images(clip, out)
         if not out.video.requires_grad:
             raise ValueError("no part that trains reaches the pixels, which the GAN judges; use adversary=none")
-        with full_precision(fake.device):
+        with autocast_off(fake.device):
             value = self.deceive(real, fake)
             metrics = {"loss/gan": value}
             if self.adaptive is not None:
@@ -162,7 +162,7 @@ class Gan:
         if not self._buffers:
             self._buffers = {name: tensor.clone() for name, tensor in self.discriminator.named_buffers()}
         self._step = step
-        with full_precision(real.device):
+        with autocast_off(real.device):
             loss, metrics = self.judge(real, fake)
             if (self.r1 or self.r2) and self.penalised(step):
                 penalties = self.penalties(real, fake)
@@ -258,7 +258,7 @@ class Gan:
             raise ArgumentError("adversary is of a rank, of which a GAN keeps nothing")
 
     def _network(self) -> MultiScale:
-        return MultiScale([NETWORKS[self.judges](**self.shape) for _ in range(self.scales)])
+        return MultiScale([NETWORKS[self.input](**self.shape) for _ in range(self.scales)])
 
     def _forget(self) -> None:
         """Drop what this optimizer step kept aside."""
@@ -269,7 +269,7 @@ class Gan:
         """Of every scale, in fp32, with these in place of the discriminator's own parameters or buffers."""
         half = self.precision == "bf16" and self.device.type != "meta"
         how: AbstractContextManager[object]
-        how = torch.autocast(self.device.type, torch.bfloat16) if half else full_precision(self.device)
+        how = torch.autocast(self.device.type, torch.bfloat16) if half else autocast_off(self.device)
         with how:
             return [logits.float() for logits in functional_call(self.discriminator, tensors, (x,))]
 
@@ -278,10 +278,10 @@ class Gan:
         real, fake = (video.float() for video in require_pair("the GAN", clip, out))
         if clip.valid is not None:
             fake = torch.where(clip.valid, fake, real)
-        return (real, fake) if self.judges == "clips" else (images_of(real, 1), images_of(fake, 1))
+        return (real, fake) if self.input == "clips" else (images_of(real, 1), images_of(fake, 1))
 
-    def _refuse_unknown(self) -> None:
-        for key, allowed in (("judges", NETWORKS), ("criterion", CRITERIA), ("precision", PRECISIONS)):
+    def _check_known_settings(self) -> None:
+        for key, allowed in (("input", NETWORKS), ("criterion", CRITERIA), ("precision", PRECISIONS)):
             if getattr(self, key) not in allowed:
                 raise ValueError(f"adversary.{key} is {getattr(self, key)!r}; use {' or '.join(allowed)}")
         least = {

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from vae3d.precision import full_precision
+from vae3d.precision import autocast_off
 
 NORMS = ("spectral_group", "spectral", "batch", "group", "none")
 SPECTRAL = ("spectral_group", "spectral")
@@ -16,7 +16,7 @@ class Conv2d(nn.Conv2d):
     """A convolution whose weight is made in fp32, spectral norm included, whatever autocast makes of the rest."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with full_precision(x.device):
+        with autocast_off(x.device):
             weight = self.weight
         return self._conv_forward(x, weight, self.bias)
 
@@ -67,7 +67,7 @@ class PatchGAN(nn.Module):
             self.apply(_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        refuse_small(x, self.least)
+        require_min_size(x, self.least)
         return self.main(x)
 
     def _strides(self, layer: int) -> tuple[int, ...]:
@@ -116,7 +116,7 @@ class MultiScale(nn.Module):
         self.least = max(d.least * 2**scale for scale, d in enumerate(discriminators))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        refuse_small(x, self.least)
+        require_min_size(x, self.least)
         logits = []
         for number, discriminator in enumerate(self.discriminators):
             if number:
@@ -125,7 +125,7 @@ class MultiScale(nn.Module):
         return logits
 
 
-def refuse_small(x: Tensor, least: int) -> None:
+def require_min_size(x: Tensor, least: int) -> None:
     if min(x.shape[-2:]) < least:
         raise ValueError(
             f"the clip is {x.shape[-2]}x{x.shape[-1]}; this discriminator needs {least} pixels or more, with fewer "

@@ -15,7 +15,7 @@ from vae3d.adversarial.base import Turn, require_pair, update
 from vae3d.adversarial.groups import context_of, images_of, video_of
 from vae3d.adversarial.patch import NORMS, STRIDE, ConditionalPatchDiscriminator
 from vae3d.adversarial.replay import Replay
-from vae3d.precision import full_precision
+from vae3d.precision import autocast_off
 from vae3d.restore import check_like, load_optimizer
 from vae3d.schedules import ramp as ramp_at
 from vae3d.seeding import generator_of, seed_of
@@ -49,7 +49,7 @@ class Seraena:
     floor: keeps corrections small where c is. c is smaller the larger the image, by its area, so that with the
     published 1e-5, for 64 x 64, the pull weakens.
     buffer_length: images kept on each rank. grad_clip: norm of the discriminator's gradient, None for any.
-    gauge_every: steps between measurements of the ratio of gradients, 0 for none.
+    diagnostics_every: steps between measurements of the ratio of gradients, 0 for none.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class Seraena:
         norm: str = "batch",
         channels: Sequence[int] = (64, 128, 256, 512, 512, 512),
         precision: str = "fp32",
-        gauge_every: int = 50,
+        diagnostics_every: int = 50,
     ) -> None:
         self.weight, self.start, self.ramp = weight, start, ramp
         self.discriminator_start = start if discriminator_start is None else discriminator_start
         self.frames, self.context, self.context_channels = frames, context, context_channels
         self.floor, self.fresh, self.lr, self.betas, self.grad_clip = floor, fresh, lr, tuple(betas), grad_clip
-        self.norm, self.channels, self.precision, self.gauge_every = norm, channels, precision, gauge_every
+        self.norm, self.channels, self.precision, self.diagnostics_every = norm, channels, precision, diagnostics_every
         self.buffer = Replay(buffer_length)
-        self._refuse_unknown()
+        self._check_known_settings()
         self.skipped = 0  # steps whose gradients were not finite
         self._forget()
 
@@ -106,13 +106,13 @@ class Seraena:
         real, fake, context = self._images(clip, out)
         if not out.video.requires_grad:
             raise ValueError("no part that trains reaches the pixels, which Seraena corrects; use adversary=none")
-        with full_precision(fake.device):
+        with autocast_off(fake.device):
             correction, gap = self.correction(real, fake, context)
             pixels = (out.video.float() + 1) / 2
             target = pixels.detach() + video_of(correction, pixels.shape[0], pixels.shape[2])
             mse = F.mse_loss(pixels, target)
         metrics = {"loss/seraena": mse, "loss_weighted/seraena": strength * mse, "seraena/score_gap": gap}
-        if self.gauge_every and step % self.gauge_every == 0:
+        if self.diagnostics_every and step % self.diagnostics_every == 0:
             metrics["seraena/correction_over_reconstruction"] = _gradient_ratio(strength * mse, loss, out.video)
         return strength * mse, {name: value.detach() for name, value in metrics.items()}
 
@@ -131,7 +131,7 @@ class Seraena:
     def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Raises ValueError if sizes do not fit, or are others than before."""
         real, fake, context = (tensor.detach() for tensor in self._images(clip, out))
-        self._refuse_other_size(fake, context)
+        self._check_same_size(fake, context)
         draws = self._generator("draws", step, len(self._pending))
         is_fake = torch.rand((len(real), 1, 1, 1), generator=draws) < 0.5
         is_fake = is_fake.to(real.device)
@@ -150,7 +150,7 @@ class Seraena:
         self.discriminator.train()
         with self._autocast():
             scores = torch.func.functional_call(self.discriminator, self._statistics, (images, contexts))
-        with full_precision(images.device):
+        with autocast_off(images.device):
             return F.mse_loss(scores.float(), (is_fake.float() * 2 - 1).expand(scores.shape))
 
     def settle(self, step: int, micro_batches: int) -> None:
@@ -211,18 +211,18 @@ class Seraena:
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision == "fp32" or self.device.type == "meta":
-            return full_precision(self.device)
+            return autocast_off(self.device)
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def _images(self, clip: Clip, out: Reconstruction) -> tuple[Tensor, Tensor, Tensor]:
         """Real and fake images and their context, all checked and in fp32; only fakes carry a gradient."""
-        self._refuse_misfits(clip, out)
+        self._check_shapes(clip, out)
         groups = -(-clip.video.shape[2] // self.frames)
         context = context_of(out.z.detach().float(), groups, nearest=self.context == "nearest")
         real, fake = (images_of((video.float() + 1) / 2, self.frames) for video in (clip.video, out.video))
         return real, fake, context
 
-    def _refuse_misfits(self, clip: Clip, out: Reconstruction) -> None:
+    def _check_shapes(self, clip: Clip, out: Reconstruction) -> None:
         real, z = require_pair("Seraena", clip, out)[0], out.z
         if z.ndim != 5 or z.shape[0] != real.shape[0]:
             raise ValueError(f"latents of {len(real)} clips are [{len(real)}, C, t, h, w]; these are {list(z.shape)}")
@@ -239,7 +239,7 @@ class Seraena:
                 "one image that small gives the batch norms a single value; use adversary.norm=group, or larger clips"
             )
 
-    def _refuse_other_size(self, images: Tensor, contexts: Tensor) -> None:
+    def _check_same_size(self, images: Tensor, contexts: Tensor) -> None:
         """Where images lie together, in the buffer, all are of one size."""
         known = self.buffer.pairs[0] if len(self.buffer) else None
         if known is None and self._pending:
@@ -251,11 +251,11 @@ class Seraena:
                 "train at one resolution, and go to another one by a new run with stage.init_from"
             )
 
-    def _refuse_unknown(self) -> None:
+    def _check_known_settings(self) -> None:
         for key, allowed in (("context", CONTEXTS), ("norm", NORMS), ("precision", PRECISIONS)):
             if getattr(self, key) not in allowed:
                 raise ValueError(f"adversary.{key} is {getattr(self, key)!r}; use {' or '.join(allowed)}")
-        least = {"weight": 0, "start": 0, "ramp": 0, "discriminator_start": 0, "frames": 1, "gauge_every": 0}
+        least = {"weight": 0, "start": 0, "ramp": 0, "discriminator_start": 0, "frames": 1, "diagnostics_every": 0}
         for key, bound in least.items():
             if getattr(self, key) < bound:
                 raise ValueError(f"adversary.{key} is {getattr(self, key)}; use {bound} or more")

@@ -18,7 +18,7 @@ from vae3d.checkpoints import ldm, taehv, wan
 from vae3d.checkpoints.formats import EXPORT_CONFIG, PUBLISHED_FACTOR, Checkpoint, CheckpointError, State
 from vae3d.io import atomic_folder, atomic_write, write_text, yaml_text
 from vae3d.models.opensora import OpenSoraVAE
-from vae3d.models.spatial import SpatialVAE, of_channels
+from vae3d.models.spatial import SpatialVAE, per_channel
 from vae3d.models.taehv import TAEHV
 from vae3d.models.temporal import TemporalVAE
 from vae3d.models.wan import WanVAE
@@ -66,8 +66,8 @@ def _factors(config: dict[str, Any]) -> dict[str, Any]:
     if not (isinstance(scaling, list) or isinstance(shift, list)):
         return {"scaling_factor": scaling, "shift_factor": shift or None}
     channels = config["latent_channels"]
-    std = [1 / factor for factor in of_channels(scaling, channels)]
-    return {"scaling_factor": 1.0, "latents_mean": list(of_channels(shift, channels)), "latents_std": std}
+    std = [1 / factor for factor in per_channel(scaling, channels)]
+    return {"scaling_factor": 1.0, "latents_mean": list(per_channel(shift, channels)), "latents_std": std}
 
 
 def write_ldm(checkpoint: Checkpoint, file: Path) -> None:
@@ -312,7 +312,7 @@ def _without_shift(checkpoint: Checkpoint, config: dict[str, Any]) -> State:
 def _factors_of_channels(config: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """shift_factor and scaling_factor of a SpatialVAE, [C] each in fp64."""
     shift, scaling = (
-        torch.tensor(of_channels(factor, config["latent_channels"]), dtype=torch.float64)
+        torch.tensor(per_channel(factor, config["latent_channels"]), dtype=torch.float64)
         for factor in (config["shift_factor"] or 0.0, config["scaling_factor"])
     )
     return shift, scaling

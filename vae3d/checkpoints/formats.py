@@ -320,10 +320,10 @@ def check_state(module: nn.Module, state: State, what: str) -> State:
         state = taehv.fit_time(module, state)
     except ValueError as error:
         raise CheckpointError(f"{what} does not fit the model:\n{error}") from error
-    faults = [
-        _fault("missing in the file", own.keys() - state.keys()),
-        _fault("unknown to the model", state.keys() - own.keys()),
-        _fault(
+    errors = [
+        _error("missing in the file", own.keys() - state.keys()),
+        _error("unknown to the model", state.keys() - own.keys()),
+        _error(
             "of another shape (file, model)",
             [
                 f"{k} {list(state[k].shape)} {list(own[k].shape)}"
@@ -331,13 +331,13 @@ def check_state(module: nn.Module, state: State, what: str) -> State:
                 if state[k].shape != own[k].shape
             ],
         ),
-        _fault(
+        _error(
             "of whole, logical or complex numbers",
             [k for k in own.keys() & state.keys() if not _real(state[k], own[k])],
         ),
     ]
-    if any(faults):
-        raise CheckpointError(f"{what} does not fit the model:\n" + "\n".join(f for f in faults if f))
+    if any(errors):
+        raise CheckpointError(f"{what} does not fit the model:\n" + "\n".join(f for f in errors if f))
     return state
 
 
@@ -345,7 +345,7 @@ def _real(tensor: Tensor, own: Tensor) -> bool:
     return tensor.is_floating_point() or not own.is_floating_point()
 
 
-def _fault(kind: str, names: Iterable[str]) -> str:
+def _error(kind: str, names: Iterable[str]) -> str:
     names = sorted(names)
     return f"  {len(names)} tensors {kind}: {first(names)}" if names else ""
 

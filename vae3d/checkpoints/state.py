@@ -280,7 +280,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[A
     return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
 
 
-def refuse_other_run(
+def check_same_run(
     folder: Path, config: Mapping[str, Any], identity: tuple[str, ...] = IDENTITY
 ) -> dict[str, tuple[Any, Any]]:
     """Differences between a checkpoint's configuration and `config`.

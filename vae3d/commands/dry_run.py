@@ -21,7 +21,7 @@ from vae3d.losses.distillation import FeatureDistillation
 from vae3d.losses.objective import Objective
 from vae3d.metrics import METRICS, MetricError
 from vae3d.metrics.registry import columns_of, find_files, resolve
-from vae3d.models.base import nearest_frames, share_frames, with_decoder
+from vae3d.models.base import attach_decoder, nearest_frames, share_frames
 from vae3d.models.compiled import blocks_of
 from vae3d.models.taehv import TAEHV
 from vae3d.pretrained.weights import WeightsMissing
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
     from vae3d.config.schema import TrainConfig
 
 
-def faults(config: TrainConfig) -> list[str]:
+def errors(config: TrainConfig) -> list[str]:
     """What does not fit between model, stage, losses and data."""
-    found = list(_metric_faults(config))
+    found = list(_metric_errors(config))
     try:
         with torch.device("meta"):
             model = loading.instantiate(config.model)
             objective = train.objective(config.loss)
     except (InstantiationException, ValueError) as error:
         return [*dict.fromkeys(found), f"model or loss cannot be built: {_cause(error)}"]
-    found += [*_size_faults(config, model), *_init_faults(config, model), *_layout_faults(config, model)]
+    found += [*_size_errors(config, model), *_init_errors(config, model), *_layout_errors(config, model)]
     try:
         train_parts(model, config.stage.train)
     except PartError as error:
         return [*found, f"stage.train: {error}"]
     found += _frozen_random(config, model)
-    found += _weight_faults(config, objective)
+    found += _weight_errors(config, objective)
     if found:
         return list(dict.fromkeys(found))  # several terms and metrics may miss the same file
     try:
@@ -59,16 +59,16 @@ def faults(config: TrainConfig) -> list[str]:
         return [f"adversary cannot be built: {_cause(error)}"]
     except UserError as error:
         return [str(error)]
-    found = [*_unread_features(distillation, objective), *_frame_faults(config, model, distillation)]
-    return found or list(_step_faults(config, model, objective, adversary, distillation))
+    found = [*_unread_features(distillation, objective), *_frame_errors(config, model, distillation)]
+    return found or list(_step_errors(config, model, objective, adversary, distillation))
 
 
-def _metric_faults(config: TrainConfig) -> Iterator[str]:
+def _metric_errors(config: TrainConfig) -> Iterator[str]:
     """Metrics of the validation that do not exist, cannot score such clips, or miss their weights; and a best score
     that they do not give."""
     size, frames = min(config.data.height, config.data.width), config.validation.frames
     known = []
-    for key in ("metrics", "seldom"):
+    for key in ("metrics", "slow_metrics"):
         try:
             names = resolve(getattr(config.validation, key))
         except MetricError as error:
@@ -87,12 +87,12 @@ def _metric_faults(config: TrainConfig) -> Iterator[str]:
     if best is not None and columns.get(best) is None:
         ranked = ", ".join(column for column, better in columns.items() if better is not None)
         yield (
-            f"trainer.best={best} is no score that can be ranked of validation.metrics and validation.seldom; "
+            f"trainer.best={best} is no score that can be ranked of validation.metrics and validation.slow_metrics; "
             f"use one of {ranked or 'none, for there are no metrics'}, or name its metric there"
         )
 
 
-def _layout_faults(config: TrainConfig, model: nn.Module) -> Iterator[str]:
+def _layout_errors(config: TrainConfig, model: nn.Module) -> Iterator[str]:
     """What cannot be compiled or written of this model."""
     if config.trainer.compile and not blocks_of(model):
         yield f"trainer.compile=true: a {type(model).__name__} has no blocks that are known; use false"
@@ -112,7 +112,7 @@ def meta_clip(frames: int, height: int, width: int) -> Clip:
     return Clip(video, torch.full((1,), -1), [""])
 
 
-def _size_faults(config: TrainConfig, model: nn.Module) -> Iterator[str]:
+def _size_errors(config: TrainConfig, model: nn.Module) -> Iterator[str]:
     stride = model.spec.space_stride
     for side in ("height", "width"):
         size = getattr(config.data, side)
@@ -133,7 +133,7 @@ def teacher_on_meta(config: TrainConfig) -> nn.Module | None:
         return loading.build_checkpoint(read_checkpoint(config.teacher.path))
 
 
-def _frame_faults(config: TrainConfig, model: nn.Module, distillation: Distillation | None) -> Iterator[str]:
+def _frame_errors(config: TrainConfig, model: nn.Module, distillation: Distillation | None) -> Iterator[str]:
     """Frame counts that the teacher would extend, and latents that do not come in the same shape."""
     if distillation is None:
         return
@@ -170,7 +170,7 @@ def _shape(latents: tuple[int, ...]) -> str:
     return "x".join(map(str, latents))
 
 
-def _init_faults(config: TrainConfig, model: nn.Module) -> Iterator[str]:
+def _init_errors(config: TrainConfig, model: nn.Module) -> Iterator[str]:
     init = config.stage.init_from
     names = {name for name, _ in model.named_modules() if name}
     for name in init if isinstance(init, dict) else []:
@@ -192,7 +192,7 @@ def _frozen_random(config: TrainConfig, model: nn.Module) -> list[str]:
     return [f"stage {config.stage.name} freezes {', '.join(frozen)} with random weights; set stage.init_from"]
 
 
-def _weight_faults(config: TrainConfig, objective: Objective) -> Iterator[str]:
+def _weight_errors(config: TrainConfig, objective: Objective) -> Iterator[str]:
     """Pretrained networks that loss terms measure with, and that are not here."""
     needed = [t.term.find_weights for t in objective.terms.values() if hasattr(t.term, "find_weights")]
     for find in needed:
@@ -206,12 +206,12 @@ def _parts_with(model: nn.Module, holds: Callable[[nn.Parameter], bool]) -> list
     """Parts of the model that have a parameter of which `holds` is true."""
     return [
         part
-        for part, modules in model.parts().items()
+        for part, modules in model.trainable_parts().items()
         if any(holds(parameter) for module in modules for parameter in module.parameters())
     ]
 
 
-def _step_faults(
+def _step_errors(
     config: TrainConfig,
     model: nn.Module,
     objective: Objective,
@@ -250,12 +250,12 @@ def _forward(
     model: nn.Module, clip: Clip, objective: Objective, distillation: Distillation | None
 ) -> tuple[Reconstruction, Clip]:
     if distillation is None:
-        return with_decoder(model(clip.video, pixels=objective.needs_pixels), model), clip
+        return attach_decoder(model(clip.video, pixels=objective.needs_pixels), model), clip
     clip = distillation.teach(clip)
     pupil = distillation.pupil(model, clip.video.shape[2])
     latents = distillation.latents(clip, step=0)
     out = pupil(clip.video, latents=latents, encode=objective.needs_posterior, pixels=objective.needs_pixels)
-    return with_decoder(out, model), clip
+    return attach_decoder(out, model), clip
 
 
 def _cause(error: BaseException) -> str:

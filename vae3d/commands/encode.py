@@ -61,7 +61,7 @@ def encode(config: EncodeConfig) -> None:
     source = _source(config)
     transform = Transform(**{field.name: getattr(config, field.name) for field in fields(Transform)})
     with ranks.main_process_first():  # which probes the files, where it must; the others find its answers on disk
-        items, faults = items_of(source.table(), transform, labels=config.labels, split=config.split)
+        items, errors = items_of(source.table(), transform, labels=config.labels, split=config.split)
     check_ranks_agree(
         {
             "clips to encode": len(items),
@@ -75,5 +75,5 @@ def encode(config: EncodeConfig) -> None:
     named = {field.name for field in fields(Job)} & {field.name for field in fields(config)}
     settings = {name: getattr(config, name) for name in named - {"checkpoint", "source"}}
     told = config.source if isinstance(config.source, str) else str(config.source)
-    job = Job(codec, config.checkpoint, told, Path(config.cache), items, faults, transform, **settings)
+    job = Job(codec, config.checkpoint, told, Path(config.cache), items, errors, transform, **settings)
     encode_cache(job, ranks.process_index, ranks.num_processes, ranks.wait_for_everyone)

@@ -12,7 +12,7 @@ from torch import nn
 
 from vae3d.errors import UserError
 from vae3d.inference.comparison import Comparer, Network
-from vae3d.inference.files import command_of, cost_of, reconstruct_files, refuse_own_source, rows_of
+from vae3d.inference.files import check_not_own_source, command_of, cost_of, reconstruct_files, rows_of
 from vae3d.inference.reconstruct import Reconstructor, Selection
 from vae3d.inference.results import Results
 from vae3d.latents.identity import digest_of, weights_hash
@@ -22,7 +22,7 @@ from vae3d.models.compiled import compile_steps
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.tiling import Tiled
 from vae3d.models.wan import WanVAE
-from vae3d.precision import DTYPES, autocast_dtype, in_precision, slow_conv3d, without_tf32
+from vae3d.precision import DTYPES, autocast_dtype, cast_keep_stats, disable_tf32, slow_conv3d
 from vae3d.training.start import working_ranks
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def infer(config: InferConfig) -> None:
     metrics = build_metrics(config.metrics, device)
     if config.height and config.width:
         reasons = (m.refuses(config.num_frames or sys.maxsize, config.height, config.width) for m in metrics)
-        if faults := [reason for reason in reasons if reason]:
-            raise UserError(f"metrics: {'; '.join(faults)}")
+        if errors := [reason for reason in reasons if reason]:
+            raise UserError(f"metrics: {'; '.join(errors)}")
     checkpoint, model = opened(config.checkpoint, changes=config.model)
     model = model.to(device)
     if isinstance(spatial := getattr(model, "spatial_vae", model), SpatialVAE):
@@ -64,7 +64,7 @@ def infer(config: InferConfig) -> None:
     )
     comparer = _comparer(config, reconstructor, ranks.is_main_process)
     table = rows_of(config.source, config.root, config.split, config.num_samples)
-    refuse_own_source(reconstructor, config.source)
+    check_not_own_source(reconstructor, config.source)
     main, results = ranks.is_main_process, Results(reconstructor)
     with results.locked() if main else nullcontext():
         if main:
@@ -92,7 +92,7 @@ def _comparer(config: InferConfig, reconstructor: Reconstructor, measures: bool)
     if path is None:
         return None
     _set_precision(precision)
-    teacher = in_precision(load(path).to(reconstructor.device), DTYPES[precision])
+    teacher = cast_keep_stats(load(path).to(reconstructor.device), DTYPES[precision])
     lpips = [name for name in config.metrics if name.startswith("lpips")]
     return Comparer(
         reconstructor,
@@ -106,9 +106,9 @@ def _comparer(config: InferConfig, reconstructor: Reconstructor, measures: bool)
 
 def _set_precision(precision: str) -> None:
     if precision == "fp32":
-        without_tf32()
-    elif fault := slow_conv3d():
-        log.warning(fault)
+        disable_tf32()
+    elif error := slow_conv3d():
+        log.warning(error)
 
 
 def _tiled(model: nn.Module, tile: int, overlap: int | None) -> Tiled:

@@ -49,7 +49,7 @@ UNWRITABLE = frozenset(
         *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP),
         *(errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ESTALE),
     }
-)  # faults of the disk or of the folder that the user named, not of the program
+)  # errors of the disk or of the folder that the user named, not of the program
 
 
 def rank() -> int:
@@ -294,7 +294,7 @@ def _entry(line: str) -> dict[str, Any]:
     return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else {}
 
 
-def one_message(run: Callable[[], R]) -> R:
+def exit_on_user_error(run: Callable[[], R]) -> R:
     """run(); a UserError, or a place that cannot be written, ends as its message alone and exit status 2.
 
     In a sweep it is raised on, so that the next job runs. VAE3D_TRACEBACK=1 shows where it came from.
@@ -324,13 +324,13 @@ def tell(error: UserError) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 
-def recorded(run: Callable[[], R]) -> R:
+def with_elastic_record(run: Callable[[], R]) -> R:
     """run(), so that torchrun's summary shows what went wrong in a rank, which Hydra would swallow."""
     if not under_torchrun():
         return run()
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    return record(one_message)(run)
+    return record(exit_on_user_error)(run)
 
 
 def forbid_sweep_under_torchrun() -> None:

@@ -17,7 +17,7 @@ from vae3d import distributed
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.comparison import distances, matched
 from vae3d.diffusion.data import size_of
-from vae3d.diffusion.export import Export, read_export, refuse_other_vae
+from vae3d.diffusion.export import Export, check_same_vae, read_export
 from vae3d.diffusion.sampling import (
     LATENTS,
     MOST_IN_GRID,
@@ -116,7 +116,7 @@ def _write(
         if "files" in write:
             write_files(folder, [f"{i:06d}" + (f"_{names[i]}" if names else "") for i in mine], frames, config.fps)
         sent = [i < kept for i in mine]
-        for indices, some, values in distributed.gathered((mine, frames[sent], z.cpu() if reference else None)):
+        for indices, some, values in distributed.gather_to_main((mine, frames[sent], z.cpu() if reference else None)):
             pictures[[i for i in indices if i < kept]] = some
             if values is not None:
                 latents[indices] = values
@@ -141,7 +141,7 @@ def _write(
 def _make(folder: Path, overwrite: bool, command: Mapping[str, Any], main: bool, device: torch.device) -> None:
     """Make the folder before the samples, which would be lost. Raises UserError on all ranks if it cannot be, or if it
     holds something that this command did not begin."""
-    fault = None
+    reason = None
     if main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -149,15 +149,15 @@ def _make(folder: Path, overwrite: bool, command: Mapping[str, Any], main: bool,
                 clear(folder)
             if has_results(folder) and not resumes(folder, command, f"out={folder}"):
                 rest = "files that sampling did not write" if overwrite else "files; choose another, or overwrite=true"
-                fault = f"out={folder} holds {rest}"
+                reason = f"out={folder} holds {rest}"
             else:
                 begin(folder, command)
         except OSError as error:
-            fault = f"{error.filename}: {error.strerror}"
+            reason = f"{error.filename}: {error.strerror}"
         except UserError as error:
-            fault = str(error)
-    if not distributed.everyone(fault is None, device):
-        raise UserError(fault or f"out={folder} cannot be used; the first rank tells why")
+            reason = str(error)
+    if not distributed.all_ranks_ok(reason is None, device):
+        raise UserError(reason or f"out={folder} cannot be used; the first rank tells why")
 
 
 def _reference(config: SampleConfig, codec: LatentCodec, shape: Sequence[int], names: Sequence[str]) -> Reference:
@@ -189,7 +189,7 @@ def _codec(export: Export, config: SampleConfig, device: torch.device) -> Latent
     if not Path(path).exists():
         raise UserError(f"{path}, the autoencoder of {export.folder}, is not there; name where it is by vae=PATH")
     codec = open_codec(path, pixel_range="uint8", precision=config.precision, device=device)
-    refuse_other_vae(export.told["vae"], codec, str(path))
+    check_same_vae(export.told["vae"], codec, str(path))
     return codec
 
 

@@ -29,7 +29,7 @@ def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None
     world = world_size or int(os.environ.get("WORLD_SIZE", config.launcher.nproc))
     lines = [f"{type(model).__name__}: {_millions(model.parameters())} parameters"]
     for part, scale in config.stage.train.items():
-        modules = {**model.parts(), ALL: [model]}[part]
+        modules = {**model.trainable_parts(), ALL: [model]}[part]
         trained = _millions(p for module in modules for p in module.parameters())
         lines.append(f"  trains {part}: {trained}, learning rate x {scale:g}")
     lines.append(f"  frozen: {_millions(p for p in model.parameters() if not p.requires_grad)}")
@@ -54,8 +54,8 @@ def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
     lengths, counts = data.plan.lengths.lengths, data.plan.frames.all()
     epochs = config.trainer.max_steps * config.data.batch_size / len(lengths)
     lines = [f"{len(lengths)} training files, {epochs:.3g} epochs"]
-    if data.faults:
-        lines.append(f"  {len(data.faults)} files cannot be read and are skipped")
+    if data.errors:
+        lines.append(f"  {len(data.errors)} files cannot be read and are skipped")
     lines += [f"  {note}" for note in data.notes]
     unused = int((lengths < counts[0]).sum())
     if unused:

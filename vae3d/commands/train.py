@@ -29,7 +29,7 @@ from vae3d.precision import DTYPES, slow_conv3d
 from vae3d.training.agreement import check_ranks_agree
 from vae3d.training.distillation import Distillation
 from vae3d.training.freeze import train_parts
-from vae3d.training.start import refuse_to_go_on, training_ranks
+from vae3d.training.start import check_may_start, training_ranks
 from vae3d.training.vae_trainer import Trainer
 
 if TYPE_CHECKING:
@@ -74,10 +74,10 @@ def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingDa
     settings = clip_settings(data)
     tables = read_tables(instantiate(data.source), settings, data.holdout if validation.every else 0, data.max_broken)
     plan = plan_of(config, lengths_of(tables.train, settings), frame_counts(data), rank, world_size)
-    held_out, faults = [], tables.faults
+    held_out, errors = [], tables.errors
     if validation.every:
         held_out, more = validation_clips(tables.val, settings, validation.frames, validation.clips, rank, world_size)
-        faults = faults + more
+        errors = errors + more
     return TrainingData(
         tables.train,
         plan,
@@ -85,7 +85,7 @@ def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingDa
         data.workers,
         data.prefetch,
         held_out,
-        faults,
+        errors,
         tables.notes,
         tables.left_out,
         data.timeout,
@@ -118,7 +118,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> Trainer:
     """Everything that a run needs, ready to `fit`."""
     if config.trainer.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("trainer.precision is fp16, which needs a GPU; use bf16 or fp32")
-    refuse_to_go_on(folder, config.run.resume)
+    check_may_start(folder, config.run.resume)
     resumes = starting_state(folder / "checkpoints", config.run.resume_from) is not None
     accelerator = training_ranks(config.trainer.precision)
     check_ranks_agree(asdict(config))
@@ -128,11 +128,11 @@ def build_trainer(config: TrainConfig, folder: Path) -> Trainer:
     terms = objective(config.loss)
     terms.load(accelerator.device)
     validation = config.validation
-    measured = [*validation.metrics, *validation.seldom] if validation.every else []
+    measured = [*validation.metrics, *validation.slow_metrics] if validation.every else []
     metrics = build_metrics(measured, accelerator.device)
     torch.manual_seed(config.run.seed)
     model = instantiate(config.model)
-    if config.stage.whole_clips and hasattr(model, "micro_frames"):
+    if config.stage.no_micro_batching and hasattr(model, "micro_frames"):
         model.micro_frames = None
     anchored = config.optim.proximal > 0  # needs the weights of the start, whether or not they are about to be replaced
     started = initialize(model, config.stage.init_from) if anchored or not resumes else []
@@ -163,8 +163,8 @@ def build_trainer(config: TrainConfig, folder: Path) -> Trainer:
             f"{config.model['_target_']} is not in MODELS of vae3d/models/registry.py: only vae3d.load(path, model) "
             "will open the exports of this run"
         )
-    if isinstance(model, WanVAE) and config.trainer.precision != "fp32" and (fault := slow_conv3d()):
-        built.log.say(fault)
+    if isinstance(model, WanVAE) and config.trainer.precision != "fp32" and (error := slow_conv3d()):
+        built.log.say(error)
     return built
 
 

@@ -29,7 +29,7 @@ from vae3d.diffusion.data import (
     LatentData,
     joined,
     of_clips,
-    refuse_unlabelled,
+    require_labels,
     size_of,
     split_cache,
 )
@@ -41,7 +41,7 @@ from vae3d.latents.identity import vae_facts
 from vae3d.loading import instantiate, open_codec
 from vae3d.training.agreement import check_ranks_agree
 from vae3d.training.diffusion_trainer import DiffusionTrainer
-from vae3d.training.start import refuse_to_go_on, training_ranks
+from vae3d.training.start import check_may_start, training_ranks
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
@@ -52,7 +52,7 @@ log = logging.getLogger("vae3d")
 
 def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     """Everything that a run needs, ready to `fit`."""
-    refuse_to_go_on(folder, config.run.resume)
+    check_may_start(folder, config.run.resume)
     accelerator = training_ranks(config.trainer.precision)
     check_ranks_agree(asdict(config))
     codec = _codec(config, accelerator.device)
@@ -101,7 +101,7 @@ def _of_cache(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
     size, latent_shape = size_of(cache)
     labelled = config.labels != "none"
     if labelled:
-        refuse_unlabelled(cache.labels, cache.index["key"].tolist(), f"entries of {config.cache}")
+        require_labels(cache.labels, cache.index["key"].tolist(), f"entries of {config.cache}")
     train, held_out = split_cache(cache.index, config.data.holdout if config.validation.every else 0)
     mine = held_out[: config.validation.clips if config.validation.every else 0][rank::world_size]
     every = CachedLatents(cache, range(len(cache)), labelled)
@@ -135,16 +135,16 @@ def _of_clips(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
     if config.labels != "none":
         classes = class_names(labels)
         numbers |= {name: number for number, name in enumerate(classes)}
-        refuse_unlabelled([numbers[label] for label in labels], every["path"].tolist(), "files")
+        require_labels([numbers[label] for label in labels], every["path"].tolist(), "files")
     labels = np.array([numbers[label] for label in labels])
     of_train, of_val = np.split(labels, [len(tables.train)])
     plan = plan_of(config, lengths_of(tables.train, settings), frame_counts(data), rank, world_size)
-    held_out, faults = [], tables.faults
+    held_out, errors = [], tables.errors
     frames = validation.frames or max(plan.frames.all())
     if validation.every:
         enough = lengths_of(tables.val, settings).lengths >= frames
         clips, more = validation_clips(tables.val, settings, frames, validation.clips, rank, world_size)
-        held_out, faults = of_clips(clips, of_val[enough]), faults + more
+        held_out, errors = of_clips(clips, of_val[enough]), errors + more
     trained = {codec.latent_shape(count, data.height, data.width)[1] for count in plan.frames.all()}
     return LatentData(
         dataset=ClipDataset(tables.train, plan, settings),
@@ -162,7 +162,7 @@ def _of_clips(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         prefetch=data.prefetch,
         timeout=data.timeout,
         record=record_of(every, look=rank == 0),
-        faults=faults,
+        errors=errors,
         notes=[
             *tables.notes,
             f"{len(labels)} files, {len(tables.val)} of them held out; encoded batch by batch",
@@ -173,40 +173,40 @@ def _of_clips(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
 def complete(config: DiffusionConfig, data: LatentData) -> tuple[DiffusionConfig, Process]:
     """The configuration with every setting of network and process, which data and autoencoder decide with it; and the
     process. Raises ConfigError naming what is wrong with both."""
-    faults: list[str] = []
+    errors: list[str] = []
     process, network = None, dict(config.denoiser)
     try:
         process = build_process(config.process)
         process.stepper(Sampling(config.validation.steps, config.validation.method, shift=config.validation.shift))
         if network.setdefault("learned_sigma", process.learned_sigma) != process.learned_sigma:
-            faults.append(f"denoiser.learned_sigma={network['learned_sigma']} is not what process does; leave it out")
+            errors.append(f"denoiser.learned_sigma={network['learned_sigma']} is not what process does; leave it out")
     except ValueError as error:
-        faults.append(f"process, or validation: {error}")
+        errors.append(f"process, or validation: {error}")
     if data.classes:
         network["num_classes"] = network.get("num_classes") or len(data.classes)
         if network["num_classes"] < len(data.classes):
-            faults.append(f"denoiser.num_classes={network['num_classes']}, but the data have {len(data.classes)}")
+            errors.append(f"denoiser.num_classes={network['num_classes']}, but the data have {len(data.classes)}")
     elif network.get("num_classes"):
-        faults.append(
+        errors.append(
             f"denoiser.num_classes={network['num_classes']}, but labels=none gives none; set labels=auto, column or "
             "folder, or leave num_classes out"
         )
     if data.latent_shape[1] > max(data.trained):
-        faults.append(
+        errors.append(
             f"validation.frames={config.validation.frames} gives {data.latent_shape[1]} latent frames, and training "
             f"has {max(data.trained)} at most; use validation.frames={config.data.frames.max}, for samples, too"
         )
     elif network["kind"] == "unet" and max(*data.trained, data.latent_shape[1]) > 1:
-        faults.append(
+        errors.append(
             f"denoiser.kind=unet is for images, and these latents have {max(*data.trained, data.latent_shape[1])} "
             "frames; use denoiser=video_transformer, or data.frames.min=1 data.frames.max=1 validation.frames=1"
         )
     try:
         network = network_config(network, data.latent_shape)
     except ValueError as error:
-        faults.append(f"denoiser: {error}")
-    if faults:
-        raise ConfigError(faults)
+        errors.append(f"denoiser: {error}")
+    if errors:
+        raise ConfigError(errors)
     return replace(config, denoiser=network, process=process_config(process)), process
 
 

@@ -12,7 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from vae3d.config.ranges import CHOICES, RANGES
 from vae3d.config.schema import Data, Debug, Launcher, Optim, Run
-from vae3d.config.validate import ConfigError, path_faults, resume_faults, typed
+from vae3d.config.validate import ConfigError, path_errors, resume_errors, typed
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Averages:
     """Exponential moving averages of the weights: of the first rate are validation, samples and exports, which keep
     those of the others beside."""
 
-    decays: list[float] = field(default_factory=lambda: [0.9999])
+    rates: list[float] = field(default_factory=lambda: [0.9999])
     warmup: bool = True
     every: int = 1
     device: str = "model"  # where they lie: model (beside the weights), cpu (pinned host memory)
@@ -42,7 +42,7 @@ class Training:
     accumulate: int = 1  # micro-batches per optimizer step
     precision: str = "bf16"  # bf16, fp32: autocast over fp32 weights
     ema: Averages = field(default_factory=Averages)
-    patience: int = 10  # steps in a row that are skipped before the run stops
+    max_consecutive_skips: int = 10  # steps in a row that are skipped before the run stops
     scale_samples: int = 1000  # training latents whose mean and deviation are measured before the first step
     log_every: int = 10
     save_every: int = 1000
@@ -136,12 +136,12 @@ TRAIN_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "vae.chunk_frames": (_positive, "at least 1, or null"),
     "label_dropout": (_share, "a share, from 0 to less than 1"),
     "trainer.keep": RANGES["trainer.keep"],
-    "trainer.ema.decays": (
+    "trainer.ema.rates": (
         lambda v: len(v) > 0 and all(0 < d < 1 for d in v) and len(set(v)) == len(v),
         "one rate or more, between 0 and 1, each once",
     ),
     "trainer.ema.every": RANGES["trainer.ema.every"],
-    "trainer.patience": RANGES["trainer.robust.patience"],
+    "trainer.max_consecutive_skips": RANGES["trainer.robust.max_consecutive_failures"],
     "trainer.save_failures": RANGES["trainer.robust.save_failures"],
     "trainer.scale_samples": (lambda v: v >= 64, "at least 64"),
     "validation.every": RANGES["validation.every"],
@@ -166,22 +166,22 @@ SAMPLE_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_diffusion(cfg: DictConfig) -> DiffusionConfig:
-    """The configuration as typed objects; raises ConfigError naming every fault but those that only the autoencoder
+    """The configuration as typed objects; raises ConfigError naming every error but those that only the autoencoder
     and the data can tell."""
     cached = OmegaConf.select(cfg, "cache") is not None
     given = OmegaConf.select(cfg, "data.source.path", throw_on_missing=False)
     if cached:
         cfg = OmegaConf.merge(cfg, {"data": {"source": None}})
-    config, faults = typed(cfg, DiffusionConfig, TRAIN_CHOICES, TRAIN_RANGES)
+    config, errors = typed(cfg, DiffusionConfig, TRAIN_CHOICES, TRAIN_RANGES)
     if cached and given is not None:
-        faults.append(f"cache={config.cache} and data.source.path={given}: latents come from one of them")
-    faults += _rules(config, os.environ)
+        errors.append(f"cache={config.cache} and data.source.path={given}: latents come from one of them")
+    errors += _rules(config, os.environ)
     paths = {"vae.path": config.vae.path, "cache": config.cache}
     if isinstance(config.data.source, dict):
         paths |= {f"data.source.{key}": config.data.source.get(key) for key in ("path", "root")}
-    faults += [*path_faults(paths), *resume_faults(config.run.resume_from)]
-    if faults:
-        raise ConfigError(faults)
+    errors += [*path_errors(paths), *resume_errors(config.run.resume_from)]
+    if errors:
+        raise ConfigError(errors)
     return config
 
 
@@ -217,12 +217,12 @@ def _rules(config: DiffusionConfig, environment: Mapping[str, str]) -> Iterator[
 
 def check_sampling(cfg: DictConfig) -> SampleConfig:
     """As check_diffusion."""
-    config, faults = typed(cfg, SampleConfig, SAMPLE_CHOICES, SAMPLE_RANGES)
+    config, errors = typed(cfg, SampleConfig, SAMPLE_CHOICES, SAMPLE_RANGES)
     if (config.height is None) != (config.width is None):
-        faults.append("height and width go together; set both, or neither")
-    faults += path_faults({"checkpoint": config.checkpoint, "vae": config.vae, "against": config.against})
-    if faults:
-        raise ConfigError(faults)
+        errors.append("height and width go together; set both, or neither")
+    errors += path_errors({"checkpoint": config.checkpoint, "vae": config.vae, "against": config.against})
+    if errors:
+        raise ConfigError(errors)
     return config
 
 

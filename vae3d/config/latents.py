@@ -1,4 +1,4 @@
-"""Typed schema and checks of scripts/encode_latents.py. Imports no torch, so that faults show in a second."""
+"""Typed schema and checks of scripts/encode_latents.py. Imports no torch, so that errors show in a second."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from vae3d.config.validate import ConfigError, path_faults, typed
+from vae3d.config.validate import ConfigError, path_errors, typed
 
 
 @dataclass
@@ -45,7 +45,7 @@ class EncodeConfig:
     reader: str = "auto"
     seed: int = 0  # of samples
     max_broken: float = 0.2  # stop when a larger share of the clips cannot be encoded
-    retry: bool = False  # encode shards with faults again
+    retry: bool = False  # encode shards with errors again
     verify: str = "stat"  # how replaced source files are found: stat (size and time), hash (content; reads all files)
 
 
@@ -76,23 +76,23 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_encoding(cfg: DictConfig) -> EncodeConfig:
-    """The configuration as typed objects; raises ConfigError naming every fault."""
-    config, faults = typed(cfg, EncodeConfig, CHOICES, RANGES)
+    """The configuration as typed objects; raises ConfigError naming every error."""
+    config, errors = typed(cfg, EncodeConfig, CHOICES, RANGES)
     if (config.height is None) != (config.width is None):
-        faults.append("height and width go together; set both, or neither")
+        errors.append("height and width go together; set both, or neither")
     if config.clips == "all" and config.frames is None:
-        faults.append("clips=all needs to know how long they are; set frames")
+        errors.append("clips=all needs to know how long they are; set frames")
     if config.writers and config.dtype == "bf16":
-        faults.append(f"writers={config.writers} cannot hold bf16, which numpy does not have; use dtype=fp16 or fp32")
+        errors.append(f"writers={config.writers} cannot hold bf16, which numpy does not have; use dtype=fp16 or fp32")
     if config.panorama and config.short_side is not None:
-        faults.append(f"short_side={config.short_side} cuts panoramas, which panorama=true shows whole; use null")
+        errors.append(f"short_side={config.short_side} cuts panoramas, which panorama=true shows whole; use null")
     if config.panorama and config.height is not None and config.width != 2 * config.height:
-        faults.append(f"width={config.width} must be twice height={config.height}, for panorama=true")
+        errors.append(f"width={config.width} must be twice height={config.height}, for panorama=true")
     if isinstance(config.source, dict) and "_target_" not in config.source:
-        faults.append("source must be a path, or a node with `_target_`, as conf/data has")
-    faults += path_faults({name: getattr(config, name) for name in ("checkpoint", "source", "root")})
-    if faults:
-        raise ConfigError(faults)
+        errors.append("source must be a path, or a node with `_target_`, as conf/data has")
+    errors += path_errors({name: getattr(config, name) for name in ("checkpoint", "source", "root")})
+    if errors:
+        raise ConfigError(errors)
     return config
 
 

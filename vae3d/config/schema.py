@@ -1,4 +1,4 @@
-"""Typed schema of train.py and infer.py. Imports no torch: configuration faults must show in a second.
+"""Typed schema of train.py and infer.py. Imports no torch: configuration errors must show in a second.
 
 Nodes typed Any hold a `_target_` (open sets: model, loss term, adversary, data source, logger); everything else
 is closed and checked key by key. `???` (MISSING) is what only the user can know.
@@ -35,7 +35,7 @@ class Stage:
     name: str = MISSING
     train: dict[str, float] = MISSING
     init_from: Any = MISSING  # random, a checkpoint, or {submodule: checkpoint}
-    whole_clips: bool = False  # train on clips as a whole, where the model would cut them into pieces in use
+    no_micro_batching: bool = False  # train on clips as a whole, where the model would cut them into pieces in use
     # most noise, in standard deviations of a clip's latents, that is added to what the decoder gets in training
     latent_noise: float = 0.0
 
@@ -136,7 +136,9 @@ class Ema:
 class Spike:
     factor: float | None = None  # skip a step whose loss exceeds this many times the running mean
     warmup: int = 100  # accepted steps before the factor counts
-    patience: int = 20  # skipped steps in a row after which finite losses become the new level; others stop the run
+    max_consecutive_skips: int = (
+        20  # skipped steps in a row after which finite losses become the new level; others stop the run
+    )
 
 
 @dataclass
@@ -145,8 +147,8 @@ class Validation:
     clips: int = 16
     frames: int = 17
     metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim"])
-    seldom: list[str] = field(default_factory=list)  # further metrics that cost more, such as rfid
-    seldom_every: int = 0  # steps between these, a multiple of `every`; 0: only after the last step
+    slow_metrics: list[str] = field(default_factory=list)  # further metrics that cost more, such as rfid
+    slow_metrics_every: int = 0  # steps between these, a multiple of `every`; 0: only after the last step
     videos: int = 4  # clips shown in the logger: original, latent, reconstruction
     roll: bool = False  # also compare a turned panorama's reconstruction with the turned reconstruction
 
@@ -166,18 +168,20 @@ class Publish:
 class Robust:
     """What a run bears before it stops with the reason, and what it does so that it need not."""
 
-    patience: int = 10  # steps in a row that a rank cannot finish, out of memory or without a readable file
+    max_consecutive_failures: int = (
+        10  # steps in a row that a rank cannot finish, out of memory or without a readable file
+    )
     zero_gradient: int = 10  # steps in a row whose gradient is zero; 0: any number
     save_failures: int = 3  # checkpoints in a row that cannot be written
     compact_gib: float | None = None  # give idle GPU memory back, where there is more of it; null: never
-    rehearse: bool = True  # try the shortest and the longest clip with every loss before the first step
+    preflight: bool = True  # try the shortest and the longest clip with every loss before the first step
 
 
 @dataclass
 class Strategy:
-    """How ranks share the work: ddp (each has the whole model), or deepspeed (ZeRO, with a full DeepSpeed config)."""
+    """How ranks share the work: replicated (each has the whole model), or deepspeed (ZeRO, with a full DeepSpeed config)."""
 
-    name: str = "ddp"
+    name: str = "replicated"
     deepspeed: Any = None
 
 

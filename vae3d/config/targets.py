@@ -9,28 +9,28 @@ from typing import Any
 from vae3d.config.validate import _nearest
 
 
-def target_faults(node: Any, path: str = "") -> list[str]:
+def target_errors(node: Any, path: str = "") -> list[str]:
     """Arguments of every `_target_` that its signature does not have or misses."""
     if not isinstance(node, dict):
         return []
-    faults = [fault for key, value in node.items() for fault in target_faults(value, f"{path}{key}.")]
+    errors = [reason for key, value in node.items() for reason in target_errors(value, f"{path}{key}.")]
     if "_target_" not in node:
-        return faults
+        return errors
     target, name = node["_target_"], path.rstrip(".")
     try:
         parameters = inspect.signature(_locate(target)).parameters
     except (ImportError, AttributeError, ValueError) as error:
-        return [*faults, f"{path}_target_={target} cannot be imported: {error}"]
+        return [*errors, f"{path}_target_={target} cannot be imported: {error}"]
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return faults
+        return errors
     given = [key for key in node if not key.startswith("_")]
     for key in given:
         if key not in parameters:
-            faults.append(f"{path}{key} is not an argument of {target}{_nearest(key, parameters, path)}")
+            errors.append(f"{path}{key} is not an argument of {target}{_nearest(key, parameters, path)}")
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in given and parameter.kind is not parameter.VAR_POSITIONAL:
-            faults.append(f"{name} lacks the argument {key} of {target}")
-    return faults
+            errors.append(f"{name} lacks the argument {key} of {target}")
+    return errors
 
 
 def _locate(target: str) -> Any:

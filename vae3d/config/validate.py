@@ -1,4 +1,4 @@
-"""Every fault of a configuration in one list, before data, weights or a GPU are touched.
+"""Every error of a configuration in one list, before data, weights or a GPU are touched.
 
 First what needs no torch (keys, missing values, `_target_` signatures, values, paths), then what only the model can
 tell: it is built on the meta device, without memory, and takes one training step there.
@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vae3d.checkpoints.location import exists, hub_hint
 from vae3d.config.ranges import CHOICES, EXAMPLES, INFER_CHOICES, INFER_RANGES, MODEL_NEEDS, RANGES
 from vae3d.config.schema import InferConfig, TrainConfig
-from vae3d.config.targets import target_faults
+from vae3d.config.targets import target_errors
 from vae3d.data.dataset_rows import how_to_download
 from vae3d.errors import UserError
 
@@ -32,47 +32,47 @@ CHECKPOINT_KEYS = ("checkpoint", "teacher.path", "vae", "vae.path")
 
 
 class ConfigError(UserError):
-    """All faults of a configuration."""
+    """All errors of a configuration."""
 
-    def __init__(self, faults: list[str]) -> None:
-        self.faults = faults
-        count = f"{len(faults)} fault" + ("s" if len(faults) > 1 else "")
-        super().__init__(f"the configuration has {count}:\n" + "\n".join(f"  {fault}" for fault in faults))
+    def __init__(self, errors: list[str]) -> None:
+        self.errors = errors
+        count = f"{len(errors)} error" + ("s" if len(errors) > 1 else "")
+        super().__init__(f"the configuration has {count}:\n" + "\n".join(f"  {error}" for error in errors))
 
 
 def check_training(cfg: DictConfig) -> TrainConfig:
-    """The configuration as typed objects; raises ConfigError naming every fault."""
-    faults, tree = _keys(cfg, TrainConfig)
+    """The configuration as typed objects; raises ConfigError naming every error."""
+    errors, tree = _keys(cfg, TrainConfig)
     config = _object(TrainConfig, tree)
-    faults = _without_repeats(faults, [*_values(config, CHOICES, RANGES), *_training_rules(config, os.environ)])
-    if not any(fault.startswith(MODEL_NEEDS) for fault in faults):
+    errors = _without_repeats(errors, [*_values(config, CHOICES, RANGES), *_training_rules(config, os.environ)])
+    if not any(error.startswith(MODEL_NEEDS) for error in errors):
         from vae3d.commands import dry_run
 
-        faults += dry_run.faults(config)
-    if faults:
-        raise ConfigError(faults)
+        errors += dry_run.errors(config)
+    if errors:
+        raise ConfigError(errors)
     return config
 
 
 def check_inference(cfg: DictConfig) -> InferConfig:
     """As check_training, for infer.py."""
-    config, faults = typed(cfg, InferConfig, INFER_CHOICES, INFER_RANGES)
+    config, errors = typed(cfg, InferConfig, INFER_CHOICES, INFER_RANGES)
     if (config.height is None) != (config.width is None):
-        faults.append("height and width go together; set both, or neither")
+        errors.append("height and width go together; set both, or neither")
     if config.tile is None and config.tile_overlap is not None:
-        faults.append(f"tile_overlap={config.tile_overlap} needs the tiles' size; set tile")
+        errors.append(f"tile_overlap={config.tile_overlap} needs the tiles' size; set tile")
     for key in ("compile", "cost"):
         if config.tile is not None and getattr(config, key):
-            faults.append(f"{key}=true is of whole frames; leave out tile={config.tile}")
+            errors.append(f"{key}=true is of whole frames; leave out tile={config.tile}")
     if (teacher := config.teacher.path) is not None:
         if config.tile is not None:
-            faults.append(f"teacher.path={teacher} is compared on whole frames; leave out tile={config.tile}")
+            errors.append(f"teacher.path={teacher} is compared on whole frames; leave out tile={config.tile}")
         if config.sample:
-            faults.append(f"teacher.path={teacher} is compared by the mode of the latents; leave out sample=true")
+            errors.append(f"teacher.path={teacher} is compared by the mode of the latents; leave out sample=true")
     given = {name: getattr(config, name) for name in ("checkpoint", "source", "root")}
-    faults += path_faults(given | {"teacher.path": teacher})
-    if faults:
-        raise ConfigError(faults)
+    errors += path_errors(given | {"teacher.path": teacher})
+    if errors:
+        raise ConfigError(errors)
     return config
 
 
@@ -82,23 +82,23 @@ def typed(
     choices: Mapping[str, tuple],
     ranges: Mapping[str, tuple[Callable[[Any], bool], str]],
 ) -> tuple[Any, list[str]]:
-    """The configuration as typed objects, and the faults of its keys and values."""
-    faults, tree = _keys(cfg, schema)
+    """The configuration as typed objects, and the errors of its keys and values."""
+    errors, tree = _keys(cfg, schema)
     config = _object(schema, tree)
-    return config, _without_repeats(faults, _values(config, choices, ranges))
+    return config, _without_repeats(errors, _values(config, choices, ranges))
 
 
-def _without_repeats(faults: list[str], more: Iterable[str]) -> list[str]:
-    """Both, without those of `more` whose key has a fault already."""
-    reported = {_key_of(fault) for fault in faults}
-    return [*faults, *(fault for fault in more if _key_of(fault) not in reported)]
+def _without_repeats(errors: list[str], more: Iterable[str]) -> list[str]:
+    """Both, without those of `more` whose key has an error already."""
+    reported = {_key_of(error) for error in errors}
+    return [*errors, *(error for error in more if _key_of(error) not in reported)]
 
 
-def _key_of(fault: str) -> str:
-    return re.split(r"[ =\[]", fault)[0]
+def _key_of(error: str) -> str:
+    return re.split(r"[ =\[]", error)[0]
 
 
-def path_faults(given: Mapping[str, Any]) -> list[str]:
+def path_errors(given: Mapping[str, Any]) -> list[str]:
     """Of the files and folders that settings name."""
     told = {name: value for name, value in given.items() if isinstance(value, str) and value != MISSING}
     return [
@@ -116,19 +116,19 @@ def _hint(key: str, path: str) -> str:
 
 
 def _keys(cfg: DictConfig, schema: type) -> tuple[list[str], dict[str, Any]]:
-    """Faults of keys, missing values, interpolations and targets; and the resolved tree without unknown keys.
+    """Errors of keys, missing values, interpolations and targets; and the resolved tree without unknown keys.
 
     What is missing or cannot be resolved is `???` in the tree.
     """
-    faults: list[str] = []
-    tree = _resolve(cfg, OmegaConf.to_container(cfg, resolve=False), "", faults)
-    faults += _unknown_keys(tree, schema, "")
-    faults += target_faults(tree, "")
-    faults += number_faults(tree)
-    return faults, tree
+    errors: list[str] = []
+    tree = _resolve(cfg, OmegaConf.to_container(cfg, resolve=False), "", errors)
+    errors += _unknown_keys(tree, schema, "")
+    errors += target_errors(tree, "")
+    errors += number_errors(tree)
+    return errors, tree
 
 
-def number_faults(node: Any, key: str = "") -> list[str]:
+def number_errors(node: Any, key: str = "") -> list[str]:
     """Of every number at any depth: it must be finite, fit into 64 bits and, if it is called seed, not be negative."""
     if isinstance(node, dict):
         inner = [(value, f"{key}.{name}".lstrip(".")) for name, value in node.items()]
@@ -142,38 +142,38 @@ def number_faults(node: Any, key: str = "") -> list[str]:
             return [f"{key}={node} must fit into 64 bits"]
         if isinstance(node, int) and node < 0 and key.split(".")[-1] == "seed":
             return [f"{key}={node} must be 0 or more"]
-    return [fault for value, name in inner for fault in number_faults(value, name)]
+    return [error for value, name in inner for error in number_errors(value, name)]
 
 
-def _resolve(cfg: DictConfig, node: Any, key: str, faults: list[str]) -> Any:
+def _resolve(cfg: DictConfig, node: Any, key: str, errors: list[str]) -> Any:
     if isinstance(node, dict):
-        return {name: _resolve(cfg, value, f"{key}.{name}".lstrip("."), faults) for name, value in node.items()}
+        return {name: _resolve(cfg, value, f"{key}.{name}".lstrip("."), errors) for name, value in node.items()}
     if isinstance(node, list):
-        return [_resolve(cfg, value, f"{key}[{index}]", faults) for index, value in enumerate(node)]
+        return [_resolve(cfg, value, f"{key}[{index}]", errors) for index, value in enumerate(node)]
     if node == MISSING:
-        faults.append(f"{key} is required; set {EXAMPLES.get(key, f'{key}=VALUE')}")
+        errors.append(f"{key} is required; set {EXAMPLES.get(key, f'{key}=VALUE')}")
     if isinstance(node, str) and "${" in node:
         try:
             return OmegaConf.select(cfg, key)
         except OmegaConfBaseException as error:
-            faults.append(f"{key}={node} cannot be resolved: {str(error).splitlines()[0]}")
+            errors.append(f"{key}={node} cannot be resolved: {str(error).splitlines()[0]}")
             return MISSING
     return node
 
 
 def _unknown_keys(tree: dict[str, Any], schema: type, prefix: str) -> list[str]:
     """Report and delete keys that the schema does not have."""
-    faults = []
+    errors = []
     fields = {field.name: field for field in dataclasses.fields(schema)}
     types = typing.get_type_hints(schema)
     for key in list(tree):
         if key not in fields:
-            faults.append(f"{prefix}{key} is not a setting{_nearest(key, fields, prefix)}")
+            errors.append(f"{prefix}{key} is not a setting{_nearest(key, fields, prefix)}")
             del tree[key]
         elif isinstance(tree[key], dict):
             for inner, path, kind in _nested(tree[key], f"{prefix}{key}.", types[key]):
-                faults += _unknown_keys(inner, kind, path)
-    return faults
+                errors += _unknown_keys(inner, kind, path)
+    return errors
 
 
 def _nested(node: dict[str, Any], path: str, kind: Any) -> Iterator[tuple[dict[str, Any], str, type]]:
@@ -211,31 +211,31 @@ def _get(config: Any, dotted: str) -> Any:
 def _values(
     config: Any, choices: Mapping[str, tuple], ranges: Mapping[str, tuple[Callable[[Any], bool], str]]
 ) -> list[str]:
-    faults = []
+    errors = []
     for key, allowed in choices.items():
         value = _get(config, key)
         if value != MISSING and value not in allowed:
             named = ", ".join("null" if choice is None else choice for choice in allowed)
-            faults.append(f"{key}={value} is unknown; use one of {named}")
+            errors.append(f"{key}={value} is unknown; use one of {named}")
     for key, (holds, rule) in ranges.items():
         value = _get(config, key)
         if value != MISSING and not holds(value):
-            faults.append(f"{key}={value} must be {rule}")
-    return faults
+            errors.append(f"{key}={value} must be {rule}")
+    return errors
 
 
 def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list[str]:
     data, trainer, loss, optim = config.data, config.trainer, config.loss, config.optim
-    faults = []
+    errors = []
     largest = max([side for side in (data.height, data.width) if side != MISSING], default=0)
     if data.short_side is not None and data.short_side < largest:
-        faults.append(f"data.short_side={data.short_side} is smaller than the crop; use at least {largest}, or null")
+        errors.append(f"data.short_side={data.short_side} is smaller than the crop; use at least {largest}, or null")
     if data.frames.max < data.frames.min:
-        faults.append(f"data.frames.max={data.frames.max} is below data.frames.min={data.frames.min}; raise it")
-    faults += _clip_rules(config)
+        errors.append(f"data.frames.max={data.frames.max} is below data.frames.min={data.frames.min}; raise it")
+    errors += _clip_rules(config)
 
     if optim.decay_start is not None and optim.decay_start < optim.warmup_steps:
-        faults.append(
+        errors.append(
             f"optim.decay_start={optim.decay_start} is before the end of optim.warmup_steps={optim.warmup_steps}; "
             "raise it, or null"
         )
@@ -244,13 +244,13 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
     share = world * trainer.accumulate
     if trainer.accumulate >= 1 and data.batch_size % share:
         above = -(-data.batch_size // share) * share
-        faults.append(
+        errors.append(
             f"data.batch_size={data.batch_size} does not divide over {world} ranks x trainer.accumulate="
             f"{trainer.accumulate}; use a multiple of {share}, such as {above}"
         )
 
     if loss.logvar is not None and trainer.spike.factor is not None:
-        faults.append(
+        errors.append(
             f"trainer.spike.factor={trainer.spike.factor} compares losses above 0, and with loss.logvar={loss.logvar} "
             "the loss falls below; use null for either"
         )
@@ -258,42 +258,42 @@ def _training_rules(config: TrainConfig, environment: Mapping[str, str]) -> list
     if isinstance(loss.terms, dict):
         for name, term in loss.terms.items():
             if term.weight < 0:
-                faults.append(f"loss.terms.{name}.weight={term.weight} must be 0 or more")
+                errors.append(f"loss.terms.{name}.weight={term.weight} must be 0 or more")
             if len(term.ramp) != 2 or not 0 <= term.ramp[0] <= term.ramp[1]:
-                faults.append(f"loss.terms.{name}.ramp={term.ramp} must be [first step, last step]")
+                errors.append(f"loss.terms.{name}.ramp={term.ramp} must be [first step, last step]")
             if term.reduction not in (None, *CHOICES["loss.reduction"]):
-                faults.append(f"loss.terms.{name}.reduction={term.reduction} is unknown; use one of null, sum, mean")
+                errors.append(f"loss.terms.{name}.reduction={term.reduction} is unknown; use one of null, sum, mean")
         if not any(term.weight > 0 for term in loss.terms.values()):
-            faults.append("loss.terms has no term with a weight above 0; there is nothing to train on")
+            errors.append("loss.terms has no term with a weight above 0; there is nothing to train on")
 
     if isinstance(config.stage.train, dict):
         for part, scale in config.stage.train.items():
             if not scale > 0:
-                faults.append(f"stage.train.{part}={scale} must be above 0; leave a part out to freeze it")
-    faults += [*_validation_rules(config), *_strategy_rules(config), *_adversary_rules(config)]
-    faults += [*_missing_files(config), *resume_faults(config.run.resume_from)]
+                errors.append(f"stage.train.{part}={scale} must be above 0; leave a part out to freeze it")
+    errors += [*_validation_rules(config), *_strategy_rules(config), *_adversary_rules(config)]
+    errors += [*_missing_files(config), *resume_errors(config.run.resume_from)]
     if not trainer.save_every:
         alone = ["prefix", "final_model"] + ["measure_scale"] * (trainer.best is None)
         for key in alone:
             if getattr(trainer.publish, key):
-                faults.append(f"trainer.publish.{key} is written with checkpoints, and trainer.save_every=0 makes none")
+                errors.append(f"trainer.publish.{key} is written with checkpoints, and trainer.save_every=0 makes none")
     launched = environment.get("ACCELERATE_MIXED_PRECISION")
     if launched not in (None, "no", trainer.precision):  # "no" is also what accelerate launch says unasked
-        faults.append(
+        errors.append(
             f"trainer.precision={trainer.precision}, but accelerate launch says {launched}; "
             f"give it --mixed_precision={trainer.precision.replace('fp32', 'no')}, or change trainer.precision"
         )
-    return faults
+    return errors
 
 
 def _validation_rules(config: TrainConfig) -> Iterator[str]:
     validation = config.validation
-    if validation.every and validation.seldom_every % validation.every:
+    if validation.every and validation.slow_metrics_every % validation.every:
         yield (
-            f"validation.seldom_every={validation.seldom_every} is not a multiple of validation.every="
+            f"validation.slow_metrics_every={validation.slow_metrics_every} is not a multiple of validation.every="
             f"{validation.every}; use one, or 0 for the last step only"
         )
-    for key, value in (("validation.seldom", validation.seldom), ("trainer.best", config.trainer.best)):
+    for key, value in (("validation.slow_metrics", validation.slow_metrics), ("trainer.best", config.trainer.best)):
         if value and not validation.every:
             yield f"{key}={value} is of validations, and validation.every=0 makes none"
 
@@ -324,7 +324,7 @@ def _adversary_rules(config: TrainConfig) -> Iterator[str]:
     if adversary.get("adaptive") and deepspeed:
         yield (
             "adversary.adaptive=true: ranks exchange gradients in the middle of a step, where DeepSpeed exchanges its "
-            "own; use adversary.adaptive=false, or trainer/strategy=ddp"
+            "own; use adversary.adaptive=false, or trainer/strategy=replicated"
         )
     if adversary.get("adaptive") and fp16:
         yield (
@@ -339,11 +339,11 @@ def _adversary_rules(config: TrainConfig) -> Iterator[str]:
     if adversary.get("alternate") and deepspeed:
         yield (
             "adversary.alternate=true has steps without a generator, in which DeepSpeed would wait for its gradients; "
-            "use adversary.alternate=false, or trainer/strategy=ddp"
+            "use adversary.alternate=false, or trainer/strategy=replicated"
         )
 
 
-def resume_faults(path: str | None) -> list[str]:
+def resume_errors(path: str | None) -> list[str]:
     """Of a path; names of checkpoints are looked up in the run's folder, once that is known."""
     if path in (None, "latest") or re.fullmatch(r"(step|checkpoint)-\d+", Path(path).name) or Path(path).is_file():
         return []

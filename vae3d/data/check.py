@@ -99,8 +99,8 @@ def main(argv: list[str] | None = None) -> int:
 
     good = []
     for (_, row), result in zip(table.iterrows(), results, strict=True):
-        if pd.notna(row["fault"]):
-            reason = row["fault"]
+        if pd.notna(row["error"]):
+            reason = row["error"]
         else:
             reason = result if isinstance(result, str) else disagreement(row, result)
         if reason is None:

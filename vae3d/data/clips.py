@@ -67,12 +67,12 @@ class ClipSettings:
 
 @dataclass
 class Sample:
-    """One loaded clip; video None if nothing could be loaded. faults: (path, reason) of files that failed."""
+    """One loaded clip; video None if nothing could be loaded. errors: (path, reason) of files that failed."""
 
     video: Tensor | None  # [3, T, H, W], uint8; of depth maps float32 in [-1, 1]
     draw: Draw
     path: str
-    faults: list[tuple[str, str]] = field(default_factory=list)
+    errors: list[tuple[str, str]] = field(default_factory=list)
     valid: Tensor | None = None  # [1, T, H, W], bool
     depth_bounds: Tensor | None = None  # [2]
 
@@ -91,15 +91,15 @@ class ClipDataset(Dataset[Sample]):
         self.settings = settings
 
     def __getitem__(self, draw: Draw) -> Sample:
-        faults: list[tuple[str, str]] = []
+        errors: list[tuple[str, str]] = []
         for attempt in range(ATTEMPTS):
             path = os.fsdecode(self.paths[draw.record])
             try:
-                return replace(self._load(path, draw), faults=faults)
+                return replace(self._load(path, draw), errors=errors)
             except MediaError as error:
-                faults.append((error.path, error.reason))
+                errors.append((error.path, error.reason))
             draw = draw._replace(record=self.plan.replacement(draw.position, draw.frames, attempt))
-        return Sample(None, draw, path, faults)
+        return Sample(None, draw, path, errors)
 
     def _load(self, path: str, draw: Draw) -> Sample:
         rng = np.random.default_rng(seed_of(self.plan.seed, draw.position, "clip"))
@@ -182,18 +182,18 @@ def to_tensor(frames: np.ndarray) -> Tensor:
 class Unreadable:
     """Stands for a batch in which ATTEMPTS files in a row could not be read: its rank cannot take the step."""
 
-    faults: list[tuple[str, str]]
+    errors: list[tuple[str, str]]
 
 
 def collate(samples: Sequence[Sample]) -> Clip | Unreadable:
     """Stack samples of equal frame count."""
-    faults = [fault for sample in samples for fault in sample.faults]
+    errors = [error for sample in samples for error in sample.errors]
     if any(sample.video is None for sample in samples):
-        return Unreadable(faults)
+        return Unreadable(errors)
     return Clip(
         positions=torch.tensor([sample.draw.position for sample in samples]),
         paths=[sample.path for sample in samples],
-        faults=faults,
+        errors=errors,
         **{name: _stack([getattr(sample, name) for sample in samples]) for name in ("video", "valid", "depth_bounds")},
     )
 

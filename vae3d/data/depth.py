@@ -46,7 +46,7 @@ class DepthReader(SequenceReader):
 
     def frame(self, file: Path, size: Size | None) -> np.ndarray:
         stored = load_grey(file)
-        self.refuse_other_size(file, *stored.shape)
+        self.check_same_size(file, *stored.shape)
         return stored if size is None else nearest(stored, size)
 
 

@@ -24,7 +24,7 @@ class HuggingFace:
     split: trained on; None: train, or the only one there is. val_split: held out for validation; None: the first there
     is of validation, valid, val and test; without one, images are held out as from any source. column: of images;
     None: the only one.
-    A column `label` gives the labels: classes by their numbers. Rows without an image are faults. `notes` tells splits
+    A column `label` gives the labels: classes by their numbers. Rows without an image are errors. `notes` tells splits
     and numbers.
     """
 
@@ -85,5 +85,5 @@ def _rows(folder: str, split: str, column: str) -> pd.DataFrame:
         labels = rows.select_columns(["label"])[:]["label"]
         table["label"] = [label if isinstance(label, int | str) and label != NO_LABEL else None for label in labels]
     return table.assign(
-        fault=[None if file or not out else "has no image" for out, file in zip(outside, files, strict=True)]
+        error=[None if file or not out else "has no image" for out, file in zip(outside, files, strict=True)]
     )

@@ -32,10 +32,10 @@ class ImageFolder:
         self.notes: list[str] = []
 
     def table(self) -> pd.DataFrame:
-        """Raises DataError if there are no images. What is wrong with a row of a table is its `fault`."""
+        """Raises DataError if there are no images. What is wrong with a row of a table is its `error`."""
         self.notes = []
         table = self._listed() if self.path.is_dir() and not holds_dataset(self.path) else self._table()
-        usable = table["fault"].isna()
+        usable = table["error"].isna()
         table.loc[usable, "num_frames"], table.loc[usable, "fps"] = 1.0, 0.0
         counts = [f"{name} {count}" for name in SPLITS if (count := (usable & (table["split"] == name)).sum())]
         self.notes.insert(0, f"{self.path}: {usable.sum()} images{': ' if counts else ''}{', '.join(counts)}")
@@ -62,11 +62,11 @@ class ImageFolder:
         source = open_source(self.path, self.root)
         table = source.table()
         self.notes += getattr(source, "notes", ())
-        images = table["path"].map(is_image) | table["fault"].notna()
+        images = table["path"].map(is_image) | table["error"].notna()
         self._tell_others(table.loc[~images, "path"], not images.any())
         table = table[images].reset_index(drop=True)
-        gone = table["fault"].isna() & ~table["path"].map(exists)
-        table.loc[gone, "fault"] = "no such file"
+        gone = table["error"].isna() & ~table["path"].map(exists)
+        table.loc[gone, "error"] = "no such file"
         return table
 
     def _tell_others(self, files: Iterable[str], alone: bool) -> None:

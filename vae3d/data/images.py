@@ -289,10 +289,10 @@ class SequenceReader:
     def frame(self, file: Path, size: Size | None) -> np.ndarray:
         """[H, W, 3] uint8 of one file."""
         reader = ImageReader(file)
-        self.refuse_other_size(file, reader.info.height, reader.info.width)
+        self.check_same_size(file, reader.info.height, reader.info.width)
         return reader.read([0], size)[0]
 
-    def refuse_other_size(self, file: Path, height: int, width: int) -> None:
+    def check_same_size(self, file: Path, height: int, width: int) -> None:
         if (height, width) != (self.info.height, self.info.width):
             expected = f"{self.info.height}x{self.info.width}"
             raise MediaError(file, f"is {height}x{width}, but its sequence begins with {expected}")

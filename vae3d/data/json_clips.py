@@ -54,15 +54,15 @@ class JsonClips:
         self.notes: list[str] = []
 
     def table(self) -> pd.DataFrame:
-        """Raises DataError for a file that is no such list; what is wrong with single clips is their `fault`."""
+        """Raises DataError for a file that is no such list; what is wrong with single clips is their `error`."""
         entries, self.notes = _entries(self.path)
-        faults = [_fault(entry) for entry in entries]
+        errors = [_error(entry) for entry in entries]
         sound = [_well_typed(entry) for entry in entries]
         given = ["path", *(key for key in OPTIONAL if any(key in entry for entry in sound))]
         raw = pd.DataFrame({COLUMNS.get(key, key): [entry.get(key) for entry in sound] for key in given})
-        table = checked(raw.assign(fault=faults), self.root)
-        gone = table["fault"].isna() & ~table["path"].map(exists)
-        table.loc[gone, "fault"] = "no such file"
+        table = checked(raw.assign(error=errors), self.root)
+        gone = table["error"].isna() & ~table["path"].map(exists)
+        table.loc[gone, "error"] = "no such file"
         how = "as their `split` says"
         if "split" not in given and self.val_share is not None:
             table["split"] = self._split(table)
@@ -72,7 +72,7 @@ class JsonClips:
 
     def _split(self, table: pd.DataFrame) -> np.ndarray:
         hashes = file_hashes(table)
-        usable = np.unique(hashes[table["fault"].isna()])
+        usable = np.unique(hashes[table["error"].isna()])
         if len(usable) < 2:
             return np.full(len(table), "train")
         return np.where(hashes <= max(usable[0], int(self.val_share * HASHES)), "val", "train")
@@ -80,7 +80,7 @@ class JsonClips:
 
 def _counts(table: pd.DataFrame, where: str, how: str) -> list[str]:
     """How many clips and videos there are, and on which side."""
-    usable = table[table["fault"].isna()]
+    usable = table[table["error"].isna()]
     sides = [(split, usable[usable["split"] == split]) for split in SPLITS]
     told = [f"{split} {_clips_of(side)}" for split, side in sides if len(side)]
     return [f"{where} lists {_clips_of(usable)}", *([f"{', '.join(told)}, {how}"] if told else [])]
@@ -119,7 +119,7 @@ def _keys(entries: list[Any]) -> Counter[str]:
     return Counter(key for entry in entries if isinstance(entry, dict) for key in entry)
 
 
-def _fault(entry: Any) -> str | None:
+def _error(entry: Any) -> str | None:
     """What is wrong with the types of an entry."""
     if not isinstance(entry, dict):
         return f"is {json.dumps(entry):.40}, no object with the key `path`"

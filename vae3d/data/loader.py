@@ -29,12 +29,12 @@ SHOWN = 10  # files in a message
 
 @dataclass(frozen=True)
 class Tables:
-    """Readable files for training and validation. faults: (path, reason) of files that did not open. left_out: of files
+    """Readable files for training and validation. errors: (path, reason) of files that did not open. left_out: of files
     that are too small. notes: what there is to tell of the files."""
 
     train: pd.DataFrame
     val: pd.DataFrame
-    faults: list[tuple[str, str]]
+    errors: list[tuple[str, str]]
     left_out: list[tuple[str, str]]
     notes: list[str]
 
@@ -45,15 +45,15 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
     With a `split` column its `val` rows; without, the `holdout` files whose names hash lowest, but at most a
     tenth (and one), with all their segments, so that the choice survives a table that grows or a folder that moves.
     The num_frames of a row with a segment are the segment's. Files smaller than settings.min_side are left out, and are
-    no fault.
+    no error.
     Raises DataError if more than the share `max_broken` does not open, or nothing is left to train on.
     """
     listed = source.table()
     needed = ["num_frames"] + ["fps"] * (settings.fps is not None) + SIZE * (settings.min_side is not None)
-    table, faults = complete(listed, needed)
+    table, errors = complete(listed, needed)
     table, outside = count_frames(table)
-    faults += outside
-    _check_share(faults, len(listed), max_broken)
+    errors += outside
+    _check_share(errors, len(listed), max_broken)
     table, left_out = leave_out_small(table, settings.min_side)
     notes = [*getattr(source, "notes", ()), *told_of_enlarged(table, settings)]
     if left_out:
@@ -69,7 +69,7 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
     if not is_train.any():
         raise DataError("no rows are left to train on; is the `split` column `val` or `test` throughout?")
     train, val = (table[rows].reset_index(drop=True) for rows in (is_train, is_val))
-    return Tables(train, val, faults, left_out, notes)
+    return Tables(train, val, errors, left_out, notes)
 
 
 def look_for_files(source: Source, max_broken: float) -> list[str]:
@@ -78,24 +78,24 @@ def look_for_files(source: Source, max_broken: float) -> list[str]:
     Raises DataError if more than the share `max_broken` is missing or invalid.
     """
     table = source.table()
-    sound = table[table["fault"].isna()]
+    sound = table[table["error"].isna()]
     there = in_threads(exists, sound["path"])
-    faults = faulty_rows(table) + [(path, "no such file") for path in sound["path"] if not there[path]]
-    _check_share(faults, len(table), max_broken)
+    errors = faulty_rows(table) + [(path, "no such file") for path in sound["path"] if not there[path]]
+    _check_share(errors, len(table), max_broken)
     count = sum(there.values())
     return [
         f"data: {len(table)} rows, {count} of {len(there)} files exist"
         + (f", {invalid} rows are invalid" if (invalid := len(table) - len(sound)) else ""),
-        *(f"  {path}: {reason}" for path, reason in faults[:SHOWN]),
+        *(f"  {path}: {reason}" for path, reason in errors[:SHOWN]),
         *(f"  {note}" for note in getattr(source, "notes", ())),
     ]
 
 
-def _check_share(faults: list[tuple[str, str]], rows: int, max_broken: float) -> None:
-    if len(faults) > max_broken * rows:
-        shown = "\n".join(f"  {path}: {reason}" for path, reason in faults[:SHOWN])
+def _check_share(errors: list[tuple[str, str]], rows: int, max_broken: float) -> None:
+    if len(errors) > max_broken * rows:
+        shown = "\n".join(f"  {path}: {reason}" for path, reason in errors[:SHOWN])
         raise DataError(
-            f"{len(faults)} of {rows} files cannot be read, more than data.max_broken={max_broken}; the first:\n"
+            f"{len(errors)} of {rows} files cannot be read, more than data.max_broken={max_broken}; the first:\n"
             f"{shown}\n  python -m vae3d.data.check FILE lists them all"
         )
 
@@ -114,7 +114,7 @@ class TrainingData:
     workers: int
     prefetch: int
     held_out: list[Clip]
-    faults: list[tuple[str, str]]  # files that did not open when the tables were read
+    errors: list[tuple[str, str]]  # files that did not open when the tables were read
     notes: list[str] = field(default_factory=list)  # what there is to tell of the files
     left_out: list[tuple[str, str]] = field(default_factory=list)  # files that are too small
     timeout: float = 0.0  # seconds without a batch after which WorkerTimeout is raised; 0: never
@@ -156,14 +156,14 @@ def validation_clips(
             f"no held-out video has {frames} frames for validation ({len(table)} are held out); "
             "lower validation.frames, give the table a `split` column, or set validation.every=0"
         )
-    clips, faults, bounds = [], [], bounds_of(long_enough)
+    clips, errors, bounds = [], [], bounds_of(long_enough)
     for place in range(rank, min(count, len(long_enough)), world_size):
         path = long_enough["path"].iloc[place]
         try:
             clips.append(still_clip(path, bounds[place], place, settings, frames))
         except MediaError as error:
-            faults.append((error.path, error.reason))
-    return clips, faults
+            errors.append((error.path, error.reason))
+    return clips, errors
 
 
 def still_clip(path: str, bounds: Bounds, place: int, settings: ClipSettings, frames: int) -> Clip:

@@ -35,26 +35,26 @@ def complete(table: pd.DataFrame, needed: Sequence[str] = NUMBERS) -> tuple[pd.D
     Only rows that lack one of these numbers are opened, and those with a segment, for the times of their frames; rows
     that do not open are left out of the table.
     """
-    sound = table["fault"].isna()
-    faults = faulty_rows(table)
+    sound = table["error"].isna()
+    errors = faulty_rows(table)
     table = table[sound].reset_index(drop=True)
     unknown = table[list(needed)].isna().any(axis=1)
     unknown = (unknown | has_segment(table)).to_numpy()
     if not unknown.any():
-        return table, faults
+        return table, errors
     facts = probe(table.loc[unknown, "path"].tolist())
     unread = {path: str(f["error"]) for path, f in facts.items() if "error" in f}
     for name in NUMBERS:
         found = np.array([facts[path].get(name, np.nan) for path in table.loc[unknown, "path"]], dtype=float)
         table.loc[unknown, name] = table.loc[unknown, name].fillna(pd.Series(found, index=table.index[unknown]))
-    faults += [(path, unread[path]) for path in table["path"] if path in unread]  # a file may have many rows
-    return table[~table["path"].isin(unread)].reset_index(drop=True), faults
+    errors += [(path, unread[path]) for path in table["path"] if path in unread]  # a file may have many rows
+    return table[~table["path"].isin(unread)].reset_index(drop=True), errors
 
 
 def faulty_rows(table: pd.DataFrame) -> list[tuple[str, str]]:
     """(row and path, reason) of the rows that their source found faulty."""
-    faulty = table.loc[table["fault"].notna(), ["row", "path", "fault"]]
-    return [(f"row {row} ({path})", fault) for row, path, fault in faulty.values]
+    faulty = table.loc[table["error"].notna(), ["row", "path", "error"]]
+    return [(f"row {row} ({path})", error) for row, path, error in faulty.values]
 
 
 def probe(paths: list[str]) -> dict[str, Facts]:

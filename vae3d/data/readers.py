@@ -45,7 +45,7 @@ def open_media(path: str | Path, reader: str = "auto", threads: int = 1) -> Read
         return ImageReader(path, open_row(path))
     if is_sequence(path):
         return SequenceReader(path)
-    _refuse_no_file(path)
+    _require_file(path)
     suffix = path.suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         return ImageReader(path)
@@ -60,7 +60,7 @@ def media_info(path: str | Path) -> MediaInfo:
     if is_row(path):
         return image_info(path, open_row(path))
     if is_image(path):
-        _refuse_no_file(path)
+        _require_file(path)
         return image_info(path)
     with closing(open_media(path)) as reader:
         return reader.info
@@ -71,7 +71,7 @@ def is_image(path: str | Path) -> bool:
     return is_row(path) or (str(path).lower().endswith(IMAGE_SUFFIXES) and not is_sequence(path))
 
 
-def _refuse_no_file(path: Path) -> None:
+def _require_file(path: Path) -> None:
     if not os.path.exists(path):  # False, and no error, of a name that is too long
         raise MediaError(path, "no such file")
     if not os.path.isfile(path):

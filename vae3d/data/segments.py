@@ -89,7 +89,7 @@ def has_segment(table: pd.DataFrame) -> pd.Series:
 def count_frames(table: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     """The table with the frames of each segment for those of its file; and (row, reason) of the rows left out, because
     their files have no such part. Files with segments are opened: their own times say which frames a segment has."""
-    counts, faults = table["num_frames"].to_numpy(dtype=float, copy=True), []
+    counts, errors = table["num_frames"].to_numpy(dtype=float, copy=True), []
     kept = np.ones(len(table), dtype=bool)
     bounds, opened = bounds_of(table), {}
     for place in np.flatnonzero(has_segment(table)):
@@ -106,5 +106,5 @@ def count_frames(table: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str
         else:
             continue
         kept[place] = False
-        faults.append((f"row {table['row'].iloc[place]} ({path})", reason))
-    return table.assign(num_frames=counts)[kept].reset_index(drop=True), faults
+        errors.append((f"row {table['row'].iloc[place]} ({path})", reason))
+    return table.assign(num_frames=counts)[kept].reset_index(drop=True), errors

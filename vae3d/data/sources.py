@@ -3,7 +3,7 @@
 The table has the columns path (absolute; with a * for their numbers, the images of a video), name (the path as the
 source gives it), num_frames, height, width, fps (of the file; NaN where unknown), start and end of the part of the
 file that the row stands for (seconds; NaN: the file's own), split, text and label (None where not given), row, the
-place in the source that messages name, and fault: why a row cannot be used, or None.
+place in the source that messages name, and error: why a row cannot be used, or None.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_NAME = 255  # bytes of a file's name, on every file system
 ARCHIVES = (".tar", ".tgz", ".zip", ".gz", ".7z", ".rar")
 MISSING_NUMBERS = ("", "nan", "na", "n/a", "none", "null")  # as a column of numbers may have; a text is always a text
 SPLITS = ("train", "val", "test")
-LIMITS = {  # least value of a column, if it is not 1, and the fault of a row that has no such number
+LIMITS = {  # least value of a column, if it is not 1, and the error of a row that has no such number
     "fps": (0, "`fps` is no positive number"),  # images have none
     "start": (0, SEGMENT_FAULT),
     "end": (0, SEGMENT_FAULT),
@@ -72,12 +72,12 @@ class Table:
 
 
 def checked(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
-    """A source's table of rows as a file gives them, numbered from 0, with what is wrong with each in `fault`, where
+    """A source's table of rows as a file gives them, numbered from 0, with what is wrong with each in `error`, where
     `raw` may already tell it."""
     names = raw["path"].fillna("").astype(str).str.strip()
     table = pd.DataFrame({"path": [os.path.abspath(root / name) for name in names], "name": names})
     table["row"] = raw.index + 1
-    for column in ("text", "label", "split", "fault"):
+    for column in ("text", "label", "split", "error"):
         table[column] = raw[column] if column in raw.columns else None
     _mark(table, names == "", "has no `path`")
     _mark(table, names.str.contains("\0", regex=False), "`path` has the character NUL, which no file name has")
@@ -106,8 +106,8 @@ def _numbers(column: pd.Series) -> pd.Series:
 
 
 def _mark(table: pd.DataFrame, bad: pd.Series, reason: str) -> None:
-    """Give the rows where `bad` their fault; the first one that is found counts."""
-    table.loc[bad & table["fault"].isna(), "fault"] = reason
+    """Give the rows where `bad` their error; the first one that is found counts."""
+    table.loc[bad & table["error"].isna(), "error"] = reason
 
 
 class Folder:
@@ -182,7 +182,7 @@ def sequences(path: Path) -> list[Path]:
 def listed(paths: list[str], names: list[str]) -> pd.DataFrame:
     """A table of files of which nothing else is known."""
     table = pd.DataFrame({"path": paths, "name": names, "row": np.arange(1, len(paths) + 1)})
-    return table.assign(**dict.fromkeys([*NUMBERS, *SEGMENT], np.nan), text=None, label=None, split=None, fault=None)
+    return table.assign(**dict.fromkeys([*NUMBERS, *SEGMENT], np.nan), text=None, label=None, split=None, error=None)
 
 
 def in_threads(function: Callable[[str], T], paths: Iterable[str]) -> dict[str, T]:

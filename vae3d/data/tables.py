@@ -35,7 +35,7 @@ def kind_of(path: str | Path) -> str | None:
 def read_table(path: Path) -> pd.DataFrame:
     """The rows of a CSV, TSV or parquet file; those of text as text, an empty field None.
 
-    `fault` says of a row that it has more or fewer fields than the first line names columns. No text stands for a
+    `error` says of a row that it has more or fewer fields than the first line names columns. No text stands for a
     missing one: a label may be called None or NA. Raises DataError naming the line for what is no table.
     """
     kind = kind_of(path)
@@ -61,14 +61,14 @@ def _parquet(path: Path) -> pd.DataFrame:
 
 def _csv(path: Path, delimiter: str) -> pd.DataFrame:
     reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
-    rows, faults = [], []
+    rows, errors = [], []
     try:
         header = [name.strip() for name in next((line for line in reader if line), [])]
         for fields in reader:
             if not fields:  # an empty line
                 continue
             wrong = len(fields) != len(header)
-            faults.append(_field_count(reader.line_num, len(fields), header, delimiter) if wrong else None)
+            errors.append(_field_count(reader.line_num, len(fields), header, delimiter) if wrong else None)
             rows.append([field or None for field in (fields + [""] * len(header))[: len(header)]])
     except csv.Error as error:
         hint = "; is a quotation mark never closed?" if "end of data" in str(error) else ""
@@ -84,9 +84,9 @@ def _csv(path: Path, delimiter: str) -> pd.DataFrame:
         )
     table = pd.DataFrame(rows, columns=header, dtype=object)
     return (
-        table.assign(fault=pd.Series(faults, dtype=object))
-        if any(faults)
-        else table.drop(columns="fault", errors="ignore")
+        table.assign(error=pd.Series(errors, dtype=object))
+        if any(errors)
+        else table.drop(columns="error", errors="ignore")
     )
 
 

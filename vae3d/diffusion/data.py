@@ -27,12 +27,12 @@ from vae3d.types import Clip
 class Batch(NamedTuple):
     """values: normalised latents [B, C, t, h, w], or pixels [B, 3, T, H, W] uint8 still to be encoded; None where one
     file after another could not be read. labels: [B], NONE without classes. positions: in the endless training order.
-    faults: (path, reason) of files that failed."""
+    errors: (path, reason) of files that failed."""
 
     values: Tensor | None
     labels: Tensor
     positions: list[int]
-    faults: list[tuple[str, str]]
+    errors: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class LatentData:
     sample: bool = True
     workers: int = 0
     prefetch: int = 2
-    faults: list[tuple[str, str]] = field(default_factory=list)
+    errors: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     timeout: float = 0.0  # seconds without a batch after which WorkerTimeout is raised; 0: never
     record: DataRecord | None = None  # what a checkpoint remembers of the data
@@ -124,7 +124,7 @@ class LabelledClips:
         clip = collate(samples)
         labels = torch.tensor([int(self.labels[sample.draw.record]) for sample in samples])
         positions = [sample.draw.position for sample in samples]
-        return Batch(None if isinstance(clip, Unreadable) else clip.video, labels, positions, clip.faults)
+        return Batch(None if isinstance(clip, Unreadable) else clip.video, labels, positions, clip.errors)
 
 
 def of_clips(clips: Sequence[Clip], labels: Sequence[int]) -> list[Batch]:
@@ -168,7 +168,7 @@ def size_of(cache: LatentCache) -> tuple[tuple[int, int, int], tuple[int, int, i
     return (int(frames), int(height), int(width)), tuple(int(side) for side in latent.split("x"))
 
 
-def refuse_unlabelled(labels: Sequence[int], names: Sequence[str], what: str) -> None:
+def require_labels(labels: Sequence[int], names: Sequence[str], what: str) -> None:
     """Raises DataError if some have no label, or all have the same."""
     missing = [name for name, label in zip(names, labels, strict=True) if label == NONE]
     if missing:

@@ -137,7 +137,7 @@ def _read_config(file: Path) -> tuple[dict[str, Any], nn.Module]:
     return {**told, "network": network.config}, network
 
 
-def refuse_other_vae(told: Mapping[str, Any], codec: LatentCodec, path: str) -> None:
+def check_same_vae(told: Mapping[str, Any], codec: LatentCodec, path: str) -> None:
     """Raises CheckpointError if the autoencoder at `path` has not the latents that a diffusion model learned.
 
     told: vae_facts of the autoencoder that it was trained with.

@@ -64,7 +64,7 @@ class Sums:
 
     def scale(self) -> Scale:
         """Of what all ranks have added. Every rank must call it, once."""
-        distributed.add_up(self.total)
+        distributed.all_reduce_sum(self.total)
         mean, square = (self.total[2:] / self.total[1]).cpu().split(self.channels)
         return Scale(round(float(self.total[0])), mean, (square - mean.square()).clamp(min=0).sqrt())
 
@@ -82,7 +82,7 @@ def measure(data: LatentData, count: int, device: torch.device) -> Scale:
     return scale
 
 
-def refuse_other_scale(scale: Scale, remedy: str) -> None:
+def check_latent_scale(scale: Scale, remedy: str) -> None:
     """Raises ScaleRefused, with what was measured. remedy: the command that mends it."""
     if not (outside := scale.outside()):
         return

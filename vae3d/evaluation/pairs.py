@@ -143,22 +143,22 @@ def _by_index(ref: Path, rec: Path) -> list[Pair]:
     refs = _media(ref)
     found = {file.resolve(): file for file in refs}
     below = {file.relative_to(ref).parts: file for file in refs}
-    pairs, faults = [], []
+    pairs, errors = [], []
     sources: dict[Path, Path] = {}  # file -> the source that it is
     for row in _read_index(table).itertuples():
         source = Path(row.source)
         file = found.get(source.resolve()) or _moved(source, below)
         if row.id not in recs:
-            faults.append(f"{table}, {row.id}: not in {rec}")
+            errors.append(f"{table}, {row.id}: not in {rec}")
         elif file is None:
-            faults.append(f"{table}, {row.id}: its source {source} is not in {ref}")
+            errors.append(f"{table}, {row.id}: its source {source} is not in {ref}")
         elif sources.setdefault(file, source) != source:
-            faults.append(f"{table}, {row.id}: {file} may be its source {source}, or {sources[file]}")
+            errors.append(f"{table}, {row.id}: {file} may be its source {source}, or {sources[file]}")
         else:
             pairs.append(Pair(row.id, file, recs[row.id], int(row.start)))
-    if faults:
+    if errors:
         hint = f"give the folder of the sources as --ref; {ref} is not, or not all of it"
-        raise PairError("\n  ".join([f"{len(faults)} rows have no pair; {hint}:", *faults[:10], *_more(faults)]))
+        raise PairError("\n  ".join([f"{len(errors)} rows have no pair; {hint}:", *errors[:10], *_more(errors)]))
     return sorted(pairs, key=lambda pair: pair.name)
 
 

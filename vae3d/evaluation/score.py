@@ -36,7 +36,7 @@ def plan(
 ) -> tuple[list[Job], list[str]]:
     """Look at all headers: the pairs that can be scored, and what is wrong with the others.
 
-    Raises PairError with all faults unless on_error is `skip`.
+    Raises PairError with all errors unless on_error is `skip`.
     """
 
     def look(pair: Pair) -> Job | str:
@@ -51,14 +51,14 @@ def plan(
 
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(look, pairs))
-    faults = [item for item in found if isinstance(item, str)]
+    errors = [item for item in found if isinstance(item, str)]
     jobs = [item for item in found if not isinstance(item, str)]
-    if faults and (on_error == "stop" or not jobs):
-        listed = "\n".join(f"  {fault}" for fault in faults[:20])
-        more = f"\n  ... {len(faults) - 20} more" if len(faults) > 20 else ""
+    if errors and (on_error == "stop" or not jobs):
+        listed = "\n".join(f"  {reason}" for reason in errors[:20])
+        more = f"\n  ... {len(errors) - 20} more" if len(errors) > 20 else ""
         skip = "\n  --on_error skip scores the others" if jobs else ""
-        raise PairError(f"{len(faults)} of {len(pairs)} pairs cannot be scored:\n{listed}{more}{skip}")
-    return jobs, faults
+        raise PairError(f"{len(errors)} of {len(pairs)} pairs cannot be scored:\n{listed}{more}{skip}")
+    return jobs, errors
 
 
 def share(jobs: Iterable[Job], rank: int, world_size: int) -> list[Job]:
@@ -80,7 +80,7 @@ def score_jobs(
 
     Raises PairError, MediaError or MetricError that names the pair.
     """
-    known, faults = store.read(), []
+    known, errors = store.read(), []
     for job in jobs:
         metrics = MetricSet(store.missing(job.key, known))
         try:
@@ -90,9 +90,9 @@ def score_jobs(
             if on_error == "stop":
                 error.on_every_rank = False
                 raise
-            faults.append(str(error))
+            errors.append(str(error))
         finished()
-    return faults
+    return errors
 
 
 @torch.inference_mode()
@@ -152,12 +152,12 @@ def collect(jobs: Sequence[Job], store: Store) -> list[VideoScore]:
     return [store.score(job.pair.name, job.key, job.info, known) for job in sorted(done, key=lambda j: j.pair.name)]
 
 
-def write_faults(store: Store, faults: Sequence[str]) -> None:
+def write_errors(store: Store, errors: Sequence[str]) -> None:
     """For the process that sums up."""
-    file = store.file.with_suffix(".faults.json")
+    file = store.file.with_suffix(".errors.json")
     with naming(file):
-        write_json(file, list(faults))
+        write_json(file, list(errors))
 
 
-def read_faults(folder: Path, world_size: int) -> list[str]:
-    return [fault for r in range(world_size) for fault in json.loads((folder / f"rank{r}.faults.json").read_text())]
+def read_errors(folder: Path, world_size: int) -> list[str]:
+    return [error for r in range(world_size) for error in json.loads((folder / f"rank{r}.errors.json").read_text())]

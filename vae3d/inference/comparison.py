@@ -21,7 +21,7 @@ from vae3d.inference.reconstruct import Reconstructor, identifier, overflow_hint
 from vae3d.inference.video import VideoWriter, write_image
 from vae3d.metrics import MetricSet
 from vae3d.metrics.frame import decibel
-from vae3d.models.base import convention, nearest_frames, share_frames, translated
+from vae3d.models.base import convert_latents, latent_space, nearest_frames, share_frames
 from vae3d.pixels import NotFiniteError, as_unit, to_uint8
 
 PAIRS = list(product(("student", "teacher"), repeat=2))  # (whose encoder, whose decoder)
@@ -47,7 +47,7 @@ class Network:
 
     @property
     def latent(self) -> str:
-        return convention(self.model)
+        return latent_space(self.model)
 
     def encode(self, video: Tensor) -> Tensor:
         """[1, 3, T, H, W] in [-1, 1] -> the posterior's mode, fp32."""
@@ -177,14 +177,14 @@ class Comparer:
             raise MediaError(source, f"cannot be compared at {size[0]}x{size[1]}: {error}") from error
         coded = {}
         for encoder, decoder in PAIRS:
-            given = translated(z[encoder], self.networks[encoder].model, self.networks[decoder].model)
+            given = convert_latents(z[encoder], self.networks[encoder].model, self.networks[decoder].model)
             try:
                 coded[encoder, decoder] = to_uint8(self.networks[decoder].decode(given, frames, tuple(size))[0])
             except NotFiniteError as error:
                 hint = overflow_hint(self.networks[decoder].precision)
                 latents = f"the {decoder}'s decoder, given the {encoder}'s latents"
                 raise MediaError(source, f"{latents}: {error.reason}; {hint}") from None
-        teachers = translated(z["teacher"], self.networks["teacher"].model, self.networks["student"].model)
+        teachers = convert_latents(z["teacher"], self.networks["teacher"].model, self.networks["student"].model)
         return compare_latents(z["student"], teachers), coded
 
     def _score(self, ref: np.ndarray, rec: np.ndarray) -> dict[str, float | None]:

@@ -57,7 +57,7 @@ def command_of(settings: Mapping[str, Any], weights: Mapping[str, str | None], t
     return told | chosen
 
 
-def refuse_own_source(reconstructor: Reconstructor, source: str) -> None:
+def check_not_own_source(reconstructor: Reconstructor, source: str) -> None:
     """Raises InferenceError if the results would lie inside the folder that is read."""
     inside = [kind for kind in KINDS if reconstructor.folder(kind).resolve().is_relative_to(Path(source).resolve())]
     if inside:
@@ -91,7 +91,7 @@ def reconstruct_files(
         try:
             if not entry["name"]:
                 raise MediaError(f"row {entry['row']}", "has no `path`")
-            if entry["fault"] == SEGMENT_FAULT:  # other faults are of facts that are not needed here
+            if entry["error"] == SEGMENT_FAULT:  # other errors are of facts that are not needed here
                 raise MediaError(f"row {entry['row']} ({entry['path']})", SEGMENT_FAULT)
             source, row, bounds = entry["path"], int(entry["row"]), (entry["start"], entry["end"])
             finished = results.read(identifier(row, source), source)
@@ -129,7 +129,7 @@ def reconstruct_files(
 
 def cost_of(reconstructor: Reconstructor, table: pd.DataFrame) -> dict[str, Any]:
     """Speed and memory of the model on the first chunk of the first file. Raises MediaError if it cannot be read."""
-    usable = table[(table["name"] != "") & (table["fault"] != SEGMENT_FAULT)]
+    usable = table[(table["name"] != "") & (table["error"] != SEGMENT_FAULT)]
     if usable.empty:
         raise InferenceError("cost=true needs a file to measure with, and no row has a path")
     chunk = reconstructor.first_chunk(usable["path"].iloc[0], bounds_of(usable)[0])

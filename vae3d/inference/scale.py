@@ -22,11 +22,11 @@ from vae3d.data.media import MediaError
 from vae3d.data.segments import bounds_of
 from vae3d.errors import UserError
 from vae3d.metrics.frechet import Moments
-from vae3d.models.base import convention
+from vae3d.models.base import latent_space
 from vae3d.models.diffusers_vae import DiffusersVAE
-from vae3d.models.layers.normalized import Normalized
+from vae3d.models.layers.normalized import LatentNormMixin
 from vae3d.models.spatial import SpatialVAE
-from vae3d.precision import measuring
+from vae3d.precision import no_tf32
 from vae3d.types import Clip
 
 WIDEST = 0.1  # how far a channel's mean may be from 0, and its deviation from 1, where latents are diffused
@@ -69,12 +69,12 @@ def refusal(model: nn.Module) -> str | None:
     """Why a model cannot be given a scale; None if it can."""
     if isinstance(model, DiffusersVAE):
         return f"a {model.kind} is of another library, whose config holds its scale"
-    if convention(model) != "raw":
+    if latent_space(model) != "raw":
         return "its latents are those that a diffusion model sees; the VAE that they come from has the scale"
     return None
 
 
-@measuring()
+@no_tf32()
 @torch.no_grad()
 def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> MeasuredScale:
     """Encode clips one after another, in the model's precision, and sample from their posteriors.
@@ -98,10 +98,10 @@ def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> MeasuredS
 
 
 def spread_clips(
-    table: pd.DataFrame, settings: ClipSettings, frames: int, count: int, faults: list[tuple[str, str]]
+    table: pd.DataFrame, settings: ClipSettings, frames: int, count: int, errors: list[tuple[str, str]]
 ) -> Iterator[Clip]:
     """A clip of `frames` frames of each of `count` rows, evenly spread over those that are long enough (tables are
-    often sorted by class), always the same: see data.loader.still_clip. faults: gets (path, reason) of files that fail.
+    often sorted by class), always the same: see data.loader.still_clip. errors: gets (path, reason) of files that fail.
     """
     lengths = settings.length(table["num_frames"].to_numpy(), table["fps"].to_numpy())
     enough, bounds = np.flatnonzero(lengths >= frames), bounds_of(table)
@@ -110,7 +110,7 @@ def spread_clips(
         try:
             yield still_clip(table["path"].iloc[row], bounds[row], int(row), settings, frames)
         except MediaError as error:
-            faults.append((error.path, error.reason))
+            errors.append((error.path, error.reason))
 
 
 def rescaled(
@@ -130,17 +130,17 @@ def rescaled(
     """
     if isinstance(model, SpatialVAE) and per_channel:
         stds = measured.std.tolist()
-        _refuse_constant(stds)
+        _check_not_constant(stds)
         told = {"scaling_factor": [1 / std for std in stds], "shift_factor": measured.mean.tolist()}
         return replace(checkpoint, config=checkpoint.config | told)
     if isinstance(model, SpatialVAE):
         mean, std = measured.over_channels()
-        _refuse_constant([std])
+        _check_not_constant([std])
         told = {"scaling_factor": 1 / std} | ({"shift_factor": mean} if shift else {})
         return replace(checkpoint, config=checkpoint.config | told)
-    assert isinstance(model, Normalized)
+    assert isinstance(model, LatentNormMixin)
     factors = {"shift": measured.mean.tolist(), "scale": measured.std.tolist()}
-    _refuse_constant(factors["scale"])
+    _check_not_constant(factors["scale"])
     kept = {  # OpenSoraVAE has them among its weights
         name: torch.tensor(values, dtype=torch.float32)[None, :, None, None, None]
         for name, values in factors.items()
@@ -149,7 +149,7 @@ def rescaled(
     return replace(checkpoint, config=checkpoint.config | factors, state={**checkpoint.state, **kept})
 
 
-def _refuse_constant(stds: list[float]) -> None:
+def _check_not_constant(stds: list[float]) -> None:
     constant = [str(channel) for channel, std in enumerate(stds) if not std > 0]
     if constant:
         raise ScaleError(f"latents of channel {', '.join(constant)} do not vary, and cannot be scaled to unit variance")

@@ -81,10 +81,10 @@ class LatentCache(Dataset[Latent]):
     ) -> None:
         self.folder, self.seed = Path(folder), seed
         self.meta = open_meta(self.folder)
-        self._refuse_others(codec, transform)
+        self._check_same_source(codec, transform)
         told = read_complete(self.folder)
         self.shards = told["shards"]
-        self._refuse_damage(verify)
+        self._check_integrity(verify)
         self.mode = self._mode(mode)
         index = read_index(self.folder, self.meta["vae"]["channels"], self.shards)
         if len(index) != told["entries"]:
@@ -184,7 +184,7 @@ class LatentCache(Dataset[Latent]):
             return "holds NaN or infinity"
         return None
 
-    def _refuse_others(self, codec: LatentCodec | None, transform: Mapping[str, Any] | None) -> None:
+    def _check_same_source(self, codec: LatentCodec | None, transform: Mapping[str, Any] | None) -> None:
         vae = self.meta["vae"]
         if codec is not None and (why := vae_difference(vae, codec)):
             raise CacheError(
@@ -195,7 +195,7 @@ class LatentCache(Dataset[Latent]):
         if transform is not None and (why := difference({name: told.get(name) for name in transform}, transform)):
             raise CacheError(f"{self.folder} holds latents of another transform: {why}; encode again, or set the same")
 
-    def _refuse_damage(self, verify: bool) -> None:
+    def _check_integrity(self, verify: bool) -> None:
         for number in range(self.shards):
             marker = read_marker(self.folder, number, verify=verify)
             if marker is None:

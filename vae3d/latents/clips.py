@@ -24,7 +24,7 @@ from vae3d.latents.identity import source_version
 
 FLIP = "#flip"  # behind the key of an entry of mirrored pixels
 SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")  # which are no classes
-Fault = dict[str, Any]  # key, path, reason
+Error = dict[str, Any]  # key, path, reason
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ class Read:
     number: int
     pixels: Tensor | None = None
     fps: float = 0.0
-    fault: str | None = None
+    error: str | None = None
     version: dict[str, Any] | None = None
 
 
 def items_of(
     table: pd.DataFrame, transform: Transform, *, labels: str = "auto", split: str | None = None
-) -> tuple[list[Item], list[Fault]]:
+) -> tuple[list[Item], list[Error]]:
     """The clips of a source's table, in its order, and the rows that have none.
 
     A key is the file's name in the source, with the seconds of a part as in a.mp4@1.5-4.0, and the frames of one clip
@@ -97,26 +97,26 @@ def items_of(
     if transform.clips == "all":
         sound, broken = complete(table, ("num_frames", "fps"))
         sound, outside = count_frames(sound)
-        faults = [{"key": None, "path": path, "reason": reason} for path, reason in [*broken, *outside]]
+        errors = [{"key": None, "path": path, "reason": reason} for path, reason in [*broken, *outside]]
     else:
-        sound = table[table["fault"].isna()]
-        faults = [_fault(row) for row in table[table["fault"].notna()].itertuples()]
+        sound = table[table["error"].isna()]
+        errors = [_error(row) for row in table[table["error"].notna()].itertuples()]
     items = []
     for row, bounds in zip(sound.itertuples(), bounds_of(sound), strict=True):
         windows = _windows(row, transform)
         if not windows:
             reason = f"gives {_frames_of(row, transform)} frames; frames={transform.frames}"
-            faults.append({"key": _key(row.name, bounds), "path": row.path, "reason": reason})
+            errors.append({"key": _key(row.name, bounds), "path": row.path, "reason": reason})
         for first in windows:
             key = _key(row.name, bounds)
             if transform.clips == "all":
                 key += f"[{first}:{first + transform.frames}]"
             texts = named[row.row], _text(row.split), _text(row.text)
             items.append(Item(key, row.path, bounds, first, int(row.row), *texts))
-    _refuse_twins(items)
+    _check_no_duplicates(items)
     if not items:
         raise DataError(f"no clips are left to encode{'' if split is None else f' of split {split}'}")
-    return items, faults
+    return items, errors
 
 
 def labels_of(table: pd.DataFrame, labels: str) -> list[str]:
@@ -155,8 +155,8 @@ def _frames_of(row: Any, transform: Transform) -> int:
     return int(any_size.length(row.num_frames, row.fps))
 
 
-def _fault(row: Any) -> Fault:
-    return {"key": row.name or None, "path": row.path, "reason": f"row {row.row} {row.fault}"}
+def _error(row: Any) -> Error:
+    return {"key": row.name or None, "path": row.path, "reason": f"row {row.row} {row.error}"}
 
 
 def _text(value: Any) -> str:
@@ -164,7 +164,7 @@ def _text(value: Any) -> str:
     return "" if pd.isna(value) else str(value)
 
 
-def _refuse_twins(items: Sequence[Item]) -> None:
+def _check_no_duplicates(items: Sequence[Item]) -> None:
     seen: dict[str, int] = {}
     for item in items:
         other = seen.setdefault(item.key, item.row)
@@ -176,7 +176,7 @@ def _refuse_twins(items: Sequence[Item]) -> None:
 
 
 class ClipReader(Dataset[Read]):
-    """Indexed by the number of an item; a file that cannot be read is a fault, never left out. The file that was read
+    """Indexed by the number of an item; a file that cannot be read is an error, never left out. The file that was read
     last stays open, so that the clips of one file open it once. hashed: versions with the hashes of the files."""
 
     def __init__(self, items: Sequence[Item], transform: Transform, reader: str = "auto", hashed: bool = False) -> None:
@@ -200,7 +200,7 @@ class ClipReader(Dataset[Read]):
         try:
             return self._cut(number, item, self._open(item))
         except MediaError as error:
-            return Read(number, fault=error.reason_for(item.path))
+            return Read(number, error=error.reason_for(item.path))
 
     def _open(self, item: Item) -> Segment:
         part = item.path, item.bounds

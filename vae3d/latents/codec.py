@@ -14,7 +14,7 @@ from vae3d.errors import UserError
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.spatial import UNKNOWN_FACTOR
 from vae3d.pixels import RANGES, TOLERANCE, PixelError, check_latents, quantize, value_range
-from vae3d.precision import measuring
+from vae3d.precision import no_tf32
 from vae3d.seeding import Generators, randn_like
 from vae3d.types import Delta, Posterior
 
@@ -191,7 +191,7 @@ class LatentCodec:
         half = self.dtype != torch.float32
         with ExitStack() as stack:
             if not half:
-                stack.enter_context(measuring())
+                stack.enter_context(no_tf32())
             stack.enter_context(torch.autocast(self.device.type, self.dtype if half else None, enabled=half))
             yield
 

@@ -24,7 +24,7 @@ from vae3d import __version__
 from vae3d.data.workers import load
 from vae3d.inference.folder import has_results, locked
 from vae3d.latents.cache import read_meta
-from vae3d.latents.clips import FLIP, ClipReader, Fault, Item, Read, Transform
+from vae3d.latents.clips import FLIP, ClipReader, Error, Item, Read, Transform
 from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.identity import difference, digest_of, file_hash, latent_config, source_version, vae_facts
 from vae3d.latents.shards import (
@@ -49,7 +49,7 @@ from vae3d.latents.statistics import LatentStatistics, StatisticsError
 from vae3d.precision import DTYPES
 from vae3d.seeding import generator_of
 
-SHOWN = 10  # faults in a message
+SHOWN = 10  # errors in a message
 # What of meta.json, beside autoencoder and transform, must be the same for a cache to be gone on with.
 SAME = ("pixel_range", "precision", "store", "dtype", "flip", "seed", "clips", "clips_hash", "shard_size", "writers")
 log = logging.getLogger("vae3d")
@@ -59,11 +59,11 @@ log = logging.getLogger("vae3d")
 class Job:
     """What is encoded, and how it is kept.
 
-    faults: rows of the source without a clip. store: moments (mean and deviation of the posterior), mean, or sample
+    errors: rows of the source without a clip. store: moments (mean and deviation of the posterior), mean, or sample
     (drawn once, by (seed, key)). dtype: of the stored latents. flip: every clip also mirrored, as an entry of its own.
     shard_size: clips in a shard, which a process holds in memory and a kill loses. writers: further layouts, see
     shards.WRITERS. timeout: seconds without a clip after which WorkerTimeout is raised; 0: never. max_broken: share of
-    clips that may fail. retry: encode shards with faults again. verify: how a resume finds replaced source files, by
+    clips that may fail. retry: encode shards with errors again. verify: how a resume finds replaced source files, by
     size and time (stat) or by content (hash, which also hashes the shards).
     """
 
@@ -72,7 +72,7 @@ class Job:
     source: str
     folder: Path
     items: Sequence[Item]
-    faults: Sequence[Fault]
+    errors: Sequence[Error]
     transform: Transform
     store: str = "moments"
     dtype: str = "fp16"
@@ -182,7 +182,7 @@ def _done(job: Job, shard: int, digest: str) -> bool:
     except CacheError as error:
         log.warning("shard %d is encoded again: %s", shard, error)
         return False
-    if marker is None or marker["of"] != digest or (job.retry and marker["faults"]):
+    if marker is None or marker["of"] != digest or (job.retry and marker["errors"]):
         return False
     if "webdataset" in job.writers and any(row != row | _told(job, row) for row in marker["rows"]):
         return False  # its tar file tells of another label
@@ -225,15 +225,15 @@ def _encode(job: Job, shards: Sequence[int], digest: str, quiet: bool) -> None:
         collate_fn=_as_it_is,
     )
     progress = iter(tqdm(reads, total=len(numbers), unit="clip", disable=True if quiet else None))
-    faults: list[Fault] = []
+    errors: list[Error] = []
     for number in shards:
         shard, statistics = Shard(), LatentStatistics(job.codec.channels)
         for batch in _batches(islice(progress, len(job.span(number))), job.batch_size):
             _code(job, number, batch, shard, statistics)
         write_shard(job.folder, number, shard, statistics, digest, job.writers)
-        faults += shard.faults
-        if len(faults) > job.max_broken * len(job.items):
-            raise CacheError(_too_many(faults, len(job.items), job.max_broken))
+        errors += shard.errors
+        if len(errors) > job.max_broken * len(job.items):
+            raise CacheError(_too_many(errors, len(job.items), job.max_broken))
 
 
 def _as_it_is(read: Read) -> Read:
@@ -241,7 +241,7 @@ def _as_it_is(read: Read) -> Read:
 
 
 def _batches(reads: Iterable[Read], size: int) -> Iterator[list[Read]]:
-    """Clips that follow each other and are of one shape; faults alone."""
+    """Clips that follow each other and are of one shape; errors alone."""
     batch: list[Read] = []
     for read in reads:
         if batch and (len(batch) == size or _shape(read) != _shape(batch[0]) or read.pixels is None):
@@ -257,12 +257,12 @@ def _shape(read: Read) -> torch.Size | None:
 
 
 def _code(job: Job, number: int, batch: list[Read], shard: Shard, statistics: LatentStatistics) -> None:
-    """Add the entries of a batch to a shard, or its fault."""
+    """Add the entries of a batch to a shard, or its error."""
     for read in batch:
         shard.sources.setdefault(job.items[read.number].path, read.version)
     if batch[0].pixels is None:
         item = job.items[batch[0].number]
-        shard.faults.append({"key": item.key, "path": item.path, "reason": batch[0].fault})
+        shard.errors.append({"key": item.key, "path": item.path, "reason": batch[0].error})
         return
     pixels = torch.stack([read.pixels for read in batch])
     versions = {"": job.codec.raw_moments(pixels)}
@@ -276,7 +276,7 @@ def _code(job: Job, number: int, batch: list[Read], shard: Shard, statistics: La
             try:
                 statistics.update(*kept)
             except StatisticsError as error:
-                shard.faults.append({"key": key, "path": item.path, "reason": str(error)})
+                shard.errors.append({"key": key, "path": item.path, "reason": str(error)})
                 continue
             shard.tensors |= {f"{kind}/{key}": z for kind, z in zip(KINDS[job.store], kept, strict=True)}
             entry = 2 * read.number + flip if job.flip else read.number
@@ -325,26 +325,26 @@ def finish(job: Job, digest: str) -> None:
             "write to the same folder?"
         )
     rows = [row | _told(job, row) for marker in markers for row in marker["rows"]]
-    faults = [*job.faults, *(fault for marker in markers for fault in marker["faults"])]
+    errors = [*job.errors, *(error for marker in markers for error in marker["errors"])]
     with aside(job.folder / FAULTS) as file:
-        file.write_text("".join(json.dumps(fault) + "\n" for fault in faults))
-    clips = len(job.items) + len(job.faults)
-    if len(faults) > job.max_broken * clips or not rows:
-        raise CacheError(_too_many(faults, clips, job.max_broken) + f"; {job.folder / FAULTS} lists all")
+        file.write_text("".join(json.dumps(error) + "\n" for error in errors))
+    clips = len(job.items) + len(job.errors)
+    if len(errors) > job.max_broken * clips or not rows:
+        raise CacheError(_too_many(errors, clips, job.max_broken) + f"; {job.folder / FAULTS} lists all")
     with aside(job.folder / INDEX) as file:
         pd.DataFrame(rows).to_csv(file, index=False)
     statistics = read_statistics(job.folder, job.shards).summary()
     write_json(job.folder / STATISTICS, statistics)
-    told = {"shards": job.shards, "entries": len(rows), "faults": len(faults)}
+    told = {"shards": job.shards, "entries": len(rows), "errors": len(errors)}
     hashes = {name: file_hash(job.folder / name) for name in (META, INDEX, STATISTICS)}
     write_json(job.folder / COMPLETE, told | {"sha256": hashes})
     log.info("%d entries of %d clips -> %s", len(rows), len(job.items), job.folder)
-    if faults:
-        log.warning("%d clips could not be encoded; %s tells which and why", len(faults), job.folder / FAULTS)
+    if errors:
+        log.warning("%d clips could not be encoded; %s tells which and why", len(errors), job.folder / FAULTS)
     if job.store == "moments" and not any(statistics["posterior_std"]):
         log.info("the encoder is deterministic: store=mean would take half the space")
 
 
-def _too_many(faults: Sequence[Fault], clips: int, most: float) -> str:
-    shown = "; ".join(f"{fault['path']}: {fault['reason']}" for fault in faults[:SHOWN])
-    return f"{len(faults)} of {clips} clips cannot be encoded, more than max_broken={most}; the first: {shown}"
+def _too_many(errors: Sequence[Error], clips: int, most: float) -> str:
+    shown = "; ".join(f"{error['path']}: {error['reason']}" for error in errors[:SHOWN])
+    return f"{len(errors)} of {clips} clips cannot be encoded, more than max_broken={most}; the first: {shown}"

@@ -48,7 +48,7 @@ def vae_facts(codec: LatentCodec, checkpoint: str) -> dict[str, Any]:
 
 
 def encoder_hash(codec: LatentCodec) -> str:
-    modules = codec.model.parts()["encoder"]
+    modules = codec.model.trainable_parts()["encoder"]
     states = [(index, module.state_dict()) for index, module in enumerate(modules)]
     return weights_hash({f"{index}.{name}": tensor for index, state in states for name, tensor in state.items()})
 

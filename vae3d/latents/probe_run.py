@@ -87,31 +87,31 @@ class TiledCodec:
 def check_sizes(models: Mapping[str, nn.Module], settings: ProbeSettings) -> None:
     """Raises ProbeError, with all that is wrong, if a model does not take clips of this size whole, or has latents
     of it that are too small to be probed. Models may have different strides."""
-    faults = []
+    errors = []
     for name, model in models.items():
         stride = model.spec.space_stride
         for key in ("height", "width"):
             size, unit = getattr(settings, key), 2 * stride
             if size % unit or size < LEAST_LATENT * stride:
                 nearest = max(LEAST_LATENT * stride, round(size / unit) * unit)
-                faults.append(
+                errors.append(
                     f"{key} is {size}; with {name}'s stride of {stride} it must be a multiple of {unit} (latents are "
                     f"also scaled by half), at least {LEAST_LATENT * stride}: use {nearest}"
                 )
         if not model.frames_valid(settings.frames):
             nearest = ", ".join(map(str, nearest_frames(settings.frames, model.frames_valid)))
-            faults.append(f"frames is {settings.frames}, which {name} takes with added frames only; use {nearest}")
-    if faults:
-        raise ProbeError("\n  ".join(["these clips do not fit:", *dict.fromkeys(faults)]))
+            errors.append(f"frames is {settings.frames}, which {name} takes with added frames only; use {nearest}")
+    if errors:
+        raise ProbeError("\n  ".join(["these clips do not fit:", *dict.fromkeys(errors)]))
 
 
 def clips(table: pd.DataFrame, settings: ProbeSettings) -> Iterator[Tensor]:
     """The clips, [3, T, H, W] uint8, always the same. Raises DataError and MediaError for rows and files that cannot be
     used, among them files that are smaller than a clip: enlarged pixels have the spectrum of no image."""
-    faulty = table[table["fault"].notna()]
+    faulty = table[table["error"].notna()]
     if len(faulty):
         row = faulty.iloc[0]
-        raise DataError(f"row {row['row']} ({row['name']}) {row['fault']}")
+        raise DataError(f"row {row['row']} ({row['name']}) {row['error']}")
     files = min(len(table), -(-settings.count // settings.per_file))
     chosen = table.iloc[np.linspace(0, len(table) - 1, files).round().astype(int)]
     cut = ClipSettings(settings.height, settings.width, short_side=settings.short_side, crop="random")
@@ -119,11 +119,11 @@ def clips(table: pd.DataFrame, settings: ProbeSettings) -> Iterator[Tensor]:
     for number, (path, bounds) in enumerate(places[: settings.count]):
         rng = np.random.default_rng(seed_of(settings.seed, "probe", number))
         with closing(open_frames(path, cut, bounds)) as reader:
-            _refuse_small(path, reader.info, settings)
+            _require_min_size(path, reader.info, settings)
             yield to_tensor(read_clip(reader, path, cut, settings.frames, rng.random(), rng))
 
 
-def _refuse_small(path: str, info: MediaInfo, settings: ProbeSettings) -> None:
+def _require_min_size(path: str, info: MediaInfo, settings: ProbeSettings) -> None:
     if info.num_frames < settings.frames:
         raise MediaError(path, f"is shorter than the clips: {info.num_frames} of {settings.frames} frames; use fewer")
     if info.height < settings.height or info.width < settings.width:

@@ -3,9 +3,9 @@
 CACHE/meta.json                       what the latents are of, and how they were made
 CACHE/shards/00000.safetensors        mean/KEY and std/KEY, mean/KEY, or sample/KEY, [C, t, h, w] each, raw
 CACHE/shards/00000.statistics.safetensors
-CACHE/shards/00000.json               its entries and faults, versions of their source files, sizes and hashes of its
+CACHE/shards/00000.json               its entries and errors, versions of their source files, sizes and hashes of its
                                       files; written last
-CACHE/index.csv, faults.jsonl, statistics.json, complete.json (once all shards are there)
+CACHE/index.csv, data_errors.jsonl, statistics.json, complete.json (once all shards are there)
 CACHE/npy/00000/000000012.mean.npy    on request; the number is that of index.csv
 CACHE/webdataset/00000.tar            on request; its samples are 000000012.mean.npy, ..., 000000012.json
 """
@@ -35,7 +35,7 @@ from vae3d.latents.identity import digest_of, file_hash
 from vae3d.latents.statistics import LatentStatistics
 
 META, INDEX, FAULTS, STATISTICS, COMPLETE = (
-    "meta.json", "index.csv", "faults.jsonl", "statistics.json", "complete.json",
+    "meta.json", "index.csv", "data_errors.jsonl", "statistics.json", "complete.json",
 )  # fmt: skip
 PARTIAL = ".partial"
 MAX_BYTES = 2**30  # of a JSON file: a marker holds the texts of all its entries
@@ -48,12 +48,12 @@ class CacheError(UserError):
 
 @dataclass
 class Shard:
-    """What a shard holds. rows: of index.csv, one per entry; tensors: by kind/key; faults: path, key, reason; sources:
+    """What a shard holds. rows: of index.csv, one per entry; tensors: by kind/key; errors: path, key, reason; sources:
     path -> see identity.source_version."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    faults: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[dict[str, Any]] = field(default_factory=list)
     sources: dict[str, Any] = field(default_factory=dict)
 
     def entry(self, row: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def write_shard(
     for writer in writers:
         WRITERS[writer](cache, number, shard)
     files = {file.name: {"bytes": file.stat().st_size, "sha256": file_hash(file)} for file in (data, numbers)}
-    marker = {"of": of, "files": files, "sources": shard.sources, "rows": shard.rows, "faults": shard.faults}
+    marker = {"of": of, "files": files, "sources": shard.sources, "rows": shard.rows, "errors": shard.errors}
     write_json(marker_file(cache, number), {**marker, "digest": digest_of(marker)})
 
 
@@ -117,7 +117,7 @@ def read_marker(cache: Path, number: int, *, verify: bool = True) -> dict[str, A
         return None
     marker = read_json(file)
     names = {shard_file(cache, number).name, statistics_file(cache, number).name}
-    kinds = {"of": str, "files": dict, "sources": dict, "rows": list, "faults": list, "digest": str}
+    kinds = {"of": str, "files": dict, "sources": dict, "rows": list, "errors": list, "digest": str}
     sound = isinstance(marker, dict) and all(isinstance(marker.get(key), kind) for key, kind in kinds.items())
     if sound:
         sound = marker["files"].keys() == names and all(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.losses.weights import PixelWeight, mean_one
-from vae3d.precision import full_precision
+from vae3d.precision import autocast_off
 from vae3d.schedules import ramp
 from vae3d.types import Clip, Reconstruction
 
@@ -118,7 +118,7 @@ class Objective:
         """
         shares: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
-        with full_precision(clip.video.device):
+        with autocast_off(clip.video.device):
             clip, out = self._weigh(clip, out)
             for name, weighted in self._computed(step).items():
                 error = weighted.term(clip, out)

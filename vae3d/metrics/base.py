@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vae3d.errors import UserError
 from vae3d.pixels import RANGES, PixelError, check_frames
-from vae3d.precision import measuring
+from vae3d.precision import no_tf32
 
 R = TypeVar("R")
 
@@ -218,7 +218,7 @@ class MetricSet:
     def columns(self) -> dict[str, Better]:
         return {column: better for metric in self.metrics for column, better in metric.columns.items()}
 
-    @measuring()
+    @no_tf32()
     @torch.no_grad()
     def update(self, ref: Tensor, rec: Tensor) -> None:
         """Add the next frames of the original and the reconstruction, [T, 3, H, W] in `pixel_range`.
@@ -241,7 +241,7 @@ class MetricSet:
             metric.update(chunk)
         self._last, self._count = (ref[-1:], rec[-1:]), self._count + count
 
-    @measuring()
+    @no_tf32()
     @torch.no_grad()
     def result(self) -> VideoResult:
         """Scores of the video; the next update begins another one.

@@ -16,7 +16,7 @@ from torch import Tensor
 from vae3d.metrics.base import Chunk, Metric, MetricError, VideoResult
 from vae3d.metrics.frechet import Moments, frechet
 from vae3d.metrics.networks import Networks, at_once
-from vae3d.precision import full_precision
+from vae3d.precision import autocast_off
 
 COMPARABLE = {"rfvd": 2048, "rfid": 10_000}  # with fewer samples the distance is mostly its own bias
 MEANINGLESS = {"rfvd": 400, "rfid": 2048}  # fewer than features: the covariance has no inverse
@@ -109,7 +109,7 @@ class Rfid(SetMetric):
     def update(self, chunk: Chunk) -> None:
         first = -chunk.start % self.stride
         for features, frames in zip(self._features, chunk.new, strict=True):
-            with full_precision(frames.device):
+            with autocast_off(frames.device):
                 for batch in frames[first :: self.stride].split(at_once(frames)):
                     features.add(_finite(self.name, self.network(batch)))
 
@@ -152,7 +152,7 @@ class Rfvd(SetMetric):
             video = torch.cat(parts)
             if reason := self.refuses(*video.shape[:1], *video.shape[2:]):
                 raise MetricError(reason)
-            with full_precision(video.device):
+            with autocast_off(video.device):
                 whole.add(_finite(self.name, self.network.features(video.transpose(0, 1)[None])))
         self.reset()
         return VideoResult(features={self.name: features})

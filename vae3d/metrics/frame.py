@@ -11,7 +11,7 @@ from torch import Tensor
 from vae3d.metrics.base import Chunk, Nearest, Score, SeriesMetric, VideoResult
 from vae3d.metrics.networks import Networks, at_once, lpips_features
 from vae3d.metrics.ssim import SSIM, ms_ssim
-from vae3d.precision import full_precision
+from vae3d.precision import autocast_off
 
 PSNR_CAP = 100.0  # dB, of identical frames
 
@@ -76,7 +76,7 @@ class Ssim(SeriesMetric):
         self.formula = formula
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        with full_precision(chunk.ref.device):
+        with autocast_off(chunk.ref.device):
             return {"ssim": SSIM[self.formula](*chunk.new)}
 
     def settings(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class MsSsim(SeriesMetric):
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
         ref, rec = chunk.new
-        with full_precision(ref.device):
+        with autocast_off(ref.device):
             return {"ms_ssim": torch.cat([ms_ssim(a, b) for a, b in zip(ref.split(4), rec.split(4), strict=True)])}
 
 
@@ -113,7 +113,7 @@ class Lpips(SeriesMetric):
         self.spatial, self.network = spatial, networks.lpips(self.net)
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        with full_precision(chunk.ref.device):
+        with autocast_off(chunk.ref.device):
             if self.net == "alex":  # small features, which other metrics need too
                 return {self.name: self._distance(chunk)}
             batches = zip(*(part.split(max(1, at_once(part) // 4)) for part in chunk.new), strict=True)

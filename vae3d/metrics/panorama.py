@@ -14,7 +14,7 @@ from vae3d.metrics.frame import PSNR_CAP
 from vae3d.metrics.networks import Networks, at_once
 from vae3d.metrics.ssim import ssim_map
 from vae3d.panorama import DOWN, SIDES, UP, cube_faces, latitude_weights
-from vae3d.precision import full_precision
+from vae3d.precision import autocast_off
 
 SEAM = 16  # columns at either side of the seam, at most an eighth of all
 BANDS = ("n60_90", "n30_60", "n0_30", "s0_30", "s30_60", "s60_90")  # of latitude in degrees, from the top row down
@@ -49,7 +49,7 @@ class WsSsim(SeriesMetric):
     min_size = 11
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        with full_precision(chunk.ref.device):
+        with autocast_off(chunk.ref.device):
             ref, rec = (F.pad(frames, (5, 5, 0, 0), "circular") for frames in chunk.new)
             rows = ssim_map(ref, rec).mean((1, 3))
         weights = latitude_weights(ref.shape[-2], ref.device)[5:-5]
@@ -129,7 +129,7 @@ class CubeLpips(SeriesMetric):
         self.network = networks.lpips("alex")
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        with full_precision(chunk.ref.device):
+        with autocast_off(chunk.ref.device):
             ref, rec = (cube_faces(frames * 2 - 1).flatten(0, 1) for frames in chunk.new)
             batches = zip(ref.split(at_once(ref)), rec.split(at_once(rec)), strict=True)
             faces = torch.cat([self.network(a, b) for a, b in batches])

@@ -16,7 +16,7 @@ from vae3d.metrics.base import Chunk, SeriesMetric
 from vae3d.metrics.frame import PSNR_CAP
 from vae3d.metrics.networks import Networks, at_once, flow, lpips_features
 from vae3d.pixels import quantize
-from vae3d.precision import full_precision
+from vae3d.precision import autocast_off
 
 
 class PairMetric(SeriesMetric):
@@ -87,7 +87,7 @@ class TLpips(PairMetric):
         self.network = networks.lpips("alex")
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        with full_precision(chunk.ref.device):
+        with autocast_off(chunk.ref.device):
             ref, rec = (self._change(chunk, which) for which in ("ref", "rec"))
         return {"tlp": 100 * (ref - rec).abs()}
 
@@ -116,7 +116,7 @@ class WarpingError(PairMetric):
         networks.flow("raft_large")
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        with full_precision(chunk.ref.device):
+        with autocast_off(chunk.ref.device):
             forward = flow(chunk, self.networks, "raft_large", "ref")
             net, step = self.networks.flow("raft_large"), at_once(chunk.ref)
             later, earlier = chunk.ref[1:].split(step), chunk.ref[:-1].split(step)
@@ -179,7 +179,7 @@ class FloLpips(PairMetric):
         networks.flow(motion)
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        with full_precision(chunk.ref.device):
+        with autocast_off(chunk.ref.device):
             moves = [flow(chunk, self.networks, self.motion, which) for which in ("ref", "rec")]
             features = [[f[:-1] for f in lpips_features(chunk, self.network, which)] for which in ("ref", "rec")]
             maps = self.network.layer_maps(*features)

@@ -29,7 +29,7 @@ def reconstruct(
     frames, height, width = video.shape[2:]
     posterior = model.encode(video) if encode or latents is None else None
     z = latents_of(posterior, latents, sample, generator)
-    rec = model.decode(disturbed(z, noise, generator), frames)[..., :height, :width] if pixels else None
+    rec = model.decode(add_latent_noise(z, noise, generator), frames)[..., :height, :width] if pixels else None
     return Reconstruction(rec, posterior, z)
 
 
@@ -42,7 +42,7 @@ def latents_of(
     return posterior.sample(generator) if sample else posterior.mode()
 
 
-def disturbed(z: Tensor, noise: float, generator: Generators) -> Tensor:
+def add_latent_noise(z: Tensor, noise: float, generator: Generators) -> Tensor:
     """What the decoder gets of latents [B, C, t, h, w]: z + sigma * std(z) * eps.
 
     sigma is drawn for every clip, uniformly from [0, noise], as for the decoders of RAE (arXiv 2510.11690, `noise_tau`
@@ -58,7 +58,7 @@ def disturbed(z: Tensor, noise: float, generator: Generators) -> Tensor:
     return z + (sigma * deviation).view(each) * randn_like(z, generator)
 
 
-def with_decoder(out: Reconstruction, model: VideoAutoencoder) -> Reconstruction:
+def attach_decoder(out: Reconstruction, model: VideoAutoencoder) -> Reconstruction:
     """The same with `decode`: what `model` makes of other latents."""
     return replace(out, decode=lambda z, video: model(video, latents=z).video)
 
@@ -74,13 +74,13 @@ def nearest_frames(frames: int, fits: Callable[[int], bool]) -> list[int]:
     return sorted(sorted(filter(fits, range(1, frames + 36)), key=lambda n: abs(n - frames))[:4])
 
 
-def convention(model: nn.Module) -> str:
+def latent_space(model: nn.Module) -> str:
     """Whether a model's latents are a VAE's own (raw) or those that a diffusion model sees (normalized)."""
     return getattr(model, "latent", "raw")
 
 
-def translated(z: Tensor, source: nn.Module, target: nn.Module) -> Tensor:
+def convert_latents(z: Tensor, source: nn.Module, target: nn.Module) -> Tensor:
     """Latents of `source` as `target` has them; the one whose latents are raw knows their mean and deviation."""
-    if convention(source) == convention(target):
+    if latent_space(source) == latent_space(target):
         return z
-    return source.normalize(z) if convention(source) == "raw" else target.denormalize(z)
+    return source.normalize(z) if latent_space(source) == "raw" else target.denormalize(z)

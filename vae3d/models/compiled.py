@@ -14,7 +14,7 @@ from vae3d.models.spatial import Level, MidBlock
 from vae3d.models.taehv import TAEHV
 from vae3d.models.temporal import ResBlock
 from vae3d.models.wan import WanVAE
-from vae3d.precision import measuring
+from vae3d.precision import no_tf32
 
 # What gradient checkpointing recomputes, or parts of it. The last layer is in none: an adaptive weight asks for its
 # gradient alone, and a compiled graph gives all gradients or none.
@@ -40,7 +40,7 @@ def compile_blocks(model: nn.Module, dynamic: bool | None = False) -> None:
     """
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, GRAPHS)  # beyond it blocks would run uncompiled
-    with measuring():  # leaves torch's flags of precision as validations will; everything would compile again otherwise
+    with no_tf32():  # leaves torch's flags of precision as validations will; everything would compile again otherwise
         pass
     for block in blocks_of(model):
         block.compile(backend=BACKEND, dynamic=dynamic)

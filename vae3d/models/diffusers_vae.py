@@ -30,7 +30,7 @@ from vae3d.arguments import (
 from vae3d.errors import UserError
 from vae3d.models.base import reconstruct
 from vae3d.models.layers.frames import extend_time, pad_space
-from vae3d.models.layers.normalized import Normalized
+from vae3d.models.layers.normalized import LatentNormMixin
 from vae3d.models.streaming import IndependentChunks
 from vae3d.pixels import check_latents, check_video
 from vae3d.types import LatentSpec, Posterior, Reconstruction
@@ -39,7 +39,7 @@ log = logging.getLogger("vae3d")
 COGVIDEOX, HUNYUAN = KINDS = ("AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo")
 
 
-class DiffusersVAE(Normalized):
+class DiffusersVAE(LatentNormMixin):
     """A VAE of diffusers: a VideoAutoencoder, with its results and its keys behind `vae.`.
 
     kind: one of KINDS. config: what its config.json holds; keys that the installed diffusers does not know are left
@@ -70,7 +70,7 @@ class DiffusersVAE(Normalized):
             int(ratio),
             space,
             causal=False,  # because GroupNorm pools over time
-            **self.keep_factors(shift, scale, told.latent_channels),
+            **self.register_latent_stats(shift, scale, told.latent_channels),
         )
 
     def encode(self, video: Tensor) -> Posterior:
@@ -97,7 +97,7 @@ class DiffusersVAE(Normalized):
         """Reconstruct [B, 3, T, H, W]; see VideoAutoencoder.forward."""
         return reconstruct(self, video, **how)
 
-    def parts(self) -> dict[str, list[nn.Module]]:
+    def trainable_parts(self) -> dict[str, list[nn.Module]]:
         vae = self.vae
         parts = {"encoder": [vae.encoder, vae.quant_conv], "decoder": [vae.post_quant_conv, vae.decoder]}
         return {name: [module for module in modules if module is not None] for name, modules in parts.items()}

@@ -41,10 +41,10 @@ class VideoAutoencoder(Protocol):
 
         latents: decode these instead of encoding `video`. encode: encode it all the same, for the posterior.
         sample: draw the latents (with `generator`: one for the batch, or one per clip) or take the posterior's mode.
-        pixels=False skips a pixel decoder whose output no loss reads. noise: see `disturbed`.
+        pixels=False skips a pixel decoder whose output no loss reads. noise: see `add_latent_noise`.
         """
 
-    def parts(self) -> dict[str, list[nn.Module]]:
+    def trainable_parts(self) -> dict[str, list[nn.Module]]:
         """Name -> modules that a stage may train; names may overlap."""
 
     def last_layers(self) -> list[nn.Parameter]:

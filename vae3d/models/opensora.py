@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Deviation, Mean, check_arguments
-from vae3d.models.base import disturbed, latents_of
-from vae3d.models.layers.normalized import Normalized
+from vae3d.models.base import add_latent_noise, latents_of
+from vae3d.models.layers.normalized import LatentNormMixin
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.streaming import IndependentChunks
 from vae3d.models.temporal import TemporalVAE
@@ -22,7 +22,7 @@ from vae3d.seeding import Generators
 from vae3d.types import LatentSpec, Posterior, Reconstruction, SpatialPath
 
 
-class OpenSoraVAE(Normalized):
+class OpenSoraVAE(LatentNormMixin):
     """Spatial and temporal VAE in series: a VideoAutoencoder with strides 4 x 8 x 8.
 
     micro_frames: clips are cut into pieces of this many frames that are coded independently (17 in the
@@ -42,7 +42,7 @@ class OpenSoraVAE(Normalized):
         scale: Sequence[Deviation] = (1.0, 1.0, 1.0, 1.0),
     ) -> None:
         super().__init__()
-        self.keep_factors(shift, scale, temporal.latent_channels, persistent=True)
+        self.register_latent_stats(shift, scale, temporal.latent_channels, persistent=True)
         self.spatial_vae = spatial
         self.temporal_vae = temporal
         self.micro_frames = micro_frames
@@ -93,7 +93,7 @@ class OpenSoraVAE(Normalized):
             latent = self.encode_spatial(video, sample=sample, generator=generator)
             posterior = self.encode_temporal(latent)
         z = latents_of(posterior, latents, sample, generator)
-        latent_rec = self.decode_temporal(disturbed(z, noise, generator), frames)
+        latent_rec = self.decode_temporal(add_latent_noise(z, noise, generator), frames)
         rec = self.decode_spatial(latent_rec)[..., :height, :width] if pixels else None
         return Reconstruction(rec, posterior, z, SpatialPath(latent, latent_rec))
 
@@ -129,8 +129,8 @@ class OpenSoraVAE(Normalized):
             )
         return [min(self.micro_frames, frames - start) for start in range(0, frames, self.micro_frames)]
 
-    def parts(self) -> dict[str, list[nn.Module]]:
-        spatial, temporal = self.spatial_vae.parts(), self.temporal_vae
+    def trainable_parts(self) -> dict[str, list[nn.Module]]:
+        spatial, temporal = self.spatial_vae.trainable_parts(), self.temporal_vae
         parts = {
             "spatial_encoder": spatial["encoder"],
             "spatial_decoder": spatial["decoder"],

@@ -251,8 +251,8 @@ class SpatialVAE(nn.Module):
             time_stride=1,
             space_stride=2 ** (len(channels) - 1),
             causal=True,
-            shift=of_channels(shift_factor, latent_channels),
-            scale=tuple(1 / factor for factor in of_channels(scaling_factor, latent_channels)),
+            shift=per_channel(shift_factor, latent_channels),
+            scale=tuple(1 / factor for factor in per_channel(scaling_factor, latent_channels)),
         )
 
     def encode(self, video: Tensor) -> Posterior:
@@ -284,7 +284,7 @@ class SpatialVAE(nn.Module):
         """Reconstruct [B, 3, T, H, W]; see VideoAutoencoder.forward."""
         return reconstruct(self, video, **how)
 
-    def parts(self) -> dict[str, list[nn.Module]]:
+    def trainable_parts(self) -> dict[str, list[nn.Module]]:
         quant = [self.module.quant_conv] if self.module.quant_convs else []
         post_quant = [self.module.post_quant_conv] if self.module.quant_convs else []
         return {"encoder": [self.module.encoder, *quant], "decoder": [*post_quant, self.module.decoder]}
@@ -305,11 +305,11 @@ class SpatialVAE(nn.Module):
 
     def normalize(self, z: Tensor) -> Tensor:
         """Raw latents to about zero mean and unit variance. Raises UserError if scaling_factor is None."""
-        return (z - _beside(z, self.shift_factor)) * _beside(z, self._known_scaling())
+        return (z - _broadcast(z, self.shift_factor)) * _broadcast(z, self._known_scaling())
 
     def denormalize(self, z: Tensor) -> Tensor:
         """Inverse of normalize."""
-        return z / _beside(z, self._known_scaling()) + _beside(z, self.shift_factor)
+        return z / _broadcast(z, self._known_scaling()) + _broadcast(z, self.shift_factor)
 
     def _known_scaling(self) -> float | Sequence[float]:
         if self.scaling_factor is None:
@@ -317,7 +317,7 @@ class SpatialVAE(nn.Module):
         return self.scaling_factor
 
 
-def of_channels(factor: float | Sequence[float] | None, channels: int) -> tuple[float, ...]:
+def per_channel(factor: float | Sequence[float] | None, channels: int) -> tuple[float, ...]:
     """A factor of every channel, given one for all or each; empty for None. Raises ValueError for another number."""
     if factor is None:
         return ()
@@ -327,6 +327,6 @@ def of_channels(factor: float | Sequence[float] | None, channels: int) -> tuple[
     return factors
 
 
-def _beside(z: Tensor, factor: float | Sequence[float]) -> float | Tensor:
+def _broadcast(z: Tensor, factor: float | Sequence[float]) -> float | Tensor:
     """A factor, or one per channel, for [B, C, t, h, w]."""
     return z.new_tensor(factor)[:, None, None, None] if isinstance(factor, Sequence) else factor

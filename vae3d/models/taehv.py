@@ -21,7 +21,7 @@ from vae3d.models.base import reconstruct
 from vae3d.models.layers import taehv_blocks as blocks
 from vae3d.models.layers.checkpointing import needs_grad, run
 from vae3d.models.layers.frames import extend_time, pad_space
-from vae3d.models.layers.normalized import Normalized
+from vae3d.models.layers.normalized import LatentNormMixin
 from vae3d.models.layers.taehv_blocks import Memory, run_layers
 from vae3d.models.layers.taehv_frames import RULES, Plan, between
 from vae3d.models.streaming import PlannedStream
@@ -68,7 +68,7 @@ VARIANTS = {
 }
 
 
-class TAEHV(Normalized):
+class TAEHV(LatentNormMixin):
     """A tiny video autoencoder: a VideoAutoencoder whose encoder is deterministic.
 
     variant: one of VARIANTS. decoder_time_upscale, decoder_space_upscale: which of the three stages double the frame
@@ -125,7 +125,7 @@ class TAEHV(Normalized):
             2 ** sum(kind.time_down),
             8 * kind.patch,
             causal=not self.rule.looks_ahead,
-            **self.keep_factors(shift, scale, kind.latent_channels),
+            **self.register_latent_stats(shift, scale, kind.latent_channels),
         )
 
     @property
@@ -288,7 +288,7 @@ class TAEHV(Normalized):
         """What a layer gave for so many clips, [T * B, C, H, W], as [B, C, T, H, W]."""
         return rearrange(features, "(t b) c h w -> b c t h w", b=clips)
 
-    def parts(self) -> dict[str, list[nn.Module]]:
+    def trainable_parts(self) -> dict[str, list[nn.Module]]:
         return {"encoder": [self.encoder], "decoder": [self.decoder]}
 
     def last_layers(self) -> list[nn.Parameter]:

@@ -63,7 +63,7 @@ class Tiled:
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> CausalStream:
         """As WanVAE.stream. The cache is that of whole frames; only what is in work is as small as a tile."""
-        self.model.refuse_open_seam(width)
+        self.model.require_closed_seam(width)
         chunk = self.model.stream(min(height, self.pixels), min(width, self.pixels), memory_gib).chunk_latents
         return CausalStream(self, chunk)
 

@@ -19,7 +19,7 @@ from vae3d.models.base import reconstruct
 from vae3d.models.layers.borders import Borders
 from vae3d.models.layers.checkpointing import needs_grad, run
 from vae3d.models.layers.frames import extend_time, pad_space
-from vae3d.models.layers.normalized import Normalized
+from vae3d.models.layers.normalized import LatentNormMixin
 from vae3d.models.layers.wan_blocks import (
     AttentionBlock,
     Conv,
@@ -110,7 +110,7 @@ def _middle(width: int, borders: Borders) -> nn.ModuleList:
     )
 
 
-class WanVAE(Normalized):
+class WanVAE(LatentNormMixin):
     """Wan2.1's (the defaults) or Wan2.2's VAE: a VideoAutoencoder.
 
     channels, multipliers: width of each level. downsample: which level boundaries halve the frame rate; each halves
@@ -169,7 +169,7 @@ class WanVAE(Normalized):
             2 ** sum(time),
             patch * 2 ** len(time),
             causal=True,
-            **self.keep_factors(shift, scale, latent_channels),
+            **self.register_latent_stats(shift, scale, latent_channels),
         )
 
     def encode(self, video: Tensor) -> Posterior:
@@ -202,7 +202,7 @@ class WanVAE(Normalized):
         while it is read, so that there are never two: pass tuple(cache) to go on from it more than once.
         Raises ValueError for another number of frames or another size.
         """
-        self._refuse_ragged(video, first=cache is None)
+        self._check_chunk_length(video, first=cache is None)
         moments, cache = self._moments(video, cache, keep=True)
         return Posterior.from_moments(moments), list(cache)
 
@@ -217,7 +217,7 @@ class WanVAE(Normalized):
 
         Raises ValueError for a circular width that the space stride does not divide.
         """
-        self.refuse_open_seam(width)
+        self.require_closed_seam(width)
         chunk = self.chunk_latents
         if chunk is None:
             budget = (memory_gib or DEFAULT_MEMORY) * 2**30
@@ -281,11 +281,11 @@ class WanVAE(Normalized):
     def _fit(self, video: Tensor) -> Tensor:
         """Extend a clip to what the network takes."""
         stride, space = self.spec.time_stride, self.spec.space_stride
-        self.refuse_open_seam(video.shape[-1])
+        self.require_closed_seam(video.shape[-1])
         frames = video.shape[2]
         return pad_space(extend_time(video, frames + -(frames - 1) % stride), space)
 
-    def refuse_open_seam(self, width: int) -> None:
+    def require_closed_seam(self, width: int) -> None:
         """Raises ValueError for the width of a panorama to which columns would have to be added."""
         space = self.spec.space_stride
         if self.borders.width == "circular" and width % space:
@@ -296,7 +296,7 @@ class WanVAE(Normalized):
         if self.borders.height == "pole" and width % (2 * space):
             raise ValueError(f"the width is {width}; pad_h=pole turns rows by half, so that 2 x {space} divides it")
 
-    def _refuse_ragged(self, video: Tensor, first: bool) -> None:
+    def _check_chunk_length(self, video: Tensor, first: bool) -> None:
         frames, height, width = video.shape[2:]
         stride, space = self.spec.time_stride, self.spec.space_stride
         if frames < 1 or (frames - first) % stride or height % space or width % space:
@@ -312,7 +312,7 @@ class WanVAE(Normalized):
             return [frames]
         return chunk_lengths(frames, self.chunk_latents, self.spec.time_stride)
 
-    def parts(self) -> dict[str, list[nn.Module]]:
+    def trainable_parts(self) -> dict[str, list[nn.Module]]:
         return {"encoder": [self.encoder, self.conv1], "decoder": [self.conv2, self.decoder]}
 
     def last_layers(self) -> list[nn.Parameter]:

@@ -50,8 +50,8 @@ def misfits(state: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> list[str
     ]
 
 
-def refuse(faults: list[str], file: Path, name: str) -> None:
-    """Raises WeightsMissing with the first faults, if there are any."""
-    if faults:
-        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise WeightsMissing(f"{file} does not hold the weights of {name}: {'; '.join(faults[:3])}{more}")
+def refuse(errors: list[str], file: Path, name: str) -> None:
+    """Raises WeightsMissing with the first errors, if there are any."""
+    if errors:
+        more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+        raise WeightsMissing(f"{file} does not hold the weights of {name}: {'; '.join(errors[:3])}{more}")

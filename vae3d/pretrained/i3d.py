@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vae3d.errors import UserError
-from vae3d.precision import full_precision
+from vae3d.precision import autocast_off
 from vae3d.pretrained import files, weights
 
 TORCHSCRIPT, STATE_DICT = "i3d_torchscript.pt", "i3d_pretrained_400.pt"
@@ -85,7 +85,7 @@ class VideoFeatures(nn.Module):
         """
         if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] < MIN_FRAMES:
             raise UserError(f"I3D needs [B, 3, T, H, W] with T of at least {MIN_FRAMES}; this is {list(video.shape)}")
-        with full_precision(video.device):
+        with autocast_off(video.device):
             return self(preprocess(video.float()))
 
 

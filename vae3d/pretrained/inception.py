@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vae3d.precision import full_precision
+from vae3d.precision import autocast_off
 from vae3d.pretrained import files, weights
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -147,7 +147,7 @@ class InceptionV3(nn.Module):
     @torch.no_grad()
     def forward(self, frames: Tensor) -> Tensor:
         """[N, 2048] fp32 features of frames [N, 3, H, W] in [0, 1], which are rounded to 8 bits first."""
-        with full_precision(frames.device):
+        with autocast_off(frames.device):
             x = frames.float().mul(255).round().clamp(0, 255)
             x = (resize_tf1(x, SIDE) - 128) / 128
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vae3d.precision import full_precision
+from vae3d.precision import autocast_off
 from vae3d.pretrained import files, weights
 
 FILES = ("network-default.pytorch", "pwc_net.pth.tar")  # of sniklaus/pytorch-pwc and of NVlabs/PWC-Net
@@ -60,7 +60,7 @@ class PWCNet(nn.Module):
     def pyramid(self, frames: Tensor) -> list[Tensor]:
         """Features of frames [N, 3, H, W] in [0, 1], levels 2 to 6: 1/4 to 1/64 of H and W rounded up to 64."""
         size = [-(-side // STRIDE) * STRIDE for side in frames.shape[-2:]]
-        with full_precision(frames.device):
+        with autocast_off(frames.device):
             x = _resize(frames.float(), size)
             levels = []
             for layers in self.extractor:
@@ -79,7 +79,7 @@ class PWCNet(nn.Module):
 
     def _decode(self, first: list[Tensor], second: list[Tensor], size: torch.Size) -> Tensor:
         flow = features = None
-        with full_precision(first[0].device):
+        with autocast_off(first[0].device):
             for decoder, a, b in zip(reversed(self.decoders), reversed(first), reversed(second), strict=True):
                 flow, features = decoder(a, b, flow, features)
             flow = flow + self.refiner(features)
@@ -220,6 +220,6 @@ def _to_own_names(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size],
     names = max(_layouts(), key=lambda layout: len(layout.keys() & state.keys()))
     # NVlabs's network declares a last deconvolution and never uses it.
     foreign = [key for key in state if key not in names and not key.startswith("deconv2.")]
-    faults = files.misfits(state, {key: shapes[own] for key, own in names.items()})
-    files.refuse([*faults, *(f"{key} does not belong to it" for key in foreign)], file, "PWC-Net")
+    errors = files.misfits(state, {key: shapes[own] for key, own in names.items()})
+    files.refuse([*errors, *(f"{key} does not belong to it" for key in foreign)], file, "PWC-Net")
     return {own: state[key] for key, own in names.items()}

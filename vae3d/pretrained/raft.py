@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vae3d.precision import full_precision
+from vae3d.precision import autocast_off
 from vae3d.pretrained import files, weights
 
 FILES = {
@@ -57,7 +57,7 @@ class Raft(nn.Module):
         height, width = first.shape[-2:]
         top, left = _missing(height), _missing(width)
         pad = (left // 2, left - left // 2, top // 2, top - top // 2)
-        with full_precision(first.device):
+        with autocast_off(first.device):
             first, second = (F.pad(x.float() * 2 - 1, pad, mode="replicate") for x in (first, second))
             flow = self.network(first, second)[-1]
         return flow[..., pad[2] : pad[2] + height, pad[0] : pad[0] + width]

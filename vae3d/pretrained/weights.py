@@ -172,7 +172,7 @@ def verify(path: Path, file: WeightFile, *, always: bool = False) -> bool:
     """
     if not always and os.environ.get(UNVERIFIED) == "1":
         return False
-    found = fault(path, file)
+    found = error(path, file)
     if found is not None and file.certain:
         raise WeightsMissing(f"{found}; remove it and fetch it again, or set {UNVERIFIED}=1 if you mean to use it")
     if found is not None:
@@ -180,10 +180,10 @@ def verify(path: Path, file: WeightFile, *, always: bool = False) -> bool:
     return found is None
 
 
-def fault(path: Path, file: WeightFile) -> str | None:
+def error(path: Path, file: WeightFile) -> str | None:
     """What shows that this is not the published file, with both hashes; None if it is that file."""
     if path.name == file.slim_name:
-        return _slim_fault(path, file)
+        return _slim_error(path, file)
     if file.sha256 is not None:
         kind, expected, actual = "sha256", file.sha256, sha256(path)
     else:
@@ -233,7 +233,7 @@ def _not_found(files: list[WeightFile]) -> str:
     return "\n".join(lines)
 
 
-def _slim_fault(path: Path, file: WeightFile) -> str | None:
+def _slim_error(path: Path, file: WeightFile) -> str | None:
     """The manifest that was written with a slim file vouches for it and for what it was made from."""
     manifest = path.with_name(MANIFEST)
     if not manifest.is_file():

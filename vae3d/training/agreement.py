@@ -22,7 +22,7 @@ class RanksDiffer(UserError):
 
 def check_ranks_agree(facts: Mapping[str, Any]) -> None:
     """Raises RanksDiffer on all ranks, naming what differs and its values. facts: nested; every rank must call it."""
-    if not distributed.together():
+    if not distributed.is_distributed():
         return
     mine = {key: value for key, value in flatten(facts).items() if not _per_machine(key)}
     theirs: list[dict[str, Any]] = gather_object([mine])

@@ -55,7 +55,7 @@ class _Older(TypedDict, total=False):
     anchor: str | None
     best: Mapping[str, Any]
     data: Mapping[str, Any]
-    faults_in_row: Annotated[Sequence[Steps], Size(2, 2)]
+    errors_in_row: Annotated[Sequence[Steps], Size(2, 2)]
 
 
 class _Saved(_Older):
@@ -136,7 +136,7 @@ class Saver:
             if end:
                 raise
             self.warn(f"{error.what}; training goes on")
-            self.failures.fault(str(error))
+            self.failures.error(str(error))
         else:
             self.saved = step
             self.failures.went_well()
@@ -177,7 +177,7 @@ def run_on_all_ranks(device: torch.device, stage: Callable[[], Any]) -> str | No
             raise
         full = "a file could not be written whole, as on a full disk: " if isinstance(error, RuntimeError) else ""
         reason = f"{full}{type(error).__name__}: {error}"
-    if distributed.everyone(reason is None, device):
+    if distributed.all_ranks_ok(reason is None, device):
         return None
     reasons = gather_object([reason])
     return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(reasons) if text)
@@ -351,10 +351,10 @@ def export(trainer: Trainer, folder: Path, **about: Any) -> None:
 
 def _scaled(trainer: Trainer, weights: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
     """The weights with the scale of their latents on training clips of the largest size, and the facts of it."""
-    data, network, faults = trainer.data, trainer.network, []
+    data, network, errors = trainer.data, trainer.network, []
     counts = [count for count in data.plan.frames.all() if len(data.plan.lengths.eligible(count))]
     count = trainer.config.trainer.publish.measure_scale
-    clips = spread_clips(data.table, data.settings, counts[-1], count, faults)
+    clips = spread_clips(data.table, data.settings, counts[-1], count, errors)
     network.eval()
     try:
         measured = measure(network, clips, trainer.config.run.seed)
@@ -364,7 +364,7 @@ def _scaled(trainer: Trainer, weights: Checkpoint) -> tuple[Checkpoint, dict[str
         return weights, {}
     finally:
         set_mode(network, trainer.config.stage.train)
-        trainer.log.faults(faults)
+        trainer.log.errors(errors)
 
 
 def common_start(trainer: Trainer | DiffusionTrainer) -> Path | None:
@@ -384,7 +384,7 @@ def resume(trainer: Trainer) -> dict[str, tuple[Any, Any]]:
     start = common_start(trainer)
     if start is None:
         return {}
-    changed = state.refuse_other_run(start, asdict(trainer.config))
+    changed = state.check_same_run(start, asdict(trainer.config))
     saved = state.load_state(start)
     own = state.load_rank(start, trainer.accelerator.process_index)
     with state.restoring(start):
@@ -398,7 +398,7 @@ def _restore(trainer: Trainer, start: Path, saved: Mapping[str, Any], own: Mappi
     rank = trainer.accelerator.process_index
     with state.restoring(start, state.RANK_STATE.format(rank=rank)):
         check_fields(own, _Own)
-    trainer.proximal.refuse_other_anchor(saved.get("anchor"), start, trainer.config.stage.init_from)
+    trainer.proximal.check_same_anchor(saved.get("anchor"), start, trainer.config.stage.init_from)
     learned = saved.get("objective", {})
     if learned.keys() != trainer.objective.state_dict().keys():
         raise state.ResumeError(
@@ -430,7 +430,7 @@ def _restore(trainer: Trainer, start: Path, saved: Mapping[str, Any], own: Mappi
     if trainer.data.record is not None:
         trainer.data_changes = trainer.data.record.changes_since(saved.get("data"))
     trainer.reads, trainer.broken_reads = saved["reads"]
-    trainer.unfinished.in_row, trainer.zero_gradient.in_row = saved.get("faults_in_row", (0, 0))
+    trainer.unfinished.in_row, trainer.zero_gradient.in_row = saved.get("errors_in_row", (0, 0))
 
 
 def _rank_state(trainer: Trainer) -> dict[str, Any]:
@@ -457,5 +457,5 @@ def _shared_state(trainer: Trainer) -> dict[str, Any]:
         "best": trainer.best.state_dict(),
         "data": {} if trainer.data.record is None else trainer.data.record.state_dict(),
         "reads": [trainer.reads, trainer.broken_reads],
-        "faults_in_row": [trainer.unfinished.in_row, trainer.zero_gradient.in_row],
+        "errors_in_row": [trainer.unfinished.in_row, trainer.zero_gradient.in_row],
     }

@@ -40,17 +40,17 @@ class Replicas:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         names = {p: name for name, p in model.named_parameters()}
         self._names = [names.get(p, f"parameter {number}") for number, p in enumerate(self.parameters)]
-        refuse_different_starts(model)
+        check_same_weights(model)
 
     recovers = True  # a step that a rank could not finish leaves no trace
 
     def attempt(self, run: Callable[[], None]) -> str | None:
         """run(), this rank's forward and backward passes; what it said if memory ran out in them."""
-        _, fault = attempted(run)
-        if fault is not None:
+        _, error = attempted(run)
+        if error is not None:
             self.optimizer.zero_grad()
             release()
-        return fault
+        return error
 
     def abstain(self) -> None:
         """In place of `attempt`, for a rank without clips; nobody waits for it before the vote."""
@@ -75,7 +75,7 @@ class Replicas:
 
     def average_gradients(self) -> None:
         """Over ranks, and as they were before an fp16 scaler."""
-        distributed.average(p.grad for p in self.parameters if p.grad is not None)
+        distributed.all_reduce_mean(p.grad for p in self.parameters if p.grad is not None)
         self.accelerator.unscale_gradients()
 
     def clip(self, max_norm: float) -> float:
@@ -116,12 +116,12 @@ class Replicas:
         load_optimizer(self.optimizer, state)
 
 
-def refuse_different_starts(model: nn.Module) -> None:
+def check_same_weights(model: nn.Module) -> None:
     """Raises RanksDiffer unless all ranks begin with the same weights."""
-    if not distributed.together():
+    if not distributed.is_distributed():
         return
     sums = torch.stack([p.detach().double().sum() for p in model.parameters()])
-    differs = distributed.spread(sums) > 1e-9 * (1 + sums.abs())  # GPUs of two kinds may add in another order
+    differs = distributed.max_minus_min(sums) > 1e-9 * (1 + sums.abs())  # GPUs of two kinds may add in another order
     if bool(differs.any()):
         names = [name for (name, _), bad in zip(model.named_parameters(), differs.tolist(), strict=True) if bad]
         raise RanksDiffer(

@@ -20,7 +20,7 @@ from vae3d import distributed
 from vae3d.checkpoints.state import ResumeError, from_weights
 from vae3d.errors import UserError
 from vae3d.restore import load_optimizer
-from vae3d.training.data_parallel import refuse_different_starts
+from vae3d.training.data_parallel import check_same_weights
 from vae3d.training.memory import first_line, out_of_memory, release
 
 
@@ -55,8 +55,8 @@ class Zero:
         grad_clip: float,
     ) -> None:
         deepspeed = import_deepspeed(accelerator.device)
-        refuse_unknown_keys(told)
-        refuse_different_starts(model)
+        check_known_keys(told)
+        check_same_weights(model)
         filled = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulate,
@@ -80,7 +80,7 @@ class Zero:
 
         In a backward pass the error is raised on: the others are waiting inside of it, and torchrun must end them.
         """
-        fault, self._backwards = None, 0
+        reason, self._backwards = None, 0
         try:
             run()
         except PeerFailed:  # the other rank tells of it in the vote
@@ -88,17 +88,17 @@ class Zero:
         except (RuntimeError, MemoryError) as error:
             if self._in_backward or not out_of_memory(error):
                 raise
-            fault = first_line(error)
-        if fault is not None:
+            reason = first_line(error)
+        if reason is not None:
             release()
             if self._backwards < self.accumulate:  # after the last one nobody waits before the vote
-                distributed.everyone(False, self.accelerator.device)
-        return fault
+                distributed.all_ranks_ok(False, self.accelerator.device)
+        return reason
 
     def abstain(self) -> None:
         """In place of `attempt`, for a rank without clips: the others need not wait for its backward pass."""
         self._backwards = 0
-        distributed.everyone(False, self.accelerator.device)
+        distributed.all_ranks_ok(False, self.accelerator.device)
 
     def unreached(self) -> list[str]:
         """Not known: DeepSpeed takes gradients away as soon as they are there."""
@@ -106,7 +106,7 @@ class Zero:
 
     def backward(self, loss: Tensor) -> None:
         """Raises PeerFailed if another rank has failed meanwhile."""
-        if not distributed.everyone(True, loss.device):
+        if not distributed.all_ranks_ok(True, loss.device):
             raise PeerFailed
         self._backwards, self._in_backward = self._backwards + 1, True
         self.engine.set_gradient_accumulation_boundary(self._backwards == self.accumulate)
@@ -193,7 +193,7 @@ def join_alone(device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def refuse_unknown_keys(told: Mapping[str, Any]) -> None:
+def check_known_keys(told: Mapping[str, Any]) -> None:
     """DeepSpeed checks the keys inside of zero_optimization, but passes over others that it does not know.
 
     Raises StrategyError, also for those that are filled in from the run's settings.
@@ -213,9 +213,9 @@ def refuse_unknown_keys(told: Mapping[str, Any]) -> None:
         "amp": "trainer.precision",
         "torch_autocast": "trainer.precision",
     }
-    faults = [f"{key} is set by {filled[key]}" for key in told if key in filled]
-    faults += [f"DeepSpeed has no key {key}" for key in told if key not in known]
+    errors = [f"{key} is set by {filled[key]}" for key in told if key in filled]
+    errors += [f"DeepSpeed has no key {key}" for key in told if key not in known]
     if told.get("zero_optimization", {}).get("stage") not in (1, 2):
-        faults.append("zero_optimization.stage must be 1 or 2: other stages communicate inside of forward passes too")
-    if faults:
-        raise StrategyError("trainer.strategy.deepspeed: " + "; ".join(faults))
+        errors.append("zero_optimization.stage must be 1 or 2: other stages communicate inside of forward passes too")
+    if errors:
+        raise StrategyError("trainer.strategy.deepspeed: " + "; ".join(errors))

@@ -122,7 +122,7 @@ def _check_same(
         )
     for part in ("denoiser", "process"):
         require_same(before[part], config[part], part)
-    changed = state.refuse_other_run(start, config, IDENTITY)
+    changed = state.check_same_run(start, config, IDENTITY)
     if saved["vae"] != trainer.vae_facts():
         told = ", ".join(name for name, value in trainer.vae_facts().items() if saved["vae"].get(name) != value)
         raise state.ResumeError(
@@ -132,7 +132,7 @@ def _check_same(
     rates = [f"{decay:g}" for decay in trainer.averages]
     if sorted(saved["ema"]) != sorted(rates):
         raise state.ResumeError(
-            f"{start} holds averages at the rates {', '.join(saved['ema'])}, and trainer.ema.decays={rates}; "
+            f"{start} holds averages at the rates {', '.join(saved['ema'])}, and trainer.ema.rates={rates}; "
             "these cannot be changed in the middle of a run"
         )
     return changed

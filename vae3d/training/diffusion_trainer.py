@@ -18,7 +18,7 @@ from vae3d.data.media import DataError
 from vae3d.diffusion.conditioning import drop_labels
 from vae3d.diffusion.data import Batch, LatentData
 from vae3d.diffusion.processes import QUARTILES, Process, quartile_sums, training_losses
-from vae3d.diffusion.scale import measure, refuse_other_scale
+from vae3d.diffusion.scale import check_latent_scale, measure
 from vae3d.errors import UserError
 from vae3d.pixels import no_value_checks
 from vae3d.seeding import generator_of
@@ -31,7 +31,7 @@ from vae3d.training.ema import Ema
 from vae3d.training.loggers import Logger
 from vae3d.training.metrics import StepMetrics, Window
 from vae3d.training.optim import adamw_settings, rate_at
-from vae3d.training.patience import LostPatience, Patience, refuse_many_broken
+from vae3d.training.patience import LostPatience, Patience, check_broken_share
 from vae3d.training.runlog import RunLog
 from vae3d.training.spike import SpikeError
 from vae3d.training.step_status import Ballot, Verdict
@@ -67,7 +67,7 @@ class DiffusionTrainer:
         self.device, self.seed = accelerator.device, config.run.seed
         self.network, self.process, self.data, self.vae = network.to(self.device), process, data, vae
         ema = asdict(config.trainer.ema)
-        self.averages = {decay: Ema(self.network, decay, **ema) for decay in ema.pop("decays")}
+        self.averages = {decay: Ema(self.network, decay, **ema) for decay in ema.pop("rates")}
         self.ema = next(iter(self.averages.values()))
         optimizer = torch.optim.AdamW(
             self.network.parameters(),
@@ -78,10 +78,10 @@ class DiffusionTrainer:
         self.ballot = Ballot(accelerator.process_index, accelerator.num_processes, self.device)
         self.window = Window()
         self.skipped = Patience(
-            config.trainer.patience,
+            config.trainer.max_consecutive_skips,
             "steps in a row were skipped",
             "lower optim.lr if losses are not finite, data.batch_size or raise trainer.accumulate for memory; files "
-            f"that cannot be read are in {folder}/faults.jsonl (trainer.patience is the limit)",
+            f"that cannot be read are in {folder}/data_errors.jsonl (trainer.max_consecutive_skips is the limit)",
         )
         failures = Patience(
             config.trainer.save_failures,
@@ -107,17 +107,17 @@ class DiffusionTrainer:
             group.update(adamw_settings(config.optim))
         if not self.scale:
             scale = measure(data, config.trainer.scale_samples, self.device)
-            refuse_other_scale(scale, remedy)
+            check_latent_scale(scale, remedy)
             self.scale = scale.facts()
         self.held_out = [(data.latents(batch, self.device), batch) for batch in data.held_out]
-        parts = distributed.gathered([z.cpu() for z, _ in self.held_out])
+        parts = distributed.gather_to_main([z.cpu() for z, _ in self.held_out])
         self.real = [z for part in parts for z in part]  # of all ranks, on the first, which compares samples with them
         rank, last = accelerator.process_index, config.trainer.max_steps
         self.log = RunLog(folder, logger, rank=rank, step=self.step, max_steps=last)
         self.log.launch(self.step, asdict(config), changed, self.data_changes)
         for key, (old, new) in changed.items():
             self.log.say(f"{key} was {old} until step {self.step} and is {new} from here on")
-        self.log.faults(data.faults)
+        self.log.errors(data.errors)
         if scale is not None:
             self.log.say(str(scale))
 
@@ -167,13 +167,13 @@ class DiffusionTrainer:
         skipped. stop: a signal that this rank was sent. data_error: why this rank has no batches and gets no more.
         """
         self._set_lr()
-        metrics, fault = StepMetrics(), None
+        metrics, reason = StepMetrics(), None
         if any(batch.values is None for batch in batches):
             self.replicas.abstain()
         else:
-            fault = self.replicas.attempt(lambda: self.accumulate(batches, metrics))
+            reason = self.replicas.attempt(lambda: self.accumulate(batches, metrics))
         try:
-            verdict = self._vote(batches, metrics, fault, stop, data_error)
+            verdict = self._vote(batches, metrics, reason, stop, data_error)
         except RanksDiffer as error:  # on all ranks
             self.saver.save_before(error, self.step, self.unsound)
             raise
@@ -198,7 +198,7 @@ class DiffusionTrainer:
         else:
             self.unsound += verdict.complete
         values["skipped"] = float(not taken)
-        self._judge(verdict, values, fault)
+        self._judge(verdict, values, reason)
         return {**values, "stop": float(verdict.stop)}
 
     def accumulate(self, batches: Sequence[Batch], metrics: StepMetrics) -> None:
@@ -227,31 +227,31 @@ class DiffusionTrainer:
         self,
         batches: Sequence[Batch],
         metrics: StepMetrics,
-        fault: str | None,
+        error: str | None,
         stop: int,
         data_error: UserError | None,
     ) -> Verdict:
-        faults = [fault for batch in batches for fault in batch.faults]
-        self.log.faults(faults)
+        errors = [error for batch in batches for error in batch.errors]
+        self.log.errors(errors)
         return self.ballot.cast(
             loss=metrics.mean("loss"),
             worst=metrics.worst("loss"),
-            out_of_memory=fault is not None,
+            out_of_memory=error is not None,
             unreadable=data_error is None and any(batch.values is None for batch in batches),
             no_data=data_error is not None,
             stop=stop,
-            broken=len(faults),
+            broken=len(errors),
             gradients=self.replicas.gradients(),
             with_gradient=self.replicas.with_gradient,
         )
 
-    def _judge(self, verdict: Verdict, values: dict[str, float], fault: str | None) -> None:
+    def _judge(self, verdict: Verdict, values: dict[str, float], reason: str | None) -> None:
         """Stop the run, after saving, if an error repeats too often; all ranks count the same."""
         self.broken_reads += verdict.broken
         self.reads += verdict.broken + self.config.data.batch_size
         try:
-            refuse_many_broken(self.reads, self.broken_reads, self.config.data.max_broken, self.folder)
-            self._count_skipped(verdict, bool(values["skipped"]), fault)
+            check_broken_share(self.reads, self.broken_reads, self.config.data.max_broken, self.folder)
+            self._count_skipped(verdict, bool(values["skipped"]), reason)
         except DataError as error:
             self.reads = self.broken_reads = 0  # count afresh once the user has repaired the files
             self.window.add(values)
@@ -262,14 +262,14 @@ class DiffusionTrainer:
             self.saver.save_before(error, self.step, self.unsound)
             raise
 
-    def _count_skipped(self, verdict: Verdict, skipped: bool, fault: str | None) -> None:
+    def _count_skipped(self, verdict: Verdict, skipped: bool, error: str | None) -> None:
         """Raises LostPatience."""
         if not skipped:
             self.skipped.went_well()
             return
-        why = verdict.fault() or f"loss {verdict.loss:g} or its gradient is not finite"
-        self.log.warn(f"step {self.step} is skipped by all ranks: {why}{f': {fault}' if fault else ''}")
-        self.skipped.fault(why)
+        why = verdict.error() or f"loss {verdict.loss:g} or its gradient is not finite"
+        self.log.warn(f"step {self.step} is skipped by all ranks: {why}{f': {error}' if error else ''}")
+        self.skipped.error(why)
 
     def _set_lr(self) -> None:
         lr = rate_at(self.config.optim, self.step, self.config.trainer.max_steps)

@@ -52,7 +52,7 @@ def held_out_losses(trainer: DiffusionTrainer) -> dict[str, float]:
             with trainer.accelerator.autocast():
                 losses = training_losses(trainer.network, trainer.process, z, noise, labels)
             sums += quartile_sums(losses["mse"], losses["level"])
-    distributed.average([sums])
+    distributed.all_reduce_mean([sums])
     total = sums.sum(0)
     values = {"val/loss": float(total[0] / total[1])} if total[1] else {}
     return values | {f"val/loss_q{q}": float(a / n) for q, (a, n) in enumerate(sums.tolist()) if n}
@@ -80,11 +80,11 @@ def _samples(trainer: DiffusionTrainer) -> dict[str, float]:
         return z, decoded(data.codec, z, data.size)
 
     try:
-        drawn, fault = attempted(draw)
+        drawn, reason = attempted(draw)
     except PixelError as error:
-        drawn, fault = None, str(error)
+        drawn, reason = None, str(error)
     if drawn is None:
-        trainer.log.warn(f"no samples at step {trainer.step}: {fault}")
+        trainer.log.warn(f"no samples at step {trainer.step}: {reason}")
         return {}
     z, frames = drawn
     _show(trainer, "samples", frames)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.errors import UserError
-from vae3d.models.base import convention, translated
-from vae3d.precision import in_precision
+from vae3d.models.base import convert_latents, latent_space
+from vae3d.precision import cast_keep_stats
 from vae3d.seeding import generator_of, seed_of
 from vae3d.types import Clip, Lesson, Reconstruction
 
@@ -41,7 +41,7 @@ class Distillation:
         features: dict[str, str] | None = None,
         seed: int = 0,
     ) -> None:
-        self.teacher = in_precision(teacher.requires_grad_(False).eval(), dtype)
+        self.teacher = cast_keep_stats(teacher.requires_grad_(False).eval(), dtype)
         self.dtype, self.sample, self.decode, self.features = dtype, sample, decode, dict(features or {})
         self.seed = seed
         self.student = student
@@ -50,7 +50,7 @@ class Distillation:
                 f"teacher.path: the teacher has {teacher.spec.channels} latent channels and the model "
                 f"{student.spec.channels}; they must share their latents"
             )
-        if convention(teacher) == "normalized" and convention(student) == "raw":
+        if latent_space(teacher) == "normalized" and latent_space(student) == "raw":
             raise TeacherError(
                 "teacher.path: the teacher's latents are those that a diffusion model sees, and the model's are raw; "
                 "set model.latent=normalized"
@@ -74,7 +74,7 @@ class Distillation:
             with captured(self.teacher, list(self.features.values()), len(video)) as found:
                 self.teacher.decode(z.to(self.dtype), video.shape[2])
             features = {name: one_per_latent(found(inner), z.shape[2]) for name, inner in self.features.items()}
-        latents = translated(z.float(), self.teacher, self.student)
+        latents = convert_latents(z.float(), self.teacher, self.student)
         return replace(clip, lesson=Lesson(latents, {name: f.float() for name, f in features.items()}))
 
     def latents(self, clip: Clip, step: int) -> Tensor | None:

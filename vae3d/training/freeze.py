@@ -19,10 +19,10 @@ class PartError(UserError):
 def train_parts(model: nn.Module, scales: Mapping[str, float]) -> list[dict[str, Any]]:
     """Freeze `model` but for the named parts; returns optimizer parameter groups with `part` and `lr_scale`.
 
-    scales: part of model.parts(), or `all`, to learning-rate scale.
+    scales: part of model.trainable_parts(), or `all`, to learning-rate scale.
     Raises PartError for an unknown part, for a parameter named twice, or if nothing trains.
     """
-    parts = {**model.parts(), ALL: [model]}
+    parts = {**model.trainable_parts(), ALL: [model]}
     unknown = [name for name in scales if name not in parts]
     if unknown:
         raise PartError(f"{type(model).__name__} has no part {', '.join(unknown)}; it has {', '.join(parts)}")
@@ -45,7 +45,7 @@ def train_parts(model: nn.Module, scales: Mapping[str, float]) -> list[dict[str,
 
 def set_mode(model: nn.Module, scales: Mapping[str, float]) -> None:
     """Training mode for the named parts, eval mode for everything else."""
-    parts = {**model.parts(), ALL: [model]}
+    parts = {**model.trainable_parts(), ALL: [model]}
     model.eval()
     for name in scales:
         for module in parts[name]:

@@ -28,15 +28,15 @@ def first_line(error: BaseException) -> str:
 
 def attempted(run: Callable[[], Result]) -> tuple[Result | None, str | None]:
     """What run() returns, or, if memory ran out in it, None and what was said; other errors are raised on."""
-    fault = None
+    reason = None
     try:
         return run(), None
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        fault = first_line(error)
+        reason = first_line(error)
     release()
-    return None, fault
+    return None, reason
 
 
 def release() -> None:

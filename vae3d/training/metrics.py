@@ -43,7 +43,7 @@ class StepMetrics:
     def averaged(self) -> dict[str, float]:
         """Means over all ranks, which must have the same names, in one all-reduce and one transfer."""
         names, packed = self.pack()
-        distributed.average([packed])
+        distributed.all_reduce_mean([packed])
         return dict(zip(names, packed.tolist(), strict=True))
 
 

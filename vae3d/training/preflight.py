@@ -1,4 +1,4 @@
-"""The first step's faults before the first step: every loss, on the shortest and the longest clip."""
+"""The first step's errors before the first step: every loss, on the shortest and the longest clip."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from vae3d.training.vae_trainer import Trainer
 
 
-class RehearsalError(UserError):
+class PreflightError(UserError):
     """A step that cannot work at all."""
 
 
-def rehearse(trainer: Trainer) -> None:
+def preflight(trainer: Trainer) -> None:
     """Forward and backward passes on noise of a micro-batch's size, with every loss term and the adversary on, so that
     a term that starts at step 50,000 fails now; where two networks take turns, those of each turn. Leaves no trace: no
     update, no gradient, no random state.
 
-    Raises RehearsalError, on every rank, if memory does not suffice or a loss is not finite; PartError if a part that
+    Raises PreflightError, on every rank, if memory does not suffice or a loss is not finite; PartError if a part that
     is to train gets no gradient.
     """
     counts = trainer.data.plan.frames.all()
@@ -35,25 +35,25 @@ def rehearse(trainer: Trainer) -> None:
     for frames, (turn, step) in product(dict.fromkeys((counts[0], counts[-1])), turns.items()):
         metrics, clip = StepMetrics(), _noise(trainer, frames)
         clips = [clip] * trainer.strategy.rehearsal_clips
-        fault = trainer.strategy.attempt(lambda: _first_step(trainer, clips, turn, metrics, step))  # noqa: B023
+        error = trainer.strategy.attempt(lambda: _first_step(trainer, clips, turn, metrics, step))  # noqa: B023
         trainer.adversary.settle(step, len(clips))
-        verdict = trainer.vote([clip], metrics, fault, stop=False)
+        verdict = trainer.vote([clip], metrics, error, stop=False)
         what = f"a micro-batch of {'x'.join(map(str, clip.video.shape))}"
         unreached = trainer.strategy.unreached() if verdict.complete and turn.generator else []
         trainer.strategy.skip(unscaled=False)
         trainer.adversary.discard()
         if not verdict.complete:
-            raise RehearsalError(
-                f"{what} does not fit into memory ({verdict.fault()}): {fault or 'see the other ranks'}; raise "
+            raise PreflightError(
+                f"{what} does not fit into memory ({verdict.error()}): {error or 'see the other ranks'}; raise "
                 "trainer.accumulate, lower data.height, data.width or data.frames.max, or set "
                 "model.gradient_checkpointing=true if the model has it"
             )
         if not verdict.finite:
             told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.means().items() if "/" in name)
-            raise RehearsalError(
+            raise PreflightError(
                 f"{what} of noise gives a loss that is not finite: {told}; look at the first such term"
             )
-        refuse_unreached(unreached)
+        require_all_gradients(unreached)
 
 
 def _first_step(trainer: Trainer, clips: list[Clip], turn: Turn, metrics: StepMetrics, step: int) -> None:
@@ -63,7 +63,7 @@ def _first_step(trainer: Trainer, clips: list[Clip], turn: Turn, metrics: StepMe
     del moments
 
 
-def refuse_unreached(names: list[str]) -> None:
+def require_all_gradients(names: list[str]) -> None:
     """Raises PartError if there are any."""
     if names:
         raise PartError(

@@ -45,7 +45,7 @@ class Proximal:
         squares = [F.mse_loss(p, self.anchor[name], reduction="sum") for name, p in self.parameters.items()]
         return self.weight * torch.stack(squares).sum()
 
-    def refuse_other_anchor(self, saved: str | None, checkpoint: Path, source: object) -> None:
+    def check_same_anchor(self, saved: str | None, checkpoint: Path, source: object) -> None:
         """Raises ResumeError if a checkpoint whose run was pulled elsewhere is about to be continued.
 
         saved: the digest that `checkpoint` holds. source: where this anchor was read from.

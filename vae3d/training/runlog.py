@@ -1,4 +1,4 @@
-"""What a run writes down about itself: launches.jsonl, metrics.jsonl, faults.jsonl, log lines, the progress bar."""
+"""What a run writes down about itself: launches.jsonl, metrics.jsonl, data_errors.jsonl, log lines, the progress bar."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RunLocked(UserError):
 
 
 class RunLog:
-    """Rank 0 writes; on other ranks every method but `faults` does nothing."""
+    """Rank 0 writes; on other ranks every method but `errors` does nothing."""
 
     def __init__(self, folder: Path, logger: Logger, *, rank: int, step: int, max_steps: int) -> None:
         self.folder, self.logger, self.rank = folder, logger, rank
@@ -112,22 +112,22 @@ class RunLog:
             with self._bearing(f"a video of step {step}"):
                 self.logger.video(name, frames, fps, step)
 
-    def faults(self, faults: Iterable[tuple[str, str]]) -> None:
-        """Report a broken file the first time it is met, in the log and in faults.jsonl (one file per rank)."""
-        for path, reason in faults:
+    def errors(self, errors: Iterable[tuple[str, str]]) -> None:
+        """Report a broken file the first time it is met, in the log and in data_errors.jsonl (one file per rank)."""
+        for path, reason in errors:
             if path in self._broken:
                 continue
             self._broken.add(path)
             log.warning("cannot be read, another file takes its place: %s: %s", path, reason)
-            with self._bearing(f"the fault of {path}"):
-                self._append(f"faults{self.rank or ''}.jsonl", {"path": path, "reason": reason})
+            with self._bearing(f"the error of {path}"):
+                self._append(f"errors{self.rank or ''}.jsonl", {"path": path, "reason": reason})
 
     def left_out(self, files: Iterable[tuple[str, str]]) -> None:
-        """List files that are not used, though they can be, in faults.jsonl."""
+        """List files that are not used, though they can be, in data_errors.jsonl."""
         if self.main:
             with self._bearing("which files are left out"):
                 for path, reason in files:
-                    self._append("faults.jsonl", {"path": path, "reason": reason})
+                    self._append("data_errors.jsonl", {"path": path, "reason": reason})
 
     def close(self) -> None:
         """Also after an error, and twice."""

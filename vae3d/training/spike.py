@@ -19,16 +19,16 @@ class SpikeGuard:
     """Decides whether an optimizer step is taken. Feed it the same numbers on every rank: it holds no collective.
 
     factor: skip a step if any loss in it is above this many times the running mean of accepted steps (None: only
-    non-finite ones). warmup: accepted steps before the factor counts. patience: after so many skipped steps in a
+    non-finite ones). warmup: accepted steps before the factor counts. max_consecutive_skips: after so many skipped steps in a
     row the loss is taken to have moved to a new level, unless one of them was not finite, which raises SpikeError.
     """
 
     MOMENTUM = 0.98
 
     def __init__(
-        self, factor: float | None, warmup: int, patience: int, warn: Callable[[str], None] = log.warning
+        self, factor: float | None, warmup: int, max_consecutive_skips: int, warn: Callable[[str], None] = log.warning
     ) -> None:
-        self.factor, self.warmup, self.patience, self.warn = factor, warmup, patience, warn
+        self.factor, self.warmup, self.max_consecutive_skips, self.warn = factor, warmup, max_consecutive_skips, warn
         self.mean = 0.0
         self.accepted = 0
         self.skipped_in_row = 0
@@ -50,7 +50,7 @@ class SpikeGuard:
             return True
         self.skipped_in_row += 1
         self.finite_row = self.finite_row and finite
-        if self.skipped_in_row >= self.patience:
+        if self.skipped_in_row >= self.max_consecutive_skips:
             self._lose_patience(mean, worst, grad_norm)
         return False
 
@@ -60,7 +60,7 @@ class SpikeGuard:
             f"{grad_norm:g}, running mean of the loss {self.mean:g}"
         )
         if not self.finite_row:
-            raise SpikeError(f"{told}; lower optim.lr, or look at the data in faults.jsonl")
+            raise SpikeError(f"{told}; lower optim.lr, or look at the data in data_errors.jsonl")
         self.warn(f"{told}; this is the new level, and training goes on")
         # One rank of many that keeps losing far more than the others would be skipped for ever at their mean.
         self.mean, self.skipped_in_row = max(mean, worst / self.factor), 0

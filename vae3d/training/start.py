@@ -15,7 +15,7 @@ from vae3d.io import check_run_folder
 from vae3d.precision import as_device
 
 
-def refuse_to_go_on(folder: Path, resume: bool) -> None:
+def check_may_start(folder: Path, resume: bool) -> None:
     """Raises ResumeError for a run that has checkpoints and is not to be resumed, FileError for a folder with links."""
     check_run_folder(folder)
     if not resume and latest_state(folder / "checkpoints") is not None:

@@ -38,7 +38,7 @@ class Verdict:
     def finite(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.worst)
 
-    def fault(self) -> str:
+    def error(self) -> str:
         """Why the step cannot be taken, for the log."""
         told = {
             "out of memory": self.out_of_memory,
@@ -68,7 +68,7 @@ class Ballot:
         """
         self.table.zero_()
         self.table[self.rank].copy_(torch.tensor([float(mine[name]) for name in self.COLUMNS], dtype=torch.float64))
-        if distributed.together():
+        if distributed.is_distributed():
             dist.all_reduce(self.table)
         columns = dict(zip(self.COLUMNS, zip(*self.table.tolist(), strict=True), strict=True))
         verdict = Verdict(

@@ -23,7 +23,7 @@ from vae3d.data.media import DataError
 from vae3d.errors import UserError
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricSet
-from vae3d.models.base import with_decoder
+from vae3d.models.base import attach_decoder
 from vae3d.pixels import no_value_checks
 from vae3d.seeding import seed_of
 from vae3d.training.agreement import RanksDiffer
@@ -38,8 +38,8 @@ from vae3d.training.loggers import Logger
 from vae3d.training.memory import compact, idle_gib
 from vae3d.training.metrics import StepMetrics, Window
 from vae3d.training.optim import adamw_settings, rate_at
-from vae3d.training.patience import LostPatience, Patience, refuse_many_broken
-from vae3d.training.preflight import rehearse
+from vae3d.training.patience import LostPatience, Patience, check_broken_share
+from vae3d.training.preflight import preflight
 from vae3d.training.profile import profiled
 from vae3d.training.proximal import Proximal
 from vae3d.training.runlog import RunLog
@@ -109,7 +109,7 @@ class Trainer:
         self.log.launch(self.step, asdict(config), changed, self.data_changes)
         for key, (old, new) in changed.items():
             self.log.say(f"{key} was {old} until step {self.step} and is {new} from here on")
-        self.log.faults(data.faults)
+        self.log.errors(data.errors)
         self.log.left_out(data.left_out)
 
     def _under_autocast(self, network: nn.Module) -> nn.Module:
@@ -119,7 +119,7 @@ class Trainer:
     def _share_work(self, pupil: nn.Module, optimizer: torch.optim.Optimizer) -> Replicas | Zero:
         """The strategy, whose `model` is what training calls: the pupil."""
         told, data = self.config.trainer.strategy, self.data.plan
-        if told.name == "ddp":
+        if told.name == "replicated":
             return Replicas(self.accelerator, pupil, optimizer)
         batch = {"micro_batch": data.micro_batch, "accumulate": data.accumulate}
         return Zero(self.accelerator, pupil, optimizer, told.deepspeed, **batch, grad_clip=self.config.optim.grad_clip)
@@ -142,8 +142,8 @@ class Trainer:
         config, last = self.config, self.config.trainer.max_steps
         try:
             finish_newest(self, outputs(self))
-            if config.trainer.robust.rehearse and self.step < last:
-                rehearse(self)
+            if config.trainer.robust.preflight and self.step < last:
+                preflight(self)
             self.log.begin(self.step, last)
             profiling = config.debug.mode == "profile"
             recorder = profiled(self.folder, config.debug.steps) if profiling else nullcontext(lambda: None)
@@ -187,15 +187,15 @@ class Trainer:
         turn = self.adversary.turn(self.step)
         self._set_lr()
         torch.manual_seed(seed_of(self.config.run.seed, "step", self.step, self.accelerator.process_index))
-        metrics, fault = StepMetrics(), None
+        metrics, reason = StepMetrics(), None
 
         if any(isinstance(clip, Unreadable) for clip in clips):
             self.strategy.abstain()
         else:
-            fault = self.strategy.attempt(lambda: self.accumulate(clips, turn, metrics, self.step))
+            reason = self.strategy.attempt(lambda: self.accumulate(clips, turn, metrics, self.step))
         self.adversary.settle(self.step, len(clips))
         try:
-            verdict = self.vote(clips, metrics, fault, stop, data_error)
+            verdict = self.vote(clips, metrics, reason, stop, data_error)
         except RanksDiffer as error:  # on all ranks
             self._abandon_step(error)
             raise
@@ -212,7 +212,7 @@ class Trainer:
         self.step += 1
         self.saver.taken = self.step if taken else self.saver.taken
         values["skipped"] = float(not taken)
-        self._judge(verdict, values, fault)
+        self._judge(verdict, values, reason)
         return {**values, "stop": float(verdict.stop)}
 
     def accumulate(self, clips: Sequence[Clip], turn: Turn, metrics: StepMetrics, step: int) -> None:
@@ -241,28 +241,28 @@ class Trainer:
         if self.distillation is not None:
             clip = self.distillation.teach(clip)
             how |= {"latents": self.distillation.latents(clip, step), "encode": self.objective.needs_posterior}
-        return clip, with_decoder(self.strategy.model(clip.video, **how), self.network)
+        return clip, attach_decoder(self.strategy.model(clip.video, **how), self.network)
 
     def vote(
         self,
         clips: Sequence[Clip | Unreadable],
         metrics: StepMetrics,
-        fault: str | None,
+        error: str | None,
         stop: int = 0,
         data_error: UserError | None = None,
     ) -> Verdict:
-        """Tell the other ranks how this one fared, and hear how they did. fault: how its memory ran out."""
-        faults = [fault for clip in clips for fault in clip.faults]
-        self.log.faults(faults)
+        """Tell the other ranks how this one fared, and hear how they did. error: how its memory ran out."""
+        errors = [error for clip in clips for error in clip.errors]
+        self.log.errors(errors)
         sound = math.isfinite(metrics.worst("loss_discriminator"))
         return self.ballot.cast(
             loss=metrics.mean("loss"),
             worst=metrics.worst("loss") if sound else math.nan,
-            out_of_memory=fault is not None,
+            out_of_memory=error is not None,
             unreadable=data_error is None and any(isinstance(clip, Unreadable) for clip in clips),
             no_data=data_error is not None,
             stop=stop,
-            broken=len(faults),
+            broken=len(errors),
             gradients=self.strategy.gradients(),
             with_gradient=self.strategy.with_gradient,
         )
@@ -293,15 +293,15 @@ class Trainer:
                 self.ema.update(self.step)
         return sound
 
-    def _judge(self, verdict: Verdict, values: dict[str, float], fault: str | None) -> None:
+    def _judge(self, verdict: Verdict, values: dict[str, float], reason: str | None) -> None:
         """Stop the run, after saving, if an error repeats too often; all ranks count the same."""
         self.broken_reads += verdict.broken
         self.reads += verdict.broken + self.config.data.batch_size
         if verdict.out_of_memory and not self.strategy.recovers:
             self._leave(verdict)
         try:
-            refuse_many_broken(self.reads, self.broken_reads, self.config.data.max_broken, self.folder)
-            self._count_faults(verdict, values, fault)
+            check_broken_share(self.reads, self.broken_reads, self.config.data.max_broken, self.folder)
+            self._count_errors(verdict, values, reason)
         except DataError as error:
             self.reads = self.broken_reads = 0  # count afresh once the user has repaired the files
             self.window.add(values)
@@ -312,16 +312,16 @@ class Trainer:
             self.saver.save_before(error, self.step, self.spikes.skipped_in_row)
             raise
 
-    def _count_faults(self, verdict: Verdict, values: dict[str, float], fault: str | None) -> None:
+    def _count_errors(self, verdict: Verdict, values: dict[str, float], error: str | None) -> None:
         """Raises LostPatience."""
         if not verdict.complete:
-            self.log.warn(f"step {self.step} is skipped by all ranks: {verdict.fault()}{f': {fault}' if fault else ''}")
-            self.unfinished.fault(verdict.fault())
+            self.log.warn(f"step {self.step} is skipped by all ranks: {verdict.error()}{f': {error}' if error else ''}")
+            self.unfinished.error(verdict.error())
         else:
             self.unfinished.went_well()
         norm = values.get("grad_norm")
         if norm is not None and norm < NO_GRADIENT:
-            self.zero_gradient.fault(f"loss {verdict.loss:g}")
+            self.zero_gradient.error(f"loss {verdict.loss:g}")
         elif norm is not None:  # a step that was skipped tells nothing
             self.zero_gradient.went_well()
 
@@ -334,7 +334,7 @@ class Trainer:
     def _leave(self, verdict: Verdict) -> None:
         """Save, without the step that failed, and end: the strategy cannot take back what came of it."""
         self.log.warn(
-            f"step {self.step} failed on some rank ({verdict.fault()}), and DeepSpeed cannot forget half a step"
+            f"step {self.step} failed on some rank ({verdict.error()}), and DeepSpeed cannot forget half a step"
         )
         error = LostPatience(
             "stopped; torchrun --max-restarts=N goes on from the newest checkpoint by itself. If it comes back, "
@@ -346,10 +346,10 @@ class Trainer:
     def _set_patience(self) -> None:
         robust = self.config.trainer.robust
         self.unfinished = Patience(
-            robust.patience,
+            robust.max_consecutive_failures,
             "steps in a row could not be finished",
             "for memory raise trainer.accumulate or lower data.frames.max, data.height and data.width; for files look "
-            f"at {self.folder}/faults.jsonl (trainer.robust.patience is the limit)",
+            f"at {self.folder}/data_errors.jsonl (trainer.robust.max_consecutive_failures is the limit)",
         )
         self.zero_gradient = Patience(
             robust.zero_gradient,
@@ -372,7 +372,7 @@ class Trainer:
 
     def _fuses(self) -> bool:
         """Where DeepSpeed offloads, AdamW steps on the host."""
-        return self.device.type == "cuda" and self.config.trainer.strategy.name == "ddp"
+        return self.device.type == "cuda" and self.config.trainer.strategy.name == "replicated"
 
     def _set_lr(self) -> None:
         lr = rate_at(self.config.optim, self.step, self.config.trainer.max_steps)

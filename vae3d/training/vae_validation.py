@@ -44,10 +44,10 @@ class ValidatedClip:
 
 
 def metrics_due(trainer: Trainer) -> MetricSet:
-    """The metrics of this step: without those of validation.seldom, except where it is their turn."""
+    """The metrics of this step: without those of validation.slow_metrics, except where it is their turn."""
     settings, step = trainer.config.validation, trainer.step
     last = step == trainer.config.trainer.max_steps
-    if last or (settings.seldom_every and step % settings.seldom_every == 0):
+    if last or (settings.slow_metrics_every and step % settings.slow_metrics_every == 0):
         return trainer.metrics
     return trainer.metrics.only(resolve(settings.metrics))
 
@@ -59,7 +59,7 @@ def validate_together(trainer: Trainer, metrics: MetricSet) -> list[ValidatedCli
     network.eval()
     with trainer.ema.applied():
         try:
-            mine, fault = attempted(
+            mine, reason = attempted(
                 lambda: validate(
                     network,
                     trainer.data.held_out,
@@ -70,13 +70,13 @@ def validate_together(trainer: Trainer, metrics: MetricSet) -> list[ValidatedCli
                     depth=trainer.config.data.depth.mapping,
                 )
             )
-            fault = fault and f"{fault}; lower validation.frames"
+            reason = reason and f"{reason}; lower validation.frames"
         except PixelError as error:
-            mine, fault = None, str(error)
+            mine, reason = None, str(error)
             metrics.reset()
     set_mode(network, trainer.config.stage.train)
-    if not distributed.everyone(fault is None, trainer.device):
-        why = fault or "on another rank"
+    if not distributed.all_ranks_ok(reason is None, trainer.device):
+        why = reason or "on another rank"
         trainer.log.warn(f"validation failed at step {trainer.step}: {why}; it counts for no best checkpoint")
         return []
     return sorted(gather_object(mine), key=lambda clip: clip.place)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 
-class Normalized(nn.Module):
+class LatentNormMixin(nn.Module):
     """A network that knows the mean (`shift`) and deviation (`scale`) of its latents, per channel."""
 
     shift: Tensor
     scale: Tensor
 
-    def keep_factors(
+    def register_latent_stats(
         self, shift: Sequence[float] | None, scale: Sequence[float] | None, channels: int, *, persistent: bool = False
     ) -> dict[str, tuple[float, ...]]:
         """Keep them as buffers, by default beside the weights and not among them, and return them for a LatentSpec.

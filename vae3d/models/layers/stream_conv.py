@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vae3d.models.layers.borders import Borders
-from vae3d.precision import full_precision
+from vae3d.precision import autocast_off
 
 EPS = 1e-12  # of F.normalize, which the published network uses
 
@@ -99,7 +99,7 @@ class _StreamConv(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(x, past, gamma, weight)
         ctx.borders = borders
-        with full_precision(x.device):
+        with autocast_off(x.device):
             frames = _conv_input(x, past, gamma, weight.dtype, borders)
             out = _conv(frames, x.shape[2], weight, bias, borders.zeros)
         return out, frames[:, :, -2:].clone() if keep else None
@@ -110,7 +110,7 @@ class _StreamConv(torch.autograd.Function):
         x, past, gamma, weight = ctx.saved_tensors
         borders: Borders = ctx.borders
         wanted = ctx.needs_input_grad
-        with full_precision(x.device):
+        with autocast_off(x.device):
             frames = _conv_input(x, past, gamma, weight.dtype, borders)
             wants_input = any(wanted[:3])
             to_frames, to_weight, to_bias = _conv_backward(
