@@ -1,8 +1,9 @@
-"""Imports run one way; see README "Architecture"."""
+"""Imports go downwards only; see README "Architecture"."""
 
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,94 +11,104 @@ import pytest
 from tests import tiny
 
 PACKAGE = tiny.ROOT / "vae3d"
-FILES = sorted(path for path in PACKAGE.rglob("*.py"))
+FILES = sorted(PACKAGE.rglob("*.py"))
 ENTRIES = [tiny.ROOT / "train.py", tiny.ROOT / "infer.py", *sorted((tiny.ROOT / "eval").glob("*.py"))]
+SCRIPTS = sorted((tiny.ROOT / "scripts").rglob("*.py"))
 
-BASE = {
-    "argparse_types",
-    "arguments",
-    "errors",
-    "io",
-    "panorama",
-    "pixels",
-    "precision",
-    "ranks",
-    "restore",
-    "schedules",
-    "seeding",
-    "types",
-    "weights",
-    "weight_files",
-    "features",
-}
-PARTS = {"models", "losses", "adversarial", "data", "metrics"}
-PROCESSES = {"checkpoints", "diffusion", "inference", "evaluation", "engine", "latents"}
-WIRING = {"config", "check", "model_check", "factory", "launch", "limits", "summary", "latent_config", "latent_factory"}
-WIRING |= {"interrupts", "diffusion_config", "diffusion_factory", "sampling_factory"}
+# Bottom to top. The first line stands for all modules directly in vae3d/ but loading.py: they import only each other.
+LAYERS = """
+leaves
+pretrained
+models
+losses
+metrics
+adversarial
+data
+checkpoints
+evaluation
+inference
+latents
+diffusion
+config
+loading
+training
+commands
+""".split()
 
-HYDRA = {"config", "check", "model_check", "factory", "launch", "latent_config", "diffusion_config"}
-ACCELERATE = {"engine", "factory", "launch"}
+HYDRA = {"config", "loading", "commands"}
+ACCELERATE = {"training", "commands", "distributed"}
 
 
-def imports(path: Path, type_checking: bool = False) -> set[str]:
-    """Dotted names of everything a file imports, also inside functions; not under `if TYPE_CHECKING`."""
+def imports(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, also inside functions and under `if TYPE_CHECKING`."""
     found = set()
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and not type_checking:
-            return
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom) and node.module:
             found.update(f"{node.module}.{alias.name}" for alias in node.names)
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(ast.parse(path.read_text()))
     return found
 
 
-def part(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def layer(module: str) -> str:
+    """The layer of a dotted name in vae3d."""
+    part = module.split(".")[1]
+    return part if part in LAYERS else "leaves"
 
 
-def own_imports(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in imports(path) if name.startswith("vae3d.")} - {"__version__"}
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(tiny.ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_every_part_has_its_place():
-    assert {part(path) for path in FILES} - {"__init__"} == BASE | PARTS | PROCESSES | WIRING
+@cache
+def modules() -> dict[str, Path]:
+    return {name_of(path): path for path in FILES}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_run_one_way(path):
-    here = part(path)
-    allowed = {"__init__": {"factory"}}.get(here)
-    if allowed is None:
-        allowed = set(BASE)
-        allowed |= {here} if here in PARTS else set()
-        allowed |= PARTS | PROCESSES if here in PROCESSES else set()
-        allowed |= BASE | PARTS | PROCESSES | WIRING if here in WIRING else set()
-    assert own_imports(path) <= allowed
+def module_of(name: str) -> str:
+    """The module that a dotted name is of: itself, or what it is defined in."""
+    return name if name in modules() else name.rpartition(".")[0]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@cache
+def graph() -> dict[str, set[str]]:
+    """Module -> modules of vae3d that it imports. The package itself, which imports on demand, is left out."""
+    found = {}
+    for name, path in modules().items():
+        if name != "vae3d":
+            own = {module_of(item) for item in imports(path) if item.startswith("vae3d.")}
+            found[name] = own - {"vae3d", name}
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(modules().keys() - {"vae3d"}))
+def test_imports_go_downwards(name):
+    allowed = LAYERS[: LAYERS.index(layer(name)) + 1]
+    assert [other for other in sorted(graph()[name]) if layer(other) not in allowed] == []
+
+
+def test_no_circle_of_imports():
+    remaining = {name: set(others) for name, others in graph().items()}
+    while free := [name for name, others in remaining.items() if not others & remaining.keys()]:
+        for name in free:
+            del remaining[name]
+    assert sorted(remaining) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_hydra_and_accelerate_stay_at_the_edge(path):
     roots = {name.split(".")[0] for name in imports(path)}
-    assert "hydra" not in roots or part(path) in HYDRA
-    assert "omegaconf" not in roots or part(path) in HYDRA
-    assert "accelerate" not in roots or part(path) in ACCELERATE
+    here = name_of(path).split(".")[1] if path.parent != PACKAGE or path.stem != "__init__" else ""
+    assert not roots & {"hydra", "omegaconf"} or here in HYDRA
+    assert "accelerate" not in roots or here in ACCELERATE
 
 
 def test_one_function_instantiates():
-    callers = [path for path in FILES if "hydra.utils.instantiate" in path.read_text() and part(path) != "factory"]
-    assert not callers
-    assert (PACKAGE / "factory.py").read_text().count("hydra.utils.instantiate(") == 1
+    callers = [name_of(path) for path in FILES if "hydra.utils.instantiate(" in path.read_text()]
+    assert callers == ["vae3d.loading"]
 
 
-@pytest.mark.parametrize(
-    "path", [*FILES, *ENTRIES, *sorted((tiny.ROOT / "scripts").glob("*.py"))], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", [*FILES, *ENTRIES, *SCRIPTS], ids=lambda path: str(path.relative_to(tiny.ROOT)))
 def test_no_broad_except_and_no_unsafe_load(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ExceptHandler):
@@ -107,9 +118,7 @@ def test_no_broad_except_and_no_unsafe_load(path):
             assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
 
 
-@pytest.mark.parametrize(
-    "path", [*FILES, *ENTRIES, *sorted((tiny.ROOT / "scripts").glob("*.py"))], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", [*FILES, *ENTRIES, *SCRIPTS], ids=lambda path: str(path.relative_to(tiny.ROOT)))
 def test_images_are_opened_with_a_list_of_formats(path):
     """Without one Pillow hands a PostScript file to Ghostscript, whatever the file is called."""
     for node in ast.walk(ast.parse(path.read_text())):

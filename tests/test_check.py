@@ -55,7 +55,7 @@ FAULTS = {
     "batch": (["data.batch_size=3", "trainer.accumulate=2"], "data.batch_size=3 does not divide over 1 ranks x trainer.accumulate=2; use a multiple of 2, such as 4"),
     "ranks": (["launcher=torchrun", "launcher.nproc=4", "data.batch_size=2"], "data.batch_size=2 does not divide over 4 ranks x trainer.accumulate=1; use a multiple of 4, such as 4"),
     "unknown part": (["stage.train={temporal_encodr: 1.0}"], "stage.train: OpenSoraVAE has no part temporal_encodr; it has spatial_encoder, spatial_decoder, temporal_encoder"),
-    "unreached part": (["loss=latent"], "stage.train: no loss term reaches spatial_decoder, decoder on clips of 1 frames"),
+    "params_without_grad part": (["loss=latent"], "stage.train: no loss term reaches spatial_decoder, decoder on clips of 1 frames"),
     "frozen and random": (["stage.train={temporal_decoder: 1.0}", "~stage.train.spatial_encoder", "~stage.train.spatial_decoder", "~stage.train.temporal_encoder"], "freezes spatial_encoder, spatial_decoder, temporal_encoder, encoder, decoder with random weights; set stage.init_from"),
     "unknown submodule": (["stage.init_from={spatial: random}"], "stage.init_from.spatial: the model has no such submodule; it has spatial_vae, temporal_vae"),
     "nothing to train on": (["loss.terms.l1.weight=0", "loss.terms.kl.weight=0"], "loss.terms has no term with a weight above 0"),

@@ -112,7 +112,7 @@ class Reconstruction:
 
 
 @dataclass
-class Lesson:
+class TeacherTargets:
     """What a teacher makes of a clip, without gradients.
 
     z: its latents, in the student's convention. features: of its inner modules, under the names of the student's
@@ -134,7 +134,7 @@ class Clip:
     Of depth maps only, valid: [B, 1, T, H, W] bool, False where nothing was measured, with finite pixels nevertheless;
     depth_bounds: [B, 2] metres that -1 and 1 stand for.
     weight: how much each pixel counts, broadcastable to [B, 1, T, H, W], of mean 1; set by the Objective.
-    lesson: what the teacher makes of it, if there is one; set by the Trainer.
+    targets: what the teacher makes of it, if there is one; set by the Trainer.
     """
 
     video: Tensor
@@ -144,7 +144,7 @@ class Clip:
     valid: Tensor | None = None
     depth_bounds: Tensor | None = None
     weight: Tensor | None = None
-    lesson: Lesson | None = None
+    targets: TeacherTargets | None = None
 
     def pin_memory(self) -> Clip:
         """Called by the DataLoader, so that `to` copies while the GPU computes."""

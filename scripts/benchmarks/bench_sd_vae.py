@@ -59,7 +59,7 @@ def measure(config: TrainConfig, device: torch.device, steps: int) -> tuple[floa
         start = time.perf_counter()
         for _ in range(config.trainer.accumulate):
             recipe.passes(clip)
-        recipe.adversary.settle(ALL_ON, config.trainer.accumulate)
+        recipe.adversary.sync_remaining(ALL_ON, config.trainer.accumulate)
         recipe.update()
         _wait(device)
         return time.perf_counter() - start

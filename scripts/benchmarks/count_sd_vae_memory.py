@@ -101,7 +101,7 @@ class Recipe:
         self.ema.update(0)
         if not isinstance(self.adversary, NoAdversary):
             self.adversary.optimizer.step()
-            self.adversary.discard()
+            self.adversary.reset_step()
 
 
 def clip_of(config: TrainConfig, device: torch.device) -> Clip:

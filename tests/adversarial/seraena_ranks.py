@@ -22,7 +22,7 @@ def main(folder: Path) -> None:
     report["losses"] = toy.train(adversary, range(2), accumulate=2)
     loss, _ = adversary.discriminator_loss(*toy.pair(seed=7 + rank), 2)
     loss.backward()
-    adversary.discard()
+    adversary.reset_step()
     loss, _ = adversary.discriminator_loss(*toy.pair(seed=7 + rank), 3)
     (loss * (float("nan") if rank else 1.0)).backward()  # which rank 0 must learn from the average
     adversary.step()

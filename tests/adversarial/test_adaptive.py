@@ -29,7 +29,7 @@ def weigh(model: nn.Module, most: float = 1e4, **losses: torch.Tensor) -> tuple[
     adaptive = AdaptiveWeight(most)
     adaptive.load(model, CPU)
     found = [value.item() for value in adaptive(**losses)]
-    adaptive.settle(1)
+    adaptive.sync_remaining(1)
     return tuple(found)
 
 

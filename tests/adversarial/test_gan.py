@@ -13,7 +13,7 @@ from tests import tiny
 from tests.adversarial import toy
 from tests.training import quick
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
-from vae3d.adversarial.base import Turn
+from vae3d.adversarial.base import UpdatePhase
 from vae3d.adversarial.gan import Gan
 from vae3d.commands import dry_run
 from vae3d.config.schema import validate
@@ -77,7 +77,7 @@ def test_neither_network_has_a_gradient_of_the_others_pass(config, tmp_path):
     t.train_step(clips_of(t))  # after which a leak would have left something
     clips = clips_of(t, 1) + clips_of(t, 2)
     expected = passes_apart(t, t.adversary, clips)
-    t.accumulate(clips, Turn(True, True), StepMetrics(), 1)
+    t.accumulate(clips, UpdatePhase(True, True), StepMetrics(), 1)
     for found, apart in zip((gradients(t.network), gradients(t.adversary.discriminator)), expected, strict=True):
         assert found.keys() == apart.keys()
         for name, gradient in apart.items():
@@ -85,12 +85,12 @@ def test_neither_network_has_a_gradient_of_the_others_pass(config, tmp_path):
             assert gradient.any(), name
 
 
-@pytest.mark.parametrize("turn", [Turn(True, False), Turn(False, True)])
-def test_a_network_whose_turn_it_is_not_gets_no_gradient(config, tmp_path, turn):
+@pytest.mark.parametrize("phase", [UpdatePhase(True, False), UpdatePhase(False, True)])
+def test_a_network_whose_turn_it_is_not_gets_no_gradient(config, tmp_path, phase):
     t = with_gan(config, tmp_path)
-    t.accumulate(clips_of(t), turn, StepMetrics(), 1)
+    t.accumulate(clips_of(t), phase, StepMetrics(), 1)
     reached = [any(g is not None for g in gradients(n).values()) for n in (t.network, t.adversary.discriminator)]
-    assert reached == list(turn)
+    assert reached == list(phase)
 
 
 def test_the_generators_pass_neither_iterates_powers_nor_moves_statistics():
@@ -186,7 +186,7 @@ def test_the_check_names_what_does_not_go_with_a_gan(config):
 
 def test_alternation_follows_the_requirements_table():
     adversary = toy.gan(start=50_001, alternate=True)
-    vae, discriminator = Turn(True, False), Turn(False, True)
+    vae, discriminator = UpdatePhase(True, False), UpdatePhase(False, True)
     table = {
         0: vae,
         1: vae,
@@ -197,9 +197,15 @@ def test_alternation_follows_the_requirements_table():
         50_003: vae,
         50_004: discriminator,
     }
-    assert {step: adversary.turn(step) for step in table} == table
+    assert {step: adversary.update_phase(step) for step in table} == table
     ahead = toy.gan(start=6, discriminator_start=4, alternate=True)
-    assert [ahead.turn(step) for step in range(3, 8)] == [vae, Turn(True, True), Turn(True, True), vae, discriminator]
+    assert [ahead.update_phase(step) for step in range(3, 8)] == [
+        vae,
+        UpdatePhase(True, True),
+        UpdatePhase(True, True),
+        vae,
+        discriminator,
+    ]
 
 
 def updates(t, steps):
@@ -233,8 +239,8 @@ def test_before_its_start_a_gan_costs_nothing():
     adversary.discriminator, adversary.adaptive = None, None  # which are not called, then
     for step in (0, 9, 10):
         assert adversary.generator_loss(clip, out, out.video.mean(), step) == (0, {})
-    assert [adversary.turn(step).discriminator for step in (5, 6)] == [False, True]
-    strengths = {step: adversary.strength(step) for step in (10, 11, 13, 14, 20)}
+    assert [adversary.update_phase(step).discriminator for step in (5, 6)] == [False, True]
+    strengths = {step: adversary.weight_at(step) for step in (10, 11, 13, 14, 20)}
     assert strengths == {10: 0.0, 11: 0.5, 13: 1.5, 14: 2.0, 20: 2.0}
 
 

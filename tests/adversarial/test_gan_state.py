@@ -84,7 +84,7 @@ def test_a_discarded_step_of_the_gan_leaves_no_trace(norm):
     for i in range(2):
         adversary.discriminator_loss(*toy.pair(seed=i), 2)[0].backward()
     assert toy.same(adversary.state_dict(), before)  # until `step` nothing is changed
-    adversary.discard()
+    adversary.reset_step()
     assert all(p.grad is None for p in adversary.discriminator.parameters())
     for one in (adversary, twin):
         train(one, range(2, 4))

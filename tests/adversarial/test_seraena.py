@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.adversarial import toy
-from vae3d.adversarial.base import Turn
+from vae3d.adversarial.base import UpdatePhase
 from vae3d.adversarial.groups import context_of, images_of, video_of
 from vae3d.adversarial.patch import ConditionalPatchDiscriminator
 
@@ -152,8 +152,8 @@ def test_before_its_start_the_generator_is_left_alone_and_the_discriminator_may_
     for step in (0, 9, 10):
         loss, metrics = adversary.generator_loss(clip, out, out.video.mean(), step)
         assert (loss, metrics) == (0, {})
-    assert [adversary.turn(step) for step in (5, 6)] == [Turn(True, False), Turn(True, True)]
-    assert toy.seraena(start=3).turn(2) == Turn(True, False)
+    assert [adversary.update_phase(step) for step in (5, 6)] == [UpdatePhase(True, False), UpdatePhase(True, True)]
+    assert toy.seraena(start=3).update_phase(2) == UpdatePhase(True, False)
     whole = {}
     for step in (11, 13, 14, 20):
         _, metrics = toy.seraena(start=10, ramp=4, weight=2.0).generator_loss(clip, out, out.video.mean(), step)

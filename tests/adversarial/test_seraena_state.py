@@ -73,7 +73,7 @@ def test_a_discarded_step_leaves_no_trace():
         loss.backward()
     assert any(p.grad is not None for p in adversary.discriminator.parameters())
     assert toy.same(state(adversary), before)  # until `step` nothing is changed, running statistics included
-    adversary.discard()
+    adversary.reset_step()
     assert all(p.grad is None for p in adversary.discriminator.parameters())
     twin = toy.seraena()
     toy.train(twin, range(2))

@@ -202,10 +202,10 @@ def test_sizes_are_looked_up_once_and_again_when_the_dataset_changes(tmp_path, m
     rows(6).save_to_disk(tmp_path / "saved")
     for _ in range(2):
         tables = read_tables(HuggingFace(tmp_path / "saved"), small, holdout=0, max_broken=0)
-        assert tables.left_out[0] == (
+        assert tables.skipped_files[0] == (
             f"{tmp_path}/saved/train/image/0.hfimage", "is 20x32: left out, since data.min_side=23"
         )  # fmt: skip
-        assert (len(tables.train), len(tables.left_out), len(looked)) == (3, 3, 6)
+        assert (len(tables.train), len(tables.skipped_files), len(looked)) == (3, 3, 6)
     shutil.rmtree(tmp_path / "saved")
     forget()
     rows(6, 10).save_to_disk(tmp_path / "saved")

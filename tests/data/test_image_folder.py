@@ -156,7 +156,7 @@ def test_small_files_are_left_out_as_no_error(tmp_path):
     tables = read_tables(ImageFolder(tmp_path), ClipSettings(16, 16, min_side=22), holdout=1, max_broken=0)
     assert sorted([*tables.train["name"], *tables.val["name"]]) == ["3.png", "4.png", "5.png"]
     assert tables.errors == []
-    assert tables.left_out[0] == (str(tmp_path / "0.png"), "is 16x40: left out, since data.min_side=22")
+    assert tables.skipped_files[0] == (str(tmp_path / "0.png"), "is 16x40: left out, since data.min_side=22")
     assert tables.notes[-1] == "3 files are smaller than data.min_side=22, and left out"
     with pytest.raises(DataError, match=r"no file has a shorter side of data\.min_side=99 pixels; the largest has 26"):
         read_tables(ImageFolder(tmp_path), ClipSettings(16, 16, min_side=99), holdout=1, max_broken=0)
@@ -185,8 +185,8 @@ def test_a_folder_alone_trains_and_validates(images, tmp_path, model):
     trainer.fit()
     assert trainer.step == 4
     listed = [json.loads(line) for line in (tmp_path / "run/data_errors.jsonl").read_text().splitlines()]
-    left_out = [entry["path"] for entry in listed if "left out" in entry["reason"]]
-    assert sorted(os.path.basename(path) for path in left_out) == ["0.JPEG"] * 4
+    skipped_files = [entry["path"] for entry in listed if "left out" in entry["reason"]]
+    assert sorted(os.path.basename(path) for path in skipped_files) == ["0.JPEG"] * 4
     scores = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [entry["val_clips"] for entry in scores if "val_clips" in entry] == [2, 2]
 

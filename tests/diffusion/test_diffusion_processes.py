@@ -56,7 +56,7 @@ def test_share_of_steps_with_more_signal_than_noise(schedule, share):
 def test_an_error_of_the_noise_is_enlarged_and_one_of_v_is_not(schedule, prediction, factor):
     """Why latents that are not clipped, as pixels are, explode with a network that predicts the noise roughly."""
     process = GaussianDiffusion(schedule=schedule, prediction=prediction)
-    step = process.stepper(Sampling(steps=2)).step  # from time 999 to 0, where the latents are but for a hundredth
+    step = process.sampler(Sampling(steps=2)).step  # from time 999 to 0, where the latents are but for a hundredth
     x, wrong = unit(1, 1, 1, 4, 4).float(), 1e-3
     output = toy.Oracle(process)(x, torch.tensor([999]))
     right, off = (step(guess, 0, x, toy.generators(1)) for guess in (output, output + wrong))
@@ -66,15 +66,15 @@ def test_an_error_of_the_noise_is_enlarged_and_one_of_v_is_not(schedule, predict
 @pytest.mark.parametrize("steps", [1000, 250, 100, 50, 10, 7])
 def test_ddpm_times_are_those_of_respacing(steps):
     expected = [round(i * 999 / (steps - 1)) for i in range(steps)]
-    stepper = GaussianDiffusion().stepper(Sampling(steps=steps))
-    assert stepper.times == expected[::-1]
-    assert stepper.levels == [t / 1000 for t in expected[::-1]]
+    sampler = GaussianDiffusion().sampler(Sampling(steps=steps))
+    assert sampler.times == expected[::-1]
+    assert sampler.levels == [t / 1000 for t in expected[::-1]]
 
 
 @pytest.mark.parametrize("steps", [1000, 250, 100, 50, 25, 10])
 def test_ddim_times_are_those_of_ddim_respacing(steps):
     assert (
-        GaussianDiffusion().stepper(Sampling(steps=steps, method="ddim")).times
+        GaussianDiffusion().sampler(Sampling(steps=steps, method="ddim")).times
         == list(range(0, 1000, 1000 // steps))[::-1]
     )
 
@@ -85,8 +85,8 @@ def test_ddim_times_are_those_of_ddim_respacing(steps):
 @pytest.mark.parametrize("clip", [None, 1.5])
 def test_ddpm_steps_equal_their_formula(schedule, variance, steps, clip):
     process = GaussianDiffusion(schedule=schedule, variance=variance)
-    stepper = process.stepper(Sampling(steps=steps, clip=clip))
-    kept = np.cumprod(1 - betas_of(schedule))[stepper.times[::-1]]
+    sampler = process.sampler(Sampling(steps=steps, clip=clip))
+    kept = np.cumprod(1 - betas_of(schedule))[sampler.times[::-1]]
     before = np.concatenate([[1.0], kept[:-1]])
     beta = 1 - kept / before
     posterior = beta * (1 - before) / (1 - kept)
@@ -104,7 +104,7 @@ def test_ddpm_steps_equal_their_formula(schedule, variance, steps, clip):
             log = {"fixed_small": low, "fixed_large": high, "learned_range": (v + 1) / 2 * high + (1 - v) / 2 * low}
             noise = torch.cat([torch.randn(1, 2, 1, 3, 3, generator=g) for g in toy.generators(2, index)])
             mean = mean + torch.as_tensor(log[variance] / 2).exp() * noise
-        got = stepper.step(output, index, x.float(), toy.generators(2, index))
+        got = sampler.step(output, index, x.float(), toy.generators(2, index))
         torch.testing.assert_close(got.double(), mean, rtol=1e-4, atol=1e-4 * float(mean.abs().max()))
 
 
@@ -114,7 +114,7 @@ def test_ddpm_steps_equal_their_formula(schedule, variance, steps, clip):
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
 def test_ddim_steps_equal_their_formula(schedule, eta, clip, variance):
     """Equation 12 of arXiv 2010.02502; with a clip the noise is that which leads to the clipped latents."""
-    stepper = GaussianDiffusion(schedule=schedule, variance=variance).stepper(Sampling(50, "ddim", eta=eta, clip=clip))
+    sampler = GaussianDiffusion(schedule=schedule, variance=variance).sampler(Sampling(50, "ddim", eta=eta, clip=clip))
     kept = np.cumprod(1 - betas_of(schedule))
     x, eps = unit(2, 2, 1, 3, 3), unit(2, 2, 1, 3, 3, seed=1)
     output = (torch.cat([eps, eps], 1) if variance == "learned_range" else eps).float()
@@ -127,19 +127,19 @@ def test_ddim_steps_equal_their_formula(schedule, eta, clip, variance):
         sigma = eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then))
         expected = math.sqrt(then) * z0 + math.sqrt(1 - then - sigma**2) * noise
         expected += sigma * torch.cat([torch.randn(1, 2, 1, 3, 3, generator=g) for g in toy.generators(2)])
-        got = stepper.step(output, index, x.float(), toy.generators(2))
+        got = sampler.step(output, index, x.float(), toy.generators(2))
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_euler_steps_equal_their_formula(shift):
-    stepper = RectifiedFlow().stepper(Sampling(steps=4, shift=shift))
+    sampler = RectifiedFlow().sampler(Sampling(steps=4, shift=shift))
     t = [shift * s / (1 + (shift - 1) * s) for s in (1, 0.75, 0.5, 0.25, 0)]
-    np.testing.assert_allclose(stepper.levels, t[:-1], rtol=1e-6)
-    np.testing.assert_allclose(stepper.times, [1000 * s for s in t[:-1]], rtol=1e-6)
+    np.testing.assert_allclose(sampler.levels, t[:-1], rtol=1e-6)
+    np.testing.assert_allclose(sampler.times, [1000 * s for s in t[:-1]], rtol=1e-6)
     x, velocity = unit(1, 2, 1, 3, 3), unit(1, 2, 1, 3, 3, seed=1)
     for i in range(4):
-        got = stepper.step(velocity.float(), i, x.float(), toy.generators(1))
+        got = sampler.step(velocity.float(), i, x.float(), toy.generators(1))
         torch.testing.assert_close(got.double(), x + (t[i + 1] - t[i]) * velocity, rtol=1e-5, atol=1e-5)
 
 
@@ -303,14 +303,14 @@ def test_a_third_of_unit_latents_lies_where_guided_diffusion_sees_an_edge():
      (lambda: Sampling(interval=(0.5, 0.2)), "interval is"),
      (lambda: Sampling(eta=2), "eta is 2"),
      (lambda: Sampling(shift=0), "shift is 0"),
-     (lambda: GaussianDiffusion().stepper(Sampling(method="euler")), "method is 'euler'; use ddpm or ddim"),
-     (lambda: RectifiedFlow().stepper(Sampling(method="ddim")), "use euler"),
-     (lambda: GaussianDiffusion().stepper(Sampling(steps=1)), "steps is 1, into which ddpm cannot divide 1000; use e.g. 2, 3, 4"),
-     (lambda: GaussianDiffusion().stepper(Sampling(steps=1001)), "998, 999, 1000"),
-     (lambda: GaussianDiffusion().stepper(Sampling(steps=30, method="ddim")), "use e.g. 20, 25, 40"),
-     (lambda: GaussianDiffusion().stepper(Sampling(eta=0.5)), "eta mean nothing to ddpm"),
-     (lambda: GaussianDiffusion().stepper(Sampling(shift=3)), "shift mean nothing to Gaussian diffusion"),
-     (lambda: RectifiedFlow().stepper(Sampling(eta=0.5)), "eta mean nothing to rectified flow")],
+     (lambda: GaussianDiffusion().sampler(Sampling(method="euler")), "method is 'euler'; use ddpm or ddim"),
+     (lambda: RectifiedFlow().sampler(Sampling(method="ddim")), "use euler"),
+     (lambda: GaussianDiffusion().sampler(Sampling(steps=1)), "steps is 1, into which ddpm cannot divide 1000; use e.g. 2, 3, 4"),
+     (lambda: GaussianDiffusion().sampler(Sampling(steps=1001)), "998, 999, 1000"),
+     (lambda: GaussianDiffusion().sampler(Sampling(steps=30, method="ddim")), "use e.g. 20, 25, 40"),
+     (lambda: GaussianDiffusion().sampler(Sampling(eta=0.5)), "eta mean nothing to ddpm"),
+     (lambda: GaussianDiffusion().sampler(Sampling(shift=3)), "shift mean nothing to Gaussian diffusion"),
+     (lambda: RectifiedFlow().sampler(Sampling(eta=0.5)), "eta mean nothing to rectified flow")],
 )  # fmt: skip
 def test_impossible_processes_are_named(make, message):
     with pytest.raises(ValueError, match=message):
@@ -325,4 +325,4 @@ def test_another_number_of_channels_is_refused(process):
     with pytest.raises(ValueError, match=told):
         process.losses(output, z, z, process.draw_times(toy.generators(1)))
     with pytest.raises(ValueError, match=told):
-        process.stepper(Sampling(steps=10)).step(output, 0, z, toy.generators(1))
+        process.sampler(Sampling(steps=10)).step(output, 0, z, toy.generators(1))

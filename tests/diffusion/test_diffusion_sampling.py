@@ -12,7 +12,7 @@ from vae3d.diffusion.build import build_network
 from vae3d.diffusion.conditioning import drop_labels, guided
 from vae3d.diffusion.flow import RectifiedFlow
 from vae3d.diffusion.gaussian import GaussianDiffusion
-from vae3d.diffusion.sampling import doubted, grid, rounds, sample_latents, write_grid, write_npz
+from vae3d.diffusion.sampling import check_latent_rms, grid, rounds, sample_latents, write_grid, write_npz
 from vae3d.diffusion.scale import Sums
 
 WAYS = {
@@ -51,7 +51,7 @@ def test_samples_of_a_gaussian_have_its_mean_and_deviation(way):
     process, sampling = WAYS[way]
     z = sample_latents(toy.Oracle(process, 0.5, 1.0), process, (4, 1, 64, 64), sampling, seed=0, indices=[0])
     small = way in ("ddpm", "learned", "v")
-    expected = deviation(process, process.stepper(sampling).times) if small else 1.0
+    expected = deviation(process, process.sampler(sampling).times) if small else 1.0
     assert z.mean() == pytest.approx(0.5, abs=0.03)
     assert z.std() == pytest.approx(expected, abs=0.02 if small or way == "fixed_large" else 0.05)
 
@@ -111,7 +111,7 @@ def test_size_of_latents_by_hand():
      (0.6, Sampling(), None), (1.9, Sampling(), None)],
 )  # fmt: skip
 def test_samples_far_from_the_size_of_data_are_doubted(rms, sampling, advice):
-    told = doubted(rms, RectifiedFlow(), sampling)
+    told = check_latent_rms(rms, RectifiedFlow(), sampling)
     assert told is None if advice is None else told.endswith(f"To mend it, {advice}")
 
 

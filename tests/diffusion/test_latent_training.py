@@ -33,7 +33,7 @@ from vae3d.errors import UserError
 from vae3d.latents.cache import CacheError
 from vae3d.training import diffusion_saving, diffusion_validation
 from vae3d.training.checkpointer import SaveError
-from vae3d.training.patience import LostPatience
+from vae3d.training.patience import TooManyFailures
 
 sys.path.insert(0, str(tiny.ROOT / "scripts"))
 FOUR = "model.channels=[8,8,8]"  # 4 x 4
@@ -163,7 +163,9 @@ def test_checkpoints_that_cannot_be_written_are_borne_until_patience_ends(cached
     monkeypatch.setattr(
         diffusion_saving, "write_export", lambda *args: (full if trainer.step == 3 else write_export)(*args)
     )
-    with pytest.raises(LostPatience, match=r"2 checkpoints in a row could not be written .*trainer.save_failures is"):
+    with pytest.raises(
+        TooManyFailures, match=r"2 checkpoints in a row could not be written .*trainer.save_failures is"
+    ):
         trainer.fit()
     assert "no checkpoint of step 2: rank 0: OSError: [Errno 28]" in caplog.text
     assert "step-0000003 is complete, but not what is made of it: rank 0: OSError" in caplog.text
@@ -226,7 +228,7 @@ def test_what_is_finished_is_saved_before_a_run_stops_but_not_while_steps_are_sk
         with pytest.raises(DataError, match=r"(?s)a worker was killed.*all 5 finished steps are saved"):
             trainer.fit()
     else:
-        with pytest.raises(LostPatience, match="3 steps in a row were skipped"):
+        with pytest.raises(TooManyFailures, match="3 steps in a row were skipped"):
             trainer.fit()
     newest = {"signal": 6, "data": 5, "ruined": 3}[ends]
     assert state.latest_state(tmp_path / "checkpoints").name == f"step-000000{newest}"

@@ -97,8 +97,8 @@ def test_fewer_than_two_samples_have_no_distance(networks, count):
 )
 def test_few_samples_are_warned_of(quick, name, count, warning):
     (metric,) = build_metrics([name])
-    _, _, doubts = metric.combine([(gathered(rows(count)), gathered(rows(count)))])
-    assert [doubt.startswith(warning or "-") for doubt in doubts] == [True] * bool(warning)
+    _, _, warnings = metric.combine([(gathered(rows(count)), gathered(rows(count)))])
+    assert [doubt.startswith(warning or "-") for doubt in warnings] == [True] * bool(warning)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7])

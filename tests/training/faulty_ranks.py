@@ -20,9 +20,9 @@ from vae3d.data.clips import Unreadable
 from vae3d.data.sources import DataError
 from vae3d.training import data_parallel
 from vae3d.training.agreement import RanksDiffer
-from vae3d.training.checkpointer import common_start
+from vae3d.training.checkpointer import find_resume_checkpoint
 from vae3d.training.preflight import PreflightError, preflight
-from vae3d.training.step_status import Ballot
+from vae3d.training.step_status import StatusTable
 from vae3d.training.vae_trainer import Trainer
 
 SETTINGS = {
@@ -103,7 +103,7 @@ def refusals(t: Trainer, rank: int) -> dict[str, str]:
     folders on disks of their own, of which only one holds checkpoints."""
     told = {}
     try:
-        common_start(SimpleNamespace(folder=t.folder if rank else t.folder / "empty", config=t.config))
+        find_resume_checkpoint(SimpleNamespace(folder=t.folder if rank else t.folder / "empty", config=t.config))
     except state.ResumeError as error:
         told["checkpoints"] = str(error)
     hooks = [t.network.register_forward_pre_hook(out_of_memory)] if rank == 1 else []
@@ -128,7 +128,7 @@ def uneven(t: Trainer, rank: int) -> str:
     first, second = [p for name, p in t.network.named_parameters() if name.endswith("norm1.weight")][:2]
     for p in t.strategy.parameters:
         p.grad = torch.zeros_like(p) if p is not (first, second)[rank] else None
-    votes = dict.fromkeys(Ballot.COLUMNS, 0.0) | {"gradients": t.strategy.gradients()}
+    votes = dict.fromkeys(StatusTable.COLUMNS, 0.0) | {"gradients": t.strategy.gradients()}
     try:
         t.ballot.cast(**votes, with_gradient=t.strategy.with_gradient)
     except RanksDiffer as error:

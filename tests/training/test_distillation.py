@@ -15,8 +15,8 @@ from vae3d.checkpoints.state import ResumeError
 from vae3d.commands import train
 from vae3d.config.validate import ConfigError
 from vae3d.losses.distillation import FeatureDistillation, LatentDistillation
-from vae3d.training.distillation import Distillation, TeacherError, captured, one_per_latent
-from vae3d.types import Clip, Delta, Lesson, Reconstruction
+from vae3d.training.distillation import Distillation, TeacherError, capture_activations, one_per_latent
+from vae3d.types import Clip, Delta, Reconstruction, TeacherTargets
 
 FACTORS = ["model.shift=[1,2,3,4]", "model.scale=[2,2,2,2]"]
 STUDENT = [
@@ -51,9 +51,9 @@ def test_the_lesson_is_the_teachers_mode_in_the_students_convention(teacher):
     network, student = vae3d.load(teacher), tiny.model("wan")
     clip = clip_of()
     z = network.encode(clip.video).mode()
-    assert torch.equal(Distillation(network, student).teach(clip).lesson.z, z)
+    assert torch.equal(Distillation(network, student).compute_targets(clip).targets.z, z)
     student.latent = "normalized"
-    assert torch.equal(Distillation(network, student).teach(clip).lesson.z, network.normalize(z))
+    assert torch.equal(Distillation(network, student).compute_targets(clip).targets.z, network.normalize(z))
 
 
 def test_half_precision_leaves_the_mean_and_deviation_of_latents_alone(teacher):
@@ -64,7 +64,7 @@ def test_half_precision_leaves_the_mean_and_deviation_of_latents_alone(teacher):
     assert next(network.parameters()).dtype == torch.bfloat16
     assert network.scale.dtype == torch.float32
     assert float(network.scale.flatten()[0]) == pytest.approx(2.8184)
-    assert given.teach(clip_of()).lesson.z.dtype == torch.float32
+    assert given.compute_targets(clip_of()).targets.z.dtype == torch.float32
 
 
 def test_a_raw_student_of_normalized_latents_is_refused(teacher):
@@ -78,15 +78,15 @@ def test_sampled_lessons_depend_on_the_clip_alone(teacher):
     given = Distillation(vae3d.load(teacher), tiny.model("wan"), sample=True, seed=7)
     both = clip_of()
     one = Clip(both.video[1:], both.positions[1:], [""])
-    drawn = given.teach(both).lesson.z
-    torch.testing.assert_close(drawn[1:], given.teach(one).lesson.z)
+    drawn = given.compute_targets(both).targets.z
+    torch.testing.assert_close(drawn[1:], given.compute_targets(one).targets.z)
     assert not torch.equal(drawn, vae3d.load(teacher).encode(both.video).mode())
 
 
 @pytest.mark.parametrize(("decode", "shares"), [("teacher", {1.0}), ("own", {0.0}), ("mixed", None)])
 def test_the_student_decodes_what_it_is_told(teacher, decode, shares):
     given = Distillation(vae3d.load(teacher), tiny.model("wan"), decode=decode)
-    clip = given.teach(clip_of())
+    clip = given.compute_targets(clip_of())
     taught = [given.latents(clip, step) is not None for step in range(100)]
     assert sum(taught) / 100 in shares if shares else 0.3 < sum(taught) / 100 < 0.7
     assert taught == [given.latents(clip, step) is not None for step in range(100)]
@@ -110,7 +110,7 @@ def test_encoder_and_decoder_learn_apart_where_the_teachers_latents_are_decoded(
     """No gradient of pixels reaches the encoder, none of latents the decoder."""
     student = tiny.model("wan")
     given = Distillation(vae3d.load(teacher), student)
-    clip = given.teach(clip_of())
+    clip = given.compute_targets(clip_of())
     out = student(clip.video, latents=given.latents(clip, 0), encode=True)
     (out.video - clip.video).square().mean().backward(retain_graph=True)
     assert all(p.grad is None for p in student.encoder.parameters())
@@ -167,7 +167,7 @@ def test_features_of_chunks_are_those_of_the_clip():
     found = []
     for chunks in (None, 1):
         network.chunk_latents = chunks
-        with captured(network, ["decoder.middle.2"], 2) as features:
+        with capture_activations(network, ["decoder.middle.2"], 2) as features:
             network(clip_of().video)
         found.append(features("decoder.middle.2"))
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)
@@ -176,7 +176,7 @@ def test_features_of_chunks_are_those_of_the_clip():
 def test_losses_against_a_teacher_have_their_formulas():
     own, taught = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1), torch.tensor([0.0, 1.0]).view(1, 2, 1, 1, 1)
     clip = clip_of(frames=1, batch=1)
-    clip.lesson = Lesson(taught, {"a": taught, "b": own})
+    clip.targets = TeacherTargets(taught, {"a": taught, "b": own})
     out = Reconstruction(None, Delta(own), own, features={"a": own, "b": own + 1})
     assert LatentDistillation("mse")(clip, out).map.mean() == 2.5
     assert LatentDistillation("l1")(clip, out).map.mean() == 1.5

@@ -52,9 +52,9 @@ def cogvideox(tmp_path_factory):
 def test_a_student_of_wan_gets_latents_as_the_diffusion_model_sees_them(wan):
     teacher, student = vae3d.load(wan), tiny.model("taehv")
     clip = Clip(torch.rand(1, 3, 9, 16, 16) * 2 - 1, torch.zeros(1, dtype=torch.long), [""])
-    lesson = Distillation(teacher, student).teach(clip).lesson
-    assert torch.equal(lesson.z, (teacher.encode(clip.video).mode() - 0.5) / 2)
-    assert lesson.z.shape == student.encode(clip.video).mean.shape
+    targets = Distillation(teacher, student).compute_targets(clip).targets
+    assert torch.equal(targets.z, (teacher.encode(clip.video).mode() - 0.5) / 2)
+    assert targets.z.shape == student.encode(clip.video).mean.shape
 
 
 def test_features_of_a_wan_decoder_reach_those_of_a_tiny_one(videos, wan, tmp_path):
@@ -105,7 +105,7 @@ def test_a_student_of_cogvideox_trains_on_whole_clips(videos, cogvideox, tmp_pat
     t.fit()
     assert t.step == 2
     clip = clip_of_zeros(frames)
-    taught = t.distillation.teach(clip).lesson.z  # CogVideoX's student decodes raw latents
+    taught = t.distillation.compute_targets(clip).targets.z  # CogVideoX's student decodes raw latents
     assert torch.equal(taught, t.distillation.teacher.encode(clip.video).mode())
 
 

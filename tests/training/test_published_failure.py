@@ -11,7 +11,7 @@ import torch
 from tests import tiny
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.commands import train
-from vae3d.training.patience import LostPatience
+from vae3d.training.patience import TooManyFailures
 
 SETTINGS = [
     "stage=finetune", "stage.init_from=random", "loss=recon_kl", "loss.reduction=mean",
@@ -54,7 +54,7 @@ def test_with_both_errors_the_output_dies_at_black_and_the_run_stops(videos, tmp
     t = trainer(videos, tmp_path)
     clip = next(iter(t.data.clips(0, 1)))
     clamp_outputs(t)
-    with pytest.raises(LostPatience, match=r"10 steps in a row had no gradient at all \(loss .*e-05"):
+    with pytest.raises(TooManyFailures, match=r"10 steps in a row had no gradient at all \(loss .*e-05"):
         for _ in range(150):
             values = t.train_step([divide_again(clip)])
     assert values["grad_norm"] == 0.0

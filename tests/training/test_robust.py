@@ -18,7 +18,7 @@ from vae3d.data.clips import Unreadable
 from vae3d.losses.objective import Error, Weighted
 from vae3d.training import memory
 from vae3d.training.checkpointer import SaveError, run_on_all_ranks
-from vae3d.training.patience import LostPatience
+from vae3d.training.patience import TooManyFailures
 from vae3d.training.preflight import PreflightError
 
 LONG = {"trainer.max_steps": 9, "trainer.save_every": 0}
@@ -102,7 +102,7 @@ def test_a_gradient_of_zero_stops_the_run_with_what_to_look_at(videos, tmp_path)
         return out
 
     t.strategy.model.forward = clamped
-    with pytest.raises(LostPatience, match=r"3 steps in a row had no gradient at all.*are its outputs clamped"):
+    with pytest.raises(TooManyFailures, match=r"3 steps in a row had no gradient at all.*are its outputs clamped"):
         t.fit()
     assert t.step == 3
 
@@ -114,7 +114,7 @@ def test_a_step_without_files_does_not_make_an_alarm_begin_anew(videos, tmp_path
     t.objective.terms = {"zero": Weighted(Zero(), 1.0)}
     t.train_step([clip])
     t.train_step([Unreadable([("a.mp4", "is empty")])])
-    with pytest.raises(LostPatience, match="2 steps in a row had no gradient at all"):
+    with pytest.raises(TooManyFailures, match="2 steps in a row had no gradient at all"):
         t.train_step([clip])
 
 
@@ -125,7 +125,7 @@ def test_errors_in_a_row_are_counted_on_after_a_resume(videos, tmp_path):
     t.save()
     t.log.close()
     again = trainer(videos, tmp_path, **LONG, **{"trainer.robust.max_consecutive_failures": 2})
-    with pytest.raises(LostPatience, match="2 steps in a row could not be finished"):
+    with pytest.raises(TooManyFailures, match="2 steps in a row could not be finished"):
         again.train_step(gone)
 
 
@@ -160,7 +160,7 @@ def test_nothing_readable_or_no_memory_stops_the_run_after_a_while(videos, tmp_p
     t = trainer(videos, tmp_path, **LONG, **{"trainer.robust.max_consecutive_failures": 2})
     assert t.train_step([Unreadable([("a.mp4", "is empty")])])["skipped"] == 1.0
     with pytest.raises(
-        LostPatience, match=r"2 steps in a row could not be finished \(without a readable file: rank 0\)"
+        TooManyFailures, match=r"2 steps in a row could not be finished \(without a readable file: rank 0\)"
     ):
         t.train_step([Unreadable([("b.mp4", "is empty")])])
     assert "b.mp4" in (tmp_path / "data_errors.jsonl").read_text()
@@ -207,7 +207,7 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run_until_patience_ends(video
     monkeypatch.setattr(state, "write", full)
     t.save()
     with pytest.raises(
-        LostPatience, match=r"2 checkpoints in a row could not be written \(.*rank 0: OSError.*No space left"
+        TooManyFailures, match=r"2 checkpoints in a row could not be written \(.*rank 0: OSError.*No space left"
     ):
         t.save()
 

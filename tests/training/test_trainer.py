@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 import vae3d
 from tests import tiny
-from vae3d.adversarial.base import NoAdversary, Turn
+from vae3d.adversarial.base import NoAdversary, UpdatePhase
 from vae3d.checkpoints.formats import CheckpointError
 from vae3d.checkpoints.state import ResumeError, latest_state, load_state
 from vae3d.commands import train
@@ -325,8 +325,8 @@ class OnePixelCritic(NoAdversary):
         self.weight = torch.nn.Parameter(torch.ones(3))
         self.updates = 0
 
-    def turn(self, step):
-        return Turn(generator=step % 2 == 0, discriminator=step % 2 == 1)
+    def update_phase(self, step):
+        return UpdatePhase(generator=step % 2 == 0, discriminator=step % 2 == 1)
 
     def generator_loss(self, clip, out, recon, step):
         loss = -(out.video[:, :, 0, 0, 0] * self.weight.detach()).mean()

@@ -55,7 +55,7 @@ def test_ranks_stay_equal_and_average_gradients_only_of_sound_steps(ranks):
         assert torch.equal(tensor, second["weights"][name]), name
     assert first["spikes"] == second["spikes"] == first["resumed"] == second["resumed"]
     assert first["spikes"]["accepted"] == two_ranks.SOUND + 1
-    assert first["collectives"] == 3 + 2 + 3  # a verdict and metrics each; gradients not of the step with the NaN
+    assert first["collectives"] == 3 + 2 + 3  # a status and metrics each; gradients not of the step with the NaN
     assert first["steps"]["after"] == second["steps"]["after"]
 
 

@@ -17,7 +17,7 @@ from vae3d import distributed
 from vae3d.checkpoints import state
 from vae3d.data.clips import Unreadable
 from vae3d.training.deepspeed import StrategyError
-from vae3d.training.patience import LostPatience
+from vae3d.training.patience import TooManyFailures
 from vae3d.training.preflight import preflight
 from vae3d.training.vae_trainer import Trainer
 
@@ -63,8 +63,8 @@ def dropped(t: Trainer, rank: int) -> dict[str, list[float]]:
     for error in ("data", "discriminator"):
         before, clips, accumulate = weights(t), clips_of(t, t.step), t.accumulate
 
-        def spoilt(clips: list, turn: Any, metrics: Any, step: int, accumulate: Any = accumulate) -> None:
-            accumulate(clips, turn, metrics, step)
+        def spoilt(clips: list, phase: Any, metrics: Any, step: int, accumulate: Any = accumulate) -> None:
+            accumulate(clips, phase, metrics, step)
             metrics.add({"loss_discriminator": torch.tensor(float("nan") if rank == 1 else 0.5)})
 
         if error == "data" and rank == 1:
@@ -82,7 +82,7 @@ def leaves(t: Trainer) -> str:
     """What the run says as it ends for a step that it cannot take back."""
     try:
         t.train_step(clips_of(t, t.step))
-    except LostPatience as error:
+    except TooManyFailures as error:
         return str(error)
     return "nothing"
 

@@ -22,10 +22,10 @@ class AdaptiveWeight:
 
     Ranks: the two gradients, some thousand numbers, are averaged over ranks before their norms are taken, so that two
     ranks with a clip each have the weight of one rank with both. Every micro-batch has its own weight. A rank that
-    cannot take part, for want of memory or files, must make up for it in `settle`; the mean is then of the others.
+    cannot take part, for want of memory or files, must make up for it in `sync_remaining`; the mean is then of the others.
 
     It never falls to 0 in silence: ValueError without a layer that trains, where `loss` does not reach it, and, in
-    `settle`, where `loss` does not pull at it at all. Where a gradient is not finite neither is the weight, and the
+    `sync_remaining`, where `loss` does not pull at it at all. Where a gradient is not finite neither is the weight, and the
     step is skipped as every such step.
     """
 
@@ -78,7 +78,7 @@ class AdaptiveWeight:
         self._idle.append((pull == 0) & (push > 0))
         return norms
 
-    def settle(self, micro_batches: int) -> None:
+    def sync_remaining(self, micro_batches: int) -> None:
         """Take part in the exchanges of a step that this rank has missed.
 
         Raises ValueError, on all ranks, if the weight of a micro-batch came out as 0 because no other loss pulls.

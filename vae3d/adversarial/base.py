@@ -15,7 +15,7 @@ from vae3d.distributed import all_reduce_mean
 from vae3d.types import Clip, Reconstruction
 
 
-class Turn(NamedTuple):
+class UpdatePhase(NamedTuple):
     """Who is updated in a step."""
 
     generator: bool
@@ -26,16 +26,16 @@ class Adversary(Protocol):
     """Owns its networks, their optimizer and all their state.
 
     The discriminator is frozen in the generator's pass, and sees detached reconstructions in its own. In an optimizer
-    step the two losses are asked for each micro-batch and differentiated by the trainer; then comes `settle`, and
-    after it either `step`, on all ranks, or `discard`, on all ranks. `step` may communicate, and so may
-    `generator_loss`, as long as `settle` makes up for a rank that could not call it.
+    step the two losses are asked for each micro-batch and differentiated by the trainer; then comes `sync_remaining`, and
+    after it either `step`, on all ranks, or `reset_step`, on all ranks. `step` may communicate, and so may
+    `generator_loss`, as long as `sync_remaining` makes up for a rank that could not call it.
     """
 
     def load(self, model: nn.Module, device: torch.device, seed: int, rank: int) -> None:
         """Move to the device that training runs on; called once, before anything else. model: what trains, as its
         stage has frozen it. seed: the run's."""
 
-    def turn(self, step: int) -> Turn: ...
+    def update_phase(self, step: int) -> UpdatePhase: ...
 
     def generator_loss(
         self, clip: Clip, out: Reconstruction, loss: Tensor, step: int
@@ -44,14 +44,14 @@ class Adversary(Protocol):
 
     def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]: ...
 
-    def settle(self, step: int, micro_batches: int) -> None:
+    def sync_remaining(self, step: int, micro_batches: int) -> None:
         """Take part in what other ranks ask of each other in their generator losses of this step, as often as this
         rank has not: memory or files may have failed it. Called on every rank."""
 
     def step(self) -> None:
         """Average the discriminator's gradients over ranks, update it and clear them."""
 
-    def discard(self) -> None:
+    def reset_step(self) -> None:
         """Forget the gradients, and what else of this optimizer step was kept: it is skipped."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,8 +108,8 @@ class NoAdversary:
     def load(self, model: nn.Module, device: torch.device, seed: int, rank: int) -> None:
         pass
 
-    def turn(self, step: int) -> Turn:
-        return Turn(generator=True, discriminator=False)
+    def update_phase(self, step: int) -> UpdatePhase:
+        return UpdatePhase(generator=True, discriminator=False)
 
     def generator_loss(
         self, clip: Clip, out: Reconstruction, loss: Tensor, step: int
@@ -119,13 +119,13 @@ class NoAdversary:
     def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         raise AssertionError("it is never the discriminator's turn")
 
-    def settle(self, step: int, micro_batches: int) -> None:
+    def sync_remaining(self, step: int, micro_batches: int) -> None:
         pass
 
     def step(self) -> None:
         raise AssertionError("it is never the discriminator's turn")
 
-    def discard(self) -> None:
+    def reset_step(self) -> None:
         pass
 
     def state_dict(self) -> dict[str, Any]:

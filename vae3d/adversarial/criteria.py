@@ -34,7 +34,7 @@ def cross_entropy(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-def raise_logits(real: Tensor, fake: Tensor) -> Tensor:
+def hinge_g(real: Tensor, fake: Tensor) -> Tensor:
     """Of the generator, -E D(y)."""
     return -fake.mean()
 
@@ -44,22 +44,22 @@ def non_saturating(real: Tensor, fake: Tensor) -> Tensor:
     return F.softplus(-fake).mean()
 
 
-def outdo(better: Tensor, worse: Tensor) -> Tensor:
+def relativistic_d(better: Tensor, worse: Tensor) -> Tensor:
     """E softplus(-(D(better) - D(worse))), patch by patch: the discriminator's relativistic loss of (real, fake), and
     with the two exchanged the generator's. arXiv 1807.00734; `R3GAN/Trainer.py` of brownvc/R3GAN, arXiv 2501.05441,
     where the two are drawn apart; here each is the reconstruction of the other."""
     return F.softplus(worse - better).mean()
 
 
-def outdone(real: Tensor, fake: Tensor) -> Tensor:
-    return outdo(fake, real)
+def relativistic_g(real: Tensor, fake: Tensor) -> Tensor:
+    return relativistic_d(fake, real)
 
 
 CRITERIA = {
-    "hinge": Criterion(raise_logits, hinge),
-    "vanilla": Criterion(raise_logits, cross_entropy),
+    "hinge": Criterion(hinge_g, hinge),
+    "vanilla": Criterion(hinge_g, cross_entropy),
     "non_saturating": Criterion(non_saturating, cross_entropy),
-    "relativistic": Criterion(outdone, outdo, paired=True),
+    "relativistic": Criterion(relativistic_g, relativistic_d, paired=True),
     # microsoft/VidTok `vidtok/modules/losses.py`, where softplus is of the mean logit of each image.
     "hinge_non_saturating": Criterion(non_saturating, hinge),
 }

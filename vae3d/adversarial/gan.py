@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vae3d.adversarial.adaptive import AdaptiveWeight
-from vae3d.adversarial.base import Turn, require_pair, update
+from vae3d.adversarial.base import UpdatePhase, require_pair, update
 from vae3d.adversarial.criteria import CRITERIA, gradient_penalty, lecam, over_scales
 from vae3d.adversarial.groups import images_of
 from vae3d.adversarial.patchgan import MultiScale, PatchGAN, PatchGAN3D
@@ -116,12 +116,12 @@ class Gan:
         if self.adaptive is not None:
             self.adaptive.load(model, device)
 
-    def turn(self, step: int) -> Turn:
+    def update_phase(self, step: int) -> UpdatePhase:
         if self.alternate and step >= self.start:
-            return Turn(generator=(step - self.start) % 2 == 0, discriminator=(step - self.start) % 2 == 1)
-        return Turn(generator=True, discriminator=step >= self.discriminator_start)
+            return UpdatePhase(generator=(step - self.start) % 2 == 0, discriminator=(step - self.start) % 2 == 1)
+        return UpdatePhase(generator=True, discriminator=step >= self.discriminator_start)
 
-    def strength(self, step: int) -> float:
+    def weight_at(self, step: int) -> float:
         """Of the generator's loss, but for the adaptive weight."""
         return self.weight * ramp_at(step, self.start, self.start + self.ramp)
 
@@ -130,8 +130,8 @@ class Gan:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Raises ValueError if sizes do not fit, no trained part reaches the pixels, or the adaptive weight has none to
         measure at."""
-        strength = torch.tensor(self.strength(step), device=clip.video.device)
-        if not self.strength(step):
+        strength = torch.tensor(self.weight_at(step), device=clip.video.device)
+        if not self.weight_at(step):
             return strength, {}
         real, fake = self._images(clip, out)
         if not out.video.requires_grad:
@@ -185,7 +185,7 @@ class Gan:
         metrics = {
             "gan/discriminator_loss": value,
             **{f"gan/logits_{name}": mean.mean() for name, mean in zip(("real", "fake"), means, strict=True)},
-            "gan/real_right": share(lambda real, fake: (real > 0).float().mean()),
+            "gan/real_accuracy": share(lambda real, fake: (real > 0).float().mean()),
             "gan/fake_right": share(lambda real, fake: (fake < 0).float().mean()),
             "gan/pair_right": share(lambda real, fake: (real > fake).float().mean()),
         }
@@ -212,9 +212,9 @@ class Gan:
                 found[name] = gradient_penalty(logits, images)
         return found
 
-    def settle(self, step: int, micro_batches: int) -> None:
-        if self.adaptive is not None and self.turn(step).generator and self.strength(step):
-            self.adaptive.settle(micro_batches)
+    def sync_remaining(self, step: int, micro_batches: int) -> None:
+        if self.adaptive is not None and self.update_phase(step).generator and self.weight_at(step):
+            self.adaptive.sync_remaining(micro_batches)
 
     def step(self) -> None:
         """A step whose averaged gradient is not finite is discarded, on all ranks alike, and counted."""
@@ -224,17 +224,17 @@ class Gan:
         norm = update(self.discriminator, self.optimizer, self._buffers, self.grad_clip, also=[means])
         if not math.isfinite(norm):
             self.skipped += 1
-            self.discard()
+            self.reset_step()
             return
         self.grad_norm = norm
         self.averages.lerp_(means, 1 - self.lecam_decay)
-        self.discard()
+        self.reset_step()
 
     def lr_at(self, step: int) -> float:
         before = self.discriminator_start
         return learning_rate(step - before, max_steps=self.max_steps - before, **self.rate)
 
-    def discard(self) -> None:
+    def reset_step(self) -> None:
         self.optimizer.zero_grad()
         self._forget()
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae3d.adversarial.base import Turn, require_pair, update
+from vae3d.adversarial.base import UpdatePhase, require_pair, update
 from vae3d.adversarial.groups import context_of, images_of, video_of
 from vae3d.adversarial.patch import NORMS, STRIDE, ConditionalPatchDiscriminator
 from vae3d.adversarial.replay import Replay
@@ -93,8 +93,8 @@ class Seraena:
         self.discriminator = network.to(device)
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=self.lr, betas=self.betas)
 
-    def turn(self, step: int) -> Turn:
-        return Turn(generator=True, discriminator=step >= self.discriminator_start)
+    def update_phase(self, step: int) -> UpdatePhase:
+        return UpdatePhase(generator=True, discriminator=step >= self.discriminator_start)
 
     def generator_loss(
         self, clip: Clip, out: Reconstruction, loss: Tensor, step: int
@@ -153,7 +153,7 @@ class Seraena:
         with autocast_off(images.device):
             return F.mse_loss(scores.float(), (is_fake.float() * 2 - 1).expand(scores.shape))
 
-    def settle(self, step: int, micro_batches: int) -> None:
+    def sync_remaining(self, step: int, micro_batches: int) -> None:
         """Only `step` communicates."""
 
     def step(self) -> None:
@@ -161,13 +161,13 @@ class Seraena:
         norm = update(self.discriminator, self.optimizer, self._statistics, self.grad_clip)
         if not math.isfinite(norm):
             self.skipped += 1
-            self.discard()
+            self.reset_step()
             return
         for i, (images, contexts) in enumerate(self._pending):
             self.buffer.push(images, contexts, self._generator("places", self._step, i))
-        self.discard()
+        self.reset_step()
 
-    def discard(self) -> None:
+    def reset_step(self) -> None:
         self.optimizer.zero_grad()
         self._forget()
 

@@ -251,10 +251,10 @@ def _forward(
 ) -> tuple[Reconstruction, Clip]:
     if distillation is None:
         return attach_decoder(model(clip.video, pixels=objective.needs_pixels), model), clip
-    clip = distillation.teach(clip)
-    pupil = distillation.pupil(model, clip.video.shape[2])
+    clip = distillation.compute_targets(clip)
+    student = distillation.student(model, clip.video.shape[2])
     latents = distillation.latents(clip, step=0)
-    out = pupil(clip.video, latents=latents, encode=objective.needs_posterior, pixels=objective.needs_pixels)
+    out = student(clip.video, latents=latents, encode=objective.needs_posterior, pixels=objective.needs_pixels)
     return attach_decoder(out, model), clip
 
 

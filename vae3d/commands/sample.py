@@ -21,8 +21,8 @@ from vae3d.diffusion.export import Export, check_same_vae, read_export
 from vae3d.diffusion.sampling import (
     LATENTS,
     MOST_IN_GRID,
+    check_latent_rms,
     clear,
-    doubted,
     kept_latents,
     rounds,
     sample_latents,
@@ -129,7 +129,7 @@ def _write(
         write_npz(folder, pictures, labels)
     log.info("%d samples of %s -> %s", config.count, export.folder, config.out)
     log.info("their latents (those of the data have mean 0, deviation 1), per channel\n%s", scale.told())
-    if doubt := doubted(scale.rms, export.process(), _sampling(config)):
+    if doubt := check_latent_rms(scale.rms, export.process(), _sampling(config)):
         log.warning(doubt)
     if reference:
         data = _compare(latents, reference, config)

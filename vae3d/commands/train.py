@@ -87,7 +87,7 @@ def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingDa
         held_out,
         errors,
         tables.notes,
-        tables.left_out,
+        tables.skipped_files,
         data.timeout,
         record_of(pd.concat([tables.train, tables.val], ignore_index=True), look=rank == 0),
     )

@@ -66,7 +66,7 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
         for line in summary(config, network, data, accelerator.num_processes):
             log.info(line)
     vae = {"path": os.path.abspath(config.vae.path), **vae_facts(codec, config.vae.path)}
-    logger, told = instantiate(config.logger), remedy(config, data)
+    logger, told = instantiate(config.logger), hint(config, data)
     return DiffusionTrainer(config, folder, accelerator, network, process, data, vae, logger, told)
 
 
@@ -177,7 +177,7 @@ def complete(config: DiffusionConfig, data: LatentData) -> tuple[DiffusionConfig
     process, network = None, dict(config.denoiser)
     try:
         process = build_process(config.process)
-        process.stepper(Sampling(config.validation.steps, config.validation.method, shift=config.validation.shift))
+        process.sampler(Sampling(config.validation.steps, config.validation.method, shift=config.validation.shift))
         if network.setdefault("learned_sigma", process.learned_sigma) != process.learned_sigma:
             errors.append(f"denoiser.learned_sigma={network['learned_sigma']} is not what process does; leave it out")
     except ValueError as error:
@@ -238,7 +238,7 @@ def summary(config: DiffusionConfig, network: nn.Module, data: LatentData, world
     ]
 
 
-def remedy(config: DiffusionConfig, data: LatentData) -> str:
+def hint(config: DiffusionConfig, data: LatentData) -> str:
     """What mends latents of another scale."""
     path = config.vae.path
     if why := refusal(data.codec.model):

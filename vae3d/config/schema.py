@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-CONF = Path(__file__).parent / "conf"  # the project's conf/, which an installed package carries inside
+CONF = Path(__file__).parents[1] / "conf"  # the project's conf/, which an installed package carries inside
 
 
 @dataclass

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
+from collections.abc import Mapping
 from typing import Any
-
-from vae3d.config.validate import _nearest
 
 
 def target_errors(node: Any, path: str = "") -> list[str]:
@@ -26,7 +26,7 @@ def target_errors(node: Any, path: str = "") -> list[str]:
     given = [key for key in node if not key.startswith("_")]
     for key in given:
         if key not in parameters:
-            errors.append(f"{path}{key} is not an argument of {target}{_nearest(key, parameters, path)}")
+            errors.append(f"{path}{key} is not an argument of {target}{nearest(key, parameters, path)}")
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in given and parameter.kind is not parameter.VAR_POSITIONAL:
             errors.append(f"{name} lacks the argument {key} of {target}")
@@ -36,3 +36,10 @@ def target_errors(node: Any, path: str = "") -> list[str]:
 def _locate(target: str) -> Any:
     module, _, name = target.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def nearest(key: str, options: Mapping[str, Any], prefix: str) -> str:
+    close = difflib.get_close_matches(key, options, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {prefix}{close[0]}?"
+    return f"; there are {', '.join(options)}" if options else "; it takes none"

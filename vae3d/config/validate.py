@@ -7,7 +7,6 @@ tell: it is built on the meta device, without memory, and takes one training ste
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import glob
 import math
 import os
@@ -23,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vae3d.checkpoints.location import exists, hub_hint
 from vae3d.config.ranges import CHOICES, EXAMPLES, INFER_CHOICES, INFER_RANGES, MODEL_NEEDS, RANGES
 from vae3d.config.schema import InferConfig, TrainConfig
-from vae3d.config.targets import target_errors
+from vae3d.config.targets import nearest, target_errors
 from vae3d.data.dataset_rows import how_to_download
 from vae3d.errors import UserError
 
@@ -168,7 +167,7 @@ def _unknown_keys(tree: dict[str, Any], schema: type, prefix: str) -> list[str]:
     types = typing.get_type_hints(schema)
     for key in list(tree):
         if key not in fields:
-            errors.append(f"{prefix}{key} is not a setting{_nearest(key, fields, prefix)}")
+            errors.append(f"{prefix}{key} is not a setting{nearest(key, fields, prefix)}")
             del tree[key]
         elif isinstance(tree[key], dict):
             for inner, path, kind in _nested(tree[key], f"{prefix}{key}.", types[key]):
@@ -183,13 +182,6 @@ def _nested(node: dict[str, Any], path: str, kind: Any) -> Iterator[tuple[dict[s
         for name, inner in node.items():
             if isinstance(inner, dict):
                 yield inner, f"{path}{name}.", typing.get_args(kind)[1]
-
-
-def _nearest(key: str, options: Mapping[str, Any], prefix: str) -> str:
-    close = difflib.get_close_matches(key, options, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {prefix}{close[0]}?"
-    return f"; there are {', '.join(options)}" if options else "; it takes none"
 
 
 def _object(kind: Any, value: Any) -> Any:

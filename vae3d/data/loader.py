@@ -14,7 +14,7 @@ from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, ope
 from vae3d.data.media import MediaError
 from vae3d.data.probe import complete, faulty_rows
 from vae3d.data.record import DataRecord
-from vae3d.data.resolution import SIZE, leave_out_small, told_of_enlarged
+from vae3d.data.resolution import SIZE, leave_out_small, warn_upscaled
 from vae3d.data.sampler import Draw, Lengths, Plan, StepSampler
 from vae3d.data.segments import Bounds, bounds_of, count_frames
 from vae3d.data.sources import DataError, Source, exists, file_hashes, in_threads
@@ -29,13 +29,13 @@ SHOWN = 10  # files in a message
 
 @dataclass(frozen=True)
 class Tables:
-    """Readable files for training and validation. errors: (path, reason) of files that did not open. left_out: of files
+    """Readable files for training and validation. errors: (path, reason) of files that did not open. skipped_files: of files
     that are too small. notes: what there is to tell of the files."""
 
     train: pd.DataFrame
     val: pd.DataFrame
     errors: list[tuple[str, str]]
-    left_out: list[tuple[str, str]]
+    skipped_files: list[tuple[str, str]]
     notes: list[str]
 
 
@@ -54,10 +54,10 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
     table, outside = count_frames(table)
     errors += outside
     _check_share(errors, len(listed), max_broken)
-    table, left_out = leave_out_small(table, settings.min_side)
-    notes = [*getattr(source, "notes", ()), *told_of_enlarged(table, settings)]
-    if left_out:
-        notes.append(f"{len(left_out)} files are smaller than data.min_side={settings.min_side}, and left out")
+    table, skipped_files = leave_out_small(table, settings.min_side)
+    notes = [*getattr(source, "notes", ()), *warn_upscaled(table, settings)]
+    if skipped_files:
+        notes.append(f"{len(skipped_files)} files are smaller than data.min_side={settings.min_side}, and left out")
     if table["split"].notna().any():
         is_val = (table["split"] == "val").to_numpy()
         is_train = (table["split"] == "train").to_numpy()
@@ -69,7 +69,7 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
     if not is_train.any():
         raise DataError("no rows are left to train on; is the `split` column `val` or `test` throughout?")
     train, val = (table[rows].reset_index(drop=True) for rows in (is_train, is_val))
-    return Tables(train, val, errors, left_out, notes)
+    return Tables(train, val, errors, skipped_files, notes)
 
 
 def look_for_files(source: Source, max_broken: float) -> list[str]:
@@ -116,7 +116,7 @@ class TrainingData:
     held_out: list[Clip]
     errors: list[tuple[str, str]]  # files that did not open when the tables were read
     notes: list[str] = field(default_factory=list)  # what there is to tell of the files
-    left_out: list[tuple[str, str]] = field(default_factory=list)  # files that are too small
+    skipped_files: list[tuple[str, str]] = field(default_factory=list)  # files that are too small
     timeout: float = 0.0  # seconds without a batch after which WorkerTimeout is raised; 0: never
     record: DataRecord | None = None  # what a checkpoint remembers of the data
 

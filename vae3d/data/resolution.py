@@ -33,7 +33,7 @@ def leave_out_small(table: pd.DataFrame, min_side: int | None) -> tuple[pd.DataF
     return table[~small].reset_index(drop=True), reasons
 
 
-def told_of_enlarged(table: pd.DataFrame, settings: ClipSettings) -> list[str]:
+def warn_upscaled(table: pd.DataFrame, settings: ClipSettings) -> list[str]:
     """A line that tells how many files are enlarged, and so blurred, to fill a clip; none if there are none.
 
     Videos whose size the table does not have are not opened for this; of images without, the headers of LOOKED_AT are

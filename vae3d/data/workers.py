@@ -65,7 +65,7 @@ def load(
         dataset,
         num_workers=workers,
         prefetch_factor=prefetch,
-        worker_init_fn=outlive_sigterm,
+        worker_init_fn=ignore_sigterm_in_worker,
         timeout=POLL,
         **options,
     )
@@ -177,7 +177,7 @@ def check_shared_memory(item_bytes: int, ranks: int, workers: int, prefetch: int
     )
 
 
-def outlive_sigterm(worker: int) -> None:
+def ignore_sigterm_in_worker(worker: int) -> None:
     """Let only the rank itself end its workers.
 
     torchrun and Slurm send SIGTERM to all processes, and a terminal SIGINT and SIGHUP, but the step that a rank is in

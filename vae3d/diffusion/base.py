@@ -46,7 +46,7 @@ class Sampling:
 
 
 @dataclass
-class Stepper:
+class Sampler:
     """A way from noise to latents, to be gone once.
 
     times: what the network is given at each step, from noise to data; levels: the same in [0, 1], as t / T.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vae3d.arguments import Range, check_fields
-from vae3d.diffusion.base import Generators, Sampling, Stepper, check_channels, mean_square, not_for, one_of, per_sample
+from vae3d.diffusion.base import Generators, Sampler, Sampling, check_channels, mean_square, not_for, one_of, per_sample
 from vae3d.diffusion.library import from_diffusers
 
 
@@ -50,7 +50,7 @@ class RectifiedFlow:
         mse = mean_square(output, noise - z)
         return {"loss": mse, "mse": mse}
 
-    def stepper(self, sampling: Sampling) -> Stepper:
+    def sampler(self, sampling: Sampling) -> Sampler:
         """From noise to latents in Euler steps of diffusers' FlowMatchEulerDiscreteScheduler, which are equal before
         the shift. Raises ValueError for another method, and for eta."""
         one_of("method", sampling.method or "euler", ("euler",))
@@ -66,4 +66,4 @@ class RectifiedFlow:
                 output = (z - (z - levels[index] * output).clamp(-clip, clip)) / levels[index]
             return scheduler.step(output, times[index], z).prev_sample
 
-        return Stepper(times.tolist(), levels[:-1], step)
+        return Sampler(times.tolist(), levels[:-1], step)

@@ -14,8 +14,8 @@ from torch import Tensor
 from vae3d.arguments import Range, check_fields
 from vae3d.diffusion.base import (
     Generators,
+    Sampler,
     Sampling,
-    Stepper,
     check_channels,
     mean_square,
     not_for,
@@ -111,7 +111,7 @@ class GaussianDiffusion:
         scale = self.steps / 1000 if self.rescale_learned_sigmas else 1.0
         return {"loss": loss + scale * vlb, "mse": mse, "vlb": vlb}
 
-    def stepper(self, sampling: Sampling) -> Stepper:
+    def sampler(self, sampling: Sampling) -> Sampler:
         """From noise to latents by diffusers' schedulers.
 
         method: ddpm, ancestral sampling over times spread evenly from 0 to T - 1 (guided-diffusion's respacing N, which
@@ -134,7 +134,7 @@ class GaussianDiffusion:
                 given |= {"eta": sampling.eta, "use_clipped_model_output": sampling.clip is not None}
             return scheduler.step(output if method == "ddpm" else prediction, times[index], z, **given).prev_sample
 
-        return Stepper(times, [t / self.steps for t in times], step)
+        return Sampler(times, [t / self.steps for t in times], step)
 
     def _check_steps(self, steps: int, method: str) -> None:
         """One step would be that from the least noise, and ddim needs a whole stride."""

@@ -6,7 +6,7 @@ training and sampling need not know which it is:
     times = process.draw_times(generators)                            # [B]
     output = network(process.noisy(z, noise, times), process.network_times(times), labels)
     process.losses(output, z, noise, times)["loss"]                   # [B]
-    process.stepper(Sampling(steps=50))                               # see base.Stepper
+    process.sampler(Sampling(steps=50))                               # see base.Sampler
 """
 
 from __future__ import annotations

@@ -77,14 +77,14 @@ def _denoise(
     generators: list[torch.Generator],
 ) -> Tensor:
     evaluate = guided(network, labels, sampling.guidance, sampling.interval)
-    stepper = process.stepper(sampling)
-    for index, (time, level) in enumerate(zip(stepper.times, stepper.levels, strict=True)):
+    sampler = process.sampler(sampling)
+    for index, (time, level) in enumerate(zip(sampler.times, sampler.levels, strict=True)):
         output = evaluate(z, torch.full((len(z),), time, device=z.device), level)
-        z = stepper.step(output, index, z, generators)
+        z = sampler.step(output, index, z, generators)
     return z
 
 
-def doubted(rms: float, process: Process, sampling: Sampling) -> str | None:
+def check_latent_rms(rms: float, process: Process, sampling: Sampling) -> str | None:
     """What is wrong with samples whose latents have this root mean square, and what to do; None near the 1 of data."""
     if 1 / FAR <= rms <= FAR:
         return None

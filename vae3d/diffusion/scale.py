@@ -82,12 +82,12 @@ def measure(data: LatentData, count: int, device: torch.device) -> Scale:
     return scale
 
 
-def check_latent_scale(scale: Scale, remedy: str) -> None:
-    """Raises ScaleRefused, with what was measured. remedy: the command that mends it."""
+def check_latent_scale(scale: Scale, hint: str) -> None:
+    """Raises ScaleRefused, with what was measured. hint: the command that mends it."""
     if not (outside := scale.outside()):
         return
     raise ScaleRefused(
         f"latents of channel {', '.join(map(str, outside))} are not of mean 0 and deviation 1 (within "
         f"{WIDEST} each), which diffusion needs. Of {scale.count} latents, per channel\n"
-        f"{scale.told()}\n{remedy}"
+        f"{scale.told()}\n{hint}"
     )

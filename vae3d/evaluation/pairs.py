@@ -94,14 +94,14 @@ def find_pairs(
             raise PairError(f"{ref} holds {len(refs)} files, {rec} holds {len(recs)}; pairing by order needs as many")
         return [Pair(b, refs[a], recs[b]) for a, b in zip(sorted(refs), sorted(recs), strict=True)], []
     common = sorted(refs.keys() & recs.keys())
-    lonely = [[f"only in {here}: {stem}" for stem in sorted(a.keys() - b.keys())] for here, a, b in
+    unmatched = [[f"only in {here}: {stem}" for stem in sorted(a.keys() - b.keys())] for here, a, b in
               ((ref, refs, recs), (rec, recs, refs))]  # fmt: skip
-    count = sum(map(len, lonely))
+    count = sum(map(len, unmatched))
     if count and not (allow_unmatched and common):
-        shown = "\n".join(f"  {line}" for side in lonely for line in [*side[:10], *_more(side)])
+        shown = "\n".join(f"  {line}" for side in unmatched for line in [*side[:10], *_more(side)])
         way_out = "\n  --allow_unmatched scores those that have" if common else ""
         raise PairError(f"{count} files have no partner of the same name, {len(common)} have:\n{shown}{way_out}")
-    return [Pair(stem, refs[stem], recs[stem]) for stem in common], [line for side in lonely for line in side]
+    return [Pair(stem, refs[stem], recs[stem]) for stem in common], [line for side in unmatched for line in side]
 
 
 def _more(lines: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ from vae3d.io import naming, write_json
 from vae3d.metrics import MetricError, MetricSet, VideoResult
 
 SUSPICIOUS_PSNR = 10.0  # dB; below it a pair is probably not one
-CLEARLY_BETTER = 0.8  # of the error: a shift by one frame that has less means that the videos are not aligned
+MISALIGN_RATIO = 0.8  # of the error: a shift by one frame that has less means that the videos are not aligned
 FAULTS = (PairError, MediaError, MetricError)
 
 
@@ -99,7 +99,7 @@ def score_jobs(
 def score_pair(
     pair: Pair, metrics: MetricSet, protocol: Protocol, device: torch.device | str = "cpu"
 ) -> tuple[VideoResult, list[str]]:
-    """Scores of one pair, and doubts about it. Raises MediaError, or MetricError that names the pair."""
+    """Scores of one pair, and warnings about it. Raises MediaError, or MetricError that names the pair."""
     metrics.reset()
     alignment = Alignment()
     try:
@@ -111,10 +111,10 @@ def score_pair(
     except MetricError as error:
         raise MetricError(f"{pair.name}: {error}") from None
     psnr = result.scores["psnr"].frames if "psnr" in result.scores else []
-    doubts = alignment.doubts()
+    warnings = alignment.warnings()
     if sum(value < SUSPICIOUS_PSNR for value in psnr) > len(psnr) / 2:
-        doubts.append(f"PSNR is below {SUSPICIOUS_PSNR:g} dB on most frames; are the two a pair?")
-    return result, [f"{pair.name}: {doubt}" for doubt in doubts]
+        warnings.append(f"PSNR is below {SUSPICIOUS_PSNR:g} dB on most frames; are the two a pair?")
+    return result, [f"{pair.name}: {doubt}" for doubt in warnings]
 
 
 class Alignment:
@@ -136,12 +136,12 @@ class Alignment:
             self.errors[shift][0] += float(error.sum())
             self.errors[shift][1] += float(same.sum())
 
-    def doubts(self) -> list[str]:
+    def warnings(self) -> list[str]:
         words = {1: "one frame late", -1: "one frame early"}
         return [
             f"the reconstruction fits the original better as {words[shift]}; misaligned, or the wrong pair?"
             for shift, (shifted, aligned) in self.errors.items()
-            if shifted < CLEARLY_BETTER * aligned
+            if shifted < MISALIGN_RATIO * aligned
         ]
 
 

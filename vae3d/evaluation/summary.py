@@ -33,9 +33,9 @@ def summarize(
     columns, warnings = {}, []
     for metric in metrics:
         if isinstance(metric, SetMetric):
-            value, count, doubts = metric.combine(read_features(video.features[metric.name]) for video in videos)
+            value, count, more = metric.combine(read_features(video.features[metric.name]) for video in videos)
             columns[metric.name] = {"mean": value, "samples": count, "higher_is_better": False}
-            warnings += doubts
+            warnings += more
             continue
         for column, better in metric.columns.items():
             columns[column] = {**_column(videos, column, preset, batch_size), **direction(better)}

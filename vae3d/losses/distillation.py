@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vae3d.losses.objective import Error, numel_per_frame
-from vae3d.types import Clip, Lesson, Reconstruction
+from vae3d.types import Clip, Reconstruction, TeacherTargets
 
 NORMS = {"mse": torch.square, "l1": torch.abs}
 
@@ -26,7 +26,7 @@ class LatentDistillation:
         self.norm = NORMS[norm]
 
     def __call__(self, clip: Clip, out: Reconstruction) -> Error:
-        own, taught = out.posterior.mean.float(), lesson_of(clip).z
+        own, taught = out.posterior.mean.float(), require_targets(clip).z
         if own.shape != taught.shape:
             raise ValueError(
                 f"the model encodes to latents of {_shape(own)} and the teacher to {_shape(taught)}; choose "
@@ -45,7 +45,7 @@ class FeatureDistillation:
     needs_pixels = False
 
     def __call__(self, clip: Clip, out: Reconstruction) -> Error:
-        taught = lesson_of(clip).features
+        taught = require_targets(clip).features
         if not taught:
             raise ValueError("feature distillation needs teacher.features, as {module of the model: of the teacher}")
         errors = [(out.features[name].float() - taught[name]).square().mean((1, 2, 3, 4)) for name in taught]
@@ -53,12 +53,12 @@ class FeatureDistillation:
         return Error(torch.stack(errors).mean(0), numel_per_frame(first))
 
 
-def lesson_of(clip: Clip) -> Lesson:
-    if clip.lesson is None:
+def require_targets(clip: Clip) -> TeacherTargets:
+    if clip.targets is None:
         raise ValueError(
             "distillation needs a teacher; set teacher=vae teacher.path=..., or the weights of its terms to 0"
         )
-    return clip.lesson
+    return clip.targets
 
 
 def _shape(latents: torch.Tensor) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vae3d.metrics.base import Chunk, Metric, MetricError, VideoResult
 from vae3d.metrics.frechet import Moments, frechet
-from vae3d.metrics.networks import Networks, at_once
+from vae3d.metrics.networks import Networks, batch_frames
 from vae3d.precision import autocast_off
 
 COMPARABLE = {"rfvd": 2048, "rfid": 10_000}  # with fewer samples the distance is mostly its own bias
@@ -110,7 +110,7 @@ class Rfid(SetMetric):
         first = -chunk.start % self.stride
         for features, frames in zip(self._features, chunk.new, strict=True):
             with autocast_off(frames.device):
-                for batch in frames[first :: self.stride].split(at_once(frames)):
+                for batch in frames[first :: self.stride].split(batch_frames(frames)):
                     features.add(_finite(self.name, self.network(batch)))
 
     def result(self) -> VideoResult:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vae3d.metrics.base import Chunk, Nearest, Score, SeriesMetric, VideoResult
-from vae3d.metrics.networks import Networks, at_once, lpips_features
+from vae3d.metrics.networks import Networks, batch_frames, lpips_features
 from vae3d.metrics.ssim import SSIM, ms_ssim
 from vae3d.precision import autocast_off
 
@@ -116,7 +116,7 @@ class Lpips(SeriesMetric):
         with autocast_off(chunk.ref.device):
             if self.net == "alex":  # small features, which other metrics need too
                 return {self.name: self._distance(chunk)}
-            batches = zip(*(part.split(max(1, at_once(part) // 4)) for part in chunk.new), strict=True)
+            batches = zip(*(part.split(max(1, batch_frames(part) // 4)) for part in chunk.new), strict=True)
             return {self.name: torch.cat([self._distance(Chunk(ref, rec)) for ref, rec in batches])}
 
     def _distance(self, chunk: Chunk) -> Tensor:

@@ -44,7 +44,7 @@ class Networks:
         return self._built[key]
 
 
-def at_once(frames: Tensor) -> int:
+def batch_frames(frames: Tensor) -> int:
     """How many of these [T, 3, H, W] frames may pass through a network together."""
     return max(1, PIXELS_AT_ONCE // (frames.shape[-2] * frames.shape[-1]))
 
@@ -56,7 +56,7 @@ def lpips_features(chunk: Chunk, net: nn.Module, which: str) -> list[Tensor]:
 
 
 def _batched_features(net: nn.Module, frames: Tensor) -> list[Tensor]:
-    batches = [net.unit_features(part * 2 - 1) for part in frames.split(at_once(frames))]
+    batches = [net.unit_features(part * 2 - 1) for part in frames.split(batch_frames(frames))]
     return batches[0] if len(batches) == 1 else [torch.cat(layer) for layer in zip(*batches, strict=True)]
 
 
@@ -66,5 +66,5 @@ def flow(chunk: Chunk, networks: Networks, name: str, which: str) -> Tensor:
 
 
 def _batched_flow(net: nn.Module, frames: Tensor) -> Tensor:
-    step = at_once(frames)
+    step = batch_frames(frames)
     return torch.cat([net(frames[i : i + step + 1]) for i in range(0, len(frames) - 1, step)])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vae3d.metrics.base import Chunk, Nearest, SeriesMetric
 from vae3d.metrics.frame import PSNR_CAP
-from vae3d.metrics.networks import Networks, at_once
+from vae3d.metrics.networks import Networks, batch_frames
 from vae3d.metrics.ssim import ssim_map
 from vae3d.panorama import DOWN, SIDES, UP, cube_faces, latitude_weights
 from vae3d.precision import autocast_off
@@ -131,7 +131,7 @@ class CubeLpips(SeriesMetric):
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
         with autocast_off(chunk.ref.device):
             ref, rec = (cube_faces(frames * 2 - 1).flatten(0, 1) for frames in chunk.new)
-            batches = zip(ref.split(at_once(ref)), rec.split(at_once(rec)), strict=True)
+            batches = zip(ref.split(batch_frames(ref)), rec.split(batch_frames(rec)), strict=True)
             faces = torch.cat([self.network(a, b) for a, b in batches])
         return _by_face("cube_lpips", faces.view(-1, 6), lambda value: value)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vae3d.metrics.base import Chunk, SeriesMetric
 from vae3d.metrics.frame import PSNR_CAP
-from vae3d.metrics.networks import Networks, at_once, flow, lpips_features
+from vae3d.metrics.networks import Networks, batch_frames, flow, lpips_features
 from vae3d.pixels import quantize
 from vae3d.precision import autocast_off
 
@@ -118,7 +118,7 @@ class WarpingError(PairMetric):
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
         with autocast_off(chunk.ref.device):
             forward = flow(chunk, self.networks, "raft_large", "ref")
-            net, step = self.networks.flow("raft_large"), at_once(chunk.ref)
+            net, step = self.networks.flow("raft_large"), batch_frames(chunk.ref)
             later, earlier = chunk.ref[1:].split(step), chunk.ref[:-1].split(step)
             backward = torch.cat([net.flow(a, b) for a, b in zip(later, earlier, strict=True)])
             visible = ~occluded(forward, backward)

@@ -22,7 +22,7 @@ BLOCKS = (
     *(Level, MidBlock),
     ResBlock,
     *(wan_blocks.ResidualBlock, wan_blocks.AttentionBlock, wan_blocks.Downsample, wan_blocks.Upsample),
-    *(taehv_blocks.LooksBack, taehv_blocks.UpConv),
+    *(taehv_blocks.MemBlockBase, taehv_blocks.UpConv),
 )
 BACKEND = "inductor"
 GRAPHS = 64  # of one class of blocks: of each shape, with and without gradients

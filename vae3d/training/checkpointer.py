@@ -26,7 +26,7 @@ from vae3d.io import remove, remove_unfinished
 from vae3d.metrics import MetricError
 from vae3d.restore import check_like
 from vae3d.training.freeze import set_mode
-from vae3d.training.patience import Patience
+from vae3d.training.patience import FailureCounter
 from vae3d.training.spike import SpikeError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Saver:
     """
 
     def __init__(
-        self, write: Callable[[], None], root: Path, every: int, failures: Patience, warn: Callable[[str], None]
+        self, write: Callable[[], None], root: Path, every: int, failures: FailureCounter, warn: Callable[[str], None]
     ) -> None:
         self.write, self.root, self.every, self.failures, self.warn = write, root, every, failures, warn
         self.due = False
@@ -108,7 +108,7 @@ class Saver:
         """taken: whether the step was. ruined: steps in a row, up to it, that were skipped because their loss or
         gradient was not finite. end: whether the run ends with it.
 
-        Raises SpikeError at an end with ruined steps, SaveError at one where saving fails, LostPatience after too many
+        Raises SpikeError at an end with ruined steps, SaveError at one where saving fails, TooManyFailures after too many
         failures.
         """
         if not self.every:
@@ -127,7 +127,7 @@ class Saver:
     def save(self, step: int, end: bool = False) -> None:
         """Write a checkpoint and what is made of it; where that fails, and it is not the end, the run goes on.
 
-        Raises SaveError, or LostPatience after too many failures.
+        Raises SaveError, or TooManyFailures after too many failures.
         """
         self.due = False
         try:
@@ -139,7 +139,7 @@ class Saver:
             self.failures.error(str(error))
         else:
             self.saved = step
-            self.failures.went_well()
+            self.failures.reset()
 
     def save_before(self, error: UserError, step: int, skipped: int) -> None:
         """Save the finished steps before the run ends with `error`, on all ranks alike, and let it say what is saved.
@@ -367,7 +367,7 @@ def _scaled(trainer: Trainer, weights: Checkpoint) -> tuple[Checkpoint, dict[str
         trainer.log.errors(errors)
 
 
-def common_start(trainer: Trainer | DiffusionTrainer) -> Path | None:
+def find_resume_checkpoint(trainer: Trainer | DiffusionTrainer) -> Path | None:
     """The checkpoint that a run goes on from. Raises ResumeError on every rank if they do not all find the same."""
     start = state.starting_state(trainer.folder / "checkpoints", trainer.config.run.resume_from)
     found = gather_object([None if start is None else start.name])
@@ -381,7 +381,7 @@ def common_start(trainer: Trainer | DiffusionTrainer) -> Path | None:
 
 def resume(trainer: Trainer) -> dict[str, tuple[Any, Any]]:
     """Restore what the run goes on from, if there is anything; returns the settings that changed since."""
-    start = common_start(trainer)
+    start = find_resume_checkpoint(trainer)
     if start is None:
         return {}
     changed = state.check_same_run(start, asdict(trainer.config))

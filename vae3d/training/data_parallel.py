@@ -29,7 +29,7 @@ from vae3d.training.memory import attempted, release
 class Replicas:
     """model: what training calls. optimizer: what steps.
 
-    In a step comes `attempt` or, for a rank that cannot take part, `abstain`; once all ranks have voted, either
+    In a step comes `run_guarded` or, for a rank that cannot take part, `skip_local`; once all ranks have voted, either
     `average_gradients`, `clip` and `step`, or `skip`.
     """
 
@@ -42,9 +42,9 @@ class Replicas:
         self._names = [names.get(p, f"parameter {number}") for number, p in enumerate(self.parameters)]
         check_same_weights(model)
 
-    recovers = True  # a step that a rank could not finish leaves no trace
+    can_skip_steps = True  # a step that a rank could not finish leaves no trace
 
-    def attempt(self, run: Callable[[], None]) -> str | None:
+    def run_guarded(self, run: Callable[[], None]) -> str | None:
         """run(), this rank's forward and backward passes; what it said if memory ran out in them."""
         _, error = attempted(run)
         if error is not None:
@@ -52,12 +52,12 @@ class Replicas:
             release()
         return error
 
-    def abstain(self) -> None:
-        """In place of `attempt`, for a rank without clips; nobody waits for it before the vote."""
+    def skip_local(self) -> None:
+        """In place of `run_guarded`, for a rank without clips; nobody waits for it before the vote."""
 
     rehearsal_clips = 1
 
-    def unreached(self) -> list[str]:
+    def params_without_grad(self) -> list[str]:
         """Trainable parameters without a gradient."""
         return without_gradient(self.model)
 

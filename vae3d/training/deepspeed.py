@@ -41,7 +41,7 @@ class Zero:
     Raises StrategyError for keys that DeepSpeed does not know, or if it clips otherwise than `grad_clip` says.
     """
 
-    recovers = False
+    can_skip_steps = False
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Zero:
         self.rehearsal_clips = self.accumulate = accumulate  # DeepSpeed drops whole steps only
         self._backwards, self._in_backward = 0, False
 
-    def attempt(self, run: Callable[[], None]) -> str | None:
+    def run_guarded(self, run: Callable[[], None]) -> str | None:
         """run(); what it said if memory ran out here before a backward pass.
 
         In a backward pass the error is raised on: the others are waiting inside of it, and torchrun must end them.
@@ -95,12 +95,12 @@ class Zero:
                 distributed.all_ranks_ok(False, self.accelerator.device)
         return reason
 
-    def abstain(self) -> None:
-        """In place of `attempt`, for a rank without clips: the others need not wait for its backward pass."""
+    def skip_local(self) -> None:
+        """In place of `run_guarded`, for a rank without clips: the others need not wait for its backward pass."""
         self._backwards = 0
         distributed.all_ranks_ok(False, self.accelerator.device)
 
-    def unreached(self) -> list[str]:
+    def params_without_grad(self) -> list[str]:
         """Not known: DeepSpeed takes gradients away as soon as they are there."""
         return []
 

@@ -12,7 +12,7 @@ from vae3d.checkpoints import state
 from vae3d.diffusion.build import require_same
 from vae3d.diffusion.export import write_export
 from vae3d.restore import check_like
-from vae3d.training.checkpointer import Means, Outputs, Steps, common_start, write_checkpoint
+from vae3d.training.checkpointer import Means, Outputs, Steps, find_resume_checkpoint, write_checkpoint
 
 if TYPE_CHECKING:
     from vae3d.training.diffusion_trainer import DiffusionTrainer
@@ -95,7 +95,7 @@ def resume(trainer: DiffusionTrainer) -> dict[str, tuple[Any, Any]]:
 
     Raises ResumeError, or UserError by name, for another network, process, autoencoder or data.
     """
-    start = common_start(trainer)
+    start = find_resume_checkpoint(trainer)
     if start is None:
         return {}
     before, saved = state.saved_config(start), state.load_state(start)

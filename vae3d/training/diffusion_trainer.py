@@ -31,10 +31,10 @@ from vae3d.training.ema import Ema
 from vae3d.training.loggers import Logger
 from vae3d.training.metrics import StepMetrics, Window
 from vae3d.training.optim import adamw_settings, rate_at
-from vae3d.training.patience import LostPatience, Patience, check_broken_share
+from vae3d.training.patience import FailureCounter, TooManyFailures, check_broken_share
 from vae3d.training.runlog import RunLog
 from vae3d.training.spike import SpikeError
-from vae3d.training.step_status import Ballot, Verdict
+from vae3d.training.step_status import StatusTable, StepStatus
 from vae3d.training.stopping import StopRequest, stop_signals
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class DiffusionTrainer:
     """Trains `network` to undo `process` on the latents of `data`, resuming from the newest checkpoint in `folder`.
 
     config: with all settings of network and process. vae: vae_facts of the autoencoder, and where it is.
-    remedy: the command that mends latents of another scale.
+    hint: the command that mends latents of another scale.
     Raises ScaleRefused before the first step if the latents are not of mean 0 and deviation 1.
     """
 
@@ -61,7 +61,7 @@ class DiffusionTrainer:
         data: LatentData,
         vae: dict[str, Any],
         logger: Logger,
-        remedy: str,
+        hint: str,
     ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.device, self.seed = accelerator.device, config.run.seed
@@ -75,15 +75,15 @@ class DiffusionTrainer:
             **adamw_settings(config.optim),
         )
         self.replicas = Replicas(accelerator, self.network, optimizer)
-        self.ballot = Ballot(accelerator.process_index, accelerator.num_processes, self.device)
+        self.ballot = StatusTable(accelerator.process_index, accelerator.num_processes, self.device)
         self.window = Window()
-        self.skipped = Patience(
+        self.skipped = FailureCounter(
             config.trainer.max_consecutive_skips,
             "steps in a row were skipped",
             "lower optim.lr if losses are not finite, data.batch_size or raise trainer.accumulate for memory; files "
             f"that cannot be read are in {folder}/data_errors.jsonl (trainer.max_consecutive_skips is the limit)",
         )
-        failures = Patience(
+        failures = FailureCounter(
             config.trainer.save_failures,
             "checkpoints in a row could not be written",
             "the last complete one stays (trainer.save_failures is the limit)",
@@ -107,7 +107,7 @@ class DiffusionTrainer:
             group.update(adamw_settings(config.optim))
         if not self.scale:
             scale = measure(data, config.trainer.scale_samples, self.device)
-            check_latent_scale(scale, remedy)
+            check_latent_scale(scale, hint)
             self.scale = scale.facts()
         self.held_out = [(data.latents(batch, self.device), batch) for batch in data.held_out]
         parts = distributed.gather_to_main([z.cpu() for z, _ in self.held_out])
@@ -169,20 +169,20 @@ class DiffusionTrainer:
         self._set_lr()
         metrics, reason = StepMetrics(), None
         if any(batch.values is None for batch in batches):
-            self.replicas.abstain()
+            self.replicas.skip_local()
         else:
-            reason = self.replicas.attempt(lambda: self.accumulate(batches, metrics))
+            reason = self.replicas.run_guarded(lambda: self.accumulate(batches, metrics))
         try:
-            verdict = self._vote(batches, metrics, reason, stop, data_error)
+            status = self._vote(batches, metrics, reason, stop, data_error)
         except RanksDiffer as error:  # on all ranks
             self.saver.save_before(error, self.step, self.unsound)
             raise
-        if verdict.no_data:
-            error = data_error or DataError(f"rank {', '.join(map(str, verdict.no_data))} has no more data")
+        if status.no_data:
+            error = data_error or DataError(f"rank {', '.join(map(str, status.no_data))} has no more data")
             self.saver.save_before(error, self.step, self.unsound)
             raise error
-        values = metrics.averaged() if verdict.complete else {}
-        if verdict.complete and verdict.finite:
+        values = metrics.averaged() if status.complete else {}
+        if status.complete and status.finite:
             self.replicas.average_gradients()
             values["grad_norm"] = self.replicas.clip(self.config.optim.grad_clip)
         taken = math.isfinite(values.get("grad_norm", math.nan))
@@ -196,10 +196,10 @@ class DiffusionTrainer:
         if taken:
             self.unsound, self.saver.taken = 0, self.step
         else:
-            self.unsound += verdict.complete
+            self.unsound += status.complete
         values["skipped"] = float(not taken)
-        self._judge(verdict, values, reason)
-        return {**values, "stop": float(verdict.stop)}
+        self._judge(status, values, reason)
+        return {**values, "stop": float(status.stop)}
 
     def accumulate(self, batches: Sequence[Batch], metrics: StepMetrics) -> None:
         """Forward and backward passes of this rank's micro-batches; their gradients add up."""
@@ -230,7 +230,7 @@ class DiffusionTrainer:
         error: str | None,
         stop: int,
         data_error: UserError | None,
-    ) -> Verdict:
+    ) -> StepStatus:
         errors = [error for batch in batches for error in batch.errors]
         self.log.errors(errors)
         return self.ballot.cast(
@@ -245,29 +245,29 @@ class DiffusionTrainer:
             with_gradient=self.replicas.with_gradient,
         )
 
-    def _judge(self, verdict: Verdict, values: dict[str, float], reason: str | None) -> None:
+    def _judge(self, status: StepStatus, values: dict[str, float], reason: str | None) -> None:
         """Stop the run, after saving, if an error repeats too often; all ranks count the same."""
-        self.broken_reads += verdict.broken
-        self.reads += verdict.broken + self.config.data.batch_size
+        self.broken_reads += status.broken
+        self.reads += status.broken + self.config.data.batch_size
         try:
             check_broken_share(self.reads, self.broken_reads, self.config.data.max_broken, self.folder)
-            self._count_skipped(verdict, bool(values["skipped"]), reason)
+            self._count_skipped(status, bool(values["skipped"]), reason)
         except DataError as error:
             self.reads = self.broken_reads = 0  # count afresh once the user has repaired the files
             self.window.add(values)
             self.saver.save_before(error, self.step, self.unsound)
             raise
-        except LostPatience as error:
+        except TooManyFailures as error:
             self.window.add(values)
             self.saver.save_before(error, self.step, self.unsound)
             raise
 
-    def _count_skipped(self, verdict: Verdict, skipped: bool, error: str | None) -> None:
-        """Raises LostPatience."""
+    def _count_skipped(self, status: StepStatus, skipped: bool, error: str | None) -> None:
+        """Raises TooManyFailures."""
         if not skipped:
-            self.skipped.went_well()
+            self.skipped.reset()
             return
-        why = verdict.error() or f"loss {verdict.loss:g} or its gradient is not finite"
+        why = status.error() or f"loss {status.loss:g} or its gradient is not finite"
         self.log.warn(f"step {self.step} is skipped by all ranks: {why}{f': {error}' if error else ''}")
         self.skipped.error(why)
 
@@ -284,7 +284,7 @@ class DiffusionTrainer:
         self.log.advance()
         self._steps += 1
         if self.step % trainer.log_every == 0 or finished or stopped:
-            self.log.scalars(with_quartiles(self.window.flush()) | self._gauges(), self.step)
+            self.log.scalars(with_quartiles(self.window.flush()) | self._perf_metrics(), self.step)
         if every and (self.step % every == 0 or finished) and not stopped:
             validate(self)
             self._tick, self._steps = time.perf_counter(), 0
@@ -295,7 +295,7 @@ class DiffusionTrainer:
         """What is made of the checkpoint of a step, and goes with it."""
         return step_outputs(self.folder, step)
 
-    def _gauges(self) -> dict[str, float]:
+    def _perf_metrics(self) -> dict[str, float]:
         """Learning rate, and speed since the last log line."""
         speed = self._steps * self.config.data.batch_size / (time.perf_counter() - self._tick)
         self._tick, self._steps = time.perf_counter(), 0

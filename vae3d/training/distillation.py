@@ -14,7 +14,7 @@ from vae3d.errors import UserError
 from vae3d.models.base import convert_latents, latent_space
 from vae3d.precision import cast_keep_stats
 from vae3d.seeding import generator_of, seed_of
-from vae3d.types import Clip, Lesson, Reconstruction
+from vae3d.types import Clip, Reconstruction, TeacherTargets
 
 
 class TeacherError(UserError):
@@ -64,33 +64,33 @@ class Distillation:
                 raise TeacherError(f"teacher.features: the {whose} has no module {', '.join(unknown)}")
 
     @torch.no_grad()
-    def teach(self, clip: Clip) -> Clip:
+    def compute_targets(self, clip: Clip) -> Clip:
         """The clip with what the teacher makes of it: latents as the student has them, and features."""
         video = clip.video.to(self.dtype)
         posterior = self.teacher.encode(video)
         z = posterior.sample(self._noise(clip)) if self.sample else posterior.mode()
         features: dict[str, Tensor] = {}
         if self.features:
-            with captured(self.teacher, list(self.features.values()), len(video)) as found:
+            with capture_activations(self.teacher, list(self.features.values()), len(video)) as found:
                 self.teacher.decode(z.to(self.dtype), video.shape[2])
             features = {name: one_per_latent(found(inner), z.shape[2]) for name, inner in self.features.items()}
         latents = convert_latents(z.float(), self.teacher, self.student)
-        return replace(clip, lesson=Lesson(latents, {name: f.float() for name, f in features.items()}))
+        return replace(clip, targets=TeacherTargets(latents, {name: f.float() for name, f in features.items()}))
 
     def latents(self, clip: Clip, step: int) -> Tensor | None:
         """What the student decodes in this step: the teacher's latents, or None for its own."""
         own = self.decode == "own" or (self.decode == "mixed" and seed_of(self.seed, "coin", step) % 2)
-        return None if own else clip.lesson.z
+        return None if own else clip.targets.z
 
-    def pupil(self, student: nn.Module, frames: int) -> nn.Module:
-        """What training calls instead of the student: the student, or, for its features, a Pupil around it."""
+    def student(self, student: nn.Module, frames: int) -> nn.Module:
+        """What training calls instead of the student: the student, or, for its features, a StudentWithProjections around it."""
         if not self.features:
             return student
         video = torch.zeros(
             1, 3, frames, *[2 * student.spec.space_stride] * 2, device=next(student.parameters()).device
         )
-        target = self.teach(Clip(video, torch.zeros(1, dtype=torch.long), [""])).lesson
-        with torch.no_grad(), captured(student, list(self.features), 1) as found:
+        target = self.compute_targets(Clip(video, torch.zeros(1, dtype=torch.long), [""])).targets
+        with torch.no_grad(), capture_activations(student, list(self.features), 1) as found:
             student(video, latents=target.z)
         shapes = {name: one_per_latent(found(name), target.z.shape[2]).shape for name in self.features}
         for name, shape in shapes.items():
@@ -100,7 +100,7 @@ class Distillation:
                     f"{self.features[name]} are {_size(target.features[name].shape)}; choose modules of one resolution"
                 )
         channels = {name: (shape[1], target.features[name].shape[1]) for name, shape in shapes.items()}
-        return Pupil(student, channels).to(video.device)
+        return StudentWithProjections(student, channels).to(video.device)
 
     def _noise(self, clip: Clip) -> list[torch.Generator] | None:
         if clip.video.is_meta:
@@ -109,7 +109,7 @@ class Distillation:
         return [generator_of(self.seed, position, "teacher", device=device) for position in clip.positions.tolist()]
 
 
-class Pupil(nn.Module):
+class StudentWithProjections(nn.Module):
     """A student whose features leave it together with its reconstruction, projected to the width of the teacher's.
 
     channels: module of the student -> (its channels, the teacher's). Only `projections` is new; it trains along and is
@@ -123,7 +123,7 @@ class Pupil(nn.Module):
         self.projections = nn.ModuleList(nn.Conv3d(*pair, 1) for pair in channels.values())
 
     def forward(self, video: Tensor, **how: Any) -> Reconstruction:
-        with captured(self.student, self.names, len(video)) as found:
+        with capture_activations(self.student, self.names, len(video)) as found:
             out = self.student(video, **how)
         features = {
             name: project(one_per_latent(found(name), out.z.shape[2]))
@@ -133,7 +133,7 @@ class Pupil(nn.Module):
 
 
 @contextmanager
-def captured(network: nn.Module, names: Sequence[str], clips: int) -> Iterator[Callable[[str], Tensor]]:
+def capture_activations(network: nn.Module, names: Sequence[str], clips: int) -> Iterator[Callable[[str], Tensor]]:
     """Inside this context the outputs of modules are kept; yields a function from a module's name to what it gave for
     so many clips, [B, C, T, H, W], over all chunks that they were coded in.
 

@@ -10,14 +10,14 @@ from vae3d.errors import UserError
 READS_BEFORE_JUDGING = 50  # clips read before data.max_broken can stop the run
 
 
-class LostPatience(UserError):
+class TooManyFailures(UserError):
     """The same error, again and again."""
 
 
-class Patience:
+class FailureCounter:
     """Counts errors in a row; ranks that are told the same count the same.
 
-    limit: at which LostPatience is raised; 0: never.
+    limit: at which TooManyFailures is raised; 0: never.
     what: the error, as in "10 steps in a row ...". advice: what to do.
     """
 
@@ -26,12 +26,12 @@ class Patience:
         self.in_row = 0
 
     def error(self, reason: str) -> None:
-        """Raises LostPatience if that was one too many. reason: of this error."""
+        """Raises TooManyFailures if that was one too many. reason: of this error."""
         self.in_row += 1
         if self.limit and self.in_row >= self.limit:
-            raise LostPatience(f"{self.in_row} {self.what} ({reason}); {self.advice}")
+            raise TooManyFailures(f"{self.in_row} {self.what} ({reason}); {self.advice}")
 
-    def went_well(self) -> None:
+    def reset(self) -> None:
         self.in_row = 0
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vae3d.adversarial.base import Turn
+from vae3d.adversarial.base import UpdatePhase
 from vae3d.errors import UserError
 from vae3d.schedules import ALL_ON
 from vae3d.training.freeze import PartError
@@ -31,35 +31,35 @@ def preflight(trainer: Trainer) -> None:
     is to train gets no gradient.
     """
     counts = trainer.data.plan.frames.all()
-    turns = {trainer.adversary.turn(step): step for step in (ALL_ON, ALL_ON + 1)}
-    for frames, (turn, step) in product(dict.fromkeys((counts[0], counts[-1])), turns.items()):
+    phases = {trainer.adversary.update_phase(step): step for step in (ALL_ON, ALL_ON + 1)}
+    for frames, (phase, step) in product(dict.fromkeys((counts[0], counts[-1])), phases.items()):
         metrics, clip = StepMetrics(), _noise(trainer, frames)
         clips = [clip] * trainer.strategy.rehearsal_clips
-        error = trainer.strategy.attempt(lambda: _first_step(trainer, clips, turn, metrics, step))  # noqa: B023
-        trainer.adversary.settle(step, len(clips))
-        verdict = trainer.vote([clip], metrics, error, stop=False)
+        error = trainer.strategy.run_guarded(lambda: _first_step(trainer, clips, phase, metrics, step))  # noqa: B023
+        trainer.adversary.sync_remaining(step, len(clips))
+        status = trainer.vote([clip], metrics, error, stop=False)
         what = f"a micro-batch of {'x'.join(map(str, clip.video.shape))}"
-        unreached = trainer.strategy.unreached() if verdict.complete and turn.generator else []
+        params_without_grad = trainer.strategy.params_without_grad() if status.complete and phase.generator else []
         trainer.strategy.skip(unscaled=False)
-        trainer.adversary.discard()
-        if not verdict.complete:
+        trainer.adversary.reset_step()
+        if not status.complete:
             raise PreflightError(
-                f"{what} does not fit into memory ({verdict.error()}): {error or 'see the other ranks'}; raise "
+                f"{what} does not fit into memory ({status.error()}): {error or 'see the other ranks'}; raise "
                 "trainer.accumulate, lower data.height, data.width or data.frames.max, or set "
                 "model.gradient_checkpointing=true if the model has it"
             )
-        if not verdict.finite:
+        if not status.finite:
             told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.means().items() if "/" in name)
             raise PreflightError(
                 f"{what} of noise gives a loss that is not finite: {told}; look at the first such term"
             )
-        require_all_gradients(unreached)
+        require_all_gradients(params_without_grad)
 
 
-def _first_step(trainer: Trainer, clips: list[Clip], turn: Turn, metrics: StepMetrics, step: int) -> None:
+def _first_step(trainer: Trainer, clips: list[Clip], phase: UpdatePhase, metrics: StepMetrics, step: int) -> None:
     """Passes beside as much memory as the two moments take that AdamW makes at its first step."""
     moments = [] if trainer.optimizer.state else [torch.empty_like(p) for p in trainer.parameters for _ in range(2)]
-    trainer.accumulate(clips, turn, metrics, step)
+    trainer.accumulate(clips, phase, metrics, step)
     del moments
 
 

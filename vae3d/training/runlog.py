@@ -122,7 +122,7 @@ class RunLog:
             with self._bearing(f"the error of {path}"):
                 self._append(f"errors{self.rank or ''}.jsonl", {"path": path, "reason": reason})
 
-    def left_out(self, files: Iterable[tuple[str, str]]) -> None:
+    def skipped_files(self, files: Iterable[tuple[str, str]]) -> None:
         """List files that are not used, though they can be, in data_errors.jsonl."""
         if self.main:
             with self._bearing("which files are left out"):

@@ -16,7 +16,7 @@ from vae3d.training.spike import worst
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepStatus:
     """loss: mean over ranks. worst: the largest loss of any micro-batch, NaN if one is; neither counts where a rank did
     not finish. out_of_memory, unreadable: ranks that could not. no_data: ranks whose loader failed, for good. stop: the
     signal that a rank was sent, or 0. broken: reads that failed."""
@@ -48,7 +48,7 @@ class Verdict:
         return "; ".join(f"{what}: rank {', '.join(map(str, who))}" for what, who in told.items() if who)
 
 
-class Ballot:
+class StatusTable:
     """One row per rank in a table that an all-reduce fills: the only collective of a step that goes wrong.
 
     The table is made at the start, since a rank that is out of memory could not make it then.
@@ -60,7 +60,7 @@ class Ballot:
         self.rank = rank
         self.table = torch.zeros(world_size, len(self.COLUMNS), device=device, dtype=torch.float64)
 
-    def cast(self, with_gradient: Callable[[], Sequence[str]], **mine: float) -> Verdict:
+    def cast(self, with_gradient: Callable[[], Sequence[str]], **mine: float) -> StepStatus:
         """All-reduce the step status of all ranks.
 
         gradients: digest of the set of parameters that have a gradient here. with_gradient: their names, for the error.
@@ -71,7 +71,7 @@ class Ballot:
         if distributed.is_distributed():
             dist.all_reduce(self.table)
         columns = dict(zip(self.COLUMNS, zip(*self.table.tolist(), strict=True), strict=True))
-        verdict = Verdict(
+        status = StepStatus(
             loss=sum(columns["loss"]) / len(columns["loss"]),
             worst=worst(columns["worst"]),
             out_of_memory=_where(columns["out_of_memory"]),
@@ -80,13 +80,13 @@ class Ballot:
             stop=round(max(columns["stop"])),
             broken=round(sum(columns["broken"])),
         )
-        if verdict.complete and len(set(columns["gradients"])) > 1:
+        if status.complete and len(set(columns["gradients"])) > 1:
             raise RanksDiffer(
                 "after the same step the ranks have gradients of different parameters: "
                 f"{_difference(with_gradient())}; a loss term that applies to some clips only must reach the same "
                 "parameters on every rank"
             )
-        return verdict
+        return status
 
 
 def _difference(mine: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vae3d.adversarial.base import Adversary, Turn
+from vae3d.adversarial.base import Adversary, UpdatePhase
 from vae3d.data.clips import Unreadable
 from vae3d.data.loader import TrainingData
 from vae3d.data.media import DataError
@@ -31,20 +31,20 @@ from vae3d.training.best import Best, keep_best, require_best
 from vae3d.training.checkpointer import Saver, finish_newest, outputs, resume, save, step_outputs
 from vae3d.training.data_parallel import Replicas
 from vae3d.training.deepspeed import Zero
-from vae3d.training.distillation import Distillation, Pupil
+from vae3d.training.distillation import Distillation, StudentWithProjections
 from vae3d.training.ema import Ema
 from vae3d.training.freeze import set_mode, train_parts
 from vae3d.training.loggers import Logger
 from vae3d.training.memory import compact, idle_gib
 from vae3d.training.metrics import StepMetrics, Window
 from vae3d.training.optim import adamw_settings, rate_at
-from vae3d.training.patience import LostPatience, Patience, check_broken_share
+from vae3d.training.patience import FailureCounter, TooManyFailures, check_broken_share
 from vae3d.training.preflight import preflight
 from vae3d.training.profile import profiled
 from vae3d.training.proximal import Proximal
 from vae3d.training.runlog import RunLog
 from vae3d.training.spike import SpikeError, SpikeGuard
-from vae3d.training.step_status import Ballot, Verdict
+from vae3d.training.step_status import StatusTable, StepStatus
 from vae3d.training.stopping import StopRequest, stop_signals
 from vae3d.training.vae_validation import metrics_due, report, validate_together
 from vae3d.types import Clip, Reconstruction
@@ -79,11 +79,11 @@ class Trainer:
 
         groups = train_parts(model, config.stage.train)
         set_mode(model, config.stage.train)
-        pupil = model if distillation is None else distillation.pupil(model, data.plan.frames.all()[-1])
-        self.projections = pupil.projections if isinstance(pupil, Pupil) else None
+        student = model if distillation is None else distillation.student(model, data.plan.frames.all()[-1])
+        self.projections = student.projections if isinstance(student, StudentWithProjections) else None
         if self.projections is not None:
             groups.append({"params": list(self.projections.parameters()), "part": "projections", "lr_scale": 1.0})
-            pupil = self._under_autocast(pupil)
+            student = self._under_autocast(student)
         if objective.logvar is not None:
             groups.append({"params": [objective.logvar], "part": LOGVAR, "lr_scale": config.loss.logvar_lr})
         self.ema = Ema(model, **asdict(config.trainer.ema))
@@ -96,8 +96,8 @@ class Trainer:
         self.reads, self.broken_reads = 0, 0
         adversary.load(model, self.device, config.run.seed, rank)
         optimizer = torch.optim.AdamW(groups, fused=self._fuses(), **adamw_settings(config.optim))
-        self.strategy = self._share_work(pupil, optimizer)
-        self.ballot = Ballot(rank, accelerator.num_processes, self.device)
+        self.strategy = self._share_work(student, optimizer)
+        self.ballot = StatusTable(rank, accelerator.num_processes, self.device)
         self._set_patience()
         self.data_changes: list[str] = []  # since the checkpoint that the run goes on from
         changed = resume(self)
@@ -110,19 +110,21 @@ class Trainer:
         for key, (old, new) in changed.items():
             self.log.say(f"{key} was {old} until step {self.step} and is {new} from here on")
         self.log.errors(data.errors)
-        self.log.left_out(data.left_out)
+        self.log.skipped_files(data.skipped_files)
 
     def _under_autocast(self, network: nn.Module) -> nn.Module:
         """The same network, whose forward turns autocast on by itself: DeepSpeed turns off what is on around it."""
         return self.accelerator.prepare_model(network, evaluation_mode=True)  # which leaves DDP out
 
-    def _share_work(self, pupil: nn.Module, optimizer: torch.optim.Optimizer) -> Replicas | Zero:
-        """The strategy, whose `model` is what training calls: the pupil."""
+    def _share_work(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> Replicas | Zero:
+        """The strategy, whose `model` is what training calls: the student."""
         told, data = self.config.trainer.strategy, self.data.plan
         if told.name == "replicated":
-            return Replicas(self.accelerator, pupil, optimizer)
+            return Replicas(self.accelerator, student, optimizer)
         batch = {"micro_batch": data.micro_batch, "accumulate": data.accumulate}
-        return Zero(self.accelerator, pupil, optimizer, told.deepspeed, **batch, grad_clip=self.config.optim.grad_clip)
+        return Zero(
+            self.accelerator, student, optimizer, told.deepspeed, **batch, grad_clip=self.config.optim.grad_clip
+        )
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -184,62 +186,62 @@ class Trainer:
         Each rank runs its own part; an all-reduce of the status then decides for all whether the step is taken or
         skipped. stop: a signal that this rank was sent. data_error: why this rank has no clips and gets no more.
         """
-        turn = self.adversary.turn(self.step)
+        phase = self.adversary.update_phase(self.step)
         self._set_lr()
         torch.manual_seed(seed_of(self.config.run.seed, "step", self.step, self.accelerator.process_index))
         metrics, reason = StepMetrics(), None
 
         if any(isinstance(clip, Unreadable) for clip in clips):
-            self.strategy.abstain()
+            self.strategy.skip_local()
         else:
-            reason = self.strategy.attempt(lambda: self.accumulate(clips, turn, metrics, self.step))
-        self.adversary.settle(self.step, len(clips))
+            reason = self.strategy.run_guarded(lambda: self.accumulate(clips, phase, metrics, self.step))
+        self.adversary.sync_remaining(self.step, len(clips))
         try:
-            verdict = self.vote(clips, metrics, reason, stop, data_error)
+            status = self.vote(clips, metrics, reason, stop, data_error)
         except RanksDiffer as error:  # on all ranks
             self._abandon_step(error)
             raise
-        if verdict.no_data:
-            error = data_error or DataError(f"rank {', '.join(map(str, verdict.no_data))} has no more data")
+        if status.no_data:
+            error = data_error or DataError(f"rank {', '.join(map(str, status.no_data))} has no more data")
             self._abandon_step(error)
             raise error
-        values = metrics.averaged() | {"loss_max": verdict.worst} if verdict.complete else {}
-        taken = self._update(turn, verdict, values)
+        values = metrics.averaged() | {"loss_max": status.worst} if status.complete else {}
+        taken = self._update(phase, status, values)
         if not taken:
-            self.adversary.discard()
-        elif turn.discriminator:
+            self.adversary.reset_step()
+        elif phase.discriminator:
             self.adversary.step()
         self.step += 1
         self.saver.taken = self.step if taken else self.saver.taken
         values["skipped"] = float(not taken)
-        self._judge(verdict, values, reason)
-        return {**values, "stop": float(verdict.stop)}
+        self._judge(status, values, reason)
+        return {**values, "stop": float(status.stop)}
 
-    def accumulate(self, clips: Sequence[Clip], turn: Turn, metrics: StepMetrics, step: int) -> None:
+    def accumulate(self, clips: Sequence[Clip], phase: UpdatePhase, metrics: StepMetrics, step: int) -> None:
         """Forward and backward passes of this rank's micro-batches; their gradients add up."""
         for clip in clips:
             clip = clip.to(self.device)
-            with torch.set_grad_enabled(turn.generator):
+            with torch.set_grad_enabled(phase.generator):
                 clip, out = self._reconstruct(clip, step)
 
-            if turn.generator:
+            if phase.generator:
                 loss, terms = self.objective(clip, out, step)
                 adversarial, more = self.adversary.generator_loss(clip, out, loss, step)
                 self.strategy.backward((loss + adversarial) / len(clips))
                 metrics.add({"loss": loss, **terms, **more})
 
-            if turn.discriminator:
+            if phase.discriminator:
                 loss, more = self.adversary.discriminator_loss(clip, out, step)
                 (loss / len(clips)).backward()
                 metrics.add({"loss_discriminator": loss, **more})
 
     def _reconstruct(self, clip: Clip, step: int) -> tuple[Clip, Reconstruction]:
-        """The clip with its teacher's lesson, if there is a teacher, and what the model makes of it."""
+        """The clip with its teacher's targets, if there is a teacher, and what the model makes of it."""
         noise = clip.generators(self.config.run.seed, self.device)
         how: dict[str, Any] = {"pixels": self.objective.needs_pixels, "generator": noise}
         how["noise"] = self.config.stage.latent_noise
         if self.distillation is not None:
-            clip = self.distillation.teach(clip)
+            clip = self.distillation.compute_targets(clip)
             how |= {"latents": self.distillation.latents(clip, step), "encode": self.objective.needs_posterior}
         return clip, attach_decoder(self.strategy.model(clip.video, **how), self.network)
 
@@ -250,7 +252,7 @@ class Trainer:
         error: str | None,
         stop: int = 0,
         data_error: UserError | None = None,
-    ) -> Verdict:
+    ) -> StepStatus:
         """Tell the other ranks how this one fared, and hear how they did. error: how its memory ran out."""
         errors = [error for clip in clips for error in clip.errors]
         self.log.errors(errors)
@@ -267,13 +269,13 @@ class Trainer:
             with_gradient=self.strategy.with_gradient,
         )
 
-    def _update(self, turn: Turn, verdict: Verdict, values: dict[str, float]) -> bool:
+    def _update(self, phase: UpdatePhase, status: StepStatus, values: dict[str, float]) -> bool:
         """Average the gradients and step, unless loss or gradient are unsound; whether it did.
 
         Writes the norm of the gradient before clipping into `values`.
         """
-        averaged = sound = verdict.complete and verdict.finite
-        if turn.generator and verdict.complete:
+        averaged = sound = status.complete and status.finite
+        if phase.generator and status.complete:
             norm = 0.0
             if averaged:
                 self.strategy.average_gradients()
@@ -283,60 +285,60 @@ class Trainer:
             # it no longer scales up did not overflow by scaling.
             scaler = self.accelerator.scaler
             learning = scaler is not None and scaler.get_scale() > 1
-            sound = self.spikes.accept(verdict.loss, verdict.worst, 0.0 if learning else norm)
+            sound = self.spikes.accept(status.loss, status.worst, 0.0 if learning else norm)
         if not sound:
-            self.strategy.skip(unscaled=averaged and turn.generator)
+            self.strategy.skip(unscaled=averaged and phase.generator)
             return False
-        if turn.generator:
+        if phase.generator:
             sound = self.strategy.step()
             if sound:
                 self.ema.update(self.step)
         return sound
 
-    def _judge(self, verdict: Verdict, values: dict[str, float], reason: str | None) -> None:
+    def _judge(self, status: StepStatus, values: dict[str, float], reason: str | None) -> None:
         """Stop the run, after saving, if an error repeats too often; all ranks count the same."""
-        self.broken_reads += verdict.broken
-        self.reads += verdict.broken + self.config.data.batch_size
-        if verdict.out_of_memory and not self.strategy.recovers:
-            self._leave(verdict)
+        self.broken_reads += status.broken
+        self.reads += status.broken + self.config.data.batch_size
+        if status.out_of_memory and not self.strategy.can_skip_steps:
+            self._leave(status)
         try:
             check_broken_share(self.reads, self.broken_reads, self.config.data.max_broken, self.folder)
-            self._count_errors(verdict, values, reason)
+            self._count_errors(status, values, reason)
         except DataError as error:
             self.reads = self.broken_reads = 0  # count afresh once the user has repaired the files
             self.window.add(values)
             self.saver.save_before(error, self.step, self.spikes.skipped_in_row)
             raise
-        except LostPatience as error:
+        except TooManyFailures as error:
             self.window.add(values)
             self.saver.save_before(error, self.step, self.spikes.skipped_in_row)
             raise
 
-    def _count_errors(self, verdict: Verdict, values: dict[str, float], error: str | None) -> None:
-        """Raises LostPatience."""
-        if not verdict.complete:
-            self.log.warn(f"step {self.step} is skipped by all ranks: {verdict.error()}{f': {error}' if error else ''}")
-            self.unfinished.error(verdict.error())
+    def _count_errors(self, status: StepStatus, values: dict[str, float], error: str | None) -> None:
+        """Raises TooManyFailures."""
+        if not status.complete:
+            self.log.warn(f"step {self.step} is skipped by all ranks: {status.error()}{f': {error}' if error else ''}")
+            self.unfinished.error(status.error())
         else:
-            self.unfinished.went_well()
+            self.unfinished.reset()
         norm = values.get("grad_norm")
         if norm is not None and norm < NO_GRADIENT:
-            self.zero_gradient.error(f"loss {verdict.loss:g}")
+            self.zero_gradient.error(f"loss {status.loss:g}")
         elif norm is not None:  # a step that was skipped tells nothing
-            self.zero_gradient.went_well()
+            self.zero_gradient.reset()
 
     def _abandon_step(self, error: UserError) -> None:
         """Undo the unfinished step, which a resumed run repeats, and save the finished ones."""
         self.strategy.skip(unscaled=False)
-        self.adversary.discard()
+        self.adversary.reset_step()
         self.saver.save_before(error, self.step, self.spikes.skipped_in_row)
 
-    def _leave(self, verdict: Verdict) -> None:
+    def _leave(self, status: StepStatus) -> None:
         """Save, without the step that failed, and end: the strategy cannot take back what came of it."""
         self.log.warn(
-            f"step {self.step} failed on some rank ({verdict.error()}), and DeepSpeed cannot forget half a step"
+            f"step {self.step} failed on some rank ({status.error()}), and DeepSpeed cannot forget half a step"
         )
-        error = LostPatience(
+        error = TooManyFailures(
             "stopped; torchrun --max-restarts=N goes on from the newest checkpoint by itself. If it comes back, "
             "raise trainer.accumulate or lower data.frames.max, data.height and data.width"
         )
@@ -345,19 +347,19 @@ class Trainer:
 
     def _set_patience(self) -> None:
         robust = self.config.trainer.robust
-        self.unfinished = Patience(
+        self.unfinished = FailureCounter(
             robust.max_consecutive_failures,
             "steps in a row could not be finished",
             "for memory raise trainer.accumulate or lower data.frames.max, data.height and data.width; for files look "
             f"at {self.folder}/data_errors.jsonl (trainer.robust.max_consecutive_failures is the limit)",
         )
-        self.zero_gradient = Patience(
+        self.zero_gradient = FailureCounter(
             robust.zero_gradient,
             "steps in a row had no gradient at all",
             "the model learns nothing: are its outputs clamped, or the pixels in another range than the losses expect? "
             "(trainer.robust.zero_gradient is the limit)",
         )
-        failures = Patience(
+        failures = FailureCounter(
             robust.save_failures,
             "checkpoints in a row could not be written",
             "the last complete one stays (trainer.robust.save_failures is the limit)",
@@ -386,7 +388,7 @@ class Trainer:
         self.window.add(values)
         self.log.advance()
         if self.step % trainer.log_every == 0 or finished or stopped:
-            self.log.scalars(self.window.flush() | self._gauges(), self.step)
+            self.log.scalars(self.window.flush() | self._perf_metrics(), self.step)
             if freed := compact(trainer.robust.compact_gib):
                 self.log.say(f"gave back {freed:.2f} GiB of GPU memory that lay idle")
         if validation.every and (self.step % validation.every == 0 or finished) and not stopped:
@@ -404,7 +406,7 @@ class Trainer:
         """What is made of the checkpoint of a step, and goes with it."""
         return step_outputs(self, step)
 
-    def _gauges(self) -> dict[str, float]:
+    def _perf_metrics(self) -> dict[str, float]:
         """Learning rates, the proximal term, speed since the last log line, and peak memory of this process."""
         elapsed = time.perf_counter() - self._tick
         per_second = self.config.data.batch_size / elapsed

@@ -42,7 +42,7 @@ class Pointwise(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, dilation=2 if x.device.type == "cpu" else 1)
 
 
-class LooksBack(nn.Module):
+class MemBlockBase(nn.Module):
     """A residual block whose convolutions see each frame and the one before it."""
 
     conv: nn.Sequential
@@ -53,7 +53,7 @@ class LooksBack(nn.Module):
         return self.conv(torch.cat([x, before], 1)) + x
 
 
-class MemBlock(LooksBack):
+class MemBlock(MemBlockBase):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Sequential(
@@ -64,7 +64,7 @@ class MemBlock(LooksBack):
         return super().forward(x, clips, past).relu_()
 
 
-class SuperMemBlock(LooksBack):
+class SuperMemBlock(MemBlockBase):
     """The super decoder's: a depthwise 7 x 7 convolution and an inverted bottleneck, as in ConvNeXt."""
 
     def __init__(self, width: int) -> None:
@@ -166,7 +166,7 @@ def run_layers(
     remembered: list[Tensor | None] = []
     for number, layer in enumerate(layers):
         last = None
-        if isinstance(layer, LooksBack):
+        if isinstance(layer, MemBlockBase):
             last = x[-clips:].clone()  # a view would hold the whole chunk
             x = run(layer, x, clips, None if memory is None else memory[number], recompute=recompute)
         elif isinstance(layer, TPool | TGrow):
