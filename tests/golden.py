@@ -61,7 +61,7 @@ def experiment_overrides(name: str, folder: Path, data: Path) -> list[str]:
 
     torch.manual_seed(0)
     made = tiny_experiments.overrides(name, folder, data / "videos/videos.csv", data / "rooms", data / "images")
-    return [*made, f"trainer.max_steps={STEPS}"]
+    return [*made, "data.batch_size=4", f"trainer.max_steps={STEPS}"]
 
 
 def train(overrides: list[str], folder: Path) -> None:
