@@ -6,7 +6,7 @@
     python scripts/latent_stats.py latents/videos --write Wan2.1_VAE.pth --out wan_measured
 
 --write gives an image VAE one scaling_factor, 1 / deviation of all values (--shift: also shift_factor, the mean;
---per-channel: both, of each channel), and other models the mean (`shift`) and deviation (`scale`) of each channel. Of
+--per-channel: both, of each channel), and other models latents_mean and latents_std, of each channel. Of
 cached moments the deviation is that of samples, which includes the posteriors' own; --of-means leaves that out, for
 diffusion models that are trained on means. The cache counts by the new scale as soon as it is opened with the export,
 and so does what scripts/convert_checkpoint.py makes of it. Without --out the export itself is rewritten: of a run, its
@@ -77,14 +77,14 @@ def show(cache: LatentCache, hint: str) -> None:
             print(f"{name.replace('_', ' ')}: mean {means}, std {stds}")
     print(f"eigenvalues of the covariance of the channels' means: {_list(told['covariance_eigenvalues'])}")
     print(f"participation ratio: {told['participation_ratio'] or 0:.2f} of {vae['channels']} channels")
-    judge(told, vae["shift"], vae["scale"], "the scale that the export had when the cache was made", hint)
+    judge(told, vae["latents_mean"], vae["latents_std"], "the scale that the export had when the cache was made", hint)
 
 
 def write(args: argparse.Namespace) -> None:
     checkpoint, model = opened(args.write, args.out)
     cache = LatentCache(args.cache, open_codec(args.write))  # refuses those of another autoencoder
     spec = load(rescale(checkpoint, model, of_cache(cache, args.of_means), args)).spec
-    judge(cache.statistics, spec.shift, spec.scale, "the new scale", "; try --per-channel", args.of_means)
+    judge(cache.statistics, spec.latents_mean, spec.latents_std, "the new scale", "; try --per-channel", args.of_means)
 
 
 def of_cache(cache: LatentCache, of_means: bool) -> MeasuredScale:

@@ -7,8 +7,8 @@ docs/latents.md; scripts/latent_stats.py does it from a cache.
 
 Encodes one centred clip of each of COUNT files, evenly spread over the source, in fp32, and samples from the
 posteriors. An image VAE gets one scaling_factor, 1 / standard deviation of all values, as Stable Diffusion's have
-(--shift: also shift_factor, the mean; --per-channel: both, of each channel); other models a mean (`shift`) and
-deviation (`scale`) per channel. `normalize` then gives latents of unit variance, and so does what
+(--shift: also shift_factor, the mean; --per-channel: both, of each channel); other models latents_mean and
+latents_std per channel. `normalize` then gives latents of unit variance, and so does what
 scripts/convert_checkpoint.py makes of the export.
 Without --out the export itself is rewritten: of a run, its newest.
 """
@@ -137,7 +137,7 @@ def tell(old: Checkpoint, new: Checkpoint, measured: MeasuredScale) -> None:
         print(f"{channel:7}{mean:12.5f}{std:12.5f}")
     mean, std = measured.over_channels()
     print(f"{'all':>7}{mean:12.5f}{std:12.5f}   1 / std = {1 / std:.5f}")
-    for name in ("scaling_factor", "shift_factor", "shift", "scale"):
+    for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
         if new.config.get(name) != old.config.get(name):
             print(f"{name}: {_short(old.config.get(name))} -> {_short(new.config[name])}")
 

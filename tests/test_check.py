@@ -69,9 +69,9 @@ FAULTS = {
     "best of nothing": (["trainer.best=psnr"], "trainer.best=psnr is of validations, and validation.every=0 makes none"),
     "best of what is not measured": (["trainer.best=rfid", "validation.every=1", "validation.frames=1"], "trainer.best=rfid is no score that can be ranked of validation.metrics and validation.slow_metrics; use one of psnr, psnr_video, ssim, or name its metric there"),
     "best of what has no better": (["trainer.best=flicker_ori", "validation.every=1", "validation.frames=2", "validation.metrics=[flicker]"], "trainer.best=flicker_ori is no score that can be ranked of validation.metrics and validation.slow_metrics; use one of none, for there are no metrics"),
-    "NaN for the model": (["model.scale=[1,1,nan,1]"], "must be a finite number"),
+    "NaN for the model": (["model.latents_std=[1,1,nan,1]"], "must be a finite number"),
     "infinity for the model": (["model.spatial.scaling_factor=inf"], "model.spatial.scaling_factor=inf"),
-    "no deviation": (["model.scale=[1,0,1,1]"], "scale[1] is 0; give a finite number from 1e-06 to 1000000"),
+    "no deviation": (["model.latents_std=[1,0,1,1]"], "latents_std[1] is 0; give a finite number from 1e-06 to 1000000"),
     "frames below 1": (["model.micro_frames=0"], "micro_frames is 0; give an integer from 1 to 2147483648 or null"),
     "a fraction of a channel": (["model.temporal.channels=8.5"], "channels is 8.5; give an integer"),
     "broken interpolation": (["data.height=${data.hight}"], "data.height=${data.hight} cannot be resolved: Interpolation key 'data.hight' not found"),
@@ -129,7 +129,7 @@ def test_identity_on_unequal_channels_is_refused(videos, spatial_export):
     ):
         tiny.training(
             "temporal_vae", videos, "stage=stage1", f"stage.init_from.spatial_vae={spatial_export}",
-            "model.temporal.latent_channels=6", "model.shift=[0,0,0,0,0,0]", "model.scale=[1,1,1,1,1,1]",
+            "model.temporal.latent_channels=6", "model.latents_mean=[0,0,0,0,0,0]", "model.latents_std=[1,1,1,1,1,1]",
         )  # fmt: skip
 
 
@@ -234,12 +234,12 @@ def test_schema_and_check_import_no_torch():
 NUMBERS = {  # no setting may be such a number, at any depth and in nodes with a _target_, too
     "train": {
         "optim.lr": "inf", "optim.eps": "inf", "optim.betas": "[0.9,nan]", "stage.latent_noise": "inf", "run.seed": "-1",
-        "loss.terms.l1.weight": "nan", "loss.logvar": "nan", "model.scale": "[nan,1,1,1]", "adversary.lr": "inf",
+        "loss.terms.l1.weight": "nan", "loss.logvar": "nan", "model.latents_std": "[nan,1,1,1]", "adversary.lr": "inf",
         "stage.train": "{decoder: nan}", "data.fps": "inf", "data.source.val_share": "nan", "validation.videos": "-1",
         "trainer.max_steps": "99999999999999999999", "trainer.spike.factor": "inf", "data.timeout": "nan",
     },
-    "infer": {"memory_gib": "inf", "fps": "nan", "seed": "-1", "model.scale": "[nan]", "tile_overlap": "-1"},
-    "latents": {"max_broken": "nan", "fps": "inf", "seed": "-1", "model.shift": "[inf]"},
+    "infer": {"memory_gib": "inf", "fps": "nan", "seed": "-1", "model.latents_std": "[nan]", "tile_overlap": "-1"},
+    "latents": {"max_broken": "nan", "fps": "inf", "seed": "-1", "model.latents_mean": "[inf]"},
     "diffusion": {"optim.lr": "inf", "validation.guidance": "nan", "process.shift": "inf", "run.seed": "-1"},
     "sample": {"guidance": "nan", "shift": "inf", "eta": "nan", "interval": "[0,nan]", "seed": "-1"},
 }  # fmt: skip

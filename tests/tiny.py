@@ -38,7 +38,7 @@ MODEL = {
 MODEL["opensora_v1_2"] = MODEL["temporal_vae"]
 MODEL["sd_vae"] = MODEL["spatial"]
 WAN = ["model.channels=8", "model.multipliers=[1,2]", "model.downsample=[true]", "model.layers=1"]
-WAN += ["model.latent_channels=4", "model.shift=[0,0,0,0]", "model.scale=[1,1,1,1]"]
+WAN += ["model.latent_channels=4", "model.latents_mean=[0,0,0,0]", "model.latents_std=[1,1,1,1]"]
 MODEL["wan"] = WAN
 MODEL["wan22"] = [*WAN, "model.multipliers=[1,1]", "model.decoder_channels=16"]
 SERAENA = ["adversary=seraena", "adversary.context_channels=4", "adversary.channels=[8,8,8,8]"]

@@ -20,7 +20,7 @@ SMALL = [
 ]  # fmt: skip
 TEACHERS = {
     "wan": ["model.channels=4", "model.multipliers=[1,1,1,1]", "model.downsample=[false,true,true]", "model.layers=2",
-            "model.shift=null", "model.scale=null"],
+            "model.latents_mean=null", "model.latents_std=null"],
     "opensora_v1_2": [*tiny.MODEL["opensora_v1_2"], "model.spatial.channels=[8,8,8,8]"],
 }  # fmt: skip
 NINE_FRAMES = [f"data.frames.{bound}=9" for bound in ("min", "max")]

@@ -1,7 +1,7 @@
 """Check plain values against annotations: types, ranges, lengths. One check for arguments from code, conf/ and files.
 
     @check_arguments
-    def __init__(self, *, latent_channels: Width = 4, scale: Sequence[Deviation] | None = None): ...
+    def __init__(self, *, latent_channels: Width = 4, latents_std: Sequence[Deviation] | None = None): ...
 
 raises ArgumentError naming the argument, its value, and what is allowed.
 """

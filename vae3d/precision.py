@@ -30,9 +30,10 @@ def disable_tf32() -> None:
 
 
 def cast_keep_stats(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The network in another precision, but for the mean and deviation of its latents (`shift`, `scale`), which stay in
-    fp32: bf16 would change them by up to 0.4 %."""
-    constants = {name: b for name, b in network.named_buffers() if name.rpartition(".")[2] in ("shift", "scale")}
+    """Cast a network, but keep latents_mean and latents_std in fp32: bf16 would change them by up to 0.4 %."""
+    constants = {
+        name: b for name, b in network.named_buffers() if name.rpartition(".")[2] in ("latents_mean", "latents_std")
+    }
     network.to(dtype)
     for name, buffer in constants.items():
         owner, _, attribute = name.rpartition(".")

@@ -19,17 +19,16 @@ from vae3d.seeding import Generators, generator_of, randn_like
 class LatentSpec:
     """A latent space: its channels, its compression factors, and its mean and standard deviation.
 
-    causal: a latent never depends on later frames. shift, scale: per channel, what `normalize` subtracts and divides
-    by. Empty on the meta device, where a model that keeps them with its weights does not know them; scale is empty
-    also for a SpatialVAE without a scaling factor.
+    causal: a latent never depends on later frames. latents_mean, latents_std: per channel. Empty on the meta device for
+    models that keep them with their weights; latents_std is empty also for a SpatialVAE without a scaling factor.
     """
 
     channels: int
     time_stride: int
     space_stride: int
     causal: bool
-    shift: tuple[float, ...]
-    scale: tuple[float, ...]
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
 
 
 @dataclass

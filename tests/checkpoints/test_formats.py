@@ -12,7 +12,7 @@ import vae3d
 from tests import tiny
 from vae3d.checkpoints import export, ldm
 from vae3d.checkpoints.export import write_diffusers, write_export, write_ldm, write_opensora
-from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
+from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint, to_opensora
 from vae3d.io import FileError
 from vae3d.loading import initialize, model_config
 
@@ -130,8 +130,8 @@ def test_ldm_file_round_trips(tmp_path):
 @pytest.mark.parametrize("where", ["folder", "file"])
 def test_opensora_layout_is_recognised(tmp_path, where):
     saved = checkpoint("temporal_vae", [*PIPELINE, "model.spatial.scaling_factor=0.18215"], tmp_path)
-    saved.state["scale"] += 1.5
-    save_file(saved.state, tmp_path / "model.safetensors")
+    saved.state["latents_std"] += 1.5
+    save_file(to_opensora(saved.state), tmp_path / "model.safetensors")
     if where == "folder":
         (tmp_path / "config.json").write_text(json.dumps({"micro_frame_size": 9}))
     model = vae3d.load(tmp_path if where == "folder" else tmp_path / "model.safetensors")
@@ -143,10 +143,11 @@ def test_opensora_layout_is_recognised(tmp_path, where):
 
 def test_scalar_scale_and_shift_of_training_files_are_spread_over_the_channels(tmp_path):
     saved = checkpoint("temporal_vae", PIPELINE, tmp_path)
-    torch.save({**saved.state, "scale": torch.tensor(2.0), "shift": torch.tensor(0.5)}, tmp_path / "model.pt")
+    state = {**to_opensora(saved.state), "scale": torch.tensor(2.0), "shift": torch.tensor(0.5)}
+    torch.save(state, tmp_path / "model.pt")
     model = vae3d.load(tmp_path / "model.pt")
-    assert torch.equal(model.scale, torch.full((1, 4, 1, 1, 1), 2.0))
-    assert torch.equal(model.shift, torch.full((1, 4, 1, 1, 1), 0.5))
+    assert torch.equal(model.latents_std, torch.full((1, 4, 1, 1, 1), 2.0))
+    assert torch.equal(model.latents_mean, torch.full((1, 4, 1, 1, 1), 0.5))
 
 
 def test_written_opensora_folder_computes_the_same_under_the_published_factor(tmp_path, monkeypatch):

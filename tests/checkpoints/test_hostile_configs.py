@@ -228,7 +228,14 @@ def exports(folder: Path) -> dict[str, Place]:
         "classes": [],
         "known": [],
         "label_dropout": 0.1,
-        "vae": {"path": "vae", "model": "SpatialVAE", "encoder": "0", "config": None, "shift": [0], "scale": [1]},
+        "vae": {
+            "path": "vae",
+            "model": "SpatialVAE",
+            "encoder": "0",
+            "config": None,
+            "latents_mean": [0],
+            "latents_std": [1],
+        },
     }
     root = folder / "diffusion"
     write_diffusion_export(root, facts, {0.9: state})
@@ -252,7 +259,7 @@ def published(folder: Path) -> dict[str, Place]:
         for key in ("norm_num_groups", "block_out_channels"):
             found[f"{kind} {key}"] = in_json(folder / kind, folder / kind / "config.json", key)
     write_taehv(saved("taehv", folder), folder / "taehv.pth")
-    for key in ("variant", "shift", "latent"):
+    for key in ("variant", "latents_mean", "latent"):
         found[f"TAEHV {key}"] = in_json(folder / "taehv.pth", folder / "taehv.json", key)
     return found
 
@@ -270,7 +277,7 @@ JSON_PLACES += [
     for kind in ("CogVideoX", "HunyuanVideo")
     for key in ("norm_num_groups", "block_out_channels")
 ]
-JSON_PLACES += ["TAEHV variant", "TAEHV shift", "TAEHV latent"]
+JSON_PLACES += ["TAEHV variant", "TAEHV latents_mean", "TAEHV latent"]
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def test_latent_diffusions_one_factor_gives_the_same_normalized_latents(tmp_path
         z, w = ours.encode(video), theirs.encode(video)
         scale = float(expected.split("=")[1])
         torch.testing.assert_close(w.mean * scale, ours.normalize(z.mean), rtol=1e-4, atol=1e-5)
-        std = (0.5 * z.logvar).exp() / torch.tensor(ours.spec.scale)[:, None, None, None]
+        std = (0.5 * z.logvar).exp() / torch.tensor(ours.spec.latents_std)[:, None, None, None]
         torch.testing.assert_close((0.5 * w.logvar).exp() * scale, std, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(theirs.decode(w.mean), ours.decode(z.mean), rtol=1e-4, atol=1e-5)
 

@@ -30,7 +30,7 @@ def saved(variant: str, path, **changes: object) -> Checkpoint:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_what_is_written_tells_its_variant(tmp_path, variant, suffix):
-    constants = {name: [0.5] * VARIANTS[variant].latent_channels for name in ("shift", "scale")}
+    constants = {name: [0.5] * VARIANTS[variant].latent_channels for name in ("latents_mean", "latents_std")}
     checkpoint = saved(variant, tmp_path, **(constants if VARIANTS[variant].latent == "raw" else {}))
     file = tmp_path / f"weights{suffix}"
     WRITERS["taehv"](checkpoint, file)
@@ -39,7 +39,7 @@ def test_what_is_written_tells_its_variant(tmp_path, variant, suffix):
     model = vae3d.load(file)
     assert_equal_states(model.state_dict(), checkpoint.state)
     assert (model.variant, model.latent) == (variant, VARIANTS[variant].latent)
-    assert model.spec.scale == tuple(checkpoint.config.get("scale") or [1.0] * model.spec.channels)
+    assert model.spec.latents_std == tuple(checkpoint.config.get("latents_std") or [1.0] * model.spec.channels)
     told = read_facts(file)
     kind = VARIANTS[variant]
     assert (told["frame_rule"], told["latent"], told["decoder"]) == (kind.rule, kind.latent, kind.decoder)

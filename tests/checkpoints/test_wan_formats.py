@@ -34,7 +34,7 @@ def checkpoint(style: str, folder, **changes: object) -> Checkpoint:
 @pytest.fixture(params=wan.STYLES)
 def saved(request, tmp_path):
     channels = wan.STYLES[request.param]["latent_channels"]
-    constants = {"shift": [0.1 * i for i in range(channels)], "scale": [1.0 + i for i in range(channels)]}
+    constants = {"latents_mean": [0.1 * i for i in range(channels)], "latents_std": [1.0 + i for i in range(channels)]}
     return checkpoint(request.param, tmp_path, **constants)
 
 
@@ -48,14 +48,17 @@ def test_every_layout_is_recognised_and_comes_back_bit_exact(tmp_path, saved, la
     assert read.state.keys() == saved.state.keys()
     assert_equal_states(*({k: v for k, v in s.items() if k not in folded} for s in (read.state, saved.state)))
     model = vae3d.load(path)
-    told = {"shift": model.spec.shift, "scale": model.spec.scale}  # which only some layouts hold; below
+    told = {
+        "latents_mean": model.spec.latents_mean,
+        "latents_std": model.spec.latents_std,
+    }  # which only some layouts hold; below
     assert model.spec == replace(loading.instantiate(saved.config).spec, **told)
     if layout in ("diffusers", "export"):
-        assert model.shift.flatten().tolist() == pytest.approx(saved.config["shift"])
-        assert model.scale.flatten().tolist() == pytest.approx(saved.config["scale"])
+        assert model.latents_mean.flatten().tolist() == pytest.approx(saved.config["latents_mean"])
+        assert model.latents_std.flatten().tolist() == pytest.approx(saved.config["latents_std"])
         assert read.notes == []
     else:  # bare weights; these are not of the published kind
-        assert model.scale.flatten().tolist() == [1.0] * model.spec.channels
+        assert model.latents_std.flatten().tolist() == [1.0] * model.spec.channels
         assert "does not tell its latents' mean and standard deviation; 0 and 1 are used" in read.notes[0]
     assert_same_normalized_latents(saved, model)
 
@@ -67,26 +70,26 @@ def assert_same_normalized_latents(saved: Checkpoint, model: torch.nn.Module) ->
     with torch.no_grad():
         z, w = ours.encode(video), model.encode(video)
         torch.testing.assert_close(model.normalize(w.mean), ours.normalize(z.mean), rtol=1e-4, atol=1e-4)
-        std, theirs = (0.5 * z.logvar).exp() / ours.scale, (0.5 * w.logvar).exp() / model.scale
+        std, theirs = (0.5 * z.logvar).exp() / ours.latents_std, (0.5 * w.logvar).exp() / model.latents_std
         torch.testing.assert_close(theirs, std, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(model.decode(w.mean), ours.decode(z.mean), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["wan", "videox_fun"])
 def test_measured_constants_are_folded_for_programs_that_apply_the_published_ones(tmp_path, layout):
-    measured = {"shift": [0.1 * i for i in range(16)], "scale": [1.0 + 0.2 * i for i in range(16)]}
+    measured = {"latents_mean": [0.1 * i for i in range(16)], "latents_std": [1.0 + 0.2 * i for i in range(16)]}
     saved = checkpoint("wan", tmp_path, latent_channels=16, **measured)
     WRITERS[layout](saved, tmp_path / "vae.pth")
     assert "normalised latents stay the same" in saved.notes[0]
     model = vae3d.load(tmp_path / "vae.pth")
-    assert model.shift.flatten().tolist() == pytest.approx(loading.model_config("wan")["shift"])
+    assert model.latents_mean.flatten().tolist() == pytest.approx(loading.model_config("wan")["latents_mean"])
     assert_same_normalized_latents(saved, model)
     write_flat(saved, {"wan": "native"}.get(layout, layout), tmp_path / "flat.pt")
     assert_equal_states(read_checkpoint(tmp_path / "flat.pt").state, model.state_dict())
 
 
 def test_published_constants_leave_the_weights_as_they_are(tmp_path):
-    published = {name: loading.model_config("wan")[name] for name in ("shift", "scale")}
+    published = {name: loading.model_config("wan")[name] for name in ("latents_mean", "latents_std")}
     saved = checkpoint("wan", tmp_path, latent_channels=16, **published)
     WRITERS["wan"](saved, tmp_path / "vae.pth")
     assert_equal_states(read_checkpoint(tmp_path / "vae.pth").state, saved.state)
@@ -115,7 +118,7 @@ def test_bare_files_of_the_published_width_have_the_published_constants(tmp_path
     small = checkpoint("wan", tmp_path, latent_channels=16)
     torch.save(small.state, tmp_path / "Wan2.1_VAE.pth")
     read = read_checkpoint(tmp_path / "Wan2.1_VAE.pth")
-    assert read.config["shift"] == loading.model_config("wan")["shift"]
+    assert read.config["latents_mean"] == loading.model_config("wan")["latents_mean"]
     assert "the published weights' are used" in read.notes[0]
 
 
@@ -132,13 +135,15 @@ def test_diffusers_opens_the_folder_and_computes_the_same(tmp_path, saved):
         expected = theirs.encode(video).latent_dist.mean
         torch.testing.assert_close(ours.encode(video).mean, expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(ours.decode(expected), theirs.decode(expected).sample, rtol=0, atol=1e-5)
-    assert list(theirs.config.latents_mean) == saved.config["shift"]
+    assert list(theirs.config.latents_mean) == saved.config["latents_mean"]
     assert theirs.config.scale_factor_spatial == ours.spec.space_stride
     theirs.save_pretrained(tmp_path / "again")  # what diffusers writes is read
     assert_equal_states(vae3d.load(tmp_path / "again").state_dict(), saved.state)
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "again").rename(tmp_path / "pipeline/vae")
-    assert vae3d.load(tmp_path / "pipeline").shift.flatten().tolist() == pytest.approx(saved.config["shift"])
+    assert vae3d.load(tmp_path / "pipeline").latents_mean.flatten().tolist() == pytest.approx(
+        saved.config["latents_mean"]
+    )
 
 
 def test_renaming_is_one_to_one_both_ways(saved):

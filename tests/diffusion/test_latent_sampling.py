@@ -291,7 +291,7 @@ def test_another_autoencoder_is_refused(of_images, pictures, vae, tmp_path):
     with pytest.raises(CheckpointError, match=r"another autoencoder .*: the encoder's weights have sha256"):
         drawn(of_images, tmp_path / "out", f"vae={other}")
     unscaled = latent_runs.vae("spatial", tmp_path / "unscaled", pictures, size=32, scaled=False)
-    with pytest.raises(CheckpointError, match=r"another autoencoder .*: the shift of its latents is"):
+    with pytest.raises(CheckpointError, match=r"another autoencoder .*: the latents_mean of its latents is"):
         drawn(of_images, tmp_path / "out", f"vae={unscaled}")
     moved = vae.rename(vae.with_name("moved"))
     try:

@@ -30,7 +30,7 @@ from vae3d.models.base import convert_latents
 
 SHIFT, SCALE = [0.1 * i for i in range(16)], [1 + 0.1 * i for i in range(16)]
 TEACHER = [
-    "model.latent_channels=16", f"model.shift={SHIFT}", f"model.scale={SCALE}",
+    "model.latent_channels=16", f"model.latents_mean={SHIFT}", f"model.latents_std={SCALE}",
     "model.multipliers=[1,1,1,1]", "model.downsample=[false,true,true]",
 ]  # fmt: skip
 PAIRS = ["student -> student", "student -> teacher", "teacher -> student", "teacher -> teacher"]
@@ -112,7 +112,7 @@ def test_a_network_beside_itself_gives_four_equal_pairs(teacher, source, tmp_pat
 
 
 def test_latents_go_through_the_statistics_of_the_network_that_has_them_raw():
-    raw, normal = tiny.model("wan", "model.shift=[1,2,3,4]", "model.scale=[2,2,2,2]"), nn.Module()
+    raw, normal = tiny.model("wan", "model.latents_mean=[1,2,3,4]", "model.latents_std=[2,2,2,2]"), nn.Module()
     normal.latent = "normalized"
     z = torch.randn(1, 4, 1, 2, 2)
     expected = (z - torch.arange(1.0, 5).view(1, 4, 1, 1, 1)) / 2

@@ -85,7 +85,7 @@ def test_an_export_with_the_measured_scale_normalizes_to_unit_variance(tmp_path,
     if name == "spatial":
         assert float(unit.std(correction=0)) == pytest.approx(1, abs=1e-5)
         assert (abs(float(unit.mean())) < 1e-5) == shift
-        assert loaded.spec.scale == (1 / loaded.scaling_factor,) * 4
+        assert loaded.spec.latents_std == (1 / loaded.scaling_factor,) * 4
     else:
         np.testing.assert_allclose(unit.mean((0, 2, 3, 4)), 0, atol=1e-5)
         np.testing.assert_allclose(unit.std((0, 2, 3, 4), correction=0), 1, atol=1e-5)

@@ -9,7 +9,7 @@ from tests import tiny
 from vae3d.models.diffusers_vae import COGVIDEOX, HUNYUAN, DiffusersVAE
 
 DIFFUSERS = {"block_out_channels": [8, 8, 8, 8], "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
-FACTORS = ["model.shift=[0.5,-1,0,0.25]", "model.scale=[2,0.5,1,4]"]
+FACTORS = ["model.latents_mean=[0.5,-1,0,0.25]", "model.latents_std=[2,0.5,1,4]"]
 OVERRIDES = {
     "spatial": ["model.scaling_factor=0.7", "+model.shift_factor=0.1"],
     "sd_vae": [],

@@ -51,7 +51,7 @@ def test_cached_latents_are_those_of_a_batch_and_of_encoding_on_the_fly(name, dt
     positions = [11, 5, 8, 20]
     generators = [torch.Generator().manual_seed(seed_of(7, position, "noise")) for position in positions]
     flying = ours.encode(clips, "sample", generators)
-    scale = ours.scale(flying)
+    scale = ours.latents_std(flying)
     off_mean = ROUNDING[dtype] * raw.mean.abs() / scale + 1e-6
     off_std = ROUNDING[dtype] * (flying - batch.mean).abs() + 1e-6
     for place, position in enumerate(positions):
@@ -158,9 +158,14 @@ def test_another_autoencoder_is_refused_by_name_but_not_another_decoder_or_scale
 
 
 def test_settings_of_the_model_that_change_latents_are_compared(photos, tmp_path):
-    config = {"_target_": "x", "micro_frames": 17, "scale": [1.0], "spatial": {"scaling_factor": 0.1, "frame_batch": 4}}
+    config = {
+        "_target_": "x",
+        "micro_frames": 17,
+        "latents_std": [1.0],
+        "spatial": {"scaling_factor": 0.1, "frame_batch": 4},
+    }
     caches.made(photos, tmp_path / "cache", caches.codec("temporal_vae", config=config))
-    same = {**config, "scale": [2.0], "decoder_channels": 3, "spatial": {"scaling_factor": 0.1, "frame_batch": 1}}
+    same = {**config, "latents_std": [2.0], "decoder_channels": 3, "spatial": {"scaling_factor": 0.1, "frame_batch": 1}}
     LatentCache(tmp_path / "cache", caches.codec("temporal_vae", config=same))
     other = {**config, "micro_frames": None, "spatial": {"scaling_factor": 0.2}}
     with pytest.raises(
@@ -173,8 +178,8 @@ def test_new_factors_of_the_model_count_at_once(cached):
     ours = caches.codec()
     before = LatentCache(cached, ours, mode="mean")[0].z
     raw = (
-        before * before.new_tensor(ours.model.spec.scale)[:, None, None, None]
-        + before.new_tensor(ours.model.spec.shift)[:, None, None, None]
+        before * before.new_tensor(ours.model.spec.latents_std)[:, None, None, None]
+        + before.new_tensor(ours.model.spec.latents_mean)[:, None, None, None]
     )
     other = LatentCodec(
         families.tiny.model("spatial", "model.scaling_factor=0.25", "+model.shift_factor=3"), pixel_range="uint8"
@@ -390,10 +395,10 @@ HOSTILE = [
     *(with_text("index.csv", content) for content in ("", "key\n", "\0\0", '"', "a,b\n1,2,3\n1\n", "x" * 100_000)),
     *(with_json("meta.json", setting(key, value=value)) for key in ("vae", "transform", "store", "dtype", "digest")
       for value in (None, 5, "../../etc", [], {})),
-    *(with_json("meta.json", setting("vae", key, value=value)) for key in ("shift", "scale", "channels", "encoder")
+    *(with_json("meta.json", setting("vae", key, value=value)) for key in ("latents_mean", "latents_std", "channels", "encoder")
       for value in (None, -1, "x", [], [1e999], [[]] * 4, ["a"] * 4, 10**30)),
-    *(with_json("meta.json", without("vae", key)) for key in ("shift", "scale", "encoder", "checkpoint", "config")),
-    with_json("meta.json", setting("vae", "scale", value=[0, 0, 0, 0])),
+    *(with_json("meta.json", without("vae", key)) for key in ("latents_mean", "latents_std", "encoder", "checkpoint", "config")),
+    with_json("meta.json", setting("vae", "latents_std", value=[0, 0, 0, 0])),
     *(with_json("complete.json", setting(key, value=value)) for key in ("shards", "entries")
       for value in (None, 0, -1, 10**15, 1.5, "2", [])),
     with_json("complete.json", setting("sha256", value={"../../etc/passwd": "0"})),

@@ -14,7 +14,7 @@ from vae3d.models.diffusers_vae import COGVIDEOX
 
 UNIT_FACTORS = {
     "spatial": {"scaling_factor": 1.0, "shift_factor": 0.0},
-    "wan": {"shift": torch.zeros(1), "scale": torch.ones(1)},
+    "wan": {"latents_mean": torch.zeros(1), "latents_std": torch.ones(1)},
 }
 
 
@@ -49,7 +49,9 @@ def test_without_factors_that_round_it_is_the_reconstruction_to_the_bit(name):
 def test_normalisation_is_the_specs_and_is_inverted(name):
     ours = codec(name)
     z = torch.randn(2, *ours.latent_shape(5, 16, 16)) * 5
-    shift, scale = (torch.tensor(told)[:, None, None, None] for told in (ours.model.spec.shift, ours.model.spec.scale))
+    shift, scale = (
+        torch.tensor(told)[:, None, None, None] for told in (ours.model.spec.latents_mean, ours.model.spec.latents_std)
+    )
     torch.testing.assert_close(ours.model.normalize(z), (z - shift) / scale)
     torch.testing.assert_close(ours.model.denormalize(ours.model.normalize(z)), z, rtol=1e-5, atol=1e-5)
     video = families.clip(5)

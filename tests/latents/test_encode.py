@@ -218,7 +218,7 @@ def test_statistics_are_those_of_all_entries_in_one_pass(whole):
     cache, reference = LatentCache(whole), LatentStatistics(4)
     for place in range(len(cache)):
         moments = cache.moments(place)
-        reference.update(moments.mean * cache.scale + cache.shift, moments.std * cache.scale)
+        reference.update(moments.mean * cache.latents_std + cache.latents_mean, moments.std * cache.latents_std)
     told, expected = cache.statistics, reference.summary()
     assert told["clips"] == 12
     for name in ("mean", "std", "posterior_std", "covariance_eigenvalues"):
@@ -230,7 +230,7 @@ def test_npy_and_webdataset_hold_the_same(whole):
     assert len(list((whole / "npy").rglob("*.npy"))) == 24
     for row in cache.index.itertuples():
         kept = caches.array((whole / f"npy/{row.shard:05d}/{row.number:09d}.mean.npy").read_bytes())
-        torch.testing.assert_close((kept - cache.shift) / cache.scale, cache[row.Index].z)
+        torch.testing.assert_close((kept - cache.latents_mean) / cache.latents_std, cache[row.Index].z)
         with tarfile.open(whole / f"webdataset/{row.shard:05d}.tar") as tar:
             assert torch.equal(caches.array(tar.extractfile(f"{row.number:09d}.mean.npy").read()), kept)
             assert json.load(tar.extractfile(f"{row.number:09d}.json"))["key"] == row.key

@@ -7,6 +7,7 @@ import torch
 
 import vae3d
 from tests import tiny
+from vae3d.checkpoints.formats import to_opensora
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.temporal import TemporalVAE
 
@@ -18,7 +19,7 @@ FRAMES = (1, 2, 4, 5, 16, 17, 18, 33, 34, 51)
 def test_keys_shapes_and_parameters_are_the_published_ones(name):
     with torch.device("meta"):
         model = vae3d.build(name)
-    assert {k: list(v.shape) for k, v in model.state_dict().items()} == KEYS
+    assert {k: list(v.shape) for k, v in to_opensora(model.state_dict()).items()} == KEYS
     assert sum(p.numel() for p in model.spatial_vae.parameters()) == 83_653_863
     assert sum(p.numel() for p in model.temporal_vae.parameters()) == 309_687_144
 
@@ -26,9 +27,9 @@ def test_keys_shapes_and_parameters_are_the_published_ones(name):
 def test_published_preset_has_the_published_factors():
     model = vae3d.build("opensora_v1_2", *tiny.MODEL["opensora_v1_2"])
     assert model.spatial_vae.scaling_factor == 0.18215
-    torch.testing.assert_close(model.scale.flatten(), torch.tensor([3.85, 2.32, 2.33, 3.06]))
-    torch.testing.assert_close(model.shift.flatten(), torch.tensor([-0.10, 0.34, 0.27, 0.98]))
-    assert model.scale.shape == (1, 4, 1, 1, 1)
+    torch.testing.assert_close(model.latents_std.flatten(), torch.tensor([3.85, 2.32, 2.33, 3.06]))
+    torch.testing.assert_close(model.latents_mean.flatten(), torch.tensor([-0.10, 0.34, 0.27, 0.98]))
+    assert model.latents_std.shape == (1, 4, 1, 1, 1)
     assert vae3d.build("temporal_vae", *tiny.MODEL["temporal_vae"]).spatial_vae.scaling_factor == 0.13025
 
 
@@ -136,7 +137,9 @@ def test_normalisation_uses_the_buffers():
     expected = (z[:, 1] - 0.34) / 2.32
     torch.testing.assert_close(model.normalize(z)[:, 1], expected)
     torch.testing.assert_close(model.denormalize(model.normalize(z)), z)
-    shift, scale = (torch.tensor(told)[:, None, None, None] for told in (model.spec.shift, model.spec.scale))
+    shift, scale = (
+        torch.tensor(told)[:, None, None, None] for told in (model.spec.latents_mean, model.spec.latents_std)
+    )
     torch.testing.assert_close((z - shift) / scale, model.normalize(z))
 
 

@@ -109,7 +109,9 @@ def test_latents_are_scaled_in_one_place():
     z = torch.randn(1, 4, 2, 8, 8)
     torch.testing.assert_close(model.normalize(z), z * 0.5)
     torch.testing.assert_close(model.denormalize(model.normalize(z)), z)
-    shift, scale = (torch.tensor(told)[:, None, None, None] for told in (model.spec.shift, model.spec.scale))
+    shift, scale = (
+        torch.tensor(told)[:, None, None, None] for told in (model.spec.latents_mean, model.spec.latents_std)
+    )
     torch.testing.assert_close((z - shift) / scale, model.normalize(z))
 
 

@@ -344,22 +344,25 @@ def test_range_is_minus_one_to_one():
 
 
 def test_latent_conventions():
-    raw = toy("taecvx", shift=[1.0] * 16, scale=[2.0] * 16)
+    raw = toy("taecvx", latents_mean=[1.0] * 16, latents_std=[2.0] * 16)
     assert (raw.latent, toy("taew2_1").latent) == ("raw", "normalized")
     z = torch.randn(1, 16, 1, 2, 2)
     torch.testing.assert_close(raw.normalize(z), (z - 1) / 2)
     torch.testing.assert_close(raw.denormalize(raw.normalize(z)), z)
-    assert raw.spec.shift == (1.0,) * 16
+    assert raw.spec.latents_mean == (1.0,) * 16
     assert torch.equal(toy("taew2_1").normalize(z), z)
-    assert toy("taew2_1", latent="raw", scale=[2.0] * 16, shift=[0.0] * 16).spec.scale == (2.0,) * 16
+    assert toy("taew2_1", latent="raw", latents_std=[2.0] * 16, latents_mean=[0.0] * 16).spec.latents_std == (2.0,) * 16
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"variant": "taew3"}, "use one of taehv, taecvx"),
-        ({"variant": "taew2_1", "shift": [0.0] * 16, "scale": [1.0] * 16}, "shift and scale are of raw latents"),
-        ({"variant": "taecvx", "shift": [0.0] * 4, "scale": [1.0] * 4}, "4 and 4 entries; give 16"),
+        (
+            {"variant": "taew2_1", "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16},
+            "latents_mean and latents_std are of raw latents",
+        ),
+        ({"variant": "taecvx", "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "4 and 4 entries; give 16"),
         ({"variant": "taehv", "latent": "scaled"}, "use raw or normalized"),
         ({"variant": "taehv", "chunk_latents": 0}, "chunk_latents is 0; give an integer"),
         ({"variant": "taehv", "decoder_channels": [8, 8]}, "give 4"),

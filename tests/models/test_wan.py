@@ -89,18 +89,29 @@ def test_normalisation_uses_the_published_constants(name):
         from diffusers import AutoencoderKLWan
 
         defaults = AutoencoderKLWan(base_dim=2, dim_mult=[1, 1], temperal_downsample=[False]).config
-        assert (config["shift"], config["scale"]) == (list(defaults.latents_mean), list(defaults.latents_std))
+        assert (config["latents_mean"], config["latents_std"]) == (
+            list(defaults.latents_mean),
+            list(defaults.latents_std),
+        )
     else:
-        assert [config["shift"][i] for i in (0, -1)] == [-0.2289, -0.0667]
-        assert [config["scale"][i] for i in (0, -1)] == [0.4765, 0.7744]
-    channels = len(config["shift"])
-    small = {"channels": 8, "latent_channels": channels, "shift": config["shift"], "scale": config["scale"]}
+        assert [config["latents_mean"][i] for i in (0, -1)] == [-0.2289, -0.0667]
+        assert [config["latents_std"][i] for i in (0, -1)] == [0.4765, 0.7744]
+    channels = len(config["latents_mean"])
+    small = {
+        "channels": 8,
+        "latent_channels": channels,
+        "latents_mean": config["latents_mean"],
+        "latents_std": config["latents_std"],
+    }
     model = WanVAE(**small, multipliers=[1], downsample=[])
     z = torch.randn(2, channels, 3, 2, 2)
-    shift, scale = (torch.tensor(config[key])[:, None, None, None] for key in ("shift", "scale"))
+    shift, scale = (torch.tensor(config[key])[:, None, None, None] for key in ("latents_mean", "latents_std"))
     torch.testing.assert_close(model.normalize(z), (z - shift) / scale)
     torch.testing.assert_close(model.denormalize(model.normalize(z)), z)
-    assert (list(model.spec.shift), list(model.spec.scale)) == (config["shift"], config["scale"])
+    assert (list(model.spec.latents_mean), list(model.spec.latents_std)) == (
+        config["latents_mean"],
+        config["latents_std"],
+    )
 
 
 @pytest.mark.parametrize("name", ["wan", "wan22"])
@@ -205,7 +216,7 @@ def test_as_many_frames_of_the_same_size_come_out_as_went_in(frames, beyond):
     ("changes", "message"),
     [
         ({"downsample": [True, True]}, "downsample has 2 entries for 4 multipliers; give one per level boundary, 3"),
-        ({"shift": [0.0] * 3}, "shift and scale have 3 and 4 entries; give 4 each"),
+        ({"latents_mean": [0.0] * 3}, "latents_mean and latents_std have 3 and 4 entries; give 4 each"),
         ({"pad_w": "circle"}, "pad_w is 'circle'; use zeros or circular"),
         ({"pad_h": "poles"}, "pad_h is 'poles'; use zeros or pole"),
         ({"pad_h": "pole"}, "pad_h=pole turns rows around the panorama; it needs pad_w=circular"),

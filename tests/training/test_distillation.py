@@ -18,7 +18,7 @@ from vae3d.losses.distillation import FeatureDistillation, LatentDistillation
 from vae3d.training.distillation import Distillation, TeacherError, capture_activations, one_per_latent
 from vae3d.types import Clip, Delta, Reconstruction, TeacherTargets
 
-FACTORS = ["model.shift=[1,2,3,4]", "model.scale=[2,2,2,2]"]
+FACTORS = ["model.latents_mean=[1,2,3,4]", "model.latents_std=[2,2,2,2]"]
 STUDENT = [
     "stage=finetune", "stage.init_from=random", "loss=distill", "teacher=vae", "teacher.precision=fp32",
     "data.frames.min=3", "data.frames.max=5", "data.frames.step=2", "model.channels=4",
@@ -58,12 +58,12 @@ def test_the_lesson_is_the_teachers_mode_in_the_students_convention(teacher):
 
 def test_half_precision_leaves_the_mean_and_deviation_of_latents_alone(teacher):
     network, student = vae3d.load(teacher), tiny.model("wan")
-    network.scale.fill_(2.8184)  # which bf16 would make 2.8125
+    network.latents_std.fill_(2.8184)  # which bf16 would make 2.8125
     student.latent = "normalized"
     given = Distillation(network, student, dtype=torch.bfloat16)
     assert next(network.parameters()).dtype == torch.bfloat16
-    assert network.scale.dtype == torch.float32
-    assert float(network.scale.flatten()[0]) == pytest.approx(2.8184)
+    assert network.latents_std.dtype == torch.float32
+    assert float(network.latents_std.flatten()[0]) == pytest.approx(2.8184)
     assert given.compute_targets(clip_of()).targets.z.dtype == torch.float32
 
 
@@ -193,7 +193,7 @@ def test_losses_against_a_teacher_have_their_formulas():
         (["teacher.path=???"], "teacher.path is required; set teacher.path=PATH"),
         (["teacher.path=null"], "distillation needs a teacher; set teacher=vae teacher.path=..., or the weights of its terms to 0"),
         (["data.frames.min=4", "data.frames.max=4"], "nearest are"),
-        (["model.latent_channels=3", "model.shift=null", "model.scale=null"], "teacher.path: the teacher has 4 latent channels and the model 3"),
+        (["model.latent_channels=3", "model.latents_mean=null", "model.latents_std=null"], "teacher.path: the teacher has 4 latent channels and the model 3"),
         (["teacher.features={decoder.middle.9: decoder.middle.2}"], "teacher.features: the model has no module decoder.middle.9"),
         (["teacher.features={decoder.middle.2: decoder.mid}"], "teacher.features: the teacher has no module decoder.mid"),
         (["teacher.features={decoder.middle.2: decoder.head}", "loss.terms.features.weight=1"], "teacher.features.decoder.middle.2: the model's features are 2x2x2 where the teacher's decoder.head are 2x4x4"),

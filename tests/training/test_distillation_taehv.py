@@ -19,7 +19,7 @@ from vae3d.training.distillation import Distillation
 from vae3d.types import Clip
 
 WAN = ["model.channels=4", "model.multipliers=[1,1,1,1]", "model.downsample=[false,true,true]", "model.layers=1"]
-WAN += ["model.shift=[0.5" + ",0.5" * 15 + "]", "model.scale=[2" + ",2" * 15 + "]"]
+WAN += ["model.latents_mean=[0.5" + ",0.5" * 15 + "]", "model.latents_std=[2" + ",2" * 15 + "]"]
 STUDENT = ["stage=finetune", "stage.init_from=random", "loss=distill", "teacher=vae", "teacher.precision=fp32"]
 
 

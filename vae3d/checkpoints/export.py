@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vae3d import __version__
 from vae3d.checkpoints import ldm, taehv, wan
-from vae3d.checkpoints.formats import EXPORT_CONFIG, PUBLISHED_FACTOR, Checkpoint, CheckpointError, State
+from vae3d.checkpoints.formats import EXPORT_CONFIG, PUBLISHED_FACTOR, Checkpoint, CheckpointError, State, to_opensora
 from vae3d.io import atomic_folder, atomic_write, write_text, yaml_text
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.spatial import SpatialVAE, per_channel
@@ -107,7 +107,7 @@ def write_opensora(checkpoint: Checkpoint, folder: Path) -> None:
     """
     config = _require(checkpoint, OpenSoraVAE, "opensora")
     _require_published_network(config)
-    state = _fold_factor(checkpoint.state, config["spatial"])
+    state = to_opensora(_fold_factor(checkpoint.state, config["spatial"]))
     folder.mkdir(parents=True, exist_ok=True)
     _save(state, folder / "model.safetensors")
     told = {
@@ -183,7 +183,7 @@ WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
 # Keys that other programs give to the same weights, in one flat state dict.
 # Raise CheckpointError for the state of a model that they do not know. `native` keys of the Wan VAEs are the official.
 FLAT_LAYOUTS: dict[str, Callable[[State], State]] = {
-    "native": lambda state: state,
+    "native": to_opensora,
     "videox_fun": lambda state: wan.videox_fun(_require_wan(state)),
     "diffusers": lambda state: wan.to_diffusers(_require_wan(state)),
 }
@@ -232,7 +232,7 @@ def _wan_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
     config = _require(checkpoint, WanVAE, layout)
     config["decoder_channels"] = config["decoder_channels"] or config["channels"]
     zeros, ones = [0.0] * config["latent_channels"], [1.0] * config["latent_channels"]
-    return config | {"shift": config["shift"] or zeros, "scale": config["scale"] or ones}
+    return config | {"latents_mean": config["latents_mean"] or zeros, "latents_std": config["latents_std"] or ones}
 
 
 def _require_published_network(config: dict[str, Any]) -> None:
@@ -271,11 +271,11 @@ def _fold_factor(state: State, spatial: dict[str, Any]) -> State:
 def _with_published_constants(checkpoint: Checkpoint, layout: str) -> State:
     """Weights of a Wan VAE whose latents have the mean and standard deviation that programs apply to bare weights."""
     config = _wan_config(checkpoint, layout)
-    shift, scale = (torch.tensor(config[name], dtype=torch.float64) for name in ("shift", "scale"))
+    mean, std = (torch.tensor(config[name], dtype=torch.float64) for name in ("latents_mean", "latents_std"))
     constants = wan.reader_constants(config["latent_channels"], config["shortcuts"])
-    mean, std = (torch.tensor(values, dtype=torch.float64) for values in constants)
-    gain = std / scale
-    folded = _folded(checkpoint.state, "conv1", "conv2", gain, mean - shift * gain)
+    published_mean, published_std = (torch.tensor(values, dtype=torch.float64) for values in constants)
+    gain = published_std / std
+    folded = _folded(checkpoint.state, "conv1", "conv2", gain, published_mean - mean * gain)
     if folded is not checkpoint.state:
         checkpoint.notes.append(
             f"{layout} files hold no mean and standard deviation of the latents, and programs apply the published "

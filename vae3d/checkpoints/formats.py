@@ -26,6 +26,7 @@ __all__ = ["EXPORT_CONFIG", "Checkpoint", "CheckpointError", "find_weights", "lo
 
 State = dict[str, Tensor]
 
+OPENSORA_STATS = {"latents_mean": "shift", "latents_std": "scale"}  # our buffers -> keys of Open-Sora's files
 PUBLISHED_FACTOR = 0.18215  # hard-coded in Open-Sora 1.2 around its SDXL VAE; needed for its weights (Open-Sora#493)
 
 # A key that only this layout has; what stands in front of it in a file is a wrapper's prefix.
@@ -358,13 +359,13 @@ def _opensora(state: State, told: dict[str, Any], notes: list[str]) -> tuple[dic
     channels = config_temporal["latent_channels"]
 
     buffers = {}
-    for name in ("shift", "scale"):
-        if name in state:  # 0-dimensional in files that the original training script wrote
-            buffers[name] = state[name].reshape(-1).expand(channels).clone()
+    for name, key in OPENSORA_STATS.items():
+        if key in state:  # 0-dimensional in files that the original training script wrote
+            buffers[name] = state[key].reshape(-1).expand(channels).clone()
         else:
-            buffers[name] = torch.full((channels,), 1.0 if name == "scale" else 0.0)
-            notes.append(f"the file has no `{name}`; {buffers[name].tolist()} is used")
-    known = (prefix, "temporal_vae.", "shift", "scale")
+            buffers[name] = torch.full((channels,), 1.0 if key == "scale" else 0.0)
+            notes.append(f"the file has no `{key}`; {buffers[name].tolist()} is used")
+    known = (prefix, "temporal_vae.", *OPENSORA_STATS.values())
     rest = {k: v for k, v in state.items() if not k.startswith(known)}
     micro = told.get("micro_frame_size", 17)
     if not told:
@@ -374,12 +375,16 @@ def _opensora(state: State, told: dict[str, Any], notes: list[str]) -> tuple[dic
         "spatial": _spatial_config(inner, {}, {"scaling_factor": PUBLISHED_FACTOR}, notes),
         "temporal": config_temporal,
         "micro_frames": micro,
-        "shift": buffers["shift"].tolist(),
-        "scale": buffers["scale"].tolist(),
+        **{name: buffer.tolist() for name, buffer in buffers.items()},
     }
     ours = {f"{prefix}{k}": v for k, v in inner.items()} | {f"temporal_vae.{k}": v for k, v in temporal.items()}
     ours |= {name: buffer.reshape(1, -1, 1, 1, 1) for name, buffer in buffers.items()}
     return config, ours | rest
+
+
+def to_opensora(state: State) -> State:
+    """An OpenSoraVAE's state under the published keys; other models' states have no key that changes."""
+    return {OPENSORA_STATS.get(key, key): tensor for key, tensor in state.items()}
 
 
 def _spatial_config(

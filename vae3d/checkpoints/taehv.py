@@ -53,7 +53,9 @@ def config_of(state: State, path: Path, variant: str | None, notes: list[str]) -
         "decoder_time_upscale": None if time == list(kind.time_up) else time,
         "latent": told.get("latent", kind.latent) if told.get("variant") == variant else kind.latent,
     }
-    constants = {name: told[name] for name in ("shift", "scale") if config["latent"] == "raw" and told.get(name)}
+    constants = {
+        name: told[name] for name in ("latents_mean", "latents_std") if config["latent"] == "raw" and told.get(name)
+    }
     return config | constants
 
 
@@ -72,8 +74,8 @@ def facts(config: dict[str, Any]) -> dict[str, Any]:
         "time_stride": 2 ** sum(kind.time_down),
         "space_stride": 8 * kind.patch,
         "decoder_time_upscale": list(config.get("decoder_time_upscale") or kind.time_up),
-        "shift": config.get("shift"),
-        "scale": config.get("scale"),
+        "latents_mean": config.get("latents_mean"),
+        "latents_std": config.get("latents_std"),
     }
 
 
@@ -88,8 +90,8 @@ class Facts(TypedDict, total=False):
     variant: str | None
     latent: str | None
     frame_rule: str | None
-    shift: Sequence[Mean] | None
-    scale: Sequence[Deviation] | None
+    latents_mean: Sequence[Mean] | None
+    latents_std: Sequence[Deviation] | None
 
 
 def read_facts(path: Path) -> dict[str, Any]:

@@ -105,10 +105,10 @@ def config_of(state: State, told: dict[str, Any], notes: list[str]) -> dict[str,
     if any(width % base for width in widths):
         raise ValueError(f"its levels have {widths} channels, no multiples of the first convolution's {base}")
     pixels, latents = state["encoder.conv1.weight"].shape[1], state["conv2.weight"].shape[0]
-    shift, scale = told.get("latents_mean"), told.get("latents_std")
-    if shift is None or scale is None:
-        shift, scale = reader_constants(latents, shortcuts)
-        whose = "the published weights' are" if any(shift) else "0 and 1 are"
+    latents_mean, latents_std = told.get("latents_mean"), told.get("latents_std")
+    if latents_mean is None or latents_std is None:
+        latents_mean, latents_std = reader_constants(latents, shortcuts)
+        whose = "the published weights' are" if any(latents_mean) else "0 and 1 are"
         notes.append(f"the file does not tell its latents' mean and standard deviation; {whose} used")
     return {
         "_target_": "vae3d.models.wan.WanVAE",
@@ -120,8 +120,8 @@ def config_of(state: State, told: dict[str, Any], notes: list[str]) -> dict[str,
         "latent_channels": latents,
         "patch": math.isqrt(pixels // 3),
         "shortcuts": shortcuts,
-        "shift": list(shift),
-        "scale": list(scale),
+        "latents_mean": list(latents_mean),
+        "latents_std": list(latents_std),
     }
 
 
@@ -129,8 +129,8 @@ def reader_constants(channels: int, shortcuts: bool) -> tuple[list[float], list[
     """Mean and standard deviation that programs apply to the latents of bare Wan2.1 (or, shortcuts, Wan2.2) weights:
     the published ones, which they have in their code; 0 and 1 for another number of channels than the published."""
     published = read_yaml(CONF / ("wan22.yaml" if shortcuts else "wan.yaml"))
-    if channels == len(published["shift"]):
-        return published["shift"], published["scale"]
+    if channels == len(published["latents_mean"]):
+        return published["latents_mean"], published["latents_std"]
     return [0.0] * channels, [1.0] * channels
 
 
@@ -147,8 +147,8 @@ def diffusers_config(config: dict[str, Any]) -> dict[str, Any]:
         "attn_scales": [],
         "temperal_downsample": time,
         "dropout": 0.0,
-        "latents_mean": config["shift"],
-        "latents_std": config["scale"],
+        "latents_mean": config["latents_mean"],
+        "latents_std": config["latents_std"],
         "is_residual": config["shortcuts"],
         "in_channels": 3 * config["patch"] ** 2,
         "out_channels": 3 * config["patch"] ** 2,

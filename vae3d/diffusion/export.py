@@ -35,8 +35,8 @@ class VaeFacts(TypedDict):
     model: str
     encoder: str
     config: Mapping[str, Any] | None
-    shift: Sequence[Mean]
-    scale: Sequence[Deviation]
+    latents_mean: Sequence[Mean]
+    latents_std: Sequence[Deviation]
 
 
 class Facts(TypedDict):
@@ -143,7 +143,7 @@ def check_same_vae(told: Mapping[str, Any], codec: LatentCodec, path: str) -> No
     told: vae_facts of the autoencoder that it was trained with.
     """
     why = vae_difference(told, codec)
-    for name in ("shift", "scale"):
+    for name in ("latents_mean", "latents_std"):
         there, here = told[name], list(getattr(codec.model.spec, name))
         if why is None and not _close(there, here):
             short = [", ".join(f"{value:.4f}" for value in values) for values in (there, here)]

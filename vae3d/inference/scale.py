@@ -124,8 +124,7 @@ def rescaled(
     """The checkpoint of `model` with a configuration whose `normalize` gives unit variance on what was measured.
 
     Of a SpatialVAE one scaling_factor for all channels, 1 / std; shift: also shift_factor, the mean, which SD and SDXL
-    leave at 0; per_channel: both, of each channel. Of all others `shift` and `scale`, the mean and standard deviation
-    of each channel.
+    leave at 0; per_channel: both, of each channel. Of all others latents_mean and latents_std, per channel.
     Raises ScaleError if these do not vary.
     """
     if isinstance(model, SpatialVAE) and per_channel:
@@ -139,8 +138,8 @@ def rescaled(
         told = {"scaling_factor": 1 / std} | ({"shift_factor": mean} if shift else {})
         return replace(checkpoint, config=checkpoint.config | told)
     assert isinstance(model, LatentNormMixin)
-    factors = {"shift": measured.mean.tolist(), "scale": measured.std.tolist()}
-    _check_not_constant(factors["scale"])
+    factors = {"latents_mean": measured.mean.tolist(), "latents_std": measured.std.tolist()}
+    _check_not_constant(factors["latents_std"])
     kept = {  # OpenSoraVAE has them among its weights
         name: torch.tensor(values, dtype=torch.float32)[None, :, None, None, None]
         for name, values in factors.items()

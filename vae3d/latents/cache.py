@@ -111,7 +111,9 @@ class LatentCache(Dataset[Latent]):
         self._keys, self._shards = self.index["key"].tolist(), self.index["shard"].tolist()
         self._shapes, self._checksums = self.index["latent"].tolist(), self.index["crc32"].tolist()
         factors = self.meta["vae"] if codec is None else vars(codec.model.spec)
-        self.shift, self.scale = (torch.tensor(factors[name])[:, None, None, None] for name in ("shift", "scale"))
+        self.latents_mean, self.latents_std = (
+            torch.tensor(factors[name])[:, None, None, None] for name in ("latents_mean", "latents_std")
+        )
         self._open: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -140,7 +142,7 @@ class LatentCache(Dataset[Latent]):
             )
         kept = [tensor.float() for tensor in entry.values()]
         mean, std = kept if len(kept) == 2 else (kept[0], torch.zeros_like(kept[0]))
-        return Moments((mean - self.shift) / self.scale, std / self.scale)
+        return Moments((mean - self.latents_mean) / self.latents_std, std / self.latents_std)
 
     @property
     def statistics(self) -> dict[str, Any]:
@@ -251,9 +253,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     require("config" in vae and isinstance(vae["config"], dict | None), "vae.config")
     for key in ("channels", "time_stride", "space_stride"):
         require(type(vae.get(key)) is int and 0 < vae[key] < 2**16, f"vae.{key}")
-    for key in ("shift", "scale"):
+    for key in ("latents_mean", "latents_std"):
         require(_numbers(vae.get(key), vae["channels"]), f"vae.{key}")
-    require(all(value > 0 for value in vae["scale"]), "vae.scale")
+    require(all(value > 0 for value in vae["latents_std"]), "vae.latents_std")
     return meta
 
 

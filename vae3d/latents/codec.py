@@ -66,7 +66,7 @@ class LatentCodec:
             raise ValueError(
                 "a decoder without all of its upscaling does not invert encode; leave decoder_*_upscale out"
             )
-        if not model.spec.scale and not next(model.parameters()).is_meta:
+        if not model.spec.latents_std and not next(model.parameters()).is_meta:
             raise UserError(f"the scaling factor of its latents is not known; {UNKNOWN_FACTOR}")
         self.model = model.eval().requires_grad_(False)
         self.pixel_range, self.dtype, self.config = pixel_range, dtype, config
@@ -118,7 +118,7 @@ class LatentCodec:
         Raises PixelError for pixels of another shape or type, and outside of the declared range.
         """
         raw = self.raw_moments(pixels)
-        return Moments(self.model.normalize(raw.mean), raw.std / self.scale(raw.std))
+        return Moments(self.model.normalize(raw.mean), raw.std / self.latents_std(raw.std))
 
     @torch.no_grad()
     def raw_moments(self, pixels: Tensor) -> Moments:
@@ -178,9 +178,9 @@ class LatentCodec:
         video = video.float().clamp(-1, 1)
         return video if self.pixel_range == "signed" else (video + 1) / 2
 
-    def scale(self, like: Tensor) -> Tensor:
+    def latents_std(self, like: Tensor) -> Tensor:
         """The deviation that raw latents are divided by, [C, 1, 1, 1] beside `like`."""
-        return torch.tensor(self.model.spec.scale, device=like.device, dtype=like.dtype)[:, None, None, None]
+        return torch.tensor(self.model.spec.latents_std, device=like.device, dtype=like.dtype)[:, None, None, None]
 
     @contextmanager
     def _computing(self, height: int, width: int) -> Iterator[None]:

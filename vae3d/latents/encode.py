@@ -106,7 +106,7 @@ class Job:
             "transform_hash": digest_of(asdict(self.transform)),
             "store": self.store,
             "dtype": self.dtype,
-            "latents": "raw; a diffusion model takes (z - shift) / scale, with the vae's shift and scale",
+            "latents": "raw; a diffusion model takes (z - latents_mean) / latents_std of the vae",
             "flip": self.flip,
             "seed": self.seed if self.store == "sample" else None,
             "source": self.source,

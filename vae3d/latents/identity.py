@@ -21,7 +21,7 @@ from vae3d.io import FileError, check_regular
 from vae3d.latents.codec import LatentCodec
 from vae3d.models.registry import MODELS
 
-FACTORS = ("shift", "scale", "scaling_factor", "shift_factor")  # of a model, not of what it is made of
+FACTORS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")  # of a model, not of what it is made of
 RUNNING = ("frame_batch", "gradient_checkpointing", "chunk_latents")  # change memory, not latents
 
 
@@ -42,8 +42,8 @@ def vae_facts(codec: LatentCodec, checkpoint: str) -> dict[str, Any]:
         "time_stride": spec.time_stride,
         "space_stride": spec.space_stride,
         "causal": spec.causal,
-        "shift": list(spec.shift),
-        "scale": list(spec.scale),
+        "latents_mean": list(spec.latents_mean),
+        "latents_std": list(spec.latents_std),
     }
 
 

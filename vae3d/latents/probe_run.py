@@ -228,7 +228,7 @@ def encode_all(
     latents, kl = [], []
     for pixels in batches(clips(), settings.batch, codec.device):
         raw = codec.raw_moments(pixels)
-        mean, std = codec.model.normalize(raw.mean).cpu(), (raw.std / codec.scale(raw.std)).cpu()
+        mean, std = codec.model.normalize(raw.mean).cpu(), (raw.std / codec.latents_std(raw.std)).cpu()
         latents.append(mean)
         kl += [probes.channel_kl(m[None], s[None]) for m, s in zip(raw.mean, raw.std, strict=True)]
         for clip in zip(mean, std, strict=True):

@@ -64,13 +64,13 @@ class DiffusersVAE(LatentNormMixin):
         if kind == COGVIDEOX and ratio != 4:
             raise ValueError(f"temporal_compression_ratio is {ratio}; the pieces that diffusers codes are made for 4")
         space = 2 ** (len(told.block_out_channels) - 1) if kind == COGVIDEOX else told.spatial_compression_ratio
-        shift, scale = _normalisation(told, told.latent_channels)
+        latents_mean, latents_std = _normalisation(told, told.latent_channels)
         self.spec = LatentSpec(
             told.latent_channels,
             int(ratio),
             space,
             causal=False,  # because GroupNorm pools over time
-            **self.register_latent_stats(shift, scale, told.latent_channels),
+            **self.register_latent_stats(latents_mean, latents_std, told.latent_channels),
         )
 
     def encode(self, video: Tensor) -> Posterior:

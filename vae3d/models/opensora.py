@@ -28,7 +28,7 @@ class OpenSoraVAE(LatentNormMixin):
     micro_frames: clips are cut into pieces of this many frames that are coded independently (17 in the
     published pipeline: 17 frames to 5 latents); None codes the clip as a whole. The two differ by design,
     because the temporal VAE's GroupNorm pools over time. Any number of frames works with both.
-    shift, scale: per channel, for `normalize`; the latents inside stay raw.
+    latents_mean, latents_std: per channel, for `normalize`; the latents inside stay raw.
     """
 
     @check_arguments
@@ -38,11 +38,11 @@ class OpenSoraVAE(LatentNormMixin):
         temporal: TemporalVAE,
         *,
         micro_frames: Count | None = 17,
-        shift: Sequence[Mean] = (0.0, 0.0, 0.0, 0.0),
-        scale: Sequence[Deviation] = (1.0, 1.0, 1.0, 1.0),
+        latents_mean: Sequence[Mean] = (0.0, 0.0, 0.0, 0.0),
+        latents_std: Sequence[Deviation] = (1.0, 1.0, 1.0, 1.0),
     ) -> None:
         super().__init__()
-        self.register_latent_stats(shift, scale, temporal.latent_channels, persistent=True)
+        self.register_latent_stats(latents_mean, latents_std, temporal.latent_channels, persistent=True)
         self.spatial_vae = spatial
         self.temporal_vae = temporal
         self.micro_frames = micro_frames
@@ -54,8 +54,8 @@ class OpenSoraVAE(LatentNormMixin):
             time_stride=self.temporal_vae.stride,
             space_stride=self.spatial_vae.spec.space_stride,
             causal=False,
-            shift=_numbers(self.shift),
-            scale=_numbers(self.scale),
+            latents_mean=_numbers(self.latents_mean),
+            latents_std=_numbers(self.latents_std),
         )
 
     def encode(self, video: Tensor, *, sample: bool = False, generator: Generators = None) -> Posterior:

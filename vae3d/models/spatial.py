@@ -210,7 +210,7 @@ class SpatialVAE(nn.Module):
 
     scaling_factor, shift_factor: (z - shift) * scaling brings raw latents to about zero mean and unit variance
     (SD 0.18215 and 0, SDXL 0.13025 and 0); one number, or one per channel. scaling_factor None: not known, so that
-    `normalize` and `denormalize` raise UserError; spec.scale is empty then. shift_factor None: 0.
+    `normalize` and `denormalize` raise UserError; spec.latents_std is empty then. shift_factor None: 0.
     frame_batch: frames that pass through the network at once (None: all).
     gradient_checkpointing: in training keep only each frame batch's input and recompute the rest in backward.
     keep_last_input: set it to keep the last layer's input, too. Otherwise whoever asks for the gradient of that layer
@@ -251,8 +251,8 @@ class SpatialVAE(nn.Module):
             time_stride=1,
             space_stride=2 ** (len(channels) - 1),
             causal=True,
-            shift=per_channel(shift_factor, latent_channels),
-            scale=tuple(1 / factor for factor in per_channel(scaling_factor, latent_channels)),
+            latents_mean=per_channel(shift_factor, latent_channels),
+            latents_std=tuple(1 / factor for factor in per_channel(scaling_factor, latent_channels)),
         )
 
     def encode(self, video: Tensor) -> Posterior:

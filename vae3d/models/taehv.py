@@ -75,8 +75,8 @@ class TAEHV(LatentNormMixin):
     rate and the sides (two time flags are those of the last two stages); None: as the variant. A stage that does not,
     for a cheaper preview, makes fewer or smaller frames than went in: such a model decodes, but is not trained.
     channels, decoder_channels: widths, None as published. latent: raw or normalized, None as the variant; see Variant.
-    shift, scale: mean and standard deviation of raw latents, per channel, for `normalize`, which leaves normalized
-    latents as they are. chunk_latents: code clips in chunks of so many latents, which changes memory, not results;
+    latents_mean, latents_std: of raw latents, per channel, for `normalize`; normalized latents take none.
+    chunk_latents: code clips in chunks of so many latents, which changes memory, not results;
     None: at once. gradient_checkpointing: recompute each block in backward.
 
     Frames: see layers.taehv_frames. Clips that the rule does not take are extended by repeating their last frame, sides
@@ -95,8 +95,8 @@ class TAEHV(LatentNormMixin):
         channels: Width = 64,
         decoder_channels: Widths | None = None,
         latent: str | None = None,
-        shift: Sequence[Mean] | None = None,
-        scale: Sequence[Deviation] | None = None,
+        latents_mean: Sequence[Mean] | None = None,
+        latents_std: Sequence[Deviation] | None = None,
         chunk_latents: Count | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -117,7 +117,7 @@ class TAEHV(LatentNormMixin):
             self.decoder = blocks.decoder(kind.latent_channels, widths, pixels, time, space)
         nn.init.constant_(self.decoder[-1].bias, 0.5)
         self.variant, self.patch, self.rule = variant, kind.patch, RULES[kind.rule]
-        self.latent = _convention(latent or kind.latent, shift, scale)
+        self.latent = _convention(latent or kind.latent, latents_mean, latents_std)
         self.chunk_latents, self.gradient_checkpointing = chunk_latents, gradient_checkpointing
         self.time_upscale, self.space_shrink = 2 ** sum(time), 2 ** (3 - sum(space))
         self.spec = LatentSpec(
@@ -125,7 +125,7 @@ class TAEHV(LatentNormMixin):
             2 ** sum(kind.time_down),
             8 * kind.patch,
             causal=not self.rule.looks_ahead,
-            **self.register_latent_stats(shift, scale, kind.latent_channels),
+            **self.register_latent_stats(latents_mean, latents_std, kind.latent_channels),
         )
 
     @property
@@ -334,9 +334,11 @@ def _space_flags(variant: str, flags: Sequence[bool] | None) -> tuple[bool, ...]
     return flags
 
 
-def _convention(latent: str, shift: object, scale: object) -> str:
+def _convention(latent: str, latents_mean: object, latents_std: object) -> str:
     if latent not in ("raw", "normalized"):
         raise ValueError(f"latent is {latent!r}; use raw or normalized")
-    if latent == "normalized" and not (shift is None and scale is None):
-        raise ValueError("shift and scale are of raw latents; with latent=normalized they are 0 and 1, leave them out")
+    if latent == "normalized" and not (latents_mean is None and latents_std is None):
+        raise ValueError(
+            "latents_mean and latents_std are of raw latents; with latent=normalized they are 0 and 1, leave them out"
+        )
     return latent

@@ -117,8 +117,8 @@ class WanVAE(LatentNormMixin):
     height and width. decoder_channels: Wan2.2's wider decoder. patch: Wan2.2 codes patches of 2 x 2 pixels.
     shortcuts: Wan2.2's averaging and repeating shortcuts around every level.
     pad_w, pad_h: see Borders; zeros is what the published weights were trained with, circular closes the seam of
-    360 degree panoramas, with the same weights. shift, scale: mean and standard deviation of the latents, per channel,
-    for `normalize`; the latents inside stay raw.
+    360 degree panoramas, with the same weights.
+    latents_mean, latents_std: per channel, for `normalize`; encode and decode use raw latents.
     chunk_latents: code clips in chunks of so many latent frames, which changes memory, not results; None: at once.
     gradient_checkpointing: recompute each block in backward.
 
@@ -142,8 +142,8 @@ class WanVAE(LatentNormMixin):
         shortcuts: bool = False,
         pad_w: str = "zeros",
         pad_h: str = "zeros",
-        shift: Sequence[Mean] | None = None,
-        scale: Sequence[Deviation] | None = None,
+        latents_mean: Sequence[Mean] | None = None,
+        latents_std: Sequence[Deviation] | None = None,
         chunk_latents: Count | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -169,7 +169,7 @@ class WanVAE(LatentNormMixin):
             2 ** sum(time),
             patch * 2 ** len(time),
             causal=True,
-            **self.register_latent_stats(shift, scale, latent_channels),
+            **self.register_latent_stats(latents_mean, latents_std, latent_channels),
         )
 
     def encode(self, video: Tensor) -> Posterior:

@@ -303,7 +303,7 @@ class DiffusionTrainer:
 
     def vae_facts(self) -> dict[str, Any]:
         """What a checkpoint of another autoencoder would not share."""
-        return {name: self.vae[name] for name in ("encoder", "shift", "scale")}
+        return {name: self.vae[name] for name in ("encoder", "latents_mean", "latents_std")}
 
     def export_facts(self) -> dict[str, Any]:
         """What sampling must know beside the weights."""

@@ -1,4 +1,4 @@
-"""The mean and standard deviation of an autoencoder's latents."""
+"""Per-channel mean and standard deviation of an autoencoder's latents."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ from torch import Tensor, nn
 
 
 class LatentNormMixin(nn.Module):
-    """A network that knows the mean (`shift`) and deviation (`scale`) of its latents, per channel."""
+    """Adds buffers latents_mean and latents_std, [1, C, 1, 1, 1], and normalisation by them."""
 
-    shift: Tensor
-    scale: Tensor
+    latents_mean: Tensor
+    latents_std: Tensor
 
     def register_latent_stats(
-        self, shift: Sequence[float] | None, scale: Sequence[float] | None, channels: int, *, persistent: bool = False
+        self, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int, *, persistent: bool = False
     ) -> dict[str, tuple[float, ...]]:
-        """Keep them as buffers, by default beside the weights and not among them, and return them for a LatentSpec.
+        """Register the buffers (None: 0 and 1) and return them as arguments of LatentSpec.
 
-        None: 0 and 1. Raises ValueError if they are not as many as the channels.
+        persistent: save them in the state dict. Raises ValueError unless there is one of each per channel.
         """
-        shift = [0.0] * channels if shift is None else shift
-        scale = [1.0] * channels if scale is None else scale
-        if not len(shift) == len(scale) == channels:
-            raise ValueError(f"shift and scale have {len(shift)} and {len(scale)} entries; give {channels} each")
-        for name, values in (("shift", shift), ("scale", scale)):
+        mean = [0.0] * channels if mean is None else mean
+        std = [1.0] * channels if std is None else std
+        if not len(mean) == len(std) == channels:
+            raise ValueError(
+                f"latents_mean and latents_std have {len(mean)} and {len(std)} entries; give {channels} each"
+            )
+        for name, values in (("latents_mean", mean), ("latents_std", std)):
             buffer = torch.tensor(values, dtype=torch.float32)[None, :, None, None, None]
             self.register_buffer(name, buffer, persistent=persistent)
-        return {"shift": tuple(shift), "scale": tuple(scale)}
+        return {"latents_mean": tuple(mean), "latents_std": tuple(std)}
 
     def normalize(self, z: Tensor) -> Tensor:
-        return (z - self.shift) / self.scale
+        return (z - self.latents_mean) / self.latents_std
 
     def denormalize(self, z: Tensor) -> Tensor:
-        return z * self.scale + self.shift
+        return z * self.latents_std + self.latents_mean
