@@ -26,7 +26,7 @@ from vae3d.inference.folder import FolderError
 from vae3d.inference.pictures import error_map, side_by_side, strip
 from vae3d.loading import model_config
 from vae3d.metrics import build_metrics
-from vae3d.models.base import convert_latents
+from vae3d.models.latents import convert_latents
 
 SHIFT, SCALE = [0.1 * i for i in range(16)], [1 + 0.1 * i for i in range(16)]
 TEACHER = [

@@ -17,7 +17,7 @@ from vae3d.config.validate import ConfigError
 from vae3d.losses.equivariance import Equivariance, Transform
 from vae3d.losses.objective import Objective, Weighted
 from vae3d.losses.weights import ErpCosine
-from vae3d.models.base import attach_decoder
+from vae3d.models.forward import attach_decoder
 from vae3d.training.preflight import preflight
 from vae3d.types import Clip, Reconstruction
 

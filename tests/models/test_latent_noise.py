@@ -10,8 +10,8 @@ from tests.models.test_diffusers_vae import TINY
 from tests.training import quick
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.models import base
-from vae3d.models.base import add_latent_noise
 from vae3d.models.diffusers_vae import HUNYUAN, DiffusersVAE
+from vae3d.models.forward import add_latent_noise
 from vae3d.training.vae_validation import validate_together
 
 MODELS = ("spatial", "temporal_vae", "opensora_v1_2", "wan", "wan22", "taehv", "hunyuan")

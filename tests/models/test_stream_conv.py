@@ -12,45 +12,47 @@ from vae3d.models.layers.borders import Borders
 from vae3d.models.layers.stream_conv import _stream_conv, rms_norm, stream_conv
 
 BORDERS = [Borders(), Borders("circular"), Borders("circular", "pole")]
-CASES = list(itertools.product([0, 1, 2], [False, True], BORDERS))  # past frames, norm, borders
+CASES = list(itertools.product([0, 1, 2], [False, True], BORDERS))  # cached frames, norm, borders
 
 
-def case(past: int, norm: bool, borders: Borders = BORDERS[0], dtype: torch.dtype = torch.float64):
-    """x, past frames with their halo, convolution and gain; two clips of three frames of 3 x 4."""
-    rows, columns = borders.halo
+def case(cached: int, norm: bool, borders: Borders = BORDERS[0], dtype: torch.dtype = torch.float64):
+    """x, cached frames with their padding, convolution and gain; two clips of three frames of 3 x 4."""
+    rows, columns = borders.padding
     torch.manual_seed(0)
     x = torch.randn(2, 3, 3, 3, 4, dtype=dtype, requires_grad=True)
-    frames = torch.randn(2, 3, past, 3 + 2 * rows, 4 + 2 * columns, dtype=dtype, requires_grad=True) if past else None
+    frames = (
+        torch.randn(2, 3, cached, 3 + 2 * rows, 4 + 2 * columns, dtype=dtype, requires_grad=True) if cached else None
+    )
     conv = torch.nn.Conv3d(3, 2, 3, dtype=dtype)
     gamma = torch.randn(3, 1, 1, 1, dtype=dtype, requires_grad=True) if norm else None
     return x, frames, conv, gamma
 
 
-@pytest.mark.parametrize(("past", "norm", "borders"), CASES)
-def test_gradients_are_those_of_finite_differences(past, norm, borders):
-    x, frames, conv, gamma = case(past, norm, borders)
+@pytest.mark.parametrize(("cached", "norm", "borders"), CASES)
+def test_gradients_are_those_of_finite_differences(cached, norm, borders):
+    x, frames, conv, gamma = case(cached, norm, borders)
     weights = [conv.weight, conv.bias]
     given = [t for t in (x, frames, gamma) if t is not None]
 
     def step(*inputs):
         inputs = list(inputs)
-        x, frames = inputs.pop(0), inputs.pop(0) if past else None
+        x, frames = inputs.pop(0), inputs.pop(0) if cached else None
         gamma = inputs.pop(0) if norm else None
         conv_now = torch.nn.Conv3d(3, 2, 3)
         del conv_now.weight, conv_now.bias
         conv_now.weight, conv_now.bias = inputs
-        return stream_conv(x, frames, conv_now, borders, gamma=gamma, keep=True)
+        return stream_conv(x, frames, conv_now, borders, gamma=gamma, return_cache=True)
 
     assert torch.autograd.gradcheck(step, [*given, *weights], fast_mode=True)
 
 
 @pytest.mark.parametrize("taps_apart", [True, False])  # as on CPUs, as on GPUs
-@pytest.mark.parametrize(("past", "norm", "borders"), CASES)
-def test_result_and_gradients_are_those_of_the_plain_formula(monkeypatch, past, norm, borders, taps_apart):
+@pytest.mark.parametrize(("cached", "norm", "borders"), CASES)
+def test_result_and_gradients_are_those_of_the_plain_formula(monkeypatch, cached, norm, borders, taps_apart):
     monkeypatch.setattr("vae3d.models.layers.stream_conv._taps_apart", lambda _: taps_apart)
-    x, frames, conv, gamma = case(past, norm, borders)
+    x, frames, conv, gamma = case(cached, norm, borders)
     given = [t for t in (x, frames, gamma, conv.weight, conv.bias) if t is not None]
-    found = stream_conv(x, frames, conv, borders, gamma=gamma, keep=True)
+    found = stream_conv(x, frames, conv, borders, gamma=gamma, return_cache=True)
     expected = _stream_conv(x, frames, gamma, conv.weight, conv.bias, borders, True)
     probes = [torch.randn_like(t) for t in expected]
     mine, theirs = (torch.autograd.grad(results, given, probes) for results in (found, expected))
@@ -114,10 +116,10 @@ def test_large_halves_do_not_overflow_in_the_norm():
 def test_the_halo_is_the_continued_panorama_and_fold_its_adjoint(borders):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 4, 6)
-    rows, columns = borders.halo
+    rows, columns = borders.padding
     padded = torch.full((2, 3, 4 + 2 * rows, 6 + 2 * columns), float("nan"))
-    borders.inside(padded).copy_(x)
-    borders.fill(padded)
+    borders.crop(padded).copy_(x)
+    borders.pad_(padded)
     assert torch.equal(padded, borders.pad(x))
     assert torch.equal(padded[:, :, rows : 4 + rows, 0], x[..., -1])
     if rows:  # beyond the poles lie the first and last row, half a turn away
@@ -125,13 +127,13 @@ def test_the_halo_is_the_continued_panorama_and_fold_its_adjoint(borders):
         assert torch.equal(padded[:, :, -1, 1:-1], x[:, :, -1].roll(3, -1))
     probe = torch.randn_like(padded)
     product = (padded * probe).sum()
-    assert (x * borders.fold(probe)).sum().item() == pytest.approx(product.item(), rel=1e-5)
+    assert (x * borders.pad_adjoint_(probe)).sum().item() == pytest.approx(product.item(), rel=1e-5)
 
 
 def test_nothing_is_written_around_frames_with_zero_borders():
     x = torch.randn(1, 2, 3, 4)
-    assert Borders().halo == (0, 0)
-    assert Borders().zeros == (1, 1)
+    assert Borders().padding == (0, 0)
+    assert Borders().zero_padding == (1, 1)
     assert Borders().pad(x) is x
 
 

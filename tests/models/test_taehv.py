@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d.models.interface import VideoAutoencoder
-from vae3d.models.layers.taehv_frames import RULES, between, shown
+from vae3d.models.layers.taehv_frames import RULES, frames_shown, split_runs
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.taehv import TAEHV, VARIANTS
 
@@ -86,9 +86,9 @@ def naive(layers: torch.nn.Sequential, frames: list[Tensor]) -> list[Tensor]:
     for layer in layers:
         weights = dict(layer.named_parameters())
         name = type(layer).__name__
-        if name in ("MemBlock", "SuperMemBlock"):
+        if name == "MemBlock":
             before = [torch.zeros_like(frames[0]), *frames[:-1]]
-            frames = [naive_block(name, weights, x, past) for x, past in zip(frames, before, strict=True)]
+            frames = [naive_block(weights, x, past) for x, past in zip(frames, before, strict=True)]
         elif name == "TPool":
             step = layer.stride
             groups = [torch.cat(frames[i : i + step], 1) for i in range(0, len(frames), step)]
@@ -105,9 +105,9 @@ def naive(layers: torch.nn.Sequential, frames: list[Tensor]) -> list[Tensor]:
     return frames
 
 
-def naive_block(name: str, weights: dict[str, Tensor], x: Tensor, past: Tensor) -> Tensor:
+def naive_block(weights: dict[str, Tensor], x: Tensor, past: Tensor) -> Tensor:
     h = torch.cat([x, past], 1)
-    if name == "MemBlock":
+    if "conv.4.weight" in weights:  # of the base decoder, not of the super decoder
         for place in (0, 2, 4):
             h = F.conv2d(h, weights[f"conv.{place}.weight"], weights[f"conv.{place}.bias"], padding=1)
             h = h.relu() if place < 4 else h
@@ -262,11 +262,11 @@ def test_plans_add_up(rule, stride):
         assert plan.frames >= frames
         assert sum(map(sum, plan.encoder)) == sum(map(sum, plan.decoder)) == stride * plan.latents
         assert all(lead < stride for lead, _ in (*plan.encoder, *plan.decoder))
-        assert shown(plan, stride, plan.latents) == plan.frames
+        assert frames_shown(plan, stride, plan.latents) == plan.frames
         assert RULES[rule].plan(plan.frames, stride) == plan
         assert RULES[rule].plan(RULES[rule].frames_of(plan.latents, stride), stride).latents == plan.latents
         cuts = [0, 1, plan.latents // 2, plan.latents]
-        parts = [part for low, high in pairwise(sorted(cuts)) for part in between(plan.encoder, stride, low, high)]
+        parts = [part for low, high in pairwise(sorted(cuts)) for part in split_runs(plan.encoder, stride, low, high)]
         assert sum(lead + count for _, lead, count in parts) == stride * plan.latents
         assert sum(fresh for fresh, _, _ in parts) == len(plan.encoder)
 
@@ -301,12 +301,12 @@ def test_how_far_latents_see(variant, ahead):
         for touched in (0, 7, 18, 30):
             other = video.clone()
             other[:, :, touched] += 0.5
-            first = next(i for i in range(plan.latents) if shown(plan, stride, i + 1) + ahead > touched)
+            first = next(i for i in range(plan.latents) if frames_shown(plan, stride, i + 1) + ahead > touched)
             seen = reach(model.encode(other).mean - z)
             assert seen[0] == first
             if variant == "taew2_1":
                 assert seen[-1] <= first + 8
-            assert reach(model(other).video - rec)[0] == shown(plan, stride, first)
+            assert reach(model(other).video - rec)[0] == frames_shown(plan, stride, first)
 
 
 def test_chunks_begin_with_fresh_memory_where_the_rule_says_so():
@@ -360,7 +360,7 @@ def test_latent_conventions():
         ({"variant": "taew3"}, "use one of taehv, taecvx"),
         (
             {"variant": "taew2_1", "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16},
-            "latents_mean and latents_std are of raw latents",
+            "latents_mean and latents_std are for raw latents",
         ),
         ({"variant": "taecvx", "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "4 and 4 entries; give 16"),
         ({"variant": "taehv", "latent": "scaled"}, "use raw or normalized"),

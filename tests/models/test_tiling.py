@@ -94,7 +94,7 @@ def test_where_tiles_differ_the_blend_is_a_line(monkeypatch, pad_w):
     tiled = Tiled(ours, 16, 8)
     numbers = iter(range(100))
 
-    def numbered(layers, x, past, keep):
+    def numbered(layers, x, cache, return_cache):
         if not layers:
             return x, []
         shape = (1, 3, 1, x.shape[-2] * 2, x.shape[-1] * 2)

@@ -156,7 +156,7 @@ def test_a_batch_of_two_is_two_batches_of_one():
 
 
 def test_the_first_latent_enters_no_time_convolution():
-    """Frame 0 passes by, and zeros stand before frame 1: what a port that convolves over all frames gets wrong."""
+    """Frame 0 skips time_conv, and zeros precede frame 1: a port that convolves over all frames gets this wrong."""
     torch.manual_seed(0)
     up = Upsample(4, 2, True, Borders())
     x = torch.randn(1, 4, 3, 2, 2, requires_grad=True)
@@ -231,14 +231,14 @@ def test_settings_that_do_not_fit_are_refused(changes, message):
 
 def test_chunks_that_do_not_fit_are_refused():
     ours = wan.model()
-    first = r"a chunk is 4 frames of 16x24; this one takes 1 \+ n \* 4 frames of sides that 8 divides"
+    first = r"4 frames of 16x24; .*1 \+ n \* 4 .*\b8$"
     with pytest.raises(ValueError, match=first):
         ours.encode_chunk(wan.clip(ours, 4), None)
     with torch.no_grad():
         _, cache = ours.encode_chunk(wan.clip(ours, 1), None)
-    with pytest.raises(ValueError, match=r"a chunk is 5 frames of 16x24; this one takes n \* 4 frames"):
+    with pytest.raises(ValueError, match=r"5 frames of 16x24; give n \* 4 frames"):
         ours.encode_chunk(wan.clip(ours, 5), cache)
-    with pytest.raises(ValueError, match="a chunk is 1 frames of 17x25"):
+    with pytest.raises(ValueError, match="1 frames of 17x25"):
         ours.encode_chunk(wan.clip(ours, 1, beyond=1), None)
 
 
@@ -252,9 +252,9 @@ def test_a_number_of_frames_that_does_not_fit_the_latents_is_refused(frames):
 
 def test_columns_are_not_added_across_a_seam():
     ours = wan.model(pad_w="circular")
-    with pytest.raises(ValueError, match="the width is 27; a circular width must be a multiple of 8, since columns"):
+    with pytest.raises(ValueError, match=r"width is 27; .*pad_w=circular.* multiple of 8"):
         ours(wan.clip(ours, 1, beyond=3))
     assert ours(wan.clip(ours, 1)[..., :13, :]).video.shape[-2:] == (13, 24)  # rows may be
     ours = wan.model(pad_w="circular", pad_h="pole")
-    with pytest.raises(ValueError, match="the width is 24; pad_h=pole turns rows by half, so that 2 x 8 divides it"):
+    with pytest.raises(ValueError, match=r"width is 24; .*pad_h=pole.* multiple of 16"):
         ours(wan.clip(ours, 1))

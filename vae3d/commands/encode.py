@@ -16,7 +16,7 @@ from vae3d.latents.codec import LatentCodec
 from vae3d.latents.encode import Job, encode_cache
 from vae3d.latents.identity import digest_of
 from vae3d.loading import instantiate, open_codec
-from vae3d.models.base import nearest_frames
+from vae3d.models.interface import nearest_frames
 from vae3d.training.agreement import check_ranks_agree
 from vae3d.training.start import working_ranks
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vae3d.arguments import Classes, Factor, Range, Width, check_arguments
 from vae3d.diffusion.conditioning import class_ids
 from vae3d.diffusion.layers import head_width, zeroed
-from vae3d.models.layers.checkpointing import run
+from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.frames import pad_space
 
 ROPE_BASE = 100.0
@@ -93,7 +93,7 @@ class VideoTransformer(nn.Module):
         x = x + places(t, h, w, x.shape[-1], z.device)  # in fp32, as are all sums from here on, also under autocast
         angles = rope_angles(t, h, w, self.head_channels, z.device)
         for block in self.blocks:
-            x = run(block, x, condition, angles, recompute=self.gradient_checkpointing)
+            x = maybe_checkpoint(block, x, condition, angles, enabled=self.gradient_checkpointing)
         shift, scale = self.modulation(condition)[:, None, None].chunk(2, -1)
         x = self.output(self.norm(x) * (1 + scale) + shift)
         x = rearrange(x, "b t (h w) (c p q) -> b c t (h p) (w q)", h=h, p=p, q=p)

@@ -22,9 +22,8 @@ from vae3d.data.media import MediaError
 from vae3d.data.segments import bounds_of
 from vae3d.errors import UserError
 from vae3d.metrics.frechet import Moments
-from vae3d.models.base import latent_space
 from vae3d.models.diffusers_vae import DiffusersVAE
-from vae3d.models.layers.normalized import LatentNormMixin
+from vae3d.models.latents import LatentNormMixin, latent_space
 from vae3d.models.spatial import SpatialVAE
 from vae3d.precision import no_tf32
 from vae3d.types import Clip

@@ -27,7 +27,7 @@ from vae3d.inference.scale import off_scale
 from vae3d.latents import probes
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.statistics import LatentStatistics
-from vae3d.models.base import nearest_frames
+from vae3d.models.interface import nearest_frames
 from vae3d.models.tiling import Tiled
 from vae3d.models.wan import WanVAE
 from vae3d.seeding import generator_of, randn_like, seed_of

@@ -1,7 +1,6 @@
-"""torch.compile of what really runs, in place: no wrapper, and no `_orig_mod.` in the keys of weights.
+"""torch.compile in place, block by block: no wrapper, and so no `_orig_mod.` in state-dict keys.
 
-A published trainer compiled the module around its VAE and then called that module's `encode` and `decode`, so that not
-one graph was compiled.
+Compiling the module around a VAE does nothing where its `encode` and `decode` are called instead of its `forward`.
 """
 
 from __future__ import annotations
@@ -16,16 +15,21 @@ from vae3d.models.temporal import ResBlock
 from vae3d.models.wan import WanVAE
 from vae3d.precision import no_tf32
 
-# What gradient checkpointing recomputes, or parts of it. The last layer is in none: an adaptive weight asks for its
-# gradient alone, and a compiled graph gives all gradients or none.
+# Blocks that gradient checkpointing recomputes, or parts of them. The last layer is in none: an adaptive weight needs
+# its gradient alone, and a compiled graph computes all gradients or none.
 BLOCKS = (
-    *(Level, MidBlock),
+    Level,
+    MidBlock,
     ResBlock,
-    *(wan_blocks.ResidualBlock, wan_blocks.AttentionBlock, wan_blocks.Downsample, wan_blocks.Upsample),
-    *(taehv_blocks.MemBlockBase, taehv_blocks.UpConv),
+    wan_blocks.ResidualBlock,
+    wan_blocks.AttentionBlock,
+    wan_blocks.Downsample,
+    wan_blocks.Upsample,
+    taehv_blocks.MemBlock,
+    taehv_blocks.UpConv,
 )
 BACKEND = "inductor"
-GRAPHS = 64  # of one class of blocks: of each shape, with and without gradients
+RECOMPILE_LIMIT = 64  # graphs per class of blocks: one per shape, with and without gradients
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -33,21 +37,20 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(model: nn.Module, dynamic: bool | None = False) -> None:
-    """Let every block of a model compile when it is first called. dynamic: as torch.compile takes it.
+    """Compile every block of a model at its first call. dynamic: see torch.compile.
 
-    Block by block, not the whole: equal blocks share a graph, compilation takes seconds instead of minutes, and memory
-    stays what gradient checkpointing makes it.
+    Equal blocks share a graph, compilation takes seconds instead of minutes, and gradient checkpointing still works.
     """
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, GRAPHS)  # beyond it blocks would run uncompiled
-    with no_tf32():  # leaves torch's flags of precision as validations will; everything would compile again otherwise
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)  # beyond it blocks would run uncompiled
+    with no_tf32():  # sets torch's precision flags as validation will, which would recompile everything otherwise
         pass
     for block in blocks_of(model):
         block.compile(backend=BACKEND, dynamic=dynamic)
 
 
 def compile_steps(model: nn.Module) -> None:
-    """Compile what inference calls, per shape: the length of chunks changes at the two ends of a video only."""
+    """Compile encode_chunk and decode_chunk, or else forward, per shape. Only a video's first and last chunk differ."""
     if isinstance(model, WanVAE | TAEHV):
         model.encode_chunk = torch.compile(model.encode_chunk, dynamic=False)
         model.decode_chunk = torch.compile(model.decode_chunk, dynamic=False)

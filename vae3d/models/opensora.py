@@ -1,7 +1,7 @@
 """The video autoencoder of Open-Sora 1.2: the 2D VAE on every frame, then the temporal VAE on its latents.
 
-`opensora/models/vae/vae.py` of hpcaitech/Open-Sora v1.2 (VideoAutoencoderPipeline); state-dict keys are those of
-the published OpenSora-VAE-v1.2.
+`opensora/models/vae/vae.py` of hpcaitech/Open-Sora v1.2 (VideoAutoencoderPipeline). State-dict keys are those of the
+published OpenSora-VAE-v1.2, but for latents_mean and latents_std, which it calls shift and scale.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Deviation, Mean, check_arguments
-from vae3d.models.base import add_latent_noise, latents_of
-from vae3d.models.layers.normalized import LatentNormMixin
+from vae3d.models.forward import add_latent_noise, choose_latents
+from vae3d.models.latents import LatentNormMixin
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.streaming import IndependentChunks
 from vae3d.models.temporal import TemporalVAE
@@ -23,12 +23,11 @@ from vae3d.types import LatentSpec, Posterior, Reconstruction, SpatialPath
 
 
 class OpenSoraVAE(LatentNormMixin):
-    """Spatial and temporal VAE in series: a VideoAutoencoder with strides 4 x 8 x 8.
+    """Spatial and temporal VAE in series; a VideoAutoencoder with strides 4 x 8 x 8.
 
-    micro_frames: clips are cut into pieces of this many frames that are coded independently (17 in the
-    published pipeline: 17 frames to 5 latents); None codes the clip as a whole. The two differ by design,
-    because the temporal VAE's GroupNorm pools over time. Any number of frames works with both.
-    latents_mean, latents_std: per channel, for `normalize`; the latents inside stay raw.
+    micro_frames: code the clip in independent chunks of this many frames (17 as published, to 5 latents each); None:
+    as a whole. The results differ, since the temporal VAE's GroupNorm pools over time. Both take any number of frames.
+    latents_mean, latents_std: per channel, for `normalize`; encode and decode use raw latents.
     """
 
     @check_arguments
@@ -59,14 +58,13 @@ class OpenSoraVAE(LatentNormMixin):
         )
 
     def encode(self, video: Tensor, *, sample: bool = False, generator: Generators = None) -> Posterior:
-        """[B, 3, T, H, W] -> posterior over raw latents; `sample` draws the 2D latents instead of their mode."""
+        """[B, 3, T, H, W] -> posterior over raw latents. sample: sample the 2D latents instead of taking their mode."""
         return self.encode_temporal(self.encode_spatial(video, sample=sample, generator=generator))
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
-        """Raw latents [B, C, t, h, w] -> video [B, 3, T, h*f, w*f], unclamped.
+        """Raw latents [B, C, t, h, w] -> video [B, 3, T, h*f, w*f], not clamped.
 
-        num_frames: T, by default every frame that the latents can stand for.
-        Raises ValueError if it does not fit the latents.
+        num_frames: T, by default as many as possible. Raises ValueError if it does not fit the latents.
         """
         check_latents(z, self.spec.channels)
         return self.decode_spatial(self.decode_temporal(z, num_frames))
@@ -82,17 +80,14 @@ class OpenSoraVAE(LatentNormMixin):
         generator: Generators = None,
         noise: float = 0.0,
     ) -> Reconstruction:
-        """Reconstruct [B, 3, T, H, W]; see VideoAutoencoder.forward. `spatial` holds the 2D latents.
-
-        noise is added to the temporal latents.
-        """
+        """See VideoAutoencoder.forward. `spatial` holds the 2D latents; noise is added to the temporal latents."""
         check_video(video, values=False)
         frames, height, width = video.shape[2:]
         latent = posterior = None
         if encode or latents is None:
             latent = self.encode_spatial(video, sample=sample, generator=generator)
             posterior = self.encode_temporal(latent)
-        z = latents_of(posterior, latents, sample, generator)
+        z = choose_latents(posterior, latents, sample, generator)
         latent_rec = self.decode_temporal(add_latent_noise(z, noise, generator), frames)
         rec = self.decode_spatial(latent_rec)[..., :height, :width] if pixels else None
         return Reconstruction(rec, posterior, z, SpatialPath(latent, latent_rec))
@@ -103,31 +98,26 @@ class OpenSoraVAE(LatentNormMixin):
         return self.spatial_vae.normalize(posterior.sample(generator) if sample else posterior.mode())
 
     def decode_spatial(self, latent: Tensor) -> Tensor:
-        """Video from normalised 2D latents; of `encode_spatial`'s, the best that this pipeline could reach."""
+        """Video from normalised 2D latents. Those of encode_spatial give the upper bound of this pipeline's quality."""
         return self.spatial_vae.decode(self.spatial_vae.denormalize(latent))
 
     def encode_temporal(self, latent: Tensor) -> Posterior:
-        pieces = [self.temporal_vae.encode(piece) for piece in latent.split(self.micro_frames or latent.shape[2], 2)]
-        return Posterior(torch.cat([p.mean for p in pieces], 2), torch.cat([p.logvar for p in pieces], 2))
+        chunks = [self.temporal_vae.encode(chunk) for chunk in latent.split(self.micro_frames or latent.shape[2], 2)]
+        return Posterior(torch.cat([p.mean for p in chunks], 2), torch.cat([p.logvar for p in chunks], 2))
 
     def decode_temporal(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         if self.micro_frames is None:
             return self.temporal_vae.decode(z, num_frames)
-        pieces = z.split(self.temporal_vae.latent_frames(self.micro_frames), 2)
-        lengths = self._piece_lengths(z.shape[2], num_frames)
-        return torch.cat([self.temporal_vae.decode(p, n) for p, n in zip(pieces, lengths, strict=True)], 2)
-
-    def _piece_lengths(self, latent_frames: int, num_frames: int | None) -> list[int]:
-        """Frames of every piece, of which only the last may be shorter than micro_frames."""
-        whole, rest = divmod(latent_frames, self.temporal_vae.latent_frames(self.micro_frames))
-        most = whole * self.micro_frames + rest * self.temporal_vae.stride
-        frames = most if num_frames is None else num_frames
-        if self.latent_frames(frames) != latent_frames:
+        size = self.temporal_vae.latent_frames(self.micro_frames)
+        whole, rest = divmod(z.shape[2], size)
+        frames = whole * self.micro_frames + rest * self.temporal_vae.stride if num_frames is None else num_frames
+        if self.latent_frames(frames) != z.shape[2]:
             raise ValueError(
-                f"num_frames is {frames}, which does not fit {latent_frames} latent frames "
-                f"in pieces of {self.micro_frames} frames"
+                f"num_frames is {frames}, which does not fit {z.shape[2]} latent frames in chunks of "
+                f"{self.micro_frames} frames"
             )
-        return [min(self.micro_frames, frames - start) for start in range(0, frames, self.micro_frames)]
+        lengths = [min(self.micro_frames, frames - start) for start in range(0, frames, self.micro_frames)]
+        return torch.cat([self.temporal_vae.decode(p, n) for p, n in zip(z.split(size, 2), lengths, strict=True)], 2)
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         spatial, temporal = self.spatial_vae.trainable_parts(), self.temporal_vae
@@ -158,7 +148,7 @@ class OpenSoraVAE(LatentNormMixin):
         return self.temporal_vae.latent_channels, self.latent_frames(frames), h, w
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
-        """Pieces of micro_frames, which this pipeline codes independently; the whole video without micro_frames."""
+        """Chunks of micro_frames, which are independent anyway; without micro_frames the whole video."""
         return IndependentChunks(self, self.micro_frames)
 
 

@@ -1,4 +1,4 @@
-"""The models that a file may name, and the only way to build one from a file: no code is looked up by its name."""
+"""Models that a file may name. Building one from a file looks up no other code by name."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ TARGET = "_target_"  # as in conf/model, so that one configuration serves both
 
 
 def target_of(cls: type) -> str:
-    """The name of a class under `_target_`."""
+    """A class's name under `_target_`."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-# Their constructors check their arguments (vae3d.arguments). A new model goes here, so that its exports can be loaded.
+# Add a new model here, so that its exports can be loaded. Its constructor must check its arguments (vae3d.arguments).
 MODELS: dict[str, type[nn.Module]] = {
     target_of(cls): cls for cls in (SpatialVAE, TemporalVAE, OpenSoraVAE, WanVAE, TAEHV, DiffusersVAE)
 }
 
 
 def build_model(config: Any, source: object, key: str = "") -> nn.Module:
-    """The model of a configuration of plain dicts, `_target_` naming a class of MODELS, with random weights.
+    """Build a model with random weights from a configuration of plain dicts, whose `_target_` is a key of MODELS.
 
-    source, key: the file, and where in it the configuration stands, for errors.
-    Raises FileError for a class that is not in MODELS; for arguments that its constructor does not have or misses, or
-    that are of another type or out of range; and for those that do not fit together.
+    source, key: the file, and the configuration's key in it, for errors.
+    Raises FileError for a class that is not in MODELS, and for arguments that are unknown, missing, of another type,
+    out of range or inconsistent.
     """
     return _build(config, nn.Module, f"{source}: ", key)
 
@@ -55,9 +55,8 @@ def _build(config: Any, kind: type[nn.Module], source: str, key: str) -> nn.Modu
     target = config.get(TARGET)
     if not isinstance(target, str) or target not in choices:
         raise FileError(
-            f"{source}{path}{TARGET} is {short(target)}, which is not a model of this project that can stand there; "
-            f"there are {', '.join(choices)}. If you trust another one, build it yourself and call "
-            "vae3d.load(path, model)"
+            f"{source}{path}{TARGET} is {short(target)}; use one of {', '.join(choices)}. To load another class that "
+            "you trust, build it yourself and call vae3d.load(path, model)"
         )
     cls = MODELS[target]
     given = {name: value for name, value in config.items() if name != TARGET}
@@ -78,7 +77,7 @@ def _check_names(given: Iterable[str], cls: type, source: str, path: str) -> Non
     for name in given:
         if name not in parameters:
             close = difflib.get_close_matches(name[:80], parameters, n=1, cutoff=0.5)
-            hint = f"did you mean {path}{close[0]}?" if close else f"there are {', '.join(parameters)}"
+            hint = f"did you mean {path}{close[0]}?" if close else f"use one of {', '.join(parameters)}"
             raise FileError(f"{source}{path}{name[:80]} is not an argument of {cls.__name__}; {hint}")
     missing = [n for n, p in parameters.items() if p.default is p.empty and n not in given]
     if missing:

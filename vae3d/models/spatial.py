@@ -1,7 +1,7 @@
 """The image autoencoder of Stable Diffusion and SDXL, run on every frame of a video.
 
-Network: latent-diffusion `ldm/modules/diffusionmodules/model.py`; attribute names, and so state-dict keys, are
-those of diffusers' AutoencoderKL. N images or frames, [N, C, H, W].
+Network: latent-diffusion `ldm/modules/diffusionmodules/model.py`. State-dict keys are those of diffusers'
+AutoencoderKL. Images or frames are [N, C, H, W].
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from vae3d.arguments import Count, Depth, Deviation, Mean, Width, Widths, check_arguments
 from vae3d.errors import UserError
-from vae3d.models.base import reconstruct
-from vae3d.models.layers.checkpointing import needs_grad, run
+from vae3d.models.forward import reconstruct
+from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import pad_space, per_frame
 from vae3d.models.layers.norm import norm_silu
 from vae3d.models.streaming import IndependentChunks
@@ -61,13 +61,12 @@ class Attention(nn.Module):
         tokens = self.group_norm(x.flatten(2)).transpose(1, 2)  # [N, H*W, C]
         q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
         tokens = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
-        # Tokens first: the sum takes their channels-last layout, the faster one here and the one that
-        # diffusers ends up with, so that both round alike.
+        # Tokens first: the sum then has their channels-last layout, which is faster and rounds as diffusers does.
         return tokens.transpose(1, 2).reshape(x.shape) + x
 
 
 class Downsample(nn.Module):
-    """Stride-2 convolution with a row of zeros below and a column right of the image only."""
+    """Stride-2 convolution with zero padding below and on the right only."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -160,7 +159,7 @@ class Decoder(nn.Module):
         return self.conv_out(self.features(z))
 
     def features(self, z: Tensor) -> Tensor:
-        """What the last layer takes."""
+        """Input of the last layer."""
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
@@ -208,13 +207,13 @@ class AutoencoderKL(nn.Module):
 class SpatialVAE(nn.Module):
     """AutoencoderKL frame by frame: a VideoAutoencoder without temporal compression.
 
-    scaling_factor, shift_factor: (z - shift) * scaling brings raw latents to about zero mean and unit variance
-    (SD 0.18215 and 0, SDXL 0.13025 and 0); one number, or one per channel. scaling_factor None: not known, so that
-    `normalize` and `denormalize` raise UserError; spec.latents_std is empty then. shift_factor None: 0.
-    frame_batch: frames that pass through the network at once (None: all).
-    gradient_checkpointing: in training keep only each frame batch's input and recompute the rest in backward.
-    keep_last_input: set it to keep the last layer's input, too. Otherwise whoever asks for the gradient of that layer
-    alone, as an adaptive weight does, has the whole decoder recomputed.
+    scaling_factor, shift_factor: (z - shift_factor) * scaling_factor has about zero mean and unit variance (SD 0.18215
+    and 0, SDXL 0.13025 and 0); one number, or one per channel. scaling_factor None: unknown; `normalize` and
+    `denormalize` raise UserError, and spec.latents_std is empty. shift_factor None: 0.
+    frame_batch: frames that pass through the network at once; None: all.
+    gradient_checkpointing: keep only each frame batch's input and recompute the rest in backward.
+    keep_last_input: also keep the last layer's input. Otherwise the gradient of this layer alone, which an adaptive
+    weight needs, recomputes the whole decoder.
     """
 
     @check_arguments
@@ -262,12 +261,12 @@ class SpatialVAE(nn.Module):
         recompute = self.gradient_checkpointing and needs_grad(self.module.encoder, video)
 
         def encode(frames: Tensor) -> Tensor:
-            return run(self.module.encode, frames, recompute=recompute)
+            return maybe_checkpoint(self.module.encode, frames, enabled=recompute)
 
         return Posterior.from_moments(per_frame(encode, video, self.frame_batch))
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
-        """Raw latents [B, C, T, h, w] -> video [B, 3, T, h*f, w*f], unclamped. num_frames must be T or None."""
+        """Raw latents [B, C, T, h, w] -> video [B, 3, T, h*f, w*f], not clamped. num_frames must be T or None."""
         check_latents(z, self.spec.channels)
         assert num_frames in (None, z.shape[2]), "a per-frame autoencoder neither adds nor drops frames"
         z = z.to(self.module.decoder.conv_in.weight.dtype)
@@ -275,14 +274,14 @@ class SpatialVAE(nn.Module):
 
         def decode(frames: Tensor) -> Tensor:
             if self.keep_last_input:
-                return self.module.decoder.conv_out(run(self.module.features, frames, recompute=recompute))
-            return run(self.module.decode, frames, recompute=recompute)
+                return self.module.decoder.conv_out(maybe_checkpoint(self.module.features, frames, enabled=recompute))
+            return maybe_checkpoint(self.module.decode, frames, enabled=recompute)
 
         return per_frame(decode, z, self.frame_batch)
 
-    def forward(self, video: Tensor, **how: Any) -> Reconstruction:
-        """Reconstruct [B, 3, T, H, W]; see VideoAutoencoder.forward."""
-        return reconstruct(self, video, **how)
+    def forward(self, video: Tensor, **options: Any) -> Reconstruction:
+        """See VideoAutoencoder.forward."""
+        return reconstruct(self, video, **options)
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         quant = [self.module.quant_conv] if self.module.quant_convs else []
@@ -300,25 +299,25 @@ class SpatialVAE(nn.Module):
         return self.spec.channels, frames, -(-height // f), -(-width // f)
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
-        """Pieces of frame_batch frames; any number gives the same result."""
+        """Chunks of frame_batch frames; any length gives the same result."""
         return IndependentChunks(self, self.frame_batch or 16)
 
     def normalize(self, z: Tensor) -> Tensor:
         """Raw latents to about zero mean and unit variance. Raises UserError if scaling_factor is None."""
-        return (z - _broadcast(z, self.shift_factor)) * _broadcast(z, self._known_scaling())
+        return (z - _broadcast(z, self.shift_factor)) * _broadcast(z, self._require_scaling())
 
     def denormalize(self, z: Tensor) -> Tensor:
         """Inverse of normalize."""
-        return z / _broadcast(z, self._known_scaling()) + _broadcast(z, self.shift_factor)
+        return z / _broadcast(z, self._require_scaling()) + _broadcast(z, self.shift_factor)
 
-    def _known_scaling(self) -> float | Sequence[float]:
+    def _require_scaling(self) -> float | Sequence[float]:
         if self.scaling_factor is None:
-            raise UserError(f"the scaling factor of these latents is not known; {UNKNOWN_FACTOR}")
+            raise UserError(f"the scaling_factor of these latents is not known; {UNKNOWN_FACTOR}")
         return self.scaling_factor
 
 
 def per_channel(factor: float | Sequence[float] | None, channels: int) -> tuple[float, ...]:
-    """A factor of every channel, given one for all or each; empty for None. Raises ValueError for another number."""
+    """One factor per channel, from one for all or one for each; empty for None. Raises ValueError for other lengths."""
     if factor is None:
         return ()
     factors = tuple(factor) if isinstance(factor, Sequence) else (factor,) * channels
@@ -328,5 +327,5 @@ def per_channel(factor: float | Sequence[float] | None, channels: int) -> tuple[
 
 
 def _broadcast(z: Tensor, factor: float | Sequence[float]) -> float | Tensor:
-    """A factor, or one per channel, for [B, C, t, h, w]."""
+    """A factor, or one per channel, to broadcast against [B, C, t, h, w]."""
     return z.new_tensor(factor)[:, None, None, None] if isinstance(factor, Sequence) else factor

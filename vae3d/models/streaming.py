@@ -1,24 +1,24 @@
-"""Coding arbitrarily long videos piece by piece."""
+"""Streams: coding videos of any length chunk by chunk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers.frames import extend_time, pad_space
-from vae3d.models.layers.taehv_frames import FrameRule, Plan, between, shown
+from vae3d.models.layers.taehv_frames import FramePlan, FrameRule, frames_shown, split_runs
 from vae3d.seeding import Generators
 from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction
 
-if TYPE_CHECKING:
-    from vae3d.models.interface import VideoAutoencoder
+DEFAULT_MEMORY = 8.0  # GiB
 
 
 class IndependentChunks:
-    """A stream of pieces that know nothing of each other. size: frames of a piece; None: the whole video."""
+    """Codes each chunk as a clip of its own. size: frames per chunk; None: the whole video."""
 
     lookahead = 0
 
@@ -34,7 +34,7 @@ class IndependentChunks:
 
 
 class ChunkCoder(Protocol):
-    """What CausalStream drives: a causal model, or one that works in tiles; see WanVAE.encode_chunk."""
+    """What CausalStream needs: WanVAE, or Tiled around one. See WanVAE.encode_chunk."""
 
     spec: LatentSpec
 
@@ -44,17 +44,19 @@ class ChunkCoder(Protocol):
 
 
 class CausalStream:
-    """A stream that gives what the whole video would give, in memory that does not depend on its length.
+    """Codes chunks with a cache of past frames: equal to coding the whole video, in memory independent of its length.
 
-    A last piece that is too short for the network is extended by repeating its last frame, sides that its space stride
-    does not divide by repeating their edge; the reconstruction is cut to what was given.
+    A last chunk that is too short for the network is extended by repeating its last frame, and height and width by
+    repeating their edge. The reconstruction is cropped back.
     """
 
     lookahead = 0
 
     def __init__(self, coder: ChunkCoder, chunk_latents: int) -> None:
-        self.coder, self.chunk_latents = coder, chunk_latents
-        self._encoder_cache = self._decoder_cache = None
+        self.coder = coder
+        self.chunk_latents = chunk_latents
+        self._encoder_cache = None
+        self._decoder_cache = None
 
     def chunks(self, frames: int) -> list[int]:
         return chunk_lengths(frames, self.chunk_latents, self.coder.spec.time_stride)
@@ -70,75 +72,84 @@ class CausalStream:
 
 
 class PlannedCoder(Protocol):
-    """What PlannedStream drives; see TAEHV."""
+    """What PlannedStream needs; see TAEHV."""
 
     spec: LatentSpec
     rule: FrameRule
 
-    def plan(self, frames: int) -> Plan: ...
+    def plan(self, frames: int) -> FramePlan: ...
 
     def encode_planned(
-        self, video: Tensor, plan: Plan, start: int, stop: int, memory: object
+        self, video: Tensor, plan: FramePlan, start: int, stop: int, cache: object
     ) -> tuple[Tensor, object]: ...
 
-    def decode_planned(self, z: Tensor, plan: Plan, start: int, memory: object) -> tuple[Tensor, object]: ...
+    def decode_planned(self, z: Tensor, plan: FramePlan, start: int, cache: object) -> tuple[Tensor, object]: ...
 
 
 class PlannedStream:
-    """A stream for models whose latents stand for frames by a rule that must know the video's length.
+    """Like CausalStream, for models whose frame rule depends on the video's length.
 
-    It gives what the whole video would give, in memory that does not depend on its length. Where latents see frames
-    after those that they let show, these come with the piece, are encoded then, and come again with the next.
+    Where latents depend on frames after those that they are decoded to, each chunk comes with these frames
+    (`lookahead`). They are encoded at once, and the next call, which is given them again, skips them.
     """
 
     def __init__(self, coder: PlannedCoder, chunk_latents: int) -> None:
-        self.coder, self.chunk_latents = coder, chunk_latents
+        self.coder = coder
+        self.chunk_latents = chunk_latents
         self.lookahead = coder.spec.time_stride - 1 if coder.rule.looks_ahead else 0
-        self._pieces: Iterator[tuple[int, int]] = iter(())
-        self._shown = self._read = self._latents = 0
-        self._encoder_memory = self._decoder_memory = None
+        self._chunks: Iterator[tuple[int, int]] = iter(())  # (frames, latents up to the chunk's end)
 
     def chunks(self, frames: int) -> list[int]:
-        """Begins a video of so many frames, and ends the one before."""
+        stride = self.coder.spec.time_stride
         self._plan = plan = self.coder.plan(frames)
-        stride, ends = self.coder.spec.time_stride, {}
+        ends = {}  # frame -> latent
         for latents in [*range(self.chunk_latents, plan.latents, self.chunk_latents), plan.latents]:
-            ends[min(frames, shown(plan, stride, latents))] = latents
+            ends[min(frames, frames_shown(plan, stride, latents))] = latents
         lengths = [end - start for start, end in pairwise([0, *ends])]
-        self._pieces = iter(list(zip(lengths, ends.values(), strict=True)))
-        self._shown = self._read = self._latents = 0
-        self._encoder_memory = self._decoder_memory = None
+        self._chunks = iter(list(zip(lengths, ends.values(), strict=True)))
+        self._shown = 0  # frames
+        self._encoded = 0  # frames
+        self._latents = 0
+        self._encoder_cache = None
+        self._decoder_cache = None
         return lengths
 
     def __call__(self, video: Tensor, *, sample: bool = False, generator: Generators = None) -> Reconstruction:
-        """Raises ValueError for more pieces than `chunks` told, and for one that is too short."""
-        frames, latents = next(self._pieces, (0, 0))
+        """Raises ValueError for more chunks than `chunks` returned, and for a chunk of another length."""
+        frames, latents = next(self._chunks, (0, 0))
         height, width = video.shape[-2:]
-        if not frames <= video.shape[2] <= frames + self.lookahead or not frames:
+        if not frames or not frames <= video.shape[2] <= frames + self.lookahead:
             raise ValueError(
-                f"{video.shape[2]} frames came; by chunks() the next piece has {frames}, and at most {self.lookahead} "
-                "of those after it"
+                f"the chunk has {video.shape[2]} frames; chunks() gave it {frames}, with at most {self.lookahead} more "
+                "as lookahead"
             )
         z = self._encode(pad_space(video, self.coder.spec.space_stride), latents)
-        rec, self._decoder_memory = self.coder.decode_planned(z, self._plan, self._latents, self._decoder_memory)
-        self._shown, self._latents = self._shown + frames, latents
+        rec, self._decoder_cache = self.coder.decode_planned(z, self._plan, self._latents, self._decoder_cache)
+        self._shown += frames
+        self._latents = latents
         return Reconstruction(rec[:, :, :frames, :height, :width], Delta(z), z)
 
     def _encode(self, video: Tensor, latents: int) -> Tensor:
-        """Latents up to `latents`; video begins with the first frame that was not yet shown."""
+        """Encode up to the latent `latents`. video: from the first frame that has not been shown."""
         stride, plan = self.coder.spec.time_stride, self._plan
-        wanted = sum(frames for _, _, frames in between(plan.encoder, stride, self._latents, latents))
-        new = video[:, :, self._read - self._shown :]
+        count = sum(frames for _, _, frames in split_runs(plan.encoder, stride, self._latents, latents))
+        new = video[:, :, self._encoded - self._shown :]
         if not new.shape[2]:
             new = video[:, :, -1:]
-        new = extend_time(new, wanted)[:, :, :wanted]
-        self._read += wanted
-        z, self._encoder_memory = self.coder.encode_planned(new, plan, self._latents, latents, self._encoder_memory)
+        new = extend_time(new, count)[:, :, :count]
+        self._encoded += count
+        z, self._encoder_cache = self.coder.encode_planned(new, plan, self._latents, latents, self._encoder_cache)
         return z
 
 
 def chunk_lengths(frames: int, chunk_latents: int, time_stride: int) -> list[int]:
-    """Pieces of `chunk_latents` latents each: the first has 1 + n * time_stride frames, the last may be shorter."""
+    """Frames of each chunk of `chunk_latents` latents: 1 + n * time_stride in the first, the rest in the last."""
     size = chunk_latents * time_stride
     ends = [*range(size - time_stride + 1, frames, size), frames]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def chunk_within(memory_gib: float | None, chunk_memory: Callable[[int], int], max_latents: int) -> int:
+    """The most latents, up to max_latents and at least 1, whose chunk_memory (bytes) stays in memory_gib."""
+    budget = (memory_gib or DEFAULT_MEMORY) * 2**30
+    return max((n for n in range(1, max_latents + 1) if chunk_memory(n) <= budget), default=1)

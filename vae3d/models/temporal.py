@@ -1,8 +1,8 @@
 """The temporal VAE of Open-Sora 1.2: compresses the 2D latents of a video four times along time.
 
-`opensora/models/vae/vae_temporal.py` of hpcaitech/Open-Sora v1.2 (VAE_Temporal_SD), which follows the
-tokenizer of MAGVIT-v2 (arXiv 2310.05737, appendix A.1) without codebook and spatial resampling. State-dict keys
-are those of the published checkpoint. x: 2D latents [B, C, T, h, w]; z: temporal latents [B, C', ceil(T/4), h, w].
+`opensora/models/vae/vae_temporal.py` of hpcaitech/Open-Sora v1.2 (VAE_Temporal_SD), which follows the tokenizer of
+MAGVIT-v2 (arXiv 2310.05737, appendix A.1) without codebook and spatial resampling. State-dict keys are the published
+ones. x: 2D latents [B, C, T, h, w]; z: temporal latents [B, C', ceil(T/4), h, w].
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vae3d.arguments import Depth, Factors, Flags, Width, check_arguments
 from vae3d.models.layers.causal_conv import CausalConv3d
-from vae3d.models.layers.checkpointing import needs_grad, run
+from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.norm import norm_silu
 from vae3d.types import Posterior
 
@@ -62,16 +62,16 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level, blocks in enumerate(self.block_res_blocks):
             for block in blocks:
-                x = run(block, x, recompute=recompute)
+                x = maybe_checkpoint(block, x, enabled=recompute)
             if level < len(self.conv_blocks):
                 x = self.conv_blocks[level](x)
         for block in self.res_blocks:
-            x = run(block, x, recompute=recompute)
+            x = maybe_checkpoint(block, x, enabled=recompute)
         return self.conv2(norm_silu(self.norm1, x))
 
 
 class Decoder(nn.Module):
-    """Mirror of the encoder; its lists are indexed by level, so the forward pass runs through them backwards."""
+    """Mirror of the encoder. Its lists are indexed by level, so forward iterates over them in reverse."""
 
     def __init__(
         self, in_channels: int, out_channels: int, widths: Sequence[int], up: Sequence[bool], layers: int, groups: int
@@ -94,10 +94,10 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor, recompute: bool) -> Tensor:
         x = self.conv1(z)
         for block in self.res_blocks:
-            x = run(block, x, recompute=recompute)
+            x = maybe_checkpoint(block, x, enabled=recompute)
         for level in reversed(range(len(self.block_res_blocks))):
             for block in self.block_res_blocks[level]:
-                x = run(block, x, recompute=recompute)
+                x = maybe_checkpoint(block, x, enabled=recompute)
             if level > 0 and self.up[level - 1]:
                 x = self.conv_blocks[level - 1](x)
                 x = rearrange(x, "b (c s) t h w -> b c (t s) h w", s=2)
@@ -107,8 +107,8 @@ class Decoder(nn.Module):
 class TemporalVAE(nn.Module):
     """2D latents [B, C, T, h, w] <-> posterior over [B, latent_channels, ceil(T / stride), h, w].
 
-    Any T: zero frames are put in front until `stride` divides T, and decode drops as many. The convolutions
-    are causal but GroupNorm pools over time, so every latent depends on all frames of the clip.
+    Any T: encode adds zero frames in front until T is a multiple of `stride`, and decode drops as many. The
+    convolutions are causal, but GroupNorm pools over time, so every latent depends on all frames of the clip.
 
     channels, multipliers: width of each level; downsample: which level boundaries halve the frame rate.
     gradient_checkpointing: recompute each residual block in backward.
@@ -154,14 +154,11 @@ class TemporalVAE(nn.Module):
         return Posterior.from_moments(self.quant_conv(self.encoder(x, recompute)))
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
-        """num_frames: frames to return, by default all `stride * t` that the latents stand for.
-
-        Raises ValueError if the latents do not stand for num_frames.
-        """
+        """num_frames: frames to return, by default `stride * t`. Raises ValueError if it does not fit the latents."""
         frames = self.stride * z.shape[2] if num_frames is None else num_frames
         if self.latent_frames(frames) != z.shape[2]:
             raise ValueError(
-                f"num_frames is {frames}, but {z.shape[2]} latent frames stand for "
+                f"num_frames is {frames}; {z.shape[2]} latent frames decode to "
                 f"{self.stride * (z.shape[2] - 1) + 1} to {self.stride * z.shape[2]} frames"
             )
         z = self.post_quant_conv(z.to(self.post_quant_conv.conv.weight.dtype))

@@ -1,4 +1,4 @@
-"""Coding frames that do not fit into memory tile by tile, exactly or blended, also across a panorama's seam."""
+"""Tiled coding of frames that do not fit into memory: exact or blended, also across a panorama's seam."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor, nn
 
-from vae3d.models.layers.wan_blocks import Conv, Downsample, Head, Past, ResidualBlock, Upsample, run_chain
+from vae3d.models.layers.wan_blocks import Conv, Downsample, Head, ResidualBlock, Upsample, run_chain
 from vae3d.models.layers.wan_shortcuts import DownBlock, UpBlock
 from vae3d.models.streaming import CausalStream
 from vae3d.models.wan import Cache, WanVAE
@@ -19,7 +19,7 @@ from vae3d.types import LatentSpec, Posterior
 
 @dataclass(frozen=True)
 class Span:
-    """Places low..high - 1 of an axis, which may lie beyond its ends where it is circular, and what each counts."""
+    """A tile along one axis: positions low..high - 1, beyond the ends of a circular axis, and their blend weights."""
 
     low: int
     high: int
@@ -27,15 +27,15 @@ class Span:
 
 
 class Tiled:
-    """A WanVAE that codes the frames of a clip or a stream in tiles of `tile` x `tile` pixels.
+    """Runs a WanVAE on tiles of `tile` x `tile` pixels.
 
-    overlap None: exact. Everything above the lowest resolution is convolutions, whose tiles are read with as many
-    pixels around them as they can see; the lowest resolution, where attention looks at the whole frame, is a few per
-    cent of the work and is not cut. overlap in pixels: the whole network in tiles that share so many pixels, blended
-    linearly, as diffusers does: cheaper where tiles are small, but attention sees one tile only, so results differ.
-    Where the model's width is circular, tiles go on across the seam.
+    overlap: None is exact. The convolutions above the lowest resolution run on tiles with a margin as wide as their
+    receptive field. The lowest resolution, where attention sees the whole frame, is a few per cent of the work and is
+    not tiled. A number of pixels runs the whole network on tiles that overlap by it, blended linearly, as in diffusers:
+    cheaper for small tiles, but attention sees one tile only, so results differ.
+    With a circular width, tiles continue across the seam.
 
-    Raises ValueError for sizes that the model's strides do not divide, and for pad_h=pole, whose first rows need
+    Raises ValueError for sizes that are no multiples of the model's strides, and for pad_h=pole, whose first rows need
     columns from the other side of the panorama.
     """
 
@@ -47,71 +47,77 @@ class Tiled:
             raise ValueError(f"overlap is {overlap}; use a multiple of {2 * stride} of at most half the tile's {tile}")
         if model.borders.height == "pole":
             raise ValueError("pad_h=pole cannot be coded in tiles; use pad_h=zeros, or whole frames")
-        self.model, self.tile, self.overlap = model, tile // stride, overlap
+        self.model = model
+        self.tile = tile // stride  # latents
+        self.overlap = overlap
         self.circular = model.borders.width == "circular"
         encoder, decoder = model.encoder.chain(), model.decoder.chain()
-        low = 1 + max(i for i, layer in enumerate(encoder) if _resamples(layer))
-        first = min(i for i, layer in enumerate(decoder) if _resamples(layer))
+        # (layers that run on tiles, layers that run on whole frames)
+        self._encoder = encoder, []
+        self._decoder = decoder, []
         if overlap is None:
-            self._encoder, self._decoder = (encoder[:low], encoder[low:]), (decoder[first:], decoder[:first])
-        else:
-            self._encoder, self._decoder = (encoder, []), (decoder, [])
+            last_down = max(i for i, layer in enumerate(encoder) if _resamples(layer))
+            first_up = min(i for i, layer in enumerate(decoder) if _resamples(layer))
+            self._encoder = encoder[: last_down + 1], encoder[last_down + 1 :]
+            self._decoder = decoder[first_up:], decoder[:first_up]
 
     @property
     def spec(self) -> LatentSpec:
         return self.model.spec
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> CausalStream:
-        """As WanVAE.stream. The cache is that of whole frames; only what is in work is as small as a tile."""
+        """As WanVAE.stream. Activations are those of one tile; the cache is that of whole frames."""
         self.model.require_closed_seam(width)
         chunk = self.model.stream(min(height, self.pixels), min(width, self.pixels), memory_gib).chunk_latents
         return CausalStream(self, chunk)
 
     @property
     def pixels(self) -> int:
-        """Side of what is in work at once."""
+        """Side of a tile with its margins."""
         return (self.tile + 2 * self._margin(self._decoder[0])) * self.spec.space_stride
 
     @torch.no_grad()
-    def encode_chunk(self, video: Tensor, cache: Cache | None, keep: bool = True) -> tuple[Posterior, Cache]:
-        """As WanVAE.encode_chunk; keep=False for a whole clip."""
-        outer, inner = self._encoder
-        tiled, whole = cache or (None, None)
+    def encode_chunk(self, video: Tensor, cache: Cache | None, return_cache: bool = True) -> tuple[Posterior, Cache]:
+        """As WanVAE.encode_chunk; return_cache=False for a whole clip."""
+        tiled_layers, whole_layers = self._encoder
+        tiles_cache, cache = cache or (None, None)
         x = self.model.to_patches(video)
-        x, tiled = self._in_tiles(outer, x, tiled, keep, self.spec.space_stride // self.model.patch, down=True)
-        x, whole = run_chain(inner, x, whole, keep)
-        return Posterior.from_moments(self.model.to_moments(x)), (tiled, list(whole))
+        x, tiles_cache = self._run_tiles(tiled_layers, x, tiles_cache, return_cache, down=True)
+        x, cache = run_chain(whole_layers, x, cache, return_cache)
+        return Posterior.from_moments(self.model.to_moments(x)), (tiles_cache, list(cache))
 
     @torch.no_grad()
-    def decode_chunk(self, z: Tensor, cache: Cache | None, keep: bool = True) -> tuple[Tensor, Cache]:
-        """As WanVAE.decode_chunk; keep=False for a whole clip."""
-        outer, inner = self._decoder
-        tiled, whole = cache or (None, None)
-        x, whole = run_chain(inner, self.model.from_latents(z), whole, keep)
-        x, tiled = self._in_tiles(outer, x, tiled, keep, self.spec.space_stride // self.model.patch, down=False)
-        return self.model.from_patches(x), (tiled, list(whole))
+    def decode_chunk(self, z: Tensor, cache: Cache | None, return_cache: bool = True) -> tuple[Tensor, Cache]:
+        """As WanVAE.decode_chunk; return_cache=False for a whole clip."""
+        tiled_layers, whole_layers = self._decoder
+        tiles_cache, cache = cache or (None, None)
+        x, cache = run_chain(whole_layers, self.model.from_latents(z), cache, return_cache)
+        x, tiles_cache = self._run_tiles(tiled_layers, x, tiles_cache, return_cache, down=False)
+        return self.model.from_patches(x), (tiles_cache, list(cache))
 
-    def _in_tiles(
-        self, layers: Sequence[nn.Module], x: Tensor, caches: list[Past] | None, keep: bool, stride: int, down: bool
-    ) -> tuple[Tensor, list[Past]]:
-        """run_chain on every tile of x, put together again. caches: of every tile."""
-        unit_in, unit_out = (stride, 1) if down else (1, stride)
+    def _run_tiles(
+        self, layers: Sequence[nn.Module], x: Tensor, caches: list[Cache] | None, return_cache: bool, *, down: bool
+    ) -> tuple[Tensor, list[Cache]]:
+        """run_chain on every tile of x, and their blend. caches: one per tile. down: layers of the encoder."""
+        stride = self.spec.space_stride // self.model.patch
+        unit_in, unit_out = (stride, 1) if down else (1, stride)  # positions per latent
         height, width = (side // unit_in for side in x.shape[-2:])
         margin = self._margin(layers)
         rows = self._spans(height, margin, False, unit_out)
         columns = self._spans(width, margin, self.circular, unit_out)
-        out, remembered = None, []
-        for number, (row, column) in enumerate(product(rows, columns)):
-            piece = _take(_take(x, -2, row, unit_in), -1, column, unit_in)
-            y, past = run_chain(layers, piece, None if caches is None else caches[number], keep)
-            remembered.append(list(past) if keep else None)
+        out = None
+        new_caches = []
+        for i, (row, column) in enumerate(product(rows, columns)):
+            tile = _take(_take(x, -2, row, unit_in), -1, column, unit_in)
+            y, new_cache = run_chain(layers, tile, None if caches is None else caches[i], return_cache)
+            new_caches.append(list(new_cache) if return_cache else None)
             if out is None:
                 out = y.new_zeros((*y.shape[:3], height * unit_out, width * unit_out))
             _add(out, y, row, column, unit_out)
-        return out, remembered
+        return out, new_caches
 
     def _margin(self, layers: Sequence[nn.Module]) -> int:
-        """Latents around a tile."""
+        """Latents that a tile is read with on each side."""
         if self.overlap is not None:
             return self.overlap // (2 * self.spec.space_stride)
         reach = _reach(layers)
@@ -119,7 +125,7 @@ class Tiled:
         return math.ceil(reach / (self.spec.space_stride // self.model.patch)) if down else reach
 
     def _spans(self, length: int, margin: int, circular: bool, unit: int) -> list[Span]:
-        """Tiles along an axis of `length` latents, of about equal size."""
+        """Tiles of about equal size along an axis of `length` latents. unit: output positions per latent."""
         if self.tile + 2 * margin >= length:
             return [Span(0, length, torch.ones(length * unit))]
         count = math.ceil(length / self.tile)
@@ -138,7 +144,7 @@ class Tiled:
         return spans
 
     def _rise(self, edge: int, low: int, high: int, margin: int, unit: int) -> Tensor:
-        """0 before and 1 behind an edge between tiles; a step, or a line over what they share."""
+        """Blend weights that rise from 0 to 1 at an edge between tiles: a step, or a ramp over the overlap."""
         distance = torch.arange(low * unit, high * unit) + 0.5 - edge * unit
         if self.overlap is None:
             return (distance > 0).float()
@@ -146,7 +152,7 @@ class Tiled:
 
 
 def _take(x: Tensor, dim: int, span: Span, unit: int) -> Tensor:
-    """The places of a span, in latents of `unit` places each."""
+    """Slice of x along `dim`. unit: positions per latent."""
     low, high = span.low * unit, span.high * unit
     if low >= 0 and high <= x.shape[dim]:
         return x.narrow(dim, low, high - low)
@@ -154,15 +160,15 @@ def _take(x: Tensor, dim: int, span: Span, unit: int) -> Tensor:
 
 
 def _add(out: Tensor, tile: Tensor, row: Span, column: Span, unit: int) -> None:
-    """Add what counts of a tile to the whole, in place."""
+    """Add a tile, times its blend weights, to `out` in place."""
     weight_rows, weight_columns = (span.weight.to(tile) for span in (row, column))
     top, bottom = (int(edge) for edge in row.weight.nonzero().flatten()[[0, -1]])
     left, right = (int(edge) for edge in column.weight.nonzero().flatten()[[0, -1]])
     tile = tile[..., top : bottom + 1, left : right + 1]
     tile = tile * weight_rows[top : bottom + 1, None] * weight_columns[left : right + 1]
-    place = row.low * unit
+    first = row.low * unit
     columns = torch.arange(left, right + 1, device=out.device) + column.low * unit
-    out[..., place + top : place + bottom + 1, :].index_add_(-1, columns % out.shape[-1], tile)
+    out[..., first + top : first + bottom + 1, :].index_add_(-1, columns % out.shape[-1], tile)
 
 
 def _resamples(layer: nn.Module) -> bool:
@@ -173,7 +179,7 @@ def _resamples(layer: nn.Module) -> bool:
 
 
 def _reach(layers: Sequence[nn.Module], behind: int = 0) -> int:
-    """How many pixels of its input an output pixel sees to each side, `behind` being that of what follows."""
+    """Pixels of the input on each side on which an output pixel depends. behind: the same for the layers after."""
     for layer in reversed(layers):
         if isinstance(layer, DownBlock | UpBlock):
             inner = layer.downsamples if isinstance(layer, DownBlock) else layer.upsamples

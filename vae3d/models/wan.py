@@ -15,35 +15,37 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Depth, Deviation, Factor, Factors, Flags, Mean, Width, check_arguments
-from vae3d.models.base import reconstruct
+from vae3d.models.forward import reconstruct
+from vae3d.models.latents import LatentNormMixin
 from vae3d.models.layers.borders import Borders
-from vae3d.models.layers.checkpointing import needs_grad, run
+from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import extend_time, pad_space
-from vae3d.models.layers.normalized import LatentNormMixin
 from vae3d.models.layers.wan_blocks import (
     AttentionBlock,
     Conv,
     Downsample,
     Head,
-    Past,
+    LayerCache,
     ResidualBlock,
     Upsample,
     pointwise,
     run_chain,
 )
 from vae3d.models.layers.wan_shortcuts import DownBlock, UpBlock
-from vae3d.models.streaming import CausalStream, chunk_lengths
+from vae3d.models.streaming import CausalStream, chunk_lengths, chunk_within
 from vae3d.pixels import check_latents, check_video
 from vae3d.types import LatentSpec, Posterior, Reconstruction
 
-DEFAULT_MEMORY = 8.0  # GiB
-MOST_LATENTS = 8
-Cache = Sequence[Past]  # frames between two chunks of a stream, of every layer
+MAX_CHUNK = 8  # latents of a stream's chunk
+Cache = Sequence[LayerCache]  # of every layer
 
 
 class Encoder(nn.Module):
-    """Video (or patches) to moments. first: channels of the first convolution; widths: of each level; time: which level
-    boundaries halve the frame rate."""
+    """Video (or patches) to moments.
+
+    first: channels of the first convolution. widths: channels per level. time: which level boundaries halve the frame
+    rate.
+    """
 
     def __init__(
         self,
@@ -60,7 +62,7 @@ class Encoder(nn.Module):
         self.conv1 = Conv(in_channels, first, borders)
         levels = []
         for level, (before, width) in enumerate(pairwise([first, *widths])):
-            blocks = [ResidualBlock(a, width, borders) for a in [before, *[width] * (layers - 1)]]
+            blocks = [ResidualBlock(channels, width, borders) for channels in [before, *[width] * (layers - 1)]]
             down = [Downsample(width, time[level], borders)] if level < len(time) else []
             levels += [DownBlock(before, width, blocks, down)] if shortcuts else blocks + down
         self.downsamples = nn.ModuleList(levels)
@@ -72,7 +74,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to video (or patches), the encoder's mirror; widths and time are in the encoder's order."""
+    """Latents to video (or patches). widths, time: in the encoder's order."""
 
     def __init__(
         self,
@@ -85,13 +87,14 @@ class Decoder(nn.Module):
         borders: Borders,
     ) -> None:
         super().__init__()
-        widths, time = widths[::-1], time[::-1]
+        widths = widths[::-1]
+        time = time[::-1]
         self.conv1 = Conv(in_channels, widths[0], borders)
         self.middle = _middle(widths[0], borders)
         levels = []
         before = widths[0]
         for level, width in enumerate(widths):
-            blocks = [ResidualBlock(a, width, borders) for a in [before, *[width] * layers]]
+            blocks = [ResidualBlock(channels, width, borders) for channels in [before, *[width] * layers]]
             last = level == len(time)
             after = width if shortcuts else width // 2  # Wan2.1 halves the channels with the resolution
             up = [] if last else [Upsample(width, after, time[level], borders)]
@@ -111,20 +114,20 @@ def _middle(width: int, borders: Borders) -> nn.ModuleList:
 
 
 class WanVAE(LatentNormMixin):
-    """Wan2.1's (the defaults) or Wan2.2's VAE: a VideoAutoencoder.
+    """The VAE of Wan2.1 (the defaults) or Wan2.2; a VideoAutoencoder. Wan, arXiv 2503.20314, section 4.1.
 
     channels, multipliers: width of each level. downsample: which level boundaries halve the frame rate; each halves
-    height and width. decoder_channels: Wan2.2's wider decoder. patch: Wan2.2 codes patches of 2 x 2 pixels.
+    height and width. decoder_channels: of Wan2.2's wider decoder. patch: Wan2.2 codes patches of 2 x 2 pixels.
     shortcuts: Wan2.2's averaging and repeating shortcuts around every level.
-    pad_w, pad_h: see Borders; zeros is what the published weights were trained with, circular closes the seam of
-    360 degree panoramas, with the same weights.
+    pad_w, pad_h: see Borders. The published weights were trained with zeros; circular closes the seam of 360 degree
+    panoramas, with the same weights.
     latents_mean, latents_std: per channel, for `normalize`; encode and decode use raw latents.
-    chunk_latents: code clips in chunks of so many latent frames, which changes memory, not results; None: at once.
+    chunk_latents: code clips in chunks of this many latent frames, which changes memory, not results; None: at once.
     gradient_checkpointing: recompute each block in backward.
 
-    Frames: the network takes 1 + n * time_stride; other clips are extended by repeating their last frame, and their
-    reconstruction is cut to their length. Height and width are extended likewise to multiples of the space stride,
-    but a circular width must be one.
+    Frames: the network takes 1 + n * time_stride. Other clips are extended by repeating their last frame, and their
+    reconstruction is cropped. Height and width are extended likewise to multiples of the space stride; a circular width
+    must be a multiple.
     Raises ValueError if the lists do not fit together.
     """
 
@@ -160,10 +163,12 @@ class WanVAE(LatentNormMixin):
         self.encoder = Encoder(pixels, 2 * latent_channels, channels, widths, time, layers, shortcuts, borders)
         self.conv1 = nn.Conv3d(2 * latent_channels, 2 * latent_channels, 1)
         self.conv2 = nn.Conv3d(latent_channels, latent_channels, 1)
-        wide = [(decoder_channels or channels) * m for m in multipliers]
-        self.decoder = Decoder(latent_channels, pixels, wide, time, layers, shortcuts, borders)
-        self.patch, self.borders = patch, borders
-        self.chunk_latents, self.gradient_checkpointing = chunk_latents, gradient_checkpointing
+        decoder_widths = [(decoder_channels or channels) * m for m in multipliers]
+        self.decoder = Decoder(latent_channels, pixels, decoder_widths, time, layers, shortcuts, borders)
+        self.patch = patch
+        self.borders = borders
+        self.chunk_latents = chunk_latents
+        self.gradient_checkpointing = gradient_checkpointing
         self.spec = LatentSpec(
             latent_channels,
             2 ** sum(time),
@@ -178,12 +183,15 @@ class WanVAE(LatentNormMixin):
         Raises ValueError for a circular width that the space stride does not divide.
         """
         check_video(video)
-        video = self._fit(video)
-        moments = self._in_chunks(self._moments, video.split(self.chunks(video.shape[2]), 2), self.encoder)
-        return Posterior.from_moments(moments)
+        stride = self.spec.time_stride
+        self.require_closed_seam(video.shape[-1])
+        frames = video.shape[2] + -(video.shape[2] - 1) % stride
+        video = pad_space(extend_time(video, frames), self.spec.space_stride)
+        lengths = [frames] if self.chunk_latents is None else chunk_lengths(frames, self.chunk_latents, stride)
+        return Posterior.from_moments(self._in_chunks(self._moments, video.split(lengths, 2), self.encoder))
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
-        """Raw latents [B, C, t, h, w] -> video, unclamped; num_frames: by default 1 + (t - 1) * time_stride.
+        """Raw latents [B, C, t, h, w] -> video, not clamped. num_frames: by default 1 + (t - 1) * time_stride.
 
         Raises ValueError if num_frames does not fit the latents.
         """
@@ -195,76 +203,85 @@ class WanVAE(LatentNormMixin):
         return video[:, :, :frames]
 
     def encode_chunk(self, video: Tensor, cache: Cache | None) -> tuple[Posterior, Cache]:
-        """Posterior of the next frames of a stream, and the cache for the chunk after them.
+        """Posterior of a stream's next frames, and the cache for the chunk after.
 
-        video: 1 + n * time_stride frames in the first chunk of a stream, n * time_stride later, of sides that the space
-        stride divides. cache: None for the first chunk; else what the chunk before returned, a list that is emptied
-        while it is read, so that there are never two: pass tuple(cache) to go on from it more than once.
+        video: 1 + n * time_stride frames in the first chunk, n * time_stride in later ones; sides must be multiples of
+        the space stride. cache: None for the first chunk, else what the chunk before returned. This list is emptied
+        while it is read, so that memory holds one cache; pass tuple(cache) to use it more than once.
         Raises ValueError for another number of frames or another size.
         """
-        self._check_chunk_length(video, first=cache is None)
-        moments, cache = self._moments(video, cache, keep=True)
+        frames, height, width = video.shape[2:]
+        stride, space = self.spec.time_stride, self.spec.space_stride
+        if frames < 1 or (frames - (cache is None)) % stride or height % space or width % space:
+            valid = f"1 + n * {stride}" if cache is None else f"n * {stride}"
+            raise ValueError(
+                f"the chunk is {frames} frames of {height}x{width}; give {valid} frames of sides that are multiples of "
+                f"{space}"
+            )
+        moments, cache = self._moments(video, cache, return_cache=True)
         return Posterior.from_moments(moments), list(cache)
 
     def decode_chunk(self, z: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
-        """Video of the next latents of a stream, unclamped, and the cache for the chunk after; see encode_chunk."""
-        video, cache = self._pixels(z, cache, keep=True)
+        """Video of a stream's next latents, not clamped, and the cache for the chunk after; see encode_chunk."""
+        video, cache = self._pixels(z, cache, return_cache=True)
         return video, list(cache)
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> CausalStream:
-        """A stream of videos of this size: chunks of `chunk_latents`, or of as many latents as decode in `memory_gib`
-        (in fp32; by default DEFAULT_MEMORY), but at most MOST_LATENTS.
+        """Chunks of `chunk_latents`, or of as many latents as decode in `memory_gib` in fp32, at most MAX_CHUNK.
 
         Raises ValueError for a circular width that the space stride does not divide.
         """
         self.require_closed_seam(width)
-        chunk = self.chunk_latents
-        if chunk is None:
-            budget = (memory_gib or DEFAULT_MEMORY) * 2**30
-            fitting = [k for k in range(1, MOST_LATENTS + 1) if self.chunk_memory(k, height, width) <= budget]
-            chunk = max(fitting, default=1)
-        return CausalStream(self, chunk)
+        fitting = chunk_within(memory_gib, lambda latents: self.chunk_memory(latents, height, width), MAX_CHUNK)
+        return CausalStream(self, self.chunk_latents or fitting)
 
     def chunk_memory(self, latents: int, height: int, width: int) -> int:
-        """About how many bytes decoding a chunk takes in fp32, with the cache but without weights.
+        """Estimated bytes for decoding a chunk in fp32, with the cache but without weights.
 
-        The last level counts: some frames of it are in work, some in the cache.
+        The activations and the cache of the last level dominate.
         """
-        fixed, each = (42, 30) if self.patch > 1 else (29, 20)
+        fixed, per_latent = (42, 30) if self.patch > 1 else (29, 20)
         channels = self.decoder.head["2"].in_channels / self.patch**2
-        return int(4 * height * width * channels * (fixed + each * latents))
+        return int(4 * height * width * channels * (fixed + per_latent * latents))
 
-    def forward(self, video: Tensor, **how: Any) -> Reconstruction:
-        """Reconstruct [B, 3, T, H, W]; see VideoAutoencoder.forward."""
-        return reconstruct(self, video, **how)
+    def forward(self, video: Tensor, **options: Any) -> Reconstruction:
+        """See VideoAutoencoder.forward."""
+        return reconstruct(self, video, **options)
 
     def _in_chunks(
-        self, step: Callable[..., tuple[Tensor, Cache]], pieces: Sequence[Tensor], part: nn.Module
+        self, step: Callable[..., tuple[Tensor, Cache]], chunks: Sequence[Tensor], part: nn.Module
     ) -> Tensor:
-        """Code the pieces of a clip one after another.
+        """Code the chunks of a clip.
 
-        With gradient checkpointing, one piece keeps the input of every block; several keep only the frames that they
-        hand on, and run each piece once more in backward.
+        With gradient checkpointing a single chunk keeps the input of every block. Of several chunks only the caches are
+        kept, and each chunk is recomputed as a whole in backward.
         """
-        recompute = self.gradient_checkpointing and needs_grad(part, pieces[0])
-        whole = len(pieces) == 1
-        coded, cache = [], None
-        for number, piece in enumerate(pieces):
-            keep = number + 1 < len(pieces)
-            chunk, cache = run(step, piece, cache, keep, recompute and whole, recompute=recompute and not whole)
-            coded.append(chunk)
-        return coded[0] if whole else torch.cat(coded, 2)
+        recompute = self.gradient_checkpointing and needs_grad(part, chunks[0])
+        single = len(chunks) == 1
+        outputs = []
+        cache = None
+        for i, chunk in enumerate(chunks):
+            return_cache = i + 1 < len(chunks)
+            output, cache = maybe_checkpoint(
+                step, chunk, cache, return_cache, recompute and single, enabled=recompute and not single
+            )
+            outputs.append(output)
+        return outputs[0] if single else torch.cat(outputs, 2)
 
-    def _moments(self, video: Tensor, cache: Cache | None, keep: bool, recompute: bool = False) -> tuple[Tensor, Cache]:
-        x, cache = run_chain(self.encoder.chain(), self.to_patches(video), cache, keep, recompute)
+    def _moments(
+        self, video: Tensor, cache: Cache | None, return_cache: bool, recompute: bool = False
+    ) -> tuple[Tensor, Cache]:
+        x, cache = run_chain(self.encoder.chain(), self.to_patches(video), cache, return_cache, recompute)
         return self.to_moments(x), cache
 
-    def _pixels(self, z: Tensor, cache: Cache | None, keep: bool, recompute: bool = False) -> tuple[Tensor, Cache]:
-        x, cache = run_chain(self.decoder.chain(), self.from_latents(z), cache, keep, recompute)
+    def _pixels(
+        self, z: Tensor, cache: Cache | None, return_cache: bool, recompute: bool = False
+    ) -> tuple[Tensor, Cache]:
+        x, cache = run_chain(self.decoder.chain(), self.from_latents(z), cache, return_cache, recompute)
         return self.from_patches(x), cache
 
     def to_patches(self, video: Tensor) -> Tensor:
-        """What the encoder's chain takes."""
+        """Input of the encoder's chain."""
         video = video.to(self.conv1.weight.dtype)
         return rearrange(video, "b c t (h q) (w r) -> b (c r q) t h w", q=self.patch, r=self.patch)
 
@@ -272,45 +289,22 @@ class WanVAE(LatentNormMixin):
         return pointwise(self.conv1, x)
 
     def from_latents(self, z: Tensor) -> Tensor:
-        """What the decoder's chain takes."""
+        """Input of the decoder's chain."""
         return pointwise(self.conv2, z.to(self.conv2.weight.dtype))
 
     def from_patches(self, x: Tensor) -> Tensor:
         return rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=self.patch, r=self.patch)
 
-    def _fit(self, video: Tensor) -> Tensor:
-        """Extend a clip to what the network takes."""
-        stride, space = self.spec.time_stride, self.spec.space_stride
-        self.require_closed_seam(video.shape[-1])
-        frames = video.shape[2]
-        return pad_space(extend_time(video, frames + -(frames - 1) % stride), space)
-
     def require_closed_seam(self, width: int) -> None:
-        """Raises ValueError for the width of a panorama to which columns would have to be added."""
+        """Raises ValueError for a panorama that would need extra columns, which would lie on its seam."""
         space = self.spec.space_stride
         if self.borders.width == "circular" and width % space:
             raise ValueError(
-                f"the width is {width}; a circular width must be a multiple of {space}, since columns that "
-                "are added would lie across the seam"
+                f"the width is {width}; with pad_w=circular it must be a multiple of {space}, since padding would "
+                "break the seam"
             )
         if self.borders.height == "pole" and width % (2 * space):
-            raise ValueError(f"the width is {width}; pad_h=pole turns rows by half, so that 2 x {space} divides it")
-
-    def _check_chunk_length(self, video: Tensor, first: bool) -> None:
-        frames, height, width = video.shape[2:]
-        stride, space = self.spec.time_stride, self.spec.space_stride
-        if frames < 1 or (frames - first) % stride or height % space or width % space:
-            wanted = f"1 + n * {stride}" if first else f"n * {stride}"
-            raise ValueError(
-                f"a chunk is {frames} frames of {height}x{width}; this one takes {wanted} frames of sides that "
-                f"{space} divides"
-            )
-
-    def chunks(self, frames: int) -> list[int]:
-        """Lengths of the pieces in which 1 + n * time_stride frames are coded."""
-        if self.chunk_latents is None:
-            return [frames]
-        return chunk_lengths(frames, self.chunk_latents, self.spec.time_stride)
+            raise ValueError(f"the width is {width}; with pad_h=pole it must be a multiple of {2 * space}")
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         return {"encoder": [self.encoder, self.conv1], "decoder": [self.conv2, self.decoder]}

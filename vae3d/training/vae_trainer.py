@@ -23,7 +23,7 @@ from vae3d.data.media import DataError
 from vae3d.errors import UserError
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricSet
-from vae3d.models.base import attach_decoder
+from vae3d.models.forward import attach_decoder
 from vae3d.pixels import no_value_checks
 from vae3d.seeding import seed_of
 from vae3d.training.agreement import RanksDiffer

@@ -1,4 +1,4 @@
-"""What a convolution sees beyond the borders of a frame."""
+"""Padding of frames at their borders."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from vae3d.panorama import wrap
 
 @dataclass(frozen=True)
 class Borders:
-    """width: zeros, or circular: the columns of the other side, as a 360 degree panorama continues.
+    """How a 3 x 3 convolution pads its input.
 
-    height: zeros, or pole: beyond its first row an equirectangular panorama goes on with the same row, turned by 180
-    degrees; so at its last. Zeros are added by the convolution itself; the others are written around the frame, one
-    pixel at each side (`halo`). none: the convolution does not look beyond (1 x 1).
-    Raises ValueError for another word, or poles without circular rows.
+    width: zeros, circular (the opposite columns, as a 360 degree panorama continues) or none (1 x 1 convolutions).
+    height: zeros, none, or pole: beyond its first row an equirectangular panorama continues with the same row, turned
+    by 180 degrees, and likewise at its last. The convolution adds zeros by itself; circular and pole padding, of one
+    pixel on each side, is written into its input.
+    Raises ValueError for another mode, or for pole without circular.
     """
 
     width: str = "zeros"
@@ -31,50 +32,52 @@ class Borders:
             raise ValueError("pad_h=pole turns rows around the panorama; it needs pad_w=circular")
 
     @property
-    def halo(self) -> tuple[int, int]:
-        """Rows above and below, columns left and right, that `fill` writes."""
+    def padding(self) -> tuple[int, int]:
+        """(rows, columns) on each side that `pad` writes."""
         return int(self.height == "pole"), int(self.width == "circular")
 
     @property
-    def zeros(self) -> tuple[int, int]:
-        """Rows and columns of zeros that are left to the convolution."""
+    def zero_padding(self) -> tuple[int, int]:
+        """(rows, columns) of zeros on each side that the convolution adds."""
         return int(self.height == "zeros"), int(self.width == "zeros")
 
-    def inside(self, padded: Tensor) -> Tensor:
-        """[..., H, W] without its halo."""
-        rows, columns = self.halo
+    def pad(self, frames: Tensor) -> Tensor:
+        """Pad [N, C, H, W]; returns `frames` itself if there is nothing to write."""
+        rows, columns = self.padding
+        return wrap(frames, columns, rows) if columns else frames
+
+    def crop(self, padded: Tensor) -> Tensor:
+        """View of [..., H, W] without its padding."""
+        rows, columns = self.padding
         height, width = padded.shape[-2:]
         return padded[..., rows : height - rows, columns : width - columns]
 
-    def fill(self, padded: Tensor) -> None:
-        """Write the halo of [..., H + 2 rows, W + 2 columns] from its inside, in place."""
-        rows, columns = self.halo
+    def pad_(self, padded: Tensor) -> None:
+        """Write the padding of [..., H + 2 rows, W + 2 columns] from its inside, in place."""
+        rows, columns = self.padding
         if rows:
-            frame = self.inside(padded)
+            frame = self.crop(padded)
             half = frame.shape[-1] // 2
             for edge, row in ((padded[..., 0, 1:-1], frame[..., 0, :]), (padded[..., -1, 1:-1], frame[..., -1, :])):
-                edge[..., :half], edge[..., half:] = row[..., half:], row[..., :half]
+                edge[..., :half] = row[..., half:]
+                edge[..., half:] = row[..., :half]
         if columns:
-            padded[..., 0], padded[..., -1] = padded[..., -2], padded[..., 1]
+            padded[..., 0] = padded[..., -2]
+            padded[..., -1] = padded[..., 1]
 
-    def fold(self, grad: Tensor) -> Tensor:
-        """Adjoint of `fill`, in place: gradients of the halo go to the pixels that it was copied from."""
-        rows, columns = self.halo
+    def pad_adjoint_(self, grad: Tensor) -> Tensor:
+        """Adjoint of `pad_`: add the padding's gradients to the pixels it was copied from, in place, and crop."""
+        rows, columns = self.padding
         if columns:
             grad[..., -2] += grad[..., 0]
             grad[..., 1] += grad[..., -1]
         if rows:
-            frame = self.inside(grad)
+            frame = self.crop(grad)
             half = frame.shape[-1] // 2
             for edge, row in ((grad[..., 0, 1:-1], frame[..., 0, :]), (grad[..., -1, 1:-1], frame[..., -1, :])):
                 row[..., half:] += edge[..., :half]
                 row[..., :half] += edge[..., half:]
-        return self.inside(grad)
-
-    def pad(self, frames: Tensor) -> Tensor:
-        """[N, C, H, W] with its halo; itself where there is none."""
-        rows, columns = self.halo
-        return wrap(frames, columns, rows) if columns else frames
+        return self.crop(grad)
 
 
 POINTWISE = Borders("none", "none")

@@ -1,4 +1,4 @@
-"""3D convolution that never looks at later frames."""
+"""Causal 3D convolution of Open-Sora's temporal VAE."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class CausalConv3d(nn.Module):
     """Conv3d over [B, C, T, H, W] with zeros before the first frame and around each frame.
 
-    Open-Sora v1.2 `opensora/models/vae/vae_temporal.py` (after MAGVIT-v2): k - 1 + (1 - stride) zero frames in
-    front, so that a stride-2 convolution turns 2n frames into n.
+    Open-Sora v1.2 `opensora/models/vae/vae_temporal.py`, after MAGVIT-v2. kernel - stride zero frames stand in front,
+    so a stride-2 convolution turns 2n frames into n.
     """
 
     def __init__(

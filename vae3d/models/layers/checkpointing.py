@@ -1,4 +1,4 @@
-"""Gradient checkpointing: keep a function's inputs, recompute the rest in backward."""
+"""Gradient checkpointing: keep a function's inputs and recompute the rest in backward."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 Result = TypeVar("Result")
 
 
-def run(fn: Callable[..., Result], *args: Any, recompute: bool) -> Result:
-    """fn(*args); with `recompute` its intermediate activations are recomputed in backward. fn draws no noise."""
-    if recompute and torch.is_grad_enabled():
+def maybe_checkpoint(fn: Callable[..., Result], *args: Any, enabled: bool) -> Result:
+    """fn(*args), under torch's gradient checkpointing if `enabled`. fn must draw no random numbers."""
+    if enabled and torch.is_grad_enabled():
         return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
     return fn(*args)
 

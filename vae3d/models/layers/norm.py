@@ -1,4 +1,4 @@
-"""GroupNorm followed by SiLU, the pair in front of every convolution of these networks."""
+"""GroupNorm followed by SiLU, which precede the convolutions of the 2D and temporal VAEs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.autograd.function import once_differentiable
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """SiLU(norm(x)), computed in fp32 and returned in x's dtype.
 
-    Backward recomputes it from x, which the residual branch keeps anyway: of the three tensors that autograd
-    would save per convolution (norm input, SiLU input, convolution input) only two remain, none in fp32.
+    Backward recomputes it from x, which the residual branch keeps anyway. So autograd saves two tensors per convolution
+    (norm input, convolution input) instead of three, and none in fp32.
     """
-    if torch.compiler.is_compiling():  # the compiler decides for itself what to recompute
+    if torch.compiler.is_compiling():  # the compiler decides what to recompute
         return _norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
     return _NormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
@@ -26,7 +26,7 @@ def _norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float)
 
 
 class _NormSiLU(torch.autograd.Function):
-    """torch.utils.checkpoint of _norm_silu at a third of its overhead, which counts at some hundred calls a step."""
+    """As torch.utils.checkpoint of _norm_silu, with a third of its overhead; there are hundreds of calls per step."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
@@ -37,9 +37,11 @@ class _NormSiLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[:3]
+        needs_grad = ctx.needs_input_grad[:3]
         with torch.enable_grad():
-            inputs = [t.detach().requires_grad_(want) for t, want in zip(ctx.saved_tensors, wanted, strict=True)]
+            inputs = [
+                t.detach().requires_grad_(needed) for t, needed in zip(ctx.saved_tensors, needs_grad, strict=True)
+            ]
             out = _norm_silu(*inputs, ctx.groups, ctx.eps)
             grads = iter(torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad))
-        return *(next(grads) if want else None for want in wanted), None, None
+        return *(next(grads) if needed else None for needed in needs_grad), None, None

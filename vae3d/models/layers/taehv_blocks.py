@@ -1,8 +1,8 @@
-"""Blocks of the TAEHV networks, each a step over frames: (x, clips, past) -> y.
+"""Blocks of the TAEHV networks: (x, clips, cache) -> y.
 
-`taehv.py` of madebyollin/taehv, whose state-dict keys these modules have. x: [T * B, C, H, W], time first, so that
-"the frame before" is B places before. past: the last frame of every clip in the chunk before, [B, C, H, W], or None at
-the beginning, where the memory is zero. Coding a clip whole or in chunks is the same.
+State-dict keys are those of `taehv.py` in madebyollin/taehv. x: [T * B, C, H, W], time first, so that the frame before
+stands B rows earlier. cache: last frame of each clip in the chunk before, [B, C, H, W]; None at the start, for zeros.
+Coding a clip whole or in chunks gives the same.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.models.layers.borders import Borders
-from vae3d.models.layers.checkpointing import run
+from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.wan_blocks import upsample_conv
 
-Memory = Sequence[Tensor | None]  # of every layer: the last frames that it was given, if it looks back
-ZEROS = Borders()
+Cache = Sequence[Tensor | None]  # of every layer: its last input frames; None if it is not a MemBlock
+ZERO_PADDING = Borders()
 
 
 class Clamp(nn.Module):
@@ -31,8 +31,8 @@ class Clamp(nn.Module):
 class Pointwise(nn.Conv2d):
     """A 1 x 1 convolution.
 
-    With one thread on a CPU torch computes it by a routine that takes twice the time of oneDNN's, unless it is dilated,
-    and there is nothing to dilate in one place.
+    On a CPU with one thread torch does not choose oneDNN for it, and takes twice the time, unless it is dilated.
+    Dilation does not change a 1 x 1 convolution.
     """
 
     def __init__(self, width: int, out_width: int, bias: bool = False) -> None:
@@ -42,43 +42,39 @@ class Pointwise(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, dilation=2 if x.device.type == "cpu" else 1)
 
 
-class MemBlockBase(nn.Module):
-    """A residual block whose convolutions see each frame and the one before it."""
+class MemBlock(nn.Module):
+    """Residual block over each frame and the one before it. relu: of the sum."""
 
-    conv: nn.Sequential
-
-    def forward(self, x: Tensor, clips: int, past: Tensor | None) -> Tensor:
-        past = torch.zeros_like(x[:clips]) if past is None else past
-        before = torch.cat([past, x[:-clips]])
-        return self.conv(torch.cat([x, before], 1)) + x
-
-
-class MemBlock(MemBlockBase):
-    def __init__(self, width: int) -> None:
+    def __init__(self, conv: nn.Sequential, relu: bool) -> None:
         super().__init__()
-        self.conv = nn.Sequential(
-            conv(2 * width, width), nn.ReLU(True), conv(width, width), nn.ReLU(True), conv(width, width)
-        )
+        self.conv = conv
+        self.relu = relu
 
-    def forward(self, x: Tensor, clips: int, past: Tensor | None) -> Tensor:
-        return super().forward(x, clips, past).relu_()
+    def forward(self, x: Tensor, clips: int, cache: Tensor | None) -> Tensor:
+        cache = torch.zeros_like(x[:clips]) if cache is None else cache
+        before = torch.cat([cache, x[:-clips]])
+        x = self.conv(torch.cat([x, before], 1)) + x
+        return x.relu_() if self.relu else x
 
 
-class SuperMemBlock(MemBlockBase):
-    """The super decoder's: a depthwise 7 x 7 convolution and an inverted bottleneck, as in ConvNeXt."""
+def mem_block(width: int) -> MemBlock:
+    layers = conv(2 * width, width), nn.ReLU(True), conv(width, width), nn.ReLU(True), conv(width, width)
+    return MemBlock(nn.Sequential(*layers), relu=True)
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(2 * width, 2 * width, 7, padding=3, groups=2 * width, bias=False),
-            Pointwise(2 * width, 4 * width, bias=True),
-            nn.ReLU(True),
-            Pointwise(4 * width, width),
-        )
+
+def super_mem_block(width: int) -> MemBlock:
+    """A depthwise 7 x 7 convolution and an inverted bottleneck, as in ConvNeXt (arXiv 2201.03545)."""
+    layers = (
+        nn.Conv2d(2 * width, 2 * width, 7, padding=3, groups=2 * width, bias=False),
+        Pointwise(2 * width, 4 * width, bias=True),
+        nn.ReLU(True),
+        Pointwise(4 * width, width),
+    )
+    return MemBlock(nn.Sequential(*layers), relu=False)
 
 
 class TPool(nn.Module):
-    """Every `stride` frames to one."""
+    """Merge every `stride` frames into one."""
 
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
@@ -93,7 +89,7 @@ class TPool(nn.Module):
 
 
 class TGrow(nn.Module):
-    """Every frame to `stride`; blocks of output channels are in the order of time."""
+    """Split every frame into `stride` frames; groups of output channels are in temporal order."""
 
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
@@ -109,13 +105,13 @@ class TGrow(nn.Module):
 
 
 class UpConv(nn.Conv2d):
-    """A 3 x 3 convolution of frames whose sides are doubled first, by repeating pixels."""
+    """Nearest-neighbour upsampling by two, then a 3 x 3 convolution."""
 
     def __init__(self, width: int, out_width: int) -> None:
         super().__init__(width, out_width, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return upsample_conv(x, self.weight, None, ZEROS)
+        return upsample_conv(x, self.weight, None, ZERO_PADDING)
 
 
 def conv(width: int, out_width: int, **options: object) -> nn.Conv2d:
@@ -123,25 +119,25 @@ def conv(width: int, out_width: int, **options: object) -> nn.Conv2d:
 
 
 def encoder(pixels: int, width: int, latents: int, time: Sequence[bool]) -> nn.Sequential:
-    """time: which of the three stages halve the frame rate; each halves height and width."""
+    """time: which of the three stages halve the frame rate. Each halves height and width."""
     layers = [conv(pixels, width), nn.ReLU(True)]
     for halve in time:
         layers += [TPool(width, 1 + halve), conv(width, width, stride=2, bias=False)]
-        layers += [MemBlock(width) for _ in range(3)]
+        layers += [mem_block(width) for _ in range(3)]
     return nn.Sequential(*layers, conv(width, latents))
 
 
 def decoder(
     latents: int, widths: Sequence[int], pixels: int, time: Sequence[bool], space: Sequence[bool]
 ) -> nn.Sequential:
-    """widths: of the three stages and of what follows. time, space: which stages double the frame rate, the sides.
+    """widths: of the three stages and the last layers. time, space: which stages double the frame rate and the sides.
 
-    The published network doubles the sides before TGrow, where an Identity holds the place. A 1 x 1 convolution does
-    not care; here the 3 x 3 convolution behind it does that, on a quarter of the pixels.
+    The published network upsamples before TGrow, where an Identity stands here. TGrow is a 1 x 1 convolution, so
+    upsampling after it, in UpConv, gives the same on a quarter of the pixels.
     """
     layers = [Clamp(), conv(latents, widths[0]), nn.ReLU(True)]
     for stage, (width, after) in enumerate(zip(widths, widths[1:], strict=False)):
-        layers += [MemBlock(width) for _ in range(3)]
+        layers += [mem_block(width) for _ in range(3)]
         layers += [nn.Identity(), TGrow(width, 1 + time[stage])]
         layers += [UpConv(width, after) if space[stage] else conv(width, after, bias=False)]
     return nn.Sequential(*layers, nn.ReLU(True), conv(widths[-1], pixels))
@@ -150,28 +146,27 @@ def decoder(
 def super_decoder(latents: int, widths: Sequence[int], pixels: int, time: Sequence[bool]) -> nn.Sequential:
     layers = [Pointwise(latents, widths[0])]
     for stage, (width, after) in enumerate(zip(widths, widths[1:], strict=False)):
-        layers += [SuperMemBlock(width) for _ in range(3)]
+        layers += [super_mem_block(width) for _ in range(3)]
         layers += [conv(width, 4 * after), nn.ReLU(True), nn.PixelShuffle(2), TGrow(after, 1 + time[stage])]
     return nn.Sequential(*layers, conv(widths[-1], pixels))
 
 
 def run_layers(
-    layers: nn.Sequential, x: Tensor, clips: int, memory: Memory | None, recompute: bool = False
-) -> tuple[Tensor, Memory]:
-    """Pass frames through `layers`; returns them and the memory for the chunk after.
+    layers: nn.Sequential, x: Tensor, clips: int, cache: Cache | None, recompute: bool = False
+) -> tuple[Tensor, Cache]:
+    """Pass frames through `layers`; returns them and the cache for the next chunk.
 
-    memory: what the chunk before returned, None at the beginning. recompute: keep only the large layers' inputs for
-    backward.
+    cache: from the chunk before, None at the start. recompute: checkpoint the large layers.
     """
-    remembered: list[Tensor | None] = []
-    for number, layer in enumerate(layers):
+    new_cache: list[Tensor | None] = []
+    for i, layer in enumerate(layers):
         last = None
-        if isinstance(layer, MemBlockBase):
-            last = x[-clips:].clone()  # a view would hold the whole chunk
-            x = run(layer, x, clips, None if memory is None else memory[number], recompute=recompute)
+        if isinstance(layer, MemBlock):
+            last = x[-clips:].clone()  # a view would keep the whole chunk alive
+            x = maybe_checkpoint(layer, x, clips, None if cache is None else cache[i], enabled=recompute)
         elif isinstance(layer, TPool | TGrow):
             x = layer(x, clips)
         else:
-            x = run(layer, x, recompute=recompute and isinstance(layer, UpConv))
-        remembered.append(last)
-    return x, tuple(remembered)
+            x = maybe_checkpoint(layer, x, enabled=recompute and isinstance(layer, UpConv))
+        new_cache.append(last)
+    return x, tuple(new_cache)

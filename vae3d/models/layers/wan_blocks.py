@@ -1,9 +1,8 @@
-"""Blocks of the Wan2.1 and Wan2.2 VAEs, each a step of a chain: (x, past, keep) -> (y, past).
+"""Blocks of the Wan2.1 and Wan2.2 VAEs: (x, cache, return_cache) -> (y, cache for the next chunk, or None).
 
-`wan/modules/vae.py` of Wan-Video/Wan2.1 and `vae2_2.py` of Wan-Video/Wan2.2, whose state-dict keys these modules have.
-x: [B, C, T, H, W]. past: what the block remembers of the chunk before, None at the beginning of a clip. keep: whether
-to return what the next chunk needs. A chunk at the beginning has 1 + n * stride frames, every later one n * stride;
-coding a clip whole or in any such chunks is the same.
+State-dict keys are those of `wan/modules/vae.py` in Wan-Video/Wan2.1 and `vae2_2.py` in Wan-Video/Wan2.2.
+x: [B, C, T, H, W]. cache: from the chunk before, None at the start of a clip. The first chunk has 1 + n * stride
+frames, later ones n * stride; coding a clip whole or in any such chunks gives the same.
 """
 
 from __future__ import annotations
@@ -17,28 +16,32 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.models.layers.borders import POINTWISE, Borders
-from vae3d.models.layers.checkpointing import run
+from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.stream_conv import rms_norm, stream_conv
 
-Past = Any  # of one block: None, a tensor, or a tuple of them
+LayerCache = Any  # None, a tensor, or a tuple of them
 
 
 def run_chain(
-    layers: Sequence[nn.Module], x: Tensor, past: Sequence[Past] | None, keep: bool, recompute: bool = False
-) -> tuple[Tensor, tuple[Past, ...]]:
-    """Pass x through `layers`; recompute: keep only each layer's input for backward.
+    layers: Sequence[nn.Module],
+    x: Tensor,
+    cache: Sequence[LayerCache] | None,
+    return_cache: bool,
+    recompute: bool = False,
+) -> tuple[Tensor, tuple[LayerCache, ...]]:
+    """Pass x through `layers`. recompute: checkpoint every layer.
 
-    past: of every layer. A list is emptied on the way, so that frames are freed as others take their place; a tuple
-    is left alone.
+    cache: of every layer. A list is emptied on the way, so that old frames are freed before new ones are kept; a tuple
+    is left as it is.
     """
-    remembered = []
-    for number, layer in enumerate(layers):
-        own = None if past is None else past[number]
-        if isinstance(past, list):
-            past[number] = None
-        x, own = run(layer, x, own, keep, recompute=recompute)
-        remembered.append(own)
-    return x, tuple(remembered)
+    new_cache = []
+    for i, layer in enumerate(layers):
+        layer_cache = None if cache is None else cache[i]
+        if isinstance(cache, list):
+            cache[i] = None
+        x, layer_cache = maybe_checkpoint(layer, x, layer_cache, return_cache, enabled=recompute)
+        new_cache.append(layer_cache)
+    return x, tuple(new_cache)
 
 
 def frames_of(x: Tensor) -> Tensor:
@@ -52,7 +55,7 @@ def clips_of(frames: Tensor, batch: int) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Gain of an RMS norm over channels; `dims` trailing axes, as the published keys have them."""
+    """RMS norm over channels. dims: trailing axes of its gain, as in the published keys."""
 
     def __init__(self, channels: int, dims: int = 3) -> None:
         super().__init__()
@@ -69,8 +72,8 @@ class Conv(nn.Conv3d):
         super().__init__(in_channels, out_channels, 3)
         self.borders = borders
 
-    def forward(self, x: Tensor, past: Past = None, keep: bool = False) -> tuple[Tensor, Past]:
-        return stream_conv(x, past, self, self.borders, keep=keep)
+    def forward(self, x: Tensor, cache: LayerCache = None, return_cache: bool = False) -> tuple[Tensor, LayerCache]:
+        return stream_conv(x, cache, self, self.borders, return_cache=return_cache)
 
 
 class Head(nn.ModuleDict):
@@ -80,12 +83,12 @@ class Head(nn.ModuleDict):
         super().__init__({"0": RMSNorm(channels), "2": nn.Conv3d(channels, out_channels, 3)})
         self.borders = borders
 
-    def forward(self, x: Tensor, past: Past = None, keep: bool = False) -> tuple[Tensor, Past]:
-        return stream_conv(x, past, self["2"], self.borders, gamma=self["0"].gamma, keep=keep)
+    def forward(self, x: Tensor, cache: LayerCache = None, return_cache: bool = False) -> tuple[Tensor, LayerCache]:
+        return stream_conv(x, cache, self["2"], self.borders, gamma=self["0"].gamma, return_cache=return_cache)
 
 
 class ResidualBlock(nn.Module):
-    """Twice norm, SiLU and convolution (keys residual.0, .2, .3, .6), beside a shortcut."""
+    """Twice norm, SiLU and convolution (keys residual.0, .2, .3, .6), plus a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, borders: Borders) -> None:
         super().__init__()
@@ -100,12 +103,13 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
         self.borders = borders
 
-    def forward(self, x: Tensor, past: Past = None, keep: bool = False) -> tuple[Tensor, Past]:
-        part = self.residual
-        first, second = past or (None, None)
-        h, first = stream_conv(x, first, part["2"], self.borders, gamma=part["0"].gamma, keep=keep)
-        h, second = stream_conv(h, second, part["6"], self.borders, gamma=part["3"].gamma, keep=keep)
-        return h + (x if self.shortcut is None else pointwise(self.shortcut, x)), (first, second) if keep else None
+    def forward(self, x: Tensor, cache: LayerCache = None, return_cache: bool = False) -> tuple[Tensor, LayerCache]:
+        block = self.residual
+        first, second = cache or (None, None)
+        h, first = stream_conv(x, first, block["2"], self.borders, gamma=block["0"].gamma, return_cache=return_cache)
+        h, second = stream_conv(h, second, block["6"], self.borders, gamma=block["3"].gamma, return_cache=return_cache)
+        h = h + (x if self.shortcut is None else pointwise(self.shortcut, x))
+        return h, (first, second) if return_cache else None
 
 
 def pointwise(conv: nn.Conv3d, x: Tensor) -> Tensor:
@@ -114,7 +118,7 @@ def pointwise(conv: nn.Conv3d, x: Tensor) -> Tensor:
 
 
 class AttentionBlock(nn.Module):
-    """Single-head attention among the places of each frame."""
+    """Single-head attention over the pixels of each frame."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -123,18 +127,18 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.proj.weight)
 
-    def forward(self, x: Tensor, past: Past = None, keep: bool = False) -> tuple[Tensor, Past]:
+    def forward(self, x: Tensor, cache: LayerCache = None, return_cache: bool = False) -> tuple[Tensor, LayerCache]:
         frames = frames_of(x)
         q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (s c) h w -> s n 1 (h w) c", s=3)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        mixed = rearrange(mixed, "n 1 (h w) c -> n c h w", h=x.shape[-2])
-        return x + clips_of(self.proj(mixed), len(x)), None
+        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = rearrange(attended, "n 1 (h w) c -> n c h w", h=x.shape[-2])
+        return x + clips_of(self.proj(attended), len(x)), None
 
 
 class Downsample(nn.Module):
-    """Half the height and width (key resample.1) and then, if `time`, half the frame rate (key time_conv).
+    """Halve height and width (key resample.1) and then, if `time`, the frame rate (key time_conv).
 
-    The first frame of a clip passes time_conv by.
+    The first frame of a clip skips time_conv.
     """
 
     def __init__(self, channels: int, time: bool, borders: Borders) -> None:
@@ -143,22 +147,22 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if time else None
         self.borders = borders
 
-    def forward(self, x: Tensor, past: Past = None, keep: bool = False) -> tuple[Tensor, Past]:
+    def forward(self, x: Tensor, cache: LayerCache = None, return_cache: bool = False) -> tuple[Tensor, LayerCache]:
         x = clips_of(self.resample["1"](self._pad(frames_of(x))), len(x))
         if self.time_conv is None:
             return x, None
-        last = x[:, :, -1:].clone() if keep else None
-        if past is not None:
-            x = self.time_conv(torch.cat([past, x], 2))
+        last = x[:, :, -1:].clone() if return_cache else None
+        if cache is not None:
+            x = self.time_conv(torch.cat([cache, x], 2))
         elif x.shape[2] > 1:
             x = torch.cat([x[:, :, :1], self.time_conv(x)], 2)
         else:
-            x = passed_by(x, self.time_conv)
+            x = zero_grad_identity(x, self.time_conv)
         return x, last
 
     def _pad(self, frames: Tensor) -> Tensor:
         """One row below and one column to the right."""
-        rows, columns = self.borders.halo
+        rows, columns = self.borders.padding
         if not columns:
             return F.pad(frames, (0, 1, 0, 1))
         padded = self.borders.pad(frames)[..., rows:, columns:]
@@ -168,7 +172,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double the frame rate, if `time` (key time_conv), and then height and width (key resample.1).
 
-    The first frame of a clip passes time_conv by, which therefore sees zeros before the second.
+    The first frame of a clip skips time_conv, which therefore sees zeros before the second.
     """
 
     def __init__(self, channels: int, out_channels: int, time: bool, borders: Borders) -> None:
@@ -177,24 +181,24 @@ class Upsample(nn.Module):
         self.time_conv = nn.Conv3d(channels, 2 * channels, (3, 1, 1)) if time else None
         self.borders = borders
 
-    def forward(self, x: Tensor, past: Past = None, keep: bool = False) -> tuple[Tensor, Past]:
-        remembered = None
+    def forward(self, x: Tensor, cache: LayerCache = None, return_cache: bool = False) -> tuple[Tensor, LayerCache]:
+        new_cache = None
         if self.time_conv is not None:
-            x, remembered = self._double_frames(x, past, keep)
+            x, new_cache = self._double_frames(x, cache, return_cache)
         conv = self.resample["1"]
-        return clips_of(upsample_conv(frames_of(x), conv.weight, conv.bias, self.borders), len(x)), remembered
+        return clips_of(upsample_conv(frames_of(x), conv.weight, conv.bias, self.borders), len(x)), new_cache
 
-    def _double_frames(self, x: Tensor, past: Past, keep: bool) -> tuple[Tensor, Past]:
-        alone, later = (x[:, :, :1], x[:, :, 1:]) if past is None else (x[:, :, :0], x)
+    def _double_frames(self, x: Tensor, cache: LayerCache, return_cache: bool) -> tuple[Tensor, LayerCache]:
+        first, later = (x[:, :, :1], x[:, :, 1:]) if cache is None else (x[:, :, :0], x)
         if not later.shape[2]:
-            return passed_by(x, self.time_conv), x[:, :, :0].clone() if keep else None
-        pairs, remembered = stream_conv(later, past, self.time_conv, POINTWISE, keep=keep)
+            return zero_grad_identity(x, self.time_conv), x[:, :, :0].clone() if return_cache else None
+        pairs, new_cache = stream_conv(later, cache, self.time_conv, POINTWISE, return_cache=return_cache)
         pairs = rearrange(pairs.permute(0, 2, 3, 4, 1), "b t h w (s c) -> b (t s) h w c", s=2).permute(0, 4, 1, 2, 3)
-        return torch.cat([alone, pairs], 2) if alone.shape[2] else pairs, remembered
+        return torch.cat([first, pairs], 2) if first.shape[2] else pairs, new_cache
 
 
-def passed_by(x: Tensor, conv: nn.Conv3d) -> Tensor:
-    """x, with a gradient of zero for a convolution that a single frame does not need: DDP waits for every parameter."""
+def zero_grad_identity(x: Tensor, conv: nn.Conv3d) -> Tensor:
+    """x, with a zero gradient for a convolution that a single frame skips: every parameter must have a gradient."""
     if not (torch.is_grad_enabled() and conv.weight.requires_grad):
         return x
     return x + 0.0 * (conv.weight.sum() + conv.bias.sum()).to(x.dtype)
@@ -203,8 +207,8 @@ def passed_by(x: Tensor, conv: nn.Conv3d) -> Tensor:
 def upsample_conv(frames: Tensor, weight: Tensor, bias: Tensor | None, borders: Borders) -> Tensor:
     """conv2d(nearest-neighbour upsampling of [N, C, H, W] by two, 3 x 3 weight), without the upsampled frames.
 
-    Every output pixel sees 2 x 2 different inputs, under weights that are sums of the kernel's: one 2 x 2 convolution
-    makes the four pixels that an input becomes, with 4/9 of the multiplications (Shi et al., arXiv 1609.07009).
+    Each output pixel depends on 2 x 2 input pixels, with sums of the kernel's weights. So one 2 x 2 convolution
+    computes the four output pixels of an input pixel, with 4/9 of the multiplications (Shi et al., arXiv 1609.07009).
     """
     height, width = frames.shape[-2:]
     rows = torch.stack([torch.stack([weight[:, :, 0], weight[:, :, 1] + weight[:, :, 2]], 2),
@@ -212,7 +216,7 @@ def upsample_conv(frames: Tensor, weight: Tensor, bias: Tensor | None, borders: 
     phases = torch.stack([torch.stack([rows[..., 0], rows[..., 1] + rows[..., 2]], -1),
                           torch.stack([rows[..., 0] + rows[..., 1], rows[..., 2]], -1)], 1)  # fmt: skip
     bias = None if bias is None else bias.repeat(4)
-    out = F.conv2d(borders.pad(frames), phases.flatten(0, 2), bias, padding=borders.zeros)
+    out = F.conv2d(borders.pad(frames), phases.flatten(0, 2), bias, padding=borders.zero_padding)
     even_odd = [
         piece[..., row : row + height, column : column + width]
         for piece, (row, column) in zip(out.chunk(4, 1), ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True)

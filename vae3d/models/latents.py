@@ -1,4 +1,4 @@
-"""Per-channel mean and standard deviation of an autoencoder's latents."""
+"""Normalisation of latents by their mean and standard deviation per channel."""
 
 from __future__ import annotations
 
@@ -37,3 +37,15 @@ class LatentNormMixin(nn.Module):
 
     def denormalize(self, z: Tensor) -> Tensor:
         return z * self.latents_std + self.latents_mean
+
+
+def latent_space(model: nn.Module) -> str:
+    """raw: encode returns the VAE's own latents. normalized: it returns those that a diffusion model sees."""
+    return getattr(model, "latent", "raw")
+
+
+def convert_latents(z: Tensor, source: nn.Module, target: nn.Module) -> Tensor:
+    """Convert latents from the space of `source` to that of `target`, with the statistics of the raw one."""
+    if latent_space(source) == latent_space(target):
+        return z
+    return source.normalize(z) if latent_space(source) == "raw" else target.denormalize(z)
