@@ -53,8 +53,15 @@ def no_tf32() -> Iterator[None]:
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[object]:
-    """Inside this context operations keep their inputs' dtype. The meta device knows no autocast."""
+    """Turn autocast off. The meta device has no autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Autocast to fp16 or bf16; for fp32, and on the meta device, turn it off."""
+    if precision == "fp32" or device.type == "meta":
+        return autocast_off(device)
+    return torch.autocast(device.type, DTYPES[precision])
 
 
 def slow_conv3d() -> str | None:

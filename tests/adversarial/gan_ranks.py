@@ -33,9 +33,9 @@ def faulty_steps(t: Trainer, fails: bool) -> dict[str, dict[str, float]]:
     for error in FAULTS:
         hooks = []
         if fails and error == "discriminator":  # its own pass, after the exchange of the first micro-batch
-            judge = t.adversary.judge
-            t.adversary.judge = out_of_memory
-            hooks.append(lambda: setattr(t.adversary, "judge", judge))  # noqa: B023
+            discriminator_criterion = t.adversary.discriminator_criterion
+            t.adversary.discriminator_criterion = out_of_memory
+            hooks.append(lambda: setattr(t.adversary, "discriminator_criterion", discriminator_criterion))  # noqa: B023
         told[error] = faulty_step(t, error, fails)
         for undo in hooks:
             undo()

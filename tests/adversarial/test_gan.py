@@ -57,8 +57,8 @@ def passes_apart(t, adversary, clips):
         clip, out = clip.to("cpu"), None
         out = model(clip.video, generator=clip.generators(0, "cpu"))
         loss, _ = t.objective(clip, out, 0)
-        judge = deepcopy(critic).eval().requires_grad_(False)
-        adversarial = -judge(toy.frames_of(out.video))[0].mean()
+        discriminator_criterion = deepcopy(critic).eval().requires_grad_(False)
+        adversarial = -discriminator_criterion(toy.frames_of(out.video))[0].mean()
         last = model.module.decoder.conv_out.weight
         pull, push = (torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (loss, adversarial))
         whole = (loss + 0.5 * (pull / (push + 1e-4)) * adversarial) / len(clips)
@@ -128,7 +128,7 @@ def test_the_adaptive_weight_of_a_step_is_the_hand_computed_ratio(config, tmp_pa
     clip = clip.to("cpu")
     out = t.network(clip.video, sample=False)
     loss, _ = t.objective(clip, out, 0)
-    value = t.adversary.deceive(toy.frames_of(clip.video), toy.frames_of(out.video))
+    value = t.adversary.generator_criterion(toy.frames_of(clip.video), toy.frames_of(out.video))
     last = t.network.module.decoder.conv_out.weight
     pull, push = (torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (loss, value))
     found, metrics = t.adversary.generator_loss(clip, out, loss, 0)
@@ -148,7 +148,7 @@ def test_an_adaptive_weight_without_a_layer_is_refused_before_training(config):
     encoder.stage.train = {"encoder": 1.0}
     encoder.stage.init_from = "published weights"
     (error,) = dry_run.errors(encoder)
-    assert error.startswith("adversary: a clip of 2 frames fails: no layer that ends at the pixels trains, from which")
+    assert error.startswith("adversary: a clip of 2 frames fails: no layer that ends at the pixels trains")
 
 
 def test_the_check_names_what_does_not_go_with_a_gan(config):
@@ -230,7 +230,7 @@ def test_alternation_updates_one_network_per_step_of_the_trainer(config, tmp_pat
     t = with_gan(config, tmp_path, start=2, alternate=True, r1=1.0, penalty_every=2)
     assert list(updates(t, 6)) == [(True, False)] * 3 + [(False, True), (True, False), (False, True)]
     assert t.step == 6
-    assert [t.adversary.penalised(step) for step in (3, 5, 7, 9)] == [True, False, True, False]
+    assert [t.adversary.apply_penalty(step) for step in (3, 5, 7, 9)] == [True, False, True, False]
 
 
 def test_before_its_start_a_gan_costs_nothing():
@@ -301,7 +301,7 @@ def test_pixels_that_are_not_valid_count_as_reconstructed_perfectly():
     fake = seen[0].chunk(2)[1]
     assert torch.equal(fake, torch.where(valid, out.video, clip.video))
     nothing = Clip(clip.video, clip.positions, clip.paths, valid=torch.zeros_like(valid))
-    assert adversary.discriminator_loss(nothing, out, 0)[1]["gan/pair_right"] == 0
+    assert adversary.discriminator_loss(nothing, out, 0)[1]["gan/pair_accuracy"] == 0
 
 
 @pytest.mark.parametrize("settings", [{}, {"input": "clips"}, {"scales": 2, "r1": 1.0, "r2": 1.0}, {"criterion": "relativistic"},
@@ -356,7 +356,7 @@ def test_r1_and_r2_are_halved_scaled_and_lazy():
         assert ("gan/r1" in metrics, "gan/r2" in metrics) == (due, due)
         extra = 3 / 2 * (0.5 * metrics["gan/r1"] + 3.0 * metrics["gan/r2"]) if due else torch.tensor(0.0)
         torch.testing.assert_close(loss - plain, extra, rtol=1e-4, atol=1e-6)
-    adversary.judge(toy.frames_of(clip.video), toy.frames_of(out.video.detach()))
+    adversary.discriminator_criterion(toy.frames_of(clip.video), toy.frames_of(out.video.detach()))
     images = toy.frames_of(clip.video).requires_grad_()
     after = deepcopy(adversary.discriminator).eval()
     for name, buffer in after.named_buffers():
@@ -397,7 +397,7 @@ def test_lecam_sees_the_averages_of_the_steps_before_and_then_moves_them():
             loss, metrics = adversary.discriminator_loss(clip, out, step)
             loss.backward()
             torch.testing.assert_close(loss.detach(), metrics["gan/discriminator_loss"] + 0.5 * metrics["gan/lecam"])
-            means.append(adversary._means[-1])
+            means.append(adversary._logit_means[-1])
             torch.testing.assert_close(adversary.averages, expected)
         adversary.step()
         expected = 0.9 * expected + 0.1 * torch.stack(means).mean(0)
@@ -433,7 +433,7 @@ def test_pixels_that_nothing_makes_or_nothing_trains_are_refused():
     clip, out = toy.pair()
     out.video = out.video.detach()
     with pytest.raises(
-        ValueError, match="no part that trains reaches the pixels, which the GAN judges; use adversary=none"
+        ValueError, match=r"no trained part reaches the pixels.* the GAN .*adversary=none"
     ):
         toy.gan().generator_loss(clip, out, out.z.mean(), 0)
     out.video = out.video[:, :, :4]
@@ -442,5 +442,5 @@ def test_pixels_that_nothing_makes_or_nothing_trains_are_refused():
     ):
         toy.gan().discriminator_loss(clip, out, 0)
     out.video = None
-    with pytest.raises(ValueError, match="the GAN reads pixels, which no loss term asks for; add one on pixels"):
+    with pytest.raises(ValueError, match="the GAN needs reconstructed pixels"):
         toy.gan().discriminator_loss(clip, out, 0)

@@ -116,13 +116,13 @@ def test_a_step_that_the_trainer_skips_leaves_no_trace_in_either_network(config,
     elif error == "nan":
         clip.video = clip.to("cpu").video * float("nan")
     else:  # only the discriminator's logits are not finite, and so its weight
-        deceive = t.adversary.deceive
-        t.adversary.deceive = lambda real, fake: deceive(real, fake) * float("inf")
+        generator_criterion = t.adversary.generator_criterion
+        t.adversary.generator_criterion = lambda real, fake: generator_criterion(real, fake) * float("inf")
     assert t.train_step([clip])["skipped"] == 1.0
     network, adversary, optimizer = state_of(t)
     assert toy.same((network, adversary, optimizer["state"]), (*before[:2], before[2]["state"]))
     if error == "adaptive":
-        t.adversary.deceive = deceive
+        t.adversary.generator_criterion = generator_criterion
     assert t.train_step(clips_of(t, 5))["skipped"] == 0.0
 
 
@@ -179,6 +179,6 @@ def test_a_discriminator_learns_to_tell_blurred_frames_and_its_generator_to_shar
         loss, metrics = adversary.discriminator_loss(clip, out, step)
         loss.backward()
         adversary.step()
-        right.append(metrics["gan/pair_right"].item())
+        right.append(metrics["gan/pair_accuracy"].item())
     assert sum(right[40:50]) / 10 > 0.9
     assert detail.item() > 0.8

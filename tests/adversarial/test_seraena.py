@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from tests.adversarial import toy
 from vae3d.adversarial.base import UpdatePhase
-from vae3d.adversarial.groups import context_of, images_of, video_of
-from vae3d.adversarial.patch import ConditionalPatchDiscriminator
+from vae3d.adversarial.discriminators import ConditionalPatchDiscriminator
+from vae3d.adversarial.frame_groups import group_frames, group_latents, ungroup_frames
 
 # ---- what is published
 
@@ -88,7 +88,7 @@ def test_nothing_is_corrected_where_nothing_differs():
     for one in (adversary, trained()):
         loss, metrics = one.generator_loss(clip, out, out.video.mean(), step=0)
         assert loss == metrics["seraena/score_gap"] == 0
-    taught, _ = trained(floor=1e-9).generator_loss(*toy.pair(), out.video.mean(), step=1)
+    taught, _ = trained(eps=1e-9).generator_loss(*toy.pair(), out.video.mean(), step=1)
     assert taught.item() == pytest.approx(1.0, abs=0.05)  # which tells nothing
 
 
@@ -109,19 +109,19 @@ def test_the_ratio_is_that_of_the_gradients_at_the_pixels():
 
 def test_frames_are_grouped_and_filled_up_from_the_first_on():
     video = torch.arange(4.0)[None, None, :, None, None].expand(2, 3, 4, 8, 8)
-    images = images_of(video, 3)
+    images = group_frames(video, 3)
     assert images.shape == (4, 9, 8, 8)
     assert images[:2, ::3, 0, 0].tolist() == [[0, 1, 2], [3, 0, 1]]
-    assert torch.equal(video_of(images, 2, 4), video)
-    assert images_of(video[:, :, :1], 3)[0, ::3, 0, 0].tolist() == [0, 0, 0]
+    assert torch.equal(ungroup_frames(images, 2, 4), video)
+    assert group_frames(video[:, :, :1], 3)[0, ::3, 0, 0].tolist() == [0, 0, 0]
 
 
 def test_context_is_the_clips_mean_or_of_the_images_time():
     z = torch.tensor([[1.0, 2.0, 6.0], [10.0, 20.0, 60.0]])[:, None, :, None, None].expand(2, 4, 3, 2, 2)
-    assert context_of(z, 2, nearest=False)[:, 0, 0, 0].tolist() == [3, 3, 30, 30]
-    assert context_of(z, 3, nearest=True)[:, 0, 0, 0].tolist() == [1, 2, 6, 10, 20, 60]
-    assert context_of(z, 2, nearest=True)[:, 0, 0, 0].tolist() == [1.5, 4, 15, 40]  # the middle one is of both
-    assert context_of(z, 6, nearest=True)[:6, 0, 0, 0].tolist() == [1, 1, 2, 2, 6, 6]
+    assert group_latents(z, 2, nearest=False)[:, 0, 0, 0].tolist() == [3, 3, 30, 30]
+    assert group_latents(z, 3, nearest=True)[:, 0, 0, 0].tolist() == [1, 2, 6, 10, 20, 60]
+    assert group_latents(z, 2, nearest=True)[:, 0, 0, 0].tolist() == [1.5, 4, 15, 40]  # the middle one is of both
+    assert group_latents(z, 6, nearest=True)[:6, 0, 0, 0].tolist() == [1, 1, 2, 2, 6, 6]
     adversary = toy.seraena(context="nearest", frames=1)
     loss, _ = adversary.discriminator_loss(*toy.pair(frames=5), 0)
     assert loss.isfinite()
@@ -164,7 +164,7 @@ def test_before_its_start_the_generator_is_left_alone_and_the_discriminator_may_
 @pytest.mark.parametrize(("batch", "frames"), [(1, 1), (1, 3), (3, 1), (2, 3), (5, 3)])
 @pytest.mark.parametrize("fresh", [0.0, 0.5, 1.0])
 def test_odd_even_and_single_batches(batch, frames, fresh):
-    adversary = toy.seraena(fresh=fresh)
+    adversary = toy.seraena(fresh_fraction=fresh)
     for step in range(3):
         loss, _ = adversary.discriminator_loss(*toy.pair(step, batch, frames), step)
         loss.backward()
@@ -179,7 +179,7 @@ def test_half_of_the_fakes_are_fresh_also_of_a_single_image():
     images = torch.zeros(1000, 1, 1, 1)
     adversary.buffer.push(images, images, draws)
     for count in (1, 2, 5):
-        picked = torch.stack([adversary._choose(count, draws) for _ in range(2000)])
+        picked = torch.stack([adversary._draw_fakes(count, draws) for _ in range(2000)])
         own = picked == 1000 + torch.arange(count)
         assert own.float().mean().item() == pytest.approx(0.5, abs=0.03)
         if count == 2:
@@ -191,7 +191,9 @@ def test_half_of_the_fakes_are_fresh_also_of_a_single_image():
 def test_what_is_shown_is_labelled_and_has_its_own_context():
     adversary = toy.seraena(buffer_length=100)
     shown = {}
-    adversary.loss_on = lambda images, contexts, is_fake: shown.update(i=images, c=contexts, f=is_fake) or images.sum()
+    adversary.discriminator_criterion = lambda images, contexts, is_fake: (
+        shown.update(i=images, c=contexts, f=is_fake) or images.sum()
+    )
     kept = torch.full((100, 9, 16, 16), 7.0), torch.full((100, 4, 2, 2), 70.0)
     adversary.buffer.push(*kept, torch.Generator())
     clip, out = toy.pair(batch=64, frames=3)

@@ -9,7 +9,7 @@ from tests import tiny
 from tests.models.test_diffusers_vae import TINY
 from tests.training import quick
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
-from vae3d.models import base
+from vae3d.models import forward
 from vae3d.models.diffusers_vae import HUNYUAN, DiffusersVAE
 from vae3d.models.forward import add_latent_noise
 from vae3d.training.vae_validation import validate_together
@@ -79,7 +79,7 @@ def test_larger_latents_are_no_way_out():
 def test_training_has_noise_and_validation_none(videos, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(
-        base,
+        forward,
         "add_latent_noise",
         lambda z, noise, generator: told.append(noise) or add_latent_noise(z, noise, generator),
     )

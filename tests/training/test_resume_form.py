@@ -14,7 +14,7 @@ import torch
 from tests import tiny
 from tests.diffusion import latent_runs
 from tests.training import quick
-from vae3d.adversarial.replay import Replay
+from vae3d.adversarial.replay import ReplayBuffer
 from vae3d.arguments import ArgumentError
 from vae3d.errors import UserError
 from vae3d.restore import load_optimizer
@@ -181,7 +181,7 @@ def test_every_part_of_a_diffusion_state_is_checked_before_it_is_taken(tmp_path)
 )
 def test_a_replay_buffer_takes_pairs_of_images_only(state):
     with pytest.raises(ArgumentError, match="buffer"):
-        Replay(2).load_state_dict(state)
+        ReplayBuffer(2).load_state_dict(state)
 
 
 def test_what_an_optimizer_saves_it_takes_again():

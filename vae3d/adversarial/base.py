@@ -1,9 +1,9 @@
-"""The seam through which adversarial training enters the training step, and its absence."""
+"""Adversary interface, a no-op, and what the adversaries share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,24 +16,26 @@ from vae3d.types import Clip, Reconstruction
 
 
 class UpdatePhase(NamedTuple):
-    """Who is updated in a step."""
+    """Which networks a step updates."""
 
     generator: bool
     discriminator: bool
 
 
 class Adversary(Protocol):
-    """Owns its networks, their optimizer and all their state.
+    """Discriminators with their optimizer and state.
 
-    The discriminator is frozen in the generator's pass, and sees detached reconstructions in its own. In an optimizer
-    step the two losses are asked for each micro-batch and differentiated by the trainer; then comes `sync_remaining`, and
-    after it either `step`, on all ranks, or `reset_step`, on all ranks. `step` may communicate, and so may
-    `generator_loss`, as long as `sync_remaining` makes up for a rank that could not call it.
+    The generator's loss uses a frozen discriminator, the discriminator's loss detached reconstructions. In each step
+    the trainer computes and differentiates both for every micro-batch, then calls `sync_remaining`, and then, on all
+    ranks alike, `step` or `reset_step`. `step` and `generator_loss` may communicate between ranks; `sync_remaining`
+    makes up for the calls of generator_loss that this rank skipped.
     """
 
     def load(self, model: nn.Module, device: torch.device, seed: int, rank: int) -> None:
-        """Move to the device that training runs on; called once, before anything else. model: what trains, as its
-        stage has frozen it. seed: the run's."""
+        """Build on the device of training; called once, before anything else.
+
+        model: the generator, with its frozen parts frozen. seed: the run's.
+        """
 
     def update_phase(self, step: int) -> UpdatePhase: ...
 
@@ -45,65 +47,27 @@ class Adversary(Protocol):
     def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     def sync_remaining(self, step: int, micro_batches: int) -> None:
-        """Take part in what other ranks ask of each other in their generator losses of this step, as often as this
-        rank has not: memory or files may have failed it. Called on every rank."""
+        """Join the collectives of generator_loss calls that this rank skipped in this step (memory, files)."""
 
     def step(self) -> None:
-        """Average the discriminator's gradients over ranks, update it and clear them."""
+        """Average the discriminator's gradients over ranks, update it and zero the gradients."""
 
     def reset_step(self) -> None:
-        """Forget the gradients, and what else of this optimizer step was kept: it is skipped."""
+        """Zero the gradients and drop all else that this optimizer step computed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What is equal on all ranks."""
+        """State that is equal on all ranks."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def rank_state_dict(self) -> dict[str, Any]:
-        """What every rank has of its own, such as a replay buffer; empty if there is nothing."""
+        """State of this rank alone, such as a replay buffer; may be empty."""
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def require_pair(name: str, clip: Clip, out: Reconstruction) -> tuple[Tensor, Tensor]:
-    """The clip's pixels and their reconstruction, [B, 3, T, H, W]; name: of who reads them.
-
-    Raises ValueError if there is none, or of another size.
-    """
-    if out.video is None:
-        raise ValueError(f"{name} reads pixels, which no loss term asks for; add one on pixels, such as loss=recon_kl")
-    real, fake = list(clip.video.shape), list(out.video.shape)
-    if fake != real:
-        raise ValueError(f"the clip is {real}, its reconstruction {fake}; they must agree")
-    return clip.video, out.video
-
-
-def update(
-    discriminator: nn.Module,
-    optimizer: Optimizer,
-    buffers: Mapping[str, Tensor],
-    grad_clip: float | None,
-    *,
-    also: Sequence[Tensor] = (),
-) -> float:
-    """Average gradients, `buffers` and `also` over ranks, clip, and step; the gradient's norm before clipping.
-
-    Where it is not finite, on all ranks alike, nothing of the discriminator changes. buffers: of the discriminator, as
-    the step's micro-batches left them; each rank's norms have normalised by its own clips, so the mean of their
-    statistics is what all go on with.
-    """
-    parameters = list(discriminator.parameters())
-    all_reduce_mean([*(p.grad for p in parameters), *(b for b in buffers.values() if b.is_floating_point()), *also])
-    norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
-    if math.isfinite(norm):
-        optimizer.step()
-        for name, buffer in discriminator.named_buffers():
-            buffer.copy_(buffers[name])
-    return norm
-
-
 class NoAdversary:
-    """Plain reconstruction training: the generator's turn, always, and nothing to add to its loss."""
+    """Trains without a discriminator."""
 
     def load(self, model: nn.Module, device: torch.device, seed: int, rank: int) -> None:
         pass
@@ -117,13 +81,13 @@ class NoAdversary:
         return torch.zeros((), device=clip.video.device), {}
 
     def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        raise AssertionError("it is never the discriminator's turn")
+        raise AssertionError("there is no discriminator")
 
     def sync_remaining(self, step: int, micro_batches: int) -> None:
         pass
 
     def step(self) -> None:
-        raise AssertionError("it is never the discriminator's turn")
+        raise AssertionError("there is no discriminator")
 
     def reset_step(self) -> None:
         pass
@@ -133,11 +97,68 @@ class NoAdversary:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            raise ArgumentError("adversary is that of a discriminator, and this run has none")
+            raise ArgumentError("adversary has the state of a discriminator, and this run has none")
 
-    def rank_state_dict(self) -> dict[str, Any]:
-        return {}
+    rank_state_dict = state_dict
+    load_rank_state_dict = load_state_dict
 
-    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ArgumentError("adversary is that of a discriminator, and this run has none")
+
+def require_pair(name: str, clip: Clip, out: Reconstruction) -> tuple[Tensor, Tensor]:
+    """The clip's pixels and their reconstruction, [B, 3, T, H, W]. name: of the adversary, for errors.
+
+    Raises ValueError if there is no reconstruction, or one of another size, or one without gradient.
+    """
+    if out.video is None:
+        raise ValueError(f"{name} needs reconstructed pixels, but no loss term does; add one, such as loss=recon_kl")
+    real, fake = list(clip.video.shape), list(out.video.shape)
+    if fake != real:
+        raise ValueError(f"the clip is {real}, its reconstruction {fake}; they must agree")
+    return clip.video, out.video
+
+
+def require_grad(name: str, out: Reconstruction) -> None:
+    """Raises ValueError if the reconstruction has no gradient to train the generator with."""
+    if not out.video.requires_grad:
+        raise ValueError(f"no trained part reaches the pixels, on which {name} works; use adversary=none")
+
+
+def update_discriminator(
+    discriminator: nn.Module,
+    optimizer: Optimizer,
+    buffers: Mapping[str, Tensor],
+    grad_clip: float | None,
+    *,
+    also_reduce: Sequence[Tensor] = (),
+) -> float:
+    """Average gradients, `buffers` and `also_reduce` over ranks, clip, and step; returns the norm before clipping.
+
+    buffers: the discriminator's running statistics after this step's micro-batches. Each rank normalised by its own
+    clips, so all continue with the mean. If the norm is not finite (on all ranks alike), nothing is updated.
+    """
+    parameters = list(discriminator.parameters())
+    statistics = [buffer for buffer in buffers.values() if buffer.is_floating_point()]
+    all_reduce_mean([*(p.grad for p in parameters), *statistics, *also_reduce])
+    norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
+    if math.isfinite(norm):
+        optimizer.step()
+        for name, buffer in discriminator.named_buffers():
+            buffer.copy_(buffers[name])
+    return norm
+
+
+def check_settings(
+    settings: Mapping[str, Any], choices: Mapping[str, Collection[str]], minimums: Mapping[str, float]
+) -> None:
+    """Raises ValueError for an adversary's setting that is not among its choices or below its minimum."""
+    for key, allowed in choices.items():
+        if settings[key] not in allowed:
+            raise ValueError(f"adversary.{key} is {settings[key]!r}; use {' or '.join(allowed)}")
+    for key, minimum in minimums.items():
+        if settings[key] < minimum:
+            raise ValueError(f"adversary.{key} is {settings[key]}; use {minimum} or more")
+    if settings["discriminator_start"] > settings["start"]:
+        raise ValueError(
+            f"adversary.discriminator_start is {settings['discriminator_start']}, after "
+            f"adversary.start={settings['start']}: the generator would train against random weights; use that or less, "
+            "or null"
+        )

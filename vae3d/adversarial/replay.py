@@ -1,4 +1,4 @@
-"""Reconstructions of the past, in bounded host memory."""
+"""Replay buffer of earlier reconstructions, in bounded host memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from vae3d.restore import check_like
 Pair = tuple[Tensor, Tensor]
 
 
-class Replay:
-    """At most `length` pairs of an image [C, H, W] and its context [c, h, w], in half precision on the CPU.
+class ReplayBuffer:
+    """Up to `length` pairs of an image [C, H, W] and its context [c, h, w], fp16 on the CPU.
 
-    Memory grows with the pairs, 2 bytes an element. Pairs are replaced and never written into, so that a state that
-    was taken stays as it is.
+    Memory grows with the pairs, 2 bytes per element. Pairs are replaced, never modified, so a state_dict stays valid.
     """
 
     def __init__(self, length: int) -> None:
@@ -32,23 +31,23 @@ class Replay:
         return sum(tensor.nbytes for pair in self.pairs for tensor in pair)
 
     def push(self, images: Tensor, contexts: Tensor, generator: torch.Generator) -> None:
-        """Keep [N, C, H, W] and [N, c, h, w]; once full, each pair in the place of a random one.
+        """Add [N, C, H, W] and [N, c, h, w]; once full, each pair replaces a random one.
 
-        What is not finite in half precision is left out, since it would come back for thousands of steps.
+        Pairs that are not finite in fp16 are skipped: they would be drawn for thousands of steps.
         """
         for pair in zip(images.to("cpu", torch.float16), contexts.to("cpu", torch.float16), strict=True):
             if not all(tensor.isfinite().all() for tensor in pair):
                 continue
-            image, context = (tensor.clone() for tensor in pair)  # a row would keep the whole batch, also when saved
+            image, context = (tensor.clone() for tensor in pair)  # a view would keep, and save, the whole batch
             if len(self.pairs) < self.length:
                 self.pairs.append((image, context))
             else:
                 self.pairs[int(torch.randint(self.length, (), generator=generator))] = image, context
 
-    def pick(self, chosen: Tensor, images: Tensor, contexts: Tensor) -> Pair:
-        """The pairs of these indices, which count on after the kept ones into the batch given, in its dtypes."""
+    def gather(self, indices: Tensor, images: Tensor, contexts: Tensor) -> Pair:
+        """Pairs by index, where indices from len(self) on refer to the given batch; in the batch's dtypes."""
         kept = len(self.pairs)
-        pairs = [self.pairs[i] if i < kept else (images[i - kept], contexts[i - kept]) for i in chosen.tolist()]
+        pairs = [self.pairs[i] if i < kept else (images[i - kept], contexts[i - kept]) for i in indices.tolist()]
         return torch.stack([image.to(images) for image, _ in pairs]), torch.stack([c.to(contexts) for _, c in pairs])
 
     def state_dict(self) -> dict[str, Any]:
