@@ -180,7 +180,7 @@ def test_a_decoder_cannot_grow(tmp_path):
     assert vae3d.load(tmp_path / "small.pth").time_upscale == 2  # as it was written
     with pytest.raises(CheckpointError, match=r"decoder.13.conv.weight makes fewer frames"):
         vae3d.load(tmp_path / "small.pth", decoder_time_upscale=[True, True])
-    with pytest.raises(CheckpointError, match=r"stage 0 of taew2_1.*cannot grow"):
+    with pytest.raises(CheckpointError, match=r"decoder_time_upscale: stage 0 of taew2_1"):
         vae3d.load(tmp_path / "small.pth", decoder_time_upscale=[True, True, True])
 
 
@@ -188,7 +188,7 @@ def test_space_flags_change_no_weights_of_a_base_decoder_and_are_refused_for_sup
     WRITERS["taehv"](saved("taew2_1", tmp_path), tmp_path / "base.pth")
     assert vae3d.load(tmp_path / "base.pth", decoder_space_upscale=[True, True, False]).space_shrink == 2
     WRITERS["taehv"](saved("taew2_2_super", tmp_path), tmp_path / "super.pth")
-    with pytest.raises(CheckpointError, match=r"super decoder.*sides must be doubled"):
+    with pytest.raises(CheckpointError, match=r"decoder_space_upscale: the super decoder"):
         vae3d.load(tmp_path / "super.pth", decoder_space_upscale=[True, True, False])
 
 

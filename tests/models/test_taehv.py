@@ -366,10 +366,10 @@ def test_latent_conventions():
         ({"variant": "taehv", "latent": "scaled"}, "use raw or normalized"),
         ({"variant": "taehv", "chunk_latents": 0}, "chunk_latents is 0; give an integer"),
         ({"variant": "taehv", "decoder_channels": [8, 8]}, "give 4"),
-        ({"variant": "taehv", "decoder_time_upscale": [True, True, True]}, "stage 0 of taehv.*cannot grow"),
+        ({"variant": "taehv", "decoder_time_upscale": [True, True, True]}, "decoder_time_upscale: stage 0 of taehv"),
         ({"variant": "taehv", "decoder_time_upscale": [True]}, "give 3, or 2"),
         ({"variant": "taehv", "decoder_space_upscale": [True]}, "give 3"),
-        ({"variant": "taew2_2_super", "decoder_space_upscale": [True, True, False]}, "sides must be doubled"),
+        ({"variant": "taew2_2_super", "decoder_space_upscale": [True, True, False]}, "decoder_space_upscale"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes, message):
@@ -418,9 +418,9 @@ def test_a_stream_asks_for_what_it_needs():
     stream = model.stream(8, 8)
     assert (stream.lookahead, toy("taeh3").stream(16, 16).lookahead) == (3, 0)
     assert stream.chunks(12) == [5, 7]
-    with pytest.raises(ValueError, match="by chunks"):
+    with pytest.raises(ValueError, match=r"chunks\(\)"):
         stream(clip(model, 9))
-    with pytest.raises(ValueError, match="by chunks"):
+    with pytest.raises(ValueError, match=r"chunks\(\)"):
         model.stream(8, 8)(clip(model, 1))
 
 
