@@ -1,8 +1,8 @@
-"""Features of the Fréchet video distance (Unterthiner et al., arXiv 1812.01717): logits of the I3D that was trained on
+"""Features of the Fréchet video distance (Unterthiner et al., arXiv 1812.01717): logits of the I3D trained on
 Kinetics-400 (Carreira and Zisserman, arXiv 1705.07750).
 
-Two files hold the network: StyleGAN-V's TorchScript, and VideoGPT's weights, for which it is built here (equal to
-VideoGPT's `videogpt/fvd/pytorch_i3d.py`). Frames are prepared as in JunyaoHu/common_metrics_on_video_quality.
+There are two files: StyleGAN-V's TorchScript, and VideoGPT's weights for the network built here (equal to VideoGPT's
+`videogpt/fvd/pytorch_i3d.py`). Frames are preprocessed as in JunyaoHu/common_metrics_on_video_quality.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from vae3d.errors import UserError
 from vae3d.precision import autocast_off
-from vae3d.pretrained import files, weights
+from vae3d.pretrained import weights
 
 TORCHSCRIPT, STATE_DICT = "i3d_torchscript.pt", "i3d_pretrained_400.pt"
 SIDE = 224
@@ -28,7 +28,7 @@ MIN_FRAMES = 10
 
 
 def _pad_same(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    """Zeros around [B, C, T, H, W] as TensorFlow's SAME: an odd one goes behind."""
+    """Zero padding of [B, C, T, H, W] as TensorFlow's SAME: an odd one goes at the end."""
     padding: list[int] = []
     for size, k, s in zip(x.shape[2:], kernel, stride, strict=True):
         total = max(k - (size % s or s), 0)
@@ -37,7 +37,7 @@ def _pad_same(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Te
 
 
 class Unit3D(nn.Module):
-    """Convolution padded as SAME, batch norm, ReLU."""
+    """Convolution with SAME padding, batch norm, ReLU."""
 
     def __init__(self, width: int, channels: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
@@ -50,14 +50,14 @@ class Unit3D(nn.Module):
 
 
 class MaxPool(nn.MaxPool3d):
-    """Maximum padded as SAME; the inputs are not negative, so zeros never win."""
+    """Max pooling with SAME padding by zeros, for inputs that are not negative."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(_pad_same(x, self.kernel_size, self.stride))
 
 
 class Mixed(nn.Module):
-    """Four branches side by side: 1, 1 then 3, 1 then 3, pool then 1."""
+    """Four parallel branches: 1; 1 then 3; 1 then 3; pool then 1."""
 
     def __init__(self, width: int, c0: int, c1a: int, c1b: int, c2a: int, c2b: int, c3: int) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class I3D(VideoFeatures):
 
 
 class ScriptedI3D(VideoFeatures):
-    """StyleGAN-V's TorchScript of the network, told to leave the input as it is and to stop before the softmax."""
+    """StyleGAN-V's TorchScript, without its rescaling and resizing of the input and its softmax."""
 
     def __init__(self, script: torch.jit.ScriptModule) -> None:
         super().__init__()
@@ -134,11 +134,11 @@ class ScriptedI3D(VideoFeatures):
 
 
 def preprocess(video: Tensor) -> Tensor:
-    """[B, 3, T, 224, 224] in [-1, 1] of [B, 3, T, H, W] in [0, 1]: shorter side to 224, bilinear without antialiasing,
-    then the centre."""
+    """[B, 3, T, H, W] in [0, 1] -> [B, 3, T, 224, 224] in [-1, 1]: shorter side to 224, bilinear without antialiasing,
+    then a centre crop."""
     height, width = video.shape[-2:]
     scale = SIDE / min(height, width)
-    # As published, down to the rounding: of a 400x400 frame the height becomes ceil(400 * 0.56) = 225.
+    # As published, with its rounding: the height of a 400x400 frame becomes ceil(400 * 0.56) = 225.
     size = (SIDE, math.ceil(width * scale)) if height < width else (math.ceil(height * scale), SIDE)
     frames = F.interpolate(video.transpose(1, 2).flatten(0, 1), size=size, mode="bilinear", align_corners=False)
     top, left = (size[0] - SIDE) // 2, (size[1] - SIDE) // 2
@@ -147,11 +147,10 @@ def preprocess(video: Tensor) -> Tensor:
 
 
 def load_i3d(path: str | Path | None = None) -> VideoFeatures:
-    """The network of the file at `path`, or from `i3d_torchscript.pt` or `i3d_pretrained_400.pt`, whichever
-    `weights.find` finds first.
+    """Load the network from `path`, or from whichever of the two files weights.find finds.
 
-    A TorchScript file is a program: under any name it must have the published hash, unless VAE3D_ALLOW_UNVERIFIED=1.
-    Raises WeightsMissing if no file is there, or it is another one.
+    A TorchScript file runs code, so it must have the published hash, also if given by `path`, unless
+    VAE3D_ALLOW_UNVERIFIED=1. Raises WeightsMissing if no file is found or it is another one.
     """
     file = weights.find(TORCHSCRIPT, STATE_DICT, path=path)
     if _is_torchscript(file):
@@ -161,14 +160,14 @@ def load_i3d(path: str | Path | None = None) -> VideoFeatures:
             warnings.filterwarnings("ignore", ".*torch.jit.load. is deprecated", FutureWarning)
             return ScriptedI3D(torch.jit.load(file, map_location="cpu"))
     network = I3D()
-    files.assign(network, files.read(file), file)
+    weights.assign(network, weights.read(file), file)
     return network
 
 
 def _is_torchscript(file: Path) -> bool:
-    """Whether the file holds code; torch.save writes the same kind of archive without `constants.pkl`."""
+    """Whether the file contains code. Archives of torch.save have no `constants.pkl`."""
     try:
         with zipfile.ZipFile(file) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:  # torch.save's old format, or nothing that can be read
+    except zipfile.BadZipFile:  # torch.save's old format, or unreadable
         return False

@@ -1,7 +1,7 @@
 """Pool features of the FID's Inception-v3 (Heusel et al., arXiv 1706.08500): TensorFlow's graph of 2015-12-05.
 
-Equal to torch-fidelity's `feature_extractor_inceptionv3.py` on the same weights. Unlike torchvision's Inception-v3 its
-averages leave out the padding, its last block pools by maximum, and its input is resized as TensorFlow 1 did.
+Equal to torch-fidelity's `feature_extractor_inceptionv3.py` on the same weights. Unlike in torchvision's Inception-v3,
+average pooling excludes the padding, the last block uses max pooling, and the input is resized as in TensorFlow 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vae3d.precision import autocast_off
-from vae3d.pretrained import files, weights
+from vae3d.pretrained import weights
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 SIDE = 299
@@ -121,7 +121,7 @@ class Mixed(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Frozen network up to its last pool, without the classifier; empty (on the meta device) until `load`."""
+    """Frozen network up to its last pooling, without the classifier, on the meta device until `load`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,17 +136,17 @@ class InceptionV3(nn.Module):
         self.eval().requires_grad_(False)
 
     def load(self, path: str | Path | None = None) -> InceptionV3:
-        """Read the weights from `path` or where `weights.find` finds them; torch-fidelity's and pytorch-fid's file.
+        """Load torch-fidelity's and pytorch-fid's file from `path` or weights.find.
 
-        Raises WeightsMissing if the file is not there or holds another network.
+        Raises WeightsMissing if it is missing or of another network.
         """
         file = weights.find(FILE, path=path)
-        files.assign(self, files.read(file), file)
+        weights.assign(self, weights.read(file), file)
         return self
 
     @torch.no_grad()
     def forward(self, frames: Tensor) -> Tensor:
-        """[N, 2048] fp32 features of frames [N, 3, H, W] in [0, 1], which are rounded to 8 bits first."""
+        """Features [N, 2048] in fp32 of frames [N, 3, H, W] in [0, 1], rounded to 8 bits first."""
         with autocast_off(frames.device):
             x = frames.float().mul(255).round().clamp(0, 255)
             x = (resize_tf1(x, SIDE) - 128) / 128
@@ -160,9 +160,9 @@ class InceptionV3(nn.Module):
 
 
 def resize_tf1(x: Tensor, side: int) -> Tensor:
-    """Bilinear resize of float [..., H, W] to [..., side, side] as TensorFlow 1's `resize_bilinear` did it.
+    """Bilinear resize of float [..., H, W] to [..., side, side] as TensorFlow 1's `resize_bilinear`.
 
-    Output i samples the input at i * H / side: no half-pixel centres, no antialiasing, the last sample repeated.
+    Output i samples the input at i * H / side: no half-pixel centres, no antialiasing, border replicated.
     """
     for dim in (-1, -2):
         size = x.shape[dim]
@@ -170,5 +170,5 @@ def resize_tf1(x: Tensor, side: int) -> Tensor:
         low = position.long()
         weight = position - low if dim == -1 else (position - low)[:, None]
         first, second = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp_max(size - 1))
-        x = first + (second - first) * weight  # torch.lerp rounds otherwise
+        x = first + (second - first) * weight  # torch.lerp rounds differently
     return x

@@ -1,7 +1,7 @@
 """LPIPS (Zhang et al., arXiv 1801.03924; richzhang/PerceptualSimilarity), built from local files.
 
-Equal to the lpips package on the same weights, without its downloads, its warnings and the unused classifier; and
-with a gradient that is finite where all features of a pixel are zero. N images, [N, 3, H, W] in [-1, 1].
+Equal to the lpips package on the same weights, without its downloads, warnings and unused classifier, and with a finite
+gradient where all features of a pixel are zero. Images are [N, 3, H, W] in [-1, 1].
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vae3d.pretrained import files, weights
+from vae3d.pretrained import weights
 
-# Name of torchvision's trunk and the ends of the slices of its `features` whose outputs are compared.
+# torchvision's trunk, its file, and the ends of the slices of its `features` whose outputs are compared.
 TRUNKS = {
     "alex": ("alexnet", "alexnet-owt-7be5be79.pth", (2, 5, 8, 10, 12)),
     "vgg": ("vgg16", "vgg16-397923af.pth", (4, 9, 16, 23, 30)),
@@ -26,7 +26,7 @@ EPS = 1e-10
 
 
 class LPIPSNet(nn.Module):
-    """Frozen trunk and linear weights; empty (on the meta device) until `load`.
+    """Frozen trunk and linear weights, on the meta device until `load`.
 
     net: alex or vgg. Raises ValueError for another name.
     """
@@ -35,8 +35,8 @@ class LPIPSNet(nn.Module):
         super().__init__()
         if net not in TRUNKS:
             raise ValueError(f"net is {net!r}; use one of {', '.join(TRUNKS)}")
-        with torch.device("cpu"):  # torchvision 0.21 computes while it is imported, which a meta device breaks
-            import torchvision  # slow, and not needed by psnr or ssim
+        with torch.device("cpu"):  # importing torchvision 0.21 fails under the meta device
+            import torchvision  # slow, and psnr and ssim do without it
 
         builder, self.file, ends = TRUNKS[net]
         self.net = net
@@ -53,20 +53,21 @@ class LPIPSNet(nn.Module):
         self.eval().requires_grad_(False)
 
     def load(self, path: str | Path | None = None) -> LPIPSNet:
-        """Read the trunk, whole or slim, from `path` or where `weights.find` finds it; the linear weights from lpips.
+        """Load the trunk, whole or slim, from `path` or weights.find, and the linear weights from the lpips package.
 
-        Raises WeightsMissing if it is not there or holds another network.
+        Raises WeightsMissing if the file is missing or of another network.
         """
         file = weights.find(self.file, path=path)
-        trunk, name = files.read(file), f"the {self.net} trunk of LPIPS"
-        for part in self.slices:  # a slice keeps the layers' names in `features`
+        trunk = weights.read(file)
+        name = f"the {self.net} trunk of LPIPS"
+        for part in self.slices:  # a slice keeps the names that its layers have in `features`
             keys = part.state_dict().keys()
             if missing := [key for key in keys if f"features.{key}" not in trunk]:
                 raise weights.WeightsMissing(f"{file} is not {name}: it lacks features.{missing[0]}")
-            files.assign(part, {key: trunk[f"features.{key}"] for key in keys}, file, name)
+            weights.assign(part, {key: trunk[f"features.{key}"] for key in keys}, file, name)
         lin_file = _package_folder("lpips") / "weights" / "v0.1" / f"{self.net}.pth"
-        lins = files.read(lin_file)
-        files.assign(self.lins, {str(i): lins[f"lin{i}.model.1.weight"] for i in range(len(self.lins))}, lin_file)
+        lins = weights.read(lin_file)
+        weights.assign(self.lins, {str(i): lins[f"lin{i}.model.1.weight"] for i in range(len(self.lins))}, lin_file)
         return self
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -78,20 +79,19 @@ class LPIPSNet(nn.Module):
         return outputs
 
     def unit_features(self, x: Tensor) -> list[Tensor]:
-        """Features of every layer, [N, C, h, w], of length 1 over the channels."""
+        """Features of every layer, [N, C, h, w], normalised over channels."""
         return [_unit(f) for f in self.features(x)]
 
     def layer_maps(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> list[Tensor]:
-        """Distance of two images' `unit_features` at every place of every layer, [N, 1, h, w] each."""
+        """Distance of two images' `unit_features` per layer, [N, 1, h, w] each."""
         layers = zip(x, y, self.lins, strict=True)
         return [nn.functional.conv2d((a - b) ** 2, lin) for a, b, lin in layers]
 
     def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
         """Distance of every image pair, [N, 1, 1, 1].
 
-        weight: how much each pixel counts, broadcastable to [N, 1, H, W], of mean 1. Every layer's map is weighted by
-        its mean over the area of a place in the map (the nearest whole pixels, where sizes do not divide), which is
-        nearly what the map that is upsampled to H x W has for a mean under these weights.
+        weight: of each pixel, broadcastable to [N, 1, H, W], of mean 1. Each layer's map is weighted by the average of
+        `weight` over the pixels of each of its elements, which is close to weighting the map upsampled to H x W.
         """
         maps = self.layer_maps(self.unit_features(x), self.unit_features(y))
         if weight is not None:
@@ -100,16 +100,16 @@ class LPIPSNet(nn.Module):
 
 
 def _at_size(weight: Tensor, size: Sequence[int]) -> Tensor:
-    """[N, 1, H, W] weights, of which H or W may be 1, averaged to `size`; the mean of each image stays as it is."""
+    """Average weights [N, 1, H, W], where H or W may be 1, to `size`, and keep each image's mean."""
     small = nn.functional.adaptive_avg_pool2d(weight, [min(a, b) for a, b in zip(weight.shape[-2:], size, strict=True)])
     before, after = (w.mean((2, 3), keepdim=True) for w in (weight, small))
     return small * (before / torch.where(after > 0, after, 1.0))
 
 
 def _unit(features: Tensor) -> Tensor:
-    """features / (norm over channels + eps), as published; the gradient of the norm at zero is taken as zero."""
+    """features / (norm over channels + eps), as published, but with a zero gradient where the norm is zero."""
     square = features.square().sum(1, keepdim=True)
-    norm = square.masked_fill(square == 0, torch.inf).sqrt()  # 0 / inf is 0 and has the gradient 0
+    norm = square.masked_fill(square == 0, torch.inf).sqrt()  # 0 / inf is 0, with gradient 0
     return features / (norm + EPS)
 
 

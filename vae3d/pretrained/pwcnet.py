@@ -1,7 +1,7 @@
-"""PWC-Net (Sun et al., CVPR 2018, arXiv 1709.02371): the optical flow that FloLPIPS weights errors with.
+"""PWC-Net (Sun et al., CVPR 2018, arXiv 1709.02371): optical flow for FloLPIPS.
 
-Written from the paper; needs neither CUDA nor CuPy. The published weights are CC BY-NC-SA 4.0: not for commercial use.
-Frames are RGB, as FloLPIPS feeds them, although the weights were trained on BGR; flow is in pixels, (x, y).
+Implemented from the paper, without CUDA or CuPy. The published weights are CC BY-NC-SA 4.0: not for commercial use.
+Frames are RGB, as in FloLPIPS, although the weights were trained on BGR. Flow is in pixels, (x, y).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vae3d.precision import autocast_off
-from vae3d.pretrained import files, weights
+from vae3d.pretrained import weights
 
 FILES = ("network-default.pytorch", "pwc_net.pth.tar")  # of sniklaus/pytorch-pwc and of NVlabs/PWC-Net
 WARPS = ("flolpips", "exact")
@@ -26,14 +26,14 @@ SHIFTS = 2 * RADIUS + 1
 TILE = 8
 STRIDE = 64  # of the coarsest level
 FLOW_SCALE = 20  # the network predicts flow in units of 20 pixels
-INSIDE = 0.999  # how much of a warped pixel must come from inside the frame
+INSIDE = 0.999  # minimum weight of pixels inside the frame in a warped pixel
 
 
 class PWCNet(nn.Module):
-    """Frozen network; empty (on the meta device) until `load`.
+    """Frozen network, on the meta device until `load`.
 
-    warp: `exact`, or `flolpips` as danier97/flolpips and Open-Sora 1.2 warp: by w / (w - 1) too far in a level that is
-    w wide, and likewise in height. Raises ValueError for another name.
+    warp: `exact`, or `flolpips`, as in danier97/flolpips and Open-Sora 1.2, which warp too far by w / (w - 1) in a
+    level of width w, and likewise in height. Raises ValueError for another name.
     """
 
     def __init__(self, warp: str = "flolpips") -> None:
@@ -47,14 +47,13 @@ class PWCNet(nn.Module):
         self.eval().requires_grad_(False)
 
     def load(self, path: str | Path | None = None) -> PWCNet:
-        """Read the weights from `path` or where `weights.find` finds them: sniklaus's or NVlabs's file, or either's
-        tensors as .safetensors.
+        """Load sniklaus's or NVlabs's file, or either's tensors as .safetensors, from `path` or weights.find.
 
-        Raises WeightsMissing if the file is not there or holds anything else.
+        Raises WeightsMissing if it is missing or has any other tensor.
         """
         file = weights.find(*FILES, path=path)
         shapes = {key: tensor.shape for key, tensor in self.state_dict().items()}
-        files.assign(self, _to_own_names(files.read(file), shapes, file), file)
+        weights.assign(self, _to_own_names(weights.read(file), shapes, file), file)
         return self
 
     def pyramid(self, frames: Tensor) -> list[Tensor]:
@@ -69,12 +68,12 @@ class PWCNet(nn.Module):
         return levels[1:]
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Motion from every frame of [T, 3, H, W] in [0, 1] to the next, [T-1, 2, H, W] in pixels."""
+        """Flow from each frame of [T, 3, H, W] in [0, 1] to the next, [T-1, 2, H, W] in pixels."""
         levels = self.pyramid(frames)
         return self._decode([x[:-1] for x in levels], [x[1:] for x in levels], frames.shape[-2:])
 
     def flow(self, first: Tensor, second: Tensor) -> Tensor:
-        """Motion from frames [N, 3, H, W] in [0, 1] to others, [N, 2, H, W] in pixels."""
+        """Flow from `first` to `second`, frames [N, 3, H, W] in [0, 1]; [N, 2, H, W] in pixels."""
         return self._decode(self.pyramid(first), self.pyramid(second), first.shape[-2:])
 
     def _decode(self, first: list[Tensor], second: list[Tensor], size: torch.Size) -> Tensor:
@@ -88,7 +87,7 @@ class PWCNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Estimates the flow of one level from the cost volume, the level above correcting it; densely connected."""
+    """Flow of one level from its cost volume and the flow of the level above; densely connected."""
 
     def __init__(self, level: int, warp: str) -> None:
         super().__init__()
@@ -108,8 +107,10 @@ class Decoder(nn.Module):
     def forward(
         self, first: Tensor, second: Tensor, flow: Tensor | None, features: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Flow [N, 2, h, w] and features [N, width, h, w] from one level of two frames, [N, C, h, w] each, and from the
-        flow and features of the level above, which are None for the coarsest."""
+        """Flow [N, 2, h, w] and features [N, width, h, w] of one level.
+
+        first, second: features of two frames, [N, C, h, w]. flow, features: of the level above; None for the coarsest.
+        """
         if flow is None:
             x = _leaky(correlation(first, second))
         else:
@@ -122,11 +123,11 @@ class Decoder(nn.Module):
 
 
 def correlation(first: Tensor, second: Tensor) -> Tensor:
-    """Cost volume [B, 81, H, W] of two [B, C, H, W], dx and dy from -4 to 4: channel 9 * (dy + 4) + dx + 4 is the mean
-    over C of first at (y, x) times second at (y + dy, x + dx), which is zero outside.
+    """Cost volume [B, 81, H, W] of two [B, C, H, W], for dx and dy from -4 to 4.
 
-    Every tile of `first` is multiplied with the whole window of `second` that it can meet, in one batched matrix
-    product; of that each pixel's 9x9 neighbours are then a strided view.
+    Channel 9 * (dy + 4) + dx + 4 is the mean over C of first at (y, x) times second at (y + dy, x + dx), which is zero
+    outside. One batched matrix product multiplies each tile of `first` with its window of `second`; the 9 x 9
+    neighbours of each pixel are then a strided view of the result.
     """
     b, c, h, w = first.shape
     rows, columns = -(-h // TILE), -(-w // TILE)
@@ -148,7 +149,7 @@ def correlation(first: Tensor, second: Tensor) -> Tensor:
 
 
 def warp_back(x: Tensor, flow: Tensor, warp: str) -> Tensor:
-    """x [N, C, h, w] sampled bilinearly at every pixel plus flow [N, 2, h, w] in pixels; zero where that is outside."""
+    """Sample x [N, C, h, w] bilinearly at each pixel plus flow [N, 2, h, w] in pixels; zero outside."""
     size = flow.new_tensor([x.shape[-1], x.shape[-2]])
     step = 2 / (size - 1 if warp == "flolpips" else size)
     ys, xs = ((torch.arange(n, dtype=flow.dtype, device=flow.device) * 2 + 1) / n - 1 for n in x.shape[-2:])
@@ -172,8 +173,8 @@ def _context(channels: int) -> nn.Sequential:
 
 
 def _inputs(level: int) -> int:
-    """Channels that the decoder of a level starts from: costs, and below the coarsest also features of the first frame,
-    flow and features of the level above."""
+    """Input channels of a level's decoder: costs and, but for the coarsest level, features of the first frame, flow and
+    features of the level above."""
     return SHIFTS**2 + (CHANNELS[level - 1] + 2 + 2 if level < len(CHANNELS) else 0)
 
 
@@ -186,7 +187,7 @@ def _resize(x: Tensor, size: list[int] | torch.Size) -> Tensor:
 
 
 def published_names() -> Iterator[tuple[str, str, str]]:
-    """Every convolution's name here, in sniklaus/pytorch-pwc (there each part has a prefix) and in NVlabs/PWC-Net."""
+    """Each convolution's name here, in sniklaus/pytorch-pwc (where each part has a prefix) and in NVlabs/PWC-Net."""
     numbers = ("One", "Two", "Thr", "Fou", "Fiv", "Six")
     for level in range(1, 7):
         letters = ("a", "aa", "b") if level < 6 else ("aa", "a", "b")
@@ -205,7 +206,7 @@ def published_names() -> Iterator[tuple[str, str, str]]:
 
 
 def _layouts() -> list[dict[str, str]]:
-    """For each layout of the published tensors, their names there -> here."""
+    """For each published layout, its tensor names -> ours."""
     layouts: list[dict[str, str]] = [{}, {}, {}]
     for own, sniklaus, nvlabs in published_names():
         parts = sniklaus.split(".")
@@ -216,10 +217,10 @@ def _layouts() -> list[dict[str, str]]:
 
 
 def _to_own_names(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], file: Path) -> dict[str, Tensor]:
-    """Tensors by our names. Raises WeightsMissing if they are not those of PWC-Net."""
+    """Rename tensors to ours. Raises WeightsMissing if they are not those of PWC-Net."""
     names = max(_layouts(), key=lambda layout: len(layout.keys() & state.keys()))
-    # NVlabs's network declares a last deconvolution and never uses it.
+    # NVlabs's network has a last deconvolution that it never uses.
     foreign = [key for key in state if key not in names and not key.startswith("deconv2.")]
-    errors = files.misfits(state, {key: shapes[own] for key, own in names.items()})
-    files.refuse([*errors, *(f"{key} does not belong to it" for key in foreign)], file, "PWC-Net")
+    errors = weights.shape_errors(state, {key: shapes[own] for key, own in names.items()})
+    weights.require_no_errors([*errors, *(f"{key} does not belong to it" for key in foreign)], file, "PWC-Net")
     return {own: state[key] for key, own in names.items()}

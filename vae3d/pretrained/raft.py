@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vae3d.precision import autocast_off
-from vae3d.pretrained import files, weights
+from vae3d.pretrained import weights
 
 FILES = {
     "raft_large": ("raft_large_C_T_SKHT_V2-ff5fadd5.pth",),
     "raft_small": ("raft_small_C_T_V2-01064c6d.pth",),
 }
 MULTIPLE = 8
-SMALLEST = 128  # with less the coarsest level of the correlation pyramid has no neighbours
+MIN_SIZE = 128  # for smaller frames the coarsest level of the correlation pyramid is a single pixel
 
 
 class Raft(nn.Module):
-    """Frozen network; empty (on the meta device) until `load`.
+    """Frozen network, on the meta device until `load`.
 
     net: raft_large or raft_small. Raises ValueError for another name.
     """
@@ -32,7 +32,7 @@ class Raft(nn.Module):
         super().__init__()
         if net not in FILES:
             raise ValueError(f"net is {net!r}; use one of {', '.join(FILES)}")
-        from torchvision.models import optical_flow  # slow to import, and not needed by anything else
+        from torchvision.models import optical_flow  # slow to import
 
         self.net = net
         with torch.device("meta"):
@@ -40,20 +40,17 @@ class Raft(nn.Module):
         self.eval().requires_grad_(False)
 
     def load(self, path: str | Path | None = None) -> Raft:
-        """Read the weights from `path` or where `weights.find` finds them.
-
-        Raises WeightsMissing if the file is not there or holds another network.
-        """
+        """Load the weights from `path` or weights.find. Raises WeightsMissing if missing or of another network."""
         file = weights.find(*FILES[self.net], path=path)
-        files.assign(self.network, files.read(file), file)
+        weights.assign(self.network, weights.read(file), file)
         return self
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Motion from every frame of [T, 3, H, W] in [0, 1] to the next, [T-1, 2, H, W] in pixels."""
+        """Flow from each frame of [T, 3, H, W] in [0, 1] to the next, [T-1, 2, H, W] in pixels."""
         return self.flow(frames[:-1], frames[1:])
 
     def flow(self, first: Tensor, second: Tensor) -> Tensor:
-        """Motion from frames [N, 3, H, W] in [0, 1] to others, [N, 2, H, W] in pixels, (x, y)."""
+        """Flow from `first` to `second`, frames [N, 3, H, W] in [0, 1]; [N, 2, H, W] in pixels, (x, y)."""
         height, width = first.shape[-2:]
         top, left = _missing(height), _missing(width)
         pad = (left // 2, left - left // 2, top // 2, top - top // 2)
@@ -64,4 +61,4 @@ class Raft(nn.Module):
 
 
 def _missing(side: int) -> int:
-    return max(SMALLEST, -(-side // MULTIPLE) * MULTIPLE) - side
+    return max(MIN_SIZE, -(-side // MULTIPLE) * MULTIPLE) - side

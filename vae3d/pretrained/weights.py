@@ -1,17 +1,25 @@
-"""Finding the pretrained networks that losses and metrics measure with. Never downloads; imports only the stdlib."""
+"""Files of pretrained networks for losses and metrics: which there are, finding, verifying and reading them.
+
+Nothing here downloads; scripts/fetch_weights.py does. It runs on machines without torch, so this module imports only
+the standard library until a file is read.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vae3d.errors import UserError
-from vae3d.io import read_json
+from vae3d.io import FileError, read_json
+
+if TYPE_CHECKING:
+    from torch import Size, Tensor, nn
 
 UNVERIFIED = "VAE3D_ALLOW_UNVERIFIED"
 MANIFEST = "manifest.json"
@@ -21,12 +29,12 @@ log = logging.getLogger("vae3d")
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A published file. It has a sha256, or else a git_blob: the SHA-1 under which git stores it.
+    """A published file.
 
-    used_for: metrics and losses. size: bytes, None if not published. certain: False if only one source states the
-    hash, so that another hash is only warned of. aliases: names under which other programs keep the file.
-    hugging_face: a repository that holds it. slim: how the tensors that are used are called, where the others are most
-    of the file. alternative_to: the file that does the same and is the first choice.
+    used_for: metrics and losses. size: bytes; None if not published. sha256: or else git_blob, the SHA-1 under which
+    git stores the file. certain: False if only one source states the hash; a mismatch is then only a warning. aliases:
+    other names of the file. hugging_face: a repository that has it. slim: prefix of the tensors that are used, where
+    the others are most of the file. alternative_to: the preferred file for the same purpose.
     """
 
     name: str
@@ -44,12 +52,12 @@ class WeightFile:
 
     @property
     def slim_name(self) -> str:
-        """Of the file with the used tensors alone, if there is such a one."""
+        """Name of the file with the used tensors alone."""
         return f"{Path(self.name).stem}.features.safetensors"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that a folder may hold the file as."""
+        """All names that the file may have in a folder."""
         return (self.name, *self.aliases, *([self.slim_name] if self.slim else []))
 
 
@@ -134,11 +142,11 @@ FILES = {
 
 
 class WeightsMissing(UserError):
-    """A pretrained network is not on this machine, or is not the one it claims to be."""
+    """A pretrained network's file is missing, damaged, or has another hash or other tensors than expected."""
 
 
 def search_path() -> list[Path]:
-    """Folders that are searched, in order, before the Hugging Face cache."""
+    """Folders to search, in order, before the Hugging Face cache: VAE3D_WEIGHTS and torch's hub."""
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
     torch_home = Path(os.environ.get("TORCH_HOME", home / "torch")).expanduser()
     own = os.environ.get("VAE3D_WEIGHTS")
@@ -146,10 +154,10 @@ def search_path() -> list[Path]:
 
 
 def find(*names: str, path: str | Path | None = None) -> Path:
-    """The first of these files, any of which will do, that a searched place holds; or the one at `path` if given.
+    """Find one of several equivalent files, or check that `path`, if given, exists.
 
-    A place may hold a file under an alias, or slim: its used tensors alone, written by scripts/fetch_weights.py.
-    A file found by its name must have the published hash, unless VAE3D_ALLOW_UNVERIFIED=1; a path is believed.
+    A file may have an alias, or be slim: its used tensors alone, written by scripts/fetch_weights.py. It must have the
+    published hash, unless VAE3D_ALLOW_UNVERIFIED=1; a file given by `path` is not verified.
     Raises WeightsMissing with sizes, hashes, the places searched and the command that fetches it.
     """
     files = [FILES[name] for name in names]
@@ -165,25 +173,80 @@ def find(*names: str, path: str | Path | None = None) -> Path:
 
 
 def verify(path: Path, file: WeightFile, *, always: bool = False) -> bool:
-    """Whether the file's hash was found to be the published one.
+    """Compare a file's hash with the published one; returns whether they were compared and equal.
 
-    Raises WeightsMissing if it is another; only warns if the published one is not certain. Does not look if
+    Raises WeightsMissing if they differ, or only warns if the published one is not certain. Skipped if
     VAE3D_ALLOW_UNVERIFIED=1, unless `always`.
     """
     if not always and os.environ.get(UNVERIFIED) == "1":
         return False
-    found = error(path, file)
-    if found is not None and file.certain:
-        raise WeightsMissing(f"{found}; remove it and fetch it again, or set {UNVERIFIED}=1 if you mean to use it")
-    if found is not None:
-        _warn_once(f"{found}; only one source states the expected hash, so the file is used")
-    return found is None
+    mismatch = _mismatch(path, file)
+    if mismatch is not None and file.certain:
+        raise WeightsMissing(f"{mismatch}; remove it and fetch it again, or set {UNVERIFIED}=1 to use it anyway")
+    if mismatch is not None:
+        _warn_once(f"{mismatch}; the file is used, since only one source states the expected hash")
+    return mismatch is None
 
 
-def error(path: Path, file: WeightFile) -> str | None:
-    """What shows that this is not the published file, with both hashes; None if it is that file."""
+def read(file: Path) -> dict[str, Tensor]:
+    """Tensors by name, on the CPU, from a file of torch.save or safetensors, also if nested under `state_dict`.
+
+    No code in the file is run. Raises WeightsMissing if it is damaged or has no tensors.
+    """
+    from vae3d.weight_files import read_tensors  # imports torch
+
+    try:
+        tensors = read_tensors(file)
+    except FileError as error:
+        raise WeightsMissing(str(error)) from error
+    if not tensors:
+        raise WeightsMissing(f"{file}: holds no tensors")
+    return {name.removeprefix("state_dict."): tensor for name, tensor in tensors.items()}
+
+
+def assign(network: nn.Module, state: Mapping[str, Tensor], file: Path, name: str | None = None) -> None:
+    """Load `state`, read from `file`, into a network as fp32, and freeze it.
+
+    Surplus tensors, such as those of a classifier, are ignored. name: of the network in errors, by default its class.
+    Raises WeightsMissing with the first tensors that are missing or have another shape.
+    """
+    shapes = {key: t.shape for key, t in network.state_dict().items() if not key.endswith("num_batches_tracked")}
+    require_no_errors(shape_errors(state, shapes), file, name or type(network).__name__)
+    network.load_state_dict({key: state[key].float() for key in shapes}, assign=True)
+    network.eval().requires_grad_(False)
+
+
+def shape_errors(state: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> list[str]:
+    """Tensors that are missing in `state` or have another shape there."""
+    missing = [f"{key} is missing" for key in shapes if key not in state]
+    return missing + [
+        f"{key} has shape {list(state[key].shape)}, not {list(shape)}"
+        for key, shape in shapes.items()
+        if key in state and state[key].shape != shape
+    ]
+
+
+def require_no_errors(errors: list[str], file: Path, name: str) -> None:
+    """Raises WeightsMissing with the first errors, if there are any."""
+    if errors:
+        others = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+        raise WeightsMissing(f"{file} does not hold the weights of {name}: {'; '.join(errors[:3])}{others}")
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, cached until the file changes."""
+    return _hash(path, "sha256")
+
+
+def git_blob(path: Path) -> str:
+    """SHA-1 under which git stores a file's content, cached likewise."""
+    return _hash(path, "sha1", b"blob %d\0" % path.stat().st_size)
+
+
+def _mismatch(path: Path, file: WeightFile) -> str | None:
+    """How the file differs from the published one, with both hashes; None if it does not."""
     if path.name == file.slim_name:
-        return _slim_error(path, file)
+        return _slim_mismatch(path, file)
     if file.sha256 is not None:
         kind, expected, actual = "sha256", file.sha256, sha256(path)
     else:
@@ -191,16 +254,6 @@ def error(path: Path, file: WeightFile) -> str | None:
     if actual == expected:
         return None
     return f"{path} is not {_describe(file)}: it has {path.stat().st_size:,} bytes and {kind} {actual}"
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file, remembered while the file does not change."""
-    return _hash(path, "sha256")
-
-
-def git_blob(path: Path) -> str:
-    """SHA-1 under which git stores a file's content, remembered likewise."""
-    return _hash(path, "sha1", b"blob %d\0" % path.stat().st_size)
 
 
 def _candidates(files: list[WeightFile]) -> Iterator[tuple[Path, WeightFile]]:
@@ -225,28 +278,28 @@ def _not_found(files: list[WeightFile]) -> str:
     other_names = [name for file in files for name in file.names[1:]]
     lines = [
         f"{' or '.join(map(_describe, files))} is not on this machine",
-        *([f"  which may also be called {', '.join(other_names)}"] if other_names else []),
+        *([f"  other names: {', '.join(other_names)}"] if other_names else []),
         f"  searched {', '.join(places)}",
         f"  fetch it on a connected machine: python scripts/fetch_weights.py {first.name} --dest {search_path()[0]}",
-        "  or name its folder: export VAE3D_WEIGHTS=/path",
+        "  or set its folder: export VAE3D_WEIGHTS=/path",
     ]
     return "\n".join(lines)
 
 
-def _slim_error(path: Path, file: WeightFile) -> str | None:
-    """The manifest that was written with a slim file vouches for it and for what it was made from."""
+def _slim_mismatch(path: Path, file: WeightFile) -> str | None:
+    """As _mismatch, for a slim file: its manifest states its hash and that of the file it was made from."""
     manifest = path.with_name(MANIFEST)
     if not manifest.is_file():
-        return f"{path} cannot be verified: no {manifest} names it"
+        return f"{path} cannot be verified: {manifest} is missing"
     try:
         entry = read_json(manifest)[path.name]
         source, own = entry["source_sha256"], entry["sha256"]
     except (ValueError, LookupError, TypeError) as error:
-        return f"{path} cannot be verified: {manifest} does not name it with its hashes ({type(error).__name__})"
+        return f"{path} cannot be verified: {manifest} has no hashes of it ({type(error).__name__})"
     if source != file.sha256:
         return f"{path} was made from a file of sha256 {source}, not from {_describe(file)}"
     if own != sha256(path):
-        return f"{path} is not the file that {manifest} names, of sha256 {own}: it has {sha256(path)}"
+        return f"{path} has sha256 {sha256(path)}, but {own} in {manifest}"
     return None
 
 
@@ -258,7 +311,7 @@ def _describe(file: WeightFile) -> str:
 
 def _hash(path: Path, algorithm: str, start: bytes = b"") -> str:
     stat = path.stat()
-    return _remembered_hash(str(path), stat.st_size, stat.st_mtime_ns, algorithm, start)
+    return _cached_hash(str(path), stat.st_size, stat.st_mtime_ns, algorithm, start)
 
 
 @lru_cache
@@ -267,7 +320,7 @@ def _warn_once(message: str) -> None:
 
 
 @lru_cache
-def _remembered_hash(path: str, size: int, mtime_ns: int, algorithm: str, start: bytes) -> str:
+def _cached_hash(path: str, size: int, mtime_ns: int, algorithm: str, start: bytes) -> str:
     digest = hashlib.new(algorithm, start)
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vae3d.pretrained.files import assign, read
-from vae3d.pretrained.weights import WeightsMissing
+from vae3d.pretrained.weights import WeightsMissing, assign, read
 
 
 def state() -> dict[str, Tensor]:
