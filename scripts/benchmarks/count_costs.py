@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vae3d
 from vae3d.losses.latent import KL, Identity, LatentL1
-from vae3d.losses.objective import Objective, Weighted
+from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.losses.perceptual import LPIPS
 from vae3d.losses.pixel import L1
 from vae3d.training.freeze import set_mode, train_parts
@@ -65,12 +65,12 @@ class LiveStorages(TorchDispatchMode):
 
 
 def stage(number: int, checkpointing: bool, pixels: bool) -> tuple[Objective, dict[str, float]]:
-    lpips = Weighted(LPIPS(gradient_checkpointing=checkpointing, frame_batch=4 if checkpointing else 64), 0.1)
-    terms = {"kl": Weighted(KL(), 1e-6)}
+    lpips = WeightedTerm(LPIPS(gradient_checkpointing=checkpointing, frame_batch=4 if checkpointing else 64), 0.1)
+    terms = {"kl": WeightedTerm(KL(), 1e-6)}
     if number < 3:
-        terms |= {"latent": Weighted(LatentL1(), 1.0), "identity": Weighted(Identity(), 1.0)}
+        terms |= {"latent": WeightedTerm(LatentL1(), 1.0), "identity": WeightedTerm(Identity(), 1.0)}
     if number == 3 or pixels:
-        terms |= {"l1": Weighted(L1(), 1.0), "lpips": lpips}
+        terms |= {"l1": WeightedTerm(L1(), 1.0), "lpips": lpips}
     return Objective(terms, "sum"), TEMPORAL if number < 3 else EVERYTHING
 
 

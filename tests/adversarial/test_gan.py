@@ -16,7 +16,7 @@ from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.adversarial.base import UpdatePhase
 from vae3d.adversarial.gan import Gan
 from vae3d.commands import dry_run
-from vae3d.config.schema import validate
+from vae3d.config import validate
 from vae3d.training.metrics import StepMetrics
 from vae3d.types import Clip
 

@@ -14,10 +14,10 @@ from vae3d.commands import train
 from vae3d.config.validate import ConfigError, check_training
 from vae3d.losses.cube import CubeL1, CubeLPIPS
 from vae3d.losses.latent import KL
-from vae3d.losses.objective import Objective, Weighted
+from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.losses.perceptual import LPIPS
 from vae3d.losses.pixel import L1, Sobel
-from vae3d.losses.weights import ErpCosine
+from vae3d.losses.pixel_weights import ErpCosine
 from vae3d.panorama import cube_faces, roll
 from vae3d.types import Posterior, Reconstruction
 
@@ -30,7 +30,7 @@ def clip_and_error(error: torch.Tensor, valid: torch.Tensor | None = None):
 
 
 def loss_of(term, clip, out, pixel_weight=None, reduction="mean") -> torch.Tensor:
-    return Objective({"t": Weighted(term, 1.0)}, reduction, pixel_weight)(clip, out, 0)[0]
+    return Objective({"t": WeightedTerm(term, 1.0)}, reduction, pixel_weight)(clip, out, 0)[0]
 
 
 def loaded(term):
@@ -76,7 +76,7 @@ def test_terms_on_pixels_are_weighted_and_others_are_not():
     error[..., 0, :] = 1.0
     clip, out = clip_and_error(error)
     out.posterior = Posterior(torch.ones(1, 4, 1, 2, 2), torch.zeros(1, 4, 1, 2, 2))
-    terms = {"l1": Weighted(L1(), 1.0), "kl": Weighted(KL(), 1.0)}
+    terms = {"l1": WeightedTerm(L1(), 1.0), "kl": WeightedTerm(KL(), 1.0)}
     _, metrics = Objective(terms, "mean", ErpCosine())(clip, out, 0)
     rows = ErpCosine()(4, "cpu")
     assert metrics["loss/l1"].item() == pytest.approx(rows[0].item() / 4)
@@ -99,13 +99,13 @@ def test_pixels_that_are_not_valid_leave_the_mean_of_the_others(weight):
 def test_kl_is_summed_under_its_own_reduction_and_logged_per_element():
     posterior = Posterior(torch.full((2, 16, 2, 16, 32), 2.0), torch.zeros(2, 16, 2, 16, 32))
     out = Reconstruction(None, posterior, posterior.mean)
-    objective = Objective({"kl": Weighted(KL(), 1e-6, reduction="sum")}, "mean")
+    objective = Objective({"kl": WeightedTerm(KL(), 1e-6, reduction="sum")}, "mean")
     loss, metrics = objective(as_clip(torch.zeros(2, 3, 5, 128, 256)), out, 0)
     assert metrics["loss/kl"].item() == pytest.approx(16_384 * 2)  # mu^2 / 2 each
     assert metrics["loss_mean/kl"].item() == pytest.approx(2)
     assert loss.item() == pytest.approx(0.032768)
     with pytest.raises(ValueError, match="reduction is 'max'; use one of sum, mean"):
-        Objective({"kl": Weighted(KL(), 1e-6, reduction="max")}, "mean")
+        Objective({"kl": WeightedTerm(KL(), 1e-6, reduction="max")}, "mean")
 
 
 # ---- Sobel
@@ -333,7 +333,7 @@ class Counting:
 def test_the_requirements_weights_at_its_steps(step, lpips, kl):
     objective = erp()
     expected = {"l1": 1.0, "edge": 0.5, "lpips": lpips, "kl": kl}
-    assert {name: term.at(step) for name, term in objective.terms.items()} == pytest.approx(expected, abs=1e-12)
+    assert {name: term.weight_at(step) for name, term in objective.terms.items()} == pytest.approx(expected, abs=1e-12)
     stand_in = Counting()
     objective.terms["lpips"] = replace(objective.terms["lpips"], term=stand_in)
     video = torch.rand(1, 3, 1, 16, 32)
@@ -351,8 +351,8 @@ def test_a_term_at_weight_0_is_skipped_only_where_another_reaches_what_it_reache
     """Otherwise a part that only the late term trains would have no gradient, which DDP and the trainer refuse."""
     video = torch.rand(1, 3, 1, 16, 16)
     late = Counting()
-    ramped = Weighted(late, 1.0, (10, 20))
-    for others, calls in (({"kl": Weighted(KL(), 1.0)}, 1), ({"l1": Weighted(L1(), 1.0)}, 0)):
+    ramped = WeightedTerm(late, 1.0, (10, 20))
+    for others, calls in (({"kl": WeightedTerm(KL(), 1.0)}, 1), ({"l1": WeightedTerm(L1(), 1.0)}, 0)):
         late.calls, out = 0, reconstruction(video)
         objective = Objective({"late": ramped, **others}, "mean")
         assert objective.needs_pixels
@@ -361,7 +361,7 @@ def test_a_term_at_weight_0_is_skipped_only_where_another_reaches_what_it_reache
         assert out.video.grad is not None
         objective(as_clip(video), out, 15)
         assert late.calls == calls + 1
-    logged = Objective({"late": replace(ramped, log=True), "l1": Weighted(L1(), 1.0)}, "mean")
+    logged = Objective({"late": replace(ramped, log=True), "l1": WeightedTerm(L1(), 1.0)}, "mean")
     assert "loss/late" in logged(as_clip(video), reconstruction(video), 0)[1]
 
 

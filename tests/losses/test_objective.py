@@ -6,7 +6,7 @@ from einops import rearrange
 
 from tests import tiny
 from vae3d.losses.latent import KL, Identity, LatentL1
-from vae3d.losses.objective import Error, Objective, Weighted
+from vae3d.losses.objective import ErrorMap, Objective, WeightedTerm
 from vae3d.losses.perceptual import LPIPS
 from vae3d.losses.pixel import L1, MSE
 from vae3d.types import Clip, Posterior, Reconstruction, SpatialPath
@@ -45,7 +45,9 @@ def test_stage3_equals_the_published_loss_and_its_gradient(trunks):
     out = reconstruction(video)
     lpips = LPIPS(frame_batch=2)
     lpips.load("cpu")
-    objective = Objective({"l1": Weighted(L1(), 1.0), "lpips": Weighted(lpips, 0.1), "kl": Weighted(KL(), 1e-6)}, "sum")
+    objective = Objective(
+        {"l1": WeightedTerm(L1(), 1.0), "lpips": WeightedTerm(lpips, 0.1), "kl": WeightedTerm(KL(), 1e-6)}, "sum"
+    )
     loss, metrics = objective(as_clip(video), out, step=0)
     (ours,) = torch.autograd.grad(loss, out.video)
     expected = published_loss(video, out.video, out.posterior, lpips.network)
@@ -60,7 +62,7 @@ def test_stage1_and_2_equal_the_published_loss_on_latents():
     video = torch.rand(2, 3, 1, 32, 40) * 2 - 1
     out = reconstruction(video)
     out.z = torch.randn_like(out.spatial.latent).requires_grad_()
-    objective = Objective({"latent": Weighted(LatentL1(), 1.0), "identity": Weighted(Identity(), 1.0)}, "sum")
+    objective = Objective({"latent": WeightedTerm(LatentL1(), 1.0), "identity": WeightedTerm(Identity(), 1.0)}, "sum")
     loss, _ = objective(as_clip(video), out, step=0)
     x = out.spatial.latent
     expected = (x - out.spatial.latent_rec).abs().sum() / 2 + (x - out.z).abs().sum() / 2
@@ -70,7 +72,7 @@ def test_stage1_and_2_equal_the_published_loss_on_latents():
 def test_mse_is_the_mean_square_under_the_mean_reduction():
     video = torch.rand(2, 3, 4, 16, 16) * 2 - 1
     out = reconstruction(video)
-    loss, _ = Objective({"mse": Weighted(MSE(), 2.0)}, "mean")(as_clip(video), out, step=0)
+    loss, _ = Objective({"mse": WeightedTerm(MSE(), 2.0)}, "mean")(as_clip(video), out, step=0)
     torch.testing.assert_close(loss, 2 * (video - out.video).square().mean())
 
 
@@ -78,7 +80,7 @@ def test_reductions_differ_by_the_number_of_elements():
     video = torch.rand(1, 3, 2, 16, 16) * 2 - 1
     out = reconstruction(video)
     for term, elements in ((L1(), 3 * 16 * 16), (LatentL1(), 4 * 2 * 2), (KL(), 4 * 2 * 2 * 2)):
-        value = {r: Objective({"t": Weighted(term, 1.0)}, r)(as_clip(video), out, 0)[0] for r in ("sum", "mean")}
+        value = {r: Objective({"t": WeightedTerm(term, 1.0)}, r)(as_clip(video), out, 0)[0] for r in ("sum", "mean")}
         assert value["sum"].item() == pytest.approx(value["mean"].item() * elements, rel=1e-5)
 
 
@@ -100,7 +102,7 @@ def test_target_of_the_latent_losses_gets_no_gradient():
     out = reconstruction(torch.rand(1, 3, 1, 16, 16))
     out.spatial.latent.requires_grad_()
     out.z = torch.randn_like(out.spatial.latent).requires_grad_()
-    objective = Objective({"latent": Weighted(LatentL1(), 1.0), "identity": Weighted(Identity(), 1.0)}, "sum")
+    objective = Objective({"latent": WeightedTerm(LatentL1(), 1.0), "identity": WeightedTerm(Identity(), 1.0)}, "sum")
     objective(as_clip(torch.rand(1, 3, 1, 16, 16)), out, 0)[0].backward()
     assert out.spatial.latent.grad is None
     assert out.spatial.latent_rec.grad is not None
@@ -111,7 +113,7 @@ def test_identity_applies_to_single_frames_only():
     video = torch.rand(1, 3, 2, 16, 16)
     assert Identity()(as_clip(video), reconstruction(video)) is None
     with pytest.raises(ValueError, match=r"none of the loss terms \['identity'\] applies to a clip of 2 frames"):
-        Objective({"identity": Weighted(Identity(), 1.0)}, "sum")(as_clip(video), reconstruction(video), 0)
+        Objective({"identity": WeightedTerm(Identity(), 1.0)}, "sum")(as_clip(video), reconstruction(video), 0)
 
 
 def test_identity_needs_equal_channels():
@@ -138,12 +140,12 @@ class Counting:
 
     def __call__(self, clip, out):
         self.calls += 1
-        return Error(torch.tensor([2.0, 4.0], requires_grad=True), 10)
+        return ErrorMap(torch.tensor([2.0, 4.0], requires_grad=True), 10)
 
 
 @pytest.mark.parametrize(("step", "weight"), [(0, 0.0), (200, 0.0), (350, 0.25), (500, 0.5), (5000, 0.5)])
 def test_weights_ramp_linearly(step, weight):
-    objective = Objective({"t": Weighted(Counting(), 0.5, (200, 500))}, "mean")
+    objective = Objective({"t": WeightedTerm(Counting(), 0.5, (200, 500))}, "mean")
     loss, metrics = objective(as_clip(torch.zeros(1, 3, 1, 4, 4)), reconstruction(torch.zeros(1, 3, 1, 8, 8)), step)
     assert loss.item() == pytest.approx(3.0 * weight)
     assert metrics["loss/t"].item() == 3.0
@@ -152,7 +154,7 @@ def test_weights_ramp_linearly(step, weight):
 def test_a_term_of_weight_zero_costs_nothing_unless_it_is_to_be_logged():
     silent, logged, kept = Counting(), Counting(), Counting()
     objective = Objective(
-        {"a": Weighted(silent, 0.0), "b": Weighted(logged, 0.0, log=True), "c": Weighted(kept, 1.0)}, "sum"
+        {"a": WeightedTerm(silent, 0.0), "b": WeightedTerm(logged, 0.0, log=True), "c": WeightedTerm(kept, 1.0)}, "sum"
     )
     _, metrics = objective(as_clip(torch.zeros(1, 3, 1, 4, 4)), reconstruction(torch.zeros(1, 3, 1, 8, 8)), 0)
     assert (silent.calls, logged.calls, kept.calls) == (0, 1, 1)
@@ -165,7 +167,7 @@ def test_losses_are_summed_in_fp32_under_autocast():
     out = reconstruction(video)
     out.video = out.video.detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        loss, metrics = Objective({"l1": Weighted(L1(), 1.0), "kl": Weighted(KL(), 1e-6)}, "sum")(
+        loss, metrics = Objective({"l1": WeightedTerm(L1(), 1.0), "kl": WeightedTerm(KL(), 1e-6)}, "sum")(
             as_clip(video), out, 0
         )
     assert loss.dtype == metrics["loss/l1"].dtype == torch.float32
@@ -174,8 +176,8 @@ def test_losses_are_summed_in_fp32_under_autocast():
 
 
 def test_pixels_are_decoded_only_if_a_term_reads_them():
-    assert not Objective({"kl": Weighted(KL(), 1.0), "l1": Weighted(L1(), 0.0)}, "sum").needs_pixels
-    assert Objective({"kl": Weighted(KL(), 1.0), "l1": Weighted(L1(), 1.0)}, "sum").needs_pixels
+    assert not Objective({"kl": WeightedTerm(KL(), 1.0), "l1": WeightedTerm(L1(), 0.0)}, "sum").needs_pixels
+    assert Objective({"kl": WeightedTerm(KL(), 1.0), "l1": WeightedTerm(L1(), 1.0)}, "sum").needs_pixels
 
 
 @pytest.mark.parametrize("frame_batch", [1, 3, 100])
@@ -203,7 +205,11 @@ def test_stage1_gradients_reach_exactly_the_temporal_parts():
 
     model = tiny.model("temporal_vae")
     train_parts(model, {"temporal_encoder": 1.0, "temporal_decoder": 1.0})
-    terms = {"latent": Weighted(LatentL1(), 1.0), "identity": Weighted(Identity(), 1.0), "kl": Weighted(KL(), 1e-6)}
+    terms = {
+        "latent": WeightedTerm(LatentL1(), 1.0),
+        "identity": WeightedTerm(Identity(), 1.0),
+        "kl": WeightedTerm(KL(), 1e-6),
+    }
     objective = Objective(terms, "sum")
     for frames in (1, 5):
         model.zero_grad()

@@ -7,10 +7,10 @@ import torch
 
 from tests.losses.test_erp import clip_and_error, loaded, loss_of
 from tests.losses.test_objective import as_clip, reconstruction
-from vae3d.losses.objective import Objective, Weighted
+from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.losses.perceptual import LPIPS
-from vae3d.losses.pixel import L1, Charbonnier, Wavelet, by_levels, haar
-from vae3d.losses.weights import ErpCosine
+from vae3d.losses.pixel import L1, Charbonnier, Wavelet, haar, pyramid
+from vae3d.losses.pixel_weights import ErpCosine
 
 SPACE, ALL = (3, 4), (2, 3, 4)
 
@@ -44,15 +44,15 @@ def test_charbonnier_needs_an_eps():
 @pytest.mark.parametrize("levels", [1, 2, 3])
 def test_haar_keeps_the_energy_of_even_sizes(axes, levels):
     x = noise(2, 3, 8, 16, 24)
-    torch.testing.assert_close(by_levels(x, levels, axes, haar).square().sum(), x.square().sum())
+    torch.testing.assert_close(pyramid(x, levels, axes, haar).square().sum(), x.square().sum())
 
 
 def test_haar_of_a_block_by_hand():
     x = torch.arange(1.0, 17.0).view(1, 1, 1, 4, 4)
-    one = by_levels(x, 1, SPACE, haar)[0, 0, 0]
+    one = pyramid(x, 1, SPACE, haar)[0, 0, 0]
     assert one[:2, :2].flatten().tolist() == pytest.approx([7.0, -1.0, -4.0, 0.0])  # 1 2 / 5 6
     assert one[2, 2].item() == pytest.approx((11 + 12 + 15 + 16) / 2)
-    two = by_levels(x, 2, SPACE, haar)[0, 0, 0]
+    two = pyramid(x, 2, SPACE, haar)[0, 0, 0]
     assert two[0, 0].item() == pytest.approx(x.sum().item() / 4)
     assert two[0, 2].item() == pytest.approx((1 + 2 + 5 + 6 + 9 + 10 + 13 + 14 - 3 - 4 - 7 - 8 - 11 - 12 - 15 - 16) / 4)
     assert torch.equal(two[1::2], one[1::2])
@@ -81,7 +81,7 @@ def test_a_checkerboard_lies_in_the_finest_band_alone():
 @pytest.mark.parametrize("shape", [(1, 5, 7), (3, 8, 9), (2, 1, 4), (4, 1, 1)])
 def test_any_size_goes_and_constants_have_no_details(shape, temporal):
     error = torch.full((1, 3, *shape), 0.5)
-    bands = by_levels(error, 2, ALL if temporal else SPACE, haar)
+    bands = pyramid(error, 2, ALL if temporal else SPACE, haar)
     assert bands.shape == error.shape
     blocks = [-(-size // 4) for size in (shape if temporal else shape[1:])]
     blocks = blocks if temporal else [shape[0], *blocks]
@@ -92,7 +92,7 @@ def test_any_size_goes_and_constants_have_no_details(shape, temporal):
 
 
 def test_an_odd_last_column_is_its_own_partner():
-    one = by_levels(torch.tensor([1.0, 3.0, 5.0]).view(1, 1, 1, 1, 3), 1, SPACE, haar)
+    one = pyramid(torch.tensor([1.0, 3.0, 5.0]).view(1, 1, 1, 1, 3), 1, SPACE, haar)
     assert one.flatten().tolist() == pytest.approx([4 * 0.5**0.5, -2 * 0.5**0.5, 5 * 2**0.5])
 
 
@@ -141,7 +141,7 @@ def test_the_gradient_changes_with_the_perceptual_weight(trunks):
     lpips = loaded(LPIPS())
 
     def gradient(weight: float) -> torch.Tensor:
-        objective = Objective({"l1": Weighted(L1(), 1.0), "lpips": Weighted(lpips, weight)}, "mean")
+        objective = Objective({"l1": WeightedTerm(L1(), 1.0), "lpips": WeightedTerm(lpips, weight)}, "mean")
         return torch.autograd.grad(objective(as_clip(video), out, 0)[0], out.video)[0]
 
     without, half, whole = gradient(0.0), gradient(0.5), gradient(1.0)

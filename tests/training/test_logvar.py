@@ -14,15 +14,15 @@ from tests.training.test_trainer import fresh_accelerate, trace  # noqa: F401
 from vae3d.checkpoints.state import ResumeError, latest_state, load_state
 from vae3d.config.validate import ConfigError
 from vae3d.losses.latent import KL
-from vae3d.losses.objective import Objective, Weighted
+from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.losses.pixel import L1, MSE
 from vae3d.types import Posterior, Reconstruction
 
 ELEMENTS = 3 * 16 * 16
 
 
-def terms() -> dict[str, Weighted]:
-    return {"l1": Weighted(L1(), 1.0), "mse": Weighted(MSE(), 0.5), "kl": Weighted(KL(), 1e-3)}
+def terms() -> dict[str, WeightedTerm]:
+    return {"l1": WeightedTerm(L1(), 1.0), "mse": WeightedTerm(MSE(), 0.5), "kl": WeightedTerm(KL(), 1e-3)}
 
 
 @pytest.mark.parametrize(("reduction", "elements"), [("sum", ELEMENTS), ("mean", 1)])
@@ -46,7 +46,7 @@ def test_it_comes_to_rest_at_the_mean_error():
     video = torch.zeros(1, 3, 1, 16, 16)
     out = reconstruction(video)
     out.video = torch.full_like(video, 0.2)
-    objective = Objective({"l1": Weighted(L1(), 1.0), "mse": Weighted(MSE(), 0.5)}, "sum", logvar=0.0)
+    objective = Objective({"l1": WeightedTerm(L1(), 1.0), "mse": WeightedTerm(MSE(), 0.5)}, "sum", logvar=0.0)
     optimizer = torch.optim.SGD([objective.logvar], lr=0.2 / ELEMENTS)
     for _ in range(200):
         optimizer.zero_grad()
@@ -99,7 +99,7 @@ def test_a_resumed_run_has_the_same_logvar_to_the_bit(videos, tmp_path):
 
 
 FAULTS = {
-    "no pixels": (["loss.terms.l1.weight=0"], "loss.logvar=0.0 is of the terms on pixels, of which there is none; use"),
+    "no pixels": (["loss.terms.l1.weight=0"], "loss.logvar=0.0 needs a term on pixels"),
     "spikes": (
         ["trainer.spike.factor=5"],
         "trainer.spike.factor=5.0 compares losses above 0, and with loss.logvar=0.0",
@@ -132,17 +132,17 @@ def test_a_kl_of_sums_and_its_equivalents_of_means_have_one_gradient():
 
     moments = torch.randn(1, 8, 1, 32, 32, generator=torch.Generator().manual_seed(2)).requires_grad_()
 
-    def gradients(reduction: str, kl: Weighted) -> list[torch.Tensor]:
+    def gradients(reduction: str, kl: WeightedTerm) -> list[torch.Tensor]:
         posterior = Posterior.from_moments(moments)
-        objective = Objective({"l1": Weighted(L1(), 1.0), "kl": kl}, reduction)
+        objective = Objective({"l1": WeightedTerm(L1(), 1.0), "kl": kl}, reduction)
         loss, metrics = objective(as_clip(video), Reconstruction(rec, posterior, posterior.mean), 0)
         torch.testing.assert_close(metrics["loss_mean/kl"], posterior.kl().mean().detach() / latents)
         return list(torch.autograd.grad(loss, (rec, moments)))
 
-    ldm = gradients("sum", Weighted(KL(), 1e-6))
+    ldm = gradients("sum", WeightedTerm(KL(), 1e-6))
     for weight, reduction, rounded in ((1e-6 / elements, "sum", 5.1e-12), (1e-6 * latents / elements, None, 2.1e-8)):
         assert weight == pytest.approx(rounded, rel=0.01)
-        means = gradients("mean", Weighted(KL(), weight, reduction=reduction))
+        means = gradients("mean", WeightedTerm(KL(), weight, reduction=reduction))
         for mine, theirs in zip(means, ldm, strict=True):
             torch.testing.assert_close(elements * mine, theirs, rtol=1e-4, atol=1e-12)
 

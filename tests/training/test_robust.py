@@ -15,7 +15,7 @@ from tests.training.quick import trainer
 from tests.training.test_trainer import fresh_accelerate, weights  # noqa: F401
 from vae3d.checkpoints import export, state
 from vae3d.data.clips import Unreadable
-from vae3d.losses.objective import Error, Weighted
+from vae3d.losses.objective import ErrorMap, WeightedTerm
 from vae3d.training import memory
 from vae3d.training.checkpointer import SaveError, run_on_all_ranks
 from vae3d.training.patience import TooManyFailures
@@ -35,7 +35,7 @@ class Late:
     def __call__(self, clip, out):
         if self.error is not None:
             raise self.error
-        return Error(out.video * math.inf, 1)
+        return ErrorMap(out.video * math.inf, 1)
 
 
 class Zero:
@@ -44,11 +44,11 @@ class Zero:
     needs_pixels = True
 
     def __call__(self, clip, out):
-        return Error(out.video * 0, 1)
+        return ErrorMap(out.video * 0, 1)
 
 
 def with_late_term(t, error):
-    t.objective.terms["late"] = Weighted(Late(error), 1.0, (50_000, 60_000))
+    t.objective.terms["late"] = WeightedTerm(Late(error), 1.0, (50_000, 60_000))
     return t
 
 
@@ -111,7 +111,7 @@ def test_a_step_without_files_does_not_make_an_alarm_begin_anew(videos, tmp_path
     t = trainer(videos, tmp_path, **LONG, **{"trainer.robust.zero_gradient": 2})
     t.network.register_forward_hook(lambda _m, _in, out: setattr(out, "video", out.video * 0))
     clip = next(t.data.clips(0, 1))
-    t.objective.terms = {"zero": Weighted(Zero(), 1.0)}
+    t.objective.terms = {"zero": WeightedTerm(Zero(), 1.0)}
     t.train_step([clip])
     t.train_step([Unreadable([("a.mp4", "is empty")])])
     with pytest.raises(TooManyFailures, match="2 steps in a row had no gradient at all"):

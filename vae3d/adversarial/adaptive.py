@@ -52,7 +52,7 @@ class AdaptiveWeight:
                 "adversary.adaptive=false, or train the decoder"
             )
         gradients = [
-            torch.autograd.grad(value, self.layer, retain_graph=True, allow_unused=True)[0]
+            torch.autograd.grad(value, inputs=self.layer, retain_graph=True, allow_unused=True)[0]
             for value in (loss, adversarial)
         ]
         if any(gradient is None for gradient in gradients):

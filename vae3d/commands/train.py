@@ -19,7 +19,7 @@ from vae3d.data.record import record_of
 from vae3d.data.sampler import FrameCounts, Lengths, Plan
 from vae3d.errors import UserError
 from vae3d.loading import initialize, instantiate, load, log
-from vae3d.losses.objective import Objective, Weighted
+from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_blocks
 from vae3d.models.registry import is_known
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def objective(config: Loss) -> Objective:
     """Terms of weight 0 that are not logged are not even built."""
     terms = {
-        name: Weighted(instantiate(term.term), term.weight, tuple(term.ramp), term.log, term.reduction)
+        name: WeightedTerm(instantiate(term.term), term.weight, tuple(term.ramp), term.log, term.reduction)
         for name, term in config.terms.items()
         if term.weight or term.log
     }

@@ -1,20 +1,20 @@
-"""Losses against a teacher; see engine/distillation.py for where its latents and features come from."""
+"""Losses against a teacher, whose latents and features training/distillation.py computes."""
 
 from __future__ import annotations
 
 import torch
 
-from vae3d.losses.objective import Error, numel_per_frame
+from vae3d.losses.objective import ErrorMap, numel_per_frame
 from vae3d.types import Clip, Reconstruction, TeacherTargets
 
 NORMS = {"mse": torch.square, "l1": torch.abs}
 
 
 class LatentDistillation:
-    """The posterior's mean against the teacher's latents: what makes an encoder interchangeable with the teacher's.
+    """Error of the posterior's mean against the teacher's latents, to make the encoders interchangeable.
 
-    norm: mse (seraena's TAEHV notebook) or l1, which its author found sharper (taesd#11).
-    Raises ValueError for another norm, without a teacher, or if the two have latents of different shapes.
+    norm: mse, as in `TAEHV_Training_Example.ipynb` of madebyollin/seraena, or l1, sharper according to its author
+    (madebyollin/taesd#11). Raises ValueError for another norm, without a teacher, or if the latents differ in shape.
     """
 
     needs_pixels = False
@@ -25,32 +25,33 @@ class LatentDistillation:
             raise ValueError(f"norm is {norm!r}; use one of {', '.join(NORMS)}")
         self.norm = NORMS[norm]
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> Error:
-        own, taught = out.posterior.mean.float(), require_targets(clip).z
-        if own.shape != taught.shape:
+    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
+        mean = out.posterior.mean.float()
+        target = require_targets(clip).z
+        if mean.shape != target.shape:
             raise ValueError(
-                f"the model encodes to latents of {_shape(own)} and the teacher to {_shape(taught)}; choose "
-                "data.frames that both take whole"
+                f"the model encodes to latents of {_shape(mean)} and the teacher to {_shape(target)}; choose "
+                "data.frames that both take without padding"
             )
-        return Error(self.norm(own - taught), numel_per_frame(taught))
+        return ErrorMap(self.norm(mean - target), numel_per_frame(target))
 
 
 class FeatureDistillation:
-    """Squared error between projected features inside the student's decoder and the teacher's, one frame per latent:
-    Turbo-VAED (arXiv 2508.09136, section 3.3). The mean over modules that `teacher.features` pairs.
+    """Squared error between projected features of the student's decoder and the teacher's, one frame per latent:
+    Turbo-VAED (arXiv 2508.09136, section 3.3). Mean over the pairs of modules in `teacher.features`.
 
-    Raises ValueError if it pairs none.
+    Raises ValueError if there are none.
     """
 
     needs_pixels = False
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> Error:
-        taught = require_targets(clip).features
-        if not taught:
+    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
+        targets = require_targets(clip).features
+        if not targets:
             raise ValueError("feature distillation needs teacher.features, as {module of the model: of the teacher}")
-        errors = [(out.features[name].float() - taught[name]).square().mean((1, 2, 3, 4)) for name in taught]
-        first = next(iter(taught.values()))
-        return Error(torch.stack(errors).mean(0), numel_per_frame(first))
+        errors = [(out.features[name].float() - targets[name]).square().mean((1, 2, 3, 4)) for name in targets]
+        first = next(iter(targets.values()))
+        return ErrorMap(torch.stack(errors).mean(0), numel_per_frame(first))
 
 
 def require_targets(clip: Clip) -> TeacherTargets:

@@ -1,4 +1,4 @@
-"""Latents that transform like the pixels they stand for, so that a diffusion model finds images in them."""
+"""Equivariance of latents: a scaled, mirrored or rotated latent must decode to the transformed clip."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vae3d.losses.objective import Error, numel_per_frame, require_pixels
-from vae3d.losses.weights import mean_one
+from vae3d.losses.objective import ErrorMap, numel_per_frame, require_pixels
+from vae3d.losses.pixel_weights import mean_one
 from vae3d.seeding import seed_of
 from vae3d.types import Clip, Reconstruction
 
@@ -21,38 +21,37 @@ NORMS = {"l1": torch.abs, "l2": torch.square}
 
 
 class Transform(NamedTuple):
-    """Of every frame: scaled down to `scale`, mirrored, turned by `quarters` of 90 degrees, in this order."""
+    """Scales every frame down by `scale`, mirrors it if `flip`, and rotates it by quarter_turns * 90 degrees."""
 
     scale: float
     flip: bool
-    quarters: int
+    quarter_turns: int
 
     def __call__(self, video: Tensor, size: Sequence[int]) -> Tensor:
-        """video: [1, C, T, H, W]. size: its height and width when scaled; see `scaled`."""
+        """Transform video [1, C, T, H, W]. size: its height and width after scaling."""
         if tuple(size) != tuple(video.shape[-2:]):
             frames = rearrange(video, "b c t h w -> (b t) c h w")
-            # Both papers scale so, but without `antialias`, with which no pixel goes unseen at scales below a half.
+            # As in both papers, but with antialias: otherwise scales below 1/2 skip pixels.
             frames = F.interpolate(frames, tuple(size), mode="bilinear", antialias=True)
             video = rearrange(frames, "(b t) c h w -> b c t h w", b=len(video))
-        return torch.rot90(video.flip(-1) if self.flip else video, self.quarters, (-2, -1))
+        return torch.rot90(video.flip(-1) if self.flip else video, self.quarter_turns, (-2, -1))
 
-    def scaled(self, height: int, width: int) -> tuple[int, int]:
-        """Sides of latents after scaling, whole numbers."""
+    def scaled_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of latents after scaling."""
         return max(1, round(height * self.scale)), max(1, round(width * self.scale))
 
 
 class Equivariance:
-    """|decode(tau z) - tau x| for a spatial transform tau of the latents z of a clip x, decoded by the same network:
-    EQ-VAE (arXiv 2502.09509) and scale equivariance (arXiv 2502.14831), which do as well for videos.
+    """|decode(tau z) - tau x| for a spatial transform tau of a clip x and its latents z.
 
-    Encoder and decoder learn from it. For every clip one tau is drawn, from `scales` x (mirrored, with `flip`) x
-    `rotations` (quarter turns) without the identity, with `probability`; a clip that draws none counts 0. The draw is a
-    function of `seed` and the clip's position alone, and a rehearsal (a position below 0) draws what costs most.
-    Scaled latents are whole, and their target has `stride` times their sides. norm: l1 or l2. The clip's weight is
-    transformed with it, and pixels into which one that is not valid was mixed do not count. Turned panoramas are none:
-    give them rotations=[0].
-    Clips pass through the decoder one by one: their sizes differ.
-    Raises ValueError for arguments that make no sense, and where the stride does not divide a clip's sides.
+    EQ-VAE (arXiv 2502.09509) and scale equivariance (arXiv 2502.14831). Trains encoder and decoder. Each
+    clip draws, with `probability`, one tau of `scales` x (mirrored, with `flip`) x `rotations` (quarter turns), without
+    the identity; a clip without a draw counts 0. The draw is a pure function of `seed` and the clip's position; in the
+    preflight (positions below 0) it is the most expensive tau.
+    Sides of scaled latents are rounded; their target has `stride` times these sides. norm: l1 or l2. The clip's weight
+    is transformed as well, and pixels mixed with an invalid one do not count. Use rotations=[0] for panoramas: rotated
+    ones are not panoramas. Clips are decoded one by one, since their sizes differ.
+    Raises ValueError for invalid arguments, and if the stride does not divide a clip's sides.
     """
 
     needs_pixels = True
@@ -70,42 +69,44 @@ class Equivariance:
         if not all(0 < scale <= 1 for scale in scales):
             raise ValueError(f"scales are {list(scales)}; each must be above 0 and at most 1")
         if not set(rotations) <= {0, 1, 2, 3}:
-            raise ValueError(f"rotations are {list(rotations)}; give quarter turns, of 0, 1, 2, 3")
+            raise ValueError(f"rotations are {list(rotations)}; use quarter turns, 0, 1, 2 or 3")
         if not 0 < probability <= 1:
             raise ValueError(f"probability is {probability}; it must be above 0 and at most 1")
         if norm not in NORMS:
             raise ValueError(f"norm is {norm!r}; use one of {', '.join(NORMS)}")
-        every = product(map(float, scales), (False, True) if flip else (False,), rotations)
-        self.transforms = [Transform(*told) for told in every if told != (1.0, False, 0)]
+        combinations = product(map(float, scales), (False, True) if flip else (False,), rotations)
+        self.transforms = [Transform(*settings) for settings in combinations if settings != (1.0, False, 0)]
         if not self.transforms:
-            raise ValueError("scales and rotations leave the identity alone; give another scale or rotation")
-        self.probability, self.norm, self.seed = probability, NORMS[norm], seed
+            raise ValueError("scales and rotations contain only the identity; add another scale or rotation")
+        self.probability = probability
+        self.norm = NORMS[norm]
+        self.seed = seed
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> Error:
+    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
         if out.decode is None:
-            raise ValueError("equivariance decodes transformed latents, and Reconstruction.decode is None; set it")
-        drawn = [self.draw(position) for position in clip.positions.tolist()]
-        # Nothing drawn is 0 times the reconstruction: every rank then has a gradient of every parameter.
-        nothing = require_pixels(out).sum() * 0.0
-        errors = [nothing if tau is None else self._error(tau, clip, out, i) for i, tau in enumerate(drawn)]
-        return Error(torch.stack(errors).view(-1, 1, 1, 1, 1), numel_per_frame(clip.video))
+            raise ValueError("equivariance needs Reconstruction.decode; see models.forward.attach_decoder")
+        transforms = [self.draw(position) for position in clip.positions.tolist()]
+        # Without a transform 0 times the reconstruction, so that every rank has a gradient of every parameter.
+        zero = require_pixels(out).sum() * 0.0
+        errors = [zero if tau is None else self._error(tau, clip, out, i) for i, tau in enumerate(transforms)]
+        return ErrorMap(torch.stack(errors).view(-1, 1, 1, 1, 1), numel_per_frame(clip.video))
 
     def draw(self, position: int) -> Transform | None:
-        """The transform of the clip at a position of the training order."""
+        """Transform of the clip at a position of the training order, or None."""
         if position < 0:
             return max(self.transforms)
         rng = random.Random(seed_of(self.seed, "equivariance", position))
         return rng.choice(self.transforms) if rng.random() < self.probability else None
 
     def _error(self, tau: Transform, clip: Clip, out: Reconstruction, index: int) -> Tensor:
-        """Mean over the elements of one clip."""
+        """Mean error of one clip."""
         one = slice(index, index + 1)
         z, video = out.z[one].float(), clip.video[one]
         stride = _stride(video, z)
-        small = tau.scaled(*z.shape[-2:])
-        size = [side * stride for side in small]
+        latent_size = tau.scaled_size(*z.shape[-2:])
+        size = [side * stride for side in latent_size]
         target = tau(video, size)
-        errors = self.norm(out.decode(tau(z, small), target).float() - target)
+        errors = self.norm(out.decode(tau(z, latent_size), target).float() - target)
         if clip.weight is not None:
             weight = clip.weight.expand(len(clip.video), -1, video.shape[2], *video.shape[-2:])[one]
             weight = tau(weight, size)
@@ -120,7 +121,7 @@ def _stride(video: Tensor, z: Tensor) -> int:
     stride = height // z.shape[-2]
     if (height, width) != (stride * z.shape[-2], stride * z.shape[-1]):
         raise ValueError(
-            f"equivariance needs sides that the model's stride divides; {height}x{width} pixels have latents of "
-            f"{z.shape[-2]}x{z.shape[-1]}"
+            f"equivariance needs height and width that are multiples of the model's stride; {height}x{width} pixels "
+            f"have latents of {z.shape[-2]}x{z.shape[-1]}"
         )
     return stride

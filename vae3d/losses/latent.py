@@ -4,62 +4,63 @@ from __future__ import annotations
 
 import torch
 
-from vae3d.losses.objective import Error, numel_per_frame
+from vae3d.losses.objective import ErrorMap, numel_per_frame
 from vae3d.types import Clip, Reconstruction, SpatialPath
 
 
 class KL:
-    """KL(posterior || N(0, 1)) in nats; `sum` adds up a whole clip, not a frame (Open-Sora v1.2 `losses.py`).
+    """KL(posterior || N(0, 1)) in nats. reduction=sum sums over a clip, not a frame (Open-Sora v1.2 `losses.py`).
 
-    latent-diffusion's 1e-6 is of a sum against sums. Against means, for images of N = 3 x H x W elements with n latent
-    elements, the same is 1e-6 / N of the sum (5.1e-12 at 256 pixels) or 1e-6 x n / N of the mean (2.1e-8 for f8c4, of
-    any size); 1e-6 of the sum against means is N times as much. `loss_mean/kl` is always nats per latent element.
+    latent-diffusion's weight of 1e-6 is for a sum beside summed terms. Beside averaged terms, for images of
+    N = 3 x H x W elements with n latent elements, it corresponds to 1e-6 / N of the sum (5.1e-12 at 256 pixels) or
+    1e-6 * n / N of the mean (2.1e-8 for f8c4, of any size); 1e-6 of the sum is then N times too much.
+    `loss_mean/kl` is always in nats per latent element.
     """
 
     needs_pixels = False
     needs_posterior = True
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> Error | None:
+    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap | None:
         if out.posterior is None:
             return None
         kl = out.posterior.kl_map().float()
-        return Error(kl, kl[0].numel())
+        return ErrorMap(kl, kl[0].numel())
 
 
 class LatentL1:
-    """|reconstructed - encoded| 2D latents: what the temporal VAE is trained on in stages 1 and 2.
+    """|reconstructed - encoded| 2D latents, which train the temporal VAE in Open-Sora's stages 1 and 2.
 
-    The target is detached: where the 2D encoder trains too, it must not make its latents easy instead.
+    The target is detached: otherwise a trained 2D encoder would make its latents easier to reconstruct.
     """
 
     needs_pixels = False
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> Error:
+    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
         path = _two_stage(out)
         target = path.latent.detach().float()
-        return Error((path.latent_rec.float() - target).abs(), numel_per_frame(target))
+        return ErrorMap((path.latent_rec.float() - target).abs(), numel_per_frame(target))
 
 
 class Identity:
-    """|temporal latent - 2D latent| of single images: keeps the temporal VAE's space like the 2D VAE's.
+    """|temporal latent - 2D latent| of single images, to keep the two latent spaces alike.
 
-    Open-Sora v1.2 `scripts/train_vae.py`, use_image_identity_loss. None for clips of more than one frame.
+    use_image_identity_loss in Open-Sora v1.2 `scripts/train_vae.py`. Does not apply to clips of several frames.
     Raises ValueError if the two latents have different channels.
     """
 
     needs_pixels = False
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> Error | None:
+    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap | None:
         path = _two_stage(out)
         if clip.video.shape[2] > 1:
             return None
         if path.latent.shape != out.z.shape:
             raise ValueError(
                 f"the identity loss compares 2D latents of {path.latent.shape[1]} channels with temporal latents of "
-                f"{out.z.shape[1]}; give both as many or use a loss set without identity"
+                f"{out.z.shape[1]}; make them equal, or use a loss without identity"
             )
         target = path.latent.detach().float()
-        return Error(torch.abs(out.z.float() - target), numel_per_frame(target))
+        return ErrorMap(torch.abs(out.z.float() - target), numel_per_frame(target))
 
 
 def _two_stage(out: Reconstruction) -> SpatialPath:

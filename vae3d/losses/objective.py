@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from vae3d.losses.weights import PixelWeight, mean_one
+from vae3d.losses.pixel_weights import PixelWeight, mean_one
 from vae3d.precision import autocast_off
 from vae3d.schedules import ramp
 from vae3d.types import Clip, Reconstruction
@@ -17,29 +17,29 @@ from vae3d.types import Clip, Reconstruction
 REDUCTIONS = ("sum", "mean")
 
 
-class Error(NamedTuple):
-    """What a term measured: a map of errors, and how many elements one frame (KL: one clip) has.
+class ErrorMap(NamedTuple):
+    """A term's errors, and the number of elements of one frame (KL: of one clip).
 
-    The mean of `map` is the error per element; times `elements` it is the sum that latent-diffusion and
-    Open-Sora call the loss. A map of the clip's height and width is weighted by `Clip.weight` afterwards; a term
-    whose map is broadcastable (LPIPS: one value per frame) or of another size has weighted by itself, if at all.
+    The mean of `map` is the error per element; times `numel` it is the sum that latent-diffusion and Open-Sora use. If
+    `map` has the clip's height and width, the Objective multiplies it by Clip.weight. Terms with other maps (LPIPS: one
+    value per frame) apply the weight themselves, if at all.
     """
 
     map: Tensor
-    elements: int
+    numel: int
 
 
 class Term(Protocol):
-    """A loss term. needs_pixels: it reads out.video, so the pixel decoder must run."""
+    """A loss term. needs_pixels: whether it uses out.video, for which the pixel decoder must run."""
 
     needs_pixels: bool
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> Error | None:
-        """None where the term does not apply to this clip."""
+    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap | None:
+        """Errors, or None if the term does not apply to this clip."""
 
 
 @dataclass(frozen=True)
-class Weighted:
+class WeightedTerm:
     """A term in an Objective. reduction: by default the objective's."""
 
     term: Term
@@ -48,28 +48,28 @@ class Weighted:
     log: bool = False
     reduction: str | None = None
 
-    def at(self, step: int) -> float:
+    def weight_at(self, step: int) -> float:
         return self.weight * ramp(step, *self.ramp)
 
 
 class Objective:
-    """Sum of weighted terms under one reduction, which a term may replace by its own.
+    """Weighted sum of loss terms.
 
-    reduction "sum": each term summed over the elements of a frame and averaged over frames and clips (KL:
-    summed over a clip, averaged over clips), as `VAELoss` in Open-Sora v1.2 `losses.py` and
-    `LPIPSWithDiscriminator` in latent-diffusion do. "mean": averaged over all elements.
-    pixel_weight: how much each row counts in the terms on pixels. Pixels that are not valid count nothing, and the
-    others of their clip the more; a clip without a valid pixel adds nothing.
-    logvar: where the learned log-variance s begins, if there is one. The terms on pixels (needs_pixels; equivariance is
-    one, so that their weights keep their ratios) are then a negative log-likelihood, their sum / exp(s) + s, where s
-    under "sum" counts for every element of a frame: latent-diffusion `contperceptual.py`, which never trains its s. At
-    rest exp(s) is the weighted error per element, and other terms weigh exp(s) of what they did against these.
+    reduction: "sum" sums each term over the elements of a frame and averages over frames and clips (KL: sums over a
+    clip, averages over clips), as `VAELoss` in Open-Sora v1.2 `losses.py` and `LPIPSWithDiscriminator` in
+    latent-diffusion. "mean" averages over all elements. A term may have its own reduction.
+    pixel_weight: weight of each row in the terms on pixels. Invalid pixels have weight 0, and the others of their clip
+    more, so that the mean is 1; a clip without a valid pixel adds nothing.
+    logvar: initial value of a learned log-variance s; None: there is none. The terms on pixels (needs_pixels) then form
+    a negative log-likelihood, their sum / exp(s) + s, where s counts once per element of a frame under "sum":
+    latent-diffusion `contperceptual.py`, which never trains its s. At the optimum exp(s) is the weighted error per
+    element, which divides the weights of these terms relative to all others.
     Raises ValueError for another reduction, or for a logvar without terms on pixels.
     """
 
     def __init__(
         self,
-        terms: Mapping[str, Weighted],
+        terms: Mapping[str, WeightedTerm],
         reduction: str,
         pixel_weight: PixelWeight | None = None,
         *,
@@ -79,10 +79,11 @@ class Objective:
             if chosen not in REDUCTIONS:
                 raise ValueError(f"reduction is {chosen!r}; use one of {', '.join(REDUCTIONS)}")
         self.terms = {name: t for name, t in terms.items() if t.weight or t.log}
-        self.reduction, self.pixel_weight = reduction, pixel_weight
+        self.reduction = reduction
+        self.pixel_weight = pixel_weight
         self.logvar = None if logvar is None else nn.Parameter(torch.tensor(float(logvar)))
         if self.logvar is not None and not self.needs_pixels:
-            raise ValueError(f"loss.logvar={logvar} is of the terms on pixels, of which there is none; use null")
+            raise ValueError(f"loss.logvar={logvar} needs a term on pixels, and there is none; use null")
 
     @property
     def needs_pixels(self) -> bool:
@@ -90,11 +91,11 @@ class Objective:
 
     @property
     def needs_posterior(self) -> bool:
-        """Whether a term reads the posterior: then clips are encoded also where a teacher's latents are decoded."""
+        """Whether a term uses the posterior. Clips are then encoded even if a teacher's latents are decoded."""
         return any(getattr(t.term, "needs_posterior", False) for t in self.terms.values())
 
     def load(self, device: torch.device | str) -> None:
-        """Read the weights of terms that have any and move everything to `device`."""
+        """Load the pretrained networks of terms and move everything to `device`."""
         if self.logvar is not None:
             self.logvar.data = self.logvar.data.to(device)
         for t in self.terms.values():
@@ -102,7 +103,7 @@ class Objective:
                 t.term.load(device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is learned here."""
+        """The learned log-variance, if there is one."""
         return {} if self.logvar is None else {"logvar": self.logvar.data}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -112,48 +113,49 @@ class Objective:
     def __call__(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch at optimizer step `step`.
 
-        Metrics per term: `loss/<name>` under its reduction, `loss_mean/<name>` per element and
-        `loss_weighted/<name>`, its share of the total. `loss/logvar` is s.
-        Raises ValueError if no term applies.
+        Metrics per term: `loss/<name>` under its reduction, `loss_mean/<name>` per element and `loss_weighted/<name>`,
+        its part of the total. `loss/logvar` is s. Raises ValueError if no term applies.
         """
-        shares: list[Tensor] = []
+        weighted_losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
         with autocast_off(clip.video.device):
-            clip, out = self._weigh(clip, out)
-            for name, weighted in self._computed(step).items():
-                error = weighted.term(clip, out)
+            clip, out = self._apply_weights(clip, out)
+            for name, t in self._active_terms(step).items():
+                error = t.term(clip, out)
                 if error is None:
                     continue
-                mean = _weighted_map(error.map.float(), clip).mean()
-                value = mean * error.elements if (weighted.reduction or self.reduction) == "sum" else mean
-                share = weighted.at(step) * value
-                learned = self.logvar is not None and weighted.term.needs_pixels
-                shares.append(share * torch.exp(-self.logvar) if learned else share)
+                errors = error.map.float()
+                if clip.weight is not None and errors.shape[-2:] == clip.video.shape[-2:]:
+                    errors = errors * clip.weight
+                mean = errors.mean()
+                value = mean * error.numel if (t.reduction or self.reduction) == "sum" else mean
+                weighted = t.weight_at(step) * value
+                if self.logvar is not None and t.term.needs_pixels:
+                    weighted = weighted * torch.exp(-self.logvar)
+                weighted_losses.append(weighted)
                 metrics[f"loss/{name}"] = value.detach()
                 metrics[f"loss_mean/{name}"] = mean.detach()
-                metrics[f"loss_weighted/{name}"] = shares[-1].detach()
-        if not shares:
+                metrics[f"loss_weighted/{name}"] = weighted.detach()
+        if not weighted_losses:
             raise ValueError(
                 f"none of the loss terms {list(self.terms)} applies to a clip of {clip.video.shape[2]} frames"
             )
         if self.logvar is not None:
-            shares.append(self.logvar * (numel_per_frame(clip.video) if self.reduction == "sum" else 1))
+            weighted_losses.append(self.logvar * (numel_per_frame(clip.video) if self.reduction == "sum" else 1))
             metrics["loss/logvar"] = self.logvar.detach().clone()
-            metrics["loss_weighted/logvar"] = shares[-1].detach()
-        return torch.stack(shares).sum(), metrics
+            metrics["loss_weighted/logvar"] = weighted_losses[-1].detach()
+        return torch.stack(weighted_losses).sum(), metrics
 
-    def _computed(self, step: int) -> Mapping[str, Weighted]:
-        """The terms without those that read pixels at weight 0 (LPIPS before its ramp) where another reads them too.
+    def _active_terms(self, step: int) -> Mapping[str, WeightedTerm]:
+        """The terms, without those on pixels whose weight is 0 (LPIPS before its ramp).
 
-        Skipping such a term leaves no parameter without a gradient, on which DDP would fail.
+        If no term on pixels has a weight, all are kept, so that every parameter has a gradient on every rank.
         """
-        wanted = {name for name, t in self.terms.items() if t.at(step) or t.log or not t.term.needs_pixels}
-        if not any(self.terms[name].term.needs_pixels for name in wanted):
-            return self.terms
-        return {name: t for name, t in self.terms.items() if name in wanted}
+        active = {name: t for name, t in self.terms.items() if t.weight_at(step) or t.log or not t.term.needs_pixels}
+        return active if any(t.term.needs_pixels for t in active.values()) else self.terms
 
-    def _weigh(self, clip: Clip, out: Reconstruction) -> tuple[Clip, Reconstruction]:
-        """The clip with its weights. Pixels that are not valid are reconstructed perfectly: no error, no gradient."""
+    def _apply_weights(self, clip: Clip, out: Reconstruction) -> tuple[Clip, Reconstruction]:
+        """Set clip.weight, and replace invalid pixels of the reconstruction by the clip's: no error, no gradient."""
         weight = None
         if self.pixel_weight is not None:
             weight = self.pixel_weight(clip.video.shape[-2], clip.video.device)[None, None, None, :, None]
@@ -164,10 +166,6 @@ class Objective:
         return replace(clip, weight=weight), out
 
 
-def _weighted_map(errors: Tensor, clip: Clip) -> Tensor:
-    return errors * clip.weight if clip.weight is not None and errors.shape[-2:] == clip.video.shape[-2:] else errors
-
-
 def numel_per_frame(x: Tensor) -> int:
     """C * H * W of [B, C, T, H, W]."""
     _, channels, _, height, width = x.shape
@@ -175,5 +173,5 @@ def numel_per_frame(x: Tensor) -> int:
 
 
 def require_pixels(out: Reconstruction) -> Tensor:
-    assert out.video is not None, "a term that needs pixels was given none; does it declare needs_pixels?"
+    assert out.video is not None, "the term needs pixels; set needs_pixels = True in its class"
     return out.video.float()

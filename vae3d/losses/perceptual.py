@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vae3d import panorama
-from vae3d.losses.objective import Error, numel_per_frame, require_pixels
+from vae3d.losses.objective import ErrorMap, numel_per_frame, require_pixels
 from vae3d.pretrained import weights
 from vae3d.pretrained.lpips import LPIPSNet
 from vae3d.types import Clip, Reconstruction
@@ -21,10 +21,10 @@ class LPIPS:
     """LPIPS of every frame. The trunk is frozen and runs in fp32.
 
     net: vgg (as in Open-Sora and latent-diffusion) or alex. path: the trunk's file, by default found by its name.
-    frame_batch: frames that pass at once. gradient_checkpointing: keep only the frames and recompute the trunk's
-    activations in backward. wrap: columns of a panorama that the trunk sees beyond either side of the seam, instead of
-    zeros; they do not count themselves. 32 to 64 suffice, and a multiple of 16 ends where VGG's places end.
-    The clip's weight counts inside each layer, at its size; see LPIPSNet.
+    frame_batch: frames at a time. gradient_checkpointing: recompute the trunk's activations in backward. wrap: columns
+    of a panorama to pad with from beyond the seam, instead of zeros; their errors do not count. 32 to 64 suffice;
+    multiples of 16 align with VGG's deepest features.
+    The clip's weight applies inside each layer, at its size; see LPIPSNet.
     """
 
     needs_pixels = True
@@ -45,27 +45,28 @@ class LPIPS:
         self.wrap = wrap
 
     def find_weights(self) -> Path:
-        """Where the trunk's file is. Raises WeightsMissing if it is nowhere."""
+        """Path of the trunk's file. Raises WeightsMissing if there is none."""
         return weights.find(self.network.file, path=self.path)
 
     def load(self, device: torch.device | str) -> None:
         self.network.load(self.path).to(device)
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> Error:
+    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
         ori, rec = frames_of(clip.video), frames_of(require_pixels(out))
         weight = clip.weight
         if self.wrap:
             ori, rec = panorama.wrap(ori, self.wrap), panorama.wrap(rec, self.wrap)
-            weight = self._with_margins(clip)
+            weight = self._wrapped_weight(clip)
         if weight is not None:
             clips, frames = clip.video.shape[0], clip.video.shape[2]
             weight = frames_of(weight.expand(clips, 1, frames, -1, -1))
-        return Error(self.distances(ori, rec, weight, len(clip.video)), numel_per_frame(clip.video))
+        return ErrorMap(self.distances(ori, rec, weight, len(clip.video)), numel_per_frame(clip.video))
 
     def distances(self, ori: Tensor, rec: Tensor, weight: Tensor | None, clips: int) -> Tensor:
-        """[clips, 1, N / clips, 1, 1] of images [N, 3, H, W], with weights [N, 1, H, W] of which H or W may be 1."""
-        batches = [part.split(self.frame_batch) for part in (ori, rec, *([] if weight is None else [weight]))]
-        values = torch.cat([self._distance(*batch) for batch in zip(*batches, strict=True)])
+        """[clips, 1, N / clips, 1, 1] for images [N, 3, H, W], with weights [N, 1, H, W] where H or W may be 1."""
+        tensors = [ori, rec] if weight is None else [ori, rec, weight]
+        batches = zip(*(tensor.split(self.frame_batch) for tensor in tensors), strict=True)
+        values = torch.cat([self._distance(*batch) for batch in batches])
         return rearrange(values, "(b t) c h w -> b c t h w", b=clips)
 
     def _distance(self, ori: Tensor, rec: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -73,8 +74,8 @@ class LPIPS:
             return checkpoint(self.network, ori, rec, weight, use_reentrant=False, preserve_rng_state=False)
         return self.network(ori, rec, weight)
 
-    def _with_margins(self, clip: Clip) -> Tensor:
-        """The clip's weight on wrapped frames: 0 in the margins, and mean 1 as before."""
+    def _wrapped_weight(self, clip: Clip) -> Tensor:
+        """The clip's weight for wrapped frames: 0 in the padding, and still of mean 1."""
         width = clip.video.shape[-1]
         weight = clip.video.new_ones(1, 1, 1, 1, 1) if clip.weight is None else clip.weight
         weight = weight.expand(-1, -1, -1, clip.video.shape[-2], width)

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d import panorama
-from vae3d.losses.objective import Error, numel_per_frame, require_pixels
+from vae3d.losses.objective import ErrorMap, numel_per_frame, require_pixels
 from vae3d.types import Clip, Reconstruction
 
-ROOT_EPS = 1e-6  # under the root of a gradient's magnitude, whose derivative at 0 is then 0
+ROOT_EPS = 1e-6  # inside the square root of a gradient's magnitude, for a finite derivative at 0
 
 
 class L1:
@@ -20,8 +20,8 @@ class L1:
 
     needs_pixels = True
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> Error:
-        return Error((require_pixels(out) - clip.video).abs(), numel_per_frame(clip.video))
+    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
+        return ErrorMap((require_pixels(out) - clip.video).abs(), numel_per_frame(clip.video))
 
 
 class MSE:
@@ -29,14 +29,14 @@ class MSE:
 
     needs_pixels = True
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> Error:
-        return Error((require_pixels(out) - clip.video).square(), numel_per_frame(clip.video))
+    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
+        return ErrorMap((require_pixels(out) - clip.video).square(), numel_per_frame(clip.video))
 
 
 class Charbonnier:
-    """sqrt(e ** 2 + eps ** 2), e = reconstruction - clip: L1 that is smooth around 0 (LapSRN, arXiv 1710.01992, eq. 4).
+    """sqrt(e ** 2 + eps ** 2), e = reconstruction - clip: L1, smooth around 0 (LapSRN, arXiv 1710.01992, equation 4).
 
-    eps is not subtracted, as it is nowhere: a perfect reconstruction has a loss of eps, and no gradient.
+    As usual eps is not subtracted: a perfect reconstruction has a loss of eps, with gradient 0.
     Raises ValueError unless eps is positive.
     """
 
@@ -47,28 +47,29 @@ class Charbonnier:
             raise ValueError(f"eps is {eps}; use a positive number, or L1")
         self.eps = eps
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> Error:
+    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
         error = require_pixels(out) - clip.video
-        return Error((error.square() + self.eps**2).sqrt(), numel_per_frame(clip.video))
+        return ErrorMap((error.square() + self.eps**2).sqrt(), numel_per_frame(clip.video))
 
 
 class Sobel:
-    """Edges that were lost or added: (|Gx * e| + |Gy * e|) / 2 of every channel, where e = reconstruction - clip and
-    Gx, Gy are Sobel's kernels.
+    """(|Gx * e| + |Gy * e|) / 2 per channel, where e = reconstruction - clip and Gx, Gy are Sobel's kernels.
 
-    normalize: divide the kernels by 8, so that a ramp of one level per pixel gives 1; without it, white noise weighs
-    3.5 times what it does in L1, with it 0.43 times. wrap: columns go on across a panorama's seam; rows, and columns
-    otherwise, repeat at the border. magnitude: |m(reconstruction) - m(clip)| instead, where m is
-    sqrt(gx^2 + gy^2 + 1e-6), which forgives an edge of the wrong sign (Wan-Alpha `train_vae.py`).
-    Windows that hold a pixel that is not valid do not count.
+    normalize: divide the kernels by 8, so that a ramp of one level per pixel gives 1. White noise then gives 0.43 times
+    its L1, else 3.5 times. wrap: pad columns across a panorama's seam; rows, and columns otherwise, are replicated.
+    magnitude: |m(reconstruction) - m(clip)| instead, where m = sqrt(gx^2 + gy^2 + 1e-6), which ignores the sign of an
+    edge (Wan-Alpha `train_vae.py`).
+    Windows with an invalid pixel do not count.
     """
 
     needs_pixels = True
 
     def __init__(self, *, normalize: bool = True, wrap: bool = False, magnitude: bool = False) -> None:
-        self.normalize, self.wrap, self.magnitude = normalize, wrap, magnitude
+        self.normalize = normalize
+        self.wrap = wrap
+        self.magnitude = magnitude
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> Error:
+    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
         rec = require_pixels(out)
         if self.magnitude:
             edges = (self._magnitude(rec) - self._magnitude(clip.video)).abs()
@@ -76,9 +77,9 @@ class Sobel:
             gx, gy = self._gradient(rec - clip.video)
             edges = (gx.abs() + gy.abs()) / 2
         if clip.valid is not None:
-            touched = F.max_pool3d(self._pad((~clip.valid).float()), (1, 3, 3), stride=1)
-            edges = edges * _counted(1 - touched, clip)
-        return Error(edges, numel_per_frame(clip.video))
+            invalid = F.max_pool3d(self._pad((~clip.valid).float()), (1, 3, 3), stride=1)
+            edges = edges * _renormalised(1 - invalid, clip)
+        return ErrorMap(edges, numel_per_frame(clip.video))
 
     def _gradient(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         x = self._pad(frames) / (8 if self.normalize else 1)
@@ -98,14 +99,14 @@ class Sobel:
 
 
 class Wavelet:
-    """|Haar coefficients of the error|, all bands of `levels` levels alike: LTX-Video's DWT loss (arXiv 2501.00103),
-    since the transform is linear.
+    """|Haar coefficients of the error|, all bands of `levels` levels alike: LTX-Video's DWT loss (arXiv 2501.00103).
 
-    The transform is orthonormal. So white noise weighs what it does in L1, and a constant error 2 ** -levels of that:
-    fine detail counts the more. temporal: transform time, too; a constant error then weighs 8 ** (-levels / 2).
-    Every coefficient lies where its block of pixels begins, and the clip's weight there counts for it. Where sides, or
-    clips, are of odd length, the last pixel, or frame, is its own partner; a length of 1 is left alone, so that images
-    weigh the same with `temporal`. Blocks that hold a pixel that is not valid do not count.
+    The transform is linear, so the error is transformed instead of both videos, and orthonormal: white noise gives its
+    L1, and a constant error 2 ** -levels of it, so fine detail counts more. temporal: transform time as well; a
+    constant error then gives 8 ** (-levels / 2) of its L1.
+    A coefficient stands at the first pixel of its block and takes the clip's weight there. For odd lengths the last
+    pixel or frame is paired with itself; a length of 1 is not transformed, so images give the same with `temporal`.
+    Blocks with an invalid pixel do not count.
     Raises ValueError unless levels is positive.
     """
 
@@ -114,50 +115,52 @@ class Wavelet:
     def __init__(self, *, levels: int = 2, temporal: bool = False) -> None:
         if levels < 1:
             raise ValueError(f"levels is {levels}; use at least 1")
-        self.levels, self.axes = levels, (2, 3, 4) if temporal else (3, 4)
+        self.levels = levels
+        self.axes = (2, 3, 4) if temporal else (3, 4)
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> Error:
-        bands = by_levels(require_pixels(out) - clip.video, self.levels, self.axes, haar).abs()
+    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
+        bands = pyramid(require_pixels(out) - clip.video, self.levels, self.axes, haar).abs()
         if clip.valid is not None:
-            touched = by_levels((~clip.valid).float(), self.levels, self.axes, lambda a, b: (a + b, a + b))
-            bands = bands * _counted((touched == 0).float(), clip)
-        return Error(bands, numel_per_frame(clip.video))
+            invalid = pyramid((~clip.valid).float(), self.levels, self.axes, lambda a, b: (a + b, a + b))
+            bands = bands * _renormalised((invalid == 0).float(), clip)
+        return ErrorMap(bands, numel_per_frame(clip.video))
 
 
-Pairing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+PairTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def haar(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Average and difference of neighbours, scaled so that their squares add up to those of the neighbours."""
+    """Orthonormal average and difference of neighbours."""
     return (first + second) * 0.5**0.5, (first - second) * 0.5**0.5
 
 
-def by_levels(x: Tensor, levels: int, axes: Sequence[int], pairing: Pairing) -> Tensor:
-    """x with all neighbours along `axes` replaced by what `pairing` makes of them, then once more what comes first of
-    each block, and so on; the shape stays. With `haar` these are the wavelet coefficients, interleaved."""
+def pyramid(x: Tensor, levels: int, axes: Sequence[int], transform: PairTransform) -> Tensor:
+    """Transform pairs of neighbours along `axes`, then recursively the first element of each block; same shape.
+
+    With `haar` the result is the interleaved wavelet coefficients.
+    """
     if levels == 0:
         return x
     for axis in axes:
-        x = _paired(x, axis, pairing)
+        x = _transform_pairs(x, axis, transform)
     firsts = tuple(slice(None, None, 2 if axis in axes else 1) for axis in range(x.ndim))
-    coarser = by_levels(x[firsts], levels - 1, axes, pairing)
+    coarser = pyramid(x[firsts], levels - 1, axes, transform)
     x = x.clone()
     x[firsts] = coarser
     return x
 
 
-def _paired(x: Tensor, axis: int, pairing: Pairing) -> Tensor:
+def _transform_pairs(x: Tensor, axis: int, transform: PairTransform) -> Tensor:
     size = x.shape[axis]
     if size == 1:
         return x
-    lone = x.narrow(axis, size - 1, size % 2)
-    first, second = torch.cat([x, lone], axis).unflatten(axis, (-1, 2)).unbind(axis + 1)
-    return torch.stack(pairing(first, second), axis + 1).flatten(axis, axis + 1).narrow(axis, 0, size)
+    last = x.narrow(axis, size - 1, size % 2)
+    first, second = torch.cat([x, last], axis).unflatten(axis, (-1, 2)).unbind(axis + 1)
+    return torch.stack(transform(first, second), axis + 1).flatten(axis, axis + 1).narrow(axis, 0, size)
 
 
-def _counted(inside: Tensor, clip: Clip) -> Tensor:
-    """[B, 1, T, H, W]: `inside`, 1 where a pixel counts and 0 elsewhere, raised so that together with the clip's weight
-    it has mean 1 again."""
-    counted = inside if clip.weight is None else inside * clip.weight
-    share = counted.mean((1, 2, 3, 4), keepdim=True)
-    return inside / torch.where(share > 0, share, 1.0)
+def _renormalised(mask: Tensor, clip: Clip) -> Tensor:
+    """mask [B, 1, T, H, W] of 0 and 1, scaled so that mask * clip.weight has mean 1 per clip."""
+    weight = mask if clip.weight is None else mask * clip.weight
+    mean = weight.mean((1, 2, 3, 4), keepdim=True)
+    return mask / torch.where(mean > 0, mean, 1.0)

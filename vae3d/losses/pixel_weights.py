@@ -1,5 +1,4 @@
-"""How much each pixel counts in the losses on pixels. A weighting gives one number per row, of mean 1, so that the
-weights of the terms keep their meaning."""
+"""Weights of rows in the losses on pixels. Their mean is 1, so that they do not change the scale of a loss."""
 
 from __future__ import annotations
 
@@ -17,18 +16,18 @@ class PixelWeight(Protocol):
 
 
 class ErpCosine:
-    """Rows of a panorama by the area that they cover on the sphere.
+    """Weights rows of a panorama by their area on the sphere.
 
-    cos(latitude), at least `floor`, scaled to mean 1: w. Then (1 - blend) + blend * w: blend 1 is the sphere's area,
-    0 the picture's. Beyond 60 degrees lie 33 % of the pixels and 13 % of the area; a floor or a blend below 1 gives
-    ceilings and floors some of their pixels' weight back.
-    Raises ValueError if either is not between 0 and 1.
+    w = max(cos(latitude), floor), scaled to mean 1; the weight is (1 - blend) + blend * w. blend=1 weights by area,
+    blend=0 all rows alike. 33 % of the pixels but 13 % of the area lie beyond 60 degrees; a higher floor or a lower
+    blend gives them more weight. Raises ValueError if either is not between 0 and 1.
     """
 
     def __init__(self, floor: float = 0.0, blend: float = 1.0) -> None:
         if not (0 <= floor <= 1 and 0 <= blend <= 1):
             raise ValueError(f"floor is {floor} and blend is {blend}; both must lie between 0 and 1")
-        self.floor, self.blend = floor, blend
+        self.floor = floor
+        self.blend = blend
 
     def __call__(self, height: int, device: torch.device) -> Tensor:
         area = latitude_weights(height, device).clamp_min(self.floor)
@@ -36,6 +35,6 @@ class ErpCosine:
 
 
 def mean_one(weight: Tensor) -> Tensor:
-    """[B, ...] non-negative weights, scaled to mean 1 for every clip; a clip whose weights are all 0 keeps them."""
+    """Scale non-negative weights [B, ...] to mean 1 for each clip; weights that are all 0 stay 0."""
     mean = weight.flatten(1).mean(1).view(-1, *[1] * (weight.ndim - 1))
     return weight / torch.where(mean > 0, mean, 1.0)
