@@ -47,7 +47,7 @@ def test_a_frame_goes_on_across_the_seam_and_over_the_poles():
     ]
     assert wrap(frame, 0, 2)[:2].tolist() == [[6, 7, 4, 5], [2, 3, 0, 1]]
     assert wrap(torch.tensor([[0.0, 3, 6]]), 0, 1)[0].tolist() == [4.5, 3, 1.5]  # half a turn is one and a half columns
-    with pytest.raises(ValueError, match="frames of 2x4 cannot be continued by 0 rows and 5 columns"):
+    with pytest.raises(ValueError, match="frames of 2x4 cannot be padded by 0 rows and 5 columns"):
         wrap(frame, 5)
 
 

@@ -1,4 +1,4 @@
-"""Computing in fp32 inside a region that runs under autocast."""
+"""Dtypes, autocast and TF32."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def as_device(name: str) -> torch.device:
-    """The device of that name. Raises UserError if there is none on this machine."""
+    """torch.device(name). Raises UserError if this machine has no such device."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -24,18 +24,17 @@ def as_device(name: str) -> torch.device:
 
 
 def disable_tf32() -> None:
-    """Measure in real fp32: convolutions on NVIDIA GPUs keep only 10 bits of the mantissa by default."""
+    """Compute in full fp32: by default convolutions on NVIDIA GPUs use TF32, with 10 bits of mantissa."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def cast_keep_stats(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast a network, but keep latents_mean and latents_std in fp32: bf16 would change them by up to 0.4 %."""
-    constants = {
-        name: b for name, b in network.named_buffers() if name.rpartition(".")[2] in ("latents_mean", "latents_std")
-    }
+    names = ("latents_mean", "latents_std")
+    stats = {name: buffer for name, buffer in network.named_buffers() if name.rpartition(".")[2] in names}
     network.to(dtype)
-    for name, buffer in constants.items():
+    for name, buffer in stats.items():
         owner, _, attribute = name.rpartition(".")
         setattr(network.get_submodule(owner), attribute, buffer)
     return network
@@ -43,7 +42,7 @@ def cast_keep_stats(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @contextmanager
 def no_tf32() -> Iterator[None]:
-    """Inside this context GPUs compute in real fp32, whatever the program does outside of it."""
+    """Context manager: disable_tf32 inside, restore the flags after."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     disable_tf32()
     try:
@@ -65,8 +64,10 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 
 def slow_conv3d() -> str | None:
-    """What is wrong with this machine's half-precision 3D convolutions, or None: torch 2.9 with a cuDNN before 9.15
-    runs them without cuDNN, in 3 to 17 times the memory (pytorch#166643)."""
+    """A warning if half-precision 3D convolutions are slow here, or None.
+
+    torch 2.9 with cuDNN before 9.15 runs them without cuDNN, with 3 to 17 times the memory (pytorch#166643).
+    """
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     if cudnn is None or not torch.__version__.startswith("2.9.") or cudnn >= 91500:
         return None
@@ -74,5 +75,5 @@ def slow_conv3d() -> str | None:
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """The dtype to autocast to, of fp32, bf16 or fp16; None for fp32, which runs without autocast."""
+    """bf16 or fp16 as a torch.dtype; None for fp32, which runs without autocast."""
     return None if precision == "fp32" else DTYPES[precision]

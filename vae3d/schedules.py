@@ -1,16 +1,17 @@
-"""Schedules as pure functions of the optimizer step: nothing to checkpoint, easy to plot and to test."""
+"""Schedules as pure functions of the optimizer step, so there is nothing to checkpoint."""
 
 from __future__ import annotations
 
 import math
 import sys
 
-# No run gets so far: at this step and the next, which are of either turn, every ramp has ended and all has started.
+# A step that no run reaches, where every ramp has ended. Alternating updates train one network here, the other at the
+# next step.
 ALL_ON = sys.maxsize - 1
 
 
 def ramp(step: int, start: int, end: int) -> float:
-    """0 up to `start`, linear to 1 at `end`, 1 after; with start == end a switch at that step."""
+    """0 up to `start`, linear to 1 at `end`, then 1. With start == end it switches to 1 at that step."""
     if step >= end:
         return 1.0
     if step <= start:
@@ -33,13 +34,12 @@ def learning_rate(
     cycles: int = 1,
     power: float = 1.0,
 ) -> float:
-    """Learning rate of optimizer step `step` (0-based), by the names of `get_scheduler` in diffusers and transformers.
+    """Learning rate at optimizer step `step` (0-based). Schedules have the names of diffusers' `get_scheduler`.
 
-    Linear warm-up from 0 at step 0 to `lr` at step `warmup_steps` under every schedule, so that `constant` and
-    `constant_with_warmup` are the same here (theirs differ: `constant` leaves the warm-up out). Then `lr` for ever, or
-    until step `decay_start` (None: no hold), and from there down to `min_lr` at `max_steps` and after: `linear`; along
-    half a `cosine`; `cosine_with_restarts`, back at `lr` after each of `cycles` descents; `polynomial`,
-    (1 - progress) ** `power` (theirs ends at 1e-7, which is min_lr here).
+    All warm up linearly from 0 at step 0 to `lr` at step `warmup_steps`, so `constant` equals `constant_with_warmup`
+    (in diffusers `constant` has no warm-up). The others then hold `lr` until step `decay_start` (None: no hold) and
+    decay to `min_lr` at `max_steps`: `linear`; `cosine`, half a period; `cosine_with_restarts`, back at `lr` after each
+    of `cycles` descents; `polynomial`, (1 - progress) ** `power` (in diffusers it ends at 1e-7, here at min_lr).
     Raises ValueError for an unknown schedule.
     """
     if schedule not in SCHEDULES:
@@ -58,6 +58,6 @@ def learning_rate(
 
 
 def ema_decay(step: int, *, decay: float, warmup: bool) -> float:
-    """EMA decay after `step` updates; with warm-up min(decay, (1 + step) / (10 + step)), as in TensorFlow's
+    """EMA decay after `step` updates; with warmup min(decay, (1 + step) / (10 + step)), as in TensorFlow's
     ExponentialMovingAverage(num_updates)."""
     return min(decay, (1 + step) / (10 + step)) if warmup else decay

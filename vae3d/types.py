@@ -1,7 +1,7 @@
-"""The values that pass between models, losses, data and the training loop.
+"""Data types shared by models, losses, data and training.
 
-Shapes: B clips, C channels, T frames of H x W pixels; t, h, w are the same axes in the latent space.
-Pixels lie in [-1, 1].
+Shapes: B clips, C channels, T frames of H x W pixels; t, h, w are the same axes in the latent space. Pixels are in
+[-1, 1].
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vae3d.seeding import Generators, generator_of, randn_like
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """A latent space: its channels, its compression factors, and its mean and standard deviation.
+    """A latent space: channels, compression factors, mean and standard deviation.
 
     causal: a latent never depends on later frames. latents_mean, latents_std: per channel. Empty on the meta device for
     models that keep them with their weights; latents_std is empty also for a SpatialVAE without a scaling factor.
@@ -33,7 +33,7 @@ class LatentSpec:
 
 @dataclass
 class Posterior:
-    """Diagonal Gaussian over latents [B, C, t, h, w] (latent-diffusion `ldm/modules/distributions`)."""
+    """Diagonal Gaussian over latents [B, C, t, h, w], `ldm/modules/distributions` of latent-diffusion."""
 
     mean: Tensor
     logvar: Tensor
@@ -52,7 +52,7 @@ class Posterior:
         return self.mean
 
     def kl_map(self) -> Tensor:
-        """KL(q || N(0, 1)) of every latent element, [B, C, t, h, w], in nats."""
+        """KL(q || N(0, 1)) per latent element, [B, C, t, h, w], in nats."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
 
     def kl(self) -> Tensor:
@@ -62,7 +62,7 @@ class Posterior:
 
 @dataclass
 class Delta:
-    """Posterior of a deterministic encoder: all mass on `mean`, no KL."""
+    """Posterior of a deterministic encoder: a delta distribution at `mean`, whose KL counts as 0."""
 
     mean: Tensor
 
@@ -81,10 +81,7 @@ class Delta:
 
 @dataclass
 class SpatialPath:
-    """The inner latents of a two-stage autoencoder, [B, C, T, h, w]: of the 2D VAE, and as reconstructed.
-
-    latent: None if latents were given instead of encoded.
-    """
+    """2D latents [B, C, T, h, w] of a two-stage autoencoder, encoded (None if latents were given) and reconstructed."""
 
     latent: Tensor | None
     latent_rec: Tensor
@@ -92,14 +89,13 @@ class SpatialPath:
 
 @dataclass
 class Reconstruction:
-    """What one forward pass of a VideoAutoencoder returns.
+    """Result of VideoAutoencoder.forward.
 
-    video: [B, 3, T, H, W], unclamped, or None if pixels were not asked for.
-    posterior: None if latents were given instead of encoded. z: [B, C, t, h, w], raw: what was decoded, but before
-    noise was added to it (stage.latent_noise).
-    features: of inner modules, [B, C', t', h', w'], by name; only if a feature distillation asked for them.
-    decode: decodes other latents with the same network, for terms that ask: (latents, video) -> video, where the second
-    argument only tells the size of the result; set by the Trainer.
+    video: [B, 3, T, H, W], not clamped; None with pixels=False. posterior: None if latents were given instead of
+    encoded. z: [B, C, t, h, w], the raw latents that were decoded, without the noise of stage.latent_noise.
+    features: outputs of inner modules by name, [B, C', t', h', w'], for feature distillation.
+    decode: (latents, video) -> video decodes other latents with the same network, to the size of its second argument;
+    set by models.forward.attach_decoder, for loss terms.
     """
 
     video: Tensor | None
@@ -112,10 +108,10 @@ class Reconstruction:
 
 @dataclass
 class TeacherTargets:
-    """What a teacher makes of a clip, without gradients.
+    """A teacher's results for a clip, detached.
 
-    z: its latents, in the student's convention. features: of its inner modules, under the names of the student's
-    modules that are to imitate them and at their number of frames.
+    z: latents in the student's space (raw or normalized). features: outputs of inner modules, under the names of the
+    student's modules that are trained to match them, with as many frames.
     """
 
     z: Tensor
@@ -124,16 +120,15 @@ class TeacherTargets:
 
 @dataclass
 class Clip:
-    """A batch of clips as the losses see it.
+    """A batch of clips.
 
-    video: [B, 3, T, H, W]; uint8 [0, 255] as loaded, float [-1, 1] after `to`.
-    positions: [B], each clip's place in the endless training order; with the run's seed it fixes every
-    random draw made for the clip; below 0 in a rehearsal. paths: source files. errors: (path, reason) of
-    files that failed to read while this batch was made.
-    Of depth maps only, valid: [B, 1, T, H, W] bool, False where nothing was measured, with finite pixels nevertheless;
-    depth_bounds: [B, 2] metres that -1 and 1 stand for.
-    weight: how much each pixel counts, broadcastable to [B, 1, T, H, W], of mean 1; set by the Objective.
-    targets: what the teacher makes of it, if there is one; set by the Trainer.
+    video: [B, 3, T, H, W]; uint8 [0, 255] as loaded, float [-1, 1] after `to`. positions: [B], index of each clip in
+    the endless training order. With the run's seed it determines every random draw for the clip; below 0 in the
+    preflight. paths: source files. errors: (path, reason) of files that could not be read for this batch.
+    valid, depth_bounds: of depth maps only. valid [B, 1, T, H, W] is False where depth is missing; pixels are finite
+    there too. depth_bounds [B, 2] are the metres that -1 and 1 mean.
+    weight: of each pixel, broadcastable to [B, 1, T, H, W], of mean 1; set by the Objective.
+    targets: of the teacher, if there is one; set by the trainer.
     """
 
     video: Tensor
@@ -146,7 +141,7 @@ class Clip:
     targets: TeacherTargets | None = None
 
     def pin_memory(self) -> Clip:
-        """Called by the DataLoader, so that `to` copies while the GPU computes."""
+        """Called by the DataLoader, for asynchronous copies in `to`."""
         return self._each(Tensor.pin_memory)
 
     def to(self, device: torch.device | str) -> Clip:
@@ -157,10 +152,10 @@ class Clip:
         return moved
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Clip:
-        """A copy with `change` made to what belongs on a device; positions stay where they are."""
-        given = {name: getattr(self, name) for name in ("video", "valid", "depth_bounds", "weight")}
-        return replace(self, **{name: change(tensor) for name, tensor in given.items() if tensor is not None})
+        """A copy with `change` applied to all tensors but positions, which stay on the CPU."""
+        tensors = {name: getattr(self, name) for name in ("video", "valid", "depth_bounds", "weight")}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
 
     def generators(self, seed: int, device: torch.device | str) -> list[torch.Generator]:
-        """One generator per clip, a pure function of (seed, position)."""
+        """One generator per clip, seeded by (seed, position)."""
         return [generator_of(seed, position, "noise", device=device) for position in self.positions.tolist()]
