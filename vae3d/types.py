@@ -30,6 +30,10 @@ class LatentSpec:
     latents_mean: tuple[float, ...]
     latents_std: tuple[float, ...]
 
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the latents of frames, whose sides are padded to multiples of space_stride."""
+        return -(-height // self.space_stride), -(-width // self.space_stride)
+
 
 @dataclass
 class Posterior:

@@ -245,14 +245,7 @@ class Seraena:
 
     def _inputs(self, clip: Clip, out: Reconstruction) -> tuple[Tensor, Tensor, Tensor]:
         """Real and fake images and their context, checked, in fp32; only the fakes have a gradient."""
-        self._check_shapes(clip, out)
-        groups = -(-clip.video.shape[2] // self.frames)
-        context = group_latents(out.z.detach().float(), groups, nearest=self.context == "nearest")
-        real, fake = (group_frames((video.float() + 1) / 2, self.frames) for video in (clip.video, out.video))
-        return real, fake, context
-
-    def _check_shapes(self, clip: Clip, out: Reconstruction) -> None:
-        real, _ = require_pair("Seraena", clip, out)
+        real, fake = require_pair("Seraena", clip, out)
         z = out.z
         if z.ndim != 5 or z.shape[0] != real.shape[0]:
             raise ValueError(f"latents of {len(real)} clips are [{len(real)}, C, t, h, w]; these are {list(z.shape)}")
@@ -265,12 +258,15 @@ class Seraena:
             raise ValueError(
                 f"the clip is {real.shape[-2]}x{real.shape[-1]}; Seraena needs {SERAENA_STRIDE} pixels or more"
             )
-        images = -(-real.shape[2] // self.frames) * len(real)
-        scores = images * math.prod(side // SERAENA_STRIDE for side in real.shape[-2:])
+        groups = -(-real.shape[2] // self.frames)
+        scores = len(real) * groups * math.prod(side // SERAENA_STRIDE for side in real.shape[-2:])
         if self.norm == "batch" and scores == 1:
             raise ValueError(
                 "one image that small gives the batch norms a single value; use adversary.norm=group, or larger clips"
             )
+        context = group_latents(z.detach().float(), groups, nearest=self.context == "nearest")
+        real, fake = (group_frames((video.float() + 1) / 2, self.frames) for video in (real, fake))
+        return real, fake, context
 
     def _check_same_size(self, images: Tensor, contexts: Tensor) -> None:
         """Raises ValueError unless images and contexts have the sizes of those in the buffer."""

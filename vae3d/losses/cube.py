@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vae3d import panorama
 from vae3d.losses.objective import ErrorMap, numel_per_frame, require_pixels
-from vae3d.losses.perceptual import LPIPS, frames_of
+from vae3d.losses.perceptual import LPIPS
 from vae3d.losses.pixel_weights import mean_one
+from vae3d.models.layers.frames import frames_of
 from vae3d.types import Clip, Reconstruction
 
 

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from vae3d.losses.objective import ErrorMap, numel_per_frame, require_pixels
 from vae3d.losses.pixel_weights import mean_one
+from vae3d.models.layers.frames import clips_of, frames_of
 from vae3d.seeding import seed_of
 from vae3d.types import Clip, Reconstruction
 
@@ -30,10 +30,9 @@ class Transform(NamedTuple):
     def __call__(self, video: Tensor, size: Sequence[int]) -> Tensor:
         """Transform video [1, C, T, H, W]. size: its height and width after scaling."""
         if tuple(size) != tuple(video.shape[-2:]):
-            frames = rearrange(video, "b c t h w -> (b t) c h w")
             # As in both papers, but with antialias: otherwise scales below 1/2 skip pixels.
-            frames = F.interpolate(frames, tuple(size), mode="bilinear", antialias=True)
-            video = rearrange(frames, "(b t) c h w -> b c t h w", b=len(video))
+            frames = F.interpolate(frames_of(video), tuple(size), mode="bilinear", antialias=True)
+            video = clips_of(frames, len(video))
         return torch.rot90(video.flip(-1) if self.flip else video, self.quarter_turns, (-2, -1))
 
     def scaled_size(self, height: int, width: int) -> tuple[int, int]:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vae3d import panorama
 from vae3d.losses.objective import ErrorMap, numel_per_frame, require_pixels
+from vae3d.models.layers.frames import clips_of, frames_of
 from vae3d.pretrained import weights
 from vae3d.pretrained.lpips import LPIPSNet
 from vae3d.types import Clip, Reconstruction
@@ -67,7 +67,7 @@ class LPIPS:
         tensors = [ori, rec] if weight is None else [ori, rec, weight]
         batches = zip(*(tensor.split(self.frame_batch) for tensor in tensors), strict=True)
         values = torch.cat([self._distance(*batch) for batch in batches])
-        return rearrange(values, "(b t) c h w -> b c t h w", b=clips)
+        return clips_of(values, clips)
 
     def _distance(self, ori: Tensor, rec: Tensor, weight: Tensor | None = None) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled() and rec.requires_grad:
@@ -80,8 +80,3 @@ class LPIPS:
         weight = clip.video.new_ones(1, 1, 1, 1, 1) if clip.weight is None else clip.weight
         weight = weight.expand(-1, -1, -1, clip.video.shape[-2], width)
         return F.pad(weight, (self.wrap, self.wrap)) * (1 + 2 * self.wrap / width)
-
-
-def frames_of(clips: Tensor) -> Tensor:
-    """[B, C, T, H, W] -> [B * T, C, H, W]."""
-    return rearrange(clips, "b c t h w -> (b t) c h w")

@@ -117,8 +117,7 @@ class DiffusersVAE(LatentNormMixin):
         return -(-self._valid_frames(frames) // self.spec.time_stride)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        stride = self.spec.space_stride
-        return self.spec.channels, self.latent_frames(frames), -(-height // stride), -(-width // stride)
+        return self.spec.channels, self.latent_frames(frames), *self.spec.latent_size(height, width)
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """The whole video at once: independent chunks would show seams."""

@@ -48,6 +48,7 @@ class OpenSoraVAE(LatentNormMixin):
 
     @property
     def spec(self) -> LatentSpec:
+        """Copies latents_mean and latents_std, which are saved with the weights, to the CPU."""
         return LatentSpec(
             channels=self.temporal_vae.latent_channels,
             time_stride=self.temporal_vae.stride,
@@ -66,7 +67,7 @@ class OpenSoraVAE(LatentNormMixin):
 
         num_frames: T, by default as many as possible. Raises ValueError if it does not fit the latents.
         """
-        check_latents(z, self.spec.channels)
+        check_latents(z, self.temporal_vae.latent_channels)
         return self.decode_spatial(self.decode_temporal(z, num_frames))
 
     def forward(
@@ -144,8 +145,8 @@ class OpenSoraVAE(LatentNormMixin):
         return whole * self.temporal_vae.latent_frames(self.micro_frames) + self.temporal_vae.latent_frames(rest)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        _, _, h, w = self.spatial_vae.latent_shape(frames, height, width)
-        return self.temporal_vae.latent_channels, self.latent_frames(frames), h, w
+        size = self.spatial_vae.spec.latent_size(height, width)
+        return self.temporal_vae.latent_channels, self.latent_frames(frames), *size
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """Chunks of micro_frames, which are independent anyway; without micro_frames the whole video."""

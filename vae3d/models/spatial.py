@@ -295,8 +295,7 @@ class SpatialVAE(nn.Module):
         return frames >= 1
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        f = self.spec.space_stride
-        return self.spec.channels, frames, -(-height // f), -(-width // f)
+        return self.spec.channels, frames, *self.spec.latent_size(height, width)
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """Chunks of frame_batch frames; any length gives the same result."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers.frames import extend_time, pad_space
-from vae3d.models.layers.taehv_frames import FramePlan, FrameRule, frames_shown, split_runs
 from vae3d.seeding import Generators
-from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction
+from vae3d.types import LatentSpec, Posterior, Reconstruction
 
 DEFAULT_MEMORY = 8.0  # GiB
 
@@ -69,77 +67,6 @@ class CausalStream:
         z = posterior.sample(generator) if sample else posterior.mode()
         rec, self._decoder_cache = self.coder.decode_chunk(z, self._decoder_cache)
         return Reconstruction(rec[:, :, :frames, :height, :width], posterior, z)
-
-
-class PlannedCoder(Protocol):
-    """What PlannedStream needs; see TAEHV."""
-
-    spec: LatentSpec
-    rule: FrameRule
-
-    def plan(self, frames: int) -> FramePlan: ...
-
-    def encode_planned(
-        self, video: Tensor, plan: FramePlan, start: int, stop: int, cache: object
-    ) -> tuple[Tensor, object]: ...
-
-    def decode_planned(self, z: Tensor, plan: FramePlan, start: int, cache: object) -> tuple[Tensor, object]: ...
-
-
-class PlannedStream:
-    """Like CausalStream, for models whose frame rule depends on the video's length.
-
-    Where latents depend on frames after those that they are decoded to, each chunk comes with these frames
-    (`lookahead`). They are encoded at once, and the next call, which is given them again, skips them.
-    """
-
-    def __init__(self, coder: PlannedCoder, chunk_latents: int) -> None:
-        self.coder = coder
-        self.chunk_latents = chunk_latents
-        self.lookahead = coder.spec.time_stride - 1 if coder.rule.looks_ahead else 0
-        self._chunks: Iterator[tuple[int, int]] = iter(())  # (frames, latents up to the chunk's end)
-
-    def chunks(self, frames: int) -> list[int]:
-        stride = self.coder.spec.time_stride
-        self._plan = plan = self.coder.plan(frames)
-        ends = {}  # frame -> latent
-        for latents in [*range(self.chunk_latents, plan.latents, self.chunk_latents), plan.latents]:
-            ends[min(frames, frames_shown(plan, stride, latents))] = latents
-        lengths = [end - start for start, end in pairwise([0, *ends])]
-        self._chunks = iter(list(zip(lengths, ends.values(), strict=True)))
-        self._shown = 0  # frames
-        self._encoded = 0  # frames
-        self._latents = 0
-        self._encoder_cache = None
-        self._decoder_cache = None
-        return lengths
-
-    def __call__(self, video: Tensor, *, sample: bool = False, generator: Generators = None) -> Reconstruction:
-        """Raises ValueError for more chunks than `chunks` returned, and for a chunk of another length."""
-        frames, latents = next(self._chunks, (0, 0))
-        height, width = video.shape[-2:]
-        if not frames or not frames <= video.shape[2] <= frames + self.lookahead:
-            raise ValueError(
-                f"the chunk has {video.shape[2]} frames; chunks() gave it {frames}, with at most {self.lookahead} more "
-                "as lookahead"
-            )
-        z = self._encode(pad_space(video, self.coder.spec.space_stride), latents)
-        rec, self._decoder_cache = self.coder.decode_planned(z, self._plan, self._latents, self._decoder_cache)
-        self._shown += frames
-        self._latents = latents
-        return Reconstruction(rec[:, :, :frames, :height, :width], Delta(z), z)
-
-    def _encode(self, video: Tensor, latents: int) -> Tensor:
-        """Encode up to the latent `latents`. video: from the first frame that has not been shown."""
-        stride, plan = self.coder.spec.time_stride, self._plan
-        count = sum(frames for _, _, frames in split_runs(plan.encoder, stride, self._latents, latents))
-        new = video[:, :, self._encoded - self._shown :]
-        if not new.shape[2]:
-            new = video[:, :, -1:]
-        new = extend_time(new, count)[:, :, :count]
-        self._encoded += count
-        z, self._encoder_cache = self.coder.encode_planned(new, plan, self._latents, latents, self._encoder_cache)
-        return z
 
 
 def chunk_lengths(frames: int, chunk_latents: int, time_stride: int) -> list[int]:

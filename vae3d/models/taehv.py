@@ -6,8 +6,9 @@ State-dict keys and results are those of `taehv.py` in madebyollin/taehv, but fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from vae3d.models.layers import taehv_blocks as blocks
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import extend_time, pad_space
 from vae3d.models.layers.taehv_blocks import Cache, run_layers
-from vae3d.models.layers.taehv_frames import RULES, FramePlan, split_runs
-from vae3d.models.streaming import PlannedStream, chunk_within
+from vae3d.models.layers.taehv_frames import RULES, FramePlan, frames_shown, split_runs
+from vae3d.models.streaming import chunk_within
 from vae3d.pixels import check_latents, check_video
+from vae3d.seeding import Generators
 from vae3d.types import Delta, LatentSpec, Reconstruction
 
 # Widths of the two published decoders.
@@ -299,8 +301,63 @@ class TAEHV(LatentNormMixin):
         return frames >= 1 and self.plan(frames).frames == frames
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        stride = self.spec.space_stride
-        return self.spec.channels, self.plan(frames).latents, -(-height // stride), -(-width // stride)
+        return self.spec.channels, self.plan(frames).latents, *self.spec.latent_size(height, width)
+
+
+class PlannedStream:
+    """Like CausalStream, for TAEHV, whose frame rules depend on the video's length.
+
+    Where latents depend on frames after those that they are decoded to, each chunk comes with these frames
+    (`lookahead`). They are encoded at once, and the next call, which is given them again, skips them.
+    """
+
+    def __init__(self, model: TAEHV, chunk_latents: int) -> None:
+        self.model = model
+        self.chunk_latents = chunk_latents
+        self.lookahead = model.spec.time_stride - 1 if model.rule.looks_ahead else 0
+        self._chunks: Iterator[tuple[int, int]] = iter(())  # (frames, latents up to the chunk's end)
+
+    def chunks(self, frames: int) -> list[int]:
+        stride = self.model.spec.time_stride
+        self._plan = plan = self.model.plan(frames)
+        ends = {}  # frame -> latent
+        for latents in [*range(self.chunk_latents, plan.latents, self.chunk_latents), plan.latents]:
+            ends[min(frames, frames_shown(plan, stride, latents))] = latents
+        lengths = [end - start for start, end in pairwise([0, *ends])]
+        self._chunks = iter(list(zip(lengths, ends.values(), strict=True)))
+        self._shown = 0  # frames
+        self._encoded = 0  # frames
+        self._latents = 0
+        self._encoder_cache = None
+        self._decoder_cache = None
+        return lengths
+
+    def __call__(self, video: Tensor, *, sample: bool = False, generator: Generators = None) -> Reconstruction:
+        """Raises ValueError for more chunks than `chunks` returned, and for a chunk of another length."""
+        frames, latents = next(self._chunks, (0, 0))
+        height, width = video.shape[-2:]
+        if not frames or not frames <= video.shape[2] <= frames + self.lookahead:
+            raise ValueError(
+                f"the chunk has {video.shape[2]} frames; chunks() gave it {frames}, with at most {self.lookahead} more "
+                "as lookahead"
+            )
+        z = self._encode(pad_space(video, self.model.spec.space_stride), latents)
+        rec, self._decoder_cache = self.model.decode_planned(z, self._plan, self._latents, self._decoder_cache)
+        self._shown += frames
+        self._latents = latents
+        return Reconstruction(rec[:, :, :frames, :height, :width], Delta(z), z)
+
+    def _encode(self, video: Tensor, latents: int) -> Tensor:
+        """Encode up to the latent `latents`. video: from the first frame that has not been shown."""
+        stride, plan = self.model.spec.time_stride, self._plan
+        count = sum(frames for _, _, frames in split_runs(plan.encoder, stride, self._latents, latents))
+        new = video[:, :, self._encoded - self._shown :]
+        if not new.shape[2]:
+            new = video[:, :, -1:]
+        new = extend_time(new, count)[:, :, :count]
+        self._encoded += count
+        z, self._encoder_cache = self.model.encode_planned(new, plan, self._latents, latents, self._encoder_cache)
+        return z
 
 
 def _one_by_one(x: Tensor) -> bool:

@@ -10,8 +10,16 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor, nn
 
-from vae3d.models.layers.wan_blocks import Conv, Downsample, Head, ResidualBlock, Upsample, run_chain
-from vae3d.models.layers.wan_shortcuts import DownBlock, UpBlock
+from vae3d.models.layers.wan_blocks import (
+    Conv,
+    DownBlock,
+    Downsample,
+    Head,
+    ResidualBlock,
+    UpBlock,
+    Upsample,
+    run_chain,
+)
 from vae3d.models.streaming import CausalStream
 from vae3d.models.wan import Cache, WanVAE
 from vae3d.types import LatentSpec, Posterior

@@ -23,15 +23,16 @@ from vae3d.models.layers.frames import extend_time, pad_space
 from vae3d.models.layers.wan_blocks import (
     AttentionBlock,
     Conv,
+    DownBlock,
     Downsample,
     Head,
     LayerCache,
     ResidualBlock,
+    UpBlock,
     Upsample,
     pointwise,
     run_chain,
 )
-from vae3d.models.layers.wan_shortcuts import DownBlock, UpBlock
 from vae3d.models.streaming import CausalStream, chunk_lengths, chunk_within
 from vae3d.pixels import check_latents, check_video
 from vae3d.types import LatentSpec, Posterior, Reconstruction
@@ -319,5 +320,4 @@ class WanVAE(LatentNormMixin):
         return 1 + -(-(frames - 1) // self.spec.time_stride)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        stride = self.spec.space_stride
-        return self.spec.channels, self.latent_frames(frames), -(-height // stride), -(-width // stride)
+        return self.spec.channels, self.latent_frames(frames), *self.spec.latent_size(height, width)

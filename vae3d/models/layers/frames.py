@@ -6,8 +6,17 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
+
+
+def frames_of(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B * T, C, H, W], without a copy in channels-last memory."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def clips_of(frames: Tensor, batch: int) -> Tensor:
+    """Inverse of frames_of."""
+    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 def per_frame(fn: Callable[[Tensor], Tensor], video: Tensor, frame_batch: int | None) -> Tensor:
@@ -15,9 +24,9 @@ def per_frame(fn: Callable[[Tensor], Tensor], video: Tensor, frame_batch: int | 
 
     frame_batch: frames at a time; None: all. Exact for networks that normalise per image.
     """
-    frames = rearrange(video, "b c t h w -> (b t) c h w")
+    frames = frames_of(video)
     outputs = [fn(batch) for batch in frames.split(frame_batch or len(frames))]
-    return rearrange(torch.cat(outputs), "(b t) c h w -> b c t h w", b=video.shape[0])
+    return clips_of(torch.cat(outputs), len(video))
 
 
 def pad_space(video: Tensor, stride: int) -> Tensor:

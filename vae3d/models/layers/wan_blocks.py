@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from vae3d.models.layers.borders import POINTWISE, Borders
 from vae3d.models.layers.checkpointing import maybe_checkpoint
+from vae3d.models.layers.frames import clips_of, frames_of
 from vae3d.models.layers.stream_conv import rms_norm, stream_conv
 
 LayerCache = Any  # None, a tensor, or a tuple of them
@@ -42,16 +43,6 @@ def run_chain(
         x, layer_cache = maybe_checkpoint(layer, x, layer_cache, return_cache, enabled=recompute)
         new_cache.append(layer_cache)
     return x, tuple(new_cache)
-
-
-def frames_of(x: Tensor) -> Tensor:
-    """[B, C, T, H, W] -> [B * T, C, H, W], without a copy in channels-last memory."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def clips_of(frames: Tensor, batch: int) -> Tensor:
-    """Inverse of frames_of."""
-    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 class RMSNorm(nn.Module):
@@ -195,6 +186,57 @@ class Upsample(nn.Module):
         pairs, new_cache = stream_conv(later, cache, self.time_conv, POINTWISE, return_cache=return_cache)
         pairs = rearrange(pairs.permute(0, 2, 3, 4, 1), "b t h w (s c) -> b (t s) h w c", s=2).permute(0, 4, 1, 2, 3)
         return torch.cat([first, pairs], 2) if first.shape[2] else pairs, new_cache
+
+
+class DownBlock(nn.Module):
+    """A level of Wan2.2's encoder: blocks, then down (none or one), plus the patches of its input averaged over groups
+    of channels. Down_ResidualBlock of `vae2_2.py`, after DC-AE (arXiv 2410.10733)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, blocks: Sequence[nn.Module], down: Sequence[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.downsamples = nn.ModuleList([*blocks, *down])
+        self.out_channels = out_channels
+        self.space = 2 if down else 1
+        self.time = 2 if down and down[0].time_conv is not None else 1
+        if in_channels * self.time * self.space**2 % out_channels:
+            raise ValueError(f"the patches of {in_channels} channels cannot be averaged to {out_channels}")
+
+    def forward(self, x: Tensor, cache: LayerCache = None, return_cache: bool = False) -> tuple[Tensor, LayerCache]:
+        y, cache = run_chain(self.downsamples, x, cache, return_cache)
+        return y + self._shortcut(x), cache
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        """An odd first chunk gets zero frames in front, as published, so its first frame is averaged with zeros."""
+        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.time, 0))
+        patches = rearrange(x, "b c (t i) (h j) (w k) -> b (c i j k) t h w", i=self.time, j=self.space, k=self.space)
+        return reduce(patches, "b (c g) t h w -> b c t h w", "mean", c=self.out_channels)
+
+
+class UpBlock(nn.Module):
+    """A level of Wan2.2's decoder: blocks, then up (none or one), plus the channels of its input repeated and spread
+    over patches. Up_ResidualBlock of `vae2_2.py`."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, blocks: Sequence[nn.Module], up: Sequence[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.upsamples = nn.ModuleList([*blocks, *up])
+        self.up = bool(up)
+        self.time = 2 if up and up[0].time_conv is not None else 1
+        self.repeats, rest = divmod(out_channels * self.time * 4, in_channels)
+        if self.up and rest:
+            raise ValueError(f"{in_channels} channels cannot be spread over patches of {out_channels}")
+
+    def forward(self, x: Tensor, cache: LayerCache = None, return_cache: bool = False) -> tuple[Tensor, LayerCache]:
+        y, new_cache = run_chain(self.upsamples, x, cache, return_cache)
+        return y + self._shortcut(x, first=cache is None) if self.up else y, new_cache
+
+    def _shortcut(self, x: Tensor, first: bool) -> Tensor:
+        x = x.repeat_interleave(self.repeats, 1)
+        x = rearrange(x, "b (c i j k) t h w -> b c (t i) (h j) (w k)", i=self.time, j=2, k=2)
+        return x[:, :, self.time - 1 :] if first else x
 
 
 def zero_grad_identity(x: Tensor, conv: nn.Conv3d) -> Tensor:
