@@ -16,31 +16,31 @@ from vae3d.training.preflight import PreflightError, preflight
 from vae3d.training.vae_trainer import Trainer
 
 SOUND = 3
-FAULTS = ("backward", "second", "data", "nan", "discriminator")  # a rehearsal fails in the forward pass
+FAULTS = ("backward", "second", "data", "nan", "discriminator")  # a preflight fails in the forward pass
 
 
 def sound_steps(t: Trainer) -> dict[str, object]:
     """Take the first steps, without the tiny epsilon that makes a sign of a rounding error; the state after them."""
     t.adversary.optimizer.param_groups[0]["eps"] = 0.01
-    told = [t.train_step(clips_of(t, step)) for step in range(SOUND)]
+    metrics = [t.train_step(clips_of(t, step)) for step in range(SOUND)]
     weights = {name: tensor.clone() for name, tensor in t.network.state_dict().items()}
     critic = {name: tensor.clone() for name, tensor in t.adversary.discriminator.state_dict().items()}
-    return {"told": told, "weights": weights, "critic": critic, "averages": t.adversary.averages.clone()}
+    return {"metrics": metrics, "weights": weights, "critic": critic, "averages": t.adversary.averages.clone()}
 
 
 def faulty_steps(t: Trainer, fails: bool) -> dict[str, dict[str, float]]:
-    told = {}
+    metrics = {}
     for error in FAULTS:
         hooks = []
         if fails and error == "discriminator":  # its own pass, after the exchange of the first micro-batch
             discriminator_criterion = t.adversary.discriminator_criterion
             t.adversary.discriminator_criterion = out_of_memory
             hooks.append(lambda: setattr(t.adversary, "discriminator_criterion", discriminator_criterion))  # noqa: B023
-        told[error] = faulty_step(t, error, fails)
+        metrics[error] = faulty_step(t, error, fails)
         for undo in hooks:
             undo()
-        told[f"after {error}"] = t.train_step(clips_of(t, t.step))
-    return told
+        metrics[f"after {error}"] = t.train_step(clips_of(t, t.step))
+    return metrics
 
 
 def main(folder: Path) -> None:
@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
     try:
         preflight(t)
     except PreflightError as error:
-        report["rehearsal"] = str(error)
+        report["preflight"] = str(error)
     for hook in hooks:
         hook.remove()
     preflight(t)

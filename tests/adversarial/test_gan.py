@@ -152,7 +152,7 @@ def test_an_adaptive_weight_without_a_layer_is_refused_before_training(config):
 
 
 def test_the_check_names_what_does_not_go_with_a_gan(config):
-    def told(**changes):
+    def errors(**changes):
         changed = deepcopy(config)
         for key, value in changes.items():
             node = {"precision": changed.trainer, "name": changed.trainer.strategy, "every": changed.trainer.ema}.get(
@@ -161,7 +161,7 @@ def test_the_check_names_what_does_not_go_with_a_gan(config):
             changed.adversary.update({key: value}) if node is None else setattr(node, key, value)
         return [*validate._adversary_rules(changed), *dry_run.errors(changed)]
 
-    assert told() == told(adaptive=False, alternate=True, precision="fp16") == []
+    assert errors() == errors(adaptive=False, alternate=True, precision="fp16") == []
     for changes, message in (
         ({"precision": "fp16"}, "adversary.adaptive=true takes gradients that no loss scaler has scaled"),
         ({"name": "deepspeed"}, "adversary.adaptive=true: ranks exchange gradients in the middle of a step"),
@@ -177,7 +177,7 @@ def test_the_check_names_what_does_not_go_with_a_gan(config):
         ({"norm": "layer"}, "adversary cannot be built: ValueError: adversary.norm is 'layer'; use one of"),
         ({"schedule": "sine"}, "adversary cannot be built: ValueError: schedule is 'sine'"),
     ):
-        (error,) = told(**changes)
+        (error,) = errors(**changes)
         assert error.startswith(message)
 
 
@@ -258,7 +258,7 @@ def test_no_gradient_is_asked_for_before_the_adaptive_weight_has_a_use(config, t
     assert asked == [1, 1, 2, 2]
 
 
-def test_a_rehearsal_tries_both_turns_and_the_penalties(config, tmp_path):
+def test_the_preflight_runs_both_updates_and_the_penalties(config, tmp_path):
     adversary = {"start": 1000, "alternate": True, "r1": 1.0, "r2": 1.0}
     seen = []
     t = with_gan(config, tmp_path, **adversary)
@@ -325,12 +325,12 @@ def test_black_and_constant_clips_of_any_length_stay_finite(settings, frames):
 
 def test_the_discriminator_sees_frames_or_clips():
     clip, out = toy.pair(frames=5)
-    for judges, shape in (("frames", (20, 3, 16, 16)), ("clips", (4, 3, 5, 16, 16))):
-        adversary, seen = toy.gan(input=judges), []
+    for kind, shape in (("frames", (20, 3, 16, 16)), ("clips", (4, 3, 5, 16, 16))):
+        adversary, seen = toy.gan(input=kind), []
         adversary.discriminator.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0]))
         adversary.discriminator_loss(clip, out, 0)
         assert seen[0].shape == shape
-        first = seen[0][:5] if judges == "frames" else seen[0][0].transpose(0, 1)
+        first = seen[0][:5] if kind == "frames" else seen[0][0].transpose(0, 1)
         assert torch.equal(first, clip.video[0].transpose(0, 1))
 
 
@@ -369,9 +369,9 @@ def test_r1_and_r2_are_halved_scaled_and_lazy():
 
 def test_penalties_are_taken_in_fp32_where_the_discriminator_computes_in_bf16():
     clip, out = toy.pair()
-    told = [toy.gan(r1=1.0, r2=1.0, precision=p).discriminator_loss(clip, out, 0)[1] for p in ("fp32", "bf16")]
-    assert told[0]["gan/discriminator_loss"] != told[1]["gan/discriminator_loss"]
-    assert all(told[0][name] == told[1][name] for name in ("gan/r1", "gan/r2"))
+    metrics = [toy.gan(r1=1.0, r2=1.0, precision=p).discriminator_loss(clip, out, 0)[1] for p in ("fp32", "bf16")]
+    assert metrics[0]["gan/discriminator_loss"] != metrics[1]["gan/discriminator_loss"]
+    assert all(metrics[0][name] == metrics[1][name] for name in ("gan/r1", "gan/r2"))
 
 
 def test_a_penalty_teaches_the_discriminator():
@@ -432,9 +432,7 @@ def test_settings_of_a_gan_that_make_no_sense_are_refused(settings, message):
 def test_pixels_that_nothing_makes_or_nothing_trains_are_refused():
     clip, out = toy.pair()
     out.video = out.video.detach()
-    with pytest.raises(
-        ValueError, match=r"no trained part reaches the pixels.* the GAN .*adversary=none"
-    ):
+    with pytest.raises(ValueError, match=r"no trained part reaches the pixels.* the GAN .*adversary=none"):
         toy.gan().generator_loss(clip, out, out.z.mean(), 0)
     out.video = out.video[:, :, :4]
     with pytest.raises(

@@ -42,7 +42,7 @@ def test_two_ranks_of_one_clip_are_one_rank_of_two(both, config, tmp_path):
             torch.testing.assert_close(first[part][name], tensor, rtol=0, atol=1e-6, msg=name)
     torch.testing.assert_close(first["averages"], alone["averages"], rtol=0, atol=1e-6)
     assert first["averages"].all()
-    for mine, theirs in zip(first["told"], alone["told"], strict=True):
+    for mine, theirs in zip(first["metrics"], alone["metrics"], strict=True):
         for name in ("loss", "gan/adaptive_weight", "gan/weight", "gan/lecam", "gan/r1", "gan/discriminator_grad_norm"):
             assert (name in mine) == (name in theirs)
             assert mine.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), rel=1e-4), name
@@ -62,4 +62,4 @@ def test_ranks_with_a_gan_that_met_errors_stay_equal(both):
     assert toy.same(first["weights"], second["weights"])
     assert toy.same(first["critic"], second["critic"])
     for report in both:
-        assert "does not fit into memory (out of memory: rank 1)" in report["rehearsal"]
+        assert "does not fit into memory (out of memory: rank 1)" in report["preflight"]

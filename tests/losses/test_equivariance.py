@@ -26,7 +26,7 @@ TURN, HALF = {"scales": [1.0], "rotations": [1]}, {"scales": [0.5], "rotations":
 
 
 def enlarged(z: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
-    """A decoder that repeats pixels: turns and mirrors commute with it."""
+    """A decoder that repeats pixels: rotating and mirroring commute with it."""
     return F.interpolate(z, video.shape[2:], mode="nearest")
 
 
@@ -166,8 +166,8 @@ def test_weights_and_masks_turn_with_the_clip():
 
     valid = torch.ones(1, 1, 2, 8, 16, dtype=torch.bool)
     valid[..., 2:4, 2:4] = False
-    for told in (TURN, HALF):
-        plain = Objective({"e": WeightedTerm(Equivariance(**told, probability=1.0), 1.0)}, "mean")
+    for settings in (TURN, HALF):
+        plain = Objective({"e": WeightedTerm(Equivariance(**settings, probability=1.0), 1.0)}, "mean")
         losses = []
         for value in (-1.0, 1.0):  # of what was not measured
             shown = torch.where(valid, video, torch.tensor(value))
@@ -177,7 +177,7 @@ def test_weights_and_masks_turn_with_the_clip():
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("settings", "message"),
     [
         ({"scales": [0.5, 1.5]}, r"scales are \[0.5, 1.5\]; each must be above 0 and at most 1"),
         ({"rotations": [90]}, r"rotations are \[90\]; use quarter turns"),
@@ -186,9 +186,9 @@ def test_weights_and_masks_turn_with_the_clip():
         ({"scales": [1.0], "rotations": [0]}, "only the identity"),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(told, message):
+def test_arguments_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        Equivariance(**told)
+        Equivariance(**settings)
 
 
 def test_it_says_what_it_misses():

@@ -148,8 +148,8 @@ def test_latents_are_scaled_as_in_the_pipelines(kind, config, expected):
     else:
         torch.testing.assert_close(ours.normalize(z), expected(z))
     torch.testing.assert_close(ours.denormalize(ours.normalize(z)), z)
-    shift, scale = (torch.tensor(x)[:, None, None, None] for x in (ours.spec.latents_mean, ours.spec.latents_std))
-    torch.testing.assert_close(ours.normalize(z), (z - shift) / scale)
+    mean, std = (torch.tensor(x)[:, None, None, None] for x in (ours.spec.latents_mean, ours.spec.latents_std))
+    torch.testing.assert_close(ours.normalize(z), (z - mean) / std)
 
 
 # ---- files

@@ -77,20 +77,20 @@ def test_larger_latents_are_no_way_out():
 
 
 def test_training_has_noise_and_validation_none(videos, tmp_path, monkeypatch):
-    told = []
+    noises = []
     monkeypatch.setattr(
         forward,
         "add_latent_noise",
-        lambda z, noise, generator: told.append(noise) or add_latent_noise(z, noise, generator),
+        lambda z, noise, generator: noises.append(noise) or add_latent_noise(z, noise, generator),
     )
     settings = {"stage.latent_noise": 0.4, "validation.every": 2, "validation.frames": 1, "validation.clips": 1}
     t = quick.trainer(videos, tmp_path, **settings)
-    told.clear()  # of the check's own pass
+    noises.clear()  # of the check's own pass
     clips = t.data.clips(0, 1)
     t.train_step([next(clips)])
-    assert told == [0.4]
+    assert noises == [0.4]
     assert len(validate_together(t, t.metrics)) == 1
-    assert told == [0.4, 0.0]
+    assert noises == [0.4, 0.0]
 
 
 def test_noise_is_a_function_of_seed_and_position(videos, tmp_path):

@@ -137,10 +137,10 @@ def test_normalisation_uses_the_buffers():
     expected = (z[:, 1] - 0.34) / 2.32
     torch.testing.assert_close(model.normalize(z)[:, 1], expected)
     torch.testing.assert_close(model.denormalize(model.normalize(z)), z)
-    shift, scale = (
-        torch.tensor(told)[:, None, None, None] for told in (model.spec.latents_mean, model.spec.latents_std)
+    mean, std = (
+        torch.tensor(values)[:, None, None, None] for values in (model.spec.latents_mean, model.spec.latents_std)
     )
-    torch.testing.assert_close((z - shift) / scale, model.normalize(z))
+    torch.testing.assert_close((z - mean) / std, model.normalize(z))
 
 
 def test_every_parameter_belongs_to_a_part():

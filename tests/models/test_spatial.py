@@ -109,10 +109,10 @@ def test_latents_are_scaled_in_one_place():
     z = torch.randn(1, 4, 2, 8, 8)
     torch.testing.assert_close(model.normalize(z), z * 0.5)
     torch.testing.assert_close(model.denormalize(model.normalize(z)), z)
-    shift, scale = (
-        torch.tensor(told)[:, None, None, None] for told in (model.spec.latents_mean, model.spec.latents_std)
+    mean, std = (
+        torch.tensor(values)[:, None, None, None] for values in (model.spec.latents_mean, model.spec.latents_std)
     )
-    torch.testing.assert_close((z - shift) / scale, model.normalize(z))
+    torch.testing.assert_close((z - mean) / std, model.normalize(z))
 
 
 def test_channels_must_divide_into_groups():

@@ -82,7 +82,7 @@ def test_only_our_own_variant_is_not_published():
 
 
 def naive(layers: torch.nn.Sequential, frames: list[Tensor]) -> list[Tensor]:
-    """Every layer over a list of frames [1, C, H, W]; blocks are told apart by the names of their weights."""
+    """Every layer over a list of frames [1, C, H, W]; the kind of a block follows from its weights' names."""
     for layer in layers:
         weights = dict(layer.named_parameters())
         name = type(layer).__name__
@@ -289,7 +289,7 @@ def reach(change: Tensor) -> list[int]:
 
 @pytest.mark.parametrize(("variant", "ahead"), [("taew2_1", 3), ("taeltx_2", 7), ("taeh3", 0), ("taeos1_2", 0)])
 def test_how_far_latents_see(variant, ahead):
-    """A latent sees no frame later than the last that it shows, but for what spec.causal tells, and 34 before."""
+    """A latent depends on no frame after the last that it shows, unless spec.causal is False, and on 34 before."""
     model = toy(variant, torch.float64, channels=8)
     stride = model.spec.time_stride
     assert model.spec.causal == (ahead == 0)

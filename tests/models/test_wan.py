@@ -105,8 +105,8 @@ def test_normalisation_uses_the_published_constants(name):
     }
     model = WanVAE(**small, multipliers=[1], downsample=[])
     z = torch.randn(2, channels, 3, 2, 2)
-    shift, scale = (torch.tensor(config[key])[:, None, None, None] for key in ("latents_mean", "latents_std"))
-    torch.testing.assert_close(model.normalize(z), (z - shift) / scale)
+    mean, std = (torch.tensor(config[key])[:, None, None, None] for key in ("latents_mean", "latents_std"))
+    torch.testing.assert_close(model.normalize(z), (z - mean) / std)
     torch.testing.assert_close(model.denormalize(model.normalize(z)), z)
     assert (list(model.spec.latents_mean), list(model.spec.latents_std)) == (
         config["latents_mean"],

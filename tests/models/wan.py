@@ -36,16 +36,16 @@ def reference(ours: WanVAE, style: str = "wan") -> torch.nn.Module:
     """diffusers' AutoencoderKLWan with the weights of `ours`."""
     from diffusers import AutoencoderKLWan
 
-    told = STYLES[style]
-    pixels = 3 * told.get("patch", 1) ** 2
+    settings = STYLES[style]
+    pixels = 3 * settings.get("patch", 1) ** 2
     theirs = AutoencoderKLWan(
-        base_dim=told["channels"],
-        decoder_base_dim=told.get("decoder_channels"),
-        z_dim=told["latent_channels"],
+        base_dim=settings["channels"],
+        decoder_base_dim=settings.get("decoder_channels"),
+        z_dim=settings["latent_channels"],
         is_residual=style == "wan22",
         in_channels=pixels,
         out_channels=pixels,
-        patch_size=told.get("patch"),
+        patch_size=settings.get("patch"),
     )
     theirs.load_state_dict(to_diffusers(ours.state_dict()))
     return theirs.eval()

@@ -1,7 +1,7 @@
 """The VAEs of Wan2.1 and Wan2.2: causal in time, 4 x 8 x 8 (4 x 16 x 16), one code path for clips and streams.
 
-Wan report, arXiv 2503.20314, section 4.1; `wan/modules/vae.py` of Wan-Video/Wan2.1 and `vae2_2.py` of Wan-Video/Wan2.2,
-whose state-dict keys and results these are.
+Wan report, arXiv 2503.20314, section 4.1. State-dict keys and results are those of `wan/modules/vae.py` in
+Wan-Video/Wan2.1 and `vae2_2.py` in Wan-Video/Wan2.2.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _middle(width: int, borders: Borders) -> nn.ModuleList:
 
 
 class WanVAE(LatentNormMixin):
-    """The VAE of Wan2.1 (the defaults) or Wan2.2; a VideoAutoencoder. Wan, arXiv 2503.20314, section 4.1.
+    """The VAE of Wan2.1 (the defaults) or Wan2.2; a VideoAutoencoder.
 
     channels, multipliers: width of each level. downsample: which level boundaries halve the frame rate; each halves
     height and width. decoder_channels: of Wan2.2's wider decoder. patch: Wan2.2 codes patches of 2 x 2 pixels.
