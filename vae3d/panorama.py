@@ -22,7 +22,9 @@ FACES = {
     "up": ((0, 1, 0), (1, 0, 0), (0, 0, -1)),
     "down": ((0, -1, 0), (1, 0, 0), (0, 0, 1)),
 }
-SIDES, UP, DOWN = slice(0, 4), 4, 5
+SIDES = slice(0, 4)
+UP = 4
+DOWN = 5
 
 
 def latitude_weights(height: int, device: torch.device | str = "cpu") -> Tensor:

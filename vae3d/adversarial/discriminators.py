@@ -60,7 +60,8 @@ class PatchGAN(nn.Module):
             raise ValueError(f"adversary.norm is {norm!r}; use one of {', '.join(NORMS)}")
         if layers < 1:
             raise ValueError(f"adversary.layers is {layers}; use 1 or more")
-        self.norm, self.groups = norm, groups
+        self.norm = norm
+        self.groups = groups
         self.min_size = 3 * 2**layers  # pixels
         widths = [channels * min(2**n, 8) for n in range(layers + 1)]
         parts: list[nn.Module] = [self._conv(colours, widths[0], self._strides(0)), nn.LeakyReLU(0.2, True)]

@@ -168,7 +168,8 @@ class Seraena:
         is_fake = torch.rand((len(real), 1, 1, 1), generator=draws) < 0.5
         is_fake = is_fake.to(real.device)
         fakes, contexts = self.buffer.gather(self._draw_fakes(len(real), draws), fake, context)
-        images, contexts = torch.where(is_fake, fakes, real), torch.where(is_fake, contexts, context)
+        images = torch.where(is_fake, fakes, real)
+        contexts = torch.where(is_fake, contexts, context)
         loss = self.discriminator_criterion(images, contexts, is_fake)
         self._pending.append((fake.half(), context.half()))
         self._step = step

@@ -56,8 +56,8 @@ class CubeLPIPS(LPIPS):
         self.size = size
 
     def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
-        height, net = clip.video.shape[-2], self.network.net
-        size = self.size or height // 2
+        net = self.network.net
+        size = self.size or clip.video.shape[-2] // 2
         min_size = self.min_size[net]
         if size < min_size:
             raise ValueError(

@@ -52,7 +52,8 @@ class LPIPS:
         self.network.load(self.path).to(device)
 
     def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
-        ori, rec = frames_of(clip.video), frames_of(require_pixels(out))
+        ori = frames_of(clip.video)
+        rec = frames_of(require_pixels(out))
         weight = clip.weight
         if self.wrap:
             ori, rec = panorama.wrap(ori, self.wrap), panorama.wrap(rec, self.wrap)

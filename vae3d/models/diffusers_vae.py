@@ -36,7 +36,9 @@ from vae3d.pixels import check_latents, check_video
 from vae3d.types import LatentSpec, Posterior, Reconstruction
 
 log = logging.getLogger("vae3d")
-COGVIDEOX, HUNYUAN = KINDS = ("AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo")
+COGVIDEOX = "AutoencoderKLCogVideoX"
+HUNYUAN = "AutoencoderKLHunyuanVideo"
+KINDS = (COGVIDEOX, HUNYUAN)
 
 
 class DiffusersVAE(LatentNormMixin):

@@ -121,7 +121,8 @@ class OpenSoraVAE(LatentNormMixin):
         return torch.cat([self.temporal_vae.decode(p, n) for p, n in zip(z.split(size, 2), lengths, strict=True)], 2)
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
-        spatial, temporal = self.spatial_vae.trainable_parts(), self.temporal_vae
+        spatial = self.spatial_vae.trainable_parts()
+        temporal = self.temporal_vae
         parts = {
             "spatial_encoder": spatial["encoder"],
             "spatial_decoder": spatial["decoder"],

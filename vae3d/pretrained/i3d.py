@@ -22,7 +22,8 @@ from vae3d.errors import UserError
 from vae3d.precision import autocast_off
 from vae3d.pretrained import weights
 
-TORCHSCRIPT, STATE_DICT = "i3d_torchscript.pt", "i3d_pretrained_400.pt"
+TORCHSCRIPT = "i3d_torchscript.pt"
+STATE_DICT = "i3d_pretrained_400.pt"
 SIDE = 224
 MIN_FRAMES = 10
 
@@ -74,14 +75,13 @@ class Mixed(nn.Module):
 
 
 class VideoFeatures(nn.Module):
-    """What the networks of both files share: `features`. Their forward maps [B, 3, T, 224, 224] in [-1, 1] to [B, 400]
-    logits, the mean over time."""
+    """Base of both networks, whose forward maps [B, 3, T, 224, 224] in [-1, 1] to logits [B, 400], averaged over time."""
 
     @torch.no_grad()
     def features(self, video: Tensor) -> Tensor:
-        """[B, 400] fp32 features of videos [B, 3, T, H, W] in [0, 1].
+        """Features [B, 400] in fp32 of videos [B, 3, T, H, W] in [0, 1].
 
-        Raises UserError for fewer than 10 frames, the least that published protocols allow.
+        Raises UserError for fewer than 10 frames, the minimum of published protocols.
         """
         if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] < MIN_FRAMES:
             raise UserError(f"I3D needs [B, 3, T, H, W] with T of at least {MIN_FRAMES}; this is {list(video.shape)}")
@@ -90,7 +90,7 @@ class VideoFeatures(nn.Module):
 
 
 class I3D(VideoFeatures):
-    """Frozen Inception-v1 inflated to video; empty (on the meta device) until weights are assigned."""
+    """Frozen Inception-v1 inflated to video, on the meta device until weights are assigned."""
 
     def __init__(self) -> None:
         super().__init__()
