@@ -10,7 +10,7 @@ from vae3d.panorama import DOWN, FACES, UP, cube_faces, latitude_weights, roll, 
 
 
 def directions(height: int, width: int) -> torch.Tensor:
-    """[1, 3, H, W]: a panorama painted with where its pixels look: right, up, ahead."""
+    """[1, 3, H, W]: a panorama of its pixels' directions: right, up, ahead."""
     latitude = math.pi / 2 - (torch.arange(height).double()[:, None] + 0.5) * math.pi / height
     longitude = (torch.arange(width).double()[None] + 0.5) * 2 * math.pi / width - math.pi
     x, z = torch.cos(latitude) * torch.sin(longitude), torch.cos(latitude) * torch.cos(longitude)
@@ -88,7 +88,7 @@ def test_faces_have_their_order_and_the_size_of_90_degrees_of_rows():
 
 
 def test_the_seam_and_the_poles_are_no_borders_to_the_faces():
-    """Turned by a quarter, the sides change places and up and down turn in themselves."""
+    """A quarter turn permutes the sides and rotates up and down."""
     frames = torch.rand(1, 2, 16, 32, dtype=torch.float64)
     before, after = cube_faces(frames)[0], cube_faces(roll(frames, 8))[0]
     torch.testing.assert_close(after[:4], before[:4].roll(1, 0))

@@ -210,7 +210,7 @@ def test_metrics_are_served_by_the_files_that_they_look_for():
 
 
 class Server(BaseHTTPRequestHandler):
-    """One file, from the byte that the Range header names; `breaks` lists after how many bytes a reply breaks off."""
+    """Serves one file from the byte in the Range header. breaks: number of bytes after which each reply breaks off."""
 
     def __init__(self, content: bytes, asked: list[str | None], breaks: list[int], *args) -> None:
         self.content, self.asked, self.breaks = content, asked, breaks
@@ -232,7 +232,7 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve():
-    """serve(content, *breaks): the address of a server, and the Range headers that it sees."""
+    """serve(content, *breaks): the address of a server, and the Range headers that it receives."""
     servers = []
 
     def start(content: bytes, *breaks: int) -> tuple[str, list[str | None]]:
@@ -284,7 +284,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(fetch_weights, serve, 
 
 @pytest.mark.parametrize(("name", "requests"), [("net.pth", []), ("second.pt", ["bytes=5120-"])])
 def test_a_download_stopped_before_its_name_is_only_verified(fetch_weights, serve, places, name, requests):
-    """Of second.pt the size is not known, so that the server must say that nothing follows."""
+    """The size of second.pt is not published, so the server must answer that nothing follows."""
     address, asked = serve(CONTENT)
     put(places[0], f"{name}.partial")
     assert fetch_weights.main([name, "--dest", str(places[0]), "--mirror", address]) == 0

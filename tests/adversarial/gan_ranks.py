@@ -20,7 +20,7 @@ FAULTS = ("backward", "second", "data", "nan", "discriminator")  # a preflight f
 
 
 def sound_steps(t: Trainer) -> dict[str, object]:
-    """Take the first steps, without the tiny epsilon that makes a sign of a rounding error; the state after them."""
+    """Run the first steps with a larger eps, so that Adam does not amplify rounding errors; returns the state."""
     t.adversary.optimizer.param_groups[0]["eps"] = 0.01
     metrics = [t.train_step(clips_of(t, step)) for step in range(SOUND)]
     weights = {name: tensor.clone() for name, tensor in t.network.state_dict().items()}
@@ -44,7 +44,7 @@ def faulty_steps(t: Trainer, fails: bool) -> dict[str, dict[str, float]]:
 
 
 def main(folder: Path) -> None:
-    """Leaves rank<N>.pt in `folder`, which holds the checked configuration."""
+    """Write rank<N>.pt to `folder`, which has the checked configuration."""
     torch.set_num_threads(1)
     config = pickle.loads((folder / "config.pickle").read_bytes())
     t = quick.trainer(config, folder / "sound", **{"data.batch_size": 2})

@@ -1,4 +1,4 @@
-"""One of two ranks, run as a process by test_seraena_ranks.py: clips of its own, and a step that is discarded."""
+"""One of two ranks, run by test_seraena_ranks.py: clips of its own, and a skipped step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vae3d import distributed
 
 
 def main(folder: Path) -> None:
-    """Leaves rank<N>.pt in `folder`."""
+    """Write rank<N>.pt to `folder`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()

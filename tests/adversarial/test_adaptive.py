@@ -1,4 +1,4 @@
-"""The adaptive weight: hand values, the layer it is taken at, what it refuses, and what it costs with checkpointing."""
+"""The adaptive weight: hand-computed values, its layer, its errors, and its cost with checkpointing."""
 
 from __future__ import annotations
 

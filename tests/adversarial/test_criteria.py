@@ -1,4 +1,4 @@
-"""Adversarial losses and regularisers on fixed logits, against values worked out by hand."""
+"""Adversarial losses and regularisers on fixed logits, against hand-computed values."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_criterion_has_a_value_test():
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_better_logits_lower_the_loss_of_each_network(name):
-    """What each may move: the discriminator both, the generator those of its reconstructions."""
+    """The discriminator's losses have gradients of both logits, the generator's of the fakes' only."""
     real, fake = REAL.clone().requires_grad_(), FAKE.clone().requires_grad_()
     up, down = torch.autograd.grad(CRITERIA[name].discriminator(real, fake), (real, fake))
     assert (up <= 0).all()

@@ -31,7 +31,7 @@ def config(videos):
 
 
 def with_gan(config, folder, **adversary):
-    """A trainer of it; adversary: changed settings."""
+    """A trainer of it. adversary: changed settings."""
     config = deepcopy(config)
     config.adversary.update(adversary)
     return quick.trainer(config, folder)
@@ -49,7 +49,7 @@ def gradients(network):
 
 
 def passes_apart(t, adversary, clips):
-    """Gradients of VAE and discriminator, each of a copy that the other's pass never meets."""
+    """Gradients of VAE and discriminator, each computed with separate copies."""
     model, critic = deepcopy(t.network), deepcopy(adversary.discriminator)
     weights = dict(model.named_parameters())
     total = {name: torch.zeros_like(p) for name, p in weights.items()}
@@ -72,7 +72,7 @@ def passes_apart(t, adversary, clips):
 
 
 def test_neither_network_has_a_gradient_of_the_others_pass(config, tmp_path):
-    """Defect: gradients that leak between the two networks in the diffusers script's order of calls."""
+    """Published defect: gradients leak between the two networks in the order of calls of train_autoencoderkl.py."""
     t = with_gan(config, tmp_path)
     t.train_step(clips_of(t))  # after which a leak would have left something
     clips = clips_of(t, 1) + clips_of(t, 2)
@@ -94,7 +94,7 @@ def test_a_network_whose_turn_it_is_not_gets_no_gradient(config, tmp_path, phase
 
 
 def test_the_generators_pass_neither_iterates_powers_nor_moves_statistics():
-    """Defect: spectral norm's vector is updated by every forward pass in train mode, the generator's included."""
+    """Published defect: every forward pass in train mode, also the generator's, updates spectral norm's vectors."""
     for norm in ("spectral_group", "batch"):
         adversary = toy.gan(norm=norm)
         before = deepcopy(adversary.discriminator.state_dict())
@@ -111,7 +111,7 @@ def test_the_generators_pass_neither_iterates_powers_nor_moves_statistics():
 
 
 def test_one_forward_pass_judges_clips_and_reconstructions():
-    """So that a batch norm sees both, and powers are iterated once."""
+    """So batch norms see both, and power iteration runs once."""
     adversary, shapes = toy.gan(), []
     adversary.discriminator.register_forward_pre_hook(lambda _, x: shapes.append(tuple(x[0].shape)))
     clip, out = toy.pair(batch=2, frames=3)
@@ -218,7 +218,7 @@ def updates(t, steps):
 
 
 def test_a_step_is_counted_once_and_the_discriminator_counts_its_own(config, tmp_path):
-    """Defect: a global step that counts both optimizers' steps, and so halves every interval."""
+    """Published defect: a global step counts both optimizers' steps, which halves every interval."""
     t = with_gan(config, tmp_path, start=3, discriminator_start=1)
     assert list(updates(t, 5)) == [(True, False)] + 4 * [(True, True)]
     assert t.step == 5

@@ -1,4 +1,4 @@
-"""Two ranks with a GAN, LeCAM and an adaptive weight: they are as one, and none waits for one that failed."""
+"""Two ranks with a GAN, LeCAM and an adaptive weight: equal to one rank, and none hangs if the other fails."""
 
 from __future__ import annotations
 

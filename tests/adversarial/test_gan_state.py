@@ -1,4 +1,4 @@
-"""What a GAN keeps: nothing of a step that was skipped, and all that a resumed run needs."""
+"""The GAN's state: no trace of skipped steps, exact resume."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALL = {
 
 @pytest.fixture(scope="module")
 def config(videos):
-    """With everything that a GAN remembers, and its generator's loss from the third step on."""
+    """With all state that a GAN has, and its generator's loss from the third step on."""
     config = tiny.training("spatial", videos, *START, *FRAMES, *tiny.GAN, "data.batch_size=1", "trainer.max_steps=6",
                            "optim.schedule=cosine")  # fmt: skip
     config.adversary.update(ALL)
@@ -165,7 +165,7 @@ def test_the_state_of_a_gan_is_plain_tensors_and_numbers():
 
 
 def test_a_discriminator_learns_to_tell_blurred_frames_and_its_generator_to_sharpen():
-    """A generator of one number: how much of the lost detail it puts back. 0 is blurred, 1 is the clip."""
+    """A generator with one parameter, the share of lost detail that it restores: 0 is blurred, 1 is the clip."""
     adversary = toy.gan(lr=5e-3, criterion="non_saturating")
     detail, right = torch.tensor(0.3, requires_grad=True), []
     for step in range(90):

@@ -1,4 +1,4 @@
-"""PatchGAN's networks: their sizes, their norms, and what they refuse."""
+"""PatchGAN's networks: sizes, norms and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seraena: the published correction, steps that leave no trace unless taken, and a run that goes on where it was."""
+"""Seraena: the published correction, losses, and draws."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from tests.adversarial import toy
 
 @pytest.mark.parametrize("settings", [{}, {"norm": "group"}, {"context": "nearest", "frames": 1}], ids=str)
 def test_the_discriminator_tells_sharp_from_blurred_and_its_corrections_sharpen(settings):
-    """A generator of one number: how much of the lost detail it puts back. 0 is blurred, 1 is the clip."""
+    """A generator with one parameter, the share of lost detail that it restores: 0 is blurred, 1 is the clip."""
     adversary = toy.seraena(lr=2e-3, buffer_length=200, **settings)
     detail = torch.tensor(0.3, requires_grad=True)
     gaps, details = [], []

@@ -1,4 +1,4 @@
-"""What Seraena keeps: a bounded buffer, no trace of a step that was skipped, and all that a resumed run needs."""
+"""Seraena's state: bounded buffer, no trace of skipped steps, exact resume."""
 
 from __future__ import annotations
 

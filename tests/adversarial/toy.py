@@ -40,7 +40,7 @@ def blur(video: torch.Tensor) -> torch.Tensor:
 def pair(
     seed: int = 0, batch: int = 2, frames: int = 5, side: int = 16, channels: int = 4
 ) -> tuple[Clip, Reconstruction]:
-    """Noise, and the same blurred, with latents that tell its mean colour only."""
+    """Noise, and the same blurred, with latents that contain its mean colour only."""
     video = torch.rand((batch, 3, frames, side, side), generator=torch.Generator().manual_seed(seed)) * 2 - 1
     z = F.adaptive_avg_pool3d(video, (1 + frames // 4, side // 8, side // 8)).mean(1, keepdim=True)
     z = z.repeat(1, channels, 1, 1, 1).requires_grad_()
@@ -49,7 +49,7 @@ def pair(
 
 
 def train(adversary: Seraena, steps: range, accumulate: int = 1) -> list[float]:
-    """The discriminator alone, on clips of its rank; its losses."""
+    """Train the discriminator alone, on clips of its rank; returns its losses."""
     losses = []
     for step in steps:
         for i in range(accumulate):
@@ -62,7 +62,7 @@ def train(adversary: Seraena, steps: range, accumulate: int = 1) -> list[float]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two states hold the same keys, and the same bits."""
+    """Whether two states are equal, bit for bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):

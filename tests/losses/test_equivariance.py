@@ -1,4 +1,4 @@
-"""Equivariance: its draws, its targets, and what it teaches."""
+"""Equivariance: its draws, its targets, and training with it."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_a_run_decodes_under_autocast_and_in_its_rehearsal(videos, tmp_path):
 
 
 def test_a_clip_that_draws_none_has_a_gradient_of_zero():
-    """Ranks that draw differently must agree on what has a gradient, also where this is the only term on pixels."""
+    """Ranks with different draws have gradients of the same parameters, even if this is the only term on pixels."""
     model, clip, out = coded("spatial", 1, (8, 8))
     error = Equivariance(probability=1e-9)(clip, out).map.mean()
     error.backward()

@@ -186,7 +186,7 @@ def images(seed: int = 0, height: int = 64, width: int = 128) -> tuple[torch.Ten
 
 @pytest.mark.parametrize(("first", "last", "tolerance"), [(0, 64, 1e-4), (0, 16, 1e-3), (24, 40, 1e-3)])
 def test_weights_count_inside_each_layer_as_on_the_map_of_full_size(trunks, first, last, tolerance):
-    """LPIPS's `spatial` map, every layer upsampled, costs more. What differs is how far a place of a layer reaches."""
+    """LPIPS's `spatial` map upsamples every layer, which costs more and gives nearly the same."""
     network = loaded(LPIPS()).network
     x, y = images()
     y = torch.cat([x[..., :first, :], y[..., first:last, :], x[..., last:, :]], -2)
@@ -311,7 +311,7 @@ def test_pixels_that_are_not_valid_have_no_gradient_in_any_term(trunks, name):
 
 
 def erp(*overrides: str) -> Objective:
-    """The requirement's set with stand-ins for what costs time."""
+    """The losses of finetune_vae_rgb.py, with stubs for the slow ones."""
     return train.objective(tiny.compose("loss=erp", *overrides).loss)
 
 
@@ -348,7 +348,7 @@ def test_the_requirements_weights_at_its_steps(step, lpips, kl):
 
 
 def test_a_term_at_weight_0_is_skipped_only_where_another_reaches_what_it_reaches():
-    """Otherwise a part that only the late term trains would have no gradient, which DDP and the trainer refuse."""
+    """Otherwise a part that only the late term trains would have no gradient, which the trainer refuses."""
     video = torch.rand(1, 3, 1, 16, 16)
     late = Counting()
     ramped = WeightedTerm(late, 1.0, (10, 20))

@@ -93,7 +93,7 @@ def test_kl_has_its_closed_form():
 
 
 def test_kl_of_a_video_sums_over_every_axis_but_the_batch():
-    """diffusers' distribution sums three axes only, which on video leaves the width out."""
+    """diffusers' distribution sums over three axes only, which omits the width of videos."""
     posterior = Posterior(torch.ones(2, 4, 3, 2, 5), torch.zeros(2, 4, 3, 2, 5))
     torch.testing.assert_close(posterior.kl(), torch.full((2,), 0.5 * 4 * 3 * 2 * 5))
 

@@ -1,4 +1,4 @@
-"""Charbonnier and wavelets by hand, and LPIPS as something to learn from."""
+"""Charbonnier and wavelets against hand-computed values, and gradients of LPIPS."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_a_wavelet_loss_needs_a_level():
 
 
 def test_the_gradient_changes_with_the_perceptual_weight(trunks):
-    """The published diffusers script computes LPIPS without gradient, and so trains without it."""
+    """diffusers' train_autoencoderkl.py computes LPIPS without gradient, and so trains without it."""
     video = torch.rand(1, 3, 1, 32, 32) * 2 - 1
     out = reconstruction(video)
     lpips = loaded(LPIPS())

@@ -1,4 +1,4 @@
-"""VAEs of diffusers: found by their config.json, diffusers' results, any number of frames and any size."""
+"""VAEs of diffusers: recognised by config.json, equal to diffusers, for any number of frames and any size."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_pipeline_or_its_vae_is_loaded_and_keeps_the_protocol(saved, pair):
 
 @torch.no_grad()
 def test_valid_frames_are_those_that_diffusers_gives_back(pair):
-    """All others it returns in another number: CogVideoX 12 as 9 and 13 as 16."""
+    """diffusers returns other clips with another number of frames: CogVideoX 12 as 9 and 13 as 16."""
     ours, theirs = pair
     for frames in range(1, 22):
         video = clip(frames, 8, 8)

@@ -1,4 +1,4 @@
-"""Noise on what the decoder gets: how much, whose, and when there is none."""
+"""Noise on the decoder's input."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_encoder_still_learns(name):
 
 
 def test_larger_latents_are_no_way_out():
-    """Scaled up by the encoder and down by the decoder, latents are as noisy as before, also to the gradient."""
+    """Scaling latents does not change the relative noise, so its gradient with respect to the scale is zero."""
     scale = torch.tensor(3.0, requires_grad=True)
     z = torch.randn(2, 4, 1, 8, 8)
     (add_latent_noise(z * scale, 0.5, generators(1, 2)) / scale).square().sum().backward()

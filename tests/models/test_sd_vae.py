@@ -1,4 +1,4 @@
-"""The image VAE in the compressions and widths that its users train."""
+"""The image VAE at several compressions and widths."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_compression_reconstructs_images_of_any_size(factor, channels, att
 
 
 def test_pixels_beyond_a_multiple_of_the_stride_reach_the_latents():
-    """diffusers floors 71 to 64 pixels; here the rest is padded, coded, and cropped back."""
+    """diffusers floors 71 to 64 pixels; here sides are padded and cropped."""
     vae = vae3d.build("sd_vae", *tiny.MODEL["sd_vae"], f"model.channels={FACTORS[8]}")
     video = torch.zeros(1, 3, 1, 64, 71)
     other = video.clone()

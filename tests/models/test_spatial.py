@@ -96,7 +96,7 @@ def test_frame_batches_and_checkpointing_change_neither_output_nor_gradient(fram
 
 
 def test_checkpointing_keeps_only_the_frames():
-    """Of the tensors that backward needs, none as wide as a hidden layer may stay alive."""
+    """No tensor as wide as a hidden layer may be saved for backward."""
     kept = []
     model = SpatialVAE((8, 8), layers=1, groups=4, frame_batch=1, gradient_checkpointing=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):

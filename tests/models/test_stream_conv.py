@@ -1,4 +1,4 @@
-"""The causal convolution behind norm and SiLU, its backward, and what it sees beyond the borders."""
+"""The causal convolution with norm and SiLU: its result, backward and padding."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_norm_is_that_of_the_published_network():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_under_autocast_only_the_convolution_is_in_bf16(dtype):
-    """A convolution that passes values through: they are rounded once, after norm and SiLU."""
+    """With an identity convolution values are rounded once, after norm and SiLU."""
     torch.manual_seed(0)
     x = (torch.randn(1, 16, 2, 4, 4) * 1e4).to(dtype)
     gamma = torch.randn(16, 1, 1, 1)

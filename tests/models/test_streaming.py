@@ -1,4 +1,4 @@
-"""Long videos piece by piece: the whole video's result, in memory that does not depend on its length."""
+"""Streams: results of the whole video, in memory independent of its length."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_pieces_by_hand():
 @pytest.mark.parametrize("style", wan.STYLES)
 @pytest.mark.parametrize("chunk_latents", [1, 2, 4])
 def test_a_stream_gives_what_the_whole_video_gives(style, chunk_latents):
-    """Also of sizes and lengths that the network does not take."""
+    """Also for sizes and lengths that need padding."""
     ours = wan.model(style)
     ours.chunk_latents = chunk_latents
     video = wan.clip(ours, 23, 1, 1, beyond=5)
@@ -70,7 +70,7 @@ def cached(cache: object) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("style", wan.STYLES)
 def test_the_cache_does_not_grow(style):
-    """Nor does it hold more memory than it shows: a view of two frames would keep the whole chunk."""
+    """The cache must not be a view, which would keep the whole chunk alive."""
     ours = wan.model(style, multipliers=[1, 1], downsample=[True], layers=1)
     seen = []
     encoder = decoder = None
@@ -102,7 +102,7 @@ def test_a_list_is_emptied_while_it_is_read_and_a_tuple_is_not():
 
 
 class PeakMemory(TorchDispatchMode):
-    """The most bytes of storages that were alive at once, beside the model's."""
+    """Peak bytes of live storages, without the model's."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class PeakMemory(TorchDispatchMode):
 
 @pytest.mark.parametrize(("name", "latents", "size"), [("wan", 3, 64), ("wan22", 1, 128)])
 def test_the_memory_of_a_chunk_is_estimated(name, latents, size):
-    """Within 15 per cent of what fake tensors count for a chunk in the middle of a stream, cache included."""
+    """Within 15 % of the memory counted with fake tensors for a chunk in the middle of a stream, with the cache."""
     with FakeTensorMode(), torch.no_grad():
         model = vae3d.build(name)
         z = torch.empty(1, *model.latent_shape(1 + (latents - 1) * 4, size, size))

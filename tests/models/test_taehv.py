@@ -1,4 +1,4 @@
-"""TAEHV: published keys, one step for every form, frame rules, and agreement with a reference written frame by frame."""
+"""TAEHV: published keys, chunks and streams, frame rules, and a naive frame-by-frame reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RULE_OF = {"trimmed": "taew2_1", "cogvideox": "taecvx", "h3": "taeh3", "opensora
 
 
 def toy(variant: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> TAEHV:
-    """Small, under weights that keep activations near 1, so that every layer matters."""
+    """Small, with weights that keep activations near 1, so that every layer matters."""
     model = TAEHV(variant=variant, **{**TOY, **changes})
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def clip(model: TAEHV, frames: int, *, batch: int = 1, beyond: int = 0, sides: t
 
 
 def streamed(model: TAEHV, video: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-    """Video and latents, piece by piece."""
+    """Video and latents, chunk by chunk."""
     stream = model.stream(*video.shape[-2:])
     done, frames, latents, lengths = 0, [], [], stream.chunks(video.shape[2])
     for length in lengths:
@@ -117,7 +117,7 @@ def naive_block(weights: dict[str, Tensor], x: Tensor, past: Tensor) -> Tensor:
 
 
 def naive_encode(model: TAEHV, video: Tensor) -> Tensor:
-    """By the published words: trimmed and cogvideox pad at the end; chunks of 17 have three black frames in front."""
+    """As published: trimmed and cogvideox pad at the end; chunks of 17 have three black frames in front."""
     frames, stride = [x / 2 + 0.5 for x in video.unbind(2)], model.spec.time_stride
     if VARIANTS[model.variant].rule in ("trimmed", "cogvideox"):
         groups = [frames + frames[-1:] * (-len(frames) % stride)]
@@ -163,7 +163,7 @@ def test_agrees_with_a_reference_written_frame_by_frame(variant, frames):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_whole_sequential_and_streamed_are_equal(variant):
-    """Bit for bit, for every number of frames and sides that the stride does not divide."""
+    """Bit for bit, for every number of frames and sides that are no multiples of the stride."""
     model = toy(variant)
     with torch.inference_mode():
         for frames in [*range(1, 22)] if variant in RULE_OF.values() else [1, 5, 12]:
@@ -185,7 +185,7 @@ def test_whole_sequential_and_streamed_are_equal(variant):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_frames_in_parallel_are_those_one_after_another(rule):
-    """With gradients a chunk is coded at once; in double precision, since kernels may round by the number of frames."""
+    """With gradients a chunk is coded at once. fp64, since kernels may round differently for other frame counts."""
     model = toy(RULE_OF[rule], torch.float64)
     video = clip(model, 21, batch=2)
     with torch.no_grad():
@@ -324,7 +324,7 @@ def test_chunks_begin_with_fresh_memory_where_the_rule_says_so():
 
 
 def test_pixels_are_not_clamped_and_gradient_reaches_those_out_of_range():
-    """The published decode_video ends with a clamp, so that a decoder whose output left the range stays there."""
+    """The published decode_video clamps, so outputs beyond the range have no gradient."""
     model = toy("taew2_1")
     with torch.no_grad():
         model.decoder[-1].bias.fill_(-20.0)
@@ -335,7 +335,7 @@ def test_pixels_are_not_clamped_and_gradient_reaches_those_out_of_range():
 
 
 def test_range_is_minus_one_to_one():
-    """A network whose last layer is nothing but its first bias shows mid-grey, which is 0 here."""
+    """With a last layer of zeros but its initial bias, the output is mid-grey, 0 here."""
     model = TAEHV(variant="taew2_1", **TOY)
     assert model.decoder[-1].bias.tolist() == [0.5] * 3
     with torch.no_grad():

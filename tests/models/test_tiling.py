@@ -1,4 +1,4 @@
-"""Coding in tiles: exact with halos, near and seamless when blended."""
+"""Tiled coding: exact with margins, close and seamless when blended."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_tiles_with_halos_are_exact(style, pad_w):
 
 
 def test_the_published_depth_is_exact_too():
-    """Four levels, of which the lowest stays whole."""
+    """Four levels; the lowest is not tiled."""
     ours = wan.model(dtype=torch.float64, pad_w="circular", layers=1)
     video, z = wan.clip(ours, 1, 2, 24), wan.latents(ours, 1, 2, 24)
     tiled = Tiled(ours, 16)
@@ -74,7 +74,7 @@ def test_half_of_the_halo_would_not_be_exact(monkeypatch, part):
 @pytest.mark.parametrize("pad_w", ["zeros", "circular"])
 @pytest.mark.parametrize("overlap", [4, 8])
 def test_blended_weights_sum_to_one_everywhere(pad_w, overlap):
-    """A decoder and an encoder whose results are constant give that constant."""
+    """A decoder and an encoder with constant results give this constant."""
     ours = small(pad_w=pad_w)
     with torch.no_grad():
         for name, p in ours.named_parameters():
@@ -89,7 +89,7 @@ def test_blended_weights_sum_to_one_everywhere(pad_w, overlap):
 
 @pytest.mark.parametrize("pad_w", ["zeros", "circular"])
 def test_where_tiles_differ_the_blend_is_a_line(monkeypatch, pad_w):
-    """Every tile is made to be its number: from one to the next the pixels rise in equal steps over the overlap."""
+    """Every tile is filled with its index: pixels rise linearly over the overlap."""
     ours = small(pad_w=pad_w)
     tiled = Tiled(ours, 16, 8)
     numbers = iter(range(100))

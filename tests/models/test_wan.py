@@ -83,7 +83,7 @@ def test_encode_and_decode_equal_diffusers(pair, frames):
 
 @pytest.mark.parametrize("name", ["wan", "wan22"])
 def test_normalisation_uses_the_published_constants(name):
-    """The ends of the lists on the model cards; all of Wan2.1's are diffusers' defaults."""
+    """First and last values of the model cards' lists; all of Wan2.1's are diffusers' defaults."""
     config = vae3d.loading.model_config(name)
     if name == "wan":
         from diffusers import AutoencoderKLWan
@@ -190,7 +190,7 @@ def test_a_frame_changes_no_earlier_latent_and_no_earlier_frame(style, changed):
 
 @pytest.mark.parametrize(("frames", "beyond"), [(1, 3), (2, 0), (4, 0), (5, 3), (6, 3), (8, 0)])
 def test_as_many_frames_of_the_same_size_come_out_as_went_in(frames, beyond):
-    """What is missing is the last frame, row and column repeated; the reconstruction is cut back."""
+    """The last frame, row and column are repeated; the reconstruction is cropped."""
     ours = wan.model()
     video = wan.clip(ours, frames, beyond=beyond)
     later = -(frames - 1) % 4

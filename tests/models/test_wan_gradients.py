@@ -17,7 +17,7 @@ WAYS = {
 
 
 def loss_gradients(ours, video: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of every parameter, for a loss that reads pixels, means and log-variances."""
+    """Of every parameter, for a loss on pixels, means and log-variances."""
     out = ours(video, generator=torch.Generator().manual_seed(1))
     pixels = torch.randn(out.video.shape, generator=torch.Generator().manual_seed(2)).to(video)
     return wan.gradients(ours, (out.video * pixels).sum() + out.posterior.kl().sum())
@@ -54,7 +54,7 @@ def test_gradients_are_those_of_diffusers(style):
 
 
 def test_values_beyond_1_keep_their_gradient():
-    """diffusers' and VideoX-Fun's decode clamps, and loses it."""
+    """decode of diffusers and VideoX-Fun clamps, which loses the gradient."""
     ours = wan.model()
     with torch.no_grad():
         ours.decoder.head["2"].bias.fill_(3.0)
@@ -71,7 +71,7 @@ def test_values_beyond_1_keep_their_gradient():
 
 @pytest.mark.parametrize("style", wan.STYLES)
 def test_single_frames_give_every_parameter_a_gradient(style):
-    """DDP waits for all; those of the time convolutions are zero."""
+    """All parameters need a gradient; those of the time convolutions are zero."""
     ours = wan.model(style)
     gradients = loss_gradients(ours, wan.clip(ours, 1))
     idle = {name for name, gradient in gradients.items() if gradient.abs().max() == 0}
@@ -134,7 +134,7 @@ def test_shapes_go_through_the_meta_device():
 
 
 def test_compiled_chunks_equal_eager_ones():
-    """Traced whole, without a break; what a backend makes of it is not this project's."""
+    """Traced without a graph break; the backend is not tested."""
     ours = wan.model(pad_w="circular", multipliers=[1, 2], downsample=[True], layers=1)
     encode, decode = (
         torch.compile(step, backend="eager", fullgraph=True, dynamic=False)

@@ -1,4 +1,4 @@
-"""Wan VAEs whose width is circular: turning a panorama turns its latents and its reconstruction."""
+"""Wan VAEs with circular width: rotating a panorama rotates its latents and its reconstruction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def turned(ours, video: torch.Tensor, z: torch.Tensor, steps: int) -> tuple[float, float]:
-    """Largest differences of moments and of pixels between coding what was turned and turning what was coded."""
+    """Largest differences, in moments and pixels, between rotating before and after coding."""
     columns = steps * ours.spec.space_stride
     with torch.no_grad():
         coded = wan.moments(ours.encode(video.roll(columns, -1))) - wan.moments(ours.encode(video)).roll(steps, -1)
@@ -62,7 +62,7 @@ def test_borders_change_no_parameter():
 
 @pytest.mark.parametrize("pad_h", ["zeros", "pole"])
 def test_a_panorama_of_constant_longitude_stays_one(pad_h):
-    """Columns that are all alike come back all alike, for which no border may be seen."""
+    """Equal columns are reconstructed as equal columns: the network sees no border."""
     ours = wan.model(dtype=torch.float64, pad_w="circular", pad_h=pad_h)
     video = wan.clip(ours, 5, 2, 2)[..., :1].expand(-1, -1, -1, -1, 16)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Tiny Wan VAEs whose every weight matters, the same in diffusers, and other ways to code a clip."""
+"""Tiny Wan VAEs with random weights in every layer, their diffusers counterparts, and chunked coding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STYLES = {
 
 
 def model(style: str = "wan", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> WanVAE:
-    """Four levels, as published, under weights that keep activations near 1 and reconstructions within [-1, 1]."""
+    """Four levels, as published, with weights that keep activations near 1 and reconstructions within [-1, 1]."""
     built = WanVAE(**{**STYLES[style], **changes})
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def moments(posterior) -> Tensor:
 
 
 def encode_in(coder, video: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Moments of a clip that is encoded in pieces of these lengths."""
+    """Moments of a clip encoded in chunks of these lengths."""
     coded, cache = [], None
     for piece in video.split(list(lengths), 2):
         posterior, cache = coder.encode_chunk(piece, cache)

@@ -23,7 +23,7 @@ I3D_FEATURES = [5.9745, -1.8666, 3.6575, -3.3291, -5.7637, -4.3488, 4.092, 3.690
 
 
 def random_state(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Weights that keep the scale of activations, without the counts of batches, as VideoGPT's file."""
+    """Weights that keep the scale of activations, without num_batches_tracked, as in VideoGPT's file."""
     rng = torch.Generator().manual_seed(0)
     state = {}
     for key, shape in shapes.items():

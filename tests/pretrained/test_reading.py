@@ -1,4 +1,4 @@
-"""Reading weight files of every kind, and what is refused."""
+"""Reading weight files of every format, and refusing others."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, layout):
 
 @pytest.mark.parametrize("layout", ["zip", "legacy", "safetensors"])
 def test_a_file_with_altered_bytes_is_read_or_refused(tmp_path, layout):
-    """Nothing else may happen, whatever the unpickler stumbles over."""
+    """No other exception may escape the unpickler."""
     path = save(tmp_path / "net.pth", layout)
     whole = path.read_bytes()
     refused = 0
@@ -60,7 +60,7 @@ def test_a_file_with_altered_bytes_is_read_or_refused(tmp_path, layout):
 
 @pytest.mark.parametrize("content", [{"weight": nn.Linear(2, 2)}, {"weight": 1.0}, {"state_dict": 3}, []])
 def test_what_holds_no_tensors_is_refused(tmp_path, content):
-    """A whole model would run its code."""
+    """Unpickling a whole model would run code."""
     torch.save(content, tmp_path / "net.pth")
     with pytest.raises(WeightsMissing, match=r"net\.pth: holds no tensors$"):
         read(tmp_path / "net.pth")

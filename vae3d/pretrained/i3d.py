@@ -75,7 +75,7 @@ class Mixed(nn.Module):
 
 
 class VideoFeatures(nn.Module):
-    """Base of both networks, whose forward maps [B, 3, T, 224, 224] in [-1, 1] to logits [B, 400], averaged over time."""
+    """Base of both networks. Their forward maps [B, 3, T, 224, 224] in [-1, 1] to logits [B, 400], mean over time."""
 
     @torch.no_grad()
     def features(self, video: Tensor) -> Tensor:
