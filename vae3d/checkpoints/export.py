@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vae3d import __version__
 from vae3d.checkpoints import ldm, taehv, wan
 from vae3d.checkpoints.formats import EXPORT_CONFIG, PUBLISHED_FACTOR, Checkpoint, CheckpointError, State
-from vae3d.io import atomic_folder, atomic_write, write_text, yaml_text
+from vae3d.io import atomic_dir, atomic_write, write_text, yaml_text
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.spatial import SpatialVAE, per_channel
 from vae3d.models.taehv import TAEHV
@@ -37,8 +37,8 @@ def write_export(checkpoint: Checkpoint, folder: Path, **about: Any) -> None:
 
 def replace_export(checkpoint: Checkpoint, folder: Path, **about: Any) -> None:
     """write_export in place of all that is in `folder`: it is whole, or what was there stays."""
-    with atomic_folder(folder) as unfinished:
-        write_export(checkpoint, unfinished, **about)
+    with atomic_dir(folder) as tmp:
+        write_export(checkpoint, tmp, **about)
 
 
 def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:

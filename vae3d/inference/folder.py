@@ -11,10 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from vae3d.errors import UserError
-from vae3d.io import UNFINISHED, FileError, naming, read_json, remove_unfinished, write_json
+from vae3d.io import TMP_NAME, FileError, hold_lock, naming, read_json, remove_unfinished, write_json
 from vae3d.latents.identity import difference
 
 LOCK, COMMAND = ".lock", "command.json"
@@ -35,12 +33,8 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
     """
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        raise FolderError(f"{setting}: another process is writing there; wait for it, or choose another name") from None
-    with held:
+    in_use = FolderError(f"{setting}: another process is writing there; wait for it, or choose another name")
+    with hold_lock(folder / LOCK, in_use):
         remove_unfinished(folder)
         yield
 
@@ -48,7 +42,7 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
 def has_results(folder: Path) -> bool:
     """Whether a folder holds more than what `locked` and `begin` put there and half-written files."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return any(name not in (LOCK, COMMAND) and not UNFINISHED.fullmatch(name) for name in names)
+    return any(name not in (LOCK, COMMAND) and not TMP_NAME.fullmatch(name) for name in names)
 
 
 def resumes(folder: Path, command: Mapping[str, Any], setting: str) -> bool:

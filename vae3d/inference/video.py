@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +11,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from vae3d.io import atomic_write, naming
+from vae3d.io import atomic_write, naming, remove, replace_durably, tmp_path
 
 BT601 = 6  # AVCOL_SPC_SMPTE170M, the matrix swscale converts RGB with; said in the file, players need not guess
 
@@ -35,7 +34,7 @@ class VideoWriter:
         if codec not in CODECS:
             raise ValueError(f"codec is {codec!r}; use one of {', '.join(CODECS)}")
         self.path = path
-        self.unfinished = path.with_name(f".{path.stem}.partial{path.suffix}")
+        self.tmp = tmp_path(path)
         self.fps = Fraction(fps).limit_denominator(1001)
         self.codec = codec
         self.container = None
@@ -60,11 +59,9 @@ class VideoWriter:
             container, self.container = self.container, None
             try:
                 container.close()
-                with self.unfinished.open("rb") as stream:
-                    os.fsync(stream.fileno())
-                self.unfinished.replace(self.path)
+                replace_durably(self.tmp, self.path)
             finally:
-                self.unfinished.unlink(missing_ok=True)
+                remove(self.tmp)
 
     def abandon(self) -> None:
         """Delete an unfinished file; a finished one stays."""
@@ -72,7 +69,7 @@ class VideoWriter:
             container, self.container = self.container, None
             with suppress(OSError):  # the error that led here is the one to report
                 container.close()
-            self.unfinished.unlink(missing_ok=True)
+            remove(self.tmp)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -87,8 +84,8 @@ class VideoWriter:
         if pixels == "yuv420p" and (height % 2 or width % 2):
             pixels = "yuv444p"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.unfinished.unlink(missing_ok=True)  # a link there would be followed
-        self.container = av.open(str(self.unfinished), "w")
+        remove(self.tmp)  # a link there would be followed
+        self.container = av.open(str(self.tmp), "w", format="mp4")
         self.stream = self.container.add_stream(encoder, rate=self.fps, options=dict(options))
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, pixels
         self.stream.codec_context.time_base = 1 / self.fps
