@@ -18,7 +18,7 @@ from vae3d.errors import UserError
 from vae3d.inference.comparison import Comparer
 from vae3d.inference.comparison_report import report_comparison
 from vae3d.inference.cost import measure_cost
-from vae3d.inference.reconstruct import KINDS, Done, Reconstructor, identifier
+from vae3d.inference.reconstruct import KINDS, FileResult, Reconstructor, identifier
 from vae3d.inference.results import Results
 from vae3d.io import naming, write_json, write_text
 from vae3d.latents.identity import digest_of, source_version
@@ -74,7 +74,7 @@ def reconstruct_files(
     gather: Gather = list,
     cost: dict[str, Any] | None = None,
     comparer: Comparer | None = None,
-) -> list[Done]:
+) -> list[FileResult]:
     """Reconstruct this rank's share of the table; rank 0 writes index.csv, prints and stores the scores of all.
 
     Files that `Results` has as finished are kept. cost: of measure_cost, to be reported too. comparer: for what is
@@ -82,7 +82,7 @@ def reconstruct_files(
     cannot be read or scored, or, with skip_errors, InferenceError that lists them all at the end.
     """
     results = Results(reconstructor, comparer)
-    done: list[Done] = []
+    done: list[FileResult] = []
     compared: list[dict[str, Any]] = []
     failed: list[str] = []
     kept = 0
@@ -136,7 +136,7 @@ def cost_of(reconstructor: Reconstructor, table: pd.DataFrame) -> dict[str, Any]
     return measure_cost(reconstructor.model, chunk, reconstructor.dtype)
 
 
-def report(reconstructor: Reconstructor, done: Sequence[Done], cost: dict[str, Any] | None) -> None:
+def report(reconstructor: Reconstructor, done: Sequence[FileResult], cost: dict[str, Any] | None) -> None:
     """Write <prefix>_rec/index.csv, and <prefix>_rec/metrics.json if anything was measured; say where all is."""
     folder = reconstructor.folder("rec")
     folder.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ def side_by_side(panels: Panels) -> Iterator[np.ndarray]:
         yield np.concatenate([line, np.concatenate(row, 1)])[None]
 
 
-def strip(panels: Panels, original: str, count: int) -> np.ndarray:
+def contact_sheet(panels: Panels, original: str, count: int) -> np.ndarray:
     """[H', W', 3] uint8: `count` frames, evenly spread, of every video, and below maps of how much the others differ
     from the one named `original`: |error|, the mean of R, G and B, in colours of a fixed scale that is drawn below."""
     frames = len(panels[original])

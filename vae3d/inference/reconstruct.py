@@ -48,7 +48,7 @@ class Selection:
 
 
 @dataclass
-class Done:
+class FileResult:
     """One reconstructed file, as index.csv tells of it. start: its first frame in the source. pad_*: frames
     behind, rows below and columns right that the network needed and that were cut off again. enlarged: whether the
     source has fewer pixels a side."""
@@ -121,7 +121,7 @@ class Reconstructor:
     def folder(self, kind: str) -> Path:
         return Path(f"{self.prefix}_{kind}")
 
-    def file(self, source: str, row: int, bounds: Bounds = WHOLE) -> Done:
+    def file(self, source: str, row: int, bounds: Bounds = WHOLE) -> FileResult:
         """Reconstruct one file, or the part of it between two times, which all that selects frames counts from.
 
         Raises MediaError if it cannot be read, or if the model makes NaN of it; nothing half-written is left.
@@ -148,7 +148,7 @@ class Reconstructor:
         first, result = reader.first + indices[0], self.metrics.result()
         size = info.size_to_scale(target)
         enlarged = cover(*size, target).size > size
-        return Done(name, source, first, len(indices), fps, *target, *padding, enlarged, result)
+        return FileResult(name, source, first, len(indices), fps, *target, *padding, enlarged, result)
 
     def _pad_frames(self, frames: int) -> int:
         return next(more for more in count() if self.model.frames_valid(frames + more))
@@ -164,7 +164,7 @@ class Reconstructor:
             frames, length = next(self._chunks(reader, indices, target, stream))
             return self.to_video(frames[:length])
 
-    def opening(self, source: str, bounds: Bounds, count: Callable[[int], int]) -> tuple[np.ndarray, float, int]:
+    def read_head(self, source: str, bounds: Bounds, count: Callable[[int], int]) -> tuple[np.ndarray, float, int]:
         """The first frames of those that a file is reconstructed from, [T, H, W, 3] uint8, their rate (0 of an image),
         and how many there are. count: from that to how many are wanted. Raises MediaError."""
         with closing(self._open(source, bounds)) as reader:

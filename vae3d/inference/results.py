@@ -17,7 +17,7 @@ from typing import Any
 from vae3d.evaluation.store import read_features, write_features
 from vae3d.inference import folder as folders
 from vae3d.inference.comparison import Comparer
-from vae3d.inference.reconstruct import KINDS, Done, Reconstructor
+from vae3d.inference.reconstruct import KINDS, FileResult, Reconstructor
 from vae3d.io import FileError, naming, read_json, remove, remove_unfinished, write_json
 from vae3d.latents.identity import source_version
 from vae3d.metrics import Score, VideoResult
@@ -69,7 +69,7 @@ class Results:
                     file.unlink()
         remove(self.done)
 
-    def read(self, name: str, source: str) -> tuple[Done, dict[str, Any] | None] | None:
+    def read(self, name: str, source: str) -> tuple[FileResult, dict[str, Any] | None] | None:
         """The finished file of this name, and its comparison; None if it, or its source, is not what was recorded.
 
         Raises FileError for a damaged record.
@@ -87,7 +87,7 @@ class Results:
             )
             if record["features"]:
                 result.features = {metric: read_features(self._features(name, metric)) for metric in record["features"]}
-            done = Done(**record["file"], result=result)
+            done = FileResult(**record["file"], result=result)
             comparison = record["comparison"]
             if self.comparer is not None and comparison["cost"]:
                 self.comparer.costs = comparison["cost"]
@@ -102,7 +102,7 @@ class Results:
             for suffix in (".mp4", ".png"):
                 (self.folder(kind) / f"{name}{suffix}").unlink(missing_ok=True)
 
-    def write(self, source: str, version: Any, done: Done, comparison: dict[str, Any] | None) -> None:
+    def write(self, source: str, version: Any, done: FileResult, comparison: dict[str, Any] | None) -> None:
         """Record a file as finished, once its outputs have their names. version: of the source, before it was read."""
         outputs = [
             [kind, path.name, path.stat().st_size]
