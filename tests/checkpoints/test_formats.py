@@ -151,7 +151,7 @@ def test_scalar_scale_and_shift_of_training_files_are_spread_over_the_channels(t
 
 def test_written_opensora_folder_computes_the_same_under_the_published_factor(tmp_path, monkeypatch):
     """The original code always multiplies by 0.18215; another factor is folded into the weights."""
-    monkeypatch.setattr(export, "_require_published_network", lambda config: None)  # a tiny one serves here
+    monkeypatch.setattr(export, "_require_published_size", lambda config: None)  # a tiny one serves here
     overrides = [*PIPELINE, "model.spatial.scaling_factor=0.13025", "model.micro_frames=null"]
     saved = checkpoint("temporal_vae", overrides, tmp_path)
     write_opensora(saved, tmp_path / "published")
@@ -277,7 +277,7 @@ def bad_files(folder):
         ("cut.pt", "cut.pt: is a damaged or incomplete file of torch.save"),
         ("notes.txt", "notes.txt: is no weight file .* begins with b'hello'"),
         ("empty.pt", "empty.pt: holds no tensors"),
-        ("other.safetensors", "none of the known layouts .* its keys begin with net.weight"),
+        ("other.safetensors", "no known layout .* its keys begin with net.weight"),
         ("part.safetensors", "looks like diffusers, but '.*' is not in it"),
         ("nothing", "holds no weights .* found nothing"),
     ],
