@@ -39,7 +39,7 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.open_source import open_source
 from vae3d.errors import UserError
-from vae3d.inference.scale import MeasuredScale, ScaleError, measure, refusal, rescaled, spread_clips
+from vae3d.inference.scale import MeasuredScale, ScaleError, measure, rescaled, spread_clips, unscalable_reason
 from vae3d.io import atomic_dir, atomic_files, naming
 from vae3d.loading import build_checkpoint
 from vae3d.precision import as_device
@@ -77,7 +77,7 @@ def opened(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
     if out is not None and out.exists():
         raise CheckpointError(f"{out}: exists already")
     model = build_checkpoint(checkpoint)
-    if why := refusal(model):
+    if why := unscalable_reason(model):
         raise ScaleError(f"{checkpoint.path}: {why}")
     load_state(model, checkpoint.state, str(checkpoint.path))
     return checkpoint, model.eval()
