@@ -23,10 +23,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from vae3d.argparse_types import finite_float, positive_float
-from vae3d.checkpoints.disk import write_whole
 from vae3d.checkpoints.export import WRITERS
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
 from vae3d.errors import UserError
+from vae3d.io import atomic_files, naming
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         factors = {name: getattr(args, name) for name in ("scaling_factor", "shift_factor")}
         if given := {name: value for name, value in factors.items() if value is not None}:
             checkpoint = with_factors(checkpoint, given)
-        write_whole(args.target, lambda path: WRITERS[args.to](checkpoint, path))
+        with naming(args.target), atomic_files(args.target) as tmp:
+            WRITERS[args.to](checkpoint, tmp / args.target.name)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -26,7 +26,6 @@ from typing import Any
 from torch import nn
 
 from vae3d.argparse_types import non_negative_int, positive_int
-from vae3d.checkpoints.disk import naming_target
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import (
     EXPORT_CONFIG,
@@ -40,8 +39,8 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.open_source import open_source
 from vae3d.errors import UserError
-from vae3d.inference.scale import MeasuredScale, ScaleError, measure, refusal, rescaled, spread_clips
-from vae3d.io import fsync_tree, remove
+from vae3d.inference.scale import MeasuredScale, ScaleError, measure, rescaled, spread_clips, unscalable_reason
+from vae3d.io import atomic_dir, atomic_files, naming
 from vae3d.loading import build_checkpoint
 from vae3d.precision import as_device
 
@@ -78,7 +77,7 @@ def opened(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
     if out is not None and out.exists():
         raise CheckpointError(f"{out}: exists already")
     model = build_checkpoint(checkpoint)
-    if why := refusal(model):
+    if why := unscalable_reason(model):
         raise ScaleError(f"{checkpoint.path}: {why}")
     load_state(model, checkpoint.state, str(checkpoint.path))
     return checkpoint, model.eval()
@@ -110,16 +109,9 @@ def write(checkpoint: Checkpoint, folder: Path, **told: Any) -> None:
 
     Raises FileError.
     """
-    unfinished = folder.with_name(f".{folder.name}.partial")
-    with naming_target(folder):
-        try:
-            write_export(checkpoint, unfinished, **told)
-            fsync_tree(unfinished)
-            folder.mkdir(parents=True, exist_ok=True)
-            for file in unfinished.iterdir():
-                file.replace(folder / file.name)
-        finally:
-            remove(unfinished)
+    target = atomic_files(folder / EXPORT_CONFIG) if folder.exists() else atomic_dir(folder)
+    with naming(folder), target as tmp:
+        write_export(checkpoint, tmp, **told)
 
 
 def about(checkpoint: Checkpoint) -> dict[str, Any]:

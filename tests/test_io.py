@@ -10,7 +10,7 @@ import pytest
 from vae3d.errors import UserError
 from vae3d.io import (
     FileError,
-    atomic_folder,
+    atomic_dir,
     atomic_write,
     open_nofollow,
     parse_json,
@@ -103,16 +103,16 @@ def test_an_atomic_write_replaces_whole_or_not_at_all(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_an_atomic_folder_replaces_whole_or_not_at_all(tmp_path):
+def test_an_atomic_dir_replaces_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "x"
     folder.mkdir()
     (folder / "a").write_text("old")
-    with pytest.raises(OSError, match="full"), atomic_folder(folder) as tmp:
+    with pytest.raises(OSError, match="full"), atomic_dir(folder) as tmp:
         (tmp / "b").write_text("half")
         raise OSError("full")
     assert os.listdir(tmp_path) == ["x"]
     assert os.listdir(folder) == ["a"]
-    with atomic_folder(folder) as tmp:
+    with atomic_dir(folder) as tmp:
         (tmp / "b").write_text("new")
     assert os.listdir(tmp_path) == ["x"]
     assert os.listdir(folder) == ["b"]
@@ -129,9 +129,9 @@ def test_links_are_never_followed_for_writing(tmp_path):
     with atomic_write(run / "log") as stream:
         stream.write(b"new")
     assert not (run / "log").is_symlink()
-    (run / ".x.partial").symlink_to(victim)
+    (run / ".x.tmp").symlink_to(victim)
     (run / "x").symlink_to(victim)
-    with atomic_folder(run / "x") as tmp:
+    with atomic_dir(run / "x") as tmp:
         (tmp / "new").write_text("new")
     (run / "again").symlink_to(victim)
     remove(run / "again")

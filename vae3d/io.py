@@ -6,6 +6,7 @@ anything else. Writers never follow a symbolic link.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 from vae3d.errors import UserError
@@ -132,13 +134,37 @@ def check_plain(value: Any, source: str, key: str = "", depth: int = 0) -> Any:
     return value
 
 
-@contextmanager
-def naming(path: Path | str) -> Iterator[None]:
-    """Inside, an OSError of writing becomes a FileError that names `path`, which the libraries' own do not."""
-    try:
-        yield
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written: {error.strerror or error}") from error
+# What a full, failing or vanished disk raises, or a folder whose permissions changed.
+DISK_ERRORS = frozenset({
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENODEV, errno.ENOENT,
+    errno.ENOLCK, errno.ENOSPC, errno.ENOTCONN, errno.ENOTDIR, errno.ENXIO, errno.EPERM, errno.EREMOTEIO, errno.EROFS,
+    errno.ESTALE, errno.ETIMEDOUT,
+})  # fmt: skip
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether writing failed because of the disk. torch and safetensors raise types of their own for that."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_ERRORS
+    text = str(error)
+    if type(error).__name__ == "SafetensorError":  # by name, because scripts/fetch_weights.py runs without packages
+        return "I/O error" in text or "IoError" in text
+    return isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text)
+
+
+class naming:
+    """Context manager: turns an error of writing into a FileError that names `path`."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, OSError):
+            raise FileError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+        if error is not None and is_disk_error(error):
+            raise FileError(f"{self.path}: cannot be written, as on a full disk: {error}") from error
 
 
 def yaml_text(value: Any) -> str:
@@ -150,6 +176,16 @@ def yaml_text(value: Any) -> str:
             return True
 
     return yaml.dump(value, Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
+
+
+# ---- atomic writing: under the temporary name `.NAME.tmp` or `.NAME.<8 hex digits>.tmp`, then renamed
+
+TMP_NAME = re.compile(r"\..*\.tmp")
+
+
+def tmp_path(path: Path) -> Path:
+    """The temporary name of `path`, the same in all processes."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -165,57 +201,66 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary stream whose content replaces `path` when the block ends without an exception; else nothing changes.
-
-    The content is fsynced before the rename and the folder after it. A link at `path` is replaced, not followed.
-    Raises OSError if the disk refuses.
-    """
-    path = Path(path)
-    tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(tmp, "xb") as stream:  # "x" neither follows a link nor opens an existing file
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)  # after an error: half a file would only keep the disk full
-    fsync_folder(path.parent)
+    """A binary stream that replaces the file `path` when the block ends without an exception; else nothing changes."""
+    with atomic_path(path) as tmp, tmp.open("xb") as stream:
+        yield stream
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new empty folder whose content replaces the folder `path` when the block ends without an exception.
-
-    All its files are fsynced before the rename. Raises OSError if the disk refuses.
-    """
-    path = Path(path)
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """A new folder that replaces the folder `path` when the block ends without an exception; else nothing changes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.partial")
-    remove(tmp)
-    tmp.mkdir()
+    with atomic_path(path) as tmp:
+        tmp.mkdir()
+        yield tmp
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path at which the block creates a file or folder, which then replaces `path`.
+
+    If the block raises, what it created is deleted and `path` stays as it was. Raises OSError if the disk fails.
+    """
+    tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield tmp
-        fsync_tree(tmp)
-        remove(path)
-        tmp.rename(path)
+        replace_durably(tmp, path)
+    finally:
+        remove(tmp)  # after an error; also a second hard link to what `path` is already
+
+
+@contextmanager
+def atomic_files(target: Path) -> Iterator[Path]:
+    """A new folder whose files move to the folder of `target` when the block ends without an exception.
+
+    Each replaces the file or folder of its name; `target` moves last, so that it is there only if all others are.
+    """
+    tmp = tmp_path(target)
+    remove(tmp)
+    tmp.mkdir(parents=True)
+    try:
+        yield tmp
+        for path in sorted(tmp.iterdir(), key=lambda path: path.name == target.name):
+            replace_durably(path, target.with_name(path.name))
     finally:
         remove(tmp)
-    fsync_folder(path.parent)
 
 
-def fsync_tree(folder: Path) -> None:
-    """fsync every file and folder below `folder`, and itself."""
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with open(os.path.join(root, name), "rb") as stream:
-                os.fsync(stream.fileno())
-        fsync_folder(Path(root))
+def replace_durably(tmp: Path, path: Path) -> None:
+    """fsync a file or folder, rename it to `path`, and fsync the folder of `path`.
+
+    A link at `path` is replaced, not followed.
+    """
+    for path_in_tmp in (tmp, *tmp.rglob("*")):  # a file has none in it
+        _fsync(path_in_tmp)
+    if tmp.is_dir():
+        remove(path)  # a rename does not replace a folder with files
+    os.replace(tmp, path)
+    _fsync(path.parent)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -223,22 +268,34 @@ def fsync_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a folder with all in it, or a link but not what it points to; nothing if it is not there."""
+    """Delete a file, a folder with its content, or a link (not its target), if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-# Names of what a killed process left half-written: of atomic_write, atomic_folder, and writers that need a path.
-UNFINISHED = re.compile(r"\..*(\.partial(\.\w+)?|\.[0-9a-f]{8}\.tmp)")
-
-
 def remove_unfinished(folder: Path) -> None:
-    """Delete half-written files and folders of a killed process; nothing if the folder is not there."""
+    """Delete the temporary files and folders that a killed process left in `folder`, if that exists."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if UNFINISHED.fullmatch(path.name):
+        if TMP_NAME.fullmatch(path.name):
             remove(path)
+
+
+@contextmanager
+def hold_lock(file: Path, error: UserError) -> Iterator[None]:
+    """Hold a lock file during the block. Raises `error` if another process holds it."""
+    from filelock import FileLock, Timeout  # here: scripts/fetch_weights.py runs without packages
+
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise error from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 RUN_SUBFOLDERS = (".hydra", "checkpoints", "exports", "tensorboard")  # of a training run's folder, which it writes

@@ -12,7 +12,8 @@ import vae3d
 from tests import tiny
 from vae3d.checkpoints import export, ldm
 from vae3d.checkpoints.export import write_diffusers, write_export, write_ldm, write_opensora
-from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint, to_opensora
+from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
+from vae3d.checkpoints.opensora import to_published
 from vae3d.io import FileError
 from vae3d.loading import initialize, model_config
 
@@ -131,7 +132,7 @@ def test_ldm_file_round_trips(tmp_path):
 def test_opensora_layout_is_recognised(tmp_path, where):
     saved = checkpoint("temporal_vae", [*PIPELINE, "model.spatial.scaling_factor=0.18215"], tmp_path)
     saved.state["latents_std"] += 1.5
-    save_file(to_opensora(saved.state), tmp_path / "model.safetensors")
+    save_file(to_published(saved.state), tmp_path / "model.safetensors")
     if where == "folder":
         (tmp_path / "config.json").write_text(json.dumps({"micro_frame_size": 9}))
     model = vae3d.load(tmp_path if where == "folder" else tmp_path / "model.safetensors")
@@ -143,7 +144,7 @@ def test_opensora_layout_is_recognised(tmp_path, where):
 
 def test_scalar_scale_and_shift_of_training_files_are_spread_over_the_channels(tmp_path):
     saved = checkpoint("temporal_vae", PIPELINE, tmp_path)
-    state = {**to_opensora(saved.state), "scale": torch.tensor(2.0), "shift": torch.tensor(0.5)}
+    state = {**to_published(saved.state), "scale": torch.tensor(2.0), "shift": torch.tensor(0.5)}
     torch.save(state, tmp_path / "model.pt")
     model = vae3d.load(tmp_path / "model.pt")
     assert torch.equal(model.latents_std, torch.full((1, 4, 1, 1, 1), 2.0))
@@ -152,7 +153,7 @@ def test_scalar_scale_and_shift_of_training_files_are_spread_over_the_channels(t
 
 def test_written_opensora_folder_computes_the_same_under_the_published_factor(tmp_path, monkeypatch):
     """The original code always multiplies by 0.18215; another factor is folded into the weights."""
-    monkeypatch.setattr(export, "_require_published_network", lambda config: None)  # a tiny one serves here
+    monkeypatch.setattr(export, "_require_published_size", lambda config: None)  # a tiny one serves here
     overrides = [*PIPELINE, "model.spatial.scaling_factor=0.13025", "model.micro_frames=null"]
     saved = checkpoint("temporal_vae", overrides, tmp_path)
     write_opensora(saved, tmp_path / "published")
@@ -278,7 +279,7 @@ def bad_files(folder):
         ("cut.pt", "cut.pt: is a damaged or incomplete file of torch.save"),
         ("notes.txt", "notes.txt: is no weight file .* begins with b'hello'"),
         ("empty.pt", "empty.pt: holds no tensors"),
-        ("other.safetensors", "none of the known layouts .* its keys begin with net.weight"),
+        ("other.safetensors", "no known layout .* its keys begin with net.weight"),
         ("part.safetensors", "looks like diffusers, but '.*' is not in it"),
         ("nothing", "holds no weights .* found nothing"),
     ],

@@ -19,7 +19,7 @@ from vae3d.checkpoints import ldm
 from vae3d.checkpoints.export import write_diffusers, write_export
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
 from vae3d.checkpoints.location import find_weights, split_part
-from vae3d.config.schema import validate
+from vae3d.config import validate
 from vae3d.errors import UserError
 from vae3d.loading import open_codec
 
@@ -80,14 +80,14 @@ SEVERAL = {
 def test_of_several_vaes_one_is_chosen_by_part(tmp_path, saved, name):
     file = tmp_path / "last.ckpt"
     torch.save(SEVERAL[name](inner(saved), inner(saved, scale=2.0)), file)
-    with pytest.raises(CheckpointError, match=r"holds 2 VAEs: .*ema.*; say which: .*part=") as error:
+    with pytest.raises(CheckpointError, match=r"holds 2 VAEs: .*ema.*; .*part=") as error:
         vae3d.load(file)
     chosen = {"part": "ema"} if name != "teacher" else {"part": "ema.net"}
     for model in (vae3d.load(file, **chosen), vae3d.load(f"{file}::ema")):
         assert torch.equal(model.state_dict()["module.quant_conv.bias"], 2 * saved.state["module.quant_conv.bias"])
     other = str(error.value).split("VAEs: ")[1].split(" ")[0]
     assert_equal_states(vae3d.load(file, part=other).state_dict(), saved.state)
-    with pytest.raises(CheckpointError, match="part=student names none of its VAEs; use one of"):
+    with pytest.raises(CheckpointError, match=r"part=student .*none of its VAEs; use one of"):
         vae3d.load(file, part="student")
 
 
@@ -296,7 +296,7 @@ def test_the_config_of_a_diffusion_model_beside_the_official_file_is_not_its_own
 @pytest.mark.parametrize("kind", [torch.int32, torch.bool, torch.complex64])
 def test_weights_of_whole_or_complex_numbers_are_refused(tmp_path, saved, kind):
     torch.save({key: tensor.to(kind) for key, tensor in inner(saved).items()}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match="of whole, logical or complex numbers: module"):
+    with pytest.raises(CheckpointError, match="tensors not floating-point: module"):
         vae3d.load(tmp_path / "x.pt")
 
 

@@ -14,7 +14,7 @@ from tests.checkpoints.test_formats import assert_equal_states
 from tests.models.test_taehv import TOY, toy
 from vae3d.checkpoints.export import WRITERS, write_export, write_final_model
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
-from vae3d.checkpoints.taehv import read_facts
+from vae3d.checkpoints.taehv import read_info
 from vae3d.loading import initialize
 from vae3d.models.taehv import VARIANTS
 
@@ -40,7 +40,7 @@ def test_what_is_written_tells_its_variant(tmp_path, variant, suffix):
     assert_equal_states(model.state_dict(), checkpoint.state)
     assert (model.variant, model.latent) == (variant, VARIANTS[variant].latent)
     assert model.spec.latents_std == tuple(checkpoint.config.get("latents_std") or [1.0] * model.spec.channels)
-    told = read_facts(file)
+    told = read_info(file)
     kind = VARIANTS[variant]
     assert (told["frame_rule"], told["latent"], told["decoder"]) == (kind.rule, kind.latent, kind.decoder)
     assert told["vae3d"] == vae3d.__version__
@@ -49,7 +49,7 @@ def test_what_is_written_tells_its_variant(tmp_path, variant, suffix):
 def test_an_export_tells_it_too(tmp_path):
     checkpoint = saved("taecvx", tmp_path, latent="normalized")
     write_export(checkpoint, tmp_path / "export")
-    assert read_facts(tmp_path / "export/model.safetensors")["latent"] == "normalized"
+    assert read_info(tmp_path / "export/model.safetensors")["latent"] == "normalized"
     model = vae3d.load(tmp_path / "export")
     assert (model.variant, model.latent) == ("taecvx", "normalized")
     (tmp_path / "export/model.yaml").unlink()  # the weights alone know as much
@@ -88,7 +88,7 @@ def test_a_name_tells_the_others_with_a_note(tmp_path, variant, name):
     file = tmp_path / name.format(variant)
     torch.save(toy(variant).state_dict(), file)
     (note,) = read_checkpoint(file).notes
-    assert f"taken for {variant} by its name alone" in note
+    assert f"{variant} because of its name" in note
     assert vae3d.load(file).variant == variant
 
 
@@ -96,9 +96,7 @@ def test_a_name_tells_the_others_with_a_note(tmp_path, variant, name):
 def test_a_file_that_does_not_tell_is_refused_until_the_user_does(tmp_path, name):
     file = tmp_path / name
     torch.save(toy("taecvx").state_dict(), file)
-    with pytest.raises(
-        CheckpointError, match=r"as taehv, taecvx, taew2_1, taeos1_3, .*variant='taehv'.*model.variant="
-    ):
+    with pytest.raises(CheckpointError, match=r"taehv, taecvx, taew2_1, taeos1_3, .*variant='taehv'.*model.variant="):
         vae3d.load(file)
     assert vae3d.load(file, variant="taecvx").variant == "taecvx"
     assert initialize(toy("taew2_1"), str(file))  # a model knows its own
@@ -114,14 +112,14 @@ def test_what_the_user_says_wins(tmp_path):
     assert vae3d.load(named, variant="taew2_1").variant == "taew2_1"
     WRITERS["taehv"](saved("taecvx", tmp_path), tmp_path / "told.safetensors")
     read = read_checkpoint(tmp_path / "told.safetensors", "taehv")
-    assert read.notes == ["the file says that it is taecvx; it is read as taehv, as asked for"]
+    assert ["taecvx" in note and "taehv" in note for note in read.notes] == [True]
     assert (read.config["variant"], read.config["latent"]) == ("taehv", "normalized")
 
 
 @pytest.mark.parametrize(
     ("variant", "message"),
     [
-        ("taew2_2", "16 latent channels and patches of 1, which is not taew2_2 .asked for. but taehv or taecvx"),
+        ("taew2_2", "16 latent channels and patches of 1,.* cannot be taew2_2, but taehv or taecvx"),
         ("wan", "variant is 'wan'; use one of taehv"),
     ],
 )
@@ -131,9 +129,7 @@ def test_a_variant_that_does_not_fit_is_refused(tmp_path, variant, message):
         vae3d.load(tmp_path / "taehv.pth", variant=variant)
 
 
-@pytest.mark.parametrize(
-    ("fact", "error"), [("frame_rule", "follow the rule 'odd', here it is 'cogvideox'"), ("latent", "latent is 'odd'")]
-)
+@pytest.mark.parametrize(("fact", "error"), [("frame_rule", "rule 'odd'.*'cogvideox'"), ("latent", "latent is 'odd'")])
 def test_unknown_frame_rules_and_latents_are_refused(tmp_path, fact, error):
     WRITERS["taehv"](saved("taecvx", tmp_path), tmp_path / "weights.pth")
     told = json.loads((tmp_path / "weights.json").read_text())
@@ -157,7 +153,7 @@ def test_networks_that_only_look_alike_are_refused(tmp_path):
         vae3d.load(tmp_path / "lighttaehy1_5.pth")
     odd = toy("taehv").state_dict() | {"encoder.17.weight": torch.zeros(20, 4, 3, 3)}
     torch.save(odd, tmp_path / "taehv.pth")
-    with pytest.raises(CheckpointError, match="20 latent channels and patches of 1, as no variant"):
+    with pytest.raises(CheckpointError, match=r"20 latent channels and patches of 1, .* no variant"):
         vae3d.load(tmp_path / "taehv.pth")
 
 

@@ -59,7 +59,7 @@ def test_every_layout_is_recognised_and_comes_back_bit_exact(tmp_path, saved, la
         assert read.notes == []
     else:  # bare weights; these are not of the published kind
         assert model.latents_std.flatten().tolist() == [1.0] * model.spec.channels
-        assert "does not tell its latents' mean and standard deviation; 0 and 1 are used" in read.notes[0]
+        assert "mean and standard deviation; 0 and 1 are used" in read.notes[0]
     assert_same_normalized_latents(saved, model)
 
 
@@ -119,7 +119,7 @@ def test_bare_files_of_the_published_width_have_the_published_constants(tmp_path
     torch.save(small.state, tmp_path / "Wan2.1_VAE.pth")
     read = read_checkpoint(tmp_path / "Wan2.1_VAE.pth")
     assert read.config["latents_mean"] == loading.model_config("wan")["latents_mean"]
-    assert "the published weights' are used" in read.notes[0]
+    assert "of the published weights are used" in read.notes[0]
 
 
 def test_diffusers_opens_the_folder_and_computes_the_same(tmp_path, saved):

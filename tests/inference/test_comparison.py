@@ -23,7 +23,7 @@ from vae3d.errors import UserError
 from vae3d.inference.comparison import ComparisonError, baseline
 from vae3d.inference.comparison_report import collapsed
 from vae3d.inference.folder import FolderError
-from vae3d.inference.pictures import error_map, side_by_side, strip
+from vae3d.inference.pictures import contact_sheet, error_map, side_by_side
 from vae3d.loading import model_config
 from vae3d.metrics import build_metrics
 from vae3d.models.latents import convert_latents
@@ -253,7 +253,7 @@ def test_pictures_show_what_they_are_given():
     assert not any(side % 2 for side in shown.shape[1:3])
     assert np.array_equal(shown[:, -16 * times :: times, : 24 * times : times], frames)
     assert np.array_equal(shown[:, -16 * times :: times, 24 * times + 2 : -2 : times], 255 - frames)
-    picture = strip(panels, "original", 3)
+    picture = contact_sheet(panels, "original", 3)
     assert picture.shape[1] == 200 + 3 * (24 * times + 2)
     error = (
         error_map(frames[:1, :1, 0], frames[:1, :1, 0])[0, 0],

@@ -159,7 +159,7 @@ def test_full_folders_are_not_mixed_with_new_results(export, videos, tmp_path):
     with pytest.raises(FolderError, match="out_ori is not empty; choose another save_dir, or set overwrite=true"):
         run(export, source, tmp_path / "out")
     (tmp_path / "out_rec/notes.txt").write_text("mine")
-    (tmp_path / "out_rec/.000009_x.partial.mp4").touch()  # from a run that was killed
+    (tmp_path / "out_rec/.000009_x.mp4.tmp").touch()  # from a run that was killed
     run(export, videos.parent / "clip1.mp4", tmp_path / "out", "overwrite=true")
     for kind in ("ori", "rec", "spatial"):
         assert stems(tmp_path / f"out_{kind}") == ["000001_clip1.mp4"]
@@ -169,7 +169,7 @@ def test_full_folders_are_not_mixed_with_new_results(export, videos, tmp_path):
 def test_results_do_not_go_into_the_folder_that_is_read(export, videos, tmp_path):
     shutil.copy(videos.parent / "clip0.mp4", tmp_path / "a.mp4")
     shutil.copy(videos.parent / "clip0.mp4", tmp_path / "._a.mp4")  # as macOS leaves them
-    with pytest.raises(InferenceError, match=r"lies in source=.*; choose another place"):
+    with pytest.raises(InferenceError, match=r"save_dir=.* source="):
         run(export, tmp_path, tmp_path / "out")
     run(export, tmp_path, tmp_path.with_name("elsewhere"))
     assert stems(tmp_path.with_name("elsewhere_rec")) == ["000001_a.mp4"]

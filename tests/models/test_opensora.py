@@ -7,7 +7,7 @@ import torch
 
 import vae3d
 from tests import tiny
-from vae3d.checkpoints.formats import to_opensora
+from vae3d.checkpoints.opensora import to_published
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.temporal import TemporalVAE
 
@@ -19,7 +19,7 @@ FRAMES = (1, 2, 4, 5, 16, 17, 18, 33, 34, 51)
 def test_keys_shapes_and_parameters_are_the_published_ones(name):
     with torch.device("meta"):
         model = vae3d.build(name)
-    assert {k: list(v.shape) for k, v in to_opensora(model.state_dict()).items()} == KEYS
+    assert {k: list(v.shape) for k, v in to_published(model.state_dict()).items()} == KEYS
     assert sum(p.numel() for p in model.spatial_vae.parameters()) == 83_653_863
     assert sum(p.numel() for p in model.temporal_vae.parameters()) == 309_687_144
 

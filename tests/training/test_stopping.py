@@ -16,11 +16,10 @@ import vae3d
 from tests.training.quick import trainer
 from tests.training.test_trainer import fresh_accelerate, trace, weights  # noqa: F401
 from vae3d.checkpoints import state
-from vae3d.checkpoints.disk import is_disk_error
 from vae3d.commands import launch
 from vae3d.data.clips import Unreadable
 from vae3d.data.sources import DataError
-from vae3d.io import FileError
+from vae3d.io import FileError, is_disk_error
 from vae3d.training import checkpointer
 from vae3d.training.checkpointer import SaveError
 from vae3d.training.spike import SpikeError
@@ -167,19 +166,19 @@ def test_an_error_of_the_program_in_saving_is_not_taken_for_a_full_disk(videos, 
 
 
 def test_a_checkpoint_is_durable_before_it_has_its_name(videos, tmp_path, monkeypatch):
-    synced, fsync, rename = [], os.fsync, Path.rename
+    synced, fsync, replace = [], os.fsync, os.replace
 
     def recorded(descriptor):
         synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", recorded)
-    monkeypatch.setattr(Path, "rename", lambda path, to: (synced.append(f"rename {path.name}"), rename(path, to))[1])
+    monkeypatch.setattr(os, "replace", lambda path, to: (synced.append(f"rename {path.name}"), replace(path, to))[1])
     t = trainer(videos, tmp_path)
     t.save()
-    before, after = synced[: (named := synced.index("rename .step-0000000.partial"))], synced[named:]
+    before, after = synced[: (named := synced.index("rename .step-0000000.tmp"))], synced[named:]
     assert any("run.json" in name for name in before)
-    assert {"state.pt", ".step-0000000.partial"} <= set(before)
+    assert {"state.pt", ".step-0000000.tmp"} <= set(before)
     assert "checkpoints" in after
 
 
@@ -211,12 +210,12 @@ def test_what_a_kill_after_the_checkpoint_left_out_is_written_at_the_next_start(
         with pytest.raises(Killed):
             killed.fit()
     assert steps(tmp_path / "killed") == [2]
-    for folder, name in (("exports", ".step-0000002.partial"), (".", ".vae_step2.pt.0a1b2c3d.tmp")):
+    for folder, name in (("exports", ".step-0000002.tmp"), (".", ".vae_step2.pt.0a1b2c3d.tmp")):
         (tmp_path / "killed" / folder / name).mkdir(parents=True)
     assert trainer(videos, tmp_path / "killed", **PUBLISHES).fit()
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     assert "vae_final_ema.pt" in files(tmp_path / "killed")
-    left = [path for path in (tmp_path / "killed").rglob(".*") if path.suffix in (".partial", ".tmp")]
+    left = [path for path in (tmp_path / "killed").rglob(".*") if path.suffix == ".tmp"]
     assert not left
 
 
@@ -338,7 +337,7 @@ def test_too_many_broken_files_save_first_and_are_counted_anew_once_they_are_men
 @pytest.mark.parametrize(
     "name",
     ["metrics.jsonl", "launches.jsonl", "data_errors.jsonl", ".lock", "rank0.log", ".hydra", ".hydra/rank0/config.yaml",
-     "checkpoints", "checkpoints/.step-0000002.partial", "exports", "exports/.step-0000002.partial", "exports/best",
+     "checkpoints", "checkpoints/.step-0000002.tmp", "exports", "exports/.step-0000002.tmp", "exports/best",
      "tensorboard", "vae_final_ema.pt", "final_model.safetensors"],
 )  # fmt: skip
 def test_a_link_in_a_runs_folder_is_refused_by_name(videos, tmp_path, name):

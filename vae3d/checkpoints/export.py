@@ -14,54 +14,64 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vae3d import __version__
-from vae3d.checkpoints import ldm, taehv, wan
-from vae3d.checkpoints.formats import EXPORT_CONFIG, PUBLISHED_FACTOR, Checkpoint, CheckpointError, State, to_opensora
-from vae3d.io import atomic_folder, atomic_write, write_text, yaml_text
+from vae3d.checkpoints import ldm, opensora, taehv, wan
+from vae3d.checkpoints.formats import EXPORT_CONFIG, Checkpoint, CheckpointError
+from vae3d.checkpoints.published import State
+from vae3d.io import atomic_dir, atomic_write, write_text, yaml_text
 from vae3d.models.opensora import OpenSoraVAE
+from vae3d.models.registry import target_of
 from vae3d.models.spatial import SpatialVAE, per_channel
 from vae3d.models.taehv import TAEHV
 from vae3d.models.temporal import TemporalVAE
 from vae3d.models.wan import WanVAE
 
-LDM_GROUPS = 32
+LDM_GROUPS = 32  # of the normalisation, hard-coded in latent-diffusion
 # Settings that change how a model runs, not what its weights compute.
-RUNNING = ("scaling_factor", "shift_factor", "frame_batch", "gradient_checkpointing")
+RUNTIME_SETTINGS = ("scaling_factor", "shift_factor", "frame_batch", "gradient_checkpointing")
 
 
-def write_export(checkpoint: Checkpoint, folder: Path, **about: Any) -> None:
-    """model.safetensors and model.yaml (the configuration that builds the model, and `about`) in `folder`."""
+# ---- this project's export
+
+
+def write_export(checkpoint: Checkpoint, folder: Path, **info: Any) -> None:
+    """Write model.safetensors, and model.yaml with the configuration that builds the model and with `info`."""
     folder.mkdir(parents=True, exist_ok=True)
-    _save(checkpoint.state, folder / "model.safetensors", metadata_of(checkpoint))
-    write_text(folder / EXPORT_CONFIG, yaml_text({"vae3d": __version__, **about, "model": checkpoint.config}))
+    is_taehv = _is_a(checkpoint, TAEHV)
+    _save(checkpoint.state, folder / "model.safetensors", _taehv_metadata(checkpoint.config) if is_taehv else None)
+    write_text(folder / EXPORT_CONFIG, yaml_text({"vae3d": __version__, **info, "model": checkpoint.config}))
 
 
-def replace_export(checkpoint: Checkpoint, folder: Path, **about: Any) -> None:
-    """write_export in place of all that is in `folder`: it is whole, or what was there stays."""
-    with atomic_folder(folder) as unfinished:
-        write_export(checkpoint, unfinished, **about)
+def replace_export(checkpoint: Checkpoint, folder: Path, **info: Any) -> None:
+    """write_export, atomically and in place of everything in `folder`."""
+    with atomic_dir(folder) as tmp:
+        write_export(checkpoint, tmp, **info)
+
+
+# ---- layouts of other programs
 
 
 def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
-    """A folder that diffusers' AutoencoderKL.from_pretrained, or AutoencoderKLWan's, opens."""
-    if _is(checkpoint, WanVAE):
-        state, told = wan.to_diffusers(checkpoint.state), wan.diffusers_config(_wan_config(checkpoint, "diffusers"))
+    """Write a folder for diffusers' AutoencoderKL.from_pretrained, or AutoencoderKLWan's."""
+    if _is_a(checkpoint, WanVAE):
+        state = wan.to_diffusers(checkpoint.state)
+        config_json = wan.diffusers_config(_wan_config(checkpoint, "diffusers"))
     else:
-        state, told = _inner(checkpoint.state), _autoencoder_kl(checkpoint)
+        state = _without_module(checkpoint.state)
+        config = _require(checkpoint, SpatialVAE, "diffusers")
+        if config["scaling_factor"] is None:
+            raise CheckpointError(f"{checkpoint.path}: the latents' scaling factor is not known; give --scaling_factor")
+        config_json = ldm.diffusers_config(config) | _diffusers_factors(config)
     folder.mkdir(parents=True, exist_ok=True)
     _save(state, folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n")
+    _write_json(folder / "config.json", config_json)
 
 
-def _autoencoder_kl(checkpoint: Checkpoint) -> dict[str, Any]:
-    config = _require(checkpoint, SpatialVAE, "diffusers")
-    if config["scaling_factor"] is None:
-        raise CheckpointError(f"{checkpoint.path}: the latents' scaling factor is not known; give --scaling_factor")
-    return {**ldm.diffusers_config(config), **_factors(config)}
+def _diffusers_factors(config: dict[str, Any]) -> dict[str, Any]:
+    """The latent factors of a SpatialVAE in diffusers' config.json.
 
-
-def _factors(config: dict[str, Any]) -> dict[str, Any]:
-    """A SpatialVAE's normalisation as diffusers' pipelines read it: (z - mean) * scaling_factor / std, or
-    (z - shift_factor) * scaling_factor."""
+    Its pipelines compute (z - mean) * scaling_factor / std with latents_mean and latents_std, and
+    (z - shift_factor) * scaling_factor without.
+    """
     scaling, shift = config["scaling_factor"], config["shift_factor"]
     if not (isinstance(scaling, list) or isinstance(shift, list)):
         return {"scaling_factor": scaling, "shift_factor": shift or None}
@@ -71,102 +81,82 @@ def _factors(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_ldm(checkpoint: Checkpoint, file: Path) -> None:
-    """One file with latent-diffusion's keys: a .safetensors, or else torch's with all under `state_dict`, which its
-    `ckpt_path` reads (ldm/models/autoencoder.py).
+    """Write one file with latent-diffusion's keys: .safetensors, or torch.save's with everything under `state_dict`.
 
-    There is no prefix `first_stage_model.`: the VAE has it inside of whole Stable Diffusion checkpoints only. The file
-    does not hold the scaling factor: programs take it from the diffusion model's configuration (`scale_factor`), and a
-    note says which to set. latent-diffusion has no shift, and one scaling factor for all channels; others are folded
-    into the quant convolutions. A network without quant convolutions has none here either: FLUX's and SD3's code opens
-    it, which takes one scale_factor and one shift_factor, while latent-diffusion's own class would leave its quant
-    convolutions random.
-    Raises CheckpointError if it does not normalise in 32 groups, as all that code does, whatever the file, and for
-    factors per channel of a network without quant convolutions.
+    latent-diffusion reads the latter as `ckpt_path` (ldm/models/autoencoder.py). The keys have no prefix
+    `first_stage_model.`, which is for whole Stable Diffusion checkpoints.
+    The file holds no scaling factor; a note names the `scale_factor` to set in the diffusion model's configuration.
+    latent-diffusion has no shift and one factor for all channels, so others are folded into the quant convolutions.
+    A network without quant convolutions keeps its factors: the code of FLUX and SD3 opens it and has a scale_factor and
+    a shift_factor, while latent-diffusion's class would leave its quant convolutions random.
+    Raises CheckpointError for another number of normalisation groups than 32, which all that code hard-codes, and for
+    factors per channel in a network without quant convolutions.
     """
     config = _require(checkpoint, SpatialVAE, "ldm")
-    groups = config["groups"]
-    if groups != LDM_GROUPS:
+    if (groups := config["groups"]) != LDM_GROUPS:
         raise CheckpointError(
-            f"{checkpoint.path} normalises in {groups} groups and latent-diffusion's code in {LDM_GROUPS}, so that it "
-            "would compute something else; use the layout diffusers"
+            f"{checkpoint.path} normalises in {groups} groups and latent-diffusion's code in {LDM_GROUPS}, so its "
+            "results would differ; use the layout diffusers"
         )
-    state = ldm.to_ldm(_inner(_without_shift(checkpoint, config)))
+    state = ldm.to_ldm(_without_module(_fold_for_ldm(checkpoint, config)))
     if file.suffix == ".safetensors":
         _save_file(state, file)
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"state_dict": {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}}, file)
+        torch.save({"state_dict": _contiguous(state)}, file)
 
 
 def write_opensora(checkpoint: Checkpoint, folder: Path) -> None:
-    """A folder like hpcai-tech/OpenSora-VAE-v1.2, for the original code.
+    """Write a folder like hpcai-tech/OpenSora-VAE-v1.2, for the original code.
 
-    That code multiplies the 2D latents by 0.18215 whatever their own factor is, so other factors are folded into the
-    2D VAE's quant convolutions: the pipeline computes the same.
-    Raises CheckpointError for a network of another size, which the original code cannot build.
+    That code multiplies the 2D latents by 0.18215. Another factor is folded into the 2D VAE's quant convolutions, which
+    gives the same results. Raises CheckpointError for a network of another size, which the original code cannot build.
     """
     config = _require(checkpoint, OpenSoraVAE, "opensora")
-    _require_published_network(config)
-    state = to_opensora(_fold_factor(checkpoint.state, config["spatial"]))
+    _require_published_size(config)
+    shift, factor = _factors_per_channel(_defaults(SpatialVAE) | config["spatial"])
+    gain = factor / opensora.SCALING_FACTOR
+    quant, post_quant = f"{opensora.SPATIAL}quant_conv", f"{opensora.SPATIAL}post_quant_conv"
+    state = opensora.to_published(_fold(checkpoint.state, quant, post_quant, gain, -shift * gain))
     folder.mkdir(parents=True, exist_ok=True)
     _save(state, folder / "model.safetensors")
-    told = {
-        "architectures": ["VideoAutoencoderPipeline"],
-        "model_type": "VideoAutoencoderPipeline",
-        "cal_loss": False,
-        "freeze_vae_2d": False,
-        "from_pretrained": None,
-        "micro_frame_size": config["micro_frames"],
-        "scale": state["scale"].flatten().tolist(),
-        "shift": state["shift"].flatten().tolist(),
-        "vae_2d": {
-            "type": "VideoAutoencoderKL",
-            "from_pretrained": "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers",
-            "subfolder": "vae",
-            "micro_batch_size": 4,
-            "local_files_only": False,
-        },
-        "vae_temporal": {"type": "VAE_Temporal_SD", "from_pretrained": None},
-    }
-    (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n")
+    _write_json(folder / "config.json", opensora.config_json(config, state))
 
 
 def write_wan(checkpoint: Checkpoint, file: Path) -> None:
-    """One file like the published Wan2.1_VAE.pth.
+    """Write one file like the published Wan2.1_VAE.pth.
 
-    Programs have the published mean and standard deviation of the latents in their code; others are folded into the
-    weights, so that the normalised latents are the same.
+    Other programs hard-code the published mean and standard deviation of the latents. Others are folded into the
+    weights, which gives the same normalised latents.
     """
     _save_file(_with_published_constants(checkpoint, "wan"), file)
 
 
 def write_videox_fun(checkpoint: Checkpoint, file: Path) -> None:
-    """One file that VideoX-Fun's AutoencoderKLWan loads with a strict load_state_dict; constants as in write_wan."""
-    _save_file(wan.videox_fun(_with_published_constants(checkpoint, "videox_fun")), file)
+    """Write one file for VideoX-Fun's AutoencoderKLWan; constants as in write_wan."""
+    _save_file(wan.to_videox_fun(_with_published_constants(checkpoint, "videox_fun")), file)
 
 
 def write_taehv(checkpoint: Checkpoint, file: Path) -> None:
-    """One file like the published ones, and what must be known of it: in the file, or in <its stem>.json beside it."""
-    told = taehv.facts(_require(checkpoint, TAEHV, "taehv"))
-    _save_file(checkpoint.state, file, taehv.metadata(told))
+    """Write one file like the published ones. Its metadata is in the file, or in <its stem>.json beside it."""
+    config = _require(checkpoint, TAEHV, "taehv")
+    _save_file(checkpoint.state, file, _taehv_metadata(config))
     if file.suffix != ".safetensors":
-        file.with_suffix(".json").write_text(json.dumps(told, indent=2) + "\n")
+        _write_json(file.with_suffix(".json"), taehv.info_of(config))
 
 
 def write_final_model(checkpoint: Checkpoint, folder: Path) -> None:
-    """final_model.pth, a plain state dict in fp32 that the published TAEHV class loads with weights_only=True; the same
-    as final_model.safetensors with its metadata; model.json, which holds these for the former."""
-    told = taehv.facts(_require(checkpoint, TAEHV, "taehv"))
+    """Write a TAEHV in fp32 as final_model.pth, final_model.safetensors and model.json.
+
+    final_model.pth is a plain state dict, which the published TAEHV class loads with weights_only=True; model.json is
+    its metadata. final_model.safetensors contains both.
+    """
+    config = _require(checkpoint, TAEHV, "taehv")
     state = {key: tensor.float() for key, tensor in checkpoint.state.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / taehv.FACTS).write_text(json.dumps(told, indent=2) + "\n")
-    _save(state, folder / "final_model.safetensors", taehv.metadata(told))
+    _write_json(folder / taehv.INFO_FILE, taehv.info_of(config))
+    _save(state, folder / "final_model.safetensors", _taehv_metadata(config))
     write_flat(replace(checkpoint, state=state), "native", folder / "final_model.pth")
-
-
-def metadata_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """What a weight file's header tells beside its tensors."""
-    return taehv.metadata(taehv.facts(checkpoint.config)) if _is(checkpoint, TAEHV) else {}
 
 
 WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
@@ -180,13 +170,7 @@ WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
 }
 
 
-# Keys that other programs give to the same weights, in one flat state dict.
-# Raise CheckpointError for the state of a model that they do not know. `native` keys of the Wan VAEs are the official.
-FLAT_LAYOUTS: dict[str, Callable[[State], State]] = {
-    "native": to_opensora,
-    "videox_fun": lambda state: wan.videox_fun(_require_wan(state)),
-    "diffusers": lambda state: wan.to_diffusers(_require_wan(state)),
-}
+# ---- flat state dicts during training
 
 
 def _require_wan(state: State) -> State:
@@ -195,121 +179,121 @@ def _require_wan(state: State) -> State:
     return state
 
 
+# Key layouts of one flat state dict. The native keys are those of the published files.
+FLAT_LAYOUTS: dict[str, Callable[[State], State]] = {
+    "native": opensora.to_published,
+    "videox_fun": lambda state: wan.to_videox_fun(_require_wan(state)),
+    "diffusers": lambda state: wan.to_diffusers(_require_wan(state)),
+}
+
+
 def to_layout(state: State, layout: str) -> State:
-    """A model's state dict under the keys of `layout`. Raises CheckpointError if it is unknown or does not fit."""
+    """Rename a model's state dict to the keys of `layout`. Raises CheckpointError if it is unknown or does not fit."""
     if layout not in FLAT_LAYOUTS:
         raise CheckpointError(f"no key layout is called {layout}; there are {', '.join(FLAT_LAYOUTS)}")
     return FLAT_LAYOUTS[layout](state)
 
 
 def write_flat(checkpoint: Checkpoint, layout: str, file: Path) -> None:
-    """One file for torch.load(..., weights_only=True), under the keys of `layout`; complete or not there at all.
+    """Write one file for torch.load(..., weights_only=True), under the keys of `layout`, atomically.
 
-    Of a Wan VAE, whose flat files hold no mean and standard deviation of the latents, they are folded as in write_wan.
+    Constants of a Wan VAE are folded as in write_wan.
     """
-    state = _with_published_constants(checkpoint, layout) if _is(checkpoint, WanVAE) else checkpoint.state
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in to_layout(state, layout).items()}
+    state = _with_published_constants(checkpoint, layout) if _is_a(checkpoint, WanVAE) else checkpoint.state
     with atomic_write(file) as stream:
-        torch.save(tensors, stream)
+        torch.save(_contiguous(to_layout(state, layout)), stream)
+
+
+# ---- configurations
+
+
+def _is_a(checkpoint: Checkpoint, network: type[nn.Module]) -> bool:
+    return checkpoint.config["_target_"] == target_of(network)
 
 
 def _require(checkpoint: Checkpoint, network: type[nn.Module], layout: str) -> dict[str, Any]:
-    """The configuration with the network's defaults filled in; raises CheckpointError for another network."""
-    if not _is(checkpoint, network):
-        target = f"{network.__module__}.{network.__qualname__}"
-        raise CheckpointError(
-            f"{checkpoint.path} holds a {checkpoint.config['_target_']}; the {layout} layout is for {target}"
-        )
+    """The configuration with the network's defaults filled in. Raises CheckpointError for another network."""
+    if not _is_a(checkpoint, network):
+        found = checkpoint.config["_target_"]
+        raise CheckpointError(f"{checkpoint.path} holds a {found}; the {layout} layout is for {target_of(network)}")
     return _defaults(network) | checkpoint.config
 
 
-def _is(checkpoint: Checkpoint, network: type[nn.Module]) -> bool:
-    return checkpoint.config["_target_"] == f"{network.__module__}.{network.__qualname__}"
+def _defaults(network: type[nn.Module]) -> dict[str, Any]:
+    """Default constructor arguments, with lists in place of tuples as in YAML."""
+    parameters = inspect.signature(network).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
 
 
 def _wan_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
-    """Every constructor argument; raises CheckpointError for another network."""
+    """Every constructor argument of a WanVAE. Raises CheckpointError for another network."""
     config = _require(checkpoint, WanVAE, layout)
     config["decoder_channels"] = config["decoder_channels"] or config["channels"]
     zeros, ones = [0.0] * config["latent_channels"], [1.0] * config["latent_channels"]
     return config | {"latents_mean": config["latents_mean"] or zeros, "latents_std": config["latents_std"] or ones}
 
 
-def _require_published_network(config: dict[str, Any]) -> None:
-    """Raises CheckpointError if the pipeline is not of the size that Open-Sora 1.2 hard-codes."""
+def _require_published_size(config: dict[str, Any]) -> None:
+    """Raises CheckpointError if an Open-Sora VAE does not have the size that the original code hard-codes."""
     for part, network in (("spatial", SpatialVAE), ("temporal", TemporalVAE)):
         published = _defaults(network)
         for name, value in config[part].items():
-            if name not in (*RUNNING, "_target_") and value != published[name]:
+            if name not in (*RUNTIME_SETTINGS, "_target_") and value != published[name]:
                 raise CheckpointError(
                     f"the original code builds one network only: {part} {name} is {value}, not {published[name]}; "
                     "use the layout export"
                 )
 
 
-def _defaults(network: type[nn.Module]) -> dict[str, Any]:
-    """Default constructor arguments, as YAML would hold them."""
-    parameters = inspect.signature(network).parameters.values()
-    return {
-        p.name: list(p.default) if isinstance(p.default, tuple) else p.default
-        for p in parameters
-        if p.default is not p.empty
-    }
+def _taehv_metadata(config: dict[str, Any]) -> dict[str, str]:
+    return taehv.to_metadata(taehv.info_of(config))
 
 
-def _inner(state: State) -> State:
-    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
-
-
-def _fold_factor(state: State, spatial: dict[str, Any]) -> State:
-    """Weights whose 2D VAE has the scaling factor 0.18215 and computes the same normalised latents."""
-    shift, factor = _factors_of_channels(_defaults(SpatialVAE) | spatial)
-    gain = factor / PUBLISHED_FACTOR
-    return _folded(state, "spatial_vae.module.quant_conv", "spatial_vae.module.post_quant_conv", gain, -shift * gain)
+# ---- folding of latent factors into weights
 
 
 def _with_published_constants(checkpoint: Checkpoint, layout: str) -> State:
-    """Weights of a Wan VAE whose latents have the mean and standard deviation that programs apply to bare weights."""
+    """Weights of a Wan VAE whose latents have the mean and standard deviation that other programs hard-code."""
     config = _wan_config(checkpoint, layout)
     mean, std = (torch.tensor(config[name], dtype=torch.float64) for name in ("latents_mean", "latents_std"))
-    constants = wan.reader_constants(config["latent_channels"], config["shortcuts"])
+    constants = wan.published_constants(config["latent_channels"], config["shortcuts"])
     published_mean, published_std = (torch.tensor(values, dtype=torch.float64) for values in constants)
     gain = published_std / std
-    folded = _folded(checkpoint.state, "conv1", "conv2", gain, published_mean - mean * gain)
+    folded = _fold(checkpoint.state, "conv1", "conv2", gain, published_mean - mean * gain)
     if folded is not checkpoint.state:
         checkpoint.notes.append(
-            f"{layout} files hold no mean and standard deviation of the latents, and programs apply the published "
-            "ones; the weights were changed so that the normalised latents stay the same"
+            f"{layout} files do not hold the latents' mean and standard deviation, and other programs use the "
+            "published ones; the weights were changed so that the normalised latents stay the same"
         )
     return folded
 
 
-def _without_shift(checkpoint: Checkpoint, config: dict[str, Any]) -> State:
-    """Weights of a SpatialVAE that need no shift and one scaling factor; notes which."""
+def _fold_for_ldm(checkpoint: Checkpoint, config: dict[str, Any]) -> State:
+    """Weights of a SpatialVAE that need no shift and one scaling factor, named in a note."""
     scaling, shift = config["scaling_factor"], config["shift_factor"] or 0.0
-    per_channel = isinstance(scaling, list) or isinstance(shift, list)
+    is_per_channel = isinstance(scaling, list) or isinstance(shift, list)
     if scaling is None:
         if shift:
             raise CheckpointError(f"{checkpoint.path}: has a shift_factor but no scaling factor; give --scaling_factor")
         checkpoint.notes.append("the scaling factor is not known; set the diffusion model's scale_factor")
         return checkpoint.state
     if not config["quant_convs"]:
-        if per_channel:
+        if is_per_channel:
             raise CheckpointError(
                 f"{checkpoint.path}: has a scaling or shift factor per channel and no quant convolutions to fold them "
                 "into, and the code that reads the layout ldm takes one number; use the layout diffusers"
             )
         checkpoint.notes.append(f"set scale_factor={scaling} and shift_factor={shift} where the file is used")
         return checkpoint.state
-    offset, factor = _factors_of_channels(config)
-    gain = factor if per_channel else torch.ones_like(factor)
-    checkpoint.notes.append(
-        f"set scale_factor={1.0 if per_channel else scaling} in the diffusion model's configuration"
-    )
-    return _folded(checkpoint.state, "module.quant_conv", "module.post_quant_conv", gain, -offset * gain)
+    offset, factor = _factors_per_channel(config)
+    gain = factor if is_per_channel else torch.ones_like(factor)
+    remaining = 1.0 if is_per_channel else scaling
+    checkpoint.notes.append(f"set scale_factor={remaining} in the diffusion model's configuration")
+    return _fold(checkpoint.state, "module.quant_conv", "module.post_quant_conv", gain, -offset * gain)
 
 
-def _factors_of_channels(config: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _factors_per_channel(config: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """shift_factor and scaling_factor of a SpatialVAE, [C] each in fp64."""
     shift, scaling = (
         torch.tensor(per_channel(factor, config["latent_channels"]), dtype=torch.float64)
@@ -318,37 +302,51 @@ def _factors_of_channels(config: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return shift, scaling
 
 
-def _folded(state: State, quant: str, post: str, gain: Tensor, offset: Tensor) -> State:
-    """Weights whose latents are z * gain + offset, with the same reconstruction; `state` itself if that is z.
+def _fold(state: State, quant: str, post_quant: str, gain: Tensor, offset: Tensor) -> State:
+    """Weights with the latents z * gain + offset and the same reconstruction; `state` itself if that is z.
 
-    quant, post: names of the 1x1 convolutions that make the moments and that take the latents. gain, offset: [C], fp64.
+    quant, post_quant: names of the 1x1 convolutions after the encoder and before the decoder. gain, offset: [C], fp64.
     """
     if (gain == 1).all() and (offset == 0).all():
         return state
-    after_w, after_b, before_w, before_b = (
-        state[f"{name}.{kind}"].double() for name in (quant, post) for kind in ("weight", "bias")
+    quant_w, quant_b, post_w, post_b = (
+        state[f"{name}.{kind}"].double() for name in (quant, post_quant) for kind in ("weight", "bias")
     )
-    ones = [1] * (after_w.ndim - 2)  # the kernel's sides
+    kernel = [1] * (quant_w.ndim - 2)
     both = torch.cat([gain, torch.ones_like(gain)])  # mean * gain, log-variance + 2 ln gain
-    inverse = before_w / gain.reshape(1, -1, *ones)
+    new_post_w = post_w / gain.reshape(1, -1, *kernel)
     new = {
-        f"{quant}.weight": after_w * both.reshape(-1, 1, *ones),
-        f"{quant}.bias": after_b * both + torch.cat([offset, 2 * gain.log()]),
-        f"{post}.weight": inverse,
-        f"{post}.bias": before_b - inverse.flatten(1) @ offset,
+        f"{quant}.weight": quant_w * both.reshape(-1, 1, *kernel),
+        f"{quant}.bias": quant_b * both + torch.cat([offset, 2 * gain.log()]),
+        f"{post_quant}.weight": new_post_w,
+        f"{post_quant}.bias": post_b - new_post_w.flatten(1) @ offset,
     }
     return state | {name: tensor.to(state[name].dtype) for name, tensor in new.items()}
 
 
+# ---- files
+
+
 def _save_file(state: State, file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """One file of the kind that its name says: .safetensors, or else torch's (.pth, .pt)."""
+    """Write .safetensors, or by torch.save for another suffix (.pth, .pt)."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".safetensors":
         _save(state, file, metadata)
     else:
-        torch.save({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, file)
+        torch.save(_contiguous(state), file)
 
 
 def _save(state: State, file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    save_file(contiguous, file, metadata={"format": "pt", **(metadata or {})})
+    save_file(_contiguous(state), file, metadata={"format": "pt", **(metadata or {})})
+
+
+def _contiguous(state: State) -> State:
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _without_module(state: State) -> State:
+    return {key.removeprefix("module."): tensor for key, tensor in state.items()}

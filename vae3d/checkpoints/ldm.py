@@ -1,12 +1,16 @@
-"""Key names of the 2D VAE: diffusers' AutoencoderKL <-> latent-diffusion's (CompVis `ldm`, Stability `sgm`)."""
+"""The 2D VAE of Stable Diffusion and FLUX: diffusers' AutoencoderKL and latent-diffusion's (CompVis `ldm`, Stability
+`sgm`) are one network under two sets of keys."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from vae3d.checkpoints.published import PublishedWeights, State, check_config_json, count_layers
+
+MARKER = "encoder.down.0.block.0.norm1.weight"  # a key that only this layout has
+MARKER_DIFFUSERS = "encoder.down_blocks.0.resnets.0.norm1.weight"
 
 # (diffusers, latent-diffusion); {i} and {j} stand for numbers. LDM counts `up` from the smallest resolution.
 RENAMES = (
@@ -24,36 +28,96 @@ RENAMES = (
     ("conv_norm_out.", "norm_out."),
     ("conv_shortcut.", "nin_shortcut."),
 )
-# Keys of a config.json of AutoencoderKL that change nothing in the network, or are read on their own.
-NOT_NEEDED = ("sample_size", "force_upcast", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
-SAME = {"swish": {"act_fn": "silu"}}  # two names of one function
-# Latent factors, by a word that only the keys of the diffusion model or text encoder beside the VAE have. In their
-# order: Stable Diffusion XL (generative-models, sd_xl_base.yaml), 1 and 2 (v1-inference.yaml), 3 (sd3_impls.py),
-# FLUX.1 (flux/util.py). Their VAEs alone have equal shapes, so that a lone VAE does not say its factors.
+# Attention keys before diffusers 0.18, and since.
+OLD_ATTENTION = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+# Keys of AutoencoderKL's config.json that do not change the network, or are read separately.
+IGNORED = ("sample_size", "force_upcast", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
+DEFAULT_SCALING_FACTOR = 0.18215  # of diffusers' class (models/autoencoders/autoencoder_kl.py)
+# A VAE file does not say its latent factors, and VAEs of different families have equal shapes. In a whole pipeline,
+# the keys of the diffusion model or text encoder identify the family: (part of a key, latent channels, factors).
 FAMILIES = (
-    ("conditioner.embedders.", 4, {"scaling_factor": 0.13025}),
-    ("cond_stage_model.", 4, {"scaling_factor": 0.18215}),
-    (".joint_blocks.", 16, {"scaling_factor": 1.5305, "shift_factor": 0.0609}),
-    (".double_blocks.", 16, {"scaling_factor": 0.3611, "shift_factor": 0.1159}),
+    ("conditioner.embedders.", 4, {"scaling_factor": 0.13025}),  # SDXL: generative-models, sd_xl_base.yaml
+    ("cond_stage_model.", 4, {"scaling_factor": 0.18215}),  # SD 1 and 2: v1-inference.yaml
+    (".joint_blocks.", 16, {"scaling_factor": 1.5305, "shift_factor": 0.0609}),  # SD 3: sd3_impls.py
+    (".double_blocks.", 16, {"scaling_factor": 0.3611, "shift_factor": 0.1159}),  # FLUX.1: flux/util.py
 )
-# Attention as diffusers before 0.18 wrote it.
-LEGACY = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
 
 
-def factors_of(others: Iterable[str], state: Mapping[str, Tensor]) -> dict[str, float]:
-    """The latent factors of the VAE `state` (diffusers keys) by the names of what else its file holds; empty if that
-    does not say them."""
+def read_ldm(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
+    """Configuration and state of a SpatialVAE, from latent-diffusion's keys."""
+    return _read(weights, from_ldm(weights.state))
+
+
+def read_diffusers(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
+    """Configuration and state of a SpatialVAE, from diffusers' keys."""
+    return _read(weights, weights.state)
+
+
+def _read(weights: PublishedWeights, state: State) -> tuple[dict[str, Any], State]:
+    state = rename_old_attention(state)
+    factors = pipeline_factors(weights.other_keys, state)
+    config = spatial_config(state, weights.config_json, factors, weights.notes)
+    return config, {f"module.{key}": tensor for key, tensor in state.items()}
+
+
+def spatial_config(
+    state: State, config_json: Mapping[str, Any], factors: Mapping[str, float], notes: list[str]
+) -> dict[str, Any]:
+    """Constructor arguments of SpatialVAE, from diffusers' keys and shapes and from config.json.
+
+    factors: scaling_factor and shift_factor, used without a config.json.
+    Raises ValueError if config.json contradicts the weights.
+    """
+    config = {
+        "_target_": "vae3d.models.spatial.SpatialVAE",
+        "channels": [
+            state[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0]
+            for i in range(count_layers(state, r"encoder\.down_blocks\.(\d+)\."))
+        ],
+        "layers": count_layers(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "latent_channels": state["decoder.conv_in.weight"].shape[1],
+        "groups": config_json.get("norm_num_groups", 32),
+        "attention": any(".attentions.0." in key for key in state),
+        "quant_convs": "quant_conv.weight" in state,
+    }
+    if config_json:
+        config |= _factors(config_json)
+        if config_json.get("act_fn") == "swish":  # another name of silu
+            config_json = {**config_json, "act_fn": "silu"}
+        check_config_json(config_json, diffusers_config(config), IGNORED)
+    elif factors:
+        config |= {"shift_factor": 0.0, **factors}
+    else:
+        config |= {"scaling_factor": None, "shift_factor": None}
+        notes.append("the scaling factor of its latents is not known; reconstruction works without it")
+    return config
+
+
+def _factors(config_json: Mapping[str, Any]) -> dict[str, Any]:
+    """scaling_factor and shift_factor of SpatialVAE. diffusers' pipelines compute (z - mean) * scaling / std if a
+    config.json has latents_mean and latents_std."""
+    scaling = config_json.get("scaling_factor", DEFAULT_SCALING_FACTOR)
+    mean, std, shift = (config_json.get(name) for name in ("latents_mean", "latents_std", "shift_factor"))
+    if mean is None and std is None:
+        return {"scaling_factor": scaling, "shift_factor": shift or 0.0}
+    if None in (mean, std) or shift:
+        raise ValueError("config.json must have both latents_mean and latents_std or neither, and then no shift_factor")
+    return {"scaling_factor": [scaling / value for value in std], "shift_factor": list(mean)}
+
+
+def pipeline_factors(other_keys: Iterable[str], state: State) -> dict[str, float]:
+    """Latent factors of a VAE (diffusers keys), from the other keys of its file; {} if they identify no family."""
     channels = state["decoder.conv_in.weight"].shape[1]
     levels = {key.split(".")[2] for key in state if key.startswith("encoder.down_blocks.")}
-    names = list(others)
-    for word, expected, factors in FAMILIES:
-        if (channels, len(levels)) == (expected, 4) and any(word in name for name in names):
+    keys = list(other_keys)
+    for part, expected, factors in FAMILIES:
+        if (channels, len(levels)) == (expected, 4) and any(part in key for key in keys):
             return factors
     return {}
 
 
 def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of diffusers' AutoencoderKL, without its latent factors. config: arguments of SpatialVAE."""
+    """config.json of diffusers' AutoencoderKL without its latent factors. config: arguments of SpatialVAE."""
     levels = len(config["channels"])
     return {
         "_class_name": "AutoencoderKL",
@@ -72,41 +136,39 @@ def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def to_ldm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_ldm(state: State) -> State:
     """Rename diffusers keys to LDM's; the attention's linear weights [C, C] become 1x1 convolutions."""
-    top = max(int(m[1]) for key in state if (m := re.match(r"decoder\.up_blocks\.(\d+)\.", key)))
-    renamed = {_flip(_rename(key, 0, 1), top): tensor for key, tensor in state.items()}
-    return {k: t[:, :, None, None] if _attention_matrix(k) and t.ndim == 2 else t for k, t in renamed.items()}
+    top = count_layers(state, r"decoder\.up_blocks\.(\d+)\.") - 1
+    renamed = {_flip_up(_rename(key, 0, 1), top): tensor for key, tensor in state.items()}
+    return {k: t[:, :, None, None] if _is_attention(k) and t.ndim == 2 else t for k, t in renamed.items()}
 
 
-def from_ldm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def from_ldm(state: State) -> State:
     """Inverse of to_ldm."""
-    top = max(int(m[1]) for key in state if (m := re.match(r"decoder\.up\.(\d+)\.", key)))
-    squeezed = {k: t[:, :, 0, 0] if _attention_matrix(k) and t.ndim == 4 else t for k, t in state.items()}
-    return {_rename(_flip(key, top), 1, 0): tensor for key, tensor in squeezed.items()}
+    top = count_layers(state, r"decoder\.up\.(\d+)\.") - 1
+    linear = {k: t[:, :, 0, 0] if _is_attention(k) and t.ndim == 4 else t for k, t in state.items()}
+    return {_rename(_flip_up(key, top), 1, 0): tensor for key, tensor in linear.items()}
 
 
-def modernize(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the attention of old diffusers files (query, key, value, proj_attn) to today's names."""
-    for old, new in LEGACY:
+def rename_old_attention(state: State) -> State:
+    """Rename the attention keys of diffusers before 0.18; others stay."""
+    for old, new in OLD_ATTENTION:
         state = {re.sub(rf"(attentions\.0\.){old}\.", rf"\g<1>{new}.", key): t for key, t in state.items()}
     return state
 
 
 def _rename(key: str, source: int, target: int) -> str:
+    """Apply RENAMES from column `source` to column `target`."""
     for pair in RENAMES:
         pattern = re.escape(pair[source]).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
-        key = re.sub(rf"(?<![a-z_]){pattern}", _filler(pair[target]), key)
+        if match := re.search(rf"(?<![a-z_]){pattern}", key):
+            key = key[: match.start()] + pair[target].format(**match.groupdict()) + key[match.end() :]
     return key
 
 
-def _filler(template: str) -> Callable[[re.Match[str]], str]:
-    return lambda match: template.format(**match.groupdict())
+def _flip_up(key: str, top: int) -> str:
+    return re.sub(r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.up.{top - int(match[1])}.", key)
 
 
-def _flip(key: str, top: int) -> str:
-    return re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up.{top - int(m[1])}.", key)
-
-
-def _attention_matrix(ldm_key: str) -> bool:
+def _is_attention(ldm_key: str) -> bool:
     return bool(re.search(r"mid\.attn_1\.(q|k|v|proj_out)\.weight$", ldm_key))

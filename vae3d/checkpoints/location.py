@@ -88,10 +88,11 @@ def find_weights(path: Path) -> Path:
     if len(others) == 1:
         return others[0]
     if others:
-        raise CheckpointError(f"{path}: holds several weight files; give one of them: {first(p.name for p in others)}")
+        names = list_some(file.name for file in others)
+        raise CheckpointError(f"{path}: holds several weight files; give one of them: {names}")
     raise CheckpointError(
         f"{path}: holds no weights ({', '.join(SUFFIXES)}), no vae/ folder and no exports/ of a run; "
-        f"found {first(sorted(p.name for p in path.iterdir())) or 'nothing'}"
+        f"found {list_some(sorted(p.name for p in path.iterdir())) or 'nothing'}"
     )
 
 
@@ -115,11 +116,11 @@ def _in_folder(folder: Path) -> Path | None:
     variants = sorted(file for file in folder.iterdir() if VARIANTS.fullmatch(file.name) and file.is_file())
     found = official or standard[:1] or variants
     if len(found) > 1:
-        raise CheckpointError(f"{folder}: holds several; give one of them: {first(file.name for file in found)}")
+        raise CheckpointError(f"{folder}: holds several; give one of them: {list_some(file.name for file in found)}")
     return found[0] if found else None
 
 
-def first(names: Iterable[str], count: int = 6) -> str:
+def list_some(names: Iterable[str], count: int = 6) -> str:
     """The first names, and how many there are."""
     names = list(names)
     return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")

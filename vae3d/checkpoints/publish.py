@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from vae3d.io import atomic_write, fsync_folder
+from vae3d.io import atomic_path
 
 
 def published_files(folder: Path, prefix: str, step: int) -> tuple[Path, Path]:
@@ -20,15 +20,9 @@ def final_file(folder: Path, prefix: str) -> Path:
 
 
 def link(source: Path, target: Path) -> None:
-    """A second name for a file, without its size on disk; a copy where the file system has no hard links."""
-    unfinished = target.with_name(f".{target.name}.partial")
-    unfinished.unlink(missing_ok=True)
-    try:
-        os.link(source, unfinished)
-    except OSError:
-        with source.open("rb") as stream, atomic_write(target) as copy:
-            shutil.copyfileobj(stream, copy)
-        return
-    unfinished.replace(target)
-    unfinished.unlink(missing_ok=True)  # replacing a link to the same file leaves both
-    fsync_folder(target.parent)
+    """Hard-link `target` to `source`; copy where the file system has no hard links."""
+    with atomic_path(target) as tmp:
+        try:
+            os.link(source, tmp)
+        except OSError:
+            shutil.copyfile(source, tmp)

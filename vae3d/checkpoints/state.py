@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import struct
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,8 @@ import torch
 
 from vae3d.arguments import ArgumentError, Range, check_fields
 from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error
-from vae3d.checkpoints.integrity import check_records
 from vae3d.errors import UserError
-from vae3d.io import check_plain, fsync_folder, read_json, remove, write_json
+from vae3d.io import atomic_write, check_plain, read_json, remove, replace_durably, tmp_path, write_json
 
 META = "run.json"  # written last: a folder without it is not complete
 STATE = "state.pt"
@@ -46,7 +46,7 @@ FREE = tuple(f"adversary.{key}" for key in ("lr", "schedule", "warmup_steps", "m
 # What torch.load raises for damaged files, whatever its documentation says: found by changing random bytes.
 DAMAGED = (
     *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, struct.error, LookupError, ValueError, TypeError),
-    *(AttributeError, AssertionError, ArithmeticError, MemoryError),
+    *(AttributeError, AssertionError, ArithmeticError, MemoryError, zipfile.BadZipFile, zlib.error),
 )
 
 
@@ -76,7 +76,7 @@ def step_folder(root: Path, step: int) -> Path:
 
 def unfinished(root: Path, step: int) -> Path:
     """Where the checkpoint of a step is written until it is complete."""
-    return root / f".step-{step:07d}.partial"
+    return tmp_path(step_folder(root, step))
 
 
 def begin(folder: Path) -> None:
@@ -102,18 +102,13 @@ def seal(folder: Path, step: int, config: Mapping[str, Any], facts: Mapping[str,
 
 def finish(folder: Path, root: Path, step: int) -> Path:
     """Give a sealed checkpoint its name, in place of an older one of the same step; durable when this returns."""
-    target = step_folder(root, step)
-    remove(target)
-    folder.rename(target)
-    fsync_folder(root)
-    return target
+    replace_durably(folder, step_folder(root, step))
+    return step_folder(root, step)
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    with file.open("wb") as stream:
+    with atomic_write(file) as stream:
         torch.save(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def superseded(root: Path, keep: int) -> list[int]:
@@ -123,10 +118,10 @@ def superseded(root: Path, keep: int) -> list[int]:
 
 def discard(root: Path, step: int) -> None:
     """Delete a step folder; a kill in the middle leaves nothing that looks complete."""
-    aside = unfinished(root, step)
-    remove(aside)
-    step_folder(root, step).rename(aside)
-    remove(aside)
+    tmp = unfinished(root, step)
+    remove(tmp)
+    step_folder(root, step).rename(tmp)
+    remove(tmp)
 
 
 def prune(root: Path, keep: int) -> None:
@@ -240,13 +235,25 @@ def load_rank(path: Path, rank: int) -> dict[str, Any]:
 
 
 def _read(file: Path, checkpoint: Path, mmap: bool = False) -> Any:
-    if not mmap:
-        check_records(file, f"; {_hint(checkpoint)}")
     try:
+        if not mmap:
+            _check_crcs(file)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except DAMAGED as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{file} cannot be read ({reason[:200]}); {_hint(checkpoint)}") from error
+
+
+def _check_crcs(file: Path) -> None:
+    """Compare the CRC-32 of every record in a torch.save file, at about 2 GB/s. torch.load does not.
+
+    Raises an exception of DAMAGED. torch.load then reads the file from the page cache.
+    """
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            with archive.open(record) as stream:
+                while stream.read(2**22):  # raises at the end of a record whose CRC differs
+                    pass
 
 
 def _hint(checkpoint: Path) -> str:

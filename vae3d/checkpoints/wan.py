@@ -1,6 +1,7 @@
-"""The key layouts of the Wan VAEs: official (this project's own), diffusers, and VideoX-Fun, which prefixes `model.`.
+"""The key layouts of the Wan VAEs: official (also this project's), diffusers, and VideoX-Fun (prefix `model.`).
 
-diffusers: `loaders/single_file_utils.py` (convert_wan_vae_to_diffusers) and `scripts/convert_wan_to_diffusers.py`.
+Source of diffusers' keys: `loaders/single_file_utils.py` (convert_wan_vae_to_diffusers) and
+`scripts/convert_wan_to_diffusers.py`.
 """
 
 from __future__ import annotations
@@ -10,19 +11,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from vae3d.checkpoints.published import PublishedWeights, State, check_config_json
 from vae3d.io import read_yaml
 
-State = dict[str, Tensor]
 CONF = Path(__file__).parents[1] / "conf/model"
-# Keys of a config.json of AutoencoderKLWan that change nothing in the network, or are read on their own.
-NOT_NEEDED = ("dropout", "clip_output", "latents_mean", "latents_std")
+# Keys of AutoencoderKLWan's config.json that do not change the network, or are read separately.
+IGNORED = ("dropout", "clip_output", "latents_mean", "latents_std")
 PREFIX = "model."  # VideoX-Fun's AutoencoderKLWan
 MARKER = "encoder.middle.0.residual.0.gamma"  # a key that only these networks have
 MARKER_DIFFUSERS = "encoder.mid_block.resnets.0.norm1.gamma"
 
-# (official, diffusers), but for the numbers of blocks; ^ is the beginning of a key.
+# (official, diffusers); ^ is the start of a key. Block numbers differ too, see to_diffusers.
 RENAMES = (
     ("^conv1.", "^quant_conv."),
     ("^conv2.", "^post_quant_conv."),
@@ -41,22 +40,69 @@ RENAMES = (
 )
 
 
+def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
+    """Configuration and state of a WanVAE, from official keys."""
+    return _read(weights, weights.state)
+
+
+def read_diffusers(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
+    """Configuration and state of a WanVAE, from diffusers' keys."""
+    return _read(weights, from_diffusers(weights.state))
+
+
+def _read(weights: PublishedWeights, state: State) -> tuple[dict[str, Any], State]:
+    config = _config(state, weights.config_json, weights.notes)
+    check_config_json(weights.config_json, diffusers_config(config), IGNORED)
+    return config, state
+
+
+def _config(state: State, config_json: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Constructor arguments of WanVAE, from official keys and shapes and from diffusers' config.json.
+
+    Raises KeyError for a missing tensor.
+    """
+    shortcuts = any(key.startswith("encoder.downsamples.0.downsamples.") for key in state)
+    widths, time = _levels(state, shortcuts)
+    base = state["encoder.conv1.weight"].shape[0]
+    if any(width % base for width in widths):
+        raise ValueError(f"its levels have {widths} channels, which are no multiples of the first convolution's {base}")
+    pixels, latents = state["encoder.conv1.weight"].shape[1], state["conv2.weight"].shape[0]
+    mean, std = config_json.get("latents_mean"), config_json.get("latents_std")
+    if mean is None or std is None:
+        mean, std = published_constants(latents, shortcuts)
+        used = "those of the published weights" if any(mean) else "0 and 1"
+        notes.append(f"the file does not hold its latents' mean and standard deviation; {used} are used")
+    return {
+        "_target_": "vae3d.models.wan.WanVAE",
+        "channels": base,
+        "decoder_channels": state["decoder.head.2.weight"].shape[1] // (widths[0] // base),
+        "multipliers": [width // base for width in widths],
+        "downsample": time,
+        "layers": _layers(state),
+        "latent_channels": latents,
+        "patch": math.isqrt(pixels // 3),
+        "shortcuts": shortcuts,
+        "latents_mean": list(mean),
+        "latents_std": list(std),
+    }
+
+
 def to_diffusers(state: State) -> State:
     """Official keys -> diffusers' AutoencoderKLWan."""
     layers = _layers(state)
 
     def flat(match: re.Match[str]) -> str:
-        level, place = divmod(int(match[1]), layers + 2)
-        return f"decoder.up_blocks.{level}." + (f"resnets.{place}." if place <= layers else "upsamplers.0.")
+        level, index = divmod(int(match[1]), layers + 2)
+        return f"decoder.up_blocks.{level}." + (f"resnets.{index}." if index <= layers else "upsamplers.0.")
 
     def nested(match: re.Match[str]) -> str:
-        way, level, place = match[1], match[2], int(match[3])
-        resampler = place == layers + (way == "up")
-        return f"{way}_blocks.{level}." + (f"{way}sampler." if resampler else f"resnets.{place}.")
+        way, level, index = match[1], match[2], int(match[3])
+        is_resampler = index == layers + (way == "up")
+        return f"{way}_blocks.{level}." + (f"{way}sampler." if is_resampler else f"resnets.{index}.")
 
     def rename(key: str) -> str:
-        for official, theirs in RENAMES:
-            key = f"^{key}".replace(official, theirs).removeprefix("^")
+        for official, diffusers in RENAMES:
+            key = f"^{key}".replace(official, diffusers).removeprefix("^")
         key = re.sub(r"(up|down)samples\.(\d+)\.\1samples\.(\d+)\.", nested, key)
         key = re.sub(r"^decoder\.upsamples\.(\d+)\.", flat, key)
         return re.sub(r"^encoder\.downsamples\.", "encoder.down_blocks.", key)
@@ -69,65 +115,36 @@ def from_diffusers(state: State) -> State:
     count = sum(bool(re.match(r"decoder\.up_blocks\.0\.resnets\.\d+\.conv1\.weight", key)) for key in state)
 
     def flat(match: re.Match[str]) -> str:
-        place = int(match[3]) if match[2] == "resnets" else count
-        return f"decoder.upsamples.{int(match[1]) * (count + 1) + place}."
+        index = int(match[3]) if match[2] == "resnets" else count
+        return f"decoder.upsamples.{int(match[1]) * (count + 1) + index}."
 
     def nested(match: re.Match[str]) -> str:
         way, level = match[1], match[2]
-        place = match[3] or (count if way == "up" else count - 1)
-        return f"{way}samples.{level}.{way}samples.{place}."
+        index = match[3] or (count if way == "up" else count - 1)
+        return f"{way}samples.{level}.{way}samples.{index}."
 
     def rename(key: str) -> str:
         if any(".upsampler." in name for name in state):  # Wan2.2
             key = re.sub(r"(up|down)_blocks\.(\d+)\.(?:resnets\.(\d+)|\1sampler)\.", nested, key)
         key = re.sub(r"^decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", flat, key)
         key = re.sub(r"^encoder\.down_blocks\.", "encoder.downsamples.", key)
-        for official, theirs in reversed(RENAMES):
-            key = f"^{key}".replace(theirs, official).removeprefix("^")
+        for official, diffusers in reversed(RENAMES):
+            key = f"^{key}".replace(diffusers, official).removeprefix("^")
         return key
 
     return {rename(key): tensor for key, tensor in state.items()}
 
 
-def videox_fun(state: State) -> State:
-    """Official keys -> those of VideoX-Fun's wrapper."""
+def to_videox_fun(state: State) -> State:
+    """Official keys -> VideoX-Fun's AutoencoderKLWan."""
     return {PREFIX + key: tensor for key, tensor in state.items()}
 
 
-def config_of(state: State, told: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Constructor arguments of WanVAE, read off official keys and shapes, and off a diffusers config.json.
+def published_constants(channels: int, shortcuts: bool) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation that other programs apply to the latents of weights without a config.
 
-    Raises KeyError for a tensor that should be there.
+    They hard-code those of Wan2.1 or (shortcuts) Wan2.2. 0 and 1 for another number of channels.
     """
-    shortcuts = any(key.startswith("encoder.downsamples.0.downsamples.") for key in state)
-    widths, time = _levels(state, shortcuts)
-    base = state["encoder.conv1.weight"].shape[0]
-    if any(width % base for width in widths):
-        raise ValueError(f"its levels have {widths} channels, no multiples of the first convolution's {base}")
-    pixels, latents = state["encoder.conv1.weight"].shape[1], state["conv2.weight"].shape[0]
-    latents_mean, latents_std = told.get("latents_mean"), told.get("latents_std")
-    if latents_mean is None or latents_std is None:
-        latents_mean, latents_std = reader_constants(latents, shortcuts)
-        whose = "the published weights' are" if any(latents_mean) else "0 and 1 are"
-        notes.append(f"the file does not tell its latents' mean and standard deviation; {whose} used")
-    return {
-        "_target_": "vae3d.models.wan.WanVAE",
-        "channels": base,
-        "decoder_channels": state["decoder.head.2.weight"].shape[1] // (widths[0] // base),
-        "multipliers": [width // base for width in widths],
-        "downsample": time,
-        "layers": _layers(state),
-        "latent_channels": latents,
-        "patch": math.isqrt(pixels // 3),
-        "shortcuts": shortcuts,
-        "latents_mean": list(latents_mean),
-        "latents_std": list(latents_std),
-    }
-
-
-def reader_constants(channels: int, shortcuts: bool) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation that programs apply to the latents of bare Wan2.1 (or, shortcuts, Wan2.2) weights:
-    the published ones, which they have in their code; 0 and 1 for another number of channels than the published."""
     published = read_yaml(CONF / ("wan22.yaml" if shortcuts else "wan.yaml"))
     if channels == len(published["latents_mean"]):
         return published["latents_mean"], published["latents_std"]
@@ -135,7 +152,7 @@ def reader_constants(channels: int, shortcuts: bool) -> tuple[list[float], list[
 
 
 def diffusers_config(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json of diffusers' AutoencoderKLWan."""
+    """config.json of diffusers' AutoencoderKLWan. config: all arguments of WanVAE."""
     time = config["downsample"]
     return {
         "_class_name": "AutoencoderKLWan",

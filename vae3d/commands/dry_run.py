@@ -99,7 +99,7 @@ def _layout_errors(config: TrainConfig, model: nn.Module) -> Iterator[str]:
         yield f"trainer.compile=true: a {type(model).__name__} has no blocks that are known; use false"
     if config.trainer.publish.final_model and not isinstance(model, TAEHV):
         yield "trainer.publish.final_model is of TAEHV alone; use trainer.publish.prefix, or the export"
-    if config.trainer.publish.measure_scale and (why := scale.refusal(model)):
+    if config.trainer.publish.measure_scale and (why := scale.unscalable_reason(model)):
         yield f"trainer.publish.measure_scale={config.trainer.publish.measure_scale}: {why}; use 0"
     if config.trainer.publish.prefix is not None:
         try:

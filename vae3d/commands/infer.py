@@ -12,7 +12,13 @@ from torch import nn
 
 from vae3d.errors import UserError
 from vae3d.inference.comparison import Comparer, Network
-from vae3d.inference.files import check_not_own_source, command_of, cost_of, reconstruct_files, rows_of
+from vae3d.inference.files import (
+    check_not_own_source,
+    command_record,
+    measure_first_file,
+    reconstruct_files,
+    select_rows,
+)
 from vae3d.inference.reconstruct import Reconstructor, Selection
 from vae3d.inference.results import Results
 from vae3d.latents.identity import digest_of, weights_hash
@@ -63,7 +69,7 @@ def infer(config: InferConfig) -> None:
         open_stream=_tiled(model, config.tile, config.tile_overlap).stream if config.tile else None,
     )
     comparer = _comparer(config, reconstructor, ranks.is_main_process)
-    table = rows_of(config.source, config.root, config.split, config.num_samples)
+    table = select_rows(config.source, config.root, config.split, config.num_samples)
     check_not_own_source(reconstructor, config.source)
     main, results = ranks.is_main_process, Results(reconstructor)
     with results.locked() if main else nullcontext():
@@ -71,8 +77,8 @@ def infer(config: InferConfig) -> None:
             networks = {"checkpoint": model, "teacher": comparer and comparer.networks["teacher"].model}
             hashes = {name: network and weights_hash(network.state_dict()) for name, network in networks.items()}
             hashes["checkpoint's configuration"] = digest_of(checkpoint.config)
-            results.begin(command_of(asdict(config), hashes, table), config.overwrite)
-        cost = cost_of(reconstructor, table) if config.cost and main else None
+            results.begin(command_record(asdict(config), hashes, table), config.overwrite)
+        cost = measure_first_file(reconstructor, table) if config.cost and main else None
         ranks.wait_for_everyone()
         reconstruct_files(
             reconstructor,

@@ -33,7 +33,7 @@ from vae3d.diffusion.data import (
     size_of,
     split_cache,
 )
-from vae3d.inference.scale import refusal
+from vae3d.inference.scale import unscalable_reason
 from vae3d.latents.cache import NONE, LatentCache, class_names
 from vae3d.latents.clips import labels_of
 from vae3d.latents.codec import LatentCodec
@@ -241,7 +241,7 @@ def summary(config: DiffusionConfig, network: nn.Module, data: LatentData, world
 def hint(config: DiffusionConfig, data: LatentData) -> str:
     """What mends latents of another scale."""
     path = config.vae.path
-    if why := refusal(data.codec.model):
+    if why := unscalable_reason(data.codec.model):
         return f"{path} cannot be given another scale: {why}"
     kept = find_weights(split_part(path)[0]).with_name(EXPORT_CONFIG).is_file()
     out = "" if kept else " --out FOLDER"

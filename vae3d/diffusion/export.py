@@ -18,7 +18,7 @@ from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error, chec
 from vae3d.checkpoints.location import warn_if_older
 from vae3d.diffusion.build import build_network, build_process
 from vae3d.diffusion.processes import Process
-from vae3d.io import FileError, atomic_folder, read_yaml, write_text, yaml_text
+from vae3d.io import FileError, atomic_dir, read_yaml, write_text, yaml_text
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import vae_difference
 
@@ -80,7 +80,7 @@ def write_export(folder: Path, told: Mapping[str, Any], weights: Mapping[float, 
 
     weights: of each rate of averaging, the first one first.
     """
-    with atomic_folder(folder) as unfinished:
+    with atomic_dir(folder) as unfinished:
         for number, (decay, state) in enumerate(weights.items()):
             kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
             save_file(kept, weights_file(unfinished, decay, first=number == 0))

@@ -12,7 +12,7 @@ from torch import Tensor
 from vae3d import distributed
 from vae3d.diffusion.data import LatentData
 from vae3d.errors import UserError
-from vae3d.inference.scale import WIDEST, off_scale
+from vae3d.inference.scale import TOLERANCE, off_scale
 
 
 class ScaleRefused(UserError):
@@ -88,6 +88,6 @@ def check_latent_scale(scale: Scale, hint: str) -> None:
         return
     raise ScaleRefused(
         f"latents of channel {', '.join(map(str, outside))} are not of mean 0 and deviation 1 (within "
-        f"{WIDEST} each), which diffusion needs. Of {scale.count} latents, per channel\n"
+        f"{TOLERANCE} each), which diffusion needs. Of {scale.count} latents, per channel\n"
         f"{scale.told()}\n{hint}"
     )

@@ -16,7 +16,7 @@ from vae3d.data.readers import MediaError, Size
 from vae3d.data.segments import WHOLE, Bounds
 from vae3d.errors import UserError
 from vae3d.inference.cost import measure_cost, timed
-from vae3d.inference.pictures import side_by_side, strip
+from vae3d.inference.pictures import contact_sheet, side_by_side
 from vae3d.inference.reconstruct import Reconstructor, identifier, overflow_hint
 from vae3d.inference.video import VideoWriter, write_image
 from vae3d.metrics import MetricSet
@@ -141,7 +141,7 @@ class Comparer:
     def file(self, source: str, row: int, bounds: Bounds = WHOLE) -> dict[str, Any]:
         """The figures of one file. Raises MediaError if it cannot be read or is too short, MetricError if it cannot be
         scored."""
-        frames, fps, given = self.reconstructor.opening(source, bounds, lambda there: self._count(source, there))
+        frames, fps, given = self.reconstructor.read_head(source, bounds, lambda there: self._count(source, there))
         video = self.reconstructor.to_video(frames)
         latents, coded = self._coded(source, video)
         name = identifier(row, source)
@@ -202,7 +202,7 @@ class Comparer:
         """The pictures; of an image no video. In h264, which every player shows: they are for eyes."""
         panels = {"original": frames} | {" > ".join(pair): coded[pair] for pair in SHOWN}
         folder = self.reconstructor.folder("compare")
-        write_image(folder / f"{name}.png", strip(panels, "original", self.pictures))
+        write_image(folder / f"{name}.png", contact_sheet(panels, "original", self.pictures))
         if fps:
             with VideoWriter(folder / f"{name}.mp4", fps, "h264") as writer:
                 for frame in side_by_side(panels):

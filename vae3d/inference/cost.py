@@ -1,4 +1,4 @@
-"""What encoding and decoding cost: speed, memory, size."""
+"""Measure speed and memory of encoding and decoding."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 REPEATS = 3
-PEAK_RESET = Path("/proc/self/clear_refs")
+PEAK_RESET = Path("/proc/self/clear_refs")  # writing 5 resets VmHWM, see proc(5)
 
 
 @torch.inference_mode()
 def measure_cost(model: nn.Module, video: Tensor, dtype: torch.dtype | None = None) -> dict[str, float | None]:
     """Encode and decode a clip [1, 3, T, H, W] a few times.
 
-    Frames per second are of the median run after one to warm up. Memory in GiB is what a run needs at its peak beyond
-    what was there before it, weights aside; null where the system does not tell (CPU, other than on Linux).
+    Frames per second: of the median run, after a warm-up. Memory in GiB: the peak minus the memory in use before, and
+    so without the weights; None for a CPU on another system than Linux.
     """
     frames = video.shape[2]
 
@@ -52,9 +52,9 @@ def measure_cost(model: nn.Module, video: Tensor, dtype: torch.dtype | None = No
 
 
 def timed(run: Callable[[], Tensor], device: torch.device) -> tuple[float, float | None]:
-    """Seconds of the median run, and the peak of memory in GiB."""
+    """Seconds of the median run, and its peak memory in GiB."""
     run()
-    before = _start_of_peak(device)
+    before = _reset_peak(device)
     seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()
@@ -62,13 +62,12 @@ def timed(run: Callable[[], Tensor], device: torch.device) -> tuple[float, float
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    peak = _peak(device)
-    memory = None if before is None or peak is None else max(0, peak - before) / 2**30
+    memory = None if before is None else max(0, _peak(device) - before) / 2**30
     return statistics.median(seconds), memory
 
 
-def _start_of_peak(device: torch.device) -> int | None:
-    """Forget the peak so far; bytes in use now."""
+def _reset_peak(device: torch.device) -> int | None:
+    """Reset the peak memory. Returns the bytes in use now; None if the peak cannot be measured."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -76,16 +75,15 @@ def _start_of_peak(device: torch.device) -> int | None:
     if device.type != "cpu" or not PEAK_RESET.exists():
         return None
     PEAK_RESET.write_text("5")
-    return _status("VmRSS")
+    return _read_status("VmRSS")
 
 
-def _peak(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM") if device.type == "cpu" and PEAK_RESET.exists() else None
+def _peak(device: torch.device) -> int:
+    """Peak memory in bytes since _reset_peak."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _read_status("VmHWM")
 
 
-def _status(key: str) -> int:
-    """A line of /proc/self/status in bytes."""
+def _read_status(key: str) -> int:
+    """An entry of /proc/self/status in bytes. psutil has no peak that can be reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])

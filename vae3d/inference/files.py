@@ -1,4 +1,4 @@
-"""Reconstructing the files of a table, shared among ranks."""
+"""Reconstruct the files of a table, split among ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vae3d.errors import UserError
 from vae3d.inference.comparison import Comparer
 from vae3d.inference.comparison_report import report_comparison
 from vae3d.inference.cost import measure_cost
-from vae3d.inference.reconstruct import KINDS, Done, Reconstructor, identifier
+from vae3d.inference.reconstruct import KINDS, FileResult, Reconstructor, identifier
 from vae3d.inference.results import Results
 from vae3d.io import naming, write_json, write_text
 from vae3d.latents.identity import digest_of, source_version
@@ -29,11 +29,11 @@ Gather = Callable[[list], list]
 
 
 class InferenceError(UserError):
-    """Reconstruction that cannot start, or did not succeed for every file."""
+    """Reconstruction cannot start, or failed for some files."""
 
 
-def rows_of(source: str, root: str | None, split: str | None, count: int | None) -> pd.DataFrame:
-    """The files of a source, only of one split, only the first `count`. Raises DataError if there are none."""
+def select_rows(source: str, root: str | None, split: str | None, count: int | None) -> pd.DataFrame:
+    """The table of a source: all rows or those of one split, at most the first `count`. Raises DataError if empty."""
     table = open_source(source, root).table()
     if split is not None:
         unknown = table.loc[~table["split"].isin(SPLITS), "row"]
@@ -46,22 +46,23 @@ def rows_of(source: str, root: str | None, split: str | None, count: int | None)
     return table
 
 
-def command_of(settings: Mapping[str, Any], weights: Mapping[str, str | None], table: pd.DataFrame) -> dict[str, Any]:
-    """What the results depend on, to tell a resume from another command: settings, hashes of weights, rows."""
+def command_record(
+    settings: Mapping[str, Any], weights: Mapping[str, str | None], table: pd.DataFrame
+) -> dict[str, Any]:
+    """What the results depend on: settings, hashes of weights, rows. A command resumes if its record is the same."""
     free = ("save_dir", "checkpoint", "source", "root", "overwrite", "on_error", "cost", "device")
-    rows = [[int(row), path, str(start), str(end)] for row, path, start, end in
-            table[["row", "path", "start", "end"]].itertuples(index=False)]  # fmt: skip
-    chosen = {name: value for name, value in settings.items() if name not in free}
-    chosen["teacher"] = {name: value for name, value in settings["teacher"].items() if name != "path"}
-    told = {"rows of the source": digest_of(rows), **{f"weights of {who}": value for who, value in weights.items()}}
-    return told | chosen
+    fixed = {name: value for name, value in settings.items() if name not in free}
+    fixed["teacher"] = {name: value for name, value in settings["teacher"].items() if name != "path"}
+    columns = table[["row", "path", "start", "end"]].itertuples(index=False)
+    rows = [[int(row), path, str(start), str(end)] for row, path, start, end in columns]
+    hashes = {f"weights of {network}": value for network, value in weights.items()}
+    return {"rows of the source": digest_of(rows), **hashes, **fixed}
 
 
 def check_not_own_source(reconstructor: Reconstructor, source: str) -> None:
-    """Raises InferenceError if the results would lie inside the folder that is read."""
-    inside = [kind for kind in KINDS if reconstructor.folder(kind).resolve().is_relative_to(Path(source).resolve())]
-    if inside:
-        raise InferenceError(f"save_dir={reconstructor.prefix} lies in source={source}; choose another place")
+    """Raises InferenceError if the results would be written into the source folder."""
+    if any(reconstructor.folder(kind).resolve().is_relative_to(Path(source).resolve()) for kind in KINDS):
+        raise InferenceError(f"save_dir={reconstructor.prefix} is inside source={source}; choose another save_dir")
 
 
 def reconstruct_files(
@@ -74,24 +75,25 @@ def reconstruct_files(
     gather: Gather = list,
     cost: dict[str, Any] | None = None,
     comparer: Comparer | None = None,
-) -> list[Done]:
-    """Reconstruct this rank's share of the table; rank 0 writes index.csv, prints and stores the scores of all.
+) -> list[FileResult]:
+    """Reconstruct this rank's share of the table. Rank 0 writes index.csv, and prints and stores all ranks' scores.
 
-    Files that `Results` has as finished are kept. cost: of measure_cost, to be reported too. comparer: for what is
-    compared of each file. Returns every rank's files in the table's order. Raises MediaError at the first file that
-    cannot be read or scored, or, with skip_errors, InferenceError that lists them all at the end.
+    Files that a killed run of the same command finished are kept. cost: of measure_cost, for the report. comparer:
+    compares each file with a teacher.
+    Returns all ranks' files in the table's order. Raises MediaError at the first file that cannot be read or scored;
+    with skip_errors InferenceError at the end, which lists them all.
     """
     results = Results(reconstructor, comparer)
-    done: list[Done] = []
+    done: list[FileResult] = []
     compared: list[dict[str, Any]] = []
     failed: list[str] = []
     kept = 0
-    mine = table.iloc[rank::world_size]
-    for _, entry in tqdm(mine.iterrows(), total=len(mine), unit="file", disable=None if rank == 0 else True):
+    share = table.iloc[rank::world_size]
+    for _, entry in tqdm(share.iterrows(), total=len(share), unit="file", disable=None if rank == 0 else True):
         try:
             if not entry["name"]:
                 raise MediaError(f"row {entry['row']}", "has no `path`")
-            if entry["error"] == SEGMENT_FAULT:  # other errors are of facts that are not needed here
+            if entry["error"] == SEGMENT_FAULT:  # other errors are about metadata that is not needed here
                 raise MediaError(f"row {entry['row']} ({entry['path']})", SEGMENT_FAULT)
             source, row, bounds = entry["path"], int(entry["row"]), (entry["start"], entry["end"])
             finished = results.read(identifier(row, source), source)
@@ -103,8 +105,10 @@ def reconstruct_files(
                 results.write(source, version, *finished)
             else:
                 kept += 1
-            done.append(finished[0])
-            compared += [] if finished[1] is None else [finished[1]]
+            file, comparison = finished
+            done.append(file)
+            if comparison is not None:
+                compared.append(comparison)
         except (MediaError, MetricError) as error:
             if isinstance(error, MetricError):
                 error = MediaError(entry["path"], str(error))
@@ -116,28 +120,28 @@ def reconstruct_files(
     compared = sorted(gather(compared), key=lambda item: item["file"])
     failed, kept = gather(failed), sum(gather([kept]))
     if rank == 0 and kept:
-        log.info("%d of %d files were finished before", kept, len(table))
+        log.info("%d of %d files were already finished", kept, len(table))
     if rank == 0:
         report(reconstructor, done, cost)
         if comparer is not None:
             report_comparison(comparer, compared)
     if failed:
-        listed = "\n".join(f"  {reason}" for reason in failed)
-        raise InferenceError(f"{len(failed)} of {len(table)} files could not be reconstructed:\n{listed}")
+        reasons = "\n".join(f"  {reason}" for reason in failed)
+        raise InferenceError(f"{len(failed)} of {len(table)} files could not be reconstructed:\n{reasons}")
     return done
 
 
-def cost_of(reconstructor: Reconstructor, table: pd.DataFrame) -> dict[str, Any]:
-    """Speed and memory of the model on the first chunk of the first file. Raises MediaError if it cannot be read."""
+def measure_first_file(reconstructor: Reconstructor, table: pd.DataFrame) -> dict[str, Any]:
+    """measure_cost of the model on the first chunk of the first file. Raises MediaError if it cannot be read."""
     usable = table[(table["name"] != "") & (table["error"] != SEGMENT_FAULT)]
     if usable.empty:
-        raise InferenceError("cost=true needs a file to measure with, and no row has a path")
+        raise InferenceError("cost=true needs a file to measure on, and no row has a `path`")
     chunk = reconstructor.first_chunk(usable["path"].iloc[0], bounds_of(usable)[0])
     return measure_cost(reconstructor.model, chunk, reconstructor.dtype)
 
 
-def report(reconstructor: Reconstructor, done: Sequence[Done], cost: dict[str, Any] | None) -> None:
-    """Write <prefix>_rec/index.csv, and <prefix>_rec/metrics.json if anything was measured; say where all is."""
+def report(reconstructor: Reconstructor, done: Sequence[FileResult], cost: dict[str, Any] | None) -> None:
+    """Write <prefix>_rec/index.csv, and <prefix>_rec/metrics.json if there are scores or costs; log the results."""
     folder = reconstructor.folder("rec")
     folder.mkdir(parents=True, exist_ok=True)
     with naming(folder / "index.csv"):
@@ -150,17 +154,15 @@ def report(reconstructor: Reconstructor, done: Sequence[Done], cost: dict[str, A
         log.info("%14s %s  (over %d videos)", name, "undefined" if mean is None else f"{mean:.4f}", len(done))
     if enlarged := [item for item in done if item.enlarged]:
         log.warning(
-            "%d of %d files are enlarged to height=, width= (the first is %s): that smooths errors, so SSIM and others "
-            "look better than at the files' own size",
-            *(len(enlarged), len(done), enlarged[0].source),
+            f"{len(enlarged)} of {len(done)} files, such as {enlarged[0].source}, are smaller than height=, width= and "
+            "were enlarged. That smooths errors: SSIM and others look better than at the files' own size"
         )
     if cost is not None:
         log.info(
-            "encodes %.1f and decodes %.1f frames of %dx%d per second (%s, %s)",
-            *(cost[key] for key in ("encode_frames_per_second", "decode_frames_per_second", "height", "width")),
-            *(cost["device"], cost["precision"]),
+            f"encodes {cost['encode_frames_per_second']:.1f} and decodes {cost['decode_frames_per_second']:.1f} frames "
+            f"of {cost['height']}x{cost['width']} per second ({cost['device']}, {cost['precision']})"
         )
     if scores or cost is not None:
-        told = {"videos": len(done), "frames": frames, **scores} | ({} if cost is None else {"cost": cost})
+        summary = {"videos": len(done), "frames": frames, **scores} | ({} if cost is None else {"cost": cost})
         with naming(folder / "metrics.json"):
-            write_json(folder / "metrics.json", told)
+            write_json(folder / "metrics.json", summary)

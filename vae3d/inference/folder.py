@@ -1,4 +1,4 @@
-"""Folders that a command writes results into: one process group at a time, one command, resumed after a kill.
+"""Result folders: one command at a time writes into a folder, and resumes there after a kill.
 
 FOLDER/.lock          held while the command runs
 FOLDER/command.json   written first: the settings that the results depend on; another command is an error
@@ -11,65 +11,59 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from vae3d.errors import UserError
-from vae3d.io import UNFINISHED, FileError, naming, read_json, remove_unfinished, write_json
+from vae3d.io import TMP_NAME, FileError, hold_lock, naming, read_json, remove_unfinished, write_json
 from vae3d.latents.identity import difference
 
 LOCK, COMMAND = ".lock", "command.json"
 
 
 class FolderError(UserError):
-    """A folder that another process writes into, or that holds something else."""
+    """A folder is in use by another process, or holds other results."""
 
     on_every_rank = False
 
 
 @contextmanager
 def locked(folder: Path, setting: str) -> Iterator[None]:
-    """Make the folder, hold its lock, and delete what a killed process left half-written.
+    """Create the folder, hold its lock during the block, and delete the unfinished files of a killed process.
 
-    setting: how the user named the folder, such as save_dir=out. Raises FolderError if another process holds it,
-    FileError if it cannot be made.
+    setting: the user's name for the folder, such as save_dir=out. Raises FolderError if another process holds the lock,
+    FileError if the folder cannot be created.
     """
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        raise FolderError(f"{setting}: another process is writing there; wait for it, or choose another name") from None
-    with held:
+    in_use = FolderError(f"{setting}: another process is writing there; wait until it ends, or choose another name")
+    with hold_lock(folder / LOCK, in_use):
         remove_unfinished(folder)
         yield
 
 
 def has_results(folder: Path) -> bool:
-    """Whether a folder holds more than what `locked` and `begin` put there and half-written files."""
+    """Whether a folder holds anything but a lock, command.json and unfinished files."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return any(name not in (LOCK, COMMAND) and not UNFINISHED.fullmatch(name) for name in names)
+    return any(name not in (LOCK, COMMAND) and not TMP_NAME.fullmatch(name) for name in names)
 
 
 def resumes(folder: Path, command: Mapping[str, Any], setting: str) -> bool:
-    """Whether the folder was begun by the same command; False if no command began it.
+    """Whether the same command began in this folder; False if none did.
 
-    Raises FolderError, naming the settings that differ, if another one did.
+    Raises FolderError if another command did, naming the settings that differ.
     """
     file = folder / COMMAND
     if not file.is_file():
         return False
-    there = read_json(file)
-    if not isinstance(there, dict):
-        raise FileError(f"{file}: is no record of a command; choose another folder, or set overwrite=true")
-    if why := difference(there, command):
+    recorded = read_json(file)
+    if not isinstance(recorded, dict):
+        raise FileError(f"{file}: is damaged; choose another folder, or set overwrite=true")
+    if changes := difference(recorded, command):
         raise FolderError(
-            f"{setting} holds the results of another command: {why}; choose another name, or set overwrite=true"
+            f"{setting} holds the results of another command: {changes}; choose another name, or set overwrite=true"
         )
     return True
 
 
 def begin(folder: Path, command: Mapping[str, Any]) -> None:
-    """Record the command, before the first result."""
+    """Write command.json, before the first result."""
     with naming(folder / COMMAND):
         write_json(folder / COMMAND, dict(command))

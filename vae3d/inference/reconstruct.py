@@ -1,4 +1,4 @@
-"""Reconstructing files in bounded memory: read a chunk, code it, write it, score it."""
+"""Reconstruct files in bounded memory: read a chunk, encode and decode it, write it, score it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,16 @@ from vae3d.metrics import MetricSet, VideoResult
 from vae3d.models.interface import Stream
 from vae3d.pixels import NotFiniteError, as_unit, to_uint8
 from vae3d.seeding import generator_of
-from vae3d.types import Reconstruction
 
-KINDS = ("ori", "rec", "spatial", "compare")  # of folders; compare: see inference.comparison
-Piece = tuple[np.ndarray, int]  # frames of a video, [T, H, W, 3] uint8, and how many of them are to be coded now
+KINDS = ("ori", "rec", "spatial", "compare")  # folders <prefix>_<kind>; compare: see inference.comparison
+Chunk = tuple[np.ndarray, int]  # frames [T, H, W, 3] uint8, of which the first so many are coded now; see Stream
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which frames of a file, at which size.
+    """Which frames of a file, and at which size.
 
-    height, width: resize and centre-crop, or None for the file's own size. fps: thin faster videos out to this
-    rate.
+    height, width: resize and centre-crop, or None for the file's own size. fps: reduce faster videos to this rate.
     """
 
     start: int = 0
@@ -48,10 +46,12 @@ class Selection:
 
 
 @dataclass
-class Done:
-    """One reconstructed file, as index.csv tells of it. start: its first frame in the source. pad_*: frames
-    behind, rows below and columns right that the network needed and that were cut off again. enlarged: whether the
-    source has fewer pixels a side."""
+class FileResult:
+    """One reconstructed file, a row of index.csv.
+
+    start: its first frame in the source. pad_*: frames at the end, rows below and columns on the right that the network
+    needed; they are cut off again. enlarged: whether the source is smaller.
+    """
 
     id: str
     source: str
@@ -67,13 +67,15 @@ class Done:
     result: VideoResult
 
     def row(self) -> dict[str, str | float | bool | None]:
-        facts = {fact.name: getattr(self, fact.name) for fact in fields(self) if fact.name != "result"}
-        return facts | {column: score.value for column, score in self.result.scores.items()}
+        columns = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "result"}
+        return columns | {column: score.value for column, score in self.result.scores.items()}
 
 
 def identifier(row: int, source: str) -> str:
-    """Name of a file's outputs: its row and its stem (of numbered images with their folders, since these tell rooms
-    apart), with what a file name should not hold replaced."""
+    """Name of a file's outputs: its row and its stem, without special characters.
+
+    Numbered images get the names of their folders too, because these differ between rooms.
+    """
     path = Path(source)
     stem = path.stem
     if is_sequence(path):
@@ -83,19 +85,19 @@ def identifier(row: int, source: str) -> str:
 
 
 def overflow_hint(precision: str) -> str:
-    """What to do about NaN, computed in a precision such as fp16 or torch.float16."""
+    """Hint for NaN in a precision such as fp16 or torch.float16."""
     if precision in ("fp16", "torch.float16"):
         return "fp16 holds values up to 65504 only: use precision=bf16 or precision=fp32"
     return f"computed in {precision}; do the weights hold NaN?"
 
 
 class Reconstructor:
-    """Writes <prefix>_ori, _rec and, for two-stage models, _spatial: what the inner 2D VAE alone would give.
+    """Writes <prefix>_ori, <prefix>_rec and, for two-stage models, <prefix>_spatial: the inner 2D VAE's reconstruction.
 
-    sample: draw latents (seeded by `seed` and the file's row) instead of taking the posterior's mode.
-    dtype: of autocast, or None for fp32. codec: see inference.video. metrics: scored on the 8-bit pixels, before
-    any codec. memory_gib: about what a streaming model may take, beside its weights. open_stream:
-    what codes a video, by default the model's own stream.
+    sample: sample the latents (seeded by `seed` and the file's row) instead of taking the posterior's mode.
+    dtype: of autocast, None for fp32. codec: see inference.video. metrics: computed on the 8-bit pixels, before the
+    codec. memory_gib: about what a streaming model may use besides its weights. open_stream: (height, width,
+    memory_gib) -> Stream, by default the model's own.
     """
 
     def __init__(
@@ -121,16 +123,16 @@ class Reconstructor:
     def folder(self, kind: str) -> Path:
         return Path(f"{self.prefix}_{kind}")
 
-    def file(self, source: str, row: int, bounds: Bounds = WHOLE) -> Done:
-        """Reconstruct one file, or the part of it between two times, which all that selects frames counts from.
+    def file(self, source: str, row: int, bounds: Bounds = WHOLE) -> FileResult:
+        """Reconstruct one file, or the part between two times; the selection then counts from the first.
 
-        Raises MediaError if it cannot be read, or if the model makes NaN of it; nothing half-written is left.
+        Raises MediaError if it cannot be read or the reconstruction has NaN; unfinished outputs are deleted.
         """
         self.metrics.reset()
         reader = self._open(source, bounds)
         try:
             info = reader.info
-            indices, fps, target = self._wanted(source, info)
+            indices, fps, target = self._select(source, info)
             stream = self._stream(source, target)
             chunks = self._chunks(reader, indices, target, stream)
             name = identifier(row, source)
@@ -143,32 +145,40 @@ class Reconstructor:
             raise MediaError(source, f"the model's pixels: {error.reason}; {hint}") from None
         finally:
             reader.close()
-        stride = self.model.spec.space_stride
-        padding = (self._pad_frames(len(indices)), -target[0] % stride, -target[1] % stride)
-        first, result = reader.first + indices[0], self.metrics.result()
-        size = info.size_to_scale(target)
-        enlarged = cover(*size, target).size > size
-        return Done(name, source, first, len(indices), fps, *target, *padding, enlarged, result)
-
-    def _pad_frames(self, frames: int) -> int:
-        return next(more for more in count() if self.model.frames_valid(frames + more))
+        (height, width), stride, source_size = target, self.model.spec.space_stride, info.size_to_scale(target)
+        return FileResult(
+            id=name,
+            source=source,
+            start=reader.first + indices[0],
+            frames=len(indices),
+            fps=fps,
+            height=height,
+            width=width,
+            pad_frames=next(extra for extra in count() if self.model.frames_valid(len(indices) + extra)),
+            pad_bottom=-height % stride,
+            pad_right=-width % stride,
+            enlarged=cover(*source_size, target).size > source_size,
+            result=self.metrics.result(),
+        )
 
     def _open(self, source: str, bounds: Bounds) -> Segment:
         return Segment(open_media(source, self.selection.reader, threads=0), source, bounds)
 
     def first_chunk(self, source: str, bounds: Bounds = WHOLE) -> Tensor:
-        """What the network gets first of a file, [1, 3, T, H, W] in [-1, 1]. Raises MediaError."""
+        """The first chunk of a file, [1, 3, T, H, W] in [-1, 1]. Raises MediaError."""
         with closing(self._open(source, bounds)) as reader:
-            indices, _, target = self._wanted(source, reader.info)
+            indices, _, target = self._select(source, reader.info)
             stream = self._stream(source, target)
             frames, length = next(self._chunks(reader, indices, target, stream))
             return self.to_video(frames[:length])
 
-    def opening(self, source: str, bounds: Bounds, count: Callable[[int], int]) -> tuple[np.ndarray, float, int]:
-        """The first frames of those that a file is reconstructed from, [T, H, W, 3] uint8, their rate (0 of an image),
-        and how many there are. count: from that to how many are wanted. Raises MediaError."""
+    def read_head(self, source: str, bounds: Bounds, count: Callable[[int], int]) -> tuple[np.ndarray, float, int]:
+        """The first of the selected frames, [T, H, W, 3] uint8; their rate (0 for an image); the number selected.
+
+        count: number selected -> number to read. Raises MediaError.
+        """
         with closing(self._open(source, bounds)) as reader:
-            indices, fps, target = self._wanted(source, reader.info)
+            indices, fps, target = self._select(source, reader.info)
             crop = cover(*reader.info.size_to_scale(target), target)
             return crop.cut(reader.read(indices[: count(len(indices))], crop.size)), fps, len(indices)
 
@@ -176,82 +186,74 @@ class Reconstructor:
         try:
             return self.open_stream(*target, self.memory_gib)
         except ValueError as error:
-            raise MediaError(source, f"cannot be coded at {target[0]}x{target[1]}: {error}") from error
+            raise MediaError(source, f"cannot be encoded at {target[0]}x{target[1]}: {error}") from error
 
-    def _wanted(self, source: str, info: MediaInfo) -> tuple[list[int], float, Size]:
-        """Which frames, at which rate and size."""
-        indices, fps = self._frames(source, info.num_frames, info.fps)
-        return indices, fps, (self.selection.height or info.height, self.selection.width or info.width)
+    def _select(self, source: str, info: MediaInfo) -> tuple[list[int], float, Size]:
+        """Indices, rate and size of the selected frames."""
+        selection, count = self.selection, info.num_frames
+        step = selection.stride * (max(1.0, info.fps / selection.fps) if selection.fps and info.fps else 1.0)
+        if selection.start >= count:
+            raise MediaError(source, f"has {count} frames; start={selection.start} is past its end")
+        available = math.ceil((count - selection.start) / step)
+        wanted = available if selection.num_frames is None else selection.num_frames
+        if wanted > available:
+            raise MediaError(source, f"gives {available} frames from start={selection.start}; num_frames={wanted}")
+        indices = [selection.start + int(i * step) for i in range(wanted)]
+        return indices, info.fps / step, (selection.height or info.height, selection.width or info.width)
 
-    def _chunks(self, reader: Reader, indices: list[int], target: Size, stream: Stream) -> Iterator[Piece]:
-        """Every piece of the stream, with the frames after it that the stream wants to see; none is read twice."""
+    def _chunks(self, reader: Reader, indices: list[int], target: Size, stream: Stream) -> Iterator[Chunk]:
+        """Every chunk of the stream with its lookahead; each frame is read once."""
         crop = cover(*reader.info.size_to_scale(target), target)
-        held, read = np.empty((0, *target, 3), np.uint8), 0
+        buffer, read = np.empty((0, *target, 3), np.uint8), 0
         for length in stream.chunks(len(indices)):
-            new = indices[read : read + length + stream.lookahead - len(held)]
+            new = indices[read : read + length + stream.lookahead - len(buffer)]
             if new:
                 frames = crop.cut(reader.read(new, crop.size))
-                held = np.concatenate([held, frames]) if len(held) else frames
+                buffer = np.concatenate([buffer, frames]) if len(buffer) else frames
                 read += len(new)
-            yield held, length
-            held = held[length:]
+            yield buffer, length
+            buffer = buffer[length:]
 
     def to_video(self, frames: np.ndarray) -> Tensor:
         """[T, H, W, 3] uint8 -> [1, 3, T, H, W] in [-1, 1], on the model's device."""
         return to_tensor(frames)[None].to(self.device).float() / 127.5 - 1.0
 
-    def _frames(self, source: str, count: int, fps: float) -> tuple[list[int], float]:
-        """Numbers of the wanted frames and their rate."""
-        chosen = self.selection
-        step = chosen.stride * (max(1.0, fps / chosen.fps) if chosen.fps and fps else 1.0)
-        if chosen.start >= count:
-            raise MediaError(source, f"has {count} frames; start={chosen.start} is behind its end")
-        possible = math.ceil((count - chosen.start) / step)
-        wanted = possible if chosen.num_frames is None else chosen.num_frames
-        if wanted > possible:
-            raise MediaError(source, f"gives {possible} frames from start={chosen.start}; num_frames={wanted}")
-        return [chosen.start + int(i * step) for i in range(wanted)], fps / step
-
-    def _video(self, stream: Stream, chunks: Iterator[Piece], name: str, fps: float, row: int) -> None:
+    def _video(self, stream: Stream, chunks: Iterator[Chunk], name: str, fps: float, row: int) -> None:
         writers: dict[str, VideoWriter] = {}
         try:
-            done = 0
-            for number, chunk in enumerate(chunks):
-                for kind, frames in self._code(stream, chunk, row, number, done).items():
+            start = 0
+            for index, chunk in enumerate(chunks):
+                for kind, frames in self._code(stream, chunk, row, index, start).items():
                     if kind not in writers:
                         writers[kind] = VideoWriter(self.folder(kind) / f"{name}.mp4", fps, self.codec)
                     writers[kind].write(frames)
-                done += chunk[1]
+                start += chunk[1]
             for writer in writers.values():
                 writer.close()
         finally:
             for writer in writers.values():
                 writer.abandon()
 
-    def _image(self, stream: Stream, chunks: Iterator[Piece], name: str, row: int) -> None:
+    def _image(self, stream: Stream, chunks: Iterator[Chunk], name: str, row: int) -> None:
         for kind, frames in self._code(stream, next(chunks), row, 0, 0).items():
             write_image(self.folder(kind) / f"{name}.png", frames[0])
 
     @torch.inference_mode()
-    def _code(self, stream: Stream, piece: Piece, row: int, number: int, start: int) -> dict[str, np.ndarray]:
-        """8-bit frames of every kind, and their scores added to the metrics. start: number of the first frame.
+    def _code(self, stream: Stream, chunk: Chunk, row: int, index: int, start: int) -> dict[str, np.ndarray]:
+        """Encode and decode a chunk, and update the metrics. Returns kind -> [T, H, W, 3] uint8.
 
-        Raises NotFiniteError.
+        index: of the chunk. start: index of its first frame. Raises NotFiniteError.
         """
-        frames, length = piece
+        frames, length = chunk
         video = self.to_video(frames)
-        generator = generator_of(self.seed, row, number, device=self.device)
+        generator = generator_of(self.seed, row, index, device=self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             out = stream(video, sample=self.sample, generator=generator)
-            spatial = self._spatial(out, video)
-        coded = {"ori": frames[:length], "rec": to_uint8(out.video[0], start=start)}
-        if spatial is not None:
-            coded["spatial"] = to_uint8(spatial[0], start=start)
-        self.metrics.update(as_unit(coded["ori"], self.device), as_unit(coded["rec"], self.device))
-        return coded
-
-    def _spatial(self, out: Reconstruction, video: Tensor) -> Tensor | None:
-        if out.spatial is None:
-            return None
-        height, width = video.shape[-2:]
-        return self.model.decode_spatial(out.spatial.latent)[..., :height, :width]
+            if out.spatial is not None:
+                height, width = video.shape[-2:]
+                spatial = self.model.decode_spatial(out.spatial.latent)[..., :height, :width]
+        outputs = {"ori": frames[:length], "rec": to_uint8(out.video[0], start=start)}
+        if out.spatial is not None:
+            outputs["spatial"] = to_uint8(spatial[0], start=start)
+        self.metrics.update(as_unit(outputs["ori"], self.device), as_unit(outputs["rec"], self.device))
+        return outputs

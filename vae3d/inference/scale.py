@@ -1,7 +1,7 @@
-"""The mean and standard deviation of an autoencoder's latents: measured on clips, and written into a checkpoint.
+"""Measure the mean and standard deviation of an autoencoder's latents, and write them into a checkpoint.
 
-A diffusion model needs latents of about zero mean and unit variance. What a trained autoencoder gives is another scale
-with every run (SD 0.18215, SDXL 0.13025, FLUX 0.3611), so it is measured, never copied.
+A diffusion model needs latents with about zero mean and unit variance. The scale of an autoencoder's latents differs
+from run to run (SD 0.18215, SDXL 0.13025, FLUX 0.3611), so it is measured, never copied.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ from vae3d.models.spatial import SpatialVAE
 from vae3d.precision import no_tf32
 from vae3d.types import Clip
 
-WIDEST = 0.1  # how far a channel's mean may be from 0, and its deviation from 1, where latents are diffused
+TOLERANCE = 0.1  # of a channel's mean (from 0) and standard deviation (from 1), for diffusion
 
 
 class ScaleError(UserError):
-    """Latents whose scale cannot be measured."""
+    """The scale of the latents cannot be measured or set."""
 
 
 @dataclass(frozen=True)
 class MeasuredScale:
-    """Of raw latents: mean and standard deviation (of the population) of each channel, [C] fp64, over `clips` clips of
-    `size` (T, H, W), or None if they are of several."""
+    """Mean and standard deviation of raw latents, per channel, [C] fp64.
+
+    clips: number measured. size: (T, H, W) of all clips, None if it varies. std: of the population.
+    """
 
     clips: int
     size: tuple[int, int, int] | None
@@ -52,34 +54,37 @@ class MeasuredScale:
         return float(mean), float(variance.sqrt())
 
     def facts(self) -> dict[str, Any]:
-        """What a reader of a scale should know, for model.yaml."""
-        told = {"clips": self.clips, "frames_height_width": self.size and list(self.size)}
-        return told | {"mean": self.mean.tolist(), "std": self.std.tolist()}
+        """The measurement as plain values, for model.yaml."""
+        return {
+            "clips": self.clips,
+            "frames_height_width": self.size and list(self.size),
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+        }
 
 
 def off_scale(means: Sequence[float], stds: Sequence[float]) -> list[int]:
-    """Channels of normalised latents, with these means and deviations, that are not of about mean 0 and deviation 1, or
-    NaN."""
+    """Channels of normalised latents whose mean is not about 0, or whose standard deviation is not about 1, or NaN."""
     pairs = enumerate(zip(means, stds, strict=True))
-    return [channel for channel, (mean, std) in pairs if not (abs(mean) <= WIDEST and abs(std - 1) <= WIDEST)]
+    return [channel for channel, (mean, std) in pairs if not (abs(mean) <= TOLERANCE and abs(std - 1) <= TOLERANCE)]
 
 
-def refusal(model: nn.Module) -> str | None:
-    """Why a model cannot be given a scale; None if it can."""
+def unscalable_reason(model: nn.Module) -> str | None:
+    """Why no scale can be set on a model; None if it can."""
     if isinstance(model, DiffusersVAE):
-        return f"a {model.kind} is of another library, whose config holds its scale"
+        return f"a {model.kind} runs in diffusers, whose config holds its scale"
     if latent_space(model) != "raw":
-        return "its latents are those that a diffusion model sees; the VAE that they come from has the scale"
+        return "its latents are already normalised, for a diffusion model; set the scale of the VAE they come from"
     return None
 
 
 @no_tf32()
 @torch.no_grad()
 def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> MeasuredScale:
-    """Encode clips one after another, in the model's precision, and sample from their posteriors.
+    """Encode clips one by one, in the model's precision, and measure samples of their posteriors.
 
-    Samples, because they are what a diffusion model is trained on, and what latent-diffusion takes (`scale_by_std`,
-    ldm/models/diffusion/ddpm.py; of its first batch alone). seed: with each clip's position, of the samples.
+    A diffusion model is trained on samples, and latent-diffusion measures them too (`scale_by_std`,
+    ldm/models/diffusion/ddpm.py, on its first batch only). seed: for the samples, with each clip's index.
     Raises ScaleError without clips, MetricError for latents that are not finite.
     """
     device = next(model.parameters()).device
@@ -91,7 +96,7 @@ def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> MeasuredS
         count += len(z)
         sizes.add(tuple(clip.video.shape[2:]))
     if not count:
-        raise ScaleError("the scale of the latents cannot be measured: there is no clip that can be read")
+        raise ScaleError("the scale of the latents cannot be measured: no clip could be read")
     std = (moments.scatter.diagonal() / moments.count).sqrt()
     return MeasuredScale(count, sizes.pop() if len(sizes) == 1 else None, moments.mean, std)
 
@@ -99,13 +104,15 @@ def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> MeasuredS
 def spread_clips(
     table: pd.DataFrame, settings: ClipSettings, frames: int, count: int, errors: list[tuple[str, str]]
 ) -> Iterator[Clip]:
-    """A clip of `frames` frames of each of `count` rows, evenly spread over those that are long enough (tables are
-    often sorted by class), always the same: see data.loader.still_clip. errors: gets (path, reason) of files that fail.
+    """Yield one clip of `frames` frames from each of `count` files, the same ones every time (data.loader.still_clip).
+
+    The files are spread evenly over the long enough rows of the table, since tables are often sorted by class.
+    (path, reason) of files that fail is appended to `errors`.
     """
-    lengths = settings.length(table["num_frames"].to_numpy(), table["fps"].to_numpy())
-    enough, bounds = np.flatnonzero(lengths >= frames), bounds_of(table)
-    places = np.linspace(0, len(enough) - 1, min(count, len(enough))).round().astype(int)
-    for row in enough[places]:
+    lengths, bounds = settings.length(table["num_frames"].to_numpy(), table["fps"].to_numpy()), bounds_of(table)
+    rows = np.flatnonzero(lengths >= frames)
+    chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+    for row in rows[chosen]:
         try:
             yield still_clip(table["path"].iloc[row], bounds[row], int(row), settings, frames)
         except MediaError as error:
@@ -120,34 +127,29 @@ def rescaled(
     shift: bool = False,
     per_channel: bool = False,
 ) -> Checkpoint:
-    """The checkpoint of `model` with a configuration whose `normalize` gives unit variance on what was measured.
+    """The checkpoint with the measured scale in its configuration: `normalize` then gives unit variance.
 
-    Of a SpatialVAE one scaling_factor for all channels, 1 / std; shift: also shift_factor, the mean, which SD and SDXL
-    leave at 0; per_channel: both, of each channel. Of all others latents_mean and latents_std, per channel.
-    Raises ScaleError if these do not vary.
+    A SpatialVAE gets scaling_factor = 1 / std of all channels; with `shift` also shift_factor = the mean, which is 0 in
+    SD and SDXL; with `per_channel` both per channel. Other models get latents_mean and latents_std, per channel.
+    Raises ScaleError for latents that do not vary.
     """
-    if isinstance(model, SpatialVAE) and per_channel:
-        stds = measured.std.tolist()
-        _check_not_constant(stds)
-        told = {"scaling_factor": [1 / std for std in stds], "shift_factor": measured.mean.tolist()}
-        return replace(checkpoint, config=checkpoint.config | told)
+    one_factor = isinstance(model, SpatialVAE) and not per_channel
+    if one_factor:
+        means, stds = ([value] for value in measured.over_channels())
+    else:
+        means, stds = measured.mean.tolist(), measured.std.tolist()
+    if constant := [str(channel) for channel, std in enumerate(stds) if not std > 0]:
+        raise ScaleError(f"latents of channel {', '.join(constant)} do not vary, and cannot be scaled to unit variance")
     if isinstance(model, SpatialVAE):
-        mean, std = measured.over_channels()
-        _check_not_constant([std])
-        told = {"scaling_factor": 1 / std} | ({"shift_factor": mean} if shift else {})
-        return replace(checkpoint, config=checkpoint.config | told)
+        factors = {"scaling_factor": [1 / std for std in stds], "shift_factor": means}
+        if one_factor:
+            factors = {name: value for name, (value,) in factors.items() if shift or name == "scaling_factor"}
+        return replace(checkpoint, config=checkpoint.config | factors)
     assert isinstance(model, LatentNormMixin)
-    factors = {"latents_mean": measured.mean.tolist(), "latents_std": measured.std.tolist()}
-    _check_not_constant(factors["latents_std"])
-    kept = {  # OpenSoraVAE has them among its weights
+    factors = {"latents_mean": means, "latents_std": stds}
+    buffers = {  # an OpenSoraVAE has them among its weights
         name: torch.tensor(values, dtype=torch.float32)[None, :, None, None, None]
         for name, values in factors.items()
         if name in checkpoint.state
     }
-    return replace(checkpoint, config=checkpoint.config | factors, state={**checkpoint.state, **kept})
-
-
-def _check_not_constant(stds: list[float]) -> None:
-    constant = [str(channel) for channel, std in enumerate(stds) if not std > 0]
-    if constant:
-        raise ScaleError(f"latents of channel {', '.join(constant)} do not vary, and cannot be scaled to unit variance")
+    return replace(checkpoint, config=checkpoint.config | factors, state={**checkpoint.state, **buffers})

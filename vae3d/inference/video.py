@@ -1,8 +1,7 @@
-"""Writing videos and images."""
+"""Write videos and images."""
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -12,12 +11,12 @@ import av
 import numpy as np
 from PIL import Image
 
-from vae3d.io import atomic_write, naming
+from vae3d.io import atomic_write, naming, remove, replace_durably, tmp_path
 
-BT601 = 6  # AVCOL_SPC_SMPTE170M, the matrix swscale converts RGB with; said in the file, players need not guess
+BT601 = 6  # AVCOL_SPC_SMPTE170M, the matrix with which swscale converts RGB; written into the file for players
 
-# codec -> (encoder, pixel format, options). lossless is bit-exact RGB; h264 is small, plays everywhere, and costs
-# up to several dB.
+# codec -> (encoder, pixel format, options). lossless is bit-exact RGB; h264 is small, plays everywhere, and loses up to
+# several dB.
 CODECS = {
     "lossless": ("libx264rgb", "rgb24", {"crf": "0", "preset": "veryfast"}),
     "h264": ("libx264", "yuv420p", {"crf": "18", "preset": "medium"}),
@@ -25,17 +24,17 @@ CODECS = {
 
 
 class VideoWriter:
-    """An .mp4 written frame by frame, under a temporary name until it is whole.
+    """Writes an .mp4 frame by frame, under a temporary name until it is complete.
 
-    codec: lossless or h264; h264 falls to 4:4:4 colour where a side is odd, because 4:2:0 cannot hold it.
-    Raises ValueError for another codec; its methods FileError if the disk refuses.
+    codec: lossless or h264. h264 uses 4:4:4 colour if a side is odd, which 4:2:0 does not allow.
+    Raises ValueError for another codec; its methods raise FileError if writing fails.
     """
 
     def __init__(self, path: Path, fps: float, codec: str = "lossless") -> None:
         if codec not in CODECS:
             raise ValueError(f"codec is {codec!r}; use one of {', '.join(CODECS)}")
         self.path = path
-        self.unfinished = path.with_name(f".{path.stem}.partial{path.suffix}")
+        self.tmp = tmp_path(path)
         self.fps = Fraction(fps).limit_denominator(1001)
         self.codec = codec
         self.container = None
@@ -53,26 +52,24 @@ class VideoWriter:
                 self.count += 1
 
     def close(self) -> None:
-        """Finish the file and give it its name."""
+        """Complete the file and rename it."""
         assert self.container is not None, "no frame was written"
         with naming(self.path):
             self.container.mux(self.stream.encode())
             container, self.container = self.container, None
             try:
                 container.close()
-                with self.unfinished.open("rb") as stream:
-                    os.fsync(stream.fileno())
-                self.unfinished.replace(self.path)
+                replace_durably(self.tmp, self.path)
             finally:
-                self.unfinished.unlink(missing_ok=True)
+                remove(self.tmp)
 
     def abandon(self) -> None:
-        """Delete an unfinished file; a finished one stays."""
+        """Delete an unfinished file; a complete one stays."""
         if self.container is not None:
             container, self.container = self.container, None
-            with suppress(OSError):  # the error that led here is the one to report
+            with suppress(OSError):  # the first error is the one to report
                 container.close()
-            self.unfinished.unlink(missing_ok=True)
+            remove(self.tmp)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -87,8 +84,8 @@ class VideoWriter:
         if pixels == "yuv420p" and (height % 2 or width % 2):
             pixels = "yuv444p"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.unfinished.unlink(missing_ok=True)  # a link there would be followed
-        self.container = av.open(str(self.unfinished), "w")
+        remove(self.tmp)  # a link there would be followed
+        self.container = av.open(str(self.tmp), "w", format="mp4")
         self.stream = self.container.add_stream(encoder, rate=self.fps, options=dict(options))
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, pixels
         self.stream.codec_context.time_base = 1 / self.fps
@@ -103,7 +100,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float, codec: str = "lossle
 
 
 def write_image(path: Path, frame: np.ndarray) -> None:
-    """Write one [H, W, 3] uint8 frame, under a temporary name until it is whole. Raises FileError."""
+    """Write one [H, W, 3] uint8 frame, atomically. Raises FileError."""
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as stream:

@@ -16,13 +16,12 @@ from safetensors import SafetensorError
 from vae3d import distributed
 from vae3d.arguments import Range, Size, check_fields
 from vae3d.checkpoints import state
-from vae3d.checkpoints.disk import is_disk_error
 from vae3d.checkpoints.export import replace_export, write_final_model, write_flat
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.publish import final_file, link, published_files
 from vae3d.errors import UserError
 from vae3d.inference.scale import ScaleError, measure, rescaled, spread_clips
-from vae3d.io import remove, remove_unfinished
+from vae3d.io import is_disk_error, remove, remove_unfinished
 from vae3d.metrics import MetricError
 from vae3d.restore import check_like
 from vae3d.training.freeze import set_mode

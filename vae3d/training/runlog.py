@@ -10,17 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from vae3d.errors import UserError
-from vae3d.io import open_nofollow, write_text
+from vae3d.io import hold_lock, open_nofollow, write_text
 from vae3d.training.loggers import Logger
 
 log = logging.getLogger("vae3d")
@@ -43,13 +42,9 @@ class RunLog:
         self._bar = None
         if self.main:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(folder / ".lock")
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout as error:
-                raise RunLocked(
-                    f"another process is training in {folder}; stop it, or give this run another name"
-                ) from error
+            self._lock = ExitStack()
+            in_use = RunLocked(f"another process is training in {folder}; stop it, or give this run another name")
+            self._lock.enter_context(hold_lock(folder / ".lock", in_use))
             self._forget_after(step)
             logger.open(folder, step)
             self._bar = tqdm(total=max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
@@ -135,7 +130,7 @@ class RunLog:
             self._bar.close()
             with self._bearing("what the logger still held"):
                 self.logger.close()
-            self._lock.release()
+            self._lock.close()
 
     def _forget_after(self, step: int) -> None:
         """Drop metrics of steps that a killed run took after its last checkpoint; they are about to be taken again."""
