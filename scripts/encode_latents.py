@@ -12,28 +12,7 @@ import sys
 import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
 
 # isort: split
-import hydra
-from omegaconf import DictConfig
-
-from vae3d.commands import launch
-from vae3d.config.latents import EncodeConfig, check_encoding
-from vae3d.config.schema import CONF
-
-
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="latents")
-def main(cfg: DictConfig) -> None:
-    launch.exit_on_user_error(lambda: run(cfg))
-
-
-def run(cfg: DictConfig) -> None:
-    config = check_encoding(cfg)
-    from vae3d import distributed  # torch is imported only once the configuration is sound
-    from vae3d.commands import encode
-
-    with distributed.process_group_scope():
-        encode.encode(config)
-
+from vae3d.commands import cli
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.read_arguments(sys.argv[1:], EncodeConfig)
-    main()
+    sys.exit(cli.main(["encode", *sys.argv[1:]]))

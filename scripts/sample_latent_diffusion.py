@@ -13,28 +13,7 @@ import sys
 import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
 
 # isort: split
-import hydra
-from omegaconf import DictConfig
-
-from vae3d.commands import launch
-from vae3d.config.diffusion import SampleConfig, check_sampling
-from vae3d.config.schema import CONF
-
-
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="sample")
-def main(cfg: DictConfig) -> None:
-    launch.exit_on_user_error(lambda: run(cfg))
-
-
-def run(cfg: DictConfig) -> None:
-    config = check_sampling(cfg)
-    from vae3d import distributed
-    from vae3d.commands import sample  # torch is imported only once the configuration is sound
-
-    with distributed.process_group_scope():
-        sample.sample(config)
-
+from vae3d.commands import cli
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.read_arguments(sys.argv[1:], SampleConfig)
-    main()
+    sys.exit(cli.main(["sample", *sys.argv[1:]]))

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.test_scripts import script
 from tests.test_slim_weights import trunk
+from vae3d.commands import fetch_weights as fetch_weights_command
 from vae3d.metrics.registry import METRICS
 from vae3d.pretrained import weights
 from vae3d.pretrained.weights import FILES, WeightFile, WeightsMissing, find
@@ -250,9 +250,8 @@ def serve():
 @pytest.fixture
 def fetch_weights(places, monkeypatch) -> ModuleType:
     """The script, with the files of `places`."""
-    module = script("fetch_weights")
-    monkeypatch.setattr(module, "FILES", weights.FILES)
-    return module
+    monkeypatch.setattr(fetch_weights_command, "FILES", weights.FILES)
+    return fetch_weights_command
 
 
 def test_weights_are_fetched_verified_and_entered(fetch_weights, serve, tmp_path, capsys):
@@ -361,7 +360,7 @@ def test_check_is_content_with_an_alternative_and_does_not_write(fetch_weights, 
     ],
 )
 def test_metrics_choose_the_files(names, metrics, files):
-    assert [file.name for file in script("fetch_weights").choose(names, metrics)] == files
+    assert [file.name for file in fetch_weights_command.choose(names, metrics)] == files
 
 
 def test_the_script_runs_without_site_packages(tmp_path):

@@ -46,7 +46,7 @@ def padding(codec: LatentCodec, transform: Transform) -> list[str]:
     return notes
 
 
-def encode(config: EncodeConfig) -> None:
+def run(config: EncodeConfig) -> None:
     """Make the latent cache that `config` describes, or go on with it."""
     ranks, device = working_ranks(config.device)
     check_ranks_agree(asdict(config))

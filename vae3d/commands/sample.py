@@ -58,7 +58,7 @@ class Reference(NamedTuple):
         return torch.stack([self.cache[place].z for place in places])
 
 
-def sample(config: SampleConfig) -> None:
+def run(config: SampleConfig) -> None:
     """Draw the samples that `config` describes, shared among the ranks; the first one writes what is of all of them."""
     process, device = working_ranks(config.device)
     export = read_export(config.checkpoint, config.ema)

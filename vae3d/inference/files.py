@@ -52,7 +52,8 @@ def command_of(settings: Mapping[str, Any], weights: Mapping[str, str | None], t
     rows = [[int(row), path, str(start), str(end)] for row, path, start, end in
             table[["row", "path", "start", "end"]].itertuples(index=False)]  # fmt: skip
     chosen = {name: value for name, value in settings.items() if name not in free}
-    chosen["teacher"] = {name: value for name, value in settings["teacher"].items() if name != "path"}
+    if "teacher" in settings:
+        chosen["teacher"] = {name: value for name, value in settings["teacher"].items() if name != "path"}
     told = {"rows of the source": digest_of(rows), **{f"weights of {who}": value for who, value in weights.items()}}
     return told | chosen
 
