@@ -362,7 +362,7 @@ def test_samples_are_of_classes_that_were_trained_on(vae, pictures, tmp_path, mo
     assert asked == [1, 3, 1, 3, 1]
     latent_runs.sample(f"checkpoint={tmp_path}/run", f"out={tmp_path}/out", "count=2", "write=[files]")
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["000000_1.png", "000001_3.png"]
-    with pytest.raises(UserError, match="classes=0: the model knows 1, 3"):
+    with pytest.raises(UserError, match="classes=0: .* 1, 3"):
         latent_runs.sample(f"checkpoint={tmp_path}/run", f"out={tmp_path}/out", "classes=[0]")
 
 

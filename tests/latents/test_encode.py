@@ -421,8 +421,8 @@ def test_clips_that_are_filled_up_are_told():
     codec = caches.codec("wan")
     assert padding(codec, Transform(16, 16, frames=5)) == padding(codec, Transform()) == []
     assert padding(codec, Transform(16, 17, frames=4)) == [
-        "width=17 is filled up to a multiple of 2",
-        "frames=4 is filled up with added frames; whole are 1, 3, 5, 7",
+        "width=17 is padded to a multiple of 2",
+        "frames=4 is padded with extra frames; without: 1, 3, 5, 7",
     ]
 
 

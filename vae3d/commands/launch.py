@@ -94,20 +94,18 @@ class RunLogFile(logging.FileHandler):
 
 
 def read_arguments(arguments: Sequence[str], schema: type) -> list[str]:
-    """Command-line arguments as overrides for Hydra; see allow_unknown_keys.
-
-    Exits with status 2 and one message if values do not have their key's type in `schema`: Hydra would stop at the
-    first one.
-    """
+    """allow_unknown_keys(); values that do not have their key's type in `schema` end the process with one message that
+    lists them, and exit status 2. Hydra would stop at the first one, and name its own classes."""
     overrides = allow_unknown_keys(arguments, schema)
-    if errors := [error for override in overrides if (error := type_error(override, schema))]:
-        print_error(ConfigError(errors))
+    if wrong := [error for override in overrides if (error := type_error(override, schema))]:
+        print_error(ConfigError(wrong))
         sys.exit(2)
     return overrides
 
 
 def type_error(override: str, schema: type) -> str | None:
-    """The error of a value that does not have its key's type; None for groups, sweeps and keys not in `schema`."""
+    """Why a value of an override does not have the type of its key; None if it has, or for a group, a sweep and a key
+    that is not in `schema`."""
     name = override.lstrip("+").partition("=")[0]
     kind = _type_of(name, schema)
     if kind is None or dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict:
@@ -117,11 +115,11 @@ def type_error(override: str, schema: type) -> str | None:
         if parsed.is_sweep_override():
             return None
         value = parsed.value()
-        field = ("value", kind, dataclasses.field(default_factory=lambda: value))
-        OmegaConf.structured(dataclasses.make_dataclass("OneField", [field]))
+        one = dataclasses.make_dataclass("One", [("value", kind, dataclasses.field(default_factory=lambda: value))])
+        OmegaConf.structured(one)
     except OmegaConfBaseException:
         return f"{name}={parsed.get_value_string()} is not {describe(kind)}"
-    except HydraException:  # not an override; Hydra reports it
+    except HydraException:  # not an override: Hydra says so
         return None
     return None
 
@@ -129,9 +127,10 @@ def type_error(override: str, schema: type) -> str | None:
 def allow_unknown_keys(arguments: Sequence[str], schema: type | None = None) -> list[str]:
     """Command-line overrides as Hydra takes them.
 
-    `key=value` becomes `++key=value`, since Hydra would stop at the first unknown key; the check of the configuration
-    reports all of them. Values outside Hydra's grammar, such as paths with `=`, brackets or letters beyond ASCII, are
-    quoted. `~/` is expanded. For a key that is a list in `schema`, a single value becomes a list.
+    Plain `key=value` overrides get `++` in front: Hydra stops at the first unknown key; so all reach vae3d.config.validate, which
+    lists every error at once. Values that Hydra's grammar does not know, such as paths with `=`,
+    brackets or letters beyond ASCII, are quoted, and `~/` is the home folder. One value for a key that is a list in
+    `schema` becomes a list of it.
     """
     return [_override(a, schema) if "=" in a and a[0] not in "-~" else a for a in arguments]
 
@@ -147,7 +146,7 @@ def _override(argument: str, schema: type | None) -> str:
     try:
         parsed = OverridesParser.create().parse_override(f"{name}={value}").value()
     except HydraException:
-        if value[:1] + value[-1:] not in ("[]", "{}"):  # a list or dict with a syntax error; Hydra reports it
+        if value[:1] + value[-1:] not in ("[]", "{}"):  # of which Hydra says what is wrong
             value = parsed = quoted(value)
     if is_list and isinstance(parsed, (str, int, float)):
         value = f"[{value}]"
@@ -155,7 +154,7 @@ def _override(argument: str, schema: type | None) -> str:
 
 
 def quoted(text: str) -> str:
-    """Any text, quoted as a value in a Hydra override."""
+    """Text as a value of a Hydra override, whatever is in it."""
     return QuotedString(text, Quote.single).with_quotes()
 
 
