@@ -104,7 +104,7 @@ def test_the_temporal_half_loads_alone(pipeline, tmp_path):
     [
         (["--to", "ldm"], "the ldm layout is for"),
         (["--to", "opensora"], "the original code builds one network only"),
-        (["--to", "export", "--target-exists"], "exists already"),
+        (["--to", "export", "--target-exists"], "already exists"),
         (["--to", "export", "--source-missing"], "no such file or folder"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Write a checkpoint in the layout that another program opens; see docs/checkpoints.md.
+"""Convert a checkpoint to the layout of another program; see docs/checkpoints.md.
 
     python scripts/convert_checkpoint.py runs/opensora_stage3 opensora_folder --to opensora
     python scripts/convert_checkpoint.py sd_vae.safetensors sd_vae_folder --to diffusers --scaling_factor 0.18215
@@ -7,14 +7,13 @@
     python scripts/convert_checkpoint.py runs/wan_finetune wan_vae.pth --to wan
     python scripts/convert_checkpoint.py lightning.ckpt::ema_model vae --to export --scaling_factor 0.18215
 
-Reads whatever vae3d.load reads. Where the target layout cannot hold the latents' mean and standard deviation, they are
-folded into the weights if that is exact. Everything else that the layout cannot hold is an error.
+Reads every checkpoint that vae3d.load reads. If the target layout has no place for the latents' mean and standard
+deviation, they are folded into the weights where that is exact; otherwise the command fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,18 +28,18 @@ from vae3d.errors import UserError
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="file, folder, export or run")
-    parser.add_argument("target", type=Path, help="folder to write; a file of ldm, wan, videox_fun and taehv")
+    parser.add_argument("target", type=Path, help="folder to write; for ldm, wan, videox_fun and taehv a file")
     parser.add_argument("--to", required=True, choices=WRITERS)
     parser.add_argument("--part", choices=("spatial", "temporal"), help="only this half of an Open-Sora VAE")
-    parser.add_argument("--variant", help="of a TAEHV whose file does not say it")
+    parser.add_argument("--variant", help="TAEHV variant, if the file does not name it")
     parser.add_argument(
-        "--scaling_factor", type=positive_float, help="of the latents of an image VAE whose file does not say it"
+        "--scaling_factor", type=positive_float, help="of an image VAE's latents, if the file does not contain it"
     )
-    parser.add_argument("--shift_factor", type=finite_float, help="likewise")
+    parser.add_argument("--shift_factor", type=finite_float, help="of an image VAE's latents, likewise")
     args = parser.parse_args(argv)
     try:
         if args.target.exists():
-            raise CheckpointError(f"{args.target}: exists already")
+            raise CheckpointError(f"{args.target} already exists")
         checkpoint = read_checkpoint(args.source, args.variant)
         if args.part:
             checkpoint = half(checkpoint, args.part)
@@ -58,15 +57,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def half(checkpoint: Checkpoint, part: str) -> Checkpoint:
+    """The spatial or temporal VAE of an Open-Sora VAE, as a checkpoint of its own."""
     if part not in checkpoint.config:
-        raise CheckpointError(f"{checkpoint.path} holds a {checkpoint.config['_target_']}, which has no {part} half")
+        raise CheckpointError(f"{checkpoint.path} is a {checkpoint.config['_target_']}, which has no {part} half")
     return replace(checkpoint, config=checkpoint.config[part], state=checkpoint.part(f"{part}_vae"))
 
 
 def with_factors(checkpoint: Checkpoint, factors: dict[str, float]) -> Checkpoint:
-    if not all(math.isfinite(value) for value in factors.values()) or factors.get("scaling_factor", 1.0) <= 0:
-        raise CheckpointError(f"{factors}: scaling_factor must be positive, and shift_factor finite")
+    """The checkpoint of an image VAE with another scaling_factor or shift_factor."""
     if not checkpoint.config["_target_"].endswith(".SpatialVAE"):
-        raise CheckpointError(f"{checkpoint.path} holds a {checkpoint.config['_target_']}, which has no scaling_factor")
+        raise CheckpointError(f"{checkpoint.path} is a {checkpoint.config['_target_']}, which has no scaling_factor")
     notes = [note for note in checkpoint.notes if "scaling factor" not in note]
     return replace(checkpoint, config=checkpoint.config | factors, notes=notes)

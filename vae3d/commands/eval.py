@@ -4,11 +4,11 @@
     python eval/eval_common_metric.py --batch_size 2 --real_video_dir OUT_ori --generated_video_dir OUT_rec \\
         --device cuda --sample_fps 24 --crop_size 256 --resolution 256 --num_frames 17 --sample_rate 1 \\
         --metric ssim psnr lpips flolpips                                   # Open-Sora's own protocol
-    python eval/eval_common_metric.py --ref OUT_ori --compare A_rec B_rec   # which is better, and how surely
+    python eval/eval_common_metric.py --ref OUT_ori --compare A_rec B_rec   # which is better, with confidence intervals
     torchrun --nproc_per_node=8 eval/eval_common_metric.py ...              # the same, shared among processes
 
-Videos are paired by name and decoded once for all metrics. Scores are stored as they are made: the same command goes
-on where a killed one stopped. Nothing is downloaded.
+Videos are paired by name and decoded once for all metrics. The same command resumes after a kill. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from vae3d.argparse_types import positive_float
+from vae3d.argparse_types import positive_float, positive_int
 from vae3d.commands.launch import print_error
 from vae3d.distributed import process_group_scope
 from vae3d.errors import UserError
@@ -47,13 +46,7 @@ from vae3d.evaluation.tables import (
 from vae3d.inference.folder import remove_unfinished
 from vae3d.metrics import METRICS, PRESETS, MetricSet, build_metrics
 from vae3d.metrics.presets import require_shapes
-from vae3d.precision import as_device
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of 1 or more")
-    return int(text)
+from vae3d.training.start import working_ranks
 
 
 def size(text: str) -> str | tuple[int, int]:
@@ -79,16 +72,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--base", metavar="OUT", help="prefix of what infer.py wrote: OUT_ori, OUT_rec, OUT_spatial (the ceiling)")
     add("--compare", nargs="+", type=Path, metavar="DIR", help="several reconstructions of the same originals")
     add("--pair_by", choices=("stem", "index_csv", "sorted"), default="stem", help="default: equal names")
-    add("--allow_unmatched", action="store_true", help="score the files that have a partner")
+    add("--allow_unmatched", action="store_true", help="score only files with a counterpart")
     add = parser.add_argument_group("frames and sizes").add_argument
-    add("--num_frames", type=positive, help="compare the first n frames; default all")
-    add("--sample_rate", type=positive, default=1, help="take every n-th frame")
-    add("--strict_frames", action="store_true", help="refuse videos with fewer than --num_frames")
-    add("--frames", choices=("equal", "common"), default="equal", help="common: compare the frames that both have")
-    add("--cut", choices=("center", "topleft"), help="cut originals to the size of smaller reconstructions")
+    add("--num_frames", type=positive_int, help="compare the first n frames; default all")
+    add("--sample_rate", type=positive_int, default=1, help="take every n-th frame")
+    add("--strict_frames", action="store_true", help="error for videos with fewer than --num_frames")
+    add(
+        "--frames",
+        choices=("equal", "common"),
+        default="equal",
+        help="common: only the frames that both videos have",
+    )
+    add("--cut", choices=("center", "topleft"), help="crop originals to the size of smaller reconstructions")
     add("--resize", type=size, metavar="ref|HxW", help="scale reconstructions to the original's, or both to HxW")
-    add("--resolution", type=positive, help="scale the short side to this, as Open-Sora does; enlarging is warned of")
-    add("--crop_size", type=positive, help="centre-crop to this square after scaling; default no crop")
+    add(
+        "--resolution",
+        type=positive_int,
+        help="scale the short side to this, as Open-Sora does; warns where that enlarges",
+    )
+    add("--crop_size", type=positive_int, help="centre-crop to this square after scaling; default no crop")
     add("--ignore_fps", action="store_true", help="compare frame by frame although frame rates differ")
     add("--to_8bit", action="store_true", help="score files of more than 8 bits as 8 bits")
     add = parser.add_argument_group("metrics").add_argument
@@ -98,33 +100,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help=f"see below; default ssim psnr, or with --preset panorama {panorama}",
     )
-    add("--preset", choices=PRESETS, default="default", help="whose formulas; default %(default)s")
-    add("--batch_size", type=positive, default=1, help="only presets that average over batches depend on it")
-    add("--rfid_stride", type=positive, default=1, help="rfid takes every n-th frame")
-    add("--rfvd_frames", type=positive, default=16, help="rfvd takes the first n frames; default %(default)s")
+    add("--preset", choices=PRESETS, default="default", help="formulas of a published evaluation; default %(default)s")
+    add("--batch_size", type=positive_int, default=1, help="for presets that average over batches")
+    add("--rfid_stride", type=positive_int, default=1, help="rfid takes every n-th frame")
+    add("--rfvd_frames", type=positive_int, default=16, help="rfvd takes the first n frames; default %(default)s")
     add(
         "--pwc_warp",
         choices=("flolpips", "exact"),
         default="flolpips",
-        help="exact: warp without the published offset",
+        help="exact: without the offset of the published warp",
     )
     add(
         "--on_missing",
         choices=("stop", "skip"),
         default="stop",
-        help="skip: leave out metrics whose weights are missing",
+        help="skip: do not compute metrics whose weights are missing",
     )
     add = parser.add_argument_group("run and report").add_argument
     add("--device", default="cuda", help="cuda or cpu; without a GPU the CPU computes the same numbers")
-    add("--output", type=Path, metavar="DIR", help="default: the reconstruction's folder with _eval behind")
-    add("--fresh", action="store_true", help="score again what earlier runs scored")
+    add("--output", type=Path, metavar="DIR", help="default: RECONSTRUCTIONS_eval")
+    add("--fresh", action="store_true", help="discard the scores of earlier runs")
     add("--per_frame", action="store_true", help="also write per_frame.csv")
     add("--no_html", action="store_true", help="no report.html")
     add("--on_error", choices=("stop", "skip"), default="stop", help="what to do with a pair that cannot be scored")
     add(
         "--sample_fps",
         type=positive_float,
-        help="accepted for the original's command line, which did not use it either",
+        help="ignored, as by Open-Sora's script",
     )
     args = parser.parse_args(argv)
     args.metric = args.metric or PRESETS[args.preset].metrics
@@ -133,7 +135,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def folders(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[Path, dict[str, Path]]:
-    """The originals, and the reconstructions by the names that a report calls them."""
+    """The folder of originals, and the folders of reconstructions by their name in the report."""
     if args.base is not None:
         if args.real_video_dir or args.generated_video_dir or args.compare:
             parser.error("--base names all folders; leave out --ref, --rec and --compare")
@@ -162,34 +164,18 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
-@dataclass
-class Ranks:
-    """The processes that share the work."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-    wait: Callable[[], Any]
-
-
-def join_ranks(device: str) -> Ranks:
+def join_ranks(device: str) -> tuple[PartialState, torch.device]:
+    """The processes that share the work, and this one's device: with `cuda`, the GPU of its local rank."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         if int(os.environ.get("RANK", 0)) == 0:
             print("no CUDA device here: scoring on the CPU", file=sys.stderr)
         device = "cpu"
-    chosen = as_device(device)
-    if "RANK" not in os.environ:
-        return Ranks(0, 1, chosen, lambda: None)
-    from accelerate import PartialState  # starts process groups
-
-    state = PartialState(cpu=chosen.type == "cpu", timeout=timedelta(days=7))
-    shared = state.device if chosen.type != "cpu" else chosen
-    return Ranks(state.process_index, state.num_processes, shared, state.wait_for_everyone)
+    return working_ranks(None if device == "cuda" else device)
 
 
 @dataclass
 class Evaluation:
-    """One reconstruction."""
+    """A folder of reconstructions, paired with the originals."""
 
     name: str
     rec: Path
@@ -200,11 +186,12 @@ class Evaluation:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    ranks = join_ranks(args.device)
+    """Score every reconstruction; returns the exit status, 1 if a pair could not be scored."""
+    ranks, device = join_ranks(args.device)
     settings = {"rfid": {"stride": args.rfid_stride}, "rfvd": {"frames": args.rfvd_frames}}
-    metrics = build_metrics(  # before any file is opened: it names all missing weights
+    metrics = build_metrics(  # first, since it names all missing weights
         args.metric,
-        ranks.device,
+        device,
         preset=args.preset,
         on_missing=args.on_missing,
         pwc_warp=args.pwc_warp,
@@ -231,12 +218,12 @@ def evaluate(args: argparse.Namespace) -> int:
         evaluations.append(Evaluation(name, rec, output_folder(args, name, rec), jobs, unmatched, errors))
     results, summaries = {}, {}
     for evaluation in evaluations:
-        with lock(evaluation.output, ranks.rank):
-            videos, errors = score(evaluation, metrics, protocol, ranks, args)
-            if ranks.rank == 0:
+        with lock(evaluation.output, ranks.process_index):
+            videos, errors = score(evaluation, metrics, protocol, ranks, device, args)
+            if ranks.is_main_process:
                 results[evaluation.name] = videos
                 summaries[evaluation.name] = report(evaluation, videos, errors, metrics, protocol, args)
-    if ranks.rank == 0 and len(evaluations) > 1:
+    if ranks.is_main_process and len(evaluations) > 1:
         differences = compare(results, metrics.columns)
         print(f"\n{side_by_side(summaries)}\n\n{comparison_table(differences)}")
         file = evaluations[0].output / "comparison.json"
@@ -255,7 +242,7 @@ def output_folder(args: argparse.Namespace, name: str, rec: Path) -> Path:
 
 
 def lock(folder: Path, rank: int) -> AbstractContextManager[object]:
-    """Hold the lock of an output folder until the block ends. Raises PairError if another evaluation holds it."""
+    """The lock of an output folder, as a context. Raises PairError if another evaluation holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return FileLock(folder / f".rank{rank}.lock").acquire(timeout=0)
@@ -264,30 +251,35 @@ def lock(folder: Path, rank: int) -> AbstractContextManager[object]:
 
 
 def score(
-    evaluation: Evaluation, metrics: MetricSet, protocol: Protocol, ranks: Ranks, args: argparse.Namespace
+    evaluation: Evaluation,
+    metrics: MetricSet,
+    protocol: Protocol,
+    ranks: PartialState,
+    device: torch.device,
+    args: argparse.Namespace,
 ) -> tuple[list[VideoScore], list[str]]:
-    """Score this process's share; process 0 returns everything."""
-    if ranks.rank == 0:
+    """Score this process's share of the pairs. Returns scores and errors of all ranks on the main process, else []."""
+    rank, main = ranks.process_index, ranks.is_main_process
+    if main:
         remove_unfinished(evaluation.output)
-    if args.fresh and ranks.rank == 0:
-        for file in evaluation.output.glob("rank*.jsonl"):
-            file.unlink()
-    ranks.wait()
-    store = Store(evaluation.output, ranks.rank, metrics)
+        if args.fresh:
+            for file in evaluation.output.glob("rank*.jsonl"):
+                file.unlink()
+    ranks.wait_for_everyone()
+    store = Store(evaluation.output, rank, metrics)
     known_pairs = store.read()
     todo = [job for job in evaluation.jobs if store.missing(job.key, known_pairs)]
-    ranks.wait()  # all have seen the same before anybody adds to it
-    if ranks.rank == 0 and len(todo) < len(evaluation.jobs):
+    ranks.wait_for_everyone()  # all ranks read the store before one writes to it
+    if main and len(todo) < len(evaluation.jobs):
         print(f"{len(evaluation.jobs) - len(todo)} of {len(evaluation.jobs)} pairs were scored before")
-    mine = share(todo, ranks.rank, ranks.world_size)
-    hidden = True if ranks.rank else None  # None: shown on terminals
-    with tqdm(total=len(mine), unit="video", desc=evaluation.name, disable=hidden) as bar:
-        errors = score_jobs(mine, protocol, store, ranks.device, on_error=args.on_error, finished=bar.update)
+    mine = share(todo, rank, ranks.num_processes)
+    with tqdm(total=len(mine), unit="video", desc=evaluation.name, disable=None if main else True) as bar:
+        errors = score_jobs(mine, protocol, store, device, on_error=args.on_error, finished=bar.update)
     write_errors(store, errors)
-    ranks.wait()
-    if ranks.rank:
+    ranks.wait_for_everyone()
+    if not main:
         return [], []
-    return collect(evaluation.jobs, store), read_errors(evaluation.output, ranks.world_size)
+    return collect(evaluation.jobs, store), read_errors(evaluation.output, ranks.num_processes)
 
 
 def report(
@@ -298,7 +290,7 @@ def report(
     protocol: Protocol,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Print and write everything about one reconstruction."""
+    """Print the scores of one reconstruction and write them to its folder; returns the summary."""
     failed = [*evaluation.errors, *errors]
     if not videos:
         raise PairError("no pair could be scored:\n" + "\n".join(f"  {reason}" for reason in failed))
@@ -309,7 +301,7 @@ def report(
         "failed": failed,
     }
     print(set_table(summary))
-    absent = [f"{name} is left out: {reason}" for name, reason in metrics.absent.items()]
+    absent = [f"{name} is skipped: {reason}" for name, reason in metrics.absent.items()]
     for warning in [*summary["warnings"], *evaluation.unmatched, *failed, *absent]:
         print(f"warning: {warning}", file=sys.stderr)
     folder = evaluation.output

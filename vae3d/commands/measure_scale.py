@@ -1,16 +1,16 @@
-"""Measure the mean and standard deviation of an autoencoder's latents, and write them into its export. See
-docs/latents.md; scripts/latent_stats.py does it from a cache.
+"""Measure mean and standard deviation of an autoencoder's latents, and write them into its export.
+
+See docs/latents.md. scripts/latent_stats.py does the same from a latent cache.
 
     python scripts/measure_scale.py runs/sd_vae_gan photos
     python scripts/measure_scale.py runs/wan_finetune videos.csv --frames 17 --height 480 --width 832 --count 200
     python scripts/measure_scale.py sd_vae_folder photos --out sd_vae_measured
 
-Encodes one centred clip of each of COUNT files, evenly spread over the source, in fp32, and samples from the
-posteriors. An image VAE gets one scaling_factor, 1 / standard deviation of all values, as Stable Diffusion's have
-(--shift: also shift_factor, the mean; --per-channel: both, of each channel); other models a mean (`shift`) and
-deviation (`scale`) per channel. `normalize` then gives latents of unit variance, and so does what
-scripts/convert_checkpoint.py makes of the export.
-Without --out the export itself is rewritten: of a run, its newest.
+Encodes the centre clip of COUNT files, evenly spread over the source, in fp32, and samples from the posteriors. An
+image VAE gets one scaling_factor, 1 / standard deviation of all values, as Stable Diffusion has it (--shift: also
+shift_factor, the mean; --per-channel: both for each channel). Other models get a mean (`shift`) and a deviation
+(`scale`) for each channel. `normalize` then returns latents of unit variance, also in files that
+scripts/convert_checkpoint.py writes from the export. Without --out the export is rewritten; of a run, the newest.
 """
 
 from __future__ import annotations
@@ -47,33 +47,33 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="run, export, or published weights")
     parser.add_argument("source", help="a CSV, parquet or JSON file, a folder, or one file")
-    parser.add_argument("--count", type=positive_int, default=1000, help="files to measure on, at most (1000)")
-    parser.add_argument("--frames", type=positive_int, default=1, help="frames of each (1)")
+    parser.add_argument("--count", type=positive_int, default=1000, help="use at most this many files (1000)")
+    parser.add_argument("--frames", type=positive_int, default=1, help="per clip (1)")
     parser.add_argument("--height", type=positive_int, default=256, help="of the centre crop (256)")
     parser.add_argument("--width", type=positive_int, default=256)
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--shift", action="store_true", help="of an image VAE: the mean, too")
-    how.add_argument("--per-channel", action="store_true", help="of an image VAE: a mean and deviation per channel")
+    how.add_argument("--shift", action="store_true", help="image VAE: also write the mean")
+    how.add_argument("--per-channel", action="store_true", help="image VAE: write mean and deviation per channel")
     parser.add_argument("--out", type=Path, help="write another export instead")
     parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     try:
-        checkpoint, model = opened(args.checkpoint, args.out)
-        rescale(checkpoint, model, of_source(model, args), args)
+        checkpoint, model = load_unscaled(args.checkpoint, args.out)
+        rescale(checkpoint, model, measure_source(model, args), args)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def opened(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
-    """What is to be given a scale, and its model. Raises UserError, before anything is measured, if it cannot be."""
+def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
+    """The checkpoint that is rescaled, and its model. Raises UserError if its scale cannot be changed or written."""
     checkpoint = read_checkpoint(path)
     if out is None and checkpoint.layout != "export":
-        raise CheckpointError(f"{checkpoint.path} ({checkpoint.layout}) is no export; name a new one with --out")
+        raise CheckpointError(f"{checkpoint.path} ({checkpoint.layout}) is not an export; use --out FOLDER")
     if out is not None and out.exists():
-        raise CheckpointError(f"{out}: exists already")
+        raise CheckpointError(f"--out {out} already exists")
     model = build_from_checkpoint(checkpoint)
     if why := refusal(model):
         raise ScaleError(f"{checkpoint.path}: {why}")
@@ -81,36 +81,33 @@ def opened(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
     return checkpoint, model.eval()
 
 
-def of_source(model: nn.Module, args: argparse.Namespace) -> MeasuredScale:
+def measure_source(model: nn.Module, args: argparse.Namespace) -> MeasuredScale:
     settings = ClipSettings(args.height, args.width)
     table = read_tables(open_source(args.source), settings, holdout=0, max_broken=1.0).train
     errors: list[tuple[str, str]] = []
     clips = spread_clips(table, settings, args.frames, args.count, errors)
     measured = measure(model.to(as_device(args.device)), clips, args.seed)
     for path, reason in errors:
-        print(f"left out: {path}: {reason}", file=sys.stderr)
+        print(f"skipped: {path}: {reason}", file=sys.stderr)
     return measured
 
 
 def rescale(checkpoint: Checkpoint, model: nn.Module, measured: MeasuredScale, args: argparse.Namespace) -> Path:
-    """Write the measured scale into args.out, or else into the export itself; the folder of it."""
-    found = rescaled(checkpoint, model, measured, shift=args.shift, per_channel=args.per_channel)
-    tell(checkpoint, found, measured)
+    """Write the measured scale into args.out, or else into the export itself; returns that folder."""
+    new = rescaled(checkpoint, model, measured, shift=args.shift, per_channel=args.per_channel)
+    print_scale(checkpoint, new, measured)
     target = args.out or checkpoint.path.parent
-    write(found, target, **(about(checkpoint) | {"latents": measured.facts()}))
+    write(new, target, **(export_metadata(checkpoint) | {"latents": measured.facts()}))
     print(f"written to {target}")
     return target
 
 
-def write(checkpoint: Checkpoint, folder: Path, **told: Any) -> None:
-    """An export; other files in the folder stay. If the disk refuses it, the folder stays as it was.
-
-    Raises FileError.
-    """
+def write(checkpoint: Checkpoint, folder: Path, **metadata: Any) -> None:
+    """Write an export beside the folder's other files. Raises FileError, and changes nothing, if that fails."""
     unfinished = folder.with_name(f".{folder.name}.partial")
     with naming_target(folder):
         try:
-            write_export(checkpoint, unfinished, **told)
+            write_export(checkpoint, unfinished, **metadata)
             fsync_tree(unfinished)
             folder.mkdir(parents=True, exist_ok=True)
             for file in unfinished.iterdir():
@@ -119,15 +116,15 @@ def write(checkpoint: Checkpoint, folder: Path, **told: Any) -> None:
             remove(unfinished)
 
 
-def about(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What an export's model.yaml tells beside the model."""
+def export_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The entries of an export's model.yaml beside the model itself, such as run and step."""
     if checkpoint.layout != "export":
         return {}
-    told = read_export_config(checkpoint.path.with_name(EXPORT_CONFIG))
-    return {key: value for key, value in told.items() if key not in ("vae3d", "model")}
+    config = read_export_config(checkpoint.path.with_name(EXPORT_CONFIG))
+    return {key: value for key, value in config.items() if key not in ("vae3d", "model")}
 
 
-def tell(old: Checkpoint, new: Checkpoint, measured: MeasuredScale) -> None:
+def print_scale(old: Checkpoint, new: Checkpoint, measured: MeasuredScale) -> None:
     size = "several sizes" if measured.size is None else " x ".join(map(str, measured.size))
     print(f"{measured.clips} clips of {size}\n{'channel':>7}{'mean':>12}{'std':>12}")
     for channel, (mean, std) in enumerate(zip(measured.mean.tolist(), measured.std.tolist(), strict=True)):

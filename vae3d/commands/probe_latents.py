@@ -1,5 +1,4 @@
-"""Measure how easy the latents of autoencoders are to diffuse, and how forgiving their decoders: several side by side.
-See docs/latents.md.
+"""Compare autoencoders by their latents: how easy to diffuse, and how robust the decoders. See docs/latents.md.
 
     python scripts/probe_latents.py runs/vae_a runs/vae_b --source photos/ --height 256 --width 256 --out probes
     python scripts/probe_latents.py ours=runs/wan_finetune wan=Wan2.1_VAE.pth --source videos.csv --frames 17 \\
@@ -7,8 +6,8 @@ See docs/latents.md.
     python scripts/probe_latents.py Wan2.1_VAE.pth --source room.mp4 --frames 17 --height 512 --width 512 \\
         --per_file 8 --tile 256 --tile_overlap 64 --out probes
 
-A model is whatever vae3d.load opens, with a name before = if two would have the same. Prints a table; writes
-OUT/probes.json and OUT/report.html, which tell what each figure means.
+A model is a path for vae3d.load; NAME= before it tells two of the same file name apart. Prints a table; writes
+OUT/probes.json and OUT/report.html, which explain each number.
 """
 
 from __future__ import annotations
@@ -41,20 +40,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("models", nargs="+", metavar="[NAME=]PATH")
     parser.add_argument("--source", required=True, help="folder, table (.csv, .parquet, .json), video or image")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--height", type=positive_int, required=True, help="of a clip, cut out of a file")
+    parser.add_argument("--height", type=positive_int, required=True, help="of a clip, cropped from a file")
     parser.add_argument("--width", type=positive_int, required=True)
-    parser.add_argument("--frames", type=positive_int, default=1, help="of a clip; 1 of images")
-    parser.add_argument("--count", type=positive_int, default=64, help="clips at most")
-    parser.add_argument("--decoded", type=positive_int, default=16, help="of them through the probes that decode")
-    parser.add_argument(
-        "--per_file", type=positive_int, default=1, help="clips of each file, at places drawn from the seed"
-    )
+    parser.add_argument("--frames", type=positive_int, default=1, help="of a clip; 1 for images (1)")
+    parser.add_argument("--count", type=positive_int, default=64, help="use at most this many clips (64)")
+    parser.add_argument("--decoded", type=positive_int, default=16, help="how many of them the decoder probes use (16)")
+    parser.add_argument("--per_file", type=positive_int, default=1, help="clips per file, at random positions (1)")
     parser.add_argument("--short_side", type=positive_int, help="scale files to this before cropping")
-    parser.add_argument("--batch", type=positive_int, default=4, help="clips coded at once")
+    parser.add_argument("--batch", type=positive_int, default=4, help="clips per forward pass (4)")
     parser.add_argument("--seed", type=non_negative_int, default=0)
-    parser.add_argument("--tile", type=positive_int, help="also code in tiles of so many pixels (Wan VAEs)")
+    parser.add_argument("--tile", type=positive_int, help="also probe coding in tiles of this many pixels (Wan VAEs)")
     parser.add_argument(
-        "--tile_overlap", type=non_negative_int, help="blend tiles over so many pixels; default: exact tiles"
+        "--tile_overlap", type=non_negative_int, help="blend tiles over this many pixels; default: exact tiles"
     )
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
@@ -72,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def probe(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The report, and pictures of every model. All that the user can have got wrong is found before the first probe."""
+    """The report, and pictures of every model. Every UserError is raised before the first probe."""
     settings = ProbeSettings(**{field.name: getattr(args, field.name) for field in fields(ProbeSettings)})
     device = as_device(args.device)
     paths = named(args.models)
@@ -103,7 +100,7 @@ def probe(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         "settings": asdict(settings),
         "device": str(device),
         "versions": {"vae3d": vae3d.__version__, "torch": torch.__version__},
-        "warnings": [line for name, told in found.items() for line in probe_run.warnings_of(name, told)],
+        "warnings": [line for name, probes in found.items() for line in probe_run.warnings_of(name, probes)],
         "notes": notes,
         "pixels": pixels,
         "models": found,
@@ -111,38 +108,37 @@ def probe(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def named(models: list[str]) -> dict[str, Path]:
-    """Name -> path of `[NAME=]PATH`. Raises ProbeError if two have one name."""
+    """{name: path} of `[NAME=]PATH` arguments. Raises ProbeError if two have the same name."""
     paths: dict[str, Path] = {}
-    for told in models:
-        name, equals, path = told.partition("=")
+    for argument in models:
+        name, equals, path = argument.partition("=")
         if not equals:
-            name = Path(told).name if Path(told).is_dir() else Path(told).stem
+            path = argument
+            name = Path(path).name if Path(path).is_dir() else Path(path).stem
         if name in paths:
-            raise ProbeError(
-                f"two models are called {name}; give them names: a={paths[name]} b={path if equals else told}"
-            )
-        paths[name] = Path(path if equals else told)
+            raise ProbeError(f"two models are called {name}; give them names: a={paths[name]} b={path}")
+        paths[name] = Path(path)
     return paths
 
 
 def tile_notes(models: dict[str, nn.Module], settings: ProbeSettings) -> list[str]:
-    """Which models are not coded in tiles. Raises ProbeError if one that could be does not fit these tiles."""
-    others = []
+    """A note for each model without a tiled mode. Raises ProbeError if a Wan VAE does not support these tiles."""
+    notes = []
     for name, model in models.items():
         if isinstance(model, WanVAE):
             probe_run.tiled(model, settings)
         else:
-            others.append(f"{name}: a {type(model).__name__} cannot be coded in tiles")
-    return others
+            notes.append(f"{name}: a {type(model).__name__} cannot be coded in tiles")
+    return notes
 
 
 def perceptual(settings: ProbeSettings, device: torch.device, notes: list[str]) -> nn.Module | None:
-    """LPIPS, or a note on why there is none."""
+    """LPIPS, or None and a note that says why."""
     if min(settings.height, settings.width) < Lpips.min_size:
-        notes.append(f"midway LPIPS is left out: it needs frames of at least {Lpips.min_size} pixels")
+        notes.append(f"midway LPIPS is skipped: it needs frames of at least {Lpips.min_size} pixels")
         return None
     try:
         return LPIPSNet("alex").load().to(device)
     except WeightsMissing as error:
-        notes.append(f"midway LPIPS is left out: {error}")
+        notes.append(f"midway LPIPS is skipped: {error}")
         return None
