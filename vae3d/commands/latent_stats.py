@@ -86,21 +86,19 @@ def write(args: argparse.Namespace) -> None:
 def scale_of_cache(cache: LatentCache, of_means: bool) -> MeasuredScale:
     stats, sizes = cache.statistics, cache.index[["frames", "height", "width"]].drop_duplicates()
     size = tuple(map(int, sizes.iloc[0])) if len(sizes) == 1 else None
-    mean, std = (
-        torch.tensor(stats[key], dtype=torch.float64) for key in ("mean", "std_of_mean" if of_means else "std")
-    )
-    return MeasuredScale(stats["clips"], size, mean, std)
+    mean, std = stats["mean"], stats["std_of_mean" if of_means else "std"]
+    return MeasuredScale(stats["clips"], size, *(torch.tensor(x, dtype=torch.float64) for x in (mean, std)))
 
 
 def print_normalized(
-    stats: dict[str, Any], shift: Any, scale: Any, what: str, hint: str, of_means: bool = False
+    stats: dict[str, Any], shift: Any, scale: Any, name: str, hint: str, of_means: bool = False
 ) -> None:
     """Print the range of the channels' means and deviations under a scale; with the hint if they are not about 0, 1."""
     std = stats["std_of_mean" if of_means else "std"]
     means = [(mean - by) / over for mean, by, over in zip(stats["mean"], shift, scale, strict=True)]
     stds = [value / over for value, over in zip(std, scale, strict=True)]
     found = f"means {min(means):.3f} to {max(means):.3f}, deviations {min(stds):.3f} to {max(stds):.3f}"
-    print(f"by {what}: {found}{hint if off_scale(means, stds) else ''}")
+    print(f"by {name}: {found}{hint if off_scale(means, stds) else ''}")
 
 
 def _list(values: list[float]) -> str:
