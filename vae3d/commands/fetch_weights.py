@@ -1,12 +1,11 @@
-"""Fetch the pretrained networks that losses and metrics need; for machines with a connection, without torch. See
-docs/score.md.
+"""Download the pretrained networks that losses and metrics need. Runs without torch; see docs/score.md.
 
-    python scripts/fetch_weights.py                                      # list them, and which are here
-    python scripts/fetch_weights.py --metrics lpips flolpips --dest DIR  # fetch and verify; lpips_loss is for training
-    python scripts/fetch_weights.py vgg16-397923af.pth --dest DIR --slim # one (or `all`); LPIPS's without classifier
-    python scripts/fetch_weights.py --dest DIR --check                   # verify what is in DIR, offline
+    python scripts/fetch_weights.py                                      # list all, and which of them are here
+    python scripts/fetch_weights.py --metrics lpips flolpips --dest DIR  # download and verify; lpips_loss: for training
+    python scripts/fetch_weights.py vgg16-397923af.pth --dest DIR --slim # one file (or `all`), without its classifier
+    python scripts/fetch_weights.py --dest DIR --check                   # verify the files in DIR, offline
 
-Then export VAE3D_WEIGHTS=DIR where they are used. DIR/manifest.json says what is in DIR and where it came from.
+Set VAE3D_WEIGHTS=DIR where the networks are used. DIR/manifest.json lists the files in DIR and their origin.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of {' '.join(FILES)}")
     parser.add_argument("--metrics", nargs="+", default=[], metavar="METRIC", help=f"some of {' '.join(metrics)}")
     parser.add_argument("--dest", type=Path, default=search_path()[0], help="folder; default %(default)s")
-    parser.add_argument("--check", action="store_true", help="only verify (by default all), fetch nothing")
-    parser.add_argument("--mirror", help="fetch from this address, file names appended, instead of the original ones")
-    parser.add_argument("--slim", action="store_true", help="of LPIPS's trunks keep only the tensors that it uses")
+    parser.add_argument("--check", action="store_true", help="only verify; download nothing")
+    parser.add_argument("--mirror", help="URL of a folder that has the files, instead of the original URLs")
+    parser.add_argument("--slim", action="store_true", help="keep only the tensors that LPIPS uses of VGG and AlexNet")
     args = parser.parse_args(argv)
 
     if unknown := [name for name in args.names if name not in ("all", *FILES)]:
-        print(f"error: no file is called {', '.join(unknown)}; there are all, {', '.join(FILES)}", file=sys.stderr)
+        print(f"error: unknown file {', '.join(unknown)}; use all, {', '.join(FILES)}", file=sys.stderr)
         return 2
     if unknown := [name for name in args.metrics if name not in metrics]:
         known = ", ".join(metrics)
-        print(f"error: no weights are known for {', '.join(unknown)}; there are for {known}", file=sys.stderr)
+        print(f"error: no weights for {', '.join(unknown)}; use {known}", file=sys.stderr)
         return 2
     if args.check:
         wanted = choose(args.names or ([] if args.metrics else ["all"]), args.metrics)
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(action: Callable[..., None], cases: list[tuple]) -> int:
-    """action(*case) for every case, whichever fail; exit status."""
+    """Call action(*case) for every case, also after one fails. Returns the exit status."""
     status = 0
     for case in cases:
         try:
@@ -67,7 +66,7 @@ def run(action: Callable[..., None], cases: list[tuple]) -> int:
 
 
 def choose(names: list[str], metrics: list[str]) -> list[WeightFile]:
-    """The files that are named, and those that the metrics need: of alternatives, the first choice."""
+    """The named files, and those that the metrics need; of alternatives, the preferred one."""
     needed = [file for file in FILES.values() if "all" in names or set(file.used_for) & set(metrics)]
     return [file for file in FILES.values() if file.name in names or (file in needed and not file.alternative_to)]
 
@@ -80,12 +79,12 @@ def list_files() -> None:
 
 
 def held(folder: Path, file: WeightFile) -> list[Path]:
-    """What the folder has of the file: whole, under an alias, slim."""
+    """Paths in the folder of the file: whole, under an alias, or slim."""
     return [folder / name for name in file.names if (folder / name).is_file()]
 
 
 def to_check(file: WeightFile, folder: Path) -> list[tuple[Path, WeightFile]]:
-    """What the folder has of the file and of its alternatives; if nothing, where it should be."""
+    """Files in the folder to verify: this file and its alternatives; if there are none, where the file should be."""
     alternatives = [other for other in FILES.values() if other.alternative_to == file.name]
     found = [(path, known) for known in (file, *alternatives) for path in held(folder, known)]
     return found or [(folder / file.name, file)]
@@ -98,7 +97,7 @@ def check(path: Path, file: WeightFile) -> None:
 
 
 def provide(file: WeightFile, folder: Path, mirror: str | None, slim: bool) -> None:
-    """Verify what the folder has of the file, or fetch it; make it slim if it should be."""
+    """Verify the file in the folder, or download it; with `slim`, also keep only its used tensors."""
     if "non-commercial" in file.licence:
         print(f"note: the licence of {file.name} is {file.licence}", file=sys.stderr)
     there = held(folder, file)
@@ -107,18 +106,18 @@ def provide(file: WeightFile, folder: Path, mirror: str | None, slim: bool) -> N
         verified = verify(path, file, always=True)
     except UserError:
         if not there:
-            path.unlink()  # what is wrong cannot be continued
+            path.unlink()  # a wrong partial file cannot be resumed
         raise
     if slim and file.slim and path.name != file.slim_name:
         full, path = path, folder / file.slim_name
         with naming(path):
             write_slim(full, path, file.slim)
-        enter(path, file, source=file.name, source_sha256=sha256(full))
+        add_to_manifest(path, file, source=file.name, source_sha256=sha256(full))
         if not there:
             full.unlink()
     elif path.name != file.slim_name:
         path = path if there else path.rename(folder / file.name)
-        enter(path, file)
+        add_to_manifest(path, file)
     report(path, file, verified)
 
 
@@ -126,8 +125,8 @@ def report(path: Path, file: WeightFile, verified: bool) -> None:
     print(f"{path}: {'verified' if verified else 'not verified'} ({file.licence})")
 
 
-def enter(path: Path, file: WeightFile, **origin: str) -> None:
-    """Into the manifest beside the file."""
+def add_to_manifest(path: Path, file: WeightFile, **origin: str) -> None:
+    """Add the file to the manifest in its folder."""
     manifest = path.with_name(MANIFEST)
     entries = json.loads(manifest.read_text()) if manifest.is_file() else {}
     entries[path.name] = {
@@ -143,7 +142,7 @@ def enter(path: Path, file: WeightFile, **origin: str) -> None:
 
 
 def fetch(file: WeightFile, folder: Path, mirror: str | None) -> Path:
-    """The whole file, still called .partial and not verified; goes on where an interrupted download stopped."""
+    """Download the file as <name>.partial, not yet verified; resumes an interrupted download."""
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{file.name}.partial"
@@ -154,13 +153,16 @@ def fetch(file: WeightFile, folder: Path, mirror: str | None) -> Path:
 
 
 def download(url: str, target: Path, have: int) -> None:
-    """Append what follows the first `have` bytes, or all anew if the server cannot. Raises OSError if it breaks off."""
+    """Append the bytes after the first `have`, or download all if the server does not support ranges.
+
+    Raises OSError if the connection breaks off.
+    """
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
         if have and error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return  # nothing follows
+            return  # the file is complete
         raise
     with response:
         resumed = response.status == http.client.PARTIAL_CONTENT
@@ -178,4 +180,4 @@ def download(url: str, target: Path, have: int) -> None:
                 print(f"\r{target.stem}  {done >> 20} MiB{share}", end="", file=sys.stderr)
     print(file=sys.stderr)
     if total is not None and done < total:
-        raise OSError(f"{url} broke off after {done:,} of {total:,} bytes; run this again to go on")
+        raise OSError(f"{url} broke off after {done:,} of {total:,} bytes; run this again to resume")
