@@ -8,10 +8,11 @@ from __future__ import annotations
 
 # isort: split
 import difflib
+import os
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import hydra
@@ -28,7 +29,8 @@ class HydraCommand(NamedTuple):
     """A command that is configured by conf/<config_name>.yaml and `key=value` arguments.
 
     module: has `run(config)`; of a training command `build_trainer(config, folder)` and `describe(config)`.
-    metric: makes it a training command: the metric that a sweep optimizes. shorthand: short key -> key.
+    metric: makes it a training command: the metric that a sweep optimizes. path_node: KEY=PATH is short for
+    KEY.path=PATH.
     """
 
     summary: str
@@ -37,7 +39,7 @@ class HydraCommand(NamedTuple):
     schema: type
     check: Callable[[DictConfig], Any]
     metric: str | None = None
-    shorthand: Mapping[str, str] = MappingProxyType({})
+    path_node: str | None = None
 
 
 class ArgparseCommand(NamedTuple):
@@ -60,7 +62,7 @@ COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
         "compare",
         CompareConfig,
         check_comparison,
-        shorthand={"teacher": "teacher.path"},  # Hydra would look for teacher=PATH in conf/teacher
+        path_node="teacher",  # Hydra would look for teacher=PATH in conf/teacher
     ),
     "eval": ArgparseCommand("Score reconstructed videos against their originals", "vae3d.commands.eval"),
     "encode": HydraCommand(
@@ -94,7 +96,7 @@ COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
     """Run a command and return its exit status. arguments: its name and its own arguments; None: those of `vae3d`."""
-    program = [sys.argv[0]]  # how to start this command again, without its own arguments
+    program = [os.path.abspath(sys.argv[0])]  # starts this command again, once its arguments are added
     if arguments is None:
         arguments = sys.argv[1:] or ["--help"]
         spec = sys.modules["__main__"].__spec__
@@ -131,8 +133,8 @@ def run_with_hydra(command: HydraCommand, program: list[str], arguments: Sequenc
         return launch.exit_on_user_error(lambda: train(command, program, cfg))
 
     job.__module__ = command.module  # Hydra names the job after it
-    for short, key in command.shorthand.items():
-        arguments = [f"{key}={a.removeprefix(f'{short}=')}" if a.startswith(f"{short}=") else a for a in arguments]
+    if node := command.path_node:
+        arguments = [re.sub(rf"^{node}=", f"{node}.path=", argument) for argument in arguments]
     sys.argv[1:] = launch.read_arguments(arguments, command.schema)
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=command.config_name)(job)()
 
@@ -160,17 +162,17 @@ def train(command: HydraCommand, program: list[str], cfg: DictConfig) -> float |
     return launch.last_metric(launch.run_directory(), command.metric, config.trainer.max_steps)
 
 
-def train_here(module: str, config: Any, cfg: DictConfig) -> None:
+def train_here(name: str, config: Any, cfg: DictConfig) -> None:
     """Train in this process, or with debug=dry log what the run would be."""
     from vae3d.distributed import process_group_scope
 
-    commands = import_module(module)
+    module = import_module(name)
     if config.debug.mode == "dry":
-        commands.describe(config)
+        module.describe(config)
         return
     folder = launch.prepare_run_folder(cfg)
     with process_group_scope():
-        signum = launch.fit(commands.build_trainer(config, folder))
+        signum = launch.fit(module.build_trainer(config, folder))
     launch.end_after(signum)
 
 

@@ -243,15 +243,15 @@ def torchrun_child(launcher: Launcher, program: Sequence[str]) -> None:
         received.append(signum)
         child.send_signal(signum)
 
-    handlers = {name: signal.getsignal(name) for name in STOP_SIGNALS}
-    for name, handler in handlers.items():
+    handlers = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    for signum, handler in handlers.items():
         if handler != signal.SIG_IGN:
-            signal.signal(name, forward)
+            signal.signal(signum, forward)
     try:
         code = child.wait()
     finally:
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
     if received:
         sys.exit(128 + received[0])
     if code:
