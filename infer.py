@@ -1,10 +1,9 @@
-"""Reconstruct videos and images: python or torchrun; see docs/score.md.
+"""Reconstruct videos and images with python or torchrun; see docs/score.md.
 
     python infer.py checkpoint=runs/opensora_stage3 source=videos.csv save_dir=out/stage3 metrics=[psnr,ssim]
-    python infer.py checkpoint=runs/taehv_wan_best teacher=Wan2.1_VAE.pth source=videos.csv save_dir=out/tiny
 
-Writes out/stage3_ori, _rec and, of two-stage models, _spatial; with a teacher _compare, see docs/taehv.md. Settings:
-InferConfig in vae3d/config/schema.py.
+Writes out/stage3_ori, out/stage3_rec and, for two-stage models, out/stage3_spatial. The same command resumes.
+Settings: vae3d/config/schema.py (InferConfig).
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""Train a video autoencoder: python, torchrun or accelerate launch; see docs/train.md.
+"""Train a video autoencoder with python, torchrun or accelerate launch; see docs/train.md.
 
     python train.py stage=stage3 model=temporal_vae data.source.path=videos.csv
-    python train.py debug=dry stage=stage3 model=temporal_vae data.source.path=videos.csv     # what the run would be
+    python train.py debug=dry stage=stage3 model=temporal_vae data.source.path=videos.csv    # check and describe only
     torchrun --nproc-per-node=8 train.py experiment=opensora_stage2 data.source.path=videos.csv
 
-The same command goes on where a killed one stopped. Settings: vae3d/config/schema.py; their values: conf/train.yaml.
+The same command resumes a run. Settings: vae3d/config/schema.py (TrainConfig); defaults: conf/train.yaml.
 """
 
 import sys

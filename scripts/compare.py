@@ -1,11 +1,11 @@
-"""Compare a distilled student with its teacher: python or torchrun; see docs/taehv.md.
+"""Compare a distilled student with its teacher, with python or torchrun; see docs/taehv.md.
 
     python scripts/compare.py checkpoint=runs/taehv_wan_best teacher=Wan2.1_VAE.pth source=videos.csv \\
         save_dir=out/tiny num_samples=10
 
-Reconstructs the files with the student, as infer.py does, and codes their first frames with every encoder and every
-decoder: out/tiny_rec/comparison.json has the scores, out/tiny_compare videos and pictures side by side. The same
-command resumes. Settings: CompareConfig in vae3d/config/schema.py. teacher=PATH is short for teacher.path=PATH.
+Reconstructs the files with the student, as infer.py does. Also codes the first frames of each file with every encoder
+and every decoder: scores in out/tiny_rec/comparison.json, videos and pictures in out/tiny_compare. The same command
+resumes. Settings: vae3d/config/schema.py (CompareConfig); teacher=PATH is short for teacher.path=PATH.
 """
 
 import sys

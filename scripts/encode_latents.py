@@ -1,10 +1,10 @@
-"""Encode a data set into a latent cache: python or torchrun; see docs/latents.md.
+"""Encode a data set into a latent cache with python or torchrun; see docs/latents.md.
 
     python scripts/encode_latents.py checkpoint=runs/sd_vae_gan source=photos cache=latents/photos height=256 width=256
     torchrun --nproc-per-node=8 scripts/encode_latents.py checkpoint=Wan2.1_VAE.pth source=videos.csv \\
         cache=latents/videos height=480 width=832 frames=81 fps=16 clips=all precision=bf16
 
-The same command goes on where a killed one stopped, with any number of processes.
+The same command resumes, also with another number of processes. Settings: vae3d/config/latents.py (EncodeConfig).
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Draw samples of a latent diffusion model: python or torchrun; see docs/latents.md.
+"""Draw samples from a latent diffusion model with python or torchrun; see docs/latents.md.
 
     python scripts/sample_latent_diffusion.py checkpoint=runs/ldm-unet-flow out=samples count=64 guidance=2
     python scripts/sample_latent_diffusion.py checkpoint=runs/ldm-unet-ddpm out=samples classes=[cat,dog] method=ddim
 
-Writes OUT/grid.png (or .mp4), OUT/000000_cat.png, ... and, of images, OUT/samples_64x64x64x3.npz, which the evaluators
-of openai/guided-diffusion read: arr_0 uint8 NHWC and, with classes, arr_1. A sample depends on seed, number and class
-alone, not on the batch that it is drawn in.
+Writes OUT/grid.png (or .mp4), OUT/000000_cat.png, ... and, for images, OUT/samples_64x64x64x3.npz in the format of
+openai/guided-diffusion's evaluator: arr_0 uint8 NHWC and, with classes, arr_1. A sample depends on its index, its
+class and the seed, not on its batch. Settings: vae3d/config/diffusion.py (SampleConfig).
 """
 
 import sys

@@ -43,6 +43,7 @@ def run(config: InferConfig) -> None:
 
 
 def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Checkpoint, Reconstructor]:
+    """Load the model and set it up for inference. Raises UserError for metrics that cannot score such frames."""
     set_precision(config.precision)
     metrics = build_metrics(config.metrics, device)
     if config.height and config.width:
