@@ -1,11 +1,11 @@
-"""Kill training runs at random moments and check that the same command ends with the same bits.
+"""Kill training runs at random moments and check that resumed runs end with the same bits.
 
     python scripts/check_kills.py /tmp/kills --kills 30                    # train.py
     python scripts/check_kills.py /tmp/kills --kills 10 --diffusion        # train_latent_diffusion.py
 
-Half of the kills come after the last checkpoint has its name, when exports and published files are being written. A run
-is killed once or more and then started until it ends; its checkpoints, exports, published files and metrics must be
-those of a run that was not killed, bit for bit, without leftovers. For developers, on Linux; 30 kills take minutes.
+Half of the kills come after the last checkpoint is complete, while exports and published files are written. Each run
+is killed once, then started again until it ends. Its checkpoints, exports, published files and metrics must equal those
+of an unkilled run, bit for bit, and nothing else may be left. For developers, on Linux; 30 kills take minutes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DIFFUSION += ["validation.every=0", "trainer.scale_samples=64"]
 
 
 def start(script: str, arguments: list[str], folder: Path) -> int:
-    """Run a script in a fork of this process, which has imported torch; its process id."""
+    """Run a script in a fork of this process, which has imported torch; returns the process id."""
     folder.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
     if pid:
@@ -62,7 +62,7 @@ def start(script: str, arguments: list[str], folder: Path) -> int:
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    finally:  # never back into the loop of the parent
+    finally:  # the child must not return to the parent's loop
         if code == 1:
             traceback.print_exc()
         sys.stdout.flush()
@@ -70,7 +70,7 @@ def start(script: str, arguments: list[str], folder: Path) -> int:
 
 
 def run_to_end(script: str, arguments: list[str], folder: Path) -> float:
-    """Seconds that it took. Raises RuntimeError if it fails."""
+    """Run the script until it ends; returns the seconds. Raises RuntimeError if it fails."""
     begun, pid = time.monotonic(), start(script, arguments, folder)
     _, status = os.waitpid(pid, 0)
     if os.waitstatus_to_exitcode(status):
@@ -79,7 +79,7 @@ def run_to_end(script: str, arguments: list[str], folder: Path) -> float:
 
 
 def kill_once(script: str, arguments: list[str], folder: Path, late: bool) -> str:
-    """Start a run and kill it, at a random step or, if late, between its last checkpoint and its end; where it was."""
+    """Start a run and kill it: at a random step or, if late, after its last checkpoint. Returns its newest files."""
     pid, run, step = start(script, arguments, folder), folder / "runs/run", random.randint(1, STEPS - 1)
     while not is_reached(run, step, late) and still_runs(pid):
         time.sleep(0.0005)
@@ -87,7 +87,7 @@ def kill_once(script: str, arguments: list[str], folder: Path, late: bool) -> st
     try:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    except (ProcessLookupError, ChildProcessError):  # it had ended
+    except (ProcessLookupError, ChildProcessError):  # the run had ended already
         pass
     newest = {kind: [path.name for path in sorted((run / kind).glob("step-*"))][-1:] for kind in KINDS}
     return " and ".join(f"{kind} up to {', '.join(names) or 'none'}" for kind, names in newest.items())
@@ -107,7 +107,8 @@ def still_runs(pid: int) -> bool:
 
 
 def plain(value: object) -> object:
-    """Comparable with ==: tensors as bits. Pickles of equal values may differ in what they share."""
+    """The value with tensors as bytes, comparable with ==. Files with equal values may differ, since pickle shares
+    objects."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
     if isinstance(value, dict):
@@ -116,7 +117,7 @@ def plain(value: object) -> object:
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """What must be equal: file name to what is in it, and the metrics that are not about the machine."""
+    """{file name: content} of all that must be equal; of metrics.jsonl without speed and memory."""
     run, found = folder / "runs/run", {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))

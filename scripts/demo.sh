@@ -70,7 +70,7 @@ distillation() { # a teacher from scratch, a student of its latents, and every e
   videos
   run python train.py experiment=taehv_teacher_tiny
   run python train.py experiment=taehv_tiny
-  run python infer.py checkpoint=demo/runs/taehv_tiny teacher=demo/runs/taehv_teacher_tiny \
+  run python scripts/compare.py checkpoint=demo/runs/taehv_tiny teacher=demo/runs/taehv_teacher_tiny \
     source=demo/videos/videos.csv split=val height=128 width=128 num_frames=9 save_dir=demo/out/taehv_tiny overwrite=true
 }
 

@@ -1,111 +1,11 @@
-"""Print the statistics of a latent cache, and write their scale into an export; see docs/latents.md.
+"""Print the statistics of a latent cache: `vae3d latent-stats`; see vae3d/commands/latent_stats.py."""
 
-    python scripts/latent_stats.py latents/photos
-    python scripts/latent_stats.py latents/photos --verify
-    python scripts/latent_stats.py latents/photos --write runs/sd_vae_gan --per-channel
-    python scripts/latent_stats.py latents/videos --write Wan2.1_VAE.pth --out wan_measured
-
---write gives an image VAE one scaling_factor, 1 / deviation of all values (--shift: also shift_factor, the mean;
---per-channel: both, of each channel), and other models latents_mean and latents_std, of each channel. Of
-cached moments the deviation is that of samples, which includes the posteriors' own; --of-means leaves that out, for
-diffusion models that are trained on means. The cache counts by the new scale as soon as it is opened with the export,
-and so does what scripts/convert_checkpoint.py makes of it. Without --out the export itself is rewritten: of a run, its
-newest. --verify compares the hashes of all files of the cache.
-"""
-
-from __future__ import annotations
+import sys
 
 import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
 
 # isort: split
-import argparse
-import sys
-from pathlib import Path
-from typing import Any
-
-import torch
-from measure_scale import opened, rescale
-
-from vae3d.errors import UserError
-from vae3d.inference.scale import MeasuredScale, off_scale
-from vae3d.latents.cache import LatentCache
-from vae3d.loading import load, open_codec
-
-SHOWN = ("0.1", "50", "99.9")  # percentiles
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cache", type=Path)
-    parser.add_argument("--verify", action="store_true", help="compare the hashes of all files")
-    parser.add_argument("--write", type=Path, metavar="EXPORT", help="run, export, or published weights (with --out)")
-    parser.add_argument("--out", type=Path, help="write another export instead")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--shift", action="store_true", help="of an image VAE: the mean, too")
-    how.add_argument("--per-channel", action="store_true", help="of an image VAE: a mean and deviation per channel")
-    parser.add_argument("--of-means", action="store_true", help="leave out the posteriors' own variance")
-    args = parser.parse_args(argv)
-    try:
-        cache = LatentCache(args.cache, verify=args.verify)
-        show(
-            cache,
-            "" if args.write else "; unless the export was updated since, update it: --write, --per-channel",
-        )
-        if args.write is not None:
-            write(args)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def show(cache: LatentCache, hint: str) -> None:
-    told = cache.statistics
-    vae, transform = cache.meta["vae"], cache.meta["transform"]
-    settings = ", ".join(f"{name}={value}" for name, value in transform.items() if value not in (None, False))
-    print(f"{cache.folder}: {len(cache)} entries ({cache.meta['store']}, {cache.meta['dtype']}; {settings})")
-    print(f"of {vae['checkpoint']} ({vae['model']}), encoder {vae['encoder'][:12]}; {len(cache.classes)} classes")
-    names = ("mean", "std", "std_of_mean", "posterior_std", "kurtosis")
-    print(f"{'channel':>7}" + "".join(f"{name:>14}" for name in (*names, *(f"{p} %" for p in SHOWN))))
-    for channel in range(vae["channels"]):
-        row = [told[name][channel] for name in names] + [told["percentiles"][p][channel] for p in SHOWN]
-        print(f"{channel:7}" + "".join(f"{'-' if value is None else f'{value:.5f}':>14}" for value in row))
-    print(f"{'all':>7}{told['shift']:14.5f}{told['scale']:14.5f}   1 / std = {told['scaling_factor'] or 0:.5f}")
-    if told["other_frames"] is not None:
-        for name in ("first_frame", "other_frames"):
-            means, stds = (_list(told[name][key]) for key in ("mean", "std"))
-            print(f"{name.replace('_', ' ')}: mean {means}, std {stds}")
-    print(f"eigenvalues of the covariance of the channels' means: {_list(told['covariance_eigenvalues'])}")
-    print(f"participation ratio: {told['participation_ratio'] or 0:.2f} of {vae['channels']} channels")
-    judge(told, vae["latents_mean"], vae["latents_std"], "the scale that the export had when the cache was made", hint)
-
-
-def write(args: argparse.Namespace) -> None:
-    checkpoint, model = opened(args.write, args.out)
-    cache = LatentCache(args.cache, open_codec(args.write))  # refuses those of another autoencoder
-    spec = load(rescale(checkpoint, model, of_cache(cache, args.of_means), args)).spec
-    judge(cache.statistics, spec.latents_mean, spec.latents_std, "the new scale", "; try --per-channel", args.of_means)
-
-
-def of_cache(cache: LatentCache, of_means: bool) -> MeasuredScale:
-    told, sizes = cache.statistics, cache.index[["frames", "height", "width"]].drop_duplicates()
-    size = tuple(map(int, sizes.iloc[0])) if len(sizes) == 1 else None
-    mean, std = (torch.tensor(told[key], dtype=torch.float64) for key in ("mean", "std_of_mean" if of_means else "std"))
-    return MeasuredScale(told["clips"], size, mean, std)
-
-
-def judge(told: dict[str, Any], shift: Any, scale: Any, what: str, hint: str, of_means: bool = False) -> None:
-    """Whether latents are what a diffusion model needs: of about mean 0 and deviation 1; else with the hint."""
-    std = told["std_of_mean" if of_means else "std"]
-    means = [(mean - by) / over for mean, by, over in zip(told["mean"], shift, scale, strict=True)]
-    stds = [value / over for value, over in zip(std, scale, strict=True)]
-    found = f"means {min(means):.3f} to {max(means):.3f}, deviations {min(stds):.3f} to {max(stds):.3f}"
-    print(f"by {what}: {found}{hint if off_scale(means, stds) else ''}")
-
-
-def _list(values: list[float]) -> str:
-    return f"[{', '.join(f'{value:.4g}' for value in values)}]"
-
+from vae3d.commands.latent_stats import main
 
 if __name__ == "__main__":
     sys.exit(main())

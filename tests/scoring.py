@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,12 +11,8 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from vae3d.commands import eval as script
 from vae3d.inference.video import write_video
-
-spec = importlib.util.spec_from_file_location("eval_common_metric", tiny.ROOT / "eval/eval_common_metric.py")
-script = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = script  # where dataclasses look themselves up
-spec.loader.exec_module(script)
 
 
 def degrade(clip: np.ndarray, amount: float = 8.0, seed: int = 0) -> np.ndarray:

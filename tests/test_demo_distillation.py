@@ -9,18 +9,17 @@ from importlib import import_module
 
 import pytest
 
-import infer
 from tests import tiny
 from tests.inference.test_comparison import TEACHER, compare
 from tests.inference.test_wan_infer import write
-from vae3d.config.validate import ConfigError, check_inference
+from vae3d.config.validate import ConfigError, check_comparison
 from vae3d.errors import UserError
 
 VAL = {"taehv_teacher_tiny": [(300, 15.0), (600, 18.0)], "taehv_tiny": [(100, 14.0), (200, 17.5)]}
 
 
 def distil(folder, source) -> None:
-    """In out/ what infer.py writes of three clips, student and teacher with random weights; metrics in runs/."""
+    """In out/ what compare.py writes of three clips, student and teacher with random weights; metrics in runs/."""
     checkpoints = folder / "checkpoints"
     teacher = write("wan", checkpoints / "teacher", *TEACHER)
     student = write("taehv", checkpoints / "student")
@@ -139,10 +138,10 @@ def test_the_demo_compares_what_it_distilled(report, tmp_path, monkeypatch):
     """Before the demo ran, the check misses only what earlier lines make."""
     monkeypatch.chdir(tmp_path)
     lines = (tiny.ROOT / "scripts/demo.sh").read_text().replace("\\\n", "").splitlines()
-    [command] = [line.split("infer.py ")[1].split() for line in lines if "infer.py" in line and "teacher=" in line]
-    config = tiny.compose(*map(infer.in_full, command), config="infer")
+    [command] = [line.split("compare.py ")[1].split() for line in lines if "compare.py" in line]
+    config = tiny.compose(*(a.replace("teacher=", "teacher.path=") for a in command), config="compare")
     with pytest.raises(ConfigError) as error:
-        check_inference(config)
+        check_comparison(config)
     made = [
         f"checkpoint=demo/runs/{report.STUDENT}",
         "source=demo/videos/videos.csv",

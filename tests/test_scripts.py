@@ -24,6 +24,7 @@ from tests.test_demo_distillation import distil
 from tests.test_demo_gan import adversarial
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
+from vae3d.commands import convert
 from vae3d.config.schema import CONF
 from vae3d.config.validate import ConfigError, check_training
 from vae3d.data.readers import open_media
@@ -32,9 +33,11 @@ from vae3d.loading import model_config
 
 
 def script(name: str) -> ModuleType:
-    if str(tiny.ROOT / "scripts") not in sys.path:
-        sys.path.append(str(tiny.ROOT / "scripts"))  # where scripts find each other
-    spec = importlib.util.spec_from_file_location(name, tiny.ROOT / f"scripts/{name}.py")
+    """A file in scripts/benchmarks or scripts/demo, imported."""
+    [path] = (tiny.ROOT / "scripts").glob(f"*/{name}.py")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # where scripts find each other
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses look themselves up
     spec.loader.exec_module(module)
@@ -77,12 +80,11 @@ def pipeline(tmp_path):
 
 def test_the_2d_half_goes_to_diffusers_to_ldm_and_back(pipeline, tmp_path):
     model, source = pipeline
-    convert = script("convert_checkpoint").main
     folder, file, again = (str(tmp_path / name) for name in ("vae", "vae.safetensors", "again"))
-    assert convert([str(source), folder, "--part", "spatial", "--to", "diffusers"]) == 0
-    assert convert([folder, file, "--to", "ldm"]) == 0
-    assert convert([file, again, "--to", "diffusers"]) == 2  # a lone file does not say its scaling factor
-    assert convert([file, again, "--to", "diffusers", "--scaling_factor", "0.13025"]) == 0
+    assert convert.main([str(source), folder, "--part", "spatial", "--to", "diffusers"]) == 0
+    assert convert.main([folder, file, "--to", "ldm"]) == 0
+    assert convert.main([file, again, "--to", "diffusers"]) == 2  # a lone file does not say its scaling factor
+    assert convert.main([file, again, "--to", "diffusers", "--scaling_factor", "0.13025"]) == 0
     inner = model.spatial_vae.module.state_dict()
     for written in (folder, again):
         state = AutoencoderKL.from_pretrained(written).state_dict()
@@ -92,7 +94,7 @@ def test_the_2d_half_goes_to_diffusers_to_ldm_and_back(pipeline, tmp_path):
 
 def test_the_temporal_half_loads_alone(pipeline, tmp_path):
     model, source = pipeline
-    assert script("convert_checkpoint").main([str(source), str(tmp_path / "t"), "--part=temporal", "--to=export"]) == 0
+    assert convert.main([str(source), str(tmp_path / "t"), "--part=temporal", "--to=export"]) == 0
     state = vae3d.load(tmp_path / "t").state_dict()
     assert all(torch.equal(state[key], tensor) for key, tensor in model.temporal_vae.state_dict().items())
 
@@ -102,7 +104,7 @@ def test_the_temporal_half_loads_alone(pipeline, tmp_path):
     [
         (["--to", "ldm"], "the ldm layout is for"),
         (["--to", "opensora"], "the original code builds one network only"),
-        (["--to", "export", "--target-exists"], "exists already"),
+        (["--to", "export", "--target-exists"], "already exists"),
         (["--to", "export", "--source-missing"], "no such file or folder"),
     ],
 )
@@ -114,7 +116,7 @@ def test_what_cannot_be_converted_is_refused(pipeline, tmp_path, capsys, argumen
     if "--source-missing" in arguments:
         source = tmp_path / "nothing"
     flags = arguments[:2]
-    assert script("convert_checkpoint").main([str(source), str(target), *flags]) == 2
+    assert convert.main([str(source), str(target), *flags]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -131,18 +133,18 @@ def test_a_conversion_that_is_cut_off_leaves_nothing_and_can_be_repeated(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", write_text)  # of config.json, after the weights
         if isinstance(error, OSError):
-            assert script("convert_checkpoint").main(command) == 2
+            assert convert.main(command) == 2
             assert capsys.readouterr().err == f"error: {tmp_path}/vae: cannot be written: No space left on device\n"
         else:
             with pytest.raises(KeyboardInterrupt):
-                script("convert_checkpoint").main(command)
+                convert.main(command)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert script("convert_checkpoint").main(command) == 0
+    assert convert.main(command) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "vae"]
 
 
 def test_a_conversion_that_cannot_be_written_leaves_nothing(pipeline, tmp_path, capsys, monkeypatch):
-    convert, (_, source) = script("convert_checkpoint"), pipeline
+    _, source = pipeline
     (tmp_path / "file").touch()
     assert convert.main([str(source), str(tmp_path / "file" / "target"), "--to", "export"]) == 2
     assert f"error: {tmp_path}/file/target" in capsys.readouterr().err

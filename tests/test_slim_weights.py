@@ -12,12 +12,11 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 
-from tests.test_scripts import script
+from vae3d.commands import fetch_weights
+from vae3d.commands.slim_weights import write_slim
 from vae3d.pretrained import weights
 from vae3d.pretrained.lpips import LPIPSNet
 from vae3d.pretrained.weights import WeightFile, WeightsMissing, find
-
-write_slim = script("slim_weights").write_slim
 
 
 def trunk() -> dict[str, torch.Tensor]:
@@ -123,7 +122,6 @@ def slim_place(tmp_path, monkeypatch):
     path = tmp_path / "alexnet.pth"
     torch.save(trunk(), path)
     file = WeightFile(path.name, "http://nowhere", "MIT", ("lpips",), None, weights.sha256(path), slim="features.")
-    fetch_weights = script("fetch_weights")
     for module in (weights, fetch_weights):
         monkeypatch.setattr(module, "FILES", {file.name: file})
     assert fetch_weights.main(["--metrics", "lpips", "--slim", "--dest", str(path.parent)]) == 0

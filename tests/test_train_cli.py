@@ -150,9 +150,10 @@ def test_accelerate_launch(videos, tmp_path):
     assert [line["step"] for line in trace(tmp_path / "run")] == [1, 2]
 
 
-def test_sweep_with_torchrun_children(videos, trunks, spatial_export, tmp_path):
+def test_sweep_with_torchrun_children_of_vae3d_train(videos, trunks, spatial_export, tmp_path):
+    (tmp_path / "console.py").write_text("import sys\nfrom vae3d.commands.cli import main\nsys.exit(main())\n")
     done = tiny.run(
-        *PYTHON, "-m", "stage=stage1,stage3", "loss.terms.kl.weight=1e-5", "launcher=torchrun",
+        sys.executable, str(tmp_path / "console.py"), "train", "-m", "stage=stage1,stage3", "loss.terms.kl.weight=1e-5", "launcher=torchrun",
         *(a for a in arguments(videos, tmp_path, "x") if not a.startswith("run.name")),
         "data.frames.min=1", "data.height=32", "data.width=32", f"stage.init_from.spatial_vae={spatial_export}",
         cwd=tmp_path,
@@ -216,7 +217,8 @@ def test_ctrl_c_during_a_start_is_one_line(tmp_path):
     "entry",
     ["train.py", "infer.py", "eval/eval_common_metric.py", "scripts/encode_latents.py",
      "scripts/sample_latent_diffusion.py", "scripts/train_latent_diffusion.py", "scripts/convert_checkpoint.py",
-     "scripts/latent_stats.py", "scripts/measure_scale.py", "scripts/probe_latents.py", "scripts/demo/make_demo_videos.py"],
+     "scripts/latent_stats.py", "scripts/measure_scale.py", "scripts/probe_latents.py", "scripts/compare.py",
+     "scripts/demo/make_demo_videos.py", "vae3d/commands/cli.py"],
 )  # fmt: skip
 def test_entries_are_ready_for_ctrl_c_before_they_import_anything_slow(entry):
     imports = [

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.test_scripts import script
 from tests.test_slim_weights import trunk
+from vae3d.commands import fetch_weights as fetch_weights_command
 from vae3d.metrics.registry import METRICS
 from vae3d.pretrained import weights
 from vae3d.pretrained.weights import FILES, WeightFile, WeightsMissing, find
@@ -250,9 +250,8 @@ def serve():
 @pytest.fixture
 def fetch_weights(places, monkeypatch) -> ModuleType:
     """The script, with the files of `places`."""
-    module = script("fetch_weights")
-    monkeypatch.setattr(module, "FILES", weights.FILES)
-    return module
+    monkeypatch.setattr(fetch_weights_command, "FILES", weights.FILES)
+    return fetch_weights_command
 
 
 def test_weights_are_fetched_verified_and_entered(fetch_weights, serve, tmp_path, capsys):
@@ -276,7 +275,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(fetch_weights, serve, 
     address, asked = serve(CONTENT, 1000)
     command = ["net.pth", "--dest", str(places[0]), "--mirror", address]
     assert fetch_weights.main(command) == 1
-    assert "broke off after 1,000 of 5,120 bytes; run this again to go on" in capsys.readouterr().err
+    assert "broke off after 1,000 of 5,120 bytes" in capsys.readouterr().err
     assert fetch_weights.main(command) == 0
     assert asked == [None, "bytes=1000-"]
     assert (places[0] / "net.pth").read_bytes() == CONTENT
@@ -324,9 +323,9 @@ def test_a_fetched_file_is_made_slim_and_the_whole_one_dropped(fetch_weights, se
 def test_an_unreachable_server_and_unknown_names_are_told(fetch_weights, tmp_path, capsys):
     assert fetch_weights.main(["net.pth", "--dest", str(tmp_path), "--mirror", "http://127.0.0.1:9"]) == 1
     assert fetch_weights.main(["vgg"]) == 2
-    assert "no file is called vgg; there are all, net.pth" in capsys.readouterr().err
+    assert "unknown file vgg; use all, net.pth" in capsys.readouterr().err
     assert fetch_weights.main(["--metrics", "psnr", "vmaf"]) == 2
-    assert "no weights are known for vmaf; there are for psnr, ssim" in capsys.readouterr().err
+    assert "no weights for vmaf; use psnr, ssim" in capsys.readouterr().err
 
 
 def test_check_names_every_missing_and_wrong_file(fetch_weights, places, capsys):
@@ -361,7 +360,7 @@ def test_check_is_content_with_an_alternative_and_does_not_write(fetch_weights, 
     ],
 )
 def test_metrics_choose_the_files(names, metrics, files):
-    assert [file.name for file in script("fetch_weights").choose(names, metrics)] == files
+    assert [file.name for file in fetch_weights_command.choose(names, metrics)] == files
 
 
 def test_the_script_runs_without_site_packages(tmp_path):

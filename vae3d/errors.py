@@ -1,25 +1,25 @@
-"""Errors that the user can mend; the entry points print their message alone, without a traceback."""
+"""Errors that users can fix. Commands print their message without a traceback."""
 
 from __future__ import annotations
 
-MAX_LINE = 2000  # characters of a line of a message
+MAX_LINE = 2000  # characters per line of a message
 
 
 class UserError(ValueError):
-    """Says what is wrong, where, and what to do.
+    """An error in what the user gave. The message says what is wrong, where, and how to fix it.
 
-    on_every_rank: raised alike by all processes of a run, so that one of them need say it.
+    on_every_rank: all ranks raise it alike, so one of them prints it.
     """
 
     on_every_rank = True
 
     def __str__(self) -> str:
-        """Names in a stranger's file may be long, or hold what a terminal obeys: that is escaped."""
+        """The message, safe to print: it may contain long names or control characters from files of strangers."""
         return "\n".join(printable(line) for line in super().__str__().split("\n"))
 
 
 def printable(line: str) -> str:
-    """Without control characters, which are escaped, and of at most MAX_LINE characters."""
+    """The line with control characters escaped, and shortened in the middle to MAX_LINE characters."""
     if len(line) > MAX_LINE:
         half = MAX_LINE // 2
         line = f"{line[:half]}...{line[-half:]}"

@@ -1,6 +1,6 @@
-"""Importing this makes Ctrl-C end the process with one line and status 130, also while modules are being imported.
+"""Importing this module makes Ctrl-C print one line and exit with status 130, also during other imports.
 
-Entries import it before anything else. VAE3D_TRACEBACK=1 shows where the process was.
+Scripts import it first. VAE3D_TRACEBACK=1 shows the traceback.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import signal
 import sys
 from types import TracebackType
 
-_print = sys.excepthook
+_default_hook = sys.excepthook
 
 
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if not issubclass(kind, KeyboardInterrupt) or os.environ.get("VAE3D_TRACEBACK") == "1":
-        _print(kind, error, trace)
+        _default_hook(kind, error, trace)
         return
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print("interrupted (SIGINT)", file=sys.stderr, flush=True)

@@ -1,4 +1,7 @@
-"""From configuration to objects: the only module that calls hydra.utils.instantiate."""
+"""Models from names and checkpoints: build, load, initialize, open_codec.
+
+Here, and only here, Hydra turns a `_target_` node into an object.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ RANDOM = "random"
 
 
 def instantiate(node: Mapping[str, Any]) -> Any:
-    """The object that a `_target_` node describes; lists and dicts reach it as plain Python."""
+    """The object that a `_target_` node describes. Lists and dicts in it become plain Python ones."""
     return hydra.utils.instantiate(node, _convert_="all")
 
 
@@ -38,36 +41,40 @@ def model_config(name: str, *overrides: str) -> dict[str, Any]:
 
 
 def build(name: str, *overrides: str) -> nn.Module:
-    """A randomly initialised model from its config name and overrides, in eval mode.
+    """Build a model with random weights, in eval mode, fp32, on the CPU.
 
-        vae3d.build("temporal_vae", "model.temporal.channels=32")
+        model = vae3d.build("temporal_vae", "model.temporal.channels=32")
 
-    Raises hydra's ConfigCompositionException for a name or key that does not exist.
+    name: a file in conf/model. overrides: `key=value` changes to it. Raises hydra.errors.ConfigCompositionException if
+    the name or a key does not exist.
     """
     return instantiate(model_config(name, *overrides)).eval()
 
 
 def load(path: str | Path, model: nn.Module | None = None, *, part: str | None = None, **changes: Any) -> nn.Module:
-    """A model with the weights at `path`, in eval mode, in fp32 on the CPU.
+    """Load a model with its weights, in eval mode, fp32, on the CPU.
 
-    path: a run folder, an export, published weights (a folder or a file); the layout is recognised from the
-    keys. part: which VAE, of a file that holds several, such as "ema_model"; path may be weights.ckpt::ema_model, too.
-    model: load into this one instead of building what the checkpoint describes. changes: constructor
-    arguments that differ from the checkpoint's, as in vae3d.load(path, micro_frames=None, spatial={"frame_batch": 1}).
-    Nothing in the files is run, and no class is looked up by a name in them; see vae3d.models.registry.
-    Raises CheckpointError with everything that is missing or does not fit, and for a configuration beside the weights
-    that does not build a model of this project.
+        model = vae3d.load("runs/opensora_stage3")                          # newest export of a run
+        model = vae3d.load("Wan2.1_VAE.pth", micro_frames=None)             # published weights, changed argument
+        model = vae3d.load("lightning.ckpt", part="ema_model")              # one of several VAEs in a file
+
+    path: a run, an export, or published weights (folder or file); the keys tell the layout. `weights.ckpt::ema_model`
+    also names a part. model: load the weights into this model instead of the one that the checkpoint describes.
+    changes: constructor arguments that replace the checkpoint's; nested ones as spatial={"frame_batch": 1}.
+
+    Safe for files from strangers: no code in them runs, and only models of vae3d.models.registry are built. Raises
+    CheckpointError that lists all missing, unexpected and misshapen weights, or what is wrong with the configuration.
     """
-    return opened(path, model, changes, part)[1]
+    return load_with_checkpoint(path, model, changes, part)[1]
 
 
-def opened(
+def load_with_checkpoint(
     path: str | Path,
     model: nn.Module | None = None,
     changes: Mapping[str, Any] | None = None,
     part: str | None = None,
 ) -> tuple[Checkpoint, nn.Module]:
-    """As load, with the checkpoint that was read."""
+    """`load`, which also returns the checkpoint: its layout, configuration and weights."""
     changes = changes or {}
     checkpoint = read_checkpoint(
         path, changes.get("variant", getattr(model, "variant", None)), part, own_model=model is not None
@@ -78,61 +85,65 @@ def opened(
         if not ("scaling_factor" in changes and "scaling factor" in note):
             log.info("%s: %s", checkpoint.path, note)
     if model is None:
-        model = build_checkpoint(checkpoint, changes)
+        model = build_from_checkpoint(checkpoint, changes)
     elif changes:
-        raise ValueError(f"changes to a model's arguments ({', '.join(changes)}) cannot be made to a given model")
+        raise ValueError(f"{', '.join(changes)}: arguments of a model that is given cannot be changed")
     load_state(model, checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})")
     return checkpoint, model.eval()
 
 
-def build_checkpoint(checkpoint: Checkpoint, changes: Mapping[str, Any] | None = None) -> nn.Module:
-    """The model that a checkpoint describes, without its weights. Raises CheckpointError if it describes none."""
+def build_from_checkpoint(checkpoint: Checkpoint, changes: Mapping[str, Any] | None = None) -> nn.Module:
+    """The model that a checkpoint describes, with random weights. Raises CheckpointError."""
     with as_checkpoint_error():
-        return build_model(merged(checkpoint.config, changes or {}), checkpoint.path)
+        return build_model(merge(checkpoint.config, changes or {}), checkpoint.path)
 
 
 def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str]:
-    """Give `model` its first weights: `random`, a checkpoint, or {submodule: checkpoint}. Returns what was done."""
+    """Give a model its first weights before training; returns log lines that say where they are from.
+
+    init_from: "random" (leaves the weights as they are), a checkpoint, or {submodule: "random" or checkpoint}.
+    Raises CheckpointError if weights, or the latent scale that they were trained with, do not fit the model.
+    """
     if isinstance(init_from, str):
         init_from = {"": init_from}
-    done = []
+    lines = []
     for name, path in init_from.items():
         what = name or "the model"
         if path == RANDOM:
-            done.append(f"{what} starts from random weights")
+            lines.append(f"{what} starts from random weights")
             continue
         target = model.get_submodule(name)
         checkpoint = read_checkpoint(path, getattr(target, "variant", None), own_model=True)
-        load_state(
-            target, checkpoint.part(name) if name else checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})"
-        )
-        done += [f"{what} starts from {checkpoint.path} ({checkpoint.layout})", *checkpoint.notes]
-        convention = checkpoint.config.get("latent")
-        if convention is not None and convention != getattr(target, "latent", convention):
-            done.append(f"its latents were {convention} and are {target.latent} from here on")
-        if differing := _factors(target, checkpoint):
-            if not name and not isinstance(target, SpatialVAE):  # of which only normalize reads its factors
-                raise CheckpointError(f"{checkpoint.path} does not fit the model: {differing}")
-            done.append(differing)
-    return done
+        state = checkpoint.part(name) if name else checkpoint.state
+        load_state(target, state, f"{checkpoint.path} ({checkpoint.layout})")
+        lines += [f"{what} starts from {checkpoint.path} ({checkpoint.layout})", *checkpoint.notes]
+        latent = checkpoint.config.get("latent")
+        if latent is not None and latent != getattr(target, "latent", latent):
+            lines.append(f"its latents were {latent} and are {target.latent} from now on")
+        if difference := scale_difference(target, checkpoint):
+            # A SpatialVAE reads its factors in `normalize` only, so other factors do not change its reconstructions.
+            if not name and not isinstance(target, SpatialVAE):
+                raise CheckpointError(f"{checkpoint.path} does not fit the model: {difference}")
+            lines.append(difference)
+    return lines
 
 
-def merged(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """config with changes, node by node."""
-    both = {k for k in changes if isinstance(changes[k], Mapping) and isinstance(config.get(k), dict)}
-    return {**config, **{k: merged(config[k], v) if k in both else v for k, v in changes.items()}}
-
-
-def _factors(target: nn.Module, checkpoint: Checkpoint) -> str:
-    """How the latent scale that the weights were made for differs from the model's; empty if it does not."""
-    spatial = getattr(target, "spatial_vae", target)
-    told = checkpoint.config.get("spatial", checkpoint.config)
-    differing = [
-        f"{name} is {told[name]} in the checkpoint and {getattr(spatial, name)} in the model"
+def scale_difference(model: nn.Module, checkpoint: Checkpoint) -> str:
+    """How the checkpoint's latent scale differs from the model's; "" if it does not."""
+    spatial = getattr(model, "spatial_vae", model)
+    config = checkpoint.config.get("spatial", checkpoint.config)
+    differences = [
+        f"{name} is {config[name]} in the checkpoint and {getattr(spatial, name)} in the model"
         for name in ("scaling_factor", "shift_factor")
-        if hasattr(spatial, name) and told.get(name) not in (None, getattr(spatial, name))
+        if hasattr(spatial, name) and config.get(name) not in (None, getattr(spatial, name))
     ]
-    return " and ".join(differing)
+    return " and ".join(differences)
+
+
+def merge(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """config with `changes`; nested dicts are merged key by key."""
+    nested = {k for k in changes if isinstance(changes[k], Mapping) and isinstance(config.get(k), dict)}
+    return {**config, **{k: merge(config[k], v) if k in nested else v for k, v in changes.items()}}
 
 
 def open_codec(
@@ -144,13 +155,13 @@ def open_codec(
     device: torch.device | str = "cpu",
     changes: Mapping[str, Any] | None = None,
 ) -> LatentCodec:
-    """The codec of whatever vae3d.load opens; see LatentCodec.
+    """Open a checkpoint as a LatentCodec: pixels to normalized latents and back.
 
-    precision: fp32, bf16 or fp16. changes: to the model's arguments, as vae3d.load takes them.
-    Raises CheckpointError if it does not load, strictly; UserError for settings that the model does not take.
+    path, changes: as for `load`. precision: fp32, bf16 or fp16. Raises CheckpointError if the checkpoint does not load;
+    UserError for settings that the model does not support.
     """
-    checkpoint, model = opened(path, changes=changes)
-    config = merged(checkpoint.config, changes or {})
+    checkpoint, model = load_with_checkpoint(path, changes=changes)
+    config = merge(checkpoint.config, changes or {})
     try:
         codec = LatentCodec(
             model, pixel_range=pixel_range, dtype=DTYPES[precision], chunk_frames=chunk_frames, config=config

@@ -41,7 +41,7 @@ latents.</p>
 
 
 def comparison(folder: Path) -> dict[str, Any]:
-    """What infer.py wrote of student and teacher."""
+    """What scripts/compare.py wrote of student and teacher."""
     return read_json(folder / f"out/{STUDENT}_rec/comparison.json")
 
 

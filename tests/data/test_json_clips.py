@@ -12,6 +12,7 @@ import pytest
 from accelerate.state import AcceleratorState, PartialState
 
 from tests import tiny
+from vae3d.commands import infer as infer_command
 from vae3d.commands import train
 from vae3d.config.validate import check_inference
 from vae3d.data.check import main as check
@@ -230,7 +231,7 @@ def test_inference_reconstructs_the_segment(folder, spatial_export, tmp_path):
 
     def infer(*more: str) -> None:
         words = [f"checkpoint={spatial_export}", f"source={path}", f"save_dir={tmp_path}/out", "overwrite=true"]
-        infer.infer(check_inference(tiny.compose(*words, *more, config="infer")))
+        infer_command.run(check_inference(tiny.compose(*words, *more, config="infer")))
 
     infer("num_samples=1", "start=2")
     (row,) = pd.read_csv(tmp_path / "out_rec/index.csv").itertuples()

@@ -105,4 +105,4 @@ def sample_config(*overrides: str) -> SampleConfig:
 
 
 def sample(*overrides: str) -> None:
-    sample_command.sample(sample_config(*overrides))
+    sample_command.run(sample_config(*overrides))

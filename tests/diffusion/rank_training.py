@@ -10,8 +10,7 @@ from typing import Any
 from tests.diffusion import latent_runs
 from vae3d import distributed
 from vae3d.checkpoints import state
-from vae3d.commands import launch
-from vae3d.commands.encode import encode
+from vae3d.commands import encode, launch
 from vae3d.config.latents import EncodeConfig
 from vae3d.training.agreement import RanksDiffer
 
@@ -32,7 +31,7 @@ def refused(folder: Path, settings: list[str]) -> None:
     """Print what is said to ranks of other settings."""
     rank = launch.rank()
     for start in (
-        lambda: encode(EncodeConfig("checkpoint", "source", "cache", seed=rank, workers=rank)),
+        lambda: encode.run(EncodeConfig("checkpoint", "source", "cache", seed=rank, workers=rank)),
         lambda: latent_runs.trainer(folder, *settings, f"optim.lr={1e-3 * (1 + rank)}"),
     ):
         try:

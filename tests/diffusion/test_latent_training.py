@@ -21,7 +21,7 @@ from PIL import Image
 from tests import tiny
 from tests.diffusion import latent_runs, rank_training
 from vae3d.checkpoints import state
-from vae3d.commands import launch, train_diffusion
+from vae3d.commands import latent_stats, launch, measure_scale, train_diffusion
 from vae3d.config.validate import ConfigError
 from vae3d.data.sources import DataError
 from vae3d.diffusion import data
@@ -283,9 +283,6 @@ def test_samples_come_near_the_data(tmp_path):
 
 @pytest.mark.parametrize("from_cache", [True, False])
 def test_latents_of_another_scale_are_refused_until_they_are_mended(from_cache, pictures, tmp_path, capsys, caplog):
-    import latent_stats
-    import measure_scale
-
     vae = latent_runs.vae("spatial", tmp_path / "vae", pictures, FOUR, scaled=False)
     told = [f"vae.path={vae}", "data.flip=false"]
     if from_cache:
@@ -365,7 +362,7 @@ def test_samples_are_of_classes_that_were_trained_on(vae, pictures, tmp_path, mo
     assert asked == [1, 3, 1, 3, 1]
     latent_runs.sample(f"checkpoint={tmp_path}/run", f"out={tmp_path}/out", "count=2", "write=[files]")
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["000000_1.png", "000001_3.png"]
-    with pytest.raises(UserError, match="classes=0: the model knows 1, 3"):
+    with pytest.raises(UserError, match="classes=0: .* 1, 3"):
         latent_runs.sample(f"checkpoint={tmp_path}/run", f"out={tmp_path}/out", "classes=[0]")
 
 

@@ -186,9 +186,9 @@ def test_compare_gives_paired_differences_with_intervals(tmp_path, capsys):
         ("--ref a", "give --ref and --rec, --ref and --compare, or --base"),
         ("--base x --ref a", "--base names all folders"),
         ("--ref a --compare b", "--compare needs two or more different folders"),
-        ("--ref a --rec b --num_frames -3", "-3 is no number of 1 or more"),
-        ("--ref a --rec b --sample_rate 0", "0 is no number of 1 or more"),
-        ("--ref a --rec b --crop_size x", "x is no number of 1 or more"),
+        ("--ref a --rec b --num_frames -3", "'-3' is not a whole number of 1 or more"),
+        ("--ref a --rec b --sample_rate 0", "'0' is not a whole number of 1 or more"),
+        ("--ref a --rec b --crop_size x", "'x' is not a whole number of 1 or more"),
         ("--ref a --rec b --resize 256", "256 is neither ref nor HEIGHTxWIDTH"),
         ("--ref a --rec b --preset mine", "invalid choice: 'mine'"),
     ],
@@ -227,7 +227,7 @@ def test_all_missing_weights_are_named_at_once_or_skipped(folders, tmp_path, mon
     assert "network-default.pytorch" in message
     assert "python scripts/fetch_weights.py" in message
     assert evaluate(ori, rec, "--metric", "psnr", "lpips", "--on_missing", "skip") == 0
-    assert "warning: lpips_alex is left out: alexnet-owt-7be5be79.pth" in capsys.readouterr().err
+    assert "warning: lpips_alex is skipped: alexnet-owt-7be5be79.pth" in capsys.readouterr().err
     told = report(rec)
     assert "psnr" in told["metrics"]
     assert "alexnet-owt-7be5be79.pth" in told["absent"]["lpips_alex"]

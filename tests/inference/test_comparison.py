@@ -1,4 +1,4 @@
-"""infer.py with a teacher: every encoder with every decoder, on the same frames."""
+"""scripts/compare.py: every encoder with every decoder, on the same frames."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from tests.inference.test_infer import read, run
 from tests.inference.test_wan_infer import write
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
-from vae3d.config.validate import ConfigError
+from vae3d.commands import compare as compare_command
+from vae3d.config.validate import ConfigError, check_comparison
 from vae3d.errors import UserError
-from vae3d.inference.comparison import ComparisonError, baseline
-from vae3d.inference.comparison_report import collapsed
+from vae3d.inference.comparison import ComparisonError, constant_frame_psnr
+from vae3d.inference.comparison_report import degenerate_pairs
 from vae3d.inference.folder import FolderError
 from vae3d.inference.pictures import contact_sheet, error_map, side_by_side
 from vae3d.loading import model_config
@@ -34,7 +35,7 @@ TEACHER = [
     "model.multipliers=[1,1,1,1]", "model.downsample=[false,true,true]",
 ]  # fmt: skip
 PAIRS = ["student -> student", "student -> teacher", "teacher -> student", "teacher -> teacher"]
-SMALL = ["height=16", "width=24"]
+SMALL, LARGE = ["height=16", "width=24"], ["height=null", "width=null"]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,8 @@ def source(videos):
 
 
 def compare(checkpoint, source, prefix, teacher, *overrides) -> dict:
-    run(checkpoint, source, prefix, f"teacher.path={teacher}", *SMALL, *overrides)
+    words = [f"checkpoint={checkpoint}", f"source={source}", f"save_dir={prefix}", f"teacher.path={teacher}"]
+    compare_command.run(check_comparison(tiny.compose(*words, *SMALL, *overrides, config="compare")))
     return json.loads(prefix.with_name(f"{prefix.name}_rec").joinpath("comparison.json").read_text())
 
 
@@ -125,10 +127,10 @@ def test_only_frames_that_both_take_are_compared(student, teacher, source, tmp_p
     caplog.set_level(logging.INFO)
     told = compare(student, source, tmp_path / "out", teacher)
     assert (told["files"][0]["frames"], told["files"][0]["frames_reconstructed"]) == (13, 15)
-    assert "set num_frames for another number, such as 9, 13, 17, 21" in told["notes"][0]
+    assert "num_frames for another number, such as 9, 13, 17, 21" in told["notes"][0]
     assert told["notes"][0] in caplog.text
     assert len(read(next((tmp_path / "out_rec").glob("*.mp4")))) == 15  # which is whole nevertheless
-    with pytest.raises(ComparisonError, match=r"num_frames=12: student and teacher do not both .* 5, 9, 13, 17"):
+    with pytest.raises(ComparisonError, match=r"num_frames=12: .* 5, 9, 13, 17"):
         compare(student, source, tmp_path / "b", teacher, "num_frames=12")
     assert not list(tmp_path.glob("b*"))
 
@@ -177,8 +179,8 @@ def test_networks_of_another_latent_space_are_refused_before_anything_is_deleted
         (["teacher.path=/nowhere"], "teacher.path=/nowhere: no such file or folder"),
         (["teacher.precision=fp8"], "teacher.precision=fp8 is unknown; use one of bf16, fp16, fp32"),
         (["teacher.pth=x"], "teacher.pth is not a setting; did you mean teacher.path?"),
-        (["tile=16"], "is compared on whole frames; leave out tile=16"),
-        (["sample=true"], "is compared by the mode of the latents; leave out sample=true"),
+        (["tile=16"], "tile=16: networks are compared on whole frames"),
+        (["sample=true"], "sample=true: networks are compared by the mode of the latents"),
         (["strip=0"], "strip=0 must be at least 1"),
     ],
 )
@@ -204,9 +206,9 @@ def test_what_shows_something_is_not_warned_about():
     files = [
         {"file": "a", "pairs": {p: {"psnr_video": 15.1} for p in PAIRS}, "baseline": {"black": 5, "mean_colour": 14}}
     ]
-    assert collapsed(files) == []
+    assert degenerate_pairs(files) == []
     files[0]["pairs"][PAIRS[1]]["psnr_video"] = 14.9
-    assert [warning.split(" shows")[0] for warning in collapsed(files)] == [PAIRS[1]]
+    assert [warning.split(" shows")[0] for warning in degenerate_pairs(files)] == [PAIRS[1]]
 
 
 def test_pixels_that_are_not_finite_are_no_figures(teacher, source, tmp_path):
@@ -224,8 +226,8 @@ def test_pixels_that_are_not_finite_are_no_figures(teacher, source, tmp_path):
 
 
 def test_lpips_is_measured_if_asked_for(student, teacher, source, tmp_path, trunks):
-    run(student, source, tmp_path / "out", f"teacher.path={teacher}", "num_frames=1", "metrics=[lpips,psnr,flicker]")
-    pairs = json.loads((tmp_path / "out_rec/comparison.json").read_text())["mean"]["pairs"]
+    told = compare(student, source, tmp_path / "out", teacher, *LARGE, "num_frames=1", "metrics=[lpips,psnr,flicker]")
+    pairs = told["mean"]["pairs"]
     assert [list(figures) for figures in pairs.values()] == [["mse", "psnr", "psnr_video", "ssim", "lpips_alex"]] * 4
 
 
@@ -240,7 +242,7 @@ def test_a_teacher_in_half_precision_and_a_still_image(student, teacher, videos,
 
 
 def test_black_and_one_colour_are_the_baselines():
-    flat = baseline(np.full((2, 4, 4, 3), 51, np.uint8))
+    flat = constant_frame_psnr(np.full((2, 4, 4, 3), 51, np.uint8))
     assert flat == {"black": pytest.approx(-20 * math.log10(0.2)), "mean_colour": 100}
 
 
@@ -262,10 +264,10 @@ def test_pictures_show_what_they_are_given():
     assert error[0].sum() < 10 < 500 < error[1].sum()
 
 
-def test_infer_compares_its_files_and_starts_anew(student, teacher, videos, tmp_path):
+def test_the_script_compares_files_and_infer_overwrites_them(student, teacher, videos, tmp_path):
     words = [f"checkpoint={student}", f"source={videos}", f"save_dir={tmp_path}/out", f"teacher={teacher}"]
     words += ["num_samples=2", "num_frames=9", "metrics=[psnr]", *SMALL]
-    done = tiny.run(*tiny.script("infer.py"), *words, cwd=tmp_path)
+    done = tiny.run(*tiny.script("scripts/compare.py"), *words, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     names = ["000001_clip0", "000002_clip1"]
     shown = sorted(path.name for path in (tmp_path / "out_compare").iterdir())

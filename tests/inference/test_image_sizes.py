@@ -10,7 +10,7 @@ from PIL import Image
 from tests import tiny
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
-from vae3d.commands.infer import infer
+from vae3d.commands import infer
 from vae3d.config.validate import ConfigError, check_inference
 from vae3d.loading import model_config
 
@@ -37,7 +37,7 @@ def test_a_folder_of_images_is_reconstructed_at_their_sizes(tmp_path):
     for height, width in sizes:
         Image.fromarray(tiny.frames(1, height, width)[0]).save(tmp_path / f"set/{height}.png")
     told = [f"checkpoint={tmp_path / 'export'}", f"source={tmp_path / 'set'}", f"save_dir={tmp_path / 'out'}"]
-    infer(check_inference(tiny.compose(*told, config="infer")))
+    infer.run(check_inference(tiny.compose(*told, config="infer")))
     index = pd.read_csv(tmp_path / "out_rec/index.csv")
     assert list(zip(index["height"], index["width"], strict=True)) == sizes
     written = [Image.open(file).size[::-1] for file in sorted((tmp_path / "out_rec").glob("*.png"))]

@@ -12,7 +12,7 @@ from PIL import Image
 
 import vae3d
 from tests import tiny
-from vae3d.commands.infer import infer
+from vae3d.commands import infer
 from vae3d.config.validate import check_inference
 from vae3d.data.readers import MediaError, open_media
 from vae3d.data.sources import DataError
@@ -26,7 +26,7 @@ INFER = [sys.executable, str(tiny.ROOT / "infer.py")]
 
 
 def run(export, source, prefix, *overrides: str) -> None:
-    infer(
+    infer.run(
         check_inference(
             tiny.compose(f"checkpoint={export}", f"source={source}", f"save_dir={prefix}", *overrides, config="infer")
         )

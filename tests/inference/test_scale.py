@@ -212,7 +212,7 @@ def test_the_script_makes_an_export_of_published_weights(videos, tmp_path, capsy
         Checkpoint(loading.model_config("spatial", *overrides), model.state_dict(), tmp_path, ""), tmp_path / "a"
     )
     assert script(tmp_path / "a", videos) == 2
-    assert "is no export; name a new one with --out" in capsys.readouterr().err
+    assert "is not an export; use --out" in capsys.readouterr().err
     assert script(tmp_path / "a", videos, "--count=2", "--out", tmp_path / "b") == 0
     assert (
         vae3d.load(tmp_path / "b").scaling_factor
@@ -222,4 +222,4 @@ def test_the_script_makes_an_export_of_published_weights(videos, tmp_path, capsy
     table.to_csv(tmp_path / "t.csv", index=False)
     assert script(tmp_path / "b", tmp_path / "t.csv") == 2
     assert script(tmp_path / "a", videos, "--out", tmp_path / "b") == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from tests import tiny
 from tests.latents import caches
-from vae3d.commands.encode import encode as encode_command
+from vae3d.commands import encode as encode_command
 from vae3d.commands.encode import padding
 from vae3d.config.latents import check_encoding
 from vae3d.config.validate import ConfigError
@@ -389,7 +389,7 @@ def test_the_command_encodes_and_its_codec_reads(spatial_export, photos, tmp_pat
         "width=16",
         "workers=0",
     ]
-    encode_command(check_encoding(tiny.compose(*arguments, "flip=true", config="latents")))
+    encode_command.run(check_encoding(tiny.compose(*arguments, "flip=true", config="latents")))
     ours = open_codec(spatial_export, pixel_range="uint8")
     cache = LatentCache(tmp_path / "cache", ours, mode="mean")
     assert len(cache) == 12
@@ -401,7 +401,7 @@ def test_the_command_encodes_and_its_codec_reads(spatial_export, photos, tmp_pat
     node = [f"++source._target_={Folder.__module__}.Folder", f"++source.path={photos}/cat"]
     told = [a for a in arguments if not a.startswith(("source", "cache"))]
     config = check_encoding(tiny.compose(*told, *node, f"cache={tmp_path / 'node'}", config="latents"))
-    encode_command(config)
+    encode_command.run(config)
     assert LatentCache(tmp_path / "node").classes == []
 
 
@@ -410,7 +410,7 @@ def test_folders_of_splits_are_those_that_training_sees(spatial_export, tmp_path
         caches.pictures(tmp_path / "set" / split, count=1)
     Image.fromarray(tiny.frames(1)[0]).save(tmp_path / "set/stray.png")
     given = [f"checkpoint={spatial_export}", f"source={tmp_path / 'set'}", f"cache={tmp_path / 'cache'}", "workers=0"]
-    encode_command(check_encoding(tiny.compose(*given, "height=16", "width=16", config="latents")))
+    encode_command.run(check_encoding(tiny.compose(*given, "height=16", "width=16", config="latents")))
     index, reference = LatentCache(tmp_path / "cache").index, ImageFolder(tmp_path / "set").table()
     assert index["key"].tolist() == reference["name"].tolist()
     assert index["split"].tolist() == reference["split"].tolist() == ["val", "val", "train", "train"]
@@ -421,8 +421,8 @@ def test_clips_that_are_filled_up_are_told():
     codec = caches.codec("wan")
     assert padding(codec, Transform(16, 16, frames=5)) == padding(codec, Transform()) == []
     assert padding(codec, Transform(16, 17, frames=4)) == [
-        "width=17 is filled up to a multiple of 2",
-        "frames=4 is filled up with added frames; whole are 1, 3, 5, 7",
+        "width=17 is padded to a multiple of 2",
+        "frames=4 is padded with extra frames; without: 1, 3, 5, 7",
     ]
 
 

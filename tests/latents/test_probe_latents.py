@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -17,6 +16,7 @@ from PIL import Image
 from tests import tiny
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
+from vae3d.commands import probe_latents
 from vae3d.data.open_source import open_source
 from vae3d.errors import UserError
 from vae3d.latents import probe_run, probes
@@ -29,10 +29,7 @@ SIZE = ["--height=32", "--width=32"]
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("probe_latents", tiny.ROOT / "scripts/probe_latents.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return probe_latents
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import re
 
@@ -16,6 +15,7 @@ from tests import tiny
 from tests.latents import caches, families
 from vae3d.checkpoints.export import write_diffusers, write_export
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
+from vae3d.commands import latent_stats as latent_stats_command
 from vae3d.latents.cache import LatentCache
 from vae3d.loading import load, model_config, open_codec
 from vae3d.models.spatial import SpatialVAE
@@ -46,13 +46,9 @@ def few(videos, tmp_path_factory):
 
 
 @pytest.fixture
-def latent_stats(monkeypatch):
+def latent_stats():
     """scripts/latent_stats.py as a function of its arguments."""
-    monkeypatch.syspath_prepend(str(tiny.ROOT / "scripts"))
-    spec = importlib.util.spec_from_file_location("latent_stats", tiny.ROOT / "scripts/latent_stats.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *arguments: module.main([str(argument) for argument in arguments])
+    return lambda *arguments: latent_stats_command.main([str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("name", RAW)
@@ -182,6 +178,9 @@ def test_only_models_and_the_doors_to_them_know_factors():
         "vae3d/inference/scale.py",
         "vae3d/loading.py",
         "scripts/",
+        "vae3d/commands/convert.py",
+        "vae3d/commands/latent_stats.py",
+        "vae3d/commands/measure_scale.py",
     )
     knowing = [
         name

@@ -126,4 +126,4 @@ def test_without_a_teacher_a_warning_says_what_becomes_of_the_latents(videos, tm
     config = tiny.training("taehv", videos, *given)
     config.stage.train = train
     train.build_trainer(config, tmp_path).log.close()
-    assert ("nothing keeps the latents those of taew2_1" in caplog.text) == warns
+    assert ("no teacher (teacher=none)" in caplog.text) == warns

@@ -131,7 +131,7 @@ def teacher_on_meta(config: TrainConfig) -> nn.Module | None:
     if config.teacher.path is None:
         return None
     with torch.device("meta"):
-        return loading.build_checkpoint(read_checkpoint(config.teacher.path))
+        return loading.build_from_checkpoint(read_checkpoint(config.teacher.path))
 
 
 def _frame_errors(config: TrainConfig, model: nn.Module, distillation: Distillation | None) -> Iterator[str]:

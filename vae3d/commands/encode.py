@@ -1,4 +1,4 @@
-"""From configuration to latents: codecs, and the job that makes a cache."""
+"""Encode a data set into a latent cache: from configuration to job."""
 
 from __future__ import annotations
 
@@ -26,28 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("vae3d")
 
 
-def _source(config: EncodeConfig) -> Source:
-    """A folder of nothing but images is read as in training, with the splits that its folders are called after."""
-    if not isinstance(config.source, str):
-        return instantiate(config.source)
-    source = open_source(config.source, config.root)
-    images = isinstance(source, Folder) and source.path.is_dir() and source.table()["path"].map(is_image).all()
-    return ImageFolder(config.source) if images else source
-
-
-def padding(codec: LatentCodec, transform: Transform) -> list[str]:
-    """What the autoencoder adds to clips of this size; their last latents stand for it, too."""
-    odd = {name: size for name in ("height", "width") if (size := getattr(transform, name) or 0) % codec.space_stride}
-    notes = [f"{name}={size} is filled up to a multiple of {codec.space_stride}" for name, size in odd.items()]
-    fits = codec.model.frames_valid
-    if transform.frames is not None and not fits(transform.frames):
-        nearest = ", ".join(map(str, nearest_frames(transform.frames, fits)))
-        notes.append(f"frames={transform.frames} is filled up with added frames; whole are {nearest}")
-    return notes
-
-
-def encode(config: EncodeConfig) -> None:
-    """Make the latent cache that `config` describes, or go on with it."""
+def run(config: EncodeConfig) -> None:
+    """Write the latent cache that `config` describes, or resume it."""
     ranks, device = working_ranks(config.device)
     check_ranks_agree(asdict(config))
     codec = open_codec(
@@ -58,9 +38,9 @@ def encode(config: EncodeConfig) -> None:
         device=device,
         changes=config.model,
     )
-    source = _source(config)
+    source = open_images_or_source(config)
     transform = Transform(**{field.name: getattr(config, field.name) for field in fields(Transform)})
-    with ranks.main_process_first():  # which probes the files, where it must; the others find its answers on disk
+    with ranks.main_process_first():  # it probes the files; the others read its cache
         items, errors = items_of(source.table(), transform, labels=config.labels, split=config.split)
     check_ranks_agree(
         {
@@ -72,8 +52,28 @@ def encode(config: EncodeConfig) -> None:
     if ranks.is_main_process:
         for note in (*getattr(source, "notes", ()), *padding(codec, transform)):
             log.info(note)
-    named = {field.name for field in fields(Job)} & {field.name for field in fields(config)}
-    settings = {name: getattr(config, name) for name in named - {"checkpoint", "source"}}
-    told = config.source if isinstance(config.source, str) else str(config.source)
-    job = Job(codec, config.checkpoint, told, Path(config.cache), items, errors, transform, **settings)
+    names = {field.name for field in fields(Job)} & {field.name for field in fields(config)}
+    settings = {name: getattr(config, name) for name in names - {"checkpoint", "source"}}
+    job = Job(codec, config.checkpoint, str(config.source), Path(config.cache), items, errors, transform, **settings)
     encode_cache(job, ranks.process_index, ranks.num_processes, ranks.wait_for_everyone)
+
+
+def open_images_or_source(config: EncodeConfig) -> Source:
+    """The data source; a folder of images only becomes an ImageFolder, whose subfolders name splits, as in training."""
+    if not isinstance(config.source, str):
+        return instantiate(config.source)
+    source = open_source(config.source, config.root)
+    images = isinstance(source, Folder) and source.path.is_dir() and source.table()["path"].map(is_image).all()
+    return ImageFolder(config.source) if images else source
+
+
+def padding(codec: LatentCodec, transform: Transform) -> list[str]:
+    """Notes on clips that the autoencoder pads to its strides: their last latents contain padding."""
+    sizes = {name: getattr(transform, name) or 0 for name in ("height", "width")}
+    stride = codec.space_stride
+    notes = [f"{name}={size} is padded to a multiple of {stride}" for name, size in sizes.items() if size % stride]
+    fits = codec.model.frames_valid
+    if transform.frames is not None and not fits(transform.frames):
+        nearest = ", ".join(map(str, nearest_frames(transform.frames, fits)))
+        notes.append(f"frames={transform.frames} is padded with extra frames; without: {nearest}")
+    return notes

@@ -1,17 +1,21 @@
-"""Reconstruct videos: from configuration to files."""
+"""Reconstruct videos and images: from configuration to files."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 
+from vae3d.checkpoints.formats import Checkpoint
 from vae3d.errors import UserError
-from vae3d.inference.comparison import Comparer, Network
+from vae3d.inference.comparison import Comparer
 from vae3d.inference.files import (
     check_not_own_source,
     command_record,
@@ -22,41 +26,52 @@ from vae3d.inference.files import (
 from vae3d.inference.reconstruct import Reconstructor, Selection
 from vae3d.inference.results import Results
 from vae3d.latents.identity import digest_of, weights_hash
-from vae3d.loading import load, log, opened
+from vae3d.loading import load_with_checkpoint
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_steps
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.tiling import Tiled
 from vae3d.models.wan import WanVAE
-from vae3d.precision import DTYPES, autocast_dtype, cast_keep_stats, disable_tf32, slow_conv3d
+from vae3d.precision import autocast_dtype, disable_tf32, slow_conv3d
 from vae3d.training.start import working_ranks
 
 if TYPE_CHECKING:
     from vae3d.config.schema import InferConfig
 
+log = logging.getLogger("vae3d")
 
-def infer(config: InferConfig) -> None:
-    """Reconstruct the files that `config` names."""
+
+def run(config: InferConfig) -> None:
+    """Reconstruct the files of config.source, shared among the ranks."""
     ranks, device = working_ranks(config.device)
-    _set_precision(config.precision)
-    selection = Selection(
-        **{
-            name: getattr(config, name)
-            for name in ("start", "num_frames", "stride", "fps", "height", "width", "reader")
-        }
-    )
+    checkpoint, reconstructor = build_reconstructor(config, device)
+    reconstruct(config, ranks, checkpoint, reconstructor)
+
+
+def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Checkpoint, Reconstructor]:
+    """Load the model and set it up for inference. Raises UserError for metrics that cannot score such frames."""
+    set_precision(config.precision)
     metrics = build_metrics(config.metrics, device)
     if config.height and config.width:
         reasons = (m.refuses(config.num_frames or sys.maxsize, config.height, config.width) for m in metrics)
         if errors := [reason for reason in reasons if reason]:
             raise UserError(f"metrics: {'; '.join(errors)}")
-    checkpoint, model = opened(config.checkpoint, changes=config.model)
+    checkpoint, model = load_with_checkpoint(config.checkpoint, changes=config.model)
     model = model.to(device)
     if isinstance(spatial := getattr(model, "spatial_vae", model), SpatialVAE):
         spatial.frame_batch = config.frame_batch
     if config.compile:
         compile_steps(model)
-    reconstructor = Reconstructor(
+    selection = Selection(
+        start=config.start,
+        num_frames=config.num_frames,
+        stride=config.stride,
+        fps=config.fps,
+        height=config.height,
+        width=config.width,
+        reader=config.reader,
+    )
+    return checkpoint, Reconstructor(
         model,
         config.save_dir,
         selection,
@@ -66,16 +81,30 @@ def infer(config: InferConfig) -> None:
         dtype=autocast_dtype(config.precision),
         metrics=metrics,
         memory_gib=config.memory_gib,
-        open_stream=_tiled(model, config.tile, config.tile_overlap).stream if config.tile else None,
+        open_stream=tiled(model, config.tile, config.tile_overlap).stream if config.tile else None,
     )
-    comparer = _comparer(config, reconstructor, ranks.is_main_process)
+
+
+def reconstruct(
+    config: InferConfig,
+    ranks: PartialState,
+    checkpoint: Checkpoint,
+    reconstructor: Reconstructor,
+    comparer: Comparer | None = None,
+) -> None:
+    """Reconstruct all files; those that the same command finished before are kept.
+
+    comparer: also compare the model with a teacher. The main process holds the lock of save_dir meanwhile.
+    """
     table = select_rows(config.source, config.root, config.split, config.num_samples)
     check_not_own_source(reconstructor, config.source)
     main, results = ranks.is_main_process, Results(reconstructor)
     with results.locked() if main else nullcontext():
         if main:
-            networks = {"checkpoint": model, "teacher": comparer and comparer.networks["teacher"].model}
-            hashes = {name: network and weights_hash(network.state_dict()) for name, network in networks.items()}
+            networks = {"checkpoint": reconstructor.model}
+            if comparer is not None:
+                networks["teacher"] = comparer.networks["teacher"].model
+            hashes = {name: weights_hash(network.state_dict()) for name, network in networks.items()}
             hashes["checkpoint's configuration"] = digest_of(checkpoint.config)
             results.begin(command_record(asdict(config), hashes, table), config.overwrite)
         cost = measure_first_file(reconstructor, table) if config.cost and main else None
@@ -92,32 +121,16 @@ def infer(config: InferConfig) -> None:
         )
 
 
-def _comparer(config: InferConfig, reconstructor: Reconstructor, measures: bool) -> Comparer | None:
-    """What compares with the teacher, if there is one; of the metrics it takes, beside PSNR and SSIM, LPIPS."""
-    path, precision = config.teacher.path, config.teacher.precision
-    if path is None:
-        return None
-    _set_precision(precision)
-    teacher = cast_keep_stats(load(path).to(reconstructor.device), DTYPES[precision])
-    lpips = [name for name in config.metrics if name.startswith("lpips")]
-    return Comparer(
-        reconstructor,
-        Network(reconstructor.model, config.checkpoint, config.precision, autocast_dtype(config.precision)),
-        Network(teacher, path, precision),
-        build_metrics(["psnr", "ssim", *lpips], reconstructor.device),
-        pictures=config.strip,
-        measures=measures,
-    )
-
-
-def _set_precision(precision: str) -> None:
+def set_precision(precision: str) -> None:
+    """Turn TF32 off for fp32; warn of slow 3D convolutions in the other precisions."""
     if precision == "fp32":
         disable_tf32()
-    elif error := slow_conv3d():
-        log.warning(error)
+    elif warning := slow_conv3d():
+        log.warning(warning)
 
 
-def _tiled(model: nn.Module, tile: int, overlap: int | None) -> Tiled:
+def tiled(model: nn.Module, tile: int, overlap: int | None) -> Tiled:
+    """The model in tiles of `tile` pixels. Raises UserError if the model, or the size, does not allow it."""
     if not isinstance(model, WanVAE):
         raise UserError(f"tile={tile}: a {type(model).__name__} cannot be coded in tiles; set frame_batch instead")
     try:

@@ -1,4 +1,7 @@
-"""Starting processes: ranks, sweep jobs as torchrun children, console output of many ranks. Imports no torch."""
+"""What commands that Hydra configures share: arguments, run folders, log output, ranks and exit statuses.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -34,22 +37,22 @@ from vae3d.errors import UserError
 from vae3d.io import check_run_folder, naming, open_nofollow, write_text
 
 R = TypeVar("R")
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# torchrun without the traceback that it prints after a signal; by then all ranks have ended.
 TORCHRUN = """\
 import sys
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.run import main
 try:
     main()
-except SignalException as error:  # the ranks have ended by then
-    sys.exit(128 + error.sigval)  # instead of its traceback
+except SignalException as error:
+    sys.exit(128 + error.sigval)
 """
-UNWRITABLE = frozenset(
-    {
-        *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP),
-        *(errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ESTALE),
-    }
-)  # errors of the disk or of the folder that the user named, not of the program
+# Errors of the disk, or of a path that the user gave; other OSErrors are bugs and keep their traceback.
+UNWRITABLE = {
+    *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ESTALE),
+}
 
 
 def rank() -> int:
@@ -57,7 +60,7 @@ def rank() -> int:
 
 
 class ConsoleHandler(logging.Handler):
-    """Log lines above the progress bar, from rank 0; warnings from every rank."""
+    """Log lines of rank 0, and warnings of every rank, printed above the progress bar."""
 
     def __init__(self, stream: Any = None) -> None:
         super().__init__()
@@ -69,8 +72,10 @@ class ConsoleHandler(logging.Handler):
 
 
 class RunLogFile(logging.FileHandler):
-    """A log file in a run's folder; raises FileError where it is a link. A full disk costs the lines, and not the run:
-    one line on the console says so."""
+    """A log file in a run's folder. A full disk does not stop the run: one line on the console names the file.
+
+    Raises FileError if the file is a symbolic link.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -85,7 +90,7 @@ class RunLogFile(logging.FileHandler):
             super().handleError(record)
         elif not self.failed:
             self.failed = True
-            tqdm.write(f"{self.baseFilename} lacks lines: {error.strerror}", file=sys.stderr)
+            tqdm.write(f"{self.baseFilename} is incomplete: {error.strerror}", file=sys.stderr)
 
 
 def read_arguments(arguments: Sequence[str], schema: type) -> list[str]:
@@ -93,7 +98,7 @@ def read_arguments(arguments: Sequence[str], schema: type) -> list[str]:
     lists them, and exit status 2. Hydra would stop at the first one, and name its own classes."""
     overrides = allow_unknown_keys(arguments, schema)
     if wrong := [error for override in overrides if (error := type_error(override, schema))]:
-        tell(ConfigError(wrong))
+        print_error(ConfigError(wrong))
         sys.exit(2)
     return overrides
 
@@ -168,9 +173,10 @@ def run_directory() -> Path:
 
 
 def prepare_run_folder(cfg: DictConfig) -> Path:
-    """The run's folder, with this start's configuration in .hydra/rank<N>. Hydra itself would write that through links.
+    """Write the configuration into the run's folder, as .hydra/rank<N>/*.yaml; returns the folder.
 
-    Raises FileError if the folder holds links, see check_run_folder, or cannot be written to.
+    Hydra's own writer is off (output_subdir: null), since it follows symbolic links. Raises FileError if the folder
+    holds links, see check_run_folder, or cannot be written.
     """
     folder, info = run_directory(), HydraConfig.instance().cfg
     check_run_folder(folder)
@@ -183,14 +189,16 @@ def prepare_run_folder(cfg: DictConfig) -> Path:
 
 
 class FolderCheck(Callback):
-    """Ends a start with one message where run.root cannot be made, or Hydra would write a sweep's multirun.yaml through
-    a link. SystemExit, since Hydra turns other exceptions of callbacks into warnings."""
+    """Exits with one message if run.root cannot be created, or if a sweep's multirun.yaml is a symbolic link.
+
+    By SystemExit: Hydra turns other exceptions of callbacks into warnings.
+    """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         try:
             Path(config.run.root).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            print(f"error: run.root={config.run.root}: cannot be made: {error.strerror}", file=sys.stderr)
+            print(f"error: run.root={config.run.root}: cannot be created: {error.strerror}", file=sys.stderr)
             sys.exit(2)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -210,23 +218,24 @@ def under_torchrun() -> bool:
 
 
 def starts_ranks(launcher: Launcher) -> bool:
-    """Whether this process is to start torchrun rather than to train."""
+    """Whether this process starts torchrun instead of training itself."""
     return launcher.name == "torchrun" and not under_torchrun()
 
 
-def torchrun_child(launcher: Launcher, script: str) -> None:
-    """Run this job again under torchrun, with the same overrides and folder; wait for it.
+def torchrun_child(launcher: Launcher, program: Sequence[str]) -> None:
+    """Run this job again under torchrun, with the same overrides and run folder, and wait for it.
 
-    Raises RuntimeError if it fails, which lets Hydra go on with the next job of a sweep (SystemExit would not).
+    program: what to start, such as ["train.py"] or ["-m", "vae3d.commands.cli", "train"]. Raises RuntimeError if it
+    fails: then Hydra continues with the sweep's next job, which it does not after SystemExit.
     """
     overrides = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+").startswith("launcher")]
     command = [
         *(sys.executable, "-c", TORCHRUN),
         *([] if any("rdzv" in a or "master" in a for a in launcher.args) else ["--standalone"]),
         *(f"--nproc-per-node={launcher.nproc}", *launcher.args),
-        *(script, *overrides, f"hydra.run.dir={quoted(str(run_directory()))}"),
+        *(*program, *overrides, f"hydra.run.dir={quoted(str(run_directory()))}"),
     ]
-    # In a session of its own, so that Ctrl-C reaches torchrun once, from here, and not from the terminal as well.
+    # In its own session: the terminal sends Ctrl-C to this process only, which forwards it once.
     child = subprocess.Popen(command, start_new_session=True)
     received: list[int] = []
 
@@ -234,51 +243,56 @@ def torchrun_child(launcher: Launcher, script: str) -> None:
         received.append(signum)
         child.send_signal(signum)
 
-    before = {name: signal.getsignal(name) for name in STOPS}
-    for name, handler in before.items():
+    handlers = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    for signum, handler in handlers.items():
         if handler != signal.SIG_IGN:
-            signal.signal(name, forward)
+            signal.signal(signum, forward)
     try:
         code = child.wait()
     finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
     if received:
         sys.exit(128 + received[0])
     if code:
         raise RuntimeError(f"torchrun exited with {code}; see the log files in {run_directory()}")
 
 
-class Fits(Protocol):
-    """A trainer. stopped_by: the signal that ended `fit`, or 0."""
+class SupportsFit(Protocol):
+    """A trainer. stopped_by: number of the signal that ended `fit`, or 0."""
 
     stopped_by: int
 
     def fit(self) -> bool: ...
 
 
-def fit(trainer: Fits) -> int:
-    """trainer.fit(); returns the signal that ended it, or 0. Where it ends with a UserError after a signal, that is
-    printed and the process ends, which ends a sweep; without a signal the next job of a sweep runs."""
+def fit(trainer: SupportsFit) -> int:
+    """Run trainer.fit(); returns the number of the signal that ended it, or 0.
+
+    A UserError after a signal exits with status 2, which ends a sweep too; without a signal it is raised, and the
+    sweep continues with its next job.
+    """
     try:
         trainer.fit()
     except UserError as error:
         if not trainer.stopped_by:
             raise
-        tell(error)
+        print_error(error)
         sys.exit(2)
     return trainer.stopped_by
 
 
 def end_after(signum: int) -> None:
-    """After a signal the exit status is 128 + its number, so that neither `&&` nor a sweep goes on."""
+    """Exit with status 128 + signum if a signal ended the run; neither `&&` nor a sweep continues then."""
     if signum:
         sys.exit(128 + signum)
 
 
 def last_metric(folder: Path, name: str, step: int) -> float | None:
-    """The value of a metric at the last step of a run, from its metrics.jsonl; NaN if there is none, as after a
-    validation that failed; None if the run holds that metric of no step, as without validation."""
+    """A metric at a step, from the run's metrics.jsonl.
+
+    NaN if the run has the metric at other steps only, as after a failed validation; None if it never has it.
+    """
     file = folder / "metrics.jsonl"
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
     values = {entry["step"]: entry[name] for entry in map(_entry, lines) if name in entry}
@@ -286,7 +300,7 @@ def last_metric(folder: Path, name: str, step: int) -> float | None:
 
 
 def _entry(line: str) -> dict[str, Any]:
-    """A line of metrics.jsonl; {} for a damaged one, from a kill or a full disk in the middle of a write."""
+    """A line of metrics.jsonl; {} for a line that a kill or a full disk cut off."""
     try:
         entry = json.loads(line)
     except ValueError:
@@ -295,29 +309,29 @@ def _entry(line: str) -> dict[str, Any]:
 
 
 def exit_on_user_error(run: Callable[[], R]) -> R:
-    """run(); a UserError, or a place that cannot be written, ends as its message alone and exit status 2.
+    """Call run(); for a UserError, or a path that cannot be written, print one message and exit with status 2.
 
-    In a sweep it is raised on, so that the next job runs. VAE3D_TRACEBACK=1 shows where it came from.
+    In a sweep the error is raised, and Hydra runs the next job. VAE3D_TRACEBACK=1 shows the traceback.
     """
-    raised_on = in_sweep() or os.environ.get("VAE3D_TRACEBACK") == "1"
+    reraise = in_sweep() or os.environ.get("VAE3D_TRACEBACK") == "1"
     try:
         return run()
     except UserError as error:
-        if raised_on:
+        if reraise:
             raise
-        tell(error)
+        print_error(error)
     except OSError as error:
-        if raised_on or error.errno not in UNWRITABLE:
+        if reraise or error.errno not in UNWRITABLE:
             raise
-        place = error.filename or "a file could not be written (VAE3D_TRACEBACK=1 shows which)"
-        print(f"error: {place}: {os.strerror(error.errno)}", file=sys.stderr, flush=True)
+        path = error.filename or "a file cannot be written (VAE3D_TRACEBACK=1 shows which)"
+        print(f"error: {path}: {os.strerror(error.errno)}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-def tell(error: UserError) -> None:
-    """Print an error, once per machine if all ranks have it.
+def print_error(error: UserError) -> None:
+    """Print an error; if all ranks raise it, once per machine.
 
-    torchrun ends all ranks when the first one exits, so the others leave rank 0 time to speak before they do.
+    torchrun ends all ranks when the first one exits, so the other ranks wait until rank 0 has printed.
     """
     if error.on_every_rank and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
@@ -325,7 +339,7 @@ def tell(error: UserError) -> None:
 
 
 def with_elastic_record(run: Callable[[], R]) -> R:
-    """run(), so that torchrun's summary shows what went wrong in a rank, which Hydra would swallow."""
+    """Call run() such that torchrun's summary shows a rank's exception, which Hydra would catch."""
     if not under_torchrun():
         return run()
     from torch.distributed.elastic.multiprocessing.errors import record
@@ -334,9 +348,9 @@ def with_elastic_record(run: Callable[[], R]) -> R:
 
 
 def forbid_sweep_under_torchrun() -> None:
-    """Raises UserError: ranks of an in-process sweep drift apart when one of them fails."""
+    """Raises UserError for a sweep under torchrun: its ranks would run different jobs once one of them fails."""
     if in_sweep() and under_torchrun():
         raise UserError(
-            "a sweep (-m) does not run under torchrun; let every job start its own ranks:\n"
+            "a sweep (-m) cannot run under torchrun; let each job start its own ranks:\n"
             "  python train.py -m ... launcher=torchrun launcher.nproc=N"
         )

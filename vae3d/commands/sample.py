@@ -1,4 +1,4 @@
-"""From configuration to the samples of a latent diffusion model."""
+"""Draw samples from a latent diffusion model: from configuration to files."""
 
 from __future__ import annotations
 
@@ -48,181 +48,119 @@ log = logging.getLogger("vae3d")
 
 
 class Reference(NamedTuple):
-    """Latents of a cache that samples are compared with: two sets of places, as many as there are samples."""
+    """Two disjoint sets of cached latents to compare samples with; each has as many as there are samples."""
 
     cache: LatentCache
     first: list[int]
     second: list[int]
 
-    def latents(self, places: Sequence[int]) -> Tensor:
-        return torch.stack([self.cache[place].z for place in places])
+    def latents(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([self.cache[index].z for index in indices])
 
 
-def sample(config: SampleConfig) -> None:
-    """Draw the samples that `config` describes, shared among the ranks; the first one writes what is of all of them."""
+def run(config: SampleConfig) -> None:
+    """Draw config.count samples, shared among the ranks; the main process writes the files that join all of them."""
     process, device = working_ranks(config.device)
+    main = process.is_main_process
     export = read_export(config.checkpoint, config.ema)
-    labels = _labels(config, export.told)
+    labels = sample_labels(config, export.told)
     names = [] if labels is None else [export.told["classes"][label] for label in labels]
-    asked = (config.num_frames, config.height, config.width)
-    size = tuple(ours or told for ours, told in zip(asked, export.told["size"], strict=True))
+    wanted = (config.num_frames, config.height, config.width)
+    size = tuple(own or default for own, default in zip(wanted, export.told["size"], strict=True))
     write = set(config.write) - ({"npz"} if size[0] > 1 else set())
     if not write:
         raise UserError(f"write=[npz] is for images, and these samples have {size[0]} frames; use grid or files")
-    codec = _codec(export, config, device)
+    codec = open_autoencoder(export, config, device)
     shape = codec.latent_shape(*size)
     if shape[0] != (channels := export.told["network"]["channels"]):
-        raise UserError(f"{export.folder} makes latents of {channels} channels, and its autoencoder has {shape[0]}")
-    reference = None if config.against is None else _reference(config, codec, shape, names)
-    draw = _sampler(export, config, shape, labels, device)
+        raise UserError(f"{export.folder} has latents of {channels} channels, and its autoencoder {shape[0]}")
+    reference = None if config.against is None else open_reference(config, codec, shape, names)
+    draw = make_sampler(export, config, shape, labels, device)
+    hashes = {"weights": weights_hash(export.network().state_dict())}
+    hashes["autoencoder"] = weights_hash(codec.model.state_dict())
+    command = command_of(config, hashes, names)
+
     folder = Path(config.out)
-    weights = weights_hash(export.network().state_dict())
-    command = _command(config, {"weights": weights, "autoencoder": weights_hash(codec.model.state_dict())}, names)
-    with locked(folder, f"out={folder}") if process.is_main_process else nullcontext():
-        _make(folder, config.overwrite, command, process.is_main_process, device)
-        _write(config, process, device, codec, export, reference, draw, labels, names, size, shape, write)
-
-
-def _command(config: SampleConfig, weights: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
-    """What the samples depend on, to tell a resume from another command."""
-    free = ("checkpoint", "vae", "out", "overwrite", "device")
-    return {**weights, **{name: value for name, value in asdict(config).items() if name not in free}, "labels": names}
-
-
-def _write(
-    config: SampleConfig,
-    process: Any,
-    device: torch.device,
-    codec: LatentCodec,
-    export: Export,
-    reference: Reference | None,
-    draw: Callable[[Sequence[int]], Tensor],
-    labels: Sequence[int] | None,
-    names: Sequence[str],
-    size: tuple[int, int, int],
-    shape: Sequence[int],
-    write: set[str],
-) -> None:
-    folder = Path(config.out)
-    shown = min(config.count, MOST_IN_GRID) if "grid" in write else 0
-    kept = config.count if "npz" in write else shown
-    pictures = np.empty((kept if process.is_main_process else 0, *size, 3), np.uint8)
-    latents = torch.empty(config.count if reference and process.is_main_process else 0, *shape)
-    sums = Sums(codec.channels, device)
-    for mine in rounds(config.count, config.batch_size, process.process_index, process.num_processes):
-        z = kept_latents(folder, mine, draw).to(device)
-        sums.add(z)
-        frames = decoded(codec, z, size) if mine else pictures[:0]
-        if "files" in write:
-            write_files(folder, [f"{i:06d}" + (f"_{names[i]}" if names else "") for i in mine], frames, config.fps)
-        sent = [i < kept for i in mine]
-        for indices, some, values in distributed.gather_to_main((mine, frames[sent], z.cpu() if reference else None)):
-            pictures[[i for i in indices if i < kept]] = some
-            if values is not None:
-                latents[indices] = values
-    scale = sums.scale()
-    if not process.is_main_process:
-        return
-    if "grid" in write:
-        write_grid(folder / "grid", pictures[:shown], fps=config.fps)
-    if "npz" in write:
-        write_npz(folder, pictures, labels)
-    log.info("%d samples of %s -> %s", config.count, export.folder, config.out)
-    log.info("their latents (those of the data have mean 0, deviation 1), per channel\n%s", scale.told())
-    if doubt := check_latent_rms(scale.rms, export.process(), _sampling(config)):
-        log.warning(doubt)
-    if reference:
-        data = _compare(latents, reference, config)
+    with locked(folder, f"out={folder}") if main else nullcontext():
+        prepare_folder(folder, config.overwrite, command, main, device)
+        in_grid = min(config.count, MOST_IN_GRID) if "grid" in write else 0
+        kept = config.count if "npz" in write else in_grid
+        pictures = np.empty((kept if main else 0, *size, 3), np.uint8)
+        latents = torch.empty(config.count if reference and main else 0, *shape)
+        sums = Sums(codec.channels, device)
+        for mine in rounds(config.count, config.batch_size, process.process_index, process.num_processes):
+            z = kept_latents(folder, mine, draw).to(device)
+            sums.add(z)
+            frames = decoded(codec, z, size) if mine else pictures[:0]
+            if "files" in write:
+                write_files(folder, [f"{i:06d}" + (f"_{names[i]}" if names else "") for i in mine], frames, config.fps)
+            sent = [i < kept for i in mine]
+            batch = (mine, frames[sent], z.cpu() if reference else None)
+            for indices, some, values in distributed.gather_to_main(batch):
+                pictures[[i for i in indices if i < kept]] = some
+                if values is not None:
+                    latents[indices] = values
+        scale = sums.scale()
+        if not main:
+            return
         if "grid" in write:
-            write_grid(folder / "data", decoded(codec, data[:shown], size), fps=config.fps)
-    remove(folder / LATENTS)
+            write_grid(folder / "grid", pictures[:in_grid], fps=config.fps)
+        if "npz" in write:
+            write_npz(folder, pictures, labels)
+        log.info("%d samples of %s -> %s", config.count, export.folder, config.out)
+        log.info("their latents (those of the data have mean 0, deviation 1), per channel\n%s", scale.told())
+        if warning := check_latent_rms(scale.rms, export.process(), sampling_settings(config)):
+            log.warning(warning)
+        if reference:
+            data = compare_with_data(latents, reference, config)
+            if "grid" in write:
+                write_grid(folder / "data", decoded(codec, data[:in_grid], size), fps=config.fps)
+        remove(folder / LATENTS)
 
 
-def _make(folder: Path, overwrite: bool, command: Mapping[str, Any], main: bool, device: torch.device) -> None:
-    """Make the folder before the samples, which would be lost. Raises UserError on all ranks if it cannot be, or if it
-    holds something that this command did not begin."""
-    reason = None
-    if main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if overwrite:
-                clear(folder)
-            if has_results(folder) and not resumes(folder, command, f"out={folder}"):
-                rest = "files that sampling did not write" if overwrite else "files; choose another, or overwrite=true"
-                reason = f"out={folder} holds {rest}"
-            else:
-                begin(folder, command)
-        except OSError as error:
-            reason = f"{error.filename}: {error.strerror}"
-        except UserError as error:
-            reason = str(error)
-    if not distributed.all_ranks_ok(reason is None, device):
-        raise UserError(reason or f"out={folder} cannot be used; the first rank tells why")
+def sample_labels(config: SampleConfig, metadata: Mapping[str, Any]) -> list[int] | None:
+    """The class of every sample; None for a network without classes."""
+    if not metadata["network"]["num_classes"]:
+        if config.classes or config.guidance != 1:
+            raise UserError("the model was trained without classes; leave out classes and guidance")
+        return None
+    if config.guidance != 1 and metadata["label_dropout"] == 0:
+        raise UserError("the model was trained with label_dropout=0, which guidance needs; leave out guidance")
+    index_of = {metadata["classes"][index]: index for index in metadata["known"]}
+    given = config.classes if isinstance(config.classes, list) else [config.classes]
+    unknown = [str(name) for name in given if str(name) not in index_of]
+    if unknown:
+        raise UserError(f"classes={', '.join(unknown)}: the model's classes are {', '.join(index_of)}")
+    chosen = [index_of[str(name)] for name in given] or list(index_of.values())
+    return [chosen[index % len(chosen)] for index in range(config.count)]
 
 
-def _reference(config: SampleConfig, codec: LatentCodec, shape: Sequence[int], names: Sequence[str]) -> Reference:
-    cache = LatentCache(config.against, codec)
-    if (there := size_of(cache)[1]) != tuple(shape):
-        told = [" x ".join(map(str, sizes)) for sizes in (there, shape)]
-        raise UserError(f"against={config.against} has latents of {told[0]}, the samples are of {told[1]}")
-    return Reference(cache, *matched(cache, config.count, names or None))
-
-
-def _compare(latents: Tensor, reference: Reference, config: SampleConfig) -> Tensor:
-    """Tell and write how far the samples are from the data; the latents that they were compared with."""
-    data, other = (reference.latents(places) for places in (reference.first, reference.second))
-    found = distances(latents, data, other)
-    told = {"against": str(config.against), "count": config.count, "sliced_wasserstein": found}
-    file = Path(config.out) / "distances.json"
-    with naming(file):
-        write_json(file, told)
-    log.info(
-        "sliced Wasserstein distance to as many latents of %s, in their deviations: %s",
-        config.against,
-        ", ".join(f"{name} {value:.3f}" for name, value in found.items()),
-    )
-    return data
-
-
-def _codec(export: Export, config: SampleConfig, device: torch.device) -> LatentCodec:
+def open_autoencoder(export: Export, config: SampleConfig, device: torch.device) -> LatentCodec:
+    """The autoencoder that the model was trained with. Raises UserError if it is missing or another one."""
     path = config.vae or export.told["vae"]["path"]
     if not Path(path).exists():
-        raise UserError(f"{path}, the autoencoder of {export.folder}, is not there; name where it is by vae=PATH")
+        raise UserError(f"{path}, the autoencoder of {export.folder}, does not exist; give its path as vae=PATH")
     codec = open_codec(path, pixel_range="uint8", precision=config.precision, device=device)
     check_same_vae(export.told["vae"], codec, str(path))
     return codec
 
 
-def _labels(config: SampleConfig, told: Mapping[str, Any]) -> list[int] | None:
-    """The class of every sample; None for a network without classes."""
-    if not told["network"]["num_classes"]:
-        if config.classes or config.guidance != 1:
-            raise UserError("the model was trained without classes; leave out classes and guidance")
-        return None
-    if config.guidance != 1 and told["label_dropout"] == 0:
-        raise UserError("the model was trained with label_dropout=0, and so not for guidance; leave out guidance")
-    numbers = {told["classes"][number]: number for number in told["known"]}
-    given = config.classes if isinstance(config.classes, list) else [config.classes]
-    unknown = [str(name) for name in given if str(name) not in numbers]
-    if unknown:
-        raise UserError(f"classes={', '.join(unknown)}: the model knows {', '.join(numbers)}")
-    asked = [numbers[str(name)] for name in given] or list(numbers.values())
-    return [asked[index % len(asked)] for index in range(config.count)]
+def open_reference(config: SampleConfig, codec: LatentCodec, shape: Sequence[int], names: Sequence[str]) -> Reference:
+    cache = LatentCache(config.against, codec)
+    if (cached := size_of(cache)[1]) != tuple(shape):
+        cached, ours = (" x ".join(map(str, sizes)) for sizes in (cached, shape))
+        raise UserError(f"against={config.against} has latents of {cached}, the samples are of {ours}")
+    return Reference(cache, *matched(cache, config.count, names or None))
 
 
-def _sampling(config: SampleConfig) -> Sampling:
-    named = {field.name for field in fields(Sampling)} & {field.name for field in fields(config)}
-    return Sampling(**{name: getattr(config, name) for name in named})
-
-
-def _sampler(
+def make_sampler(
     export: Export,
     config: SampleConfig,
     latent_shape: Sequence[int],
     labels: Sequence[int] | None,
     device: torch.device,
 ) -> Callable[[Sequence[int]], Tensor]:
-    """Numbers of samples -> their latents [B, C, t, h, w], which are finite."""
+    """A function from indices of samples to their latents [B, C, t, h, w]. Raises UserError if they are not finite."""
     network, process = export.network().to(device), export.process()
 
     def draw(indices: Sequence[int]) -> Tensor:
@@ -232,7 +170,7 @@ def _sampler(
                     network,
                     process,
                     latent_shape,
-                    _sampling(config),
+                    sampling_settings(config),
                     seed=config.seed,
                     indices=indices,
                     labels=None if labels is None else [labels[i] for i in indices],
@@ -246,3 +184,53 @@ def _sampler(
         return z
 
     return draw
+
+
+def sampling_settings(config: SampleConfig) -> Sampling:
+    names = {field.name for field in fields(Sampling)} & {field.name for field in fields(config)}
+    return Sampling(**{name: getattr(config, name) for name in names})
+
+
+def command_of(config: SampleConfig, hashes: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
+    """The settings that samples depend on; equal ones resume."""
+    independent = ("checkpoint", "vae", "out", "overwrite", "device")
+    return {**hashes, **{k: v for k, v in asdict(config).items() if k not in independent}, "labels": names}
+
+
+def prepare_folder(folder: Path, overwrite: bool, command: Mapping[str, Any], main: bool, device: torch.device) -> None:
+    """Create the folder before the first sample is drawn.
+
+    Raises UserError on all ranks if that fails, or if the folder holds files of another command.
+    """
+    reason = None
+    if main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if overwrite:
+                clear(folder)
+            if has_results(folder) and not resumes(folder, command, f"out={folder}"):
+                hint = "files that sampling did not write" if overwrite else "files; choose another, or overwrite=true"
+                reason = f"out={folder} holds {hint}"
+            else:
+                begin(folder, command)
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}"
+        except UserError as error:
+            reason = str(error)
+    if not distributed.all_ranks_ok(reason is None, device):
+        raise UserError(reason or f"out={folder} cannot be used; see the error of the first rank")
+
+
+def compare_with_data(latents: Tensor, reference: Reference, config: SampleConfig) -> Tensor:
+    """Log and write the distances between samples and cached latents; returns the latter."""
+    data, other = (reference.latents(indices) for indices in (reference.first, reference.second))
+    found = distances(latents, data, other)
+    file = Path(config.out) / "distances.json"
+    with naming(file):
+        write_json(file, {"against": str(config.against), "count": config.count, "sliced_wasserstein": found})
+    log.info(
+        "sliced Wasserstein distance to as many latents of %s, in their deviations: %s",
+        config.against,
+        ", ".join(f"{name} {value:.3f}" for name, value in found.items()),
+    )
+    return data

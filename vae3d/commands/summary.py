@@ -1,4 +1,4 @@
-"""What a configuration means in numbers, as the start of a run tells it."""
+"""The numbers that a configuration amounts to, logged when a run starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vae3d.training.freeze import ALL
 if TYPE_CHECKING:
     from vae3d.config.schema import Data, TrainConfig
 
-LATENTS = {"teacher": "the teacher's", "own": "its own", "mixed": "the teacher's or its own"}  # by teacher.decode
+LATENTS = {"teacher": "the teacher's", "own": "its own", "mixed": "the teacher's or its own"}  # of teacher.decode
 
 
 def frame_counts(config: Data) -> FrameCounts:
@@ -24,15 +24,15 @@ def frame_counts(config: Data) -> FrameCounts:
 
 
 def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None) -> list[str]:
-    """Derived numbers of a run, a line each. The model's parameters must be frozen or not as in training."""
+    """Parts, parameters, latent shapes, losses and batches of a run. The model's parts must be frozen already."""
     data, trainer = config.data, config.trainer
     world = world_size or int(os.environ.get("WORLD_SIZE", config.launcher.nproc))
-    lines = [f"{type(model).__name__}: {_millions(model.parameters())} parameters"]
+    lines = [f"{type(model).__name__}: {millions(model.parameters())} parameters"]
     for part, scale in config.stage.train.items():
         modules = {**model.trainable_parts(), ALL: [model]}[part]
-        trained = _millions(p for module in modules for p in module.parameters())
+        trained = millions(p for module in modules for p in module.parameters())
         lines.append(f"  trains {part}: {trained}, learning rate x {scale:g}")
-    lines.append(f"  frozen: {_millions(p for p in model.parameters() if not p.requires_grad)}")
+    lines.append(f"  frozen: {millions(p for p in model.parameters() if not p.requires_grad)}")
     counts = frame_counts(data)
     for count in sorted({counts.all()[0], counts.all()[-1]}):
         latent = "x".join(map(str, model.latent_shape(count, data.height, data.width)))
@@ -40,17 +40,20 @@ def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None
     terms = ", ".join(f"{term.weight:g} {name}" for name, term in config.loss.terms.items() if term.weight)
     lines.append(f"loss ({config.loss.reduction}): {terms}")
     if config.teacher.path is not None:
-        told = config.teacher
-        lines.append(f"teacher: {told.path} in {told.precision}; the model decodes {LATENTS[told.decode]} latents")
-    share = data.batch_size // (world * trainer.accumulate)
-    lines.append(
-        f"batch of {data.batch_size} clips = {world} ranks x {trainer.accumulate} micro-batches x {share} clips; "
-        f"{trainer.max_steps} steps at learning rate {config.optim.lr:g}, {trainer.precision}"
-    )
-    return lines
+        teacher = config.teacher
+        decoded = LATENTS[teacher.decode]
+        lines.append(f"teacher: {teacher.path} in {teacher.precision}; the model decodes {decoded} latents")
+    steps = f"{trainer.max_steps} steps at learning rate {config.optim.lr:g}, {trainer.precision}"
+    return [*lines, f"{batch_summary(data.batch_size, world, trainer.accumulate)}; {steps}"]
+
+
+def batch_summary(batch_size: int, world_size: int, accumulate: int) -> str:
+    share = batch_size // (world_size * accumulate)
+    return f"batch of {batch_size} clips = {world_size} ranks x {accumulate} micro-batches x {share} clips"
 
 
 def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
+    """Training files, epochs, and the files that are skipped."""
     lengths, counts = data.plan.lengths.lengths, data.plan.frames.all()
     epochs = config.trainer.max_steps * config.data.batch_size / len(lengths)
     lines = [f"{len(lengths)} training files, {epochs:.3g} epochs"]
@@ -62,9 +65,9 @@ def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
         lines.append(f"  {unused} have fewer than {counts[0]} frames and are skipped")
     short = int((lengths < counts[-1]).sum()) - unused
     if short:
-        lines.append(f"  {short} have fewer than {counts[-1]} frames and serve steps with fewer only")
+        lines.append(f"  {short} have fewer than {counts[-1]} frames and are used in shorter steps only")
     return lines
 
 
-def _millions(parameters: Iterable[nn.Parameter]) -> str:
+def millions(parameters: Iterable[nn.Parameter]) -> str:
     return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M"

@@ -1,4 +1,4 @@
-"""Train a video autoencoder: from configuration to run."""
+"""Train a video autoencoder: from configuration to trainer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def objective(config: Loss) -> Objective:
-    """Terms of weight 0 that are not logged are not even built."""
+    """The loss; terms of weight 0 are built only if they are logged."""
     terms = {
         name: WeightedTerm(instantiate(term.term), term.weight, tuple(term.ramp), term.log, term.reduction)
         for name, term in config.terms.items()
@@ -94,35 +94,34 @@ def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingDa
 
 
 def teacher(config: Teacher, device: torch.device | str = "cpu") -> nn.Module | None:
-    """The teacher's network. Raises CheckpointError if it cannot be loaded: a run never goes on without it."""
+    """The teacher's network, or None without one. Raises CheckpointError if it cannot be loaded."""
     return None if config.path is None else load(config.path).to(device)
 
 
 def distillation(config: TrainConfig, teacher: nn.Module | None, student: nn.Module) -> Distillation | None:
     if teacher is None:
         return None
-    told = config.teacher
-    dtype = DTYPES[told.precision]
+    settings = config.teacher
     return Distillation(
         teacher,
         student,
-        dtype=dtype,
-        sample=told.sample,
-        decode=told.decode,
-        features=told.features,
+        dtype=DTYPES[settings.precision],
+        sample=settings.sample,
+        decode=settings.decode,
+        features=settings.features,
         seed=config.run.seed,
     )
 
 
 def build_trainer(config: TrainConfig, folder: Path) -> Trainer:
-    """Everything that a run needs, ready to `fit`."""
+    """The trainer of a run, ready to `fit`."""
     if config.trainer.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("trainer.precision is fp16, which needs a GPU; use bf16 or fp32")
     check_may_start(folder, config.run.resume)
     resumes = starting_state(folder / "checkpoints", config.run.resume_from) is not None
     accelerator = training_ranks(config.trainer.precision)
     check_ranks_agree(asdict(config))
-    with accelerator.main_process_first():  # which probes the files; the others find its answers on disk
+    with accelerator.main_process_first():  # it probes the files; the others read its cache
         data = training_data(config, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree(data.record.identity())
     terms = objective(config.loss)
@@ -134,7 +133,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> Trainer:
     model = instantiate(config.model)
     if config.stage.no_micro_batching and hasattr(model, "micro_frames"):
         model.micro_frames = None
-    anchored = config.optim.proximal > 0  # needs the weights of the start, whether or not they are about to be replaced
+    anchored = config.optim.proximal > 0  # needs the initial weights also where a checkpoint replaces them
     started = initialize(model, config.stage.init_from) if anchored or not resumes else []
     if anchored and resumes:
         started = [f"optim.proximal pulls towards stage.init_from={config.stage.init_from}"]
@@ -155,9 +154,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> Trainer:
     for line in [*summary(config, model, accelerator.num_processes), *data_summary(config, data), *started]:
         built.log.say(line)
     if isinstance(model, TAEHV) and config.teacher.path is None and {"all", "encoder"} & config.stage.train.keys():
-        built.log.warn(
-            f"no teacher (teacher=none): nothing keeps the latents those of {model.variant}; they become its own"
-        )
+        built.log.warn(f"no teacher (teacher=none): the latents will drift away from those of {model.variant}")
     if not is_known(config.model):
         built.log.warn(
             f"{config.model['_target_']} is not in MODELS of vae3d/models/registry.py: only vae3d.load(path, model) "
@@ -169,9 +166,9 @@ def build_trainer(config: TrainConfig, folder: Path) -> Trainer:
 
 
 def describe(config: TrainConfig) -> None:
-    """Log what a configuration means: parts, parameters, latent shapes, batches, files.
+    """Log what a run would be: parts, parameters, latent shapes, batches, files.
 
-    Builds the model without memory. Opens the table, but no file of it. Raises DataError for data that no run can read.
+    Builds the model on the meta device. Reads the table, but no video. Raises DataError if too many files are missing.
     """
     with torch.device("meta"):
         model = instantiate(config.model)

@@ -1,4 +1,4 @@
-"""From configuration to latent diffusion: what trains, and what samples."""
+"""Train a diffusion model on latents: from configuration to trainer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vae3d.checkpoints.location import EXPORT_CONFIG, find_weights, split_part
-from vae3d.commands.summary import frame_counts
+from vae3d.commands.summary import batch_summary, frame_counts, millions
 from vae3d.commands.train import clip_settings, plan_of
 from vae3d.config.validate import ConfigError
 from vae3d.data.clips import ClipDataset
@@ -51,12 +51,12 @@ log = logging.getLogger("vae3d")
 
 
 def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
-    """Everything that a run needs, ready to `fit`."""
+    """The trainer of a run, ready to `fit`."""
     check_may_start(folder, config.run.resume)
     accelerator = training_ranks(config.trainer.precision)
     check_ranks_agree(asdict(config))
     codec = _codec(config, accelerator.device)
-    with accelerator.main_process_first():  # which probes the files; the others find its answers on disk
+    with accelerator.main_process_first():  # it probes the files; the others read its cache
         data = latent_data(config, codec, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree(data.record.identity())
     config, process = complete(config, data)
@@ -66,12 +66,12 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
         for line in summary(config, network, data, accelerator.num_processes):
             log.info(line)
     vae = {"path": os.path.abspath(config.vae.path), **vae_facts(codec, config.vae.path)}
-    logger, told = instantiate(config.logger), hint(config, data)
-    return DiffusionTrainer(config, folder, accelerator, network, process, data, vae, logger, told)
+    logger, hint = instantiate(config.logger), scale_hint(config, data)
+    return DiffusionTrainer(config, folder, accelerator, network, process, data, vae, logger, hint)
 
 
 def describe(config: DiffusionConfig) -> None:
-    """Print what a run would be, without taking a step."""
+    """Log what a run would be: latents, network, process, batches. Takes no step."""
     if config.cache is None:
         for line in look_for_files(instantiate(config.data.source), config.data.max_broken):
             log.info(line)
@@ -83,19 +83,19 @@ def describe(config: DiffusionConfig) -> None:
 
 
 def _codec(config: DiffusionConfig, device: torch.device) -> LatentCodec:
-    told = config.vae
+    vae = config.vae
     return open_codec(
-        told.path, pixel_range="uint8", precision=told.precision, chunk_frames=told.chunk_frames, device=device
+        vae.path, pixel_range="uint8", precision=vae.precision, chunk_frames=vae.chunk_frames, device=device
     )
 
 
 def latent_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
-    """The latents of a cache, or of clips that are encoded as they are needed."""
-    make = _of_clips if config.cache is None else _of_cache
-    return make(config, codec, rank, world_size)
+    """The latents to train on: of a cache, or of clips that are encoded batch by batch."""
+    build = clip_data if config.cache is None else cache_data
+    return build(config, codec, rank, world_size)
 
 
-def _of_cache(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
+def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
     mode = None if config.vae.sample else "mean"
     cache = LatentCache(config.cache, codec, mode=mode, seed=config.run.seed, flips=config.data.flip)
     size, latent_shape = size_of(cache)
@@ -124,7 +124,7 @@ def _of_cache(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
     )
 
 
-def _of_clips(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
+def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
     data, validation = config.data, config.validation
     settings, source = clip_settings(data), instantiate(data.source)
     tables = read_tables(source, settings, data.holdout if validation.every else 0, data.max_broken)
@@ -218,34 +218,31 @@ def _network(config: DiffusionConfig, data: LatentData) -> nn.Module:
 
 
 def summary(config: DiffusionConfig, network: nn.Module, data: LatentData, world_size: int) -> list[str]:
-    """Derived numbers of a run, a line each."""
+    """Latents, network, process and batches of a run."""
     codec, trainer, batch = data.codec, config.trainer, config.data.batch_size
     stride, frames, height, width = codec.space_stride, *data.size
-    millions = sum(p.numel() for p in network.parameters()) / 1e6
     classes = f"{len(data.known)} classes" if data.known else "no classes"
-    share = batch // (world_size * trainer.accumulate)
     return [
         f"{type(codec.model).__name__} of {config.vae.path}: {codec.time_stride} x {stride} x {stride}, "
         f"{codec.channels} channels",
         f"  {frames} frames of {height}x{width} -> latent {'x'.join(map(str, data.latent_shape))}",
         *(f"  {note}" for note in data.notes),
-        f"{type(network).__name__}: {millions:.2f} M parameters, {classes}",
+        f"{type(network).__name__}: {millions(network.parameters())} parameters, {classes}",
         "  " + ", ".join(f"{name}={value}" for name, value in config.denoiser.items()),
         "process: " + ", ".join(f"{name}={value}" for name, value in config.process.items()),
-        f"batch of {batch} clips = {world_size} ranks x {trainer.accumulate} micro-batches x {share} clips; "
+        f"{batch_summary(batch, world_size, trainer.accumulate)}; "
         f"{trainer.max_steps} steps ({trainer.max_steps * batch / len(data.plan.lengths.lengths):.3g} epochs) at "
         f"learning rate {config.optim.lr:g}, {trainer.precision}",
     ]
 
 
-def hint(config: DiffusionConfig, data: LatentData) -> str:
-    """What mends latents of another scale."""
+def scale_hint(config: DiffusionConfig, data: LatentData) -> str:
+    """How to fix an autoencoder whose latents do not have mean 0 and standard deviation 1."""
     path = config.vae.path
     if why := unscalable_reason(data.codec.model):
-        return f"{path} cannot be given another scale: {why}"
-    kept = find_weights(split_part(path)[0]).with_name(EXPORT_CONFIG).is_file()
-    out = "" if kept else " --out FOLDER"
-    then = "" if kept else "; then vae.path=FOLDER"
+        return f"the scale of {path} cannot be changed: {why}"
+    is_export = find_weights(split_part(path)[0]).with_name(EXPORT_CONFIG).is_file()
+    out, then = ("", "") if is_export else (" --out FOLDER", "; then set vae.path=FOLDER")
     if config.cache is not None:
         means = "" if config.vae.sample else " --of-means"
         command = f"scripts/latent_stats.py {config.cache} --write {path} --per-channel{means}{out}"
@@ -256,4 +253,4 @@ def hint(config: DiffusionConfig, data: LatentData) -> str:
             f"scripts/measure_scale.py {path} {source} --per-channel --frames {frames} --height {height} "
             f"--width {width}{out}"
         )
-    return f"measure it, and write it into the autoencoder: python {command}{then}"
+    return f"measure the scale and write it into the autoencoder: python {command}{then}"

@@ -95,7 +95,6 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 INFER_CHOICES = {
     "codec": ("lossless", "h264"),
     "precision": ("bf16", "fp16", "fp32"),
-    "teacher.precision": ("bf16", "fp16", "fp32"),
     "on_error": ("stop", "skip"),
     "reader": ("auto", "pyav", "decord"),
     "split": (None, "train", "val", "test"),
@@ -111,10 +110,11 @@ INFER_RANGES = {
     "stride": (lambda v: v >= 1, "at least 1"),
     "num_frames": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "num_samples": (lambda v: v is None or v >= 1, "at least 1, or null"),
-    "strip": (lambda v: v >= 1, "at least 1"),
     "frame_batch": (lambda v: v >= 1, "at least 1"),
     "tile": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "tile_overlap": (lambda v: v is None or v >= 0, "0 or more, or null"),
     "memory_gib": (lambda v: v is None or v > 0, "positive, or null"),
     "fps": (lambda v: v is None or v > 0, "positive, or null"),
 }
+COMPARE_CHOICES = {**INFER_CHOICES, "teacher.precision": ("bf16", "fp16", "fp32")}
+COMPARE_RANGES = {**INFER_RANGES, "strip": (lambda v: v >= 1, "at least 1")}

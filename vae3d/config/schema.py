@@ -245,14 +245,6 @@ class TrainConfig:
 
 
 @dataclass
-class Compared:
-    """A second network: every encoder is then tried with every decoder, and compared."""
-
-    path: str | None = None  # as vae3d.load takes it; null: no comparison. teacher=PATH is short for it
-    precision: str = "fp32"  # fp32, bf16, fp16: of its weights and of all it computes
-
-
-@dataclass
 class InferConfig:
     """Reconstruct videos with a checkpoint."""
 
@@ -280,19 +272,32 @@ class InferConfig:
     device: str | None = None  # null: cuda if there is one
     codec: str = "lossless"  # lossless (RGB, bit-exact) or h264 (for eyes)
     metrics: list[str] = field(default_factory=list)  # score in memory, before any codec
-    teacher: Compared = field(default_factory=Compared)
-    strip: int = 5  # frames in the picture that each comparison gives
     cost: bool = False  # also measure speed and memory of encoding and decoding, on the first chunk
     reader: str = "auto"
     on_error: str = "stop"  # stop, skip: what to do with a file that cannot be read
     overwrite: bool = False
 
 
+@dataclass
+class ComparedTeacher:
+    path: str = MISSING  # a run, an export or published weights; teacher=PATH is short for teacher.path=PATH
+    precision: str = "fp32"  # fp32, bf16, fp16: of its weights and computation
+
+
+@dataclass
+class CompareConfig(InferConfig):
+    """Reconstruct videos with a student, and compare it with its teacher."""
+
+    teacher: ComparedTeacher = field(default_factory=ComparedTeacher)
+    strip: int = 5  # frames in each file's picture
+
+
 def register() -> None:
-    """Make the schemas known to Hydra as `train_schema` and `infer_schema`."""
+    """Make the schemas known to Hydra as `train_schema`, `infer_schema` and `compare_schema`."""
     store = ConfigStore.instance()
     store.store("train_schema", TrainConfig)
     store.store("infer_schema", InferConfig)
+    store.store("compare_schema", CompareConfig)
 
 
 def _short_hash(items: list[str]) -> str:

@@ -20,8 +20,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vae3d.checkpoints.location import exists, hub_hint
-from vae3d.config.ranges import CHOICES, EXAMPLES, INFER_CHOICES, INFER_RANGES, MODEL_NEEDS, RANGES
-from vae3d.config.schema import InferConfig, TrainConfig
+from vae3d.config.ranges import (
+    CHOICES,
+    COMPARE_CHOICES,
+    COMPARE_RANGES,
+    EXAMPLES,
+    INFER_CHOICES,
+    INFER_RANGES,
+    MODEL_NEEDS,
+    RANGES,
+)
+from vae3d.config.schema import CompareConfig, InferConfig, TrainConfig
 from vae3d.config.targets import nearest, target_errors
 from vae3d.data.dataset_rows import how_to_download
 from vae3d.errors import UserError
@@ -56,6 +65,28 @@ def check_training(cfg: DictConfig) -> TrainConfig:
 def check_inference(cfg: DictConfig) -> InferConfig:
     """As check_training, for infer.py."""
     config, errors = typed(cfg, InferConfig, INFER_CHOICES, INFER_RANGES)
+    errors += _inference_rules(config)
+    if errors:
+        raise ConfigError(errors)
+    return config
+
+
+def check_comparison(cfg: DictConfig) -> CompareConfig:
+    """As check_training, for scripts/compare.py."""
+    config, errors = typed(cfg, CompareConfig, COMPARE_CHOICES, COMPARE_RANGES)
+    errors += _inference_rules(config)
+    if config.tile is not None:
+        errors.append(f"tile={config.tile}: networks are compared on whole frames; leave it out")
+    if config.sample:
+        errors.append("sample=true: networks are compared by the mode of the latents; leave it out")
+    errors += path_errors({"teacher.path": config.teacher.path})
+    if errors:
+        raise ConfigError(errors)
+    return config
+
+
+def _inference_rules(config: InferConfig) -> list[str]:
+    errors = []
     if (config.height is None) != (config.width is None):
         errors.append("height and width go together; set both, or neither")
     if config.tile is None and config.tile_overlap is not None:
@@ -63,16 +94,7 @@ def check_inference(cfg: DictConfig) -> InferConfig:
     for key in ("compile", "cost"):
         if config.tile is not None and getattr(config, key):
             errors.append(f"{key}=true is of whole frames; leave out tile={config.tile}")
-    if (teacher := config.teacher.path) is not None:
-        if config.tile is not None:
-            errors.append(f"teacher.path={teacher} is compared on whole frames; leave out tile={config.tile}")
-        if config.sample:
-            errors.append(f"teacher.path={teacher} is compared by the mode of the latents; leave out sample=true")
-    given = {name: getattr(config, name) for name in ("checkpoint", "source", "root")}
-    errors += path_errors(given | {"teacher.path": teacher})
-    if errors:
-        raise ConfigError(errors)
-    return config
+    return errors + path_errors({name: getattr(config, name) for name in ("checkpoint", "source", "root")})
 
 
 def typed(

@@ -1,4 +1,4 @@
-"""A student beside its teacher: every encoder with every decoder, on the same frames."""
+"""Compare a student with its teacher: every encoder with every decoder, on the same frames."""
 
 from __future__ import annotations
 
@@ -27,19 +27,22 @@ from vae3d.pixels import NotFiniteError, as_unit, to_uint8
 
 PAIRS = list(product(("student", "teacher"), repeat=2))  # (whose encoder, whose decoder)
 SHOWN = [("student", "student"), ("teacher", "student"), ("teacher", "teacher")]
-MOST_FRAMES = 33  # of a file, where no number is asked for: networks code them all at once
-AT_ONCE = 16  # frames that are scored at once
-LEAST_GAIN = 1.0  # dB over a frame of one colour, below which a reconstruction shows nothing
+MAX_FRAMES = 33  # per file, unless num_frames is set: the networks code them in one piece
+SCORED_FRAMES = 16  # frames per update of the metrics
+MIN_GAIN = 1.0  # dB above frames of one colour; a reconstruction with less is degenerate
 
 
 class ComparisonError(UserError):
-    """A teacher that does not fit the student, or frames that they do not both take."""
+    """The teacher has another latent space than the student, or a frame count does not fit both."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """One of the two. path: where it is from. precision: fp32, bf16 or fp16, of autocast (dtype, for fp32 None), or, of
-    a teacher, of its weights and all it computes."""
+    """The student or the teacher.
+
+    path: its checkpoint. precision: fp32, bf16 or fp16; the student's is that of autocast (`dtype`, None for fp32), the
+    teacher's that of its weights.
+    """
 
     model: nn.Module
     path: str
@@ -51,32 +54,35 @@ class Network:
         return latent_space(self.model)
 
     def encode(self, video: Tensor) -> Tensor:
-        """[1, 3, T, H, W] in [-1, 1] -> the posterior's mode, fp32."""
+        """Video [1, 3, T, H, W] in [-1, 1] -> mode of the posterior, fp32."""
         with torch.autocast(video.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.model.encode(self._own(video)).mode().float()
+            return self.model.encode(self._cast(video)).mode().float()
 
     def decode(self, z: Tensor, frames: int, size: Size) -> Tensor:
-        """Latents -> [1, 3, T, H, W], unclamped, without what the sides were extended by."""
+        """Latents -> video [1, 3, T, H, W], unclamped, without the padding of the sides."""
         with torch.autocast(z.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.model.decode(self._own(z), frames)[..., : size[0], : size[1]]
+            return self.model.decode(self._cast(z), frames)[..., : size[0], : size[1]]
 
     def cost(self, video: Tensor) -> dict[str, Any]:
-        """See measure_cost; and the time from the first latent, or, of networks that do not stream, from all of them,
-        to the first frame."""
+        """measure_cost, and the seconds to the first decoded frame: from the first latent, or, if the network does not
+        stream, from all latents."""
         z, frames = self.encode(video), video.shape[2]
         streams = hasattr(self.model, "decode_chunk")
 
         def first_frame() -> Tensor:
             with torch.autocast(z.device.type, self.dtype, enabled=self.dtype is not None):
                 if streams:
-                    return self.model.decode_chunk(self._own(z[:, :, :1]), None)[0]
-                return self.model.decode(self._own(z), frames)
+                    return self.model.decode_chunk(self._cast(z[:, :, :1]), None)[0]
+                return self.model.decode(self._cast(z), frames)
 
-        told = measure_cost(self.model, self._own(video), self.dtype) | {"precision": self.precision}
         latents = "1 latent" if streams else f"{z.shape[2]} latents, the whole clip; it does not stream"
-        return told | {"first_frame_seconds": timed(first_frame, video.device)[0], "first_frame_from": latents}
+        return measure_cost(self.model, self._cast(video), self.dtype) | {
+            "precision": self.precision,
+            "first_frame_seconds": timed(first_frame, video.device)[0],
+            "first_frame_from": latents,
+        }
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {
             "path": self.path,
             "network": type(self.model).__name__,
@@ -86,18 +92,20 @@ class Network:
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }
 
-    def _own(self, tensor: Tensor) -> Tensor:
+    def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(next(self.model.parameters()).dtype)
 
 
 class Comparer:
-    """Codes the first frames of files by student and teacher, whole, by the mode of the latents; scores all pairs of
-    encoder and decoder on 8-bit pixels; writes <prefix>_compare with a video and a strip of pictures of each file.
+    """Compares student and teacher file by file.
 
-    student: the reconstructor's model. metrics: for one pair after another. pictures: frames of a strip. measures:
-    whether this process is to measure what both networks cost, on the first file.
-    Raises ComparisonError if the two do not share a latent space's shape, or do not both take the reconstructor's
-    number of frames.
+    Codes the first frames in one piece, by the mode of the latents, with every pair of encoder and decoder; scores them
+    on 8-bit pixels; writes a video and a picture of each file to <save_dir>_compare.
+
+    student: the reconstructor's model. metrics: for one pair at a time. pictures: frames in each picture. measures:
+    whether this process measures the cost of both networks, on its first file.
+    Raises ComparisonError if the latents differ in channels or strides, or if the reconstructor's num_frames does not
+    fit both networks.
     """
 
     def __init__(
@@ -114,33 +122,35 @@ class Comparer:
         self.networks = {"student": student, "teacher": teacher}
         self.costs: dict[str, Any] = {}
         for what, name in (("latent channels", "channels"), ("pixels", "space_stride"), ("frames", "time_stride")):
-            theirs, own = (getattr(network.model.spec, name) for network in (teacher, student))
-            if theirs != own:
-                shared = what if name == "channels" else f"{what} to a latent"
+            theirs, ours = (getattr(network.model.spec, name) for network in (teacher, student))
+            if theirs != ours:
+                unit = what if name == "channels" else f"{what} to a latent"
                 raise ComparisonError(
-                    f"teacher.path={teacher.path} has {theirs} {shared} and the checkpoint's model {own}; "
-                    "only networks of one latent space can be compared"
+                    f"teacher.path={teacher.path} has {theirs} {unit} and the checkpoint's model {ours}; "
+                    "both need the same latent space"
                 )
         wanted = reconstructor.selection.num_frames
         if wanted is not None and not self.takes(wanted):
             raise ComparisonError(
-                f"num_frames={wanted}: student and teacher do not both take so many frames whole; nearest are "
+                f"num_frames={wanted}: student and teacher do not both code these without padding; nearest are "
                 f"{', '.join(map(str, self.nearest(wanted)))}"
             )
 
     def takes(self, frames: int) -> bool:
-        """Whether both code so many frames without adding any, to as many latents."""
+        """Whether both code that many frames without padding, to the same number of latents."""
         student, teacher = (network.model for network in self.networks.values())
         return share_frames(student, teacher, frames, *[student.spec.space_stride] * 2)
 
     def nearest(self, frames: int) -> list[int]:
-        """Up to four numbers of frames that both take."""
+        """Up to four frame counts that both take, nearest to `frames`."""
         return nearest_frames(frames, self.takes)
 
     @torch.inference_mode()
     def file(self, source: str, row: int, bounds: Bounds = WHOLE) -> dict[str, Any]:
-        """The figures of one file. Raises MediaError if it cannot be read or is too short, MetricError if it cannot be
-        scored."""
+        """Compare one file; returns its entry of comparison.json.
+
+        Raises MediaError if it cannot be read or is too short, MetricError if it cannot be scored.
+        """
         frames, fps, given = self.reconstructor.read_head(source, bounds, lambda there: self._count(source, there))
         video = self.reconstructor.to_video(frames)
         latents, coded = self._coded(source, video)
@@ -155,22 +165,22 @@ class Comparer:
             "frames_reconstructed": given,
             "height": frames.shape[1],
             "width": frames.shape[2],
-            "pairs": {key_of(pair): self._score(frames, rec) for pair, rec in coded.items()},
-            "baseline": baseline(frames),
+            "pairs": {pair_name(pair): self._score(frames, rec) for pair, rec in coded.items()},
+            "baseline": constant_frame_psnr(frames),
             "latents": latents,
         }
 
     def _count(self, source: str, frames: int) -> int:
         if self.reconstructor.selection.num_frames is not None:
             return frames
-        fitting = [n for n in range(1, min(frames, MOST_FRAMES) + 1) if self.takes(n)]
+        fitting = [n for n in range(1, min(frames, MAX_FRAMES) + 1) if self.takes(n)]
         if not fitting:
             valid = ", ".join(map(str, self.nearest(frames)))
-            raise MediaError(source, f"has {frames} frames, too few to be compared; student and teacher take {valid}")
+            raise MediaError(source, f"has {frames} frames, too few to compare; student and teacher take {valid}")
         return fitting[-1]
 
     def _coded(self, source: str, video: Tensor) -> tuple[dict[str, Any], dict[tuple[str, str], np.ndarray]]:
-        """Figures of both latents, and the 8-bit frames of every pair."""
+        """Statistics of both latents, and the 8-bit frames of every pair."""
         frames, *size = video.shape[2:]
         try:
             z = {whose: network.encode(video) for whose, network in self.networks.items()}
@@ -178,28 +188,28 @@ class Comparer:
             raise MediaError(source, f"cannot be compared at {size[0]}x{size[1]}: {error}") from error
         coded = {}
         for encoder, decoder in PAIRS:
-            given = convert_latents(z[encoder], self.networks[encoder].model, self.networks[decoder].model)
+            latents = convert_latents(z[encoder], self.networks[encoder].model, self.networks[decoder].model)
             try:
-                coded[encoder, decoder] = to_uint8(self.networks[decoder].decode(given, frames, tuple(size))[0])
+                coded[encoder, decoder] = to_uint8(self.networks[decoder].decode(latents, frames, tuple(size))[0])
             except NotFiniteError as error:
                 hint = overflow_hint(self.networks[decoder].precision)
-                latents = f"the {decoder}'s decoder, given the {encoder}'s latents"
-                raise MediaError(source, f"{latents}: {error.reason}; {hint}") from None
+                pair = f"the {decoder}'s decoder, given the {encoder}'s latents"
+                raise MediaError(source, f"{pair}: {error.reason}; {hint}") from None
         teachers = convert_latents(z["teacher"], self.networks["teacher"].model, self.networks["student"].model)
         return compare_latents(z["student"], teachers), coded
 
     def _score(self, ref: np.ndarray, rec: np.ndarray) -> dict[str, float | None]:
         self.metrics.reset()
         squares = 0.0
-        for start in range(0, len(ref), AT_ONCE):
-            a, b = (as_unit(video[start : start + AT_ONCE], self.reconstructor.device) for video in (ref, rec))
+        for start in range(0, len(ref), SCORED_FRAMES):
+            a, b = (as_unit(video[start : start + SCORED_FRAMES], self.reconstructor.device) for video in (ref, rec))
             self.metrics.update(a, b)
             squares += float((a - b).square().sum(dtype=torch.float64))
         scores = self.metrics.result().scores
         return {"mse": squares / ref.size} | {column: score.value for column, score in scores.items()}
 
     def _draw(self, name: str, frames: np.ndarray, coded: dict[tuple[str, str], np.ndarray], fps: float) -> None:
-        """The pictures; of an image no video. In h264, which every player shows: they are for eyes."""
+        """Write the picture and, unless the file is an image, the video: lossy, in h264, which every player shows."""
         panels = {"original": frames} | {" > ".join(pair): coded[pair] for pair in SHOWN}
         folder = self.reconstructor.folder("compare")
         write_image(folder / f"{name}.png", contact_sheet(panels, "original", self.pictures))
@@ -209,12 +219,12 @@ class Comparer:
                     writer.write(frame)
 
 
-def key_of(pair: tuple[str, str]) -> str:
+def pair_name(pair: tuple[str, str]) -> str:
     return " -> ".join(pair)
 
 
-def baseline(frames: np.ndarray) -> dict[str, float]:
-    """PSNR in dB, of the pooled MSE, of black frames and of frames of the clip's mean colour: [T, H, W, 3] uint8."""
+def constant_frame_psnr(frames: np.ndarray) -> dict[str, float]:
+    """PSNR in dB (pooled MSE) of black frames and of frames of the clip's mean colour. frames: [T, H, W, 3] uint8."""
     pixels = frames.reshape(-1, 3)
     squares = np.einsum("nc,nc->c", pixels, pixels, dtype=np.float64) / len(pixels) / 255**2
     colour = pixels.mean(0, dtype=np.float64) / 255
@@ -222,7 +232,7 @@ def baseline(frames: np.ndarray) -> dict[str, float]:
 
 
 def compare_latents(student: Tensor, teacher: Tensor) -> dict[str, Any]:
-    """Of latents [1, C, t, h, w] in one convention: MSE, cosine, and mean and standard deviation of every channel."""
+    """MSE and cosine of latents [1, C, t, h, w] of one latent space; mean and standard deviation of every channel."""
     a, b = student.double(), teacher.double()
     each: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda z: z.mean(1), "std": lambda z: z.std(1, correction=0)}
     channels = {whose: z[0].flatten(1) for whose, z in (("student", a), ("teacher", b))}

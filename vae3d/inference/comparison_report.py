@@ -1,4 +1,4 @@
-"""What comparisons of a student with its teacher came to: <prefix>_rec/comparison.json, and a table."""
+"""Report of a comparison of student and teacher: <save_dir>_rec/comparison.json, and tables in the log."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from collections.abc import Sequence
 from typing import Any
 
 from vae3d.evaluation.tables import number, text_table, write_json
-from vae3d.inference.comparison import LEAST_GAIN, MOST_FRAMES, PAIRS, Comparer, key_of
+from vae3d.inference.comparison import MAX_FRAMES, MIN_GAIN, PAIRS, Comparer, pair_name
 
 log = logging.getLogger("vae3d")
 UNITS = {
-    "pairs": "whose encoder -> whose decoder; on pixels rounded to 8 bits, of the mode of the latents",
+    "pairs": "encoder -> decoder; pixels are rounded to 8 bits, latents are the mode of the posterior",
     "mse": "mean square error over all pixels, frames and channels, of pixels in [0, 1]",
     "psnr": "dB, mean over frames of the PSNR of each frame",
     "psnr_video": "dB, of the MSE over all frames of a file",
     "ssim": "0 to 1, mean over frames",
     "lpips_alex, lpips_vgg": "mean over frames; smaller is nearer",
     "baseline": "dB as psnr_video, of black frames and of frames of the file's mean colour",
-    "latents": "of the student's and the teacher's encoder, in the student's convention; mean and std per channel",
-    "first_frame_seconds": "from the first latent given to the decoder, or all where it does not stream, to its first "
-    "frames; median, after a run to warm up",
-    "memory_gib": "GiB at the peak of a run, beyond what was there before it",
+    "latents": "of both encoders, in the student's latent space; mean and std per channel",
+    "first_frame_seconds": "from the first latent (all latents, if the decoder does not stream) to the first frames; "
+    "median, after a warm-up run",
+    "memory_gib": "peak memory of a run in GiB, above the memory before it",
 }
 
 
 def report_comparison(comparer: Comparer, files: Sequence[dict[str, Any]]) -> None:
-    """Write the report and say what is in it. files: of Comparer.file, of all ranks."""
+    """Write comparison.json and log it. files: entries of Comparer.file, from all ranks."""
     if not files:
         return
     means = mean_of([{name: file[name] for name in ("pairs", "baseline", "latents")} for file in files])
-    warnings, notes = collapsed(files), _partial(comparer, files)
-    told = {
-        **{whose: network.facts() for whose, network in comparer.networks.items()},
+    warnings, notes = degenerate_pairs(files), _partial(comparer, files)
+    report = {
+        **{whose: network.metadata() for whose, network in comparer.networks.items()},
         "units": UNITS,
         "files_compared": len(files),
         "mean": means,
@@ -43,8 +43,8 @@ def report_comparison(comparer: Comparer, files: Sequence[dict[str, Any]]) -> No
         "files": list(files),
     }
     path = comparer.reconstructor.folder("rec") / "comparison.json"
-    write_json(path, told)
-    for line in [*_lines(told), *_cost_lines(comparer.costs), *notes]:
+    write_json(path, report)
+    for line in [*_lines(report), *_cost_lines(comparer.costs), *notes]:
         log.info(line)
     log.info("%s; pictures in %s", path, comparer.reconstructor.folder("compare"))
     for warning in warnings:
@@ -52,7 +52,7 @@ def report_comparison(comparer: Comparer, files: Sequence[dict[str, Any]]) -> No
 
 
 def mean_of(values: Sequence[Any]) -> Any:
-    """Means over files: of numbers, and of dicts and lists of them, part by part; None where one is not defined."""
+    """Mean over files of numbers, and of dicts and lists of them, element by element; None if one is None."""
     first = values[0]
     if isinstance(first, dict):
         return {key: mean_of([value[key] for value in values]) for key in first}
@@ -61,17 +61,17 @@ def mean_of(values: Sequence[Any]) -> Any:
     return None if None in values else math.fsum(values) / len(values)
 
 
-def collapsed(files: Sequence[dict[str, Any]]) -> list[str]:
-    """Pairs that are hardly better than a frame of one colour."""
+def degenerate_pairs(files: Sequence[dict[str, Any]]) -> list[str]:
+    """A warning for each pair that is hardly better than frames of one colour."""
     found = []
-    for pair in map(key_of, PAIRS):
-        below = [file for file in files if file["pairs"][pair]["psnr_video"] < _best(file) + LEAST_GAIN]
+    for pair in map(pair_name, PAIRS):
+        below = [file for file in files if file["pairs"][pair]["psnr_video"] < _best(file) + MIN_GAIN]
         if below:
             worst = min(below, key=lambda file: file["pairs"][pair]["psnr_video"] - _best(file))
             psnr, flat = worst["pairs"][pair]["psnr_video"], worst["baseline"]
             found.append(
-                f"{pair} shows nothing in {len(below)} of {len(files)} files: its PSNR is not {LEAST_GAIN:g} dB above "
-                f"that of frames of one colour ({worst['file']}: {psnr:.2f} dB; black {flat['black']:.2f}, "
+                f"{pair} shows nothing in {len(below)} of {len(files)} files: its PSNR is less than {MIN_GAIN:g} dB "
+                f"above that of frames of one colour ({worst['file']}: {psnr:.2f} dB; black {flat['black']:.2f}, "
                 f"mean colour {flat['mean_colour']:.2f})"
             )
     return found
@@ -82,21 +82,21 @@ def _best(file: dict[str, Any]) -> float:
 
 
 def _partial(comparer: Comparer, files: Sequence[dict[str, Any]]) -> list[str]:
-    """Files of which only the first frames were compared."""
+    """A note if only the first frames of some files were compared."""
     parts = [file for file in files if file["frames"] < file["frames_reconstructed"]]
     if not parts:
         return []
-    given = parts[0]["frames_reconstructed"]
+    total = parts[0]["frames_reconstructed"]
     return [
-        f"{len(parts)} of {len(files)} files are compared on their first frames only: as many as student and teacher "
-        f"both take whole, {MOST_FRAMES} at most ({parts[0]['file']}: {parts[0]['frames']} of {given}); set num_frames "
-        f"for another number, such as {', '.join(map(str, comparer.nearest(given)))}"
+        f"{len(parts)} of {len(files)} files are compared on their first frames only, at most {MAX_FRAMES} that fit "
+        f"both ({parts[0]['file']}: {parts[0]['frames']} of {total}); set num_frames for another number, such as "
+        f"{', '.join(map(str, comparer.nearest(total)))}"
     ]
 
 
-def _lines(told: dict[str, Any]) -> list[str]:
-    """The two networks, the table of pairs, and the latents."""
-    means = told["mean"]
+def _lines(report: dict[str, Any]) -> list[str]:
+    """Log lines: the two networks, the table of pairs, the latents."""
+    means = report["mean"]
     columns = list(next(iter(means["pairs"].values())))
     rows: list[Sequence[str] | None] = [
         [pair, *(f"{scores[c]:.6f}" if c == "mse" else number(scores[c]) for c in columns)]
@@ -107,18 +107,18 @@ def _lines(told: dict[str, Any]) -> list[str]:
         rows.append([label, *(number(means["baseline"][name]) if c == "psnr_video" else "" for c in columns)])
     latents = means["latents"]
     return [
-        *(f"{whose}: {_network(told[whose])}" for whose in ("student", "teacher")),
-        f"mean over {told['files_compared']} files\n" + text_table(["encoder -> decoder", *columns], rows),
+        *(f"{whose}: {_network(report[whose])}" for whose in ("student", "teacher")),
+        f"mean over {report['files_compared']} files\n" + text_table(["encoder -> decoder", *columns], rows),
         f"latents of the student against the teacher's: MSE {latents['mse']:.6f}, cosine {latents['cosine']:.4f}",
     ]
 
 
-def _network(facts: dict[str, Any]) -> str:
-    variant = f", variant {facts['variant']}" if facts["variant"] else ""
-    millions = facts["parameters"] / 1e6
+def _network(network: dict[str, Any]) -> str:
+    variant = f", variant {network['variant']}" if network["variant"] else ""
+    millions = network["parameters"] / 1e6
     return (
-        f"{facts['network']}{variant}, {millions:.2f} M parameters, {facts['precision']}, {facts['latent']} latents, "
-        f"{facts['path']}"
+        f"{network['network']}{variant}, {millions:.2f} M parameters, {network['precision']}, {network['latent']} "
+        f"latents, {network['path']}"
     )
 
 

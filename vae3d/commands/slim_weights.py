@@ -1,7 +1,7 @@
-"""The tensors of a .pth file that are used, as .safetensors; stdlib only, so that fetch_weights.py runs without torch.
+"""Write some tensors of a .pth file as .safetensors, with the standard library only.
 
-Reads what torch.save writes for a dict of fp32 tensors, in both of its formats: a zip archive, and what came before
-torch 1.6, a row of pickles with the tensors' data behind. Unpickling makes nothing but such a dict.
+Reads a dict of fp32 tensors in both formats of torch.save: the zip archive, and the format before torch 1.6, several
+pickles followed by the tensors' data. The unpickler builds such dicts only and runs no code.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from vae3d.errors import UserError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 FP32 = 4  # bytes
-Locate = Callable[[str], tuple[BinaryIO, int]]  # storage -> a stream and where in it the storage begins
+Locate = Callable[[str], tuple[BinaryIO, int]]  # storage -> (stream, offset of the storage in it)
 
 
 class Tensor(NamedTuple):
-    """What a pickle says of a tensor. offset and stride in elements."""
+    """A tensor's metadata in a pickle. offset, stride: in elements."""
 
     storage: str
     offset: int
@@ -47,9 +47,9 @@ class Tensor(NamedTuple):
 
 
 def write_slim(source: Path, target: Path, prefix: str) -> None:
-    """Write the tensors of `source` whose names begin with `prefix`, one at a time.
+    """Copy the tensors whose names begin with `prefix`, one at a time.
 
-    Raises UserError if there are none, or if they are not contiguous fp32, or if the file would run code.
+    Raises UserError if there are none, if one is not contiguous fp32, or if the pickle contains other objects.
     """
     with source.open("rb") as stream:
         is_zip = stream.read(4) == b"PK\x03\x04"
@@ -73,7 +73,7 @@ def write_slim(source: Path, target: Path, prefix: str) -> None:
 
 
 def header(tensors: dict[str, Tensor]) -> bytes:
-    """The beginning of a safetensors file: length, and JSON padded to eight bytes."""
+    """The header of a safetensors file: its length, and JSON padded to eight bytes."""
     entries, end = {}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
@@ -90,7 +90,7 @@ def read(tensor: Tensor, locate: Locate) -> bytes:
 
 
 def read_zip(stream: BinaryIO) -> tuple[dict[str, Any], Locate]:
-    """<root>/data.pkl refers to <root>/data/<storage>."""
+    """The state dict in <root>/data.pkl; its storages are <root>/data/<storage>."""
     archive = zipfile.ZipFile(stream)
     pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
     folder = pickled.removesuffix(".pkl")
@@ -98,7 +98,8 @@ def read_zip(stream: BinaryIO) -> tuple[dict[str, Any], Locate]:
 
 
 def read_legacy(stream: BinaryIO) -> tuple[dict[str, Any], Locate]:
-    """Pickles of magic number, version, system, object, storages; then each storage's int64 length and its data."""
+    """The state dict of the old format: pickles of magic number, version, system info, object and storage names, then
+    each storage's length (int64) and data."""
     magic, _, _, state, storages = (Unpickler(stream).load() for _ in range(5))
     if magic != LEGACY_MAGIC:
         raise UserError(f"{stream.name} was not written by torch.save")
@@ -111,12 +112,12 @@ def read_legacy(stream: BinaryIO) -> tuple[dict[str, Any], Locate]:
 
 
 class Unpickler(pickle.Unpickler):
-    """Knows an ordered dict and fp32 tensors, and refuses everything else that a pickle may name."""
+    """Builds ordered dicts and fp32 tensors only. Raises UserError for any other object."""
 
-    KNOWN = {
+    ALLOWED = {
         ("collections", "OrderedDict"): OrderedDict,
         ("torch", "FloatStorage"): "fp32",
-        ("torch._utils", "_rebuild_tensor"): Tensor,  # vgg16-397923af.pth is that old
+        ("torch._utils", "_rebuild_tensor"): Tensor,  # used by vgg16-397923af.pth
         ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, stride, *_: Tensor(
             storage, offset, shape, stride
         ),
@@ -124,9 +125,9 @@ class Unpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.KNOWN:
+        if (module, name) not in self.ALLOWED:
             raise UserError(f"refused to unpickle {module}.{name}: only a dict of fp32 tensors is read")
-        return self.KNOWN[module, name]
+        return self.ALLOWED[module, name]
 
     def persistent_load(self, saved_id: tuple) -> str:
         kind, dtype, storage, _, _, *view = saved_id

@@ -1,0 +1,79 @@
+"""The `vae3d` command: lists the commands, and runs what the scripts run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from tests import tiny
+from vae3d.commands import cli
+from vae3d.config.schema import CONF
+
+ENTRIES = {"train": "train.py", "infer": "infer.py", "eval": "eval/eval_common_metric.py", "check-data": None}
+ENTRIES |= {"encode": "scripts/encode_latents.py", "sample": "scripts/sample_latent_diffusion.py"}
+ENTRIES |= {"train-diffusion": "scripts/train_latent_diffusion.py", "convert": "scripts/convert_checkpoint.py"}
+
+
+@pytest.fixture(scope="module")
+def console(tmp_path_factory) -> list[str]:
+    """The start of a command line, with the console script that pip would write."""
+    file = tmp_path_factory.mktemp("bin") / "console.py"
+    file.write_text("import sys\nfrom vae3d.commands.cli import main\nsys.exit(main())\n")
+    return [sys.executable, str(file)]
+
+
+def test_help_lists_every_command_without_torch():
+    code = "import sys; from vae3d.commands import cli; cli.main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=tiny.environ(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for name, command in cli.COMMANDS.items():
+        assert [line.split(maxsplit=1) for line in lines if line.startswith(f"  {name} ")] == [[name, command.summary]]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_a_module_a_configuration_and_a_script(name):
+    command = cli.COMMANDS[name]
+    assert find_spec(command.module)
+    if isinstance(command, cli.HydraCommand):
+        assert (CONF / f"{command.config_name}.yaml").is_file()
+    script = ENTRIES.get(name, f"scripts/{name.replace('-', '_')}.py")
+    if script is not None:
+        text = (tiny.ROOT / script).read_text()
+        assert f'cli.main(["{name}", *sys.argv[1:]])' in text or f"from {command.module} import main" in text
+
+
+def test_an_unknown_command_is_an_error_with_the_nearest_name(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "did you mean train?" in capsys.readouterr().err
+
+
+def test_vae3d_train_is_train_py(console, videos, tmp_path):
+    model = [*tiny.MODEL["spatial"], *tiny.TRAINING, "stage=finetune", "stage.init_from=random", "loss=recon_kl"]
+    words = ["model=spatial", *model, "data.frames.min=1", "data.frames.max=1", f"data.source.path={videos}"]
+    done = tiny.run(*console, "train", *words, "run.name=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert [json.loads(line)["step"] for line in (tmp_path / "runs/run/metrics.jsonl").open()] == [1, 2]
+    assert (tmp_path / "runs/run/.hydra/rank0/config.yaml").is_file()
+    wrong = [tiny.run(*start, *words, "run.nmae=run", cwd=tmp_path) for start in ([*console, "train"], SCRIPT)]
+    assert [done.returncode for done in wrong] == [2, 2]
+    assert wrong[0].stdout == wrong[1].stdout
+    assert "run.nmae" in wrong[0].stdout
+
+
+SCRIPT = [sys.executable, str(tiny.ROOT / "train.py")]
+
+
+def test_vae3d_runs_commands_with_flags(console, videos, tmp_path):
+    done = tiny.run(*console, "check-data", str(videos), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "12 of 12 rows are good" in done.stdout
+    done = tiny.run(*console, "convert", "nothing", "out", "--to=export", cwd=tmp_path)
+    assert done.returncode == 2
+    done = tiny.run(*console, "eval", "--nonsense", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "usage: vae3d eval" in done.stdout

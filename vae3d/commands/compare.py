@@ -1,0 +1,36 @@
+"""Compare a student with its teacher: from configuration to files.
+
+Does what infer does with the student, and also codes the first frames of each file with every encoder and every
+decoder; writes <save_dir>_compare and <save_dir>_rec/comparison.json.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vae3d.commands.infer import build_reconstructor, reconstruct, set_precision
+from vae3d.inference.comparison import Comparer, Network
+from vae3d.loading import load
+from vae3d.metrics import build_metrics
+from vae3d.precision import DTYPES, autocast_dtype, cast_keep_stats
+from vae3d.training.start import working_ranks
+
+if TYPE_CHECKING:
+    from vae3d.config.schema import CompareConfig
+
+
+def run(config: CompareConfig) -> None:
+    ranks, device = working_ranks(config.device)
+    checkpoint, reconstructor = build_reconstructor(config, device)
+    set_precision(config.teacher.precision)
+    teacher = cast_keep_stats(load(config.teacher.path).to(device), DTYPES[config.teacher.precision])
+    lpips = [name for name in config.metrics if name.startswith("lpips")]
+    comparer = Comparer(
+        reconstructor,
+        Network(reconstructor.model, config.checkpoint, config.precision, autocast_dtype(config.precision)),
+        Network(teacher, config.teacher.path, config.teacher.precision),
+        build_metrics(["psnr", "ssim", *lpips], device),
+        pictures=config.strip,
+        measures=ranks.is_main_process,
+    )
+    reconstruct(config, ranks, checkpoint, reconstructor, comparer)

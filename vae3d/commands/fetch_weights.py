@@ -1,0 +1,183 @@
+"""Download the pretrained networks that losses and metrics need. Runs without torch; see docs/score.md.
+
+    python scripts/fetch_weights.py                                      # list all, and which of them are here
+    python scripts/fetch_weights.py --metrics lpips flolpips --dest DIR  # download and verify; lpips_loss: for training
+    python scripts/fetch_weights.py vgg16-397923af.pth --dest DIR --slim # one file (or `all`), without its classifier
+    python scripts/fetch_weights.py --dest DIR --check                   # verify the files in DIR, offline
+
+Set VAE3D_WEIGHTS=DIR where the networks are used. DIR/manifest.json lists the files in DIR and their origin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from vae3d.commands.slim_weights import write_slim
+from vae3d.errors import UserError
+from vae3d.io import naming, write_json
+from vae3d.pretrained.weights import FILES, MANIFEST, WeightFile, search_path, sha256, verify
+
+
+def main(argv: list[str] | None = None) -> int:
+    metrics = sorted({metric for file in FILES.values() for metric in file.used_for})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of {' '.join(FILES)}")
+    parser.add_argument("--metrics", nargs="+", default=[], metavar="METRIC", help=f"some of {' '.join(metrics)}")
+    parser.add_argument("--dest", type=Path, default=search_path()[0], help="folder; default %(default)s")
+    parser.add_argument("--check", action="store_true", help="only verify; download nothing")
+    parser.add_argument("--mirror", help="URL of a folder that has the files, instead of the original URLs")
+    parser.add_argument("--slim", action="store_true", help="keep only the tensors that LPIPS uses of VGG and AlexNet")
+    args = parser.parse_args(argv)
+
+    if unknown := [name for name in args.names if name not in ("all", *FILES)]:
+        print(f"error: unknown file {', '.join(unknown)}; use all, {', '.join(FILES)}", file=sys.stderr)
+        return 2
+    if unknown := [name for name in args.metrics if name not in metrics]:
+        known = ", ".join(metrics)
+        print(f"error: no weights for {', '.join(unknown)}; use {known}", file=sys.stderr)
+        return 2
+    if args.check:
+        wanted = choose(args.names or ([] if args.metrics else ["all"]), args.metrics)
+        return run(check, [found for file in wanted for found in to_check(file, args.dest)])
+    if args.names or args.metrics:
+        wanted = choose(args.names, args.metrics)
+        return run(provide, [(file, args.dest, args.mirror, args.slim) for file in wanted])
+    list_files()
+    return 0
+
+
+def run(action: Callable[..., None], cases: list[tuple]) -> int:
+    """Call action(*case) for every case, also after one fails. Returns the exit status."""
+    status = 0
+    for case in cases:
+        try:
+            action(*case)
+        except (UserError, OSError, http.client.HTTPException) as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 1
+    return status
+
+
+def choose(names: list[str], metrics: list[str]) -> list[WeightFile]:
+    """The named files, and those that the metrics need; of alternatives, the preferred one."""
+    needed = [file for file in FILES.values() if "all" in names or set(file.used_for) & set(metrics)]
+    return [file for file in FILES.values() if file.name in names or (file in needed and not file.alternative_to)]
+
+
+def list_files() -> None:
+    for file in FILES.values():
+        here = next((str(path) for folder in search_path() for path in held(folder, file)), "not here")
+        size = f"{file.size:,} bytes" if file.size else "size unknown"
+        print(f"{file.name}  {size}  {file.licence}\n  for {', '.join(file.used_for)}\n  {here}")
+
+
+def held(folder: Path, file: WeightFile) -> list[Path]:
+    """Paths in the folder of the file: whole, under an alias, or slim."""
+    return [folder / name for name in file.names if (folder / name).is_file()]
+
+
+def to_check(file: WeightFile, folder: Path) -> list[tuple[Path, WeightFile]]:
+    """Files in the folder to verify: this file and its alternatives; if there are none, where the file should be."""
+    alternatives = [other for other in FILES.values() if other.alternative_to == file.name]
+    found = [(path, known) for known in (file, *alternatives) for path in held(folder, known)]
+    return found or [(folder / file.name, file)]
+
+
+def check(path: Path, file: WeightFile) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: missing (for {', '.join(file.used_for)})")
+    report(path, file, verify(path, file, always=True))
+
+
+def provide(file: WeightFile, folder: Path, mirror: str | None, slim: bool) -> None:
+    """Verify the file in the folder, or download it; with `slim`, also keep only its used tensors."""
+    if "non-commercial" in file.licence:
+        print(f"note: the licence of {file.name} is {file.licence}", file=sys.stderr)
+    there = held(folder, file)
+    path = there[0] if there else fetch(file, folder, mirror)
+    try:
+        verified = verify(path, file, always=True)
+    except UserError:
+        if not there:
+            path.unlink()  # a wrong partial file cannot be resumed
+        raise
+    if slim and file.slim and path.name != file.slim_name:
+        full, path = path, folder / file.slim_name
+        with naming(path):
+            write_slim(full, path, file.slim)
+        add_to_manifest(path, file, source=file.name, source_sha256=sha256(full))
+        if not there:
+            full.unlink()
+    elif path.name != file.slim_name:
+        path = path if there else path.rename(folder / file.name)
+        add_to_manifest(path, file)
+    report(path, file, verified)
+
+
+def report(path: Path, file: WeightFile, verified: bool) -> None:
+    print(f"{path}: {'verified' if verified else 'not verified'} ({file.licence})")
+
+
+def add_to_manifest(path: Path, file: WeightFile, **origin: str) -> None:
+    """Add the file to the manifest in its folder."""
+    manifest = path.with_name(MANIFEST)
+    entries = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    entries[path.name] = {
+        "name": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path),
+        "licence": file.licence,
+        "url": file.url,
+        **origin,
+    }
+    with naming(manifest):
+        write_json(manifest, entries)
+
+
+def fetch(file: WeightFile, folder: Path, mirror: str | None) -> Path:
+    """Download the file as <name>.partial, not yet verified; resumes an interrupted download."""
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f"{file.name}.partial"
+    have = unfinished.stat().st_size if unfinished.is_file() else 0
+    if file.size is None or have < file.size:
+        download(f"{mirror.rstrip('/')}/{file.name}" if mirror else file.url, unfinished, have)
+    return unfinished
+
+
+def download(url: str, target: Path, have: int) -> None:
+    """Append the bytes after the first `have`, or download all if the server does not support ranges.
+
+    Raises OSError if the connection breaks off.
+    """
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if have and error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return  # the file is complete
+        raise
+    with response:
+        resumed = response.status == http.client.PARTIAL_CONTENT
+        done = have if resumed else 0
+        total = done + int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
+        with naming(target):
+            stream = target.open("ab" if resumed else "wb")
+        with stream:
+            while block := response.read(1 << 20):
+                with naming(target):
+                    stream.write(block)
+                    stream.flush()
+                done += len(block)
+                share = f"  {done / total:4.0%}" if total else ""
+                print(f"\r{target.stem}  {done >> 20} MiB{share}", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    if total is not None and done < total:
+        raise OSError(f"{url} broke off after {done:,} of {total:,} bytes; run this again to resume")

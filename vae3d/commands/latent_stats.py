@@ -1,0 +1,109 @@
+"""Print the statistics of a latent cache, and write its scale into an export; see docs/latents.md.
+
+    python scripts/latent_stats.py latents/photos
+    python scripts/latent_stats.py latents/photos --verify
+    python scripts/latent_stats.py latents/photos --write runs/sd_vae_gan --per-channel
+    python scripts/latent_stats.py latents/videos --write Wan2.1_VAE.pth --out wan_measured
+
+--write gives an image VAE one scaling_factor, 1 / deviation of all values (--shift: also shift_factor, the mean;
+--per-channel: both for each channel). Other models get latents_mean and latents_std for each channel. If
+the cache holds moments, the deviation is that of samples and includes the posteriors' variance; --of-means excludes it,
+for diffusion models that train on means. A cache opened with the export then has the new scale, and so do files that
+scripts/convert_checkpoint.py writes from it. Without --out the export is rewritten; of a run, the newest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vae3d.commands.measure_scale import load_unscaled, rescale
+from vae3d.errors import UserError
+from vae3d.inference.scale import MeasuredScale, off_scale
+from vae3d.latents.cache import LatentCache
+from vae3d.loading import load, open_codec
+
+SHOWN = ("0.1", "50", "99.9")  # percentiles
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("--verify", action="store_true", help="compare the hashes of all files of the cache")
+    parser.add_argument("--write", type=Path, metavar="EXPORT", help="run, export, or published weights (with --out)")
+    parser.add_argument("--out", type=Path, help="write another export instead")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--shift", action="store_true", help="image VAE: also write the mean")
+    how.add_argument("--per-channel", action="store_true", help="image VAE: write mean and deviation per channel")
+    parser.add_argument("--of-means", action="store_true", help="without the variance of the posteriors")
+    args = parser.parse_args(argv)
+    try:
+        cache = LatentCache(args.cache, verify=args.verify)
+        print_statistics(
+            cache,
+            "" if args.write else "; if the export has not been updated since, use --write EXPORT --per-channel",
+        )
+        if args.write is not None:
+            write(args)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def print_statistics(cache: LatentCache, hint: str) -> None:
+    stats = cache.statistics
+    vae, transform = cache.meta["vae"], cache.meta["transform"]
+    settings = ", ".join(f"{name}={value}" for name, value in transform.items() if value not in (None, False))
+    print(f"{cache.folder}: {len(cache)} entries ({cache.meta['store']}, {cache.meta['dtype']}; {settings})")
+    print(f"of {vae['checkpoint']} ({vae['model']}), encoder {vae['encoder'][:12]}; {len(cache.classes)} classes")
+    names = ("mean", "std", "std_of_mean", "posterior_std", "kurtosis")
+    print(f"{'channel':>7}" + "".join(f"{name:>14}" for name in (*names, *(f"{p} %" for p in SHOWN))))
+    for channel in range(vae["channels"]):
+        row = [stats[name][channel] for name in names] + [stats["percentiles"][p][channel] for p in SHOWN]
+        print(f"{channel:7}" + "".join(f"{'-' if value is None else f'{value:.5f}':>14}" for value in row))
+    print(f"{'all':>7}{stats['shift']:14.5f}{stats['scale']:14.5f}   1 / std = {stats['scaling_factor'] or 0:.5f}")
+    if stats["other_frames"] is not None:
+        for name in ("first_frame", "other_frames"):
+            means, stds = (_list(stats[name][key]) for key in ("mean", "std"))
+            print(f"{name.replace('_', ' ')}: mean {means}, std {stds}")
+    print(f"eigenvalues of the covariance of the channels' means: {_list(stats['covariance_eigenvalues'])}")
+    print(f"participation ratio: {stats['participation_ratio'] or 0:.2f} of {vae['channels']} channels")
+    print_normalized(
+        stats, vae["latents_mean"], vae["latents_std"], "the scale that the export had when the cache was made", hint
+    )
+
+
+def write(args: argparse.Namespace) -> None:
+    checkpoint, model = load_unscaled(args.write, args.out)
+    cache = LatentCache(args.cache, open_codec(args.write))  # an error if another autoencoder made it
+    spec = load(rescale(checkpoint, model, scale_of_cache(cache, args.of_means), args)).spec
+    print_normalized(
+        cache.statistics, spec.latents_mean, spec.latents_std, "the new scale", "; try --per-channel", args.of_means
+    )
+
+
+def scale_of_cache(cache: LatentCache, of_means: bool) -> MeasuredScale:
+    stats, sizes = cache.statistics, cache.index[["frames", "height", "width"]].drop_duplicates()
+    size = tuple(map(int, sizes.iloc[0])) if len(sizes) == 1 else None
+    mean, std = stats["mean"], stats["std_of_mean" if of_means else "std"]
+    return MeasuredScale(stats["clips"], size, *(torch.tensor(x, dtype=torch.float64) for x in (mean, std)))
+
+
+def print_normalized(
+    stats: dict[str, Any], shift: Any, scale: Any, name: str, hint: str, of_means: bool = False
+) -> None:
+    """Print the range of the channels' means and deviations under a scale; with the hint if they are not about 0, 1."""
+    std = stats["std_of_mean" if of_means else "std"]
+    means = [(mean - by) / over for mean, by, over in zip(stats["mean"], shift, scale, strict=True)]
+    stds = [value / over for value, over in zip(std, scale, strict=True)]
+    found = f"means {min(means):.3f} to {max(means):.3f}, deviations {min(stds):.3f} to {max(stds):.3f}"
+    print(f"by {name}: {found}{hint if off_scale(means, stds) else ''}")
+
+
+def _list(values: list[float]) -> str:
+    return f"[{', '.join(f'{value:.4g}' for value in values)}]"
