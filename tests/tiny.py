@@ -83,7 +83,7 @@ def training(name: str, table: Path, *overrides: str, dry_run: bool = False) -> 
     takes longer than a run of two steps; for tests of errors that only this finds."""
     path = [f"data.source.path={table}"] if not any(o.startswith("data=") for o in overrides) else []
     cfg = compose(f"model={name}", *MODEL[name], *TRAINING, *path, *overrides)
-    with contextlib.nullcontext() if dry_run else mock.patch.object(dry_runs, DRY_RUN, lambda config: []):
+    with contextlib.nullcontext() if dry_run else mock.patch.object(dry_runs, DRY_RUN, return_value=[]):
         return check_training(cfg)
 
 
