@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import random
 import socket
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import av
@@ -184,3 +186,11 @@ def environ(**changes: str) -> dict[str, str]:
 
 def script(name: str) -> list[str]:
     return [sys.executable, str(ROOT / name)]
+
+
+def load_script(name: str) -> ModuleType:
+    """Import scripts/benchmarks/<name>.py or scripts/demo/<name>.py, which find each other as they do when run."""
+    [path] = (ROOT / "scripts").glob(f"*/{name}.py")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    return importlib.import_module(name)
