@@ -88,6 +88,7 @@ def test_each_error_is_one_readable_line(videos, name):
     assert "\n" not in error.value.errors[0]
 
 
+@pytest.mark.smoke
 def test_all_errors_are_reported_at_once():
     with pytest.raises(ConfigError) as error:
         tiny.training(
@@ -226,6 +227,7 @@ def test_inference_errors(name):
         assert message in str(error.value)
 
 
+@pytest.mark.smoke
 def test_schema_and_check_import_no_torch():
     code = "import sys, vae3d.config.validate, vae3d.commands.launch, vae3d; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=tiny.ROOT).returncode == 0

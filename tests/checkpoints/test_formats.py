@@ -176,6 +176,7 @@ def test_layouts_are_for_their_own_model(tmp_path):
         write_diffusers(checkpoint("temporal_vae", PIPELINE, tmp_path), tmp_path / "x")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["spatial", "temporal_vae"])
 def test_export_round_trips_with_its_configuration(tmp_path, name):
     torch.manual_seed(0)
