@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# From nothing to a report: scripts/demo.sh [PART ...], by default all parts:
-#   stages        small videos, a toy VAE through the three stages, reconstructions, scores
-#   gan           a toy image VAE on photographs, and how it goes on with a GAN and without
-#   panoramas     a toy Wan VAE, and its two fine-tunes on rendered rooms
-#   distillation  a toy VAE distilled into a tiny decoder
-#   diffusion     toy diffusion models of images and clips, on the latents of toy VAEs
-# Everything lands in demo/, the report after each part in demo/report.html. Delete the folder to start over, or call the
-# script again to go on where it stopped.
+# Install, train toys and write a report: scripts/demo.sh [PART ...], by default all parts:
+#   stages        make small videos, train a toy VAE through the three stages, reconstruct, score
+#   gan           train a toy image VAE on photographs, continue with and without a GAN
+#   panoramas     train a toy Wan VAE, fine-tune it on rendered rooms with two recipes
+#   distillation  distil a toy VAE into a tiny decoder
+#   diffusion     train toy diffusion models of images and clips on the latents of toy VAEs
+# Everything is written to demo/, and demo/report.html is updated after each part. Run the script again to resume, or
+# delete the folder to start over.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PARTS=(stages gan panoramas distillation diffusion)
@@ -53,7 +53,7 @@ gan() {
   done
 }
 
-panoramas() { # the Wan VAE knows ordinary videos only; area0 is held out
+panoramas() { # the Wan VAE has seen ordinary videos only; area0 is held out
   videos
   run python scripts/demo/make_demo_panoramas.py demo/rooms --areas 6 --rooms 5 --frames 6 --height 48
   run python train.py experiment=wan_tiny
@@ -66,7 +66,7 @@ panoramas() { # the Wan VAE knows ordinary videos only; area0 is held out
   done
 }
 
-distillation() { # a teacher from scratch, a student of its latents, and every encoder with every decoder
+distillation() { # train a teacher and its student, then run every encoder with every decoder
   videos
   run python train.py experiment=taehv_teacher_tiny
   run python train.py experiment=taehv_tiny
@@ -74,7 +74,7 @@ distillation() { # a teacher from scratch, a student of its latents, and every e
     source=demo/videos/videos.csv split=val height=128 width=128 num_frames=9 save_dir=demo/out/taehv_tiny overwrite=true
 }
 
-diffusion() { # each with an autoencoder of its own, whose latents a cache holds
+diffusion() { # each model has its own autoencoder, whose latents are cached
   run python scripts/demo/make_demo_classes.py demo/classes
   run python train.py experiment=ldm_vae_tiny
   run python scripts/encode_latents.py checkpoint=demo/runs/ldm_vae_tiny source=demo/classes/images.csv \

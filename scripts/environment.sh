@@ -1,5 +1,5 @@
-# Sourced by demo.sh and test.sh, in the repository's root: makes .venv with the package and its extras, once.
-# PYTHON=python3.12 chooses the interpreter. pip's own settings (index, proxy, cache) apply.
+# demo.sh and test.sh source this in the root of the repository. It makes .venv with the package and its extras once.
+# PYTHON=python3.12 chooses the interpreter. pip's settings (index, proxy, cache) apply.
 
 stamp=.venv/vae3d-installed
 wanted=$(cat setup.cfg pyproject.toml)
@@ -12,7 +12,7 @@ if [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]]; then
   fi
   echo "Installing into .venv (about 6 GB; torch is most of it) ..."
   [[ -x .venv/bin/python ]] || "$python" -m venv .venv || {
-    echo "error: no virtual environment could be made; on Debian and Ubuntu install python3-venv" >&2
+    echo "error: cannot create a virtual environment; on Debian and Ubuntu install python3-venv" >&2
     exit 1
   }
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'

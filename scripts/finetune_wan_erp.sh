@@ -4,9 +4,9 @@
 #   scripts/finetune_wan_erp.sh --vae_path Wan2.1_VAE.pth --data_root DATA --output_dir results/vae_rgb_finetuned \
 #     --height 128 --width 256 --max_frames 5 --lr 1e-5 --max_steps 5000 --gradient_checkpointing
 #
-# becomes `python train.py experiment=wan_erp_rgb ...`, or experiment=wan_erp_decoder with --decoder_only. Options that
-# are not given keep the experiment's values. --dry_run prints the command instead of running it; --help prints this.
-# What follows `--` goes to train.py as it is: `-- launcher=torchrun launcher.nproc=8`. PYTHON names the interpreter.
+# runs `python train.py experiment=wan_erp_rgb ...`, or experiment=wan_erp_decoder with --decoder_only. Options you leave
+# out keep the experiment's values. --dry_run prints the command instead of running it; --help prints this. Arguments after
+# `--` go to train.py unchanged: `-- launcher=torchrun launcher.nproc=8`. PYTHON names the interpreter.
 set -euo pipefail
 
 # option                kind       key of train.py
@@ -43,24 +43,24 @@ TABLE='
 --decoder_only          switch     experiment
 --dry_run               switch     -
 '
-# Both ends of a ramp are one setting; the end that is not given keeps the requirement's step.
+# Both ends of a ramp are one setting; an end you leave out keeps the step of finetune_vae_rgb.py.
 lpips_ramp=(200 500)
 kl_ramp=(500 1000)
 
-# What stands above `set`, without the #.
-help() {
+# Print the comment at the top of this file and the options.
+print_help() {
   sed -n '2,/^set /{/^set /d; s/^#$//; s/^# //; p}' "${BASH_SOURCE[0]}"
   printf 'Options:\n'
   awk 'NF { printf "  %-24s %s\n", $1, $3 == "-" ? "print the command, do not run it" : $3 }' <<< "$TABLE"
 }
 
-refuse() {
+usage_error() {
   printf 'error: %s\n' "$1" >&2
   printf 'options: %s\n' "$(awk 'NF { print $1 }' <<< "$TABLE" | xargs)" >&2
   exit 2
 }
 
-quoted() { # a path as a Hydra value, whatever is in it
+quoted() { # a path as a Hydra value, with any characters
   printf "'%s'" "${1//\'/\\\'}"
 }
 
@@ -75,10 +75,10 @@ apply() { # option, kind, key, value
     encoder_options+=("$option")
   fi
   if [[ $kind =~ ^(number|encoder|frames)$ && ! $value =~ ^([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?$ ]]; then
-    refuse "$option $value is not a number"
+    usage_error "$option $value is not a number"
   fi
   if [[ $kind =~ ^(path|folder)$ && $value == *\\* ]]; then
-    refuse "$option $value holds a backslash, which Hydra would read as an escape"
+    usage_error "$option $value has a backslash, which Hydra reads as an escape"
   fi
   case $option in
     --decoder_only) experiment=wan_erp_decoder ;;
@@ -94,14 +94,14 @@ apply() { # option, kind, key, value
         switch) settings+=("$key=true") ;;
         folder) settings+=("run.root=$(quoted "$(dirname -- "$value")")" "run.name=$(quoted "$(basename -- "$value")")") ;;
         frames)
-          [[ $value =~ ^[0-9]+$ && $value -ge 5 ]] || refuse "$option $value must be a whole number of at least 5"
+          [[ $value =~ ^[0-9]+$ && $value -ge 5 ]] || usage_error "$option $value must be a whole number of at least 5"
           settings+=("$key=$(((value - 1) / 4 * 4 + 1))") # clips have 4n + 1 frames
           ;;
         precision)
           case $value in
             bf16 | fp16) settings+=("$key=$value") ;;
             no) settings+=("$key=fp32") ;;
-            *) refuse "$option $value is unknown; use bf16, fp16 or no" ;;
+            *) usage_error "$option $value is unknown; use bf16, fp16 or no" ;;
           esac
           ;;
       esac
@@ -113,27 +113,27 @@ while (($#)); do
   option=$1
   shift
   [[ $option == -- ]] && break
-  [[ $option == --help || $option == -h ]] && help && exit
+  [[ $option == --help || $option == -h ]] && print_help && exit
   given=""
   if [[ $option == --*=* ]]; then
     given=yes value=${option#*=} option=${option%%=*}
   fi
   read -r kind key < <(awk -v option="$option" '$1 == option { print $2, $3 }' <<< "$TABLE") ||
-    refuse "there is no option $option"
+    usage_error "$option is not an option"
   if [[ $kind == switch ]]; then
-    [[ -z $given ]] || refuse "$option takes no value"
+    [[ -z $given ]] || usage_error "$option takes no value"
     value=true
   elif [[ -z $given ]]; then
-    (($#)) && [[ $1 != --* ]] || refuse "$option needs a value"
+    (($#)) && [[ $1 != --* ]] || usage_error "$option needs a value"
     value=$1
     shift
   fi
-  [[ -n $value ]] || refuse "$option needs a value"
+  [[ -n $value ]] || usage_error "$option needs a value"
   apply "$option" "$kind" "$key" "$value"
 done
 
 if [[ $experiment == wan_erp_decoder && ${#encoder_options[@]} -gt 0 ]]; then
-  refuse "${encoder_options[*]}: nothing that --decoder_only trains depends on this; leave it out"
+  usage_error "${encoder_options[*]} has no effect with --decoder_only; remove it"
 fi
 [[ -z ${lpips_given:-} ]] || settings+=("loss.terms.lpips.ramp=[${lpips_ramp[0]},${lpips_ramp[1]}]")
 [[ -z ${kl_given:-} ]] || settings+=("loss.terms.kl.ramp=[${kl_ramp[0]},${kl_ramp[1]}]")

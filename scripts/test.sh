@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All tests, on two processes: scripts/test.sh [pytest arguments]. No network, weights or GPU needed.
+# Run all tests in two processes, or some: scripts/test.sh [pytest arguments], such as `-m smoke` for the essential ones.
+# No network, weights or GPU needed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh

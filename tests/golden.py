@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 LATENT = ["unet_tiny", "video_tiny"]
 STEPS = 4
+SIZE = ["data.batch_size=4", f"trainer.max_steps={STEPS}"]
 NOT_OF_THE_RUN = ("clips_per_second", "frames_per_second", "memory_gib", "memory_idle_gib")
 
 
@@ -61,7 +62,7 @@ def experiment_overrides(name: str, folder: Path, data: Path) -> list[str]:
 
     torch.manual_seed(0)
     made = tiny_experiments.overrides(name, folder, data / "videos/videos.csv", data / "rooms", data / "images")
-    return [*made, "data.batch_size=4", f"trainer.max_steps={STEPS}"]
+    return [*made, *SIZE]
 
 
 def train(overrides: list[str], folder: Path) -> None:

@@ -81,12 +81,14 @@ def graph() -> dict[str, set[str]]:
     return found
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", sorted(modules().keys() - {"vae3d"}))
 def test_imports_go_downwards(name):
     allowed = LAYERS[: LAYERS.index(layer(name)) + 1]
     assert [other for other in sorted(graph()[name]) if layer(other) not in allowed] == []
 
 
+@pytest.mark.smoke
 def test_no_circle_of_imports():
     remaining = {name: set(others) for name, others in graph().items()}
     while free := [name for name, others in remaining.items() if not others & remaining.keys()]:

@@ -82,17 +82,18 @@ FAULTS = {
 def test_each_error_is_one_readable_line(videos, name):
     overrides, message = FAULTS[name]
     with pytest.raises(ConfigError) as error:
-        tiny.training("temporal_vae", videos, "loss=recon_kl", *overrides)
+        tiny.training("temporal_vae", videos, "loss=recon_kl", *overrides, dry_run=True)
     assert len(error.value.errors) == 1, error.value.errors
     assert message in error.value.errors[0]
     assert "\n" not in error.value.errors[0]
 
 
+@pytest.mark.smoke
 def test_all_errors_are_reported_at_once():
     with pytest.raises(ConfigError) as error:
         tiny.training(
             "temporal_vae", "/nowhere.csv", "stage=stage1", "trainer.max_step=5", "data.crop=left", "data.batch_size=0",
-            "loss.terms.kl.term.beta=2", "data.workers=-1",
+            "loss.terms.kl.term.beta=2", "data.workers=-1", dry_run=True,
         )  # fmt: skip
     message = str(error.value)
     assert message.startswith("the configuration has 7 errors:\n")
@@ -104,7 +105,7 @@ def test_a_wrong_starting_point_does_not_hide_the_models_errors(videos):
     with pytest.raises(ConfigError) as error:
         tiny.training(
             "temporal_vae", videos, "loss=recon_kl", "stage.init_from=/nowhere", "data.height=17",
-            "validation.metrics=[psnrr]", "optim.weight_decay=-1",
+            "validation.metrics=[psnrr]", "optim.weight_decay=-1", dry_run=True,
         )  # fmt: skip
     for reason in (
         "stage.init_from=/nowhere: no such",
@@ -120,7 +121,7 @@ def test_wrong_frame_counts_name_the_nearest(videos, monkeypatch):
 
     monkeypatch.setattr(OpenSoraVAE, "frames_valid", lambda self, frames: frames % 4 == 1)
     with pytest.raises(ConfigError, match="the model does not take 6 frames; nearest are 1, 5, 9, 13"):
-        tiny.training("temporal_vae", videos, "loss=recon_kl", "data.frames.min=6", "data.frames.max=6")
+        tiny.training("temporal_vae", videos, "loss=recon_kl", "data.frames.min=6", "data.frames.max=6", dry_run=True)
 
 
 def test_identity_on_unequal_channels_is_refused(videos, spatial_export):
@@ -130,15 +131,16 @@ def test_identity_on_unequal_channels_is_refused(videos, spatial_export):
         tiny.training(
             "temporal_vae", videos, "stage=stage1", f"stage.init_from.spatial_vae={spatial_export}",
             "model.temporal.latent_channels=6", "model.latents_mean=[0,0,0,0,0,0]", "model.latents_std=[1,1,1,1,1,1]",
+            dry_run=True,
         )  # fmt: skip
 
 
 def test_accelerate_must_not_be_told_another_precision(videos, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what accelerate launch says unasked
-    tiny.training("temporal_vae", videos, "loss=recon_kl", "trainer.precision=bf16")
+    tiny.training("temporal_vae", videos, "loss=recon_kl", "trainer.precision=bf16", dry_run=True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(ConfigError, match=r"trainer.precision=fp32, but accelerate launch says bf16"):
-        tiny.training("temporal_vae", videos, "loss=recon_kl")
+        tiny.training("temporal_vae", videos, "loss=recon_kl", dry_run=True)
 
 
 def test_a_sound_configuration_comes_back_typed(videos):
@@ -226,6 +228,7 @@ def test_inference_errors(name):
         assert message in str(error.value)
 
 
+@pytest.mark.smoke
 def test_schema_and_check_import_no_torch():
     code = "import sys, vae3d.config.validate, vae3d.commands.launch, vae3d; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=tiny.ROOT).returncode == 0

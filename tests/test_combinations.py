@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from omegaconf import OmegaConf
 
-from tests import tiny, tiny_experiments
+from tests import golden, tiny, tiny_experiments
 from tests.tiny_experiments import EXPERIMENTS
 from vae3d import loading
 from vae3d.checkpoints.export import write_export
@@ -104,9 +106,9 @@ def test_combination_steps_twice_or_is_refused_with_the_reason(videos, trunks, e
     expected = reason(model, stage, loss)
     if expected is not None:
         with pytest.raises(ConfigError, match=expected):
-            tiny.training(model, videos, *overrides)
+            tiny.training(model, videos, *overrides, dry_run=True)
         return
-    two_steps(tiny.training(model, videos, *overrides), tmp_path)
+    two_steps(tiny.training(model, videos, *overrides, dry_run=True), tmp_path)
 
 
 # Of frames and of clips with every model, in a stage of decoders alone and in one of all parts; of other kinds with one.
@@ -150,11 +152,28 @@ def test_most_combinations_make_sense():
     assert {loss for _, _, loss in sound} == set(names("loss"))
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_experiment_steps_twice(videos, rooms, images, trunks, tmp_path, monkeypatch, experiment):
+SMOKE = ("opensora_stage1", "opensora_stage3", "sd_vae_gan_tiny", "taehv_tiny", "wan_erp_tiny_best", "wan_finetune")
+
+
+@pytest.mark.parametrize(
+    "experiment", [pytest.param(name, marks=[pytest.mark.smoke] if name in SMOKE else []) for name in EXPERIMENTS]
+)
+def test_experiment_steps_as_recorded(videos, rooms, images, trunks, tmp_path, monkeypatch, experiment):
+    """The losses of tests/golden/, within what another processor, torch or video encoder changes. For equality bit by bit
+    see tests/golden.py."""
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     overrides = tiny_experiments.overrides(experiment, tmp_path, videos, rooms, images)
-    two_steps(check_training(tiny.compose(*overrides, "trainer.max_steps=2")), tmp_path / "run")
+    t = train.build_trainer(check_training(tiny.compose(*overrides, *golden.SIZE)), tmp_path / "run")
+    t.fit()
+    assert t.step == golden.STEPS
+    steps: dict[int, dict[str, float]] = {}
+    for line in golden.curve(tmp_path / "run"):
+        steps.setdefault(line["step"], {}).update(line)
+    recorded = json.loads((tiny.ROOT / f"tests/golden/{experiment}.json").read_text())
+    assert [int(step) for step in recorded] == sorted(steps)
+    for step, values in recorded.items():
+        assert {name: steps[int(step)].get(name) for name in values} == pytest.approx(values, rel=1e-3, abs=1e-4), step
 
 
 @pytest.mark.parametrize("experiment", names("experiment"))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -46,9 +44,7 @@ def sampled(folder) -> None:
 
 @pytest.fixture(scope="module")
 def report():
-    if str(tiny.ROOT / "scripts") not in sys.path:
-        sys.path.append(str(tiny.ROOT / "scripts"))  # where scripts find each other
-    return import_module("demo_diffusion_report")
+    return tiny.load_script("demo_diffusion_report")
 
 
 def test_samples_are_left_of_the_data_and_frames_below_each_other(report, tmp_path):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,13 +13,7 @@ HEIGHT = 64
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location(
-        "make_demo_panoramas", tiny.ROOT / "scripts/demo/make_demo_panoramas.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return tiny.load_script("make_demo_panoramas")
 
 
 def room(demo, seed: int = 0):

@@ -1,4 +1,4 @@
-"""scripts/finetune_wan_erp.sh: every option of the requirement's command line, and what is refused."""
+"""scripts/finetune_wan_erp.sh: every option of finetune_vae_rgb.py, and wrong command lines."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_keys_of_the_closed_part_of_the_configuration_exist():
             node = getattr(node, name)
 
 
-def test_the_command_line_of_the_requirement():
+def test_the_command_line_of_finetune_vae_rgb():
     lines = "--vae_path Wan2.1_VAE.pth --data_root data --output_dir ./results/vae_rgb_finetuned --height 128 --width 256 --batch_size 1 --max_frames 5 --lr 1e-5 --max_steps 5000 --gradient_checkpointing"
     assert settings(*lines.split(), "--decoder_only", "--", "launcher=torchrun") == {
         "experiment": "wan_erp_decoder", "stage.init_from": "Wan2.1_VAE.pth", "data.source.root": "data",
@@ -110,20 +110,20 @@ def test_the_command_line_of_the_requirement():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--learning_rate 1e-5", "there is no option --learning_rate"),
-        ("1e-5", "there is no option 1e-5"),
+        ("--learning_rate 1e-5", "--learning_rate"),
+        ("1e-5", "1e-5"),
         ("--lr", "--lr needs a value"),
         ("--lr --height 128", "--lr needs a value"),
         ("--vae_path=", "--vae_path needs a value"),
         ("--lr fast", "--lr fast is not a number"),
-        (r"--vae_path a\b.pth", r"--vae_path a\b.pth holds a backslash"),
+        (r"--vae_path a\b.pth", r"--vae_path a\b.pth"),
         ("--max_frames 4", "--max_frames 4 must be a whole number of at least 5"),
         ("--mixed_precision fp8", "--mixed_precision fp8 is unknown; use bf16, fp16 or no"),
         ("--decoder_only=1", "--decoder_only takes no value"),
-        ("--lambda_kl 1e-6 --decoder_only --encoder_lr_ratio 0.1", "--lambda_kl --encoder_lr_ratio: nothing that --decoder_only trains"),
+        ("--lambda_kl 1e-6 --decoder_only --encoder_lr_ratio 0.1", "--lambda_kl --encoder_lr_ratio"),
     ],
 )  # fmt: skip
-def test_what_is_refused(line, message):
+def test_wrong_command_lines_name_the_option(line, message):
     done = call(*line.split())
     assert done.returncode == 2
     error, options = done.stderr.splitlines()

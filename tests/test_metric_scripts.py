@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_scripts import script
+from tests import tiny
 from vae3d.metrics import MetricSet, Score, VideoResult, build_metrics
 
-bench = script("bench_metrics")
-memory = script("check_metric_memory")
+bench = tiny.load_script("bench_metrics")
+memory = tiny.load_script("check_metric_memory")
 
 
 @pytest.fixture

@@ -187,7 +187,7 @@ def test_python_of_the_pages_compiles(text):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_of_the_pages_name_scripts_and_experiments_that_exist(page):
     text = page.read_text()
-    for path in re.findall(r"(?:scripts|eval)/\w+\.(?:py|sh)", text):
+    for path in re.findall(r"(?:scripts|eval)/[\w/]+\.(?:py|sh)", text):
         assert (tiny.ROOT / path).is_file(), path
     for group, name in re.findall(r"\b(experiment|model|loss|stage|data)=([a-z]\w+)\b", text):
         assert (CONF / group / f"{name}.yaml").is_file() or name in ("mine", "slow_encoder"), (group, name)

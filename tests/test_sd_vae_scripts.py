@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from types import ModuleType
-
 import torch
 
 from tests import tiny
@@ -17,15 +14,8 @@ TINY = [
 ]
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, tiny.ROOT / f"scripts/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_a_step_of_the_256_pixel_recipe_with_its_gan_takes_at_most_4_gib():
-    counting = script("count_sd_vae_memory")
+    counting = tiny.load_script("count_sd_vae_memory")
     stays, tops = counting.count()
     copy = 4 * WEIGHTS
     assert [stays[name] for name in ("weights", "gradients", "averaged weights (EMA)")] == [copy] * 3
@@ -37,7 +27,7 @@ def test_a_step_of_the_256_pixel_recipe_with_its_gan_takes_at_most_4_gib():
 
 
 def test_checkpointing_keeps_less_and_the_peak_is_of_both_networks_passes():
-    counting = script("count_sd_vae_memory")
+    counting = tiny.load_script("count_sd_vae_memory")
     kept = {}
     for on in ("true", "false"):
         _, tops = counting.count([*TINY, f"model.gradient_checkpointing={on}"])
@@ -49,7 +39,9 @@ def test_checkpointing_keeps_less_and_the_peak_is_of_both_networks_passes():
 def test_the_benchmark_compares_eager_and_compiled_steps(monkeypatch, capsys):
     monkeypatch.setattr(compiled, "BACKEND", "eager")
     torch._dynamo.reset()
-    script("bench_sd_vae").main(["--device", "cpu", "--steps", "1", *TINY, "data.batch_size=2", "trainer.accumulate=2"])
+    tiny.load_script("bench_sd_vae").main(
+        ["--device", "cpu", "--steps", "1", *TINY, "data.batch_size=2", "trainer.accumulate=2"]
+    )
     torch._dynamo.reset()
     _, eager, compiled_row = capsys.readouterr().out.splitlines()
     assert (eager.split()[0], compiled_row.split()[0]) == ("eager", "compiled")

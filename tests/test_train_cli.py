@@ -7,20 +7,19 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from tests import tiny
+from tests import tiny, warm
 
 TRAIN = str(tiny.ROOT / "train.py")
 PYTHON = [sys.executable, TRAIN]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TRAIN]
 STEPS = 8
 
 
@@ -55,18 +54,22 @@ def final_state(run: Path) -> dict:
     return torch.load(run / f"checkpoints/step-{STEPS:07d}/state.pt", weights_only=True)
 
 
-def start(command: list[str], cwd: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=tiny.environ(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+def start(
+    videos: Path,
+    folder: Path,
+    name: str | None,
+    *extra: str,
+    ranks: int = 1,
+    sweep: bool = False,
+    train: Sequence[str] = PYTHON,
+) -> warm.Job:
+    """train.py in the background, in warm processes, as torchrun starts it if there are several ranks."""
+    command = [*train, *["-m"] * sweep, *(a for a in arguments(videos, folder, name, *extra) if a != "run.name=None")]
+    with open(os.devnull, "w") as output:
+        return warm.Job(command, folder, tiny.rank_environments(ranks), [output.fileno()] * ranks)
 
 
-def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+def wait_for_step(process: warm.Job, run: Path, step: int) -> None:
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
         file = run / "metrics.jsonl"
@@ -76,22 +79,19 @@ def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
     raise AssertionError(f"step {step} was not reached; exit status {process.poll()}")
 
 
-def run_through(launcher: list[str], videos: Path, folder: Path, name: str, more: list[str]) -> Path:
-    done = tiny.run(*launcher, *arguments(videos, folder, name, *more), cwd=folder)
-    assert done.returncode == 0, done.stdout
+def run_through(videos: Path, folder: Path, name: str, more: list[str], ranks: int) -> Path:
+    codes, printed = tiny.run_ranks(*PYTHON, *arguments(videos, folder, name, *more), cwd=folder, ranks=ranks)
+    assert codes == [0] * ranks, "\n".join(printed)
     return folder / name
 
 
-def run_killed(launcher: list[str], videos: Path, folder: Path, name: str, more: list[str]) -> Path:
+def run_killed(videos: Path, folder: Path, name: str, more: list[str], ranks: int) -> Path:
     """SIGKILL to every process at a random step, then the same command again."""
-    command = [*launcher, *arguments(videos, folder, name, *more)]
-    process = start(command, folder)
+    process = start(videos, folder, name, *more, ranks=ranks)
     wait_for_step(process, folder / name, random.randint(3, STEPS - 3))  # at 2 the first checkpoint may be half-written
-    agent = psutil.Process(process.pid)
-    for victim in [agent, *agent.children(recursive=True)]:  # torchrun's ranks have sessions of their own
-        victim.kill()
+    process.signal(signal.SIGKILL)
     process.wait()
-    run_through(launcher, videos, folder, name, more)
+    run_through(videos, folder, name, more, ranks)
     starts = [json.loads(line)["step"] for line in (folder / name / "launches.jsonl").read_text().splitlines()]
     assert len(starts) == 2
     assert 0 < starts[1] < STEPS
@@ -100,13 +100,12 @@ def run_killed(launcher: list[str], videos: Path, folder: Path, name: str, more:
 
 @pytest.fixture(scope="module")
 def one_rank(videos, tmp_path_factory):
-    return run_through(PYTHON, videos, tmp_path_factory.mktemp("one"), "whole", RESUMABLE)
+    return run_through(videos, tmp_path_factory.mktemp("one"), "whole", RESUMABLE, ranks=1)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(videos, tmp_path_factory):
-    """torchrun train.py stage=stage3 model=temporal_vae"""
-    return run_through(TORCHRUN, videos, tmp_path_factory.mktemp("two"), "whole", RESUMABLE)
+    return run_through(videos, tmp_path_factory.mktemp("two"), "whole", RESUMABLE, ranks=2)
 
 
 def assert_bit_equal(a: Path, b: Path) -> None:
@@ -123,7 +122,7 @@ def assert_bit_equal(a: Path, b: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_run_continues_bit_for_bit(request, videos, tmp_path, ranks):
     whole = request.getfixturevalue("one_rank" if ranks == 1 else "two_ranks")
-    killed = run_killed(PYTHON if ranks == 1 else TORCHRUN, videos, tmp_path, "killed", RESUMABLE)
+    killed = run_killed(videos, tmp_path, "killed", RESUMABLE, ranks)
     assert [line["step"] for line in trace(killed)] == list(range(1, STEPS + 1))
     assert_bit_equal(whole, killed)
 
@@ -146,25 +145,28 @@ def test_ranks_keep_logs_and_configurations_apart(two_ranks):
 
 def test_accelerate_launch(videos, tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", TRAIN]
-    run_through(launcher, videos, tmp_path, "run", ["stage=stage3", "loss=recon_kl"])
+    done = tiny.run(*launcher, *arguments(videos, tmp_path, "run", "stage=stage3", "loss=recon_kl"), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
     assert [line["step"] for line in trace(tmp_path / "run")] == [1, 2]
 
 
-def test_sweep_with_torchrun_children_of_vae3d_train(videos, trunks, spatial_export, tmp_path):
+def test_sweep_of_vae3d_train_with_torchrun_children_until_sigterm(videos, trunks, spatial_export, tmp_path):
+    """Only here does torchrun itself start the ranks. The first job ends, the second is stopped, the third never starts."""
     (tmp_path / "console.py").write_text("import sys\nfrom vae3d.commands.cli import main\nsys.exit(main())\n")
-    done = tiny.run(
-        sys.executable, str(tmp_path / "console.py"), "train", "-m", "stage=stage1,stage3", "loss.terms.kl.weight=1e-5", "launcher=torchrun",
-        *(a for a in arguments(videos, tmp_path, "x") if not a.startswith("run.name")),
-        "data.frames.min=1", "data.height=32", "data.width=32", f"stage.init_from.spatial_vae={spatial_export}",
-        cwd=tmp_path,
+    process = start(
+        videos, tmp_path, None, "stage=stage1", "loss.terms.kl.weight=1e-5", "launcher=torchrun", "launcher.nproc=2",
+        "trainer.max_steps=2,10000,3", "trainer.save_every=10000", "data.workers=2", "data.frames.min=1", "data.height=32",
+        "data.width=32", f"stage.init_from.spatial_vae={spatial_export}", sweep=True,
+        train=[sys.executable, str(tmp_path / "console.py"), "train"],
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    jobs = sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir())
-    assert [job.rpartition("-")[0] for job in jobs] == ["0-temporal_vae-stage1", "1-temporal_vae-stage3"]
-    for job in jobs:
-        launch = json.loads((tmp_path / "sweep" / job / "launches.jsonl").read_text())
+    stopped = sigterm_when_running(process, tmp_path / "sweep", "1-temporal_vae-stage1-*")
+    assert_saved_where_it_ended(stopped)
+    (done,) = (tmp_path / "sweep").glob("0-temporal_vae-stage1-*")
+    assert [line["step"] for line in trace(done)] == [1, 2]
+    for job in (done, stopped):
+        launch = json.loads((job / "launches.jsonl").read_text())
         assert launch["config"]["loss"]["terms"]["kl"]["weight"] == 1e-5
-        assert [line["step"] for line in trace(tmp_path / "sweep" / job)] == [1, 2]
+    assert not list((tmp_path / "sweep").glob("2-*"))
 
 
 def test_a_crashed_job_does_not_stop_the_sweep_but_tells_and_another_sweep_has_folders_of_its_own(videos, tmp_path):
@@ -194,10 +196,10 @@ ENDLESS = ["loss=recon_kl", "trainer.max_steps=10000", "trainer.save_every=10000
 
 
 def test_ctrl_c_reaches_all_processes_and_saves(videos, tmp_path):
-    process = start([*PYTHON, *arguments(videos, tmp_path, "run", *ENDLESS, "data.batch_size=2")], tmp_path)
+    process = start(videos, tmp_path, "run", *ENDLESS, "data.batch_size=2")
     wait_for_step(process, tmp_path / "run", 2)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    process.signal(signal.SIGINT)
+    assert process.wait(timeout=60) == [128 + signal.SIGINT]
     assert_saved_where_it_ended(tmp_path / "run", "SIGINT")
     assert (tmp_path / "run/.hydra/rank0/config.yaml").is_file()
 
@@ -244,18 +246,20 @@ def test_a_run_that_fails_takes_its_workers_along(videos, tmp_path):
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
 
 
-@pytest.mark.parametrize("launcher", ["local", "torchrun"])
-def test_sigterm_ends_a_sweep(videos, tmp_path, launcher):
-    ranks = ["launcher.nproc=2"] if launcher == "torchrun" else []
-    more = [*ENDLESS, "data.batch_size=2", f"launcher={launcher}", *ranks]
-    process = start([*PYTHON, "-m", *arguments(videos, tmp_path, "a,b", *more)], tmp_path)
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and not list((tmp_path / "sweep").glob("0-a-*/metrics.jsonl")):
+def sigterm_when_running(process: warm.Job, sweep: Path, job: str) -> Path:
+    """Send SIGTERM to the process that sweeps once a job has taken a step; returns the job's folder."""
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and not list(sweep.glob(f"{job}/metrics.jsonl")) and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    (first,) = (tmp_path / "sweep").glob("0-a-*")
-    assert_saved_where_it_ended(first)
+    os.kill(process.pids[0], signal.SIGTERM)
+    assert process.wait(timeout=60) == [128 + signal.SIGTERM]
+    (folder,) = sweep.glob(job)
+    return folder
+
+
+def test_sigterm_ends_a_sweep(videos, tmp_path):
+    process = start(videos, tmp_path, "a,b", *ENDLESS, "data.batch_size=2", sweep=True)
+    assert_saved_where_it_ended(sigterm_when_running(process, tmp_path / "sweep", "0-a-*"))
     assert not list((tmp_path / "sweep").glob("1-b-*"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import random
 import socket
@@ -11,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import av
 import hydra
@@ -21,10 +24,12 @@ from PIL import Image
 
 import vae3d
 from tests import warm
+from vae3d.commands import dry_run as dry_runs
 from vae3d.config.schema import CONF, TrainConfig
 from vae3d.config.validate import check_training
 
 ROOT = Path(__file__).parents[1]
+DRY_RUN = "issues" if hasattr(dry_runs, "issues") else "errors"
 
 SPATIAL = {"channels": "[8,8]", "groups": 4, "layers": 1, "frame_batch": "null", "gradient_checkpointing": "false"}
 TEMPORAL = {"channels": 8, "multipliers": "[1,1,2]", "downsample": "[true,true]", "groups": 4, "layers": 1}
@@ -75,10 +80,13 @@ def compose(*overrides: str, config: str = "train") -> DictConfig:
         return hydra.compose(config, allow_unknown_keys([*named, *overrides]))
 
 
-def training(name: str, table: Path, *overrides: str) -> TrainConfig:
-    """A checked configuration for a tiny model and two short steps."""
+def training(name: str, table: Path, *overrides: str, dry_run: bool = False) -> TrainConfig:
+    """A checked configuration for a tiny model and two short steps. dry_run: also run the model on the meta device, which
+    takes longer than a run of two steps; for tests of errors that only this finds."""
     path = [f"data.source.path={table}"] if not any(o.startswith("data=") for o in overrides) else []
-    return check_training(compose(f"model={name}", *MODEL[name], *TRAINING, *path, *overrides))
+    cfg = compose(f"model={name}", *MODEL[name], *TRAINING, *path, *overrides)
+    with contextlib.nullcontext() if dry_run else mock.patch.object(dry_runs, DRY_RUN, return_value=[]):
+        return check_training(cfg)
 
 
 def frames(count: int, height: int = 32, width: int = 40, seed: int = 0) -> np.ndarray:
@@ -125,9 +133,10 @@ def write_video(
 
 
 def run(*command: str, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command as a user would; output and errors are captured together. Scripts start in a warm process."""
-    if command[0] == sys.executable and command[1].endswith(".py"):
-        return warm.run(list(command), cwd, environ(**environment), timeout)
+    """Run a command as a user would; output and errors are captured together. Python starts in a warm process."""
+    if command[0] == sys.executable and (command[1].endswith(".py") or command[1] == "-m"):
+        codes, printed = warm.run(list(command), cwd, [environ(**environment)], timeout)
+        return subprocess.CompletedProcess(command, codes[0], printed[0])
     return subprocess.run(
         command,
         cwd=cwd,
@@ -140,24 +149,24 @@ def run(*command: str, cwd: Path, timeout: float = 300, **environment: str) -> s
     )
 
 
+def rank_environments(ranks: int) -> list[dict[str, str]]:
+    """The environment that torchrun gives each rank of one machine; of a process by itself for one rank."""
+    if ranks == 1:
+        return [environ()]
+    job = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    return [environ(RANK=str(rank), LOCAL_RANK=str(rank), **job) for rank in range(ranks)]
+
+
+def run_ranks(*command: str, cwd: Path, timeout: float = 150, ranks: int = 2) -> tuple[list[int], list[str]]:
+    """Run a script as torchrun would, in warm processes. Returns each rank's exit code and output."""
+    return warm.run(list(command), cwd, rank_environments(ranks), timeout)
+
+
 def two_ranks(module: str, folder: Path, timeout: float = 150) -> list[str]:
-    """Run `python -m module folder` as two ranks; what each printed. Fails if one of them does, or hangs."""
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    logs = [folder / f"rank{rank}.log" for rank in (0, 1)]
-    running = []
-    for rank, file in enumerate(logs):
-        with file.open("w") as log:
-            env = environ(RANK=str(rank), LOCAL_RANK=str(rank), **place)
-            command = [sys.executable, "-m", module, str(folder)]
-            running.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=timeout) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    told = [file.read_text() for file in logs]
-    assert codes == [0, 0], "\n".join(told)
-    return told
+    """Run `python -m module folder` as two ranks; returns what each printed. Fails if one of them does, or hangs."""
+    codes, printed = run_ranks(sys.executable, "-m", module, str(folder), cwd=ROOT, timeout=timeout)
+    assert codes == [0, 0], "\n".join(printed)
+    return printed
 
 
 def _free_port() -> int:
@@ -177,3 +186,11 @@ def environ(**changes: str) -> dict[str, str]:
 
 def script(name: str) -> list[str]:
     return [sys.executable, str(ROOT / name)]
+
+
+def load_script(name: str) -> ModuleType:
+    """Import scripts/benchmarks/<name>.py or scripts/demo/<name>.py, which find each other as they do when run."""
+    [path] = (ROOT / "scripts").glob(f"*/{name}.py")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    return importlib.import_module(name)

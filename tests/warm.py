@@ -1,22 +1,26 @@
-"""A process that has imported torch once, and forks a child for each script that a test runs.
+"""A process that has imported torch once and forks a child for each script that a test runs.
 
-A start of Python with torch, hydra, av and pandas takes four seconds, a fork a fraction of one. The child runs the
-script as `python script.py arguments` does: same sys.path, `__main__`, output, exit status. Tests of starting itself
-(torchrun, imports) start a Python of their own.
+Starting Python with torch, hydra, av and pandas takes four seconds, a fork a fraction of one. The child runs the script as
+`python script.py arguments` or `python -m module arguments` does: same sys.path, `__main__`, output, exit status. Several
+ranks start as torchrun starts them: the environment names the rank, and when one fails the others are stopped. Tests of
+starting itself (torchrun, imports) start a Python of their own.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,28 +29,55 @@ ROOT = Path(__file__).parents[1]
 WORD = 8  # bytes of a number on the wire
 
 
-def run(command: list[str], cwd: Path, env: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run [python, script, *arguments]; stdout holds output and errors. Raises TimeoutExpired as subprocess.run does."""
-    connection, expired = _server(), threading.Event()
-    with tempfile.TemporaryFile() as output:
-        job = json.dumps({"argv": command[1:], "cwd": str(cwd), "env": env}).encode()
-        socket.send_fds(connection, [len(job).to_bytes(WORD, "big")], [output.fileno()])
-        connection.sendall(job)
-        group = _receive_number(connection)
+class Job:
+    """Running children of the warm process, one per environment. Wait for a job before starting the next one."""
 
-        def kill() -> None:
+    def __init__(self, command: list[str], cwd: Path, envs: Sequence[dict[str, str]], outputs: Sequence[int]) -> None:
+        self._connection = _server()
+        message = json.dumps({"argv": command[1:], "cwd": str(cwd), "envs": list(envs)}).encode()
+        socket.send_fds(self._connection, [len(message).to_bytes(WORD, "big")], list(outputs))
+        self._connection.sendall(message)
+        self.pids = [_receive_number(self._connection) for _ in envs]
+        self.codes: list[int] | None = None
+
+    def poll(self) -> list[int] | None:
+        """Exit codes, or None while a child runs."""
+        return self.wait() if self.codes or select.select([self._connection], [], [], 0)[0] else None
+
+    def wait(self, timeout: float | None = None) -> list[int]:
+        """Exit codes; negative after a signal, as in subprocess. Kills all and raises TimeoutExpired after `timeout` s."""
+        if self.codes is not None:
+            return self.codes
+        expired = threading.Event()
+
+        def expire() -> None:
             expired.set()
-            os.killpg(group, signal.SIGKILL)
+            self.signal(signal.SIGKILL)
 
-        timer = threading.Timer(timeout, kill)
+        timer = threading.Timer(timeout or threading.TIMEOUT_MAX, expire)
+        timer.daemon = True
         timer.start()
-        status = _receive_number(connection)
+        self.codes = [os.waitstatus_to_exitcode(_receive_number(self._connection)) for _ in self.pids]
         timer.cancel()
         if expired.is_set():
-            raise subprocess.TimeoutExpired(command, timeout)
-        output.seek(0)
-        told = output.read().decode()
-    return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status), told)
+            raise subprocess.TimeoutExpired("a warm job", timeout)
+        return self.codes
+
+    def signal(self, signum: int) -> None:
+        """Send a signal to the children and to those they have started."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signum)
+
+
+def run(command: list[str], cwd: Path, envs: Sequence[dict[str, str]], timeout: float) -> tuple[list[int], list[str]]:
+    """Run a command once per environment. Returns exit codes and what each printed, errors included."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in envs]
+        codes = Job(command, cwd, envs, [file.fileno() for file in files]).wait(timeout)
+        for file in files:
+            file.seek(0)
+        return codes, [file.read().decode() for file in files]
 
 
 @cache
@@ -77,39 +108,58 @@ def _receive_number(connection: socket.socket) -> int:
     return int.from_bytes(_receive(connection, WORD), "big")
 
 
-def _serve(connection: socket.socket) -> dict[str, Any]:
-    """Fork a child for each job, and return the job in the child alone."""
+def _serve(connection: socket.socket) -> tuple[dict[str, Any], dict[str, str]]:
+    """Fork the children of each job; return the job and the child's environment in the child alone."""
     while True:
-        word, files, _, _ = socket.recv_fds(connection, WORD, 1)
+        word, files, _, _ = socket.recv_fds(connection, WORD, 16)
         if not word:
             os._exit(0)
         job = json.loads(_receive(connection, int.from_bytes(word, "big")))
-        child = os.fork()
-        if child == 0:
-            connection.close()
-            os.setsid()
-            for descriptor in (1, 2):
-                os.dup2(files[0], descriptor)
-            os.close(files[0])
-            return job
-        os.close(files[0])
-        connection.sendall(child.to_bytes(WORD, "big"))
-        _, status = os.waitpid(child, 0)
-        connection.sendall(status.to_bytes(WORD, "big"))
+        children: list[int] = []
+        for env, file in zip(job["envs"], files, strict=True):
+            child = os.fork()
+            if child == 0:
+                connection.close()
+                os.setsid()
+                for descriptor in (1, 2):
+                    os.dup2(file, descriptor)
+                for other in files:
+                    os.close(other)
+                return job, env
+            children.append(child)
+        for file in files:
+            os.close(file)
+        for child in children:
+            connection.sendall(child.to_bytes(WORD, "big"))
+        statuses: dict[int, int] = {}
+        while len(statuses) < len(children):
+            child, status = os.wait()
+            statuses[child] = status
+            if status:
+                for other in set(children) - statuses.keys():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(other, signal.SIGTERM)
+        for child in children:
+            connection.sendall(statuses[child].to_bytes(WORD, "big"))
 
 
 def main() -> None:
     import torch._dynamo  # noqa: F401  (the first optimizer imports it)
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
-    import vae3d.loading  # noqa: F401
+    import vae3d.commands.train  # noqa: F401
 
-    job = _serve(socket.socket(fileno=int(sys.argv[1])))
+    job, env = _serve(socket.socket(fileno=int(sys.argv[1])))
     os.environ.clear()
-    os.environ.update(job["env"])
+    os.environ.update(env)
     os.chdir(job["cwd"])
-    sys.argv, sys.path[0] = job["argv"], os.path.dirname(job["argv"][0])
-    runpy.run_path(job["argv"][0], run_name="__main__")
+    argv = job["argv"]
+    if argv[0] == "-m":
+        sys.argv, sys.path[0] = argv[1:], job["cwd"]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = argv, os.path.dirname(argv[0])
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Speed and peak memory of diffusion on latents, and how far a device's samples are from the CPU's.
+"""Measure speed and peak memory of latent diffusion, and how far a device's samples are from the CPU's.
 
     python scripts/benchmarks/bench_latents.py --device cuda
     python scripts/benchmarks/bench_latents.py --device cuda --denoiser transformer --latent 16 9 60 104 --batch 4
-    python scripts/benchmarks/bench_latents.py --device cpu --denoiser unet --latent 4 1 16 16 --batch 4 --steps 3 width=32
+    python scripts/benchmarks/bench_latents.py --device cpu --denoiser unet --latent 4 1 16 16 --batch 4 --steps 3 \\
+        width=32
 
-Of the UNet on latents of images and of the transformer on those of clips, or of the --denoiser and --latent given, with
-further settings as of denoiser.*: a training step of rectified flow with AdamW, in fp32 and in bf16, and a step of
-sampling with guidance. Weights and latents are random, which changes no cost. Times are medians between synchronised
-clocks after two steps that are not counted; memory is what torch allocates at most (a GPU's only). The last column is
-the root mean square difference of samples (10 steps, the same seed and weights) to those of the CPU in fp32, in
-deviations of latents.
+Without --denoiser it measures the UNet on image latents and the transformer on clip latents. Further arguments are
+settings of denoiser.*. Each row is a training step of rectified flow with AdamW and a sampling step with guidance, in
+fp32 or bf16. Weights and latents are random, which does not change the cost. Times are medians of synchronised clocks
+after two warm-up steps. Memory is torch's peak (GPU only). The last column is the root mean square difference between
+the device's samples (10 steps, same seed and weights) and those of the CPU in fp32, in latent deviations.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PROCESS = build_process({"kind": "flow"})
 
 
 def network_of(kind: str, latent: Sequence[int], settings: dict[str, Any]) -> nn.Module:
-    """With random weights in place of zeros, behind which there would be nothing to compare."""
+    """A network with random weights; zero-initialised layers would hide all differences."""
     torch.manual_seed(0)
     network = build_network({"kind": kind, "num_classes": CLASSES, **settings}, latent)
     for p in network.parameters():
@@ -53,7 +53,7 @@ def samples(network: nn.Module, latent: Sequence[int], count: int, steps: int, d
 
 
 def timed(run: Callable[[], object], device: torch.device, times: int) -> tuple[float, float]:
-    """Median seconds, and GiB at most."""
+    """Median seconds and peak GiB."""
 
     def once() -> float:
         _wait(device)
@@ -107,8 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--denoiser", choices=("unet", "transformer", "wan"))
     parser.add_argument("--latent", type=positive_int, nargs=4, metavar=("C", "T", "H", "W"))
     parser.add_argument("--batch", type=positive_int)
-    parser.add_argument("--steps", type=positive_int, default=20, help="that are timed (20)")
-    parser.add_argument("settings", nargs="*", help="as of denoiser.*, such as width=768")
+    parser.add_argument("--steps", type=positive_int, default=20, help="timed steps (20)")
+    parser.add_argument("settings", nargs="*", help="settings of denoiser.*, such as width=768")
     args = parser.parse_intermixed_args(argv)
     if (args.denoiser is None) != (args.latent is None):
         parser.error("--denoiser and --latent go together")

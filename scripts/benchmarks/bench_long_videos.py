@@ -1,9 +1,9 @@
-"""Time and bytes of reading one random 17-frame clip out of H.264 files of 640 x 360 that last 10 s to an hour.
+"""Measure time and bytes of reading one random 17-frame clip from 640 x 360 H.264 files of 10 s to an hour.
 
     python scripts/benchmarks/bench_long_videos.py [--seconds 10 60 600 3600] [--clips 40] [--container mp4]
 
-Every clip opens its file anew, as a data worker does, on one thread; medians are printed. Bytes are those that the
-process reads, from the page cache too. `index` is the first opening of a file, which reads all of it once.
+Each clip opens its file again, as a data worker does, on one thread. Prints medians. Bytes are those that the process
+reads, from the page cache too. `index` is the first opening of a file, which reads all of it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 
 from vae3d.argparse_types import positive_int
 
-FRAMES, RATE, LOOP = 17, 24, 10  # of the clip, per second, seconds that are encoded and then repeated
+FRAMES, RATE, LOOP = 17, 24, 10  # of a clip, per second, seconds of video that are encoded once and repeated
 WIDTH, HEIGHT = 640, 360
 
 
 def make_loop(path: Path) -> None:
-    """Ten seconds at 2.5 Mbit/s, a key frame every five, with sound."""
+    """Write ten seconds at 2.5 Mbit/s with sound, a key frame every five seconds."""
     rng = np.random.default_rng(0)
     wide = rng.integers(0, 256, (HEIGHT // 4 + 64, WIDTH // 4 + 256, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
     options = {"g": str(5 * RATE), "b": "2500k", "bf": "3", "preset": "veryfast"}
@@ -49,7 +49,7 @@ def make_loop(path: Path) -> None:
 
 
 def repeat(source: Path, target: Path, times: int) -> None:
-    """Copy a file's packets several times, one after the other."""
+    """Write a file's packets several times in a row."""
     with av.open(str(target), "w") as written:
         streams = None
         for turn in range(times):
@@ -59,7 +59,7 @@ def repeat(source: Path, target: Path, times: int) -> None:
                     if packet.dts is None:
                         continue
                     if packet.stream.type == "audio" and not 0 <= packet.dts * packet.time_base < LOOP - 0.1:
-                        continue  # what the encoder adds at both ends
+                        continue  # priming samples that the encoder adds at both ends
                     shift = int(turn * LOOP / packet.time_base)
                     packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
                     packet.stream = streams[packet.stream_index]
@@ -67,7 +67,7 @@ def repeat(source: Path, target: Path, times: int) -> None:
 
 
 def bytes_read() -> int:
-    """By this process, through read calls."""
+    """Bytes that this process has read by read calls."""
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
 

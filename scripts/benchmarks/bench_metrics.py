@@ -1,11 +1,11 @@
-"""Speed of the metrics on one CPU thread, against the published evaluation of Open-Sora v1.2 (`eval/vae`).
+"""Measure the speed of the metrics on one CPU thread against the published evaluation of Open-Sora v1.2 (`eval/vae`).
 
     python scripts/benchmarks/bench_metrics.py [--size 256] [--frames 17] [--videos 3] [--repeats 5]
 
-Both sides are given the same frames, must give equal numbers, and take turns; medians of CPU seconds are printed, which
-other programs disturb less than the clock. The published algorithms are written anew here, as the original runs them:
-SSIM channel by channel with a two-dimensional window, LPIPS frame by frame with gradients, every video decoded whole
-and once per metric. Networks have random weights: the scores mean nothing, their time does.
+Both sides score the same frames in turns and must give equal numbers. Prints medians of CPU seconds, which other
+programs disturb less than wall time. The published algorithms are rewritten here as they run in the original: SSIM
+channel by channel with a two-dimensional window, LPIPS frame by frame with gradients, each video decoded whole and once
+per metric. Networks have random weights, which does not change the time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import io
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -29,11 +28,8 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from random_weights import write_weights
+from torch import Tensor
 
 from vae3d.argparse_types import positive_int
 from vae3d.evaluation.pairs import Protocol, find_pairs
@@ -45,13 +41,13 @@ from vae3d.pretrained.lpips import TRUNKS
 from vae3d.pretrained.pwcnet import CHANNELS, correlation
 
 PRESET = "opensora12"  # with LPIPS of the upsampled map, as published
-SHORTEST = 0.05  # seconds that are measured at once
+SHORTEST = 0.05  # seconds; faster functions are timed in a loop
 
 
 @dataclass
 class Case:
-    """Two ways to the same scores. work: how many frames or pairs each handles. tolerance: relative, of each entry.
-    target: ours over published."""
+    """Two implementations of the same scores. work: frames or pairs per call. tolerance: relative to the largest score.
+    target: least speed of vae3d over published."""
 
     name: str
     unit: str
@@ -90,7 +86,7 @@ def published_psnr(ref: Tensor, rec: Tensor) -> np.ndarray:
 
 
 def published_lpips(network: torch.nn.Module, ref: Tensor, rec: Tensor) -> np.ndarray:
-    """`cal_lpips.py`: one frame at a time, and nothing says that no gradient is wanted."""
+    """`cal_lpips.py`: one frame at a time, with gradients on."""
     pairs = zip(ref * 2 - 1, rec * 2 - 1, strict=True)
     return np.array([network(x[None], y[None]).mean().detach().item() for x, y in pairs])
 
@@ -108,7 +104,7 @@ def lpips_package(folder: Path) -> torch.nn.Module:
 
 
 def shifted_products(first: Tensor, second: Tensor) -> Tensor:
-    """The cost volume of `features.pwcnet.correlation` shift by shift, as the paper states it."""
+    """The cost volume of `pretrained.pwcnet.correlation`, shift by shift as in the paper."""
     height, width = first.shape[-2:]
     padded = F.pad(second, (4, 4, 4, 4))
     shifts = [(dy, dx) for dy in range(9) for dx in range(9)]
@@ -116,7 +112,7 @@ def shifted_products(first: Tensor, second: Tensor) -> Tensor:
 
 
 def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """[H, W, 3] in 0 to 255, with about as much of every scale as photographs have."""
+    """[H, W, 3] in 0 to 255, with roughly the spectrum of photographs."""
     scales = [(height >> k or 1, width >> k or 1, 2**k) for k in range(7)]
     layers = [
         cv2.resize(rng.normal(0, k, (h, w, 3)), (width, height), interpolation=cv2.INTER_CUBIC) for h, w, k in scales
@@ -125,7 +121,7 @@ def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def clips(frames: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A texture panned across the frame, and the same blurred and with errors; [T, H, W, 3] uint8."""
+    """A panned texture, and a blurred copy with errors; [T, H, W, 3] uint8."""
     rng = np.random.default_rng(seed)
     wide, errors = texture(rng, size + frames, size + 2 * frames), texture(rng, size, size) - 128
     moving = [wide[i : i + size, 2 * i : 2 * i + size] for i in range(frames)]
@@ -192,7 +188,7 @@ def end_to_end(folder: Path, size: int, frames: int, videos: int, theirs: torch.
 
 
 def correlation_cases(size: int) -> list[Case]:
-    """At the levels of PWC-Net's pyramid, from the coarsest."""
+    """PWC-Net's correlation at each level of its pyramid, coarsest first."""
     cases = []
     for level in range(6, 1, -1):
         side = max(1, size >> level)
@@ -212,7 +208,7 @@ def correlation_cases(size: int) -> list[Case]:
 
 
 def measure(case: Case, repeats: int) -> tuple[float, float | None]:
-    """Work per second of ours and of the published way; medians."""
+    """Median work per second of vae3d and of the published code. Raises AssertionError if their scores differ."""
     ways = [case.ours] + ([case.published] if case.published else [])
     if case.published:
         for a, b in zip(case.ours(), case.published(), strict=True):
@@ -227,7 +223,7 @@ def measure(case: Case, repeats: int) -> tuple[float, float | None]:
 
 
 def timed(way: Callable[[], object], loops: int) -> float:
-    """CPU seconds of one call, of all threads."""
+    """CPU seconds of one call, over all threads."""
     begin = time.process_time()
     for _ in range(loops):
         way()

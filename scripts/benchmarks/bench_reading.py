@@ -1,9 +1,9 @@
-"""Time and memory of reading one random 17-frame clip, resized to 256 x 256, out of a 10 s 1280 x 720 H.264 file.
+"""Measure time and memory of reading one random 17-frame clip, resized to 256 x 256, from 10 s of 1280 x 720 H.264.
 
     python scripts/benchmarks/bench_reading.py [--repeats 9]
 
-Compared with decoding the whole file first, as torchvision's read_video and Open-Sora 1.2 do. Every way runs in a
-process of its own, on one thread; the ways take turns, and medians are printed.
+Compares vae3d's readers with decoding the whole file, as torchvision's read_video and Open-Sora 1.2 do. Each reading
+runs in a process of its own on one thread; the methods take turns. Prints medians.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FRAMES, SIZE, RATE, SECONDS = 17, 256, 24, 10
 
 
 def make_video(path: Path) -> None:
-    """A photograph-like pattern panned across the frame; a key frame every second."""
+    """Write a panned smooth pattern with a key frame every second."""
     rng = np.random.default_rng(0)
     from PIL import Image
 
@@ -46,7 +46,7 @@ def make_video(path: Path) -> None:
 
 
 def whole_file(path: str, start: float) -> np.ndarray:
-    """Decode everything into memory, then take the clip."""
+    """Decode the whole file into memory, then cut out the clip."""
     import torch
     import torch.nn.functional as F
 
@@ -72,30 +72,30 @@ def only_the_clip(path: str, start: float, reader: str) -> np.ndarray:
     return clip
 
 
-WAYS = {
+METHODS = {
     "whole file": whole_file,
     "vae3d, pyav": lambda path, start: only_the_clip(path, start, "pyav"),
     "vae3d, decord": lambda path, start: only_the_clip(path, start, "decord"),
 }
 
 
-def child(way: str, path: str, start: float) -> None:
-    """Time one reading; peak memory above what the imports took."""
+def child(method: str, path: str, start: float) -> None:
+    """Print the time of one reading, and its peak memory above that of the imports."""
     import torch
 
     torch.set_num_threads(1)
     warm = Path(path).with_name("warm.mp4")
-    WAYS[way](str(warm), 0.0)  # imports and first-call costs
+    METHODS[method](str(warm), 0.0)  # imports and first-call costs
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.perf_counter()
-    WAYS[way](path, start)
+    METHODS[method](path, start)
     seconds = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"seconds": seconds, "mib": (peak - before) / 1024}))
 
 
-def measure(way: str, path: Path, start: float) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", way, str(path), str(start)]
+def measure(method: str, path: Path, start: float) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", method, str(path), str(start)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -113,17 +113,17 @@ def main() -> None:
         make_video(path)
         make_warm_up(Path(folder) / "warm.mp4")
         starts = np.random.default_rng(0).random(args.repeats)
-        results = {way: [] for way in WAYS}
+        results = {method: [] for method in METHODS}
         for start in starts:
-            for way in WAYS:
-                results[way].append(measure(way, path, start))
+            for method in METHODS:
+                results[method].append(measure(method, path, start))
     base = results["whole file"]
     print(f"{'':16}{'seconds':>9}{'speed':>8}{'MiB':>8}{'memory':>9}")
-    for way, runs in results.items():
+    for method, runs in results.items():
         seconds, mib = (statistics.median(run[key] for run in runs) for key in ("seconds", "mib"))
         speed = statistics.median(b["seconds"] / r["seconds"] for b, r in zip(base, runs, strict=True))
         memory = mib / statistics.median(run["mib"] for run in base)
-        print(f"{way:16}{seconds:9.3f}{speed:7.1f}x{mib:8.0f}{memory:9.1%}")
+        print(f"{method:16}{seconds:9.3f}{speed:7.1f}x{mib:8.0f}{memory:9.1%}")
 
 
 def make_warm_up(path: Path) -> None:

@@ -1,14 +1,14 @@
-"""Speed and peak memory of training steps of the SD VAE with its GAN: eager, and compiled (trainer.compile).
+"""Measure speed and peak memory of training steps of the SD VAE with its GAN, eager and compiled (trainer.compile).
 
     python scripts/benchmarks/bench_sd_vae.py --device cuda
     python scripts/benchmarks/bench_sd_vae.py --device cuda data.height=512 data.width=512 data.batch_size=32
-    python scripts/benchmarks/bench_sd_vae.py --device cpu --steps 3 model.channels=[32,32,64,64] data.height=64 data.width=64
+    python scripts/benchmarks/bench_sd_vae.py --device cpu --steps 3 model.channels=[32,32,64,64] data.height=64 \\
+        data.width=64
 
-Settings are those of train.py, on top of RECIPE in count_sd_vae_memory.py: batch 8 in 8 micro-batches of one image of
-256 pixels, every loss and the discriminator on. Images are noise and the weights, LPIPS's too, random: neither changes
-what a step costs. Times are medians between synchronised clocks, after two steps in which everything is compiled,
-chosen and allocated; how long these took is told. Memory is what torch allocates at most (a GPU's only), without the
-CUDA context.
+Further arguments are settings of train.py, added to RECIPE in count_sd_vae_memory.py: batch 8 in 8 micro-batches of one
+256-pixel image, with every loss and the discriminator on. Images and weights, LPIPS's too, are random, which does not
+change the cost. Times are medians of synchronised clocks after two warm-up steps, which compile and allocate; their
+time is printed too. Memory is torch's peak (GPU only), without the CUDA context.
 """
 
 from __future__ import annotations
@@ -16,16 +16,11 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from count_sd_vae_memory import GIB, Recipe, clip_of, composed
+from torch import nn
 
 from vae3d.argparse_types import positive_int
 from vae3d.config.schema import TrainConfig
@@ -35,7 +30,7 @@ from vae3d.schedules import ALL_ON
 
 
 def give_weights(network: nn.Module, device: torch.device) -> None:
-    """Random parameters, under which activations keep their size, in place of those that wait for a file."""
+    """Replace parameters that are loaded from a file by random ones that keep the scale of activations."""
     for module in network.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             scale = (2 / p[0].numel()) ** 0.5 if p.ndim > 1 else 0.0
@@ -44,7 +39,7 @@ def give_weights(network: nn.Module, device: torch.device) -> None:
 
 
 def measure(config: TrainConfig, device: torch.device, steps: int) -> tuple[float, float, float]:
-    """Seconds of a step and of the two that come first, and GiB at most."""
+    """Seconds of a step, seconds of the two warm-up steps, peak GiB."""
     torch.manual_seed(0)
     recipe = Recipe(config, device)
     for network in recipe.loss_networks:
@@ -80,16 +75,16 @@ def _wait(device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--steps", type=positive_int, default=20, help="that are timed (20)")
-    parser.add_argument("settings", nargs="*", help="as of train.py, such as data.height=512")
+    parser.add_argument("--steps", type=positive_int, default=20, help="timed steps (20)")
+    parser.add_argument("settings", nargs="*", help="settings of train.py, such as data.height=512")
     args = parser.parse_intermixed_args(argv)
     device = as_device(args.device)
-    print(f"{'':10}{'ms a step':>12}{'images/s':>12}{'GiB at most':>14}{'first two steps':>18}")
-    for way, setting in (("eager", "trainer.compile=false"), ("compiled", "trainer.compile=true")):
+    print(f"{'':10}{'ms a step':>12}{'images/s':>12}{'peak GiB':>14}{'first two steps':>18}")
+    for mode, setting in (("eager", "trainer.compile=false"), ("compiled", "trainer.compile=true")):
         config = composed([*args.settings, setting])
         seconds, first, peak = measure(config, device, args.steps)
         images = config.data.batch_size / seconds
-        print(f"{way:10}{1000 * seconds:12.1f}{images:12.1f}{peak:14.2f}{first:16.1f} s", flush=True)
+        print(f"{mode:10}{1000 * seconds:12.1f}{images:12.1f}{peak:14.2f}{first:16.1f} s", flush=True)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,13 +1,13 @@
-"""Speed and memory of TAEHV beside the published code: same weights, same input, taking turns.
+"""Measure speed and memory of TAEHV against the published code, with the same weights and input, in turns.
 
-    python scripts/benchmarks/bench_taehv.py --reference taehv/taehv.py                  # one CPU thread, fp32; five minutes
+    python scripts/benchmarks/bench_taehv.py --reference taehv/taehv.py      # one CPU thread, fp32; five minutes
     python scripts/benchmarks/bench_taehv.py --reference taehv/taehv.py --variant taew2_2 --size 256 --only decode
-    python scripts/benchmarks/bench_taehv.py --reference taehv/taehv.py --device cuda --compile    # streams 720p in fp16
+    python scripts/benchmarks/bench_taehv.py --reference taehv/taehv.py --device cuda --compile  # streams 720p in fp16
 
-The reference is `taehv.py` of madebyollin/taehv, which you have downloaded; it is imported, so read it first. Outputs
-must be equal (1e-5 in fp32). CPU times are of this process; ratios are medians over pairs of
-runs. Memory of a stream is what operators allocate and hold at most, beside weights, counted on fake tensors for two
-lengths: it must not grow. Frames per second of a stream are between synchronised clocks. Weights are random.
+Download the reference, `taehv.py` of madebyollin/taehv, and read it first: it is imported. Outputs must be equal (1e-5
+in fp32). CPU times are of this process; ratios are medians over pairs of runs. Memory of a stream is the peak of all
+tensors that operators allocate, without weights, counted on fake tensors at two lengths: it must not grow. Frames per
+second of a stream are measured with synchronised clocks. Weights are random.
 """
 
 from __future__ import annotations
@@ -22,12 +22,9 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from count_wan_memory import PeakMemory
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from count_wan_memory import PeakMemory
 
 from vae3d.argparse_types import positive_int
 from vae3d.models.taehv import TAEHV, VARIANTS
@@ -36,7 +33,7 @@ WORK = ("decode", "encode", "memory", "stream")
 
 
 def published(file: Path) -> ModuleType:
-    """The reference as a module."""
+    """Import the reference."""
     spec = importlib.util.spec_from_file_location("published_taehv", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -44,7 +41,7 @@ def published(file: Path) -> ModuleType:
 
 
 def pair(variant: str, reference: ModuleType) -> tuple[TAEHV, nn.Module]:
-    """Our model and the published one, with the same random weights, under which most pixels lie in range."""
+    """Our model and the published one, with the same random weights, scaled so that most pixels are in range."""
     torch.manual_seed(0)
     kind, ours = VARIANTS[variant], TAEHV(variant=variant).eval()
     with torch.no_grad():
@@ -67,17 +64,17 @@ def pair(variant: str, reference: ModuleType) -> tuple[TAEHV, nn.Module]:
 
 
 def jobs(work: str, parallel: bool, ours: TAEHV, peer: nn.Module, video: Tensor) -> tuple[Callable, Callable]:
-    """The same work by both; each returns what must be equal, in the published form: NTCHW, pixels in [0, 1]."""
+    """The same work by both models. Each returns the published form, which must be equal: NTCHW, pixels in [0, 1]."""
     ours.chunk_latents = None if parallel else 1
-    told = {"parallel": parallel, "show_progress_bar": False}
+    options = {"parallel": parallel, "show_progress_bar": False}
     if work == "encode":
         unit = (video / 2 + 0.5).transpose(1, 2).contiguous()
-        return lambda: ours.encode(video).mean.transpose(1, 2), lambda: peer.encode_video(unit, **told)
+        return lambda: ours.encode(video).mean.transpose(1, 2), lambda: peer.encode_video(unit, **options)
     z = torch.randn(1, *ours.latent_shape(*video.shape[2:]))
     theirs = z.transpose(1, 2).contiguous()
     return (
         lambda: (ours.decode(z).transpose(1, 2) / 2 + 0.5).clamp_(0, 1),
-        lambda: peer.decode_video(theirs, **told),
+        lambda: peer.decode_video(theirs, **options),
     )
 
 
@@ -117,7 +114,7 @@ def their_stream(reference: ModuleType, peer: nn.Module, z: Tensor) -> Iterator[
 
 
 def memory_of_stream(variant: str, reference: ModuleType, latents: int, size: int) -> list[float]:
-    """MiB alive at most while so many latents are decoded one by one: ours, theirs."""
+    """Peak MiB while that many latents are decoded one by one: ours, theirs."""
     peaks = []
     for mine in (True, False):
         with FakeTensorMode():
@@ -134,7 +131,7 @@ def memory_of_stream(variant: str, reference: ModuleType, latents: int, size: in
 
 
 def on_stream(args: argparse.Namespace, ours: TAEHV, peer: nn.Module, reference: ModuleType) -> None:
-    """Frames per second of decoding latents piece by piece, as an image generator would give them."""
+    """Print frames per second of decoding latents chunk by chunk, as a diffusion model gives them."""
     dtype = torch.float16 if args.device == "cuda" else torch.float32
     ours, peer = ours.to(args.device, dtype), peer.to(args.device, dtype)
     stride = ours.spec.space_stride

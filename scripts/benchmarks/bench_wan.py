@@ -1,13 +1,14 @@
-"""Speed and memory of the Wan2.1 VAE beside diffusers' AutoencoderKLWan: same weights, same input, taking turns.
+"""Measure speed and memory of the Wan2.1 VAE against diffusers' AutoencoderKLWan, with the same weights and input, in
+turns.
 
     python scripts/benchmarks/bench_wan.py                      # one CPU thread, fp32, small clips; 15 minutes
     python scripts/benchmarks/bench_wan.py --only train32       # one line of it
     python scripts/benchmarks/bench_wan.py --device cuda        # streams 480p and 720p in bf16, eager and compiled
 
-Outputs must be equal first (relative to the largest, 1e-5 in fp32). CPU times are of this process, which other
-programs disturb less than the clock; GPU times are between events. Ratios are medians over pairs of runs. Memory on
-the CPU is what operators allocate and hold at most, counted on fake tensors; on a GPU the allocator's peak. Weights are
-random.
+Outputs must be equal first (relative to the largest value, 1e-5 in fp32). CPU times are of this process, which other
+programs disturb less than wall time; GPU times are between events. Ratios are medians over pairs of runs. Memory on the
+CPU is the peak of all tensors that operators allocate, counted on fake tensors; on a GPU, the allocator's peak. Weights
+are random.
 """
 
 from __future__ import annotations
@@ -19,15 +20,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from count_wan_memory import PeakMemory
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from count_wan_memory import PeakMemory
 
 import vae3d
 from vae3d.argparse_types import positive_int
@@ -36,7 +33,7 @@ from vae3d.checkpoints.wan import to_diffusers
 
 @dataclass
 class Case:
-    """work: decode, encode or train. target: how many times as fast as diffusers, at least."""
+    """work: decode, encode or train. target: least speed-up over diffusers."""
 
     work: str
     channels: int
@@ -76,7 +73,7 @@ def pair(channels: int, device: str = "cpu", dtype: torch.dtype = torch.float32)
 
 
 def jobs(case: Case, ours: nn.Module, peer: nn.Module, video: Tensor) -> tuple[Callable, Callable]:
-    """The same work by both; each returns what must be equal."""
+    """The same work by both models. Their results must be equal."""
 
     def train(model: nn.Module, code: Callable[[Tensor], Tensor]) -> Tensor:
         model.zero_grad(set_to_none=True)
@@ -95,7 +92,7 @@ def jobs(case: Case, ours: nn.Module, peer: nn.Module, video: Tensor) -> tuple[C
     return lambda: ours.decode(z).clamp(-1, 1), lambda: peer.decode(z).sample
 
 
-# The first norm of the encoder and the last of the decoder: gradients that went through everything.
+# The first norm of the encoder and the last of the decoder: their gradients pass through all layers.
 NORMS = {
     "WanVAE": ("encoder.downsamples.0.residual.0.gamma", "decoder.head.0.gamma"),
     "AutoencoderKLWan": ("encoder.down_blocks.0.norm1.gamma", "decoder.norm_out.gamma"),
@@ -109,7 +106,7 @@ def on_cpu(name: str, case: Case, repeats: int) -> None:
         mine, theirs = jobs(case, ours, peer, video)
         a, b = mine(), theirs()
         error = float((a - b).abs().max() / b.abs().max())
-        allowed = 1e-3 if case.work == "train" else 1e-5  # L1's gradient is a sign, which rounding may turn
+        allowed = 1e-3 if case.work == "train" else 1e-5  # L1's gradient is a sign, which rounding may flip
         if error > allowed:
             sys.exit(f"{name}: outputs differ by {error:.1e}")
         times = [(seconds(mine), seconds(theirs)) for _ in range(repeats)]
@@ -131,7 +128,7 @@ def seconds(run: Callable[[], Tensor]) -> float:
 
 
 def peak(case: Case, side: int) -> int:
-    """Bytes alive at most; side 0 is ours, 1 diffusers'."""
+    """Peak bytes; side 0 is ours, 1 is diffusers'."""
     with FakeTensorMode(), torch.set_grad_enabled(case.work == "train"):
         models = pair(case.channels)
         video = torch.zeros(1, 3, case.frames, case.size, case.size)
@@ -144,7 +141,7 @@ def peak(case: Case, side: int) -> int:
 
 @torch.inference_mode()
 def on_gpu(name: str, latents: int, chunk: int, repeats: int) -> None:
-    """Decode a stream in chunks: diffusers, ours, ours compiled; the last two must be equal bit by bit or nearly so."""
+    """Decode a stream in chunks with diffusers, ours and ours compiled; print how far the last two differ."""
     height, width = STREAMS[name]
     ours, peer = pair(96, "cuda", torch.bfloat16)
     z = torch.randn(1, 16, latents, height // 8, width // 8, device="cuda", dtype=torch.bfloat16)
@@ -190,12 +187,12 @@ def on_gpu(name: str, latents: int, chunk: int, repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", nargs="+", choices=(*CASES, *STREAMS), help="these lines only")
+    parser.add_argument("--only", nargs="+", choices=(*CASES, *STREAMS), help="only these lines")
     parser.add_argument("--repeats", type=positive_int, default=5)
     parser.add_argument(
         "--latents", type=positive_int, default=21, help="length of a stream on a GPU (21 latents, 81 frames)"
     )
-    parser.add_argument("--chunk", type=positive_int, default=2, help="latents at once, of a stream on a GPU")
+    parser.add_argument("--chunk", type=positive_int, default=2, help="latents per chunk of a stream on a GPU")
     args = parser.parse_args()
     where = platform.processor() or platform.machine()
     if args.device == "cuda":

@@ -1,9 +1,9 @@
-"""Whether a GPU gives the scores that the CPU gives, metric by metric, and how fast it is.
+"""Check that a GPU gives the CPU's scores, metric by metric, and measure its speed.
 
     python scripts/benchmarks/check_metric_devices.py [--device cuda] [--size 256] [--frames 17] [--metric NAME ...]
 
-A moving synthetic clip and a noisy copy are scored on both, with random weights. Ends with 1 if a column differs by
-more than 1e-3 relative: convolutions add in another order there, and RAFT and PWC-Net amplify it.
+Scores a moving synthetic clip and a noisy copy on both devices, with random weights. Exit status 1 if a column differs
+by more than 1e-3 relative: convolutions sum in another order on a GPU, and RAFT and PWC-Net amplify the difference.
 """
 
 from __future__ import annotations
@@ -17,11 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from random_weights import SHAPES, write_weights
+from torch import Tensor
 
 from vae3d.argparse_types import positive_int
 from vae3d.metrics import METRICS, VideoResult, build_metrics
@@ -32,7 +29,7 @@ TOLERANCE = 1e-3
 
 
 def make_pair(frames: int, size: int) -> tuple[Tensor, Tensor]:
-    """[T, 3, H, W] in [0, 1]: a smooth pattern that moves a pixel per frame, and the same with noise."""
+    """[T, 3, H, W] in [0, 1]: a smooth pattern that moves one pixel per frame, and a noisy copy."""
     rng = torch.Generator().manual_seed(0)
     coarse = torch.rand(1, 3, size // 16 + 2, size // 16 + 2, generator=rng)
     wide = F.interpolate(coarse, size=(size + frames, size + frames), mode="bicubic").clamp(0, 1)[0]
@@ -41,7 +38,7 @@ def make_pair(frames: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def scores(name: str, device: torch.device, pair: tuple[Tensor, Tensor]) -> tuple[dict[str, float], float]:
-    """Column -> value (of a set's metric: mean absolute feature), and frames per second of a second run."""
+    """Column -> value (for metrics of sets the mean absolute feature), and frames per second of the second run."""
     metrics = build_metrics([name], device)
     ref, rec = (frames.to(device) for frames in pair)
     for _ in range(2):
@@ -49,7 +46,7 @@ def scores(name: str, device: torch.device, pair: tuple[Tensor, Tensor]) -> tupl
             torch.cuda.synchronize(device)
         start = time.perf_counter()
         metrics.update(ref, rec)
-        result = metrics.result()  # copies to the CPU, and so waits
+        result = metrics.result()  # copies to the CPU, which synchronises
         seconds = time.perf_counter() - start
     return values(metrics.metrics[0], result), len(ref) / seconds
 

@@ -1,11 +1,11 @@
-"""Checks that scoring a long video needs no more memory than scoring a short one, and that degenerate videos score.
+"""Check that scoring a long video needs no more memory than a short one, and that degenerate videos score.
 
     python scripts/benchmarks/check_metric_memory.py [--frames 10000] [--size 64] [--bound 64]
-    python scripts/benchmarks/check_metric_memory.py --networks            # with LPIPS and rFID as well; minutes on a CPU
+    python scripts/benchmarks/check_metric_memory.py --networks     # also LPIPS and rFID; minutes on a CPU
 
-Scores a lossless pair of videos as eval/eval_common_metric.py does and prints the process's memory on the way, then
-videos that are equal, still, black, and of one frame. Exit status 1 if memory grew by more than --bound MiB after the
-first tenth, or a score is missing or not finite. Networks have random weights.
+Scores a lossless pair of videos as eval/eval_common_metric.py does and prints the memory of the process over time. Then
+scores videos that are equal, still, black, and one frame long. Exit status 1 if memory grew by more than --bound MiB
+after the first tenth, or a score is missing or not finite. Networks have random weights.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from random_weights import write_weights
 
 from vae3d.argparse_types import finite_float, positive_int
@@ -36,32 +33,32 @@ from vae3d.metrics.base import Chunk
 
 METRICS = ["psnr", "ssim", "flicker", "tpsnr", "ws_psnr", "ws_ssim", "seam", "polar", "cube"]
 NETWORKS = ["lpips_alex", "rfid"]
-SHORT = 17  # frames of a degenerate video; these are also scored by what would take too long on the long one:
+SHORT = 17  # frames of a degenerate video; metrics that are too slow for the long one score only these:
 SLOW, SLOW_NETWORKS = ["tof"], ["tlp", "flolpips"]
-ROWS = 20  # of the course that is printed
+ROWS = 20  # printed over time
 MIB = 2**20
 
 
 class Memory(Metric):
-    """The process's resident memory in MiB, by the number of frames that were scored."""
+    """Records the resident memory of the process in MiB, by the number of scored frames."""
 
     name = "memory"
     columns = {}
 
     def __init__(self, every: int) -> None:
         self.every, self.process = every, psutil.Process()
-        self.course: dict[int, float] = {}
+        self.history: dict[int, float] = {}
 
     def update(self, chunk: Chunk) -> None:
-        if chunk.start >= self.every * len(self.course):
-            self.course[chunk.start] = self.process.memory_info().rss / MIB
+        if chunk.start >= self.every * len(self.history):
+            self.history[chunk.start] = self.process.memory_info().rss / MIB
 
     def result(self) -> VideoResult:
         return VideoResult()
 
 
 def moving(size: int) -> Iterator[np.ndarray]:
-    """Endless frames [H, W, 3] uint8 of a drifting pattern."""
+    """Yield frames [H, W, 3] uint8 of a drifting pattern without end."""
     rows, columns = np.mgrid[:size, :size]
     t = 0
     while True:
@@ -75,7 +72,7 @@ def degrade(frame: np.ndarray) -> np.ndarray:
 
 
 def write_pair(folder: Path, name: str, frames: int, original: Iterator[np.ndarray], equal: bool = False) -> Pair:
-    """One frame at a time; the reconstruction has errors unless both are to be equal."""
+    """Write frame by frame. The reconstruction has errors unless equal=True."""
     ref, rec = folder / f"{name}_ori.mp4", folder / f"{name}_rec.mp4"
     with VideoWriter(ref, 24, "lossless") as a, VideoWriter(rec, 24, "lossless") as b:
         for _, frame in zip(range(frames), original, strict=False):
@@ -85,14 +82,14 @@ def write_pair(folder: Path, name: str, frames: int, original: Iterator[np.ndarr
 
 
 def check_memory(pair: Pair, metrics: MetricSet, frames: int, bound: float) -> list[str]:
-    """Print the course; what is wrong with it."""
+    """Print memory over time; returns errors."""
     memory = Memory(max(1, frames // ROWS))
     result, _ = score_pair(pair, MetricSet([*metrics, memory]), Protocol())
     print(f"{'frames':>8}{'MiB':>10}")
-    for count, mib in memory.course.items():
+    for count, mib in memory.history.items():
         print(f"{count:8,}{mib:10.1f}")
-    settled = [mib for count, mib in memory.course.items() if count >= frames // 10]
-    part = max(1, len(settled) // 5)  # medians, for a sample may meet memory that is about to be given back
+    settled = [mib for count, mib in memory.history.items() if count >= frames // 10]
+    part = max(1, len(settled) // 5)  # medians, because a sample may include memory that is about to be freed
     growth = statistics.median(settled[-part:]) - statistics.median(settled[:part])
     print(f"growth after the first tenth: {growth:.1f} MiB (bound {bound:g}); {scores(metrics, result)}")
     errors = wrong_scores(metrics, pair.name, result, frames)
@@ -100,7 +97,7 @@ def check_memory(pair: Pair, metrics: MetricSet, frames: int, bound: float) -> l
 
 
 def check_degenerate(folder: Path, size: int, metrics: MetricSet) -> list[str]:
-    """Print the scores; what is wrong with them."""
+    """Print the scores; returns errors."""
     still = next(moving(size))
     pairs = {
         write_pair(folder, "equal", SHORT, moving(size), equal=True): SHORT,
@@ -122,7 +119,7 @@ def scores(metrics: MetricSet, result: VideoResult) -> str:
 
 
 def wrong_scores(metrics: MetricSet, name: str, result: VideoResult, frames: int) -> list[str]:
-    """A single frame has neither neighbours nor a distribution; all else must have a finite score."""
+    """Errors of missing and non-finite scores. A single frame has no neighbours and no distribution."""
     errors = []
     for metric in metrics:
         undefined = frames == 1 and (metric.pairs or metric.name == "rfid")
@@ -148,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     names = METRICS + (NETWORKS if args.networks else [])
-    more = SLOW + (SLOW_NETWORKS if args.networks else [])
+    extra = SLOW + (SLOW_NETWORKS if args.networks else [])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.networks:
@@ -157,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         pair = write_pair(folder, "long", args.frames, moving(args.size))
         metrics = build_metrics(names, settings={"rfid": {"stride": args.rfid_stride}})
         errors = check_memory(pair, metrics, args.frames, args.bound)
-        errors += check_degenerate(folder, args.size, build_metrics(names + more))
+        errors += check_degenerate(folder, args.size, build_metrics(names + extra))
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     return 1 if errors else 0

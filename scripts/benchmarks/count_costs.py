@@ -1,10 +1,10 @@
-"""Count what a training step costs, without running it: forward FLOPs, and activations kept for backward.
+"""Count forward FLOPs of a training step and the activations kept for backward, without running it.
 
     python scripts/benchmarks/count_costs.py
 
-Fake tensors: shapes only, no memory, no GPU. bf16 autocast over fp32 weights, one clip of 256 x 256. FLOPs are 2 per
-multiply-add. The published loop of Open-Sora 1.2 runs the pixel path in every stage, for logging, and checkpoints
-nothing; its rows are counted on the same networks with everything kept.
+Uses fake tensors: shapes only, no memory, no GPU. bf16 autocast over fp32 weights, one clip of 256 x 256. A
+multiply-add counts as 2 FLOPs. The published loop of Open-Sora 1.2 runs the pixel path in every stage, for logging, and
+checkpoints nothing; its rows are counted on the same networks with all activations kept.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Cost:
 
 
 class LiveStorages(TorchDispatchMode):
-    """Remembers every storage that an operator makes while it is alive; copies of parameters apart."""
+    """Tracks the live storages that operators create, casts of parameters separately."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
@@ -75,14 +75,14 @@ def stage(number: int, checkpointing: bool, pixels: bool) -> tuple[Objective, di
 
 
 def give_shapes(network: nn.Module) -> None:
-    """Fake parameters in place of LPIPS's, which wait for their file on the meta device."""
+    """Replace LPIPS's parameters, which stay on the meta device until their file is loaded, by fake ones."""
     for module in network.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(torch.empty(p.shape), requires_grad=False))
 
 
 def count(number: int, frames: int, *, checkpointing: bool = True, pixels: bool = False, size: int = 256) -> Cost:
-    """Cost of one forward pass, with its loss, of a stage."""
+    """Cost of one forward pass of a stage with its loss."""
     on = str(checkpointing).lower()
     with FakeTensorMode():
         model = vae3d.build(

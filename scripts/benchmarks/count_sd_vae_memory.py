@@ -4,33 +4,27 @@
     python scripts/benchmarks/count_sd_vae_memory.py data.height=512 data.width=512
     python scripts/benchmarks/count_sd_vae_memory.py adversary=none model.gradient_checkpointing=false
 
-Arguments are settings as train.py takes them, on top of RECIPE. Fake tensors: shapes only, no memory, no GPU. What is
-counted is a step with every loss and the discriminator on, its second micro-batch, when gradients of the first and
-moments of a step before are there. Not counted: the CUDA context and libraries (about 0.5 GiB), what cuDNN takes to
-work in, and what the allocator holds between blocks; and a validation, which keeps nothing for backward, but whose rFID
-has a network of 0.1 GiB.
+Arguments are settings of train.py, added to RECIPE. Uses fake tensors: shapes only, no memory, no GPU. Counts the
+second micro-batch of a step with every loss and the discriminator on, when the first one's gradients and the
+optimizer's moments exist. Does not count the CUDA context and libraries (about 0.5 GiB), cuDNN's workspace, the
+allocator's fragmentation, or a validation, which keeps nothing for backward but whose rFID network has 0.1 GiB.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from pathlib import Path
 from unittest.mock import patch
 
 import hydra
 import torch
+from count_costs import give_shapes
+from count_wan_memory import PeakMemory
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from count_costs import give_shapes
-from count_wan_memory import PeakMemory
 
 from vae3d import loading, precision
 from vae3d.adversarial.base import NoAdversary
@@ -47,13 +41,13 @@ GIB = 2**30
 
 
 def composed(overrides: Iterable[str]) -> TrainConfig:
-    """The settings of RECIPE and `overrides`."""
+    """The configuration of RECIPE and `overrides`."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return OmegaConf.to_object(hydra.compose("train", [*RECIPE, *overrides]))
 
 
 class Recipe:
-    """What a configuration trains with, on one device, as vae3d.training.vae_trainer makes and uses it."""
+    """Model, losses, adversary and optimizer of a configuration, built and used as vae3d.training does."""
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -68,7 +62,7 @@ class Recipe:
         self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=tuple(config.optim.betas), fused=fused)
 
     def prepare(self) -> None:
-        """What the trainer makes before the first step, once the networks are as they are to be."""
+        """Build the EMA and the discriminator, as the trainer does before the first step."""
         self.ema = Ema(self.model, **asdict(self.config.trainer.ema))
         self.adversary.load(self.model, self.device, self.config.run.seed, 0)
 
@@ -77,7 +71,7 @@ class Recipe:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def passes(self, clip: Clip, done: Callable[[str], None] = lambda what: None, step: int = ALL_ON) -> None:
-        """Forward and backward passes of a micro-batch. done: is told of each as it ends."""
+        """Forward and backward of a micro-batch. done: called with the name of each part when it ends."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             out = self.model(clip.video, pixels=self.objective.needs_pixels)
         out = attach_decoder(out, self.model)
@@ -89,12 +83,12 @@ class Recipe:
         del loss, adversarial
         done("backward")
         if not isinstance(self.adversary, NoAdversary):
-            judged, _ = self.adversary.discriminator_loss(clip, out, step)
-            (judged / self.config.trainer.accumulate).backward()
+            adversary_loss, _ = self.adversary.discriminator_loss(clip, out, step)
+            (adversary_loss / self.config.trainer.accumulate).backward()
             done("discriminator")
 
     def update(self) -> None:
-        """The networks' updates, without what ranks ask of each other."""
+        """Update the networks, without communication between ranks."""
         nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -112,13 +106,13 @@ def clip_of(config: TrainConfig, device: torch.device) -> Clip:
 
 
 def bytes_of(tensors: Iterable[Tensor | None]) -> int:
-    """Of all storages, each once."""
+    """Bytes of all storages, each counted once."""
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors if x is not None}
     return sum(storages.values())
 
 
-def standing(recipe: Recipe, clip: Clip) -> dict[str, int]:
-    """Bytes of what is there from step to step, between two micro-batches."""
+def persistent(recipe: Recipe, clip: Clip) -> dict[str, int]:
+    """Bytes that persist between two micro-batches, by item."""
     model = recipe.model
     found = {
         "weights": bytes_of(model.parameters()),
@@ -139,9 +133,9 @@ def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def count(overrides: Iterable[str] = ()) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes of every item that stays; and what comes on top at most, in each part of a step."""
+    """Bytes of each persistent item, and the extra peak of each part of a step."""
     config, device = composed(overrides), torch.device("cpu")
-    # Fake parameters cannot be moved, and are where they should be.
+    # Fake parameters cannot be moved, and already are on the right device.
     with patch.object(nn.Module, "to", lambda module, *_: module), FakeTensorMode(), PeakMemory([]) as memory:
         recipe = Recipe(config, device)
         for network in recipe.loss_networks:
@@ -149,10 +143,10 @@ def count(overrides: Iterable[str] = ()) -> tuple[dict[str, int], dict[str, int]
         recipe.prepare()
         clip = clip_of(config, device)
         recipe.passes(clip)
-        recipe.update()  # makes the moments
-        recipe.passes(clip)  # makes gradients, which stay
+        recipe.update()  # creates the moments
+        recipe.passes(clip)  # creates gradients, which stay
         gc.collect()
-        stays, base, tops = standing(recipe, clip), memory.live, {}
+        stays, base, tops = persistent(recipe, clip), memory.live, {}
 
         def done(what: str) -> None:
             tops[what] = memory.peak - base
@@ -169,13 +163,13 @@ def count(overrides: Iterable[str] = ()) -> tuple[dict[str, int], dict[str, int]
 
 
 def total(stays: dict[str, int], tops: dict[str, int]) -> int:
-    """The most that is alive at once."""
+    """Peak bytes."""
     return sum(stays.values()) + max(tops.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", help="as of train.py, such as data.height=512")
+    parser.add_argument("settings", nargs="*", help="settings of train.py, such as data.height=512")
     stays, tops = count(parser.parse_args().settings)
     for name, size in stays.items():
         print(f"{name:45}{size / GIB:8.3f} GiB")

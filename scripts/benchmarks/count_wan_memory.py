@@ -1,10 +1,10 @@
-"""Count the memory that the Wan2.1 VAE needs, without running it, and check that a long stream needs no more.
+"""Count the memory of the Wan2.1 VAE without running it, and check that a longer stream needs no more.
 
     python scripts/benchmarks/count_wan_memory.py
-    python scripts/benchmarks/count_wan_memory.py --stream 10000 --channels 16    # really decodes 10,000 frames of 64 x 64
+    python scripts/benchmarks/count_wan_memory.py --stream 10000 --channels 16   # decodes 10,000 frames of 64 x 64
 
-Fake tensors: shapes only. Training is the forward pass, an L1 loss and the backward pass of one fp32 clip, with all
-gradients, without weights and optimizer state; the peak is of everything that is alive at once.
+Uses fake tensors: shapes only. Training is forward, L1 loss and backward of one fp32 clip with all gradients, without
+weights and optimizer state. The peak is of all live tensors.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import vae3d
 from vae3d.argparse_types import positive_int
 
 CLIPS = ((5, 128, 256), (17, 256, 256), (33, 256, 256), (5, 512, 1024))
-WAYS = {
+VARIANTS = {
     "whole": {},
     "whole, checkpointed": {"gradient_checkpointing": True},
-    "2 latents at once, checkpointed": {"gradient_checkpointing": True, "chunk_latents": 2},
+    "2 latents per chunk, checkpointed": {"gradient_checkpointing": True, "chunk_latents": 2},
     "decoder only, checkpointed": {"gradient_checkpointing": True},
 }
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of all storages that operators make, while they are alive: now (`live`) and at most (`peak`)."""
+    """Tracks the bytes of live storages that operators create: `live` now, `peak` at most. apart: not counted."""
 
     def __init__(self, apart: list[Tensor]) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def training(clip: tuple[int, int, int], build: Callable[[], nn.Module], decoder_only: bool = False) -> tuple[int, int]:
-    """Bytes kept for backward, and at the peak."""
+    """Bytes kept for backward, and peak bytes."""
     with FakeTensorMode():
         model = build()
         if decoder_only:
@@ -79,7 +79,7 @@ def wan(**settings: object) -> nn.Module:
 def table() -> None:
     print(f"{'training, fp32, GiB':36}" + "".join(f"{f'{t} x {h} x {w}':>20}" for t, h, w in CLIPS))
     print(f"{'':36}" + f"{'kept / peak':>20}" * len(CLIPS))
-    for name, settings in WAYS.items():
+    for name, settings in VARIANTS.items():
         cells = [training(clip, lambda s=settings: wan(**s), name.startswith("decoder")) for clip in CLIPS]
         print(f"{name:36}" + "".join(f"{f'{kept / 2**30:.2f} / {peak / 2**30:.2f}':>20}" for kept, peak in cells))
     print(f"\n{'streaming decode, GiB':36}" + "".join(f"{f'{k} latents':>12}" for k in (1, 2, 4, 8)))

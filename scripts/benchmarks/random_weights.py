@@ -1,9 +1,9 @@
-"""Random weights under the published names, to try and time metrics without the real files.
+"""Write random weights under the published names, to try and time metrics without the real files.
 
     python scripts/benchmarks/random_weights.py DIR
     VAE3D_WEIGHTS=DIR VAE3D_ALLOW_UNVERIFIED=1 python eval/eval_common_metric.py ... --metric lpips flolpips rfid
 
-The scores mean nothing, but take as long and as much memory as real ones.
+The scores are meaningless, but cost the same time and memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def write_weights(folder: Path, *networks: str) -> None:
-    """Of the networks named, keys of SHAPES."""
+    """Write the files of these networks, keys of SHAPES."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = torch.Generator().manual_seed(0)
     for network in networks:
@@ -36,7 +36,7 @@ def write_weights(folder: Path, *networks: str) -> None:
 
 
 def trunk(net: str) -> tuple[str, dict[str, Tensor]]:
-    """Of LPIPS: the file's name, and tensors like those in it."""
+    """File name of an LPIPS trunk, and tensors of the shapes in it."""
     builder, file, _ = lpips.TRUNKS[net]
     with torch.device("meta"):
         features = getattr(torchvision.models, builder)(weights=None).features
@@ -76,7 +76,7 @@ SHAPES = {
 
 
 def random_weight(key: str, like: Tensor, rng: torch.Generator) -> Tensor:
-    """Such that activations keep their scale from layer to layer."""
+    """Random values that keep the scale of activations from layer to layer."""
     if like.ndim > 1:
         return torch.randn(like.shape, generator=rng) * math.sqrt(2 / math.prod(like.shape[1:]))
     return torch.full(like.shape, float(key.endswith(("bn.weight", "running_var"))))

@@ -1,9 +1,8 @@
-"""The diffusion part of the demo report; by itself, samples beside data as one picture, and its table.
+"""Draw the diffusion part of the demo report; alone, write one picture of samples beside data and print the table.
 
     python scripts/demo/demo_diffusion_report.py demo docs/latent_samples.png
 
-Reads what scripts/demo.sh leaves in the folder: out/RUN/{grid,data} (.png or .mp4) and out/RUN/distances.json of the
-RUNS below.
+Reads out/RUN/{grid,data} (.png or .mp4) and out/RUN/distances.json of the RUNS below, which scripts/demo.sh writes.
 """
 
 from __future__ import annotations
@@ -19,32 +18,31 @@ from vae3d.data.images import open_image
 RUNS = {"ldm_unet_tiny": "UNet, images", "ldm_video_tiny": "video transformer, clips"}
 DISTANCES = {"noise": "noise", "samples": "samples", "other latents": "other latents of the data"}
 GRID = 10  # columns of the grids that sampling writes
-COLUMNS, ROWS = 5, 3  # of them that are shown
+COLUMNS, ROWS = 5, 3  # shown
 GAP = 14  # pixels between samples and data
 
 SECTION = """<h2>Diffusion in latents</h2>
-<p>Two toy autoencoders, their latents in a cache, and two diffusion models on them, by class: a UNet on photographs and
-a video transformer on clips. Sliced Wasserstein distance to latents of the data, in their standard deviations:</p>
+<p>Two toy autoencoders, and two diffusion models on their cached latents, by class: a UNet on photographs and a video
+transformer on clips. Sliced Wasserstein distance to latents of the data, in their standard deviations:</p>
 {table}
-<p><i>Noise</i> is what the models begin with, trained or not. Nothing comes closer than <i>other latents of the
-data</i>.</p>
-<p>Left samples, right data of the same classes as the autoencoder gives them back; of clips the first, the middle and
-the last frame. A clip's class is its photograph; some cut to another one.</p>
+<p><i>Noise</i> is what sampling starts from. <i>Other latents of the data</i> are the closest that samples can come.</p>
+<p>Left samples, right data of the same classes, decoded by the autoencoder. Clips show their first, middle and last frame.
+The class of a clip is its photograph; some clips cut to another one.</p>
 {pictures}
 """
 
 
 def scores(folder: Path) -> list[list[str]]:
-    """Head and rows: model, distances."""
+    """Header and rows: model, distances."""
     rows = [["", *DISTANCES.values()]]
     for run, title in RUNS.items():
-        told = read_json(folder / f"out/{run}/distances.json")
-        rows.append([f"{title} ({told['count']})", *(f"{told['sliced_wasserstein'][name]:.2f}" for name in DISTANCES)])
+        distances = read_json(folder / f"out/{run}/distances.json")
+        rows.append([f"{title} ({distances['count']})", *(f"{distances['sliced_wasserstein'][name]:.2f}" for name in DISTANCES)])
     return rows
 
 
 def frames(folder: Path, name: str) -> np.ndarray:
-    """The first columns and rows of a grid that sampling has written, [T, H, W, 3] uint8."""
+    """First columns and rows of a grid of samples, [T, H, W, 3] uint8."""
     image = folder / f"{name}.png"
     if image.is_file():
         with open_image(image) as opened:
@@ -56,7 +54,7 @@ def frames(folder: Path, name: str) -> np.ndarray:
 
 
 def beside(folder: Path) -> np.ndarray:
-    """Samples and data of a run, side by side: [H, W, 3]; of a video, three of its frames below each other."""
+    """Samples and data of a run side by side, [H, W, 3]; three frames of a video below each other."""
     pair = [frames(folder, name) for name in ("grid", "data")]
     shown = dict.fromkeys((0, len(pair[0]) // 2, len(pair[0]) - 1))
     gap = np.full((pair[0].shape[1], GAP, 3), 255, np.uint8)

@@ -1,9 +1,9 @@
-"""The distillation's part of the demo report; by itself, its curves as one picture and its tables.
+"""Draw the distillation part of the demo report; alone, write its curves as one picture and print its tables.
 
     python scripts/demo/demo_distillation_report.py demo docs/distillation.png
 
-Reads what scripts/demo.sh leaves in the folder: runs/{TEACHER,STUDENT}/metrics.jsonl, out/STUDENT_rec/comparison.json
-and the strips of pictures in out/STUDENT_compare.
+Reads runs/{TEACHER,STUDENT}/metrics.jsonl, out/STUDENT_rec/comparison.json and the pictures in out/STUDENT_compare,
+which scripts/demo.sh writes.
 """
 
 from __future__ import annotations
@@ -21,59 +21,58 @@ from vae3d.errors import UserError
 
 TEACHER, STUDENT = "taehv_teacher_tiny", "taehv_tiny"
 LOSSES = {"loss/latent": "latents: |student - teacher|", "loss/features": "features in the decoder: squared error"}
-SMOOTH = 'style="image-rendering: auto"'  # the strips hold text and are wider than the page
+SMOOTH = 'style="image-rendering: auto"'  # the pictures hold text and are wider than the page
 
 SECTION = """<h2>A tiny decoder</h2>
-<p>A TAEHV, the student, learned the latents of a toy VAE of Wan's kind, its teacher, and to decode them. Each then
-decodes what the other encodes. Held-out clips, {clip}:</p>
+<p>A TAEHV, the student, learned to encode and decode the latents of a toy Wan VAE, its teacher. Each then decodes the
+other's latents. Held-out clips, {clip}:</p>
 {pairs}
-<p><i>PSNR</i>: of the error over all frames of a clip; both scores are means over clips. The last row is what frames
-of one colour reach. A decoder that stands in for the teacher's comes near <i>teacher, teacher</i> with the teacher's
-latents.</p>
+<p><i>PSNR</i>: of the error over all frames of a clip. Both scores are means over clips. The last row is the score of frames
+of one colour. A decoder that can replace the teacher's comes near <i>teacher, teacher</i> with the teacher's latents.</p>
 {warnings}
 {networks}
 <p><i>Parameters</i>: of encoder and decoder together. Speed on {device}, one clip.</p>
 {curves}
-<p>Validation during training is on shorter and smaller clips than the tables' scores.</p>
-<p>The clips with the best and the worst PSNR of the student alone, encoder &gt; decoder:</p>
+<p>Validation during training uses shorter and smaller clips than the tables.</p>
+<p>Clips with the best and the worst PSNR of the student, encoder &gt; decoder:</p>
 {strips}
 """
 
 
 def comparison(folder: Path) -> dict[str, Any]:
-    """What scripts/compare.py wrote of student and teacher."""
+    """The file that scripts/compare.py writes."""
     return read_json(folder / f"out/{STUDENT}_rec/comparison.json")
 
 
-def pairs(told: Mapping[str, Any]) -> list[list[str]]:
-    """Head and rows: whose encoder, whose decoder, scores."""
-    means = told["mean"]
+def pairs(results: Mapping[str, Any]) -> list[list[str]]:
+    """Header and rows: encoder, decoder, scores."""
+    means = results["mean"]
     rows = [["encoder", "decoder", "PSNR (dB)", "SSIM"]]
     for pair, scores in means["pairs"].items():
         rows.append([*pair.split(" -> "), f"{scores['psnr_video']:.2f}", f"{scores['ssim']:.4f}"])
     return [*rows, ["mean colour", "", f"{means['baseline']['mean_colour']:.2f}", ""]]
 
 
-def networks(told: Mapping[str, Any]) -> list[list[str]]:
-    """Head and rows: whose, network, parameters, frames per second."""
+def networks(results: Mapping[str, Any]) -> list[list[str]]:
+    """Header and rows: student or teacher, network, parameters, frames per second."""
     rows = [["", "network", "parameters", "encodes, frames/s", "decodes, frames/s"]]
-    for whose in ("student", "teacher"):
-        cost = told["cost"][whose]
+    for name in ("student", "teacher"):
+        cost = results["cost"][name]
         speeds = [f"{cost[f'{what}_frames_per_second']:.0f}" for what in ("encode", "decode")]
-        rows.append([whose, told[whose]["network"], f"{told[whose]['parameters']:,}", *speeds])
+        rows.append([name, results[name]["network"], f"{results[name]['parameters']:,}", *speeds])
     return rows
 
 
 def points(run: Path, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a run's metric. Raises UserError if the run did not write it."""
+    """Steps and values of a run's metric. Raises UserError if the run has none."""
     lines = [line for line in history(run) if key in line]
     if not lines:
-        raise UserError(f"{run / 'metrics.jsonl'} has no {key}: the run stopped before; go on with scripts/demo.sh")
+        raise UserError(f"{run / 'metrics.jsonl'} has no {key}: the run is not finished; continue it with scripts/demo.sh")
     return [line["step"] for line in lines], [line[key] for line in lines]
 
 
 def curves(folder: Path) -> Figure:
-    """The student's validation PSNR beside its teacher's last, and its losses against the teacher."""
+    """The student's validation PSNR with the teacher's last, and the student's losses."""
     teacher, student = folder / "runs" / TEACHER, folder / "runs" / STUDENT
     figure = Figure(figsize=(12, 3.2))
     psnr, *losses = figure.subplots(1, 1 + len(LOSSES))
@@ -92,9 +91,9 @@ def curves(folder: Path) -> Figure:
     return figure
 
 
-def best_and_worst(told: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """Of the files, by the student's own reconstruction; one file is both."""
-    ranked = sorted(told["files"], key=own_psnr, reverse=True)
+def best_and_worst(results: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The files with the best and the worst PSNR of the student; one file if there is only one."""
+    ranked = sorted(results["files"], key=own_psnr, reverse=True)
     return ranked[:: max(1, len(ranked) - 1)]
 
 
@@ -108,22 +107,22 @@ def strip(file: Mapping[str, Any], folder: Path) -> str:
 
 
 def section(folder: Path) -> str:
-    told = comparison(folder)
-    clip = told["cost"]["student"]
+    results = comparison(folder)
+    clip = results["cost"]["student"]
     return SECTION.format(
         clip=f"{clip['frames']} frames of {clip['height']} &times; {clip['width']}",
-        pairs=as_html(pairs(told)),
-        warnings="\n".join(f"<p><b>{html.escape(warning)}</b></p>" for warning in told["warnings"]),
-        networks=as_html(networks(told)),
+        pairs=as_html(pairs(results)),
+        warnings="\n".join(f"<p><b>{html.escape(warning)}</b></p>" for warning in results["warnings"]),
+        networks=as_html(networks(results)),
         device=html.escape(clip["device"]),
         curves=figure_tag(curves(folder)),
-        strips="\n".join(strip(file, folder) for file in best_and_worst(told)),
+        strips="\n".join(strip(file, folder) for file in best_and_worst(results)),
     )
 
 
 def tables(folder: Path) -> str:
-    told = comparison(folder)
-    return f"{as_text(pairs(told))}\n\n{as_text(networks(told))}"
+    results = comparison(folder)
+    return f"{as_text(pairs(results))}\n\n{as_text(networks(results))}"
 
 
 def report(folder: Path, picture: Path) -> None:

@@ -1,9 +1,8 @@
-"""The GAN's part of the demo report; by itself, its curves and pictures as one picture and its table.
+"""Draw the GAN part of the demo report; alone, write its curves and reconstructions as one picture and print its table.
 
     python scripts/demo/demo_gan_report.py demo docs/gan.jpg
 
-Reads what scripts/demo.sh leaves in the folder: runs/RUN/metrics.jsonl and out/RUN_{ori,rec} with their
-_eval/summary.json.
+Reads runs/RUN/metrics.jsonl, out/RUN_{ori,rec} and their _eval/summary.json, which scripts/demo.sh writes.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ SCORES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "sharpness": "sharpness"}
 CURVES = {"val/psnr": "val/psnr (dB)", "val/sharpness": "val/sharpness (1: as sharp as the original)"}
 
 SECTION = """<h2>A GAN</h2>
-<p>A toy image VAE on photographs, and two ways to go on with it: the same steps with a PatchGAN and without. Scores on
-held-out photographs:</p>
+<p>A toy image VAE on photographs, continued for the same steps with and without a PatchGAN. Scores on held-out
+photographs:</p>
 {table}
-<p><i>Sharpness</i>: the reconstruction's gradient energy over the original's. An L1 loss alone leaves blur; the GAN
-adds detail, and pays in PSNR what of it is in the wrong place.</p>
+<p><i>Sharpness</i>: the reconstruction's gradient energy over the original's. L1 alone leaves blur. The GAN adds detail;
+detail in the wrong place lowers PSNR.</p>
 {curves}
-<p>Validation during training is on smaller crops than the table's scores.</p>
+<p>Validation during training uses smaller crops than the table.</p>
 {pictures}
 """
 
 
 def scores(folder: Path) -> list[list[str]]:
-    """Head and rows: run, scores."""
+    """Header and rows: run, scores."""
     rows = [["", *SCORES.values()]]
     for run, title in RUNS.items():
         means = read_json(folder / f"out/{run}_rec_eval/summary.json")["metrics"]
@@ -46,7 +45,7 @@ def scores(folder: Path) -> list[list[str]]:
 
 
 def curves(folder: Path) -> Figure:
-    """PSNR and sharpness while training; the two that go on begin where the first ends."""
+    """PSNR and sharpness during training; the two continued runs begin where the first ends."""
     figure = Figure(figsize=(12, 3.4))
     for axis, (key, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
         first = points(folder / "runs" / START, key)
@@ -64,7 +63,7 @@ def curves(folder: Path) -> Figure:
 
 
 def pictures(folder: Path) -> Figure:
-    """Held-out photographs: original, then each run's reconstruction."""
+    """Held-out photographs: the original, then each run's reconstruction."""
     names = sorted(path.name for path in (folder / f"out/{START}_ori").glob("*.png"))
     columns = {f"{START}_ori": "original", **{f"{run}_rec": title for run, title in RUNS.items()}}
     figure = Figure(figsize=(3 * len(columns), 3 * len(names) + 0.3))
@@ -72,8 +71,8 @@ def pictures(folder: Path) -> Figure:
     for axis, title in zip(axes[0], columns.values(), strict=True):
         axis.set_title(title, fontsize=9)
     for row, name in zip(axes, names, strict=True):
-        for axis, place in zip(row, columns, strict=True):
-            with open_image(existing(folder / "out" / place / name)) as image:
+        for axis, source in zip(row, columns, strict=True):
+            with open_image(existing(folder / "out" / source / name)) as image:
                 axis.imshow(np.asarray(image), interpolation="nearest")
             axis.set_axis_off()
     figure.tight_layout(pad=0.3)
@@ -91,7 +90,7 @@ def tables(folder: Path) -> str:
 
 
 def stacked(folder: Path) -> Image.Image:
-    """Curves above pictures, of one width."""
+    """Curves above pictures, with equal widths."""
     parts = []
     for figure in (curves(folder), pictures(folder)):
         file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What the parts of the demo report share: files in, pictures and tables out."""
+"""Shared by the parts of the demo report: reads results, draws pictures and tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ERROR_GAIN = 4  # error maps show |original - reconstruction| times this
 
 
 def exit_on_user_error(run: Callable[[], None]) -> None:
-    """run(); a UserError ends as its message alone and exit status 2."""
+    """Call run(). On a UserError print its message and exit with status 2."""
     try:
         run()
     except UserError as error:
@@ -32,7 +32,7 @@ def exit_on_user_error(run: Callable[[], None]) -> None:
 
 
 def draw_part(doc: str | None, report: Callable[[Path, Path], None]) -> None:
-    """The command line of a part of the report by itself: the demo's folder, and the picture that it writes."""
+    """Command line of one part of the report: the demo's folder and the picture to write."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("picture", type=Path)
@@ -42,9 +42,9 @@ def draw_part(doc: str | None, report: Callable[[Path, Path], None]) -> None:
 
 
 def existing(path: Path) -> Path:
-    """The path. Raises UserError if no file is there."""
+    """The path. Raises UserError if there is no file."""
     if not path.is_file():
-        raise UserError(f"{path} is missing; scripts/demo.sh makes it, and goes on where it stopped")
+        raise UserError(f"{path} is missing; run scripts/demo.sh, which writes it")
     return path
 
 
@@ -64,7 +64,7 @@ def read_video(path: Path) -> np.ndarray:
 
 
 def error_map(original: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Their absolute difference, amplified, uint8."""
+    """Absolute difference times ERROR_GAIN, uint8."""
     return (np.abs(original.astype(int) - other) * ERROR_GAIN).clip(0, 255).astype(np.uint8)
 
 
@@ -86,7 +86,7 @@ def figure_tag(figure: Figure) -> str:
 
 
 def as_text(rows: list[list[str]]) -> str:
-    """A table whose first row is its head."""
+    """A plain-text table. The first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,8 +1,8 @@
-"""The panoramas' part of the demo report; by itself, one picture of it and its table of scores.
+"""Draw the panorama part of the demo report; alone, write one picture and print its table of scores.
 
     python scripts/demo/demo_panoramas_report.py demo docs/panorama.png
 
-Reads what scripts/demo.sh leaves in the folder: out/RUN_{ori,rec} of the RUNS below with their _eval/summary.json.
+Reads out/RUN_{ori,rec} of the RUNS below and their _eval/summary.json, which scripts/demo.sh writes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RUNS = {
     "wan_erp_tiny": "wan_erp_tiny",
     "wan_erp_tiny_best": "wan_erp_tiny_best",
 }
-SCORES = {  # column of the panorama preset -> head, digits
+SCORES = {  # column of the panorama preset -> header, digits
     "ws_psnr": ("WS-PSNR (dB)", 2),
     "seam_gradient": ("seam gradient error", 4),
     "seam_ratio": ("seam / rest MSE", 2),
@@ -42,25 +42,25 @@ SCORES = {  # column of the panorama preset -> head, digits
     "cube_psnr_up": ("up face, PSNR", 2),
 }
 ENLARGE = 4
-FRAME = 2  # of each clip is shown
-NEAR_SEAM = 10  # columns on either side of it in the close-up
-TEXT, LABEL, GAP = 14, 24, 6  # pixels: size of the picture's letters, height of a label, space between views
+FRAME = 2  # shown of each clip
+NEAR_SEAM = 10  # columns on either side of the seam in the close-up
+TEXT, LABEL, GAP = 14, 24, 6  # pixels: font size, label height, space between views
 
 SECTION = """<h2>Panoramas</h2>
-<p>A tiny Wan VAE (2 &times; 4 &times; 4), trained on the clips of the demo with zeros beyond its borders, and
-fine-tuned on rendered rooms by the two recipes. Held-out rooms:</p>
+<p>A tiny Wan VAE (2 &times; 4 &times; 4), trained on the demo's clips with zero padding and fine-tuned on rendered rooms
+with two recipes. Held-out rooms:</p>
 {table}
-<p><i>Seam gradient error</i>: of the step from the last column to the first, in [0, 1]. <i>Poles</i>: beyond 60
-degrees. <i>Up face</i>: a view of 90 degrees to the ceiling.</p>
-<p>Each panorama is turned by half, so that its seam is in the middle; then the seam from near by, the view up to the
-square lamps, and the error, {gain} times amplified.</p>
+<p><i>Seam gradient error</i>: of the step from the last column to the first, in [0, 1]. <i>Poles</i>: latitudes beyond 60
+degrees. <i>Up face</i>: a 90 degree view of the ceiling.</p>
+<p>Each panorama is turned by half, so that its seam is in the middle. Then: the seam in close-up, the view up to the square
+lamps, and the error, {gain} times amplified.</p>
 {pictures}
 """
 
 
 def table(out: Path) -> list[list[str]]:
-    """Head and rows: run, its scores."""
-    rows = [["model", *(head for head, _ in SCORES.values())]]
+    """Header and rows: run, scores."""
+    rows = [["model", *(header for header, _ in SCORES.values())]]
     for run, title in RUNS.items():
         means = read_json(out / f"{run}_rec_eval/summary.json")["metrics"]
         rows.append([title, *(f"{means[column]['mean']:.{digits}f}" for column, (_, digits) in SCORES.items())])
@@ -68,13 +68,13 @@ def table(out: Path) -> list[list[str]]:
 
 
 def clips(name: str, out: Path) -> dict[str, np.ndarray]:
-    """Title -> one frame, [H, W, 3], of the original and of every run's reconstruction."""
+    """Title -> one frame, [H, W, 3], of the original and each reconstruction."""
     folders = {"original": "wan_tiny_ori", **{title: f"{run}_rec" for run, title in RUNS.items()}}
     return {title: read_video(out / folder / f"{name}.mp4")[FRAME] for title, folder in folders.items()}
 
 
 def views(frame: np.ndarray, original: np.ndarray) -> dict[str, np.ndarray]:
-    """What is shown of a panorama, all of its height: title -> [H, W, 3]."""
+    """Views of a panorama by title, each [H, W, 3] at full height."""
     height, width = frame.shape[:2]
     turned = np.roll(frame, width // 2, axis=1)
     middle = slice(width // 2 - NEAR_SEAM, width // 2 + NEAR_SEAM)
@@ -88,7 +88,7 @@ def views(frame: np.ndarray, original: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def picture(frames: Mapping[str, np.ndarray], times: int = ENLARGE) -> Image.Image:
-    """A row for each frame under its title, the original first: its views side by side."""
+    """A row for each title, the original first, with its views side by side."""
     rows = {title: views(frame, frames["original"]) for title, frame in frames.items()}
     shown = next(iter(rows.values()))
     height = next(iter(shown.values())).shape[0] * times
@@ -97,8 +97,8 @@ def picture(frames: Mapping[str, np.ndarray], times: int = ENLARGE) -> Image.Ima
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(TEXT)
     for number, (title, row) in enumerate(rows.items()):
         left, top = 0, number * (height + LABEL)
-        for column, (what, view) in enumerate(row.items()):
-            draw.text((left, top + 4), title if column == 0 else what, "black", font)
+        for column, (name, view) in enumerate(row.items()):
+            draw.text((left, top + 4), title if column == 0 else name, "black", font)
             page.paste(enlarged(view, times), (left, top + LABEL))
             left += view.shape[1] * times + GAP
     return page
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("picture", type=Path)
-    parser.add_argument("--room", type=non_negative_int, default=0, help="which of the held-out rooms")
+    parser.add_argument("--room", type=non_negative_int, default=0, help="index of the held-out room")
     args = parser.parse_args()
     exit_on_user_error(lambda: report(args.folder, args.picture, args.room))
 

@@ -1,9 +1,9 @@
-"""Write one self-contained HTML page about the finished parts of a demo, and print their tables of scores.
+"""Write one self-contained HTML page of the finished parts of a demo, and print their tables.
 
     python scripts/demo/demo_report.py demo
 
-A part is finished once commands/PART.txt is in the folder, which scripts/demo.sh puts there last; what else of a part
-is read stands in demo_PART_report.py.
+A part is finished when the folder has commands/PART.txt, which scripts/demo.sh writes last. demo_PART_report.py lists
+the other files that a part reads.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PAGE = """<!doctype html>
   img {{ max-width: 100%; image-rendering: pixelated }} pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
 </style>
 <h1>vae3d demo</h1>
-<p>Toy networks, trained on a processor. They show that the parts work together, not what the parts can do.</p>
+<p>Toy networks, trained on a CPU. They show that the parts work together, not how good they get.</p>
 {sections}
 """
 
@@ -51,16 +51,16 @@ COMMANDS = "<details><summary>Commands</summary><pre>{}</pre></details>\n"
 
 
 def finished(folder: Path) -> dict[str, str]:
-    """Part -> its commands. Raises UserError if there is none."""
+    """Commands of each finished part. Raises UserError if no part is finished."""
     files = {part: folder / f"commands/{part}.txt" for part in PARTS}
     found = {part: file.read_text() for part, file in files.items() if file.is_file()}
     if not found:
-        raise UserError(f"{folder} has no finished part of a demo; scripts/demo.sh makes {', '.join(PARTS)}")
+        raise UserError(f"{folder} has no finished part of a demo; run scripts/demo.sh, which has the parts {', '.join(PARTS)}")
     return found
 
 
 def write_report(folder: Path) -> None:
-    """folder/report.html, and its tables to the console. Raises UserError if a file of a finished part is missing."""
+    """Write folder/report.html and print its tables. Raises UserError if a file of a finished part is missing."""
     parts = finished(folder)
     sections = [
         PARTS[part].section(folder) + COMMANDS.format(html.escape(commands)) for part, commands in parts.items()

@@ -1,7 +1,6 @@
-"""The stages' part of the demo report: the three stages of Open-Sora 1.2, and the 2D VAE before them.
+"""Draw the stages part of the demo report: the three stages of Open-Sora 1.2, and the 2D VAE before them.
 
-Reads what scripts/demo.sh leaves in the folder: runs/STAGE/metrics.jsonl, out/STAGE_{ori,rec,spatial} with their
-_eval/summary.json.
+Reads runs/STAGE/metrics.jsonl, out/STAGE_{ori,rec,spatial} and their _eval/summary.json, which scripts/demo.sh writes.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ STAGES = {
 }
 CURVES = ("val/psnr", "loss", "grad_norm")
 ENLARGE = 2
-SHOWN = (0, 8, 16, 24, 32, 39)  # frames in the still pictures
+SHOWN = (0, 8, 16, 24, 32, 39)  # frames in the strips
 
 SECTION = """<h2>Three stages</h2>
-<p>A toy video VAE (4 &times; 2 &times; 2 compression) trained through the three stages of Open-Sora 1.2; its pictures
-are as blurred as {parameters} parameters make them. Scores on the held-out clips:</p>
+<p>A toy video VAE (4 &times; 2 &times; 2 compression) trained through the three stages of Open-Sora 1.2. With {parameters}
+parameters its pictures are blurred. Scores on held-out clips:</p>
 {table}
-<p><i>2D ceiling</i>: the same clips through the 2D VAE alone, the best that the temporal VAE between its halves
-can reach. Stages 1 and 2 leave the 2D VAE as it was; stage 3 trains it too.</p>
+<p><i>2D ceiling</i>: the same clips through the 2D VAE alone, which the temporal VAE inside it cannot exceed. Stages 1 and 2
+freeze the 2D VAE; stage 3 trains it too.</p>
 <p>Original, through the 2D VAE alone, after stage 1, after stage 3:</p>
 {movies}
 <p>Frames; error maps show the absolute difference, {gain} times amplified.</p>
@@ -57,7 +56,7 @@ def strip(frames: np.ndarray) -> str:
 
 
 def strips(name: str, out: Path) -> str:
-    """One clip: rows of frames for the original, the 2D VAE, stage 3 and its error."""
+    """Rows of frames of one clip: original, 2D VAE, stage 3, error of stage 3."""
     original = read_video(out / f"stage3_ori/{name}.mp4")
     spatial = read_video(out / f"stage3_spatial/{name}.mp4")
     final = read_video(out / f"stage3_rec/{name}.mp4")
@@ -72,7 +71,7 @@ def strips(name: str, out: Path) -> str:
 
 
 def movie(name: str, out: Path) -> str:
-    """One clip as an animation of four videos side by side."""
+    """One clip as an animation: original, 2D VAE, stage 1, stage 3 side by side."""
     folders = ("stage3_ori", "stage3_spatial", "stage1_rec", "stage3_rec")
     frames = np.concatenate([read_video(out / folder / f"{name}.mp4") for folder in folders], axis=2)
     images = [enlarged(frame, ENLARGE) for frame in frames]
@@ -100,7 +99,7 @@ def curves(histories: dict[str, list[dict[str, float]]]) -> str:
 
 
 def scores(out: Path) -> list[list[str]]:
-    """Head and rows: stage, PSNR and SSIM of the reconstruction, of the 2D VAE alone."""
+    """Header and rows: stage, PSNR and SSIM of the reconstruction and of the 2D VAE alone."""
 
     def cells(stage: str, kind: str) -> list[str]:
         if stage == kind == "spatial":  # a 2D VAE has no 2D VAE inside
@@ -108,8 +107,8 @@ def scores(out: Path) -> list[list[str]]:
         means = read_json(out / f"{stage}_{kind}_eval/summary.json")["metrics"]
         return [f"{means['psnr']['mean']:.2f}", f"{means['ssim']['mean']:.4f}"]
 
-    head = ["after", "PSNR (dB)", "SSIM", "2D ceiling, PSNR", "2D ceiling, SSIM"]
-    return [head, *([title, *cells(stage, "rec"), *cells(stage, "spatial")] for stage, title in STAGES.items())]
+    header = ["after", "PSNR (dB)", "SSIM", "2D ceiling, PSNR", "2D ceiling, SSIM"]
+    return [header, *([title, *cells(stage, "rec"), *cells(stage, "spatial")] for stage, title in STAGES.items())]
 
 
 def parameters(run: Path) -> str:

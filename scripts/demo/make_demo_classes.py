@@ -1,9 +1,9 @@
-"""Make a folder of small images in classes: cuts of photographs that ship with scikit-image and scikit-learn.
+"""Make a folder of small images in classes: crops of photographs that ship with scikit-image and scikit-learn.
 
     python scripts/demo/make_demo_classes.py demo/classes
 
-Leaves FOLDER/train/CLASS/000.png and FOLDER/val/CLASS/000.png, each a square of 60 to 95 % of the class's photograph;
-and FOLDER/images.csv with the columns path, label and split.
+Writes FOLDER/train/CLASS/000.png and FOLDER/val/CLASS/000.png, squares of 60 to 95 % of the class's photograph, and
+FOLDER/images.csv with the columns path, label and split.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ HELD_OUT = 16  # images of each class
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", type=positive_int, default=64, help="pixels of a side (64)")
-    parser.add_argument("--count", type=positive_int, default=200, help="images to train on of each class (200)")
+    parser.add_argument("--size", type=positive_int, default=64, help="height and width in pixels (64)")
+    parser.add_argument("--count", type=positive_int, default=200, help="training images of each class (200)")
     args = parser.parse_args()
     rng, rows, pictures = np.random.default_rng(0), [], photographs()
     for label, name in CLASSES.items():
@@ -38,14 +38,14 @@ def main() -> None:
             split = "train" if number < args.count else "val"
             path = Path(split, label, f"{number:03d}.png")
             (args.folder / path.parent).mkdir(parents=True, exist_ok=True)
-            cut(pictures[name], args.size, rng).save(args.folder / path)
+            crop(pictures[name], args.size, rng).save(args.folder / path)
             rows.append({"path": str(path), "label": label, "split": split})
     pd.DataFrame(rows).to_csv(args.folder / "images.csv", index=False)
     print(f"{len(rows)} images of {len(CLASSES)} classes in {args.folder}")
 
 
-def cut(picture: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """A square at a random place and of a random size."""
+def crop(picture: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    """A square crop at a random position, of a random size."""
     side = rng.uniform(*SHARES) * picture.width
     left, top = rng.uniform(0, picture.width - side, 2)
     return picture.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))

@@ -2,7 +2,7 @@
 
     python scripts/demo/make_demo_images.py demo/images
 
-Leaves FOLDER/train/NAME.png and, of the photographs whose places are not trained on, FOLDER/val/NAME.png.
+Writes FOLDER/train/NAME.png, and FOLDER/val/NAME.png for photographs of other subjects.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from make_demo_videos import photographs
 from PIL import Image
 
-SIDE = 160  # pixels of a photograph's side, so that 64 of them show objects and not only texture
+SIDE = 160  # pixels, so that crops of 64 show objects and not only texture
 HELD_OUT = ("chelsea", "coffee", "china")
 
 

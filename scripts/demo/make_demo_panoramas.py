@@ -2,8 +2,8 @@
 
     python scripts/demo/make_demo_panoramas.py demo/rooms --areas 4 --rooms 3 --frames 7 --height 64 --depth
 
-Leaves FOLDER/area0/room0/output/panorama_0000.png, ... (twice as wide as high) and with --depth depth_0000.png (16 bit,
-millimetres along the ray, 0 where nothing was measured: the windows). The camera walks through each room. The same seed
+Writes FOLDER/area0/room0/output/panorama_0000.png, ... (twice as wide as high) and with --depth depth_0000.png (16 bit,
+millimetres along the ray; 0 where nothing was measured, the windows). The camera moves through each room. The same seed
 gives the same files.
 """
 
@@ -28,7 +28,7 @@ FLOOR, CEILING, LAMP_EDGE, WHITE = (4, 5, (70, 70, 74), (255, 255, 250))  # face
 
 @dataclass(frozen=True)
 class Room:
-    """Of `size` (x, y, z) metres with z up, a corner at the origin; on its floor a cupboard, a box from low to high."""
+    """A room of `size` (x, y, z) metres, z up, with a corner at the origin and a cupboard on the floor from `low` to `high`."""
 
     size: np.ndarray
     low: np.ndarray
@@ -71,8 +71,7 @@ def furnish(rng: np.random.Generator) -> Room:
 
 
 def directions(height: int) -> np.ndarray:
-    """[H, 2H, 3] unit vectors of the pixels' centres: the top row looks up, the middle column along x, and columns to
-    the right of it to the right."""
+    """[H, 2H, 3] unit vectors through the pixels' centres: the top row points up, the middle column along x."""
     latitude = (0.5 - (np.arange(height) + 0.5) / height) * np.pi
     longitude = ((np.arange(2 * height) + 0.5) / (2 * height) - 0.5) * 2 * np.pi
     up, right = np.meshgrid(latitude, longitude, indexing="ij")
@@ -105,7 +104,7 @@ def inside(u: np.ndarray, v: np.ndarray, box: tuple[float, float, float, float])
 
 
 def speckle(room: Room, u: np.ndarray, v: np.ndarray, cell: float) -> np.ndarray:
-    """Smooth noise in [-1, 1] with features of `cell` metres: the room's lattice, interpolated."""
+    """Smooth noise in [-1, 1] with features of `cell` metres, interpolated from the room's lattice."""
     x, y = u / cell, v / cell
     i, j = np.floor(x).astype(int), np.floor(y).astype(int)
     s, t = (3 * f**2 - 2 * f**3 for f in (x - i, y - j))
@@ -150,7 +149,7 @@ def paint_wall(room: Room, wall: int, u: np.ndarray, v: np.ndarray) -> np.ndarra
 
 
 def paint(room: Room, face: np.ndarray, point: np.ndarray) -> np.ndarray:
-    """[..., 3] colours of what the rays hit."""
+    """[..., 3] colours of the points that rays hit."""
     x, y, z = np.moveaxis(point, -1, 0)
     colour = np.empty(point.shape)
     for wall in range(4):
@@ -163,7 +162,7 @@ def paint(room: Room, face: np.ndarray, point: np.ndarray) -> np.ndarray:
     doors = np.where((z % 0.4 < 0.02)[..., None], (60, 42, 30), (150, 108, 70)) * np.ones_like(colour)
     np.copyto(colour, doors, where=(face >= 6)[..., None])
     colour *= shade(room, face, point)[..., None]
-    for lamp in room.lamps:  # after the shading: they shine
+    for lamp in room.lamps:  # after shading, because lamps emit light
         off = np.maximum(abs(x - lamp[0]), abs(y - lamp[1]))
         for half, paint_ in ((room.lamp_side / 2 + 0.04, LAMP_EDGE), (room.lamp_side / 2, WHITE)):
             np.copyto(colour, np.array(paint_, float), where=((face == CEILING) & (off < half))[..., None])
@@ -171,7 +170,7 @@ def paint(room: Room, face: np.ndarray, point: np.ndarray) -> np.ndarray:
 
 
 def shade(room: Room, face: np.ndarray, point: np.ndarray) -> np.ndarray:
-    """Light that falls on the points: some from everywhere, more from lamps that are near and ahead."""
+    """Light at the points: ambient light, and more from lamps that are near and in front."""
     normal = np.zeros((12, 3))
     normal[np.arange(12), np.arange(12) % 6 // 2] = np.tile([1.0, -1.0], 6) * np.repeat([1.0, -1.0], 6)
     light = np.zeros(face.shape)
@@ -179,8 +178,8 @@ def shade(room: Room, face: np.ndarray, point: np.ndarray) -> np.ndarray:
         towards = np.array([*lamp, room.size[2] - 0.01]) - point
         distance = np.linalg.norm(towards, axis=-1)
         light += np.maximum((towards * normal[face]).sum(-1), 0) / distance / (1 + distance**2)
-    everywhere = np.where(face == CEILING, 0.85, 0.55)  # no lamp shines on the ceiling, but all floors do
-    return np.minimum(everywhere + 1.2 * light / len(room.lamps) ** 0.5, 1.1)
+    ambient = np.where(face == CEILING, 0.85, 0.55)  # the ceiling gets no direct light, but the floor's
+    return np.minimum(ambient + 1.2 * light / len(room.lamps) ** 0.5, 1.1)
 
 
 def render(room: Room, eye: np.ndarray, height: int) -> np.ndarray:
@@ -191,7 +190,7 @@ def render(room: Room, eye: np.ndarray, height: int) -> np.ndarray:
 
 
 def depth(room: Room, eye: np.ndarray, height: int) -> np.ndarray:
-    """[H, 2H] uint16, millimetres along the ray through each pixel's centre; windows are 0."""
+    """[H, 2H] uint16, millimetres along the ray of each pixel's centre; 0 in windows."""
     distance, face, point = trace(room, eye, directions(height))
     along = point[..., 1] if room.window < 2 else point[..., 0]
     glass = (face == room.window) & inside(along, point[..., 2], window_box(room))
@@ -199,7 +198,7 @@ def depth(room: Room, eye: np.ndarray, height: int) -> np.ndarray:
 
 
 def walk(room: Room, frames: int, rng: np.random.Generator) -> np.ndarray:
-    """[frames, 3] places of the camera, on a straight way through the middle of the room."""
+    """[frames, 3] camera positions on a straight line through the middle of the room."""
     start, end = (room.size * [*rng.uniform(0.35, 0.65, 2), 0] + [0, 0, 1.5] for _ in range(2))
     return start + (end - start) * np.linspace(0, 1, frames)[:, None]
 
@@ -209,7 +208,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     for name, default in (("areas", 4), ("rooms", 3), ("frames", 7), ("height", 64), ("seed", 0)):
         parser.add_argument(f"--{name}", type=non_negative_int if name == "seed" else positive_int, default=default)
-    parser.add_argument("--depth", action="store_true", help="depth maps, too")
+    parser.add_argument("--depth", action="store_true", help="also write depth maps")
     args = parser.parse_args()
     for area in range(args.areas):
         for number in range(args.rooms):

@@ -2,7 +2,7 @@
 
     python scripts/demo/make_demo_videos.py demo/videos
 
-Leaves FOLDER/videos.csv with the columns path, split and label (the photograph); every seventh clip is for validation.
+Writes FOLDER/videos.csv with the columns path, split and label (the photograph). Every seventh clip is for validation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SKIMAGE = (
     "rocket.jpg",
 )
 SKLEARN = ("china.jpg", "flower.jpg")
-Box = tuple[float, float, float]  # centre x, centre y, side; as shares of the photograph's short side
+Box = tuple[float, float, float]  # centre x, centre y, side, as fractions of the photograph's side
 
 
 def photographs() -> dict[str, Image.Image]:
@@ -57,7 +57,7 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def view(picture: Image.Image, box: Box) -> Image.Image:
-    """The square part of a picture that `box` names, at the clip's size."""
+    """A square crop of a picture at the clip's size."""
     x, y, side = (value * picture.width for value in box)
     half = side / 2
     corners = (x - half, y - half, x + half, y + half)
@@ -90,7 +90,7 @@ def cut(picture: Image.Image, other: Image.Image, rng: np.random.Generator) -> l
 
 
 def overlay(picture: Image.Image, other: Image.Image, rng: np.random.Generator) -> list[Image.Image]:
-    """A disc and a bar that cross a slowly moving picture."""
+    """A disc and a bar move across a slowly moving picture."""
     start = random_box(rng, 0.7)
     path = move(start, (0.5, 0.5, 0.75))
     colours = [tuple(int(c) for c in rng.integers(30, 256, 3)) for _ in range(2)]
@@ -114,7 +114,7 @@ MOTIONS = (pan, zoom, cut, overlay)
 
 def write(path: Path, frames: list[Image.Image]) -> None:
     with av.open(str(path), "w") as container:
-        # Constant qp: with rate control x264 does not write the same file every time.
+        # Constant qp, because x264 with rate control does not always write the same file.
         stream = container.add_stream("libx264", rate=RATE, options={"qp": "12", "g": "6", "bf": "0"})
         stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
         for i, image in enumerate(frames):

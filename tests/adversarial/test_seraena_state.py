@@ -276,5 +276,5 @@ def test_the_check_names_what_is_wrong_with_seraena(videos, override, message):
     config = tiny.training("spatial", videos, *given)
     assert config.adversary["betas"] == [0.9, 0.99]
     with pytest.raises(ConfigError) as error:
-        tiny.training("spatial", videos, *given, override)
+        tiny.training("spatial", videos, *given, override, dry_run=True)
     assert error.value.errors == [message]

@@ -165,6 +165,7 @@ def payloads(sentinel: Path) -> dict[str, object]:
     }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("how", FORMATS, ids=["zip", "legacy"])
 def test_no_payload_of_a_pickle_runs(tmp_path, how):
     sentinel, good = tmp_path / "PWNED", {"w": torch.arange(3.0)}

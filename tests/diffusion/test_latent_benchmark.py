@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
 from tests import tiny
@@ -9,10 +7,7 @@ from tests import tiny
 
 @pytest.fixture
 def main():
-    spec = importlib.util.spec_from_file_location("bench_latents", tiny.ROOT / "scripts/benchmarks/bench_latents.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return tiny.load_script("bench_latents").main
 
 
 def test_the_benchmark_tells_speed_and_the_distance_to_the_cpu_in_both_precisions(main, capsys):

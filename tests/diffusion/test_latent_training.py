@@ -127,6 +127,7 @@ def test_a_file_in_place_of_a_broken_one_has_its_own_label(encoded, pictures, tm
 # ---- the run
 
 
+@pytest.mark.smoke
 def test_a_killed_run_goes_on_to_the_same_bits(cached, tmp_path):
     told = [*cached, "validation.every=2", "process=ddpm_learned_sigma", "trainer.accumulate=2", "label_dropout=0.5"]
     whole = latent_runs.trainer(tmp_path / "whole", *told)

@@ -49,6 +49,7 @@ def test_the_reports_command_line_works_as_printed(folders, all_weights, capsys)
     assert "<svg" in (rec.with_name("x_rec_eval") / "report.html").read_text()
 
 
+@pytest.mark.smoke
 def test_scores_are_means_of_videos_and_frames_by_hand(folders):
     ori, rec = folders
     assert evaluate(ori, rec, *PSNR) == 0

@@ -57,6 +57,7 @@ def test_writes_three_folders_of_equal_names_and_an_index(export, videos, tmp_pa
     assert metrics["videos"] == 12
 
 
+@pytest.mark.smoke
 def test_original_is_bit_exact_and_reconstruction_is_the_models(export, videos, tmp_path):
     run(export, videos, tmp_path / "out", "num_samples=1", "model.micro_frames=null")
     source = read(videos.parent / "clip0.mp4")

@@ -86,6 +86,7 @@ def _markers(folder):
     return [str(file.relative_to(folder)) for file in folder.glob("shards/[0-9][0-9][0-9][0-9][0-9].json")]
 
 
+@pytest.mark.smoke
 def test_any_number_of_processes_makes_the_same_bytes(photos, whole, tmp_path):
     job = caches.job(photos, tmp_path / "cache", flip=True, writers=["npy", "webdataset"])
     waits = []

@@ -65,6 +65,7 @@ def test_frames_are_scored_once_beside_a_metric_of_pairs(metrics):
 
 
 @each
+@pytest.mark.smoke
 def test_an_equal_video_has_the_ideal_score(metrics):
     ref, _ = clips(metrics)
     got = values(metrics, ref, ref)

@@ -170,6 +170,7 @@ def test_weights_in_several_files_are_the_same(saved, tmp_path):
         vae3d.load(tmp_path)
 
 
+@pytest.mark.smoke
 def test_an_export_comes_back(saved, tmp_path):
     ours = vae3d.load(saved[COGVIDEOX])
     write_export(read_checkpoint(saved[COGVIDEOX]), tmp_path)

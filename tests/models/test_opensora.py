@@ -15,6 +15,7 @@ KEYS = json.loads((tiny.ROOT / "tests/keys/opensora_v1_2.json").read_text())
 FRAMES = (1, 2, 4, 5, 16, 17, 18, 33, 34, 51)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["temporal_vae", "opensora_v1_2"])
 def test_keys_shapes_and_parameters_are_the_published_ones(name):
     with torch.device("meta"):

@@ -32,6 +32,7 @@ def test_keys_shapes_and_parameters_are_the_published_ones():
     assert sum(p.numel() for p in model.parameters()) == 83_653_863
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("quant_convs", [True, False])
 @pytest.mark.parametrize("attention", [True, False])
 @pytest.mark.parametrize("images", [1, 4])

@@ -147,6 +147,7 @@ def naive_decode(model: TAEHV, z: Tensor, frames: int) -> Tensor:
     return torch.stack(raw, 2)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("frames", [1, 2, 4, 5, 8, 9, 12, 13, 18, 22])
 @pytest.mark.parametrize("variant", ["taew2_1", "taecvx", "taeh3", "taeos1_2", "taeltx_2", "taehv1_5_super"])
 def test_agrees_with_a_reference_written_frame_by_frame(variant, frames):

@@ -65,6 +65,7 @@ def test_wan22_has_the_published_size_and_diffusers_keys():
     assert (model.spec.channels, model.spec.time_stride, model.spec.space_stride) == (48, 4, 16)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("frames", [1, 5, 9, 17])
 def test_encode_and_decode_equal_diffusers(pair, frames):
     ours, theirs = pair

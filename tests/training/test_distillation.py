@@ -37,7 +37,7 @@ def teacher(tmp_path_factory):
 
 
 def trainer(videos, teacher, folder, *overrides):
-    config = tiny.training("wan", videos, *STUDENT, f"teacher.path={teacher}", *overrides)
+    config = tiny.training("wan", videos, *STUDENT, f"teacher.path={teacher}", *overrides, dry_run=True)
     return train.build_trainer(config, folder)
 
 
@@ -204,5 +204,5 @@ def test_losses_against_a_teacher_have_their_formulas():
 )  # fmt: skip
 def test_what_does_not_fit_a_teacher_is_told_before_training(videos, teacher, overrides, reason):
     with pytest.raises(ConfigError) as error:
-        tiny.training("wan", videos, *STUDENT, f"teacher.path={teacher}", *overrides)
+        tiny.training("wan", videos, *STUDENT, f"teacher.path={teacher}", *overrides, dry_run=True)
     assert reason in str(error.value)

@@ -112,6 +112,7 @@ def test_accumulation_changes_nothing_but_memory(videos, tmp_path):
     assert max((tensor - start[name]).abs().max() for name, tensor in weights(whole).items()) > 1e-4
 
 
+@pytest.mark.smoke
 def test_two_and_two_steps_are_four(videos, tmp_path):
     """Weights, optimizer, EMA and the trace of every metric, bit for bit, with accumulation and random frame counts."""
     common = [

@@ -67,6 +67,7 @@ def test_ranks_of_other_settings_or_data_refuse_to_start_and_name_what_differs(r
         assert line.startswith("  data: order of the rows: ")
 
 
+@pytest.mark.smoke
 def test_two_ranks_are_pulled_as_one_is(videos, tmp_path, ranks):
     one = quick.trainer(videos, tmp_path, **two_ranks.SETTINGS, **{"trainer.accumulate": 4})
     alone = two_ranks.sound_steps(one, 4)
