@@ -18,7 +18,7 @@ from vae3d.data.clips import to_tensor
 from vae3d.data.images import is_sequence
 from vae3d.data.readers import MediaError, MediaInfo, Reader, Size, open_media
 from vae3d.data.segments import WHOLE, Bounds, Segment
-from vae3d.data.transforms import cover
+from vae3d.data.transforms import resize_crop_params
 from vae3d.inference.video import VideoWriter, write_image
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.models.interface import Stream
@@ -147,7 +147,7 @@ class Reconstructor:
         padding = (self._pad_frames(len(indices)), -target[0] % stride, -target[1] % stride)
         first, result = reader.first + indices[0], self.metrics.result()
         size = info.size_to_scale(target)
-        enlarged = cover(*size, target).size > size
+        enlarged = resize_crop_params(*size, target).size > size
         return Done(name, source, first, len(indices), fps, *target, *padding, enlarged, result)
 
     def _pad_frames(self, frames: int) -> int:
@@ -169,8 +169,8 @@ class Reconstructor:
         and how many there are. count: from that to how many are wanted. Raises MediaError."""
         with closing(self._open(source, bounds)) as reader:
             indices, fps, target = self._wanted(source, reader.info)
-            crop = cover(*reader.info.size_to_scale(target), target)
-            return crop.cut(reader.read(indices[: count(len(indices))], crop.size)), fps, len(indices)
+            crop = resize_crop_params(*reader.info.size_to_scale(target), target)
+            return crop.crop(reader.read(indices[: count(len(indices))], crop.size)), fps, len(indices)
 
     def _stream(self, source: str, target: Size) -> Stream:
         try:
@@ -185,12 +185,12 @@ class Reconstructor:
 
     def _chunks(self, reader: Reader, indices: list[int], target: Size, stream: Stream) -> Iterator[Piece]:
         """Every piece of the stream, with the frames after it that the stream wants to see; none is read twice."""
-        crop = cover(*reader.info.size_to_scale(target), target)
+        crop = resize_crop_params(*reader.info.size_to_scale(target), target)
         held, read = np.empty((0, *target, 3), np.uint8), 0
         for length in stream.chunks(len(indices)):
             new = indices[read : read + length + stream.lookahead - len(held)]
             if new:
-                frames = crop.cut(reader.read(new, crop.size))
+                frames = crop.crop(reader.read(new, crop.size))
                 held = np.concatenate([held, frames]) if len(held) else frames
                 read += len(new)
             yield held, length

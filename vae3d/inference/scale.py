@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.data.clips import ClipSettings
-from vae3d.data.loader import still_clip
+from vae3d.data.loader import validation_clip
 from vae3d.data.media import MediaError
 from vae3d.data.segments import bounds_of
 from vae3d.errors import UserError
@@ -101,14 +101,14 @@ def spread_clips(
     table: pd.DataFrame, settings: ClipSettings, frames: int, count: int, errors: list[tuple[str, str]]
 ) -> Iterator[Clip]:
     """A clip of `frames` frames of each of `count` rows, evenly spread over those that are long enough (tables are
-    often sorted by class), always the same: see data.loader.still_clip. errors: gets (path, reason) of files that fail.
+    often sorted by class), always the same: see loader.validation_clip. errors: gets (path, reason) of files that fail.
     """
     lengths = settings.length(table["num_frames"].to_numpy(), table["fps"].to_numpy())
     enough, bounds = np.flatnonzero(lengths >= frames), bounds_of(table)
     places = np.linspace(0, len(enough) - 1, min(count, len(enough))).round().astype(int)
     for row in enough[places]:
         try:
-            yield still_clip(table["path"].iloc[row], bounds[row], int(row), settings, frames)
+            yield validation_clip(table["path"].iloc[row], bounds[row], int(row), settings, frames)
         except MediaError as error:
             errors.append((error.path, error.reason))
 
