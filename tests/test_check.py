@@ -37,7 +37,7 @@ FAULTS = {
     "panorama cropped": (["data.panorama=true", "data.width=32", "data.crop=random"], "data.crop=random cuts panoramas, which data.panorama=true shows whole; use center"),
     "panorama scaled": (["data.panorama=true", "data.width=32", "data.short_side=64"], "data.short_side=64 cuts panoramas, which data.panorama=true shows whole; use null"),
     "roll of pictures": (["data.roll=true"], "data.roll=true turns panoramas; set data.panorama=true, or data.roll=false"),
-    "sampling": (["data.sampling=random"], "data.sampling=random is unknown; use one of contiguous, requirement, strided"),
+    "sampling": (["data.sampling=random"], "data.sampling=random is unknown; use one of contiguous, first_last_random, strided"),
     "two strides": (["data.sampling=strided", "data.stride=2"], "data.stride=2, but data.sampling=strided takes the largest stride that fits; use 1"),
     "stride and rate": (["data.sampling=strided", "data.fps=8"], "data.fps=8.0, but data.sampling=strided takes the largest stride that fits; use null"),
     "depth": (["data.depth.near=3", "data.depth.far=2"], "data.depth.far=2.0 must be beyond data.depth.near=3.0"),

@@ -1,9 +1,9 @@
 """Train, fine-tune, run and score video autoencoders.
 
-    model = vae3d.build("temporal_vae", "model.temporal.channels=32")   # random weights
-    model = vae3d.load("runs/opensora_stage3")                          # a run, an export or published weights
-    latents = model.encode(video).mode()                                # video: [B, 3, T, H, W] in [-1, 1]
-    reconstruction = model.decode(latents, num_frames=video.shape[2])
+model = vae3d.build("temporal_vae", "model.temporal.channels=32")   # random weights
+model = vae3d.load("runs/opensora_stage3")                          # a run, an export or published weights
+latents = model.encode(video).mode()                                # video: [B, 3, T, H, W] in [-1, 1]
+reconstruction = model.decode(latents, num_frames=video.shape[2])
 """
 
 from __future__ import annotations

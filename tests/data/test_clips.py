@@ -9,21 +9,21 @@ import torch
 from PIL import Image
 
 from tests import tiny
+from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ATTEMPTS, ClipDataset, ClipSettings, Unreadable, collate, read_clip
-from vae3d.data.images import resize_around
-from vae3d.data.loader import TrainingData, lengths_of, validation_clips
-from vae3d.data.probe import complete
+from vae3d.data.images import resize_circular
+from vae3d.data.loader import TrainingData, clip_lengths, validation_clips
+from vae3d.data.probe import fill_metadata
 from vae3d.data.readers import MediaError, open_media
-from vae3d.data.sampler import FrameCounts, Plan
 from vae3d.data.sources import DataError, Folder, Table
-from vae3d.data.transforms import cover
+from vae3d.data.transforms import resize_crop_params
 
 
 def training_data(table, workers=0, frames=(1, 9), settings=None, **kwargs) -> TrainingData:
     settings = settings or ClipSettings(16, 16, crop="random", flip=True)
-    rows, errors = complete(Table(table).table())
-    plan = Plan(lengths_of(rows, settings), FrameCounts(*frames), seed=3, batch_size=4, **kwargs)
-    return TrainingData(rows, plan, settings, workers, 2, [], errors)
+    rows, errors = fill_metadata(Table(table).table())
+    schedule = BatchSchedule(clip_lengths(rows, settings), FrameCounts(*frames), seed=3, batch_size=4, **kwargs)
+    return TrainingData(rows, schedule, settings, workers, 2, [], errors)
 
 
 def number(frame: np.ndarray) -> int:
@@ -92,14 +92,14 @@ def test_stride_and_rate(tmp_path, settings, expected):
 
 def test_a_file_shorter_than_its_row_is_refused(tmp_path):
     path = tiny.write_video(tmp_path / "a.mp4", tiny.frames(5))
-    with pytest.raises(MediaError, match="has 5 frames, fewer than the table says; 9 are needed"):
+    with pytest.raises(MediaError, match=r"has 5 frames, .* needs 9"):
         read_clip(open_media(path), str(path), ClipSettings(32, 40), 9, 0.0)
 
 
 @pytest.mark.parametrize("short", [394, 474, 478, 1012, 480, 720, 1080, 65])
 def test_crops_cover_the_target_for_every_size(short):
     for height, width in ((short, short * 16 // 9), (short * 16 // 9, short)):
-        crop = cover(height, width, (256, 256))
+        crop = resize_crop_params(height, width, (256, 256))
         assert min(crop.size) == 256
         assert crop.size[0] / crop.size[1] == pytest.approx(height / width, rel=0.01)
         assert (crop.top, crop.left) == ((crop.size[0] - 256) // 2, (crop.size[1] - 256) // 2)
@@ -107,30 +107,30 @@ def test_crops_cover_the_target_for_every_size(short):
 
 def test_random_crops_reach_every_corner():
     rng = np.random.default_rng(0)
-    places = {(c.top, c.left) for c in (cover(20, 20, (18, 18), rng=rng) for _ in range(200))}
+    places = {(c.top, c.left) for c in (resize_crop_params(20, 20, (18, 18), rng=rng) for _ in range(200))}
     assert places == {(0, 0)}  # nothing to choose: the size is covered exactly
-    places = {c.left for c in (cover(18, 21, (18, 18), rng=rng) for _ in range(200))}
+    places = {c.left for c in (resize_crop_params(18, 21, (18, 18), rng=rng) for _ in range(200))}
     assert places == {0, 1, 2, 3}
-    crops = [cover(40, 60, (18, 18), 20, rng) for _ in range(300)]
+    crops = [resize_crop_params(40, 60, (18, 18), 20, rng) for _ in range(300)]
     assert {c.size for c in crops} == {(20, 30)}
     assert {c.top for c in crops} == {0, 1, 2}
     assert {c.left for c in crops} == set(range(13))
 
 
 def broken(videos, tmp_path, share: int):
-    rows, _ = complete(Table(videos).table())
+    rows, _ = fill_metadata(Table(videos).table())
     rows = rows[rows["num_frames"] > 1].reset_index(drop=True)
     for i in range(share):
         (tmp_path / f"gone{i}.mp4").write_bytes(b"")
         rows.loc[i, "path"] = str(tmp_path / f"gone{i}.mp4")
     settings = ClipSettings(16, 16)
-    return rows, Plan(lengths_of(rows, settings), FrameCounts(5, 5), seed=0, batch_size=2), settings
+    return rows, BatchSchedule(clip_lengths(rows, settings), FrameCounts(5, 5), seed=0, batch_size=2), settings
 
 
 def test_a_broken_file_is_told_and_replaced_by_a_seeded_draw(videos, tmp_path):
-    rows, plan, settings = broken(videos, tmp_path, 2)
-    dataset = ClipDataset(rows, plan, settings)
-    samples = [dataset[draw] for step in range(10) for draw in plan.step(step)[0]]
+    rows, schedule, settings = broken(videos, tmp_path, 2)
+    dataset = ClipDataset(rows, schedule, settings)
+    samples = [dataset[index] for step in range(10) for index in schedule.step(step)[0]]
     replaced = [sample for sample in samples if sample.errors]
     assert replaced
     for sample in samples:
@@ -138,16 +138,14 @@ def test_a_broken_file_is_told_and_replaced_by_a_seeded_draw(videos, tmp_path):
         assert sample.video.float().std() > 5  # a picture, no placeholder
         assert "gone" not in sample.path
     assert {reason for sample in replaced for _, reason in sample.errors} == {"is empty (0 bytes)"}
-    again = ClipDataset(rows, plan, settings)
-    assert torch.equal(
-        again[replaced[0].draw._replace(record=0)].video, dataset[replaced[0].draw._replace(record=0)].video
-    )
+    again = ClipDataset(rows, schedule, settings)
+    assert torch.equal(again[replaced[0].index._replace(row=0)].video, dataset[replaced[0].index._replace(row=0)].video)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_but_broken_files_gives_their_names_in_place_of_clips(videos, tmp_path, workers):
-    rows, plan, settings = broken(videos, tmp_path, 10)
-    data = TrainingData(rows, plan, settings, workers, 2, [], [])
+    rows, schedule, settings = broken(videos, tmp_path, 10)
+    data = TrainingData(rows, schedule, settings, workers, 2, [], [])
     given = list(data.clips(0, 3))
     assert len(given) == 3  # and reading goes on
     for unreadable in given:
@@ -157,15 +155,15 @@ def test_nothing_but_broken_files_gives_their_names_in_place_of_clips(videos, tm
 
 
 def test_batches_collect_errors(videos, tmp_path):
-    rows, plan, settings = broken(videos, tmp_path, 3)
-    dataset = ClipDataset(rows, plan, settings)
-    samples = [dataset[draw] for draw in plan.step(0)[0]]
+    rows, schedule, settings = broken(videos, tmp_path, 3)
+    dataset = ClipDataset(rows, schedule, settings)
+    samples = [dataset[index] for index in schedule.step(0)[0]]
     samples[0].errors = [("x.mp4", "is odd")]
     assert ("x.mp4", "is odd") in collate(samples).errors
 
 
 def test_validation_clips_are_always_the_same_and_shared_among_ranks(videos):
-    rows, _ = complete(Table(videos).table())
+    rows, _ = fill_metadata(Table(videos).table())
     settings = ClipSettings(16, 16)
     clips, errors = validation_clips(rows, settings, 9, 5)
     assert errors == []
@@ -185,13 +183,13 @@ def test_a_broken_held_out_video_is_told_and_left_out(videos, tmp_path):
 
 
 def test_rows_that_promise_more_than_the_file_has_are_replaced(videos):
-    rows, _ = complete(Table(videos).table())
+    rows, _ = fill_metadata(Table(videos).table())
     rows = pd.concat([rows.iloc[:3].assign(num_frames=21), rows.iloc[9:10]], ignore_index=True)  # 12, 13, 14, 21
     settings = ClipSettings(16, 16)
-    plan = Plan(lengths_of(rows, settings), FrameCounts(21, 21), seed=0, batch_size=4)
-    clip = next(TrainingData(rows, plan, settings, 0, 2, [], []).clips(0, 1))
+    schedule = BatchSchedule(clip_lengths(rows, settings), FrameCounts(21, 21), seed=0, batch_size=4)
+    clip = next(TrainingData(rows, schedule, settings, 0, 2, [], []).clips(0, 1))
     assert all("clip9" in path for path in clip.paths)
-    assert all("fewer than the table says" in reason for _, reason in clip.errors)
+    assert all("clip needs" in reason for _, reason in clip.errors)
 
 
 # --- panoramas
@@ -210,14 +208,14 @@ def test_panoramas_are_shown_whole(tmp_path):
     frames = read_clip(open_media(path), path, settings, 6, 0.0)
     np.testing.assert_array_equal(frames, tiny.frames(6, 16, 32))
     small = read_clip(open_media(path), path, ClipSettings(8, 16, panorama=True), 6, 0.0)
-    np.testing.assert_array_equal(small[3], resize_around(frames[3], (8, 16)))
+    np.testing.assert_array_equal(small[3], resize_circular(frames[3], (8, 16)))
 
 
 def test_within_a_hundredth_of_2_to_1_nothing_is_cut_off(tmp_path):
     path = panoramas(tmp_path, height=100, width=201)
     settings = ClipSettings(100, 200, panorama=True)
     frames = read_clip(open_media(path), path, settings, 1, 0.0)
-    np.testing.assert_array_equal(frames[0], resize_around(tiny.frames(6, 100, 201)[0], (100, 200)))
+    np.testing.assert_array_equal(frames[0], resize_circular(tiny.frames(6, 100, 201)[0], (100, 200)))
 
 
 @pytest.mark.parametrize("width", [31, 33, 64, 16])
@@ -228,9 +226,11 @@ def test_other_pictures_are_no_panoramas(tmp_path, width):
 
 
 def of_rooms(tmp_path, **settings) -> tuple[ClipDataset, ClipSettings]:
-    rows, _ = complete(Folder(panoramas(tmp_path)).table())
+    rows, _ = fill_metadata(Folder(panoramas(tmp_path)).table())
     chosen = ClipSettings(16, 32, panorama=True, **settings)
-    return ClipDataset(rows, Plan(lengths_of(rows, chosen), FrameCounts(6, 6), seed=0, batch_size=1), chosen), chosen
+    return ClipDataset(
+        rows, BatchSchedule(clip_lengths(rows, chosen), FrameCounts(6, 6), seed=0, batch_size=1), chosen
+    ), chosen
 
 
 def test_rolls_lose_nothing_and_reach_every_column(tmp_path):
@@ -238,13 +238,13 @@ def test_rolls_lose_nothing_and_reach_every_column(tmp_path):
     rolled, _ = of_rooms(tmp_path, roll=True)
     shifts = Counter()
     for position in range(200):
-        draw = plain.plan.draw(position, 6)
-        a, b = plain[draw].video, rolled[draw].video
+        index = plain.schedule.clip_at(position, 6)
+        a, b = plain[index].video, rolled[index].video
         (shift,) = (k for k in range(32) if torch.equal(torch.roll(a, k, dims=-1), b))
         shifts[shift] += 1
     assert set(shifts) == set(range(32))
     assert max(shifts.values()) < 18
-    assert torch.equal(rolled[draw].video, b)
+    assert torch.equal(rolled[index].video, b)
 
 
 def test_half_of_the_clips_are_mirrored_whether_or_not_they_roll(tmp_path):
@@ -252,8 +252,8 @@ def test_half_of_the_clips_are_mirrored_whether_or_not_they_roll(tmp_path):
     both, _ = of_rooms(tmp_path, roll=True, flip=True)
     mirrored = 0
     for position in range(60):
-        draw = plain.plan.draw(position, 6)
-        a, b = plain[draw].video, both[draw].video
+        index = plain.schedule.clip_at(position, 6)
+        a, b = plain[index].video, both[index].video
         straight = any(torch.equal(torch.roll(a, k, dims=-1), b) for k in range(32))
         mirrored += not straight
         assert straight or any(torch.equal(torch.roll(a.flip(-1), k, dims=-1), b) for k in range(32))
@@ -261,8 +261,8 @@ def test_half_of_the_clips_are_mirrored_whether_or_not_they_roll(tmp_path):
 
 
 def test_held_out_clips_are_neither_rolled_nor_mirrored_nor_drawn(tmp_path):
-    dataset, settings = of_rooms(tmp_path, roll=True, flip=True, sampling="requirement")
-    rows, _ = complete(Folder(dataset.paths[0].decode()).table())
+    dataset, settings = of_rooms(tmp_path, roll=True, flip=True, sampling="first_last_random")
+    rows, _ = fill_metadata(Folder(dataset.paths[0].decode()).table())
     (clip,), _ = validation_clips(rows, settings, 3, 1)
     expected = tiny.frames(6, 16, 32)[[0, 2, 5]]
     np.testing.assert_array_equal(clip.video[0].permute(1, 2, 3, 0).numpy(), expected)
@@ -270,6 +270,6 @@ def test_held_out_clips_are_neither_rolled_nor_mirrored_nor_drawn(tmp_path):
 
 def test_samplings_of_a_video_file(tmp_path):
     path = str(tiny.write_video(tmp_path / "a.mp4", tiny.frames(20), crf="0"))
-    for sampling, expected in (("strided", [0, 4, 8, 12, 16]), ("requirement", [0, 4, 9, 14, 19])):
+    for sampling, expected in (("strided", [0, 4, 8, 12, 16]), ("first_last_random", [0, 4, 9, 14, 19])):
         frames = read_clip(open_media(path), path, ClipSettings(32, 40, sampling=sampling), 5, 0.0)
         assert [number(frame) for frame in frames] == expected

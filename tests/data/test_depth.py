@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from vae3d.data.batch_schedule import ClipIndex
 from vae3d.data.clips import ClipSettings, collate, open_frames, read_clip, to_sample
 from vae3d.data.depth import DepthReader, DepthSettings, depth_of, encode_depth, from_metres, nearest, to_metres
 from vae3d.data.readers import MediaError
-from vae3d.data.sampler import Draw
 from vae3d.types import Clip
 
 MAPPINGS = ("log", "inverse")
@@ -154,7 +154,7 @@ SETTINGS = ClipSettings(4, 8, panorama=True, depth=DepthSettings("log"))
 
 def sample(path: str, settings: ClipSettings = SETTINGS, frames: int = 2):
     return to_sample(
-        read_clip(open_frames(path, settings), path, settings, frames, 0.0), Draw(7, 0, frames), path, settings
+        read_clip(open_frames(path, settings), path, settings, frames, 0.0), ClipIndex(7, 0, frames), path, settings
     )
 
 

@@ -18,13 +18,13 @@ from tests import tiny
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.commands import train
 from vae3d.data import dataset_rows, probe
+from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipSettings
 from vae3d.data.hugging_face import HuggingFace
 from vae3d.data.image_folder import ImageFolder
-from vae3d.data.loader import TrainingData, lengths_of, read_tables
+from vae3d.data.loader import TrainingData, clip_lengths, read_tables
 from vae3d.data.readers import MediaError, open_media
-from vae3d.data.sampler import FrameCounts, Plan
 from vae3d.data.sources import DataError
 
 os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")  # before the package is imported
@@ -188,20 +188,20 @@ def test_broken_rows_are_told_with_their_numbers(tmp_path, capsys):
     assert f"row 6: {tmp_path}/saved/train/image/5.hfimage: has no image" in out
     assert f"row 7: {tmp_path}/saved/train/image/6.hfimage: cannot be decoded" in out
     assert "5 of 8 rows are good, 3 bad" in out
-    tables = read_tables(ImageFolder(tmp_path / "clean.csv"), SETTINGS, holdout=0, max_broken=0)
+    tables = read_tables(ImageFolder(tmp_path / "clean.csv"), SETTINGS, num_val_files=0, max_broken=0)
     assert len(tables.train) == 5
-    tables = read_tables(HuggingFace(tmp_path / "saved"), SETTINGS, holdout=0, max_broken=0.5)
+    tables = read_tables(HuggingFace(tmp_path / "saved"), SETTINGS, num_val_files=0, max_broken=0.5)
     assert tables.errors == [(f"row 6 ({tmp_path}/saved/train/image/5.hfimage)", "has no image")]
 
 
 def test_sizes_are_looked_up_once_and_again_when_the_dataset_changes(tmp_path, monkeypatch):
     small = ClipSettings(16, 16, min_side=23)
     looked = []
-    look = probe.look
-    monkeypatch.setattr(probe, "look", lambda path: looked.append(path) or look(path))
+    look = probe.read_metadata
+    monkeypatch.setattr(probe, "read_metadata", lambda path: looked.append(path) or look(path))
     rows(6).save_to_disk(tmp_path / "saved")
     for _ in range(2):
-        tables = read_tables(HuggingFace(tmp_path / "saved"), small, holdout=0, max_broken=0)
+        tables = read_tables(HuggingFace(tmp_path / "saved"), small, num_val_files=0, max_broken=0)
         assert tables.skipped_files[0] == (
             f"{tmp_path}/saved/train/image/0.hfimage", "is 20x32: left out, since data.min_side=23"
         )  # fmt: skip
@@ -209,18 +209,18 @@ def test_sizes_are_looked_up_once_and_again_when_the_dataset_changes(tmp_path, m
     shutil.rmtree(tmp_path / "saved")
     forget()
     rows(6, 10).save_to_disk(tmp_path / "saved")
-    assert len(read_tables(HuggingFace(tmp_path / "saved"), small, holdout=0, max_broken=0).train) == 6
+    assert len(read_tables(HuggingFace(tmp_path / "saved"), small, num_val_files=0, max_broken=0).train) == 6
 
 
 def test_workers_read_the_same_as_one_process_with_the_dataset_opened_before_or_not(snapshot):
-    tables = read_tables(HuggingFace(snapshot), SETTINGS, holdout=0, max_broken=0)
-    plan = Plan(lengths_of(tables.train, SETTINGS), FrameCounts(1, 1), seed=3, batch_size=4)
+    tables = read_tables(HuggingFace(snapshot), SETTINGS, num_val_files=0, max_broken=0)
+    schedule = BatchSchedule(clip_lengths(tables.train, SETTINGS), FrameCounts(1, 1), seed=3, batch_size=4)
     clips = {}
     for workers in (0, 2):
-        data = TrainingData(tables.train, plan, SETTINGS, workers, 2, [], [])
+        data = TrainingData(tables.train, schedule, SETTINGS, workers, 2, [], [])
         clips[workers] = list(data.clips(0, 4))
     forget()  # what a worker that is not a fork finds
-    clips["anew"] = list(TrainingData(tables.train, plan, SETTINGS, 2, 2, [], []).clips(0, 4))
+    clips["anew"] = list(TrainingData(tables.train, schedule, SETTINGS, 2, 2, [], []).clips(0, 4))
     for one, two, anew in zip(*clips.values(), strict=True):
         assert one.paths == two.paths == anew.paths
         assert torch.equal(one.video, two.video)

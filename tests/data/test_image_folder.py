@@ -106,10 +106,10 @@ def test_a_table_may_name_them(tmp_path):
             f"{tmp_path / name}: 2 images: train 1, val 1",
             "left out, since they are no images: 1 .mp4",
         ]
-    tables = read_tables(ImageFolder(tmp_path / "t.csv"), SETTINGS, holdout=4, max_broken=0.5)
+    tables = read_tables(ImageFolder(tmp_path / "t.csv"), SETTINGS, num_val_files=4, max_broken=0.5)
     assert [len(tables.train), len(tables.val), len(tables.errors)] == [1, 1, 2]
     with pytest.raises(DataError, match=r"2 of 4 files cannot be read(.|\n)*gone\.png\): no such file"):
-        read_tables(ImageFolder(tmp_path / "t.csv"), SETTINGS, holdout=4, max_broken=0.2)
+        read_tables(ImageFolder(tmp_path / "t.csv"), SETTINGS, num_val_files=4, max_broken=0.2)
 
 
 def test_images_are_listed_without_being_opened(tmp_path, monkeypatch):
@@ -118,8 +118,8 @@ def test_images_are_listed_without_being_opened(tmp_path, monkeypatch):
     (tmp_path / "bad.png").write_bytes(b"junk")
     monkeypatch.setattr(resolution, "LOOKED_AT", 5)
     looked = []
-    monkeypatch.setattr(probe, "look", lambda path: looked.append(path) or {"height": 12.0, "width": 24.0})
-    tables = read_tables(ImageFolder(tmp_path), SETTINGS, holdout=2, max_broken=0)
+    monkeypatch.setattr(probe, "read_metadata", lambda path: looked.append(path) or {"height": 12.0, "width": 24.0})
+    tables = read_tables(ImageFolder(tmp_path), SETTINGS, num_val_files=2, max_broken=0)
     assert len(looked) == 5
     assert (len(tables.train), len(tables.val), tables.errors) == (19, 2, [])
     assert tables.notes[-1].startswith("5 of 5 files looked at, of 21, are smaller than 16x16 and are enlarged")
@@ -153,13 +153,13 @@ def test_videos_are_counted_where_their_size_is_known(videos, tmp_path):
 def test_small_files_are_left_out_as_no_error(tmp_path):
     for i in range(6):
         save(tmp_path / f"{i}.png", 16 + 2 * i, 40)
-    tables = read_tables(ImageFolder(tmp_path), ClipSettings(16, 16, min_side=22), holdout=1, max_broken=0)
+    tables = read_tables(ImageFolder(tmp_path), ClipSettings(16, 16, min_side=22), num_val_files=1, max_broken=0)
     assert sorted([*tables.train["name"], *tables.val["name"]]) == ["3.png", "4.png", "5.png"]
     assert tables.errors == []
     assert tables.skipped_files[0] == (str(tmp_path / "0.png"), "is 16x40: left out, since data.min_side=22")
     assert tables.notes[-1] == "3 files are smaller than data.min_side=22, and left out"
     with pytest.raises(DataError, match=r"no file has a shorter side of data\.min_side=99 pixels; the largest has 26"):
-        read_tables(ImageFolder(tmp_path), ClipSettings(16, 16, min_side=99), holdout=1, max_broken=0)
+        read_tables(ImageFolder(tmp_path), ClipSettings(16, 16, min_side=99), num_val_files=1, max_broken=0)
 
 
 def test_min_side_must_be_positive(images):

@@ -13,7 +13,7 @@ from PIL import Image
 from tests import tiny
 from vae3d.data import probe
 from vae3d.data.check import main as check
-from vae3d.data.images import resize_around
+from vae3d.data.images import resize_circular
 from vae3d.data.readers import MediaError, open_media
 from vae3d.data.sources import DataError, Folder, Table
 
@@ -126,9 +126,9 @@ def test_a_sequence_is_probed_from_a_header_and_again_when_it_changes(tmp_path, 
     for number in range(1, 5):
         (tmp_path / f"a/panorama_{number}.png").write_bytes(b"not looked at")
     pd.DataFrame({"path": ["a/panorama_*.png"]}).to_csv(tmp_path / "t.csv", index=False)
-    facts = lambda: probe.complete(Table(tmp_path / "t.csv").table())[0].iloc[0]  # noqa: E731
+    facts = lambda: probe.fill_metadata(Table(tmp_path / "t.csv").table())[0].iloc[0]  # noqa: E731
     assert facts()[["num_frames", "height", "width", "fps"]].tolist() == [5, 16, 32, 24.0]
-    monkeypatch.setattr(probe, "look", lambda path: pytest.fail("looked again"))
+    monkeypatch.setattr(probe, "read_metadata", lambda path: pytest.fail("looked again"))
     assert facts()["num_frames"] == 5
     monkeypatch.undo()
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
@@ -170,15 +170,15 @@ def test_a_path_with_stars_lists_every_folder_that_fits(tmp_path):
 
 def test_resizing_around_commutes_with_rolling():
     picture = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
-    small = resize_around(picture, (8, 16))
+    small = resize_circular(picture, (8, 16))
     assert small.shape == (8, 16, 3)
     for columns in (4, 20, 32):
-        rolled = resize_around(np.roll(picture, columns, axis=1), (8, 16))
+        rolled = resize_circular(np.roll(picture, columns, axis=1), (8, 16))
         np.testing.assert_array_equal(rolled, np.roll(small, columns // 4, axis=1))
 
 
 def test_resizing_around_is_the_usual_one_away_from_the_seam():
     picture = tiny.frames(1, 32, 64)[0]
     usual = np.asarray(Image.fromarray(picture).resize((16, 8), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(resize_around(picture, (8, 16))[:, 3:-3], usual[:, 3:-3])
-    np.testing.assert_array_equal(resize_around(picture, (64, 128)).shape, (64, 128, 3))
+    np.testing.assert_array_equal(resize_circular(picture, (8, 16))[:, 3:-3], usual[:, 3:-3])
+    np.testing.assert_array_equal(resize_circular(picture, (64, 128)).shape, (64, 128, 3))

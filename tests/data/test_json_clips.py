@@ -15,14 +15,14 @@ from tests import tiny
 from vae3d.commands import infer as infer_command
 from vae3d.commands import train
 from vae3d.config.validate import check_inference
+from vae3d.data.batch_schedule import BatchSchedule, ClipIndex, FrameCounts
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipDataset, ClipSettings, open_frames
 from vae3d.data.json_clips import JsonClips
-from vae3d.data.loader import lengths_of, read_tables, validation_clips
-from vae3d.data.probe import complete
+from vae3d.data.loader import clip_lengths, read_tables, validation_clips
+from vae3d.data.probe import fill_metadata
 from vae3d.data.readers import MediaError, open_media
-from vae3d.data.sampler import Draw, FrameCounts, Plan
-from vae3d.data.segments import SEGMENT_FAULT, count_frames, frame_range
+from vae3d.data.segments import SEGMENT_ERROR, count_frames, frame_range
 from vae3d.data.sources import DataError, Table
 
 SETTINGS = ClipSettings(32, 40)  # as the files are
@@ -44,7 +44,7 @@ def write(path: Path, content: object) -> Path:
 
 
 def tables(source, **changes):
-    return read_tables(source, SETTINGS, **{"holdout": 0, "max_broken": 0.99, **changes})
+    return read_tables(source, SETTINGS, **{"num_val_files": 0, "max_broken": 0.99, **changes})
 
 
 def numbers(frames: np.ndarray) -> list[int]:
@@ -120,12 +120,12 @@ FAULTS = [
     ({"path": "0.mp4", "frames": "24"}, '`frames` is "24", which is not a number'),
     ({"path": "0.mp4", "frames": 0}, "`num_frames` is no positive number"),
     ({"path": "0.mp4", "fps": True}, "`fps` is true, which is not a number"),
-    ({"path": "0.mp4", "start": "0"}, SEGMENT_FAULT),
-    ({"path": "0.mp4", "start": NAN}, SEGMENT_FAULT),
-    ({"path": "0.mp4", "end": float("inf")}, SEGMENT_FAULT),
-    ({"path": "0.mp4", "start": -0.5}, SEGMENT_FAULT),
-    ({"path": "0.mp4", "start": 0.5, "end": 0.5}, SEGMENT_FAULT),
-    ({"path": "0.mp4", "end": 0}, SEGMENT_FAULT),
+    ({"path": "0.mp4", "start": "0"}, SEGMENT_ERROR),
+    ({"path": "0.mp4", "start": NAN}, SEGMENT_ERROR),
+    ({"path": "0.mp4", "end": float("inf")}, SEGMENT_ERROR),
+    ({"path": "0.mp4", "start": -0.5}, SEGMENT_ERROR),
+    ({"path": "0.mp4", "start": 0.5, "end": 0.5}, SEGMENT_ERROR),
+    ({"path": "0.mp4", "end": 0}, SEGMENT_ERROR),
     ({"path": "0.mp4", "end": 1.5}, "is 1 s long; end=1.5 lies behind its end"),
     ({"path": "0.mp4", "start": 1.0}, "is 1 s long; start=1 lies behind its end"),
     ({"path": "0.mp4", "start": 0.51, "end": 0.52}, "has no frame between start=0.51 and end=0.52, at 24 frames per"),
@@ -189,15 +189,15 @@ def test_an_image_has_no_segment(videos):
 @pytest.mark.parametrize("annotated", [{}, {"frames": 24, "fps": 24}])
 def test_training_and_validation_read_nothing_outside_a_segment(folder, annotated):
     entries = [{"path": f"{i}.mp4", "start": 0.25, "end": 0.75, **annotated} for i in range(3)]
-    found = tables(JsonClips(write(folder / "parts.json", entries), val_share=None), holdout=1)
+    found = tables(JsonClips(write(folder / "parts.json", entries), val_share=None), num_val_files=1)
     assert (len(found.train), len(found.val)) == (2, 1)
     assert found.train["num_frames"].tolist() == [12, 12]
 
-    plan = Plan(lengths_of(found.train, SETTINGS), FrameCounts(5, 5), seed=0, batch_size=1)
+    schedule = BatchSchedule(clip_lengths(found.train, SETTINGS), FrameCounts(5, 5), seed=0, batch_size=1)
     seen = set()
-    dataset = ClipDataset(found.train, plan, SETTINGS)
+    dataset = ClipDataset(found.train, schedule, SETTINGS)
     for position in range(30):
-        sample = dataset[Draw(position, position % 2, 5)]
+        sample = dataset[ClipIndex(position, position % 2, 5)]
         clip = numbers(sample.video.permute(1, 2, 3, 0).numpy())
         assert np.diff(clip).tolist() == [1] * 4
         assert sample.errors == []
@@ -211,9 +211,9 @@ def test_training_and_validation_read_nothing_outside_a_segment(folder, annotate
 
 def test_a_csv_gives_segments_too(folder, capsys):
     (folder / "t.csv").write_text("path,start,end\n0.mp4,0.5,\n0.mp4,0,0.25\n1.mp4,,\n1.mp4,x,1\n2.mp4,0,2\n")
-    table, errors = complete(Table(folder / "t.csv").table())
+    table, errors = fill_metadata(Table(folder / "t.csv").table())
     assert table["num_frames"].tolist() == [24] * 4  # of the file
-    assert [reason for _, reason in errors] == [SEGMENT_FAULT]
+    assert [reason for _, reason in errors] == [SEGMENT_ERROR]
     table, errors = count_frames(table)
     assert table["num_frames"].tolist() == [12, 6, 24]
     assert errors == [(f"row 5 ({folder}/2.mp4)", "is 1 s long; end=2 lies behind its end")]
@@ -238,7 +238,7 @@ def test_inference_reconstructs_the_segment(folder, spatial_export, tmp_path):
     assert (row.start, row.frames) == (8, 4)
     original = open_media(tmp_path / "out_ori/000001_0.mp4")
     assert numbers(original.read(range(4))) == [8, 9, 10, 11]
-    with pytest.raises(MediaError, match=rf"row 2 \(.*1\.mp4\): {SEGMENT_FAULT}"):  # not the whole file instead
+    with pytest.raises(MediaError, match=rf"row 2 \(.*1\.mp4\): {SEGMENT_ERROR}"):  # not the whole file instead
         infer()
 
 
@@ -288,12 +288,12 @@ def test_at_least_one_video_is_held_out_if_there_are_two(tmp_path):
     assert set(sides(tmp_path / "c.json", ["a.mp4"], 3, share=0.999).values()) == {"train"}
 
 
-def test_the_holdout_of_any_source_keeps_the_clips_of_a_file_together(folder, tmp_path):
+def test_held_out_files_of_any_source_keeps_the_clips_of_a_file_together(folder, tmp_path):
     for i in range(20):
         shutil.copy(folder / "0.mp4", tmp_path / f"{i}.mp4")
     rows = [(f"{i}.mp4", 24, 24.0, j / 4, (j + 1) / 4) for i in range(20) for j in range(4)]
     pd.DataFrame(rows, columns=["path", "num_frames", "fps", "start", "end"]).to_csv(tmp_path / "t.csv", index=False)
-    found = tables(Table(tmp_path / "t.csv"), holdout=5)
+    found = tables(Table(tmp_path / "t.csv"), num_val_files=5)
     assert (found.val["path"].nunique(), len(found.val)) == (2, 8)  # a tenth
     assert not set(found.val["path"]) & set(found.train["path"])
 

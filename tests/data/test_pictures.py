@@ -13,10 +13,10 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from tests import tiny
+from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipDataset, ClipSettings
 from vae3d.data.images import ImageReader
 from vae3d.data.readers import MediaError, is_image, media_info, open_media
-from vae3d.data.sampler import FrameCounts, Lengths, Plan
 
 PICTURE = tiny.frames(1, 24, 40)[0]
 RGB = Image.fromarray(PICTURE)
@@ -197,9 +197,9 @@ def test_only_single_images_are_images():
 
 def clips_of(folder, settings, count=200):
     table = pd.DataFrame({"path": [str(folder / "a.png")]})
-    plan = Plan(Lengths(np.array([1])), FrameCounts(1, 1), seed=3, batch_size=count)
-    dataset = ClipDataset(table, plan, settings)
-    return [dataset[draw].video[:, 0].permute(1, 2, 0).numpy() for draw in plan.step(0)[0]]
+    schedule = BatchSchedule(np.array([1]), FrameCounts(1, 1), seed=3, batch_size=count)
+    dataset = ClipDataset(table, schedule, settings)
+    return [dataset[index].video[:, 0].permute(1, 2, 0).numpy() for index in schedule.step(0)[0]]
 
 
 @pytest.fixture

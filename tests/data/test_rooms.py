@@ -14,7 +14,7 @@ from vae3d.data.loader import read_tables
 from vae3d.data.rooms import ErpRooms
 from vae3d.data.sources import DataError
 
-SETTINGS = ClipSettings(16, 32, sampling="requirement", panorama=True)
+SETTINGS = ClipSettings(16, 32, sampling="first_last_random", panorama=True)
 
 
 def room(root: Path, name: str, frames: int, prefix: str = "panorama") -> None:
@@ -48,7 +48,7 @@ def test_a_room_is_a_sequence_named_by_area_and_room(root):
 
 
 def test_areas_are_held_out_as_wholes_and_stay_held_out(root):
-    tables = read_tables(ErpRooms(root), SETTINGS, holdout=16, max_broken=0)
+    tables = read_tables(ErpRooms(root), SETTINGS, num_val_files=16, max_broken=0)
     areas = {name.split("/")[0] for name in tables.val["name"]}
     assert len(areas) == 1  # a tenth of twelve
     assert len(tables.val) == 2
@@ -67,7 +67,7 @@ def test_two_areas_hold_one_out_and_one_area_none(tmp_path):
     for number in range(2, 5):
         room(tmp_path, f"a/r{number}", 5)
     assert source.table()["split"].isna().all()
-    tables = read_tables(source, SETTINGS, holdout=16, max_broken=0)
+    tables = read_tables(source, SETTINGS, num_val_files=16, max_broken=0)
     assert (len(tables.train), len(tables.val)) == (3, 1)
     assert tables.notes[1] == "there is one area only, so rooms are held out for validation instead of areas"
 
@@ -85,7 +85,7 @@ def test_short_rooms_are_left_out_and_counted(root):
     room(root, "area0/tiny", 4)
     room(root, "attic/tiny", 4)
     (root / "area1/unfinished/output").mkdir(parents=True)
-    tables = read_tables(ErpRooms(root), SETTINGS, holdout=0, max_broken=0)
+    tables = read_tables(ErpRooms(root), SETTINGS, num_val_files=0, max_broken=0)
     assert not tables.train["name"].str.endswith("tiny").any()
     assert tables.notes[0] == f"24 rooms of 12 areas in {root}; left out: 3 with fewer than 5 frames"
     assert len(ErpRooms(root, min_frames=6).table()) == 12

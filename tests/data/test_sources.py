@@ -18,7 +18,7 @@ from vae3d.data import check as check_module
 from vae3d.data import probe
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipSettings
-from vae3d.data.loader import look_for_files, read_tables
+from vae3d.data.loader import check_files_exist, read_tables
 from vae3d.data.readers import MediaError, media_info
 from vae3d.data.sources import DataError, Folder, Table
 
@@ -72,7 +72,7 @@ def test_faulty_rows_are_told_one_by_one_and_left_out(tmp_path, capsys):
     }.items():
         assert re.search(rf"row {row}: .*{reason}", out)
     assert "1 of 6 rows are good, 5 bad" in out
-    tables = read_tables(Table(tmp_path / "t.csv"), SETTINGS, holdout=0, max_broken=0.9)
+    tables = read_tables(Table(tmp_path / "t.csv"), SETTINGS, num_val_files=0, max_broken=0.9)
     assert tables.train["row"].tolist() == [1]
     assert [reason for _, reason in tables.errors][:2] == ["has no `path`", "`num_frames` is no positive number"]
     assert len(tables.errors) == 5
@@ -93,15 +93,15 @@ def test_a_parquet_file_keeps_its_rows_together_whatever_its_index(tmp_path):
 def test_relative_and_absolute_paths_mix(videos, monkeypatch):
     monkeypatch.chdir(videos.parent)
     pd.DataFrame({"path": ["clip0.mp4", str(videos.parent / "clip1.mp4")]}).to_csv("mixed.csv", index=False)
-    table, errors = probe.complete(Table("mixed.csv").table())
+    table, errors = probe.fill_metadata(Table("mixed.csv").table())
     assert table["num_frames"].tolist() == [12, 13]
     assert errors == []
 
 
 def test_the_held_out_videos_stay_when_the_data_moves(videos, tmp_path):
-    chosen = read_tables(Table(videos), SETTINGS, holdout=5, max_broken=0).val["name"].tolist()
+    chosen = read_tables(Table(videos), SETTINGS, num_val_files=5, max_broken=0).val["name"].tolist()
     shutil.copytree(videos.parent, tmp_path / "moved")
-    moved = read_tables(Table(tmp_path / "moved/videos.csv"), SETTINGS, holdout=5, max_broken=0)
+    moved = read_tables(Table(tmp_path / "moved/videos.csv"), SETTINGS, num_val_files=5, max_broken=0)
     assert moved.val["name"].tolist() == chosen
 
 
@@ -110,16 +110,16 @@ def test_an_error_is_not_remembered(tmp_path, monkeypatch):
     tiny.write_video(tmp_path / "a.mp4", tiny.frames(5))
     pd.DataFrame({"path": ["a.mp4"]}).to_csv(tmp_path / "t.csv", index=False)
     with monkeypatch.context() as patch:
-        patch.setattr(probe, "look", lambda path: {"error": "the disk is away"})
-        assert len(probe.complete(Table(tmp_path / "t.csv").table())[1]) == 1
-    assert probe.complete(Table(tmp_path / "t.csv").table())[1] == []
+        patch.setattr(probe, "read_metadata", lambda path: {"error": "the disk is away"})
+        assert len(probe.fill_metadata(Table(tmp_path / "t.csv").table())[1]) == 1
+    assert probe.fill_metadata(Table(tmp_path / "t.csv").table())[1] == []
 
 
 def test_training_probes_only_what_it_needs(tmp_path):
     pd.DataFrame({"path": ["absent.mp4"], "num_frames": [5]}).to_csv(tmp_path / "t.csv", index=False)
-    assert read_tables(Table(tmp_path / "t.csv"), SETTINGS, holdout=0, max_broken=0).errors == []
+    assert read_tables(Table(tmp_path / "t.csv"), SETTINGS, num_val_files=0, max_broken=0).errors == []
     with pytest.raises(DataError, match="no such file"):
-        read_tables(Table(tmp_path / "t.csv"), replace(SETTINGS, fps=8.0), holdout=0, max_broken=0)
+        read_tables(Table(tmp_path / "t.csv"), replace(SETTINGS, fps=8.0), num_val_files=0, max_broken=0)
 
 
 def test_missing_table_and_binary_table_are_refused(tmp_path):
@@ -148,14 +148,14 @@ def test_empty_or_missing_folder_is_refused(tmp_path):
 def test_missing_facts_are_probed_once_and_kept(videos, monkeypatch, tmp_path):
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path))
     looked = []
-    original = probe.look
-    monkeypatch.setattr(probe, "look", lambda path: looked.append(path) or original(path))
-    table, errors = probe.complete(Table(videos).table())
+    original = probe.read_metadata
+    monkeypatch.setattr(probe, "read_metadata", lambda path: looked.append(path) or original(path))
+    table, errors = probe.fill_metadata(Table(videos).table())
     assert errors == []
     assert table["num_frames"].tolist() == [12 + i for i in range(10)] + [1, 1]
     assert set(table["height"]) == {32}
     assert len(looked) == 12
-    again, _ = probe.complete(Table(videos).table())
+    again, _ = probe.fill_metadata(Table(videos).table())
     pd.testing.assert_frame_equal(again, table)
     assert len(looked) == 12
 
@@ -165,21 +165,21 @@ def test_a_changed_file_is_probed_again(tmp_path, monkeypatch):
     pd.DataFrame({"path": ["a.mp4"]}).to_csv(tmp_path / "t.csv", index=False)
     for count in (5, 9):
         tiny.write_video(tmp_path / "a.mp4", tiny.frames(count))
-        table, _ = probe.complete(Table(tmp_path / "t.csv").table())
+        table, _ = probe.fill_metadata(Table(tmp_path / "t.csv").table())
         assert table["num_frames"].tolist() == [count]
 
 
 @pytest.mark.parametrize("damage", ["cut off", "flipped"])
 def test_damaged_answers_of_a_probe_are_found_anew(videos, monkeypatch, tmp_path, damage):
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path))
-    table, _ = probe.complete(Table(videos).table())
+    table, _ = probe.fill_metadata(Table(videos).table())
     (cache,) = (tmp_path / "probe").iterdir()
     content = cache.read_bytes()
     changed = [content[:-20]] if damage == "cut off" else [_flipped(content, place) for place in range(5, 170, 8)]
     for wrong in changed:
         cache.write_bytes(wrong)
         for _ in range(2):  # the second time, from what the first has added
-            again, errors = probe.complete(Table(videos).table())
+            again, errors = probe.fill_metadata(Table(videos).table())
             pd.testing.assert_frame_equal(again, table)
             assert errors == []
 
@@ -191,7 +191,7 @@ def _flipped(content: bytes, place: int) -> bytes:
 def test_complete_rows_are_not_opened(tmp_path):
     facts = {"num_frames": [5], "height": [4], "width": [6], "fps": [24.0]}
     pd.DataFrame({"path": ["absent.mp4"], **facts}).to_csv(tmp_path / "t.csv", index=False)
-    table, errors = probe.complete(Table(tmp_path / "t.csv").table())
+    table, errors = probe.fill_metadata(Table(tmp_path / "t.csv").table())
     assert errors == []
     assert table["num_frames"].tolist() == [5]
 
@@ -207,7 +207,7 @@ def broken_table(folder, videos, broken: int):
 
 
 def test_files_that_do_not_open_are_left_out_and_told(videos, tmp_path):
-    tables = read_tables(broken_table(tmp_path, videos, 2), SETTINGS, holdout=0, max_broken=0.2)
+    tables = read_tables(broken_table(tmp_path, videos, 2), SETTINGS, num_val_files=0, max_broken=0.2)
     assert len(tables.train) == 12
     assert [(path.rsplit("/", 1)[1], reason) for path, reason in tables.errors] == [
         ("broken0.mp4", "is empty (0 bytes)"),
@@ -217,21 +217,21 @@ def test_files_that_do_not_open_are_left_out_and_told(videos, tmp_path):
 
 def test_too_many_broken_files_stop_the_run(videos, tmp_path):
     with pytest.raises(DataError, match=r"(?s)8 of 20 files cannot be read, more than data.max_broken=0.2.*is empty"):
-        read_tables(broken_table(tmp_path, videos, 8), SETTINGS, holdout=0, max_broken=0.2)
+        read_tables(broken_table(tmp_path, videos, 8), SETTINGS, num_val_files=0, max_broken=0.2)
 
 
 def test_validation_rows_are_the_split_columns_or_a_stable_choice(videos, tmp_path):
     table = pd.read_csv(videos)
     table["path"] = [str(videos.parent / path) for path in table["path"]]
     table.assign(split=["train"] * 8 + ["val"] * 3 + ["test"]).to_csv(tmp_path / "split.csv", index=False)
-    tables = read_tables(Table(tmp_path / "split.csv"), SETTINGS, holdout=5, max_broken=0)
+    tables = read_tables(Table(tmp_path / "split.csv"), SETTINGS, num_val_files=5, max_broken=0)
     assert (len(tables.train), len(tables.val)) == (8, 3)
 
-    chosen = read_tables(Table(videos), SETTINGS, holdout=5, max_broken=0).val["path"].tolist()
+    chosen = read_tables(Table(videos), SETTINGS, num_val_files=5, max_broken=0).val["path"].tolist()
     assert len(chosen) == 1  # at most a tenth
     pd.read_csv(videos).sample(frac=1, random_state=3).to_csv(tmp_path / "shuffled.csv", index=False)
     shuffled = Table(tmp_path / "shuffled.csv", root=videos.parent)
-    assert read_tables(shuffled, SETTINGS, holdout=5, max_broken=0).val["path"].tolist() == chosen
+    assert read_tables(shuffled, SETTINGS, num_val_files=5, max_broken=0).val["path"].tolist() == chosen
 
 
 def test_a_table_without_training_rows_is_refused(videos, tmp_path):
@@ -239,7 +239,7 @@ def test_a_table_without_training_rows_is_refused(videos, tmp_path):
     table["path"] = [str(videos.parent / path) for path in table["path"]]
     table.to_csv(tmp_path / "t.csv", index=False)
     with pytest.raises(DataError, match="no rows are left to train on"):
-        read_tables(Table(tmp_path / "t.csv"), SETTINGS, holdout=0, max_broken=0)
+        read_tables(Table(tmp_path / "t.csv"), SETTINGS, num_val_files=0, max_broken=0)
 
 
 def test_check_lists_every_bad_row_and_writes_the_good_ones(videos, tmp_path, capsys):
@@ -274,12 +274,12 @@ def test_check_of_a_missing_table_is_one_line(tmp_path, capsys):
 def test_looking_for_files_opens_none_and_refuses_what_no_run_could_read(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"never opened")
     (tmp_path / "t.csv").write_text("path,num_frames\na.mp4,9\na.mp4,\nb.mp4,9\n")
-    assert "1 of 2 files exist" in look_for_files(Table(tmp_path / "t.csv"), 0.4)[0]
+    assert "1 of 2 files exist" in check_files_exist(Table(tmp_path / "t.csv"), 0.4)[0]
     with pytest.raises(DataError, match=r"1 of 3 files cannot be read(.|\n)*b\.mp4: no such file"):
-        look_for_files(Table(tmp_path / "t.csv"), 0.3)
+        check_files_exist(Table(tmp_path / "t.csv"), 0.3)
     (tmp_path / "clips.tar").touch()
     with pytest.raises(DataError, match=r"clips\.tar: \.tar is not read"):
-        look_for_files(Folder(tmp_path / "clips.tar"), 0.9)
+        check_files_exist(Folder(tmp_path / "clips.tar"), 0.9)
 
 
 def test_a_dry_run_looks_for_the_files_of_its_table(tmp_path):

@@ -80,7 +80,7 @@ def vae(
     checkpoint = Checkpoint(config, model.state_dict(), folder, "export")
     if scaled.get("scaled", True):
         settings = ClipSettings(size, size)
-        table = read_tables(open_source(source), settings, holdout=0, max_broken=0.0).train
+        table = read_tables(open_source(source), settings, num_val_files=0, max_broken=0.0).train
         statistics = measure(model, spread_clips(table, settings, frames, 64, []))
         checkpoint = rescaled(checkpoint, model, statistics, per_channel=True)
     write_export(checkpoint, folder)

@@ -113,7 +113,7 @@ def test_a_file_in_place_of_a_broken_one_has_its_own_label(encoded, pictures, tm
     (source / "train/cat/3.png").write_bytes(b"no picture")
     told = [setting for setting in encoded if "source" not in setting]
     data = latent_runs.trainer(tmp_path / "run", *told, f"data.source.path={source}", "data.max_broken=0.5").data
-    rows = {draw.position: draw for step in range(5) for draws in data.plan.step(step) for draw in draws}
+    rows = {draw.position: draw for step in range(5) for draws in data.schedule.step(step) for draw in draws}
     replaced = 0
     for batch in data.batches(0, 5):
         for position, label in zip(batch.positions, batch.labels.tolist(), strict=True):
@@ -384,7 +384,7 @@ def test_another_network_or_process_does_not_go_on(cached, tmp_path):
 def test_entries_of_split_test_are_neither_trained_on_nor_held_out(splits):
     keys = [f"{i}.png" for i in range(40)]
     index = pd.DataFrame({"key": keys, "source": keys, "split": [*splits, *["test"] * 5], "flip": False})
-    train, held_out = data.split_cache(index, holdout=3)
+    train, held_out = data.split_cache(index, num_val_files=3)
     assert sorted([*train, *held_out]) == list(range(35))
     assert len(held_out) == (5 if "val" in splits else 3)
 
@@ -399,7 +399,7 @@ def test_clips_are_validated_and_sampled_as_long_as_the_longest_that_is_trained_
         tiny.write_video(tmp_path / f"{i}.mp4", tiny.frames(6, 64, 64, seed=i))
     (tmp_path / "videos.csv").write_text("path\n" + "".join(f"{i}.mp4\n" for i in range(4)))
     told = [f"vae.path={vae}", "data=video_csv", f"data.source.path={tmp_path / 'videos.csv'}", "validation.every=1"]
-    told += ["data.height=64", "data.width=64", "data.frames.min=2", "data.frames.max=5", "data.holdout=1"]
+    told += ["data.height=64", "data.width=64", "data.frames.min=2", "data.frames.max=5", "data.num_val_files=1"]
     config = latent_runs.config(*told)
     codec = train_diffusion._codec(config, torch.device("cpu"))
     data = train_diffusion.latent_data(config, codec, 0, 1)

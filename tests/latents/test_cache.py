@@ -71,7 +71,7 @@ def test_samples_are_the_same_on_every_device(monkeypatch):
     """A cache draws on the CPU; what is encoded as needed comes from the device of training."""
     draw, devices = torch.randn, []
     monkeypatch.setattr(torch, "randn", lambda *a, **told: (devices.append(str(told["device"])), draw(*a, **told))[1])
-    data = SimpleNamespace(sample=True, plan=SimpleNamespace(seed=0), codec=caches.codec())
+    data = SimpleNamespace(sample=True, schedule=SimpleNamespace(seed=0), codec=caches.codec())
     data.codec.moments = lambda pixels: Moments(*torch.zeros(2, 2, 4, 1, 8, 8, device="meta"))
     batch = Batch(torch.zeros(2, 3, 1, 16, 16, dtype=torch.uint8), torch.zeros(2), [3, 4], [])
     assert LatentData.latents(data, batch, torch.device("meta")).device.type == "meta"

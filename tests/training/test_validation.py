@@ -121,7 +121,7 @@ def logged(folder) -> dict[str, Image.Image]:
 
 
 def test_images_are_shown_in_one_picture_target_latent_and_reconstruction_side_by_side(videos, tmp_path):
-    t = trainer(videos, tmp_path, **VALIDATES, **{"data.holdout": 5})
+    t = trainer(videos, tmp_path, **VALIDATES, **{"data.num_val_files": 5})
     t.log.logger = Album()
     t.log.logger.open(tmp_path, 0)
     t.validate()

@@ -82,7 +82,7 @@ def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
 
 def measure_source(model: nn.Module, args: argparse.Namespace) -> MeasuredScale:
     settings = ClipSettings(args.height, args.width)
-    table = read_tables(open_source(args.source), settings, holdout=0, max_broken=1.0).train
+    table = read_tables(open_source(args.source), settings, num_val_files=0, max_broken=1.0).train
     errors: list[tuple[str, str]] = []
     clips = spread_clips(table, settings, args.frames, args.count, errors)
     measured = measure(model.to(as_device(args.device)), clips, args.seed)

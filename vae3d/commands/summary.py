@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from vae3d.data.batch_schedule import FrameCounts
 from vae3d.data.loader import TrainingData
-from vae3d.data.sampler import FrameCounts
 from vae3d.training.freeze import ALL
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def batch_summary(batch_size: int, world_size: int, accumulate: int) -> str:
 
 def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
     """Training files, epochs, and the files that are skipped."""
-    lengths, counts = data.plan.lengths.lengths, data.plan.frames.all()
+    lengths, counts = data.schedule.lengths, data.schedule.frames.all()
     epochs = config.trainer.max_steps * config.data.batch_size / len(lengths)
     lines = [f"{len(lengths)} training files, {epochs:.3g} epochs"]
     if data.errors:

@@ -6,17 +6,18 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
 from vae3d.checkpoints.state import starting_state
 from vae3d.commands.summary import data_summary, frame_counts, summary
+from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipSettings
 from vae3d.data.depth import DepthSettings
-from vae3d.data.loader import TrainingData, lengths_of, look_for_files, read_tables, validation_clips
-from vae3d.data.record import record_of
-from vae3d.data.sampler import FrameCounts, Lengths, Plan
+from vae3d.data.fingerprint import fingerprint_of
+from vae3d.data.loader import TrainingData, check_files_exist, clip_lengths, read_tables, validation_clips
 from vae3d.errors import UserError
 from vae3d.loading import initialize, instantiate, load, log
 from vae3d.losses.objective import Objective, WeightedTerm
@@ -55,9 +56,9 @@ def clip_settings(config: Data) -> ClipSettings:
 
 
 def plan_of(
-    config: TrainConfig | DiffusionConfig, lengths: Lengths, frames: FrameCounts, rank: int, world_size: int
-) -> Plan:
-    return Plan(
+    config: TrainConfig | DiffusionConfig, lengths: np.ndarray, frames: FrameCounts, rank: int, world_size: int
+) -> BatchSchedule:
+    return BatchSchedule(
         lengths,
         frames,
         seed=config.run.seed,
@@ -72,8 +73,10 @@ def plan_of(
 def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData:
     data, validation = config.data, config.validation
     settings = clip_settings(data)
-    tables = read_tables(instantiate(data.source), settings, data.holdout if validation.every else 0, data.max_broken)
-    plan = plan_of(config, lengths_of(tables.train, settings), frame_counts(data), rank, world_size)
+    tables = read_tables(
+        instantiate(data.source), settings, data.num_val_files if validation.every else 0, data.max_broken
+    )
+    plan = plan_of(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
     held_out, errors = [], tables.errors
     if validation.every:
         held_out, more = validation_clips(tables.val, settings, validation.frames, validation.clips, rank, world_size)
@@ -89,7 +92,7 @@ def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingDa
         tables.notes,
         tables.skipped_files,
         data.timeout,
-        record_of(pd.concat([tables.train, tables.val], ignore_index=True), look=rank == 0),
+        fingerprint_of(pd.concat([tables.train, tables.val], ignore_index=True), stat_files=rank == 0),
     )
 
 
@@ -123,7 +126,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> Trainer:
     check_ranks_agree(asdict(config))
     with accelerator.main_process_first():  # it probes the files; the others read its cache
         data = training_data(config, accelerator.process_index, accelerator.num_processes)
-    check_ranks_agree(data.record.identity())
+    check_ranks_agree(data.fingerprint.digests())
     terms = objective(config.loss)
     terms.load(accelerator.device)
     validation = config.validation
@@ -138,7 +141,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> Trainer:
     if anchored and resumes:
         started = [f"optim.proximal pulls towards stage.init_from={config.stage.init_from}"]
     if config.trainer.compile:
-        compile_blocks(model, dynamic=None if len(data.plan.frames.all()) > 1 else False)
+        compile_blocks(model, dynamic=None if len(data.schedule.frames.all()) > 1 else False)
     built = Trainer(
         config,
         folder,
@@ -173,5 +176,5 @@ def describe(config: TrainConfig) -> None:
     with torch.device("meta"):
         model = instantiate(config.model)
     train_parts(model, config.stage.train)
-    files = look_for_files(instantiate(config.data.source), config.data.max_broken)
+    files = check_files_exist(instantiate(config.data.source), config.data.max_broken)
     log.info("\n".join([*summary(config, model), *files]))

@@ -17,10 +17,10 @@ from vae3d.checkpoints.location import EXPORT_CONFIG, find_weights, split_part
 from vae3d.commands.summary import batch_summary, frame_counts, millions
 from vae3d.commands.train import clip_settings, plan_of
 from vae3d.config.validate import ConfigError
+from vae3d.data.batch_schedule import ClipIndex, FrameCounts
 from vae3d.data.clips import ClipDataset
-from vae3d.data.loader import lengths_of, look_for_files, read_tables, validation_clips
-from vae3d.data.record import record_of, record_of_cache
-from vae3d.data.sampler import Draw, FrameCounts, Lengths
+from vae3d.data.fingerprint import fingerprint_of, fingerprint_of_cache
+from vae3d.data.loader import check_files_exist, clip_lengths, read_tables, validation_clips
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.build import build_network, build_process, network_config, process_config
 from vae3d.diffusion.data import (
@@ -58,7 +58,7 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     codec = _codec(config, accelerator.device)
     with accelerator.main_process_first():  # it probes the files; the others read its cache
         data = latent_data(config, codec, accelerator.process_index, accelerator.num_processes)
-    check_ranks_agree(data.record.identity())
+    check_ranks_agree(data.fingerprint.digests())
     config, process = complete(config, data)
     torch.manual_seed(config.run.seed)
     network = _network(config, data)
@@ -73,12 +73,12 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
 def describe(config: DiffusionConfig) -> None:
     """Log what a run would be: latents, network, process, batches. Takes no step."""
     if config.cache is None:
-        for line in look_for_files(instantiate(config.data.source), config.data.max_broken):
+        for line in check_files_exist(instantiate(config.data.source), config.data.max_broken):
             log.info(line)
     codec = _codec(config, torch.device("cpu"))
     data = latent_data(config, codec, 0, int(os.environ.get("WORLD_SIZE", 1)))
     config, _ = complete(config, data)
-    for line in summary(config, _network(config, data), data, data.plan.world_size):
+    for line in summary(config, _network(config, data), data, data.schedule.world_size):
         log.info(line)
 
 
@@ -102,24 +102,24 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
     labelled = config.labels != "none"
     if labelled:
         require_labels(cache.labels, cache.index["key"].tolist(), f"entries of {config.cache}")
-    train, held_out = split_cache(cache.index, config.data.holdout if config.validation.every else 0)
+    train, held_out = split_cache(cache.index, config.data.num_val_files if config.validation.every else 0)
     mine = held_out[: config.validation.clips if config.validation.every else 0][rank::world_size]
     every = CachedLatents(cache, range(len(cache)), labelled)
     return LatentData(
         dataset=CachedLatents(cache, train, labelled),
         collate=joined,
-        plan=plan_of(config, Lengths(np.ones(len(train), int)), FrameCounts(1, 1), rank, world_size),
+        schedule=plan_of(config, np.ones(len(train), int), FrameCounts(1, 1), rank, world_size),
         codec=codec,
         size=size,
         latent_shape=latent_shape,
         trained=(latent_shape[1],),
         classes=cache.classes if labelled else [],
         known=sorted({cache.labels[place] for place in train}) if labelled else [],
-        held_out=[every[Draw(place, place, 1)] for place in mine.tolist()],
+        held_out=[every[ClipIndex(place, place, 1)] for place in mine.tolist()],
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         timeout=config.data.timeout,
-        record=record_of_cache(cache.index.iloc[[*train, *held_out]], cache.meta["digest"]),
+        fingerprint=fingerprint_of_cache(cache.index.iloc[[*train, *held_out]], cache.meta["digest"]),
         notes=[f"{config.cache}: {len(train)} latents to train on ({cache.mode}), {len(held_out)} held out"],
     )
 
@@ -127,7 +127,7 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
 def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
     data, validation = config.data, config.validation
     settings, source = clip_settings(data), instantiate(data.source)
-    tables = read_tables(source, settings, data.holdout if validation.every else 0, data.max_broken)
+    tables = read_tables(source, settings, data.num_val_files if validation.every else 0, data.max_broken)
     classes: list[str] = []
     numbers = {"": NONE}
     every = pd.concat([tables.train, tables.val], ignore_index=True)
@@ -138,18 +138,18 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         require_labels([numbers[label] for label in labels], every["path"].tolist(), "files")
     labels = np.array([numbers[label] for label in labels])
     of_train, of_val = np.split(labels, [len(tables.train)])
-    plan = plan_of(config, lengths_of(tables.train, settings), frame_counts(data), rank, world_size)
+    plan = plan_of(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
     held_out, errors = [], tables.errors
     frames = validation.frames or max(plan.frames.all())
     if validation.every:
-        enough = lengths_of(tables.val, settings).lengths >= frames
+        enough = clip_lengths(tables.val, settings) >= frames
         clips, more = validation_clips(tables.val, settings, frames, validation.clips, rank, world_size)
         held_out, errors = of_clips(clips, of_val[enough]), errors + more
     trained = {codec.latent_shape(count, data.height, data.width)[1] for count in plan.frames.all()}
     return LatentData(
         dataset=ClipDataset(tables.train, plan, settings),
         collate=LabelledClips(of_train),
-        plan=plan,
+        schedule=plan,
         codec=codec,
         size=(frames, data.height, data.width),
         latent_shape=codec.latent_shape(frames, data.height, data.width),
@@ -161,7 +161,7 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         workers=data.workers,
         prefetch=data.prefetch,
         timeout=data.timeout,
-        record=record_of(every, look=rank == 0),
+        fingerprint=fingerprint_of(every, stat_files=rank == 0),
         errors=errors,
         notes=[
             *tables.notes,
@@ -231,7 +231,7 @@ def summary(config: DiffusionConfig, network: nn.Module, data: LatentData, world
         "  " + ", ".join(f"{name}={value}" for name, value in config.denoiser.items()),
         "process: " + ", ".join(f"{name}={value}" for name, value in config.process.items()),
         f"{batch_summary(batch, world_size, trainer.accumulate)}; "
-        f"{trainer.max_steps} steps ({trainer.max_steps * batch / len(data.plan.lengths.lengths):.3g} epochs) at "
+        f"{trainer.max_steps} steps ({trainer.max_steps * batch / len(data.schedule.lengths):.3g} epochs) at "
         f"learning rate {config.optim.lr:g}, {trainer.precision}",
     ]
 

@@ -72,7 +72,7 @@ class DiffusionConfig:
     cache: str | None = None  # latents of scripts/encode_latents.py; null: encode the clips of `data`, batch by batch
     labels: str = "none"  # column (`label`), folder (its name), auto: column or else folder; of a cache: its own
     label_dropout: float = 0.1  # share of labels left out, for classifier-free guidance
-    data: Data = field(default_factory=Data)  # of a cache only batch_size, workers, prefetch, flip, holdout, overfit
+    data: Data = field(default_factory=Data)  # cache: batch_size, workers, prefetch, flip, num_val_files, overfit
     denoiser: Any = MISSING  # kind, and settings of that network that are not its defaults: diffusion/build.py
     process: Any = MISSING  # kind, and settings of that process
     optim: Optim = field(default_factory=Optim)

@@ -88,7 +88,7 @@ class Data:
     frames: Frames = field(default_factory=Frames)
     stride: int = 1  # take every n-th frame
     fps: float | None = None  # thin faster videos out to this rate; slower ones keep theirs
-    # contiguous; requirement: first and last frame of the file and a random draw between; strided: largest stride
+    # contiguous; first_last_random: first and last frame of the file and a random draw between; strided: largest stride
     sampling: str = "contiguous"
     short_side: int | None = None  # scale to this before cropping; null: so that the crop covers the short side
     min_side: int | None = None  # leave out files whose shorter side has fewer pixels; null: enlarge them
@@ -102,7 +102,7 @@ class Data:
     workers: int = 4
     prefetch: int = 2
     timeout: float = 900.0  # seconds without a batch from the workers after which the run stops; 0: never
-    holdout: int = 16  # videos held out for validation where the table has no `split` column
+    num_val_files: int = 16  # videos held out for validation where the table has no `split` column
     max_broken: float = 0.2  # stop when a larger share of reads fails
     overfit: bool = False  # draw the first step's clips again and again
 

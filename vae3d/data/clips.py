@@ -1,7 +1,12 @@
-"""Loading clips: decode the frames of a draw, and nothing else."""
+"""Loading a clip: which frames of a file, which crop, and the tensors of one batch.
+
+open_frames opens a file, read_clip reads the chosen frames at the chosen size, to_sample makes tensors of them.
+ClipDataset does all three for a row of a table, collate stacks samples to a batch.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from contextlib import closing
@@ -13,32 +18,32 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vae3d.data.batch_schedule import BatchSchedule, ClipIndex
 from vae3d.data.depth import DepthReader, DepthSettings, encode_depth
-from vae3d.data.images import resize_around
+from vae3d.data.images import resize_circular
 from vae3d.data.media import MediaError, Reader, Size
 from vae3d.data.readers import open_media
-from vae3d.data.sampler import Draw, Plan
-from vae3d.data.sampling import frame_numbers
 from vae3d.data.segments import WHOLE, Bounds, Segment, bounds_of
-from vae3d.data.transforms import cover
+from vae3d.data.transforms import resize_crop_params
 from vae3d.seeding import seed_of
 from vae3d.types import Clip
 
-ATTEMPTS = 10
-PANORAMA_TOLERANCE = 0.01  # of the ratio of width to twice the height
+ATTEMPTS = 10  # files to try for one clip
+PANORAMA_TOLERANCE = 0.01  # relative, of width / (2 * height)
+SAMPLINGS = ("contiguous", "first_last_random", "strided")
 
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """How a clip is cut out of a file.
+    """How to cut a clip out of a file.
 
-    stride: take every n-th frame. fps: thin faster videos out to this rate; slower ones keep theirs. A video whose
-    rate varies is thinned by the number of its frames, as if it had its mean rate throughout.
-    short_side: scale to this before cropping (None: so that the crop covers the short side).
-    crop: center or random. flip: mirror every other clip. sampling: see data.sampling.
-    min_side: leave out files whose shorter side has fewer pixels.
-    panorama: files are equirectangular, and shown whole; others are refused. roll: turn each clip about the vertical
-    by a random number of columns, which loses nothing. depth: read depth maps of 16 bits, not colours.
+    stride: take every n-th frame. fps: drop frames of faster videos down to this rate; slower videos keep theirs. A
+    video of variable rate is treated as if it had its mean rate throughout.
+    short_side: scale to this before cropping; None: so that the crop covers the short side.
+    min_side: skip files whose shorter side has fewer pixels.
+    crop: center or random. flip: mirror each clip with probability 1/2. sampling: see frame_indices.
+    panorama: files are equirectangular and used whole; others raise MediaError. roll: shift each clip by a random
+    number of columns, with wrap-around. depth: read 16-bit depth maps instead of colours.
     """
 
     height: int
@@ -56,68 +61,46 @@ class ClipSettings:
     depth: DepthSettings | None = None
 
     def step(self, fps: np.ndarray | float) -> np.ndarray:
-        """Distance of taken frames in frames of the file."""
-        thin = 1.0 if self.fps is None else np.maximum(1.0, np.asarray(fps, dtype=float) / self.fps)
-        return self.stride * np.asarray(thin)
+        """Distance between two frames of a clip, in frames of a file of this rate."""
+        thinning = 1.0 if self.fps is None else np.maximum(1.0, np.asarray(fps, dtype=float) / self.fps)
+        return self.stride * np.asarray(thinning)
 
     def length(self, num_frames: np.ndarray | float, fps: np.ndarray | float) -> np.ndarray:
-        """Frames that a file can give: those i for which frame floor(i * step) exists."""
+        """The longest clip that a file gives: the number of i for which frame floor(i * step) exists."""
         return np.ceil(np.asarray(num_frames) / self.step(fps)).astype(int)
 
 
-@dataclass
-class Sample:
-    """One loaded clip; video None if nothing could be loaded. errors: (path, reason) of files that failed."""
+def frame_indices(
+    sampling: str, num_frames: int, frames: int, step: float, start: float, rng: np.random.Generator | None
+) -> list[int]:
+    """Which `frames` of the `num_frames` frames of a file to take, ascending.
 
-    video: Tensor | None  # [3, T, H, W], uint8; of depth maps float32 in [-1, 1]
-    draw: Draw
-    path: str
-    errors: list[tuple[str, str]] = field(default_factory=list)
-    valid: Tensor | None = None  # [1, T, H, W], bool
-    depth_bounds: Tensor | None = None  # [2]
-
-
-class ClipDataset(Dataset[Sample]):
-    """Indexed by Draw. Every random choice is a pure function of (seed, position): no worker, rank or resume
-    changes a clip.
-
-    A file that fails to read is recorded and replaced by a seeded draw, never by a placeholder.
+    contiguous: one after the other, `step` apart. The others choose among the frames 0, step, 2 step, ... of the file.
+    first_last_random: the first, the last, and a random draw without replacement between (rng None: evenly spaced).
+    strided: every s-th, with the largest s that gives enough frames.
+    start: in [0, 1), where the clip begins among the possible places, and the frame of a clip of one.
+    The file must have at least floor((frames - 1) step) + 1 frames.
     """
-
-    def __init__(self, table: pd.DataFrame, plan: Plan, settings: ClipSettings) -> None:
-        self.paths = np.array([os.fsencode(path) for path in table["path"]])  # one buffer, shared by forked workers
-        self.bounds = np.array(bounds_of(table)).reshape(-1, 2)
-        self.plan = plan
-        self.settings = settings
-
-    def __getitem__(self, draw: Draw) -> Sample:
-        errors: list[tuple[str, str]] = []
-        for attempt in range(ATTEMPTS):
-            path = os.fsdecode(self.paths[draw.record])
-            try:
-                return replace(self._load(path, draw), errors=errors)
-            except MediaError as error:
-                errors.append((error.path, error.reason))
-            draw = draw._replace(record=self.plan.replacement(draw.position, draw.frames, attempt))
-        return Sample(None, draw, path, errors)
-
-    def _load(self, path: str, draw: Draw) -> Sample:
-        rng = np.random.default_rng(seed_of(self.plan.seed, draw.position, "clip"))
-        with closing(open_frames(path, self.settings, tuple(self.bounds[draw.record]))) as reader:
-            start, mirror = rng.random(), rng.random() < 0.5
-            frames = read_clip(reader, path, self.settings, draw.frames, start, rng)
-        if mirror and self.settings.flip:
-            frames = frames[:, :, ::-1]
-        if self.settings.roll:
-            frames = np.roll(frames, int(rng.integers(self.settings.width)), axis=2)
-        return to_sample(frames, draw, path, self.settings)
+    if sampling == "contiguous" or frames == 1:
+        span = int((frames - 1) * step) + 1
+        first = int(start * (num_frames - span + 1))
+        return [first + int(i * step) for i in range(frames)]
+    last = math.ceil(num_frames / step) - 1  # of the frames 0, step, 2 step, ...
+    if sampling == "strided":
+        stride = last // (frames - 1)
+        first = int(start * (last - (frames - 1) * stride + 1))
+        chosen = [first + i * stride for i in range(frames)]
+    elif rng is None:
+        chosen = [i * last // (frames - 1) for i in range(frames)]
+    elif frames == 2:
+        chosen = [0, last]
+    else:
+        chosen = [0, *sorted(1 + rng.choice(last - 1, frames - 2, replace=False)), last]
+    return [int(i * step) for i in chosen]
 
 
 def open_frames(path: str, settings: ClipSettings, bounds: Bounds = WHOLE) -> Reader:
-    """A reader of what the settings want of a file or a part of it: colours, or depth maps as stored.
-
-    Raises MediaError.
-    """
+    """A reader of a file, or of the part within `bounds`: of colours, or of depth maps as stored. Raises MediaError."""
     reader = open_media(path, settings.reader) if settings.depth is None else DepthReader(path)
     return Segment(reader, path, bounds)
 
@@ -130,28 +113,28 @@ def read_clip(
     start: float,
     rng: np.random.Generator | None = None,
 ) -> np.ndarray:
-    """[frames, height, width, 3] uint8, beginning at the fraction `start` in [0, 1) of the possible places; of depth
-    maps [frames, height, width] uint16.
+    """[frames, height, width, 3] uint8; of depth maps [frames, height, width] uint16.
 
-    rng: for what the settings leave to chance; None takes the centre crop and evenly spaced frames.
-    Raises MediaError if the file has fewer frames than that, or is no panorama though the settings say so.
+    start: where the clip begins, as a fraction in [0, 1) of the possible places. rng: for random crops and random
+    frames; None takes the centre crop and evenly spaced frames.
+    Raises MediaError if the file has too few frames, or settings.panorama is set and it is no panorama.
     """
     info = reader.info
     step = float(settings.step(info.fps))
     span = int((frames - 1) * step) + 1
     if info.num_frames < span:
-        raise MediaError(path, f"has {info.num_frames} frames, fewer than the table says; {span} are needed")
-    indices = frame_numbers(settings.sampling, info.num_frames, frames, step, start, rng)
+        raise MediaError(path, f"has {info.num_frames} frames, fewer than its table says; the clip needs {span}")
+    indices = frame_indices(settings.sampling, info.num_frames, frames, step, start, rng)
     target = (settings.height, settings.width)
     if settings.panorama:
         return _read_panoramas(reader, path, indices, target, depth=settings.depth is not None)
     size = info.size_to_scale(target)
-    crop = cover(*size, target, settings.short_side, rng if settings.crop == "random" else None)
-    return crop.cut(reader.read(indices, crop.size))
+    crop = resize_crop_params(*size, target, settings.short_side, rng if settings.crop == "random" else None)
+    return crop.crop(reader.read(indices, crop.size))
 
 
 def _read_panoramas(reader: Reader, path: str, indices: Sequence[int], size: Size, depth: bool) -> np.ndarray:
-    """Whole frames at `size`. Readers treat both ends of a row as borders; here they are neighbours."""
+    """Whole frames at `size`, resized with wrap-around: the left and right edge of a panorama are neighbours."""
     info = reader.info
     if abs(info.aspect * info.width / (2 * info.height) - 1) > PANORAMA_TOLERANCE:
         raise MediaError(
@@ -159,18 +142,30 @@ def _read_panoramas(reader: Reader, path: str, indices: Sequence[int], size: Siz
         )
     if depth or size == (info.height, info.width):
         return reader.read(indices, size)
-    return np.stack([resize_around(reader.read([index])[0], size) for index in indices])
+    return np.stack([resize_circular(reader.read([index])[0], size) for index in indices])
 
 
-def to_sample(frames: np.ndarray, draw: Draw, path: str, settings: ClipSettings) -> Sample:
-    """What read_clip gave as tensors. Raises MediaError if it is depth without a single valid pixel."""
+@dataclass
+class Sample:
+    """One loaded clip. video: None if no file could be read. errors: (path, reason) of files that failed."""
+
+    video: Tensor | None  # [3, T, H, W], uint8; of depth maps float32 in [-1, 1]
+    index: ClipIndex
+    path: str
+    errors: list[tuple[str, str]] = field(default_factory=list)
+    valid: Tensor | None = None  # [1, T, H, W], bool; of depth maps only
+    depth_bounds: Tensor | None = None  # [2], metres; of depth maps only
+
+
+def to_sample(frames: np.ndarray, index: ClipIndex, path: str, settings: ClipSettings) -> Sample:
+    """Tensors of what read_clip returned. Raises MediaError for depth without a valid pixel."""
     if settings.depth is None:
-        return Sample(to_tensor(frames), draw, path)
+        return Sample(to_tensor(frames), index, path)
     try:
         video, valid, bounds = encode_depth(np.ascontiguousarray(frames), settings.depth)
     except ValueError as error:
         raise MediaError(path, str(error)) from error
-    return Sample(video, draw, path, valid=valid, depth_bounds=bounds)
+    return Sample(video, index, path, valid=valid, depth_bounds=bounds)
 
 
 def to_tensor(frames: np.ndarray) -> Tensor:
@@ -178,9 +173,45 @@ def to_tensor(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))
 
 
+class ClipDataset(Dataset[Sample]):
+    """Clips of a table, indexed by ClipIndex.
+
+    Every random choice is a pure function of (seed, position): workers, ranks and a resume do not change a clip.
+    A file that cannot be read is reported in `errors` and replaced by another row, seeded as well.
+    """
+
+    def __init__(self, table: pd.DataFrame, schedule: BatchSchedule, settings: ClipSettings) -> None:
+        self.paths = np.array([os.fsencode(path) for path in table["path"]])  # one buffer, shared by forked workers
+        self.bounds = np.array(bounds_of(table)).reshape(-1, 2)
+        self.schedule = schedule
+        self.settings = settings
+
+    def __getitem__(self, index: ClipIndex) -> Sample:
+        errors: list[tuple[str, str]] = []
+        for attempt in range(ATTEMPTS):
+            path = os.fsdecode(self.paths[index.row])
+            try:
+                return replace(self._load(path, index), errors=errors)
+            except MediaError as error:
+                errors.append((error.path, error.reason))
+            index = index._replace(row=self.schedule.replacement(index.position, index.frames, attempt))
+        return Sample(None, index, path, errors)
+
+    def _load(self, path: str, index: ClipIndex) -> Sample:
+        rng = np.random.default_rng(seed_of(self.schedule.seed, index.position, "clip"))
+        with closing(open_frames(path, self.settings, tuple(self.bounds[index.row]))) as reader:
+            start, mirror = rng.random(), rng.random() < 0.5
+            frames = read_clip(reader, path, self.settings, index.frames, start, rng)
+        if mirror and self.settings.flip:
+            frames = frames[:, :, ::-1]
+        if self.settings.roll:
+            frames = np.roll(frames, int(rng.integers(self.settings.width)), axis=2)
+        return to_sample(frames, index, path, self.settings)
+
+
 @dataclass
 class Unreadable:
-    """Stands for a batch in which ATTEMPTS files in a row could not be read: its rank cannot take the step."""
+    """A batch with a clip for which ATTEMPTS files in a row could not be read. Its rank cannot take the step."""
 
     errors: list[tuple[str, str]]
 
@@ -190,13 +221,15 @@ def collate(samples: Sequence[Sample]) -> Clip | Unreadable:
     errors = [error for sample in samples for error in sample.errors]
     if any(sample.video is None for sample in samples):
         return Unreadable(errors)
+
+    def stack(tensors: list[Tensor | None]) -> Tensor | None:
+        return None if tensors[0] is None else torch.stack(tensors)
+
     return Clip(
-        positions=torch.tensor([sample.draw.position for sample in samples]),
+        video=stack([sample.video for sample in samples]),
+        positions=torch.tensor([sample.index.position for sample in samples]),
         paths=[sample.path for sample in samples],
         errors=errors,
-        **{name: _stack([getattr(sample, name) for sample in samples]) for name in ("video", "valid", "depth_bounds")},
+        valid=stack([sample.valid for sample in samples]),
+        depth_bounds=stack([sample.depth_bounds for sample in samples]),
     )
-
-
-def _stack(tensors: list[Tensor | None]) -> Tensor | None:
-    return None if tensors[0] is None else torch.stack(tensors)

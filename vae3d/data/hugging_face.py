@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow.compute as pc
 
 from vae3d.data.dataset_rows import encoded, image_columns, open_splits, row_path
-from vae3d.data.sources import DataError, listed
+from vae3d.data.sources import DataError, rows_from_paths
 
 NO_LABEL = -1  # of test sets whose labels are kept secret
 HELD_OUT = ("validation", "valid", "val", "test")  # the first of them that there is serves for validation
@@ -79,7 +79,7 @@ def _rows(folder: str, split: str, column: str) -> pd.DataFrame:
         os.path.join(folder, file) if out and file else row_path(folder, split, column, row)
         for row, (out, file) in enumerate(zip(outside, files, strict=True))
     ]
-    table = listed(paths, [f"{split}/{row}" for row in range(len(paths))]).assign(num_frames=1.0, fps=0.0)
+    table = rows_from_paths(paths, [f"{split}/{row}" for row in range(len(paths))]).assign(num_frames=1.0, fps=0.0)
     rows = open_splits(folder)[split]
     if "label" in rows.column_names:
         labels = rows.select_columns(["label"])[:]["label"]

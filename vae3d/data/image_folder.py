@@ -12,7 +12,7 @@ import pandas as pd
 from vae3d.data.images import IMAGE_SUFFIXES, is_sequence
 from vae3d.data.open_source import holds_dataset, open_source
 from vae3d.data.readers import is_image
-from vae3d.data.sources import SPLITS, DataError, exists, files_under, listed
+from vae3d.data.sources import SPLITS, DataError, exists, files_under, rows_from_paths
 
 FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # and their splits
 
@@ -45,7 +45,7 @@ class ImageFolder:
         files, top = files_under(self.path), os.path.abspath(self.path)
         names = [name for name in files if is_image(name)]
         self._tell_others([name for name in files if not is_image(name)], not names)
-        table = listed([os.path.join(top, name) for name in names], names)
+        table = rows_from_paths([os.path.join(top, name) for name in names], names)
         splits = _splits_of(names)
         if splits is None:
             return table

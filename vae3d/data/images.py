@@ -218,7 +218,7 @@ def resize(image: Image.Image, size: Size, box: tuple[float, ...] | None = None)
     return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box)
 
 
-def resize_around(frame: np.ndarray, size: Size) -> np.ndarray:
+def resize_circular(frame: np.ndarray, size: Size) -> np.ndarray:
     """Resize [H, W, 3] whose right edge goes on at its left one, antialiased: no column is special, so the picture
     may be rolled before or after."""
     height, width = frame.shape[:2]

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vae3d.data.segments import SEGMENT, SEGMENT_FAULT
-from vae3d.data.sources import SPLITS, DataError, checked, exists, file_hashes
+from vae3d.data.segments import SEGMENT, SEGMENT_ERROR
+from vae3d.data.sources import SPLITS, DataError, exists, file_hashes, normalise_rows
 from vae3d.data.tables import read_entries
 
 TEXT, NUMBER = (str, "a text"), ((int, float), "a number")
@@ -43,7 +43,8 @@ class JsonClips:
     null is as good as leaving a key out; other keys are not read, and told in `notes`. Relative paths are relative to
     `root`, by default the JSON file's folder.
     val_share: where no clip has a split, the videos whose names hash into this share of all hashes are held out with
-    all their clips, at least one video; so a video stays on its side when the list grows. None: data.holdout does it.
+    all their clips, at least one video; so a video stays on its side when the list grows. None:
+    data.num_val_files applies.
     """
 
     def __init__(self, path: str | Path, root: str | Path | None = None, val_share: float | None = 0.02) -> None:
@@ -60,7 +61,7 @@ class JsonClips:
         sound = [_well_typed(entry) for entry in entries]
         given = ["path", *(key for key in OPTIONAL if any(key in entry for entry in sound))]
         raw = pd.DataFrame({COLUMNS.get(key, key): [entry.get(key) for entry in sound] for key in given})
-        table = checked(raw.assign(error=errors), self.root)
+        table = normalise_rows(raw.assign(error=errors), self.root)
         gone = table["error"].isna() & ~table["path"].map(exists)
         table.loc[gone, "error"] = "no such file"
         how = "as their `split` says"
@@ -129,7 +130,7 @@ def _error(entry: Any) -> str | None:
     for key, (_, wanted) in KINDS.items():
         if key not in sound and entry.get(key) is not None:
             value = json.dumps(entry[key])
-            return SEGMENT_FAULT if key in SEGMENT else f"`{key}` is {value:.40}, which is not {wanted}"
+            return SEGMENT_ERROR if key in SEGMENT else f"`{key}` is {value:.40}, which is not {wanted}"
     return None
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from vae3d.data.batch_schedule import BatchSchedule, ClipIndex, MicroBatchSampler
 from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, open_frames, read_clip, to_sample
+from vae3d.data.fingerprint import DataFingerprint
 from vae3d.data.media import MediaError
-from vae3d.data.probe import complete, faulty_rows
-from vae3d.data.record import DataRecord
+from vae3d.data.probe import fill_metadata, invalid_rows
 from vae3d.data.resolution import SIZE, leave_out_small, warn_upscaled
-from vae3d.data.sampler import Draw, Lengths, Plan, StepSampler
 from vae3d.data.segments import Bounds, bounds_of, count_frames
 from vae3d.data.sources import DataError, Source, exists, file_hashes, in_threads
 from vae3d.data.workers import WorkerDied as WorkerDied
@@ -39,10 +39,10 @@ class Tables:
     notes: list[str]
 
 
-def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken: float) -> Tables:
+def read_tables(source: Source, settings: ClipSettings, num_val_files: int, max_broken: float) -> Tables:
     """List a source's files and set some aside for validation.
 
-    With a `split` column its `val` rows; without, the `holdout` files whose names hash lowest, but at most a
+    With a `split` column its `val` rows; without, the `num_val_files` files whose names hash lowest, but at most a
     tenth (and one), with all their segments, so that the choice survives a table that grows or a folder that moves.
     The num_frames of a row with a segment are the segment's. Files smaller than settings.min_side are left out, and are
     no error.
@@ -50,7 +50,7 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
     """
     listed = source.table()
     needed = ["num_frames"] + ["fps"] * (settings.fps is not None) + SIZE * (settings.min_side is not None)
-    table, errors = complete(listed, needed)
+    table, errors = fill_metadata(listed, needed)
     table, outside = count_frames(table)
     errors += outside
     _check_share(errors, len(listed), max_broken)
@@ -64,7 +64,7 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
     else:
         hashes = file_hashes(table)
         files = np.unique(hashes)
-        is_val = np.isin(hashes, files[: min(holdout, max(1, len(files) // 10))]) & (len(files) > 1)
+        is_val = np.isin(hashes, files[: min(num_val_files, max(1, len(files) // 10))]) & (len(files) > 1)
         is_train = ~is_val
     if not is_train.any():
         raise DataError("no rows are left to train on; is the `split` column `val` or `test` throughout?")
@@ -72,7 +72,7 @@ def read_tables(source: Source, settings: ClipSettings, holdout: int, max_broken
     return Tables(train, val, errors, skipped_files, notes)
 
 
-def look_for_files(source: Source, max_broken: float) -> list[str]:
+def check_files_exist(source: Source, max_broken: float) -> list[str]:
     """List a source's files, and check that they exist, without opening any. Returns lines for the log.
 
     Raises DataError if more than the share `max_broken` is missing or invalid.
@@ -80,7 +80,7 @@ def look_for_files(source: Source, max_broken: float) -> list[str]:
     table = source.table()
     sound = table[table["error"].isna()]
     there = in_threads(exists, sound["path"])
-    errors = faulty_rows(table) + [(path, "no such file") for path in sound["path"] if not there[path]]
+    errors = invalid_rows(table) + [(path, "no such file") for path in sound["path"] if not there[path]]
     _check_share(errors, len(table), max_broken)
     count = sum(there.values())
     return [
@@ -100,8 +100,9 @@ def _check_share(errors: list[tuple[str, str]], rows: int, max_broken: float) ->
         )
 
 
-def lengths_of(table: pd.DataFrame, settings: ClipSettings) -> Lengths:
-    return Lengths(settings.length(table["num_frames"].to_numpy(), table["fps"].to_numpy()))
+def clip_lengths(table: pd.DataFrame, settings: ClipSettings) -> np.ndarray:
+    """[rows] frames that each row can give."""
+    return settings.length(table["num_frames"].to_numpy(), table["fps"].to_numpy())
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class TrainingData:
     """Everything that training reads: the clips of any range of steps, and the held-out clips of this rank."""
 
     table: pd.DataFrame
-    plan: Plan
+    schedule: BatchSchedule
     settings: ClipSettings
     workers: int
     prefetch: int
@@ -118,24 +119,24 @@ class TrainingData:
     notes: list[str] = field(default_factory=list)  # what there is to tell of the files
     skipped_files: list[tuple[str, str]] = field(default_factory=list)  # files that are too small
     timeout: float = 0.0  # seconds without a batch after which WorkerTimeout is raised; 0: never
-    record: DataRecord | None = None  # what a checkpoint remembers of the data
+    fingerprint: DataFingerprint | None = None  # what a checkpoint remembers of the data
 
     def clips(self, first: int, last: int, stopping: Callable[[], bool] = lambda: False) -> Iterator[Clip | Unreadable]:
         """Micro-batches of optimizer steps first..last-1; Unreadable where one file after another could not be read.
 
         stopping: whether the run is to end after this step. Raises as workers.load does.
         """
-        settings, plan = self.settings, self.plan
-        pixels = 3 * plan.frames.all()[-1] * settings.height * settings.width
+        settings, schedule = self.settings, self.schedule
+        pixels = 3 * schedule.frames.all()[-1] * settings.height * settings.width
         return load(
-            ClipDataset(self.table, plan, settings),
+            ClipDataset(self.table, schedule, settings),
             workers=self.workers,
             prefetch=self.prefetch,
             timeout=self.timeout,
             stopping=stopping,
-            item_bytes=plan.micro_batch * pixels * (1 if settings.depth is None else 4),
-            held=plan.accumulate,
-            batch_sampler=StepSampler(plan, first, last),
+            item_bytes=schedule.micro_batch * pixels * (1 if settings.depth is None else 4),
+            held=schedule.accumulate,
+            batch_sampler=MicroBatchSampler(schedule, first, last),
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )
@@ -150,7 +151,7 @@ def validation_clips(
     centre of the picture, neither mirrored nor rolled.
     Raises DataError if no video is long enough.
     """
-    long_enough = table[settings.length(table["num_frames"].to_numpy(), table["fps"].to_numpy()) >= frames]
+    long_enough = table[clip_lengths(table, settings) >= frames]
     if long_enough.empty:
         raise DataError(
             f"no held-out video has {frames} frames for validation ({len(table)} are held out); "
@@ -160,14 +161,14 @@ def validation_clips(
     for place in range(rank, min(count, len(long_enough)), world_size):
         path = long_enough["path"].iloc[place]
         try:
-            clips.append(still_clip(path, bounds[place], place, settings, frames))
+            clips.append(validation_clip(path, bounds[place], place, settings, frames))
         except MediaError as error:
             errors.append((error.path, error.reason))
     return clips, errors
 
 
-def still_clip(path: str, bounds: Bounds, place: int, settings: ClipSettings, frames: int) -> Clip:
+def validation_clip(path: str, bounds: Bounds, place: int, settings: ClipSettings, frames: int) -> Clip:
     """The clip of a file that is always the same, as validation_clips says, at position `place`. Raises MediaError."""
     with closing(open_frames(path, settings, bounds)) as reader:
         pixels = read_clip(reader, path, settings, frames, start=0.5)
-    return collate([to_sample(pixels, Draw(place, place, frames), path, settings)])
+    return collate([to_sample(pixels, ClipIndex(place, place, frames), path, settings)])

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vae3d.data.dataset_rows import is_row, version_of
 from vae3d.data.images import is_sequence, sequence_files
 from vae3d.data.readers import MediaError, media_info
-from vae3d.data.segments import has_segment
+from vae3d.data.segments import is_segment
 from vae3d.data.sources import NUMBERS
 from vae3d.data.video_index import cache_folder, warn_of_cache
 
@@ -29,17 +29,17 @@ BATCH = 100  # answers that are written at once
 Facts = dict[str, float | str]  # the columns of NUMBERS, or the one key `error`
 
 
-def complete(table: pd.DataFrame, needed: Sequence[str] = NUMBERS) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
+def fill_metadata(table: pd.DataFrame, needed: Sequence[str] = NUMBERS) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     """The table without NaN in the columns `needed`, and (path, reason) of rows that are faulty or do not open.
 
     Only rows that lack one of these numbers are opened, and those with a segment, for the times of their frames; rows
     that do not open are left out of the table.
     """
     sound = table["error"].isna()
-    errors = faulty_rows(table)
+    errors = invalid_rows(table)
     table = table[sound].reset_index(drop=True)
     unknown = table[list(needed)].isna().any(axis=1)
-    unknown = (unknown | has_segment(table)).to_numpy()
+    unknown = (unknown | is_segment(table)).to_numpy()
     if not unknown.any():
         return table, errors
     facts = probe(table.loc[unknown, "path"].tolist())
@@ -51,7 +51,7 @@ def complete(table: pd.DataFrame, needed: Sequence[str] = NUMBERS) -> tuple[pd.D
     return table[~table["path"].isin(unread)].reset_index(drop=True), errors
 
 
-def faulty_rows(table: pd.DataFrame) -> list[tuple[str, str]]:
+def invalid_rows(table: pd.DataFrame) -> list[tuple[str, str]]:
     """(row and path, reason) of the rows that their source found faulty."""
     faulty = table.loc[table["error"].notna(), ["row", "path", "error"]]
     return [(f"row {row} ({path})", error) for row, path, error in faulty.values]
@@ -67,7 +67,7 @@ def probe(paths: list[str]) -> dict[str, Facts]:
     keys = {path: _key(path) for path in dict.fromkeys(paths)}
     todo = [path for path, key in keys.items() if key is None or known.get(path, {}).get("key") != key]
     with ThreadPoolExecutor(THREADS) as pool:
-        looked = pool.map(look, todo)
+        looked = pool.map(read_metadata, todo)
         results = tqdm(looked, total=len(todo), desc="probing files", unit="file", disable=None if todo else True)
         pairs = zip(todo, results, strict=True)
         while batch := list(itertools.islice(pairs, BATCH)):
@@ -78,7 +78,7 @@ def probe(paths: list[str]) -> dict[str, Facts]:
     return {path: {k: v for k, v in known[path].items() if k not in ("path", "key")} for path in keys}
 
 
-def look(path: str) -> Facts:
+def read_metadata(path: str) -> Facts:
     """Facts of one file; of an image, from its header."""
     try:
         info = media_info(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from vae3d.data.images import SEQUENCE_RATE, numbered
-from vae3d.data.sources import DataError, listed
+from vae3d.data.sources import DataError, rows_from_paths
 from vae3d.seeding import seed_of
 
 FOLDER = "output"  # of a room
@@ -48,7 +48,7 @@ class ErpRooms:
             )
         areas, names, frames = zip(*((area, f"{area}/{room}", frames) for area, room, frames in kept), strict=True)
         paths = [os.path.abspath(self.root / name / FOLDER / self.pattern) for name in names]
-        table = listed(paths, list(names)).assign(num_frames=[float(n) for n in frames], fps=SEQUENCE_RATE)
+        table = rows_from_paths(paths, list(names)).assign(num_frames=[float(n) for n in frames], fps=SEQUENCE_RATE)
         held_out = self._held_out(sorted(set(areas)))
         if held_out is not None:
             table["split"] = ["val" if area in held_out else "train" for area in areas]

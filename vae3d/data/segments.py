@@ -15,7 +15,7 @@ from vae3d.data.readers import open_media
 
 SEGMENT = ["start", "end"]  # columns of a table
 ROUNDING = 1e-3  # seconds
-SEGMENT_FAULT = "`start` and `end` must be seconds, 0 <= start < end"
+SEGMENT_ERROR = "`start` and `end` must be seconds, 0 <= start < end"
 Bounds = tuple[float, float]  # start and end; NaN: the file's own
 WHOLE: Bounds = (math.nan, math.nan)
 
@@ -81,7 +81,7 @@ def bounds_of(table: pd.DataFrame) -> list[Bounds]:
     return list(map(tuple, table.reindex(columns=SEGMENT).to_numpy(dtype=float)))
 
 
-def has_segment(table: pd.DataFrame) -> pd.Series:
+def is_segment(table: pd.DataFrame) -> pd.Series:
     """Which rows are a part of their file."""
     return table.reindex(columns=SEGMENT).notna().any(axis=1)
 
@@ -92,7 +92,7 @@ def count_frames(table: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str
     counts, errors = table["num_frames"].to_numpy(dtype=float, copy=True), []
     kept = np.ones(len(table), dtype=bool)
     bounds, opened = bounds_of(table), {}
-    for place in np.flatnonzero(has_segment(table)):
+    for place in np.flatnonzero(is_segment(table)):
         path = table["path"].iloc[place]
         try:
             if path not in opened:

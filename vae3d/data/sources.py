@@ -23,7 +23,7 @@ from vae3d.data.dataset_rows import how_to_download, is_row
 from vae3d.data.images import IMAGE_SUFFIXES, is_sequence, numbered
 from vae3d.data.media import DataError
 from vae3d.data.readers import VIDEO_SUFFIXES
-from vae3d.data.segments import SEGMENT, SEGMENT_FAULT
+from vae3d.data.segments import SEGMENT, SEGMENT_ERROR
 from vae3d.data.tables import read_table
 from vae3d.seeding import seed_of
 
@@ -36,8 +36,8 @@ MISSING_NUMBERS = ("", "nan", "na", "n/a", "none", "null")  # as a column of num
 SPLITS = ("train", "val", "test")
 LIMITS = {  # least value of a column, if it is not 1, and the error of a row that has no such number
     "fps": (0, "`fps` is no positive number"),  # images have none
-    "start": (0, SEGMENT_FAULT),
-    "end": (0, SEGMENT_FAULT),
+    "start": (0, SEGMENT_ERROR),
+    "end": (0, SEGMENT_ERROR),
 }
 
 
@@ -68,10 +68,10 @@ class Table:
             )
         if raw.empty:
             raise DataError(f"{self.path} has no rows")
-        return checked(raw, self.root)
+        return normalise_rows(raw, self.root)
 
 
-def checked(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
+def normalise_rows(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
     """A source's table of rows as a file gives them, numbered from 0, with what is wrong with each in `error`, where
     `raw` may already tell it."""
     names = raw["path"].fillna("").astype(str).str.strip()
@@ -93,7 +93,7 @@ def checked(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
             bad[bad] = ~raw.loc[bad, column].astype(str).str.strip().str.lower().isin(MISSING_NUMBERS)
             bad |= table[column] < least
             _mark(table, bad, reason)
-    _mark(table, table["end"] <= table["start"].fillna(0), SEGMENT_FAULT)
+    _mark(table, table["end"] <= table["start"].fillna(0), SEGMENT_ERROR)
     if "split" in raw.columns:
         _mark(table, ~raw["split"].isin(SPLITS), f"`split` is none of {', '.join(SPLITS)}")
     return table
@@ -137,7 +137,7 @@ class Folder:
             raise DataError(f"{self.path}: no such file or folder{how_to_download(self.path)}")
         if not files:
             raise DataError(f"{self.path} holds no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)})")
-        return listed([os.path.abspath(f) for f in files], [str(f.relative_to(top)) for f in files])
+        return rows_from_paths([os.path.abspath(f) for f in files], [str(f.relative_to(top)) for f in files])
 
 
 def files_under(folder: str | Path) -> list[str]:
@@ -179,7 +179,7 @@ def sequences(path: Path) -> list[Path]:
     return [Path(folder) / path.name for folder in found]
 
 
-def listed(paths: list[str], names: list[str]) -> pd.DataFrame:
+def rows_from_paths(paths: list[str], names: list[str]) -> pd.DataFrame:
     """A table of files of which nothing else is known."""
     table = pd.DataFrame({"path": paths, "name": names, "row": np.arange(1, len(paths) + 1)})
     return table.assign(**dict.fromkeys([*NUMBERS, *SEGMENT], np.nan), text=None, label=None, split=None, error=None)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vae3d.data.batch_schedule import BatchSchedule, ClipIndex, MicroBatchSampler
 from vae3d.data.clips import Sample, Unreadable, collate
-from vae3d.data.record import DataRecord
-from vae3d.data.sampler import Draw, Plan, StepSampler
+from vae3d.data.fingerprint import DataFingerprint
 from vae3d.data.sources import DataError
 from vae3d.data.workers import load
 from vae3d.latents.cache import NONE, CacheError, LatentCache
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 class LatentData:
     """Everything that training reads.
 
-    dataset: indexed by Draw. size: frames, height and width of the clips that are sampled, latent_shape (C, t, h, w)
+    dataset: by ClipIndex. size: frames, height and width of the clips that are sampled, latent_shape (C, t, h, w)
     that of their latents, and trained the latent frames of all clips that are trained on. sample: draw latents from the
     posterior. classes: their names, and known the numbers of those that are trained on: not all where labels are
     numbers, or held-out files have others. held_out: this rank's share, one clip each.
@@ -47,7 +47,7 @@ class LatentData:
 
     dataset: Dataset[Any]
     collate: Callable[[list[Any]], Batch]
-    plan: Plan
+    schedule: BatchSchedule
     codec: LatentCodec
     size: tuple[int, int, int]
     latent_shape: tuple[int, int, int, int]
@@ -61,16 +61,18 @@ class LatentData:
     errors: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     timeout: float = 0.0  # seconds without a batch after which WorkerTimeout is raised; 0: never
-    record: DataRecord | None = None  # what a checkpoint remembers of the data
+    fingerprint: DataFingerprint | None = None  # what a checkpoint remembers of the data
 
     def batches(self, first: int, last: int, stopping: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
-        """Micro-batches of optimizer steps first..last-1, a pure function of the plan.
+        """Micro-batches of optimizer steps first..last-1, a pure function of the schedule.
 
         stopping: whether the run is to end after this step. Raises as workers.load does.
         """
         cached = isinstance(self.dataset, CachedLatents)
         one = (
-            4 * math.prod(self.latent_shape) if cached else 3 * math.prod((self.plan.frames.all()[-1], *self.size[1:]))
+            4 * math.prod(self.latent_shape)
+            if cached
+            else 3 * math.prod((self.schedule.frames.all()[-1], *self.size[1:]))
         )
         return load(
             self.dataset,
@@ -78,9 +80,9 @@ class LatentData:
             prefetch=self.prefetch,
             timeout=self.timeout,
             stopping=stopping,
-            item_bytes=self.plan.micro_batch * one,
-            held=self.plan.accumulate,
-            batch_sampler=StepSampler(self.plan, first, last),
+            item_bytes=self.schedule.micro_batch * one,
+            held=self.schedule.accumulate,
+            batch_sampler=MicroBatchSampler(self.schedule, first, last),
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
         )
@@ -92,20 +94,20 @@ class LatentData:
         pixels = batch.values.to(device, non_blocking=True)
         if not self.sample:
             return self.codec.encode(pixels)
-        generators = [generator_of(self.plan.seed, position, "noise") for position in batch.positions]
+        generators = [generator_of(self.schedule.seed, position, "noise") for position in batch.positions]
         return self.codec.encode(pixels, "sample", generators)
 
 
 class CachedLatents(Dataset[Batch]):
-    """Some entries of a cache, indexed by Draw."""
+    """Some entries of a cache, indexed by ClipIndex."""
 
     def __init__(self, cache: LatentCache, places: Sequence[int], labelled: bool) -> None:
         self.cache, self.places, self.labelled = cache, np.asarray(places), labelled
 
-    def __getitem__(self, draw: Draw) -> Batch:
-        latent = self.cache[(int(self.places[draw.record]), draw.position)]
+    def __getitem__(self, index: ClipIndex) -> Batch:
+        latent = self.cache[(int(self.places[index.row]), index.position)]
         label = latent.label if self.labelled else NONE
-        return Batch(latent.z[None], torch.tensor([label]), [draw.position], [])
+        return Batch(latent.z[None], torch.tensor([label]), [index.position], [])
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
@@ -122,8 +124,8 @@ class LabelledClips:
 
     def __call__(self, samples: list[Sample]) -> Batch:
         clip = collate(samples)
-        labels = torch.tensor([int(self.labels[sample.draw.record]) for sample in samples])
-        positions = [sample.draw.position for sample in samples]
+        labels = torch.tensor([int(self.labels[sample.index.row]) for sample in samples])
+        positions = [sample.index.position for sample in samples]
         return Batch(None if isinstance(clip, Unreadable) else clip.video, labels, positions, clip.errors)
 
 
@@ -134,18 +136,18 @@ def of_clips(clips: Sequence[Clip], labels: Sequence[int]) -> list[Batch]:
     ]
 
 
-def split_cache(index: pd.DataFrame, holdout: int) -> tuple[np.ndarray, np.ndarray]:
+def split_cache(index: pd.DataFrame, num_val_files: int) -> tuple[np.ndarray, np.ndarray]:
     """Places of the entries to train on and, without mirrored ones, of those held out.
 
-    Those of split `val` if there are any, else of the `holdout` files whose names hash lowest, but at most of a tenth
-    of them. Split `test` is left out of both.
+    Those of split `val` if there are any, else of the `num_val_files` files whose names hash lowest, but at most of a
+    tenth of them. Split `test` is left out of both.
     """
     held_out, possible = index["split"] == "val", index["split"] != "test"
     if not held_out.any():
         names = index.groupby("source")["key"].transform("min")
         hashes = np.array([seed_of(name) for name in names], dtype=np.int64)
         files = np.unique(hashes[possible])
-        held_out = possible & np.isin(hashes, files[: min(holdout, len(files) // 10)])
+        held_out = possible & np.isin(hashes, files[: min(num_val_files, len(files) // 10)])
     rest = possible & ~held_out
     if not rest.any():
         raise DataError("the cache has no entries to train on; is its split `val` or `test` throughout?")

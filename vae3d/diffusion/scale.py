@@ -71,9 +71,9 @@ class Sums:
 
 def measure(data: LatentData, count: int, device: torch.device) -> Scale:
     """Of the latents of the first steps, at least `count` of them; of all data, also where a run overfits one batch."""
-    data = replace(data, plan=replace(data.plan, overfit=False))
+    data = replace(data, schedule=replace(data.schedule, overfit=False))
     sums = Sums(data.latent_shape[0], device)
-    for batch in data.batches(0, math.ceil(count / data.plan.batch_size)):
+    for batch in data.batches(0, math.ceil(count / data.schedule.batch_size)):
         if batch.values is not None:
             sums.add(data.latents(batch, device))
     scale = sums.scale()

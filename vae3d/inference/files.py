@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from vae3d.data.open_source import open_source
 from vae3d.data.readers import MediaError
-from vae3d.data.segments import SEGMENT_FAULT, bounds_of
+from vae3d.data.segments import SEGMENT_ERROR, bounds_of
 from vae3d.data.sources import SPLITS, DataError
 from vae3d.errors import UserError
 from vae3d.inference.comparison import Comparer
@@ -94,8 +94,8 @@ def reconstruct_files(
         try:
             if not entry["name"]:
                 raise MediaError(f"row {entry['row']}", "has no `path`")
-            if entry["error"] == SEGMENT_FAULT:  # other errors are about metadata that is not needed here
-                raise MediaError(f"row {entry['row']} ({entry['path']})", SEGMENT_FAULT)
+            if entry["error"] == SEGMENT_ERROR:  # other errors are about metadata that is not needed here
+                raise MediaError(f"row {entry['row']} ({entry['path']})", SEGMENT_ERROR)
             source, row, bounds = entry["path"], int(entry["row"]), (entry["start"], entry["end"])
             finished = results.read(identifier(row, source), source)
             if finished is None:
@@ -134,7 +134,7 @@ def reconstruct_files(
 
 def measure_first_file(reconstructor: Reconstructor, table: pd.DataFrame) -> dict[str, Any]:
     """measure_cost of the model on the first chunk of the first file. Raises MediaError if it cannot be read."""
-    usable = table[(table["name"] != "") & (table["error"] != SEGMENT_FAULT)]
+    usable = table[(table["name"] != "") & (table["error"] != SEGMENT_ERROR)]
     if usable.empty:
         raise InferenceError("cost=true needs a file to measure on, and no row has a `path`")
     chunk = reconstructor.first_chunk(usable["path"].iloc[0], bounds_of(usable)[0])

@@ -18,7 +18,7 @@ from vae3d.data.clips import to_tensor
 from vae3d.data.images import is_sequence
 from vae3d.data.readers import MediaError, MediaInfo, Reader, Size, open_media
 from vae3d.data.segments import WHOLE, Bounds, Segment
-from vae3d.data.transforms import cover
+from vae3d.data.transforms import resize_crop_params
 from vae3d.inference.video import VideoWriter, write_image
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.models.interface import Stream
@@ -157,7 +157,7 @@ class Reconstructor:
             pad_frames=next(extra for extra in count() if self.model.frames_valid(len(indices) + extra)),
             pad_bottom=-height % stride,
             pad_right=-width % stride,
-            enlarged=cover(*source_size, target).size > source_size,
+            enlarged=resize_crop_params(*source_size, target).size > source_size,
             result=self.metrics.result(),
         )
 
@@ -179,8 +179,8 @@ class Reconstructor:
         """
         with closing(self._open(source, bounds)) as reader:
             indices, fps, target = self._select(source, reader.info)
-            crop = cover(*reader.info.size_to_scale(target), target)
-            return crop.cut(reader.read(indices[: count(len(indices))], crop.size)), fps, len(indices)
+            crop = resize_crop_params(*reader.info.size_to_scale(target), target)
+            return crop.crop(reader.read(indices[: count(len(indices))], crop.size)), fps, len(indices)
 
     def _stream(self, source: str, target: Size) -> Stream:
         try:
@@ -203,12 +203,12 @@ class Reconstructor:
 
     def _chunks(self, reader: Reader, indices: list[int], target: Size, stream: Stream) -> Iterator[Chunk]:
         """Every chunk of the stream with its lookahead; each frame is read once."""
-        crop = cover(*reader.info.size_to_scale(target), target)
+        crop = resize_crop_params(*reader.info.size_to_scale(target), target)
         buffer, read = np.empty((0, *target, 3), np.uint8), 0
         for length in stream.chunks(len(indices)):
             new = indices[read : read + length + stream.lookahead - len(buffer)]
             if new:
-                frames = crop.cut(reader.read(new, crop.size))
+                frames = crop.crop(reader.read(new, crop.size))
                 buffer = np.concatenate([buffer, frames]) if len(buffer) else frames
                 read += len(new)
             yield buffer, length

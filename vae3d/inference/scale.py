@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.data.clips import ClipSettings
-from vae3d.data.loader import still_clip
+from vae3d.data.loader import validation_clip
 from vae3d.data.media import MediaError
 from vae3d.data.segments import bounds_of
 from vae3d.errors import UserError
@@ -104,7 +104,7 @@ def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> MeasuredS
 def spread_clips(
     table: pd.DataFrame, settings: ClipSettings, frames: int, count: int, errors: list[tuple[str, str]]
 ) -> Iterator[Clip]:
-    """Yield one clip of `frames` frames from each of `count` files, the same ones every time (data.loader.still_clip).
+    """Yield one clip of `frames` frames from each of `count` files, the same ones every time (data.loader.validation_clip).
 
     The files are spread evenly over the long enough rows of the table, since tables are often sorted by class.
     (path, reason) of files that fail is appended to `errors`.
@@ -114,7 +114,7 @@ def spread_clips(
     chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
     for row in rows[chosen]:
         try:
-            yield still_clip(table["path"].iloc[row], bounds[row], int(row), settings, frames)
+            yield validation_clip(table["path"].iloc[row], bounds[row], int(row), settings, frames)
         except MediaError as error:
             errors.append((error.path, error.reason))
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from vae3d.data.clips import ClipSettings, open_frames, read_clip, to_tensor
 from vae3d.data.media import MediaError, MediaInfo
-from vae3d.data.probe import complete
+from vae3d.data.probe import fill_metadata
 from vae3d.data.segments import Bounds, Segment, bounds_of, count_frames
 from vae3d.data.sources import DataError
 from vae3d.latents.identity import source_version
@@ -95,7 +95,7 @@ def items_of(
     told = labels_of(table, labels)
     named = dict(zip(table["row"], told, strict=True))
     if transform.clips == "all":
-        sound, broken = complete(table, ("num_frames", "fps"))
+        sound, broken = fill_metadata(table, ("num_frames", "fps"))
         sound, outside = count_frames(sound)
         errors = [{"key": None, "path": path, "reason": reason} for path, reason in [*broken, *outside]]
     else:

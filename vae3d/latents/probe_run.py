@@ -21,7 +21,7 @@ from vae3d.data.clips import ClipSettings, open_frames, read_clip, to_tensor
 from vae3d.data.media import MediaError, MediaInfo
 from vae3d.data.segments import bounds_of
 from vae3d.data.sources import DataError
-from vae3d.data.transforms import cover
+from vae3d.data.transforms import resize_crop_params
 from vae3d.errors import UserError
 from vae3d.inference.scale import off_scale
 from vae3d.latents import probes
@@ -135,7 +135,7 @@ def _require_min_size(path: str, info: MediaInfo, settings: ProbeSettings) -> No
     if (settings.short_side or 0) > min(info.height, info.width):
         raise MediaError(path, f"is {info.height}x{info.width}, smaller than short_side={settings.short_side}")
     size = settings.height, settings.width
-    whole = cover(info.height, info.width, size, settings.short_side).size == size
+    whole = resize_crop_params(info.height, info.width, size, settings.short_side).size == size
     if settings.per_file > 1 and whole and info.num_frames == settings.frames:
         raise MediaError(
             path, f"has only one clip of {size[0]}x{size[1]}; use per_file=1, or a short_side of more than {min(size)}"

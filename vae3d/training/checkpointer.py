@@ -351,7 +351,7 @@ def export(trainer: Trainer, folder: Path, **about: Any) -> None:
 def _scaled(trainer: Trainer, weights: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
     """The weights with the scale of their latents on training clips of the largest size, and the facts of it."""
     data, network, errors = trainer.data, trainer.network, []
-    counts = [count for count in data.plan.frames.all() if len(data.plan.lengths.eligible(count))]
+    counts = [count for count in data.schedule.frames.all() if len(data.schedule.with_at_least(count))]
     count = trainer.config.trainer.publish.measure_scale
     clips = spread_clips(data.table, data.settings, counts[-1], count, errors)
     network.eval()
@@ -426,8 +426,8 @@ def _restore(trainer: Trainer, start: Path, saved: Mapping[str, Any], own: Mappi
     trainer.window.load_state_dict(saved["window"])
     trainer.best.load_state_dict(saved.get("best", {}))
     trainer.step = saved["step"]
-    if trainer.data.record is not None:
-        trainer.data_changes = trainer.data.record.changes_since(saved.get("data"))
+    if trainer.data.fingerprint is not None:
+        trainer.data_changes = trainer.data.fingerprint.changes_since(saved.get("data"))
     trainer.reads, trainer.broken_reads = saved["reads"]
     trainer.unfinished.in_row, trainer.zero_gradient.in_row = saved.get("errors_in_row", (0, 0))
 
@@ -454,7 +454,7 @@ def _shared_state(trainer: Trainer) -> dict[str, Any]:
         "scaler": scaler.state_dict() if scaler is not None else {},
         "window": trainer.window.state_dict(),
         "best": trainer.best.state_dict(),
-        "data": {} if trainer.data.record is None else trainer.data.record.state_dict(),
+        "data": {} if trainer.data.fingerprint is None else trainer.data.fingerprint.state_dict(),
         "reads": [trainer.reads, trainer.broken_reads],
         "errors_in_row": [trainer.unfinished.in_row, trainer.zero_gradient.in_row],
     }

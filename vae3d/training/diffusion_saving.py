@@ -86,7 +86,7 @@ def _state(trainer: DiffusionTrainer) -> dict[str, Any]:
         "scale": trainer.scale,
         "vae": trainer.vae_facts(),
         "classes": trainer.data.classes,
-        "data": {} if trainer.data.record is None else trainer.data.record.state_dict(),
+        "data": {} if trainer.data.fingerprint is None else trainer.data.fingerprint.state_dict(),
     }
 
 
@@ -147,7 +147,7 @@ def _restore(trainer: DiffusionTrainer, start: Path, saved: Mapping[str, Any]) -
         average.load_state_dict(saved["ema"][f"{decay:g}"])
     trainer.window.load_state_dict(saved["window"])
     trainer.step, trainer.scale = saved["step"], saved["scale"]
-    if trainer.data.record is not None:
-        trainer.data_changes = trainer.data.record.changes_since(saved.get("data"))
+    if trainer.data.fingerprint is not None:
+        trainer.data_changes = trainer.data.fingerprint.changes_since(saved.get("data"))
     trainer.reads, trainer.broken_reads = saved["reads"]
     trainer.skipped.in_row = saved["skipped"]

@@ -30,7 +30,7 @@ def preflight(trainer: Trainer) -> None:
     Raises PreflightError, on every rank, if memory does not suffice or a loss is not finite; PartError if a part that
     is to train gets no gradient.
     """
-    counts = trainer.data.plan.frames.all()
+    counts = trainer.data.schedule.frames.all()
     phases = {trainer.adversary.update_phase(step): step for step in (ALL_ON, ALL_ON + 1)}
     for frames, (phase, step) in product(dict.fromkeys((counts[0], counts[-1])), phases.items()):
         metrics, clip = StepMetrics(), _noise(trainer, frames)
@@ -73,7 +73,7 @@ def require_all_gradients(names: list[str]) -> None:
 
 
 def _noise(trainer: Trainer, frames: int) -> Clip:
-    plan, settings = trainer.data.plan, trainer.data.settings
+    plan, settings = trainer.data.schedule, trainer.data.settings
     shape = (plan.micro_batch, frames, settings.height, settings.width)
     generator = torch.Generator().manual_seed(0)
     positions = torch.arange(-plan.micro_batch, 0)

@@ -79,7 +79,7 @@ class Trainer:
 
         groups = train_parts(model, config.stage.train)
         set_mode(model, config.stage.train)
-        student = model if distillation is None else distillation.student(model, data.plan.frames.all()[-1])
+        student = model if distillation is None else distillation.student(model, data.schedule.frames.all()[-1])
         self.projections = student.projections if isinstance(student, StudentWithProjections) else None
         if self.projections is not None:
             groups.append({"params": list(self.projections.parameters()), "part": "projections", "lr_scale": 1.0})
@@ -118,7 +118,7 @@ class Trainer:
 
     def _share_work(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> Replicas | Zero:
         """The strategy, whose `model` is what training calls: the student."""
-        told, data = self.config.trainer.strategy, self.data.plan
+        told, data = self.config.trainer.strategy, self.data.schedule
         if told.name == "replicated":
             return Replicas(self.accelerator, student, optimizer)
         batch = {"micro_batch": data.micro_batch, "accumulate": data.accumulate}
@@ -167,7 +167,7 @@ class Trainer:
         while self.step < last and not self.stopped_by:
             batch, error = _next_clips(clips, accumulate)
             values = self.train_step(batch, request.signum, error)
-            self._steps, self._frames = self._steps + 1, self._frames + self.data.plan.frames_at(self.step - 1)
+            self._steps, self._frames = self._steps + 1, self._frames + self.data.schedule.frames_at(self.step - 1)
             signum = int(values.pop("stop"))
             if self.step < last and self.spikes.skipped_in_row == 0:  # else wait: what is saved now might be ruined
                 self.stopped_by = signum

@@ -5,18 +5,18 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vae3d.data.sampling import SAMPLINGS, frame_numbers
+from vae3d.data.clips import SAMPLINGS, frame_indices
 
 
 def drawn(sampling: str, count: int, frames: int, step: float = 1.0, start: float = 0.0, seed: int | None = 0):
     rng = None if seed is None else np.random.default_rng(seed)
-    return frame_numbers(sampling, count, frames, step, start, rng)
+    return frame_indices(sampling, count, frames, step, start, rng)
 
 
-def test_requirement_keeps_the_ends_and_draws_between_without_repeats():
+def test_first_last_random_keeps_the_ends_and_draws_between_without_repeats():
     seen = Counter()
     for seed in range(400):
-        numbers = drawn("requirement", 9, 5, seed=seed)
+        numbers = drawn("first_last_random", 9, 5, seed=seed)
         assert numbers[0] == 0
         assert numbers[-1] == 8
         assert numbers == sorted(set(numbers))
@@ -26,27 +26,27 @@ def test_requirement_keeps_the_ends_and_draws_between_without_repeats():
     assert max(abs(n - 400 * 3 / 7) for n in seen.values()) < 40  # four standard deviations
 
 
-def test_requirement_is_a_function_of_the_generator():
-    assert drawn("requirement", 50, 9, seed=3) == drawn("requirement", 50, 9, start=0.9, seed=3)
-    assert drawn("requirement", 50, 9, seed=3) != drawn("requirement", 50, 9, seed=4)
+def test_first_last_random_is_a_function_of_the_generator():
+    assert drawn("first_last_random", 50, 9, seed=3) == drawn("first_last_random", 50, 9, start=0.9, seed=3)
+    assert drawn("first_last_random", 50, 9, seed=3) != drawn("first_last_random", 50, 9, seed=4)
 
 
 @pytest.mark.parametrize(
     ("count", "frames", "expected"),
     [(5, 5, [0, 1, 2, 3, 4]), (9, 5, [0, 2, 4, 6, 8]), (8, 5, [0, 1, 3, 5, 7]), (7, 2, [0, 6]), (7, 3, [0, 3, 6])],
 )
-def test_requirement_without_chance_is_even(count, frames, expected):
-    assert drawn("requirement", count, frames, seed=None) == expected
+def test_first_last_random_without_chance_is_even(count, frames, expected):
+    assert drawn("first_last_random", count, frames, seed=None) == expected
 
 
-def test_requirement_of_exactly_as_many_frames_takes_all():
-    assert drawn("requirement", 5, 5) == [0, 1, 2, 3, 4]
-    assert drawn("requirement", 2, 2) == [0, 1]
+def test_first_last_random_of_exactly_as_many_frames_takes_all():
+    assert drawn("first_last_random", 5, 5) == [0, 1, 2, 3, 4]
+    assert drawn("first_last_random", 2, 2) == [0, 1]
 
 
-def test_requirement_draws_from_what_the_rate_leaves():
+def test_first_last_random_draws_from_what_the_rate_leaves():
     for seed in range(20):
-        numbers = drawn("requirement", 21, 5, step=2.5, seed=seed)  # 0 2 5 7 10 12 15 17 20
+        numbers = drawn("first_last_random", 21, 5, step=2.5, seed=seed)  # 0 2 5 7 10 12 15 17 20
         assert {0, 20} < set(numbers) <= {0, 2, 5, 7, 10, 12, 15, 17, 20}
         assert len(set(numbers)) == 5
 

@@ -26,7 +26,7 @@ SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
-class DataRecord:
+class DataFingerprint:
     """Rows in the order of training.
 
     rows: [N] int64, hash of what a row is: its name in the source, start and end. facts: [N] int64, hash of what else
@@ -42,7 +42,7 @@ class DataRecord:
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(getattr(self, name)) for name in ("rows", "facts", "files")}
 
-    def identity(self) -> dict[str, Any]:
+    def digests(self) -> dict[str, Any]:
         """What must be equal on all ranks; names stay the same where the folder differs."""
         return {
             "data: number of rows": len(self.rows),
@@ -62,7 +62,7 @@ class DataRecord:
         check_like(
             saved, {name: torch.empty(count, *size, dtype=torch.int64, device="meta") for name, size in SIZES}, "data"
         )
-        old = DataRecord(*(saved[name].numpy() for name in ("rows", "facts", "files")), names=[])
+        old = DataFingerprint(*(saved[name].numpy() for name in ("rows", "facts", "files")), names=[])
         added, removed = ~np.isin(self.rows, old.rows), ~np.isin(old.rows, self.rows)
         lines = []
         if added.any():
@@ -95,23 +95,23 @@ class DataRecord:
         return f", such as {', '.join(map(str, names[:SHOWN]))}" if names else ""
 
 
-def record_of(table: pd.DataFrame, look: bool = True) -> DataRecord:
-    """Of a source's table. look: at the files' size and time."""
+def fingerprint_of(table: pd.DataFrame, stat_files: bool = True) -> DataFingerprint:
+    """Of a source's table. stat_files: look at the files' size and time."""
     columns = {name: table[name].astype(object).where(table[name].notna(), None) for name in (*SEGMENT, *FACTS)}
     rows = [seed_of(*row) for row in zip(table["name"], *(columns[name] for name in SEGMENT), strict=True)]
     facts = [seed_of(*map(_plain, row)) for row in zip(*(columns[name] for name in FACTS), strict=True)]
     paths = table["path"].tolist()
-    stats = in_threads(_stat, paths) if look else dict.fromkeys(paths, (-1, -1))
+    stats = in_threads(_stat, paths) if stat_files else dict.fromkeys(paths, (-1, -1))
     files = np.array([stats[path] for path in paths], dtype=np.int64).reshape(-1, 2)
-    return DataRecord(np.array(rows, np.int64), np.array(facts, np.int64), files, table["name"].tolist())
+    return DataFingerprint(np.array(rows, np.int64), np.array(facts, np.int64), files, table["name"].tolist())
 
 
-def record_of_cache(index: pd.DataFrame, digest: str) -> DataRecord:
+def fingerprint_of_cache(index: pd.DataFrame, digest: str) -> DataFingerprint:
     """Of the entries of a latent cache; digest: of what it was made with."""
     keys = index["key"].tolist()
     facts = [seed_of(*map(str, row), digest) for row in zip(index["label"], index["split"], strict=True)]
     files = np.full((len(keys), 2), -1, np.int64)
-    return DataRecord(np.array([seed_of(key) for key in keys], np.int64), np.array(facts, np.int64), files, keys)
+    return DataFingerprint(np.array([seed_of(key) for key in keys], np.int64), np.array(facts, np.int64), files, keys)
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ import os
 import pandas as pd
 import pytest
 
-from vae3d.data.record import record_of
+from vae3d.data.fingerprint import fingerprint_of
 from vae3d.data.sources import Table
 
 
@@ -23,7 +23,7 @@ def record(folder, names, **columns):
     pd.DataFrame({"path": [f"{name}.mp4" for name in names], "num_frames": 9, **columns}).to_csv(
         folder / "t.csv", index=False
     )
-    return record_of(Table(folder / "t.csv").table())
+    return fingerprint_of(Table(folder / "t.csv").table())
 
 
 def test_the_same_data_are_the_same(folder):
@@ -62,10 +62,10 @@ def test_ranks_compare_names_and_not_where_the_folder_lies(folder, tmp_path_fact
     here, numbers = record(folder, "abc", num_frames=[1, 2, 3]), record(folder, "abc", num_frames=[1, 2, 4])
     order = record(folder, "acb", num_frames=[1, 3, 2])
     elsewhere = tmp_path_factory.mktemp("copy")
-    assert record(elsewhere, "abc", num_frames=[1, 2, 3]).identity() == here.identity()
+    assert record(elsewhere, "abc", num_frames=[1, 2, 3]).digests() == here.digests()
     assert _differing(order, here) == {"data: order of the rows"}
     assert _differing(numbers, here) == {"data: numbers, splits and labels of the rows"}
 
 
 def _differing(one, other):
-    return {key for key, value in one.identity().items() if value != other.identity()[key]}
+    return {key for key, value in one.digests().items() if value != other.digests()[key]}
