@@ -25,6 +25,7 @@ metrics
 adversarial
 data
 checkpoints
+report
 evaluation
 inference
 latents

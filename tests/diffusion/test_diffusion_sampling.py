@@ -13,7 +13,8 @@ from vae3d.diffusion.conditioning import drop_labels, guided
 from vae3d.diffusion.flow import RectifiedFlow
 from vae3d.diffusion.gaussian import GaussianDiffusion
 from vae3d.diffusion.sampling import check_latent_rms, grid, rounds, sample_latents, write_grid, write_npz
-from vae3d.diffusion.scale import Sums
+from vae3d.diffusion.scale import LatentStats
+from vae3d.running_stats import RunningStats
 
 WAYS = {
     "ddpm": (GaussianDiffusion(), Sampling(steps=40)),
@@ -96,11 +97,11 @@ def test_nothing_is_clipped_by_default():
 
 
 def test_size_of_latents_by_hand():
-    sums = Sums(2, torch.device("cpu"))
+    stats = RunningStats(2)
     for z in (torch.tensor([-1.0, 7.0, 7.0]), torch.tensor([-1.0])):  # mean 3, deviation 4
-        sums.add(torch.stack([z, 2 * z]).view(1, 2, 1, 1, -1))
-    scale = sums.scale()
-    assert (scale.count, scale.mean.tolist(), scale.std.tolist()) == (2, [3, 6], [4, 8])
+        stats.update_channels(torch.stack([z, 2 * z]).view(1, 2, 1, 1, -1))
+    scale = LatentStats.over_ranks(stats, 2)
+    assert (scale.count, scale.mean.tolist(), scale.std.tolist()) == (2, pytest.approx([3, 6]), pytest.approx([4, 8]))
     assert scale.rms == pytest.approx(62.5**0.5)  # 25 and 100
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.latents import caches, families
 from vae3d.diffusion.data import Batch, LatentData
+from vae3d.hashing import file_hash
 from vae3d.latents.cache import NONE, LatentCache, class_names
 from vae3d.latents.codec import LatentCodec, Moments
-from vae3d.latents.identity import file_hash
 from vae3d.latents.shards import CacheError, checksum, shard_file
 from vae3d.seeding import seed_of
 

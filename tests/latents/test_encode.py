@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ from vae3d.config.validate import ConfigError
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.open_source import open_source
 from vae3d.data.sources import DataError, Folder
+from vae3d.evaluation.tables import write_json
 from vae3d.inference.folder import FolderError
 from vae3d.latents import clips, encode, shards
 from vae3d.latents.cache import LatentCache
@@ -55,14 +57,17 @@ def killed(job, when):
     """Encode in a process that is killed just before the `when`-th file gets its name."""
     child = os.fork()
     if child == 0:
-        rename, count = shards.Path.replace, iter(range(when))
+        count = iter(range(when))
 
-        def replace(self, target):
-            if next(count, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return rename(self, target)
+        def killing(rename):
+            def wrapped(*args):
+                if next(count, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return rename(*args)
 
-        shards.Path.replace = replace
+            return wrapped
+
+        os.replace, Path.rename = killing(os.replace), killing(Path.rename)
         encode_cache(job)
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -107,7 +112,8 @@ def test_a_process_that_writes_elsewhere_is_noticed(photos, tmp_path):
         CacheError, match=r"2 of 3 shards are missing \(\[0, 2\]\); do all processes write to the same folder"
     ):
         job = caches.job(photos, tmp_path / "cache")
-        shards.write_json(tmp_path / "cache/meta.json", job.meta())
+        job.folder.mkdir()
+        write_json(tmp_path / "cache/meta.json", job.meta())
         encode_cache(job, 1, 2)
         encode.finish(job, job.meta()["digest"])
 

@@ -11,10 +11,10 @@ from vae3d.data.image_folder import ImageFolder
 from vae3d.data.open_source import open_source
 from vae3d.data.readers import is_image
 from vae3d.data.sources import Folder, Source
+from vae3d.hashing import json_hash
 from vae3d.latents.clips import Transform, items_of
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.encode import Job, encode_cache
-from vae3d.latents.identity import digest_of
 from vae3d.loading import instantiate, open_codec
 from vae3d.models.base import nearest_frames
 from vae3d.training.agreement import check_ranks_agree
@@ -65,8 +65,8 @@ def encode(config: EncodeConfig) -> None:
     check_ranks_agree(
         {
             "clips to encode": len(items),
-            "their names and order": digest_of([item.key for item in items]),
-            "their labels, splits and texts": digest_of([[item.label, item.split, item.text] for item in items]),
+            "their names and order": json_hash([item.key for item in items]),
+            "their labels, splits and texts": json_hash([[item.label, item.split, item.text] for item in items]),
         }
     )
     if ranks.is_main_process:

@@ -11,11 +11,11 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from vae3d.errors import UserError
+from vae3d.hashing import json_hash, weights_hash
 from vae3d.inference.comparison import Comparer, Network
 from vae3d.inference.files import check_not_own_source, command_of, cost_of, reconstruct_files, rows_of
 from vae3d.inference.reconstruct import Reconstructor, Selection
 from vae3d.inference.results import Results
-from vae3d.latents.identity import digest_of, weights_hash
 from vae3d.loading import load, log, opened
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_steps
@@ -70,7 +70,7 @@ def infer(config: InferConfig) -> None:
         if main:
             networks = {"checkpoint": model, "teacher": comparer and comparer.networks["teacher"].model}
             hashes = {name: network and weights_hash(network.state_dict()) for name, network in networks.items()}
-            hashes["checkpoint's configuration"] = digest_of(checkpoint.config)
+            hashes["checkpoint's configuration"] = json_hash(checkpoint.config)
             results.begin(command_of(asdict(config), hashes, table), config.overwrite)
         cost = cost_of(reconstructor, table) if config.cost and main else None
         ranks.wait_for_everyone()

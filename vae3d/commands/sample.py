@@ -30,14 +30,15 @@ from vae3d.diffusion.sampling import (
     write_grid,
     write_npz,
 )
-from vae3d.diffusion.scale import Sums
+from vae3d.diffusion.scale import LatentStats
 from vae3d.errors import UserError
+from vae3d.hashing import weights_hash
 from vae3d.inference.folder import begin, has_results, locked, resumes
 from vae3d.io import naming, remove, write_json
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.identity import weights_hash
 from vae3d.loading import open_codec
+from vae3d.running_stats import RunningStats
 from vae3d.training.diffusion_validation import decoded
 from vae3d.training.start import working_ranks
 
@@ -108,10 +109,10 @@ def _write(
     kept = config.count if "npz" in write else shown
     pictures = np.empty((kept if process.is_main_process else 0, *size, 3), np.uint8)
     latents = torch.empty(config.count if reference and process.is_main_process else 0, *shape)
-    sums = Sums(codec.channels, device)
+    stats = RunningStats(codec.channels, device)
     for mine in rounds(config.count, config.batch_size, process.process_index, process.num_processes):
         z = kept_latents(folder, mine, draw).to(device)
-        sums.add(z)
+        stats.update_channels(z)
         frames = decoded(codec, z, size) if mine else pictures[:0]
         if "files" in write:
             write_files(folder, [f"{i:06d}" + (f"_{names[i]}" if names else "") for i in mine], frames, config.fps)
@@ -120,7 +121,7 @@ def _write(
             pictures[[i for i in indices if i < kept]] = some
             if values is not None:
                 latents[indices] = values
-    scale = sums.scale()
+    latent_stats = LatentStats.over_ranks(stats, config.count)
     if not process.is_main_process:
         return
     if "grid" in write:
@@ -128,8 +129,8 @@ def _write(
     if "npz" in write:
         write_npz(folder, pictures, labels)
     log.info("%d samples of %s -> %s", config.count, export.folder, config.out)
-    log.info("their latents (those of the data have mean 0, deviation 1), per channel\n%s", scale.told())
-    if doubt := check_latent_rms(scale.rms, export.process(), _sampling(config)):
+    log.info("their latents (those of the data have mean 0, deviation 1), per channel\n%s", latent_stats.table())
+    if doubt := check_latent_rms(latent_stats.rms, export.process(), _sampling(config)):
         log.warning(doubt)
     if reference:
         data = _compare(latents, reference, config)

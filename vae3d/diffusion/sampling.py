@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,17 +16,17 @@ from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.conditioning import guided
 from vae3d.diffusion.gaussian import GaussianDiffusion
 from vae3d.diffusion.processes import Process
+from vae3d.hashing import json_hash
 from vae3d.inference.video import write_image, write_video
 from vae3d.io import atomic_write, naming, remove
-from vae3d.latents.identity import digest_of
 from vae3d.latents.shards import checksum
+from vae3d.report.images import grid
 from vae3d.seeding import generator_of
 
 OURS = re.compile(
     r"(grid|data)\.(png|mp4)|\d{6,}(_.*)?\.(png|mp4)|samples_[\dx]+\.npz|(distances|command)\.json"
 )  # files of samples
 LATENTS = ".latents"  # folder of the latents that were drawn, until all files are written
-GAP = 2  # pixels between samples
 FAR = 2.0  # by how much latents of samples may be larger or smaller than those of data before that is told
 MOST_IN_GRID = 100  # samples: more cannot be seen
 
@@ -112,20 +111,6 @@ def rounds(count: int, batch_size: int, rank: int, world_size: int) -> Iterator[
         yield list(range(start, min(count, start + batch_size * world_size)))[rank::world_size]
 
 
-def grid(frames: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """[N, T, H, W, 3] uint8 -> [T, H', W', 3]: row by row, by default in about as many rows as columns. Sides are even,
-    as most players want them."""
-    count, length, height, width, _ = frames.shape
-    columns = min(count, columns or math.ceil(math.sqrt(count)))
-    rows = -(-count // columns)
-    tall, wide = rows * (height + GAP) - GAP, columns * (width + GAP) - GAP
-    picture = np.zeros((length, tall + tall % 2, wide + wide % 2, 3), np.uint8)
-    for place, sample in enumerate(frames):
-        top, left = place // columns * (height + GAP), place % columns * (width + GAP)
-        picture[:, top : top + height, left : left + width] = sample
-    return picture
-
-
 def clear(folder: Path) -> None:
     """Remove what sampling writes, and nothing else."""
     remove(folder / LATENTS)
@@ -138,7 +123,7 @@ def kept_latents(folder: Path, indices: Sequence[int], draw: Callable[[Sequence[
     """draw(indices), or what a killed process of the same command drew before: sampling is what takes long."""
     if not indices:
         return draw(indices)
-    file = folder / LATENTS / f"{indices[0]:06d}-{digest_of(list(indices))}.safetensors"
+    file = folder / LATENTS / f"{indices[0]:06d}-{json_hash(list(indices))}.safetensors"
     if file.is_file():
         try:
             with safe_open(file, framework="pt") as opened:

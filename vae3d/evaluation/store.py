@@ -3,7 +3,6 @@ go on with another number of processes."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zipfile
@@ -16,6 +15,7 @@ import numpy as np
 
 from vae3d import __version__
 from vae3d.evaluation.pairs import Pair, PairInfo, Protocol
+from vae3d.hashing import json_hash
 from vae3d.io import FileError, atomic_write, naming
 from vae3d.metrics import Metric, MetricSet, Score, VideoResult
 from vae3d.metrics.distribution import Features
@@ -36,16 +36,12 @@ class VideoScore:
 def pair_key(pair: Pair, protocol: Protocol) -> str:
     """Changes when one of the files or what is compared of them changes."""
     files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in (pair.ref, pair.rec)]
-    return _hash([files, pair.start, asdict(protocol)])
+    return json_hash([files, pair.start, asdict(protocol)])
 
 
 def metric_key(metric: Metric, files: Sequence[Path]) -> str:
     """Changes when the metric's formula or its weights change."""
-    return _hash([metric.name, metric.settings(), [weights.sha256(file) for file in files], __version__])
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return json_hash([metric.name, metric.settings(), [weights.sha256(file) for file in files], __version__])
 
 
 class Store:

@@ -6,34 +6,16 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vae3d.evaluation.store import VideoScore
 from vae3d.io import naming, write_text
+from vae3d.report.tables import number, text_table
 
 SHOWN = 20  # videos that a printed table lists
 WIDE = 8  # columns; with more, the table of a set has a line per metric instead
-
-
-def text_table(head: Sequence[str], rows: Iterable[Sequence[str] | None]) -> str:
-    """Columns as wide as their cells, the first to the left; None is a rule."""
-    rows = list(rows)
-    cells = [head, *(row for row in rows if row is not None)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-
-    def line(row: Sequence[str] | None) -> str:
-        if row is None:
-            return rule
-        return "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-
-    return "\n".join(map(line, [head, None, *rows])).rstrip()
-
-
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def set_table(summary: dict[str, Any]) -> str:

@@ -14,14 +14,15 @@ from vae3d.data.open_source import open_source
 from vae3d.data.readers import MediaError
 from vae3d.data.segments import SEGMENT_FAULT, bounds_of
 from vae3d.data.sources import SPLITS, DataError
+from vae3d.data.versions import source_version
 from vae3d.errors import UserError
+from vae3d.hashing import json_hash
 from vae3d.inference.comparison import Comparer
 from vae3d.inference.comparison_report import report_comparison
 from vae3d.inference.cost import measure_cost
 from vae3d.inference.reconstruct import KINDS, Done, Reconstructor, identifier
 from vae3d.inference.results import Results
 from vae3d.io import naming, write_json, write_text
-from vae3d.latents.identity import digest_of, source_version
 from vae3d.metrics import MetricError
 
 log = logging.getLogger("vae3d")
@@ -53,7 +54,7 @@ def command_of(settings: Mapping[str, Any], weights: Mapping[str, str | None], t
             table[["row", "path", "start", "end"]].itertuples(index=False)]  # fmt: skip
     chosen = {name: value for name, value in settings.items() if name not in free}
     chosen["teacher"] = {name: value for name, value in settings["teacher"].items() if name != "path"}
-    told = {"rows of the source": digest_of(rows), **{f"weights of {who}": value for who, value in weights.items()}}
+    told = {"rows of the source": json_hash(rows), **{f"weights of {who}": value for who, value in weights.items()}}
     return told | chosen
 
 

@@ -6,16 +6,14 @@ FOLDER/command.json   written first: the settings that the results depend on; an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from vae3d.errors import UserError
-from vae3d.io import UNFINISHED, FileError, naming, read_json, remove_unfinished, write_json
-from vae3d.latents.identity import difference
+from vae3d.io import UNFINISHED, FileError, file_lock, naming, read_json, remove_unfinished, write_json
 
 LOCK, COMMAND = ".lock", "command.json"
 
@@ -35,12 +33,8 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
     """
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        raise FolderError(f"{setting}: another process is writing there; wait for it, or choose another name") from None
-    with held:
+    error = FolderError(f"{setting}: another process is writing there; wait for it, or choose another name")
+    with file_lock(folder / LOCK, error):
         remove_unfinished(folder)
         yield
 
@@ -62,11 +56,21 @@ def resumes(folder: Path, command: Mapping[str, Any], setting: str) -> bool:
     there = read_json(file)
     if not isinstance(there, dict):
         raise FileError(f"{file}: is no record of a command; choose another folder, or set overwrite=true")
-    if why := difference(there, command):
+    if why := settings_difference(there, command):
         raise FolderError(
             f"{setting} holds the results of another command: {why}; choose another name, or set overwrite=true"
         )
     return True
+
+
+def settings_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """The settings that differ, with both values, for a message; None if all are equal."""
+
+    def short(value: Any) -> Any:
+        return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value  # a SHA-256
+
+    names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    return ", ".join(f"{n} is {short(there.get(n))} there and {short(here.get(n))} here" for n in names) or None
 
 
 def begin(folder: Path, command: Mapping[str, Any]) -> None:

@@ -21,12 +21,12 @@ from vae3d.data.loader import still_clip
 from vae3d.data.media import MediaError
 from vae3d.data.segments import bounds_of
 from vae3d.errors import UserError
-from vae3d.metrics.frechet import Moments
 from vae3d.models.base import latent_space
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.layers.normalized import LatentNormMixin
 from vae3d.models.spatial import SpatialVAE
 from vae3d.precision import no_tf32
+from vae3d.running_stats import RunningStats
 from vae3d.types import Clip
 
 WIDEST = 0.1  # how far a channel's mean may be from 0, and its deviation from 1, where latents are diffused
@@ -81,20 +81,21 @@ def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> MeasuredS
 
     Samples, because they are what a diffusion model is trained on, and what latent-diffusion takes (`scale_by_std`,
     ldm/models/diffusion/ddpm.py; of its first batch alone). seed: with each clip's position, of the samples.
-    Raises ScaleError without clips, MetricError for latents that are not finite.
+    Raises ScaleError without clips, and for latents that are not finite.
     """
     device = next(model.parameters()).device
-    moments, count, sizes = Moments(), 0, set()
+    stats, count, sizes = RunningStats(), 0, set()
     for clip in clips:
         clip = clip.to(device)
         z = model.encode(clip.video).sample(clip.generators(seed, device))
-        moments.update(z.transpose(0, 1).flatten(1).T)
+        if not z.isfinite().all():
+            raise ScaleError("the latents are not finite; do the weights hold NaN?")
+        stats.update_channels(z.cpu())
         count += len(z)
         sizes.add(tuple(clip.video.shape[2:]))
     if not count:
         raise ScaleError("the scale of the latents cannot be measured: there is no clip that can be read")
-    std = (moments.scatter.diagonal() / moments.count).sqrt()
-    return MeasuredScale(count, sizes.pop() if len(sizes) == 1 else None, moments.mean, std)
+    return MeasuredScale(count, sizes.pop() if len(sizes) == 1 else None, stats.mean, stats.variance.sqrt())
 
 
 def spread_clips(

@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vae3d.hashing import file_hash
+from vae3d.inference.folder import settings_difference
 from vae3d.io import FileError, read_text
 from vae3d.latents.codec import LatentCodec, Moments
-from vae3d.latents.identity import difference, file_hash, vae_difference
+from vae3d.latents.identity import vae_difference
 from vae3d.latents.shards import (
     COMPLETE,
     INDEX,
@@ -192,7 +194,9 @@ class LatentCache(Dataset[Latent]):
                 "give its own checkpoint, or encode again"
             )
         told = self.meta["transform"]
-        if transform is not None and (why := difference({name: told.get(name) for name in transform}, transform)):
+        if transform is not None and (
+            why := settings_difference({name: told.get(name) for name in transform}, transform)
+        ):
             raise CacheError(f"{self.folder} holds latents of another transform: {why}; encode again, or set the same")
 
     def _check_integrity(self, verify: bool) -> None:

@@ -20,7 +20,7 @@ from vae3d.data.media import MediaError, MediaInfo
 from vae3d.data.probe import complete
 from vae3d.data.segments import Bounds, Segment, bounds_of, count_frames
 from vae3d.data.sources import DataError
-from vae3d.latents.identity import source_version
+from vae3d.data.versions import source_version
 
 FLIP = "#flip"  # behind the key of an entry of mirrored pixels
 SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")  # which are no classes

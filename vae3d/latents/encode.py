@@ -21,12 +21,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vae3d import __version__
+from vae3d.data.versions import source_version
 from vae3d.data.workers import load
-from vae3d.inference.folder import has_results, locked
+from vae3d.evaluation.tables import write_json
+from vae3d.hashing import file_hash, json_hash
+from vae3d.inference.folder import has_results, locked, settings_difference
+from vae3d.io import naming, remove_unfinished, write_text
 from vae3d.latents.cache import read_meta
 from vae3d.latents.clips import FLIP, ClipReader, Error, Item, Read, Transform
 from vae3d.latents.codec import LatentCodec, Moments
-from vae3d.latents.identity import difference, digest_of, file_hash, latent_config, source_version, vae_facts
+from vae3d.latents.identity import latent_config, vae_facts
 from vae3d.latents.shards import (
     COMPLETE,
     FAULTS,
@@ -37,12 +41,10 @@ from vae3d.latents.shards import (
     WRITERS,
     CacheError,
     Shard,
-    aside,
     damage,
     read_json,
     read_marker,
     read_statistics,
-    write_json,
     write_shard,
 )
 from vae3d.latents.statistics import LatentStatistics, StatisticsError
@@ -103,7 +105,7 @@ class Job:
             "pixel_range": self.codec.pixel_range,
             "precision": str(self.codec.dtype).removeprefix("torch."),
             "transform": asdict(self.transform),
-            "transform_hash": digest_of(asdict(self.transform)),
+            "transform_hash": json_hash(asdict(self.transform)),
             "store": self.store,
             "dtype": self.dtype,
             "latents": "raw; a diffusion model takes (z - shift) / scale, with the vae's shift and scale",
@@ -111,7 +113,7 @@ class Job:
             "seed": self.seed if self.store == "sample" else None,
             "source": self.source,
             "clips": len(self.items),
-            "clips_hash": digest_of([item.key for item in self.items]),
+            "clips_hash": json_hash([item.key for item in self.items]),
             "shard_size": self.shard_size,
             "writers": self.writers,
             "versions": {
@@ -121,7 +123,7 @@ class Job:
                 "python": platform.python_version(),
             },
         }
-        return {"digest": digest_of(identity(told)), **told}
+        return {"digest": json_hash(identity(told)), **told}
 
 
 def identity(meta: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +152,8 @@ def encode_cache(job: Job, rank: int = 0, world_size: int = 1, wait: Callable[[]
 def _encode_locked(job: Job, rank: int, world_size: int, wait: Callable[[], None]) -> None:
     if rank == 0:
         begin(job.folder, job.meta())
+        for name in ("shards", *WRITERS):
+            remove_unfinished(job.folder / name)
     wait()
     digest = read_json(job.folder / META)["digest"]
     mine = [shard for shard in range(rank, job.shards, world_size) if not _done(job, shard, digest)]
@@ -171,7 +175,7 @@ def begin(folder: Path, meta: dict[str, Any]) -> None:
         if has_results(folder):
             raise CacheError(f"{folder} is not empty, and no latent cache; choose another folder")
         write_json(folder / META, meta)
-    elif why := difference(identity(read_meta(folder)), identity(meta)):
+    elif why := settings_difference(identity(read_meta(folder)), identity(meta)):
         raise CacheError(f"{folder} was begun otherwise: {why}; choose another folder, or delete this one")
 
 
@@ -326,13 +330,13 @@ def finish(job: Job, digest: str) -> None:
         )
     rows = [row | _told(job, row) for marker in markers for row in marker["rows"]]
     errors = [*job.errors, *(error for marker in markers for error in marker["errors"])]
-    with aside(job.folder / FAULTS) as file:
-        file.write_text("".join(json.dumps(error) + "\n" for error in errors))
+    with naming(job.folder / FAULTS):
+        write_text(job.folder / FAULTS, "".join(json.dumps(error) + "\n" for error in errors))
     clips = len(job.items) + len(job.errors)
     if len(errors) > job.max_broken * clips or not rows:
         raise CacheError(_too_many(errors, clips, job.max_broken) + f"; {job.folder / FAULTS} lists all")
-    with aside(job.folder / INDEX) as file:
-        pd.DataFrame(rows).to_csv(file, index=False)
+    with naming(job.folder / INDEX):
+        write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(index=False))
     statistics = read_statistics(job.folder, job.shards).summary()
     write_json(job.folder / STATISTICS, statistics)
     told = {"shards": job.shards, "entries": len(rows), "errors": len(errors)}

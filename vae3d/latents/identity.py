@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
-import os
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from vae3d.data.dataset_rows import is_row, version_of
-from vae3d.data.images import sequence_files
-from vae3d.data.media import MediaError
-from vae3d.io import FileError, check_regular
+from vae3d.hashing import weights_hash
+from vae3d.inference.folder import settings_difference
 from vae3d.latents.codec import LatentCodec
 from vae3d.models.registry import MODELS
 
@@ -53,16 +43,6 @@ def encoder_hash(codec: LatentCodec) -> str:
     return weights_hash({f"{index}.{name}": tensor for index, state in states for name, tensor in state.items()})
 
 
-def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """sha256 of names, types, shapes and values, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def vae_difference(told: Mapping[str, Any], codec: LatentCodec) -> str | None:
     """How the autoencoder that meta.json tells of differs from the codec's in the latents it makes, or None."""
     here = encoder_hash(codec)
@@ -70,51 +50,7 @@ def vae_difference(told: Mapping[str, Any], codec: LatentCodec) -> str | None:
         return f"the encoder's weights have sha256 {told['encoder'][:12]} there and {here[:12]} here"
     if told["config"] is None or codec.config is None:
         return None
-    return difference(latent_config(told["config"]), latent_config(codec.config))
-
-
-def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """The settings that differ, by name, or None."""
-    names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
-    told = ((name, _short(there.get(name)), _short(here.get(name))) for name in names)
-    return ", ".join(f"{name} is {one} there and {other} here" for name, one, other in told) or None
-
-
-def _short(value: Any) -> Any:
-    """A hash by its first digits, as everything else."""
-    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
-
-
-def source_version(path: str, hashed: bool = False) -> dict[str, Any] | None:
-    """What changes when a source file is replaced: size and modification time, and with `hashed` the sha256 of its
-    content; of numbered images of all of them, of a dataset's row of the dataset's files. None if it is not there."""
-    if is_row(path):
-        return {"dataset": version_of(path)}
-    try:
-        files = sequence_files(path)
-        stats = [os.stat(file) for file in files]
-        hashes = [file_hash(file) for file in files] if hashed else []
-    except (OSError, MediaError, FileError):
-        return None
-    times = [stat.st_mtime_ns for stat in stats]
-    single = len(files) == 1
-    version = {"bytes": sum(stat.st_size for stat in stats), "modified": times[0] if single else digest_of(times)}
-    return version | ({"sha256": hashes[0] if single else digest_of(hashes)} if hashed else {})
-
-
-def file_hash(file: Path) -> str:
-    """sha256. Raises OSError, and FileError for a pipe or a device."""
-    check_regular(file)
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def digest_of(content: Any) -> str:
-    """16 digits that tell whether two JSON contents are the same."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return settings_difference(latent_config(told["config"]), latent_config(codec.config))
 
 
 def latent_config(config: Mapping[str, Any], top: bool = True) -> dict[str, Any]:

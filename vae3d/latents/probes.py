@@ -21,8 +21,8 @@ from torch import Tensor
 from vae3d.metrics.frame import decibel, gradient_energy
 from vae3d.seeding import randn_like
 
-COLLAPSED_KL = 0.01  # nats per latent element, below which a channel tells nothing of its input
-COLLAPSED_SHARE = 0.01  # of a channel's variance
+MIN_KL = 0.01  # nats per latent element, below which a channel tells nothing of its input
+MIN_VARIANCE_SHARE = 0.01  # of a channel's variance
 HALF_NYQUIST = 0.5
 NO_POWER = 1e-14  # of the mean square: rounding, no variation
 NOISE = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # standard deviations of a channel
@@ -66,14 +66,14 @@ def channel_kl(mean: Tensor, std: Tensor) -> Tensor | None:
 
 
 def collapsed(std_of_mean: Tensor, std: Tensor, kl: Tensor | None) -> list[int]:
-    """Channels that tell nothing of their input: their KL is below COLLAPSED_KL nats per element (Bowman et al., arXiv
-    1511.06349), or the variance of their posterior's mean at most COLLAPSED_SHARE of the variance of their samples
+    """Channels that tell nothing of their input: their KL is below MIN_KL nats per element (Bowman et al., arXiv
+    1511.06349), or the variance of their posterior's mean at most MIN_VARIANCE_SHARE of the variance of their samples
     (Burda et al., arXiv 1509.00519, whose samples have variance 1).
 
     std_of_mean, std: [C], deviations of the posteriors' means and of samples over the data. kl: of channel_kl.
     """
-    still = std_of_mean.square() <= COLLAPSED_SHARE * std.square()
-    return (still if kl is None else still | (kl < COLLAPSED_KL)).nonzero().flatten().tolist()
+    still = std_of_mean.square() <= MIN_VARIANCE_SHARE * std.square()
+    return (still if kl is None else still | (kl < MIN_KL)).nonzero().flatten().tolist()
 
 
 def dct_power(x: Tensor, axes: Sequence[int]) -> Tensor:

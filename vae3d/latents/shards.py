@@ -12,13 +12,9 @@ CACHE/webdataset/00000.tar            on request; its samples are 000000012.mean
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,14 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vae3d.errors import UserError
-from vae3d.io import naming, read_text, remove
-from vae3d.latents.identity import digest_of, file_hash
+from vae3d.evaluation.tables import write_json
+from vae3d.hashing import file_hash, json_hash
+from vae3d.io import atomic_folder, atomic_write, naming, read_text
 from vae3d.latents.statistics import LatentStatistics
 
 META, INDEX, FAULTS, STATISTICS, COMPLETE = (
     "meta.json", "index.csv", "data_errors.jsonl", "statistics.json", "complete.json",
 )  # fmt: skip
-PARTIAL = ".partial"
 MAX_BYTES = 2**30  # of a JSON file: a marker holds the texts of all its entries
 KINDS = {"moments": ("mean", "std"), "mean": ("mean",), "sample": ("sample",)}  # tensors of an entry, by what is stored
 
@@ -86,15 +82,17 @@ def write_shard(
     data, numbers = shard_file(cache, number), statistics_file(cache, number)
     for target, tensors in ((data, shard.tensors), (numbers, statistics.to_tensors())):
         try:
-            with aside(target) as file:
-                save_file(tensors, file)
+            with naming(target):
+                target.parent.mkdir(exist_ok=True)
+                with atomic_write(target) as stream:
+                    save_file(tensors, stream.name)
         except SafetensorError as error:
             raise CacheError(f"{target}: {error}; the same command goes on from here") from error
     for writer in writers:
         WRITERS[writer](cache, number, shard)
     files = {file.name: {"bytes": file.stat().st_size, "sha256": file_hash(file)} for file in (data, numbers)}
     marker = {"of": of, "files": files, "sources": shard.sources, "rows": shard.rows, "errors": shard.errors}
-    write_json(marker_file(cache, number), {**marker, "digest": digest_of(marker)})
+    write_json(marker_file(cache, number), {**marker, "digest": json_hash(marker)})
 
 
 def checksum(entry: Mapping[str, Tensor]) -> int:
@@ -125,7 +123,7 @@ def read_marker(cache: Path, number: int, *, verify: bool = True) -> dict[str, A
             for told in marker["files"].values()
         )
     if sound and verify:
-        sound = digest_of({key: value for key, value in marker.items() if key != "digest"}) == marker["digest"]
+        sound = json_hash({key: value for key, value in marker.items() if key != "digest"}) == marker["digest"]
     if not sound:
         raise CacheError(f"{file} is damaged; delete it and encode again")
     return marker
@@ -166,60 +164,29 @@ def _load_statistics(file: Path) -> LatentStatistics:
 
 
 def write_npy(cache: Path, number: int, shard: Shard) -> None:
-    """A .npy file per tensor."""
-    with aside(cache / "npy" / f"{number:05d}") as folder:
-        folder.mkdir()
+    """Write each tensor as a .npy file."""
+    target = cache / "npy" / f"{number:05d}"
+    with naming(target), atomic_folder(target) as folder:
         for row in shard.rows:
             for kind, tensor in shard.entry(row).items():
                 np.save(folder / f"{row['number']:09d}.{kind}.npy", tensor.numpy())
 
 
-def write_tar(cache: Path, number: int, shard: Shard) -> None:
-    """A tar file as the library webdataset reads it: .npy files and the row of index.csv as .json."""
-    with aside(cache / "webdataset" / f"{number:05d}.tar") as file, tarfile.open(file, "w") as tar:
-        for row in shard.rows:
-            members = {f"{kind}.npy": _npy(tensor) for kind, tensor in shard.entry(row).items()}
-            members["json"] = json.dumps(row).encode()
-            for name, content in members.items():
-                info = tarfile.TarInfo(f"{row['number']:09d}.{name}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+def write_webdataset(cache: Path, number: int, shard: Shard) -> None:
+    """Write a tar file for webdataset: per entry its tensors as .npy and its row of index.csv as .json."""
+    from webdataset import TarWriter  # slow to import
 
-
-WRITERS: dict[str, Callable[[Path, int, Shard], None]] = {"npy": write_npy, "webdataset": write_tar}
-
-
-def _npy(tensor: Tensor) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, tensor.numpy())
-    return stream.getvalue()
-
-
-@contextmanager
-def aside(target: Path) -> Iterator[Path]:
-    """A path to write a file or a folder at; it gets its name when the block ends well, and is gone when it fails.
-
-    Raises FileError, which names the target, if the disk refuses.
-    """
+    target = cache / "webdataset" / f"{number:05d}.tar"
     with naming(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f".{target.name}{PARTIAL}")
-        remove(unfinished)
-        try:
-            yield unfinished
-            if unfinished.is_file():
-                with unfinished.open("rb") as stream:
-                    os.fsync(stream.fileno())
-            else:
-                remove(target)  # a folder does not replace another
-            unfinished.replace(target)
-        finally:
-            remove(unfinished)
+        target.parent.mkdir(exist_ok=True)
+        # A fixed time, so that the same content gives the same bytes.
+        with atomic_write(target) as stream, TarWriter(stream, user="", group="", mode=0o644, mtime=0) as tar:
+            for row in shard.rows:
+                arrays = {f"{kind}.npy": tensor.numpy() for kind, tensor in shard.entry(row).items()}
+                tar.write({"__key__": f"{row['number']:09d}", **arrays, "json": row})
 
 
-def write_json(file: Path, content: Any) -> None:
-    with aside(file) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+WRITERS: dict[str, Callable[[Path, int, Shard], None]] = {"npy": write_npy, "webdataset": write_webdataset}
 
 
 def read_json(file: Path) -> Any:

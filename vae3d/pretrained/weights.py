@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from vae3d.errors import UserError
+from vae3d.hashing import file_hash
 from vae3d.io import read_json
 
 UNVERIFIED = "VAE3D_ALLOW_UNVERIFIED"
@@ -268,8 +268,4 @@ def _warn_once(message: str) -> None:
 
 @lru_cache
 def _remembered_hash(path: str, size: int, mtime_ns: int, algorithm: str, start: bytes) -> str:
-    digest = hashlib.new(algorithm, start)
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_hash(path, algorithm, start)

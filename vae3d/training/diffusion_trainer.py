@@ -48,7 +48,7 @@ class DiffusionTrainer:
 
     config: with all settings of network and process. vae: vae_facts of the autoencoder, and where it is.
     hint: the command that mends latents of another scale.
-    Raises ScaleRefused before the first step if the latents are not of mean 0 and deviation 1.
+    Raises LatentScaleError before the first step if the latents are not of mean 0 and deviation 1.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class DiffusionTrainer:
         if not self.scale:
             scale = measure(data, config.trainer.scale_samples, self.device)
             check_latent_scale(scale, hint)
-            self.scale = scale.facts()
+            self.scale = scale.as_dict()
         self.held_out = [(data.latents(batch, self.device), batch) for batch in data.held_out]
         parts = distributed.gather_to_main([z.cpu() for z, _ in self.held_out])
         self.real = [z for part in parts for z in part]  # of all ranks, on the first, which compares samples with them

@@ -12,9 +12,10 @@ from vae3d import distributed
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.processes import QUARTILES, quartile_sums, training_losses
 from vae3d.diffusion.quality import sliced_wasserstein
-from vae3d.diffusion.sampling import grid, sample_latents
+from vae3d.diffusion.sampling import sample_latents
 from vae3d.latents.codec import LatentCodec
 from vae3d.pixels import PixelError
+from vae3d.report.images import grid
 from vae3d.seeding import generator_of
 from vae3d.training.memory import attempted
 
