@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from vae3d.argparse_types import positive_float
@@ -46,7 +47,7 @@ from vae3d.evaluation.tables import (
     write_per_frame,
     write_per_video,
 )
-from vae3d.io import file_lock, remove_unfinished
+from vae3d.inference.folder import remove_unfinished
 from vae3d.metrics import METRICS, PRESETS, MetricSet, build_metrics
 from vae3d.metrics.presets import require_shapes
 from vae3d.precision import as_device
@@ -259,8 +260,10 @@ def output_folder(args: argparse.Namespace, name: str, rec: Path) -> Path:
 def lock(folder: Path, rank: int) -> AbstractContextManager[object]:
     """Hold the lock of an output folder until the block ends. Raises PairError if another evaluation holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    error = PairError(f"{folder} is in use by another evaluation; choose another --output")
-    return file_lock(folder / f".rank{rank}.lock", error)
+    try:
+        return FileLock(folder / f".rank{rank}.lock").acquire(timeout=0)
+    except Timeout:
+        raise PairError(f"{folder} is in use by another evaluation; choose another --output") from None
 
 
 def score(

@@ -15,12 +15,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from vae3d.errors import UserError
-
-if TYPE_CHECKING:
-    from filelock import AcquireReturnProxy
 
 MAX_BYTES = 2**20  # of a JSON file; a larger one takes seconds to parse
 MAX_YAML_BYTES = 2**18  # likewise
@@ -262,16 +259,6 @@ def check_run_folder(folder: Path) -> None:
                 raise FileError(f"{path}: is a pipe or a device; delete it")
         if Path(root) == Path(folder):
             folders[:] = [name for name in folders if name in RUN_SUBFOLDERS]
-
-
-def file_lock(path: Path, error: UserError) -> AcquireReturnProxy:
-    """Acquire the lock file `path`, to be released by `with`. Raises `error` if another process holds it."""
-    from filelock import FileLock, Timeout  # here: scripts/fetch_weights.py runs where no package is installed
-
-    try:
-        return FileLock(path).acquire(timeout=0)
-    except Timeout:
-        raise error from None
 
 
 def open_nofollow(path: Path, mode: str = "a") -> IO[Any]:

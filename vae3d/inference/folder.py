@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from vae3d.errors import UserError
-from vae3d.io import UNFINISHED, FileError, file_lock, naming, read_json, remove_unfinished, write_json
+from vae3d.io import UNFINISHED, FileError, naming, read_json, remove_unfinished, write_json
 
 LOCK, COMMAND = ".lock", "command.json"
 
@@ -33,8 +35,12 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
     """
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    error = FolderError(f"{setting}: another process is writing there; wait for it, or choose another name")
-    with file_lock(folder / LOCK, error):
+    lock = FileLock(folder / LOCK)
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        raise FolderError(f"{setting}: another process is writing there; wait for it, or choose another name") from None
+    with held:
         remove_unfinished(folder)
         yield
 

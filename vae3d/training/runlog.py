@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from vae3d.errors import UserError
-from vae3d.io import file_lock, open_nofollow, write_text
+from vae3d.io import open_nofollow, write_text
 from vae3d.training.loggers import Logger
 
 log = logging.getLogger("vae3d")
@@ -42,8 +43,13 @@ class RunLog:
         self._bar = None
         if self.main:
             folder.mkdir(parents=True, exist_ok=True)
-            error = RunLocked(f"another process is training in {folder}; stop it, or give this run another name")
-            self._lock = file_lock(folder / ".lock", error).lock
+            self._lock = FileLock(folder / ".lock")
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout as error:
+                raise RunLocked(
+                    f"another process is training in {folder}; stop it, or give this run another name"
+                ) from error
             self._forget_after(step)
             logger.open(folder, step)
             self._bar = tqdm(total=max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
