@@ -103,7 +103,7 @@ def test_mirrored_entries_are_trained_on_and_never_held_out(cached, tmp_path):
         latent_runs.trainer(tmp_path / flip, *cached, f"data.flip={flip}", "validation.every=2").data
         for flip in ("false", "true")
     )
-    assert (len(plain.dataset.places), len(both.dataset.places)) == (10, 20)
+    assert (len(plain.dataset.indices), len(both.dataset.indices)) == (10, 20)
     assert len(plain.held_out) == len(both.held_out) == 2
 
 

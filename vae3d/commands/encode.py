@@ -14,7 +14,7 @@ from vae3d.data.sources import Folder, Source
 from vae3d.hashing import json_hash
 from vae3d.latents.clips import Transform, items_of
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.encode import Job, encode_cache
+from vae3d.latents.encode import EncodeJob, encode_cache
 from vae3d.loading import instantiate, open_codec
 from vae3d.models.base import nearest_frames
 from vae3d.training.agreement import check_ranks_agree
@@ -72,8 +72,8 @@ def encode(config: EncodeConfig) -> None:
     if ranks.is_main_process:
         for note in (*getattr(source, "notes", ()), *padding(codec, transform)):
             log.info(note)
-    named = {field.name for field in fields(Job)} & {field.name for field in fields(config)}
+    named = {field.name for field in fields(EncodeJob)} & {field.name for field in fields(config)}
     settings = {name: getattr(config, name) for name in named - {"checkpoint", "source"}}
     told = config.source if isinstance(config.source, str) else str(config.source)
-    job = Job(codec, config.checkpoint, told, Path(config.cache), items, errors, transform, **settings)
+    job = EncodeJob(codec, config.checkpoint, told, Path(config.cache), items, errors, transform, **settings)
     encode_cache(job, ranks.process_index, ranks.num_processes, ranks.wait_for_everyone)

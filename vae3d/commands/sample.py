@@ -15,16 +15,16 @@ from torch import Tensor
 
 from vae3d import distributed
 from vae3d.diffusion.base import Sampling
-from vae3d.diffusion.comparison import distances, matched
-from vae3d.diffusion.data import size_of
+from vae3d.diffusion.comparison import distances, draw_reference_sets
+from vae3d.diffusion.data import clip_and_latent_size
 from vae3d.diffusion.export import Export, check_same_vae, read_export
 from vae3d.diffusion.sampling import (
     LATENTS,
-    MOST_IN_GRID,
+    MAX_IN_GRID,
+    cached_latents,
     check_latent_rms,
     clear,
-    kept_latents,
-    rounds,
+    per_rank_batches,
     sample_latents,
     write_files,
     write_grid,
@@ -63,16 +63,16 @@ def sample(config: SampleConfig) -> None:
     """Draw the samples that `config` describes, shared among the ranks; the first one writes what is of all of them."""
     process, device = working_ranks(config.device)
     export = read_export(config.checkpoint, config.ema)
-    labels = _labels(config, export.told)
-    names = [] if labels is None else [export.told["classes"][label] for label in labels]
+    labels = _labels(config, export.config)
+    names = [] if labels is None else [export.config["classes"][label] for label in labels]
     asked = (config.num_frames, config.height, config.width)
-    size = tuple(ours or told for ours, told in zip(asked, export.told["size"], strict=True))
+    size = tuple(ours or told for ours, told in zip(asked, export.config["size"], strict=True))
     write = set(config.write) - ({"npz"} if size[0] > 1 else set())
     if not write:
         raise UserError(f"write=[npz] is for images, and these samples have {size[0]} frames; use grid or files")
     codec = _codec(export, config, device)
     shape = codec.latent_shape(*size)
-    if shape[0] != (channels := export.told["network"]["channels"]):
+    if shape[0] != (channels := export.config["network"]["channels"]):
         raise UserError(f"{export.folder} makes latents of {channels} channels, and its autoencoder has {shape[0]}")
     reference = None if config.against is None else _reference(config, codec, shape, names)
     draw = _sampler(export, config, shape, labels, device)
@@ -105,13 +105,13 @@ def _write(
     write: set[str],
 ) -> None:
     folder = Path(config.out)
-    shown = min(config.count, MOST_IN_GRID) if "grid" in write else 0
+    shown = min(config.count, MAX_IN_GRID) if "grid" in write else 0
     kept = config.count if "npz" in write else shown
     pictures = np.empty((kept if process.is_main_process else 0, *size, 3), np.uint8)
     latents = torch.empty(config.count if reference and process.is_main_process else 0, *shape)
     stats = RunningStats(codec.channels, device)
-    for mine in rounds(config.count, config.batch_size, process.process_index, process.num_processes):
-        z = kept_latents(folder, mine, draw).to(device)
+    for mine in per_rank_batches(config.count, config.batch_size, process.process_index, process.num_processes):
+        z = cached_latents(folder, mine, draw).to(device)
         stats.update_channels(z)
         frames = decoded(codec, z, size) if mine else pictures[:0]
         if "files" in write:
@@ -163,10 +163,10 @@ def _make(folder: Path, overwrite: bool, command: Mapping[str, Any], main: bool,
 
 def _reference(config: SampleConfig, codec: LatentCodec, shape: Sequence[int], names: Sequence[str]) -> Reference:
     cache = LatentCache(config.against, codec)
-    if (there := size_of(cache)[1]) != tuple(shape):
+    if (there := clip_and_latent_size(cache)[1]) != tuple(shape):
         told = [" x ".join(map(str, sizes)) for sizes in (there, shape)]
         raise UserError(f"against={config.against} has latents of {told[0]}, the samples are of {told[1]}")
-    return Reference(cache, *matched(cache, config.count, names or None))
+    return Reference(cache, *draw_reference_sets(cache, config.count, names or None))
 
 
 def _compare(latents: Tensor, reference: Reference, config: SampleConfig) -> Tensor:
@@ -186,11 +186,11 @@ def _compare(latents: Tensor, reference: Reference, config: SampleConfig) -> Ten
 
 
 def _codec(export: Export, config: SampleConfig, device: torch.device) -> LatentCodec:
-    path = config.vae or export.told["vae"]["path"]
+    path = config.vae or export.config["vae"]["path"]
     if not Path(path).exists():
         raise UserError(f"{path}, the autoencoder of {export.folder}, is not there; name where it is by vae=PATH")
     codec = open_codec(path, pixel_range="uint8", precision=config.precision, device=device)
-    check_same_vae(export.told["vae"], codec, str(path))
+    check_same_vae(export.config["vae"], codec, str(path))
     return codec
 
 
@@ -202,7 +202,7 @@ def _labels(config: SampleConfig, told: Mapping[str, Any]) -> list[int] | None:
         return None
     if config.guidance != 1 and told["label_dropout"] == 0:
         raise UserError("the model was trained with label_dropout=0, and so not for guidance; leave out guidance")
-    numbers = {told["classes"][number]: number for number in told["known"]}
+    numbers = {told["classes"][number]: number for number in told["trained_classes"]}
     given = config.classes if isinstance(config.classes, list) else [config.classes]
     unknown = [str(name) for name in given if str(name) not in numbers]
     if unknown:

@@ -48,7 +48,7 @@ formed. The other columns are statistics of the per-video values; the interval r
 <h2>Worst and best clips by {{ ranked_by }}</h2>
 <p>Error maps show the absolute difference times {{ gain }}. Frame numbers count the compared frames.</p>
 {% for clip in clips %}
-<h3>{{ clip.name }}</h3><p>{{ clip.scores }}; frames {{ clip.frames }}
+<h3>{{ clip.name }}</h3><p>{{ clip.scores }}; frames {{ clip.frames }}</p>
 <div class="strip">
 {% for label, picture in clip.rows.items() %}
 <span>{{ label }}</span>{{ picture }}
@@ -69,7 +69,7 @@ def write_html(
     protocol: Protocol,
     columns: Mapping[str, Better],
 ) -> None:
-    """Write the page. summary: of summary.summarize. pairs: by name. columns: metric -> which values are better."""
+    """Write the page. summary: from summary.summarize. pairs: by name. columns: metric -> which values are better."""
     columns = {c: better for c, better in columns.items() if any(_values(videos, c))}
     ranked_by, shown = _worst_and_best(videos, columns)
     warnings = [*summary["warnings"], *summary["unmatched"], *summary["failed"]]

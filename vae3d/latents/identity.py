@@ -1,4 +1,4 @@
-"""What a latent cache is of: the autoencoder, by its weights, and the way from files to pixels."""
+"""Identity of the autoencoder whose latents a cache or a diffusion model holds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from vae3d.inference.folder import settings_difference
 from vae3d.latents.codec import LatentCodec
 from vae3d.models.registry import MODELS
 
-FACTORS = ("shift", "scale", "scaling_factor", "shift_factor")  # of a model, not of what it is made of
-RUNNING = ("frame_batch", "gradient_checkpointing", "chunk_latents")  # change memory, not latents
+FACTORS = ("shift", "scale", "scaling_factor", "shift_factor")  # settings of the normalisation
+RUNNING = ("frame_batch", "gradient_checkpointing", "chunk_latents")  # settings that change memory, not latents
 
 
-def vae_facts(codec: LatentCodec, checkpoint: str) -> dict[str, Any]:
-    """What meta.json tells of an autoencoder. checkpoint: where it was loaded from, for readers.
+def vae_metadata(codec: LatentCodec, checkpoint: str) -> dict[str, Any]:
+    """Metadata of an autoencoder for meta.json and diffusion.yaml. checkpoint: its path, for information.
 
-    encoder: hash of the weights that make latents; another decoder, or other factors, leave a cache valid.
+    encoder: hash of the encoder's weights; a cache stays valid with another decoder or normalisation.
     """
     model, spec = codec.model, codec.model.spec
     weights = {name: tensor for name, tensor in model.state_dict().items() if name not in FACTORS}
@@ -43,31 +43,31 @@ def encoder_hash(codec: LatentCodec) -> str:
     return weights_hash({f"{index}.{name}": tensor for index, state in states for name, tensor in state.items()})
 
 
-def vae_difference(told: Mapping[str, Any], codec: LatentCodec) -> str | None:
-    """How the autoencoder that meta.json tells of differs from the codec's in the latents it makes, or None."""
+def vae_difference(metadata: Mapping[str, Any], codec: LatentCodec) -> str | None:
+    """Why the codec's raw latents differ from those of the autoencoder with this metadata; None if they are equal."""
     here = encoder_hash(codec)
-    if told["encoder"] != here:
-        return f"the encoder's weights have sha256 {told['encoder'][:12]} there and {here[:12]} here"
-    if told["config"] is None or codec.config is None:
+    if metadata["encoder"] != here:
+        return f"the encoder's weights have sha256 {metadata['encoder'][:12]} there and {here[:12]} here"
+    if metadata["config"] is None or codec.config is None:
         return None
-    return settings_difference(latent_config(told["config"]), latent_config(codec.config))
+    return settings_difference(latent_config(metadata["config"]), latent_config(codec.config))
 
 
 def latent_config(config: Mapping[str, Any], top: bool = True) -> dict[str, Any]:
-    """What of a model's configuration changes its raw latents, flat, with the defaults of what it leaves out."""
-    kept: dict[str, Any] = {}
+    """The settings of a model configuration that change its raw latents, flat, defaults filled in."""
+    settings: dict[str, Any] = {}
     for name, value in {**_defaults(config.get("_target_")), **config}.items():
         if name in RUNNING or name.startswith("decoder") or (top and name in FACTORS):
             continue
         if isinstance(value, Mapping):
-            kept |= {f"{name}.{inner}": v for inner, v in latent_config(value, top=False).items()}
+            settings |= {f"{name}.{inner}": v for inner, v in latent_config(value, top=False).items()}
         else:
-            kept[name] = list(value) if isinstance(value, tuple) else value
-    return kept
+            settings[name] = list(value) if isinstance(value, tuple) else value
+    return settings
 
 
 def _defaults(target: Any) -> dict[str, Any]:
-    """Of the arguments of a model of this project, which layouts of published weights leave out."""
+    """Default arguments of a model of this project; configurations of published weights leave them out."""
     if not isinstance(target, str) or target not in MODELS:
         return {}
     arguments = inspect.signature(MODELS[target]).parameters.values()

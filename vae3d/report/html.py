@@ -75,4 +75,5 @@ def png(figure: Figure) -> Markup:
 
 
 def _img(data: bytes, kind: str, attributes: str = "") -> Markup:
-    return Markup(f'<img {attributes} src="data:image/{kind};base64,{base64.b64encode(data).decode()}">')
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return Markup(f'<img src="{source}" {attributes}'.rstrip() + ">")

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 class DiffusionTrainer:
     """Trains `network` to undo `process` on the latents of `data`, resuming from the newest checkpoint in `folder`.
 
-    config: with all settings of network and process. vae: vae_facts of the autoencoder, and where it is.
+    config: with all settings of network and process. vae: vae_metadata of the autoencoder, and where it is.
     hint: the command that mends latents of another scale.
     Raises LatentScaleError before the first step if the latents are not of mean 0 and deviation 1.
     """
@@ -314,7 +314,7 @@ class DiffusionTrainer:
             "latent_shape": list(self.data.latent_shape),
             "size": list(self.data.size),
             "classes": self.data.classes,
-            "known": self.data.known,
+            "trained_classes": self.data.trained_classes,
             "label_dropout": self.config.label_dropout,
             "vae": self.vae,
             "latents": self.scale,
@@ -332,7 +332,7 @@ def _next_batches(batches: Iterator[Batch], count: int) -> tuple[list[Batch], Us
 
 def _by_quartile(losses: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sum and count of the squared errors in each quarter of the times: they add up over steps and ranks."""
-    sums = quartile_sums(losses["mse"], losses["level"])
+    sums = quartile_sums(losses["mse"], losses["t_normalised"])
     return {f"{what}_q{q}": sums[q, i] for q in range(QUARTILES) for i, what in enumerate(("sum", "count"))}
 
 

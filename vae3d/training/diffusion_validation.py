@@ -52,7 +52,7 @@ def held_out_losses(trainer: DiffusionTrainer) -> dict[str, float]:
             labels = batch.labels if trainer.network.num_classes else None
             with trainer.accelerator.autocast():
                 losses = training_losses(trainer.network, trainer.process, z, noise, labels)
-            sums += quartile_sums(losses["mse"], losses["level"])
+            sums += quartile_sums(losses["mse"], losses["t_normalised"])
     distributed.all_reduce_mean([sums])
     total = sums.sum(0)
     values = {"val/loss": float(total[0] / total[1])} if total[1] else {}
@@ -61,7 +61,7 @@ def held_out_losses(trainer: DiffusionTrainer) -> dict[str, float]:
 
 def _samples(trainer: DiffusionTrainer) -> dict[str, float]:
     """Show samples and, the first time, held-out clips as the autoencoder gives them back; how far both are apart."""
-    settings, data, known = trainer.config.validation, trainer.data, trainer.data.known
+    settings, data, known = trainer.config.validation, trainer.data, trainer.data.trained_classes
     sampling = Sampling(settings.steps, settings.method, settings.guidance, shift=settings.shift)
     count = range(settings.samples)
 
