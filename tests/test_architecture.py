@@ -25,6 +25,7 @@ LAYERS = [
     "adversarial",
     "data",
     "checkpoints",
+    "report",
     "evaluation",
     "inference",
     "latents",

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import html
-import io
 import json
 import sys
 from collections.abc import Callable
@@ -14,10 +11,13 @@ from typing import Any
 
 import av
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from vae3d.errors import UserError
+from vae3d.report.html import html_table
+from vae3d.report.html import img as image_tag  # noqa: F401
+from vae3d.report.html import png as figure_tag  # noqa: F401
+from vae3d.report.tables import text_table
 
 ERROR_GAIN = 4  # error maps show |original - reconstruction| times this
 
@@ -73,27 +73,10 @@ def enlarged(frame: np.ndarray, times: int) -> Image.Image:
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
-def image_tag(image: Image.Image, attributes: str = "") -> str:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return f'<img {attributes} src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
-
-
-def figure_tag(figure: Figure) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return image_tag(Image.open(file, formats=["PNG"]))
-
-
 def as_text(rows: list[list[str]]) -> str:
     """A plain-text table. The first row is the header."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return text_table(rows[0], rows[1:])
 
 
 def as_html(rows: list[list[str]]) -> str:
-    def line(row: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-
-    return "<table>" + line(rows[0], "th") + "".join(line(row, "td") for row in rows[1:]) + "</table>"
+    return html_table(rows[0], rows[1:])

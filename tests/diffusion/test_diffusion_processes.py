@@ -67,14 +67,14 @@ def test_an_error_of_the_noise_is_enlarged_and_one_of_v_is_not(schedule, predict
 def test_ddpm_times_are_those_of_respacing(steps):
     expected = [round(i * 999 / (steps - 1)) for i in range(steps)]
     sampler = GaussianDiffusion().sampler(Sampling(steps=steps))
-    assert sampler.times == expected[::-1]
-    assert sampler.levels == [t / 1000 for t in expected[::-1]]
+    assert sampler.timesteps == expected[::-1]
+    assert sampler.t_normalised == [t / 1000 for t in expected[::-1]]
 
 
 @pytest.mark.parametrize("steps", [1000, 250, 100, 50, 25, 10])
 def test_ddim_times_are_those_of_ddim_respacing(steps):
     assert (
-        GaussianDiffusion().sampler(Sampling(steps=steps, method="ddim")).times
+        GaussianDiffusion().sampler(Sampling(steps=steps, method="ddim")).timesteps
         == list(range(0, 1000, 1000 // steps))[::-1]
     )
 
@@ -86,7 +86,7 @@ def test_ddim_times_are_those_of_ddim_respacing(steps):
 def test_ddpm_steps_equal_their_formula(schedule, variance, steps, clip):
     process = GaussianDiffusion(schedule=schedule, variance=variance)
     sampler = process.sampler(Sampling(steps=steps, clip=clip))
-    kept = np.cumprod(1 - betas_of(schedule))[sampler.times[::-1]]
+    kept = np.cumprod(1 - betas_of(schedule))[sampler.timesteps[::-1]]
     before = np.concatenate([[1.0], kept[:-1]])
     beta = 1 - kept / before
     posterior = beta * (1 - before) / (1 - kept)
@@ -135,8 +135,8 @@ def test_ddim_steps_equal_their_formula(schedule, eta, clip, variance):
 def test_euler_steps_equal_their_formula(shift):
     sampler = RectifiedFlow().sampler(Sampling(steps=4, shift=shift))
     t = [shift * s / (1 + (shift - 1) * s) for s in (1, 0.75, 0.5, 0.25, 0)]
-    np.testing.assert_allclose(sampler.levels, t[:-1], rtol=1e-6)
-    np.testing.assert_allclose(sampler.times, [1000 * s for s in t[:-1]], rtol=1e-6)
+    np.testing.assert_allclose(sampler.t_normalised, t[:-1], rtol=1e-6)
+    np.testing.assert_allclose(sampler.timesteps, [1000 * s for s in t[:-1]], rtol=1e-6)
     x, velocity = unit(1, 2, 1, 3, 3), unit(1, 2, 1, 3, 3, seed=1)
     for i in range(4):
         got = sampler.step(velocity.float(), i, x.float(), toy.generators(1))
@@ -144,8 +144,8 @@ def test_euler_steps_equal_their_formula(shift):
 
 
 def test_training_at_shifted_times_is_a_mean_of_the_logits():
-    shifted = RectifiedFlow(logit_mean=math.log(3)).draw_times(toy.generators(50))
-    plain = RectifiedFlow().draw_times(toy.generators(50))
+    shifted = RectifiedFlow(logit_mean=math.log(3)).sample_timesteps(toy.generators(50))
+    plain = RectifiedFlow().sample_timesteps(toy.generators(50))
     torch.testing.assert_close(shifted, 3 * plain / (1 + 2 * plain))
 
 
@@ -161,8 +161,8 @@ def test_initial_loss(process, expected, kind):
     z = unit(6, *shape)
     noise = unit(6, *shape, seed=1, against=z)
     z, noise = z.float(), noise.float()
-    times = process.draw_times(toy.generators(6))
-    output = network(process.noisy(z, noise, times), process.network_times(times))
+    times = process.sample_timesteps(toy.generators(6))
+    output = network(process.add_noise(z, noise, times), process.model_timesteps(times))
     losses = process.losses(output, z, noise, times)
     torch.testing.assert_close(losses["loss"], torch.full((6,), expected), rtol=1e-5, atol=1e-5)
     assert losses.keys() == {"loss", "mse"}
@@ -173,7 +173,7 @@ def test_initial_loss(process, expected, kind):
 )
 def test_the_true_prediction_has_no_loss(process):
     z, noise = unit(4, 2, 1, 3, 3).float(), unit(4, 2, 1, 3, 3, seed=1).float()
-    times = process.draw_times(toy.generators(4))
+    times = process.sample_timesteps(toy.generators(4))
     if isinstance(process, RectifiedFlow):
         true = noise - z
     elif process.prediction == "epsilon":
@@ -255,11 +255,11 @@ def test_min_snr_weights(prediction):
 
 
 def test_times_are_spread_as_they_should():
-    times = GaussianDiffusion(steps=40).draw_times(toy.generators(4000))
+    times = GaussianDiffusion(steps=40).sample_timesteps(toy.generators(4000))
     assert times.dtype == torch.int64
     assert torch.bincount(times, minlength=40).min() > 60
     assert torch.bincount(times).shape == (40,)
-    logits = torch.logit(RectifiedFlow(logit_mean=0.5, logit_std=2.0).draw_times(toy.generators(4000)).double())
+    logits = torch.logit(RectifiedFlow(logit_mean=0.5, logit_std=2.0).sample_timesteps(toy.generators(4000)).double())
     assert logits.mean() == pytest.approx(0.5, abs=0.1)
     assert logits.std() == pytest.approx(2.0, abs=0.1)
 
@@ -270,10 +270,10 @@ def test_training_losses_do_not_depend_on_the_batch(process):
     z = unit(3, *toy.CLIP).float()
     whole = training_losses(network, process, z, toy.generators(3))
     alone = training_losses(network, process, z[2:], toy.generators(1, 2))
-    assert whole.keys() == {"loss", "mse", "level"} | ({"vlb"} if process.learned_sigma else set())
+    assert whole.keys() == {"loss", "mse", "t_normalised"} | ({"vlb"} if process.learned_sigma else set())
     for name, values in whole.items():
         torch.testing.assert_close(values[2:], alone[name], rtol=1e-4, atol=1e-5)
-    assert ((whole["level"] >= 0) & (whole["level"] < 1)).all()
+    assert ((whole["t_normalised"] >= 0) & (whole["t_normalised"] < 1)).all()
 
 
 def test_losses_by_quartile():
@@ -295,7 +295,7 @@ def test_a_third_of_unit_latents_lies_where_guided_diffusion_sees_an_edge():
     [(lambda: GaussianDiffusion(schedule="sqrt"), "schedule is 'sqrt'; use linear or cosine"),
      (lambda: GaussianDiffusion(prediction="x0"), "use epsilon or v"),
      (lambda: GaussianDiffusion(variance="learned"), "use fixed_small or fixed_large or learned_range"),
-     (lambda: GaussianDiffusion(steps=20), "a linear chain has at least 21"),
+     (lambda: GaussianDiffusion(steps=20), "steps is 20; .* at least 21"),
      (lambda: GaussianDiffusion(min_snr=0), "min_snr is 0"),
      (lambda: RectifiedFlow(logit_std=0), "logit_std is 0"),
      (lambda: Sampling(steps=0), "steps is 0"),
@@ -305,12 +305,12 @@ def test_a_third_of_unit_latents_lies_where_guided_diffusion_sees_an_edge():
      (lambda: Sampling(shift=0), "shift is 0"),
      (lambda: GaussianDiffusion().sampler(Sampling(method="euler")), "method is 'euler'; use ddpm or ddim"),
      (lambda: RectifiedFlow().sampler(Sampling(method="ddim")), "use euler"),
-     (lambda: GaussianDiffusion().sampler(Sampling(steps=1)), "steps is 1, into which ddpm cannot divide 1000; use e.g. 2, 3, 4"),
+     (lambda: GaussianDiffusion().sampler(Sampling(steps=1)), r"steps is 1; ddpm cannot divide 1000 .* 2, 3, 4"),
      (lambda: GaussianDiffusion().sampler(Sampling(steps=1001)), "998, 999, 1000"),
-     (lambda: GaussianDiffusion().sampler(Sampling(steps=30, method="ddim")), "use e.g. 20, 25, 40"),
-     (lambda: GaussianDiffusion().sampler(Sampling(eta=0.5)), "eta mean nothing to ddpm"),
-     (lambda: GaussianDiffusion().sampler(Sampling(shift=3)), "shift mean nothing to Gaussian diffusion"),
-     (lambda: RectifiedFlow().sampler(Sampling(eta=0.5)), "eta mean nothing to rectified flow")],
+     (lambda: GaussianDiffusion().sampler(Sampling(steps=30, method="ddim")), "steps is 30; ddim .* 20, 25, 40"),
+     (lambda: GaussianDiffusion().sampler(Sampling(eta=0.5)), "ddpm has no eta"),
+     (lambda: GaussianDiffusion().sampler(Sampling(shift=3)), "Gaussian diffusion has no shift"),
+     (lambda: RectifiedFlow().sampler(Sampling(eta=0.5)), "rectified flow has no eta")],
 )  # fmt: skip
 def test_impossible_processes_are_named(make, message):
     with pytest.raises(ValueError, match=message):
@@ -323,6 +323,6 @@ def test_another_number_of_channels_is_refused(process):
     output = torch.cat([z] * (1 if process.learned_sigma else 2), 1)
     told = f"learned_sigma={str(process.learned_sigma).lower()}"
     with pytest.raises(ValueError, match=told):
-        process.losses(output, z, z, process.draw_times(toy.generators(1)))
+        process.losses(output, z, z, process.sample_timesteps(toy.generators(1)))
     with pytest.raises(ValueError, match=told):
         process.sampler(Sampling(steps=10)).step(output, 0, z, toy.generators(1))

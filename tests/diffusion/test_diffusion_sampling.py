@@ -12,8 +12,9 @@ from vae3d.diffusion.build import build_network
 from vae3d.diffusion.conditioning import drop_labels, guided
 from vae3d.diffusion.flow import RectifiedFlow
 from vae3d.diffusion.gaussian import GaussianDiffusion
-from vae3d.diffusion.sampling import check_latent_rms, grid, rounds, sample_latents, write_grid, write_npz
-from vae3d.diffusion.scale import Sums
+from vae3d.diffusion.sampling import check_latent_rms, grid, per_rank_batches, sample_latents, write_grid, write_npz
+from vae3d.diffusion.scale import LatentStats
+from vae3d.running_stats import RunningStats
 
 WAYS = {
     "ddpm": (GaussianDiffusion(), Sampling(steps=40)),
@@ -51,7 +52,7 @@ def test_samples_of_a_gaussian_have_its_mean_and_deviation(way):
     process, sampling = WAYS[way]
     z = sample_latents(toy.Oracle(process, 0.5, 1.0), process, (4, 1, 64, 64), sampling, seed=0, indices=[0])
     small = way in ("ddpm", "learned", "v")
-    expected = deviation(process, process.sampler(sampling).times) if small else 1.0
+    expected = deviation(process, process.sampler(sampling).timesteps) if small else 1.0
     assert z.mean() == pytest.approx(0.5, abs=0.03)
     assert z.std() == pytest.approx(expected, abs=0.02 if small or way == "fixed_large" else 0.05)
 
@@ -96,28 +97,28 @@ def test_nothing_is_clipped_by_default():
 
 
 def test_size_of_latents_by_hand():
-    sums = Sums(2, torch.device("cpu"))
+    stats = RunningStats(2)
     for z in (torch.tensor([-1.0, 7.0, 7.0]), torch.tensor([-1.0])):  # mean 3, deviation 4
-        sums.add(torch.stack([z, 2 * z]).view(1, 2, 1, 1, -1))
-    scale = sums.scale()
-    assert (scale.count, scale.mean.tolist(), scale.std.tolist()) == (2, [3, 6], [4, 8])
+        stats.update_channels(torch.stack([z, 2 * z]).view(1, 2, 1, 1, -1))
+    scale = LatentStats.over_ranks(stats, 2)
+    assert (scale.count, scale.mean.tolist(), scale.std.tolist()) == (2, pytest.approx([3, 6]), pytest.approx([4, 8]))
     assert scale.rms == pytest.approx(62.5**0.5)  # 25 and 100
 
 
 @pytest.mark.parametrize(
-    ("rms", "sampling", "advice"),
+    ("rms", "sampling", "hint"),
     [(0.4, Sampling(clip=1.0), "train for longer, or take more steps, or raise or leave out clip"),
      (3.0, Sampling(clip=5.0, guidance=4.0), "train for longer, or lower guidance"),
      (0.6, Sampling(), None), (1.9, Sampling(), None)],
 )  # fmt: skip
-def test_samples_far_from_the_size_of_data_are_doubted(rms, sampling, advice):
-    told = check_latent_rms(rms, RectifiedFlow(), sampling)
-    assert told is None if advice is None else told.endswith(f"To mend it, {advice}")
+def test_samples_far_from_the_size_of_data_are_warned_about(rms, sampling, hint):
+    warning = check_latent_rms(rms, RectifiedFlow(), sampling)
+    assert warning is None if hint is None else warning.endswith(f"; {hint}")
 
 
 @pytest.mark.parametrize(("count", "batch", "world"), [(10, 3, 2), (1, 4, 3), (12, 2, 3)])
 def test_ranks_share_samples_in_equally_many_rounds(count, batch, world):
-    of_ranks = [list(rounds(count, batch, rank, world)) for rank in range(world)]
+    of_ranks = [list(per_rank_batches(count, batch, rank, world)) for rank in range(world)]
     assert {len(shares) for shares in of_ranks} == {-(-count // (batch * world))}
     assert sorted(i for shares in of_ranks for share in shares for i in share) == list(range(count))
     assert max(len(share) for shares in of_ranks for share in shares) <= batch

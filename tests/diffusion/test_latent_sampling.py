@@ -23,12 +23,12 @@ from vae3d.commands import launch, sample
 from vae3d.config.validate import ConfigError
 from vae3d.diffusion import sampling
 from vae3d.diffusion.build import build_network, network_config
-from vae3d.diffusion.comparison import matched
+from vae3d.diffusion.comparison import draw_reference_sets
 from vae3d.diffusion.export import CONFIG, read_export, write_export
 from vae3d.errors import UserError
 from vae3d.inference.folder import FolderError
 from vae3d.latents.cache import LatentCache
-from vae3d.latents.identity import vae_facts
+from vae3d.latents.identity import vae_metadata
 from vae3d.loading import open_codec
 from vae3d.training.diffusion_validation import decoded
 
@@ -49,9 +49,9 @@ def export(folder, vae, size, network, classes=(), process=None, seed=0, zero=Fa
         "latent_shape": list(shape),
         "size": list(size),
         "classes": list(classes),
-        "known": list(range(len(classes))),
+        "trained_classes": list(range(len(classes))),
         "label_dropout": 0.1,
-        "vae": {"path": str(vae), **vae_facts(codec, str(vae))},
+        "vae": {"path": str(vae), **vae_metadata(codec, str(vae))},
     }
     write_export(folder, told, dict(zip((0.9, 0.99), weights, strict=True)))
     return folder
@@ -169,7 +169,7 @@ def test_names_of_classes_are_no_folders(vae, tmp_path):
 
 
 def test_the_grid_is_of_the_first_samples(of_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "MOST_IN_GRID", 2)
+    monkeypatch.setattr(sample, "MAX_IN_GRID", 2)
     whole = pixels(drawn(of_images, tmp_path, "write=[npz,grid]"))
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (32, 66, 3)
@@ -193,7 +193,7 @@ def test_latents_of_samples_are_measured(prediction, vae, tmp_path, caplog):
     else:
         assert min(stds) > 10
         assert len(warned) == 1
-        assert "set clip=5, which bounds what is predicted, or train with process.prediction=v or" in warned[0]
+        assert "process.prediction=v or" in warned[0]
 
 
 def pixels(folder):
@@ -236,13 +236,13 @@ def test_samples_are_compared_with_latents_of_their_classes(of_images, pictures,
     assert f"samples {found['samples']:.3f}, other latents" in caplog.text
     codec = open_codec(vae, pixel_range="uint8")
     entries = LatentCache(cache, codec)
-    places, others = matched(entries, 3, ["cat", "cat", "dog"])
+    places, others = draw_reference_sets(entries, 3, ["cat", "cat", "dog"])
     assert [entries[place].key.split("/")[1] for place in [*places, *others]] == ["cat", "cat", "dog"] * 2
     assert not {*places} & {*others}
     shown = sampling.grid(decoded(codec, torch.stack([entries[place].z for place in places]), (1, 32, 32)))
     assert np.array_equal(shown[0], np.asarray(Image.open(out / "data.png")))
 
-    with pytest.raises(UserError, match="has 4 latents of class cat; two sets of 3 take 6: give a smaller count"):
+    with pytest.raises(UserError, match="has 4 latents of class cat; two sets of 3 need 6"):
         drawn(of_images, tmp_path / "b", f"against={cache}", "count=3", "classes=cat")
     with pytest.raises(UserError, match="has latents of 4 x 1 x 16 x 16, the samples are of 4 x 1 x 32 x 16"):
         drawn(of_images, tmp_path / "b", f"against={cache}", "height=64", "width=32")
@@ -325,7 +325,7 @@ def test_what_the_model_cannot_do_is_refused(of_images, of_videos, tmp_path):
         drawn(of_images, tmp_path, "num_frames=3", "count=1")
     with pytest.raises(UserError, match=r"write=\[npz\] is for images, and these samples have 5 frames"):
         drawn(of_videos, tmp_path, "write=[npz]")
-    with pytest.raises(CheckpointError, match="no diffusion model"):
+    with pytest.raises(CheckpointError, match="not a diffusion model"):
         drawn(tmp_path, tmp_path / "out")
     with pytest.raises(ConfigError) as why:
         latent_runs.sample_config("checkpoint=nowhere", "steps=0", "guidance=-1", "write=[gif]", "height=3")

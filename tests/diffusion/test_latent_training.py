@@ -28,7 +28,7 @@ from vae3d.diffusion import data
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import sample_latents
-from vae3d.diffusion.scale import ScaleRefused
+from vae3d.diffusion.scale import LatentScaleError
 from vae3d.errors import UserError
 from vae3d.latents.cache import CacheError
 from vae3d.training import diffusion_saving, diffusion_validation
@@ -103,7 +103,7 @@ def test_mirrored_entries_are_trained_on_and_never_held_out(cached, tmp_path):
         latent_runs.trainer(tmp_path / flip, *cached, f"data.flip={flip}", "validation.every=2").data
         for flip in ("false", "true")
     )
-    assert (len(plain.dataset.places), len(both.dataset.places)) == (10, 20)
+    assert (len(plain.dataset.indices), len(both.dataset.indices)) == (10, 20)
     assert len(plain.held_out) == len(both.held_out) == 2
 
 
@@ -291,14 +291,14 @@ def test_latents_of_another_scale_are_refused_until_they_are_mended(from_cache, 
     else:
         told += [f"data.source.path={pictures}", "data.height=64", "data.width=64"]
     with pytest.raises(
-        ScaleRefused, match=r"(?s)of 64 latents|Of 64 latents, per channel\n  means .*\n  deviations "
+        LatentScaleError, match=r"(?s)of 64 latents|Over 64 latents, per channel\n  mean .*\n  std "
     ) as why:
         latent_runs.trainer(tmp_path / "run", *told)
     script, *arguments = str(why.value).split("python scripts/")[1].split()
     assert {"latent_stats.py": latent_stats, "measure_scale.py": measure_scale}[script].main(arguments) == 0
     with caplog.at_level("INFO"):
         assert latent_runs.trainer(tmp_path / "run", *told).scale["count"] == 64
-    assert "64 latents have means " in caplog.text
+    assert "64 latents: mean " in caplog.text
     capsys.readouterr()
 
 

@@ -47,7 +47,7 @@ def test_files_without_partner_are_listed_and_left_out_on_request(folders, capsy
     assert "2 files have no partner of the same name, 2 have:" in message
     assert f"only in {ori}: v1" in message
     assert f"only in {rec}: w1" in message
-    assert "--allow_unmatched scores those that have" in message
+    assert "--allow_unmatched" in message
     assert evaluate(ori, rec, *PSNR, "--allow_unmatched") == 0
     assert report(rec)["unmatched"] == [f"only in {ori}: v1", f"only in {rec}: w1"]
     assert report(rec)["videos"] == 2
@@ -157,11 +157,11 @@ def test_enlarging_before_scoring_is_warned_of(options, scored, tmp_path, capsys
     ori, rec = make_pairs(tmp_path, 2)  # 40x48
     assert evaluate(ori, rec, *PSNR, *options, "--html") == 0
     told, page = report(rec), (rec.with_name("x_rec_eval") / "report.html").read_text()
-    warned = [f"2 of 2 pairs are enlarged before scoring (v0: 40x48, scored at {scored})"] if scored else []
-    assert told["enlarged_input"] == bool(scored)
+    warned = [f"2 of 2 pairs are upscaled before scoring (v0: 40x48, scored at {scored})"] if scored else []
+    assert told["upscaled_input"] == bool(scored)
     for text in ("\n".join(told["warnings"]), page, capsys.readouterr().err):
         assert [warning for warning in warned if warning in text] == warned
-        assert ("enlarged before" in text) == bool(warned)
+        assert ("upscaled before" in text) == bool(warned)
 
 
 def test_different_sizes_are_refused_with_both_and_can_be_scaled(tmp_path, capsys):
@@ -180,7 +180,7 @@ def test_different_sizes_are_refused_with_both_and_can_be_scaled(tmp_path, capsy
 def test_a_reconstruction_cut_to_a_multiple_of_eight_suggests_cutting_the_original(tmp_path, capsys):
     clip = tiny.frames(4, 36, 44)
     ori, rec = one_pair(tmp_path, clip, clip[:, 2:34, 2:42])
-    assert "a model that takes multiples of 8 or 16 has cut the rest? --cut center" in refused(capsys, ori, rec)
+    assert "multiple of 8 or 16, use --cut center" in refused(capsys, ori, rec)
     assert evaluate(ori, rec, *PSNR, "--cut", "center") == 0
     assert report(rec)["metrics"]["psnr"]["mean"] == 100.0
     assert evaluate(ori, rec, *PSNR, "--cut", "topleft") == 0

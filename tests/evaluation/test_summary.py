@@ -8,8 +8,9 @@ import pytest
 from vae3d.evaluation.pairs import PairInfo, Protocol
 from vae3d.evaluation.store import VideoScore
 from vae3d.evaluation.summary import bootstrap, compare, direction, summarize
-from vae3d.evaluation.tables import comparison_table, set_table, text_table
+from vae3d.evaluation.tables import comparison_table, set_table
 from vae3d.metrics import MetricError, Score, build_metrics
+from vae3d.report.tables import text_table
 
 
 def video(name: str, value: float | None, frames: int = 4) -> VideoScore:
@@ -64,7 +65,7 @@ def test_differences_are_paired_by_video():
 
 
 def test_a_ratio_is_best_at_1_in_comparisons_summaries_reports_and_best_checkpoints():
-    from vae3d.evaluation.html import _ranking, _shown_frames, _table
+    from vae3d.evaluation.html import _score_table, _shown_frames, _worst_and_best
     from vae3d.training.best import Best
 
     def ratio(name: str, *frames: float) -> VideoScore:
@@ -77,12 +78,12 @@ def test_a_ratio_is_best_at_1_in_comparisons_summaries_reports_and_best_checkpoi
         {"x": [below, above], "y": [ratio("a", 1.2), ratio("c", 0.3)]}, {"seam_ratio": columns["seam_ratio"]}
     )
     assert row["better_on"] == 2
-    by, order = _ranking([near, above, below], {"seam_ratio": columns["seam_ratio"]})
+    by, order = _worst_and_best([near, above, below], {"seam_ratio": columns["seam_ratio"]})
     assert (by, [v.name for v in order]) == ("seam_ratio", ["c", "a", "b"])
     assert 0 in _shown_frames(below, "seam_ratio", columns)
     figures = {"seam_ratio": {"mean": 1.0, **direction(columns["seam_ratio"])}}
     assert figures["seam_ratio"] | {"mean": 0} == {"mean": 0, "higher_is_better": None, "best_at": 1.0}
-    assert "seam_ratio → 1" in _table(figures)
+    assert "seam_ratio → 1" in _score_table(figures)
     best, kept = Best("seam_ratio", columns), []
     for value in (3.0, 0.2, 0.9, 0.5, 1.05, float("nan")):
         if best.beaten_by(value):

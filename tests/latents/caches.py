@@ -15,7 +15,7 @@ from tests.latents import families
 from vae3d.data.open_source import open_source
 from vae3d.latents.clips import ClipReader, Transform, items_of
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.encode import Job, encode_cache
+from vae3d.latents.encode import EncodeJob, encode_cache
 
 SMALL = {"height": 16, "width": 16}
 
@@ -33,13 +33,13 @@ def codec(name: str = "spatial", **settings: Any) -> LatentCodec:
     return LatentCodec(families.model(name), **{"pixel_range": "uint8", **settings})
 
 
-def job(source: Path, folder: Path, ours: LatentCodec | None = None, **settings: Any) -> Job:
+def job(source: Path, folder: Path, ours: LatentCodec | None = None, **settings: Any) -> EncodeJob:
     told = {name: settings.pop(name) for name in list(settings) if name in Transform.__dataclass_fields__}
     transform = Transform(**{**SMALL, **told})
     chosen = {name: settings.pop(name) for name in ("labels", "split") if name in settings}
     items, errors = items_of(open_source(source).table(), transform, **chosen)
     settings = {"workers": 0, "shard_size": 2, "batch_size": 2, **settings}
-    return Job(ours or codec(), "runs/x", str(source), folder, items, errors, transform, **settings)
+    return EncodeJob(ours or codec(), "runs/x", str(source), folder, items, errors, transform, **settings)
 
 
 def made(source: Path, folder: Path, ours: LatentCodec | None = None, **settings: Any) -> Path:
@@ -47,7 +47,7 @@ def made(source: Path, folder: Path, ours: LatentCodec | None = None, **settings
     return folder
 
 
-def pixels(of: Job, number: int) -> torch.Tensor:
+def pixels(of: EncodeJob, number: int) -> torch.Tensor:
     """What a clip of a job is encoded from, [1, 3, T, H, W] uint8."""
     return ClipReader(of.items, of.transform)[number].pixels[None]
 

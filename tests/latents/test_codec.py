@@ -150,8 +150,8 @@ def test_a_constant_image_survives_in_its_range(kind, level, signed):
         ("unit", torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "pixels are torch.uint8, but pixel_range=unit"),
         ("uint8", torch.zeros(1, 3, 4, 4), "pixels are torch.float32, but pixel_range=uint8"),
         ("signed", torch.full((1, 3, 4, 4), float("nan")), r"\[nan, nan\]"),
-        ("signed", torch.zeros(1, 1, 4, 4), r"pixels are \[1, 1, 4, 4\]; they must be \[B, 3, H, W\]"),
-        ("signed", torch.zeros(3, 4, 4), r"pixels are \[3, 4, 4\]"),
+        ("signed", torch.zeros(1, 1, 4, 4), r"\[1, 1, 4, 4\]; use \[B, 3, H, W\]"),
+        ("signed", torch.zeros(3, 4, 4), r"\[3, 4, 4\]; use"),
     ],
 )
 def test_other_pixels_are_refused_with_what_they_are(kind, pixels, message):
@@ -210,7 +210,7 @@ def test_wrong_settings_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             codec("wan", **settings)
-    with pytest.raises(ValueError, match="a DiffusersVAE codes clips as a whole; leave chunk_frames out"):
+    with pytest.raises(ValueError, match="a DiffusersVAE .* chunk_frames"):
         codec(COGVIDEOX, chunk_frames=4)
     with pytest.raises(PixelError, match=r"\[1, 3, 1, 4, 4\]; the model takes \[B, 4, t, h, w\]"):
         codec("wan").decode(torch.zeros(1, 3, 1, 4, 4))

@@ -180,7 +180,7 @@ def test_a_model_that_normalises_wrongly_is_named():
     assert "deviations from 0.800 to 1.200, by channel" in probe_run.warnings_of("sd", told)[0]  # 1.02 over all
     fine = told | {"statistics": {"mean": [0.05, -0.05], "std": [1.05, 0.95]}}
     assert probe_run.warnings_of("sd", fine) == []
-    assert probe_run.warnings_of("sd", fine | {"collapsed": [2]}) == ["sd: 1 of 4 channels tell nothing: 2"]
+    assert probe_run.warnings_of("sd", fine | {"collapsed": [2]}) == ["sd: 1 of 4 channels have collapsed: 2"]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_model_that_normalises_wrongly_is_named():
         (["two"], ["--frames=2"], "is shorter than the clips: 1 of 2 frames; use fewer"),
         (["two", "four"], ["--width=36"], "width is 36; with four's stride of 4 it must be a multiple of 8"),
         (["four"], ["--height=8"], "at least 16: use 16"),
-        (["wan"], ["--frames=4"], "frames is 4, which wan takes with added frames only; use"),
+        (["wan"], ["--frames=4"], "frames is 4, which wan would pad; use"),
         (["two", "two"], [], "two models are called two; give them names"),
         (["wan"], ["--tile=15"], "tile=15, tile_overlap=None: tile is 15; use a multiple"),
         (["two"], ["--device=cuda:9"], "device=cuda:9 is not usable here"),

@@ -66,7 +66,7 @@ def test_the_first_frame_is_told_from_the_rest():
     z = WHITE.clone()
     z[:, :, 0] = 2 * z[:, :, 0] + 3
     first, rest = (
-        ChannelMoments.of(part.transpose(0, 1).flatten(1).double(), torch.zeros(8, 1)).summary()
+        ChannelMoments.of(part.transpose(0, 1).flatten(1).T, torch.zeros(1, 8)).summary()
         for part in (z[:, :, :1], z[:, :, 1:])
     )
     told = probes.first_against_rest(first, rest)

@@ -140,7 +140,7 @@ def test_what_has_no_scale_of_its_own_is_refused(few, tmp_path, latent_stats, ca
     assert latent_stats(tmp_path / "cache", "--write", other) == 2
     assert "holds latents of another autoencoder" in capsys.readouterr().err
     assert latent_stats(tmp_path) == 2
-    assert "is no latent cache" in capsys.readouterr().err
+    assert "is not a latent cache" in capsys.readouterr().err
 
 
 def code():

@@ -11,10 +11,10 @@ from vae3d.data.image_folder import ImageFolder
 from vae3d.data.open_source import open_source
 from vae3d.data.readers import is_image
 from vae3d.data.sources import Folder, Source
+from vae3d.hashing import json_hash
 from vae3d.latents.clips import Transform, items_of
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.encode import Job, encode_cache
-from vae3d.latents.identity import digest_of
+from vae3d.latents.encode import EncodeJob, encode_cache
 from vae3d.loading import instantiate, open_codec
 from vae3d.models.interface import nearest_frames
 from vae3d.training.agreement import check_ranks_agree
@@ -45,16 +45,18 @@ def run(config: EncodeConfig) -> None:
     check_ranks_agree(
         {
             "clips to encode": len(items),
-            "their names and order": digest_of([item.key for item in items]),
-            "their labels, splits and texts": digest_of([[item.label, item.split, item.text] for item in items]),
+            "their names and order": json_hash([item.key for item in items]),
+            "their labels, splits and texts": json_hash([[item.label, item.split, item.text] for item in items]),
         }
     )
     if ranks.is_main_process:
         for note in (*getattr(source, "notes", ()), *padding(codec, transform)):
             log.info(note)
-    names = {field.name for field in fields(Job)} & {field.name for field in fields(config)}
+    names = {field.name for field in fields(EncodeJob)} & {field.name for field in fields(config)}
     settings = {name: getattr(config, name) for name in names - {"checkpoint", "source"}}
-    job = Job(codec, config.checkpoint, str(config.source), Path(config.cache), items, errors, transform, **settings)
+    job = EncodeJob(
+        codec, config.checkpoint, str(config.source), Path(config.cache), items, errors, transform, **settings
+    )
     encode_cache(job, ranks.process_index, ranks.num_processes, ranks.wait_for_everyone)
 
 

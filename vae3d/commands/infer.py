@@ -15,6 +15,7 @@ from torch import nn
 
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.errors import UserError
+from vae3d.hashing import json_hash, weights_hash
 from vae3d.inference.comparison import Comparer
 from vae3d.inference.files import (
     check_not_own_source,
@@ -25,7 +26,6 @@ from vae3d.inference.files import (
 )
 from vae3d.inference.reconstruct import Reconstructor, Selection
 from vae3d.inference.results import Results
-from vae3d.latents.identity import digest_of, weights_hash
 from vae3d.loading import load_with_checkpoint
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_steps
@@ -105,7 +105,7 @@ def reconstruct(
             if comparer is not None:
                 networks["teacher"] = comparer.networks["teacher"].model
             hashes = {name: weights_hash(network.state_dict()) for name, network in networks.items()}
-            hashes["checkpoint's configuration"] = digest_of(checkpoint.config)
+            hashes["checkpoint's configuration"] = json_hash(checkpoint.config)
             results.begin(command_record(asdict(config), hashes, table), config.overwrite)
         cost = measure_first_file(reconstructor, table) if config.cost and main else None
         ranks.wait_for_everyone()

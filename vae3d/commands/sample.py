@@ -15,29 +15,30 @@ from torch import Tensor
 
 from vae3d import distributed
 from vae3d.diffusion.base import Sampling
-from vae3d.diffusion.comparison import distances, matched
-from vae3d.diffusion.data import size_of
+from vae3d.diffusion.comparison import distances, draw_reference_sets
+from vae3d.diffusion.data import clip_and_latent_size
 from vae3d.diffusion.export import Export, check_same_vae, read_export
 from vae3d.diffusion.sampling import (
     LATENTS,
-    MOST_IN_GRID,
+    MAX_IN_GRID,
+    cached_latents,
     check_latent_rms,
     clear,
-    kept_latents,
-    rounds,
+    per_rank_batches,
     sample_latents,
     write_files,
     write_grid,
     write_npz,
 )
-from vae3d.diffusion.scale import Sums
+from vae3d.diffusion.scale import LatentStats
 from vae3d.errors import UserError
+from vae3d.hashing import weights_hash
 from vae3d.inference.folder import begin, has_results, locked, resumes
 from vae3d.io import naming, remove, write_json
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.identity import weights_hash
 from vae3d.loading import open_codec
+from vae3d.running_stats import RunningStats
 from vae3d.training.diffusion_validation import decoded
 from vae3d.training.start import working_ranks
 
@@ -63,16 +64,16 @@ def run(config: SampleConfig) -> None:
     process, device = working_ranks(config.device)
     main = process.is_main_process
     export = read_export(config.checkpoint, config.ema)
-    labels = sample_labels(config, export.told)
-    names = [] if labels is None else [export.told["classes"][label] for label in labels]
+    labels = sample_labels(config, export.config)
+    names = [] if labels is None else [export.config["classes"][label] for label in labels]
     wanted = (config.num_frames, config.height, config.width)
-    size = tuple(own or default for own, default in zip(wanted, export.told["size"], strict=True))
+    size = tuple(own or default for own, default in zip(wanted, export.config["size"], strict=True))
     write = set(config.write) - ({"npz"} if size[0] > 1 else set())
     if not write:
         raise UserError(f"write=[npz] is for images, and these samples have {size[0]} frames; use grid or files")
     codec = open_autoencoder(export, config, device)
     shape = codec.latent_shape(*size)
-    if shape[0] != (channels := export.told["network"]["channels"]):
+    if shape[0] != (channels := export.config["network"]["channels"]):
         raise UserError(f"{export.folder} has latents of {channels} channels, and its autoencoder {shape[0]}")
     reference = None if config.against is None else open_reference(config, codec, shape, names)
     draw = make_sampler(export, config, shape, labels, device)
@@ -83,14 +84,14 @@ def run(config: SampleConfig) -> None:
     folder = Path(config.out)
     with locked(folder, f"out={folder}") if main else nullcontext():
         prepare_folder(folder, config.overwrite, command, main, device)
-        in_grid = min(config.count, MOST_IN_GRID) if "grid" in write else 0
+        in_grid = min(config.count, MAX_IN_GRID) if "grid" in write else 0
         kept = config.count if "npz" in write else in_grid
         pictures = np.empty((kept if main else 0, *size, 3), np.uint8)
         latents = torch.empty(config.count if reference and main else 0, *shape)
-        sums = Sums(codec.channels, device)
-        for mine in rounds(config.count, config.batch_size, process.process_index, process.num_processes):
-            z = kept_latents(folder, mine, draw).to(device)
-            sums.add(z)
+        stats = RunningStats(codec.channels, device)
+        for mine in per_rank_batches(config.count, config.batch_size, process.process_index, process.num_processes):
+            z = cached_latents(folder, mine, draw).to(device)
+            stats.update_channels(z)
             frames = decoded(codec, z, size) if mine else pictures[:0]
             if "files" in write:
                 write_files(folder, [f"{i:06d}" + (f"_{names[i]}" if names else "") for i in mine], frames, config.fps)
@@ -100,7 +101,7 @@ def run(config: SampleConfig) -> None:
                 pictures[[i for i in indices if i < kept]] = some
                 if values is not None:
                     latents[indices] = values
-        scale = sums.scale()
+        latent_stats = LatentStats.over_ranks(stats, config.count)
         if not main:
             return
         if "grid" in write:
@@ -108,8 +109,8 @@ def run(config: SampleConfig) -> None:
         if "npz" in write:
             write_npz(folder, pictures, labels)
         log.info("%d samples of %s -> %s", config.count, export.folder, config.out)
-        log.info("their latents (those of the data have mean 0, deviation 1), per channel\n%s", scale.told())
-        if warning := check_latent_rms(scale.rms, export.process(), sampling_settings(config)):
+        log.info("their latents (those of the data have mean 0, deviation 1), per channel\n%s", latent_stats.table())
+        if warning := check_latent_rms(latent_stats.rms, export.process(), sampling_settings(config)):
             log.warning(warning)
         if reference:
             data = compare_with_data(latents, reference, config)
@@ -126,7 +127,7 @@ def sample_labels(config: SampleConfig, metadata: Mapping[str, Any]) -> list[int
         return None
     if config.guidance != 1 and metadata["label_dropout"] == 0:
         raise UserError("the model was trained with label_dropout=0, which guidance needs; leave out guidance")
-    index_of = {metadata["classes"][index]: index for index in metadata["known"]}
+    index_of = {metadata["classes"][index]: index for index in metadata["trained_classes"]}
     given = config.classes if isinstance(config.classes, list) else [config.classes]
     unknown = [str(name) for name in given if str(name) not in index_of]
     if unknown:
@@ -137,20 +138,20 @@ def sample_labels(config: SampleConfig, metadata: Mapping[str, Any]) -> list[int
 
 def open_autoencoder(export: Export, config: SampleConfig, device: torch.device) -> LatentCodec:
     """The autoencoder that the model was trained with. Raises UserError if it is missing or another one."""
-    path = config.vae or export.told["vae"]["path"]
+    path = config.vae or export.config["vae"]["path"]
     if not Path(path).exists():
         raise UserError(f"{path}, the autoencoder of {export.folder}, does not exist; give its path as vae=PATH")
     codec = open_codec(path, pixel_range="uint8", precision=config.precision, device=device)
-    check_same_vae(export.told["vae"], codec, str(path))
+    check_same_vae(export.config["vae"], codec, str(path))
     return codec
 
 
 def open_reference(config: SampleConfig, codec: LatentCodec, shape: Sequence[int], names: Sequence[str]) -> Reference:
     cache = LatentCache(config.against, codec)
-    if (cached := size_of(cache)[1]) != tuple(shape):
+    if (cached := clip_and_latent_size(cache)[1]) != tuple(shape):
         cached, ours = (" x ".join(map(str, sizes)) for sizes in (cached, shape))
         raise UserError(f"against={config.against} has latents of {cached}, the samples are of {ours}")
-    return Reference(cache, *matched(cache, config.count, names or None))
+    return Reference(cache, *draw_reference_sets(cache, config.count, names or None))
 
 
 def make_sampler(

@@ -27,17 +27,17 @@ from vae3d.diffusion.data import (
     CachedLatents,
     LabelledClips,
     LatentData,
-    joined,
-    of_clips,
+    clip_and_latent_size,
+    collate_latents,
     require_labels,
-    size_of,
     split_cache,
+    val_batches,
 )
 from vae3d.inference.scale import unscalable_reason
-from vae3d.latents.cache import NONE, LatentCache, class_names
+from vae3d.latents.cache import NO_LABEL, LatentCache, class_names
 from vae3d.latents.clips import labels_of
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.identity import vae_facts
+from vae3d.latents.identity import vae_metadata
 from vae3d.loading import instantiate, open_codec
 from vae3d.training.agreement import check_ranks_agree
 from vae3d.training.diffusion_trainer import DiffusionTrainer
@@ -65,7 +65,7 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     if accelerator.is_main_process:
         for line in summary(config, network, data, accelerator.num_processes):
             log.info(line)
-    vae = {"path": os.path.abspath(config.vae.path), **vae_facts(codec, config.vae.path)}
+    vae = {"path": os.path.abspath(config.vae.path), **vae_metadata(codec, config.vae.path)}
     logger, hint = instantiate(config.logger), scale_hint(config, data)
     return DiffusionTrainer(config, folder, accelerator, network, process, data, vae, logger, hint)
 
@@ -98,7 +98,7 @@ def latent_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_si
 def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
     mode = None if config.vae.sample else "mean"
     cache = LatentCache(config.cache, codec, mode=mode, seed=config.run.seed, flips=config.data.flip)
-    size, latent_shape = size_of(cache)
+    size, latent_shape = clip_and_latent_size(cache)
     labelled = config.labels != "none"
     if labelled:
         require_labels(cache.labels, cache.index["key"].tolist(), f"entries of {config.cache}")
@@ -107,14 +107,14 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
     every = CachedLatents(cache, range(len(cache)), labelled)
     return LatentData(
         dataset=CachedLatents(cache, train, labelled),
-        collate=joined,
+        collate=collate_latents,
         schedule=plan_of(config, np.ones(len(train), int), FrameCounts(1, 1), rank, world_size),
         codec=codec,
         size=size,
         latent_shape=latent_shape,
         trained=(latent_shape[1],),
         classes=cache.classes if labelled else [],
-        known=sorted({cache.labels[place] for place in train}) if labelled else [],
+        trained_classes=sorted({cache.labels[place] for place in train}) if labelled else [],
         held_out=[every[ClipIndex(place, place, 1)] for place in mine.tolist()],
         workers=config.data.workers,
         prefetch=config.data.prefetch,
@@ -129,7 +129,7 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
     settings, source = clip_settings(data), instantiate(data.source)
     tables = read_tables(source, settings, data.num_val_files if validation.every else 0, data.max_broken)
     classes: list[str] = []
-    numbers = {"": NONE}
+    numbers = {"": NO_LABEL}
     every = pd.concat([tables.train, tables.val], ignore_index=True)
     labels = labels_of(every, config.labels)
     if config.labels != "none":
@@ -144,7 +144,7 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
     if validation.every:
         enough = clip_lengths(tables.val, settings) >= frames
         clips, more = validation_clips(tables.val, settings, frames, validation.clips, rank, world_size)
-        held_out, errors = of_clips(clips, of_val[enough]), errors + more
+        held_out, errors = val_batches(clips, of_val[enough]), errors + more
     trained = {codec.latent_shape(count, data.height, data.width)[1] for count in plan.frames.all()}
     return LatentData(
         dataset=ClipDataset(tables.train, plan, settings),
@@ -155,7 +155,7 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         latent_shape=codec.latent_shape(frames, data.height, data.width),
         trained=tuple(sorted(trained)),
         classes=classes,
-        known=np.unique(of_train).tolist() if classes else [],
+        trained_classes=np.unique(of_train).tolist() if classes else [],
         held_out=held_out,
         sample=config.vae.sample,
         workers=data.workers,
@@ -221,7 +221,7 @@ def summary(config: DiffusionConfig, network: nn.Module, data: LatentData, world
     """Latents, network, process and batches of a run."""
     codec, trainer, batch = data.codec, config.trainer, config.data.batch_size
     stride, frames, height, width = codec.space_stride, *data.size
-    classes = f"{len(data.known)} classes" if data.known else "no classes"
+    classes = f"{len(data.trained_classes)} classes" if data.trained_classes else "no classes"
     return [
         f"{type(codec.model).__name__} of {config.vae.path}: {codec.time_stride} x {stride} x {stride}, "
         f"{codec.channels} channels",

@@ -18,9 +18,9 @@ from vae3d.errors import UserError
 
 # kind -> (the network, what fills in the settings that depend on the size of the latents)
 NETWORKS: dict[str, tuple[type[nn.Module], Callable[..., dict[str, Any]]]] = {
-    "unet": (unet.LatentUNet, unet.fitted),
-    "transformer": (transformer.VideoTransformer, transformer.fitted),
-    "wan": (wan.WanTransformer, transformer.fitted),
+    "unet": (unet.LatentUNet, unet.infer_defaults),
+    "transformer": (transformer.VideoTransformer, transformer.infer_defaults),
+    "wan": (wan.WanTransformer, transformer.infer_defaults),
 }
 PROCESSES: dict[str, type[Process]] = {"gaussian": GaussianDiffusion, "flow": RectifiedFlow}
 

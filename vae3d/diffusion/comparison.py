@@ -1,4 +1,4 @@
-"""Samples beside latents of the data: what they should look like, and how far off they are."""
+"""Distances of samples to latents of the data."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from vae3d.errors import UserError
 from vae3d.latents.cache import LatentCache
 
 
-def matched(cache: LatentCache, count: int, classes: Sequence[str] | None = None) -> tuple[list[int], list[int]]:
-    """Two sets of `count` places in the cache without a common one, drawn once and for all.
+def draw_reference_sets(
+    cache: LatentCache, count: int, classes: Sequence[str] | None = None
+) -> tuple[list[int], list[int]]:
+    """Draw two disjoint sets of `count` indices into the cache, always the same.
 
-    classes: of each place's entry; None: of any. Raises UserError for a cache that has too few.
+    classes: the class of each index; None: any. Raises UserError if the cache has too few latents.
     """
     wanted: list[str | None] = [None] * count if classes is None else list(classes)
     pools: dict[str | None, list[int]] = {name: [] for name in wanted}
     order = torch.randperm(len(cache), generator=torch.Generator().manual_seed(0))
-    names = cache.index["label"].tolist()
-    for place in order.tolist():
-        pools.get(None if classes is None else names[place], []).append(place)
+    labels = cache.index["label"].tolist()
+    for index in order.tolist():
+        pools.get(None if classes is None else labels[index], []).append(index)
     for name, pool in pools.items():
         needed = 2 * wanted.count(name)
         if len(pool) < needed:
             of_class = "" if name is None else f" of class {name}"
             raise UserError(
-                f"{cache.folder} has {len(pool)} latents{of_class}; two sets of {needed // 2} take {needed}: give a "
+                f"{cache.folder} has {len(pool)} latents{of_class}; two sets of {needed // 2} need {needed}: use a "
                 "smaller count, or a larger cache"
             )
     first, second = ([pools[name].pop() for name in wanted] for _ in range(2))
@@ -36,10 +38,10 @@ def matched(cache: LatentCache, count: int, classes: Sequence[str] | None = None
 
 
 def distances(samples: Tensor, data: Tensor, other: Tensor) -> dict[str, float]:
-    """Sliced Wasserstein distances to `data`, normalised latents [N, C, t, h, w], in their standard deviations: of
-    `samples`; of `other` latents of the data, below which no samples can be expected; of noise, where sampling begins.
+    """Sliced Wasserstein distances of `samples` to `data`, in standard deviations, with two references: `other` latents
+    of the data, the best that can be expected, and noise, where sampling starts.
 
-    Raises ValueError as sliced_wasserstein does.
+    All are normalised latents [N, C, t, h, w]. Raises ValueError as sliced_wasserstein does.
     """
     noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(0))
     sets = {"samples": samples, "other latents": other, "noise": noise}

@@ -1,4 +1,4 @@
-"""Diffusion models on disk: averaged weights, and everything that sampling needs to know."""
+"""Exports of diffusion models: EMA weights, and diffusion.yaml with all that sampling needs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import vae_difference
 
 CONFIG = "diffusion.yaml"
-MAX_CONFIG_BYTES = 2**19  # of 20,000 classes
-MAX_LATENTS, MAX_PIXELS = 2**28, 2**31  # of one sample; more is not what anybody trained on
-ROUNDING = 1e-6  # relative, of scale factors
+MAX_CONFIG_BYTES = 2**19  # enough for 20,000 classes
+MAX_LATENTS, MAX_PIXELS = 2**28, 2**31  # per sample; larger sizes are not plausible
+ROUNDING = 1e-6  # relative tolerance of latent statistics
 
 
-class VaeFacts(TypedDict):
-    """What is read of the autoencoder that a model was trained with."""
+class VaeConfig(TypedDict):
+    """The autoencoder whose latents the model was trained on, in diffusion.yaml."""
 
     path: str
     model: str
@@ -39,70 +39,69 @@ class VaeFacts(TypedDict):
     latents_std: Sequence[Deviation]
 
 
-class Facts(TypedDict):
-    """What is read of a diffusion.yaml; `network` and `process` are checked where they are built."""
+class ExportConfig(TypedDict):
+    """The keys of diffusion.yaml; build_network and build_process check `network` and `process`."""
 
     network: Mapping[str, Any]
     process: Mapping[str, Any]
     latent_shape: Annotated[Sequence[Count], Size(4, 4)]  # C, t, h, w
     size: Annotated[Sequence[Count], Size(3, 3)]  # frames, height, width
     classes: Sequence[str]
-    known: Sequence[Annotated[int, Range(0, 2**31)]]  # indices of `classes`
+    trained_classes: Sequence[Annotated[int, Range(0, 2**31)]]  # indices of `classes`
     label_dropout: Annotated[float, Range(0, 1)]
     ema: Annotated[Sequence[Annotated[float, Range(0, 1)]], Size(1, 100)]
-    vae: VaeFacts
+    vae: VaeConfig
 
 
 @dataclass(frozen=True)
 class Export:
-    """A folder, what its diffusion.yaml tells, and the weights of one of its averages."""
+    """config: diffusion.yaml. weights: EMA weights of one rate."""
 
     folder: Path
-    told: dict[str, Any]
+    config: dict[str, Any]
     weights: dict[str, Tensor]
 
     def network(self) -> nn.Module:
-        """As it was trained. Raises CheckpointError if the weights are of another network than diffusion.yaml tells."""
-        network = build_network(self.told["network"], self.told["latent_shape"])
+        """The network in eval mode. Raises CheckpointError if the weights do not fit diffusion.yaml."""
+        network = build_network(self.config["network"], self.config["latent_shape"])
         load_state(network, self.weights, str(self.folder))
         return network.eval()
 
     def process(self) -> Process:
-        return build_process(self.told["process"])
+        return build_process(self.config["process"])
 
 
 def weights_file(folder: Path, decay: float, first: bool) -> Path:
     return folder / ("model.safetensors" if first else f"ema_{decay:g}.safetensors")
 
 
-def write_export(folder: Path, told: Mapping[str, Any], weights: Mapping[float, Mapping[str, Tensor]]) -> None:
-    """In place of all that is in `folder`: it is whole, or what was there stays.
-
-    weights: of each rate of averaging, the first one first.
-    """
+def write_export(folder: Path, config: Mapping[str, Any], weights: Mapping[float, Mapping[str, Tensor]]) -> None:
+    """Replace `folder` atomically by an export. weights: EMA rate -> state dict, the default rate first."""
     with atomic_dir(folder) as unfinished:
         for number, (decay, state) in enumerate(weights.items()):
             kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
             save_file(kept, weights_file(unfinished, decay, first=number == 0))
-        write_text(unfinished / CONFIG, yaml_text({"vae3d": __version__, **told, "ema": list(weights)}))
+        write_text(unfinished / CONFIG, yaml_text({"vae3d": __version__, **config, "ema": list(weights)}))
 
 
 def read_export(path: str | Path, decay: float | None = None) -> Export:
-    """Of a run (its newest), or an export. decay: of the averages; None: the run's first rate.
+    """Read an export, or the newest export of a run. decay: EMA rate; None: the default rate.
 
-    Raises CheckpointError if there is none, if it cannot be read, if what diffusion.yaml says builds no network and
-    process that its weights fit, or if it has no averages of that rate.
+    Raises CheckpointError if there is no export, if it cannot be read, if diffusion.yaml and weights do not match, or
+    if there are no weights of that rate.
     """
     folder = Path(path)
     if not (folder / CONFIG).is_file():
         exports = sorted(file.parent for file in folder.glob(f"exports/step-*/{CONFIG}"))
         if not exports:
-            raise CheckpointError(f"{folder} is no diffusion model: neither it nor its exports have a {CONFIG}")
+            raise CheckpointError(
+                f"{folder} is not a diffusion model: neither it nor exports/step-* in it has a {CONFIG}"
+            )
         warn_if_older(folder, exports[-1])
         folder = exports[-1]
     with as_checkpoint_error():
-        told, network = _read_config(folder / CONFIG)
-    rates = told["ema"]
+        config, network = _read_config(folder / CONFIG)
+    rates = config["ema"]
     if decay is not None and decay not in rates:
         raise CheckpointError(f"{folder} has no averages of ema={decay:g}; it has {', '.join(f'{r:g}' for r in rates)}")
     file = weights_file(folder, decay or rates[0], first=decay in (None, rates[0]))
@@ -111,47 +110,47 @@ def read_export(path: str | Path, decay: float | None = None) -> Export:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error})") from error
     check_state(network, weights, f"{file} ({CONFIG} beside it)")
-    return Export(folder, told, weights)
+    return Export(folder, config, weights)
 
 
 def _read_config(file: Path) -> tuple[dict[str, Any], nn.Module]:
-    """What a diffusion.yaml says, checked, and its network on the meta device, where it takes no memory."""
-    told = read_yaml(file, MAX_CONFIG_BYTES)
-    check_fields(told, Facts, str(file))
+    """The checked content of diffusion.yaml, and its network on the meta device, where it takes no memory."""
+    config = read_yaml(file, MAX_CONFIG_BYTES)
+    check_fields(config, ExportConfig, str(file))
     for name, limit in (("latent_shape", MAX_LATENTS), ("size", MAX_PIXELS)):
-        if math.prod(told[name]) > limit:
-            raise FileError(f"{file}: {name} is {short(told[name])}; of one sample {limit} values are the maximum")
+        if math.prod(config[name]) > limit:
+            raise FileError(f"{file}: {name} is {short(config[name])}; a sample has at most {limit} values")
     try:
-        build_process(told["process"])
+        build_process(config["process"])
         with torch.device("meta"):
-            network = build_network(told["network"], told["latent_shape"])
+            network = build_network(config["network"], config["latent_shape"])
     except ValueError as error:
         raise FileError(f"{file}: {error}") from error
-    classes = len(told["classes"])
+    classes, trained = len(config["classes"]), config["trained_classes"]
     if classes > network.num_classes:
         raise FileError(f"{file}: there are {classes} classes, and the network has {network.num_classes}")
-    if strange := [number for number in told["known"] if number >= classes]:
-        raise FileError(f"{file}: known has {strange[0]}, and there are {classes} classes")
-    if network.num_classes and not told["known"]:
-        raise FileError(f"{file}: known is empty, and the network has {network.num_classes} classes")
-    return {**told, "network": network.config}, network
+    if outside := [index for index in trained if index >= classes]:
+        raise FileError(f"{file}: trained_classes has {outside[0]}, and there are {classes} classes")
+    if network.num_classes and not trained:
+        raise FileError(f"{file}: trained_classes is empty, and the network has {network.num_classes} classes")
+    return {**config, "network": network.config}, network
 
 
-def check_same_vae(told: Mapping[str, Any], codec: LatentCodec, path: str) -> None:
-    """Raises CheckpointError if the autoencoder at `path` has not the latents that a diffusion model learned.
+def check_same_vae(trained: Mapping[str, Any], codec: LatentCodec, path: str) -> None:
+    """Raises CheckpointError if the autoencoder at `path` makes other latents than the one of training.
 
-    told: vae_facts of the autoencoder that it was trained with.
+    trained: vae_metadata of the autoencoder of training.
     """
-    why = vae_difference(told, codec)
+    why = vae_difference(trained, codec)
     for name in ("latents_mean", "latents_std"):
-        there, here = told[name], list(getattr(codec.model.spec, name))
+        there, here = trained[name], list(getattr(codec.model.spec, name))
         if why is None and not _close(there, here):
             short = [", ".join(f"{value:.4f}" for value in values) for values in (there, here)]
             why = f"the {name} of its latents is [{short[0]}] there and [{short[1]}] here"
     if why:
         raise CheckpointError(
-            f"{path} is another autoencoder than {told['path']} ({told['model']}), on whose latents this diffusion "
-            f"model was trained: {why}"
+            f"{path} is another autoencoder than {trained['path']} ({trained['model']}), on whose latents this "
+            f"diffusion model was trained: {why}"
         )
 
 

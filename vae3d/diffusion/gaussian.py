@@ -1,5 +1,7 @@
-"""Gaussian diffusion: Ho et al., arXiv 2006.11239; Nichol and Dhariwal, arXiv 2102.09672; as openai/guided-diffusion
-(MIT) does it, `gaussian_diffusion.py` and `respace.py`."""
+"""Gaussian diffusion: Ho et al., arXiv 2006.11239; Nichol and Dhariwal, arXiv 2102.09672.
+
+Follows openai/guided-diffusion (MIT), gaussian_diffusion.py and respace.py.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from vae3d.diffusion.base import (
     Sampler,
     Sampling,
     check_channels,
+    check_unused,
     mean_square,
-    not_for,
     one_of,
     per_sample,
 )
@@ -27,17 +29,17 @@ from vae3d.diffusion.library import from_diffusers
 
 @dataclass(frozen=True)
 class GaussianDiffusion:
-    """A chain of `steps` noising steps, and its inverse.
+    """A Markov chain of `steps` noising steps, and its reverse.
 
-    schedule: linear (betas 1e-4..0.02 at 1000 steps) or cosine. prediction: of the noise (epsilon), or of
-    v = sqrt(abar) noise - sqrt(1 - abar) z (Salimans and Ho, arXiv 2202.00512). Latents predicted by the noise carry
-    its error times 1 / sqrt(abar), at the last time 157 (linear) or 20000 (cosine): samples of a network that is not
-    trained well explode, unless Sampling.clip bounds them. v has no such factor.
-    variance: of the inverse steps: fixed_small, that of the posterior; fixed_large, beta; or learned_range, which the
-    network's second half of channels interpolates between them, in logarithms.
-    rescale_learned_sigmas: weigh the variational bound by steps / 1000, as guided-diffusion's flag does.
-    min_snr: cap of the signal-to-noise ratio that weighs the squared error (Hang et al., arXiv 2303.09556), often 5.
-    Raises ValueError for another schedule, prediction or variance, and for too few steps.
+    schedule: linear (betas 1e-4..0.02 at 1000 steps) or cosine.
+    prediction: epsilon (the noise), or v = sqrt(abar) noise - sqrt(1 - abar) z (arXiv 2202.00512). An error in the
+    predicted noise reaches the latents times 1 / sqrt(abar), 157 (linear) or 20000 (cosine) at the last timestep:
+    samples of a poorly trained network explode, unless Sampling.clip bounds them. v has no such factor.
+    variance: of the reverse steps: fixed_small (posterior variance), fixed_large (beta), or learned_range, where the
+    second half of the output channels interpolates between their logarithms.
+    rescale_learned_sigmas: weight the variational bound by steps / 1000, as guided-diffusion's flag does.
+    min_snr: upper bound of the signal-to-noise ratio in the loss weight (arXiv 2303.09556), often 5.
+    Raises ValueError for unknown choices, and for too few steps.
     """
 
     steps: Annotated[int, Range(2, 100_000)] = 1000
@@ -52,9 +54,9 @@ class GaussianDiffusion:
         one_of("schedule", self.schedule, ("linear", "cosine"))
         one_of("prediction", self.prediction, ("epsilon", "v"))
         one_of("variance", self.variance, ("fixed_small", "fixed_large", "learned_range"))
-        least = 21 if self.schedule == "linear" else 2
-        if self.steps < least:  # else a beta of the linear schedule would be 1 or more
-            raise ValueError(f"steps is {self.steps}; a {self.schedule} chain has at least {least}")
+        min_steps = 21 if self.schedule == "linear" else 2  # with fewer, the last beta would be 1 or more
+        if self.steps < min_steps:
+            raise ValueError(f"steps is {self.steps}; a {self.schedule} schedule needs at least {min_steps}")
 
     @property
     def learned_sigma(self) -> bool:
@@ -66,85 +68,87 @@ class GaussianDiffusion:
         if self.schedule == "linear":
             scale = 1000 / self.steps
             return torch.linspace(scale * 1e-4, scale * 0.02, self.steps, dtype=torch.float64)
-        share = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
-        remaining = torch.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
-        return (1 - remaining[1:] / remaining[:-1]).clamp(max=0.999)
+        t = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
+        alphas_cumprod = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2  # arXiv 2102.09672, equation 17
+        return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
-        """[steps] fp64: the share of the data's variance that is left, abar."""
+        """abar, [steps] fp64: the fraction of the data's variance that remains."""
         return (1 - self.betas).cumprod(0)
 
-    def draw_times(self, generators: Generators) -> Tensor:
+    def sample_timesteps(self, generators: Generators) -> Tensor:
         """[B] int64 in [0, steps), uniform."""
         return torch.stack([torch.randint(self.steps, (), generator=g, device=g.device) for g in generators])
 
-    def levels(self, times: Tensor) -> Tensor:
+    def t_normalised(self, timesteps: Tensor) -> Tensor:
         """[B] in [0, 1)."""
-        return times / self.steps
+        return timesteps / self.steps
 
-    def network_times(self, times: Tensor) -> Tensor:
-        return times
+    def model_timesteps(self, timesteps: Tensor) -> Tensor:
+        """[B], as the network embeds them."""
+        return timesteps
 
-    def noisy(self, z: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    def add_noise(self, z: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = sqrt(abar) z + sqrt(1 - abar) noise."""
-        signal, spread = self._roots(times, z)
-        return signal * z + spread * noise
+        signal, sigma = self._signal_and_sigma(timesteps, z)
+        return signal * z + sigma * noise
 
-    def losses(self, output: Tensor, z: Tensor, noise: Tensor, times: Tensor) -> dict[str, Tensor]:
-        """[B] each: mse, of the prediction; loss, what is trained; with learned_range also vlb, the term of the
-        variational bound at this time, in bits per latent value.
+    def losses(self, output: Tensor, z: Tensor, noise: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
+        """Per sample, [B]: mse of the prediction, loss to train, and with learned_range vlb: the term of the
+        variational bound, in bits per latent value.
 
-        loss = mse (weighted, with min_snr) + vlb, which does not train the mean (arXiv 2102.09672, section 3.1).
-        vlb: KL of the posterior and the inverse step; at time 0 the negative log-likelihood under a Gaussian, since
-        latents are continuous. (guided-diffusion takes that of 8-bit pixels.)
-        Raises ValueError if the output has not the channels that `variance` asks for.
+        loss = mse (weighted, with min_snr) + vlb, whose gradient does not reach the mean (arXiv 2102.09672, section
+        3.1). vlb: KL of the posterior and the reverse step; at timestep 0 a Gaussian negative log-likelihood, since
+        latents are continuous (guided-diffusion discretises to 8-bit pixels).
+        Raises ValueError for a number of channels that does not fit `variance`.
         """
         prediction, fraction = self._split(output, z)
-        signal, spread = self._roots(times, z)
-        target = noise if self.prediction == "epsilon" else signal * noise - spread * z
+        signal, sigma = self._signal_and_sigma(timesteps, z)
+        target = noise if self.prediction == "epsilon" else signal * noise - sigma * z
         mse = mean_square(prediction, target)
-        loss = mse if self.min_snr is None else self._snr_weight(times).to(mse) * mse
+        loss = mse if self.min_snr is None else self._snr_weight(timesteps).to(mse) * mse
         if fraction is None:
             return {"loss": loss, "mse": mse}
-        vlb = self._bound((target - prediction).detach(), fraction, times)
+        vlb = self._variational_bound((target - prediction).detach(), fraction, timesteps)
         scale = self.steps / 1000 if self.rescale_learned_sigmas else 1.0
         return {"loss": loss + scale * vlb, "mse": mse, "vlb": vlb}
 
     def sampler(self, sampling: Sampling) -> Sampler:
-        """From noise to latents by diffusers' schedulers.
+        """Steps of diffusers' schedulers.
 
-        method: ddpm, ancestral sampling over times spread evenly from 0 to T - 1 (guided-diffusion's respacing N, which
-        may round halves otherwise); or ddim, at multiples of a whole stride (its respacing ddimN; Song et al., arXiv
-        2010.02502).
-        Raises ValueError for another method, for steps that the chain cannot be divided into, and for shift.
+        method: ddpm, ancestral sampling at timesteps spread evenly from 0 to T - 1 (guided-diffusion's respacing N,
+        which may round halves differently); or ddim, at multiples of an integer stride (its respacing ddimN;
+        arXiv 2010.02502).
+        Raises ValueError for another method, for steps that do not divide the chain, and for shift.
         """
         method = one_of("method", sampling.method or "ddpm", ("ddpm", "ddim"))
-        not_for("Gaussian diffusion", shift=sampling.shift != 1)
-        not_for("ddpm", eta=method == "ddpm" and sampling.eta != 0)
-        self._check_steps(sampling.steps, method)
+        check_unused("Gaussian diffusion", shift=sampling.shift != 1)
+        check_unused("ddpm", eta=method == "ddpm" and sampling.eta != 0)
+        # A single step would be the one from the least noise; ddim needs an integer stride.
+        possible = [n for n in range(2, self.steps + 1) if method == "ddpm" or self.steps % n == 0]
+        if sampling.steps not in possible:
+            nearest = sorted(sorted(possible, key=lambda n: abs(n - sampling.steps))[:3])
+            raise ValueError(
+                f"steps is {sampling.steps}; {method} cannot divide {self.steps} timesteps by it, use for example "
+                f"{', '.join(map(str, nearest))}"
+            )
         scheduler = self._scheduler(method, sampling.clip)
         scheduler.set_timesteps(sampling.steps)
-        times = scheduler.timesteps.tolist()
+        timesteps = scheduler.timesteps.tolist()
 
         def step(output: Tensor, index: int, z: Tensor, generators: Generators) -> Tensor:
             prediction, _ = self._split(output, z)
-            given: dict[str, Any] = {"generator": list(generators)}
-            if method == "ddim":  # which does not know of learned variances
-                given |= {"eta": sampling.eta, "use_clipped_model_output": sampling.clip is not None}
-            return scheduler.step(output if method == "ddpm" else prediction, times[index], z, **given).prev_sample
+            options: dict[str, Any] = {"generator": list(generators)}
+            if method == "ddim":  # has no learned variances
+                options |= {"eta": sampling.eta, "use_clipped_model_output": sampling.clip is not None}
+            output = output if method == "ddpm" else prediction
+            return scheduler.step(output, timesteps[index], z, **options).prev_sample
 
-        return Sampler(times, [t / self.steps for t in times], step)
-
-    def _check_steps(self, steps: int, method: str) -> None:
-        """One step would be that from the least noise, and ddim needs a whole stride."""
-        fits = [n for n in range(2, self.steps + 1) if method == "ddpm" or self.steps % n == 0]
-        if steps not in fits:
-            near = ", ".join(map(str, sorted(sorted(fits, key=lambda n: abs(n - steps))[:3])))
-            raise ValueError(f"steps is {steps}, into which {method} cannot divide {self.steps}; use e.g. {near}")
+        return Sampler(timesteps, [t / self.steps for t in timesteps], step)
 
     def _scheduler(self, method: str, clip: float | None) -> Any:
-        given: dict[str, Any] = {
+        options: dict[str, Any] = {
             "num_train_timesteps": self.steps,
             "trained_betas": self.betas.tolist(),
             "prediction_type": {"epsilon": "epsilon", "v": "v_prediction"}[self.prediction],
@@ -152,43 +156,46 @@ class GaussianDiffusion:
             "clip_sample_range": clip or 1.0,
         }
         if method == "ddpm":
-            given |= {"variance_type": self.variance, "timestep_spacing": "linspace"}
-            scheduler = from_diffusers("DDPMScheduler")(**given)
+            options |= {"variance_type": self.variance, "timestep_spacing": "linspace"}
+            scheduler = from_diffusers("DDPMScheduler")(**options)
         else:
-            scheduler = from_diffusers("DDIMScheduler")(**given, timestep_spacing="leading", steps_offset=0)
-        scheduler.alphas_cumprod = self.alphas_cumprod  # fp64: in fp32 the small betas of the first steps lose digits
+            scheduler = from_diffusers("DDIMScheduler")(**options, timestep_spacing="leading", steps_offset=0)
+        scheduler.alphas_cumprod = self.alphas_cumprod  # fp64: fp32 loses digits of the first, small betas
         return scheduler
 
     def _split(self, output: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The prediction, and the variance's place in its range, about [-1, 1]."""
+        """Prediction, and with learned_range the interpolation between the log variances, about [-1, 1]."""
         check_channels(output, z, self.learned_sigma)
         prediction, *fraction = output.split(z.shape[1], 1)
         return prediction, fraction[0] if fraction else None
 
-    def _bound(self, error: Tensor, fraction: Tensor, times: Tensor) -> Tensor:
-        """error: what is missing to the true noise, or v."""
-        betas, kept = self.betas, self.alphas_cumprod
-        before = torch.cat([kept.new_ones(1), kept[:-1]])
-        posterior = betas * (1 - before) / (1 - kept)
-        posterior[0] = posterior[1]  # zero otherwise, without a logarithm
-        low, high = self._at(posterior.log(), times, error), self._at(betas.log(), times, error)
-        # The mean of the inverse step is linear in the latents predicted, and those in the prediction: so far apart are
-        # the means per error.
-        slope = betas * (before / (1 - kept) / (kept if self.prediction == "epsilon" else 1)).sqrt()
+    def _variational_bound(self, error: Tensor, fraction: Tensor, timesteps: Tensor) -> Tensor:
+        """[B] bits per value. error: target minus prediction."""
+        betas, alphas_cumprod = self.betas, self.alphas_cumprod
+        previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+        posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
+        posterior_variance[0] = posterior_variance[1]  # else 0, which has no logarithm
+        low = self._at(posterior_variance.log(), timesteps, error)
+        high = self._at(betas.log(), timesteps, error)
+        # The mean of the reverse step is linear in the predicted latents, and these in the prediction: `slope` is the
+        # distance of the means per error.
+        root = alphas_cumprod if self.prediction == "epsilon" else 1
+        slope = betas * (previous / (1 - alphas_cumprod) / root).sqrt()
         logvar = low + (fraction + 1) / 2 * (high - low)
-        miss = (self._at(slope, times, error) * error).square() * (-logvar).exp()
-        kl = 0.5 * (logvar - low + (low - logvar).exp() - 1 + miss)
-        nll = 0.5 * (math.log(2 * math.pi) + logvar + miss)
-        first = (times == 0).view(-1, *[1] * (error.ndim - 1))
+        squared_error = (self._at(slope, timesteps, error) * error).square() * (-logvar).exp()
+        kl = 0.5 * (logvar - low + (low - logvar).exp() - 1 + squared_error)
+        nll = 0.5 * (math.log(2 * math.pi) + logvar + squared_error)
+        first = (timesteps == 0).view(-1, *[1] * (error.ndim - 1))
         return torch.where(first, nll, kl).flatten(1).mean(1) / math.log(2)
 
-    def _snr_weight(self, times: Tensor) -> Tensor:
-        snr = (self.alphas_cumprod / (1 - self.alphas_cumprod)).to(times.device)[times]
+    def _snr_weight(self, timesteps: Tensor) -> Tensor:
+        snr = (self.alphas_cumprod / (1 - self.alphas_cumprod)).to(timesteps.device)[timesteps]
         return snr.clamp(max=self.min_snr) / (snr if self.prediction == "epsilon" else snr + 1)
 
-    def _roots(self, times: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self._at(self.alphas_cumprod.sqrt(), times, z), self._at((1 - self.alphas_cumprod).sqrt(), times, z)
+    def _signal_and_sigma(self, timesteps: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        signal = self._at(self.alphas_cumprod.sqrt(), timesteps, z)
+        return signal, self._at((1 - self.alphas_cumprod).sqrt(), timesteps, z)
 
     @staticmethod
-    def _at(table: Tensor, times: Tensor, z: Tensor) -> Tensor:
-        return per_sample(table.to(times.device)[times], z)
+    def _at(table: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
+        return per_sample(table.to(timesteps.device)[timesteps], z)

@@ -1,4 +1,4 @@
-"""The library diffusers, an extra of this package."""
+"""Access to diffusers, an optional dependency."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from vae3d.errors import UserError
 
 
 def from_diffusers(name: str, module: str = "diffusers") -> Any:
-    """A class of diffusers. Raises UserError if diffusers is not installed, or has no such class."""
+    """Import a class of diffusers. Raises UserError if diffusers is not installed, or is too old to have it."""
     try:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:
-        raise UserError(
-            f"{name} is a class of diffusers, which is not installed: pip install -e .[diffusion]"
-        ) from error
+        raise UserError(f"{name} needs diffusers, which is not installed: pip install -e .[diffusion]") from error
     except AttributeError as error:
         raise UserError(f"the installed diffusers has no {name}: pip install --upgrade diffusers") from error

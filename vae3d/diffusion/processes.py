@@ -1,12 +1,12 @@
-"""How noise is added to latents, what a network learns of it, and how it is taken away again.
+"""Training losses of a diffusion process.
 
-Latents are normalised: mean 0 and standard deviation 1 per channel. Every process has the same methods, so that
-training and sampling need not know which it is:
+Latents are normalised: mean 0 and standard deviation 1 per channel. All processes have the same interface:
 
-    times = process.draw_times(generators)                            # [B]
-    output = network(process.noisy(z, noise, times), process.network_times(times), labels)
-    process.losses(output, z, noise, times)["loss"]                   # [B]
-    process.sampler(Sampling(steps=50))                               # see base.Sampler
+    timesteps = process.sample_timesteps(generators)                        # [B]
+    x = process.add_noise(z, noise, timesteps)
+    output = network(x, process.model_timesteps(timesteps), labels)
+    process.losses(output, z, noise, timesteps)["loss"]                     # [B]
+    process.sampler(Sampling(steps=50))                                     # see base.Sampler
 """
 
 from __future__ import annotations
@@ -29,18 +29,23 @@ Process = GaussianDiffusion | RectifiedFlow
 def training_losses(
     network: Callable[..., Tensor], process: Process, z: Tensor, generators: Generators, labels: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The losses of normalised latents [B, C, t, h, w] at times and with noise from each sample's own generator, on z's
-    device: [B] each of loss, mse, with learned_range vlb, and level, the times in [0, 1]."""
-    times = process.draw_times(generators)
+    """Losses of normalised latents [B, C, t, h, w], [B] each: loss, mse, with learned_range vlb, and t_normalised.
+
+    Timesteps and noise come from the generators, one per sample.
+    """
+    timesteps = process.sample_timesteps(generators)
     noise = randn_like(z, generators)
-    output = network(process.noisy(z, noise, times), process.network_times(times), labels)
-    return process.losses(output.float(), z, noise, times) | {"level": process.levels(times)}
+    output = network(process.add_noise(z, noise, timesteps), process.model_timesteps(timesteps), labels)
+    losses = process.losses(output.float(), z, noise, timesteps)
+    return losses | {"t_normalised": process.t_normalised(timesteps)}
 
 
-def quartile_sums(values: Tensor, levels: Tensor) -> Tensor:
-    """[4, 2] fp64: the sum and the count of [B] values in each quarter of the levels [0, 1], from little noise to much.
-    Those of batches and ranks add up; their quotients are guided-diffusion's loss_q0..loss_q3."""
-    quarters = (levels * QUARTILES).long().clamp(max=QUARTILES - 1)
+def quartile_sums(values: Tensor, t_normalised: Tensor) -> Tensor:
+    """Sum and count of the values [B] in each quarter of t, from low noise to high: [4, 2] fp64.
+
+    Sums of batches and ranks add up; sum / count are guided-diffusion's loss_q0..loss_q3.
+    """
+    quarters = (t_normalised * QUARTILES).long().clamp(max=QUARTILES - 1)
     values = values.detach().double()
     sums = torch.zeros(QUARTILES, 2, dtype=torch.float64, device=values.device)
     return sums.index_add_(0, quarters, torch.stack([values, torch.ones_like(values)], 1))

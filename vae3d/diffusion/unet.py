@@ -1,6 +1,6 @@
-"""A UNet on the latents of images: diffusers' UNet2DModel, set up like ADM's.
+"""A UNet on the latents of images: diffusers' UNet2DModel with the settings of ADM (arXiv 2105.05233).
 
-Dhariwal and Nichol, arXiv 2105.05233; the settings are those of openai/guided-diffusion (MIT), `script_util.py`.
+Settings follow openai/guided-diffusion (MIT), script_util.py.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from vae3d.arguments import Classes, Depth, Flags, Range, Size, Width, check_arguments
 from vae3d.diffusion.conditioning import class_ids
-from vae3d.diffusion.layers import zeroed
+from vae3d.diffusion.layers import zero_module
 from vae3d.diffusion.library import from_diffusers
 from vae3d.models.layers.frames import pad_space
 
-# Multiples of the width at each level, by the shorter side: 64 and above as in guided-diffusion's create_model, below
+# Shorter side of the latents -> channel multiplier of each level: from 64 on as guided-diffusion's create_model, below
 # so that the lowest level is 4 x 4.
 MULTIPLIERS = {
     1: (1,),
@@ -29,19 +29,19 @@ MULTIPLIERS = {
     256: (1, 1, 2, 2, 4, 4),
     512: (0.5, 1, 1, 2, 2, 4, 4),
 }
-ATTENDED = 16  # levels whose shorter side is at most this have attention, as in guided-diffusion's defaults
+MAX_ATTENTION_SIDE = 16  # levels with a shorter side of at most this have attention, as in guided-diffusion
 
 
 class LatentUNet(nn.Module):
-    """Latents [B, C, 1, h, w], times [B] in [0, 1000] and labels -> [B, C, 1, h, w].
+    """Latents [B, C, 1, h, w], timesteps [B] in [0, 1000] and labels -> [B, C, 1, h, w].
 
-    channels: of the latents; learned_sigma doubles those of the output, the second half being variances.
-    multipliers, attention: of each level, how many times `width` its channels are, and whether it attends.
-    blocks: residual blocks per level. head_channels: of an attention head.
-    num_classes: 0, or the number of classes, beside which there is the null class: labels=None.
-    resblock_updown: change resolution by residual blocks, as ADM's best models do, instead of by convolutions.
-    The output is zero at the start, as is that of every residual block and attention.
-    Sides that are no multiple of 2^(levels - 1) are extended by repeating their edge, and the output is cut back.
+    channels: of the latents. learned_sigma doubles the output channels; the second half are variances.
+    width: channels of a level with multiplier 1. multipliers, attention: per level, channels / width, and whether to
+    attend. blocks: residual blocks per level. head_channels: channels per attention head.
+    num_classes: 0, or the number of classes; labels=None selects the null class.
+    resblock_updown: resample in residual blocks, as ADM's best models do, instead of in convolutions.
+    The output is zero at initialisation, as is that of every residual block and attention.
+    Sides that are not a multiple of 2^(levels - 1) are padded by repeating the edge; the output is cropped.
     Raises ValueError for settings that do not fit each other, UserError without diffusers.
     """
 
@@ -63,28 +63,30 @@ class LatentUNet(nn.Module):
     ) -> None:
         super().__init__()
         if len(attention) != len(multipliers):
-            raise ValueError(f"attention has {len(attention)} entries for {len(multipliers)} multipliers; give as many")
+            raise ValueError(f"attention has {len(attention)} entries for {len(multipliers)} multipliers; use as many")
         widths = [int(width * m) for m in multipliers]
-        for wide in [*(w for w, attends in zip(widths, attention, strict=True) if attends), widths[-1]]:
-            if wide % head_channels:
-                raise ValueError(f"head_channels is {head_channels}, which does not divide the {wide} of a level")
+        for channels_of_level in [*(w for w, attends in zip(widths, attention, strict=True) if attends), widths[-1]]:
+            if channels_of_level % head_channels:
+                raise ValueError(
+                    f"head_channels is {head_channels}, which does not divide the {channels_of_level} of a level"
+                )
         self.channels, self.learned_sigma, self.num_classes = channels, learned_sigma, num_classes
         self.stride = 2 ** (len(widths) - 1)
-        plain = (
-            ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resblock_updown else ("DownBlock2D", "UpBlock2D")
-        )
-        kinds = [("AttnDownBlock2D", "AttnUpBlock2D") if attends else plain for attends in attention]
-        change = "resnet" if resblock_updown else "conv"
+        if resblock_updown:
+            plain_blocks, resampling = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"), "resnet"
+        else:
+            plain_blocks, resampling = ("DownBlock2D", "UpBlock2D"), "conv"
+        block_types = [("AttnDownBlock2D", "AttnUpBlock2D") if attends else plain_blocks for attends in attention]
         groups = math.gcd(32, *widths)
         self.unet = from_diffusers("UNet2DModel")(
             in_channels=channels,
             out_channels=channels * (2 if learned_sigma else 1),
             block_out_channels=tuple(widths),
-            down_block_types=tuple(down for down, _ in kinds),
-            up_block_types=tuple(up for _, up in reversed(kinds)),
+            down_block_types=tuple(down for down, _ in block_types),
+            up_block_types=tuple(up for _, up in reversed(block_types)),
             layers_per_block=blocks,
-            downsample_type=change,
-            upsample_type=change,
+            downsample_type=resampling,
+            upsample_type=resampling,
             attention_head_dim=head_channels,
             norm_num_groups=groups,
             attn_norm_num_groups=groups,
@@ -100,7 +102,7 @@ class LatentUNet(nn.Module):
         """Raises ValueError for latents of videos, and as class_ids does."""
         if z.shape[2] != 1:
             raise ValueError(
-                f"got latents of {z.shape[2]} frames; the UNet takes one, kind=transformer takes any number"
+                f"got latents of {z.shape[2]} frames; the UNet takes one frame, kind=transformer takes any number"
             )
         ids = class_ids(labels, len(z), self.num_classes, z.device)
         height, width = z.shape[-2:]
@@ -108,20 +110,22 @@ class LatentUNet(nn.Module):
         return output[..., :height, :width].unsqueeze(2)
 
 
-def fitted(config: Mapping[str, Any], latent_shape: Sequence[int]) -> dict[str, Any]:
-    """The configuration with multipliers and attention chosen for latents [C, t, h, w], where it leaves them open."""
+def infer_defaults(config: Mapping[str, Any], latent_shape: Sequence[int]) -> dict[str, Any]:
+    """Fill in `multipliers` and `attention`, if the configuration has none, for latents (C, t, h, w)."""
     shorter = min(latent_shape[2:])
     multipliers = config.get("multipliers") or MULTIPLIERS[max(size for size in MULTIPLIERS if size <= shorter)]
-    attention = config.get("attention") or [shorter // 2**level <= ATTENDED for level in range(len(multipliers))]
+    attention = config.get("attention") or [
+        shorter // 2**level <= MAX_ATTENTION_SIDE for level in range(len(multipliers))
+    ]
     return {**config, "multipliers": list(multipliers), "attention": list(attention)}
 
 
 def _zero_outputs(unet: nn.Module) -> None:
-    """As guided-diffusion's zero_module; diffusers zeroes none of them."""
+    """Zero the layers that guided-diffusion wraps in zero_module, which diffusers does not."""
     block = from_diffusers("ResnetBlock2D", "diffusers.models.resnet")
     attention = from_diffusers("Attention", "diffusers.models.attention_processor")
-    last = [unet.conv_out]
-    last += [module.conv2 for module in unet.modules() if isinstance(module, block)]
-    last += [module.to_out[0] for module in unet.modules() if isinstance(module, attention)]
-    for layer in last:
-        zeroed(layer)
+    layers = [unet.conv_out]
+    layers += [module.conv2 for module in unet.modules() if isinstance(module, block)]
+    layers += [module.to_out[0] for module in unet.modules() if isinstance(module, attention)]
+    for layer in layers:
+        zero_module(layer)

@@ -1,4 +1,4 @@
-"""The diffusion transformer of Wan2.1 (arXiv 2503.20314), as diffusers has it, with a class instead of a text."""
+"""The diffusion transformer of Wan2.1 (arXiv 2503.20314), by diffusers, conditioned on a class instead of text."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor, nn
 
 from vae3d.arguments import Classes, Factor, Range, Width, check_arguments
 from vae3d.diffusion.conditioning import class_ids
-from vae3d.diffusion.layers import head_width, zeroed
+from vae3d.diffusion.layers import head_dim, zero_module
 from vae3d.diffusion.library import from_diffusers
 from vae3d.models.layers.frames import pad_space
 
-GATES = (2, 5)  # of the six modulations of a block: those of the attention and of the MLP
+GATES = (2, 5)  # of a block's six modulations: gates of attention and MLP
 
 
 class WanTransformer(nn.Module):
-    """Latents [B, C, t, h, w], times [B] in [0, 1000] and labels -> [B, C, t, h, w], for any t, h and w.
+    """Latents [B, C, t, h, w], timesteps [B] in [0, 1000] and labels -> [B, C, t, h, w], for any t, h and w.
 
-    As transformer.VideoTransformer, but for the condition: the class is the one token of a text that Wan attends to.
-    The output is zero at the start, and every block passes its input on.
+    Settings as in transformer.VideoTransformer. The class embedding takes the place of the text, as its only token.
+    The output is zero at initialisation, and every block is the identity.
     Raises ValueError for settings that do not fit each other, UserError without diffusers.
     """
 
@@ -39,10 +39,10 @@ class WanTransformer(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        head_channels = head_width(width, heads)
+        head_channels = head_dim(width, heads)
         self.channels, self.learned_sigma, self.num_classes = channels, learned_sigma, num_classes
         self.patch = patch
-        self.tokens = nn.Embedding(num_classes + 1, width)  # without classes, only that of no text
+        self.tokens = nn.Embedding(num_classes + 1, width)  # the last is the null class
         self.wan = from_diffusers("WanTransformer3DModel")(
             patch_size=(1, patch, patch),
             num_attention_heads=heads,
@@ -66,10 +66,10 @@ class WanTransformer(nn.Module):
 
     @torch.no_grad()
     def _zero_outputs(self) -> None:
-        time = self.wan.condition_embedder.time_proj  # its gates are those of all blocks
+        time = self.wan.condition_embedder.time_proj  # all blocks add its gates to their own
         for part in (time.weight, time.bias):
             part.unflatten(0, (6, -1))[list(GATES)] = 0
         for block in self.wan.blocks:
             block.scale_shift_table[:, list(GATES)] = 0
-            zeroed(block.attn2.to_out[0])
-        zeroed(self.wan.proj_out)
+            zero_module(block.attn2.to_out[0])
+        zero_module(self.wan.proj_out)

@@ -1,0 +1,1 @@
+"""Score reconstructions against originals: pairs, scores, summaries, reports."""

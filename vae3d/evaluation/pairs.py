@@ -1,4 +1,4 @@
-"""Pairing the videos of two folders, checking that each pair can be compared, and reading it in chunks."""
+"""Pair the videos of two folders, check that each pair can be compared, and read it in chunks."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from vae3d.data.readers import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaInfo, Size, 
 from vae3d.errors import UserError
 
 SUFFIXES = ("_ori", "_rec", "_spatial")
-RGB = ("rgb24", "gbrp", "bgr24", "bgr0", "rgb0", "RGB", "RGBA", "L", "LA", "P")
-PIXELS_IN_MEMORY = 2**22  # of one video, in a chunk
+RGB_FORMATS = ("rgb24", "gbrp", "bgr24", "bgr0", "rgb0", "RGB", "RGBA", "L", "LA", "P")
+CHUNK_PIXELS = 2**22  # of one video
 
 
 class PairError(UserError):
-    """Two folders or two videos that cannot be compared as they are."""
+    """Two folders or videos that cannot be compared."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """start: number of the original's frame that the reconstruction begins with."""
+    """start: the frame of the original at which the reconstruction begins."""
 
     name: str
     ref: Path
@@ -38,13 +38,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is compared: the first num_frames frames of every stride-th, at which size.
+    """What to compare: the first num_frames frames of every stride-th, and at which size.
 
-    frames: `equal` refuses videos of different length, `common` compares the frames that both have. strict_frames:
-    refuse videos with fewer than num_frames. cut: `center` or `topleft` cuts the original to the size of a smaller
+    frames: `equal` rejects videos of different lengths, `common` compares the frames that both have. strict_frames:
+    reject videos with fewer than num_frames. cut: `center` or `topleft` crops the original to the size of a smaller
     reconstruction. resize: `ref` scales the reconstruction to the original's size, (H, W) scales both (bilinear,
-    antialiased). resolution, crop: then scale the short side to this (bilinear, not antialiased, as Open-Sora v1.2
-    `eval/vae` does) and centre-crop.
+    antialiased). resolution, crop: then scale the short side to it (bilinear, not antialiased, as Open-Sora v1.2
+    eval/vae), and crop the centre.
     """
 
     num_frames: int | None = None
@@ -61,8 +61,8 @@ class Protocol:
 
 @dataclass
 class PairInfo:
-    """What is compared of a pair. frames: how many; height, width: at which size; enlarged_from: the size of files that
-    are enlarged to it. warnings: for the user."""
+    """frames: number of compared frames. height, width: their size. upscaled_from: size of the smaller file, if it is
+    upscaled."""
 
     frames: int
     height: int
@@ -71,41 +71,44 @@ class PairInfo:
     codecs: tuple[str, str]
     lossy: bool
     warnings: list[str] = field(default_factory=list)
-    enlarged_from: Size | None = None
+    upscaled_from: Size | None = None
 
 
 def find_pairs(
     ref: Path, rec: Path, pair_by: str = "stem", allow_unmatched: bool = False
 ) -> tuple[list[Pair], list[str]]:
-    """Pairs sorted by name, and files that have no partner.
+    """Pairs sorted by name, and unmatched files.
 
-    pair_by: `stem` (relative path without extension and one trailing _ori, _rec or _spatial), `index_csv` (the
-    reconstruction's index.csv tells sources and first frames; ref holds the sources), `sorted` (n-th with n-th).
-    Raises PairError if a folder is missing or empty, both are one, a name occurs twice, or files have no partner
-    (unless allow_unmatched, which still needs one pair).
+    pair_by: `stem` (relative path without extension and one trailing _ori, _rec or _spatial), `index_csv` (index.csv of
+    the reconstruction names sources and first frames; ref holds the sources), `sorted` (n-th with n-th).
+    Raises PairError if a folder is missing or empty, if both are the same, if a name occurs twice, or if files are
+    unmatched (unless allow_unmatched, which needs at least one pair).
     """
     if ref.resolve() == rec.resolve():
-        raise PairError(f"{ref} is given as original and as reconstruction; name two folders")
+        raise PairError(f"{ref} is given as original and as reconstruction; use two folders")
     if pair_by == "index_csv":
         return _by_index(ref, rec), []
     refs, recs = _stems(ref), _stems(rec)
     if pair_by == "sorted":
         if len(refs) != len(recs):
-            raise PairError(f"{ref} holds {len(refs)} files, {rec} holds {len(recs)}; pairing by order needs as many")
+            raise PairError(
+                f"{ref} holds {len(refs)} files, {rec} holds {len(recs)}; pairing by order needs equal numbers"
+            )
         return [Pair(b, refs[a], recs[b]) for a, b in zip(sorted(refs), sorted(recs), strict=True)], []
     common = sorted(refs.keys() & recs.keys())
-    unmatched = [[f"only in {here}: {stem}" for stem in sorted(a.keys() - b.keys())] for here, a, b in
-              ((ref, refs, recs), (rec, recs, refs))]  # fmt: skip
-    count = sum(map(len, unmatched))
-    if count and not (allow_unmatched and common):
-        shown = "\n".join(f"  {line}" for side in unmatched for line in [*side[:10], *_more(side)])
-        way_out = "\n  --allow_unmatched scores those that have" if common else ""
-        raise PairError(f"{count} files have no partner of the same name, {len(common)} have:\n{shown}{way_out}")
-    return [Pair(stem, refs[stem], recs[stem]) for stem in common], [line for side in unmatched for line in side]
+    only_ref = [f"only in {ref}: {stem}" for stem in sorted(refs.keys() - recs.keys())]
+    only_rec = [f"only in {rec}: {stem}" for stem in sorted(recs.keys() - refs.keys())]
+    unmatched = [*only_ref, *only_rec]
+    if unmatched and not (allow_unmatched and common):
+        shown = "\n".join(f"  {line}" for line in [*_first(only_ref), *_first(only_rec)])
+        hint = "\n  --allow_unmatched scores the pairs" if common else ""
+        raise PairError(f"{len(unmatched)} files have no partner of the same name, {len(common)} have:\n{shown}{hint}")
+    return [Pair(stem, refs[stem], recs[stem]) for stem in common], unmatched
 
 
-def _more(lines: list[str]) -> list[str]:
-    return [f"... {len(lines) - 10} more"] if len(lines) > 10 else []
+def _first(lines: list[str], count: int = 10) -> list[str]:
+    """The first lines, and how many more there are."""
+    return [*lines[:count], *([f"... {len(lines) - count} more"] if len(lines) > count else [])]
 
 
 def _stems(folder: Path) -> dict[str, Path]:
@@ -126,28 +129,28 @@ def _stems(folder: Path) -> dict[str, Path]:
 def _media(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise PairError(f"{folder}: no such folder")
-    files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES]
-    files = [f for f in files if not f.name.startswith(".")]
+    media = VIDEO_SUFFIXES + IMAGE_SUFFIXES
+    files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in media and not f.name.startswith(".")]
     if not files:
         raise PairError(f"{folder} holds no video or image")
     return files
 
 
 def _by_index(ref: Path, rec: Path) -> list[Pair]:
-    """Pairs as the reconstruction's index.csv records them: sources are found by their recorded paths, or, in a copy of
-    their folder, by the end of these. Raises PairError if that finds one file for two sources."""
+    """Pairs from the reconstruction's index.csv. Sources are found by their paths in it or, in a copy of their folder,
+    by the end of these paths. Raises PairError if one file matches two sources."""
     table = rec / "index.csv"
     if not table.is_file():
         raise PairError(f"{table}: no such file; infer.py writes it")
     recs = {file.stem: file for file in _media(rec)}
     refs = _media(ref)
-    found = {file.resolve(): file for file in refs}
-    below = {file.relative_to(ref).parts: file for file in refs}
+    by_path = {file.resolve(): file for file in refs}
+    by_relative_path = {file.relative_to(ref).parts: file for file in refs}
     pairs, errors = [], []
-    sources: dict[Path, Path] = {}  # file -> the source that it is
+    sources: dict[Path, Path] = {}  # file -> source
     for row in _read_index(table).itertuples():
         source = Path(row.source)
-        file = found.get(source.resolve()) or _moved(source, below)
+        file = by_path.get(source.resolve()) or _find_copy(source, by_relative_path)
         if row.id not in recs:
             errors.append(f"{table}, {row.id}: not in {rec}")
         elif file is None:
@@ -157,38 +160,37 @@ def _by_index(ref: Path, rec: Path) -> list[Pair]:
         else:
             pairs.append(Pair(row.id, file, recs[row.id], int(row.start)))
     if errors:
-        hint = f"give the folder of the sources as --ref; {ref} is not, or not all of it"
-        raise PairError("\n  ".join([f"{len(errors)} rows have no pair; {hint}:", *errors[:10], *_more(errors)]))
+        hint = f"--ref must be the folder of the sources, and {ref} is not, or not completely"
+        raise PairError("\n  ".join([f"{len(errors)} rows have no pair; {hint}:", *_first(errors)]))
     return sorted(pairs, key=lambda pair: pair.name)
 
 
-def _moved(source: Path, below: dict[tuple[str, ...], Path]) -> Path | None:
-    """The file of a folder whose path below it is the longest end of a source's recorded path: of copies elsewhere."""
-    ends = (source.parts[place:] for place in range(len(source.parts)))
-    return next((below[end] for end in ends if end in below), None)
+def _find_copy(source: Path, by_relative_path: dict[tuple[str, ...], Path]) -> Path | None:
+    """The file whose path in its folder is the longest end of the source's path."""
+    ends = (source.parts[start:] for start in range(len(source.parts)))
+    return next((by_relative_path[end] for end in ends if end in by_relative_path), None)
 
 
 def _read_index(table: Path) -> pd.DataFrame:
-    """id, source and start of index.csv. Raises PairError."""
+    """Columns id, source and start of index.csv. Raises PairError."""
     try:
         index = pd.read_csv(table, dtype={"id": str, "source": str}, keep_default_na=False)
         index["start"] = pd.to_numeric(index["start"]).astype(int)
         return index[["id", "source", "start"]]
-    except (KeyError, ValueError, OverflowError) as error:  # also: no text, no CSV, no column, no number
-        raise PairError(f"{table}: is not what infer.py writes: {error}") from error
+    except (KeyError, ValueError, OverflowError) as error:  # not text, not CSV, a missing column, not a number
+        raise PairError(f"{table}: is not an index.csv of infer.py: {error}") from error
 
 
 def inspect(pair: Pair, protocol: Protocol) -> PairInfo:
-    """Facts of a pair, from the files' headers. Raises PairError if it cannot be compared, MediaError if a file does
-    not open."""
+    """Read the headers of a pair. Raises PairError if it cannot be compared, MediaError if a file cannot be opened."""
     with closing(open_media(pair.ref)) as ref, closing(open_media(pair.rec)) as rec:
         a, b = ref.info, rec.info
-    _require_alike(pair, a, b, protocol)
-    frames = len(_frame_numbers(pair, a, b, protocol))
+    _check_comparable(pair, a, b, protocol)
+    frames = len(_frame_indices(pair, a, b, protocol))
     codecs = (f"{a.codec}/{a.pixels}", f"{b.codec}/{b.pixels}")
-    lossy = not (a.pixels in RGB and b.pixels in RGB) or bool({"mjpeg", "jpeg"} & {a.codec, b.codec})
+    lossy = not (a.pixels in RGB_FORMATS and b.pixels in RGB_FORMATS) or bool({"mjpeg", "jpeg"} & {a.codec, b.codec})
     info = PairInfo(frames, *_compared_size(pair, a, b, protocol), a.fps, codecs, lossy)
-    info.enlarged_from = _enlarged_from(pair, a, b, protocol)
+    info.upscaled_from = _upscaled_from(pair, a, b, protocol)
     if protocol.num_frames is not None and frames < protocol.num_frames:
         short = f"{pair.name} has {frames} of the {protocol.num_frames} frames asked for"
         if protocol.strict_frames:
@@ -202,25 +204,28 @@ def inspect(pair: Pair, protocol: Protocol) -> PairInfo:
 
 
 class PairReader:
-    """The frames of an inspected pair that are compared, by their place among them; a context manager."""
+    """Reads the compared frames of a pair; a context manager."""
 
     def __init__(self, pair: Pair, protocol: Protocol, device: torch.device | str = "cpu") -> None:
         self.pair, self.protocol, self.device = pair, protocol, device
         self.ref, self.rec = (open_media(path, threads=0) for path in (pair.ref, pair.rec))
-        self.numbers = _frame_numbers(pair, self.ref.info, self.rec.info, protocol)
+        self.indices = _frame_indices(pair, self.ref.info, self.rec.info, protocol)
 
-    def read(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """[T, 3, H, W] float in [0, 1] of original and reconstruction. Raises MediaError."""
-        wanted = [self.numbers[place] for place in places]
-        frames = self.ref.read([self.pair.start + i for i in wanted]), self.rec.read(wanted)
-        return _alike(*(_as_float(x, self.device) for x in frames), self.protocol)
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Frames of original and reconstruction, [T, 3, H, W] float in [0, 1]. Raises MediaError.
+
+        indices: count the compared frames.
+        """
+        wanted = [self.indices[i] for i in indices]
+        ref, rec = self.ref.read([self.pair.start + i for i in wanted]), self.rec.read(wanted)
+        return _to_common_size(_as_float(ref, self.device), _as_float(rec, self.device), self.protocol)
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All frames, in chunks of bounded memory."""
+        """All compared frames, in chunks of bounded memory."""
         info = self.ref.info
-        size = max(1, min(16, PIXELS_IN_MEMORY // (info.height * info.width)))
-        for start in range(0, len(self.numbers), size):
-            yield self.read(range(start, min(start + size, len(self.numbers))))
+        size = max(1, min(16, CHUNK_PIXELS // (info.height * info.width)))
+        for start in range(0, len(self.indices), size):
+            yield self.read(range(start, min(start + size, len(self.indices))))
 
     def __enter__(self) -> PairReader:
         return self
@@ -230,17 +235,17 @@ class PairReader:
         self.rec.close()
 
 
-def _frame_numbers(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> list[int]:
+def _frame_indices(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> list[int]:
     count = min(ref.num_frames - pair.start, rec.num_frames)
     return list(range(0, count, protocol.stride))[: protocol.num_frames]
 
 
-def _require_alike(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> None:
-    """Raises PairError for a difference that the protocol does not tell how to treat."""
+def _check_comparable(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> None:
+    """Raises PairError for a difference in size, length or frame rate that the protocol does not resolve."""
     if (ref.height, ref.width) != (rec.height, rec.width) and not (protocol.cut or protocol.resize):
         gaps = (ref.height - rec.height, ref.width - rec.width)
         cut = all(0 <= gap < 16 for gap in gaps) and rec.height % 8 == rec.width % 8 == 0
-        hint = "a model that takes multiples of 8 or 16 has cut the rest? --cut center, or " if cut else ""
+        hint = "if the model cropped to a multiple of 8 or 16, use --cut center; " if cut else ""
         raise PairError(
             f"{pair.name}: the original is {ref.height}x{ref.width}, the reconstruction {rec.height}x{rec.width}; "
             f"{hint}--resize ref scales the reconstruction"
@@ -256,19 +261,19 @@ def _require_alike(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protoco
     if abs(ref.fps - rec.fps) > 1e-3 * max(ref.fps, rec.fps) and not protocol.ignore_fps:
         raise PairError(
             f"{pair.name}: the original has {ref.fps:g} frames per second, the reconstruction {rec.fps:g}; frames are "
-            "paired by number, --ignore_fps does so anyway"
+            "paired by number; --ignore_fps does so anyway"
         )
     if max(ref.bits, rec.bits) > 8 and not protocol.to_8bit:
         raise PairError(f"{pair.name} has {max(ref.bits, rec.bits)} bits per channel; --to_8bit scores it as 8 bits")
 
 
 def _enough(ref: int, rec: int, protocol: Protocol) -> bool:
-    """Whether both have all the frames that are compared anyway."""
+    """Whether both videos have num_frames frames to compare."""
     return protocol.num_frames is not None and min(ref, rec) > (protocol.num_frames - 1) * protocol.stride
 
 
 def _scaled_size(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> Size:
-    """To which frames are scaled, before they are cropped."""
+    """The size that frames are scaled to, before cropping."""
     size = (ref.height, ref.width)
     if protocol.cut:
         size = (rec.height, rec.width)
@@ -290,15 +295,15 @@ def _compared_size(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protoco
     return size
 
 
-def _enlarged_from(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> Size | None:
-    """The size of the file that is enlarged the most before it is scored; None if none is."""
+def _upscaled_from(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> Size | None:
+    """The size of the smallest file that is upscaled; None if none is."""
     height, width = _scaled_size(pair, ref, rec, protocol)
     sizes = [(rec.height, rec.width), *([] if protocol.cut else [(ref.height, ref.width)])]
     return min((size for size in sizes if height > size[0] or width > size[1]), key=min, default=None)
 
 
 def _short_side(size: Size, short: int) -> Size:
-    """As pytorchvideo rounds."""
+    """Scale the short side to `short`, rounded as pytorchvideo does."""
     height, width = (math.floor(side / min(size) * short) for side in size)
     return height, width
 
@@ -307,10 +312,10 @@ def _as_float(frames: np.ndarray, device: torch.device | str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float() / 255.0
 
 
-def _alike(ref: Tensor, rec: Tensor, protocol: Protocol) -> tuple[Tensor, Tensor]:
-    """Both at the size that is compared."""
+def _to_common_size(ref: Tensor, rec: Tensor, protocol: Protocol) -> tuple[Tensor, Tensor]:
+    """Crop and scale both to the compared size."""
     if protocol.cut:
-        ref = _cut(ref, (rec.shape[-2], rec.shape[-1]), protocol.cut)
+        ref = _crop(ref, (rec.shape[-2], rec.shape[-1]), protocol.cut)
     if protocol.resize:
         size = ref.shape[-2:] if protocol.resize == "ref" else protocol.resize
         ref, rec = (_scale(x, size, antialias=True) for x in (ref, rec))
@@ -318,7 +323,7 @@ def _alike(ref: Tensor, rec: Tensor, protocol: Protocol) -> tuple[Tensor, Tensor
         size = _short_side((ref.shape[-2], ref.shape[-1]), protocol.resolution)
         ref, rec = (_scale(x, size, antialias=False) for x in (ref, rec))
     if protocol.crop is not None:
-        ref, rec = (_cut(x, (protocol.crop, protocol.crop), "center") for x in (ref, rec))
+        ref, rec = (_crop(x, (protocol.crop, protocol.crop), "center") for x in (ref, rec))
     return ref, rec
 
 
@@ -328,7 +333,7 @@ def _scale(frames: Tensor, size: Size, antialias: bool) -> Tensor:
     return F.interpolate(frames, size, mode="bilinear", align_corners=False, antialias=antialias)
 
 
-def _cut(frames: Tensor, size: Size, where: str) -> Tensor:
+def _crop(frames: Tensor, size: Size, where: str) -> Tensor:
     top, left = 0, 0
     if where == "center":
         top, left = (round((side - kept) / 2.0) for side, kept in zip(frames.shape[-2:], size, strict=True))

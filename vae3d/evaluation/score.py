@@ -1,4 +1,4 @@
-"""Scoring the pairs of two folders: each is decoded once for all metrics, and only a few frames are in memory."""
+"""Score pairs: each is decoded once for all metrics, a few frames at a time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from vae3d.evaluation.store import Store, VideoScore, pair_key
 from vae3d.io import naming, write_json
 from vae3d.metrics import MetricError, MetricSet, VideoResult
 
-SUSPICIOUS_PSNR = 10.0  # dB; below it a pair is probably not one
-MISALIGN_RATIO = 0.8  # of the error: a shift by one frame that has less means that the videos are not aligned
-FAULTS = (PairError, MediaError, MetricError)
+SUSPICIOUS_PSNR = 10.0  # dB; below it the videos are probably not a pair
+MISALIGN_RATIO = 0.8  # if a shift by one frame reduces the error below this fraction, the videos are misaligned
+SCORE_ERRORS = (PairError, MediaError, MetricError)
 
 
 @dataclass
 class Job:
-    """A pair that can be scored."""
+    """A pair that can be scored. key: see store.pair_key."""
 
     pair: Pair
     info: PairInfo
@@ -34,23 +34,23 @@ class Job:
 def plan(
     pairs: Sequence[Pair], protocol: Protocol, metrics: MetricSet, on_error: str = "stop"
 ) -> tuple[list[Job], list[str]]:
-    """Look at all headers: the pairs that can be scored, and what is wrong with the others.
+    """Check the headers of all pairs: jobs for those that can be scored, and errors of the others.
 
-    Raises PairError with all errors unless on_error is `skip`.
+    Raises PairError with all errors, unless on_error is `skip` and at least one pair can be scored.
     """
 
-    def look(pair: Pair) -> Job | str:
+    def check(pair: Pair) -> Job | str:
         try:
             info = inspect(pair, protocol)
-            refusals = [metric.refuses(info.frames, info.height, info.width) for metric in metrics]
-            if reasons := [reason for reason in refusals if reason]:
+            reasons = [metric.refuses(info.frames, info.height, info.width) for metric in metrics]
+            if reasons := [reason for reason in reasons if reason]:
                 return f"{pair.name}: {'; '.join(reasons)}"
             return Job(pair, info, pair_key(pair, protocol))
         except (PairError, MediaError) as error:
             return str(error)
 
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(look, pairs))
+        found = list(pool.map(check, pairs))
     errors = [item for item in found if isinstance(item, str)]
     jobs = [item for item in found if not isinstance(item, str)]
     if errors and (on_error == "stop" or not jobs):
@@ -62,7 +62,7 @@ def plan(
 
 
 def share(jobs: Iterable[Job], rank: int, world_size: int) -> list[Job]:
-    """This process's part: every world_size-th, the largest first, so that all end at about the same time."""
+    """This rank's jobs: every world_size-th, largest first, so that all ranks finish at about the same time."""
     ordered = sorted(jobs, key=lambda job: (-job.info.frames * job.info.height * job.info.width, job.pair.name))
     return ordered[rank::world_size]
 
@@ -76,17 +76,17 @@ def score_jobs(
     on_error: str = "stop",
     finished: Callable[[], object] = lambda: None,
 ) -> list[str]:
-    """Score what the store does not know yet; returns what went wrong, if on_error is `skip`.
+    """Score the pairs that the store does not have yet. Returns errors, if on_error is `skip`.
 
-    Raises PairError, MediaError or MetricError that names the pair.
+    Raises PairError, MediaError or MetricError, which name the pair. finished: called after each job.
     """
-    known, errors = store.read(), []
+    stored, errors = store.read(), []
     for job in jobs:
-        metrics = MetricSet(store.missing(job.key, known))
+        metrics = MetricSet(store.missing(job.key, stored))
         try:
             result, warnings = score_pair(job.pair, metrics, protocol, device)
             store.append(job.key, job.pair.name, result, metrics.metrics, warnings)
-        except FAULTS as error:
+        except SCORE_ERRORS as error:
             if on_error == "stop":
                 error.on_every_rank = False
                 raise
@@ -99,7 +99,7 @@ def score_jobs(
 def score_pair(
     pair: Pair, metrics: MetricSet, protocol: Protocol, device: torch.device | str = "cpu"
 ) -> tuple[VideoResult, list[str]]:
-    """Scores of one pair, and warnings about it. Raises MediaError, or MetricError that names the pair."""
+    """Scores of one pair, and warnings. Raises MediaError, and MetricError, which names the pair."""
     metrics.reset()
     alignment = Alignment()
     try:
@@ -113,15 +113,15 @@ def score_pair(
     psnr = result.scores["psnr"].frames if "psnr" in result.scores else []
     warnings = alignment.warnings()
     if sum(value < SUSPICIOUS_PSNR for value in psnr) > len(psnr) / 2:
-        warnings.append(f"PSNR is below {SUSPICIOUS_PSNR:g} dB on most frames; are the two a pair?")
-    return result, [f"{pair.name}: {doubt}" for doubt in warnings]
+        warnings.append(f"PSNR is below {SUSPICIOUS_PSNR:g} dB on most frames; are the videos a pair?")
+    return result, [f"{pair.name}: {warning}" for warning in warnings]
 
 
 class Alignment:
-    """Whether the reconstruction fits the original better one frame earlier or later (on every fourth pixel)."""
+    """Detects a reconstruction that fits the original better one frame earlier or later, on every fourth pixel."""
 
     def __init__(self) -> None:
-        self.errors = {-1: [0.0, 0.0], 1: [0.0, 0.0]}  # shift -> summed error with it, and without it
+        self.errors = {-1: [0.0, 0.0], 1: [0.0, 0.0]}  # shift -> summed error with and without it
         self.last: tuple[Tensor, Tensor] | None = None
 
     def update(self, ref: Tensor, rec: Tensor) -> None:
@@ -137,23 +137,23 @@ class Alignment:
             self.errors[shift][1] += float(same.sum())
 
     def warnings(self) -> list[str]:
-        words = {1: "one frame late", -1: "one frame early"}
+        shifts = {1: "one frame late", -1: "one frame early"}
         return [
-            f"the reconstruction fits the original better as {words[shift]}; misaligned, or the wrong pair?"
+            f"the reconstruction fits the original better {shifts[shift]}; check alignment and pairing"
             for shift, (shifted, aligned) in self.errors.items()
             if shifted < MISALIGN_RATIO * aligned
         ]
 
 
 def collect(jobs: Sequence[Job], store: Store) -> list[VideoScore]:
-    """All finished pairs, in the order of their names."""
-    known = store.read()
-    done = [job for job in jobs if not store.missing(job.key, known)]
-    return [store.score(job.pair.name, job.key, job.info, known) for job in sorted(done, key=lambda j: j.pair.name)]
+    """All finished pairs, sorted by name."""
+    stored = store.read()
+    done = [job for job in jobs if not store.missing(job.key, stored)]
+    return [store.score(job.pair.name, job.key, job.info, stored) for job in sorted(done, key=lambda j: j.pair.name)]
 
 
 def write_errors(store: Store, errors: Sequence[str]) -> None:
-    """For the process that sums up."""
+    """Write this rank's errors, for read_errors on rank 0."""
     file = store.file.with_suffix(".errors.json")
     with naming(file):
         write_json(file, list(errors))

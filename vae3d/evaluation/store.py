@@ -1,9 +1,8 @@
-"""Scores on disk: every process appends a line per finished video, so that a killed run loses no finished one and may
-go on with another number of processes."""
+"""Scores on disk: each process appends a line per finished video, so that a killed evaluation resumes, with any number
+of processes."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zipfile
@@ -16,6 +15,7 @@ import numpy as np
 
 from vae3d import __version__
 from vae3d.evaluation.pairs import Pair, PairInfo, Protocol
+from vae3d.hashing import json_hash
 from vae3d.io import FileError, atomic_write, naming
 from vae3d.metrics import Metric, MetricSet, Score, VideoResult
 from vae3d.metrics.distribution import Features
@@ -24,7 +24,7 @@ from vae3d.pretrained import weights
 
 @dataclass
 class VideoScore:
-    """One video of a report. features: metric -> file."""
+    """Scores of one video. features: metric -> file."""
 
     name: str
     info: PairInfo
@@ -34,62 +34,61 @@ class VideoScore:
 
 
 def pair_key(pair: Pair, protocol: Protocol) -> str:
-    """Changes when one of the files or what is compared of them changes."""
+    """A hash that changes when one of the files or the protocol changes."""
     files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in (pair.ref, pair.rec)]
-    return _hash([files, pair.start, asdict(protocol)])
+    return json_hash([files, pair.start, asdict(protocol)])
 
 
 def metric_key(metric: Metric, files: Sequence[Path]) -> str:
-    """Changes when the metric's formula or its weights change."""
-    return _hash([metric.name, metric.settings(), [weights.sha256(file) for file in files], __version__])
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """A hash that changes when the metric's settings, its weights or this package change."""
+    return json_hash([metric.name, metric.settings(), [weights.sha256(file) for file in files], __version__])
 
 
 class Store:
-    """The folder of an evaluation. Process `rank` appends to its own file and reads all of them."""
+    """The folder of an evaluation. Each rank appends to its own file, and reads all files."""
 
     def __init__(self, folder: Path, rank: int, metrics: MetricSet) -> None:
         self.folder, self.file = folder, folder / f"rank{rank}.jsonl"
         self.metrics = metrics
         self.keys = {metric.name: metric_key(metric, metrics.files.get(metric.name, ())) for metric in metrics}
         (folder / "features").mkdir(parents=True, exist_ok=True)
-        if self.file.is_file() and not self.file.read_bytes().endswith(b"\n"):  # killed while it wrote a line
+        if self.file.is_file() and not self.file.read_bytes().endswith(
+            b"\n"
+        ):  # a process was killed while writing a line
             with self.file.open("a") as stream:
                 stream.write("\n")
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """Pair key -> what is known of it: its last line's facts, and the scores of every metric as now defined."""
-        known: dict[str, dict[str, Any]] = {}
+        """Pair key -> scores by metric, without those of metrics that have changed since, and warnings."""
+        stored: dict[str, dict[str, Any]] = {}
         for file in sorted(self.folder.glob("rank*.jsonl")):
             for line in file.read_text().splitlines():
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError:  # a process was killed while it wrote; the video is scored again
+                except json.JSONDecodeError:  # a process was killed while writing; score the video again
                     continue
                 try:
-                    entry = known.setdefault(record["pair"], {"metrics": {}, "warnings": []})
+                    entry = stored.setdefault(record["pair"], {"metrics": {}, "warnings": []})
                     entry["metrics"] |= {n: m for n, m in record["metrics"].items() if self._is_current(n, m)}
                     entry["warnings"] += [w for w in record["warnings"] if w not in entry["warnings"]]
                 except (KeyError, TypeError, AttributeError) as error:
                     raise FileError(f"{file}: is damaged ({error!r}); --fresh scores all pairs again") from None
-        return known
+        return stored
 
     def _is_current(self, metric: str, found: dict[str, Any]) -> bool:
-        """Whether scores are of the metric as it is now defined, and its features are there."""
+        """Whether the metric has not changed since, and its features exist."""
         if found["key"] != self.keys.get(metric):
             return False
         return "features" not in found or (self.folder / "features" / found["features"]).is_file()
 
-    def missing(self, key: str, known: dict[str, dict[str, Any]]) -> list[Metric]:
-        """Metrics that this pair has no score of."""
-        done = known.get(key, {"metrics": {}})["metrics"]
+    def missing(self, key: str, stored: dict[str, dict[str, Any]]) -> list[Metric]:
+        """Metrics without a score of this pair."""
+        done = stored.get(key, {"metrics": {}})["metrics"]
         return [metric for metric in self.metrics if metric.name not in done]
 
-    def append(self, key: str, name: str, result: VideoResult, metrics: Sequence[Metric], notes: list[str]) -> None:
-        record = {"name": name, "pair": key, "warnings": notes, "metrics": {}}
+    def append(self, key: str, name: str, result: VideoResult, metrics: Sequence[Metric], warnings: list[str]) -> None:
+        """Append the scores of a finished pair, fsynced."""
+        record = {"name": name, "pair": key, "warnings": warnings, "metrics": {}}
         for metric in metrics:
             entry: dict[str, Any] = {"key": self.keys[metric.name], "scores": {}, "counts": {}}
             for column in metric.columns:
@@ -110,9 +109,9 @@ class Store:
             write_features(path, features)
         return path.name
 
-    def score(self, name: str, key: str, info: PairInfo, known: dict[str, dict[str, Any]]) -> VideoScore:
-        """What is known of a finished pair."""
-        entry = known[key]
+    def score(self, name: str, key: str, info: PairInfo, stored: dict[str, dict[str, Any]]) -> VideoScore:
+        """The scores of a finished pair; adds its warnings to `info`."""
+        entry = stored[key]
         scores, counts, features = {}, {}, {}
         for metric in self.metrics:
             found = entry["metrics"][metric.name]
@@ -125,7 +124,7 @@ class Store:
 
 
 def write_features(file: Path, features: tuple[Features, Features]) -> None:
-    """Write the features of an original and a reconstruction, whole or not at all."""
+    """Write the features of an original and a reconstruction, atomically."""
     both = zip(("ref", "rec"), features, strict=True)
     with atomic_write(file) as stream:
         np.savez(stream, **{f"{which}_{k}": v for which, f in both for k, v in f.arrays().items()})
@@ -140,5 +139,5 @@ def read_features(file: Path) -> tuple[Features, Features]:
                 for which in ("ref", "rec")
             )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise FileError(f"{file}: is damaged ({error}); delete it, and the same command makes it again") from error
+        raise FileError(f"{file}: is damaged ({error}); delete it, and run the same command again") from error
     return ref, rec

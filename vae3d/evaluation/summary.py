@@ -1,4 +1,4 @@
-"""From the scores of videos to what a report says: means, spread, confidence intervals, comparisons."""
+"""Summarise scores: means, spread, confidence intervals, paired comparisons."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from vae3d.metrics.distribution import SetMetric
 from vae3d.metrics.presets import PRESETS, average, mean
 from vae3d.pretrained import weights
 
-RESAMPLES = 10_000
+RESAMPLES = 10_000  # of the bootstrap
 PACKAGES = ("torch", "torchvision", "av", "numpy", "lpips", "opencv-python-headless")
 
 
 def summarize(
     videos: Sequence[VideoScore], metrics: MetricSet, protocol: Protocol, preset: str = "default", batch_size: int = 1
 ) -> dict[str, Any]:
-    """Everything about a set of scored videos, which are in the order of their names.
+    """The content of summary.json. videos: sorted by name.
 
-    Raises MetricError where the preset's tool could not have averaged them.
+    Raises MetricError for scores that the preset's tool cannot average.
     """
     columns, warnings = {}, []
     for metric in metrics:
         if isinstance(metric, SetMetric):
-            value, count, more = metric.combine(read_features(video.features[metric.name]) for video in videos)
+            value, count, extra = metric.combine(read_features(video.features[metric.name]) for video in videos)
             columns[metric.name] = {"mean": value, "samples": count, "higher_is_better": False}
-            warnings += more
+            warnings += extra
             continue
         for column, better in metric.columns.items():
             columns[column] = {**_column(videos, column, preset, batch_size), **direction(better)}
@@ -45,21 +45,21 @@ def summarize(
             counts[name] = counts.get(name, 0) + count
     frames = sum(video.info.frames for video in videos)
     if frames and counts.get("identical_frames") == frames:
-        warnings.append("all pairs are identical; is the original scored against itself?")
+        warnings.append("all pairs are identical; check that --rec is not the original")
     lossy = [video.name for video in videos if video.info.lossy]
     if lossy:
         warnings.append(
-            f"{len(lossy)} of {len(videos)} pairs are stored lossily, so codecs are scored too, which is worth up to "
-            "several dB; infer.py codec=lossless, or metrics=[...] in infer.py"
+            f"{len(lossy)} of {len(videos)} pairs have a lossy codec, which costs up to several dB; use infer.py "
+            "codec=lossless, or score in infer.py by metrics=[...]"
         )
-    enlarged = [video for video in videos if video.info.enlarged_from is not None]
-    if enlarged:
-        first = enlarged[0].info
-        there, here = ("x".join(map(str, size)) for size in (first.enlarged_from, (first.height, first.width)))
+    upscaled = [video for video in videos if video.info.upscaled_from is not None]
+    if upscaled:
+        first = upscaled[0].info
+        there, here = ("x".join(map(str, size)) for size in (first.upscaled_from, (first.height, first.width)))
         warnings.append(
-            f"{len(enlarged)} of {len(videos)} pairs are enlarged before scoring ({enlarged[0].name}: {there}, scored "
-            f"at {here}): that smooths errors, so SSIM and others look better than at the files' own size; leave out "
-            "--resolution and --resize"
+            f"{len(upscaled)} of {len(videos)} pairs are upscaled before scoring ({upscaled[0].name}: {there}, scored "
+            f"at {here}): that smooths errors, and SSIM and others look better than at the size of the files; leave "
+            "out --resolution and --resize"
         )
     return {
         "metrics": columns,
@@ -68,7 +68,7 @@ def summarize(
         "counts": counts,
         "absent": metrics.absent,
         "lossy_input": bool(lossy),
-        "enlarged_input": bool(enlarged),
+        "upscaled_input": bool(upscaled),
         "preset": {"name": preset, "source": PRESETS[preset].source, "average": PRESETS[preset].average}
         | ({"batch_size": batch_size} if PRESETS[preset].average == "batches" else {}),
         "protocol": vars(protocol),
@@ -83,7 +83,7 @@ def summarize(
 
 
 def direction(better: Better) -> dict[str, Any]:
-    """What is better, for summary.json."""
+    """Which values are better, for summary.json."""
     if isinstance(better, Nearest):
         return {"higher_is_better": None, "best_at": better.target}
     return {"higher_is_better": better}
@@ -95,7 +95,7 @@ def _versions() -> dict[str, str]:
 
 
 def _column(videos: Sequence[VideoScore], column: str, preset: str, batch_size: int) -> dict[str, Any]:
-    """`mean` is formed in the preset's way; the other figures are of the videos' values."""
+    """Statistics of a metric: `mean` as the preset defines it, the others over per-video values."""
     scores = [video.scores[column] for video in videos]
     values = [score.value for score in scores if score.value is not None]
     if not values:
@@ -117,13 +117,13 @@ def _column(videos: Sequence[VideoScore], column: str, preset: str, batch_size: 
 
 def _video(video: VideoScore) -> dict[str, Any]:
     info = video.info
-    facts = {"name": video.name, "frames": info.frames, "height": info.height, "width": info.width, "fps": info.fps}
-    facts |= {"codecs": list(info.codecs), "lossy": info.lossy}
-    return facts | {column: score.value for column, score in video.scores.items()} | video.counts
+    row = {"name": video.name, "frames": info.frames, "height": info.height, "width": info.width, "fps": info.fps}
+    row |= {"codecs": list(info.codecs), "lossy": info.lossy}
+    return row | {column: score.value for column, score in video.scores.items()} | video.counts
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float | None, float | None]:
-    """95 % interval of the mean by resampling the videos (percentiles of 10,000 seeded resamples); None for one."""
+    """95 % bootstrap interval of the mean (percentiles of 10,000 seeded resamples); (None, None) for one value."""
     if len(values) < 2:
         return None, None
     means = np.concatenate(list(_resampled_means(np.asarray(values), np.random.default_rng(seed))))
@@ -132,7 +132,7 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float | None, flo
 
 
 def _resampled_means(values: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """In pieces of bounded memory."""
+    """Means of all resamples, in pieces of bounded memory."""
     step = max(1, 2**22 // len(values))
     for start in range(0, RESAMPLES, step):
         picks = rng.integers(len(values), size=(min(step, RESAMPLES - start), len(values)))
@@ -140,9 +140,9 @@ def _resampled_means(values: np.ndarray, rng: np.random.Generator) -> Iterator[n
 
 
 def compare(results: dict[str, Sequence[VideoScore]], columns: dict[str, Better]) -> list[dict[str, Any]]:
-    """Paired differences of every reconstruction to the first, over the videos that have both values.
+    """Paired differences of every reconstruction to the first, over the videos with both values.
 
-    results: name of the reconstruction -> its videos. Raises MetricError if they are not of the same videos.
+    results: name of the reconstruction -> its videos. Raises MetricError if the videos differ.
     """
     (first, base), *others = results.items()
     rows = []
@@ -156,10 +156,19 @@ def compare(results: dict[str, Sequence[VideoScore]], columns: dict[str, Better]
                 if column in a.scores and None not in (a.scores[column].value, b.scores[column].value)
             ]
             gaps = [there - here for here, there in both]
-            if gaps and (better is not None or any(gaps)):  # figures of the original alone do not differ
+            if gaps and (better is not None or any(gaps)):  # metrics of the original alone do not differ
                 wins = None
                 if better is not None:
                     wins = sum(goodness(there, better) > goodness(here, better) for here, there in both)
-                row = {"name": name, "against": first, "metric": column, "difference": mean(gaps)}
-                rows.append(row | {"ci95": list(bootstrap(gaps)), "better_on": wins, "videos": len(gaps)})
+                rows.append(
+                    {
+                        "name": name,
+                        "against": first,
+                        "metric": column,
+                        "difference": mean(gaps),
+                        "ci95": list(bootstrap(gaps)),
+                        "better_on": wins,
+                        "videos": len(gaps),
+                    }
+                )
     return rows

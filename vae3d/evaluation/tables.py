@@ -1,4 +1,4 @@
-"""Reports as text, CSV and JSON."""
+"""Evaluation results as text, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -6,107 +6,88 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vae3d.evaluation.store import VideoScore
 from vae3d.io import naming, write_text
+from vae3d.report.tables import number, text_table
 
-SHOWN = 20  # videos that a printed table lists
-WIDE = 8  # columns; with more, the table of a set has a line per metric instead
-
-
-def text_table(head: Sequence[str], rows: Iterable[Sequence[str] | None]) -> str:
-    """Columns as wide as their cells, the first to the left; None is a rule."""
-    rows = list(rows)
-    cells = [head, *(row for row in rows if row is not None)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-
-    def line(row: Sequence[str] | None) -> str:
-        if row is None:
-            return rule
-        return "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-
-    return "\n".join(map(line, [head, None, *rows])).rstrip()
-
-
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+MAX_VIDEOS = 20  # rows of a printed table
+MAX_COLUMNS = 8  # with more metrics, the table has a row per metric
 
 
 def set_table(summary: dict[str, Any]) -> str:
-    """One line per video (the first of many), then the set; or, of many metrics, one line per metric."""
+    """A row per video (at most MAX_VIDEOS) and one for the set; with many metrics, a row per metric."""
     columns = list(summary["metrics"])
-    if len(columns) > WIDE:
+    if len(columns) > MAX_COLUMNS:
         return _metric_table(summary)
     videos = summary["per_video"]
     rows: list[Sequence[str] | None] = [
         [video["name"], str(video["frames"]), *(number(video.get(column)) for column in columns)]
-        for video in videos[:SHOWN]
+        for video in videos[:MAX_VIDEOS]
     ]
-    if len(videos) > SHOWN:
-        rows.append([f"... {len(videos) - SHOWN} more in per_video.csv", "", *("" for _ in columns)])
-    figures = summary["metrics"].values()
-    rows += [None, [_mean_of(summary), str(summary["frames"]), *(number(f["mean"]) for f in figures)]]
+    if len(videos) > MAX_VIDEOS:
+        rows.append([f"... {len(videos) - MAX_VIDEOS} more in per_video.csv", "", *("" for _ in columns)])
+    metrics = summary["metrics"].values()
+    rows += [None, [_mean_label(summary), str(summary["frames"]), *(number(m["mean"]) for m in metrics)]]
     if len(videos) > 1:
-        rows.append(["  95 % interval", "", *(_interval(f.get("ci95")) for f in figures)])
-        rows.append(["  standard deviation", "", *(number(f.get("std")) for f in figures)])
+        rows.append(["  95 % interval", "", *(_interval(m.get("ci95")) for m in metrics)])
+        rows.append(["  standard deviation", "", *(number(m.get("std")) for m in metrics)])
     return text_table(["video", "frames", *columns], rows)
 
 
 def _metric_table(summary: dict[str, Any]) -> str:
     keys = ("std", "median", "p5", "p95")
     rows = [
-        [name, number(f["mean"]), _interval(f.get("ci95")), *(number(f.get(key)) for key in keys)]
-        for name, f in summary["metrics"].items()
+        [name, number(m["mean"]), _interval(m.get("ci95")), *(number(m.get(key)) for key in keys)]
+        for name, m in summary["metrics"].items()
     ]
-    head = [f"{summary['videos']} videos", _mean_of(summary), "95 % interval", "standard deviation", "median", "5 %"]
-    return text_table([*head, "95 %"], rows)
+    head = [f"{summary['videos']} videos", _mean_label(summary)]
+    return text_table([*head, "95 % interval", "standard deviation", "median", "5 %", "95 %"], rows)
 
 
-def _mean_of(summary: dict[str, Any]) -> str:
-    kinds = {"videos": "mean over videos", "frames": "mean over frames", "batches": "mean over batches"}
-    return kinds.get(summary["preset"]["average"], "over all pixels or frames")
+def _mean_label(summary: dict[str, Any]) -> str:
+    labels = {"videos": "mean over videos", "frames": "mean over frames", "batches": "mean over batches"}
+    return labels.get(summary["preset"]["average"], "over all pixels or frames")
 
 
 def _interval(ends: Sequence[float | None] | None) -> str:
     if not ends or None in ends:
         return "-"
-    half = (ends[1] - ends[0]) / 2
-    return f"±{half:.4f}"
+    return f"±{(ends[1] - ends[0]) / 2:.4f}"
 
 
 def side_by_side(summaries: dict[str, dict[str, Any]]) -> str:
-    """The means of several reconstructions, a column each."""
+    """Means of several reconstructions, a column each."""
     metrics = next(iter(summaries.values()))["metrics"]
     rows = [[name, *(number(s["metrics"][name]["mean"]) for s in summaries.values())] for name in metrics]
     return text_table(["metric", *summaries], rows)
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Paired differences with their intervals."""
+    """Paired differences, as summary.compare returns them; * marks those whose interval excludes zero."""
     lines = []
     for row in rows:
         low, high = row["ci95"]
-        sure = low is not None and (low > 0 or high < 0)
+        significant = low is not None and (low > 0 or high < 0)
         ends = "-" if low is None else f"{low:+.4f} to {high:+.4f}"
         better = "-" if row["better_on"] is None else f"{row['better_on']} of {row['videos']}"
         name = f"{row['name']} - {row['against']}"
-        lines.append([name, row["metric"], f"{row['difference']:+.4f}{'*' if sure else ' '}", ends, better])
+        lines.append([name, row["metric"], f"{row['difference']:+.4f}{'*' if significant else ' '}", ends, better])
     table = text_table(["reconstruction", "metric", "difference ", "95 % interval", "better on"], lines)
-    return f"{table}\n* zero lies outside the interval"
+    return f"{table}\n* the interval excludes zero"
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all; numbers in full. Raises FileError."""
+    """Write JSON atomically, numbers in full. Raises FileError."""
     with naming(path):
         write_text(path, json.dumps(content, indent=2, default=str, allow_nan=False) + "\n")
 
 
 def write_per_video(path: Path, videos: Sequence[VideoScore]) -> None:
-    """A row per video: its facts, and value, least, greatest and standard deviation over frames of every metric."""
+    """A row per video: its size, and value, minimum, maximum and standard deviation over frames of every metric."""
     rows = []
     for video in videos:
         info = video.info
@@ -122,7 +103,7 @@ def write_per_video(path: Path, videos: Sequence[VideoScore]) -> None:
 
 
 def write_per_frame(path: Path, videos: Sequence[VideoScore]) -> None:
-    """A row per frame; metrics of neighbouring frames stand at the earlier one."""
+    """A row per frame; metrics of two neighbouring frames are in the row of the first."""
     rows = []
     for video in videos:
         for frame in range(video.info.frames):

@@ -14,14 +14,15 @@ from vae3d.data.open_source import open_source
 from vae3d.data.readers import MediaError
 from vae3d.data.segments import SEGMENT_ERROR, bounds_of
 from vae3d.data.sources import SPLITS, DataError
+from vae3d.data.versions import source_version
 from vae3d.errors import UserError
+from vae3d.hashing import json_hash
 from vae3d.inference.comparison import Comparer
 from vae3d.inference.comparison_report import report_comparison
 from vae3d.inference.cost import measure_cost
 from vae3d.inference.reconstruct import KINDS, FileResult, Reconstructor, identifier
 from vae3d.inference.results import Results
 from vae3d.io import naming, write_json, write_text
-from vae3d.latents.identity import digest_of, source_version
 from vae3d.metrics import MetricError
 
 log = logging.getLogger("vae3d")
@@ -57,7 +58,7 @@ def command_record(
     columns = table[["row", "path", "start", "end"]].itertuples(index=False)
     rows = [[int(row), path, str(start), str(end)] for row, path, start, end in columns]
     hashes = {f"weights of {network}": value for network, value in weights.items()}
-    return {"rows of the source": digest_of(rows), **hashes, **fixed}
+    return {"rows of the source": json_hash(rows), **hashes, **fixed}
 
 
 def check_not_own_source(reconstructor: Reconstructor, source: str) -> None:

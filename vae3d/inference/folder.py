@@ -6,6 +6,7 @@ FOLDER/command.json   written first: the settings that the results depend on; an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 
 from vae3d.errors import UserError
 from vae3d.io import TMP_NAME, FileError, hold_lock, naming, read_json, remove_unfinished, write_json
-from vae3d.latents.identity import difference
 
 LOCK, COMMAND = ".lock", "command.json"
 
@@ -56,11 +56,21 @@ def resumes(folder: Path, command: Mapping[str, Any], setting: str) -> bool:
     recorded = read_json(file)
     if not isinstance(recorded, dict):
         raise FileError(f"{file}: is damaged; choose another folder, or set overwrite=true")
-    if changes := difference(recorded, command):
+    if changes := settings_difference(recorded, command):
         raise FolderError(
             f"{setting} holds the results of another command: {changes}; choose another name, or set overwrite=true"
         )
     return True
+
+
+def settings_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """The settings that differ, with both values, for a message; None if all are equal."""
+
+    def short(value: Any) -> Any:
+        return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value  # a SHA-256
+
+    names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    return ", ".join(f"{n} is {short(there.get(n))} there and {short(here.get(n))} here" for n in names) or None
 
 
 def begin(folder: Path, command: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vae3d.pixels import to_uint8
+from vae3d.report import images
 
 LINE = 20  # pixels of a line of text
 GAP = 2  # pixels between panels
@@ -75,9 +76,7 @@ def latent_colours(z: Tensor, size: tuple[int, int, int]) -> np.ndarray:
 
 def grid(rows: Sequence[np.ndarray]) -> np.ndarray:
     """One image [H', W', 3] uint8 of rows of images, each [N, H, W, 3] uint8."""
-    gaps = ((0, GAP), (0, GAP), (0, 0))
-    lines = [np.concatenate([np.pad(picture, gaps) for picture in row], 1) for row in rows]
-    return np.concatenate(lines)[:-GAP, :-GAP]
+    return images.grid(np.concatenate(rows)[:, None], len(rows[0]), even=False)[0]
 
 
 def error_map(original: np.ndarray, rec: np.ndarray) -> np.ndarray:

@@ -14,12 +14,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from vae3d.data.versions import source_version
 from vae3d.evaluation.store import read_features, write_features
 from vae3d.inference import folder as folders
 from vae3d.inference.comparison import Comparer
 from vae3d.inference.reconstruct import KINDS, FileResult, Reconstructor
 from vae3d.io import FileError, naming, read_json, remove, remove_unfinished, write_json
-from vae3d.latents.identity import source_version
 from vae3d.metrics import Score, VideoResult
 
 DONE = ".done"

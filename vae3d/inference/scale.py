@@ -21,11 +21,11 @@ from vae3d.data.loader import validation_clip
 from vae3d.data.media import MediaError
 from vae3d.data.segments import bounds_of
 from vae3d.errors import UserError
-from vae3d.metrics.frechet import Moments
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.latents import LatentNormMixin, latent_space
 from vae3d.models.spatial import SpatialVAE
 from vae3d.precision import no_tf32
+from vae3d.running_stats import RunningStats
 from vae3d.types import Clip
 
 TOLERANCE = 0.1  # of a channel's mean (from 0) and standard deviation (from 1), for diffusion
@@ -85,20 +85,21 @@ def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> MeasuredS
 
     A diffusion model is trained on samples, and latent-diffusion measures them too (`scale_by_std`,
     ldm/models/diffusion/ddpm.py, on its first batch only). seed: for the samples, with each clip's index.
-    Raises ScaleError without clips, MetricError for latents that are not finite.
+    Raises ScaleError without clips, and for latents that are not finite.
     """
     device = next(model.parameters()).device
-    moments, count, sizes = Moments(), 0, set()
+    stats, count, sizes = RunningStats(), 0, set()
     for clip in clips:
         clip = clip.to(device)
         z = model.encode(clip.video).sample(clip.generators(seed, device))
-        moments.update(z.transpose(0, 1).flatten(1).T)
+        if not z.isfinite().all():
+            raise ScaleError("the latents are not finite; do the weights hold NaN?")
+        stats.update_channels(z.cpu())
         count += len(z)
         sizes.add(tuple(clip.video.shape[2:]))
     if not count:
         raise ScaleError("the scale of the latents cannot be measured: no clip could be read")
-    std = (moments.scatter.diagonal() / moments.count).sqrt()
-    return MeasuredScale(count, sizes.pop() if len(sizes) == 1 else None, moments.mean, std)
+    return MeasuredScale(count, sizes.pop() if len(sizes) == 1 else None, stats.mean, stats.variance.sqrt())
 
 
 def spread_clips(

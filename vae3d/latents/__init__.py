@@ -1,4 +1,4 @@
-"""What lies between an autoencoder and a diffusion model."""
+"""Latents of an autoencoder: codec, cache, statistics, probes."""
 
 from vae3d.latents.codec import LatentCodec
 

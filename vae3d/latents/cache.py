@@ -1,4 +1,4 @@
-"""Reading a latent cache as a data set."""
+"""Read a latent cache as a dataset."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vae3d.hashing import file_hash
+from vae3d.inference.folder import settings_difference
 from vae3d.io import FileError, read_text
 from vae3d.latents.codec import LatentCodec, Moments
-from vae3d.latents.identity import difference, file_hash, vae_difference
+from vae3d.latents.identity import vae_difference
 from vae3d.latents.shards import (
     COMPLETE,
     INDEX,
@@ -34,16 +36,16 @@ from vae3d.latents.shards import (
 from vae3d.pixels import value_range
 from vae3d.seeding import generator_of
 
-OPEN_SHARDS = 64  # files that a process keeps open
-MOST_CLASSES = 100_000  # larger numbers are names, not places in a list
+OPEN_SHARDS = 64  # open files per process
+MAX_CLASSES = 100_000  # larger numeric labels are names, not class indices
 TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-MAX_INDEX = 2**32  # bytes of index.csv
-NONE = -1  # the label of an entry without one
-TEXT = ("key", "latent", "label", "split", "text", "source")  # columns of index.csv that are not numbers
+MAX_INDEX_BYTES = 2**32
+NO_LABEL = -1
+TEXT_COLUMNS = ("key", "latent", "label", "split", "text", "source")  # of index.csv
 
 
 class Latent(NamedTuple):
-    """One entry: z [C, t, h, w], normalised, fp32; the number of its class, or NONE; its key."""
+    """z: [C, t, h, w], normalised, fp32. label: class index, or NO_LABEL."""
 
     z: Tensor
     label: int
@@ -51,20 +53,20 @@ class Latent(NamedTuple):
 
 
 class LatentCache(Dataset[Latent]):
-    """The entries of a latent cache (see latents.shards), by place, or by (place, position in the training order).
+    """The entries of a latent cache (see latents.shards), by index, or by (index, position in the training order).
 
-    Latents come normalised: by the codec's factors if it is given, so that statistics which were written into an
-    export count at once, else by those that the model had when the cache was made.
-    mode: sample (drawn from the moments, a pure function of (seed, position), as Clip.generators draws for clips that
-    are encoded on the fly), or mean; None: sample where that is possible. A position left out is the place.
-    split: entries of this split only. flips: with the entries of mirrored pixels. verify: compare the files' hashes
-    now; without it their sizes, and the checksum of every entry when it is read.
-    transform: settings of what will be encoded on the fly, or was trained on, that must be those of the cache.
+    Latents are normalised: with the codec's statistics, if it is given, so that statistics that were measured later
+    apply; else with the model's statistics at the time of encoding.
+    mode: sample (posterior noise is a function of (seed, position), as Clip.generators draws it for clips that are
+    encoded during training), or mean; None: sample if the cache stores moments. position defaults to the index.
+    split: only entries of this split. flips: include entries of mirrored pixels.
+    verify: compare the files' hashes now; else their sizes, and checksums of entries when they are read.
+    transform: settings of the transform that the cache must have been made with.
 
-    index: the rows of index.csv. labels: the number of each one's class, or NONE. classes: names of the labels, in the
-    order of their numbers; labels that are all whole numbers are these numbers.
-    Raises CacheError if the cache is not complete, damaged, mixed from several, of another autoencoder or of another
-    transform, naming what differs.
+    index: rows of index.csv. labels: their class indices, or NO_LABEL. classes: names by class index; labels that are
+    all integers are class indices themselves.
+    Raises CacheError, naming what differs, if the cache is incomplete, damaged, mixed from several caches, or made with
+    another autoencoder or transform.
     """
 
     def __init__(
@@ -82,22 +84,24 @@ class LatentCache(Dataset[Latent]):
         self.folder, self.seed = Path(folder), seed
         self.meta = open_meta(self.folder)
         self._check_same_source(codec, transform)
-        told = read_complete(self.folder)
-        self.shards = told["shards"]
+        complete = read_complete(self.folder)
+        self.shards = complete["shards"]
         self._check_integrity(verify)
         self.mode = self._mode(mode)
         index = read_index(self.folder, self.meta["vae"]["channels"], self.shards)
-        if len(index) != told["entries"]:
+        if len(index) != complete["entries"]:
             raise CacheError(
-                f"{self.folder / INDEX} has {len(index)} rows; {told['entries']} were written; encode again"
+                f"{self.folder / INDEX} has {len(index)} rows; {complete['entries']} were written; encode again"
             )
-        for name, there in told["sha256"].items():
+        for name, sha256 in complete["sha256"].items():
             try:
-                same = file_hash(self.folder / name) == there
+                same = file_hash(self.folder / name) == sha256
             except (OSError, FileError) as error:
                 raise CacheError(f"{self.folder / name} cannot be read: {error}; encode again") from error
             if not same:
-                raise CacheError(f"{self.folder / name} is not what was written: its sha256 differs; encode again")
+                raise CacheError(
+                    f"{self.folder / name} has changed since it was written: its sha256 differs; encode again"
+                )
         self.classes = class_names(index["label"])
         if split is not None:
             index = index[index["split"] == split]
@@ -106,8 +110,8 @@ class LatentCache(Dataset[Latent]):
         if index.empty:
             raise CacheError(f"{self.folder} has no entries of split {split}")
         self.index = index.reset_index(drop=True)
-        numbers = {"": NONE} | {name: number for number, name in enumerate(self.classes)}
-        self.labels = [numbers[label] for label in self.index["label"]]
+        class_index = {"": NO_LABEL} | {name: index for index, name in enumerate(self.classes)}
+        self.labels = [class_index[label] for label in self.index["label"]]
         self._keys, self._shards = self.index["key"].tolist(), self.index["shard"].tolist()
         self._shapes, self._checksums = self.index["latent"].tolist(), self.index["crc32"].tolist()
         factors = self.meta["vae"] if codec is None else vars(codec.model.spec)
@@ -119,47 +123,47 @@ class LatentCache(Dataset[Latent]):
     def __len__(self) -> int:
         return len(self._keys)
 
-    def __getitem__(self, place: int | tuple[int, int]) -> Latent:
-        place, position = place if isinstance(place, tuple) else (place, place)
-        moments = self.moments(place)
+    def __getitem__(self, index: int | tuple[int, int]) -> Latent:
+        index, position = index if isinstance(index, tuple) else (index, index)
+        moments = self.moments(index)
         z = moments.mean
         if self.mode == "sample" and self.meta["store"] == "moments":
             generator = generator_of(self.seed, position, "noise")
             z = moments.sample(generator)
-        return Latent(z, self.labels[place], self._keys[place])
+        return Latent(z, self.labels[index], self._keys[index])
 
-    def moments(self, place: int) -> Moments:
-        """The normalised posterior of an entry, [C, t, h, w] each; std is 0 where only means or samples are kept.
+    def moments(self, index: int) -> Moments:
+        """The normalised posterior of an entry, [C, t, h, w] each; std is 0 in caches of means or samples.
 
-        Raises CacheError if a bit of the entry has changed since it was written.
+        Raises CacheError if the entry has changed since it was written.
         """
-        key, shard = self._keys[place], self._shards[place]
+        key, shard = self._keys[index], self._shards[index]
         entry = {kind: self._tensor(shard, f"{kind}/{key}") for kind in KINDS[self.meta["store"]]}
-        if why := self._entry_error(place, entry):
+        if why := self._entry_error(index, entry):
             marker = marker_file(self.folder, shard)
             raise CacheError(
                 f"{shard_file(self.folder, shard)}: {key} {why}; the file is damaged: delete {marker} and encode again"
             )
-        kept = [tensor.float() for tensor in entry.values()]
-        mean, std = kept if len(kept) == 2 else (kept[0], torch.zeros_like(kept[0]))
+        mean, *rest = (tensor.float() for tensor in entry.values())
+        std = rest[0] if rest else torch.zeros_like(mean)
         return Moments((mean - self.latents_mean) / self.latents_std, std / self.latents_std)
 
     @property
     def statistics(self) -> dict[str, Any]:
-        """Of the raw latents of all entries; see LatentStatistics.summary."""
-        told = read_json(self.folder / STATISTICS)
+        """Statistics of the raw latents of all entries; see LatentStatistics.summary."""
+        content = read_json(self.folder / STATISTICS)
         channels = self.meta["vae"]["channels"]
         lists = ("mean", "std", "std_of_mean", "posterior_std", "covariance_eigenvalues", "kurtosis", "skewness")
-        sound = isinstance(told, dict) and all(_numbers(told.get(name), channels, none=True) for name in lists)
-        sound = sound and all(_numbers([told.get(name)], 1) for name in ("clips", "shift", "scale"))
-        sound = sound and _numbers([told.get("participation_ratio")], 1, none=True)
-        percentiles = told.get("percentiles") if sound else None
+        sound = isinstance(content, dict) and all(_numbers(content.get(name), channels, none=True) for name in lists)
+        sound = sound and all(_numbers([content.get(name)], 1) for name in ("clips", "shift", "scale"))
+        sound = sound and _numbers([content.get("participation_ratio")], 1, none=True)
+        percentiles = content.get("percentiles") if sound else None
         if not isinstance(percentiles, dict) or not all(_numbers(v, channels) for v in percentiles.values()):
             raise CacheError(f"{self.folder / STATISTICS} is damaged; delete {self.folder / COMPLETE} and encode again")
-        return told
+        return content
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # open files do not travel to worker processes
+        return {**self.__dict__, "_open": {}}  # open files cannot be pickled
 
     def _tensor(self, shard: int, name: str) -> Tensor:
         file = shard_file(self.folder, shard)
@@ -173,15 +177,15 @@ class LatentCache(Dataset[Latent]):
             marker = marker_file(self.folder, shard)
             raise CacheError(f"{file} cannot be read ({error}); delete {marker} and encode again") from error
 
-    def _entry_error(self, place: int, entry: Mapping[str, Tensor]) -> str | None:
-        """What is wrong with the stored tensors of an entry, or None."""
+    def _entry_error(self, index: int, entry: Mapping[str, Tensor]) -> str | None:
+        """What is wrong with the stored tensors of an entry; None if nothing is."""
         for kind, tensor in entry.items():
             if str(tensor.dtype) != f"torch.{TORCH_NAMES[self.meta['dtype']]}":
-                return f"{kind} is {tensor.dtype}, but the cache is of {self.meta['dtype']}"
-            if (shape := "x".join(map(str, tensor.shape))) != self._shapes[place]:
-                return f"{kind} is {shape}, but index.csv says {self._shapes[place]}"
-        if checksum(entry) != self._checksums[place]:
-            return "is not what was written: its checksum differs"
+                return f"{kind} is {tensor.dtype}, but the cache has {self.meta['dtype']}"
+            if (shape := "x".join(map(str, tensor.shape))) != self._shapes[index]:
+                return f"{kind} is {shape}, but index.csv says {self._shapes[index]}"
+        if checksum(entry) != self._checksums[index]:
+            return "has changed since it was written: its checksum differs"
         if any(not math.isfinite(sum(value_range(tensor))) for tensor in entry.values()):
             return "holds NaN or infinity"
         return None
@@ -193,8 +197,10 @@ class LatentCache(Dataset[Latent]):
                 f"{self.folder} holds latents of another autoencoder, {vae['checkpoint']} ({vae['model']}): {why}; "
                 "give its own checkpoint, or encode again"
             )
-        told = self.meta["transform"]
-        if transform is not None and (why := difference({name: told.get(name) for name in transform}, transform)):
+        if transform is None:
+            return
+        there = {name: self.meta["transform"].get(name) for name in transform}
+        if why := settings_difference(there, transform):
             raise CacheError(f"{self.folder} holds latents of another transform: {why}; encode again, or set the same")
 
     def _check_integrity(self, verify: bool) -> None:
@@ -219,22 +225,22 @@ class LatentCache(Dataset[Latent]):
 
 
 def open_meta(folder: Path) -> dict[str, Any]:
-    """What a complete cache tells of itself. Raises CacheError."""
+    """meta.json of a complete cache. Raises CacheError."""
     if not (folder / META).is_file():
-        raise CacheError(f"{folder} is no latent cache: it has no {META}; make one by scripts/encode_latents.py")
+        raise CacheError(f"{folder} is not a latent cache: it has no {META}; make one with scripts/encode_latents.py")
     if not (folder / COMPLETE).is_file():
-        raise CacheError(f"{folder} is not complete; the command that began it goes on with it")
+        raise CacheError(f"{folder} is not complete; run the command that began it again")
     return read_meta(folder)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json. Raises CacheError if something that is read of it is missing or of another kind."""
+    """Read meta.json. Raises CacheError if a key is missing or has a wrong type."""
     file = folder / META
     meta = read_json(file)
 
     def require(sound: bool, key: str) -> None:
         if not sound:
-            raise CacheError(f"{file}: {key} is missing or not what encode_latents.py writes; encode again")
+            raise CacheError(f"{file}: {key} is missing or has a wrong type; encode again")
 
     require(isinstance(meta, dict), "the content")
     for key in ("digest", "precision", "pixel_range", "source", "clips_hash"):
@@ -260,40 +266,48 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def read_complete(folder: Path) -> dict[str, Any]:
-    """complete.json. Raises CacheError."""
+    """Read complete.json. Raises CacheError."""
     file = folder / COMPLETE
-    told = read_json(file)
-    counts = [told.get(name) for name in ("shards", "entries")] if isinstance(told, dict) else [None]
-    hashes = told.get("sha256") if all(type(count) is int and count > 0 for count in counts) else None
+    content = read_json(file)
+    counts = [content.get(name) for name in ("shards", "entries")] if isinstance(content, dict) else [None]
+    hashes = content.get("sha256") if all(type(count) is int and count > 0 for count in counts) else None
     if not isinstance(hashes, dict) or hashes.keys() != {META, INDEX, STATISTICS}:
-        raise CacheError(f"{file} is damaged; delete it, and the command that made the cache writes it again")
-    return told
+        raise CacheError(f"{file} is damaged; delete it, and run the command that made the cache again")
+    return content
 
 
 def _numbers(values: Any, count: int, none: bool = False) -> bool:
-    """Whether it is a list of so many finite numbers."""
+    """Whether `values` is a list of `count` finite numbers. none: None is allowed, too."""
     if not isinstance(values, list) or len(values) != count:
         return False
     return all((none and v is None) or (type(v) in (int, float) and abs(v) < 1e300) for v in values)
 
 
 def read_index(folder: Path, channels: int, shards: int) -> pd.DataFrame:
-    """index.csv; texts that are not given are empty. Raises CacheError for a table that finish did not write."""
+    """Read index.csv; missing texts are empty. Raises CacheError for a table that `finish` cannot have written."""
     file = folder / INDEX
     try:
-        text = StringIO(read_text(file, MAX_INDEX))
-        index = pd.read_csv(text, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values={"fps": [""]})
+        text = StringIO(read_text(file, MAX_INDEX_BYTES))
+        index = pd.read_csv(
+            text, dtype=dict.fromkeys(TEXT_COLUMNS, str), keep_default_na=False, na_values={"fps": [""]}
+        )
         whole = index[["number", "shard", "frames", "height", "width", "crc32"]]
         shapes = index["latent"].str.fullmatch(rf"{channels}(x[1-9][0-9]{{0,6}}){{3}}")
         checks = {
-            "a number that is none": all(dtype.kind == "i" for dtype in whole.dtypes),
-            "a shard that is not there": bool(whole["shard"].between(0, shards - 1).all()),
-            "a `latent` that is no shape of the autoencoder's": bool(shapes.all()),
+            "a value that is not an integer": all(dtype.kind == "i" for dtype in whole.dtypes),
+            "a shard that does not exist": bool(whole["shard"].between(0, shards - 1).all()),
+            "a `latent` that is not a shape of C x t x h x w": bool(shapes.all()),
             "a key twice": index["key"].is_unique and bool((index["key"] != "").all()),
-            "a `flip` that is neither True nor False": index["flip"].dtype == bool,
+            "a `flip` that is not True or False": index["flip"].dtype == bool,
             "no label, split, text or source": {"label", "split", "text", "source"} <= set(index.columns),
         }
-    except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:  # ValueError: also of pandas' parser
+    except (
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+    ) as error:  # ValueError: also raised by pandas' parser
         raise CacheError(f"{file} cannot be read: {' '.join(str(error).split())}; encode again") from error
     if wrong := [name for name, sound in checks.items() if not sound]:
         raise CacheError(f"{file} has {wrong[0]}; encode again")
@@ -301,10 +315,10 @@ def read_index(folder: Path, channels: int, shards: int) -> pd.DataFrame:
 
 
 def class_names(labels: Sequence[str]) -> list[str]:
-    """Names of classes in the order of their numbers."""
+    """Class names by class index: integer labels are the indices, others are sorted."""
     names = sorted({label for label in labels if label != ""})
     if names and all(len(name) < 19 and name.isdecimal() and name == str(int(name)) for name in names):
-        most = max(map(int, names))
-        if most < MOST_CLASSES:
-            return [str(number) for number in range(1 + most)]
+        largest = max(map(int, names))
+        if largest < MAX_CLASSES:
+            return [str(index) for index in range(1 + largest)]
     return names

@@ -1,4 +1,4 @@
-"""The clips of a data set that a latent cache is to hold, in a fixed order and under keys of their own."""
+"""The clips of a source that a latent cache encodes: their order, keys and pixels."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from vae3d.data.media import MediaError, MediaInfo
 from vae3d.data.probe import fill_metadata
 from vae3d.data.segments import Bounds, Segment, bounds_of, count_frames
 from vae3d.data.sources import DataError
-from vae3d.latents.identity import source_version
+from vae3d.data.versions import source_version
 
-FLIP = "#flip"  # behind the key of an entry of mirrored pixels
-SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")  # which are no classes
-Error = dict[str, Any]  # key, path, reason
+FLIP = "#flip"  # suffix of the key of an entry with mirrored pixels
+SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")  # not classes
+ClipError = dict[str, Any]  # key, path, reason
 
 
 @dataclass(frozen=True)
 class Transform:
-    """From a file to the pixels of its clips; see ClipSettings.
+    """How to read clips from a file; see ClipSettings.
 
-    height, width: None: the file's own size. frames: of a clip; None: all that the file has. clips: one, from the
-    middle of the file, or all that lie in it one behind the other.
+    height, width: None: the size of the file. frames: per clip; None: all frames of the file. clips: one, from the
+    middle of the file, or all, one after another.
     """
 
     height: int | None = None
@@ -45,7 +45,7 @@ class Transform:
     panorama: bool = False
 
     def settings(self, info: MediaInfo, reader: str = "auto") -> ClipSettings:
-        """For a file; clips are cut from its centre, neither mirrored nor rolled."""
+        """Settings for a file: centre crop, not mirrored, not rolled."""
         height, width = self.height or info.height, self.width or info.width
         return ClipSettings(
             height, width, self.stride, self.fps, self.short_side, reader=reader, panorama=self.panorama
@@ -54,8 +54,8 @@ class Transform:
 
 @dataclass(frozen=True)
 class Item:
-    """A clip to encode. bounds: the part of the file that the row stands for. first: of its frames, counting those that
-    are taken; None: from the middle. row: in the source."""
+    """A clip to encode. bounds: start and end of the row's part of the file, in seconds. first: its first frame, after
+    the stride; None: from the middle. row: number of its row in the source."""
 
     key: str
     path: str
@@ -69,8 +69,8 @@ class Item:
 
 @dataclass
 class Read:
-    """A clip that was read, [3, T, H, W] uint8 at fps (0 of an image), or why not. version: of its file, before it was
-    read; see identity.source_version."""
+    """A clip that was read, or the error. number: index of its item. pixels: [3, T, H, W] uint8. fps: 0 for images.
+    version: source_version of its file before reading."""
 
     number: int
     pixels: Tensor | None = None
@@ -81,19 +81,18 @@ class Read:
 
 def items_of(
     table: pd.DataFrame, transform: Transform, *, labels: str = "auto", split: str | None = None
-) -> tuple[list[Item], list[Error]]:
-    """The clips of a source's table, in its order, and the rows that have none.
+) -> tuple[list[Item], list[ClipError]]:
+    """Clips of a source's table, in its order, and errors of rows without clips.
 
-    A key is the file's name in the source, with the seconds of a part as in a.mp4@1.5-4.0, and the frames of one clip
-    of several as in a.mp4[17:34].
-    labels: the column `label`, the name of the folder that a file lies in (unless it is that of a split), none, or
-    auto: the column if there is one, else the folder. split: rows of this split only.
-    Raises DataError if nothing is left, if two rows are the same clip, or if there is no such column or folder.
+    A key is the file's name in the source, with the seconds of a part, as in a.mp4@1.5-4.0, and the frames of one of
+    several clips, as in a.mp4[17:34].
+    labels: column (`label`), folder (name of the file's folder, unless it is that of a split), none, or auto (the
+    column if it exists, else the folder). split: only rows of this split.
+    Raises DataError if no clip is left, if two rows are the same clip, or if the column or folders do not exist.
     """
     if split is not None:
         table = table[table["split"] == split].reset_index(drop=True)
-    told = labels_of(table, labels)
-    named = dict(zip(table["row"], told, strict=True))
+    label_of_row = dict(zip(table["row"], labels_of(table, labels), strict=True))
     if transform.clips == "all":
         sound, broken = fill_metadata(table, ("num_frames", "fps"))
         sound, outside = count_frames(sound)
@@ -111,7 +110,7 @@ def items_of(
             key = _key(row.name, bounds)
             if transform.clips == "all":
                 key += f"[{first}:{first + transform.frames}]"
-            texts = named[row.row], _text(row.split), _text(row.text)
+            texts = label_of_row[row.row], _text(row.split), _text(row.text)
             items.append(Item(key, row.path, bounds, first, int(row.row), *texts))
     _check_no_duplicates(items)
     if not items:
@@ -120,9 +119,9 @@ def items_of(
 
 
 def labels_of(table: pd.DataFrame, labels: str) -> list[str]:
-    """The label of every row; empty where there is none."""
+    """The label of every row; empty if it has none."""
     given = [_text(label) for label in table["label"]]
-    if all(re.fullmatch(r"(\d+\.0)?", label) for label in given):  # which is how pandas writes a 3 beside empty cells
+    if all(re.fullmatch(r"(\d+\.0)?", label) for label in given):  # pandas reads 3 as 3.0 in a column with empty cells
         given = [label.removesuffix(".0") for label in given]
     if labels == "column" and not any(given):
         raise DataError("labels=column, but the source has no column `label`; use labels=folder, or none")
@@ -131,9 +130,7 @@ def labels_of(table: pd.DataFrame, labels: str) -> list[str]:
     folders = [Path(name).parent.name for name in table["name"]]
     found = ["" if labels == "none" or folder.lower() in SPLIT_FOLDERS else folder for folder in folders]
     if labels == "folder" and not any(found):
-        raise DataError(
-            "labels=folder, but no file of the source lies in a folder of a class; use labels=column, or none"
-        )
+        raise DataError("labels=folder, but no file of the source is in a class folder; use labels=column, or none")
     return found
 
 
@@ -143,24 +140,22 @@ def _key(name: str, bounds: Bounds) -> str:
 
 
 def _windows(row: Any, transform: Transform) -> Sequence[int | None]:
-    """First frames of the clips of a row."""
+    """First frame of each clip of a row."""
     if transform.clips == "one":
         return [None]
-    count = _frames_of(row, transform) // transform.frames
-    return [number * transform.frames for number in range(count)]
+    return range(0, _frames_of(row, transform) - transform.frames + 1, transform.frames)
 
 
 def _frames_of(row: Any, transform: Transform) -> int:
-    any_size = ClipSettings(1, 1, transform.stride, transform.fps)
+    any_size = ClipSettings(1, 1, transform.stride, transform.fps)  # the size does not matter here
     return int(any_size.length(row.num_frames, row.fps))
 
 
-def _error(row: Any) -> Error:
+def _error(row: Any) -> ClipError:
     return {"key": row.name or None, "path": row.path, "reason": f"row {row.row} {row.error}"}
 
 
 def _text(value: Any) -> str:
-    """A cell as text."""
     return "" if pd.isna(value) else str(value)
 
 
@@ -169,19 +164,21 @@ def _check_no_duplicates(items: Sequence[Item]) -> None:
     for item in items:
         other = seen.setdefault(item.key, item.row)
         if other != item.row:
-            raise DataError(f"rows {other} and {item.row} are the same clip, {item.key}; leave one of them out")
+            raise DataError(f"rows {other} and {item.row} are the same clip, {item.key}; remove one of them")
     for item in items:
         if item.key.removesuffix(FLIP) != item.key and item.key.removesuffix(FLIP) in seen:
-            raise DataError(f"row {item.row}: {item.key} is called as a mirrored clip; rename it")
+            raise DataError(f"row {item.row}: {item.key} has the name of a mirrored clip; rename it")
 
 
 class ClipReader(Dataset[Read]):
-    """Indexed by the number of an item; a file that cannot be read is an error, never left out. The file that was read
-    last stays open, so that the clips of one file open it once. hashed: versions with the hashes of the files."""
+    """Reads clips by the index of their item; an unreadable file gives an error in its Read.
+
+    The last file stays open, so that the clips of one file open it once. hashed: versions include file hashes.
+    """
 
     def __init__(self, items: Sequence[Item], transform: Transform, reader: str = "auto", hashed: bool = False) -> None:
         self.items, self.transform, self.reader, self.hashed = items, transform, reader, hashed
-        self._last: tuple[str, dict[str, Any] | None] = "", None  # of the clips of one file
+        self._last_version: tuple[str, dict[str, Any] | None] = "", None  # path, version
         self._opened: tuple[tuple[str, Bounds], Segment] | None = None
 
     def __getitem__(self, number: int) -> Read:
@@ -190,28 +187,30 @@ class ClipReader(Dataset[Read]):
 
     def _version(self, path: str) -> dict[str, Any] | None:
         version = source_version(path)
-        known = self._last[1] if path == self._last[0] else None
+        known = self._last_version[1] if path == self._last_version[0] else None
         if self.hashed and (known is None or version is None or not version.items() <= known.items()):
-            self._last = path, source_version(path, hashed=True)
-        return self._last[1] if self.hashed else version
+            self._last_version = path, source_version(path, hashed=True)
+        return self._last_version[1] if self.hashed else version
 
     def _read(self, number: int) -> Read:
         item = self.items[number]
         try:
-            return self._cut(number, item, self._open(item))
+            return self._read_clip(number, item, self._open(item))
         except MediaError as error:
             return Read(number, error=error.reason_for(item.path))
 
     def _open(self, item: Item) -> Segment:
         part = item.path, item.bounds
-        if self._opened is None or repr(self._opened[0]) != repr(part):  # NaN, which a bound may be, equals nothing
+        if self._opened is None or repr(self._opened[0]) != repr(
+            part
+        ):  # bounds may be NaN, which does not equal itself
             if self._opened is not None:
                 self._opened[1].close()
                 self._opened = None
             self._opened = part, open_frames(item.path, ClipSettings(1, 1, reader=self.reader), item.bounds)
         return self._opened[1]
 
-    def _cut(self, number: int, item: Item, opened: Segment) -> Read:
+    def _read_clip(self, number: int, item: Item, opened: Segment) -> Read:
         info = opened.info
         settings = self.transform.settings(info, self.reader)
         possible, step = int(settings.length(info.num_frames, info.fps)), float(settings.step(info.fps))
@@ -220,7 +219,7 @@ class ClipReader(Dataset[Read]):
             raise MediaError(item.path, f"gives {possible} frames; frames={frames}")
         start = 0.5
         if item.first is not None:
-            places = info.num_frames - int((frames - 1) * step)  # where a clip can begin
-            start = (int(item.first * step) + 0.5) / places
+            starts = info.num_frames - int((frames - 1) * step)  # number of possible first frames
+            start = (int(item.first * step) + 0.5) / starts
         pixels = read_clip(opened, item.path, settings, frames, start)
         return Read(number, to_tensor(np.ascontiguousarray(pixels)), info.fps / step)

@@ -1,4 +1,4 @@
-"""One door between pixels and the latents that a diffusion model sees, for every autoencoder of this project."""
+"""Pixels to normalised latents and back, for every autoencoder of this project."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ class Moments:
 
 
 class LatentCodec:
-    """A frozen VideoAutoencoder between pixels of a declared range and normalised latents.
+    """Encodes pixels to normalised latents and decodes them, with a frozen VideoAutoencoder.
 
-    Latents outside of it have about mean 0 and deviation 1 per channel: only the model's own normalize and denormalize
-    know its scale factors. The codec takes the model over: it is put into eval mode, and its weights need no gradients.
+    Normalised latents have about mean 0 and standard deviation 1 per channel. The model is put into eval mode, and its
+    weights no longer require gradients.
 
-    pixel_range: uint8 (whole numbers 0 to 255, as torch.uint8), unit ([0, 1]) or signed ([-1, 1]), of what goes in and
-    comes out. dtype: what the network computes in, torch.float32 (without TF32) or autocast's torch.bfloat16 or
-    torch.float16, whatever autocast is on outside; moments and latents are fp32.
-    chunk_frames: about how many frames are coded at once (at least one latent); None: as many as the model's stream
-    would take. That changes memory, not results; what a model codes as a whole by design, such as the micro_frames of
-    OpenSoraVAE, stays whole. config: the `_target_` tree that built the model, for caches to tell.
-    Raises ValueError for another range or dtype, for chunk_frames where the model cannot code pieces, and for a model
-    whose decoder does not give back what went in, or whose scaling factor is not known.
+    pixel_range: of input and output: uint8 (torch.uint8, 0 to 255), unit ([0, 1]) or signed ([-1, 1]).
+    dtype: of the computation: torch.float32 (without TF32), or torch.bfloat16 or torch.float16 by autocast; autocast
+    outside of the codec has no effect. Moments and latents are fp32.
+    chunk_frames: about how many frames to code at once, at least one latent frame; None: as many as the model's stream
+    takes. It changes memory, not results. Units of the model, such as the micro_frames of OpenSoraVAE, stay whole.
+    config: `_target_` tree of the model, for the metadata of caches.
+    Raises ValueError for unknown ranges and dtypes, for chunk_frames where the model cannot code in chunks, and for
+    decoders that do not invert the encoder; UserError for an unknown scaling factor.
     """
 
     def __init__(
@@ -63,11 +63,9 @@ class LatentCodec:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype is {dtype}; use torch.float32, torch.bfloat16 or torch.float16")
         if getattr(model, "decimated", False):
-            raise ValueError(
-                "a decoder without all of its upscaling does not invert encode; leave decoder_*_upscale out"
-            )
+            raise ValueError("a decoder with less upscaling does not invert the encoder; leave out decoder_*_upscale")
         if not model.spec.latents_std and not next(model.parameters()).is_meta:
-            raise UserError(f"the scaling factor of its latents is not known; {UNKNOWN_FACTOR}")
+            raise UserError(f"the scaling factor of the latents is unknown; {UNKNOWN_FACTOR}")
         self.model = model.eval().requires_grad_(False)
         self.pixel_range, self.dtype, self.config = pixel_range, dtype, config
         self._by_size = chunk_frames is None and getattr(model, "chunk_latents", 0) is None
@@ -95,15 +93,14 @@ class LatentCodec:
         return self
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(C, t, h, w) of a clip's latents, as the model tells."""
+        """(C, t, h, w) of the latents of a clip."""
         return self.model.latent_shape(frames, height, width)
 
     def encode(self, pixels: Tensor, mode: str = "mean", generator: Generators = None) -> Tensor | Moments:
-        """Images [B, 3, H, W] or clips [B, 3, T, H, W] in pixel_range -> normalised latents [B, C, t, h, w] (t = 1 of
-        images). mode: mean, sample (with `generator`: one for the batch, or one per clip), or moments, which are both
-        mean and deviation.
+        """Images [B, 3, H, W] or clips [B, 3, T, H, W] in pixel_range -> normalised latents [B, C, t, h, w].
 
-        Raises PixelError as `moments` does, ValueError for another mode.
+        mode: mean, sample (generator: one for the batch, or one per clip), or moments.
+        Raises PixelError as to_video does, ValueError for another mode.
         """
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; use one of {', '.join(MODES)}")
@@ -113,45 +110,42 @@ class LatentCodec:
         return moments.mean if mode == "mean" else moments.sample(generator)
 
     def moments(self, pixels: Tensor) -> Moments:
-        """As `encode`, the normalised mean and, in the same units, the standard deviation.
-
-        Raises PixelError for pixels of another shape or type, and outside of the declared range.
-        """
+        """Mean and standard deviation of the posterior, in units of normalised latents. Raises as `encode` does."""
         raw = self.raw_moments(pixels)
         return Moments(self.model.normalize(raw.mean), raw.std / self.latents_std(raw.std))
 
     @torch.no_grad()
     def raw_moments(self, pixels: Tensor) -> Moments:
-        """As `moments`, before the normalisation: what a cache keeps, which thereby outlives new statistics."""
+        """As `moments`, before normalisation. Caches store these, and stay valid when the normalisation changes."""
         video = self.to_video(pixels)
-        with self._computing(*video.shape[-2:]):
+        with self._precision_and_chunks(*video.shape[-2:]):
             posterior = self.model.encode(video)
         return Moments(posterior.mean.float(), _std(posterior))
 
     @torch.no_grad()
     def decode(self, z: Tensor, num_frames: int | None = None, size: tuple[int, int] | None = None) -> Tensor:
-        """Normalised latents [B, C, t, h, w] -> clips [B, 3, T, H, W] in pixel_range, clamped, of images too.
+        """Normalised latents [B, C, t, h, w] -> clips [B, 3, T, H, W] in pixel_range, clamped (T = 1 for images).
 
-        num_frames, size (height, width): of what was encoded, since the model may have padded it; by default all that
-        the latents stand for. uint8 pixels are rounded to nearest.
+        num_frames, size (height, width): of the encoded clip, which the model may have padded; by default all decoded
+        pixels. uint8 pixels are rounded to nearest.
         Raises PixelError for latents of another number of channels, ValueError if num_frames does not fit them, and
-        NotFiniteError if uint8 pixels are NaN, as after an overflow in fp16.
+        NotFiniteError for uint8 pixels that are NaN, as after an overflow in fp16.
         """
         check_latents(z, self.channels)
         raw = self.model.denormalize(z.to(self.device, torch.float32))
         stride = self.space_stride
-        with self._computing(z.shape[-2] * stride, z.shape[-1] * stride):
+        with self._precision_and_chunks(z.shape[-2] * stride, z.shape[-1] * stride):
             video = self.model.decode(raw, num_frames)
         height, width = size or video.shape[-2:]
         return self.from_video(video[..., :height, :width])
 
     def to_video(self, pixels: Tensor) -> Tensor:
-        """Pixels in pixel_range -> what models take, [B, 3, T, H, W] in [-1, 1] on the codec's device.
+        """Pixels in pixel_range -> [B, 3, T, H, W] in [-1, 1] on the codec's device, as models take them.
 
-        Raises PixelError, which tells the measured range.
+        Raises PixelError for another shape or dtype, and for values outside of the range.
         """
         if pixels.ndim not in (4, 5) or pixels.shape[1] != 3:
-            raise PixelError(f"pixels are {list(pixels.shape)}; they must be [B, 3, H, W] or [B, 3, T, H, W]")
+            raise PixelError(f"pixels have shape {list(pixels.shape)}; use [B, 3, H, W] or [B, 3, T, H, W]")
         video = pixels.to(self.device)
         if (video.dtype == torch.uint8) != (self.pixel_range == "uint8"):
             raise PixelError(f"pixels are {video.dtype}, but pixel_range={self.pixel_range} is declared")
@@ -165,26 +159,26 @@ class LatentCodec:
                 f"[{low:g}, {high:g}]; use one of {', '.join(RANGES)}"
             )
         if self.pixel_range != "signed":
-            video = video / (high / 2) - 1  # as Clip.to, to the bit
+            video = video / (high / 2) - 1  # bit-equal to Clip.to
         return video if video.ndim == 5 else video.unsqueeze(2)
 
     def from_video(self, video: Tensor) -> Tensor:
-        """What models give, about [-1, 1] -> pixels in pixel_range, clamped.
+        """Decoder output in about [-1, 1] -> pixels in pixel_range, clamped.
 
-        Raises NotFiniteError if they are to be uint8, which would show NaN as black.
+        Raises NotFiniteError for NaN if pixel_range is uint8, where it would become black.
         """
         if self.pixel_range == "uint8":
-            return quantize(video, name=f"what the decoder gives in {str(self.dtype).removeprefix('torch.')}")
+            return quantize(video, name=f"the output of the decoder in {str(self.dtype).removeprefix('torch.')}")
         video = video.float().clamp(-1, 1)
         return video if self.pixel_range == "signed" else (video + 1) / 2
 
     def latents_std(self, like: Tensor) -> Tensor:
-        """The deviation that raw latents are divided by, [C, 1, 1, 1] beside `like`."""
+        """Standard deviation of the raw latents, [C, 1, 1, 1], with device and dtype of `like`."""
         return torch.tensor(self.model.spec.latents_std, device=like.device, dtype=like.dtype)[:, None, None, None]
 
     @contextmanager
-    def _computing(self, height: int, width: int) -> Iterator[None]:
-        """Inside, the model computes in `dtype`, in pieces that fit frames of this size."""
+    def _precision_and_chunks(self, height: int, width: int) -> Iterator[None]:
+        """Set precision, and the chunk size for frames of this size."""
         if self._by_size:
             self.model.chunk_latents = None
             self.model.chunk_latents = self.model.stream(height, width).chunk_latents
@@ -203,7 +197,7 @@ def _std(posterior: Posterior | Delta) -> Tensor:
 
 
 def _set_chunks(model: nn.Module, frames: int) -> None:
-    """Let the model code `frames` frames at once."""
+    """Let the model code about `frames` frames at once."""
     if frames < 1:
         raise ValueError(f"chunk_frames is {frames}; use a positive number, or None")
     inner = getattr(model, "spatial_vae", model)
@@ -212,4 +206,4 @@ def _set_chunks(model: nn.Module, frames: int) -> None:
     elif hasattr(inner, "frame_batch"):
         inner.frame_batch = frames
     else:
-        raise ValueError(f"a {type(model).__name__} codes clips as a whole; leave chunk_frames out")
+        raise ValueError(f"a {type(model).__name__} cannot code clips in chunks; leave out chunk_frames")

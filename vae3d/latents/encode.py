@@ -1,4 +1,4 @@
-"""Encoding a data set into a latent cache: by any number of processes, and again and again until it is complete."""
+"""Encode a dataset into a latent cache, with any number of processes; the same command resumes."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vae3d import __version__
+from vae3d.data.versions import source_version
 from vae3d.data.workers import load
-from vae3d.inference.folder import has_results, locked
+from vae3d.evaluation.tables import write_json
+from vae3d.hashing import file_hash, json_hash
+from vae3d.inference.folder import has_results, locked, settings_difference
+from vae3d.io import naming, remove_unfinished, write_text
 from vae3d.latents.cache import read_meta
-from vae3d.latents.clips import FLIP, ClipReader, Error, Item, Read, Transform
+from vae3d.latents.clips import FLIP, ClipError, ClipReader, Item, Read, Transform
 from vae3d.latents.codec import LatentCodec, Moments
-from vae3d.latents.identity import difference, digest_of, file_hash, latent_config, source_version, vae_facts
+from vae3d.latents.identity import latent_config, vae_metadata
 from vae3d.latents.shards import (
     COMPLETE,
-    FAULTS,
+    ERRORS,
     INDEX,
     KINDS,
     META,
@@ -37,34 +41,43 @@ from vae3d.latents.shards import (
     WRITERS,
     CacheError,
     Shard,
-    aside,
     damage,
     read_json,
     read_marker,
     read_statistics,
-    write_json,
     write_shard,
 )
 from vae3d.latents.statistics import LatentStatistics, StatisticsError
 from vae3d.precision import DTYPES
 from vae3d.seeding import generator_of
 
-SHOWN = 10  # errors in a message
-# What of meta.json, beside autoencoder and transform, must be the same for a cache to be gone on with.
-SAME = ("pixel_range", "precision", "store", "dtype", "flip", "seed", "clips", "clips_hash", "shard_size", "writers")
+MAX_SHOWN = 10  # errors in a message
+# Keys of meta.json, beside autoencoder and transform, that must be equal to resume.
+RESUME_KEYS = (
+    "pixel_range",
+    "precision",
+    "store",
+    "dtype",
+    "flip",
+    "seed",
+    "clips",
+    "clips_hash",
+    "shard_size",
+    "writers",
+)
 log = logging.getLogger("vae3d")
 
 
 @dataclass
-class Job:
-    """What is encoded, and how it is kept.
+class EncodeJob:
+    """What to encode, and how to store it.
 
-    errors: rows of the source without a clip. store: moments (mean and deviation of the posterior), mean, or sample
-    (drawn once, by (seed, key)). dtype: of the stored latents. flip: every clip also mirrored, as an entry of its own.
-    shard_size: clips in a shard, which a process holds in memory and a kill loses. writers: further layouts, see
-    shards.WRITERS. timeout: seconds without a clip after which WorkerTimeout is raised; 0: never. max_broken: share of
-    clips that may fail. retry: encode shards with errors again. verify: how a resume finds replaced source files, by
-    size and time (stat) or by content (hash, which also hashes the shards).
+    errors: of rows without a clip. store: moments (posterior mean and standard deviation), mean, or sample (drawn once,
+    by (seed, key)). dtype: of the stored latents. flip: add an entry of every clip mirrored. shard_size: clips per
+    shard; a process holds one shard in memory, and a kill loses it. writers: additional layouts, see shards.WRITERS.
+    timeout: seconds without a clip until WorkerTimeout; 0: never. max_broken: fraction of clips that may fail. retry:
+    encode shards with errors again. verify: how to detect replaced source files: stat (size and time) or hash (content;
+    also checks the shards).
     """
 
     codec: LatentCodec
@@ -72,7 +85,7 @@ class Job:
     source: str
     folder: Path
     items: Sequence[Item]
-    errors: Sequence[Error]
+    errors: Sequence[ClipError]
     transform: Transform
     store: str = "moments"
     dtype: str = "fp16"
@@ -93,17 +106,17 @@ class Job:
         return math.ceil(len(self.items) / self.shard_size)
 
     def span(self, shard: int) -> range:
-        """Numbers of a shard's items: a function of the source alone, not of the processes."""
+        """Indices of a shard's items, the same for any number of processes."""
         return range(shard * self.shard_size, min(len(self.items), (shard + 1) * self.shard_size))
 
     def meta(self) -> dict[str, Any]:
-        """meta.json; `digest` stands for all that makes the cache what it is."""
-        told = {
-            "vae": vae_facts(self.codec, self.checkpoint),
+        """Content of meta.json; `digest` identifies the settings that must be equal to resume."""
+        content = {
+            "vae": vae_metadata(self.codec, self.checkpoint),
             "pixel_range": self.codec.pixel_range,
             "precision": str(self.codec.dtype).removeprefix("torch."),
             "transform": asdict(self.transform),
-            "transform_hash": digest_of(asdict(self.transform)),
+            "transform_hash": json_hash(asdict(self.transform)),
             "store": self.store,
             "dtype": self.dtype,
             "latents": "raw; a diffusion model takes (z - latents_mean) / latents_std of the vae",
@@ -111,7 +124,7 @@ class Job:
             "seed": self.seed if self.store == "sample" else None,
             "source": self.source,
             "clips": len(self.items),
-            "clips_hash": digest_of([item.key for item in self.items]),
+            "clips_hash": json_hash([item.key for item in self.items]),
             "shard_size": self.shard_size,
             "writers": self.writers,
             "versions": {
@@ -121,62 +134,62 @@ class Job:
                 "python": platform.python_version(),
             },
         }
-        return {"digest": digest_of(identity(told)), **told}
+        return {"digest": json_hash(identity(content)), **content}
 
 
 def identity(meta: dict[str, Any]) -> dict[str, Any]:
-    """What of meta.json must be the same for a cache to be gone on with, flat."""
+    """The settings in meta.json that must be equal to resume, flat."""
     config = latent_config(meta["vae"]["config"] or {})
     return {
         "encoder's weights": meta["vae"]["encoder"],
         **{f"model.{name}": value for name, value in config.items()},
         **{f"transform.{name}": value for name, value in meta["transform"].items()},
-        **{name: meta[name] for name in SAME},
+        **{name: meta[name] for name in RESUME_KEYS},
     }
 
 
-def encode_cache(job: Job, rank: int = 0, world_size: int = 1, wait: Callable[[], None] = lambda: None) -> None:
-    """Make, or go on with, the cache of a job; `wait` returns when all ranks have called it.
+def encode_cache(job: EncodeJob, rank: int = 0, world_size: int = 1, wait: Callable[[], None] = lambda: None) -> None:
+    """Make or resume a cache. wait: a barrier of all ranks.
 
-    Complete shards whose source files are unchanged stay as they are; the others are made from the start, to the same
-    bytes. Labels, splits and texts are those that the source has now.
-    Raises CacheError for a folder that holds something else, and if more than max_broken of the clips fail; FolderError
-    if another process writes to it.
+    Complete shards with unchanged source files are kept; others are encoded from scratch, to the same bytes. Labels,
+    splits and texts are updated from the source.
+    Raises CacheError for a folder with other content or settings, and if more than max_broken of the clips fail;
+    FolderError if another process writes to it.
     """
     with locked(job.folder, f"cache={job.folder}") if rank == 0 else nullcontext():
         _encode_locked(job, rank, world_size, wait)
 
 
-def _encode_locked(job: Job, rank: int, world_size: int, wait: Callable[[], None]) -> None:
+def _encode_locked(job: EncodeJob, rank: int, world_size: int, wait: Callable[[], None]) -> None:
     if rank == 0:
         begin(job.folder, job.meta())
+        for name in ("shards", *WRITERS):
+            remove_unfinished(job.folder / name)
     wait()
     digest = read_json(job.folder / META)["digest"]
-    mine = [shard for shard in range(rank, job.shards, world_size) if not _done(job, shard, digest)]
-    if mine:
+    todo = [shard for shard in range(rank, job.shards, world_size) if not _is_done(job, shard, digest)]
+    if todo:
         (job.folder / COMPLETE).unlink(missing_ok=True)
-        _encode(job, mine, digest, quiet=rank > 0)
+        _encode_shards(job, todo, digest, quiet=rank > 0)
     wait()
     if rank == 0:
         finish(job, digest)
 
 
 def begin(folder: Path, meta: dict[str, Any]) -> None:
-    """Write meta.json, or see that the one that is there says the same. Raises CacheError."""
+    """Write meta.json, or check that the existing one has the same settings. Raises CacheError."""
     if linked := [name for name in ("shards", *WRITERS) if (folder / name).is_symlink()]:
-        raise CacheError(
-            f"{folder / linked[0]} is a symbolic link, and files would be written where it points; delete it"
-        )
+        raise CacheError(f"{folder / linked[0]} is a symbolic link; files would be written to its target: delete it")
     if not (folder / META).is_file():
         if has_results(folder):
-            raise CacheError(f"{folder} is not empty, and no latent cache; choose another folder")
+            raise CacheError(f"{folder} is not empty, and not a latent cache; choose another folder")
         write_json(folder / META, meta)
-    elif why := difference(identity(read_meta(folder)), identity(meta)):
-        raise CacheError(f"{folder} was begun otherwise: {why}; choose another folder, or delete this one")
+    elif why := settings_difference(identity(read_meta(folder)), identity(meta)):
+        raise CacheError(f"{folder} was begun with other settings: {why}; choose another folder, or delete this one")
 
 
-def _done(job: Job, shard: int, digest: str) -> bool:
-    """Whether a shard is complete, undamaged, and of the files that are there now."""
+def _is_done(job: EncodeJob, shard: int, digest: str) -> bool:
+    """Whether a shard is complete, undamaged, and its source files are unchanged."""
     try:
         marker = read_marker(job.folder, shard)
     except CacheError as error:
@@ -184,34 +197,32 @@ def _done(job: Job, shard: int, digest: str) -> bool:
         return False
     if marker is None or marker["of"] != digest or (job.retry and marker["errors"]):
         return False
-    if "webdataset" in job.writers and any(row != row | _told(job, row) for row in marker["rows"]):
-        return False  # its tar file tells of another label
+    if "webdataset" in job.writers and any(row != row | _labels(job, row) for row in marker["rows"]):
+        return False  # its tar file has old labels
     why = _replaced(job, shard, marker["sources"]) or damage(job.folder, shard, marker, verify=job.verify == "hash")
     if why:
         log.warning("shard %d is encoded again: %s", shard, why)
     return why is None
 
 
-def _replaced(job: Job, shard: int, sources: Mapping[str, Any]) -> str | None:
-    """Which source file of a shard is not the one that was encoded; None if all are."""
+def _replaced(job: EncodeJob, shard: int, sources: Mapping[str, Any]) -> str | None:
+    """Which source file of a shard was replaced since it was encoded; None if none was."""
     keys = ("sha256", "dataset") if job.verify == "hash" else ("bytes", "modified", "dataset")
     for path in dict.fromkeys(job.items[number].path for number in job.span(shard)):
-        versions = sources.get(path), source_version(path, job.verify == "hash")
-        there, here = ([(version or {}).get(key) for key in keys] for version in versions)
-        if there != here:
-            unknown = job.verify == "hash" and there[0] is None and here[0] is not None and versions[0] is not None
-            return f"{path} {'was encoded without verify=hash' if unknown else 'was replaced since it was encoded'}"
+        old, new = sources.get(path), source_version(path, job.verify == "hash")
+        if [(old or {}).get(key) for key in keys] != [(new or {}).get(key) for key in keys]:
+            unhashed = job.verify == "hash" and old is not None and "sha256" not in old and "sha256" in (new or {})
+            return f"{path} {'was encoded without verify=hash' if unhashed else 'was replaced since it was encoded'}"
     return None
 
 
-def _told(job: Job, row: dict[str, Any]) -> dict[str, str]:
-    """What the source tells of an entry, which is no part of its latents."""
+def _labels(job: EncodeJob, row: dict[str, Any]) -> dict[str, str]:
+    """Label, split and text of an entry, as the source has them now."""
     item = job.items[row["number"] // 2 if job.flip else row["number"]]
     return {"label": item.label, "split": item.split, "text": item.text}
 
 
-def _encode(job: Job, shards: Sequence[int], digest: str, quiet: bool) -> None:
-    """Encode and write these shards."""
+def _encode_shards(job: EncodeJob, shards: Sequence[int], digest: str, quiet: bool) -> None:
     numbers = [number for shard in shards for number in job.span(shard)]
     sides = job.transform.height, job.transform.width, job.transform.frames
     reads: Iterable[Read] = load(
@@ -222,26 +233,26 @@ def _encode(job: Job, shards: Sequence[int], digest: str, quiet: bool) -> None:
         held=job.batch_size,
         sampler=numbers,
         batch_size=None,
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
     )
     progress = iter(tqdm(reads, total=len(numbers), unit="clip", disable=True if quiet else None))
-    errors: list[Error] = []
+    errors: list[ClipError] = []
     for number in shards:
         shard, statistics = Shard(), LatentStatistics(job.codec.channels)
         for batch in _batches(islice(progress, len(job.span(number))), job.batch_size):
-            _code(job, number, batch, shard, statistics)
+            _encode_batch(job, number, batch, shard, statistics)
         write_shard(job.folder, number, shard, statistics, digest, job.writers)
         errors += shard.errors
         if len(errors) > job.max_broken * len(job.items):
             raise CacheError(_too_many(errors, len(job.items), job.max_broken))
 
 
-def _as_it_is(read: Read) -> Read:
-    return read
+def _identity(read: Read) -> Read:
+    return read  # a named function, because lambdas cannot be pickled
 
 
 def _batches(reads: Iterable[Read], size: int) -> Iterator[list[Read]]:
-    """Clips that follow each other and are of one shape; errors alone."""
+    """Consecutive clips of one shape; errors stand alone."""
     batch: list[Read] = []
     for read in reads:
         if batch and (len(batch) == size or _shape(read) != _shape(batch[0]) or read.pixels is None):
@@ -256,8 +267,8 @@ def _shape(read: Read) -> torch.Size | None:
     return None if read.pixels is None else read.pixels.shape
 
 
-def _code(job: Job, number: int, batch: list[Read], shard: Shard, statistics: LatentStatistics) -> None:
-    """Add the entries of a batch to a shard, or its error."""
+def _encode_batch(job: EncodeJob, number: int, batch: list[Read], shard: Shard, statistics: LatentStatistics) -> None:
+    """Encode a batch into shard `number`, or add its error."""
     for read in batch:
         shard.sources.setdefault(job.items[read.number].path, read.version)
     if batch[0].pixels is None:
@@ -265,35 +276,35 @@ def _code(job: Job, number: int, batch: list[Read], shard: Shard, statistics: La
         shard.errors.append({"key": item.key, "path": item.path, "reason": batch[0].error})
         return
     pixels = torch.stack([read.pixels for read in batch])
-    versions = {"": job.codec.raw_moments(pixels)}
+    moments = {"": job.codec.raw_moments(pixels)}
     if job.flip:
-        versions[FLIP] = job.codec.raw_moments(pixels.flip(-1))
-    for place, read in enumerate(batch):
+        moments[FLIP] = job.codec.raw_moments(pixels.flip(-1))
+    for index, read in enumerate(batch):
         item = job.items[read.number]
-        for flip, (suffix, moments) in enumerate(versions.items()):
+        for flip, (suffix, posterior) in enumerate(moments.items()):
             key = item.key + suffix
-            kept = _kept(job, key, moments.mean[place], moments.std[place])
+            stored = _stored_tensors(job, key, posterior.mean[index], posterior.std[index])
             try:
-                statistics.update(*kept)
+                statistics.update(*stored)
             except StatisticsError as error:
                 shard.errors.append({"key": key, "path": item.path, "reason": str(error)})
                 continue
-            shard.tensors |= {f"{kind}/{key}": z for kind, z in zip(KINDS[job.store], kept, strict=True)}
+            shard.tensors |= {f"{kind}/{key}": z for kind, z in zip(KINDS[job.store], stored, strict=True)}
             entry = 2 * read.number + flip if job.flip else read.number
-            shard.rows.append(_row(item, read, key, entry, number, bool(flip), kept[0]))
+            shard.rows.append(_row(item, read, key, entry, number, bool(flip), stored[0]))
 
 
-def _kept(job: Job, key: str, mean: Tensor, std: Tensor) -> list[Tensor]:
-    """What is stored of an entry, in its dtype, on the CPU."""
-    kept = {"moments": [mean, std], "mean": [mean]}.get(job.store)
-    if kept is None:
-        generator = generator_of(job.seed, key, "sample")
-        kept = [Moments(mean.cpu(), std.cpu()).sample(generator)]
-    return [tensor.to("cpu", DTYPES[job.dtype]).contiguous() for tensor in kept]
+def _stored_tensors(job: EncodeJob, key: str, mean: Tensor, std: Tensor) -> list[Tensor]:
+    """The tensors of an entry, in the stored dtype, on the CPU."""
+    if job.store == "sample":
+        tensors = [Moments(mean.cpu(), std.cpu()).sample(generator_of(job.seed, key, "sample"))]
+    else:
+        tensors = [mean, std] if job.store == "moments" else [mean]
+    return [tensor.to("cpu", DTYPES[job.dtype]).contiguous() for tensor in tensors]
 
 
 def _row(item: Item, read: Read, key: str, entry: int, shard: int, flip: bool, z: Tensor) -> dict[str, Any]:
-    """Of index.csv."""
+    """The row of an entry in index.csv."""
     frames, height, width = read.pixels.shape[1:]
     start, end = (None if np.isnan(second) else second for second in item.bounds)
     return {
@@ -316,35 +327,35 @@ def _row(item: Item, read: Read, key: str, entry: int, shard: int, flip: bool, z
     }
 
 
-def finish(job: Job, digest: str) -> None:
-    """Write what is told of all shards, and last that the cache is complete. Raises CacheError."""
+def finish(job: EncodeJob, digest: str) -> None:
+    """Write errors, index and statistics of all shards, and last complete.json. Raises CacheError."""
     markers = [read_marker(job.folder, shard) for shard in range(job.shards)]
     if missing := [shard for shard, marker in enumerate(markers) if marker is None or marker["of"] != digest]:
         raise CacheError(
-            f"{job.folder}: {len(missing)} of {job.shards} shards are missing ({missing[:SHOWN]}); do all processes "
-            "write to the same folder?"
+            f"{job.folder}: {len(missing)} of {job.shards} shards are missing ({missing[:MAX_SHOWN]}); do all "
+            "processes write to the same folder?"
         )
-    rows = [row | _told(job, row) for marker in markers for row in marker["rows"]]
+    rows = [row | _labels(job, row) for marker in markers for row in marker["rows"]]
     errors = [*job.errors, *(error for marker in markers for error in marker["errors"])]
-    with aside(job.folder / FAULTS) as file:
-        file.write_text("".join(json.dumps(error) + "\n" for error in errors))
+    with naming(job.folder / ERRORS):
+        write_text(job.folder / ERRORS, "".join(json.dumps(error) + "\n" for error in errors))
     clips = len(job.items) + len(job.errors)
     if len(errors) > job.max_broken * clips or not rows:
-        raise CacheError(_too_many(errors, clips, job.max_broken) + f"; {job.folder / FAULTS} lists all")
-    with aside(job.folder / INDEX) as file:
-        pd.DataFrame(rows).to_csv(file, index=False)
+        raise CacheError(_too_many(errors, clips, job.max_broken) + f"; {job.folder / ERRORS} lists all")
+    with naming(job.folder / INDEX):
+        write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(index=False))
     statistics = read_statistics(job.folder, job.shards).summary()
     write_json(job.folder / STATISTICS, statistics)
-    told = {"shards": job.shards, "entries": len(rows), "errors": len(errors)}
     hashes = {name: file_hash(job.folder / name) for name in (META, INDEX, STATISTICS)}
-    write_json(job.folder / COMPLETE, told | {"sha256": hashes})
+    counts = {"shards": job.shards, "entries": len(rows), "errors": len(errors)}
+    write_json(job.folder / COMPLETE, counts | {"sha256": hashes})
     log.info("%d entries of %d clips -> %s", len(rows), len(job.items), job.folder)
     if errors:
-        log.warning("%d clips could not be encoded; %s tells which and why", len(errors), job.folder / FAULTS)
+        log.warning("%d clips could not be encoded; see %s", len(errors), job.folder / ERRORS)
     if job.store == "moments" and not any(statistics["posterior_std"]):
-        log.info("the encoder is deterministic: store=mean would take half the space")
+        log.info("the encoder is deterministic: store=mean needs half the disk space")
 
 
-def _too_many(errors: Sequence[Error], clips: int, most: float) -> str:
-    shown = "; ".join(f"{error['path']}: {error['reason']}" for error in errors[:SHOWN])
-    return f"{len(errors)} of {clips} clips cannot be encoded, more than max_broken={most}; the first: {shown}"
+def _too_many(errors: Sequence[ClipError], clips: int, max_broken: float) -> str:
+    shown = "; ".join(f"{error['path']}: {error['reason']}" for error in errors[:MAX_SHOWN])
+    return f"{len(errors)} of {clips} clips cannot be encoded, more than max_broken={max_broken}; the first: {shown}"

@@ -1,7 +1,7 @@
-"""Probing autoencoders on one source: the same clips and the same noise for all of them, one model at a time.
+"""Run the probes: all autoencoders see the same clips and the same noise, one model at a time.
 
-Memory: a batch of clips in pixels, and the latents of `count` clips, which tell of channels and spectra; the dear
-probes, which decode, see the first `decoded` of them.
+Memory: one batch of clips in pixels, and the latents of `count` clips. The expensive probes, which decode, use only the
+first `decoded` clips.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from vae3d.models.tiling import Tiled
 from vae3d.models.wan import WanVAE
 from vae3d.seeding import generator_of, randn_like, seed_of
 
-LEAST_LATENT = 4  # sides of a frame of latents, of which the smallest spectrum and a scaled frame can be had
+MIN_LATENT_SIDE = 4  # the smallest latents with a spectrum that can also be scaled by 1/2
 SHOWN_NOISE = (0.0, 0.2, 0.5, 1.0)
 
 
@@ -42,11 +43,11 @@ class ProbeError(UserError):
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Which clips are probed: `count` of `frames` x `height` x `width`, `per_file` of each file at places drawn from
-    `seed`, spread evenly over the source. short_side: scale files to this before cropping, as in ClipSettings.
+    """Which clips to probe: `count` clips of `frames` x `height` x `width`, from files spread evenly over the source.
 
-    decoded: how many of them go through the probes that decode. batch: clips coded at once. tile, tile_overlap: see
-    models.tiling.Tiled; None: nothing is coded in tiles.
+    per_file: clips per file, at positions drawn from `seed`. short_side: scale files to it before cropping, as in
+    ClipSettings. decoded: number of clips for the probes that decode. batch: clips coded at once. tile, tile_overlap:
+    see models.tiling.Tiled; None: no tiles.
     """
 
     height: int
@@ -69,7 +70,7 @@ class ProbeSettings:
 
 @dataclass
 class TiledCodec:
-    """probes.Codec of a WanVAE coded in tiles."""
+    """A probes.Codec that codes a WanVAE in tiles."""
 
     model: Tiled
 
@@ -85,38 +86,41 @@ class TiledCodec:
 
 
 def check_sizes(models: Mapping[str, nn.Module], settings: ProbeSettings) -> None:
-    """Raises ProbeError, with all that is wrong, if a model does not take clips of this size whole, or has latents
-    of it that are too small to be probed. Models may have different strides."""
+    """Raises ProbeError, listing all errors, if a model would pad clips of this size, or if its latents are too small
+    to be probed. Models may have different strides."""
     errors = []
     for name, model in models.items():
         stride = model.spec.space_stride
         for key in ("height", "width"):
             size, unit = getattr(settings, key), 2 * stride
-            if size % unit or size < LEAST_LATENT * stride:
-                nearest = max(LEAST_LATENT * stride, round(size / unit) * unit)
+            if size % unit or size < MIN_LATENT_SIDE * stride:
+                nearest = max(MIN_LATENT_SIDE * stride, round(size / unit) * unit)
                 errors.append(
                     f"{key} is {size}; with {name}'s stride of {stride} it must be a multiple of {unit} (latents are "
-                    f"also scaled by half), at least {LEAST_LATENT * stride}: use {nearest}"
+                    f"also scaled by 1/2), at least {MIN_LATENT_SIDE * stride}: use {nearest}"
                 )
         if not model.frames_valid(settings.frames):
             nearest = ", ".join(map(str, nearest_frames(settings.frames, model.frames_valid)))
-            errors.append(f"frames is {settings.frames}, which {name} takes with added frames only; use {nearest}")
+            errors.append(f"frames is {settings.frames}, which {name} would pad; use {nearest}")
     if errors:
-        raise ProbeError("\n  ".join(["these clips do not fit:", *dict.fromkeys(errors)]))
+        raise ProbeError("\n  ".join(["clips of this size do not fit:", *dict.fromkeys(errors)]))
 
 
 def clips(table: pd.DataFrame, settings: ProbeSettings) -> Iterator[Tensor]:
-    """The clips, [3, T, H, W] uint8, always the same. Raises DataError and MediaError for rows and files that cannot be
-    used, among them files that are smaller than a clip: enlarged pixels have the spectrum of no image."""
-    faulty = table[table["error"].notna()]
-    if len(faulty):
-        row = faulty.iloc[0]
+    """The clips, [3, T, H, W] uint8, the same every time.
+
+    Raises DataError and MediaError for unusable rows and files, such as files smaller than a clip: upscaled pixels
+    would change the spectra.
+    """
+    invalid = table[table["error"].notna()]
+    if len(invalid):
+        row = invalid.iloc[0]
         raise DataError(f"row {row['row']} ({row['name']}) {row['error']}")
     files = min(len(table), -(-settings.count // settings.per_file))
     chosen = table.iloc[np.linspace(0, len(table) - 1, files).round().astype(int)]
     cut = ClipSettings(settings.height, settings.width, short_side=settings.short_side, crop="random")
-    places = list(zip(chosen["path"], bounds_of(chosen), strict=True)) * settings.per_file  # other files lie between
-    for number, (path, bounds) in enumerate(places[: settings.count]):
+    segments = list(zip(chosen["path"], bounds_of(chosen), strict=True)) * settings.per_file
+    for number, (path, bounds) in enumerate(segments[: settings.count]):
         rng = np.random.default_rng(seed_of(settings.seed, "probe", number))
         with closing(open_frames(path, cut, bounds)) as reader:
             _require_min_size(path, reader.info, settings)
@@ -146,29 +150,18 @@ Clips = Callable[[], Iterator[Tensor]]
 
 
 def batches(
-    clips: Iterator[Tensor], size: int, device: torch.device | str, most: int | None = None
+    clips: Iterator[Tensor], size: int, device: torch.device | str, max_clips: int | None = None
 ) -> Iterator[Tensor]:
-    """[B, 3, T, H, W] in [-1, 1], of the first `most` clips."""
-    held: list[Tensor] = []
-    for number, clip in enumerate(clips):
-        if most is not None and number == most:
-            break
-        held.append(clip)
-        if len(held) == size:
-            yield _pixels(held, device)
-            held = []
-    if held:
-        yield _pixels(held, device)
-
-
-def _pixels(clips: list[Tensor], device: torch.device | str) -> Tensor:
-    return torch.stack(clips).to(device).float() / 127.5 - 1
+    """Batches [B, 3, T, H, W] in [-1, 1] of the first `max_clips` clips."""
+    clips = islice(clips, max_clips)
+    while batch := list(islice(clips, size)):
+        yield torch.stack(batch).to(device).float() / 127.5 - 1
 
 
 @torch.inference_mode()
 def probe_pixels(clips: Clips, settings: ProbeSettings, strides: set[int]) -> dict[str, Any]:
-    """What latents are compared with: the spectra of the clips themselves, and, by stride, of clips that are as small
-    as latents of that stride, each pixel the mean of those that it stands for."""
+    """Spectra of the clips, for comparison with latents: in space, in time, and by stride averaged down to the size of
+    the latents."""
     totals: dict[str, Tensor] = {}
     count = 0
     for pixels in batches(clips(), settings.batch, "cpu"):
@@ -193,37 +186,38 @@ def probe_pixels(clips: Clips, settings: ProbeSettings, strides: set[int]) -> di
 def probe_model(
     model: nn.Module, clips: Clips, settings: ProbeSettings, lpips: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> dict[str, Any]:
-    """All probes of one model, in eval mode, as JSON holds them. lpips: a distance of frames, for interpolation."""
+    """Run all probes on a model. Returns JSON-able results. lpips: distance of frames, for probes.interpolation."""
     codec, spec = LatentCodec(model), model.spec
     z, statistics, kl = encode_all(codec, clips, settings)
-    told = statistics.summary()
-    std_of_mean, std = (torch.tensor(told[key], dtype=torch.float64) for key in ("std_of_mean", "std"))
-    power, noise = probes.dct_power(z, (-2, -1)), sum(s**2 for s in told["posterior_std"]) / len(std)
-    moving = z[:, :, 1:] if spec.time_stride > 1 else z  # the first latent of a causal VAE stands for a single frame
-    rest = told["other_frames"]
-    found = {
+    summary = statistics.summary()
+    std_of_mean, std = (torch.tensor(summary[key], dtype=torch.float64) for key in ("std_of_mean", "std"))
+    power = probes.dct_power(z, (-2, -1))
+    noise = sum(s**2 for s in summary["posterior_std"]) / len(std)
+    moving = z[:, :, 1:] if spec.time_stride > 1 else z  # the first latent frame stands for a single video frame
+    rest = summary["other_frames"]
+    results = {
         "latent_shape": list(z.shape[1:]),
         "strides": [spec.time_stride, spec.space_stride],
         "causal": spec.causal,
-        "statistics": told,
+        "statistics": summary,
         "kl": None if kl is None else kl.tolist(),
         "collapsed": probes.collapsed(std_of_mean, std, kl),
         "space": asdict(probes.spectrum(power)),
         "space_of_samples": asdict(probes.spectrum(power + noise)),  # the posterior's noise is white
         "time": asdict(probes.spectrum(probes.dct_power(moving, (-3,)))) if moving.shape[2] > 1 else None,
         "local_correlation": probes.local_correlation(z),
-        "first_against_rest": probes.first_against_rest(told["first_frame"], rest)
+        "first_against_rest": probes.first_against_rest(summary["first_frame"], rest)
         if spec.time_stride > 1 and rest
         else None,
     }
-    return found | probe_decoder(codec, clips, settings, told, lpips)
+    return results | probe_decoder(codec, clips, settings, summary, lpips)
 
 
 def encode_all(
     codec: LatentCodec, clips: Clips, settings: ProbeSettings
 ) -> tuple[Tensor, LatentStatistics, Tensor | None]:
-    """The means of all normalised latents, [N, C, t, h, w] on the CPU, their statistics, and the KL of every channel,
-    [C]; see probes.channel_kl."""
+    """Posterior means of all normalised latents, [N, C, t, h, w] on the CPU, their statistics, and
+    probes.channel_kl."""
     statistics = LatentStatistics(codec.channels)
     latents, kl = [], []
     for pixels in batches(clips(), settings.batch, codec.device):
@@ -243,15 +237,16 @@ def probe_decoder(
     statistics: Mapping[str, Any],
     lpips: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> dict[str, Any]:
-    """The probes that decode: means over clips. statistics: of the normalised latents, LatentStatistics.summary().
-    Raises ProbeError if the decoder gives NaN."""
+    """Means over clips of the probes that decode. statistics: LatentStatistics.summary() of the normalised latents.
+
+    Raises ProbeError if the decoder outputs NaN."""
     mean, std = (torch.tensor(statistics[key], device=codec.device) for key in ("mean", "std"))
     sigmas = (0.0, *probes.NOISE)
-    found: dict[str, dict[str, list[Tensor]]] = {}
-    done, before = 0, None
+    values: dict[str, dict[str, list[Tensor]]] = {}
+    decoded, previous = 0, None
     for pixels in batches(clips(), settings.batch, codec.device, settings.decoded):
         z = codec.encode(pixels)
-        curve = probes.noise_curve(codec, z, pixels, std, _generators(settings, done, z), sigmas)
+        curve = probes.noise_curve(codec, z, pixels, std, _generators(settings, decoded, z), sigmas)
         if not curve[0].isfinite().all():  # without noise
             raise ProbeError("the decoder's pixels are NaN or infinite; do the weights hold NaN?")
         measured = {
@@ -259,30 +254,31 @@ def probe_decoder(
             "decoder_equivariance_psnr": probes.decoder_equivariance(codec, z, pixels),
             "noise_psnr": dict(zip(map(str, sigmas), curve, strict=True)),
         }
-        ends = z if before is None else torch.cat([before, z])
-        if len(ends) > 1:  # every clip with the one before it
+        ends = z if previous is None else torch.cat([previous, z])
+        if len(ends) > 1:  # every clip with the previous one
             measured["interpolation"] = probes.interpolation(codec, ends[:-1], ends[1:], pixels.shape[2], lpips)
         if settings.tile is not None and isinstance(codec.model, WanVAE):
             measured["tiles"] = probes.tiling_error(codec, TiledCodec(tiled(codec.model, settings)), pixels)
-        for probe, values in measured.items():
-            for key, value in values.items():
-                found.setdefault(probe, {}).setdefault(key, []).append(value.cpu())
-        before, done = z[-1:], done + len(z)
-    empty = dict.fromkeys(("interpolation", "tiles"))
-    return empty | {probe: _means(values) for probe, values in found.items()} | {"clips_decoded": done}
-
-
-def _means(values: Mapping[str, list[Tensor]]) -> dict[str, float | None]:
-    return dict(zip(values, probes.finite(torch.stack([torch.cat(v).mean() for v in values.values()])), strict=True))
+        for probe, results in measured.items():
+            for key, value in results.items():
+                values.setdefault(probe, {}).setdefault(key, []).append(value.cpu())
+        previous, decoded = z[-1:], decoded + len(z)
+    means = {
+        probe: dict(
+            zip(results, probes.finite(torch.stack([torch.cat(v).mean() for v in results.values()])), strict=True)
+        )
+        for probe, results in values.items()
+    }
+    return {"interpolation": None, "tiles": None} | means | {"clips_decoded": decoded}
 
 
 def _generators(settings: ProbeSettings, first: int, z: Tensor) -> list[torch.Generator]:
-    """One per clip, so that its noise does not depend on the batch."""
-    return [generator_of(settings.seed, "noise", first + place, device=z.device) for place in range(len(z))]
+    """One per clip, so that noise does not depend on the batch size."""
+    return [generator_of(settings.seed, "noise", first + index, device=z.device) for index in range(len(z))]
 
 
 def tiled(model: WanVAE, settings: ProbeSettings) -> Tiled:
-    """Raises ProbeError if the model cannot be coded in such tiles."""
+    """The model, coded in tiles. Raises ProbeError for a tile size that does not fit it."""
     try:
         return Tiled(model, settings.tile, settings.tile_overlap)
     except ValueError as error:
@@ -291,8 +287,8 @@ def tiled(model: WanVAE, settings: ProbeSettings) -> Tiled:
 
 @torch.inference_mode()
 def decoded_pictures(model: nn.Module, clips: Clips, settings: ProbeSettings, std: list[float]) -> dict[str, Tensor]:
-    """What the decoder makes of the first clip under noise, and of the middle between it and the second: label -> its
-    first frame, [3, H, W] in [-1, 1]. std: of the latents, of every channel."""
+    """First frames, [3, H, W] in [-1, 1], by label: the first clip decoded with noise on its latents, and the midpoint
+    between its latents and the second clip's. std: per channel, of the latents."""
     codec = LatentCodec(model)
     pixels = next(batches(clips(), 2, codec.device))
     z, frames = codec.encode(pixels), pixels.shape[2]
@@ -305,17 +301,18 @@ def decoded_pictures(model: nn.Module, clips: Clips, settings: ProbeSettings, st
     return {label: video[0, :, 0].float().clamp(-1, 1).cpu() for label, video in videos.items()}
 
 
-def warnings_of(name: str, told: Mapping[str, Any]) -> list[str]:
-    """What makes the latents of a model unfit to be diffused as they are."""
-    found, statistics = [], told["statistics"]
-    means, stds = statistics["mean"], statistics["std"]
+def warnings_of(name: str, results: Mapping[str, Any]) -> list[str]:
+    """Warnings about latents that are not fit for diffusion. results: of probe_model."""
+    warnings = []
+    means, stds = results["statistics"]["mean"], results["statistics"]["std"]
     if off_scale(means, stds):
-        found.append(
-            f"{name}: its normalised latents have means from {min(means):.3f} to {max(means):.3f} and standard "
-            f"deviations from {min(stds):.3f} to {max(stds):.3f}, by channel, instead of 0 and 1: write what is "
-            "measured into the export (scripts/measure_scale.py --per-channel) before they are diffused"
+        warnings.append(
+            f"{name}: normalised latents have means from {min(means):.3f} to {max(means):.3f} and standard "
+            f"deviations from {min(stds):.3f} to {max(stds):.3f}, by channel, instead of 0 and 1: before diffusion, "
+            "write the measured statistics into the export (scripts/measure_scale.py --per-channel)"
         )
-    if told["collapsed"]:
-        channels = ", ".join(map(str, told["collapsed"]))
-        found.append(f"{name}: {len(told['collapsed'])} of {told['latent_shape'][0]} channels tell nothing: {channels}")
-    return found
+    if results["collapsed"]:
+        channels = ", ".join(map(str, results["collapsed"]))
+        count = f"{len(results['collapsed'])} of {results['latent_shape'][0]}"
+        warnings.append(f"{name}: {count} channels have collapsed: {channels}")
+    return warnings

@@ -1,8 +1,8 @@
-"""What makes latents hard to learn for a diffusion model, and a decoder unforgiving: measures of one autoencoder.
+"""Probes of an autoencoder: what makes its latents hard to diffuse, and its decoder sensitive to errors.
 
-Latents z are normalised, [N, C, t, h, w]; pixels [N, 3, T, H, W] in [-1, 1]. Every function depends on its arguments
-alone, sums in float64, and gives None where a figure is not defined, such as the slope of a constant. Moments of
-channels, the eigenvalues of their covariance and the participation ratio are those of latents.statistics.
+Latents z are normalised, [N, C, t, h, w]; pixels [N, 3, T, H, W] in [-1, 1]. All functions are pure, sum in fp64, and
+return None for undefined values, such as the spectral slope of a constant. Channel moments, covariance eigenvalues and
+the participation ratio are in latents.statistics.
 """
 
 from __future__ import annotations
@@ -21,33 +21,32 @@ from torch import Tensor
 from vae3d.metrics.frame import decibel, gradient_energy
 from vae3d.seeding import randn_like
 
-COLLAPSED_KL = 0.01  # nats per latent element, below which a channel tells nothing of its input
-COLLAPSED_SHARE = 0.01  # of a channel's variance
+MIN_KL = 0.01  # nats per latent element; a channel with less has collapsed
+MIN_VARIANCE_SHARE = 0.01  # variance of the posterior mean / variance of samples; likewise
 HALF_NYQUIST = 0.5
-NO_POWER = 1e-14  # of the mean square: rounding, no variation
-NOISE = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # standard deviations of a channel
+NO_POWER = 1e-14  # relative power below which a signal counts as constant
+NOISE = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # in standard deviations of a channel
 
 
 class Codec(Protocol):
-    """What LatentCodec offers, as far as it is needed here."""
+    """The part of LatentCodec that probes use."""
 
     space_stride: int
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels to the mean of their normalised latents."""
+        """Pixels -> mean of the normalised latents."""
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
-        """Normalised latents to pixels of num_frames frames."""
+        """Normalised latents -> pixels, num_frames frames."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """How power is spread over frequencies, of which 1 is Nyquist's, in bins that leave out the mean (frequency 0).
+    """Power by frequency. frequency: 1 is Nyquist; the mean (frequency 0) is left out.
 
-    slope: of log power over log frequency, 0 of white noise; natural images have about -2 (Field, JOSA A 1987), since
-    power is averaged over a ring. high: share of the power above half of Nyquist's frequency (and half of that at
-    it); of white noise 0.5 in time and about 0.8 in the plane, a little less on a small grid. None where all
-    frequencies lie on one side of it.
+    slope: of log power over log frequency. White noise has 0, natural images about -2 (Field, JOSA A 1987), since power
+    is averaged over rings. high: fraction of the power above half Nyquist (half of the power at it); white noise has
+    0.5 in time and about 0.8 in space, a little less on small grids. None if all frequencies lie on one side.
     """
 
     frequency: list[float]
@@ -57,8 +56,9 @@ class Spectrum:
 
 
 def channel_kl(mean: Tensor, std: Tensor) -> Tensor | None:
-    """KL(N(mean, std^2) || N(0, 1)) of raw latents [N, C, t, h, w], the mean of every channel, [C] nats per element.
-    None where std is 0 everywhere, which says that the encoder is deterministic."""
+    """KL(N(mean, std^2) || N(0, 1)) of raw latents [N, C, t, h, w], per channel: [C] nats per element.
+
+    None for deterministic encoders (std 0 everywhere)."""
     if not std.any():
         return None
     mean, variance = mean.double(), std.double().square()
@@ -66,20 +66,23 @@ def channel_kl(mean: Tensor, std: Tensor) -> Tensor | None:
 
 
 def collapsed(std_of_mean: Tensor, std: Tensor, kl: Tensor | None) -> list[int]:
-    """Channels that tell nothing of their input: their KL is below COLLAPSED_KL nats per element (Bowman et al., arXiv
-    1511.06349), or the variance of their posterior's mean at most COLLAPSED_SHARE of the variance of their samples
-    (Burda et al., arXiv 1509.00519, whose samples have variance 1).
+    """Indices of collapsed channels, whose latents do not depend on the input.
 
-    std_of_mean, std: [C], deviations of the posteriors' means and of samples over the data. kl: of channel_kl.
+    Their KL is below MIN_KL nats per element (arXiv 1511.06349), or the variance of their posterior mean is at most
+    MIN_VARIANCE_SHARE of the variance of their samples (arXiv 1509.00519, whose samples have variance 1).
+    std_of_mean, std: [C], standard deviations over the data, of posterior means and of samples. kl: see channel_kl.
     """
-    still = std_of_mean.square() <= COLLAPSED_SHARE * std.square()
-    return (still if kl is None else still | (kl < COLLAPSED_KL)).nonzero().flatten().tolist()
+    constant = std_of_mean.square() <= MIN_VARIANCE_SHARE * std.square()
+    return (constant if kl is None else constant | (kl < MIN_KL)).nonzero().flatten().tolist()
 
 
 def dct_power(x: Tensor, axes: Sequence[int]) -> Tensor:
-    """Mean square of the coefficients of an orthonormal DCT-II of `x` [N, ...] along `axes` (negative), over all other
-    axes: float64, of the sizes of `axes`. The DCT knows no jump between opposite borders (arXiv 2502.14831, section 3,
-    looks at latents through it); white noise of variance v has v at every frequency."""
+    """Mean squared coefficients of an orthonormal DCT-II of x [N, ...] along `axes` (negative), averaged over all other
+    axes: fp64, with the sizes of `axes`.
+
+    Unlike the DFT, the DCT sees no jump between opposite borders (as arXiv 2502.14831, section 3). White noise of
+    variance v has v at every frequency.
+    """
     bases = {axis: dct_basis(x.shape[axis]).to(x.device) for axis in axes}
     total = 0.0
     for sample in x:
@@ -92,16 +95,17 @@ def dct_power(x: Tensor, axes: Sequence[int]) -> Tensor:
 
 
 def dct_basis(size: int) -> Tensor:
-    """[size, size] float64: row k is the k-th function of the orthonormal DCT-II."""
-    k, place = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)
-    basis = (2 / size) ** 0.5 * torch.cos(torch.pi * k * (place + 0.5) / size)
+    """Orthonormal DCT-II basis, [size, size] fp64: row k is the k-th basis function."""
+    n = torch.arange(size, dtype=torch.float64)
+    basis = (2 / size) ** 0.5 * torch.cos(torch.pi * n[:, None] * (n + 0.5) / size)
     basis[0] /= 2**0.5
     return basis
 
 
 def spectrum(power: Tensor) -> Spectrum:
-    """Of dct_power along one axis, or along two, averaged over rings of equal radius. Corners beyond Nyquist's
-    frequency count in `high` alone."""
+    """Spectrum of dct_power along one axis, or along two axes, averaged over rings of equal radius.
+
+    Corners beyond Nyquist count only in `high`."""
     power = power.cpu()
     axes = [torch.arange(size, dtype=torch.float64) / size for size in power.shape]
     radius = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0).sqrt().flatten()
@@ -119,7 +123,7 @@ def spectrum(power: Tensor) -> Spectrum:
 
 
 def _slope(frequency: Tensor, power: Tensor) -> float | None:
-    """Least squares in logarithms, each ring counting alike."""
+    """Least squares fit of logarithms, with equal weight for every ring."""
     if len(frequency) < 3 or (power <= 0).any():
         return None
     x, y = frequency.log(), power.log()
@@ -127,11 +131,11 @@ def _slope(frequency: Tensor, power: Tensor) -> float | None:
 
 
 def local_correlation(z: Tensor, window: tuple[int, int, int] = (2, 2, 2)) -> dict[str, float | None]:
-    """Mean correlation of the channel vectors of every two places in a window (time, rows, columns): `first` of the
-    first frame, in whose windows time is 1, `rest` of the others, and their `mean`.
+    """Mean correlation of the channel vectors of all pairs of positions in a window (time, rows, columns).
 
-    SSVAE (arXiv 2512.05394; zai-org/SSVAE `calc_local_corr.py`), whose loss asks for 0.75 at least. Channels are
-    brought to mean 0 and deviation 1 first; places behind the last whole window do not count. None of a single channel.
+    first: of the first frame, with windows of one frame; rest: of the other frames; mean: of both.
+    SSVAE (arXiv 2512.05394; zai-org/SSVAE, calc_local_corr.py), whose loss demands at least 0.75. Channels are
+    standardised first; positions behind the last whole window are dropped. None for a single channel.
     """
     if z.shape[1] < 2:
         return {"first": None, "rest": None, "mean": None}
@@ -140,8 +144,8 @@ def local_correlation(z: Tensor, window: tuple[int, int, int] = (2, 2, 2)) -> di
     z = z / torch.where(std > 0, std, 1.0)
     first = _window_correlation(z[:, :, :1], (1, *window[1:]))
     rest = _window_correlation(z[:, :, 1:], window)
-    known = [value for value in (first, rest) if value is not None]
-    return {"first": first, "rest": rest, "mean": sum(known) / len(known) if known else None}
+    defined = [value for value in (first, rest) if value is not None]
+    return {"first": first, "rest": rest, "mean": sum(defined) / len(defined) if defined else None}
 
 
 def _window_correlation(z: Tensor, window: tuple[int, int, int]) -> float | None:
@@ -157,36 +161,37 @@ def _window_correlation(z: Tensor, window: tuple[int, int, int]) -> float | None
 
 
 def first_against_rest(first: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, list[float | None]]:
-    """How the latents of the first frame, which stands alone in a causal VAE, differ from the others, of every channel:
-    the difference of their means in standard deviations of the others, and the ratio of their deviations.
-    first, rest: statistics.ChannelMoments.summary() of both."""
-    a, b = ({key: torch.tensor(told[key], dtype=torch.float64) for key in ("mean", "std")} for told in (first, rest))
+    """Per channel: mean of the first latent frame minus that of the others, in their standard deviations, and the ratio
+    of the standard deviations. In causal VAEs the first latent frame stands for one video frame.
+
+    first, rest: of statistics.ChannelMoments.summary().
+    """
+    a, b = ({key: torch.tensor(part[key], dtype=torch.float64) for key in ("mean", "std")} for part in (first, rest))
     return {"mean_gap": finite((a["mean"] - b["mean"]) / b["std"]), "std_ratio": finite(a["std"] / b["std"])}
 
 
 def _halved(x: Tensor) -> Tensor:
-    """Frames of half the size, each pixel the mean of four: bilinear scaling by exactly 1/2."""
+    """Bilinear scaling by exactly 1/2: each pixel is the mean of four."""
     return F.avg_pool3d(x, (1, 2, 2))
 
 
-# What is done to pixels and, with the side of a latent for its second argument, to latents.
+# Transforms tau of pixels and latents. side: space stride for pixels, 1 for latents.
 TRANSFORMS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "scale": lambda x, side: _halved(x),
     "rot90": lambda x, side: torch.rot90(x, 1, (-2, -1)),
     "flip": lambda x, side: x.flip(-1),
-    "shift": lambda x, side: x[..., side:, side:],  # by a latent, and what leaves the frame is cut off
+    "shift": lambda x, side: x[..., side:, side:],  # by one latent, cropped
 }
 
 
 def encoder_equivariance(codec: Codec, pixels: Tensor, mean: Tensor | float = 0.0) -> dict[str, Tensor]:
-    """|E(tau x) - tau E(x)| / |E(x)| of every clip, [N], for every tau of TRANSFORMS; norms are root mean squares,
-    since scaled latents are fewer. 0 is equivariant; sqrt(2) is what two unrelated latents have.
+    """|E(tau x) - tau E(x)| / |E(x)| per clip, [N], for every tau of TRANSFORMS. 0 is equivariant, sqrt(2) unrelated.
 
-    mean: [C], of the latents, which is taken off in |E(x)|, where it would hide errors. EQ-VAE (arXiv 2502.09509) and
-    scale equivariance (arXiv 2502.14831) train for scale and rotation.
+    Norms are root mean squares, since scaled clips have fewer latents. mean: [C], of the latents, subtracted in |E(x)|,
+    where it would hide errors. EQ-VAE (arXiv 2502.09509) trains for scale and rotation, arXiv 2502.14831 for scale.
     """
     z = codec.encode(pixels)
-    centred = z - _along_channels(mean).to(z) if isinstance(mean, Tensor) else z - mean
+    centred = z - _per_channel(mean).to(z) if isinstance(mean, Tensor) else z - mean
     errors = {}
     for name, tau in TRANSFORMS.items():
         moved = codec.encode(tau(pixels, codec.space_stride))
@@ -195,7 +200,7 @@ def encoder_equivariance(codec: Codec, pixels: Tensor, mean: Tensor | float = 0.
 
 
 def decoder_equivariance(codec: Codec, z: Tensor, pixels: Tensor) -> dict[str, Tensor]:
-    """PSNR of D(tau z) against tau x of every clip, [N] dB, for every tau of TRANSFORMS. z: E(x)."""
+    """PSNR of D(tau z) against tau x per clip, [N] dB, for every tau of TRANSFORMS. z: E(x)."""
     frames = pixels.shape[2]
     return {
         name: psnr(codec.decode(tau(z, 1), frames), tau(pixels, codec.space_stride)) for name, tau in TRANSFORMS.items()
@@ -210,23 +215,24 @@ def noise_curve(
     generators: Sequence[torch.Generator],
     sigmas: Sequence[float] = NOISE,
 ) -> Tensor:
-    """PSNR of D(z + sigma std eps) against the pixels, [len(sigmas), N] dB: what the errors of a diffusion model cost.
+    """PSNR of D(z + sigma std eps) against the pixels, [len(sigmas), N] dB: the effect of errors of a diffusion model.
 
-    std: [C], of the latents. generators: one per clip; its eps is the same for every sigma.
+    std: [C], of the latents. generators: one per clip; eps is the same for every sigma.
     """
-    noise = randn_like(z, generators) * _along_channels(std).to(z)
+    noise = randn_like(z, generators) * _per_channel(std).to(z)
     return torch.stack([psnr(codec.decode(z + sigma * noise, pixels.shape[2]), pixels) for sigma in sigmas])
 
 
 def interpolation(
     codec: Codec, a: Tensor, b: Tensor, frames: int, lpips: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """What lies midway between clips whose latents are a and b, of every pair, [N]:
+    """The decoded midpoint of two latents a and b, per pair, [N]:
 
-    sharpness: gradient energy of D((a+b)/2) over the mean of D(a)'s and D(b)'s: 1 is an image like others, a double
-    exposure of unrelated images has 1/2. mse: of D((a+b)/2) against (D(a)+D(b))/2, of pixels in [0, 1]: 0 of a linear
-    decoder, which cross-fades. lpips: of D((a+b)/2), mean distance to both, over their distance; at least 1/2 where
-    the distance is a metric. lpips takes frames [N, 3, H, W] in [-1, 1] twice, and gives [N, 1, 1, 1].
+    sharpness: gradient energy of D((a+b)/2), divided by the mean of D(a)'s and D(b)'s; 1 is as sharp as the ends, a
+    double exposure of unrelated images has 1/2.
+    mse: of D((a+b)/2) against (D(a)+D(b))/2, for pixels in [0, 1]; 0 for a linear decoder, which cross-fades.
+    lpips: mean distance of D((a+b)/2) to the ends, divided by their distance; at least 1/2 for a metric. The function
+    takes two batches of frames [N, 3, H, W] in [-1, 1], and returns [N, 1, 1, 1].
     """
     ends = [codec.decode(z, frames).clamp(-1, 1) for z in (a, b)]
     middle = codec.decode((a + b) / 2, frames).clamp(-1, 1)
@@ -242,9 +248,9 @@ def interpolation(
 
 
 def tiling_error(whole: Codec, tiled: Codec, pixels: Tensor) -> dict[str, Tensor]:
-    """What coding in tiles changes, of every clip, [N]: `latents`, |difference| / |latents| of the encoder; `psnr` of
-    the reconstructions against each other, dB; `worst_line`, the root mean square difference in the worst row or column
-    of pixels in [0, 1], over that of all, which is 1 where no seam stands out."""
+    """Errors of coding in tiles, per clip, [N]: `latents`, |difference| / |latents|; `psnr` of tiled against whole
+    reconstructions, dB; `worst_line`, the root mean square difference of the worst row or column of pixels, divided by
+    that of all, which is 1 without a seam."""
     z, z_tiled = whole.encode(pixels), tiled.encode(pixels)
     rec, rec_tiled = (c.decode(z, pixels.shape[2]).clamp(-1, 1) for c in (whole, tiled))
     square = (rec_tiled - rec).double().square() / 4
@@ -258,17 +264,17 @@ def tiling_error(whole: Codec, tiled: Codec, pixels: Tensor) -> dict[str, Tensor
 
 
 def psnr(video: Tensor, reference: Tensor) -> Tensor:
-    """Of every clip, [N] dB, of pixels clamped to [-1, 1]; 100 where they are equal."""
+    """PSNR per clip, [N] dB, with pixels clamped to [-1, 1]; 100 for equal pixels."""
     error = _mean_square(video.clamp(-1, 1) - reference.clamp(-1, 1)) / 4
     return torch.tensor([decibel(mse) for mse in error.tolist()], dtype=torch.float64)
 
 
 def finite(values: Tensor) -> list[float | None]:
-    """As a list in which None stands for what is not defined."""
+    """As a list, with None for NaN and infinity."""
     return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
-def _along_channels(values: Tensor) -> Tensor:
+def _per_channel(values: Tensor) -> Tensor:
     return values[None, :, None, None, None]
 
 
@@ -281,6 +287,6 @@ def _energy(video: Tensor) -> Tensor:
 
 
 def _per_clip(distance: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """Mean over the frames of every clip."""
+    """Mean distance over the frames of each clip."""
     pairs = zip(x, y, strict=True)
     return torch.stack([distance(a.transpose(0, 1), b.transpose(0, 1)).double().mean() for a, b in pairs])

@@ -1,24 +1,19 @@
-"""A latent cache on disk: shards that are written aside, renamed, and marked when they are complete.
+"""Files of a latent cache. Each is written atomically; a shard's marker is written last.
 
-CACHE/meta.json                       what the latents are of, and how they were made
+CACHE/meta.json                       autoencoder and settings of the latents
 CACHE/shards/00000.safetensors        mean/KEY and std/KEY, mean/KEY, or sample/KEY, [C, t, h, w] each, raw
 CACHE/shards/00000.statistics.safetensors
-CACHE/shards/00000.json               its entries and errors, versions of their source files, sizes and hashes of its
-                                      files; written last
-CACHE/index.csv, data_errors.jsonl, statistics.json, complete.json (once all shards are there)
+CACHE/shards/00000.json               marker: entries, errors, versions of source files, sizes and hashes of the files
+CACHE/index.csv, data_errors.jsonl, statistics.json, complete.json (once all shards exist)
 CACHE/npy/00000/000000012.mean.npy    on request; the number is that of index.csv
-CACHE/webdataset/00000.tar            on request; its samples are 000000012.mean.npy, ..., 000000012.json
+CACHE/webdataset/00000.tar            on request; samples are 000000012.mean.npy, ..., 000000012.json
 """
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,26 +25,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vae3d.errors import UserError
-from vae3d.io import naming, read_text, remove
-from vae3d.latents.identity import digest_of, file_hash
+from vae3d.evaluation.tables import write_json
+from vae3d.hashing import file_hash, json_hash
+from vae3d.io import atomic_dir, atomic_write, naming, read_text
 from vae3d.latents.statistics import LatentStatistics
 
-META, INDEX, FAULTS, STATISTICS, COMPLETE = (
-    "meta.json", "index.csv", "data_errors.jsonl", "statistics.json", "complete.json",
-)  # fmt: skip
-PARTIAL = ".partial"
-MAX_BYTES = 2**30  # of a JSON file: a marker holds the texts of all its entries
-KINDS = {"moments": ("mean", "std"), "mean": ("mean",), "sample": ("sample",)}  # tensors of an entry, by what is stored
+META = "meta.json"
+INDEX = "index.csv"
+ERRORS = "data_errors.jsonl"
+STATISTICS = "statistics.json"
+COMPLETE = "complete.json"
+MAX_JSON_BYTES = 2**30  # a marker holds the texts of all its entries
+KINDS = {"moments": ("mean", "std"), "mean": ("mean",), "sample": ("sample",)}  # store -> tensors of an entry
 
 
 class CacheError(UserError):
-    """A latent cache that is missing, not complete, damaged, or of something else."""
+    """A latent cache that is missing, incomplete, damaged, or made with other settings."""
 
 
 @dataclass
 class Shard:
-    """What a shard holds. rows: of index.csv, one per entry; tensors: by kind/key; errors: path, key, reason; sources:
-    path -> see identity.source_version."""
+    """Content of a shard. rows: of index.csv, one per entry. tensors: by kind/key. errors: path, key, reason. sources:
+    path -> source_version."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -77,29 +74,30 @@ def statistics_file(cache: Path, number: int) -> Path:
 def write_shard(
     cache: Path, number: int, shard: Shard, statistics: LatentStatistics, of: str, writers: list[str]
 ) -> None:
-    """Write a shard, what `writers` make of it, and last its marker. of: digest of the cache that it belongs to.
+    """Write a shard, with the layouts of `writers`, and last its marker. of: digest of the cache's settings.
 
-    The same content gives the same bytes. Raises OSError, CacheError if the disk does not take it.
+    The same content gives the same bytes. Raises FileError or CacheError if it cannot be written.
     """
     for row in shard.rows:
         row["crc32"] = checksum(shard.entry(row))
     data, numbers = shard_file(cache, number), statistics_file(cache, number)
     for target, tensors in ((data, shard.tensors), (numbers, statistics.to_tensors())):
         try:
-            with aside(target) as file:
-                save_file(tensors, file)
+            with naming(target):
+                target.parent.mkdir(exist_ok=True)
+                with atomic_write(target) as stream:
+                    save_file(tensors, stream.name)
         except SafetensorError as error:
-            raise CacheError(f"{target}: {error}; the same command goes on from here") from error
+            raise CacheError(f"{target}: {error}; run the same command again to resume") from error
     for writer in writers:
         WRITERS[writer](cache, number, shard)
     files = {file.name: {"bytes": file.stat().st_size, "sha256": file_hash(file)} for file in (data, numbers)}
     marker = {"of": of, "files": files, "sources": shard.sources, "rows": shard.rows, "errors": shard.errors}
-    write_json(marker_file(cache, number), {**marker, "digest": digest_of(marker)})
+    write_json(marker_file(cache, number), {**marker, "digest": json_hash(marker)})
 
 
 def checksum(entry: Mapping[str, Tensor]) -> int:
-    """crc32 of an entry's tensors, by kind: names, types, shapes and bytes. At about 1 GB/s it takes 10 microseconds
-    for an image's latents, less than reading them."""
+    """CRC-32 of the tensors of an entry: names, dtypes, shapes and bytes. About 1 GB/s, faster than reading them."""
     value = 0
     for kind, tensor in entry.items():
         value = zlib.crc32(f"{kind} {tensor.dtype} {list(tensor.shape)}\n".encode(), value)
@@ -108,7 +106,7 @@ def checksum(entry: Mapping[str, Tensor]) -> int:
 
 
 def read_marker(cache: Path, number: int, *, verify: bool = True) -> dict[str, Any] | None:
-    """What is known of a complete shard; None if there is none. verify: see that no bit of it has changed.
+    """The marker of a complete shard; None if there is none. verify: check its own hash.
 
     Raises CacheError if it is damaged.
     """
@@ -121,34 +119,34 @@ def read_marker(cache: Path, number: int, *, verify: bool = True) -> dict[str, A
     sound = isinstance(marker, dict) and all(isinstance(marker.get(key), kind) for key, kind in kinds.items())
     if sound:
         sound = marker["files"].keys() == names and all(
-            isinstance(told, dict) and type(told.get("bytes")) is int and type(told.get("sha256")) is str
-            for told in marker["files"].values()
+            isinstance(file, dict) and type(file.get("bytes")) is int and type(file.get("sha256")) is str
+            for file in marker["files"].values()
         )
     if sound and verify:
-        sound = digest_of({key: value for key, value in marker.items() if key != "digest"}) == marker["digest"]
+        sound = json_hash({key: value for key, value in marker.items() if key != "digest"}) == marker["digest"]
     if not sound:
         raise CacheError(f"{file} is damaged; delete it and encode again")
     return marker
 
 
 def damage(cache: Path, number: int, marker: Mapping[str, Any], *, verify: bool = False) -> str | None:
-    """What is wrong with a shard's files, by their sizes, or with `verify` by their hashes; None if nothing is.
+    """What is wrong with a shard's files; None if nothing is. Compares sizes, and with `verify` hashes.
 
-    The small file of statistics is always hashed. Every entry has a checksum, which is compared when it is read.
+    The small statistics file is always hashed. Checksums of entries are compared when an entry is read.
     """
-    for name, told in marker["files"].items():
+    for name, written in marker["files"].items():
         file = shard_file(cache, number).with_name(name)
         if not file.is_file():
             return f"{file} is missing"
-        if file.stat().st_size != told["bytes"]:
-            return f"{file} has {file.stat().st_size} bytes; {told['bytes']} were written"
-        if (verify or file == statistics_file(cache, number)) and file_hash(file) != told["sha256"]:
-            return f"{file} is not what was written: its sha256 differs"
+        if file.stat().st_size != written["bytes"]:
+            return f"{file} has {file.stat().st_size} bytes; {written['bytes']} were written"
+        if (verify or file == statistics_file(cache, number)) and file_hash(file) != written["sha256"]:
+            return f"{file} has changed since it was written: its sha256 differs"
     return None
 
 
 def read_statistics(cache: Path, shards: int) -> LatentStatistics:
-    """Of all shards together, merged in their order."""
+    """Statistics of all shards, merged in order."""
     parts = (_load_statistics(statistics_file(cache, number)) for number in range(shards))
     total = next(parts)
     for part in parts:
@@ -166,69 +164,38 @@ def _load_statistics(file: Path) -> LatentStatistics:
 
 
 def write_npy(cache: Path, number: int, shard: Shard) -> None:
-    """A .npy file per tensor."""
-    with aside(cache / "npy" / f"{number:05d}") as folder:
-        folder.mkdir()
+    """Write each tensor as a .npy file."""
+    target = cache / "npy" / f"{number:05d}"
+    with naming(target), atomic_dir(target) as folder:
         for row in shard.rows:
             for kind, tensor in shard.entry(row).items():
                 np.save(folder / f"{row['number']:09d}.{kind}.npy", tensor.numpy())
 
 
-def write_tar(cache: Path, number: int, shard: Shard) -> None:
-    """A tar file as the library webdataset reads it: .npy files and the row of index.csv as .json."""
-    with aside(cache / "webdataset" / f"{number:05d}.tar") as file, tarfile.open(file, "w") as tar:
-        for row in shard.rows:
-            members = {f"{kind}.npy": _npy(tensor) for kind, tensor in shard.entry(row).items()}
-            members["json"] = json.dumps(row).encode()
-            for name, content in members.items():
-                info = tarfile.TarInfo(f"{row['number']:09d}.{name}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+def write_webdataset(cache: Path, number: int, shard: Shard) -> None:
+    """Write a tar file for webdataset: per entry its tensors as .npy and its row of index.csv as .json."""
+    from webdataset import TarWriter  # slow to import
 
-
-WRITERS: dict[str, Callable[[Path, int, Shard], None]] = {"npy": write_npy, "webdataset": write_tar}
-
-
-def _npy(tensor: Tensor) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, tensor.numpy())
-    return stream.getvalue()
-
-
-@contextmanager
-def aside(target: Path) -> Iterator[Path]:
-    """A path to write a file or a folder at; it gets its name when the block ends well, and is gone when it fails.
-
-    Raises FileError, which names the target, if the disk refuses.
-    """
+    target = cache / "webdataset" / f"{number:05d}.tar"
     with naming(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f".{target.name}{PARTIAL}")
-        remove(unfinished)
-        try:
-            yield unfinished
-            if unfinished.is_file():
-                with unfinished.open("rb") as stream:
-                    os.fsync(stream.fileno())
-            else:
-                remove(target)  # a folder does not replace another
-            unfinished.replace(target)
-        finally:
-            remove(unfinished)
+        target.parent.mkdir(exist_ok=True)
+        # A fixed time, so that the same content gives the same bytes.
+        with atomic_write(target) as stream, TarWriter(stream, user="", group="", mode=0o644, mtime=0) as tar:
+            for row in shard.rows:
+                arrays = {f"{kind}.npy": tensor.numpy() for kind, tensor in shard.entry(row).items()}
+                tar.write({"__key__": f"{row['number']:09d}", **arrays, "json": row})
 
 
-def write_json(file: Path, content: Any) -> None:
-    with aside(file) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+WRITERS: dict[str, Callable[[Path, int, Shard], None]] = {"npy": write_npy, "webdataset": write_webdataset}
 
 
 def read_json(file: Path) -> Any:
-    """Raises CacheError."""
+    """Read a JSON file with any text, unlike io.read_json. Raises CacheError."""
     try:
-        return json.loads(read_text(file, MAX_BYTES), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:  # ValueError: also FileError, and an integer of 5000 digits
+        return json.loads(read_text(file, MAX_JSON_BYTES), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:  # ValueError: also FileError, and integers of 5000 digits
         raise CacheError(f"{file} cannot be read: {error}") from error
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a finite number")

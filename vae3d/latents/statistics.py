@@ -1,84 +1,74 @@
-"""Statistics of latents, gathered clip by clip in fp64 and merged over shards and ranks.
+"""Statistics of latents in fp64, accumulated clip by clip and merged over shards and ranks.
 
-Moments are merged pairwise (Chan, Golub, LeVeque 1979; third and fourth by Pébay, SAND2008-6212), so that any sharding
-gives what a single pass gives, to rounding. Percentiles are those of the values rounded to fp16, of which every one is
-counted: exact but for that rounding, a relative error of at most 2^-11.
+Any sharding gives the result of a single pass, up to rounding. Percentiles are those of the values rounded to fp16,
+which are all counted: the relative error is at most 2^-11.
 
-When a posterior's moments are kept, a diffusion model sees samples, whose variance is that of the means plus the mean
-posterior variance (law of total variance); both are told.
+A diffusion model sees samples. Their variance is the variance of the posterior means plus the mean posterior variance
+(law of total variance); the summary has both.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vae3d.errors import UserError
+from vae3d.running_stats import RunningStats
 
-LEVELS = 2**16  # values of an fp16
+LEVELS = 2**16  # number of fp16 values
 PERCENTILES = (0.1, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.9)
 
 
 class StatisticsError(UserError):
-    """Latents of which there are no statistics."""
+    """Latents without statistics: none, or not finite."""
 
     on_every_rank = False
 
 
-@dataclass
-class ChannelMoments:
-    """Of `count` latent positions, [C] in fp64: mean, `variance` (the sum of the posteriors' variances), third and
-    fourth (sums of powers of the centred values), and scatter [C, C], the sum of outer products of the centred."""
+class ChannelMoments(RunningStats):
+    """Moments of latent positions per channel: RunningStats of the posterior means, sums of the third and fourth powers
+    of the centred means, and `variance_sum`, the sum of the posterior variances; [C] each, fp64."""
 
-    count: int
-    mean: Tensor
-    scatter: Tensor
-    third: Tensor
-    fourth: Tensor
-    variance: Tensor
+    FIELDS = ("count", "mean", "scatter", "third", "fourth", "variance_sum")
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(channels, device)
+        self.third, self.fourth, self.variance_sum = torch.zeros(3, channels, dtype=torch.float64, device=device)
 
     @classmethod
-    def nothing(cls, channels: int) -> ChannelMoments:
-        zeros = torch.zeros(channels, dtype=torch.float64)
-        return cls(0, zeros, torch.zeros(channels, channels, dtype=torch.float64), zeros, zeros, zeros)
-
-    @classmethod
-    def of(cls, values: Tensor, variance: Tensor) -> ChannelMoments:
-        """Of [C, n] means and the variances of their posteriors, in fp64."""
-        mean = values.mean(1)
-        centred = values - mean[:, None]
+    def of(cls, rows: Tensor, variances: Tensor) -> ChannelMoments:
+        """Moments of [n, C] posterior means and their variances."""
+        moments = super().of(rows)
+        centred = rows - moments.mean
         square = centred.square()
-        third, fourth = (square * centred).sum(1), square.square().sum(1)
-        return cls(values.shape[1], mean, centred @ centred.T, third, fourth, variance.sum(1))
+        moments.third, moments.fourth = (square * centred).sum(0), square.square().sum(0)
+        moments.variance_sum = variances.sum(0)
+        return moments
 
-    def merged(self, other: ChannelMoments) -> ChannelMoments:
-        if not (self.count and other.count):
-            return self if self.count else other
+    def merge(self, other: ChannelMoments) -> None:
+        """Add the positions of `other`; third and fourth moments by Pébay, SAND2008-6212."""
         a, b = self.count, other.count
-        n = a + b
-        gap = other.mean - self.mean
-        second_a, second_b = self.scatter.diagonal(), other.scatter.diagonal()
-        third = self.third + other.third + gap**3 * (a * b * (a - b) / n**2)
-        third = third + 3 * gap * (a * second_b - b * second_a) / n
-        fourth = self.fourth + other.fourth + gap**4 * (a * b * (a * a - a * b + b * b) / n**3)
-        fourth = fourth + 6 * gap**2 * (a * a * second_b + b * b * second_a) / n**2
-        fourth = fourth + 4 * gap * (a * other.third - b * self.third) / n
-        return ChannelMoments(
-            n,
-            self.mean + gap * (b / n),
-            self.scatter + other.scatter + torch.outer(gap, gap) * (a * b / n),
-            third,
-            fourth,
-            self.variance + other.variance,
-        )
+        if a and b:
+            n = a + b
+            gap = other.mean - self.mean
+            second_a, second_b = self.scatter.diagonal(), other.scatter.diagonal()
+            fourth = self.fourth + other.fourth + gap**4 * (a * b * (a * a - a * b + b * b) / n**3)
+            fourth = fourth + 6 * gap**2 * (a * a * second_b + b * b * second_a) / n**2
+            self.fourth = fourth + 4 * gap * (a * other.third - b * self.third) / n
+            third = self.third + other.third + gap**3 * (a * b * (a - b) / n**2)
+            self.third = third + 3 * gap * (a * second_b - b * second_a) / n
+            self.variance_sum = self.variance_sum + other.variance_sum
+        elif b:
+            self.third, self.fourth, self.variance_sum = other.third, other.fourth, other.variance_sum
+        super().merge(other)
 
     def summary(self) -> dict[str, Any]:
-        """count; mean, std (of samples), std_of_mean and posterior_std (root mean square), per channel."""
-        within, between = self.variance / self.count, self.scatter.diagonal() / self.count
+        """count, and per channel: mean, std (of samples), std_of_mean, posterior_std (root mean square)."""
+        within, between = self.variance_sum / self.count, self.variance
         return {
             "count": self.count,
             "mean": self.mean.tolist(),
@@ -90,8 +80,9 @@ class ChannelMoments:
 
 @dataclass
 class LatentStatistics:
-    """Statistics of raw latents of `channels` channels, apart for the first latent frame of a clip, which stands for
-    one frame in causal video autoencoders, and the rest. histogram: [C, 2^16] counts of the fp16 values."""
+    """Statistics of raw latents: moments of first and other latent frames, and a histogram of fp16 values, [C, 2^16].
+
+    In causal video autoencoders the first latent frame stands for a single video frame."""
 
     channels: int
     clips: int = 0
@@ -100,54 +91,59 @@ class LatentStatistics:
     histogram: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.first = self.rest = ChannelMoments.nothing(self.channels)
+        self.first, self.rest = ChannelMoments(self.channels), ChannelMoments(self.channels)
         self.histogram = torch.zeros(self.channels, LEVELS, dtype=torch.int64)
 
     def update(self, mean: Tensor, std: Tensor | None = None) -> None:
-        """Add one clip: [C, t, h, w] means, or samples, and the standard deviations of their posteriors, if kept.
+        """Add a clip: posterior means, or samples, and posterior standard deviations, [C, t, h, w] each.
 
-        Raises StatisticsError for values that are not finite, in fp16 either.
+        Raises StatisticsError for values that are not finite in fp16.
         """
         values = mean.to("cpu", torch.float64)
-        variance = torch.zeros_like(values) if std is None else std.to("cpu", torch.float64).square()
-        if not (values.abs().max() <= torch.finfo(torch.float16).max and variance.isfinite().all()):
-            raise StatisticsError(f"latents {list(values.shape)} hold NaN or values beyond fp16; is the model sound?")
+        variances = torch.zeros_like(values) if std is None else std.to("cpu", torch.float64).square()
+        if not (values.abs().max() <= torch.finfo(torch.float16).max and variances.isfinite().all()):
+            raise StatisticsError(
+                f"latents {list(values.shape)} hold NaN or values beyond the range of fp16; check the model"
+            )
         self.clips += 1
-        self.first = self.first.merged(ChannelMoments.of(values[:, 0].flatten(1), variance[:, 0].flatten(1)))
+        self.first.merge(ChannelMoments.of(values[:, 0].flatten(1).T, variances[:, 0].flatten(1).T))
         if values.shape[1] > 1:
-            self.rest = self.rest.merged(ChannelMoments.of(values[:, 1:].flatten(1), variance[:, 1:].flatten(1)))
+            self.rest.merge(ChannelMoments.of(values[:, 1:].flatten(1).T, variances[:, 1:].flatten(1).T))
         offsets = torch.arange(self.channels)[:, None] * LEVELS
         codes = (_rank(values.flatten(1)) + offsets).flatten()
         self.histogram.view(-1).index_add_(0, codes, torch.ones_like(codes))
 
     def merge(self, other: LatentStatistics) -> None:
         self.clips += other.clips
-        self.first, self.rest = self.first.merged(other.first), self.rest.merged(other.rest)
+        self.first.merge(other.first)
+        self.rest.merge(other.rest)
         self.histogram += other.histogram
 
     def percentile(self, percent: float) -> list[float]:
-        """Per channel, the least value that this share of all values does not exceed (numpy's inverted_cdf)."""
+        """Percentile of each channel (numpy's method inverted_cdf)."""
         below = self.histogram.cumsum(1)
         wanted = (below[:, -1:].double() * percent / 100).ceil().clamp(min=1).long()
         return _value(torch.searchsorted(below, wanted)).flatten().tolist()
 
     def summary(self) -> dict[str, Any]:
-        """What statistics.json holds. Deviations are of the population (divided by count).
+        """The content of statistics.json. Standard deviations are of the population (divided by count).
 
-        shift, scale: mean and deviation of all values alike, for models that have one number; scaling_factor = 1 /
-        scale. Of the covariance of channels (of means), eigenvalues, descending, and the participation ratio
-        (sum)^2 / sum of squares: how many channels' worth of directions vary. kurtosis: 3 for a Gaussian.
+        shift, scale: mean and standard deviation over all channels, for models with one number; scaling_factor = 1 /
+        scale. covariance_eigenvalues: of the channels' posterior means, descending. participation_ratio: (sum)^2 / sum
+        of squares of the eigenvalues, the effective number of independent channels. kurtosis: 3 for a Gaussian.
         Raises StatisticsError without a clip.
         """
         if not self.clips:
-            raise StatisticsError("there is no clip to tell statistics of")
-        whole = self.first.merged(self.rest)
+            raise StatisticsError("no clip was added")
+        whole = ChannelMoments(self.channels)
+        whole.merge(self.first)
+        whole.merge(self.rest)
         covariance = whole.scatter / whole.count
-        modes = torch.linalg.eigvalsh(covariance).clamp(min=0).flip(0)
-        spread = covariance.diagonal()
+        eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0).flip(0)
+        variance = covariance.diagonal()
         shift = whole.mean.mean()
-        scale = (spread + whole.variance / whole.count + (whole.mean - shift).square()).mean().sqrt()
-        constant = torch.full_like(spread, math.nan)
+        scale = (variance + whole.variance_sum / whole.count + (whole.mean - shift).square()).mean().sqrt()
+        varies, undefined = variance > 0, torch.full_like(variance, math.nan)
         return {
             "clips": self.clips,
             **whole.summary(),
@@ -157,44 +153,48 @@ class LatentStatistics:
             "first_frame": self.first.summary(),
             "other_frames": self.rest.summary() if self.rest.count else None,
             "percentiles": {f"{percent:g}": self.percentile(percent) for percent in PERCENTILES},
-            "kurtosis": _numbers(torch.where(spread > 0, whole.fourth / whole.count / spread.square(), constant)),
-            "skewness": _numbers(torch.where(spread > 0, whole.third / whole.count / spread**1.5, constant)),
-            "covariance_eigenvalues": modes.tolist(),
-            "participation_ratio": float(modes.sum().square() / modes.square().sum()) if spread.any() else None,
+            "kurtosis": _numbers(torch.where(varies, whole.fourth / whole.count / variance.square(), undefined)),
+            "skewness": _numbers(torch.where(varies, whole.third / whole.count / variance**1.5, undefined)),
+            "covariance_eigenvalues": eigenvalues.tolist(),
+            "participation_ratio": float(eigenvalues.sum().square() / eigenvalues.square().sum())
+            if varies.any()
+            else None,
         }
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """For a safetensors file; of the histogram only the values that occur."""
+        """Tensors for a safetensors file, the histogram as its nonzero counts."""
         level = self.histogram.flatten().nonzero().flatten()
-        told = {"clips": torch.tensor(self.clips), "level": level, "occurs": self.histogram.flatten()[level]}
+        tensors = {"clips": torch.tensor(self.clips), "level": level, "occurs": self.histogram.flatten()[level]}
         for part in ("first", "rest"):
             moments = getattr(self, part)
-            told |= {f"{part}.{f.name}": torch.as_tensor(getattr(moments, f.name)).clone() for f in fields(moments)}
-        return told
+            tensors |= {f"{part}.{name}": torch.as_tensor(getattr(moments, name)).clone() for name in moments.FIELDS}
+        return tensors
 
     @classmethod
-    def from_tensors(cls, told: dict[str, Tensor]) -> LatentStatistics:
-        built = cls(len(told["first.mean"]), int(told["clips"]))
-        built.histogram.view(-1)[told["level"]] = told["occurs"]
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> LatentStatistics:
+        statistics = cls(len(tensors["first.mean"]), int(tensors["clips"]))
+        statistics.histogram.view(-1)[tensors["level"]] = tensors["occurs"]
         for part in ("first", "rest"):
-            moments = {f.name: told[f"{part}.{f.name}"] for f in fields(ChannelMoments)}
-            setattr(built, part, ChannelMoments(**{**moments, "count": int(moments["count"])}))
-        return built
+            moments = getattr(statistics, part)
+            for name in moments.FIELDS:
+                setattr(moments, name, tensors[f"{part}.{name}"])
+            moments.count = int(moments.count)
+        return statistics
 
 
 def _rank(values: Tensor) -> Tensor:
-    """Places of values, rounded to fp16, among all fp16 in ascending order; -0 counts as 0."""
+    """Round to fp16, and return the ranks among all fp16 values in ascending order; -0 counts as 0."""
     bits = (values.half() + 0.0).view(torch.int16).long()
     return torch.where(bits < 0, -1 - (bits & 0x7FFF), bits) + LEVELS // 2
 
 
 def _value(rank: Tensor) -> Tensor:
-    """Inverse of _rank."""
+    """fp16 values of ranks; inverse of _rank."""
     bits = rank - LEVELS // 2
     signed = torch.where(bits < 0, (-1 - bits) - 0x8000, bits)
     return signed.to(torch.int16).view(torch.float16).double()
 
 
 def _numbers(values: Tensor) -> list[float | None]:
-    """JSON has no NaN."""
+    """None stands for NaN, which JSON does not have."""
     return [None if math.isnan(value) else value for value in values.tolist()]

@@ -13,43 +13,21 @@ import torch
 from torch import Tensor
 
 from vae3d.metrics.base import MetricError
+from vae3d.running_stats import RunningStats
 
 
-class Moments:
-    """Count, mean and covariance of feature vectors, gathered in chunks and merged in any order (Chan et al. 1979).
-
-    On the CPU in fp64: `count`, `mean` [d] and `scatter` [d, d], the sum of outer products of the centred vectors.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = torch.zeros(0, dtype=torch.float64)
-        self.scatter = torch.zeros(0, 0, dtype=torch.float64)
+class Moments(RunningStats):
+    """Mean and covariance of feature vectors, gathered on the CPU."""
 
     def update(self, features: Tensor) -> None:
         """Add the rows of [n, d]. Raises MetricError for another width and for values that are not finite."""
-        features = _rows(features)
-        if len(features) == 0:
-            return
-        chunk = Moments()
-        chunk.count, chunk.mean = len(features), features.mean(0)
-        centred = features - chunk.mean
-        chunk.scatter = centred.T @ centred
-        self.merge(chunk)
+        super().update(_rows(features))
 
-    def merge(self, other: Moments) -> None:
+    def merge(self, other: RunningStats) -> None:
         """Add the vectors of `other`. Raises MetricError for another width."""
-        if other.count == 0:
-            return
-        if self.count == 0:
-            self.count, self.mean, self.scatter = other.count, other.mean, other.scatter
-            return
-        _same_width(len(self.mean), len(other.mean))
-        total = self.count + other.count
-        gap = other.mean - self.mean
-        self.scatter = self.scatter + other.scatter + torch.outer(gap, gap) * (self.count * other.count / total)
-        self.mean = self.mean + gap * (other.count / total)
-        self.count = total
+        if self.count and other.count:
+            _same_width(len(self.mean), len(other.mean))
+        super().merge(other)
 
     def cov(self) -> Tensor:
         """[d, d] unbiased covariance. Raises MetricError for fewer than two vectors."""

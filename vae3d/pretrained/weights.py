@@ -6,7 +6,6 @@ the standard library until a file is read.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vae3d.errors import UserError
+from vae3d.hashing import file_hash
 from vae3d.io import FileError, read_json
 
 if TYPE_CHECKING:
@@ -321,8 +321,4 @@ def _warn_once(message: str) -> None:
 
 @lru_cache
 def _cached_hash(path: str, size: int, mtime_ns: int, algorithm: str, start: bytes) -> str:
-    digest = hashlib.new(algorithm, start)
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_hash(path, algorithm, start)

@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 class DiffusionTrainer:
     """Trains `network` to undo `process` on the latents of `data`, resuming from the newest checkpoint in `folder`.
 
-    config: with all settings of network and process. vae: vae_facts of the autoencoder, and where it is.
+    config: with all settings of network and process. vae: vae_metadata of the autoencoder, and where it is.
     hint: the command that mends latents of another scale.
-    Raises ScaleRefused before the first step if the latents are not of mean 0 and deviation 1.
+    Raises LatentScaleError before the first step if the latents are not of mean 0 and deviation 1.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class DiffusionTrainer:
         if not self.scale:
             scale = measure(data, config.trainer.scale_samples, self.device)
             check_latent_scale(scale, hint)
-            self.scale = scale.facts()
+            self.scale = scale.as_dict()
         self.held_out = [(data.latents(batch, self.device), batch) for batch in data.held_out]
         parts = distributed.gather_to_main([z.cpu() for z, _ in self.held_out])
         self.real = [z for part in parts for z in part]  # of all ranks, on the first, which compares samples with them
@@ -314,7 +314,7 @@ class DiffusionTrainer:
             "latent_shape": list(self.data.latent_shape),
             "size": list(self.data.size),
             "classes": self.data.classes,
-            "known": self.data.known,
+            "trained_classes": self.data.trained_classes,
             "label_dropout": self.config.label_dropout,
             "vae": self.vae,
             "latents": self.scale,
@@ -332,7 +332,7 @@ def _next_batches(batches: Iterator[Batch], count: int) -> tuple[list[Batch], Us
 
 def _by_quartile(losses: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sum and count of the squared errors in each quarter of the times: they add up over steps and ranks."""
-    sums = quartile_sums(losses["mse"], losses["level"])
+    sums = quartile_sums(losses["mse"], losses["t_normalised"])
     return {f"{what}_q{q}": sums[q, i] for q in range(QUARTILES) for i, what in enumerate(("sum", "count"))}
 
 

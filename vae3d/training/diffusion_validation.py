@@ -12,9 +12,10 @@ from vae3d import distributed
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.processes import QUARTILES, quartile_sums, training_losses
 from vae3d.diffusion.quality import sliced_wasserstein
-from vae3d.diffusion.sampling import grid, sample_latents
+from vae3d.diffusion.sampling import sample_latents
 from vae3d.latents.codec import LatentCodec
 from vae3d.pixels import PixelError
+from vae3d.report.images import grid
 from vae3d.seeding import generator_of
 from vae3d.training.memory import attempted
 
@@ -51,7 +52,7 @@ def held_out_losses(trainer: DiffusionTrainer) -> dict[str, float]:
             labels = batch.labels if trainer.network.num_classes else None
             with trainer.accelerator.autocast():
                 losses = training_losses(trainer.network, trainer.process, z, noise, labels)
-            sums += quartile_sums(losses["mse"], losses["level"])
+            sums += quartile_sums(losses["mse"], losses["t_normalised"])
     distributed.all_reduce_mean([sums])
     total = sums.sum(0)
     values = {"val/loss": float(total[0] / total[1])} if total[1] else {}
@@ -60,7 +61,7 @@ def held_out_losses(trainer: DiffusionTrainer) -> dict[str, float]:
 
 def _samples(trainer: DiffusionTrainer) -> dict[str, float]:
     """Show samples and, the first time, held-out clips as the autoencoder gives them back; how far both are apart."""
-    settings, data, known = trainer.config.validation, trainer.data, trainer.data.known
+    settings, data, known = trainer.config.validation, trainer.data, trainer.data.trained_classes
     sampling = Sampling(settings.steps, settings.method, settings.guidance, shift=settings.shift)
     count = range(settings.samples)
 

@@ -1,0 +1,36 @@
+"""Versions of source files, so that a resumed command notices that one was replaced."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vae3d.data.dataset_rows import is_row, version_of
+from vae3d.data.images import sequence_files
+from vae3d.data.media import MediaError
+from vae3d.hashing import file_hash, json_hash
+from vae3d.io import FileError
+
+
+def source_version(path: str, hashed: bool = False) -> dict[str, Any] | None:
+    """Size and modification time of a source file, with `hashed` also its SHA-256; None if it cannot be read.
+
+    An image sequence gives those of all its files, a row of a Hugging Face dataset those of the dataset's files.
+    """
+    if is_row(path):
+        return {"dataset": version_of(path)}
+    try:
+        files = sequence_files(path)
+        stats = [os.stat(file) for file in files]
+        hashes = [file_hash(file) for file in files] if hashed else []
+    except (OSError, MediaError, FileError):
+        return None
+    times = [stat.st_mtime_ns for stat in stats]
+    single = len(files) == 1
+    version = {
+        "bytes": sum(stat.st_size for stat in stats),
+        "modified": times[0] if single else json_hash(times),
+    }
+    if hashed:
+        version["sha256"] = hashes[0] if single else json_hash(hashes)
+    return version

@@ -1,0 +1,1 @@
+"""Reports: text tables, HTML pages, plots and grids of pictures."""
