@@ -16,24 +16,24 @@ ENTRIES = [tiny.ROOT / "train.py", tiny.ROOT / "infer.py", *sorted((tiny.ROOT / 
 SCRIPTS = sorted((tiny.ROOT / "scripts").rglob("*.py"))
 
 # Bottom to top. The first line stands for all modules directly in vae3d/ but loading.py: they import only each other.
-LAYERS = """
-leaves
-pretrained
-models
-losses
-metrics
-adversarial
-data
-checkpoints
-evaluation
-inference
-latents
-diffusion
-config
-loading
-training
-commands
-""".split()
+LAYERS = [
+    "leaves",
+    "pretrained",
+    "models",
+    "losses",
+    "metrics",
+    "adversarial",
+    "data",
+    "checkpoints",
+    "evaluation",
+    "inference",
+    "latents",
+    "diffusion",
+    "config",
+    "loading",
+    "training",
+    "commands",
+]
 
 HYDRA = {"config", "loading", "commands"}
 ACCELERATE = {"training", "commands", "distributed"}

@@ -12,14 +12,14 @@ import torch
 from tests.training import quick
 from tests.training.faulty_ranks import clips_of, faulty_step, out_of_memory
 from vae3d import distributed
-from vae3d.training.preflight import PreflightError, preflight
-from vae3d.training.vae_trainer import Trainer
+from vae3d.training.preflight import PreflightError
+from vae3d.training.vae_trainer import VaeTrainer
 
 SOUND = 3
 FAULTS = ("backward", "second", "data", "nan", "discriminator")  # a rehearsal fails in the forward pass
 
 
-def sound_steps(t: Trainer) -> dict[str, object]:
+def sound_steps(t: VaeTrainer) -> dict[str, object]:
     """Take the first steps, without the tiny epsilon that makes a sign of a rounding error; the state after them."""
     t.adversary.optimizer.param_groups[0]["eps"] = 0.01
     told = [t.train_step(clips_of(t, step)) for step in range(SOUND)]
@@ -28,7 +28,7 @@ def sound_steps(t: Trainer) -> dict[str, object]:
     return {"told": told, "weights": weights, "critic": critic, "averages": t.adversary.averages.clone()}
 
 
-def faulty_steps(t: Trainer, fails: bool) -> dict[str, dict[str, float]]:
+def faulty_steps(t: VaeTrainer, fails: bool) -> dict[str, dict[str, float]]:
     told = {}
     for error in FAULTS:
         hooks = []
@@ -56,12 +56,12 @@ def main(folder: Path) -> None:
     report["weights"], report["critic"] = t.network.state_dict(), t.adversary.discriminator.state_dict()
     hooks = [t.network.register_forward_pre_hook(out_of_memory)] if rank == 1 else []
     try:
-        preflight(t)
+        t.preflight()
     except PreflightError as error:
         report["rehearsal"] = str(error)
     for hook in hooks:
         hook.remove()
-    preflight(t)
+    t.preflight()
     t.log.close()
     torch.save(report, folder / f"rank{rank}.pt")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from accelerate.utils import gather_object
 from torch import nn
 
+from vae3d.distributed import init_inference
 from vae3d.errors import UserError
 from vae3d.inference.comparison import Comparer, Network
 from vae3d.inference.files import check_not_own_source, command_of, cost_of, reconstruct_files, rows_of
@@ -23,7 +24,6 @@ from vae3d.models.spatial import SpatialVAE
 from vae3d.models.tiling import Tiled
 from vae3d.models.wan import WanVAE
 from vae3d.precision import DTYPES, autocast_dtype, cast_keep_stats, disable_tf32, slow_conv3d
-from vae3d.training.start import working_ranks
 
 if TYPE_CHECKING:
     from vae3d.config.schema import InferConfig
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def infer(config: InferConfig) -> None:
     """Reconstruct the files that `config` names."""
-    ranks, device = working_ranks(config.device)
+    ranks, device = init_inference(config.device)
     _set_precision(config.precision)
     selection = Selection(
         **{

@@ -31,6 +31,7 @@ from vae3d.diffusion.sampling import (
     write_npz,
 )
 from vae3d.diffusion.scale import Sums
+from vae3d.distributed import init_inference
 from vae3d.errors import UserError
 from vae3d.inference.folder import begin, has_results, locked, resumes
 from vae3d.io import naming, remove, write_json
@@ -39,7 +40,6 @@ from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import weights_hash
 from vae3d.loading import open_codec
 from vae3d.training.diffusion_validation import decoded
-from vae3d.training.start import working_ranks
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import SampleConfig
@@ -60,7 +60,7 @@ class Reference(NamedTuple):
 
 def sample(config: SampleConfig) -> None:
     """Draw the samples that `config` describes, shared among the ranks; the first one writes what is of all of them."""
-    process, device = working_ranks(config.device)
+    process, device = init_inference(config.device)
     export = read_export(config.checkpoint, config.ema)
     labels = _labels(config, export.told)
     names = [] if labels is None else [export.told["classes"][label] for label in labels]
