@@ -23,13 +23,20 @@ ROOT = Path(__file__).parents[1]
 LATENT = ["unet_tiny", "video_tiny"]
 STEPS = 4
 SIZE = ["data.batch_size=4", f"trainer.max_steps={STEPS}"]
-NOT_OF_THE_RUN = ("clips_per_second", "frames_per_second", "memory_gib", "memory_idle_gib")
+SPEED_AND_MEMORY = ("clips_per_second", "frames_per_second", "samples_per_second", "memory_gib", "memory_idle_gib")
+RENAMED = {"gan/real_right": "gan/real_accuracy"}  # since the curves were recorded
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, without speed and memory."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in sorted(line) if name not in NOT_OF_THE_RUN} for line in lines]
+    return comparable([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+
+
+def comparable(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without speed and memory, and under the current names of metrics."""
+    return [
+        {RENAMED.get(name, name): line[name] for name in sorted(line) if name not in SPEED_AND_MEMORY} for line in lines
+    ]
 
 
 def in_child(run: Callable[[], None], log: Path, **environment: str) -> int:
@@ -171,7 +178,7 @@ def main() -> int:
         if args.action == "record":
             file.write_text(json.dumps(curve_of, indent=0) + "\n")
             continue
-        before = json.loads(file.read_text())
+        before = {ranks: comparable(lines) for ranks, lines in json.loads(file.read_text()).items()}
         for ranks, lines in curve_of.items():
             if before[ranks] != json.loads(json.dumps(lines)):
                 different += 1

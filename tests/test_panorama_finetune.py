@@ -12,9 +12,8 @@ from PIL import Image
 from tests import tiny
 from vae3d.commands import train
 from vae3d.config.validate import check_training
-from vae3d.training.checkpointer import export
 from vae3d.training.ema import Ema
-from vae3d.training.vae_trainer import Trainer
+from vae3d.training.vae_trainer import VaeTrainer
 
 COMMON = ["data.workers=0", "data.batch_size=2", "logger=none", "trainer.save_every=0", "validation.every=1000"]
 # Both recipes take the same steps at the same learning rate. An EMA of 0.994 holds 61 % of its start after 80 of them.
@@ -25,7 +24,7 @@ SCHEDULE = [
 Scores = dict[str, float]
 
 
-def trainer(folder: Path, *overrides: str) -> Trainer:
+def trainer(folder: Path, *overrides: str) -> VaeTrainer:
     return train.build_trainer(check_training(tiny.compose(*overrides, *COMMON)), folder)
 
 
@@ -42,7 +41,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     steps = ["trainer.max_steps=200", "trainer.ema.decay=0.95"]
     run = trainer(folder, "experiment=wan_tiny", f"data.source.path={clips / 'clips.csv'}", *sizes, *steps)
     run.fit()
-    export(run, folder / "export")
+    run.export(folder / "export")
     return folder / "export"
 
 

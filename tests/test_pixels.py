@@ -110,9 +110,9 @@ def test_values_are_not_looked_at_in_a_training_step(monkeypatch):
 
 def test_training_steps_do_not_look_at_values(monkeypatch):
     from vae3d.training.diffusion_trainer import DiffusionTrainer
-    from vae3d.training.vae_trainer import Trainer
+    from vae3d.training.vae_trainer import VaeTrainer
 
-    for trainer in (Trainer, DiffusionTrainer):
+    for trainer in (VaeTrainer, DiffusionTrainer):
         seen = []
         asks = type(
             "Asks", (), {"__getattr__": lambda _, name, seen=seen: seen.append(pixels._check_values) or name[0]}

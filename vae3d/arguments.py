@@ -204,6 +204,18 @@ def _limit(limit: Range | Size) -> str:
     return f" from {numbers}" if isinstance(limit, Range) else f", {numbers} entries"
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
 def short(value: Any) -> str:
     """repr of a value, for a message: one line of at most 80 characters."""
     if isinstance(value, int) and value.bit_length() > 200:  # of more digits than Python prints

@@ -1,18 +1,63 @@
-"""What the processes of one training run do is_distributed; alone, all of it does nothing."""
+"""Process groups and collectives. With one process the collectives do nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vae3d.arguments import flatten
+from vae3d.errors import UserError
+from vae3d.precision import as_device
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
+
 T = TypeVar("T")
 
 BUCKET = 64 * 2**20  # elements of one all-reduce: as few as possible, in bounded memory
+
+# Settings that may differ between machines. Sources are compared by what they contain, not by path.
+PER_MACHINE = ("launcher", "debug", "data.source", "data.workers", "data.prefetch", "data.timeout")
+PER_MACHINE += ("source", "root", "workers", "timeout", "device")
+
+
+class RanksDiffer(UserError):
+    """Something that must be equal on all ranks is not."""
+
+
+def init_training(precision: str) -> Accelerator:
+    """Join the ranks of a training run. precision: fp32, bf16 or fp16."""
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState
+
+    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # while one rank probes files or draws samples
+    AcceleratorState._reset_state()  # jobs of a sweep in one process may differ in precision
+    accelerator = Accelerator(
+        mixed_precision=precision.replace("fp32", "no"), cpu=_no_accelerator(), kwargs_handlers=[timeout]
+    )
+    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "ranks did not find each other"
+    return accelerator
+
+
+def init_inference(device: str | None) -> tuple[PartialState, torch.device]:
+    """Join the ranks of a command that share its files or samples. Returns them and this rank's device."""
+    from accelerate import PartialState
+
+    timeout = timedelta(days=7)  # ranks wait for the one with the longest videos
+    ranks = PartialState(cpu=device == "cpu" or _no_accelerator(), timeout=timeout)
+    return ranks, as_device(device) if device else ranks.device
+
+
+def _no_accelerator() -> bool:
+    """Without a GPU, Accelerate joins the ranks that torchrun started only with cpu=True."""
+    return not torch.accelerator.is_available()
 
 
 def is_distributed() -> bool:
@@ -21,9 +66,9 @@ def is_distributed() -> bool:
 
 @contextmanager
 def process_group_scope() -> Iterator[None]:
-    """The process group ends with the block: gloo's threads abort a process that ends while they live (torch 2.15).
+    """Destroy the process group at the end: gloo's threads abort a process that exits while they run (torch 2.15).
 
-    After an error NCCL's is left to the end of the process: ending it would wait for ranks that are still at work.
+    After an error NCCL's group is left alone: destroying it would wait for ranks that are still at work.
     """
     finished = False
     try:
@@ -34,8 +79,36 @@ def process_group_scope() -> Iterator[None]:
             dist.destroy_process_group()
 
 
+def check_ranks_agree(settings: Mapping[str, Any]) -> None:
+    """Compare nested settings over ranks. Every rank must call it. Raises RanksDiffer, on all ranks."""
+    if not is_distributed():
+        return
+    ranks = all_gather_object({key: value for key, value in flatten(settings).items() if not _is_per_machine(key)})
+    keys = sorted({key for rank in ranks for key in rank})
+    lines = [f"  {key}: {_by_value(key, ranks)}" for key in keys if any(r.get(key) != ranks[0].get(key) for r in ranks)]
+    if lines:
+        raise RanksDiffer("the ranks of this run were started with different settings or data:\n" + "\n".join(lines))
+
+
+def _is_per_machine(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in PER_MACHINE)
+
+
+def _by_value(key: str, ranks: list[dict[str, Any]]) -> str:
+    """Each value of a setting, and the ranks that have it."""
+    by_value: dict[str, list[int]] = {}
+    for rank, settings in enumerate(ranks):
+        by_value.setdefault(str(settings.get(key)), []).append(rank)
+    return ", ".join(
+        f"{value} on rank{'s' * (len(which) > 1)} {', '.join(map(str, which))}" for value, which in by_value.items()
+    )
+
+
+# ---- collectives: every rank must call them
+
+
 def all_ranks_ok(ok: bool, device: torch.device) -> bool:
-    """Whether `ok` holds on every rank. Every rank must call it."""
+    """Whether `ok` is true on every rank."""
     if not is_distributed():
         return ok
     lowest = torch.tensor(int(ok), device=device)
@@ -54,18 +127,27 @@ def max_minus_min(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_sum(tensor: Tensor) -> None:
-    """Replace a tensor by its sum over ranks, in place. Every rank must call it."""
+    """Replace a tensor by its sum over ranks, in place."""
     if is_distributed():
         dist.all_reduce(tensor)
 
 
-def gather_to_main(mine: T) -> list[T]:
-    """What each rank gives, in their order, on the first rank; nothing on the others. Every rank must call it."""
+def all_gather_object(item: T) -> list[T]:
+    """The items of all ranks, in their order, on every rank."""
     if not is_distributed():
-        return [mine]
-    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine, parts)
-    return parts or []
+        return [item]
+    items: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def gather_to_main(item: T) -> list[T]:
+    """The items of all ranks, in their order, on the first rank; an empty list on the others."""
+    if not is_distributed():
+        return [item]
+    items: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(item, items)
+    return items or []
 
 
 @torch.no_grad()

@@ -12,14 +12,14 @@ import torch
 from tests.training import quick
 from tests.training.faulty_ranks import clips_of, faulty_step, out_of_memory
 from vae3d import distributed
-from vae3d.training.preflight import PreflightError, preflight
-from vae3d.training.vae_trainer import Trainer
+from vae3d.training.preflight import PreflightError
+from vae3d.training.vae_trainer import VaeTrainer
 
 SOUND = 3
 FAULTS = ("backward", "second", "data", "nan", "discriminator")  # a preflight fails in the forward pass
 
 
-def sound_steps(t: Trainer) -> dict[str, object]:
+def sound_steps(t: VaeTrainer) -> dict[str, object]:
     """Run the first steps with a larger eps, so that Adam does not amplify rounding errors; returns the state."""
     t.adversary.optimizer.param_groups[0]["eps"] = 0.01
     metrics = [t.train_step(clips_of(t, step)) for step in range(SOUND)]
@@ -28,7 +28,7 @@ def sound_steps(t: Trainer) -> dict[str, object]:
     return {"metrics": metrics, "weights": weights, "critic": critic, "averages": t.adversary.averages.clone()}
 
 
-def faulty_steps(t: Trainer, fails: bool) -> dict[str, dict[str, float]]:
+def faulty_steps(t: VaeTrainer, fails: bool) -> dict[str, dict[str, float]]:
     metrics = {}
     for error in FAULTS:
         hooks = []
@@ -56,12 +56,12 @@ def main(folder: Path) -> None:
     report["weights"], report["critic"] = t.network.state_dict(), t.adversary.discriminator.state_dict()
     hooks = [t.network.register_forward_pre_hook(out_of_memory)] if rank == 1 else []
     try:
-        preflight(t)
+        t.preflight()
     except PreflightError as error:
         report["preflight"] = str(error)
     for hook in hooks:
         hook.remove()
-    preflight(t)
+    t.preflight()
     t.log.close()
     torch.save(report, folder / f"rank{rank}.pt")
 

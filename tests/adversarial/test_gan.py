@@ -77,7 +77,7 @@ def test_neither_network_has_a_gradient_of_the_others_pass(config, tmp_path):
     t.train_step(clips_of(t))  # after which a leak would have left something
     clips = clips_of(t, 1) + clips_of(t, 2)
     expected = passes_apart(t, t.adversary, clips)
-    t.accumulate(clips, UpdatePhase(True, True), StepMetrics(), 1)
+    t.forward_backward(clips, UpdatePhase(True, True), 1, StepMetrics())
     for found, apart in zip((gradients(t.network), gradients(t.adversary.discriminator)), expected, strict=True):
         assert found.keys() == apart.keys()
         for name, gradient in apart.items():
@@ -88,7 +88,7 @@ def test_neither_network_has_a_gradient_of_the_others_pass(config, tmp_path):
 @pytest.mark.parametrize("phase", [UpdatePhase(True, False), UpdatePhase(False, True)])
 def test_a_network_whose_turn_it_is_not_gets_no_gradient(config, tmp_path, phase):
     t = with_gan(config, tmp_path)
-    t.accumulate(clips_of(t), phase, StepMetrics(), 1)
+    t.forward_backward(clips_of(t), phase, 1, StepMetrics())
     reached = [any(g is not None for g in gradients(n).values()) for n in (t.network, t.adversary.discriminator)]
     assert reached == list(phase)
 

@@ -53,7 +53,7 @@ def test_a_gan_resumes_bit_equal_in_the_middle_of_the_adversarial_phase(config, 
     first = quick.trainer(config, tmp_path / "parts", **{"trainer.save_every": 0})
     for step in range(4):  # the second of three of the ramp
         first.train_step(clips_of(first, step))
-    first.save()
+    first.checkpointer.save(first.step)
     first.log.close()
     second = quick.trainer(config, tmp_path / "parts", **{"trainer.save_every": 0})
     assert second.step == 4

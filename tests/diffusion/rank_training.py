@@ -12,7 +12,7 @@ from vae3d import distributed
 from vae3d.checkpoints import state
 from vae3d.commands import encode, launch
 from vae3d.config.latents import EncodeConfig
-from vae3d.training.agreement import RanksDiffer
+from vae3d.distributed import RanksDiffer
 
 THREE = ("count=3", "batch_size=1", "classes=[dog,cat]")  # of which one rank draws the last alone
 

@@ -31,9 +31,9 @@ from vae3d.diffusion.sampling import sample_latents
 from vae3d.diffusion.scale import LatentScaleError
 from vae3d.errors import UserError
 from vae3d.latents.cache import CacheError
-from vae3d.training import diffusion_saving, diffusion_validation
+from vae3d.training import diffusion_trainer, diffusion_validation
 from vae3d.training.checkpointer import SaveError
-from vae3d.training.patience import TooManyFailures
+from vae3d.training.spike import TooManyFailures
 
 sys.path.insert(0, str(tiny.ROOT / "scripts"))
 FOUR = "model.channels=[8,8,8]"  # 4 x 4
@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(cached, tmp_path):
     for _ in range(3):  # the third step is lost
         values = first.train_step([next(batches), next(batches)])
         assert not values.pop("stop")
-        first._after_step(values)
+        first.after_step(values)
     first.log.close()
     second = latent_runs.trainer(tmp_path / "killed", *told)
     assert second.step == 2
@@ -155,21 +155,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(cached, tmp_path):
 def test_checkpoints_that_cannot_be_written_are_borne_until_patience_ends(cached, tmp_path, monkeypatch, caplog):
     told = [*cached, "trainer.save_every=1", "trainer.save_failures=2"]
     trainer = latent_runs.trainer(tmp_path, *told)
-    write, write_export = state.write, diffusion_saving.write_export
+    write, write_export = state.write, diffusion_trainer.write_export
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(state, "write", lambda *args: (full if trainer.step == 2 else write)(*args))
     monkeypatch.setattr(
-        diffusion_saving, "write_export", lambda *args: (full if trainer.step == 3 else write_export)(*args)
+        diffusion_trainer, "write_export", lambda *args: (full if trainer.step == 3 else write_export)(*args)
     )
     with pytest.raises(
         TooManyFailures, match=r"2 checkpoints in a row could not be written .*trainer.save_failures is"
     ):
         trainer.fit()
     assert "no checkpoint of step 2: rank 0: OSError: [Errno 28]" in caplog.text
-    assert "step-0000003 is complete, but not what is made of it: rank 0: OSError" in caplog.text
+    assert "step-0000003 is complete, but its outputs are not: rank 0: OSError" in caplog.text
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000001", "step-0000003"]
     monkeypatch.undo()
     assert latent_runs.trainer(tmp_path, *told).fit()
@@ -192,7 +192,7 @@ def test_an_export_that_a_kill_left_out_is_written_at_the_next_start(cached, tmp
     assert latent_runs.trainer(tmp_path / "whole", *cached).fit()
     first = latent_runs.trainer(tmp_path / "killed", *cached)
     with monkeypatch.context() as patch:
-        patch.setattr(diffusion_saving, "write_export", lambda *_: 1 / 0)  # as good as a kill
+        patch.setattr(diffusion_trainer, "write_export", lambda *_: 1 / 0)  # as good as a kill
         with pytest.raises(ZeroDivisionError):
             first.fit()
     while not (tmp_path / "killed/exports/step-0000004").is_dir():
@@ -245,8 +245,8 @@ def test_two_ranks_train_and_sample_as_one(cached, tmp_path):
     together = state.load_state(tmp_path / "together/checkpoints/step-0000004")
     for name, tensor in alone["model"].items():
         assert torch.allclose(together["model"][name], tensor, atol=2e-5), name
-    assert together["scale"]["count"] == alone["scale"]["count"]
-    assert np.allclose(together["scale"]["std"], alone["scale"]["std"])
+    assert together["latents"]["scale"]["count"] == alone["latents"]["scale"]["count"]
+    assert np.allclose(together["latents"]["scale"]["std"], alone["latents"]["scale"]["std"])
     for name in ("loss", "val/loss", "val/sliced_wasserstein"):
         one, two = (losses(tmp_path / run, name) for run in ("alone", "together"))
         assert list(one) == [2, 4]
@@ -307,7 +307,7 @@ def test_one_batch_can_be_overfitted(cached, tmp_path):
         latent_runs.trainer(tmp_path / mode, *cached, f"data.overfit={mode}", "data.batch_size=2")
         for mode in ("false", "true")
     )
-    assert one.scale == plain.scale
+    assert one.latents.scale == plain.latents.scale
     assert [batch.positions for batch in one.data.batches(0, 2)] == [[0, 1], [0, 1]]
 
 
@@ -376,7 +376,7 @@ def test_another_network_or_process_does_not_go_on(cached, tmp_path):
     changed = ["denoiser.gradient_checkpointing=true", "optim.betas=[0.5,0.6]", "optim.weight_decay=0.3"]
     again = latent_runs.trainer(tmp_path, *cached, *changed)
     assert again.step == 2
-    group = again.replicas.optimizer.param_groups[0]
+    group = again.optimizer.param_groups[0]
     assert (group["betas"], group["weight_decay"]) == ((0.5, 0.6), 0.3)
 
 

@@ -66,7 +66,7 @@ def test_differences_are_paired_by_video():
 
 def test_a_ratio_is_best_at_1_in_comparisons_summaries_reports_and_best_checkpoints():
     from vae3d.evaluation.html import _score_table, _shown_frames, _worst_and_best
-    from vae3d.training.best import Best
+    from vae3d.training.checkpointer import BestExport
 
     def ratio(name: str, *frames: float) -> VideoScore:
         scores = {"seam_ratio": Score(float(np.mean(frames)), list(frames))}
@@ -84,7 +84,7 @@ def test_a_ratio_is_best_at_1_in_comparisons_summaries_reports_and_best_checkpoi
     figures = {"seam_ratio": {"mean": 1.0, **direction(columns["seam_ratio"])}}
     assert figures["seam_ratio"] | {"mean": 0} == {"mean": 0, "higher_is_better": None, "best_at": 1.0}
     assert "seam_ratio → 1" in _score_table(figures)
-    best, kept = Best("seam_ratio", columns), []
+    best, kept = BestExport("seam_ratio", columns), []
     for value in (3.0, 0.2, 0.9, 0.5, 1.05, float("nan")):
         if best.beaten_by(value):
             best.value = value

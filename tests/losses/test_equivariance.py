@@ -18,7 +18,6 @@ from vae3d.losses.equivariance import Equivariance, Transform
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.losses.pixel_weights import ErpCosine
 from vae3d.models.forward import attach_decoder
-from vae3d.training.preflight import preflight
 from vae3d.types import Clip, Reconstruction
 
 MODELS = ("spatial", "temporal_vae", "opensora_v1_2", "wan", "wan22", "taehv")
@@ -219,7 +218,7 @@ def test_a_run_decodes_under_autocast_and_in_its_rehearsal(videos, tmp_path):
     hook = t.network.module.decoder.conv_in.register_forward_hook(
         lambda _m, _in, out: seen.append((out.dtype, *out.shape))
     )
-    preflight(t)
+    t.preflight()
     assert seen == [(torch.bfloat16, 2, 8, 8, 8), *[(torch.bfloat16, 1, 8, 8, 8)] * 2]
     seen.clear()
     values = t.train_step([next(t.data.clips(0, 1))])

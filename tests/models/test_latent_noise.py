@@ -12,7 +12,6 @@ from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.models import forward
 from vae3d.models.diffusers_vae import HUNYUAN, DiffusersVAE
 from vae3d.models.forward import add_latent_noise
-from vae3d.training.vae_validation import validate_together
 
 MODELS = ("spatial", "temporal_vae", "opensora_v1_2", "wan", "wan22", "taehv", "hunyuan")
 
@@ -89,7 +88,7 @@ def test_training_has_noise_and_validation_none(videos, tmp_path, monkeypatch):
     clips = t.data.clips(0, 1)
     t.train_step([next(clips)])
     assert noises == [0.4]
-    assert len(validate_together(t, t.metrics)) == 1
+    assert len(t.validate_clips(t.metrics)) == 1
     assert noises == [0.4, 0.0]
 
 

@@ -18,12 +18,11 @@ from vae3d import distributed
 from vae3d.checkpoints import state
 from vae3d.data.clips import Unreadable
 from vae3d.data.sources import DataError
+from vae3d.distributed import RanksDiffer
 from vae3d.training import data_parallel
-from vae3d.training.agreement import RanksDiffer
-from vae3d.training.checkpointer import find_resume_checkpoint
-from vae3d.training.preflight import PreflightError, preflight
-from vae3d.training.step_status import StatusTable
-from vae3d.training.vae_trainer import Trainer
+from vae3d.training.preflight import PreflightError
+from vae3d.training.step_status import Action, StatusTable
+from vae3d.training.vae_trainer import VaeTrainer
 
 SETTINGS = {
     "data.batch_size": 4, "trainer.max_steps": 20, "trainer.save_every": 0, "optim.eps": 0.01, "optim.warmup_steps": 5,
@@ -33,7 +32,7 @@ FAULTS = ("forward", "backward", "second", "data", "slow", "nan")  # one after e
 NO_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB (pretended)"
 
 
-def clips_of(t: Trainer, step: int) -> list:
+def clips_of(t: VaeTrainer, step: int) -> list:
     return list(t.data.clips(step, step + 1))
 
 
@@ -41,7 +40,7 @@ def out_of_memory(*_: object) -> None:
     raise torch.OutOfMemoryError(NO_MEMORY)
 
 
-def faulty_step(t: Trainer, error: str, fails: bool) -> dict[str, float]:
+def faulty_step(t: VaeTrainer, error: str, fails: bool) -> dict[str, float]:
     """A step in which this rank meets `error`, if it is the one that fails."""
     clips, hooks = clips_of(t, t.step), []
     if fails and error == "forward":
@@ -63,7 +62,7 @@ def faulty_step(t: Trainer, error: str, fails: bool) -> dict[str, float]:
     return values
 
 
-def steps(t: Trainer, fails: bool) -> tuple[dict[str, dict[str, float]], list[float]]:
+def steps(t: VaeTrainer, fails: bool) -> tuple[dict[str, dict[str, float]], list[float]]:
     """A sound step and a faulty one, by turns; and the learning rate of every step."""
     told, rates = {}, []
     for error in FAULTS:
@@ -75,7 +74,7 @@ def steps(t: Trainer, fails: bool) -> tuple[dict[str, dict[str, float]], list[fl
     return told, rates
 
 
-def saving(t: Trainer, rank: int) -> dict[str, object]:
+def saving(t: VaeTrainer, rank: int) -> dict[str, object]:
     """Save well, then with a full disk on either rank, then well again; what lies on disk each time."""
     root, told = t.folder / "checkpoints", {}
     t.adversary.rank_state_dict = lambda: {"rank": torch.tensor(rank)}
@@ -89,7 +88,7 @@ def saving(t: Trainer, rank: int) -> dict[str, object]:
         t.step = 100 + number
         if rank == failing:
             setattr(state, writes[rank].__name__, disk_full)
-        t.save()
+        t.checkpointer.save(t.step)
         setattr(state, writes[rank].__name__, writes[rank])
         torch.distributed.barrier()
         told[str(number)] = sorted(path.name for path in root.iterdir())
@@ -98,22 +97,24 @@ def saving(t: Trainer, rank: int) -> dict[str, object]:
     return told
 
 
-def refusals(t: Trainer, rank: int) -> dict[str, str]:
+def refusals(t: VaeTrainer, rank: int) -> dict[str, str]:
     """What both ranks say of a rehearsal that does not fit into one rank's memory, of different weights, and of run
     folders on disks of their own, of which only one holds checkpoints."""
     told = {}
     try:
-        find_resume_checkpoint(SimpleNamespace(folder=t.folder if rank else t.folder / "empty", config=t.config))
+        t.checkpointer.root = t.folder / ("checkpoints" if rank else "empty")
+        t.checkpointer.find(None)
     except state.ResumeError as error:
         told["checkpoints"] = str(error)
+    t.checkpointer.root = t.folder / "checkpoints"
     hooks = [t.network.register_forward_pre_hook(out_of_memory)] if rank == 1 else []
     try:
-        preflight(t)
+        t.preflight()
     except PreflightError as error:
         told["rehearsal"] = str(error)
     for hook in hooks:
         hook.remove()
-    preflight(t)
+    t.preflight()
     with torch.no_grad():
         next(t.network.parameters()).add_(rank)
     try:
@@ -123,22 +124,21 @@ def refusals(t: Trainer, rank: int) -> dict[str, str]:
     return told
 
 
-def uneven(t: Trainer, rank: int) -> str:
+def uneven(t: VaeTrainer, rank: int) -> str:
     """What the ranks say of gradients of two parameters of equal size, of which each has one."""
     first, second = [p for name, p in t.network.named_parameters() if name.endswith("norm1.weight")][:2]
     for p in t.strategy.parameters:
         p.grad = torch.zeros_like(p) if p is not (first, second)[rank] else None
-    votes = dict.fromkeys(StatusTable.COLUMNS, 0.0) | {"gradients": t.strategy.gradients()}
-    try:
-        t.ballot.cast(**votes, with_gradient=t.strategy.with_gradient)
-    except RanksDiffer as error:
-        return str(error)
-    return "averaged crosswise"
+    columns = dict.fromkeys(StatusTable.COLUMNS, 0.0) | {"gradients": t.strategy.gradient_digest()}
+    status = t.status_table.sync(**columns, with_gradient=t.strategy.params_with_grad)
+    action, error = status.decide(0.0, t.spikes)
+    assert action is Action.STOP
+    return str(error)
 
 
-def out_of_data(t: Trainer, rank: int) -> dict[str, object]:
+def out_of_data(t: VaeTrainer, rank: int) -> dict[str, object]:
     """What both ranks say, and save, where the loader of one fails at a run's second step."""
-    clips, t.step, t.saver.every = t.data.clips, 7, 1000
+    clips, t.step, t.checkpointer.save_every = t.data.clips, 7, 1000
 
     def dying(*span: int) -> Iterator:
         yield from itertools.islice(clips(*span), 2)

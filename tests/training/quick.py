@@ -10,7 +10,7 @@ from typing import Any
 from tests import tiny
 from vae3d.commands import train
 from vae3d.config.schema import TrainConfig
-from vae3d.training.vae_trainer import Trainer
+from vae3d.training.vae_trainer import VaeTrainer
 
 
 @cache
@@ -19,7 +19,7 @@ def checked(videos: Path) -> TrainConfig:
     return tiny.training("spatial", videos, "stage=finetune", "stage.init_from=random", "loss=recon_kl", *frames)
 
 
-def trainer(videos: Path | TrainConfig, folder: Path, **changes: Any) -> Trainer:
+def trainer(videos: Path | TrainConfig, folder: Path, **changes: Any) -> VaeTrainer:
     """videos: a table, or what `checked` made of it. changes: settings, as in **{"optim.proximal": 0.1}."""
     config = deepcopy(videos if isinstance(videos, TrainConfig) else checked(videos))
     for key, value in changes.items():

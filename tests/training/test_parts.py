@@ -10,7 +10,7 @@ from vae3d.errors import UserError
 from vae3d.schedules import ema_decay, learning_rate, ramp
 from vae3d.training.ema import Ema
 from vae3d.training.freeze import PartError, set_mode, train_parts
-from vae3d.training.metrics import StepMetrics, Window
+from vae3d.training.metrics import MeanMeter, StepMetrics
 from vae3d.training.spike import SpikeError, SpikeGuard, worst
 
 
@@ -108,20 +108,20 @@ def test_ema_keeps_only_what_trains_and_can_be_off():
     assert off.state_dict() == {}
     with off.applied():
         pass
-    with pytest.raises(UserError, match="averages of 1 parameters, this run keeps 0"):
+    with pytest.raises(UserError, match="averages of 1 parameters, this run of 0"):
         off.load_state_dict({"weight": model.weight})
 
 
 def test_spikes_and_non_finite_losses_are_skipped():
     guard = SpikeGuard(factor=5.0, warmup=3, max_consecutive_skips=10)
-    assert [guard.accept(loss, loss, 1.0) for loss in (100.0, 1.0, 1.0, 1.0)] == [True] * 4  # still warming up
+    assert [guard.should_step(loss, loss, 1.0) for loss in (100.0, 1.0, 1.0, 1.0)] == [True] * 4  # still warming up
     guard.mean = 1.0
-    assert not guard.accept(5.1, 5.1, 1.0)
-    assert guard.accept(4.9, 4.9, 1.0)
-    assert not guard.accept(math.nan, math.nan, 1.0)
-    assert not guard.accept(1.0, 1.0, math.inf)
-    assert not guard.accept(1.0, math.inf, 1.0)
-    assert guard.skipped_in_row == 3
+    assert not guard.should_step(5.1, 5.1, 1.0)
+    assert guard.should_step(4.9, 4.9, 1.0)
+    assert not guard.should_step(math.nan, math.nan, 1.0)
+    assert not guard.should_step(1.0, 1.0, math.inf)
+    assert not guard.should_step(1.0, math.inf, 1.0)
+    assert guard.consecutive_skips == 3
     copy = SpikeGuard(5.0, 3, 10)
     copy.load_state_dict(guard.state_dict())
     assert copy.state_dict() == guard.state_dict()
@@ -129,42 +129,41 @@ def test_spikes_and_non_finite_losses_are_skipped():
 
 def test_without_a_factor_only_non_finite_losses_are_skipped():
     guard = SpikeGuard(factor=None, warmup=0, max_consecutive_skips=3)
-    assert all(guard.accept(10.0**i, 10.0**i, 1.0) for i in range(10))
-    assert not guard.accept(math.inf, math.inf, 1.0)
+    assert all(guard.should_step(10.0**i, 10.0**i, 1.0) for i in range(10))
+    assert not guard.should_step(math.inf, math.inf, 1.0)
 
 
 def test_the_running_mean_is_of_accepted_mean_losses():
     guard = SpikeGuard(factor=5.0, warmup=2, max_consecutive_skips=10)
     for mean, largest in ((2.0, 3.0), (4.0, 9.0)):
-        assert guard.accept(mean, largest, 1.0)
+        assert guard.should_step(mean, largest, 1.0)
     assert guard.mean == pytest.approx(3.0)
-    assert not guard.accept(4.0, 15.1, 1.0)  # one rank's spike, which the mean does not show
+    assert not guard.should_step(4.0, 15.1, 1.0)  # one rank's spike, which the mean does not show
     assert guard.mean == pytest.approx(3.0)
-    assert guard.accept(4.0, 14.9, 1.0)
+    assert guard.should_step(4.0, 14.9, 1.0)
     assert guard.mean == pytest.approx((2.0 + 4.0 + 4.0) / 3)
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run():
     guard = SpikeGuard(factor=2.0, warmup=1, max_consecutive_skips=3)
-    assert guard.accept(1.0, 1.0, 1.0)
-    assert not guard.accept(math.nan, math.nan, 1.0)
-    assert not guard.accept(9.0, 9.0, 1.0)
+    assert guard.should_step(1.0, 1.0, 1.0)
+    assert not guard.should_step(math.nan, math.nan, 1.0)
+    assert not guard.should_step(9.0, 9.0, 1.0)
     with pytest.raises(SpikeError, match=r"3 steps in a row were skipped: loss 9 \(worst 9\)"):
-        guard.accept(9.0, 9.0, 1.0)
+        guard.should_step(9.0, 9.0, 1.0)
 
 
-def test_losses_that_stay_high_become_the_new_level():
-    said = []
-    guard = SpikeGuard(factor=5.0, warmup=1, max_consecutive_skips=3, warn=said.append)
-    assert guard.accept(1.0, 1.0, 1.0)
-    assert [guard.accept(50.0, 50.0, 1.0) for _ in range(4)] == [False, False, False, True]
+def test_losses_that_stay_high_become_the_new_level(caplog):
+    guard = SpikeGuard(factor=5.0, warmup=1, max_consecutive_skips=3)
+    assert guard.should_step(1.0, 1.0, 1.0)
+    assert [guard.should_step(50.0, 50.0, 1.0) for _ in range(4)] == [False, False, False, True]
     assert guard.mean == 50.0
-    assert len(said) == 1
-    assert "running mean of the loss 1; this is the new level" in said[0]
-    assert guard.state_dict() == {"mean": 50.0, "accepted": 2, "skipped_in_row": 0, "finite_row": True}
+    (record,) = caplog.records
+    assert "running mean of the loss 1;" in record.getMessage()
+    assert guard.state_dict() == {"mean": 50.0, "accepted": 2, "consecutive_skips": 0, "all_finite": True}
 
     guard.mean = 1.0  # one of eight ranks far above the others: its level must pass too
-    assert [guard.accept(10.0, 80.0, 1.0) for _ in range(4)] == [False, False, False, True]
+    assert [guard.should_step(10.0, 80.0, 1.0) for _ in range(4)] == [False, False, False, True]
 
 
 def test_the_worst_loss_is_nan_if_any_is():
@@ -212,12 +211,11 @@ def test_metrics_average_over_the_micro_batches_that_have_them():
     metrics = StepMetrics()
     metrics.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
     metrics.add({"a": torch.tensor(3.0)})
-    names, packed = metrics.pack()
-    assert dict(zip(names, packed.tolist(), strict=True)) == {"a": 2.0, "b": 5.0}
+    assert metrics.reduce() == {"a": 2.0, "b": 5.0}
 
 
 def test_a_window_survives_a_resume():
-    window, resumed = Window(), Window()
+    window, resumed = MeanMeter(), MeanMeter()
     window.add({"a": 1.0})
     resumed.load_state_dict(window.state_dict())
     resumed.add({"a": 2.0})

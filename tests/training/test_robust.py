@@ -18,8 +18,8 @@ from vae3d.data.clips import Unreadable
 from vae3d.losses.objective import ErrorMap, WeightedTerm
 from vae3d.training import memory
 from vae3d.training.checkpointer import SaveError, run_on_all_ranks
-from vae3d.training.patience import TooManyFailures
 from vae3d.training.preflight import PreflightError
+from vae3d.training.spike import TooManyFailures
 
 LONG = {"trainer.max_steps": 9, "trainer.save_every": 0}
 
@@ -122,7 +122,7 @@ def test_errors_in_a_row_are_counted_on_after_a_resume(videos, tmp_path):
     gone = [Unreadable([("a.mp4", "is empty")])]
     t = trainer(videos, tmp_path, **LONG, **{"trainer.robust.max_consecutive_failures": 2})
     t.train_step(gone)
-    t.save()
+    t.checkpointer.save(t.step)
     t.log.close()
     again = trainer(videos, tmp_path, **LONG, **{"trainer.robust.max_consecutive_failures": 2})
     with pytest.raises(TooManyFailures, match="2 steps in a row could not be finished"):
@@ -185,7 +185,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(videos, tmp_path):
     ],
 )
 def test_what_says_that_memory_ran_out(error, memory_ran_out):
-    assert memory.out_of_memory(error) == memory_ran_out
+    assert memory.is_out_of_memory(error) == memory_ran_out
 
 
 def test_a_full_disk_costs_checkpoints_but_not_the_run_until_patience_ends(videos, tmp_path, monkeypatch):
@@ -205,11 +205,11 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run_until_patience_ends(video
         t.fit()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step-000000{n}" for n in (1, 3, 5)]
     monkeypatch.setattr(state, "write", full)
-    t.save()
+    t.checkpointer.save(t.step)
     with pytest.raises(
         TooManyFailures, match=r"2 checkpoints in a row could not be written \(.*rank 0: OSError.*No space left"
     ):
-        t.save()
+        t.checkpointer.save(t.step)
 
 
 def test_an_export_that_cannot_be_written_leaves_the_checkpoint(videos, tmp_path, monkeypatch, caplog):
@@ -219,9 +219,9 @@ def test_an_export_that_cannot_be_written_leaves_the_checkpoint(videos, tmp_path
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(export, "write_export", full)
-    t.save()
+    t.checkpointer.save(t.step)
     assert state.latest_state(tmp_path / "checkpoints").name == "step-0000000"
-    assert "step-0000000 is complete, but not what is made of it: rank 0: OSError" in caplog.text
+    assert "step-0000000 is complete, but its outputs are not: rank 0: OSError" in caplog.text
 
 
 @pytest.mark.parametrize(("threshold", "compacts"), [(None, False), (4.0, False), (2.0, True)])
@@ -231,7 +231,7 @@ def test_idle_memory_is_given_back_above_a_threshold_only(monkeypatch, threshold
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: held["reserved"])
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 7 * 2**30)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.update(reserved=7 * 2**30))
-    assert memory.compact(threshold) == (3.0 if compacts else 0.0)
+    assert memory.release_idle_memory(threshold) == (3.0 if compacts else 0.0)
     assert memory.idle_gib() == (0.0 if compacts else 3.0)
 
 

@@ -22,8 +22,8 @@ from vae3d.data.sources import DataError
 from vae3d.io import FileError, is_disk_error
 from vae3d.training import checkpointer
 from vae3d.training.checkpointer import SaveError
+from vae3d.training.runlog import STOPS, stop_signals
 from vae3d.training.spike import SpikeError
-from vae3d.training.stopping import STOPS, stop_signals
 
 PUBLISHES = {"trainer.publish.prefix": "vae", "trainer.publish.layout": "native"}
 LONG = {"trainer.max_steps": 9, "trainer.save_every": 9}
@@ -128,7 +128,7 @@ def test_an_export_that_fails_at_the_end_is_an_error_and_the_same_command_writes
     t = trainer(videos, tmp_path, **PUBLISHES)
     with monkeypatch.context() as patch:
         patch.setattr("vae3d.checkpoints.export.write_export", full)
-        with pytest.raises(SaveError, match=r"step-0000002 is complete, but not what is made of it: rank 0: OSError"):
+        with pytest.raises(SaveError, match=r"step-0000002 is complete, but its outputs are not: rank 0: OSError"):
             t.fit()
     assert not (tmp_path / "vae_final_ema.pt").exists()
     assert trainer(videos, tmp_path, **PUBLISHES).fit()
@@ -162,7 +162,7 @@ def test_an_error_of_the_program_in_saving_is_not_taken_for_a_full_disk(videos, 
 
     monkeypatch.setattr(state, "write", wrong)
     with pytest.raises(RuntimeError, match="size mismatch"):
-        t.save()
+        t.checkpointer.save(t.step)
 
 
 def test_a_checkpoint_is_durable_before_it_has_its_name(videos, tmp_path, monkeypatch):
@@ -175,8 +175,8 @@ def test_a_checkpoint_is_durable_before_it_has_its_name(videos, tmp_path, monkey
     monkeypatch.setattr(os, "fsync", recorded)
     monkeypatch.setattr(os, "replace", lambda path, to: (synced.append(f"rename {path.name}"), replace(path, to))[1])
     t = trainer(videos, tmp_path)
-    t.save()
-    before, after = synced[: (named := synced.index("rename .step-0000000.tmp"))], synced[named:]
+    t.checkpointer.save(t.step)
+    before, after = synced[: (named := synced.index("rename .step-0000000.partial"))], synced[named:]
     assert any("run.json" in name for name in before)
     assert {"state.pt", ".step-0000000.tmp"} <= set(before)
     assert "checkpoints" in after
@@ -204,7 +204,7 @@ def test_what_a_kill_after_the_checkpoint_left_out_is_written_at_the_next_start(
     whole = trainer(videos, tmp_path / "whole", **PUBLISHES)
     whole.fit()
     killed = trainer(videos, tmp_path / "killed", **PUBLISHES)
-    module = "vae3d.checkpoints.export" if place == "write_export" else "vae3d.training.checkpointer"
+    module = "vae3d.checkpoints.export" if place == "write_export" else "vae3d.training.vae_trainer"
     with monkeypatch.context() as patch:
         patch.setattr(f"{module}.{place}", kill)
         with pytest.raises(Killed):
@@ -321,14 +321,14 @@ def test_a_loader_that_fails_saves_what_is_finished_and_the_run_goes_on_to_the_s
 
 def test_too_many_broken_files_save_first_and_are_counted_anew_once_they_are_mended(videos, tmp_path):
     t = trainer(videos, tmp_path, **LONG, **{"data.max_broken": 0.2})
-    t.reads, t.broken_reads = 1000, 199
+    t.read_errors.reads, t.read_errors.broken = 1000, 199
     clip = next(t.data.clips(0, 1))
     clip.errors.extend([(f"{number}.mp4", "is empty") for number in range(5)])
     with pytest.raises(DataError, match=r"(?s)reads failed.*all 1 finished steps are saved"):
         t.train_step([clip])
     t.log.close()
     again = trainer(videos, tmp_path, **LONG, **{"data.max_broken": 0.2})
-    assert (again.step, again.reads, again.broken_reads) == (1, 0, 0)
+    assert (again.step, again.read_errors.reads, again.read_errors.broken) == (1, 0, 0)
 
 
 # ---- links

@@ -19,9 +19,8 @@ from vae3d.checkpoints.formats import CheckpointError
 from vae3d.checkpoints.state import ResumeError, latest_state, load_state
 from vae3d.commands import train
 from vae3d.data.sources import DataError
-from vae3d.training.checkpointer import export
 from vae3d.training.freeze import PartError
-from vae3d.training.vae_trainer import Trainer
+from vae3d.training.vae_trainer import VaeTrainer
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +30,11 @@ def fresh_accelerate():
     PartialState._reset_state()
 
 
-def trainer(videos: Path, folder: Path, *overrides: str, name: str = "temporal_vae") -> Trainer:
+def trainer(videos: Path, folder: Path, *overrides: str, name: str = "temporal_vae") -> VaeTrainer:
     return train.build_trainer(tiny.training(name, videos, "loss=recon_kl", "data.frames.max=5", *overrides), folder)
 
 
-def weights(t: Trainer) -> dict[str, torch.Tensor]:
+def weights(t: VaeTrainer) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in t.network.state_dict().items()}
 
 
@@ -227,10 +226,10 @@ def test_an_export_cut_off_in_the_middle_is_written_again(videos, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr("vae3d.checkpoints.export.yaml_text", lambda *a, **k: 1 / 0)  # as good as a kill
         with pytest.raises(ZeroDivisionError):
-            export(t, tmp_path / "exports/step-0000001")
+            t.export(tmp_path / "exports/step-0000001")
     with pytest.raises(CheckpointError, match=r"no exports/ of a run"):
         vae3d.load(tmp_path)
-    export(t, tmp_path / "exports/step-0000001")
+    t.export(tmp_path / "exports/step-0000001")
     assert vae3d.load(tmp_path).micro_frames == 17
 
 

@@ -23,7 +23,6 @@ from vae3d.inference.pictures import latent_colours
 from vae3d.metrics import METRICS, build_metrics
 from vae3d.metrics.distribution import Rfid
 from vae3d.metrics.registry import Entry
-from vae3d.training import best as best_module
 from vae3d.training.checkpointer import SaveError
 from vae3d.training.loggers import TensorBoard
 from vae3d.training.vae_validation import validate
@@ -200,8 +199,8 @@ def test_the_best_validation_is_kept_as_an_export(videos, trunks, tmp_path, name
     sized = {"data.height": 32, "data.width": 32, "validation.metrics": [name]}
     t = with_scores(trainer(videos, tmp_path, **VALIDATES, **settings, **sized), name, scores)
     kept = {}
-    save = t.saver.save
-    t.saver.save = lambda *a, **k: (save(*a, **k), kept.update({t.step: vae3d.load(tmp_path).state_dict()}))
+    save = t.checkpointer.save
+    t.checkpointer.save = lambda *a, **k: (save(*a, **k), kept.update({t.step: vae3d.load(tmp_path).state_dict()}))
     t.fit()
     told = facts(tmp_path)
     assert (told["step"], told["best"]) == (step, {name: scores[step - 1]})
@@ -235,10 +234,8 @@ def test_a_best_that_cannot_be_written_is_said_and_training_goes_on_but_ends_wit
         raise OSError(28, "No space left on device")
 
     t = with_scores(trainer(videos, tmp_path, **VALIDATES, **{"trainer.best": "psnr"}), "psnr", [20.0, 19.0])
-    export = best_module.export
-    monkeypatch.setattr(
-        best_module, "export", lambda t, *args, **told: (full if t.step == 1 else export)(t, *args, **told)
-    )
+    export = t.export
+    t.export = lambda *args, **info: (full if t.step == 1 else export)(*args, **info)
     with pytest.raises(SaveError, match=r"exports/best of step 1, whose psnr is 20, could not be written"):
         t.fit()
     assert "is not of step 1, the best so far: rank 0: OSError: [Errno 28] No space left on device" in caplog.text

@@ -15,8 +15,8 @@ from tests.training import quick
 from vae3d import distributed
 from vae3d.commands import train as train_command
 from vae3d.config.schema import TrainConfig
-from vae3d.training.agreement import RanksDiffer
-from vae3d.training.vae_trainer import Trainer
+from vae3d.distributed import RanksDiffer
+from vae3d.training.vae_trainer import VaeTrainer
 
 SETTINGS = {
     "data.batch_size": 4, "trainer.max_steps": 9, "trainer.save_every": 0, "optim.eps": 0.01, "optim.proximal": 5.0,
@@ -26,7 +26,7 @@ SOUND = 3  # steps before the first unsound one
 UNSOUND = {"spike": 8.0, "nan": float("nan")}  # what the pixels of one of the four clips are multiplied by
 
 
-def sound_steps(t: Trainer, accumulate: int) -> dict[str, torch.Tensor]:
+def sound_steps(t: VaeTrainer, accumulate: int) -> dict[str, torch.Tensor]:
     """Take the first steps; the weights after them."""
     clips = t.data.clips(0, SOUND)
     for _ in range(SOUND):
@@ -78,7 +78,7 @@ def main(folder: Path) -> None:
     report["steps"]["after"] = t.train_step([next(clips), next(clips)])
     report["collectives"] = len(reduced)
     report["weights"], report["spikes"] = t.network.state_dict(), t.spikes.state_dict()
-    t.save()
+    t.checkpointer.save(t.step)
     t.log.close()
     again = quick.trainer(config, folder / "run", **SETTINGS, **{"trainer.accumulate": 2})
     report["resumed"] = again.spikes.state_dict()

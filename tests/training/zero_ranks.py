@@ -17,9 +17,8 @@ from vae3d import distributed
 from vae3d.checkpoints import state
 from vae3d.data.clips import Unreadable
 from vae3d.training.deepspeed import StrategyError
-from vae3d.training.patience import TooManyFailures
-from vae3d.training.preflight import preflight
-from vae3d.training.vae_trainer import Trainer
+from vae3d.training.spike import TooManyFailures
+from vae3d.training.vae_trainer import VaeTrainer
 
 SETTINGS = {
     "data.batch_size": 4, "trainer.max_steps": 20, "trainer.save_every": 0, "optim.eps": 0.01, "optim.warmup_steps": 5,
@@ -40,12 +39,12 @@ def told(name: str) -> dict[str, Any]:
     return inner
 
 
-def sharded(config: Any, folder: Path, name: str = "deepspeed_zero2", **changes: Any) -> Trainer:
+def sharded(config: Any, folder: Path, name: str = "deepspeed_zero2", **changes: Any) -> VaeTrainer:
     strategy = {"trainer.strategy.name": "deepspeed", "trainer.strategy.deepspeed": told(name)}
     return quick.trainer(config, folder, **{**SETTINGS, "trainer.accumulate": 2, **strategy, **changes})
 
 
-def steps(t: Trainer, count: int, spoils: bool) -> list[dict[str, float]]:
+def steps(t: VaeTrainer, count: int, spoils: bool) -> list[dict[str, float]]:
     """Sound steps, but for the one that is spoilt, on the rank that spoils it."""
     told = []
     for _ in range(count):
@@ -56,7 +55,7 @@ def steps(t: Trainer, count: int, spoils: bool) -> list[dict[str, float]]:
     return told
 
 
-def dropped(t: Trainer, rank: int) -> dict[str, list[float]]:
+def dropped(t: VaeTrainer, rank: int) -> dict[str, list[float]]:
     """What becomes of steps that must not be taken though DeepSpeed has sound gradients, or those of one rank only:
     rank 1 has no file, or its discriminator fails after the last backward pass. With a sound step after each."""
     told = {}
@@ -78,7 +77,7 @@ def dropped(t: Trainer, rank: int) -> dict[str, list[float]]:
     return told
 
 
-def leaves(t: Trainer) -> str:
+def leaves(t: VaeTrainer) -> str:
     """What the run says as it ends for a step that it cannot take back."""
     try:
         t.train_step(clips_of(t, t.step))
@@ -87,7 +86,7 @@ def leaves(t: Trainer) -> str:
     return "nothing"
 
 
-def leaves_late(t: Trainer, fails: bool) -> dict[str, Any]:
+def leaves_late(t: VaeTrainer, fails: bool) -> dict[str, Any]:
     """As `leaves`, where memory runs out after the last backward pass; and whether the step was taken all the same."""
     before, accumulate = weights(t), t.accumulate
 
@@ -102,7 +101,7 @@ def leaves_late(t: Trainer, fails: bool) -> dict[str, Any]:
     return {"told": told, "moved": any(not torch.equal(v, before[name]) for name, v in weights(t).items())}
 
 
-def weights(t: Trainer) -> dict[str, torch.Tensor]:
+def weights(t: VaeTrainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in t.network.state_dict().items()}
 
 
@@ -112,7 +111,7 @@ def alone(folder: Path) -> None:
     t = sharded(
         config, folder / "alone", "deepspeed_zero2_offload", **{"trainer.max_steps": 1, "trainer.save_every": 1}
     )
-    preflight(t)
+    t.preflight()
     t.fit()
 
 
@@ -122,9 +121,9 @@ def main(folder: Path) -> None:
     report: dict[str, Any] = {}
     t = sharded(config, folder / "run")
     rank = t.accelerator.process_index
-    preflight(t)
+    t.preflight()
     report["steps"] = steps(t, 4, spoils=rank == 1)
-    t.save()
+    t.checkpointer.save(t.step)
     report["steps"] += steps(t, STEPS - 4, spoils=False)
     report["weights"], report["ema"] = weights(t), {name: value.clone() for name, value in t.ema.shadow.items()}
     report["partitions"] = [p.clone() for p in t.strategy.rank_state()["partitions"]]

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypedDict
 
 import torch
 
-from vae3d.arguments import ArgumentError, Range, check_fields
+from vae3d.arguments import ArgumentError, Range, check_fields, flatten
 from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error
 from vae3d.errors import UserError
 from vae3d.io import atomic_write, check_plain, read_json, remove, replace_durably, tmp_path, write_json
@@ -305,18 +305,6 @@ def check_same_run(
             "  give this run another run.name, or undo the changes to resume"
         )
     return differing
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{name}."))
-        else:
-            flat[name] = value
-    return flat
 
 
 def _steps(root: Path) -> list[Path]:

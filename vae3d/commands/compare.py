@@ -9,18 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vae3d.commands.infer import build_reconstructor, reconstruct, set_precision
+from vae3d.distributed import init_inference
 from vae3d.inference.comparison import Comparer, Network
 from vae3d.loading import load
 from vae3d.metrics import build_metrics
 from vae3d.precision import DTYPES, autocast_dtype, cast_keep_stats
-from vae3d.training.start import working_ranks
 
 if TYPE_CHECKING:
     from vae3d.config.schema import CompareConfig
 
 
 def run(config: CompareConfig) -> None:
-    ranks, device = working_ranks(config.device)
+    ranks, device = init_inference(config.device)
     checkpoint, reconstructor = build_reconstructor(config, device)
     set_precision(config.teacher.precision)
     teacher = cast_keep_stats(load(config.teacher.path).to(device), DTYPES[config.teacher.precision])

@@ -28,7 +28,7 @@ from vae3d.models.taehv import TAEHV
 from vae3d.pretrained.weights import WeightsMissing
 from vae3d.schedules import ALL_ON
 from vae3d.training.distillation import Distillation, TeacherError
-from vae3d.training.freeze import PartError, train_parts, without_gradient
+from vae3d.training.freeze import PartError, params_without_grad, train_parts
 from vae3d.types import Clip, Reconstruction
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def _step_errors(
         model.zero_grad()
         if loss.requires_grad:
             loss.backward()
-        if without_gradient(model):
+        if params_without_grad(model):
             parts = _parts_with(model, lambda p: p.requires_grad and p.grad is None)
             yield (
                 f"stage.train: no loss term reaches {', '.join(parts)} on clips of {frames} frames; "
@@ -253,7 +253,7 @@ def _forward(
     if distillation is None:
         return attach_decoder(model(clip.video, pixels=objective.needs_pixels), model), clip
     clip = distillation.compute_targets(clip)
-    student = distillation.student(model, clip.video.shape[2])
+    student = distillation.wrap_student(model, clip.video.shape[2])
     latents = distillation.latents(clip, step=0)
     out = student(clip.video, latents=latents, encode=objective.needs_posterior, pixels=objective.needs_pixels)
     return attach_decoder(out, model), clip

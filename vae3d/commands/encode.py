@@ -11,14 +11,13 @@ from vae3d.data.image_folder import ImageFolder
 from vae3d.data.open_source import open_source
 from vae3d.data.readers import is_image
 from vae3d.data.sources import Folder, Source
+from vae3d.distributed import check_ranks_agree, init_inference
 from vae3d.hashing import json_hash
 from vae3d.latents.clips import Transform, items_of
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.encode import EncodeJob, encode_cache
 from vae3d.loading import instantiate, open_codec
 from vae3d.models.interface import nearest_frames
-from vae3d.training.agreement import check_ranks_agree
-from vae3d.training.start import working_ranks
 
 if TYPE_CHECKING:
     from vae3d.config.latents import EncodeConfig
@@ -28,7 +27,7 @@ log = logging.getLogger("vae3d")
 
 def run(config: EncodeConfig) -> None:
     """Write the latent cache that `config` describes, or resume it."""
-    ranks, device = working_ranks(config.device)
+    ranks, device = init_inference(config.device)
     check_ranks_agree(asdict(config))
     codec = open_codec(
         config.checkpoint,

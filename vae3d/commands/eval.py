@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from vae3d.argparse_types import positive_float, positive_int
 from vae3d.commands.launch import print_error
-from vae3d.distributed import process_group_scope
+from vae3d.distributed import init_inference, process_group_scope
 from vae3d.errors import UserError
 from vae3d.evaluation.html import write_html
 from vae3d.evaluation.pairs import PairError, Protocol, find_pairs
@@ -45,7 +45,6 @@ from vae3d.evaluation.tables import (
 from vae3d.io import hold_lock, remove_unfinished
 from vae3d.metrics import METRICS, PRESETS, MetricSet, build_metrics
 from vae3d.metrics.presets import require_shapes
-from vae3d.training.start import working_ranks
 
 
 def size(text: str) -> str | tuple[int, int]:
@@ -169,7 +168,7 @@ def join_ranks(device: str) -> tuple[PartialState, torch.device]:
         if int(os.environ.get("RANK", 0)) == 0:
             print("no CUDA device here: scoring on the CPU", file=sys.stderr)
         device = "cpu"
-    return working_ranks(None if device == "cuda" else device)
+    return init_inference(None if device == "cuda" else device)
 
 
 @dataclass

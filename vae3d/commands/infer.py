@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from vae3d.checkpoints.formats import Checkpoint
+from vae3d.distributed import init_inference
 from vae3d.errors import UserError
 from vae3d.hashing import json_hash, weights_hash
 from vae3d.inference.comparison import Comparer
@@ -33,7 +34,6 @@ from vae3d.models.spatial import SpatialVAE
 from vae3d.models.tiling import Tiled
 from vae3d.models.wan import WanVAE
 from vae3d.precision import autocast_dtype, disable_tf32, slow_conv3d
-from vae3d.training.start import working_ranks
 
 if TYPE_CHECKING:
     from vae3d.config.schema import InferConfig
@@ -43,7 +43,7 @@ log = logging.getLogger("vae3d")
 
 def run(config: InferConfig) -> None:
     """Reconstruct the files of config.source, shared among the ranks."""
-    ranks, device = working_ranks(config.device)
+    ranks, device = init_inference(config.device)
     checkpoint, reconstructor = build_reconstructor(config, device)
     reconstruct(config, ranks, checkpoint, reconstructor)
 

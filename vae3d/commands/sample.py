@@ -31,6 +31,7 @@ from vae3d.diffusion.sampling import (
     write_npz,
 )
 from vae3d.diffusion.scale import LatentStats
+from vae3d.distributed import init_inference
 from vae3d.errors import UserError
 from vae3d.hashing import weights_hash
 from vae3d.inference.folder import begin, has_results, locked, resumes
@@ -40,7 +41,6 @@ from vae3d.latents.codec import LatentCodec
 from vae3d.loading import open_codec
 from vae3d.running_stats import RunningStats
 from vae3d.training.diffusion_validation import decoded
-from vae3d.training.start import working_ranks
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import SampleConfig
@@ -61,7 +61,7 @@ class Reference(NamedTuple):
 
 def run(config: SampleConfig) -> None:
     """Draw config.count samples, shared among the ranks; the main process writes the files that join all of them."""
-    process, device = working_ranks(config.device)
+    process, device = init_inference(config.device)
     main = process.is_main_process
     export = read_export(config.checkpoint, config.ema)
     labels = sample_labels(config, export.config)

@@ -18,6 +18,7 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.depth import DepthSettings
 from vae3d.data.fingerprint import fingerprint_of
 from vae3d.data.loader import TrainingData, check_files_exist, clip_lengths, read_tables, validation_clips
+from vae3d.distributed import check_ranks_agree, init_training
 from vae3d.errors import UserError
 from vae3d.loading import initialize, instantiate, load, log
 from vae3d.losses.objective import Objective, WeightedTerm
@@ -27,11 +28,10 @@ from vae3d.models.registry import is_known
 from vae3d.models.taehv import TAEHV
 from vae3d.models.wan import WanVAE
 from vae3d.precision import DTYPES, slow_conv3d
-from vae3d.training.agreement import check_ranks_agree
+from vae3d.training.checkpointer import check_may_start
 from vae3d.training.distillation import Distillation
 from vae3d.training.freeze import train_parts
-from vae3d.training.start import check_may_start, training_ranks
-from vae3d.training.vae_trainer import Trainer
+from vae3d.training.vae_trainer import VaeTrainer
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
@@ -116,13 +116,13 @@ def distillation(config: TrainConfig, teacher: nn.Module | None, student: nn.Mod
     )
 
 
-def build_trainer(config: TrainConfig, folder: Path) -> Trainer:
+def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     """The trainer of a run, ready to `fit`."""
     if config.trainer.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("trainer.precision is fp16, which needs a GPU; use bf16 or fp32")
     check_may_start(folder, config.run.resume)
     resumes = starting_state(folder / "checkpoints", config.run.resume_from) is not None
-    accelerator = training_ranks(config.trainer.precision)
+    accelerator = init_training(config.trainer.precision)
     check_ranks_agree(asdict(config))
     with accelerator.main_process_first():  # it probes the files; the others read its cache
         data = training_data(config, accelerator.process_index, accelerator.num_processes)
@@ -142,7 +142,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> Trainer:
         started = [f"optim.proximal pulls towards stage.init_from={config.stage.init_from}"]
     if config.trainer.compile:
         compile_blocks(model, dynamic=None if len(data.schedule.frames.all()) > 1 else False)
-    built = Trainer(
+    built = VaeTrainer(
         config,
         folder,
         accelerator,
@@ -154,6 +154,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> Trainer:
         instantiate(config.logger),
         distillation(config, teacher(config.teacher, accelerator.device), model),
     )
+    built.setup()
     for line in [*summary(config, model, accelerator.num_processes), *data_summary(config, data), *started]:
         built.log.say(line)
     if isinstance(model, TAEHV) and config.teacher.path is None and {"all", "encoder"} & config.stage.train.keys():

@@ -33,15 +33,15 @@ from vae3d.diffusion.data import (
     split_cache,
     val_batches,
 )
+from vae3d.distributed import check_ranks_agree, init_training
 from vae3d.inference.scale import unscalable_reason
 from vae3d.latents.cache import NO_LABEL, LatentCache, class_names
 from vae3d.latents.clips import labels_of
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import vae_metadata
 from vae3d.loading import instantiate, open_codec
-from vae3d.training.agreement import check_ranks_agree
+from vae3d.training.checkpointer import check_may_start
 from vae3d.training.diffusion_trainer import DiffusionTrainer
-from vae3d.training.start import check_may_start, training_ranks
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
@@ -53,7 +53,7 @@ log = logging.getLogger("vae3d")
 def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     """The trainer of a run, ready to `fit`."""
     check_may_start(folder, config.run.resume)
-    accelerator = training_ranks(config.trainer.precision)
+    accelerator = init_training(config.trainer.precision)
     check_ranks_agree(asdict(config))
     codec = _codec(config, accelerator.device)
     with accelerator.main_process_first():  # it probes the files; the others read its cache
@@ -67,7 +67,9 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
             log.info(line)
     vae = {"path": os.path.abspath(config.vae.path), **vae_metadata(codec, config.vae.path)}
     logger, hint = instantiate(config.logger), scale_hint(config, data)
-    return DiffusionTrainer(config, folder, accelerator, network, process, data, vae, logger, hint)
+    trainer = DiffusionTrainer(config, folder, accelerator, network, process, data, vae, logger, hint)
+    trainer.setup()
+    return trainer
 
 
 def describe(config: DiffusionConfig) -> None:

@@ -1,17 +1,16 @@
-"""Data parallelism that survives a rank's bad step: every rank holds the whole model, and gradients are averaged in one
-explicit all-reduce once all ranks have agreed to take the step.
+"""Data parallelism in which a step that fails on one rank is skipped by all.
 
-torch's DistributedDataParallel averages while backward runs, so a rank that leaves backward early, out of memory or
-after a NaN, leaves the others waiting for ever (pytorch#44353). What its overlap would save is the time of one
-all-reduce.
+torch's DistributedDataParallel all-reduces during backward, so a rank that runs out of memory there leaves the others
+hanging (pytorch#44353). Here each rank runs forward and backward by itself, a one-row all-reduce decides whether the
+step counts, and then gradients are averaged. What DDP's overlap would save is the time of one all-reduce.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,101 +18,119 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vae3d import distributed
-from vae3d.checkpoints.state import ResumeError, from_weights
-from vae3d.restore import load_optimizer
-from vae3d.training.agreement import RanksDiffer
-from vae3d.training.freeze import without_gradient
-from vae3d.training.memory import attempted, release
+from vae3d.arguments import check_value
+from vae3d.checkpoints.state import ResumeError
+from vae3d.distributed import RanksDiffer
+from vae3d.restore import check_like
+from vae3d.training.freeze import params_without_grad
+from vae3d.training.memory import catch_out_of_memory, free_cache
+from vae3d.training.optim import load_optimizer_state
 
 
-class Replicas:
-    """model: what training calls. optimizer: what steps.
+class ReplicatedDataParallel:
+    """Every rank holds the whole model and optimizer.
 
-    In a step comes `run_guarded` or, for a rank that cannot take part, `skip_local`; once all ranks have voted, either
-    `average_gradients`, `clip` and `step`, or `skip`.
+    model: what a step calls. In each step `run_guarded` is called, or `skip_local` on a rank without data; then, on all
+    ranks, either `average_gradients`, `clip_gradients` and `optimizer.step`, or `discard_gradients`.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.accelerator, self.model = accelerator, model
         self.optimizer = accelerator.prepare_optimizer(optimizer)
-        self._finite = True  # the gradient that was clipped last
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         names = {p: name for name, p in model.named_parameters()}
         self._names = [names.get(p, f"parameter {number}") for number, p in enumerate(self.parameters)]
+        self._unscaled = False
+        self.grad_norm = 0.0  # before clipping
         check_same_weights(model)
 
-    can_skip_steps = True  # a step that a rank could not finish leaves no trace
-
-    def run_guarded(self, run: Callable[[], None]) -> str | None:
-        """run(), this rank's forward and backward passes; what it said if memory ran out in them."""
-        _, error = attempted(run)
+    def run_guarded(self, forward_backward: Callable[[], None]) -> str | None:
+        """Run this rank's forward and backward passes. Returns the error message if memory runs out."""
+        self._unscaled = False
+        _, error = catch_out_of_memory(forward_backward)
         if error is not None:
             self.optimizer.zero_grad()
-            release()
+            free_cache()
         return error
 
     def skip_local(self) -> None:
-        """In place of `run_guarded`, for a rank without clips; nobody waits for it before the vote."""
-
-    rehearsal_clips = 1
-
-    def params_without_grad(self) -> list[str]:
-        """Trainable parameters without a gradient."""
-        return without_gradient(self.model)
+        """Called instead of run_guarded by a rank without data."""
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def gradients(self) -> int:
-        """Digest, exact in a float64, of the set of parameters that have a gradient on this rank."""
+    @contextmanager
+    def dry_run(self) -> Iterator[None]:
+        """Inside, a step leaves no trace: its gradients are dropped at the end."""
+        try:
+            yield
+        finally:
+            self.discard_gradients()
+
+    def average_gradients(self) -> None:
+        """Average over ranks, and undo fp16 loss scaling."""
+        distributed.all_reduce_mean(p.grad for p in self.parameters if p.grad is not None)
+        self.accelerator.unscale_gradients()
+        self._unscaled = True
+
+    def clip_gradients(self, max_norm: float) -> float:
+        """The norm before clipping; 0 while the fp16 loss scaler lowers its scale, since it skips overflows itself."""
+        # Accelerate's own would unscale fp16 gradients, which are unscaled already.
+        self.grad_norm = float(nn.utils.clip_grad_norm_(self.parameters, max_norm))
+        scaler = self.accelerator.scaler
+        return 0.0 if scaler is not None and scaler.get_scale() > 1 else self.grad_norm
+
+    def step_was_applied(self) -> bool:
+        """Whether the last optimizer.step changed the weights: an fp16 loss scaler skips gradients that overflowed."""
+        # Accelerate's step_was_skipped is False for a fused optimizer, which skips inside of its own step.
+        return math.isfinite(self.grad_norm)
+
+    def discard_gradients(self) -> None:
+        """Drop the gradients of a step that is skipped."""
+        if self._unscaled and self.accelerator.scaler is not None:  # a scaler must not unscale twice
+            self.accelerator.scaler.update()
+        self._unscaled = False
+        self.optimizer.zero_grad()
+
+    def can_skip_step(self) -> bool:
+        """Whether a step that is not taken leaves no trace."""
+        return True
+
+    def params_without_grad(self) -> list[str]:
+        """Names of trainable parameters that the last backward pass did not reach."""
+        return params_without_grad(self.model)
+
+    def params_with_grad(self) -> list[str]:
+        return [name for name, p in zip(self._names, self.parameters, strict=True) if p.grad is not None]
+
+    def gradient_digest(self) -> int:
+        """Digest of the set of parameters that have a gradient on this rank; exact in a float64."""
         flags = bytes(p.grad is not None for p in self.parameters)
         return int.from_bytes(hashlib.blake2b(flags, digest_size=6).digest(), "big")
 
-    def with_gradient(self) -> list[str]:
-        """The names of those parameters."""
-        return [name for name, p in zip(self._names, self.parameters, strict=True) if p.grad is not None]
-
-    def average_gradients(self) -> None:
-        """Over ranks, and as they were before an fp16 scaler."""
-        distributed.all_reduce_mean(p.grad for p in self.parameters if p.grad is not None)
-        self.accelerator.unscale_gradients()
-
-    def clip(self, max_norm: float) -> float:
-        """Clip the gradients; their norm before."""
-        # Accelerate's own would unscale fp16 gradients, which are unscaled already.
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, max_norm))
-        self._finite = math.isfinite(norm)
-        return norm
-
-    def step(self) -> bool:
-        """Whether the optimizer stepped; an fp16 scaler skips what overflowed, and learns from it."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        # Accelerate's step_was_skipped is False for a fused optimizer, which skips inside of its own step.
-        return self._finite
-
-    def skip(self, unscaled: bool) -> None:
-        """Forget the gradients. unscaled: average_gradients was called, which an fp16 scaler must not meet twice."""
-        if unscaled and self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()
-        self.optimizer.zero_grad()
-
-    def optimizer_state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
 
-    def rank_state(self) -> dict[str, Any]:
-        """What this rank has of its own: nothing."""
-        return {}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state == {}:
+            raise ResumeError("holds its optimizer in DeepSpeed's shards; go on with the same trainer/strategy")
+        load_optimizer_state(self.optimizer, state)
 
-    def load_optimizer(self, state: Mapping[str, Any], own: Mapping[str, Any], checkpoint: Path) -> None:
-        """Raises ResumeError if the checkpoint was written under another strategy, ArgumentError if its state does not
-        fit."""
-        if not state:
-            raise ResumeError(
-                f"{checkpoint} holds its optimizer in DeepSpeed's shards; go on with the same trainer/strategy, or "
-                f"start anew from its weights: {from_weights(checkpoint)}"
-            )
-        load_optimizer(self.optimizer, state)
+
+class ScalerState:
+    """State of the fp16 loss scaler; empty without one, so that trainer.precision may change when a run resumes."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        check_value(state, Mapping[str, float], "scaler")
+        if state and self.accelerator.scaler is not None:
+            check_like(state, self.accelerator.scaler.state_dict(), "scaler")
+            self.accelerator.scaler.load_state_dict(state)
 
 
 def check_same_weights(model: nn.Module) -> None:
@@ -121,7 +138,7 @@ def check_same_weights(model: nn.Module) -> None:
     if not distributed.is_distributed():
         return
     sums = torch.stack([p.detach().double().sum() for p in model.parameters()])
-    differs = distributed.max_minus_min(sums) > 1e-9 * (1 + sums.abs())  # GPUs of two kinds may add in another order
+    differs = distributed.max_minus_min(sums) > 1e-9 * (1 + sums.abs())  # different GPUs may add in another order
     if bool(differs.any()):
         names = [name for (name, _), bad in zip(model.named_parameters(), differs.tolist(), strict=True) if bad]
         raise RanksDiffer(

@@ -1,15 +1,15 @@
-"""DeepSpeed's ZeRO-2 in place of replicas: gradients and optimizer state shared out among the ranks.
+"""DeepSpeed's ZeRO-2: gradients and optimizer state are sharded over ranks.
 
-The weights are fp32 on every rank and half precision is autocast, so that checkpoints, averages and exports are those
-of Replicas. Each rank saves the tensors of its own shard; DeepSpeed's checkpoint files would need code to be unpickled.
+Weights are fp32 on every rank and half precision is autocast, so checkpoints, averages and exports are those of
+ReplicatedDataParallel. Each rank saves the tensors of its shard; DeepSpeed's own checkpoint files need code to unpickle.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -17,45 +17,50 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vae3d import distributed
-from vae3d.checkpoints.state import ResumeError, from_weights
+from vae3d.arguments import check_fields
+from vae3d.checkpoints.state import ResumeError
 from vae3d.errors import UserError
-from vae3d.restore import load_optimizer
 from vae3d.training.data_parallel import check_same_weights
-from vae3d.training.memory import first_line, out_of_memory, release
+from vae3d.training.memory import catch_out_of_memory
+from vae3d.training.optim import load_optimizer_state
 
 
 class StrategyError(UserError):
     """A DeepSpeed configuration that cannot be used."""
 
 
-class PeerFailed(Exception):
-    """Another rank has left the step before its backward pass."""
+class RankFailed(Exception):
+    """Another rank left the step before its backward pass."""
 
 
-class Zero:
-    """See Replicas, whose methods these are. told: DeepSpeed's configuration, without what is filled in here.
+class _RankState(TypedDict):
+    optimizer: Mapping[str, Any]
+    partitions: Sequence[Tensor]
 
-    DeepSpeed averages gradients while backward runs. So the ranks ask each other before each backward pass whether all
-    have got there: where one has no clips, or no memory, all leave the step. What went before of its micro-batches
-    cannot be taken back, so that for want of memory the run must be restarted.
-    Raises StrategyError for keys that DeepSpeed does not know, or if it clips otherwise than `grad_clip` says.
+
+class DeepSpeedZero:
+    """ZeRO-2 with the methods of ReplicatedDataParallel.
+
+    DeepSpeed averages gradients during backward, so ranks agree before each backward pass that all reached it; if one
+    has no data or no memory, all leave the step. It cannot undo a backward pass: a step that fails later ends the run.
+
+    config: DeepSpeed's own, without what is filled in here.
+    Raises StrategyError for keys that DeepSpeed does not have.
     """
-
-    can_skip_steps = False
 
     def __init__(
         self,
         accelerator: Accelerator,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        told: Mapping[str, Any],
+        config: Mapping[str, Any],
         *,
         micro_batch: int,
         accumulate: int,
         grad_clip: float,
     ) -> None:
         deepspeed = import_deepspeed(accelerator.device)
-        check_known_keys(told)
+        check_keys(config)
         check_same_weights(model)
         filled = {
             "train_micro_batch_size_per_gpu": micro_batch,
@@ -64,111 +69,165 @@ class Zero:
             "gradient_clipping": grad_clip,
         }
         self.accelerator = accelerator
-        join_alone(accelerator.device)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config={**told, **filled}, dist_init_required=False
+        init_single_process(accelerator.device)
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config={**config, **filled}, dist_init_required=False
         )
-        if self.engine.gradient_clipping() != grad_clip or self.optimizer.clip_grad != grad_clip:
-            raise StrategyError(f"DeepSpeed clips at {self.optimizer.clip_grad}, not at optim.grad_clip={grad_clip}")
-        self.optimizer.check_grad_overflow = True  # which DeepSpeed turns off for fp32 weights
-        self.model = self.engine
-        self.rehearsal_clips = self.accumulate = accumulate  # DeepSpeed drops whole steps only
+        self.model, self.optimizer = self.engine, EngineOptimizer(self.engine, optimizer)
+        self.grad_norm = 0.0  # before clipping
+        self._accumulate = accumulate
+        self._backwards, self._in_backward = 0, False  # backward passes begun in this step
+        self._without_grad: list[str] = []  # after a dry run
+
+    def run_guarded(self, forward_backward: Callable[[], None]) -> str | None:
+        """Run this rank's forward and backward passes. Returns the error message if memory runs out between them.
+
+        Inside a backward pass the error propagates: the other ranks wait in it, and torchrun must end them.
+        """
         self._backwards, self._in_backward = 0, False
 
-    def run_guarded(self, run: Callable[[], None]) -> str | None:
-        """run(); what it said if memory ran out here before a backward pass.
-
-        In a backward pass the error is raised on: the others are waiting inside of it, and torchrun must end them.
-        """
-        reason, self._backwards = None, 0
-        try:
-            run()
-        except PeerFailed:  # the other rank tells of it in the vote
-            pass
-        except (RuntimeError, MemoryError) as error:
-            if self._in_backward or not out_of_memory(error):
+        def run() -> None:
+            try:
+                forward_backward()
+            except RankFailed:  # the other rank reports why
+                pass
+            except (RuntimeError, MemoryError) as error:
+                if self._in_backward:
+                    raise BackwardFailed(str(error)) from error
                 raise
-            reason = first_line(error)
-        if reason is not None:
-            release()
-            if self._backwards < self.accumulate:  # after the last one nobody waits before the vote
-                distributed.all_ranks_ok(False, self.accelerator.device)
-        return reason
+
+        _, error = catch_out_of_memory(run)
+        if error is not None and self._backwards < self._accumulate:  # after the last one no rank waits
+            distributed.all_ranks_ok(False, self.accelerator.device)
+        return error
 
     def skip_local(self) -> None:
-        """In place of `run_guarded`, for a rank without clips: the others need not wait for its backward pass."""
+        """Called instead of run_guarded by a rank without data."""
         self._backwards = 0
         distributed.all_ranks_ok(False, self.accelerator.device)
 
-    def params_without_grad(self) -> list[str]:
-        """Not known: DeepSpeed takes gradients away as soon as they are there."""
-        return []
-
     def backward(self, loss: Tensor) -> None:
-        """Raises PeerFailed if another rank has failed meanwhile."""
+        """Raises RankFailed if another rank failed meanwhile."""
         if not distributed.all_ranks_ok(True, loss.device):
-            raise PeerFailed
+            raise RankFailed
         self._backwards, self._in_backward = self._backwards + 1, True
-        self.engine.set_gradient_accumulation_boundary(self._backwards == self.accumulate)
+        self.engine.set_gradient_accumulation_boundary(self._backwards == self._accumulate)
         self.engine.backward(loss, scale_wrt_gas=False)
         self._in_backward = False
 
-    def gradients(self) -> int:
-        """0: the gradients are DeepSpeed's, which holds their shards."""
-        return 0
+    @contextmanager
+    def dry_run(self) -> Iterator[None]:
+        """Inside, a step has one micro-batch, whose gradients are computed without the engine, and dropped."""
+        accumulate, backward = self._accumulate, self.backward
 
-    def with_gradient(self) -> list[str]:
-        return []
+        def compute_gradients(loss: Tensor) -> None:
+            if not distributed.all_ranks_ok(True, loss.device):
+                raise RankFailed
+            self._backwards += 1
+            parameters = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            self._without_grad = [n for n, g in zip(parameters, gradients, strict=True) if g is None]
+
+        self.model, self._accumulate, self.backward = self.engine.module, 1, compute_gradients
+        try:
+            yield
+        finally:
+            self.model, self._accumulate, self.backward = self.engine, accumulate, backward
+            self._backwards = 0
 
     def average_gradients(self) -> None:
-        """Done while backward ran."""
+        """Nothing: backward did it."""
 
-    def clip(self, max_norm: float) -> float:
-        """DeepSpeed clips inside of its step, so this is the step; the norm before, infinite if it was dropped."""
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+    def clip_gradients(self, max_norm: float) -> float:
+        """Nothing: optimizer.step clips. Returns 0, as the norm is not known before."""
+        return 0.0
 
-    def step(self) -> bool:
-        return not self.optimizer.overflow
+    def step_was_applied(self) -> bool:
+        """Whether the last optimizer.step changed the weights: DeepSpeed drops gradients that are not finite."""
+        self.grad_norm = float(self.engine.get_global_grad_norm())
+        return self.engine.was_step_applied()
 
-    def skip(self, unscaled: bool) -> None:
-        """Let DeepSpeed drop gradients that `clip` has not met, as it drops those that are not finite."""
-        if not unscaled and self._backwards == self.accumulate:
-            self._spoil()
-            self.engine.step()
+    def discard_gradients(self) -> None:
+        """Nothing: DeepSpeed cannot drop finite gradients, see can_skip_step."""
 
-    def _spoil(self) -> None:
-        """Make DeepSpeed find all gradients that it holds not finite."""
-        if self.optimizer.cpu_offload:
-            self.optimizer.local_overflow = True
-            return
-        for gradients in self.optimizer.averaged_gradients.values():
-            for gradient in gradients:
-                gradient.fill_(torch.nan)
+    def can_skip_step(self) -> bool:
+        """Whether a step that is not taken leaves no trace: only if no backward pass ran in it."""
+        return self._backwards == 0
 
-    def optimizer_state(self) -> dict[str, Any]:
+    def params_without_grad(self) -> list[str]:
+        """Names of trainable parameters that the last dry run did not reach."""
+        return self._without_grad
+
+    def params_with_grad(self) -> list[str]:
+        """Unknown: DeepSpeed takes gradients away during backward."""
+        return []
+
+    def gradient_digest(self) -> int:
+        return 0
+
+    def state_dict(self) -> dict[str, Any]:
         """Nothing that all ranks share."""
         return {}
 
-    def rank_state(self) -> dict[str, Any]:
-        """This rank's shard: the fp32 weights that it updates, flat, and their moments."""
-        inner = self.optimizer.optimizer.state_dict()
-        return {"optimizer": inner, "partitions": list(self.optimizer.single_partition_of_fp32_groups)}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state != {}:
+            raise ResumeError("holds a whole optimizer, not DeepSpeed's shards; go on with the same trainer/strategy")
 
-    def load_optimizer(self, state: Mapping[str, Any], own: Mapping[str, Any], checkpoint: Path) -> None:
-        """Raises ResumeError if the checkpoint's shards are not this run's."""
-        partitions = self.optimizer.single_partition_of_fp32_groups
-        saved = own.get("partitions", [])
-        if [getattr(p, "shape", None) for p in saved] != [p.shape for p in partitions]:
+    def rank_state_dict(self) -> dict[str, Any]:
+        """This rank's shard: the flat fp32 weights that it updates, and their moments."""
+        return {"optimizer": self.optimizer.state_dict(), "partitions": self.optimizer.partitions()}
+
+    def load_rank_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ResumeError if the checkpoint has no shard for this rank, ArgumentError for another form."""
+        partitions = self.optimizer.partitions()
+        if not state:
             raise ResumeError(
-                f"{checkpoint} holds no optimizer shards for rank {self.accelerator.process_index} of "
-                f"{self.accelerator.num_processes}; DeepSpeed's go on with the same number of ranks and the same "
-                f"strategy only. To start anew from its weights: {from_weights(checkpoint)}"
+                f"has no optimizer shard for rank {self.accelerator.process_index} of "
+                f"{self.accelerator.num_processes}; DeepSpeed resumes with the same number of ranks and the same "
+                "trainer/strategy only"
             )
-        load_optimizer(self.optimizer.optimizer, own.get("optimizer"), "strategy.optimizer")
+        check_fields(state, _RankState, key="optimizer")
+        if [getattr(p, "shape", None) for p in state["partitions"]] != [p.shape for p in partitions]:
+            raise ResumeError("has optimizer shards of another size; DeepSpeed resumes with the same number of ranks")
+        load_optimizer_state(self.optimizer.sharded, state["optimizer"], "optimizer.optimizer")
         with torch.no_grad():
-            for mine, theirs in zip(partitions, saved, strict=True):
-                mine.copy_(theirs)
+            for mine, saved in zip(partitions, state["partitions"], strict=True):
+                mine.copy_(saved)
+
+
+class BackwardFailed(Exception):
+    """Memory ran out inside of a backward pass, in which the other ranks wait."""
+
+
+class EngineOptimizer:
+    """A DeepSpeed engine's step under the interface of torch's optimizers.
+
+    sharded: the optimizer given to deepspeed.initialize, whose parameters then are this rank's flat fp32 partitions.
+    """
+
+    def __init__(self, engine: Any, sharded: torch.optim.Optimizer) -> None:
+        self.engine, self.sharded = engine, sharded
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.sharded.param_groups
+
+    @property
+    def state(self) -> Mapping[Tensor, Any]:
+        return self.sharded.state
+
+    def partitions(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def step(self) -> None:
+        """Clip, update this rank's partitions, gather the weights, and clear the gradients."""
+        self.engine.step()
+
+    def zero_grad(self) -> None:
+        """Nothing: step does it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sharded.state_dict()
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -179,24 +238,24 @@ def import_deepspeed(device: torch.device) -> Any:
         import deepspeed
     except ImportError as error:
         raise StrategyError(
-            "trainer/strategy=deepspeed_... needs DeepSpeed, which cannot be imported "
-            f"({error}); pip install -e .[deepspeed], or leave trainer/strategy at ddp"
+            f"trainer/strategy=deepspeed_... needs DeepSpeed, which cannot be imported ({error}); "
+            "pip install -e .[deepspeed], or use trainer/strategy=replicated"
         ) from error
     return deepspeed
 
 
-def join_alone(device: torch.device) -> None:
-    """Make a process group of this process, if it is in none: one GPU, for the sake of the offloaded optimizer."""
+def init_single_process(device: torch.device) -> None:
+    """Create a process group of one, which DeepSpeed needs, unless torchrun has created one."""
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed insists on
+        os.environ.setdefault("LOCAL_RANK", "0")  # required by DeepSpeed
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def check_known_keys(told: Mapping[str, Any]) -> None:
-    """DeepSpeed checks the keys inside of zero_optimization, but passes over others that it does not know.
+def check_keys(config: Mapping[str, Any]) -> None:
+    """DeepSpeed checks the keys inside zero_optimization, but ignores unknown ones beside it.
 
-    Raises StrategyError, also for those that are filled in from the run's settings.
+    Raises StrategyError, also for keys that are filled in from the run's settings.
     """
     from deepspeed.runtime import constants
 
@@ -213,9 +272,9 @@ def check_known_keys(told: Mapping[str, Any]) -> None:
         "amp": "trainer.precision",
         "torch_autocast": "trainer.precision",
     }
-    errors = [f"{key} is set by {filled[key]}" for key in told if key in filled]
-    errors += [f"DeepSpeed has no key {key}" for key in told if key not in known]
-    if told.get("zero_optimization", {}).get("stage") not in (1, 2):
-        errors.append("zero_optimization.stage must be 1 or 2: other stages communicate inside of forward passes too")
+    errors = [f"{key} is set by {filled[key]}" for key in config if key in filled]
+    errors += [f"DeepSpeed has no key {key}" for key in config if key not in known]
+    if config.get("zero_optimization", {}).get("stage") not in (1, 2):
+        errors.append("zero_optimization.stage must be 1 or 2: other stages communicate inside forward passes too")
     if errors:
         raise StrategyError("trainer.strategy.deepspeed: " + "; ".join(errors))

@@ -1,54 +1,55 @@
-"""Training a diffusion model on latents: a run is `fit`, one optimizer step is `train_step`."""
+"""Training of diffusion models on latents."""
 
 from __future__ import annotations
 
-import math
-import signal
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vae3d import distributed
-from vae3d.data.media import DataError
+from vae3d.adversarial.base import UpdatePhase
+from vae3d.arguments import check_fields
+from vae3d.checkpoints import state
+from vae3d.checkpoints.state import ResumeError
+from vae3d.diffusion.base import Sampling
+from vae3d.diffusion.build import require_same
 from vae3d.diffusion.conditioning import drop_labels
 from vae3d.diffusion.data import Batch, LatentData
+from vae3d.diffusion.export import write_export
 from vae3d.diffusion.processes import QUARTILES, Process, quartile_sums, training_losses
+from vae3d.diffusion.quality import sliced_wasserstein
+from vae3d.diffusion.sampling import sample_latents
 from vae3d.diffusion.scale import check_latent_scale, measure
-from vae3d.errors import UserError
-from vae3d.pixels import no_value_checks
+from vae3d.pixels import PixelError
 from vae3d.seeding import generator_of
-from vae3d.training.agreement import RanksDiffer
-from vae3d.training.checkpointer import Saver, finish_newest
-from vae3d.training.data_parallel import Replicas
-from vae3d.training.diffusion_saving import outputs, resume, save, step_outputs
-from vae3d.training.diffusion_validation import validate
-from vae3d.training.ema import Ema
+from vae3d.training.data_parallel import ReplicatedDataParallel
+from vae3d.training.diffusion_validation import BATCH, decoded, held_out_losses, log_frames
+from vae3d.training.ema import MultiEma
 from vae3d.training.loggers import Logger
-from vae3d.training.metrics import StepMetrics, Window
-from vae3d.training.optim import adamw_settings, rate_at
-from vae3d.training.patience import FailureCounter, TooManyFailures, check_broken_share
-from vae3d.training.runlog import RunLog
-from vae3d.training.spike import SpikeError
-from vae3d.training.step_status import StatusTable, StepStatus
-from vae3d.training.stopping import StopRequest, stop_signals
+from vae3d.training.memory import catch_out_of_memory
+from vae3d.training.metrics import StepMetrics
+from vae3d.training.optim import adamw_settings
+from vae3d.training.spike import Count, FailureCounter, SpikeGuard
+from vae3d.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from vae3d.config.diffusion import DiffusionConfig
 
+# Settings that make a run a different one, besides those of the denoiser and the process.
+IDENTITY = ("vae.sample", "labels", "data.frames", "data.height", "data.width", "data.stride", "data.fps", "run.seed")
 
-class DiffusionTrainer:
-    """Trains `network` to undo `process` on the latents of `data`, resuming from the newest checkpoint in `folder`.
 
-    config: with all settings of network and process. vae: vae_metadata of the autoencoder, and where it is.
-    hint: the command that mends latents of another scale.
-    Raises LatentScaleError before the first step if the latents are not of mean 0 and deviation 1.
+class DiffusionTrainer(Trainer[Batch]):
+    """Trains `network` to denoise the latents of `data`.
+
+    config: complete, with all settings of network and process. vae: path and vae_metadata of the autoencoder. hint: the
+    command that normalises its latents.
     """
 
     def __init__(
@@ -63,251 +64,170 @@ class DiffusionTrainer:
         logger: Logger,
         hint: str,
     ) -> None:
-        self.config, self.folder, self.accelerator = config, folder, accelerator
-        self.device, self.seed = accelerator.device, config.run.seed
-        self.network, self.process, self.data, self.vae = network.to(self.device), process, data, vae
-        ema = asdict(config.trainer.ema)
-        self.averages = {decay: Ema(self.network, decay, **ema) for decay in ema.pop("rates")}
-        self.ema = next(iter(self.averages.values()))
+        self.process, self.vae, self.hint = process, vae, hint
+        network = network.to(accelerator.device)
         optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            fused=self.device.type == "cuda",
-            **adamw_settings(config.optim),
+            network.parameters(), fused=accelerator.device.type == "cuda", **adamw_settings(config.optim)
         )
-        self.replicas = Replicas(accelerator, self.network, optimizer)
-        self.ballot = StatusTable(accelerator.process_index, accelerator.num_processes, self.device)
-        self.window = Window()
-        self.skipped = FailureCounter(
-            config.trainer.max_consecutive_skips,
-            "steps in a row were skipped",
-            "lower optim.lr if losses are not finite, data.batch_size or raise trainer.accumulate for memory; files "
-            f"that cannot be read are in {folder}/data_errors.jsonl (trainer.max_consecutive_skips is the limit)",
+        super().__init__(
+            config,
+            folder,
+            accelerator,
+            network,
+            ReplicatedDataParallel(accelerator, network, optimizer),
+            MultiEma(network, **asdict(config.trainer.ema)),
+            data,
+            logger,
+            spikes=SpikeGuard(max_consecutive_skips=config.trainer.max_consecutive_skips),
+            failed_steps=FailureCounter(
+                config.trainer.max_consecutive_skips,
+                "steps in a row could not be finished",
+                "for memory lower data.batch_size or raise trainer.accumulate; for files see "
+                f"{folder}/data_errors.jsonl (trainer.max_consecutive_skips is the limit)",
+            ),
+            failed_saves=FailureCounter(
+                config.trainer.save_failures,
+                "checkpoints in a row could not be written",
+                "the last complete one stays (trainer.save_failures is the limit)",
+            ),
         )
-        failures = FailureCounter(
-            config.trainer.save_failures,
-            "checkpoints in a row could not be written",
-            "the last complete one stays (trainer.save_failures is the limit)",
-        )
-        self.saver = Saver(
-            lambda: save(self),
-            folder / "checkpoints",
-            config.trainer.save_every,
-            failures,
-            warn=lambda message: self.log.warn(message),
-        )
-        self.step, self.reads, self.broken_reads = 0, 0, 0
-        self.stopped_by = 0  # the signal that ended the run
-        self.unsound = 0  # steps in a row whose loss or gradient was not finite
-        self._tick, self._steps = time.perf_counter(), 0  # since the last log line
-        self.scale: dict[str, Any] = {}
-        self.shown = False  # held-out clips, beside samples
-        self.data_changes: list[str] = []  # since the checkpoint that the run goes on from
-        changed, scale = resume(self), None
-        for group in self.replicas.optimizer.param_groups:  # a checkpoint's own came back with its moments
-            group.update(adamw_settings(config.optim))
-        if not self.scale:
-            scale = measure(data, config.trainer.scale_samples, self.device)
-            check_latent_scale(scale, hint)
-            self.scale = scale.as_dict()
-        self.held_out = [(data.latents(batch, self.device), batch) for batch in data.held_out]
-        parts = distributed.gather_to_main([z.cpu() for z, _ in self.held_out])
-        self.real = [z for part in parts for z in part]  # of all ranks, on the first, which compares samples with them
-        rank, last = accelerator.process_index, config.trainer.max_steps
-        self.log = RunLog(folder, logger, rank=rank, step=self.step, max_steps=last)
-        self.log.launch(self.step, asdict(config), changed, self.data_changes)
-        for key, (old, new) in changed.items():
-            self.log.say(f"{key} was {old} until step {self.step} and is {new} from here on")
-        self.log.errors(data.errors)
-        if scale is not None:
+        identity = {name: vae[name] for name in ("encoder", "latents_mean", "latents_std")}
+        self.latents = LatentsState(identity, data.classes, config.vae.path)
+        self.checkpointer.register("latents", self.latents)
+        self.held_out: list[tuple[Tensor, Batch]] = []
+        self.real: list[Tensor] = []  # held-out latents of all ranks, on the first, which compares samples with them
+        self.shown = False  # whether the held-out clips have been logged
+
+    def prepare(self) -> None:
+        """Measure the latents, unless a checkpoint has their statistics, and encode the held-out clips.
+
+        Raises LatentScaleError if the latents do not have mean 0 and standard deviation 1.
+        """
+        if not self.latents.scale:
+            scale = measure(self.data, self.config.trainer.scale_samples, self.device)
+            check_latent_scale(scale, self.hint)
+            self.latents.scale = scale.as_dict()
             self.log.say(str(scale))
+        self.held_out = [(self.data.latents(batch, self.device), batch) for batch in self.data.held_out]
+        ranks = distributed.gather_to_main([z.cpu() for z, _ in self.held_out])
+        self.real = [z for rank in ranks for z in rank]
 
-    def fit(self) -> bool:
-        """Train to the last step, or to the first step boundary after a signal (stop_signals); whether it was the last.
+    def load_batches(self, stopping: Callable[[], bool]) -> Iterator[Batch]:
+        return self.data.batches(self.step, self.config.trainer.max_steps, stopping)
 
-        Raises SaveError if the last checkpoint, or its export, could not be written; SpikeError if the run ends on
-        skipped steps; DataError, after saving, if no more batches come.
-        """
-        last = self.config.trainer.max_steps
-        try:
-            finish_newest(self, outputs(self))
-            self.log.begin(self.step, last)
-            with stop_signals(speak=self.log.main) as request:
-                try:
-                    self._train(request, last)
-                finally:
-                    self.stopped_by = self.stopped_by or request.signum  # which may have come during the last save
-        except SpikeError as error:
-            raise SpikeError(f"{error}{self.saver.way_back()}") from error
-        finally:
-            self.log.close()
-        return self.step >= last
+    def is_readable(self, batch: Batch) -> bool:
+        return batch.values is not None
 
-    def _train(self, request: StopRequest, last: int) -> None:
-        accumulate = self.config.trainer.accumulate
-        batches = self.data.batches(self.step, last, lambda: bool(request.signum))
-        self._tick, self._steps = time.perf_counter(), 0
-        while self.step < last and not self.stopped_by:
-            batch, error = _next_batches(batches, accumulate)
-            values = self.train_step(batch, request.signum, error)
-            signum = int(values.pop("stop"))
-            if self.step < last and not self.unsound:  # else wait: what is saved now might be ruined
-                self.stopped_by = signum
-            self._after_step(values)
-        if self.stopped_by:
-            saved = "the same command resumes from there" if self.config.trainer.save_every else "nothing is saved"
-            self.log.say(f"stopped by {signal.Signals(self.stopped_by).name} after step {self.step}; {saved}")
-
-    @no_value_checks()
-    def train_step(
-        self, batches: Sequence[Batch], stop: int = 0, data_error: UserError | None = None
-    ) -> dict[str, float]:
-        """One optimizer step over micro-batches; returns metrics averaged over them and all ranks.
-
-        Each rank runs its own part; an all-reduce of the status then decides for all whether the step is taken or
-        skipped. stop: a signal that this rank was sent. data_error: why this rank has no batches and gets no more.
-        """
-        self._set_lr()
-        metrics, reason = StepMetrics(), None
-        if any(batch.values is None for batch in batches):
-            self.replicas.skip_local()
-        else:
-            reason = self.replicas.run_guarded(lambda: self.accumulate(batches, metrics))
-        try:
-            status = self._vote(batches, metrics, reason, stop, data_error)
-        except RanksDiffer as error:  # on all ranks
-            self.saver.save_before(error, self.step, self.unsound)
-            raise
-        if status.no_data:
-            error = data_error or DataError(f"rank {', '.join(map(str, status.no_data))} has no more data")
-            self.saver.save_before(error, self.step, self.unsound)
-            raise error
-        values = metrics.averaged() if status.complete else {}
-        if status.complete and status.finite:
-            self.replicas.average_gradients()
-            values["grad_norm"] = self.replicas.clip(self.config.optim.grad_clip)
-        taken = math.isfinite(values.get("grad_norm", math.nan))
-        if taken:
-            self.replicas.step()
-            for average in self.averages.values():
-                average.update(self.step)
-        else:
-            self.replicas.skip(unscaled=False)
-        self.step += 1
-        if taken:
-            self.unsound, self.saver.taken = 0, self.step
-        else:
-            self.unsound += status.complete
-        values["skipped"] = float(not taken)
-        self._judge(status, values, reason)
-        return {**values, "stop": float(status.stop)}
-
-    def accumulate(self, batches: Sequence[Batch], metrics: StepMetrics) -> None:
-        """Forward and backward passes of this rank's micro-batches; their gradients add up."""
+    def forward_backward(self, batches: Sequence[Batch], phase: UpdatePhase, step: int, metrics: StepMetrics) -> None:
         for batch in batches:
-            z = self.data.latents(batch, self.device)  # [B, C, t, h, w], of mean 0 and deviation 1
-            noise = [self._generator(position) for position in batch.positions]
-            labels = self._labels(batch, noise)
+            z = self.data.latents(batch, self.device)  # [B, C, t, h, w], normalised
+            generators = [
+                generator_of(self.config.run.seed, step, position, "diffusion", device=self.device)
+                for position in batch.positions
+            ]
+            classes = self.network.num_classes
+            labels = drop_labels(batch.labels, self.config.label_dropout, classes, generators) if classes else None
             with self.accelerator.autocast():
-                losses = training_losses(self.network, self.process, z, noise, labels)
+                losses = training_losses(self.network, self.process, z, generators, labels)
             loss = losses["loss"].mean()
-            self.replicas.backward(loss / len(batches))
+            self.strategy.backward(loss / len(batches))
             terms = {f"loss/{name}": losses[name].mean() for name in ("mse", "vlb") if name in losses}
-            metrics.add({"loss": loss, **terms, **_by_quartile(losses)})
+            quartiles = quartile_sums(losses["mse"], losses["t_normalised"])
+            sums = {f"sum_q{q}": quartiles[q, 0] for q in range(QUARTILES)}
+            counts = {f"count_q{q}": quartiles[q, 1] for q in range(QUARTILES)}
+            metrics.add({"loss": loss, **terms, **sums, **counts})
 
-    def _generator(self, position: int) -> torch.Generator:
-        """For the time, the noise and the label's dropout of a clip: a pure function of (seed, step, position)."""
-        return generator_of(self.seed, self.step, position, "diffusion", device=self.device)
+    def step_metrics(self) -> dict[str, float]:
+        """With the mean squared error by quarter of the timesteps, loss_q0 to loss_q3, of which there were any."""
+        values = super().step_metrics()
+        del values["loss_max"]
+        for q in range(QUARTILES):
+            total, count = values.pop(f"sum_q{q}", 0.0), values.pop(f"count_q{q}", 0.0)
+            if count:
+                values[f"loss_q{q}"] = total / count
+        return values
 
-    def _labels(self, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor | None:
-        if not self.network.num_classes:
-            return None
-        return drop_labels(batch.labels, self.config.label_dropout, self.network.num_classes, generators)
+    # ---- validation
 
-    def _vote(
-        self,
-        batches: Sequence[Batch],
-        metrics: StepMetrics,
-        error: str | None,
-        stop: int,
-        data_error: UserError | None,
-    ) -> StepStatus:
-        errors = [error for batch in batches for error in batch.errors]
-        self.log.errors(errors)
-        return self.ballot.cast(
-            loss=metrics.mean("loss"),
-            worst=metrics.worst("loss"),
-            out_of_memory=error is not None,
-            unreadable=data_error is None and any(batch.values is None for batch in batches),
-            no_data=data_error is not None,
-            stop=stop,
-            broken=len(errors),
-            gradients=self.replicas.gradients(),
-            with_gradient=self.replicas.with_gradient,
-        )
+    def validate(self) -> dict[str, float]:
+        """Log the loss on held-out latents, and samples, of the averaged weights."""
+        self.network.eval()
+        with self.ema.applied():
+            values = held_out_losses(
+                self.network,
+                self.process,
+                self.held_out,
+                self.config.validation.draws,
+                self.config.run.seed,
+                self.accelerator.autocast,
+                self.device,
+            )
+            if self.accelerator.is_main_process:  # the others wait in the next step
+                values |= self._sample()
+        self.network.train()
+        self.log.scalars(values, self.step)
+        return values
 
-    def _judge(self, status: StepStatus, values: dict[str, float], reason: str | None) -> None:
-        """Stop the run, after saving, if an error repeats too often; all ranks count the same."""
-        self.broken_reads += status.broken
-        self.reads += status.broken + self.config.data.batch_size
+    def _sample(self) -> dict[str, float]:
+        """Log samples and, the first time, reconstructed held-out clips. Returns how far they are apart."""
+        config, data = self.config.validation, self.data
+        sampling = Sampling(config.steps, config.method, config.guidance, shift=config.shift)
+        real = torch.cat(self.real) if self.real else None
+
+        def draw() -> tuple[Tensor, np.ndarray]:
+            with self.accelerator.autocast():
+                z = sample_latents(
+                    self.network,
+                    self.process,
+                    data.latent_shape,
+                    sampling,
+                    seed=self.config.run.seed,
+                    indices=range(config.samples),
+                    labels=[data.trained_classes[i % len(data.trained_classes)] for i in range(config.samples)]
+                    if data.trained_classes
+                    else None,
+                    batch_size=BATCH,
+                    device=self.device,
+                )
+            return z, decoded(data.codec, z, data.size)
+
         try:
-            check_broken_share(self.reads, self.broken_reads, self.config.data.max_broken, self.folder)
-            self._count_skipped(status, bool(values["skipped"]), reason)
-        except DataError as error:
-            self.reads = self.broken_reads = 0  # count afresh once the user has repaired the files
-            self.window.add(values)
-            self.saver.save_before(error, self.step, self.unsound)
-            raise
-        except TooManyFailures as error:
-            self.window.add(values)
-            self.saver.save_before(error, self.step, self.unsound)
-            raise
+            drawn, error = catch_out_of_memory(draw)
+        except PixelError as raised:
+            drawn, error = None, str(raised)
+        if drawn is None:
+            self.log.warn(f"no samples at step {self.step}: {error}")
+            return {}
+        z, frames = drawn
+        log_frames(self.log, "samples", frames, self.step)
+        if real is not None and not self.shown:
+            reconstructed = decoded(data.codec, real[: len(z)], data.size)
+            log_frames(self.log, "held out, as the autoencoder gives it back", reconstructed, self.step)
+            self.shown = True
+        values = {"val/sample_rms": float(z.square().mean().sqrt())}  # 1 for the data
+        if real is not None:
+            values["val/sliced_wasserstein"] = sliced_wasserstein(z, real.to(z.device))
+        return values
 
-    def _count_skipped(self, status: StepStatus, skipped: bool, error: str | None) -> None:
-        """Raises TooManyFailures."""
-        if not skipped:
-            self.skipped.reset()
-            return
-        why = status.error() or f"loss {status.loss:g} or its gradient is not finite"
-        self.log.warn(f"step {self.step} is skipped by all ranks: {why}{f': {error}' if error else ''}")
-        self.skipped.error(why)
+    # ---- checkpoints
 
-    def _set_lr(self) -> None:
-        lr = rate_at(self.config.optim, self.step, self.config.trainer.max_steps)
-        for group in self.replicas.optimizer.param_groups:
-            group["lr"] = lr
+    def check_same_run(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
+        """Raises also UserError, which names the settings, for another denoiser or process."""
+        saved, config = state.saved_config(checkpoint), asdict(self.config)
+        parts = ("denoiser", "process")
+        if not all(isinstance(saved.get(part), Mapping) for part in parts):
+            raise ResumeError(f"{checkpoint} is not of a diffusion model; run.resume_from takes one of those")
+        for part in parts:
+            require_same(saved[part], config[part], part)
+        return state.check_same_run(checkpoint, config, IDENTITY)
 
-    def _after_step(self, values: dict[str, float]) -> None:
-        """Whatever is due after a step: log, validate, save."""
-        trainer, every = self.config.trainer, self.config.validation.every
-        finished, stopped = self.step == trainer.max_steps, self.stopped_by > 0
-        self.window.add(values)
-        self.log.advance()
-        self._steps += 1
-        if self.step % trainer.log_every == 0 or finished or stopped:
-            self.log.scalars(with_quartiles(self.window.flush()) | self._perf_metrics(), self.step)
-        if every and (self.step % every == 0 or finished) and not stopped:
-            validate(self)
-            self._tick, self._steps = time.perf_counter(), 0
-        end = finished or stopped
-        self.saver.after_step(self.step, taken=not values["skipped"], ruined=self.unsound, end=end)
-
-    def step_outputs(self, step: int) -> list[Path]:
-        """What is made of the checkpoint of a step, and goes with it."""
-        return step_outputs(self.folder, step)
-
-    def _perf_metrics(self) -> dict[str, float]:
-        """Learning rate, and speed since the last log line."""
-        speed = self._steps * self.config.data.batch_size / (time.perf_counter() - self._tick)
-        self._tick, self._steps = time.perf_counter(), 0
-        return {"lr": self.replicas.optimizer.param_groups[0]["lr"], "samples_per_second": speed}
-
-    def vae_facts(self) -> dict[str, Any]:
-        """What a checkpoint of another autoencoder would not share."""
-        return {name: self.vae[name] for name in ("encoder", "latents_mean", "latents_std")}
-
-    def export_facts(self) -> dict[str, Any]:
-        """What sampling must know beside the weights."""
-        return {
+    def export(self, folder: Path, **info: Any) -> None:
+        """Write the weights at every averaging rate, and what sampling needs beside them."""
+        weights = {}
+        for rate, ema in self.ema.rates.items():
+            with ema.applied():
+                weights[rate] = {name: tensor.cpu().clone() for name, tensor in self.network.state_dict().items()}
+        metadata = {
             "step": self.step,
             "network": self.network.config,
             "process": self.config.process,
@@ -317,29 +237,46 @@ class DiffusionTrainer:
             "trained_classes": self.data.trained_classes,
             "label_dropout": self.config.label_dropout,
             "vae": self.vae,
-            "latents": self.scale,
+            "latents": self.latents.scale,
+            **info,
         }
+        write_export(folder, metadata, weights)
 
 
-def _next_batches(batches: Iterator[Batch], count: int) -> tuple[list[Batch], UserError | None]:
-    """The micro-batches of a step; or, if the loader fails on this rank, placeholders and why."""
-    try:
-        return [next(batches) for _ in range(count)], None
-    except UserError as error:
-        error.on_every_rank = False
-        return [Batch(None, torch.empty(0), [], [])] * count, error
+class _Scale(TypedDict):
+    count: Count
+    mean: Sequence[float]
+    std: Sequence[float]
 
 
-def _by_quartile(losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sum and count of the squared errors in each quarter of the times: they add up over steps and ranks."""
-    sums = quartile_sums(losses["mse"], losses["t_normalised"])
-    return {f"{what}_q{q}": sums[q, i] for q in range(QUARTILES) for i, what in enumerate(("sum", "count"))}
+class _LatentsState(TypedDict):
+    vae: Mapping[str, Any]
+    classes: Sequence[str]
+    scale: _Scale
 
 
-def with_quartiles(values: dict[str, float]) -> dict[str, float]:
-    """Sums and counts as loss_q0..loss_q3, without those of which there were none."""
-    kept = {name: value for name, value in values.items() if not name.startswith(("sum_q", "count_q"))}
-    for q in range(QUARTILES):
-        if values.get(f"count_q{q}"):
-            kept[f"loss_q{q}"] = values[f"sum_q{q}"] / values[f"count_q{q}"]
-    return kept
+class LatentsState:
+    """What a run's latents come from, which must not change when it resumes, and their measured statistics."""
+
+    def __init__(self, vae: Mapping[str, Any], classes: Sequence[str], path: str) -> None:
+        self.vae, self.classes, self.path = vae, classes, path
+        self.scale: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"vae": self.vae, "classes": self.classes, "scale": self.scale}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ResumeError for another autoencoder or other classes."""
+        check_fields(state, _LatentsState, key="latents")
+        if state["classes"] != self.classes:
+            there, here = (", ".join(names) or "none" for names in (state["classes"], self.classes))
+            raise ResumeError(
+                f"was trained on the classes {there}; the data have {here}. A class is its index in this list; give "
+                "the same data, or give this run another run.name"
+            )
+        if changed := [name for name, value in self.vae.items() if state["vae"].get(name) != value]:
+            raise ResumeError(
+                f"was trained on latents of another autoencoder than vae.path={self.path}: its {', '.join(changed)} "
+                "differs; give the same autoencoder, or another run.name"
+            )
+        self.scale = state["scale"]

@@ -82,7 +82,7 @@ class Distillation:
         own = self.decode == "own" or (self.decode == "mixed" and seed_of(self.seed, "coin", step) % 2)
         return None if own else clip.targets.z
 
-    def student(self, student: nn.Module, frames: int) -> nn.Module:
+    def wrap_student(self, student: nn.Module, frames: int) -> nn.Module:
         """What training calls instead of the student: the student, or, for its features, a StudentWithProjections around it."""
         if not self.features:
             return student

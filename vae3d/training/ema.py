@@ -1,30 +1,33 @@
-"""Exponential moving average of the weights that train."""
+"""Exponential moving averages of the trainable weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vae3d.arguments import check_value
+from vae3d.checkpoints.state import ResumeError
 from vae3d.errors import UserError
 from vae3d.restore import check_like
 from vae3d.schedules import ema_decay
 
 
 class Ema:
-    """Shadow copies of `model`'s trainable parameters; frozen ones never differ and are not kept.
+    """Averages of `model`'s trainable parameters; frozen ones never change and are not stored.
 
-    decay 0 keeps no shadow: `state_dict` is empty and `applied` changes nothing. warmup: see
-    schedules.ema_decay. every: update after every n-th step, with the decay of n steps. device: where the shadow
-    lies, `model` or `cpu`. In host memory it costs no GPU memory but one parameter's at a time: it is averaged on the
-    model's device all the same, copied there and back in stream order, so that the processor waits for nothing.
+    decay: 0 stores nothing: `state_dict` is empty and `applied` does nothing. warmup: see schedules.ema_decay. every:
+    update after every n-th step, with the decay of n steps. device: `model` stores the averages beside the weights;
+    `cpu` in pinned host memory, from where each is copied to the GPU to be updated, without blocking the CPU.
     """
 
     def __init__(
         self, model: nn.Module, decay: float, warmup: bool = True, every: int = 1, device: str = "model"
     ) -> None:
+        self.name = "ema"  # in messages
         self.decay, self.warmup, self.every, self.on_host = decay, warmup, every, device == "cpu"
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad} if decay else {}
         self.shadow = {
@@ -33,7 +36,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the weights after optimizer step `step` (0-based)."""
+        """Update after optimizer step `step` (0-based)."""
         if not self.shadow or (step + 1) % self.every:
             return
         weight = 1.0 - ema_decay(step, decay=self.decay, warmup=self.warmup) ** self.every
@@ -46,7 +49,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the averaged weights inside this context."""
+        """Inside this context the model has the averaged weights."""
         self._swap()
         try:
             yield
@@ -69,23 +72,55 @@ class Ema:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises UserError if only one of both keeps averages, ArgumentError for averages of other parameters."""
+        """Raises UserError if EMA was turned on or off, ArgumentError for averages of other parameters."""
+        check_value(state, Mapping, self.name)
         if bool(state) != bool(self.shadow):
             raise UserError(
-                f"the checkpoint holds averages of {len(state)} parameters, this run keeps {len(self.shadow)}; "
-                "trainer.ema cannot be turned on or off in the middle of a run"
+                f"the checkpoint has averages of {len(state)} parameters, this run of {len(self.shadow)}; trainer.ema "
+                "cannot be turned on or off when a run resumes"
             )
-        check_like(state, self.shadow, "ema")
+        check_like(state, self.shadow, self.name)
         self._wait()
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])
 
     def _wait(self) -> None:
-        """Until copies to and from host memory have arrived; everything on the GPU is in order by itself."""
+        """Wait for copies to and from host memory; on the GPU everything is in stream order."""
         if self.on_host and torch.cuda.is_available():
             torch.cuda.synchronize()
 
 
+class MultiEma:
+    """Averages of one model at several decay rates (EDM2, Karras et al., 2024); the first is used for validation."""
+
+    def __init__(self, model: nn.Module, rates: Sequence[float], **settings: Any) -> None:
+        self.rates = {rate: Ema(model, rate, **settings) for rate in rates}
+        for rate, ema in self.rates.items():
+            ema.name = f"ema['{rate:g}']"
+
+    def update(self, step: int) -> None:
+        for ema in self.rates.values():
+            ema.update(step)
+
+    def applied(self) -> AbstractContextManager[None]:
+        return next(iter(self.rates.values())).applied()
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        return {f"{rate:g}": ema.state_dict() for rate, ema in self.rates.items()}
+
+    def load_state_dict(self, state: Mapping[str, dict[str, Tensor]]) -> None:
+        """Raises ResumeError for other rates, and as Ema does."""
+        check_value(state, Mapping[str, Mapping], "ema")
+        names = {f"{rate:g}": ema for rate, ema in self.rates.items()}
+        if state.keys() != names.keys():
+            raise ResumeError(
+                f"has averages at the rates {', '.join(state)}, but trainer.ema.rates={list(names)}; they cannot be "
+                "changed when a run resumes"
+            )
+        for name, ema in names.items():
+            ema.load_state_dict(state[name])
+
+
 def _pinned(tensor: Tensor) -> Tensor:
-    """A copy in host memory, from where a GPU copies without the processor's help."""
+    """A copy in pinned host memory."""
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)

@@ -1,4 +1,4 @@
-"""Choosing what trains: named parts of a model, each with a learning-rate scale; everything else is frozen."""
+"""Which parts of a model train, each at its own learning rate; everything else is frozen."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ ALL = "all"
 
 
 class PartError(UserError):
-    """A stage that does not fit the model."""
+    """stage.train does not fit the model."""
 
 
 def train_parts(model: nn.Module, scales: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Freeze `model` but for the named parts; returns optimizer parameter groups with `part` and `lr_scale`.
+    """Freeze all but the named parts of `model`. Returns optimizer parameter groups with `part` and `lr_scale`.
 
-    scales: part of model.trainable_parts(), or `all`, to learning-rate scale.
+    scales: part of model.trainable_parts(), or `all` -> learning-rate scale.
     Raises PartError for an unknown part, for a parameter named twice, or if nothing trains.
     """
     parts = {**model.trainable_parts(), ALL: [model]}
@@ -52,6 +52,6 @@ def set_mode(model: nn.Module, scales: Mapping[str, float]) -> None:
             module.train()
 
 
-def without_gradient(model: nn.Module) -> list[str]:
-    """Names of trainable parameters that the last backward did not reach."""
+def params_without_grad(model: nn.Module) -> list[str]:
+    """Names of trainable parameters that the last backward pass did not reach."""
     return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

@@ -1,9 +1,13 @@
-"""What the `optim` settings mean to an optimizer: for autoencoders and for diffusion models."""
+"""AdamW and its learning rate from the `optim` settings."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from vae3d.restore import load_optimizer
 from vae3d.schedules import learning_rate
 
 if TYPE_CHECKING:
@@ -11,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def adamw_settings(optim: Optim) -> dict[str, Any]:
-    """Arguments of torch.optim.AdamW beside its parameters and rate."""
+    """Arguments of torch.optim.AdamW beside its parameters and learning rate."""
     return {"betas": tuple(optim.betas), "eps": optim.eps, "weight_decay": optim.weight_decay}
 
 
-def rate_at(optim: Optim, step: int, max_steps: int) -> float:
+def lr_at(optim: Optim, step: int, max_steps: int) -> float:
     """Learning rate of optimizer step `step` of a run of `max_steps`."""
     return learning_rate(
         step,
@@ -28,3 +32,11 @@ def rate_at(optim: Optim, step: int, max_steps: int) -> float:
         cycles=optim.cycles,
         power=optim.power,
     )
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], name: str = "optimizer") -> None:
+    """Load an optimizer's moments. Its settings stay those of the configuration. Raises ArgumentError."""
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    load_optimizer(optimizer, state, name)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)

@@ -1,83 +1,101 @@
-"""The first step's errors before the first step: every loss, on the shortest and the longest clip."""
+"""Preflight: forward and backward on noise with every loss on, at the shortest and the longest clip."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import product
-from typing import TYPE_CHECKING
 
 import torch
 
-from vae3d.adversarial.base import UpdatePhase
+from vae3d.adversarial.base import Adversary, UpdatePhase
+from vae3d.data.clips import ClipSettings
 from vae3d.errors import UserError
 from vae3d.schedules import ALL_ON
+from vae3d.training.data_parallel import ReplicatedDataParallel
+from vae3d.training.deepspeed import DeepSpeedZero
 from vae3d.training.freeze import PartError
 from vae3d.training.metrics import StepMetrics
+from vae3d.training.step_status import StepStatus
 from vae3d.types import Clip
-
-if TYPE_CHECKING:
-    from vae3d.training.vae_trainer import Trainer
 
 
 class PreflightError(UserError):
-    """A step that cannot work at all."""
+    """A step that cannot work."""
 
 
-def preflight(trainer: Trainer) -> None:
-    """Forward and backward passes on noise of a micro-batch's size, with every loss term and the adversary on, so that
-    a term that starts at step 50,000 fails now; where two networks take turns, those of each turn. Leaves no trace: no
-    update, no gradient, no random state.
+def preflight(
+    strategy: ReplicatedDataParallel | DeepSpeedZero,
+    adversary: Adversary,
+    forward_backward: Callable[[Sequence[Clip], UpdatePhase, int, StepMetrics], None],
+    sync_status: Callable[[Sequence[Clip], StepMetrics, str | None], StepStatus],
+    frames: Sequence[int],
+    micro_batch: int,
+    settings: ClipSettings,
+) -> None:
+    """Find errors of any step before the first: a term that starts at step 50,000 fails now.
 
-    Raises PreflightError, on every rank, if memory does not suffice or a loss is not finite; PartError if a part that
-    is to train gets no gradient.
+    Every update phase is tried on a micro-batch of the fewest and of the most frames. No weight, gradient, optimizer
+    state or random state changes.
+    Raises PreflightError, on every rank, if memory runs out or a loss is not finite; PartError if a trainable part gets
+    no gradient.
     """
-    counts = trainer.data.schedule.frames.all()
-    phases = {trainer.adversary.update_phase(step): step for step in (ALL_ON, ALL_ON + 1)}
-    for frames, (phase, step) in product(dict.fromkeys((counts[0], counts[-1])), phases.items()):
-        metrics, clip = StepMetrics(), _noise(trainer, frames)
-        clips = [clip] * trainer.strategy.rehearsal_clips
-        error = trainer.strategy.run_guarded(lambda: _first_step(trainer, clips, phase, metrics, step))  # noqa: B023
-        trainer.adversary.sync_remaining(step, len(clips))
-        status = trainer.vote([clip], metrics, error, stop=False)
-        what = f"a micro-batch of {'x'.join(map(str, clip.video.shape))}"
-        params_without_grad = trainer.strategy.params_without_grad() if status.complete and phase.generator else []
-        trainer.strategy.skip(unscaled=False)
-        trainer.adversary.reset_step()
-        if not status.complete:
-            raise PreflightError(
-                f"{what} does not fit into memory ({status.error()}): {error or 'see the other ranks'}; raise "
-                "trainer.accumulate, lower data.height, data.width or data.frames.max, or set "
-                "model.gradient_checkpointing=true if the model has it"
-            )
-        if not status.finite:
-            told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.means().items() if "/" in name)
-            raise PreflightError(
-                f"{what} of noise gives a loss that is not finite: {told}; look at the first such term"
-            )
+    phases = {adversary.update_phase(step): step for step in (ALL_ON, ALL_ON + 1)}
+    for count, (phase, step) in product(dict.fromkeys((frames[0], frames[-1])), phases.items()):
+        clip, metrics = noise(micro_batch, count, settings), StepMetrics()
+
+        def run(clip=clip, phase=phase, step=step, metrics=metrics) -> None:
+            moments = adamw_moments(strategy.optimizer)
+            forward_backward([clip], phase, step, metrics)
+            del moments
+
+        with strategy.dry_run():
+            error = strategy.run_guarded(run)
+            adversary.sync_remaining(step, 1)
+            status = sync_status([clip], metrics, error)
+            params_without_grad = strategy.params_without_grad() if status.complete and phase.generator else []
+        adversary.reset_step()
+        require_sound(status, error, metrics, "x".join(map(str, clip.video.shape)))
         require_all_gradients(params_without_grad)
 
 
-def _first_step(trainer: Trainer, clips: list[Clip], phase: UpdatePhase, metrics: StepMetrics, step: int) -> None:
-    """Passes beside as much memory as the two moments take that AdamW makes at its first step."""
-    moments = [] if trainer.optimizer.state else [torch.empty_like(p) for p in trainer.parameters for _ in range(2)]
-    trainer.accumulate(clips, phase, metrics, step)
-    del moments
+def adamw_moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """As much memory as AdamW allocates in its first step; nothing if it has stepped."""
+    if optimizer.state:
+        return []
+    return [torch.empty_like(p) for group in optimizer.param_groups for p in group["params"] for _ in range(2)]
 
 
-def require_all_gradients(names: list[str]) -> None:
-    """Raises PartError if there are any."""
-    if names:
-        raise PartError(
-            f"stage.train names parts that no loss term reaches: {len(names)} parameters such as "
-            f"{names[0]} got no gradient; take the part out of stage.train or add a term that reads it"
+def require_sound(status: StepStatus, error: str | None, metrics: StepMetrics, shape: str) -> None:
+    if status.mismatch:
+        raise PreflightError(
+            f"a micro-batch of {shape}: ranks have gradients of different parameters: {status.mismatch}"
+        )
+    if not status.complete:
+        raise PreflightError(
+            f"a micro-batch of {shape} does not fit into memory ({status.failure()}): {error or 'see the other ranks'}; "
+            "raise trainer.accumulate, lower data.height, data.width or data.frames.max, or set "
+            "model.gradient_checkpointing=true if the model has it"
+        )
+    if not status.finite:
+        losses = ", ".join(f"{name} {value:.4g}" for name, value in metrics.means().items() if "/" in name)
+        raise PreflightError(
+            f"a micro-batch of {shape} of noise gives a loss that is not finite: {losses}; check the first such term"
         )
 
 
-def _noise(trainer: Trainer, frames: int) -> Clip:
-    plan, settings = trainer.data.schedule, trainer.data.settings
-    shape = (plan.micro_batch, frames, settings.height, settings.width)
+def require_all_gradients(params_without_grad: list[str]) -> None:
+    if params_without_grad:
+        raise PartError(
+            f"stage.train names parts that no loss term reaches: {len(params_without_grad)} parameters such as "
+            f"{params_without_grad[0]} got no gradient; take the part out of stage.train or add a term that uses it"
+        )
+
+
+def noise(micro_batch: int, frames: int, settings: ClipSettings) -> Clip:
+    """A clip of random pixels, or depths, as the data loader gives them."""
+    shape = (micro_batch, frames, settings.height, settings.width)
     generator = torch.Generator().manual_seed(0)
-    positions = torch.arange(-plan.micro_batch, 0)
-    names = ["noise"] * plan.micro_batch
+    positions, names = torch.arange(-micro_batch, 0), ["noise"] * micro_batch
     if settings.depth is None:
         video = torch.randint(0, 256, (shape[0], 3, *shape[1:]), dtype=torch.uint8, generator=generator)
         return Clip(video, positions, names)

@@ -1,24 +1,30 @@
-"""Proximal regularisation: weights are pulled back towards those that training started from."""
+"""Proximal regularisation towards the weights that training started from."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vae3d.arguments import check_fields
 from vae3d.checkpoints.state import ResumeError
 
 
-class Proximal:
-    """lambda * sum (theta - theta0)^2 over the trainable parameters, as an edit of their gradients.
+class _ProximalState(TypedDict):
+    anchor: str | None
 
-    L2-SP (Li et al., *Explicit Inductive Bias for Transfer Learning*, ICML 2018) and FedProx (Li et al., 2020); a sum,
-    so that lambda does not depend on the number of parameters. The anchor theta0 is what `model` holds now, in fp32.
-    weight: lambda; 0 keeps no anchor and does nothing.
+
+class Proximal:
+    """Adds the gradient of lambda * sum (theta - theta0)^2 over the trainable parameters.
+
+    L2-SP (Li et al., *Explicit Inductive Bias for Transfer Learning*, ICML 2018) and FedProx (Li et al., 2020). A sum,
+    so that lambda does not depend on the number of parameters. The anchor theta0 is a copy of the current weights, in
+    fp32. weight: lambda; 0 does nothing.
     """
 
     def __init__(self, model: nn.Module, weight: float) -> None:
@@ -28,38 +34,39 @@ class Proximal:
 
     @torch.no_grad()
     def add_gradient(self) -> None:
-        """grad += 2 lambda (theta - theta0), in two adds without temporaries; parameters without gradient are left out.
+        """grad += 2 lambda (theta - theta0), in two adds without temporaries; parameters without gradient are skipped.
 
-        The gradients must be whole: reduced over ranks, of all micro-batches, unscaled, and not yet clipped.
+        Call it after gradients are accumulated, averaged over ranks and unscaled, and before they are clipped.
         """
-        reached = [name for name, p in self.parameters.items() if p.grad is not None]
-        if not reached:
+        names = [name for name, p in self.parameters.items() if p.grad is not None]
+        if not names:
             return
-        gradients = [self.parameters[name].grad for name in reached]
-        torch._foreach_add_(gradients, [self.parameters[name] for name in reached], alpha=2.0 * self.weight)
-        torch._foreach_add_(gradients, [self.anchor[name] for name in reached], alpha=-2.0 * self.weight)
+        gradients = [self.parameters[name].grad for name in names]
+        torch._foreach_add_(gradients, [self.parameters[name] for name in names], alpha=2.0 * self.weight)
+        torch._foreach_add_(gradients, [self.anchor[name] for name in names], alpha=-2.0 * self.weight)
 
     @torch.no_grad()
     def value(self) -> Tensor:
-        """lambda * sum (theta - theta0)^2 at the present weights, a scalar."""
+        """lambda * sum (theta - theta0)^2, a scalar."""
         squares = [F.mse_loss(p, self.anchor[name], reduction="sum") for name, p in self.parameters.items()]
         return self.weight * torch.stack(squares).sum()
 
-    def check_same_anchor(self, saved: str | None, checkpoint: Path, source: object) -> None:
-        """Raises ResumeError if a checkpoint whose run was pulled elsewhere is about to be continued.
+    def state_dict(self) -> dict[str, str | None]:
+        return {"anchor": self.digest}
 
-        saved: the digest that `checkpoint` holds. source: where this anchor was read from.
-        """
+    def load_state_dict(self, state: Mapping[str, str | None]) -> None:
+        """Raises ResumeError if the checkpoint was trained with another anchor."""
+        check_fields(state, _ProximalState, key="proximal")
+        saved = state["anchor"]
         if saved is not None and self.anchor and saved != self.digest:
             raise ResumeError(
-                f"{checkpoint} was pulled (optim.proximal) towards other weights than stage.init_from={source} holds "
-                f"now (SHA-256 {saved[:12]}, now {self.digest[:12]}); put the original weights back, or set "
-                "optim.proximal=0 to go on without"
+                f"was regularised (optim.proximal) towards other weights than stage.init_from holds now (SHA-256 "
+                f"{saved[:12]}, now {self.digest[:12]}); restore the original weights, or set optim.proximal=0"
             )
 
     @cached_property
     def digest(self) -> str | None:
-        """SHA-256 over the names and bytes of the anchor; None without one."""
+        """SHA-256 of the names and values of the anchor; None without one."""
         if not self.anchor:
             return None
         digest = hashlib.sha256()

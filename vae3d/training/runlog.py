@@ -6,11 +6,13 @@ import json
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,19 +37,23 @@ class RunLocked(UserError):
 class RunLog:
     """Rank 0 writes; on other ranks every method but `errors` does nothing."""
 
-    def __init__(self, folder: Path, logger: Logger, *, rank: int, step: int, max_steps: int) -> None:
+    def __init__(self, folder: Path, logger: Logger, *, rank: int) -> None:
         self.folder, self.logger, self.rank = folder, logger, rank
         self.main = rank == 0
         self._broken: set[str] = set()
-        self._bar = None
-        if self.main:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = ExitStack()
-            in_use = RunLocked(f"another process is training in {folder}; stop it, or give this run another name")
-            self._lock.enter_context(hold_lock(folder / ".lock", in_use))
-            self._forget_after(step)
-            logger.open(folder, step)
-            self._bar = tqdm(total=max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+        self._bar: tqdm | None = None
+
+    def open(self, step: int, max_steps: int) -> None:
+        """Lock the run's folder and start writing at `step`. Raises RunLocked."""
+        if not self.main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        in_use = RunLocked(f"another process is training in {self.folder}; stop it, or give this run another name")
+        self._lock = ExitStack()
+        self._lock.enter_context(hold_lock(self.folder / ".lock", in_use))
+        self._drop_after(step)
+        self.logger.open(self.folder, step)
+        self._bar = tqdm(total=max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
 
     def launch(
         self, step: int, config: Mapping[str, Any], changed: Mapping[str, Any], data_changes: Sequence[str] = ()
@@ -91,7 +97,7 @@ class RunLog:
         """To metrics.jsonl, the logger and, for the main ones, the console."""
         if not self.main:
             return
-        with self._bearing(f"metrics of step {step}"):
+        with self._tolerate_full_disk(f"metrics of step {step}"):
             self._append("metrics.jsonl", {"step": step, **values})
             self.logger.scalars(dict(values), step)
         shown = {k: v for k, v in values.items() if "/" not in k or k.startswith(("loss/", "val/"))}
@@ -99,12 +105,12 @@ class RunLog:
 
     def image(self, name: str, picture: np.ndarray, step: int) -> None:
         if self.main:
-            with self._bearing(f"a picture of step {step}"):
+            with self._tolerate_full_disk(f"a picture of step {step}"):
                 self.logger.image(name, picture, step)
 
     def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> None:
         if self.main:
-            with self._bearing(f"a video of step {step}"):
+            with self._tolerate_full_disk(f"a video of step {step}"):
                 self.logger.video(name, frames, fps, step)
 
     def errors(self, errors: Iterable[tuple[str, str]]) -> None:
@@ -114,25 +120,25 @@ class RunLog:
                 continue
             self._broken.add(path)
             log.warning("cannot be read, another file takes its place: %s: %s", path, reason)
-            with self._bearing(f"the error of {path}"):
+            with self._tolerate_full_disk(f"the error of {path}"):
                 self._append(f"errors{self.rank or ''}.jsonl", {"path": path, "reason": reason})
 
     def skipped_files(self, files: Iterable[tuple[str, str]]) -> None:
         """List files that are not used, though they can be, in data_errors.jsonl."""
         if self.main:
-            with self._bearing("which files are left out"):
+            with self._tolerate_full_disk("which files are left out"):
                 for path, reason in files:
                     self._append("data_errors.jsonl", {"path": path, "reason": reason})
 
     def close(self) -> None:
-        """Also after an error, and twice."""
-        if self.main:
+        """May be called twice, and after an error."""
+        if self._bar is not None:
             self._bar.close()
-            with self._bearing("what the logger still held"):
+            with self._tolerate_full_disk("what the logger still held"):
                 self.logger.close()
             self._lock.close()
 
-    def _forget_after(self, step: int) -> None:
+    def _drop_after(self, step: int) -> None:
         """Drop metrics of steps that a killed run took after its last checkpoint; they are about to be taken again."""
         file = self.folder / "metrics.jsonl"
         if not file.is_file():
@@ -143,7 +149,7 @@ class RunLog:
             write_text(file, "".join(kept))
 
     @contextmanager
-    def _bearing(self, what: str) -> Iterator[None]:
+    def _tolerate_full_disk(self, what: str) -> Iterator[None]:
         """A full disk costs the record, which the log tells, and not the run."""
         try:
             yield
@@ -157,6 +163,48 @@ class RunLog:
                 if stream.read(1) != b"\n":  # half a line, from a kill in the middle of a write
                     stream.write(b"\n")
             stream.write(json.dumps(entry).encode() + b"\n")
+
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # Slurm, Kubernetes, torchrun; Ctrl-C; a terminal that closes
+
+
+@dataclass
+class StopRequest:
+    """signum: of the first signal that came; 0 before."""
+
+    signum: int = 0
+
+
+@contextmanager
+def stop_signals(speak: bool = True) -> Iterator[StopRequest]:
+    """Inside this context SIGTERM, SIGINT and SIGHUP set `signum` instead of killing the process.
+
+    After SIGINT the next signal kills at once. SIGTERM may come any number of times, since Slurm and torchrun both send
+    it to a rank. A signal that the process was started to ignore, as under nohup, stays ignored.
+    """
+    request, owner = StopRequest(), os.getpid()
+
+    def handle(signum: int, _: object) -> None:
+        if os.getpid() != owner:  # a data worker that has just been forked
+            return
+        if not request.signum and speak:
+            again = "; a second Ctrl-C ends it at once, without saving" if signum == signal.SIGINT else ""
+            message = f"\n{signal.Signals(signum).name}: the run stops after this step{again}\n"
+            os.write(2, message.encode())  # print may not be entered twice
+        request.signum = request.signum or signum
+        if signum == signal.SIGINT:
+            for name in STOPS:
+                signal.signal(name, signal.SIG_DFL)
+
+    before = {name: signal.getsignal(name) for name in STOPS}
+    for name, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(name, handle)
+    try:
+        yield request
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def _step_of(line: str) -> int:

@@ -1,79 +1,146 @@
-"""Steps that must not be taken: a loss that is not finite, or far above what it was."""
+"""Fault-tolerance limits: which steps are skipped, and after how many failures the run stops."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
 
+from vae3d.arguments import Range, Size, check_fields, check_value
+from vae3d.data.media import DataError
 from vae3d.errors import UserError
 
 log = logging.getLogger("vae3d")
 
+Count = Annotated[int, Range(0, 10**12)]
+MIN_READS = 50  # before which read errors do not stop the run
 
-class SpikeError(UserError):
-    """Too many steps in a row were skipped."""
+
+class TooManyFailures(UserError):
+    """The same failure in too many consecutive steps or saves."""
+
+
+class SpikeError(TooManyFailures):
+    """Too many consecutive steps were skipped, or the run ends on skipped steps."""
+
+
+class _SpikeState(TypedDict):
+    mean: float
+    accepted: Count
+    consecutive_skips: Count
+    all_finite: bool
 
 
 class SpikeGuard:
-    """Decides whether an optimizer step is taken. Feed it the same numbers on every rank: it holds no collective.
+    """Skips steps whose loss or gradient is not finite, or whose loss is far above its running mean.
 
-    factor: skip a step if any loss in it is above this many times the running mean of accepted steps (None: only
-    non-finite ones). warmup: accepted steps before the factor counts. max_consecutive_skips: after so many skipped steps in a
-    row the loss is taken to have moved to a new level, unless one of them was not finite, which raises SpikeError.
+    All ranks must pass the same numbers; there is no collective.
+
+    factor: skip a step if any loss in it exceeds this many times the running mean; None skips only steps that are not
+    finite. warmup: accepted steps before the factor applies. max_consecutive_skips: if all of these were finite, the
+    loss has moved to a new level, which is accepted; otherwise SpikeError. 0: no limit.
     """
 
     MOMENTUM = 0.98
 
-    def __init__(
-        self, factor: float | None, warmup: int, max_consecutive_skips: int, warn: Callable[[str], None] = log.warning
-    ) -> None:
-        self.factor, self.warmup, self.max_consecutive_skips, self.warn = factor, warmup, max_consecutive_skips, warn
+    def __init__(self, factor: float | None = None, warmup: int = 0, max_consecutive_skips: int = 0) -> None:
+        self.factor, self.warmup, self.max_consecutive_skips = factor, warmup, max_consecutive_skips
         self.mean = 0.0
         self.accepted = 0
-        self.skipped_in_row = 0
-        self.finite_row = True  # of the skipped steps
+        self.consecutive_skips = 0
+        self.all_finite = True  # of the consecutive skips
 
-    def accept(self, mean: float, worst: float, grad_norm: float) -> bool:
-        """Whether to step.
+    def should_step(self, mean: float, worst: float, grad_norm: float) -> bool:
+        """Whether to take the step; updates the running mean.
 
-        mean: of the loss over micro-batches and ranks. worst: the largest of them, for one spike among many is lost
-        in their mean. grad_norm: of the reduced gradient.
+        mean, worst: of the loss over micro-batches and ranks; a mean over many ranks hides one spike. grad_norm: of the
+        averaged gradient. Raises SpikeError.
         """
         finite = math.isfinite(mean) and math.isfinite(worst) and math.isfinite(grad_norm)
-        judged = self.factor is not None and self.accepted >= self.warmup
-        if finite and not (judged and worst > self.factor * self.mean):
+        warm = self.factor is not None and self.accepted >= self.warmup
+        if finite and not (warm and worst > self.factor * self.mean):
             momentum = min(self.MOMENTUM, self.accepted / (self.accepted + 1))
             self.mean = momentum * self.mean + (1.0 - momentum) * mean
             self.accepted += 1
-            self.skipped_in_row, self.finite_row = 0, True
+            self.consecutive_skips, self.all_finite = 0, True
             return True
-        self.skipped_in_row += 1
-        self.finite_row = self.finite_row and finite
-        if self.skipped_in_row >= self.max_consecutive_skips:
-            self._lose_patience(mean, worst, grad_norm)
+        self.consecutive_skips += 1
+        self.all_finite = self.all_finite and finite
+        if self.max_consecutive_skips and self.consecutive_skips >= self.max_consecutive_skips:
+            message = (
+                f"{self.consecutive_skips} steps in a row were skipped: loss {mean:g} (worst {worst:g}), gradient norm "
+                f"{grad_norm:g}, running mean of the loss {self.mean:g}"
+            )
+            if not self.all_finite:
+                raise SpikeError(f"{message}; lower optim.lr, or check the data listed in data_errors.jsonl")
+            log.warning("%s; training continues at this level", message)
+            # Not just the mean: a rank whose loss stays far above the others' would be skipped forever.
+            self.mean, self.consecutive_skips = max(mean, worst / self.factor), 0
         return False
 
-    def _lose_patience(self, mean: float, worst: float, grad_norm: float) -> None:
-        told = (
-            f"{self.skipped_in_row} steps in a row were skipped: loss {mean:g} (worst {worst:g}), gradient norm "
-            f"{grad_norm:g}, running mean of the loss {self.mean:g}"
-        )
-        if not self.finite_row:
-            raise SpikeError(f"{told}; lower optim.lr, or look at the data in data_errors.jsonl")
-        self.warn(f"{told}; this is the new level, and training goes on")
-        # One rank of many that keeps losing far more than the others would be skipped for ever at their mean.
-        self.mean, self.skipped_in_row = max(mean, worst / self.factor), 0
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _SpikeState.__annotations__}
 
-    def state_dict(self) -> dict[str, float | int]:
-        names = ("mean", "accepted", "skipped_in_row", "finite_row")
-        return {name: getattr(self, name) for name in names}
-
-    def load_state_dict(self, state: dict[str, float | int]) -> None:
-        self.mean, self.accepted = state["mean"], state["accepted"]
-        self.skipped_in_row, self.finite_row = state["skipped_in_row"], state.get("finite_row", True)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        check_fields(state, _SpikeState, "spikes")
+        vars(self).update({name: state[name] for name in _SpikeState.__annotations__})
 
 
 def worst(losses: Iterable[float]) -> float:
-    """The largest; NaN counts as larger than anything."""
+    """The largest; NaN counts as larger than any number."""
     return max(losses, key=lambda loss: math.inf if math.isnan(loss) else loss)
+
+
+class FailureCounter:
+    """Stops a run after `limit` consecutive failures; 0: never. All ranks must count the same.
+
+    what: the failure, as in "10 steps in a row ...". hint: what to do.
+    """
+
+    def __init__(self, limit: int, what: str, hint: str) -> None:
+        self.limit, self.what, self.hint = limit, what, hint
+        self.consecutive = 0
+
+    def record(self, reason: str) -> None:
+        """Count a failure. Raises TooManyFailures at the limit."""
+        self.consecutive += 1
+        if self.limit and self.consecutive >= self.limit:
+            raise TooManyFailures(f"{self.consecutive} {self.what} ({reason}); {self.hint}")
+
+    def reset(self) -> None:
+        self.consecutive = 0
+
+    def state_dict(self) -> int:
+        return self.consecutive
+
+    def load_state_dict(self, state: int) -> None:
+        check_value(state, Count, "consecutive failures")
+        self.consecutive = state
+
+
+class ReadErrors:
+    """Stops a run if more than the share `max_broken` of all reads failed, but not before MIN_READS."""
+
+    def __init__(self, max_broken: float, folder: Path) -> None:
+        self.max_broken, self.folder = max_broken, folder
+        self.reads = self.broken = 0
+
+    def record(self, reads: int, broken: int) -> None:
+        """Raises DataError, and starts counting anew for when the files have been repaired."""
+        self.reads, self.broken = self.reads + reads, self.broken + broken
+        if self.reads >= MIN_READS and self.broken / self.reads > self.max_broken:
+            reads, broken = self.reads, self.broken
+            self.reads = self.broken = 0
+            raise DataError(
+                f"{broken} of {reads} reads failed, a larger share than data.max_broken={self.max_broken}; "
+                f"{self.folder}/data_errors.jsonl lists the files"
+            )
+
+    def state_dict(self) -> list[int]:
+        return [self.reads, self.broken]
+
+    def load_state_dict(self, state: Sequence[int]) -> None:
+        check_value(state, Annotated[Sequence[Count], Size(2, 2)], "reads")
+        self.reads, self.broken = state

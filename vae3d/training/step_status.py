@@ -1,25 +1,38 @@
-"""How a step went on every rank, told to all before any of them acts on it."""
+"""Step status, all-reduced before any rank updates its weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import gather_object
 
 from vae3d import distributed
-from vae3d.training.agreement import RanksDiffer
-from vae3d.training.spike import worst
+from vae3d.data.media import DataError
+from vae3d.distributed import RanksDiffer
+from vae3d.errors import UserError
+from vae3d.training.spike import SpikeGuard, worst
+
+
+class Action(Enum):
+    TAKE = "take"
+    SKIP = "skip"
+    STOP = "stop"
 
 
 @dataclass(frozen=True)
 class StepStatus:
-    """loss: mean over ranks. worst: the largest loss of any micro-batch, NaN if one is; neither counts where a rank did
-    not finish. out_of_memory, unreadable: ranks that could not. no_data: ranks whose loader failed, for good. stop: the
-    signal that a rank was sent, or 0. broken: reads that failed."""
+    """How a step went on all ranks.
+
+    loss: mean over ranks. worst: largest loss of any micro-batch, NaN if any is NaN; neither counts unless `complete`.
+    out_of_memory, unreadable: ranks that could not finish the step. no_data: ranks whose data loader failed.
+    stop: signal that a rank received, or 0. broken: number of failed reads. mismatch: a parameter that has a gradient
+    on some ranks only, and which; empty if there is none.
+    """
 
     loss: float
     worst: float
@@ -28,30 +41,52 @@ class StepStatus:
     no_data: tuple[int, ...]
     stop: int
     broken: int
+    mismatch: str = ""
 
     @property
     def complete(self) -> bool:
-        """Whether every rank got through its micro-batches."""
-        return not self.out_of_memory and not self.unreadable and not self.no_data
+        """Whether every rank finished its micro-batches, with gradients of the same parameters."""
+        return not (self.out_of_memory or self.unreadable or self.no_data or self.mismatch)
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.worst)
+        """Whether every rank finished, and all losses are finite."""
+        return self.complete and math.isfinite(self.loss) and math.isfinite(self.worst)
 
-    def error(self) -> str:
-        """Why the step cannot be taken, for the log."""
-        told = {
+    def decide(self, grad_norm: float, spikes: SpikeGuard | None) -> tuple[Action, UserError | None]:
+        """What all ranks do with the step; for STOP also the error that ends the run.
+
+        spikes: its running mean is updated; None for a step that trains the discriminator only.
+        Raises SpikeError if too many consecutive steps were not finite.
+        """
+        if self.mismatch:
+            return Action.STOP, RanksDiffer(
+                f"after the same step the ranks have gradients of different parameters: {self.mismatch}; a loss term "
+                "that applies to some clips only must use the same parameters on every rank"
+            )
+        if self.no_data:
+            return Action.STOP, DataError(f"rank {_join(self.no_data)} has no more data")
+        if not self.complete:
+            return Action.SKIP, None
+        take = self.finite if spikes is None else spikes.should_step(self.loss, self.worst, grad_norm)
+        return (Action.TAKE if take else Action.SKIP), None
+
+    def failure(self) -> str:
+        """Why the step cannot be taken, by rank; empty if its losses allow it."""
+        failures = {
             "out of memory": self.out_of_memory,
             "without a readable file": self.unreadable,
             "without data": self.no_data,
         }
-        return "; ".join(f"{what}: rank {', '.join(map(str, who))}" for what, who in told.items() if who)
+        if self.complete and not self.finite:
+            return f"loss {self.loss:g}, at worst {self.worst:g}"
+        return "; ".join(f"{what}: rank {_join(ranks)}" for what, ranks in failures.items() if ranks)
 
 
 class StatusTable:
-    """One row per rank in a table that an all-reduce fills: the only collective of a step that goes wrong.
+    """One row per rank in a table that one all-reduce fills, the only collective in a step that fails.
 
-    The table is made at the start, since a rank that is out of memory could not make it then.
+    The table is allocated once: a rank that is out of memory could not allocate it.
     """
 
     COLUMNS = ("loss", "worst", "out_of_memory", "unreadable", "no_data", "stop", "broken", "gradients")
@@ -60,43 +95,43 @@ class StatusTable:
         self.rank = rank
         self.table = torch.zeros(world_size, len(self.COLUMNS), device=device, dtype=torch.float64)
 
-    def cast(self, with_gradient: Callable[[], Sequence[str]], **mine: float) -> StepStatus:
-        """All-reduce the step status of all ranks.
+    def sync(self, with_gradient: Callable[[], Sequence[str]], **columns: float) -> StepStatus:
+        """All-reduce this rank's values, one per column. Every rank must call it.
 
-        gradients: digest of the set of parameters that have a gradient here. with_gradient: their names, for the error.
-        Raises RanksDiffer if ranks that finished have gradients of different parameters, which cannot be averaged.
+        gradients: digest of the set of parameters that have a gradient. with_gradient: returns their names, which are
+        compared if the digests differ.
         """
         self.table.zero_()
-        self.table[self.rank].copy_(torch.tensor([float(mine[name]) for name in self.COLUMNS], dtype=torch.float64))
+        row = torch.tensor([float(columns[name]) for name in self.COLUMNS], dtype=torch.float64)
+        self.table[self.rank].copy_(row)
         if distributed.is_distributed():
             dist.all_reduce(self.table)
-        columns = dict(zip(self.COLUMNS, zip(*self.table.tolist(), strict=True), strict=True))
+        ranks = dict(zip(self.COLUMNS, zip(*self.table.tolist(), strict=True), strict=True))
         status = StepStatus(
-            loss=sum(columns["loss"]) / len(columns["loss"]),
-            worst=worst(columns["worst"]),
-            out_of_memory=_where(columns["out_of_memory"]),
-            unreadable=_where(columns["unreadable"]),
-            no_data=_where(columns["no_data"]),
-            stop=round(max(columns["stop"])),
-            broken=round(sum(columns["broken"])),
+            loss=sum(ranks["loss"]) / len(ranks["loss"]),
+            worst=worst(ranks["worst"]),
+            out_of_memory=_nonzero(ranks["out_of_memory"]),
+            unreadable=_nonzero(ranks["unreadable"]),
+            no_data=_nonzero(ranks["no_data"]),
+            stop=round(max(ranks["stop"])),
+            broken=round(sum(ranks["broken"])),
         )
-        if status.complete and len(set(columns["gradients"])) > 1:
-            raise RanksDiffer(
-                "after the same step the ranks have gradients of different parameters: "
-                f"{_difference(with_gradient())}; a loss term that applies to some clips only must reach the same "
-                "parameters on every rank"
-            )
+        if status.complete and len(set(ranks["gradients"])) > 1:
+            return dataclasses.replace(status, mismatch=_mismatch(with_gradient()))
         return status
 
 
-def _difference(mine: Sequence[str]) -> str:
-    """The first parameter that one rank has a gradient of and another has not. Every rank must call it."""
-    everyone = [set(names) for names in gather_object([list(mine)])]
-    name = min(set.union(*everyone) - set.intersection(*everyone))
-    has = [rank for rank, names in enumerate(everyone) if name in names]
-    lacks = [rank for rank, names in enumerate(everyone) if name not in names]
-    return f"{name} has one on rank {', '.join(map(str, has))} and none on rank {', '.join(map(str, lacks))}"
+def _mismatch(with_gradient: Sequence[str]) -> str:
+    """The first parameter that has a gradient on some ranks only. Every rank must call it."""
+    names = [set(names) for names in distributed.all_gather_object(list(with_gradient))]
+    name = min(set.union(*names) - set.intersection(*names))
+    has, lacks = ([rank for rank, mine in enumerate(names) if (name in mine) == wanted] for wanted in (True, False))
+    return f"{name} has one on rank {_join(has)} and none on rank {_join(lacks)}"
 
 
-def _where(flags: Iterable[float]) -> tuple[int, ...]:
+def _nonzero(flags: Iterable[float]) -> tuple[int, ...]:
     return tuple(rank for rank, flag in enumerate(flags) if flag)
+
+
+def _join(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, ranks))

@@ -1,4 +1,4 @@
-"""Reconstruction quality on held-out clips, while training."""
+"""Validation of an autoencoder: reconstruction quality on held-out clips."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from vae3d import distributed
@@ -21,90 +20,62 @@ from vae3d.inference.pictures import grid, latent_colours
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.metrics.depth import abs_rel, delta1
 from vae3d.metrics.distribution import SetMetric
-from vae3d.metrics.registry import resolve
 from vae3d.pixels import NotFiniteError, PixelError, as_unit, to_uint8
-from vae3d.training.freeze import set_mode
-from vae3d.training.memory import attempted
+from vae3d.training.memory import catch_out_of_memory
+from vae3d.training.runlog import RunLog
 from vae3d.types import Clip
-
-if TYPE_CHECKING:
-    from vae3d.training.vae_trainer import Trainer
 
 
 @dataclass
 class ValidatedClip:
-    """place: among the held-out clips. panels: target, latent and reconstruction, [3, T, H, W, 3] uint8, of the first
-    few clips. more: scores that are not of pairs of 8-bit frames."""
+    """index: among the held-out clips. panels: target, latent and reconstruction, [3, T, H, W, 3] uint8, of the first
+    few clips. scores: those that are not computed on 8-bit frames."""
 
-    place: int
+    index: int
     name: str
     result: VideoResult
     panels: np.ndarray | None
-    more: dict[str, float]
+    scores: dict[str, float]
 
 
-def metrics_due(trainer: Trainer) -> MetricSet:
-    """The metrics of this step: without those of validation.slow_metrics, except where it is their turn."""
-    settings, step = trainer.config.validation, trainer.step
-    last = step == trainer.config.trainer.max_steps
-    if last or (settings.slow_metrics_every and step % settings.slow_metrics_every == 0):
-        return trainer.metrics
-    return trainer.metrics.only(resolve(settings.metrics))
+def validate_on_all_ranks(
+    model: nn.Module, clips: Sequence[Clip], metrics: MetricSet, device: torch.device, panels: int, **settings: Any
+) -> tuple[list[ValidatedClip], str | None]:
+    """`validate` on every rank. Returns the clips of all ranks in order, or none and an error message.
+
+    Every rank must call it. It fails, on all ranks, if one runs out of memory or its reconstructions are not finite.
+    """
+    try:
+        mine, error = catch_out_of_memory(lambda: validate(model, clips, metrics, device, panels, **settings))
+        error = error and f"{error}; lower validation.frames"
+    except PixelError as raised:
+        mine, error = None, str(raised)
+        metrics.reset()
+    if not distributed.all_ranks_ok(error is None, device):
+        return [], error or "on another rank"
+    ranks = distributed.all_gather_object(mine)
+    return sorted((clip for rank in ranks for clip in rank), key=lambda clip: clip.index), None
 
 
-def validate_together(trainer: Trainer, metrics: MetricSet) -> list[ValidatedClip]:
-    """All ranks' held-out clips, in their order; none, with a warning, if on a rank memory ran out or the model's
-    pixels of a clip are NaN."""
-    settings, network = trainer.config.validation, trainer.network
-    network.eval()
-    with trainer.ema.applied():
-        try:
-            mine, reason = attempted(
-                lambda: validate(
-                    network,
-                    trainer.data.held_out,
-                    metrics,
-                    trainer.device,
-                    settings.videos,
-                    roll=settings.roll,
-                    depth=trainer.config.data.depth.mapping,
-                )
-            )
-            reason = reason and f"{reason}; lower validation.frames"
-        except PixelError as error:
-            mine, reason = None, str(error)
-            metrics.reset()
-    set_mode(network, trainer.config.stage.train)
-    if not distributed.all_ranks_ok(reason is None, trainer.device):
-        why = reason or "on another rank"
-        trainer.log.warn(f"validation failed at step {trainer.step}: {why}; it counts for no best checkpoint")
-        return []
-    return sorted(gather_object(mine), key=lambda clip: clip.place)
-
-
-def report(trainer: Trainer, metrics: MetricSet, everyone: Sequence[ValidatedClip]) -> dict[str, float]:
-    """Log the means over the clips and show some of them; the means."""
-    if not everyone:
-        return {}
-    results = [clip.result for clip in everyone]
+def mean_scores(metrics: MetricSet, clips: Sequence[ValidatedClip]) -> dict[str, float]:
+    """Column -> mean over the clips; for metrics of sets of clips also the number of samples."""
+    results = [clip.result for clip in clips]
     scores = metrics.over(results)
-    scores |= {name: fmean(clip.more[name] for clip in everyone) for name in everyone[0].more}
+    scores |= {name: fmean(clip.scores[name] for clip in clips) for name in clips[0].scores}
     scores |= {f"{m.name}_samples": m.samples(results) for m in metrics if isinstance(m, SetMetric)}
-    means = {f"val/{column}": value for column, value in scores.items() if value is not None}
-    trainer.log.scalars({**means, "val_clips": len(everyone)}, trainer.step)
-    _show(trainer, [clip for clip in everyone if clip.panels is not None])
-    return means
+    return {column: value for column, value in scores.items() if value is not None}
 
 
-def _show(trainer: Trainer, clips: Sequence[ValidatedClip]) -> None:
-    """Images as rows of one picture; every video by itself, its latent and reconstruction below."""
+def log_clips(log: RunLog, clips: Sequence[ValidatedClip], step: int) -> None:
+    """Show clips with panels: all images as rows of one picture, each video by itself."""
+    clips = [clip for clip in clips if clip.panels is not None]
     images = [clip.panels[:, 0] for clip in clips if clip.panels.shape[1] == 1]
     if images:
-        trainer.log.image("val/target | latent | reconstruction", grid(images), trainer.step)
+        log.image("val/target | latent | reconstruction", grid(images), step)
     for clip in clips:
         if clip.panels.shape[1] > 1:
-            name = f"original above latent above reconstruction {clip.place}: {clip.name}"
-            trainer.log.video(name, np.concatenate(clip.panels, axis=1), 8, trainer.step)
+            name = f"original above latent above reconstruction {clip.index}: {clip.name}"
+            log.video(name, np.concatenate(clip.panels, axis=1), 8, step)
 
 
 @torch.no_grad()
@@ -113,15 +84,15 @@ def validate(
     clips: Sequence[Clip],
     metrics: MetricSet,
     device: torch.device,
-    pictures: int,
+    panels: int,
     *,
     roll: bool = False,
     depth: str | None = None,
 ) -> list[ValidatedClip]:
-    """Reconstruct clips from the posterior's mode and score them as 8-bit pixels, as files would hold them.
+    """Reconstruct clips from the posterior's mode and score them as 8-bit pixels, like those of a file.
 
-    roll: also how far the reconstruction of a turned panorama is the turned reconstruction, `roll_psnr`. depth: the
-    mapping of clips that are depth maps, for AbsRel and delta1 in metres.
+    panels: number of clips to keep for display. roll: also score how well the reconstruction of a rotated panorama
+    matches the rotated reconstruction (`roll_psnr`). depth: mapping of depth clips, for AbsRel and delta1 in metres.
     """
     done = []
     for clip in clips:
@@ -129,13 +100,13 @@ def validate(
         out = model(clip.video, sample=False)
         ref, rec = to_uint8(clip.video[0], clip.paths[0]), to_uint8(out.video[0], f"reconstruction of {clip.paths[0]}")
         metrics.update(as_unit(ref, device), as_unit(rec, device))
-        place = int(clip.positions)
-        panels = np.stack([ref, latent_colours(out.z[0], ref.shape[:3]), rec]) if place < pictures else None
-        more = {"roll_psnr": roll_consistency(model, clip.video)} if roll else {}
-        more |= _depth_errors(clip, out.video, depth) if depth is not None else {}
-        if bad := [name for name, value in more.items() if not math.isfinite(value)]:
+        index = int(clip.positions)
+        shown = np.stack([ref, latent_colours(out.z[0], ref.shape[:3]), rec]) if index < panels else None
+        scores = {"roll_psnr": roll_consistency(model, clip.video)} if roll else {}
+        scores |= _depth_errors(clip, out.video, depth) if depth is not None else {}
+        if bad := [name for name, value in scores.items() if not math.isfinite(value)]:
             raise NotFiniteError(f"{', '.join(bad)} is NaN or infinite", f"reconstruction of {clip.paths[0]}")
-        done.append(ValidatedClip(place, Path(clip.paths[0]).stem, metrics.result(), panels, more))
+        done.append(ValidatedClip(index, Path(clip.paths[0]).stem, metrics.result(), shown, scores))
     return done
 
 

@@ -1,0 +1,407 @@
+"""The training loop. VaeTrainer and DiffusionTrainer add what they compute in it."""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from vae3d.adversarial.base import Adversary, NoAdversary, UpdatePhase
+from vae3d.data.media import DataError
+from vae3d.errors import UserError
+from vae3d.pixels import no_value_checks
+from vae3d.seeding import seed_of
+from vae3d.training.checkpointer import BestExport, Checkpointer, DataChanges, Outputs, step_folder
+from vae3d.training.data_parallel import ReplicatedDataParallel, ScalerState
+from vae3d.training.deepspeed import DeepSpeedZero
+from vae3d.training.ema import Ema, MultiEma
+from vae3d.training.loggers import Logger
+from vae3d.training.memory import idle_gib, release_idle_memory
+from vae3d.training.metrics import MeanMeter, StepMetrics
+from vae3d.training.optim import lr_at
+from vae3d.training.proximal import Proximal
+from vae3d.training.runlog import RunLog, StopRequest, stop_signals
+from vae3d.training.spike import FailureCounter, ReadErrors, SpikeError, SpikeGuard, TooManyFailures
+from vae3d.training.step_status import Action, StatusTable, StepStatus
+
+if TYPE_CHECKING:
+    from vae3d.config.diffusion import DiffusionConfig
+    from vae3d.config.schema import TrainConfig
+
+MIN_GRAD_NORM = 1e-12  # a gradient below this teaches nothing
+
+Batch = TypeVar("Batch")
+
+
+class Trainer(ABC, Generic[Batch]):
+    """Takes optimizer steps, logs, validates and saves; a run that was stopped or killed resumes bit for bit.
+
+    `__init__` only wires objects together. Call `setup` once, which resumes and opens the log, then `fit`.
+    Subclasses implement `load_batches`, `forward_backward`, `validate`, `export` and `check_same_run`, and register
+    further state with `self.checkpointer`.
+
+    network: what is trained and saved. strategy: wraps what a step calls, and its optimizer. data: has `record` and
+    `errors`. zero_gradient: limit of consecutive steps whose gradient is 0; 0 disables it. compact_gib: see
+    release_idle_memory. facts: written to run.json.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig | DiffusionConfig,
+        folder: Path,
+        accelerator: Accelerator,
+        network: nn.Module,
+        strategy: ReplicatedDataParallel | DeepSpeedZero,
+        ema: Ema | MultiEma,
+        data: Any,
+        logger: Logger,
+        *,
+        spikes: SpikeGuard,
+        failed_steps: FailureCounter,
+        failed_saves: FailureCounter,
+        zero_gradient: int = 0,
+        adversary: Adversary | None = None,
+        proximal: Proximal | None = None,
+        best: BestExport | None = None,
+        compact_gib: float | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config, self.folder, self.accelerator = config, folder, accelerator
+        self.device, self.rank = accelerator.device, accelerator.process_index
+        self.network, self.strategy, self.ema, self.data = network, strategy, ema, data
+        self.adversary = adversary or NoAdversary()
+        self.proximal = proximal or Proximal(network, weight=0.0)
+        self.spikes, self.failed_steps = spikes, failed_steps
+        self.zero_gradient = FailureCounter(
+            zero_gradient,
+            "steps in a row had no gradient at all",
+            "the model learns nothing: are its outputs clamped, or the pixels in another range than the losses expect? "
+            "(trainer.robust.zero_gradient is the limit)",
+        )
+        self.read_errors = ReadErrors(config.data.max_broken, folder)
+        self.data_changes = DataChanges(data.fingerprint)
+        self.best = best or BestExport(None, {})
+        self.compact_gib = compact_gib
+
+        self.step = 0
+        self.stopped_by = 0  # the signal that ended the run
+        self.meter = MeanMeter()
+        self.status_table = StatusTable(self.rank, accelerator.num_processes, self.device)
+        self.log = RunLog(folder, logger, rank=self.rank)
+        self.checkpointer = Checkpointer(
+            folder,
+            accelerator,
+            asdict(config),
+            self.log,
+            save_every=config.trainer.save_every,
+            keep=config.trainer.keep,
+            max_steps=config.trainer.max_steps,
+            failures=failed_saves,
+            outputs=lambda step: self.outputs(step),
+            final_outputs=lambda step: self.final_outputs(step),
+            facts=facts or {},
+        )
+        self.checkpointer.register("model", self.network, exact=True)
+        self.checkpointer.register("optimizer", self.strategy)
+        self.checkpointer.register("scaler", ScalerState(accelerator))
+        self.checkpointer.register("ema", self.ema)
+        self.checkpointer.register("spikes", self.spikes)
+        self.checkpointer.register("failed_steps", self.failed_steps)
+        self.checkpointer.register("zero_gradient", self.zero_gradient)
+        self.checkpointer.register("reads", self.read_errors)
+        self.checkpointer.register("meter", self.meter)
+        self.checkpointer.register("best", self.best)
+        self.checkpointer.register("data", self.data_changes)
+
+    # ---- what a subclass adds
+
+    @abstractmethod
+    def load_batches(self, stopping: Callable[[], bool]) -> Iterator[Batch]:
+        """The micro-batches of all steps from self.step on. stopping: whether the run is about to stop."""
+
+    @abstractmethod
+    def is_readable(self, batch: Batch) -> bool:
+        """Whether the batch has data; without, none of its files could be read."""
+
+    @abstractmethod
+    def forward_backward(self, batches: Sequence[Batch], phase: UpdatePhase, step: int, metrics: StepMetrics) -> None:
+        """Forward and backward passes of this rank's micro-batches; gradients add up over them."""
+
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Compute, log and return validation scores of the averaged weights."""
+
+    @abstractmethod
+    def export(self, folder: Path, **info: Any) -> None:
+        """Write the averaged weights. info: more entries for the export's metadata."""
+
+    @abstractmethod
+    def check_same_run(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
+        """Settings that changed since `checkpoint`, key -> (old, new). Raises ResumeError for a different run."""
+
+    def prepare(self) -> None:
+        """Compute what the run needs from its data, after resuming. Nothing by default."""
+
+    def preflight(self) -> None:
+        """Try the first step before it is taken. Nothing by default."""
+
+    def profiler(self) -> AbstractContextManager[Callable[[], object]]:
+        """Yields a function to call after every step."""
+        return nullcontext(lambda: None)
+
+    def outputs(self, step: int) -> Outputs:
+        """Files that belong to the checkpoint of `step`: path -> function that writes it."""
+        return {step_folder(self.folder / "exports", step): self.export}
+
+    def final_outputs(self, step: int) -> Outputs:
+        """Files to write after the last step, which are never pruned."""
+        return {}
+
+    # ---- the run
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.strategy.optimizer
+
+    def setup(self) -> None:
+        """Resume from the newest checkpoint, if there is one, lock the run's folder and open its log.
+
+        Raises ResumeError for a checkpoint of a different run, RunLocked if another process trains in the folder.
+        """
+        changed = self.resume()
+        self.prepare()
+        self.log.open(self.step, self.config.trainer.max_steps)
+        self.log.launch(self.step, asdict(self.config), changed, self.data_changes.lines)
+        for key, (old, new) in changed.items():
+            self.log.say(f"{key} changed at step {self.step} from {old} to {new}")
+        self.log.errors(self.data.errors)
+
+    def resume(self) -> dict[str, tuple[Any, Any]]:
+        """Load the checkpoint that the run continues, if there is one. Returns the settings that changed since."""
+        checkpoint = self.checkpointer.find(self.config.run.resume_from)
+        if checkpoint is None:
+            return {}
+        changed = self.check_same_run(checkpoint)
+        self.step = self.checkpointer.load(checkpoint)
+        return changed
+
+    def fit(self) -> bool:
+        """Train to the last step, or to the first step boundary after a signal. Returns whether it was the last.
+
+        Raises SaveError if the last checkpoint or an export of it could not be written, SpikeError if the run ends on
+        skipped steps, TooManyFailures if a failure repeats, and DataError, after saving, if the data loader fails.
+        """
+        last = self.config.trainer.max_steps
+        try:
+            self.checkpointer.finish_newest(self.step)
+            if self.step < last:
+                self.preflight()
+            self.log.begin(self.step, last)
+            with stop_signals(speak=self.log.main) as request, self.profiler() as after_step:
+                try:
+                    self._train(request, last, after_step)
+                finally:
+                    self.stopped_by = self.stopped_by or request.signum  # a signal during the last save counts
+        except SpikeError as error:
+            raise SpikeError(f"{error}{self.checkpointer.way_back()}") from error
+        finally:
+            self.log.close()
+        return self.step >= last
+
+    def _train(self, request: StopRequest, last: int, after_step: Callable[[], object]) -> None:
+        batches = self.load_batches(lambda: bool(request.signum))
+        self.reset_timer()
+        while self.step < last and not self.stopped_by:
+            micro_batches, data_error = next_batches(batches, self.config.trainer.accumulate)
+            values = self.train_step(micro_batches, request.signum, data_error)
+            signum = int(values.pop("stop"))
+            if self.step < last and self.spikes.consecutive_skips == 0:  # else the weights to save might be ruined
+                self.stopped_by = signum
+            self.after_step(values)
+            after_step()
+        if self.stopped_by:
+            saved = "the same command resumes from there" if self.config.trainer.save_every else "nothing is saved"
+            self.log.say(f"stopped by {signal.Signals(self.stopped_by).name} after step {self.step}; {saved}")
+
+    @no_value_checks()
+    def train_step(
+        self, batches: Sequence[Batch], stop: int = 0, data_error: UserError | None = None
+    ) -> dict[str, float]:
+        """One optimizer step over the micro-batches. Returns metrics averaged over micro-batches and ranks.
+
+        stop: a signal that this rank received, or 0. data_error: why the data loader of this rank failed; `batches` is
+        then empty.
+        """
+        step, metrics, phase = self.step, StepMetrics(), self.adversary.update_phase(self.step)
+        lr = lr_at(self.config.optim, step, self.config.trainer.max_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        torch.manual_seed(seed_of(self.config.run.seed, "step", step, self.rank))
+
+        # Each rank by itself. A rank that has no readable clip, or runs out of memory, makes no other rank wait.
+        out_of_memory = None
+        if data_error is None and all(self.is_readable(batch) for batch in batches):
+            out_of_memory = self.strategy.run_guarded(lambda: self.forward_backward(batches, phase, step, metrics))
+        else:
+            self.strategy.skip_local()
+        self.adversary.sync_remaining(step, self.config.trainer.accumulate)
+
+        # One small all-reduce, after which all ranks make the same decisions.
+        status = self.sync_status(batches, metrics, out_of_memory, stop, data_error)
+        values = {**metrics.reduce(), "loss_max": status.worst} if status.complete else {}
+
+        grad_norm = 0.0
+        if phase.generator and status.finite:
+            self.strategy.average_gradients()
+            self.proximal.add_gradient()
+            grad_norm = self.strategy.clip_gradients(self.config.optim.grad_clip)
+        action, reason = status.decide(grad_norm, self.spikes if phase.generator else None)
+
+        taken = action is Action.TAKE
+        if taken and phase.generator:
+            self.optimizer.step()
+            taken = self.strategy.step_was_applied()
+            if taken:
+                self.ema.update(step)
+        elif not taken:
+            self.strategy.discard_gradients()
+        self.optimizer.zero_grad()
+        if taken and phase.discriminator:
+            self.adversary.step()
+        elif not taken:
+            self.adversary.reset_step()
+
+        if action is Action.STOP:  # on all ranks; a resumed run takes this step again
+            error = data_error or reason
+            self.checkpointer.save_before(error, self.step, self.spikes.consecutive_skips)
+            raise error
+        if phase.generator and status.finite:
+            values["grad_norm"] = self.strategy.grad_norm
+        values["skipped"] = float(not taken)
+        self.step += 1
+        if taken:
+            self.checkpointer.last_taken = self.step
+        self.count_failures(status, values, out_of_memory)
+        return {**values, "stop": float(status.stop)}
+
+    def sync_status(
+        self,
+        batches: Sequence[Batch],
+        metrics: StepMetrics,
+        out_of_memory: str | None,
+        stop: int = 0,
+        data_error: UserError | None = None,
+    ) -> StepStatus:
+        """All-reduce how the step went on each rank. out_of_memory: the error message, if memory ran out here."""
+        errors = [error for batch in batches for error in batch.errors]
+        self.log.errors(errors)
+        finite = math.isfinite(metrics.worst("loss_discriminator"))
+        return self.status_table.sync(
+            loss=metrics.mean("loss"),
+            worst=metrics.worst("loss") if finite else math.nan,
+            out_of_memory=out_of_memory is not None,
+            unreadable=data_error is None and not all(self.is_readable(batch) for batch in batches),
+            no_data=data_error is not None,
+            stop=stop,
+            broken=len(errors),
+            gradients=self.strategy.gradient_digest(),
+            with_gradient=self.strategy.params_with_grad,
+        )
+
+    def count_failures(self, status: StepStatus, values: dict[str, float], out_of_memory: str | None) -> None:
+        """End the run, after saving, if a failure repeats too often. All ranks count the same.
+
+        Raises DataError for too many unreadable files, TooManyFailures for any other failure.
+        """
+        reason = status.failure()
+        grad_norm = values.get("grad_norm")
+        skipped = self.spikes.consecutive_skips
+        try:
+            self.read_errors.record(status.broken + self.config.data.batch_size, status.broken)
+            if not status.complete:
+                details = f": {out_of_memory}" if out_of_memory else ""
+                self.log.warn(f"step {self.step} is skipped by all ranks: {reason}{details}")
+            if values["skipped"] and not self.strategy.can_skip_step():
+                # The next step would repeat if the weights were not saved. Right after a resume they might be ruined.
+                skipped = 0 if self.checkpointer.last_taken == self.step - 1 else skipped
+                raise TooManyFailures(
+                    f"step {self.step} failed ({reason or 'its gradient is not finite'}), and DeepSpeed cannot undo "
+                    "the backward passes of one step; torchrun --max-restarts=N resumes by itself. If it happens "
+                    "again, raise trainer.accumulate or lower data.frames.max, data.height and data.width for memory"
+                )
+            if status.complete:
+                self.failed_steps.reset()
+            else:
+                self.failed_steps.record(reason)
+            if grad_norm is not None and grad_norm < MIN_GRAD_NORM:
+                self.zero_gradient.record(f"loss {status.loss:g}")
+            elif grad_norm is not None:
+                self.zero_gradient.reset()
+        except (DataError, TooManyFailures) as error:
+            self.meter.add(values)
+            self.checkpointer.save_before(error, self.step, skipped)
+            raise
+
+    def after_step(self, values: dict[str, float]) -> None:
+        """Log, validate and save, when due."""
+        trainer, validation = self.config.trainer, self.config.validation
+        finished, stopped = self.step == trainer.max_steps, self.stopped_by > 0
+        self.meter.add(values)
+        self.log.advance()
+        if self.step % trainer.log_every == 0 or finished or stopped:
+            self.log.scalars(self.step_metrics() | self.perf_metrics(), self.step)
+            self.reset_timer()
+            if freed := release_idle_memory(self.compact_gib):
+                self.log.say(f"released {freed:.2f} GiB of idle GPU memory")
+        if validation.every and (self.step % validation.every == 0 or finished) and not stopped:
+            self.checkpointer.export_best(self.best, self.validate(), self.step, self.export)
+            self.reset_timer()
+        self.checkpointer.after_step(
+            self.step,
+            taken=not values["skipped"],
+            not_finite=0 if self.spikes.all_finite else self.spikes.consecutive_skips,
+            end=finished or stopped,
+        )
+        if finished:
+            self.best.require_written()
+
+    def step_metrics(self) -> dict[str, float]:
+        """Means of the metrics since the last log line."""
+        return self.meter.flush()
+
+    def perf_metrics(self) -> dict[str, float]:
+        """Learning rates, clips per second since the last log line, and peak memory of this process."""
+        cuda = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        clips = (self.step - self._timed_from) * self.config.data.batch_size
+        return {
+            **{
+                f"lr/{group['part']}" if "part" in group else "lr": group["lr"] for group in self.optimizer.param_groups
+            },
+            "clips_per_second": clips / (time.perf_counter() - self._timer),
+            "memory_gib": peak / 2**30,
+            **({"memory_idle_gib": idle_gib()} if cuda else {}),
+        }
+
+    def reset_timer(self) -> None:
+        self._timer, self._timed_from = time.perf_counter(), self.step
+
+
+def next_batches(batches: Iterator[Batch], count: int) -> tuple[list[Batch], UserError | None]:
+    """The next `count` micro-batches; none, and the error, if the data loader of this rank fails."""
+    try:
+        return [next(batches) for _ in range(count)], None
+    except UserError as error:
+        error.on_every_rank = False
+        return [], error
