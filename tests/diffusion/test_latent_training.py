@@ -31,7 +31,7 @@ from vae3d.diffusion.sampling import sample_latents
 from vae3d.diffusion.scale import LatentScaleError
 from vae3d.errors import UserError
 from vae3d.latents.cache import CacheError
-from vae3d.training import diffusion_trainer, diffusion_validation
+from vae3d.training import diffusion_trainer
 from vae3d.training.checkpointer import SaveError
 from vae3d.training.spike import TooManyFailures
 
@@ -297,7 +297,7 @@ def test_latents_of_another_scale_are_refused_until_they_are_mended(from_cache, 
     script, *arguments = str(why.value).split("python scripts/")[1].split()
     assert {"latent_stats.py": latent_stats, "measure_scale.py": measure_scale}[script].main(arguments) == 0
     with caplog.at_level("INFO"):
-        assert latent_runs.trainer(tmp_path / "run", *told).scale["count"] == 64
+        assert latent_runs.trainer(tmp_path / "run", *told).latents.scale["count"] == 64
     assert "64 latents: mean " in caplog.text
     capsys.readouterr()
 
@@ -353,9 +353,9 @@ def test_samples_are_of_classes_that_were_trained_on(vae, pictures, tmp_path, mo
         f"{pictures}/train/{name}/{i}.png,{label}\n" for name, label in (("cat", 1), ("dog", 3)) for i in range(1, 6)
     ))  # fmt: skip
     asked = []
-    draw = diffusion_validation.sample_latents
+    draw = diffusion_trainer.sample_latents
     monkeypatch.setattr(
-        diffusion_validation, "sample_latents", lambda *a, labels, **k: asked.extend(labels) or draw(*a, **k)
+        diffusion_trainer, "sample_latents", lambda *a, labels, **k: asked.extend(labels) or draw(*a, **k)
     )
     told = [f"vae.path={vae}", f"data.source.path={tmp_path}/numbers.csv", "data.height=64", "data.width=64"]
     told += ["labels=column", "denoiser.num_classes=7", "trainer.max_steps=1", "validation.every=1"]

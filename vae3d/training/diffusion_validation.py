@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from vae3d import distributed
 from vae3d.diffusion.data import Batch
 from vae3d.diffusion.processes import QUARTILES, Process, quartile_sums, training_losses
-from vae3d.diffusion.sampling import grid
 from vae3d.latents.codec import LatentCodec
+from vae3d.report.images import grid
 from vae3d.seeding import generator_of
 from vae3d.training.runlog import RunLog
 
