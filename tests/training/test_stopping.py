@@ -377,7 +377,8 @@ def test_a_log_file_on_a_full_disk_lacks_lines_without_a_traceback(capsys):
         handler.emit(launch.logging.makeLogRecord({"msg": "x"}))
     handler.stream = None  # its buffer cannot be flushed
     error = capsys.readouterr().err
-    assert error.startswith("/dev/full ") and error.endswith(": No space left on device\n")
+    assert error.startswith("/dev/full ")
+    assert error.endswith(": No space left on device\n")
     assert error.count("\n") == 1
 
 
