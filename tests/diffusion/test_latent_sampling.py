@@ -281,7 +281,7 @@ def test_a_folder_that_cannot_be_is_found_before_the_first_sample(of_images, tmp
 
     with pytest.raises(SystemExit, match="2"):
         launch.exit_on_user_error(full)
-    assert "a file could not be written" in capsys.readouterr().err
+    assert "VAE3D_TRACEBACK=1" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError):  # no error of a disk
         launch.exit_on_user_error((tmp_path / "none").read_text)
 

@@ -6,6 +6,8 @@ Imports no torch, so that `vae3d --help` and an error in a configuration appear 
 
 from __future__ import annotations
 
+import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
+
 # isort: split
 import difflib
 import os
