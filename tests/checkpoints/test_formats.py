@@ -69,7 +69,7 @@ def test_2d_files_are_recognised_by_their_keys(tmp_path, layout, prefix, suffix)
 def test_files_of_old_diffusers_name_their_attention_otherwise(tmp_path):
     saved = checkpoint("spatial", WIDE, tmp_path)
     state = {k.removeprefix("module."): v for k, v in saved.state.items()}
-    for old, new in ldm.LEGACY:
+    for old, new in ldm.OLD_ATTENTION:
         state = {k.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): v for k, v in state.items()}
     assert any(".query." in key for key in state)
     save_file(state, tmp_path / "old.safetensors")

@@ -356,10 +356,12 @@ def test_a_tensor_is_read_only_when_it_is_asked_for(tmp_path, monkeypatch):
     torch.save({"large": torch.zeros(1000), "small": torch.ones(2)}, tmp_path / "w.pt")
     read = []
     monkeypatch.setattr(
-        weight_files._Bytes, "tensor", lambda self: read.append(self.size) or torch.zeros(self.size, dtype=torch.uint8)
+        weight_files._ByteRange,
+        "tensor",
+        lambda self: read.append(self.size) or torch.zeros(self.size, dtype=torch.uint8),
     )
     monkeypatch.setattr(
-        weight_files._Bytes, "read", lambda self: self.path.read_bytes()[self.start : self.start + self.size]
+        weight_files._ByteRange, "read", lambda self: self.path.read_bytes()[self.start : self.start + self.size]
     )
     open_tensors(tmp_path / "w.pt")["small"].read()
     assert read == [8]
