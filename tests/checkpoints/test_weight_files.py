@@ -307,7 +307,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_each_wrong_file_gets_one_message_soon(tmp_path, name):
+def test_each_wrong_file_gets_one_error_soon(tmp_path, name):
     content, message = DAMAGED[name]
     file = tmp_path / "weights.pth"
     file.write_bytes(content)
@@ -367,7 +367,7 @@ def test_a_tensor_is_read_only_when_it_is_asked_for(tmp_path, monkeypatch):
     assert read == [8]
 
 
-def test_the_kind_is_told_by_the_content_not_by_the_name(tmp_path):
+def test_the_format_is_recognised_by_content_not_by_name(tmp_path):
     save_file({"w": torch.ones(2)}, tmp_path / "weights.pth")
     torch.save({"w": torch.ones(2)}, tmp_path / "weights.safetensors")
     save_file({"w": torch.ones(2)}, tmp_path / "weights.sft")

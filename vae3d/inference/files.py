@@ -52,7 +52,8 @@ def command_record(
     """What the results depend on: settings, hashes of weights, rows. A command resumes if its record is the same."""
     free = ("save_dir", "checkpoint", "source", "root", "overwrite", "on_error", "cost", "device")
     fixed = {name: value for name, value in settings.items() if name not in free}
-    fixed["teacher"] = {name: value for name, value in settings["teacher"].items() if name != "path"}
+    if "teacher" in settings:
+        fixed["teacher"] = {name: value for name, value in settings["teacher"].items() if name != "path"}
     columns = table[["row", "path", "start", "end"]].itertuples(index=False)
     rows = [[int(row), path, str(start), str(end)] for row, path, start, end in columns]
     hashes = {f"weights of {network}": value for network, value in weights.items()}
