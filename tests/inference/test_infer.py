@@ -233,7 +233,7 @@ def test_a_faulty_file_stops_or_is_skipped_and_listed(export, videos, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["start=12"], "has 12 frames; start=12 is behind its end"),
+        (["start=12"], "has 12 frames; start=12 is past its end"),
         (["num_frames=13"], "gives 12 frames from start=0; num_frames=13"),
     ],
 )
