@@ -65,15 +65,16 @@ def check_video(video: Tensor, values: bool = True) -> None:
     shape = list(video.shape)
     if not video.is_floating_point():
         raise PixelError(f"the video is {video.dtype}, {shape}; {wanted}; use video.float() / 127.5 - 1")
-    if video.ndim == 4 and shape[1] == 3:
-        raise PixelError(f"the video is {shape}, which looks like images; {wanted}; use images[:, :, None]")
-    if video.ndim == 4 and shape[0] == 3:
-        raise PixelError(f"the video is {shape}, which looks like one clip; {wanted}; use video[None]")
-    if video.ndim == 5 and shape[1] != 3 and shape[2] == 3:
-        raise PixelError(f"the video is {shape}, which looks like [B, T, 3, H, W]; {wanted}; use video.transpose(1, 2)")
-    if video.ndim == 5 and shape[1] != 3 and shape[4] == 3:
-        raise PixelError(f"the video is {shape}, which looks like [B, T, H, W, 3]; {wanted}; use video.movedim(-1, 1)")
     if video.ndim != 5 or shape[1] != 3:
+        looks_like = (
+            (video.ndim == 4 and shape[1] == 3, "images", "images[:, :, None]"),
+            (video.ndim == 4 and shape[0] == 3, "one clip", "video[None]"),
+            (video.ndim == 5 and shape[2] == 3, "[B, T, 3, H, W]", "video.transpose(1, 2)"),
+            (video.ndim == 5 and shape[4] == 3, "[B, T, H, W, 3]", "video.movedim(-1, 1)"),
+        )
+        for found, what, fix in looks_like:
+            if found:
+                raise PixelError(f"the video is {shape}, which looks like {what}; {wanted}; use {fix}")
         raise PixelError(f"the video is {shape}; {wanted}")
     if 0 in shape:
         raise PixelError(f"the video is {shape}, empty; {wanted}")
