@@ -127,7 +127,7 @@ def test_a_panorama_whose_width_does_not_fit_is_refused(export, tmp_path):
     for more in ([], ["tile=16"]):
         with pytest.raises(
             MediaError,
-            match=r"odd\.mp4: cannot be coded at 16x33: the width is 33; a circular width must be a multiple of 2, since",
+            match=r"odd\.mp4: cannot be encoded at 16x33: the width is 33; a circular width must be a multiple of 2, since",
         ):
             run(export, tmp_path / "odd.mp4", tmp_path / "out", "model.pad_w=circular", *more)
     run(export, tmp_path / "odd.mp4", tmp_path / "out", "overwrite=true")
