@@ -1,22 +1,30 @@
-"""Reading files of strangers, and writing atomically."""
+"""Reading untrusted files, atomic writing, locks."""
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
 import pytest
+from safetensors import SafetensorError
 
+from vae3d import io
 from vae3d.errors import UserError
 from vae3d.io import (
     FileError,
     atomic_dir,
+    atomic_files,
+    atomic_path,
     atomic_write,
+    hold_lock,
+    naming,
     open_nofollow,
     parse_json,
     read_json,
     read_yaml,
     remove,
+    remove_unfinished,
     yaml_text,
 )
 
@@ -118,6 +126,63 @@ def test_an_atomic_dir_replaces_whole_or_not_at_all(tmp_path):
     assert os.listdir(folder) == ["b"]
 
 
+def test_atomic_files_replace_their_names_only_the_target_last(tmp_path, monkeypatch):
+    for name in ("a", "b", "target"):
+        (tmp_path / name).write_text("old")
+    with pytest.raises(OSError, match="full"), atomic_files(tmp_path / "target") as tmp:
+        (tmp / "a").write_text("half")
+        raise OSError("full")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "target"]
+    renamed, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, to: renamed.append(to.name) or replace(source, to))
+    with atomic_files(tmp_path / "target") as tmp:
+        for name in ("target", "z", "a"):
+            (tmp / name).write_text("new")
+    assert sorted(renamed[:2]) == ["a", "z"]
+    assert renamed[2:] == ["target"]
+    assert {name: (tmp_path / name).read_text() for name in os.listdir(tmp_path)} == {
+        "a": "new", "b": "old", "target": "new", "z": "new",
+    }  # fmt: skip
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    for name in (".kept", "kept.tmp"):
+        (tmp_path / name).touch()
+    io.tmp_path(tmp_path / "step-1").mkdir()
+    with atomic_path(tmp_path / "file") as tmp:
+        tmp.touch()
+    tmp.touch()  # as if killed before the rename
+    remove_unfinished(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".kept", "file", "kept.tmp"]
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), True),
+        (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), True),
+        (SafetensorError("Error while serializing: invalid shape"), False),
+        (RuntimeError("size mismatch"), False),
+    ],
+)
+def test_errors_of_the_disk_name_the_file_and_others_pass(error, named):
+    expected, message = (FileError, "^out: cannot be written") if named else (type(error), None)
+    with pytest.raises(expected, match=message), naming("out"):
+        raise error
+
+
+def test_one_process_holds_a_lock(tmp_path):
+    with (
+        hold_lock(tmp_path / "lock", UserError("not here")),
+        pytest.raises(UserError, match="in use"),
+        hold_lock(tmp_path / "lock", UserError("in use")),
+    ):
+        pass
+    with hold_lock(tmp_path / "lock", UserError("in use")):
+        pass
+
+
 def test_links_are_never_followed_for_writing(tmp_path):
     victim, run = tmp_path / "victim", tmp_path / "run"
     victim.mkdir()
@@ -148,7 +213,7 @@ def test_links_are_never_followed_for_writing(tmp_path):
         pytest.param("a: [" + "1, " * 200_000 + "1]", id="many"),
     ],
 )
-def test_numbers_that_take_long_to_read_are_refused_at_once(tmp_path, text):
+def test_numbers_that_take_long_to_read_are_refused_fast(tmp_path, text):
     (tmp_path / "f").write_text(text)
     start = time.perf_counter()
     with pytest.raises(FileError, match=str(tmp_path / "f")):

@@ -1,9 +1,9 @@
-"""Check plain values against annotations: types, ranges, lengths. One check for arguments from code, conf/ and files.
+"""Check plain values against annotations: types, ranges, lengths. For arguments from code, conf/ and files alike.
 
     @check_arguments
     def __init__(self, *, latent_channels: Width = 4, latents_std: Sequence[Deviation] | None = None): ...
 
-raises ArgumentError naming the argument, its value, and what is allowed.
+raises ArgumentError with the argument, its value, and the allowed ones.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ class Range:
 
 @dataclass(frozen=True)
 class Size:
-    """Lists of at most `high` entries, and of at least `low`."""
+    """Lists of low to high entries."""
 
     low: int
     high: int
 
 
-# Upper limits are far above every published model, and low enough that nothing that keeps them takes long to build.
+# The upper limits are far above every published model, but low enough that any model within them is built fast.
 Width = Annotated[int, Range(1, 2**16)]  # channels of a layer
 Factor = Annotated[int, Range(1, 64)]  # of a width
 Depth = Annotated[int, Range(1, 16)]  # blocks of a level
-Widths = Annotated[Sequence[Width], Size(1, 10)]  # of each level; each but the last halves the resolution
+Widths = Annotated[Sequence[Width], Size(1, 10)]  # of each level; all but the last halve the resolution
 Factors = Annotated[Sequence[Factor], Size(1, 10)]
 Flags = Annotated[Sequence[bool], Size(0, 10)]  # of each level boundary
 Classes = Annotated[int, Range(0, 10**6)]
@@ -58,9 +58,9 @@ class ArgumentError(UserError):
 
 
 def check_arguments(function: F) -> F:
-    """Decorator: check the arguments of every call against the annotations. Raises ArgumentError.
+    """Decorator: check the arguments of every call against the annotations, other than tensors and modules.
 
-    Annotations that this module does not know (tensors, modules) are not checked.
+    Calls raise ArgumentError.
     """
     signature = inspect.signature(function)
 
@@ -77,17 +77,17 @@ def check_arguments(function: F) -> F:
 
 @functools.cache
 def annotations_of(function: Any) -> dict[str, Any]:
-    """Name -> annotation of a function's arguments, or of a class's fields, evaluated."""
+    """{name: evaluated annotation} of a function's arguments or a class's fields."""
     kinds = typing.get_type_hints(function, include_extras=True)
     kinds.pop("return", None)
     return kinds
 
 
 def check_fields(given: Any, fields: type, source: str = "", key: str = "") -> None:
-    """Check the entries of a dict against a TypedDict or a dataclass; others than its fields are not looked at.
+    """Check the entries of a dict against a TypedDict or a dataclass; entries without a field are ignored.
 
-    source, key: the file, and where in it the dict stands, for errors.
-    Raises ArgumentError for a wrong value, and for one that a TypedDict requires and that is missing.
+    source, key: the file, and the key of the dict in it, for errors.
+    Raises ArgumentError for a wrong value, and for a missing one that a TypedDict requires.
     """
     where = f"{source}: " if source else ""
     if not isinstance(given, Mapping):
@@ -106,48 +106,49 @@ def check_fields(given: Any, fields: type, source: str = "", key: str = "") -> N
 
 def check_value(value: Any, kind: Any, name: str) -> None:
     """Raises ArgumentError if a value does not have the type and the range of an annotation."""
-    wrong = _wrong(value, kind)
-    if wrong is not None:
-        index, entry, allowed = wrong
+    mismatch = _find_mismatch(value, kind)
+    if mismatch is not None:
+        index, entry, allowed = mismatch
         raise ArgumentError(f"{name}{index} is {short(entry)}; give {describe(allowed)}")
 
 
-def _wrong(value: Any, kind: Any) -> tuple[str, Any, Any] | None:
-    """(index in a list, value, annotation) of the first value that does not fit, or None."""
+def _find_mismatch(value: Any, kind: Any) -> tuple[str, Any, Any] | None:
+    """(its index, value, annotation) of the first value that does not fit, or None."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    this = ("", value, kind)
     if origin in (typing.Union, types.UnionType):
-        found = [_wrong(value, one) for one in inner]
+        found = [_find_mismatch(value, one) for one in inner]
         if None in found:
             return None
-        return next((wrong for wrong in found if wrong[0]), ("", value, kind))  # of a list, the entry that is wrong
+        return next((mismatch for mismatch in found if mismatch[0]), this)  # prefer the entry of a list
     if origin is Annotated:
-        wrong = _wrong(value, inner[0])
-        fits = all(_within(value, limit) for limit in inner[1:]) if wrong is None else True
-        if wrong is not None and not wrong[0]:
-            wrong = ("", value, kind)  # names the range, too
-        return wrong if fits else ("", value, kind)
+        if mismatch := _find_mismatch(value, inner[0]):
+            return mismatch if mismatch[0] else this  # `this` includes the range
+        return None if all(_within(value, limit) for limit in inner[1:]) else this
     if origin is Literal:
         same = (value == one and isinstance(value, bool) == isinstance(one, bool) for one in inner)
-        return None if any(same) else ("", value, kind)
+        return None if any(same) else this
     if origin in (Sequence, list, tuple):
         if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-            return "", value, kind
-        entries = ((f"[{i}]{wrong[0]}", *wrong[1:]) for i, v in enumerate(value) if (wrong := _wrong(v, inner[0])))
-        return next(entries, None)
+            return this
+        for i, entry in enumerate(value):
+            if mismatch := _find_mismatch(entry, inner[0]):
+                return f"[{i}]{mismatch[0]}", *mismatch[1:]
+        return None
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            return "", value, kind
+            return this
         keys, values = inner or (Any, Any)
         for key, entry in value.items():
-            if _wrong(key, keys) is not None:
+            if _find_mismatch(key, keys) is not None:
                 return f"[{short(key)}]", key, keys
-            if wrong := _wrong(entry, values):
-                return f"[{short(key)}]{wrong[0]}", *wrong[1:]
+            if mismatch := _find_mismatch(entry, values):
+                return f"[{short(key)}]{mismatch[0]}", *mismatch[1:]
         return None
-    return None if _is(value, kind) else ("", value, kind)
+    return None if _has_type(value, kind) else this
 
 
-def _is(value: Any, kind: Any) -> bool:
+def _has_type(value: Any, kind: Any) -> bool:
     if kind is types.NoneType:
         return value is None
     if kind is bool:
@@ -155,16 +156,13 @@ def _is(value: Any, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and _finite(value)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        return is_number and (isinstance(value, Integral) or math.isfinite(value))
     if kind is Real:
         return isinstance(value, Real)
     if kind is str:
         return isinstance(value, str) and len(value) <= MAX_TEXT
     return True
-
-
-def _finite(value: Real) -> bool:
-    return isinstance(value, Integral) or math.isfinite(value)
 
 
 def _within(value: Any, limit: Any) -> bool:
@@ -174,7 +172,7 @@ def _within(value: Any, limit: Any) -> bool:
 
 
 def describe(kind: Any) -> str:
-    """What an annotation allows, in words: "an integer from 1 to 64"."""
+    """The values that an annotation allows, such as "an integer from 1 to 64"."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(one) for one in inner)
@@ -218,7 +216,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def short(value: Any) -> str:
     """repr of a value, for a message: one line of at most 80 characters."""
-    if isinstance(value, int) and value.bit_length() > 200:  # of more digits than Python prints
+    if isinstance(value, int) and value.bit_length() > 200:  # Python refuses to print very long integers
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, dict | list | tuple):
         return f"a {type(value).__name__} of {len(value)} entries" if len(value) > 8 else _cut(repr(value))

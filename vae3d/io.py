@@ -1,7 +1,7 @@
-"""Files: read untrusted ones safely, and write so that a file is either complete or not there.
+"""Read untrusted JSON and YAML safely; write files and folders atomically and durably; locks.
 
-Readers return plain values only (dict, list, str, int, float, bool, None) in bounded time, and raise FileError for
-anything else. Writers never follow a symbolic link.
+Readers return plain values (dict, list, str, int, float, bool, None) in bounded time, and raise FileError for anything
+else. Writers never follow a symbolic link, and leave a file either complete or as it was.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from typing import IO, Any
 from vae3d.errors import UserError
 
 MAX_BYTES = 2**20  # of a JSON file; a larger one takes seconds to parse
-MAX_YAML_BYTES = 2**18  # likewise
+MAX_YAML_BYTES = 2**18
 MAX_BITS = 64  # of an integer
-LONG_NUMBER = re.compile(r"[-+0-9a-fxob_:.eE]{200,}")  # PyYAML takes minutes for 1:1:1:..., a number to base 60
+LONG_NUMBER = re.compile(r"[-+0-9a-fxob_:.eE]{200,}")  # PyYAML takes minutes for 1:1:1:..., a number in base 60
 MAX_DEPTH = 32  # of nested lists and dicts
 
 
 class FileError(UserError):
-    """A file that cannot be used; the message names it, what is wrong, and where in it."""
+    """A file cannot be used. The message names the file, the error, and where in the file it is."""
 
 
 def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
-    """The text of a UTF-8 file, a byte-order mark removed. Raises FileError if it is missing, larger, or not text."""
+    """The text of a UTF-8 file without byte-order mark. Raises FileError if it is missing, too large, or not text."""
     check_regular(path)
     try:
         with open(path, "rb") as stream:
@@ -41,7 +41,7 @@ def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror}") from error
     if len(content) > max_bytes:
-        raise FileError(f"{path}: has more than {max_bytes} bytes, the maximum for a file of this kind")
+        raise FileError(f"{path}: has more than {max_bytes} bytes, the maximum for such a file")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -49,7 +49,7 @@ def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
 
 
 def check_regular(path: str | Path) -> None:
-    """Raises FileError for a pipe or a device, whose reading may never end; a file that is missing passes."""
+    """Raises FileError for a pipe or a device, which may never end. A missing file passes."""
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise FileError(f"{path}: is not a regular file")
 
@@ -60,7 +60,7 @@ def read_json(path: str | Path, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def parse_json(text: str, source: str) -> Any:
-    """The value of a JSON text; `source` names it in errors. Raises FileError."""
+    """The value of a JSON text. source: its name in errors. Raises FileError."""
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -76,13 +76,13 @@ def read_yaml(path: str | Path, max_bytes: int = MAX_YAML_BYTES) -> Any:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value of a YAML text; `source` names it in errors. Raises FileError."""
-    import yaml  # here: scripts/fetch_weights.py reads JSON where no package is installed
+    """The value of a YAML text. source: its name in errors. Raises FileError."""
+    import yaml  # here, because scripts/fetch_weights.py runs without packages
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     depth = 0
     try:
-        # Look at the events first: aliases explode, and deep nesting exhausts the stack, while values are built.
+        # Check the events first: building values, aliases may explode and deep nesting may exhaust the stack.
         for event in yaml.parse(text, Loader=loader):
             where = f"{source}, line {event.start_mark.line + 1}"
             if isinstance(event, yaml.AliasEvent):
@@ -104,8 +104,10 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def check_plain(value: Any, source: str, key: str = "", depth: int = 0) -> Any:
-    """`value` itself, if it holds only finite numbers, text without `${`, booleans, None, lists, and dicts with text
-    keys. Raises FileError naming the key."""
+    """Return `value` if it has only finite numbers, text without `${`, booleans, None, lists and dicts with text keys.
+
+    Raises FileError naming the key.
+    """
     where = f"{source}: {key}" if key else str(source)
     if depth > MAX_DEPTH:
         raise FileError(f"{where}: is nested more than {MAX_DEPTH} levels deep")
@@ -168,7 +170,7 @@ class naming:
 
 
 def yaml_text(value: Any) -> str:
-    """YAML that read_yaml accepts: no aliases, keys in their order."""
+    """YAML that read_yaml accepts: without aliases, with keys in their order."""
     import yaml
 
     class PlainDumper(yaml.SafeDumper):
@@ -285,7 +287,7 @@ def remove_unfinished(folder: Path) -> None:
 @contextmanager
 def hold_lock(file: Path, error: UserError) -> Iterator[None]:
     """Hold a lock file during the block. Raises `error` if another process holds it."""
-    from filelock import FileLock, Timeout  # here: scripts/fetch_weights.py runs without packages
+    from filelock import FileLock, Timeout  # here, because scripts/fetch_weights.py runs without packages
 
     lock = FileLock(file)
     try:
@@ -298,19 +300,21 @@ def hold_lock(file: Path, error: UserError) -> Iterator[None]:
         lock.release()
 
 
-RUN_SUBFOLDERS = (".hydra", "checkpoints", "exports", "tensorboard")  # of a training run's folder, which it writes
+RUN_SUBFOLDERS = (".hydra", "checkpoints", "exports", "tensorboard")  # that a training run writes
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raises FileError if a run's folder, or one of RUN_SUBFOLDERS, holds a symbolic link, a pipe or a device: a run
-    writes nothing outside of its folder. The folder itself may be a link."""
+    """Raises FileError if a run's folder or one of RUN_SUBFOLDERS holds a symbolic link, a pipe or a device.
+
+    A run must not write outside its folder. The folder itself may be a link.
+    """
     for root, folders, files in os.walk(folder):
         for name in [*folders, *files]:
             path = Path(root, name)
             if path.is_symlink():
                 raise FileError(
-                    f"{path}: is a symbolic link to {os.readlink(path)}, and a run writes inside its own folder only; "
-                    f"delete it (a link in place of {folder} itself is allowed)"
+                    f"{path}: is a symbolic link to {os.readlink(path)}, and a run writes only inside its own folder; "
+                    f"delete it ({folder} itself may be a link)"
                 )
             if not path.is_file() and not path.is_dir():
                 raise FileError(f"{path}: is a pipe or a device; delete it")
@@ -319,10 +323,7 @@ def check_run_folder(folder: Path) -> None:
 
 
 def open_nofollow(path: Path, mode: str = "a") -> IO[Any]:
-    """open(path, mode) that refuses a symbolic link as the last part of the path.
-
-    Raises FileError for a link, OSError as open does.
-    """
+    """open(path, mode), but raises FileError if the last part of the path is a symbolic link."""
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_NOFOLLOW, 0o666)

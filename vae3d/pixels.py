@@ -1,7 +1,7 @@
-"""Pixels: checks of what enters models and metrics, and the only conversion to 8 bits.
+"""Check the inputs of models and metrics, and convert pixels to 8 bits, here only.
 
-Video is [B, 3, T, H, W] in [-1, 1] in models; frames are [T, 3, H, W] in [0, 1] in metrics and [T, H, W, 3] uint8 in
-files. NaN would become black in 8 bits, so every conversion checks for it.
+Models take video [B, 3, T, H, W] in [-1, 1], metrics frames [T, 3, H, W] in [0, 1]; files hold [T, H, W, 3] uint8.
+NaN would become black in 8 bits, so every conversion checks for it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor
 from vae3d.errors import UserError
 
 RANGES = {"uint8": (0.0, 255.0), "unit": (0.0, 1.0), "signed": (-1.0, 1.0)}
-TOLERANCE = 1e-3  # of the width of a range: what interpolation and rounding to bf16 may add
-MAX_SIGNED = 10.0  # normalised noise is within it; a video of 0 to 255 is not
+TOLERANCE = 1e-3  # relative to the width of a range; interpolation and bf16 rounding exceed the range by less
+MAX_SIGNED = 10.0  # normalised noise stays below it, a video in 0 to 255 does not
 _check_values = True
 
 
 class PixelError(UserError):
-    """Pixels or latents of another shape, type or range than a function takes; says what they look like."""
+    """Pixels or latents have the wrong shape, type or range. The message says what they look like."""
 
     on_every_rank = False
 
 
 class NotFiniteError(PixelError):
-    """A tensor with NaN or infinity. reason: how many and where, without the name."""
+    """A tensor has NaN or infinity. reason: how many and where, without the tensor's name."""
 
     def __init__(self, reason: str, name: str = "") -> None:
         super().__init__(f"{name}: {reason}" if name else reason)
@@ -44,9 +44,9 @@ class NotFiniteError(PixelError):
 
 @contextmanager
 def no_value_checks() -> Iterator[None]:
-    """Inside, check_video and check_latents check shapes and types only.
+    """Within, check_video and check_latents check only shapes and types.
 
-    For training steps: reading a value makes the CPU wait for the GPU. Losses and gradients are checked there instead.
+    For training steps, where reading a value makes the CPU wait for the GPU. They check losses and gradients instead.
     """
     global _check_values
     before, _check_values = _check_values, False
@@ -59,25 +59,26 @@ def no_value_checks() -> Iterator[None]:
 def check_video(video: Tensor, values: bool = True) -> None:
     """Raises PixelError unless `video` is [B, 3, T, H, W], floating point and, with `values`, finite and not 0 to 255.
 
-    Values are not checked inside no_value_checks and under torch.compile.
+    Values are not checked within no_value_checks and under torch.compile.
     """
     wanted = "models take [B, 3, T, H, W], floating point, in [-1, 1]"
     shape = list(video.shape)
     if not video.is_floating_point():
         raise PixelError(f"the video is {video.dtype}, {shape}; {wanted}; use video.float() / 127.5 - 1")
-    if video.ndim == 4 and shape[1] == 3:
-        raise PixelError(f"the video is {shape}, which looks like images; {wanted}; use images[:, :, None]")
-    if video.ndim == 4 and shape[0] == 3:
-        raise PixelError(f"the video is {shape}, which looks like one clip; {wanted}; use video[None]")
-    if video.ndim == 5 and shape[1] != 3 and shape[2] == 3:
-        raise PixelError(f"the video is {shape}, which looks like [B, T, 3, H, W]; {wanted}; use video.transpose(1, 2)")
-    if video.ndim == 5 and shape[1] != 3 and shape[4] == 3:
-        raise PixelError(f"the video is {shape}, which looks like [B, T, H, W, 3]; {wanted}; use video.movedim(-1, 1)")
     if video.ndim != 5 or shape[1] != 3:
+        looks_like = (
+            (video.ndim == 4 and shape[1] == 3, "images", "images[:, :, None]"),
+            (video.ndim == 4 and shape[0] == 3, "one clip", "video[None]"),
+            (video.ndim == 5 and shape[2] == 3, "[B, T, 3, H, W]", "video.transpose(1, 2)"),
+            (video.ndim == 5 and shape[4] == 3, "[B, T, H, W, 3]", "video.movedim(-1, 1)"),
+        )
+        for found, what, fix in looks_like:
+            if found:
+                raise PixelError(f"the video is {shape}, which looks like {what}; {wanted}; use {fix}")
         raise PixelError(f"the video is {shape}; {wanted}")
     if 0 in shape:
         raise PixelError(f"the video is {shape}, empty; {wanted}")
-    if values and _looks_at(video):
+    if values and _can_check_values(video):
         low, high = value_range(video)
         if not (math.isfinite(low) and math.isfinite(high)):
             raise NotFiniteError(describe_not_finite(video), "the video")
@@ -95,15 +96,15 @@ def check_latents(z: Tensor, channels: int) -> None:
         raise PixelError(
             f"the latents are {z.dtype}, {shape}; the model takes [B, {channels}, t, h, w], floating point{hint}"
         )
-    if _looks_at(z) and not all(map(math.isfinite, value_range(z))):
+    if _can_check_values(z) and not all(map(math.isfinite, value_range(z))):
         raise NotFiniteError(describe_not_finite(z), "the latents")
 
 
 def check_frames(frames: Tensor, name: str, pixel_range: str = "unit", start: int = 0) -> Tensor:
-    """Frames [T, 3, H, W] in `pixel_range` as metrics compute with them: in [0, 1].
+    """Convert frames [T, 3, H, W] in `pixel_range` to [0, 1], for metrics.
 
-    name, start: of the video and of the first of these frames in it, for errors.
-    Raises PixelError that says what the frames look like if they are something else.
+    name, start: of the video, and the index of its first frame here, for errors.
+    Raises PixelError for wrong frames, saying what they look like.
     """
     low, high = RANGES[pixel_range]
     kind = "torch.uint8" if pixel_range == "uint8" else "floating point"
@@ -126,35 +127,35 @@ def check_frames(frames: Tensor, name: str, pixel_range: str = "unit", start: in
         raise PixelError(f"the {name} is {frames.dtype}; {wanted}")
     if frames.dtype == torch.uint8:
         return frames.float() / 255
-    least, most = value_range(frames)
-    if not (math.isfinite(least) and math.isfinite(most)):
+    minimum, maximum = value_range(frames)
+    if not (math.isfinite(minimum) and math.isfinite(maximum)):
         raise NotFiniteError(describe_not_finite(frames.transpose(0, 1), start), f"the {name}")
     slack = TOLERANCE * (high - low)
-    if least < low - slack or most > high + slack:
+    if minimum < low - slack or maximum > high + slack:
         looks = "is not clamped; clamp it"
-        if most > 2:
+        if maximum > 2:
             looks = "looks like 0 to 255; divide by 255"
-        elif pixel_range == "unit" and least < -0.5 and most <= 1 + slack:
+        elif pixel_range == "unit" and minimum < -0.5 and maximum <= 1 + slack:
             looks = "looks like [-1, 1]; set pixel_range=signed"
-        raise PixelError(f"the {name} lies in [{least:g}, {most:g}], which {looks}; {wanted}")
+        raise PixelError(f"the {name} lies in [{minimum:g}, {maximum:g}], which {looks}; {wanted}")
     return frames if pixel_range == "unit" else (frames + 1) / 2
 
 
 def value_range(values: Tensor) -> tuple[float, float]:
-    """Smallest and largest value; both NaN if there is one. Thirty times as fast as isfinite or aminmax on a CPU."""
+    """Minimum and maximum; both NaN if any value is. 30 times as fast as isfinite or aminmax on a CPU."""
     values = values.detach()
     low, high = torch.stack([values.amin(), values.amax()]).tolist()
     return low, high
 
 
 def describe_not_finite(video: Tensor, start: int = 0) -> str:
-    """How many values of [..., T, H, W] are NaN or infinite, and the first frame with some, counted from `start`."""
+    """How many values of [..., T, H, W] are NaN or infinite, and in which frame the first is, counted from `start`."""
     bad = ~video.isfinite()
     frame = int(bad.movedim(-3, 0).flatten(1).any(1).nonzero()[0])
     return f"{int(bad.sum())} of {bad.numel()} values are NaN or infinite, the first in frame {start + frame}"
 
 
-def _looks_at(values: Tensor) -> bool:
+def _can_check_values(values: Tensor) -> bool:
     has_values = type(values) is Tensor and values.device.type != "meta"  # a FakeTensor, which counts memory, has none
     return _check_values and has_values and not torch.compiler.is_compiling()
 
@@ -163,9 +164,9 @@ def _looks_at(values: Tensor) -> bool:
 
 
 def quantize(pixels: Tensor, pixel_range: str = "signed", name: str = "", start: int = 0) -> Tensor:
-    """Pixels [..., T, H, W] of any shape in `pixel_range`, clamped to it here -> uint8, rounded to nearest.
+    """Clamp pixels [..., T, H, W] to `pixel_range` and round them to uint8.
 
-    name, start: of the video and of the first of these frames in it, for errors.
+    name, start: of the video, and the index of its first frame here, for errors.
     Raises NotFiniteError for NaN and infinity.
     """
     low, high = RANGES[pixel_range]
@@ -181,5 +182,5 @@ def to_uint8(video: Tensor, name: str = "", start: int = 0) -> np.ndarray:
 
 
 def as_unit(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """[T, H, W, 3] uint8 -> [T, 3, H, W] float in [0, 1], as metrics take them."""
+    """[T, H, W, 3] uint8 -> [T, 3, H, W] float in [0, 1], for metrics."""
     return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float() / 255.0

@@ -1,6 +1,6 @@
-"""Check a saved training state against what the run has, before it is taken over.
+"""Check a saved training state against the current run, before it is loaded.
 
-torch checks little of it: an optimizer takes moments of any shape, and a copy of a tensor of one element fills another.
+torch checks little: an optimizer accepts moments of any shape, and copying a tensor of one element fills a larger one.
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ from torch import Tensor
 
 from vae3d.arguments import ArgumentError, short
 
-GROUP_KEYS = ("params", "lr")  # of an optimizer's group; torch fills in what an older version did not save
+GROUP_KEYS = ("params", "lr")  # that an optimizer's group must have; torch fills in the others
 
 
 def check_like(saved: Any, like: Any, name: str) -> None:
-    """Raises ArgumentError naming the entry, unless `saved` has the form of `like`: dicts of the same keys, lists of
-    the same length, tensors of the same shape, numbers where those are, and the same text."""
+    """Raises ArgumentError, naming the entry, unless `saved` has the structure of `like`.
+
+    That is: dicts with the same keys, lists with the same length, tensors with the same shape, numbers in the same
+    places, and equal text.
+    """
     if isinstance(like, Tensor):
         if not isinstance(saved, Tensor) or saved.shape != like.shape or saved.is_complex() != like.is_complex():
             raise ArgumentError(f"{name} is {_form(saved)}, not {_form(like)}")
     elif isinstance(like, Mapping):
         if not isinstance(saved, Mapping):
             raise ArgumentError(f"{name} is {_form(saved)}, not a dict")
-        if differing := saved.keys() ^ like.keys():
-            key = min(differing, key=str)
+        if unmatched := saved.keys() ^ like.keys():
+            key = min(unmatched, key=str)
             raise ArgumentError(f"{name} {'has no' if key in like else 'has an unknown'} {short(key)}")
         for key, value in like.items():
             check_like(saved[key], value, f"{name}.{key}")
@@ -43,42 +46,42 @@ def check_like(saved: Any, like: Any, name: str) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, name: str = "optimizer") -> None:
-    """optimizer.load_state_dict(saved), if that is a state of the same Adam. Raises ArgumentError."""
+    """optimizer.load_state_dict(saved), if it is the state of an Adam with the same groups. Raises ArgumentError."""
     groups = optimizer.param_groups
     if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
         raise ArgumentError(f"{name} is {_form(saved)}, not the state of an optimizer")
     if not isinstance(saved["param_groups"], list) or len(saved["param_groups"]) != len(groups):
         raise ArgumentError(f"{name}.param_groups is {_form(saved['param_groups'])}, not a list of {len(groups)}")
     shapes: list[torch.Size] = []
-    for number, (group, theirs) in enumerate(zip(groups, saved["param_groups"], strict=True)):
-        _check_group(theirs, group, len(shapes), f"{name}.param_groups[{number}]")
+    for i, (group, saved_group) in enumerate(zip(groups, saved["param_groups"], strict=True)):
+        _check_group(saved_group, group, len(shapes), f"{name}.param_groups[{i}]")
         shapes += [parameter.shape for parameter in group["params"]]
     if not isinstance(saved["state"], Mapping):
         raise ArgumentError(f"{name}.state is {_form(saved['state'])}, not a dict")
     for index, moments in saved["state"].items():
         where = f"{name}.state[{short(index)}]"
         if type(index) is not int or not 0 <= index < len(shapes):
-            raise ArgumentError(f"{where} is of no parameter; there are {len(shapes)}")
+            raise ArgumentError(f"{where} belongs to no parameter; there are {len(shapes)}")
         like = torch.empty(shapes[index], device="meta")
-        counted = moments.get("step") if isinstance(moments, Mapping) else None
-        step = 0 if isinstance(counted, Real) else torch.zeros(())  # a number in DeepSpeed's Adam
+        saved_step = moments.get("step") if isinstance(moments, Mapping) else None
+        step = 0 if isinstance(saved_step, Real) else torch.zeros(())  # a number in DeepSpeed's Adam
         check_like(moments, {"step": step, "exp_avg": like, "exp_avg_sq": like}, where)
     optimizer.load_state_dict(saved)
 
 
 def _check_group(saved: Any, group: Mapping[str, Any], first: int, name: str) -> None:
-    """first: index of the group's first parameter."""
+    """Raises ArgumentError unless a saved group fits. first: index of the group's first parameter."""
     if not isinstance(saved, Mapping):
         raise ArgumentError(f"{name} is {_form(saved)}, not a dict")
-    own = [key for key, value in group.items() if isinstance(value, str) or key == "lr_scale"]
-    for key in (*GROUP_KEYS, *own):
+    ours = [key for key, value in group.items() if isinstance(value, str) or key == "lr_scale"]  # set by training.optim
+    for key in (*GROUP_KEYS, *ours):
         if key not in saved:
             raise ArgumentError(f"{name} has no {key}")
     indices = list(range(first, first + len(group["params"])))
     if saved["params"] != indices:
         raise ArgumentError(f"{name}.params is {_form(saved['params'])}, not {short(indices)}")
     for key in (group.keys() & saved.keys()) - {"params"}:
-        if saved[key] is not None:  # as of settings that torch chooses by itself
+        if saved[key] is not None:  # None: torch chooses
             check_like(saved[key], group[key], f"{name}.{key}")
 
 

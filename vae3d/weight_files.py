@@ -1,9 +1,14 @@
-"""Tensors of weight files: safetensors, and what torch.save writes today and wrote before torch 1.6.
+"""Read the tensors of weight files: safetensors, and torch.save's formats of today and before torch 1.6.
 
-The kind is recognised by content, never by name. A pickle is read as data by the interpreter below: it builds
-dicts, lists and tuples and notes which bytes of the file each tensor is; no class of the file is imported and nothing
-of it is called. So checkpoints that hold Lightning callbacks, numpy scalars, Namespace or OmegaConf objects open, and
-those objects are skipped. Tensors stay in the file until they are read.
+Files may be hostile. This is why reading them is safe:
+- The format is recognised by content, not by name.
+- A pickle is interpreted here as data. The interpreter builds dicts, lists, tuples and plain values, and notes which
+  bytes of the file each tensor is. It imports no class and calls no function of the file. Other objects (Lightning
+  callbacks, numpy scalars, Namespace, OmegaConf) become a placeholder, so checkpoints with them open too.
+- Every tensor must lie within its storage, and every storage within the file, before anything is read.
+- Limits on operations, tensors, names and sizes bound the time and memory that a small file can take.
+
+Tensors stay in the file until they are read.
 """
 
 from __future__ import annotations
@@ -27,20 +32,19 @@ from torch import Tensor
 
 from vae3d.io import FileError, parse_json
 
-INDEX = ".index"  # in the name of an index of weights in several files: *.safetensors.index.json, *.bin.index.fp16.json
 MAX_INDEX_BYTES = 2**26
 MAX_INDEX_FILES = 4096  # that an index names
-MAX_PICKLE_BYTES = 2**26  # tensors lie outside of the pickle
-MAX_OPERATIONS = 1_000_000  # of a pickle: about a second; a tensor takes about 40
+MAX_PICKLE_BYTES = 2**26  # tensors are outside the pickle
+MAX_OPERATIONS = 1_000_000  # of a pickle: about a second; a tensor takes about 40 operations
 MAX_TENSORS = 2**16  # of a safetensors file
-MAX_SHARED = 8  # elements of all tensors together, per byte of the file: tensors may share their bytes
+MAX_SHARED = 8  # elements of all tensors per byte of the file, since tensors may share bytes
 MAX_EXPANDED = 2**16  # elements of a tensor that repeats those of a smaller storage
-MAX_NAME = 4096  # characters of a tensor's name; a pickle of some MB can spell names of TB
-MAX_WORD = 256  # characters of the name of a class, a module or a storage
-MAX_SIDES = 64  # of a tensor
+MAX_NAME = 4096  # characters of a tensor's name; nested keys in a pickle of some MB can join to names of TB
+MAX_IDENTIFIER = 256  # characters of the name of a class, module or storage
+MAX_DIMS = 64  # of a tensor
 DOWNLOAD = "download it again"
 
-# What a file is that holds no weights, by its first bytes, and what to do.
+# Files without weights: first bytes, description, what to do.
 OTHER_KINDS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights", "run `git lfs pull` in its repository"),
     (b"<", "a web page", "download the file itself, whose link on Hugging Face has /resolve/ and not /blob/"),
@@ -78,20 +82,19 @@ DTYPES |= {
 
 @dataclass(frozen=True, eq=False)
 class LazyTensor:
-    """A tensor that is still in its file. read: copies it to the CPU, as it was saved; raises FileError if its bytes
-    are damaged."""
+    """A tensor that is still in its file. read() loads it to the CPU; raises FileError if its bytes are damaged."""
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a file on the CPU, by name, without running anything of it; see open_tensors. Raises FileError."""
+    """All tensors of a file on the CPU, by name; see open_tensors. Raises FileError."""
     return {name: tensor.read() for name, tensor in open_tensors(path).items()}
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What the header of a safetensors file holds beside its tensors; empty for files of other kinds."""
+    """The metadata in the header of a safetensors file; {} for other files."""
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
@@ -102,9 +105,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def open_tensors(path: str | Path, tree: Any = None) -> dict[str, LazyTensor]:
     """All tensors of a weight file, or of all files of an index, by name.
 
-    Names of nested dicts and lists are joined by dots: `state_dict.encoder.weight`, `0.encoder.weight`. A container
-    that occurs again, also inside itself, counts once. tree: of this file, if it is open already.
-    Raises FileError if the file is missing, damaged or something else, and says what it is.
+    Keys of nested dicts and lists are joined by dots: `state_dict.encoder.weight`, `0.encoder.weight`. A container that
+    occurs several times, also inside itself, counts once. tree: open_tree(path), if it exists already.
+    Raises FileError, naming the kind of the file, if it is missing, damaged or no weight file.
     """
     return _flat(open_tree(path) if tree is None else tree, Path(path))
 
@@ -121,16 +124,15 @@ def open_tree(path: str | Path) -> Any:
 
 
 def _open(path: Path, start: bytes, size: int) -> Any:
-    """Nested containers with LazyTensors among other things."""
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if not size:
         raise FileError(f"{path}: is empty; {DOWNLOAD}")
     if start[8:9] == b"{":
         return _open_safetensors(path, start, size)
     if start.startswith(b"PK\x03\x04"):
-        return _bounded(path, _open_zip(path, size), size)
-    if LEGACY in start[:32]:  # behind the protocol and, since protocol 4, a frame
-        return _bounded(path, _open_legacy(path, size), size)
+        return _check_size(path, _open_zip(path, size), size)
+    if LEGACY in start[:32]:  # after the protocol and, since protocol 4, a frame
+        return _check_size(path, _open_legacy(path, size), size)
     for magic, kind, hint in OTHER_KINDS:
         if text.startswith(magic) or start.startswith(magic):
             raise FileError(f"{path}: is {kind}; {hint}")
@@ -140,14 +142,14 @@ def _open(path: Path, start: bytes, size: int) -> Any:
         raise FileError(f"{path}: is a tar archive; unpack it")
     if start.startswith(b"\x80"):
         raise FileError(f"{path}: is a pickle that torch.save did not write; save the state dict by torch.save")
-    raise FileError(f"{path}: is no weight file (safetensors, or of torch.save): it begins with {start[:16]!r}")
+    raise FileError(f"{path}: is no weight file (safetensors or torch.save's): it begins with {start[:16]!r}")
 
 
-def _bounded(path: Path, tree: Any, size: int) -> Any:
-    """The same tree. Raises FileError if a small file repeats its bytes to tensors that fill the memory."""
+def _check_size(path: Path, tree: Any, size: int) -> Any:
+    """Return the tree. Raises FileError if tensors that share bytes would make a small file fill the memory."""
     elements = sum(math.prod(tensor.shape) for tensor in _flat(tree, path).values())
     if elements > MAX_SHARED * max(size, 2**20):
-        raise FileError(f"{path}: has {size:,} bytes, but its tensors {elements:,} elements; save copies of them")
+        raise FileError(f"{path}: has {size:,} bytes, but its tensors have {elements:,} elements; save copies of them")
     return tree
 
 
@@ -155,20 +157,20 @@ def _open_safetensors(path: Path, start: bytes, size: int) -> dict[str, LazyTens
     end = 8 + int.from_bytes(start[:8], "little")
     if end > size:
         raise FileError(
-            f"{path}: is a safetensors file cut short: its header has {end:,} bytes, it {size:,}; {DOWNLOAD}"
+            f"{path}: is a safetensors file cut short: it has {size:,} bytes, its header alone {end:,}; {DOWNLOAD}"
         )
     try:
         file = safe_open(path, "pt")
         if len(file.keys()) > MAX_TENSORS:
             raise FileError(f"{path}: has {len(file.keys()):,} tensors; the maximum is {MAX_TENSORS:,}")
-        return {name: _of_safetensors(path, file, name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        return {name: _lazy_tensor(path, file, name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except MemoryError as error:
-        raise FileError(f"{path}: has {size:,} bytes, for which the memory does not suffice") from error
+        raise FileError(f"{path}: has {size:,} bytes, more than the free memory") from error
     except SafetensorError as error:
         raise FileError(f"{path}: is a damaged or incomplete safetensors file ({error}); {DOWNLOAD}") from error
 
 
-def _of_safetensors(path: Path, file: Any, name: str) -> LazyTensor:
+def _lazy_tensor(path: Path, file: Any, name: str) -> LazyTensor:
     def read() -> Tensor:
         try:
             return file.get_tensor(name)
@@ -179,37 +181,39 @@ def _of_safetensors(path: Path, file: Any, name: str) -> LazyTensor:
 
 
 def _open_index(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of the files that an index names, which must lie beside it."""
+    """The tensors of all files that an index names. These must be in its folder."""
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise FileError(f"{path}: is a JSON text of more than {MAX_INDEX_BYTES} bytes, not weights")
     index = parse_json(path.read_bytes().decode("utf-8-sig", "replace"), str(path))
-    places = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
         raise FileError(f"{path}: is a JSON text, not weights, and no index of weight files (it has no weight_map)")
-    names = sorted(set(places.values()))
+    names = sorted(set(weight_map.values()))
     if len(names) > MAX_INDEX_FILES:
         raise FileError(f"{path}: names {len(names)} files; the maximum is {MAX_INDEX_FILES}")
     files = {name: _shard(path, name) for name in names}
     if missing := [name for name, file in files.items() if not file.is_file()]:
-        raise FileError(f"{path}: of its {len(files)} files {', '.join(missing[:6])} are not there")
+        raise FileError(f"{path}: {len(missing)} of its {len(files)} files are missing: {', '.join(missing[:6])}")
     tensors: dict[str, LazyTensor] = {}
     for name, file in files.items():
         with file.open("rb") as stream:
             start = stream.read(4096)
         if start.lstrip().startswith(b"{"):
-            raise FileError(f"{path}: names {name}, which is a JSON text itself and not weights")
+            raise FileError(f"{path}: names {name}, which is a JSON text and not weights")
         shard = _flat(_open(file, start, file.stat().st_size), file)
-        if twice := tensors.keys() & shard.keys():
-            raise FileError(f"{path}: {min(twice)} is in two of its files")
+        if duplicates := tensors.keys() & shard.keys():
+            raise FileError(f"{path}: {min(duplicates)} is in two of its files")
         tensors |= shard
-    if lost := [key for key in places if key not in tensors]:
-        raise FileError(f"{path}: {len(lost)} tensors are in none of its files: {', '.join(lost[:6])}")
+    if missing := [key for key in weight_map if key not in tensors]:
+        raise FileError(f"{path}: {len(missing)} tensors are in none of its files: {', '.join(missing[:6])}")
     return tensors
 
 
 def _shard(index: Path, name: str) -> Path:
-    """A file of an index: beside it and, where that is a link, where the index itself really lies, as in the
-    Hugging Face cache."""
+    """The path of a file that an index names. It must be in the folder of the index.
+
+    Links are allowed as in the Hugging Face cache: both may link into one other folder.
+    """
     plain = name and name.isprintable() and Path(name).name == name and "\\" not in name
     file = index.with_name(name) if plain else None
     if file is None or name in (".", "..", index.name):
@@ -217,70 +221,66 @@ def _shard(index: Path, name: str) -> Path:
     if file.is_symlink() and not file.exists():
         raise FileError(f"{index}: {name} is a link to nothing; copy the file here")
     if file.resolve().parent not in (index.parent.resolve(), index.resolve().parent):
-        raise FileError(f"{index}: {name} is a link that leaves the folder, to {file.resolve()}; copy the file here")
+        raise FileError(f"{index}: {name} is a link out of the folder, to {file.resolve()}; copy the file here")
     return file
 
 
 def _flat(tree: Any, path: Path) -> dict[str, LazyTensor]:
-    """All tensors of nested containers, by dotted names."""
+    """The tensors in nested containers, by dotted names."""
     found: dict[str, LazyTensor] = {}
     seen: set[int] = set()
-    pending: list[tuple[_Place, Any]] = [(None, tree)]
+    pending: list[tuple[_KeyPath, Any]] = [(None, tree)]
     while pending:
-        place, node = pending.pop()
+        keys, node = pending.pop()
         if isinstance(node, LazyTensor):
-            if (name := _name(place, path)) in found:
+            if (name := _join_keys(keys, path)) in found:
                 raise FileError(f"{path}: two tensors are called {name}")
             found[name] = node
         elif isinstance(node, (dict, list, tuple)) and id(node) not in seen:
-            seen.add(id(node))  # of a checkpoint, whose containers all live as long as this loop
+            seen.add(id(node))  # unique, because the tree keeps all containers alive
             items = node.items() if isinstance(node, dict) else enumerate(node)
-            pending += [((place, key), inner) for key, inner in reversed([*items])]
+            pending += [((keys, key), inner) for key, inner in reversed([*items])]
     return found
 
 
-_Place = tuple["_Place", Any] | None  # of a node: that of its container, and its key there
+_KeyPath = tuple["_KeyPath", Any] | None  # (key path of the container, key in it)
 
 
-def _name(place: _Place, path: Path) -> str:
-    """The keys that lead to a node, joined. Raises FileError if that is long, before it is spelled out."""
+def _join_keys(keys: _KeyPath, path: Path) -> str:
+    """The dotted name of a node. Raises FileError if it is too long, without building it."""
     words: list[str] = []
-    left = MAX_NAME
-    while place is not None:
-        place, key = place
+    length = 0
+    while keys is not None:
+        keys, key = keys
         words.append(str(key))
-        left -= len(words[-1]) + 1
-        if left < 0:
+        length += len(words[-1]) + 1
+        if length > MAX_NAME:
             raise FileError(f"{path}: the name of a tensor has more than {MAX_NAME} characters")
     return ".".join(reversed(words))
 
 
-# torch.save
+# ---- torch.save
 
 
 @dataclass(frozen=True)
 class _Storage:
-    """What a pickle says of a storage: its key, its type, and its number of elements (of bytes, if untyped)."""
+    """A storage as a pickle describes it. numel: number of elements; of bytes for an untyped storage."""
 
     key: str
     dtype: torch.dtype
     numel: int
 
 
-class _Name(str):
-    """`module.name` of a class or function, which is never looked up."""
+class _Global(str):
+    """`module.name` of a class or function, as text."""
 
 
-class _Inert:
-    """Stands for every object that is neither a tensor nor a plain container or value."""
-
-
-INERT = _Inert()
-Place = Callable[[_Storage], Callable[[], Tensor]]  # checks a storage against the file; what it gives reads the bytes
+OPAQUE = object()  # placeholder of every object that is neither a tensor nor a plain container or value
+Locate = Callable[[_Storage], Callable[[], Tensor]]  # checks a storage against the file, returns what reads its bytes
 
 
 def _open_zip(path: Path, size: int) -> Any:
-    """What torch.save writes since 1.6: a zip archive, not compressed, of data.pkl and a file for every storage."""
+    """torch.save's format since 1.6: an uncompressed zip archive of data.pkl and one file per storage."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
@@ -288,33 +288,33 @@ def _open_zip(path: Path, size: int) -> Any:
         raise FileError(f"{path}: is a damaged or incomplete file of torch.save ({error}); {DOWNLOAD}") from error
     pickles = [name for name in entries if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        held = ", ".join([*entries][:3])
-        raise FileError(f"{path}: is a zip archive of other things ({held}), not of torch.save; unpack it")
+        names = ", ".join([*entries][:3])
+        raise FileError(f"{path}: is a zip archive of other files ({names}), not of torch.save; unpack it")
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}constants.pkl" in entries:
         raise FileError(f"{path}: is a TorchScript program, not a state dict; save the model's state_dict()")
     if f"{root}byteorder" in entries and _entry(path, entries[f"{root}byteorder"], size).read() != b"little":
-        raise FileError(f"{path}: was saved on a big-endian machine; save it again on another")
+        raise FileError(f"{path}: was saved on a big-endian machine; save it again on a little-endian one")
 
-    @lru_cache(maxsize=1)  # tensors that share a storage follow each other
+    @lru_cache(maxsize=1)  # for tensors that share a storage, which usually follow each other
     def load(name: str) -> Tensor:
         return _entry(path, entries[name], size).tensor()
 
-    def place(storage: _Storage) -> Callable[[], Tensor]:
+    def locate(storage: _Storage) -> Callable[[], Tensor]:
         name = f"{root}data/{storage.key}"
         if name not in entries or entries[name].file_size < storage.numel * storage.dtype.itemsize:
-            raise ValueError(f"storage {storage.key!r} is not in it, or too short")
+            raise ValueError(f"storage {storage.key!r} is missing or too short")
         return partial(load, name)
 
     content = _entry(path, entries[pickles[0]], size)
     if content.size > MAX_PICKLE_BYTES:
         raise FileError(f"{path}: its pickle has {content.size:,} bytes; save the state dict alone")
-    return _unpickled(path, io.BytesIO(content.read()), place)
+    return _unpickle(path, io.BytesIO(content.read()), locate)
 
 
 @dataclass(frozen=True)
-class _Bytes:
-    """Bytes of a file, and their CRC-32 if it is known."""
+class _ByteRange:
+    """A range of bytes in a file. crc: their CRC-32, if known."""
 
     path: Path
     start: int
@@ -325,13 +325,13 @@ class _Bytes:
         return self.tensor().numpy().tobytes()
 
     def tensor(self) -> Tensor:
-        """As uint8. Raises FileError if they are not what was written."""
+        """The bytes as uint8. Raises FileError if they are damaged."""
         if not self.size:
-            return torch.empty(0, dtype=torch.uint8)  # of numpy's, torch takes no view as another type
+            return torch.empty(0, dtype=torch.uint8)  # torch cannot view an empty numpy array as another type
         try:
-            content = torch.from_numpy(np.empty(self.size, np.uint8))  # torch raises no MemoryError
+            content = torch.from_numpy(np.empty(self.size, np.uint8))  # torch.empty raises no MemoryError
         except MemoryError as error:
-            raise FileError(f"{self.path}: has a part of {self.size:,} bytes, more than the memory holds") from error
+            raise FileError(f"{self.path}: has a part of {self.size:,} bytes, more than the free memory") from error
         with self.path.open("rb") as stream:
             stream.seek(self.start)
             count = stream.readinto(content.numpy())
@@ -340,10 +340,12 @@ class _Bytes:
         return content
 
 
-def _entry(path: Path, entry: zipfile.ZipInfo, size: int) -> _Bytes:
-    """Where a file of an archive lies. Raises FileError if it is compressed or not inside of the archive."""
+def _entry(path: Path, entry: zipfile.ZipInfo, size: int) -> _ByteRange:
+    """The bytes of an archive's entry. Raises FileError if it is compressed or not within the archive."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size or entry.flag_bits & 1:
-        raise FileError(f"{path}: {entry.filename} is compressed, which torch.save never does; save it again by it")
+        raise FileError(
+            f"{path}: {entry.filename} is compressed, which torch.save never does; save it again with torch.save"
+        )
     with path.open("rb") as stream:
         stream.seek(entry.header_offset)
         header = stream.read(30)
@@ -352,58 +354,60 @@ def _entry(path: Path, entry: zipfile.ZipInfo, size: int) -> _Bytes:
     start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
     if start + entry.file_size > size:
         raise FileError(f"{path}: is cut short: {entry.filename} ends at byte {start + entry.file_size}; {DOWNLOAD}")
-    return _Bytes(path, start, entry.file_size, entry.CRC or None)  # 0: set_crc32_options(False)
+    return _ByteRange(path, start, entry.file_size, entry.CRC or None)  # 0 under torch's set_crc32_options(False)
 
 
 def _open_legacy(path: Path, size: int) -> Any:
-    """What torch.save wrote before 1.6: five pickles, then every storage behind its number of elements."""
+    """torch.save's format before 1.6: five pickles, then every storage after its number of elements."""
     with path.open("rb") as stream:
         content = io.BytesIO(stream.read(MAX_PICKLE_BYTES))
     used: dict[str, _Storage] = {}
-    places: dict[str, _Bytes] = {}
+    ranges: dict[str, _ByteRange] = {}
 
     @lru_cache(maxsize=1)
     def load(key: str) -> Tensor:
-        return places[key].tensor()
+        return ranges[key].tensor()
 
-    def place(storage: _Storage) -> Callable[[], Tensor]:
+    def locate(storage: _Storage) -> Callable[[], Tensor]:
         if used.setdefault(storage.key, storage) != storage:
             raise ValueError(f"storage {storage.key!r} has two types or sizes")
         return partial(load, storage.key)
 
-    for _ in range(3):  # the magic number, the version, the machine
-        _unpickled(path, content, place)
-    tree, keys = _unpickled(path, content, place), _unpickled(path, content, place)
+    for _ in range(3):  # the magic number, the version, information about the machine
+        _unpickle(path, content, locate)
+    tree = _unpickle(path, content, locate)
+    keys = _unpickle(path, content, locate)
     if not isinstance(keys, list) or not used.keys() <= {key for key in keys if isinstance(key, str)}:
         raise FileError(f"{path}: is damaged: its list of storages is not complete; {DOWNLOAD}")
     position = content.tell()
     with path.open("rb") as stream:
         for key in keys:
             stream.seek(position)
-            storage, head = used.get(key) if isinstance(key, str) else None, stream.read(8)
-            if storage is None or int.from_bytes(head, "little") != storage.numel:
+            storage = used.get(key) if isinstance(key, str) else None
+            if storage is None or int.from_bytes(stream.read(8), "little") != storage.numel:
                 raise FileError(f"{path}: is damaged or cut short at byte {position}; {DOWNLOAD}")
-            places[key] = _Bytes(path, position + 8, storage.numel * storage.dtype.itemsize, None)
-            position += 8 + places[key].size
+            ranges[key] = _ByteRange(path, position + 8, storage.numel * storage.dtype.itemsize, None)
+            position += 8 + ranges[key].size
     if position > size:
         raise FileError(f"{path}: is cut short: it has {size:,} bytes of {position:,}; {DOWNLOAD}")
     return tree
 
 
-def _unpickled(path: Path, stream: io.BytesIO, place: Place) -> Any:
+def _unpickle(path: Path, stream: io.BytesIO, locate: Locate) -> Any:
+    """See _interpret. Raises FileError."""
     try:
-        return _interpret(stream, place)
+        return _interpret(stream, locate)
     except FileError:
         raise
     except (LookupError, ValueError, OverflowError, TypeError) as error:
-        # LookupError: an empty stack or memo; ValueError: pickletools'; TypeError: an operand of another kind.
+        # LookupError: empty stack or memo; ValueError: from pickletools; TypeError: operand of another type.
         raise FileError(f"{path}: is damaged, or not written by torch.save ({error}); {DOWNLOAD}") from error
 
 
-def _interpret(stream: io.BytesIO, place: Place) -> Any:
-    """The value of a pickle, with _Inert in place of every object of a class. Executes nothing: see
-    https://github.com/python/cpython/blob/main/Lib/pickletools.py for what each operation means.
+def _interpret(stream: io.BytesIO, locate: Locate) -> Any:
+    """The value of a pickle: plain containers and values, LazyTensors, and OPAQUE in place of other objects.
 
+    https://github.com/python/cpython/blob/main/Lib/pickletools.py explains the operations.
     Raises LookupError, ValueError, OverflowError or TypeError if it is damaged.
     """
     stack: list[Any] = []
@@ -462,33 +466,34 @@ def _interpret(stream: io.BytesIO, place: Place) -> Any:
                 items = [stack.pop(), stack.pop()][::-1] if operation.name == "SETITEM" else since_mark()
                 _fill(stack[-1], items)
             case "GLOBAL":
-                stack.append(_Name(argument.replace(" ", ".")))
+                stack.append(_Global(argument.replace(" ", ".")))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
-                stack.append(_Name(f"{module}.{name}") if _is_word(module) and _is_word(name) else INERT)
+                stack.append(_Global(f"{module}.{name}") if _is_short_text(module) and _is_short_text(name) else OPAQUE)
             case "REDUCE" | "NEWOBJ":
                 arguments, function = stack.pop(), stack.pop()
-                stack.append(_called(function, arguments, place))
+                stack.append(_call(function, arguments, locate))
             case "NEWOBJ_EX":
                 del stack[-3:]
-                stack.append(INERT)
+                stack.append(OPAQUE)
             case "INST" | "OBJ":
                 since_mark()
-                stack.append(INERT)
+                stack.append(OPAQUE)
             case "BUILD":
                 stack.pop()
             case "PERSID" | "BINPERSID":
-                stack.append(_storage(stack.pop()) if operation.name == "BINPERSID" else INERT)
+                stack.append(_storage(stack.pop()) if operation.name == "BINPERSID" else OPAQUE)
             case "EXT1" | "EXT2" | "EXT4" | "NEXT_BUFFER":
-                stack.append(INERT)
+                stack.append(OPAQUE)
             case "READONLY_BUFFER":
                 pass
-            case _:  # numbers, text and bytes
+            case _:  # a number, text or bytes
                 stack.append(argument)
     raise ValueError("its pickle has no end")
 
 
 def _fill(target: Any, items: list[Any]) -> Any:
+    """Put [key, value, key, value, ...] into a dict. Keys other than text and integers are dropped."""
     if isinstance(target, dict):
         for key, value in zip(items[::2], items[1::2], strict=True):
             if isinstance(key, str) or (isinstance(key, int) and key.bit_length() <= 64):
@@ -496,69 +501,75 @@ def _fill(target: Any, items: list[Any]) -> Any:
     return target
 
 
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= MAX_WORD
+def _is_short_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_IDENTIFIER
 
 
-def _storage(identity: Any) -> Any:
-    """Of ("storage", type, key, device, number of elements) with None behind it in files of before 1.6."""
-    if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
-        return INERT
-    _, kind, key, _, numel, *view = identity
+def _storage(persistent_id: Any) -> Any:
+    """Parse ("storage", type, key, device, number of elements), with a sixth entry None in files before 1.6."""
+    if not isinstance(persistent_id, tuple) or len(persistent_id) not in (5, 6) or persistent_id[0] != "storage":
+        return OPAQUE
+    _, kind, key, _, numel, *view = persistent_id
     if any(view):
-        raise ValueError("it holds views of storages, of torch before 0.4; save it again by a newer torch")
-    dtype = DTYPES.get(kind.rpartition(".")[2]) if isinstance(kind, _Name) else None
-    if dtype is None:  # quantised numbers
-        return INERT
-    if not _is_word(key) or type(numel) is not int or not 0 <= numel < 2**63:
-        raise ValueError("a storage has no name or no number of elements")
+        raise ValueError("it holds views of storages, from torch before 0.4; save it again with a newer torch")
+    dtype = DTYPES.get(kind.rpartition(".")[2]) if isinstance(kind, _Global) else None
+    if dtype is None:  # quantised
+        return OPAQUE
+    if not _is_short_text(key) or type(numel) is not int or not 0 <= numel < 2**63:
+        raise ValueError("a storage has no valid key or number of elements")
     return _Storage(key, dtype, numel)
 
 
-def _called(function: Any, arguments: Any, place: Place) -> Any:
-    """What of a call matters: a tensor or a dict.
+def _call(function: Any, arguments: Any, locate: Locate) -> Any:
+    """The result of a call in a pickle if that is a tensor or a dict; else OPAQUE.
 
-    The time it takes must not depend on the arguments' length: a pickle may give the same long list to many calls.
+    Takes constant time, whatever the arguments' length: a pickle may pass the same long list to many calls.
     """
-    if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-        return INERT
+    if not isinstance(function, _Global) or not isinstance(arguments, tuple):
+        return OPAQUE
     match function:
         case "collections.OrderedDict" | "collections.defaultdict":
             if not arguments or not isinstance(arguments[0], list):
                 return {}
-            pairs, arguments[0][:] = [*arguments[0]], []  # of Python 2; emptied, so that no other call takes them
-            sound = (pair for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2)
-            return _fill({}, [item for pair in sound for item in pair])
+            pairs = [*arguments[0]]  # from Python 2
+            arguments[0].clear()  # so that other calls with the same list take no time
+            valid = (pair for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2)
+            return _fill({}, [item for pair in valid for item in pair])
         case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state":
             return arguments[0]
         case "torch._tensor._rebuild_from_type_v2":
-            return _called(arguments[0], arguments[2], place) if arguments[0] != function else INERT
+            return _call(arguments[0], arguments[2], locate) if arguments[0] != function else OPAQUE
         case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor_v3":
-            return _tensor(arguments, place, typed=not function.endswith("v3"))
-    return INERT
+            return _tensor(arguments, locate, typed=not function.endswith("v3"))
+    return OPAQUE
 
 
-def _tensor(arguments: tuple[Any, ...], place: Place, *, typed: bool) -> Any:
+def _tensor(arguments: tuple[Any, ...], locate: Locate, *, typed: bool) -> Any:
+    """A LazyTensor from torch's _rebuild_tensor arguments. typed: it has the dtype of its storage."""
     storage, offset, size, stride = arguments[:4]
     if not isinstance(storage, _Storage):
-        return INERT
-    kind = None if typed else arguments[6]
-    dtype = storage.dtype if typed else DTYPES.get(kind.rpartition(".")[2]) if isinstance(kind, _Name) else None
+        return OPAQUE
+    if typed:
+        dtype = storage.dtype
+    else:
+        dtype = DTYPES.get(arguments[6].rpartition(".")[2]) if isinstance(arguments[6], _Global) else None
     if dtype is None:
-        return INERT
-    tuples = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= MAX_SIDES
-    if not tuples or not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride)):
+        return OPAQUE
+    are_tuples = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= MAX_DIMS
+    if not are_tuples or not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride)):
         raise ValueError("a tensor has no valid size, stride and offset")
-    held = storage.numel * storage.dtype.itemsize // dtype.itemsize
+    available = storage.numel * storage.dtype.itemsize // dtype.itemsize
     numel = math.prod(size)
     end = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if numel else 0
-    if end > held or numel > max(held, MAX_EXPANDED) or (not numel and max(size) > MAX_EXPANDED):
-        raise ValueError(f"a tensor of size {size} and stride {stride} does not fit its storage of {held} elements")
-    content = place(storage)
+    if end > available or numel > max(available, MAX_EXPANDED) or (not numel and max(size) > MAX_EXPANDED):
+        raise ValueError(
+            f"a tensor of size {size} and stride {stride} does not fit its storage of {available} elements"
+        )
+    read_storage = locate(storage)
 
     def read() -> Tensor:
-        whole = content()[: held * dtype.itemsize].view(dtype)
-        tensor = whole.as_strided(size, stride, offset)
-        return tensor if numel == held else tensor.clone()
+        elements = read_storage()[: available * dtype.itemsize].view(dtype)
+        tensor = elements.as_strided(size, stride, offset)
+        return tensor if numel == available else tensor.clone()  # so that the rest of the storage can be freed
 
     return LazyTensor(tuple(size), read)

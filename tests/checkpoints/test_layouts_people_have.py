@@ -37,7 +37,7 @@ def saved(tmp_path_factory) -> Checkpoint:
 
 
 def inner(saved: Checkpoint, prefix: str = "", scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """diffusers' keys behind a prefix; scale tells copies apart."""
+    """diffusers' keys behind a prefix; scale makes copies differ."""
     return {prefix + key.removeprefix("module."): tensor * scale for key, tensor in saved.state.items()}
 
 
@@ -208,8 +208,8 @@ def test_a_lone_file_does_not_say_its_factor_and_reconstructs_nevertheless(tmp_p
         open_codec(tmp_path / "vae.safetensors")
     with pytest.raises(CheckpointError, match="scaling factor is not known; give --scaling_factor"):
         write_diffusers(read_checkpoint(tmp_path / "vae.safetensors"), tmp_path / "out")
-    told = vae3d.load(tmp_path / "vae.safetensors", scaling_factor=0.3611, shift_factor=0.1159)
-    torch.testing.assert_close(told.normalize(z), (z - 0.1159) * 0.3611)
+    loaded = vae3d.load(tmp_path / "vae.safetensors", scaling_factor=0.3611, shift_factor=0.1159)
+    torch.testing.assert_close(loaded.normalize(z), (z - 0.1159) * 0.3611)
     write_export(read_checkpoint(tmp_path / "vae.safetensors"), tmp_path / "export")
     assert vae3d.load(tmp_path / "export").scaling_factor is None
 
@@ -255,8 +255,8 @@ def test_a_whole_checkpoint_says_which_model_its_vae_is_of(tmp_path, beside, cha
 )
 def test_every_key_of_a_config_is_used_checked_or_refused(tmp_path, change, message):
     AutoencoderKL(**KL).save_pretrained(tmp_path)
-    told = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(told | change))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
     if message is None:
         vae3d.load(tmp_path)
     else:

@@ -56,9 +56,9 @@ def convert(*arguments: object) -> int:
 def test_a_run_opens_in_diffusers_and_reconstructs_equally(tmp_path, size):
     ours = run_of(network(*size, groups=8), tmp_path / "run")
     assert convert(tmp_path / "run", tmp_path / "vae", "--to", "diffusers") == 0
-    theirs, told = Reference.from_pretrained(tmp_path / "vae", output_loading_info=True)
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
+    theirs, info = Reference.from_pretrained(tmp_path / "vae", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert (theirs.config.scaling_factor, theirs.config.shift_factor) == (0.4, 0.05)
     images = torch.rand(2, 3, 32, 48, generator=torch.manual_seed(1)) * 2 - 1
     with torch.no_grad():

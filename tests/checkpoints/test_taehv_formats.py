@@ -29,7 +29,7 @@ def saved(variant: str, path, **changes: object) -> Checkpoint:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_what_is_written_tells_its_variant(tmp_path, variant, suffix):
+def test_a_written_file_names_its_variant(tmp_path, variant, suffix):
     constants = {name: [0.5] * VARIANTS[variant].latent_channels for name in ("latents_mean", "latents_std")}
     checkpoint = saved(variant, tmp_path, **(constants if VARIANTS[variant].latent == "raw" else {}))
     file = tmp_path / f"weights{suffix}"
@@ -40,23 +40,23 @@ def test_what_is_written_tells_its_variant(tmp_path, variant, suffix):
     assert_equal_states(model.state_dict(), checkpoint.state)
     assert (model.variant, model.latent) == (variant, VARIANTS[variant].latent)
     assert model.spec.latents_std == tuple(checkpoint.config.get("latents_std") or [1.0] * model.spec.channels)
-    told = read_info(file)
+    info = read_info(file)
     kind = VARIANTS[variant]
-    assert (told["frame_rule"], told["latent"], told["decoder"]) == (kind.rule, kind.latent, kind.decoder)
-    assert told["vae3d"] == vae3d.__version__
+    assert (info["frame_rule"], info["latent"], info["decoder"]) == (kind.rule, kind.latent, kind.decoder)
+    assert info["vae3d"] == vae3d.__version__
 
 
-def test_an_export_tells_it_too(tmp_path):
+def test_an_export_names_it_too(tmp_path):
     checkpoint = saved("taecvx", tmp_path, latent="normalized")
     write_export(checkpoint, tmp_path / "export")
     assert read_info(tmp_path / "export/model.safetensors")["latent"] == "normalized"
     model = vae3d.load(tmp_path / "export")
     assert (model.variant, model.latent) == ("taecvx", "normalized")
-    (tmp_path / "export/model.yaml").unlink()  # the weights alone know as much
+    (tmp_path / "export/model.yaml").unlink()  # the metadata of the weights remains
     assert vae3d.load(tmp_path / "export/model.safetensors").latent == "normalized"
 
 
-def test_the_final_model_is_plain_and_tells_what_it_is(tmp_path):
+def test_the_final_model_is_plain_and_names_its_variant(tmp_path):
     checkpoint = saved("taecvx", tmp_path)
     checkpoint.state = {key: tensor.half() for key, tensor in checkpoint.state.items()}
     write_final_model(checkpoint, tmp_path / "run")
@@ -73,7 +73,7 @@ def test_the_final_model_is_plain_and_tells_what_it_is(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in SIXTEEN])
-def test_shapes_tell_most_variants(tmp_path, variant, dtype):
+def test_shapes_identify_most_variants(tmp_path, variant, dtype):
     state = {key: tensor.to(dtype) for key, tensor in toy(variant).state_dict().items()}
     save_file(state, tmp_path / "anything.safetensors")
     assert read_checkpoint(tmp_path / "anything.safetensors").notes == []
@@ -84,7 +84,7 @@ def test_shapes_tell_most_variants(tmp_path, variant, dtype):
 
 @pytest.mark.parametrize("variant", SIXTEEN)
 @pytest.mark.parametrize("name", ["{}.pth", "vae_{}_fp16.pth"])
-def test_a_name_tells_the_others_with_a_note(tmp_path, variant, name):
+def test_a_name_identifies_the_others_with_a_note(tmp_path, variant, name):
     file = tmp_path / name.format(variant)
     torch.save(toy(variant).state_dict(), file)
     (note,) = read_checkpoint(file).notes
@@ -93,13 +93,13 @@ def test_a_name_tells_the_others_with_a_note(tmp_path, variant, name):
 
 
 @pytest.mark.parametrize("name", ["final_model.pth", "taehv_to_taecvx.pth"])
-def test_a_file_that_does_not_tell_is_refused_until_the_user_does(tmp_path, name):
+def test_an_ambiguous_file_is_refused_until_the_user_names_its_variant(tmp_path, name):
     file = tmp_path / name
     torch.save(toy("taecvx").state_dict(), file)
     with pytest.raises(CheckpointError, match=r"taehv, taecvx, taew2_1, taeos1_3, .*variant='taehv'.*model.variant="):
         vae3d.load(file)
     assert vae3d.load(file, variant="taecvx").variant == "taecvx"
-    assert initialize(toy("taew2_1"), str(file))  # a model knows its own
+    assert initialize(toy("taew2_1"), str(file))  # the model has a variant
     assert convert_checkpoint.main([str(file), str(tmp_path / "x.pth"), "--to", "taehv"]) == 2
     assert convert_checkpoint.main([str(file), str(tmp_path / "x.pth"), "--to", "taehv", "--variant", "taecvx"]) == 0
     assert vae3d.load(tmp_path / "x.pth").variant == "taecvx"
@@ -110,8 +110,8 @@ def test_what_the_user_says_wins(tmp_path):
     torch.save(toy("taehv").state_dict(), named)
     assert read_checkpoint(named, "taew2_1").notes == []
     assert vae3d.load(named, variant="taew2_1").variant == "taew2_1"
-    WRITERS["taehv"](saved("taecvx", tmp_path), tmp_path / "told.safetensors")
-    read = read_checkpoint(tmp_path / "told.safetensors", "taehv")
+    WRITERS["taehv"](saved("taecvx", tmp_path), tmp_path / "info.safetensors")
+    read = read_checkpoint(tmp_path / "info.safetensors", "taehv")
     assert ["taecvx" in note and "taehv" in note for note in read.notes] == [True]
     assert (read.config["variant"], read.config["latent"]) == ("taehv", "normalized")
 
@@ -132,8 +132,8 @@ def test_a_variant_that_does_not_fit_is_refused(tmp_path, variant, message):
 @pytest.mark.parametrize(("fact", "error"), [("frame_rule", "rule 'odd'.*'cogvideox'"), ("latent", "latent is 'odd'")])
 def test_unknown_frame_rules_and_latents_are_refused(tmp_path, fact, error):
     WRITERS["taehv"](saved("taecvx", tmp_path), tmp_path / "weights.pth")
-    told = json.loads((tmp_path / "weights.json").read_text())
-    (tmp_path / "weights.json").write_text(json.dumps({**told, fact: "odd"}))
+    info = json.loads((tmp_path / "weights.json").read_text())
+    (tmp_path / "weights.json").write_text(json.dumps({**info, fact: "odd"}))
     with pytest.raises(CheckpointError, match=error):
         vae3d.load(tmp_path / "weights.pth")
 

@@ -48,11 +48,11 @@ def test_every_layout_is_recognised_and_comes_back_bit_exact(tmp_path, saved, la
     assert read.state.keys() == saved.state.keys()
     assert_equal_states(*({k: v for k, v in s.items() if k not in folded} for s in (read.state, saved.state)))
     model = vae3d.load(path)
-    told = {
+    stats = {
         "latents_mean": model.spec.latents_mean,
         "latents_std": model.spec.latents_std,
     }  # which only some layouts hold; below
-    assert model.spec == replace(loading.instantiate(saved.config).spec, **told)
+    assert model.spec == replace(loading.instantiate(saved.config).spec, **stats)
     if layout in ("diffusers", "export"):
         assert model.latents_mean.flatten().tolist() == pytest.approx(saved.config["latents_mean"])
         assert model.latents_std.flatten().tolist() == pytest.approx(saved.config["latents_std"])
@@ -124,10 +124,10 @@ def test_bare_files_of_the_published_width_have_the_published_constants(tmp_path
 
 def test_diffusers_opens_the_folder_and_computes_the_same(tmp_path, saved):
     WRITERS["diffusers"](saved, tmp_path / "vae")
-    theirs, told = AutoencoderKLWan.from_pretrained(
+    theirs, info = AutoencoderKLWan.from_pretrained(
         tmp_path / "vae", local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
     )
-    assert not any(told.values()), told
+    assert not any(info.values()), info
     ours = loading.instantiate(saved.config).eval()
     ours.load_state_dict(saved.state)
     video = wan.clip(ours, 5)

@@ -259,7 +259,7 @@ DAMAGED = {
     "numpy": (b"\x93NUMPY\x01\0", "is a numpy array"),
     "tar": (b"a" * 257 + b"ustar" + b"\0" * 250, "is a tar archive"),
     "pickle": (pickle.dumps({"a": 1}), "pickle that torch.save did not write"),
-    "zip of files": (archive(b".").replace(b"data.pkl", b"data.txt"), "zip archive of other things"),
+    "zip of files": (archive(b".").replace(b"data.pkl", b"data.txt"), "zip archive of other files"),
     "TorchScript": (archive(b".", {"constants.pkl": b"."}), "TorchScript"),
     "big-endian": (archive(b"}.", {"byteorder": b"big"}), "big-endian"),
     "compressed": (archive(b"}" * 99, compression=zipfile.ZIP_DEFLATED), "compressed"),
@@ -285,7 +285,7 @@ DAMAGED = {
         archive(b"\x80\x02}X\x10\x27\0\0" + b"k" * 10_000 + b"q\x00" + b"}h\x00" * 20_000
                 + tensor_of((4,), (1,))[2:-1] + b"s" * 20_001 + b".", STORAGE), "characters",
     ),
-    "no storage": (archive(tensor_of((4,), (1,))), "storage '0' is not in it"),
+    "no storage": (archive(tensor_of((4,), (1,))), "storage '0' is missing"),
     "short storage": (archive(tensor_of((4,), (1,), 0, 5), STORAGE), "too short"),
     "large tensor": (archive(tensor_of((5,), (1,)), STORAGE), "does not fit its storage"),
     "far offset": (archive(tensor_of((1,), (1,), 2**62), STORAGE), "does not fit its storage"),
@@ -308,7 +308,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_each_wrong_file_gets_one_message_soon(tmp_path, name):
+def test_each_wrong_file_gets_one_error_soon(tmp_path, name):
     content, message = DAMAGED[name]
     file = tmp_path / "weights.pth"
     file.write_bytes(content)
@@ -357,16 +357,18 @@ def test_a_tensor_is_read_only_when_it_is_asked_for(tmp_path, monkeypatch):
     torch.save({"large": torch.zeros(1000), "small": torch.ones(2)}, tmp_path / "w.pt")
     read = []
     monkeypatch.setattr(
-        weight_files._Bytes, "tensor", lambda self: read.append(self.size) or torch.zeros(self.size, dtype=torch.uint8)
+        weight_files._ByteRange,
+        "tensor",
+        lambda self: read.append(self.size) or torch.zeros(self.size, dtype=torch.uint8),
     )
     monkeypatch.setattr(
-        weight_files._Bytes, "read", lambda self: self.path.read_bytes()[self.start : self.start + self.size]
+        weight_files._ByteRange, "read", lambda self: self.path.read_bytes()[self.start : self.start + self.size]
     )
     open_tensors(tmp_path / "w.pt")["small"].read()
     assert read == [8]
 
 
-def test_the_kind_is_told_by_the_content_not_by_the_name(tmp_path):
+def test_the_format_is_recognised_by_content_not_by_name(tmp_path):
     save_file({"w": torch.ones(2)}, tmp_path / "weights.pth")
     torch.save({"w": torch.ones(2)}, tmp_path / "weights.safetensors")
     save_file({"w": torch.ones(2)}, tmp_path / "weights.sft")
@@ -413,11 +415,11 @@ def test_an_index_in_a_hugging_face_cache_consists_of_links(tmp_path):
         ("", "only names of other files"),
         ("a\0b", "only names of other files"),
         ("model.safetensors.index.json", "only names of other files"),
-        ("other.index.json", "is a JSON text itself"),
-        ("link.safetensors", "is a link that leaves the folder"),
-        ("absent.safetensors", "of its 1 files absent.safetensors are not there"),
+        ("other.index.json", "is a JSON text"),
+        ("link.safetensors", "is a link out of the folder"),
+        ("absent.safetensors", "1 of its 1 files .*: absent.safetensors"),
         ("part.safetensors", "1 tensors are in none of its files: w"),
-        ("folder", "of its 1 files folder are not there"),
+        ("folder", "1 of its 1 files .*: folder"),
     ],
 )
 def test_an_index_cannot_leave_its_folder_or_name_itself(tmp_path, name, message):

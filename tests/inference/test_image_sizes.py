@@ -36,8 +36,8 @@ def test_a_folder_of_images_is_reconstructed_at_their_sizes(tmp_path):
     sizes = [(size, 136 - size) for size in range(65, 72)]
     for height, width in sizes:
         Image.fromarray(tiny.frames(1, height, width)[0]).save(tmp_path / f"set/{height}.png")
-    told = [f"checkpoint={tmp_path / 'export'}", f"source={tmp_path / 'set'}", f"save_dir={tmp_path / 'out'}"]
-    infer.run(check_inference(tiny.compose(*told, config="infer")))
+    arguments = [f"checkpoint={tmp_path / 'export'}", f"source={tmp_path / 'set'}", f"save_dir={tmp_path / 'out'}"]
+    infer.run(check_inference(tiny.compose(*arguments, config="infer")))
     index = pd.read_csv(tmp_path / "out_rec/index.csv")
     assert list(zip(index["height"], index["width"], strict=True)) == sizes
     written = [Image.open(file).size[::-1] for file in sorted((tmp_path / "out_rec").glob("*.png"))]

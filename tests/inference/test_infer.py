@@ -209,7 +209,7 @@ def test_a_file_that_cannot_be_scored_is_named_and_skipped(export, videos, tmp_p
         ("height=0 width=16", "height=0 must be at least 1"),
     ],
 )
-def test_settings_that_cannot_be_are_one_message(export, videos, tmp_path, override, message):
+def test_settings_that_cannot_be_are_one_error(export, videos, tmp_path, override, message):
     with pytest.raises(UserError, match=message):
         run(export, videos.parent / "clip0.mp4", tmp_path / "out", *override.split())
 
@@ -234,7 +234,7 @@ def test_a_faulty_file_stops_or_is_skipped_and_listed(export, videos, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["start=12"], "has 12 frames; start=12 is behind its end"),
+        (["start=12"], "has 12 frames; start=12 is past its end"),
         (["num_frames=13"], "gives 12 frames from start=0; num_frames=13"),
     ],
 )
@@ -260,7 +260,7 @@ def test_two_ranks_share_the_files(export, videos, tmp_path):
     assert stems(tmp_path / "two_rec") == stems(tmp_path / "one_rec")
 
 
-def test_command_line_ends_as_one_message(tmp_path):
+def test_command_line_ends_as_one_error(tmp_path):
     done = tiny.run(*INFER, "checkpoint=/nowhere", "source=/none", f"save_dir={tmp_path}/x", "codecs=a", cwd=tmp_path)
     assert done.returncode == 2
     assert "codecs is not a setting; did you mean codec?" in done.stdout
@@ -272,8 +272,8 @@ def test_command_line_ends_as_one_message(tmp_path):
 def test_cost_of_coding_is_measured_on_request(export, videos, tmp_path):
     """tiny spatial VAE: 2x2 smaller, 4 channels."""
     run(export, videos, tmp_path / "out", "cost=true", "num_samples=2", "num_frames=9")
-    told = json.loads((tmp_path / "out_rec/metrics.json").read_text())
-    cost = told["cost"]
+    metrics = json.loads((tmp_path / "out_rec/metrics.json").read_text())
+    cost = metrics["cost"]
     assert (cost["frames"], cost["height"], cost["width"]) == (9, 32, 40)
     assert cost["encode_frames_per_second"] > 0
     assert cost["decode_frames_per_second"] > 0

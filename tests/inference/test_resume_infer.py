@@ -84,13 +84,13 @@ def test_a_killed_command_resumes_to_the_same_bytes(when, export, source, whole,
     assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
 
 
-def test_a_finished_command_makes_nothing_anew(export, source, whole, tmp_path, monkeypatch):
+def test_a_finished_command_reconstructs_nothing(export, source, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(VideoWriter, "write", None)
     run(export, source, tmp_path / "whole/out", *SETTINGS)
     assert files(tmp_path / "whole") == whole
 
 
-def test_a_replaced_source_and_a_lost_output_are_made_anew(export, source, whole, tmp_path, monkeypatch):
+def test_a_replaced_source_and_a_lost_output_are_reconstructed_again(export, source, whole, tmp_path, monkeypatch):
     made = []
     close = VideoWriter.close
     monkeypatch.setattr(VideoWriter, "close", lambda self: made.append(self.path.name) or close(self))
@@ -141,8 +141,14 @@ def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):
 
 def test_a_damaged_record_is_one_message(export, source, whole, tmp_path):
     record = tmp_path / "whole/out_rec/.done/000001_a0.json"
-    told = json.loads(record.read_text())
-    for content in ("", "[]", "{}", json.dumps(told | {"file": {"id": 3}}), json.dumps(told | {"outputs": [[1]]})):
+    finished = json.loads(record.read_text())
+    for content in (
+        "",
+        "[]",
+        "{}",
+        json.dumps(finished | {"file": {"id": 3}}),
+        json.dumps(finished | {"outputs": [[1]]}),
+    ):
         record.write_text(content)
         with pytest.raises(FileError, match=r"000001_a0\.json: .*(damaged|is not JSON)"):
             run(export, source, tmp_path / "whole/out", *SETTINGS)

@@ -104,13 +104,13 @@ def test_the_measured_scale_reaches_diffusers(tmp_path, name, reference):
     model, checkpoint = saved(name, tmp_path)
     statistics = measure(model, clips())
     write_diffusers(rescaled(checkpoint, model, statistics, shift=True), tmp_path / "vae")
-    told = reference.load_config(tmp_path / "vae")
+    info = reference.load_config(tmp_path / "vae")
     if name == "spatial":
         mean, std = statistics.over_channels()
-        assert (told["scaling_factor"], told["shift_factor"]) == (pytest.approx(1 / std), pytest.approx(mean))
+        assert (info["scaling_factor"], info["shift_factor"]) == (pytest.approx(1 / std), pytest.approx(mean))
     else:
-        assert told["latents_mean"] == pytest.approx(statistics.mean.tolist())
-        assert told["latents_std"] == pytest.approx(statistics.std.tolist())
+        assert info["latents_mean"] == pytest.approx(statistics.mean.tolist())
+        assert info["latents_std"] == pytest.approx(statistics.std.tolist())
 
 
 def test_what_cannot_be_scaled_is_refused(videos, tmp_path):
@@ -154,14 +154,14 @@ def test_every_export_of_a_run_has_its_own_scale_and_training_knows_nothing_of_i
     factors = []
     for step in (1, 2):
         folder = tmp_path / f"run/exports/step-000000{step}"
-        told = yaml.safe_load((folder / "model.yaml").read_text())
+        info = yaml.safe_load((folder / "model.yaml").read_text())
         loaded = vae3d.load(folder)
         factors.append(loaded.scaling_factor)
-        assert told["latents"]["clips"] == 4
+        assert info["latents"]["clips"] == 4
         data = t.data
         found = measure(loaded, spread_clips(data.table, data.settings, 1, 4, []), t.config.run.seed)
         assert loaded.scaling_factor == pytest.approx(1 / found.over_channels()[1], rel=1e-6)
-        assert told["latents"]["std"] == pytest.approx(found.std.tolist(), rel=1e-6)
+        assert info["latents"]["std"] == pytest.approx(found.std.tolist(), rel=1e-6)
     assert factors[0] != factors[1]
     assert t.network.scaling_factor == 0.13025
 
@@ -196,9 +196,9 @@ def test_the_script_rewrites_the_newest_export_of_a_run(videos, tmp_path, capsys
     (folder / "notes.txt").write_text("of the user")
     before = read_checkpoint(folder)
     assert script(tmp_path, videos.parent, "--count=3", "--shift") == 0
-    after, told = read_checkpoint(folder), yaml.safe_load((folder / "model.yaml").read_text())
+    after, info = read_checkpoint(folder), yaml.safe_load((folder / "model.yaml").read_text())
     assert all(torch.equal(after.state[key], tensor) for key, tensor in before.state.items())
-    assert (told["stage"], told["step"], told["latents"]["clips"]) == ("finetune", 2, 3)
+    assert (info["stage"], info["step"], info["latents"]["clips"]) == ("finetune", 2, 3)
     assert after.config["scaling_factor"] != before.config["scaling_factor"]
     assert after.config["shift_factor"] != 0
     assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "model.yaml", "notes.txt"]

@@ -71,7 +71,7 @@ def test_tiles_give_what_whole_frames_give(videos, tmp_path, name, pad_w):
         assert 0 < np.abs(reconstructed(tmp_path / "blended") - expected).mean() < 16
 
 
-def test_the_index_tells_frames_and_pixels_that_were_added(export, tmp_path):
+def test_the_index_lists_frames_and_pixels_that_were_added(export, tmp_path):
     tiny.write_video(tmp_path / "odd.mp4", tiny.frames(4, 33, 40), pixels="yuv444p")
     run(export, tmp_path / "odd.mp4", tmp_path / "out", "metrics=[psnr]")
     index = pd.read_csv(tmp_path / "out_rec/index.csv").iloc[0]

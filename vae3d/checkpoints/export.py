@@ -36,8 +36,8 @@ RUNTIME_SETTINGS = ("scaling_factor", "shift_factor", "frame_batch", "gradient_c
 def write_export(checkpoint: Checkpoint, folder: Path, **info: Any) -> None:
     """Write model.safetensors, and model.yaml with the configuration that builds the model and with `info`."""
     folder.mkdir(parents=True, exist_ok=True)
-    is_taehv = _is_a(checkpoint, TAEHV)
-    _save(checkpoint.state, folder / "model.safetensors", _taehv_metadata(checkpoint.config) if is_taehv else None)
+    metadata = taehv.to_metadata(checkpoint.config) if _is_a(checkpoint, TAEHV) else None
+    _save(checkpoint.state, folder / "model.safetensors", metadata)
     write_text(folder / EXPORT_CONFIG, yaml_text({"vae3d": __version__, **info, "model": checkpoint.config}))
 
 
@@ -140,7 +140,7 @@ def write_videox_fun(checkpoint: Checkpoint, file: Path) -> None:
 def write_taehv(checkpoint: Checkpoint, file: Path) -> None:
     """Write one file like the published ones. Its metadata is in the file, or in <its stem>.json beside it."""
     config = _require(checkpoint, TAEHV, "taehv")
-    _save_file(checkpoint.state, file, _taehv_metadata(config))
+    _save_file(checkpoint.state, file, taehv.to_metadata(config))
     if file.suffix != ".safetensors":
         _write_json(file.with_suffix(".json"), taehv.info_of(config))
 
@@ -155,7 +155,7 @@ def write_final_model(checkpoint: Checkpoint, folder: Path) -> None:
     state = {key: tensor.float() for key, tensor in checkpoint.state.items()}
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / taehv.INFO_FILE, taehv.info_of(config))
-    _save(state, folder / "final_model.safetensors", _taehv_metadata(config))
+    _save(state, folder / "final_model.safetensors", taehv.to_metadata(config))
     write_flat(replace(checkpoint, state=state), "native", folder / "final_model.pth")
 
 
@@ -244,10 +244,6 @@ def _require_published_size(config: dict[str, Any]) -> None:
                     f"the original code builds one network only: {part} {name} is {value}, not {published[name]}; "
                     "use the layout export"
                 )
-
-
-def _taehv_metadata(config: dict[str, Any]) -> dict[str, str]:
-    return taehv.to_metadata(taehv.info_of(config))
 
 
 # ---- folding of latent factors into weights

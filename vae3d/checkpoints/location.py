@@ -1,4 +1,4 @@
-"""Where the weights at a path are: in a file, a folder as downloaded, an export or a run. Imports no torch."""
+"""Find the weight file at a path: a file, a downloaded folder, an export or a run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger("vae3d")
 
 EXPORT_CONFIG = "model.yaml"
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
-# Under which an export, diffusers, transformers and Open-Sora keep the weights of a folder; the first one is taken.
+# Names of weight files in exports and in folders of diffusers, transformers and Open-Sora, in order of preference.
 WEIGHT_FILES = tuple(
     f"{stem}{suffix}{index}"
     for stem, suffix in (
@@ -25,14 +25,14 @@ WEIGHT_FILES = tuple(
     )
     for index in ("", ".index.json")
 )
-# The same in another precision: diffusion_pytorch_model.fp16.safetensors, ...safetensors.index.fp16.json
+# The same in another precision: diffusion_pytorch_model.fp16.safetensors, ....safetensors.index.fp16.json
 VARIANTS = re.compile(
     r"(model|diffusion_pytorch_model|pytorch_model)"
     r"(\.\w+\.(safetensors|bin)(\.index\.json)?|\.(safetensors|bin)\.index\.\w+\.json)"
 )
-# Beside which lies a diffusion model under the names above, in Wan-AI's repositories.
+# In Wan-AI's repositories these VAEs lie beside a diffusion model under the names above, so they are preferred.
 OFFICIAL_VAES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
-PART = "::"  # between a path and the part of the file that is meant: weights.ckpt::ema_model
+PART = "::"  # separates a file and a part of it: weights.ckpt::ema_model
 
 
 class CheckpointError(FileError):
@@ -40,44 +40,43 @@ class CheckpointError(FileError):
 
 
 def split_part(path: str | Path) -> tuple[Path, str | None]:
-    """`weights.ckpt::ema_model` is the file weights.ckpt and its part ema_model."""
+    """`weights.ckpt::ema_model` -> (weights.ckpt, ema_model); other paths -> (path, None)."""
     file, separator, part = str(path).partition(PART)
     return (Path(file), part) if separator and not os.path.exists(path) else (Path(path), None)
 
 
 def exists(path: str | Path) -> bool:
-    return os.path.exists(split_part(path)[0])  # False also for a name that is too long
+    return os.path.exists(split_part(path)[0])  # Path.exists raises an error for a name that is too long
 
 
 def hub_hint(path: str | Path) -> str:
-    """What to do if `path`, which is not here, is the name of a model of the Hugging Face hub; empty if it cannot be
-    one."""
+    """Hint for a missing `path` that may be a model on the Hugging Face hub; empty if it cannot be one."""
     text = str(path)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) or os.path.exists(Path(text).parent) or text.endswith(SUFFIXES):
         return ""
     name = Path(text).name
-    only = "" if "vae" in name.lower() else ' --include "*vae*" "*VAE*"'  # of a whole pipeline its VAE alone
-    return f"; if it is a model of the Hugging Face hub: hf download {text}{only} --local-dir {name}, then give {name}"
+    only = "" if "vae" in name.lower() else ' --include "*vae*" "*VAE*"'  # of a whole pipeline only the VAE
+    return f"; if it is a model on the Hugging Face hub: hf download {text}{only} --local-dir {name}, then give {name}"
 
 
 def find_weights(path: Path) -> Path:
-    """The weight file at `path`: itself, or that of an export, a published folder, its `vae` subfolder, or a run.
+    """The weight file at `path`: the file itself, or that of an export, a published folder, its `vae` folder, or a run.
 
-    Raises CheckpointError if there is none, or if several are there and none of them has a standard name.
+    Raises CheckpointError if there is none, or several without a standard name.
     """
     if os.path.isfile(path):
         return path
     if os.path.lexists(path) and not os.path.isdir(path):
-        raise CheckpointError(f"{path}: is neither a file nor a folder, but a device, a pipe, or a link to nothing")
+        raise CheckpointError(f"{path}: is neither a file nor a folder, but a device, a pipe or a broken link")
     if not os.path.isdir(path):
         raise CheckpointError(f"{path}: no such file or folder{hub_hint(path)}")
     folders = [path / "vae", path] if (path / "model_index.json").is_file() else [path, path / "vae"]
     for folder in folders:
-        if found := _in_folder(folder):
+        if found := _standard_weights(folder):
             return found
     if (path / "latest").is_file() or (path / "zero_to_fp32.py").is_file():
         raise CheckpointError(
-            f"{path}: a checkpoint in DeepSpeed's own format, whose files hold code; write its weights out by "
+            f"{path}: is a checkpoint in DeepSpeed's own format, whose files hold code; extract its weights with "
             f"python -m deepspeed.utils.zero_to_fp32 {path} OUT --safe_serialization and give OUT/model.safetensors"
         )
     exports = sorted((path / "exports").glob("step-*/model.safetensors"))
@@ -97,18 +96,17 @@ def find_weights(path: Path) -> Path:
 
 
 def warn_if_older(run: Path, export: Path) -> None:
-    """Warn if a run's newest export is older than its newest checkpoint, as after a kill or on a full disk."""
+    """Warn if a run's newest export is older than its newest checkpoint, which a kill or a full disk can cause."""
     checkpoints = sorted(file.parent.name for file in (run / "checkpoints").glob("step-*/run.json"))
     if checkpoints and checkpoints[-1] > export.name:
         log.warning(
-            "%s is the newest export of %s, whose newest checkpoint is %s; the command that trained it writes the "
-            "missing export",
-            *(export.name, run, checkpoints[-1]),
+            f"{export.name} is the newest export of {run}, but its newest checkpoint is {checkpoints[-1]}; run the "
+            "training command again to write the missing export"
         )
 
 
-def _in_folder(folder: Path) -> Path | None:
-    """The weights of a folder that have a standard name. Raises CheckpointError if that leaves a choice."""
+def _standard_weights(folder: Path) -> Path | None:
+    """The weight file with a standard name. Raises CheckpointError if there are several equal ones."""
     if not folder.is_dir():
         return None
     official = [folder / name for name in OFFICIAL_VAES if (folder / name).is_file()]
@@ -121,6 +119,6 @@ def _in_folder(folder: Path) -> Path | None:
 
 
 def list_some(names: Iterable[str], count: int = 6) -> str:
-    """The first names, and how many there are."""
+    """The first `count` names, and how many there are in all."""
     names = list(names)
     return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")

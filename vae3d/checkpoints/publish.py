@@ -1,4 +1,4 @@
-"""A run's checkpoints under the file names that other programs expect, in the run's folder."""
+"""Named exports: a run's checkpoints under the file names that other programs expect, in the run's folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vae3d.io import atomic_path
 
 
 def published_files(folder: Path, prefix: str, step: int) -> tuple[Path, Path]:
-    """<prefix>_step<N>.pt, a checkpoint's training state, and <prefix>_ema_step<N>.pt, the averaged weights."""
+    """<prefix>_step<N>.pt, the training state, and <prefix>_ema_step<N>.pt, the averaged weights."""
     return folder / f"{prefix}_step{step}.pt", folder / f"{prefix}_ema_step{step}.pt"
 
 

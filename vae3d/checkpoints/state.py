@@ -1,4 +1,11 @@
-"""Training state on disk: everything that a bit-equal resume needs, written aside and renamed when complete."""
+"""Training state on disk: everything that a bit-equal resume needs.
+
+checkpoints/step-0001000/state.pt    shared by all ranks, with the configuration
+checkpoints/step-0001000/rank-0.pt   of one rank
+checkpoints/step-0001000/run.json    step and configuration for readers; written last
+
+All ranks write into .step-0001000.tmp, which rank 0 renames when it is complete.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +26,10 @@ from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error
 from vae3d.errors import UserError
 from vae3d.io import atomic_write, check_plain, read_json, remove, replace_durably, tmp_path, write_json
 
-META = "run.json"  # written last: a folder without it is not complete
+META = "run.json"  # a folder without it is incomplete
 STATE = "state.pt"
 RANK_STATE = "rank-{rank}.pt"
-# Settings that make a run another run: a checkpoint of one does not continue the other.
+# Settings that a resumed run must share with its checkpoint.
 IDENTITY = (
     "model",
     "stage.name",
@@ -39,11 +46,10 @@ IDENTITY = (
     "teacher.features",
     "run.seed",
 )
-# Of those, what may change as optim may: the discriminator's learning rate, often tied to optim and trainer.max_steps.
+# Exceptions: the discriminator's learning rate may change as optim may; it often follows optim and trainer.max_steps.
 FREE = tuple(f"adversary.{key}" for key in ("lr", "schedule", "warmup_steps", "max_steps", "min_lr", "cycles", "power"))
 
-
-# What torch.load raises for damaged files, whatever its documentation says: found by changing random bytes.
+# What reading damaged files raises, in addition to the documented errors: found by changing random bytes.
 DAMAGED = (
     *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, struct.error, LookupError, ValueError, TypeError),
     *(AttributeError, AssertionError, ArithmeticError, MemoryError, zipfile.BadZipFile, zlib.error),
@@ -51,14 +57,14 @@ DAMAGED = (
 
 
 class _RunInfo(TypedDict):
-    """What is read of a run.json."""
+    """The keys of run.json that are read."""
 
     step: Annotated[int, Range(0, 10**12)]
     config: Mapping[str, Any]
 
 
 class _State(TypedDict, total=False):
-    """What every training state has; the rest is for those who resume from it."""
+    """The keys of state.pt that are read here; the trainers check the others."""
 
     step: Annotated[int, Range(0, 10**12)]
     model: Mapping[str, Any]
@@ -66,7 +72,7 @@ class _State(TypedDict, total=False):
 
 
 class ResumeError(UserError):
-    """A run folder that belongs to another configuration."""
+    """A checkpoint does not exist, or belongs to another run."""
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -75,33 +81,33 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def unfinished(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step is written until it is complete."""
+    """Where the checkpoint of a step is written; finish renames it."""
     return tmp_path(step_folder(root, step))
 
 
 def begin(folder: Path) -> None:
-    """Make the folder of an unfinished checkpoint, empty."""
+    """Create the empty folder of an unfinished checkpoint."""
     remove(folder)
     folder.mkdir(parents=True)
 
 
 def write(folder: Path, state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """The state that all ranks share; the file holds `config` too and so resumes without the folder."""
+    """Write the state that all ranks share, with `config`, so that the file alone can be resumed."""
     _write(folder / STATE, {**state, "config": dict(config)})
 
 
 def write_rank(folder: Path, rank: int, state: Mapping[str, Any]) -> None:
-    """What a rank has of its own."""
+    """Write the state of one rank."""
     _write(folder / RANK_STATE.format(rank=rank), dict(state))
 
 
 def seal(folder: Path, step: int, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Mark an unfinished checkpoint as complete. facts: for readers, beside step and config."""
+    """Write run.json, which marks the checkpoint as complete. facts: for readers, beside step and config."""
     write_json(folder / META, {"step": step, **facts, "config": config})
 
 
 def finish(folder: Path, root: Path, step: int) -> Path:
-    """Give a sealed checkpoint its name, in place of an older one of the same step; durable when this returns."""
+    """Rename a sealed checkpoint, durably, in place of an older one of the same step."""
     replace_durably(folder, step_folder(root, step))
     return step_folder(root, step)
 
@@ -117,7 +123,7 @@ def superseded(root: Path, keep: int) -> list[int]:
 
 
 def discard(root: Path, step: int) -> None:
-    """Delete a step folder; a kill in the middle leaves nothing that looks complete."""
+    """Delete a step folder. It is renamed first, so that after a kill the rest does not look complete."""
     tmp = unfinished(root, step)
     remove(tmp)
     step_folder(root, step).rename(tmp)
@@ -142,35 +148,36 @@ def latest_state(root: Path) -> Path | None:
 
 
 def find_state(root: Path, asked: str) -> Path:
-    """The checkpoint that `asked` names: `latest` of this run, whose checkpoints are in `root`; step-0005500 or
-    checkpoint-5500 of this run; another run's folder (its latest); RUN/checkpoint-5500; a step folder; a state file.
+    """The checkpoint for run.resume_from. root: the checkpoints folder of this run.
 
-    Raises ResumeError if there is none, with those that there are.
+    asked: `latest`, step-0005500 or checkpoint-5500 of this run; another run's folder (its latest);
+    RUN/checkpoint-5500; a step folder; a state file.
+    Raises ResumeError, listing the existing checkpoints, if there is none.
     """
     path = Path(asked)
     if path.is_file() or (path / META).is_file():
         return path
-    named = re.fullmatch(r"(?:step|checkpoint)-(\d+)", path.name)
+    step_name = re.fullmatch(r"(?:step|checkpoint)-(\d+)", path.name)
     folder = root
-    if asked != "latest" and (named is None or path.name != asked):
-        folder = path.parent if named else path
+    if asked != "latest" and (step_name is None or path.name != asked):
+        folder = path.parent if step_name else path
         folder = folder if folder.name == "checkpoints" else folder / "checkpoints"
-    steps = [step for step in _steps(folder) if (step / META).is_file()]
-    found = steps[-1:] if named is None else [step for step in steps if step_of(step) == int(named[1])]
+    complete = [step for step in _steps(folder) if (step / META).is_file()]
+    found = complete[-1:] if step_name is None else [step for step in complete if step_of(step) == int(step_name[1])]
     if not found:
-        there = f"it has {', '.join(step.name for step in steps)}" if steps else "it has no complete checkpoint"
+        existing = ", ".join(step.name for step in complete) or "no complete checkpoint"
         raise ResumeError(
-            f"run.resume_from={asked}: no such checkpoint in {folder} ({there}); give latest, step-..., "
+            f"run.resume_from={asked}: no such checkpoint in {folder} (it has {existing}); give latest, step-..., "
             "RUN/checkpoints/step-..., RUN/checkpoint-..., a run's folder, or a training state's .pt"
         )
     return found[0]
 
 
 def starting_state(root: Path, resume_from: str | None) -> Path | None:
-    """What a run goes on from: the newest checkpoint under root, or `resume_from`; see find_state.
+    """The checkpoint from which a run starts: the newest under root, or `resume_from` (see find_state).
 
-    With `resume_from` the newest checkpoint is taken only if it comes from the same start.
-    Raises ResumeError if it is another one's and newer, or if nothing is called `resume_from`.
+    With `resume_from`, the newest checkpoint is used only if its run had the same `resume_from`.
+    Raises ResumeError if it had another and is newer, or if `resume_from` does not exist.
     """
     newest = latest_state(root)
     if resume_from is None:
@@ -184,15 +191,15 @@ def starting_state(root: Path, resume_from: str | None) -> Path | None:
     if step_of(newest) > given:
         raise ResumeError(
             f"{newest} is newer than run.resume_from={resume_from} (step {given}); give this run another run.name, "
-            "leave run.resume_from out to go on from the newest, or delete the newer checkpoints"
+            "leave out run.resume_from to resume from the newest, or delete the newer checkpoints"
         )
     return found
 
 
 def load_state(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """The training state in a step folder or a lone state file, tensors on the CPU (mmap: left on disk until used).
+    """The training state in a step folder or a state file, with tensors on the CPU (mmap: on disk until used).
 
-    Raises CheckpointError if the file is damaged (mmap: a flipped bit is not looked for) or holds something else.
+    Raises CheckpointError if the file is damaged (mmap: without a check of the CRCs) or holds something else.
     """
     file = path / STATE if path.is_dir() else path
     state = _read(file, path, mmap)
@@ -206,7 +213,7 @@ def load_state(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 @contextmanager
 def restoring(checkpoint: Path, file: str = STATE) -> Iterator[None]:
-    """Inside, an ArgumentError about what was loaded becomes a CheckpointError that names the checkpoint's file."""
+    """Raise an ArgumentError about loaded values as a CheckpointError that names the checkpoint's file."""
     try:
         yield
     except ArgumentError as error:
@@ -215,22 +222,19 @@ def restoring(checkpoint: Path, file: str = STATE) -> Iterator[None]:
 
 
 def from_weights(checkpoint: Path) -> str:
-    """What to give to a new run that is to have a checkpoint's weights, but nothing else of it."""
+    """Hint: the settings of a new run that starts from a checkpoint's weights only."""
     export = checkpoint.parent.parent / "exports" / checkpoint.name
     return f"another run.name and stage.init_from={export if export.is_dir() else 'RUN, for its newest export'}"
 
 
 def load_rank(path: Path, rank: int) -> dict[str, Any]:
-    """What a rank of this number had of its own; empty if there is nothing, as in a lone state file.
-
-    Raises CheckpointError if the file is damaged.
-    """
+    """The state of one rank; {} if there is none, such as beside a state file. Raises CheckpointError if damaged."""
     file = path / RANK_STATE.format(rank=rank)
     if not path.is_dir() or not file.is_file():
         return {}
     own = _read(file, path)
     if not isinstance(own, dict):
-        raise CheckpointError(f"{file} holds no state of a rank; {_hint(path)}")
+        raise CheckpointError(f"{file} does not hold the state of a rank; {_hint(path)}")
     return own
 
 
@@ -263,10 +267,9 @@ def _hint(checkpoint: Path) -> str:
 
 
 def saved_config(path: Path) -> dict[str, Any]:
-    """The configuration that a step folder or a lone state file was trained under.
+    """The configuration of the run that wrote a step folder or a state file.
 
-    Raises CheckpointError if its run.json is damaged. Such a checkpoint is never skipped: whether to lose its steps is
-    the user's decision.
+    Raises CheckpointError if run.json is damaged. Such a checkpoint is never skipped silently, since that loses steps.
     """
     if not path.is_dir():
         state = load_state(path, mmap=True)
@@ -282,7 +285,7 @@ def saved_config(path: Path) -> dict[str, Any]:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ: key -> (old, new)."""
+    """{dotted key: (old, new)} of the values that differ."""
     a, b = flatten(old), flatten(new)
     return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
 
@@ -290,19 +293,19 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[A
 def check_same_run(
     folder: Path, config: Mapping[str, Any], identity: tuple[str, ...] = IDENTITY
 ) -> dict[str, tuple[Any, Any]]:
-    """Differences between a checkpoint's configuration and `config`.
+    """The differences between a checkpoint's configuration and `config`.
 
-    Raises ResumeError if one of them (see IDENTITY) makes it another run.
+    identity: key prefixes that must not differ. Raises ResumeError if one does.
     """
     differing = changes(saved_config(folder), config)
-    # A setting that is off now and unknown to an older checkpoint was off there, too.
+    # A setting that is off now and missing in an older checkpoint was off there too.
     changed = {key: (old, new) for key, (old, new) in differing.items() if old is not None or new}
     fatal = {key: pair for key, pair in changed.items() if key.startswith(identity) and key not in FREE}
     if fatal:
-        listed = "\n".join(f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in fatal.items())
+        lines = "\n".join(f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in fatal.items())
         raise ResumeError(
-            f"{folder} was trained under another configuration:\n{listed}\n"
-            "  give this run another run.name, or undo the changes to resume"
+            f"{folder} was trained under another configuration:\n{lines}\n"
+            "  undo the changes to resume, or give this run another run.name"
         )
     return differing
 

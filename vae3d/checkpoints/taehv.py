@@ -90,9 +90,9 @@ def info_of(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def to_metadata(info: dict[str, Any]) -> dict[str, str]:
+def to_metadata(config: dict[str, Any]) -> dict[str, str]:
     """`info_of` for the header of a .safetensors file."""
-    return {"taehv": json.dumps(info)}
+    return {"taehv": json.dumps(info_of(config))}
 
 
 def read_info(path: Path) -> dict[str, Any]:

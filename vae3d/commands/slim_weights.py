@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from vae3d.errors import UserError
+from vae3d.io import atomic_write
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 FP32 = 4  # bytes
@@ -61,15 +62,13 @@ def write_slim(source: Path, target: Path, prefix: str) -> None:
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor) or not tensor.is_contiguous:
                 raise UserError(f"{source}: {name} is not a contiguous fp32 tensor")
-        partial = target.with_name(target.name + ".partial")
-        with partial.open("wb") as out:
+        with atomic_write(target) as out:
             out.write(header(tensors))
             for name, tensor in tensors.items():
                 data = read(tensor, locate)
                 if len(data) != tensor.nbytes:
                     raise UserError(f"{source}: {name} is cut off")
                 out.write(data)
-    partial.replace(target)
 
 
 def header(tensors: dict[str, Tensor]) -> bytes:
