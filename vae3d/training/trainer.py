@@ -208,7 +208,7 @@ class Trainer(ABC, Generic[Batch]):
             if self.step < last:
                 self.preflight()
             self.log.begin(self.step, last)
-            with stop_signals(speak=self.log.main) as request, self.profiler() as after_step:
+            with stop_signals(verbose=self.log.main) as request, self.profiler() as after_step:
                 try:
                     self._train(request, last, after_step)
                 finally:
