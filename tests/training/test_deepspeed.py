@@ -92,6 +92,7 @@ def test_weights_that_may_be_ruined_are_not_saved_a_second_time(both):
 
 def test_one_process_needs_no_launcher(videos, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK")  # which the run sets; removed again after the test
     with distributed.process_group_scope():
         settings = {"trainer.max_steps": 1, "trainer.save_every": 1, "trainer.robust.preflight": True}
         assert sharded(quick.checked(videos), tmp_path, "deepspeed_zero2_offload", **settings).fit()

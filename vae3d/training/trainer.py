@@ -108,8 +108,8 @@ class Trainer(ABC, Generic[Batch]):
             keep=config.trainer.keep,
             max_steps=config.trainer.max_steps,
             failures=failed_saves,
-            outputs=lambda step: self.outputs(step),
-            final_outputs=lambda step: self.final_outputs(step),
+            outputs=self.outputs,
+            final_outputs=self.final_outputs,
             facts=facts or {},
         )
         self.checkpointer.register("model", self.network, exact=True)
