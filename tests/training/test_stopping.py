@@ -62,7 +62,7 @@ def test_a_signal_saves_between_two_steps_and_is_the_exit_status(videos, tmp_pat
 
 
 def test_after_sigint_the_next_signal_kills_and_sigterm_may_come_twice():
-    with stop_signals(speak=False) as request:
+    with stop_signals(verbose=False) as request:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.signum == signal.SIGTERM

@@ -261,7 +261,7 @@ class Checkpointer:
     def export_best(
         self, best: BestExport, scores: Mapping[str, float], step: int, export: Callable[..., None]
     ) -> None:
-        """Write exports/best if `scores`, equal on all ranks, are the best so far. A disk error does not end the run."""
+        """Write exports/best if `scores`, equal on all ranks, are the best so far. A disk error only warns."""
         value = scores.get(f"val/{best.column}")
         if value is None or not best.beaten_by(value):
             return

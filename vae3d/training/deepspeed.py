@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO-2: gradients and optimizer state are sharded over ranks.
 
 Weights are fp32 on every rank and half precision is autocast, so checkpoints, averages and exports are those of
-ReplicatedDataParallel. Each rank saves the tensors of its shard; DeepSpeed's own checkpoint files need code to unpickle.
+ReplicatedDataParallel. Each rank saves its shard as plain tensors; DeepSpeed's own checkpoints need unsafe unpickling.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Learning from a frozen teacher: its latents, and the features inside its decoder."""
+"""Distillation from a frozen teacher: its latents, and features of its decoder."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class TeacherError(UserError):
 
 
 class Distillation:
-    """What a teacher gives to every step. It is frozen, in eval mode and in its own precision.
+    """Computes a teacher's targets for each clip. The teacher is frozen, in eval mode and in its own precision.
 
-    decode: which latents the student decodes: `teacher`, `own`, or `mixed`, one or the other by a coin per step.
-    features: module of the student -> module of the teacher that it imitates, as named_modules() names them.
-    seed: the run's, for coins and sampled latents.
-    Raises TeacherError if the two do not share a latent space's shape, or have no such modules.
+    sample: sample its latents instead of taking the mode. decode: which latents the student decodes: `teacher`, `own`,
+    or `mixed`, which picks one of them at random per step. features: module of the student -> module of the teacher
+    whose output it should match, by their names in named_modules(). seed: of the random choice and sampled latents.
+    Raises TeacherError if their latent spaces differ in shape, or a module does not exist.
     """
 
     def __init__(
@@ -52,8 +52,7 @@ class Distillation:
             )
         if latent_space(teacher) == "normalized" and latent_space(student) == "raw":
             raise TeacherError(
-                "teacher.path: the teacher's latents are those that a diffusion model sees, and the model's are raw; "
-                "set model.latent=normalized"
+                "teacher.path: the teacher's latents are normalized, the model's are raw; set model.latent=normalized"
             )
         for network, whose, names in (
             (student, "model", self.features.keys()),
@@ -65,34 +64,37 @@ class Distillation:
 
     @torch.no_grad()
     def compute_targets(self, clip: Clip) -> Clip:
-        """The clip with what the teacher makes of it: latents as the student has them, and features."""
+        """The clip with targets: the teacher's latents in the student's convention, and features. No gradients."""
         video = clip.video.to(self.dtype)
         posterior = self.teacher.encode(video)
         z = posterior.sample(self._noise(clip)) if self.sample else posterior.mode()
         features: dict[str, Tensor] = {}
         if self.features:
-            with capture_activations(self.teacher, list(self.features.values()), len(video)) as found:
+            with capture_activations(self.teacher, list(self.features.values()), len(video)) as activations:
                 self.teacher.decode(z.to(self.dtype), video.shape[2])
-            features = {name: one_per_latent(found(inner), z.shape[2]) for name, inner in self.features.items()}
+            features = {name: one_per_latent(activations(inner), z.shape[2]) for name, inner in self.features.items()}
         latents = convert_latents(z.float(), self.teacher, self.student)
         return replace(clip, targets=TeacherTargets(latents, {name: f.float() for name, f in features.items()}))
 
     def latents(self, clip: Clip, step: int) -> Tensor | None:
-        """What the student decodes in this step: the teacher's latents, or None for its own."""
+        """The latents that the student decodes in this step: the teacher's, or None for its own."""
         own = self.decode == "own" or (self.decode == "mixed" and seed_of(self.seed, "coin", step) % 2)
         return None if own else clip.targets.z
 
     def wrap_student(self, student: nn.Module, frames: int) -> nn.Module:
-        """What training calls instead of the student: the student, or, for its features, a StudentWithProjections around it."""
+        """The module to train: the student, wrapped in StudentWithProjections if features are distilled.
+
+        frames: of the clip on which feature shapes are measured.
+        """
         if not self.features:
             return student
         video = torch.zeros(
             1, 3, frames, *[2 * student.spec.space_stride] * 2, device=next(student.parameters()).device
         )
         target = self.compute_targets(Clip(video, torch.zeros(1, dtype=torch.long), [""])).targets
-        with torch.no_grad(), capture_activations(student, list(self.features), 1) as found:
+        with torch.no_grad(), capture_activations(student, list(self.features), 1) as activations:
             student(video, latents=target.z)
-        shapes = {name: one_per_latent(found(name), target.z.shape[2]).shape for name in self.features}
+        shapes = {name: one_per_latent(activations(name), target.z.shape[2]).shape for name in self.features}
         for name, shape in shapes.items():
             if shape[2:] != target.features[name].shape[2:]:
                 raise TeacherError(
@@ -110,10 +112,10 @@ class Distillation:
 
 
 class StudentWithProjections(nn.Module):
-    """A student whose features leave it together with its reconstruction, projected to the width of the teacher's.
+    """A student that also returns features, projected to the teacher's number of channels.
 
-    channels: module of the student -> (its channels, the teacher's). Only `projections` is new; it trains along and is
-    thrown away after (Turbo-VAED, arXiv 2508.09136, section 3.3).
+    channels: module of the student -> (its channels, the teacher's). `projections` are trained with the student and are
+    not exported (Turbo-VAED, arXiv 2508.09136, section 3.3).
     """
 
     def __init__(self, student: nn.Module, channels: dict[str, tuple[int, int]]) -> None:
@@ -122,11 +124,11 @@ class StudentWithProjections(nn.Module):
         self.names = list(channels)
         self.projections = nn.ModuleList(nn.Conv3d(*pair, 1) for pair in channels.values())
 
-    def forward(self, video: Tensor, **how: Any) -> Reconstruction:
-        with capture_activations(self.student, self.names, len(video)) as found:
-            out = self.student(video, **how)
+    def forward(self, video: Tensor, **settings: Any) -> Reconstruction:
+        with capture_activations(self.student, self.names, len(video)) as activations:
+            out = self.student(video, **settings)
         features = {
-            name: project(one_per_latent(found(name), out.z.shape[2]))
+            name: project(one_per_latent(activations(name), out.z.shape[2]))
             for name, project in zip(self.names, self.projections, strict=True)
         }
         return replace(out, features=features)
@@ -134,10 +136,10 @@ class StudentWithProjections(nn.Module):
 
 @contextmanager
 def capture_activations(network: nn.Module, names: Sequence[str], clips: int) -> Iterator[Callable[[str], Tensor]]:
-    """Inside this context the outputs of modules are kept; yields a function from a module's name to what it gave for
-    so many clips, [B, C, T, H, W], over all chunks that they were coded in.
+    """Record the outputs of modules. Yields a function: module name -> its output [B, C, T, H, W], chunks concatenated.
 
-    Raises TeacherError if a module gives frames, whose order only networks with `as_video` tell (see TAEHV).
+    clips: batch size, for networks whose modules return frames [B*T, C, H, W] and that have `as_video` (see TAEHV).
+    Raises TeacherError for outputs of any other form.
     """
     kept: dict[str, list[Tensor]] = {name: [] for name in names}
 
@@ -146,7 +148,7 @@ def capture_activations(network: nn.Module, names: Sequence[str], clips: int) ->
         if features.ndim == 4 and hasattr(network, "as_video"):
             features = network.as_video(features, clips)
         if features.ndim != 5:
-            raise TeacherError(f"teacher.features: {name} gives no video but {_size(features.shape)}; choose another")
+            raise TeacherError(f"teacher.features: {name} returns no video but {_size(features.shape)}; choose another")
         kept[name].append(features)
 
     hooks = [
@@ -161,11 +163,10 @@ def capture_activations(network: nn.Module, names: Sequence[str], clips: int) ->
 
 
 def one_per_latent(features: Tensor, latents: int) -> Tensor:
-    """The last frame that each latent stands for, of features at any frame rate: [B, C, latents, H, W].
+    """The last feature frame of each latent frame: [B, C, T, H, W] -> [B, C, latents, H, W].
 
-    Features have k frames per latent, or, where a causal decoder has dropped the first ones, 1 + k * (latents - 1), for
-    k a power of two, which tells the two apart.
-    Raises TeacherError for another number of frames.
+    T is k * latents or, after a causal decoder, 1 + k * (latents - 1), for a power of two k.
+    Raises TeacherError for any other T.
     """
     frames = features.shape[2]
     for k in (1, 2, 4, 8, 16):

@@ -1,4 +1,4 @@
-"""Where scalars, pictures and videos of a run go, besides metrics.jsonl which is always written."""
+"""Loggers of scalars, images and videos, in addition to metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 class Logger(Protocol):
     def open(self, folder: Path, step: int) -> None:
-        """Begin writing under the run's folder; `step` is where training (re)starts."""
+        """Start writing in the run's folder; training starts or resumes at `step`."""
 
     def scalars(self, values: dict[str, float], step: int) -> None: ...
 
@@ -49,7 +49,7 @@ class TensorBoard:
     def open(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step hides what a killed run wrote after its last checkpoint.
+        # purge_step hides entries that a killed run wrote after its last checkpoint.
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -60,15 +60,15 @@ class TensorBoard:
         self._add(name, [picture], step, format="PNG")
 
     def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> None:
-        # SummaryWriter.add_video makes the same GIF, but through the moviepy package.
+        # SummaryWriter.add_video makes the same GIF, but needs moviepy.
         self._add(name, frames, step, format="GIF", duration=round(1000 / (fps or 8)), loop=0)
 
-    def _add(self, name: str, frames: Sequence[np.ndarray], step: int, **how: Any) -> None:
+    def _add(self, name: str, frames: Sequence[np.ndarray], step: int, **options: Any) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         first, *others = [Image.fromarray(frame) for frame in frames]
         stream = io.BytesIO()
-        first.save(stream, save_all=bool(others), append_images=others, **how)
+        first.save(stream, save_all=bool(others), append_images=others, **options)
         encoded = Summary.Image(
             height=first.height, width=first.width, colorspace=3, encoded_image_string=stream.getvalue()
         )

@@ -38,7 +38,7 @@ class StepMetrics:
         return {name: self.mean(name) for name in self._values}
 
     def reduce(self) -> dict[str, float]:
-        """Means over micro-batches and ranks, in one all-reduce and one transfer. All ranks must have the same names."""
+        """Means over micro-batches and ranks, in one all-reduce and one transfer. All ranks need the same names."""
         packed = torch.stack([torch.stack(values).mean() for values in self._values.values()])
         distributed.all_reduce_mean([packed])
         return dict(zip(self._values, packed.tolist(), strict=True))

@@ -72,7 +72,7 @@ def require_sound(status: StepStatus, error: str | None, metrics: StepMetrics, s
         )
     if not status.complete:
         raise PreflightError(
-            f"a micro-batch of {shape} does not fit into memory ({status.failure()}): {error or 'see the other ranks'}; "
+            f"a micro-batch of {shape} does not fit into memory ({status.failure()}): {error or 'see other ranks'}; "
             "raise trainer.accumulate, lower data.height, data.width or data.frames.max, or set "
             "model.gradient_checkpointing=true if the model has it"
         )

@@ -1,4 +1,4 @@
-"""Recording a few training steps with torch's profiler."""
+"""Profiling of a few training steps with torch's profiler."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 @contextmanager
 def profiled(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
-    """Yields what to call after every step: two steps warm up, `steps` are recorded.
+    """Yields a function to call after every step. Two steps warm up, then `steps` are recorded.
 
-    Leaves profile.json (for chrome://tracing or Perfetto) and profile.txt, the operators by time, in `folder`.
+    Writes profile.json (for chrome://tracing or Perfetto) and profile.txt (operators by time) to `folder`.
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
     sort = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"

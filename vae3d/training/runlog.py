@@ -1,4 +1,4 @@
-"""What a run writes down about itself: launches.jsonl, metrics.jsonl, data_errors.jsonl, log lines, the progress bar."""
+"""A run's log: launches.jsonl, metrics.jsonl, data_errors.jsonl, console lines, progress bar; and its stop signals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PACKAGES = ("torch", "accelerate", "hydra-core", "av", "numpy")
 
 
 class RunLocked(UserError):
-    """Two processes would write to one run's folder; only rank 0 finds out."""
+    """Another process trains in the run's folder. Raised on rank 0 only."""
 
     on_every_rank = False
 
@@ -58,7 +58,7 @@ class RunLog:
     def launch(
         self, step: int, config: Mapping[str, Any], changed: Mapping[str, Any], data_changes: Sequence[str] = ()
     ) -> None:
-        """Record this start: when, from which step, which code, command, versions, changed settings and data."""
+        """Append this start to launches.jsonl: time, step, command, commit, versions, changed settings and data."""
         if not self.main:
             return
         entry = {
@@ -78,7 +78,7 @@ class RunLog:
             self.warn(f"the data changed since step {step}: {line}")
 
     def begin(self, step: int, max_steps: int) -> None:
-        done = f"the run is complete: it has its {max_steps} steps; a larger trainer.max_steps goes on with it"
+        done = f"the run is complete: it has taken all {max_steps} steps; a larger trainer.max_steps continues it"
         self.say(done if step >= max_steps else f"training from step {step} to {max_steps}")
 
     def say(self, message: str) -> None:
@@ -94,7 +94,7 @@ class RunLog:
             self._bar.update()
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """To metrics.jsonl, the logger and, for the main ones, the console."""
+        """Write values to metrics.jsonl and the logger, and the main ones to the console."""
         if not self.main:
             return
         with self._tolerate_full_disk(f"metrics of step {step}"):
@@ -114,19 +114,19 @@ class RunLog:
                 self.logger.video(name, frames, fps, step)
 
     def errors(self, errors: Iterable[tuple[str, str]]) -> None:
-        """Report a broken file the first time it is met, in the log and in data_errors.jsonl (one file per rank)."""
+        """Report each (path, reason) once, in the log and in data_errors.jsonl (data_errors<N>.jsonl on rank N)."""
         for path, reason in errors:
             if path in self._broken:
                 continue
             self._broken.add(path)
-            log.warning("cannot be read, another file takes its place: %s: %s", path, reason)
+            log.warning("cannot be read, another file replaces it: %s: %s", path, reason)
             with self._tolerate_full_disk(f"the error of {path}"):
-                self._append(f"errors{self.rank or ''}.jsonl", {"path": path, "reason": reason})
+                self._append(f"data_errors{self.rank or ''}.jsonl", {"path": path, "reason": reason})
 
     def skipped_files(self, files: Iterable[tuple[str, str]]) -> None:
-        """List files that are not used, though they can be, in data_errors.jsonl."""
+        """List readable files that are not used, such as too small ones, in data_errors.jsonl."""
         if self.main:
-            with self._tolerate_full_disk("which files are left out"):
+            with self._tolerate_full_disk("the list of skipped files"):
                 for path, reason in files:
                     self._append("data_errors.jsonl", {"path": path, "reason": reason})
 
@@ -134,12 +134,12 @@ class RunLog:
         """May be called twice, and after an error."""
         if self._bar is not None:
             self._bar.close()
-            with self._tolerate_full_disk("what the logger still held"):
+            with self._tolerate_full_disk("the logger's last data"):
                 self.logger.close()
             self._lock.close()
 
     def _drop_after(self, step: int) -> None:
-        """Drop metrics of steps that a killed run took after its last checkpoint; they are about to be taken again."""
+        """Drop metrics of steps after the checkpoint, which a killed run took and this one takes again."""
         file = self.folder / "metrics.jsonl"
         if not file.is_file():
             return
@@ -150,7 +150,7 @@ class RunLog:
 
     @contextmanager
     def _tolerate_full_disk(self, what: str) -> Iterator[None]:
-        """A full disk costs the record, which the log tells, and not the run."""
+        """Warn instead of raising if the disk is full: the entry is lost, but not the run."""
         try:
             yield
         except OSError as error:
@@ -165,50 +165,8 @@ class RunLog:
             stream.write(json.dumps(entry).encode() + b"\n")
 
 
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # Slurm, Kubernetes, torchrun; Ctrl-C; a terminal that closes
-
-
-@dataclass
-class StopRequest:
-    """signum: of the first signal that came; 0 before."""
-
-    signum: int = 0
-
-
-@contextmanager
-def stop_signals(speak: bool = True) -> Iterator[StopRequest]:
-    """Inside this context SIGTERM, SIGINT and SIGHUP set `signum` instead of killing the process.
-
-    After SIGINT the next signal kills at once. SIGTERM may come any number of times, since Slurm and torchrun both send
-    it to a rank. A signal that the process was started to ignore, as under nohup, stays ignored.
-    """
-    request, owner = StopRequest(), os.getpid()
-
-    def handle(signum: int, _: object) -> None:
-        if os.getpid() != owner:  # a data worker that has just been forked
-            return
-        if not request.signum and speak:
-            again = "; a second Ctrl-C ends it at once, without saving" if signum == signal.SIGINT else ""
-            message = f"\n{signal.Signals(signum).name}: the run stops after this step{again}\n"
-            os.write(2, message.encode())  # print may not be entered twice
-        request.signum = request.signum or signum
-        if signum == signal.SIGINT:
-            for name in STOPS:
-                signal.signal(name, signal.SIG_DFL)
-
-    before = {name: signal.getsignal(name) for name in STOPS}
-    for name, handler in before.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(name, handle)
-    try:
-        yield request
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-
 def _step_of(line: str) -> int:
-    """Of a line of metrics.jsonl; -1 for half a line, from a kill in the middle of a write, and for nonsense."""
+    """The step of a line of metrics.jsonl; -1 if the line is damaged, as after a kill during a write."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
@@ -218,7 +176,7 @@ def _step_of(line: str) -> int:
 
 
 def _git(*args: str) -> str | None:
-    """Output of git in the project's folder; None where there is no git or no repository."""
+    """Output of git in the project's folder; None without git or a repository."""
     try:
         done = subprocess.run(
             ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
@@ -233,3 +191,47 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+# ---- stop signals
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # Slurm, Kubernetes, torchrun; Ctrl-C; a terminal that closes
+
+
+@dataclass
+class StopRequest:
+    """signum: the first signal received, or 0."""
+
+    signum: int = 0
+
+
+@contextmanager
+def stop_signals(verbose: bool = True) -> Iterator[StopRequest]:
+    """Inside this context SIGTERM, SIGINT and SIGHUP set `signum` instead of killing the process.
+
+    After SIGINT the next signal kills at once. SIGTERM may come repeatedly: Slurm and torchrun both send it to a rank.
+    A signal that is ignored already, as SIGHUP under nohup, stays ignored.
+    """
+    request, owner = StopRequest(), os.getpid()
+
+    def handle(signum: int, _: object) -> None:
+        if os.getpid() != owner:  # a data worker that has just been forked
+            return
+        if not request.signum and verbose:
+            again = "; a second Ctrl-C ends it at once, without saving" if signum == signal.SIGINT else ""
+            message = f"\n{signal.Signals(signum).name}: the run stops after this step{again}\n"
+            os.write(2, message.encode())  # print is not reentrant
+        request.signum = request.signum or signum
+        if signum == signal.SIGINT:
+            for name in STOPS:
+                signal.signal(name, signal.SIG_DFL)
+
+    before = {name: signal.getsignal(name) for name in STOPS}
+    for name, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(name, handle)
+    try:
+        yield request
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

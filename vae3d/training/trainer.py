@@ -108,8 +108,8 @@ class Trainer(ABC, Generic[Batch]):
             keep=config.trainer.keep,
             max_steps=config.trainer.max_steps,
             failures=failed_saves,
-            outputs=lambda step: self.outputs(step),
-            final_outputs=lambda step: self.final_outputs(step),
+            outputs=self.outputs,
+            final_outputs=self.final_outputs,
             facts=facts or {},
         )
         self.checkpointer.register("model", self.network, exact=True)
@@ -208,7 +208,7 @@ class Trainer(ABC, Generic[Batch]):
             if self.step < last:
                 self.preflight()
             self.log.begin(self.step, last)
-            with stop_signals(speak=self.log.main) as request, self.profiler() as after_step:
+            with stop_signals(verbose=self.log.main) as request, self.profiler() as after_step:
                 try:
                     self._train(request, last, after_step)
                 finally:
