@@ -18,7 +18,7 @@ from vae3d.checkpoints.formats import Checkpoint
 
 @pytest.fixture(autouse=True, scope="session")
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One thread, no caches of the user's, random trunks under the published names, Ctrl-C as in a terminal."""
+    """One thread, empty caches, a weights folder of random networks, and Ctrl-C as in a terminal."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     patch = pytest.MonkeyPatch()
@@ -60,7 +60,7 @@ def trunks(surroundings: None) -> Path:
 
 @pytest.fixture(scope="session")
 def all_weights(trunks: Path) -> Path:
-    """The same folder, with random weights of every network that metrics measure with."""
+    """The same folder with random weights of every network that metrics use."""
     from torchvision.models import optical_flow
 
     def shapes(name: str) -> dict:
@@ -81,7 +81,7 @@ def all_weights(trunks: Path) -> Path:
 
 
 def _random_weight(key: str, shape: list[int], rng: torch.Generator) -> torch.Tensor:
-    """Such that activations keep their scale from layer to layer."""
+    """Random values that keep the scale of activations from layer to layer."""
     if len(shape) > 1:
         return torch.randn(shape, generator=rng) * (2 / math.prod(shape[1:])) ** 0.5
     return torch.full(shape, float(key.endswith(("bn.weight", "running_var"))))
@@ -104,13 +104,13 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of images as ImageNet has them: train and val, two classes in each, 16 and 4 images."""
+    """A folder of images in ImageNet's layout: train and val, two classes each, 16 and 4 images."""
     root = tmp_path_factory.mktemp("images")
     for split, count in (("train", 8), ("val", 2)):
-        for place, kind in enumerate(("cat", "train")):  # a class may be called so
+        for index, kind in enumerate(("cat", "train")):  # a class may be called so
             (root / split / kind).mkdir(parents=True)
             for i in range(count):
-                picture = Image.fromarray(tiny.frames(1, 40 + i, 48, seed=10 * place + i)[0])
+                picture = Image.fromarray(tiny.frames(1, 40 + i, 48, seed=10 * index + i)[0])
                 suffix = ("JPEG", "png", "webp", "jpg")[i % 4]
                 picture.save(root / split / kind / f"{i}.{suffix}", quality=95)
     return root

@@ -48,17 +48,17 @@ def distilled(tmp_path_factory, videos):
 
 
 def test_tables_are_those_of_the_comparison(report, distilled):
-    told = json.loads((distilled / "out/taehv_tiny_rec/comparison.json").read_text())
-    _, *rows, flat = report.pairs(told)
+    results = json.loads((distilled / "out/taehv_tiny_rec/comparison.json").read_text())
+    _, *rows, flat = report.pairs(results)
     assert [row[:2] for row in rows] == [[a, b] for a in ("student", "teacher") for b in ("student", "teacher")]
     for row in rows:
-        scores = told["mean"]["pairs"][f"{row[0]} -> {row[1]}"]
+        scores = results["mean"]["pairs"][f"{row[0]} -> {row[1]}"]
         assert row[2:] == [f"{scores['psnr_video']:.2f}", f"{scores['ssim']:.4f}"]
-    assert flat[2] == f"{told['mean']['baseline']['mean_colour']:.2f}"
-    _, student, teacher = report.networks(told)
+    assert flat[2] == f"{results['mean']['baseline']['mean_colour']:.2f}"
+    _, student, teacher = report.networks(results)
     assert [student[1], teacher[1]] == ["TAEHV", "WanVAE"]
-    assert student[2] == f"{told['student']['parameters']:,}"
-    assert teacher[4] == f"{told['cost']['teacher']['decode_frames_per_second']:.0f}"
+    assert student[2] == f"{results['student']['parameters']:,}"
+    assert teacher[4] == f"{results['cost']['teacher']['decode_frames_per_second']:.0f}"
 
 
 def test_curves_are_the_students_beside_the_teachers_last_psnr(report, distilled):
@@ -71,23 +71,23 @@ def test_curves_are_the_students_beside_the_teachers_last_psnr(report, distilled
 
 
 def test_strips_are_of_the_best_and_the_worst_clip(report):
-    def told(*values: float) -> dict:
+    def comparison(*values: float) -> dict:
         return {
             "files": [{"file": str(psnr), "pairs": {"student -> student": {"psnr_video": psnr}}} for psnr in values]
         }
 
-    assert [file["file"] for file in report.best_and_worst(told(20.0, 30.0, 10.0, 25.0))] == ["30.0", "10.0"]
-    assert [file["file"] for file in report.best_and_worst(told(20.0))] == ["20.0"]
+    assert [file["file"] for file in report.best_and_worst(comparison(20.0, 30.0, 10.0, 25.0))] == ["30.0", "10.0"]
+    assert [file["file"] for file in report.best_and_worst(comparison(20.0))] == ["20.0"]
 
 
 def test_section_holds_tables_curves_and_strips(report, distilled):
-    told = json.loads((distilled / "out/taehv_tiny_rec/comparison.json").read_text())
+    results = json.loads((distilled / "out/taehv_tiny_rec/comparison.json").read_text())
     section = report.section(distilled)
     assert section.count("<table>") == 2
     assert section.count("<img") == 3
     assert "9 frames of 16 &times; 24" in section
-    assert told["warnings"]  # random weights show nothing
-    assert section.count("shows nothing in 3 of 3 files") == len(told["warnings"])
+    assert results["warnings"]  # random weights show nothing
+    assert section.count("shows nothing in 3 of 3 files") == len(results["warnings"])
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_run_that_was_never_validated_is_named(report, folder):
         report.section(folder)
 
 
-def test_the_script_ends_with_one_message(tmp_path):
+def test_the_script_ends_with_a_single_message(tmp_path):
     done = tiny.run(*tiny.script("scripts/demo/demo_distillation_report.py"), "demo", "curves.png", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout.splitlines()[-1].startswith("error: demo/runs/taehv_teacher_tiny/metrics.jsonl is missing")

@@ -60,7 +60,7 @@ def test_a_long_video_and_degenerate_ones_score(capsys):
     assert "flicker_ori -" in printed.splitlines()[-1]
 
 
-def test_growing_memory_is_told(capsys):
+def test_growing_memory_is_reported(capsys):
     assert memory.main(["--frames", "20", "--size", "40", "--bound", "-1000"]) == 1
     assert re.search(r"error: memory grew by -?\d+\.\d MiB", capsys.readouterr().err)
 
@@ -75,6 +75,6 @@ def test_growing_memory_is_told(capsys):
         ("tpsnr", "tpsnr", None, 2, ["v: tpsnr is missing"]),
     ],
 )
-def test_scores_that_are_missing_or_not_finite_are_told(name, column, value, frames, errors):
+def test_scores_that_are_missing_or_not_finite_are_reported(name, column, value, frames, errors):
     metrics: MetricSet = build_metrics([name])
     assert memory.wrong_scores(metrics, "v", VideoResult({column: Score(value)}), frames) == errors

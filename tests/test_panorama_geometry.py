@@ -31,7 +31,7 @@ def test_weights_of_128_rows():
     assert latitude_weights(512)[0].item() == pytest.approx(0.00307, abs=5e-6)
 
 
-def test_a_roll_turns_by_half_unless_told():
+def test_a_roll_turns_by_half_by_default():
     row = torch.arange(6.0)
     assert roll(row).tolist() == [3, 4, 5, 0, 1, 2]
     assert roll(row, 1).tolist() == [5, 0, 1, 2, 3, 4]

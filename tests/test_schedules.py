@@ -64,6 +64,6 @@ def test_equals_diffusers(name, warmup, cycles, power):
     ],
 )
 def test_hand_values_with_a_hold_and_a_floor(schedule, rates):
-    told = {"warmup_steps": 4, "decay_start": 8, "max_steps": 16, "min_lr": 0.2, "cycles": 2, "power": 2.0}
+    settings = {"warmup_steps": 4, "decay_start": 8, "max_steps": 16, "min_lr": 0.2, "cycles": 2, "power": 2.0}
     steps = (0, 2, 4, 8, 10, 12, 16)
-    assert [learning_rate(s, lr=1.0, schedule=schedule, **told) for s in steps] == pytest.approx(rates, rel=1e-12)
+    assert [learning_rate(s, lr=1.0, schedule=schedule, **settings) for s in steps] == pytest.approx(rates, rel=1e-12)

@@ -1,4 +1,4 @@
-"""Models, videos and configurations small enough for a test."""
+"""Models, videos, configurations and processes for tests."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def model(name: str, *overrides: str, seed: int = 0) -> torch.nn.Module:
 
 
 def compose(*overrides: str, config: str = "train") -> DictConfig:
-    """A configuration as the command line would compose it; keys that do not exist are kept for the check."""
+    """A configuration as the command line composes it. Unknown keys are kept for the check."""
     from vae3d.commands.launch import allow_unknown_keys
 
     named = ["run.name=test"] if config == "train" else []
@@ -90,7 +90,7 @@ def training(name: str, table: Path, *overrides: str, dry_run: bool = False) -> 
 
 
 def frames(count: int, height: int = 32, width: int = 40, seed: int = 0) -> np.ndarray:
-    """[count, height, width, 3] uint8: a smooth pattern that moves, a grey patch that tells the frame's number."""
+    """[count, height, width, 3] uint8: a moving smooth pattern, with a grey patch whose level is the frame's index times 5."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (height // 8 + 4, width // 8 + 4, 3), dtype=np.uint8))
     big = np.asarray(small.resize((width + 2 * count, height + count), Image.Resampling.BICUBIC))
@@ -112,7 +112,7 @@ def write_video(
     transfer: int | None = None,
     **options: str,
 ) -> Path:
-    """Encode with PyAV; times_ms makes the frame rate variable. rotation, mirrored: to be undone when shown."""
+    """Encode with PyAV. times_ms: makes the frame rate variable. rotation, mirrored: written to the display matrix."""
     if codec == "libx264" and "crf" not in options:
         options["qp"] = "20"  # x264's rate control does not give the same file every time
     base = Fraction(1, fps) if times_ms is None else Fraction(1, 1000)
@@ -170,7 +170,7 @@ def two_ranks(module: str, folder: Path, timeout: float = 150) -> list[str]:
 
 
 def _free_port() -> int:
-    """A port that nobody listens on, below those which the system gives to connections of other tests meanwhile."""
+    """An unused port, below the range from which the system serves the connections of other tests."""
     for port in random.SystemRandom().sample(range(12000, 32000), 100):
         with socket.socket() as free, contextlib.suppress(OSError):
             free.bind(("127.0.0.1", port))
@@ -179,7 +179,7 @@ def _free_port() -> int:
 
 
 def environ(**changes: str) -> dict[str, str]:
-    """One thread per process, so that sums are made in one order; nothing inherited from a distributed launch."""
+    """The environment of a test's process: one thread, for a fixed order of sums, and no variables of a distributed launch."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")}
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **changes}
 

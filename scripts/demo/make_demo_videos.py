@@ -20,9 +20,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
 
+from vae3d.argparse_types import positive_int
 from vae3d.data.images import ImageReader
 
-FRAMES, SIZE, RATE = 40, 96, 24
+SIZE, RATE = 96, 24
 SKIMAGE = (
     "astronaut.png",
     "brick.png",
@@ -73,23 +74,23 @@ def random_box(rng: np.random.Generator, side: float) -> Box:
     return float(x), float(y), side
 
 
-def pan(picture: Image.Image, other: Image.Image, rng: np.random.Generator) -> list[Image.Image]:
+def pan(picture: Image.Image, other: Image.Image, rng: np.random.Generator, count: int) -> list[Image.Image]:
     path = move(random_box(rng, 0.6), random_box(rng, 0.6))
-    return [view(picture, path(t)) for t in np.linspace(0, 1, FRAMES)]
+    return [view(picture, path(t)) for t in np.linspace(0, 1, count)]
 
 
-def zoom(picture: Image.Image, other: Image.Image, rng: np.random.Generator) -> list[Image.Image]:
+def zoom(picture: Image.Image, other: Image.Image, rng: np.random.Generator, count: int) -> list[Image.Image]:
     near, far = random_box(rng, 0.4), (0.5, 0.5, 0.95)
     path = move(near, far) if rng.random() < 0.5 else move(far, near)
-    return [view(picture, path(t)) for t in np.linspace(0, 1, FRAMES)]
+    return [view(picture, path(t)) for t in np.linspace(0, 1, count)]
 
 
-def cut(picture: Image.Image, other: Image.Image, rng: np.random.Generator) -> list[Image.Image]:
-    where = int(rng.integers(FRAMES // 4, 3 * FRAMES // 4))
-    return pan(picture, other, rng)[:where] + pan(other, picture, rng)[where:]
+def cut(picture: Image.Image, other: Image.Image, rng: np.random.Generator, count: int) -> list[Image.Image]:
+    where = int(rng.integers(count // 4, 3 * count // 4))
+    return pan(picture, other, rng, count)[:where] + pan(other, picture, rng, count)[where:]
 
 
-def overlay(picture: Image.Image, other: Image.Image, rng: np.random.Generator) -> list[Image.Image]:
+def overlay(picture: Image.Image, other: Image.Image, rng: np.random.Generator, count: int) -> list[Image.Image]:
     """A disc and a bar move across a slowly moving picture."""
     start = random_box(rng, 0.7)
     path = move(start, (0.5, 0.5, 0.75))
@@ -97,7 +98,7 @@ def overlay(picture: Image.Image, other: Image.Image, rng: np.random.Generator) 
     a, b = rng.uniform(0, SIZE, (2, 2)), rng.uniform(0, SIZE, (2, 2))
     radius, angle = SIZE * rng.uniform(0.07, 0.17), rng.uniform(0, np.pi)
     frames = []
-    for t in np.linspace(0, 1, FRAMES):
+    for t in np.linspace(0, 1, count):
         frame = view(picture, path(t))
         draw = ImageDraw.Draw(frame)
         x, y = a[0] + (a[1] - a[0]) * t
@@ -127,7 +128,9 @@ def write(path: Path, frames: list[Image.Image]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--frames", type=positive_int, default=40, help="of each clip (40)")
+    args = parser.parse_args()
+    folder = args.folder
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     pictures = photographs()
@@ -136,11 +139,11 @@ def main() -> None:
         for motion in MOTIONS:
             other = pictures[names[(i + 1 + int(rng.integers(len(names) - 1))) % len(names)]]
             path = folder / f"{name}_{motion.__name__}.mp4"
-            write(path, motion(pictures[name], other, rng))
+            write(path, motion(pictures[name], other, rng, args.frames))
             split = "val" if len(rows) % 7 == 6 else "train"
             rows.append({"path": path.name, "split": split, "label": name})
     pd.DataFrame(rows).to_csv(folder / "videos.csv", index=False)
-    print(f"{len(rows)} clips of {FRAMES} frames of {SIZE}x{SIZE} -> {folder / 'videos.csv'}")
+    print(f"{len(rows)} clips of {args.frames} frames of {SIZE}x{SIZE} -> {folder / 'videos.csv'}")
 
 
 if __name__ == "__main__":

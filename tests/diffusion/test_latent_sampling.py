@@ -114,10 +114,15 @@ drawn(Path({run!r}), Path({out!r}), *{settings!r})
 """
 
 
-@pytest.mark.parametrize("when", [1, 2, 4, 6])
-def test_killed_sampling_resumes_to_the_same_bytes(when, of_images, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def whole(of_images, tmp_path_factory):
     settings = ["count=3", "batch_size=2", "steps=2"]
-    whole = everything(drawn(of_images, tmp_path / "whole", *settings))
+    return settings, everything(drawn(of_images, tmp_path_factory.mktemp("whole"), *settings))
+
+
+@pytest.mark.parametrize("when", [1, 2, 4, 6])
+def test_killed_sampling_resumes_to_the_same_bytes(when, of_images, whole, tmp_path, monkeypatch):
+    settings, files = whole
     script = tmp_path / "killed.py"
     script.write_text(
         KILLED.format(
@@ -130,7 +135,7 @@ def test_killed_sampling_resumes_to_the_same_bytes(when, of_images, tmp_path, mo
     inner = sample.sample_latents
     monkeypatch.setattr(sample, "sample_latents", lambda *a, **k: drawn_again.append(1) or inner(*a, **k))
     drawn(of_images, tmp_path / "killed", *settings)
-    assert everything(tmp_path / "killed") == whole
+    assert everything(tmp_path / "killed") == files
     assert len(drawn_again) == 2 - batches
     with FileLock(tmp_path / "killed/.lock"), pytest.raises(FolderError, match=r"out=.* another process is writing"):
         drawn(of_images, tmp_path / "killed", *settings)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -120,34 +118,33 @@ def test_other_weights_are_another_metric(folders, all_weights, scored, monkeypa
 
 def test_features_survive_for_distances_between_sets(all_weights, scored, tmp_path):
     ori, rec = make_pairs(tmp_path, 3)
-    assert evaluate(ori, rec, "--metric", "rfid", "--num_frames", "2", "--output", str(tmp_path / "whole")) == 0
+    assert evaluate(ori, rec, "--metric", "rfid", "--num_frames", "1", "--output", str(tmp_path / "whole")) == 0
     whole = json.loads((tmp_path / "whole/summary.json").read_text())["metrics"]["rfid"]
-    assert (whole["samples"], whole["mean"] > 0) == (6, True)
+    assert (whole["samples"], whole["mean"] > 0) == (3, True)
     (rec / "v2.mp4").rename(rec.parent / "v2.mp4")
-    assert evaluate(ori, rec, "--metric", "rfid", "--num_frames", "2", "--allow_unmatched") == 0
-    assert report(rec)["metrics"]["rfid"]["samples"] == 4
+    assert evaluate(ori, rec, "--metric", "rfid", "--num_frames", "1", "--allow_unmatched") == 0
+    assert report(rec)["metrics"]["rfid"]["samples"] == 2
     scored.clear()
     (rec.parent / "v2.mp4").rename(rec / "v2.mp4")
-    assert evaluate(ori, rec, "--metric", "rfid", "--num_frames", "2") == 0
+    assert evaluate(ori, rec, "--metric", "rfid", "--num_frames", "1") == 0
     assert len(scored) == 1
     assert report(rec)["metrics"]["rfid"] == whole
 
 
-def launch(ranks: int, ori: Path, rec: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """Under torchrun with this many processes."""
-    words = ["--ref", ori, "--rec", rec, "--output", output, "--device", "cpu", "--no_html", *METRICS, *more]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    script = str(tiny.ROOT / "eval/eval_common_metric.py")
-    return tiny.run(sys.executable, *torchrun, script, *map(str, words), cwd=output.parent)
+def launch(ori: Path, rec: Path, output: Path) -> tuple[list[int], str]:
+    """Exit codes and output of two ranks, started and stopped as torchrun does."""
+    words = ["--ref", ori, "--rec", rec, "--output", output, "--device", "cpu", "--no_html", *METRICS]
+    codes, printed = tiny.run_ranks(*tiny.script("eval/eval_common_metric.py"), *map(str, words), cwd=output.parent)
+    return codes, "".join(printed)
 
 
 def test_processes_share_the_work_and_another_number_goes_on(tmp_path, folders):
     ori, rec = folders
     assert evaluate(ori, rec, *METRICS, "--output", str(tmp_path / "one")) == 0
     whole = (tmp_path / "one/summary.json").read_bytes()
-    done = launch(2, ori, rec, tmp_path / "two")
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.count("mean over videos") == 1
+    codes, printed = launch(ori, rec, tmp_path / "two")
+    assert codes == [0, 0], printed
+    assert printed.count("mean over videos") == 1
     assert (tmp_path / "two/summary.json").read_bytes() == whole
     lines = {rank: (tmp_path / f"two/rank{rank}.jsonl").read_text().splitlines() for rank in (0, 1)}
     assert sorted(map(len, lines.values())) == [2, 3]
@@ -160,15 +157,15 @@ def test_processes_share_the_work_and_another_number_goes_on(tmp_path, folders):
 def test_processes_tell_an_error_of_all_once_and_one_of_a_single_one_too(tmp_path, folders):
     ori, rec = folders
     (rec / "v1.mp4").write_bytes(b"")
-    done = launch(2, ori, rec, tmp_path / "all")
-    assert done.returncode != 0
-    assert done.stdout.count("v1.mp4: is empty (0 bytes)") == 1
+    codes, printed = launch(ori, rec, tmp_path / "all")
+    assert any(codes)
+    assert printed.count("v1.mp4: is empty (0 bytes)") == 1
     for folder in folders:  # found only by the process that reads it
         (folder / "v1.mp4").unlink(missing_ok=True)
         write_two_sizes(folder / "v1.ts")
-    done = launch(2, ori, rec, tmp_path / "single")
-    assert done.returncode != 0
-    assert done.stdout.count("changes its size at frame 4") == 1
+    codes, printed = launch(ori, rec, tmp_path / "single")
+    assert any(codes)
+    assert printed.count("changes its size at frame 4") == 1
 
 
 def test_two_evaluations_do_not_write_to_one_folder(folders, capsys):
