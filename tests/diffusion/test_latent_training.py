@@ -31,7 +31,7 @@ from vae3d.diffusion.sampling import sample_latents
 from vae3d.diffusion.scale import ScaleRefused
 from vae3d.errors import UserError
 from vae3d.latents.cache import CacheError
-from vae3d.training import diffusion_trainer, diffusion_validation
+from vae3d.training import diffusion_trainer
 from vae3d.training.checkpointer import SaveError
 from vae3d.training.spike import TooManyFailures
 
@@ -345,7 +345,7 @@ def test_other_classes_do_not_go_on(pictures, vae, tmp_path):
 def test_a_checkpoint_of_an_autoencoder_does_not_go_on(cached, tmp_path):
     state.begin(tmp_path / "of_vae")
     state.write(tmp_path / "of_vae", {"step": 1, "model": {}, "optimizer": {}}, {"model": {}})
-    with pytest.raises(state.ResumeError, match="is no checkpoint of a diffusion model"):
+    with pytest.raises(state.ResumeError, match="not of a diffusion model"):
         latent_runs.trainer(tmp_path / "run", *cached, f"run.resume_from={tmp_path}/of_vae/{state.STATE}")
 
 
@@ -355,9 +355,9 @@ def test_samples_are_of_classes_that_were_trained_on(vae, pictures, tmp_path, mo
         f"{pictures}/train/{name}/{i}.png,{label}\n" for name, label in (("cat", 1), ("dog", 3)) for i in range(1, 6)
     ))  # fmt: skip
     asked = []
-    draw = diffusion_validation.sample_latents
+    draw = diffusion_trainer.sample_latents
     monkeypatch.setattr(
-        diffusion_validation, "sample_latents", lambda *a, labels, **k: asked.extend(labels) or draw(*a, **k)
+        diffusion_trainer, "sample_latents", lambda *a, labels, **k: asked.extend(labels) or draw(*a, **k)
     )
     told = [f"vae.path={vae}", f"data.source.path={tmp_path}/numbers.csv", "data.height=64", "data.width=64"]
     told += ["labels=column", "denoiser.num_classes=7", "trainer.max_steps=1", "validation.every=1"]

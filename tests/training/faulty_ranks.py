@@ -131,9 +131,9 @@ def uneven(t: VaeTrainer, rank: int) -> str:
         p.grad = torch.zeros_like(p) if p is not (first, second)[rank] else None
     columns = dict.fromkeys(StatusTable.COLUMNS, 0.0) | {"gradients": t.strategy.gradient_digest()}
     status = t.status_table.sync(**columns, with_gradient=t.strategy.params_with_grad)
-    action, error = status.decide(0.0, t.spikes)
-    assert action is Action.STOP
-    return str(error)
+    decision = status.decide(0.0, t.spikes)
+    assert (decision.action, decision.error) == (Action.STOP, RanksDiffer)
+    return decision.reason
 
 
 def out_of_data(t: VaeTrainer, rank: int) -> dict[str, object]:

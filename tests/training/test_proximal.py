@@ -89,7 +89,7 @@ def test_the_anchor_survives_a_resume(videos, tmp_path, start):
     assert all(torch.equal(a, whole.proximal.anchor[name]) for name, a in resumed.proximal.anchor.items())
     resumed.fit()
     a, b = (load_state(latest_state(tmp_path / run / "checkpoints")) for run in ("whole", "parts"))
-    assert a["anchor"] == b["anchor"] == whole.proximal.digest
+    assert a["proximal"]["anchor"] == b["proximal"]["anchor"] == whole.proximal.digest
     for name, tensor in a["model"].items():
         assert torch.equal(tensor, b["model"][name]), name
     pulls = trace(tmp_path / "parts", "prox")

@@ -140,7 +140,7 @@ class DiffusionTrainer(Trainer[Batch]):
     def step_metrics(self) -> dict[str, float]:
         """With the mean squared error by quarter of the timesteps, loss_q0 to loss_q3, of which there were any."""
         values = super().step_metrics()
-        del values["loss_max"]
+        values.pop("loss_max", None)
         for q in range(QUARTILES):
             total, count = values.pop(f"sum_q{q}", 0.0), values.pop(f"count_q{q}", 0.0)
             if count:

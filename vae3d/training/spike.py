@@ -84,7 +84,7 @@ class SpikeGuard:
         return {name: getattr(self, name) for name in _SpikeState.__annotations__}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        check_fields(state, _SpikeState, "spikes")
+        check_fields(state, _SpikeState, key="spikes")
         vars(self).update({name: state[name] for name in _SpikeState.__annotations__})
 
 
@@ -116,7 +116,7 @@ class FailureCounter:
         return self.consecutive
 
     def load_state_dict(self, state: int) -> None:
-        check_value(state, Count, "consecutive failures")
+        check_value(state, Count, "number of failures")
         self.consecutive = state
 
 

@@ -127,6 +127,7 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
             adversary=adversary,
             proximal=proximal,
             best=BestExport(config.trainer.best, metrics.columns),
+            run_preflight=robust.preflight,
             compact_gib=robust.compact_gib,
             facts={"strategy": config.trainer.strategy.name},
         )
@@ -172,17 +173,16 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
                 metrics.add({"loss_discriminator": loss, **gan_metrics})
 
     def preflight(self) -> None:
-        if self.config.trainer.robust.preflight:
-            plan = self.data.plan
-            preflight(
-                self.strategy,
-                self.adversary,
-                self.forward_backward,
-                self.sync_status,
-                plan.frames.all(),
-                plan.micro_batch,
-                self.data.settings,
-            )
+        plan = self.data.plan
+        preflight(
+            self.strategy,
+            self.adversary,
+            self.forward_backward,
+            self.sync_status,
+            plan.frames.all(),
+            plan.micro_batch,
+            self.data.settings,
+        )
 
     def profiler(self) -> AbstractContextManager[Callable[[], object]]:
         if self.config.debug.mode != "profile":
