@@ -35,7 +35,7 @@ from vae3d.training.loggers import Logger
 from vae3d.training.memory import catch_out_of_memory
 from vae3d.training.metrics import StepMetrics
 from vae3d.training.optim import adamw_settings
-from vae3d.training.spike import Count, FailureCounter, SpikeGuard
+from vae3d.training.spike import Count, SpikeGuard
 from vae3d.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -79,17 +79,8 @@ class DiffusionTrainer(Trainer[Batch]):
             data,
             logger,
             spikes=SpikeGuard(max_consecutive_skips=config.trainer.max_consecutive_skips),
-            failed_steps=FailureCounter(
-                config.trainer.max_consecutive_skips,
-                "steps in a row could not be finished",
-                "for memory lower data.batch_size or raise trainer.accumulate; for files see "
-                f"{folder}/data_errors.jsonl (trainer.max_consecutive_skips is the limit)",
-            ),
-            failed_saves=FailureCounter(
-                config.trainer.save_failures,
-                "checkpoints in a row could not be written",
-                "the last complete one stays (trainer.save_failures is the limit)",
-            ),
+            max_failed_steps=(config.trainer.max_consecutive_skips, "trainer.max_consecutive_skips"),
+            max_failed_saves=(config.trainer.save_failures, "trainer.save_failures"),
         )
         identity = {name: vae[name] for name in ("encoder", "shift", "scale")}
         self.latents = LatentsState(identity, data.classes, config.vae.path)

@@ -96,18 +96,18 @@ def worst(losses: Iterable[float]) -> float:
 class FailureCounter:
     """Stops a run after `limit` consecutive failures; 0: never. All ranks must count the same.
 
-    what: the failure, as in "10 steps in a row ...". hint: what to do.
+    key: of the limit in the configuration. what: the failure, as in "10 steps in a row ...". hint: what to do.
     """
 
-    def __init__(self, limit: int, what: str, hint: str) -> None:
-        self.limit, self.what, self.hint = limit, what, hint
+    def __init__(self, limit: int, key: str, what: str, hint: str) -> None:
+        self.limit, self.key, self.what, self.hint = limit, key, what, hint
         self.consecutive = 0
 
     def record(self, reason: str) -> None:
         """Count a failure. Raises TooManyFailures at the limit."""
         self.consecutive += 1
         if self.limit and self.consecutive >= self.limit:
-            raise TooManyFailures(f"{self.consecutive} {self.what} ({reason}); {self.hint}")
+            raise TooManyFailures(f"{self.consecutive} {self.what} ({reason}); {self.hint} ({self.key} is the limit)")
 
     def reset(self) -> None:
         self.consecutive = 0

@@ -51,9 +51,9 @@ class Trainer(ABC, Generic[Batch]):
     Subclasses implement `load_batches`, `forward_backward`, `validate`, `export` and `check_same_run`, and register
     further state with `self.checkpointer`.
 
-    network: what is trained and saved. strategy: wraps what a step calls, and its optimizer. data: has `record` and
-    `errors`. zero_gradient: limit of consecutive steps whose gradient is 0; 0 disables it. compact_gib: see
-    release_idle_memory. facts: written to run.json.
+    network: the model that is trained and saved. strategy: holds the module that a step calls, and the optimizer. data:
+    has `record` and `errors`. max_failed_steps, max_failed_saves, max_zero_gradients: limit of consecutive failures, 0
+    for none, and its key in the configuration. compact_gib: see release_idle_memory. facts: written to run.json.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class Trainer(ABC, Generic[Batch]):
         logger: Logger,
         *,
         spikes: SpikeGuard,
-        failed_steps: FailureCounter,
-        failed_saves: FailureCounter,
-        zero_gradient: int = 0,
+        max_failed_steps: tuple[int, str],
+        max_failed_saves: tuple[int, str],
+        max_zero_gradients: tuple[int, str] = (0, ""),
         adversary: Adversary | None = None,
         proximal: Proximal | None = None,
         best: BestExport | None = None,
@@ -83,12 +83,20 @@ class Trainer(ABC, Generic[Batch]):
         self.network, self.strategy, self.ema, self.data = network, strategy, ema, data
         self.adversary = adversary or NoAdversary()
         self.proximal = proximal or Proximal(network, weight=0.0)
-        self.spikes, self.failed_steps = spikes, failed_steps
+        self.spikes = spikes
+        self.failed_steps = FailureCounter(
+            *max_failed_steps,
+            "steps in a row could not be finished",
+            "for memory raise trainer.accumulate or lower data.batch_size, data.frames.max, data.height or data.width; "
+            f"for files see {folder}/data_errors.jsonl",
+        )
         self.zero_gradient = FailureCounter(
-            zero_gradient,
+            *max_zero_gradients,
             "steps in a row had no gradient at all",
-            "the model learns nothing: are its outputs clamped, or the pixels in another range than the losses expect? "
-            "(trainer.robust.zero_gradient is the limit)",
+            "the model learns nothing: are its outputs clamped, or the pixels in another range than the losses expect?",
+        )
+        failed_saves = FailureCounter(
+            *max_failed_saves, "checkpoints in a row could not be written", "the last complete one stays"
         )
         self.read_errors = ReadErrors(config.data.max_broken, folder)
         self.data_changes = DataChanges(data.record)
