@@ -72,7 +72,7 @@ def test_without_weight_there_is_no_anchor():
     assert (off.anchor, off.digest) == ({}, None)
 
 
-def test_the_digest_tells_anchors_apart():
+def test_the_digest_differs_between_anchors():
     model, proximal = drifted()
     assert proximal.digest == drifted()[1].digest
     assert Proximal(model, weight=0.3).digest != proximal.digest
