@@ -343,7 +343,7 @@ def test_other_classes_do_not_go_on(pictures, vae, tmp_path):
 def test_a_checkpoint_of_an_autoencoder_does_not_go_on(cached, tmp_path):
     state.begin(tmp_path / "of_vae")
     state.write(tmp_path / "of_vae", {"step": 1, "model": {}, "optimizer": {}}, {"model": {}})
-    with pytest.raises(state.ResumeError, match="is no checkpoint of a diffusion model"):
+    with pytest.raises(state.ResumeError, match="not of a diffusion model"):
         latent_runs.trainer(tmp_path / "run", *cached, f"run.resume_from={tmp_path}/of_vae/{state.STATE}")
 
 

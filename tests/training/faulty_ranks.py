@@ -1,4 +1,4 @@
-"""One of two ranks, run as a process by test_faulty_ranks.py: rank 1 alone fails, in every way that a run must bear."""
+"""One of two ranks, run as a process by test_faulty_ranks.py: rank 1 alone fails, in every way that a run must survive."""
 
 from __future__ import annotations
 
@@ -64,19 +64,19 @@ def faulty_step(t: VaeTrainer, error: str, fails: bool) -> dict[str, float]:
 
 def steps(t: VaeTrainer, fails: bool) -> tuple[dict[str, dict[str, float]], list[float]]:
     """A sound step and a faulty one, by turns; and the learning rate of every step."""
-    told, rates = {}, []
+    values, rates = {}, []
     for error in FAULTS:
-        told[f"before {error}"] = t.train_step(clips_of(t, t.step))
+        values[f"before {error}"] = t.train_step(clips_of(t, t.step))
         rates.append(t.optimizer.param_groups[0]["lr"])
-        told[error] = faulty_step(t, error, fails)
+        values[error] = faulty_step(t, error, fails)
         rates.append(t.optimizer.param_groups[0]["lr"])
-    told["after"] = t.train_step(clips_of(t, t.step))
-    return told, rates
+    values["after"] = t.train_step(clips_of(t, t.step))
+    return values, rates
 
 
 def saving(t: VaeTrainer, rank: int) -> dict[str, object]:
     """Save well, then with a full disk on either rank, then well again; what lies on disk each time."""
-    root, told = t.folder / "checkpoints", {}
+    root, values = t.folder / "checkpoints", {}
     t.adversary.rank_state_dict = lambda: {"rank": torch.tensor(rank)}
     writes = {0: state.write, 1: state.write_rank}
 
@@ -91,27 +91,27 @@ def saving(t: VaeTrainer, rank: int) -> dict[str, object]:
         t.checkpointer.save(t.step)
         setattr(state, writes[rank].__name__, writes[rank])
         torch.distributed.barrier()
-        told[str(number)] = sorted(path.name for path in root.iterdir())
+        values[str(number)] = sorted(path.name for path in root.iterdir())
         torch.distributed.barrier()
-    told["own"] = int(state.load_rank(root / "step-0000103", rank)["adversary"]["rank"])
-    return told
+    values["own"] = int(state.load_rank(root / "step-0000103", rank)["adversary"]["rank"])
+    return values
 
 
 def refusals(t: VaeTrainer, rank: int) -> dict[str, str]:
-    """What both ranks say of a rehearsal that does not fit into one rank's memory, of different weights, and of run
+    """What both ranks say of a preflight that does not fit into one rank's memory, of different weights, and of run
     folders on disks of their own, of which only one holds checkpoints."""
-    told = {}
+    values = {}
     try:
         t.checkpointer.root = t.folder / ("checkpoints" if rank else "empty")
         t.checkpointer.find(None)
     except state.ResumeError as error:
-        told["checkpoints"] = str(error)
+        values["checkpoints"] = str(error)
     t.checkpointer.root = t.folder / "checkpoints"
     hooks = [t.network.register_forward_pre_hook(out_of_memory)] if rank == 1 else []
     try:
         t.preflight()
     except PreflightError as error:
-        told["rehearsal"] = str(error)
+        values["preflight"] = str(error)
     for hook in hooks:
         hook.remove()
     t.preflight()
@@ -120,8 +120,8 @@ def refusals(t: VaeTrainer, rank: int) -> dict[str, str]:
     try:
         data_parallel.check_same_weights(t.network)
     except RanksDiffer as error:
-        told["weights"] = str(error)
-    return told
+        values["weights"] = str(error)
+    return values
 
 
 def uneven(t: VaeTrainer, rank: int) -> str:
@@ -131,9 +131,9 @@ def uneven(t: VaeTrainer, rank: int) -> str:
         p.grad = torch.zeros_like(p) if p is not (first, second)[rank] else None
     columns = dict.fromkeys(StatusTable.COLUMNS, 0.0) | {"gradients": t.strategy.gradient_digest()}
     status = t.status_table.sync(**columns, with_gradient=t.strategy.params_with_grad)
-    action, error = status.decide(0.0, t.spikes)
-    assert action is Action.STOP
-    return str(error)
+    decision = status.decide(0.0, t.spikes)
+    assert (decision.action, decision.error) == (Action.STOP, RanksDiffer)
+    return decision.reason
 
 
 def out_of_data(t: VaeTrainer, rank: int) -> dict[str, object]:

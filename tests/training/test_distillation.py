@@ -87,9 +87,9 @@ def test_sampled_lessons_depend_on_the_clip_alone(teacher):
 def test_the_student_decodes_what_it_is_told(teacher, decode, shares):
     given = Distillation(vae3d.load(teacher), tiny.model("wan"), decode=decode)
     clip = given.compute_targets(clip_of())
-    taught = [given.latents(clip, step) is not None for step in range(100)]
-    assert sum(taught) / 100 in shares if shares else 0.3 < sum(taught) / 100 < 0.7
-    assert taught == [given.latents(clip, step) is not None for step in range(100)]
+    distilled = [given.latents(clip, step) is not None for step in range(100)]
+    assert sum(distilled) / 100 in shares if shares else 0.3 < sum(distilled) / 100 < 0.7
+    assert distilled == [given.latents(clip, step) is not None for step in range(100)]
 
 
 @pytest.mark.parametrize("features", [[], FEATURES])
@@ -174,9 +174,9 @@ def test_features_of_chunks_are_those_of_the_clip():
 
 
 def test_losses_against_a_teacher_have_their_formulas():
-    own, taught = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1), torch.tensor([0.0, 1.0]).view(1, 2, 1, 1, 1)
+    own, distilled = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1), torch.tensor([0.0, 1.0]).view(1, 2, 1, 1, 1)
     clip = clip_of(frames=1, batch=1)
-    clip.targets = TeacherTargets(taught, {"a": taught, "b": own})
+    clip.targets = TeacherTargets(distilled, {"a": distilled, "b": own})
     out = Reconstruction(None, Delta(own), own, features={"a": own, "b": own + 1})
     assert LatentDistillation("mse")(clip, out).map.mean() == 2.5
     assert LatentDistillation("l1")(clip, out).map.mean() == 1.5

@@ -74,9 +74,11 @@ def test_features_of_a_wan_decoder_reach_those_of_a_tiny_one(videos, wan, tmp_pa
     assert losses[-1] < 0.8 * losses[0]
     assert len(t.projections) == 2
     t.checkpointer.save(t.step)
-    told = json.loads((tmp_path / "final_model.json").read_text()) if (tmp_path / "final_model.json").exists() else None
-    told = told or json.loads((tmp_path / "model.json").read_text())
-    assert (told["variant"], told["latent"], told["frame_rule"]) == ("taew2_1", "normalized", "trimmed")
+    expected = (
+        json.loads((tmp_path / "final_model.json").read_text()) if (tmp_path / "final_model.json").exists() else None
+    )
+    expected = expected or json.loads((tmp_path / "model.json").read_text())
+    assert (expected["variant"], expected["latent"], expected["frame_rule"]) == ("taew2_1", "normalized", "trimmed")
     final = vae3d.load(tmp_path / "final_model.pth").state_dict()
     assert all(torch.equal(tensor, final[name]) for name, tensor in vae3d.load(tmp_path).state_dict().items())
 
@@ -107,8 +109,8 @@ def test_a_student_of_cogvideox_trains_on_whole_clips(videos, cogvideox, tmp_pat
     t.fit()
     assert t.step == 2
     clip = clip_of_zeros(frames)
-    taught = t.distillation.compute_targets(clip).targets.z  # CogVideoX's student decodes raw latents
-    assert torch.equal(taught, t.distillation.teacher.encode(clip.video).mode())
+    distilled = t.distillation.compute_targets(clip).targets.z  # CogVideoX's student decodes raw latents
+    assert torch.equal(distilled, t.distillation.teacher.encode(clip.video).mode())
 
 
 def test_a_student_of_open_sora_has_its_latents_chunk_by_chunk(videos, tmp_path):

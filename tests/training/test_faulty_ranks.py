@@ -28,13 +28,13 @@ def alone(videos, tmp_path_factory) -> dict:
     """One process that takes the same steps and skips those in which it reads nothing."""
     folder = tmp_path_factory.mktemp("alone")
     t = quick.trainer(videos, folder, **faulty_ranks.SETTINGS, **{"trainer.accumulate": 4})
-    told, rates = faulty_ranks.steps(t, fails=True)
+    values, rates = faulty_ranks.steps(t, fails=True)
     t.log.close()
-    return {"steps": told, "rates": rates, "weights": t.network.state_dict()}
+    return {"steps": values, "rates": rates, "weights": t.network.state_dict()}
 
 
 @pytest.mark.parametrize("error", faulty_ranks.FAULTS)
-def test_a_error_of_one_rank_skips_the_step_on_both_and_the_next_is_taken(both, error):
+def test_an_error_of_one_rank_skips_the_step_on_both_and_the_next_is_taken(both, error):
     for report in both:
         assert report["steps"][error]["skipped"] == float(error in SKIPPED)
         assert report["steps"][f"before {error}"]["skipped"] == 0.0
@@ -54,7 +54,7 @@ def test_two_ranks_have_one_ranks_learning_rate_at_every_step(both, alone):
     assert len(set(alone["rates"])) == len(alone["rates"])  # a schedule that moves
 
 
-def test_the_log_tells_which_rank_failed_and_why(both):
+def test_the_log_says_which_rank_failed_and_why(both):
     log = both[0]["log"]
     assert log.count("out of memory: rank 1") >= 3
     assert "without a readable file: rank 1" in log
@@ -70,10 +70,10 @@ def test_a_checkpoint_that_one_rank_cannot_write_is_given_up_by_both(both):
     assert "no checkpoint of step 102: rank 1: OSError" in both[0]["log"]
 
 
-def test_both_refuse_a_rehearsal_that_one_cannot_take_and_weights_that_differ(both):
+def test_both_refuse_preflight_that_one_cannot_take_and_weights_that_differ(both):
     for rank, report in enumerate(both):
-        assert "does not fit into memory (out of memory: rank 1)" in report["refusals"]["rehearsal"]
-        assert ("CUDA out of memory" in report["refusals"]["rehearsal"]) == (rank == 1)
+        assert "does not fit into memory (out of memory: rank 1)" in report["refusals"]["preflight"]
+        assert ("CUDA out of memory" in report["refusals"]["preflight"]) == (rank == 1)
         assert "differ between ranks before the first step" in report["refusals"]["weights"]
         assert "the ranks found the checkpoints None, step-0000103 in" in report["refusals"]["checkpoints"]
 

@@ -72,7 +72,7 @@ def test_without_weight_there_is_no_anchor():
     assert (off.anchor, off.digest) == ({}, None)
 
 
-def test_the_digest_tells_anchors_apart():
+def test_the_digest_differs_between_anchors():
     model, proximal = drifted()
     assert proximal.digest == drifted()[1].digest
     assert Proximal(model, weight=0.3).digest != proximal.digest
@@ -89,7 +89,7 @@ def test_the_anchor_survives_a_resume(videos, tmp_path, start):
     assert all(torch.equal(a, whole.proximal.anchor[name]) for name, a in resumed.proximal.anchor.items())
     resumed.fit()
     a, b = (load_state(latest_state(tmp_path / run / "checkpoints")) for run in ("whole", "parts"))
-    assert a["anchor"] == b["anchor"] == whole.proximal.digest
+    assert a["proximal"]["anchor"] == b["proximal"]["anchor"] == whole.proximal.digest
     for name, tensor in a["model"].items():
         assert torch.equal(tensor, b["model"][name]), name
     pulls = trace(tmp_path / "parts", "prox")

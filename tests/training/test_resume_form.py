@@ -152,7 +152,7 @@ def test_every_part_of_a_diffusion_state_is_checked_before_it_is_taken(tmp_path)
         "latents.scale.mean": put("x", "latents", "scale", "mean"),
         "vae": put({}, "latents", "vae"),
         "ema['0.9']": put([1], "ema", "0.9"),
-        "ema.": lambda state: state["ema"]["0.9"].update(dict.fromkeys(state["ema"]["0.9"], torch.zeros(1))),
+        "ema['0.9'].": lambda state: state["ema"]["0.9"].update(dict.fromkeys(state["ema"]["0.9"], torch.zeros(1))),
         "model has no": lambda state: state["model"].popitem(),
         "optimizer.state[0].exp_avg": put(torch.zeros(3), "optimizer", "state", 0, "exp_avg"),
         "meter['x'][0]": put(["x"], "meter", "x"),

@@ -1,4 +1,4 @@
-"""Errors that a run bears for a while, and what it tries before its first step."""
+"""Fault-tolerance limits, and preflight."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def with_late_term(t, error):
 
 
 @pytest.mark.parametrize(
-    ("error", "raised", "told"),
+    ("error", "raised", "expected"),
     [
         (ValueError("no such layer"), ValueError, "no such layer"),
         (
@@ -64,14 +64,14 @@ def with_late_term(t, error):
         (None, PreflightError, r"not finite.*loss/late (inf|nan)"),
     ],
 )
-def test_a_loss_that_starts_late_fails_before_the_first_step(videos, tmp_path, error, raised, told):
+def test_a_loss_that_starts_late_fails_before_the_first_step(videos, tmp_path, error, raised, expected):
     t = with_late_term(trainer(videos, tmp_path, **LONG, **{"trainer.robust.preflight": True}), error)
-    with pytest.raises(raised, match=told):
+    with pytest.raises(raised, match=expected):
         t.fit()
     assert t.step == 0
 
 
-def test_a_rehearsal_needs_memory_for_the_optimizers_moments(videos, tmp_path, monkeypatch):
+def test_preflight_needs_memory_for_the_optimizers_moments(videos, tmp_path, monkeypatch):
     t = trainer(videos, tmp_path, **LONG, **{"trainer.robust.preflight": True})
 
     def full(*_):
@@ -82,10 +82,10 @@ def test_a_rehearsal_needs_memory_for_the_optimizers_moments(videos, tmp_path, m
         t.fit()
 
 
-def test_a_rehearsal_leaves_no_trace(videos, tmp_path):
+def test_preflight_leaves_no_trace(videos, tmp_path):
     runs = []
-    for rehearses in (False, True):
-        t = trainer(videos, tmp_path / str(rehearses), **{"trainer.robust.preflight": rehearses})
+    for preflights in (False, True):
+        t = trainer(videos, tmp_path / str(preflights), **{"trainer.robust.preflight": preflights})
         t.fit()
         runs.append(weights(t))
     assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
@@ -107,7 +107,7 @@ def test_a_gradient_of_zero_stops_the_run_with_what_to_look_at(videos, tmp_path)
     assert t.step == 3
 
 
-def test_a_step_without_files_does_not_make_an_alarm_begin_anew(videos, tmp_path):
+def test_a_step_without_files_does_not_make_an_alarm_begin_again(videos, tmp_path):
     t = trainer(videos, tmp_path, **LONG, **{"trainer.robust.zero_gradient": 2})
     t.network.register_forward_hook(lambda _m, _in, out: setattr(out, "video", out.video * 0))
     clip = next(t.data.clips(0, 1))

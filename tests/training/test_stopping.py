@@ -319,7 +319,7 @@ def test_a_loader_that_fails_saves_what_is_finished_and_the_run_goes_on_to_the_s
     assert trace(tmp_path / "run") == trace(tmp_path / "whole")
 
 
-def test_too_many_broken_files_save_first_and_are_counted_anew_once_they_are_mended(videos, tmp_path):
+def test_too_many_broken_files_save_first_and_are_counted_again_once_they_are_repaired(videos, tmp_path):
     t = trainer(videos, tmp_path, **LONG, **{"data.max_broken": 0.2})
     t.read_errors.reads, t.read_errors.broken = 1000, 199
     clip = next(t.data.clips(0, 1))

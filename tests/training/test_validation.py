@@ -159,7 +159,7 @@ class MeanColours(Rfid):
         self.reset()
 
 
-def test_seldom_metrics_come_in_their_turn_and_at_the_end_with_how_many_frames_they_are_of(
+def test_slow_metrics__metrics_come_in_their_turn_and_at_the_end_with_how_many_frames_they_are_of(
     videos, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(METRICS, "rfid", Entry("", MeanColours))
@@ -174,7 +174,7 @@ def test_seldom_metrics_come_in_their_turn_and_at_the_end_with_how_many_frames_t
     assert trace(tmp_path, "val/rfid_samples") == [(3, 2.0), (5, 2.0)]
 
 
-def test_seldom_metrics_without_a_turn_come_at_the_end(videos, tmp_path):
+def test_slow_metrics__metrics_without_a_turn_come_at_the_end(videos, tmp_path):
     slow_metrics = {"validation.metrics": ["psnr"], "validation.slow_metrics": ["ssim"], "trainer.save_every": 0}
     trainer(videos, tmp_path, **VALIDATES, **slow_metrics).fit()
     assert [step for step, _ in trace(tmp_path, "val/psnr")] == [1, 2]
@@ -202,8 +202,8 @@ def test_the_best_validation_is_kept_as_an_export(videos, trunks, tmp_path, name
     save = t.checkpointer.save
     t.checkpointer.save = lambda *a, **k: (save(*a, **k), kept.update({t.step: vae3d.load(tmp_path).state_dict()}))
     t.fit()
-    told = facts(tmp_path)
-    assert (told["step"], told["best"]) == (step, {name: scores[step - 1]})
+    info = facts(tmp_path)
+    assert (info["step"], info["best"]) == (step, {name: scores[step - 1]})
     found = vae3d.load(tmp_path / "exports/best").state_dict()
     assert found.keys() == kept[step].keys()
     assert all(torch.equal(tensor, kept[step][key]) for key, tensor in found.items())

@@ -121,7 +121,12 @@ class Checkpointer:
                         raise ArgumentError(f"{name} is missing")
                     if name in self.exact:
                         check_like(saved[name], item.state_dict(), name)
-                    item.load_state_dict(saved[name])
+                    try:
+                        item.load_state_dict(saved[name])
+                    except ArgumentError as error:
+                        raise ArgumentError(
+                            str(error) if str(error).startswith(name) else f"{name}: {error}"
+                        ) from error
             with state.restoring(checkpoint, state.RANK_STATE.format(rank=self.rank)):
                 for name, item in self.items.items():
                     if not hasattr(item, "load_rank_state_dict"):

@@ -21,7 +21,7 @@ from vae3d.arguments import check_fields
 from vae3d.checkpoints.state import ResumeError
 from vae3d.errors import UserError
 from vae3d.training.data_parallel import check_same_weights
-from vae3d.training.memory import catch_out_of_memory
+from vae3d.training.memory import first_line, free_cache, is_out_of_memory
 from vae3d.training.optim import load_optimizer_state
 
 
@@ -84,22 +84,20 @@ class DeepSpeedZero:
 
         Inside a backward pass the error propagates: the other ranks wait in it, and torchrun must end them.
         """
-        self._backwards, self._in_backward = 0, False
-
-        def run() -> None:
-            try:
-                forward_backward()
-            except RankFailed:  # the other rank reports why
-                pass
-            except (RuntimeError, MemoryError) as error:
-                if self._in_backward:
-                    raise BackwardFailed(str(error)) from error
+        self._backwards, self._in_backward, message = 0, False, None
+        try:
+            forward_backward()
+        except RankFailed:  # the other rank reports why
+            pass
+        except (RuntimeError, MemoryError) as error:
+            if self._in_backward or not is_out_of_memory(error):
                 raise
-
-        _, error = catch_out_of_memory(run)
-        if error is not None and self._backwards < self._accumulate:  # after the last one no rank waits
-            distributed.all_ranks_ok(False, self.accelerator.device)
-        return error
+            message = first_line(error)
+        if message is not None:
+            free_cache()
+            if self._backwards < self._accumulate:  # after the last backward pass no rank waits
+                distributed.all_ranks_ok(False, self.accelerator.device)
+        return message
 
     def skip_local(self) -> None:
         """Called instead of run_guarded by a rank without data."""
@@ -193,10 +191,6 @@ class DeepSpeedZero:
         with torch.no_grad():
             for mine, saved in zip(partitions, state["partitions"], strict=True):
                 mine.copy_(saved)
-
-
-class BackwardFailed(Exception):
-    """Memory ran out inside of a backward pass, in which the other ranks wait."""
 
 
 class EngineOptimizer:

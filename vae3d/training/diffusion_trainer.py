@@ -35,7 +35,7 @@ from vae3d.training.loggers import Logger
 from vae3d.training.memory import catch_out_of_memory
 from vae3d.training.metrics import StepMetrics
 from vae3d.training.optim import adamw_settings
-from vae3d.training.spike import Count, FailureCounter, SpikeGuard
+from vae3d.training.spike import Count, SpikeGuard
 from vae3d.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -79,17 +79,8 @@ class DiffusionTrainer(Trainer[Batch]):
             data,
             logger,
             spikes=SpikeGuard(max_consecutive_skips=config.trainer.max_consecutive_skips),
-            failed_steps=FailureCounter(
-                config.trainer.max_consecutive_skips,
-                "steps in a row could not be finished",
-                "for memory lower data.batch_size or raise trainer.accumulate; for files see "
-                f"{folder}/data_errors.jsonl (trainer.max_consecutive_skips is the limit)",
-            ),
-            failed_saves=FailureCounter(
-                config.trainer.save_failures,
-                "checkpoints in a row could not be written",
-                "the last complete one stays (trainer.save_failures is the limit)",
-            ),
+            max_failed_steps=(config.trainer.max_consecutive_skips, "trainer.max_consecutive_skips"),
+            max_failed_saves=(config.trainer.save_failures, "trainer.save_failures"),
         )
         identity = {name: vae[name] for name in ("encoder", "latents_mean", "latents_std")}
         self.latents = LatentsState(identity, data.classes, config.vae.path)
@@ -140,7 +131,7 @@ class DiffusionTrainer(Trainer[Batch]):
     def step_metrics(self) -> dict[str, float]:
         """With the mean squared error by quarter of the timesteps, loss_q0 to loss_q3, of which there were any."""
         values = super().step_metrics()
-        del values["loss_max"]
+        values.pop("loss_max", None)
         for q in range(QUARTILES):
             total, count = values.pop(f"sum_q{q}", 0.0), values.pop(f"count_q{q}", 0.0)
             if count:

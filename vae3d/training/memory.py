@@ -21,6 +21,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
 
 
+def first_line(error: BaseException) -> str:
+    """The error's first line; Python's MemoryError has no text."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def catch_out_of_memory(run: Callable[[], T]) -> tuple[T | None, str | None]:
     """run() and None, or, if memory runs out, None and the error message. Other errors propagate."""
     try:
@@ -28,7 +33,7 @@ def catch_out_of_memory(run: Callable[[], T]) -> tuple[T | None, str | None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        message = (str(error) or type(error).__name__).splitlines()[0]  # Python's MemoryError has no text
+        message = first_line(error)
     free_cache()  # outside of `except`, whose traceback holds tensors (pytorch#18853)
     return None, message
 

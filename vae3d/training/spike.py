@@ -84,7 +84,7 @@ class SpikeGuard:
         return {name: getattr(self, name) for name in _SpikeState.__annotations__}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        check_fields(state, _SpikeState, "spikes")
+        check_fields(state, _SpikeState, key="spikes")
         vars(self).update({name: state[name] for name in _SpikeState.__annotations__})
 
 
@@ -96,18 +96,18 @@ def worst(losses: Iterable[float]) -> float:
 class FailureCounter:
     """Stops a run after `limit` consecutive failures; 0: never. All ranks must count the same.
 
-    what: the failure, as in "10 steps in a row ...". hint: what to do.
+    key: of the limit in the configuration. what: the failure, as in "10 steps in a row ...". hint: what to do.
     """
 
-    def __init__(self, limit: int, what: str, hint: str) -> None:
-        self.limit, self.what, self.hint = limit, what, hint
+    def __init__(self, limit: int, key: str, what: str, hint: str) -> None:
+        self.limit, self.key, self.what, self.hint = limit, key, what, hint
         self.consecutive = 0
 
     def record(self, reason: str) -> None:
         """Count a failure. Raises TooManyFailures at the limit."""
         self.consecutive += 1
         if self.limit and self.consecutive >= self.limit:
-            raise TooManyFailures(f"{self.consecutive} {self.what} ({reason}); {self.hint}")
+            raise TooManyFailures(f"{self.consecutive} {self.what} ({reason}); {self.hint} ({self.key} is the limit)")
 
     def reset(self) -> None:
         self.consecutive = 0
@@ -116,7 +116,7 @@ class FailureCounter:
         return self.consecutive
 
     def load_state_dict(self, state: int) -> None:
-        check_value(state, Count, "consecutive failures")
+        check_value(state, Count, "number of failures")
         self.consecutive = state
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,14 @@ class Action(Enum):
     TAKE = "take"
     SKIP = "skip"
     STOP = "stop"
+
+
+class Decision(NamedTuple):
+    """reason: why the step is skipped or the run stops. error: what is raised to stop it."""
+
+    action: Action
+    reason: str = ""
+    error: type[UserError] = UserError
 
 
 @dataclass(frozen=True)
@@ -53,33 +62,30 @@ class StepStatus:
         """Whether every rank finished, and all losses are finite."""
         return self.complete and math.isfinite(self.loss) and math.isfinite(self.worst)
 
-    def decide(self, grad_norm: float, spikes: SpikeGuard | None) -> tuple[Action, UserError | None]:
-        """What all ranks do with the step; for STOP also the error that ends the run.
+    def decide(self, grad_norm: float, spikes: SpikeGuard | None) -> Decision:
+        """What all ranks do with the step.
 
         spikes: its running mean is updated; None for a step that trains the discriminator only.
         Raises SpikeError if too many consecutive steps were not finite.
         """
         if self.mismatch:
-            return Action.STOP, RanksDiffer(
+            return Decision(
+                Action.STOP,
                 f"after the same step the ranks have gradients of different parameters: {self.mismatch}; a loss term "
-                "that applies to some clips only must use the same parameters on every rank"
+                "that applies to some clips only must use the same parameters on every rank",
+                RanksDiffer,
             )
         if self.no_data:
-            return Action.STOP, DataError(f"rank {_join(self.no_data)} has no more data")
+            return Decision(Action.STOP, f"rank {_join(self.no_data)} has no more data", DataError)
         if not self.complete:
-            return Action.SKIP, None
-        take = self.finite if spikes is None else spikes.should_step(self.loss, self.worst, grad_norm)
-        return (Action.TAKE if take else Action.SKIP), None
+            return Decision(Action.SKIP, self.failure())
+        if self.finite if spikes is None else spikes.should_step(self.loss, self.worst, grad_norm):
+            return Decision(Action.TAKE)
+        return Decision(Action.SKIP, f"loss {self.loss:g}, at worst {self.worst:g}, gradient norm {grad_norm:g}")
 
     def failure(self) -> str:
-        """Why the step cannot be taken, by rank; empty if its losses allow it."""
-        failures = {
-            "out of memory": self.out_of_memory,
-            "without a readable file": self.unreadable,
-            "without data": self.no_data,
-        }
-        if self.complete and not self.finite:
-            return f"loss {self.loss:g}, at worst {self.worst:g}"
+        """Why some ranks did not finish the step; empty if all did."""
+        failures = {"out of memory": self.out_of_memory, "without a readable file": self.unreadable}
         return "; ".join(f"{what}: rank {_join(ranks)}" for what, ranks in failures.items() if ranks)
 
 

@@ -51,9 +51,9 @@ class Trainer(ABC, Generic[Batch]):
     Subclasses implement `load_batches`, `forward_backward`, `validate`, `export` and `check_same_run`, and register
     further state with `self.checkpointer`.
 
-    network: what is trained and saved. strategy: wraps what a step calls, and its optimizer. data: has `record` and
-    `errors`. zero_gradient: limit of consecutive steps whose gradient is 0; 0 disables it. compact_gib: see
-    release_idle_memory. facts: written to run.json.
+    network: the model that is trained and saved. strategy: holds the module that a step calls, and the optimizer. data:
+    has `record` and `errors`. max_failed_steps, max_failed_saves, max_zero_gradients: limit of consecutive failures, 0
+    for none, and its key in the configuration. compact_gib: see release_idle_memory. facts: written to run.json.
     """
 
     def __init__(
@@ -68,12 +68,13 @@ class Trainer(ABC, Generic[Batch]):
         logger: Logger,
         *,
         spikes: SpikeGuard,
-        failed_steps: FailureCounter,
-        failed_saves: FailureCounter,
-        zero_gradient: int = 0,
+        max_failed_steps: tuple[int, str],
+        max_failed_saves: tuple[int, str],
+        max_zero_gradients: tuple[int, str] = (0, ""),
         adversary: Adversary | None = None,
         proximal: Proximal | None = None,
         best: BestExport | None = None,
+        run_preflight: bool = False,
         compact_gib: float | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
@@ -82,21 +83,30 @@ class Trainer(ABC, Generic[Batch]):
         self.network, self.strategy, self.ema, self.data = network, strategy, ema, data
         self.adversary = adversary or NoAdversary()
         self.proximal = proximal or Proximal(network, weight=0.0)
-        self.spikes, self.failed_steps = spikes, failed_steps
+        self.spikes = spikes
+        self.failed_steps = FailureCounter(
+            *max_failed_steps,
+            "steps in a row could not be finished",
+            "for memory raise trainer.accumulate or lower data.batch_size, data.frames.max, data.height or data.width; "
+            f"for files see {folder}/data_errors.jsonl",
+        )
         self.zero_gradient = FailureCounter(
-            zero_gradient,
+            *max_zero_gradients,
             "steps in a row had no gradient at all",
-            "the model learns nothing: are its outputs clamped, or the pixels in another range than the losses expect? "
-            "(trainer.robust.zero_gradient is the limit)",
+            "the model learns nothing: are its outputs clamped, or the pixels in another range than the losses expect?",
+        )
+        failed_saves = FailureCounter(
+            *max_failed_saves, "checkpoints in a row could not be written", "the last complete one stays"
         )
         self.read_errors = ReadErrors(config.data.max_broken, folder)
         self.data_changes = DataChanges(data.fingerprint)
         self.best = best or BestExport(None, {})
-        self.compact_gib = compact_gib
+        self.run_preflight, self.compact_gib = run_preflight, compact_gib
 
         self.step = 0
         self.stopped_by = 0  # the signal that ended the run
         self.meter = MeanMeter()
+        self.reset_timer()
         self.status_table = StatusTable(self.rank, accelerator.num_processes, self.device)
         self.log = RunLog(folder, logger, rank=self.rank)
         self.checkpointer = Checkpointer(
@@ -154,7 +164,7 @@ class Trainer(ABC, Generic[Batch]):
         """Compute what the run needs from its data, after resuming. Nothing by default."""
 
     def preflight(self) -> None:
-        """Try the first step before it is taken. Nothing by default."""
+        """Find errors of any step before the first one. Nothing by default."""
 
     def profiler(self) -> AbstractContextManager[Callable[[], object]]:
         """Yields a function to call after every step."""
@@ -205,7 +215,7 @@ class Trainer(ABC, Generic[Batch]):
         last = self.config.trainer.max_steps
         try:
             self.checkpointer.finish_newest(self.step)
-            if self.step < last:
+            if self.run_preflight and self.step < last:
                 self.preflight()
             self.log.begin(self.step, last)
             with stop_signals(verbose=self.log.main) as request, self.profiler() as after_step:
@@ -266,9 +276,9 @@ class Trainer(ABC, Generic[Batch]):
             self.strategy.average_gradients()
             self.proximal.add_gradient()
             grad_norm = self.strategy.clip_gradients(self.config.optim.grad_clip)
-        action, reason = status.decide(grad_norm, self.spikes if phase.generator else None)
+        decision = status.decide(grad_norm, self.spikes if phase.generator else None)
 
-        taken = action is Action.TAKE
+        taken = decision.action is Action.TAKE
         if taken and phase.generator:
             self.optimizer.step()
             taken = self.strategy.step_was_applied()
@@ -282,8 +292,8 @@ class Trainer(ABC, Generic[Batch]):
         elif not taken:
             self.adversary.reset_step()
 
-        if action is Action.STOP:  # on all ranks; a resumed run takes this step again
-            error = data_error or reason
+        if decision.action is Action.STOP:  # on all ranks; a resumed run takes this step again
+            error = data_error or decision.error(decision.reason)
             self.checkpointer.save_before(error, self.step, self.spikes.consecutive_skips)
             raise error
         if phase.generator and status.finite:
@@ -292,7 +302,7 @@ class Trainer(ABC, Generic[Batch]):
         self.step += 1
         if taken:
             self.checkpointer.last_taken = self.step
-        self.count_failures(status, values, out_of_memory)
+        self.count_failures(status, values, f"{decision.reason}: {out_of_memory}" if out_of_memory else decision.reason)
         return {**values, "stop": float(status.stop)}
 
     def sync_status(
@@ -319,19 +329,17 @@ class Trainer(ABC, Generic[Batch]):
             with_gradient=self.strategy.params_with_grad,
         )
 
-    def count_failures(self, status: StepStatus, values: dict[str, float], out_of_memory: str | None) -> None:
+    def count_failures(self, status: StepStatus, values: dict[str, float], reason: str) -> None:
         """End the run, after saving, if a failure repeats too often. All ranks count the same.
 
-        Raises DataError for too many unreadable files, TooManyFailures for any other failure.
+        reason: why the step was skipped. Raises DataError for too many unreadable files, otherwise TooManyFailures.
         """
-        reason = status.failure()
         grad_norm = values.get("grad_norm")
         skipped = self.spikes.consecutive_skips
         try:
             self.read_errors.record(status.broken + self.config.data.batch_size, status.broken)
             if not status.complete:
-                details = f": {out_of_memory}" if out_of_memory else ""
-                self.log.warn(f"step {self.step} is skipped by all ranks: {reason}{details}")
+                self.log.warn(f"step {self.step} is skipped by all ranks: {reason}")
             if values["skipped"] and not self.strategy.can_skip_step():
                 # The next step would repeat if the weights were not saved. Right after a resume they might be ruined.
                 skipped = 0 if self.checkpointer.last_taken == self.step - 1 else skipped
@@ -343,7 +351,7 @@ class Trainer(ABC, Generic[Batch]):
             if status.complete:
                 self.failed_steps.reset()
             else:
-                self.failed_steps.record(reason)
+                self.failed_steps.record(status.failure())
             if grad_norm is not None and grad_norm < MIN_GRAD_NORM:
                 self.zero_gradient.record(f"loss {status.loss:g}")
             elif grad_norm is not None:

@@ -38,7 +38,7 @@ from vae3d.training.optim import adamw_settings
 from vae3d.training.preflight import preflight
 from vae3d.training.profile import profiled
 from vae3d.training.proximal import Proximal
-from vae3d.training.spike import FailureCounter, SpikeGuard
+from vae3d.training.spike import SpikeGuard
 from vae3d.training.trainer import Trainer
 from vae3d.training.vae_validation import ValidatedClip, log_clips, mean_scores, validate_on_all_ranks
 from vae3d.types import Clip
@@ -112,21 +112,13 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
             data,
             logger,
             spikes=SpikeGuard(**asdict(config.trainer.spike)),
-            failed_steps=FailureCounter(
-                robust.max_consecutive_failures,
-                "steps in a row could not be finished",
-                "for memory raise trainer.accumulate or lower data.frames.max, data.height and data.width; for files "
-                f"see {folder}/data_errors.jsonl (trainer.robust.max_consecutive_failures is the limit)",
-            ),
-            failed_saves=FailureCounter(
-                robust.save_failures,
-                "checkpoints in a row could not be written",
-                "the last complete one stays (trainer.robust.save_failures is the limit)",
-            ),
-            zero_gradient=robust.zero_gradient,
+            max_failed_steps=(robust.max_consecutive_failures, "trainer.robust.max_consecutive_failures"),
+            max_failed_saves=(robust.save_failures, "trainer.robust.save_failures"),
+            max_zero_gradients=(robust.zero_gradient, "trainer.robust.zero_gradient"),
             adversary=adversary,
             proximal=proximal,
             best=BestExport(config.trainer.best, metrics.columns),
+            run_preflight=robust.preflight,
             compact_gib=robust.compact_gib,
             facts={"strategy": config.trainer.strategy.name},
         )
@@ -172,17 +164,16 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
                 metrics.add({"loss_discriminator": loss, **gan_metrics})
 
     def preflight(self) -> None:
-        if self.config.trainer.robust.preflight:
-            plan = self.data.schedule
-            preflight(
-                self.strategy,
-                self.adversary,
-                self.forward_backward,
-                self.sync_status,
-                plan.frames.all(),
-                plan.micro_batch,
-                self.data.settings,
-            )
+        schedule = self.data.schedule
+        preflight(
+            self.strategy,
+            self.adversary,
+            self.forward_backward,
+            self.sync_status,
+            schedule.frames.all(),
+            schedule.micro_batch,
+            self.data.settings,
+        )
 
     def profiler(self) -> AbstractContextManager[Callable[[], object]]:
         if self.config.debug.mode != "profile":
