@@ -26,17 +26,8 @@ from vae3d.types import Clip, Reconstruction
 
 NETWORKS = {"frames": PatchGAN, "clips": PatchGAN3D}
 CHOICES = {"input": NETWORKS, "criterion": CRITERIA, "precision": ("fp32", "bf16")}
-MINIMUMS = {
-    "scales": 1,
-    "lecam": 0,
-    "r1": 0,
-    "r2": 0,
-    "penalty_every": 1,
-    "weight": 0,
-    "start": 0,
-    "ramp": 0,
-    "discriminator_start": 0,
-}
+MINIMUMS = dict.fromkeys(("lecam", "r1", "r2", "weight", "start", "ramp", "discriminator_start"), 0)
+MINIMUMS |= {"scales": 1, "penalty_every": 1}
 
 
 class Gan:

@@ -21,15 +21,8 @@ from vae3d.seeding import generator_of, seed_of
 from vae3d.types import Clip, Reconstruction
 
 CHOICES = {"context": ("mean", "nearest"), "norm": SERAENA_NORMS, "precision": ("fp32", "bf16")}
-MINIMUMS = {
-    "weight": 0,
-    "start": 0,
-    "ramp": 0,
-    "discriminator_start": 0,
-    "frames": 1,
-    "buffer_length": 1,
-    "diagnostics_every": 0,
-}
+MINIMUMS = dict.fromkeys(("weight", "start", "ramp", "discriminator_start", "diagnostics_every"), 0)
+MINIMUMS |= {"frames": 1, "buffer_length": 1}
 
 
 class Seraena:
