@@ -128,8 +128,11 @@ def fit_time(model: nn.Module, state: State) -> State:
         return state
     fitted = dict(state)
     for index, layer in enumerate(model.decoder):
-        key, own = f"decoder.{index}.conv.weight", getattr(getattr(layer, "conv", None), "weight", None)
-        if not isinstance(layer, TGrow) or key not in state or state[key].shape[1:] != own.shape[1:]:
+        key = f"decoder.{index}.conv.weight"
+        if not isinstance(layer, TGrow) or key not in state:
+            continue
+        own = layer.conv.weight
+        if state[key].shape[1:] != own.shape[1:]:
             continue
         if len(state[key]) < len(own):
             raise ValueError(f"  {key} makes fewer frames than the model's; set its decoder_time_upscale to false")
@@ -138,12 +141,14 @@ def fit_time(model: nn.Module, state: State) -> State:
 
 
 def _find_variant(weights: PublishedWeights, info: dict[str, Any]) -> str:
-    state, path, given, written = weights.state, weights.path, weights.variant, info.get("variant")
+    state, path = weights.state, weights.path
+    given, written = weights.variant, info.get("variant")
     if given is not None and given not in VARIANTS:
         raise ValueError(f"variant is {given!r}; use one of {', '.join(VARIANTS)}")
     if any(name in path.stem.lower() for name in UNSUPPORTED):
         raise ValueError("LightTAE of HunyuanVideo 1.5 has these keys but another network (LeakyReLU); not supported")
-    channels, patch = state["encoder.17.weight"].shape[0], math.isqrt(state["encoder.0.weight"].shape[1] // 3)
+    channels = state["encoder.17.weight"].shape[0]
+    patch = math.isqrt(state["encoder.0.weight"].shape[1] // 3)
     decoder = "super" if "decoder.0.weight" in state else "base"
     possible = [v for v, k in VARIANTS.items() if (k.latent_channels, k.patch, k.decoder) == (channels, patch, decoder)]
     form = f"a {decoder} decoder, {channels} latent channels and patches of {patch}"

@@ -66,7 +66,8 @@ def _config(state: State, config_json: dict[str, Any], notes: list[str]) -> dict
     base = state["encoder.conv1.weight"].shape[0]
     if any(width % base for width in widths):
         raise ValueError(f"its levels have {widths} channels, which are no multiples of the first convolution's {base}")
-    pixels, latents = state["encoder.conv1.weight"].shape[1], state["conv2.weight"].shape[0]
+    in_channels = state["encoder.conv1.weight"].shape[1]
+    latents = state["conv2.weight"].shape[0]
     mean, std = config_json.get("latents_mean"), config_json.get("latents_std")
     if mean is None or std is None:
         mean, std = published_constants(latents, shortcuts)
@@ -80,7 +81,7 @@ def _config(state: State, config_json: dict[str, Any], notes: list[str]) -> dict
         "downsample": time,
         "layers": _layers(state),
         "latent_channels": latents,
-        "patch": math.isqrt(pixels // 3),
+        "patch": math.isqrt(in_channels // 3),
         "shortcuts": shortcuts,
         "latents_mean": list(mean),
         "latents_std": list(std),

@@ -120,10 +120,11 @@ def reconstruct_files(
             failed.append(str(error))
     done = sorted(gather(done), key=lambda item: item.id)
     compared = sorted(gather(compared), key=lambda item: item["file"])
-    failed, kept = gather(failed), sum(gather([kept]))
-    if rank == 0 and kept:
-        log.info("%d of %d files were already finished", kept, len(table))
+    failed = gather(failed)
+    kept = sum(gather([kept]))
     if rank == 0:
+        if kept:
+            log.info("%d of %d files were already finished", kept, len(table))
         report(reconstructor, done, cost)
         if comparer is not None:
             report_comparison(comparer, compared)

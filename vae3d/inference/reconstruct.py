@@ -114,10 +114,16 @@ class Reconstructor:
         memory_gib: float | None = None,
         open_stream: Callable[[int, int, float | None], Stream] | None = None,
     ) -> None:
-        self.model, self.prefix, self.selection = model, prefix, selection
-        self.codec, self.sample, self.seed, self.dtype = codec, sample, seed, dtype
+        self.model = model
+        self.prefix = prefix
+        self.selection = selection
+        self.codec = codec
+        self.sample = sample
+        self.seed = seed
+        self.dtype = dtype
         self.metrics = metrics or MetricSet([])
-        self.memory_gib, self.open_stream = memory_gib, open_stream or model.stream
+        self.memory_gib = memory_gib
+        self.open_stream = open_stream or model.stream
         self.device = next(model.parameters()).device
 
     def folder(self, kind: str) -> Path:
@@ -190,11 +196,11 @@ class Reconstructor:
 
     def _select(self, source: str, info: MediaInfo) -> tuple[list[int], float, Size]:
         """Indices, rate and size of the selected frames."""
-        selection, count = self.selection, info.num_frames
+        selection = self.selection
         step = selection.stride * (max(1.0, info.fps / selection.fps) if selection.fps and info.fps else 1.0)
-        if selection.start >= count:
-            raise MediaError(source, f"has {count} frames; start={selection.start} is past its end")
-        available = math.ceil((count - selection.start) / step)
+        if selection.start >= info.num_frames:
+            raise MediaError(source, f"has {info.num_frames} frames; start={selection.start} is past its end")
+        available = math.ceil((info.num_frames - selection.start) / step)
         wanted = available if selection.num_frames is None else selection.num_frames
         if wanted > available:
             raise MediaError(source, f"gives {available} frames from start={selection.start}; num_frames={wanted}")
@@ -204,7 +210,8 @@ class Reconstructor:
     def _chunks(self, reader: Reader, indices: list[int], target: Size, stream: Stream) -> Iterator[Chunk]:
         """Every chunk of the stream with its lookahead; each frame is read once."""
         crop = resize_crop_params(*reader.info.size_to_scale(target), target)
-        buffer, read = np.empty((0, *target, 3), np.uint8), 0
+        buffer = np.empty((0, *target, 3), np.uint8)
+        read = 0
         for length in stream.chunks(len(indices)):
             new = indices[read : read + length + stream.lookahead - len(buffer)]
             if new:

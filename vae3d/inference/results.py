@@ -32,8 +32,9 @@ class Results:
     """The finished files of a save_dir. comparer: None without a teacher."""
 
     def __init__(self, reconstructor: Reconstructor, comparer: Comparer | None = None) -> None:
-        self.prefix, self.folder, self.comparer = reconstructor.prefix, reconstructor.folder, comparer
-        self.setting = f"save_dir={self.prefix}"
+        self.folder = reconstructor.folder
+        self.comparer = comparer
+        self.setting = f"save_dir={reconstructor.prefix}"
         self.records = self.folder("rec") / DONE
 
     @contextmanager

@@ -110,7 +110,8 @@ def spread_clips(
     The files are spread evenly over the long enough rows of the table, since tables are often sorted by class.
     (path, reason) of files that fail is appended to `errors`.
     """
-    lengths, bounds = settings.length(table["num_frames"].to_numpy(), table["fps"].to_numpy()), bounds_of(table)
+    lengths = settings.length(table["num_frames"].to_numpy(), table["fps"].to_numpy())
+    bounds = bounds_of(table)
     rows = np.flatnonzero(lengths >= frames)
     chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
     for row in rows[chosen]:

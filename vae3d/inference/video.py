@@ -47,7 +47,8 @@ class VideoWriter:
                 self._open(*frames.shape[1:3])
             for frame in frames:
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-                picture.pts, picture.time_base = self.count, 1 / self.fps
+                picture.pts = self.count
+                picture.time_base = 1 / self.fps
                 self.container.mux(self.stream.encode(picture))
                 self.count += 1
 
@@ -87,7 +88,9 @@ class VideoWriter:
         remove(self.tmp)  # a link there would be followed
         self.container = av.open(str(self.tmp), "w", format="mp4")
         self.stream = self.container.add_stream(encoder, rate=self.fps, options=dict(options))
-        self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, pixels
+        self.stream.width = width
+        self.stream.height = height
+        self.stream.pix_fmt = pixels
         self.stream.codec_context.time_base = 1 / self.fps
         if pixels != "rgb24":
             self.stream.codec_context.colorspace = BT601
