@@ -16,10 +16,10 @@ from vae3d.training.ema import Ema
 from vae3d.training.vae_trainer import VaeTrainer
 
 COMMON = ["data.workers=0", "data.batch_size=2", "logger=none", "trainer.save_every=0", "validation.every=1000"]
-# Both recipes take the same steps at the same learning rate. An EMA of 0.994 still holds 61 % of its start after 80.
+# Both recipes take the same steps at the same learning rate. An EMA of 0.988 still holds 62 % of its start after 40.
 SCHEDULE = [
-    "trainer.max_steps=80", "optim.lr=3e-3", "optim.warmup_steps=4", "optim.decay_start=16",
-    "loss.terms.kl.ramp=[8,16]", "trainer.ema.decay=0.994", "data.height=32", "data.width=64",
+    "trainer.max_steps=40", "optim.lr=3e-3", "optim.warmup_steps=3", "optim.decay_start=10",
+    "loss.terms.kl.ramp=[5,10]", "trainer.ema.decay=0.988", "data.height=32", "data.width=64",
 ]  # fmt: skip
 Scores = dict[str, float]
 
@@ -38,7 +38,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(frame).save(clips / f"{number}/{i}.png")
     pd.DataFrame({"path": [f"{number}/*.png" for number in range(40)]}).to_csv(clips / "clips.csv", index=False)
     sizes = ["data.height=24", "data.width=24", "data.short_side=32", "data.frames.images=0.75"]
-    steps = ["trainer.max_steps=200", "trainer.ema.decay=0.95"]
+    steps = ["trainer.max_steps=100", "trainer.ema.decay=0.95"]
     run = trainer(folder, "experiment=wan_tiny", f"data.source.path={clips / 'clips.csv'}", *sizes, *steps)
     run.fit()
     run.export(folder / "export")

@@ -118,15 +118,15 @@ def test_other_weights_are_another_metric(folders, all_weights, scored, monkeypa
 
 def test_features_survive_for_distances_between_sets(all_weights, scored, tmp_path):
     ori, rec = make_pairs(tmp_path, 3)
-    assert evaluate(ori, rec, "--metric", "rfid", "--num_frames", "1", "--output", str(tmp_path / "whole")) == 0
+    assert evaluate(ori, rec, "--metric", "rfid", "--num_frames", "2", "--output", str(tmp_path / "whole")) == 0
     whole = json.loads((tmp_path / "whole/summary.json").read_text())["metrics"]["rfid"]
-    assert (whole["samples"], whole["mean"] > 0) == (3, True)
+    assert (whole["samples"], whole["mean"] > 0) == (6, True)
     (rec / "v2.mp4").rename(rec.parent / "v2.mp4")
-    assert evaluate(ori, rec, "--metric", "rfid", "--num_frames", "1", "--allow_unmatched") == 0
-    assert report(rec)["metrics"]["rfid"]["samples"] == 2
+    assert evaluate(ori, rec, "--metric", "rfid", "--num_frames", "2", "--allow_unmatched") == 0
+    assert report(rec)["metrics"]["rfid"]["samples"] == 4
     scored.clear()
     (rec.parent / "v2.mp4").rename(rec / "v2.mp4")
-    assert evaluate(ori, rec, "--metric", "rfid", "--num_frames", "1") == 0
+    assert evaluate(ori, rec, "--metric", "rfid", "--num_frames", "2") == 0
     assert len(scored) == 1
     assert report(rec)["metrics"]["rfid"] == whole
 
