@@ -41,7 +41,7 @@ def infer(config: InferConfig) -> None:
     )
     metrics = build_metrics(config.metrics, device)
     if config.height and config.width:
-        reasons = (m.refuses(config.num_frames or sys.maxsize, config.height, config.width) for m in metrics)
+        reasons = (m.why_unsupported(config.num_frames or sys.maxsize, config.height, config.width) for m in metrics)
         if errors := [reason for reason in reasons if reason]:
             raise UserError(f"metrics: {'; '.join(errors)}")
     checkpoint, model = opened(config.checkpoint, changes=config.model)

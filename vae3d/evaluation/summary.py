@@ -66,7 +66,7 @@ def summarize(
         "videos": len(videos),
         "frames": frames,
         "counts": counts,
-        "absent": metrics.absent,
+        "absent": metrics.skipped,
         "lossy_input": bool(lossy),
         "enlarged_input": bool(enlarged),
         "preset": {"name": preset, "source": PRESETS[preset].source, "average": PRESETS[preset].average}

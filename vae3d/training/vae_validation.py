@@ -49,7 +49,7 @@ def metrics_due(trainer: Trainer) -> MetricSet:
     last = step == trainer.config.trainer.max_steps
     if last or (settings.slow_metrics_every and step % settings.slow_metrics_every == 0):
         return trainer.metrics
-    return trainer.metrics.only(resolve(settings.metrics))
+    return trainer.metrics.subset(resolve(settings.metrics))
 
 
 def validate_together(trainer: Trainer, metrics: MetricSet) -> list[ValidatedClip]:
@@ -87,9 +87,9 @@ def report(trainer: Trainer, metrics: MetricSet, everyone: Sequence[ValidatedCli
     if not everyone:
         return {}
     results = [clip.result for clip in everyone]
-    scores = metrics.over(results)
+    scores = metrics.aggregate(results)
     scores |= {name: fmean(clip.more[name] for clip in everyone) for name in everyone[0].more}
-    scores |= {f"{m.name}_samples": m.samples(results) for m in metrics if isinstance(m, SetMetric)}
+    scores |= {f"{m.name}_samples": m.num_samples(results) for m in metrics if isinstance(m, SetMetric)}
     means = {f"val/{column}": value for column, value in scores.items() if value is not None}
     trainer.log.scalars({**means, "val_clips": len(everyone)}, trainer.step)
     _show(trainer, [clip for clip in everyone if clip.panels is not None])
