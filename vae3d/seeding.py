@@ -1,4 +1,4 @@
-"""Randomness as a pure function of (seed, position, purpose): nothing to save, nothing to lose on resume."""
+"""Random numbers as a pure function of (seed, position, purpose): no generator state to save or restore."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed from any mixture of integers and names; equal on every machine and Python version."""
+    """A 63-bit seed from integers and strings; equal on every machine and Python version."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -25,25 +25,25 @@ def generator_of(*parts: int | str, device: torch.device | str = "cpu") -> torch
 def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
     """Standard normal noise of x's shape, on x's device.
 
-    generator: None (the device's own), one generator for the whole batch, or one per clip. With one per clip
-    the noise of a clip does not depend on the batch, rank or world size it falls into. It is drawn on the generator's
-    device: a generator of the CPU gives the same noise wherever x is.
+    generator: None (the device's default), one for the whole batch, or one per clip, so that the noise of a clip does
+    not depend on batch, rank and world size. Noise is drawn on the generator's device: a CPU generator gives the same
+    noise wherever x is.
     Raises ValueError if the number of generators is not the batch size.
     """
 
-    def drawn(shape: torch.Size, source: torch.Generator | None) -> Tensor:
-        where = x.device if source is None else source.device
-        return torch.randn(shape, generator=source, device=where, dtype=x.dtype).to(x.device)
+    def noise(shape: torch.Size, generator: torch.Generator | None) -> Tensor:
+        device = x.device if generator is None else generator.device
+        return torch.randn(shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
     if generator is None or isinstance(generator, torch.Generator):
-        return drawn(x.shape, generator)
+        return noise(x.shape, generator)
     if len(generator) != x.shape[0]:
         raise ValueError(f"got {len(generator)} generators for a batch of {x.shape[0]} clips; give one per clip")
-    return torch.stack([drawn(x.shape[1:], source) for source in generator])
+    return torch.stack([noise(x.shape[1:], g) for g in generator])
 
 
 def uniform(clips: int, device: torch.device, generator: Generators = None) -> Tensor:
-    """A number between 0 and 1 for every clip, [clips]; generator as in randn_like."""
+    """Uniform numbers in [0, 1), one per clip, [clips]. generator: as in randn_like."""
     if generator is None or isinstance(generator, torch.Generator):
         return torch.rand(clips, generator=generator, device=device)
     return torch.cat([torch.rand(1, generator=g, device=device) for g in generator])

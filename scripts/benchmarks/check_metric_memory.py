@@ -115,7 +115,7 @@ def check_degenerate(folder: Path, size: int, metrics: MetricSet) -> list[str]:
 
 
 def scores(metrics: MetricSet, result: VideoResult) -> str:
-    return "  ".join(f"{c} {'-' if v is None else f'{v:.5g}'}" for c, v in metrics.over([result]).items())
+    return "  ".join(f"{c} {'-' if v is None else f'{v:.5g}'}" for c, v in metrics.aggregate([result]).items())
 
 
 def wrong_scores(metrics: MetricSet, name: str, result: VideoResult, frames: int) -> list[str]:
@@ -123,7 +123,7 @@ def wrong_scores(metrics: MetricSet, name: str, result: VideoResult, frames: int
     errors = []
     for metric in metrics:
         undefined = frames == 1 and (metric.pairs or metric.name == "rfid")
-        for column, value in metric.over([result]).items():
+        for column, value in metric.aggregate([result]).items():
             if value is None and not undefined:
                 errors.append(f"{name}: {column} is missing")
             if value is not None and not math.isfinite(value):

@@ -13,9 +13,8 @@ from vae3d.data.check import main as check
 from vae3d.data.dataset_rows import how_to_download, is_row, open_splits, row_path
 from vae3d.data.hugging_face import HuggingFace
 from vae3d.data.image_folder import ImageFolder
-from vae3d.data.open_source import holds_dataset, open_source
 from vae3d.data.readers import MediaError, open_media
-from vae3d.data.sources import DataError, Folder, Table
+from vae3d.data.sources import DataError, Folder, Table, holds_dataset, open_source
 
 
 def test_a_row_has_a_path_that_can_be_taken_apart(tmp_path):

@@ -134,15 +134,13 @@ def test_resizing_invents_no_depth():
 def test_other_pixels_than_16_bit_grey_are_refused(tmp_path, pixels, kind):
     dtype, shape = (pixels[0], (4, 8, 3)) if isinstance(pixels, tuple) else (pixels, (4, 8))
     Image.fromarray(np.ones(shape, dtype)).save(tmp_path / "depth_0.tiff")
-    with pytest.raises(
-        MediaError, match=rf"depth_0\.tiff: holds {kind} pixels; depth is read from images of one channel"
-    ):
+    with pytest.raises(MediaError, match=rf"depth_0\.tiff: holds {kind} pixels;"):
         DepthReader(tmp_path / "depth_*.tiff").read([0])
 
 
 def test_maps_of_mixed_sizes_are_refused(tmp_path):
     reader = DepthReader(write(tmp_path, grid(), grid(8, 16)))
-    with pytest.raises(MediaError, match=r"depth_0001\.png: is 8x16, but its sequence begins with 4x8"):
+    with pytest.raises(MediaError, match=r"depth_0001\.png: is 8x16, .* 4x8"):
         reader.read([0, 1])
 
 

@@ -165,11 +165,11 @@ def test_splits_and_columns_are_chosen(tmp_path):
 
 def test_what_is_no_dataset_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"is not a dataset that can be opened: .* doesn't contain any data files"):
+    with pytest.raises(DataError, match=r"cannot be opened as a dataset: .* doesn't contain any data files"):
         HuggingFace(tmp_path / "empty").table()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/train.parquet").write_bytes(b"junk" * 99)
-    with pytest.raises(DataError, match="is not a dataset that can be opened: Parquet"):
+    with pytest.raises(DataError, match="cannot be opened as a dataset: Parquet"):
         HuggingFace(tmp_path / "bad").table()
     rows(2).save_to_disk(tmp_path / "saved")
     with pytest.raises(MediaError, match=r"2\.hfimage: the dataset has 2 rows, counted from 0"):
@@ -203,7 +203,7 @@ def test_sizes_are_looked_up_once_and_again_when_the_dataset_changes(tmp_path, m
     for _ in range(2):
         tables = read_tables(HuggingFace(tmp_path / "saved"), small, num_val_files=0, max_broken=0)
         assert tables.skipped_files[0] == (
-            f"{tmp_path}/saved/train/image/0.hfimage", "is 20x32: left out, since data.min_side=23"
+            f"{tmp_path}/saved/train/image/0.hfimage", "is 20x32: skipped, because data.min_side=23"
         )  # fmt: skip
         assert (len(tables.train), len(tables.skipped_files), len(looked)) == (3, 3, 6)
     shutil.rmtree(tmp_path / "saved")

@@ -14,7 +14,7 @@ from tests import tiny
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.commands import train
 from vae3d.config.validate import ConfigError
-from vae3d.data import probe, resolution
+from vae3d.data import loader, probe
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipSettings
 from vae3d.data.image_folder import ImageFolder
@@ -52,7 +52,7 @@ def test_test_serves_for_validation_only_if_there_is_nothing_else(tmp_path):
     save(tmp_path / "test/a.png")
     source = ImageFolder(tmp_path)
     assert source.table()["split"].tolist() == ["val", "train"]
-    assert "there is no folder val, so test serves for validation" in source.notes
+    assert "there is no folder val; test is used for validation" in source.notes
     save(tmp_path / "val/a.png")
     assert ImageFolder(tmp_path).table()["split"].tolist() == ["test", "train", "val"]
 
@@ -68,8 +68,8 @@ def test_what_is_left_out_is_told(tmp_path):
     assert source.table()["name"].tolist() == ["train/a.png", "val/b.jpg"]
     assert source.notes == [
         f"{tmp_path}: 2 images: train 1, val 1",
-        "left out, since they are no images: 1 without extension, 1 .txt, 1 .mp4",
-        "left out, since they are in no folder of a split: 1 images",
+        "skipped, because they are no images: 1 without extension, 1 .txt, 1 .mp4",
+        "skipped, because they are in no folder of a split: 1 images",
     ]
 
 
@@ -104,7 +104,7 @@ def test_a_table_may_name_them(tmp_path):
         assert found["error"].tolist() == [None, None, "no such file", "has no `path`"]
         assert source.notes == [
             f"{tmp_path / name}: 2 images: train 1, val 1",
-            "left out, since they are no images: 1 .mp4",
+            "skipped, because they are no images: 1 .mp4",
         ]
     tables = read_tables(ImageFolder(tmp_path / "t.csv"), SETTINGS, num_val_files=4, max_broken=0.5)
     assert [len(tables.train), len(tables.val), len(tables.errors)] == [1, 1, 2]
@@ -116,13 +116,13 @@ def test_images_are_listed_without_being_opened(tmp_path, monkeypatch):
     for i in range(20):
         save(tmp_path / f"{i}.png")
     (tmp_path / "bad.png").write_bytes(b"junk")
-    monkeypatch.setattr(resolution, "LOOKED_AT", 5)
+    monkeypatch.setattr(loader, "PROBED_IMAGES", 5)
     looked = []
     monkeypatch.setattr(probe, "read_metadata", lambda path: looked.append(path) or {"height": 12.0, "width": 24.0})
     tables = read_tables(ImageFolder(tmp_path), SETTINGS, num_val_files=2, max_broken=0)
     assert len(looked) == 5
     assert (len(tables.train), len(tables.val), tables.errors) == (19, 2, [])
-    assert tables.notes[-1].startswith("5 of 5 files looked at, of 21, are smaller than 16x16 and are enlarged")
+    assert tables.notes[-1].startswith("5 of 5 files (of 21) are smaller than 16x16 and are enlarged")
 
 
 # --- too small
@@ -138,14 +138,14 @@ def test_files_that_are_enlarged_are_counted(tmp_path, monkeypatch):
     tell = lambda settings: read_tables(ImageFolder(tmp_path / "set"), settings, 0, 0).notes[1:]  # noqa: E731
     assert tell(ClipSettings(16, 16)) == []
     (told,) = tell(ClipSettings(32, 32))
-    assert told == "3 of 5 files are smaller than 32x32 and are enlarged; data.min_side leaves such files out"
+    assert told == "3 of 5 files are smaller than 32x32 and are enlarged; data.min_side skips such files"
     assert tell(ClipSettings(16, 32))[0].startswith("2 of 5 files are smaller than 16x32")  # 4.jpg is 16x64
     assert tell(ClipSettings(16, 16, short_side=40))[0].startswith("4 of 5 files are smaller than data.short_side=40")
 
 
 def test_videos_are_counted_where_their_size_is_known(videos, tmp_path):
     told = read_tables(Folder(videos.parent), ClipSettings(32, 64), 0, 0).notes
-    assert told == ["12 of 12 files are smaller than 32x64 and are enlarged; data.min_side leaves such files out"]
+    assert told == ["12 of 12 files are smaller than 32x64 and are enlarged; data.min_side skips such files"]
     pd.DataFrame({"path": ["absent.mp4"], "num_frames": [5]}).to_csv(tmp_path / "t.csv", index=False)
     assert read_tables(Table(tmp_path / "t.csv"), ClipSettings(99, 99), 0, 0).notes == []
 
@@ -156,8 +156,8 @@ def test_small_files_are_left_out_as_no_error(tmp_path):
     tables = read_tables(ImageFolder(tmp_path), ClipSettings(16, 16, min_side=22), num_val_files=1, max_broken=0)
     assert sorted([*tables.train["name"], *tables.val["name"]]) == ["3.png", "4.png", "5.png"]
     assert tables.errors == []
-    assert tables.skipped_files[0] == (str(tmp_path / "0.png"), "is 16x40: left out, since data.min_side=22")
-    assert tables.notes[-1] == "3 files are smaller than data.min_side=22, and left out"
+    assert tables.skipped_files[0] == (str(tmp_path / "0.png"), "is 16x40: skipped, because data.min_side=22")
+    assert tables.notes[-1] == "3 files are smaller than data.min_side=22 and skipped"
     with pytest.raises(DataError, match=r"no file has a shorter side of data\.min_side=99 pixels; the largest has 26"):
         read_tables(ImageFolder(tmp_path), ClipSettings(16, 16, min_side=99), num_val_files=1, max_broken=0)
 
@@ -185,7 +185,7 @@ def test_a_folder_alone_trains_and_validates(images, tmp_path, model):
     trainer.fit()
     assert trainer.step == 4
     listed = [json.loads(line) for line in (tmp_path / "run/data_errors.jsonl").read_text().splitlines()]
-    skipped_files = [entry["path"] for entry in listed if "left out" in entry["reason"]]
+    skipped_files = [entry["path"] for entry in listed if "skipped" in entry["reason"]]
     assert sorted(os.path.basename(path) for path in skipped_files) == ["0.JPEG"] * 4
     scores = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [entry["val_clips"] for entry in scores if "val_clips" in entry] == [2, 2]

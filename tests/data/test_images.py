@@ -77,7 +77,7 @@ def test_a_file_of_another_size_is_named(tmp_path):
     write(tmp_path, range(4))
     write(tmp_path, [2], 16, 40)
     opened = open_media(tmp_path / "panorama_*.png")
-    with pytest.raises(MediaError, match=r"panorama_2\.png: is 16x40, but its sequence begins with 16x32"):
+    with pytest.raises(MediaError, match=r"panorama_2\.png: is 16x40, .* 16x32"):
         opened.read([1, 2])
 
 
@@ -91,8 +91,8 @@ def test_turned_photographs_have_their_upright_size(tmp_path):
 
 FAULTY = {
     "nowhere/panorama_*.png": "no such folder",
-    "scene_*.png": r"no file there is called so, with a number for \*, as scene_0\.png",
-    "pan*rama_*.png": r"pan\*rama_\*\.png must have one \* where the number of the frame stands",
+    "scene_*.png": r"no file matches, .* scene_0\.png",
+    "pan*rama_*.png": r"pan\*rama_\*\.png must have one \*",
     "clip_*.mp4": r"is no sequence of images; known: \.png",
 }
 
@@ -159,7 +159,7 @@ def test_a_path_with_stars_lists_every_folder_that_fits(tmp_path):
     assert table["name"].tolist() == [f"{room}/output/panorama_*.png" for room in ("x/r1", "x/r2", "y/r1")]
     assert Folder(tmp_path / "x/*/output/panorama_*.png").table()["name"].tolist()[0] == "r1/output/panorama_*.png"
     assert os.path.isabs(table["path"][0])
-    with pytest.raises(DataError, match=r"no files are called so, with a number for the \* of their name"):
+    with pytest.raises(DataError, match=r"no file matches, with a number for the \*"):
         Folder(tmp_path / "*/*/output/depth_*.png").table()
     with pytest.raises(DataError, match=r"must have one \*"):
         Folder(tmp_path / "*/*/output/*_*.png").table()

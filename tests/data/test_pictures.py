@@ -79,7 +79,7 @@ def test_a_transparent_colour_of_16_bits_is_refused(tmp_path):
     parts = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)), chunk(b"tRNS", colour)
     pixels = chunk(b"IDAT", zlib.compress(b"\0" + colour)) + chunk(b"IEND", b"")
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts) + pixels)
-    with pytest.raises(MediaError, match="transparent colour of 16 bits"):
+    with pytest.raises(MediaError, match="transparent colour"):
         open_media(tmp_path / "a.png")
 
 

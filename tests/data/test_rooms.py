@@ -69,7 +69,7 @@ def test_two_areas_hold_one_out_and_one_area_none(tmp_path):
     assert source.table()["split"].isna().all()
     tables = read_tables(source, SETTINGS, num_val_files=16, max_broken=0)
     assert (len(tables.train), len(tables.val)) == (3, 1)
-    assert tables.notes[1] == "there is one area only, so rooms are held out for validation instead of areas"
+    assert tables.notes[1].startswith("there is only one area;")
 
 
 def test_named_areas_are_held_out(root):
@@ -87,7 +87,7 @@ def test_short_rooms_are_left_out_and_counted(root):
     (root / "area1/unfinished/output").mkdir(parents=True)
     tables = read_tables(ErpRooms(root), SETTINGS, num_val_files=0, max_broken=0)
     assert not tables.train["name"].str.endswith("tiny").any()
-    assert tables.notes[0] == f"24 rooms of 12 areas in {root}; left out: 3 with fewer than 5 frames"
+    assert tables.notes[0] == f"24 rooms of 12 areas in {root}; skipped: 3 with fewer than 5 frames"
     assert len(ErpRooms(root, min_frames=6).table()) == 12
     assert len(ErpRooms(root, min_frames=4).table()) == 26
 
@@ -100,7 +100,7 @@ def test_empty_roots_are_refused_with_what_was_looked_for(tmp_path):
     room(tmp_path, "a/b", 4)
     with pytest.raises(DataError, match=r"depth_\*\.png: no such files"):
         ErpRooms(tmp_path, "depth_*.png").table()
-    with pytest.raises(DataError, match=r"no room has 5 files \(data.source.min_frames\); the most is 4"):
+    with pytest.raises(DataError, match=r"no room has 5 files \(data.source.min_frames\); the largest has 4"):
         ErpRooms(tmp_path).table()
     with pytest.raises(DataError, match=r"data.source.pattern: panorama.png must have one \*"):
         ErpRooms(tmp_path, "panorama.png").table()
@@ -140,7 +140,7 @@ def test_the_start_of_a_run_tells_of_rooms_and_areas(rendered):
     lines = data_summary(config, train.training_data(config, 0, 1))
     assert lines[0].startswith("1 training files, ")
     assert lines[1].startswith("  2 rooms of 2 areas in ")
-    assert lines[1].endswith("; left out: 1 with fewer than 5 frames")
+    assert lines[1].endswith("; skipped: 1 with fewer than 5 frames")
     assert lines[2].startswith("  areas held out for validation: area")
 
 

@@ -10,8 +10,7 @@ import pytest
 
 from vae3d.data.json_clips import JsonClips
 from vae3d.data.media import DataError
-from vae3d.data.open_source import open_source
-from vae3d.data.sources import Table
+from vae3d.data.sources import Table, open_source
 
 CSV = "path,text,num_frames\na.mp4,ein Café,5\nb.mp4,,\n"
 TSV = CSV.replace(",", "\t")

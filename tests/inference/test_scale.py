@@ -22,7 +22,7 @@ from vae3d.checkpoints.formats import Checkpoint, read_checkpoint
 from vae3d.config.validate import ConfigError
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
-from vae3d.data.open_source import open_source
+from vae3d.data.sources import open_source
 from vae3d.inference.scale import (
     MeasuredScale,
     ScaleError,

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.latents import families
-from vae3d.data.open_source import open_source
+from vae3d.data.sources import open_source
 from vae3d.latents.clips import ClipReader, Transform, items_of
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.encode import EncodeJob, encode_cache

@@ -17,7 +17,7 @@ from tests import tiny
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import probe_latents
-from vae3d.data.open_source import open_source
+from vae3d.data.sources import open_source
 from vae3d.errors import UserError
 from vae3d.latents import probe_run, probes
 from vae3d.latents.probe_run import ProbeError, ProbeSettings

@@ -54,13 +54,13 @@ class QuickNetworks(Networks):
         return self.real.lpips(net)
 
     def flow(self, name: str) -> nn.Module:
-        return self.real.flow(name) if name == "pwc" else self._once(name, Drift)
+        return self.real.flow(name) if name == "pwc" else self._load_once(name, Drift)
 
     def inception(self) -> nn.Module:
-        return self._once("inception", Colours)
+        return self._load_once("inception", Colours)
 
     def i3d(self) -> nn.Module:
-        return self._once("i3d", Colours)
+        return self._load_once("i3d", Colours)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def test_a_ratio_of_exactly_a_quarter_is_too_much_either_way():
 
 
 def test_nothing_to_compare_and_other_shapes_are_refused():
-    with pytest.raises(MetricError, match="no pixel of this depth is valid"):
+    with pytest.raises(MetricError, match=r"no pixel .* is valid"):
         abs_rel(REF, REC, torch.zeros_like(VALID))
     with pytest.raises(MetricError, match=r"different shapes: \(2, 2\), \(2,\), \(2, 2\)"):
         delta1(REF, REC[0], VALID)

@@ -44,7 +44,7 @@ def clips(metrics: MetricSet, count: int = 3) -> tuple[torch.Tensor, torch.Tenso
 def values(metrics: MetricSet, ref: torch.Tensor, rec: torch.Tensor, chunk: int | None = None) -> dict[str, float]:
     """Of one video; distances between sets are taken over its frames, or over the video twice."""
     got = result(metrics, ref, rec, chunk)
-    return metrics.over([got, got])
+    return metrics.aggregate([got, got])
 
 
 @each
@@ -139,10 +139,10 @@ def test_the_smallest_size_is_scored_and_a_smaller_one_refused(metrics):
     side = metric.min_size
     ref, rec = pair(max(2, metric.min_frames), side, side)
     assert all(math.isfinite(value) for value in values(metrics, ref, rec).values())
-    assert metric.refuses(len(ref), side, side) is None
+    assert metric.why_unsupported(len(ref), side, side) is None
     if side > 1:
         reason = f"{metric.name} needs frames of at least {side} pixels; these are {side - 1}x{side}"
-        assert metric.refuses(len(ref), side - 1, side) == reason
+        assert metric.why_unsupported(len(ref), side - 1, side) == reason
         with pytest.raises(MetricError, match=reason):
             result(metrics, ref[:, :, 1:], rec[:, :, 1:])
 
@@ -162,7 +162,7 @@ def test_results_are_named_as_the_metric_says(metrics):
     (metric,) = metrics
     got = result(metrics, *clips(metrics))
     assert got.scores.keys() | got.features.keys() == metrics.columns.keys()
-    assert set(got.counts) == set(metric.counted)
+    assert set(got.counts) == set(metric.count_columns)
     assert metric.name in METRICS
 
 

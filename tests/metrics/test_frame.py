@@ -87,7 +87,7 @@ def test_lpips_of_vgg_is_computed_in_batches_of_bounded_memory(trunks, monkeypat
     sizes = []
     features = metric.network.unit_features
     monkeypatch.setattr(metric.network, "unit_features", lambda x: sizes.append(len(x)) or features(x))
-    monkeypatch.setattr(networks, "PIXELS_AT_ONCE", 8 * 32 * 32)
+    monkeypatch.setattr(networks, "MAX_BATCH_PIXELS", 8 * 32 * 32)
     assert result(metrics, ref, rec).scores["lpips_vgg"].frames == pytest.approx(whole, rel=1e-6)
     assert sizes == [2] * 4 + [1] * 2
 

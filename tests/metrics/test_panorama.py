@@ -149,7 +149,7 @@ def test_a_panorama_turned_by_quarters_has_the_same_scores_of_faces(networks):
 
 def test_cube_lpips_is_lpips_of_the_faces(networks, monkeypatch):
     ref, rec = pair(2, 64, 128)
-    monkeypatch.setattr("vae3d.metrics.networks.PIXELS_AT_ONCE", 5 * 32 * 32)  # five faces, which end amid a frame
+    monkeypatch.setattr("vae3d.metrics.networks.MAX_BATCH_PIXELS", 5 * 32 * 32)  # five faces, which end amid a frame
     got = result(CubeLpips(networks), ref, rec).scores
     network = networks.lpips("alex")
     faces = [network(*(cube_faces(x[t : t + 1] * 2 - 1)[0] for x in (ref, rec))).flatten() for t in range(2)]

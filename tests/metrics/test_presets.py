@@ -31,7 +31,7 @@ def scores(names: list[str], preset: str, clips: list[tuple[Tensor, Tensor]]) ->
     return {column: [r[column] for r in results] for column in results[0]}
 
 
-def over(name: str, preset: str, clips: list[tuple[Tensor, Tensor]], batch_size: int = 1) -> float:
+def aggregate(name: str, preset: str, clips: list[tuple[Tensor, Tensor]], batch_size: int = 1) -> float:
     """A set's value as a report gives it."""
     (column,) = [c for c in scores([name], preset, clips) if c != "psnr_video"]
     return average(PRESETS[preset], column, scores([name], preset, clips)[column], batch_size)
@@ -64,7 +64,7 @@ def test_vidtok_psnr_is_piqs():
 def test_vidtok_averages_all_frames():
     clips = videos()
     every = torch.cat([piq.psnr(b.double(), a.double(), data_range=1.0, reduction="none") for a, b in clips])
-    assert over("psnr", "vidtok", clips) == pytest.approx(every.mean().item(), abs=1e-6)
+    assert aggregate("psnr", "vidtok", clips) == pytest.approx(every.mean().item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("preset", ["vidtok", "tokenbench"])
@@ -72,7 +72,7 @@ def test_lpips_of_vidtok_and_tokenbench_is_vggs(trunks, preset):
     clips = videos((1, 2), 32, 48)
     values = [lpips_package("vgg", trunks)(a * 2 - 1, b * 2 - 1).flatten().numpy() for a, b in clips]
     expected = np.mean(np.concatenate(values) if preset == "vidtok" else [v.mean() for v in values])
-    assert over("lpips", preset, clips) == pytest.approx(expected, rel=1e-6)
+    assert aggregate("lpips", preset, clips) == pytest.approx(expected, rel=1e-6)
 
 
 # ---- torchmetrics
@@ -83,7 +83,7 @@ def test_torchmetrics_ssim(size):
     clips = videos(LENGTHS, *size)
     ref, rec = (torch.cat(x) for x in zip(*clips, strict=True))
     expected = structural_similarity_index_measure(rec, ref, data_range=1.0).item()
-    assert over("ssim", "torchmetrics", clips) == pytest.approx(expected, abs=1e-6)
+    assert aggregate("ssim", "torchmetrics", clips) == pytest.approx(expected, abs=1e-6)
 
 
 def test_torchmetrics_psnr_pools_the_pixels_of_all_videos():
@@ -91,20 +91,20 @@ def test_torchmetrics_psnr_pools_the_pixels_of_all_videos():
     clips[0][1][0] = clips[0][0][0]  # equal frames have no error
     ref, rec = (torch.cat(x).double() for x in zip(*clips, strict=True))
     expected = peak_signal_noise_ratio(rec, ref, data_range=1.0).item()
-    assert over("psnr", "torchmetrics", clips) == pytest.approx(expected, rel=1e-7)  # its ln 10 is in fp32
-    assert abs(over("psnr", "default", clips) - expected) > 0.1
+    assert aggregate("psnr", "torchmetrics", clips) == pytest.approx(expected, rel=1e-7)  # its ln 10 is in fp32
+    assert abs(aggregate("psnr", "default", clips) - expected) > 0.1
 
 
 def test_torchmetrics_psnr_has_no_cap_but_for_equal_sets():
     ref, rec = videos((1,), 256, 256)[0]
-    assert over("psnr", "torchmetrics", [(ref, ref)]) == 100
+    assert aggregate("psnr", "torchmetrics", [(ref, ref)]) == 100
     rec = ref.clone()
     rec[0, 1, 100, 100] += 1 / 255
     expected = peak_signal_noise_ratio(rec.double(), ref.double(), data_range=1.0).item()
-    assert over("psnr", "torchmetrics", [(ref, rec)]) == pytest.approx(expected, rel=1e-7)
+    assert aggregate("psnr", "torchmetrics", [(ref, rec)]) == pytest.approx(expected, rel=1e-7)
     assert expected > 100
     ref, rec = ref.repeat(2, 1, 1, 1), torch.cat([ref, rec])  # an equal frame has no error, not one of 100 dB
-    assert over("psnr", "torchmetrics", [(ref, rec)]) == pytest.approx(expected + 10 * math.log10(2), rel=1e-7)
+    assert aggregate("psnr", "torchmetrics", [(ref, rec)]) == pytest.approx(expected + 10 * math.log10(2), rel=1e-7)
 
 
 # ---- TokenBench
@@ -118,7 +118,7 @@ def test_tokenbench_ssim_is_scikit_images_default():
         return structural_similarity(a, b, data_range=255.0, channel_axis=-1)
 
     expected = np.mean([np.mean([frame(a, b) for a, b in zip(*clip, strict=True)]) for clip in clips])
-    assert over("ssim", "tokenbench", clips) == pytest.approx(expected, abs=1e-6)
+    assert aggregate("ssim", "tokenbench", clips) == pytest.approx(expected, abs=1e-6)
 
 
 def test_tokenbench_psnr_is_that_of_each_videos_pixels():
@@ -127,12 +127,12 @@ def test_tokenbench_psnr_is_that_of_each_videos_pixels():
     for ref, rec in clips:
         root = np.sqrt(((ref.double().numpy() - rec.double().numpy()) ** 2).mean()) * 255
         values.append(20 * np.log10(255 / (root + np.finfo(np.float32).eps)))
-    assert over("psnr", "tokenbench", clips) == pytest.approx(np.mean(values), abs=1e-6)
+    assert aggregate("psnr", "tokenbench", clips) == pytest.approx(np.mean(values), abs=1e-6)
 
 
 def test_tokenbench_psnr_of_equal_videos():
     ref, _ = pair(2)
-    assert over("psnr", "tokenbench", [(ref, ref)]) == pytest.approx(186.6, abs=0.01)
+    assert aggregate("psnr", "tokenbench", [(ref, ref)]) == pytest.approx(186.6, abs=0.01)
 
 
 # ---- Open-Sora v1.2
@@ -170,7 +170,7 @@ def test_lpips_of_opensora_and_wfvae_is_alexnets_spatial_one(trunks, preset):
     clips = videos((2, 2), 64, 80)
     theirs = lpips_package("alex", trunks, spatial=True)
     expected = np.mean([theirs(a * 2 - 1, b * 2 - 1).mean().item() for a, b in clips])
-    assert over("lpips", preset, clips) == pytest.approx(expected, rel=1e-6)
+    assert aggregate("lpips", preset, clips) == pytest.approx(expected, rel=1e-6)
 
 
 def test_opensora_has_the_default_psnr_and_ssim():
@@ -192,14 +192,14 @@ def wfvae_psnr(batch: list[tuple[Tensor, Tensor]]) -> float:
 def test_wfvae_averages_each_batch_of_frames():
     clips = videos((3, 3, 3))
     expected = np.mean([wfvae_psnr(clips[:2]), wfvae_psnr(clips[2:])])
-    assert over("psnr", "wfvae", clips, 2) == pytest.approx(expected, abs=1e-6)
+    assert aggregate("psnr", "wfvae", clips, 2) == pytest.approx(expected, abs=1e-6)
 
 
 def test_in_wfvae_one_equal_frame_makes_its_batch_100():
     clips = videos((3, 3, 3))
     clips[1][1][2] = clips[1][0][2]
     assert wfvae_psnr(clips[:2]) == 100
-    assert over("psnr", "wfvae", clips, 2) == pytest.approx((100 + wfvae_psnr(clips[2:])) / 2, abs=1e-6)
+    assert aggregate("psnr", "wfvae", clips, 2) == pytest.approx((100 + wfvae_psnr(clips[2:])) / 2, abs=1e-6)
 
 
 def test_in_wfvae_a_frame_that_is_almost_equal_does_not():
@@ -208,7 +208,7 @@ def test_in_wfvae_a_frame_that_is_almost_equal_does_not():
     clips[0][1][1, 0, 100, 100] += 1 / 255  # an MSE of 8e-11
     expected = wfvae_psnr(clips)
     assert expected < 60
-    assert over("psnr", "wfvae", clips, 2) == pytest.approx(expected, abs=1e-5)
+    assert aggregate("psnr", "wfvae", clips, 2) == pytest.approx(expected, abs=1e-5)
 
 
 # ---- all

@@ -55,7 +55,7 @@ def test_ssim_is_that_of_scikit_image():
 def test_matrix_products_give_what_opencv_gives(kernel, unbiased):
     ref, rec = (x.double() for x in pair(2, 37, 53))
     on_gpu = ssim._similarity(ref, rec, ssim._valid_filter(kernel, ref), unbiased)[0].mean((1, 2, 3))
-    torch.testing.assert_close(on_gpu, ssim._on_cpu(ref, rec, kernel, unbiased), rtol=0, atol=1e-12)
+    torch.testing.assert_close(on_gpu, ssim._in_fp64(ref, rec, kernel, unbiased), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("formula", ssim.SSIM)

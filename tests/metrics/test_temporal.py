@@ -293,7 +293,7 @@ def test_flows_are_computed_in_batches_of_bounded_memory(networks, monkeypatch):
     metric, flows = FloLpips(networks, "raft_large"), networks.flow("raft_large")
     whole = result(metric, ref, rec).scores[metric.name].frames
     flows.seen.clear()
-    monkeypatch.setattr("vae3d.metrics.networks.PIXELS_AT_ONCE", 2 * 40 * 48)
+    monkeypatch.setattr("vae3d.metrics.networks.MAX_BATCH_PIXELS", 2 * 40 * 48)
     assert result(metric, ref, rec).scores[metric.name].frames == pytest.approx(whole, rel=1e-6)
     assert [len(frames) for frames in flows.seen] == [3, 3] * 2  # two pairs share a frame
 

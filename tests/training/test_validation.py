@@ -64,7 +64,7 @@ def test_psnr_is_of_clamped_pixels_and_a_mean_over_images_not_of_their_pooled_er
     done = validate(model, clips, metrics, torch.device("cpu"), 0)
     eight = [round((-0.5 + error + 1) * 127.5) - round(0.5 * 127.5) for error in (0.02, 0.2)]
     expected = [10 * math.log10(255**2 / (value**2 / 2)) for value in eight]  # half of the pixels are without error
-    assert metrics.over([clip.result for clip in done])["psnr"] == pytest.approx(sum(expected) / 2, abs=1e-4)
+    assert metrics.aggregate([clip.result for clip in done])["psnr"] == pytest.approx(sum(expected) / 2, abs=1e-4)
 
 
 def test_latents_of_three_channels_are_their_own_colours_stretched_and_enlarged():

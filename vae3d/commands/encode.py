@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vae3d.data.image_folder import ImageFolder
-from vae3d.data.open_source import open_source
 from vae3d.data.readers import is_image
-from vae3d.data.sources import Folder, Source
+from vae3d.data.sources import Folder, Source, open_source
 from vae3d.distributed import check_ranks_agree, init_inference
 from vae3d.hashing import json_hash
 from vae3d.latents.clips import Transform, items_of

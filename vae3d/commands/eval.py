@@ -297,7 +297,7 @@ def report(
         "failed": failed,
     }
     print(set_table(summary))
-    absent = [f"{name} is skipped: {reason}" for name, reason in metrics.absent.items()]
+    absent = [f"{name} is skipped: {reason}" for name, reason in metrics.skipped.items()]
     for warning in [*summary["warnings"], *evaluation.unmatched, *failed, *absent]:
         print(f"warning: {warning}", file=sys.stderr)
     folder = evaluation.output

@@ -53,7 +53,7 @@ def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Chec
     set_precision(config.precision)
     metrics = build_metrics(config.metrics, device)
     if config.height and config.width:
-        reasons = (m.refuses(config.num_frames or sys.maxsize, config.height, config.width) for m in metrics)
+        reasons = (m.why_unsupported(config.num_frames or sys.maxsize, config.height, config.width) for m in metrics)
         if errors := [reason for reason in reasons if reason]:
             raise UserError(f"metrics: {'; '.join(errors)}")
     checkpoint, model = load_with_checkpoint(config.checkpoint, changes=config.model)

@@ -34,7 +34,7 @@ from vae3d.checkpoints.formats import (
 )
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
-from vae3d.data.open_source import open_source
+from vae3d.data.sources import open_source
 from vae3d.errors import UserError
 from vae3d.inference.scale import MeasuredScale, ScaleError, measure, rescaled, spread_clips, unscalable_reason
 from vae3d.io import atomic_dir, atomic_files, naming

@@ -23,7 +23,7 @@ from torch import nn
 
 import vae3d
 from vae3d.argparse_types import non_negative_int, positive_int
-from vae3d.data.open_source import open_source
+from vae3d.data.sources import open_source
 from vae3d.errors import UserError
 from vae3d.latents import probe_run
 from vae3d.latents.probe_report import console_table, write_report

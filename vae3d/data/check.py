@@ -1,9 +1,11 @@
-"""python -m vae3d.data.check FILE: read every file of a table or JSON list, a folder or a dataset, and list the bad
-ones with their reasons.
+"""Check every file of a data set, and list the bad ones with the reason:
 
-Each image is decoded, and each video (or part of one) at its first, middle and last frame, or wholly with --full. Exit
-status 1 if any row is bad, 2 if FILE cannot be read. --clean OUT.csv writes the good rows with their num_frames,
-height, width and fps, so that training need not probe.
+    python -m vae3d.data.check FILE
+
+FILE is a table, a JSON list, a folder or a Hugging Face dataset. Each image is decoded; each video (or part of one) at
+its first, middle and last frame, or completely with --full. --clean OUT.csv writes the good rows with num_frames,
+height, width and fps, so that training need not probe the files. Exit status: 1 if any row is bad, 2 if FILE cannot be
+read.
 """
 
 from __future__ import annotations
@@ -20,16 +22,17 @@ import pandas as pd
 from tqdm import tqdm
 
 from vae3d.argparse_types import positive_int
-from vae3d.data.open_source import open_source
+from vae3d.data.media import DataError
 from vae3d.data.readers import MediaError, MediaInfo, open_media
+from vae3d.data.rows import NUMBERS
 from vae3d.data.segments import SEGMENT, Bounds, Segment, bounds_of
-from vae3d.data.sources import NUMBERS, DataError
+from vae3d.data.sources import open_source
 from vae3d.errors import printable
 from vae3d.io import FileError, naming
 
 
 def examine(path: str, bounds: Bounds, full: bool) -> MediaInfo | str:
-    """Facts of a file, or why it, or the part of it between two times, cannot be used."""
+    """Metadata of a file, or the reason why it, or its part within `bounds`, cannot be used."""
     try:
         file = open_media(path)
         reader = Segment(file, path, bounds)
@@ -43,7 +46,7 @@ def examine(path: str, bounds: Bounds, full: bool) -> MediaInfo | str:
 
 
 def examine_all(paths: list[str], bounds: list[Bounds], full: bool, workers: int) -> list[MediaInfo | str]:
-    """examine() of every file, in processes: a decoder that crashes costs one of them, and its file is named."""
+    """examine() of every file, in processes: a crash of a decoder ends one of them, and is reported for its file."""
     work, results = partial(examine, full=full), []
     with tqdm(total=len(paths), unit="file", disable=None) as bar:
         while (done := len(results)) < len(paths):
@@ -52,7 +55,7 @@ def examine_all(paths: list[str], bounds: list[Bounds], full: bool, workers: int
                     for result in pool.map(work, paths[done:], bounds[done:], chunksize=4):
                         results.append(result)
                         bar.update()
-            except BrokenProcessPool:  # by the next file, or by one of those that others had begun
+            except BrokenProcessPool:  # the next file crashed it, or one that another process had started
                 results.append(_examine_alone(work, paths[len(results)], bounds[len(results)]))
                 bar.update()
     return results
@@ -67,11 +70,11 @@ def _examine_alone(work: Callable[[str, Bounds], MediaInfo | str], path: str, bo
 
 
 def disagreement(row: pd.Series, info: MediaInfo) -> str | None:
-    """What a row says of its file that is not so."""
-    told = {name: row[name] for name in NUMBERS if pd.notna(row[name])}
+    """The numbers of a row that differ from its file's; None if there are none."""
+    given = {name: row[name] for name in NUMBERS if pd.notna(row[name])}
     wrong = [
         f"{name} is {value:g} in the table, {getattr(info, name):g} in the file"
-        for name, value in told.items()
+        for name, value in given.items()
         if abs(value - getattr(info, name)) > (0.01 * value if name == "fps" else 0)
     ]
     return "; ".join(wrong) or None
@@ -80,7 +83,7 @@ def disagreement(row: pd.Series, info: MediaInfo) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vae3d.data.check", description=__doc__)
     parser.add_argument("table", help="CSV, parquet or JSON file, a folder, or the folder of a Hugging Face dataset")
-    parser.add_argument("--root", help="what relative paths are relative to; by default the table's folder")
+    parser.add_argument("--root", help="folder of relative paths; default: the table's folder")
     parser.add_argument("--full", action="store_true", help="decode every frame")
     parser.add_argument("--clean", metavar="OUT.csv", help="write the good rows here")
     parser.add_argument("--workers", type=positive_int, default=4)

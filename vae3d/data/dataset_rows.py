@@ -1,9 +1,9 @@
-"""Images inside of Hugging Face datasets on this disk, under paths of their own:
+"""Images in local Hugging Face datasets, addressed by paths:
 
     /absolute/folder/of/the/dataset/SPLIT/COLUMN/ROW.hfimage        (rows count from 0)
 
-A dataset is opened once per process, and then mapped into memory: processes share its pages, and only the rows that are
-asked for are read. Needs the package datasets (the extra `huggingface`), which never goes online here.
+A dataset is opened once per process and memory-mapped: processes share its pages, and only requested rows are read.
+Needs the package datasets (the extra `huggingface`), which never goes online here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote
 
 import yaml
 
-from vae3d.data.media import DataError, MediaError
+from vae3d.data.media import DataError, MediaError, one_line
 from vae3d.data.tables import kind_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ TABLES = (".parquet", ".arrow")
 
 
 def row_path(folder: str | Path, split: str, column: str, row: int) -> str:
-    """Where open_media finds a row's image."""
+    """The path of a row's image, for open_media."""
     return os.path.join(os.path.abspath(folder), quote(split, ""), quote(column, ""), f"{row}{SUFFIX}")
 
 
@@ -41,7 +41,7 @@ def is_row(path: str | Path) -> bool:
 
 
 def open_row(path: str | Path) -> BinaryIO:
-    """The encoded image of a row. Raises MediaError if there is no such row, or no image in it."""
+    """The encoded image of a row. Raises MediaError if the row does not exist, or has no image."""
     folder, split, column, row = _parts(path)
     try:
         images = encoded(folder, split, column)
@@ -56,7 +56,7 @@ def open_row(path: str | Path) -> BinaryIO:
 
 
 def version_of(path: str | Path) -> list[int] | None:
-    """Size and time of the files that a row's dataset is stored in; None if it cannot be opened."""
+    """Bytes and modification time (ns) of the files of a row's dataset; None if it cannot be opened."""
     try:
         return list(_version(*_parts(path)[:3]))
     except (DataError, MediaError, OSError):
@@ -79,7 +79,7 @@ def _parts(path: str | Path) -> tuple[str, str, str, int]:
 
 @lru_cache(maxsize=8)
 def encoded(folder: str, split: str, column: str) -> datasets.Dataset:
-    """The column alone, as Arrow tables: images are not decoded, and not copied. Raises DataError."""
+    """The column alone, as Arrow tables: images are neither decoded nor copied. Raises DataError."""
     splits = open_splits(folder)
     if split not in splits or column not in image_columns(splits[split]):
         raise DataError(f"{folder} has no split `{split}` with images in a column `{column}`")
@@ -87,7 +87,7 @@ def encoded(folder: str, split: str, column: str) -> datasets.Dataset:
 
 
 def image_columns(rows: datasets.Dataset) -> list[str]:
-    """Columns that are images, or what they are stored as: {bytes, path}."""
+    """Columns of images, or of their stored form {bytes, path}."""
     image = _library().Image
     return [name for name, kind in rows.features.items() if isinstance(kind, image) or _is_stored(kind)]
 
@@ -107,19 +107,17 @@ def open_splits(folder: str) -> dict[str, datasets.Dataset]:
     try:
         opened = library.load_from_disk(folder) if is_saved(folder) else library.load_dataset(folder)
     except (OSError, ValueError, ImportError, KeyError, library.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"{folder} is not a dataset that can be opened: {' '.join(str(error).split())[:500]}"
-        ) from error
+        raise DataError(f"{folder} cannot be opened as a dataset: {one_line(error, 500)}") from error
     return dict(opened) if isinstance(opened, dict) else {str(opened.split or "train"): opened}
 
 
 def how_to_download(path: str | Path) -> str:
-    """What to do if `path`, which is not here, is the name of a dataset of the hub; empty if it cannot be one."""
-    no_name = kind_of(path) is not None or Path(path).suffix == ".arrow"
-    if no_name or not re.fullmatch(r"\w[\w.-]*/[\w-][\w.-]*", str(path)):
+    """A hint if `path`, which does not exist, may be the name of a dataset on the hub; else empty."""
+    is_file_name = kind_of(path) is not None or Path(path).suffix == ".arrow"
+    if is_file_name or not re.fullmatch(r"\w[\w.-]*/[\w-][\w.-]*", str(path)):
         return ""
     name = Path(path).name
-    return f"; if it is a dataset of the hub, get it with: hf download {path} --repo-type dataset --local-dir {name}"
+    return f"; if it is a dataset on the hub, get it with: hf download {path} --repo-type dataset --local-dir {name}"
 
 
 def is_saved(folder: str | Path) -> bool:
@@ -128,7 +126,7 @@ def is_saved(folder: str | Path) -> bool:
 
 
 def has_tables(folder: str | Path) -> bool:
-    """Whether parquet or arrow files lie in a folder where repositories have them."""
+    """Whether a folder has parquet or arrow files, in it or in its folder `data`."""
     return any(file.suffix.lower() in TABLES for place in (".", "data") for file in Path(folder, place).glob("*"))
 
 
@@ -144,14 +142,14 @@ def _library() -> ModuleType:
 
 
 def _remote_file(folder: Path) -> str | None:
-    """A URL that a repository's card gives for its data, which even an offline load_dataset would open."""
+    """A URL of data in a repository's card, which even an offline load_dataset would open; None without one."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     try:
-        told = yaml.safe_load(header[1]) if header else None
-    except yaml.YAMLError:  # load_dataset says so
+        metadata = yaml.safe_load(header[1]) if header else None
+    except yaml.YAMLError:  # load_dataset reports it
         return None
-    configs = told.get("configs") if isinstance(told, dict) else None
+    configs = metadata.get("configs") if isinstance(metadata, dict) else None
     found = re.search(r"\w+://[^\s\"]+", json.dumps(configs, default=str))
     return found and found[0]

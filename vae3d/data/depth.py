@@ -1,7 +1,7 @@
 """Depth maps as videos: 16-bit images to [-1, 1] and back to metres.
 
-Follows the depth training of Marigold (Ke et al., CVPR 2024): one channel repeated three times, so that a colour VAE
-takes it, and the mean of the three that come back.
+Follows Marigold (Ke et al., CVPR 2024, arXiv 2312.02145): depth is repeated over three channels, so that a colour VAE
+can encode it, and decoded as the mean of the three channels.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from vae3d.data.images import SequenceReader, load_grey
 from vae3d.data.media import Size
 
 PERCENTILES = (2, 98)
-LEAST_RATIO = 1.01  # of far to near in a clip: a bare wall must not be stretched to the full range
-MAPPINGS = {"log": (torch.log, torch.exp), "inverse": (torch.reciprocal, torch.reciprocal)}  # and its inverse
+MIN_FAR_NEAR_RATIO = 1.01  # of a clip, so that a flat wall is not stretched to the full range
+MAPPINGS = {"log": (torch.log, torch.exp), "inverse": (torch.reciprocal, torch.reciprocal)}  # function, inverse
 
 
 @dataclass(frozen=True)
 class DepthSettings:
-    """How depth becomes pixels.
+    """How to map depth to pixels.
 
-    mapping: log, or inverse (1 / metres, which gives near things more of the range); both are linear in it from
-    -1 at the near bound to 1 at the far one, and clip what lies outside. bounds: fixed (`near` and `far`, in metres),
-    or percentiles (the 2nd and 98th of the clip's valid pixels). unit: stored value of one metre.
+    mapping: log(metres), or inverse (1 / metres, which gives near objects more of the range). Pixels are linear in it:
+    -1 at the near bound, 1 at the far bound, clipped beyond. bounds: fixed (`near` and `far`, in metres), or
+    percentiles (2nd and 98th of the clip's valid pixels). unit: stored value of one metre.
     """
 
     mapping: str
@@ -38,10 +38,9 @@ class DepthSettings:
 
 
 class DepthReader(SequenceReader):
-    """Depth maps of 16 bits, as stored: [T, H, W] uint16, 0 where nothing was measured.
+    """16-bit depth maps as stored: [T, H, W] uint16, 0 where nothing was measured.
 
-    Resized to the nearest pixel: a mean of a valid and an invalid pixel, or of the two sides of an edge, is a depth
-    that is nowhere in the room.
+    Resized by nearest neighbour: a mean of valid and invalid pixels, or across an edge, is a depth that does not exist.
     """
 
     def frame(self, file: Path, size: Size | None) -> np.ndarray:
@@ -51,7 +50,7 @@ class DepthReader(SequenceReader):
 
 
 def nearest(image: np.ndarray, size: Size) -> np.ndarray:
-    """[H, W] -> size, of each new pixel the old one at its centre."""
+    """Nearest-neighbour resize of [H, W]."""
     rows, columns = (
         np.floor((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size, image.shape, strict=True)
     )
@@ -59,40 +58,38 @@ def nearest(image: np.ndarray, size: Size) -> np.ndarray:
 
 
 def encode_depth(stored: np.ndarray, settings: DepthSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """[T, H, W] as stored -> video [3, T, H, W] float32 in [-1, 1] of equal channels, 0 where invalid;
-    valid [1, T, H, W] bool; the bounds [2] in metres that -1 and 1 stand for.
-
-    Raises ValueError if no pixel is valid.
+    """[T, H, W] as stored -> video [3, T, H, W] float32 in [-1, 1], 0 where invalid; valid [1, T, H, W] bool;
+    bounds [2], metres of -1 and 1. Raises ValueError if no pixel is valid.
     """
     valid = torch.from_numpy(stored != 0)[None]
     if not valid.any():
-        raise ValueError("holds no depth: every pixel is 0, which marks what was not measured")
+        raise ValueError("holds no depth: every pixel is 0, which means not measured")
     metres = torch.from_numpy(stored.astype(np.float32))[None] / settings.unit
     near, far = settings.near, settings.far
     if settings.bounds == "percentiles":
         near, far = np.percentile(stored[stored != 0], PERCENTILES) / settings.unit
-        far = max(far, near * LEAST_RATIO)
+        far = max(far, near * MIN_FAR_NEAR_RATIO)
     bounds = torch.tensor([near, far], dtype=torch.float32)
     video = torch.where(valid, from_metres(metres, bounds, settings.mapping), 0.0)
     return video.expand(3, -1, -1, -1).contiguous(), valid, bounds
 
 
 def from_metres(metres: Tensor, bounds: Tensor, mapping: str) -> Tensor:
-    """[..., 1, T, H, W] in metres -> [-1, 1]; what lies outside the bounds [..., 2] is clipped."""
+    """[..., 1, T, H, W] in metres -> [-1, 1], clipped to the bounds [..., 2]."""
     forward, _ = MAPPINGS[mapping]
-    near, far = _spread(bounds)
+    near, far = _broadcastable(bounds)
     low, high = forward(near), forward(far)
     inside = torch.minimum(torch.maximum(metres, near), far)
     return 2.0 * (forward(inside) - low) / (high - low) - 1.0
 
 
 def to_metres(depth: Tensor, bounds: Tensor, mapping: str) -> Tensor:
-    """The inverse of from_metres: [..., 1, T, H, W] in [-1, 1] (clipped here) -> metres.
+    """Inverse of from_metres: [..., 1, T, H, W], clipped to [-1, 1], -> metres.
 
-    bounds: [..., 2], as Clip.depth_bounds has them. A video of three channels goes through depth_of before.
+    bounds: [..., 2], as in Clip.depth_bounds. Apply depth_of to a video of three channels first.
     """
     forward, back = MAPPINGS[mapping]
-    low, high = (forward(bound) for bound in _spread(bounds))
+    low, high = (forward(bound) for bound in _broadcastable(bounds))
     return back(low + (depth.clamp(-1.0, 1.0) + 1.0) / 2.0 * (high - low))
 
 
@@ -101,5 +98,5 @@ def depth_of(video: Tensor) -> Tensor:
     return video.mean(dim=-4, keepdim=True)
 
 
-def _spread(bounds: Tensor) -> tuple[Tensor, Tensor]:
+def _broadcastable(bounds: Tensor) -> tuple[Tensor, Tensor]:
     return bounds[..., 0, None, None, None, None], bounds[..., 1, None, None, None, None]

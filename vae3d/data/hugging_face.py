@@ -1,4 +1,4 @@
-"""Image datasets of Hugging Face, from a folder on this disk."""
+"""Image datasets of Hugging Face in a local folder."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import pandas as pd
 import pyarrow.compute as pc
 
 from vae3d.data.dataset_rows import encoded, image_columns, open_splits, row_path
-from vae3d.data.sources import DataError, rows_from_paths
+from vae3d.data.media import DataError
+from vae3d.data.rows import rows_from_paths
 
 NO_LABEL = -1  # of test sets whose labels are kept secret
-HELD_OUT = ("validation", "valid", "val", "test")  # the first of them that there is serves for validation
+HELD_OUT = ("validation", "valid", "val", "test")  # the first that exists is the validation split
 
 
 class HuggingFace:
-    """The images of a dataset in a folder that `save_to_disk` wrote, or of a repository that was downloaded as it is:
-    parquet, arrow or image files, as `datasets.load_dataset` takes them. Never goes online.
+    """The images of a folder that `save_to_disk` wrote, or of a downloaded repository with parquet, arrow or image
+    files, as `datasets.load_dataset` reads it. Never goes online.
 
-    split: trained on; None: train, or the only one there is. val_split: held out for validation; None: the first there
-    is of validation, valid, val and test; without one, images are held out as from any source. column: of images;
-    None: the only one.
-    A column `label` gives the labels: classes by their numbers. Rows without an image are errors. `notes` tells splits
-    and numbers.
+    split: for training; None: train, or the only split. val_split: for validation; None: the first that exists of
+    validation, valid, val and test; without one, data.num_val_files applies. column: of images; None: the only one.
+    A column `label` gives the labels: classes by number. Rows without an image get an error. `notes`: splits and
+    counts.
     """
 
     def __init__(
@@ -51,39 +51,40 @@ class HuggingFace:
         return table
 
     def _roles(self, splits: Sequence[str]) -> dict[str, str]:
-        """What each split that is read is for; the one that is trained on comes first."""
-        trained = self.split or (splits[0] if len(splits) == 1 else "train")
-        for key, name in (("split", trained), ("val_split", self.val_split)):
+        """Split of the dataset -> split of the table (train, val, test). The training split comes first."""
+        train = self.split or (splits[0] if len(splits) == 1 else "train")
+        for key, name in (("split", train), ("val_split", self.val_split)):
             if name is not None and name not in splits:
                 raise DataError(f"data.source.{key}={name}: {self.path} has only the splits {', '.join(splits)}")
-        others = [name for name in (self.val_split, *HELD_OUT) if name in splits and name != trained]
-        roles = {trained: "train"} | dict.fromkeys(others[:1], "val")
+        others = [name for name in (self.val_split, *HELD_OUT) if name in splits and name != train]
+        roles = {train: "train"} | dict.fromkeys(others[:1], "val")
         return roles | ({"test": "test"} if "test" in splits and "test" not in roles else {})
 
     def _column(self, folder: str, images: Sequence[str], columns: Sequence[str]) -> str:
         column = self.column or (images[0] if len(images) == 1 else None)
         if column in images:
             return column
-        asked = "" if self.column is None else f"data.source.column={self.column}: "
+        setting = "" if self.column is None else f"data.source.column={self.column}: "
         hint = "; set data.source.column to one of them" if images else ""
         found = f"{', '.join(images) or 'none'} of its columns ({', '.join(columns)})"
-        raise DataError(f"{asked}{folder} holds images in {found}{hint}")
+        raise DataError(f"{setting}{folder} holds images in {found}{hint}")
 
 
 def _rows(folder: str, split: str, column: str) -> pd.DataFrame:
-    """The rows of a split; an image that is a file of its own, which only its path was stored of, is listed as that."""
+    """The rows of a split. Where only the path of an image is stored, the row is that file."""
     images = encoded(folder, split, column)[:][column]
-    outside = pc.is_null(pc.struct_field(images, "bytes")).to_pylist()
+    external = pc.is_null(pc.struct_field(images, "bytes")).to_pylist()
     files = pc.struct_field(images, "path").to_pylist()
     paths = [
-        os.path.join(folder, file) if out and file else row_path(folder, split, column, row)
-        for row, (out, file) in enumerate(zip(outside, files, strict=True))
+        os.path.join(folder, file) if is_external and file else row_path(folder, split, column, row)
+        for row, (is_external, file) in enumerate(zip(external, files, strict=True))
     ]
     table = rows_from_paths(paths, [f"{split}/{row}" for row in range(len(paths))]).assign(num_frames=1.0, fps=0.0)
     rows = open_splits(folder)[split]
     if "label" in rows.column_names:
         labels = rows.select_columns(["label"])[:]["label"]
         table["label"] = [label if isinstance(label, int | str) and label != NO_LABEL else None for label in labels]
-    return table.assign(
-        error=[None if file or not out else "has no image" for out, file in zip(outside, files, strict=True)]
-    )
+    table["error"] = [
+        "has no image" if is_external and not file else None for is_external, file in zip(external, files, strict=True)
+    ]
+    return table

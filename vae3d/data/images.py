@@ -1,4 +1,4 @@
-"""Reading images, alone or as the numbered frames of a video."""
+"""Reading images, alone or as a numbered sequence."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vae3d.data.media import MediaError, MediaInfo, Size, check_indices
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-SEQUENCE_RATE = 24.0  # frames per second that a sequence is said to have
-# All that Pillow may try, so that no other of its plugins runs: the one for PostScript starts Ghostscript.
+SEQUENCE_RATE = 24.0  # nominal frames per second of a sequence
+# The only Pillow plugins to run: the one for PostScript, for example, starts Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 MAX_PIXELS = 2**27  # of one image, as 16384 x 8192; 400 MB as RGB
-DECODER_ERRORS = (  # what Pillow raises for bad files
+DECODER_ERRORS = (  # all that Pillow raises for bad files
     OSError,
     EOFError,
     SyntaxError,
@@ -39,7 +39,7 @@ DECODER_ERRORS = (  # what Pillow raises for bad files
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,  # where warnings are errors
 )
-SIGNATURES = {  # how files begin that are often called an image
+SIGNATURES = {  # first bytes of files that often have the name of an image
     b"%!PS": "a PostScript file",
     b"%PDF": "a PDF file",
     b"version https://git-lfs": "a Git LFS pointer; get the file itself with: git lfs pull",
@@ -50,19 +50,19 @@ SIGNATURES = {  # how files begin that are often called an image
     b"8bpsi": "a Photoshop file",
 }
 BRANDS = {b"avif": "an AVIF file", b"avis": "an AVIF file", b"heic": "a HEIC file", b"mif1": "a HEIC file"}
-REDUCED = 254, 1  # TIFF's tag NewSubfileType, and its bit of a page that is a smaller copy of another
-ORIENTATION = 0x0112  # Exif; 5 to 8 turn by a quarter
-GAP = 2  # how many times larger than wanted a JPEG is decoded at least
+REDUCED = 254, 1  # TIFF tag NewSubfileType, and its bit for a smaller copy of another page
+ORIENTATION = 0x0112  # Exif tag; values 5 to 8 rotate by 90 degrees
+MIN_DRAFT_SCALE = 2  # a JPEG is decoded at least this many times larger than the target
 
 
 class ImageReader:
     """One image as a video of one frame.
 
-    file: its content, if it is in no file of its own; `path` is then only its name. A JPEG is decoded when it is read:
-    at half, a quarter or an eighth of its size where that is still at least twice the size asked for, before it is
-    resized, as Pillow's `thumbnail` does. The result is that of a full decode to about 50 dB.
-    Raises MediaError for what is no image or several, and for pixels that are not opaque, or have no known range; for
-    the pixels of a JPEG, `read` does.
+    file: the encoded image, if it is no file of its own; `path` is then only its name in messages. A JPEG is decoded
+    by `read`, at 1/2, 1/4 or 1/8 of its size if that is still at least twice the target, and then resized, as Pillow's
+    `thumbnail` does. The result matches that of a full decode to about 50 dB.
+    Raises MediaError for other files, several images in one, transparent pixels, and pixels of unknown range; for the
+    pixels of a JPEG, `read` raises it.
     """
 
     def __init__(self, path: Path, file: BinaryIO | None = None) -> None:
@@ -90,13 +90,13 @@ class ImageReader:
             if size is None:
                 return _to_8_bits(self.path, ImageOps.exif_transpose(image)).convert("RGB")
             stored = size[::-1] if _is_turned(image) else size
-            drawn = image.draft(None, (GAP * stored[1], GAP * stored[0]))
-            box = drawn and drawn[1]  # a last row or column may stand for less than a whole one
+            drawn = image.draft(None, (MIN_DRAFT_SCALE * stored[1], MIN_DRAFT_SCALE * stored[0]))
+            box = drawn and drawn[1]  # the last row or column may be a partial one
             return ImageOps.exif_transpose(resize(image.convert("RGB"), stored, box))
 
 
 def image_info(path: Path, file: BinaryIO | None = None) -> MediaInfo:
-    """Facts of an image from its header: whether its pixels can be decoded is not noticed. Raises MediaError."""
+    """Metadata of an image from its header; its pixels are not decoded. Raises MediaError."""
     with open_image(path, file) as image:
         height, width = image.size if _is_turned(image) else image.size[::-1]
         bits = 16 if image.mode.startswith("I") else 8
@@ -105,10 +105,10 @@ def image_info(path: Path, file: BinaryIO | None = None) -> MediaInfo:
 
 @contextmanager
 def open_image(path: str | Path, file: BinaryIO | None = None) -> Iterator[Image.Image]:
-    """An image whose header was read; the project opens images nowhere else.
+    """Open an image and read its header. All images of the project are opened here.
 
-    What a decoder raises inside of the block becomes a MediaError, as do other formats than FORMATS, more pixels than
-    MAX_PIXELS, animations, and files of several pages.
+    Raises MediaError for errors of the decoder inside the block, formats other than FORMATS, more than MAX_PIXELS
+    pixels, animations, and files with several pages.
     """
     try:
         if file is not None:
@@ -127,10 +127,10 @@ def open_image(path: str | Path, file: BinaryIO | None = None) -> Iterator[Image
 
 
 def _check_single(path: str | Path, image: Image.Image) -> None:
-    """Raises MediaError for more pixels than MAX_PIXELS, and for more than one picture."""
+    """Raise MediaError for more than MAX_PIXELS pixels, and for several images in one file."""
     if image.width * image.height > MAX_PIXELS:
-        raise MediaError(path, f"has {image.width} x {image.height} pixels; at most {MAX_PIXELS} are read of an image")
-    if image.format == "MPO" or not getattr(image, "is_animated", False):  # MPO: a photograph, and what the camera adds
+        raise MediaError(path, f"has {image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
+    if image.format == "MPO" or not getattr(image, "is_animated", False):  # MPO: a photograph with the camera's extras
         return
     if image.format == "TIFF":
         tag, reduced = REDUCED
@@ -142,29 +142,29 @@ def _check_single(path: str | Path, image: Image.Image) -> None:
         if pages > 1:
             raise MediaError(path, f"has {pages} pages; save each as a file of its own")
     elif image.format == "GIF":
-        raise MediaError(path, "is an animated GIF; call it .gif, and it is read as a video")
+        raise MediaError(path, "is an animated GIF; rename it to .gif to read it as a video")
     else:
         kind = {"PNG": "PNG (APNG)", "WEBP": "WebP"}.get(str(image.format), image.format)
         raise MediaError(path, f"is an animated {kind} of {image.n_frames} frames; convert it to a video, such as .mp4")
 
 
 def _check_opaque(path: str | Path, image: Image.Image) -> None:
-    """Raises MediaError for transparent pixels: what is behind them is not in the file."""
+    """Raise MediaError for transparent pixels: the file does not say what is behind them."""
     if not image.has_transparency_data:
         return
     key = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
-        raise MediaError(path, "has a transparent colour of 16 bits, which cannot be looked for; flatten it")
-    if image.mode.startswith("I"):  # whose transparency is one grey level, and which does not convert
+        raise MediaError(path, "has a 16-bit transparent colour, which cannot be checked; flatten it")
+    if image.mode.startswith("I"):  # transparency is one grey level, and Pillow cannot convert the image
         transparent = bool((np.asarray(image) == key).any())
     else:
         transparent = image.convert("RGBA").getextrema()[3][0] < 255
     if transparent:
-        raise MediaError(path, "has transparent pixels; flatten it onto the background that it is to have")
+        raise MediaError(path, "has transparent pixels; flatten it onto a background of your choice")
 
 
 def _kind(path: str | Path, file: BinaryIO | None) -> str:
-    """What a file is that is no image."""
+    """What a file is that Pillow cannot read."""
     if file is None:
         with open(path, "rb") as stream:
             head = stream.read(64)
@@ -173,14 +173,14 @@ def _kind(path: str | Path, file: BinaryIO | None) -> str:
         head = file.read(64)
     named = [kind for start, kind in SIGNATURES.items() if head.lower().lstrip().startswith(start.lower())]
     if head[4:8] == b"ftyp":
-        named.append(BRANDS.get(head[8:12], "a video; call it .mp4"))
+        named.append(BRANDS.get(head[8:12], "a video; rename it to .mp4"))
     return "not an image, whatever its extension says" + (f", but {named[0]}" if named else "")
 
 
 def _is_turned(image: Image.Image) -> bool:
-    """Whether the header asks for a quarter turn that Pillow leaves to us, as it does but for TIFF.
+    """Whether the header asks for a rotation by 90 degrees that Pillow does not apply; it does for TIFF.
 
-    A PNG whose header has no Exif data would be decoded to look for it behind the pixels, and hardly any has it there.
+    A PNG without Exif in its header is not searched: Pillow would decode it, and hardly any has Exif after the pixels.
     """
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return False
@@ -188,7 +188,7 @@ def _is_turned(image: Image.Image) -> bool:
 
 
 def _to_8_bits(path: Path, image: Image.Image) -> Image.Image:
-    """Pillow's own conversion of 16-bit grey clips nearly everything to white."""
+    """16-bit grey to 8 bits; Pillow's own conversion clips nearly everything to white."""
     if image.mode == "F":
         raise MediaError(path, "holds floating-point pixels of unknown range; store it with 8 or 16 bits")
     if not image.mode.startswith("I"):
@@ -197,11 +197,11 @@ def _to_8_bits(path: Path, image: Image.Image) -> Image.Image:
 
 
 def load_grey(path: Path) -> np.ndarray:
-    """[H, W] uint16 of an image of one channel of 16 bits. Raises MediaError if it holds anything else."""
+    """[H, W] uint16 of a 16-bit image of one channel. Raises MediaError for any other."""
     with open_image(path) as image:
         if not image.mode.startswith("I"):
             kind = "floating-point" if image.mode == "F" else f"8-bit {image.mode}"
-            raise MediaError(path, f"holds {kind} pixels; depth is read from images of one channel of 16 bits")
+            raise MediaError(path, f"holds {kind} pixels; depth maps need 16-bit images of one channel")
         return grey_levels(path, image).astype(np.uint16)
 
 
@@ -214,40 +214,39 @@ def grey_levels(path: Path, image: Image.Image) -> np.ndarray:
 
 
 def resize(image: Image.Image, size: Size, box: tuple[float, ...] | None = None) -> Image.Image:
-    """`box`, or all, of an image at `size`, antialiased."""
+    """An image, or its part `box`, at `size`, antialiased."""
     return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box)
 
 
 def resize_circular(frame: np.ndarray, size: Size) -> np.ndarray:
-    """Resize [H, W, 3] whose right edge goes on at its left one, antialiased: no column is special, so the picture
-    may be rolled before or after."""
+    """Resize [H, W, 3] with wrap-around at the left and right edge, antialiased: rolling commutes with it."""
     height, width = frame.shape[:2]
-    margin = min(width, 2 * -(-width // size[1]) + 2)  # what the filter reaches
-    wider = Image.fromarray(np.pad(frame, ((0, 0), (margin, margin), (0, 0)), mode="wrap"))
+    margin = min(width, 2 * -(-width // size[1]) + 2)  # support of the filter
+    padded = Image.fromarray(np.pad(frame, ((0, 0), (margin, margin), (0, 0)), mode="wrap"))
     box = (margin, 0, margin + width, height)
-    return np.asarray(wider.resize((size[1], size[0]), Image.Resampling.BICUBIC, box))
+    return np.asarray(padded.resize((size[1], size[0]), Image.Resampling.BICUBIC, box))
 
 
 def is_sequence(path: str | Path) -> bool:
-    """Whether a path stands for numbered files, as panorama_*.png does."""
+    """Whether a path is a pattern of numbered files, such as panorama_*.png."""
     return "*" in os.path.basename(path)
 
 
 def numbered(pattern: str) -> Callable[[str], re.Match[str] | None]:
-    """Matches names that are `pattern` with digits for its `*`; group 1 is the number.
+    """A matcher of names with digits for the `*` of `pattern`; group 1 is the number.
 
-    Names that have more there (panorama_0000_mask.png for panorama_*.png) do not match.
-    Raises ValueError if the pattern has not one `*`.
+    Other text in place of the `*` does not match: panorama_0000_mask.png for panorama_*.png.
+    Raises ValueError if the pattern has no `*`, or several.
     """
     if pattern.count("*") != 1:
-        raise ValueError(f"{pattern} must have one * where the number of the frame stands")
+        raise ValueError(f"{pattern} must have one *, in place of the frame number")
     return re.compile(re.escape(pattern).replace(r"\*", "([0-9]+)")).fullmatch
 
 
 def sequence_files(path: str | Path) -> list[Path]:
-    """The files of a sequence, frame_9 before frame_10; the file alone if the path has no `*`.
+    """The files of a sequence, sorted by number; the file alone if the path has no `*`.
 
-    Raises MediaError if there is none, or two have the same number.
+    Raises MediaError if there is none, or two files have the same number.
     """
     path = Path(path)
     if not is_sequence(path):
@@ -261,7 +260,7 @@ def sequence_files(path: str | Path) -> list[Path]:
     except (OSError, ValueError) as error:
         raise MediaError(path, str(error)) from error
     if not matches:
-        raise MediaError(path, f"no file there is called so, with a number for *, as {path.name.replace('*', '0')}")
+        raise MediaError(path, f"no file matches, with a number for *, such as {path.name.replace('*', '0')}")
     found: dict[int, str] = {}
     for match in matches:
         other = found.setdefault(int(match[1]), match[0])
@@ -271,10 +270,10 @@ def sequence_files(path: str | Path) -> list[Path]:
 
 
 class SequenceReader:
-    """Numbered images as a video; opening it reads the header of the first file and lists the folder.
+    """Numbered images as a video. Opening it lists the folder and reads the header of the first file.
 
-    Its rate is a nominal 24 frames per second: a sequence of photographs has none, and 0 would mean a single image.
-    Reading raises MediaError naming a file of another size than the first.
+    Its rate is a nominal 24 frames per second, since 0 would mean a single image. `read` raises MediaError for a file
+    of another size than the first.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -295,7 +294,7 @@ class SequenceReader:
     def check_same_size(self, file: Path, height: int, width: int) -> None:
         if (height, width) != (self.info.height, self.info.width):
             expected = f"{self.info.height}x{self.info.width}"
-            raise MediaError(file, f"is {height}x{width}, but its sequence begins with {expected}")
+            raise MediaError(file, f"is {height}x{width}, but the first file of its sequence is {expected}")
 
     def close(self) -> None:
-        """Nothing is kept open."""
+        """No file stays open."""

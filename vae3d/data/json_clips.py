@@ -1,4 +1,4 @@
-"""Clips listed in a JSON file: whole videos, or parts of them."""
+"""Clips listed in a JSON file: whole videos, or parts of videos."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from vae3d.data.media import DataError
+from vae3d.data.rows import SPLITS, file_hashes, mark_missing_files, normalise_rows
 from vae3d.data.segments import SEGMENT, SEGMENT_ERROR
-from vae3d.data.sources import SPLITS, DataError, exists, file_hashes, normalise_rows
 from vae3d.data.tables import read_entries
 
 TEXT, NUMBER = (str, "a text"), ((int, float), "a number")
@@ -26,9 +27,9 @@ KINDS = {
     "label": ((str, int), "a text or a whole number"),
 }
 OPTIONAL = [key for key in KINDS if key != "path"]
-COLUMNS = {"frames": "num_frames"}  # of a table, where they are not called as the keys
-COUNTS = ("total", "count", "num", "length")  # keys beside `list` that tell its length
-HASHES = 2**63
+COLUMNS = {"frames": "num_frames"}  # column of the table, where it differs from the key
+COUNTS = ("total", "count", "num", "length")  # keys beside `list` that give its length
+HASHES = 2**63  # file_hashes are below
 
 
 class JsonClips:
@@ -36,15 +37,14 @@ class JsonClips:
 
     Each clip is an object with the key `path` and optional
 
-        start, end: seconds of the file that the clip begins and ends at; without them, the file's own.
-        frames, fps: of the whole file, as annotated, so that it need not be opened to know them.
+        start, end: seconds, of the part of the file; without them, the whole file.
+        frames, fps: of the whole file, so that it need not be opened.
         split: train, val or test; all clips have it, or none. text: a caption. label: a class, as text or a number.
 
-    null is as good as leaving a key out; other keys are not read, and told in `notes`. Relative paths are relative to
-    `root`, by default the JSON file's folder.
-    val_share: where no clip has a split, the videos whose names hash into this share of all hashes are held out with
-    all their clips, at least one video; so a video stays on its side when the list grows. None:
-    data.num_val_files applies.
+    null means the same as no key. Other keys are ignored and listed in `notes`.
+    root: what relative paths are relative to; None: the JSON file's folder.
+    val_share: if no clip has a split, this share of the videos (at least one) is held out with all their clips. The
+    hash of the path decides, so a video stays in its split when the list grows. None: data.num_val_files applies.
     """
 
     def __init__(self, path: str | Path, root: str | Path | None = None, val_share: float | None = 0.02) -> None:
@@ -55,20 +55,19 @@ class JsonClips:
         self.notes: list[str] = []
 
     def table(self) -> pd.DataFrame:
-        """Raises DataError for a file that is no such list; what is wrong with single clips is their `error`."""
+        """Raises DataError if the file is no such list. Invalid clips get an `error`."""
         entries, self.notes = _entries(self.path)
         errors = [_error(entry) for entry in entries]
-        sound = [_well_typed(entry) for entry in entries]
-        given = ["path", *(key for key in OPTIONAL if any(key in entry for entry in sound))]
-        raw = pd.DataFrame({COLUMNS.get(key, key): [entry.get(key) for entry in sound] for key in given})
+        valid = [_valid_fields(entry) for entry in entries]
+        keys = ["path", *(key for key in OPTIONAL if any(key in entry for entry in valid))]
+        raw = pd.DataFrame({COLUMNS.get(key, key): [entry.get(key) for entry in valid] for key in keys})
         table = normalise_rows(raw.assign(error=errors), self.root)
-        gone = table["error"].isna() & ~table["path"].map(exists)
-        table.loc[gone, "error"] = "no such file"
-        how = "as their `split` says"
-        if "split" not in given and self.val_share is not None:
+        mark_missing_files(table)
+        rule = "by their `split`"
+        if "split" not in keys and self.val_share is not None:
             table["split"] = self._split(table)
-            how = f"by the hash of the path, val_share={self.val_share:g}"
-        self.notes += [*_unread(entries), *_counts(table, str(self.path), how)]
+            rule = f"by the hash of the path, val_share={self.val_share:g}"
+        self.notes += [*_ignored_keys(entries), *_counts(table, str(self.path), rule)]
         return table
 
     def _split(self, table: pd.DataFrame) -> np.ndarray:
@@ -79,12 +78,12 @@ class JsonClips:
         return np.where(hashes <= max(usable[0], int(self.val_share * HASHES)), "val", "train")
 
 
-def _counts(table: pd.DataFrame, where: str, how: str) -> list[str]:
-    """How many clips and videos there are, and on which side."""
+def _counts(table: pd.DataFrame, where: str, rule: str) -> list[str]:
+    """Lines with the number of clips and videos, in all and per split."""
     usable = table[table["error"].isna()]
-    sides = [(split, usable[usable["split"] == split]) for split in SPLITS]
-    told = [f"{split} {_clips_of(side)}" for split, side in sides if len(side)]
-    return [f"{where} lists {_clips_of(usable)}", *([f"{', '.join(told)}, {how}"] if told else [])]
+    parts = [(split, usable[usable["split"] == split]) for split in SPLITS]
+    counts = [f"{split} {_clips_of(part)}" for split, part in parts if len(part)]
+    return [f"{where} lists {_clips_of(usable)}", *([f"{', '.join(counts)}, {rule}"] if counts else [])]
 
 
 def _clips_of(table: pd.DataFrame) -> str:
@@ -92,7 +91,7 @@ def _clips_of(table: pd.DataFrame) -> str:
 
 
 def _entries(path: Path) -> tuple[list[Any], list[str]]:
-    """The list in a file, and what is odd about it. Raises DataError."""
+    """The list in a file, and warnings about it. Raises DataError."""
     content = read_entries(path)
     entries = content.get("list") if isinstance(content, dict) else content
     if not isinstance(entries, list):
@@ -102,11 +101,10 @@ def _entries(path: Path) -> tuple[list[Any], list[str]]:
         raise DataError(f"{path} lists no clips")
     if not any(isinstance(entry, dict) and "path" in entry for entry in entries):
         hint = "; call their `full_path` `path`" if "full_path" in _keys(entries) else ""
-        found = (
-            f"their keys are {', '.join(_keys(entries))}"
-            if _keys(entries)
-            else f"they must be {{'path': ...}}, not {entries[0]!r:.40}"
-        )
+        if _keys(entries):
+            found = f"their keys are {', '.join(_keys(entries))}"
+        else:
+            found = f"they must be {{'path': ...}}, not {entries[0]!r:.40}"
         raise DataError(f"{path}: no clip has the key `path`; {found}{hint}")
     claims = {key: content[key] for key in COUNTS if key in content} if isinstance(content, dict) else {}
     return entries, [
@@ -121,36 +119,35 @@ def _keys(entries: list[Any]) -> Counter[str]:
 
 
 def _error(entry: Any) -> str | None:
-    """What is wrong with the types of an entry."""
+    """The first field of an entry with a wrong type; None if there is none."""
     if not isinstance(entry, dict):
         return f"is {json.dumps(entry):.40}, no object with the key `path`"
     if entry.get("path") is None:
         return "has no `path`" + ("; call its `full_path` so" if "full_path" in entry else "")
-    sound = _well_typed(entry)
-    for key, (_, wanted) in KINDS.items():
-        if key not in sound and entry.get(key) is not None:
+    valid = _valid_fields(entry)
+    for key, (_, expected) in KINDS.items():
+        if key not in valid and entry.get(key) is not None:
             value = json.dumps(entry[key])
-            return SEGMENT_ERROR if key in SEGMENT else f"`{key}` is {value:.40}, which is not {wanted}"
+            return SEGMENT_ERROR if key in SEGMENT else f"`{key}` is {value:.40}, which is not {expected}"
     return None
 
 
-def _well_typed(entry: Any) -> dict[str, Any]:
-    """What can be used of an entry; NaN, which JSON does not have but Python reads, is not."""
+def _valid_fields(entry: Any) -> dict[str, Any]:
+    """The known keys of an entry whose values have the right type."""
     if not isinstance(entry, dict):
         return {}
-    found = {key: value for key, value in entry.items() if key in KINDS and isinstance(value, KINDS[key][0])}
-    return {
-        key: value for key, value in found.items() if not isinstance(value, bool) and value == value and _whole(value)
-    }
+    return {key: value for key, value in entry.items() if key in KINDS and _is_valid(value, KINDS[key][0])}
 
 
-def _whole(value: Any) -> bool:
-    """Whether a text has no lone surrogate, which JSON can spell and no encoding has, and an integer has 64 bits."""
+def _is_valid(value: Any, kinds: type | tuple[type, ...]) -> bool:
+    """JSON can hold lone surrogates, which no encoding has; NaN, which Python reads; and integers beyond 64 bits."""
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        return False
     if isinstance(value, str):
         return not any("\ud800" <= character <= "\udfff" for character in value)
-    return not isinstance(value, int) or abs(value) < 2**63
+    return abs(value) < 2**63 if isinstance(value, int) else value == value
 
 
-def _unread(entries: list[Any]) -> list[str]:
-    unread = [f"{key} ({count})" for key, count in _keys(entries).items() if key not in KINDS]
-    return [f"keys of clips that are not read: {', '.join(unread)}"] if unread else []
+def _ignored_keys(entries: list[Any]) -> list[str]:
+    ignored = [f"{key} ({count})" for key, count in _keys(entries).items() if key not in KINDS]
+    return [f"ignored keys of clips: {', '.join(ignored)}"] if ignored else []

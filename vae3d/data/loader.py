@@ -1,4 +1,4 @@
-"""From a source to batches: read the table, hold videos out, and load clips with worker processes."""
+"""From a source to batches: read the table, hold files out for validation, load clips with worker processes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 from vae3d.data.batch_schedule import BatchSchedule, ClipIndex, MicroBatchSampler
 from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, open_frames, read_clip, to_sample
 from vae3d.data.fingerprint import DataFingerprint
-from vae3d.data.media import MediaError
-from vae3d.data.probe import fill_metadata, invalid_rows
-from vae3d.data.resolution import SIZE, leave_out_small, warn_upscaled
+from vae3d.data.media import DataError, MediaError
+from vae3d.data.probe import fill_metadata, probe
+from vae3d.data.readers import is_image
+from vae3d.data.rows import exists, file_hashes, in_threads, invalid_rows
 from vae3d.data.segments import Bounds, bounds_of, count_frames
-from vae3d.data.sources import DataError, Source, exists, file_hashes, in_threads
+from vae3d.data.sources import Source
 from vae3d.data.workers import WorkerDied as WorkerDied
 from vae3d.data.workers import WorkerError as WorkerError
 from vae3d.data.workers import WorkerTimeout as WorkerTimeout
@@ -25,12 +26,17 @@ from vae3d.data.workers import load
 from vae3d.types import Clip
 
 SHOWN = 10  # files in a message
+SIZE = ["height", "width"]
+PROBED_IMAGES = 2000  # evenly spaced, to estimate how many are too small
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Readable files for training and validation. errors: (path, reason) of files that did not open. skipped_files: of files
-    that are too small. notes: what there is to tell of the files."""
+    """Readable files for training and validation.
+
+    errors: (path, reason) of files that do not open. skipped_files: (path, reason) of files that are too small. notes:
+    lines for the log.
+    """
 
     train: pd.DataFrame
     val: pd.DataFrame
@@ -40,24 +46,24 @@ class Tables:
 
 
 def read_tables(source: Source, settings: ClipSettings, num_val_files: int, max_broken: float) -> Tables:
-    """List a source's files and set some aside for validation.
+    """List a source's files and hold some out for validation.
 
-    With a `split` column its `val` rows; without, the `num_val_files` files whose names hash lowest, but at most a
-    tenth (and one), with all their segments, so that the choice survives a table that grows or a folder that moves.
-    The num_frames of a row with a segment are the segment's. Files smaller than settings.min_side are left out, and are
-    no error.
+    With a `split` column: its `val` rows. Without: the `num_val_files` files whose names have the lowest hashes, at
+    most a tenth (and at least one), with all their parts; so the choice stays when the table grows or moves.
+    num_frames of a row with start or end becomes that of the part. Files below settings.min_side are skipped, and are
+    no errors.
     Raises DataError if more than the share `max_broken` does not open, or nothing is left to train on.
     """
-    listed = source.table()
+    rows = source.table()
     needed = ["num_frames"] + ["fps"] * (settings.fps is not None) + SIZE * (settings.min_side is not None)
-    table, errors = fill_metadata(listed, needed)
-    table, outside = count_frames(table)
-    errors += outside
-    _check_share(errors, len(listed), max_broken)
-    table, skipped_files = leave_out_small(table, settings.min_side)
+    table, errors = fill_metadata(rows, needed)
+    table, segment_errors = count_frames(table)
+    errors += segment_errors
+    _check_broken_share(errors, len(rows), max_broken)
+    table, skipped_files = skip_small(table, settings.min_side)
     notes = [*getattr(source, "notes", ()), *warn_upscaled(table, settings)]
     if skipped_files:
-        notes.append(f"{len(skipped_files)} files are smaller than data.min_side={settings.min_side}, and left out")
+        notes.append(f"{len(skipped_files)} files are smaller than data.min_side={settings.min_side} and skipped")
     if table["split"].notna().any():
         is_val = (table["split"] == "val").to_numpy()
         is_train = (table["split"] == "train").to_numpy()
@@ -72,26 +78,72 @@ def read_tables(source: Source, settings: ClipSettings, num_val_files: int, max_
     return Tables(train, val, errors, skipped_files, notes)
 
 
+def skip_small(table: pd.DataFrame, min_side: int | None) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
+    """The table without files whose shorter side is below `min_side`, and (path, reason) of these.
+
+    The table needs all heights and widths, unless `min_side` is None, which keeps every file.
+    Raises DataError if no file is left.
+    """
+    if min_side is None or table.empty:
+        return table, []
+    shorter = table[SIZE].min(axis=1)
+    small = (shorter < min_side).to_numpy()
+    if small.all():
+        raise DataError(
+            f"no file has a shorter side of data.min_side={min_side} pixels; the largest has {shorter.max():.0f}"
+        )
+    reasons = [
+        (path, f"is {height:.0f}x{width:.0f}: skipped, because data.min_side={min_side}")
+        for path, height, width in table.loc[small, ["path", *SIZE]].values
+    ]
+    return table[~small].reset_index(drop=True), reasons
+
+
+def warn_upscaled(table: pd.DataFrame, settings: ClipSettings) -> list[str]:
+    """A line with the number of files that must be enlarged to fill a clip; none if there are none.
+
+    Sizes come from the table. Videos without one are not opened for this; of images without, the headers of
+    PROBED_IMAGES are read.
+    """
+    known = table[SIZE].notna().all(axis=1)
+    images = table.loc[~known & table["path"].map(is_image).astype(bool), "path"]  # without rows, map returns objects
+    chosen = np.unique(np.linspace(0, len(images) - 1, min(PROBED_IMAGES, len(images))).astype(int))
+    metadata = probe(images.iloc[chosen].tolist()) if len(images) else {}
+    probed = [[m["height"], m["width"]] for m in metadata.values() if "error" not in m]
+    sizes = np.concatenate([table.loc[known, SIZE].to_numpy(float), np.array(probed, dtype=float).reshape(-1, 2)])
+    if settings.short_side is not None:
+        small = int((sizes.min(axis=1) < settings.short_side).sum())
+        needed = f"data.short_side={settings.short_side}"
+    else:
+        small = int((sizes < [settings.height, settings.width]).any(axis=1).sum())
+        needed = f"{settings.height}x{settings.width}"
+    if not small:
+        return []
+    total = f"{len(sizes)} files" if len(sizes) == len(table) else f"{len(sizes)} files (of {len(table)})"
+    return [f"{small} of {total} are smaller than {needed} and are enlarged; data.min_side skips such files"]
+
+
 def check_files_exist(source: Source, max_broken: float) -> list[str]:
-    """List a source's files, and check that they exist, without opening any. Returns lines for the log.
+    """Check that a source's files exist, without opening any. Returns lines for the log.
 
     Raises DataError if more than the share `max_broken` is missing or invalid.
     """
     table = source.table()
-    sound = table[table["error"].isna()]
-    there = in_threads(exists, sound["path"])
-    errors = invalid_rows(table) + [(path, "no such file") for path in sound["path"] if not there[path]]
-    _check_share(errors, len(table), max_broken)
-    count = sum(there.values())
+    valid = table[table["error"].isna()]
+    found = in_threads(exists, valid["path"])
+    errors = invalid_rows(table) + [(path, "no such file") for path in valid["path"] if not found[path]]
+    _check_broken_share(errors, len(table), max_broken)
+    line = f"data: {len(table)} rows, {sum(found.values())} of {len(found)} files exist"
+    if invalid := len(table) - len(valid):
+        line += f", {invalid} rows are invalid"
     return [
-        f"data: {len(table)} rows, {count} of {len(there)} files exist"
-        + (f", {invalid} rows are invalid" if (invalid := len(table) - len(sound)) else ""),
+        line,
         *(f"  {path}: {reason}" for path, reason in errors[:SHOWN]),
         *(f"  {note}" for note in getattr(source, "notes", ())),
     ]
 
 
-def _check_share(errors: list[tuple[str, str]], rows: int, max_broken: float) -> None:
+def _check_broken_share(errors: list[tuple[str, str]], rows: int, max_broken: float) -> None:
     if len(errors) > max_broken * rows:
         shown = "\n".join(f"  {path}: {reason}" for path, reason in errors[:SHOWN])
         raise DataError(
@@ -101,13 +153,13 @@ def _check_share(errors: list[tuple[str, str]], rows: int, max_broken: float) ->
 
 
 def clip_lengths(table: pd.DataFrame, settings: ClipSettings) -> np.ndarray:
-    """[rows] frames that each row can give."""
+    """[rows] frames of the longest clip of each row."""
     return settings.length(table["num_frames"].to_numpy(), table["fps"].to_numpy())
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Everything that training reads: the clips of any range of steps, and the held-out clips of this rank."""
+    """The data of a training run: clips of any range of steps, and this rank's held-out clips."""
 
     table: pd.DataFrame
     schedule: BatchSchedule
@@ -115,26 +167,26 @@ class TrainingData:
     workers: int
     prefetch: int
     held_out: list[Clip]
-    errors: list[tuple[str, str]]  # files that did not open when the tables were read
-    notes: list[str] = field(default_factory=list)  # what there is to tell of the files
-    skipped_files: list[tuple[str, str]] = field(default_factory=list)  # files that are too small
-    timeout: float = 0.0  # seconds without a batch after which WorkerTimeout is raised; 0: never
-    fingerprint: DataFingerprint | None = None  # what a checkpoint remembers of the data
+    errors: list[tuple[str, str]]  # (path, reason) of files that did not open when the table was read
+    notes: list[str] = field(default_factory=list)  # lines for the log
+    skipped_files: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of files that are too small
+    timeout: float = 0.0  # seconds without a batch until WorkerTimeout; 0: never
+    fingerprint: DataFingerprint | None = None  # saved with checkpoints
 
     def clips(self, first: int, last: int, stopping: Callable[[], bool] = lambda: False) -> Iterator[Clip | Unreadable]:
-        """Micro-batches of optimizer steps first..last-1; Unreadable where one file after another could not be read.
+        """Micro-batches of the optimizer steps first, ..., last - 1.
 
-        stopping: whether the run is to end after this step. Raises as workers.load does.
+        stopping: whether the run ends after the current step. Raises as workers.load does.
         """
         settings, schedule = self.settings, self.schedule
-        pixels = 3 * schedule.frames.all()[-1] * settings.height * settings.width
+        values = 3 * schedule.frames.all()[-1] * settings.height * settings.width
         return load(
             ClipDataset(self.table, schedule, settings),
             workers=self.workers,
             prefetch=self.prefetch,
             timeout=self.timeout,
             stopping=stopping,
-            item_bytes=schedule.micro_batch * pixels * (1 if settings.depth is None else 4),
+            item_bytes=schedule.micro_batch * values * (1 if settings.depth is None else 4),
             held=schedule.accumulate,
             batch_sampler=MicroBatchSampler(schedule, first, last),
             collate_fn=collate,
@@ -145,11 +197,8 @@ class TrainingData:
 def validation_clips(
     table: pd.DataFrame, settings: ClipSettings, frames: int, count: int, rank: int = 0, world_size: int = 1
 ) -> tuple[list[Clip], list[tuple[str, str]]]:
-    """This rank's share of the first `count` held-out videos that have `frames` frames, and files that failed.
-
-    One clip each, always the same, from the middle of the video (or over all of it, as data.sampling says) and the
-    centre of the picture, neither mirrored nor rolled.
-    Raises DataError if no video is long enough.
+    """This rank's share of one clip from each of the first `count` held-out videos with at least `frames` frames, and
+    (path, reason) of files that failed. Raises DataError if no video is long enough.
     """
     long_enough = table[clip_lengths(table, settings) >= frames]
     if long_enough.empty:
@@ -158,17 +207,19 @@ def validation_clips(
             "lower validation.frames, give the table a `split` column, or set validation.every=0"
         )
     clips, errors, bounds = [], [], bounds_of(long_enough)
-    for place in range(rank, min(count, len(long_enough)), world_size):
-        path = long_enough["path"].iloc[place]
+    for row in range(rank, min(count, len(long_enough)), world_size):
+        path = long_enough["path"].iloc[row]
         try:
-            clips.append(validation_clip(path, bounds[place], place, settings, frames))
+            clips.append(validation_clip(path, bounds[row], row, settings, frames))
         except MediaError as error:
             errors.append((error.path, error.reason))
     return clips, errors
 
 
-def validation_clip(path: str, bounds: Bounds, place: int, settings: ClipSettings, frames: int) -> Clip:
-    """The clip of a file that is always the same, as validation_clips says, at position `place`. Raises MediaError."""
+def validation_clip(path: str, bounds: Bounds, row: int, settings: ClipSettings, frames: int) -> Clip:
+    """The same clip of a file every time: from its middle (or over all of it, as data.sampling says), cropped at the
+    centre, neither mirrored nor rolled. row: becomes its position. Raises MediaError.
+    """
     with closing(open_frames(path, settings, bounds)) as reader:
         pixels = read_clip(reader, path, settings, frames, start=0.5)
-    return collate([to_sample(pixels, ClipIndex(place, place, frames), path, settings)])
+    return collate([to_sample(pixels, ClipIndex(row, row, frames), path, settings)])

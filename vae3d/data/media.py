@@ -1,4 +1,4 @@
-"""What every reader of pixels has in common: facts of a file, the interface, the error."""
+"""What all readers share: the interface, metadata of a file, errors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy as np
 from vae3d.errors import UserError
 
 Size = tuple[int, int]  # height, width
-ASPECT_TOLERANCE = 0.01  # pixels that are this near to square count as square
+ASPECT_TOLERANCE = 0.01  # a pixel aspect ratio this close to 1 counts as square
 
 
 class DataError(UserError):
-    """A data set that cannot be used as it is; the message says what to change."""
+    """A data set cannot be used as it is; the message says what to change."""
 
 
 class MediaError(UserError):
-    """A file that cannot be read; the message names it and the reason."""
+    """A file cannot be read; the message has its path and the reason."""
 
     on_every_rank = False
 
@@ -29,19 +29,21 @@ class MediaError(UserError):
         self.path, self.reason = str(path), reason
 
     def reason_for(self, path: str) -> str:
-        """Why `path` cannot be read: the reason, with the name of the file if it is one of a sequence."""
+        """The reason why `path` cannot be read; starts with the file's name if that is one of a sequence."""
         return self.reason if self.path == path else f"{Path(self.path).name} {self.reason}"
 
-    def __reduce__(self) -> tuple[type[MediaError], tuple[str, str]]:  # survives the trip out of a worker process
+    def __reduce__(
+        self,
+    ) -> tuple[type[MediaError], tuple[str, str]]:  # for pickling: workers send it to the main process
         return MediaError, (self.path, self.reason)
 
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """frames, upright height and width in pixels, frames per second (0 for an image), how it is stored.
+    """Metadata of a file.
 
-    bits: per channel, as stored; frames are always read as 8 bits. aspect: width of a stored pixel over its height,
-    upright.
+    height, width: pixels, upright. fps: 0 for an image. codec, pixels: codec and pixel format. bits: per channel, as
+    stored; readers return 8 bits. aspect: width / height of a pixel, upright.
     """
 
     num_frames: int
@@ -54,8 +56,8 @@ class MediaInfo:
     aspect: float = 1.0
 
     def size_to_scale(self, target: Size) -> Size:
-        """Height and width from which to scale to `target`, so that a circle stays one: those with square pixels, but
-        if the file is wanted at its own size those that it has."""
+        """Height and width to scale from, so that circles stay circles: the size with square pixels, or the stored size
+        if that is the target."""
         if target == (self.height, self.width) or abs(self.aspect - 1) <= ASPECT_TOLERANCE:
             return self.height, self.width
         if self.aspect > 1:
@@ -67,11 +69,17 @@ class Reader(Protocol):
     info: MediaInfo
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
-        """Frames at `indices` (any order, repeats allowed), resized to `size` with an antialiased filter."""
+        """[len(indices), H, W, 3] uint8. indices: in any order, with repeats. size: resize to it, antialiased."""
 
     def close(self) -> None: ...
 
 
 def check_indices(path: Path, indices: Sequence[int], num_frames: int) -> None:
+    """Raise MediaError for an index that the file does not have."""
     if len(indices) and not 0 <= min(indices) <= max(indices) < num_frames:
-        raise MediaError(path, f"has {num_frames} frames; asked for {min(indices)} to {max(indices)}")
+        raise MediaError(path, f"has {num_frames} frames; frames {min(indices)} to {max(indices)} were requested")
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The message of an error in one line, or its type if it has no message."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

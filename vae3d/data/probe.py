@@ -1,4 +1,4 @@
-"""Filling in what a table does not tell of its files, in parallel, once: the answers are kept on disk."""
+"""Probing files for frame count, size and rate, in parallel, with a cache on disk."""
 
 from __future__ import annotations
 
@@ -17,69 +17,58 @@ from tqdm import tqdm
 
 from vae3d.data.dataset_rows import is_row, version_of
 from vae3d.data.images import is_sequence, sequence_files
-from vae3d.data.readers import MediaError, media_info
+from vae3d.data.media import MediaError
+from vae3d.data.readers import media_info
+from vae3d.data.rows import NUMBERS, THREADS, invalid_rows
 from vae3d.data.segments import is_segment
-from vae3d.data.sources import NUMBERS
-from vae3d.data.video_index import cache_folder, warn_of_cache
+from vae3d.data.video_index import cache_folder, warn_cache_unwritable
 
-THREADS = 16
-ENTRY = {"path": str, **dict.fromkeys(NUMBERS, (int, float))}  # of the cache
-VERSION = 3  # of the answers; 1 counted frames and rates by timestamps, 2 had no checksums
-BATCH = 100  # answers that are written at once
-Facts = dict[str, float | str]  # the columns of NUMBERS, or the one key `error`
+ENTRY = {"path": str, **dict.fromkeys(NUMBERS, (int, float))}  # keys of a cache entry, and their types
+VERSION = 3  # of the cache; 1 counted frames and rates by timestamps, 2 had no checksums
+BATCH = 100  # entries per write
+Metadata = dict[str, float | str]  # the columns of NUMBERS, or the key `error` alone
 
 
 def fill_metadata(table: pd.DataFrame, needed: Sequence[str] = NUMBERS) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
-    """The table without NaN in the columns `needed`, and (path, reason) of rows that are faulty or do not open.
+    """The table with the columns `needed` filled in, and (path, reason) of invalid rows and files that do not open.
 
-    Only rows that lack one of these numbers are opened, and those with a segment, for the times of their frames; rows
-    that do not open are left out of the table.
+    Invalid rows and rows whose files do not open are removed. Only files of rows that lack a number are opened, and of
+    rows that are a part of their file, for the times of their frames.
     """
-    sound = table["error"].isna()
     errors = invalid_rows(table)
-    table = table[sound].reset_index(drop=True)
-    unknown = table[list(needed)].isna().any(axis=1)
-    unknown = (unknown | is_segment(table)).to_numpy()
+    table = table[table["error"].isna()].reset_index(drop=True)
+    unknown = (table[list(needed)].isna().any(axis=1) | is_segment(table)).to_numpy()
     if not unknown.any():
         return table, errors
-    facts = probe(table.loc[unknown, "path"].tolist())
-    unread = {path: str(f["error"]) for path, f in facts.items() if "error" in f}
+    metadata = probe(table.loc[unknown, "path"].tolist())
+    unread = {path: str(m["error"]) for path, m in metadata.items() if "error" in m}
     for name in NUMBERS:
-        found = np.array([facts[path].get(name, np.nan) for path in table.loc[unknown, "path"]], dtype=float)
+        found = np.array([metadata[path].get(name, np.nan) for path in table.loc[unknown, "path"]], dtype=float)
         table.loc[unknown, name] = table.loc[unknown, name].fillna(pd.Series(found, index=table.index[unknown]))
     errors += [(path, unread[path]) for path in table["path"] if path in unread]  # a file may have many rows
     return table[~table["path"].isin(unread)].reset_index(drop=True), errors
 
 
-def invalid_rows(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """(row and path, reason) of the rows that their source found faulty."""
-    faulty = table.loc[table["error"].notna(), ["row", "path", "error"]]
-    return [(f"row {row} ({path})", error) for row, path, error in faulty.values]
-
-
-def probe(paths: list[str]) -> dict[str, Facts]:
-    """Facts of every file, from the cache where the file has not changed since.
-
-    Raises FileError if the cache cannot be written.
-    """
+def probe(paths: list[str]) -> dict[str, Metadata]:
+    """Metadata of every file, from the cache if the file has not changed since."""
     cache = _cache_file(paths)
     known = _read_cache(cache)
-    keys = {path: _key(path) for path in dict.fromkeys(paths)}
-    todo = [path for path, key in keys.items() if key is None or known.get(path, {}).get("key") != key]
+    stamps = {path: file_stamp(path) for path in dict.fromkeys(paths)}
+    todo = [path for path, stamp in stamps.items() if stamp is None or known.get(path, {}).get("key") != stamp]
     with ThreadPoolExecutor(THREADS) as pool:
-        looked = pool.map(read_metadata, todo)
-        results = tqdm(looked, total=len(todo), desc="probing files", unit="file", disable=None if todo else True)
+        read = pool.map(read_metadata, todo)
+        results = tqdm(read, total=len(todo), desc="probing files", unit="file", disable=None if todo else True)
         pairs = zip(todo, results, strict=True)
         while batch := list(itertools.islice(pairs, BATCH)):
-            entries = [{"path": path, "key": keys[path], **facts} for path, facts in batch]
+            entries = [{"path": path, "key": stamps[path], **metadata} for path, metadata in batch]
             known |= {entry["path"]: entry for entry in entries}
-            # Errors may pass: a disk that was away, a file still being copied.
+            # Errors are not cached: a disk may come back, a file may still be being copied.
             _write_cache(cache, [entry for entry in entries if "error" not in entry])
-    return {path: {k: v for k, v in known[path].items() if k not in ("path", "key")} for path in keys}
+    return {path: {k: v for k, v in known[path].items() if k not in ("path", "key")} for path in stamps}
 
 
-def read_metadata(path: str) -> Facts:
-    """Facts of one file; of an image, from its header."""
+def read_metadata(path: str) -> Metadata:
+    """Metadata of one file; of an image from its header."""
     try:
         info = media_info(path)
     except MediaError as error:
@@ -87,9 +76,11 @@ def read_metadata(path: str) -> Facts:
     return {"num_frames": info.num_frames, "height": info.height, "width": info.width, "fps": info.fps}
 
 
-def _key(path: str) -> list[int] | None:
-    """What changes when the file does, or, of a sequence, its number of files or the first of them, or the dataset of
-    a row; None if there is no file."""
+def file_stamp(path: str) -> list[int] | None:
+    """Bytes and modification time (ns) of a file, or of the dataset of a row; None if it does not exist.
+
+    Of an image sequence: those of its first file, and the number of its files.
+    """
     if is_row(path):
         return version_of(path)
     try:
@@ -101,15 +92,15 @@ def _key(path: str) -> list[int] | None:
 
 
 def _read_cache(cache: Path) -> dict[str, dict]:
-    """What was found of each file; lines that were cut off, damaged or not written by a probe are passed over."""
+    """Path -> entry. Lines that are cut off, damaged, or of another kind are ignored."""
     try:
         lines = cache.read_bytes().splitlines()
     except OSError:
         return {}
     known = {}
     for line in lines:
-        check, _, text = line.partition(b" ")
-        if check != _checksum(text):
+        checksum, _, text = line.partition(b" ")
+        if checksum != _checksum(text):
             continue
         try:
             entry = json.loads(text)
@@ -126,11 +117,11 @@ def _write_cache(cache: Path, entries: Sequence[dict]) -> None:
     texts = [json.dumps(entry).encode() for entry in entries]
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with cache.open("ab") as stream:  # begins with a new line, because the last one may be cut off
+        with cache.open("ab") as stream:  # starts with a newline: the last line may be cut off
             stream.write(b"".join(b"\n%s %s" % (_checksum(text), text) for text in texts) + b"\n")
     except OSError as error:
-        warn_of_cache(
-            error, "every start of a run opens all files of its table that lack num_frames, height, width, fps"
+        warn_cache_unwritable(
+            error, "every run opens all files of its table that lack num_frames, height, width or fps"
         )
 
 

@@ -1,7 +1,7 @@
-"""Reading just the wanted frames of a video or image file, through PyAV or decord behind one interface.
+"""Reading single frames of a video or image file, with PyAV or decord.
 
-Frames are [T, H, W, 3] uint8 RGB, turned and mirrored as the file's display matrix says. They are
-numbered in the order in which a decoder puts them out.
+Frames are [T, H, W, 3] uint8 RGB, rotated and mirrored by the file's display matrix. Their indices count in the order
+in which a decoder returns them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from av.video.reformatter import VideoReformatter
 
 from vae3d.data.dataset_rows import is_row, open_row
 from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
-from vae3d.data.media import MediaError, MediaInfo, Reader, Size, check_indices
+from vae3d.data.media import MediaError, MediaInfo, Reader, Size, check_indices, one_line
 from vae3d.data.video_index import BLOCK, FRAME, KEYS_BACK, FrameSource, VideoIndex, check_frame, open_index, to_rgb
 
 VIDEO_SUFFIXES = (
@@ -33,12 +33,10 @@ VIDEO_SUFFIXES = (
 
 
 def open_media(path: str | Path, reader: str = "auto", threads: int = 1) -> Reader:
-    """Open a video or image, told apart by its extension, with a `*` in its name the images numbered so, or a row of
-    a dataset (see dataset_rows).
+    """Open a video or image by its extension, an image sequence (`*` in the name), or a dataset row (dataset_rows.py).
 
-    reader: pyav, decord, or auto: pyav, which reads everything that decord does, faster. threads: for decoding.
-    Raises MediaError if it is missing, empty, not what its extension says,
-    or holds what cannot be decoded faithfully.
+    reader: pyav, decord, or auto, which is pyav: it reads all that decord reads, faster. threads: for decoding.
+    Raises MediaError if the file is missing, empty, not what its extension says, or cannot be decoded faithfully.
     """
     path = Path(path)
     if is_row(path):
@@ -55,7 +53,7 @@ def open_media(path: str | Path, reader: str = "auto", threads: int = 1) -> Read
 
 
 def media_info(path: str | Path) -> MediaInfo:
-    """Facts of what open_media takes; of an image from its header, in 50 microseconds. Raises MediaError."""
+    """Metadata of what open_media opens; of an image from its header, in 50 microseconds. Raises MediaError."""
     path = Path(path)
     if is_row(path):
         return image_info(path, open_row(path))
@@ -67,17 +65,16 @@ def media_info(path: str | Path) -> MediaInfo:
 
 
 def is_image(path: str | Path) -> bool:
-    """Whether open_media takes it for a single image."""
+    """Whether open_media opens it as a single image."""
     return is_row(path) or (str(path).lower().endswith(IMAGE_SUFFIXES) and not is_sequence(path))
 
 
 def _require_file(path: Path) -> None:
-    if not os.path.exists(path):  # False, and no error, of a name that is too long
+    if not os.path.exists(path):  # False, and no error, for a name that is too long
         raise MediaError(path, "no such file")
     if not os.path.isfile(path):
-        raise MediaError(
-            path, "is a folder, not a file" if os.path.isdir(path) else "is a pipe or a device, not a file"
-        )
+        kind = "a folder" if os.path.isdir(path) else "a pipe or a device"
+        raise MediaError(path, f"is {kind}, not a file")
     if path.stat().st_size == 0:
         raise MediaError(path, "is empty (0 bytes)")
 
@@ -87,10 +84,7 @@ class VideoReader(Reader, Protocol):
 
 
 class PyAVReader:
-    """Reads the packets of the wanted frames from the key frame before them on, wherever they lie in the file.
-
-    The index of the file comes from the cache; see video_index. Raises MediaError.
-    """
+    """Decodes from the key frame before a frame, anywhere in the file. See video_index. Raises MediaError."""
 
     def __init__(self, path: Path, threads: int = 1) -> None:
         self.path = path
@@ -98,9 +92,9 @@ class PyAVReader:
         self.header, self.info = self.index.header, self.index.header.info
         self._source = FrameSource(path, self.index, threads)
         self._convert = VideoReformatter()
-        self._rows, self._block = np.empty(0, FRAME), 0  # a part of the index, and where it begins
+        self._rows, self._block = np.empty(0, FRAME), 0  # a part of the index, and the index of its first row
         self._restart(self.header.first)
-        self._last: tuple[int, np.ndarray] | None = None  # number and pixels of the frame that was read last
+        self._last: tuple[int, np.ndarray] | None = None  # index and pixels of the last frame
 
     @property
     def times(self) -> np.ndarray:
@@ -126,8 +120,10 @@ class PyAVReader:
         return self._last[1]
 
     def _frame(self, index: int) -> VideoFrame:
-        """Decode on from the last frame if that is the shorter way, else from where the index says; if the frame does
-        not come out whole from there, as where a picture is refreshed bit by bit, from key frames before that."""
+        """Continue decoding from the last frame if that is shorter, else start where the index says.
+
+        If the frame is incomplete, as with periodic intra refresh, retry from earlier key frames.
+        """
         packet, start = self._row(index)
         behind = self._last is not None and self._last[0] < index
         if not behind or start > self._fed + 1:
@@ -146,20 +142,20 @@ class PyAVReader:
         raise MediaError(self.path, problem)
 
     def _find(self, packet: int) -> VideoFrame | None:
-        """The frame that comes from a packet, if it comes out."""
+        """The frame of a packet; None if the decoder does not return it."""
         while True:
             while self._waiting:
                 number, frame = self._waiting.popleft()
                 if number == packet:
                     return frame
             fed = next(self._run, None)
-            if fed is None or self._fed > packet + self.header.late:
+            if fed is None or self._fed > packet + self.header.max_delay:
                 return None
             self._fed, frames = fed
             self._waiting.extend(frames)
 
     def _restart(self, packet: int) -> None:
-        self._run, self._fed = self._source.decode(packet), packet - 1  # which packet was decoded last
+        self._run, self._fed = self._source.decode(packet), packet - 1  # the last decoded packet
         self._waiting: deque[tuple[int, VideoFrame]] = deque()
         self._last = None
 
@@ -181,18 +177,18 @@ class PyAVReader:
 
 
 class DecordReader:
-    """decord, which decodes batches in C++; its last release is of 2021. Refuses what it would decode wrongly."""
+    """decord (last release: 2021). Raises MediaError for files that it would decode wrongly."""
 
     def __init__(self, path: Path, threads: int = 1) -> None:
         import decord
 
-        with closing(PyAVReader(path)) as reader:  # knows what decord does not, and refuses what both must refuse
+        with closing(PyAVReader(path)) as reader:  # for metadata and checks that decord lacks
             _check_for_decord(path, reader.index)
             self.info, self.times = reader.info, reader.times
         try:
             self.video = decord.VideoReader(str(path), num_threads=threads)
         except (decord.DECORDError, RuntimeError) as error:
-            raise MediaError(path, f"decord cannot open it: {_one_line(error)}") from error
+            raise MediaError(path, f"decord cannot open it: {one_line(error, 200)}") from error
         self.path, self.error = path, decord.DECORDError
         if len(self.video) != self.info.num_frames:
             raise MediaError(path, f"decord counts {len(self.video)} frames, its packets {self.info.num_frames}")
@@ -202,7 +198,7 @@ class DecordReader:
         try:
             frames = self.video.get_batch(list(indices)).asnumpy()
         except (self.error, RuntimeError) as error:
-            raise MediaError(self.path, f"decord cannot decode it: {_one_line(error)}") from error
+            raise MediaError(self.path, f"decord cannot decode it: {one_line(error, 200)}") from error
         return np.stack([resize(frame, size or (self.info.height, self.info.width)) for frame in frames])
 
     def close(self) -> None:
@@ -210,18 +206,19 @@ class DecordReader:
 
 
 def _check_for_decord(path: Path, index: VideoIndex) -> None:
+    """Raise MediaError for a file that decord decodes wrongly."""
     header = index.header
     reordered = (np.diff(index.rows("frames")["packet"].astype(int)) < 0).any()
     stored = VideoFormat(header.info.pixels, *header.stored[::-1])
     unordered = (np.diff(index.times()) <= 0).any()
     if header.info.bits > 8:
-        reason = f"has {header.info.bits} bits per channel, which decord turns into other colours"
+        reason = f"has {header.info.bits} bits per channel, which decord converts to wrong colours"
     elif any(side % 2 for side in header.stored) and stored.chroma_width() < stored.width:
-        reason = "has an odd number of rows or columns, of which decord gives other colours"
+        reason = "has an odd number of rows or columns, which decord converts to wrong colours"
     elif header.first or not header.contiguous or unordered or (header.ordered != "times" and reordered):
-        reason = f"has no reliable timestamps ({header.container}), so that decord gives wrong frames"
+        reason = f"has no reliable timestamps ({header.container}); decord returns wrong frames"
     elif header.open_gop:
-        reason = "has open groups of pictures, of which decord gives wrong frames"
+        reason = "has open groups of pictures; decord returns wrong frames"
     elif sum(header.orientation) % 2:
         reason = "is mirrored, which decord ignores"
     else:
@@ -233,13 +230,9 @@ READERS: dict[str, Callable[[Path, int], Reader]] = {"auto": PyAVReader, "pyav":
 
 
 def resize(frame: np.ndarray, size: Size) -> np.ndarray:
-    """[H, W, 3] uint8 -> size, bicubic and antialiased: as Pillow does to within one level, but faster."""
+    """[H, W, 3] uint8 -> size, bicubic and antialiased: within one level of Pillow's result, and faster."""
     if frame.shape[:2] == tuple(size):
         return frame
     planes = torch.from_numpy(np.require(frame, requirements=["C", "W"])).permute(2, 0, 1)[None]
     scaled = F.interpolate(planes, tuple(size), mode="bicubic", align_corners=False, antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

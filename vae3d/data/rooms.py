@@ -9,19 +9,19 @@ from pathlib import Path
 import pandas as pd
 
 from vae3d.data.images import SEQUENCE_RATE, numbered
-from vae3d.data.sources import DataError, rows_from_paths
+from vae3d.data.media import DataError
+from vae3d.data.rows import rows_from_paths
 from vae3d.seeding import seed_of
 
 FOLDER = "output"  # of a room
 
 
 class ErpRooms:
-    """Every room of every area, as a video of the files that `pattern` numbers; masks, depth maps and partial renders
-    beside them are not of it. No file is opened.
+    """Each room of each area, as a video of the files that match `pattern`. No file is opened.
 
-    Whole areas are held out for validation: `val_areas`, or (None) the tenth of all areas, at least one, whose names
-    hash lowest. With a single area there is no split, and rooms are held out as from any source.
-    min_frames: rooms with fewer are left out, and counted in `notes`.
+    Whole areas are held out for validation: `val_areas`, or (None) a tenth of all areas, at least one, chosen by the
+    hash of their names. With a single area, rooms are held out instead: data.num_val_files applies.
+    min_frames: rooms with fewer are skipped, and counted in `notes`.
     """
 
     def __init__(
@@ -35,20 +35,21 @@ class ErpRooms:
         self.notes: list[str] = []
 
     def table(self) -> pd.DataFrame:
-        """Raises DataError if no room has enough files of that name, or a validation area is not there."""
+        """Raises DataError if no room has enough files, or a validation area does not exist."""
         rooms = sorted(self._scan())
         where = f"{self.root}/AREA/ROOM/{FOLDER}/{self.pattern}"
         if not any(frames for _, _, frames in rooms):
             raise DataError(f"{where}: no such files; data.source.root takes the folder that holds the areas")
         kept = [(area, room, frames) for area, room, frames in rooms if frames >= self.min_frames]
         if not kept:
-            most = max(frames for _, _, frames in rooms)
+            largest = max(frames for _, _, frames in rooms)
             raise DataError(
-                f"{where}: no room has {self.min_frames} files (data.source.min_frames); the most is {most}"
+                f"{where}: no room has {self.min_frames} files (data.source.min_frames); the largest has {largest}"
             )
-        areas, names, frames = zip(*((area, f"{area}/{room}", frames) for area, room, frames in kept), strict=True)
+        areas = [area for area, _, _ in kept]
+        names = [f"{area}/{room}" for area, room, _ in kept]
         paths = [os.path.abspath(self.root / name / FOLDER / self.pattern) for name in names]
-        table = rows_from_paths(paths, list(names)).assign(num_frames=[float(n) for n in frames], fps=SEQUENCE_RATE)
+        table = rows_from_paths(paths, names).assign(num_frames=[float(n) for _, _, n in kept], fps=SEQUENCE_RATE)
         held_out = self._held_out(sorted(set(areas)))
         if held_out is not None:
             table["split"] = ["val" if area in held_out else "train" for area in areas]
@@ -58,7 +59,7 @@ class ErpRooms:
     def _scan(self) -> Iterator[tuple[str, str, int]]:
         """Area, room and number of files of every room that has an output folder."""
         try:
-            fits = numbered(self.pattern)
+            matches = numbered(self.pattern)
         except ValueError as error:
             raise DataError(f"data.source.pattern: {error}") from error
         if not self.root.is_dir():
@@ -68,7 +69,7 @@ class ErpRooms:
                 output = self.root / area / room / FOLDER
                 if output.is_dir():
                     with os.scandir(output) as entries:
-                        yield area, room, sum(fits(entry.name) is not None for entry in entries)
+                        yield area, room, sum(matches(entry.name) is not None for entry in entries)
 
     def _held_out(self, areas: list[str]) -> list[str] | None:
         if self.val_areas is None:
@@ -76,19 +77,19 @@ class ErpRooms:
         unknown = sorted(set(self.val_areas) - set(areas))
         if unknown:
             raise DataError(
-                f"data.source.val_areas: {', '.join(unknown)} is no area of {self.root} that has rooms of "
-                f"{self.min_frames} frames or more; there are {', '.join(areas)}"
+                f"data.source.val_areas: {', '.join(unknown)} is no area of {self.root} with rooms of at "
+                f"least {self.min_frames} frames; there are {', '.join(areas)}"
             )
         return list(self.val_areas)
 
     def _count(self, rooms: int, kept: int, areas: int) -> str:
-        short = f"; left out: {rooms - kept} with fewer than {self.min_frames} frames"
+        short = f"; skipped: {rooms - kept} with fewer than {self.min_frames} frames"
         return f"{kept} rooms of {areas} areas in {self.root}{short if rooms > kept else ''}"
 
 
 def _areas(held_out: list[str] | None) -> str:
     if held_out is None:
-        return "there is one area only, so rooms are held out for validation instead of areas"
+        return "there is only one area; rooms are held out for validation instead of areas"
     return f"areas held out for validation: {', '.join(held_out) or 'none'}"
 
 

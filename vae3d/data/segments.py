@@ -1,4 +1,4 @@
-"""A part of a file, from `start` to `end` in seconds."""
+"""Parts of video files, from `start` to `end` in seconds."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from vae3d.data.readers import open_media
 SEGMENT = ["start", "end"]  # columns of a table
 ROUNDING = 1e-3  # seconds
 SEGMENT_ERROR = "`start` and `end` must be seconds, 0 <= start < end"
-Bounds = tuple[float, float]  # start and end; NaN: the file's own
+Bounds = tuple[float, float]  # start, end; NaN: of the file
 WHOLE: Bounds = (math.nan, math.nan)
 
 
 def frame_range(bounds: Bounds, times: np.ndarray, fps: float) -> range:
-    """Numbers of the frames that are first shown from `start` up to, but without, `end`; so segments that meet share no
-    frame.
+    """Indices of the frames with start <= time < end, so that adjacent segments share no frame.
 
-    times: seconds of each frame since the first, ascending; they are compared to the millisecond, which is what some
-    files store. fps: 0 of an image. Raises ValueError for a segment that is not in the file.
+    times: seconds of each frame since the first, ascending. They are compared to the millisecond, the resolution that
+    some files store. fps: 0 for an image. Raises ValueError if the file has no such segment.
     """
     start, end = bounds
     if math.isnan(start) and math.isnan(end):
         return range(len(times))
     if not fps:
-        raise ValueError("is an image, which has no part between a `start` and an `end`")
-    last = max(1 / fps, float(times[-1] - times[-2]) if len(times) > 1 else 0.0)  # how long the last frame is shown
+        raise ValueError("is an image; `start` and `end` are for videos")
+    last = max(1 / fps, float(times[-1] - times[-2]) if len(times) > 1 else 0.0)  # duration of the last frame
     duration = float(times[-1]) + last
     if start > times[-1] + ROUNDING or end > duration + 0.5 * last:
         name, value = ("start", start) if start > times[-1] + ROUNDING else ("end", end)
-        raise ValueError(f"is {duration:g} s long; {name}={value:g} lies behind its end")
+        raise ValueError(f"is {duration:g} s long; {name}={value:g} is beyond its end")
     first = 0 if math.isnan(start) else int(np.searchsorted(times, start - ROUNDING))
     stop = len(times) if math.isnan(end) else int(np.searchsorted(times, end - ROUNDING))
     if first >= stop:
@@ -45,7 +44,7 @@ def frame_range(bounds: Bounds, times: np.ndarray, fps: float) -> range:
 
 
 def frame_times(reader: Reader) -> np.ndarray:
-    """[frames] seconds since the first frame: those of a video file, or of a constant rate."""
+    """[frames] seconds since the first frame: stored times of a video file, else of a constant rate."""
     times = getattr(reader, "times", None)
     return np.arange(reader.info.num_frames) / (reader.info.fps or 1) if times is None else times
 
@@ -82,29 +81,29 @@ def bounds_of(table: pd.DataFrame) -> list[Bounds]:
 
 
 def is_segment(table: pd.DataFrame) -> pd.Series:
-    """Which rows are a part of their file."""
+    """[rows] whether a row is a part of its file."""
     return table.reindex(columns=SEGMENT).notna().any(axis=1)
 
 
 def count_frames(table: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
-    """The table with the frames of each segment for those of its file; and (row, reason) of the rows left out, because
-    their files have no such part. Files with segments are opened: their own times say which frames a segment has."""
-    counts, errors = table["num_frames"].to_numpy(dtype=float, copy=True), []
+    """The table with num_frames of each segment instead of its file, and (row and path, reason) of removed rows, whose
+    files have no such segment. Files with segments are opened for the times of their frames."""
+    counts = table["num_frames"].to_numpy(dtype=float, copy=True)
     kept = np.ones(len(table), dtype=bool)
-    bounds, opened = bounds_of(table), {}
-    for place in np.flatnonzero(is_segment(table)):
-        path = table["path"].iloc[place]
+    errors, bounds, opened = [], bounds_of(table), {}
+    for row in np.flatnonzero(is_segment(table)):
+        path = table["path"].iloc[row]
         try:
             if path not in opened:
                 with closing(open_media(path)) as reader:
-                    opened = {path: (frame_times(reader), reader.info.fps)}  # of one file, for a table may be long
-            counts[place] = len(frame_range(bounds[place], *opened[path]))
+                    opened = {path: (frame_times(reader), reader.info.fps)}  # only the last file: a table may be long
+            counts[row] = len(frame_range(bounds[row], *opened[path]))
         except MediaError as error:
             reason = error.reason_for(path)
         except ValueError as error:
             reason = str(error)
         else:
             continue
-        kept[place] = False
-        errors.append((f"row {table['row'].iloc[place]} ({path})", reason))
+        kept[row] = False
+        errors.append((f"row {table['row'].iloc[row]} ({path})", reason))
     return table.assign(num_frames=counts)[kept].reset_index(drop=True), errors

@@ -1,59 +1,65 @@
-"""Where videos and images come from: every source lists its files as a table, without decoding anything.
+"""Sources: what lists the files of a data set, as a table (see rows.py).
 
-The table has the columns path (absolute; with a * for their numbers, the images of a video), name (the path as the
-source gives it), num_frames, height, width, fps (of the file; NaN where unknown), start and end of the part of the
-file that the row stands for (seconds; NaN: the file's own), split, text and label (None where not given), row, the
-place in the source that messages name, and error: why a row cannot be used, or None.
+    Table        CSV, TSV or parquet                                          here
+    Folder       all videos and images of a folder, one file, or sequences    here
+    JsonClips    a JSON list of clips                                         json_clips.py
+    HuggingFace  an image dataset of Hugging Face                             hugging_face.py
+    ImageFolder  images only, of any of these                                 image_folder.py
+    ErpRooms     panorama sequences by area and room                          rooms.py
+
+open_source picks one of the first four for a path.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from glob import escape, glob
-from itertools import chain
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-import numpy as np
 import pandas as pd
 
-from vae3d.data.dataset_rows import how_to_download, is_row
+from vae3d.data.dataset_rows import has_tables, how_to_download, is_saved
+from vae3d.data.hugging_face import HuggingFace
 from vae3d.data.images import IMAGE_SUFFIXES, is_sequence, numbered
+from vae3d.data.json_clips import JsonClips
 from vae3d.data.media import DataError
 from vae3d.data.readers import VIDEO_SUFFIXES
-from vae3d.data.segments import SEGMENT, SEGMENT_ERROR
-from vae3d.data.tables import read_table
-from vae3d.seeding import seed_of
+from vae3d.data.rows import normalise_rows, rows_from_paths
+from vae3d.data.tables import JSON, kind_of, read_table
 
-T = TypeVar("T")
-NUMBERS = ("num_frames", "height", "width", "fps")
-THREADS, CHUNK = 16, 200  # that look at files, and paths that one of them takes at a time
-MAX_NAME = 255  # bytes of a file's name, on every file system
 ARCHIVES = (".tar", ".tgz", ".zip", ".gz", ".7z", ".rar")
-MISSING_NUMBERS = ("", "nan", "na", "n/a", "none", "null")  # as a column of numbers may have; a text is always a text
-SPLITS = ("train", "val", "test")
-LIMITS = {  # least value of a column, if it is not 1, and the error of a row that has no such number
-    "fps": (0, "`fps` is no positive number"),  # images have none
-    "start": (0, SEGMENT_ERROR),
-    "end": (0, SEGMENT_ERROR),
-}
 
 
 class Source(Protocol):
-    """May have `notes`, a list of lines that the start of a run tells of the files once `table` was called."""
+    """May have `notes`: lines for the log at the start of a run, filled by `table`."""
 
     def table(self) -> pd.DataFrame:
-        """The files, one row each. Raises DataError."""
+        """The files, one row each; see rows.py. Raises DataError."""
+
+
+def open_source(path: str | Path, root: str | Path | None = None) -> Source:
+    """A Table for .csv, .tsv and .parquet, JsonClips for .json and .jsonl, HuggingFace for a dataset's folder, else a
+    Folder. Raises DataError for a file of another kind."""
+    if holds_dataset(path):
+        return HuggingFace(path)
+    kind = kind_of(path)
+    if kind is None or Path(path).is_dir():
+        return Folder(path)
+    return (JsonClips if kind in JSON else Table)(path, root)
+
+
+def holds_dataset(folder: str | Path) -> bool:
+    """Whether a folder is a Hugging Face dataset: saved, or with parquet or arrow files and no videos or images."""
+    return is_saved(folder) or (has_tables(folder) and not any(map(is_media, files_under(folder))))
 
 
 class Table:
     """A CSV, TSV (also .gz) or parquet file with a column `path`; optional text, label, num_frames, height, width,
     fps, start, end and split.
 
-    Relative paths are relative to `root`, by default the table's folder. A row with start or end (seconds) is that part
-    of its file only; num_frames is the file's nevertheless.
+    root: what relative paths are relative to; None: the table's folder. A row with start or end (seconds) is that part
+    of its file; num_frames is the whole file's nevertheless.
     """
 
     def __init__(self, path: str | Path, root: str | Path | None = None) -> None:
@@ -71,54 +77,14 @@ class Table:
         return normalise_rows(raw, self.root)
 
 
-def normalise_rows(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
-    """A source's table of rows as a file gives them, numbered from 0, with what is wrong with each in `error`, where
-    `raw` may already tell it."""
-    names = raw["path"].fillna("").astype(str).str.strip()
-    table = pd.DataFrame({"path": [os.path.abspath(root / name) for name in names], "name": names})
-    table["row"] = raw.index + 1
-    for column in ("text", "label", "split", "error"):
-        table[column] = raw[column] if column in raw.columns else None
-    _mark(table, names == "", "has no `path`")
-    _mark(table, names.str.contains("\0", regex=False), "`path` has the character NUL, which no file name has")
-    too_long = names.str.len() > MAX_NAME // 4  # characters have up to four bytes
-    too_long[too_long] = names[too_long].map(lambda name: max(map(len, os.fsencode(name).split(b"/"))) > MAX_NAME)
-    _mark(table, too_long, f"`path` has a name of more than {MAX_NAME} bytes; is it the right column?")
-    for column in (*SEGMENT, *NUMBERS):
-        table[column] = np.nan
-        if column in raw.columns:
-            table[column] = _numbers(raw[column])
-            least, reason = LIMITS.get(column, (1, f"`{column}` is no positive number"))
-            bad = table[column].isna() & raw[column].notna()
-            bad[bad] = ~raw.loc[bad, column].astype(str).str.strip().str.lower().isin(MISSING_NUMBERS)
-            bad |= table[column] < least
-            _mark(table, bad, reason)
-    _mark(table, table["end"] <= table["start"].fillna(0), SEGMENT_ERROR)
-    if "split" in raw.columns:
-        _mark(table, ~raw["split"].isin(SPLITS), f"`split` is none of {', '.join(SPLITS)}")
-    return table
-
-
-def _numbers(column: pd.Series) -> pd.Series:
-    """Floats; NaN for what is no finite number."""
-    numbers = pd.to_numeric(column, errors="coerce").astype(float)
-    return numbers.replace([np.inf, -np.inf], np.nan)
-
-
-def _mark(table: pd.DataFrame, bad: pd.Series, reason: str) -> None:
-    """Give the rows where `bad` their error; the first one that is found counts."""
-    table.loc[bad & table["error"].isna(), "error"] = reason
-
-
 class Folder:
-    """Every video and image under a folder, sorted by name; or one file; or, of a path with `*`, such as
-    rooms/*/output/panorama_*.png, the numbered images of every folder that it fits as a video."""
+    """Every video and image under a folder, sorted by name; or one file; or image sequences: a path with a `*` in the
+    file name, such as rooms/*/output/panorama_*.png, gives one video per matching folder."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def table(self) -> pd.DataFrame:
-        top = self.path if self.path.is_dir() else self.path.parent
         if is_sequence(self.path):
             files = sequences(self.path)
             top = next(parent for parent in self.path.parents if "*" not in str(parent))
@@ -127,12 +93,12 @@ class Folder:
                 kind = self.path.suffix or "a file without extension"
                 hint = "; extract it, and give the folder" if kind.lower() in ARCHIVES else ""
                 raise DataError(
-                    f"{self.path}: {kind} is not read; give a table (.csv, .tsv, .parquet), a list (.json, .jsonl), a "
-                    f"folder, a video or an image{hint}"
+                    f"{self.path}: {kind} is not supported; give a table (.csv, .tsv, .parquet), a list (.json, "
+                    f".jsonl), a folder, a video or an image{hint}"
                 )
-            files = [self.path]
+            files, top = [self.path], self.path.parent
         elif self.path.is_dir():
-            files = [top / name for name in files_under(top) if is_media(name)]
+            files, top = [self.path / name for name in files_under(self.path) if is_media(name)], self.path
         else:
             raise DataError(f"{self.path}: no such file or folder{how_to_download(self.path)}")
         if not files:
@@ -141,13 +107,13 @@ class Folder:
 
 
 def files_under(folder: str | Path) -> list[str]:
-    """Names of all files in a folder and the folders in it, sorted; links are followed, hidden ones left out.
+    """Relative names of all files under a folder, sorted. Links are followed, hidden files and folders skipped.
 
     Raises DataError for a name that is not UTF-8.
     """
     found = []
     for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_up(here, name)]
+        folders[:] = [name for name in folders if not name.startswith(".") and not _links_to_parent(here, name)]
         inside = os.path.relpath(here, folder)
         found += [os.path.normpath(os.path.join(inside, name)) for name in files if not name.startswith(".")]
     for name in found:
@@ -156,52 +122,25 @@ def files_under(folder: str | Path) -> list[str]:
     return sorted(found, key=lambda name: name.split(os.sep))
 
 
-def _leads_up(here: str, name: str) -> bool:
-    """Whether a folder is a link to one that it lies in."""
+def _links_to_parent(here: str, name: str) -> bool:
+    """Whether a folder is a link to one that contains it."""
     path = os.path.join(here, name)
     return os.path.islink(path) and f"{os.path.realpath(here)}/".startswith(f"{os.path.realpath(path)}/")
 
 
 def is_media(name: str) -> bool:
+    """Whether a name has the extension of a video or an image."""
     return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES
 
 
 def sequences(path: Path) -> list[Path]:
-    """The sequences that a path stands for whose folders may have a `*` too. Raises DataError if there is none."""
+    """The image sequences that match a path, whose folders may have a `*` too. Raises DataError if there is none."""
     try:
-        fits = numbered(path.name)
+        matches = numbered(path.name)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
     folders = sorted(glob(escape(str(path.parent)).replace("[*]", "*")))
-    found = [folder for folder in folders if os.path.isdir(folder) and any(map(fits, os.listdir(folder)))]
+    found = [folder for folder in folders if os.path.isdir(folder) and any(map(matches, os.listdir(folder)))]
     if not found:
-        raise DataError(f"{path}: no files are called so, with a number for the * of their name")
+        raise DataError(f"{path}: no file matches, with a number for the * of its name")
     return [Path(folder) / path.name for folder in found]
-
-
-def rows_from_paths(paths: list[str], names: list[str]) -> pd.DataFrame:
-    """A table of files of which nothing else is known."""
-    table = pd.DataFrame({"path": paths, "name": names, "row": np.arange(1, len(paths) + 1)})
-    return table.assign(**dict.fromkeys([*NUMBERS, *SEGMENT], np.nan), text=None, label=None, split=None, error=None)
-
-
-def in_threads(function: Callable[[str], T], paths: Iterable[str]) -> dict[str, T]:
-    """function(path) of each path once. A network disk answers many at once."""
-    unique = list(dict.fromkeys(paths))
-    chunks = [unique[i : i + CHUNK] for i in range(0, len(unique), CHUNK)]
-    with ThreadPoolExecutor(THREADS) as pool:
-        results = pool.map(lambda chunk: [function(path) for path in chunk], chunks)
-        return dict(zip(unique, chain.from_iterable(results), strict=True))
-
-
-def exists(path: str) -> bool:
-    """Whether a row's file is there; of a sequence its folder, of a row of a dataset always: its table says so."""
-    if is_row(path):
-        return True
-    return os.path.isdir(os.path.dirname(path)) if is_sequence(path) else os.path.isfile(path)
-
-
-def file_hashes(table: pd.DataFrame) -> np.ndarray:
-    """A number per row, of its name, from 0 to 2**63 - 1: equal for all rows of a file, and on every machine."""
-    names = table.groupby("path")["name"].transform("min")
-    return np.array([seed_of(name) for name in names], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Reading tables and JSON lists from files: CSV, TSV, JSON and JSON Lines, also gzipped, and parquet."""
+"""Parsing of table and list files: CSV, TSV, JSON and JSON Lines, also gzipped, and parquet."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 
 import pandas as pd
 
-from vae3d.data.media import DataError
+from vae3d.data.media import DataError, one_line
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON = (".json", ".jsonl")
 TEXT_COLUMNS = ("path", "split", "text", "label")
-MAX_LINE = 2**24  # bytes of a line of a table; more is no table
-ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # by a file's first bytes
+MAX_LINE = 2**24  # bytes of a line; a file with longer lines is no table
+ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # by byte-order mark
 
 
 def kind_of(path: str | Path) -> str | None:
-    """.csv, .tsv, .parquet, .json or .jsonl, by a file's name; None for others. .csv.gz and .CSV are .csv, too."""
+    """File type by name: .csv, .tsv, .parquet, .json or .jsonl; None for others. .csv.gz and .CSV count as .csv."""
     path = Path(path)
     kind = path.suffix.lower()
     if kind == ".gz":
@@ -33,10 +33,10 @@ def kind_of(path: str | Path) -> str | None:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """The rows of a CSV, TSV or parquet file; those of text as text, an empty field None.
+    """The rows of a CSV, TSV or parquet file. Text columns stay text; an empty field is None.
 
-    `error` says of a row that it has more or fewer fields than the first line names columns. No text stands for a
-    missing one: a label may be called None or NA. Raises DataError naming the line for what is no table.
+    The column `error` marks rows with more or fewer fields than the first line. No text means "missing": a label may be
+    None or NA. Raises DataError with the line if the file is no table.
     """
     kind = kind_of(path)
     if kind in JSON:
@@ -50,9 +50,9 @@ def read_table(path: Path) -> pd.DataFrame:
 
 def _parquet(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_parquet(path).reset_index(drop=True)  # which keeps an index of any kind
+        table = pd.read_parquet(path).reset_index(drop=True)  # the file may have an index
     except (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError) as error:
-        raise DataError(f"{path} is not a readable parquet file: {_one_line(error)}") from error
+        raise DataError(f"{path} is not a readable parquet file: {one_line(error)}") from error
     for column in TEXT_COLUMNS:
         if column in table.columns:
             table[column] = table[column].astype(object).where(table[column].notna(), None)
@@ -75,12 +75,11 @@ def _csv(path: Path, delimiter: str) -> pd.DataFrame:
         raise DataError(f"{path}, line {reader.line_num}: is not a readable table: {error}{hint}") from error
     if not header:
         raise DataError(f"{path} is empty")
-    if twice := [name for name, count in Counter(header).items() if count > 1 and name]:
-        raise DataError(f"{path} has two columns `{twice[0]}`; keep one")
-    if len(header) == 1 and (other := [mark for mark in (",", ";", "\t") if mark in header[0]]):
-        mark = repr(other[0])
+    if duplicates := [name for name, count in Counter(header).items() if count > 1 and name]:
+        raise DataError(f"{path} has two columns `{duplicates[0]}`; keep one")
+    if len(header) == 1 and (others := [mark for mark in (",", ";", "\t") if mark in header[0]]):
         raise DataError(
-            f"{path}: its fields are separated by {mark}, and {delimiter!r} is expected; .csv has commas, .tsv has tabs"
+            f"{path}: its fields are separated by {others[0]!r}; expected {delimiter!r}: commas in .csv, tabs in .tsv"
         )
     table = pd.DataFrame(rows, columns=header, dtype=object)
     return (
@@ -97,7 +96,7 @@ def _field_count(line: int, count: int, header: list[str], delimiter: str) -> st
 
 
 def read_entries(path: Path) -> Any:
-    """The value of a JSON file, or the list of those in a JSON Lines file. Raises DataError naming the place."""
+    """The value of a JSON file, or the list of values of a JSON Lines file. Raises DataError with the line."""
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "no such file"
         raise DataError(f"{path}: {what}; data.source.path takes a JSON file")
@@ -108,7 +107,7 @@ def read_entries(path: Path) -> Any:
 
 
 def _json(text: str, path: Path, line: int | None = None) -> Any:
-    """line: of the file, if `text` is one."""
+    """line: number of the line, if `text` is one line of the file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -118,11 +117,11 @@ def _json(text: str, path: Path, line: int | None = None) -> Any:
         ) from error
     except (RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
         where = f", line {line}" if line else ""
-        raise DataError(f"{path}{where}: is not a readable JSON file: {_one_line(error)}") from error
+        raise DataError(f"{path}{where}: is not a readable JSON file: {one_line(error)}") from error
 
 
 def _lines(path: Path, limit: int = MAX_LINE) -> Iterator[str]:
-    """The lines of a UTF-8 file, without a byte-order mark. Raises DataError naming a line that is not text."""
+    """The lines of a UTF-8 file, without byte-order mark. Raises DataError with the line that is no text."""
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opened(path, "rb") as stream:
@@ -133,7 +132,7 @@ def _lines(path: Path, limit: int = MAX_LINE) -> Iterator[str]:
                     raise DataError(f"{path}, line {number}: has more than {limit} bytes; is it a table?")
                 yield _text(line, f"{path}, line {number}").removeprefix("\ufeff" if number == 1 else "")
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or _one_line(error)}") from error
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from error
 
 
 def _text(line: bytes, where: str) -> str:
@@ -149,7 +148,3 @@ def _text(line: bytes, where: str) -> str:
             f"{where}: is not UTF-8 text (byte 0x{line[error.start]:02x}, in Windows-1252 {seen!r}); convert it: "
             "iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

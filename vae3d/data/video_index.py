@@ -1,10 +1,15 @@
-"""The index of a video file: where each packet lies, and which packet each frame comes from.
+"""An index of a video file, so that reading frame i costs the same whatever the length of the file.
 
-It is built once, by reading all packets of the file, and kept in the cache; afterwards a clip reads the rows of its own
-frames and the packets that they need, whatever the length of the file.
+Frame i is the i-th frame that the decoder returns. It is found like this:
 
-Frames are numbered in the order in which the decoder puts them out. Timestamps are not needed for that: each packet is
-handed to the decoder with its number in place of its timestamp, and the decoder hands the number on to the frame.
+1. open_index returns the index of the file from the cache, or builds it: `build` reads all packets once, and decodes
+   the beginning of the file to confirm the order of the frames, or the whole file if its timestamps cannot be trusted.
+2. Row i of `frames` has the number of the packet that frame i comes from, and the number of the packet at which
+   decoding must start. Rows of `packets` have the place of each packet in the file.
+3. FrameSource.decode decodes from that start on. Each packet carries its number in place of its timestamp, and the
+   decoder passes the number on to the frame; the frame with the number of the packet is frame i.
+
+readers.PyAVReader does the last two steps for the frames of a clip.
 """
 
 from __future__ import annotations
@@ -34,17 +39,17 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from vae3d.data.media import MediaError, MediaInfo, Size
+from vae3d.data.media import MediaError, MediaInfo, Size, one_line
 from vae3d.io import atomic_write
 
 MAGIC = b"vae3d video index 3\n"
 HEAD = struct.Struct("<20sII")  # magic, bytes of the JSON, its CRC-32
-PAGE = 1020  # bytes of rows that are checked at once: each page in the cache file ends with its CRC-32
+PAGE = 1020  # bytes of rows; each page in the cache file ends with its CRC-32
 CRC = struct.Struct("<I")
-# What libav and PyAV raise for a damaged file; other exceptions are errors of this program.
+# What libav and PyAV raise for a damaged file. Other exceptions are bugs of ours.
 DECODER_ERRORS = (av.error.FFmpegError, OSError, ValueError, MemoryError, RuntimeError, LookupError, ArithmeticError)
 
-# Demuxers that read the one file that they are given. Playlists and scripts, which open other files, are left out.
+# Demuxers that read only the file they are given; not those of playlists and scripts, which open other files.
 FORMATS = (
     "mov,matroska,avi,mpeg,mpegts,mpegtsraw,mpegvideo,m4v,h264,hevc,vvc,obu,ivf,flv,asf,ogg,gif,rm,dv,mxf,nut,wtv,mjpeg,"
     "yuv4mpegpipe,vc1,h263,swf,4xm,nsv,roq,bink,smk,fli,apng,aac,mp3,wav,flac,"
@@ -52,34 +57,33 @@ FORMATS = (
 )
 OPEN_OPTIONS = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
 
-METADATA = (
-    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
-)  # of any encoding, as 19 does
+# Accept metadata of any encoding, as PyAV 19 does by default.
+METADATA = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 DISCARD_ALL = 48  # AVDiscard
 
-# Containers that store the time at which each frame is shown, and codecs whose packets hold one frame each. VP8 is not
-# among them (it has packets without a frame), nor are MPEG-1, -2 and -4 (open groups at the start, frames not coded).
+# Containers that store presentation times, and codecs with one frame per packet. Not VP8, which has packets without a
+# frame, and not MPEG-1, -2 and -4, with open groups at the start and uncoded frames.
 TIMED = {"mov", "matroska", "mpegts", "flv"}
 ONE_FRAME = {"h264", "hevc", "av1", "vp9", "ffv1"}
-BYTE_SEEK = {"mpegts", "mpeg"}  # where positions are exact and timestamps may not be
+BYTE_SEEK = {"mpegts", "mpeg"}  # seek these by byte: positions are exact, timestamps may not be
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
 RATES = [Fraction(n) for n in (8, 10, 12, 15, 16, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120)]
 RATES += [Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120)]
-BLOCK = 64  # rows that are read at once
-CHECKED = 8  # frames at the beginning whose order is compared with that of the timestamps
-KEYS_BACK = 4  # key frames before a frame from which it is tried to decode it
-LATE = 64  # packets after its own by which a frame has come out; no codec reorders by more than 16
+BLOCK = 64  # rows per read
+CHECKED = 8  # frames at the beginning whose order is compared with the timestamps
+KEYS_BACK = 4  # earlier key frames to retry from if a frame does not decode completely
+MAX_DELAY = 64  # packets after its own until a frame comes out; no codec reorders by more than 16
 
 PACKET = np.dtype([("offset", "<i8"), ("size", "<u4"), ("key", "u1")])
-SEEK = np.dtype([("crc", "<u4"), ("dts", "<i8")])  # of files whose packets only the demuxer can read
-FRAME = np.dtype([("packet", "<u4"), ("start", "<u4")])  # which it comes from, and where decoding can begin
+SEEK = np.dtype([("crc", "<u4"), ("dts", "<i8")])  # only of files that need the demuxer
+FRAME = np.dtype([("packet", "<u4"), ("start", "<u4")])  # the packet it comes from, the packet to start decoding at
 TIME = np.dtype("<f8")  # seconds since the first frame
 ROW_TYPES = {"packets": PACKET, "seek": SEEK, "frames": FRAME, "times": TIME}
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """What a decoder must know beside the packets."""
+    """Parameters to open a decoder without the container."""
 
     codec: str
     tag: str
@@ -98,18 +102,21 @@ class Decoder:
         context.bits_per_coded_sample = self.bits
         context.color_range, context.color_primaries, context.color_trc, context.colorspace = self.colours
         context.thread_count = threads
-        # A decoder that does not know how far frames are reordered drops the first ones that come too late.
+        # Without the reorder depth, a decoder drops the first frames that come too late.
         context.options = {"has_b_frames": str(self.reorder)}
         return context
 
 
 @dataclass(frozen=True)
 class Header:
-    """Facts of a file. orientation: whether rows and columns are exchanged, then whether rows, then whether columns run
-    backwards. stored: height and width before that. first: packet at which decoding
-    begins. contiguous: whether packets lie in the file as the decoder takes them. ordered: "times" if the order of
-    frames follows from timestamps, "file" if it is that of the packets, "decoded" if it was found by decoding,
-    "counted" if there is also no telling which packet a frame comes from, so that decoding begins at the first.
+    """Metadata of an indexed file.
+
+    orientation: (transpose, then flip rows, then flip columns) to make frames upright. stored: height and width before
+    that. first: packet to start decoding at. contiguous: whether packets can be read straight from the file, without
+    the demuxer.
+    ordered: how the order of frames is known: "times" from timestamps, "file" as the packets, "decoded" by decoding
+    the whole file. "counted": by decoding, but frames cannot be matched to packets, so decoding starts at the first.
+    open_gop: whether some frames need packets before the key frame in front of them.
     """
 
     info: MediaInfo
@@ -125,9 +132,9 @@ class Header:
     rate: tuple[int, int] | None  # frames per second if it is constant
 
     @property
-    def late(self) -> float:
-        """How many packets after its own a frame may come out."""
-        return math.inf if self.ordered == "counted" else LATE
+    def max_delay(self) -> float:
+        """Packets after its own until a frame comes out, at most."""
+        return math.inf if self.ordered == "counted" else MAX_DELAY
 
     @classmethod
     def from_json(cls, value: dict) -> Header:
@@ -140,44 +147,44 @@ class Header:
 
 
 class VideoIndex:
-    """The rows of an index, read from memory, or in parts from its cache file, where their pages begin at `begin`."""
+    """The rows of an index, in memory (source: bytes), or read in parts from its cache file, from byte `begin` on."""
 
     def __init__(self, header: Header, counts: dict[str, int], source: BinaryIO | bytes, begin: int = 0) -> None:
         self.header, self.counts, self.source, self.begin = header, counts, source, begin
-        self.begins: dict[str, int] = {}
-        place = 0
+        self.offsets: dict[str, int] = {}
+        offset = 0
         for name, count in counts.items():
-            self.begins[name] = place
-            place += count * ROW_TYPES[name].itemsize
+            self.offsets[name] = offset
+            offset += count * ROW_TYPES[name].itemsize
 
     def rows(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Rows first, first + 1, ... of packets, seek, frames or times; up to the end if `count` is None.
+        """Rows first, first + 1, ... of a key of ROW_TYPES; all of them if `count` is None.
 
-        Raises MediaError if they are damaged in the cache.
+        Raises MediaError if the cache file is damaged.
         """
         dtype = ROW_TYPES[name]
         left = self.counts[name] - first
         count = left if count is None else min(count, left)
-        begin, size = self.begins[name] + first * dtype.itemsize, count * dtype.itemsize
+        begin, size = self.offsets[name] + first * dtype.itemsize, count * dtype.itemsize
         if isinstance(self.source, bytes):
             return np.frombuffer(self.source[begin : begin + size], dtype)
         page, end = begin // PAGE, -(-(begin + size) // PAGE)
         step = PAGE + CRC.size
         stored = os.pread(self.source.fileno(), (end - page) * step, self.begin + page * step)
-        content = b"".join(self._checked(stored[place : place + step]) for place in range(0, len(stored), step))
+        content = b"".join(self._verified_page(stored[i : i + step]) for i in range(0, len(stored), step))
         begin -= page * PAGE
         return np.frombuffer(content[begin : begin + size], dtype)
 
-    def _checked(self, page: bytes) -> bytes:
-        content, check = page[: -CRC.size], page[-CRC.size :]
-        if CRC.pack(zlib.crc32(content)) == check:
+    def _verified_page(self, page: bytes) -> bytes:
+        content, crc = page[: -CRC.size], page[-CRC.size :]
+        if CRC.pack(zlib.crc32(content)) == crc:
             return content
         try:
             Path(self.source.name).unlink(missing_ok=True)
-            done = "was deleted, and is built anew when its video is next opened"
+            action = "was deleted, and is rebuilt when its video is opened next"
         except OSError as error:
-            done = f"cannot be deleted ({error.strerror}); delete it"
-        raise MediaError(self.source.name, f"this index of a video is damaged; it {done}")
+            action = f"cannot be deleted ({error.strerror}); delete it"
+        raise MediaError(self.source.name, f"this index of a video is damaged; it {action}")
 
     def times(self) -> np.ndarray:
         """[frames] float64: seconds since the first frame."""
@@ -197,7 +204,7 @@ def cache_folder() -> Path:
 
 
 def open_index(path: Path) -> VideoIndex:
-    """The index of a video, from the cache if the file has the size and time that it had then. Raises MediaError."""
+    """The index of a video: from the cache, or built if the file's size or time changed. Raises MediaError."""
     stat = path.stat()
     key = [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
     name = hashlib.blake2b(os.fsencode(key[0]), digest_size=12).hexdigest()
@@ -210,7 +217,7 @@ def open_index(path: Path) -> VideoIndex:
 
 
 def _load(cached: Path, key: list) -> VideoIndex | None:
-    """None if there is no index of this file, or only an old or incomplete one."""
+    """The cached index; None if there is none, or it is outdated or incomplete."""
     try:
         source = cached.open("rb")
     except OSError:
@@ -240,233 +247,98 @@ def in_memory(header: Header, rows: dict[str, np.ndarray]) -> VideoIndex:
 
 def _store(cached: Path, key: list, index: VideoIndex) -> None:
     text = json.dumps({"key": key, "counts": index.counts, "header": index.header.to_json()}).encode()
-    pages = (index.source[place : place + PAGE] for place in range(0, len(index.source), PAGE))
+    pages = (index.source[i : i + PAGE] for i in range(0, len(index.source), PAGE))
     rows = b"".join(page + CRC.pack(zlib.crc32(page)) for page in pages)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(cached) as stream:
             stream.write(HEAD.pack(MAGIC, len(text), zlib.crc32(text)) + text + rows)
     except OSError as error:
-        warn_of_cache(error, "every opening of a video reads the whole file")
+        warn_cache_unwritable(error, "each time a video is opened, the whole file is read")
 
 
-def warn_of_cache(error: OSError, consequence: str) -> None:
+def warn_cache_unwritable(error: OSError, consequence: str) -> None:
     warnings.warn(
         f"cannot write to the cache folder {cache_folder()} ({error.strerror}): {consequence}; set VAE3D_CACHE to a "
-        "folder that can be written",
+        "writable folder",
         stacklevel=3,
     )
 
 
-# --- errors
+# --- building an index
 
 
-@contextmanager
-def media_errors(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever a demuxer or decoder raises into a MediaError of the file."""
-    try:
-        yield
-    except MediaError:
-        raise
-    except DECODER_ERRORS as error:
-        raise MediaError(path, f"{what}: {_text(error)}") from error
+def build(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
+    """Header and rows of a file's index.
 
-
-def _text(error: BaseException) -> str:
-    if isinstance(error, MemoryError):
-        return "out of memory"
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
-
-
-# --- frames
-
-
-def to_rgb(path: Path, frame: VideoFrame, convert: VideoReformatter) -> np.ndarray:
-    """[H, W, 3] uint8 of a decoded frame as stored, with the matrix and range that the file says.
-
-    The one conversion of all readers: each chroma sample covers its 2x2 (or 2x1) pixels, as in the ffmpeg program for
-    8 bits and even sizes; POINT makes swscale do so for more bits too. Resizing comes after it, so that chroma lies at
-    the same place whatever the size. Raises MediaError if a pixel is transparent.
+    Reads all packets, and decodes as much as it takes to confirm the order of frames: the beginning; or the whole file,
+    twice, if timestamps are missing, repeat, run backwards or are made up by the container.
+    Raises MediaError if the file is damaged, or has content that cannot be read faithfully.
     """
-    alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
-    kind = "rgba" if alpha else "rgb24"
-    with media_errors(path, "cannot be converted to RGB"):
-        pixels = convert.reformat(_even(frame), format=kind, interpolation="POINT", threads=1).to_ndarray()
-    if alpha and pixels[..., 3].min() < 255:
-        raise MediaError(path, "has transparent pixels; flatten it onto a background of your choice")
-    return pixels[: frame.height, : frame.width, :3]
+    with media_errors(path, "is not a readable video"), closing(open_container(path)) as container:
+        names = set(container.format.name.split(","))
+        stream = _video_stream(path, container)
+        packets = _read_packets(path, container, stream, names)
+        context = stream.codec_context
+        first = int(np.argmax(packets.rows["key"]))  # 0 if there is no key frame
+        expected = _order_by_packets(packets, first, names, context)
+        decoder, codec, container_name = _decoder_of(context), context.name, container.format.name
+        index = stream.index
+        rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
+        aspect, unit = stream.sample_aspect_ratio, stream.time_base
 
+    last = len(packets.rows) - 1
+    cut = last if names & BYTE_SEEK else None  # such files can be cut within a packet
+    if expected is not None:
+        ordered, display_order = expected
+        early = set(display_order[: display_order.index(first)])  # of an open group whose beginning is missing
+        late = [number for number in display_order if number not in early and not packets.discard[number]]
+        enough = lambda shown: sum(number not in early for number in shown) >= CHECKED  # noqa: E731
+        first_frame, shown, hashes = _decode_in_order(path, index, first, cut, enough)
+        lead = [number for number in shown if number in early]
+        if shown == lead + late[: len(shown) - len(lead)] and (enough(shown) or len(shown) == len(lead) + len(late)):
+            order = lead + late
+            if cut is not None and not _comes_out(path, index, packets, last):
+                order = order[: order.index(last)]
+        else:
+            expected = None
+    if expected is None:
+        first_frame, shown, hashes = _decode_in_order(path, index, first, cut)
+        distinct = len({number for number in shown if number is not None}) == len(shown)
+        ordered, display_order = ("decoded", shown) if distinct else ("counted", [])
+        order = shown if distinct else list(range(len(shown)))
 
-def _even(frame: VideoFrame) -> VideoFrame:
-    """The frame with an odd last row or column repeated where chroma has fewer pixels, which swscale would stretch."""
-    height, width, planes = frame.height, frame.width, frame.planes
-    halved = len(planes) >= 3 and (planes[1].width, planes[1].height) != (width, height)
-    if not halved or not (height % 2 or width % 2):
-        return frame
-    even = VideoFrame(width + width % 2, height + height % 2, frame.format.name)
-    dtype = np.uint16 if max(component.bits for component in frame.format.components) > 8 else np.uint8
-    for old, new in zip(planes, even.planes, strict=True):
-        pixels = np.frombuffer(old, dtype).reshape(old.height, -1)[:, : old.width]
-        right = new.line_size // dtype().itemsize - old.width
-        new.update(np.pad(pixels, ((0, new.height - old.height), (0, right)), mode="edge").tobytes())
-    even.colorspace, even.color_range = frame.colorspace, frame.color_range
-    return even
-
-
-def check_frame(path: Path, frame: VideoFrame, number: int, size: Size) -> None:
-    """Raise MediaError for a frame that is not whole, progressive, and of `size`, the height and width of the first."""
-    if frame.is_corrupt:
-        raise MediaError(path, f"is damaged: frame {number} does not decode completely")
-    if frame.interlaced_frame:
-        raise MediaError(
-            path,
-            f"is interlaced (frame {number} is coded as two fields): ffmpeg -i IN -vf bwdif OUT makes it progressive, "
-            "or -vf setfield=prog where its frames show no combs",
-        )
-    if (frame.height, frame.width) != tuple(size):
-        first, here = (f"{height}x{width}" for height, width in (size, (frame.height, frame.width)))
-        raise MediaError(path, f"changes its size at frame {number}, from {first} to {here}")
-
-
-def _orientation(path: Path, frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """How to turn the stored picture upright, as Header says, from the display matrix of the file."""
-    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
-    if matrix is None:
-        return False, False, False
-    # (x, y) of the stored picture is shown at (a x + c y, b x + d y)
-    a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4")[:5] / 65536
-    straight, turned = ([abs(value) for value in pair] for pair in ((a, d), (b, c)))
-    if np.allclose(straight, 1, atol=1e-3) and np.allclose(turned, 0, atol=1e-3):
-        return False, bool(d < 0), bool(a < 0)
-    if np.allclose(straight, 0, atol=1e-3) and np.allclose(turned, 1, atol=1e-3):
-        return True, bool(b < 0), bool(c < 0)
-    degrees = math.degrees(math.atan2(b, a))
-    raise MediaError(
-        path,
-        f"has a display matrix ({a:g} {b:g} {c:g} {d:g}) that turns it by {degrees:g} degrees or scales it; only "
-        "multiples of 90 degrees and mirrors are supported",
+    # After a seek, the demuxer does not repeat settings that came with earlier packets: decode from the first.
+    starts = {} if packets.stateful else _starts(display_order, packets.rows["key"], first, intra=ordered == "file")
+    frames = np.array([(number, starts.get(number, first)) for number in order], FRAME)
+    times, rate = _times(packets, shown if ordered == "counted" else order, names, unit, rates)
+    keys = np.maximum.accumulate(np.where(packets.rows["key"], np.arange(len(packets.rows)), first))
+    orientation, stored = _orientation(path, first_frame), (first_frame.height, first_frame.width)
+    header = Header(
+        info=MediaInfo(
+            len(order),
+            *(stored[::-1] if orientation[0] else stored),
+            float(rate),
+            codec,
+            first_frame.format.name,
+            max(component.bits for component in first_frame.format.components),
+            _aspect(path, aspect, orientation[0]),
+        ),
+        container=container_name,
+        stream=index,
+        decoder=decoder,
+        orientation=orientation,
+        stored=stored,
+        first=first,
+        contiguous=packets.contiguous and decoder is not None,
+        ordered=ordered,
+        open_gop=ordered != "counted" and bool((keys[frames["packet"]] != frames["start"]).any()),
+        rate=None if times is not None else rate.as_integer_ratio(),
     )
-
-
-def _aspect(path: Path, aspect: Fraction | None, exchanged: bool) -> float:
-    """Width of a pixel over its height, upright; 1 if the file does not say."""
-    aspect = float(aspect or 1)
-    if not 1 / 8 <= aspect <= 8:
-        raise MediaError(path, f"says that its pixels are {aspect:g} times as wide as high; correct its aspect ratio")
-    return 1 / aspect if exchanged else aspect
-
-
-# --- decoding
-
-
-class FrameSource:
-    """Decodes a file from a given packet on."""
-
-    def __init__(self, path: Path, index: VideoIndex, threads: int = 1) -> None:
-        self.path, self.index, self.threads = path, index, threads
-        self.file: BinaryIO | None = None
-        self.container: InputContainer | None = None
-
-    def decode(self, start: int) -> Iterator[tuple[int, list[tuple[int, VideoFrame]]]]:
-        """Start at packet `start`. Yields for each packet its number and the frames that come out then, each with
-        the number of the packet that it comes from (or its own, if the order is "counted"). Raises MediaError."""
-        header, count = self.index.header, 0
-        with media_errors(self.path, "cannot be decoded"):
-            if header.contiguous:
-                packets, context = self._stored(start), header.decoder.open(self.threads)
-            else:
-                packets, context = self._demuxed(start)
-            for number, packet in packets:
-                with media_errors(self.path, f"cannot be decoded at packet {number}"):
-                    frames = context.decode(_numbered(packet, number))
-                yield number, self._named(frames, count)
-                count += len(frames)
-            yield self.index.counts["packets"], self._named(context.decode(None), count)
-
-    def _named(self, frames: list[VideoFrame], count: int) -> list[tuple[int, VideoFrame]]:
-        if self.index.header.ordered == "counted":
-            return list(enumerate(frames, count))
-        return [(frame.pts, frame) for frame in frames]
-
-    def _stored(self, start: int) -> Iterator[tuple[int, av.Packet]]:
-        """Packets read straight from the file."""
-        if self.file is None:
-            self.file = self.path.open("rb")
-        total = self.index.counts["packets"]
-        for block in range(start, total, BLOCK):
-            for number, row in enumerate(self.index.rows("packets", block, BLOCK).tolist(), block):
-                offset, size, key = row
-                content = os.pread(self.file.fileno(), size, offset)
-                if len(content) < size:
-                    raise MediaError(self.path, f"ends within packet {number} of {total}")
-                packet = av.Packet(size)  # not of `content`, behind which the decoder would read
-                packet.update(content)
-                packet.is_keyframe = bool(key)
-                yield number, packet
-
-    def _demuxed(self, start: int) -> tuple[Iterator[tuple[int, av.Packet]], av.VideoCodecContext]:
-        """Packets read by the demuxer, each compared with the index; and its decoder."""
-        offset, size, _ = self.index.rows("packets", start, 1)[0].tolist()
-        crc, dts = self.index.rows("seek", start, 1)[0].tolist()
-        packets, context = self._open()
-        if start:
-            by_byte = self.container.format.name in BYTE_SEEK
-            stream = self.container.streams[self.index.header.stream]
-            with suppress(*DECODER_ERRORS):
-                self.container.seek(offset if by_byte else dts, stream=stream, unsupported_byte_offset=by_byte)
-                for packet in itertools.islice(packets, BLOCK):
-                    place = packet.pos if by_byte else packet.dts
-                    if (place, packet.size, zlib.crc32(packet)) == (offset if by_byte else dts, size, crc):
-                        return self._compared(itertools.chain([packet], packets), start), context
-            packets, context = self._open()  # where seeking does not lead there, reading from the start does
-        return self._compared(packets, start, skip=start), context
-
-    def _open(self) -> tuple[Iterator[av.Packet], av.VideoCodecContext]:
-        if self.container is not None:
-            self.container.close()
-        self.container = open_container(self.path)
-        stream = self.container.streams[self.index.header.stream]
-        _only(self.container, stream)
-        stream.codec_context.thread_count = self.threads
-        return (packet for packet in self.container.demux(stream) if packet.size), stream.codec_context
-
-    def _compared(self, packets: Iterator[av.Packet], start: int, skip: int = 0) -> Iterator[tuple[int, av.Packet]]:
-        packets = itertools.islice(packets, skip, None)
-        for block in range(start, self.index.counts["packets"], BLOCK):
-            sizes = self.index.rows("packets", block, BLOCK)["size"]
-            crcs = self.index.rows("seek", block, BLOCK)["crc"]
-            # zip takes no packet too many, because it looks at the sizes first.
-            for number, (size, crc, packet) in enumerate(zip(sizes, crcs, packets), block):  # noqa: B905
-                if (packet.size, zlib.crc32(packet)) != (size, crc):
-                    raise MediaError(self.path, f"gives another packet {number} than when it was first read")
-                yield number, packet
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-        if self.container is not None:
-            self.container.close()
-        self.file = self.container = None
-
-
-def _numbered(packet: av.Packet, number: int) -> av.Packet:
-    packet.pts = packet.dts = number
-    return packet
-
-
-# --- building
-
-
-def open_container(path: Path) -> InputContainer:
-    # An absolute path: ffmpeg takes what stands before a colon for a protocol.
-    return av.open(os.path.abspath(path), options=OPEN_OPTIONS, **METADATA)
-
-
-def _only(container: InputContainer, stream: VideoStream) -> None:
-    """Let the demuxer skip all other streams."""
-    for other in container.streams:
-        if other is not stream and hasattr(other, "discard"):  # PyAV 17 has none, and reads them all
-            other.discard = DISCARD_ALL
+    rows = {"packets": packets.rows, "frames": frames}
+    if times is not None:
+        rows["times"] = times
+    return _verified(path, header, rows, packets.seek, hashes)
 
 
 def _video_stream(path: Path, container: InputContainer) -> VideoStream:
@@ -475,13 +347,11 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
         raise MediaError(path, f"is an image ({name}), not a video, whatever its extension says")
     stream = container.streams.best("video")
     videos = [stream] if stream else container.streams.video
-    if not videos or all(
-        stream.disposition & Disposition.attached_pic for stream in videos
-    ):  # such as a record's cover
+    if not videos or all(stream.disposition & Disposition.attached_pic for stream in videos):  # such as cover art
         kinds = sorted({"a still picture" if stream in videos else stream.type for stream in container.streams})
         raise MediaError(path, f"has no video stream, only {', '.join(kinds) or 'nothing'}")
     if videos[0].codec_context is None:
-        raise MediaError(path, "is coded in a way for which there is no decoder here")
+        raise MediaError(path, "has a codec for which there is no decoder here")
     if videos[0].metadata.get("alpha_mode") == "1":
         raise MediaError(path, "has transparent pixels; flatten it onto a background of your choice")
     return videos[0]
@@ -489,9 +359,11 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
 
 @dataclass
 class _Packets:
-    """All packets of the stream that hold data, in the order of the file. pts, dts: None where there is none. discard:
-    decoded, but not shown. contiguous: each lies in the file as the decoder takes it. stateful: some come with a
-    palette or other settings that hold for those after them."""
+    """All non-empty packets of the stream, in file order.
+
+    pts, dts: None where missing. discard: decoded, but not shown. contiguous: packets can be read straight from the
+    file. stateful: some carry a palette or other settings that apply to later packets.
+    """
 
     rows: np.ndarray
     seek: np.ndarray
@@ -506,22 +378,22 @@ def _read_packets(path: Path, container: InputContainer, stream: VideoStream, na
     rows, seek, pts, dts, discard = [], [], [], [], []
     lead: int | None = 0
     settings, stateful = {"new_extradata": stream.codec_context.extradata}, False
-    _only(container, stream)
+    _discard_other_streams(container, stream)
     with path.open("rb") as file, media_errors(path, "is damaged or cut short"):
         for packet in container.demux(stream):
             if not packet.size:
                 continue
             if packet.is_corrupt and not names & BYTE_SEEK:
                 _check_whole(path, file, len(rows), stream, names)
-                raise MediaError(path, f"is damaged or cut short: packet {len(rows)} is not whole")
+                raise MediaError(path, f"is damaged or cut short: packet {len(rows)} is incomplete")
             for kind in ("new_extradata", "param_change", "palette"):
                 if packet.has_sidedata(kind):
                     stateful |= settings.get(kind) != (content := bytes(packet.get_sidedata(kind)))
                     settings[kind] = content
             if lead is not None:
                 lead = None if stateful else _lead(file.fileno(), packet, lead)
-            place = -1 if packet.pos is None else packet.pos
-            rows.append((place + (lead or 0), packet.size, packet.is_keyframe))
+            offset = -1 if packet.pos is None else packet.pos
+            rows.append((offset + (lead or 0), packet.size, packet.is_keyframe))
             seek.append((zlib.crc32(packet), packet.dts or 0))
             pts.append(packet.pts)
             dts.append(packet.dts)
@@ -533,7 +405,7 @@ def _read_packets(path: Path, container: InputContainer, stream: VideoStream, na
 
 
 def _lead(file: int, packet: av.Packet, lead: int) -> int | None:
-    """How many bytes after its position the content of a packet begins, `lead` if possible; None if it is not there."""
+    """Bytes between a packet's position and its content, preferably `lead`; None if the content is not there."""
     if packet.pos is None:
         return None
     content = bytes(packet)
@@ -544,8 +416,8 @@ def _lead(file: int, packet: av.Packet, lead: int) -> int | None:
 
 
 def _check_whole(path: Path, file: BinaryIO, packets: int, stream: VideoStream, names: set[str]) -> None:
-    """Raise MediaError if the container says that it is longer than the file."""
-    if "mov" in names and packets < len(stream.index_entries):  # without those that an edit list leaves out
+    """Raise MediaError if the container's header says that the file should be longer."""
+    if "mov" in names and packets < len(stream.index_entries):  # an edit list may exclude some
         promised = sum(entry.size > 0 for entry in stream.index_entries)
         if packets < promised:
             raise MediaError(path, f"is cut short: its header promises {promised} frames, {packets} are there")
@@ -555,7 +427,7 @@ def _check_whole(path: Path, file: BinaryIO, packets: int, stream: VideoStream, 
 
 
 def _promised_end(file: BinaryIO, names: set[str]) -> int | None:
-    """Where the outermost parts of a container end by its own account."""
+    """End of the file in bytes, by the sizes in the container's outermost headers; None if unknown."""
     opening = os.pread(file.fileno(), 4096, 0)
     size = os.fstat(file.fileno()).st_size
     if "matroska" in names:  # EBML header, then one segment; both have an identifier of 4 bytes
@@ -593,7 +465,7 @@ def _promised_end(file: BinaryIO, names: set[str]) -> int | None:
 
 
 def _gif_end(content: bytes) -> int | None:
-    """Where a GIF ends, from the lengths of its blocks; None if it has others than the standard."""
+    """End of a GIF in bytes, by the lengths of its blocks; None if it has non-standard blocks."""
     table = lambda place: 6 << (content[place] & 7) if content[place] & 128 else 0  # noqa: E731  bytes of colours
     place = 13 + table(10)
     while place < len(content) and content[place] != 0x3B:
@@ -612,7 +484,7 @@ def _gif_end(content: bytes) -> int | None:
 def _order_by_packets(
     packets: _Packets, first: int, names: set[str], context: av.VideoCodecContext
 ) -> tuple[str, list[int]] | None:
-    """How the order of frames follows from the packets, and the packets in that order; None if it does not."""
+    """("file" or "times", packet numbers in the order of their frames); None if packets do not define the order."""
     numbers = list(range(first, len(packets.pts)))
     if context.codec.intra_only:
         return "file", numbers
@@ -624,83 +496,12 @@ def _order_by_packets(
         return None
     order = sorted(numbers, key=packets.pts.__getitem__)
     if context.reorder_depth and order == numbers:
-        return None  # as in a copy of an AVI, where times of decoding were taken for those of showing
+        return None  # as in a remuxed AVI, whose decoding times were stored as presentation times
     return "times", order
 
 
-def build(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
-    """Read all packets of a file, and decode as much as is needed to be sure of the order of its frames: its beginning,
-    or all of it, twice, where timestamps are missing, repeat, run backwards or are invented by the container.
-
-    Raises MediaError if the file is damaged, or holds what cannot be read faithfully.
-    """
-    with media_errors(path, "is not a readable video"), closing(open_container(path)) as container:
-        names = set(container.format.name.split(","))
-        stream = _video_stream(path, container)
-        packets = _read_packets(path, container, stream, names)
-        context = stream.codec_context
-        first = int(np.argmax(packets.rows["key"]))  # 0 if there is no key frame
-        plan = _order_by_packets(packets, first, names, context)
-        decoder, codec, container_name = _decoder_of(context), context.name, container.format.name
-        index, rates = stream.index, (stream.average_rate, stream.guessed_rate, stream.base_rate)
-        aspect, unit = stream.sample_aspect_ratio, stream.time_base
-
-    last = len(packets.rows) - 1
-    cut = last if names & BYTE_SEEK else None  # such files are cut anywhere, also within a packet
-    if plan is not None:
-        ordered, planned = plan
-        early = set(planned[: planned.index(first)])  # of an open group whose beginning is missing
-        late = [number for number in planned if number not in early and not packets.discard[number]]
-        enough = lambda shown: sum(number not in early for number in shown) >= CHECKED  # noqa: E731
-        opening, shown, hashes = _decode_in_order(path, index, first, cut, enough)
-        lead = [number for number in shown if number in early]
-        if shown == lead + late[: len(shown) - len(lead)] and (enough(shown) or len(shown) == len(lead) + len(late)):
-            order = lead + late
-            if cut is not None and not _comes_out(path, index, packets, last):
-                order = order[: order.index(last)]
-        else:
-            plan = None
-    if plan is None:
-        opening, shown, hashes = _decode_in_order(path, index, first, cut)
-        distinct = len({number for number in shown if number is not None}) == len(shown)
-        ordered, planned = ("decoded", shown) if distinct else ("counted", [])
-        order = shown if distinct else list(range(len(shown)))
-
-    # After a seek, the demuxer does not repeat the settings that came with earlier packets.
-    starts = {} if packets.stateful else _starts(planned, packets.rows["key"], first, intra=ordered == "file")
-    frames = np.array([(number, starts.get(number, first)) for number in order], FRAME)
-    times, rate = _times(packets, shown if ordered == "counted" else order, names, unit, rates)
-    keys = np.maximum.accumulate(np.where(packets.rows["key"], np.arange(len(packets.rows)), first))
-    orientation, stored = _orientation(path, opening), (opening.height, opening.width)
-    header = Header(
-        info=MediaInfo(
-            len(order),
-            *(stored[::-1] if orientation[0] else stored),
-            float(rate),
-            codec,
-            opening.format.name,
-            max(component.bits for component in opening.format.components),
-            _aspect(path, aspect, orientation[0]),
-        ),
-        container=container_name,
-        stream=index,
-        decoder=decoder,
-        orientation=orientation,
-        stored=stored,
-        first=first,
-        contiguous=packets.contiguous and decoder is not None,
-        ordered=ordered,
-        open_gop=ordered != "counted" and bool((keys[frames["packet"]] != frames["start"]).any()),
-        rate=None if times is not None else rate.as_integer_ratio(),
-    )
-    rows = {"packets": packets.rows, "frames": frames}
-    if times is not None:
-        rows["times"] = times
-    return _verified(path, header, rows, packets.seek, hashes)
-
-
 def _decoder_of(context: av.VideoCodecContext) -> Decoder | None:
-    """None if what the demuxer knows of the stream cannot be given to another decoder."""
+    """None if the parameters of the stream cannot be passed to a decoder of ours."""
     try:
         tag = context.codec_tag
     except UnicodeDecodeError:
@@ -720,16 +521,16 @@ def _decoder_of(context: av.VideoCodecContext) -> Decoder | None:
 def _decode_in_order(
     path: Path, index: int, first: int, cut: int | None, enough: Callable[[Sequence], bool] = lambda shown: False
 ) -> tuple[VideoFrame, list[int | None], list[int]]:
-    """The first frame, and the packet and a hash of the pixels of each frame, until there are enough.
+    """(first frame, packet number of each frame, CRC-32 of its pixels), in the order of the decoder, until `enough`.
 
-    Decodes as the container says, from packet `first` on. cut: a packet that need not be whole; if it is not, its frame
-    and those shown after it are left out. Raises MediaError.
+    Decodes with the container's decoder from packet `first` on. cut: a packet that may be incomplete; if it is, its
+    frame and the frames after it are dropped. Raises MediaError.
     """
-    opening, shown, hashes = None, [], []
+    first_frame, shown, hashes = None, [], []
     convert = VideoReformatter()
     with media_errors(path, "cannot be decoded"), closing(open_container(path)) as container:
         stream = container.streams[index]
-        _only(container, stream)
+        _discard_other_streams(container, stream)
         stream.codec_context.thread_count = 1
         packets = (packet for packet in container.demux(stream) if packet.size)
         for number, packet in enumerate(itertools.chain(itertools.islice(packets, first, None), [None]), first):
@@ -742,31 +543,31 @@ def _decode_in_order(
                 continue
             for frame in frames:
                 if shown and frame.is_corrupt and frame.pts == cut:
-                    return opening, shown, hashes
-                if opening is None:
-                    opening = frame
+                    return first_frame, shown, hashes
+                if first_frame is None:
+                    first_frame = frame
                     _check_kind(path, frame)
-                check_frame(path, frame, len(shown), (opening.height, opening.width))
+                check_frame(path, frame, len(shown), (first_frame.height, first_frame.width))
                 shown.append(frame.pts)
                 hashes.append(zlib.crc32(np.ascontiguousarray(to_rgb(path, frame, convert))))
                 if enough(shown):
-                    return opening, shown, hashes
-    if opening is None:
+                    return first_frame, shown, hashes
+    if first_frame is None:
         raise MediaError(path, "holds no frame that can be decoded")
-    return opening, shown, hashes
+    return first_frame, shown, hashes
 
 
 def _comes_out(path: Path, index: int, packets: _Packets, number: int) -> bool:
-    """Whether a packet gives a whole frame, decoded from a few key frames before it on."""
+    """Whether the frame of a packet decodes completely, starting a few key frames before it."""
     keys = np.flatnonzero(packets.rows["key"][: number + 1])
     start = int(keys[-KEYS_BACK:][0]) if len(keys) else 0
     try:
         with media_errors(path, "cannot be decoded"), closing(open_container(path)) as container:
             stream = container.streams[index]
-            _only(container, stream)
+            _discard_other_streams(container, stream)
             demuxed = (packet for packet in container.demux(stream) if packet.size)
-            for place, packet in enumerate(itertools.chain(itertools.islice(demuxed, start, None), [None]), start):
-                for frame in stream.codec_context.decode(packet and _numbered(packet, place)):
+            for i, packet in enumerate(itertools.chain(itertools.islice(demuxed, start, None), [None]), start):
+                for frame in stream.codec_context.decode(packet and _numbered(packet, i)):
                     if frame.pts == number:
                         return not frame.is_corrupt
     except MediaError:
@@ -780,11 +581,13 @@ def _check_kind(path: Path, frame: VideoFrame) -> None:
         raise MediaError(path, f"is HDR ({transfer}); tone-map it to SDR first, 8-bit RGB would look washed out")
 
 
-def _starts(planned: Sequence[int], key: np.ndarray, first: int, intra: bool) -> dict[int, int]:
-    """For each packet, in the order of their frames, the last key packet that is shown not after it: from there it can
-    be decoded, also where frames of an open group come before a key frame that stands before them in the file."""
+def _starts(display_order: Sequence[int], key: np.ndarray, first: int, intra: bool) -> dict[int, int]:
+    """Packet -> packet to start decoding at: the last key packet whose frame is not shown after its own.
+
+    That is also right for an open group, whose first frames are shown before the key frame that precedes them.
+    """
     starts, current = {}, first
-    for number in planned:
+    for number in display_order:
         if (intra or key[number]) and number > current:
             current = number
         starts[number] = current
@@ -794,11 +597,10 @@ def _starts(planned: Sequence[int], key: np.ndarray, first: int, intra: bool) ->
 def _times(
     packets: _Packets, order: Sequence[int | None], names: set[str], unit: Fraction, rates: Sequence[Fraction | None]
 ) -> tuple[np.ndarray | None, Fraction]:
-    """Seconds of each frame since the first, and frames per second, the mean if that varies; no seconds if it is
-    constant: then frame i is shown at i / rate.
+    """(seconds of each frame since the first, None if the rate is constant; frames per second, the mean if it varies).
 
-    Times are those of the frames' packets. Where these are times of decoding, as in AVI, the n-th frame is shown at the
-    n-th of them. A step back, as where recordings were joined, counts as a step of usual length.
+    Times are those of the frames' packets. Decoding times, as in AVI, are sorted. A step back, as in joined recordings,
+    is replaced by the median step.
     """
     stored = packets.dts if "avi" in names or None in packets.pts else packets.pts
     stamps = [None if number is None else stored[number] for number in order]
@@ -806,7 +608,7 @@ def _times(
         stamps = sorted(stamps)
     known = [Fraction(rate) for rate in rates if rate]
     if None in stamps or stamps[0] == stamps[-1]:
-        return None, known[0] if known else Fraction(25)  # as the ffmpeg program has it
+        return None, known[0] if known else Fraction(25)  # the default of the ffmpeg program
     ticks = np.diff(np.array(stamps, dtype=np.int64))
     if (ticks < 0).any():
         forward = ticks[ticks > 0]
@@ -816,7 +618,7 @@ def _times(
         return None, known[0] if known else Fraction(25)
     mean = Fraction(len(ticks) - 1) / (int(ticks[-1]) * Fraction(unit))
     for rate in [*known, *sorted(RATES, key=lambda rate: abs(rate - mean))]:
-        # Rounded to the unit of the container, which in Matroska is a millisecond.
+        # Times are rounded to the unit of the container, a millisecond in Matroska.
         if np.abs(ticks * float(unit * rate) - np.arange(len(ticks))).max() <= 1.001 * float(unit * rate):
             return None, rate
     return ticks * float(unit), mean
@@ -825,29 +627,31 @@ def _times(
 def _verified(
     path: Path, header: Header, rows: dict[str, np.ndarray], seek: np.ndarray, hashes: Sequence[int]
 ) -> tuple[Header, dict[str, np.ndarray]]:
-    """The index, verified: frames whose hash is known must be the same when decoding starts where the index says; if
-    not, the start before it is tried. Raises MediaError if none works."""
+    """Header and rows, after a check that decoding from the indexed starts gives the frames with the known hashes.
+
+    If a start does not, the start before it is used, then the demuxer. Raises MediaError if nothing works.
+    """
     if not header.contiguous:
         rows = {**rows, "seek": seek}
     frames = rows["frames"]
     with closing(FrameSource(path, in_memory(header, rows))) as source:
         good = header.first
         for start in np.unique(frames["start"][: len(hashes)]).tolist():
-            places = np.flatnonzero(frames["start"][: len(hashes)] == start)
-            expected = {int(frames["packet"][place]): hashes[place] for place in places}
-            if _gives(source, start, expected):
+            indices = np.flatnonzero(frames["start"][: len(hashes)] == start)
+            expected = {int(frames["packet"][i]): hashes[i] for i in indices}
+            if _decodes_to(source, start, expected):
                 good = start
             elif start != header.first:
                 frames["start"][frames["start"] == start] = good
             elif header.contiguous:
                 return _verified(path, replace(header, contiguous=False), rows, seek, hashes)
             else:
-                raise MediaError(path, "is damaged: it gives other frames each time it is decoded")
+                raise MediaError(path, "is damaged: it decodes to other frames each time")
     return header, rows
 
 
-def _gives(source: FrameSource, start: int, expected: dict[int, int]) -> bool:
-    """Whether decoding from packet `start` gives frames of these packets with these hashes."""
+def _decodes_to(source: FrameSource, start: int, expected: dict[int, int]) -> bool:
+    """Whether decoding from packet `start` gives frames of these hashes. expected: packet -> hash."""
     left, convert = dict(expected), VideoReformatter()
     try:
         for fed, frames in source.decode(start):
@@ -856,8 +660,218 @@ def _gives(source: FrameSource, start: int, expected: dict[int, int]) -> bool:
                     pixels = to_rgb(source.path, frame, convert)
                     if frame.is_corrupt or zlib.crc32(np.ascontiguousarray(pixels)) != left.pop(number):
                         return False
-            if not left or fed > max(left) + source.index.header.late:
+            if not left or fed > max(left) + source.index.header.max_delay:
                 break
     except MediaError:
         return False
     return not left
+
+
+# --- decoding from any packet on
+
+
+class FrameSource:
+    """Decodes a file from a given packet on."""
+
+    def __init__(self, path: Path, index: VideoIndex, threads: int = 1) -> None:
+        self.path, self.index, self.threads = path, index, threads
+        self.file: BinaryIO | None = None
+        self.container: InputContainer | None = None
+
+    def decode(self, start: int) -> Iterator[tuple[int, list[tuple[int, VideoFrame]]]]:
+        """Decode from packet `start` on. Yields for each packet its number and the frames that come out after it, each
+        with the number of its packet (or its own number, if the order is "counted"). Raises MediaError."""
+        header, count = self.index.header, 0
+        with media_errors(self.path, "cannot be decoded"):
+            if header.contiguous:
+                packets, context = self._stored(start), header.decoder.open(self.threads)
+            else:
+                packets, context = self._demuxed(start)
+            for number, packet in packets:
+                with media_errors(self.path, f"cannot be decoded at packet {number}"):
+                    frames = context.decode(_numbered(packet, number))
+                yield number, self._with_numbers(frames, count)
+                count += len(frames)
+            yield self.index.counts["packets"], self._with_numbers(context.decode(None), count)
+
+    def _with_numbers(self, frames: list[VideoFrame], count: int) -> list[tuple[int, VideoFrame]]:
+        if self.index.header.ordered == "counted":
+            return list(enumerate(frames, count))
+        return [(frame.pts, frame) for frame in frames]
+
+    def _stored(self, start: int) -> Iterator[tuple[int, av.Packet]]:
+        """Packets read straight from the file."""
+        if self.file is None:
+            self.file = self.path.open("rb")
+        total = self.index.counts["packets"]
+        for block in range(start, total, BLOCK):
+            for number, row in enumerate(self.index.rows("packets", block, BLOCK).tolist(), block):
+                offset, size, key = row
+                content = os.pread(self.file.fileno(), size, offset)
+                if len(content) < size:
+                    raise MediaError(self.path, f"ends within packet {number} of {total}")
+                packet = av.Packet(
+                    size
+                )  # with padding that the decoder may read; a packet made from `content` has none
+                packet.update(content)
+                packet.is_keyframe = bool(key)
+                yield number, packet
+
+    def _demuxed(self, start: int) -> tuple[Iterator[tuple[int, av.Packet]], av.VideoCodecContext]:
+        """(packets read by the demuxer and compared with the index, its decoder)."""
+        offset, size, _ = self.index.rows("packets", start, 1)[0].tolist()
+        crc, dts = self.index.rows("seek", start, 1)[0].tolist()
+        packets, context = self._open()
+        if start:
+            by_byte = self.container.format.name in BYTE_SEEK
+            stream = self.container.streams[self.index.header.stream]
+            with suppress(*DECODER_ERRORS):
+                self.container.seek(offset if by_byte else dts, stream=stream, unsupported_byte_offset=by_byte)
+                for packet in itertools.islice(packets, BLOCK):
+                    position = packet.pos if by_byte else packet.dts
+                    if (position, packet.size, zlib.crc32(packet)) == (offset if by_byte else dts, size, crc):
+                        return self._compared(itertools.chain([packet], packets), start), context
+            packets, context = self._open()  # seeking failed: read from the start
+        return self._compared(packets, start, skip=start), context
+
+    def _open(self) -> tuple[Iterator[av.Packet], av.VideoCodecContext]:
+        if self.container is not None:
+            self.container.close()
+        self.container = open_container(self.path)
+        stream = self.container.streams[self.index.header.stream]
+        _discard_other_streams(self.container, stream)
+        stream.codec_context.thread_count = self.threads
+        return (packet for packet in self.container.demux(stream) if packet.size), stream.codec_context
+
+    def _compared(self, packets: Iterator[av.Packet], start: int, skip: int = 0) -> Iterator[tuple[int, av.Packet]]:
+        packets = itertools.islice(packets, skip, None)
+        for block in range(start, self.index.counts["packets"], BLOCK):
+            sizes = self.index.rows("packets", block, BLOCK)["size"]
+            crcs = self.index.rows("seek", block, BLOCK)["crc"]
+            # zip takes no extra packet: it reads the sizes first.
+            for number, (size, crc, packet) in enumerate(zip(sizes, crcs, packets), block):  # noqa: B905
+                if (packet.size, zlib.crc32(packet)) != (size, crc):
+                    raise MediaError(self.path, f"packet {number} differs from the one that was indexed")
+                yield number, packet
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        if self.container is not None:
+            self.container.close()
+        self.file = self.container = None
+
+
+def _numbered(packet: av.Packet, number: int) -> av.Packet:
+    packet.pts = packet.dts = number
+    return packet
+
+
+def open_container(path: Path) -> InputContainer:
+    # Absolute, because ffmpeg takes the part before a colon for a protocol.
+    return av.open(os.path.abspath(path), options=OPEN_OPTIONS, **METADATA)
+
+
+def _discard_other_streams(container: InputContainer, stream: VideoStream) -> None:
+    """Make the demuxer skip all other streams."""
+    for other in container.streams:
+        if other is not stream and hasattr(other, "discard"):  # PyAV 17 has no such attribute, and reads all streams
+            other.discard = DISCARD_ALL
+
+
+# --- checking and converting frames
+
+
+def to_rgb(path: Path, frame: VideoFrame, convert: VideoReformatter) -> np.ndarray:
+    """[H, W, 3] uint8 of a decoded frame as stored, with the file's colour matrix and range.
+
+    All readers use this conversion. Each chroma sample covers its 2x2 (or 2x1) pixels, as in the ffmpeg program for
+    8 bits and even sizes; POINT makes swscale do the same for more bits. Resizing follows, so that the position of
+    chroma does not depend on the size. Raises MediaError if a pixel is transparent.
+    """
+    alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+    kind = "rgba" if alpha else "rgb24"
+    with media_errors(path, "cannot be converted to RGB"):
+        pixels = convert.reformat(_even(frame), format=kind, interpolation="POINT", threads=1).to_ndarray()
+    if alpha and pixels[..., 3].min() < 255:
+        raise MediaError(path, "has transparent pixels; flatten it onto a background of your choice")
+    return pixels[: frame.height, : frame.width, :3]
+
+
+def _even(frame: VideoFrame) -> VideoFrame:
+    """The frame padded to an even size if chroma is subsampled: swscale would stretch the chroma of odd sizes."""
+    height, width, planes = frame.height, frame.width, frame.planes
+    halved = len(planes) >= 3 and (planes[1].width, planes[1].height) != (width, height)
+    if not halved or not (height % 2 or width % 2):
+        return frame
+    even = VideoFrame(width + width % 2, height + height % 2, frame.format.name)
+    dtype = np.uint16 if max(component.bits for component in frame.format.components) > 8 else np.uint8
+    for old, new in zip(planes, even.planes, strict=True):
+        pixels = np.frombuffer(old, dtype).reshape(old.height, -1)[:, : old.width]
+        right = new.line_size // dtype().itemsize - old.width
+        new.update(np.pad(pixels, ((0, new.height - old.height), (0, right)), mode="edge").tobytes())
+    even.colorspace, even.color_range = frame.colorspace, frame.color_range
+    return even
+
+
+def check_frame(path: Path, frame: VideoFrame, number: int, size: Size) -> None:
+    """Raise MediaError if a frame is incomplete, interlaced, or of another size than the first."""
+    if frame.is_corrupt:
+        raise MediaError(path, f"is damaged: frame {number} does not decode completely")
+    if frame.interlaced_frame:
+        raise MediaError(
+            path,
+            f"is interlaced (frame {number} is coded as two fields): convert it with ffmpeg -i IN -vf bwdif OUT, or "
+            "-vf setfield=prog if its frames show no combing",
+        )
+    if (frame.height, frame.width) != tuple(size):
+        first, here = (f"{height}x{width}" for height, width in (size, (frame.height, frame.width)))
+        raise MediaError(path, f"changes its size at frame {number}, from {first} to {here}")
+
+
+def _orientation(path: Path, frame: VideoFrame) -> tuple[bool, bool, bool]:
+    """Header.orientation from the display matrix of the file."""
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if matrix is None:
+        return False, False, False
+    # The stored pixel (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4")[:5] / 65536
+    straight, turned = ([abs(value) for value in pair] for pair in ((a, d), (b, c)))
+    if np.allclose(straight, 1, atol=1e-3) and np.allclose(turned, 0, atol=1e-3):
+        return False, bool(d < 0), bool(a < 0)
+    if np.allclose(straight, 0, atol=1e-3) and np.allclose(turned, 1, atol=1e-3):
+        return True, bool(b < 0), bool(c < 0)
+    degrees = math.degrees(math.atan2(b, a))
+    raise MediaError(
+        path,
+        f"has a display matrix ({a:g} {b:g} {c:g} {d:g}) that turns it by {degrees:g} degrees or scales it; only "
+        "multiples of 90 degrees and mirrors are supported",
+    )
+
+
+def _aspect(path: Path, aspect: Fraction | None, exchanged: bool) -> float:
+    """Width / height of a pixel, upright; 1 if the file has none."""
+    aspect = float(aspect or 1)
+    if not 1 / 8 <= aspect <= 8:
+        raise MediaError(path, f"has pixels {aspect:g} times as wide as high; correct its aspect ratio")
+    return 1 / aspect if exchanged else aspect
+
+
+# --- errors
+
+
+@contextmanager
+def media_errors(path: Path, what: str) -> Iterator[None]:
+    """Raise errors of the demuxer or decoder as MediaError of the file."""
+    try:
+        yield
+    except MediaError:
+        raise
+    except DECODER_ERRORS as error:
+        raise MediaError(path, f"{what}: {_text(error)}") from error
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return getattr(error, "strerror", None) or one_line(error, 200)

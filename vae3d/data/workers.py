@@ -1,4 +1,4 @@
-"""Loading with worker processes that may die, hang or run out of shared memory: each is one error, not a wait."""
+"""Loading with worker processes. A worker that dies or hangs, or full shared memory, raises an error in time."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vae3d.data.media import DataError
 
 SHARED_MEMORY = Path("/dev/shm")
 POLL = 5.0  # seconds between two checks that the workers are alive
-GRACE = 30.0  # seconds that a batch may still take once the run is to end
+GRACE = 30.0  # seconds that a batch may take after the run was asked to end
 GIB = 2**30
 
 
 class WorkerError(DataError):
-    """Data workers give no more batches. The finished steps are valid and can be saved."""
+    """Data workers return no more batches. Finished steps are valid and can be saved."""
 
     on_every_rank = False
 
@@ -34,7 +34,7 @@ class WorkerDied(WorkerError):
 
 
 class WorkerTimeout(WorkerError):
-    """No data worker has given a batch for too long."""
+    """No data worker has returned a batch for too long."""
 
 
 def load(
@@ -50,11 +50,11 @@ def load(
 ) -> Iterator[Any]:
     """The batches of DataLoader(dataset, **options).
 
-    timeout: seconds without a batch after which WorkerTimeout is raised; 0: never. stopping: whether the run is to end;
-    from then on a batch may take GRACE seconds more. item_bytes: of the tensors of one batch; 0: unknown. held: batches
-    that the caller keeps at a time.
-    Raises UserError if /dev/shm is too small for what the workers will put there; WorkerError, within POLL seconds,
-    when a worker is dead; and what a worker raises.
+    timeout: seconds without a batch until WorkerTimeout; 0: never. stopping: whether the run was asked to end; from
+    then on a batch may take GRACE seconds. item_bytes: of one batch; 0: unknown. held: batches that the caller holds
+    at a time.
+    Raises DataError if /dev/shm is too small for the workers' batches; WorkerDied within POLL seconds of a death; and
+    the errors of a worker.
     """
     if not workers:
         return iter(DataLoader(dataset, **options))
@@ -78,19 +78,20 @@ def load(
 
 
 def _restore_sigchld(handler: Any) -> None:
-    """Remove PyTorch's handler: when a worker dies, it raises RuntimeError wherever the main thread is, also in an
-    optimizer step, after which nothing could be saved."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+    """Remove PyTorch's handler, which raises RuntimeError in the main thread when a worker dies: in the middle of an
+    optimizer step, nothing could be saved after it."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         return
-    torchs = getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs or handler is None else handler)
+    is_pytorchs = getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL if is_pytorchs or handler is None else handler)
 
 
 def _watched(
     batches: Iterator[Any], workers: list[BaseProcess], timeout: float, stopping: Callable[[], bool]
 ) -> Iterator[Any]:
     while True:
-        begun, asked = time.monotonic(), None
+        start = time.monotonic()
+        stop_requested: float | None = None
         while True:
             try:
                 batch = next(batches)
@@ -104,16 +105,16 @@ def _watched(
                 if not timed_out:
                     raise
                 now = time.monotonic()
-                asked = (asked or now) if stopping() else None
-                if timeout and now - begun >= timeout:
-                    raise WorkerTimeout(_hang(len(workers), now - begun, "")) from error
-                if asked is not None and now - asked >= GRACE:
-                    raise WorkerTimeout(_hang(len(workers), now - begun, "the run was asked to end, and ")) from error
+                stop_requested = (stop_requested or now) if stopping() else None
+                if timeout and now - start >= timeout:
+                    raise WorkerTimeout(_hang(len(workers), now - start, "")) from error
+                if stop_requested is not None and now - stop_requested >= GRACE:
+                    raise WorkerTimeout(_hang(len(workers), now - start, "the run was asked to end, and ")) from error
         yield batch
 
 
 def _ended(workers: list[BaseProcess], seconds: float) -> list[BaseProcess]:
-    """The workers that have ended. Waits for one, at most so long: a worker's connections break a little before."""
+    """The workers that have ended. Waits for one, at most `seconds`: its connections break a little earlier."""
     deadline = time.monotonic() + seconds
     while not (dead := [worker for worker in workers if worker.exitcode is not None]):
         if time.monotonic() >= deadline:
@@ -123,12 +124,12 @@ def _ended(workers: list[BaseProcess], seconds: float) -> list[BaseProcess]:
 
 
 def _death(dead: list[BaseProcess]) -> str:
-    """What ended the workers, the first that a signal did."""
+    """The message for dead workers: of one killed by a signal, if there is one."""
     worker = min(dead, key=lambda process: process.exitcode or 0)
     code = worker.exitcode or 0
     if code >= 0:
         return (
-            f"data worker {worker.pid} has exited with status {code}; what it printed is above. data.workers=0 reads "
+            f"data worker {worker.pid} has exited with status {code}; see its output above. data.workers=0 reads "
             "without workers"
         )
     name = signal.Signals(-code).name
@@ -143,9 +144,9 @@ def _death(dead: list[BaseProcess]) -> str:
 
 def _hang(workers: int, seconds: float, why: str) -> str:
     return (
-        f"{why}{workers} data workers have given no batch for {seconds:.0f} s: a file or a disk does not answer, or "
+        f"{why}{workers} data workers have given no batch for {seconds:.0f} s: a disk does not respond, or "
         f"{SHARED_MEMORY} is full ({_free()}); in Docker use --shm-size=8g or --ipc=host. data.workers=0 reads without "
-        "workers, and data.timeout sets how long to wait (0: for ever)"
+        "workers, and data.timeout sets how long to wait (0: no limit)"
     )
 
 
@@ -160,9 +161,9 @@ def _free() -> str:
 
 
 def check_shared_memory(item_bytes: int, ranks: int, workers: int, prefetch: int, held: int, free: int | None) -> None:
-    """Raises UserError if the batches that are under way at a time need more than `free` bytes of shared memory.
+    """Raise DataError if the batches in flight need more than `free` bytes of shared memory.
 
-    A worker that finds it full hangs or is killed by SIGBUS, long after the start.
+    Without this check, a worker hangs or is killed by SIGBUS long after the start.
     """
     batches = workers * prefetch + held + 1
     needed = ranks * batches * item_bytes
@@ -178,10 +179,10 @@ def check_shared_memory(item_bytes: int, ranks: int, workers: int, prefetch: int
 
 
 def ignore_sigterm_in_worker(worker: int) -> None:
-    """Let only the rank itself end its workers.
+    """Ignore signals that do not come from the worker's own rank.
 
-    torchrun and Slurm send SIGTERM to all processes, and a terminal SIGINT and SIGHUP, but the step that a rank is in
-    still needs its workers' clips.
+    torchrun and Slurm send SIGTERM to all processes, a terminal SIGINT and SIGHUP, but the rank still needs its
+    workers' clips to finish the current step.
     """
     for name in (signal.SIGINT, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)

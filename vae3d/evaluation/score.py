@@ -42,7 +42,7 @@ def plan(
     def check(pair: Pair) -> Job | str:
         try:
             info = inspect(pair, protocol)
-            reasons = [metric.refuses(info.frames, info.height, info.width) for metric in metrics]
+            reasons = [metric.why_unsupported(info.frames, info.height, info.width) for metric in metrics]
             if reasons := [reason for reason in reasons if reason]:
                 return f"{pair.name}: {'; '.join(reasons)}"
             return Job(pair, info, pair_key(pair, protocol))

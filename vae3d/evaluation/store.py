@@ -94,7 +94,7 @@ class Store:
             for column in metric.columns:
                 if column in result.scores:
                     entry["scores"][column] = asdict(result.scores[column])
-            entry["counts"] = {k: v for k, v in result.counts.items() if k in metric.counted}
+            entry["counts"] = {k: v for k, v in result.counts.items() if k in metric.count_columns}
             if metric.name in result.features:
                 entry["features"] = self._write_features(key, metric.name, result.features[metric.name])
             record["metrics"][metric.name] = entry

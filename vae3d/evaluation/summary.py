@@ -66,7 +66,7 @@ def summarize(
         "videos": len(videos),
         "frames": frames,
         "counts": counts,
-        "absent": metrics.absent,
+        "absent": metrics.skipped,
         "lossy_input": bool(lossy),
         "upscaled_input": bool(upscaled),
         "preset": {"name": preset, "source": PRESETS[preset].source, "average": PRESETS[preset].average}

@@ -10,10 +10,11 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from vae3d.data.open_source import open_source
+from vae3d.data.media import DataError
 from vae3d.data.readers import MediaError
+from vae3d.data.rows import SPLITS
 from vae3d.data.segments import SEGMENT_ERROR, bounds_of
-from vae3d.data.sources import SPLITS, DataError
+from vae3d.data.sources import open_source
 from vae3d.data.versions import source_version
 from vae3d.errors import UserError
 from vae3d.hashing import json_hash
@@ -152,7 +153,7 @@ def report(reconstructor: Reconstructor, done: Sequence[FileResult], cost: dict[
     frames = sum(item.frames for item in done)
     written = [str(reconstructor.folder(kind)) for kind in KINDS if reconstructor.folder(kind).is_dir()]
     log.info("%d files, %d frames -> %s", len(done), frames, ", ".join(written))
-    scores = reconstructor.metrics.over([item.result for item in done]) if done else {}
+    scores = reconstructor.metrics.aggregate([item.result for item in done]) if done else {}
     for name, mean in scores.items():
         log.info("%14s %s  (over %d videos)", name, "undefined" if mean is None else f"{mean:.4f}", len(done))
     if enlarged := [item for item in done if item.enlarged]:

@@ -1,8 +1,8 @@
-"""Reconstruction metrics, used alike by evaluation, inference and validation.
+"""Reconstruction metrics for evaluation, inference and validation.
 
 metrics = build_metrics(["psnr", "lpips_alex"], device="cuda")
-metrics.update(ref, rec)          # the next frames of both videos, [T, 3, H, W] in [0, 1]; as often as you like
-metrics.result().scores           # {"psnr": Score(value, frames), ...}; the next update begins another video
+metrics.update(ref, rec)          # the next frames of both videos, [T, 3, H, W] in [0, 1]; once per chunk
+metrics.result().scores           # {"psnr": Score(value, frames), ...}; the next update starts another video
 """
 
 from vae3d.metrics.base import Metric, MetricError, MetricSet, Score, VideoResult

@@ -1,4 +1,4 @@
-"""What a metric is: it takes a pair of videos chunk by chunk and then says how each frame and the whole did."""
+"""Base classes of metrics: pairs of videos come in chunk by chunk, scores per frame and per video go out."""
 
 from __future__ import annotations
 
@@ -20,57 +20,57 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Nearest:
-    """Of a column: the best value is `target`; below and above it are worse."""
+    """The best value of a column is `target`; values below and above are worse."""
 
     target: float
 
 
-Better = bool | Nearest | None  # higher is better, lower is better, a value is best, or neither
+Better = bool | Nearest | None  # True: higher is better. False: lower is better. None: neither
 
 
 def goodness(value: float, better: Better) -> float:
-    """A number that is larger the better the value is. Raises ValueError for a column without better and worse."""
+    """Sort key of a value: larger is better. Raises ValueError for a column that has no better or worse."""
     if better is None:
-        raise ValueError("no value of this column is better than another")
+        raise ValueError("this column has no better or worse values")
     if isinstance(better, Nearest):
         return -abs(value - better.target)
     return value if better else -value
 
 
 class MetricError(UserError):
-    """A metric that cannot be computed on this input; the message says why."""
+    """A metric cannot be computed on this input."""
 
 
 @dataclass
 class Chunk:
     """The next frames of two videos, [T, 3, H, W] in [0, 1], fp32.
 
-    start: number of the first new frame in the video. overlap: 1 if frame 0 is the last of the chunk before, which
-    metrics of neighbouring frames need and others have scored already; else 0.
+    start: index of the first new frame in the video. overlap: 1 if frame 0 is the last frame of the previous chunk,
+    for metrics of neighbouring frames; else 0.
     """
 
     ref: Tensor
     rec: Tensor
     start: int = 0
     overlap: int = 0
-    _derived: dict[Any, Any] = field(default_factory=dict)
+    _cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
-    def new(self) -> tuple[Tensor, Tensor]:
+    def new_frames(self) -> tuple[Tensor, Tensor]:
         return self.ref[self.overlap :], self.rec[self.overlap :]
 
-    def derive(self, key: Any, compute: Callable[[], R]) -> R:
-        """compute(), or what it gave before under this key: features and flows that several metrics need."""
-        if key not in self._derived:
-            self._derived[key] = compute()
-        return self._derived[key]
+    def cached(self, key: Any, compute: Callable[[], R]) -> R:
+        """compute(), once per key: for features and flows that several metrics share."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
 
 
 @dataclass
 class Score:
-    """Of one video. value: None where it is not defined, such as the motion of a single frame.
+    """One score of one video. value: None if undefined, such as the motion of a single frame.
 
-    frames: of every frame, or of every pair of neighbouring frames, if the score is a mean of them.
+    frames: of each frame, or each pair of neighbouring frames, if the score is their mean.
     """
 
     value: float | None
@@ -81,8 +81,8 @@ class Score:
 class VideoResult:
     """All scores of one video.
 
-    features: metric -> those of the original and of the reconstruction, for distances between whole sets.
-    counts: what a reader of the scores should know, such as how many frames are identical.
+    features: metric -> (of the original, of the reconstruction), for distances between whole sets.
+    counts: numbers reported beside the scores, such as how many frames are identical.
     """
 
     scores: dict[str, Score] = field(default_factory=dict)
@@ -93,14 +93,13 @@ class VideoResult:
 class Metric:
     """Base of all metrics.
 
-    name: as users ask for it. columns: result -> what is better, see Better. counted: keys of
-    VideoResult.counts. pairs: whether it compares neighbouring frames. min_size: of a frame's sides, in pixels.
-    min_frames: of a video.
+    name: on the command line. columns: name of each result -> Better. count_columns: keys of VideoResult.counts.
+    pairs: whether it compares neighbouring frames. min_size: pixels of a frame's shorter side. min_frames: of a video.
     """
 
     name: str
     columns: Mapping[str, Better]
-    counted: Sequence[str] = ()
+    count_columns: Sequence[str] = ()
     pairs = False
     min_size = 1
     min_frames = 1
@@ -109,27 +108,24 @@ class Metric:
         raise AssertionError("defined by subclasses")
 
     def result(self) -> VideoResult:
-        """Of the video that the updates gave; the next update begins another one.
-
-        Raises MetricError if a score is not finite.
-        """
+        """Scores of the video; the next update starts another one. Raises MetricError if a score is not finite."""
         raise AssertionError("defined by subclasses")
 
     def reset(self) -> None:
-        """Forget a video that could not be read to its end."""
+        """Discard the current video."""
 
-    def over(self, results: Sequence[VideoResult]) -> dict[str, float | None]:
-        """The columns of a set of videos: the mean of those that have a value."""
+    def aggregate(self, results: Sequence[VideoResult]) -> dict[str, float | None]:
+        """Every column of a set of videos: the mean over those that have a value."""
         found = {column: [result.scores[column].value for result in results] for column in self.columns}
         defined = {column: [value for value in values if value is not None] for column, values in found.items()}
         return {column: math.fsum(v) / len(v) if v else None for column, v in defined.items()}
 
     def settings(self) -> dict[str, Any]:
-        """What the scores depend on besides the videos and the weights."""
+        """Settings that change the scores, for reports."""
         return {}
 
-    def refuses(self, frames: int, height: int, width: int) -> str | None:
-        """Why it cannot score such a video; None if it can."""
+    def why_unsupported(self, frames: int, height: int, width: int) -> str | None:
+        """The reason why such a video cannot be scored; None if it can."""
         if min(height, width) < self.min_size:
             return f"{self.name} needs frames of at least {self.min_size} pixels; these are {height}x{width}"
         if frames < self.min_frames:
@@ -138,31 +134,31 @@ class Metric:
 
 
 class SeriesMetric(Metric):
-    """A metric whose columns are series over the frames; the video's value is their mean."""
+    """A metric with one value per frame, or per pair of neighbours; the video's score is the mean."""
 
     def __init__(self) -> None:
         self._series: dict[str, list[float]] = {}
         self._counts: dict[str, int] = {}
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        """Column -> scores of the chunk's new frames, or of all its pairs of neighbours."""
+        """Column -> values of the chunk's new frames, or of all its pairs of neighbours."""
         raise AssertionError("defined by subclasses")
 
     def update(self, chunk: Chunk) -> None:
-        if reason := self.refuses(len(chunk.ref), *chunk.ref.shape[-2:]):
+        if reason := self.why_unsupported(len(chunk.ref), *chunk.ref.shape[-2:]):
             raise MetricError(reason)
         if self.pairs and len(chunk.ref) < 2:  # the video's first frame, alone
             return
         for column, values in self.measure(chunk).items():
-            # As numbers: small tensors kept between the large temporary ones would keep malloc from reusing these.
+            # As floats: small tensors that stay between large temporary ones would fragment the heap.
             self._series.setdefault(column, []).extend(values.double().tolist())
 
     def count(self, name: str, flags: Tensor) -> None:
-        """Add the frames of which `flags` is true to the count of that name, one of `counted`."""
+        """Add the number of frames whose flag is true to a count of VideoResult."""
         self._counts[name] = self._counts.get(name, 0) + int(flags.sum())
 
     def result(self) -> VideoResult:
-        result = VideoResult(counts={name: self._counts.get(name, 0) for name in self.counted})
+        result = VideoResult(counts={name: self._counts.get(name, 0) for name in self.count_columns})
         for column in self.columns:
             result.scores[column] = Score(*self._mean(column))
         self.reset()
@@ -170,9 +166,9 @@ class SeriesMetric(Metric):
 
     def _mean(self, column: str) -> tuple[float | None, list[float]]:
         series = self._series.get(column, [])
-        for place, value in enumerate(series):
+        for index, value in enumerate(series):
             if not math.isfinite(value):
-                what = f"frames {place} and {place + 1}" if self.pairs else f"frame {place}"
+                what = f"frames {index} and {index + 1}" if self.pairs else f"frame {index}"
                 raise MetricError(f"{column} of {what} is {value}")
         return (math.fsum(series) / len(series) if series else None), series
 
@@ -181,27 +177,29 @@ class SeriesMetric(Metric):
 
 
 class MetricSet:
-    """Several metrics on the same videos: every chunk is shared, and what they have in common is computed once.
+    """Several metrics on the same videos. They share chunks, and features that more than one needs.
 
         metrics = build_metrics(["psnr", "lpips"])
-        metrics.update(ref, rec)                     # as often as the reader likes
+        metrics.update(ref, rec)                     # once per chunk
         metrics.result().scores["psnr"].value
 
-    files: metric -> the weights it loaded. absent: metrics that were asked for and left out, with the reason.
-    pixel_range: of what `update` takes: unit ([0, 1]), signed ([-1, 1]) or uint8.
+    files: metric -> weight files it loaded. skipped: metric -> why it was left out. pixel_range: of the input: unit
+    ([0, 1]), signed ([-1, 1]) or uint8.
     """
 
     def __init__(
         self,
         metrics: Sequence[Metric],
         files: Mapping[str, Sequence[Path]] | None = None,
-        absent: Mapping[str, str] | None = None,
+        skipped: Mapping[str, str] | None = None,
         pixel_range: str = "unit",
     ) -> None:
         if pixel_range not in RANGES:
             raise MetricError(f"pixel_range is {pixel_range!r}; use one of {', '.join(RANGES)}")
         self.pixel_range = pixel_range
-        self.metrics, self.files, self.absent = list(metrics), dict(files or {}), dict(absent or {})
+        self.metrics = list(metrics)
+        self.files = dict(files or {})
+        self.skipped = dict(skipped or {})
         self._pairs = any(metric.pairs for metric in metrics)
         self._last: tuple[Tensor, Tensor] | None = None
         self._count = 0
@@ -209,10 +207,9 @@ class MetricSet:
     def __iter__(self) -> Iterator[Metric]:
         return iter(self.metrics)
 
-    def only(self, names: Sequence[str]) -> MetricSet:
-        """Some of the metrics, which share their networks and what they hold of a video with these."""
-        chosen = [metric for metric in self.metrics if metric.name in names]
-        return MetricSet(chosen, pixel_range=self.pixel_range)
+    def subset(self, names: Sequence[str]) -> MetricSet:
+        """Some of the metrics. They share networks and state with this set."""
+        return MetricSet([metric for metric in self.metrics if metric.name in names], pixel_range=self.pixel_range)
 
     @property
     def columns(self) -> dict[str, Better]:
@@ -223,8 +220,8 @@ class MetricSet:
     def update(self, ref: Tensor, rec: Tensor) -> None:
         """Add the next frames of the original and the reconstruction, [T, 3, H, W] in `pixel_range`.
 
-        Raises MetricError if they are something else (and says what they look like), differ in shape, hold NaN, or if a
-        metric cannot take them.
+        Raises MetricError if they have another shape or range, differ in shape, hold NaN, or a metric does not support
+        them.
         """
         try:
             ref = check_frames(ref, "original", self.pixel_range, self._count)
@@ -244,9 +241,9 @@ class MetricSet:
     @no_tf32()
     @torch.no_grad()
     def result(self) -> VideoResult:
-        """Scores of the video; the next update begins another one.
+        """Scores of the video; the next update starts another one.
 
-        Raises MetricError for a score that is not finite, and without an update.
+        Raises MetricError if a score is not finite, or no frames were given.
         """
         if self.metrics and not self._count:
             raise MetricError("no frames were given: call update(original, reconstruction) before result()")
@@ -261,9 +258,9 @@ class MetricSet:
             self.reset()
         return whole
 
-    def over(self, results: Sequence[VideoResult]) -> dict[str, float | None]:
-        """Every column of a set of videos: means over the videos, and distances between the sets."""
-        return {column: value for metric in self.metrics for column, value in metric.over(results).items()}
+    def aggregate(self, results: Sequence[VideoResult]) -> dict[str, float | None]:
+        """Every column of a set of videos: means over videos, or distances between the sets."""
+        return {column: value for metric in self.metrics for column, value in metric.aggregate(results).items()}
 
     def reset(self) -> None:
         for metric in self.metrics:

@@ -1,7 +1,7 @@
 """Distances between the set of all originals and the set of all reconstructions: rFID of frames, rFVD of videos.
 
-Per video only features are kept; a set's distance is computed once, over all of them (`combine`). A mean of distances
-of batches, as some tools report it, is another quantity, off by a factor of ten.
+Each video gives features; `combine` computes one distance over the features of all videos. A mean of distances per
+batch, which some tools report, is another quantity and differs by a factor of ten.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from vae3d.metrics.frechet import Moments, frechet
 from vae3d.metrics.networks import Networks, batch_frames
 from vae3d.precision import autocast_off
 
-COMPARABLE = {"rfvd": 2048, "rfid": 10_000}  # with fewer samples the distance is mostly its own bias
-MEANINGLESS = {"rfvd": 400, "rfid": 2048}  # fewer than features: the covariance has no inverse
-ROWS_KEPT = 2048
+COMPARABLE = {"rfvd": 2048, "rfid": 10_000}  # samples; with fewer, bias dominates the distance
+MEANINGLESS = {"rfvd": 400, "rfid": 2048}  # samples; fewer than the feature width make the covariance singular
+ROWS_KEPT = 2048  # of one video, before they are reduced to moments
 
 
 class Features:
-    """Feature vectors of one video: as they are, or only their moments of those that are too many to keep."""
+    """Feature vectors of one video. ROWS_KEPT vectors at a time are reduced to their moments."""
 
     def __init__(self) -> None:
         self.rows = torch.empty(0, 0)
@@ -43,7 +43,7 @@ class Features:
         return self.moments.count + len(self.rows)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What a file needs to hold."""
+        """For saving; see from_arrays."""
         moments = self.moments
         return {
             "rows": self.rows.numpy(),
@@ -57,46 +57,47 @@ class Features:
         features = cls()
         features.rows = torch.from_numpy(arrays["rows"])
         features.moments.count = int(arrays["count"])
-        features.moments.mean, features.moments.scatter = (torch.from_numpy(arrays[k]) for k in ("mean", "scatter"))
+        features.moments.mean = torch.from_numpy(arrays["mean"])
+        features.moments.scatter = torch.from_numpy(arrays["scatter"])
         return features
 
 
 class SetMetric(Metric):
-    """A metric of all videos together, from the features of each."""
+    """A distance between two sets of videos, from features of each video."""
 
     def combine(self, features: Iterable[tuple[Features, Features]]) -> tuple[float | None, int, list[str]]:
-        """The distance over all videos, of how many samples, and what to warn of; None for fewer than two."""
-        sums = Features(), Features()
+        """Distance over all videos (None for fewer than two samples), number of samples, warnings."""
+        totals = Features(), Features()
         for pair in features:
-            for whole, part in zip(sums, pair, strict=True):
+            for whole, part in zip(totals, pair, strict=True):
                 whole.moments.merge(part.moments)
                 whole.add(part.rows)
-        for whole in sums:
+        for whole in totals:
             whole.moments.update(whole.rows)
-        ref, rec = (whole.moments for whole in sums)
+        ref, rec = (whole.moments for whole in totals)
         if ref.count < 2:
-            return None, ref.count, [f"{self.name} needs two samples, there is {ref.count}"]
+            return None, ref.count, [f"{self.name} needs at least 2 samples; there are {ref.count}"]
         return frechet(ref, rec), ref.count, self._warnings(ref.count)
 
-    def samples(self, results: Sequence[VideoResult]) -> int:
-        """How many the distance over these videos is of: fewer make it larger."""
+    def num_samples(self, results: Sequence[VideoResult]) -> int:
+        """Number of samples in these videos. A distance is larger the fewer samples it has."""
         return sum(result.features[self.name][0].count for result in results)
 
-    def over(self, results: Sequence[VideoResult]) -> dict[str, float | None]:
+    def aggregate(self, results: Sequence[VideoResult]) -> dict[str, float | None]:
         return {self.name: self.combine(result.features[self.name] for result in results)[0]}
 
     def _warnings(self, count: int) -> list[str]:
         if count < MEANINGLESS[self.name]:
-            return [f"{self.name} of N={count} samples is not comparable: it depends on N more than on the videos"]
+            return [f"{self.name} of N={count} samples is not comparable: it depends more on N than on the videos"]
         if count < COMPARABLE[self.name]:
-            return [f"{self.name} of N={count} samples: compare it with the same N only"]
+            return [f"{self.name} of N={count} samples: compare it only with the same N"]
         return []
 
 
 class Rfid(SetMetric):
-    """Fréchet distance of FID's Inception-v3 features of single frames (Heusel et al., arXiv 1706.08500).
+    """Fréchet distance between FID's Inception-v3 features of frames (Heusel et al., arXiv 1706.08500).
 
-    stride: take every n-th frame, counted from each video's first.
+    stride: take every n-th frame of a video, from its first.
     """
 
     name = "rfid"
@@ -108,7 +109,7 @@ class Rfid(SetMetric):
 
     def update(self, chunk: Chunk) -> None:
         first = -chunk.start % self.stride
-        for features, frames in zip(self._features, chunk.new, strict=True):
+        for features, frames in zip(self._features, chunk.new_frames, strict=True):
             with autocast_off(frames.device):
                 for batch in frames[first :: self.stride].split(batch_frames(frames)):
                     features.add(_finite(self.name, self.network(batch)))
@@ -126,8 +127,10 @@ class Rfid(SetMetric):
 
 
 class Rfvd(SetMetric):
-    """Fréchet distance of I3D's Kinetics-400 logits of whole videos (Unterthiner et al., arXiv 1812.01717), of each
-    video's first `frames` frames; videos have at least 10."""
+    """Fréchet distance between I3D's Kinetics-400 logits of videos (Unterthiner et al., arXiv 1812.01717).
+
+    frames: take the first so many frames of a video, at least 10.
+    """
 
     name = "rfvd"
     columns = {"rfvd": False}
@@ -135,22 +138,22 @@ class Rfvd(SetMetric):
 
     def __init__(self, networks: Networks, frames: int = 16) -> None:
         if frames < self.min_frames:
-            raise MetricError(f"rfvd needs at least {self.min_frames} frames; it was told to take {frames}")
+            raise MetricError(f"rfvd needs at least {self.min_frames} frames; frames={frames}")
         self.network, self.frames = networks.i3d(), frames
         self.reset()
 
     def update(self, chunk: Chunk) -> None:
-        wanted = self.frames - chunk.start
-        if wanted <= 0:  # an empty slice would keep the chunk in memory
+        remaining = self.frames - chunk.start
+        if remaining <= 0:  # an empty slice would keep the chunk in memory
             return
-        for video, frames in zip(self._videos, chunk.new, strict=True):
-            video.append(frames[:wanted])
+        for video, frames in zip(self._videos, chunk.new_frames, strict=True):
+            video.append(frames[:remaining])
 
     def result(self) -> VideoResult:
         features = Features(), Features()
         for whole, parts in zip(features, self._videos, strict=True):
             video = torch.cat(parts)
-            if reason := self.refuses(*video.shape[:1], *video.shape[2:]):
+            if reason := self.why_unsupported(len(video), *video.shape[2:]):
                 raise MetricError(reason)
             with autocast_off(video.device):
                 whole.add(_finite(self.name, self.network.features(video.transpose(0, 1)[None])))

@@ -13,34 +13,38 @@ from vae3d.metrics.networks import Networks, batch_frames, lpips_features
 from vae3d.metrics.ssim import SSIM, ms_ssim
 from vae3d.precision import autocast_off
 
-PSNR_CAP = 100.0  # dB, of identical frames
+PSNR_CAP = 100.0  # dB, for identical frames
 
 
 def decibel(mse: float, floor: float = 1e-10) -> float:
-    """PSNR in dB of a mean square error of pixels in [0, 1]."""
+    """PSNR in dB from the MSE of pixels in [0, 1]; PSNR_CAP below `floor`."""
     return PSNR_CAP if mse < floor else -10 * math.log10(mse)
 
 
-class Psnr(SeriesMetric):
-    """10 log10(1 / MSE) in dB over all RGB values: of each frame (psnr), and of the video as a whole (psnr_video).
+def decibels(mse: Tensor) -> Tensor:
+    """`decibel` of every element."""
+    return torch.where(mse < 1e-10, PSNR_CAP, -10 * mse.clamp_min(1e-10).log10())
 
-    Where the MSE is below `floor` it is 100 (Open-Sora v1.2 `cal_psnr.py`: 1e-10). eps: added to the MSE instead
-    (VidTok, piq: 1e-8). root_eps: added to its root (TokenBench: float32's epsilon on pixels of 0 to 255). pool:
-    `video` makes psnr the same as psnr_video.
+
+class Psnr(SeriesMetric):
+    """10 log10(1 / MSE) in dB over all RGB values: of each frame (psnr), and of the whole video (psnr_video).
+
+    floor: an MSE below this scores 100 (Open-Sora v1.2 `cal_psnr.py`: 1e-10). eps: added to the MSE instead (VidTok,
+    piq: 1e-8). root_eps: added to the root of the MSE instead (TokenBench: float32's epsilon on pixels of 0 to 255).
+    pool: `video` makes psnr equal to psnr_video.
     """
 
     name = "psnr"
-
     columns = {"psnr": True, "psnr_video": True}
-    counted = ("identical_frames",)
+    count_columns = ("identical_frames",)
 
     def __init__(self, floor: float = 1e-10, eps: float = 0.0, root_eps: float = 0.0, pool: str = "frames") -> None:
         super().__init__()
         self.floor, self.eps, self.root_eps, self.pool = floor, eps, root_eps, pool
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        # Frame by frame, which the cache holds; rows in fp32 and their sum in fp64 are exact to 1e-8.
-        errors = [(a - b).square().mean(-1).double().mean() for a, b in zip(*chunk.new, strict=True)]
+        # Frame by frame, to stay in the CPU cache. Means of rows in fp32 and of these in fp64 are exact to 1e-8.
+        errors = [(a - b).square().mean(-1).double().mean() for a, b in zip(*chunk.new_frames, strict=True)]
         return {"psnr": torch.stack(errors)}
 
     def result(self) -> VideoResult:
@@ -77,7 +81,7 @@ class Ssim(SeriesMetric):
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
         with autocast_off(chunk.ref.device):
-            return {"ssim": SSIM[self.formula](*chunk.new)}
+            return {"ssim": SSIM[self.formula](*chunk.new_frames)}
 
     def settings(self) -> dict[str, Any]:
         return {"formula": self.formula}
@@ -91,16 +95,16 @@ class MsSsim(SeriesMetric):
     min_size = 161
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        ref, rec = chunk.new
+        ref, rec = chunk.new_frames
         with autocast_off(ref.device):
             return {"ms_ssim": torch.cat([ms_ssim(a, b) for a, b in zip(ref.split(4), rec.split(4), strict=True)])}
 
 
 class Lpips(SeriesMetric):
-    """LPIPS v0.1 (Zhang et al., arXiv 1801.03924) on frames mapped to [-1, 1], in fp32.
+    """LPIPS v0.1 with AlexNet (Zhang et al., arXiv 1801.03924) on frames mapped to [-1, 1], in fp32.
 
-    With the AlexNet trunk, the field's usual metric. spatial: average the map that is upsampled to the frame's size
-    instead of the layers' own maps (Open-Sora v1.2, WF-VAE); it differs by 1e-4 or less.
+    spatial: average maps upsampled to the frame's size instead of the layers' own maps (Open-Sora v1.2, WF-VAE). The
+    score differs by at most 1e-4.
     """
 
     name = "lpips_alex"
@@ -114,9 +118,9 @@ class Lpips(SeriesMetric):
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
         with autocast_off(chunk.ref.device):
-            if self.net == "alex":  # small features, which other metrics need too
+            if self.net == "alex":  # small features, shared with other metrics
                 return {self.name: self._distance(chunk)}
-            batches = zip(*(part.split(max(1, batch_frames(part) // 4)) for part in chunk.new), strict=True)
+            batches = zip(*(part.split(max(1, batch_frames(part) // 4)) for part in chunk.new_frames), strict=True)
             return {self.name: torch.cat([self._distance(Chunk(ref, rec)) for ref, rec in batches])}
 
     def _distance(self, chunk: Chunk) -> Tensor:
@@ -133,7 +137,7 @@ class Lpips(SeriesMetric):
 
 
 class LpipsVgg(Lpips):
-    """LPIPS with the VGG trunk, as VidTok and TokenBench report it; not comparable with AlexNet's."""
+    """LPIPS with VGG, as VidTok and TokenBench report it; not comparable with AlexNet's."""
 
     name = "lpips_vgg"
     columns = {"lpips_vgg": False}
@@ -142,10 +146,9 @@ class LpipsVgg(Lpips):
 
 
 class Sharpness(SeriesMetric):
-    """Gradient energy of the reconstruction over that of the original: 1 as sharp, less is blurred, more is noisier.
+    """Gradient energy of the reconstruction / of the original: 1 is equally sharp, below is blurred, above is noisy.
 
-    The energy is the mean square of the differences of neighbouring pixels, along rows and columns, of values in
-    [0, 1]. `floor` is added to both: frames without any detail are as sharp as each other.
+    floor: added to both energies, so that two frames without detail score 1.
     """
 
     name = "sharpness"
@@ -157,7 +160,7 @@ class Sharpness(SeriesMetric):
         self.floor = floor
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        ref, rec = (gradient_energy(frames) + self.floor for frames in chunk.new)
+        ref, rec = (gradient_energy(frames) + self.floor for frames in chunk.new_frames)
         return {"sharpness": rec / ref}
 
     def settings(self) -> dict[str, Any]:
@@ -165,13 +168,15 @@ class Sharpness(SeriesMetric):
 
 
 def gradient_energy(frames: Tensor) -> Tensor:
-    """[T, 3, H, W] -> [T]."""
+    """[T, 3, H, W] in [0, 1] -> [T]: mean square difference of neighbouring pixels, along rows plus along columns."""
     return sum(frames.diff(dim=axis).double().square().mean((1, 2, 3)) for axis in (2, 3))
 
 
 def upsampled_mean(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """[N] means of [N, 1, h, w] maps after bilinear upsampling to `size`, without upsampling: it is linear and
-    separable, so each row and column of the map has a weight of its own."""
+    """[N] means of [N, 1, h, w] maps upsampled bilinearly to `size`.
+
+    Nothing is upsampled: the operation is linear and separable, so each row and each column has a fixed weight.
+    """
     rows, columns = (
         _upsampling_weights(small, large, maps) for small, large in zip(maps.shape[-2:], size, strict=True)
     )

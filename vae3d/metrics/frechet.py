@@ -1,8 +1,9 @@
 """Fréchet distance between Gaussians fitted to two sets of features (Heusel et al., arXiv 1706.08500): FID, FVD.
 
-|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) with unbiased covariances, in fp64. With S1 = A A^T and S2 = B B^T the trace
-of (S1 S2)^1/2 is the sum of the singular values of A^T B. That keeps the small distances of good reconstructions exact:
-the roots of computed eigenvalues, which other forms add up, are each off by up to 1e-8 of the largest.
+|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) with unbiased covariances, in fp64. With S1 = A A^T and S2 = B B^T, the trace
+of (S1 S2)^1/2 is the sum of the singular values of A^T B. This form keeps the small distances of good reconstructions
+exact: square roots of computed eigenvalues, as other implementations sum them, each have an error of up to 1e-8 of the
+largest.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Moments(RunningStats):
 def frechet(m1: Moments, m2: Moments) -> float:
     """Distance between the Gaussians of two `Moments`.
 
-    Raises MetricError for fewer than two vectors a side and for different widths.
+    Raises MetricError for fewer than two vectors on a side and for different widths.
     """
     first, second = m1.cov(), m2.cov()
     _same_width(len(m1.mean), len(m2.mean))
@@ -47,16 +48,16 @@ def frechet(m1: Moments, m2: Moments) -> float:
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """[d, rank] A with A A^T = covariance; eigenvalues that are only rounding are left out."""
+    """[d, rank] A with A A^T = covariance; eigenvalues below rounding error are dropped."""
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, kept] * values[kept].sqrt()
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Distance between the Gaussians fitted to the rows of [N, d] and [M, d].
+    """Distance between the Gaussians fitted to the rows of [N, d] and of [M, d].
 
-    Raises MetricError for fewer than two rows a side, different widths and values that are not finite.
+    Raises MetricError for fewer than two rows on a side, different widths, and values that are not finite.
     """
     a, b = _rows(a), _rows(b)
     if max(len(a), len(b)) > a.shape[1]:
@@ -66,7 +67,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         return frechet(m1, m2)
     _at_least_two(min(len(a), len(b)))
     _same_width(a.shape[1], b.shape[1])
-    # Few rows are such an A and B by themselves, smaller than the covariances.
+    # Centred rows are such factors A and B already, and with few rows they are smaller than covariances.
     gap = a.mean(0) - b.mean(0)
     a, b = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
     cross = torch.linalg.svdvals(a @ b.T).sum()
@@ -74,14 +75,14 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def _distance(gap: Tensor, traces: Tensor) -> float:
-    """A distance is never negative; that of equal sets may be by rounding."""
+    """Clamped at 0: rounding can make the distance of equal sets negative."""
     return max(float(gap.square().sum() + traces), 0.0)
 
 
 def _rows(features: Tensor) -> Tensor:
     """[n, d] in fp64 on the CPU."""
     if features.ndim != 2:
-        raise MetricError(f"features must be [n, d]; these are {list(features.shape)}")
+        raise MetricError(f"features must be [n, d]; got {list(features.shape)}")
     features = features.detach().to("cpu", torch.float64)
     bad = int((~features.isfinite()).any(1).sum())
     if bad:
@@ -96,4 +97,4 @@ def _same_width(a: int, b: int) -> None:
 
 def _at_least_two(count: int) -> None:
     if count < 2:
-        raise MetricError(f"a Fréchet distance needs at least 2 feature vectors a side; there are {count}")
+        raise MetricError(f"a Fréchet distance needs at least 2 feature vectors on each side; there are {count}")

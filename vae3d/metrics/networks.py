@@ -1,4 +1,4 @@
-"""Pretrained networks that several metrics measure with, each loaded once and kept in fp32."""
+"""Pretrained networks of the metrics, each loaded once, in fp32."""
 
 from __future__ import annotations
 
@@ -10,49 +10,51 @@ from torch import Tensor, nn
 from vae3d.metrics.base import Chunk
 from vae3d.pretrained import i3d, inception, lpips, pwcnet, raft
 
-# Names of the files that each network may come from.
+# Files that each network can be loaded from: alternatives.
 FLOWS = {"pwc": pwcnet.FILES, **raft.FILES}
 LPIPS = {net: (file,) for net, (_, file, _) in lpips.TRUNKS.items()}
 INCEPTION = (inception.FILE,)
 I3D = (i3d.TORCHSCRIPT, i3d.STATE_DICT)
-PIXELS_AT_ONCE = 2**20  # through a network; 16 frames of 256x256, one of 720p
+MAX_BATCH_PIXELS = 2**20  # of one pass through a network: 16 frames of 256x256, one of 720p
 
 
 class Networks:
-    """On one device, each built when it is first asked for. pwc_warp: see features.pwcnet.PWCNet."""
+    """Networks on one device, loaded on first use. pwc_warp: see pretrained.pwcnet.PWCNet."""
 
     def __init__(self, device: torch.device | str = "cpu", pwc_warp: str = "flolpips") -> None:
         self.device, self.pwc_warp = torch.device(device), pwc_warp
-        self._built: dict[str, nn.Module] = {}
+        self._loaded: dict[str, nn.Module] = {}
 
     def lpips(self, net: str) -> nn.Module:
-        return self._once(f"lpips_{net}", lambda: lpips.LPIPSNet(net).load())
+        return self._load_once(f"lpips_{net}", lambda: lpips.LPIPSNet(net).load())
 
     def flow(self, name: str) -> nn.Module:
         """name: a key of FLOWS."""
-        return self._once(name, lambda: (pwcnet.PWCNet(self.pwc_warp) if name == "pwc" else raft.Raft(name)).load())
+        return self._load_once(
+            name, lambda: (pwcnet.PWCNet(self.pwc_warp) if name == "pwc" else raft.Raft(name)).load()
+        )
 
     def inception(self) -> nn.Module:
-        return self._once("inception", lambda: inception.InceptionV3().load())
+        return self._load_once("inception", lambda: inception.InceptionV3().load())
 
     def i3d(self) -> nn.Module:
-        return self._once("i3d", i3d.load_i3d)
+        return self._load_once("i3d", i3d.load_i3d)
 
-    def _once(self, key: str, build: Callable[[], nn.Module]) -> nn.Module:
-        if key not in self._built:
-            self._built[key] = build().to(self.device)
-        return self._built[key]
+    def _load_once(self, key: str, load: Callable[[], nn.Module]) -> nn.Module:
+        if key not in self._loaded:
+            self._loaded[key] = load().to(self.device)
+        return self._loaded[key]
 
 
 def batch_frames(frames: Tensor) -> int:
-    """How many of these [T, 3, H, W] frames may pass through a network together."""
-    return max(1, PIXELS_AT_ONCE // (frames.shape[-2] * frames.shape[-1]))
+    """Batch size for frames [T, 3, H, W] of this resolution."""
+    return max(1, MAX_BATCH_PIXELS // (frames.shape[-2] * frames.shape[-1]))
 
 
 def lpips_features(chunk: Chunk, net: nn.Module, which: str) -> list[Tensor]:
-    """Normalised AlexNet features of all frames of the original (ref) or the reconstruction (rec)."""
+    """Normalised AlexNet features of all frames. which: ref or rec."""
     frames = getattr(chunk, which)
-    return chunk.derive(("lpips", net.net, which), lambda: _batched_features(net, frames))
+    return chunk.cached(("lpips", net.net, which), lambda: _batched_features(net, frames))
 
 
 def _batched_features(net: nn.Module, frames: Tensor) -> list[Tensor]:
@@ -61,8 +63,8 @@ def _batched_features(net: nn.Module, frames: Tensor) -> list[Tensor]:
 
 
 def flow(chunk: Chunk, networks: Networks, name: str, which: str) -> Tensor:
-    """Motion from every frame of the chunk to the next, [T-1, 2, H, W] in pixels."""
-    return chunk.derive(("flow", name, which), lambda: _batched_flow(networks.flow(name), getattr(chunk, which)))
+    """Optical flow from each frame of the chunk to the next, [T-1, 2, H, W] in pixels."""
+    return chunk.cached(("flow", name, which), lambda: _batched_flow(networks.flow(name), getattr(chunk, which)))
 
 
 def _batched_flow(net: nn.Module, frames: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The formulas of other tools, so that numbers can be compared with theirs.
+"""Presets: the formulas of other tools, to compare scores with theirs.
 
-One and the same pair of videos scores up to 6 dB apart between tools. Each preset gives what its tool would give on
-the same frames; frame choice and scaling are the command line's matter.
+Scores of the same pair of videos differ by up to 6 dB between tools. A preset computes what its tool would compute on
+the same frames; which frames, and at which size, is set on the command line.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from typing import Any
 from vae3d.metrics.base import MetricError, Score
 from vae3d.metrics.frame import PSNR_CAP
 
-ONLY_EQUAL = 1e-45  # an MSE that frames in fp32 fall below only if they are equal
+ONLY_EQUAL = 1e-45  # only equal fp32 frames have a smaller MSE
 
 
 @dataclass(frozen=True)
 class Preset:
-    """source: whose formulas. settings: metric -> arguments. lpips: which metric `lpips` means. metrics: those that
-    the evaluation script computes unless told others.
+    """The formulas of one tool.
 
-    average: how a set's mean is formed. `videos`: mean of the videos' values. `frames`: mean of all frames. `batches`:
-    mean over batches of videos in the order of their names, as a tool computes that averages every batch first: a
-    short last batch weighs as much as a whole one. `pixels`: of all frames, PSNR from the MSE of all pixels.
-    whole_batches: columns that `batches` reduces to one number per batch, instead of one per frame number.
+    source: the tool. settings: metric -> arguments. lpips: which metric `lpips` means. metrics: default metrics of the
+    evaluation command.
+    average: how scores of videos are averaged. videos: mean over videos. frames: mean over all frames. batches: mean
+    over batches of videos, sorted by name, for tools that average each batch first, so that a short last batch has the
+    weight of a full one. pixels: mean over all frames, and PSNR from the MSE over all pixels.
+    whole_batches: with `batches`, columns with one value per batch, instead of one per frame of a batch.
     """
 
     source: str
@@ -73,9 +74,9 @@ PRESETS: dict[str, Preset] = {
 
 
 def average(preset: Preset, column: str, scores: Sequence[Score], batch_size: int = 1) -> float | None:
-    """The set's mean of a column, in the preset's way; None if no video has a value.
+    """Mean of a column over a set of videos; None if no video has a value.
 
-    scores: of the videos in the order of their names. Raises MetricError where the tool could not have batched.
+    scores: of the videos, sorted by name. Raises MetricError if the tool could not batch these videos.
     """
     values = [score.value for score in scores if score.value is not None]
     if not values:
@@ -84,27 +85,29 @@ def average(preset: Preset, column: str, scores: Sequence[Score], batch_size: in
         return mean(values)
     if preset.average == "batches":
         return _batch_mean(preset, column, scores, batch_size)
-    every = [value for score in scores for value in score.frames]
+    frames = [value for score in scores for value in score.frames]
     if preset.average == "pixels" and column == "psnr":
-        return pooled_psnr(every)
-    return mean(every)
+        return pooled_psnr(frames)
+    return mean(frames)
 
 
 def mean(values: Sequence[float]) -> float:
-    """Exact to the last digit in any order."""
+    """Correctly rounded, so independent of the order."""
     return math.fsum(values) / len(values)
 
 
 def pooled_psnr(frames: Sequence[float]) -> float:
-    """PSNR in dB of the mean MSE of frames of one size, from their PSNRs (100 stands for equal ones)."""
+    """PSNR in dB of the mean MSE of frames of one size, from their PSNRs. PSNR_CAP means equal frames."""
     errors = [0.0 if value == PSNR_CAP else 10 ** (-value / 10) for value in frames]
     mse = mean(errors)
     return -10 * math.log10(mse) if mse else PSNR_CAP
 
 
 def require_shapes(preset: Preset, shapes: Sequence[tuple[int, int, int]], batch_size: int) -> None:
-    """Raises MetricError if the preset's tool could not average videos of these (frames, height, width), in this order:
-    batches hold equal shapes, and a mean over pixels is one of frames only where all are of one size."""
+    """Raise MetricError if the preset's tool could not average videos of these shapes (frames, height, width).
+
+    A batch needs equal shapes; a mean over pixels needs frames of one size.
+    """
     batches = [shapes[start : start + batch_size] for start in range(0, len(shapes), batch_size)]
     if preset.average == "batches" and any(len(set(batch)) > 1 for batch in batches):
         raise MetricError(
@@ -112,7 +115,7 @@ def require_shapes(preset: Preset, shapes: Sequence[tuple[int, int, int]], batch
             "or --batch_size 1"
         )
     if preset.average == "pixels" and len({shape[1:] for shape in shapes}) > 1:
-        raise MetricError(f"{preset.source} averages over pixels, for which videos need one size; choose --crop_size")
+        raise MetricError(f"{preset.source} averages over pixels, which needs videos of one size; choose --crop_size")
 
 
 def _batch_mean(preset: Preset, column: str, scores: Sequence[Score], batch_size: int) -> float:
@@ -123,7 +126,7 @@ def _batch_mean(preset: Preset, column: str, scores: Sequence[Score], batch_size
         if column not in preset.whole_batches:
             means += [mean(at_time) for at_time in zip(*batch, strict=True)]
         elif column == "psnr" and any(value == PSNR_CAP for frames in batch for value in frames):
-            means.append(PSNR_CAP)  # one equal frame makes the batch's mean infinite there, and infinity 100
+            means.append(PSNR_CAP)  # one equal frame makes the batch's mean infinite, which the tool caps at 100
         else:
             means.append(mean([value for frames in batch for value in frames]))
     return mean(means)

@@ -1,4 +1,4 @@
-"""Which metrics there are, and how they are made."""
+"""The list of metrics, and building them by name."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from vae3d.pretrained import weights
 
 @dataclass(frozen=True)
 class Entry:
-    """summary: a line for users. files: for each network that the metric needs, the names of the files it may come
-    from. fixed: arguments that make this metric of its class."""
+    """How to build one metric.
+
+    summary: a line for users. files: for each network it needs, the alternative weight files. fixed: arguments of the
+    class that define this metric.
+    """
 
     summary: str
     kind: type[Metric]
@@ -27,8 +30,8 @@ class Entry:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, networks: Networks, **settings: Any) -> Metric:
-        shared = (networks,) if self.files else ()
-        return self.kind(*shared, **self.fixed, **settings)
+        args = (networks,) if self.files else ()
+        return self.kind(*args, **self.fixed, **settings)
 
 
 def _flolpips(motion: str, network: str) -> Entry:
@@ -60,11 +63,11 @@ METRICS: dict[str, Entry] = {
     "rfid": Entry("Fréchet distance of all frames, Inception", distribution.Rfid, (INCEPTION,)),
     "rfvd": Entry("Fréchet distance of all videos, I3D", distribution.Rfvd, (I3D,)),
 }
-ALIAS = "lpips"  # of the net that a preset uses
+ALIAS = "lpips"  # stands for preset.lpips
 
 
 def resolve(names: Sequence[str], preset: str = "default") -> list[str]:
-    """Keys of METRICS. Raises MetricError for a metric or preset that does not exist."""
+    """Keys of METRICS for names that may include `lpips`. Raises MetricError for an unknown metric or preset."""
     if preset not in PRESETS:
         raise MetricError(f"no preset is called {preset}; there are {', '.join(PRESETS)}")
     wanted = list(dict.fromkeys(PRESETS[preset].lpips if name == ALIAS else name for name in names))
@@ -74,14 +77,14 @@ def resolve(names: Sequence[str], preset: str = "default") -> list[str]:
 
 
 def columns_of(names: Sequence[str]) -> dict[str, Better]:
-    """The columns of metrics that are not built yet, and what is better."""
-    # Those whose columns depend on their settings have one, of their own name, and it is a distance.
+    """Column -> Better, for metrics that are not built yet."""
+    # A metric whose columns depend on its settings has one column, its own name, and lower is better.
     kinds = {name: getattr(METRICS[name].kind, "columns", {name: False}) for name in names}
     return {column: better for columns in kinds.values() for column, better in columns.items()}
 
 
 def find_files(names: Sequence[str]) -> tuple[dict[str, list[Path]], dict[str, list[str]]]:
-    """Where the weights of each metric are, and what other metrics miss."""
+    """(metric -> its weight files, metric -> why files are missing)."""
     files: dict[str, list[Path]] = {}
     missing: dict[str, list[str]] = {}
     for name in names:
@@ -105,25 +108,23 @@ def build_metrics(
 ) -> MetricSet:
     """Metrics by name, their weights loaded.
 
-    preset: whose formulas, a key of PRESETS. on_missing: `skip` leaves out metrics whose weights are not on this
-    machine (`MetricSet.absent` says which), `stop` raises. pwc_warp: see features.pwcnet. settings: metric ->
-    arguments besides the preset's, such as {"rfid": {"stride": 4}}. pixel_range: see MetricSet.
-    Raises MetricError for an unknown name, WeightsMissing that names all files that are not there.
+    preset: key of PRESETS. on_missing: without weights on this machine, `skip` leaves a metric out (see
+    MetricSet.skipped), `stop` raises. pwc_warp: see pretrained.pwcnet. settings: metric -> arguments beyond the
+    preset's, such as {"rfid": {"stride": 4}}. pixel_range: see MetricSet.
+    Raises MetricError for an unknown name, WeightsMissing with the names of all missing files.
     """
     wanted = resolve(names, preset)
     files, missing = find_files(wanted)
+    available = [name for name in wanted if name not in missing]
     if missing and on_missing != "skip":
-        rest = [name for name in wanted if name not in missing]
         reasons = "\n".join(dict.fromkeys(reason for reasons in missing.values() for reason in reasons))
-        way_out = f"; without them: {' '.join(rest)}" if rest else ""
-        raise weights.WeightsMissing(f"weights of {', '.join(missing)} are missing{way_out}\n{reasons}")
-    networks, more = Networks(device, pwc_warp), settings or {}
-    present = [name for name in wanted if name not in missing]
-    arguments = {name: {**PRESETS[preset].settings.get(name, {}), **more.get(name, {})} for name in present}
-    metrics = [METRICS[name].build(networks, **arguments[name]) for name in present]
-    found = {name: files[name] for name in present if name in files}
-    return MetricSet(metrics, found, _one_line(missing), pixel_range)
-
-
-def _one_line(missing: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    return {name: "; ".join(reason.splitlines()[0] for reason in reasons) for name, reasons in missing.items()}
+        hint = f"; without them: {' '.join(available)}" if available else ""
+        raise weights.WeightsMissing(f"weights of {', '.join(missing)} are missing{hint}\n{reasons}")
+    networks, settings = Networks(device, pwc_warp), settings or {}
+    metrics = []
+    for name in available:
+        arguments = {**PRESETS[preset].settings.get(name, {}), **settings.get(name, {})}
+        metrics.append(METRICS[name].build(networks, **arguments))
+    found = {name: files[name] for name in available if name in files}
+    skipped = {name: "; ".join(reason.splitlines()[0] for reason in reasons) for name, reasons in missing.items()}
+    return MetricSet(metrics, found, skipped, pixel_range)

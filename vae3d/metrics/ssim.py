@@ -1,7 +1,7 @@
-"""Structural similarity as different tools compute it. All take [T, 3, H, W] frames in [0, 1] and give [T] scores.
+"""SSIM as different tools compute it. All functions take frames [T, 3, H, W] in [0, 1] and return scores [T].
 
-The formula is Wang et al. 2004, each RGB channel by itself, with K1 = 0.01, K2 = 0.03 and a range of 1; the tools
-differ in window, border, covariance and precision, which is worth up to 0.1 on the same frames.
+The formula is Wang et al. 2004 per RGB channel, with K1 = 0.01, K2 = 0.03 and a data range of 1. The tools differ in
+window, border, covariance and precision; scores of the same frames differ by up to 0.1.
 """
 
 from __future__ import annotations
@@ -27,25 +27,18 @@ def gaussian(size: int = 11, sigma: float = 1.5) -> np.ndarray:
 
 
 def ssim_gaussian(x: Tensor, y: Tensor) -> Tensor:
-    """11x11 Gaussian window of sigma 1.5 where it fits whole, population covariance, fp64: Open-Sora v1.2 and WF-VAE
+    """11x11 Gaussian window of sigma 1.5, no padding, population covariance, fp64: Open-Sora v1.2 and WF-VAE
     `cal_ssim.py`, scikit-image with gaussian_weights and use_sample_covariance=False."""
-    if x.device.type == "cpu":
-        return _on_cpu(x, y, gaussian())
-    smooth = _valid_filter(gaussian(), x)
-    return _similarity(x.double(), y.double(), smooth)[0].mean((1, 2, 3))
+    return _in_fp64(x, y, gaussian())
 
 
 def ssim_uniform(x: Tensor, y: Tensor) -> Tensor:
-    """7x7 uniform window where it fits whole, sample covariance, fp64: scikit-image's default, TokenBench."""
-    kernel = np.full(7, 1 / 7)
-    if x.device.type == "cpu":
-        return _on_cpu(x, y, kernel, 49 / 48)
-    smooth = _valid_filter(kernel, x)
-    return _similarity(x.double(), y.double(), smooth, 49 / 48)[0].mean((1, 2, 3))
+    """7x7 uniform window, no padding, sample covariance, fp64: scikit-image's default, TokenBench."""
+    return _in_fp64(x, y, np.full(7, 1 / 7), unbiased=49 / 48)
 
 
 def ssim_piq(x: Tensor, y: Tensor) -> Tensor:
-    """As `ssim_gaussian` in fp32, after average pooling by round(min(H, W) / 256): piq, VidTok `compute_ssim`."""
+    """ssim_gaussian in fp32, after average pooling by round(min(H, W) / 256): piq, VidTok `compute_ssim`."""
     factor = max(1, round(min(x.shape[-2:]) / 256))
     if factor > 1:
         x, y = F.avg_pool2d(x, factor), F.avg_pool2d(y, factor)
@@ -55,7 +48,7 @@ def ssim_piq(x: Tensor, y: Tensor) -> Tensor:
 
 
 def ssim_torchmetrics(x: Tensor, y: Tensor) -> Tensor:
-    """As `ssim_gaussian` in fp32, with reflected borders that count too: torchmetrics since its PR 2721."""
+    """ssim_gaussian in fp32 with reflection padding: torchmetrics since its PR 2721."""
     offsets = torch.arange(-5, 6, dtype=torch.float32, device=x.device)
     kernel = torch.exp(-((offsets / 1.5) ** 2) / 2)
     kernel = (kernel / kernel.sum())[None]
@@ -74,8 +67,8 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
         if scale:
             odd = [side % 2 for side in x.shape[-2:]]
             x, y = F.avg_pool2d(x, 2, padding=odd), F.avg_pool2d(y, 2, padding=odd)
-        whole, contrast = _similarity(x, y, smooth or _valid_filter(gaussian(), x))
-        part = whole if scale == len(SCALES) - 1 else contrast
+        ssim, contrast = _similarity(x, y, smooth or _valid_filter(gaussian(), x))
+        part = ssim if scale == len(SCALES) - 1 else contrast
         product = product * part.mean((2, 3)).clamp_min(0) ** weight
     return product.mean(1)
 
@@ -95,13 +88,13 @@ def ssim_map(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _similarity(x: A, y: A, smooth: Callable[[A], A], unbiased: float = 1.0) -> tuple[A, A]:
-    """Maps of SSIM, and of its contrast and structure alone. unbiased: N / (N - 1) for the sample covariance."""
+    """Maps of SSIM, and of contrast times structure. unbiased: N / (N - 1) for the sample covariance."""
     mean_x, mean_y = smooth(x), smooth(y)
     squares = x * x
     squares += y * y
     product, squares = smooth(x * y), smooth(squares)
     both, means = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
-    product -= both  # in place from here on: the memory's speed is what limits it
+    product -= both  # in place from here on: memory bandwidth is the limit
     product *= 2 * unbiased
     product += C2
     squares -= means
@@ -116,8 +109,10 @@ def _similarity(x: A, y: A, smooth: Callable[[A], A], unbiased: float = 1.0) -> 
     return both, product
 
 
-def _on_cpu(x: Tensor, y: Tensor, kernel: np.ndarray, unbiased: float = 1.0) -> Tensor:
-    """Plane by plane, which the cache holds, through OpenCV's separable filter: many times faster than torch's."""
+def _in_fp64(x: Tensor, y: Tensor, kernel: np.ndarray, unbiased: float = 1.0) -> Tensor:
+    """On the CPU plane by plane, to stay in its cache, with OpenCV's separable filter, far faster than torch's."""
+    if x.device.type != "cpu":
+        return _similarity(x.double(), y.double(), _valid_filter(kernel, x), unbiased)[0].mean((1, 2, 3))
     import cv2
 
     edge = len(kernel) // 2
@@ -133,7 +128,7 @@ def _on_cpu(x: Tensor, y: Tensor, kernel: np.ndarray, unbiased: float = 1.0) -> 
 
 
 def _smooth_planes(x: Tensor) -> Tensor:
-    """[T, C, H, W] filtered by the Gaussian where it fits whole, on the CPU."""
+    """[T, C, H, W] -> [T, C, H - 10, W - 10] filtered by the Gaussian without padding, on the CPU."""
     import cv2
 
     kernel = gaussian()
@@ -142,13 +137,13 @@ def _smooth_planes(x: Tensor) -> Tensor:
 
 
 def _valid_filter(kernel: np.ndarray, like: Tensor) -> Callable[[Tensor], Tensor]:
-    """The same as two products with banded matrices, which GPUs do best in fp64."""
+    """The same filter as two products with banded matrices: GPUs are fastest at these in fp64."""
     rows, columns = (_band(kernel, side, like.device) for side in like.shape[-2:])
     return lambda x: rows @ x @ columns.T
 
 
 def _band(kernel: np.ndarray, size: int, device: torch.device) -> Tensor:
-    """[size - K + 1, size] matrix whose product with a column is its valid convolution with the kernel."""
+    """[size - K + 1, size] matrix whose product with a column is its convolution with the kernel, without padding."""
     band = torch.zeros(size - len(kernel) + 1, size, dtype=torch.float64, device=device)
     for i, weight in enumerate(kernel):
         band.diagonal(i).fill_(weight)
@@ -156,7 +151,7 @@ def _band(kernel: np.ndarray, size: int, device: torch.device) -> Tensor:
 
 
 def _in_fp32(x: Tensor, y: Tensor, kernel: Tensor) -> Tensor:
-    """Depthwise convolutions in fp32, as piq and torchmetrics do; their rounding shows in the sixth digit."""
+    """Depthwise convolutions in fp32, as piq and torchmetrics do; rounding changes the sixth digit."""
     x, y = x.float(), y.float()
     window = kernel.expand(3, 1, *kernel.shape).contiguous()
     mean_x, mean_y, xx, yy, xy = (F.conv2d(p, window, groups=3) for p in (x, y, x * x, y * y, x * y))

@@ -1,6 +1,6 @@
-"""Metrics of motion and flicker: what changes from one frame to the next, which PSNR and SSIM do not see.
+"""Metrics of motion and flicker: changes from frame to frame, which PSNR and SSIM do not measure.
 
-Each is a series over the pairs of neighbouring frames (t, t + 1); a single frame has none.
+Each has one value per pair of neighbouring frames (t, t + 1); a single frame has none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d.metrics.base import Chunk, SeriesMetric
-from vae3d.metrics.frame import PSNR_CAP
+from vae3d.metrics.frame import decibels
 from vae3d.metrics.networks import Networks, batch_frames, flow, lpips_features
 from vae3d.pixels import quantize
 from vae3d.precision import autocast_off
@@ -24,8 +24,11 @@ class PairMetric(SeriesMetric):
 
 
 class Flicker(PairMetric):
-    """Mean absolute change of a pixel to the next frame, in [0, 1] units (CogVideoX report): of the original, of the
-    reconstruction, and how much more the reconstruction has. It includes motion; the excess is what was added."""
+    """Mean absolute change of a pixel to the next frame, in [0, 1] units (CogVideoX report, arXiv 2408.06072).
+
+    Of the original, of the reconstruction, and the difference. The first two include motion; the excess is flicker
+    that the model added.
+    """
 
     name = "flicker"
     columns = {"flicker_ori": None, "flicker_rec": None, "flicker_excess": None}
@@ -36,7 +39,7 @@ class Flicker(PairMetric):
 
 
 class TPsnr(PairMetric):
-    """PSNR in dB (at most 100) of the change from frame to frame: blind to a constant error, not to a flickering one"""
+    """PSNR in dB (at most 100) of the change from frame to frame: ignores constant errors, measures flickering ones."""
 
     name = "tpsnr"
     columns = {"tpsnr": True}
@@ -44,12 +47,14 @@ class TPsnr(PairMetric):
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
         error = (chunk.rec - chunk.ref).double()
         mse = (error[1:] - error[:-1]).square().mean((1, 2, 3))
-        return {"tpsnr": torch.where(mse < 1e-10, PSNR_CAP, -10 * mse.clamp_min(1e-10).log10())}
+        return {"tpsnr": decibels(mse)}
 
 
 class TOf(PairMetric):
-    """Mean length, in pixels, of the difference of Farneback's optical flow (Chu et al., TecoGAN, `metrics.py`), over
-    all frames and pixels; TecoGAN leaves out two frames at either end and a border."""
+    """tOF: mean length in pixels of the difference of Farneback optical flows (Chu et al., TecoGAN, `metrics.py`).
+
+    Over all frames and pixels; TecoGAN excludes two frames at each end and a border.
+    """
 
     name = "tof"
     columns = {"tof": False}
@@ -75,8 +80,7 @@ def _flow_difference(ref: np.ndarray, rec: np.ndarray) -> float:
 
 
 class TLpips(PairMetric):
-    """100 |LPIPS(x_t, x_t+1) - LPIPS(y_t, y_t+1)| with AlexNet (tLP of TecoGAN): whether frames change perceptually as
-    much as they should."""
+    """tLP of TecoGAN: 100 |LPIPS(x_t, x_t+1) - LPIPS(y_t, y_t+1)| with AlexNet."""
 
     name = "tlp"
     columns = {"tlp": False}
@@ -98,17 +102,17 @@ class TLpips(PairMetric):
 
 
 class WarpingError(PairMetric):
-    """Mean squared difference of frame t and frame t + 1 warped back onto it along the original's motion, where
-    nothing is occluded (Lai et al. 2018, fast_blind_video_consistency); of the reconstruction and of the original.
+    """Mean squared difference between frame t and frame t + 1 warped back along the original's flow, without occluded
+    pixels (Lai et al. 2018, fast_blind_video_consistency); of the reconstruction and of the original.
 
-    Motion from torchvision's raft_large; occlusion by forward-backward consistency and at motion boundaries
-    (Ruder et al. 2016). As published, what moves out of the frame counts, and is compared with the frame's edge; and
-    where all is occluded, as at a cut, the error is 0 (counted as hidden_frames).
+    Flow from torchvision's raft_large. Occlusion by forward-backward consistency and at motion boundaries (Ruder et
+    al. 2016). As published, pixels that leave the frame count and are compared with its edge, and a pair that is
+    occluded everywhere, as at a cut, scores 0 (counted in hidden_frames).
     """
 
     name = "warping_error"
     columns = {"warping_error": False, "warping_error_ori": None}
-    counted = ("warping_error_hidden_frames",)
+    count_columns = ("warping_error_hidden_frames",)
 
     def __init__(self, networks: Networks) -> None:
         super().__init__()
@@ -122,7 +126,7 @@ class WarpingError(PairMetric):
             later, earlier = chunk.ref[1:].split(step), chunk.ref[:-1].split(step)
             backward = torch.cat([net.flow(a, b) for a, b in zip(later, earlier, strict=True)])
             visible = ~occluded(forward, backward)
-            self.count(self.counted[0], ~visible.flatten(1).any(1))
+            self.count(self.count_columns[0], ~visible.flatten(1).any(1))
             return {
                 "warping_error": _masked_error(chunk.rec, forward, visible),
                 "warping_error_ori": _masked_error(chunk.ref, forward, visible),
@@ -130,7 +134,7 @@ class WarpingError(PairMetric):
 
 
 def warp(images: Tensor, motion: Tensor) -> Tensor:
-    """[N, C, H, W] sampled bilinearly at every pixel plus its motion [N, 2, H, W]; beyond the border, its edge."""
+    """Backward warp: [N, C, H, W] sampled bilinearly at each pixel plus its flow [N, 2, H, W]; edges are replicated."""
     height, width = images.shape[-2:]
     rows = torch.arange(height, device=images.device, dtype=motion.dtype)[:, None]
     columns = torch.arange(width, device=images.device, dtype=motion.dtype)
@@ -140,9 +144,9 @@ def warp(images: Tensor, motion: Tensor) -> Tensor:
 
 
 def occluded(forward: Tensor, backward: Tensor) -> Tensor:
-    """[N, 1, H, W] True where a pixel of the first frame is hidden in the second, or its motion is not reliable.
+    """[N, 1, H, W] True where a pixel of the first frame is hidden in the second, or its flow is unreliable.
 
-    forward, backward: motion between the frames, [N, 2, H, W].
+    forward, backward: flow from the first frame to the second and back, [N, 2, H, W].
     """
     returned = warp(backward, forward)
     length = forward.square().sum(1, keepdim=True)
@@ -155,24 +159,24 @@ def occluded(forward: Tensor, backward: Tensor) -> Tensor:
 
 
 def _masked_error(frames: Tensor, motion: Tensor, visible: Tensor) -> Tensor:
-    """[T-1] mean over the visible pixels; 0 where none is."""
+    """[T-1] mean squared warping error over visible pixels; 0 if none is visible."""
     error = (warp(frames[1:], motion) - frames[:-1]).double().square() * visible
     return error.sum((1, 2, 3)) / (visible.sum((1, 2, 3)) * frames.shape[1]).clamp_min(1)
 
 
 class FloLpips(PairMetric):
-    """LPIPS-AlexNet of frame t, weighted in space by how far the motion from t to t + 1 differs between original and
-    reconstruction (Danier et al., arXiv 2207.08119; danier97/flolpips), on RGB as published.
+    """LPIPS (AlexNet) of frame t, weighted per pixel by the difference of the flows of original and reconstruction
+    (Danier et al., arXiv 2207.08119; danier97/flolpips), on RGB as published.
 
-    motion: pwc (the published metric), raft_large or raft_small. zero_flow: what to do where the motions are equal
-    everywhere, for which the published code gives NaN: uniform weights (counted as uniform_frames), or nan.
+    motion: flow network: pwc (as published), raft_large or raft_small. zero_flow: if the flows are equal everywhere,
+    uniform weights (counted in uniform_frames), or nan as in the published code.
     """
 
     def __init__(self, networks: Networks, motion: str = "pwc", zero_flow: str = "uniform") -> None:
         super().__init__()
         self.name = "flolpips" if motion == "pwc" else f"flolpips_{motion}"
         self.columns = {self.name: False}
-        self.counted = (f"{self.name}_uniform_frames",)
+        self.count_columns = (f"{self.name}_uniform_frames",)
         self.min_size = 31
         self.motion, self.zero_flow, self.networks = motion, zero_flow, networks
         self.network = networks.lpips("alex")
@@ -180,13 +184,13 @@ class FloLpips(PairMetric):
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
         with autocast_off(chunk.ref.device):
-            moves = [flow(chunk, self.networks, self.motion, which) for which in ("ref", "rec")]
+            flows = [flow(chunk, self.networks, self.motion, which) for which in ("ref", "rec")]
             features = [[f[:-1] for f in lpips_features(chunk, self.network, which)] for which in ("ref", "rec")]
             maps = self.network.layer_maps(*features)
-            return {self.name: self._weighted(maps, moves[0] - moves[1])}
+            return {self.name: self._weighted(maps, flows[0] - flows[1])}
 
     def _weighted(self, maps: list[Tensor], difference: Tensor) -> Tensor:
-        """[T-1] sums over the layers of the maps' weighted means. maps: [T-1, 1, h, w] each."""
+        """[T-1]: sum over layers of the weighted mean of a layer's map [T-1, 1, h, w]. difference: of the flows."""
         total, uniform = 0, torch.zeros(len(difference), dtype=torch.bool, device=difference.device)
         for values in maps:
             small = F.interpolate(difference, values.shape[-2:], mode="bilinear", align_corners=False)
@@ -197,7 +201,7 @@ class FloLpips(PairMetric):
                 uniform |= none.flatten()
                 weight, mass = torch.where(none, 1.0, weight), torch.where(none, float(weight[0].numel()), mass)
             total = total + (values * weight / mass).sum((1, 2, 3))
-        self.count(self.counted[0], uniform)
+        self.count(self.count_columns[0], uniform)
         return total
 
     def settings(self) -> dict[str, Any]:

@@ -60,9 +60,9 @@ def validate_on_all_ranks(
 def mean_scores(metrics: MetricSet, clips: Sequence[ValidatedClip]) -> dict[str, float]:
     """Column -> mean over the clips; for metrics of sets of clips also the number of samples."""
     results = [clip.result for clip in clips]
-    scores = metrics.over(results)
+    scores = metrics.aggregate(results)
     scores |= {name: fmean(clip.scores[name] for clip in clips) for name in clips[0].scores}
-    scores |= {f"{m.name}_samples": m.samples(results) for m in metrics if isinstance(m, SetMetric)}
+    scores |= {f"{m.name}_samples": m.num_samples(results) for m in metrics if isinstance(m, SetMetric)}
     return {column: value for column, value in scores.items() if value is not None}
 
 

@@ -1,0 +1,112 @@
+"""The table of files that every source returns: one row per file, or per part of a file. Nothing is decoded.
+
+Columns:
+    path        absolute; with a `*` for the numbers of the images of a sequence; or a dataset row (see dataset_rows)
+    name        the path as the source gives it; its hash decides what is held out
+    row         number of the row in the source, from 1, for messages
+    num_frames, height, width, fps       of the whole file; NaN: unknown
+    start, end  seconds, of the part of the file that the row stands for; NaN: the file's own
+    split       train, val or test; None: not given
+    text, label None: not given
+    error       why the row cannot be used; None: it can
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pandas as pd
+
+from vae3d.data.dataset_rows import is_row
+from vae3d.data.images import is_sequence
+from vae3d.data.segments import SEGMENT, SEGMENT_ERROR
+from vae3d.seeding import seed_of
+
+T = TypeVar("T")
+NUMBERS = ("num_frames", "height", "width", "fps")
+SPLITS = ("train", "val", "test")
+THREADS = 16
+PATHS_PER_TASK = 200  # of a thread
+MAX_NAME = 255  # bytes of a file name, on every file system
+MISSING_NUMBERS = ("", "nan", "na", "n/a", "none", "null")  # in columns of numbers; in text columns these are text
+MINIMUM = {"fps": 0, "start": 0, "end": 0}  # of a column; 1 for the others. fps is 0 of an image
+
+
+def normalise_rows(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
+    """All columns of the table, checked, from the columns that a file has. Relative paths are relative to `root`.
+
+    `raw` needs the column `path`. Its column `error`, if there is one, takes precedence over errors found here.
+    """
+    names = raw["path"].fillna("").astype(str).str.strip()
+    table = pd.DataFrame({"path": [os.path.abspath(root / name) for name in names], "name": names})
+    table["row"] = raw.index + 1
+    for column in ("text", "label", "split", "error"):
+        table[column] = raw[column] if column in raw.columns else None
+
+    def mark(bad: pd.Series, reason: str) -> None:
+        table.loc[bad & table["error"].isna(), "error"] = reason
+
+    mark(names == "", "has no `path`")
+    mark(names.str.contains("\0", regex=False), "`path` has the character NUL, which no file name has")
+    too_long = names.str.len() > MAX_NAME // 4  # characters have up to four bytes
+    too_long[too_long] = names[too_long].map(lambda name: max(map(len, os.fsencode(name).split(b"/"))) > MAX_NAME)
+    mark(too_long, f"`path` has a name of more than {MAX_NAME} bytes; is it the right column?")
+    for column in (*SEGMENT, *NUMBERS):
+        table[column] = np.nan
+        if column in raw.columns:
+            numbers = pd.to_numeric(raw[column], errors="coerce").astype(float)
+            table[column] = numbers.replace([np.inf, -np.inf], np.nan)
+            bad = table[column].isna() & raw[column].notna()
+            bad[bad] = ~raw.loc[bad, column].astype(str).str.strip().str.lower().isin(MISSING_NUMBERS)
+            bad |= table[column] < MINIMUM.get(column, 1)
+            mark(bad, SEGMENT_ERROR if column in SEGMENT else f"`{column}` is no positive number")
+    mark(table["end"] <= table["start"].fillna(0), SEGMENT_ERROR)
+    if "split" in raw.columns:
+        mark(~raw["split"].isin(SPLITS), f"`split` is none of {', '.join(SPLITS)}")
+    return table
+
+
+def rows_from_paths(paths: list[str], names: list[str]) -> pd.DataFrame:
+    """The table of files of which nothing else is known."""
+    table = pd.DataFrame({"path": paths, "name": names, "row": np.arange(1, len(paths) + 1)})
+    return table.assign(**dict.fromkeys([*NUMBERS, *SEGMENT], np.nan), text=None, label=None, split=None, error=None)
+
+
+def invalid_rows(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """(row and path, reason) of the rows with an error."""
+    invalid = table.loc[table["error"].notna(), ["row", "path", "error"]]
+    return [(f"row {row} ({path})", error) for row, path, error in invalid.values]
+
+
+def mark_missing_files(table: pd.DataFrame) -> None:
+    """Set the error of the rows whose file does not exist."""
+    missing = table["error"].isna() & ~table["path"].map(exists)
+    table.loc[missing, "error"] = "no such file"
+
+
+def exists(path: str) -> bool:
+    """Whether a row's file exists: of a sequence its folder; of a dataset row always, as its table lists it."""
+    if is_row(path):
+        return True
+    return os.path.isdir(os.path.dirname(path)) if is_sequence(path) else os.path.isfile(path)
+
+
+def file_hashes(table: pd.DataFrame) -> np.ndarray:
+    """A hash of each row's name, from 0 to 2**63 - 1: equal for all rows of a file, and on every machine."""
+    names = table.groupby("path")["name"].transform("min")
+    return np.array([seed_of(name) for name in names], dtype=np.int64)
+
+
+def in_threads(function: Callable[[str], T], paths: Iterable[str]) -> dict[str, T]:
+    """function(path) of each distinct path, in threads, since a network disk serves many requests at a time."""
+    unique = list(dict.fromkeys(paths))
+    chunks = [unique[i : i + PATHS_PER_TASK] for i in range(0, len(unique), PATHS_PER_TASK)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        results = pool.map(lambda chunk: [function(path) for path in chunk], chunks)
+        return dict(zip(unique, chain.from_iterable(results), strict=True))
