@@ -16,7 +16,6 @@ import hydra
 from omegaconf import DictConfig
 
 from vae3d.commands import launch
-from vae3d.config.schema import InferConfig
 from vae3d.config.validate import check_inference
 
 
@@ -40,5 +39,5 @@ def in_full(argument: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.read_arguments(list(map(in_full, sys.argv[1:])), InferConfig)
+    sys.argv[1:] = launch.read_arguments(list(map(in_full, sys.argv[1:])))
     main()

@@ -16,8 +16,8 @@ import hydra
 from omegaconf import DictConfig
 
 from vae3d.commands import launch
+from vae3d.commands.check import check_training
 from vae3d.config.schema import TrainConfig
-from vae3d.config.validate import check_training
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -50,5 +50,5 @@ def train(config: TrainConfig, cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.read_arguments(sys.argv[1:], TrainConfig)
+    sys.argv[1:] = launch.read_arguments(sys.argv[1:])
     main()

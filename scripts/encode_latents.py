@@ -16,7 +16,7 @@ import hydra
 from omegaconf import DictConfig
 
 from vae3d.commands import launch
-from vae3d.config.latents import EncodeConfig, check_encoding
+from vae3d.config.latents import check_encoding
 from vae3d.config.schema import CONF
 
 
@@ -35,5 +35,5 @@ def run(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.read_arguments(sys.argv[1:], EncodeConfig)
+    sys.argv[1:] = launch.read_arguments(sys.argv[1:])
     main()

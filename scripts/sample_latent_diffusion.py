@@ -17,7 +17,7 @@ import hydra
 from omegaconf import DictConfig
 
 from vae3d.commands import launch
-from vae3d.config.diffusion import SampleConfig, check_sampling
+from vae3d.config.diffusion import check_sampling
 from vae3d.config.schema import CONF
 
 
@@ -36,5 +36,5 @@ def run(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.read_arguments(sys.argv[1:], SampleConfig)
+    sys.argv[1:] = launch.read_arguments(sys.argv[1:])
     main()

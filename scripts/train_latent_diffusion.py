@@ -50,5 +50,5 @@ def train(config: DiffusionConfig, cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.read_arguments(sys.argv[1:], DiffusionConfig)
+    sys.argv[1:] = launch.read_arguments(sys.argv[1:])
     main()

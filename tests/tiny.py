@@ -21,8 +21,8 @@ from PIL import Image
 
 import vae3d
 from tests import warm
+from vae3d.commands.check import check_training
 from vae3d.config.schema import CONF, TrainConfig
-from vae3d.config.validate import check_training
 
 ROOT = Path(__file__).parents[1]
 

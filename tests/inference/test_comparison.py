@@ -175,11 +175,11 @@ def test_networks_of_another_latent_space_are_refused_before_anything_is_deleted
     ("overrides", "error"),
     [
         (["teacher.path=/nowhere"], "teacher.path=/nowhere: no such file or folder"),
-        (["teacher.precision=fp8"], "teacher.precision=fp8 is unknown; use one of bf16, fp16, fp32"),
-        (["teacher.pth=x"], "teacher.pth is not a setting; did you mean teacher.path?"),
-        (["tile=16"], "is compared on whole frames; leave out tile=16"),
-        (["sample=true"], "is compared by the mode of the latents; leave out sample=true"),
-        (["strip=0"], "strip=0 must be at least 1"),
+        (["teacher.precision=fp8"], "teacher.precision=fp8: must be fp32, bf16 or fp16"),
+        (["teacher.pth=x"], "teacher.pth: unknown key; did you mean teacher.path?"),
+        (["tile=16"], "tile=16: .*on whole frames"),
+        (["sample=true"], "sample=true: .*mode of the latents"),
+        (["strip=0"], "strip=0: must be .*at least 1"),
     ],
 )
 def test_settings_that_do_not_go_with_a_teacher(student, source, tmp_path, overrides, error):

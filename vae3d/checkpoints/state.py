@@ -40,7 +40,10 @@ IDENTITY = (
     "run.seed",
 )
 # Of those, what may change as optim may: the discriminator's learning rate, often tied to optim and trainer.max_steps.
-FREE = tuple(f"adversary.{key}" for key in ("lr", "schedule", "warmup_steps", "max_steps", "min_lr", "cycles", "power"))
+FREE = (
+    *(f"adversary.{key}" for key in ("lr", "schedule", "warmup_steps", "max_steps", "min_lr", "cycles", "power")),
+    *("denoiser.gradient_checkpointing", "denoiser.dropout"),
+)
 
 
 # What torch.load raises for damaged files, whatever its documentation says: found by changing random bytes.

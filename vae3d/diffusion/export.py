@@ -122,9 +122,11 @@ def _read_config(file: Path) -> tuple[dict[str, Any], nn.Module]:
         if math.prod(told[name]) > limit:
             raise FileError(f"{file}: {name} is {short(told[name])}; of one sample {limit} values are the maximum")
     try:
-        build_process(told["process"])
+        build_process(told["process"], file)
         with torch.device("meta"):
-            network = build_network(told["network"], told["latent_shape"])
+            network = build_network(told["network"], told["latent_shape"], file)
+    except FileError:
+        raise
     except ValueError as error:
         raise FileError(f"{file}: {error}") from error
     classes = len(told["classes"])

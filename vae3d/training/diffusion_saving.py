@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from vae3d.arguments import Size, check_fields
 from vae3d.checkpoints import state
-from vae3d.diffusion.build import require_same
 from vae3d.diffusion.export import write_export
 from vae3d.restore import check_like
 from vae3d.training.checkpointer import Means, Outputs, Steps, find_resume_checkpoint, write_checkpoint
@@ -17,8 +16,11 @@ from vae3d.training.checkpointer import Means, Outputs, Steps, find_resume_check
 if TYPE_CHECKING:
     from vae3d.training.diffusion_trainer import DiffusionTrainer
 
-# Settings that make a run another run, beside those of network and process.
-IDENTITY = ("vae.sample", "labels", "data.frames", "data.height", "data.width", "data.stride", "data.fps", "run.seed")
+# Settings that make a run another run.
+IDENTITY = (
+    *("denoiser", "process", "vae.sample", "labels", "data.frames", "data.height", "data.width", "data.stride"),
+    *("data.fps", "run.seed"),
+)
 
 
 class _Scale(TypedDict):
@@ -120,8 +122,6 @@ def _check_same(
             f"{start} was trained on the classes {there}; the data have {here}. A class is its place in this list; "
             "give back the data of before, or give this run another run.name"
         )
-    for part in ("denoiser", "process"):
-        require_same(before[part], config[part], part)
     changed = state.check_same_run(start, config, IDENTITY)
     if saved["vae"] != trainer.vae_facts():
         told = ", ".join(name for name, value in trainer.vae_facts().items() if saved["vae"].get(name) != value)
