@@ -85,7 +85,7 @@ FAULTS = {
     "a flag for a number": (["trainer.max_steps=true"], "trainer.max_steps=true", "an integer of at least 1"),
     "a number for a group": (["data.frames=17"], "data.frames=17", "min, max, step, images, fit"),
     "a group for a number": (["optim.lr={x: 1}"], "optim.lr={'x': 1}", "a number above 0"),
-    "a list of two": (["optim.betas=0.9"], "optim.betas=0.9", "a list of 2 entries"),
+    "a list of two": (["optim.betas=0.9"], "optim.betas=0.9", "a list of 2;"),
     "an entry of a list": (["optim.betas=[0.9,1]"], "optim.betas[1]=1", "at least 0 and below 1"),
     "a flag": (["trainer.compile=maybe"], "trainer.compile=maybe", "true or false"),
     "a near choice": (["optim.schedule=cosin"], "optim.schedule=cosin", "did you mean cosine?"),

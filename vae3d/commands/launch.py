@@ -150,7 +150,7 @@ class FolderCheck(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         try:
-            Path(config.run.root).mkdir(parents=True, exist_ok=True)
+            Path(str(config.run.root)).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             print(f"error: run.root={config.run.root}: cannot be made: {error.strerror}", file=sys.stderr)
             sys.exit(2)
