@@ -76,8 +76,8 @@ def train(overrides: list[str], folder: Path) -> None:
     import torch
 
     from tests import tiny
+    from vae3d.commands.check import check_training
     from vae3d.commands.train import build_trainer
-    from vae3d.config.validate import check_training
 
     torch.set_num_threads(1)
     build_trainer(check_training(tiny.compose(*overrides)), folder).fit()

@@ -18,8 +18,9 @@ from vae3d import loading
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import train
+from vae3d.commands.check import check_training
 from vae3d.config.schema import CONF
-from vae3d.config.validate import ConfigError, check_training
+from vae3d.config.validate import ConfigError
 
 
 def names(group: str) -> list[str]:
@@ -28,7 +29,7 @@ def names(group: str) -> list[str]:
 
 TAUGHT_LOSSES = ("distill", "distill_lpips", "taehv")  # of a teacher, here of the model's own kind
 # `ldm` and those of its kind: the terms of recon_kl_lpips and some more, which no part and no stage changes.
-SD_LOSSES = ("ldm", "sd_vae", "sd_vae_regularized", "sd_vae_requirement")
+SD_LOSSES = ("ldm", "sd_vae", "sd_vae_regularized", "sd_vae_lightning")
 PANORAMA_LOSSES = [name for name in names("loss") if name.startswith("erp")]
 TWINS = {"opensora_v1_2": "stage3", "sd_vae": "finetune"}  # temporal_vae and spatial with other factors: a stage
 COMBINATIONS = [

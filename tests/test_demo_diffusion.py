@@ -78,5 +78,4 @@ def test_commands_of_the_demo_are_sound(which, tmp_path, monkeypatch):
     for command, missing in zip(commands, COMMANDS[which], strict=True):
         with pytest.raises(ConfigError) as error:
             check(tiny.compose(*command, config=config))
-        errors = sorted(reason.partition(";")[0] for reason in error.value.errors)
-        assert errors == [f"{path}: no such file or folder" for path in missing]
+        assert sorted(f"{issue.key}={issue.value}" for issue in error.value.issues) == missing

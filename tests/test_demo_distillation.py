@@ -143,5 +143,5 @@ def test_the_demo_compares_what_it_distilled(report, tmp_path, monkeypatch):
         "source=demo/videos/videos.csv",
         f"teacher.path=demo/runs/{report.TEACHER}",
     ]
-    assert sorted(error.value.errors) == sorted(f"{path}: no such file or folder" for path in made)
+    assert sorted(f"{issue.key}={issue.value}" for issue in error.value.issues) == sorted(made)
     assert config.save_dir == f"demo/out/{report.STUDENT}"

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 import av
 import hydra
@@ -24,12 +23,12 @@ from PIL import Image
 
 import vae3d
 from tests import warm
-from vae3d.commands import dry_run as dry_runs
+from vae3d.commands.check import check_training
+from vae3d.config.issues import raise_if_any
 from vae3d.config.schema import CONF, TrainConfig
-from vae3d.config.validate import check_training
+from vae3d.config.validate import training_issues
 
 ROOT = Path(__file__).parents[1]
-DRY_RUN = "issues" if hasattr(dry_runs, "issues") else "errors"
 
 SPATIAL = {"channels": "[8,8]", "groups": 4, "layers": 1, "frame_batch": "null", "gradient_checkpointing": "false"}
 TEMPORAL = {"channels": 8, "multipliers": "[1,1,2]", "downsample": "[true,true]", "groups": 4, "layers": 1}
@@ -85,8 +84,11 @@ def training(name: str, table: Path, *overrides: str, dry_run: bool = False) -> 
     takes longer than a run of two steps; for tests of errors that only this finds."""
     path = [f"data.source.path={table}"] if not any(o.startswith("data=") for o in overrides) else []
     cfg = compose(f"model={name}", *MODEL[name], *TRAINING, *path, *overrides)
-    with contextlib.nullcontext() if dry_run else mock.patch.object(dry_runs, DRY_RUN, return_value=[]):
+    if dry_run:
         return check_training(cfg)
+    config, issues = training_issues(cfg)
+    raise_if_any(issues)
+    return config
 
 
 def frames(count: int, height: int = 32, width: int = 40, seed: int = 0) -> np.ndarray:

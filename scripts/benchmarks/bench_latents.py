@@ -29,17 +29,22 @@ from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.build import build_network, build_process
 from vae3d.diffusion.processes import training_losses
 from vae3d.diffusion.sampling import sample_latents
+from vae3d.diffusion.transformer import VideoTransformer
+from vae3d.diffusion.unet import LatentUNet
+from vae3d.diffusion.wan import WanTransformer
+from vae3d.models.registry import target_of
 from vae3d.precision import as_device
 
+NETWORKS = {"unet": LatentUNet, "transformer": VideoTransformer, "wan": WanTransformer}
 CASES = {"unet": ((4, 1, 32, 32), 64), "transformer": ((16, 5, 32, 32), 16)}  # latents, batch
 CLASSES, COMPARED, GIB = 10, 2, 2**30
-PROCESS = build_process({"kind": "flow"})
+PROCESS = build_process({"_target_": "vae3d.diffusion.flow.RectifiedFlow"})
 
 
 def network_of(kind: str, latent: Sequence[int], settings: dict[str, Any]) -> nn.Module:
     """A network with random weights; zero-initialised layers would hide all differences."""
     torch.manual_seed(0)
-    network = build_network({"kind": kind, "num_classes": CLASSES, **settings}, latent)
+    network = build_network({"_target_": target_of(NETWORKS[kind]), "num_classes": CLASSES, **settings}, latent)
     for p in network.parameters():
         nn.init.normal_(p, std=0.02) if not p.any() else None
     return network

@@ -22,13 +22,13 @@ import hydra
 import torch
 from count_costs import give_shapes
 from count_wan_memory import PeakMemory
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vae3d import loading, precision
 from vae3d.adversarial.base import NoAdversary
 from vae3d.commands import train
+from vae3d.config.check import read
 from vae3d.config.schema import CONF, TrainConfig
 from vae3d.models.forward import attach_decoder
 from vae3d.schedules import ALL_ON
@@ -43,7 +43,7 @@ GIB = 2**30
 def composed(overrides: Iterable[str]) -> TrainConfig:
     """The configuration of RECIPE and `overrides`."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return OmegaConf.to_object(hydra.compose("train", [*RECIPE, *overrides]))
+        return read(hydra.compose("train", [*RECIPE, *overrides]), TrainConfig)[0]
 
 
 class Recipe:

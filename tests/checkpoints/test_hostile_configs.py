@@ -218,11 +218,11 @@ def exports(folder: Path) -> dict[str, Place]:
     ):  # fmt: skip
         root = tiny_export(name, folder / name)
         found[name] = in_yaml(root, root / "model.yaml", key)
-    network = {"kind": "transformer", "width": 24, "heads": 2, "depth": 2}
+    network = {"_target_": "vae3d.diffusion.transformer.VideoTransformer", "width": 24, "heads": 2, "depth": 2}
     state = build_network(network, (4, 1, 8, 8)).state_dict()
     facts = {
         "network": network_config(network, (4, 1, 8, 8)),
-        "process": {"kind": "gaussian", "steps": 50},
+        "process": {"_target_": "vae3d.diffusion.gaussian.GaussianDiffusion", "steps": 50},
         "latent_shape": [4, 1, 8, 8],
         "size": [1, 64, 64],
         "classes": [],
@@ -454,13 +454,21 @@ def test_an_unknown_class_leaves_nothing_but_its_name_to_one_who_has_the_model(p
         ({"ema": None}, "ema"),
         ({"vae": None}, "vae"),
         ({"vae": {"path": "vae"}}, r"vae\.model is missing"),
-        ({"process": {"kind": ["gaussian"]}}, "kind of process"),
-        ({"process": {"kind": "gaussian", "schedule": "x"}}, "schedule"),
-        ({"process": {"kind": "flow", "learned_sigma": True}}, "learned_sigma"),
-        ({"network": {"kind": "unet", "multipliers": [1e-9]}}, r"multipliers\[0\]"),
-        ({"network": {"kind": "transformer", "depth": 10**6}}, "depth"),
+        ({"process": {"_target_": ["gaussian"]}}, "process._target_ is"),
+        ({"process": {"_target_": "vae3d.diffusion.gaussian.GaussianDiffusion", "schedule": "x"}}, "schedule"),
+        ({"process": {"_target_": "vae3d.diffusion.flow.RectifiedFlow", "learned_sigma": True}}, "learned_sigma"),
+        ({"network": {"_target_": "vae3d.diffusion.unet.LatentUNet", "multipliers": [1e-9]}}, r"multipliers\[0\]"),
+        ({"network": {"_target_": "vae3d.diffusion.transformer.VideoTransformer", "depth": 10**6}}, "depth"),
         (
-            {"network": {"kind": "transformer", "num_classes": 2, "width": 24, "heads": 2, "depth": 2}},
+            {
+                "network": {
+                    "_target_": "vae3d.diffusion.transformer.VideoTransformer",
+                    "num_classes": 2,
+                    "width": 24,
+                    "heads": 2,
+                    "depth": 2,
+                }
+            },
             "trained_classes is empty",
         ),
     ],

@@ -19,7 +19,7 @@ from vae3d.checkpoints import ldm
 from vae3d.checkpoints.export import write_diffusers, write_export
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
 from vae3d.checkpoints.location import find_weights, split_part
-from vae3d.config import validate
+from vae3d.config.check import path_issues
 from vae3d.errors import UserError
 from vae3d.loading import open_codec
 
@@ -103,8 +103,9 @@ def test_a_student_and_its_teacher_of_another_layout_are_two(tmp_path, saved):
 def test_every_command_takes_a_part(tmp_path, saved):
     file = tmp_path / "last.ckpt"
     torch.save({"model": inner(saved), "ema": inner(saved, scale=2.0)}, file)
-    assert validate.path_errors({"checkpoint": f"{file}::ema", "teacher.path": f"{file}::ema"}) == []
-    assert validate.path_errors({"checkpoint": f"{file}x::ema"}) == [f"checkpoint={file}x::ema: no such file or folder"]
+    assert [*path_issues({"checkpoint": f"{file}::ema", "teacher.path": f"{file}::ema"})] == []
+    (issue,) = path_issues({"checkpoint": f"{file}x::ema"})
+    assert (issue.key, issue.value) == ("checkpoint", f"{file}x::ema")
     arguments = [f"{file}::ema", str(tmp_path / "out"), "--to", "export", "--scaling_factor", "0.5"]
     assert convert_checkpoint.main(arguments) == 0
     assert vae3d.load(tmp_path / "out").scaling_factor == 0.5
@@ -161,7 +162,7 @@ def test_a_folder_with_a_choice_asks(tmp_path, names):
 
 def test_a_hub_id_gets_the_command_that_downloads_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (error,) = validate.path_errors({"checkpoint": "stabilityai/sd-vae-ft-mse"})
+    (error,) = map(str, path_issues({"checkpoint": "stabilityai/sd-vae-ft-mse"}))
     assert "hf download stabilityai/sd-vae-ft-mse --local-dir sd-vae-ft-mse, then give sd-vae-ft-mse" in error
     with pytest.raises(CheckpointError, match=r'hf download .*1\.3B --include "\*vae\*" "\*VAE\*"'):
         vae3d.load("Wan-AI/Wan2.1-T2V-1.3B")

@@ -4,13 +4,20 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from tests import tiny
 from tests.diffusion import toy
+from vae3d import loading
+from vae3d.config.schema import CONF
 from vae3d.diffusion import library
-from vae3d.diffusion.build import build_network, build_process, network_config, process_config, require_same
+from vae3d.diffusion.build import NETWORKS, PROCESSES, build_network, build_process, network_config
 from vae3d.diffusion.flow import RectifiedFlow
-from vae3d.diffusion.gaussian import GaussianDiffusion
 from vae3d.errors import UserError
+from vae3d.models.registry import TARGET
+
+UNET, _, WAN = NETWORKS
+GAUSSIAN, FLOW = PROCESSES
 
 
 @pytest.mark.parametrize("name", toy.TINY)
@@ -23,70 +30,62 @@ def test_sampler_builds_the_network_that_was_trained(name):
     larger = (*shape[:2], 32, 40)
     again = build_network(kept, larger)
     again.load_state_dict(trained.state_dict(), strict=True)
-    require_same(kept, again.config, "network")
+    assert again.config == kept
     z = torch.randn(1, *shape)
     assert torch.equal(trained.eval()(z, torch.ones(1)), again.eval()(z, torch.ones(1)))
 
 
-def test_another_network_is_refused_with_the_settings_that_differ():
-    trained = network_config({"kind": "unet"}, (4, 1, 16, 16))
-    asked = network_config({"kind": "unet", "width": 64, "gradient_checkpointing": True}, (4, 1, 64, 64))
-    with pytest.raises(UserError) as error:
-        require_same(trained, asked, "network")
-    assert str(error.value) == (
-        "the checkpoint's network is another one: attention is [True, True, True] there, [False, False, True, True] here; "
-        "multipliers is [1, 2, 2] there, [1, 2, 3, 4] here; width is 128 there, 64 here; leave these out to use the "
-        "checkpoint's"
-    )
-    require_same(
-        trained, {**trained, "multipliers": (1, 2, 2), "dropout": 0.1, "gradient_checkpointing": True}, "network"
-    )
-    with pytest.raises(UserError, match="kind is 'unet' there, 'transformer' here"):
-        require_same(trained, network_config({"kind": "transformer"}, (4, 1, 16, 16)), "network")
+def test_what_is_null_follows_from_the_latents():
+    small, large = (network_config({TARGET: UNET, "width": 64}, (4, 1, side, side)) for side in (16, 64))
+    assert (small["multipliers"], small["attention"]) == ([1, 2, 2], [True, True, True])
+    assert (large["multipliers"], large["attention"]) == ([1, 2, 3, 4], [False, False, True, True])
+    assert small["channels"] == 4
+    own = network_config({TARGET: "my_project.MyNetwork", "width": 64}, (4, 1, 16, 16))
+    assert own == {TARGET: "my_project.MyNetwork", "width": 64, "channels": 4}
+
+
+@pytest.mark.parametrize("group", ["denoiser", "process"])
+def test_a_configuration_and_a_file_build_the_same(group):
+    """By hydra, as training does, and by the registry, as sampling does from an export."""
+    for file in sorted((CONF / group).glob("*.yaml")):
+        cfg = tiny.compose(f"{group}={file.stem}", "denoiser.width=16", "run.name=x", config="diffusion")
+        config = OmegaConf.to_container(cfg[group])
+        if group == "process":
+            assert build_process(json.loads(json.dumps(config))) == loading.instantiate(config)
+            continue
+        config |= {"num_classes": 2, "learned_sigma": False}
+        config |= {"head_channels": 16} if file.stem == "unet" else {"depth": 2, "heads": 2}
+        network = build_network(config, (4, 1, 8, 8))
+        assert type(loading.instantiate(network.config)) is type(network)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"kind": "dit"}, "kind of network is 'dit'; use one of unet, transformer, wan"),
-     ({"width": 64}, "kind of network is None"),
-     ({"kind": "wan", "widht": 64}, "wan has no widht; it has channels, learned_sigma"),
-     ({"kind": "unet", "channels": 16}, "latents of 16 channels; these have 4")],
+    [({TARGET: "vae3d.diffusion.dit.DiT"}, "_target_ is 'vae3d.diffusion.dit.DiT'.*LatentUNet.*VideoTransformer"),
+     ({"width": 64}, "_target_ is None"),
+     ({TARGET: WAN, "widht": 64}, "widht is not an argument of WanTransformer; did you mean network.width"),
+     ({TARGET: UNET, "channels": 16}, "channels is 16; the latents have 4"),
+     ({TARGET: UNET, "multipliers": 5}, "multipliers is 5"),
+     ({TARGET: UNET, "width": 16.5}, "width is 16.5; give an integer"),
+     ({TARGET: WAN, "learned_sigma": "no"}, "learned_sigma is 'no'; give true or false")],
 )  # fmt: skip
-def test_unknown_settings_of_a_network_are_named(config, message):
+def test_wrong_settings_of_a_network_are_named(config, message):
     with pytest.raises(ValueError, match=message):
         build_network(config, (4, 1, 16, 16))
 
 
 @pytest.mark.parametrize(
-    "process",
-    [GaussianDiffusion(schedule="cosine", min_snr=5.0), RectifiedFlow(logit_mean=1.0)],
-    ids=["gaussian", "flow"],
-)
-def test_processes_are_plain_data(process):
-    config = process_config(process)
-    assert build_process(json.loads(json.dumps(config))) == process
-    with pytest.raises(UserError, match="kind is"):
-        require_same(config, {**config, "kind": "other"}, "process")
-
-
-def test_unknown_settings_of_a_process_are_named():
-    with pytest.raises(ValueError, match="kind of process is 'edm'; use one of gaussian, flow"):
-        build_process({"kind": "edm"})
-    with pytest.raises(ValueError, match="flow has no steps; it has logit_mean, logit_std"):
-        build_process({"kind": "flow", "steps": 1000})
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [(lambda: build_process({"kind": "gaussian", "steps": "many"}), "gaussian: steps is 'many'; give an integer"),
-     (lambda: build_process({"kind": "flow", "logit_mean": None}), "flow: logit_mean is None; give a finite number"),
-     (lambda: network_config({"kind": "unet", "width": 16.5}, (4, 1, 8, 8)), "unet: width is 16.5; give an integer"),
-     (lambda: network_config({"kind": "wan", "learned_sigma": "no"}, (4, 1, 8, 8)), "wan: learned_sigma is 'no'; give true or false")],
+    ("config", "message"),
+    [({TARGET: "os.system"}, "_target_ is 'os.system'.*GaussianDiffusion"),
+     ({TARGET: UNET}, "_target_ is '.*LatentUNet'.*GaussianDiffusion"),
+     ({TARGET: FLOW, "steps": 1000}, "steps is not an argument of RectifiedFlow; there are logit_mean, logit_std"),
+     ({TARGET: GAUSSIAN, "steps": "many"}, "steps is 'many'; give an integer"),
+     ({TARGET: FLOW, "logit_mean": None}, "logit_mean is None; give a finite number")],
 )  # fmt: skip
-def test_settings_of_another_type_are_named(make, message):
+def test_wrong_settings_of_a_process_are_named(config, message):
     with pytest.raises(ValueError, match=message):
-        make()
-    assert build_process({"kind": "flow", "logit_mean": 1}) == RectifiedFlow(logit_mean=1)
+        build_process(config)
+    assert build_process({TARGET: FLOW, "logit_mean": 1}) == RectifiedFlow(logit_mean=1)
 
 
 def test_what_diffusers_lacks_is_named(monkeypatch):

@@ -120,12 +120,15 @@ def test_a_network_that_is_zero_at_the_start_learns(name):
      ((32, 32), [1, 2, 2, 2], [False, True, True, True]), ((64, 64), [1, 2, 3, 4], [False, False, True, True])],
 )  # fmt: skip
 def test_unet_is_chosen_from_the_size_of_the_latents(size, multipliers, attended):
-    config = network_config({"kind": "unet"}, (4, 1, *size))
+    config = network_config({"_target_": "vae3d.diffusion.unet.LatentUNet"}, (4, 1, *size))
     assert (config["multipliers"], config["attention"]) == (multipliers, attended)
 
 
 def test_what_is_given_is_not_chosen():
-    config = network_config({"kind": "unet", "multipliers": [1, 1], "attention": [False, False]}, (4, 1, 64, 64))
+    config = network_config(
+        {"_target_": "vae3d.diffusion.unet.LatentUNet", "multipliers": [1, 1], "attention": [False, False]},
+        (4, 1, 64, 64),
+    )
     assert (config["multipliers"], config["attention"]) == ([1, 1], [False, False])
     network = build_network(toy.TINY["unet"] | {"multipliers": [1, 2], "attention": [False, True]}, toy.IMAGE)
     kinds = [type(block).__name__ for block in network.unet.down_blocks]
@@ -134,18 +137,25 @@ def test_what_is_given_is_not_chosen():
 
 @pytest.mark.parametrize(("side", "patch"), [(8, 1), (15, 1), (16, 2), (32, 2)])
 def test_patch_is_chosen_from_the_size_of_the_latents(side, patch):
-    assert network_config({"kind": "transformer"}, (4, 3, side, 40))["patch"] == patch
-    assert network_config({"kind": "transformer", "patch": 4}, (4, 3, side, 40))["patch"] == 4
+    assert (
+        network_config({"_target_": "vae3d.diffusion.transformer.VideoTransformer"}, (4, 3, side, 40))["patch"] == patch
+    )
+    assert (
+        network_config({"_target_": "vae3d.diffusion.transformer.VideoTransformer", "patch": 4}, (4, 3, side, 40))[
+            "patch"
+        ]
+        == 4
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"kind": "unet", "width": 48}, "head_channels is 64, which does not divide the 48"),
-     ({"kind": "unet", "multipliers": [1, 2], "attention": [True]}, "attention has 1 entries for 2"),
-     ({"kind": "transformer", "attention": "sparse"}, "use one of full, factorised"),
-     ({"kind": "transformer", "attention": "factorised", "depth": 3}, "depth is 3"),
-     ({"kind": "transformer", "width": 40, "heads": 8}, "at least 6"),
-     ({"kind": "wan", "width": 40, "heads": 3}, "width is 40 for 3 heads")],
+    [({"_target_": "vae3d.diffusion.unet.LatentUNet", "width": 48}, "head_channels is 64, which does not divide the 48"),
+     ({"_target_": "vae3d.diffusion.unet.LatentUNet", "multipliers": [1, 2], "attention": [True]}, "attention has 1 entries for 2"),
+     ({"_target_": "vae3d.diffusion.transformer.VideoTransformer", "attention": "sparse"}, "use one of full, factorised"),
+     ({"_target_": "vae3d.diffusion.transformer.VideoTransformer", "attention": "factorised", "depth": 3}, "depth is 3"),
+     ({"_target_": "vae3d.diffusion.transformer.VideoTransformer", "width": 40, "heads": 8}, "at least 6"),
+     ({"_target_": "vae3d.diffusion.wan.WanTransformer", "width": 40, "heads": 3}, "width is 40 for 3 heads")],
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_named(config, message):
     with pytest.raises(ValueError, match=message):
@@ -154,7 +164,7 @@ def test_settings_that_do_not_fit_are_named(config, message):
 
 def test_unet_refuses_videos():
     network = build_network(toy.TINY["unet"], toy.IMAGE)
-    with pytest.raises(ValueError, match="3 frames; .*kind=transformer"):
+    with pytest.raises(ValueError, match="3 frames; the UNet takes one, denoiser=video_transformer"):
         network(*inputs(toy.CLIP))
 
 

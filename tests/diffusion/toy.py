@@ -11,10 +11,16 @@ from vae3d.diffusion.gaussian import GaussianDiffusion
 from vae3d.diffusion.processes import Process
 
 TINY: dict[str, dict[str, Any]] = {
-    "unet": {"kind": "unet", "width": 16, "head_channels": 16, "blocks": 1},
-    "transformer": {"kind": "transformer", "width": 24, "heads": 2, "depth": 2},
-    "factorised": {"kind": "transformer", "width": 24, "heads": 2, "depth": 2, "attention": "factorised"},
-    "wan": {"kind": "wan", "width": 24, "heads": 2, "depth": 2},
+    "unet": {"_target_": "vae3d.diffusion.unet.LatentUNet", "width": 16, "head_channels": 16, "blocks": 1},
+    "transformer": {"_target_": "vae3d.diffusion.transformer.VideoTransformer", "width": 24, "heads": 2, "depth": 2},
+    "factorised": {
+        "_target_": "vae3d.diffusion.transformer.VideoTransformer",
+        "width": 24,
+        "heads": 2,
+        "depth": 2,
+        "attention": "factorised",
+    },
+    "wan": {"_target_": "vae3d.diffusion.wan.WanTransformer", "width": 24, "heads": 2, "depth": 2},
 }
 IMAGE, CLIP = (4, 1, 8, 8), (4, 3, 6, 8)
 

@@ -96,10 +96,10 @@ def test_a_panorama_is_turned_with_its_reconstruction(export, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("tile=16 compile=true", "compile=true is of whole frames; leave out tile=16"),
-        ("tile=16 cost=true", "cost=true is of whole frames; leave out tile=16"),
-        ("tile_overlap=8", "tile_overlap=8 needs the tiles' size; set tile"),
-        ("tile=0", "tile=0 must be at least 1, or null"),
+        ("tile=16 compile=true", "compile=true: .*tile"),
+        ("tile=16 cost=true", "cost=true: .*tile"),
+        ("tile_overlap=8", "tile_overlap=8: .*set tile"),
+        ("tile=0", "tile=0: must be .*at least 1, or null"),
         ("tile=7", "tile=7, tile_overlap=None: tile is 7; use a multiple of the model's space stride 2"),
         (
             "tile=16 tile_overlap=16",

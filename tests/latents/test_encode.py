@@ -440,14 +440,13 @@ def test_all_errors_of_a_configuration_are_told_at_once():
                 "colour=red", config="latents",
             )
         )  # fmt: skip
-    told = "\n".join(error.value.errors)
+    told = str(error.value)
     for part in (
-        "checkpoint is required", "cache is required; set cache=FOLDER", "source=/nowhere: no such file or folder",
-        "height and width go together", "cannot hold bf16", "clips=all needs to know", "shard_size=0 must be at least 1",
-        "store=all is unknown; use one of moments, mean, sample", "colour is not a setting",
+        "checkpoint: required", "cache: required; set cache=FOLDER", "source=/nowhere: ", "height=16: ", "writers=[npy]: ",
+        "clips=all: ", "shard_size=0: ", "store=all: must be moments, mean or sample", "colour: unknown key",
     ):  # fmt: skip
         assert part in told
-    with pytest.raises(ConfigError, match="source must be a path, or a node with `_target_`"):
+    with pytest.raises(ConfigError, match="source=.*: must be a path, or a node with `_target_`"):
         check_encoding(tiny.compose("checkpoint=.", "cache=x", "source={path: photos}", config="latents"))
 
 

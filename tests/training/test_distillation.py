@@ -187,10 +187,10 @@ def test_losses_against_a_teacher_have_their_formulas():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "error"),
+    ("overrides", "reason"),
     [
         (["teacher.path=/nowhere"], "teacher.path=/nowhere: no such file or folder"),
-        (["teacher.path=???"], "teacher.path is required; set teacher.path=PATH"),
+        (["teacher.path=???"], "teacher.path: required; set teacher.path=PATH"),
         (["teacher.path=null"], "distillation needs a teacher; set teacher=vae teacher.path=..., or the weights of its terms to 0"),
         (["data.frames.min=4", "data.frames.max=4"], "nearest are"),
         (["model.latent_channels=3", "model.latents_mean=null", "model.latents_std=null"], "teacher.path: the teacher has 4 latent channels and the model 3"),
@@ -199,7 +199,7 @@ def test_losses_against_a_teacher_have_their_formulas():
         (["teacher.features={decoder.middle.2: decoder.head}", "loss.terms.features.weight=1"], "teacher.features.decoder.middle.2: the model's features are 2x2x2 where the teacher's decoder.head are 2x4x4"),
         (["teacher.features={decoder.middle.2: decoder.middle.2}"], "teacher.features: no loss term reads them"),
         (["loss.terms.features.weight=1"], "feature distillation needs teacher.features"),
-        (["teacher.decode=both"], "teacher.decode=both is unknown; use one of teacher, own, mixed"),
+        (["teacher.decode=both"], "teacher.decode=both: must be teacher, own or mixed"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_a_teacher_is_told_before_training(videos, teacher, overrides, reason):

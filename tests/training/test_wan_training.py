@@ -13,8 +13,9 @@ from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.state import latest_state, load_state
 from vae3d.commands import train
+from vae3d.commands.check import check_training
 from vae3d.config.schema import TrainConfig
-from vae3d.config.validate import ConfigError, check_training
+from vae3d.config.validate import ConfigError
 
 ERP = ["data=erp_rooms", "data.width=32", "data.frames.min=3", "data.frames.max=3", "loss=erp_lite"]
 
@@ -86,7 +87,7 @@ def test_the_requirements_experiment_needs_vgg_for_lpips_alone(rooms, start, tmp
     train.build_trainer(config, tmp_path / "run").fit()
     with pytest.raises(ConfigError, match=r"vgg16-397923af.pth .* lpips_loss\) is not on this machine") as why:
         check_training(tiny.compose(*overrides, "loss=erp_best"))
-    assert len(why.value.errors) == 1  # though two terms miss the file
+    assert len(why.value.issues) == 1  # though two terms miss the file
 
 
 def test_the_requirements_numbers():

@@ -46,8 +46,11 @@ IDENTITY = (
     "teacher.features",
     "run.seed",
 )
-# Exceptions: the discriminator's learning rate may change as optim may; it often follows optim and trainer.max_steps.
-FREE = tuple(f"adversary.{key}" for key in ("lr", "schedule", "warmup_steps", "max_steps", "min_lr", "cycles", "power"))
+# Of those, what may change as optim may: the discriminator's learning rate, often tied to optim and trainer.max_steps.
+FREE = (
+    *(f"adversary.{key}" for key in ("lr", "schedule", "warmup_steps", "max_steps", "min_lr", "cycles", "power")),
+    *("denoiser.gradient_checkpointing", "denoiser.dropout"),
+)
 
 # What reading damaged files raises, in addition to the documented errors: found by changing random bytes.
 DAMAGED = (

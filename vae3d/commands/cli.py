@@ -21,10 +21,11 @@ import hydra
 from omegaconf import DictConfig
 
 from vae3d.commands import launch
-from vae3d.config.diffusion import DiffusionConfig, SampleConfig, check_diffusion, check_sampling
-from vae3d.config.latents import EncodeConfig, check_encoding
-from vae3d.config.schema import CONF, CompareConfig, InferConfig, TrainConfig
-from vae3d.config.validate import check_comparison, check_inference, check_training
+from vae3d.commands.check import check_training
+from vae3d.config.diffusion import check_diffusion, check_sampling
+from vae3d.config.latents import check_encoding
+from vae3d.config.schema import CONF
+from vae3d.config.validate import check_comparison, check_inference
 
 
 class HydraCommand(NamedTuple):
@@ -38,7 +39,6 @@ class HydraCommand(NamedTuple):
     summary: str
     module: str
     config_name: str
-    schema: type
     check: Callable[[DictConfig], Any]
     metric: str | None = None
     path_node: str | None = None
@@ -53,23 +53,18 @@ class ArgparseCommand(NamedTuple):
 
 COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
     "train": HydraCommand(
-        "Train a video autoencoder", "vae3d.commands.train", "train", TrainConfig, check_training, metric="val/psnr"
+        "Train a video autoencoder", "vae3d.commands.train", "train", check_training, metric="val/psnr"
     ),
-    "infer": HydraCommand(
-        "Reconstruct videos and images", "vae3d.commands.infer", "infer", InferConfig, check_inference
-    ),
+    "infer": HydraCommand("Reconstruct videos and images", "vae3d.commands.infer", "infer", check_inference),
     "compare": HydraCommand(
         "Compare a distilled student with its teacher",
         "vae3d.commands.compare",
         "compare",
-        CompareConfig,
         check_comparison,
         path_node="teacher",  # Hydra would look for teacher=PATH in conf/teacher
     ),
     "eval": ArgparseCommand("Score reconstructed videos against their originals", "vae3d.commands.eval"),
-    "encode": HydraCommand(
-        "Encode a data set into a latent cache", "vae3d.commands.encode", "latents", EncodeConfig, check_encoding
-    ),
+    "encode": HydraCommand("Encode a data set into a latent cache", "vae3d.commands.encode", "latents", check_encoding),
     "latent-stats": ArgparseCommand(
         "Print the statistics of a latent cache; write its scale into an export", "vae3d.commands.latent_stats"
     ),
@@ -81,12 +76,11 @@ COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
         "Train a diffusion model on latents",
         "vae3d.commands.train_diffusion",
         "diffusion",
-        DiffusionConfig,
         check_diffusion,
         metric="val/loss",
     ),
     "sample": HydraCommand(
-        "Draw samples from a latent diffusion model", "vae3d.commands.sample", "sample", SampleConfig, check_sampling
+        "Draw samples from a latent diffusion model", "vae3d.commands.sample", "sample", check_sampling
     ),
     "check-data": ArgparseCommand("Find the files of a data set that cannot be read", "vae3d.data.check"),
     "convert": ArgparseCommand("Convert a checkpoint to the layout of another program", "vae3d.commands.convert"),
@@ -137,7 +131,7 @@ def run_with_hydra(command: HydraCommand, program: list[str], arguments: Sequenc
     job.__module__ = command.module  # Hydra names the job after it
     if node := command.path_node:
         arguments = [re.sub(rf"^{node}=", f"{node}.path=", argument) for argument in arguments]
-    sys.argv[1:] = launch.read_arguments(arguments, command.schema)
+    sys.argv[1:] = launch.read_arguments(arguments)
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=command.config_name)(job)()
 
 

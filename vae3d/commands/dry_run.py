@@ -1,9 +1,9 @@
-"""The part of vae3d.config.validate that needs the model: built on the meta device, without memory or weights."""
+"""Errors of a configuration that need the model, built on the meta device without memory or weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.errors import InstantiationException
@@ -15,6 +15,7 @@ from vae3d.checkpoints.export import to_layout
 from vae3d.checkpoints.formats import CheckpointError, read_checkpoint
 from vae3d.commands import train
 from vae3d.commands.summary import frame_counts
+from vae3d.config.issues import NO_VALUE, ConfigIssue
 from vae3d.errors import UserError
 from vae3d.inference import scale
 from vae3d.losses.distillation import FeatureDistillation
@@ -35,77 +36,96 @@ if TYPE_CHECKING:
     from vae3d.config.schema import TrainConfig
 
 
-def errors(config: TrainConfig) -> list[str]:
+def issues(config: TrainConfig) -> list[ConfigIssue]:
     """What does not fit between model, stage, losses and data."""
-    found = list(_metric_errors(config))
-    try:
-        with torch.device("meta"):
-            model = loading.instantiate(config.model)
-            objective = train.objective(config.loss)
-    except (InstantiationException, ValueError) as error:
-        return [*dict.fromkeys(found), f"model or loss cannot be built: {_cause(error)}"]
-    found += [*_size_errors(config, model), *_init_errors(config, model), *_layout_errors(config, model)]
+    found = list(_metric_issues(config))
+    with torch.device("meta"):
+        model = _built("model", config.model, loading.instantiate, found)
+        objective = _built("loss", config.loss, train.objective, found)
+    if model is None or objective is None:
+        return _distinct(found)
+    found += [*_size_issues(config, model), *_init_issues(config, model), *_layout_issues(config, model)]
     try:
         train_parts(model, config.stage.train)
     except PartError as error:
-        return [*found, f"stage.train: {error}"]
+        return [*found, ConfigIssue("stage.train", NO_VALUE, str(error))]
     found += _frozen_random(config, model)
-    found += _weight_errors(config, objective)
+    found += _weight_issues(objective)
     if found:
-        return list(dict.fromkeys(found))  # several terms and metrics may miss the same file
+        return _distinct(found)
     try:
         distillation = train.distillation(config, teacher_on_meta(config), model)
-        adversary = loading.instantiate(config.adversary)
-    except InstantiationException as error:
-        return [f"adversary cannot be built: {_cause(error)}"]
     except UserError as error:
-        return [str(error)]
-    found = [*_unread_features(distillation, objective), *_frame_errors(config, model, distillation)]
-    return found or list(_step_errors(config, model, objective, adversary, distillation))
+        found.append(ConfigIssue("teacher", NO_VALUE, str(error)))
+    adversary = _built("adversary", config.adversary, loading.instantiate, found)
+    if found:
+        return found
+    found = [*_unread_features(distillation, objective), *_frame_issues(config, model, distillation)]
+    return found or list(_step_issues(config, model, objective, adversary, distillation))
 
 
-def _metric_errors(config: TrainConfig) -> Iterator[str]:
-    """Metrics of the validation that do not exist, cannot score such clips, or miss their weights; and a best score
+def _built(key: str, node: Any, build: Callable[[Any], Any], found: list[ConfigIssue]) -> Any:
+    """build(node), or None and an issue in `found`."""
+    try:
+        return build(node)
+    except (InstantiationException, ValueError) as error:
+        found.append(ConfigIssue(key, NO_VALUE, f"cannot be built: {cause(error)}"))
+        return None
+
+
+def _distinct(found: list[ConfigIssue]) -> list[ConfigIssue]:
+    """Several terms and metrics may lack the same file."""
+    return list({str(issue): issue for issue in found}.values())
+
+
+def _metric_issues(config: TrainConfig) -> Iterator[ConfigIssue]:
+    """Metrics of the validation that do not exist, cannot score such clips, or lack their weights; and a best score
     that they do not give."""
     size, frames = min(config.data.height, config.data.width), config.validation.frames
     known = []
-    for key in ("metrics", "slow_metrics"):
+    for name in ("metrics", "slow_metrics"):
+        key, given = f"validation.{name}", getattr(config.validation, name)
         try:
-            names = resolve(getattr(config.validation, key))
+            metrics = resolve(given)
         except MetricError as error:
-            yield f"validation.{key}: {error}"
+            yield ConfigIssue(key, given, str(error))
             return
-        for name in names if config.validation.every else []:
-            kind = METRICS[name].kind
+        for metric in metrics if config.validation.every else []:
+            kind = METRICS[metric].kind
             if size < kind.min_size:
-                yield f"validation.{key}: {name} needs at least {kind.min_size} pixels; data has {size}"
+                yield ConfigIssue(key, given, f"{metric} needs at least {kind.min_size} pixels; data has {size}")
             elif frames < kind.min_frames:
-                yield f"validation.{key}: {name} needs validation.frames of at least {kind.min_frames}"
+                yield ConfigIssue(key, given, f"{metric} needs validation.frames of at least {kind.min_frames}")
             else:
-                yield from find_files([name])[1].get(name, ())
-        known += names
+                missing = find_files([metric])[1].get(metric, ())
+                yield from (ConfigIssue(key, given, str(reason)) for reason in missing)
+        known += metrics
     best, columns = config.trainer.best, columns_of(known)
     if best is not None and columns.get(best) is None:
         ranked = ", ".join(column for column, better in columns.items() if better is not None)
-        yield (
-            f"trainer.best={best} is no score that can be ranked of validation.metrics and validation.slow_metrics; "
-            f"use one of {ranked or 'none, for there are no metrics'}, or name its metric there"
+        yield ConfigIssue(
+            "trainer.best",
+            best,
+            "is not a score of validation.metrics or validation.slow_metrics that can be ranked",
+            f"use one of {ranked}, or add its metric there" if ranked else "add its metric there",
         )
 
 
-def _layout_errors(config: TrainConfig, model: nn.Module) -> Iterator[str]:
+def _layout_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]:
     """What cannot be compiled or written of this model."""
+    publish = config.trainer.publish
     if config.trainer.compile and not blocks_of(model):
-        yield f"trainer.compile=true: a {type(model).__name__} has no blocks that are known; use false"
-    if config.trainer.publish.final_model and not isinstance(model, TAEHV):
-        yield "trainer.publish.final_model is of TAEHV alone; use trainer.publish.prefix, or the export"
-    if config.trainer.publish.measure_scale and (why := scale.unscalable_reason(model)):
-        yield f"trainer.publish.measure_scale={config.trainer.publish.measure_scale}: {why}; use 0"
-    if config.trainer.publish.prefix is not None:
+        yield ConfigIssue("trainer.compile", True, f"a {type(model).__name__} has no blocks to compile", "use false")
+    if publish.final_model and not isinstance(model, TAEHV):
+        hint = "use trainer.publish.prefix, or the export"
+        yield ConfigIssue("trainer.publish.final_model", True, "is for TAEHV only", hint)
+    if publish.measure_scale and (why := scale.unscalable_reason(model)):
+        yield ConfigIssue("trainer.publish.measure_scale", publish.measure_scale, why, "use 0")
+    if publish.prefix is not None:
         try:
-            to_layout(model.state_dict(), config.trainer.publish.layout)
+            to_layout(model.state_dict(), publish.layout)
         except CheckpointError as error:
-            yield f"trainer.publish.layout: {error}"
+            yield ConfigIssue("trainer.publish.layout", publish.layout, str(error))
 
 
 def meta_clip(frames: int, height: int, width: int) -> Clip:
@@ -113,16 +133,18 @@ def meta_clip(frames: int, height: int, width: int) -> Clip:
     return Clip(video, torch.full((1,), -1), [""])
 
 
-def _size_errors(config: TrainConfig, model: nn.Module) -> Iterator[str]:
+def _size_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]:
     stride = model.spec.space_stride
     for side in ("height", "width"):
         size = getattr(config.data, side)
         if size % stride:
             near = " or ".join(str(s) for s in (size // stride * stride, -(-size // stride) * stride) if s)
-            yield f"data.{side}={size} is not a multiple of the model's stride {stride}; use {near}"
+            message = f"is not a multiple of the model's stride {stride}"
+            yield ConfigIssue(f"data.{side}", size, message, f"use {near}")
     for count in frame_counts(config.data).all():
         if not model.frames_valid(count):
-            yield f"data.frames: the model does not take {count} frames{_nearest(count, model.frames_valid)}"
+            message, hint = f"the model does not take {count} frames", _nearest(count, model.frames_valid)
+            yield ConfigIssue("data.frames", NO_VALUE, message, hint)
             return
 
 
@@ -134,7 +156,7 @@ def teacher_on_meta(config: TrainConfig) -> nn.Module | None:
         return loading.build_from_checkpoint(read_checkpoint(config.teacher.path))
 
 
-def _frame_errors(config: TrainConfig, model: nn.Module, distillation: Distillation | None) -> Iterator[str]:
+def _frame_issues(config: TrainConfig, model: nn.Module, distillation: Distillation | None) -> Iterator[ConfigIssue]:
     """Frame counts that the teacher would extend, and latents that do not come in the same shape."""
     if distillation is None:
         return
@@ -147,40 +169,44 @@ def _frame_errors(config: TrainConfig, model: nn.Module, distillation: Distillat
     for count in frame_counts(data).all():
         if not fits(count):
             shapes = [_shape(network.latent_shape(count, *size)) for network in (teacher, model)]
-            yield (
-                f"data.frames: teacher and model do not both take {count} frames of {size[0]}x{size[1]} whole, to "
-                f"latents of one shape (teacher {shapes[0]}, model {shapes[1]}){_nearest(count, fits)}"
+            message = (
+                f"teacher and model do not both take {count} frames of {size[0]}x{size[1]} whole, to latents of one "
+                f"shape (teacher {shapes[0]}, model {shapes[1]})"
             )
+            yield ConfigIssue("data.frames", NO_VALUE, message, _nearest(count, fits))
             return
 
 
-def _unread_features(distillation: Distillation | None, objective: Objective) -> Iterator[str]:
+def _unread_features(distillation: Distillation | None, objective: Objective) -> Iterator[ConfigIssue]:
     """Features that no loss term reads: their projections would get no gradient."""
     weights = [t.weight for t in objective.terms.values() if isinstance(t.term, FeatureDistillation)]
     if distillation is not None and distillation.features and not any(weights):
-        yield "teacher.features: no loss term reads them; set loss.terms.features.weight, or leave them out"
+        hint = "set loss.terms.features.weight, or leave them out"
+        yield ConfigIssue("teacher.features", NO_VALUE, "no loss term reads them", hint)
 
 
 def _nearest(count: int, fits: Callable[[int], bool]) -> str:
-    """The four frame counts nearest to `count` that fit, to end a message with."""
+    """A hint at the four frame counts nearest to `count` that fit."""
     near = nearest_frames(count, fits)
-    return f"; nearest are {', '.join(map(str, near))}" if near else ""
+    return f"nearest are {', '.join(map(str, near))}" if near else ""
 
 
 def _shape(latents: tuple[int, ...]) -> str:
     return "x".join(map(str, latents))
 
 
-def _init_errors(config: TrainConfig, model: nn.Module) -> Iterator[str]:
+def _init_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]:
     init = config.stage.init_from
     names = {name for name, _ in model.named_modules() if name}
     for name in init if isinstance(init, dict) else []:
         if name not in names:
             children = ", ".join(dict(model.named_children()))
-            yield f"stage.init_from.{name}: the model has no such submodule; it has {children}"
+            yield ConfigIssue(
+                f"stage.init_from.{name}", NO_VALUE, "the model has no such submodule", f"it has {children}"
+            )
 
 
-def _frozen_random(config: TrainConfig, model: nn.Module) -> list[str]:
+def _frozen_random(config: TrainConfig, model: nn.Module) -> list[ConfigIssue]:
     """A frozen part with random weights would stay random."""
     init = config.stage.init_from
     given = [f"{name}." for name, path in init.items() if path != "random"] if isinstance(init, dict) else []
@@ -190,17 +216,18 @@ def _frozen_random(config: TrainConfig, model: nn.Module) -> list[str]:
     frozen = _parts_with(model, lambda p: not p.requires_grad and id(p) not in covered)
     if not frozen:
         return []
-    return [f"stage {config.stage.name} freezes {', '.join(frozen)} with random weights; set stage.init_from"]
+    message = f"stage {config.stage.name} freezes {', '.join(frozen)} with random weights"
+    return [ConfigIssue("stage.init_from", init, message, "set it to a checkpoint")]
 
 
-def _weight_errors(config: TrainConfig, objective: Objective) -> Iterator[str]:
-    """Pretrained networks that loss terms measure with, and that are not here."""
-    needed = [t.term.find_weights for t in objective.terms.values() if hasattr(t.term, "find_weights")]
-    for find in needed:
-        try:
-            find()
-        except WeightsMissing as error:
-            yield str(error)
+def _weight_issues(objective: Objective) -> Iterator[ConfigIssue]:
+    """Pretrained networks of loss terms that are not on this machine."""
+    for weighted in objective.terms.values():
+        if hasattr(weighted.term, "find_weights"):
+            try:
+                weighted.term.find_weights()
+            except WeightsMissing as error:
+                yield ConfigIssue("loss.terms", NO_VALUE, str(error))
 
 
 def _parts_with(model: nn.Module, holds: Callable[[nn.Parameter], bool]) -> list[str]:
@@ -212,13 +239,13 @@ def _parts_with(model: nn.Module, holds: Callable[[nn.Parameter], bool]) -> list
     ]
 
 
-def _step_errors(
+def _step_issues(
     config: TrainConfig,
     model: nn.Module,
     objective: Objective,
     adversary: Adversary,
     distillation: Distillation | None,
-) -> Iterator[str]:
+) -> Iterator[ConfigIssue]:
     """Forward and backward on shapes alone: do the terms apply, and does every trained part get a gradient?"""
     adversary.load(model, torch.device("meta"), config.run.seed, rank=0)
     counts = frame_counts(config.data).all()
@@ -228,22 +255,21 @@ def _step_errors(
             out, clip = _forward(model, clip, objective, distillation)
             loss, _ = objective(clip, out, ALL_ON)
         except (ValueError, RuntimeError, TeacherError) as error:
-            yield f"loss: a clip of {frames} frames of {config.data.height}x{config.data.width} fails: {error}"
+            size = f"{config.data.height}x{config.data.width}"
+            yield ConfigIssue("loss", NO_VALUE, f"a clip of {frames} frames of {size} fails: {error}")
             return
         try:
             adversary.generator_loss(clip, out, loss, step=ALL_ON)
         except (ValueError, RuntimeError) as error:
-            yield f"adversary: a clip of {frames} frames fails: {error}"
+            yield ConfigIssue("adversary", NO_VALUE, f"a clip of {frames} frames fails: {error}")
             return
         model.zero_grad()
         if loss.requires_grad:
             loss.backward()
         if params_without_grad(model):
             parts = _parts_with(model, lambda p: p.requires_grad and p.grad is None)
-            yield (
-                f"stage.train: no loss term reaches {', '.join(parts)} on clips of {frames} frames; "
-                "freeze it, or choose a loss that reads it"
-            )
+            message = f"no loss term reaches {', '.join(parts)} on clips of {frames} frames"
+            yield ConfigIssue("stage.train", NO_VALUE, message, "freeze it, or choose a loss that reads it")
             return
 
 
@@ -259,7 +285,7 @@ def _forward(
     return attach_decoder(out, model), clip
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}"

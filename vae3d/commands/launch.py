@@ -5,7 +5,6 @@ Imports no torch.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import logging
@@ -15,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
@@ -27,12 +25,11 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from vae3d.arguments import describe
-from vae3d.config.schema import CONF, Launcher
-from vae3d.config.validate import ConfigError
+from vae3d.config.issues import ConfigError
+from vae3d.config.overrides import is_group, override_issues
+from vae3d.config.schema import Launcher
 from vae3d.errors import UserError
 from vae3d.io import check_run_folder, naming, open_nofollow, write_text
 
@@ -93,79 +90,44 @@ class RunLogFile(logging.FileHandler):
             tqdm.write(f"{self.baseFilename} is incomplete: {error.strerror}", file=sys.stderr)
 
 
-def read_arguments(arguments: Sequence[str], schema: type) -> list[str]:
-    """allow_unknown_keys(); values that do not have their key's type in `schema` end the process with one message that
-    lists them, and exit status 2. Hydra would stop at the first one, and name its own classes."""
-    overrides = allow_unknown_keys(arguments, schema)
-    if wrong := [error for override in overrides if (error := type_error(override, schema))]:
-        print_error(ConfigError(wrong))
+def read_arguments(arguments: Sequence[str]) -> list[str]:
+    """allow_unknown_keys(); overrides that Hydra would refuse end the process with one message and exit
+    status 2."""
+    overrides = allow_unknown_keys(arguments)
+    if issues := override_issues(overrides):
+        print_error(ConfigError(issues))
         sys.exit(2)
     return overrides
 
 
-def type_error(override: str, schema: type) -> str | None:
-    """Why a value of an override does not have the type of its key; None if it has, or for a group, a sweep and a key
-    that is not in `schema`."""
-    name = override.lstrip("+").partition("=")[0]
-    kind = _type_of(name, schema)
-    if kind is None or dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict:
-        return None
-    try:
-        parsed = OverridesParser.create().parse_override(override)
-        if parsed.is_sweep_override():
-            return None
-        value = parsed.value()
-        one = dataclasses.make_dataclass("One", [("value", kind, dataclasses.field(default_factory=lambda: value))])
-        OmegaConf.structured(one)
-    except OmegaConfBaseException:
-        return f"{name}={parsed.get_value_string()} is not {describe(kind)}"
-    except HydraException:  # not an override: Hydra says so
-        return None
-    return None
-
-
-def allow_unknown_keys(arguments: Sequence[str], schema: type | None = None) -> list[str]:
+def allow_unknown_keys(arguments: Sequence[str]) -> list[str]:
     """Command-line overrides as Hydra takes them.
 
-    Plain `key=value` overrides get `++` in front: Hydra stops at the first unknown key; so all reach vae3d.config.validate, which
-    lists every error at once. Values that Hydra's grammar does not know, such as paths with `=`,
-    brackets or letters beyond ASCII, are quoted, and `~/` is the home folder. One value for a key that is a list in
-    `schema` becomes a list of it.
+    Plain `key=value` overrides get `++` in front: Hydra would stop at the first unknown key, and vae3d.config lists
+    all. Values that Hydra's grammar does not accept, such as paths with `=`, brackets or letters beyond ASCII, are
+    quoted, and `~/` is the home folder.
     """
-    return [_override(a, schema) if "=" in a and a[0] not in "-~" else a for a in arguments]
+    return [_override(a) if "=" in a and a[0] not in "-~" else a for a in arguments]
 
 
-def _override(argument: str, schema: type | None) -> str:
+def _override(argument: str) -> str:
     key, _, value = argument.partition("=")
     name = key.lstrip("+")
-    if not name[:1].isalpha() or (CONF / name).is_dir() or "@" in name or "/" in name:
-        return argument  # a group
+    if not name[:1].isalpha() or is_group(name):
+        return argument
     if value == "~" or value.startswith("~/"):
         value = os.path.expanduser(value)
-    is_list = schema is not None and typing.get_origin(_type_of(name, schema)) is list
     try:
-        parsed = OverridesParser.create().parse_override(f"{name}={value}").value()
+        OverridesParser.create().parse_override(f"{name}={value}")
     except HydraException:
         if value[:1] + value[-1:] not in ("[]", "{}"):  # of which Hydra says what is wrong
-            value = parsed = quoted(value)
-    if is_list and isinstance(parsed, (str, int, float)):
-        value = f"[{value}]"
+            value = quoted(value)
     return f"{'' if key != name or name.startswith('hydra.') else '++'}{key}={value}"
 
 
 def quoted(text: str) -> str:
     """Text as a value of a Hydra override, whatever is in it."""
     return QuotedString(text, Quote.single).with_quotes()
-
-
-def _type_of(key: str, schema: Any) -> Any:
-    """The type of a dotted key in a tree of dataclasses; None if it has no such key."""
-    for name in key.split("."):
-        if typing.get_origin(schema) is dict:
-            schema = typing.get_args(schema)[1]
-        else:
-            schema = typing.get_type_hints(schema).get(name) if dataclasses.is_dataclass(schema) else None
-    return schema
 
 
 def run_directory() -> Path:
@@ -196,7 +158,7 @@ class FolderCheck(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         try:
-            Path(config.run.root).mkdir(parents=True, exist_ok=True)
+            Path(str(config.run.root)).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             print(f"error: run.root={config.run.root}: cannot be created: {error.strerror}", file=sys.stderr)
             sys.exit(2)

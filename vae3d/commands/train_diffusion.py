@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
+from hydra.errors import InstantiationException
 from torch import nn
 
 from vae3d.checkpoints.location import EXPORT_CONFIG, find_weights, split_part
+from vae3d.commands.dry_run import cause
 from vae3d.commands.summary import batch_summary, frame_counts, millions
 from vae3d.commands.train import clip_settings, plan_of
-from vae3d.config.validate import ConfigError
+from vae3d.config.issues import NO_VALUE, ConfigIssue, raise_if_any
 from vae3d.data.batch_schedule import ClipIndex, FrameCounts
 from vae3d.data.clips import ClipDataset
 from vae3d.data.fingerprint import fingerprint_of, fingerprint_of_cache
 from vae3d.data.loader import check_files_exist, clip_lengths, read_tables, validation_clips
 from vae3d.diffusion.base import Sampling
-from vae3d.diffusion.build import build_network, build_process, network_config, process_config
+from vae3d.diffusion.build import NETWORKS, PROCESSES, network_config
 from vae3d.diffusion.data import (
     CachedLatents,
     LabelledClips,
@@ -33,6 +35,7 @@ from vae3d.diffusion.data import (
     split_cache,
     val_batches,
 )
+from vae3d.diffusion.unet import LatentUNet
 from vae3d.distributed import check_ranks_agree, init_training
 from vae3d.inference.scale import unscalable_reason
 from vae3d.latents.cache import NO_LABEL, LatentCache, class_names
@@ -40,6 +43,7 @@ from vae3d.latents.clips import labels_of
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import vae_metadata
 from vae3d.loading import instantiate, open_codec
+from vae3d.models.registry import TARGET, is_known, target_of
 from vae3d.training.checkpointer import check_may_start
 from vae3d.training.diffusion_trainer import DiffusionTrainer
 
@@ -61,10 +65,15 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     check_ranks_agree(data.fingerprint.digests())
     config, process = complete(config, data)
     torch.manual_seed(config.run.seed)
-    network = _network(config, data)
+    network = _network(config)
     if accelerator.is_main_process:
         for line in summary(config, network, data, accelerator.num_processes):
             log.info(line)
+        for node, classes in ((config.denoiser, NETWORKS), (config.process, PROCESSES)):
+            if not is_known(node, classes):
+                log.warning(
+                    "%s is not in vae3d/diffusion/build.py: the exports of this run cannot be opened", node[TARGET]
+                )
     vae = {"path": os.path.abspath(config.vae.path), **vae_metadata(codec, config.vae.path)}
     logger, hint = instantiate(config.logger), scale_hint(config, data)
     trainer = DiffusionTrainer(config, folder, accelerator, network, process, data, vae, logger, hint)
@@ -80,7 +89,7 @@ def describe(config: DiffusionConfig) -> None:
     codec = _codec(config, torch.device("cpu"))
     data = latent_data(config, codec, 0, int(os.environ.get("WORLD_SIZE", 1)))
     config, _ = complete(config, data)
-    for line in summary(config, _network(config, data), data, data.schedule.world_size):
+    for line in summary(config, _network(config), data, data.schedule.world_size):
         log.info(line)
 
 
@@ -173,50 +182,57 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
 
 
 def complete(config: DiffusionConfig, data: LatentData) -> tuple[DiffusionConfig, Process]:
-    """The configuration with every setting of network and process, which data and autoencoder decide with it; and the
-    process. Raises ConfigError naming what is wrong with both."""
-    errors: list[str] = []
+    """The configuration with the settings of the denoiser that follow from data, autoencoder and process; and the
+    process. Raises ConfigError with every error of both."""
+    issues: list[ConfigIssue] = []
     process, network = None, dict(config.denoiser)
     try:
-        process = build_process(config.process)
-        process.sampler(Sampling(config.validation.steps, config.validation.method, shift=config.validation.shift))
-        if network.setdefault("learned_sigma", process.learned_sigma) != process.learned_sigma:
-            errors.append(f"denoiser.learned_sigma={network['learned_sigma']} is not what process does; leave it out")
-    except ValueError as error:
-        errors.append(f"process, or validation: {error}")
-    if data.classes:
-        network["num_classes"] = network.get("num_classes") or len(data.classes)
-        if network["num_classes"] < len(data.classes):
-            errors.append(f"denoiser.num_classes={network['num_classes']}, but the data have {len(data.classes)}")
-    elif network.get("num_classes"):
-        errors.append(
-            f"denoiser.num_classes={network['num_classes']}, but labels=none gives none; set labels=auto, column or "
-            "folder, or leave num_classes out"
-        )
-    if data.latent_shape[1] > max(data.trained):
-        errors.append(
-            f"validation.frames={config.validation.frames} gives {data.latent_shape[1]} latent frames, and training "
-            f"has {max(data.trained)} at most; use validation.frames={config.data.frames.max}, for samples, too"
-        )
-    elif network["kind"] == "unet" and max(*data.trained, data.latent_shape[1]) > 1:
-        errors.append(
-            f"denoiser.kind=unet is for images, and these latents have {max(*data.trained, data.latent_shape[1])} "
-            "frames; use denoiser=video_transformer, or data.frames.min=1 data.frames.max=1 validation.frames=1"
-        )
+        process = instantiate(config.process)
+    except InstantiationException as error:
+        issues.append(ConfigIssue("process", NO_VALUE, f"cannot be built: {cause(error)}"))
+    else:
+        try:
+            process.sampler(Sampling(config.validation.steps, config.validation.method, shift=config.validation.shift))
+        except ValueError as error:
+            issues.append(ConfigIssue("validation", NO_VALUE, f"does not fit the process: {error}"))
+        if network.get("learned_sigma") not in (None, process.learned_sigma):
+            message = f"the process has learned_sigma={process.learned_sigma}"
+            issues.append(ConfigIssue("denoiser.learned_sigma", network["learned_sigma"], message, "use null"))
+        network["learned_sigma"] = process.learned_sigma
+    classes = len(data.classes)
+    if network.get("num_classes") and not classes:
+        hint = "set labels=auto, column or folder, or use null"
+        issues.append(ConfigIssue("denoiser.num_classes", network["num_classes"], "labels=none gives none", hint))
+    elif (network.get("num_classes") or classes) < classes:
+        message = f"the data have {classes}"
+        issues.append(ConfigIssue("denoiser.num_classes", network["num_classes"], message, "use null"))
+    network["num_classes"] = network.get("num_classes") or classes
+    sampled, trained = data.latent_shape[1], max(data.trained)
+    if sampled > trained:
+        message = f"gives {sampled} latent frames, and training has at most {trained}"
+        hint = f"use {config.data.frames.max}, for samples, too"
+        issues.append(ConfigIssue("validation.frames", config.validation.frames, message, hint))
+    elif network[TARGET] == target_of(LatentUNet) and trained > 1:
+        hint = "use denoiser=video_transformer, or data.frames.min=1 data.frames.max=1 validation.frames=1"
+        message = f"the UNet is for images, and these latents have {trained} frames"
+        issues.append(ConfigIssue("denoiser", NO_VALUE, message, hint))
     try:
         network = network_config(network, data.latent_shape)
+        with torch.device("meta"):
+            instantiate(network)
+    except InstantiationException as error:
+        issues.append(ConfigIssue("denoiser", NO_VALUE, f"cannot be built: {cause(error)}"))
     except ValueError as error:
-        errors.append(f"denoiser: {error}")
-    if errors:
-        raise ConfigError(errors)
-    return replace(config, denoiser=network, process=process_config(process)), process
+        issues.append(ConfigIssue("denoiser", NO_VALUE, str(error)))
+    raise_if_any(issues)
+    return replace(config, denoiser=network), process
 
 
-def _network(config: DiffusionConfig, data: LatentData) -> nn.Module:
-    try:
-        return build_network(config.denoiser, data.latent_shape)
-    except ValueError as error:
-        raise ConfigError([f"denoiser: {error}"]) from error
+def _network(config: DiffusionConfig) -> nn.Module:
+    """The network that `complete` has checked, with random weights."""
+    network = instantiate(config.denoiser)
+    network.config = config.denoiser
+    return network
 
 
 def summary(config: DiffusionConfig, network: nn.Module, data: LatentData, world_size: int) -> list[str]:
@@ -230,8 +246,9 @@ def summary(config: DiffusionConfig, network: nn.Module, data: LatentData, world
         f"  {frames} frames of {height}x{width} -> latent {'x'.join(map(str, data.latent_shape))}",
         *(f"  {note}" for note in data.notes),
         f"{type(network).__name__}: {millions(network.parameters())} parameters, {classes}",
-        "  " + ", ".join(f"{name}={value}" for name, value in config.denoiser.items()),
-        "process: " + ", ".join(f"{name}={value}" for name, value in config.process.items()),
+        "  " + ", ".join(f"{name}={value}" for name, value in config.denoiser.items() if name != TARGET),
+        f"{config.process[TARGET].rpartition('.')[2]}: "
+        + ", ".join(f"{name}={value}" for name, value in config.process.items() if name != TARGET),
         f"{batch_summary(batch, world_size, trainer.accumulate)}; "
         f"{trainer.max_steps} steps ({trainer.max_steps * batch / len(data.schedule.lengths):.3g} epochs) at "
         f"learning rate {config.optim.lr:g}, {trainer.precision}",

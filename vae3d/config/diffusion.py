@@ -2,229 +2,197 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
 
-from vae3d.config.ranges import CHOICES, RANGES
-from vae3d.config.schema import Data, Debug, Launcher, Optim, Run
-from vae3d.config.validate import ConfigError, path_errors, resume_errors, typed
+from vae3d.config.check import Rule, check, resume_issues
+from vae3d.config.fields import STRICT, Float, Int, Interval, Precision, Rates, Strings, as_list
+from vae3d.config.issues import MISSING
+from vae3d.config.schema import Data, Debug, Launcher, Optim, Run, register
+from vae3d.config.validate import DECAY_RULE, FRAMES_RULE, SIZE_RULE, batch_issues, source_paths
+
+Method = Literal["ddpm", "ddim", "euler"]
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Vae:
     """The frozen autoencoder whose latents are learned."""
 
-    path: str = MISSING  # as vae3d.load takes it
-    precision: str = "fp32"  # fp32, bf16, fp16: autocast over fp32 weights
-    chunk_frames: int | None = None  # coded at once; null: what the model's stream takes
-    sample: bool = True  # draw latents from the posterior, anew in every epoch; false: take its mean
+    path: str = Field(MISSING, description="Checkpoint, as `vae3d.load` takes it.")
+    precision: Precision = Field("fp32", description="Autocast over fp32 weights.")
+    chunk_frames: Int | None = Field(
+        None, ge=1, description="Frames encoded at once. null: as many as the model's stream takes."
+    )
+    sample: bool = Field(True, description="Sample latents from the posterior, in every epoch anew. false: its mean.")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Averages:
-    """Exponential moving averages of the weights: of the first rate are validation, samples and exports, which keep
-    those of the others beside."""
+    """Exponential moving averages of the weights. Validation, samples and exports use the first rate; exports also keep
+    the others."""
 
-    rates: list[float] = field(default_factory=lambda: [0.9999])
-    warmup: bool = True
-    every: int = 1
-    device: str = "model"  # where they lie: model (beside the weights), cpu (pinned host memory)
+    rates: Rates = Field(default_factory=lambda: [0.9999], description="Decays.")
+    warmup: bool = Field(True, description="Limit the decays to (1 + step) / (10 + step).")
+    every: Int = Field(1, ge=1, description="Steps between updates.")
+    device: Literal["model", "cpu"] = Field(
+        "model", description="model: on the weights' device; cpu: in pinned host memory."
+    )
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Training:
-    max_steps: int = 100_000
-    accumulate: int = 1  # micro-batches per optimizer step
-    precision: str = "bf16"  # bf16, fp32: autocast over fp32 weights
-    ema: Averages = field(default_factory=Averages)
-    max_consecutive_skips: int = 10  # steps in a row that are skipped before the run stops
-    scale_samples: int = 1000  # training latents whose mean and deviation are measured before the first step
-    log_every: int = 10
-    save_every: int = 1000
-    save_failures: int = 3  # checkpoints in a row that cannot be written before the run stops
-    keep: int = 3  # newest checkpoints and exports kept, two at least; 0 keeps all
+    """Steps, precision, checkpoints."""
+
+    max_steps: Int = Field(100_000, ge=1, description="Optimizer steps.")
+    accumulate: Int = Field(1, ge=1, description="Micro-batches per optimizer step.")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="Autocast over fp32 weights.")
+    ema: Averages = Field(default_factory=Averages)
+    max_consecutive_skips: Int = Field(
+        10, ge=0, description="Skipped steps in a row before the run stops. 0: no limit."
+    )
+    scale_samples: Int = Field(
+        1000,
+        ge=64,
+        description="Training latents whose mean and standard deviation are measured before the first step.",
+    )
+    log_every: Int = Field(10, ge=1, description="Steps between log lines.")
+    save_every: Int = Field(1000, ge=0, description="Steps between checkpoints. 0: none.")
+    save_failures: Int = Field(
+        3, ge=0, description="Checkpoints in a row that cannot be written before the run stops. 0: no limit."
+    )
+    keep: Int = Field(3, ge=0, description="Newest checkpoints and exports kept, at least two. 0: all.")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class DiffusionValidation:
-    every: int = 1000  # 0 turns validation off
-    clips: int = 64  # held-out latents whose loss is measured
-    draws: int = 8  # of time and noise for each, the same at every validation
-    frames: int | None = None  # of held-out clips and of samples; null: data.frames.max; of a cache: its own
-    samples: int = 16
-    steps: int = 50
-    method: str | None = None  # ddpm, ddim; euler of flow; null: the first of them
-    guidance: float = 1.0
-    shift: float = 1.0  # of flow's times: above 1 for more steps where there is much noise
+    """Loss of held-out latents, and samples."""
+
+    every: Int = Field(1000, ge=0, description="Steps between validations. 0: no validation.")
+    clips: Int = Field(64, ge=1, description="Held-out latents.")
+    draws: Int = Field(8, ge=1, description="Times and noises for each latent, the same in every validation.")
+    frames: Int | None = Field(
+        None, ge=1, description="Frames of held-out clips and of samples. null: data.frames.max. Not used for a cache."
+    )
+    samples: Int = Field(16, ge=1, description="Samples drawn.")
+    steps: Int = Field(50, ge=1, description="Steps of the sampler.")
+    method: Method | None = Field(
+        None, description="ddpm or ddim for Gaussian diffusion, euler for flow. null: the first."
+    )
+    guidance: Float = Field(1.0, ge=0, description="Scale of classifier-free guidance. 1: off.")
+    shift: Float = Field(1.0, gt=0, description="Of flow's times. Above 1: more steps at high noise.")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class DiffusionConfig:
-    """Train a diffusion model on the latents of an autoencoder, from a cache or encoded as they are needed."""
+    """Train a diffusion model on the latents of an autoencoder, from a cache or encoded batch by batch."""
 
-    run: Run = field(default_factory=Run)
-    vae: Vae = field(default_factory=Vae)
-    cache: str | None = None  # latents of scripts/encode_latents.py; null: encode the clips of `data`, batch by batch
-    labels: str = "none"  # column (`label`), folder (its name), auto: column or else folder; of a cache: its own
-    label_dropout: float = 0.1  # share of labels left out, for classifier-free guidance
-    data: Data = field(default_factory=Data)  # cache: batch_size, workers, prefetch, flip, num_val_files, overfit
-    denoiser: Any = MISSING  # kind, and settings of that network that are not its defaults: diffusion/build.py
-    process: Any = MISSING  # kind, and settings of that process
-    optim: Optim = field(default_factory=Optim)
-    trainer: Training = field(default_factory=Training)
-    validation: DiffusionValidation = field(default_factory=DiffusionValidation)
-    logger: Any = MISSING
-    launcher: Launcher = field(default_factory=Launcher)
-    debug: Debug = field(default_factory=Debug)
+    run: Run = Field(default_factory=Run)
+    vae: Vae = Field(default_factory=Vae)
+    cache: str | None = Field(
+        None, description="Latents of scripts/encode_latents.py. null: encode the clips of `data`, batch by batch."
+    )
+    labels: Literal["none", "auto", "column", "folder"] = Field(
+        "none",
+        description="Class of a clip: column (`label`) or folder (its name); auto: the column if there is one, "
+        "else the folder. A cache has its own.",
+    )
+    label_dropout: Float = Field(0.1, ge=0, lt=1, description="Share of labels left out, for classifier-free guidance.")
+    data: Data = Field(default_factory=Data)
+    denoiser: Any = Field(MISSING, description="The network, a `_target_` node.")
+    process: Any = Field(MISSING, description="How noise is added and removed, a `_target_` node.")
+    optim: Optim = Field(default_factory=Optim)
+    trainer: Training = Field(default_factory=Training)
+    validation: DiffusionValidation = Field(default_factory=DiffusionValidation)
+    logger: Any = Field(MISSING, description="Where metrics go, a `_target_` node.")
+    launcher: Launcher = Field(default_factory=Launcher)
+    debug: Debug = Field(default_factory=Debug)
 
 
-@dataclass
+@dataclass(config=STRICT)
 class SampleConfig:
-    """Draw samples of a latent diffusion model."""
+    """Draw samples from a latent diffusion model."""
 
-    checkpoint: str = MISSING  # a run, or one of its exports
-    out: str = MISSING  # folder
-    vae: str | None = None  # the autoencoder, if it is no longer where the run found it
-    ema: float | None = None  # rate of the averaged weights; null: the run's first
-    count: int = 16
-    classes: Any = field(default_factory=list)  # a name, or several, in turn; []: all classes in turn
-    seed: int = 0
-    num_frames: int | None = None  # null: as in the run's own samples
-    height: int | None = None
-    width: int | None = None
-    method: str | None = None  # ddpm, ddim; euler of flow; null: the first of them
-    steps: int = 50
-    guidance: float = 1.0
-    interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # noise levels with guidance
-    clip: float | None = None  # bound of predicted latents, in standard deviations
-    eta: float = 0.0  # noise of ddim
-    shift: float = 1.0  # of flow's times
-    write: list[str] = field(default_factory=lambda: ["grid", "files", "npz"])  # grid: of the first 100; npz: of images
-    overwrite: bool = False  # samples that `out` holds
-    against: str | None = None  # a cache of latents: how far the samples are from them, and a grid of theirs
-    fps: float = 8.0
-    batch_size: int = 16
-    precision: str = "fp32"  # fp32, bf16: autocast over fp32 weights, of network and autoencoder
-    device: str | None = None  # null: cuda if there is one
+    checkpoint: str = Field(MISSING, description="A run, or one of its exports.")
+    out: str = Field(MISSING, description="Folder to write.")
+    vae: str | None = Field(None, description="The autoencoder, if it is no longer where the run found it.")
+    ema: Float | None = Field(None, description="Decay of the averaged weights. null: the run's first.")
+    count: Int = Field(16, ge=1, description="Number of samples.")
+    classes: Strings = Field(default_factory=list, description="Class names, used in turn. []: all classes.")
+    seed: Int = Field(0, ge=0, description="Seed of the samples.")
+    num_frames: Int | None = Field(None, ge=1, description="null: as in the run's own samples.")
+    height: Int | None = Field(None, ge=1, description="null: as in the run's own samples.")
+    width: Int | None = Field(None, ge=1, description="null: as in the run's own samples.")
+    method: Method | None = Field(
+        None, description="ddpm or ddim for Gaussian diffusion, euler for flow. null: the first."
+    )
+    steps: Int = Field(50, ge=1, description="Steps of the sampler.")
+    guidance: Float = Field(1.0, ge=0, description="Scale of classifier-free guidance. 1: off.")
+    interval: Interval = Field(default_factory=lambda: [0.0, 1.0], description="Noise levels with guidance.")
+    clip: Float | None = Field(
+        None, gt=0, description="Bound of predicted latents, in standard deviations. null: none."
+    )
+    eta: Float = Field(0.0, ge=0, le=1, description="Noise of ddim. 0: none; 1: as much as ddpm.")
+    shift: Float = Field(1.0, gt=0, description="Of flow's times. Above 1: more steps at high noise.")
+    write: Annotated[list[Literal["grid", "files", "npz"]], BeforeValidator(as_list)] = Field(
+        default_factory=lambda: ["grid", "files", "npz"],
+        min_length=1,
+        description="grid: of the first 100; files: one per sample; npz: of images only.",
+    )
+    overwrite: bool = Field(False, description="Replace samples that `out` holds.")
+    against: str | None = Field(None, description="Cache of latents to compare the samples with.")
+    fps: Float = Field(8.0, gt=0, description="Frame rate of the written videos.")
+    batch_size: Int = Field(16, ge=1, description="Samples per forward pass.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Autocast over fp32 weights, of network and autoencoder."
+    )
+    device: str | None = Field(None, description="null: cuda if there is a GPU.")
 
 
-def _positive(value: Any) -> bool:
-    return value is None or value > 0
+def _is_node(value: Any) -> bool:
+    return isinstance(value, dict) and "_target_" in value
 
 
-def _share(value: float) -> bool:
-    return 0 <= value < 1
-
-
-TRAIN_CHOICES = {
-    **{key: CHOICES[key] for key in CHOICES if key.startswith(("data.", "optim.", "launcher."))},
-    "vae.precision": ("fp32", "bf16", "fp16"),
-    "labels": ("none", "auto", "column", "folder"),
-    "trainer.precision": ("bf16", "fp32"),
-    "trainer.ema.device": ("model", "cpu"),
-    "validation.method": (None, "ddpm", "ddim", "euler"),
-    "debug.mode": (None, "dry"),
-}
-SHARED = ("data.", "optim.", "launcher.", "run.", "trainer.max", "trainer.acc", "trainer.log", "trainer.save")
-TRAIN_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **{key: RANGES[key] for key in RANGES if key.startswith(SHARED)},
-    "vae.chunk_frames": (_positive, "at least 1, or null"),
-    "label_dropout": (_share, "a share, from 0 to less than 1"),
-    "trainer.keep": RANGES["trainer.keep"],
-    "trainer.ema.rates": (
-        lambda v: len(v) > 0 and all(0 < d < 1 for d in v) and len(set(v)) == len(v),
-        "one rate or more, between 0 and 1, each once",
-    ),
-    "trainer.ema.every": RANGES["trainer.ema.every"],
-    "trainer.max_consecutive_skips": RANGES["trainer.robust.max_consecutive_failures"],
-    "trainer.save_failures": RANGES["trainer.robust.save_failures"],
-    "trainer.scale_samples": (lambda v: v >= 64, "at least 64"),
-    "validation.every": RANGES["validation.every"],
-    **dict.fromkeys(
-        [f"validation.{name}" for name in ("clips", "draws", "samples", "steps")],
-        (lambda v: v >= 1, "at least 1"),
-    ),
-    "validation.frames": (_positive, "at least 1, or null"),
-    "validation.guidance": (lambda v: v >= 0, "0 or more"),
-    "validation.shift": (lambda v: v > 0, "positive"),
-}
-SAMPLE_CHOICES = {"method": TRAIN_CHOICES["validation.method"], "precision": ("fp32", "bf16")}
-SAMPLE_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("num_frames", "height", "width", "clip"), (_positive, "positive, or null")),
-    **dict.fromkeys(("count", "steps", "batch_size"), (lambda v: v >= 1, "at least 1")),
-    **dict.fromkeys(("fps", "shift"), (lambda v: v > 0, "positive")),
-    "guidance": (lambda v: v >= 0, "0 or more"),
-    "interval": (lambda v: len(v) == 2 and 0 <= v[0] <= v[1] <= 1, "two noise levels in [0, 1], ascending"),
-    "eta": (lambda v: 0 <= v <= 1, "0 (no noise) to 1 (as much as ddpm)"),
-    "write": (lambda v: v and set(v) <= {"grid", "files", "npz"}, "a list of grid, files, npz"),
-}
+# fmt: off
+TRAINING_RULES = [
+    FRAMES_RULE, DECAY_RULE, batch_issues, resume_issues,
+    Rule("denoiser", lambda c: not _is_node(c.denoiser), "has no `_target_`", "use a file of conf/denoiser"),
+    Rule("process", lambda c: not _is_node(c.process), "has no `_target_`", "use a file of conf/process"),
+    Rule("data.depth.mapping", lambda c: c.data.depth.mapping is not None, "depth maps have no latents", "use null"),
+    Rule("optim.proximal", lambda c: c.optim.proximal, "the network has no initial weights to stay near", "use 0"),
+    Rule("labels", lambda c: c.cache is not None and c.labels in ("column", "folder"),
+         "a cache has the labels it was encoded with", "use auto or none"),
+    Rule("validation.guidance", lambda c: c.validation.guidance != 1 and c.labels == "none",
+         "needs classes, and labels=none", "use 1, or set labels"),
+    Rule("validation.guidance",
+         lambda c: c.validation.guidance != 1 and c.labels != "none" and c.label_dropout == 0,
+         "needs a label_dropout above 0", "use 1, or set it"),
+]
+# fmt: on
 
 
 def check_diffusion(cfg: DictConfig) -> DiffusionConfig:
-    """The configuration as typed objects; raises ConfigError naming every error but those that only the autoencoder
-    and the data can tell."""
-    cached = OmegaConf.select(cfg, "cache") is not None
-    given = OmegaConf.select(cfg, "data.source.path", throw_on_missing=False)
-    if cached:
+    """The configuration as typed objects. Raises ConfigError with every error, except those of the autoencoder and the
+    data."""
+    rules = TRAINING_RULES
+    if (cache := OmegaConf.select(cfg, "cache")) is not None:
+        given = OmegaConf.select(cfg, "data.source.path", throw_on_missing=False)
         cfg = OmegaConf.merge(cfg, {"data": {"source": None}})
-    config, errors = typed(cfg, DiffusionConfig, TRAIN_CHOICES, TRAIN_RANGES)
-    if cached and given is not None:
-        errors.append(f"cache={config.cache} and data.source.path={given}: latents come from one of them")
-    errors += _rules(config, os.environ)
-    paths = {"vae.path": config.vae.path, "cache": config.cache}
-    if isinstance(config.data.source, dict):
-        paths |= {f"data.source.{key}": config.data.source.get(key) for key in ("path", "root")}
-    errors += [*path_errors(paths), *resume_errors(config.run.resume_from)]
-    if errors:
-        raise ConfigError(errors)
-    return config
-
-
-def _rules(config: DiffusionConfig, environment: Mapping[str, str]) -> Iterator[str]:
-    data, trainer, optim = config.data, config.trainer, config.optim
-    for key in ("denoiser", "process"):
-        node = getattr(config, key)
-        if node != MISSING and not (isinstance(node, dict) and "kind" in node):
-            yield f"{key}={node} has no kind; use {key}=NAME of a file in conf/{key}"
-    if data.frames.max < data.frames.min:
-        yield f"data.frames.max={data.frames.max} is below data.frames.min={data.frames.min}; raise it"
-    if data.depth.mapping is not None:
-        yield f"data.depth.mapping={data.depth.mapping}: depth maps cannot be encoded here; use null"
-    if optim.proximal:
-        yield f"optim.proximal={optim.proximal} pulls towards a start, and this network has none; use 0"
-    if optim.decay_start is not None and optim.decay_start < optim.warmup_steps:
-        yield f"optim.decay_start={optim.decay_start} is before the end of optim.warmup_steps={optim.warmup_steps}"
-    world = int(environment.get("WORLD_SIZE", config.launcher.nproc if config.launcher.name == "torchrun" else 1))
-    share = world * trainer.accumulate
-    if trainer.accumulate >= 1 and data.batch_size % share:
-        above = -(-data.batch_size // share) * share
-        yield (
-            f"data.batch_size={data.batch_size} does not divide over {world} ranks x trainer.accumulate="
-            f"{trainer.accumulate}; use a multiple of {share}, such as {above}"
-        )
-    if config.cache is not None and config.labels in ("column", "folder"):
-        yield f"labels={config.labels} is of a source, and a cache has the labels it was encoded with; use auto or none"
-    if config.validation.guidance != 1 and config.labels == "none":
-        yield f"validation.guidance={config.validation.guidance} needs classes, and labels=none; use 1, or set labels"
-    elif config.validation.guidance != 1 and config.label_dropout == 0:
-        yield f"validation.guidance={config.validation.guidance} needs a label_dropout above 0; use 1, or set it"
+        message = f"is not read, since cache={cache}"
+        rules = [*rules, Rule("data.source", lambda _: given is not None, message, "use one of them")]
+    return check(
+        cfg, DiffusionConfig, rules, lambda c: {"vae.path": c.vae.path, "cache": c.cache, **source_paths(c.data.source)}
+    )
 
 
 def check_sampling(cfg: DictConfig) -> SampleConfig:
-    """As check_diffusion."""
-    config, errors = typed(cfg, SampleConfig, SAMPLE_CHOICES, SAMPLE_RANGES)
-    if (config.height is None) != (config.width is None):
-        errors.append("height and width go together; set both, or neither")
-    errors += path_errors({"checkpoint": config.checkpoint, "vae": config.vae, "against": config.against})
-    if errors:
-        raise ConfigError(errors)
-    return config
+    """The configuration as typed objects. Raises ConfigError with every error."""
+    return check(
+        cfg, SampleConfig, [SIZE_RULE], lambda c: {"checkpoint": c.checkpoint, "vae": c.vae, "against": c.against}
+    )
 
 
-ConfigStore.instance().store("diffusion_schema", DiffusionConfig)
-ConfigStore.instance().store("sample_schema", SampleConfig)
+register("diffusion_defaults", DiffusionConfig)
+register("sample_defaults", SampleConfig)

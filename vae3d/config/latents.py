@@ -1,99 +1,106 @@
-"""Typed schema and checks of scripts/encode_latents.py. Imports no torch, so that errors show in a second."""
+"""Typed schema and checks of scripts/encode_latents.py. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig
+from omegaconf import DictConfig
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
 
-from vae3d.config.validate import ConfigError, path_errors, typed
+from vae3d.config.check import Rule, check
+from vae3d.config.fields import STRICT, Float, Int, Precision, Reader, Split, as_list
+from vae3d.config.issues import MISSING, ConfigIssue
+from vae3d.config.schema import register
+from vae3d.config.validate import SIZE_RULE
 
 
-@dataclass
+@dataclass(config=STRICT)
 class EncodeConfig:
     """Encode a data set into a latent cache."""
 
-    checkpoint: str = MISSING
-    source: Any = MISSING  # a table, a JSON list, a folder or one file; or a node with `_target_`, as conf/data has
-    cache: str = MISSING  # the folder to write; the same command goes on with it
-    root: str | None = None  # what relative paths in a table are relative to; by default the table's folder
-    split: str | None = None  # rows of this split only
-    model: dict[str, Any] = field(default_factory=dict)  # changes to the checkpoint's model: model.micro_frames=null
-    height: int | None = None  # resize and centre-crop to height x width; null: as the file is
-    width: int | None = None
-    short_side: int | None = None  # scale to this before cropping; null: so that the crop covers the short side
-    frames: int | None = None  # of a clip; null: all that the file has
-    clips: str = "one"  # of a file: one, from its middle, or all that lie in it one behind the other
-    stride: int = 1
-    fps: float | None = None  # thin faster videos out to this rate
-    panorama: bool = False  # files are equirectangular (2:1), shown whole
-    flip: bool = False  # every clip also mirrored, as an entry of its own
-    labels: str = "auto"  # column (`label`), folder (its name), none; auto: the column, or else the folder
-    store: str = "moments"  # moments (mean and deviation of the posterior), mean, sample
-    dtype: str = "fp16"  # fp32, fp16, bf16: of what is stored
-    writers: list[str] = field(default_factory=list)  # beside safetensors: npy, webdataset
-    shard_size: int = 512  # clips; a process holds a shard in memory, and a kill loses it
-    precision: str = "fp32"  # fp32, bf16, fp16: autocast over fp32 weights
-    batch_size: int = 8
-    chunk_frames: int | None = None  # coded at once; null: what the model's stream takes
-    device: str | None = None  # null: cuda if there is one
-    workers: int = 4
-    timeout: float = 900.0  # seconds without a clip from the workers after which it stops; 0: never
-    reader: str = "auto"
-    seed: int = 0  # of samples
-    max_broken: float = 0.2  # stop when a larger share of the clips cannot be encoded
-    retry: bool = False  # encode shards with errors again
-    verify: str = "stat"  # how replaced source files are found: stat (size and time), hash (content; reads all files)
+    checkpoint: str = Field(MISSING, description="A run folder, an export or published weights.")
+    source: Any = Field(
+        MISSING, description="A table, a JSON list, a folder or one file; or a `_target_` node, as in conf/data."
+    )
+    cache: str = Field(MISSING, description="Folder to write. The same command resumes.")
+    root: str | None = Field(None, description="Folder of relative paths in a table. null: the table's folder.")
+    split: Split | None = Field(None, description="Only rows of this split. null: all.")
+    model: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of the model that differ from the checkpoint's."
+    )
+    height: Int | None = Field(None, ge=1, description="Resize and centre-crop to height x width. null: as the file.")
+    width: Int | None = Field(None, ge=1, description="See `height`.")
+    short_side: Int | None = Field(
+        None,
+        ge=1,
+        description="Resize the shorter side to this before cropping. null: the smallest size the crop fits in.",
+    )
+    frames: Int | None = Field(None, ge=1, description="Frames of a clip. null: all that the file has.")
+    clips: Literal["one", "all"] = Field(
+        "one", description="Clips of a file: one, from its middle, or all, one after another."
+    )
+    stride: Int = Field(1, ge=1, description="Take every n-th frame.")
+    fps: Float | None = Field(None, gt=0, description="Reduce faster videos to this frame rate. null: keep all.")
+    panorama: bool = Field(False, description="Files are equirectangular panoramas (2:1), never cropped.")
+    flip: bool = Field(False, description="Also store every clip mirrored, as an entry of its own.")
+    labels: Literal["auto", "column", "folder", "none"] = Field(
+        "auto",
+        description="Class of a clip: column (`label`) or folder (its name); auto: the column if there is one, "
+        "else the folder.",
+    )
+    store: Literal["moments", "mean", "sample"] = Field(
+        "moments", description="moments: mean and standard deviation of the posterior."
+    )
+    dtype: Literal["fp32", "fp16", "bf16"] = Field("fp16", description="Of the stored latents.")
+    writers: Annotated[list[Literal["npy", "webdataset"]], BeforeValidator(as_list)] = Field(
+        default_factory=list, description="Further formats, beside safetensors."
+    )
+    shard_size: Int = Field(512, ge=1, description="Clips per file. A killed process loses its unfinished file.")
+    precision: Precision = Field("fp32", description="Autocast over fp32 weights.")
+    batch_size: Int = Field(8, ge=1, description="Clips per forward pass.")
+    chunk_frames: Int | None = Field(
+        None, ge=1, description="Frames encoded at once. null: as many as the model's stream takes."
+    )
+    device: str | None = Field(None, description="null: cuda if there is a GPU.")
+    workers: Int = Field(4, ge=0, description="Reader processes. 0: read in this process.")
+    timeout: Float = Field(
+        900.0, ge=0, description="Seconds without a clip from the workers after which it stops. 0: never."
+    )
+    reader: Reader = Field("auto", description="Library that decodes videos.")
+    seed: Int = Field(0, ge=0, description="Seed of the samples.")
+    max_broken: Float = Field(0.2, ge=0, lt=1, description="Stop when a larger share of the clips cannot be encoded.")
+    retry: bool = Field(False, description="Encode files with errors again.")
+    verify: Literal["stat", "hash"] = Field(
+        "stat",
+        description="How replaced source files are found: stat, by size and time; hash, by content, which "
+        "reads all files.",
+    )
 
 
-CHOICES = {
-    "split": (None, "train", "val", "test"),
-    "clips": ("one", "all"),
-    "labels": ("auto", "column", "folder", "none"),
-    "store": ("moments", "mean", "sample"),
-    "dtype": ("fp32", "fp16", "bf16"),
-    "precision": ("bf16", "fp16", "fp32"),
-    "reader": ("auto", "pyav", "decord"),
-    "verify": ("stat", "hash"),
-}
+def _source_issues(config: EncodeConfig) -> Iterator[ConfigIssue]:
+    source = config.source
+    if isinstance(source, dict) and "_target_" not in source:
+        yield ConfigIssue("source", source, "must be a path, or a node with `_target_`", "see conf/data")
 
 
-def _count(value: Any) -> bool:
-    return value is None or value >= 1
-
-
-RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("height", "width", "short_side", "frames", "chunk_frames"), (_count, "at least 1, or null")),
-    **dict.fromkeys(("stride", "shard_size", "batch_size"), (_count, "at least 1")),
-    "fps": (lambda v: v is None or v > 0, "positive, or null"),
-    **dict.fromkeys(("workers", "timeout"), (lambda v: v >= 0, "0 or more")),
-    "max_broken": (lambda v: 0 <= v < 1, "a share, from 0 to less than 1"),
-    "writers": (lambda v: set(v) <= {"npy", "webdataset"}, "a list of npy, webdataset"),
-}
+# fmt: off
+RULES = [
+    SIZE_RULE, _source_issues,
+    Rule("clips", lambda c: c.clips == "all" and c.frames is None, "needs the length of a clip", "set frames"),
+    Rule("writers", lambda c: c.writers and c.dtype == "bf16", "numpy has no bf16", "use dtype=fp16 or dtype=fp32"),
+    Rule("short_side", lambda c: c.panorama and c.short_side is not None,
+         "panoramas (panorama=true) are never cropped", "use null"),
+    Rule("width", lambda c: c.panorama and c.height is not None and c.width != 2 * c.height,
+         "must be twice height={c.height}, for panorama=true", "change either"),
+]
+# fmt: on
 
 
 def check_encoding(cfg: DictConfig) -> EncodeConfig:
-    """The configuration as typed objects; raises ConfigError naming every error."""
-    config, errors = typed(cfg, EncodeConfig, CHOICES, RANGES)
-    if (config.height is None) != (config.width is None):
-        errors.append("height and width go together; set both, or neither")
-    if config.clips == "all" and config.frames is None:
-        errors.append("clips=all needs to know how long they are; set frames")
-    if config.writers and config.dtype == "bf16":
-        errors.append(f"writers={config.writers} cannot hold bf16, which numpy does not have; use dtype=fp16 or fp32")
-    if config.panorama and config.short_side is not None:
-        errors.append(f"short_side={config.short_side} cuts panoramas, which panorama=true shows whole; use null")
-    if config.panorama and config.height is not None and config.width != 2 * config.height:
-        errors.append(f"width={config.width} must be twice height={config.height}, for panorama=true")
-    if isinstance(config.source, dict) and "_target_" not in config.source:
-        errors.append("source must be a path, or a node with `_target_`, as conf/data has")
-    errors += path_errors({name: getattr(config, name) for name in ("checkpoint", "source", "root")})
-    if errors:
-        raise ConfigError(errors)
-    return config
+    """The configuration as typed objects. Raises ConfigError with every error."""
+    return check(cfg, EncodeConfig, RULES, lambda c: {"checkpoint": c.checkpoint, "source": c.source, "root": c.root})
 
 
-ConfigStore.instance().store("latents_schema", EncodeConfig)
+register("latents_defaults", EncodeConfig)

@@ -1,303 +1,427 @@
-"""Typed schema of train.py and infer.py. Imports no torch: configuration errors must show in a second.
+"""Typed schema of train.py and infer.py. docs/reference.md is generated from it.
 
-Nodes typed Any hold a `_target_` (open sets: model, loss term, adversary, data source, logger); everything else
-is closed and checked key by key. `???` (MISSING) is what only the user can know.
+Nodes typed Any hold a `_target_` (model, loss term, adversary, data source, logger): their arguments are those of that
+class. All other keys are closed. `???` (MISSING) marks what only the user can give.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from vae3d.config.fields import (
+    STRICT,
+    Betas,
+    Float,
+    FolderName,
+    Int,
+    PathPrefix,
+    Precision,
+    Ramp,
+    Reader,
+    Split,
+    Strings,
+)
+from vae3d.config.issues import MISSING
 
 CONF = Path(__file__).parents[1] / "conf"  # the project's conf/, which an installed package carries inside
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Run:
-    name: str = MISSING  # folder under root; the same name resumes
-    root: str = "runs"
-    sweep: str = "sweep"  # folder under root for the jobs of a multirun
-    seed: int = 0
-    resume: bool = True  # False: refuse a folder that already holds checkpoints
-    # latest, checkpoint-5500, RUN/checkpoint-5500, a run, a step folder or a state file; null: the newest, if any
-    resume_from: str | None = None
+    """The run's folder, and how it resumes."""
+
+    name: FolderName = Field(MISSING, description="Folder under `run.root`. The same name resumes.")
+    root: str = Field("runs", description="Folder of all runs.")
+    sweep: str = Field("sweep", description="Folder under `run.root` for the jobs of a multirun.")
+    seed: Int = Field(0, ge=0, description="Seed of weights, data order, crops and noise.")
+    resume: bool = Field(True, description="false: stop if the folder already holds checkpoints.")
+    resume_from: str | None = Field(
+        None,
+        description="latest, checkpoint-5500, RUN/checkpoint-5500, a run, a step folder or a state file. "
+        "null: the newest checkpoint, if there is one.",
+    )
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Stage:
-    """Which parts train (part -> learning-rate scale; all others are frozen, in eval mode) and from where."""
+    """Which parts train, and from which weights they start."""
 
-    name: str = MISSING
-    train: dict[str, float] = MISSING
-    init_from: Any = MISSING  # random, a checkpoint, or {submodule: checkpoint}
-    no_micro_batching: bool = False  # train on clips as a whole, where the model would cut them into pieces in use
-    # most noise, in standard deviations of a clip's latents, that is added to what the decoder gets in training
-    latent_noise: float = 0.0
+    name: str = Field(MISSING, description="Name of the stage, for logs.")
+    train: dict[str, Annotated[Float, Field(gt=0)]] = Field(
+        MISSING,
+        description="Part of the model -> its multiple of `optim.lr`. All other parts are frozen, in eval mode.",
+    )
+    init_from: Any = Field(MISSING, description="random, a checkpoint, or {submodule: checkpoint}.")
+    no_micro_batching: bool = Field(
+        False, description="Train on whole clips where the model would otherwise split them into chunks."
+    )
+    latent_noise: Float = Field(
+        0.0,
+        ge=0,
+        description="Maximum noise added to the decoder's input in training, in standard deviations of the "
+        "clip's latents. 0: off.",
+    )
 
 
-@dataclass
+@dataclass(config=STRICT)
 class LossTerm:
-    term: Any = MISSING
-    weight: float = 1.0
-    ramp: list[int] = field(default_factory=lambda: [0, 0])  # weight rises linearly from the first to the second step
-    log: bool = False  # compute and log the term even at weight 0
-    reduction: str | None = None  # sum, mean; null: the set's
+    """One term of the loss."""
+
+    term: Any = Field(MISSING, description="The term, a `_target_` node.")
+    weight: Float = Field(1.0, ge=0, description="Weight of the term.")
+    ramp: Ramp = Field(
+        default_factory=lambda: [0, 0],
+        description="[first step, last step] over which the weight rises linearly from 0.",
+    )
+    log: bool = Field(False, description="Compute and log the term even at weight 0.")
+    reduction: Literal["sum", "mean"] | None = Field(None, description="As `loss.reduction`, which null means.")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Loss:
-    reduction: str = MISSING  # sum: over a frame's (KL: a clip's) elements; mean: over elements
-    terms: dict[str, LossTerm] = MISSING
-    pixel_weight: Any = None  # how much each row counts in the terms on pixels, such as ErpCosine; null: all alike
-    logvar: float | None = None  # first log-variance of the terms on pixels, which is then learned; null: 0 for ever
-    logvar_lr: float = 1.0  # multiple of optim.lr for it
+    """Weighted sum of terms."""
+
+    reduction: Literal["sum", "mean"] = Field(
+        MISSING, description="sum: over the elements of a frame (KL: of a clip); mean: over elements."
+    )
+    terms: dict[str, LossTerm] = Field(MISSING, description="Name, as in the logs -> term.")
+    pixel_weight: Any = Field(
+        None, description="Weight of each pixel row in the pixel terms, a `_target_` node such as ErpCosine. null: 1."
+    )
+    logvar: Float | None = Field(
+        None, description="Initial log-variance of the pixel terms, which is then learned. null: fixed at 0."
+    )
+    logvar_lr: Float = Field(1.0, gt=0, description="Multiple of `optim.lr` for the log-variance.")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Frames:
-    """Frames per clip, drawn once per step: min, min + step, ... max alike, or 1 with probability `images`."""
+    """Frames per clip, drawn once per step: min, min + step, ... max, all equally likely."""
 
-    min: int = 17
-    max: int = 17
-    step: int = 1
-    images: float = 0.0
-    fit: bool = False  # not drawn, but the largest that all clips of the step have
+    min: Int = Field(17, ge=1, description="Fewest frames.")
+    max: Int = Field(17, description="Most frames.")
+    step: Int = Field(1, ge=1, description="Distance between the frame counts.")
+    images: Float = Field(0.0, ge=0, le=1, description="Probability of a step on single frames.")
+    fit: bool = Field(False, description="Take the largest count that all clips of the step have instead of a draw.")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Depth:
-    """Depth maps of 16 bits instead of colours, where `mapping` is not null; see vae3d/data/depth.py."""
+    """16-bit depth maps instead of colours, where `mapping` is not null."""
 
-    mapping: str | None = None  # log, inverse
-    bounds: str = "fixed"  # fixed: near and far; percentiles: the 2nd and 98th of each clip
-    near: float = 0.1  # metres
-    far: float = 20.0
-    unit: float = 1000.0  # stored value of one metre; 0 is none
+    mapping: Literal["log", "inverse"] | None = Field(None, description="Mapping of metres to [-1, 1]. null: colours.")
+    bounds: Literal["fixed", "percentiles"] = Field(
+        "fixed", description="fixed: `near` and `far`; percentiles: the 2nd and 98th of each clip."
+    )
+    near: Float = Field(0.1, gt=0, description="Metres.")
+    far: Float = Field(20.0, description="Metres.")
+    unit: Float = Field(1000.0, gt=0, description="Stored value of one metre. The stored value 0 is invalid.")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Data:
-    source: Any = MISSING
-    height: int = 256
-    width: int = 256
-    frames: Frames = field(default_factory=Frames)
-    stride: int = 1  # take every n-th frame
-    fps: float | None = None  # thin faster videos out to this rate; slower ones keep theirs
-    # contiguous; first_last_random: first and last frame of the file and a random draw between; strided: largest stride
-    sampling: str = "contiguous"
-    short_side: int | None = None  # scale to this before cropping; null: so that the crop covers the short side
-    min_side: int | None = None  # leave out files whose shorter side has fewer pixels; null: enlarge them
-    crop: str = "center"  # center, random
-    flip: bool = False
-    panorama: bool = False  # files are equirectangular (2:1), shown whole
-    roll: bool = False  # turn panoramas by a random number of columns
-    depth: Depth = field(default_factory=Depth)
-    reader: str = "auto"  # auto, pyav, decord
-    batch_size: int = 8  # clips per optimizer step over all ranks
-    workers: int = 4
-    prefetch: int = 2
-    timeout: float = 900.0  # seconds without a batch from the workers after which the run stops; 0: never
-    num_val_files: int = 16  # videos held out for validation where the table has no `split` column
-    max_broken: float = 0.2  # stop when a larger share of reads fails
-    overfit: bool = False  # draw the first step's clips again and again
+    """Which clips are read, and how they are cut."""
+
+    source: Any = Field(MISSING, description="Where the files are, a `_target_` node.")
+    height: Int = Field(256, ge=1, description="Pixels.")
+    width: Int = Field(256, ge=1, description="Pixels.")
+    frames: Frames = Field(default_factory=Frames)
+    stride: Int = Field(1, ge=1, description="Take every n-th frame.")
+    fps: Float | None = Field(
+        None, gt=0, description="Reduce faster videos to this frame rate. Slower ones keep theirs. null: keep all."
+    )
+    sampling: Literal["contiguous", "first_last_random", "strided"] = Field(
+        "contiguous",
+        description="Which frames of a file a clip takes. first_last_random: the first, the last and a random "
+        "draw between; strided: the largest stride that fits.",
+    )
+    short_side: Int | None = Field(
+        None, description="Resize the shorter side to this before cropping. null: the smallest size the crop fits in."
+    )
+    min_side: Int | None = Field(
+        None, ge=1, description="Skip files whose shorter side has fewer pixels. null: enlarge them."
+    )
+    crop: Literal["center", "random"] = Field("center", description="Position of the crop.")
+    flip: bool = Field(False, description="Mirror half of the clips.")
+    panorama: bool = Field(False, description="Files are equirectangular panoramas (2:1), never cropped.")
+    roll: bool = Field(False, description="Rotate panoramas by a random number of columns.")
+    depth: Depth = Field(default_factory=Depth)
+    reader: Reader = Field("auto", description="Library that decodes videos.")
+    batch_size: Int = Field(8, ge=1, description="Clips per optimizer step, over all ranks.")
+    workers: Int = Field(4, ge=0, description="Reader processes per rank. 0: read in the training process.")
+    prefetch: Int = Field(2, ge=1, description="Batches each worker reads ahead.")
+    timeout: Float = Field(
+        900.0, ge=0, description="Seconds without a batch from the workers after which the run stops. 0: never."
+    )
+    num_val_files: Int = Field(
+        16, ge=0, description="Files held out for validation where the table has no `split` column."
+    )
+    max_broken: Float = Field(0.2, ge=0, lt=1, description="Stop when a larger share of reads fails.")
+    overfit: bool = Field(False, description="Train on the first step's clips only.")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Optim:
-    lr: float = 1e-5
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    # constant or constant_with_warmup (all warm up), linear, cosine, cosine_with_restarts, polynomial
-    schedule: str = "constant"
-    decay_start: int | None = None  # first step of the descent; null: right after the warm-up
-    min_lr: float = 0.0  # what it ends at
-    cycles: int = 1  # descents of cosine_with_restarts
-    power: float = 1.0  # of polynomial
-    grad_clip: float = 1.0
-    proximal: float = 0.0  # lambda of the pull lambda * sum (theta - theta0)^2 towards the weights of the start
+    """AdamW and its learning rate."""
+
+    lr: Float = Field(1e-5, gt=0, description="Learning rate.")
+    betas: Betas = Field(default_factory=lambda: [0.9, 0.999], description="Of AdamW.")
+    eps: Float = Field(1e-8, gt=0, description="Of AdamW.")
+    weight_decay: Float = Field(0.0, ge=0, description="Of AdamW.")
+    warmup_steps: Int = Field(0, ge=0, description="Steps over which the rate rises linearly from 0, in all schedules.")
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
+        Field("constant", description="Learning rate after the warm-up.")
+    )
+    decay_start: Int | None = Field(None, description="First step of the decay. null: right after the warm-up.")
+    min_lr: Float = Field(0.0, ge=0, description="Learning rate at the end of the decay.")
+    cycles: Int = Field(1, ge=1, description="Number of decays of cosine_with_restarts.")
+    power: Float = Field(1.0, gt=0, description="Exponent of polynomial.")
+    grad_clip: Float = Field(1.0, gt=0, description="Maximum norm of the gradient.")
+    proximal: Float = Field(
+        0.0, ge=0, description="lambda of lambda * sum (theta - theta0)^2, theta0 being the initial weights. 0: off."
+    )
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Ema:
-    decay: float = 0.999  # 0 turns EMA off
-    warmup: bool = True
-    every: int = 1
-    device: str = "model"  # where the averages lie: model (beside the weights), cpu (pinned host memory)
+    """Exponential moving average of the weights."""
+
+    decay: Float = Field(0.999, ge=0, lt=1, description="0: no EMA.")
+    warmup: bool = Field(True, description="Limit the decay to (1 + step) / (10 + step).")
+    every: Int = Field(1, ge=1, description="Steps between updates.")
+    device: Literal["model", "cpu"] = Field(
+        "model", description="model: on the weights' device; cpu: in pinned host memory."
+    )
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Spike:
-    factor: float | None = None  # skip a step whose loss exceeds this many times the running mean
-    warmup: int = 100  # accepted steps before the factor counts
-    max_consecutive_skips: int = (
-        20  # skipped steps in a row after which finite losses become the new level; others stop the run
+    """Skips steps whose loss is too large."""
+
+    factor: Float | None = Field(
+        None, gt=1, description="Skip a step whose loss is above this multiple of the running mean. null: off."
+    )
+    warmup: Int = Field(100, ge=0, description="Steps taken before the first one may be skipped.")
+    max_consecutive_skips: Int = Field(
+        20,
+        ge=1,
+        description="After so many skips in a row a finite loss becomes the new mean; one that is not finite "
+        "stops the run.",
     )
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Validation:
-    every: int = 1000  # 0 turns validation off
-    clips: int = 16
-    frames: int = 17
-    metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim"])
-    slow_metrics: list[str] = field(default_factory=list)  # further metrics that cost more, such as rfid
-    slow_metrics_every: int = 0  # steps between these, a multiple of `every`; 0: only after the last step
-    videos: int = 4  # clips shown in the logger: original, latent, reconstruction
-    roll: bool = False  # also compare a turned panorama's reconstruction with the turned reconstruction
+    """Metrics on held-out files."""
 
-
-@dataclass
-class Publish:
-    """Checkpoints under names that other programs expect, in the run's folder: <prefix>_step<N>.pt (training state),
-    <prefix>_ema_step<N>.pt and <prefix>_final_ema.pt (averaged weights)."""
-
-    prefix: str | None = None  # null: none
-    layout: str = "videox_fun"  # keys of the averaged weights, a name in vae3d/checkpoints/export.py FLAT_LAYOUTS
-    measure_scale: int = 0  # training clips on which every export's latent scale is measured; 0: the model's is kept
-    final_model: bool = False  # of a TAEHV: final_model.pth, final_model.safetensors and model.json at the end
-
-
-@dataclass
-class Robust:
-    """What a run bears before it stops with the reason, and what it does so that it need not."""
-
-    max_consecutive_failures: int = (
-        10  # steps in a row that a rank cannot finish, out of memory or without a readable file
+    every: Int = Field(1000, ge=0, description="Steps between validations. 0: no validation.")
+    clips: Int = Field(16, ge=1, description="Held-out clips.")
+    frames: Int = Field(17, ge=1, description="Frames of each clip.")
+    metrics: Strings = Field(default_factory=lambda: ["psnr", "ssim"], description="See docs/score.md.")
+    slow_metrics: Strings = Field(default_factory=list, description="Metrics computed less often, such as rfid.")
+    slow_metrics_every: Int = Field(
+        0, ge=0, description="Steps between these, a multiple of `every`. 0: only after the last step."
     )
-    zero_gradient: int = 10  # steps in a row whose gradient is zero; 0: any number
-    save_failures: int = 3  # checkpoints in a row that cannot be written
-    compact_gib: float | None = None  # give idle GPU memory back, where there is more of it; null: never
-    preflight: bool = True  # try the shortest and the longest clip with every loss before the first step
+    videos: Int = Field(4, ge=0, description="Clips shown in the logger: original, latent, reconstruction.")
+    roll: bool = Field(
+        False, description="Also compare the reconstruction of a rotated panorama with the rotated reconstruction."
+    )
 
 
-@dataclass
+@dataclass(config=STRICT)
+class Publish:
+    """Checkpoints under the names that other programs expect, in the run's folder: <prefix>_step<N>.pt (training
+    state), <prefix>_ema_step<N>.pt and <prefix>_final_ema.pt (averaged weights)."""
+
+    prefix: FolderName | None = Field(None, description="null: no such files.")
+    layout: str = Field(
+        "videox_fun", description="Key layout of the averaged weights, in FLAT_LAYOUTS of vae3d/checkpoints/export.py."
+    )
+    measure_scale: Int = Field(
+        0, ge=0, description="Training clips on which the latent scale of every export is measured. 0: the model's own."
+    )
+    final_model: bool = Field(
+        False, description="TAEHV: write final_model.pth, final_model.safetensors and model.json at the end."
+    )
+
+
+@dataclass(config=STRICT)
+class Robust:
+    """Fault-tolerance limits."""
+
+    max_consecutive_failures: Int = Field(
+        10,
+        ge=0,
+        description="Steps in a row that a rank may fail, out of memory or without a readable file, before "
+        "the run stops. 0: no limit.",
+    )
+    zero_gradient: Int = Field(
+        10, ge=0, description="Steps in a row with a gradient of zero before the run stops. 0: no limit."
+    )
+    save_failures: Int = Field(
+        3, ge=0, description="Checkpoints in a row that cannot be written before the run stops. 0: no limit."
+    )
+    compact_gib: Float | None = Field(
+        None, ge=0, description="Release cached GPU memory when more of it is unused, in GiB. null: never."
+    )
+    preflight: bool = Field(
+        True, description="Try the shortest and the longest clip, with every loss on, before the first step."
+    )
+
+
+@dataclass(config=STRICT)
 class Strategy:
-    """How ranks share the work: replicated (each has the whole model), or deepspeed (ZeRO, with a full DeepSpeed config)."""
+    """How ranks share the work."""
 
-    name: str = "replicated"
-    deepspeed: Any = None
+    name: Literal["replicated", "deepspeed"] = Field(
+        "replicated", description="replicated: every rank holds the whole model; deepspeed: ZeRO-2."
+    )
+    deepspeed: Any = Field(None, description="DeepSpeed's own configuration.")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Teacher:
-    """A frozen autoencoder whose latents the model is to encode to and decode from."""
+    """A frozen autoencoder whose latents the model learns to encode to and to decode from."""
 
-    path: str | None = MISSING  # as vae3d.load takes it; null: no teacher
-    precision: str = "fp32"  # fp32, bf16, fp16: of its weights and of all it computes
-    sample: bool = False  # draw its latents instead of taking the mode
-    decode: str = "teacher"  # latents that the student decodes: teacher, own, mixed (one or the other, a coin per step)
-    features: dict[str, str] = field(default_factory=dict)  # module of the student -> module of the teacher it imitates
+    path: str | None = Field(MISSING, description="Checkpoint, as `vae3d.load` takes it. null: no teacher.")
+    precision: Precision = Field("fp32", description="Of its weights and all its computations.")
+    sample: bool = Field(False, description="Sample its latents instead of taking the mode.")
+    decode: Literal["teacher", "own", "mixed"] = Field(
+        "teacher", description="Latents that the student decodes. mixed: one or the other at random, each step."
+    )
+    features: dict[str, str] = Field(
+        default_factory=dict, description="Module of the student -> module of the teacher whose output it learns."
+    )
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Trainer:
-    max_steps: int = 100_000
-    accumulate: int = 1  # micro-batches per optimizer step
-    precision: str = "bf16"  # bf16, fp16, fp32: autocast over fp32 weights
-    ema: Ema = field(default_factory=Ema)
-    spike: Spike = field(default_factory=Spike)
-    robust: Robust = field(default_factory=Robust)
-    strategy: Strategy = field(default_factory=Strategy)
-    compile: bool = False  # torch.compile of the model's blocks, in place
-    log_every: int = 10
-    save_every: int = 1000
-    keep: int = 3  # newest checkpoints, exports and published files kept, two at least; 0 keeps all
-    # Score of the validation (lpips_alex, rfid, psnr, ...) whose best is kept as exports/best; null: none
-    best: str | None = None
-    publish: Publish = field(default_factory=Publish)
+    """Steps, precision, checkpoints."""
+
+    max_steps: Int = Field(100_000, ge=1, description="Optimizer steps.")
+    accumulate: Int = Field(1, ge=1, description="Micro-batches per optimizer step.")
+    precision: Precision = Field("bf16", description="Autocast over fp32 weights.")
+    ema: Ema = Field(default_factory=Ema)
+    spike: Spike = Field(default_factory=Spike)
+    robust: Robust = Field(default_factory=Robust)
+    strategy: Strategy = Field(default_factory=Strategy)
+    compile: bool = Field(False, description="torch.compile the model's blocks, in place.")
+    log_every: Int = Field(10, ge=1, description="Steps between log lines.")
+    save_every: Int = Field(1000, ge=0, description="Steps between checkpoints. 0: none.")
+    keep: Int = Field(3, ge=0, description="Newest checkpoints, exports and named files kept, at least two. 0: all.")
+    best: str | None = Field(
+        None, description="Score of the validation (lpips_alex, rfid, psnr, ...) whose best is kept as exports/best."
+    )
+    publish: Publish = Field(default_factory=Publish)
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Launcher:
-    name: str = "local"  # local: this process is a rank; torchrun: start the ranks
-    nproc: int = 1
-    args: list[str] = field(default_factory=list)  # further torchrun arguments
+    """Which process starts the ranks."""
+
+    name: Literal["local", "torchrun"] = Field(
+        "local", description="local: this process is a rank; torchrun: start the ranks with torchrun."
+    )
+    nproc: Int = Field(1, ge=1, description="Ranks on this machine.")
+    args: Strings = Field(default_factory=list, description="Further arguments of torchrun.")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Debug:
-    mode: str | None = None  # dry, profile
-    steps: int = 3  # steps that profile records
+    """Runs for debugging."""
+
+    mode: Literal["dry", "profile"] | None = Field(
+        None, description="dry: print what the run would be, and exit; profile: use torch's profiler."
+    )
+    steps: Int = Field(3, ge=1, description="Steps that are profiled.")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class TrainConfig:
-    run: Run = field(default_factory=Run)
-    model: Any = MISSING
-    stage: Stage = field(default_factory=Stage)
-    loss: Loss = field(default_factory=Loss)
-    adversary: Any = MISSING
-    teacher: Teacher = field(default_factory=Teacher)
-    data: Data = field(default_factory=Data)
-    optim: Optim = field(default_factory=Optim)
-    trainer: Trainer = field(default_factory=Trainer)
-    validation: Validation = field(default_factory=Validation)
-    logger: Any = MISSING
-    launcher: Launcher = field(default_factory=Launcher)
-    debug: Debug = field(default_factory=Debug)
+    """Train a video autoencoder."""
+
+    run: Run = Field(default_factory=Run)
+    model: Any = Field(MISSING, description="The autoencoder, a `_target_` node.")
+    stage: Stage = Field(default_factory=Stage)
+    loss: Loss = Field(default_factory=Loss)
+    adversary: Any = Field(MISSING, description="The discriminator and its losses, a `_target_` node.")
+    teacher: Teacher = Field(default_factory=Teacher)
+    data: Data = Field(default_factory=Data)
+    optim: Optim = Field(default_factory=Optim)
+    trainer: Trainer = Field(default_factory=Trainer)
+    validation: Validation = Field(default_factory=Validation)
+    logger: Any = Field(MISSING, description="Where metrics go, a `_target_` node.")
+    launcher: Launcher = Field(default_factory=Launcher)
+    debug: Debug = Field(default_factory=Debug)
 
 
-@dataclass
+@dataclass(config=STRICT)
 class InferConfig:
-    """Reconstruct videos with a checkpoint."""
+    """Reconstruct videos and images."""
 
-    checkpoint: str = MISSING
-    source: str = MISSING  # a table, a JSON list, a folder or one file
-    save_dir: str = MISSING  # prefix of <save_dir>_ori, _rec, _spatial, _compare
-    root: str | None = None  # what relative paths in a table are relative to; by default the table's folder
-    model: dict[str, Any] = field(default_factory=dict)  # changes to the checkpoint's model: model.micro_frames=null
-    frame_batch: int = 4  # frames through a 2D network at once
-    tile: int | None = None  # code frames of causal networks in tiles of so many pixels a side; null: whole
-    tile_overlap: int | None = None  # pixels that tiles share, blended linearly; null: exact, with halos
-    compile: bool = False  # torch.compile, once per shape
-    memory_gib: float | None = None  # what a streaming network may take beside its weights; null: its own default
-    height: int | None = None  # resize and centre-crop to height x width; null: as the video is
-    width: int | None = None
-    start: int = 0
-    num_frames: int | None = None  # null: to the end
-    stride: int = 1
-    fps: float | None = None
-    num_samples: int | None = None  # the first n rows of the source
-    split: str | None = None  # rows of this split only
-    sample: bool = False  # draw the latents, as in training, instead of the posterior's mode
-    seed: int = 0
-    precision: str = "fp32"  # fp32, bf16, fp16: autocast over fp32 weights
-    device: str | None = None  # null: cuda if there is one
-    codec: str = "lossless"  # lossless (RGB, bit-exact) or h264 (for eyes)
-    metrics: list[str] = field(default_factory=list)  # score in memory, before any codec
-    cost: bool = False  # also measure speed and memory of encoding and decoding, on the first chunk
-    reader: str = "auto"
-    on_error: str = "stop"  # stop, skip: what to do with a file that cannot be read
-    overwrite: bool = False
+    checkpoint: str = Field(MISSING, description="A run folder, an export or published weights.")
+    source: str = Field(MISSING, description="A table, a JSON list, a folder or one file.")
+    save_dir: PathPrefix = Field(MISSING, description="Prefix of the folders PREFIX_ori, _rec, _spatial.")
+    root: str | None = Field(None, description="Folder of relative paths in a table. null: the table's folder.")
+    model: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of the model that differ from the checkpoint's."
+    )
+    frame_batch: Int = Field(4, ge=1, description="Frames in one pass of a 2D network.")
+    tile: Int | None = Field(None, ge=1, description="Side of the tiles of causal networks, in pixels. null: no tiles.")
+    tile_overlap: Int | None = Field(
+        None, ge=0, description="Pixels of overlap, blended linearly. null: exact, each tile with all it depends on."
+    )
+    compile: bool = Field(False, description="torch.compile, once per shape.")
+    memory_gib: Float | None = Field(
+        None, gt=0, description="GiB that a streaming network may use beyond its weights. null: its default."
+    )
+    height: Int | None = Field(None, ge=1, description="Resize and centre-crop to height x width. null: as the file.")
+    width: Int | None = Field(None, ge=1, description="See `height`.")
+    start: Int = Field(0, ge=0, description="First frame.")
+    num_frames: Int | None = Field(None, ge=1, description="null: to the end.")
+    stride: Int = Field(1, ge=1, description="Take every n-th frame.")
+    fps: Float | None = Field(None, gt=0, description="Reduce faster videos to this frame rate. null: keep all.")
+    num_samples: Int | None = Field(None, ge=1, description="Only the first rows of the source. null: all.")
+    split: Split | None = Field(None, description="Only rows of this split. null: all.")
+    sample: bool = Field(False, description="Sample the latents, as in training, instead of taking the mode.")
+    seed: Int = Field(0, ge=0, description="Seed of the samples.")
+    precision: Precision = Field("fp32", description="Autocast over fp32 weights.")
+    device: str | None = Field(None, description="null: cuda if there is a GPU.")
+    codec: Literal["lossless", "h264"] = Field("lossless", description="lossless: RGB, bit-exact; h264: for viewing.")
+    metrics: Strings = Field(default_factory=list, description="Computed before the codec. See docs/score.md.")
+    cost: bool = Field(False, description="Measure speed and memory of encoding and decoding, on the first chunk.")
+    reader: Reader = Field("auto", description="Library that decodes videos.")
+    on_error: Literal["stop", "skip"] = Field("stop", description="What to do with a file that cannot be read.")
+    overwrite: bool = Field(False, description="Replace results of an earlier command.")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class ComparedTeacher:
-    path: str = MISSING  # a run, an export or published weights; teacher=PATH is short for teacher.path=PATH
-    precision: str = "fp32"  # fp32, bf16, fp16: of its weights and computation
+    """The network that a student is compared with."""
+
+    path: str = Field(MISSING, description="Checkpoint, as `vae3d.load` takes it. teacher=PATH is short for it.")
+    precision: Precision = Field("fp32", description="Of its weights and all it computes.")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class CompareConfig(InferConfig):
-    """Reconstruct videos with a student, and compare it with its teacher."""
+    """Reconstruct videos with a student, and try its encoder and decoder with those of its teacher."""
 
-    teacher: ComparedTeacher = field(default_factory=ComparedTeacher)
-    strip: int = 5  # frames in each file's picture
+    teacher: ComparedTeacher = Field(default_factory=ComparedTeacher)
+    strip: Int = Field(5, ge=1, description="Frames in the picture of each comparison.")
 
 
-def register() -> None:
-    """Make the schemas known to Hydra as `train_schema`, `infer_schema` and `compare_schema`."""
-    store = ConfigStore.instance()
-    store.store("train_schema", TrainConfig)
-    store.store("infer_schema", InferConfig)
-    store.store("compare_schema", CompareConfig)
+def register(name: str, schema: type) -> None:
+    """Give Hydra the defaults of a schema under a name for the defaults lists of conf/."""
+    ConfigStore.instance().store(name, asdict(schema()))
 
 
 def _short_hash(items: list[str]) -> str:
@@ -305,4 +429,6 @@ def _short_hash(items: list[str]) -> str:
 
 
 OmegaConf.register_new_resolver("short_hash", _short_hash, replace=True)
-register()
+register("train_defaults", TrainConfig)
+register("infer_defaults", InferConfig)
+register("compare_defaults", CompareConfig)

@@ -121,9 +121,11 @@ def _read_config(file: Path) -> tuple[dict[str, Any], nn.Module]:
         if math.prod(config[name]) > limit:
             raise FileError(f"{file}: {name} is {short(config[name])}; a sample has at most {limit} values")
     try:
-        build_process(config["process"])
+        build_process(config["process"], file)
         with torch.device("meta"):
-            network = build_network(config["network"], config["latent_shape"])
+            network = build_network(config["network"], config["latent_shape"], file)
+    except FileError:
+        raise
     except ValueError as error:
         raise FileError(f"{file}: {error}") from error
     classes, trained = len(config["classes"]), config["trained_classes"]

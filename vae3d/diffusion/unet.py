@@ -102,7 +102,7 @@ class LatentUNet(nn.Module):
         """Raises ValueError for latents of videos, and as class_ids does."""
         if z.shape[2] != 1:
             raise ValueError(
-                f"got latents of {z.shape[2]} frames; the UNet takes one frame, kind=transformer takes any number"
+                f"got latents of {z.shape[2]} frames; the UNet takes one, denoiser=video_transformer any number"
             )
         ids = class_ids(labels, len(z), self.num_classes, z.device)
         height, width = z.shape[-2:]

@@ -32,38 +32,39 @@ MODELS: dict[str, type[nn.Module]] = {
 }
 
 
-def build_model(config: Any, source: object, key: str = "") -> nn.Module:
-    """Build a model with random weights from a configuration of plain dicts, whose `_target_` is a key of MODELS.
+def build_model(config: Any, source: object, key: str = "", classes: Mapping[str, type] = MODELS) -> Any:
+    """Build a model with random weights from a configuration of plain dicts, whose `_target_` is a key of `classes`.
 
     source, key: the file, and the configuration's key in it, for errors.
-    Raises FileError for a class that is not in MODELS, and for arguments that are unknown, missing, of another type,
+    Raises FileError for a class that is not in `classes`, and for arguments that are unknown, missing, of another type,
     out of range or inconsistent.
     """
-    return _build(config, nn.Module, f"{source}: ", key)
+    return _build(config, object, f"{source}: ", key, classes)
 
 
-def is_known(config: Any) -> bool:
-    """Whether a configuration names a class of MODELS."""
-    return isinstance(config, Mapping) and isinstance(config.get(TARGET), str) and config[TARGET] in MODELS
+def is_known(config: Any, classes: Mapping[str, type] = MODELS) -> bool:
+    """Whether a configuration names one of `classes`."""
+    return isinstance(config, Mapping) and isinstance(config.get(TARGET), str) and config[TARGET] in classes
 
 
-def _build(config: Any, kind: type[nn.Module], source: str, key: str) -> nn.Module:
-    choices = [target for target, cls in MODELS.items() if issubclass(cls, kind)]
+def _build(config: Any, kind: type, source: str, key: str, classes: Mapping[str, type]) -> Any:
+    choices = [target for target, cls in classes.items() if issubclass(cls, kind)]
     if not isinstance(config, Mapping):
         raise FileError(f"{source}{key} is {short(config)}; give a dict with {TARGET}, one of {', '.join(choices)}")
     path = f"{key}." if key else ""
     target = config.get(TARGET)
     if not isinstance(target, str) or target not in choices:
+        own = ". To load another class that you trust, build it yourself and call vae3d.load(path, model)"
         raise FileError(
-            f"{source}{path}{TARGET} is {short(target)}; use one of {', '.join(choices)}. To load another class that "
-            "you trust, build it yourself and call vae3d.load(path, model)"
+            f"{source}{path}{TARGET} is {short(target)}; use one of {', '.join(choices)}"
+            f"{own if classes is MODELS else ''}"
         )
-    cls = MODELS[target]
+    cls = classes[target]
     given = {name: value for name, value in config.items() if name != TARGET}
     _check_names(given, cls, source, path)
     for name, annotation in annotations_of(cls.__init__).items():
         if name in given and inspect.isclass(annotation) and issubclass(annotation, nn.Module):
-            given[name] = _build(given[name], annotation, source, f"{path}{name}")
+            given[name] = _build(given[name], annotation, source, f"{path}{name}", classes)
     try:
         return cls(**given)
     except ArgumentError as error:

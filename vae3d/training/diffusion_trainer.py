@@ -18,7 +18,6 @@ from vae3d.arguments import check_fields
 from vae3d.checkpoints import state
 from vae3d.checkpoints.state import ResumeError
 from vae3d.diffusion.base import Sampling
-from vae3d.diffusion.build import require_same
 from vae3d.diffusion.conditioning import drop_labels
 from vae3d.diffusion.data import Batch, LatentData
 from vae3d.diffusion.export import write_export
@@ -42,7 +41,10 @@ if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
 
 # Settings that make a run a different one, besides those of the denoiser and the process.
-IDENTITY = ("vae.sample", "labels", "data.frames", "data.height", "data.width", "data.stride", "data.fps", "run.seed")
+IDENTITY = (
+    *("denoiser", "process", "vae.sample", "labels", "data.frames", "data.height", "data.width", "data.stride"),
+    *("data.fps", "run.seed"),
+)
 
 
 class DiffusionTrainer(Trainer[Batch]):
@@ -203,14 +205,10 @@ class DiffusionTrainer(Trainer[Batch]):
     # ---- checkpoints
 
     def check_same_run(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
-        """Raises also UserError, which names the settings, for another denoiser or process."""
-        saved, config = state.saved_config(checkpoint), asdict(self.config)
-        parts = ("denoiser", "process")
-        if not all(isinstance(saved.get(part), Mapping) for part in parts):
+        saved = state.saved_config(checkpoint)
+        if not all(isinstance(saved.get(part), Mapping) for part in ("denoiser", "process")):
             raise ResumeError(f"{checkpoint} is not of a diffusion model; run.resume_from takes one of those")
-        for part in parts:
-            require_same(saved[part], config[part], part)
-        return state.check_same_run(checkpoint, config, IDENTITY)
+        return state.check_same_run(checkpoint, asdict(self.config), IDENTITY)
 
     def export(self, folder: Path, **info: Any) -> None:
         """Write the weights at every averaging rate, and what sampling needs beside them."""

@@ -1,0 +1,265 @@
+"""Every error of a configuration in one list, before data, weights or a GPU are touched. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import glob
+import math
+import re
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from vae3d.checkpoints.location import exists, hub_hint
+from vae3d.config.fields import allowed, allowed_entry, fields_of, nested_schema
+from vae3d.config.issues import MISSING, NO_VALUE, ConfigIssue, is_below, nearest, raise_if_any, without_repeats
+from vae3d.config.targets import target_issues
+
+C = TypeVar("C")
+
+EXAMPLES = {
+    "data.source.path": "data.source.path=/path/to/videos.csv",
+    "data.source.root": "data.source.root=/path/to/areas (ROOT/AREA/ROOM/output/panorama_0000.png)",
+    "stage.init_from": "stage.init_from=CHECKPOINT (a run folder, an export, published weights) or random",
+    "stage.init_from.spatial_vae": "stage.init_from.spatial_vae=/path/to/2D-VAE (diffusers folder, LDM file or export)",
+    "model.variant": "model.variant=taew2_1 (or taehv, taecvx, taew2_2, ...; see conf/model/taehv.yaml)",
+    "teacher.path": "teacher.path=PATH (a run folder, an export, published weights, diffusers' folder) or teacher=none",
+    "checkpoint": "checkpoint=PATH (a run folder, an export, published weights)",
+    "source": "source=PATH (a CSV, parquet or JSON file, a folder, or one video)",
+    "cache": "cache=FOLDER of the latents (the same command resumes)",
+    "save_dir": "save_dir=PREFIX of the folders PREFIX_ori, PREFIX_rec, PREFIX_spatial",
+}
+CHECKPOINT_KEYS = ("checkpoint", "teacher.path", "vae", "vae.path", "stage.init_from")
+
+
+class Rule(NamedTuple):
+    """A condition on several values.
+
+    key: the one to change. broken: whether a configuration breaks the rule. message, hint: format strings of the
+    configuration `c`.
+    """
+
+    key: str
+    broken: Callable[[Any], bool]
+    message: str
+    hint: str
+
+
+class _WrongValue(Exception):
+    """A rule read a value that is wrong itself."""
+
+
+class _Readable:
+    """A configuration whose wrong values raise _WrongValue when they are read."""
+
+    def __init__(self, node: Any, wrong: Sequence[str], key: str = "") -> None:
+        self._node, self._wrong, self._key = node, wrong, key
+
+    def __getattr__(self, name: str) -> Any:
+        key = f"{self._key}.{name}" if self._key else name
+        value = getattr(self._node, name)
+        if dataclasses.is_dataclass(value):
+            return _Readable(value, self._wrong, key)
+        if any(is_below(wrong, key) or is_below(key, wrong) for wrong in self._wrong):
+            raise _WrongValue
+        return value
+
+
+Rules = Sequence[Rule | Callable[[Any], Iterable[ConfigIssue]]]
+
+
+def check(cfg: DictConfig, schema: type[C], rules: Rules, paths: Callable[[C], Mapping[str, Any]]) -> C:
+    """The configuration as typed objects. paths: key -> path that must exist. Raises ConfigError with every error."""
+    config, issues = check_all(cfg, schema, rules, paths)
+    raise_if_any(issues)
+    return config
+
+
+def check_all(
+    cfg: DictConfig, schema: type[C], rules: Rules, paths: Callable[[C], Mapping[str, Any]]
+) -> tuple[C, list[ConfigIssue]]:
+    """As `check`, with the errors instead of an exception. Wrong and missing values have their defaults."""
+    config, issues = read(cfg, schema)
+    wrong = {issue.key for issue in issues}
+    found = [*check_rules(config, rules, issues), *path_issues(paths(config))]
+    return config, issues + [issue for issue in found if issue.key not in wrong]
+
+
+def read(cfg: DictConfig, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
+    """The configuration as typed objects, with defaults where values are wrong or missing; and the errors of single
+    keys and values."""
+    issues: list[ConfigIssue] = []
+    tree = _resolve(cfg, OmegaConf.to_container(cfg, resolve=False), "", issues)
+    issues += [*target_issues(tree), *_number_issues(tree)]
+    config, wrong = _typed(tree, schema)
+    issues += [*wrong, *_missing(tree, config)]
+    return config, without_repeats(issues)
+
+
+def check_rules(config: Any, rules: Rules, issues: Sequence[ConfigIssue] = ()) -> list[ConfigIssue]:
+    """Errors of rules. A rule that reads a value with an issue is skipped."""
+    c = _Readable(config, [issue.key for issue in issues])
+    found = []
+    for rule in rules:
+        try:
+            if not isinstance(rule, Rule):
+                found += rule(c)
+            elif rule.broken(c):
+                value = c
+                for name in rule.key.split("."):
+                    value = value.get(name) if isinstance(value, dict) else getattr(value, name)
+                found.append(ConfigIssue(rule.key, value, rule.message.format(c=c), rule.hint.format(c=c)))
+        except _WrongValue:
+            pass
+    return found
+
+
+def _resolve(cfg: DictConfig, node: Any, key: str, issues: list[ConfigIssue]) -> Any:
+    """The tree with interpolations resolved. What cannot be resolved is MISSING."""
+    if isinstance(node, dict):
+        return {name: _resolve(cfg, value, f"{key}.{name}" if key else name, issues) for name, value in node.items()}
+    if isinstance(node, list):
+        return [_resolve(cfg, value, f"{key}[{index}]", issues) for index, value in enumerate(node)]
+    if isinstance(node, str) and "${" in node:
+        try:
+            value = OmegaConf.select(cfg, key)
+            return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            issues.append(ConfigIssue(key, node, f"cannot be resolved: {reason}"))
+            return MISSING
+    return node
+
+
+def _number_issues(node: Any, key: str = "") -> Iterator[ConfigIssue]:
+    """Of numbers at any depth, in `_target_` nodes too: finite, at most 64 bits, and a seed at least 0."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _number_issues(value, f"{key}.{name}" if key else name)
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _number_issues(value, f"{key}[{index}]")
+    elif isinstance(node, float) and not math.isfinite(node):
+        yield ConfigIssue(key, node, "must be a finite number")
+    elif isinstance(node, int) and not -(2**63) <= node < 2**63:
+        yield ConfigIssue(key, node, "must fit into 64 bits")
+    elif isinstance(node, int) and node < 0 and key.split(".")[-1] == "seed":
+        yield ConfigIssue(key, node, "must be at least 0")
+
+
+def _typed(tree: Any, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
+    """pydantic's objects and errors. Wrong values are removed from the tree, so that their defaults stand in."""
+    adapter = TypeAdapter(schema)
+    present = _without_missing(tree, schema)
+    try:
+        return adapter.validate_python(present), []
+    except ValidationError as error:
+        issues = []
+        for item in error.errors(include_url=False):
+            issue, path = _issue(schema, item)
+            issues.append(issue)
+            parent = present
+            for name in path[:-1]:
+                parent = parent.get(name, {})
+            parent.pop(path[-1], None)
+        return adapter.validate_python(present), issues
+
+
+def _issue(schema: Any, error: Mapping[str, Any]) -> tuple[ConfigIssue, list[str]]:
+    """A pydantic error as an issue, and the path of the field or dict entry that is wrong."""
+    loc, path, given = [*map(str, error["loc"])], [], error["input"]
+    while True:
+        fields, name = fields_of(schema), loc.pop(0)
+        if name not in fields:
+            hint = nearest(name, fields, "".join(f"{part}." for part in path))
+            path.append(name)
+            return ConfigIssue(".".join(path), NO_VALUE, "unknown key", hint, unknown_key=True), path
+        field = fields[name]
+        path.append(name)
+        if typing.get_origin(field.annotation) is dict and loc:
+            path.append(loc.pop(0))
+        schema = nested_schema(field.annotation)
+        if schema is None or not loc:
+            break
+    is_entry = typing.get_origin(field.annotation) is list and loc
+    message, hint = f"must be {allowed_entry(field) if is_entry else allowed(field)}", ""
+    if error["type"] == "value_error":
+        message = str(error["ctx"]["error"])
+    if error["type"] == "literal_error" and isinstance(given, str):
+        close = difflib.get_close_matches(given, re.findall(r"'(\w+)'", error["ctx"]["expected"]), n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else ""
+    return ConfigIssue(".".join(path) + "".join(f"[{index}]" for index in loc), given, message, hint), path
+
+
+def _without_missing(tree: Any, schema: Any) -> Any:
+    """A copy without the keys of the schema that are MISSING, so that their defaults are not checked."""
+    if not isinstance(tree, dict):
+        return tree
+    copy = {}
+    for name, value in tree.items():
+        field = fields_of(schema).get(name)
+        inner = field and nested_schema(field.annotation)
+        if inner and typing.get_origin(field.annotation) is dict and isinstance(value, dict):
+            copy[name] = {str(key): _without_missing(item, inner) for key, item in value.items()}
+        elif value != MISSING:
+            copy[str(name)] = _without_missing(value, inner) if inner else value
+    return copy
+
+
+def _missing(tree: Any, config: Any) -> Iterator[ConfigIssue]:
+    """Values that are required: MISSING in the tree, or in the objects because the tree lacks them."""
+
+    def walk(node: Any, key: str) -> Iterator[str]:
+        if node == MISSING:
+            yield key
+        elif dataclasses.is_dataclass(node):
+            for field in dataclasses.fields(node):
+                yield from walk(getattr(node, field.name), f"{key}.{field.name}")
+        elif isinstance(node, dict):
+            for name, value in node.items():
+                yield from walk(value, f"{key}.{name}")
+
+    for key in dict.fromkeys([*walk(config, ""), *walk(tree, "")]):
+        name = key.lstrip(".")
+        yield ConfigIssue(name, NO_VALUE, "required", f"set {EXAMPLES.get(name, f'{name}=VALUE')}")
+
+
+def path_issues(paths: Mapping[str, Any]) -> Iterator[ConfigIssue]:
+    """Files and folders, by their keys, that do not exist. Values that are not paths are ignored."""
+    for key, path in paths.items():
+        if isinstance(path, str) and path != MISSING and not _exists(path):
+            yield ConfigIssue(key, path, "no such file or folder", _download_hint(key, path))
+
+
+def _exists(path: str) -> bool:
+    """`*` stands for any characters, of numbered images; `::` separates a checkpoint from its part."""
+    return exists(path) or ("*" in path and any(glob.iglob(glob.escape(path).replace("[*]", "*"))))
+
+
+def _download_hint(key: str, path: str) -> str:
+    """How to download a path that may be a name of the Hugging Face hub."""
+    if any(is_below(key, checkpoint) for checkpoint in CHECKPOINT_KEYS):
+        return hub_hint(path)
+    if key == "data.source.path":
+        from vae3d.data.dataset_rows import how_to_download  # imports pandas
+
+        return how_to_download(path)
+    return ""
+
+
+def resume_issues(config: Any) -> Iterator[ConfigIssue]:
+    """Of a path in run.resume_from. Names of checkpoints are looked up later, in the run's folder."""
+    path = config.run.resume_from
+    if path in (None, "latest") or re.fullmatch(r"(step|checkpoint)-\d+", Path(path).name) or Path(path).is_file():
+        return
+    if not Path(path).is_dir():
+        yield ConfigIssue("run.resume_from", path, "no such file or folder")
+    elif not (Path(path, "run.json").is_file() or Path(path, "checkpoints").is_dir()):
+        hint = "use RUN/checkpoints/step-..., a run or a training state's .pt"
+        yield ConfigIssue("run.resume_from", path, "is not a checkpoint", hint)

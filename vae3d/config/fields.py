@@ -1,0 +1,129 @@
+"""Field types of the schemas, and what a field allows in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+# Values are as Hydra parses them: numbers may be strings, as from ${oc.env:STEPS}, and names may be numbers.
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+
+
+def not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "must be a number")
+    return value
+
+
+def as_list(value: Any) -> Any:
+    """A single value is a list of it: metrics=psnr."""
+    return [value] if isinstance(value, str | int | float) else value
+
+
+def _folder_name(value: str) -> str:
+    if "/" in value or value in ("", ".", ".."):
+        raise ValueError("must be a name without /")
+    return value
+
+
+def _prefix(value: str) -> str:
+    if value.endswith("/") or Path(value).name in ("", ".", ".."):
+        raise ValueError("must be a prefix, without / at its end")
+    return value
+
+
+def _ascending(value: list[float]) -> list[float]:
+    if value != sorted(value):
+        raise ValueError("must be in ascending order")
+    return value
+
+
+def _distinct(value: list[Any]) -> list[Any]:
+    if len(set(value)) != len(value):
+        raise ValueError("must not hold a value twice")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(not_bool)]
+Float = Annotated[float, BeforeValidator(not_bool)]
+Strings = Annotated[list[str], BeforeValidator(as_list)]
+Betas = Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
+Rates = Annotated[
+    list[Annotated[Float, Field(gt=0, lt=1)]], BeforeValidator(as_list), AfterValidator(_distinct), Field(min_length=1)
+]
+Ramp = Annotated[list[Annotated[Int, Field(ge=0)]], AfterValidator(_ascending), Field(min_length=2, max_length=2)]
+Interval = Annotated[
+    list[Annotated[Float, Field(ge=0, le=1)]], AfterValidator(_ascending), Field(min_length=2, max_length=2)
+]
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+PathPrefix = Annotated[str, AfterValidator(_prefix)]
+Precision = Literal["fp32", "bf16", "fp16"]
+Reader = Literal["auto", "pyav", "decord"]
+Split = Literal["train", "val", "test"]
+
+
+def fields_of(schema: Any) -> dict[str, FieldInfo]:
+    return schema.__pydantic_fields__
+
+
+def nested_schema(kind: Any) -> Any:
+    """The schema of a section, or of the values of a dict of sections; None for other types."""
+    if typing.get_origin(kind) is dict:
+        kind = typing.get_args(kind)[1]
+    return kind if dataclasses.is_dataclass(kind) else None
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a field allows: "an integer of at least 1, or null"."""
+    return _words(field.annotation, field.metadata)
+
+
+def allowed_entry(field: FieldInfo) -> str:
+    """What an entry of a list field allows."""
+    return _words(typing.get_args(field.annotation)[0])
+
+
+def _words(kind: Any, metadata: Sequence[Any] = ()) -> str:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _words(inner[0], [*inner[1:], *metadata])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_words(one, metadata) for one in inner if one is not types.NoneType) + ", or null"
+    if origin is Literal:
+        *names, last = map(str, inner)
+        return f"{', '.join(names)} or {last}"
+    limits = _limits(metadata)
+    if origin is list:
+        low, high = limits.get(MinLen), limits.get(MaxLen)
+        size = "" if low is None else f" of {low}" if low == high else f" of at least {low}"
+        return f"a list{size}; each entry: {_words(inner[0])}"
+    if origin is dict:
+        return "a dict" if inner[1] is Any else f"a dict; each value: {_words(inner[1])}"
+    if dataclasses.is_dataclass(kind):
+        return f"a group of the keys {', '.join(fields_of(kind))}"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", Any: "see meaning"}
+    return names[kind] + _range(limits)
+
+
+def _limits(metadata: Sequence[Any]) -> dict[type, Any]:
+    """Kind of limit -> its value. Field(...) inside of Annotated holds limits of its own."""
+    names = {Ge: "ge", Gt: "gt", Le: "le", Lt: "lt", MinLen: "min_length", MaxLen: "max_length"}
+    flat = [limit for item in metadata for limit in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    return {kind: getattr(limit, name) for limit in flat for kind, name in names.items() if isinstance(limit, kind)}
+
+
+def _range(limits: dict[type, Any]) -> str:
+    if Ge in limits and Le in limits:
+        return f" from {limits[Ge]:g} to {limits[Le]:g}"
+    words = {Ge: "of at least", Gt: "above", Le: "of at most", Lt: "below"}
+    parts = [f"{word} {limits[kind]:g}" for kind, word in words.items() if kind in limits]
+    return f" {' and '.join(parts)}" if parts else ""

@@ -1,0 +1,80 @@
+"""What is wrong with a configuration."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from vae3d.errors import UserError
+
+MISSING = "???"  # Hydra's mark for a value that only the user can give
+NO_VALUE = object()
+
+
+@dataclass(frozen=True)
+class ConfigIssue:
+    """One error of a configuration.
+
+    key: dotted, with indices of lists: data.frames.max, optim.betas[1]. value: as given, NO_VALUE if there is none.
+    unknown_key: the key does not exist, so the value that was meant for another key is missing there.
+    """
+
+    key: str
+    value: Any
+    message: str
+    hint: str = ""
+    unknown_key: bool = False
+
+    def __str__(self) -> str:
+        given = "" if self.value is NO_VALUE else f"={_text(self.value)}"
+        return f"{self.key}{given}: {self.message}" + (f"; {self.hint}" if self.hint else "")
+
+    def within(self, keys: Iterable[str]) -> bool:
+        """Whether the key is one of `keys` or lies below one."""
+        return any(is_below(self.key, key) for key in keys)
+
+
+class ConfigError(UserError):
+    """All errors of a configuration."""
+
+    def __init__(self, issues: list[ConfigIssue]) -> None:
+        self.issues = issues
+        count = f"{len(issues)} error" + ("s" if len(issues) > 1 else "")
+        super().__init__(f"the configuration has {count}:\n" + "\n".join(f"  {issue}" for issue in issues))
+
+
+def raise_if_any(issues: list[ConfigIssue]) -> None:
+    if issues:
+        raise ConfigError(issues)
+
+
+def is_below(key: str, parent: str) -> bool:
+    """Whether a dotted key is `parent` or one of its descendants."""
+    return key == parent or key.startswith((f"{parent}.", f"{parent}["))
+
+
+def without_repeats(issues: Iterable[ConfigIssue]) -> list[ConfigIssue]:
+    """The first issue of each key."""
+    first: dict[str, ConfigIssue] = {}
+    for issue in issues:
+        first.setdefault(issue.key, issue)
+    return list(first.values())
+
+
+def nearest(name: str, options: Iterable[str], prefix: str = "") -> str:
+    """A hint at the nearest valid name, or at all of them if none is near."""
+    options = list(options)
+    if close := difflib.get_close_matches(name, options, n=1, cutoff=0.5):
+        return f"did you mean {prefix}{close[0]}?"
+    return f"use one of {', '.join(options)}" if options else "there are none"
+
+
+def _text(value: Any) -> str:
+    """As it would be typed on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    return str(value)

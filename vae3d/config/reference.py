@@ -1,0 +1,116 @@
+"""docs/reference.md, from the schemas and the signatures of the classes that conf/ names:
+
+python -m vae3d.config.reference > docs/reference.md
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic.fields import FieldInfo
+
+from vae3d.config.diffusion import DiffusionConfig, SampleConfig
+from vae3d.config.fields import allowed, fields_of, nested_schema
+from vae3d.config.issues import MISSING
+from vae3d.config.latents import EncodeConfig
+from vae3d.config.schema import CONF, CompareConfig, InferConfig, TrainConfig
+from vae3d.config.targets import signature_of
+
+COMMANDS = {
+    "train.py": TrainConfig,
+    "infer.py": InferConfig,
+    "scripts/compare.py": CompareConfig,
+    "scripts/encode_latents.py": EncodeConfig,
+    "scripts/train_latent_diffusion.py": DiffusionConfig,
+    "scripts/sample_latent_diffusion.py": SampleConfig,
+}
+# Nodes with a `_target_`: key -> the group of conf/ whose files name the classes.
+GROUPS = {
+    "model": "model",
+    "loss.terms.NAME.term": "loss",
+    "adversary": "adversary",
+    "data.source": "data",
+    "denoiser": "denoiser",
+    "process": "process",
+    "logger": "logger",
+}
+INTRO = """\
+# Every setting
+
+Generated from `vae3d/config/` by `python -m vae3d.config.reference > docs/reference.md`. Do not edit.
+
+`KEY=VALUE` on the command line sets a key. A wrong key or value stops every command before it reads data, with all
+errors in one list. **Required** keys have no default; the files of `conf/` set most of them.
+"""
+
+
+def markdown() -> str:
+    parts, documented = [INTRO], set()
+    for command, schema in COMMANDS.items():
+        parts.append(f"## `{command}`\n\n{inspect.getdoc(schema)}\n")
+        parts += _tables(schema, "", documented)
+    parts.append("## Classes\n\nArguments of the `_target_` nodes, which the files of `conf/` fill in.\n")
+    for key, group in GROUPS.items():
+        parts.append(f"### `{key}`\n")
+        parts += [_class(target) for target in targets(CONF / group)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _tables(schema: Any, prefix: str, documented: set[tuple[str, Any]]) -> Iterator[str]:
+    """A table of the schema's keys, then those of its sections that are not in `documented`."""
+    rows, sections = [], []
+    for name, field in fields_of(schema).items():
+        section = nested_schema(field.annotation)
+        key = f"{prefix}{name}.NAME" if typing.get_origin(field.annotation) is dict else f"{prefix}{name}"
+        if section is None:
+            rows.append(_row(f"{prefix}{name}", field))
+        elif (key, section) in documented:
+            rows.append(f"| `{key}.*` | | | as in `train.py` |")
+        else:
+            sections.append((key, section))
+            documented.add((key, section))
+    if rows:
+        yield "\n".join(["| key | default | allowed | meaning |", "|---|---|---|---|", *rows, ""])
+    for key, section in sections:
+        yield f"{'####' if prefix else '###'} `{key}.*`\n\n{inspect.getdoc(section)}\n"
+        yield from _tables(section, f"{key}.", documented)
+
+
+def _row(key: str, field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    text = "**required**" if default == MISSING else f"`{_yaml(default)}`"
+    return f"| `{key}` | {text} | {allowed(field)} | {field.description} |"
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
+
+
+def targets(folder: Path) -> list[str]:
+    """The classes of this package that the files of a folder name."""
+    text = "".join(path.read_text() for path in sorted(folder.glob("*.yaml")))
+    return sorted(set(re.findall(r"_target_: *(vae3d[\w.]+)", text)))
+
+
+def _class(target: str) -> str:
+    signature = signature_of(target)
+    rows = [
+        f"| `{name}` | {'**required**' if a.default is None else f'`{a.default}`'} | {_type(a.annotation)} |"
+        for name, a in signature.arguments.items()
+    ]
+    table = ["| argument | default | type |", "|---|---|---|", *rows, ""] if rows else []
+    return "\n".join([f"#### `{target}`", "", signature.doc, "", *table])
+
+
+def _type(annotation: str) -> str:
+    return f"`{annotation}`".replace("|", "\\|") if annotation else ""
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
