@@ -249,7 +249,7 @@ def test_another_resolution_is_refused_in_the_same_step_and_later():
 
 def test_images_too_small_are_refused():
     with pytest.raises(ValueError, match="7x7; Seraena needs 8 pixels or more"):
-        toy.seraena()._check_shapes(*toy.pair(side=7))
+        toy.seraena()._inputs(*toy.pair(side=7))
     clip, out = toy.pair(batch=1, frames=1, side=8)
     with pytest.raises(ValueError, match=r"gives the batch norms a single value; use adversary.norm=group"):
         toy.seraena().discriminator_loss(clip, out, 0)
