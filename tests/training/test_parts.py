@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests import tiny
+from vae3d.checkpoints.state import ResumeError
 from vae3d.errors import UserError
 from vae3d.schedules import ema_decay, learning_rate, ramp
-from vae3d.training.ema import Ema
+from vae3d.training.ema import Ema, MultiEma
 from vae3d.training.freeze import PartError, set_mode, train_parts
 from vae3d.training.metrics import MeanMeter, StepMetrics
 from vae3d.training.spike import SpikeError, SpikeGuard, worst
+from vae3d.training.step_status import Action, StepStatus
 
 
 def test_only_named_parts_train_each_with_its_scale():
@@ -164,6 +168,45 @@ def test_losses_that_stay_high_become_the_new_level(caplog):
 
     guard.mean = 1.0  # one of eight ranks far above the others: its level must pass too
     assert [guard.should_step(10.0, 80.0, 1.0) for _ in range(4)] == [False, False, False, True]
+
+
+OK = StepStatus(loss=1.0, worst=2.0, out_of_memory=(), unreadable=(), no_data=(), stop=0, broken=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "action", "reason"),
+    [
+        ({}, Action.TAKE, ""),
+        ({"worst": math.nan}, Action.SKIP, "loss 1, at worst nan"),
+        ({"out_of_memory": (1, 3), "unreadable": (2,)}, Action.SKIP, "out of memory: rank 1, 3; .*file: rank 2"),
+        ({"no_data": (1,), "out_of_memory": (0,)}, Action.STOP, "rank 1 has no more data"),
+        ({"mismatch": "x.weight has one on rank 0 and none on rank 1"}, Action.STOP, "x.weight has one on rank 0"),
+    ],
+)
+def test_a_step_is_taken_skipped_or_ends_the_run_by_what_all_ranks_report(changes, action, reason):
+    for spikes in (SpikeGuard(), None):  # None: in a step that trains the discriminator only
+        decision = replace(OK, **changes).decide(1.0, spikes)
+        assert decision.action is action
+        assert re.search(reason, decision.reason)
+        if spikes is not None:  # of steps that some rank did not finish the guard learns nothing
+            assert (spikes.accepted, spikes.consecutive_skips) == (int(action is Action.TAKE), int("worst" in changes))
+    if not changes:
+        assert OK.decide(math.inf, SpikeGuard()).action is Action.SKIP
+
+
+def test_averages_at_several_rates_are_loaded_at_the_same_rates_only():
+    model = small_model()
+    emas = MultiEma(model, [0.5, 0.9], warmup=False)
+    with torch.no_grad():
+        model.weight += 1.0
+    emas.update(0)
+    resumed = MultiEma(small_model(), [0.5, 0.9])
+    resumed.load_state_dict(emas.state_dict())
+    for rate, ema in emas.rates.items():
+        assert torch.equal(resumed.rates[rate].shadow["weight"], ema.shadow["weight"])
+        torch.testing.assert_close(ema.shadow["weight"], model.weight - rate)
+    with pytest.raises(ResumeError, match=r"0\.5, 0\.9, but trainer\.ema\.rates=\['0\.9'\]"):
+        MultiEma(model, [0.9]).load_state_dict(emas.state_dict())
 
 
 def test_the_worst_loss_is_nan_if_any_is():

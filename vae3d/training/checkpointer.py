@@ -114,32 +114,22 @@ class Checkpointer:
     def load(self, checkpoint: Path) -> int:
         """Load all registered objects; returns the step. Raises CheckpointError for another form, and ResumeError."""
         saved, own = state.load_state(checkpoint), state.load_rank(checkpoint, self.rank)
-        try:
-            with state.restoring(checkpoint):
-                for name, item in self.items.items():
-                    if name not in saved:
-                        raise ArgumentError(f"{name} is missing")
-                    if name in self.exact:
-                        check_like(saved[name], item.state_dict(), name)
-                    try:
-                        item.load_state_dict(saved[name])
-                    except ArgumentError as error:
-                        raise ArgumentError(
-                            str(error) if str(error).startswith(name) else f"{name}: {error}"
-                        ) from error
-            with state.restoring(checkpoint, state.RANK_STATE.format(rank=self.rank)):
-                for name, item in self.items.items():
-                    if not hasattr(item, "load_rank_state_dict"):
-                        continue
-                    if name in own or name not in self.optional_rank_state:
-                        check_value(own.get(name, {}), Mapping[str, Any], name)
-                        item.load_rank_state_dict(own.get(name, {}))
-                    elif item.rank_state_dict():
-                        log.warning("%s has no %s of rank %d, which starts empty", checkpoint, name, self.rank)
-        except ResumeError as error:
-            raise ResumeError(
-                f"{checkpoint} {error}. To start a new run from its weights: {state.from_weights(checkpoint)}"
-            ) from error
+        with state.restoring(checkpoint):
+            for name, item in self.items.items():
+                if name not in saved:
+                    raise ArgumentError(f"{name} is missing")
+                if name in self.exact:
+                    check_like(saved[name], item.state_dict(), name)
+                _load_item(checkpoint, name, item.load_state_dict, saved[name])
+        with state.restoring(checkpoint, state.RANK_STATE.format(rank=self.rank)):
+            for name, item in self.items.items():
+                if not hasattr(item, "load_rank_state_dict"):
+                    continue
+                if name in own or name not in self.optional_rank_state:
+                    check_value(own.get(name, {}), Mapping[str, Any], name)
+                    _load_item(checkpoint, name, item.load_rank_state_dict, own.get(name, {}))
+                elif item.rank_state_dict():
+                    log.warning("%s has no %s of rank %d, which starts empty", checkpoint, name, self.rank)
         return saved["step"]
 
     # ---- saving
@@ -314,6 +304,17 @@ class Checkpointer:
         since = "all steps since the start" if newest is None else f"the steps after step {state.step_of(newest)}"
         resumes = "starts from the beginning" if newest is None else f"resumes from {newest}"
         return f"{since} are lost; free disk space, then run the same command again: it {resumes}"
+
+
+def _load_item(checkpoint: Path, name: str, load: Callable[[Any], object], item_state: Any) -> None:
+    """load(item_state), with the item's name or the checkpoint added to errors."""
+    try:
+        load(item_state)
+    except ArgumentError as error:
+        raise ArgumentError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
+    except ResumeError as error:
+        weights = f"; or start a new run from its weights: {state.from_weights(checkpoint)}"
+        raise ResumeError(f"{checkpoint} {error}{weights if name == 'optimizer' else ''}") from error
 
 
 def run_on_all_ranks(device: torch.device, stage: Callable[[], Any]) -> str | None:
