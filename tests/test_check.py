@@ -335,6 +335,11 @@ def test_what_hydra_would_refuse_is_one_message_with_the_nearest_name(argument, 
     assert hint in message
 
 
+def test_files_of_ones_own_are_not_checked():
+    arguments = ["hydra.searchpath=[file:///mine]", "loss=mine"]
+    assert read_arguments(arguments) == arguments
+
+
 def test_errors_have_fields():
     config, issues = training_issues(tiny.compose("model=spatial", "optim.lr=abc", "data.crop=centre", "optim.lrr=1"))
     found = {issue.key: issue for issue in issues}

@@ -411,6 +411,22 @@ class InferConfig:
     overwrite: bool = Field(False, description="Replace results of an earlier command.")
 
 
+@dataclass(config=STRICT)
+class ComparedTeacher:
+    """The teacher that the checkpoint is compared with."""
+
+    path: str = Field(MISSING, description="Checkpoint, as `vae3d.load` takes it. teacher=PATH is short for it.")
+    precision: Precision = Field("fp32", description="Of its weights and all its computations.")
+
+
+@dataclass(config=STRICT)
+class CompareConfig(InferConfig):
+    """Reconstruct videos with a student and its teacher: every encoder with every decoder."""
+
+    teacher: ComparedTeacher = Field(default_factory=ComparedTeacher)
+    strip: Int = Field(5, ge=1, description="Frames in the picture of each file.")
+
+
 def register(name: str, schema: type) -> None:
     """Give Hydra the defaults of a schema under a name for the defaults lists of conf/."""
     ConfigStore.instance().store(name, asdict(schema()))
@@ -423,3 +439,4 @@ def _short_hash(items: list[str]) -> str:
 OmegaConf.register_new_resolver("short_hash", _short_hash, replace=True)
 register("train_defaults", TrainConfig)
 register("infer_defaults", InferConfig)
+register("compare_defaults", CompareConfig)

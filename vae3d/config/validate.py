@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 
 from vae3d.config.check import Rule, check, check_all, resume_issues
 from vae3d.config.issues import NO_VALUE, ConfigError, ConfigIssue
-from vae3d.config.schema import InferConfig, TrainConfig
+from vae3d.config.schema import CompareConfig, InferConfig, TrainConfig
 
-__all__ = ["ConfigError", "check_inference", "training_issues"]
+__all__ = ["ConfigError", "check_comparison", "check_inference", "training_issues"]
 
 
 def training_issues(cfg: DictConfig) -> tuple[TrainConfig, list[ConfigIssue]]:
@@ -27,6 +27,16 @@ def check_inference(cfg: DictConfig) -> InferConfig:
         cfg,
         InferConfig,
         INFERENCE_RULES,
+        lambda c: {"checkpoint": c.checkpoint, "source": c.source, "root": c.root, "teacher.path": c.teacher.path},
+    )
+
+
+def check_comparison(cfg: DictConfig) -> CompareConfig:
+    """The configuration as typed objects. Raises ConfigError with every error."""
+    return check(
+        cfg,
+        CompareConfig,
+        COMPARISON_RULES,
         lambda c: {"checkpoint": c.checkpoint, "source": c.source, "root": c.root, "teacher.path": c.teacher.path},
     )
 
@@ -166,5 +176,10 @@ INFERENCE_RULES = [
          "networks are compared on whole frames (teacher.path={c.teacher.path})", "use null"),
     Rule("sample", lambda c: c.teacher.path is not None and c.sample,
          "networks are compared by the mode of the latents (teacher.path={c.teacher.path})", "use false"),
+]
+COMPARISON_RULES = [
+    *INFERENCE_RULES[:-2],
+    Rule("tile", lambda c: c.tile is not None, "networks are compared on whole frames", "use null"),
+    Rule("sample", lambda c: c.sample, "networks are compared by the mode of the latents", "use false"),
 ]
 # fmt: on

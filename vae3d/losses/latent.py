@@ -43,7 +43,7 @@ class LatentL1:
 class Identity:
     """|temporal latent - 2D latent| of single images: keeps the temporal VAE's space like the 2D VAE's.
 
-    Open-Sora v1.2 `scripts/train_vae.py`, use_image_identity_loss. None for clips of more than one frame.
+    Open-Sora v1.2 `train_vae.py`, use_image_identity_loss. None for clips of more than one frame.
     Raises ValueError if the two latents have different channels.
     """
 
