@@ -328,13 +328,18 @@ def test_no_argument_is_any_number(folder):
      ("trainer/strategy=ddp", "trainer/strategy=ddp: ", "replicated"), ("loss=ldm,erpp", "loss=erpp: ", "erp?"),
      ("optim.betas=[0.9,,1]", "optim.betas=[0.9,,1]: ", "quotes")],
 )  # fmt: skip
-def test_what_hydra_would_refuse_is_one_message_with_the_nearest_name(argument, start, hint, capsys):
+def test_what_hydra_would_reject_is_an_error_with_the_nearest_name(argument, start, hint, capsys):
     with pytest.raises(SystemExit) as end:
         read_arguments(["data=folder", argument, "hydra/launcher=joblib", "optim.lr=1e-3,1e-4"])
     assert end.value.code == 2
     (message,) = capsys.readouterr().err.splitlines()[1:]
     assert message.strip().startswith(start)
     assert hint in message
+
+
+def test_files_of_ones_own_are_not_checked():
+    arguments = ["hydra.searchpath=[file:///mine]", "loss=mine"]
+    assert read_arguments(arguments) == arguments
 
 
 def test_errors_have_fields():
@@ -357,7 +362,7 @@ def test_a_rule_is_skipped_where_a_value_is_wrong_itself():
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_defaults_of_the_schema_are_sound(name):
-    """A default that a field itself would not allow is found by nobody else: pydantic does not check defaults."""
+    """pydantic does not check defaults."""
     for issue in read(tiny.compose("run.name=x", config=name), SCHEMAS[name])[1]:
         assert issue.message == "required" or issue.key == "run", issue
 

@@ -441,7 +441,7 @@ def test_an_unknown_class_leaves_nothing_but_its_name_to_one_who_has_the_model(p
     [
         ({"latent_shape": [4, 2**20, 2**10, 2**10]}, "latent_shape"),
         ({"latent_shape": [4, 1, 8]}, "latent_shape"),
-        ({"latent_shape": [8, 1, 8, 8]}, "latents of 4 channels"),
+        ({"latent_shape": [8, 1, 8, 8]}, "channels is 4; the latents have 8"),
         ({"size": [2**15, 2**15, 2**15]}, "size"),
         ({"size": [1, 64]}, "size"),
         ({"classes": ["a"], "trained_classes": [0]}, "classes"),

@@ -26,7 +26,7 @@ class Vae:
     chunk_frames: Int | None = Field(
         None, ge=1, description="Frames encoded at once. null: as many as the model's stream takes."
     )
-    sample: bool = Field(True, description="Sample latents from the posterior, in every epoch anew. false: its mean.")
+    sample: bool = Field(True, description="Sample latents from the posterior, again in every epoch. false: its mean.")
 
 
 @dataclass(config=STRICT)

@@ -17,8 +17,11 @@ def is_group(name: str) -> bool:
 
 
 def override_issues(overrides: Sequence[str]) -> list[ConfigIssue]:
-    """Overrides that cannot be parsed, and files that a folder of conf/ does not have. Hydra's own groups depend on its
-    plugins and are not checked."""
+    """Overrides that cannot be parsed, and files that a folder of conf/ does not have.
+
+    Not checked: Hydra's own groups, which depend on its plugins; and files where the user adds folders of their own.
+    """
+    own_folders = any("hydra.searchpath" in o or o.startswith(("--config-dir", "-cd")) for o in overrides)
     issues = []
     for override in overrides:
         name, _, value = override.lstrip("+").partition("=")
@@ -30,7 +33,7 @@ def override_issues(overrides: Sequence[str]) -> list[ConfigIssue]:
             reason = str(error).splitlines()[0]
             issues.append(ConfigIssue(name, value, f"cannot be parsed: {reason}", "put the value in quotes"))
             continue
-        if override.startswith("~") or name.startswith("hydra") or not (CONF / name).is_dir():
+        if own_folders or override.startswith("~") or name.startswith("hydra") or not (CONF / name).is_dir():
             continue
         files = sorted(path.stem for path in (CONF / name).glob("*.yaml"))
         for choice in value.strip("[]").split(","):  # a list, or a sweep

@@ -405,18 +405,18 @@ class InferConfig:
 
 @dataclass(config=STRICT)
 class ComparedTeacher:
-    """The network that a student is compared with."""
+    """The teacher that the checkpoint is compared with."""
 
     path: str = Field(MISSING, description="Checkpoint, as `vae3d.load` takes it. teacher=PATH is short for it.")
-    precision: Precision = Field("fp32", description="Of its weights and all it computes.")
+    precision: Precision = Field("fp32", description="Of its weights and all its computations.")
 
 
 @dataclass(config=STRICT)
 class CompareConfig(InferConfig):
-    """Reconstruct videos with a student, and try its encoder and decoder with those of its teacher."""
+    """Reconstruct videos with a student and its teacher: every encoder with every decoder."""
 
     teacher: ComparedTeacher = Field(default_factory=ComparedTeacher)
-    strip: Int = Field(5, ge=1, description="Frames in the picture of each comparison.")
+    strip: Int = Field(5, ge=1, description="Frames in the picture of each file.")
 
 
 def register(name: str, schema: type) -> None:

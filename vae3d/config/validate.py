@@ -170,7 +170,7 @@ INFERENCE_RULES = [
     Rule("cost", lambda c: c.cost and c.tile is not None, "needs whole frames", "use tile=null"),
 ]
 COMPARISON_RULES = [
-    *INFERENCE_RULES,
+    *INFERENCE_RULES[:-2],
     Rule("tile", lambda c: c.tile is not None, "networks are compared on whole frames", "use null"),
     Rule("sample", lambda c: c.sample, "networks are compared by the mode of the latents", "use false"),
 ]
