@@ -127,7 +127,7 @@ def broken(videos, tmp_path, share: int):
     return rows, BatchSchedule(clip_lengths(rows, settings), FrameCounts(5, 5), seed=0, batch_size=2), settings
 
 
-def test_a_broken_file_is_told_and_replaced_by_a_seeded_draw(videos, tmp_path):
+def test_a_broken_file_is_reported_and_replaced_by_a_seeded_draw(videos, tmp_path):
     rows, schedule, settings = broken(videos, tmp_path, 2)
     dataset = ClipDataset(rows, schedule, settings)
     samples = [dataset[index] for step in range(10) for index in schedule.step(step)[0]]
@@ -175,7 +175,7 @@ def test_validation_clips_are_always_the_same_and_shared_among_ranks(videos):
         validation_clips(rows, settings, 30, 5)
 
 
-def test_a_broken_held_out_video_is_told_and_left_out(videos, tmp_path):
+def test_a_broken_held_out_video_is_reported_and_skipped(videos, tmp_path):
     rows, _, settings = broken(videos, tmp_path, 1)
     clips, errors = validation_clips(rows, settings, 5, 3)
     assert len(clips) == 2

@@ -53,9 +53,9 @@ def test_files_replaced_under_their_names_are_counted(folder):
     before = record(folder, "abc")
     (folder / "b.mp4").write_bytes(b"12345")
     os.utime(folder / "c.mp4", (2000, 2000))
-    told = changed(folder, before, "abc")
-    assert "the files of 1 rows have another size, such as b.mp4" in told
-    assert "the files of 1 rows have another modification time, and the same size, such as c.mp4" in told
+    message = changed(folder, before, "abc")
+    assert "the files of 1 rows have another size, such as b.mp4" in message
+    assert "the files of 1 rows have another modification time, and the same size, such as c.mp4" in message
 
 
 def test_ranks_compare_names_and_not_where_the_folder_lies(folder, tmp_path_factory):

@@ -180,7 +180,7 @@ def test_what_is_no_dataset_is_refused(tmp_path):
         open_media(tmp_path / "saved/train/label/0.hfimage")
 
 
-def test_broken_rows_are_told_with_their_numbers(tmp_path, capsys):
+def test_broken_rows_are_reported_by_row(tmp_path, capsys):
     rows(8, _3=b"junk", _5=None, _6=encoded(6)[:200]).save_to_disk(tmp_path / "saved")
     assert check([str(tmp_path / "saved"), "--workers", "1", "--clean", str(tmp_path / "clean.csv")]) == 1
     out = capsys.readouterr().out
@@ -220,11 +220,11 @@ def test_workers_read_the_same_as_one_process_with_the_dataset_opened_before_or_
         data = TrainingData(tables.train, schedule, SETTINGS, workers, 2, [], [])
         clips[workers] = list(data.clips(0, 4))
     forget()  # what a worker that is not a fork finds
-    clips["anew"] = list(TrainingData(tables.train, schedule, SETTINGS, 2, 2, [], []).clips(0, 4))
-    for one, two, anew in zip(*clips.values(), strict=True):
-        assert one.paths == two.paths == anew.paths
+    clips["again"] = list(TrainingData(tables.train, schedule, SETTINGS, 2, 2, [], []).clips(0, 4))
+    for one, two, again in zip(*clips.values(), strict=True):
+        assert one.paths == two.paths == again.paths
         assert torch.equal(one.video, two.video)
-        assert torch.equal(one.video, anew.video)
+        assert torch.equal(one.video, again.video)
 
 
 def test_a_run_trains_and_validates_on_it(tmp_path):

@@ -57,7 +57,7 @@ def test_test_serves_for_validation_only_if_there_is_nothing_else(tmp_path):
     assert ImageFolder(tmp_path).table()["split"].tolist() == ["test", "train", "val"]
 
 
-def test_what_is_left_out_is_told(tmp_path):
+def test_what_is_skipped_is_reported(tmp_path):
     for name in ("train/a.png", "val/b.jpg", "cover.webp"):
         save(tmp_path / name)
     tiny.write_video(tmp_path / "train/clip.mp4", tiny.frames(3))
@@ -137,15 +137,15 @@ def test_files_that_are_enlarged_are_counted(tmp_path, monkeypatch):
     save(tmp_path / "set/4.jpg", 64, 16, exif=exif)
     tell = lambda settings: read_tables(ImageFolder(tmp_path / "set"), settings, 0, 0).notes[1:]  # noqa: E731
     assert tell(ClipSettings(16, 16)) == []
-    (told,) = tell(ClipSettings(32, 32))
-    assert told == "3 of 5 files are smaller than 32x32 and are enlarged; data.min_side skips such files"
+    (message,) = tell(ClipSettings(32, 32))
+    assert message == "3 of 5 files are smaller than 32x32 and are enlarged; data.min_side skips such files"
     assert tell(ClipSettings(16, 32))[0].startswith("2 of 5 files are smaller than 16x32")  # 4.jpg is 16x64
     assert tell(ClipSettings(16, 16, short_side=40))[0].startswith("4 of 5 files are smaller than data.short_side=40")
 
 
 def test_videos_are_counted_where_their_size_is_known(videos, tmp_path):
-    told = read_tables(Folder(videos.parent), ClipSettings(32, 64), 0, 0).notes
-    assert told == ["12 of 12 files are smaller than 32x64 and are enlarged; data.min_side skips such files"]
+    message = read_tables(Folder(videos.parent), ClipSettings(32, 64), 0, 0).notes
+    assert message == ["12 of 12 files are smaller than 32x64 and are enlarged; data.min_side skips such files"]
     pd.DataFrame({"path": ["absent.mp4"], "num_frames": [5]}).to_csv(tmp_path / "t.csv", index=False)
     assert read_tables(Table(tmp_path / "t.csv"), ClipSettings(99, 99), 0, 0).notes == []
 

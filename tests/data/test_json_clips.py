@@ -132,7 +132,7 @@ FAULTS = [
 ]
 
 
-def test_faulty_clips_are_counted_and_told_by_number(folder, capsys):
+def test_invalid_clips_are_counted_and_reported_by_row(folder, capsys):
     path = write(folder / "faulty.json", [{"path": "1.mp4"}, *(entry for entry, _ in FAULTS), {"path": "2.mp4"}])
     found = tables(JsonClips(path, val_share=None))
     assert found.train["name"].tolist() == ["1.mp4", "2.mp4"]
@@ -226,7 +226,7 @@ def test_a_csv_gives_segments_too(folder, capsys):
 
 
 def test_inference_reconstructs_the_segment(folder, spatial_export, tmp_path):
-    part = {"path": "0.mp4", "start": 0.25, "end": 0.5, "frames": "24"}  # a wrong fact that nobody needs here
+    part = {"path": "0.mp4", "start": 0.25, "end": 0.5, "frames": "24"}  # wrong, and not used here
     path = write(folder / "infer.json", [part, {"path": "1.mp4", "start": "x"}])
 
     def infer(*more: str) -> None:
@@ -250,8 +250,8 @@ def test_a_split_is_taken_as_it_is_and_must_be_whole(folder):
     source = JsonClips(write(folder / "split.json", entries))
     found = tables(source)
     assert (found.train["name"].tolist(), found.val["name"].tolist()) == (["0.mp4"], ["1.mp4"])
-    told = (f"{split} 1 clips of 1 videos" for split in ("train", "val", "test"))
-    assert found.notes[-1] == f"{', '.join(told)}, by their `split`"
+    message = (f"{split} 1 clips of 1 videos" for split in ("train", "val", "test"))
+    assert found.notes[-1] == f"{', '.join(message)}, by their `split`"
     del entries[1]["split"]
     entries[2]["split"] = "valid"
     found = tables(JsonClips(write(folder / "split.json", entries)))

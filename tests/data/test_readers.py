@@ -222,7 +222,7 @@ def faulty(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", FAULTY)
-def test_faulty_files_are_refused_with_name_and_reason(faulty, name):
+def test_invalid_files_are_refused_with_name_and_reason(faulty, name):
     with pytest.raises(MediaError, match=FAULTY[name]) as error:
         opened = open_media(faulty / name)
         opened.read(range(opened.info.num_frames))

@@ -18,7 +18,7 @@ SETTINGS = ClipSettings(16, 32, sampling="first_last_random", panorama=True)
 
 
 def room(root: Path, name: str, frames: int, prefix: str = "panorama") -> None:
-    """Files that nobody opens."""
+    """Files that are not opened."""
     output = root / name / "output"
     output.mkdir(parents=True, exist_ok=True)
     for i in range(frames):

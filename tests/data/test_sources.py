@@ -49,14 +49,14 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("content", FAULTS)
-def test_faulty_tables_are_refused_with_the_rows(tmp_path, content):
+def test_invalid_tables_are_refused_with_the_rows(tmp_path, content):
     (tmp_path / "t.csv").write_text(content)
     with pytest.raises(DataError, match=FAULTS[content]) as error:
         Table(tmp_path / "t.csv").table()
     assert str(tmp_path / "t.csv") in str(error.value)
 
 
-def test_faulty_rows_are_told_one_by_one_and_left_out(tmp_path, capsys):
+def test_invalid_rows_are_reported_and_removed(tmp_path, capsys):
     tiny.write_video(tmp_path / "a.mp4", tiny.frames(6))
     (tmp_path / "t.csv").write_text(
         "path,num_frames,split\na.mp4,6,train\n,6,train\na.mp4,many,train\na.mp4,-3,train\na.mp4,6,testing\nb.mp4,,val\n"
@@ -170,7 +170,7 @@ def test_a_changed_file_is_probed_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["cut off", "flipped"])
-def test_damaged_answers_of_a_probe_are_found_anew(videos, monkeypatch, tmp_path, damage):
+def test_damaged_answers_of_a_probe_are_probed_again(videos, monkeypatch, tmp_path, damage):
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path))
     table, _ = probe.fill_metadata(Table(videos).table())
     (cache,) = (tmp_path / "probe").iterdir()
@@ -206,7 +206,7 @@ def broken_table(folder, videos, broken: int):
     return Table(folder / "t.csv")
 
 
-def test_files_that_do_not_open_are_left_out_and_told(videos, tmp_path):
+def test_files_that_do_not_open_are_skipped_and_reported(videos, tmp_path):
     tables = read_tables(broken_table(tmp_path, videos, 2), SETTINGS, num_val_files=0, max_broken=0.2)
     assert len(tables.train) == 12
     assert [(path.rsplit("/", 1)[1], reason) for path, reason in tables.errors] == [

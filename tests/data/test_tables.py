@@ -98,11 +98,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_read_is_refused_with_the_place_and_the_reason(tmp_path, name):
-    content, told = REFUSED[name]
+    content, message = REFUSED[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as error:
         open_source(tmp_path / name).table()
-    assert all(part in str(error.value) for part in (str(tmp_path / name), *told)), str(error.value)
+    assert all(part in str(error.value) for part in (str(tmp_path / name), *message)), str(error.value)
 
 
 def test_a_list_given_as_a_table_is_refused_with_the_right_setting(tmp_path):

@@ -46,7 +46,7 @@ def quick(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("item", "told"),
+    ("item", "message"),
     [
         (signal.SIGKILL, "memory"),
         (signal.SIGBUS, "--shm-size"),
@@ -54,10 +54,10 @@ def quick(monkeypatch):
         ("exit", "status 3"),
     ],
 )
-def test_a_worker_that_dies_is_one_error_with_the_reason(item, told):
+def test_a_worker_that_dies_is_one_error_with_the_reason(item, message):
     batches = run("a", item)
     assert next(batches) == "a"
-    with pytest.raises(WorkerDied, match=told) as error:
+    with pytest.raises(WorkerDied, match=message) as error:
         next(batches)
     assert isinstance(error.value, UserError)
     assert getattr(item, "name", "") in str(error.value)

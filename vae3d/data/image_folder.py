@@ -34,11 +34,10 @@ class ImageFolder:
     def table(self) -> pd.DataFrame:
         """Raises DataError if there are no images. Invalid rows of a table get an `error`."""
         self.notes = []
-        table = (
-            self._images_under_folder()
-            if self.path.is_dir() and not holds_dataset(self.path)
-            else self._images_of_source()
-        )
+        if self.path.is_dir() and not holds_dataset(self.path):
+            table = self._images_under_folder()
+        else:
+            table = self._images_of_source()
         usable = table["error"].isna()
         table.loc[usable, "num_frames"], table.loc[usable, "fps"] = 1.0, 0.0
         counts = [f"{name} {count}" for name in SPLITS if (count := (usable & (table["split"] == name)).sum())]

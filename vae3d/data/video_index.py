@@ -5,8 +5,8 @@ Frame i is the i-th frame that the decoder returns. It is found like this:
 1. open_index returns the index of the file from the cache, or builds it: `build` reads all packets once, and decodes
    the beginning of the file to confirm the order of the frames, or the whole file if its timestamps cannot be trusted.
 2. Row i of `frames` has the number of the packet that frame i comes from, and the number of the packet at which
-   decoding must start. Rows of `packets` have the place of each packet in the file.
-3. FrameSource.decode decodes from that start on. Each packet carries its number in place of its timestamp, and the
+   decoding must start. Rows of `packets` have the position of each packet in the file.
+3. FrameSource.decode decodes from that start on. Each packet carries its number instead of its timestamp, and the
    decoder passes the number on to the frame; the frame with the number of the packet is frame i.
 
 readers.PyAVReader does the last two steps for the frames of a clip.
@@ -287,30 +287,34 @@ def build(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
         rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         aspect, unit = stream.sample_aspect_ratio, stream.time_base
 
+    # Frame order: as packets define it, if the first decoded frames confirm that, else by decoding them all.
     last = len(packets.rows) - 1
     cut = last if names & BYTE_SEEK else None  # such files can be cut within a packet
     if expected is not None:
         ordered, display_order = expected
-        early = set(display_order[: display_order.index(first)])  # of an open group whose beginning is missing
-        late = [number for number in display_order if number not in early and not packets.discard[number]]
-        enough = lambda shown: sum(number not in early for number in shown) >= CHECKED  # noqa: E731
+        leading = set(display_order[: display_order.index(first)])  # of an open group whose beginning is missing
+        regular = [number for number in display_order if number not in leading and not packets.discard[number]]
+
+        def enough(shown: Sequence[int | None]) -> bool:
+            return sum(number not in leading for number in shown) >= CHECKED
+
         first_frame, shown, hashes = _decode_in_order(path, index, first, cut, enough)
-        lead = [number for number in shown if number in early]
-        if shown == lead + late[: len(shown) - len(lead)] and (enough(shown) or len(shown) == len(lead) + len(late)):
-            order = lead + late
-            if cut is not None and not _comes_out(path, index, packets, last):
-                order = order[: order.index(last)]
-        else:
+        shown_leading = [number for number in shown if number in leading]  # the decoder drops some of them
+        order = shown_leading + regular
+        if shown != order[: len(shown)] or not (enough(shown) or len(shown) == len(order)):
             expected = None
+        elif cut is not None and not _decodes_completely(path, index, packets, last):
+            order = order[: order.index(last)]
     if expected is None:
         first_frame, shown, hashes = _decode_in_order(path, index, first, cut)
         distinct = len({number for number in shown if number is not None}) == len(shown)
         ordered, display_order = ("decoded", shown) if distinct else ("counted", [])
         order = shown if distinct else list(range(len(shown)))
 
-    # After a seek, the demuxer does not repeat settings that came with earlier packets: decode from the first.
+    # Where decoding starts. After a seek, the demuxer does not repeat settings of earlier packets: start at the first.
     starts = {} if packets.stateful else _starts(display_order, packets.rows["key"], first, intra=ordered == "file")
     frames = np.array([(number, starts.get(number, first)) for number in order], FRAME)
+
     times, rate = _times(packets, shown if ordered == "counted" else order, names, unit, rates)
     keys = np.maximum.accumulate(np.where(packets.rows["key"], np.arange(len(packets.rows)), first))
     orientation, stored = _orientation(path, first_frame), (first_frame.height, first_frame.width)
@@ -431,54 +435,54 @@ def _promised_end(file: BinaryIO, names: set[str]) -> int | None:
     opening = os.pread(file.fileno(), 4096, 0)
     size = os.fstat(file.fileno()).st_size
     if "matroska" in names:  # EBML header, then one segment; both have an identifier of 4 bytes
-        place = 0
+        offset = 0
         for _ in range(2):
-            place += 4
-            width = 9 - opening[place].bit_length()
-            length = int.from_bytes(opening[place : place + width], "big") & ((1 << 7 * width) - 1)
+            offset += 4
+            width = 9 - opening[offset].bit_length()
+            length = int.from_bytes(opening[offset : offset + width], "big") & ((1 << 7 * width) - 1)
             if length == (1 << 7 * width) - 1:  # unknown, as in a live stream
                 return None
-            place += width + length
-            if place > 4000:
+            offset += width + length
+            if offset > 4000:
                 break
-        return place
-    place = 0
+        return offset
+    offset = 0
     if "avi" in names:  # RIFF chunks; their size counts from behind itself
-        while place + 12 <= size:
-            kind, length = struct.unpack("<4sI", os.pread(file.fileno(), 8, place))
+        while offset + 12 <= size:
+            kind, length = struct.unpack("<4sI", os.pread(file.fileno(), 8, offset))
             if kind != b"RIFF" or not length:
                 break
-            place += 8 + length
-        return place or None
+            offset += 8 + length
+        return offset or None
     if "gif" in names:
         return _gif_end(os.pread(file.fileno(), size, 0))
     if "mov" in names:  # boxes; size 1: a longer size follows, 0: up to the end
-        while place + 8 <= size:
-            length, kind = struct.unpack(">I4s", os.pread(file.fileno(), 8, place))
+        while offset + 8 <= size:
+            length, kind = struct.unpack(">I4s", os.pread(file.fileno(), 8, offset))
             if length == 1:
-                length = int.from_bytes(os.pread(file.fileno(), 8, place + 8), "big")
+                length = int.from_bytes(os.pread(file.fileno(), 8, offset + 8), "big")
             if length < 8 or not kind.isalnum():
                 return None
-            place += length
-        return place
+            offset += length
+        return offset
     return None
 
 
 def _gif_end(content: bytes) -> int | None:
     """End of a GIF in bytes, by the lengths of its blocks; None if it has non-standard blocks."""
-    table = lambda place: 6 << (content[place] & 7) if content[place] & 128 else 0  # noqa: E731  bytes of colours
-    place = 13 + table(10)
-    while place < len(content) and content[place] != 0x3B:
-        if content[place] == 0x2C and place + 9 < len(content):  # a picture
-            place += 11 + table(place + 9)
-        elif content[place] == 0x21:  # an extension
-            place += 2
+    table = lambda offset: 6 << (content[offset] & 7) if content[offset] & 128 else 0  # noqa: E731  bytes of colours
+    offset = 13 + table(10)
+    while offset < len(content) and content[offset] != 0x3B:
+        if content[offset] == 0x2C and offset + 9 < len(content):  # a picture
+            offset += 11 + table(offset + 9)
+        elif content[offset] == 0x21:  # an extension
+            offset += 2
         else:
             return None
-        while place < len(content) and content[place]:
-            place += 1 + content[place]
-        place += 1
-    return place
+        while offset < len(content) and content[offset]:
+            offset += 1 + content[offset]
+        offset += 1
+    return offset
 
 
 def _order_by_packets(
@@ -557,7 +561,7 @@ def _decode_in_order(
     return first_frame, shown, hashes
 
 
-def _comes_out(path: Path, index: int, packets: _Packets, number: int) -> bool:
+def _decodes_completely(path: Path, index: int, packets: _Packets, number: int) -> bool:
     """Whether the frame of a packet decodes completely, starting a few key frames before it."""
     keys = np.flatnonzero(packets.rows["key"][: number + 1])
     start = int(keys[-KEYS_BACK:][0]) if len(keys) else 0
