@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.diffusion import toy
-from vae3d.diffusion import library
+from vae3d.diffusion import layers
 from vae3d.diffusion.build import build_network, build_process, network_config, process_config, require_same
 from vae3d.diffusion.flow import RectifiedFlow
 from vae3d.diffusion.gaussian import GaussianDiffusion
@@ -91,6 +91,6 @@ def test_settings_of_another_type_are_named(make, message):
 
 def test_what_diffusers_lacks_is_named(monkeypatch):
     with pytest.raises(UserError, match=r"no FutureScheduler: pip install --upgrade diffusers"):
-        library.from_diffusers("FutureScheduler")
+        layers.from_diffusers("FutureScheduler")
     with pytest.raises(UserError, match=r"pip install -e \.\[diffusion\]"):
-        library.from_diffusers("UNet2DModel", "diffusers_that_is_not_there")
+        layers.from_diffusers("UNet2DModel", "diffusers_that_is_not_there")

@@ -154,7 +154,7 @@ def test_settings_that_do_not_fit_are_named(config, message):
 
 def test_unet_refuses_videos():
     network = build_network(toy.TINY["unet"], toy.IMAGE)
-    with pytest.raises(ValueError, match="3 frames; .*kind=transformer"):
+    with pytest.raises(ValueError, match=r"3 frames; .*kind=transformer"):
         network(*inputs(toy.CLIP))
 
 
