@@ -10,7 +10,7 @@ from tests import tiny
 from tests.diffusion import toy
 from vae3d import loading
 from vae3d.config.schema import CONF
-from vae3d.diffusion import library
+from vae3d.diffusion import layers
 from vae3d.diffusion.build import NETWORKS, PROCESSES, build_network, build_process, network_config
 from vae3d.diffusion.flow import RectifiedFlow
 from vae3d.errors import UserError
@@ -90,6 +90,6 @@ def test_wrong_settings_of_a_process_are_named(config, message):
 
 def test_what_diffusers_lacks_is_named(monkeypatch):
     with pytest.raises(UserError, match=r"no FutureScheduler: pip install --upgrade diffusers"):
-        library.from_diffusers("FutureScheduler")
+        layers.from_diffusers("FutureScheduler")
     with pytest.raises(UserError, match=r"pip install -e \.\[diffusion\]"):
-        library.from_diffusers("UNet2DModel", "diffusers_that_is_not_there")
+        layers.from_diffusers("UNet2DModel", "diffusers_that_is_not_there")

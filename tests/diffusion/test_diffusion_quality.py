@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vae3d.diffusion.comparison import distances
-from vae3d.diffusion.quality import sliced_wasserstein
+from vae3d.diffusion.quality import distances, sliced_wasserstein
 
 
 def test_one_dimension_by_hand():

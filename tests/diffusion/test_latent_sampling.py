@@ -23,8 +23,8 @@ from vae3d.commands import launch, sample
 from vae3d.config.validate import ConfigError
 from vae3d.diffusion import sampling
 from vae3d.diffusion.build import build_network, network_config
-from vae3d.diffusion.comparison import draw_reference_sets
 from vae3d.diffusion.export import CONFIG, read_export, write_export
+from vae3d.diffusion.quality import draw_reference_sets
 from vae3d.errors import UserError
 from vae3d.inference.folder import FolderError
 from vae3d.latents.cache import LatentCache

@@ -237,7 +237,7 @@ def test_damage_is_found(cached, tmp_path):
     with pytest.raises(CacheError, match=r"index.csv has 11 rows; 12 were written"):
         LatentCache(hurt)
     (hurt / "complete.json").unlink()
-    with pytest.raises(CacheError, match="is not complete; .* again"):
+    with pytest.raises(CacheError, match=r"is not complete; .* again"):
         LatentCache(hurt)
     with pytest.raises(CacheError, match="is not a latent cache"):
         LatentCache(tmp_path)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from vae3d import distributed
 from vae3d.diffusion.base import Sampling
-from vae3d.diffusion.comparison import distances, draw_reference_sets
 from vae3d.diffusion.data import clip_and_latent_size
 from vae3d.diffusion.export import Export, check_same_vae, read_export
+from vae3d.diffusion.quality import distances, draw_reference_sets
 from vae3d.diffusion.sampling import (
     LATENTS,
     MAX_IN_GRID,

@@ -19,7 +19,7 @@ from vae3d.diffusion.base import (
     one_of,
     per_sample,
 )
-from vae3d.diffusion.library import from_diffusers
+from vae3d.diffusion.layers import from_diffusers
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class RectifiedFlow:
         scheduler = from_diffusers("FlowMatchEulerDiscreteScheduler")(shift=sampling.shift)
         sigmas = torch.linspace(1, 1 / sampling.steps, sampling.steps)  # the scheduler's own would be shifted twice
         scheduler.set_timesteps(sigmas=sigmas.tolist())
-        timesteps, t, clip = scheduler.timesteps, scheduler.sigmas.tolist(), sampling.clip
+        timesteps, t = scheduler.timesteps, scheduler.sigmas.tolist()
+        clip = sampling.clip
 
         def step(output: Tensor, index: int, z: Tensor, generators: Generators) -> Tensor:
             check_channels(output, z, self.learned_sigma)

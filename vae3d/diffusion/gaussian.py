@@ -24,7 +24,7 @@ from vae3d.diffusion.base import (
     one_of,
     per_sample,
 )
-from vae3d.diffusion.library import from_diffusers
+from vae3d.diffusion.layers import from_diffusers
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,13 @@
-"""Helpers that the networks share."""
+"""Helpers of the networks, and access to diffusers, an optional dependency."""
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from torch import nn
+
+from vae3d.errors import UserError
 
 
 def zero_module(layer: nn.Module) -> nn.Module:
@@ -18,3 +23,13 @@ def head_dim(width: int, heads: int) -> int:
     if rest or channels % 2 or channels < 6:
         raise ValueError(f"width is {width} for {heads} heads; use an even number of channels per head, at least 6")
     return channels
+
+
+def from_diffusers(name: str, module: str = "diffusers") -> Any:
+    """Import a class of diffusers. Raises UserError if diffusers is not installed, or is too old to have it."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise UserError(f"{name} needs diffusers, which is not installed: pip install -e .[diffusion]") from error
+    except AttributeError as error:
+        raise UserError(f"the installed diffusers has no {name}: pip install --upgrade diffusers") from error

@@ -58,14 +58,15 @@ def measure(data: LatentData, count: int, device: torch.device) -> LatentStats:
     Raises LatentScaleError if no file can be read.
     """
     data = replace(data, schedule=replace(data.schedule, overfit=False))
-    stats, latents = RunningStats(data.latent_shape[0], device), torch.zeros((), dtype=torch.int64, device=device)
+    stats = RunningStats(data.latent_shape[0], device)
+    seen = torch.zeros((), dtype=torch.int64, device=device)
     for batch in data.batches(0, math.ceil(count / data.schedule.batch_size)):
         if batch.values is not None:
             z = data.latents(batch, device)
             stats.update_channels(z)
-            latents += len(z)
-    distributed.all_reduce_sum(latents)
-    latent_stats = LatentStats.over_ranks(stats, int(latents))
+            seen += len(z)
+    distributed.all_reduce_sum(seen)
+    latent_stats = LatentStats.over_ranks(stats, int(seen))
     if not latent_stats.count:
         raise LatentScaleError("the latents cannot be measured: no file of the first steps can be read")
     return latent_stats

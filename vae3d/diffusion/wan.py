@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from vae3d.arguments import Classes, Factor, Range, Width, check_arguments
 from vae3d.diffusion.conditioning import class_ids
-from vae3d.diffusion.layers import head_dim, zero_module
-from vae3d.diffusion.library import from_diffusers
+from vae3d.diffusion.layers import from_diffusers, head_dim, zero_module
 from vae3d.models.layers.frames import pad_space
 
 GATES = (2, 5)  # of a block's six modulations: gates of attention and MLP

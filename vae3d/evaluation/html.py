@@ -17,9 +17,8 @@ from vae3d.evaluation.store import VideoScore
 from vae3d.io import naming, write_text
 from vae3d.metrics.base import Better, goodness
 from vae3d.pixels import quantize
-from vae3d.report.html import html_table, img, render, svg
+from vae3d.report.html import html_table, img, render, subplots, svg
 from vae3d.report.images import resize_to_width
-from vae3d.report.plots import subplots
 from vae3d.report.tables import number
 
 RANKED_BY = ("lpips_alex", "lpips_vgg", "psnr", "ssim")  # the first that was computed ranks the clips

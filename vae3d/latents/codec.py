@@ -65,7 +65,7 @@ class LatentCodec:
         if getattr(model, "decimated", False):
             raise ValueError("a decoder with less upscaling does not invert the encoder; leave out decoder_*_upscale")
         if not model.spec.latents_std and not next(model.parameters()).is_meta:
-            raise UserError(f"the scaling factor of the latents is unknown; {UNKNOWN_FACTOR}")
+            raise UserError(f"the scaling factor of the latents is not known; {UNKNOWN_FACTOR}")
         self.model = model.eval().requires_grad_(False)
         self.pixel_range, self.dtype, self.config = pixel_range, dtype, config
         self._by_size = chunk_frames is None and getattr(model, "chunk_latents", 0) is None

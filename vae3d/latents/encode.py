@@ -53,18 +53,7 @@ from vae3d.seeding import generator_of
 
 MAX_SHOWN = 10  # errors in a message
 # Keys of meta.json, beside autoencoder and transform, that must be equal to resume.
-RESUME_KEYS = (
-    "pixel_range",
-    "precision",
-    "store",
-    "dtype",
-    "flip",
-    "seed",
-    "clips",
-    "clips_hash",
-    "shard_size",
-    "writers",
-)
+KEYS = ("pixel_range", "precision", "store", "dtype", "flip", "seed", "clips", "clips_hash", "shard_size", "writers")
 log = logging.getLogger("vae3d")
 
 
@@ -144,7 +133,7 @@ def identity(meta: dict[str, Any]) -> dict[str, Any]:
         "encoder's weights": meta["vae"]["encoder"],
         **{f"model.{name}": value for name, value in config.items()},
         **{f"transform.{name}": value for name, value in meta["transform"].items()},
-        **{name: meta[name] for name in RESUME_KEYS},
+        **{name: meta[name] for name in KEYS},
     }
 
 

@@ -16,9 +16,8 @@ from vae3d.evaluation.tables import write_json
 from vae3d.io import naming, write_text
 from vae3d.latents.probes import MIN_KL, MIN_VARIANCE_SHARE, TRANSFORMS
 from vae3d.pixels import to_uint8
-from vae3d.report.html import html_table, img, png, render
+from vae3d.report.html import html_table, img, png, render, subplots
 from vae3d.report.images import resize_to_width
-from vae3d.report.plots import subplots
 from vae3d.report.tables import text_table
 
 if TYPE_CHECKING:

@@ -296,7 +296,7 @@ def decoded_pictures(model: nn.Module, clips: Clips, settings: ProbeSettings, st
     videos = {"original": pixels}
     videos |= {f"noise {sigma:g}": codec.decode(z + sigma * noise, frames) for sigma in SHOWN_NOISE}
     if len(z) > 1:
-        videos["midway"] = codec.decode((z[:1] + z[1:2]) / 2, frames)
+        videos["midpoint"] = codec.decode((z[:1] + z[1:2]) / 2, frames)
         videos["other end"] = codec.decode(z[1:2], frames)
     return {label: video[0, :, 0].float().clamp(-1, 1).cpu() for label, video in videos.items()}
 

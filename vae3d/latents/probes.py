@@ -242,8 +242,8 @@ def interpolation(
         "mse": _mean_square(middle - (ends[0] + ends[1]) / 2) / 4,
     }
     if lpips is not None:
-        to_a, to_b, apart = (_per_clip(lpips, x, y) for x, y in ((middle, ends[0]), (middle, ends[1]), tuple(ends)))
-        found["lpips"] = (to_a + to_b) / 2 / apart
+        to_ends = (_per_clip(lpips, middle, ends[0]) + _per_clip(lpips, middle, ends[1])) / 2
+        found["lpips"] = to_ends / _per_clip(lpips, *ends)
     return found
 
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from PIL import Image
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PAGE = """<!doctype html>
@@ -54,6 +55,19 @@ def img(image: Image.Image, attributes: str = "", **save_options: Any) -> Markup
     options = {"format": "PNG", **save_options}
     image.save(file, **options)
     return _img(file.getvalue(), options["format"].lower(), attributes)
+
+
+def subplots(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` plots of width x height inches each, row by row."""
+    from matplotlib.figure import Figure  # slow to import
+
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    return figure, axes[:count]
 
 
 def svg(figure: Figure) -> Markup:
