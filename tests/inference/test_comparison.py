@@ -177,12 +177,12 @@ def test_networks_of_another_latent_space_are_refused_before_anything_is_deleted
     ("overrides", "error"),
     [
         (["teacher.path=/nowhere"], "teacher.path=/nowhere: no such file or folder"),
-        (["teacher.precision=fp8"], "teacher.precision=fp8: must be fp32, bf16 or fp16"),
-        (["teacher.pth=x"], "teacher.pth: unknown key; did you mean teacher.path?"),
-        (["tile=16"], "tile=16: .*on whole frames"),
-        (["sample=true"], "sample=true: .*mode of the latents"),
-        (["strip=0"], "strip=0: must be .*at least 1"),
-        (["teacher.path=???"], "teacher.path: "),
+        (["teacher.precision=fp8"], r"teacher.precision=fp8.*bf16"),
+        (["teacher.pth=x"], r"teacher.pth.*teacher.path"),
+        (["tile=16"], r"tile=16.*whole frames"),
+        (["sample=true"], r"(?i)sample=true.*mode of the latents"),
+        (["strip=0"], r"strip=0.* 1"),
+        (["teacher.path=???"], r"teacher.path.* required"),
     ],
 )
 def test_settings_that_do_not_go_with_a_teacher(student, source, tmp_path, overrides, error):
