@@ -221,7 +221,7 @@ def test_columns_are_those_of_all_metrics_in_their_order():
     assert [metric.name for metric in metrics] == ["flicker", "psnr"]
 
 
-def test_the_next_video_starts_afresh():
+def test_the_next_video_starts_from_zero():
     metrics = MetricSet([Flicker(), Psnr()])
     ref, rec = levels(0.1, 0.2), levels(0.1, 0.4)
     first = result(metrics, ref, rec)
