@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -77,10 +76,6 @@ def _require_file(path: Path) -> None:
         raise MediaError(path, f"is {kind}, not a file")
     if path.stat().st_size == 0:
         raise MediaError(path, "is empty (0 bytes)")
-
-
-class VideoReader(Reader, Protocol):
-    times: np.ndarray  # [frames] seconds since the first frame
 
 
 class PyAVReader:
