@@ -1,4 +1,4 @@
-"""What a checkpoint remembers of the data, and what a resume says of them."""
+"""The fingerprint of the data in a checkpoint, and the changes that a resume reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def record(folder, names, **columns):
+def fingerprint(folder, names, **columns):
     pd.DataFrame({"path": [f"{name}.mp4" for name in names], "num_frames": 9, **columns}).to_csv(
         folder / "t.csv", index=False
     )
@@ -27,17 +27,17 @@ def record(folder, names, **columns):
 
 
 def test_the_same_data_are_the_same(folder):
-    saved = record(folder, "abc").state_dict()
-    assert record(folder, "abc").changes_since(saved) == []
-    assert record(folder, "abc").changes_since(None) == []  # a checkpoint that has no record
+    saved = fingerprint(folder, "abc").state_dict()
+    assert fingerprint(folder, "abc").changes_since(saved) == []
+    assert fingerprint(folder, "abc").changes_since(None) == []  # a checkpoint without a fingerprint
 
 
 def changed(folder, before, names, **columns):
-    return " | ".join(record(folder, names, **columns).changes_since(before.state_dict()))
+    return " | ".join(fingerprint(folder, names, **columns).changes_since(before.state_dict()))
 
 
 def test_rows_that_come_go_move_or_say_something_else_are_counted(folder):
-    before = record(folder, "abc")
+    before = fingerprint(folder, "abc")
     assert changed(folder, before, "abcd") == "1 rows are new, such as d.mp4"
     assert changed(folder, before, "ab") == "1 rows were removed"
     assert "order of the rows changed: 2 of 3" in changed(folder, before, "bac")
@@ -50,7 +50,7 @@ def test_rows_that_come_go_move_or_say_something_else_are_counted(folder):
 
 
 def test_files_replaced_under_their_names_are_counted(folder):
-    before = record(folder, "abc")
+    before = fingerprint(folder, "abc")
     (folder / "b.mp4").write_bytes(b"12345")
     os.utime(folder / "c.mp4", (2000, 2000))
     message = changed(folder, before, "abc")
@@ -59,10 +59,10 @@ def test_files_replaced_under_their_names_are_counted(folder):
 
 
 def test_ranks_compare_names_and_not_where_the_folder_lies(folder, tmp_path_factory):
-    here, numbers = record(folder, "abc", num_frames=[1, 2, 3]), record(folder, "abc", num_frames=[1, 2, 4])
-    order = record(folder, "acb", num_frames=[1, 3, 2])
+    here, numbers = fingerprint(folder, "abc", num_frames=[1, 2, 3]), fingerprint(folder, "abc", num_frames=[1, 2, 4])
+    order = fingerprint(folder, "acb", num_frames=[1, 3, 2])
     elsewhere = tmp_path_factory.mktemp("copy")
-    assert record(elsewhere, "abc", num_frames=[1, 2, 3]).digests() == here.digests()
+    assert fingerprint(elsewhere, "abc", num_frames=[1, 2, 3]).digests() == here.digests()
     assert _differing(order, here) == {"data: order of the rows"}
     assert _differing(numbers, here) == {"data: numbers, splits and labels of the rows"}
 

@@ -196,16 +196,16 @@ def test_broken_rows_are_reported_by_row(tmp_path, capsys):
 
 def test_sizes_are_looked_up_once_and_again_when_the_dataset_changes(tmp_path, monkeypatch):
     small = ClipSettings(16, 16, min_side=23)
-    looked = []
-    look = probe.read_metadata
-    monkeypatch.setattr(probe, "read_metadata", lambda path: looked.append(path) or look(path))
+    probed = []
+    original = probe.read_metadata
+    monkeypatch.setattr(probe, "read_metadata", lambda path: probed.append(path) or original(path))
     rows(6).save_to_disk(tmp_path / "saved")
     for _ in range(2):
         tables = read_tables(HuggingFace(tmp_path / "saved"), small, num_val_files=0, max_broken=0)
         assert tables.skipped_files[0] == (
             f"{tmp_path}/saved/train/image/0.hfimage", "is 20x32: skipped, because data.min_side=23"
         )  # fmt: skip
-        assert (len(tables.train), len(tables.skipped_files), len(looked)) == (3, 3, 6)
+        assert (len(tables.train), len(tables.skipped_files), len(probed)) == (3, 3, 6)
     shutil.rmtree(tmp_path / "saved")
     forget()
     rows(6, 10).save_to_disk(tmp_path / "saved")

@@ -117,10 +117,10 @@ def test_images_are_listed_without_being_opened(tmp_path, monkeypatch):
         save(tmp_path / f"{i}.png")
     (tmp_path / "bad.png").write_bytes(b"junk")
     monkeypatch.setattr(loader, "PROBED_IMAGES", 5)
-    looked = []
-    monkeypatch.setattr(probe, "read_metadata", lambda path: looked.append(path) or {"height": 12.0, "width": 24.0})
+    probed = []
+    monkeypatch.setattr(probe, "read_metadata", lambda path: probed.append(path) or {"height": 12.0, "width": 24.0})
     tables = read_tables(ImageFolder(tmp_path), SETTINGS, num_val_files=2, max_broken=0)
-    assert len(looked) == 5
+    assert len(probed) == 5
     assert (len(tables.train), len(tables.val), tables.errors) == (19, 2, [])
     assert tables.notes[-1].startswith("5 of 5 files (of 21) are smaller than 16x16 and are enlarged")
 

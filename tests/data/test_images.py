@@ -124,11 +124,11 @@ def test_a_sequence_is_probed_from_a_header_and_again_when_it_changes(tmp_path, 
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
     write(tmp_path / "a", range(5))
     for number in range(1, 5):
-        (tmp_path / f"a/panorama_{number}.png").write_bytes(b"not looked at")
+        (tmp_path / f"a/panorama_{number}.png").write_bytes(b"not read")
     pd.DataFrame({"path": ["a/panorama_*.png"]}).to_csv(tmp_path / "t.csv", index=False)
     facts = lambda: probe.fill_metadata(Table(tmp_path / "t.csv").table())[0].iloc[0]  # noqa: E731
     assert facts()[["num_frames", "height", "width", "fps"]].tolist() == [5, 16, 32, 24.0]
-    monkeypatch.setattr(probe, "read_metadata", lambda path: pytest.fail("looked again"))
+    monkeypatch.setattr(probe, "read_metadata", lambda path: pytest.fail("probed again"))
     assert facts()["num_frames"] == 5
     monkeypatch.undo()
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))

@@ -147,17 +147,17 @@ def test_empty_or_missing_folder_is_refused(tmp_path):
 
 def test_missing_facts_are_probed_once_and_kept(videos, monkeypatch, tmp_path):
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path))
-    looked = []
+    probed = []
     original = probe.read_metadata
-    monkeypatch.setattr(probe, "read_metadata", lambda path: looked.append(path) or original(path))
+    monkeypatch.setattr(probe, "read_metadata", lambda path: probed.append(path) or original(path))
     table, errors = probe.fill_metadata(Table(videos).table())
     assert errors == []
     assert table["num_frames"].tolist() == [12 + i for i in range(10)] + [1, 1]
     assert set(table["height"]) == {32}
-    assert len(looked) == 12
+    assert len(probed) == 12
     again, _ = probe.fill_metadata(Table(videos).table())
     pd.testing.assert_frame_equal(again, table)
-    assert len(looked) == 12
+    assert len(probed) == 12
 
 
 def test_a_changed_file_is_probed_again(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import cache
 from pathlib import Path
@@ -60,3 +61,14 @@ def _lpips_package(net: str, trunks: Path) -> nn.Module:
     trunk = torch.load(trunks / TRUNKS[net][1], weights_only=True)
     theirs.net.load_state_dict({key: trunk[f"features.{key.split('.', 1)[1]}"] for key in theirs.net.state_dict()})
     return theirs.requires_grad_(False)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance of Gaussians fitted to the rows of [N, d] and [M, d], without covariances.
+
+    Centred rows are factors A and B of the covariances A^T A and B^T B.
+    """
+    gap = a.double().mean(0) - b.double().mean(0)
+    a, b = ((x.double() - x.double().mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
+    cross = torch.linalg.svdvals(a @ b.T).sum()
+    return max(float(gap.square().sum() + a.square().sum() + b.square().sum() - 2 * cross), 0.0)

@@ -129,7 +129,7 @@ def test_a_single_frame_has_scores_but_no_motion(metrics):
         ("cube_lpips", 62),
     ],
 )
-def test_no_larger_frames_are_asked_for_than_the_formula_needs(quick, name, side):
+def test_no_larger_frames_are_required_than_the_formula_needs(quick, name, side):
     assert [metric.min_size for metric in build_metrics([name])] == [side]
 
 
@@ -148,7 +148,7 @@ def test_the_smallest_size_is_scored_and_a_smaller_one_refused(metrics):
 
 
 @each
-def test_a_video_given_up_leaves_nothing_behind(metrics):
+def test_a_discarded_video_leaves_nothing_behind(metrics):
     ref, rec = clips(metrics)
     whole, counts = values(metrics, ref, rec), result(metrics, ref, rec).counts
     metrics.update(ref, ref)

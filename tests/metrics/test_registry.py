@@ -26,12 +26,12 @@ def no_weights(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_metrics_come_in_the_order_asked_for_and_once():
+def test_metrics_come_in_the_given_order_and_once():
     metrics = build_metrics(["ssim", "psnr", "ssim", "flicker"])
     assert [metric.name for metric in metrics] == ["ssim", "psnr", "flicker"]
 
 
-def test_all_metrics_can_be_built_and_know_their_files(quick):
+def test_all_metrics_can_be_built_and_have_their_files(quick):
     metrics = build_metrics(list(METRICS))
     assert [metric.name for metric in metrics] == list(METRICS)
     assert metrics.skipped == {}
@@ -46,12 +46,12 @@ def test_published_files_say_which_metrics_they_are_for():
             assert name in FILES[file].used_for, f"{file} is needed by {name}"
 
 
-def test_unknown_metrics_are_named_with_those_there_are():
+def test_unknown_metrics_are_named_with_the_known_ones():
     with pytest.raises(MetricError, match=r"metric .* vmaf, fvd; .* psnr, ssim, .*, rfvd, lpips$"):
         build_metrics(["psnr", "vmaf", "fvd"])
 
 
-def test_unknown_presets_are_named_with_those_there_are():
+def test_unknown_presets_are_named_with_the_known_ones():
     with pytest.raises(MetricError, match=r"preset .* opensora; .* default, opensora12, vidtok"):
         build_metrics(["psnr"], preset="opensora")
 
@@ -90,7 +90,7 @@ def test_nothing_is_promised_where_nothing_is_left(no_weights):
         build_metrics(["lpips"])
 
 
-def test_metrics_without_weights_are_skipped_if_wished(no_weights):
+def test_metrics_without_weights_are_skipped_on_request(no_weights):
     metrics = build_metrics(["rfid", "psnr"], on_missing="skip")
     assert [metric.name for metric in metrics] == ["psnr"]
     assert metrics.skipped.keys() == {"rfid"}
@@ -112,7 +112,7 @@ def test_metrics_share_their_networks(all_weights):
     assert alex.network is flolpips.network is tlp.network
 
 
-def test_networks_are_on_the_device_asked_for(trunks):
+def test_networks_are_on_the_given_device(trunks):
     (metric,) = build_metrics(["lpips_alex"], torch.device("cpu"))
     assert {p.device.type for p in metric.network.parameters()} == {"cpu"}
 

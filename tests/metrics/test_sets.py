@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.metrics.clips import levels, pair, result, value
+from tests.metrics.clips import frechet_distance, levels, pair, result, value
 from vae3d.metrics import Metric, MetricError, MetricSet, VideoResult, build_metrics
 from vae3d.metrics.base import Score
 from vae3d.metrics.distribution import ROWS_KEPT, Features, Rfid, Rfvd
 from vae3d.metrics.frame import Psnr, Ssim
-from vae3d.metrics.frechet import frechet, frechet_distance
+from vae3d.metrics.frechet import frechet
 from vae3d.metrics.temporal import Flicker
 
 
@@ -221,7 +221,7 @@ def test_columns_are_those_of_all_metrics_in_their_order():
     assert [metric.name for metric in metrics] == ["flicker", "psnr"]
 
 
-def test_the_next_video_starts_afresh():
+def test_the_next_video_starts_from_zero():
     metrics = MetricSet([Flicker(), Psnr()])
     ref, rec = levels(0.1, 0.2), levels(0.1, 0.4)
     first = result(metrics, ref, rec)

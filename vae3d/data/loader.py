@@ -19,9 +19,6 @@ from vae3d.data.readers import is_image
 from vae3d.data.rows import exists, file_hashes, in_threads, invalid_rows
 from vae3d.data.segments import Bounds, bounds_of, count_frames
 from vae3d.data.sources import Source
-from vae3d.data.workers import WorkerDied as WorkerDied
-from vae3d.data.workers import WorkerError as WorkerError
-from vae3d.data.workers import WorkerTimeout as WorkerTimeout
 from vae3d.data.workers import load
 from vae3d.types import Clip
 

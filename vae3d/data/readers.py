@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -79,10 +78,6 @@ def _require_file(path: Path) -> None:
         raise MediaError(path, "is empty (0 bytes)")
 
 
-class VideoReader(Reader, Protocol):
-    times: np.ndarray  # [frames] seconds since the first frame
-
-
 class PyAVReader:
     """Decodes from the key frame before a frame, anywhere in the file. See video_index. Raises MediaError."""
 
@@ -93,8 +88,8 @@ class PyAVReader:
         self._source = FrameSource(path, self.index, threads)
         self._convert = VideoReformatter()
         self._rows, self._block = np.empty(0, FRAME), 0  # a part of the index, and the index of its first row
-        self._restart(self.header.first)
         self._last: tuple[int, np.ndarray] | None = None  # index and pixels of the last frame
+        self._restart(self.header.first)
 
     @property
     def times(self) -> np.ndarray:
@@ -106,7 +101,7 @@ class PyAVReader:
         return np.stack([frames[i] for i in indices])
 
     def close(self) -> None:
-        self._run = iter(())
+        self._decoding = iter(())
         self._source.close()
         self.index.close()
 
@@ -125,54 +120,57 @@ class PyAVReader:
         If the frame is incomplete, as with periodic intra refresh, retry from earlier key frames.
         """
         packet, start = self._row(index)
-        behind = self._last is not None and self._last[0] < index
-        if not behind or start > self._fed + 1:
+        is_ahead = self._last is not None and self._last[0] < index
+        if not is_ahead or start > self._decoded + 1:
             self._restart(start)
-        problem = f"is damaged: frame {index} of {self.info.num_frames} does not decode"
-        for earlier in itertools.chain([None], self._keys_before(start)):
+        reason = f"is damaged: frame {index} of {self.info.num_frames} does not decode"
+        for earlier in itertools.chain([None], self._key_packets_before(start)):
             if earlier is not None:
                 self._restart(earlier)
             try:
-                frame = self._find(packet)
+                frame = self._decode_until(packet)
             except MediaError as error:
-                problem = error.reason
+                reason = error.reason
             else:
                 if frame is not None and not frame.is_corrupt:
                     return frame
-        raise MediaError(self.path, problem)
+        raise MediaError(self.path, reason)
 
-    def _find(self, packet: int) -> VideoFrame | None:
-        """The frame of a packet; None if the decoder does not return it."""
+    def _decode_until(self, packet: int) -> VideoFrame | None:
+        """Decode on until the frame of `packet` comes out; None if it does not."""
         while True:
-            while self._waiting:
-                number, frame = self._waiting.popleft()
+            while self._pending:
+                number, frame = self._pending.popleft()
                 if number == packet:
                     return frame
-            fed = next(self._run, None)
-            if fed is None or self._fed > packet + self.header.max_delay:
+            step = next(self._decoding, None)
+            if step is None or self._decoded > packet + self.header.max_delay:
                 return None
-            self._fed, frames = fed
-            self._waiting.extend(frames)
+            self._decoded, frames = step
+            self._pending.extend(frames)
 
     def _restart(self, packet: int) -> None:
-        self._run, self._fed = self._source.decode(packet), packet - 1  # the last decoded packet
-        self._waiting: deque[tuple[int, VideoFrame]] = deque()
+        """Start decoding at `packet`."""
+        self._decoding = self._source.decode(packet)
+        self._decoded = packet - 1  # the last decoded packet
+        self._pending: deque[tuple[int, VideoFrame]] = deque()  # decoded frames, with the numbers of their packets
         self._last = None
 
     def _row(self, index: int) -> tuple[int, int]:
+        """The packet of a frame, and the packet to start decoding at."""
         if not self._block <= index < self._block + len(self._rows):
             self._rows, self._block = self.index.rows("frames", index, BLOCK), index
         return self._rows[index - self._block].tolist()
 
-    def _keys_before(self, packet: int) -> Iterator[int]:
+    def _key_packets_before(self, packet: int) -> Iterator[int]:
         keys = np.flatnonzero(self.index.rows("packets", 0, packet)["key"])
         yield from keys[keys >= self.header.first][: -KEYS_BACK - 1 : -1].tolist()
 
     def _upright(self, pixels: np.ndarray, size: Size | None) -> np.ndarray:
-        exchange, rows, columns = self.header.orientation
-        if exchange:
+        transpose, flip_rows, flip_columns = self.header.orientation
+        if transpose:
             pixels = pixels.swapaxes(0, 1)
-        pixels = pixels[:: -1 if rows else 1, :: -1 if columns else 1]
+        pixels = pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
         return pixels if size is None else resize(pixels, size)
 
 

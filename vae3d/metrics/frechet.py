@@ -8,8 +8,6 @@ largest.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -32,7 +30,10 @@ class Moments(RunningStats):
 
     def cov(self) -> Tensor:
         """[d, d] unbiased covariance. Raises MetricError for fewer than two vectors."""
-        _at_least_two(self.count)
+        if self.count < 2:
+            raise MetricError(
+                f"a Fréchet distance needs at least 2 feature vectors on each side; there are {self.count}"
+            )
         return self.scatter / (self.count - 1)
 
 
@@ -44,7 +45,8 @@ def frechet(m1: Moments, m2: Moments) -> float:
     first, second = m1.cov(), m2.cov()
     _same_width(len(m1.mean), len(m2.mean))
     cross = torch.linalg.svdvals(_factor(first).T @ _factor(second)).sum()
-    return _distance(m1.mean - m2.mean, first.trace() + second.trace() - 2 * cross)
+    distance = (m1.mean - m2.mean).square().sum() + (first.trace() + second.trace() - 2 * cross)
+    return max(float(distance), 0.0)  # rounding can make the distance of equal sets negative
 
 
 def _factor(covariance: Tensor) -> Tensor:
@@ -52,31 +54,6 @@ def _factor(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, kept] * values[kept].sqrt()
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Distance between the Gaussians fitted to the rows of [N, d] and of [M, d].
-
-    Raises MetricError for fewer than two rows on a side, different widths, and values that are not finite.
-    """
-    a, b = _rows(a), _rows(b)
-    if max(len(a), len(b)) > a.shape[1]:
-        m1, m2 = Moments(), Moments()
-        m1.update(a)
-        m2.update(b)
-        return frechet(m1, m2)
-    _at_least_two(min(len(a), len(b)))
-    _same_width(a.shape[1], b.shape[1])
-    # Centred rows are such factors A and B already, and with few rows they are smaller than covariances.
-    gap = a.mean(0) - b.mean(0)
-    a, b = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
-    cross = torch.linalg.svdvals(a @ b.T).sum()
-    return _distance(gap, a.square().sum() + b.square().sum() - 2 * cross)
-
-
-def _distance(gap: Tensor, traces: Tensor) -> float:
-    """Clamped at 0: rounding can make the distance of equal sets negative."""
-    return max(float(gap.square().sum() + traces), 0.0)
 
 
 def _rows(features: Tensor) -> Tensor:
@@ -93,8 +70,3 @@ def _rows(features: Tensor) -> Tensor:
 def _same_width(a: int, b: int) -> None:
     if a != b:
         raise MetricError(f"features of different width: {a} and {b}")
-
-
-def _at_least_two(count: int) -> None:
-    if count < 2:
-        raise MetricError(f"a Fréchet distance needs at least 2 feature vectors on each side; there are {count}")

@@ -70,10 +70,10 @@ def resolve(names: Sequence[str], preset: str = "default") -> list[str]:
     """Keys of METRICS for names that may include `lpips`. Raises MetricError for an unknown metric or preset."""
     if preset not in PRESETS:
         raise MetricError(f"no preset is called {preset}; there are {', '.join(PRESETS)}")
-    wanted = list(dict.fromkeys(PRESETS[preset].lpips if name == ALIAS else name for name in names))
-    if unknown := [name for name in wanted if name not in METRICS]:
+    resolved = list(dict.fromkeys(PRESETS[preset].lpips if name == ALIAS else name for name in names))
+    if unknown := [name for name in resolved if name not in METRICS]:
         raise MetricError(f"no metric is called {', '.join(unknown)}; there are {', '.join(METRICS)}, {ALIAS}")
-    return wanted
+    return resolved
 
 
 def columns_of(names: Sequence[str]) -> dict[str, Better]:
@@ -113,9 +113,9 @@ def build_metrics(
     preset's, such as {"rfid": {"stride": 4}}. pixel_range: see MetricSet.
     Raises MetricError for an unknown name, WeightsMissing with the names of all missing files.
     """
-    wanted = resolve(names, preset)
-    files, missing = find_files(wanted)
-    available = [name for name in wanted if name not in missing]
+    names = resolve(names, preset)
+    files, missing = find_files(names)
+    available = [name for name in names if name not in missing]
     if missing and on_missing != "skip":
         reasons = "\n".join(dict.fromkeys(reason for reasons in missing.values() for reason in reasons))
         hint = f"; without them: {' '.join(available)}" if available else ""
