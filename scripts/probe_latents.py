@@ -142,12 +142,12 @@ def tile_notes(models: dict[str, nn.Module], settings: ProbeSettings) -> list[st
 def perceptual(settings: ProbeSettings, device: torch.device, notes: list[str]) -> nn.Module | None:
     """LPIPS, or a note on why there is none."""
     if min(settings.height, settings.width) < Lpips.min_size:
-        notes.append(f"no LPIPS of midpoints: it needs frames of at least {Lpips.min_size} pixels")
+        notes.append(f"midway LPIPS is left out: it needs frames of at least {Lpips.min_size} pixels")
         return None
     try:
         return LPIPSNet("alex").load().to(device)
     except WeightsMissing as error:
-        notes.append(f"no LPIPS of midpoints: {error}")
+        notes.append(f"midway LPIPS is left out: {error}")
         return None
 
 
