@@ -1,0 +1,69 @@
+"""HTML pages escape text, pictures and plots are inline and reproducible, grids keep the order of their pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+from jinja2 import UndefinedError
+from PIL import Image
+
+from vae3d.report.html import html_table, img, render, subplots, svg
+from vae3d.report.images import grid, resize_to_width
+
+
+def test_text_is_escaped_and_markup_is_not():
+    table = html_table(["<b>", "x"], [["a & b", "1"]])
+    assert table == "<table><tr><th>&lt;b&gt;</th><th>x</th></tr><tr><td>a &amp; b</td><td>1</td></tr></table>"
+    page = render(
+        '{% extends "page.html" %}{% block content %}{{ text }}{{ table }}{% endblock %}',
+        title="<script>",
+        text="<script>alert(1)</script>",
+        table=table,
+    )
+    assert "<script" not in page
+    assert table in page
+    assert "<title>&lt;script&gt;</title>" in page
+
+
+def test_a_missing_value_is_an_error():
+    with pytest.raises(UndefinedError, match="table"):
+        render("{{ table }}")
+
+
+def test_pictures_are_inline_and_keep_their_pixels():
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    tag = img(Image.fromarray(pixels), 'class="sharp"')
+    data = re.fullmatch(r'<img src="data:image/png;base64,([^"]+)" class="sharp">', tag)[1]
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)), formats=["PNG"]))
+    assert np.array_equal(shown, pixels)
+
+
+def test_plots_are_the_same_every_time():
+    def plot():
+        figure, axes = subplots(4, columns=3, width=2, height=2)
+        assert len(axes) == 4
+        axes[3].plot([1, 2, 3])
+        return svg(figure)
+
+    assert plot() == plot()
+    assert plot().startswith("<svg")
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_grids_go_row_by_row(even):
+    frames = np.stack([np.full((2, 3, 7, 3), value, np.uint8) for value in (1, 2, 3)])
+    picture = grid(frames, even=even)
+    assert picture.shape == (2, 8, 16, 3)
+    odd = grid(frames[:1], even=even)
+    assert odd.shape == ((2, 4, 8, 3) if even else (2, 3, 7, 3))
+    assert [picture[0, 0, 0, 0], picture[0, 0, 9, 0], picture[1, 5, 0, 0], picture[1, 5, 9, 0]] == [1, 2, 3, 0]
+
+
+def test_enlarged_pixels_stay_sharp():
+    image = Image.fromarray(np.array([[[0] * 3, [255] * 3]], np.uint8))
+    assert set(np.asarray(resize_to_width(image, 8)).ravel()) == {0, 255}
+    assert resize_to_width(Image.new("RGB", (100, 50)), 10).size == (10, 5)
