@@ -146,7 +146,10 @@ class Trainer(ABC, Generic[Batch]):
 
     @abstractmethod
     def forward_backward(self, batches: Sequence[Batch], phase: UpdatePhase, step: int, metrics: StepMetrics) -> None:
-        """Forward and backward passes of this rank's micro-batches; gradients add up over them."""
+        """Forward and backward passes of this rank's micro-batches; gradients add up over them.
+
+        phase: whether the step trains the model (generator), its discriminator, or both.
+        """
 
     @abstractmethod
     def validate(self) -> dict[str, float]:
