@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from vae3d.config.check import Rule, check, resume_issues
-from vae3d.config.fields import STRICT, Float, Int, Interval, Precision, Rates, Strings, as_list
+from vae3d.config.fields import STRICT, Float, Int, Interval, Precision, Rates, Strings, as_list, setting
 from vae3d.config.issues import MISSING
 from vae3d.config.schema import Data, Debug, Launcher, Optim, Run, register
 from vae3d.config.validate import DECAY_RULE, FRAMES_RULE, SIZE_RULE, batch_issues, source_paths
@@ -21,12 +21,10 @@ Method = Literal["ddpm", "ddim", "euler"]
 class Vae:
     """The frozen autoencoder whose latents are learned."""
 
-    path: str = Field(MISSING, description="Checkpoint, as `vae3d.load` takes it.")
-    precision: Precision = Field("fp32", description="Autocast over fp32 weights.")
-    chunk_frames: Int | None = Field(
-        None, ge=1, description="Frames encoded at once. null: as many as the model's stream takes."
-    )
-    sample: bool = Field(True, description="Sample latents from the posterior, again in every epoch. false: its mean.")
+    path: str = setting(MISSING, "Checkpoint, as `vae3d.load` takes it.")
+    precision: Precision = setting("fp32", "Autocast over fp32 weights.")
+    chunk_frames: Int | None = setting(None, "Frames encoded at once. null: as many as the model's stream takes.", ge=1)
+    sample: bool = setting(True, "Sample latents from the posterior, again in every epoch. false: its mean.")
 
 
 @dataclass(config=STRICT)
@@ -34,55 +32,47 @@ class Averages:
     """Exponential moving averages of the weights. Validation, samples and exports use the first rate; exports also keep
     the others."""
 
-    rates: Rates = Field(default_factory=lambda: [0.9999], description="Decays.")
-    warmup: bool = Field(True, description="Limit the decays to (1 + step) / (10 + step).")
-    every: Int = Field(1, ge=1, description="Steps between updates.")
-    device: Literal["model", "cpu"] = Field(
-        "model", description="model: on the weights' device; cpu: in pinned host memory."
-    )
+    rates: Rates = setting(lambda: [0.9999], "Decays.")
+    warmup: bool = setting(True, "Limit the decays to (1 + step) / (10 + step).")
+    every: Int = setting(1, "Steps between updates.", ge=1)
+    device: Literal["model", "cpu"] = setting("model", "model: on the weights' device; cpu: in pinned host memory.")
 
 
 @dataclass(config=STRICT)
 class Training:
     """Steps, precision, checkpoints."""
 
-    max_steps: Int = Field(100_000, ge=1, description="Optimizer steps.")
-    accumulate: Int = Field(1, ge=1, description="Micro-batches per optimizer step.")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="Autocast over fp32 weights.")
+    max_steps: Int = setting(100_000, "Optimizer steps.", ge=1)
+    accumulate: Int = setting(1, "Micro-batches per optimizer step.", ge=1)
+    precision: Literal["bf16", "fp32"] = setting("bf16", "Autocast over fp32 weights.")
     ema: Averages = Field(default_factory=Averages)
-    max_consecutive_skips: Int = Field(
-        10, ge=0, description="Skipped steps in a row before the run stops. 0: no limit."
+    max_consecutive_skips: Int = setting(10, "Skipped steps in a row before the run stops. 0: no limit.", ge=0)
+    scale_samples: Int = setting(
+        1000, "Training latents whose mean and standard deviation are measured before the first step.", ge=64
     )
-    scale_samples: Int = Field(
-        1000,
-        ge=64,
-        description="Training latents whose mean and standard deviation are measured before the first step.",
+    log_every: Int = setting(10, "Steps between log lines.", ge=1)
+    save_every: Int = setting(1000, "Steps between checkpoints. 0: none.", ge=0)
+    save_failures: Int = setting(
+        3, "Checkpoints in a row that cannot be written before the run stops. 0: no limit.", ge=0
     )
-    log_every: Int = Field(10, ge=1, description="Steps between log lines.")
-    save_every: Int = Field(1000, ge=0, description="Steps between checkpoints. 0: none.")
-    save_failures: Int = Field(
-        3, ge=0, description="Checkpoints in a row that cannot be written before the run stops. 0: no limit."
-    )
-    keep: Int = Field(3, ge=0, description="Newest checkpoints and exports kept, at least two. 0: all.")
+    keep: Int = setting(3, "Newest checkpoints and exports kept, at least two. 0: all.", ge=0)
 
 
 @dataclass(config=STRICT)
 class DiffusionValidation:
     """Loss of held-out latents, and samples."""
 
-    every: Int = Field(1000, ge=0, description="Steps between validations. 0: no validation.")
-    clips: Int = Field(64, ge=1, description="Held-out latents.")
-    draws: Int = Field(8, ge=1, description="Times and noises for each latent, the same in every validation.")
-    frames: Int | None = Field(
-        None, ge=1, description="Frames of held-out clips and of samples. null: data.frames.max. Not used for a cache."
+    every: Int = setting(1000, "Steps between validations. 0: no validation.", ge=0)
+    clips: Int = setting(64, "Held-out latents.", ge=1)
+    draws: Int = setting(8, "Times and noises for each latent, the same in every validation.", ge=1)
+    frames: Int | None = setting(
+        None, "Frames of held-out clips and of samples. null: data.frames.max. Not used for a cache.", ge=1
     )
-    samples: Int = Field(16, ge=1, description="Samples drawn.")
-    steps: Int = Field(50, ge=1, description="Steps of the sampler.")
-    method: Method | None = Field(
-        None, description="ddpm or ddim for Gaussian diffusion, euler for flow. null: the first."
-    )
-    guidance: Float = Field(1.0, ge=0, description="Scale of classifier-free guidance. 1: off.")
-    shift: Float = Field(1.0, gt=0, description="Of flow's times. Above 1: more steps at high noise.")
+    samples: Int = setting(16, "Samples drawn.", ge=1)
+    steps: Int = setting(50, "Steps of the sampler.", ge=1)
+    method: Method | None = setting(None, "ddpm or ddim for Gaussian diffusion, euler for flow. null: the first.")
+    guidance: Float = setting(1.0, "Scale of classifier-free guidance. 1: off.", ge=0)
+    shift: Float = setting(1.0, "Of flow's times. Above 1: more steps at high noise.", gt=0)
 
 
 @dataclass(config=STRICT)
@@ -91,22 +81,20 @@ class DiffusionConfig:
 
     run: Run = Field(default_factory=Run)
     vae: Vae = Field(default_factory=Vae)
-    cache: str | None = Field(
-        None, description="Latents of scripts/encode_latents.py. null: encode the clips of `data`, batch by batch."
+    cache: str | None = setting(
+        None, "Latents of scripts/encode_latents.py. null: encode the clips of `data`, batch by batch."
     )
-    labels: Literal["none", "auto", "column", "folder"] = Field(
-        "none",
-        description="Class of a clip: column (`label`) or folder (its name); auto: the column if there is one, "
-        "else the folder. A cache has its own.",
+    labels: Literal["none", "auto", "column", "folder"] = setting(
+        "none", "column (`label`), folder (its name); auto: column or, without one, folder. A cache has its own."
     )
-    label_dropout: Float = Field(0.1, ge=0, lt=1, description="Share of labels left out, for classifier-free guidance.")
+    label_dropout: Float = setting(0.1, "Share of labels left out, for classifier-free guidance.", ge=0, lt=1)
     data: Data = Field(default_factory=Data)
-    denoiser: Any = Field(MISSING, description="The network, a `_target_` node.")
-    process: Any = Field(MISSING, description="How noise is added and removed, a `_target_` node.")
+    denoiser: Any = setting(MISSING, "The network, a `_target_` node.")
+    process: Any = setting(MISSING, "How noise is added and removed, a `_target_` node.")
     optim: Optim = Field(default_factory=Optim)
     trainer: Training = Field(default_factory=Training)
     validation: DiffusionValidation = Field(default_factory=DiffusionValidation)
-    logger: Any = Field(MISSING, description="Where metrics go, a `_target_` node.")
+    logger: Any = setting(MISSING, "Where metrics go, a `_target_` node.")
     launcher: Launcher = Field(default_factory=Launcher)
     debug: Debug = Field(default_factory=Debug)
 
@@ -115,40 +103,32 @@ class DiffusionConfig:
 class SampleConfig:
     """Draw samples from a latent diffusion model."""
 
-    checkpoint: str = Field(MISSING, description="A run, or one of its exports.")
-    out: str = Field(MISSING, description="Folder to write.")
-    vae: str | None = Field(None, description="The autoencoder, if it is no longer where the run found it.")
-    ema: Float | None = Field(None, description="Decay of the averaged weights. null: the run's first.")
-    count: Int = Field(16, ge=1, description="Number of samples.")
-    classes: Strings = Field(default_factory=list, description="Class names, used in turn. []: all classes.")
-    seed: Int = Field(0, ge=0, description="Seed of the samples.")
-    num_frames: Int | None = Field(None, ge=1, description="null: as in the run's own samples.")
-    height: Int | None = Field(None, ge=1, description="null: as in the run's own samples.")
-    width: Int | None = Field(None, ge=1, description="null: as in the run's own samples.")
-    method: Method | None = Field(
-        None, description="ddpm or ddim for Gaussian diffusion, euler for flow. null: the first."
+    checkpoint: str = setting(MISSING, "A run, or one of its exports.")
+    out: str = setting(MISSING, "Folder to write.")
+    vae: str | None = setting(None, "The autoencoder, if it is no longer where the run found it.")
+    ema: Float | None = setting(None, "Decay of the averaged weights. null: the run's first.")
+    count: Int = setting(16, "Number of samples.", ge=1)
+    classes: Strings = setting(list, "Class names, used in turn. []: all classes.")
+    seed: Int = setting(0, "Seed of the samples.", ge=0)
+    num_frames: Int | None = setting(None, "null: as in the run's own samples.", ge=1)
+    height: Int | None = setting(None, "null: as in the run's own samples.", ge=1)
+    width: Int | None = setting(None, "null: as in the run's own samples.", ge=1)
+    method: Method | None = setting(None, "ddpm or ddim for Gaussian diffusion, euler for flow. null: the first.")
+    steps: Int = setting(50, "Steps of the sampler.", ge=1)
+    guidance: Float = setting(1.0, "Scale of classifier-free guidance. 1: off.", ge=0)
+    interval: Interval = setting(lambda: [0.0, 1.0], "Noise levels with guidance.")
+    clip: Float | None = setting(None, "Bound of predicted latents, in standard deviations. null: none.", gt=0)
+    eta: Float = setting(0.0, "Noise of ddim. 0: none; 1: as much as ddpm.", ge=0, le=1)
+    shift: Float = setting(1.0, "Of flow's times. Above 1: more steps at high noise.", gt=0)
+    write: Annotated[list[Literal["grid", "files", "npz"]], BeforeValidator(as_list), Field(min_length=1)] = setting(
+        lambda: ["grid", "files", "npz"], "grid: of the first 100; files: one per sample; npz: of images only."
     )
-    steps: Int = Field(50, ge=1, description="Steps of the sampler.")
-    guidance: Float = Field(1.0, ge=0, description="Scale of classifier-free guidance. 1: off.")
-    interval: Interval = Field(default_factory=lambda: [0.0, 1.0], description="Noise levels with guidance.")
-    clip: Float | None = Field(
-        None, gt=0, description="Bound of predicted latents, in standard deviations. null: none."
-    )
-    eta: Float = Field(0.0, ge=0, le=1, description="Noise of ddim. 0: none; 1: as much as ddpm.")
-    shift: Float = Field(1.0, gt=0, description="Of flow's times. Above 1: more steps at high noise.")
-    write: Annotated[list[Literal["grid", "files", "npz"]], BeforeValidator(as_list)] = Field(
-        default_factory=lambda: ["grid", "files", "npz"],
-        min_length=1,
-        description="grid: of the first 100; files: one per sample; npz: of images only.",
-    )
-    overwrite: bool = Field(False, description="Replace samples that `out` holds.")
-    against: str | None = Field(None, description="Cache of latents to compare the samples with.")
-    fps: Float = Field(8.0, gt=0, description="Frame rate of the written videos.")
-    batch_size: Int = Field(16, ge=1, description="Samples per forward pass.")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Autocast over fp32 weights, of network and autoencoder."
-    )
-    device: str | None = Field(None, description="null: cuda if there is a GPU.")
+    overwrite: bool = setting(False, "Replace samples that `out` holds.")
+    against: str | None = setting(None, "Cache of latents to compare the samples with.")
+    fps: Float = setting(8.0, "Frame rate of the written videos.", gt=0)
+    batch_size: Int = setting(16, "Samples per forward pass.", ge=1)
+    precision: Literal["fp32", "bf16"] = setting("fp32", "Autocast over fp32 weights, of network and autoencoder.")
+    device: str | None = setting(None, "null: cuda if there is a GPU.")
 
 
 def _is_node(value: Any) -> bool:

@@ -68,7 +68,14 @@ FolderName = Annotated[str, AfterValidator(_folder_name)]
 PathPrefix = Annotated[str, AfterValidator(_prefix)]
 Precision = Literal["fp32", "bf16", "fp16"]
 Reader = Literal["auto", "pyav", "decord"]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Split = Literal["train", "val", "test"]
+
+
+def setting(default: Any, description: str, **limits: Any) -> Any:
+    """A field. default: the value, or a function that makes it. limits: as of pydantic's Field."""
+    kind = "default_factory" if callable(default) else "default"
+    return Field(**{kind: default}, description=description, **limits)
 
 
 def fields_of(schema: Any) -> dict[str, FieldInfo]:
