@@ -68,6 +68,10 @@ def experiment_overrides(name: str, folder: Path, data: Path) -> list[str]:
 
     torch.manual_seed(0)
     made = tiny_experiments.overrides(name, folder, data / "videos/videos.csv", data / "rooms", data / "images")
+    clips = [
+        {"path": os.path.relpath(clip["path"], folder)} for clip in json.loads((folder / "clips.json").read_text())
+    ]
+    (folder / "clips.json").write_text(json.dumps(clips))  # absolute ones decide which files are held out
     return [*made, "data.batch_size=4", f"trainer.max_steps={STEPS}"]
 
 
