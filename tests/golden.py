@@ -25,7 +25,11 @@ LATENT = ["unet_tiny", "video_tiny"]
 STEPS = 4
 SIZE = ["data.batch_size=4", f"trainer.max_steps={STEPS}"]
 SPEED_AND_MEMORY = ("clips_per_second", "frames_per_second", "samples_per_second", "memory_gib", "memory_idle_gib")
-RENAMED = {"gan/real_right": "gan/real_accuracy"}  # since the curves were recorded
+RENAMED = {  # since the curves were recorded
+    "gan/real_right": "gan/real_accuracy",
+    "gan/fake_right": "gan/fake_accuracy",
+    "gan/pair_right": "gan/pair_accuracy",
+}
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
