@@ -235,7 +235,7 @@ def test_classes_and_averages_are_chosen(of_images, tmp_path):
     assert np.array_equal(first[1], both[1])
     assert not np.array_equal(first[0], both[0])
     assert not np.array_equal(first, second)
-    with pytest.raises(UserError, match="classes=bird: .* cat, dog"):
+    with pytest.raises(UserError, match=r"classes=bird: .* cat, dog"):
         drawn(of_images, tmp_path / "d", "classes=[bird,cat]")
     with pytest.raises(CheckpointError, match=r"no averages of ema=0.5; it has 0.9, 0.99"):
         drawn(of_images, tmp_path / "d", "ema=0.5")
@@ -281,7 +281,7 @@ def test_guidance_needs_a_network_that_knows_no_label(of_images, tmp_path):
     copy = tmp_path / "step-0000001"
     told = {**yaml.safe_load((of_images / CONFIG).read_text()), "label_dropout": 0.0}
     write_export(copy, told, {0.9: read_export(of_images).weights})
-    with pytest.raises(UserError, match="label_dropout=0, .*guidance"):
+    with pytest.raises(UserError, match=r"label_dropout=0, .*guidance"):
         drawn(copy, tmp_path / "out", "guidance=2")
     drawn(copy, tmp_path / "out")
 
@@ -313,7 +313,7 @@ def test_another_autoencoder_is_refused(of_images, pictures, vae, tmp_path):
         drawn(of_images, tmp_path / "out", f"vae={unscaled}")
     moved = vae.rename(vae.with_name("moved"))
     try:
-        with pytest.raises(UserError, match="does not exist; .*vae=PATH"):
+        with pytest.raises(UserError, match=r"does not exist; .*vae=PATH"):
             drawn(of_images, tmp_path / "out")
         drawn(of_images, tmp_path / "out", f"vae={moved}")
     finally:

@@ -324,7 +324,7 @@ def test_missing_labels_are_refused(vae, pictures, tmp_path):
     told = [f"vae.path={vae}", f"data.source.path={tmp_path}/some.csv", "data.height=64", "data.width=64"]
     with pytest.raises(DataError, match="2 of 10 files have no label"):
         latent_runs.trainer(tmp_path / "run", *told, "labels=column")
-    with pytest.raises(ConfigError, match="denoiser.num_classes=5: "):
+    with pytest.raises(ConfigError, match=r"denoiser.num_classes=5: "):
         latent_runs.trainer(tmp_path / "run", *told, "denoiser.num_classes=5")
 
 
@@ -363,13 +363,13 @@ def test_samples_are_of_classes_that_were_trained_on(vae, pictures, tmp_path, mo
     assert asked == [1, 3, 1, 3, 1]
     latent_runs.sample(f"checkpoint={tmp_path}/run", f"out={tmp_path}/out", "count=2", "write=[files]")
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["000000_1.png", "000001_3.png"]
-    with pytest.raises(UserError, match="classes=0: .* 1, 3"):
+    with pytest.raises(UserError, match=r"classes=0: .* 1, 3"):
         latent_runs.sample(f"checkpoint={tmp_path}/run", f"out={tmp_path}/out", "classes=[0]")
 
 
 def test_another_network_or_process_does_not_go_on(cached, tmp_path):
     assert latent_runs.trainer(tmp_path, *cached, "trainer.max_steps=2").fit()
-    with pytest.raises(UserError, match="denoiser.width: 16 in the checkpoint, 32 now"):
+    with pytest.raises(UserError, match=r"denoiser.width: 16 in the checkpoint, 32 now"):
         latent_runs.trainer(tmp_path, *cached, "denoiser.width=32")
     with pytest.raises(UserError, match=r"process._target_: '.*RectifiedFlow' in the checkpoint"):
         latent_runs.trainer(tmp_path, *cached, "process=ddpm")
@@ -427,7 +427,7 @@ def test_errors_are_told_together(vae, pictures, tmp_path):
         train_diffusion.complete(config, clips)
     assert [issue.key for issue in why.value.issues] == ["process", "denoiser"]
     longer = replace(clips, latent_shape=(4, 5, 16, 16))
-    with pytest.raises(ConfigError, match="5 latent frames.* 1;"):
+    with pytest.raises(ConfigError, match=r"5 latent frames.* 1;"):
         train_diffusion.complete(latent_runs.config(*told, network="video_transformer"), longer)
     with pytest.raises(ConfigError, match=r"denoiser.learned_sigma=true: .*False"):
         train_diffusion.complete(latent_runs.config(*told, "denoiser.learned_sigma=true"), clips)

@@ -446,7 +446,7 @@ def test_all_errors_of_a_configuration_are_told_at_once():
         "clips=all: ", "shard_size=0: ", "store=all: must be moments, mean or sample", "colour: unknown key",
     ):  # fmt: skip
         assert part in told
-    with pytest.raises(ConfigError, match="source=.*: must be a path, or a node with `_target_`"):
+    with pytest.raises(ConfigError, match=r"source=.*: must be a path, or a node with `_target_`"):
         check_encoding(tiny.compose("checkpoint=.", "cache=x", "source={path: photos}", config="latents"))
 
 

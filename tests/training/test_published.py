@@ -74,11 +74,11 @@ def test_a_layout_that_does_not_fit_is_a_error_of_the_configuration(videos, monk
 
     monkeypatch.setitem(FLAT_LAYOUTS, "picky", refuse)
     spatial = ["stage=finetune", "stage.init_from=random", "loss=recon_kl", "data.frames.max=17"]
-    with pytest.raises(ConfigError, match="trainer.publish.layout=picky: these are not the weights of a Wan VAE"):
+    with pytest.raises(ConfigError, match=r"trainer.publish.layout=picky: these are not the weights of a Wan VAE"):
         tiny.training(
             "spatial", videos, *spatial, "trainer.publish.prefix=rgb", "trainer.publish.layout=picky", dry_run=True
         )
-    with pytest.raises(ConfigError, match="trainer.publish.prefix=vae/rgb: "):
+    with pytest.raises(ConfigError, match=r"trainer.publish.prefix=vae/rgb: "):
         tiny.training("spatial", videos, *spatial, "trainer.publish.prefix=vae/rgb")
     with pytest.raises(CheckpointError, match="no key layout is called wan; there are native"):
         vae3d.checkpoints.export.to_layout({}, "wan")

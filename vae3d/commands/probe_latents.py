@@ -6,7 +6,7 @@
     python scripts/probe_latents.py Wan2.1_VAE.pth --source room.mp4 --frames 17 --height 512 --width 512 \\
         --per_file 8 --tile 256 --tile_overlap 64 --out probes
 
-A model is a path for vae3d.load; NAME= before it tells two of the same file name apart. Prints a table; writes
+A model is a path for vae3d.load; NAME= before it distinguishes two of the same file name. Prints a table; writes
 OUT/probes.json and OUT/report.html, which explain each number.
 """
 

@@ -142,8 +142,8 @@ def val_batches(clips: Sequence[Clip], labels: Sequence[int]) -> list[Batch]:
 def split_cache(index: pd.DataFrame, num_val_files: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of training entries and of validation entries, the latter without mirrored ones.
 
-    Validation entries are those of split `val`, or without one those of the `num_val_files` files whose names hash lowest, at
-    most a tenth of all files. Split `test` is in neither.
+    Validation entries are those of split `val`, or without one those of the `num_val_files` files whose names hash
+    lowest, at most a tenth of all files. Split `test` is in neither.
     """
     held_out, possible = index["split"] == "val", index["split"] != "test"
     if not held_out.any():

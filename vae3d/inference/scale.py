@@ -105,7 +105,7 @@ def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> MeasuredS
 def spread_clips(
     table: pd.DataFrame, settings: ClipSettings, frames: int, count: int, errors: list[tuple[str, str]]
 ) -> Iterator[Clip]:
-    """Yield one clip of `frames` frames from each of `count` files, the same ones every time (data.loader.validation_clip).
+    """Yield one clip of `frames` frames from each of `count` files, the same every time (data.loader.validation_clip).
 
     The files are spread evenly over the long enough rows of the table, since tables are often sorted by class.
     (path, reason) of files that fail is appended to `errors`.

@@ -128,7 +128,7 @@ class ReadErrors:
         self.reads = self.broken = 0
 
     def record(self, reads: int, broken: int) -> None:
-        """Raises DataError, and starts counting anew for when the files have been repaired."""
+        """Raises DataError, and resets the counts, so that a run can go on once the files have been repaired."""
         self.reads, self.broken = self.reads + reads, self.broken + broken
         if self.reads >= MIN_READS and self.broken / self.reads > self.max_broken:
             reads, broken = self.reads, self.broken
