@@ -25,9 +25,9 @@ SECTION = """<h2>Diffusion in latents</h2>
 <p>Two toy autoencoders, and two diffusion models on their cached latents, by class: a UNet on photographs and a video
 transformer on clips. Sliced Wasserstein distance to latents of the data, in their standard deviations:</p>
 {table}
-<p><i>Noise</i> is what sampling starts from. <i>Other latents of the data</i> are the closest that samples can come.</p>
-<p>Left samples, right data of the same classes, decoded by the autoencoder. Clips show their first, middle and last frame.
-The class of a clip is its photograph; some clips cut to another one.</p>
+<p><i>Noise</i> is what sampling starts from. <i>Other latents of the data</i> are the closest samples can come.</p>
+<p>Left samples, right data of the same classes, decoded by the autoencoder. Clips show their first, middle and last
+frame. The class of a clip is its photograph; some clips cut to another one.</p>
 {pictures}
 """
 
@@ -37,7 +37,9 @@ def scores(folder: Path) -> list[list[str]]:
     rows = [["", *DISTANCES.values()]]
     for run, title in RUNS.items():
         distances = read_json(folder / f"out/{run}/distances.json")
-        rows.append([f"{title} ({distances['count']})", *(f"{distances['sliced_wasserstein'][name]:.2f}" for name in DISTANCES)])
+        rows.append(
+            [f"{title} ({distances['count']})", *(f"{distances['sliced_wasserstein'][name]:.2f}" for name in DISTANCES)]
+        )
     return rows
 
 

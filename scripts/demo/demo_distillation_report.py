@@ -27,8 +27,9 @@ SECTION = """<h2>A tiny decoder</h2>
 <p>A TAEHV, the student, learned to encode and decode the latents of a toy Wan VAE, its teacher. Each then decodes the
 other's latents. Held-out clips, {clip}:</p>
 {pairs}
-<p><i>PSNR</i>: of the error over all frames of a clip. Both scores are means over clips. The last row is the score of frames
-of one colour. A decoder that can replace the teacher's comes near <i>teacher, teacher</i> with the teacher's latents.</p>
+<p><i>PSNR</i>: of the error over all frames of a clip. Both scores are means over clips. The last row is the score of
+frames of one colour. A decoder that can replace the teacher's comes near <i>teacher, teacher</i> with the teacher's
+latents.</p>
 {warnings}
 {networks}
 <p><i>Parameters</i>: of encoder and decoder together. Speed on {device}, one clip.</p>
@@ -67,7 +68,9 @@ def points(run: Path, key: str) -> tuple[list[int], list[float]]:
     """Steps and values of a run's metric. Raises UserError if the run has none."""
     lines = [line for line in history(run) if key in line]
     if not lines:
-        raise UserError(f"{run / 'metrics.jsonl'} has no {key}: the run is not finished; continue it with scripts/demo.sh")
+        raise UserError(
+            f"{run / 'metrics.jsonl'} has no {key}: the run is not finished; continue it with scripts/demo.sh"
+        )
     return [line["step"] for line in lines], [line[key] for line in lines]
 
 

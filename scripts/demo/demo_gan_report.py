@@ -27,8 +27,8 @@ SECTION = """<h2>A GAN</h2>
 <p>A toy image VAE on photographs, continued for the same steps with and without a PatchGAN. Scores on held-out
 photographs:</p>
 {table}
-<p><i>Sharpness</i>: the reconstruction's gradient energy over the original's. L1 alone leaves blur. The GAN adds detail;
-detail in the wrong place lowers PSNR.</p>
+<p><i>Sharpness</i>: the reconstruction's gradient energy over the original's. L1 alone leaves blur. The GAN adds
+detail; detail in the wrong place lowers PSNR.</p>
 {curves}
 <p>Validation during training uses smaller crops than the table.</p>
 {pictures}

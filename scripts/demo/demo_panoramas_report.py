@@ -19,8 +19,8 @@ from demo_page import (
     as_text,
     enlarged,
     error_map,
-    image_tag,
     exit_on_user_error,
+    image_tag,
     read_json,
     read_video,
 )
@@ -47,13 +47,13 @@ NEAR_SEAM = 10  # columns on either side of the seam in the close-up
 TEXT, LABEL, GAP = 14, 24, 6  # pixels: font size, label height, space between views
 
 SECTION = """<h2>Panoramas</h2>
-<p>A tiny Wan VAE (2 &times; 4 &times; 4), trained on the demo's clips with zero padding and fine-tuned on rendered rooms
-with two recipes. Held-out rooms:</p>
+<p>A tiny Wan VAE (2 &times; 4 &times; 4), trained on the demo's clips with zero padding and fine-tuned on rendered
+rooms with two recipes. Held-out rooms:</p>
 {table}
-<p><i>Seam gradient error</i>: of the step from the last column to the first, in [0, 1]. <i>Poles</i>: latitudes beyond 60
-degrees. <i>Up face</i>: a 90 degree view of the ceiling.</p>
-<p>Each panorama is turned by half, so that its seam is in the middle. Then: the seam in close-up, the view up to the square
-lamps, and the error, {gain} times amplified.</p>
+<p><i>Seam gradient error</i>: of the step from the last column to the first, in [0, 1]. <i>Poles</i>: latitudes beyond
+60 degrees. <i>Up face</i>: a 90 degree view of the ceiling.</p>
+<p>Each panorama is turned by half, so that its seam is in the middle. Then: the seam in close-up, the view up to the
+square lamps, and the error, {gain} times amplified.</p>
 {pictures}
 """
 

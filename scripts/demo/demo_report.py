@@ -55,7 +55,9 @@ def finished(folder: Path) -> dict[str, str]:
     files = {part: folder / f"commands/{part}.txt" for part in PARTS}
     found = {part: file.read_text() for part, file in files.items() if file.is_file()}
     if not found:
-        raise UserError(f"{folder} has no finished part of a demo; run scripts/demo.sh, which has the parts {', '.join(PARTS)}")
+        raise UserError(
+            f"{folder} has no finished part of a demo; run scripts/demo.sh, which has the parts {', '.join(PARTS)}"
+        )
     return found
 
 

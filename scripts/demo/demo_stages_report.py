@@ -38,11 +38,11 @@ ENLARGE = 2
 SHOWN = (0, 8, 16, 24, 32, 39)  # frames in the strips
 
 SECTION = """<h2>Three stages</h2>
-<p>A toy video VAE (4 &times; 2 &times; 2 compression) trained through the three stages of Open-Sora 1.2. With {parameters}
-parameters its pictures are blurred. Scores on held-out clips:</p>
+<p>A toy video VAE (4 &times; 2 &times; 2 compression) trained through the three stages of Open-Sora 1.2. With
+{parameters} parameters its pictures are blurred. Scores on held-out clips:</p>
 {table}
-<p><i>2D ceiling</i>: the same clips through the 2D VAE alone, which the temporal VAE inside it cannot exceed. Stages 1 and 2
-freeze the 2D VAE; stage 3 trains it too.</p>
+<p><i>2D ceiling</i>: the same clips through the 2D VAE alone, which the temporal VAE inside it cannot exceed. Stages 1
+and 2 freeze the 2D VAE; stage 3 trains it too.</p>
 <p>Original, through the 2D VAE alone, after stage 1, after stage 3:</p>
 {movies}
 <p>Frames; error maps show the absolute difference, {gain} times amplified.</p>

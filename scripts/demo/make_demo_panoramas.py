@@ -28,7 +28,7 @@ FLOOR, CEILING, LAMP_EDGE, WHITE = (4, 5, (70, 70, 74), (255, 255, 250))  # face
 
 @dataclass(frozen=True)
 class Room:
-    """A room of `size` (x, y, z) metres, z up, with a corner at the origin and a cupboard on the floor from `low` to `high`."""
+    """A room of `size` (x, y, z) metres, z up, a corner at the origin, a cupboard on the floor from `low` to `high`."""
 
     size: np.ndarray
     low: np.ndarray
