@@ -81,7 +81,7 @@ def disagreement(row: pd.Series, info: MediaInfo) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vae3d.data.check", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", help="CSV, parquet or JSON file, a folder, or the folder of a Hugging Face dataset")
     parser.add_argument("--root", help="folder of relative paths; default: the table's folder")
     parser.add_argument("--full", action="store_true", help="decode every frame")
@@ -127,4 +127,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "python -m vae3d.data.check"  # argparse's usage line begins with it
     sys.exit(main())
