@@ -245,11 +245,11 @@ def _exists(path: str) -> bool:
 def _download_hint(key: str, path: str) -> str:
     """How to download a path that may be a name of the Hugging Face hub."""
     if any(is_below(key, checkpoint) for checkpoint in CHECKPOINT_KEYS):
-        return hub_hint(path)
+        return hub_hint(path).removeprefix("; ")
     if key == "data.source.path":
         from vae3d.data.dataset_rows import how_to_download  # imports pandas
 
-        return how_to_download(path)
+        return how_to_download(path).removeprefix("; ")
     return ""
 
 
