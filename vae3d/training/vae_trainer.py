@@ -195,7 +195,7 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
         """Score the held-out clips with the averaged weights, log the means and show some clips."""
         config, last = self.config.validation, self.step == self.config.trainer.max_steps
         slow = last or (config.slow_metrics_every and self.step % config.slow_metrics_every == 0)
-        metrics = self.metrics if slow else self.metrics.only(resolve(config.metrics))
+        metrics = self.metrics if slow else self.metrics.subset(resolve(config.metrics))
         clips = self.validate_clips(metrics)
         if not clips:
             return {}
