@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(cached, tmp_path):
     for _ in range(3):  # the third step is lost
         values = first.train_step([next(batches), next(batches)])
         assert not values.pop("stop")
-        first.after_step(values)
+        first.log_validate_save(values)
     first.log.close()
     second = latent_runs.trainer(tmp_path / "killed", *told)
     assert second.step == 2
