@@ -205,7 +205,7 @@ def test_a_lone_file_does_not_say_its_factor_and_reconstructs_nevertheless(tmp_p
     for call in (model.normalize, model.denormalize):
         with pytest.raises(UserError, match=r"scaling_factor .* not known; .*0\.18215"):
             call(z)
-    with pytest.raises(UserError, match="scaling factor of its latents is not known"):
+    with pytest.raises(UserError, match="scaling factor of the latents is not known"):
         open_codec(tmp_path / "vae.safetensors")
     with pytest.raises(CheckpointError, match="scaling factor is not known; give --scaling_factor"):
         write_diffusers(read_checkpoint(tmp_path / "vae.safetensors"), tmp_path / "out")
