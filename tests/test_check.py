@@ -16,7 +16,7 @@ from vae3d.commands.check import check_training
 from vae3d.commands.launch import FolderCheck, allow_unknown_keys, read_arguments
 from vae3d.config.check import read
 from vae3d.config.diffusion import DiffusionConfig, SampleConfig, check_diffusion, check_sampling
-from vae3d.config.issues import NO_VALUE, is_below
+from vae3d.config.issues import NO_VALUE, is_within
 from vae3d.config.latents import EncodeConfig, check_encoding
 from vae3d.config.schema import CONF, InferConfig, TrainConfig
 from vae3d.config.targets import signature_of
@@ -296,7 +296,7 @@ def test_numbers_that_are_not_finite_or_out_of_range_are_refused_wherever_they_s
     with pytest.raises(ConfigError) as error:
         CHECKS[name](tiny.compose(*model, *settings, config=name))
     for key in NUMBERS[name]:
-        assert len([issue for issue in error.value.issues if is_below(issue.key, key)]) == 1, error.value
+        assert len([issue for issue in error.value.issues if is_within(issue.key, key)]) == 1, error.value
 
 
 @pytest.mark.parametrize(

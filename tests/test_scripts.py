@@ -191,7 +191,7 @@ def test_commands_of_the_pages_name_scripts_and_experiments_that_exist(page):
     for path in re.findall(r"(?:scripts|eval)/[\w/]+\.(?:py|sh)", text):
         assert (tiny.ROOT / path).is_file(), path
     for group, name in re.findall(r"\b(experiment|model|loss|stage|data)=([a-z]\w+)\b", text):
-        assert (CONF / group / f"{name}.yaml").is_file() or name in ("mine", "slow_encoder"), (group, name)
+        assert (CONF / group / f"{name}.yaml").is_file() or name in ("mine", "huber", "slow_encoder"), (group, name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -56,7 +56,7 @@ def overrides(experiment: str, folder: Path, videos: Path, rooms: Path, images: 
     if composed.data.frames.min > 3 and name != "taehv":
         made.append("data.frames.min=1" if name != "wan" else "data.frames.min=3")
     kind = composed.data.source._target_.rpartition(".")[2]
-    clips = [{"path": str(path)} for path in sorted(Path(videos).parent.glob("*.mp4"))]
+    clips = [{"path": path.name} for path in sorted(Path(videos).parent.glob("*.mp4"))]  # names decide the split
     (folder / "clips.json").write_text(json.dumps(clips))
     source = {
         "Table": f"path={videos}",
@@ -64,6 +64,8 @@ def overrides(experiment: str, folder: Path, videos: Path, rooms: Path, images: 
         "JsonClips": f"path={folder / 'clips.json'}",
         "ImageFolder": f"path={images}",
     }[kind]
+    if kind == "JsonClips":
+        made.append(f"data.source.root={Path(videos).parent}")
     if kind == "ImageFolder":
         made += ["data.frames.max=1", "validation.frames=1"]
     return [*made, f"data.source.{source}"]

@@ -73,7 +73,7 @@ def _check_group(saved: Any, group: Mapping[str, Any], first: int, name: str) ->
     """Raises ArgumentError unless a saved group fits. first: index of the group's first parameter."""
     if not isinstance(saved, Mapping):
         raise ArgumentError(f"{name} is {_form(saved)}, not a dict")
-    ours = [key for key, value in group.items() if isinstance(value, str) or key == "lr_scale"]  # set by training.optim
+    ours = [key for key, value in group.items() if isinstance(value, str) or key == "lr_scale"]  # set by the trainers
     for key in (*GROUP_KEYS, *ours):
         if key not in saved:
             raise ArgumentError(f"{name} has no {key}")

@@ -58,6 +58,6 @@ def learning_rate(
 
 
 def ema_decay(step: int, *, decay: float, warmup: bool) -> float:
-    """EMA decay after `step` updates; with warmup min(decay, (1 + step) / (10 + step)), as in TensorFlow's
+    """EMA decay at optimizer step `step`; with warmup min(decay, (1 + step) / (10 + step)), as in TensorFlow's
     ExponentialMovingAverage(num_updates)."""
     return min(decay, (1 + step) / (10 + step)) if warmup else decay

@@ -156,7 +156,7 @@ class Clip:
         return moved
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Clip:
-        """A copy with `change` applied to all tensors but positions, which stay on the CPU."""
+        """A copy with `change` applied to all tensors but positions and targets; positions stay on the CPU."""
         tensors = {name: getattr(self, name) for name in ("video", "valid", "depth_bounds", "weight")}
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
 

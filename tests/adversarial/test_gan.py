@@ -150,7 +150,7 @@ def test_an_adaptive_weight_without_a_layer_is_refused_before_training(config):
     encoder.stage.init_from = "published weights"
     (error,) = dry_run.issues(encoder)
     assert str(error).startswith(
-        "adversary: a clip of 2 frames fails: no layer that ends at the pixels trains, from which"
+        "adversary: a clip of 2 frames fails: no layer that ends at the pixels trains"
     )
 
 
@@ -270,7 +270,7 @@ def test_the_preflight_runs_both_updates_and_the_penalties(config, tmp_path):
         whole = getattr(t.adversary, name)
         setattr(t.adversary, name, lambda *a, name=name, whole=whole: (seen.append(name), whole(*a))[1])
     before = deepcopy(t.adversary.state_dict())
-    t.config.trainer.robust.preflight, t.config.trainer.max_steps = True, 1
+    t.run_preflight, t.config.trainer.max_steps = True, 1
     t.fit()
     assert seen[:2] == ["generator_loss", "penalties"]
     assert toy.same(t.adversary.state_dict(), before)

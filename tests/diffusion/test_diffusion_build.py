@@ -78,7 +78,7 @@ def test_wrong_settings_of_a_network_are_named(config, message):
     ("config", "message"),
     [({TARGET: "os.system"}, "_target_ is 'os.system'.*GaussianDiffusion"),
      ({TARGET: UNET}, "_target_ is '.*LatentUNet'.*GaussianDiffusion"),
-     ({TARGET: FLOW, "steps": 1000}, "steps is not an argument of RectifiedFlow; there are logit_mean, logit_std"),
+     ({TARGET: FLOW, "steps": 1000}, "steps is not an argument of RectifiedFlow; use one of logit_mean, logit_std"),
      ({TARGET: GAUSSIAN, "steps": "many"}, "steps is 'many'; give an integer"),
      ({TARGET: FLOW, "logit_mean": None}, "logit_mean is None; give a finite number")],
 )  # fmt: skip

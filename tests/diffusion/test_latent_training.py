@@ -117,7 +117,7 @@ def test_a_file_in_place_of_a_broken_one_has_its_own_label(encoded, pictures, tm
     replaced = 0
     for batch in data.batches(0, 5):
         for position, label in zip(batch.positions, batch.labels.tolist(), strict=True):
-            broken = data.dataset.paths[rows[position].record].endswith(b"cat/3.png")
+            broken = data.dataset.paths[rows[position].row].endswith(b"cat/3.png")
             sample = data.dataset[rows[position]]
             assert label == int("dog" in sample.path)
             replaced += broken and "dog" in sample.path
@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(cached, tmp_path):
     for _ in range(3):  # the third step is lost
         values = first.train_step([next(batches), next(batches)])
         assert not values.pop("stop")
-        first.after_step(values)
+        first.log_validate_save(values)
     first.log.close()
     second = latent_runs.trainer(tmp_path / "killed", *told)
     assert second.step == 2

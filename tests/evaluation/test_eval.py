@@ -131,7 +131,7 @@ def test_the_panorama_preset_chooses_its_metrics_unless_some_are_named(folders, 
 def test_a_mean_over_pixels_needs_one_size(folders, capsys):
     for folder in folders:
         write_video(folder / "large.mp4", tiny.frames(5, 64, 64), 24)
-    assert "averages over pixels, for which videos need one size" in refused(
+    assert "torchmetrics with data_range=1 averages over pixels" in refused(
         capsys, *folders, "--preset", "torchmetrics"
     )
     assert evaluate(*folders, *PSNR, "--preset", "torchmetrics", "--crop_size", "40") == 0
@@ -211,7 +211,7 @@ def test_words_that_make_no_sense_are_refused(words, message, capsys):
             ("--preset", "opensora12", "--batch_size", "2"),
             "v1.2 eval/vae cannot batch videos of different lengths or sizes",
         ),
-        (("--metric", "rfvd", "--rfvd_frames", "3"), "rfvd needs at least 10 frames; it was told to take 3"),
+        (("--metric", "rfvd", "--rfvd_frames", "3"), "rfvd needs at least 10 frames; frames=3"),
     ],
 )
 def test_what_cannot_work_is_told_before_scoring(folders, all_weights, more, message, capsys):

@@ -122,7 +122,7 @@ def test_a_config_that_tells_its_scale_twice_is_refused(spatial_export, tmp_path
     for more in ({"latents_mean": [0] * 4}, {"latents_mean": [0] * 4, "latents_std": [1] * 4, "shift_factor": 0.5}):
         (tmp_path / "config.json").write_text(json.dumps(told | more))
         with pytest.raises(
-            CheckpointError, match="latents_mean and latents_std one without the other, or shift_factor besides"
+            CheckpointError, match="both latents_mean and latents_std or neither"
         ):
             read_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="has 3 entries; give 1 or 4"):
@@ -135,7 +135,7 @@ def test_what_has_no_scale_of_its_own_is_refused(few, tmp_path, latent_stats, ca
     ours = open_codec(tmp_path / "taehv", pixel_range="uint8")
     caches.made(few, tmp_path / "cache", ours, frames=1)
     assert latent_stats(tmp_path / "cache", "--write", tmp_path / "taehv") == 2
-    assert "the VAE that they come from has the scale" in capsys.readouterr().err
+    assert "its latents are already normalised" in capsys.readouterr().err
     other = export("spatial", tmp_path / "spatial")
     assert latent_stats(tmp_path / "cache", "--write", other) == 2
     assert "holds latents of another autoencoder" in capsys.readouterr().err

@@ -163,7 +163,7 @@ def test_weights_in_several_files_are_the_same(saved, tmp_path):
     found = vae3d.load(tmp_path).state_dict()
     assert all(torch.equal(found[key], tensor) for key, tensor in ours.state_dict().items())
     shards[0].unlink()
-    with pytest.raises(FileError, match=rf"of its {len(shards)} files {shards[0].name} are not there"):
+    with pytest.raises(FileError, match=rf"1 of its {len(shards)} files .*{shards[0].name}"):
         vae3d.load(tmp_path)
     (tmp_path / f"{WEIGHTS}.index.json").write_text("[]")
     with pytest.raises(FileError, match="no index of weight files"):

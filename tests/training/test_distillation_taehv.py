@@ -123,11 +123,11 @@ def test_a_student_of_open_sora_has_its_latents_chunk_by_chunk(videos, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("train", "warns"), [({"all": 1.0}, True), ({"encoder": 1.0, "decoder": 1.0}, True), ({"decoder": 1.0}, False)]
+    ("trained", "warns"), [({"all": 1.0}, True), ({"encoder": 1.0, "decoder": 1.0}, True), ({"decoder": 1.0}, False)]
 )
-def test_without_a_teacher_a_warning_says_what_becomes_of_the_latents(videos, tmp_path, caplog, train, warns):
+def test_without_a_teacher_a_warning_says_what_becomes_of_the_latents(videos, tmp_path, caplog, trained, warns):
     given = ["stage=finetune", "stage.init_from=random", "loss=recon_kl", "data.frames.max=5", "data.frames.min=5"]
     config = tiny.training("taehv", videos, *given)
-    config.stage.train = train
+    config.stage.train = trained
     train.build_trainer(config, tmp_path).log.close()
     assert ("no teacher (teacher=none)" in caplog.text) == warns

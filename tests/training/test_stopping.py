@@ -176,7 +176,7 @@ def test_a_checkpoint_is_durable_before_it_has_its_name(videos, tmp_path, monkey
     monkeypatch.setattr(os, "replace", lambda path, to: (synced.append(f"rename {path.name}"), replace(path, to))[1])
     t = trainer(videos, tmp_path)
     t.checkpointer.save(t.step)
-    before, after = synced[: (named := synced.index("rename .step-0000000.partial"))], synced[named:]
+    before, after = synced[: (named := synced.index("rename .step-0000000.tmp"))], synced[named:]
     assert any("run.json" in name for name in before)
     assert {"state.pt", ".step-0000000.tmp"} <= set(before)
     assert "checkpoints" in after
@@ -242,7 +242,7 @@ def test_loading_a_run_says_where_its_export_is_older_than_its_checkpoint(videos
     checkpointer.remove(tmp_path / "exports/step-0000002")
     vae3d.load(tmp_path)
     assert "step-0000001 is the newest export" in caplog.text
-    assert "whose newest checkpoint is step-0000002" in caplog.text
+    assert "newest checkpoint is step-0000002" in caplog.text
 
 
 def test_metrics_are_left_alone_at_a_start_that_drops_none(videos, tmp_path):

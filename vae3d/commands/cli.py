@@ -91,7 +91,9 @@ COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
-    """Run a command and return its exit status. arguments: its name and its own arguments; None: those of `vae3d`."""
+    """Run a command and return its exit status; None is 0. Hydra commands exit by themselves on an error.
+
+    arguments: its name and its own arguments; None: those of `vae3d`."""
     program = [os.path.abspath(sys.argv[0])]  # starts this command again, once its arguments are added
     if arguments is None:
         arguments = sys.argv[1:] or ["--help"]

@@ -249,7 +249,7 @@ def _step_issues(
     """Forward and backward on shapes alone: do the terms apply, and does every trained part get a gradient?"""
     adversary.load(model, torch.device("meta"), config.run.seed, rank=0)
     counts = frame_counts(config.data).all()
-    for frames in counts[:2]:  # one frame and several: what holds for two holds for more
+    for frames in counts[:2]:  # the two smallest counts: what holds for two holds for more
         clip = meta_clip(frames, config.data.height, config.data.width)
         try:
             out, clip = _forward(model, clip, objective, distillation)

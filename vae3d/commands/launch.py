@@ -91,8 +91,7 @@ class RunLogFile(logging.FileHandler):
 
 
 def read_arguments(arguments: Sequence[str]) -> list[str]:
-    """allow_unknown_keys(); overrides that Hydra would refuse end the process with one message and exit
-    status 2."""
+    """Command-line arguments as overrides for Hydra. If it would refuse one, print why and exit with status 2."""
     overrides = allow_unknown_keys(arguments)
     if issues := override_issues(overrides):
         print_error(ConfigError(issues))

@@ -55,7 +55,7 @@ def clip_settings(config: Data) -> ClipSettings:
     return ClipSettings(**{name: getattr(config, name) for name in shared}, depth=depth)
 
 
-def plan_of(
+def batch_schedule(
     config: TrainConfig | DiffusionConfig, lengths: np.ndarray, frames: FrameCounts, rank: int, world_size: int
 ) -> BatchSchedule:
     return BatchSchedule(
@@ -76,14 +76,14 @@ def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingDa
     tables = read_tables(
         instantiate(data.source), settings, data.num_val_files if validation.every else 0, data.max_broken
     )
-    plan = plan_of(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
+    schedule = batch_schedule(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
     held_out, errors = [], tables.errors
     if validation.every:
         held_out, more = validation_clips(tables.val, settings, validation.frames, validation.clips, rank, world_size)
         errors = errors + more
     return TrainingData(
         tables.train,
-        plan,
+        schedule,
         settings,
         data.workers,
         data.prefetch,
@@ -117,7 +117,7 @@ def distillation(config: TrainConfig, teacher: nn.Module | None, student: nn.Mod
 
 
 def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
-    """The trainer of a run, ready to `fit`."""
+    """Build the trainer, resume it, lock the run's folder and open its log; ready to `fit`."""
     if config.trainer.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("trainer.precision is fp16, which needs a GPU; use bf16 or fp32")
     check_may_start(folder, config.run.resume)

@@ -17,7 +17,7 @@ from torch import nn
 from vae3d.checkpoints.location import EXPORT_CONFIG, find_weights, split_part
 from vae3d.commands.dry_run import cause
 from vae3d.commands.summary import batch_summary, frame_counts, millions
-from vae3d.commands.train import clip_settings, plan_of
+from vae3d.commands.train import batch_schedule, clip_settings
 from vae3d.config.issues import NO_VALUE, ConfigIssue, raise_if_any
 from vae3d.data.batch_schedule import ClipIndex, FrameCounts
 from vae3d.data.clips import ClipDataset
@@ -55,7 +55,7 @@ log = logging.getLogger("vae3d")
 
 
 def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
-    """The trainer of a run, ready to `fit`."""
+    """Build the trainer, resume it, lock the run's folder and open its log; ready to `fit`."""
     check_may_start(folder, config.run.resume)
     accelerator = init_training(config.trainer.precision)
     check_ranks_agree(asdict(config))
@@ -119,7 +119,7 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
     return LatentData(
         dataset=CachedLatents(cache, train, labelled),
         collate=collate_latents,
-        schedule=plan_of(config, np.ones(len(train), int), FrameCounts(1, 1), rank, world_size),
+        schedule=batch_schedule(config, np.ones(len(train), int), FrameCounts(1, 1), rank, world_size),
         codec=codec,
         size=size,
         latent_shape=latent_shape,
@@ -149,18 +149,18 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         require_labels([numbers[label] for label in labels], every["path"].tolist(), "files")
     labels = np.array([numbers[label] for label in labels])
     of_train, of_val = np.split(labels, [len(tables.train)])
-    plan = plan_of(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
+    schedule = batch_schedule(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
     held_out, errors = [], tables.errors
-    frames = validation.frames or max(plan.frames.all())
+    frames = validation.frames or max(schedule.frames.all())
     if validation.every:
         enough = clip_lengths(tables.val, settings) >= frames
         clips, more = validation_clips(tables.val, settings, frames, validation.clips, rank, world_size)
         held_out, errors = val_batches(clips, of_val[enough]), errors + more
-    trained = {codec.latent_shape(count, data.height, data.width)[1] for count in plan.frames.all()}
+    trained = {codec.latent_shape(count, data.height, data.width)[1] for count in schedule.frames.all()}
     return LatentData(
-        dataset=ClipDataset(tables.train, plan, settings),
+        dataset=ClipDataset(tables.train, schedule, settings),
         collate=LabelledClips(of_train),
-        schedule=plan,
+        schedule=schedule,
         codec=codec,
         size=(frames, data.height, data.width),
         latent_shape=codec.latent_shape(frames, data.height, data.width),

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vae3d.checkpoints.location import exists, hub_hint
 from vae3d.config.fields import allowed, allowed_entry, fields_of, nested_schema
-from vae3d.config.issues import MISSING, NO_VALUE, ConfigIssue, is_below, nearest, raise_if_any, without_repeats
+from vae3d.config.issues import MISSING, NO_VALUE, ConfigIssue, is_within, nearest, raise_if_any, without_repeats
 from vae3d.config.targets import target_issues
 
 C = TypeVar("C")
@@ -66,7 +66,7 @@ class _Readable:
         value = getattr(self._node, name)
         if dataclasses.is_dataclass(value):
             return _Readable(value, self._wrong, key)
-        if any(is_below(wrong, key) or is_below(key, wrong) for wrong in self._wrong):
+        if any(is_within(wrong, key) or is_within(key, wrong) for wrong in self._wrong):
             raise _WrongValue
         return value
 
@@ -244,7 +244,7 @@ def _exists(path: str) -> bool:
 
 def _download_hint(key: str, path: str) -> str:
     """How to download a path that may be a name of the Hugging Face hub."""
-    if any(is_below(key, checkpoint) for checkpoint in CHECKPOINT_KEYS):
+    if any(is_within(key, checkpoint) for checkpoint in CHECKPOINT_KEYS):
         return hub_hint(path).removeprefix("; ")
     if key == "data.source.path":
         from vae3d.data.dataset_rows import how_to_download  # imports pandas

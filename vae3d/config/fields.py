@@ -104,7 +104,8 @@ def _words(kind: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is Annotated:
         return _words(inner[0], [*inner[1:], *metadata])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_words(one, metadata) for one in inner if one is not types.NoneType) + ", or null"
+        words = " or ".join(_words(one, metadata) for one in inner if one is not types.NoneType)
+        return f"{words}, or null" if types.NoneType in inner else words
     if origin is Literal:
         *names, last = map(str, inner)
         return f"{', '.join(names)} or {last}"

@@ -33,7 +33,7 @@ class ConfigIssue:
 
     def within(self, keys: Iterable[str]) -> bool:
         """Whether the key is one of `keys` or lies below one."""
-        return any(is_below(self.key, key) for key in keys)
+        return any(is_within(self.key, key) for key in keys)
 
 
 class ConfigError(UserError):
@@ -50,7 +50,7 @@ def raise_if_any(issues: list[ConfigIssue]) -> None:
         raise ConfigError(issues)
 
 
-def is_below(key: str, parent: str) -> bool:
+def is_within(key: str, parent: str) -> bool:
     """Whether a dotted key is `parent` or one of its descendants."""
     return key == parent or key.startswith((f"{parent}.", f"{parent}["))
 

@@ -79,10 +79,10 @@ class TiledCodec:
         return self.model.spec.space_stride
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self.model.model.normalize(self.model.encode_chunk(pixels, None, keep=False)[0].mode())
+        return self.model.model.normalize(self.model.encode_chunk(pixels, None, return_cache=False)[0].mode())
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
-        return self.model.decode_chunk(self.model.model.denormalize(z), None, keep=False)[0]
+        return self.model.decode_chunk(self.model.model.denormalize(z), None, return_cache=False)[0]
 
 
 def check_sizes(models: Mapping[str, nn.Module], settings: ProbeSettings) -> None:

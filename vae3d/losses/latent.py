@@ -44,7 +44,7 @@ class LatentL1:
 class Identity:
     """|temporal latent - 2D latent| of single images, to keep the two latent spaces alike.
 
-    use_image_identity_loss in Open-Sora v1.2 `scripts/train_vae.py`. Does not apply to clips of several frames.
+    use_image_identity_loss in Open-Sora v1.2 `train_vae.py`. Does not apply to clips of several frames.
     Raises ValueError if the two latents have different channels.
     """
 

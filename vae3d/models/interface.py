@@ -41,7 +41,8 @@ class VideoAutoencoder(Protocol):
         generator: Generators = None,
         noise: float = 0.0,
     ) -> Reconstruction:
-        """Encode and decode. Training calls nothing else, so that wrappers (DeepSpeed's engine) see every pass.
+        """Encode and decode. A training step calls this once per micro-batch, through the wrapper (DeepSpeed's engine);
+        terms that decode again (`Reconstruction.decode`) call the network itself.
 
         latents: decode these instead of encoding `video`. encode: with `latents`, encode as well, for the posterior.
         sample: sample the posterior, or take its mode. generator: one for the batch, or one per clip.

@@ -134,7 +134,7 @@ class Checkpointer:
 
     # ---- saving
 
-    def after_step(self, step: int, *, taken: bool, not_finite: int, end: bool) -> None:
+    def save_if_due(self, step: int, *, taken: bool, not_finite: int, end: bool) -> None:
         """Save if a checkpoint is due.
 
         taken: whether the step was. not_finite: consecutive skipped steps whose loss or gradient was not finite.

@@ -31,7 +31,8 @@ class ReplicatedDataParallel:
     """Every rank holds the whole model and optimizer.
 
     model: what a step calls. In each step `run_guarded` is called, or `skip_local` on a rank without data; then, on all
-    ranks, either `average_gradients`, `clip_gradients` and `optimizer.step`, or `discard_gradients`.
+    ranks, `average_gradients` and `clip_gradients` if the generator trains and all losses are finite; then
+    `optimizer.step`, or `discard_gradients` if the step is skipped.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -74,7 +75,7 @@ class ReplicatedDataParallel:
         self._unscaled = True
 
     def clip_gradients(self, max_norm: float) -> float:
-        """The norm before clipping; 0 while the fp16 loss scaler lowers its scale, since it skips overflows itself."""
+        """The norm before clipping; 0 under an fp16 loss scaler (unless its scale is 1), which skips overflows itself."""
         # Accelerate's own would unscale fp16 gradients, which are unscaled already.
         self.grad_norm = float(nn.utils.clip_grad_norm_(self.parameters, max_norm))
         scaler = self.accelerator.scaler

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from vae3d.arguments import check_value
 from vae3d.checkpoints.state import ResumeError
-from vae3d.errors import UserError
 from vae3d.restore import check_like
 from vae3d.schedules import ema_decay
 
@@ -72,10 +71,10 @@ class Ema:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises UserError if EMA was turned on or off, ArgumentError for averages of other parameters."""
+        """Raises ResumeError if EMA was turned on or off, ArgumentError for averages of other parameters."""
         check_value(state, Mapping, self.name)
         if bool(state) != bool(self.shadow):
-            raise UserError(
+            raise ResumeError(
                 f"the checkpoint has averages of {len(state)} parameters, this run of {len(self.shadow)}; trainer.ema "
                 "cannot be turned on or off when a run resumes"
             )

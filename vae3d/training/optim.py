@@ -35,8 +35,11 @@ def lr_at(optim: Optim, step: int, max_steps: int) -> float:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], name: str = "optimizer") -> None:
-    """Load an optimizer's moments. Its settings stay those of the configuration. Raises ArgumentError."""
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    """Load an optimizer's moments and learning rates. Other settings stay those of the configuration.
+
+    Raises ArgumentError.
+    """
+    settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
     load_optimizer(optimizer, state, name)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)

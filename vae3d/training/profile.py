@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 @contextmanager
 def profiled(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
-    """Yields a function to call after every step. Two steps warm up, then `steps` are recorded.
+    """Yields a function to call after every step. One step is skipped, one warms up, then `steps` are recorded.
 
     Writes profile.json (for chrome://tracing or Perfetto) and profile.txt (operators by time) to `folder`.
     """

@@ -97,7 +97,7 @@ class RunLog:
         """Write values to metrics.jsonl and the logger, and the main ones to the console."""
         if not self.main:
             return
-        with self._tolerate_full_disk(f"metrics of step {step}"):
+        with self._warn_on_os_error(f"metrics of step {step}"):
             self._append("metrics.jsonl", {"step": step, **values})
             self.logger.scalars(dict(values), step)
         shown = {k: v for k, v in values.items() if "/" not in k or k.startswith(("loss/", "val/"))}
@@ -105,12 +105,12 @@ class RunLog:
 
     def image(self, name: str, picture: np.ndarray, step: int) -> None:
         if self.main:
-            with self._tolerate_full_disk(f"a picture of step {step}"):
+            with self._warn_on_os_error(f"a picture of step {step}"):
                 self.logger.image(name, picture, step)
 
     def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> None:
         if self.main:
-            with self._tolerate_full_disk(f"a video of step {step}"):
+            with self._warn_on_os_error(f"a video of step {step}"):
                 self.logger.video(name, frames, fps, step)
 
     def errors(self, errors: Iterable[tuple[str, str]]) -> None:
@@ -120,13 +120,13 @@ class RunLog:
                 continue
             self._broken.add(path)
             log.warning("cannot be read, another file replaces it: %s: %s", path, reason)
-            with self._tolerate_full_disk(f"the error of {path}"):
+            with self._warn_on_os_error(f"the error of {path}"):
                 self._append(f"data_errors{self.rank or ''}.jsonl", {"path": path, "reason": reason})
 
     def skipped_files(self, files: Iterable[tuple[str, str]]) -> None:
         """List readable files that are not used, such as too small ones, in data_errors.jsonl."""
         if self.main:
-            with self._tolerate_full_disk("the list of skipped files"):
+            with self._warn_on_os_error("the list of skipped files"):
                 for path, reason in files:
                     self._append("data_errors.jsonl", {"path": path, "reason": reason})
 
@@ -134,7 +134,7 @@ class RunLog:
         """May be called twice, and after an error."""
         if self._bar is not None:
             self._bar.close()
-            with self._tolerate_full_disk("the logger's last data"):
+            with self._warn_on_os_error("the logger's last data"):
                 self.logger.close()
             self._lock.close()
 
@@ -149,8 +149,8 @@ class RunLog:
             write_text(file, "".join(kept))
 
     @contextmanager
-    def _tolerate_full_disk(self, what: str) -> Iterator[None]:
-        """Warn instead of raising if the disk is full: the entry is lost, but not the run."""
+    def _warn_on_os_error(self, what: str) -> Iterator[None]:
+        """Warn instead of raising if the entry cannot be written; the run goes on."""
         try:
             yield
         except OSError as error:

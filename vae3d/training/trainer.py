@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
     from vae3d.config.schema import TrainConfig
 
-MIN_GRAD_NORM = 1e-12  # a gradient below this teaches nothing
+MIN_GRAD_NORM = 1e-12  # below it a gradient counts as zero
 
 Batch = TypeVar("Batch")
 
@@ -52,7 +52,7 @@ class Trainer(ABC, Generic[Batch]):
     further state with `self.checkpointer`.
 
     network: the model that is trained and saved. strategy: holds the module that a step calls, and the optimizer. data:
-    has `record` and `errors`. max_failed_steps, max_failed_saves, max_zero_gradients: limit of consecutive failures, 0
+    has `fingerprint` and `errors`. max_failed_steps, max_failed_saves, max_zero_gradients: limit of consecutive failures, 0
     for none, and its key in the configuration. compact_gib: see release_idle_memory. facts: written to run.json.
     """
 
@@ -213,7 +213,9 @@ class Trainer(ABC, Generic[Batch]):
         """Train to the last step, or to the first step boundary after a signal. Returns whether it was the last.
 
         Raises SaveError if the last checkpoint or an export of it could not be written, SpikeError if the run ends on
-        skipped steps, TooManyFailures if a failure repeats, and DataError, after saving, if the data loader fails.
+        skipped steps, TooManyFailures if a failure repeats, DataError, after saving, if the data loader fails, RanksDiffer,
+        after saving, if ranks have gradients of different parameters, and PreflightError or PartError before the first
+        step.
         """
         last = self.config.trainer.max_steps
         try:
@@ -221,9 +223,9 @@ class Trainer(ABC, Generic[Batch]):
             if self.run_preflight and self.step < last:
                 self.preflight()
             self.log.begin(self.step, last)
-            with stop_signals(verbose=self.log.main) as request, self.profiler() as after_step:
+            with stop_signals(verbose=self.log.main) as request, self.profiler() as profiler_step:
                 try:
-                    self._train(request, last, after_step)
+                    self._train(request, last, profiler_step)
                 finally:
                     self.stopped_by = self.stopped_by or request.signum  # a signal during the last save counts
         except SpikeError as error:
@@ -232,7 +234,7 @@ class Trainer(ABC, Generic[Batch]):
             self.log.close()
         return self.step >= last
 
-    def _train(self, request: StopRequest, last: int, after_step: Callable[[], object]) -> None:
+    def _train(self, request: StopRequest, last: int, profiler_step: Callable[[], object]) -> None:
         batches = self.load_batches(lambda: bool(request.signum))
         self.reset_timer()
         while self.step < last and not self.stopped_by:
@@ -241,8 +243,8 @@ class Trainer(ABC, Generic[Batch]):
             signum = int(values.pop("stop"))
             if self.step < last and self.spikes.consecutive_skips == 0:  # else the weights to save might be ruined
                 self.stopped_by = signum
-            self.after_step(values)
-            after_step()
+            self.log_validate_save(values)
+            profiler_step()
         if self.stopped_by:
             saved = "the same command resumes from there" if self.config.trainer.save_every else "nothing is saved"
             self.log.say(f"stopped by {signal.Signals(self.stopped_by).name} after step {self.step}; {saved}")
@@ -364,7 +366,7 @@ class Trainer(ABC, Generic[Batch]):
             self.checkpointer.save_before(error, self.step, skipped)
             raise
 
-    def after_step(self, values: dict[str, float]) -> None:
+    def log_validate_save(self, values: dict[str, float]) -> None:
         """Log, validate and save, when due."""
         trainer, validation = self.config.trainer, self.config.validation
         finished, stopped = self.step == trainer.max_steps, self.stopped_by > 0
@@ -378,7 +380,7 @@ class Trainer(ABC, Generic[Batch]):
         if validation.every and (self.step % validation.every == 0 or finished) and not stopped:
             self.checkpointer.export_best(self.best, self.validate(), self.step, self.export)
             self.reset_timer()
-        self.checkpointer.after_step(
+        self.checkpointer.save_if_due(
             self.step,
             taken=not values["skipped"],
             not_finite=0 if self.spikes.all_finite else self.spikes.consecutive_skips,

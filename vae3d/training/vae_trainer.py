@@ -176,7 +176,7 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
         )
 
     def profiler(self) -> AbstractContextManager[Callable[[], object]]:
-        if self.config.debug.mode != "profile":
+        if self.config.debug.mode != "profile" or self.rank > 0:
             return nullcontext(lambda: None)
         return profiled(self.folder, self.config.debug.steps)
 
@@ -195,7 +195,7 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
         """Score the held-out clips with the averaged weights, log the means and show some clips."""
         config, last = self.config.validation, self.step == self.config.trainer.max_steps
         slow = last or (config.slow_metrics_every and self.step % config.slow_metrics_every == 0)
-        metrics = self.metrics if slow else self.metrics.only(resolve(config.metrics))
+        metrics = self.metrics if slow else self.metrics.subset(resolve(config.metrics))
         clips = self.validate_clips(metrics)
         if not clips:
             return {}
@@ -258,23 +258,23 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
         """Write the averaged weights (the current ones without EMA), for vae3d.load, with their latent scale."""
         config = self.config
         with self.ema.applied():
-            weights = self._averaged()
+            weights = self._current_weights()
             info = {"stage": config.stage.name, "step": self.step, "ema": config.trainer.ema.decay, **info}
             if config.trainer.publish.measure_scale:
                 weights, latents = self._with_measured_scale(weights)
                 info |= latents
             replace_export(weights, folder, **info)
 
-    def _averaged(self) -> Checkpoint:
+    def _current_weights(self) -> Checkpoint:
         return Checkpoint(self.config.model, self.network.state_dict(), self.folder, "export")
 
     def _write_flat(self, path: Path) -> None:
         with self.ema.applied():
-            write_flat(self._averaged(), self.config.trainer.publish.layout, path)
+            write_flat(self._current_weights(), self.config.trainer.publish.layout, path)
 
     def _write_final_model(self, path: Path) -> None:
         with self.ema.applied():
-            write_final_model(self._averaged(), path.parent)
+            write_final_model(self._current_weights(), path.parent)
 
     def _with_measured_scale(self, weights: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
         """The weights with the latent scale of training clips of the largest size, and its statistics."""

@@ -39,14 +39,14 @@ class ValidatedClip:
 
 
 def validate_on_all_ranks(
-    model: nn.Module, clips: Sequence[Clip], metrics: MetricSet, device: torch.device, panels: int, **settings: Any
+    model: nn.Module, clips: Sequence[Clip], metrics: MetricSet, device: torch.device, num_shown: int, **settings: Any
 ) -> tuple[list[ValidatedClip], str | None]:
     """`validate` on every rank. Returns the clips of all ranks in order, or none and an error message.
 
     Every rank must call it. It fails, on all ranks, if one runs out of memory or its reconstructions are not finite.
     """
     try:
-        mine, error = catch_out_of_memory(lambda: validate(model, clips, metrics, device, panels, **settings))
+        mine, error = catch_out_of_memory(lambda: validate(model, clips, metrics, device, num_shown, **settings))
         error = error and f"{error}; lower validation.frames"
     except PixelError as raised:
         mine, error = None, str(raised)
