@@ -149,9 +149,7 @@ def test_an_adaptive_weight_without_a_layer_is_refused_before_training(config):
     encoder.stage.train = {"encoder": 1.0}
     encoder.stage.init_from = "published weights"
     (error,) = dry_run.issues(encoder)
-    assert str(error).startswith(
-        "adversary: a clip of 2 frames fails: no layer that ends at the pixels trains"
-    )
+    assert str(error).startswith("adversary: a clip of 2 frames fails: no layer that ends at the pixels trains")
 
 
 def test_the_check_names_what_does_not_go_with_a_gan(config):

@@ -47,4 +47,13 @@ def test_a_folder_of_images_is_reconstructed_at_their_sizes(tmp_path):
 def test_training_refuses_sizes_that_the_stride_does_not_divide(videos):
     sides = ["data.height=65", "data.width=71", "data.frames.min=1", "data.frames.max=1"]
     with pytest.raises(ConfigError, match=r"data\.height=65: .* 64 or 72(.|\n)*data\.width=71: .* 64 or 72"):
-        tiny.training("spatial", videos, *STRIDE_8, *sides, "stage=finetune", "stage.init_from=random", "loss=recon_kl", dry_run=True)
+        tiny.training(
+            "spatial",
+            videos,
+            *STRIDE_8,
+            *sides,
+            "stage=finetune",
+            "stage.init_from=random",
+            "loss=recon_kl",
+            dry_run=True,
+        )

@@ -121,9 +121,7 @@ def test_a_config_that_tells_its_scale_twice_is_refused(spatial_export, tmp_path
     told = json.loads((tmp_path / "config.json").read_text())
     for more in ({"latents_mean": [0] * 4}, {"latents_mean": [0] * 4, "latents_std": [1] * 4, "shift_factor": 0.5}):
         (tmp_path / "config.json").write_text(json.dumps(told | more))
-        with pytest.raises(
-            CheckpointError, match="both latents_mean and latents_std or neither"
-        ):
+        with pytest.raises(CheckpointError, match="both latents_mean and latents_std or neither"):
             read_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="has 3 entries; give 1 or 4"):
         SpatialVAE((8, 8), groups=4, scaling_factor=[1, 2, 3])

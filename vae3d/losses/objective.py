@@ -48,6 +48,10 @@ class WeightedTerm:
     log: bool = False
     reduction: str | None = None
 
+    def __post_init__(self) -> None:
+        if not hasattr(self.term, "needs_pixels"):
+            raise ValueError(f"{type(self.term).__name__} has no needs_pixels; set it to True or False in the class")
+
     def weight_at(self, step: int) -> float:
         return self.weight * ramp(step, *self.ramp)
 

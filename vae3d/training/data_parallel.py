@@ -75,7 +75,7 @@ class ReplicatedDataParallel:
         self._unscaled = True
 
     def clip_gradients(self, max_norm: float) -> float:
-        """The norm before clipping; 0 under an fp16 loss scaler (unless its scale is 1), which skips overflows itself."""
+        """The norm before clipping; 0 under an fp16 loss scaler unless its scale is 1, since it skips overflows."""
         # Accelerate's own would unscale fp16 gradients, which are unscaled already.
         self.grad_norm = float(nn.utils.clip_grad_norm_(self.parameters, max_norm))
         scaler = self.accelerator.scaler

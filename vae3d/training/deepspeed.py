@@ -80,7 +80,7 @@ class DeepSpeedZero:
         self._without_grad: list[str] = []  # after a dry run
 
     def run_guarded(self, forward_backward: Callable[[], None]) -> str | None:
-        """Run this rank's forward and backward passes. Returns the error message if memory runs out outside of a backward pass.
+        """Run this rank's forward and backward passes. Returns an error message if memory runs out between backwards.
 
         Inside a backward pass the error propagates: the other ranks wait in it, and torchrun must end them.
         """

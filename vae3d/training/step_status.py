@@ -90,8 +90,9 @@ class StepStatus:
 
 
 class StatusTable:
-    """One row per rank in a table that one all-reduce fills: the only collective of a failed step, unless an adversary or
-    DeepSpeed has its own.
+    """One row per rank in a table that one all-reduce fills.
+
+    It is the only collective of a failed step, unless an adversary or DeepSpeed has its own.
 
     The table is allocated once: a rank that is out of memory could not allocate it.
     """

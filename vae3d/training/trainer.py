@@ -52,8 +52,9 @@ class Trainer(ABC, Generic[Batch]):
     further state with `self.checkpointer`.
 
     network: the model that is trained and saved. strategy: holds the module that a step calls, and the optimizer. data:
-    has `fingerprint` and `errors`. max_failed_steps, max_failed_saves, max_zero_gradients: limit of consecutive failures, 0
-    for none, and its key in the configuration. compact_gib: see release_idle_memory. facts: written to run.json.
+    has `fingerprint` and `errors`. max_failed_steps, max_failed_saves, max_zero_gradients: limit of consecutive
+    failures, 0 for none, and its key in the configuration. compact_gib: see release_idle_memory. facts: written to
+    run.json.
     """
 
     def __init__(
@@ -213,9 +214,9 @@ class Trainer(ABC, Generic[Batch]):
         """Train to the last step, or to the first step boundary after a signal. Returns whether it was the last.
 
         Raises SaveError if the last checkpoint or an export of it could not be written, SpikeError if the run ends on
-        skipped steps, TooManyFailures if a failure repeats, DataError, after saving, if the data loader fails, RanksDiffer,
-        after saving, if ranks have gradients of different parameters, and PreflightError or PartError before the first
-        step.
+        skipped steps, TooManyFailures if a failure repeats, DataError, after saving, if the data loader fails,
+        RanksDiffer, after saving, if ranks have gradients of different parameters, and PreflightError or PartError
+        before the first step.
         """
         last = self.config.trainer.max_steps
         try:
