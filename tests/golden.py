@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +45,25 @@ def comparable(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def in_child(run: Callable[[], None], log: Path, **environment: str) -> int:
-    """Fork a process that calls `run` and ends; returns its number. This process must not compute with torch."""
-    child = os.fork()
-    if child:
-        return child
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ.update(environment)
-    try:
+def start(run: Callable[[], None], log: Path, **environment: str) -> BaseProcess:
+    """Call `run` in a forked process, which appends what it prints to `log`. This process must not compute with torch."""
+
+    def child() -> None:
+        with log.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.environ.update(environment)
         run()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
 
 
-def wait(children: list[int], log: Path) -> None:
-    if any(os.waitpid(child, 0)[1] for child in children):
+def wait(processes: list[BaseProcess], log: Path) -> None:
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
         sys.exit(f"a run failed:\n{log.read_text()}")
 
 
@@ -136,7 +136,7 @@ def run_all(folder: Path, only: list[str]) -> dict[str, dict[str, list[dict[str,
     environment = {"VAE3D_CACHE": str(folder / "cache"), "VAE3D_WEIGHTS": str(folder / "data/weights")}
     environment |= {"VAE3D_ALLOW_UNVERIFIED": "1", "CUDA_VISIBLE_DEVICES": ""}
     (folder / "data").mkdir(parents=True)
-    wait([in_child(lambda: make_data(folder / "data"), log, VAE3D_CACHE=str(folder / "cache"))], log)
+    wait([start(lambda: make_data(folder / "data"), log, VAE3D_CACHE=str(folder / "cache"))], log)
     curves = {}
     for name in only or [*EXPERIMENTS, *LATENT]:
         prepare, run = (latent_overrides, train_latent) if name in LATENT else (experiment_overrides, train)
@@ -147,7 +147,7 @@ def run_all(folder: Path, only: list[str]) -> dict[str, dict[str, list[dict[str,
             os.chdir(here)
             (here / "overrides.json").write_text(json.dumps(prepare(name, here, folder / "data")))
 
-        wait([in_child(prepared, log, **environment)], log)
+        wait([start(prepared, log, **environment)], log)
         overrides = json.loads((here / "overrides.json").read_text())
         curves[name] = {}
         for ranks in (1, 2):
@@ -158,11 +158,11 @@ def run_all(folder: Path, only: list[str]) -> dict[str, dict[str, list[dict[str,
                 os.chdir(here)
                 run(overrides, target)
 
-            children = []
+            ranks_running = []
             for rank in range(ranks):
                 mine = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-                children.append(in_child(rank_run, log, **environment, **mine))
-            wait(children, log)
+                ranks_running.append(start(rank_run, log, **environment, **mine))
+            wait(ranks_running, log)
             curves[name][str(ranks)] = curve(target)
         print(f"{name}: {len(curves[name]['1'])} and {len(curves[name]['2'])} lines", flush=True)
     return curves
