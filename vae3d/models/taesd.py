@@ -1,0 +1,181 @@
+"""TAESD: tiny image autoencoders for the latents of Stable Diffusion, SDXL, SD3, FLUX.1, FLUX.2 and Sana.
+
+State-dict keys and results are those of `taesd.py` in madebyollin/taesd, but for its pixels: there images are in [0, 1];
+here a video is [B, 3, T, H, W] in [-1, 1], coded frame by frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vae3d.arguments import Count, Deviation, Mean, check_arguments
+from vae3d.models.forward import reconstruct
+from vae3d.models.latents import LatentNormMixin
+from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
+from vae3d.models.layers.frames import pad_space, per_frame
+from vae3d.models.layers.taehv_blocks import Clamp, UpConv, conv
+from vae3d.models.streaming import IndependentChunks
+from vae3d.pixels import check_latents, check_video
+from vae3d.types import Delta, LatentSpec, Reconstruction
+
+WIDTH = 64
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A published network.
+
+    latent: raw (the VAE's own latents) or normalized (those that the diffusion model sees). pool: the blocks at the
+    latents' resolution have a GroupNorm over the whole image, so the result depends on all of its pixels.
+    widths: of the decoder's stages, each of which doubles the sides; the encoder has as many.
+    """
+
+    latent_channels: int
+    latent: str = "normalized"
+    pool: bool = False
+    widths: tuple[int, ...] = (WIDTH, WIDTH, WIDTH)
+
+
+VARIANTS = {
+    "taesd": Variant(4),  # Stable Diffusion 1 and 2
+    "taesdxl": Variant(4),  # SDXL
+    "taesd3": Variant(16),  # Stable Diffusion 3
+    "taef1": Variant(16),  # FLUX.1
+    "taef2": Variant(32, latent="raw", pool=True),  # FLUX.2
+    "taesana": Variant(32, widths=(256, 128, WIDTH, WIDTH, WIDTH)),  # Sana's DC-AE, 32 x 32
+}
+
+
+class Block(nn.Module):
+    """Residual block of three convolutions. pool: an inverted bottleneck with GroupNorm in front."""
+
+    def __init__(self, width: int, pool: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            conv(width, width), nn.ReLU(True), conv(width, width), nn.ReLU(True), conv(width, width)
+        )
+        self.pool = None
+        if pool:
+            self.pool = nn.Sequential(
+                nn.Conv2d(width, 4 * width, 1, bias=False),
+                nn.GroupNorm(4, 4 * width),
+                nn.ReLU(True),
+                nn.Conv2d(4 * width, width, 1, bias=False),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return (self.conv(x) + x).relu_()
+
+
+def encoder(kind: Variant) -> nn.Sequential:
+    if len(kind.widths) == 3:
+        layers = [conv(3, WIDTH), Block(WIDTH)]
+    else:  # the first two stages have no blocks of their own
+        layers = [conv(3, 32, stride=2), nn.ReLU(True), conv(32, WIDTH, stride=2), nn.ReLU(True), Block(WIDTH)]
+    for stage in range(3):
+        layers += [conv(WIDTH, WIDTH, stride=2, bias=False)]
+        layers += [Block(WIDTH, kind.pool and stage == 2) for _ in range(3)]
+    return nn.Sequential(*layers, conv(WIDTH, kind.latent_channels))
+
+
+def decoder(kind: Variant) -> nn.Sequential:
+    """An Identity stands where the published network upsamples, which UpConv does here."""
+    layers = [Clamp(), conv(kind.latent_channels, kind.widths[0]), nn.ReLU(True)]
+    for stage, (width, after) in enumerate(zip(kind.widths, [*kind.widths[1:], WIDTH], strict=True)):
+        layers += [Block(width, kind.pool and stage == 0) for _ in range(3)]
+        layers += [nn.Identity(), UpConv(width, after)]
+    return nn.Sequential(*layers, Block(WIDTH), conv(WIDTH, 3))
+
+
+class TAESD(LatentNormMixin):
+    """A tiny VideoAutoencoder without temporal compression and with a deterministic encoder.
+
+    variant: one of VARIANTS. latent: raw or normalized; None: as the variant. latents_mean, latents_std: of raw
+    latents, per channel, for `normalize`; None: 0 and 1. frame_batch: frames that pass through the network at once;
+    None: all. gradient_checkpointing: keep only each frame batch's input and recompute the rest in backward.
+
+    Height and width are padded to multiples of the stride by repeating their edge, and reconstructions are cropped.
+    Raises ValueError if the arguments do not fit together.
+    """
+
+    @check_arguments
+    def __init__(
+        self,
+        *,
+        variant: str,
+        latent: str | None = None,
+        latents_mean: Sequence[Mean] | None = None,
+        latents_std: Sequence[Deviation] | None = None,
+        frame_batch: Count | None = 4,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"variant is {variant!r}; use one of {', '.join(VARIANTS)}")
+        kind = VARIANTS[variant]
+        self.encoder = encoder(kind)
+        self.decoder = decoder(kind)
+        nn.init.constant_(self.decoder[-1].bias, 0.5)  # mid-grey in the network's own range [0, 1]
+        self.variant = variant
+        self.latent = kind.latent if latent is None else latent
+        if self.latent not in ("raw", "normalized"):
+            raise ValueError(f"latent is {latent!r}; use raw or normalized")
+        if self.latent == "normalized" and not (latents_mean is None and latents_std is None):
+            raise ValueError("latents_mean and latents_std are for raw latents; leave them out with latent=normalized")
+        self.frame_batch = frame_batch
+        self.gradient_checkpointing = gradient_checkpointing
+        self.spec = LatentSpec(
+            kind.latent_channels,
+            time_stride=1,
+            space_stride=2 ** len(kind.widths),
+            causal=True,
+            **self.register_latent_stats(latents_mean, latents_std, kind.latent_channels),
+        )
+
+    def encode(self, video: Tensor) -> Delta:
+        """[B, 3, T, H, W] -> latents [B, C, T, ceil(H/f), ceil(W/f)]."""
+        check_video(video)
+        video = pad_space(video, self.spec.space_stride).to(self.encoder[0].weight.dtype)
+        return Delta(self._per_frame(lambda frames: self.encoder(frames / 2 + 0.5), video, self.encoder))
+
+    def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
+        """Latents [B, C, T, h, w] -> video [B, 3, T, h*f, w*f], not clamped. num_frames must be T or None."""
+        check_latents(z, self.spec.channels)
+        assert num_frames in (None, z.shape[2]), "a per-frame autoencoder neither adds nor drops frames"
+        z = z.to(self.decoder[-1].weight.dtype)
+        return self._per_frame(lambda latents: 2 * self.decoder(latents) - 1, z, self.decoder)
+
+    def _per_frame(self, step: Callable[[Tensor], Tensor], x: Tensor, part: nn.Module) -> Tensor:
+        recompute = self.gradient_checkpointing and needs_grad(part, x)
+
+        def run(frames: Tensor) -> Tensor:
+            return maybe_checkpoint(step, frames.contiguous(memory_format=torch.channels_last), enabled=recompute)
+
+        return per_frame(run, x, self.frame_batch)
+
+    def forward(self, video: Tensor, **options: Any) -> Reconstruction:
+        """See VideoAutoencoder.forward."""
+        return reconstruct(self, video, **options)
+
+    def trainable_parts(self) -> dict[str, list[nn.Module]]:
+        return {"encoder": [self.encoder], "decoder": [self.decoder]}
+
+    def last_layers(self) -> list[nn.Parameter]:
+        return [self.decoder[-1].weight]
+
+    def frames_valid(self, frames: int) -> bool:
+        return frames >= 1
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        return self.spec.channels, frames, *self.spec.latent_size(height, width)
+
+    def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
+        """Chunks of frame_batch frames; any length gives the same result."""
+        return IndependentChunks(self, self.frame_batch or 16)
