@@ -1,6 +1,6 @@
 """TAESD: tiny image autoencoders for the latents of Stable Diffusion, SDXL, SD3, FLUX.1, FLUX.2 and Sana.
 
-State-dict keys and results are those of `taesd.py` in madebyollin/taesd, but for its pixels: there images are in [0, 1];
+State-dict keys and results are those of `taesd.py` in madebyollin/taesd, but for its pixels: there they are in [0, 1];
 here a video is [B, 3, T, H, W] in [-1, 1], coded frame by frame.
 """
 
