@@ -1,11 +1,11 @@
-"""An index of a video file, so that reading frame i costs the same whatever the length of the file.
+"""An index of a video file, so that reading frame i decodes only from the key frame before it.
 
 Frame i is the i-th frame that the decoder returns. It is found like this:
 
 1. open_index returns the index of the file from the cache, or builds it: `build` reads all packets once, and decodes
    the beginning of the file to confirm the order of the frames, or the whole file if its timestamps cannot be trusted.
-2. Row i of `frames` has the number of the packet that frame i comes from, and the number of the packet at which
-   decoding must start. Rows of `packets` have the position of each packet in the file.
+2. Row i of `VideoIndex.frames` has the number of the packet that frame i comes from, and the number of the packet at
+   which decoding must start. Rows of `packets` have the position of each packet in the file.
 3. FrameSource.decode decodes from that start on. Each packet carries its number instead of its timestamp, and the
    decoder passes the number on to the frame; the frame with the number of the packet is frame i.
 
@@ -25,7 +25,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -38,14 +38,13 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
+from pydantic import TypeAdapter
 
 from vae3d.data.media import MediaError, MediaInfo, Size, one_line
 from vae3d.io import atomic_write
 
-MAGIC = b"vae3d video index 3\n"
-HEAD = struct.Struct("<20sII")  # magic, bytes of the JSON, its CRC-32
-PAGE = 1020  # bytes of rows; each page in the cache file ends with its CRC-32
-CRC = struct.Struct("<I")
+VERSION = 4  # of the cache
+CRC_BYTES = 4
 # What libav and PyAV raise for a damaged file. Other exceptions are bugs of ours.
 DECODER_ERRORS = (av.error.FFmpegError, OSError, ValueError, MemoryError, RuntimeError, LookupError, ArithmeticError)
 
@@ -69,7 +68,7 @@ BYTE_SEEK = {"mpegts", "mpeg"}  # seek these by byte: positions are exact, times
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
 RATES = [Fraction(n) for n in (8, 10, 12, 15, 16, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120)]
 RATES += [Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120)]
-BLOCK = 64  # rows per read
+SEEK_WITHIN = 64  # packets after a seek among which the wanted one must be
 CHECKED = 8  # frames at the beginning whose order is compared with the timestamps
 KEYS_BACK = 4  # earlier key frames to retry from if a frame does not decode completely
 MAX_DELAY = 64  # packets after its own until a frame comes out; no codec reorders by more than 16
@@ -78,7 +77,7 @@ PACKET = np.dtype([("offset", "<i8"), ("size", "<u4"), ("key", "u1")])
 SEEK = np.dtype([("crc", "<u4"), ("dts", "<i8")])  # only of files that need the demuxer
 FRAME = np.dtype([("packet", "<u4"), ("start", "<u4")])  # the packet it comes from, the packet to start decoding at
 TIME = np.dtype("<f8")  # seconds since the first frame
-ROW_TYPES = {"packets": PACKET, "seek": SEEK, "frames": FRAME, "times": TIME}
+ROW_TYPES = {"packets": PACKET, "frames": FRAME, "seek": SEEK, "times": TIME}  # arrays of VideoIndex
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,7 @@ class Header:
     """Metadata of an indexed file.
 
     orientation: (transpose, then flip rows, then flip columns) to make frames upright. stored: height and width before
-    that. first: packet to start decoding at. contiguous: whether packets can be read straight from the file, without
-    the demuxer.
+    that. first: packet to start decoding at.
     ordered: how the order of frames is known: "times" from timestamps, "file" as the packets, "decoded" by decoding
     the whole file. "counted": by decoding, but frames cannot be matched to packets, so decoding starts at the first.
     open_gop: whether some frames need packets before the key frame in front of them.
@@ -126,7 +124,6 @@ class Header:
     orientation: tuple[bool, bool, bool]
     stored: Size
     first: int
-    contiguous: bool
     ordered: str
     open_gop: bool
     rate: tuple[int, int] | None  # frames per second if it is constant
@@ -136,65 +133,29 @@ class Header:
         """Packets after its own until a frame comes out, at most."""
         return math.inf if self.ordered == "counted" else MAX_DELAY
 
-    @classmethod
-    def from_json(cls, value: dict) -> Header:
-        decoder = value["decoder"] and Decoder(**value["decoder"])
-        lists = {name: tuple(entry) for name, entry in value.items() if isinstance(entry, list)}
-        return cls(**{**value, **lists, "info": MediaInfo(**value["info"]), "decoder": decoder})
 
-    def to_json(self) -> dict:
-        return {**vars(self), "info": vars(self.info), "decoder": self.decoder and vars(self.decoder)}
+HEADER = TypeAdapter(Header)
 
 
+@dataclass(frozen=True)
 class VideoIndex:
-    """The rows of an index, in memory (source: bytes), or read in parts from its cache file, from byte `begin` on."""
+    """The index of a video.
 
-    def __init__(self, header: Header, counts: dict[str, int], source: BinaryIO | bytes, begin: int = 0) -> None:
-        self.header, self.counts, self.source, self.begin = header, counts, source, begin
-        self.offsets: dict[str, int] = {}
-        offset = 0
-        for name, count in counts.items():
-            self.offsets[name] = offset
-            offset += count * ROW_TYPES[name].itemsize
+    packets: [N] PACKET. frames: [frames] FRAME. seek: [N] SEEK, of files that need the demuxer; None: packets can be
+    read straight from the file. times: [frames] seconds since the first frame; None: the rate is constant.
+    """
 
-    def rows(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Rows first, first + 1, ... of a key of ROW_TYPES; all of them if `count` is None.
+    header: Header
+    packets: np.ndarray
+    frames: np.ndarray
+    seek: np.ndarray | None = None
+    times: np.ndarray | None = None
 
-        Raises MediaError if the cache file is damaged.
-        """
-        dtype = ROW_TYPES[name]
-        left = self.counts[name] - first
-        count = left if count is None else min(count, left)
-        begin, size = self.offsets[name] + first * dtype.itemsize, count * dtype.itemsize
-        if isinstance(self.source, bytes):
-            return np.frombuffer(self.source[begin : begin + size], dtype)
-        page, end = begin // PAGE, -(-(begin + size) // PAGE)
-        step = PAGE + CRC.size
-        stored = os.pread(self.source.fileno(), (end - page) * step, self.begin + page * step)
-        content = b"".join(self._verified_page(stored[i : i + step]) for i in range(0, len(stored), step))
-        begin -= page * PAGE
-        return np.frombuffer(content[begin : begin + size], dtype)
-
-    def _verified_page(self, page: bytes) -> bytes:
-        content, crc = page[: -CRC.size], page[-CRC.size :]
-        if CRC.pack(zlib.crc32(content)) == crc:
-            return content
-        try:
-            Path(self.source.name).unlink(missing_ok=True)
-            action = "was deleted, and is rebuilt when its video is opened next"
-        except OSError as error:
-            action = f"cannot be deleted ({error.strerror}); delete it"
-        raise MediaError(self.source.name, f"this index of a video is damaged; it {action}")
-
-    def times(self) -> np.ndarray:
+    def frame_times(self) -> np.ndarray:
         """[frames] float64: seconds since the first frame."""
-        if self.header.rate is None:
-            return self.rows("times")
-        return np.arange(self.counts["frames"]) / float(Fraction(*self.header.rate))
-
-    def close(self) -> None:
-        if not isinstance(self.source, bytes):
-            self.source.close()
+        if self.times is not None:
+            return self.times
+        return np.arange(len(self.frames)) / float(Fraction(*self.header.rate))
 
 
 def cache_folder() -> Path:
@@ -206,55 +167,51 @@ def cache_folder() -> Path:
 def open_index(path: Path) -> VideoIndex:
     """The index of a video: from the cache, or built if the file's size or time changed. Raises MediaError."""
     stat = path.stat()
-    key = [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
-    name = hashlib.blake2b(os.fsencode(key[0]), digest_size=12).hexdigest()
+    key = [VERSION, os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
+    name = hashlib.blake2b(os.fsencode(key[1]), digest_size=12).hexdigest()
     cached = cache_folder() / "index" / name[:2] / name[2:]
     index = _load(cached, key)
     if index is None:
-        index = in_memory(*build(path))
+        index = build(path)
         _store(cached, key, index)
     return index
 
 
 def _load(cached: Path, key: list) -> VideoIndex | None:
-    """The cached index; None if there is none, or it is outdated or incomplete."""
+    """The cached index; None if there is none, or it is damaged or outdated."""
     try:
-        source = cached.open("rb")
+        content = cached.read_bytes()
     except OSError:
         return None
-    try:
-        total = os.fstat(source.fileno()).st_size
-        opening = os.pread(source.fileno(), 4096, 0)
-        magic, length, check = HEAD.unpack(opening[: HEAD.size].ljust(HEAD.size))
-        begin = HEAD.size + length
-        if magic == MAGIC and begin <= total:
-            text = (opening + os.pread(source.fileno(), max(0, begin - len(opening)), len(opening)))[HEAD.size : begin]
-            if zlib.crc32(text) == check:
-                value = json.loads(text)
-                size = sum(count * ROW_TYPES[name].itemsize for name, count in value["counts"].items())
-                if value["key"] == key and total == begin + size + -(-size // PAGE) * CRC.size:
-                    return VideoIndex(Header.from_json(value["header"]), value["counts"], source, begin)
-    except OSError:
-        pass
-    source.close()
-    return None
-
-
-def in_memory(header: Header, rows: dict[str, np.ndarray]) -> VideoIndex:
-    counts = {name: len(array) for name, array in rows.items()}
-    return VideoIndex(header, counts, b"".join(array.astype(ROW_TYPES[name]).tobytes() for name, array in rows.items()))
+    head, _, rows = content[CRC_BYTES:].partition(b"\n")
+    if content[:CRC_BYTES] != _crc(head, rows):
+        return None
+    value = json.loads(head)
+    if value["key"] != key:
+        return None
+    arrays, offset = {}, 0
+    for name, count in value["counts"].items():
+        arrays[name] = np.frombuffer(rows, ROW_TYPES[name], count, offset)
+        offset += arrays[name].nbytes
+    return VideoIndex(HEADER.validate_python(value["header"]), **arrays)
 
 
 def _store(cached: Path, key: list, index: VideoIndex) -> None:
-    text = json.dumps({"key": key, "counts": index.counts, "header": index.header.to_json()}).encode()
-    pages = (index.source[i : i + PAGE] for i in range(0, len(index.source), PAGE))
-    rows = b"".join(page + CRC.pack(zlib.crc32(page)) for page in pages)
+    """Write a file of a CRC-32, a line of JSON, and the rows."""
+    arrays = {name: array for name in ROW_TYPES if (array := getattr(index, name)) is not None}
+    counts = {name: len(array) for name, array in arrays.items()}
+    head = json.dumps({"key": key, "counts": counts, "header": asdict(index.header)}).encode()
+    rows = b"".join(array.tobytes() for array in arrays.values())
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(cached) as stream:
-            stream.write(HEAD.pack(MAGIC, len(text), zlib.crc32(text)) + text + rows)
+            stream.write(_crc(head, rows) + head + b"\n" + rows)
     except OSError as error:
         warn_cache_unwritable(error, "each time a video is opened, the whole file is read")
+
+
+def _crc(head: bytes, rows: bytes) -> bytes:
+    return zlib.crc32(rows, zlib.crc32(head)).to_bytes(CRC_BYTES, "little")
 
 
 def warn_cache_unwritable(error: OSError, consequence: str) -> None:
@@ -268,8 +225,8 @@ def warn_cache_unwritable(error: OSError, consequence: str) -> None:
 # --- building an index
 
 
-def build(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
-    """Header and rows of a file's index.
+def build(path: Path) -> VideoIndex:
+    """The index of a file.
 
     Reads all packets, and decodes as much as it takes to confirm the order of frames: the beginning; or the whole file,
     twice, if timestamps are missing, repeat, run backwards or are made up by the container.
@@ -334,15 +291,12 @@ def build(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
         orientation=orientation,
         stored=stored,
         first=first,
-        contiguous=packets.contiguous and decoder is not None,
         ordered=ordered,
         open_gop=ordered != "counted" and bool((keys[frames["packet"]] != frames["start"]).any()),
         rate=None if times is not None else rate.as_integer_ratio(),
     )
-    rows = {"packets": packets.rows, "frames": frames}
-    if times is not None:
-        rows["times"] = times
-    return _verified(path, header, rows, packets.seek, hashes)
+    seek = None if packets.contiguous and decoder is not None else packets.seek
+    return _verified(path, VideoIndex(header, packets.rows, frames, seek, times), packets.seek, hashes)
 
 
 def _video_stream(path: Path, container: InputContainer) -> VideoStream:
@@ -382,11 +336,8 @@ def _read_packets(path: Path, container: InputContainer, stream: VideoStream, na
     rows, seek, pts, dts, discard = [], [], [], [], []
     lead: int | None = 0
     settings, stateful = {"new_extradata": stream.codec_context.extradata}, False
-    _discard_other_streams(container, stream)
     with path.open("rb") as file, media_errors(path, "is damaged or cut short"):
-        for packet in container.demux(stream):
-            if not packet.size:
-                continue
+        for packet in _demux(container, stream):
             if packet.is_corrupt and not names & BYTE_SEEK:
                 _check_whole(path, file, len(rows), stream, names)
                 raise MediaError(path, f"is damaged or cut short: packet {len(rows)} is incomplete")
@@ -534,10 +485,8 @@ def _decode_in_order(
     convert = VideoReformatter()
     with media_errors(path, "cannot be decoded"), closing(open_container(path)) as container:
         stream = container.streams[index]
-        _discard_other_streams(container, stream)
         stream.codec_context.thread_count = 1
-        packets = (packet for packet in container.demux(stream) if packet.size)
-        for number, packet in enumerate(itertools.chain(itertools.islice(packets, first, None), [None]), first):
+        for number, packet in _from(_demux(container, stream), first):
             try:
                 with media_errors(path, f"is damaged: packet {number} cannot be decoded"):
                     frames = stream.codec_context.decode(packet and _numbered(packet, number))
@@ -561,6 +510,11 @@ def _decode_in_order(
     return first_frame, shown, hashes
 
 
+def _from(packets: Iterator[av.Packet], first: int) -> Iterator[tuple[int, av.Packet | None]]:
+    """Numbered packets from number `first` on, then None, which makes a decoder return its last frames."""
+    return enumerate(itertools.chain(itertools.islice(packets, first, None), [None]), first)
+
+
 def _decodes_completely(path: Path, index: int, packets: _Packets, number: int) -> bool:
     """Whether the frame of a packet decodes completely, starting a few key frames before it."""
     keys = np.flatnonzero(packets.rows["key"][: number + 1])
@@ -568,9 +522,7 @@ def _decodes_completely(path: Path, index: int, packets: _Packets, number: int) 
     try:
         with media_errors(path, "cannot be decoded"), closing(open_container(path)) as container:
             stream = container.streams[index]
-            _discard_other_streams(container, stream)
-            demuxed = (packet for packet in container.demux(stream) if packet.size)
-            for i, packet in enumerate(itertools.chain(itertools.islice(demuxed, start, None), [None]), start):
+            for i, packet in _from(_demux(container, stream), start):
                 for frame in stream.codec_context.decode(packet and _numbered(packet, i)):
                     if frame.pts == number:
                         return not frame.is_corrupt
@@ -628,30 +580,26 @@ def _times(
     return ticks * float(unit), mean
 
 
-def _verified(
-    path: Path, header: Header, rows: dict[str, np.ndarray], seek: np.ndarray, hashes: Sequence[int]
-) -> tuple[Header, dict[str, np.ndarray]]:
-    """Header and rows, after a check that decoding from the indexed starts gives the frames with the known hashes.
+def _verified(path: Path, index: VideoIndex, seek: np.ndarray, hashes: Sequence[int]) -> VideoIndex:
+    """The index, after a check that decoding from the indexed starts gives the frames with the known hashes.
 
-    If a start does not, the start before it is used, then the demuxer. Raises MediaError if nothing works.
+    If a start does not, the start before it is used, then the demuxer, with `seek`. Raises MediaError if nothing works.
     """
-    if not header.contiguous:
-        rows = {**rows, "seek": seek}
-    frames = rows["frames"]
-    with closing(FrameSource(path, in_memory(header, rows))) as source:
-        good = header.first
+    first, frames = index.header.first, index.frames
+    with closing(FrameSource(path, index)) as source:
+        good = first
         for start in np.unique(frames["start"][: len(hashes)]).tolist():
             indices = np.flatnonzero(frames["start"][: len(hashes)] == start)
             expected = {int(frames["packet"][i]): hashes[i] for i in indices}
             if _decodes_to(source, start, expected):
                 good = start
-            elif start != header.first:
+            elif start != first:
                 frames["start"][frames["start"] == start] = good
-            elif header.contiguous:
-                return _verified(path, replace(header, contiguous=False), rows, seek, hashes)
+            elif index.seek is None:
+                return _verified(path, replace(index, seek=seek), seek, hashes)
             else:
                 raise MediaError(path, "is damaged: it decodes to other frames each time")
-    return header, rows
+    return index
 
 
 def _decodes_to(source: FrameSource, start: int, expected: dict[int, int]) -> bool:
@@ -687,7 +635,7 @@ class FrameSource:
         with the number of its packet (or its own number, if the order is "counted"). Raises MediaError."""
         header, count = self.index.header, 0
         with media_errors(self.path, "cannot be decoded"):
-            if header.contiguous:
+            if self.index.seek is None:
                 packets, context = self._stored(start), header.decoder.open(self.threads)
             else:
                 packets, context = self._demuxed(start)
@@ -696,7 +644,7 @@ class FrameSource:
                     frames = context.decode(_numbered(packet, number))
                 yield number, self._with_numbers(frames, count)
                 count += len(frames)
-            yield self.index.counts["packets"], self._with_numbers(context.decode(None), count)
+            yield len(self.index.packets), self._with_numbers(context.decode(None), count)
 
     def _with_numbers(self, frames: list[VideoFrame], count: int) -> list[tuple[int, VideoFrame]]:
         if self.index.header.ordered == "counted":
@@ -707,56 +655,49 @@ class FrameSource:
         """Packets read straight from the file."""
         if self.file is None:
             self.file = self.path.open("rb")
-        total = self.index.counts["packets"]
-        for block in range(start, total, BLOCK):
-            for number, row in enumerate(self.index.rows("packets", block, BLOCK).tolist(), block):
-                offset, size, key = row
-                content = os.pread(self.file.fileno(), size, offset)
-                if len(content) < size:
-                    raise MediaError(self.path, f"ends within packet {number} of {total}")
-                packet = av.Packet(
-                    size
-                )  # with padding that the decoder may read; a packet made from `content` has none
-                packet.update(content)
-                packet.is_keyframe = bool(key)
-                yield number, packet
+        total = len(self.index.packets)
+        for number in range(start, total):
+            offset, size, key = self.index.packets[number].tolist()
+            content = os.pread(self.file.fileno(), size, offset)
+            if len(content) < size:
+                raise MediaError(self.path, f"ends within packet {number} of {total}")
+            packet = av.Packet(size)  # with padding that the decoder may read; one made from `content` has none
+            packet.update(content)
+            packet.is_keyframe = bool(key)
+            yield number, packet
 
     def _demuxed(self, start: int) -> tuple[Iterator[tuple[int, av.Packet]], av.VideoCodecContext]:
         """(packets read by the demuxer and compared with the index, its decoder)."""
-        offset, size, _ = self.index.rows("packets", start, 1)[0].tolist()
-        crc, dts = self.index.rows("seek", start, 1)[0].tolist()
+        offset, size, _ = self.index.packets[start].tolist()
+        crc, dts = self.index.seek[start].tolist()
         packets, context = self._open()
         if start:
             by_byte = self.container.format.name in BYTE_SEEK
             stream = self.container.streams[self.index.header.stream]
             with suppress(*DECODER_ERRORS):
                 self.container.seek(offset if by_byte else dts, stream=stream, unsupported_byte_offset=by_byte)
-                for packet in itertools.islice(packets, BLOCK):
+                for packet in itertools.islice(packets, SEEK_WITHIN):
                     position = packet.pos if by_byte else packet.dts
                     if (position, packet.size, zlib.crc32(packet)) == (offset if by_byte else dts, size, crc):
                         return self._compared(itertools.chain([packet], packets), start), context
             packets, context = self._open()  # seeking failed: read from the start
-        return self._compared(packets, start, skip=start), context
+        return self._compared(itertools.islice(packets, start, None), start), context
 
     def _open(self) -> tuple[Iterator[av.Packet], av.VideoCodecContext]:
         if self.container is not None:
             self.container.close()
         self.container = open_container(self.path)
         stream = self.container.streams[self.index.header.stream]
-        _discard_other_streams(self.container, stream)
         stream.codec_context.thread_count = self.threads
-        return (packet for packet in self.container.demux(stream) if packet.size), stream.codec_context
+        return _demux(self.container, stream), stream.codec_context
 
-    def _compared(self, packets: Iterator[av.Packet], start: int, skip: int = 0) -> Iterator[tuple[int, av.Packet]]:
-        packets = itertools.islice(packets, skip, None)
-        for block in range(start, self.index.counts["packets"], BLOCK):
-            sizes = self.index.rows("packets", block, BLOCK)["size"]
-            crcs = self.index.rows("seek", block, BLOCK)["crc"]
-            # zip takes no extra packet: it reads the sizes first.
-            for number, (size, crc, packet) in enumerate(zip(sizes, crcs, packets), block):  # noqa: B905
-                if (packet.size, zlib.crc32(packet)) != (size, crc):
-                    raise MediaError(self.path, f"packet {number} differs from the one that was indexed")
-                yield number, packet
+    def _compared(self, packets: Iterator[av.Packet], start: int) -> Iterator[tuple[int, av.Packet]]:
+        sizes, crcs = self.index.packets["size"], self.index.seek["crc"]
+        # range comes first, so that zip takes no extra packet.
+        for number, packet in zip(range(start, len(sizes)), packets):  # noqa: B905
+            if (packet.size, zlib.crc32(packet)) != (sizes[number], crcs[number]):
+                raise MediaError(self.path, f"packet {number} differs from the one that was indexed")
+            yield number, packet
 
     def close(self) -> None:
         if self.file is not None:
@@ -776,11 +717,12 @@ def open_container(path: Path) -> InputContainer:
     return av.open(os.path.abspath(path), options=OPEN_OPTIONS, **METADATA)
 
 
-def _discard_other_streams(container: InputContainer, stream: VideoStream) -> None:
-    """Make the demuxer skip all other streams."""
+def _demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
+    """The non-empty packets of a stream. The demuxer skips all other streams."""
     for other in container.streams:
         if other is not stream and hasattr(other, "discard"):  # PyAV 17 has no such attribute, and reads all streams
             other.discard = DISCARD_ALL
+    return (packet for packet in container.demux(stream) if packet.size)
 
 
 # --- checking and converting frames
