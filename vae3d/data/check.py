@@ -71,12 +71,11 @@ def _examine_alone(work: Callable[[str, Bounds], MediaInfo | str], path: str, bo
 
 def disagreement(row: pd.Series, info: MediaInfo) -> str | None:
     """The numbers of a row that differ from its file's; None if there are none."""
-    given = {name: row[name] for name in NUMBERS if pd.notna(row[name])}
-    wrong = [
-        f"{name} is {value:g} in the table, {getattr(info, name):g} in the file"
-        for name, value in given.items()
-        if abs(value - getattr(info, name)) > (0.01 * value if name == "fps" else 0)
-    ]
+    wrong = []
+    for name in NUMBERS:
+        given, actual = row[name], getattr(info, name)
+        if abs(given - actual) > (0.01 * given if name == "fps" else 0):  # never for NaN, which means not given
+            wrong.append(f"{name} is {given:g} in the table, {actual:g} in the file")
     return "; ".join(wrong) or None
 
 

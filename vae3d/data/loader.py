@@ -84,7 +84,7 @@ def skip_small(table: pd.DataFrame, min_side: int | None) -> tuple[pd.DataFrame,
     if min_side is None or table.empty:
         return table, []
     shorter = table[SIZE].min(axis=1)
-    small = (shorter < min_side).to_numpy()
+    small = shorter < min_side
     if small.all():
         raise DataError(
             f"no file has a shorter side of data.min_side={min_side} pixels; the largest has {shorter.max():.0f}"
@@ -130,14 +130,11 @@ def check_files_exist(source: Source, max_broken: float) -> list[str]:
     found = in_threads(exists, valid["path"])
     errors = invalid_rows(table) + [(path, "no such file") for path in valid["path"] if not found[path]]
     _check_broken_share(errors, len(table), max_broken)
-    line = f"data: {len(table)} rows, {sum(found.values())} of {len(found)} files exist"
+    lines = [f"data: {len(table)} rows, {sum(found.values())} of {len(found)} files exist"]
     if invalid := len(table) - len(valid):
-        line += f", {invalid} rows are invalid"
-    return [
-        line,
-        *(f"  {path}: {reason}" for path, reason in errors[:SHOWN]),
-        *(f"  {note}" for note in getattr(source, "notes", ())),
-    ]
+        lines[0] += f", {invalid} rows are invalid"
+    lines += [f"  {path}: {reason}" for path, reason in errors[:SHOWN]]
+    return lines + [f"  {note}" for note in getattr(source, "notes", ())]
 
 
 def _check_broken_share(errors: list[tuple[str, str]], rows: int, max_broken: float) -> None:

@@ -9,6 +9,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -100,29 +101,23 @@ def _read_cache(cache: Path) -> dict[str, dict]:
     known = {}
     for line in lines:
         checksum, _, text = line.partition(b" ")
-        if checksum != _checksum(text):
-            continue
-        try:
-            entry = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in ENTRY.items()):
-            known[entry["path"]] = entry
+        if checksum == _checksum(text):
+            with suppress(ValueError, RecursionError):  # ValueError: no JSON
+                entry = json.loads(text)
+                if isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in ENTRY.items()):
+                    known[entry["path"]] = entry
     return known
 
 
 def _write_cache(cache: Path, entries: Sequence[dict]) -> None:
-    if not entries:
-        return
     texts = [json.dumps(entry).encode() for entry in entries]
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with cache.open("ab") as stream:  # starts with a newline: the last line may be cut off
             stream.write(b"".join(b"\n%s %s" % (_checksum(text), text) for text in texts) + b"\n")
     except OSError as error:
-        warn_cache_unwritable(
-            error, "every run opens all files of its table that lack num_frames, height, width or fps"
-        )
+        consequence = "every run opens all files of its table that lack num_frames, height, width or fps"
+        warn_cache_unwritable(error, consequence)
 
 
 def _checksum(text: bytes) -> bytes:

@@ -57,10 +57,7 @@ class Segment:
 
     def __init__(self, reader: Reader, path: str, bounds: Bounds) -> None:
         try:
-            whole = math.isnan(bounds[0]) and math.isnan(bounds[1])
-            part = range(reader.info.num_frames)
-            if not whole:
-                part = frame_range(bounds, frame_times(reader), reader.info.fps)
+            part = frame_range(bounds, frame_times(reader), reader.info.fps)
         except ValueError as error:
             reader.close()
             raise MediaError(path, str(error)) from error

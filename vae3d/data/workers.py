@@ -89,28 +89,27 @@ def _restore_sigchld(handler: Any) -> None:
 def _watched(
     batches: Iterator[Any], workers: list[BaseProcess], timeout: float, stopping: Callable[[], bool]
 ) -> Iterator[Any]:
+    start, stop_requested = time.monotonic(), None
     while True:
-        start = time.monotonic()
-        stop_requested: float | None = None
-        while True:
-            try:
-                batch = next(batches)
-                break
-            except StopIteration:
-                return
-            except (RuntimeError, OSError, EOFError) as error:
-                timed_out = str(error).startswith("DataLoader timed out")
-                if dead := _ended(workers, 0 if timed_out else 1):
-                    raise WorkerDied(_death(dead)) from error
-                if not timed_out:
-                    raise
-                now = time.monotonic()
-                stop_requested = (stop_requested or now) if stopping() else None
-                if timeout and now - start >= timeout:
-                    raise WorkerTimeout(_hang(len(workers), now - start, "")) from error
-                if stop_requested is not None and now - stop_requested >= GRACE:
-                    raise WorkerTimeout(_hang(len(workers), now - start, "the run was asked to end, and ")) from error
-        yield batch
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            timed_out = str(error).startswith("DataLoader timed out")
+            if dead := _ended(workers, 0 if timed_out else 1):
+                raise WorkerDied(_death(dead)) from error
+            if not timed_out:
+                raise
+            now = time.monotonic()
+            stop_requested = (stop_requested or now) if stopping() else None
+            if timeout and now - start >= timeout:
+                raise WorkerTimeout(_hang(len(workers), now - start, "")) from error
+            if stop_requested is not None and now - stop_requested >= GRACE:
+                raise WorkerTimeout(_hang(len(workers), now - start, "the run was asked to end, and ")) from error
+        else:
+            yield batch
+            start, stop_requested = time.monotonic(), None
 
 
 def _ended(workers: list[BaseProcess], seconds: float) -> list[BaseProcess]:
@@ -129,8 +128,7 @@ def _death(dead: list[BaseProcess]) -> str:
     code = worker.exitcode or 0
     if code >= 0:
         return (
-            f"data worker {worker.pid} has exited with status {code}; see its output above. data.workers=0 reads "
-            "without workers"
+            f"data worker {worker.pid} exited with status {code}; see its output above. data.workers=0 uses no workers"
         )
     name = signal.Signals(-code).name
     hints = {
