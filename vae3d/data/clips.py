@@ -1,6 +1,7 @@
 """Loading a clip: which frames of a file, which crop, and the tensors of one batch.
 
-open_frames opens a file, read_clip reads the chosen frames at the chosen size, to_sample makes tensors of them.
+open_frames opens a file, read_clip reads the chosen frames at the chosen size (readers resize, because a JPEG or a
+video decodes faster at a smaller size), to_sample makes tensors of them.
 ClipDataset does all three for a row of a table, collate stacks samples to a batch.
 """
 
@@ -24,7 +25,6 @@ from vae3d.data.images import resize_circular
 from vae3d.data.media import MediaError, Reader, Size
 from vae3d.data.readers import open_media
 from vae3d.data.segments import WHOLE, Bounds, Segment, bounds_of
-from vae3d.data.transforms import resize_crop_params
 from vae3d.seeding import seed_of
 from vae3d.types import Clip
 
@@ -97,6 +97,39 @@ def frame_indices(
     else:
         chosen = [0, *sorted(1 + rng.choice(last - 1, frames - 2, replace=False)), last]
     return [int(i * step) for i in chosen]
+
+
+@dataclass(frozen=True)
+class ResizeCrop:
+    """Resize to `size` (height, width), then crop `height` x `width` at (top, left)."""
+
+    size: tuple[int, int]
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def crop(self, frames: np.ndarray) -> np.ndarray:
+        """[T, H, W, 3] of `size` -> [T, height, width, 3]."""
+        return frames[:, self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def resize_crop_params(
+    height: int,
+    width: int,
+    target: tuple[int, int],
+    short_side: int | None = None,
+    rng: np.random.Generator | None = None,
+) -> ResizeCrop:
+    """How to crop `target` from a height x width frame, scaled with its aspect ratio.
+
+    short_side: of the scaled frame; None: as small as covers `target`. rng: for a random crop; None takes the centre.
+    """
+    scale = max(target[0] / height, target[1] / width, (short_side or 0) / min(height, width))
+    size = (max(target[0], round(height * scale)), max(target[1], round(width * scale)))
+    free = (size[0] - target[0], size[1] - target[1])
+    top, left = (f // 2 for f in free) if rng is None else (int(rng.integers(f + 1)) for f in free)
+    return ResizeCrop(size, top, left, *target)
 
 
 def open_frames(path: str, settings: ClipSettings, bounds: Bounds = WHOLE) -> Reader:

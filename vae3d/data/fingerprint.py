@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vae3d.data.probe import file_stamp
 from vae3d.data.rows import in_threads
 from vae3d.data.segments import SEGMENT
+from vae3d.data.versions import file_stamp
 from vae3d.restore import check_like
 from vae3d.seeding import seed_of
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vae3d.data.batch_schedule import BatchSchedule, ClipIndex, MicroBatchSampler
+from vae3d.data.batch_schedule import BatchSchedule, ClipIndex
 from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, open_frames, read_clip, to_sample
 from vae3d.data.fingerprint import DataFingerprint
 from vae3d.data.media import DataError, MediaError
@@ -182,7 +182,7 @@ class TrainingData:
             stopping=stopping,
             item_bytes=schedule.micro_batch * values * (1 if settings.depth is None else 4),
             held=schedule.accumulate,
-            batch_sampler=MicroBatchSampler(schedule, first, last),
+            batch_sampler=schedule.micro_batches(first, last),
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )

@@ -16,12 +16,11 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from vae3d.data.dataset_rows import is_row, version_of
-from vae3d.data.images import is_sequence, sequence_files
 from vae3d.data.media import MediaError
 from vae3d.data.readers import media_info
 from vae3d.data.rows import NUMBERS, THREADS, invalid_rows
 from vae3d.data.segments import is_segment
+from vae3d.data.versions import file_stamp
 from vae3d.data.video_index import cache_folder, warn_cache_unwritable
 
 ENTRY = {"path": str, **dict.fromkeys(NUMBERS, (int, float))}  # keys of a cache entry, and their types
@@ -75,21 +74,6 @@ def read_metadata(path: str) -> Metadata:
     except MediaError as error:
         return {"error": error.reason_for(path)}
     return {"num_frames": info.num_frames, "height": info.height, "width": info.width, "fps": info.fps}
-
-
-def file_stamp(path: str) -> list[int] | None:
-    """Bytes and modification time (ns) of a file, or of the dataset of a row; None if it does not exist.
-
-    Of an image sequence: those of its first file, and the number of its files.
-    """
-    if is_row(path):
-        return version_of(path)
-    try:
-        files = sequence_files(path)
-        stat = os.stat(files[0])
-    except (OSError, MediaError):
-        return None
-    return [stat.st_size, stat.st_mtime_ns, *([len(files)] if is_sequence(path) else [])]
 
 
 def _read_cache(cache: Path) -> dict[str, dict]:

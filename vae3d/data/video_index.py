@@ -499,7 +499,9 @@ def _decode_in_order(
                     return first_frame, shown, hashes
                 if first_frame is None:
                     first_frame = frame
-                    _check_kind(path, frame)
+                    if transfer := HDR_TRANSFERS.get(int(frame.color_trc)):
+                        reason = "tone-map it to SDR first, 8-bit RGB would look washed out"
+                        raise MediaError(path, f"is HDR ({transfer}); {reason}")
                 check_frame(path, frame, len(shown), (first_frame.height, first_frame.width))
                 shown.append(frame.pts)
                 hashes.append(zlib.crc32(np.ascontiguousarray(to_rgb(path, frame, convert))))
@@ -529,12 +531,6 @@ def _decodes_completely(path: Path, index: int, packets: _Packets, number: int) 
     except MediaError:
         pass
     return False
-
-
-def _check_kind(path: Path, frame: VideoFrame) -> None:
-    transfer = HDR_TRANSFERS.get(int(frame.color_trc))
-    if transfer:
-        raise MediaError(path, f"is HDR ({transfer}); tone-map it to SDR first, 8-bit RGB would look washed out")
 
 
 def _starts(display_order: Sequence[int], key: np.ndarray, first: int, intra: bool) -> dict[int, int]:
@@ -814,10 +810,5 @@ def media_errors(path: Path, what: str) -> Iterator[None]:
     except MediaError:
         raise
     except DECODER_ERRORS as error:
-        raise MediaError(path, f"{what}: {_text(error)}") from error
-
-
-def _text(error: BaseException) -> str:
-    if isinstance(error, MemoryError):
-        return "out of memory"
-    return getattr(error, "strerror", None) or one_line(error, 200)
+        text = "out of memory" if isinstance(error, MemoryError) else getattr(error, "strerror", None)
+        raise MediaError(path, f"{what}: {text or one_line(error, 200)}") from error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vae3d.data.batch_schedule import BatchSchedule, ClipIndex, MicroBatchSampler
+from vae3d.data.batch_schedule import BatchSchedule, ClipIndex
 from vae3d.data.clips import Sample, Unreadable, collate
 from vae3d.data.fingerprint import DataFingerprint
 from vae3d.data.sources import DataError
@@ -81,7 +81,7 @@ class LatentData:
             stopping=stopping,
             item_bytes=self.schedule.micro_batch * item_bytes,
             held=self.schedule.accumulate,
-            batch_sampler=MicroBatchSampler(self.schedule, first, last),
+            batch_sampler=self.schedule.micro_batches(first, last),
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
         )

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vae3d.data.clips import to_tensor
+from vae3d.data.clips import resize_crop_params, to_tensor
 from vae3d.data.images import is_sequence
 from vae3d.data.readers import MediaError, MediaInfo, Reader, Size, open_media
 from vae3d.data.segments import WHOLE, Bounds, Segment
-from vae3d.data.transforms import resize_crop_params
 from vae3d.inference.video import VideoWriter, write_image
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.models.interface import Stream
