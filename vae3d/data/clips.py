@@ -30,7 +30,6 @@ from vae3d.types import Clip
 
 ATTEMPTS = 10  # files to try for one clip
 PANORAMA_TOLERANCE = 0.01  # relative, of width / (2 * height)
-SAMPLINGS = ("contiguous", "first_last_random", "strided")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from vae3d.data.media import MediaError
 from vae3d.data.readers import media_info
-from vae3d.data.rows import NUMBERS, THREADS, invalid_rows
+from vae3d.data.rows import NUMBERS, THREADS, in_threads, invalid_rows
 from vae3d.data.segments import is_segment
 from vae3d.data.versions import file_stamp
 from vae3d.data.video_index import cache_folder, warn_cache_unwritable
@@ -53,7 +53,7 @@ def probe(paths: list[str]) -> dict[str, Metadata]:
     """Metadata of every file, from the cache if the file has not changed since."""
     cache = _cache_file(paths)
     known = _read_cache(cache)
-    stamps = {path: file_stamp(path) for path in dict.fromkeys(paths)}
+    stamps = in_threads(file_stamp, paths)
     todo = [path for path, stamp in stamps.items() if stamp is None or known.get(path, {}).get("key") != stamp]
     with ThreadPoolExecutor(THREADS) as pool:
         read = pool.map(read_metadata, todo)

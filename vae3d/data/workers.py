@@ -24,17 +24,9 @@ GIB = 2**30
 
 
 class WorkerError(DataError):
-    """Data workers return no more batches. Finished steps are valid and can be saved."""
+    """A data worker died, or none returns a batch in time. Finished steps are valid and can be saved."""
 
     on_every_rank = False
-
-
-class WorkerDied(WorkerError):
-    """A data worker was killed, or crashed."""
-
-
-class WorkerTimeout(WorkerError):
-    """No data worker has returned a batch for too long."""
 
 
 def load(
@@ -50,10 +42,10 @@ def load(
 ) -> Iterator[Any]:
     """The batches of DataLoader(dataset, **options).
 
-    timeout: seconds without a batch until WorkerTimeout; 0: never. stopping: whether the run was asked to end; from
+    timeout: seconds without a batch until WorkerError; 0: never. stopping: whether the run was asked to end; from
     then on a batch may take GRACE seconds. item_bytes: of one batch; 0: unknown. held: batches that the caller holds
     at a time.
-    Raises DataError if /dev/shm is too small for the workers' batches; WorkerDied within POLL seconds of a death; and
+    Raises DataError if /dev/shm is too small for the workers' batches; WorkerError within POLL seconds of a death; and
     the errors of a worker.
     """
     if not workers:
@@ -98,15 +90,15 @@ def _watched(
         except (RuntimeError, OSError, EOFError) as error:
             timed_out = str(error).startswith("DataLoader timed out")
             if dead := _ended(workers, 0 if timed_out else 1):
-                raise WorkerDied(_death(dead)) from error
+                raise WorkerError(_death(dead)) from error
             if not timed_out:
                 raise
             now = time.monotonic()
             stop_requested = (stop_requested or now) if stopping() else None
             if timeout and now - start >= timeout:
-                raise WorkerTimeout(_hang(len(workers), now - start, "")) from error
+                raise WorkerError(_hang(len(workers), now - start, "")) from error
             if stop_requested is not None and now - stop_requested >= GRACE:
-                raise WorkerTimeout(_hang(len(workers), now - start, "the run was asked to end, and ")) from error
+                raise WorkerError(_hang(len(workers), now - start, "the run was asked to end, and ")) from error
         else:
             yield batch
             start, stop_requested = time.monotonic(), None

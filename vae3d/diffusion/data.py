@@ -43,7 +43,7 @@ class LatentData:
     latents. trained: numbers of latent frames of the training clips. sample: draw latents from the posterior; else take
     its mean. classes: names. trained_classes: indices of the classes that occur in the training data; numeric
     labels leave gaps, and validation files may have others. held_out: this rank's validation clips, one per batch.
-    timeout: seconds without a batch until WorkerTimeout; 0: never. fingerprint: of the data, for checkpoints.
+    timeout: seconds without a batch until WorkerError; 0: never. fingerprint: of the data, for checkpoints.
     """
 
     dataset: Dataset[Any]

@@ -64,7 +64,7 @@ class EncodeJob:
     errors: of rows without a clip. store: moments (posterior mean and standard deviation), mean, or sample (drawn once,
     by (seed, key)). dtype: of the stored latents. flip: add an entry of every clip mirrored. shard_size: clips per
     shard; a process holds one shard in memory, and a kill loses it. writers: additional layouts, see shards.WRITERS.
-    timeout: seconds without a clip until WorkerTimeout; 0: never. max_broken: fraction of clips that may fail. retry:
+    timeout: seconds without a clip until WorkerError; 0: never. max_broken: fraction of clips that may fail. retry:
     encode shards with errors again. verify: how to detect replaced source files: stat (size and time) or hash (content;
     also checks the shards).
     """
