@@ -473,48 +473,53 @@ def _decoder_of(context: av.VideoCodecContext) -> Decoder | None:
     )
 
 
-def _decode_in_order(
-    path: Path, index: int, first: int, cut: int | None, enough: Callable[[Sequence], bool] = lambda shown: False
-) -> tuple[VideoFrame, list[int | None], list[int]]:
-    """(first frame, packet number of each frame, CRC-32 of its pixels), in the order of the decoder, until `enough`.
+def _decoded(path: Path, index: int, start: int, cut: int | None = None) -> Iterator[VideoFrame]:
+    """Frames from packet `start` on, by the container's decoder; pts is the number of the packet of each.
 
-    Decodes with the container's decoder from packet `first` on. cut: a packet that may be incomplete; if it is, its
-    frame and the frames after it are dropped. Raises MediaError.
+    cut: a packet that may be incomplete, whose errors are ignored. Raises MediaError.
     """
-    first_frame, shown, hashes = None, [], []
-    convert = VideoReformatter()
     with media_errors(path, "cannot be decoded"), closing(open_container(path)) as container:
         stream = container.streams[index]
         stream.codec_context.thread_count = 1
-        for number, packet in _from(_demux(container, stream), first):
+        packets = itertools.islice(_demux(container, stream), start, None)
+        for number, packet in enumerate(itertools.chain(packets, [None]), start):  # None gives the last frames
             try:
                 with media_errors(path, f"is damaged: packet {number} cannot be decoded"):
                     frames = stream.codec_context.decode(packet and _numbered(packet, number))
             except MediaError:
                 if number != cut:
                     raise
-                continue
-            for frame in frames:
-                if shown and frame.is_corrupt and frame.pts == cut:
-                    return first_frame, shown, hashes
-                if first_frame is None:
-                    first_frame = frame
-                    if transfer := HDR_TRANSFERS.get(int(frame.color_trc)):
-                        reason = "tone-map it to SDR first, 8-bit RGB would look washed out"
-                        raise MediaError(path, f"is HDR ({transfer}); {reason}")
-                check_frame(path, frame, len(shown), (first_frame.height, first_frame.width))
-                shown.append(frame.pts)
-                hashes.append(zlib.crc32(np.ascontiguousarray(to_rgb(path, frame, convert))))
-                if enough(shown):
-                    return first_frame, shown, hashes
+            else:
+                yield from frames
+
+
+def _decode_in_order(
+    path: Path, index: int, first: int, cut: int | None, enough: Callable[[Sequence], bool] = lambda shown: False
+) -> tuple[VideoFrame, list[int | None], list[int]]:
+    """(first frame, packet number of each frame, CRC-32 of its pixels), in the order of the decoder, until `enough`.
+
+    Starts at packet `first`. cut: a packet that may be incomplete; if it is, its frame and the frames after it are
+    dropped. Raises MediaError.
+    """
+    first_frame, shown, hashes = None, [], []
+    convert = VideoReformatter()
+    with closing(_decoded(path, index, first, cut)) as frames:
+        for frame in frames:
+            if shown and frame.is_corrupt and frame.pts == cut:
+                break
+            if first_frame is None:
+                first_frame = frame
+                if transfer := HDR_TRANSFERS.get(int(frame.color_trc)):
+                    reason = "tone-map it to SDR first, 8-bit RGB would look washed out"
+                    raise MediaError(path, f"is HDR ({transfer}); {reason}")
+            check_frame(path, frame, len(shown), (first_frame.height, first_frame.width))
+            shown.append(frame.pts)
+            hashes.append(zlib.crc32(np.ascontiguousarray(to_rgb(path, frame, convert))))
+            if enough(shown):
+                break
     if first_frame is None:
         raise MediaError(path, "holds no frame that can be decoded")
     return first_frame, shown, hashes
-
-
-def _from(packets: Iterator[av.Packet], first: int) -> Iterator[tuple[int, av.Packet | None]]:
-    """Numbered packets from number `first` on, then None, which makes a decoder return its last frames."""
-    return enumerate(itertools.chain(itertools.islice(packets, first, None), [None]), first)
 
 
 def _decodes_completely(path: Path, index: int, packets: _Packets, number: int) -> bool:
@@ -522,15 +527,11 @@ def _decodes_completely(path: Path, index: int, packets: _Packets, number: int) 
     keys = np.flatnonzero(packets.rows["key"][: number + 1])
     start = int(keys[-KEYS_BACK:][0]) if len(keys) else 0
     try:
-        with media_errors(path, "cannot be decoded"), closing(open_container(path)) as container:
-            stream = container.streams[index]
-            for i, packet in _from(_demux(container, stream), start):
-                for frame in stream.codec_context.decode(packet and _numbered(packet, i)):
-                    if frame.pts == number:
-                        return not frame.is_corrupt
+        with closing(_decoded(path, index, start)) as frames:
+            frame = next((frame for frame in frames if frame.pts == number), None)
     except MediaError:
-        pass
-    return False
+        return False
+    return frame is not None and not frame.is_corrupt
 
 
 def _starts(display_order: Sequence[int], key: np.ndarray, first: int, intra: bool) -> dict[int, int]:
