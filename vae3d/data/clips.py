@@ -34,15 +34,10 @@ PANORAMA_TOLERANCE = 0.01  # relative, of width / (2 * height)
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """How to cut a clip out of a file.
+    """How to cut a clip out of a file. Fields as in config.schema.Data.
 
-    stride: take every n-th frame. fps: drop frames of faster videos down to this rate; slower videos keep theirs. A
-    video of variable rate is treated as if it had its mean rate throughout.
-    short_side: scale to this before cropping; None: so that the crop covers the short side.
-    min_side: skip files whose shorter side has fewer pixels.
-    crop: center or random. flip: mirror each clip with probability 1/2. sampling: see frame_indices.
-    panorama: files are equirectangular and used whole; others raise MediaError. roll: shift each clip by a random
-    number of columns, with wrap-around. depth: read 16-bit depth maps instead of colours.
+    A video of variable rate is treated as if it had its mean rate throughout. depth: read 16-bit depth maps instead of
+    colours.
     """
 
     height: int

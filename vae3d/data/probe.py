@@ -51,7 +51,8 @@ def fill_metadata(table: pd.DataFrame, needed: Sequence[str] = NUMBERS) -> tuple
 
 def probe(paths: list[str]) -> dict[str, Metadata]:
     """Metadata of every file, from the cache if the file has not changed since."""
-    cache = _cache_file(paths)
+    name = hashlib.blake2b(os.path.commonpath(paths).encode(), digest_size=8).hexdigest()
+    cache = cache_folder() / "probe" / f"{name}-{VERSION}.jsonl"
     known = _read_cache(cache)
     stamps = in_threads(file_stamp, paths)
     todo = [path for path, stamp in stamps.items() if stamp is None or known.get(path, {}).get("key") != stamp]
@@ -106,8 +107,3 @@ def _write_cache(cache: Path, entries: Sequence[dict]) -> None:
 
 def _checksum(text: bytes) -> bytes:
     return b"%08x" % zlib.crc32(text)
-
-
-def _cache_file(paths: list[str]) -> Path:
-    name = hashlib.blake2b(os.path.commonpath(paths).encode(), digest_size=8).hexdigest()
-    return cache_folder() / "probe" / f"{name}-{VERSION}.jsonl"

@@ -66,6 +66,10 @@ TIMED = {"mov", "matroska", "mpegts", "flv"}
 ONE_FRAME = {"h264", "hevc", "av1", "vp9", "ffv1"}
 BYTE_SEEK = {"mpegts", "mpeg"}  # seek these by byte: positions are exact, timestamps may not be
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
+DECODER_NUMBERS = (  # attributes of a codec context
+    *("width", "height", "bits_per_coded_sample"),
+    *("color_range", "color_primaries", "color_trc", "colorspace"),
+)
 RATES = [Fraction(n) for n in (8, 10, 12, 15, 16, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120)]
 RATES += [Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120)]
 SEEK_WITHIN = 64  # packets after a seek among which the wanted one must be
@@ -82,24 +86,31 @@ ROW_TYPES = {"packets": PACKET, "frames": FRAME, "seek": SEEK, "times": TIME}  #
 
 @dataclass(frozen=True)
 class Decoder:
-    """Parameters to open a decoder without the container."""
+    """Parameters to open a decoder without the container. extradata: base64."""
 
     codec: str
     tag: str
-    width: int
-    height: int
-    bits: int
-    extradata: str  # base64
-    colours: tuple[int, int, int, int]  # range, primaries, transfer, matrix
+    numbers: dict[str, int]
+    extradata: str
     reorder: int
+
+    @classmethod
+    def like(cls, context: av.VideoCodecContext) -> Decoder | None:
+        """None if the parameters cannot be passed on."""
+        try:
+            tag = context.codec_tag
+        except UnicodeDecodeError:
+            return None
+        numbers = {name: int(getattr(context, name)) for name in DECODER_NUMBERS}
+        extradata = base64.b64encode(context.extradata or b"").decode()
+        return cls(context.name, tag, numbers, extradata, context.reorder_depth)
 
     def open(self, threads: int) -> av.VideoCodecContext:
         context = av.CodecContext.create(self.codec, "r")
         context.extradata = base64.b64decode(self.extradata) or None
         context.codec_tag = self.tag
-        context.width, context.height = self.width, self.height
-        context.bits_per_coded_sample = self.bits
-        context.color_range, context.color_primaries, context.color_trc, context.colorspace = self.colours
+        for name, number in self.numbers.items():
+            setattr(context, name, number)
         context.thread_count = threads
         # Without the reorder depth, a decoder drops the first frames that come too late.
         context.options = {"has_b_frames": str(self.reorder)}
@@ -239,10 +250,10 @@ def build(path: Path) -> VideoIndex:
         context = stream.codec_context
         first = int(np.argmax(packets.rows["key"]))  # 0 if there is no key frame
         expected = _order_by_packets(packets, first, names, context)
-        decoder, codec, container_name = _decoder_of(context), context.name, container.format.name
+        decoder, codec, container_name = Decoder.like(context), context.name, container.format.name
         index = stream.index
         rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
-        aspect, unit = stream.sample_aspect_ratio, stream.time_base
+        aspect, unit = float(stream.sample_aspect_ratio or 1), stream.time_base
 
     # Frame order: as packets define it, if the first decoded frames confirm that, else by decoding them all.
     last = len(packets.rows) - 1
@@ -275,6 +286,8 @@ def build(path: Path) -> VideoIndex:
     times, rate = _times(packets, shown if ordered == "counted" else order, names, unit, rates)
     keys = np.maximum.accumulate(np.where(packets.rows["key"], np.arange(len(packets.rows)), first))
     orientation, stored = _orientation(path, first_frame), (first_frame.height, first_frame.width)
+    if not 1 / 8 <= aspect <= 8:
+        raise MediaError(path, f"has pixels {aspect:g} times as wide as high; correct its aspect ratio")
     header = Header(
         info=MediaInfo(
             len(order),
@@ -283,7 +296,7 @@ def build(path: Path) -> VideoIndex:
             codec,
             first_frame.format.name,
             max(component.bits for component in first_frame.format.components),
-            _aspect(path, aspect, orientation[0]),
+            1 / aspect if orientation[0] else aspect,
         ),
         container=container_name,
         stream=index,
@@ -453,24 +466,6 @@ def _order_by_packets(
     if context.reorder_depth and order == numbers:
         return None  # as in a remuxed AVI, whose decoding times were stored as presentation times
     return "times", order
-
-
-def _decoder_of(context: av.VideoCodecContext) -> Decoder | None:
-    """None if the parameters of the stream cannot be passed to a decoder of ours."""
-    try:
-        tag = context.codec_tag
-    except UnicodeDecodeError:
-        return None
-    return Decoder(
-        context.name,
-        tag,
-        context.width,
-        context.height,
-        context.bits_per_coded_sample,
-        base64.b64encode(context.extradata or b"").decode(),
-        tuple(int(c) for c in (context.color_range, context.color_primaries, context.color_trc, context.colorspace)),
-        context.reorder_depth,
-    )
 
 
 def _decoded(path: Path, index: int, start: int, cut: int | None = None) -> Iterator[VideoFrame]:
@@ -670,12 +665,13 @@ class FrameSource:
         packets, context = self._open()
         if start:
             by_byte = self.container.format.name in BYTE_SEEK
+            position = offset if by_byte else dts
             stream = self.container.streams[self.index.header.stream]
             with suppress(*DECODER_ERRORS):
-                self.container.seek(offset if by_byte else dts, stream=stream, unsupported_byte_offset=by_byte)
+                self.container.seek(position, stream=stream, unsupported_byte_offset=by_byte)
                 for packet in itertools.islice(packets, SEEK_WITHIN):
-                    position = packet.pos if by_byte else packet.dts
-                    if (position, packet.size, zlib.crc32(packet)) == (offset if by_byte else dts, size, crc):
+                    found = packet.pos if by_byte else packet.dts
+                    if (found, packet.size, zlib.crc32(packet)) == (position, size, crc):
                         return self._compared(itertools.chain([packet], packets), start), context
             packets, context = self._open()  # seeking failed: read from the start
         return self._compared(itertools.islice(packets, start, None), start), context
@@ -790,14 +786,6 @@ def _orientation(path: Path, frame: VideoFrame) -> tuple[bool, bool, bool]:
         f"has a display matrix ({a:g} {b:g} {c:g} {d:g}) that turns it by {degrees:g} degrees or scales it; only "
         "multiples of 90 degrees and mirrors are supported",
     )
-
-
-def _aspect(path: Path, aspect: Fraction | None, exchanged: bool) -> float:
-    """Width / height of a pixel, upright; 1 if the file has none."""
-    aspect = float(aspect or 1)
-    if not 1 / 8 <= aspect <= 8:
-        raise MediaError(path, f"has pixels {aspect:g} times as wide as high; correct its aspect ratio")
-    return 1 / aspect if exchanged else aspect
 
 
 # --- errors
