@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
@@ -41,10 +40,10 @@ def fill_metadata(table: pd.DataFrame, needed: Sequence[str] = NUMBERS) -> tuple
     if not unknown.any():
         return table, errors
     metadata = probe(table.loc[unknown, "path"].tolist())
-    unread = {path: str(m["error"]) for path, m in metadata.items() if "error" in m}
+    read = pd.DataFrame.from_dict(metadata, orient="index", columns=NUMBERS, dtype=float)
     for name in NUMBERS:
-        found = np.array([metadata[path].get(name, np.nan) for path in table.loc[unknown, "path"]], dtype=float)
-        table.loc[unknown, name] = table.loc[unknown, name].fillna(pd.Series(found, index=table.index[unknown]))
+        table[name] = table[name].fillna(table["path"].map(read[name]))
+    unread = {path: str(m["error"]) for path, m in metadata.items() if "error" in m}
     errors += [(path, unread[path]) for path in table["path"] if path in unread]  # a file may have many rows
     return table[~table["path"].isin(unread)].reset_index(drop=True), errors
 
