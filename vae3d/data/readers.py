@@ -84,15 +84,11 @@ class PyAVReader:
     def __init__(self, path: Path, threads: int = 1) -> None:
         self.path = path
         self.index = open_index(path)
-        self.header, self.info = self.index.header, self.index.header.info
+        self.header, self.info, self.times = self.index.header, self.index.header.info, self.index.times
         self._source = FrameSource(path, self.index, threads)
         self._convert = VideoReformatter()
         self._last: tuple[int, np.ndarray] | None = None  # index and pixels of the last frame
         self._restart(self.header.first)
-
-    @property
-    def times(self) -> np.ndarray:
-        return self.index.frame_times()
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
         check_indices(self.path, indices, self.info.num_frames)
@@ -200,7 +196,7 @@ def _check_for_decord(path: Path, index: VideoIndex) -> None:
     header = index.header
     reordered = (np.diff(index.frames["packet"].astype(int)) < 0).any()
     stored = VideoFormat(header.info.pixels, *header.stored[::-1])
-    unordered = (np.diff(index.frame_times()) <= 0).any()
+    unordered = index.times is not None and (np.diff(index.times) <= 0).any()
     if header.info.bits > 8:
         reason = f"has {header.info.bits} bits per channel, which decord converts to wrong colours"
     elif any(side % 2 for side in header.stored) and stored.chroma_width() < stored.width:

@@ -137,7 +137,6 @@ class Header:
     first: int
     ordered: str
     open_gop: bool
-    rate: tuple[int, int] | None  # frames per second if it is constant
 
     @property
     def max_delay(self) -> float:
@@ -161,12 +160,6 @@ class VideoIndex:
     frames: np.ndarray
     seek: np.ndarray | None = None
     times: np.ndarray | None = None
-
-    def frame_times(self) -> np.ndarray:
-        """[frames] float64: seconds since the first frame."""
-        if self.times is not None:
-            return self.times
-        return np.arange(len(self.frames)) / float(Fraction(*self.header.rate))
 
 
 def cache_folder() -> Path:
@@ -306,7 +299,6 @@ def build(path: Path) -> VideoIndex:
         first=first,
         ordered=ordered,
         open_gop=ordered != "counted" and bool((keys[frames["packet"]] != frames["start"]).any()),
-        rate=None if times is not None else rate.as_integer_ratio(),
     )
     seek = None if packets.contiguous and decoder is not None else packets.seek
     return _verified(path, VideoIndex(header, packets.rows, frames, seek, times), packets.seek, hashes)
