@@ -194,6 +194,9 @@ class DecordReader:
 def _check_for_decord(path: Path, index: VideoIndex) -> None:
     """Raise MediaError for a file that decord decodes wrongly."""
     header = index.header
+    # Frames of an open group of pictures need packets before the key frame in front of them.
+    keys = np.maximum.accumulate(np.where(index.packets["key"], np.arange(len(index.packets)), header.first))
+    open_gop = header.ordered != "counted" and (keys[index.frames["packet"]] != index.frames["start"]).any()
     reordered = (np.diff(index.frames["packet"].astype(int)) < 0).any()
     stored = VideoFormat(header.info.pixels, *header.stored[::-1])
     unordered = index.times is not None and (np.diff(index.times) <= 0).any()
@@ -203,7 +206,7 @@ def _check_for_decord(path: Path, index: VideoIndex) -> None:
         reason = "has an odd number of rows or columns, which decord converts to wrong colours"
     elif header.first or index.seek is not None or unordered or (header.ordered != "times" and reordered):
         reason = f"has no reliable timestamps ({header.container}); decord returns wrong frames"
-    elif header.open_gop:
+    elif open_gop:
         reason = "has open groups of pictures; decord returns wrong frames"
     elif sum(header.orientation) % 2:
         reason = "is mirrored, which decord ignores"

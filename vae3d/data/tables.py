@@ -25,12 +25,11 @@ ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # by byte-order mark
 
 def kind_of(path: str | Path) -> str | None:
     """File type by name: .csv, .tsv, .parquet, .json or .jsonl; None for others. .csv.gz and .CSV count as .csv."""
-    path = Path(path)
-    kind = path.suffix.lower()
-    if kind == ".gz":
-        kind = path.with_suffix("").suffix.lower()
-        return kind if kind in (*DELIMITERS, *JSON) else None
-    return kind if kind in (*DELIMITERS, *JSON, ".parquet") else None
+    name = Path(str(path).lower())
+    if name.suffix == ".parquet":
+        return name.suffix
+    kind = Path(name.stem).suffix if name.suffix == ".gz" else name.suffix
+    return kind if kind in (*DELIMITERS, *JSON) else None
 
 
 def read_table(path: Path) -> pd.DataFrame:

@@ -125,7 +125,6 @@ class Header:
     that. first: packet to start decoding at.
     ordered: how the order of frames is known: "times" from timestamps, "file" as the packets, "decoded" by decoding
     the whole file. "counted": by decoding, but frames cannot be matched to packets, so decoding starts at the first.
-    open_gop: whether some frames need packets before the key frame in front of them.
     """
 
     info: MediaInfo
@@ -136,7 +135,6 @@ class Header:
     stored: Size
     first: int
     ordered: str
-    open_gop: bool
 
     @property
     def max_delay(self) -> float:
@@ -277,7 +275,6 @@ def build(path: Path) -> VideoIndex:
     frames = np.array([(number, starts.get(number, first)) for number in order], FRAME)
 
     times, rate = _times(packets, shown if ordered == "counted" else order, names, unit, rates)
-    keys = np.maximum.accumulate(np.where(packets.rows["key"], np.arange(len(packets.rows)), first))
     orientation, stored = _orientation(path, first_frame), (first_frame.height, first_frame.width)
     if not 1 / 8 <= aspect <= 8:
         raise MediaError(path, f"has pixels {aspect:g} times as wide as high; correct its aspect ratio")
@@ -298,7 +295,6 @@ def build(path: Path) -> VideoIndex:
         stored=stored,
         first=first,
         ordered=ordered,
-        open_gop=ordered != "counted" and bool((keys[frames["packet"]] != frames["start"]).any()),
     )
     seek = None if packets.contiguous and decoder is not None else packets.seek
     return _verified(path, VideoIndex(header, packets.rows, frames, seek, times), packets.seek, hashes)
@@ -388,21 +384,17 @@ def _check_whole(path: Path, file: BinaryIO, packets: int, stream: VideoStream, 
 
 def _promised_end(file: BinaryIO, names: set[str]) -> int | None:
     """End of the file in bytes, by the sizes in the container's outermost headers; None if unknown."""
-    opening = os.pread(file.fileno(), 4096, 0)
-    size = os.fstat(file.fileno()).st_size
+    size, offset = os.fstat(file.fileno()).st_size, 0
     if "matroska" in names:  # EBML header, then one segment; both have an identifier of 4 bytes
-        offset = 0
         for _ in range(2):
-            offset += 4
-            width = 9 - opening[offset].bit_length()
-            length = int.from_bytes(opening[offset : offset + width], "big") & ((1 << 7 * width) - 1)
-            if length == (1 << 7 * width) - 1:  # unknown, as in a live stream
+            head = os.pread(file.fileno(), 8, offset + 4)
+            width = 9 - head[0].bit_length()
+            unknown = (1 << 7 * width) - 1  # as in a live stream
+            length = int.from_bytes(head[:width], "big") & unknown
+            if length == unknown:
                 return None
-            offset += width + length
-            if offset > 4000:
-                break
+            offset += 4 + width + length
         return offset
-    offset = 0
     if "avi" in names:  # RIFF chunks; their size counts from behind itself
         while offset + 12 <= size:
             kind, length = struct.unpack("<4sI", os.pread(file.fileno(), 8, offset))
