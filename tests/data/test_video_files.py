@@ -392,7 +392,12 @@ def test_an_index_is_read_again_only_if_it_is_whole_and_of_this_file(tmp_path, m
     tiny.write_video(path, tiny.frames(12))
     assert open_media(path).info.num_frames == 12
     (cached,) = (file for file in (tmp_path / "cache").rglob("*") if file.is_file())
-    for content in (cached.read_bytes()[:-3], b"", cached.read_bytes()[:60] + b"x" + cached.read_bytes()[61:]):
+    for content in (
+        cached.read_bytes()[:-3],
+        b"",
+        bytes(4),
+        cached.read_bytes()[:60] + b"x" + cached.read_bytes()[61:],
+    ):
         cached.write_bytes(content)
         assert read_numbers(path) == list(range(12))
 

@@ -43,7 +43,7 @@ from pydantic import TypeAdapter
 from vae3d.data.media import MediaError, MediaInfo, Size, one_line
 from vae3d.io import atomic_write
 
-VERSION = 4  # of the cache
+VERSION = 4  # of the cache; start value of its CRC-32, so that files of other versions are rebuilt
 CRC_BYTES = 4
 # What libav and PyAV raise for a damaged file. Other exceptions are bugs of ours.
 DECODER_ERRORS = (av.error.FFmpegError, OSError, ValueError, MemoryError, RuntimeError, LookupError, ArithmeticError)
@@ -169,8 +169,8 @@ def cache_folder() -> Path:
 def open_index(path: Path) -> VideoIndex:
     """The index of a video: from the cache, or built if the file's size or time changed. Raises MediaError."""
     stat = path.stat()
-    key = [VERSION, os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
-    name = hashlib.blake2b(os.fsencode(key[1]), digest_size=12).hexdigest()
+    key = [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
+    name = hashlib.blake2b(os.fsencode(key[0]), digest_size=12).hexdigest()
     cached = cache_folder() / "index" / name[:2] / name[2:]
     index = _load(cached, key)
     if index is None:
@@ -213,7 +213,7 @@ def _store(cached: Path, key: list, index: VideoIndex) -> None:
 
 
 def _crc(head: bytes, rows: bytes) -> bytes:
-    return zlib.crc32(rows, zlib.crc32(head)).to_bytes(CRC_BYTES, "little")
+    return zlib.crc32(rows, zlib.crc32(head, VERSION)).to_bytes(CRC_BYTES, "little")
 
 
 def warn_cache_unwritable(error: OSError, consequence: str) -> None:
