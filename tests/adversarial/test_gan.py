@@ -238,7 +238,7 @@ def test_alternation_updates_one_network_per_step_of_the_trainer(config, tmp_pat
 def test_before_its_start_a_gan_costs_nothing():
     adversary = toy.gan(start=10, ramp=4, discriminator_start=6, weight=2.0)
     clip, out = toy.pair()
-    adversary.discriminator, adversary.adaptive = None, None  # which are not called, then
+    adversary.discriminator, adversary.adaptive_weight = None, None  # which are not called, then
     for step in (0, 9, 10):
         assert adversary.generator_loss(clip, out, out.video.mean(), step) == (0, {})
     assert [adversary.update_phase(step).discriminator for step in (5, 6)] == [False, True]
@@ -248,7 +248,7 @@ def test_before_its_start_a_gan_costs_nothing():
 
 def test_no_gradient_is_asked_for_before_the_adaptive_weight_has_a_use(config, tmp_path, monkeypatch):
     t = with_gan(config, tmp_path, start=1)
-    asked, last, grad = [], t.adversary.adaptive.layer, torch.autograd.grad
+    asked, last, grad = [], t.adversary.adaptive_weight.layer, torch.autograd.grad
 
     def counted(*given, **how):  # the norms of the network ask, too, for their own
         asked.extend([t.step] * (how.get("inputs") is last))
