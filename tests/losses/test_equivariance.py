@@ -17,7 +17,7 @@ from vae3d.config.validate import ConfigError
 from vae3d.losses.equivariance import Equivariance, Transform
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.losses.pixel_weights import ErpCosine
-from vae3d.models.forward import attach_decoder
+from vae3d.models.interface import attach_decoder
 from vae3d.types import Clip, Reconstruction
 
 MODELS = ("spatial", "temporal_vae", "opensora_v1_2", "wan", "wan22", "taehv")

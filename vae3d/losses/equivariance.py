@@ -83,7 +83,7 @@ class Equivariance:
 
     def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
         if out.decode is None:
-            raise ValueError("equivariance needs Reconstruction.decode; see models.forward.attach_decoder")
+            raise ValueError("equivariance needs Reconstruction.decode; see models.interface.attach_decoder")
         transforms = [self.draw(position) for position in clip.positions.tolist()]
         # Without a transform 0 times the reconstruction, so that every rank has a gradient of every parameter.
         zero = require_pixels(out).sum() * 0.0

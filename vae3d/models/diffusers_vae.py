@@ -28,12 +28,11 @@ from vae3d.arguments import (
     short,
 )
 from vae3d.errors import UserError
-from vae3d.models.forward import reconstruct
-from vae3d.models.latents import LatentNormMixin
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers.frames import extend_time, pad_space
 from vae3d.models.streaming import IndependentChunks
 from vae3d.pixels import check_latents, check_video
-from vae3d.types import LatentSpec, Posterior, Reconstruction
+from vae3d.types import LatentSpec, Posterior
 
 log = logging.getLogger("vae3d")
 COGVIDEOX = "AutoencoderKLCogVideoX"
@@ -41,8 +40,8 @@ HUNYUAN = "AutoencoderKLHunyuanVideo"
 KINDS = (COGVIDEOX, HUNYUAN)
 
 
-class DiffusersVAE(LatentNormMixin):
-    """A VideoAutoencoder around a VAE of diffusers, whose state-dict keys get the prefix `vae.`.
+class DiffusersVAE(VideoAutoencoder):
+    """A VAE of diffusers, whose state-dict keys get the prefix `vae.`.
 
     kind: one of KINDS. config: the content of its config.json. Keys that the installed diffusers does not have are
     skipped with a warning. Inputs are cast to the dtype of the weights.
@@ -94,10 +93,6 @@ class DiffusersVAE(LatentNormMixin):
             raise ValueError(f"num_frames is {frames}, which does not fit {length} latent frames")
         return self.vae.decode(z.to(self.vae.dtype)).sample[:, :, :frames]
 
-    def forward(self, video: Tensor, **options: Any) -> Reconstruction:
-        """See VideoAutoencoder.forward."""
-        return reconstruct(self, video, **options)
-
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         vae = self.vae
         parts = {"encoder": [vae.encoder, vae.quant_conv], "decoder": [vae.post_quant_conv, vae.decoder]}
@@ -117,9 +112,6 @@ class DiffusersVAE(LatentNormMixin):
 
     def latent_frames(self, frames: int) -> int:
         return -(-self._valid_frames(frames) // self.spec.time_stride)
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        return self.spec.channels, self.latent_frames(frames), *self.spec.latent_size(height, width)
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """The whole video at once: independent chunks would show seams."""

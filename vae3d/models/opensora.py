@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Deviation, Mean, check_arguments
-from vae3d.models.forward import add_latent_noise, choose_latents
-from vae3d.models.latents import LatentNormMixin
+from vae3d.models.interface import VideoAutoencoder, add_latent_noise, choose_latents
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.streaming import IndependentChunks
 from vae3d.models.temporal import TemporalVAE
@@ -22,7 +21,7 @@ from vae3d.seeding import Generators
 from vae3d.types import LatentSpec, Posterior, Reconstruction, SpatialPath
 
 
-class OpenSoraVAE(LatentNormMixin):
+class OpenSoraVAE(VideoAutoencoder):
     """Spatial and temporal VAE in series; a VideoAutoencoder with strides 4 x 8 x 8.
 
     micro_frames: code the clip in independent chunks of this many frames (17 as published, to 5 latents each); None:
@@ -135,9 +134,6 @@ class OpenSoraVAE(LatentNormMixin):
 
     def last_layers(self) -> list[nn.Parameter]:
         return [*self.spatial_vae.last_layers(), self.temporal_vae.decoder.conv_out.conv.weight]
-
-    def frames_valid(self, frames: int) -> bool:
-        return frames >= 1
 
     def latent_frames(self, frames: int) -> int:
         if self.micro_frames is None:

@@ -7,20 +7,19 @@ AutoencoderKL. Images or frames are [N, C, H, W].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Depth, Deviation, Mean, Width, Widths, check_arguments
 from vae3d.errors import UserError
-from vae3d.models.forward import reconstruct
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import pad_space, per_frame
 from vae3d.models.layers.norm import norm_silu
 from vae3d.models.streaming import IndependentChunks
 from vae3d.pixels import check_latents, check_video
-from vae3d.types import LatentSpec, Posterior, Reconstruction
+from vae3d.types import LatentSpec, Posterior
 
 EPS = 1e-6
 UNKNOWN_FACTOR = (
@@ -204,7 +203,7 @@ class AutoencoderKL(nn.Module):
         return self.decoder.features(self.post_quant_conv(z) if self.quant_convs else z)
 
 
-class SpatialVAE(nn.Module):
+class SpatialVAE(VideoAutoencoder):
     """AutoencoderKL frame by frame: a VideoAutoencoder without temporal compression.
 
     scaling_factor, shift_factor: (z - shift_factor) * scaling_factor has about zero mean and unit variance (SD 0.18215
@@ -279,10 +278,6 @@ class SpatialVAE(nn.Module):
 
         return per_frame(decode, z, self.frame_batch)
 
-    def forward(self, video: Tensor, **options: Any) -> Reconstruction:
-        """See VideoAutoencoder.forward."""
-        return reconstruct(self, video, **options)
-
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         quant = [self.module.quant_conv] if self.module.quant_convs else []
         post_quant = [self.module.post_quant_conv] if self.module.quant_convs else []
@@ -290,12 +285,6 @@ class SpatialVAE(nn.Module):
 
     def last_layers(self) -> list[nn.Parameter]:
         return [self.module.decoder.conv_out.weight]
-
-    def frames_valid(self, frames: int) -> bool:
-        return frames >= 1
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        return self.spec.channels, frames, *self.spec.latent_size(height, width)
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """Chunks of frame_batch frames; any length gives the same result."""

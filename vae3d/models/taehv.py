@@ -17,8 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Deviation, Flags, Mean, Width, Widths, check_arguments
-from vae3d.models.forward import reconstruct
-from vae3d.models.latents import LatentNormMixin
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers import taehv_blocks as blocks
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import extend_time, pad_space
@@ -70,7 +69,7 @@ VARIANTS = {
 }
 
 
-class TAEHV(LatentNormMixin):
+class TAEHV(VideoAutoencoder):
     """A tiny VideoAutoencoder with a deterministic encoder.
 
     variant: one of VARIANTS. decoder_time_upscale, decoder_space_upscale: which of the three stages double the frame
@@ -182,7 +181,7 @@ class TAEHV(LatentNormMixin):
         """See VideoAutoencoder.forward. Raises ValueError for a decimated decoder in training mode."""
         if self.decimated and self.training:
             raise ValueError("a decoder without all of its upscaling cannot be trained; leave decoder_*_upscale out")
-        out = reconstruct(self, video, **options)
+        out = super().forward(video, **options)
         if self.space_shrink > 1 and out.video is not None:
             height, width = (-(-side // self.space_shrink) for side in video.shape[-2:])
             out.video = out.video[..., :height, :width]
@@ -300,8 +299,8 @@ class TAEHV(LatentNormMixin):
     def frames_valid(self, frames: int) -> bool:
         return frames >= 1 and self.plan(frames).frames == frames
 
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        return self.spec.channels, self.plan(frames).latents, *self.spec.latent_size(height, width)
+    def latent_frames(self, frames: int) -> int:
+        return self.plan(frames).latents
 
 
 class PlannedStream:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Depth, Deviation, Factor, Factors, Flags, Mean, Width, check_arguments
-from vae3d.models.forward import reconstruct
-from vae3d.models.latents import LatentNormMixin
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers.borders import Borders
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import extend_time, pad_space
@@ -35,7 +33,7 @@ from vae3d.models.layers.wan_blocks import (
 )
 from vae3d.models.streaming import CausalStream, chunk_lengths, chunk_within
 from vae3d.pixels import check_latents, check_video
-from vae3d.types import LatentSpec, Posterior, Reconstruction
+from vae3d.types import LatentSpec, Posterior
 
 MAX_CHUNK = 8  # latents of a stream's chunk
 Cache = Sequence[LayerCache]  # of every layer
@@ -114,7 +112,7 @@ def _middle(width: int, borders: Borders) -> nn.ModuleList:
     )
 
 
-class WanVAE(LatentNormMixin):
+class WanVAE(VideoAutoencoder):
     """The VAE of Wan2.1 (the defaults) or Wan2.2; a VideoAutoencoder.
 
     channels, multipliers: width of each level. downsample: which level boundaries halve the frame rate; each halves
@@ -245,10 +243,6 @@ class WanVAE(LatentNormMixin):
         channels = self.decoder.head["2"].in_channels / self.patch**2
         return int(4 * height * width * channels * (fixed + per_latent * latents))
 
-    def forward(self, video: Tensor, **options: Any) -> Reconstruction:
-        """See VideoAutoencoder.forward."""
-        return reconstruct(self, video, **options)
-
     def _in_chunks(
         self, step: Callable[..., tuple[Tensor, Cache]], chunks: Sequence[Tensor], part: nn.Module
     ) -> Tensor:
@@ -318,6 +312,3 @@ class WanVAE(LatentNormMixin):
 
     def latent_frames(self, frames: int) -> int:
         return 1 + -(-(frames - 1) // self.spec.time_stride)
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        return self.spec.channels, self.latent_frames(frames), *self.spec.latent_size(height, width)
