@@ -22,7 +22,7 @@ from vae3d.models.layers import taehv_blocks as blocks
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import extend_time, pad_space
 from vae3d.models.layers.taehv_blocks import Cache, run_layers
-from vae3d.models.layers.taehv_frames import RULES, FramePlan, frames_shown, split_runs
+from vae3d.models.layers.taehv_frames import LOOK_AHEAD, RULES, FramePlan, count_frames, longest_clip, split_runs
 from vae3d.models.streaming import chunk_within
 from vae3d.pixels import check_latents, check_video
 from vae3d.seeding import Generators
@@ -133,7 +133,7 @@ class TAEHV(VideoAutoencoder):
             kind.latent_channels,
             2 ** sum(kind.time_down),
             8 * kind.patch,
-            causal=not self.rule.looks_ahead,
+            causal=kind.rule not in LOOK_AHEAD,
             **self.register_latent_stats(latents_mean, latents_std, kind.latent_channels),
         )
 
@@ -150,7 +150,7 @@ class TAEHV(VideoAutoencoder):
         latents = []
         cache = None
         for start, stop in self._chunks(plan.latents):
-            count = sum(frames for _, _, frames in split_runs(plan.encoder, self.spec.time_stride, start, stop))
+            count = count_frames(plan.encoder, self.spec.time_stride, start, stop)
             z, cache = self.encode_planned(video[:, :, :count], plan, start, stop, cache)
             video = video[:, :, count:]
             latents.append(z)
@@ -163,8 +163,7 @@ class TAEHV(VideoAutoencoder):
         frames, the last of each group. Raises ValueError if num_frames does not fit the latents.
         """
         check_latents(z, self.spec.channels)
-        stride = self.spec.time_stride
-        frames = self.rule.frames_of(z.shape[2], stride) if num_frames is None else num_frames
+        frames = longest_clip(self.rule, z.shape[2], self.spec.time_stride) if num_frames is None else num_frames
         if frames is None:
             raise ValueError(f"no number of frames fits {z.shape[2]} latent frames of {self.variant}")
         plan = self.plan(frames)
@@ -276,7 +275,7 @@ class TAEHV(VideoAutoencoder):
 
     def plan(self, frames: int) -> FramePlan:
         """Which frames the network reads and shows for a clip of this length."""
-        return self.rule.plan(frames, self.spec.time_stride)
+        return self.rule(frames, self.spec.time_stride)
 
     def frames_shown(self, frames: int) -> int:
         """Frames that a clip is decoded to: all of them, unless the decoder is decimated in time."""
@@ -313,7 +312,7 @@ class PlannedStream:
     def __init__(self, model: TAEHV, chunk_latents: int) -> None:
         self.model = model
         self.chunk_latents = chunk_latents
-        self.lookahead = model.spec.time_stride - 1 if model.rule.looks_ahead else 0
+        self.lookahead = 0 if model.spec.causal else model.spec.time_stride - 1
         self._chunks: Iterator[tuple[int, int]] = iter(())  # (frames, latents up to the chunk's end)
 
     def chunks(self, frames: int) -> list[int]:
@@ -321,7 +320,7 @@ class PlannedStream:
         self._plan = plan = self.model.plan(frames)
         ends = {}  # frame -> latent
         for latents in [*range(self.chunk_latents, plan.latents, self.chunk_latents), plan.latents]:
-            ends[min(frames, frames_shown(plan, stride, latents))] = latents
+            ends[min(frames, count_frames(plan.decoder, stride, 0, latents))] = latents
         lengths = [end - start for start, end in pairwise([0, *ends])]
         self._chunks = iter(list(zip(lengths, ends.values(), strict=True)))
         self._shown = 0  # frames
@@ -348,8 +347,8 @@ class PlannedStream:
 
     def _encode(self, video: Tensor, latents: int) -> Tensor:
         """Encode up to the latent `latents`. video: from the first frame that has not been shown."""
-        stride, plan = self.model.spec.time_stride, self._plan
-        count = sum(frames for _, _, frames in split_runs(plan.encoder, stride, self._latents, latents))
+        plan = self._plan
+        count = count_frames(plan.encoder, self.model.spec.time_stride, self._latents, latents)
         new = video[:, :, self._encoded - self._shown :]
         if not new.shape[2]:
             new = video[:, :, -1:]
