@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae3d.losses.objective import ErrorMap, numel_per_frame, require_pixels
+from vae3d.losses.objective import ErrorMap, numel_per_frame
 from vae3d.losses.pixel_weights import mean_one
 from vae3d.models.layers.frames import clips_of, frames_of
 from vae3d.seeding import seed_of
@@ -40,6 +41,7 @@ class Transform(NamedTuple):
         return max(1, round(height * self.scale)), max(1, round(width * self.scale))
 
 
+@dataclass(kw_only=True, eq=False)
 class Equivariance:
     """|decode(tau z) - tau x| for a spatial transform tau of a clip x and its latents z.
 
@@ -55,38 +57,33 @@ class Equivariance:
 
     needs_pixels = True
 
-    def __init__(
-        self,
-        *,
-        scales: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
-        rotations: Sequence[int] = (0, 1, 2, 3),
-        flip: bool = False,
-        probability: float = 0.5,
-        norm: str = "l1",
-        seed: int = 0,
-    ) -> None:
-        if not all(0 < scale <= 1 for scale in scales):
-            raise ValueError(f"scales are {list(scales)}; each must be above 0 and at most 1")
-        if not set(rotations) <= {0, 1, 2, 3}:
-            raise ValueError(f"rotations are {list(rotations)}; use quarter turns, 0, 1, 2 or 3")
-        if not 0 < probability <= 1:
-            raise ValueError(f"probability is {probability}; it must be above 0 and at most 1")
-        if norm not in NORMS:
-            raise ValueError(f"norm is {norm!r}; use one of {', '.join(NORMS)}")
-        combinations = product(map(float, scales), (False, True) if flip else (False,), rotations)
+    scales: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
+    rotations: Sequence[int] = (0, 1, 2, 3)
+    flip: bool = False
+    probability: float = 0.5
+    norm: str = "l1"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not all(0 < scale <= 1 for scale in self.scales):
+            raise ValueError(f"scales are {list(self.scales)}; each must be above 0 and at most 1")
+        if not set(self.rotations) <= {0, 1, 2, 3}:
+            raise ValueError(f"rotations are {list(self.rotations)}; use quarter turns, 0, 1, 2 or 3")
+        if not 0 < self.probability <= 1:
+            raise ValueError(f"probability is {self.probability}; it must be above 0 and at most 1")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm is {self.norm!r}; use one of {', '.join(NORMS)}")
+        combinations = product(map(float, self.scales), (False, True) if self.flip else (False,), self.rotations)
         self.transforms = [Transform(*settings) for settings in combinations if settings != (1.0, False, 0)]
         if not self.transforms:
             raise ValueError("scales and rotations contain only the identity; add another scale or rotation")
-        self.probability = probability
-        self.norm = NORMS[norm]
-        self.seed = seed
 
     def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
         if out.decode is None:
             raise ValueError("equivariance needs Reconstruction.decode; see models.interface.attach_decoder")
         transforms = [self.draw(position) for position in clip.positions.tolist()]
         # Without a transform 0 times the reconstruction, so that every rank has a gradient of every parameter.
-        zero = require_pixels(out).sum() * 0.0
+        zero = out.video.float().sum() * 0.0
         errors = [zero if tau is None else self._error(tau, clip, out, i) for i, tau in enumerate(transforms)]
         return ErrorMap(torch.stack(errors).view(-1, 1, 1, 1, 1), numel_per_frame(clip.video))
 
@@ -105,7 +102,7 @@ class Equivariance:
         latent_size = tau.scaled_size(*z.shape[-2:])
         size = [side * stride for side in latent_size]
         target = tau(video, size)
-        errors = self.norm(out.decode(tau(z, latent_size), target).float() - target)
+        errors = NORMS[self.norm](out.decode(tau(z, latent_size), target).float() - target)
         if clip.weight is not None:
             weight = clip.weight.expand(len(clip.video), -1, video.shape[2], *video.shape[-2:])[one]
             weight = tau(weight, size)

@@ -38,6 +38,20 @@ class Term(Protocol):
         """Errors, or None if the term does not apply to this clip."""
 
 
+class PixelTerm:
+    """Base of terms that compare the reconstruction's pixels with the clip's."""
+
+    needs_pixels = True
+
+    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
+        assert out.video is not None, "the term needs pixels; set needs_pixels = True in its class"
+        return ErrorMap(self.errors(out.video.float(), clip), numel_per_frame(clip.video))
+
+    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
+        """ErrorMap.map of a reconstruction [B, 3, T, H, W]."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class WeightedTerm:
     """A term in an Objective. reduction: by default the objective's."""
@@ -172,10 +186,4 @@ class Objective:
 
 def numel_per_frame(x: Tensor) -> int:
     """C * H * W of [B, C, T, H, W]."""
-    _, channels, _, height, width = x.shape
-    return channels * height * width
-
-
-def require_pixels(out: Reconstruction) -> Tensor:
-    assert out.video is not None, "the term needs pixels; set needs_pixels = True in its class"
-    return out.video.float()
+    return x[0, :, 0].numel()

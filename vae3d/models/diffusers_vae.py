@@ -80,10 +80,6 @@ class DiffusersVAE(VideoAutoencoder):
         return Posterior.from_moments(self.vae.encode(video.to(self.vae.dtype)).latent_dist.parameters)
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
-        """Raw latents [B, C, t, h, w] -> video, not clamped. num_frames: by default as many as possible.
-
-        Raises ValueError if num_frames does not fit the latents.
-        """
         check_latents(z, self.spec.channels)
         length = z.shape[2]
         pairs = self.kind == COGVIDEOX and length % 2 == 0  # the first latent decodes to 4 frames, not to 1
@@ -202,6 +198,4 @@ def _latent_stats(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
         raise ValueError("the config has both shift_factor and latents_mean; remove one")
     mean = [shift or 0.0] * channels if mean is None else mean
     std = [1.0] * channels if std is None else std
-    if not len(mean) == len(std) == channels:
-        raise ValueError(f"latents_mean and latents_std have {len(mean)} and {len(std)} entries; give {channels}")
     return list(map(float, mean)), [value / config["scaling_factor"] for value in std]

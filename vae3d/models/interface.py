@@ -33,7 +33,10 @@ class VideoAutoencoder(nn.Module):
         raise NotImplementedError
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
-        """Decode raw latents to num_frames frames, not clamped. Raises PixelError as pixels.check_latents does."""
+        """Decode raw latents to num_frames frames, not clamped; by default as many as possible.
+
+        Raises PixelError as pixels.check_latents does, and ValueError if num_frames does not fit the latents.
+        """
         raise NotImplementedError
 
     def forward(

@@ -62,10 +62,6 @@ class OpenSoraVAE(VideoAutoencoder):
         return self.encode_temporal(self.encode_spatial(video, sample=sample, generator=generator))
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
-        """Raw latents [B, C, t, h, w] -> video [B, 3, T, h*f, w*f], not clamped.
-
-        num_frames: T, by default as many as possible. Raises ValueError if it does not fit the latents.
-        """
         check_latents(z, self.temporal_vae.latent_channels)
         return self.decode_spatial(self.decode_temporal(z, num_frames))
 
@@ -140,10 +136,6 @@ class OpenSoraVAE(VideoAutoencoder):
             return self.temporal_vae.latent_frames(frames)
         whole, rest = divmod(frames, self.micro_frames)
         return whole * self.temporal_vae.latent_frames(self.micro_frames) + self.temporal_vae.latent_frames(rest)
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        size = self.spatial_vae.spec.latent_size(height, width)
-        return self.temporal_vae.latent_channels, self.latent_frames(frames), *size
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """Chunks of micro_frames, which are independent anyway; without micro_frames the whole video."""

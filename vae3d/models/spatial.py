@@ -7,6 +7,7 @@ AutoencoderKL. Images or frames are [N, C, H, W].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -258,10 +259,7 @@ class SpatialVAE(VideoAutoencoder):
         check_video(video)
         video = pad_space(video, self.spec.space_stride).to(self.module.encoder.conv_in.weight.dtype)
         recompute = self.gradient_checkpointing and needs_grad(self.module.encoder, video)
-
-        def encode(frames: Tensor) -> Tensor:
-            return maybe_checkpoint(self.module.encode, frames, enabled=recompute)
-
+        encode = partial(maybe_checkpoint, self.module.encode, enabled=recompute)
         return Posterior.from_moments(per_frame(encode, video, self.frame_batch))
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:

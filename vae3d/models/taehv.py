@@ -159,8 +159,7 @@ class TAEHV(VideoAutoencoder):
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         """Latents [B, C, t, h, w] -> video, not clamped.
 
-        num_frames: of the encoded clip, by default the longest with so many latents. A decimated decoder returns fewer
-        frames, the last of each group. Raises ValueError if num_frames does not fit the latents.
+        num_frames: of the encoded clip. A decimated decoder returns fewer frames, the last of each group.
         """
         check_latents(z, self.spec.channels)
         frames = longest_clip(self.rule, z.shape[2], self.spec.time_stride) if num_frames is None else num_frames
