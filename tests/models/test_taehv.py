@@ -366,7 +366,7 @@ def test_latent_conventions():
             "latents_mean and latents_std are for raw latents",
         ),
         ({"variant": "taecvx", "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "4 and 4 entries; give 16"),
-        ({"variant": "taehv", "latent": "scaled"}, "use raw or normalized"),
+        ({"variant": "taehv", "latent": "scaled"}, "latent is 'scaled'; give one of raw, normalized"),
         ({"variant": "taehv", "chunk_latents": 0}, "chunk_latents is 0; give an integer"),
         ({"variant": "taehv", "decoder_channels": [8, 8]}, "give 4"),
         ({"variant": "taehv", "decoder_time_upscale": [True, True, True]}, "decoder_time_upscale: stage 0 of taehv"),

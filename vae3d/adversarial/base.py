@@ -153,7 +153,7 @@ class DiscriminatorAdversary(Adversary):
     def skipped_steps(self) -> Tensor:
         return torch.tensor(float(self.skipped), device=self.device)
 
-    def update(self, also_reduce: Sequence[Tensor] = ()) -> bool:
+    def update(self, lr: float, also_reduce: Sequence[Tensor] = ()) -> bool:
         """Average gradients, buffers and `also_reduce` over ranks, clip, and step; returns whether it stepped.
 
         Each rank normalised by its own clips, so all continue with the mean of their running statistics. If the norm
@@ -167,6 +167,8 @@ class DiscriminatorAdversary(Adversary):
             self.skipped += 1
             return False
         self.grad_norm = norm
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.step()
         for name, buffer in self.discriminator.named_buffers():
             buffer.copy_(self._buffers[name])

@@ -52,9 +52,7 @@ class PatchGAN(nn.Module):
     batch_norm = nn.BatchNorm2d
     kernel: tuple[int, ...] = (4, 4)
 
-    def __init__(
-        self, *, channels: int = 64, layers: int = 3, norm: str = "spectral_group", groups: int = 32, colours: int = 3
-    ) -> None:
+    def __init__(self, *, channels: int = 64, layers: int = 3, norm: str = "spectral_group", groups: int = 32) -> None:
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"adversary.norm is {norm!r}; use one of {', '.join(NORMS)}")
@@ -64,7 +62,7 @@ class PatchGAN(nn.Module):
         self.groups = groups
         self.min_size = 3 * 2**layers  # pixels
         widths = [channels * min(2**n, 8) for n in range(layers + 1)]
-        parts: list[nn.Module] = [self._conv(colours, widths[0], self._strides(0)), nn.LeakyReLU(0.2, True)]
+        parts: list[nn.Module] = [self._conv(3, widths[0], self._strides(0)), nn.LeakyReLU(0.2, True)]
         for n in range(1, layers + 1):
             stride = self._strides(n) if n < layers else 1
             parts += [self._conv(widths[n - 1], widths[n], stride, bias=False), self._norm(widths[n])]

@@ -218,10 +218,8 @@ class Gan(DiscriminatorAdversary):
 
     def step(self) -> None:
         """Update the discriminator. If the averaged gradient is not finite, on all ranks alike, skip and count it."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_at(self._step)
         means = torch.stack(self._logit_means).mean(0)
-        if self.update(also_reduce=[means]):
+        if self.update(self.lr_at(self._step), also_reduce=[means]):
             self.averages.lerp_(means, 1 - self.lecam_decay)
         self.reset_step()
 

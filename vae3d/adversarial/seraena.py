@@ -142,7 +142,7 @@ class Seraena(DiscriminatorAdversary):
 
     def step(self) -> None:
         """Update the discriminator. If the averaged gradient is not finite, on all ranks alike, skip and count it."""
-        if self.update():
+        if self.update(self.lr):
             for i, (images, contexts) in enumerate(self._pending):
                 self.buffer.push(images, contexts, self._generator("places", self._step, i))
         self.reset_step()
@@ -150,11 +150,6 @@ class Seraena(DiscriminatorAdversary):
     def _reset(self) -> None:
         super()._reset()
         self._pending: list[tuple[Tensor, Tensor]] = []  # images and contexts for the buffer, per micro-batch
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr  # the optimizer's state brought back the checkpoint's
 
     def rank_state_dict(self) -> dict[str, Any]:
         return self.buffer.state_dict()

@@ -48,8 +48,7 @@ class DiffusersVAE(VideoAutoencoder):
 
     Frames: CogVideoX takes 8 n or 8 n + 1: diffusers encodes 8 frames and decodes 2 latents at once, and returns other
     clips misaligned and of another length (12 frames as 9, 13 as 16). HunyuanVideo takes 1 + 4 n, beyond 16 in chunks
-    that it blends. Other clips are extended by repeating their last frame, sides by repeating their edge, and the
-    reconstruction is cropped.
+    that it blends.
     `normalize` returns the video latents that the diffusion model sees. invert_scale_latents, a setting for the first
     image of image-to-video models, is ignored.
     Raises UserError without diffusers, ValueError for a config that does not fit.
@@ -156,7 +155,7 @@ CONFIGS: dict[str, type] = {COGVIDEOX: _CogVideoXConfig, HUNYUAN: _HunyuanConfig
 
 
 def _build(kind: str, config: Mapping[str, Any]) -> nn.Module:
-    """diffusers' model, with random weights."""
+    """diffusers' model with random weights, from the entries of its config.json that the installed diffusers takes."""
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; use one of {', '.join(KINDS)}")
     try:
@@ -166,14 +165,8 @@ def _build(kind: str, config: Mapping[str, Any]) -> nn.Module:
     model = getattr(diffusers, kind, None)
     if model is None:
         raise UserError(f"diffusers {diffusers.__version__} has no {kind}: pip install --upgrade diffusers")
+    parameters = inspect.signature(model.__init__).parameters
     own = {key: value for key, value in config.items() if not key.startswith("_")}  # without _class_name and versions
-    return model(**_check_config(own, kind, inspect.signature(model.__init__).parameters, diffusers.__version__))
-
-
-def _check_config(
-    own: Mapping[str, Any], kind: str, parameters: Mapping[str, inspect.Parameter], version: str
-) -> dict[str, Any]:
-    """Check a config.json and return the entries that the installed diffusers takes."""
     check_fields(own, CONFIGS[kind], key="config")
     levels = {key: len(own.get(key, parameters[key].default)) for key in LEVELS}
     if len({*levels.values()}) > 1:
@@ -182,12 +175,12 @@ def _check_config(
         )
     if unknown := [key for key in own if key not in parameters]:
         names = short(", ".join(unknown))[1:-1]
-        log.warning("diffusers %s has no %s in the config of %s; skipped", version, names, kind)
+        log.warning("diffusers %s has no %s in the config of %s; skipped", diffusers.__version__, names, kind)
     known = {key: value for key, value in own.items() if key in parameters}
     for key in known.keys() - annotations_of(CONFIGS[kind]).keys():  # new in diffusers, with unknown effects
         if known[key] != parameters[key].default:
             raise ValueError(f"{key} is {short(known[key])}; only {parameters[key].default!r} is supported for {kind}")
-    return known
+    return model(**known)
 
 
 def _latent_stats(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:

@@ -20,8 +20,8 @@ from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction
 class VideoAutoencoder(nn.Module):
     """Maps video [B, 3, T, H, W] in [-1, 1] to latents [B, C, t, h, w] and back.
 
-    `forward` takes any number of frames and any size and returns the same. A model pads what its network cannot take
-    and crops the result; its docstring says how.
+    `forward` takes any number of frames and any size and returns the same: models extend clips by repeating their last
+    frame, and sides by repeating their edge, to what their network takes, and crop the reconstruction.
     """
 
     spec: LatentSpec

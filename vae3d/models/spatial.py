@@ -92,19 +92,12 @@ class Level(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * layers
         self.resnets = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
-        if resample == "down":
-            self.downsamplers = nn.ModuleList([Downsample(out_channels)])
-        elif resample == "up":
-            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
-        self.resample = resample
+        self.downsamplers = nn.ModuleList([Downsample(out_channels)] if resample == "down" else [])
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if resample == "up" else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
-        if self.resample == "down":
-            x = self.downsamplers[0](x)
-        elif self.resample == "up":
-            x = self.upsamplers[0](x)
+        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = layer(x)
         return x
 
 
@@ -187,21 +180,18 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"channels are {list(channels)}; each must be a multiple of groups={groups}")
         self.encoder = Encoder(channels, layers, 2 * latent_channels, groups, attention)
         self.decoder = Decoder(channels, layers, latent_channels, groups, attention)
-        if quant_convs:
-            self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
-            self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.quant_convs = quant_convs
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if quant_convs else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant_convs else nn.Identity()
 
     def encode(self, images: Tensor) -> Tensor:
-        moments = self.encoder(images)
-        return self.quant_conv(moments) if self.quant_convs else moments
+        return self.quant_conv(self.encoder(images))
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(z) if self.quant_convs else z)
+        return self.decoder(self.post_quant_conv(z))
 
     def features(self, z: Tensor) -> Tensor:
-        """What the decoder's last layer takes."""
-        return self.decoder.features(self.post_quant_conv(z) if self.quant_convs else z)
+        """Input of the decoder's last layer."""
+        return self.decoder.features(self.post_quant_conv(z))
 
 
 class SpatialVAE(VideoAutoencoder):
@@ -277,9 +267,8 @@ class SpatialVAE(VideoAutoencoder):
         return per_frame(decode, z, self.frame_batch)
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
-        quant = [self.module.quant_conv] if self.module.quant_convs else []
-        post_quant = [self.module.post_quant_conv] if self.module.quant_convs else []
-        return {"encoder": [self.module.encoder, *quant], "decoder": [*post_quant, self.module.decoder]}
+        module = self.module
+        return {"encoder": [module.encoder, module.quant_conv], "decoder": [module.post_quant_conv, module.decoder]}
 
     def last_layers(self) -> list[nn.Parameter]:
         return [self.module.decoder.conv_out.weight]

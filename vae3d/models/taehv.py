@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -80,9 +80,8 @@ class TAEHV(VideoAutoencoder):
     chunk_latents: code clips in chunks of this many latents, which changes memory, not results; None: at once.
     gradient_checkpointing: recompute each block in backward.
 
-    Frames: see taehv_frames. Clips of another length are extended by repeating their last frame, height and width by
-    repeating their edge, and reconstructions are cropped. Weights start from torch's defaults, the decoder's last bias
-    from 0.5, mid-grey in the network's own range [0, 1].
+    Frames that it takes: see taehv_frames. Weights start from torch's defaults, the decoder's last bias from 0.5,
+    mid-grey in the network's own range [0, 1].
     Raises ValueError if the arguments do not fit together.
     """
 
@@ -95,7 +94,7 @@ class TAEHV(VideoAutoencoder):
         decoder_space_upscale: Flags | None = None,
         channels: Width = 64,
         decoder_channels: Widths | None = None,
-        latent: str | None = None,
+        latent: Literal["raw", "normalized"] | None = None,
         latents_mean: Sequence[Mean] | None = None,
         latents_std: Sequence[Deviation] | None = None,
         chunk_latents: Count | None = None,
@@ -121,8 +120,6 @@ class TAEHV(VideoAutoencoder):
         self.patch = kind.patch
         self.rule = RULES[kind.rule]
         self.latent = kind.latent if latent is None else latent
-        if self.latent not in ("raw", "normalized"):
-            raise ValueError(f"latent is {latent!r}; use raw or normalized")
         if self.latent == "normalized" and not (latents_mean is None and latents_std is None):
             raise ValueError("latents_mean and latents_std are for raw latents; leave them out with latent=normalized")
         self.chunk_latents = chunk_latents

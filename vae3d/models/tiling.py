@@ -18,6 +18,7 @@ from vae3d.models.layers.wan_blocks import (
     ResidualBlock,
     UpBlock,
     Upsample,
+    pointwise,
     run_chain,
 )
 from vae3d.models.streaming import CausalStream
@@ -92,7 +93,7 @@ class Tiled:
         x = self.model.to_patches(video)
         x, tiles_cache = self._run_tiles(tiled_layers, x, tiles_cache, return_cache, down=True)
         x, cache = run_chain(whole_layers, x, cache, return_cache)
-        return Posterior.from_moments(self.model.to_moments(x)), (tiles_cache, list(cache))
+        return Posterior.from_moments(pointwise(self.model.conv1, x)), (tiles_cache, list(cache))
 
     @torch.no_grad()
     def decode_chunk(self, z: Tensor, cache: Cache | None, return_cache: bool = True) -> tuple[Tensor, Cache]:

@@ -38,9 +38,7 @@ class WanVAE(VideoAutoencoder):
     chunk_latents: code clips in chunks of this many latent frames, which changes memory, not results; None: at once.
     gradient_checkpointing: recompute each block in backward.
 
-    Frames: the network takes 1 + n * time_stride. Other clips are extended by repeating their last frame, and their
-    reconstruction is cropped. Height and width are extended likewise to multiples of the space stride; a circular width
-    must be a multiple.
+    The network takes 1 + n * time_stride frames; a circular width must be a multiple of the space stride.
     Raises ValueError if the lists do not fit together.
     """
 
@@ -169,7 +167,7 @@ class WanVAE(VideoAutoencoder):
         self, video: Tensor, cache: Cache | None, return_cache: bool, recompute: bool = False
     ) -> tuple[Tensor, Cache]:
         x, cache = run_chain(self.encoder.chain(), self.to_patches(video), cache, return_cache, recompute)
-        return self.to_moments(x), cache
+        return pointwise(self.conv1, x), cache
 
     def _pixels(
         self, z: Tensor, cache: Cache | None, return_cache: bool, recompute: bool = False
@@ -181,9 +179,6 @@ class WanVAE(VideoAutoencoder):
         """Input of the encoder's chain."""
         video = video.to(self.conv1.weight.dtype)
         return rearrange(video, "b c t (h q) (w r) -> b (c r q) t h w", q=self.patch, r=self.patch)
-
-    def to_moments(self, x: Tensor) -> Tensor:
-        return pointwise(self.conv1, x)
 
     def from_latents(self, z: Tensor) -> Tensor:
         """Input of the decoder's chain."""

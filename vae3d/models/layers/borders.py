@@ -56,11 +56,9 @@ class Borders:
         """Write the padding of [..., H + 2 rows, W + 2 columns] from its inside, in place."""
         rows, columns = self.padding
         if rows:
-            frame = self.crop(padded)
-            half = frame.shape[-1] // 2
-            for edge, row in ((padded[..., 0, 1:-1], frame[..., 0, :]), (padded[..., -1, 1:-1], frame[..., -1, :])):
-                edge[..., :half] = row[..., half:]
-                edge[..., half:] = row[..., :half]
+            half = padded.shape[-1] // 2 - 1
+            padded[..., 0, 1:-1] = padded[..., 1, 1:-1].roll(half, -1)
+            padded[..., -1, 1:-1] = padded[..., -2, 1:-1].roll(half, -1)
         if columns:
             padded[..., 0] = padded[..., -2]
             padded[..., -1] = padded[..., 1]
@@ -72,11 +70,9 @@ class Borders:
             grad[..., -2] += grad[..., 0]
             grad[..., 1] += grad[..., -1]
         if rows:
-            frame = self.crop(grad)
-            half = frame.shape[-1] // 2
-            for edge, row in ((grad[..., 0, 1:-1], frame[..., 0, :]), (grad[..., -1, 1:-1], frame[..., -1, :])):
-                row[..., half:] += edge[..., :half]
-                row[..., :half] += edge[..., half:]
+            half = grad.shape[-1] // 2 - 1
+            grad[..., 1, 1:-1] += grad[..., 0, 1:-1].roll(half, -1)
+            grad[..., -2, 1:-1] += grad[..., -1, 1:-1].roll(half, -1)
         return self.crop(grad)
 
 
