@@ -16,6 +16,8 @@ from vae3d.schedules import ramp
 from vae3d.seeding import seed_of
 from vae3d.types import Clip, Reconstruction
 
+LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
+
 
 class UpdatePhase(NamedTuple):
     """Which networks a step updates."""
@@ -42,13 +44,11 @@ class Adversary:
     def update_phase(self, step: int) -> UpdatePhase:
         return UpdatePhase(generator=True, discriminator=False)
 
-    def generator_loss(
-        self, clip: Clip, out: Reconstruction, loss: Tensor, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def generator_loss(self, clip: Clip, out: Reconstruction, loss: Tensor, step: int) -> LossAndMetrics:
         """Weighted loss to add to the objective's `loss`, and metrics."""
         return torch.zeros((), device=clip.video.device), {}
 
-    def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> LossAndMetrics:
         raise NotImplementedError
 
     def sync_remaining(self, step: int, micro_batches: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vae3d.adversarial.adaptive import AdaptiveWeight
-from vae3d.adversarial.base import DiscriminatorAdversary, UpdatePhase, require_grad, require_pair
+from vae3d.adversarial.base import DiscriminatorAdversary, LossAndMetrics, UpdatePhase, require_grad, require_pair
 from vae3d.adversarial.criteria import CRITERIA, gradient_penalty, lecam, over_scales
 from vae3d.adversarial.discriminators import MultiScale, PatchGAN, PatchGAN3D
 from vae3d.adversarial.frame_groups import group_frames
@@ -129,9 +129,7 @@ class Gan(DiscriminatorAdversary):
             power=self.power,
         )
 
-    def generator_loss(
-        self, clip: Clip, out: Reconstruction, loss: Tensor, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def generator_loss(self, clip: Clip, out: Reconstruction, loss: Tensor, step: int) -> LossAndMetrics:
         """Raises ValueError if sizes differ, no trained part reaches the pixels, or as AdaptiveWeight does."""
         weight = torch.tensor(self.weight_at(step), device=clip.video.device)
         if not self.weight_at(step):
@@ -158,7 +156,7 @@ class Gan(DiscriminatorAdversary):
         real_logits = self._logits(frozen, real) if criterion.paired else fake_logits
         return over_scales(criterion.generator, real_logits, fake_logits)
 
-    def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> LossAndMetrics:
         """Raises ValueError if sizes differ."""
         real, fake = (images.detach() for images in self._inputs(clip, out))
         self._step = step
@@ -173,7 +171,7 @@ class Gan(DiscriminatorAdversary):
         metrics["gan/discriminator_grad_norm"] = torch.tensor(self.grad_norm, device=real.device)
         return loss, {name: metric.detach() for name, metric in metrics.items()}
 
-    def discriminator_criterion(self, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def discriminator_criterion(self, real: Tensor, fake: Tensor) -> LossAndMetrics:
         """Loss of the discriminator in train mode, without its gradient penalties, and metrics."""
         pairs = [logits.chunk(2) for logits in self._logits(self.train_mode(), torch.cat([real, fake]))]
         real_logits, fake_logits = zip(*pairs, strict=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae3d.adversarial.base import DiscriminatorAdversary, require_grad, require_pair
+from vae3d.adversarial.base import DiscriminatorAdversary, LossAndMetrics, require_grad, require_pair
 from vae3d.adversarial.discriminators import SERAENA_NORMS, SERAENA_STRIDE, ConditionalPatchDiscriminator
 from vae3d.adversarial.frame_groups import group_frames, group_latents, ungroup_frames
 from vae3d.adversarial.replay import ReplayBuffer
@@ -86,9 +86,7 @@ class Seraena(DiscriminatorAdversary):
     def build(self) -> ConditionalPatchDiscriminator:
         return ConditionalPatchDiscriminator(3 * self.frames, self.context_channels, self.channels, norm=self.norm)
 
-    def generator_loss(
-        self, clip: Clip, out: Reconstruction, loss: Tensor, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def generator_loss(self, clip: Clip, out: Reconstruction, loss: Tensor, step: int) -> LossAndMetrics:
         """Raises ValueError if sizes do not fit or no trained part reaches the pixels."""
         weight = self.weight_at(step)
         if not weight:
@@ -118,7 +116,7 @@ class Seraena(DiscriminatorAdversary):
         gap = fake_scores.detach().mean() - real_scores.mean()
         return -gradient / (gradient.std(correction=0) + self.eps), gap
 
-    def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> LossAndMetrics:
         """Raises ValueError if sizes do not fit, or differ from those in the buffer."""
         real, fake, context = (tensor.detach() for tensor in self._inputs(clip, out))
         self._check_same_size(fake, context)

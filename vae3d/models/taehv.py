@@ -335,23 +335,19 @@ class PlannedStream:
                 f"the chunk has {video.shape[2]} frames; chunks() gave it {frames}, with at most {self.lookahead} more "
                 "as lookahead"
             )
-        z = self._encode(pad_space(video, self.model.spec.space_stride), latents)
-        rec, self._decoder_cache = self.model.decode_planned(z, self._plan, self._latents, self._decoder_cache)
-        self._shown += frames
-        self._latents = latents
-        return Reconstruction(rec[:, :, :frames, :height, :width], Delta(z), z)
-
-    def _encode(self, video: Tensor, latents: int) -> Tensor:
-        """Encode up to the latent `latents`. video: from the first frame that has not been shown."""
-        plan = self._plan
-        count = count_frames(plan.encoder, self.model.spec.time_stride, self._latents, latents)
-        new = video[:, :, self._encoded - self._shown :]
+        model, plan = self.model, self._plan
+        count = count_frames(plan.encoder, model.spec.time_stride, self._latents, latents)
+        video = pad_space(video, model.spec.space_stride)
+        new = video[:, :, self._encoded - self._shown :]  # not encoded as lookahead before
         if not new.shape[2]:
             new = video[:, :, -1:]
         new = extend_time(new, count)[:, :, :count]
+        z, self._encoder_cache = model.encode_planned(new, plan, self._latents, latents, self._encoder_cache)
+        rec, self._decoder_cache = model.decode_planned(z, plan, self._latents, self._decoder_cache)
         self._encoded += count
-        z, self._encoder_cache = self.model.encode_planned(new, plan, self._latents, latents, self._encoder_cache)
-        return z
+        self._shown += frames
+        self._latents = latents
+        return Reconstruction(rec[:, :, :frames, :height, :width], Delta(z), z)
 
 
 def _one_by_one(x: Tensor) -> bool:

@@ -123,12 +123,12 @@ class WanVAE(VideoAutoencoder):
                 f"the chunk is {frames} frames of {height}x{width}; give {valid} frames of sides that are multiples of "
                 f"{space}"
             )
-        moments, cache = self._moments(video, cache, return_cache=True)
+        moments, cache = self._moments(video, cache, return_cache=True, recompute=False)
         return Posterior.from_moments(moments), list(cache)
 
     def decode_chunk(self, z: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         """Video of a stream's next latents, not clamped, and the cache for the chunk after; see encode_chunk."""
-        video, cache = self._pixels(z, cache, return_cache=True)
+        video, cache = self._pixels(z, cache, return_cache=True, recompute=False)
         return video, list(cache)
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> CausalStream:
@@ -163,15 +163,11 @@ class WanVAE(VideoAutoencoder):
             outputs.append(output)
         return outputs[0] if single else torch.cat(outputs, 2)
 
-    def _moments(
-        self, video: Tensor, cache: Cache | None, return_cache: bool, recompute: bool = False
-    ) -> tuple[Tensor, Cache]:
+    def _moments(self, video: Tensor, cache: Cache | None, return_cache: bool, recompute: bool) -> tuple[Tensor, Cache]:
         x, cache = run_chain(self.encoder.chain(), self.to_patches(video), cache, return_cache, recompute)
         return pointwise(self.conv1, x), cache
 
-    def _pixels(
-        self, z: Tensor, cache: Cache | None, return_cache: bool, recompute: bool = False
-    ) -> tuple[Tensor, Cache]:
+    def _pixels(self, z: Tensor, cache: Cache | None, return_cache: bool, recompute: bool) -> tuple[Tensor, Cache]:
         x, cache = run_chain(self.decoder.chain(), self.from_latents(z), cache, return_cache, recompute)
         return self.from_patches(x), cache
 
