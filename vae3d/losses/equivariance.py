@@ -36,10 +36,6 @@ class Transform(NamedTuple):
             video = clips_of(frames, len(video))
         return torch.rot90(video.flip(-1) if self.flip else video, self.quarter_turns, (-2, -1))
 
-    def scaled_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of latents after scaling."""
-        return max(1, round(height * self.scale)), max(1, round(width * self.scale))
-
 
 @dataclass(kw_only=True, eq=False)
 class Equivariance:
@@ -98,8 +94,14 @@ class Equivariance:
         """Mean error of one clip."""
         one = slice(index, index + 1)
         z, video = out.z[one].float(), clip.video[one]
-        stride = _stride(video, z)
-        latent_size = tau.scaled_size(*z.shape[-2:])
+        stride = video.shape[-2] // z.shape[-2]
+        if video.shape[-2:] != tuple(side * stride for side in z.shape[-2:]):
+            height, width = video.shape[-2:]
+            raise ValueError(
+                f"equivariance needs height and width that are multiples of the model's stride; {height}x{width} "
+                f"pixels have latents of {z.shape[-2]}x{z.shape[-1]}"
+            )
+        latent_size = [max(1, round(side * tau.scale)) for side in z.shape[-2:]]
         size = [side * stride for side in latent_size]
         target = tau(video, size)
         errors = NORMS[self.norm](out.decode(tau(z, latent_size), target).float() - target)
@@ -110,14 +112,3 @@ class Equivariance:
                 weight = weight * (tau(clip.valid[one].float(), size) > 1 - 1e-4)
             errors = errors * mean_one(weight)
         return errors.mean()
-
-
-def _stride(video: Tensor, z: Tensor) -> int:
-    height, width = video.shape[-2:]
-    stride = height // z.shape[-2]
-    if (height, width) != (stride * z.shape[-2], stride * z.shape[-1]):
-        raise ValueError(
-            f"equivariance needs height and width that are multiples of the model's stride; {height}x{width} pixels "
-            f"have latents of {z.shape[-2]}x{z.shape[-1]}"
-        )
-    return stride

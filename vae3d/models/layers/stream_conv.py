@@ -256,8 +256,4 @@ def _stack(clips: Sequence[Tensor]) -> Tensor:
     """[T, C, H, W] of each clip -> [B, C, T, H, W], both channels last."""
     if len(clips) == 1:
         return clips[0].transpose(0, 1)[None]
-    count, channels, height, width = clips[0].shape
-    out = clips[0].new_empty((len(clips), count, height, width, channels)).permute(0, 4, 1, 2, 3)
-    for whole, clip in zip(out, clips, strict=True):
-        whole.copy_(clip.transpose(0, 1))
-    return out
+    return torch.stack([clip.permute(0, 2, 3, 1) for clip in clips]).permute(0, 4, 1, 2, 3)
