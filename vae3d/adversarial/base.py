@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vae3d.arguments import ArgumentError
+from vae3d.arguments import ArgumentError, Range, check_fields
 from vae3d.distributed import all_reduce_mean
 from vae3d.restore import check_like, load_optimizer
 from vae3d.schedules import ramp
@@ -17,6 +17,9 @@ from vae3d.seeding import seed_of
 from vae3d.types import Clip, Reconstruction
 
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
+Step = Annotated[int, Range(0, 10**12)]
+Weight = Annotated[float, Range(0, 1e12)]
+Positive = Annotated[float, Range(1e-30, 1e30)]
 
 
 class UpdatePhase(NamedTuple):
@@ -86,32 +89,25 @@ class DiscriminatorAdversary(Adversary):
     """What Gan and Seraena share: a discriminator with its AdamW, schedules, and skipped steps.
 
     Both train the discriminator under functional_call with copies of its buffers (running statistics, singular
-    vectors), which `step` keeps and `reset_step` drops: a skipped step leaves no trace.
+    vectors), which `step` keeps and `reset_step` drops: a skipped step leaves no trace. Settings are fields of the
+    subclasses, which are dataclasses, and are checked against their annotations.
     """
 
     name: str  # in seeds
-    choices: Mapping[str, Collection[str]]  # of settings
-    minimums: Mapping[str, float]
-    weight: float
-    start: int
-    ramp: int
-    discriminator_start: int | None
+    title: str  # in errors
+    weight: Weight
+    start: Step
+    ramp: Step
+    discriminator_start: Step | None
     lr: float
     betas: Sequence[float]
     weight_decay: float
-    grad_clip: float | None
+    grad_clip: Positive | None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a setting that is not among its choices or below its minimum."""
+        check_fields(vars(self), type(self), key="adversary")
         if self.discriminator_start is None:
             self.discriminator_start = self.start
-        for key, allowed in self.choices.items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"adversary.{key} is {getattr(self, key)!r}; use {' or '.join(allowed)}")
-        minimums = dict.fromkeys(("weight", "start", "ramp", "discriminator_start"), 0) | self.minimums
-        for key, minimum in minimums.items():
-            if getattr(self, key) < minimum:
-                raise ValueError(f"adversary.{key} is {getattr(self, key)}; use {minimum} or more")
         if self.discriminator_start > self.start:
             raise ValueError(
                 f"adversary.discriminator_start is {self.discriminator_start}, after adversary.start={self.start}: the "
@@ -196,21 +192,21 @@ class DiscriminatorAdversary(Adversary):
         load_optimizer(self.optimizer, state["optimizer"], "adversary.optimizer")
         self.skipped = state["skipped"]
 
+    def require_pair(self, clip: Clip, out: Reconstruction) -> tuple[Tensor, Tensor]:
+        """The clip's pixels and their reconstruction, [B, 3, T, H, W].
 
-def require_pair(name: str, clip: Clip, out: Reconstruction) -> tuple[Tensor, Tensor]:
-    """The clip's pixels and their reconstruction, [B, 3, T, H, W]. name: of the adversary, for errors.
+        Raises ValueError if there is no reconstruction, or one of another size.
+        """
+        if out.video is None:
+            raise ValueError(
+                f"{self.title} needs reconstructed pixels, but no loss term does; add one, such as loss=recon_kl"
+            )
+        real, fake = list(clip.video.shape), list(out.video.shape)
+        if fake != real:
+            raise ValueError(f"the clip is {real}, its reconstruction {fake}; they must agree")
+        return clip.video, out.video
 
-    Raises ValueError if there is no reconstruction, or one of another size, or one without gradient.
-    """
-    if out.video is None:
-        raise ValueError(f"{name} needs reconstructed pixels, but no loss term does; add one, such as loss=recon_kl")
-    real, fake = list(clip.video.shape), list(out.video.shape)
-    if fake != real:
-        raise ValueError(f"the clip is {real}, its reconstruction {fake}; they must agree")
-    return clip.video, out.video
-
-
-def require_grad(name: str, out: Reconstruction) -> None:
-    """Raises ValueError if the reconstruction has no gradient to train the generator with."""
-    if not out.video.requires_grad:
-        raise ValueError(f"no trained part reaches the pixels, on which {name} works; use adversary=none")
+    def require_grad(self, out: Reconstruction) -> None:
+        """Raises ValueError if the reconstruction has no gradient to train the generator with."""
+        if not out.video.requires_grad:
+            raise ValueError(f"no trained part reaches the pixels, on which {self.title} works; use adversary=none")

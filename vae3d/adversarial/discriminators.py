@@ -14,7 +14,6 @@ from vae3d.precision import autocast_off
 
 NORMS = ("spectral_group", "spectral", "batch", "group", "none")
 SPECTRAL = ("spectral_group", "spectral")
-SERAENA_NORMS = ("batch", "group")
 SERAENA_STRIDE = 8  # pixels per score, along height and width
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from vae3d.adversarial.adaptive import AdaptiveWeight
-from vae3d.adversarial.base import DiscriminatorAdversary, LossAndMetrics, UpdatePhase, require_grad, require_pair
+from vae3d.adversarial.base import DiscriminatorAdversary, LossAndMetrics, Positive, Step, UpdatePhase, Weight
 from vae3d.adversarial.criteria import CRITERIA, gradient_penalty, lecam, over_scales
 from vae3d.adversarial.discriminators import MultiScale, PatchGAN, PatchGAN3D
 from vae3d.adversarial.frame_groups import group_frames
+from vae3d.arguments import Count
 from vae3d.precision import autocast, autocast_off
 from vae3d.schedules import ALL_ON, learning_rate
 from vae3d.types import Clip, Reconstruction
@@ -50,48 +51,44 @@ class Gan(DiscriminatorAdversary):
     Raises ValueError for settings that do not go together.
     """
 
-    input: str = "frames"
+    input: Literal["frames", "clips"] = "frames"
     channels: int = 64
     layers: int = 3
     norm: str = "spectral_group"
     groups: int = 32
-    scales: int = 1
-    criterion: str = "hinge"
-    lecam: float = 0.0
+    scales: Count = 1
+    criterion: Literal["hinge", "vanilla", "non_saturating", "relativistic", "hinge_non_saturating"] = "hinge"
+    lecam: Weight = 0.0
     lecam_decay: float = 0.999
-    r1: float = 0.0
-    r2: float = 0.0
-    penalty_every: int = 16
-    weight: float = 1.0
+    r1: Weight = 0.0
+    r2: Weight = 0.0
+    penalty_every: Count = 16
+    weight: Weight = 1.0
     adaptive: bool = True
-    adaptive_max: float = 1e4
-    start: int = 0
-    ramp: int = 0
-    discriminator_start: int | None = None
+    adaptive_max: Positive = 1e4
+    start: Step = 0
+    ramp: Step = 0
+    discriminator_start: Step | None = None
     alternate: bool = False
     lr: float = 1e-4
     betas: Sequence[float] = (0.5, 0.9)
     weight_decay: float = 0.0
-    grad_clip: float | None = 1.0
+    grad_clip: Positive | None = 1.0
     schedule: str = "constant"
     warmup_steps: int = 0
     max_steps: int = 0
     min_lr: float = 0.0
     cycles: int = 1
     power: float = 1.0
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     name = "gan"
-    choices = {"input": NETWORKS, "criterion": CRITERIA, "precision": ("fp32", "bf16")}
-    minimums = {"lecam": 0, "r1": 0, "r2": 0, "scales": 1, "penalty_every": 1}
+    title = "the GAN"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.lecam_decay < 1:
             raise ValueError(f"adversary.lecam_decay is {self.lecam_decay}; use 0 to less than 1")
-        for key, value in (("adaptive_max", self.adaptive_max), ("grad_clip", self.grad_clip)):
-            if value is not None and not value > 0:
-                raise ValueError(f"adversary.{key} is {value}; use a positive number")
         if self.norm == "batch" and (self.r1 or self.r2):
             raise ValueError(
                 "adversary.norm=batch mixes images, so adversary.r1 and adversary.r2 would not be gradients of an "
@@ -135,7 +132,7 @@ class Gan(DiscriminatorAdversary):
         if not self.weight_at(step):
             return weight, {}
         real, fake = self._inputs(clip, out)
-        require_grad("the GAN", out)
+        self.require_grad(out)
         with autocast_off(fake.device):
             value = self.generator_criterion(real, fake)
             metrics = {"loss/gan": value}
@@ -240,7 +237,7 @@ class Gan(DiscriminatorAdversary):
 
     def _inputs(self, clip: Clip, out: Reconstruction) -> tuple[Tensor, Tensor]:
         """Real and fake frames [B * T, 3, H, W] or clips [B, 3, T, H, W] in fp32; the fake ones have the gradient."""
-        real, fake = (video.float() for video in require_pair("the GAN", clip, out))
+        real, fake = (video.float() for video in self.require_pair(clip, out))
         if clip.valid is not None:
             fake = torch.where(clip.valid, fake, real)
         return (real, fake) if self.input == "clips" else (group_frames(real, 1), group_frames(fake, 1))

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae3d.adversarial.base import DiscriminatorAdversary, LossAndMetrics, require_grad, require_pair
-from vae3d.adversarial.discriminators import SERAENA_NORMS, SERAENA_STRIDE, ConditionalPatchDiscriminator
+from vae3d.adversarial.base import DiscriminatorAdversary, LossAndMetrics, Positive, Step, Weight
+from vae3d.adversarial.discriminators import SERAENA_STRIDE, ConditionalPatchDiscriminator
 from vae3d.adversarial.frame_groups import group_frames, group_latents, ungroup_frames
 from vae3d.adversarial.replay import ReplayBuffer
+from vae3d.arguments import Count, Range, Widths
 from vae3d.precision import autocast, autocast_off
 from vae3d.seeding import generator_of
 from vae3d.types import Clip, Reconstruction
@@ -51,36 +52,29 @@ class Seraena(DiscriminatorAdversary):
     """
 
     context_channels: int
-    weight: float = 1.0
-    start: int = 0
-    ramp: int = 0
-    discriminator_start: int | None = None
-    frames: int = 3
-    context: str = "mean"
-    eps: float = 1e-5
-    buffer_length: int = 16384
-    fresh_fraction: float = 0.5
+    weight: Weight = 1.0
+    start: Step = 0
+    ramp: Step = 0
+    discriminator_start: Step | None = None
+    frames: Count = 3
+    context: Literal["mean", "nearest"] = "mean"
+    eps: Positive = 1e-5
+    buffer_length: Count = 16384
+    fresh_fraction: Annotated[float, Range(0, 1)] = 0.5
     lr: float = 3e-4
     betas: Sequence[float] = (0.9, 0.99)
-    grad_clip: float | None = None
-    norm: str = "batch"
-    channels: Sequence[int] = (64, 128, 256, 512, 512, 512)
-    precision: str = "fp32"
-    diagnostics_every: int = 50
+    grad_clip: Positive | None = None
+    norm: Literal["batch", "group"] = "batch"
+    channels: Widths = (64, 128, 256, 512, 512, 512)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    diagnostics_every: Step = 50
 
     name = "seraena"
-    choices = {"context": ("mean", "nearest"), "norm": SERAENA_NORMS, "precision": ("fp32", "bf16")}
-    minimums = {"diagnostics_every": 0, "frames": 1, "buffer_length": 1}
+    title = "Seraena"
     weight_decay = 0.01  # torch's default
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.fresh_fraction <= 1:
-            raise ValueError(f"adversary.fresh_fraction is {self.fresh_fraction}; use 0 to 1")
-        if self.eps <= 0:
-            raise ValueError(f"adversary.eps is {self.eps}; use a positive number")
-        if not self.channels:
-            raise ValueError("adversary.channels is empty; give the width of every block")
         self.buffer = ReplayBuffer(self.buffer_length)
 
     def build(self) -> ConditionalPatchDiscriminator:
@@ -92,7 +86,7 @@ class Seraena(DiscriminatorAdversary):
         if not weight:
             return torch.zeros((), device=clip.video.device), {}
         real, fake, context = self._inputs(clip, out)
-        require_grad("Seraena", out)
+        self.require_grad(out)
         with autocast_off(fake.device):
             correction, gap = self.correction(real, fake, context)
             pixels = (out.video.float() + 1) / 2
@@ -171,7 +165,7 @@ class Seraena(DiscriminatorAdversary):
 
     def _inputs(self, clip: Clip, out: Reconstruction) -> tuple[Tensor, Tensor, Tensor]:
         """Real and fake images and their context, checked, in fp32; only the fakes have a gradient."""
-        real, fake = require_pair("Seraena", clip, out)
+        real, fake = self.require_pair(clip, out)
         z = out.z
         if z.ndim != 5 or z.shape[0] != real.shape[0]:
             raise ValueError(f"latents of {len(real)} clips are [{len(real)}, C, t, h, w]; these are {list(z.shape)}")
