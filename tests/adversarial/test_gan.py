@@ -176,7 +176,7 @@ def test_the_check_names_what_does_not_go_with_a_gan(config):
             "trainer.ema.every=2: ",
         ),
         ({"layers": 3}, "adversary: a clip of 2 frames fails: the clip is 16x16; this discriminator needs 24 pixels"),
-        ({"norm": "layer"}, "adversary: cannot be built: ValueError: adversary.norm is 'layer'; use one of"),
+        ({"norm": "layer"}, "adversary: cannot be built: ArgumentError: adversary.norm is 'layer'; give one of"),
         ({"schedule": "sine"}, "adversary: cannot be built: ValueError: schedule is 'sine'"),
     ):
         (error,) = errors(**changes)

@@ -108,7 +108,7 @@ def test_the_running_statistics_follow_every_micro_batch():
 
 def test_gradients_are_clipped_if_asked_for():
     def moved(**settings):
-        adversary = toy.seraena(**settings)
+        adversary = toy.seraena(lr=1.0, **settings)
         adversary.optimizer = torch.optim.SGD(adversary.discriminator.parameters(), lr=1.0)
         before = [p.detach().clone() for p in adversary.discriminator.parameters()]
         toy.train(adversary, range(1))
@@ -271,7 +271,7 @@ def test_pixels_that_no_trained_part_makes_are_refused():
     ("override", "message"),
     [
         ("adversary.wieght=2", "adversary.wieght: is not an argument of vae3d.adversarial.seraena.Seraena; did you mean adversary.weight?"),
-        ("adversary.norm=layer", "adversary: cannot be built: ValueError: adversary.norm is 'layer'; use batch or group"),
+        ("adversary.norm=layer", "adversary: cannot be built: ArgumentError: adversary.norm is 'layer'; give one of batch, group"),
         ("adversary.context_channels=16", "adversary: a clip of 1 frames fails: the latents have 4 channels, adversary.context_channels is 16; set it to 4"),
     ],
 )  # fmt: skip

@@ -178,10 +178,10 @@ def test_weights_and_masks_turn_with_the_clip():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scales": [0.5, 1.5]}, r"scales are \[0.5, 1.5\]; each must be above 0 and at most 1"),
-        ({"rotations": [90]}, r"rotations are \[90\]; use quarter turns"),
-        ({"probability": 0.0}, "probability is 0.0; it must be above 0 and at most 1"),
-        ({"norm": "huber"}, "norm is 'huber'; use one of l1, l2"),
+        ({"scales": [0.5, 1.5]}, r"scales\[1\] is 1.5; give a finite number from 1e-06 to 1"),
+        ({"rotations": [90]}, r"rotations\[0\] is 90; give one of 0, 1, 2, 3"),
+        ({"probability": 0.0}, "probability is 0.0; give a finite number from 1e-06 to 1"),
+        ({"norm": "huber"}, "norm is 'huber'; give one of l1, l2"),
         ({"scales": [1.0], "rotations": [0]}, "only the identity"),
     ],
 )

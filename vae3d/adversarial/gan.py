@@ -14,9 +14,9 @@ from torch.func import functional_call
 from vae3d.adversarial.adaptive import AdaptiveWeight
 from vae3d.adversarial.base import DiscriminatorAdversary, LossAndMetrics, Positive, Step, UpdatePhase, Weight
 from vae3d.adversarial.criteria import CRITERIA, gradient_penalty, lecam, over_scales
-from vae3d.adversarial.discriminators import MultiScale, PatchGAN, PatchGAN3D
+from vae3d.adversarial.discriminators import MultiScale, Norm, PatchGAN, PatchGAN3D
 from vae3d.adversarial.frame_groups import group_frames
-from vae3d.arguments import Count
+from vae3d.arguments import Count, Depth, Width
 from vae3d.precision import autocast, autocast_off
 from vae3d.schedules import ALL_ON, learning_rate
 from vae3d.types import Clip, Reconstruction
@@ -52,10 +52,10 @@ class Gan(DiscriminatorAdversary):
     """
 
     input: Literal["frames", "clips"] = "frames"
-    channels: int = 64
-    layers: int = 3
-    norm: str = "spectral_group"
-    groups: int = 32
+    channels: Width = 64
+    layers: Depth = 3
+    norm: Norm = "spectral_group"
+    groups: Count = 32
     scales: Count = 1
     criterion: Literal["hinge", "vanilla", "non_saturating", "relativistic", "hinge_non_saturating"] = "hinge"
     lecam: Weight = 0.0

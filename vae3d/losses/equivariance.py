@@ -6,12 +6,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vae3d.arguments import Range, check_fields
 from vae3d.losses.objective import ErrorMap, numel_per_frame
 from vae3d.losses.pixel_weights import mean_one
 from vae3d.models.layers.frames import clips_of, frames_of
@@ -19,6 +20,7 @@ from vae3d.seeding import seed_of
 from vae3d.types import Clip, Reconstruction
 
 NORMS = {"l1": torch.abs, "l2": torch.square}
+Share = Annotated[float, Range(1e-6, 1)]
 
 
 class Transform(NamedTuple):
@@ -53,22 +55,15 @@ class Equivariance:
 
     needs_pixels = True
 
-    scales: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
-    rotations: Sequence[int] = (0, 1, 2, 3)
+    scales: Sequence[Share] = (0.25, 0.5, 0.75, 1.0)
+    rotations: Sequence[Literal[0, 1, 2, 3]] = (0, 1, 2, 3)
     flip: bool = False
-    probability: float = 0.5
-    norm: str = "l1"
+    probability: Share = 0.5
+    norm: Literal["l1", "l2"] = "l1"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not all(0 < scale <= 1 for scale in self.scales):
-            raise ValueError(f"scales are {list(self.scales)}; each must be above 0 and at most 1")
-        if not set(self.rotations) <= {0, 1, 2, 3}:
-            raise ValueError(f"rotations are {list(self.rotations)}; use quarter turns, 0, 1, 2 or 3")
-        if not 0 < self.probability <= 1:
-            raise ValueError(f"probability is {self.probability}; it must be above 0 and at most 1")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm is {self.norm!r}; use one of {', '.join(NORMS)}")
+        check_fields(vars(self), type(self))
         combinations = product(map(float, self.scales), (False, True) if self.flip else (False,), self.rotations)
         self.transforms = [Transform(*settings) for settings in combinations if settings != (1.0, False, 0)]
         if not self.transforms:

@@ -10,7 +10,7 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import count
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 from torch import Tensor, nn
 
@@ -35,9 +35,8 @@ from vae3d.pixels import check_latents, check_video
 from vae3d.types import LatentSpec, Posterior
 
 log = logging.getLogger("vae3d")
-COGVIDEOX = "AutoencoderKLCogVideoX"
-HUNYUAN = "AutoencoderKLHunyuanVideo"
-KINDS = (COGVIDEOX, HUNYUAN)
+Kind = Literal["AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo"]
+KINDS = COGVIDEOX, HUNYUAN = get_args(Kind)
 
 
 class DiffusersVAE(VideoAutoencoder):
@@ -55,7 +54,7 @@ class DiffusersVAE(VideoAutoencoder):
     """
 
     @check_arguments
-    def __init__(self, kind: str, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, kind: Kind, config: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.kind = kind
         self.vae = _build(kind, config or {})
@@ -154,10 +153,8 @@ LEVELS = ("block_out_channels", "down_block_types", "up_block_types")
 CONFIGS: dict[str, type] = {COGVIDEOX: _CogVideoXConfig, HUNYUAN: _HunyuanConfig}
 
 
-def _build(kind: str, config: Mapping[str, Any]) -> nn.Module:
+def _build(kind: Kind, config: Mapping[str, Any]) -> nn.Module:
     """diffusers' model with random weights, from the entries of its config.json that the installed diffusers takes."""
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; use one of {', '.join(KINDS)}")
     try:
         import diffusers
     except ImportError as error:

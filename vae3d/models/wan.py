@@ -7,6 +7,7 @@ Wan-Video/Wan2.1 and `vae2_2.py` in Wan-Video/Wan2.2.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -54,8 +55,8 @@ class WanVAE(VideoAutoencoder):
         latent_channels: Width = 16,
         patch: Factor = 1,
         shortcuts: bool = False,
-        pad_w: str = "zeros",
-        pad_h: str = "zeros",
+        pad_w: Literal["zeros", "circular"] = "zeros",
+        pad_h: Literal["zeros", "pole"] = "zeros",
         latents_mean: Sequence[Mean] | None = None,
         latents_std: Sequence[Deviation] | None = None,
         chunk_latents: Count | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -17,17 +18,13 @@ class Borders:
     height: zeros, none, or pole: beyond its first row an equirectangular panorama continues with the same row, turned
     by 180 degrees, and likewise at its last. The convolution adds zeros by itself; circular and pole padding, of one
     pixel on each side, is written into its input.
-    Raises ValueError for another mode, or for pole without circular.
+    Raises ValueError for pole without circular.
     """
 
-    width: str = "zeros"
-    height: str = "zeros"
+    width: Literal["zeros", "circular", "none"] = "zeros"
+    height: Literal["zeros", "pole", "none"] = "zeros"
 
     def __post_init__(self) -> None:
-        if self.width not in ("zeros", "circular", "none"):
-            raise ValueError(f"pad_w is {self.width!r}; use zeros or circular")
-        if self.height not in ("zeros", "pole", "none"):
-            raise ValueError(f"pad_h is {self.height!r}; use zeros or pole")
         if self.height == "pole" and self.width != "circular":
             raise ValueError("pad_h=pole turns rows around the panorama; it needs pad_w=circular")
 
