@@ -18,7 +18,7 @@ from vae3d.adversarial.discriminators import MultiScale, Norm, PatchGAN, PatchGA
 from vae3d.adversarial.frame_groups import group_frames
 from vae3d.arguments import Count, Depth, Width
 from vae3d.precision import autocast, autocast_off
-from vae3d.schedules import ALL_ON, learning_rate
+from vae3d.schedules import ALL_ON, Schedule, learning_rate
 from vae3d.types import Clip, Reconstruction
 
 NETWORKS = {"frames": PatchGAN, "clips": PatchGAN3D}
@@ -74,7 +74,7 @@ class Gan(DiscriminatorAdversary):
     betas: Sequence[float] = (0.5, 0.9)
     weight_decay: float = 0.0
     grad_clip: Positive | None = 1.0
-    schedule: str = "constant"
+    schedule: Schedule = "constant"
     warmup_steps: int = 0
     max_steps: int = 0
     min_lr: float = 0.0
@@ -94,7 +94,6 @@ class Gan(DiscriminatorAdversary):
                 "adversary.norm=batch mixes images, so adversary.r1 and adversary.r2 would not be gradients of an "
                 "image's own logits; use another norm, or 0 for both"
             )
-        self.lr_at(ALL_ON)  # raises for an unknown schedule
         with torch.device("meta"):
             self.build()
         self.adaptive_weight = AdaptiveWeight(self.adaptive_max) if self.adaptive else None
