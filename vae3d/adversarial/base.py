@@ -146,9 +146,6 @@ class DiscriminatorAdversary(Adversary):
         self.discriminator.train()
         return self._buffers
 
-    def skipped_steps(self) -> Tensor:
-        return torch.tensor(float(self.skipped), device=self.device)
-
     def update(self, lr: float, also_reduce: Sequence[Tensor] = ()) -> bool:
         """Average gradients, buffers and `also_reduce` over ranks, clip, and step; returns whether it stepped.
 

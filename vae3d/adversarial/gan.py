@@ -163,7 +163,7 @@ class Gan(DiscriminatorAdversary):
                 gammas = {"gan/r1": self.r1, "gan/r2": self.r2}
                 loss = loss + self.penalty_every / 2 * sum(gammas[name] * value for name, value in penalties.items())
                 metrics |= penalties
-        metrics["gan/skipped"] = self.skipped_steps()
+        metrics["gan/skipped"] = torch.tensor(float(self.skipped), device=real.device)
         metrics["gan/discriminator_grad_norm"] = torch.tensor(self.grad_norm, device=real.device)
         return loss, {name: metric.detach() for name, metric in metrics.items()}
 

@@ -123,7 +123,8 @@ class Seraena(DiscriminatorAdversary):
         loss = self.discriminator_criterion(images, contexts, is_fake)
         self._pending.append((fake.half(), context.half()))
         self._step = step
-        return loss, {"seraena/discriminator_loss": loss.detach(), "seraena/skipped": self.skipped_steps()}
+        skipped = torch.tensor(float(self.skipped), device=real.device)
+        return loss, {"seraena/discriminator_loss": loss.detach(), "seraena/skipped": skipped}
 
     def discriminator_criterion(self, images: Tensor, contexts: Tensor, is_fake: Tensor) -> Tensor:
         """MSE of scores in train mode against 1 where is_fake [N, 1, 1, 1], -1 elsewhere."""

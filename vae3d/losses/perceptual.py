@@ -51,7 +51,11 @@ class LPIPS(PixelTerm):
         weight = clip.weight
         if self.wrap:
             ori, rec = panorama.wrap(ori, self.wrap), panorama.wrap(rec, self.wrap)
-            weight = self._wrapped_weight(clip)
+            # 0 in the padding, and still of mean 1
+            width = clip.video.shape[-1]
+            weight = clip.video.new_ones(1, 1, 1, 1, 1) if weight is None else weight
+            weight = weight.expand(-1, -1, -1, clip.video.shape[-2], width)
+            weight = F.pad(weight, (self.wrap, self.wrap)) * (1 + 2 * self.wrap / width)
         if weight is not None:
             clips, frames = clip.video.shape[0], clip.video.shape[2]
             weight = frames_of(weight.expand(clips, 1, frames, -1, -1))
@@ -63,10 +67,3 @@ class LPIPS(PixelTerm):
         batches = zip(*(tensor.split(self.frame_batch) for tensor in tensors), strict=True)
         recompute = self.gradient_checkpointing and rec.requires_grad
         return clips_of(torch.cat([maybe_checkpoint(self.network, *b, enabled=recompute) for b in batches]), clips)
-
-    def _wrapped_weight(self, clip: Clip) -> Tensor:
-        """The clip's weight for wrapped frames: 0 in the padding, and still of mean 1."""
-        width = clip.video.shape[-1]
-        weight = clip.video.new_ones(1, 1, 1, 1, 1) if clip.weight is None else clip.weight
-        weight = weight.expand(-1, -1, -1, clip.video.shape[-2], width)
-        return F.pad(weight, (self.wrap, self.wrap)) * (1 + 2 * self.wrap / width)

@@ -100,7 +100,8 @@ class Tiled:
         """As WanVAE.decode_chunk; return_cache=False for a whole clip."""
         tiled_layers, whole_layers = self._decoder
         tiles_cache, cache = cache or (None, None)
-        x, cache = run_chain(whole_layers, self.model.from_latents(z), cache, return_cache)
+        conv = self.model.conv2
+        x, cache = run_chain(whole_layers, pointwise(conv, z.to(conv.weight.dtype)), cache, return_cache)
         x, tiles_cache = self._run_tiles(tiled_layers, x, tiles_cache, return_cache, down=False)
         return self.model.from_patches(x), (tiles_cache, list(cache))
 

@@ -169,17 +169,14 @@ class WanVAE(VideoAutoencoder):
         return pointwise(self.conv1, x), cache
 
     def _pixels(self, z: Tensor, cache: Cache | None, return_cache: bool, recompute: bool) -> tuple[Tensor, Cache]:
-        x, cache = run_chain(self.decoder.chain(), self.from_latents(z), cache, return_cache, recompute)
+        x = pointwise(self.conv2, z.to(self.conv2.weight.dtype))
+        x, cache = run_chain(self.decoder.chain(), x, cache, return_cache, recompute)
         return self.from_patches(x), cache
 
     def to_patches(self, video: Tensor) -> Tensor:
         """Input of the encoder's chain."""
         video = video.to(self.conv1.weight.dtype)
         return rearrange(video, "b c t (h q) (w r) -> b (c r q) t h w", q=self.patch, r=self.patch)
-
-    def from_latents(self, z: Tensor) -> Tensor:
-        """Input of the decoder's chain."""
-        return pointwise(self.conv2, z.to(self.conv2.weight.dtype))
 
     def from_patches(self, x: Tensor) -> Tensor:
         return rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=self.patch, r=self.patch)

@@ -155,10 +155,7 @@ class Downsample(nn.Module):
     def _pad(self, frames: Tensor) -> Tensor:
         """One row below and one column to the right."""
         rows, columns = self.borders.padding
-        if not columns:
-            return F.pad(frames, (0, 1, 0, 1))
-        padded = self.borders.pad(frames)[..., rows:, columns:]
-        return padded if rows else F.pad(padded, (0, 0, 0, 1))
+        return F.pad(self.borders.pad(frames)[..., rows:, columns:], (0, 1 - columns, 0, 1 - rows))
 
 
 class Upsample(nn.Module):
