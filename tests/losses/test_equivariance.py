@@ -178,9 +178,9 @@ def test_weights_and_masks_turn_with_the_clip():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scales": [0.5, 1.5]}, r"scales\[1\] is 1.5; give a finite number from 1e-06 to 1"),
+        ({"scales": [0.5, 1.5]}, r"scales\[1\] is 1.5; give a finite number from 1e-30 to 1"),
         ({"rotations": [90]}, r"rotations\[0\] is 90; give one of 0, 1, 2, 3"),
-        ({"probability": 0.0}, "probability is 0.0; give a finite number from 1e-06 to 1"),
+        ({"probability": 0.0}, "probability is 0.0; give a finite number from 1e-30 to 1"),
         ({"norm": "huber"}, "norm is 'huber'; give one of l1, l2"),
         ({"scales": [1.0], "rotations": [0]}, "only the identity"),
     ],

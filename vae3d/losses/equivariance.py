@@ -20,7 +20,7 @@ from vae3d.seeding import seed_of
 from vae3d.types import Clip, Reconstruction
 
 NORMS = {"l1": torch.abs, "l2": torch.square}
-Share = Annotated[float, Range(1e-6, 1)]
+Share = Annotated[float, Range(1e-30, 1)]
 
 
 class Transform(NamedTuple):

@@ -53,7 +53,9 @@ class Borders:
         """Write the padding of [..., H + 2 rows, W + 2 columns] from its inside, in place."""
         rows, columns = self.padding
         if rows:
-            half = padded.shape[-1] // 2 - 1
+            half, odd = divmod(padded.shape[-1] - 2, 2)
+            if odd:
+                raise ValueError(f"pad_h=pole needs an even number of columns; these are {2 * half + 1}")
             padded[..., 0, 1:-1] = padded[..., 1, 1:-1].roll(half, -1)
             padded[..., -1, 1:-1] = padded[..., -2, 1:-1].roll(half, -1)
         if columns:
