@@ -27,7 +27,7 @@ from vae3d.inference.folder import FolderError
 from vae3d.inference.pictures import contact_sheet, error_map, side_by_side
 from vae3d.loading import model_config
 from vae3d.metrics import build_metrics
-from vae3d.models.latents import convert_latents
+from vae3d.models.interface import convert_latents
 
 SHIFT, SCALE = [0.1 * i for i in range(16)], [1 + 0.1 * i for i in range(16)]
 TEACHER = [

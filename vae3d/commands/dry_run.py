@@ -23,8 +23,7 @@ from vae3d.losses.objective import Objective
 from vae3d.metrics import METRICS, MetricError
 from vae3d.metrics.registry import columns_of, find_files, resolve
 from vae3d.models.compiled import blocks_of
-from vae3d.models.forward import attach_decoder
-from vae3d.models.interface import nearest_frames, share_frames
+from vae3d.models.interface import attach_decoder, nearest_frames, share_frames
 from vae3d.models.taehv import TAEHV
 from vae3d.pretrained.weights import WeightsMissing
 from vae3d.schedules import ALL_ON

@@ -68,7 +68,6 @@ FolderName = Annotated[str, AfterValidator(_folder_name)]
 PathPrefix = Annotated[str, AfterValidator(_prefix)]
 Precision = Literal["fp32", "bf16", "fp16"]
 Reader = Literal["auto", "pyav", "decord"]
-Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Split = Literal["train", "val", "test"]
 
 

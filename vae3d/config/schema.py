@@ -26,12 +26,12 @@ from vae3d.config.fields import (
     Precision,
     Ramp,
     Reader,
-    Schedule,
     Split,
     Strings,
     setting,
 )
 from vae3d.config.issues import MISSING
+from vae3d.schedules import Schedule
 
 CONF = Path(__file__).parents[1] / "conf"  # the project's conf/, which an installed package carries inside
 

@@ -21,8 +21,7 @@ from vae3d.inference.reconstruct import Reconstructor, identifier, overflow_hint
 from vae3d.inference.video import VideoWriter, write_image
 from vae3d.metrics import MetricSet
 from vae3d.metrics.frame import decibel
-from vae3d.models.interface import nearest_frames, share_frames
-from vae3d.models.latents import convert_latents, latent_space
+from vae3d.models.interface import convert_latents, latent_space, nearest_frames, share_frames
 from vae3d.pixels import NotFiniteError, as_unit, to_uint8
 
 PAIRS = list(product(("student", "teacher"), repeat=2))  # (whose encoder, whose decoder)

@@ -22,7 +22,7 @@ from vae3d.data.media import MediaError
 from vae3d.data.segments import bounds_of
 from vae3d.errors import UserError
 from vae3d.models.diffusers_vae import DiffusersVAE
-from vae3d.models.latents import LatentNormMixin, latent_space
+from vae3d.models.interface import VideoAutoencoder, latent_space
 from vae3d.models.spatial import SpatialVAE
 from vae3d.precision import no_tf32
 from vae3d.running_stats import RunningStats
@@ -147,7 +147,7 @@ def rescaled(
         if one_factor:
             factors = {name: value for name, (value,) in factors.items() if shift or name == "scaling_factor"}
         return replace(checkpoint, config=checkpoint.config | factors)
-    assert isinstance(model, LatentNormMixin)
+    assert isinstance(model, VideoAutoencoder)
     factors = {"latents_mean": means, "latents_std": stds}
     buffers = {  # an OpenSoraVAE has them among its weights
         name: torch.tensor(values, dtype=torch.float32)[None, :, None, None, None]

@@ -25,7 +25,7 @@ from vae3d.inference.scale import ScaleError, measure, rescaled, spread_clips
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricError, MetricSet
 from vae3d.metrics.registry import resolve
-from vae3d.models.forward import attach_decoder
+from vae3d.models.interface import attach_decoder
 from vae3d.training.checkpointer import BestExport, Outputs, step_folder
 from vae3d.training.data_parallel import ReplicatedDataParallel
 from vae3d.training.deepspeed import DeepSpeedZero
