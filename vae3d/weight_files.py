@@ -133,14 +133,12 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return {}
 
 
-def open_tensors(path: str | Path, tree: Any = None) -> dict[str, LazyTensor | SavedTensor]:
-    """All tensors of a weight file, or of all files of an index, by name.
+def open_tensors(path: str | Path) -> dict[str, LazyTensor | SavedTensor]:
+    """All tensors of a weight file, or of all files of an index, by name; see named_tensors.
 
-    Keys of nested dicts and lists are joined by dots: `state_dict.encoder.weight`, `0.encoder.weight`. A container that
-    occurs several times, also inside itself, counts once. tree: open_tree(path), if it exists already.
     Raises FileError, naming the kind of the file, if it is missing, damaged or no weight file.
     """
-    return _flat(open_tree(path) if tree is None else tree, Path(path))
+    return named_tensors(open_tree(path), path)
 
 
 def open_tree(path: str | Path) -> Any:
@@ -178,7 +176,7 @@ def _open(path: Path, start: bytes, size: int) -> Any:
 
 def _check_size(path: Path, tree: Any, size: int) -> Any:
     """Return the tree. Raises FileError if tensors that share bytes would make a small file fill the memory."""
-    elements = sum(math.prod(tensor.shape) for tensor in _flat(tree, path).values())
+    elements = sum(math.prod(tensor.shape) for tensor in named_tensors(tree, path).values())
     if elements > MAX_SHARED * max(size, 2**20):
         raise FileError(f"{path}: has {size:,} bytes, but its tensors have {elements:,} elements; save copies of them")
     return tree
@@ -231,7 +229,7 @@ def _open_index(path: Path) -> dict[str, LazyTensor | SavedTensor]:
             start = stream.read(4096)
         if start.lstrip().startswith(b"{"):
             raise FileError(f"{path}: names {name}, which is a JSON text and not weights")
-        shard = _flat(_open(file, start, file.stat().st_size), file)
+        shard = named_tensors(_open(file, start, file.stat().st_size), file)
         if duplicates := tensors.keys() & shard.keys():
             raise FileError(f"{path}: {min(duplicates)} is in two of its files")
         tensors |= shard
@@ -256,8 +254,11 @@ def _shard(index: Path, name: str) -> Path:
     return file
 
 
-def _flat(tree: Any, path: Path) -> dict[str, LazyTensor | SavedTensor]:
-    """The tensors in nested containers, by dotted names."""
+def named_tensors(tree: Any, path: str | Path) -> dict[str, LazyTensor | SavedTensor]:
+    """The tensors in nested containers. Keys are joined by dots: `state_dict.encoder.weight`, `0.encoder.weight`.
+
+    A container that occurs several times, also inside itself, counts once. path: for errors.
+    """
     found: dict[str, LazyTensor | SavedTensor] = {}
     seen: set[int] = set()
     pending: list[tuple[_KeyPath, Any]] = [(None, tree)]
@@ -277,7 +278,7 @@ def _flat(tree: Any, path: Path) -> dict[str, LazyTensor | SavedTensor]:
 _KeyPath = tuple["_KeyPath", Any] | None  # (key path of the container, key in it)
 
 
-def _join_keys(keys: _KeyPath, path: Path) -> str:
+def _join_keys(keys: _KeyPath, path: str | Path) -> str:
     """The dotted name of a node. Raises FileError if it is too long, without building it."""
     words: list[str] = []
     length = 0

@@ -20,7 +20,7 @@ from vae3d.errors import UserError
 from vae3d.io import FileError, read_yaml
 from vae3d.models import diffusers_vae
 from vae3d.models.registry import TARGET, build_model, is_known, target_of
-from vae3d.weight_files import LazyTensor, open_tensors, open_tree
+from vae3d.weight_files import LazyTensor, SavedTensor, named_tensors, open_tensors, open_tree
 
 __all__ = ["EXPORT_CONFIG", "Checkpoint", "CheckpointError", "find_weights", "load_state", "read_checkpoint"]
 
@@ -185,7 +185,7 @@ def read_state(path: Path) -> State:
     return _in_fp32(open_tensors(path))
 
 
-def _in_fp32(tensors: Mapping[str, LazyTensor]) -> State:
+def _in_fp32(tensors: Mapping[str, LazyTensor | SavedTensor]) -> State:
     read = {name: tensor.read() for name, tensor in tensors.items()}
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in read.items()}
 
@@ -216,7 +216,7 @@ def _first_difference(key: str, prefix: str) -> str:
     return next((word for i, word in enumerate(words) if prefix_words[i : i + 1] != [word]), words[0])
 
 
-def _open(path: Path) -> dict[str, LazyTensor]:
+def _open(path: Path) -> dict[str, LazyTensor | SavedTensor]:
     """The tensors of a file, without the names of wrappers. Raises CheckpointError for a training state."""
     tree = open_tree(path)
     if isinstance(tree, dict) and {"step", "model", "optimizer", "config"} <= tree.keys():
@@ -224,8 +224,8 @@ def _open(path: Path) -> dict[str, LazyTensor]:
             f"{path}: is the state of a training run; resume it with run.resume_from={path}, or give the run's folder "
             "for its averaged weights"
         )
-    tensors: dict[str, LazyTensor] = {}
-    for name, tensor in open_tensors(path, tree).items():
+    tensors: dict[str, LazyTensor | SavedTensor] = {}
+    for name, tensor in named_tensors(tree, path).items():
         if (unwrapped := WRAPPERS.sub("", name)) in tensors:
             raise CheckpointError(f"{path}: has {unwrapped} twice, once inside a wrapper such as torch.compile's")
         tensors[unwrapped] = tensor

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vae3d.checkpoints import ldm
-from vae3d.checkpoints.published import PublishedWeights, State, count_layers
+from vae3d.checkpoints.published import PublishedWeights, State, count_layers, rename_keys
 
 MARKER = "temporal_vae.encoder.conv_in.conv.weight"  # a key that only these files have
 SPATIAL, TEMPORAL = "spatial_vae.module.", "temporal_vae."
@@ -19,7 +19,8 @@ PUBLISHED_STATS = {"latents_mean": "shift", "latents_std": "scale"}  # our buffe
 def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
     """Configuration and state of an OpenSoraVAE. Raises KeyError or ValueError for a network of another form."""
     state, notes = weights.state, weights.notes
-    spatial = ldm.rename_old_attention({k.removeprefix(SPATIAL): v for k, v in state.items() if k.startswith(SPATIAL)})
+    spatial = {k.removeprefix(SPATIAL): v for k, v in state.items() if k.startswith(SPATIAL)}
+    spatial = rename_keys(spatial, ldm.OLD_ATTENTION)
     temporal = {k.removeprefix(TEMPORAL): v for k, v in state.items() if k.startswith(TEMPORAL)}
     temporal_config = _temporal_config(temporal)
     channels = temporal_config["latent_channels"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -75,3 +75,19 @@ def count_layers(state: State, pattern: str) -> int:
     if numbers != set(range(len(numbers))):
         raise ValueError(f"its layers {pattern} are numbered {sorted(numbers)[:6]}")
     return len(numbers)
+
+
+def rename_keys(state: State, names: Iterable[tuple[str, str]]) -> State:
+    """Replace parts of every key, (old, new) one after the other. ^ stands for the start of a key."""
+    renamed = {}
+    for key, tensor in state.items():
+        name = f"^{key}"
+        for old, new in names:
+            name = name.replace(old, new)
+        renamed[name.removeprefix("^")] = tensor
+    return renamed
+
+
+def inverse(names: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The names for rename_keys that undo `names`."""
+    return [(new, old) for old, new in reversed(names)]

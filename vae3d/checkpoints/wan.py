@@ -11,17 +11,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vae3d.checkpoints.published import PublishedWeights, State, check_config_json
+from vae3d.checkpoints.published import PublishedWeights, State, check_config_json, count_layers, inverse, rename_keys
 from vae3d.io import read_yaml
 
 CONF = Path(__file__).parents[1] / "conf/model"
 # Keys of AutoencoderKLWan's config.json that do not change the network, or are read separately.
 IGNORED = ("dropout", "clip_output", "latents_mean", "latents_std")
+MAX_LEVELS = 10  # of a WanVAE
 PREFIX = "model."  # VideoX-Fun's AutoencoderKLWan
 MARKER = "encoder.middle.0.residual.0.gamma"  # a key that only these networks have
 MARKER_DIFFUSERS = "encoder.mid_block.resnets.0.norm1.gamma"
 
-# (official, diffusers); ^ is the start of a key. Block numbers differ too, see to_diffusers.
+# (official, diffusers), for rename_keys. Names of blocks differ too, see _block_names.
 RENAMES = (
     ("^conv1.", "^quant_conv."),
     ("^conv2.", "^post_quant_conv."),
@@ -61,7 +62,7 @@ def _config(state: State, config_json: dict[str, Any], notes: list[str]) -> dict
 
     Raises KeyError for a missing tensor.
     """
-    shortcuts = any(key.startswith("encoder.downsamples.0.downsamples.") for key in state)
+    shortcuts = _has_shortcuts(state)
     widths, time = _levels(state, shortcuts)
     base = state["encoder.conv1.weight"].shape[0]
     if any(width % base for width in widths):
@@ -90,50 +91,28 @@ def _config(state: State, config_json: dict[str, Any], notes: list[str]) -> dict
 
 def to_diffusers(state: State) -> State:
     """Official keys -> diffusers' AutoencoderKLWan."""
-    layers = _layers(state)
-
-    def flat(match: re.Match[str]) -> str:
-        level, index = divmod(int(match[1]), layers + 2)
-        return f"decoder.up_blocks.{level}." + (f"resnets.{index}." if index <= layers else "upsamplers.0.")
-
-    def nested(match: re.Match[str]) -> str:
-        way, level, index = match[1], match[2], int(match[3])
-        is_resampler = index == layers + (way == "up")
-        return f"{way}_blocks.{level}." + (f"{way}sampler." if is_resampler else f"resnets.{index}.")
-
-    def rename(key: str) -> str:
-        for official, diffusers in RENAMES:
-            key = f"^{key}".replace(official, diffusers).removeprefix("^")
-        key = re.sub(r"(up|down)samples\.(\d+)\.\1samples\.(\d+)\.", nested, key)
-        key = re.sub(r"^decoder\.upsamples\.(\d+)\.", flat, key)
-        return re.sub(r"^encoder\.downsamples\.", "encoder.down_blocks.", key)
-
-    return {rename(key): tensor for key, tensor in state.items()}
+    return rename_keys(state, [*RENAMES, *_block_names(_layers(state), _has_shortcuts(state))])
 
 
 def from_diffusers(state: State) -> State:
     """Inverse of to_diffusers."""
-    count = sum(bool(re.match(r"decoder\.up_blocks\.0\.resnets\.\d+\.conv1\.weight", key)) for key in state)
+    layers = count_layers(state, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.") - 1
+    shortcuts = any(".upsampler." in key for key in state)
+    return rename_keys(state, inverse([*RENAMES, *_block_names(layers, shortcuts)]))
 
-    def flat(match: re.Match[str]) -> str:
-        index = int(match[3]) if match[2] == "resnets" else count
-        return f"decoder.upsamples.{int(match[1]) * (count + 1) + index}."
 
-    def nested(match: re.Match[str]) -> str:
-        way, level = match[1], match[2]
-        index = match[3] or (count if way == "up" else count - 1)
-        return f"{way}samples.{level}.{way}samples.{index}."
-
-    def rename(key: str) -> str:
-        if any(".upsampler." in name for name in state):  # Wan2.2
-            key = re.sub(r"(up|down)_blocks\.(\d+)\.(?:resnets\.(\d+)|\1sampler)\.", nested, key)
-        key = re.sub(r"^decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", flat, key)
-        key = re.sub(r"^encoder\.down_blocks\.", "encoder.downsamples.", key)
-        for official, diffusers in reversed(RENAMES):
-            key = f"^{key}".replace(diffusers, official).removeprefix("^")
-        return key
-
-    return {rename(key): tensor for key, tensor in state.items()}
+def _block_names(layers: int, shortcuts: bool) -> list[tuple[str, str]]:
+    """(official, diffusers) names of the levels' blocks. Wan2.1's are numbered across levels, Wan2.2's per level."""
+    encoder = [*(f"resnets.{i}" for i in range(layers)), "downsampler"]
+    decoder = [*(f"resnets.{i}" for i in range(layers + 1)), "upsampler" if shortcuts else "upsamplers.0"]
+    names = [] if shortcuts else [("^encoder.downsamples.", "^encoder.down_blocks.")]
+    for level in range(MAX_LEVELS):
+        for i, block in enumerate(decoder):
+            number = f"{level}.upsamples.{i}" if shortcuts else level * len(decoder) + i
+            names.append((f"^decoder.upsamples.{number}.", f"^decoder.up_blocks.{level}.{block}."))
+        for i, block in enumerate(encoder if shortcuts else ()):
+            names.append((f"^encoder.downsamples.{level}.downsamples.{i}.", f"^encoder.down_blocks.{level}.{block}."))
+    return names
 
 
 def to_videox_fun(state: State) -> State:
@@ -176,11 +155,15 @@ def diffusers_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _has_shortcuts(state: State) -> bool:
+    """Whether it is a Wan2.2, whose levels are nested."""
+    return any(key.startswith("encoder.downsamples.0.downsamples.") for key in state)
+
+
 def _layers(state: State) -> int:
     """Residual blocks per level of the encoder."""
-    nested = [re.match(r"encoder\.downsamples\.0\.downsamples\.(\d+)\.residual\.2\.weight", key) for key in state]
-    if any(nested):
-        return len([match for match in nested if match])
+    if _has_shortcuts(state):
+        return count_layers(state, r"encoder\.downsamples\.0\.downsamples\.(\d+)\.residual\.")
     flat = [key for key in state if re.match(r"encoder\.downsamples\.\d+\.residual\.2\.weight", key)]
     levels = 1 + len([key for key in state if re.match(r"encoder\.downsamples\.\d+\.resample\.1\.weight", key)])
     return len(flat) // levels
