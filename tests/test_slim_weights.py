@@ -13,7 +13,7 @@ import torchvision
 from safetensors.torch import load_file
 
 from vae3d.commands import fetch_weights
-from vae3d.commands.slim_weights import write_slim
+from vae3d.commands.fetch_weights import write_slim
 from vae3d.pretrained import weights
 from vae3d.pretrained.lpips import LPIPSNet
 from vae3d.pretrained.weights import WeightFile, WeightsMissing, find

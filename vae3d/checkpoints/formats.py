@@ -22,8 +22,6 @@ from vae3d.models import diffusers_vae
 from vae3d.models.registry import TARGET, build_model, is_known, target_of
 from vae3d.weight_files import LazyTensor, SavedTensor, named_tensors, open_tensors, open_tree
 
-__all__ = ["EXPORT_CONFIG", "Checkpoint", "CheckpointError", "find_weights", "load_state", "read_checkpoint"]
-
 
 @dataclass(frozen=True)
 class Layout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from vae3d.checkpoints.published import PublishedWeights, State, check_config_json, count_layers, inverse, rename_keys
@@ -49,21 +50,17 @@ FAMILIES = (
 )
 
 
-def read_ldm(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
-    """Configuration and state of a SpatialVAE, from latent-diffusion's keys."""
-    return _read(weights, from_ldm(weights.state))
-
-
 def read_diffusers(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
     """Configuration and state of a SpatialVAE, from diffusers' keys."""
-    return _read(weights, weights.state)
-
-
-def _read(weights: PublishedWeights, state: State) -> tuple[dict[str, Any], State]:
-    state = rename_keys(state, OLD_ATTENTION)
+    state = rename_keys(weights.state, OLD_ATTENTION)
     factors = pipeline_factors(weights.other_keys, state)
     config = spatial_config(state, weights.config_json, factors, weights.notes)
     return config, {f"module.{key}": tensor for key, tensor in state.items()}
+
+
+def read_ldm(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
+    """As read_diffusers, from latent-diffusion's keys."""
+    return read_diffusers(replace(weights, state=from_ldm(weights.state)))
 
 
 def spatial_config(

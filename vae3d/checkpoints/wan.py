@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,39 +43,23 @@ RENAMES = (
 
 
 def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
-    """Configuration and state of a WanVAE, from official keys."""
-    return _read(weights, weights.state)
+    """Configuration and state of a WanVAE, from official keys and shapes and from diffusers' config.json.
 
-
-def read_diffusers(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
-    """Configuration and state of a WanVAE, from diffusers' keys."""
-    return _read(weights, from_diffusers(weights.state))
-
-
-def _read(weights: PublishedWeights, state: State) -> tuple[dict[str, Any], State]:
-    config = _config(state, weights.config_json, weights.notes)
-    check_config_json(weights.config_json, diffusers_config(config), IGNORED)
-    return config, state
-
-
-def _config(state: State, config_json: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Constructor arguments of WanVAE, from official keys and shapes and from diffusers' config.json.
-
-    Raises KeyError for a missing tensor.
+    Raises KeyError for a missing tensor, ValueError for a network of another form.
     """
+    state = weights.state
     shortcuts = _has_shortcuts(state)
     widths, time = _levels(state, shortcuts)
     base = state["encoder.conv1.weight"].shape[0]
     if any(width % base for width in widths):
         raise ValueError(f"its levels have {widths} channels, which are no multiples of the first convolution's {base}")
-    in_channels = state["encoder.conv1.weight"].shape[1]
     latents = state["conv2.weight"].shape[0]
-    mean, std = config_json.get("latents_mean"), config_json.get("latents_std")
+    mean, std = (weights.config_json.get(name) for name in ("latents_mean", "latents_std"))
     if mean is None or std is None:
         mean, std = published_constants(latents, shortcuts)
         used = "those of the published weights" if any(mean) else "0 and 1"
-        notes.append(f"the file does not hold its latents' mean and standard deviation; {used} are used")
-    return {
+        weights.notes.append(f"the file does not hold its latents' mean and standard deviation; {used} are used")
+    config = {
         "_target_": "vae3d.models.wan.WanVAE",
         "channels": base,
         "decoder_channels": state["decoder.head.2.weight"].shape[1] // (widths[0] // base),
@@ -82,11 +67,18 @@ def _config(state: State, config_json: dict[str, Any], notes: list[str]) -> dict
         "downsample": time,
         "layers": _layers(state),
         "latent_channels": latents,
-        "patch": math.isqrt(in_channels // 3),
+        "patch": math.isqrt(state["encoder.conv1.weight"].shape[1] // 3),
         "shortcuts": shortcuts,
         "latents_mean": list(mean),
         "latents_std": list(std),
     }
+    check_config_json(weights.config_json, diffusers_config(config), IGNORED)
+    return config, state
+
+
+def read_diffusers(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
+    """As read, from diffusers' keys."""
+    return read(replace(weights, state=from_diffusers(weights.state)))
 
 
 def to_diffusers(state: State) -> State:
