@@ -98,23 +98,18 @@ class SavedTensor:
     def read(self) -> Tensor:
         import torch
 
-        content = self.storage()
+        content, dtype = self.storage(), getattr(torch, self.dtype)
+        count = len(content) // dtype.itemsize
         # torch.frombuffer refuses an empty buffer.
-        stored = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-        dtype = getattr(torch, self.dtype)
-        elements = stored[: len(content) // dtype.itemsize * dtype.itemsize].view(dtype)
+        elements = torch.frombuffer(content, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
         tensor = elements.as_strided(self.shape, self.stride, self.offset)
         # A copy of a part, so that the rest of the storage can be freed.
-        return tensor if tensor.numel() == elements.numel() else tensor.clone()
+        return tensor if tensor.numel() == count else tensor.clone()
 
     @property
     def is_contiguous(self) -> bool:
-        step = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size != 1 and stride != step:
-                return False
-            step *= size
-        return True
+        steps = [math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
+        return all(n == 1 or a == b for n, a, b in zip(self.shape, self.stride, steps, strict=True))
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -143,16 +138,16 @@ def open_tensors(path: str | Path) -> dict[str, LazyTensor | SavedTensor]:
 
 def open_tree(path: str | Path) -> Any:
     """The nested containers of a weight file, with LazyTensors in place of its tensors. Raises FileError."""
-    path = Path(path)
     try:
-        with path.open("rb") as stream:
-            start = stream.read(4096)
-        return _open(path, start, path.stat().st_size)
+        return _open(Path(path), _open_index)
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _open(path: Path, start: bytes, size: int) -> Any:
+def _open(path: Path, open_json: Callable[[Path], Any]) -> Any:
+    with path.open("rb") as stream:
+        start = stream.read(4096)
+    size = path.stat().st_size
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if not size:
         raise FileError(f"{path}: is empty; {DOWNLOAD}")
@@ -166,7 +161,7 @@ def _open(path: Path, start: bytes, size: int) -> Any:
         if text.startswith(magic) or start.startswith(magic):
             raise FileError(f"{path}: is {kind}; {hint}")
     if text.startswith((b"{", b"[")):
-        return _open_index(path)
+        return open_json(path)
     if start[257:262] == b"ustar":
         raise FileError(f"{path}: is a tar archive; unpack it")
     if start.startswith(b"\x80"):
@@ -224,18 +219,18 @@ def _open_index(path: Path) -> dict[str, LazyTensor | SavedTensor]:
     if missing := [name for name, file in files.items() if not file.is_file()]:
         raise FileError(f"{path}: {len(missing)} of its {len(files)} files are missing: {', '.join(missing[:6])}")
     tensors: dict[str, LazyTensor | SavedTensor] = {}
-    for name, file in files.items():
-        with file.open("rb") as stream:
-            start = stream.read(4096)
-        if start.lstrip().startswith(b"{"):
-            raise FileError(f"{path}: names {name}, which is a JSON text and not weights")
-        shard = named_tensors(_open(file, start, file.stat().st_size), file)
+    for file in files.values():
+        shard = named_tensors(_open(file, _refuse_json), file)
         if duplicates := tensors.keys() & shard.keys():
             raise FileError(f"{path}: {min(duplicates)} is in two of its files")
         tensors |= shard
     if missing := [key for key in weight_map if key not in tensors]:
         raise FileError(f"{path}: {len(missing)} tensors are in none of its files: {', '.join(missing[:6])}")
     return tensors
+
+
+def _refuse_json(path: Path) -> None:
+    raise FileError(f"{path}: is a JSON text and not weights, but an index names it")
 
 
 def _shard(index: Path, name: str) -> Path:
@@ -311,6 +306,7 @@ class _Global(str):
     """`module.name` of a class or function, as text."""
 
 
+FOREIGN = ("DUP", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "PERSID", "READONLY_BUFFER")
 OPAQUE = object()  # placeholder of every object that is neither a tensor nor a plain container or value
 Locate = Callable[[_Storage], Callable[[], Buffer]]  # checks a storage against the file, returns what reads its bytes
 
@@ -454,8 +450,6 @@ def _interpret(stream: io.BytesIO, locate: Locate) -> Any:
                 since_mark() if marks and marks[-1] == len(stack) else stack.pop()
             case "POP_MARK":
                 since_mark()
-            case "DUP":
-                stack.append(stack[-1])
             case "GET" | "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "PUT" | "BINPUT" | "LONG_BINPUT":
@@ -501,12 +495,10 @@ def _interpret(stream: io.BytesIO, locate: Locate) -> Any:
                 stack.append(OPAQUE)
             case "BUILD":
                 stack.pop()
-            case "PERSID" | "BINPERSID":
-                stack.append(_storage(stack.pop()) if operation.name == "BINPERSID" else OPAQUE)
-            case "EXT1" | "EXT2" | "EXT4" | "NEXT_BUFFER":
-                stack.append(OPAQUE)
-            case "READONLY_BUFFER":
-                pass
+            case "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            case name if name in FOREIGN:
+                raise ValueError(f"torch.save does not write the operation {name}")
             case _:  # a number, text or bytes
                 stack.append(argument)
     raise ValueError("its pickle has no end")

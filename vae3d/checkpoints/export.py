@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from vae3d import __version__
 from vae3d.checkpoints import ldm, opensora, taehv, wan
 from vae3d.checkpoints.formats import EXPORT_CONFIG, Checkpoint, CheckpointError
 from vae3d.checkpoints.published import State, rename_keys
-from vae3d.io import atomic_dir, atomic_write, write_json, write_text, yaml_text
+from vae3d.io import atomic_dir, atomic_path, atomic_write, write_json, write_text, yaml_text
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.registry import target_of
 from vae3d.models.spatial import SpatialVAE, per_channel
@@ -80,12 +82,10 @@ def _diffusers_factors(config: dict[str, Any]) -> dict[str, Any]:
 def write_ldm(checkpoint: Checkpoint, file: Path) -> None:
     """Write one file with latent-diffusion's keys: .safetensors, or torch.save's with everything under `state_dict`.
 
-    latent-diffusion reads the latter as `ckpt_path` (ldm/models/autoencoder.py). The keys have no prefix
-    `first_stage_model.`, which is for whole Stable Diffusion checkpoints.
+    latent-diffusion reads the latter as `ckpt_path`, without the prefix `first_stage_model.` of a whole checkpoint.
     The file holds no scaling factor; a note names the `scale_factor` to set in the diffusion model's configuration.
     latent-diffusion has no shift and one factor for all channels, so others are folded into the quant convolutions.
-    A network without quant convolutions keeps its factors: the code of FLUX and SD3 opens it and has a scale_factor and
-    a shift_factor, while latent-diffusion's class would leave its quant convolutions random.
+    A network without these keeps its factors, since the code of FLUX and SD3, which opens it, has both.
     Raises CheckpointError for another number of normalisation groups than 32, which all that code hard-codes, and for
     factors per channel in a network without quant convolutions.
     """
@@ -193,6 +193,28 @@ def write_flat(checkpoint: Checkpoint, layout: str, file: Path) -> None:
     state = _with_published_constants(checkpoint, layout) if _is_a(checkpoint, WanVAE) else checkpoint.state
     with atomic_write(file) as stream:
         torch.save(_contiguous(to_layout(state, layout)), stream)
+
+
+# ---- file names that other programs expect, in a run's folder
+
+
+def published_files(folder: Path, prefix: str, step: int) -> tuple[Path, Path]:
+    """<prefix>_step<N>.pt, the training state, and <prefix>_ema_step<N>.pt, the averaged weights."""
+    return folder / f"{prefix}_step{step}.pt", folder / f"{prefix}_ema_step{step}.pt"
+
+
+def final_file(folder: Path, prefix: str) -> Path:
+    """The averaged weights of the last step."""
+    return folder / f"{prefix}_final_ema.pt"
+
+
+def link(source: Path, target: Path) -> None:
+    """Hard-link `target` to `source`; copy where the file system has no hard links."""
+    with atomic_path(target) as tmp:
+        try:
+            os.link(source, tmp)
+        except OSError:
+            shutil.copyfile(source, tmp)
 
 
 # ---- configurations

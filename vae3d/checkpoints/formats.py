@@ -123,7 +123,7 @@ def _read_export(weights: Path, part: str | None, own_model: bool) -> tuple[Chec
         config, model = {TARGET: config.get(TARGET) if isinstance(config, dict) else None}, None
     else:
         model = meta_model(config, file, "model")  # before the weights, which may be large
-    return Checkpoint(config, read_state(weights), weights, "export"), model
+    return Checkpoint(config, read_weights(weights), weights, "export"), model
 
 
 def read_export_config(file: Path) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _read_diffusers_video_vae(weights: Path, config_json: dict[str, Any]) -> tup
     arguments = {key: value for key, value in config_json.items() if not key.startswith("_")}
     config = {TARGET: target_of(diffusers_vae.DiffusersVAE), "kind": name, "config": arguments}
     model = meta_model(config, weights.with_name("config.json"))  # before the weights, which may be large
-    state = {f"vae.{key}": tensor for key, tensor in read_state(weights).items()}
+    state = {f"vae.{key}": tensor for key, tensor in read_weights(weights).items()}
     return Checkpoint(config, state, weights, name), model
 
 
@@ -178,7 +178,7 @@ def _select_config_json(config_json: dict[str, Any], layout: str) -> dict[str, A
     return {}
 
 
-def read_state(path: Path) -> State:
+def read_weights(path: Path) -> State:
     """All tensors of a weight file, or of all files of an index, in fp32, without running code in them."""
     return _in_fp32(open_tensors(path))
 
@@ -281,7 +281,7 @@ def _describe_unknown(keys: Collection[str]) -> str:
     )
 
 
-def load_state(module: nn.Module, state: State, name: str) -> None:
+def load_weights(module: nn.Module, state: State, name: str) -> None:
     """Strict module.load_state_dict. `name` of the weights is for errors. Raises CheckpointError, see check_state."""
     module.load_state_dict(check_state(module, state, name))
 

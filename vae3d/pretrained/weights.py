@@ -80,8 +80,8 @@ def search_path() -> list[Path]:
 def find(*names: str, path: str | Path | None = None) -> Path:
     """Find one of several equivalent files, or check that `path`, if given, exists.
 
-    A file may have an alias, or be slim: its used tensors alone, written by scripts/fetch_weights.py. It must have the
-    published hash, unless VAE3D_ALLOW_UNVERIFIED=1; a file given by `path` is not verified.
+    A file may have an alias, or be slim: its used tensors alone. It must have the published hash, unless
+    VAE3D_ALLOW_UNVERIFIED=1; a file given by `path` is not verified.
     Raises WeightsMissing with sizes, hashes, the places searched and the command that fetches it.
     """
     files = [FILES[name] for name in names]
@@ -194,17 +194,13 @@ def _candidates(files: list[WeightFile]) -> Iterator[tuple[Path, WeightFile]]:
 
 
 def _not_found(files: list[WeightFile]) -> str:
-    first = files[0]
-    places = [
-        *map(str, search_path()),
-        *(f"the Hugging Face cache of {f.hugging_face}" for f in files if f.hugging_face),
-    ]
+    caches = [f"the Hugging Face cache of {file.hugging_face}" for file in files if file.hugging_face]
     other_names = [name for file in files for name in file.names[1:]]
     lines = [
         f"{' or '.join(map(_describe, files))} is not on this machine",
         *([f"  other names: {', '.join(other_names)}"] if other_names else []),
-        f"  searched {', '.join(places)}",
-        f"  fetch it on a connected machine: python scripts/fetch_weights.py {first.name} --dest {search_path()[0]}",
+        f"  searched {', '.join([*map(str, search_path()), *caches])}",
+        f"  fetch it on a connected machine: python scripts/fetch_weights.py {files[0].name} --dest {search_path()[0]}",
         "  or set its folder: export VAE3D_WEIGHTS=/path",
     ]
     return "\n".join(lines)
