@@ -8,35 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from vae3d.checkpoints.published import PublishedWeights, State, check_config_json, count_layers, inverse, rename_keys
+from vae3d.checkpoints.published import RENAMES, PublishedWeights, State, check_config_json, count_layers, rename_keys
 
 MARKER = "encoder.down.0.block.0.norm1.weight"  # a key that only this layout has
 MARKER_DIFFUSERS = "encoder.down_blocks.0.resnets.0.norm1.weight"
 
-# (diffusers, latent-diffusion), for rename_keys. LDM also counts `up` from the smallest resolution.
-RENAMES = (
-    (".mid_block.resnets.0.", ".mid.block_1."),
-    (".mid_block.resnets.1.", ".mid.block_2."),
-    (".mid_block.attentions.0.group_norm.", ".mid.attn_1.norm."),
-    (".mid_block.attentions.0.to_q.", ".mid.attn_1.q."),
-    (".mid_block.attentions.0.to_k.", ".mid.attn_1.k."),
-    (".mid_block.attentions.0.to_v.", ".mid.attn_1.v."),
-    (".mid_block.attentions.0.to_out.0.", ".mid.attn_1.proj_out."),
-    (".down_blocks.", ".down."),
-    (".up_blocks.", ".up."),
-    (".resnets.", ".block."),
-    (".downsamplers.0.", ".downsample."),
-    (".upsamplers.0.", ".upsample."),
-    (".conv_norm_out.", ".norm_out."),
-    (".conv_shortcut.", ".nin_shortcut."),
-)
-# Attention keys before diffusers 0.18, and since.
-OLD_ATTENTION = (
-    (".attentions.0.query.", ".attentions.0.to_q."),
-    (".attentions.0.key.", ".attentions.0.to_k."),
-    (".attentions.0.value.", ".attentions.0.to_v."),
-    (".attentions.0.proj_attn.", ".attentions.0.to_out.0."),
-)
+TO_LDM = RENAMES["diffusers to ldm"]  # LDM also counts `up` from the smallest resolution, see _flip_up
+OLD_ATTENTION = RENAMES["diffusers before 0.18 to diffusers"]
 # Keys of AutoencoderKL's config.json that do not change the network, or are read separately.
 IGNORED = ("sample_size", "force_upcast", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 DEFAULT_SCALING_FACTOR = 0.18215  # of diffusers' class (models/autoencoders/autoencoder_kl.py)
@@ -141,14 +119,14 @@ def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_ldm(state: State) -> State:
     """Rename diffusers keys to LDM's; the attention's linear weights [C, C] become 1x1 convolutions."""
-    renamed = _flip_up(rename_keys(state, RENAMES))
+    renamed = _flip_up(rename_keys(state, TO_LDM))
     return {k: t[:, :, None, None] if _is_attention(k) and t.ndim == 2 else t for k, t in renamed.items()}
 
 
 def from_ldm(state: State) -> State:
     """Inverse of to_ldm."""
     linear = {k: t[:, :, 0, 0] if _is_attention(k) and t.ndim == 4 else t for k, t in state.items()}
-    return rename_keys(_flip_up(linear), inverse(RENAMES))
+    return rename_keys(_flip_up(linear), TO_LDM, inverse=True)
 
 
 def _flip_up(state: State) -> State:

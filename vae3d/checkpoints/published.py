@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -15,6 +16,8 @@ from vae3d.arguments import Count, Deviation, Mean, Width, check_fields
 from vae3d.io import read_json
 
 State = dict[str, Tensor]
+# Key layout to key layout: [old, new] parts of keys, for rename_keys.
+RENAMES = json.loads(Path(__file__).with_name("renames.json").read_text())
 
 
 class ConfigJson(TypedDict, total=False):
@@ -77,8 +80,12 @@ def count_layers(state: State, pattern: str) -> int:
     return len(numbers)
 
 
-def rename_keys(state: State, names: Iterable[tuple[str, str]]) -> State:
-    """Replace parts of every key, (old, new) one after the other. ^ stands for the start of a key."""
+def rename_keys(state: State, names: Sequence[Sequence[str]], *, inverse: bool = False) -> State:
+    """Replace parts of every key, (old, new) one after the other. ^ stands for the start of a key.
+
+    inverse: undo it.
+    """
+    names = [(new, old) for old, new in reversed(names)] if inverse else names
     renamed = {}
     for key, tensor in state.items():
         name = f"^{key}"
@@ -86,8 +93,3 @@ def rename_keys(state: State, names: Iterable[tuple[str, str]]) -> State:
             name = name.replace(old, new)
         renamed[name.removeprefix("^")] = tensor
     return renamed
-
-
-def inverse(names: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The names for rename_keys that undo `names`."""
-    return [(new, old) for old, new in reversed(names)]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vae3d.checkpoints.published import PublishedWeights, State, check_config_json, count_layers, inverse, rename_keys
+from vae3d.checkpoints.published import RENAMES, PublishedWeights, State, check_config_json, count_layers, rename_keys
 from vae3d.io import read_yaml
 
 CONF = Path(__file__).parents[1] / "conf/model"
@@ -23,23 +23,8 @@ PREFIX = "model."  # VideoX-Fun's AutoencoderKLWan
 MARKER = "encoder.middle.0.residual.0.gamma"  # a key that only these networks have
 MARKER_DIFFUSERS = "encoder.mid_block.resnets.0.norm1.gamma"
 
-# (official, diffusers), for rename_keys. Names of blocks differ too, see _block_names.
-RENAMES = (
-    ("^conv1.", "^quant_conv."),
-    ("^conv2.", "^post_quant_conv."),
-    ("^encoder.conv1.", "^encoder.conv_in."),
-    ("^decoder.conv1.", "^decoder.conv_in."),
-    (".head.0.", ".norm_out."),
-    (".head.2.", ".conv_out."),
-    (".middle.0.", ".mid_block.resnets.0."),
-    (".middle.1.", ".mid_block.attentions.0."),
-    (".middle.2.", ".mid_block.resnets.1."),
-    (".residual.0.", ".norm1."),
-    (".residual.2.", ".conv1."),
-    (".residual.3.", ".norm2."),
-    (".residual.6.", ".conv2."),
-    (".shortcut.", ".conv_shortcut."),
-)
+# Names of blocks differ too, see _block_names.
+TO_DIFFUSERS = RENAMES["wan to diffusers"]
 
 
 def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
@@ -83,14 +68,14 @@ def read_diffusers(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
 
 def to_diffusers(state: State) -> State:
     """Official keys -> diffusers' AutoencoderKLWan."""
-    return rename_keys(state, [*RENAMES, *_block_names(_layers(state), _has_shortcuts(state))])
+    return rename_keys(state, [*TO_DIFFUSERS, *_block_names(_layers(state), _has_shortcuts(state))])
 
 
 def from_diffusers(state: State) -> State:
     """Inverse of to_diffusers."""
     layers = count_layers(state, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.") - 1
     shortcuts = any(".upsampler." in key for key in state)
-    return rename_keys(state, inverse([*RENAMES, *_block_names(layers, shortcuts)]))
+    return rename_keys(state, [*TO_DIFFUSERS, *_block_names(layers, shortcuts)], inverse=True)
 
 
 def _block_names(layers: int, shortcuts: bool) -> list[tuple[str, str]]:
