@@ -220,7 +220,7 @@ def _open_index(path: Path) -> dict[str, LazyTensor | SavedTensor]:
         raise FileError(f"{path}: {len(missing)} of its {len(files)} files are missing: {', '.join(missing[:6])}")
     tensors: dict[str, LazyTensor | SavedTensor] = {}
     for file in files.values():
-        shard = named_tensors(_open(file, _refuse_json), file)
+        shard = named_tensors(_open(file, _reject_json), file)
         if duplicates := tensors.keys() & shard.keys():
             raise FileError(f"{path}: {min(duplicates)} is in two of its files")
         tensors |= shard
@@ -229,7 +229,7 @@ def _open_index(path: Path) -> dict[str, LazyTensor | SavedTensor]:
     return tensors
 
 
-def _refuse_json(path: Path) -> None:
+def _reject_json(path: Path) -> None:
     raise FileError(f"{path}: is a JSON text and not weights, but an index names it")
 
 
@@ -413,8 +413,6 @@ def _unpickle(path: Path, stream: io.BytesIO, locate: Locate) -> Any:
     """See _interpret. Raises FileError."""
     try:
         return _interpret(stream, locate)
-    except FileError:
-        raise
     except (LookupError, ValueError, OverflowError, TypeError) as error:
         # LookupError: empty stack or memo; ValueError: from pickletools; TypeError: operand of another type.
         raise FileError(f"{path}: is damaged, or not written by torch.save ({error}); {DOWNLOAD}") from error
