@@ -28,7 +28,7 @@ from vae3d.checkpoints.formats import (
     EXPORT_CONFIG,
     Checkpoint,
     CheckpointError,
-    load_state,
+    load_weights,
     read_checkpoint,
     read_export_config,
 )
@@ -76,7 +76,7 @@ def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
     model = build_from_checkpoint(checkpoint)
     if why := unscalable_reason(model):
         raise ScaleError(f"{checkpoint.path}: {why}")
-    load_state(model, checkpoint.state, str(checkpoint.path))
+    load_weights(model, checkpoint.state, str(checkpoint.path))
     return checkpoint, model.eval()
 
 

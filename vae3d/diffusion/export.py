@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vae3d import __version__
 from vae3d.arguments import Count, Deviation, Mean, Range, Size, check_fields, short
-from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error, check_state, load_state, read_state
+from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error, check_state, load_weights, read_weights
 from vae3d.checkpoints.location import warn_if_older
 from vae3d.diffusion.build import build_network, build_process
 from vae3d.diffusion.processes import Process
@@ -64,7 +64,7 @@ class Export:
     def network(self) -> nn.Module:
         """The network in eval mode. Raises CheckpointError if the weights do not fit diffusion.yaml."""
         network = build_network(self.config["network"], self.config["latent_shape"])
-        load_state(network, self.weights, str(self.folder))
+        load_weights(network, self.weights, str(self.folder))
         return network.eval()
 
     def process(self) -> Process:
@@ -106,7 +106,7 @@ def read_export(path: str | Path, decay: float | None = None) -> Export:
         raise CheckpointError(f"{folder} has no averages of ema={decay:g}; it has {', '.join(f'{r:g}' for r in rates)}")
     file = weights_file(folder, decay or rates[0], first=decay in (None, rates[0]))
     try:
-        weights = read_state(file)
+        weights = read_weights(file)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error})") from error
     check_state(network, weights, f"{file} ({CONFIG} beside it)")

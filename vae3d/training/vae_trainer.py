@@ -15,9 +15,15 @@ from torch import nn
 
 from vae3d.adversarial.base import Adversary, UpdatePhase
 from vae3d.checkpoints import state
-from vae3d.checkpoints.export import replace_export, write_final_model, write_flat
+from vae3d.checkpoints.export import (
+    final_file,
+    link,
+    published_files,
+    replace_export,
+    write_final_model,
+    write_flat,
+)
 from vae3d.checkpoints.formats import Checkpoint
-from vae3d.checkpoints.publish import final_file, link, published_files
 from vae3d.checkpoints.state import ResumeError
 from vae3d.data.clips import Unreadable
 from vae3d.data.loader import TrainingData
