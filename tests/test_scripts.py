@@ -25,7 +25,7 @@ from tests.test_demo_gan import adversarial
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import convert
-from vae3d.commands.check import check_training
+from vae3d.commands.cli import check_training
 from vae3d.config.schema import CONF
 from vae3d.config.validate import ConfigError
 from vae3d.data.readers import open_media

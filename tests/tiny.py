@@ -23,7 +23,7 @@ from PIL import Image
 
 import vae3d
 from tests import warm
-from vae3d.commands.check import check_training
+from vae3d.commands.cli import check_training
 from vae3d.config.issues import raise_if_any
 from vae3d.config.schema import CONF, TrainConfig
 from vae3d.config.validate import training_issues
@@ -72,7 +72,7 @@ def model(name: str, *overrides: str, seed: int = 0) -> torch.nn.Module:
 
 def compose(*overrides: str, config: str = "train") -> DictConfig:
     """A configuration as the command line composes it. Unknown keys are kept for the check."""
-    from vae3d.commands.launch import allow_unknown_keys
+    from vae3d.config.overrides import allow_unknown_keys
 
     named = ["run.name=test"] if config == "train" else []
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from vae3d.config.check import Rule, check, resume_issues
 from vae3d.config.fields import STRICT, Float, Int, Interval, Precision, Rates, Strings, as_list, setting
-from vae3d.config.issues import MISSING
+from vae3d.config.issues import MISSING, ConfigIssue
 from vae3d.config.schema import Data, Debug, Launcher, Optim, Run, register
 from vae3d.config.validate import DECAY_RULE, FRAMES_RULE, SIZE_RULE, batch_issues, source_paths
 
@@ -153,7 +155,7 @@ TRAINING_RULES = [
 # fmt: on
 
 
-def check_diffusion(cfg: DictConfig) -> DiffusionConfig:
+def check_diffusion(cfg: DictConfig, issues: Sequence[ConfigIssue] = ()) -> DiffusionConfig:
     """The configuration as typed objects. Raises ConfigError with every error, except those of the autoencoder and the
     data."""
     rules = TRAINING_RULES
@@ -162,17 +164,18 @@ def check_diffusion(cfg: DictConfig) -> DiffusionConfig:
         cfg = OmegaConf.merge(cfg, {"data": {"source": None}})
         message = f"is not read, since cache={cache}"
         rules = [*rules, Rule("data.source", lambda _: given is not None, message, "use one of them")]
-    return check(
-        cfg, DiffusionConfig, rules, lambda c: {"vae.path": c.vae.path, "cache": c.cache, **source_paths(c.data.source)}
-    )
+    return check(cfg, issues, schema=DiffusionConfig, rules=rules, paths=_training_paths)
 
 
-def check_sampling(cfg: DictConfig) -> SampleConfig:
-    """The configuration as typed objects. Raises ConfigError with every error."""
-    return check(
-        cfg, SampleConfig, [SIZE_RULE], lambda c: {"checkpoint": c.checkpoint, "vae": c.vae, "against": c.against}
-    )
+def _training_paths(config: DiffusionConfig) -> dict[str, Any]:
+    return {"vae.path": config.vae.path, "cache": config.cache, **source_paths(config.data.source)}
 
 
+check_sampling = partial(
+    check,
+    schema=SampleConfig,
+    rules=[SIZE_RULE],
+    paths=lambda c: {"checkpoint": c.checkpoint, "vae": c.vae, "against": c.against},
+)
 register("diffusion_defaults", DiffusionConfig)
 register("sample_defaults", SampleConfig)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from omegaconf import DictConfig
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from vae3d.config.check import Rule, check
 from vae3d.config.fields import STRICT, Float, Int, Precision, Reader, Split, as_list, setting
 from vae3d.config.issues import MISSING, ConfigIssue
 from vae3d.config.schema import register
-from vae3d.config.validate import SIZE_RULE
+from vae3d.config.validate import SIZE_RULE, inference_paths
 
 
 @dataclass(config=STRICT)
@@ -82,9 +82,5 @@ RULES = [
 # fmt: on
 
 
-def check_encoding(cfg: DictConfig) -> EncodeConfig:
-    """The configuration as typed objects. Raises ConfigError with every error."""
-    return check(cfg, EncodeConfig, RULES, lambda c: {"checkpoint": c.checkpoint, "source": c.source, "root": c.root})
-
-
+check_encoding = partial(check, schema=EncodeConfig, rules=RULES, paths=inference_paths)
 register("latents_defaults", EncodeConfig)
