@@ -23,7 +23,7 @@ from PIL import Image
 
 import vae3d
 from tests import warm
-from vae3d.commands.cli import check_training
+from vae3d.commands import cli
 from vae3d.config.issues import raise_if_any
 from vae3d.config.schema import CONF, TrainConfig
 from vae3d.config.validate import training_issues
@@ -85,7 +85,7 @@ def training(name: str, table: Path, *overrides: str, dry_run: bool = False) -> 
     path = [f"data.source.path={table}"] if not any(o.startswith("data=") for o in overrides) else []
     cfg = compose(f"model={name}", *MODEL[name], *TRAINING, *path, *overrides)
     if dry_run:
-        return check_training(cfg)
+        return cli.check_training(cfg)
     config, issues = training_issues(cfg)
     raise_if_any(issues)
     return config
@@ -188,6 +188,14 @@ def environ(**changes: str) -> dict[str, str]:
 
 def script(name: str) -> list[str]:
     return [sys.executable, str(ROOT / name)]
+
+
+def status(command: str, *arguments: object) -> int:
+    """The exit status of a `vae3d` command that runs in this process."""
+    try:
+        return cli.main([command, *map(str, arguments)]) or 0
+    except SystemExit as end:
+        return end.code
 
 
 def load_script(name: str) -> ModuleType:
