@@ -153,7 +153,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(cached, tmp_path):
 
 
 def test_checkpoints_that_cannot_be_written_are_borne_until_patience_ends(cached, tmp_path, monkeypatch, caplog):
-    told = [*cached, "trainer.save_every=1", "trainer.save_failures=2"]
+    told = [*cached, "trainer.save_every=1", "trainer.robust.save_failures=2"]
     trainer = latent_runs.trainer(tmp_path, *told)
     write, write_export = state.write, diffusion_trainer.write_export
 
@@ -165,7 +165,7 @@ def test_checkpoints_that_cannot_be_written_are_borne_until_patience_ends(cached
         diffusion_trainer, "write_export", lambda *args: (full if trainer.step == 3 else write_export)(*args)
     )
     with pytest.raises(
-        TooManyFailures, match=r"2 checkpoints in a row could not be written .*trainer.save_failures is"
+        TooManyFailures, match=r"2 checkpoints in a row could not be written .*trainer.robust.save_failures is"
     ):
         trainer.fit()
     assert "no checkpoint of step 2: rank 0: OSError: [Errno 28]" in caplog.text
@@ -206,7 +206,13 @@ def test_an_export_that_a_kill_left_out_is_written_at_the_next_start(cached, tmp
 
 @pytest.mark.parametrize("ends", ["signal", "data", "ruined"])
 def test_what_is_finished_is_saved_before_a_run_stops_but_not_while_steps_are_skipped(cached, tmp_path, ends):
-    told = [*cached, "trainer.max_steps=9", "trainer.save_every=3", "trainer.max_consecutive_skips=3", "trainer.keep=1"]
+    told = [
+        *cached,
+        "trainer.max_steps=9",
+        "trainer.save_every=3",
+        "trainer.robust.max_consecutive_failures=3",
+        "trainer.keep=1",
+    ]
     trainer = latent_runs.trainer(tmp_path, *told)
     step, batches = trainer.train_step, trainer.data.batches
 

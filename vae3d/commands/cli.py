@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from vae3d.commands import launch
 from vae3d.commands.console import exit_on_user_error, in_sweep
 from vae3d.config.diffusion import check_diffusion, check_sampling
-from vae3d.config.issues import ConfigIssue, close_match, raise_if_any
+from vae3d.config.issues import ConfigIssue, close_match, is_within, raise_if_any
 from vae3d.config.latents import check_encoding
 from vae3d.config.overrides import allow_unknown_keys, override_issues, without_run_values
 from vae3d.config.schema import CONF, TrainConfig
@@ -41,7 +41,7 @@ def check_training(cfg: DictConfig, issues: Sequence[ConfigIssue] = ()) -> Train
     """
     config, found = training_issues(cfg)
     found = [*issues, *found]
-    if not any(issue.malformed or issue.within(MODEL_KEYS) for issue in found):
+    if not any(issue.malformed or is_within(issue.key, key) for issue in found for key in MODEL_KEYS):
         from vae3d.commands import dry_run
 
         wrong = {issue.key for issue in found}

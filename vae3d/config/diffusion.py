@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from vae3d.config.check import Rule, check, resume_issues
 from vae3d.config.fields import STRICT, Float, Int, Interval, Precision, Rates, Strings, as_list, setting
 from vae3d.config.issues import MISSING, ConfigIssue
-from vae3d.config.schema import Data, Debug, Launcher, Optim, Run, register
+from vae3d.config.schema import Data, Debug, Launcher, Limits, Optim, Run, Steps, register
 from vae3d.config.validate import DECAY_RULE, FRAMES_RULE, SIZE_RULE, batch_issues, source_paths
 
 Method = Literal["ddpm", "ddim", "euler"]
@@ -41,23 +41,15 @@ class Averages:
 
 
 @dataclass(config=STRICT)
-class Training:
+class Training(Steps):
     """Steps, precision, checkpoints."""
 
-    max_steps: Int = setting(100_000, "Optimizer steps.", ge=1)
-    accumulate: Int = setting(1, "Micro-batches per optimizer step.", ge=1)
     precision: Literal["bf16", "fp32"] = setting("bf16", "Autocast over fp32 weights.")
     ema: Averages = Field(default_factory=Averages)
-    max_consecutive_skips: Int = setting(10, "Skipped steps in a row before the run stops. 0: no limit.", ge=0)
+    robust: Limits = Field(default_factory=Limits)
     scale_samples: Int = setting(
         1000, "Training latents whose mean and standard deviation are measured before the first step.", ge=64
     )
-    log_every: Int = setting(10, "Steps between log lines.", ge=1)
-    save_every: Int = setting(1000, "Steps between checkpoints. 0: none.", ge=0)
-    save_failures: Int = setting(
-        3, "Checkpoints in a row that cannot be written before the run stops. 0: no limit.", ge=0
-    )
-    keep: Int = setting(3, "Newest checkpoints and exports kept, at least two. 0: all.", ge=0)
 
 
 @dataclass(config=STRICT)

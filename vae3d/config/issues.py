@@ -31,18 +31,15 @@ class ConfigIssue:
         given = "" if self.value is NO_VALUE else f"={_text(self.value)}"
         return f"{self.key}{given}: {self.message}" + (f"; {self.hint}" if self.hint else "")
 
-    def within(self, keys: Iterable[str]) -> bool:
-        """Whether the key is one of `keys` or lies below one."""
-        return any(is_within(self.key, key) for key in keys)
-
 
 class ConfigError(UserError):
-    """All errors of a configuration."""
+    """All errors of a configuration. Equal ones, such as a file that several loss terms lack, are listed once."""
 
     def __init__(self, issues: list[ConfigIssue]) -> None:
-        self.issues = issues
-        count = f"{len(issues)} error" + ("s" if len(issues) > 1 else "")
-        super().__init__(f"the configuration has {count}:\n" + "\n".join(f"  {issue}" for issue in issues))
+        lines = {f"  {issue}": issue for issue in issues}
+        self.issues = list(lines.values())
+        count = f"{len(lines)} error" + ("s" if len(lines) > 1 else "")
+        super().__init__("\n".join([f"the configuration has {count}:", *lines]))
 
 
 def raise_if_any(issues: list[ConfigIssue]) -> None:

@@ -234,16 +234,22 @@ class Publish:
 
 
 @dataclass(config=STRICT)
-class Robust:
-    """Fault-tolerance limits."""
+class Limits:
+    """Failures after which a run stops."""
 
     max_consecutive_failures: Int = setting(
         10, "Steps in a row that fail, out of memory or without a file, before the run stops. 0: no limit.", ge=0
     )
-    zero_gradient: Int = setting(10, "Steps in a row with a gradient of zero before the run stops. 0: no limit.", ge=0)
     save_failures: Int = setting(
         3, "Checkpoints in a row that cannot be written before the run stops. 0: no limit.", ge=0
     )
+
+
+@dataclass(config=STRICT)
+class Robust(Limits):
+    """Fault-tolerance limits."""
+
+    zero_gradient: Int = setting(10, "Steps in a row with a gradient of zero before the run stops. 0: no limit.", ge=0)
     compact_gib: Float | None = setting(
         None, "Release cached GPU memory when more of it is unused, in GiB. null: never.", ge=0
     )
@@ -274,20 +280,26 @@ class Teacher:
 
 
 @dataclass(config=STRICT)
-class Trainer:
-    """Steps, precision, checkpoints."""
+class Steps:
+    """Steps and checkpoints."""
 
     max_steps: Int = setting(100_000, "Optimizer steps.", ge=1)
     accumulate: Int = setting(1, "Micro-batches per optimizer step.", ge=1)
+    log_every: Int = setting(10, "Steps between log lines.", ge=1)
+    save_every: Int = setting(1000, "Steps between checkpoints. 0: none.", ge=0)
+    keep: Int = setting(3, "Newest checkpoints, exports and named files kept, at least two. 0: all.", ge=0)
+
+
+@dataclass(config=STRICT)
+class Trainer(Steps):
+    """Steps, precision, checkpoints."""
+
     precision: Precision = setting("bf16", "Autocast over fp32 weights.")
     ema: Ema = Field(default_factory=Ema)
     spike: Spike = Field(default_factory=Spike)
     robust: Robust = Field(default_factory=Robust)
     strategy: Strategy = Field(default_factory=Strategy)
     compile: bool = setting(False, "torch.compile the model's blocks, in place.")
-    log_every: Int = setting(10, "Steps between log lines.", ge=1)
-    save_every: Int = setting(1000, "Steps between checkpoints. 0: none.", ge=0)
-    keep: Int = setting(3, "Newest checkpoints, exports and named files kept, at least two. 0: all.", ge=0)
     best: str | None = setting(
         None, "Score of the validation (lpips_alex, rfid, psnr, ...) whose best is kept as exports/best."
     )
@@ -335,14 +347,29 @@ class TrainConfig:
 
 
 @dataclass(config=STRICT)
-class InferConfig:
-    """Reconstruct videos and images."""
+class FilesConfig:
+    """The autoencoder that a command runs on files, and how it reads them."""
 
     checkpoint: str = setting(MISSING, "A run folder, an export or published weights.")
+    model: dict[str, Any] = setting(dict, "Arguments of the model that differ from the checkpoint's.")
+    root: str | None = setting(None, "Folder of relative paths in a table. null: the table's folder.")
+    split: Split | None = setting(None, "Only rows of this split. null: all.")
+    height: Int | None = setting(None, "Resize and centre-crop to height x width. null: as the file.", ge=1)
+    width: Int | None = setting(None, "See `height`.", ge=1)
+    stride: Int = setting(1, "Take every n-th frame.", ge=1)
+    fps: Float | None = setting(None, "Reduce faster videos to this frame rate. null: keep all.", gt=0)
+    reader: Reader = setting("auto", "Library that decodes videos.")
+    precision: Precision = setting("fp32", "Autocast over fp32 weights.")
+    device: str | None = setting(None, "null: cuda if there is a GPU.")
+    seed: Int = setting(0, "Seed of the samples.", ge=0)
+
+
+@dataclass(config=STRICT)
+class InferConfig(FilesConfig):
+    """Reconstruct videos and images."""
+
     source: str = setting(MISSING, "A table, a JSON list, a folder or one file.")
     save_dir: PathPrefix = setting(MISSING, "Prefix of the folders PREFIX_ori, _rec, _spatial.")
-    root: str | None = setting(None, "Folder of relative paths in a table. null: the table's folder.")
-    model: dict[str, Any] = setting(dict, "Arguments of the model that differ from the checkpoint's.")
     frame_batch: Int = setting(4, "Frames in one pass of a 2D network.", ge=1)
     tile: Int | None = setting(None, "Side of the tiles of causal networks, in pixels. null: no tiles.", ge=1)
     tile_overlap: Int | None = setting(
@@ -352,22 +379,13 @@ class InferConfig:
     memory_gib: Float | None = setting(
         None, "GiB that a streaming network may use beyond its weights. null: its default.", gt=0
     )
-    height: Int | None = setting(None, "Resize and centre-crop to height x width. null: as the file.", ge=1)
-    width: Int | None = setting(None, "See `height`.", ge=1)
     start: Int = setting(0, "First frame.", ge=0)
     num_frames: Int | None = setting(None, "null: to the end.", ge=1)
-    stride: Int = setting(1, "Take every n-th frame.", ge=1)
-    fps: Float | None = setting(None, "Reduce faster videos to this frame rate. null: keep all.", gt=0)
     num_samples: Int | None = setting(None, "Only the first rows of the source. null: all.", ge=1)
-    split: Split | None = setting(None, "Only rows of this split. null: all.")
     sample: bool = setting(False, "Sample the latents, as in training, instead of taking the mode.")
-    seed: Int = setting(0, "Seed of the samples.", ge=0)
-    precision: Precision = setting("fp32", "Autocast over fp32 weights.")
-    device: str | None = setting(None, "null: cuda if there is a GPU.")
     codec: Literal["lossless", "h264"] = setting("lossless", "lossless: RGB, bit-exact; h264: for viewing.")
     metrics: Strings = setting(list, "Computed before the codec. See docs/score.md.")
     cost: bool = setting(False, "Measure speed and memory of encoding and decoding, on the first chunk.")
-    reader: Reader = setting("auto", "Library that decodes videos.")
     on_error: Literal["stop", "skip"] = setting("stop", "What to do with a file that cannot be read.")
     overwrite: bool = setting(False, "Replace results of an earlier command.")
 

@@ -45,15 +45,6 @@ def _precision_issues(config: TrainConfig) -> Iterator[ConfigIssue]:
         yield ConfigIssue("trainer.precision", precision, f"accelerate launch was given {launched}", hint)
 
 
-def _short_side_issues(config: TrainConfig) -> Iterator[ConfigIssue]:
-    data = config.data
-    largest = max(data.height, data.width)
-    if data.short_side is not None and data.short_side < largest:
-        yield ConfigIssue(
-            "data.short_side", data.short_side, "is smaller than the crop", f"use at least {largest}, or null"
-        )
-
-
 def _adversary(config: TrainConfig) -> dict[str, Any]:
     return config.adversary if isinstance(config.adversary, dict) else {}
 
@@ -88,9 +79,12 @@ NOT_CROPPED = "panoramas (data.panorama=true) are never cropped"
 NO_STRIDE = "data.sampling=strided chooses the stride"
 NO_VALIDATION = "validation.every=0 turns validation off"
 TRAINING_RULES = [
-    FRAMES_RULE, DECAY_RULE, batch_issues, resume_issues, _short_side_issues, _precision_issues, _no_weight,
+    FRAMES_RULE, DECAY_RULE, batch_issues, resume_issues, _precision_issues, _no_weight,
     _needs_checkpoints,
     # clips
+    Rule("data.short_side",
+         lambda c: c.data.short_side is not None and c.data.short_side < max(c.data.height, c.data.width),
+         "is smaller than the crop of {c.data.height}x{c.data.width}", "raise it, or use null"),
     Rule("data.roll", lambda c: c.data.roll and not c.data.panorama,
          "needs data.panorama=true", "set it, or data.roll=false"),
     Rule("validation.roll", lambda c: c.validation.roll and not c.data.panorama,
