@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from vae3d.commands import launch
 from vae3d.commands.console import exit_on_user_error, in_sweep
 from vae3d.config.diffusion import check_diffusion, check_sampling
-from vae3d.config.issues import ConfigIssue, close_match, is_within, raise_if_any
+from vae3d.config.issues import ConfigIssue, add_new, close_match, is_within, raise_if_any
 from vae3d.config.latents import check_encoding
 from vae3d.config.overrides import allow_unknown_keys, override_issues, without_run_values
 from vae3d.config.schema import CONF, TrainConfig
@@ -44,8 +44,7 @@ def check_training(cfg: DictConfig, issues: Sequence[ConfigIssue] = ()) -> Train
     if not any(issue.malformed or is_within(issue.key, key) for issue in found for key in MODEL_KEYS):
         from vae3d.commands import dry_run
 
-        wrong = {issue.key for issue in found}
-        found += [issue for issue in dry_run.issues(config) if issue.key not in wrong]
+        found = add_new(found, dry_run.issues(config))
     raise_if_any(found)
     return config
 

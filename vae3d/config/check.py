@@ -22,12 +22,12 @@ from vae3d.config.issues import (
     MISSING,
     NO_VALUE,
     ConfigIssue,
+    add_new,
     close_match,
     is_within,
     nearest,
     raise_if_any,
     walk,
-    without_repeats,
 )
 from vae3d.config.targets import target_issues
 
@@ -106,7 +106,8 @@ def check_all(
 ) -> tuple[C, list[ConfigIssue]]:
     """As `check`, with the errors instead of an exception. Wrong and missing values have their defaults."""
     config, issues = read(cfg, schema)
-    return config, without_repeats([*issues, *check_rules(config, rules, issues), *path_issues(paths(config))])
+    found = [*check_rules(config, rules, issues), *path_issues(paths(config))]
+    return config, add_new(issues, found)
 
 
 def read(cfg: DictConfig, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
@@ -114,10 +115,10 @@ def read(cfg: DictConfig, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
     keys and values."""
     issues: list[ConfigIssue] = []
     tree = _resolve(cfg, OmegaConf.to_container(cfg, resolve=False), "", issues)
-    issues += [*target_issues(tree), *_number_issues(tree)]
     config, wrong = _typed(tree, schema)
-    issues += [*wrong, *_missing(tree, config)]
-    return config, without_repeats(issues)
+    for found in (target_issues(tree), _number_issues(tree), wrong, _missing(tree, config)):
+        issues = add_new(issues, found)
+    return config, issues
 
 
 def check_rules(config: Any, rules: Rules, issues: Sequence[ConfigIssue] = ()) -> list[ConfigIssue]:

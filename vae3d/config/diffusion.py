@@ -47,9 +47,7 @@ class Training(Steps):
     precision: Literal["bf16", "fp32"] = setting("bf16", "Autocast over fp32 weights.")
     ema: Averages = Field(default_factory=Averages)
     robust: Limits = Field(default_factory=Limits)
-    scale_samples: Int = setting(
-        1000, "Training latents whose mean and standard deviation are measured before the first step.", ge=64
-    )
+    scale_samples: Int = setting(1000, "Training latents measured before the first step: mean and deviation.", ge=64)
 
 
 @dataclass(config=STRICT)
@@ -60,7 +58,7 @@ class DiffusionValidation:
     clips: Int = setting(64, "Held-out latents.", ge=1)
     draws: Int = setting(8, "Times and noises for each latent, the same in every validation.", ge=1)
     frames: Int | None = setting(
-        None, "Frames of held-out clips and of samples. null: data.frames.max. Not used for a cache.", ge=1
+        None, "Of held-out clips and samples. null: data.frames.max. Not used for a cache.", ge=1
     )
     samples: Int = setting(16, "Samples drawn.", ge=1)
     steps: Int = setting(50, "Steps of the sampler.", ge=1)
@@ -75,9 +73,7 @@ class DiffusionConfig:
 
     run: Run = Field(default_factory=Run)
     vae: Vae = Field(default_factory=Vae)
-    cache: str | None = setting(
-        None, "Latents of scripts/encode_latents.py. null: encode the clips of `data`, batch by batch."
-    )
+    cache: str | None = setting(None, "Latents of encode_latents.py. null: encode the clips of `data`, batch by batch.")
     labels: Literal["none", "auto", "column", "folder"] = setting(
         "none", "column (`label`), folder (its name); auto: column or, without one, folder. A cache has its own."
     )

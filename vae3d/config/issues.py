@@ -52,12 +52,10 @@ def is_within(key: str, parent: str) -> bool:
     return key == parent or key.startswith((f"{parent}.", f"{parent}["))
 
 
-def without_repeats(issues: Iterable[ConfigIssue]) -> list[ConfigIssue]:
-    """The first issue of each key."""
-    first: dict[str, ConfigIssue] = {}
-    for issue in issues:
-        first.setdefault(issue.key, issue)
-    return list(first.values())
+def add_new(issues: list[ConfigIssue], found: Iterable[ConfigIssue]) -> list[ConfigIssue]:
+    """The issues, and of those found later the ones of other keys."""
+    keys = {issue.key for issue in issues}
+    return issues + [issue for issue in found if issue.key not in keys]
 
 
 def nearest(name: str, options: Iterable[str], prefix: str = "") -> str:

@@ -22,9 +22,7 @@ class EncodeConfig(FilesConfig):
 
     source: Any = setting(MISSING, "A table, a JSON list, a folder or one file; or a `_target_` node, as in conf/data.")
     cache: str = setting(MISSING, "Folder to write. The same command resumes.")
-    short_side: Int | None = setting(
-        None, "Resize the shorter side to this before cropping. null: the smallest size the crop fits in.", ge=1
-    )
+    short_side: Int | None = setting(None, "Shorter side before cropping. null: as the crop needs it.", ge=1)
     frames: Int | None = setting(None, "Frames of a clip. null: all that the file has.", ge=1)
     clips: Literal["one", "all"] = setting("one", "Clips of a file: one, from its middle, or all, one after another.")
     panorama: bool = setting(False, "Files are equirectangular panoramas (2:1), never cropped.")
@@ -32,13 +30,9 @@ class EncodeConfig(FilesConfig):
     labels: Literal["auto", "column", "folder", "none"] = setting(
         "auto", "column (`label`), folder (its name); auto: column or, without one, folder."
     )
-    store: Literal["moments", "mean", "sample"] = setting(
-        "moments", "moments: mean and standard deviation of the posterior."
-    )
+    store: Literal["moments", "mean", "sample"] = setting("moments", "moments: the posterior's mean and deviation.")
     dtype: Literal["fp32", "fp16", "bf16"] = setting("fp16", "Of the stored latents.")
-    writers: Annotated[list[Literal["npy", "webdataset"]], BeforeValidator(as_list)] = setting(
-        list, "Further formats, beside safetensors."
-    )
+    writers: Annotated[list[Literal["npy", "webdataset"]], BeforeValidator(as_list)] = setting(list, "Further formats.")
     shard_size: Int = setting(512, "Clips per file. A killed process loses its unfinished file.", ge=1)
     batch_size: Int = setting(8, "Clips per forward pass.", ge=1)
     chunk_frames: Int | None = setting(None, "Frames encoded at once. null: as many as the model's stream takes.", ge=1)
