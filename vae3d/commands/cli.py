@@ -108,7 +108,6 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         arguments = sys.argv[1:] or ["--help"]
         spec = sys.modules["__main__"].__spec__
         program = [*(["-m", spec.name] if spec else program), arguments[0]]
-        sys.argv[0] = f"vae3d {arguments[0]}"  # argparse's usage line begins with it
     name, *rest = arguments
     if name in ("-h", "--help"):
         print(usage())
@@ -121,6 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     command, module = COMMANDS[name], module_of(name)
     if isinstance(command, HydraCommand):
         return run_with_hydra(command, module, program, rest)
+    if len(program) > 1:  # not one of the scripts
+        sys.argv[0] = f"vae3d {name}"  # argparse's usage line begins with it
     return exit_on_user_error(lambda: import_module(module).main(rest))
 
 

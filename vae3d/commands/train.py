@@ -137,6 +137,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
         started = [f"optim.proximal pulls towards stage.init_from={config.stage.init_from}"]
     if config.trainer.compile:
         compile_blocks(model, dynamic=None if len(data.schedule.frames.all()) > 1 else False)
+    adversary, logger = instantiate(config.adversary), instantiate(config.logger)
     teacher = None if config.teacher.path is None else load(config.teacher.path).to(accelerator.device)
     built = VaeTrainer(
         config,
@@ -144,10 +145,10 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
         accelerator,
         model,
         terms,
-        instantiate(config.adversary),
+        adversary,
         data,
         metrics,
-        instantiate(config.logger),
+        logger,
         distillation(config, teacher, model),
     )
     built.setup()
