@@ -31,7 +31,7 @@ def refused(folder: Path, settings: list[str]) -> None:
     """Print what is said to ranks of other settings."""
     rank = console.rank()
     for start in (
-        lambda: encode.run(EncodeConfig("checkpoint", "source", "cache", seed=rank, workers=rank)),
+        lambda: encode.run(EncodeConfig(checkpoint="x", source="x", cache="x", seed=rank, workers=rank)),
         lambda: latent_runs.trainer(folder, *settings, f"optim.lr={1e-3 * (1 + rank)}"),
     ):
         try:
