@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests import tiny
 from vae3d.commands import train
-from vae3d.commands.check import check_training
+from vae3d.commands.cli import check_training
 from vae3d.training.ema import Ema
 from vae3d.training.vae_trainer import VaeTrainer
 

@@ -10,7 +10,7 @@ from typing import Any
 from tests.diffusion import latent_runs
 from vae3d import distributed
 from vae3d.checkpoints import state
-from vae3d.commands import encode, launch
+from vae3d.commands import console, encode
 from vae3d.config.latents import EncodeConfig
 from vae3d.distributed import RanksDiffer
 
@@ -29,9 +29,9 @@ def trained(folder: Path, settings: list[str]) -> dict[str, Any]:
 
 def refused(folder: Path, settings: list[str]) -> None:
     """Print what is said to ranks of other settings."""
-    rank = launch.rank()
+    rank = console.rank()
     for start in (
-        lambda: encode.run(EncodeConfig("checkpoint", "source", "cache", seed=rank, workers=rank)),
+        lambda: encode.run(EncodeConfig(checkpoint="x", source="x", cache="x", seed=rank, workers=rank)),
         lambda: latent_runs.trainer(folder, *settings, f"optim.lr={1e-3 * (1 + rank)}"),
     ):
         try:
@@ -45,6 +45,6 @@ if __name__ == "__main__":
     with distributed.process_group_scope():
         settings = json.loads((top / "settings.json").read_text())
         trained(top / "together", settings)
-        assert distributed.gather_to_main(launch.rank()) == ([0, 1] if launch.rank() == 0 else [])
+        assert distributed.gather_to_main(console.rank()) == ([0, 1] if console.rank() == 0 else [])
         latent_runs.sample(f"checkpoint={top}/together", f"out={top}/of_two", *THREE, against(settings))
         refused(top / "refused", settings)

@@ -19,7 +19,7 @@ from tests import tiny
 from tests.diffusion import latent_runs
 from tests.diffusion.toy import shaken
 from vae3d.checkpoints.formats import CheckpointError
-from vae3d.commands import launch, sample
+from vae3d.commands import console, sample
 from vae3d.config.validate import ConfigError
 from vae3d.diffusion import sampling
 from vae3d.diffusion.build import build_network, network_config
@@ -289,19 +289,19 @@ def test_guidance_needs_a_network_that_knows_no_label(of_images, tmp_path):
 def test_a_folder_that_cannot_be_is_found_before_the_first_sample(of_images, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr(sample, "sample_latents", None)
-    monkeypatch.setattr(launch, "in_sweep", lambda: False)
+    monkeypatch.setattr(console, "in_sweep", lambda: False)
     with pytest.raises(SystemExit, match="2"):
-        launch.exit_on_user_error(lambda: drawn(of_images, tmp_path / "file"))
+        console.exit_on_user_error(lambda: drawn(of_images, tmp_path / "file"))
     assert capsys.readouterr().err == f"error: {tmp_path}/file: cannot be written: File exists\n"
 
     def full():
         raise OSError(errno.ENOSPC, "as Pillow tells it, without the file")
 
     with pytest.raises(SystemExit, match="2"):
-        launch.exit_on_user_error(full)
+        console.exit_on_user_error(full)
     assert "VAE3D_TRACEBACK=1" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError):  # no error of a disk
-        launch.exit_on_user_error((tmp_path / "none").read_text)
+        console.exit_on_user_error((tmp_path / "none").read_text)
 
 
 def test_another_autoencoder_is_refused(of_images, pictures, vae, tmp_path):

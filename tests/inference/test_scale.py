@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import numpy as np
@@ -184,10 +183,7 @@ def test_a_scale_that_differs_does_not_keep_an_image_vae_from_starting(videos, t
 
 
 def script(*arguments: object) -> int:
-    spec = importlib.util.spec_from_file_location("measure_scale", tiny.ROOT / "scripts/measure_scale.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([*map(str, arguments), "--height=16", "--width=16"])
+    return tiny.status("measure-scale", *arguments, "--height=16", "--width=16")
 
 
 def test_the_script_rewrites_the_newest_export_of_a_run(videos, tmp_path, capsys):

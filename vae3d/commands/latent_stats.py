@@ -15,14 +15,12 @@ scripts/convert_checkpoint.py writes from it. Without --out the export is rewrit
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vae3d.commands.measure_scale import load_unscaled, rescale
-from vae3d.errors import UserError
 from vae3d.inference.scale import MeasuredScale, off_scale
 from vae3d.latents.cache import LatentCache
 from vae3d.loading import load, open_codec
@@ -30,7 +28,7 @@ from vae3d.loading import load, open_codec
 SHOWN = ("0.1", "50", "99.9")  # percentiles
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path)
     parser.add_argument("--verify", action="store_true", help="compare the hashes of all files of the cache")
@@ -41,18 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     how.add_argument("--per-channel", action="store_true", help="image VAE: write mean and deviation per channel")
     parser.add_argument("--of-means", action="store_true", help="without the variance of the posteriors")
     args = parser.parse_args(argv)
-    try:
-        cache = LatentCache(args.cache, verify=args.verify)
-        print_statistics(
-            cache,
-            "" if args.write else "; if the export has not been updated since, use --write EXPORT --per-channel",
-        )
-        if args.write is not None:
-            write(args)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    cache = LatentCache(args.cache, verify=args.verify)
+    print_statistics(
+        cache,
+        "" if args.write else "; if the export has not been updated since, use --write EXPORT --per-channel",
+    )
+    if args.write is not None:
+        write(args)
 
 
 def print_statistics(cache: LatentCache, hint: str) -> None:

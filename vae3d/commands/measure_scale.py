@@ -35,14 +35,13 @@ from vae3d.checkpoints.formats import (
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
-from vae3d.errors import UserError
 from vae3d.inference.scale import MeasuredScale, ScaleError, measure, rescaled, spread_clips, unscalable_reason
 from vae3d.io import atomic_dir, atomic_files, naming
 from vae3d.loading import build_from_checkpoint
 from vae3d.precision import as_device
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="run, export, or published weights")
     parser.add_argument("source", help="a CSV, parquet or JSON file, a folder, or one file")
@@ -57,13 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    try:
-        checkpoint, model = load_unscaled(args.checkpoint, args.out)
-        rescale(checkpoint, model, measure_source(model, args), args)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    checkpoint, model = load_unscaled(args.checkpoint, args.out)
+    rescale(checkpoint, model, measure_source(model, args), args)
 
 
 def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:

@@ -80,9 +80,7 @@ class DiffusionTrainer(Trainer[Batch]):
             MultiEma(network, **asdict(config.trainer.ema)),
             data,
             logger,
-            spikes=SpikeGuard(max_consecutive_skips=config.trainer.max_consecutive_skips),
-            max_failed_steps=(config.trainer.max_consecutive_skips, "trainer.max_consecutive_skips"),
-            max_failed_saves=(config.trainer.save_failures, "trainer.save_failures"),
+            spikes=SpikeGuard(max_consecutive_skips=config.trainer.robust.max_consecutive_failures),
         )
         identity = {name: vae[name] for name in ("encoder", "latents_mean", "latents_std")}
         self.latents = LatentsState(identity, data.classes, config.vae.path)

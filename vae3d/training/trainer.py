@@ -52,9 +52,8 @@ class Trainer(ABC, Generic[Batch]):
     further state with `self.checkpointer`.
 
     network: the model that is trained and saved. strategy: holds the module that a step calls, and the optimizer. data:
-    has `fingerprint` and `errors`. max_failed_steps, max_failed_saves, max_zero_gradients: limit of consecutive
-    failures, 0 for none, and its key in the configuration. compact_gib: see release_idle_memory. facts: written to
-    run.json.
+    has `fingerprint` and `errors`. max_zero_gradients: limit of consecutive steps, 0 for none. compact_gib: see
+    release_idle_memory. facts: written to run.json.
     """
 
     def __init__(
@@ -69,9 +68,7 @@ class Trainer(ABC, Generic[Batch]):
         logger: Logger,
         *,
         spikes: SpikeGuard,
-        max_failed_steps: tuple[int, str],
-        max_failed_saves: tuple[int, str],
-        max_zero_gradients: tuple[int, str] = (0, ""),
+        max_zero_gradients: int = 0,
         adversary: Adversary | None = None,
         proximal: Proximal | None = None,
         best: BestExport | None = None,
@@ -85,19 +82,25 @@ class Trainer(ABC, Generic[Batch]):
         self.adversary = adversary or NoAdversary()
         self.proximal = proximal or Proximal(network, weight=0.0)
         self.spikes = spikes
+        limits = config.trainer.robust
         self.failed_steps = FailureCounter(
-            *max_failed_steps,
+            limits.max_consecutive_failures,
+            "trainer.robust.max_consecutive_failures",
             "steps in a row could not be finished",
             "for memory raise trainer.accumulate or lower data.batch_size, data.frames.max, data.height or data.width; "
             f"for files see {folder}/data_errors.jsonl",
         )
         self.zero_gradient = FailureCounter(
-            *max_zero_gradients,
+            max_zero_gradients,
+            "trainer.robust.zero_gradient",
             "steps in a row had no gradient at all",
             "the model learns nothing: are its outputs clamped, or the pixels in another range than the losses expect?",
         )
         failed_saves = FailureCounter(
-            *max_failed_saves, "checkpoints in a row could not be written", "the last complete one stays"
+            limits.save_failures,
+            "trainer.robust.save_failures",
+            "checkpoints in a row could not be written",
+            "the last complete one stays",
         )
         self.read_errors = ReadErrors(config.data.max_broken, folder)
         self.data_changes = DataChanges(data.fingerprint)
