@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vae3d.evaluation.pairs import Pair, PairReader, Protocol
 from vae3d.evaluation.store import VideoScore
-from vae3d.io import naming, write_text
+from vae3d.io import write_text
 from vae3d.metrics.base import Better, goodness
 from vae3d.pixels import quantize
 from vae3d.report.html import html_table, img, render, subplots, svg
@@ -88,8 +88,7 @@ def write_html(
         clips=[_clip(video, pairs[video.name], protocol, ranked_by, columns) for video in shown],
         details=json.dumps(details, indent=2, default=str),
     )
-    with naming(path):
-        write_text(path, page)
+    write_text(path, page)
 
 
 def _score_table(metrics: Mapping[str, Mapping[str, Any]]) -> Markup:

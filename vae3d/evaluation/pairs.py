@@ -100,13 +100,13 @@ def find_pairs(
     only_rec = [f"only in {rec}: {stem}" for stem in sorted(recs.keys() - refs.keys())]
     unmatched = [*only_ref, *only_rec]
     if unmatched and not (allow_unmatched and common):
-        shown = "\n".join(f"  {line}" for line in [*_first(only_ref), *_first(only_rec)])
+        shown = "\n".join(f"  {line}" for line in [*first_lines(only_ref), *first_lines(only_rec)])
         hint = "\n  --allow_unmatched scores the pairs" if common else ""
         raise PairError(f"{len(unmatched)} files have no partner of the same name, {len(common)} have:\n{shown}{hint}")
     return [Pair(stem, refs[stem], recs[stem]) for stem in common], unmatched
 
 
-def _first(lines: list[str], count: int = 10) -> list[str]:
+def first_lines(lines: list[str], count: int = 10) -> list[str]:
     """The first lines, and how many more there are."""
     return [*lines[:count], *([f"... {len(lines) - count} more"] if len(lines) > count else [])]
 
@@ -161,7 +161,7 @@ def _by_index(ref: Path, rec: Path) -> list[Pair]:
             pairs.append(Pair(row.id, file, recs[row.id], int(row.start)))
     if errors:
         hint = f"--ref must be the folder of the sources, and {ref} is not, or not completely"
-        raise PairError("\n  ".join([f"{len(errors)} rows have no pair; {hint}:", *_first(errors)]))
+        raise PairError("\n  ".join([f"{len(errors)} rows have no pair; {hint}:", *first_lines(errors)]))
     return sorted(pairs, key=lambda pair: pair.name)
 
 

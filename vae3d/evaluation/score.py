@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vae3d.data.readers import MediaError
-from vae3d.evaluation.pairs import Pair, PairError, PairInfo, PairReader, Protocol, inspect
+from vae3d.evaluation.pairs import Pair, PairError, PairInfo, PairReader, Protocol, first_lines, inspect
 from vae3d.evaluation.store import Store, VideoScore, pair_key
-from vae3d.io import naming, write_json
 from vae3d.metrics import MetricError, MetricSet, VideoResult
 
 SUSPICIOUS_PSNR = 10.0  # dB; below it the videos are probably not a pair
@@ -54,10 +51,9 @@ def plan(
     errors = [item for item in found if isinstance(item, str)]
     jobs = [item for item in found if not isinstance(item, str)]
     if errors and (on_error == "stop" or not jobs):
-        listed = "\n".join(f"  {reason}" for reason in errors[:20])
-        more = f"\n  ... {len(errors) - 20} more" if len(errors) > 20 else ""
+        listed = "\n  ".join(first_lines(errors, 20))
         skip = "\n  --on_error skip scores the others" if jobs else ""
-        raise PairError(f"{len(errors)} of {len(pairs)} pairs cannot be scored:\n{listed}{more}{skip}")
+        raise PairError(f"{len(errors)} of {len(pairs)} pairs cannot be scored:\n  {listed}{skip}")
     return jobs, errors
 
 
@@ -76,13 +72,13 @@ def score_jobs(
     on_error: str = "stop",
     finished: Callable[[], object] = lambda: None,
 ) -> list[str]:
-    """Score the pairs that the store does not have yet. Returns errors, if on_error is `skip`.
+    """Score the pairs by the metrics that the store does not have yet. Returns errors, if on_error is `skip`.
 
     Raises PairError, MediaError or MetricError, which name the pair. finished: called after each job.
     """
-    stored, errors = store.read(), []
+    errors = []
     for job in jobs:
-        metrics = MetricSet(store.missing(job.key, stored))
+        metrics = MetricSet(store.missing(job.key))
         try:
             result, warnings = score_pair(job.pair, metrics, protocol, device)
             store.append(job.key, job.pair.name, result, metrics.metrics, warnings)
@@ -146,18 +142,7 @@ class Alignment:
 
 
 def collect(jobs: Sequence[Job], store: Store) -> list[VideoScore]:
-    """All finished pairs, sorted by name."""
-    stored = store.read()
-    done = [job for job in jobs if not store.missing(job.key, stored)]
-    return [store.score(job.pair.name, job.key, job.info, stored) for job in sorted(done, key=lambda j: j.pair.name)]
-
-
-def write_errors(store: Store, errors: Sequence[str]) -> None:
-    """Write this rank's errors, for read_errors on rank 0."""
-    file = store.file.with_suffix(".errors.json")
-    with naming(file):
-        write_json(file, list(errors))
-
-
-def read_errors(folder: Path, world_size: int) -> list[str]:
-    return [error for r in range(world_size) for error in json.loads((folder / f"rank{r}.errors.json").read_text())]
+    """All finished pairs of all ranks, sorted by name."""
+    store.read()
+    done = [job for job in jobs if not store.missing(job.key)]
+    return [store.score(job.pair.name, job.key, job.info) for job in sorted(done, key=lambda job: job.pair.name)]

@@ -1,17 +1,16 @@
-"""Evaluation results as text, CSV and JSON."""
+"""Evaluation results as text and CSV."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from vae3d.evaluation.store import VideoScore
-from vae3d.io import naming, write_text
+from vae3d.io import write_text
 from vae3d.report.tables import number, text_table
 
 MAX_VIDEOS = 20  # rows of a printed table
@@ -80,12 +79,6 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
     return f"{table}\n* the interval excludes zero"
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically, numbers in full. Raises FileError."""
-    with naming(path):
-        write_text(path, json.dumps(content, indent=2, default=str, allow_nan=False) + "\n")
-
-
 def write_per_video(path: Path, videos: Sequence[VideoScore]) -> None:
     """A row per video: its size, and value, minimum, maximum and standard deviation over frames of every metric."""
     rows = []
@@ -99,7 +92,7 @@ def write_per_video(path: Path, videos: Sequence[VideoScore]) -> None:
                 row |= {f"{column}_min": min(score.frames), f"{column}_max": max(score.frames)}
                 row[f"{column}_std"] = statistics.pstdev(score.frames)
         rows.append(row | video.counts)
-    _write_csv(path, rows)
+    write_text(path, pd.DataFrame(rows).to_csv(index=False))
 
 
 def write_per_frame(path: Path, videos: Sequence[VideoScore]) -> None:
@@ -109,14 +102,4 @@ def write_per_frame(path: Path, videos: Sequence[VideoScore]) -> None:
         for frame in range(video.info.frames):
             values = {c: s.frames[frame] for c, s in video.scores.items() if frame < len(s.frames)}
             rows.append({"name": video.name, "frame": frame, **values})
-    _write_csv(path, rows)
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fields)
-    writer.writeheader()
-    writer.writerows(rows)
-    with naming(path):
-        write_text(path, text.getvalue())
+    write_text(path, pd.DataFrame(rows).to_csv(index=False))

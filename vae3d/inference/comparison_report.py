@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from vae3d.evaluation.tables import write_json
 from vae3d.inference.comparison import MAX_FRAMES, MIN_GAIN, PAIRS, Comparer, pair_name
+from vae3d.io import write_json
 from vae3d.report.tables import number, text_table
 
 log = logging.getLogger("vae3d")

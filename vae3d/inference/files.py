@@ -23,7 +23,7 @@ from vae3d.inference.comparison_report import report_comparison
 from vae3d.inference.cost import measure_cost
 from vae3d.inference.reconstruct import KINDS, FileResult, Reconstructor, identifier
 from vae3d.inference.results import Results
-from vae3d.io import naming, write_json, write_text
+from vae3d.io import write_json, write_text
 from vae3d.metrics import MetricError
 
 log = logging.getLogger("vae3d")
@@ -148,8 +148,7 @@ def report(reconstructor: Reconstructor, done: Sequence[FileResult], cost: dict[
     """Write <prefix>_rec/index.csv, and <prefix>_rec/metrics.json if there are scores or costs; log the results."""
     folder = reconstructor.folder("rec")
     folder.mkdir(parents=True, exist_ok=True)
-    with naming(folder / "index.csv"):
-        write_text(folder / "index.csv", pd.DataFrame([item.row() for item in done]).to_csv(index=False))
+    write_text(folder / "index.csv", pd.DataFrame([item.row() for item in done]).to_csv(index=False))
     frames = sum(item.frames for item in done)
     written = [str(reconstructor.folder(kind)) for kind in KINDS if reconstructor.folder(kind).is_dir()]
     log.info("%d files, %d frames -> %s", len(done), frames, ", ".join(written))
@@ -168,5 +167,4 @@ def report(reconstructor: Reconstructor, done: Sequence[FileResult], cost: dict[
         )
     if scores or cost is not None:
         summary = {"videos": len(done), "frames": frames, **scores} | ({} if cost is None else {"cost": cost})
-        with naming(folder / "metrics.json"):
-            write_json(folder / "metrics.json", summary)
+        write_json(folder / "metrics.json", summary)

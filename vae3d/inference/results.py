@@ -19,7 +19,7 @@ from vae3d.evaluation.store import read_features, write_features
 from vae3d.inference import folder as folders
 from vae3d.inference.comparison import Comparer
 from vae3d.inference.reconstruct import KINDS, FileResult, Reconstructor
-from vae3d.io import FileError, naming, read_json, remove, remove_unfinished, write_json
+from vae3d.io import FileError, read_json, remove, remove_unfinished, write_json
 from vae3d.metrics import Score, VideoResult
 
 DONE = ".done"
@@ -110,8 +110,7 @@ class Results:
         ]
         self.records.mkdir(exist_ok=True)
         for metric, features in file.result.features.items():
-            with naming(self._features(file.id, metric)):
-                write_features(self._features(file.id, metric), features)
+            write_features(self._features(file.id, metric), features)
         costs = self.comparer.costs if self.comparer is not None else {}
         cost = costs if costs.get("file") == file.id else None  # measured on this file
         record = {
@@ -123,8 +122,7 @@ class Results:
             "features": list(file.result.features),
             "comparison": None if comparison is None else {"file": comparison, "cost": cost},
         }
-        with naming(self._record(file.id)):
-            write_json(self._record(file.id), record)
+        write_json(self._record(file.id), record)
 
     def _record(self, name: str) -> Path:
         return self.records / f"{name}.json"
