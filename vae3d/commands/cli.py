@@ -55,7 +55,13 @@ COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
     "train": HydraCommand(
         "Train a video autoencoder", "vae3d.commands.train", "train", check_training, metric="val/psnr"
     ),
-    "infer": HydraCommand("Reconstruct videos and images", "vae3d.commands.infer", "infer", check_inference),
+    "infer": HydraCommand(
+        "Reconstruct videos and images",
+        "vae3d.commands.infer",
+        "infer",
+        check_inference,
+        path_node="teacher",  # an unknown key here: its error names scripts/compare.py
+    ),
     "compare": HydraCommand(
         "Compare a distilled student with its teacher",
         "vae3d.commands.compare",

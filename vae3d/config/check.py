@@ -177,6 +177,10 @@ def _issue(schema: Any, error: Mapping[str, Any]) -> tuple[ConfigIssue, list[str
     while True:
         fields, name = fields_of(schema), loc.pop(0)
         if name not in fields:
+            if name == "teacher":  # of a command without one
+                value = given.get("path", given) if isinstance(given, dict) else given
+                hint = "to compare with a teacher, run python scripts/compare.py teacher=PATH ..."
+                return ConfigIssue("teacher", value, "unknown key", hint, unknown_key=True), [*path, name]
             hint = nearest(name, fields, "".join(f"{part}." for part in path))
             path.append(name)
             return ConfigIssue(".".join(path), NO_VALUE, "unknown key", hint, unknown_key=True), path
