@@ -17,7 +17,6 @@ import argparse
 import os
 import sys
 from argparse import Namespace
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from vae3d.distributed import init_inference, process_group_scope
 from vae3d.errors import UserError
 from vae3d.evaluation.html import write_html
 from vae3d.evaluation.pairs import PairError, Protocol, find_pairs
-from vae3d.evaluation.score import Job, collect, plan, score_jobs, share
+from vae3d.evaluation.score import Job, collect, plan, score_jobs
 from vae3d.evaluation.store import Store, VideoScore
 from vae3d.evaluation.summary import compare, summarize
 from vae3d.evaluation.tables import comparison_table, set_table, side_by_side, write_per_frame, write_per_video
@@ -174,11 +173,14 @@ def evaluate(args: Namespace) -> int:
         jobs, failed = plan(pairs, protocol, metrics, args.on_error)
         shapes = [(job.info.frames, job.info.height, job.info.width) for job in jobs]
         require_shapes(PRESETS[args.preset], shapes, args.batch_size)
-        evaluations.append(Evaluation(name, rec, output_folder(args, name, rec), jobs, unmatched, failed))
+        evaluations.append(Evaluation(name, rec, output_folder(args, rec), jobs, unmatched, failed))
     results, summaries = {}, {}
     for evaluation in evaluations:
-        with lock(evaluation.output, ranks.process_index):
-            videos = score(evaluation, metrics, protocol, ranks, device, args)
+        folder = evaluation.output
+        folder.mkdir(parents=True, exist_ok=True)
+        in_use = PairError(f"{folder} is in use by another evaluation; choose another --output")
+        with hold_lock(folder / f".rank{ranks.process_index}.lock", in_use):
+            videos = score(evaluation, metrics, ranks, device, args)
             if ranks.is_main_process:
                 results[evaluation.name] = videos
                 summaries[evaluation.name] = report(evaluation, videos, metrics, protocol, args)
@@ -191,7 +193,7 @@ def evaluate(args: Namespace) -> int:
     return 1 if any(summary["failed"] for summary in summaries.values()) else 0
 
 
-def output_folder(args: Namespace, name: str, rec: Path) -> Path:
+def output_folder(args: Namespace, rec: Path) -> Path:
     rec = rec.resolve()
     if args.output is None:
         return rec.with_name(f"{rec.name}_eval")
@@ -200,20 +202,8 @@ def output_folder(args: Namespace, name: str, rec: Path) -> Path:
     return args.output if len(args.recs) == 1 else args.output / rec.name
 
 
-def lock(folder: Path, rank: int) -> AbstractContextManager[object]:
-    """The lock of an output folder, as a context. Raises PairError if another evaluation holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    in_use = PairError(f"{folder} is in use by another evaluation; choose another --output")
-    return hold_lock(folder / f".rank{rank}.lock", in_use)
-
-
 def score(
-    evaluation: Evaluation,
-    metrics: MetricSet,
-    protocol: Protocol,
-    ranks: PartialState,
-    device: torch.device,
-    args: Namespace,
+    evaluation: Evaluation, metrics: MetricSet, ranks: PartialState, device: torch.device, args: Namespace
 ) -> list[VideoScore]:
     """Score this rank's share of the pairs. Returns the scores of all ranks; their errors go to evaluation.failed."""
     rank, main = ranks.process_index, ranks.is_main_process
@@ -228,10 +218,10 @@ def score(
     ranks.wait_for_everyone()  # all ranks read the store before one writes to it
     if main and len(todo) < len(evaluation.jobs):
         print(f"{len(evaluation.jobs) - len(todo)} of {len(evaluation.jobs)} pairs were scored before")
-    mine = share(todo, rank, ranks.num_processes)
-    with tqdm(total=len(mine), unit="video", desc=evaluation.name, disable=None if main else True) as bar:
-        errors = score_jobs(mine, protocol, store, device, on_error=args.on_error, finished=bar.update)
-    evaluation.failed += gather_object(errors)
+    todo.sort(key=lambda job: (-job.info.frames * job.info.height * job.info.width, job.pair.name))
+    mine = todo[rank :: ranks.num_processes]  # largest first, so that all ranks finish at about the same time
+    progress = tqdm(mine, unit="video", desc=evaluation.name, disable=None if main else True)
+    evaluation.failed += gather_object(score_jobs(progress, store, device, args.on_error))
     return collect(evaluation.jobs, store)
 
 
@@ -257,7 +247,6 @@ def report(
     if args.per_frame:
         write_per_frame(folder / "per_frame.csv", videos)
     if not args.no_html:
-        pairs = {job.pair.name: job.pair for job in evaluation.jobs}
-        write_html(folder / "report.html", summary, videos, pairs, protocol, metrics.columns)
+        write_html(folder / "report.html", summary, videos, evaluation.jobs, metrics.columns)
     print(f"wrote {os.path.relpath(folder)}")
     return summary
