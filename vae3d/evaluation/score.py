@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,6 +24,7 @@ class Job:
     """A pair that can be scored. key: see store.pair_key."""
 
     pair: Pair
+    protocol: Protocol
     info: PairInfo
     key: str
 
@@ -42,7 +43,7 @@ def plan(
             reasons = [metric.why_unsupported(info.frames, info.height, info.width) for metric in metrics]
             if reasons := [reason for reason in reasons if reason]:
                 return f"{pair.name}: {'; '.join(reasons)}"
-            return Job(pair, info, pair_key(pair, protocol))
+            return Job(pair, protocol, info, pair_key(pair, protocol))
         except (PairError, MediaError) as error:
             return str(error)
 
@@ -57,37 +58,22 @@ def plan(
     return jobs, errors
 
 
-def share(jobs: Iterable[Job], rank: int, world_size: int) -> list[Job]:
-    """This rank's jobs: every world_size-th, largest first, so that all ranks finish at about the same time."""
-    ordered = sorted(jobs, key=lambda job: (-job.info.frames * job.info.height * job.info.width, job.pair.name))
-    return ordered[rank::world_size]
-
-
-def score_jobs(
-    jobs: Iterable[Job],
-    protocol: Protocol,
-    store: Store,
-    device: torch.device | str,
-    *,
-    on_error: str = "stop",
-    finished: Callable[[], object] = lambda: None,
-) -> list[str]:
+def score_jobs(jobs: Iterable[Job], store: Store, device: torch.device, on_error: str) -> list[str]:
     """Score the pairs by the metrics that the store does not have yet. Returns errors, if on_error is `skip`.
 
-    Raises PairError, MediaError or MetricError, which name the pair. finished: called after each job.
+    Raises PairError, MediaError or MetricError, which name the pair.
     """
     errors = []
     for job in jobs:
         metrics = MetricSet(store.missing(job.key))
         try:
-            result, warnings = score_pair(job.pair, metrics, protocol, device)
+            result, warnings = score_pair(job.pair, metrics, job.protocol, device)
             store.append(job.key, job.pair.name, result, metrics.metrics, warnings)
         except SCORE_ERRORS as error:
             if on_error == "stop":
                 error.on_every_rank = False
                 raise
             errors.append(str(error))
-        finished()
     return errors
 
 
