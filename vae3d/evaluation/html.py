@@ -15,6 +15,7 @@ from torch import Tensor
 from vae3d.evaluation.pairs import PairReader
 from vae3d.evaluation.score import Job
 from vae3d.evaluation.store import VideoScore
+from vae3d.evaluation.tables import metric_table
 from vae3d.io import write_text
 from vae3d.metrics.base import Better, goodness
 from vae3d.pixels import quantize
@@ -53,7 +54,7 @@ def write_html(
         title=f"Reconstruction quality: {Path(summary['generated_video_dir']).name}",
         summary=summary,
         warnings=warnings,
-        table=_score_table(summary["metrics"]),
+        table=html_table(*metric_table(summary)),
         histograms=_histograms(videos, columns),
         curves=_frame_curves(videos, columns),
         ranked_by=ranked_by,
@@ -62,20 +63,6 @@ def write_html(
         details=json.dumps(details, indent=2, default=str),
     )
     write_text(path, page)
-
-
-def _score_table(metrics: Mapping[str, Mapping[str, Any]]) -> Markup:
-    keys = ("mean", "std", "median", "p5", "p95")
-    rows = []
-    for column, scores in metrics.items():
-        arrow = {True: " ↑", False: " ↓", None: ""}[scores["higher_is_better"]]
-        if "best_at" in scores:
-            arrow = f" → {scores['best_at']:g}"
-        low, high = scores.get("ci95") or (None, None)
-        interval = "-" if low is None else f"{low:.4f} to {high:.4f}"
-        rows.append([column + arrow, *(number(scores.get(key)) for key in keys), interval])
-    head = ["metric", "mean", "standard deviation", "median", "5 %", "95 %", "95 % interval of the mean"]
-    return html_table(head, rows)
 
 
 def _values(videos: Sequence[VideoScore], column: str) -> list[float]:

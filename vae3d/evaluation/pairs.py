@@ -28,7 +28,7 @@ class PairError(UserError):
 
 @dataclass(frozen=True)
 class Pair:
-    """start: the frame of the original at which the reconstruction begins."""
+    """An original and its reconstruction, which begins at frame `start` of the original."""
 
     name: str
     ref: Path
@@ -142,7 +142,9 @@ def _by_index(ref: Path, rec: Path) -> list[Pair]:
     sources: dict[Path, Path] = {}  # file -> source
     for row in _read_index(table).itertuples():
         source = Path(row.source)
-        file = by_path.get(source.resolve()) or _find_copy(source, by_relative_path)
+        ends = (source.parts[start:] for start in range(len(source.parts)))
+        copies = (by_relative_path[end] for end in ends if end in by_relative_path)  # the longest end first
+        file = by_path.get(source.resolve()) or next(copies, None)
         if row.id not in recs:
             errors.append(f"{table}, {row.id}: not in {rec}")
         elif file is None:
@@ -155,12 +157,6 @@ def _by_index(ref: Path, rec: Path) -> list[Pair]:
         hint = f"--ref must be the folder of the sources, and {ref} is not, or not completely"
         raise PairError("\n  ".join([f"{len(errors)} rows have no pair; {hint}:", *first_lines(errors)]))
     return sorted(pairs, key=lambda pair: pair.name)
-
-
-def _find_copy(source: Path, by_relative_path: dict[tuple[str, ...], Path]) -> Path | None:
-    """The file whose path in its folder is the longest end of the source's path."""
-    ends = (source.parts[start:] for start in range(len(source.parts)))
-    return next((by_relative_path[end] for end in ends if end in by_relative_path), None)
 
 
 def _read_index(table: Path) -> pd.DataFrame:

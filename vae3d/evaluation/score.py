@@ -103,7 +103,7 @@ class Alignment:
     """Detects a reconstruction that fits the original better one frame earlier or later, on every fourth pixel."""
 
     def __init__(self) -> None:
-        self.errors = {-1: [0.0, 0.0], 1: [0.0, 0.0]}  # shift -> summed error with and without it
+        self.errors = {"early": [0.0, 0.0], "late": [0.0, 0.0]}  # summed error with the shift, and without it
         self.last: tuple[Tensor, Tensor] | None = None
 
     def update(self, ref: Tensor, rec: Tensor) -> None:
@@ -111,20 +111,23 @@ class Alignment:
         if self.last is not None:
             ref, rec = torch.cat([self.last[0], ref]), torch.cat([self.last[1], rec])
         self.last = ref[-1:], rec[-1:]
-        aligned = (ref - rec).square().mean((1, 2, 3)).double()
-        later = (ref[:-1] - rec[1:]).square().mean((1, 2, 3)).double()
-        earlier = (ref[1:] - rec[:-1]).square().mean((1, 2, 3)).double()
-        for shift, error, same in ((1, later, aligned[1:]), (-1, earlier, aligned[:-1])):
+        aligned = _errors(ref, rec)
+        early, late = _errors(ref[1:], rec[:-1]), _errors(ref[:-1], rec[1:])
+        for shift, error, same in (("early", early, aligned[:-1]), ("late", late, aligned[1:])):
             self.errors[shift][0] += float(error.sum())
             self.errors[shift][1] += float(same.sum())
 
     def warnings(self) -> list[str]:
-        shifts = {1: "one frame late", -1: "one frame early"}
         return [
-            f"the reconstruction fits the original better {shifts[shift]}; check alignment and pairing"
+            f"the reconstruction fits the original better one frame {shift}; check alignment and pairing"
             for shift, (shifted, aligned) in self.errors.items()
             if shifted < MISALIGN_RATIO * aligned
         ]
+
+
+def _errors(ref: Tensor, rec: Tensor) -> Tensor:
+    """Mean square error of each frame."""
+    return (ref - rec).square().mean((1, 2, 3)).double()
 
 
 def collect(jobs: Sequence[Job], store: Store) -> list[VideoScore]:

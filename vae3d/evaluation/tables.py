@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def set_table(summary: dict[str, Any]) -> str:
     """A row per video (at most MAX_VIDEOS) and one for the set; with many metrics, a row per metric."""
     columns = list(summary["metrics"])
     if len(columns) > MAX_COLUMNS:
-        return _metric_table(summary)
+        return text_table(*metric_table(summary))
     videos = summary["per_video"]
     rows: list[Sequence[str] | None] = [
         [video["name"], str(video["frames"]), *(number(video.get(column)) for column in columns)]
@@ -37,17 +37,22 @@ def set_table(summary: dict[str, Any]) -> str:
     return text_table(["video", "frames", *columns], rows)
 
 
-def _metric_table(summary: dict[str, Any]) -> str:
-    keys = ("std", "median", "p5", "p95")
-    rows = [
-        [name, number(m["mean"]), _interval(m.get("ci95")), *(number(m.get(key)) for key in keys)]
-        for name, m in summary["metrics"].items()
-    ]
-    head = [f"{summary['videos']} videos", _mean_label(summary)]
-    return text_table([*head, "95 % interval", "standard deviation", "median", "5 %", "95 %"], rows)
+def metric_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: each metric, with an arrow to its better values, and its statistics."""
+    rows = []
+    for name, metric in summary["metrics"].items():
+        arrow = {True: " ↑", False: " ↓", None: ""}[metric["higher_is_better"]]
+        if "best_at" in metric:
+            arrow = f" → {metric['best_at']:g}"
+        low, high = metric.get("ci95") or (None, None)
+        interval = "-" if low is None else f"{low:.4f} to {high:.4f}"
+        values = [number(metric.get(key)) for key in ("std", "median", "p5", "p95")]
+        rows.append([name + arrow, number(metric["mean"]), interval, *values])
+    head = [f"{summary['videos']} videos", _mean_label(summary), "95 % interval"]
+    return [*head, "standard deviation", "median", "5 %", "95 %"], rows
 
 
-def _mean_label(summary: dict[str, Any]) -> str:
+def _mean_label(summary: Mapping[str, Any]) -> str:
     labels = {"videos": "mean over videos", "frames": "mean over frames", "batches": "mean over batches"}
     return labels.get(summary["preset"]["average"], "over all pixels or frames")
 

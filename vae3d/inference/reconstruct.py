@@ -161,8 +161,7 @@ class Reconstructor:
         """The first chunk of a file, [1, 3, T, H, W] in [-1, 1]. Raises MediaError."""
         with closing(self._open(source, bounds)) as reader:
             indices, _, target = self._select(source, reader.info)
-            stream = self._stream(source, target)
-            frames, length = next(self._chunks(reader, indices, target, stream))
+            frames, length = next(self._chunks(reader, indices, target, self._stream(source, target)))
             return self.to_video(frames[:length])
 
     def read_head(self, source: str, bounds: Bounds, count: Callable[[int], int]) -> tuple[np.ndarray, float, int]:
