@@ -187,14 +187,14 @@ def tmp_path(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by `text`, atomically and fsynced."""
-    with atomic_write(path) as stream:
+    """Replace a file by `text`, atomically and fsynced. Raises FileError."""
+    with naming(path), atomic_write(path) as stream:
         stream.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a file by indented JSON, atomically and fsynced."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Replace a file by indented JSON, atomically and fsynced, numbers in full. Raises FileError."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 @contextmanager

@@ -192,6 +192,10 @@ def _issue(schema: Any, error: Mapping[str, Any]) -> tuple[ConfigIssue, list[str
         fields, name = fields_of(schema), loc.pop(0)
         prefix = "".join(f"{part}." for part in path)
         path.append(name)
+        if name == "teacher" and name not in fields:  # of a command without one
+            value = given.get("path", given) if isinstance(given, dict) else given
+            hint = "to compare with a teacher, run python scripts/compare.py teacher=PATH ..."
+            return ConfigIssue("teacher", value, "unknown key", hint, malformed=True), path
         if name not in fields:
             hint = nearest(name, fields, prefix)
             return ConfigIssue(f"{prefix}{name}", NO_VALUE, "unknown key", hint, malformed=True), path

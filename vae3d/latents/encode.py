@@ -23,10 +23,9 @@ from tqdm import tqdm
 from vae3d import __version__
 from vae3d.data.versions import source_version
 from vae3d.data.workers import load
-from vae3d.evaluation.tables import write_json
 from vae3d.hashing import file_hash, json_hash
 from vae3d.inference.folder import has_results, locked, settings_difference
-from vae3d.io import naming, remove_unfinished, write_text
+from vae3d.io import remove_unfinished, write_json, write_text
 from vae3d.latents.cache import read_meta
 from vae3d.latents.clips import FLIP, ClipError, ClipReader, Item, Read, Transform
 from vae3d.latents.codec import LatentCodec, Moments
@@ -326,13 +325,11 @@ def finish(job: EncodeJob, digest: str) -> None:
         )
     rows = [row | _labels(job, row) for marker in markers for row in marker["rows"]]
     errors = [*job.errors, *(error for marker in markers for error in marker["errors"])]
-    with naming(job.folder / ERRORS):
-        write_text(job.folder / ERRORS, "".join(json.dumps(error) + "\n" for error in errors))
+    write_text(job.folder / ERRORS, "".join(json.dumps(error) + "\n" for error in errors))
     clips = len(job.items) + len(job.errors)
     if len(errors) > job.max_broken * clips or not rows:
         raise CacheError(_too_many(errors, clips, job.max_broken) + f"; {job.folder / ERRORS} lists all")
-    with naming(job.folder / INDEX):
-        write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(index=False))
+    write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(index=False))
     statistics = read_statistics(job.folder, job.shards).summary()
     write_json(job.folder / STATISTICS, statistics)
     hashes = {name: file_hash(job.folder / name) for name in (META, INDEX, STATISTICS)}

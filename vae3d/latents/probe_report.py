@@ -12,8 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from vae3d.evaluation.tables import write_json
-from vae3d.io import naming, write_text
+from vae3d.io import write_json, write_text
 from vae3d.latents.probes import MIN_KL, MIN_VARIANCE_SHARE, TRANSFORMS
 from vae3d.pixels import to_uint8
 from vae3d.report.html import html_table, img, png, render, subplots
@@ -82,8 +81,7 @@ def write_report(folder: Path, report: Report, pictures: Mapping[str, Mapping[st
         },
         details=json.dumps({k: v for k, v in report.items() if k not in ("models", "pixels")}, indent=2),
     )
-    with naming(folder / "report.html"):
-        write_text(folder / "report.html", page)
+    write_text(folder / "report.html", page)
 
 
 def console_table(report: Report) -> str:

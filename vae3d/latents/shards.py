@@ -25,9 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vae3d.errors import UserError
-from vae3d.evaluation.tables import write_json
 from vae3d.hashing import file_hash, json_hash
-from vae3d.io import atomic_dir, atomic_write, naming, read_text
+from vae3d.io import atomic_dir, atomic_write, naming, read_text, write_json
 from vae3d.latents.statistics import LatentStatistics
 
 META = "meta.json"

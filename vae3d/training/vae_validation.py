@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from vae3d import distributed
 from vae3d.data.depth import depth_of, to_metres
-from vae3d.inference.consistency import roll_consistency
 from vae3d.inference.pictures import grid, latent_colours
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.metrics.depth import abs_rel, delta1
 from vae3d.metrics.distribution import SetMetric
+from vae3d.metrics.panorama import roll_consistency
 from vae3d.pixels import NotFiniteError, PixelError, as_unit, to_uint8
 from vae3d.training.memory import catch_out_of_memory
 from vae3d.training.runlog import RunLog
