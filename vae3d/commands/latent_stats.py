@@ -23,7 +23,7 @@ import torch
 
 from vae3d.commands.measure_scale import load_unscaled, rescale
 from vae3d.errors import UserError
-from vae3d.inference.scale import MeasuredScale, off_scale
+from vae3d.inference.scale import LatentStats, off_scale
 from vae3d.latents.cache import LatentCache
 from vae3d.loading import load, open_codec
 
@@ -87,11 +87,11 @@ def write(args: argparse.Namespace) -> None:
     )
 
 
-def scale_of_cache(cache: LatentCache, of_means: bool) -> MeasuredScale:
+def scale_of_cache(cache: LatentCache, of_means: bool) -> LatentStats:
     stats, sizes = cache.statistics, cache.index[["frames", "height", "width"]].drop_duplicates()
     size = tuple(map(int, sizes.iloc[0])) if len(sizes) == 1 else None
     mean, std = stats["mean"], stats["std_of_mean" if of_means else "std"]
-    return MeasuredScale(stats["clips"], size, *(torch.tensor(x, dtype=torch.float64) for x in (mean, std)))
+    return LatentStats(stats["clips"], *(torch.tensor(x, dtype=torch.float64) for x in (mean, std)), size)
 
 
 def print_normalized(

@@ -36,7 +36,7 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
 from vae3d.errors import UserError
-from vae3d.inference.scale import MeasuredScale, ScaleError, measure, rescaled, spread_clips, unscalable_reason
+from vae3d.inference.scale import LatentStats, ScaleError, measure, rescaled, spread_clips, unscalable_reason
 from vae3d.io import atomic_dir, atomic_files, naming
 from vae3d.loading import build_from_checkpoint
 from vae3d.precision import as_device
@@ -80,7 +80,7 @@ def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
     return checkpoint, model.eval()
 
 
-def measure_source(model: nn.Module, args: argparse.Namespace) -> MeasuredScale:
+def measure_source(model: nn.Module, args: argparse.Namespace) -> LatentStats:
     settings = ClipSettings(args.height, args.width)
     table = read_tables(open_source(args.source), settings, num_val_files=0, max_broken=1.0).train
     errors: list[tuple[str, str]] = []
@@ -91,7 +91,7 @@ def measure_source(model: nn.Module, args: argparse.Namespace) -> MeasuredScale:
     return measured
 
 
-def rescale(checkpoint: Checkpoint, model: nn.Module, measured: MeasuredScale, args: argparse.Namespace) -> Path:
+def rescale(checkpoint: Checkpoint, model: nn.Module, measured: LatentStats, args: argparse.Namespace) -> Path:
     """Write the measured scale into args.out, or else into the export itself; returns that folder."""
     new = rescaled(checkpoint, model, measured, shift=args.shift, per_channel=args.per_channel)
     print_scale(checkpoint, new, measured)
@@ -116,7 +116,7 @@ def export_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("vae3d", "model")}
 
 
-def print_scale(old: Checkpoint, new: Checkpoint, measured: MeasuredScale) -> None:
+def print_scale(old: Checkpoint, new: Checkpoint, measured: LatentStats) -> None:
     size = "several sizes" if measured.size is None else " x ".join(map(str, measured.size))
     print(f"{measured.clips} clips of {size}\n{'channel':>7}{'mean':>12}{'std':>12}")
     for channel, (mean, std) in enumerate(zip(measured.mean.tolist(), measured.std.tolist(), strict=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields
@@ -26,19 +27,19 @@ from vae3d.diffusion.sampling import (
     clear,
     per_rank_batches,
     sample_latents,
-    write_files,
-    write_grid,
+    write_frames,
     write_npz,
 )
-from vae3d.diffusion.scale import LatentStats
 from vae3d.distributed import init_inference
 from vae3d.errors import UserError
 from vae3d.hashing import weights_hash
 from vae3d.inference.folder import begin, has_results, locked, resumes
+from vae3d.inference.scale import LatentStats
 from vae3d.io import naming, remove, write_json
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.codec import LatentCodec
 from vae3d.loading import open_codec
+from vae3d.report.images import grid
 from vae3d.running_stats import RunningStats
 from vae3d.training.diffusion_validation import decoded
 
@@ -94,28 +95,32 @@ def run(config: SampleConfig) -> None:
             stats.update_channels(z)
             frames = decoded(codec, z, size) if mine else pictures[:0]
             if "files" in write:
-                write_files(folder, [f"{i:06d}" + (f"_{names[i]}" if names else "") for i in mine], frames, config.fps)
+                for i, sample in zip(mine, frames, strict=True):
+                    label = f"_{names[i]}".replace("/", "_") if names else ""
+                    write_frames(folder / f"{i:06d}{label}", sample, config.fps)
             sent = [i < kept for i in mine]
             batch = (mine, frames[sent], z.cpu() if reference else None)
             for indices, some, values in distributed.gather_to_main(batch):
                 pictures[[i for i in indices if i < kept]] = some
                 if values is not None:
                     latents[indices] = values
-        latent_stats = LatentStats.over_ranks(stats, config.count)
+        stats.all_reduce()
         if not main:
             return
         if "grid" in write:
-            write_grid(folder / "grid", pictures[:in_grid], fps=config.fps)
+            write_frames(folder / "grid", grid(pictures[:in_grid]), config.fps)
         if "npz" in write:
             write_npz(folder, pictures, labels)
         log.info("%d samples of %s -> %s", config.count, export.folder, config.out)
+        latent_stats = LatentStats.of(stats, config.count)
         log.info("their latents (those of the data have mean 0, deviation 1), per channel\n%s", latent_stats.table())
-        if warning := check_latent_rms(latent_stats.rms, export.process(), sampling_settings(config)):
+        rms = math.hypot(*latent_stats.over_channels())
+        if warning := check_latent_rms(rms, export.process(), sampling_settings(config)):
             log.warning(warning)
         if reference:
             data = compare_with_data(latents, reference, config)
             if "grid" in write:
-                write_grid(folder / "data", decoded(codec, data[:in_grid], size), fps=config.fps)
+                write_frames(folder / "data", grid(decoded(codec, data[:in_grid], size)), config.fps)
         remove(folder / LATENTS)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,17 +43,14 @@ class GaussianDiffusion:
     """
 
     steps: Annotated[int, Range(2, 100_000)] = 1000
-    schedule: str = "linear"
-    prediction: str = "epsilon"
-    variance: str = "fixed_small"
+    schedule: Literal["linear", "cosine"] = "linear"
+    prediction: Literal["epsilon", "v"] = "epsilon"
+    variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
     rescale_learned_sigmas: bool = True
     min_snr: Annotated[float, Range(1e-6, 1e6)] | None = None
 
     def __post_init__(self) -> None:
         check_fields(vars(self), type(self))
-        one_of("schedule", self.schedule, ("linear", "cosine"))
-        one_of("prediction", self.prediction, ("epsilon", "v"))
-        one_of("variance", self.variance, ("fixed_small", "fixed_large", "learned_range"))
         min_steps = 21 if self.schedule == "linear" else 2  # with fewer, the last beta would be 1 or more
         if self.steps < min_steps:
             raise ValueError(f"steps is {self.steps}; a {self.schedule} schedule needs at least {min_steps}")

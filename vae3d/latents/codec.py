@@ -18,7 +18,7 @@ from vae3d.precision import no_tf32
 from vae3d.seeding import Generators, randn_like
 from vae3d.types import Delta, Posterior
 
-MODES = ("sample", "mean", "moments")
+MODES = ("sample", "mean")
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,15 @@ class LatentCodec:
         """(C, t, h, w) of the latents of a clip."""
         return self.model.latent_shape(frames, height, width)
 
-    def encode(self, pixels: Tensor, mode: str = "mean", generator: Generators = None) -> Tensor | Moments:
+    def encode(self, pixels: Tensor, mode: str = "mean", generator: Generators = None) -> Tensor:
         """Images [B, 3, H, W] or clips [B, 3, T, H, W] in pixel_range -> normalised latents [B, C, t, h, w].
 
-        mode: mean, sample (generator: one for the batch, or one per clip), or moments.
+        mode: mean, or sample (generator: one for the batch, or one per clip).
         Raises PixelError as to_video does, ValueError for another mode.
         """
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; use one of {', '.join(MODES)}")
         moments = self.moments(pixels)
-        if mode == "moments":
-            return moments
         return moments.mean if mode == "mean" else moments.sample(generator)
 
     def moments(self, pixels: Tensor) -> Moments:
