@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ from vae3d.latents.shards import (
     CacheError,
     Shard,
     damage,
-    read_json,
     read_marker,
     read_statistics,
     write_shard,
@@ -155,7 +154,7 @@ def _encode_locked(job: EncodeJob, rank: int, world_size: int, wait: Callable[[]
         for name in ("shards", *WRITERS):
             remove_unfinished(job.folder / name)
     wait()
-    digest = read_json(job.folder / META)["digest"]
+    digest = read_meta(job.folder)["digest"]
     todo = [shard for shard in range(rank, job.shards, world_size) if not _is_done(job, shard, digest)]
     if todo:
         (job.folder / COMPLETE).unlink(missing_ok=True)
@@ -222,7 +221,6 @@ def _encode_shards(job: EncodeJob, shards: Sequence[int], digest: str, quiet: bo
         held=job.batch_size,
         sampler=numbers,
         batch_size=None,
-        collate_fn=_identity,
     )
     progress = iter(tqdm(reads, total=len(numbers), unit="clip", disable=True if quiet else None))
     errors: list[ClipError] = []
@@ -236,24 +234,11 @@ def _encode_shards(job: EncodeJob, shards: Sequence[int], digest: str, quiet: bo
             raise CacheError(_too_many(errors, len(job.items), job.max_broken))
 
 
-def _identity(read: Read) -> Read:
-    return read  # a named function, because lambdas cannot be pickled
-
-
 def _batches(reads: Iterable[Read], size: int) -> Iterator[list[Read]]:
     """Consecutive clips of one shape; errors stand alone."""
-    batch: list[Read] = []
-    for read in reads:
-        if batch and (len(batch) == size or _shape(read) != _shape(batch[0]) or read.pixels is None):
+    for shape, run in groupby(reads, lambda read: None if read.pixels is None else read.pixels.shape):
+        while batch := list(islice(run, 1 if shape is None else size)):
             yield batch
-            batch = []
-        batch.append(read)
-    if batch:
-        yield batch
-
-
-def _shape(read: Read) -> torch.Size | None:
-    return None if read.pixels is None else read.pixels.shape
 
 
 def _encode_batch(job: EncodeJob, number: int, batch: list[Read], shard: Shard, statistics: LatentStatistics) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
+from vae3d.arguments import Deviation, Mean
 from vae3d.hashing import weights_hash
 from vae3d.inference.folder import settings_difference
 from vae3d.latents.codec import LatentCodec
@@ -13,6 +14,16 @@ from vae3d.models.registry import MODELS
 
 FACTORS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")  # settings of the normalisation
 RUNNING = ("frame_batch", "gradient_checkpointing", "chunk_latents")  # settings that change memory, not latents
+
+
+class VaeMetadata(TypedDict):
+    """What files record about an autoencoder and are checked for; vae_metadata has more, for information."""
+
+    model: str
+    encoder: str
+    config: Mapping[str, Any] | None
+    latents_mean: Sequence[Mean]
+    latents_std: Sequence[Deviation]
 
 
 def vae_metadata(codec: LatentCodec, checkpoint: str) -> dict[str, Any]:
