@@ -290,7 +290,7 @@ def test_latents_of_another_scale_are_refused_until_they_are_mended(from_cache, 
         told.append(f"cache={latent_runs.cache(pictures / 'images.csv', tmp_path / 'cache', vae)}")
     else:
         told += [f"data.source.path={pictures}", "data.height=64", "data.width=64"]
-    with pytest.raises(ScaleError, match=r"(?s)of 64 latents|Over 64 latents, per channel\n  mean .*\n  std ") as why:
+    with pytest.raises(ScaleError, match=r"over 64 latents, per channel\n  mean .*\n  std ") as why:
         latent_runs.trainer(tmp_path / "run", *told)
     script, *arguments = str(why.value).split("python scripts/")[1].split()
     assert {"latent_stats.py": latent_stats, "measure_scale.py": measure_scale}[script].main(arguments) == 0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -47,17 +47,7 @@ if TYPE_CHECKING:
     from vae3d.config.diffusion import SampleConfig
 
 log = logging.getLogger("vae3d")
-
-
-class Reference(NamedTuple):
-    """Two disjoint sets of cached latents to compare samples with; each has as many as there are samples."""
-
-    cache: LatentCache
-    first: list[int]
-    second: list[int]
-
-    def latents(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([self.cache[index].z for index in indices])
+Reference = tuple[LatentCache, tuple[list[int], list[int]]]  # a cache, and two disjoint sets of as many of its latents
 
 
 def run(config: SampleConfig) -> None:
@@ -113,7 +103,7 @@ def run(config: SampleConfig) -> None:
             write_npz(folder, pictures, labels)
         log.info("%d samples of %s -> %s", config.count, export.folder, config.out)
         latent_stats = LatentStats.of(stats, config.count)
-        log.info("their latents (those of the data have mean 0, deviation 1), per channel\n%s", latent_stats.table())
+        log.info("mean and standard deviation (those of the data are 0 and 1) %s", latent_stats)
         rms = math.hypot(*latent_stats.over_channels())
         if warning := check_latent_rms(rms, export.process(), sampling_settings(config)):
             log.warning(warning)
@@ -156,7 +146,7 @@ def open_reference(config: SampleConfig, codec: LatentCodec, shape: Sequence[int
     if (cached := clip_and_latent_size(cache)[1]) != tuple(shape):
         cached, ours = (" x ".join(map(str, sizes)) for sizes in (cached, shape))
         raise UserError(f"against={config.against} has latents of {cached}, the samples are of {ours}")
-    return Reference(cache, *draw_reference_sets(cache, config.count, names or None))
+    return cache, draw_reference_sets(cache, config.count, names or None)
 
 
 def make_sampler(
@@ -229,7 +219,8 @@ def prepare_folder(folder: Path, overwrite: bool, command: Mapping[str, Any], ma
 
 def compare_with_data(latents: Tensor, reference: Reference, config: SampleConfig) -> Tensor:
     """Log and write the distances between samples and cached latents; returns the latter."""
-    data, other = (reference.latents(indices) for indices in (reference.first, reference.second))
+    cache, sets = reference
+    data, other = (torch.stack([cache[index].z for index in indices]) for indices in sets)
     found = distances(latents, data, other)
     file = Path(config.out) / "distances.json"
     with naming(file):

@@ -66,14 +66,9 @@ class LatentStats:
             "std": self.std.tolist(),
         }
 
-    def table(self) -> str:
-        """Means and standard deviations of all channels, a line each."""
-        means, stds = (", ".join(f"{value:.3f}" for value in values.tolist()) for values in (self.mean, self.std))
-        return f"  mean {means}\n  std  {stds}"
-
     def __str__(self) -> str:
-        means, stds = (f"{values.min():.3f} to {values.max():.3f}" for values in (self.mean, self.std))
-        return f"per-channel statistics of {self.clips} latents: mean {means}, std {stds}"
+        means, stds = (", ".join(f"{value:.3f}" for value in values.tolist()) for values in (self.mean, self.std))
+        return f"over {self.clips} latents, per channel\n  mean {means}\n  std  {stds}"
 
 
 def off_scale(means: Sequence[float], stds: Sequence[float]) -> list[int]:
@@ -87,8 +82,7 @@ def check_normalised(stats: LatentStats, hint: str) -> None:
     if outside := off_scale(stats.mean.tolist(), stats.std.tolist()):
         raise ScaleError(
             f"latents of channel {', '.join(map(str, outside))} do not have mean 0 and standard deviation 1 "
-            f"(within {TOLERANCE} each), as diffusion needs. Over {stats.clips} latents, per channel\n"
-            f"{stats.table()}\n{hint}"
+            f"(within {TOLERANCE} each), as diffusion needs; {stats}\n{hint}"
         )
 
 

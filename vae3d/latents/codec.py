@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,10 +181,8 @@ class LatentCodec:
             self.model.chunk_latents = None
             self.model.chunk_latents = self.model.stream(height, width).chunk_latents
         half = self.dtype != torch.float32
-        with ExitStack() as stack:
-            if not half:
-                stack.enter_context(no_tf32())
-            stack.enter_context(torch.autocast(self.device.type, self.dtype if half else None, enabled=half))
+        autocast = torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
+        with nullcontext() if half else no_tf32(), autocast:
             yield
 
 

@@ -145,23 +145,19 @@ def encode_cache(job: EncodeJob, rank: int = 0, world_size: int = 1, wait: Calla
     FolderError if another process writes to it.
     """
     with locked(job.folder, f"cache={job.folder}") if rank == 0 else nullcontext():
-        _encode_locked(job, rank, world_size, wait)
-
-
-def _encode_locked(job: EncodeJob, rank: int, world_size: int, wait: Callable[[], None]) -> None:
-    if rank == 0:
-        begin(job.folder, job.meta())
-        for name in ("shards", *WRITERS):
-            remove_unfinished(job.folder / name)
-    wait()
-    digest = read_meta(job.folder)["digest"]
-    todo = [shard for shard in range(rank, job.shards, world_size) if not _is_done(job, shard, digest)]
-    if todo:
-        (job.folder / COMPLETE).unlink(missing_ok=True)
-        _encode_shards(job, todo, digest, quiet=rank > 0)
-    wait()
-    if rank == 0:
-        finish(job, digest)
+        if rank == 0:
+            begin(job.folder, job.meta())
+            for name in ("shards", *WRITERS):
+                remove_unfinished(job.folder / name)
+        wait()
+        digest = read_meta(job.folder)["digest"]
+        todo = [shard for shard in range(rank, job.shards, world_size) if not _is_done(job, shard, digest)]
+        if todo:
+            (job.folder / COMPLETE).unlink(missing_ok=True)
+            _encode_shards(job, todo, digest, quiet=rank > 0)
+        wait()
+        if rank == 0:
+            finish(job, digest)
 
 
 def begin(folder: Path, meta: dict[str, Any]) -> None:

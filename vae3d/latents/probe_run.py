@@ -27,7 +27,7 @@ from vae3d.errors import UserError
 from vae3d.inference.scale import off_scale
 from vae3d.latents import probes
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.statistics import LatentStatistics
+from vae3d.latents.statistics import LatentStatistics, finite
 from vae3d.models.interface import nearest_frames
 from vae3d.models.tiling import Tiled
 from vae3d.models.wan import WanVAE
@@ -264,9 +264,7 @@ def probe_decoder(
                 values.setdefault(probe, {}).setdefault(key, []).append(value.cpu())
         previous, decoded = z[-1:], decoded + len(z)
     means = {
-        probe: dict(
-            zip(results, probes.finite(torch.stack([torch.cat(v).mean() for v in results.values()])), strict=True)
-        )
+        probe: dict(zip(results, finite(torch.stack([torch.cat(v).mean() for v in results.values()])), strict=True))
         for probe, results in values.items()
     }
     return {"interpolation": None, "tiles": None} | means | {"clips_decoded": decoded}

@@ -7,7 +7,6 @@ the participation ratio are in latents.statistics.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from vae3d.latents.statistics import finite
 from vae3d.metrics.frame import decibel, gradient_energy
 from vae3d.seeding import randn_like
 
@@ -267,11 +267,6 @@ def psnr(video: Tensor, reference: Tensor) -> Tensor:
     """PSNR per clip, [N] dB, with pixels clamped to [-1, 1]; 100 for equal pixels."""
     error = _mean_square(video.clamp(-1, 1) - reference.clamp(-1, 1)) / 4
     return torch.tensor([decibel(mse) for mse in error.tolist()], dtype=torch.float64)
-
-
-def finite(values: Tensor) -> list[float | None]:
-    """As a list, with None for NaN and infinity."""
-    return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _per_channel(values: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class DiffusionTrainer(Trainer[Batch]):
             stats = self.data.measure(self.config.trainer.scale_samples, self.device)
             check_normalised(stats, self.hint)
             self.latents.scale = {"count": stats.clips, "mean": stats.mean.tolist(), "std": stats.std.tolist()}
-            self.log.say(str(stats))
+            self.log.say(f"mean and standard deviation {stats}")
         self.held_out = [(self.data.latents(batch, self.device), batch) for batch in self.data.held_out]
         ranks = distributed.gather_to_main([z.cpu() for z, _ in self.held_out])
         self.real = [z for rank in ranks for z in rank]
