@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from vae3d.commands.measure_scale import load_unscaled, rescale
+from vae3d.commands.measure_scale import add_export_arguments, load_unscaled, rescale
 from vae3d.errors import UserError
 from vae3d.inference.scale import LatentStats, off_scale
 from vae3d.latents.cache import LatentCache
@@ -35,10 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("cache", type=Path)
     parser.add_argument("--verify", action="store_true", help="compare the hashes of all files of the cache")
     parser.add_argument("--write", type=Path, metavar="EXPORT", help="run, export, or published weights (with --out)")
-    parser.add_argument("--out", type=Path, help="write another export instead")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--shift", action="store_true", help="image VAE: also write the mean")
-    how.add_argument("--per-channel", action="store_true", help="image VAE: write mean and deviation per channel")
+    add_export_arguments(parser)
     parser.add_argument("--of-means", action="store_true", help="without the variance of the posteriors")
     args = parser.parse_args(argv)
     try:

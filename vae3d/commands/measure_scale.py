@@ -50,10 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=positive_int, default=1, help="per clip (1)")
     parser.add_argument("--height", type=positive_int, default=256, help="of the centre crop (256)")
     parser.add_argument("--width", type=positive_int, default=256)
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--shift", action="store_true", help="image VAE: also write the mean")
-    how.add_argument("--per-channel", action="store_true", help="image VAE: write mean and deviation per channel")
-    parser.add_argument("--out", type=Path, help="write another export instead")
+    add_export_arguments(parser)
     parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
@@ -64,6 +61,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--shift", action="store_true", help="image VAE: also write the mean")
+    how.add_argument("--per-channel", action="store_true", help="image VAE: write mean and deviation per channel")
+    parser.add_argument("--out", type=Path, help="write another export instead")
 
 
 def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ Report = Mapping[str, Any]  # settings, source, pixels, models (name -> Results)
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, for colour-blind readers
 PIXEL_COLOR = "#222222"
 OCTAVES = [2.0**-octave for octave in range(8, -1, -1)]  # in units of the Nyquist frequency
+STYLE = {"axes.titlesize": 10, "axes.labelsize": 8, "legend.fontsize": 8}
 WIDTH = 192  # pixels of a picture in the page
 
 PAGE = Path(__file__).with_name("probe_report.html")
@@ -105,95 +106,93 @@ def _cell(value: float | str | list[float | None] | None, form: str) -> str:
 
 def figures(report: Report) -> dict[str, Figure]:
     """Title -> figure with its plots."""
-    models, pixels = report["models"], report["pixels"]
-    spectra, axes = subplots(2 if pixels["time"] else 1, columns=2, width=4.6, height=3.4)
-    grids = {f"pixels / {stride}": spectrum for stride, spectrum in pixels["space_at_stride"].items()}
-    _plot_spectra(axes[0], {name: results["space"] for name, results in models.items()}, grids, "power in space")
-    if pixels["time"]:
-        in_time = {name: results["time"] for name, results in models.items()}
-        _plot_spectra(axes[1], in_time, {"pixels, all frames": pixels["time"]}, "power in time")
+    import matplotlib  # slow to import
 
-    channels, axes = subplots(3, columns=3, width=4.6, height=3.4)
-    _plot_channels(axes, models)
-    _legend(channels)
-
-    decoder, axes = subplots(3, columns=3, width=4.6, height=3.4)
-    errors = {name: list(results["encoder_equivariance"].values()) for name, results in models.items()}
-    _plot_bars(axes[0], errors, r"|E($\tau$x) - $\tau$E(x)| / |E(x)|")
-    losses = {
-        name: [results["noise_psnr"]["0.0"] - psnr for psnr in results["decoder_equivariance_psnr"].values()]
-        for name, results in models.items()
-    }
-    _plot_bars(axes[1], losses, r"PSNR(D(z), x) - PSNR(D($\tau$z), $\tau$x), dB")
-    _plot_noise(axes[2], models)
-    _legend(decoder)
-    return {"Spectra": spectra, "Channels": channels, "Equivariance and robustness to noise": decoder}
+    with matplotlib.rc_context(STYLE):
+        return {
+            "Spectra": _spectra(report["models"], report["pixels"]),
+            "Channels": _channels(report["models"]),
+            "Equivariance and robustness to noise": _decoder(report["models"]),
+        }
 
 
-def _legend(figure: Figure) -> None:
-    """One legend for all plots, below them."""
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8, frameon=False)
-
-
-def _plot_spectra(axis: Axes, spectra: Mapping[str, Results | None], pixels: Mapping[str, Results], title: str) -> None:
-    """Power divided by its mean, on logarithmic axes; dashed lines for pixels."""
-    for (name, spectrum), color in zip(spectra.items(), cycle(COLORS), strict=False):
-        if spectrum and spectrum["power"]:
-            power = np.array(spectrum["power"]) / np.mean(spectrum["power"])
-            axis.loglog(spectrum["frequency"], power, color=color, label=name, marker=".", markersize=4)
-    for (name, spectrum), dashes in zip(pixels.items(), cycle(("--", ":", "-.")), strict=False):
-        if spectrum["power"]:
-            power = np.array(spectrum["power"]) / np.mean(spectrum["power"])
-            axis.loglog(spectrum["frequency"], power, dashes, color=PIXEL_COLOR, label=name)
-    axis.axvline(0.5, color="#bbb", linewidth=0.8)
-    lowest = axis.get_xlim()[0]
-    octaves = [octave for octave in OCTAVES if octave >= lowest]
-    axis.set_xticks(octaves, [f"1/{round(1 / octave)}" if octave < 1 else "1" for octave in octaves])
-    axis.minorticks_off()
-    axis.set_xlim(lowest, 1.05)
-    axis.set_title(title, fontsize=10)
-    axis.set_ylabel("power / its mean", fontsize=8)
-    axis.set_xlabel("frequency / Nyquist", fontsize=8)
-    axis.legend(fontsize=8)
-
-
-def _plot_channels(axes: Sequence[Axes], models: Mapping[str, Results]) -> None:
-    """Standard deviations, KL and covariance eigenvalues of the channels, each in descending order."""
+def _colored(models: Mapping[str, Results]) -> Iterator[tuple[str, Results, str]]:
     for (name, results), color in zip(models.items(), cycle(COLORS), strict=False):
+        yield name, results, color
+
+
+def _spectra(models: Mapping[str, Results], pixels: Results) -> Figure:
+    """Power divided by its mean, on logarithmic axes; dashed lines for pixels."""
+    references = {"space": {f"pixels / {stride}": spectrum for stride, spectrum in pixels["space_at_stride"].items()}}
+    if pixels["time"]:
+        references["time"] = {"pixels, all frames": pixels["time"]}
+    figure, axes = subplots(len(references), columns=2, width=4.6, height=3.4)
+    for axis, (kind, of_pixels) in zip(axes, references.items(), strict=True):
+        for name, results, color in _colored(models):
+            _plot_power(axis, results[kind], color=color, label=name, marker=".", markersize=4)
+        for (name, spectrum), dashes in zip(of_pixels.items(), cycle(("--", ":", "-.")), strict=False):
+            _plot_power(axis, spectrum, color=PIXEL_COLOR, label=name, linestyle=dashes)
+        axis.axvline(0.5, color="#bbb", linewidth=0.8)
+        lowest = axis.get_xlim()[0]
+        octaves = [octave for octave in OCTAVES if octave >= lowest]
+        axis.set_xticks(octaves, [f"1/{round(1 / octave)}" if octave < 1 else "1" for octave in octaves])
+        axis.minorticks_off()
+        axis.set_xlim(lowest, 1.05)
+        axis.set(title=f"power in {kind}", ylabel="power / its mean", xlabel="frequency / Nyquist")
+        axis.legend()
+    return figure
+
+
+def _plot_power(axis: Axes, spectrum: Results | None, **style: Any) -> None:
+    if spectrum and spectrum["power"]:
+        axis.loglog(spectrum["frequency"], np.array(spectrum["power"]) / np.mean(spectrum["power"]), **style)
+
+
+def _channels(models: Mapping[str, Results]) -> Figure:
+    """Standard deviations, KL and covariance eigenvalues of the channels, each in descending order."""
+    figure, axes = subplots(3, columns=3, width=4.6, height=3.4)
+    for name, results, color in _colored(models):
         eigenvalues = np.array(results["statistics"]["covariance_eigenvalues"])
         curves = (results["statistics"]["std"], results["kl"] or [], eigenvalues / (eigenvalues.sum() or 1))
         for axis, values in zip(axes, curves, strict=True):
             if len(values):
-                ranks = range(1, len(values) + 1)
-                axis.plot(ranks, sorted(values, reverse=True), color=color, marker=".", label=name)
-    titles = ("standard deviation", "KL, nats per element", "eigenvalue / sum")
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("channel or eigenvalue, largest first", fontsize=8)
+                axis.plot(range(1, len(values) + 1), sorted(values, reverse=True), color=color, marker=".", label=name)
+    for axis, title in zip(axes, ("standard deviation", "KL, nats per element", "eigenvalue / sum"), strict=True):
+        axis.set(title=title, xlabel="channel or eigenvalue, largest first")
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].axhline(1, color="#bbb", linewidth=0.8)
     for axis in axes[:2]:
         axis.set_ylim(bottom=0)
     axes[2].set_yscale("log")
+    _legend(figure)
+    return figure
 
 
-def _plot_bars(axis: Axes, values: Mapping[str, list[float | None]], title: str) -> None:
-    """A group of bars per transform, a bar per model."""
-    width = 0.8 / len(values)
-    for index, ((name, heights), color) in enumerate(zip(values.items(), cycle(COLORS), strict=False)):
-        at = np.arange(len(TRANSFORMS)) + (index - (len(values) - 1) / 2) * width
-        axis.bar(at, [np.nan if h is None else h for h in heights], width, color=color, label=name)
-    axis.set_xticks(range(len(TRANSFORMS)), TRANSFORMS)
-    axis.set_title(title, fontsize=10)
-
-
-def _plot_noise(axis: Axes, models: Mapping[str, Results]) -> None:
-    for (name, results), color in zip(models.items(), cycle(COLORS), strict=False):
+def _decoder(models: Mapping[str, Results]) -> Figure:
+    """Bars by transform: errors of the encoder, and decibels that the decoder loses; and PSNR over noise."""
+    figure, axes = subplots(3, columns=3, width=4.6, height=3.4)
+    width = 0.8 / len(models)
+    for index, (name, results, color) in enumerate(_colored(models)):
+        at = np.arange(len(TRANSFORMS)) + (index - (len(models) - 1) / 2) * width
         curve = results["noise_psnr"]
-        axis.plot(list(map(float, curve)), list(curve.values()), color=color, marker=".", label=name)
-    axis.set_title(r"PSNR of D(z + $\sigma \epsilon$), dB", fontsize=10)
-    axis.set_xlabel(r"$\sigma$, in standard deviations of a channel", fontsize=8)
+        errors = np.array([*results["encoder_equivariance"].values()], float)  # NaN for None
+        losses = [curve["0.0"] - psnr for psnr in results["decoder_equivariance_psnr"].values()]
+        axes[0].bar(at, errors, width, color=color, label=name)
+        axes[1].bar(at, losses, width, color=color, label=name)
+        axes[2].plot(list(map(float, curve)), list(curve.values()), color=color, marker=".", label=name)
+    for axis in axes[:2]:
+        axis.set_xticks(range(len(TRANSFORMS)), TRANSFORMS)
+    axes[0].set(title=r"|E($\tau$x) - $\tau$E(x)| / |E(x)|")
+    axes[1].set(title=r"PSNR(D(z), x) - PSNR(D($\tau$z), $\tau$x), dB")
+    axes[2].set(title=r"PSNR of D(z + $\sigma \epsilon$), dB", xlabel=r"$\sigma$, in standard deviations of a channel")
+    _legend(figure)
+    return figure
+
+
+def _legend(figure: Figure) -> None:
+    """One legend for all plots, below them."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
 
 
 def _picture(frame: Tensor) -> str:
