@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from vae3d.commands.measure_scale import add_export_arguments, load_unscaled, rescale
@@ -59,11 +60,9 @@ def print_statistics(cache: LatentCache, hint: str) -> None:
     print(f"{cache.folder}: {len(cache)} entries ({cache.meta['store']}, {cache.meta['dtype']}; {settings})")
     print(f"of {vae['checkpoint']} ({vae['model']}), encoder {vae['encoder'][:12]}; {len(cache.classes)} classes")
     names = ("mean", "std", "std_of_mean", "posterior_std", "kurtosis")
-    print(f"{'channel':>7}" + "".join(f"{name:>14}" for name in (*names, *(f"{p} %" for p in SHOWN))))
-    for channel in range(vae["channels"]):
-        row = [stats[name][channel] for name in names] + [stats["percentiles"][p][channel] for p in SHOWN]
-        print(f"{channel:7}" + "".join(f"{'-' if value is None else f'{value:.5f}':>14}" for value in row))
-    print(f"{'all':>7}{stats['shift']:14.5f}{stats['scale']:14.5f}   1 / std = {stats['scaling_factor'] or 0:.5f}")
+    columns = {name: stats[name] for name in names} | {f"{p} %": stats["percentiles"][p] for p in SHOWN}
+    print(pd.DataFrame(columns, dtype=float).to_string(float_format="%.5f", na_rep="-", col_space=12))
+    print(f"all: mean {stats['shift']:.5f}, std {stats['scale']:.5f}, 1 / std {stats['scaling_factor'] or 0:.5f}")
     if stats["other_frames"] is not None:
         for name in ("first_frame", "other_frames"):
             means, stds = (_list(stats[name][key]) for key in ("mean", "std"))

@@ -20,18 +20,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from torch import nn
 
 from vae3d.argparse_types import non_negative_int, positive_int
+from vae3d.checkpoints import formats
 from vae3d.checkpoints.export import write_export
-from vae3d.checkpoints.formats import (
-    EXPORT_CONFIG,
-    Checkpoint,
-    CheckpointError,
-    load_state,
-    read_checkpoint,
-    read_export_config,
-)
+from vae3d.checkpoints.formats import Checkpoint, CheckpointError
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
@@ -72,7 +67,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
     """The checkpoint that is rescaled, and its model. Raises UserError if its scale cannot be changed or written."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = formats.read_checkpoint(path)
     if out is None and checkpoint.layout != "export":
         raise CheckpointError(f"{checkpoint.path} ({checkpoint.layout}) is not an export; use --out FOLDER")
     if out is not None and out.exists():
@@ -80,7 +75,7 @@ def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
     model = build_from_checkpoint(checkpoint)
     if why := unscalable_reason(model):
         raise ScaleError(f"{checkpoint.path}: {why}")
-    load_state(model, checkpoint.state, str(checkpoint.path))
+    formats.load_state(model, checkpoint.state, str(checkpoint.path))
     return checkpoint, model.eval()
 
 
@@ -107,7 +102,7 @@ def rescale(checkpoint: Checkpoint, model: nn.Module, measured: LatentStats, arg
 
 def write(checkpoint: Checkpoint, folder: Path, **metadata: Any) -> None:
     """Write an export beside the folder's other files. Raises FileError, and changes nothing, if that fails."""
-    target = atomic_files(folder / EXPORT_CONFIG) if folder.exists() else atomic_dir(folder)
+    target = atomic_files(folder / formats.EXPORT_CONFIG) if folder.exists() else atomic_dir(folder)
     with naming(folder), target as tmp:
         write_export(checkpoint, tmp, **metadata)
 
@@ -116,17 +111,16 @@ def export_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     """The entries of an export's model.yaml beside the model itself, such as run and step."""
     if checkpoint.layout != "export":
         return {}
-    config = read_export_config(checkpoint.path.with_name(EXPORT_CONFIG))
+    config = formats.read_export_config(checkpoint.path.with_name(formats.EXPORT_CONFIG))
     return {key: value for key, value in config.items() if key not in ("vae3d", "model")}
 
 
 def print_scale(old: Checkpoint, new: Checkpoint, measured: LatentStats) -> None:
     size = "several sizes" if measured.size is None else " x ".join(map(str, measured.size))
-    print(f"{measured.clips} clips of {size}\n{'channel':>7}{'mean':>12}{'std':>12}")
-    for channel, (mean, std) in enumerate(zip(measured.mean.tolist(), measured.std.tolist(), strict=True)):
-        print(f"{channel:7}{mean:12.5f}{std:12.5f}")
+    print(f"{measured.clips} clips of {size}")
+    print(pd.DataFrame({"mean": measured.mean, "std": measured.std}).to_string(float_format="%.5f", col_space=10))
     mean, std = measured.over_channels()
-    print(f"{'all':>7}{mean:12.5f}{std:12.5f}   1 / std = {1 / std:.5f}")
+    print(f"all: mean {mean:.5f}, std {std:.5f}, 1 / std {1 / std:.5f}")
     for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
         if new.config.get(name) != old.config.get(name):
             print(f"{name}: {_short(old.config.get(name))} -> {_short(new.config[name])}")

@@ -15,21 +15,11 @@ import torch
 from torch import Tensor
 
 from vae3d import distributed
+from vae3d.diffusion import sampling
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.data import clip_and_latent_size
 from vae3d.diffusion.export import Export, check_same_vae, read_export
 from vae3d.diffusion.quality import distances, draw_reference_sets
-from vae3d.diffusion.sampling import (
-    LATENTS,
-    MAX_IN_GRID,
-    cached_latents,
-    check_latent_rms,
-    clear,
-    per_rank_batches,
-    sample_latents,
-    write_frames,
-    write_npz,
-)
 from vae3d.distributed import init_inference
 from vae3d.errors import UserError
 from vae3d.hashing import weights_hash
@@ -53,7 +43,7 @@ Reference = tuple[LatentCache, tuple[list[int], list[int]]]  # a cache, and two 
 def run(config: SampleConfig) -> None:
     """Draw config.count samples, shared among the ranks; the main process writes the files that join all of them."""
     process, device = init_inference(config.device)
-    main = process.is_main_process
+    main, rank, world_size = process.is_main_process, process.process_index, process.num_processes
     export = read_export(config.checkpoint, config.ema)
     labels = sample_labels(config, export.config)
     names = [] if labels is None else [export.config["classes"][label] for label in labels]
@@ -75,19 +65,19 @@ def run(config: SampleConfig) -> None:
     folder = Path(config.out)
     with locked(folder, f"out={folder}") if main else nullcontext():
         prepare_folder(folder, config.overwrite, command, main, device)
-        in_grid = min(config.count, MAX_IN_GRID) if "grid" in write else 0
+        in_grid = min(config.count, sampling.MAX_IN_GRID) if "grid" in write else 0
         kept = config.count if "npz" in write else in_grid
         pictures = np.empty((kept if main else 0, *size, 3), np.uint8)
         latents = torch.empty(config.count if reference and main else 0, *shape)
         stats = RunningStats(codec.channels, device)
-        for mine in per_rank_batches(config.count, config.batch_size, process.process_index, process.num_processes):
-            z = cached_latents(folder, mine, draw).to(device)
+        for mine in sampling.per_rank_batches(config.count, config.batch_size, rank, world_size):
+            z = sampling.cached_latents(folder, mine, draw).to(device)
             stats.update_channels(z)
             frames = decoded(codec, z, size) if mine else pictures[:0]
             if "files" in write:
                 for i, sample in zip(mine, frames, strict=True):
                     label = f"_{names[i]}".replace("/", "_") if names else ""
-                    write_frames(folder / f"{i:06d}{label}", sample, config.fps)
+                    sampling.write_frames(folder / f"{i:06d}{label}", sample, config.fps)
             sent = [i < kept for i in mine]
             batch = (mine, frames[sent], z.cpu() if reference else None)
             for indices, some, values in distributed.gather_to_main(batch):
@@ -98,20 +88,20 @@ def run(config: SampleConfig) -> None:
         if not main:
             return
         if "grid" in write:
-            write_frames(folder / "grid", grid(pictures[:in_grid]), config.fps)
+            sampling.write_frames(folder / "grid", grid(pictures[:in_grid]), config.fps)
         if "npz" in write:
-            write_npz(folder, pictures, labels)
+            sampling.write_npz(folder, pictures, labels)
         log.info("%d samples of %s -> %s", config.count, export.folder, config.out)
         latent_stats = LatentStats.of(stats, config.count)
-        log.info("mean and standard deviation (those of the data are 0 and 1) %s", latent_stats)
+        log.info("their latents (those of the data have mean 0, deviation 1): %s", latent_stats)
         rms = math.hypot(*latent_stats.over_channels())
-        if warning := check_latent_rms(rms, export.process(), sampling_settings(config)):
+        if warning := sampling.check_latent_rms(rms, export.process(), sampling_settings(config)):
             log.warning(warning)
         if reference:
             data = compare_with_data(latents, reference, config)
             if "grid" in write:
-                write_frames(folder / "data", grid(decoded(codec, data[:in_grid], size)), config.fps)
-        remove(folder / LATENTS)
+                sampling.write_frames(folder / "data", grid(decoded(codec, data[:in_grid], size)), config.fps)
+        remove(folder / sampling.LATENTS)
 
 
 def sample_labels(config: SampleConfig, metadata: Mapping[str, Any]) -> list[int] | None:
@@ -162,7 +152,7 @@ def make_sampler(
     def draw(indices: Sequence[int]) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             try:
-                z = sample_latents(
+                z = sampling.sample_latents(
                     network,
                     process,
                     latent_shape,
@@ -203,7 +193,7 @@ def prepare_folder(folder: Path, overwrite: bool, command: Mapping[str, Any], ma
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if overwrite:
-                clear(folder)
+                sampling.clear(folder)
             if has_results(folder) and not resumes(folder, command, f"out={folder}"):
                 hint = "files that sampling did not write" if overwrite else "files; choose another, or overwrite=true"
                 reason = f"out={folder} holds {hint}"

@@ -18,22 +18,10 @@ from vae3d.arguments import Count, Range, Size, Width
 from vae3d.hashing import file_hash
 from vae3d.inference.folder import settings_difference
 from vae3d.io import FileError, read_text
+from vae3d.latents import shards
 from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.identity import VaeMetadata, vae_difference
-from vae3d.latents.shards import (
-    COMPLETE,
-    INDEX,
-    KINDS,
-    META,
-    STATISTICS,
-    CacheError,
-    checksum,
-    damage,
-    marker_file,
-    read_json,
-    read_marker,
-    shard_file,
-)
+from vae3d.latents.shards import COMPLETE, INDEX, KINDS, META, STATISTICS, CacheError
 from vae3d.pixels import value_range
 from vae3d.seeding import generator_of
 
@@ -93,7 +81,7 @@ class LatentCache(Dataset[Latent]):
         self.meta = read_meta(self.folder)
         self._check_same_source(codec, transform)
         hint = "delete it, and run the command that made the cache again"
-        complete = read_json(self.folder / COMPLETE, Complete, hint)
+        complete = shards.read_json(self.folder / COMPLETE, Complete, hint)
         self.shards = complete["shards"]
         self._check_integrity(verify)
         self.mode = self._mode(mode)
@@ -149,10 +137,8 @@ class LatentCache(Dataset[Latent]):
         key, shard = self._keys[index], self._shards[index]
         entry = {kind: self._tensor(shard, f"{kind}/{key}") for kind in KINDS[self.meta["store"]]}
         if why := self._entry_error(index, entry):
-            marker = marker_file(self.folder, shard)
-            raise CacheError(
-                f"{shard_file(self.folder, shard)}: {key} {why}; the file is damaged: delete {marker} and encode again"
-            )
+            file, marker = shards.shard_file(self.folder, shard), shards.marker_file(self.folder, shard)
+            raise CacheError(f"{file}: {key} {why}; the file is damaged: delete {marker} and encode again")
         mean, *rest = (tensor.float() for tensor in entry.values())
         std = rest[0] if rest else torch.zeros_like(mean)
         return Moments((mean - self.latents_mean) / self.latents_std, std / self.latents_std)
@@ -167,13 +153,13 @@ class LatentCache(Dataset[Latent]):
         kinds = dict.fromkeys(lists, values) | dict.fromkeys(("clips", "shift", "scale"), Finite)
         kinds |= {"participation_ratio": Finite | None, "percentiles": Mapping[str, defined]}
         hint = f"delete {self.folder / COMPLETE} and encode again"
-        return read_json(self.folder / STATISTICS, TypedDict("Statistics", kinds), hint)
+        return shards.read_json(self.folder / STATISTICS, TypedDict("Statistics", kinds), hint)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # open files cannot be pickled
 
     def _tensor(self, shard: int, name: str) -> Tensor:
-        file = shard_file(self.folder, shard)
+        file = shards.shard_file(self.folder, shard)
         try:
             if shard not in self._open:
                 if len(self._open) >= OPEN_SHARDS:
@@ -181,7 +167,7 @@ class LatentCache(Dataset[Latent]):
                 self._open[shard] = safe_open(file, framework="pt")
             return self._open[shard].get_tensor(name)
         except (OSError, SafetensorError) as error:
-            marker = marker_file(self.folder, shard)
+            marker = shards.marker_file(self.folder, shard)
             raise CacheError(f"{file} cannot be read ({error}); delete {marker} and encode again") from error
 
     def _entry_error(self, index: int, entry: Mapping[str, Tensor]) -> str | None:
@@ -191,7 +177,7 @@ class LatentCache(Dataset[Latent]):
                 return f"{kind} is {tensor.dtype}, but the cache has {self.meta['dtype']}"
             if (shape := "x".join(map(str, tensor.shape))) != self._shapes[index]:
                 return f"{kind} is {shape}, but index.csv says {self._shapes[index]}"
-        if checksum(entry) != self._checksums[index]:
+        if shards.checksum(entry) != self._checksums[index]:
             return "has changed since it was written: its checksum differs"
         if any(not math.isfinite(sum(value_range(tensor))) for tensor in entry.values()):
             return "holds NaN or infinity"
@@ -212,16 +198,17 @@ class LatentCache(Dataset[Latent]):
 
     def _check_integrity(self, verify: bool) -> None:
         for number in range(self.shards):
-            marker = read_marker(self.folder, number, verify=verify)
+            marker_file = shards.marker_file(self.folder, number)
+            marker = shards.read_marker(self.folder, number, verify=verify)
             if marker is None:
-                raise CacheError(f"{marker_file(self.folder, number)} is missing; encode again to make the shard")
+                raise CacheError(f"{marker_file} is missing; encode again to make the shard")
             if marker["of"] != self.meta["digest"]:
                 raise CacheError(
-                    f"{shard_file(self.folder, number)} belongs to another cache ({marker['of']}) than "
+                    f"{shards.shard_file(self.folder, number)} belongs to another cache ({marker['of']}) than "
                     f"{self.folder / META} ({self.meta['digest']}); caches cannot be mixed"
                 )
-            if why := damage(self.folder, number, marker, verify=verify):
-                raise CacheError(f"{why}; delete {marker_file(self.folder, number)} and encode again")
+            if why := shards.damage(self.folder, number, marker, verify=verify):
+                raise CacheError(f"{why}; delete {marker_file} and encode again")
 
     def _mode(self, mode: str | None) -> str:
         store = self.meta["store"]
@@ -269,7 +256,7 @@ class Complete(TypedDict):
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """Read meta.json. Raises CacheError for a missing key and for a wrong value."""
-    meta = read_json(folder / META, Meta)
+    meta = shards.read_json(folder / META, Meta)
     vae = meta["vae"]
     for name in ("latents_mean", "latents_std"):
         if len(vae[name]) != vae["channels"]:

@@ -16,7 +16,7 @@ from vae3d.models.spatial import UNKNOWN_FACTOR
 from vae3d.pixels import RANGES, TOLERANCE, PixelError, check_latents, quantize, value_range
 from vae3d.precision import no_tf32
 from vae3d.seeding import Generators, randn_like
-from vae3d.types import Delta, Posterior
+from vae3d.types import Delta
 
 MODES = ("sample", "mean")
 
@@ -118,7 +118,9 @@ class LatentCodec:
         video = self.to_video(pixels)
         with self._precision_and_chunks(*video.shape[-2:]):
             posterior = self.model.encode(video)
-        return Moments(posterior.mean.float(), _std(posterior))
+        mean = posterior.mean.float()
+        deterministic = isinstance(posterior, Delta)
+        return Moments(mean, torch.zeros_like(mean) if deterministic else posterior.logvar.float().mul(0.5).exp())
 
     @torch.no_grad()
     def decode(self, z: Tensor, num_frames: int | None = None, size: tuple[int, int] | None = None) -> Tensor:
@@ -184,12 +186,6 @@ class LatentCodec:
         autocast = torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
         with nullcontext() if half else no_tf32(), autocast:
             yield
-
-
-def _std(posterior: Posterior | Delta) -> Tensor:
-    if isinstance(posterior, Delta):
-        return torch.zeros_like(posterior.mean, dtype=torch.float32)
-    return posterior.logvar.float().mul(0.5).exp()
 
 
 def _set_chunks(model: nn.Module, frames: int) -> None:

@@ -27,25 +27,12 @@ from vae3d.evaluation.tables import write_json
 from vae3d.hashing import file_hash, json_hash
 from vae3d.inference.folder import has_results, locked, settings_difference
 from vae3d.io import naming, remove_unfinished, write_text
+from vae3d.latents import shards
 from vae3d.latents.cache import read_meta
 from vae3d.latents.clips import FLIP, ClipError, ClipReader, Item, Read, Transform
 from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.identity import latent_config, vae_metadata
-from vae3d.latents.shards import (
-    COMPLETE,
-    ERRORS,
-    INDEX,
-    KINDS,
-    META,
-    STATISTICS,
-    WRITERS,
-    CacheError,
-    Shard,
-    damage,
-    read_marker,
-    read_statistics,
-    write_shard,
-)
+from vae3d.latents.shards import COMPLETE, ERRORS, INDEX, KINDS, META, STATISTICS, WRITERS, CacheError, Shard
 from vae3d.latents.statistics import LatentStatistics, StatisticsError
 from vae3d.precision import DTYPES
 from vae3d.seeding import generator_of
@@ -175,7 +162,7 @@ def begin(folder: Path, meta: dict[str, Any]) -> None:
 def _is_done(job: EncodeJob, shard: int, digest: str) -> bool:
     """Whether a shard is complete, undamaged, and its source files are unchanged."""
     try:
-        marker = read_marker(job.folder, shard)
+        marker = shards.read_marker(job.folder, shard)
     except CacheError as error:
         log.warning("shard %d is encoded again: %s", shard, error)
         return False
@@ -183,7 +170,8 @@ def _is_done(job: EncodeJob, shard: int, digest: str) -> bool:
         return False
     if "webdataset" in job.writers and any(row != row | _labels(job, row) for row in marker["rows"]):
         return False  # its tar file has old labels
-    why = _replaced(job, shard, marker["sources"]) or damage(job.folder, shard, marker, verify=job.verify == "hash")
+    verify = job.verify == "hash"
+    why = _replaced(job, shard, marker["sources"]) or shards.damage(job.folder, shard, marker, verify=verify)
     if why:
         log.warning("shard %d is encoded again: %s", shard, why)
     return why is None
@@ -206,8 +194,8 @@ def _labels(job: EncodeJob, row: dict[str, Any]) -> dict[str, str]:
     return {"label": item.label, "split": item.split, "text": item.text}
 
 
-def _encode_shards(job: EncodeJob, shards: Sequence[int], digest: str, quiet: bool) -> None:
-    numbers = [number for shard in shards for number in job.span(shard)]
+def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool) -> None:
+    numbers = [number for shard in todo for number in job.span(shard)]
     sides = job.transform.height, job.transform.width, job.transform.frames
     reads: Iterable[Read] = load(
         ClipReader(job.items, job.transform, job.reader, hashed=job.verify == "hash"),
@@ -220,11 +208,11 @@ def _encode_shards(job: EncodeJob, shards: Sequence[int], digest: str, quiet: bo
     )
     progress = iter(tqdm(reads, total=len(numbers), unit="clip", disable=True if quiet else None))
     errors: list[ClipError] = []
-    for number in shards:
+    for number in todo:
         shard, statistics = Shard(), LatentStatistics(job.codec.channels)
         for batch in _batches(islice(progress, len(job.span(number))), job.batch_size):
             _encode_batch(job, number, batch, shard, statistics)
-        write_shard(job.folder, number, shard, statistics, digest, job.writers)
+        shards.write_shard(job.folder, number, shard, statistics, digest, job.writers)
         errors += shard.errors
         if len(errors) > job.max_broken * len(job.items):
             raise CacheError(_too_many(errors, len(job.items), job.max_broken))
@@ -299,7 +287,7 @@ def _row(item: Item, read: Read, key: str, entry: int, shard: int, flip: bool, z
 
 def finish(job: EncodeJob, digest: str) -> None:
     """Write errors, index and statistics of all shards, and last complete.json. Raises CacheError."""
-    markers = [read_marker(job.folder, shard) for shard in range(job.shards)]
+    markers = [shards.read_marker(job.folder, shard) for shard in range(job.shards)]
     if missing := [shard for shard, marker in enumerate(markers) if marker is None or marker["of"] != digest]:
         raise CacheError(
             f"{job.folder}: {len(missing)} of {job.shards} shards are missing ({missing[:MAX_SHOWN]}); do all "
@@ -314,7 +302,7 @@ def finish(job: EncodeJob, digest: str) -> None:
         raise CacheError(_too_many(errors, clips, job.max_broken) + f"; {job.folder / ERRORS} lists all")
     with naming(job.folder / INDEX):
         write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(index=False))
-    statistics = read_statistics(job.folder, job.shards).summary()
+    statistics = shards.read_statistics(job.folder, job.shards).summary()
     write_json(job.folder / STATISTICS, statistics)
     hashes = {name: file_hash(job.folder / name) for name in (META, INDEX, STATISTICS)}
     counts = {"shards": job.shards, "entries": len(rows), "errors": len(errors)}

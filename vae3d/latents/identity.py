@@ -10,7 +10,7 @@ from vae3d.arguments import Deviation, Mean
 from vae3d.hashing import weights_hash
 from vae3d.inference.folder import settings_difference
 from vae3d.latents.codec import LatentCodec
-from vae3d.models.registry import MODELS
+from vae3d.models.registry import MODELS, TARGET, is_known
 
 FACTORS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")  # settings of the normalisation
 RUNNING = ("frame_batch", "gradient_checkpointing", "chunk_latents")  # settings that change memory, not latents
@@ -65,9 +65,11 @@ def vae_difference(metadata: Mapping[str, Any], codec: LatentCodec) -> str | Non
 
 
 def latent_config(config: Mapping[str, Any], top: bool = True) -> dict[str, Any]:
-    """The settings of a model configuration that change its raw latents, flat, defaults filled in."""
+    """The settings of a model configuration that change its raw latents, flat, with defaults for what it leaves out."""
+    arguments = inspect.signature(MODELS[config[TARGET]]).parameters.values() if is_known(config) else ()
+    defaults = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
     settings: dict[str, Any] = {}
-    for name, value in {**_defaults(config.get("_target_")), **config}.items():
+    for name, value in {**defaults, **config}.items():
         if name in RUNNING or name.startswith("decoder") or (top and name in FACTORS):
             continue
         if isinstance(value, Mapping):
@@ -75,11 +77,3 @@ def latent_config(config: Mapping[str, Any], top: bool = True) -> dict[str, Any]
         else:
             settings[name] = list(value) if isinstance(value, tuple) else value
     return settings
-
-
-def _defaults(target: Any) -> dict[str, Any]:
-    """Default arguments of a model of this project; configurations of published weights leave them out."""
-    if not isinstance(target, str) or target not in MODELS:
-        return {}
-    arguments = inspect.signature(MODELS[target]).parameters.values()
-    return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}

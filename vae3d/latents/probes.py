@@ -170,14 +170,9 @@ def first_against_rest(first: Mapping[str, Any], rest: Mapping[str, Any]) -> dic
     return {"mean_gap": finite((a["mean"] - b["mean"]) / b["std"]), "std_ratio": finite(a["std"] / b["std"])}
 
 
-def _halved(x: Tensor) -> Tensor:
-    """Bilinear scaling by exactly 1/2: each pixel is the mean of four."""
-    return F.avg_pool3d(x, (1, 2, 2))
-
-
 # Transforms tau of pixels and latents. side: space stride for pixels, 1 for latents.
 TRANSFORMS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "scale": lambda x, side: _halved(x),
+    "scale": lambda x, side: F.avg_pool3d(x, (1, 2, 2)),  # by 1/2, bilinear: each pixel is the mean of four
     "rot90": lambda x, side: torch.rot90(x, 1, (-2, -1)),
     "flip": lambda x, side: x.flip(-1),
     "shift": lambda x, side: x[..., side:, side:],  # by one latent, cropped

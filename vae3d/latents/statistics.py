@@ -50,19 +50,18 @@ class ChannelMoments(RunningStats):
 
     def merge(self, other: ChannelMoments) -> None:
         """Add the positions of `other`; third and fourth moments by Pébay, SAND2008-6212."""
+        if not other.count:
+            return
         a, b = self.count, other.count
-        if a and b:
-            n = a + b
-            gap = other.mean - self.mean
-            second_a, second_b = self.scatter.diagonal(), other.scatter.diagonal()
-            fourth = self.fourth + other.fourth + gap**4 * (a * b * (a * a - a * b + b * b) / n**3)
-            fourth = fourth + 6 * gap**2 * (a * a * second_b + b * b * second_a) / n**2
-            self.fourth = fourth + 4 * gap * (a * other.third - b * self.third) / n
-            third = self.third + other.third + gap**3 * (a * b * (a - b) / n**2)
-            self.third = third + 3 * gap * (a * second_b - b * second_a) / n
-            self.variance_sum = self.variance_sum + other.variance_sum
-        elif b:
-            self.third, self.fourth, self.variance_sum = other.third, other.fourth, other.variance_sum
+        n = a + b
+        gap = other.mean - self.mean
+        second_a, second_b = self.scatter.diagonal(), other.scatter.diagonal()
+        fourth = self.fourth + other.fourth + gap**4 * (a * b * (a * a - a * b + b * b) / n**3)
+        fourth = fourth + 6 * gap**2 * (a * a * second_b + b * b * second_a) / n**2
+        self.fourth = fourth + 4 * gap * (a * other.third - b * self.third) / n
+        third = self.third + other.third + gap**3 * (a * b * (a - b) / n**2)
+        self.third = third + 3 * gap * (a * second_b - b * second_a) / n
+        self.variance_sum = self.variance_sum + other.variance_sum
         super().merge(other)
 
     def summary(self) -> dict[str, Any]:
