@@ -95,16 +95,11 @@ def rescale(checkpoint: Checkpoint, model: nn.Module, measured: LatentStats, arg
     new = rescaled(checkpoint, model, measured, shift=args.shift, per_channel=args.per_channel)
     print_scale(checkpoint, new, measured)
     target = args.out or checkpoint.path.parent
-    write(new, target, **(export_metadata(checkpoint) | {"latents": measured.facts()}))
+    metadata = export_metadata(checkpoint) | {"latents": measured.facts()}
+    with naming(target), atomic_files(target / formats.EXPORT_CONFIG) if target.exists() else atomic_dir(target) as tmp:
+        write_export(new, tmp, **metadata)
     print(f"written to {target}")
     return target
-
-
-def write(checkpoint: Checkpoint, folder: Path, **metadata: Any) -> None:
-    """Write an export beside the folder's other files. Raises FileError, and changes nothing, if that fails."""
-    target = atomic_files(folder / formats.EXPORT_CONFIG) if folder.exists() else atomic_dir(folder)
-    with naming(folder), target as tmp:
-        write_export(checkpoint, tmp, **metadata)
 
 
 def export_metadata(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from torch import nn
+
 from vae3d.arguments import Deviation, Mean
 from vae3d.hashing import weights_hash
 from vae3d.inference.folder import settings_difference
@@ -50,8 +52,7 @@ def vae_metadata(codec: LatentCodec, checkpoint: str) -> dict[str, Any]:
 
 def encoder_hash(codec: LatentCodec) -> str:
     modules = codec.model.trainable_parts()["encoder"]
-    states = [(index, module.state_dict()) for index, module in enumerate(modules)]
-    return weights_hash({f"{index}.{name}": tensor for index, state in states for name, tensor in state.items()})
+    return weights_hash(nn.ModuleList(modules).state_dict())
 
 
 def vae_difference(metadata: Mapping[str, Any], codec: LatentCodec) -> str | None:
