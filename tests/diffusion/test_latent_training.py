@@ -296,7 +296,7 @@ def test_latents_of_another_scale_are_refused_until_they_are_mended(from_cache, 
     assert {"latent_stats.py": latent_stats, "measure_scale.py": measure_scale}[script].main(arguments) == 0
     with caplog.at_level("INFO"):
         assert latent_runs.trainer(tmp_path / "run", *told).latents.scale["count"] == 64
-    assert "64 latents: mean " in caplog.text
+    assert "64 latents, per channel" in caplog.text
     capsys.readouterr()
 
 
