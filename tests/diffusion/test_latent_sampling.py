@@ -19,7 +19,7 @@ from tests import tiny
 from tests.diffusion import latent_runs
 from tests.diffusion.toy import shaken
 from vae3d.checkpoints.formats import CheckpointError
-from vae3d.commands import console, sample
+from vae3d.commands import console
 from vae3d.config.validate import ConfigError
 from vae3d.diffusion import sampling
 from vae3d.diffusion.build import build_network, network_config
@@ -30,6 +30,7 @@ from vae3d.inference.folder import FolderError
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.identity import vae_metadata
 from vae3d.loading import open_codec
+from vae3d.report.images import grid
 from vae3d.training.diffusion_validation import decoded
 
 CLASSES = ["cat", "dog"]
@@ -135,8 +136,8 @@ def test_killed_sampling_resumes_to_the_same_bytes(when, of_images, whole, tmp_p
     assert tiny.run(sys.executable, str(script), cwd=tmp_path).returncode == -signal.SIGKILL
     batches = len(list((tmp_path / "killed/.latents").glob("0*")))
     drawn_again = []
-    inner = sample.sample_latents
-    monkeypatch.setattr(sample, "sample_latents", lambda *a, **k: drawn_again.append(1) or inner(*a, **k))
+    inner = sampling.sample_latents
+    monkeypatch.setattr(sampling, "sample_latents", lambda *a, **k: drawn_again.append(1) or inner(*a, **k))
     drawn(of_images, tmp_path / "killed", *settings)
     assert everything(tmp_path / "killed") == files
     assert len(drawn_again) == 2 - batches
@@ -183,7 +184,7 @@ def test_names_of_classes_are_no_folders(vae, tmp_path):
 
 
 def test_the_grid_is_of_the_first_samples(of_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "MAX_IN_GRID", 2)
+    monkeypatch.setattr(sampling, "MAX_IN_GRID", 2)
     whole = pixels(drawn(of_images, tmp_path, "write=[npz,grid]"))
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (32, 66, 3)
@@ -257,7 +258,7 @@ def test_samples_are_compared_with_latents_of_their_classes(of_images, pictures,
     places, others = draw_reference_sets(entries, 3, ["cat", "cat", "dog"])
     assert [entries[place].key.split("/")[1] for place in [*places, *others]] == ["cat", "cat", "dog"] * 2
     assert not {*places} & {*others}
-    shown = sampling.grid(decoded(codec, torch.stack([entries[place].z for place in places]), (1, 32, 32)))
+    shown = grid(decoded(codec, torch.stack([entries[place].z for place in places]), (1, 32, 32)))
     assert np.array_equal(shown[0], np.asarray(Image.open(out / "data.png")))
 
     with pytest.raises(UserError, match="has 4 latents of class cat; two sets of 3 need 6"):
@@ -288,7 +289,7 @@ def test_guidance_needs_a_network_that_knows_no_label(of_images, tmp_path):
 
 def test_a_folder_that_cannot_be_is_found_before_the_first_sample(of_images, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(sample, "sample_latents", None)
+    monkeypatch.setattr(sampling, "sample_latents", None)
     monkeypatch.setattr(console, "in_sweep", lambda: False)
     with pytest.raises(SystemExit, match="2"):
         console.exit_on_user_error(lambda: drawn(of_images, tmp_path / "file"))

@@ -23,7 +23,7 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
 from vae3d.inference.scale import (
-    MeasuredScale,
+    LatentStats,
     ScaleError,
     measure,
     off_scale,
@@ -122,7 +122,7 @@ def test_what_cannot_be_scaled_is_refused(videos, tmp_path):
     with pytest.raises(ScaleError, match="no clip"):
         measure(tiny.model("spatial"), [])
     model, checkpoint = saved("wan", tmp_path)
-    statistics = MeasuredScale(1, (1, 2, 2), torch.zeros(4), torch.tensor([1.0, 0, 1, 0]))
+    statistics = LatentStats(1, torch.zeros(4), torch.tensor([1.0, 0, 1, 0]), (1, 2, 2))
     with pytest.raises(ScaleError, match="latents of channel 1, 3 do not vary"):
         rescaled(checkpoint, model, statistics)
 

@@ -24,7 +24,7 @@ from vae3d.diffusion.export import write_export
 from vae3d.diffusion.processes import QUARTILES, Process, quartile_sums, training_losses
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import sample_latents
-from vae3d.diffusion.scale import check_latent_scale, measure
+from vae3d.inference.scale import check_normalised
 from vae3d.pixels import PixelError
 from vae3d.seeding import generator_of
 from vae3d.training.data_parallel import ReplicatedDataParallel
@@ -92,13 +92,13 @@ class DiffusionTrainer(Trainer[Batch]):
     def prepare(self) -> None:
         """Measure the latents, unless a checkpoint has their statistics, and encode the held-out clips.
 
-        Raises LatentScaleError if the latents do not have mean 0 and standard deviation 1.
+        Raises ScaleError if the latents do not have mean 0 and standard deviation 1.
         """
         if not self.latents.scale:
-            scale = measure(self.data, self.config.trainer.scale_samples, self.device)
-            check_latent_scale(scale, self.hint)
-            self.latents.scale = scale.as_dict()
-            self.log.say(str(scale))
+            stats = self.data.measure(self.config.trainer.scale_samples, self.device)
+            check_normalised(stats, self.hint)
+            self.latents.scale = {"count": stats.clips, "mean": stats.mean.tolist(), "std": stats.std.tolist()}
+            self.log.say(f"mean and standard deviation {stats}")
         self.held_out = [(self.data.latents(batch, self.device), batch) for batch in self.data.held_out]
         ranks = distributed.gather_to_main([z.cpu() for z, _ in self.held_out])
         self.real = [z for rank in ranks for z in rank]
