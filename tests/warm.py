@@ -149,7 +149,6 @@ def main() -> None:
     import torchvision  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
-    import vae3d.commands.cli
     import vae3d.commands.train  # noqa: F401
 
     gc.freeze()  # or a child's collections, of which one is its end, copy every page, which takes a second

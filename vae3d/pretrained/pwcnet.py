@@ -189,7 +189,7 @@ def _resize(x: Tensor, size: list[int] | torch.Size) -> Tensor:
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
-def _layouts() -> list[dict[str, str]]:
+def published_layouts() -> list[dict[str, str]]:
     """For each published layout, its tensor names -> ours."""
     layouts: list[dict[str, str]] = [{}, {}, {}]
     for own, sniklaus, nvlabs in json.loads(NAMES.read_text()):
@@ -202,7 +202,7 @@ def _layouts() -> list[dict[str, str]]:
 
 def _to_own_names(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], file: Path) -> dict[str, Tensor]:
     """Rename tensors to ours. Raises WeightsMissing if they are not those of PWC-Net."""
-    names = max(_layouts(), key=lambda layout: len(layout.keys() & state.keys()))
+    names = max(published_layouts(), key=lambda layout: len(layout.keys() & state.keys()))
     # NVlabs's network has a last deconvolution that it never uses.
     foreign = [key for key in state if key not in names and not key.startswith("deconv2.")]
     errors = weights.shape_errors(state, {key: shapes[own] for key, own in names.items()})
