@@ -19,9 +19,9 @@ from vae3d.checkpoints import state
 from vae3d.data.clips import Unreadable
 from vae3d.data.sources import DataError
 from vae3d.distributed import RanksDiffer
-from vae3d.training import data_parallel
+from vae3d.training import strategy
 from vae3d.training.preflight import PreflightError
-from vae3d.training.step_status import Action, StatusTable
+from vae3d.training.step_metrics import StepMetrics
 from vae3d.training.vae_trainer import VaeTrainer
 
 SETTINGS = {
@@ -118,7 +118,7 @@ def refusals(t: VaeTrainer, rank: int) -> dict[str, str]:
     with torch.no_grad():
         next(t.network.parameters()).add_(rank)
     try:
-        data_parallel.check_same_weights(t.network)
+        strategy.check_same_weights(t.network)
     except RanksDiffer as error:
         values["weights"] = str(error)
     return values
@@ -129,10 +129,8 @@ def uneven(t: VaeTrainer, rank: int) -> str:
     first, second = [p for name, p in t.network.named_parameters() if name.endswith("norm1.weight")][:2]
     for p in t.strategy.parameters:
         p.grad = torch.zeros_like(p) if p is not (first, second)[rank] else None
-    columns = dict.fromkeys(StatusTable.COLUMNS, 0.0) | {"gradients": t.strategy.gradient_digest()}
-    status = t.status_table.sync(**columns, with_gradient=t.strategy.params_with_grad)
-    decision = status.decide(0.0, t.spikes)
-    assert (decision.action, decision.error) == (Action.STOP, RanksDiffer)
+    decision = t.sync_status(StepMetrics(), None).decide(0.0, t.spikes)
+    assert isinstance(decision.error, RanksDiffer)
     return decision.reason
 
 

@@ -28,8 +28,8 @@ from vae3d.models.interface import nearest_frames, share_frames
 from vae3d.models.taehv import TAEHV
 from vae3d.pretrained.weights import WeightsMissing
 from vae3d.schedules import ALL_ON
-from vae3d.training.distillation import Distillation, TeacherError
 from vae3d.training.freeze import PartError, params_without_grad, train_parts
+from vae3d.training.teacher import Distillation, TeacherError
 from vae3d.types import Clip, Reconstruction
 
 if TYPE_CHECKING:

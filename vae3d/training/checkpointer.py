@@ -21,8 +21,8 @@ from vae3d.errors import UserError
 from vae3d.io import check_run_folder, is_disk_error, remove, remove_unfinished
 from vae3d.metrics.base import Better, goodness
 from vae3d.restore import check_like
+from vae3d.training.failures import FailureCounter, SpikeError
 from vae3d.training.runlog import RunLog
-from vae3d.training.spike import FailureCounter, SpikeError
 
 log = logging.getLogger("vae3d")
 

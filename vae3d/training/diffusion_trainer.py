@@ -30,11 +30,11 @@ from vae3d.seeding import generator_of
 from vae3d.training.data_parallel import ReplicatedDataParallel
 from vae3d.training.diffusion_validation import BATCH, decoded, held_out_losses, log_frames
 from vae3d.training.ema import MultiEma
+from vae3d.training.failures import Count, SpikeGuard
 from vae3d.training.loggers import Logger
 from vae3d.training.memory import catch_out_of_memory
-from vae3d.training.metrics import StepMetrics
 from vae3d.training.optim import adamw_settings
-from vae3d.training.spike import Count, SpikeGuard
+from vae3d.training.step_metrics import StepMetrics
 from vae3d.training.trainer import Trainer
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import signal
 import time
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from vae3d.adversarial.base import Adversary, NoAdversary, UpdatePhase
 from vae3d.data.media import DataError
@@ -23,17 +22,17 @@ from vae3d.errors import UserError
 from vae3d.pixels import no_value_checks
 from vae3d.seeding import seed_of
 from vae3d.training.checkpointer import BestExport, Checkpointer, DataChanges, Outputs, step_folder
-from vae3d.training.data_parallel import ReplicatedDataParallel, ScalerState
-from vae3d.training.deepspeed import DeepSpeedZero
+from vae3d.training.data_parallel import ScalerState
 from vae3d.training.ema import Ema, MultiEma
+from vae3d.training.failures import FailureCounter, ReadErrors, SpikeError, SpikeGuard, TooManyFailures
 from vae3d.training.loggers import Logger
 from vae3d.training.memory import idle_gib, release_idle_memory
-from vae3d.training.metrics import MeanMeter, StepMetrics
 from vae3d.training.optim import lr_at
 from vae3d.training.proximal import Proximal
 from vae3d.training.runlog import RunLog, StopRequest, stop_signals
-from vae3d.training.spike import FailureCounter, ReadErrors, SpikeError, SpikeGuard, TooManyFailures
-from vae3d.training.step_status import Action, StatusTable, StepStatus
+from vae3d.training.step_metrics import MeanMeter, StepMetrics
+from vae3d.training.step_status import StatusTable, StepStatus
+from vae3d.training.strategy import Strategy
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
@@ -51,10 +50,9 @@ class Trainer(ABC, Generic[Batch]):
     Subclasses implement `load_batches`, `forward_backward`, `validate`, `export` and `check_same_run`, and register
     further state with `self.checkpointer`.
 
-    network: the model that is trained and saved. strategy: holds the module that a step calls, and the optimizer. data:
-    has `fingerprint` and `errors`. max_failed_steps, max_failed_saves, max_zero_gradients: limit of consecutive
-    failures, 0 for none, and its key in the configuration. compact_gib: see release_idle_memory. facts: written to
-    run.json.
+    network: the model that is trained and saved. data: has `fingerprint` and `errors`. max_failed_steps,
+    max_failed_saves, max_zero_gradients: limit of consecutive failures, 0 for none, and its key in the configuration.
+    compact_gib: see release_idle_memory. facts: written to run.json.
     """
 
     def __init__(
@@ -63,7 +61,7 @@ class Trainer(ABC, Generic[Batch]):
         folder: Path,
         accelerator: Accelerator,
         network: nn.Module,
-        strategy: ReplicatedDataParallel | DeepSpeedZero,
+        strategy: Strategy,
         ema: Ema | MultiEma,
         data: Any,
         logger: Logger,
@@ -267,43 +265,50 @@ class Trainer(ABC, Generic[Batch]):
 
         # Each rank by itself. A rank that has no readable clip, or runs out of memory, makes no other rank wait.
         out_of_memory = None
-        if data_error is None and all(self.is_readable(batch) for batch in batches):
+        readable = all(self.is_readable(batch) for batch in batches)
+        if data_error is None and readable:
             out_of_memory = self.strategy.run_guarded(lambda: self.forward_backward(batches, phase, step, metrics))
         else:
             self.strategy.skip_local()
         self.adversary.sync_remaining(step, self.config.trainer.accumulate)
 
         # One small all-reduce, after which all ranks make the same decisions.
-        status = self.sync_status(batches, metrics, out_of_memory, stop, data_error)
-        values = {**metrics.reduce(), "loss_max": status.worst} if status.complete else {}
-
-        grad_norm = 0.0
+        errors = [error for batch in batches for error in batch.errors]
+        self.log.errors(errors)
+        status = self.sync_status(
+            metrics,
+            out_of_memory,
+            unreadable=not readable,
+            no_data=data_error is not None,
+            stop=stop,
+            broken=len(errors),
+        )
+        norm: dict[str, Tensor] = {}
         if phase.generator and status.finite:
             self.strategy.average_gradients()
             self.proximal.add_gradient()
-            grad_norm = self.strategy.clip_gradients(self.config.optim.grad_clip)
-        decision = status.decide(grad_norm, self.spikes if phase.generator else None)
+            norm["grad_norm"] = self.strategy.clip_gradients(self.config.optim.grad_clip)
+        values = {**metrics.reduce(**norm), "loss_max": status.worst} if status.complete else {}
+        grad_norm = values.get("grad_norm", 0.0)
+        guarded_norm = 0.0 if self.strategy.skips_overflow() else grad_norm
+        decision = status.decide(guarded_norm, self.spikes if phase.generator else None)
 
-        taken = decision.action is Action.TAKE
+        taken = decision.take
         if taken and phase.generator:
-            self.optimizer.step()
-            taken = self.strategy.step_was_applied()
+            taken, values["grad_norm"] = self.strategy.finish_step(grad_norm)
             if taken:
                 self.ema.update(step)
-        elif not taken:
+        else:
             self.strategy.discard_gradients()
-        self.optimizer.zero_grad()
         if taken and phase.discriminator:
             self.adversary.step()
         elif not taken:
             self.adversary.reset_step()
 
-        if decision.action is Action.STOP:  # on all ranks; a resumed run takes this step again
-            error = data_error or decision.error(decision.reason)
+        if decision.error is not None:  # on all ranks; a resumed run takes this step again
+            error = data_error or decision.error
             self.checkpointer.save_before(error, self.step, self.spikes.consecutive_skips)
             raise error
-        if phase.generator and status.finite:
-            values["grad_norm"] = self.strategy.grad_norm
         values["skipped"] = float(not taken)
         self.step += 1
         if taken:
@@ -311,29 +316,15 @@ class Trainer(ABC, Generic[Batch]):
         self.count_failures(status, values, f"{decision.reason}: {out_of_memory}" if out_of_memory else decision.reason)
         return {**values, "stop": float(status.stop)}
 
-    def sync_status(
-        self,
-        batches: Sequence[Batch],
-        metrics: StepMetrics,
-        out_of_memory: str | None,
-        stop: int = 0,
-        data_error: UserError | None = None,
-    ) -> StepStatus:
-        """All-reduce how the step went on each rank. out_of_memory: the error message, if memory ran out here."""
-        errors = [error for batch in batches for error in batch.errors]
-        self.log.errors(errors)
-        finite = math.isfinite(metrics.worst("loss_discriminator"))
-        return self.status_table.sync(
-            loss=metrics.mean("loss"),
-            worst=metrics.worst("loss") if finite else math.nan,
-            out_of_memory=out_of_memory is not None,
-            unreadable=data_error is None and not all(self.is_readable(batch) for batch in batches),
-            no_data=data_error is not None,
-            stop=stop,
-            broken=len(errors),
-            gradients=self.strategy.gradient_digest(),
-            with_gradient=self.strategy.params_with_grad,
-        )
+    def sync_status(self, metrics: StepMetrics, out_of_memory: str | None, **columns: float) -> StepStatus:
+        """All-reduce how the step went on each rank.
+
+        out_of_memory: the error message, if memory ran out here. columns: further ones of StatusTable.
+        """
+        names = [f"a gradient of {name}" for name in self.strategy.params_with_grad()]
+        names += [f"the metric {name}" for name in metrics.names]
+        losses = {} if out_of_memory else metrics.losses()
+        return self.status_table.sync(losses, names, out_of_memory=out_of_memory is not None, **columns)
 
     def count_failures(self, status: StepStatus, values: dict[str, float], reason: str) -> None:
         """End the run, after saving, if a failure repeats too often. All ranks count the same.

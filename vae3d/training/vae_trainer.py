@@ -29,16 +29,16 @@ from vae3d.models.forward import attach_decoder
 from vae3d.training.checkpointer import BestExport, Outputs, step_folder
 from vae3d.training.data_parallel import ReplicatedDataParallel
 from vae3d.training.deepspeed import DeepSpeedZero
-from vae3d.training.distillation import Distillation, StudentWithProjections
 from vae3d.training.ema import Ema
+from vae3d.training.failures import SpikeGuard
 from vae3d.training.freeze import set_mode, train_parts
 from vae3d.training.loggers import Logger
-from vae3d.training.metrics import StepMetrics
 from vae3d.training.optim import adamw_settings
 from vae3d.training.preflight import preflight
 from vae3d.training.profile import profiled
 from vae3d.training.proximal import Proximal
-from vae3d.training.spike import SpikeGuard
+from vae3d.training.step_metrics import StepMetrics
+from vae3d.training.teacher import Distillation, StudentWithProjections
 from vae3d.training.trainer import Trainer
 from vae3d.training.vae_validation import ValidatedClip, log_clips, mean_scores, validate_on_all_ranks
 from vae3d.types import Clip
