@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -25,17 +24,15 @@ from vae3d.diffusion.processes import QUARTILES, Process, quartile_sums, trainin
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import sample_latents
 from vae3d.diffusion.scale import check_latent_scale, measure
-from vae3d.pixels import PixelError
 from vae3d.seeding import generator_of
 from vae3d.training.data_parallel import ReplicatedDataParallel
-from vae3d.training.diffusion_validation import BATCH, decoded, held_out_losses, log_frames
+from vae3d.training.diffusion_validation import BATCH, decoded, held_out_losses, held_out_sums, log_frames
 from vae3d.training.ema import MultiEma
 from vae3d.training.failures import Count, SpikeGuard
 from vae3d.training.loggers import Logger
-from vae3d.training.memory import catch_out_of_memory
 from vae3d.training.optim import adamw_settings
 from vae3d.training.step_metrics import StepMetrics
-from vae3d.training.trainer import Trainer
+from vae3d.training.trainer import Trainer, catch_validation_error
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
@@ -144,9 +141,9 @@ class DiffusionTrainer(Trainer[Batch]):
 
     def validate(self) -> dict[str, float]:
         """Log the loss on held-out latents, and samples, of the averaged weights."""
-        self.network.eval()
-        with self.ema.applied():
-            values = held_out_losses(
+
+        def compute() -> tuple[Tensor, dict[str, float]]:
+            sums = held_out_sums(
                 self.network,
                 self.process,
                 self.held_out,
@@ -155,11 +152,21 @@ class DiffusionTrainer(Trainer[Batch]):
                 self.accelerator.autocast,
                 self.device,
             )
-            if self.accelerator.is_main_process:  # the others wait in the next step
-                values |= self._sample()
-        self.network.train()
+            return sums, self._sample_or_warn() if self.accelerator.is_main_process else {}  # the others wait
+
+        computed = self.validate_on_all_ranks(compute, memory_hint="lower data.batch_size")
+        if computed is None:
+            return {}
+        sums, samples = computed
+        values = held_out_losses(sums) | samples
         self.log.scalars(values, self.step)
         return values
+
+    def _sample_or_warn(self) -> dict[str, float]:
+        scores, error = catch_validation_error(self._sample, memory_hint="lower validation.samples")
+        if error is not None:
+            self.log.warn(f"no samples at step {self.step}: {error}")
+        return scores or {}
 
     def _sample(self) -> dict[str, float]:
         """Log samples and, the first time, reconstructed held-out clips. Returns how far they are apart."""
@@ -167,32 +174,20 @@ class DiffusionTrainer(Trainer[Batch]):
         sampling = Sampling(config.steps, config.method, config.guidance, shift=config.shift)
         real = torch.cat(self.real) if self.real else None
 
-        def draw() -> tuple[Tensor, np.ndarray]:
-            with self.accelerator.autocast():
-                z = sample_latents(
-                    self.network,
-                    self.process,
-                    data.latent_shape,
-                    sampling,
-                    seed=self.config.run.seed,
-                    indices=range(config.samples),
-                    labels=[data.trained_classes[i % len(data.trained_classes)] for i in range(config.samples)]
-                    if data.trained_classes
-                    else None,
-                    batch_size=BATCH,
-                    device=self.device,
-                )
-            return z, decoded(data.codec, z, data.size)
-
-        try:
-            drawn, error = catch_out_of_memory(draw)
-        except PixelError as raised:
-            drawn, error = None, str(raised)
-        if drawn is None:
-            self.log.warn(f"no samples at step {self.step}: {error}")
-            return {}
-        z, frames = drawn
-        log_frames(self.log, "samples", frames, self.step)
+        classes = data.trained_classes
+        with self.accelerator.autocast():
+            z = sample_latents(
+                self.network,
+                self.process,
+                data.latent_shape,
+                sampling,
+                seed=self.config.run.seed,
+                indices=range(config.samples),
+                labels=[classes[i % len(classes)] for i in range(config.samples)] if classes else None,
+                batch_size=BATCH,
+                device=self.device,
+            )
+        log_frames(self.log, "samples", decoded(data.codec, z, data.size), self.step)
         if real is not None and not self.shown:
             reconstructed = decoded(data.codec, real[: len(z)], data.size)
             log_frames(self.log, "held out, as the autoencoder gives it back", reconstructed, self.step)

@@ -22,7 +22,7 @@ BATCH = 16  # samples at once
 
 
 @torch.no_grad()
-def held_out_losses(
+def held_out_sums(
     network: nn.Module,
     process: Process,
     held_out: Sequence[tuple[Tensor, Batch]],
@@ -30,8 +30,8 @@ def held_out_losses(
     seed: int,
     autocast: Callable[[], AbstractContextManager[object]],
     device: torch.device,
-) -> dict[str, float]:
-    """val/loss and, by quarter of the timesteps, val/loss_q0 to val/loss_q3: mean squared errors over all ranks.
+) -> Tensor:
+    """[QUARTILES, 2]: by quarter of the timesteps, the sum and the number of mean squared errors on this rank.
 
     Each held-out latent is noised `draws` times, with the same timesteps and noise at every validation.
     """
@@ -43,6 +43,11 @@ def held_out_losses(
             with autocast():
                 losses = training_losses(network, process, z, noise, labels)
             sums += quartile_sums(losses["mse"], losses["t_normalised"])
+    return sums
+
+
+def held_out_losses(sums: Tensor) -> dict[str, float]:
+    """val/loss and, by quarter of the timesteps, val/loss_q0 to val/loss_q3, from `held_out_sums` of all ranks."""
     distributed.all_reduce_mean([sums])
     total = sums.sum(0)
     values = {"val/loss": float(total[0] / total[1])} if total[1] else {}

@@ -77,10 +77,6 @@ class RunLog:
         for line in data_changes:
             self.warn(f"the data changed since step {step}: {line}")
 
-    def begin(self, step: int, max_steps: int) -> None:
-        done = f"the run is complete: it has taken all {max_steps} steps; a larger trainer.max_steps continues it"
-        self.say(done if step >= max_steps else f"training from step {step} to {max_steps}")
-
     def say(self, message: str) -> None:
         if self.main:
             log.info(message)

@@ -16,17 +16,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from vae3d import distributed
 from vae3d.adversarial.base import Adversary, NoAdversary, UpdatePhase
 from vae3d.data.media import DataError
 from vae3d.errors import UserError
-from vae3d.pixels import no_value_checks
+from vae3d.pixels import PixelError, no_value_checks
 from vae3d.seeding import seed_of
 from vae3d.training.checkpointer import BestExport, Checkpointer, DataChanges, Outputs, step_folder
 from vae3d.training.data_parallel import ScalerState
 from vae3d.training.ema import Ema, MultiEma
 from vae3d.training.failures import FailureCounter, ReadErrors, SpikeError, SpikeGuard, TooManyFailures
+from vae3d.training.freeze import eval_mode
 from vae3d.training.loggers import Logger
-from vae3d.training.memory import idle_gib, release_idle_memory
+from vae3d.training.memory import catch_out_of_memory, idle_gib, release_idle_memory
 from vae3d.training.optim import lr_at
 from vae3d.training.proximal import Proximal
 from vae3d.training.runlog import RunLog, StopRequest, stop_signals
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 MIN_GRAD_NORM = 1e-12  # below it a gradient counts as zero
 
 Batch = TypeVar("Batch")
+T = TypeVar("T")
 
 
 class Trainer(ABC, Generic[Batch]):
@@ -162,6 +165,19 @@ class Trainer(ABC, Generic[Batch]):
     def check_same_run(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
         """Settings that changed since `checkpoint`, key -> (old, new). Raises ResumeError for a different run."""
 
+    def validate_on_all_ranks(self, compute: Callable[[], T], memory_hint: str) -> T | None:
+        """compute() with the averaged weights in eval mode; no collective may be in it.
+
+        None, with a warning, on all ranks, if one of them runs out of memory or gets pixels that are not finite.
+        """
+        with eval_mode(self.network), self.ema.applied():
+            result, error = catch_validation_error(compute, memory_hint)
+        if distributed.all_ranks_ok(error is None, self.device):
+            return result
+        reason = error or "on another rank"
+        self.log.warn(f"validation failed at step {self.step}: {reason}; it counts for no best checkpoint")
+        return None
+
     def prepare(self) -> None:
         """Compute what the run needs from its data, after resuming. Nothing by default."""
 
@@ -221,7 +237,8 @@ class Trainer(ABC, Generic[Batch]):
             self.checkpointer.finish_newest(self.step)
             if self.run_preflight and self.step < last:
                 self.preflight()
-            self.log.begin(self.step, last)
+            done = f"the run is complete: it has taken all {last} steps; a larger trainer.max_steps continues it"
+            self.log.say(done if self.step >= last else f"training from step {self.step} to {last}")
             with stop_signals(verbose=self.log.main) as request, self.profiler() as profiler_step:
                 try:
                     self._train(request, last, profiler_step)
@@ -401,6 +418,15 @@ class Trainer(ABC, Generic[Batch]):
 
     def reset_timer(self) -> None:
         self._timer, self._timed_from = time.perf_counter(), self.step
+
+
+def catch_validation_error(compute: Callable[[], T], memory_hint: str) -> tuple[T | None, str | None]:
+    """compute() and None, or None and the error message, if memory runs out or pixels are not finite."""
+    try:
+        result, error = catch_out_of_memory(compute)
+    except PixelError as raised:
+        return None, str(raised)
+    return result, error and f"{error}; {memory_hint}"
 
 
 def next_batches(batches: Iterator[Batch], count: int) -> tuple[list[Batch], UserError | None]:
