@@ -24,6 +24,7 @@ from vae3d.diffusion.sampling import (
     cached_latents,
     check_latent_rms,
     clear,
+    decoded,
     per_rank_batches,
     sample_latents,
     write_files,
@@ -40,7 +41,6 @@ from vae3d.latents.cache import LatentCache
 from vae3d.latents.codec import LatentCodec
 from vae3d.loading import open_codec
 from vae3d.running_stats import RunningStats
-from vae3d.training.diffusion_validation import decoded
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import SampleConfig

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -22,11 +23,11 @@ from vae3d.diffusion.data import Batch, LatentData
 from vae3d.diffusion.export import write_export
 from vae3d.diffusion.processes import QUARTILES, Process, quartile_sums, training_losses
 from vae3d.diffusion.quality import sliced_wasserstein
-from vae3d.diffusion.sampling import sample_latents
+from vae3d.diffusion.sampling import decoded, sample_latents
 from vae3d.diffusion.scale import check_latent_scale, measure
+from vae3d.report.images import grid
 from vae3d.seeding import generator_of
 from vae3d.training.data_parallel import ReplicatedDataParallel
-from vae3d.training.diffusion_validation import BATCH, decoded, held_out_losses, held_out_sums, log_frames
 from vae3d.training.ema import MultiEma
 from vae3d.training.failures import Count, SpikeGuard
 from vae3d.training.loggers import Logger
@@ -140,27 +141,44 @@ class DiffusionTrainer(Trainer[Batch]):
     # ---- validation
 
     def validate(self) -> dict[str, float]:
-        """Log the loss on held-out latents, and samples, of the averaged weights."""
+        """Log samples, and mean squared errors on the held-out latents of all ranks.
+
+        val/loss and, by quarter of the timesteps, val/loss_q0 to val/loss_q3.
+        """
 
         def compute() -> tuple[Tensor, dict[str, float]]:
-            sums = held_out_sums(
-                self.network,
-                self.process,
-                self.held_out,
-                self.config.validation.draws,
-                self.config.run.seed,
-                self.accelerator.autocast,
-                self.device,
-            )
-            return sums, self._sample_or_warn() if self.accelerator.is_main_process else {}  # the others wait
+            samples = self._sample_or_warn() if self.accelerator.is_main_process else {}  # the others wait
+            return self._held_out_sums(), samples
 
         computed = self.validate_on_all_ranks(compute, memory_hint="lower data.batch_size")
         if computed is None:
             return {}
         sums, samples = computed
-        values = held_out_losses(sums) | samples
+        distributed.all_reduce_mean([sums])
+        total, count = sums.sum(0).tolist()
+        values = {"val/loss": total / count} if count else {}
+        values |= {f"val/loss_q{q}": total / n for q, (total, n) in enumerate(sums.tolist()) if n} | samples
         self.log.scalars(values, self.step)
         return values
+
+    @torch.no_grad()
+    def _held_out_sums(self) -> Tensor:
+        """[QUARTILES, 2]: by quarter of the timesteps, the sum and the number of mean squared errors on this rank.
+
+        Each held-out latent is noised `draws` times, with the same timesteps and noise at every validation.
+        """
+        sums = torch.zeros(QUARTILES, 2, dtype=torch.float64, device=self.device)
+        for z, batch in self.held_out:
+            labels = batch.labels if self.network.num_classes else None
+            for draw in range(self.config.validation.draws):
+                noise = [
+                    generator_of(self.config.run.seed, position, draw, "validation", device=self.device)
+                    for position in batch.positions
+                ]
+                with self.accelerator.autocast():
+                    losses = training_losses(self.network, self.process, z, noise, labels)
+                sums += quartile_sums(losses["mse"], losses["t_normalised"])
+        return sums
 
     def _sample_or_warn(self) -> dict[str, float]:
         scores, error = catch_validation_error(self._sample, memory_hint="lower validation.samples")
@@ -184,18 +202,26 @@ class DiffusionTrainer(Trainer[Batch]):
                 seed=self.config.run.seed,
                 indices=range(config.samples),
                 labels=[classes[i % len(classes)] for i in range(config.samples)] if classes else None,
-                batch_size=BATCH,
+                batch_size=16,
                 device=self.device,
             )
-        log_frames(self.log, "samples", decoded(data.codec, z, data.size), self.step)
+        self._log_clips("samples", decoded(data.codec, z, data.size))
         if real is not None and not self.shown:
             reconstructed = decoded(data.codec, real[: len(z)], data.size)
-            log_frames(self.log, "held out, as the autoencoder gives it back", reconstructed, self.step)
+            self._log_clips("held out, as the autoencoder gives it back", reconstructed)
             self.shown = True
         values = {"val/sample_rms": float(z.square().mean().sqrt())}  # 1 for the data
         if real is not None:
             values["val/sliced_wasserstein"] = sliced_wasserstein(z, real.to(z.device))
         return values
+
+    def _log_clips(self, name: str, frames: np.ndarray) -> None:
+        """Log clips [N, T, H, W, 3] uint8 as one grid: an image, or a video."""
+        picture = grid(frames)
+        if len(picture) == 1:
+            self.log.image(f"val/{name}", picture[0], self.step)
+        else:
+            self.log.video(f"val/{name}", picture, 8.0, self.step)
 
     # ---- checkpoints
 

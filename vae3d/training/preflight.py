@@ -54,7 +54,11 @@ def preflight(
             params_without_grad = strategy.params_without_grad() if status.complete and phase.generator else []
         adversary.reset_step()
         require_sound(status, error, metrics, "x".join(map(str, clip.video.shape)))
-        require_all_gradients(params_without_grad)
+        if params_without_grad:
+            raise PartError(
+                f"stage.train names parts that no loss term reaches: {len(params_without_grad)} parameters such as "
+                f"{params_without_grad[0]} got no gradient; take the part out of stage.train or add a term that uses it"
+            )
 
 
 def adamw_moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -77,14 +81,6 @@ def require_sound(status: StepStatus, error: str | None, metrics: StepMetrics, s
         losses = ", ".join(f"{name} {value:.4g}" for name, value in metrics.means().items() if "/" in name)
         raise PreflightError(
             f"a micro-batch of {shape} of noise gives a loss that is not finite: {losses}; check the first such term"
-        )
-
-
-def require_all_gradients(params_without_grad: list[str]) -> None:
-    if params_without_grad:
-        raise PartError(
-            f"stage.train names parts that no loss term reaches: {len(params_without_grad)} parameters such as "
-            f"{params_without_grad[0]} got no gradient; take the part out of stage.train or add a term that uses it"
         )
 
 
