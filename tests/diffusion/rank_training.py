@@ -29,7 +29,7 @@ def trained(folder: Path, settings: list[str]) -> dict[str, Any]:
 
 def without_memory(folder: Path, settings: list[str]) -> None:
     """A validation for which one rank has no memory fails on both."""
-    trainer = latent_runs.trainer(folder, *settings)
+    trainer = latent_runs.trainer(folder, *settings, "validation.every=2")
     held_out_sums = trainer._held_out_sums
 
     def out_of_memory() -> None:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -205,23 +204,15 @@ class DiffusionTrainer(Trainer[Batch]):
                 batch_size=16,
                 device=self.device,
             )
-        self._log_clips("samples", decoded(data.codec, z, data.size))
+        self.log.frames("val/samples", grid(decoded(data.codec, z, data.size)), self.step)
         if real is not None and not self.shown:
             reconstructed = decoded(data.codec, real[: len(z)], data.size)
-            self._log_clips("held out, as the autoencoder gives it back", reconstructed)
+            self.log.frames("val/held out, as the autoencoder gives it back", grid(reconstructed), self.step)
             self.shown = True
         values = {"val/sample_rms": float(z.square().mean().sqrt())}  # 1 for the data
         if real is not None:
             values["val/sliced_wasserstein"] = sliced_wasserstein(z, real.to(z.device))
         return values
-
-    def _log_clips(self, name: str, frames: np.ndarray) -> None:
-        """Log clips [N, T, H, W, 3] uint8 as one grid: an image, or a video."""
-        picture = grid(frames)
-        if len(picture) == 1:
-            self.log.image(f"val/{name}", picture[0], self.step)
-        else:
-            self.log.video(f"val/{name}", picture, 8.0, self.step)
 
     # ---- checkpoints
 

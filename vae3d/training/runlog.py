@@ -99,15 +99,14 @@ class RunLog:
         shown = {k: v for k, v in values.items() if "/" not in k or k.startswith(("loss/", "val/"))}
         log.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
 
-    def image(self, name: str, picture: np.ndarray, step: int) -> None:
+    def frames(self, name: str, frames: np.ndarray, step: int) -> None:
+        """Show frames [T, H, W, 3] uint8: one as an image, several as a video."""
         if self.main:
             with self._warn_on_os_error(f"a picture of step {step}"):
-                self.logger.image(name, picture, step)
-
-    def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> None:
-        if self.main:
-            with self._warn_on_os_error(f"a video of step {step}"):
-                self.logger.video(name, frames, fps, step)
+                if len(frames) == 1:
+                    self.logger.image(name, frames[0], step)
+                else:
+                    self.logger.video(name, frames, 8.0, step)
 
     def errors(self, errors: Iterable[tuple[str, str]]) -> None:
         """Report each (path, reason) once, in the log and in data_errors.jsonl (data_errors<N>.jsonl on rank N)."""

@@ -229,7 +229,7 @@ class Trainer(ABC, Generic[Batch]):
 
         Raises SaveError if the last checkpoint or an export of it could not be written, SpikeError if the run ends on
         skipped steps, TooManyFailures if a failure repeats, DataError, after saving, if the data loader fails,
-        RanksDiffer, after saving, if ranks have gradients of different parameters, and PreflightError or PartError
+        RanksDiffer, after saving, if ranks have gradients or metrics of other names, and PreflightError or PartError
         before the first step.
         """
         last = self.config.trainer.max_steps

@@ -49,11 +49,11 @@ def log_clips(log: RunLog, clips: Sequence[ValidatedClip], step: int) -> None:
     clips = [clip for clip in clips if clip.panels is not None]
     images = [clip.panels[:, 0] for clip in clips if clip.panels.shape[1] == 1]
     if images:
-        log.image("val/target | latent | reconstruction", grid(images), step)
+        log.frames("val/target | latent | reconstruction", grid(images)[None], step)
     for clip in clips:
         if clip.panels.shape[1] > 1:
             name = f"original above latent above reconstruction {clip.index}: {clip.name}"
-            log.video(name, np.concatenate(clip.panels, axis=1), 8, step)
+            log.frames(name, np.concatenate(clip.panels, axis=1), step)
 
 
 @torch.no_grad()
