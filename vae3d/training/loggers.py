@@ -30,7 +30,7 @@ class NoLogger(Logger):
     """Writes nothing."""
 
 
-class TensorBoard(Logger):
+class TensorBoard:
     """Scalars, images and animated images for `tensorboard --logdir runs`."""
 
     def open(self, folder: Path, step: int) -> None:
