@@ -27,6 +27,21 @@ def trained(folder: Path, settings: list[str]) -> dict[str, Any]:
     return state.load_state(folder / "checkpoints/step-0000004")
 
 
+def without_memory(folder: Path, settings: list[str]) -> None:
+    """A validation for which one rank has no memory fails on both."""
+    trainer = latent_runs.trainer(folder, *settings, "validation.every=2")
+    held_out_sums = trainer._held_out_sums
+
+    def out_of_memory() -> None:
+        raise MemoryError
+
+    trainer._held_out_sums = out_of_memory if trainer.rank == 1 else held_out_sums
+    assert trainer.validate() == {}
+    trainer._held_out_sums = held_out_sums
+    assert "val/loss" in trainer.validate()
+    trainer.log.close()
+
+
 def refused(folder: Path, settings: list[str]) -> None:
     """Print what is said to ranks of other settings."""
     rank = console.rank()
@@ -48,3 +63,4 @@ if __name__ == "__main__":
         assert distributed.gather_to_main(console.rank()) == ([0, 1] if console.rank() == 0 else [])
         latent_runs.sample(f"checkpoint={top}/together", f"out={top}/of_two", *THREE, against(settings))
         refused(top / "refused", settings)
+        without_memory(top / "without_memory", settings)

@@ -15,7 +15,7 @@ from vae3d.checkpoints.state import ResumeError
 from vae3d.commands import train
 from vae3d.config.validate import ConfigError
 from vae3d.losses.distillation import FeatureDistillation, LatentDistillation
-from vae3d.training.distillation import Distillation, TeacherError, capture_activations, one_per_latent
+from vae3d.training.teacher import Distillation, TeacherError, capture_activations, one_per_latent
 from vae3d.types import Clip, Delta, Reconstruction, TeacherTargets
 
 FACTORS = ["model.latents_mean=[1,2,3,4]", "model.latents_std=[2,2,2,2]"]

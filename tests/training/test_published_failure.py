@@ -11,7 +11,7 @@ import torch
 from tests import tiny
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.commands import train
-from vae3d.training.spike import TooManyFailures
+from vae3d.training.failures import TooManyFailures
 
 SETTINGS = [
     "stage=finetune", "stage.init_from=random", "loss=recon_kl", "loss.reduction=mean",

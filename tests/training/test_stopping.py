@@ -22,8 +22,8 @@ from vae3d.data.sources import DataError
 from vae3d.io import FileError, is_disk_error
 from vae3d.training import checkpointer
 from vae3d.training.checkpointer import SaveError
+from vae3d.training.failures import SpikeError
 from vae3d.training.runlog import STOPS, stop_signals
-from vae3d.training.spike import SpikeError
 
 PUBLISHES = {"trainer.publish.prefix": "vae", "trainer.publish.layout": "native"}
 LONG = {"trainer.max_steps": 9, "trainer.save_every": 9}

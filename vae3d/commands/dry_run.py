@@ -27,8 +27,8 @@ from vae3d.models.interface import attach_decoder, nearest_frames, share_frames
 from vae3d.models.taehv import TAEHV
 from vae3d.pretrained.weights import WeightsMissing
 from vae3d.schedules import ALL_ON
-from vae3d.training.distillation import Distillation
 from vae3d.training.freeze import PartError, params_without_grad, train_parts
+from vae3d.training.teacher import Distillation
 from vae3d.types import Clip, Reconstruction
 
 if TYPE_CHECKING:

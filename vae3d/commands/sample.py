@@ -31,7 +31,6 @@ from vae3d.latents.codec import LatentCodec
 from vae3d.loading import open_codec
 from vae3d.report.images import grid
 from vae3d.running_stats import RunningStats
-from vae3d.training.diffusion_validation import decoded
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import SampleConfig
@@ -73,7 +72,7 @@ def run(config: SampleConfig) -> None:
         for mine in sampling.per_rank_batches(config.count, config.batch_size, rank, world_size):
             z = sampling.cached_latents(folder, mine, draw).to(device)
             stats.update_channels(z)
-            frames = decoded(codec, z, size) if mine else pictures[:0]
+            frames = sampling.decoded(codec, z, size) if mine else pictures[:0]
             if "files" in write:
                 for i, sample in zip(mine, frames, strict=True):
                     label = f"_{names[i]}".replace("/", "_") if names else ""
@@ -100,7 +99,7 @@ def run(config: SampleConfig) -> None:
         if reference:
             data = compare_with_data(latents, reference, config)
             if "grid" in write:
-                sampling.write_frames(folder / "data", grid(decoded(codec, data[:in_grid], size)), config.fps)
+                sampling.write_frames(folder / "data", grid(sampling.decoded(codec, data[:in_grid], size)), config.fps)
         remove(folder / sampling.LATENTS)
 
 

@@ -29,8 +29,8 @@ from vae3d.models.taehv import TAEHV
 from vae3d.models.wan import WanVAE
 from vae3d.precision import DTYPES, slow_conv3d
 from vae3d.training.checkpointer import check_may_start
-from vae3d.training.distillation import Distillation
 from vae3d.training.freeze import train_parts
+from vae3d.training.teacher import Distillation
 from vae3d.training.vae_trainer import VaeTrainer
 
 if TYPE_CHECKING:

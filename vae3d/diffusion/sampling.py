@@ -19,6 +19,7 @@ from vae3d.diffusion.processes import Process
 from vae3d.hashing import json_hash
 from vae3d.inference.video import write_image, write_video
 from vae3d.io import atomic_write, naming, remove
+from vae3d.latents.codec import LatentCodec
 from vae3d.latents.shards import checksum
 from vae3d.seeding import generator_of
 
@@ -70,6 +71,13 @@ def sample_latents(
         return torch.cat(batches)
     finally:
         network.train(training)
+
+
+def decoded(codec: LatentCodec, z: Tensor, size: tuple[int, int, int], batch_size: int = 16) -> np.ndarray:
+    """Normalised latents [N, C, t, h, w] -> [N, T, H, W, 3] uint8. size: frames, height, width."""
+    pixels = torch.cat([codec.decode(part, size[0], size[1:]) for part in z.split(batch_size)])
+    assert pixels.dtype == torch.uint8, "the codec's pixel_range is uint8 wherever files are read and written"
+    return pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
 def check_latent_rms(rms: float, process: Process, sampling: Sampling) -> str | None:
