@@ -46,7 +46,10 @@ def check_like(saved: Any, like: Any, name: str) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, name: str = "optimizer") -> None:
-    """optimizer.load_state_dict(saved), if it is the state of an Adam with the same groups. Raises ArgumentError."""
+    """Load moments and learning rates of an Adam with the same groups; its other settings stay as they are.
+
+    Raises ArgumentError.
+    """
     groups = optimizer.state_dict()["param_groups"]  # with the indices of their parameters
     shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
     if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
@@ -65,7 +68,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, name: str = "op
         saved_step = moments.get("step") if isinstance(moments, Mapping) else None
         step = 0 if isinstance(saved_step, Real) else torch.zeros(())  # a number in DeepSpeed's Adam
         check_like(moments, {"step": step, "exp_avg": like, "exp_avg_sq": like}, where)
+    settings = [{k: v for k, v in group.items() if k not in GROUP_KEYS} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 def _check_group(saved: Any, group: Mapping[str, Any], name: str) -> None:

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from vae3d import distributed
 from vae3d.arguments import check_value
 from vae3d.checkpoints.state import ResumeError
-from vae3d.restore import check_like
+from vae3d.restore import check_like, load_optimizer
 from vae3d.training.freeze import params_without_grad
 from vae3d.training.memory import catch_out_of_memory, free_cache
-from vae3d.training.optim import load_optimizer_state
 from vae3d.training.strategy import Strategy, check_same_weights
 
 
@@ -103,7 +102,7 @@ class ReplicatedDataParallel(Strategy):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state == {}:
             raise ResumeError("holds its optimizer in DeepSpeed's shards; go on with the same trainer/strategy")
-        load_optimizer_state(self.optimizer, state)
+        load_optimizer(self.optimizer, state)
 
 
 class ScalerState:

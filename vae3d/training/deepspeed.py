@@ -20,8 +20,8 @@ from vae3d import distributed
 from vae3d.arguments import check_fields
 from vae3d.checkpoints.state import ResumeError
 from vae3d.errors import UserError
+from vae3d.restore import load_optimizer
 from vae3d.training.memory import first_line, free_cache, is_out_of_memory
-from vae3d.training.optim import load_optimizer_state
 from vae3d.training.strategy import Strategy, check_same_weights
 
 
@@ -184,7 +184,7 @@ class DeepSpeedZero(Strategy):
         check_fields(state, _RankState, key="optimizer")
         if [getattr(p, "shape", None) for p in state["partitions"]] != [p.shape for p in partitions]:
             raise ResumeError("has optimizer shards of another size; DeepSpeed resumes with the same number of ranks")
-        load_optimizer_state(self.optimizer, state["optimizer"], "optimizer.optimizer")
+        load_optimizer(self.optimizer, state["optimizer"], "optimizer.optimizer")
         with torch.no_grad():
             for mine, saved in zip(partitions, state["partitions"], strict=True):
                 mine.copy_(saved)

@@ -30,9 +30,8 @@ from vae3d.training.data_parallel import ReplicatedDataParallel
 from vae3d.training.ema import MultiEma
 from vae3d.training.failures import Count, SpikeGuard
 from vae3d.training.loggers import Logger
-from vae3d.training.optim import adamw_settings
 from vae3d.training.step_metrics import StepMetrics
-from vae3d.training.trainer import Trainer, catch_validation_error
+from vae3d.training.trainer import Trainer, adamw, catch_validation_error
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
@@ -65,9 +64,7 @@ class DiffusionTrainer(Trainer[Batch]):
     ) -> None:
         self.process, self.vae, self.hint = process, vae, hint
         network = network.to(accelerator.device)
-        optimizer = torch.optim.AdamW(
-            network.parameters(), fused=accelerator.device.type == "cuda", **adamw_settings(config.optim)
-        )
+        optimizer = adamw(network.parameters(), config.optim, fused=accelerator.device.type == "cuda")
         super().__init__(
             config,
             folder,

@@ -6,7 +6,7 @@ import resource
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,7 @@ from vae3d.adversarial.base import Adversary, NoAdversary, UpdatePhase
 from vae3d.data.media import DataError
 from vae3d.errors import UserError
 from vae3d.pixels import PixelError, no_value_checks
+from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
 from vae3d.training.checkpointer import BestExport, Checkpointer, DataChanges, Outputs, step_folder
 from vae3d.training.data_parallel import ScalerState
@@ -29,7 +30,6 @@ from vae3d.training.failures import FailureCounter, ReadErrors, SpikeError, Spik
 from vae3d.training.freeze import eval_mode
 from vae3d.training.loggers import Logger
 from vae3d.training.memory import catch_out_of_memory, idle_gib, release_idle_memory
-from vae3d.training.optim import lr_at
 from vae3d.training.proximal import Proximal
 from vae3d.training.runlog import RunLog, StopRequest, stop_signals
 from vae3d.training.step_metrics import MeanMeter, StepMetrics
@@ -38,7 +38,7 @@ from vae3d.training.strategy import Strategy
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
-    from vae3d.config.schema import TrainConfig
+    from vae3d.config.schema import Optim, TrainConfig
 
 MIN_GRAD_NORM = 1e-12  # below it a gradient counts as zero
 
@@ -430,6 +430,27 @@ def catch_validation_error(compute: Callable[[], T], memory_hint: str) -> tuple[
     except PixelError as raised:
         return None, str(raised)
     return result, error and f"{error}; {memory_hint}"
+
+
+def adamw(params: Iterable[Any], optim: Optim, *, fused: bool) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        params, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay, fused=fused
+    )
+
+
+def lr_at(optim: Optim, step: int, max_steps: int) -> float:
+    """Learning rate of optimizer step `step` of a run of `max_steps`."""
+    return learning_rate(
+        step,
+        lr=optim.lr,
+        warmup_steps=optim.warmup_steps,
+        decay_start=optim.decay_start,
+        schedule=optim.schedule,
+        max_steps=max_steps,
+        min_lr=optim.min_lr,
+        cycles=optim.cycles,
+        power=optim.power,
+    )
 
 
 def next_batches(batches: Iterator[Batch], count: int) -> tuple[list[Batch], UserError | None]:

@@ -40,13 +40,12 @@ from vae3d.training.ema import Ema
 from vae3d.training.failures import SpikeGuard
 from vae3d.training.freeze import eval_mode, set_mode, train_parts
 from vae3d.training.loggers import Logger
-from vae3d.training.optim import adamw_settings
 from vae3d.training.preflight import preflight
 from vae3d.training.profile import profiled
 from vae3d.training.proximal import Proximal
 from vae3d.training.step_metrics import StepMetrics
 from vae3d.training.teacher import Distillation, StudentWithProjections
-from vae3d.training.trainer import Trainer
+from vae3d.training.trainer import Trainer, adamw
 from vae3d.training.vae_validation import ValidatedClip, log_clips, mean_scores, validate
 from vae3d.types import Clip
 
@@ -96,7 +95,7 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
         adversary.load(model, accelerator.device, config.run.seed, accelerator.process_index)
         replicated = config.trainer.strategy.name == "replicated"
         fused = accelerator.device.type == "cuda" and replicated  # DeepSpeed may step on the CPU
-        optimizer = torch.optim.AdamW(groups, fused=fused, **adamw_settings(config.optim))
+        optimizer = adamw(groups, config.optim, fused=fused)
         if replicated:
             strategy = ReplicatedDataParallel(accelerator, student, optimizer)
         else:

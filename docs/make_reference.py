@@ -1,6 +1,6 @@
 """docs/reference.md, from the schemas and the signatures of the classes that conf/ names:
 
-python -m vae3d.config.reference > docs/reference.md
+python docs/make_reference.py > docs/reference.md
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ GROUPS = {
 INTRO = """\
 # Every setting
 
-Generated from `vae3d/config/` by `python -m vae3d.config.reference > docs/reference.md`. Do not edit.
+Generated from `vae3d/config/` by `python docs/make_reference.py > docs/reference.md`. Do not edit.
 
 `KEY=VALUE` on the command line sets a key. A wrong key or value stops every command before it reads data, with all
 errors in one list. **Required** keys have no default; the files of `conf/` set most of them.
