@@ -81,7 +81,7 @@ def train(overrides: list[str], folder: Path) -> None:
     import torch
 
     from tests import tiny
-    from vae3d.commands.check import check_training
+    from vae3d.commands.cli import check_training
     from vae3d.commands.train import build_trainer
 
     torch.set_num_threads(1)

@@ -12,12 +12,14 @@ from omegaconf import OmegaConf
 
 from tests import tiny
 from vae3d import argparse_types
-from vae3d.commands.check import check_training
-from vae3d.commands.launch import FolderCheck, allow_unknown_keys, read_arguments
+from vae3d.commands import cli
+from vae3d.commands.cli import check_training
+from vae3d.commands.launch import FolderCheck
 from vae3d.config.check import read
 from vae3d.config.diffusion import DiffusionConfig, SampleConfig, check_diffusion, check_sampling
-from vae3d.config.issues import NO_VALUE, is_within
+from vae3d.config.issues import NO_VALUE, close_match, is_within
 from vae3d.config.latents import EncodeConfig, check_encoding
+from vae3d.config.overrides import allow_unknown_keys, override_issues
 from vae3d.config.schema import CONF, InferConfig, TrainConfig
 from vae3d.config.targets import signature_of
 from vae3d.config.validate import ConfigError, check_inference, training_issues
@@ -330,7 +332,7 @@ def test_no_argument_is_any_number(folder):
 )  # fmt: skip
 def test_what_hydra_would_reject_is_an_error_with_the_nearest_name(argument, start, hint, capsys):
     with pytest.raises(SystemExit) as end:
-        read_arguments(["data=folder", argument, "hydra/launcher=joblib", "optim.lr=1e-3,1e-4"])
+        cli.main(["train", "data=folder", argument, "hydra/launcher=joblib", "optim.lr=1e-3,1e-4"])
     assert end.value.code == 2
     (message,) = capsys.readouterr().err.splitlines()[1:]
     assert message.strip().startswith(start)
@@ -339,7 +341,47 @@ def test_what_hydra_would_reject_is_an_error_with_the_nearest_name(argument, sta
 
 def test_files_of_ones_own_are_not_checked():
     arguments = ["hydra.searchpath=[file:///mine]", "loss=mine"]
-    assert read_arguments(arguments) == arguments
+    assert allow_unknown_keys(arguments) == arguments
+    assert override_issues(arguments) == []
+
+
+@pytest.mark.parametrize("argument", ["run=5", "+run=5", "run=null"])
+def test_a_value_for_the_section_that_names_the_folder_is_one_error_of_the_list(argument, tmp_path):
+    command = [
+        sys.executable,
+        "train.py",
+        argument,
+        "optim.lr=abc",
+        "data.source.path=.",
+        f"++hydra.run.dir={tmp_path}",
+    ]
+    done = tiny.run(*command, cwd=tiny.ROOT)
+    assert done.returncode == 2
+    first, *errors = done.stdout.splitlines()
+    assert "2 errors" in first
+    assert errors[0].strip().startswith(f"run={argument.partition('=')[2]}: must be a group of the keys name, root")
+    assert errors[1].strip().startswith("optim.lr=abc: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [("wieght", ["term", "weight", "ramp"], "weight"), ("wna", ["wan", "taehv"], "wan"), ("nera", ["near", "far"], "near"),
+     ("max_step", ["max_steps", "spike"], "max_steps"), ("lrate", ["lr", "betas", "power"], None),
+     ("momentum", ["lr", "betas", "min_lr", "proximal", "warmup_steps"], None), ("clip", ["flip_all", "cycles"], None),
+     ("ddp", ["deepspeed_zero2", "replicated"], None)],
+)  # fmt: skip
+def test_only_near_names_are_proposed(name, options, expected):
+    assert close_match(name, options) == expected
+
+
+@pytest.mark.parametrize("override", ["optim.lr=abc", "optim.lrr=1", "trainer.max_steps=true", "optim.betas=0.9"])
+def test_a_wrong_type_does_not_wait_for_the_dry_run(videos, override, monkeypatch):
+    from vae3d.commands import dry_run
+
+    monkeypatch.setattr(dry_run, "issues", None)
+    with pytest.raises(ConfigError) as error:
+        tiny.training("temporal_vae", videos, "loss=recon_kl", override, dry_run=True)
+    assert len(error.value.issues) == 1
 
 
 def test_errors_have_fields():
@@ -347,7 +389,7 @@ def test_errors_have_fields():
     found = {issue.key: issue for issue in issues}
     assert (found["optim.lr"].value, found["optim.lr"].message) == ("abc", "must be a number above 0")
     assert (found["data.crop"].value, found["data.crop"].hint) == ("centre", "did you mean center?")
-    assert found["optim.lrr"].unknown_key
+    assert found["optim.lrr"].malformed
     assert found["data.source.path"].value is NO_VALUE
     assert (config.optim.lr, config.data.crop) == (1e-5, "center")  # defaults, so that the rest can be checked
 
@@ -377,9 +419,7 @@ def test_a_signature_read_from_the_source_is_that_of_the_class(target):
     module, _, name = target.rpartition(".")
     parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     signature = signature_of(target)
-    assert {key: argument.default is None for key, argument in signature.arguments.items()} == {
-        key: parameter.default is parameter.empty for key, parameter in parameters.items()
-    }
+    assert signature.arguments == {key: parameter.default is parameter.empty for key, parameter in parameters.items()}
 
 
 def test_a_root_that_cannot_be_made_is_one_message(tmp_path, capsys):

@@ -37,14 +37,14 @@ def test_help_lists_every_command_without_torch():
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_a_module_a_configuration_and_a_script(name):
-    command = cli.COMMANDS[name]
-    assert find_spec(command.module)
+    command, module = cli.COMMANDS[name], cli.module_of(name)
+    assert find_spec(module)
     if isinstance(command, cli.HydraCommand):
         assert (CONF / f"{command.config_name}.yaml").is_file()
     script = ENTRIES.get(name, f"scripts/{name.replace('-', '_')}.py")
     if script is not None:
         text = (tiny.ROOT / script).read_text()
-        assert f'cli.main(["{name}", *sys.argv[1:]])' in text or f"from {command.module} import main" in text
+        assert f'cli.main(["{name}", *sys.argv[1:]])' in text or f"from {module} import main" in text
 
 
 def test_an_unknown_command_is_an_error_with_the_nearest_name(capsys):

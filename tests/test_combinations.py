@@ -18,7 +18,7 @@ from vae3d import loading
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import train
-from vae3d.commands.check import check_training
+from vae3d.commands.cli import check_training
 from vae3d.config.schema import CONF
 from vae3d.config.validate import ConfigError
 

@@ -12,7 +12,8 @@ from tests import tiny
 from vae3d.config.diffusion import check_diffusion, check_sampling
 from vae3d.config.latents import check_encoding
 from vae3d.config.validate import ConfigError
-from vae3d.diffusion.sampling import write_grid
+from vae3d.diffusion.sampling import write_frames
+from vae3d.report.images import grid
 
 DISTANCES = {"samples": 0.15, "other latents": 0.125, "noise": 0.25}
 # Script, configuration, its check -> what is missing before the demo ran, of images and of clips.
@@ -38,7 +39,7 @@ def sampled(folder) -> None:
         out = folder / "out" / run
         out.mkdir(parents=True)
         for name, value in (("grid", 0), ("data", 255)):
-            write_grid(out / name, np.full((100, *size, 3), value, np.uint8))
+            write_frames(out / name, grid(np.full((100, *size, 3), value, np.uint8)))
         (out / "distances.json").write_text(json.dumps({"count": 256, "sliced_wasserstein": DISTANCES}))
 
 

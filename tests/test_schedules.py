@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
-from vae3d.schedules import SCHEDULES, learning_rate
+from vae3d.schedules import Schedule, learning_rate
 
 PEERS_END = 1e-7  # what diffusers' polynomial schedule ends at
 
@@ -29,7 +30,7 @@ def peers(name: str, lr: float, warmup: int, last: int, cycles: int, power: floa
 
 @pytest.mark.parametrize(
     ("name", "warmup", "cycles", "power"),
-    list(itertools.product(SCHEDULES, (0, 7), (1, 3), (1.0, 2.5))),
+    list(itertools.product(get_args(Schedule), (0, 7), (1, 3), (1.0, 2.5))),
 )
 def test_equals_diffusers(name, warmup, cycles, power):
     lr, last = 3e-4, 60

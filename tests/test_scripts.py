@@ -25,7 +25,7 @@ from tests.test_demo_gan import adversarial
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import convert
-from vae3d.commands.check import check_training
+from vae3d.commands.cli import check_training
 from vae3d.config.schema import CONF
 from vae3d.config.validate import ConfigError
 from vae3d.data.readers import open_media
@@ -82,10 +82,10 @@ def pipeline(tmp_path):
 def test_the_2d_half_goes_to_diffusers_to_ldm_and_back(pipeline, tmp_path):
     model, source = pipeline
     folder, file, again = (str(tmp_path / name) for name in ("vae", "vae.safetensors", "again"))
-    assert convert.main([str(source), folder, "--part", "spatial", "--to", "diffusers"]) == 0
-    assert convert.main([folder, file, "--to", "ldm"]) == 0
-    assert convert.main([file, again, "--to", "diffusers"]) == 2  # a lone file does not say its scaling factor
-    assert convert.main([file, again, "--to", "diffusers", "--scaling_factor", "0.13025"]) == 0
+    assert tiny.status("convert", str(source), folder, "--part", "spatial", "--to", "diffusers") == 0
+    assert tiny.status("convert", folder, file, "--to", "ldm") == 0
+    assert tiny.status("convert", file, again, "--to", "diffusers") == 2  # a lone file does not say its scaling factor
+    assert tiny.status("convert", file, again, "--to", "diffusers", "--scaling_factor", "0.13025") == 0
     inner = model.spatial_vae.module.state_dict()
     for written in (folder, again):
         state = AutoencoderKL.from_pretrained(written).state_dict()
@@ -95,7 +95,7 @@ def test_the_2d_half_goes_to_diffusers_to_ldm_and_back(pipeline, tmp_path):
 
 def test_the_temporal_half_loads_alone(pipeline, tmp_path):
     model, source = pipeline
-    assert convert.main([str(source), str(tmp_path / "t"), "--part=temporal", "--to=export"]) == 0
+    assert tiny.status("convert", str(source), str(tmp_path / "t"), "--part=temporal", "--to=export") == 0
     state = vae3d.load(tmp_path / "t").state_dict()
     assert all(torch.equal(state[key], tensor) for key, tensor in model.temporal_vae.state_dict().items())
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_converted_is_refused(pipeline, tmp_path, capsys, argumen
     if "--source-missing" in arguments:
         source = tmp_path / "nothing"
     flags = arguments[:2]
-    assert convert.main([str(source), str(target), *flags]) == 2
+    assert tiny.status("convert", str(source), str(target), *flags) == 2
     assert message in capsys.readouterr().err
 
 
@@ -134,20 +134,20 @@ def test_a_conversion_that_is_cut_off_leaves_nothing_and_can_be_repeated(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", write_text)  # of config.json, after the weights
         if isinstance(error, OSError):
-            assert convert.main(command) == 2
+            assert tiny.status("convert", *command) == 2
             assert capsys.readouterr().err == f"error: {tmp_path}/vae: cannot be written: No space left on device\n"
         else:
             with pytest.raises(KeyboardInterrupt):
-                convert.main(command)
+                tiny.status("convert", *command)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert convert.main(command) == 0
+    assert tiny.status("convert", *command) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "vae"]
 
 
 def test_a_conversion_that_cannot_be_written_leaves_nothing(pipeline, tmp_path, capsys, monkeypatch):
     _, source = pipeline
     (tmp_path / "file").touch()
-    assert convert.main([str(source), str(tmp_path / "file" / "target"), "--to", "export"]) == 2
+    assert tiny.status("convert", str(source), str(tmp_path / "file" / "target"), "--to", "export") == 2
     assert f"error: {tmp_path}/file/target" in capsys.readouterr().err
 
     def fill_the_disk(checkpoint, target):
@@ -155,7 +155,7 @@ def test_a_conversion_that_cannot_be_written_leaves_nothing(pipeline, tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setitem(convert.WRITERS, "export", fill_the_disk)
-    assert convert.main([str(source), str(tmp_path / "target"), "--to", "export"]) == 2
+    assert tiny.status("convert", str(source), str(tmp_path / "target"), "--to", "export") == 2
     assert f"error: {tmp_path}/target" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "file"]
 

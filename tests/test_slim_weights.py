@@ -13,7 +13,7 @@ import torchvision
 from safetensors.torch import load_file
 
 from vae3d.commands import fetch_weights
-from vae3d.commands.slim_weights import write_slim
+from vae3d.commands.fetch_weights import write_slim
 from vae3d.pretrained import weights
 from vae3d.pretrained.lpips import LPIPSNet
 from vae3d.pretrained.weights import WeightFile, WeightsMissing, find
@@ -81,7 +81,7 @@ class Malicious:
 def test_a_pickle_that_runs_code_is_refused(tmp_path, zipped):
     state = {"features.0.weight": torch.zeros(2), "x": Malicious(tmp_path / "made")}
     torch.save(state, tmp_path / "net.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"refused to unpickle \w+\.mkdir: only a dict of fp32 tensors is read"):
+    with pytest.raises(ValueError, match="x is not a contiguous fp32 tensor"):
         write_slim(tmp_path / "net.pth", tmp_path / "slim.safetensors", "features.")
     assert not (tmp_path / "made").exists()
     assert not (tmp_path / "slim.safetensors").exists()
@@ -91,7 +91,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, zipped):
     ("tensor", "message"),
     [
         (torch.zeros(3, 2).T, "features.0 is not a contiguous fp32 tensor"),
-        (torch.zeros(2).half(), "refused to unpickle torch.HalfStorage"),
+        (torch.zeros(2).half(), "features.0 is not a contiguous fp32 tensor"),
         (3, "features.0 is not a contiguous fp32 tensor"),
     ],
     ids=["transposed", "half", "number"],
@@ -104,7 +104,7 @@ def test_what_is_not_a_contiguous_fp32_tensor_is_refused(tmp_path, tensor, messa
 
 def test_another_format_and_a_file_without_such_tensors_are_refused(tmp_path):
     (tmp_path / "pickles").write_bytes(pickle.dumps(1) * 5)
-    with pytest.raises(ValueError, match=r"pickles was not written by torch\.save"):
+    with pytest.raises(ValueError, match=r"pickles: is a pickle that torch\.save did not write"):
         write_slim(tmp_path / "pickles", tmp_path / "slim.safetensors", "features.")
     torch.save({"classifier": torch.zeros(2)}, tmp_path / "net.pth")
     with pytest.raises(ValueError, match=r"net\.pth has no tensor called features\.\*"):

@@ -23,7 +23,7 @@ from PIL import Image
 
 import vae3d
 from tests import warm
-from vae3d.commands.check import check_training
+from vae3d.commands import cli
 from vae3d.config.issues import raise_if_any
 from vae3d.config.schema import CONF, TrainConfig
 from vae3d.config.validate import training_issues
@@ -72,7 +72,7 @@ def model(name: str, *overrides: str, seed: int = 0) -> torch.nn.Module:
 
 def compose(*overrides: str, config: str = "train") -> DictConfig:
     """A configuration as the command line composes it. Unknown keys are kept for the check."""
-    from vae3d.commands.launch import allow_unknown_keys
+    from vae3d.config.overrides import allow_unknown_keys
 
     named = ["run.name=test"] if config == "train" else []
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -85,7 +85,7 @@ def training(name: str, table: Path, *overrides: str, dry_run: bool = False) -> 
     path = [f"data.source.path={table}"] if not any(o.startswith("data=") for o in overrides) else []
     cfg = compose(f"model={name}", *MODEL[name], *TRAINING, *path, *overrides)
     if dry_run:
-        return check_training(cfg)
+        return cli.check_training(cfg)
     config, issues = training_issues(cfg)
     raise_if_any(issues)
     return config
@@ -188,6 +188,14 @@ def environ(**changes: str) -> dict[str, str]:
 
 def script(name: str) -> list[str]:
     return [sys.executable, str(ROOT / name)]
+
+
+def status(command: str, *arguments: object) -> int:
+    """The exit status of a `vae3d` command that runs in this process."""
+    try:
+        return cli.main([command, *map(str, arguments)]) or 0
+    except SystemExit as end:
+        return end.code
 
 
 def load_script(name: str) -> ModuleType:

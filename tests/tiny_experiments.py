@@ -32,21 +32,19 @@ def overrides(experiment: str, folder: Path, videos: Path, rooms: Path, images: 
     full = tiny.compose(f"experiment={experiment}")
     name = TINY_OF[full.model._target_.rpartition(".")[2]]
     made = [f"experiment={experiment}", *tiny.MODEL[name], *SMALL, f"data.width={64 if full.data.panorama else 32}"]
-    composed = tiny.compose(*made)
-    if "context_channels" in composed.adversary:
+    if "context_channels" in full.adversary:
         made.append("adversary.channels=[8,8,8,8]")
-    elif "channels" in composed.adversary:
+    elif "channels" in full.adversary:
         made += [*tiny.GAN[1:], "adversary.ramp=0", "adversary.discriminator_start=null"]
-    if composed.trainer.accumulate > 2:
+    if full.trainer.accumulate > 2:
         made.append("trainer.accumulate=2")
-    if "rfid" in composed.validation.slow_metrics:
+    if "rfid" in full.validation.slow_metrics:
         made.append("validation.slow_metrics=[]")  # its network takes longer than all the rest
-    if composed.model.get("shortcuts"):
+    if full.model.get("shortcuts"):
         made += ["model.multipliers=[1,1]"]
-        composed = tiny.compose(*made)
-    if OmegaConf.is_missing(composed.teacher, "path") or composed.teacher.path is not None:
+    if OmegaConf.is_missing(full.teacher, "path") or full.teacher.path is not None:
         made += [*_teacher(full.model.variant, folder), *NINE_FRAMES]
-        composed = tiny.compose(*made)
+    composed = tiny.compose(*made)
     if composed.stage.name == "stage1":
         start, first = "stage.init_from.spatial_vae", composed.model.spatial
     else:

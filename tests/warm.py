@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -145,10 +146,12 @@ def _serve(connection: socket.socket) -> tuple[dict[str, Any], dict[str, str]]:
 
 def main() -> None:
     import torch._dynamo  # noqa: F401  (the first optimizer imports it)
+    import torchvision  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
     import vae3d.commands.train  # noqa: F401
 
+    gc.freeze()  # or a child's collections, of which one is its end, copy every page, which takes a second
     job, env = _serve(socket.socket(fileno=int(sys.argv[1])))
     os.environ.clear()
     os.environ.update(env)

@@ -31,6 +31,12 @@ class Range:
     low: float
     high: float
 
+    def allows(self, value: Any) -> bool:
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f" from {self.low:.10g} to {self.high:.10g}"
+
 
 @dataclass(frozen=True)
 class Size:
@@ -38,6 +44,27 @@ class Size:
 
     low: int
     high: int
+
+    def allows(self, value: Any) -> bool:
+        return self.low <= len(value) <= self.high
+
+    def __str__(self) -> str:
+        return f", {self.low} to {self.high} entries"
+
+
+# Plain types: in words, and whether a value has one. Values of other types pass.
+PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    types.NoneType: ("null", lambda value: value is None),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    int: ("an integer", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
+    float: ("a finite number", lambda value: _is_finite(value) and not isinstance(value, bool)),
+    Real: ("a number", lambda value: isinstance(value, Real)),
+    str: ("text", lambda value: isinstance(value, str) and len(value) <= MAX_TEXT),
+}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Integral) or (isinstance(value, Real) and math.isfinite(value))
 
 
 # The upper limits are far above every published model, but low enough that any model within them is built fast.
@@ -124,7 +151,7 @@ def _find_mismatch(value: Any, kind: Any) -> tuple[str, Any, Any] | None:
     if origin is Annotated:
         if mismatch := _find_mismatch(value, inner[0]):
             return mismatch if mismatch[0] else this  # `this` includes the range
-        return None if all(_within(value, limit) for limit in inner[1:]) else this
+        return None if all(limit.allows(value) for limit in inner[1:]) else this
     if origin is Literal:
         same = (value == one and isinstance(value, bool) == isinstance(one, bool) for one in inner)
         return None if any(same) else this
@@ -145,30 +172,7 @@ def _find_mismatch(value: Any, kind: Any) -> tuple[str, Any, Any] | None:
             if mismatch := _find_mismatch(entry, values):
                 return f"[{short(key)}]{mismatch[0]}", *mismatch[1:]
         return None
-    return None if _has_type(value, kind) else this
-
-
-def _has_type(value: Any, kind: Any) -> bool:
-    if kind is types.NoneType:
-        return value is None
-    if kind is bool:
-        return isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, Integral) and not isinstance(value, bool)
-    if kind is float:
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        return is_number and (isinstance(value, Integral) or math.isfinite(value))
-    if kind is Real:
-        return isinstance(value, Real)
-    if kind is str:
-        return isinstance(value, str) and len(value) <= MAX_TEXT
-    return True
-
-
-def _within(value: Any, limit: Any) -> bool:
-    if isinstance(limit, Range):
-        return limit.low <= value <= limit.high
-    return limit.low <= len(value) <= limit.high
+    return this if kind in PLAIN and not PLAIN[kind][1](value) else None
 
 
 def describe(kind: Any) -> str:
@@ -177,29 +181,14 @@ def describe(kind: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(one) for one in inner)
     if origin is Annotated:
-        return describe(inner[0]) + "".join(_limit(limit) for limit in inner[1:])
+        return describe(inner[0]) + "".join(map(str, inner[1:]))
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}"
     if origin in (Sequence, list, tuple):
         return f"a list, each entry {describe(inner[0])}"
-    if origin is not None and issubclass(origin, Mapping):
+    if typing.is_typeddict(kind) or (origin is not None and issubclass(origin, Mapping)):
         return "a dict"
-    if typing.is_typeddict(kind):
-        return "a dict"
-    names = {
-        Real: "a number",
-        bool: "true or false",
-        int: "an integer",
-        float: "a finite number",
-        str: "text",
-        types.NoneType: "null",
-    }
-    return names.get(kind) or getattr(kind, "__name__", str(kind))
-
-
-def _limit(limit: Range | Size) -> str:
-    numbers = f"{limit.low:.10g} to {limit.high:.10g}"
-    return f" from {numbers}" if isinstance(limit, Range) else f", {numbers} entries"
+    return PLAIN[kind][0] if kind in PLAIN else getattr(kind, "__name__", str(kind))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -150,27 +150,39 @@ def gather_to_main(item: T) -> list[T]:
     return items or []
 
 
+def reduction_buffer(tensors: Sequence[Tensor]) -> Tensor | None:
+    """A buffer with which all_reduce_mean of these tensors, or some of them, allocates nothing; None with one rank."""
+    if not is_distributed():
+        return None
+    sizes = [tensor.numel() for tensor in tensors]
+    return torch.empty(min(sum(sizes), max(BUCKET, *sizes)), dtype=tensors[0].dtype, device=tensors[0].device)
+
+
 @torch.no_grad()
-def all_reduce_mean(tensors: Iterable[Tensor]) -> None:
+def all_reduce_mean(tensors: Iterable[Tensor], buffer: Tensor | None = None) -> None:
     """Replace each tensor by its mean over ranks, in place, in as few all-reduces as fit BUCKET.
 
-    Ranks must give tensors of the same shapes and dtypes in the same order.
+    Ranks must give tensors of the same shapes and dtypes in the same order. buffer: see reduction_buffer.
     """
     if not is_distributed():
         return
     bucket: list[Tensor] = []
     for tensor in tensors:
         if bucket and (tensor.dtype != bucket[0].dtype or sum(t.numel() for t in bucket) + tensor.numel() > BUCKET):
-            _average(bucket)
+            _average(bucket, buffer)
             bucket = []
         bucket.append(tensor)
     if bucket:
-        _average(bucket)
+        _average(bucket, buffer)
 
 
-def _average(tensors: list[Tensor]) -> None:
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+def _average(tensors: list[Tensor], buffer: Tensor | None) -> None:
+    sizes = [tensor.numel() for tensor in tensors]
+    if buffer is None or buffer.dtype != tensors[0].dtype:
+        buffer = tensors[0].new_empty(sum(sizes))
+    flat = buffer[: sum(sizes)]
+    pieces = [piece.view(tensor.shape) for piece, tensor in zip(flat.split(sizes), tensors, strict=True)]
+    torch._foreach_copy_(pieces, tensors)
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    pieces = flat.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)])
+    torch._foreach_copy_(tensors, pieces)

@@ -72,13 +72,9 @@ def parse_json(text: str, source: str) -> Any:
 
 def read_yaml(path: str | Path, max_bytes: int = MAX_YAML_BYTES) -> Any:
     """The value in a YAML file without tags, aliases and `${...}`. Raises FileError."""
-    return parse_yaml(read_text(path, max_bytes), str(path))
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """The value of a YAML text. source: its name in errors. Raises FileError."""
     import yaml  # here, because scripts/fetch_weights.py runs without packages
 
+    text, source = read_text(path, max_bytes), str(path)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     depth = 0
     try:
@@ -191,14 +187,14 @@ def tmp_path(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by `text`, atomically and fsynced."""
-    with atomic_write(path) as stream:
+    """Replace a file by `text`, atomically and fsynced. Raises FileError."""
+    with naming(path), atomic_write(path) as stream:
         stream.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a file by indented JSON, atomically and fsynced."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Replace a file by indented JSON, atomically and fsynced, numbers in full. Raises FileError."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 @contextmanager

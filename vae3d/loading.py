@@ -14,7 +14,7 @@ import hydra
 import torch
 from torch import nn
 
-from vae3d.checkpoints.formats import Checkpoint, CheckpointError, as_checkpoint_error, load_state, read_checkpoint
+from vae3d.checkpoints.formats import Checkpoint, CheckpointError, as_checkpoint_error, load_weights, read_checkpoint
 from vae3d.config.schema import CONF
 from vae3d.errors import UserError
 from vae3d.latents.codec import LatentCodec
@@ -88,7 +88,7 @@ def load_with_checkpoint(
         model = build_from_checkpoint(checkpoint, changes)
     elif changes:
         raise ValueError(f"{', '.join(changes)}: arguments of a model that is given cannot be changed")
-    load_state(model, checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})")
+    load_weights(model, checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})")
     return checkpoint, model.eval()
 
 
@@ -115,7 +115,7 @@ def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str
         target = model.get_submodule(name)
         checkpoint = read_checkpoint(path, getattr(target, "variant", None), own_model=True)
         state = checkpoint.part(name) if name else checkpoint.state
-        load_state(target, state, f"{checkpoint.path} ({checkpoint.layout})")
+        load_weights(target, state, f"{checkpoint.path} ({checkpoint.layout})")
         lines += [f"{what} starts from {checkpoint.path} ({checkpoint.layout})", *checkpoint.notes]
         latent = checkpoint.config.get("latent")
         if latent is not None and latent != getattr(target, "latent", latent):

@@ -79,9 +79,7 @@ def check_video(video: Tensor, values: bool = True) -> None:
     if 0 in shape:
         raise PixelError(f"the video is {shape}, empty; {wanted}")
     if values and _can_check_values(video):
-        low, high = value_range(video)
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise NotFiniteError(describe_not_finite(video), "the video")
+        low, high = _finite_range(video, "the video")
         if max(-low, high) > MAX_SIGNED:
             raise PixelError(
                 f"the video lies in [{low:g}, {high:g}], which looks like 0 to 255; {wanted}; use video / 127.5 - 1"
@@ -96,8 +94,8 @@ def check_latents(z: Tensor, channels: int) -> None:
         raise PixelError(
             f"the latents are {z.dtype}, {shape}; the model takes [B, {channels}, t, h, w], floating point{hint}"
         )
-    if _can_check_values(z) and not all(map(math.isfinite, value_range(z))):
-        raise NotFiniteError(describe_not_finite(z), "the latents")
+    if _can_check_values(z):
+        _finite_range(z, "the latents")
 
 
 def check_frames(frames: Tensor, name: str, pixel_range: str = "unit", start: int = 0) -> Tensor:
@@ -127,9 +125,7 @@ def check_frames(frames: Tensor, name: str, pixel_range: str = "unit", start: in
         raise PixelError(f"the {name} is {frames.dtype}; {wanted}")
     if frames.dtype == torch.uint8:
         return frames.float() / 255
-    minimum, maximum = value_range(frames)
-    if not (math.isfinite(minimum) and math.isfinite(maximum)):
-        raise NotFiniteError(describe_not_finite(frames.transpose(0, 1), start), f"the {name}")
+    minimum, maximum = _finite_range(frames.transpose(0, 1), f"the {name}", start)
     slack = TOLERANCE * (high - low)
     if minimum < low - slack or maximum > high + slack:
         looks = "is not clamped; clamp it"
@@ -148,11 +144,15 @@ def value_range(values: Tensor) -> tuple[float, float]:
     return low, high
 
 
-def describe_not_finite(video: Tensor, start: int = 0) -> str:
-    """How many values of [..., T, H, W] are NaN or infinite, and in which frame the first is, counted from `start`."""
+def _finite_range(video: Tensor, name: str, start: int = 0) -> tuple[float, float]:
+    """value_range of [..., T, H, W]. Raises NotFiniteError, with the first bad frame counted from `start`."""
+    low, high = value_range(video)
+    if math.isfinite(low) and math.isfinite(high):
+        return low, high
     bad = ~video.isfinite()
-    frame = int(bad.movedim(-3, 0).flatten(1).any(1).nonzero()[0])
-    return f"{int(bad.sum())} of {bad.numel()} values are NaN or infinite, the first in frame {start + frame}"
+    frame = start + int(bad.movedim(-3, 0).flatten(1).any(1).nonzero()[0])
+    reason = f"{int(bad.sum())} of {bad.numel()} values are NaN or infinite, the first in frame {frame}"
+    raise NotFiniteError(reason, name)
 
 
 def _can_check_values(values: Tensor) -> bool:
@@ -171,8 +171,8 @@ def quantize(pixels: Tensor, pixel_range: str = "signed", name: str = "", start:
     """
     low, high = RANGES[pixel_range]
     pixels = pixels.float()
-    if pixels.numel() and not all(map(math.isfinite, value_range(pixels))):
-        raise NotFiniteError(describe_not_finite(pixels, start), name)
+    if pixels.numel():
+        _finite_range(pixels, name, start)
     return pixels.clamp(low, high).sub(low).mul(255 / (high - low)).round().byte()
 
 

@@ -46,16 +46,18 @@ def check_like(saved: Any, like: Any, name: str) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, name: str = "optimizer") -> None:
-    """optimizer.load_state_dict(saved), if it is the state of an Adam with the same groups. Raises ArgumentError."""
-    groups = optimizer.param_groups
+    """Load moments and learning rates of an Adam with the same groups; its other settings stay as they are.
+
+    Raises ArgumentError.
+    """
+    groups = optimizer.state_dict()["param_groups"]  # with the indices of their parameters
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
     if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
         raise ArgumentError(f"{name} is {_form(saved)}, not the state of an optimizer")
     if not isinstance(saved["param_groups"], list) or len(saved["param_groups"]) != len(groups):
         raise ArgumentError(f"{name}.param_groups is {_form(saved['param_groups'])}, not a list of {len(groups)}")
-    shapes: list[torch.Size] = []
     for i, (group, saved_group) in enumerate(zip(groups, saved["param_groups"], strict=True)):
-        _check_group(saved_group, group, len(shapes), f"{name}.param_groups[{i}]")
-        shapes += [parameter.shape for parameter in group["params"]]
+        _check_group(saved_group, group, f"{name}.param_groups[{i}]")
     if not isinstance(saved["state"], Mapping):
         raise ArgumentError(f"{name}.state is {_form(saved['state'])}, not a dict")
     for index, moments in saved["state"].items():
@@ -66,20 +68,22 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, name: str = "op
         saved_step = moments.get("step") if isinstance(moments, Mapping) else None
         step = 0 if isinstance(saved_step, Real) else torch.zeros(())  # a number in DeepSpeed's Adam
         check_like(moments, {"step": step, "exp_avg": like, "exp_avg_sq": like}, where)
+    settings = [{k: v for k, v in group.items() if k not in GROUP_KEYS} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
-def _check_group(saved: Any, group: Mapping[str, Any], first: int, name: str) -> None:
-    """Raises ArgumentError unless a saved group fits. first: index of the group's first parameter."""
+def _check_group(saved: Any, group: Mapping[str, Any], name: str) -> None:
+    """Raises ArgumentError unless a saved group fits the optimizer's own."""
     if not isinstance(saved, Mapping):
         raise ArgumentError(f"{name} is {_form(saved)}, not a dict")
     ours = [key for key, value in group.items() if isinstance(value, str) or key == "lr_scale"]  # set by the trainers
     for key in (*GROUP_KEYS, *ours):
         if key not in saved:
             raise ArgumentError(f"{name} has no {key}")
-    indices = list(range(first, first + len(group["params"])))
-    if saved["params"] != indices:
-        raise ArgumentError(f"{name}.params is {_form(saved['params'])}, not {short(indices)}")
+    if saved["params"] != group["params"]:
+        raise ArgumentError(f"{name}.params is {_form(saved['params'])}, not {short(group['params'])}")
     for key in (group.keys() & saved.keys()) - {"params"}:
         if saved[key] is not None:  # None: torch chooses
             check_like(saved[key], group[key], f"{name}.{key}")

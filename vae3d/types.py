@@ -99,7 +99,7 @@ class Reconstruction:
     encoded. z: [B, C, t, h, w], the raw latents that were decoded, without the noise of stage.latent_noise.
     features: outputs of inner modules by name, [B, C', t', h', w'], for feature distillation.
     decode: (latents, video) -> video decodes other latents with the same network, to the size of its second argument;
-    set by models.forward.attach_decoder, for loss terms.
+    set by models.interface.attach_decoder, for loss terms.
     """
 
     video: Tensor | None

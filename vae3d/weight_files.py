@@ -8,13 +8,15 @@ Files may be hostile. This is why reading them is safe:
 - Every tensor must lie within its storage, and every storage within the file, before anything is read.
 - Limits on operations, tensors, names and sizes bound the time and memory that a small file can take.
 
-Tensors stay in the file until they are read.
+Tensors stay in the file until they are read. torch and safetensors are imported only where they are needed, because
+scripts/fetch_weights.py runs without packages.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import os
 import pickletools
 import struct
 import zipfile
@@ -23,14 +25,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vae3d.io import FileError, parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_INDEX_BYTES = 2**26
 MAX_INDEX_FILES = 4096  # that an index names
@@ -61,23 +61,20 @@ OTHER_KINDS = (
 )
 LEGACY = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number that torch.save wrote first before 1.6
 
-DTYPES = {
-    f"{name}Storage": dtype
-    for name, dtype in {
-        "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
-        "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
-        "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128,
-        "Untyped": torch.uint8, "_Untyped": torch.uint8,
-    }.items()
+ITEM_BYTES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint64": 8, "uint32": 4,
+    "uint16": 2, "uint8": 1, "bool": 1, "complex64": 8, "complex128": 16,
 }  # fmt: skip
-DTYPES |= {
-    name: getattr(torch, name)
-    for name in (
-        "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "uint16", "uint32",
-        "uint64", "bool", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz",
-        "float8_e5m2fnuz",
-    )
+STORAGES = {  # class in a pickle -> dtype; quantised ones are left out
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
+    "ByteStorage": "uint8", "BoolStorage": "bool", "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128", "UntypedStorage": "uint8", "_UntypedStorage": "uint8",
 }  # fmt: skip
+
+
+Buffer = bytearray | memoryview
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +85,33 @@ class LazyTensor:
     read: Callable[[], Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class SavedTensor:
+    """A LazyTensor in a file of torch.save. stride, offset: in elements. storage: reads the bytes that it is in."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: str
+    storage: Callable[[], Buffer]
+
+    def read(self) -> Tensor:
+        import torch
+
+        content, dtype = self.storage(), getattr(torch, self.dtype)
+        count = len(content) // dtype.itemsize
+        # torch.frombuffer refuses an empty buffer.
+        elements = torch.frombuffer(content, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+        tensor = elements.as_strided(self.shape, self.stride, self.offset)
+        # A copy of a part, so that the rest of the storage can be freed.
+        return tensor if tensor.numel() == count else tensor.clone()
+
+    @property
+    def is_contiguous(self) -> bool:
+        steps = [math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
+        return all(n == 1 or a == b for n, a, b in zip(self.shape, self.stride, steps, strict=True))
+
+
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a file on the CPU, by name; see open_tensors. Raises FileError."""
     return {name: tensor.read() for name, tensor in open_tensors(path).items()}
@@ -95,6 +119,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata in the header of a safetensors file; {} for other files."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
@@ -102,28 +128,26 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return {}
 
 
-def open_tensors(path: str | Path, tree: Any = None) -> dict[str, LazyTensor]:
-    """All tensors of a weight file, or of all files of an index, by name.
+def open_tensors(path: str | Path) -> dict[str, LazyTensor | SavedTensor]:
+    """All tensors of a weight file, or of all files of an index, by name; see named_tensors.
 
-    Keys of nested dicts and lists are joined by dots: `state_dict.encoder.weight`, `0.encoder.weight`. A container that
-    occurs several times, also inside itself, counts once. tree: open_tree(path), if it exists already.
     Raises FileError, naming the kind of the file, if it is missing, damaged or no weight file.
     """
-    return _flat(open_tree(path) if tree is None else tree, Path(path))
+    return named_tensors(open_tree(path), path)
 
 
 def open_tree(path: str | Path) -> Any:
     """The nested containers of a weight file, with LazyTensors in place of its tensors. Raises FileError."""
-    path = Path(path)
     try:
-        with path.open("rb") as stream:
-            start = stream.read(4096)
-        return _open(path, start, path.stat().st_size)
+        return _open(Path(path), _open_index)
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _open(path: Path, start: bytes, size: int) -> Any:
+def _open(path: Path, open_json: Callable[[Path], Any]) -> Any:
+    with path.open("rb") as stream:
+        start = stream.read(4096)
+    size = path.stat().st_size
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if not size:
         raise FileError(f"{path}: is empty; {DOWNLOAD}")
@@ -137,7 +161,7 @@ def _open(path: Path, start: bytes, size: int) -> Any:
         if text.startswith(magic) or start.startswith(magic):
             raise FileError(f"{path}: is {kind}; {hint}")
     if text.startswith((b"{", b"[")):
-        return _open_index(path)
+        return open_json(path)
     if start[257:262] == b"ustar":
         raise FileError(f"{path}: is a tar archive; unpack it")
     if start.startswith(b"\x80"):
@@ -147,40 +171,40 @@ def _open(path: Path, start: bytes, size: int) -> Any:
 
 def _check_size(path: Path, tree: Any, size: int) -> Any:
     """Return the tree. Raises FileError if tensors that share bytes would make a small file fill the memory."""
-    elements = sum(math.prod(tensor.shape) for tensor in _flat(tree, path).values())
+    elements = sum(math.prod(tensor.shape) for tensor in named_tensors(tree, path).values())
     if elements > MAX_SHARED * max(size, 2**20):
         raise FileError(f"{path}: has {size:,} bytes, but its tensors have {elements:,} elements; save copies of them")
     return tree
 
 
 def _open_safetensors(path: Path, start: bytes, size: int) -> dict[str, LazyTensor]:
+    from safetensors import SafetensorError, safe_open
+
     end = 8 + int.from_bytes(start[:8], "little")
     if end > size:
         raise FileError(
             f"{path}: is a safetensors file cut short: it has {size:,} bytes, its header alone {end:,}; {DOWNLOAD}"
         )
-    try:
-        file = safe_open(path, "pt")
-        if len(file.keys()) > MAX_TENSORS:
-            raise FileError(f"{path}: has {len(file.keys()):,} tensors; the maximum is {MAX_TENSORS:,}")
-        return {name: _lazy_tensor(path, file, name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-    except MemoryError as error:
-        raise FileError(f"{path}: has {size:,} bytes, more than the free memory") from error
-    except SafetensorError as error:
-        raise FileError(f"{path}: is a damaged or incomplete safetensors file ({error}); {DOWNLOAD}") from error
 
-
-def _lazy_tensor(path: Path, file: Any, name: str) -> LazyTensor:
-    def read() -> Tensor:
+    def read(name: str) -> Tensor:
         try:
             return file.get_tensor(name)
         except SafetensorError as error:
             raise FileError(f"{path}: {name} cannot be read ({error})") from error
 
-    return LazyTensor(tuple(file.get_slice(name).get_shape()), read)
+    try:
+        file = safe_open(path, "pt")
+        if len(file.keys()) > MAX_TENSORS:
+            raise FileError(f"{path}: has {len(file.keys()):,} tensors; the maximum is {MAX_TENSORS:,}")
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except MemoryError as error:
+        raise FileError(f"{path}: has {size:,} bytes, more than the free memory") from error
+    except SafetensorError as error:
+        raise FileError(f"{path}: is a damaged or incomplete safetensors file ({error}); {DOWNLOAD}") from error
+    return {name: LazyTensor(shape, partial(read, name)) for name, shape in shapes.items()}
 
 
-def _open_index(path: Path) -> dict[str, LazyTensor]:
+def _open_index(path: Path) -> dict[str, LazyTensor | SavedTensor]:
     """The tensors of all files that an index names. These must be in its folder."""
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise FileError(f"{path}: is a JSON text of more than {MAX_INDEX_BYTES} bytes, not weights")
@@ -194,19 +218,19 @@ def _open_index(path: Path) -> dict[str, LazyTensor]:
     files = {name: _shard(path, name) for name in names}
     if missing := [name for name, file in files.items() if not file.is_file()]:
         raise FileError(f"{path}: {len(missing)} of its {len(files)} files are missing: {', '.join(missing[:6])}")
-    tensors: dict[str, LazyTensor] = {}
-    for name, file in files.items():
-        with file.open("rb") as stream:
-            start = stream.read(4096)
-        if start.lstrip().startswith(b"{"):
-            raise FileError(f"{path}: names {name}, which is a JSON text and not weights")
-        shard = _flat(_open(file, start, file.stat().st_size), file)
+    tensors: dict[str, LazyTensor | SavedTensor] = {}
+    for file in files.values():
+        shard = named_tensors(_open(file, _reject_json), file)
         if duplicates := tensors.keys() & shard.keys():
             raise FileError(f"{path}: {min(duplicates)} is in two of its files")
         tensors |= shard
     if missing := [key for key in weight_map if key not in tensors]:
         raise FileError(f"{path}: {len(missing)} tensors are in none of its files: {', '.join(missing[:6])}")
     return tensors
+
+
+def _reject_json(path: Path) -> None:
+    raise FileError(f"{path}: is a JSON text and not weights, but an index names it")
 
 
 def _shard(index: Path, name: str) -> Path:
@@ -225,14 +249,17 @@ def _shard(index: Path, name: str) -> Path:
     return file
 
 
-def _flat(tree: Any, path: Path) -> dict[str, LazyTensor]:
-    """The tensors in nested containers, by dotted names."""
-    found: dict[str, LazyTensor] = {}
+def named_tensors(tree: Any, path: str | Path) -> dict[str, LazyTensor | SavedTensor]:
+    """The tensors in nested containers. Keys are joined by dots: `state_dict.encoder.weight`, `0.encoder.weight`.
+
+    A container that occurs several times, also inside itself, counts once. path: for errors.
+    """
+    found: dict[str, LazyTensor | SavedTensor] = {}
     seen: set[int] = set()
     pending: list[tuple[_KeyPath, Any]] = [(None, tree)]
     while pending:
         keys, node = pending.pop()
-        if isinstance(node, LazyTensor):
+        if isinstance(node, LazyTensor | SavedTensor):
             if (name := _join_keys(keys, path)) in found:
                 raise FileError(f"{path}: two tensors are called {name}")
             found[name] = node
@@ -246,7 +273,7 @@ def _flat(tree: Any, path: Path) -> dict[str, LazyTensor]:
 _KeyPath = tuple["_KeyPath", Any] | None  # (key path of the container, key in it)
 
 
-def _join_keys(keys: _KeyPath, path: Path) -> str:
+def _join_keys(keys: _KeyPath, path: str | Path) -> str:
     """The dotted name of a node. Raises FileError if it is too long, without building it."""
     words: list[str] = []
     length = 0
@@ -267,16 +294,21 @@ class _Storage:
     """A storage as a pickle describes it. numel: number of elements; of bytes for an untyped storage."""
 
     key: str
-    dtype: torch.dtype
+    dtype: str
     numel: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEM_BYTES[self.dtype]
 
 
 class _Global(str):
     """`module.name` of a class or function, as text."""
 
 
+FOREIGN = ("DUP", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "PERSID", "READONLY_BUFFER")
 OPAQUE = object()  # placeholder of every object that is neither a tensor nor a plain container or value
-Locate = Callable[[_Storage], Callable[[], Tensor]]  # checks a storage against the file, returns what reads its bytes
+Locate = Callable[[_Storage], Callable[[], Buffer]]  # checks a storage against the file, returns what reads its bytes
 
 
 def _open_zip(path: Path, size: int) -> Any:
@@ -293,90 +325,74 @@ def _open_zip(path: Path, size: int) -> Any:
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}constants.pkl" in entries:
         raise FileError(f"{path}: is a TorchScript program, not a state dict; save the model's state_dict()")
-    if f"{root}byteorder" in entries and _entry(path, entries[f"{root}byteorder"], size).read() != b"little":
-        raise FileError(f"{path}: was saved on a big-endian machine; save it again on a little-endian one")
 
     @lru_cache(maxsize=1)  # for tensors that share a storage, which usually follow each other
-    def load(name: str) -> Tensor:
-        return _entry(path, entries[name], size).tensor()
+    def read(name: str) -> bytearray:
+        return _read_entry(path, entries[name])
 
-    def locate(storage: _Storage) -> Callable[[], Tensor]:
+    if f"{root}byteorder" in entries and read(f"{root}byteorder") != b"little":
+        raise FileError(f"{path}: was saved on a big-endian machine; save it again on a little-endian one")
+
+    def locate(storage: _Storage) -> Callable[[], Buffer]:
         name = f"{root}data/{storage.key}"
-        if name not in entries or entries[name].file_size < storage.numel * storage.dtype.itemsize:
+        if name not in entries or entries[name].file_size < storage.nbytes:
             raise ValueError(f"storage {storage.key!r} is missing or too short")
-        return partial(load, name)
+        return lambda: memoryview(read(name))[: storage.nbytes]
 
-    content = _entry(path, entries[pickles[0]], size)
-    if content.size > MAX_PICKLE_BYTES:
-        raise FileError(f"{path}: its pickle has {content.size:,} bytes; save the state dict alone")
-    return _unpickle(path, io.BytesIO(content.read()), locate)
-
-
-@dataclass(frozen=True)
-class _ByteRange:
-    """A range of bytes in a file. crc: their CRC-32, if known."""
-
-    path: Path
-    start: int
-    size: int
-    crc: int | None
-
-    def read(self) -> bytes:
-        return self.tensor().numpy().tobytes()
-
-    def tensor(self) -> Tensor:
-        """The bytes as uint8. Raises FileError if they are damaged."""
-        if not self.size:
-            return torch.empty(0, dtype=torch.uint8)  # torch cannot view an empty numpy array as another type
-        try:
-            content = torch.from_numpy(np.empty(self.size, np.uint8))  # torch.empty raises no MemoryError
-        except MemoryError as error:
-            raise FileError(f"{self.path}: has a part of {self.size:,} bytes, more than the free memory") from error
-        with self.path.open("rb") as stream:
-            stream.seek(self.start)
-            count = stream.readinto(content.numpy())
-        if count != self.size or (self.crc is not None and zlib.crc32(content.numpy()) != self.crc):
-            raise FileError(f"{self.path}: is damaged (bytes {self.start} to {self.start + self.size}); {DOWNLOAD}")
-        return content
+    if (count := entries[pickles[0]].file_size) > MAX_PICKLE_BYTES:
+        raise FileError(f"{path}: its pickle has {count:,} bytes; save the state dict alone")
+    return _unpickle(path, io.BytesIO(read(pickles[0])), locate)
 
 
-def _entry(path: Path, entry: zipfile.ZipInfo, size: int) -> _ByteRange:
-    """The bytes of an archive's entry. Raises FileError if it is compressed or not within the archive."""
+def _read_entry(path: Path, entry: zipfile.ZipInfo) -> bytearray:
+    """The bytes of an archive's entry. Raises FileError if it is compressed, damaged or not within the archive."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size or entry.flag_bits & 1:
         raise FileError(
             f"{path}: {entry.filename} is compressed, which torch.save never does; save it again with torch.save"
         )
-    with path.open("rb") as stream:
-        stream.seek(entry.header_offset)
-        header = stream.read(30)
-    if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
+    header = _read_bytes(path, entry.header_offset, 30)
+    if not header.startswith(b"PK\x03\x04"):
         raise FileError(f"{path}: is damaged: {entry.filename} has no header; {DOWNLOAD}")
-    start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-    if start + entry.file_size > size:
-        raise FileError(f"{path}: is cut short: {entry.filename} ends at byte {start + entry.file_size}; {DOWNLOAD}")
-    return _ByteRange(path, start, entry.file_size, entry.CRC or None)  # 0 under torch's set_crc32_options(False)
+    start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
+    return _read_bytes(path, start, entry.file_size, entry.CRC)
+
+
+def _read_bytes(path: Path, start: int, size: int, crc: int = 0) -> bytearray:
+    """A range of bytes of a file. Raises FileError if it ends outside or its CRC-32 differs.
+
+    crc: 0 if unknown, as under torch's set_crc32_options(False).
+    """
+    with path.open("rb") as stream:
+        if not 0 <= start <= start + size <= os.fstat(stream.fileno()).st_size:
+            raise FileError(f"{path}: is cut short: a part of it ends at byte {start + size:,}; {DOWNLOAD}")
+        try:
+            content = bytearray(size)
+        except MemoryError as error:
+            raise FileError(f"{path}: has a part of {size:,} bytes, more than the free memory") from error
+        stream.seek(start)
+        count = stream.readinto(content)
+    if count != size or (crc and zlib.crc32(content) != crc):
+        raise FileError(f"{path}: is damaged (bytes {start} to {start + size}); {DOWNLOAD}")
+    return content
 
 
 def _open_legacy(path: Path, size: int) -> Any:
     """torch.save's format before 1.6: five pickles, then every storage after its number of elements."""
-    with path.open("rb") as stream:
-        content = io.BytesIO(stream.read(MAX_PICKLE_BYTES))
+    content = io.BytesIO(_read_bytes(path, 0, min(size, MAX_PICKLE_BYTES)))
     used: dict[str, _Storage] = {}
-    ranges: dict[str, _ByteRange] = {}
+    starts: dict[str, int] = {}
 
     @lru_cache(maxsize=1)
-    def load(key: str) -> Tensor:
-        return ranges[key].tensor()
+    def read(key: str) -> bytearray:
+        return _read_bytes(path, starts[key], used[key].nbytes)
 
-    def locate(storage: _Storage) -> Callable[[], Tensor]:
+    def locate(storage: _Storage) -> Callable[[], Buffer]:
         if used.setdefault(storage.key, storage) != storage:
             raise ValueError(f"storage {storage.key!r} has two types or sizes")
-        return partial(load, storage.key)
+        return partial(read, storage.key)
 
-    for _ in range(3):  # the magic number, the version, information about the machine
-        _unpickle(path, content, locate)
-    tree = _unpickle(path, content, locate)
-    keys = _unpickle(path, content, locate)
+    # The magic number, the version, information about the machine, the object, the keys of its storages.
+    _, _, _, tree, keys = (_unpickle(path, content, locate) for _ in range(5))
     if not isinstance(keys, list) or not used.keys() <= {key for key in keys if isinstance(key, str)}:
         raise FileError(f"{path}: is damaged: its list of storages is not complete; {DOWNLOAD}")
     position = content.tell()
@@ -386,8 +402,8 @@ def _open_legacy(path: Path, size: int) -> Any:
             storage = used.get(key) if isinstance(key, str) else None
             if storage is None or int.from_bytes(stream.read(8), "little") != storage.numel:
                 raise FileError(f"{path}: is damaged or cut short at byte {position}; {DOWNLOAD}")
-            ranges[key] = _ByteRange(path, position + 8, storage.numel * storage.dtype.itemsize, None)
-            position += 8 + ranges[key].size
+            starts[key] = position + 8
+            position += 8 + storage.nbytes
     if position > size:
         raise FileError(f"{path}: is cut short: it has {size:,} bytes of {position:,}; {DOWNLOAD}")
     return tree
@@ -397,8 +413,6 @@ def _unpickle(path: Path, stream: io.BytesIO, locate: Locate) -> Any:
     """See _interpret. Raises FileError."""
     try:
         return _interpret(stream, locate)
-    except FileError:
-        raise
     except (LookupError, ValueError, OverflowError, TypeError) as error:
         # LookupError: empty stack or memo; ValueError: from pickletools; TypeError: operand of another type.
         raise FileError(f"{path}: is damaged, or not written by torch.save ({error}); {DOWNLOAD}") from error
@@ -434,8 +448,6 @@ def _interpret(stream: io.BytesIO, locate: Locate) -> Any:
                 since_mark() if marks and marks[-1] == len(stack) else stack.pop()
             case "POP_MARK":
                 since_mark()
-            case "DUP":
-                stack.append(stack[-1])
             case "GET" | "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "PUT" | "BINPUT" | "LONG_BINPUT":
@@ -481,12 +493,10 @@ def _interpret(stream: io.BytesIO, locate: Locate) -> Any:
                 stack.append(OPAQUE)
             case "BUILD":
                 stack.pop()
-            case "PERSID" | "BINPERSID":
-                stack.append(_storage(stack.pop()) if operation.name == "BINPERSID" else OPAQUE)
-            case "EXT1" | "EXT2" | "EXT4" | "NEXT_BUFFER":
-                stack.append(OPAQUE)
-            case "READONLY_BUFFER":
-                pass
+            case "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            case name if name in FOREIGN:
+                raise ValueError(f"torch.save does not write the operation {name}")
             case _:  # a number, text or bytes
                 stack.append(argument)
     raise ValueError("its pickle has no end")
@@ -512,8 +522,8 @@ def _storage(persistent_id: Any) -> Any:
     _, kind, key, _, numel, *view = persistent_id
     if any(view):
         raise ValueError("it holds views of storages, from torch before 0.4; save it again with a newer torch")
-    dtype = DTYPES.get(kind.rpartition(".")[2]) if isinstance(kind, _Global) else None
-    if dtype is None:  # quantised
+    dtype = STORAGES.get(kind.rpartition(".")[2]) if isinstance(kind, _Global) else None
+    if dtype is None:
         return OPAQUE
     if not _is_short_text(key) or type(numel) is not int or not 0 <= numel < 2**63:
         raise ValueError("a storage has no valid key or number of elements")
@@ -545,31 +555,23 @@ def _call(function: Any, arguments: Any, locate: Locate) -> Any:
 
 
 def _tensor(arguments: tuple[Any, ...], locate: Locate, *, typed: bool) -> Any:
-    """A LazyTensor from torch's _rebuild_tensor arguments. typed: it has the dtype of its storage."""
+    """A SavedTensor from torch's _rebuild_tensor arguments. typed: it has the dtype of its storage."""
     storage, offset, size, stride = arguments[:4]
     if not isinstance(storage, _Storage):
         return OPAQUE
-    if typed:
-        dtype = storage.dtype
-    else:
-        dtype = DTYPES.get(arguments[6].rpartition(".")[2]) if isinstance(arguments[6], _Global) else None
-    if dtype is None:
+    dtype = storage.dtype
+    if not typed:
+        dtype = arguments[6].removeprefix("torch.") if isinstance(arguments[6], _Global) else ""
+    if dtype not in ITEM_BYTES:
         return OPAQUE
     are_tuples = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= MAX_DIMS
     if not are_tuples or not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride)):
         raise ValueError("a tensor has no valid size, stride and offset")
-    available = storage.numel * storage.dtype.itemsize // dtype.itemsize
+    available = storage.nbytes // ITEM_BYTES[dtype]
     numel = math.prod(size)
     end = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if numel else 0
     if end > available or numel > max(available, MAX_EXPANDED) or (not numel and max(size) > MAX_EXPANDED):
         raise ValueError(
             f"a tensor of size {size} and stride {stride} does not fit its storage of {available} elements"
         )
-    read_storage = locate(storage)
-
-    def read() -> Tensor:
-        elements = read_storage()[: available * dtype.itemsize].view(dtype)
-        tensor = elements.as_strided(size, stride, offset)
-        return tensor if numel == available else tensor.clone()  # so that the rest of the storage can be freed
-
-    return LazyTensor(tuple(size), read)
+    return SavedTensor(size, stride, offset, dtype, locate(storage))

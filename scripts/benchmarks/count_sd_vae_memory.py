@@ -30,7 +30,7 @@ from vae3d.adversarial.base import NoAdversary
 from vae3d.commands import train
 from vae3d.config.check import read
 from vae3d.config.schema import CONF, TrainConfig
-from vae3d.models.forward import attach_decoder
+from vae3d.models.interface import attach_decoder
 from vae3d.schedules import ALL_ON
 from vae3d.training.ema import Ema
 from vae3d.training.freeze import set_mode, train_parts

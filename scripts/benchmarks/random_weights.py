@@ -45,13 +45,12 @@ def trunk(net: str) -> tuple[str, dict[str, Tensor]]:
 
 def pwc() -> tuple[str, dict[str, Tensor]]:
     own = pwcnet.PWCNet().state_dict()
-    kinds = ("weight", "bias")
-    names = [(ours, nvlabs) for ours, _, nvlabs in pwcnet.published_names()]
-    return pwcnet.FILES[1], {f"{nvlabs}.{kind}": own[f"{ours}.{kind}"] for ours, nvlabs in names for kind in kinds}
+    nvlabs = pwcnet.published_layouts()[-1]
+    return pwcnet.FILES[1], {name: own[ours] for name, ours in nvlabs.items()}
 
 
 def fid() -> tuple[str, dict[str, Tensor]]:
-    return inception.FILE, inception.InceptionV3().state_dict()
+    return inception.FILE, inception.InceptionV3().network.state_dict()
 
 
 def flow(net: str) -> tuple[str, dict[str, Tensor]]:

@@ -9,7 +9,6 @@ the other files that a part reads.
 from __future__ import annotations
 
 import argparse
-import html
 from pathlib import Path
 
 import demo_diffusion_report
@@ -18,8 +17,10 @@ import demo_gan_report
 import demo_panoramas_report
 import demo_stages_report
 from demo_page import exit_on_user_error
+from markupsafe import Markup
 
 from vae3d.errors import UserError
+from vae3d.report.html import render
 
 PARTS = {
     "stages": demo_stages_report,
@@ -29,25 +30,16 @@ PARTS = {
     "diffusion": demo_diffusion_report,
 }
 
-PAGE = """<!doctype html>
-<meta charset="utf-8">
-<title>vae3d demo</title>
-<style>
-  body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-  h1, h2 {{ line-height: 1.2 }} h2 {{ margin-top: 2.5rem }}
-  table {{ border-collapse: collapse }}
-  td, th {{ padding: .3rem .9rem; border-bottom: 1px solid #ddd; text-align: right }}
-  td:first-child, th:first-child {{ text-align: left }}
-  .strip {{ display: grid; grid-template-columns: 8rem auto; gap: .3rem .6rem; align-items: center }}
-  .strip span {{ color: #555; text-align: right }}
-  img {{ max-width: 100%; image-rendering: pixelated }} pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
-</style>
-<h1>vae3d demo</h1>
+PAGE = """{% extends "page.html" %}
+{% block style %}img { image-rendering: pixelated }{% endblock %}
+{% block content %}
 <p>Toy networks, trained on a CPU. They show that the parts work together, not how good they get.</p>
-{sections}
+{% for section, commands in sections %}
+{{ section }}
+<details><summary>Commands</summary><pre>{{ commands }}</pre></details>
+{% endfor %}
+{% endblock %}
 """
-
-COMMANDS = "<details><summary>Commands</summary><pre>{}</pre></details>\n"
 
 
 def finished(folder: Path) -> dict[str, str]:
@@ -64,11 +56,9 @@ def finished(folder: Path) -> dict[str, str]:
 def write_report(folder: Path) -> None:
     """Write folder/report.html and print its tables. Raises UserError if a file of a finished part is missing."""
     parts = finished(folder)
-    sections = [
-        PARTS[part].section(folder) + COMMANDS.format(html.escape(commands)) for part, commands in parts.items()
-    ]
+    sections = [(Markup(PARTS[part].section(folder)), commands) for part, commands in parts.items()]
     report = folder / "report.html"
-    report.write_text(PAGE.format(sections="\n".join(sections)))
+    report.write_text(render(PAGE, title="vae3d demo", sections=sections))
     for part in parts:
         print(f"{PARTS[part].tables(folder)}\n")
     print(f"report with pictures and curves: {report.resolve()}")

@@ -18,7 +18,7 @@ from vae3d.adversarial.gan import Gan
 from vae3d.commands import dry_run
 from vae3d.config import validate
 from vae3d.config.check import check_rules
-from vae3d.training.metrics import StepMetrics
+from vae3d.training.step_metrics import StepMetrics
 from vae3d.types import Clip
 
 START = ["stage=finetune", "stage.init_from=random", "loss=recon_kl", "loss.reduction=mean"]
@@ -176,8 +176,8 @@ def test_the_check_names_what_does_not_go_with_a_gan(config):
             "trainer.ema.every=2: ",
         ),
         ({"layers": 3}, "adversary: a clip of 2 frames fails: the clip is 16x16; this discriminator needs 24 pixels"),
-        ({"norm": "layer"}, "adversary: cannot be built: ValueError: adversary.norm is 'layer'; use one of"),
-        ({"schedule": "sine"}, "adversary: cannot be built: ValueError: schedule is 'sine'"),
+        ({"norm": "layer"}, "adversary: cannot be built: ArgumentError: adversary.norm is 'layer'; give one of"),
+        ({"schedule": "sine"}, "adversary: cannot be built: ArgumentError: adversary.schedule is 'sine'"),
     ):
         (error,) = errors(**changes)
         assert str(error).startswith(message)
@@ -238,7 +238,7 @@ def test_alternation_updates_one_network_per_step_of_the_trainer(config, tmp_pat
 def test_before_its_start_a_gan_costs_nothing():
     adversary = toy.gan(start=10, ramp=4, discriminator_start=6, weight=2.0)
     clip, out = toy.pair()
-    adversary.discriminator, adversary.adaptive = None, None  # which are not called, then
+    adversary.discriminator, adversary.adaptive_weight = None, None  # which are not called, then
     for step in (0, 9, 10):
         assert adversary.generator_loss(clip, out, out.video.mean(), step) == (0, {})
     assert [adversary.update_phase(step).discriminator for step in (5, 6)] == [False, True]
@@ -248,7 +248,7 @@ def test_before_its_start_a_gan_costs_nothing():
 
 def test_no_gradient_is_asked_for_before_the_adaptive_weight_has_a_use(config, tmp_path, monkeypatch):
     t = with_gan(config, tmp_path, start=1)
-    asked, last, grad = [], t.adversary.adaptive.layer, torch.autograd.grad
+    asked, last, grad = [], t.adversary.adaptive_weight.layer, torch.autograd.grad
 
     def counted(*given, **how):  # the norms of the network ask, too, for their own
         asked.extend([t.step] * (how.get("inputs") is last))
@@ -413,15 +413,15 @@ def test_lecam_sees_the_averages_of_the_steps_before_and_then_moves_them():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"input": "pixels"}, "adversary.input is 'pixels'; use frames or clips"),
-        ({"criterion": "wasserstein"}, "adversary.criterion is 'wasserstein'; use hinge or vanilla or"),
-        ({"precision": "fp16"}, "adversary.precision is 'fp16'; use fp32 or bf16"),
-        ({"weight": -1.0}, "adversary.weight is -1.0; use 0 or more"),
-        ({"scales": 0}, "adversary.scales is 0; use 1 or more"),
-        ({"penalty_every": 0}, "adversary.penalty_every is 0; use 1 or more"),
+        ({"input": "pixels"}, "adversary.input is 'pixels'; give one of frames, clips"),
+        ({"criterion": "wasserstein"}, "adversary.criterion is 'wasserstein'; give one of hinge, vanilla,"),
+        ({"precision": "fp16"}, "adversary.precision is 'fp16'; give one of fp32, bf16"),
+        ({"weight": -1.0}, "adversary.weight is -1.0; give a finite number from 0"),
+        ({"scales": 0}, "adversary.scales is 0; give an integer from 1"),
+        ({"penalty_every": 0}, "adversary.penalty_every is 0; give an integer from 1"),
         ({"lecam_decay": 1.0}, "adversary.lecam_decay is 1.0; use 0 to less than 1"),
-        ({"adaptive_max": 0.0}, "adversary.adaptive_max is 0.0; use a positive number"),
-        ({"grad_clip": 0.0}, "adversary.grad_clip is 0.0; use a positive number"),
+        ({"adaptive_max": 0.0}, "adversary.adaptive_max is 0.0; give a finite number from 1e-30"),
+        ({"grad_clip": 0.0}, "adversary.grad_clip is 0.0; give a finite number from 1e-30"),
         ({"start": 5, "discriminator_start": 6}, "discriminator_start is 6, after adversary.start=5"),
         ({"norm": "batch", "r1": 1.0}, "adversary.norm=batch mixes images"),
     ],

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from vae3d.adversarial.discriminators import NORMS, Conv2d, MultiScale, PatchGAN, PatchGAN3D
+from vae3d.adversarial.discriminators import Conv2d, MultiScale, Norm, PatchGAN, PatchGAN3D
+from vae3d.adversarial.gan import Gan
 
 TINY = {"channels": 4, "layers": 2, "groups": 2}
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", get_args(Norm))
 def test_patchgan_has_the_published_number_of_parameters(norm):
     with torch.device("meta"):
         network = PatchGAN(norm=norm)
@@ -65,7 +68,7 @@ def test_every_scale_sees_means_of_two_by_two_pixels_of_the_one_before(network, 
     assert (large.shape[2:-2], small.shape[2:-2]) == (large.shape[2:-2],) * 2  # no frames are averaged
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", get_args(Norm))
 def test_spectral_norm_is_on_every_convolution_or_on_none(norm):
     network = PatchGAN(norm=norm, **TINY)
     for _ in range(30):
@@ -106,14 +109,14 @@ def test_spectral_norms_are_taken_in_fp32_where_autocast_halves_the_rest(network
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"norm": "layer"}, "adversary.norm is 'layer'; use one of spectral_group, spectral, batch, group, none"),
-        ({"layers": 0}, "adversary.layers is 0; use 1 or more"),
+        ({"norm": "layer"}, "adversary.norm is 'layer'; give one of spectral_group, spectral, batch, group, none"),
+        ({"layers": 0}, "adversary.layers is 0; give an integer from 1"),
         ({"channels": 10, "groups": 3}, "adversary.groups is 3, which does not divide 20 channels; use a divisor"),
     ],
 )
 def test_networks_that_cannot_be_built_say_why(settings, message):
     with pytest.raises(ValueError, match=message):
-        PatchGAN(**settings)
+        Gan(**settings)
 
 
 def test_groups_are_no_more_than_channels():

@@ -14,6 +14,7 @@ from vae3d.checkpoints import export, ldm
 from vae3d.checkpoints.export import write_diffusers, write_export, write_ldm, write_opensora
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
 from vae3d.checkpoints.opensora import to_published
+from vae3d.checkpoints.published import rename_keys
 from vae3d.io import FileError
 from vae3d.loading import initialize, model_config
 
@@ -70,8 +71,7 @@ def test_2d_files_are_recognised_by_their_keys(tmp_path, layout, prefix, suffix)
 def test_files_of_old_diffusers_name_their_attention_otherwise(tmp_path):
     saved = checkpoint("spatial", WIDE, tmp_path)
     state = {k.removeprefix("module."): v for k, v in saved.state.items()}
-    for old, new in ldm.OLD_ATTENTION:
-        state = {k.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): v for k, v in state.items()}
+    state = rename_keys(state, ldm.OLD_ATTENTION, inverse=True)
     assert any(".query." in key for key in state)
     save_file(state, tmp_path / "old.safetensors")
     assert_equal_states(vae3d.load(tmp_path / "old.safetensors").state_dict(), saved.state)

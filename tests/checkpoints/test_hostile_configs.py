@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vae3d
-from scripts import convert_checkpoint, measure_scale
 from tests import tiny
 from vae3d.checkpoints.export import write_diffusers, write_export, write_taehv
 from vae3d.checkpoints.formats import Checkpoint
@@ -381,11 +380,9 @@ ENTRIES: dict[str, Callable[[Path, Path], object]] = {
     "start of a part": lambda root, out: initialize(tiny.model("temporal_vae"), {"spatial_vae": str(root)}),
 }
 SCRIPTS = {
-    "convert": lambda root, out: convert_checkpoint.main([str(root), str(out / "made"), "--to", "export"]),
-    "convert to diffusers": lambda root, out: convert_checkpoint.main(
-        [str(root), str(out / "made"), "--to", "diffusers"]
-    ),
-    "measure": lambda root, out: measure_scale.main([str(root), "photos", "--out", str(out / "made")]),
+    "convert": lambda root, out: tiny.status("convert", root, out / "made", "--to", "export"),
+    "convert to diffusers": lambda root, out: tiny.status("convert", root, out / "made", "--to", "diffusers"),
+    "measure": lambda root, out: tiny.status("measure-scale", root, "photos", "--out", out / "made"),
 }
 HOSTILE = [
     "hydra node",
@@ -429,7 +426,7 @@ def test_an_unknown_class_leaves_nothing_but_its_name_to_one_who_has_the_model(p
     place.file.write_text(changed)
     try:
         model = vae3d.load(place.root, tiny.model("spatial", seed=1))
-        assert convert_checkpoint.main([str(place.root), str(tmp_path / "made"), "--to", "export"]) == 2
+        assert tiny.status("convert", place.root, tmp_path / "made", "--to", "export") == 2
     finally:
         place.file.write_text(good)
     assert torch.equal(model.module.encoder.conv_in.weight, tiny.model("spatial").module.encoder.conv_in.weight)

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, AutoencoderKLWan
 from safetensors.torch import save_file
 
 import vae3d
-from scripts import convert_checkpoint
+from tests import tiny
 from tests.checkpoints.test_formats import WIDE, assert_equal_states, checkpoint
 from tests.models import wan
 from vae3d.checkpoints import ldm
@@ -107,7 +107,7 @@ def test_every_command_takes_a_part(tmp_path, saved):
     (issue,) = path_issues({"checkpoint": f"{file}x::ema"})
     assert (issue.key, issue.value) == ("checkpoint", f"{file}x::ema")
     arguments = [f"{file}::ema", str(tmp_path / "out"), "--to", "export", "--scaling_factor", "0.5"]
-    assert convert_checkpoint.main(arguments) == 0
+    assert tiny.status("convert", *arguments) == 0
     assert vae3d.load(tmp_path / "out").scaling_factor == 0.5
     with pytest.raises(CheckpointError, match="is an export, which holds one model; leave out the part 'ema'"):
         vae3d.load(tmp_path / "out", part="ema")

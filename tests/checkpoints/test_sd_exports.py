@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from diffusers import AutoencoderKL as Reference
@@ -46,10 +44,7 @@ def run_of(overrides: list[str], folder) -> torch.nn.Module:
 
 
 def convert(*arguments: object) -> int:
-    spec = importlib.util.spec_from_file_location("convert", tiny.ROOT / "scripts/convert_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([*map(str, arguments)])
+    return tiny.status("convert", *arguments)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import vae3d
-from scripts import convert_checkpoint
+from tests import tiny
 from tests.checkpoints.test_formats import assert_equal_states
 from tests.models.test_taehv import TOY, toy
 from vae3d.checkpoints.export import WRITERS, write_export, write_final_model
@@ -100,8 +100,8 @@ def test_an_ambiguous_file_is_refused_until_the_user_names_its_variant(tmp_path,
         vae3d.load(file)
     assert vae3d.load(file, variant="taecvx").variant == "taecvx"
     assert initialize(toy("taew2_1"), str(file))  # the model has a variant
-    assert convert_checkpoint.main([str(file), str(tmp_path / "x.pth"), "--to", "taehv"]) == 2
-    assert convert_checkpoint.main([str(file), str(tmp_path / "x.pth"), "--to", "taehv", "--variant", "taecvx"]) == 0
+    assert tiny.status("convert", file, tmp_path / "x.pth", "--to", "taehv") == 2
+    assert tiny.status("convert", file, tmp_path / "x.pth", "--to", "taehv", "--variant", "taecvx") == 0
     assert vae3d.load(tmp_path / "x.pth").variant == "taecvx"
 
 

@@ -11,7 +11,6 @@ from diffusers import AutoencoderKL, AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
 import vae3d
-from scripts import convert_checkpoint
 from tests import tiny
 from tests.checkpoints.test_formats import assert_equal_states
 from tests.models import wan
@@ -231,7 +230,7 @@ def test_the_script_converts_to_every_layout_and_back(tmp_path):
     for layout, name in LAYOUTS.items():
         target = tmp_path / layout / name
         target.parent.mkdir()
-        assert convert_checkpoint.main([str(last), str(target), "--to", layout]) == 0
+        assert tiny.status("convert", last, target, "--to", layout) == 0
         last = target
     assert_equal_states(vae3d.load(last).state_dict(), saved.state)
     prefixed = load_file(tmp_path / "videox_fun/VAE.safetensors")

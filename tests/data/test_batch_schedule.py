@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, MicroBatchSampler
+from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.sources import DataError
 
 
@@ -19,7 +19,7 @@ def test_a_step_is_the_same_whatever_came_before():
     a, b = schedule(), schedule()
     later = [a.step(s) for s in range(100)][60:]
     assert [b.step(s) for s in range(60, 100)] == later
-    assert list(MicroBatchSampler(schedule(), 60, 62)) == [batch for s in (60, 61) for batch in later[s - 60]]
+    assert list(schedule().micro_batches(60, 62)) == [batch for s in (60, 61) for batch in later[s - 60]]
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)])

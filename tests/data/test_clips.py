@@ -10,13 +10,12 @@ from PIL import Image
 
 from tests import tiny
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
-from vae3d.data.clips import ATTEMPTS, ClipDataset, ClipSettings, Unreadable, collate, read_clip
+from vae3d.data.clips import ATTEMPTS, ClipDataset, ClipSettings, Unreadable, collate, read_clip, resize_crop_params
 from vae3d.data.images import resize_circular
 from vae3d.data.loader import TrainingData, clip_lengths, validation_clips
 from vae3d.data.probe import fill_metadata
 from vae3d.data.readers import MediaError, open_media
 from vae3d.data.sources import DataError, Folder, Table
-from vae3d.data.transforms import resize_crop_params
 
 
 def training_data(table, workers=0, frames=(1, 9), settings=None, **kwargs) -> TrainingData:

@@ -5,7 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vae3d.data.clips import SAMPLINGS, frame_indices
+from vae3d.data.clips import frame_indices
+
+SAMPLINGS = ("contiguous", "first_last_random", "strided")
 
 
 def drawn(sampling: str, count: int, frames: int, step: float = 1.0, start: float = 0.0, seed: int | None = 0):

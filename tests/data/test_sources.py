@@ -275,7 +275,7 @@ def test_looking_for_files_opens_none_and_refuses_what_no_run_could_read(tmp_pat
     (tmp_path / "a.mp4").write_bytes(b"never opened")
     (tmp_path / "t.csv").write_text("path,num_frames\na.mp4,9\na.mp4,\nb.mp4,9\n")
     assert "1 of 2 files exist" in check_files_exist(Table(tmp_path / "t.csv"), 0.4)[0]
-    with pytest.raises(DataError, match=r"1 of 3 files cannot be read(.|\n)*b\.mp4: no such file"):
+    with pytest.raises(DataError, match=r"1 of 3 files cannot be read(.|\n)*b\.mp4\): no such file"):
         check_files_exist(Table(tmp_path / "t.csv"), 0.3)
     (tmp_path / "clips.tar").touch()
     with pytest.raises(DataError, match=r"clips\.tar: \.tar is not"):

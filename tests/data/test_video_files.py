@@ -20,7 +20,6 @@ from vae3d.data.probe import probe
 from vae3d.data.readers import open_media
 from vae3d.data.segments import Segment, count_frames
 from vae3d.data.sources import Table
-from vae3d.data.video_index import FRAME, PACKET
 
 
 def numbers(frames: np.ndarray) -> list[int]:
@@ -393,7 +392,12 @@ def test_an_index_is_read_again_only_if_it_is_whole_and_of_this_file(tmp_path, m
     tiny.write_video(path, tiny.frames(12))
     assert open_media(path).info.num_frames == 12
     (cached,) = (file for file in (tmp_path / "cache").rglob("*") if file.is_file())
-    for content in (cached.read_bytes()[:-3], b"", cached.read_bytes()[:60] + b"x" + cached.read_bytes()[61:]):
+    for content in (
+        cached.read_bytes()[:-3],
+        b"",
+        bytes(4),
+        cached.read_bytes()[:60] + b"x" + cached.read_bytes()[61:],
+    ):
         cached.write_bytes(content)
         assert read_numbers(path) == list(range(12))
 
@@ -404,14 +408,10 @@ def test_a_flipped_bit_of_an_index_never_gives_other_frames(tmp_path, monkeypatc
     expected = open_media(path).read(range(9))
     (cached,) = (file for file in (tmp_path / "cache").rglob("*") if file.is_file())
     content = cached.read_bytes()
-    rows = 9 * (PACKET.itemsize + FRAME.itemsize)
-    for place in range(10, len(content), 11):
+    for place in range(0, len(content), 11):
         cached.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
-        if place >= len(content) - rows:
-            with pytest.raises(MediaError, match="index"):
-                open_media(path).read(range(9))
-            assert not cached.exists()
         np.testing.assert_array_equal(open_media(path).read(range(9)), expected)
+        assert cached.read_bytes() == content  # rebuilt
 
 
 def test_without_a_cache_files_are_read_with_a_warning(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, _utils
 from tests import tiny
 from vae3d.commands import train
 from vae3d.data import workers
-from vae3d.data.workers import WorkerDied, WorkerTimeout, check_shared_memory, load
+from vae3d.data.workers import WorkerError, check_shared_memory, load
 from vae3d.errors import UserError
 
 
@@ -57,7 +57,7 @@ def quick(monkeypatch):
 def test_a_worker_that_dies_is_one_error_with_the_reason(item, message):
     batches = run("a", item)
     assert next(batches) == "a"
-    with pytest.raises(WorkerDied, match=message) as error:
+    with pytest.raises(WorkerError, match=message) as error:
         next(batches)
     assert isinstance(error.value, UserError)
     assert getattr(item, "name", "") in str(error.value)
@@ -72,7 +72,7 @@ def test_a_worker_that_breaks_its_connection_before_its_end_shows_has_died():
         raise ConnectionResetError("Connection reset by peer")
         yield
 
-    with pytest.raises(WorkerDied, match="data worker 7 was ended by SIGKILL"):
+    with pytest.raises(WorkerError, match="data worker 7 was ended by SIGKILL"):
         next(workers._watched(batches(), [Dying()], 1, lambda: False))
 
 
@@ -83,20 +83,20 @@ def test_a_worker_that_dies_interrupts_no_step():
     until = time.monotonic() + 0.5
     while time.monotonic() < until:
         sum(range(100))
-    with pytest.raises(WorkerDied):
+    with pytest.raises(WorkerError):
         next(batches)
 
 
 def test_a_worker_that_hangs_ends_the_run_after_the_timeout():
     batches = run("a", "hang", timeout=0.4)
     assert next(batches) == "a"
-    with pytest.raises(WorkerTimeout, match=r"data\.timeout") as error:
+    with pytest.raises(WorkerError, match=r"data\.timeout") as error:
         next(batches)
     assert "/dev/shm" in str(error.value)
 
 
 def test_a_run_that_is_to_end_does_not_wait_for_a_hanging_worker():
-    with pytest.raises(WorkerTimeout, match="asked to end"):
+    with pytest.raises(WorkerError, match="asked to end"):
         next(run("hang", stopping=lambda: True))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from tests.diffusion import latent_runs
 from vae3d import distributed
 from vae3d.checkpoints import state
-from vae3d.commands import encode, launch
+from vae3d.commands import console, encode
 from vae3d.config.latents import EncodeConfig
 from vae3d.distributed import RanksDiffer
 
@@ -27,11 +27,26 @@ def trained(folder: Path, settings: list[str]) -> dict[str, Any]:
     return state.load_state(folder / "checkpoints/step-0000004")
 
 
+def without_memory(folder: Path, settings: list[str]) -> None:
+    """A validation for which one rank has no memory fails on both."""
+    trainer = latent_runs.trainer(folder, *settings, "validation.every=2")
+    held_out_sums = trainer._held_out_sums
+
+    def out_of_memory() -> None:
+        raise MemoryError
+
+    trainer._held_out_sums = out_of_memory if trainer.rank == 1 else held_out_sums
+    assert trainer.validate() == {}
+    trainer._held_out_sums = held_out_sums
+    assert "val/loss" in trainer.validate()
+    trainer.log.close()
+
+
 def refused(folder: Path, settings: list[str]) -> None:
     """Print what is said to ranks of other settings."""
-    rank = launch.rank()
+    rank = console.rank()
     for start in (
-        lambda: encode.run(EncodeConfig("checkpoint", "source", "cache", seed=rank, workers=rank)),
+        lambda: encode.run(EncodeConfig(checkpoint="x", source="x", cache="x", seed=rank, workers=rank)),
         lambda: latent_runs.trainer(folder, *settings, f"optim.lr={1e-3 * (1 + rank)}"),
     ):
         try:
@@ -45,6 +60,7 @@ if __name__ == "__main__":
     with distributed.process_group_scope():
         settings = json.loads((top / "settings.json").read_text())
         trained(top / "together", settings)
-        assert distributed.gather_to_main(launch.rank()) == ([0, 1] if launch.rank() == 0 else [])
+        assert distributed.gather_to_main(console.rank()) == ([0, 1] if console.rank() == 0 else [])
         latent_runs.sample(f"checkpoint={top}/together", f"out={top}/of_two", *THREE, against(settings))
         refused(top / "refused", settings)
+        without_memory(top / "without_memory", settings)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+import vae3d.config.diffusion  # noqa: F401  (registers the schema)
 from tests import tiny
 from tests.diffusion import toy
 from vae3d import loading

@@ -292,9 +292,9 @@ def test_a_third_of_unit_latents_lies_where_guided_diffusion_sees_an_edge():
 
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(lambda: GaussianDiffusion(schedule="sqrt"), "schedule is 'sqrt'; use linear or cosine"),
-     (lambda: GaussianDiffusion(prediction="x0"), "use epsilon or v"),
-     (lambda: GaussianDiffusion(variance="learned"), "use fixed_small or fixed_large or learned_range"),
+    [(lambda: GaussianDiffusion(schedule="sqrt"), "schedule is 'sqrt'; give one of linear, cosine"),
+     (lambda: GaussianDiffusion(prediction="x0"), "prediction is 'x0'; give one of epsilon, v"),
+     (lambda: GaussianDiffusion(variance="learned"), "variance is 'learned'; give one of fixed_small, fixed_large, learned_range"),
      (lambda: GaussianDiffusion(steps=20), "steps is 20; .* at least 21"),
      (lambda: GaussianDiffusion(min_snr=0), "min_snr is 0"),
      (lambda: RectifiedFlow(logit_std=0), "logit_std is 0"),

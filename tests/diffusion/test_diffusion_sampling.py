@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import av
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from vae3d.diffusion.build import build_network
 from vae3d.diffusion.conditioning import drop_labels, guided
 from vae3d.diffusion.flow import RectifiedFlow
 from vae3d.diffusion.gaussian import GaussianDiffusion
-from vae3d.diffusion.sampling import check_latent_rms, grid, per_rank_batches, sample_latents, write_grid, write_npz
-from vae3d.diffusion.scale import LatentStats
+from vae3d.diffusion.sampling import check_latent_rms, per_rank_batches, sample_latents, write_frames, write_npz
+from vae3d.inference.scale import LatentStats
+from vae3d.report.images import grid
 from vae3d.running_stats import RunningStats
 
 WAYS = {
@@ -100,9 +103,9 @@ def test_size_of_latents_by_hand():
     stats = RunningStats(2)
     for z in (torch.tensor([-1.0, 7.0, 7.0]), torch.tensor([-1.0])):  # mean 3, deviation 4
         stats.update_channels(torch.stack([z, 2 * z]).view(1, 2, 1, 1, -1))
-    scale = LatentStats.over_ranks(stats, 2)
-    assert (scale.count, scale.mean.tolist(), scale.std.tolist()) == (2, pytest.approx([3, 6]), pytest.approx([4, 8]))
-    assert scale.rms == pytest.approx(62.5**0.5)  # 25 and 100
+    scale = LatentStats.of(stats, 2)
+    assert (scale.clips, scale.mean.tolist(), scale.std.tolist()) == (2, pytest.approx([3, 6]), pytest.approx([4, 8]))
+    assert math.hypot(*scale.over_channels()) == pytest.approx(62.5**0.5)  # 25 and 100
 
 
 @pytest.mark.parametrize(
@@ -203,7 +206,7 @@ def test_labels_are_dropped_at_their_rate():
 
 def test_grid_of_images(tmp_path):
     frames = np.random.default_rng(0).integers(1, 256, (5, 1, 7, 9, 3), dtype=np.uint8)
-    path = write_grid(tmp_path / "samples.v1", frames)
+    path = write_frames(tmp_path / "samples.v1", grid(frames))
     assert path == tmp_path / "samples.v1.png"
     picture = np.asarray(Image.open(path))
     assert picture.shape == (16, 32, 3)  # 7 + 2 + 7; 9 + 2 + 9 + 2 + 9, made even
@@ -216,7 +219,7 @@ def test_grid_of_images(tmp_path):
 
 def test_grid_of_videos(tmp_path):
     frames = np.tile(np.array([0, 64, 191, 255], np.uint8).reshape(4, 1, 1, 1, 1), (1, 5, 16, 16, 3))
-    path = write_grid(tmp_path / "samples", frames, fps=4)
+    path = write_frames(tmp_path / "samples", grid(frames), fps=4)
     assert path.name == "samples.mp4"
     with av.open(str(path)) as container:
         read = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]

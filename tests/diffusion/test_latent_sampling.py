@@ -19,18 +19,19 @@ from tests import tiny
 from tests.diffusion import latent_runs
 from tests.diffusion.toy import shaken
 from vae3d.checkpoints.formats import CheckpointError
-from vae3d.commands import launch, sample
+from vae3d.commands import console
 from vae3d.config.validate import ConfigError
 from vae3d.diffusion import sampling
 from vae3d.diffusion.build import build_network, network_config
 from vae3d.diffusion.export import CONFIG, read_export, write_export
 from vae3d.diffusion.quality import draw_reference_sets
+from vae3d.diffusion.sampling import decoded
 from vae3d.errors import UserError
 from vae3d.inference.folder import FolderError
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.identity import vae_metadata
 from vae3d.loading import open_codec
-from vae3d.training.diffusion_validation import decoded
+from vae3d.report.images import grid
 
 CLASSES = ["cat", "dog"]
 
@@ -135,8 +136,8 @@ def test_killed_sampling_resumes_to_the_same_bytes(when, of_images, whole, tmp_p
     assert tiny.run(sys.executable, str(script), cwd=tmp_path).returncode == -signal.SIGKILL
     batches = len(list((tmp_path / "killed/.latents").glob("0*")))
     drawn_again = []
-    inner = sample.sample_latents
-    monkeypatch.setattr(sample, "sample_latents", lambda *a, **k: drawn_again.append(1) or inner(*a, **k))
+    inner = sampling.sample_latents
+    monkeypatch.setattr(sampling, "sample_latents", lambda *a, **k: drawn_again.append(1) or inner(*a, **k))
     drawn(of_images, tmp_path / "killed", *settings)
     assert everything(tmp_path / "killed") == files
     assert len(drawn_again) == 2 - batches
@@ -183,7 +184,7 @@ def test_names_of_classes_are_no_folders(vae, tmp_path):
 
 
 def test_the_grid_is_of_the_first_samples(of_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "MAX_IN_GRID", 2)
+    monkeypatch.setattr(sampling, "MAX_IN_GRID", 2)
     whole = pixels(drawn(of_images, tmp_path, "write=[npz,grid]"))
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (32, 66, 3)
@@ -257,7 +258,7 @@ def test_samples_are_compared_with_latents_of_their_classes(of_images, pictures,
     places, others = draw_reference_sets(entries, 3, ["cat", "cat", "dog"])
     assert [entries[place].key.split("/")[1] for place in [*places, *others]] == ["cat", "cat", "dog"] * 2
     assert not {*places} & {*others}
-    shown = sampling.grid(decoded(codec, torch.stack([entries[place].z for place in places]), (1, 32, 32)))
+    shown = grid(decoded(codec, torch.stack([entries[place].z for place in places]), (1, 32, 32)))
     assert np.array_equal(shown[0], np.asarray(Image.open(out / "data.png")))
 
     with pytest.raises(UserError, match="has 4 latents of class cat; two sets of 3 need 6"):
@@ -288,20 +289,20 @@ def test_guidance_needs_a_network_that_knows_no_label(of_images, tmp_path):
 
 def test_a_folder_that_cannot_be_is_found_before_the_first_sample(of_images, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(sample, "sample_latents", None)
-    monkeypatch.setattr(launch, "in_sweep", lambda: False)
+    monkeypatch.setattr(sampling, "sample_latents", None)
+    monkeypatch.setattr(console, "in_sweep", lambda: False)
     with pytest.raises(SystemExit, match="2"):
-        launch.exit_on_user_error(lambda: drawn(of_images, tmp_path / "file"))
+        console.exit_on_user_error(lambda: drawn(of_images, tmp_path / "file"))
     assert capsys.readouterr().err == f"error: {tmp_path}/file: cannot be written: File exists\n"
 
     def full():
         raise OSError(errno.ENOSPC, "as Pillow tells it, without the file")
 
     with pytest.raises(SystemExit, match="2"):
-        launch.exit_on_user_error(full)
+        console.exit_on_user_error(full)
     assert "VAE3D_TRACEBACK=1" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError):  # no error of a disk
-        launch.exit_on_user_error((tmp_path / "none").read_text)
+        console.exit_on_user_error((tmp_path / "none").read_text)
 
 
 def test_another_autoencoder_is_refused(of_images, pictures, vae, tmp_path):

@@ -7,12 +7,14 @@ import os
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
 
 from tests import tiny
 from tests.scoring import degrade, evaluate, make_pairs, original, report, write_two_sizes
 from vae3d.evaluation import score as scoring
 from vae3d.evaluation import store as storing
 from vae3d.inference.video import write_video
+from vae3d.metrics.networks import Networks
 
 METRICS = ("--metric", "psnr", "ssim", "tpsnr")
 
@@ -116,7 +118,20 @@ def test_other_weights_are_another_metric(folders, all_weights, scored, monkeypa
     assert [names for _, names in scored] == [["lpips_alex"]] * 5
 
 
-def test_features_survive_for_distances_between_sets(all_weights, scored, tmp_path):
+class FewFeatures(nn.Module):
+    """The first 16 features of Inception, since a distance of all 2048 takes seconds."""
+
+    def __init__(self, inception: nn.Module) -> None:
+        super().__init__()
+        self.inception = inception
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.inception(frames)[:, :16]
+
+
+def test_features_survive_for_distances_between_sets(all_weights, scored, tmp_path, monkeypatch):
+    network = FewFeatures(Networks().inception())
+    monkeypatch.setattr(Networks, "inception", lambda self: network)
     ori, rec = make_pairs(tmp_path, 3)
     assert evaluate(ori, rec, "--metric", "rfid", "--num_frames", "2", "--output", str(tmp_path / "whole")) == 0
     whole = json.loads((tmp_path / "whole/summary.json").read_text())["metrics"]["rfid"]

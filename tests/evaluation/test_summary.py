@@ -8,7 +8,7 @@ import pytest
 from vae3d.evaluation.pairs import PairInfo, Protocol
 from vae3d.evaluation.store import VideoScore
 from vae3d.evaluation.summary import bootstrap, compare, direction, summarize
-from vae3d.evaluation.tables import comparison_table, set_table
+from vae3d.evaluation.tables import comparison_table, metric_table, set_table
 from vae3d.metrics import MetricError, Score, build_metrics
 from vae3d.report.tables import text_table
 
@@ -65,7 +65,7 @@ def test_differences_are_paired_by_video():
 
 
 def test_a_ratio_is_best_at_1_in_comparisons_summaries_reports_and_best_checkpoints():
-    from vae3d.evaluation.html import _score_table, _shown_frames, _worst_and_best
+    from vae3d.evaluation.html import _shown_frames, _worst_and_best
     from vae3d.training.checkpointer import BestExport
 
     def ratio(name: str, *frames: float) -> VideoScore:
@@ -83,7 +83,8 @@ def test_a_ratio_is_best_at_1_in_comparisons_summaries_reports_and_best_checkpoi
     assert 0 in _shown_frames(below, "seam_ratio", columns)
     figures = {"seam_ratio": {"mean": 1.0, **direction(columns["seam_ratio"])}}
     assert figures["seam_ratio"] | {"mean": 0} == {"mean": 0, "higher_is_better": None, "best_at": 1.0}
-    assert "seam_ratio → 1" in _score_table(figures)
+    _, rows = metric_table({"metrics": figures, "videos": 3, "preset": {"average": "videos"}})
+    assert rows[0][0] == "seam_ratio → 1"
     best, kept = BestExport("seam_ratio", columns), []
     for value in (3.0, 0.2, 0.9, 0.5, 1.05, float("nan")):
         if best.beaten_by(value):

@@ -21,13 +21,13 @@ from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import compare as compare_command
 from vae3d.config.validate import ConfigError, check_comparison
 from vae3d.errors import UserError
-from vae3d.inference.comparison import ComparisonError, constant_frame_psnr
+from vae3d.inference.comparison import constant_frame_psnr
 from vae3d.inference.comparison_report import degenerate_pairs
 from vae3d.inference.folder import FolderError
 from vae3d.inference.pictures import contact_sheet, error_map, side_by_side
 from vae3d.loading import model_config
 from vae3d.metrics import build_metrics
-from vae3d.models.latents import convert_latents
+from vae3d.models.interface import convert_latents
 
 SHIFT, SCALE = [0.1 * i for i in range(16)], [1 + 0.1 * i for i in range(16)]
 TEACHER = [
@@ -130,7 +130,7 @@ def test_only_frames_that_both_take_are_compared(student, teacher, source, tmp_p
     assert "num_frames for another number, such as 9, 13, 17, 21" in told["notes"][0]
     assert told["notes"][0] in caplog.text
     assert len(read(next((tmp_path / "out_rec").glob("*.mp4")))) == 15  # which is whole nevertheless
-    with pytest.raises(ComparisonError, match=r"num_frames=12: .* 5, 9, 13, 17"):
+    with pytest.raises(UserError, match=r"num_frames=12: .* 5, 9, 13, 17"):
         compare(student, source, tmp_path / "b", teacher, "num_frames=12")
     assert not list(tmp_path.glob("b*"))
 
@@ -168,7 +168,7 @@ def test_networks_of_another_latent_space_are_refused_before_anything_is_deleted
     other = write("wan", tmp_path / "other", *changes)
     (tmp_path / "out_rec").mkdir()
     (tmp_path / "out_rec/metrics.json").touch()
-    with pytest.raises(ComparisonError, match=error):
+    with pytest.raises(UserError, match=error):
         compare(student, source, tmp_path / "out", other, "overwrite=true")
     assert (tmp_path / "out_rec/metrics.json").is_file()
 
@@ -218,7 +218,7 @@ def test_pixels_that_are_not_finite_are_no_figures(teacher, source, tmp_path):
     config = model_config("taehv", *tiny.MODEL["taehv"])
     write_export(Checkpoint(config, model.state_dict(), tmp_path, ""), tmp_path / "broken")
     for student, who, hint in (
-        (tmp_path / "broken", "the model's pixels", "float32"),
+        (tmp_path / "broken", "the model's pixels", "fp32"),
         (teacher, "teacher's decoder", "fp16"),
     ):
         whose = ["teacher.precision=fp16"] if student == teacher else []

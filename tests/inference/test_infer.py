@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 
@@ -17,7 +18,6 @@ from vae3d.config.validate import check_inference
 from vae3d.data.readers import MediaError, open_media
 from vae3d.data.sources import DataError
 from vae3d.errors import UserError
-from vae3d.inference.files import InferenceError
 from vae3d.inference.folder import FolderError
 from vae3d.inference.reconstruct import identifier
 from vae3d.pixels import to_uint8
@@ -170,7 +170,7 @@ def test_full_folders_are_not_mixed_with_new_results(export, videos, tmp_path):
 def test_results_do_not_go_into_the_folder_that_is_read(export, videos, tmp_path):
     shutil.copy(videos.parent / "clip0.mp4", tmp_path / "a.mp4")
     shutil.copy(videos.parent / "clip0.mp4", tmp_path / "._a.mp4")  # as macOS leaves them
-    with pytest.raises(InferenceError, match=r"save_dir=.* source="):
+    with pytest.raises(UserError, match=r"save_dir=.* source="):
         run(export, tmp_path, tmp_path / "out")
     run(export, tmp_path, tmp_path.with_name("elsewhere"))
     assert stems(tmp_path.with_name("elsewhere_rec")) == ["000001_a.mp4"]
@@ -191,7 +191,7 @@ def test_only_rows_of_the_wanted_split_count(export, videos, tmp_path):
 def test_a_file_that_cannot_be_scored_is_named_and_skipped(export, videos, tmp_path):
     shutil.copy(videos.parent / "clip0.mp4", tmp_path / "a.mp4")
     tiny.write_video(tmp_path / "b.mp4", tiny.frames(3, 8, 8))
-    with pytest.raises(InferenceError, match=r"(?s)1 of 2 files .*b\.mp4: ssim needs frames of at least 11 pixels"):
+    with pytest.raises(UserError, match=r"(?s)1 of 2 files .*b\.mp4: ssim needs frames of at least 11 pixels"):
         run(export, tmp_path, tmp_path.with_name("scored"), "on_error=skip", "metrics=[ssim]")
     assert len(pd.read_csv(tmp_path.with_name("scored_rec") / "index.csv")) == 1
 
@@ -225,7 +225,7 @@ def test_a_faulty_file_stops_or_is_skipped_and_listed(export, videos, tmp_path):
     pd.DataFrame({"path": ["b.mp4", "a.mp4"]}).to_csv(tmp_path / "t.csv", index=False)
     with pytest.raises(MediaError, match=r"b\.mp4: is empty"):
         run(export, tmp_path / "t.csv", tmp_path / "stop")
-    with pytest.raises(InferenceError, match=r"(?s)1 of 2 files could not be reconstructed:.*b\.mp4: is empty"):
+    with pytest.raises(UserError, match=r"(?s)1 of 2 files could not be reconstructed:.*b\.mp4: is empty"):
         run(export, tmp_path / "t.csv", tmp_path / "skip", "on_error=skip", "metrics=[psnr]")
     assert stems(tmp_path / "skip_rec") == ["000002_a.mp4"]
     assert len(pd.read_csv(tmp_path / "skip_rec/index.csv")) == 1
@@ -260,8 +260,10 @@ def test_two_ranks_share_the_files(export, videos, tmp_path):
 
 
 def test_command_line_ends_as_one_error(tmp_path):
-    done = tiny.run(*INFER, "checkpoint=/nowhere", "source=/none", f"save_dir={tmp_path}/x", "codecs=a", cwd=tmp_path)
+    words = ["checkpoint=/nowhere", "source=/none", f"save_dir={tmp_path}/x", "codecs=a", "teacher=runs/wan"]
+    done = tiny.run(*INFER, *words, cwd=tmp_path)
     assert done.returncode == 2
+    assert re.search(r"teacher=runs/wan: .*scripts/compare\.py", done.stdout)
     assert "codecs: unknown key; did you mean codec?" in done.stdout
     assert "checkpoint=/nowhere: no such file or folder" in done.stdout
     assert "Traceback" not in done.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import numpy as np
@@ -24,7 +23,7 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
 from vae3d.inference.scale import (
-    MeasuredScale,
+    LatentStats,
     ScaleError,
     measure,
     off_scale,
@@ -123,7 +122,7 @@ def test_what_cannot_be_scaled_is_refused(videos, tmp_path):
     with pytest.raises(ScaleError, match="no clip"):
         measure(tiny.model("spatial"), [])
     model, checkpoint = saved("wan", tmp_path)
-    statistics = MeasuredScale(1, (1, 2, 2), torch.zeros(4), torch.tensor([1.0, 0, 1, 0]))
+    statistics = LatentStats(1, torch.zeros(4), torch.tensor([1.0, 0, 1, 0]), (1, 2, 2))
     with pytest.raises(ScaleError, match="latents of channel 1, 3 do not vary"):
         rescaled(checkpoint, model, statistics)
 
@@ -184,10 +183,7 @@ def test_a_scale_that_differs_does_not_keep_an_image_vae_from_starting(videos, t
 
 
 def script(*arguments: object) -> int:
-    spec = importlib.util.spec_from_file_location("measure_scale", tiny.ROOT / "scripts/measure_scale.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([*map(str, arguments), "--height=16", "--width=16"])
+    return tiny.status("measure-scale", *arguments, "--height=16", "--width=16")
 
 
 def test_the_script_rewrites_the_newest_export_of_a_run(videos, tmp_path, capsys):

@@ -106,7 +106,7 @@ def test_a_panorama_is_turned_with_its_reconstruction(export, tmp_path):
             "tile_overlap=16: overlap is 16; use a multiple of 4 of at most half the tile's 16",
         ),
         ("tile=16 model.pad_w=circular model.pad_h=pole", "pad_h=pole cannot be coded in tiles"),
-        ("model.pad_w=round", "pad_w is 'round'; use zeros or circular"),
+        ("model.pad_w=round", "pad_w is 'round'; give one of zeros, circular"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(export, videos, tmp_path, overrides, message):

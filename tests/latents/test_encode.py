@@ -24,8 +24,8 @@ from vae3d.config.latents import check_encoding
 from vae3d.config.validate import ConfigError
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.sources import DataError, Folder, open_source
-from vae3d.evaluation.tables import write_json
 from vae3d.inference.folder import FolderError
+from vae3d.io import write_json
 from vae3d.latents import clips, encode, shards
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.clips import ClipReader, Transform, items_of, labels_of

@@ -66,10 +66,10 @@ def report_of(folder: Path) -> dict:
     return json.loads((folder / "probes.json").read_text())
 
 
-def test_images_two_strides_side_by_side(script, exports, photos, tmp_path, capsys, trunks):
+def test_images_two_strides_side_by_side(exports, photos, tmp_path, capsys, trunks):
     out = tmp_path / "out"
     options = ["--source", str(photos), *SIZE, "--per_file=2", "--count=6", "--decoded=3", "--batch=2", f"--out={out}"]
-    assert script.main([f"f2={exports['two']}", str(exports["four"]), *options]) == 0
+    assert tiny.status("probe-latents", f"f2={exports['two']}", str(exports["four"]), *options) == 0
     told = report_of(out)
     names = ["f2", exports["four"].name]
     assert list(told["models"]) == names
@@ -94,10 +94,10 @@ def test_images_two_strides_side_by_side(script, exports, photos, tmp_path, caps
     assert "http" not in re.sub(r"base64,[^\"]+", "", page)
 
 
-def test_videos_and_tiles(script, exports, video, tmp_path, capsys):
+def test_videos_and_tiles(exports, video, tmp_path, capsys):
     options = ["--source", str(video), *SIZE, "--frames=5", "--per_file=2", "--decoded=1", "--tile=16"]
     models = [f"{name}={exports[name]}" for name in ("wan", "tae", "two")]
-    assert script.main([*models, *options, "--tile_overlap=4", f"--out={tmp_path}"]) == 0
+    assert tiny.status("probe-latents", *models, *options, "--tile_overlap=4", f"--out={tmp_path}") == 0
     told = report_of(tmp_path)
     wan, tae, two = (told["models"][name] for name in ("wan", "tae", "two"))
     assert wan["tiles"]["psnr"] < 100
@@ -201,13 +201,13 @@ def test_a_model_that_normalises_wrongly_is_named():
         (["two"], ["--height=40", "--width=40", "--per_file=2"], "has only one clip of 40x40"),
     ],
 )
-def test_what_cannot_be_probed_is_said(script, exports, photos, tmp_path, capsys, models, changes, said):
+def test_what_cannot_be_probed_is_said(exports, photos, tmp_path, capsys, models, changes, said):
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "square.png")
     (tmp_path / "empty").mkdir()
     named = [f"{name}={exports.get(name, tmp_path / name)}" for name in models]
     changes = [change.format(empty=tmp_path / "empty", photos=photos) for change in changes]
     source = tmp_path / "square.png" if "--per_file=2" in changes else photos
-    assert script.main([*named, f"--source={source}", *SIZE, *changes, f"--out={tmp_path / 'out'}"]) == 2
+    assert tiny.status("probe-latents", *named, f"--source={source}", *SIZE, *changes, f"--out={tmp_path / 'out'}") == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -221,19 +221,19 @@ def test_counts_are_at_least_1_on_the_command_line_and_in_code(script, tmp_path,
         ProbeSettings(32, 32, count=0)
 
 
-def test_a_report_that_cannot_be_written_is_said_before_the_probes(
-    script, exports, photos, tmp_path, capsys, monkeypatch
-):
+def test_a_report_that_cannot_be_written_is_said_before_the_probes(exports, photos, tmp_path, capsys, monkeypatch):
     (tmp_path / "out").touch()
     monkeypatch.setattr(probe_run, "probe_model", None)
-    assert script.main([str(exports["two"]), f"--source={photos}", *SIZE, f"--out={tmp_path / 'out'}"]) == 2
+    assert (
+        tiny.status("probe-latents", str(exports["two"]), f"--source={photos}", *SIZE, f"--out={tmp_path / 'out'}") == 2
+    )
     assert f"--out {tmp_path / 'out'}: File exists; name another folder" in capsys.readouterr().err
 
 
-def test_a_row_with_a_error_is_named(script, exports, photos, tmp_path, capsys):
+def test_a_row_with_a_error_is_named(exports, photos, tmp_path, capsys):
     (tmp_path / "list.csv").write_text(f"path,start,end\n{photos}/0.png,,\n{photos}/1.png,3,2\n")
     table = f"--source={tmp_path / 'list.csv'}"
-    assert script.main([str(exports["two"]), table, *SIZE, f"--out={tmp_path / 'out'}"]) == 2
+    assert tiny.status("probe-latents", str(exports["two"]), table, *SIZE, f"--out={tmp_path / 'out'}") == 2
     assert "row 2" in capsys.readouterr().err
 
 

@@ -15,7 +15,6 @@ from tests import tiny
 from tests.latents import caches, families
 from vae3d.checkpoints.export import write_diffusers, write_export
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
-from vae3d.commands import latent_stats as latent_stats_command
 from vae3d.latents.cache import LatentCache
 from vae3d.loading import load, model_config, open_codec
 from vae3d.models.spatial import SpatialVAE
@@ -48,7 +47,7 @@ def few(videos, tmp_path_factory):
 @pytest.fixture
 def latent_stats():
     """scripts/latent_stats.py as a function of its arguments."""
-    return lambda *arguments: latent_stats_command.main([str(argument) for argument in arguments])
+    return lambda *arguments: tiny.status("latent-stats", *arguments)
 
 
 @pytest.mark.parametrize("name", RAW)

@@ -17,7 +17,7 @@ from vae3d.config.validate import ConfigError
 from vae3d.losses.equivariance import Equivariance, Transform
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.losses.pixel_weights import ErpCosine
-from vae3d.models.forward import attach_decoder
+from vae3d.models.interface import attach_decoder
 from vae3d.types import Clip, Reconstruction
 
 MODELS = ("spatial", "temporal_vae", "opensora_v1_2", "wan", "wan22", "taehv")
@@ -178,10 +178,10 @@ def test_weights_and_masks_turn_with_the_clip():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scales": [0.5, 1.5]}, r"scales are \[0.5, 1.5\]; each must be above 0 and at most 1"),
-        ({"rotations": [90]}, r"rotations are \[90\]; use quarter turns"),
-        ({"probability": 0.0}, "probability is 0.0; it must be above 0 and at most 1"),
-        ({"norm": "huber"}, "norm is 'huber'; use one of l1, l2"),
+        ({"scales": [0.5, 1.5]}, r"scales\[1\] is 1.5; give a finite number from 1e-30 to 1"),
+        ({"rotations": [90]}, r"rotations\[0\] is 90; give one of 0, 1, 2, 3"),
+        ({"probability": 0.0}, "probability is 0.0; give a finite number from 1e-30 to 1"),
+        ({"norm": "huber"}, "norm is 'huber'; give one of l1, l2"),
         ({"scales": [1.0], "rotations": [0]}, "only the identity"),
     ],
 )

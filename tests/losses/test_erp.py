@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tests import tiny
 from tests.losses.test_objective import as_clip, reconstruction
 from vae3d.commands import train
-from vae3d.commands.check import check_training
+from vae3d.commands.cli import check_training
 from vae3d.config.check import read
 from vae3d.config.schema import TrainConfig
 from vae3d.config.validate import ConfigError

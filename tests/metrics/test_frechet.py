@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.metrics.clips import frechet_distance
 from vae3d.metrics.base import MetricError
-from vae3d.metrics.frechet import Moments, frechet
+from vae3d.metrics.distribution import Moments, frechet
 
 
 def features(n: int, d: int = 24, seed: int = 0, steepness: float = 2.0) -> Tensor:

@@ -9,9 +9,8 @@ import torch
 from tests.metrics.clips import frechet_distance, levels, pair, result, value
 from vae3d.metrics import Metric, MetricError, MetricSet, VideoResult, build_metrics
 from vae3d.metrics.base import Score
-from vae3d.metrics.distribution import ROWS_KEPT, Features, Rfid, Rfvd
+from vae3d.metrics.distribution import ROWS_KEPT, Features, Rfid, Rfvd, frechet
 from vae3d.metrics.frame import Psnr, Ssim
-from vae3d.metrics.frechet import frechet
 from vae3d.metrics.temporal import Flicker
 
 

@@ -226,7 +226,7 @@ def test_a_config_that_does_not_fit_is_refused(saved, tmp_path, changes, message
 
 
 def test_other_kinds_are_refused_and_unknown_keys_told(caplog, monkeypatch):
-    with pytest.raises(ValueError, match="kind is 'AutoencoderKLMochi'; use one of AutoencoderKLCogVideoX, "):
+    with pytest.raises(ValueError, match="kind is 'AutoencoderKLMochi'; give one of AutoencoderKLCogVideoX, "):
         DiffusersVAE("AutoencoderKLMochi")
     DiffusersVAE(COGVIDEOX, {**TINY, "sample_size": 256, "_diffusers_version": "0.1"})
     assert "sample_size" in caplog.text

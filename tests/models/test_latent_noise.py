@@ -9,9 +9,9 @@ from tests import tiny
 from tests.models.test_diffusers_vae import TINY
 from tests.training import quick
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
-from vae3d.models import forward
+from vae3d.models import interface
 from vae3d.models.diffusers_vae import HUNYUAN, DiffusersVAE
-from vae3d.models.forward import add_latent_noise
+from vae3d.models.interface import add_latent_noise
 
 MODELS = ("spatial", "temporal_vae", "opensora_v1_2", "wan", "wan22", "taehv", "hunyuan")
 
@@ -78,7 +78,7 @@ def test_larger_latents_are_no_way_out():
 def test_training_has_noise_and_validation_none(videos, tmp_path, monkeypatch):
     noises = []
     monkeypatch.setattr(
-        forward,
+        interface,
         "add_latent_noise",
         lambda z, noise, generator: noises.append(noise) or add_latent_noise(z, noise, generator),
     )

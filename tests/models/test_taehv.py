@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d.models.interface import VideoAutoencoder
-from vae3d.models.layers.taehv_frames import RULES, frames_shown, split_runs
+from vae3d.models.layers.taehv_frames import RULES, count_frames, longest_clip, split_runs
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.taehv import TAEHV, VARIANTS
 
@@ -259,13 +259,13 @@ def test_plans_add_up(rule, stride):
     if stride == 8 and rule in ("h3", "opensora"):
         return  # their chunks are of stride 4
     for frames in range(1, 70):
-        plan = RULES[rule].plan(frames, stride)
+        plan = RULES[rule](frames, stride)
         assert plan.frames >= frames
         assert sum(map(sum, plan.encoder)) == sum(map(sum, plan.decoder)) == stride * plan.latents
         assert all(lead < stride for lead, _ in (*plan.encoder, *plan.decoder))
-        assert frames_shown(plan, stride, plan.latents) == plan.frames
-        assert RULES[rule].plan(plan.frames, stride) == plan
-        assert RULES[rule].plan(RULES[rule].frames_of(plan.latents, stride), stride).latents == plan.latents
+        assert count_frames(plan.decoder, stride, 0, plan.latents) == plan.frames
+        assert RULES[rule](plan.frames, stride) == plan
+        assert RULES[rule](longest_clip(RULES[rule], plan.latents, stride), stride).latents == plan.latents
         cuts = [0, 1, plan.latents // 2, plan.latents]
         parts = [part for low, high in pairwise(sorted(cuts)) for part in split_runs(plan.encoder, stride, low, high)]
         assert sum(lead + count for _, lead, count in parts) == stride * plan.latents
@@ -302,12 +302,14 @@ def test_how_far_latents_see(variant, ahead):
         for touched in (0, 7, 18, 30):
             other = video.clone()
             other[:, :, touched] += 0.5
-            first = next(i for i in range(plan.latents) if frames_shown(plan, stride, i + 1) + ahead > touched)
+            first = next(
+                i for i in range(plan.latents) if count_frames(plan.decoder, stride, 0, i + 1) + ahead > touched
+            )
             seen = reach(model.encode(other).mean - z)
             assert seen[0] == first
             if variant == "taew2_1":
                 assert seen[-1] <= first + 8
-            assert reach(model(other).video - rec)[0] == frames_shown(plan, stride, first)
+            assert reach(model(other).video - rec)[0] == count_frames(plan.decoder, stride, 0, first)
 
 
 def test_chunks_begin_with_fresh_memory_where_the_rule_says_so():
@@ -364,7 +366,7 @@ def test_latent_conventions():
             "latents_mean and latents_std are for raw latents",
         ),
         ({"variant": "taecvx", "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "4 and 4 entries; give 16"),
-        ({"variant": "taehv", "latent": "scaled"}, "use raw or normalized"),
+        ({"variant": "taehv", "latent": "scaled"}, "latent is 'scaled'; give one of raw, normalized"),
         ({"variant": "taehv", "chunk_latents": 0}, "chunk_latents is 0; give an integer"),
         ({"variant": "taehv", "decoder_channels": [8, 8]}, "give 4"),
         ({"variant": "taehv", "decoder_time_upscale": [True, True, True]}, "decoder_time_upscale: stage 0 of taehv"),

@@ -218,8 +218,8 @@ def test_as_many_frames_of_the_same_size_come_out_as_went_in(frames, beyond):
     [
         ({"downsample": [True, True]}, "downsample has 2 entries for 4 multipliers; give one per level boundary, 3"),
         ({"latents_mean": [0.0] * 3}, "latents_mean and latents_std have 3 and 4 entries; give 4 each"),
-        ({"pad_w": "circle"}, "pad_w is 'circle'; use zeros or circular"),
-        ({"pad_h": "poles"}, "pad_h is 'poles'; use zeros or pole"),
+        ({"pad_w": "circle"}, "pad_w is 'circle'; give one of zeros, circular"),
+        ({"pad_h": "poles"}, "pad_h is 'poles'; give one of zeros, pole"),
         ({"pad_h": "pole"}, "pad_h=pole turns rows around the panorama; it needs pad_w=circular"),
         ({"chunk_latents": 0}, "chunk_latents is 0; give an integer from 1 "),
         ({"shortcuts": True, "multipliers": [1, 3, 4, 4]}, "the patches of 8 channels cannot be averaged to 24"),

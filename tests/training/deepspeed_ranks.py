@@ -17,7 +17,7 @@ from vae3d import distributed
 from vae3d.checkpoints import state
 from vae3d.data.clips import Unreadable
 from vae3d.training.deepspeed import StrategyError
-from vae3d.training.spike import TooManyFailures
+from vae3d.training.failures import TooManyFailures
 from vae3d.training.vae_trainer import VaeTrainer
 
 SETTINGS = {
@@ -96,7 +96,7 @@ def main(folder: Path) -> None:
     t.checkpointer.save(t.step)
     report["steps"] += steps(t, STEPS)
     report["weights"], report["ema"] = weights(t), {name: value.clone() for name, value in t.ema.shadow.items()}
-    report["partitions"] = [p.clone() for p in t.optimizer.partitions()]
+    report["partitions"] = [p.clone() for p in t.strategy.partitions()]
     t.log.close()
 
     t = sharded(config, folder / "run")

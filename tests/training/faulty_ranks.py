@@ -19,14 +19,14 @@ from vae3d.checkpoints import state
 from vae3d.data.clips import Unreadable
 from vae3d.data.sources import DataError
 from vae3d.distributed import RanksDiffer
-from vae3d.training import data_parallel
+from vae3d.training import strategy, vae_trainer
 from vae3d.training.preflight import PreflightError
-from vae3d.training.step_status import Action, StatusTable
+from vae3d.training.step_metrics import StepMetrics
 from vae3d.training.vae_trainer import VaeTrainer
 
 SETTINGS = {
     "data.batch_size": 4, "trainer.max_steps": 20, "trainer.save_every": 0, "optim.eps": 0.01, "optim.warmup_steps": 5,
-    "optim.schedule": "cosine",
+    "optim.schedule": "cosine", "validation.every": 1000, "validation.frames": 1, "validation.clips": 2,
 }  # fmt: skip
 FAULTS = ("forward", "backward", "second", "data", "slow", "nan")  # one after each sound step
 NO_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB (pretended)"
@@ -118,7 +118,7 @@ def refusals(t: VaeTrainer, rank: int) -> dict[str, str]:
     with torch.no_grad():
         next(t.network.parameters()).add_(rank)
     try:
-        data_parallel.check_same_weights(t.network)
+        strategy.check_same_weights(t.network)
     except RanksDiffer as error:
         values["weights"] = str(error)
     return values
@@ -129,11 +129,38 @@ def uneven(t: VaeTrainer, rank: int) -> str:
     first, second = [p for name, p in t.network.named_parameters() if name.endswith("norm1.weight")][:2]
     for p in t.strategy.parameters:
         p.grad = torch.zeros_like(p) if p is not (first, second)[rank] else None
-    columns = dict.fromkeys(StatusTable.COLUMNS, 0.0) | {"gradients": t.strategy.gradient_digest()}
-    status = t.status_table.sync(**columns, with_gradient=t.strategy.params_with_grad)
-    decision = status.decide(0.0, t.spikes)
-    assert (decision.action, decision.error) == (Action.STOP, RanksDiffer)
+    decision = t.sync_status(StepMetrics(), None).decide(0.0, t.spikes)
+    assert isinstance(decision.error, RanksDiffer)
     return decision.reason
+
+
+def other_metrics(t: VaeTrainer, rank: int) -> str:
+    """What the ranks say of metrics of which one rank has another name."""
+    metrics = StepMetrics()
+    metrics.add({"loss": torch.tensor(1.0), f"loss/of_rank{rank}": torch.tensor(1.0)})
+    t.optimizer.zero_grad()
+    decision = t.sync_status(metrics, None).decide(0.0, t.spikes)
+    assert isinstance(decision.error, RanksDiffer)
+    return decision.reason
+
+
+def without_memory(t: VaeTrainer, rank: int) -> dict[str, object]:
+    """Scores where rank 0 has no memory to validate; what lies on disk where it has none to measure latents."""
+    hooks = [t.network.register_forward_pre_hook(out_of_memory)] if rank == 0 else []
+    scores = t.validate()
+    for hook in hooks:
+        hook.remove()
+    measure, t.step, t.config.trainer.publish.measure_scale = vae_trainer.measure, 200, 4
+    vae_trainer.measure = out_of_memory
+    t.checkpointer.save(t.step)
+    vae_trainer.measure = measure
+    torch.distributed.barrier()
+    exported = (t.folder / "exports/step-0000200").exists()
+    torch.distributed.barrier()
+    if rank == 0:
+        state.discard(t.folder / "checkpoints", t.step)
+    t.config.trainer.publish.measure_scale = 0
+    return {"scores": scores, "then": "val/psnr" in t.validate(), "exported": exported, "training": t.network.training}
 
 
 def out_of_data(t: VaeTrainer, rank: int) -> dict[str, object]:
@@ -163,6 +190,8 @@ def main(folder: Path) -> None:
     report["saving"] = saving(t, rank)
     report["refusals"] = refusals(t, rank)
     report["uneven"] = uneven(t, rank)
+    report["other_metrics"] = other_metrics(t, rank)
+    report["without_memory"] = without_memory(t, rank)
     report["out_of_data"] = out_of_data(t, rank)
     torch.save(report, folder / f"rank{rank}.pt")
 

@@ -15,7 +15,7 @@ from vae3d.checkpoints.state import ResumeError
 from vae3d.commands import train
 from vae3d.config.validate import ConfigError
 from vae3d.losses.distillation import FeatureDistillation, LatentDistillation
-from vae3d.training.distillation import Distillation, TeacherError, capture_activations, one_per_latent
+from vae3d.training.teacher import Distillation, TeacherError, capture_activations, one_per_latent
 from vae3d.types import Clip, Delta, Reconstruction, TeacherTargets
 
 FACTORS = ["model.latents_mean=[1,2,3,4]", "model.latents_std=[2,2,2,2]"]
@@ -36,8 +36,8 @@ def teacher(tmp_path_factory):
     return folder
 
 
-def trainer(videos, teacher, folder, *overrides):
-    config = tiny.training("wan", videos, *STUDENT, f"teacher.path={teacher}", *overrides, dry_run=True)
+def trainer(videos, teacher, folder, *overrides, dry_run=False):
+    config = tiny.training("wan", videos, *STUDENT, f"teacher.path={teacher}", *overrides, dry_run=dry_run)
     return train.build_trainer(config, folder)
 
 
@@ -95,7 +95,7 @@ def test_the_student_decodes_what_it_is_told(teacher, decode, shares):
 @pytest.mark.parametrize("features", [[], FEATURES])
 def test_a_student_comes_nearer_to_its_teacher_which_stays_as_it_is(videos, teacher, tmp_path, features):
     more = ["trainer.max_steps=25", "trainer.save_every=25", "optim.lr=3e-3", "debug=overfit", "data.frames.min=5"]
-    t = trainer(videos, teacher, tmp_path, *more, *features)
+    t = trainer(videos, teacher, tmp_path, *more, *features, dry_run=True)
     before = {name: tensor.clone() for name, tensor in t.distillation.teacher.state_dict().items()}
     clip = next(iter(t.data.clips(0, 1)))
     metrics = [t.train_step([clip]) for _ in range(25)]

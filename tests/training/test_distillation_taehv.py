@@ -15,7 +15,7 @@ from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import train
 from vae3d.config.validate import ConfigError
-from vae3d.training.distillation import Distillation
+from vae3d.training.teacher import Distillation
 from vae3d.types import Clip
 
 WAN = ["model.channels=4", "model.multipliers=[1,1,1,1]", "model.downsample=[false,true,true]", "model.layers=1"]

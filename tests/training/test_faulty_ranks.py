@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 
 import pytest
 import torch
@@ -80,8 +81,20 @@ def test_both_refuse_preflight_that_one_cannot_take_and_weights_that_differ(both
 
 def test_gradients_of_different_parameters_of_equal_size_are_refused_by_name(both):
     for report in both:
-        assert "norm1.weight has one on rank" in report["uneven"]
-        assert "none on rank" in report["uneven"]
+        assert re.search(r"rank \d has a gradient of \S+norm1.weight and rank \d has not", report["uneven"])
+
+
+def test_metrics_of_other_names_are_refused_by_name(both):
+    for report in both:
+        assert "rank 0 has the metric loss/of_rank0 and rank 1 has not" in report["other_metrics"]
+
+
+def test_a_validation_or_export_without_memory_on_one_rank_fails_on_both(both):
+    for report in both:
+        assert report["without_memory"] == {"scores": {}, "then": True, "exported": False, "training": True}
+    log = both[0]["log"]
+    assert re.search(r"validation failed at step \d+: CUDA out of memory", log)
+    assert "step-0000200 is complete, but its outputs are not: rank 0: CUDA out of memory" in log
 
 
 def test_a_loader_that_fails_on_one_rank_saves_and_ends_both(both):

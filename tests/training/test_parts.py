@@ -12,10 +12,10 @@ from vae3d.checkpoints.state import ResumeError
 from vae3d.errors import UserError
 from vae3d.schedules import ema_decay, learning_rate, ramp
 from vae3d.training.ema import Ema, MultiEma
+from vae3d.training.failures import SpikeError, SpikeGuard
 from vae3d.training.freeze import PartError, set_mode, train_parts
-from vae3d.training.metrics import MeanMeter, StepMetrics
-from vae3d.training.spike import SpikeError, SpikeGuard, worst
-from vae3d.training.step_status import Action, StepStatus
+from vae3d.training.step_metrics import MeanMeter, StepMetrics
+from vae3d.training.step_status import StatusTable, StepStatus
 
 
 def test_only_named_parts_train_each_with_its_scale():
@@ -176,22 +176,23 @@ OK = StepStatus(loss=1.0, worst=2.0, out_of_memory=(), unreadable=(), no_data=()
 @pytest.mark.parametrize(
     ("changes", "action", "reason"),
     [
-        ({}, Action.TAKE, ""),
-        ({"worst": math.nan}, Action.SKIP, "loss 1, at worst nan"),
-        ({"out_of_memory": (1, 3), "unreadable": (2,)}, Action.SKIP, "out of memory: rank 1, 3; .*file: rank 2"),
-        ({"no_data": (1,), "out_of_memory": (0,)}, Action.STOP, "rank 1 has no more data"),
-        ({"mismatch": "x.weight has one on rank 0 and none on rank 1"}, Action.STOP, "x.weight has one on rank 0"),
+        ({}, "take", ""),
+        ({"worst": math.nan}, "skip", "loss 1, at worst nan"),
+        ({"out_of_memory": (1, 3), "unreadable": (2,)}, "skip", "out of memory: rank 1, 3; .*file: rank 2"),
+        ({"no_data": (1,), "out_of_memory": (0,)}, "stop", "rank 1 has no more data"),
+        ({"mismatch": "x.weight has one on rank 0 and none on rank 1"}, "stop", "x.weight has one on rank 0"),
     ],
 )
 def test_a_step_is_taken_skipped_or_ends_the_run_by_what_all_ranks_report(changes, action, reason):
     for spikes in (SpikeGuard(), None):  # None: in a step that trains the discriminator only
         decision = replace(OK, **changes).decide(1.0, spikes)
-        assert decision.action is action
+        assert decision.take == (action == "take")
+        assert (decision.error is not None) == (action == "stop")
         assert re.search(reason, decision.reason)
         if spikes is not None:  # of steps that some rank did not finish the guard learns nothing
-            assert (spikes.accepted, spikes.consecutive_skips) == (int(action is Action.TAKE), int("worst" in changes))
+            assert (spikes.accepted, spikes.consecutive_skips) == (int(action == "take"), int("worst" in changes))
     if not changes:
-        assert OK.decide(math.inf, SpikeGuard()).action is Action.SKIP
+        assert not OK.decide(math.inf, SpikeGuard()).take
 
 
 def test_averages_at_several_rates_are_loaded_at_the_same_rates_only():
@@ -210,14 +211,18 @@ def test_averages_at_several_rates_are_loaded_at_the_same_rates_only():
 
 
 def test_the_worst_loss_is_nan_if_any_is():
-    assert worst([1.0, 3.0, 2.0]) == 3.0
-    assert math.isnan(worst([1.0, math.nan, 5.0]))
-    metrics = StepMetrics()
+    metrics, table = StepMetrics(), StatusTable(0, 1, torch.device("cpu"))
     for loss in (2.0, 7.0, 3.0):
-        metrics.add({"loss": torch.tensor(loss)})
-    assert metrics.worst("loss") == 7.0
-    metrics.add({"loss": torch.tensor(math.nan)})
-    assert math.isnan(metrics.worst("loss"))
+        metrics.add({"loss": torch.tensor(loss), "loss_discriminator": torch.tensor(1.0)})
+    status = table.sync(metrics.losses(), metrics.names, broken=2)
+    assert (status.loss, status.worst, status.broken, status.finite) == (4.0, 7.0, 2, True)
+    for bad in ({"loss": torch.tensor(math.nan)}, {"loss_discriminator": torch.tensor(math.inf)}):
+        unsound = StepMetrics()
+        for values in (bad, {"loss": torch.tensor(9.0), "loss_discriminator": torch.tensor(1.0)}):
+            unsound.add(values)
+        status = table.sync(unsound.losses(), unsound.names)
+        assert math.isnan(status.worst)
+        assert not status.finite
 
 
 @pytest.mark.parametrize(("step", "value"), [(0, 0.0), (200, 0.0), (350, 0.5), (500, 1.0), (5000, 1.0)])

@@ -11,7 +11,7 @@ import torch
 from tests import tiny
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.commands import train
-from vae3d.training.spike import TooManyFailures
+from vae3d.training.failures import TooManyFailures
 
 SETTINGS = [
     "stage=finetune", "stage.init_from=random", "loss=recon_kl", "loss.reduction=mean",
@@ -65,10 +65,12 @@ def test_with_both_errors_the_output_dies_at_black_and_the_run_stops(videos, tmp
 def test_without_them_the_same_run_learns(videos, tmp_path):
     t = trainer(videos, tmp_path)
     clip = next(iter(t.data.clips(0, 1)))
-    before = psnr(t, clip)
-    for _ in range(150):
+    wanted = max(psnr(t, clip), black_psnr(clip)) + 5
+    for step in range(150):
         values = t.train_step([clip])
-    assert psnr(t, clip) > max(before, black_psnr(clip)) + 5
+        if step % 10 == 9 and psnr(t, clip) > wanted:
+            break
+    assert psnr(t, clip) > wanted
     assert values["grad_norm"] > 0
 
 

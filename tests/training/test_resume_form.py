@@ -16,6 +16,7 @@ from tests.diffusion import latent_runs
 from tests.training import quick
 from vae3d.adversarial.replay import ReplayBuffer
 from vae3d.arguments import ArgumentError
+from vae3d.config.schema import TrainConfig
 from vae3d.errors import UserError
 from vae3d.restore import load_optimizer
 
@@ -94,9 +95,17 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(pictures: Path) -> TrainConfig:
+    """Of a network with few tensors, as states are written and read a hundred times."""
+    frames = ["data.frames.min=1", "data.frames.max=1"]
+    start = ["stage=finetune", "stage.init_from=random", "loss=recon_kl"]
+    return tiny.training("spatial", pictures, *start, *frames, "model.channels=[8]")
+
+
+@pytest.fixture(scope="module")
+def run(small: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    quick.trainer(pictures, folder, **{"trainer.spike.factor": 9.0}).fit()
+    quick.trainer(small, folder, **{"trainer.spike.factor": 9.0}).fit()
     return folder / "checkpoints/step-0000002/state.pt"
 
 
@@ -112,10 +121,10 @@ def refused(make: Callable[[Path], object], good: dict[str, Any], change: Change
     return str(error.value)
 
 
-def test_every_part_of_a_training_state_is_checked_before_it_is_taken(pictures, run, tmp_path):
+def test_every_part_of_a_training_state_is_checked_before_it_is_taken(small, run, tmp_path):
     good = torch.load(run, weights_only=True)
 
-    resuming = quick.trainer(pictures, tmp_path)
+    resuming = quick.trainer(small, tmp_path)
 
     def resume(file: Path) -> None:
         resuming.config.run.resume_from = str(file)
@@ -137,10 +146,10 @@ def test_every_part_of_a_diffusion_state_is_checked_before_it_is_taken(tmp_path)
     vae = latent_runs.vae("spatial", tmp_path / "vae", source)
     clips = [f"vae.path={vae}", f"data.source.path={source}", "data.height=64", "data.width=64", "data.frames.min=1"]
     clips += ["data.frames.max=1", "trainer.max_steps=2", "process=flow"]
-    latent_runs.trainer(tmp_path / "run", *clips).fit()
+    latent_runs.trainer(tmp_path / "run", *clips, network="video_transformer").fit()
     good = torch.load(tmp_path / "run/checkpoints/step-0000002/state.pt", weights_only=True)
 
-    resuming = latent_runs.trainer(tmp_path / "other", *clips)
+    resuming = latent_runs.trainer(tmp_path / "other", *clips, network="video_transformer")
 
     def resume(file: Path) -> None:
         resuming.config.run.resume_from = str(file)

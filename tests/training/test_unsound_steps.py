@@ -9,7 +9,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 from tests.training.test_trainer import fresh_accelerate, trainer, weights  # noqa: F401
-from vae3d.training.spike import SpikeError
+from vae3d.training.failures import SpikeError
 
 
 def test_an_unsound_step_changes_nothing(videos, tmp_path):

@@ -13,7 +13,7 @@ from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.state import latest_state, load_state
 from vae3d.commands import train
-from vae3d.commands.check import check_training
+from vae3d.commands.cli import check_training
 from vae3d.config.schema import TrainConfig
 from vae3d.config.validate import ConfigError
 

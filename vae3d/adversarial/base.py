@@ -1,18 +1,25 @@
-"""Adversary interface, a no-op, and what the adversaries share."""
+"""The interface of adversarial training, and what the adversaries share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from vae3d.arguments import ArgumentError
+from vae3d.arguments import ArgumentError, Range, check_fields
 from vae3d.distributed import all_reduce_mean
+from vae3d.restore import check_like, load_optimizer
+from vae3d.schedules import ramp
+from vae3d.seeding import seed_of
 from vae3d.types import Clip, Reconstruction
+
+LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
+Step = Annotated[int, Range(0, 10**12)]
+Weight = Annotated[float, Range(0, 1e12)]
+Positive = Annotated[float, Range(1e-30, 1e30)]
 
 
 class UpdatePhase(NamedTuple):
@@ -22,8 +29,8 @@ class UpdatePhase(NamedTuple):
     discriminator: bool
 
 
-class Adversary(Protocol):
-    """Discriminators with their optimizer and state.
+class Adversary:
+    """Adversarial training: discriminators with their optimizer and state. The base class has none.
 
     The generator's loss uses a frozen discriminator, the discriminator's loss detached reconstructions. In each step
     the trainer computes and differentiates both for every micro-batch, then calls `sync_remaining`, and then, on all
@@ -37,128 +44,166 @@ class Adversary(Protocol):
         model: the generator, with its frozen parts frozen. seed: the run's.
         """
 
-    def update_phase(self, step: int) -> UpdatePhase: ...
+    def update_phase(self, step: int) -> UpdatePhase:
+        return UpdatePhase(generator=True, discriminator=False)
 
-    def generator_loss(
-        self, clip: Clip, out: Reconstruction, loss: Tensor, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def generator_loss(self, clip: Clip, out: Reconstruction, loss: Tensor, step: int) -> LossAndMetrics:
         """Weighted loss to add to the objective's `loss`, and metrics."""
+        return torch.zeros((), device=clip.video.device), {}
 
-    def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> LossAndMetrics:
+        raise NotImplementedError
 
     def sync_remaining(self, step: int, micro_batches: int) -> None:
         """Join the collectives of generator_loss calls that this rank skipped in this step (memory, files)."""
 
     def step(self) -> None:
         """Average the discriminator's gradients over ranks, update it and zero the gradients."""
+        raise NotImplementedError
 
     def reset_step(self) -> None:
         """Zero the gradients and drop all else that this optimizer step computed."""
 
     def state_dict(self) -> dict[str, Any]:
         """State that is equal on all ranks."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-    def rank_state_dict(self) -> dict[str, Any]:
-        """State of this rank alone, such as a replay buffer; may be empty."""
-
-    def load_rank_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class NoAdversary:
-    """Trains without a discriminator."""
-
-    def load(self, model: nn.Module, device: torch.device, seed: int, rank: int) -> None:
-        pass
-
-    def update_phase(self, step: int) -> UpdatePhase:
-        return UpdatePhase(generator=True, discriminator=False)
-
-    def generator_loss(
-        self, clip: Clip, out: Reconstruction, loss: Tensor, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return torch.zeros((), device=clip.video.device), {}
-
-    def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        raise AssertionError("there is no discriminator")
-
-    def sync_remaining(self, step: int, micro_batches: int) -> None:
-        pass
-
-    def step(self) -> None:
-        raise AssertionError("there is no discriminator")
-
-    def reset_step(self) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             raise ArgumentError("adversary has the state of a discriminator, and this run has none")
 
-    rank_state_dict = state_dict
-    load_rank_state_dict = load_state_dict
+    def rank_state_dict(self) -> dict[str, Any]:
+        """State of this rank alone, such as a replay buffer; may be empty."""
+        return {}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ArgumentError("adversary has state of a rank, and this run's adversary has none")
 
 
-def require_pair(name: str, clip: Clip, out: Reconstruction) -> tuple[Tensor, Tensor]:
-    """The clip's pixels and their reconstruction, [B, 3, T, H, W]. name: of the adversary, for errors.
+class NoAdversary(Adversary):
+    """Trains without a discriminator."""
 
-    Raises ValueError if there is no reconstruction, or one of another size, or one without gradient.
+
+class DiscriminatorAdversary(Adversary):
+    """What Gan and Seraena share: a discriminator with its AdamW, schedules, and skipped steps.
+
+    Both train the discriminator under functional_call with copies of its buffers (running statistics, singular
+    vectors), which `step` keeps and `reset_step` drops: a skipped step leaves no trace. Settings are fields of the
+    subclasses, which are dataclasses, and are checked against their annotations.
     """
-    if out.video is None:
-        raise ValueError(f"{name} needs reconstructed pixels, but no loss term does; add one, such as loss=recon_kl")
-    real, fake = list(clip.video.shape), list(out.video.shape)
-    if fake != real:
-        raise ValueError(f"the clip is {real}, its reconstruction {fake}; they must agree")
-    return clip.video, out.video
 
+    name: str  # in seeds
+    title: str  # in errors
+    weight: Weight
+    start: Step
+    ramp: Step
+    discriminator_start: Step | None
+    lr: float
+    betas: Sequence[float]
+    weight_decay: float
+    grad_clip: Positive | None
 
-def require_grad(name: str, out: Reconstruction) -> None:
-    """Raises ValueError if the reconstruction has no gradient to train the generator with."""
-    if not out.video.requires_grad:
-        raise ValueError(f"no trained part reaches the pixels, on which {name} works; use adversary=none")
+    def __post_init__(self) -> None:
+        check_fields(vars(self), type(self), key="adversary")
+        if self.discriminator_start is None:
+            self.discriminator_start = self.start
+        if self.discriminator_start > self.start:
+            raise ValueError(
+                f"adversary.discriminator_start is {self.discriminator_start}, after adversary.start={self.start}: the "
+                "generator would train against random weights; use that or less, or null"
+            )
+        self.skipped = 0  # steps whose gradients were not finite
+        self.grad_norm = 0.0  # of the last update, before clipping
+        self._reset()
 
+    def build(self) -> nn.Module:
+        """A discriminator with random weights."""
+        raise NotImplementedError
 
-def update_discriminator(
-    discriminator: nn.Module,
-    optimizer: Optimizer,
-    buffers: Mapping[str, Tensor],
-    grad_clip: float | None,
-    *,
-    also_reduce: Sequence[Tensor] = (),
-) -> float:
-    """Average gradients, `buffers` and `also_reduce` over ranks, clip, and step; returns the norm before clipping.
-
-    buffers: the discriminator's running statistics after this step's micro-batches. Each rank normalised by its own
-    clips, so all continue with the mean. If the norm is not finite (on all ranks alike), nothing is updated.
-    """
-    parameters = list(discriminator.parameters())
-    statistics = [buffer for buffer in buffers.values() if buffer.is_floating_point()]
-    all_reduce_mean([*(p.grad for p in parameters), *statistics, *also_reduce])
-    norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
-    if math.isfinite(norm):
-        optimizer.step()
-        for name, buffer in discriminator.named_buffers():
-            buffer.copy_(buffers[name])
-    return norm
-
-
-def check_settings(
-    settings: Mapping[str, Any], choices: Mapping[str, Collection[str]], minimums: Mapping[str, float]
-) -> None:
-    """Raises ValueError for an adversary's setting that is not among its choices or below its minimum."""
-    for key, allowed in choices.items():
-        if settings[key] not in allowed:
-            raise ValueError(f"adversary.{key} is {settings[key]!r}; use {' or '.join(allowed)}")
-    for key, minimum in minimums.items():
-        if settings[key] < minimum:
-            raise ValueError(f"adversary.{key} is {settings[key]}; use {minimum} or more")
-    if settings["discriminator_start"] > settings["start"]:
-        raise ValueError(
-            f"adversary.discriminator_start is {settings['discriminator_start']}, after "
-            f"adversary.start={settings['start']}: the generator would train against random weights; use that or less, "
-            "or null"
+    def load(self, model: nn.Module, device: torch.device, seed: int, rank: int) -> None:
+        self.device = device
+        self.seed = seed
+        self.rank = rank
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(seed_of(seed, self.name))  # of the CPU only
+            self.discriminator = self.build().to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.discriminator.parameters(), self.lr, tuple(self.betas), weight_decay=self.weight_decay
         )
+
+    def update_phase(self, step: int) -> UpdatePhase:
+        return UpdatePhase(generator=True, discriminator=step >= self.discriminator_start)
+
+    def weight_at(self, step: int) -> float:
+        """Weight of the generator's loss."""
+        return self.weight * ramp(step, self.start, self.start + self.ramp)
+
+    def train_mode(self) -> dict[str, Tensor]:
+        """Switch the discriminator to train mode. Returns the copies of its buffers, which micro-batches change."""
+        if not self._buffers:
+            self._buffers = {name: tensor.clone() for name, tensor in self.discriminator.named_buffers()}
+        self.discriminator.train()
+        return self._buffers
+
+    def update(self, lr: float, also_reduce: Sequence[Tensor] = ()) -> bool:
+        """Average gradients, buffers and `also_reduce` over ranks, clip, and step; returns whether it stepped.
+
+        Each rank normalised by its own clips, so all continue with the mean of their running statistics. If the norm
+        of the gradients is not finite, on all ranks alike, nothing changes but `skipped`.
+        """
+        parameters = list(self.discriminator.parameters())
+        statistics = [buffer for buffer in self._buffers.values() if buffer.is_floating_point()]
+        all_reduce_mean([*(p.grad for p in parameters), *statistics, *also_reduce])
+        norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip or math.inf).item()
+        if not math.isfinite(norm):
+            self.skipped += 1
+            return False
+        self.grad_norm = norm
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        for name, buffer in self.discriminator.named_buffers():
+            buffer.copy_(self._buffers[name])
+        return True
+
+    def reset_step(self) -> None:
+        self.optimizer.zero_grad()
+        self._reset()
+
+    def _reset(self) -> None:
+        """Drop what this optimizer step kept aside."""
+        self._buffers: dict[str, Tensor] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "discriminator": self.discriminator.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ArgumentError for the state of another discriminator."""
+        check_like(state, self.state_dict() | {"optimizer": None}, "adversary")
+        self.discriminator.load_state_dict(state["discriminator"])
+        load_optimizer(self.optimizer, state["optimizer"], "adversary.optimizer")
+        self.skipped = state["skipped"]
+
+    def require_pair(self, clip: Clip, out: Reconstruction) -> tuple[Tensor, Tensor]:
+        """The clip's pixels and their reconstruction, [B, 3, T, H, W].
+
+        Raises ValueError if there is no reconstruction, or one of another size.
+        """
+        if out.video is None:
+            raise ValueError(
+                f"{self.title} needs reconstructed pixels, but no loss term does; add one, such as loss=recon_kl"
+            )
+        real, fake = list(clip.video.shape), list(out.video.shape)
+        if fake != real:
+            raise ValueError(f"the clip is {real}, its reconstruction {fake}; they must agree")
+        return clip.video, out.video
+
+    def require_grad(self, out: Reconstruction) -> None:
+        """Raises ValueError if the reconstruction has no gradient to train the generator with."""
+        if not out.video.requires_grad:
+            raise ValueError(f"no trained part reaches the pixels, on which {self.title} works; use adversary=none")

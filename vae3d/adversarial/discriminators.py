@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from vae3d.precision import autocast_off
 
-NORMS = ("spectral_group", "spectral", "batch", "group", "none")
+Norm = Literal["spectral_group", "spectral", "batch", "group", "none"]
 SPECTRAL = ("spectral_group", "spectral")
-SERAENA_NORMS = ("batch", "group")
 SERAENA_STRIDE = 8  # pixels per score, along height and width
 
 
@@ -45,26 +45,20 @@ class PatchGAN(nn.Module):
     norms. Convolutions before a norm have no bias, nor do they with `none` and `spectral`.
     Weights start from N(0, 0.02) and those of norms from N(1, 0.02), as published; with spectral norm, which removes
     their scale, from torch's defaults.
-    Raises ValueError for another norm, groups that do not divide the channels, or images smaller than 3 * 2**layers.
+    Raises ValueError for groups that do not divide the channels, or images smaller than 3 * 2**layers.
     """
 
     conv = Conv2d
     batch_norm = nn.BatchNorm2d
     kernel: tuple[int, ...] = (4, 4)
 
-    def __init__(
-        self, *, channels: int = 64, layers: int = 3, norm: str = "spectral_group", groups: int = 32, colours: int = 3
-    ) -> None:
+    def __init__(self, *, channels: int = 64, layers: int = 3, norm: Norm = "spectral_group", groups: int = 32) -> None:
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"adversary.norm is {norm!r}; use one of {', '.join(NORMS)}")
-        if layers < 1:
-            raise ValueError(f"adversary.layers is {layers}; use 1 or more")
         self.norm = norm
         self.groups = groups
         self.min_size = 3 * 2**layers  # pixels
         widths = [channels * min(2**n, 8) for n in range(layers + 1)]
-        parts: list[nn.Module] = [self._conv(colours, widths[0], self._strides(0)), nn.LeakyReLU(0.2, True)]
+        parts: list[nn.Module] = [self._conv(3, widths[0], self._strides(0)), nn.LeakyReLU(0.2, True)]
         for n in range(1, layers + 1):
             stride = self._strides(n) if n < layers else 1
             parts += [self._conv(widths[n - 1], widths[n], stride, bias=False), self._norm(widths[n])]

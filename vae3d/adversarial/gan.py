@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from vae3d.adversarial.adaptive import AdaptiveWeight
-from vae3d.adversarial.base import UpdatePhase, check_settings, require_grad, require_pair, update_discriminator
+from vae3d.adversarial.base import DiscriminatorAdversary, LossAndMetrics, Positive, Step, UpdatePhase, Weight
 from vae3d.adversarial.criteria import CRITERIA, gradient_penalty, lecam, over_scales
-from vae3d.adversarial.discriminators import MultiScale, PatchGAN, PatchGAN3D
+from vae3d.adversarial.discriminators import MultiScale, Norm, PatchGAN, PatchGAN3D
 from vae3d.adversarial.frame_groups import group_frames
-from vae3d.arguments import ArgumentError
+from vae3d.arguments import Count, Depth, Width
 from vae3d.precision import autocast, autocast_off
-from vae3d.restore import check_like, load_optimizer
-from vae3d.schedules import ALL_ON, learning_rate
-from vae3d.schedules import ramp as ramp_at
-from vae3d.seeding import seed_of
+from vae3d.schedules import ALL_ON, Schedule, learning_rate
 from vae3d.types import Clip, Reconstruction
 
 NETWORKS = {"frames": PatchGAN, "clips": PatchGAN3D}
-CHOICES = {"input": NETWORKS, "criterion": CRITERIA, "precision": ("fp32", "bf16")}
-MINIMUMS = dict.fromkeys(("lecam", "r1", "r2", "weight", "start", "ramp", "discriminator_start"), 0)
-MINIMUMS |= {"scales": 1, "penalty_every": 1}
 
 
-class Gan:
+@dataclass(kw_only=True, eq=False)
+class Gan(DiscriminatorAdversary):
     """`LPIPSWithDiscriminator` of CompVis/latent-diffusion `ldm/modules/losses/contperceptual.py` without its LPIPS,
     with a choice of discriminators, losses and regularisers.
 
@@ -56,124 +51,92 @@ class Gan:
     Raises ValueError for settings that do not go together.
     """
 
-    def __init__(
-        self,
-        *,
-        input: str = "frames",
-        channels: int = 64,
-        layers: int = 3,
-        norm: str = "spectral_group",
-        groups: int = 32,
-        scales: int = 1,
-        criterion: str = "hinge",
-        lecam: float = 0.0,
-        lecam_decay: float = 0.999,
-        r1: float = 0.0,
-        r2: float = 0.0,
-        penalty_every: int = 16,
-        weight: float = 1.0,
-        adaptive: bool = True,
-        adaptive_max: float = 1e4,
-        start: int = 0,
-        ramp: int = 0,
-        discriminator_start: int | None = None,
-        alternate: bool = False,
-        lr: float = 1e-4,
-        betas: Sequence[float] = (0.5, 0.9),
-        weight_decay: float = 0.0,
-        grad_clip: float | None = 1.0,
-        schedule: str = "constant",
-        warmup_steps: int = 0,
-        max_steps: int = 0,
-        min_lr: float = 0.0,
-        cycles: int = 1,
-        power: float = 1.0,
-        precision: str = "fp32",
-    ) -> None:
-        self.input = input
-        self.network = {"channels": channels, "layers": layers, "norm": norm, "groups": groups}
-        self.scales = scales
-        self.criterion = criterion
-        self.lecam = lecam
-        self.lecam_decay = lecam_decay
-        self.r1 = r1
-        self.r2 = r2
-        self.penalty_every = penalty_every
-        self.weight = weight
-        self.adaptive = AdaptiveWeight(adaptive_max) if adaptive else None
-        self.start = start
-        self.ramp = ramp
-        self.discriminator_start = start if discriminator_start is None else discriminator_start
-        self.alternate = alternate
-        self.adamw = {"betas": tuple(betas), "weight_decay": weight_decay}
-        self.grad_clip = grad_clip
-        self.schedule = {
-            "lr": lr,
-            "schedule": schedule,
-            "warmup_steps": warmup_steps,
-            "max_steps": max_steps - self.discriminator_start,
-            "min_lr": min_lr,
-            "cycles": cycles,
-            "power": power,
-        }
-        self.precision = precision
-        check_settings(vars(self), CHOICES, MINIMUMS)
-        if not 0 <= lecam_decay < 1:
-            raise ValueError(f"adversary.lecam_decay is {lecam_decay}; use 0 to less than 1")
-        for key, value in (("adaptive_max", adaptive_max), ("grad_clip", grad_clip)):
-            if value is not None and not value > 0:
-                raise ValueError(f"adversary.{key} is {value}; use a positive number")
-        if norm == "batch" and (r1 or r2):
+    input: Literal["frames", "clips"] = "frames"
+    channels: Width = 64
+    layers: Depth = 3
+    norm: Norm = "spectral_group"
+    groups: Count = 32
+    scales: Count = 1
+    criterion: Literal["hinge", "vanilla", "non_saturating", "relativistic", "hinge_non_saturating"] = "hinge"
+    lecam: Weight = 0.0
+    lecam_decay: float = 0.999
+    r1: Weight = 0.0
+    r2: Weight = 0.0
+    penalty_every: Count = 16
+    weight: Weight = 1.0
+    adaptive: bool = True
+    adaptive_max: Positive = 1e4
+    start: Step = 0
+    ramp: Step = 0
+    discriminator_start: Step | None = None
+    alternate: bool = False
+    lr: float = 1e-4
+    betas: Sequence[float] = (0.5, 0.9)
+    weight_decay: float = 0.0
+    grad_clip: Positive | None = 1.0
+    schedule: Schedule = "constant"
+    warmup_steps: int = 0
+    max_steps: int = 0
+    min_lr: float = 0.0
+    cycles: int = 1
+    power: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    name = "gan"
+    title = "the GAN"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.lecam_decay < 1:
+            raise ValueError(f"adversary.lecam_decay is {self.lecam_decay}; use 0 to less than 1")
+        if self.norm == "batch" and (self.r1 or self.r2):
             raise ValueError(
                 "adversary.norm=batch mixes images, so adversary.r1 and adversary.r2 would not be gradients of an "
                 "image's own logits; use another norm, or 0 for both"
             )
-        self.lr_at(ALL_ON)  # raises for an unknown schedule
         with torch.device("meta"):
-            self._build()
-        self.skipped = 0  # steps whose gradients were not finite
-        self.grad_norm = 0.0  # of the last update, before clipping
-        self._reset()
+            self.build()
+        self.adaptive_weight = AdaptiveWeight(self.adaptive_max) if self.adaptive else None
 
-    def _build(self) -> MultiScale:
-        return MultiScale([NETWORKS[self.input](**self.network) for _ in range(self.scales)])
+    def build(self) -> MultiScale:
+        settings = {"channels": self.channels, "layers": self.layers, "norm": self.norm, "groups": self.groups}
+        return MultiScale([NETWORKS[self.input](**settings) for _ in range(self.scales)])
 
     def load(self, model: nn.Module, device: torch.device, seed: int, rank: int) -> None:
-        self.device = device
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed_of(seed, "gan"))  # of the CPU only
-            self.discriminator = self._build().to(device)
-        self.optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=self.schedule["lr"], **self.adamw)
+        super().load(model, device, seed, rank)
         self.averages = torch.zeros(2, self.scales, device=device)  # of the logits of clips and of reconstructions
-        if self.adaptive is not None:
-            self.adaptive.load(model, device)
+        if self.adaptive_weight is not None:
+            self.adaptive_weight.load(model, device)
 
     def update_phase(self, step: int) -> UpdatePhase:
         if self.alternate and step >= self.start:
             return UpdatePhase(generator=(step - self.start) % 2 == 0, discriminator=(step - self.start) % 2 == 1)
-        return UpdatePhase(generator=True, discriminator=step >= self.discriminator_start)
-
-    def weight_at(self, step: int) -> float:
-        """Weight of the generator's loss, without the adaptive weight."""
-        return self.weight * ramp_at(step, self.start, self.start + self.ramp)
+        return super().update_phase(step)
 
     def lr_at(self, step: int) -> float:
-        return learning_rate(step - self.discriminator_start, **self.schedule)
+        return learning_rate(
+            step - self.discriminator_start,
+            lr=self.lr,
+            schedule=self.schedule,
+            warmup_steps=self.warmup_steps,
+            max_steps=self.max_steps - self.discriminator_start,
+            min_lr=self.min_lr,
+            cycles=self.cycles,
+            power=self.power,
+        )
 
-    def generator_loss(
-        self, clip: Clip, out: Reconstruction, loss: Tensor, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def generator_loss(self, clip: Clip, out: Reconstruction, loss: Tensor, step: int) -> LossAndMetrics:
         """Raises ValueError if sizes differ, no trained part reaches the pixels, or as AdaptiveWeight does."""
         weight = torch.tensor(self.weight_at(step), device=clip.video.device)
         if not self.weight_at(step):
             return weight, {}
         real, fake = self._inputs(clip, out)
-        require_grad("the GAN", out)
+        self.require_grad(out)
         with autocast_off(fake.device):
             value = self.generator_criterion(real, fake)
             metrics = {"loss/gan": value}
-            if self.adaptive is not None:
-                factor, clamped = self.adaptive(loss, value)
+            if self.adaptive_weight is not None:
+                factor, clamped = self.adaptive_weight(loss, value)
                 weight = weight * factor
                 metrics |= {"gan/adaptive_weight": factor, "gan/clamped": clamped}
             weighted = weight * value
@@ -189,11 +152,9 @@ class Gan:
         real_logits = self._logits(frozen, real) if criterion.paired else fake_logits
         return over_scales(criterion.generator, real_logits, fake_logits)
 
-    def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> LossAndMetrics:
         """Raises ValueError if sizes differ."""
         real, fake = (images.detach() for images in self._inputs(clip, out))
-        if not self._buffers:
-            self._buffers = {name: tensor.clone() for name, tensor in self.discriminator.named_buffers()}
         self._step = step
         with autocast_off(real.device):
             loss, metrics = self.discriminator_criterion(real, fake)
@@ -206,10 +167,9 @@ class Gan:
         metrics["gan/discriminator_grad_norm"] = torch.tensor(self.grad_norm, device=real.device)
         return loss, {name: metric.detach() for name, metric in metrics.items()}
 
-    def discriminator_criterion(self, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def discriminator_criterion(self, real: Tensor, fake: Tensor) -> LossAndMetrics:
         """Loss of the discriminator in train mode, without its gradient penalties, and metrics."""
-        self.discriminator.train()
-        pairs = [logits.chunk(2) for logits in self._logits(self._buffers, torch.cat([real, fake]))]
+        pairs = [logits.chunk(2) for logits in self._logits(self.train_mode(), torch.cat([real, fake]))]
         real_logits, fake_logits = zip(*pairs, strict=True)
         value = loss = over_scales(CRITERIA[self.criterion].discriminator, real_logits, fake_logits)
         means = torch.stack([torch.stack([x.mean() for x in logits]) for logits in (real_logits, fake_logits)]).detach()
@@ -247,57 +207,27 @@ class Gan:
         return penalties
 
     def sync_remaining(self, step: int, micro_batches: int) -> None:
-        if self.adaptive is not None and self.update_phase(step).generator and self.weight_at(step):
-            self.adaptive.sync_remaining(micro_batches)
+        if self.adaptive_weight is not None and self.update_phase(step).generator and self.weight_at(step):
+            self.adaptive_weight.sync_remaining(micro_batches)
 
     def step(self) -> None:
         """Update the discriminator. If the averaged gradient is not finite, on all ranks alike, skip and count it."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_at(self._step)
         means = torch.stack(self._logit_means).mean(0)
-        norm = update_discriminator(
-            self.discriminator, self.optimizer, self._buffers, self.grad_clip, also_reduce=[means]
-        )
-        if math.isfinite(norm):
-            self.grad_norm = norm
+        if self.update(self.lr_at(self._step), also_reduce=[means]):
             self.averages.lerp_(means, 1 - self.lecam_decay)
-        else:
-            self.skipped += 1
         self.reset_step()
 
-    def reset_step(self) -> None:
-        self.optimizer.zero_grad()
-        self._reset()
-
     def _reset(self) -> None:
-        """Drop what this optimizer step kept aside."""
-        self._buffers: dict[str, Tensor] = {}  # the discriminator's, as this step's micro-batches changed them
+        super()._reset()
         self._logit_means: list[Tensor] = []  # [clips and reconstructions, scales], per micro-batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "discriminator": self.discriminator.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "averages": self.averages,
-            "skipped": self.skipped,
-            "grad_norm": self.grad_norm,
-        }
+        return super().state_dict() | {"averages": self.averages, "grad_norm": self.grad_norm}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ArgumentError for the state of another discriminator."""
-        check_like(state, self.state_dict() | {"optimizer": None}, "adversary")
-        self.discriminator.load_state_dict(state["discriminator"])
-        load_optimizer(self.optimizer, state["optimizer"], "adversary.optimizer")
+        super().load_state_dict(state)
         self.averages = state["averages"].to(self.device)
-        self.skipped = state["skipped"]
         self.grad_norm = state["grad_norm"]
-
-    def rank_state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ArgumentError("adversary has state of a rank, and a GAN has none")
 
     def _logits(self, tensors: dict[str, Tensor], x: Tensor) -> list[Tensor]:
         """Logits of every scale in fp32, with `tensors` in place of the discriminator's parameters or buffers."""
@@ -306,7 +236,7 @@ class Gan:
 
     def _inputs(self, clip: Clip, out: Reconstruction) -> tuple[Tensor, Tensor]:
         """Real and fake frames [B * T, 3, H, W] or clips [B, 3, T, H, W] in fp32; the fake ones have the gradient."""
-        real, fake = (video.float() for video in require_pair("the GAN", clip, out))
+        real, fake = (video.float() for video in self.require_pair(clip, out))
         if clip.valid is not None:
             fake = torch.where(clip.valid, fake, real)
         return (real, fake) if self.input == "clips" else (group_frames(real, 1), group_frames(fake, 1))

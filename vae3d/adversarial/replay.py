@@ -26,10 +26,6 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for pair in self.pairs for tensor in pair)
-
     def push(self, images: Tensor, contexts: Tensor, generator: torch.Generator) -> None:
         """Add [N, C, H, W] and [N, c, h, w]; once full, each pair replaces a random one.
 

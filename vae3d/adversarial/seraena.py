@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vae3d.adversarial.base import UpdatePhase, check_settings, require_grad, require_pair, update_discriminator
-from vae3d.adversarial.discriminators import SERAENA_NORMS, SERAENA_STRIDE, ConditionalPatchDiscriminator
+from vae3d.adversarial.base import DiscriminatorAdversary, LossAndMetrics, Positive, Step, Weight
+from vae3d.adversarial.discriminators import SERAENA_STRIDE, ConditionalPatchDiscriminator
 from vae3d.adversarial.frame_groups import group_frames, group_latents, ungroup_frames
 from vae3d.adversarial.replay import ReplayBuffer
+from vae3d.arguments import Count, Range, Widths
 from vae3d.precision import autocast, autocast_off
-from vae3d.restore import check_like, load_optimizer
-from vae3d.schedules import ramp as ramp_at
-from vae3d.seeding import generator_of, seed_of
+from vae3d.seeding import generator_of
 from vae3d.types import Clip, Reconstruction
 
-CHOICES = {"context": ("mean", "nearest"), "norm": SERAENA_NORMS, "precision": ("fp32", "bf16")}
-MINIMUMS = dict.fromkeys(("weight", "start", "ramp", "discriminator_start", "diagnostics_every"), 0)
-MINIMUMS |= {"frames": 1, "buffer_length": 1}
 
-
-class Seraena:
+@dataclass(kw_only=True, eq=False)
+class Seraena(DiscriminatorAdversary):
     """`seraena.py` and `TAEHV_Training_Example.ipynb` of madebyollin/seraena.
 
     Groups of frames are images [N, 3 * frames, H, W] in [0, 1] (see frame_groups), with the latents that they were
@@ -54,82 +51,42 @@ class Seraena:
     diagnostics_every: steps between measurements of correction_over_reconstruction; 0: never.
     """
 
-    def __init__(
-        self,
-        *,
-        context_channels: int,
-        weight: float = 1.0,
-        start: int = 0,
-        ramp: int = 0,
-        discriminator_start: int | None = None,
-        frames: int = 3,
-        context: str = "mean",
-        eps: float = 1e-5,
-        buffer_length: int = 16384,
-        fresh_fraction: float = 0.5,
-        lr: float = 3e-4,
-        betas: Sequence[float] = (0.9, 0.99),
-        grad_clip: float | None = None,
-        norm: str = "batch",
-        channels: Sequence[int] = (64, 128, 256, 512, 512, 512),
-        precision: str = "fp32",
-        diagnostics_every: int = 50,
-    ) -> None:
-        self.context_channels = context_channels
-        self.weight = weight
-        self.start = start
-        self.ramp = ramp
-        self.discriminator_start = start if discriminator_start is None else discriminator_start
-        self.frames = frames
-        self.context = context
-        self.eps = eps
-        self.buffer_length = buffer_length
-        self.fresh_fraction = fresh_fraction
-        self.lr = lr
-        self.betas = tuple(betas)
-        self.grad_clip = grad_clip
-        self.norm = norm
-        self.channels = channels
-        self.precision = precision
-        self.diagnostics_every = diagnostics_every
-        check_settings(vars(self), CHOICES, MINIMUMS)
-        if not 0 <= fresh_fraction <= 1:
-            raise ValueError(f"adversary.fresh_fraction is {fresh_fraction}; use 0 to 1")
-        if eps <= 0:
-            raise ValueError(f"adversary.eps is {eps}; use a positive number")
-        if not channels:
-            raise ValueError("adversary.channels is empty; give the width of every block")
-        self.buffer = ReplayBuffer(buffer_length)
-        self.skipped = 0  # steps whose gradients were not finite
-        self._reset()
+    context_channels: int
+    weight: Weight = 1.0
+    start: Step = 0
+    ramp: Step = 0
+    discriminator_start: Step | None = None
+    frames: Count = 3
+    context: Literal["mean", "nearest"] = "mean"
+    eps: Positive = 1e-5
+    buffer_length: Count = 16384
+    fresh_fraction: Annotated[float, Range(0, 1)] = 0.5
+    lr: float = 3e-4
+    betas: Sequence[float] = (0.9, 0.99)
+    grad_clip: Positive | None = None
+    norm: Literal["batch", "group"] = "batch"
+    channels: Widths = (64, 128, 256, 512, 512, 512)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    diagnostics_every: Step = 50
 
-    def load(self, model: nn.Module, device: torch.device, seed: int, rank: int) -> None:
-        self.device = device
-        self.seed = seed
-        self.rank = rank
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed_of(seed, "seraena"))  # of the CPU only
-            network = ConditionalPatchDiscriminator(
-                3 * self.frames, self.context_channels, self.channels, norm=self.norm
-            )
-        self.discriminator = network.to(device)
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=self.lr, betas=self.betas)
+    name = "seraena"
+    title = "Seraena"
+    weight_decay = 0.01  # torch's default
 
-    def update_phase(self, step: int) -> UpdatePhase:
-        return UpdatePhase(generator=True, discriminator=step >= self.discriminator_start)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.buffer = ReplayBuffer(self.buffer_length)
 
-    def weight_at(self, step: int) -> float:
-        return self.weight * ramp_at(step, self.start, self.start + self.ramp)
+    def build(self) -> ConditionalPatchDiscriminator:
+        return ConditionalPatchDiscriminator(3 * self.frames, self.context_channels, self.channels, norm=self.norm)
 
-    def generator_loss(
-        self, clip: Clip, out: Reconstruction, loss: Tensor, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def generator_loss(self, clip: Clip, out: Reconstruction, loss: Tensor, step: int) -> LossAndMetrics:
         """Raises ValueError if sizes do not fit or no trained part reaches the pixels."""
         weight = self.weight_at(step)
         if not weight:
             return torch.zeros((), device=clip.video.device), {}
         real, fake, context = self._inputs(clip, out)
-        require_grad("Seraena", out)
+        self.require_grad(out)
         with autocast_off(fake.device):
             correction, gap = self.correction(real, fake, context)
             pixels = (out.video.float() + 1) / 2
@@ -153,7 +110,7 @@ class Seraena:
         gap = fake_scores.detach().mean() - real_scores.mean()
         return -gradient / (gradient.std(correction=0) + self.eps), gap
 
-    def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> LossAndMetrics:
         """Raises ValueError if sizes do not fit, or differ from those in the buffer."""
         real, fake, context = (tensor.detach() for tensor in self._inputs(clip, out))
         self._check_same_size(fake, context)
@@ -171,51 +128,21 @@ class Seraena:
 
     def discriminator_criterion(self, images: Tensor, contexts: Tensor, is_fake: Tensor) -> Tensor:
         """MSE of scores in train mode against 1 where is_fake [N, 1, 1, 1], -1 elsewhere."""
-        if not self._buffers:
-            self._buffers = {name: tensor.clone() for name, tensor in self.discriminator.named_buffers()}
-        self.discriminator.train()
         with autocast(self.device, self.precision):
-            scores = torch.func.functional_call(self.discriminator, self._buffers, (images, contexts))
+            scores = torch.func.functional_call(self.discriminator, self.train_mode(), (images, contexts))
         with autocast_off(images.device):
             return F.mse_loss(scores.float(), (is_fake.float() * 2 - 1).expand(scores.shape))
 
-    def sync_remaining(self, step: int, micro_batches: int) -> None:
-        """Nothing to do: only `step` communicates."""
-
     def step(self) -> None:
         """Update the discriminator. If the averaged gradient is not finite, on all ranks alike, skip and count it."""
-        norm = update_discriminator(self.discriminator, self.optimizer, self._buffers, self.grad_clip)
-        if math.isfinite(norm):
+        if self.update(self.lr):
             for i, (images, contexts) in enumerate(self._pending):
                 self.buffer.push(images, contexts, self._generator("places", self._step, i))
-        else:
-            self.skipped += 1
         self.reset_step()
 
-    def reset_step(self) -> None:
-        self.optimizer.zero_grad()
-        self._reset()
-
     def _reset(self) -> None:
-        """Drop what this optimizer step kept aside."""
+        super()._reset()
         self._pending: list[tuple[Tensor, Tensor]] = []  # images and contexts for the buffer, per micro-batch
-        self._buffers: dict[str, Tensor] = {}  # the discriminator's, as this step's micro-batches changed them
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "discriminator": self.discriminator.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "skipped": self.skipped,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ArgumentError for the state of another discriminator."""
-        check_like(state, self.state_dict() | {"optimizer": None}, "adversary")
-        self.discriminator.load_state_dict(state["discriminator"])
-        load_optimizer(self.optimizer, state["optimizer"], "adversary.optimizer")
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr  # the optimizer's state brought back the checkpoint's
-        self.skipped = state["skipped"]
 
     def rank_state_dict(self) -> dict[str, Any]:
         return self.buffer.state_dict()
@@ -239,7 +166,7 @@ class Seraena:
 
     def _inputs(self, clip: Clip, out: Reconstruction) -> tuple[Tensor, Tensor, Tensor]:
         """Real and fake images and their context, checked, in fp32; only the fakes have a gradient."""
-        real, fake = require_pair("Seraena", clip, out)
+        real, fake = self.require_pair(clip, out)
         z = out.z
         if z.ndim != 5 or z.shape[0] != real.shape[0]:
             raise ValueError(f"latents of {len(real)} clips are [{len(real)}, C, t, h, w]; these are {list(z.shape)}")

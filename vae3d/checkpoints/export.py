@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import json
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from vae3d import __version__
 from vae3d.checkpoints import ldm, opensora, taehv, wan
 from vae3d.checkpoints.formats import EXPORT_CONFIG, Checkpoint, CheckpointError
-from vae3d.checkpoints.published import State
-from vae3d.io import atomic_dir, atomic_write, write_text, yaml_text
+from vae3d.checkpoints.published import State, rename_keys
+from vae3d.io import atomic_dir, atomic_path, atomic_write, write_json, write_text, yaml_text
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.registry import target_of
 from vae3d.models.spatial import SpatialVAE, per_channel
@@ -26,7 +27,7 @@ from vae3d.models.temporal import TemporalVAE
 from vae3d.models.wan import WanVAE
 
 LDM_GROUPS = 32  # of the normalisation, hard-coded in latent-diffusion
-# Settings that change how a model runs, not what its weights compute.
+# Settings of an Open-Sora VAE that change how it runs, not what its weights compute.
 RUNTIME_SETTINGS = ("scaling_factor", "shift_factor", "frame_batch", "gradient_checkpointing")
 
 
@@ -35,7 +36,6 @@ RUNTIME_SETTINGS = ("scaling_factor", "shift_factor", "frame_batch", "gradient_c
 
 def write_export(checkpoint: Checkpoint, folder: Path, **info: Any) -> None:
     """Write model.safetensors, and model.yaml with the configuration that builds the model and with `info`."""
-    folder.mkdir(parents=True, exist_ok=True)
     metadata = taehv.to_metadata(checkpoint.config) if _is_a(checkpoint, TAEHV) else None
     _save(checkpoint.state, folder / "model.safetensors", metadata)
     write_text(folder / EXPORT_CONFIG, yaml_text({"vae3d": __version__, **info, "model": checkpoint.config}))
@@ -56,14 +56,13 @@ def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
         state = wan.to_diffusers(checkpoint.state)
         config_json = wan.diffusers_config(_wan_config(checkpoint, "diffusers"))
     else:
-        state = _without_module(checkpoint.state)
+        state = checkpoint.part("module")
         config = _require(checkpoint, SpatialVAE, "diffusers")
         if config["scaling_factor"] is None:
             raise CheckpointError(f"{checkpoint.path}: the latents' scaling factor is not known; give --scaling_factor")
         config_json = ldm.diffusers_config(config) | _diffusers_factors(config)
-    folder.mkdir(parents=True, exist_ok=True)
     _save(state, folder / "diffusion_pytorch_model.safetensors")
-    _write_json(folder / "config.json", config_json)
+    write_json(folder / "config.json", config_json)
 
 
 def _diffusers_factors(config: dict[str, Any]) -> dict[str, Any]:
@@ -83,12 +82,10 @@ def _diffusers_factors(config: dict[str, Any]) -> dict[str, Any]:
 def write_ldm(checkpoint: Checkpoint, file: Path) -> None:
     """Write one file with latent-diffusion's keys: .safetensors, or torch.save's with everything under `state_dict`.
 
-    latent-diffusion reads the latter as `ckpt_path` (ldm/models/autoencoder.py). The keys have no prefix
-    `first_stage_model.`, which is for whole Stable Diffusion checkpoints.
+    latent-diffusion reads the latter as `ckpt_path`, without the prefix `first_stage_model.` of a whole checkpoint.
     The file holds no scaling factor; a note names the `scale_factor` to set in the diffusion model's configuration.
     latent-diffusion has no shift and one factor for all channels, so others are folded into the quant convolutions.
-    A network without quant convolutions keeps its factors: the code of FLUX and SD3 opens it and has a scale_factor and
-    a shift_factor, while latent-diffusion's class would leave its quant convolutions random.
+    A network without these keeps its factors, since the code of FLUX and SD3, which opens it, has both.
     Raises CheckpointError for another number of normalisation groups than 32, which all that code hard-codes, and for
     factors per channel in a network without quant convolutions.
     """
@@ -98,9 +95,9 @@ def write_ldm(checkpoint: Checkpoint, file: Path) -> None:
             f"{checkpoint.path} normalises in {groups} groups and latent-diffusion's code in {LDM_GROUPS}, so its "
             "results would differ; use the layout diffusers"
         )
-    state = ldm.to_ldm(_without_module(_fold_for_ldm(checkpoint, config)))
+    state = ldm.to_ldm(rename_keys(_fold_for_ldm(checkpoint, config), [("^module.", "^")]))
     if file.suffix == ".safetensors":
-        _save_file(state, file)
+        _save(state, file)
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"state_dict": _contiguous(state)}, file)
@@ -118,9 +115,8 @@ def write_opensora(checkpoint: Checkpoint, folder: Path) -> None:
     gain = factor / opensora.SCALING_FACTOR
     quant, post_quant = f"{opensora.SPATIAL}quant_conv", f"{opensora.SPATIAL}post_quant_conv"
     state = opensora.to_published(_fold(checkpoint.state, quant, post_quant, gain, -shift * gain))
-    folder.mkdir(parents=True, exist_ok=True)
     _save(state, folder / "model.safetensors")
-    _write_json(folder / "config.json", opensora.config_json(config, state))
+    write_json(folder / "config.json", opensora.config_json(config, state))
 
 
 def write_wan(checkpoint: Checkpoint, file: Path) -> None:
@@ -129,20 +125,20 @@ def write_wan(checkpoint: Checkpoint, file: Path) -> None:
     Other programs hard-code the published mean and standard deviation of the latents. Others are folded into the
     weights, which gives the same normalised latents.
     """
-    _save_file(_with_published_constants(checkpoint, "wan"), file)
+    _save(_with_published_constants(checkpoint, "wan"), file)
 
 
 def write_videox_fun(checkpoint: Checkpoint, file: Path) -> None:
     """Write one file for VideoX-Fun's AutoencoderKLWan; constants as in write_wan."""
-    _save_file(wan.to_videox_fun(_with_published_constants(checkpoint, "videox_fun")), file)
+    _save(wan.to_videox_fun(_with_published_constants(checkpoint, "videox_fun")), file)
 
 
 def write_taehv(checkpoint: Checkpoint, file: Path) -> None:
     """Write one file like the published ones. Its metadata is in the file, or in <its stem>.json beside it."""
     config = _require(checkpoint, TAEHV, "taehv")
-    _save_file(checkpoint.state, file, taehv.to_metadata(config))
+    _save(checkpoint.state, file, taehv.to_metadata(config))
     if file.suffix != ".safetensors":
-        _write_json(file.with_suffix(".json"), taehv.info_of(config))
+        write_json(file.with_suffix(".json"), taehv.info_of(config))
 
 
 def write_final_model(checkpoint: Checkpoint, folder: Path) -> None:
@@ -153,9 +149,8 @@ def write_final_model(checkpoint: Checkpoint, folder: Path) -> None:
     """
     config = _require(checkpoint, TAEHV, "taehv")
     state = {key: tensor.float() for key, tensor in checkpoint.state.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / taehv.INFO_FILE, taehv.info_of(config))
     _save(state, folder / "final_model.safetensors", taehv.to_metadata(config))
+    write_json(folder / taehv.INFO_FILE, taehv.info_of(config))
     write_flat(replace(checkpoint, state=state), "native", folder / "final_model.pth")
 
 
@@ -173,17 +168,11 @@ WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
 # ---- flat state dicts during training
 
 
-def _require_wan(state: State) -> State:
-    if wan.MARKER not in state:
-        raise CheckpointError("only the Wan VAEs have the key layouts videox_fun and diffusers here; use native")
-    return state
-
-
 # Key layouts of one flat state dict. The native keys are those of the published files.
 FLAT_LAYOUTS: dict[str, Callable[[State], State]] = {
     "native": opensora.to_published,
-    "videox_fun": lambda state: wan.to_videox_fun(_require_wan(state)),
-    "diffusers": lambda state: wan.to_diffusers(_require_wan(state)),
+    "videox_fun": wan.to_videox_fun,
+    "diffusers": wan.to_diffusers,
 }
 
 
@@ -191,6 +180,8 @@ def to_layout(state: State, layout: str) -> State:
     """Rename a model's state dict to the keys of `layout`. Raises CheckpointError if it is unknown or does not fit."""
     if layout not in FLAT_LAYOUTS:
         raise CheckpointError(f"no key layout is called {layout}; there are {', '.join(FLAT_LAYOUTS)}")
+    if layout in ("videox_fun", "diffusers") and wan.MARKER not in state:
+        raise CheckpointError("only the Wan VAEs have the key layouts videox_fun and diffusers here; use native")
     return FLAT_LAYOUTS[layout](state)
 
 
@@ -202,6 +193,28 @@ def write_flat(checkpoint: Checkpoint, layout: str, file: Path) -> None:
     state = _with_published_constants(checkpoint, layout) if _is_a(checkpoint, WanVAE) else checkpoint.state
     with atomic_write(file) as stream:
         torch.save(_contiguous(to_layout(state, layout)), stream)
+
+
+# ---- file names that other programs expect, in a run's folder
+
+
+def published_files(folder: Path, prefix: str, step: int) -> tuple[Path, Path]:
+    """<prefix>_step<N>.pt, the training state, and <prefix>_ema_step<N>.pt, the averaged weights."""
+    return folder / f"{prefix}_step{step}.pt", folder / f"{prefix}_ema_step{step}.pt"
+
+
+def final_file(folder: Path, prefix: str) -> Path:
+    """The averaged weights of the last step."""
+    return folder / f"{prefix}_final_ema.pt"
+
+
+def link(source: Path, target: Path) -> None:
+    """Hard-link `target` to `source`; copy where the file system has no hard links."""
+    with atomic_path(target) as tmp:
+        try:
+            os.link(source, tmp)
+        except OSError:
+            shutil.copyfile(source, tmp)
 
 
 # ---- configurations
@@ -320,29 +333,14 @@ def _fold(state: State, quant: str, post_quant: str, gain: Tensor, offset: Tenso
     return state | {name: tensor.to(state[name].dtype) for name, tensor in new.items()}
 
 
-# ---- files
-
-
-def _save_file(state: State, file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write .safetensors, or by torch.save for another suffix (.pth, .pt)."""
+def _save(state: State, file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write .safetensors, or by torch.save for another suffix (.pth, .pt). The folder is created."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".safetensors":
-        _save(state, file, metadata)
+        save_file(_contiguous(state), file, metadata={"format": "pt", **(metadata or {})})
     else:
         torch.save(_contiguous(state), file)
 
 
-def _save(state: State, file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    save_file(_contiguous(state), file, metadata={"format": "pt", **(metadata or {})})
-
-
 def _contiguous(state: State) -> State:
     return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _without_module(state: State) -> State:
-    return {key.removeprefix("module."): tensor for key, tensor in state.items()}

@@ -20,9 +20,7 @@ from vae3d.errors import UserError
 from vae3d.io import FileError, read_yaml
 from vae3d.models import diffusers_vae
 from vae3d.models.registry import TARGET, build_model, is_known, target_of
-from vae3d.weight_files import LazyTensor, open_tensors, open_tree
-
-__all__ = ["EXPORT_CONFIG", "Checkpoint", "CheckpointError", "find_weights", "load_state", "read_checkpoint"]
+from vae3d.weight_files import LazyTensor, SavedTensor, named_tensors, open_tensors, open_tree
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ def _read_export(weights: Path, part: str | None, own_model: bool) -> tuple[Chec
         config, model = {TARGET: config.get(TARGET) if isinstance(config, dict) else None}, None
     else:
         model = meta_model(config, file, "model")  # before the weights, which may be large
-    return Checkpoint(config, read_state(weights), weights, "export"), model
+    return Checkpoint(config, read_weights(weights), weights, "export"), model
 
 
 def read_export_config(file: Path) -> dict[str, Any]:
@@ -148,7 +146,7 @@ def _read_diffusers_video_vae(weights: Path, config_json: dict[str, Any]) -> tup
     arguments = {key: value for key, value in config_json.items() if not key.startswith("_")}
     config = {TARGET: target_of(diffusers_vae.DiffusersVAE), "kind": name, "config": arguments}
     model = meta_model(config, weights.with_name("config.json"))  # before the weights, which may be large
-    state = {f"vae.{key}": tensor for key, tensor in read_state(weights).items()}
+    state = {f"vae.{key}": tensor for key, tensor in read_weights(weights).items()}
     return Checkpoint(config, state, weights, name), model
 
 
@@ -180,12 +178,12 @@ def _select_config_json(config_json: dict[str, Any], layout: str) -> dict[str, A
     return {}
 
 
-def read_state(path: Path) -> State:
+def read_weights(path: Path) -> State:
     """All tensors of a weight file, or of all files of an index, in fp32, without running code in them."""
     return _in_fp32(open_tensors(path))
 
 
-def _in_fp32(tensors: Mapping[str, LazyTensor]) -> State:
+def _in_fp32(tensors: Mapping[str, LazyTensor | SavedTensor]) -> State:
     read = {name: tensor.read() for name, tensor in tensors.items()}
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in read.items()}
 
@@ -216,7 +214,7 @@ def _first_difference(key: str, prefix: str) -> str:
     return next((word for i, word in enumerate(words) if prefix_words[i : i + 1] != [word]), words[0])
 
 
-def _open(path: Path) -> dict[str, LazyTensor]:
+def _open(path: Path) -> dict[str, LazyTensor | SavedTensor]:
     """The tensors of a file, without the names of wrappers. Raises CheckpointError for a training state."""
     tree = open_tree(path)
     if isinstance(tree, dict) and {"step", "model", "optimizer", "config"} <= tree.keys():
@@ -224,8 +222,8 @@ def _open(path: Path) -> dict[str, LazyTensor]:
             f"{path}: is the state of a training run; resume it with run.resume_from={path}, or give the run's folder "
             "for its averaged weights"
         )
-    tensors: dict[str, LazyTensor] = {}
-    for name, tensor in open_tensors(path, tree).items():
+    tensors: dict[str, LazyTensor | SavedTensor] = {}
+    for name, tensor in named_tensors(tree, path).items():
         if (unwrapped := WRAPPERS.sub("", name)) in tensors:
             raise CheckpointError(f"{path}: has {unwrapped} twice, once inside a wrapper such as torch.compile's")
         tensors[unwrapped] = tensor
@@ -283,7 +281,7 @@ def _describe_unknown(keys: Collection[str]) -> str:
     )
 
 
-def load_state(module: nn.Module, state: State, name: str) -> None:
+def load_weights(module: nn.Module, state: State, name: str) -> None:
     """Strict module.load_state_dict. `name` of the weights is for errors. Raises CheckpointError, see check_state."""
     module.load_state_dict(check_state(module, state, name))
 

@@ -5,31 +5,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from vae3d.checkpoints.published import PublishedWeights, State, check_config_json, count_layers
+from vae3d.checkpoints.published import RENAMES, PublishedWeights, State, check_config_json, count_layers, rename_keys
 
 MARKER = "encoder.down.0.block.0.norm1.weight"  # a key that only this layout has
 MARKER_DIFFUSERS = "encoder.down_blocks.0.resnets.0.norm1.weight"
 
-# (diffusers, latent-diffusion); {i} and {j} stand for numbers. LDM counts `up` from the smallest resolution.
-RENAMES = (
-    ("down_blocks.{i}.resnets.{j}.", "down.{i}.block.{j}."),
-    ("down_blocks.{i}.downsamplers.0.", "down.{i}.downsample."),
-    ("up_blocks.{i}.resnets.{j}.", "up.{i}.block.{j}."),
-    ("up_blocks.{i}.upsamplers.0.", "up.{i}.upsample."),
-    ("mid_block.resnets.0.", "mid.block_1."),
-    ("mid_block.resnets.1.", "mid.block_2."),
-    ("mid_block.attentions.0.group_norm.", "mid.attn_1.norm."),
-    ("mid_block.attentions.0.to_q.", "mid.attn_1.q."),
-    ("mid_block.attentions.0.to_k.", "mid.attn_1.k."),
-    ("mid_block.attentions.0.to_v.", "mid.attn_1.v."),
-    ("mid_block.attentions.0.to_out.0.", "mid.attn_1.proj_out."),
-    ("conv_norm_out.", "norm_out."),
-    ("conv_shortcut.", "nin_shortcut."),
-)
-# Attention keys before diffusers 0.18, and since.
-OLD_ATTENTION = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+TO_LDM = RENAMES["diffusers to ldm"]  # LDM also counts `up` from the smallest resolution, see _flip_up
+OLD_ATTENTION = RENAMES["diffusers before 0.18 to diffusers"]
 # Keys of AutoencoderKL's config.json that do not change the network, or are read separately.
 IGNORED = ("sample_size", "force_upcast", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 DEFAULT_SCALING_FACTOR = 0.18215  # of diffusers' class (models/autoencoders/autoencoder_kl.py)
@@ -43,21 +28,17 @@ FAMILIES = (
 )
 
 
-def read_ldm(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
-    """Configuration and state of a SpatialVAE, from latent-diffusion's keys."""
-    return _read(weights, from_ldm(weights.state))
-
-
 def read_diffusers(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
     """Configuration and state of a SpatialVAE, from diffusers' keys."""
-    return _read(weights, weights.state)
-
-
-def _read(weights: PublishedWeights, state: State) -> tuple[dict[str, Any], State]:
-    state = rename_old_attention(state)
+    state = rename_keys(weights.state, OLD_ATTENTION)
     factors = pipeline_factors(weights.other_keys, state)
     config = spatial_config(state, weights.config_json, factors, weights.notes)
     return config, {f"module.{key}": tensor for key, tensor in state.items()}
+
+
+def read_ldm(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
+    """As read_diffusers, from latent-diffusion's keys."""
+    return read_diffusers(replace(weights, state=from_ldm(weights.state)))
 
 
 def spatial_config(
@@ -138,36 +119,21 @@ def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_ldm(state: State) -> State:
     """Rename diffusers keys to LDM's; the attention's linear weights [C, C] become 1x1 convolutions."""
-    top = count_layers(state, r"decoder\.up_blocks\.(\d+)\.") - 1
-    renamed = {_flip_up(_rename(key, 0, 1), top): tensor for key, tensor in state.items()}
+    renamed = _flip_up(rename_keys(state, TO_LDM))
     return {k: t[:, :, None, None] if _is_attention(k) and t.ndim == 2 else t for k, t in renamed.items()}
 
 
 def from_ldm(state: State) -> State:
     """Inverse of to_ldm."""
-    top = count_layers(state, r"decoder\.up\.(\d+)\.") - 1
     linear = {k: t[:, :, 0, 0] if _is_attention(k) and t.ndim == 4 else t for k, t in state.items()}
-    return {_rename(_flip_up(key, top), 1, 0): tensor for key, tensor in linear.items()}
+    return rename_keys(_flip_up(linear), TO_LDM, inverse=True)
 
 
-def rename_old_attention(state: State) -> State:
-    """Rename the attention keys of diffusers before 0.18; others stay."""
-    for old, new in OLD_ATTENTION:
-        state = {re.sub(rf"(attentions\.0\.){old}\.", rf"\g<1>{new}.", key): t for key, t in state.items()}
-    return state
-
-
-def _rename(key: str, source: int, target: int) -> str:
-    """Apply RENAMES from column `source` to column `target`."""
-    for pair in RENAMES:
-        pattern = re.escape(pair[source]).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
-        if match := re.search(rf"(?<![a-z_]){pattern}", key):
-            key = key[: match.start()] + pair[target].format(**match.groupdict()) + key[match.end() :]
-    return key
-
-
-def _flip_up(key: str, top: int) -> str:
-    return re.sub(r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.up.{top - int(match[1])}.", key)
+def _flip_up(state: State) -> State:
+    """Number the decoder's levels (LDM keys) from the other end."""
+    top = count_layers(state, r"decoder\.up\.(\d+)\.") - 1
+    pattern = re.compile(r"^decoder\.up\.(\d+)\.")
+    return {pattern.sub(lambda match: f"decoder.up.{top - int(match[1])}.", key): t for key, t in state.items()}
 
 
 def _is_attention(ldm_key: str) -> bool:

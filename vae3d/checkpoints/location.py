@@ -15,16 +15,12 @@ log = logging.getLogger("vae3d")
 EXPORT_CONFIG = "model.yaml"
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
 # Names of weight files in exports and in folders of diffusers, transformers and Open-Sora, in order of preference.
-WEIGHT_FILES = tuple(
-    f"{stem}{suffix}{index}"
-    for stem, suffix in (
-        ("model", ".safetensors"),
-        ("diffusion_pytorch_model", ".safetensors"),
-        ("diffusion_pytorch_model", ".bin"),
-        ("pytorch_model", ".bin"),
-    )
-    for index in ("", ".index.json")
-)
+WEIGHT_FILES = (
+    "model.safetensors", "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
 # The same in another precision: diffusion_pytorch_model.fp16.safetensors, ....safetensors.index.fp16.json
 VARIANTS = re.compile(
     r"(model|diffusion_pytorch_model|pytorch_model)"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vae3d.checkpoints import ldm
-from vae3d.checkpoints.published import PublishedWeights, State, count_layers
+from vae3d.checkpoints.published import PublishedWeights, State, count_layers, rename_keys
+from vae3d.io import read_json
 
 MARKER = "temporal_vae.encoder.conv_in.conv.weight"  # a key that only these files have
 SPATIAL, TEMPORAL = "spatial_vae.module.", "temporal_vae."
@@ -19,7 +21,8 @@ PUBLISHED_STATS = {"latents_mean": "shift", "latents_std": "scale"}  # our buffe
 def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
     """Configuration and state of an OpenSoraVAE. Raises KeyError or ValueError for a network of another form."""
     state, notes = weights.state, weights.notes
-    spatial = ldm.rename_old_attention({k.removeprefix(SPATIAL): v for k, v in state.items() if k.startswith(SPATIAL)})
+    spatial = {k.removeprefix(SPATIAL): v for k, v in state.items() if k.startswith(SPATIAL)}
+    spatial = rename_keys(spatial, ldm.OLD_ATTENTION)
     temporal = {k.removeprefix(TEMPORAL): v for k, v in state.items() if k.startswith(TEMPORAL)}
     temporal_config = _temporal_config(temporal)
     channels = temporal_config["latent_channels"]
@@ -70,21 +73,6 @@ def _temporal_config(state: State) -> dict[str, Any]:
 
 def config_json(config: dict[str, Any], state: State) -> dict[str, Any]:
     """config.json of hpcai-tech/OpenSora-VAE-v1.2. config: arguments of OpenSoraVAE."""
-    return {
-        "architectures": ["VideoAutoencoderPipeline"],
-        "model_type": "VideoAutoencoderPipeline",
-        "cal_loss": False,
-        "freeze_vae_2d": False,
-        "from_pretrained": None,
-        "micro_frame_size": config["micro_frames"],
-        "scale": state["scale"].flatten().tolist(),
-        "shift": state["shift"].flatten().tolist(),
-        "vae_2d": {
-            "type": "VideoAutoencoderKL",
-            "from_pretrained": "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers",
-            "subfolder": "vae",
-            "micro_batch_size": 4,
-            "local_files_only": False,
-        },
-        "vae_temporal": {"type": "VAE_Temporal_SD", "from_pretrained": None},
-    }
+    published = read_json(Path(__file__).with_name("opensora_config.json"))
+    latents = {name: state[name].flatten().tolist() for name in ("scale", "shift")}
+    return published | {"micro_frame_size": config["micro_frames"], **latents}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -15,6 +16,8 @@ from vae3d.arguments import Count, Deviation, Mean, Width, check_fields
 from vae3d.io import read_json
 
 State = dict[str, Tensor]
+# Key layout to key layout: [old, new] parts of keys, for rename_keys.
+RENAMES = json.loads(Path(__file__).with_name("renames.json").read_text())
 
 
 class ConfigJson(TypedDict, total=False):
@@ -75,3 +78,18 @@ def count_layers(state: State, pattern: str) -> int:
     if numbers != set(range(len(numbers))):
         raise ValueError(f"its layers {pattern} are numbered {sorted(numbers)[:6]}")
     return len(numbers)
+
+
+def rename_keys(state: State, names: Sequence[Sequence[str]], *, inverse: bool = False) -> State:
+    """Replace parts of every key, (old, new) one after the other. ^ stands for the start of a key.
+
+    inverse: undo it.
+    """
+    names = [(new, old) for old, new in reversed(names)] if inverse else names
+    renamed = {}
+    for key, tensor in state.items():
+        name = f"^{key}"
+        for old, new in names:
+            name = name.replace(old, new)
+        renamed[name.removeprefix("^")] = tensor
+    return renamed

@@ -44,14 +44,18 @@ def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
         rule, latent = info.get("frame_rule", rule), info.get("latent", latent)
     if rule != spec.rule:
         raise ValueError(f"its metadata gives {variant} the frame rule {rule!r}; it must be {spec.rule!r}")
-    widths = _decoder_widths(state, spec.decoder)
-    growing = [state[_tgrow_key(spec.decoder, stage)] for stage in range(3)]
+    growing = [state[f"decoder.{index}.conv.weight"] for index in TGROW[spec.decoder]]
+    widths = [weight.shape[1] for weight in growing]
+    if spec.decoder == "super":
+        widths, default = [state["decoder.0.weight"].shape[0], *widths], SUPER
+    else:
+        widths, default = [*widths, state["decoder.22.weight"].shape[1]], BASE
     time_up = [len(weight) == 2 * weight.shape[1] for weight in growing]
     config = {
         "_target_": "vae3d.models.taehv.TAEHV",
         "variant": variant,
         "channels": state["encoder.0.weight"].shape[0],
-        "decoder_channels": None if widths == list(SUPER if spec.decoder == "super" else BASE) else widths,
+        "decoder_channels": None if widths == list(default) else widths,
         "decoder_time_upscale": None if time_up == list(spec.time_up) else time_up,
         "latent": latent,
     }
@@ -174,15 +178,3 @@ def _find_variant(weights: PublishedWeights, info: dict[str, Any]) -> str:
         )
     weights.notes.append(f"read as {named[0]} because of its name; otherwise give variant={' or '.join(possible)}")
     return named[0]
-
-
-def _tgrow_key(decoder: str, stage: int) -> str:
-    return f"decoder.{TGROW[decoder][stage]}.conv.weight"
-
-
-def _decoder_widths(state: State, decoder: str) -> list[int]:
-    """decoder_channels."""
-    stages = [state[_tgrow_key(decoder, stage)].shape[1] for stage in range(3)]
-    if decoder == "base":
-        return [*stages, state["decoder.22.weight"].shape[1]]
-    return [state["decoder.0.weight"].shape[0], *stages]

@@ -8,72 +8,43 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vae3d.checkpoints.published import PublishedWeights, State, check_config_json
+from vae3d.checkpoints.published import RENAMES, PublishedWeights, State, check_config_json, count_layers, rename_keys
 from vae3d.io import read_yaml
 
 CONF = Path(__file__).parents[1] / "conf/model"
 # Keys of AutoencoderKLWan's config.json that do not change the network, or are read separately.
 IGNORED = ("dropout", "clip_output", "latents_mean", "latents_std")
+MAX_LEVELS = 10  # of a WanVAE
 PREFIX = "model."  # VideoX-Fun's AutoencoderKLWan
 MARKER = "encoder.middle.0.residual.0.gamma"  # a key that only these networks have
 MARKER_DIFFUSERS = "encoder.mid_block.resnets.0.norm1.gamma"
 
-# (official, diffusers); ^ is the start of a key. Block numbers differ too, see to_diffusers.
-RENAMES = (
-    ("^conv1.", "^quant_conv."),
-    ("^conv2.", "^post_quant_conv."),
-    ("^encoder.conv1.", "^encoder.conv_in."),
-    ("^decoder.conv1.", "^decoder.conv_in."),
-    (".head.0.", ".norm_out."),
-    (".head.2.", ".conv_out."),
-    (".middle.0.", ".mid_block.resnets.0."),
-    (".middle.1.", ".mid_block.attentions.0."),
-    (".middle.2.", ".mid_block.resnets.1."),
-    (".residual.0.", ".norm1."),
-    (".residual.2.", ".conv1."),
-    (".residual.3.", ".norm2."),
-    (".residual.6.", ".conv2."),
-    (".shortcut.", ".conv_shortcut."),
-)
+# Names of blocks differ too, see _block_names.
+TO_DIFFUSERS = RENAMES["wan to diffusers"]
 
 
 def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
-    """Configuration and state of a WanVAE, from official keys."""
-    return _read(weights, weights.state)
+    """Configuration and state of a WanVAE, from official keys and shapes and from diffusers' config.json.
 
-
-def read_diffusers(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
-    """Configuration and state of a WanVAE, from diffusers' keys."""
-    return _read(weights, from_diffusers(weights.state))
-
-
-def _read(weights: PublishedWeights, state: State) -> tuple[dict[str, Any], State]:
-    config = _config(state, weights.config_json, weights.notes)
-    check_config_json(weights.config_json, diffusers_config(config), IGNORED)
-    return config, state
-
-
-def _config(state: State, config_json: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Constructor arguments of WanVAE, from official keys and shapes and from diffusers' config.json.
-
-    Raises KeyError for a missing tensor.
+    Raises KeyError for a missing tensor, ValueError for a network of another form.
     """
-    shortcuts = any(key.startswith("encoder.downsamples.0.downsamples.") for key in state)
+    state = weights.state
+    shortcuts = _has_shortcuts(state)
     widths, time = _levels(state, shortcuts)
     base = state["encoder.conv1.weight"].shape[0]
     if any(width % base for width in widths):
         raise ValueError(f"its levels have {widths} channels, which are no multiples of the first convolution's {base}")
-    in_channels = state["encoder.conv1.weight"].shape[1]
     latents = state["conv2.weight"].shape[0]
-    mean, std = config_json.get("latents_mean"), config_json.get("latents_std")
+    mean, std = (weights.config_json.get(name) for name in ("latents_mean", "latents_std"))
     if mean is None or std is None:
         mean, std = published_constants(latents, shortcuts)
         used = "those of the published weights" if any(mean) else "0 and 1"
-        notes.append(f"the file does not hold its latents' mean and standard deviation; {used} are used")
-    return {
+        weights.notes.append(f"the file does not hold its latents' mean and standard deviation; {used} are used")
+    config = {
         "_target_": "vae3d.models.wan.WanVAE",
         "channels": base,
         "decoder_channels": state["decoder.head.2.weight"].shape[1] // (widths[0] // base),
@@ -81,59 +52,44 @@ def _config(state: State, config_json: dict[str, Any], notes: list[str]) -> dict
         "downsample": time,
         "layers": _layers(state),
         "latent_channels": latents,
-        "patch": math.isqrt(in_channels // 3),
+        "patch": math.isqrt(state["encoder.conv1.weight"].shape[1] // 3),
         "shortcuts": shortcuts,
         "latents_mean": list(mean),
         "latents_std": list(std),
     }
+    check_config_json(weights.config_json, diffusers_config(config), IGNORED)
+    return config, state
+
+
+def read_diffusers(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
+    """As read, from diffusers' keys."""
+    return read(replace(weights, state=from_diffusers(weights.state)))
 
 
 def to_diffusers(state: State) -> State:
     """Official keys -> diffusers' AutoencoderKLWan."""
-    layers = _layers(state)
-
-    def flat(match: re.Match[str]) -> str:
-        level, index = divmod(int(match[1]), layers + 2)
-        return f"decoder.up_blocks.{level}." + (f"resnets.{index}." if index <= layers else "upsamplers.0.")
-
-    def nested(match: re.Match[str]) -> str:
-        way, level, index = match[1], match[2], int(match[3])
-        is_resampler = index == layers + (way == "up")
-        return f"{way}_blocks.{level}." + (f"{way}sampler." if is_resampler else f"resnets.{index}.")
-
-    def rename(key: str) -> str:
-        for official, diffusers in RENAMES:
-            key = f"^{key}".replace(official, diffusers).removeprefix("^")
-        key = re.sub(r"(up|down)samples\.(\d+)\.\1samples\.(\d+)\.", nested, key)
-        key = re.sub(r"^decoder\.upsamples\.(\d+)\.", flat, key)
-        return re.sub(r"^encoder\.downsamples\.", "encoder.down_blocks.", key)
-
-    return {rename(key): tensor for key, tensor in state.items()}
+    return rename_keys(state, [*TO_DIFFUSERS, *_block_names(_layers(state), _has_shortcuts(state))])
 
 
 def from_diffusers(state: State) -> State:
     """Inverse of to_diffusers."""
-    count = sum(bool(re.match(r"decoder\.up_blocks\.0\.resnets\.\d+\.conv1\.weight", key)) for key in state)
+    layers = count_layers(state, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.") - 1
+    shortcuts = any(".upsampler." in key for key in state)
+    return rename_keys(state, [*TO_DIFFUSERS, *_block_names(layers, shortcuts)], inverse=True)
 
-    def flat(match: re.Match[str]) -> str:
-        index = int(match[3]) if match[2] == "resnets" else count
-        return f"decoder.upsamples.{int(match[1]) * (count + 1) + index}."
 
-    def nested(match: re.Match[str]) -> str:
-        way, level = match[1], match[2]
-        index = match[3] or (count if way == "up" else count - 1)
-        return f"{way}samples.{level}.{way}samples.{index}."
-
-    def rename(key: str) -> str:
-        if any(".upsampler." in name for name in state):  # Wan2.2
-            key = re.sub(r"(up|down)_blocks\.(\d+)\.(?:resnets\.(\d+)|\1sampler)\.", nested, key)
-        key = re.sub(r"^decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", flat, key)
-        key = re.sub(r"^encoder\.down_blocks\.", "encoder.downsamples.", key)
-        for official, diffusers in reversed(RENAMES):
-            key = f"^{key}".replace(diffusers, official).removeprefix("^")
-        return key
-
-    return {rename(key): tensor for key, tensor in state.items()}
+def _block_names(layers: int, shortcuts: bool) -> list[tuple[str, str]]:
+    """(official, diffusers) names of the levels' blocks. Wan2.1's are numbered across levels, Wan2.2's per level."""
+    encoder = [*(f"resnets.{i}" for i in range(layers)), "downsampler"]
+    decoder = [*(f"resnets.{i}" for i in range(layers + 1)), "upsampler" if shortcuts else "upsamplers.0"]
+    names = [] if shortcuts else [("^encoder.downsamples.", "^encoder.down_blocks.")]
+    for level in range(MAX_LEVELS):
+        for i, block in enumerate(decoder):
+            number = f"{level}.upsamples.{i}" if shortcuts else level * len(decoder) + i
+            names.append((f"^decoder.upsamples.{number}.", f"^decoder.up_blocks.{level}.{block}."))
+        for i, block in enumerate(encoder if shortcuts else ()):
+            names.append((f"^encoder.downsamples.{level}.downsamples.{i}.", f"^encoder.down_blocks.{level}.{block}."))
+    return names
 
 
 def to_videox_fun(state: State) -> State:
@@ -176,11 +132,15 @@ def diffusers_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _has_shortcuts(state: State) -> bool:
+    """Whether it is a Wan2.2, whose levels are nested."""
+    return any(key.startswith("encoder.downsamples.0.downsamples.") for key in state)
+
+
 def _layers(state: State) -> int:
     """Residual blocks per level of the encoder."""
-    nested = [re.match(r"encoder\.downsamples\.0\.downsamples\.(\d+)\.residual\.2\.weight", key) for key in state]
-    if any(nested):
-        return len([match for match in nested if match])
+    if _has_shortcuts(state):
+        return count_layers(state, r"encoder\.downsamples\.0\.downsamples\.(\d+)\.residual\.")
     flat = [key for key in state if re.match(r"encoder\.downsamples\.\d+\.residual\.2\.weight", key)]
     levels = 1 + len([key for key in state if re.match(r"encoder\.downsamples\.\d+\.resample\.1\.weight", key)])
     return len(flat) // levels

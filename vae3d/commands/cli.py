@@ -9,7 +9,6 @@ from __future__ import annotations
 import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
 
 # isort: split
-import difflib
 import os
 import re
 import sys
@@ -21,77 +20,92 @@ import hydra
 from omegaconf import DictConfig
 
 from vae3d.commands import launch
-from vae3d.commands.check import check_training
+from vae3d.commands.console import exit_on_user_error, in_sweep
 from vae3d.config.diffusion import check_diffusion, check_sampling
+from vae3d.config.issues import ConfigIssue, add_new, close_match, is_within, raise_if_any
 from vae3d.config.latents import check_encoding
-from vae3d.config.schema import CONF
-from vae3d.config.validate import check_comparison, check_inference
+from vae3d.config.overrides import allow_unknown_keys, override_issues, without_run_values
+from vae3d.config.schema import CONF, TrainConfig
+from vae3d.config.validate import check_comparison, check_inference, training_issues
+from vae3d.errors import UserError
+
+# The dry run of a VAE's training needs these.
+MODEL_KEYS = ("model", "loss", "teacher", "adversary", "stage.train", "data.frames", "data.height", "data.width")
+
+
+def check_training(cfg: DictConfig, issues: Sequence[ConfigIssue] = ()) -> TrainConfig:
+    """The configuration as typed objects. Raises ConfigError with every error, those of a dry run included.
+
+    issues: those of the command line. The dry run imports torch and builds the model. There is none where a key is
+    unknown or a type wrong, since the value that was meant is missing.
+    """
+    config, found = training_issues(cfg)
+    found = [*issues, *found]
+    if not any(issue.malformed or is_within(issue.key, key) for issue in found for key in MODEL_KEYS):
+        from vae3d.commands import dry_run
+
+        found = add_new(found, dry_run.issues(config))
+    raise_if_any(found)
+    return config
 
 
 class HydraCommand(NamedTuple):
     """A command that is configured by conf/<config_name>.yaml and `key=value` arguments.
 
-    module: has `run(config)`; of a training command `build_trainer(config, folder)` and `describe(config)`.
-    metric: makes it a training command: the metric that a sweep optimizes. path_node: KEY=PATH is short for
-    KEY.path=PATH.
+    Its module has `run(config)`; of a training command `build_trainer(config, folder)` and `describe(config)`.
+    check: of a configuration and the errors of the command line; returns typed objects or raises ConfigError. metric:
+    makes it a training command: the metric that a sweep optimizes. path_node: KEY=PATH is short for KEY.path=PATH.
     """
 
     summary: str
-    module: str
     config_name: str
-    check: Callable[[DictConfig], Any]
+    check: Callable[[DictConfig, Sequence[ConfigIssue]], Any]
     metric: str | None = None
     path_node: str | None = None
 
 
 class ArgparseCommand(NamedTuple):
-    """A command with flags. module: has `main(arguments)`, which returns the exit status."""
+    """A command with flags. Its module has `main(arguments)`, which returns the exit status."""
 
     summary: str
-    module: str
 
 
 COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
-    "train": HydraCommand(
-        "Train a video autoencoder", "vae3d.commands.train", "train", check_training, metric="val/psnr"
+    "train": HydraCommand("Train a video autoencoder", "train", check_training, metric="val/psnr"),
+    "infer": HydraCommand(
+        "Reconstruct videos and images",
+        "infer",
+        check_inference,
+        path_node="teacher",  # an unknown key here: its error names scripts/compare.py
     ),
-    "infer": HydraCommand("Reconstruct videos and images", "vae3d.commands.infer", "infer", check_inference),
     "compare": HydraCommand(
         "Compare a distilled student with its teacher",
-        "vae3d.commands.compare",
         "compare",
         check_comparison,
         path_node="teacher",  # Hydra would look for teacher=PATH in conf/teacher
     ),
-    "eval": ArgparseCommand("Score reconstructed videos against their originals", "vae3d.commands.eval"),
-    "encode": HydraCommand("Encode a data set into a latent cache", "vae3d.commands.encode", "latents", check_encoding),
-    "latent-stats": ArgparseCommand(
-        "Print the statistics of a latent cache; write its scale into an export", "vae3d.commands.latent_stats"
-    ),
-    "measure-scale": ArgparseCommand(
-        "Measure the scale of a model's latents; write it into its export", "vae3d.commands.measure_scale"
-    ),
-    "probe-latents": ArgparseCommand("Compare the latents of several autoencoders", "vae3d.commands.probe_latents"),
+    "eval": ArgparseCommand("Score reconstructed videos against their originals"),
+    "encode": HydraCommand("Encode a data set into a latent cache", "latents", check_encoding),
+    "latent-stats": ArgparseCommand("Print the statistics of a latent cache; write its scale into an export"),
+    "measure-scale": ArgparseCommand("Measure the scale of a model's latents; write it into its export"),
+    "probe-latents": ArgparseCommand("Compare the latents of several autoencoders"),
     "train-diffusion": HydraCommand(
-        "Train a diffusion model on latents",
-        "vae3d.commands.train_diffusion",
-        "diffusion",
-        check_diffusion,
-        metric="val/loss",
+        "Train a diffusion model on latents", "diffusion", check_diffusion, metric="val/loss"
     ),
-    "sample": HydraCommand(
-        "Draw samples from a latent diffusion model", "vae3d.commands.sample", "sample", check_sampling
-    ),
-    "check-data": ArgparseCommand("Find the files of a data set that cannot be read", "vae3d.data.check"),
-    "convert": ArgparseCommand("Convert a checkpoint to the layout of another program", "vae3d.commands.convert"),
-    "fetch-weights": ArgparseCommand(
-        "Download the pretrained networks that losses and metrics need", "vae3d.commands.fetch_weights"
-    ),
+    "sample": HydraCommand("Draw samples from a latent diffusion model", "sample", check_sampling),
+    "check-data": ArgparseCommand("Find the files of a data set that cannot be read"),
+    "convert": ArgparseCommand("Convert a checkpoint to the layout of another program"),
+    "fetch-weights": ArgparseCommand("Download the pretrained networks that losses and metrics need"),
 }
 
 
+def module_of(name: str) -> str:
+    """The module of a command."""
+    return "vae3d.data.check" if name == "check-data" else f"vae3d.commands.{name.replace('-', '_')}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int | None:
-    """Run a command and return its exit status; None is 0. Hydra commands exit by themselves on an error.
+    """Run a command and return its exit status; None is 0. An error of the user's exits with status 2.
 
     arguments: its name and its own arguments; None: those of `vae3d`."""
     program = [os.path.abspath(sys.argv[0])]  # starts this command again, once its arguments are added
@@ -104,15 +118,16 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         print(usage())
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"did you mean {near[0]}?" if near else "`vae3d --help` lists the commands"
+        near = close_match(name, COMMANDS)
+        hint = f"did you mean {near}?" if near else "`vae3d --help` lists the commands"
         print(f"error: vae3d has no command {name}; {hint}", file=sys.stderr)
         return 2
-    command = COMMANDS[name]
+    command, module = COMMANDS[name], module_of(name)
     if isinstance(command, HydraCommand):
-        return run_with_hydra(command, program, rest)
-    sys.argv[0] = f"vae3d {name}"  # argparse's usage line begins with it
-    return import_module(command.module).main(rest)
+        return run_with_hydra(command, module, program, rest)
+    if len(program) > 1:  # not one of the scripts
+        sys.argv[0] = f"vae3d {name}"  # argparse's usage line begins with it
+    return exit_on_user_error(lambda: import_module(module).main(rest))
 
 
 def usage() -> str:
@@ -122,56 +137,68 @@ def usage() -> str:
     return "\n".join([*lines, "", "`vae3d COMMAND --help` lists a command's settings."])
 
 
-def run_with_hydra(command: HydraCommand, program: list[str], arguments: Sequence[str]) -> None:
+def run_with_hydra(command: HydraCommand, module: str, program: list[str], arguments: Sequence[str]) -> None:
     """Compose the configuration from conf/ and `key=value` arguments and run the command; with -m, once per job."""
+    if node := command.path_node:
+        arguments = [re.sub(rf"^{node}=", f"{node}.path=", argument) for argument in arguments]
+    overrides = allow_unknown_keys(arguments)
+    exit_on_user_error(lambda: raise_if_any(override_issues(overrides)))
+    sys.argv[1:], issues = without_run_values(overrides)
 
     def job(cfg: DictConfig) -> float | None:
         if command.metric is None:
-            return launch.exit_on_user_error(lambda: run(command, cfg))
-        return launch.exit_on_user_error(lambda: train(command, program, cfg))
+            return exit_on_user_error(lambda: run(command, module, cfg, issues))
+        return exit_on_user_error(lambda: train(command, module, program, cfg, issues))
 
-    job.__module__ = command.module  # Hydra names the job after it
-    if node := command.path_node:
-        arguments = [re.sub(rf"^{node}=", f"{node}.path=", argument) for argument in arguments]
-    sys.argv[1:] = launch.read_arguments(arguments)
+    job.__module__ = module  # Hydra names the job after it
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=command.config_name)(job)()
 
 
-def run(command: HydraCommand, cfg: DictConfig) -> None:
+def run(command: HydraCommand, module: str, cfg: DictConfig, issues: Sequence[ConfigIssue]) -> None:
     """Check the configuration and run the command in this process."""
-    config = command.check(cfg)
+    config = command.check(cfg, issues)
     from vae3d.distributed import process_group_scope  # imports torch, which a wrong configuration need not wait for
 
     with process_group_scope():
-        import_module(command.module).run(config)
+        import_module(module).run(config)
 
 
-def train(command: HydraCommand, program: list[str], cfg: DictConfig) -> float | None:
+def train(
+    command: HydraCommand, module: str, program: list[str], cfg: DictConfig, issues: Sequence[ConfigIssue]
+) -> float | None:
     """Check the configuration and train, here or in ranks started with torchrun.
 
     Returns command.metric at the last step, for the sweeper.
     """
-    launch.forbid_sweep_under_torchrun()
-    config = command.check(cfg)
+    if in_sweep() and launch.under_torchrun():  # whose ranks would run different jobs once one of them fails
+        raise UserError(
+            "a sweep (-m) cannot run under torchrun; let each job start its own ranks:\n"
+            "  python train.py -m ... launcher=torchrun launcher.nproc=N"
+        )
+    config = command.check(cfg, issues)
     if launch.starts_ranks(config.launcher):
         launch.torchrun_child(config.launcher, program)
     else:
-        launch.with_elastic_record(lambda: train_here(command.module, config, cfg))
+        launch.with_elastic_record(lambda: train_here(module, config, cfg))
     return launch.last_metric(launch.run_directory(), command.metric, config.trainer.max_steps)
 
 
-def train_here(name: str, config: Any, cfg: DictConfig) -> None:
-    """Train in this process, or with debug=dry log what the run would be."""
+def train_here(module: str, config: Any, cfg: DictConfig) -> None:
+    """Train in this process, or with debug=dry log what the run would be.
+
+    Exits with status 128 + N if signal N ended the run; neither `&&` nor a sweep continues then.
+    """
     from vae3d.distributed import process_group_scope
 
-    module = import_module(name)
+    command = import_module(module)
     if config.debug.mode == "dry":
-        module.describe(config)
+        command.describe(config)
         return
     folder = launch.prepare_run_folder(cfg)
     with process_group_scope():
-        signum = launch.fit(module.build_trainer(config, folder))
-    launch.end_after(signum)
+        signum = launch.fit(command.build_trainer(config, folder))
+    if signum:
+        sys.exit(128 + signum)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from vae3d.distributed import init_inference
 from vae3d.inference.comparison import Comparer, Network
 from vae3d.loading import load
 from vae3d.metrics import build_metrics
-from vae3d.precision import DTYPES, autocast_dtype, cast_keep_stats
+from vae3d.precision import DTYPES, cast_keep_stats
 
 if TYPE_CHECKING:
     from vae3d.config.schema import CompareConfig
@@ -27,8 +27,10 @@ def run(config: CompareConfig) -> None:
     lpips = [name for name in config.metrics if name.startswith("lpips")]
     comparer = Comparer(
         reconstructor,
-        Network(reconstructor.model, config.checkpoint, config.precision, autocast_dtype(config.precision)),
-        Network(teacher, config.teacher.path, config.teacher.precision),
+        {
+            "student": Network(reconstructor.model, config.checkpoint, config.precision, autocast=config.precision),
+            "teacher": Network(teacher, config.teacher.path, config.teacher.precision),
+        },
         build_metrics(["psnr", "ssim", *lpips], device),
         pictures=config.strip,
         measures=ranks.is_main_process,

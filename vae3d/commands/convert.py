@@ -21,11 +21,10 @@ from pathlib import Path
 from vae3d.argparse_types import finite_float, positive_float
 from vae3d.checkpoints.export import WRITERS
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
-from vae3d.errors import UserError
 from vae3d.io import atomic_files, naming
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="file, folder, export or run")
     parser.add_argument("target", type=Path, help="folder to write; for ldm, wan, videox_fun and taehv a file")
@@ -37,24 +36,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--shift_factor", type=finite_float, help="of an image VAE's latents, likewise")
     args = parser.parse_args(argv)
-    try:
-        if args.target.exists():
-            raise CheckpointError(f"{args.target} already exists")
-        checkpoint = read_checkpoint(args.source, args.variant)
-        if args.part:
-            checkpoint = half(checkpoint, args.part)
-        factors = {name: getattr(args, name) for name in ("scaling_factor", "shift_factor")}
-        if given := {name: value for name, value in factors.items() if value is not None}:
-            checkpoint = with_factors(checkpoint, given)
-        with naming(args.target), atomic_files(args.target) as tmp:
-            WRITERS[args.to](checkpoint, tmp / args.target.name)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.target.exists():
+        raise CheckpointError(f"{args.target} already exists")
+    checkpoint = read_checkpoint(args.source, args.variant)
+    if args.part:
+        checkpoint = half(checkpoint, args.part)
+    factors = {name: getattr(args, name) for name in ("scaling_factor", "shift_factor")}
+    if given := {name: value for name, value in factors.items() if value is not None}:
+        checkpoint = with_factors(checkpoint, given)
+    with naming(args.target), atomic_files(args.target) as tmp:
+        WRITERS[args.to](checkpoint, tmp / args.target.name)
     for note in checkpoint.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{checkpoint.path} ({checkpoint.layout}) -> {args.target} ({args.to})")
-    return 0
 
 
 def half(checkpoint: Checkpoint, part: str) -> Checkpoint:

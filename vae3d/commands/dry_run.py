@@ -23,13 +23,12 @@ from vae3d.losses.objective import Objective
 from vae3d.metrics import METRICS, MetricError
 from vae3d.metrics.registry import columns_of, find_files, resolve
 from vae3d.models.compiled import blocks_of
-from vae3d.models.forward import attach_decoder
-from vae3d.models.interface import nearest_frames, share_frames
+from vae3d.models.interface import attach_decoder, nearest_frames, share_frames
 from vae3d.models.taehv import TAEHV
 from vae3d.pretrained.weights import WeightsMissing
 from vae3d.schedules import ALL_ON
-from vae3d.training.distillation import Distillation, TeacherError
 from vae3d.training.freeze import PartError, params_without_grad, train_parts
+from vae3d.training.teacher import Distillation
 from vae3d.types import Clip, Reconstruction
 
 if TYPE_CHECKING:
@@ -43,24 +42,24 @@ def issues(config: TrainConfig) -> list[ConfigIssue]:
         model = _built("model", config.model, loading.instantiate, found)
         objective = _built("loss", config.loss, train.objective, found)
     if model is None or objective is None:
-        return _distinct(found)
+        return found
     found += [*_size_issues(config, model), *_init_issues(config, model), *_layout_issues(config, model)]
     try:
         train_parts(model, config.stage.train)
     except PartError as error:
         return [*found, ConfigIssue("stage.train", NO_VALUE, str(error))]
-    found += _frozen_random(config, model)
-    found += _weight_issues(objective)
+    found += [*_frozen_random(config, model), *_weight_issues(objective)]
     if found:
-        return _distinct(found)
+        return found
     try:
-        distillation = train.distillation(config, teacher_on_meta(config), model)
+        distillation = train.distillation(config, _teacher_on_meta(config), model)
     except UserError as error:
         found.append(ConfigIssue("teacher", NO_VALUE, str(error)))
     adversary = _built("adversary", config.adversary, loading.instantiate, found)
     if found:
         return found
-    found = [*_unread_features(distillation, objective), *_frame_issues(config, model, distillation)]
+    if distillation is not None:
+        found = [*_unread_features(distillation, objective), *_shape_issues(config, model, distillation.teacher)]
     return found or list(_step_issues(config, model, objective, adversary, distillation))
 
 
@@ -71,11 +70,6 @@ def _built(key: str, node: Any, build: Callable[[Any], Any], found: list[ConfigI
     except (InstantiationException, ValueError) as error:
         found.append(ConfigIssue(key, NO_VALUE, f"cannot be built: {cause(error)}"))
         return None
-
-
-def _distinct(found: list[ConfigIssue]) -> list[ConfigIssue]:
-    """Several terms and metrics may lack the same file."""
-    return list({str(issue): issue for issue in found}.values())
 
 
 def _metric_issues(config: TrainConfig) -> Iterator[ConfigIssue]:
@@ -128,11 +122,6 @@ def _layout_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssu
             yield ConfigIssue("trainer.publish.layout", publish.layout, str(error))
 
 
-def meta_clip(frames: int, height: int, width: int) -> Clip:
-    video = torch.zeros(1, 3, frames, height, width, device="meta")
-    return Clip(video, torch.full((1,), -1), [""])
-
-
 def _size_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]:
     stride = model.spec.space_stride
     for side in ("height", "width"):
@@ -141,14 +130,22 @@ def _size_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]
             near = " or ".join(str(s) for s in (size // stride * stride, -(-size // stride) * stride) if s)
             message = f"is not a multiple of the model's stride {stride}"
             yield ConfigIssue(f"data.{side}", size, message, f"use {near}")
+    yield from _frame_issues(config, model.frames_valid, lambda count: f"the model does not take {count} frames")
+
+
+def _frame_issues(
+    config: TrainConfig, fits: Callable[[int], bool], message: Callable[[int], str]
+) -> Iterator[ConfigIssue]:
+    """The first frame count of the data that does not fit, with the nearest that do."""
     for count in frame_counts(config.data).all():
-        if not model.frames_valid(count):
-            message, hint = f"the model does not take {count} frames", _nearest(count, model.frames_valid)
-            yield ConfigIssue("data.frames", NO_VALUE, message, hint)
+        if not fits(count):
+            near = nearest_frames(count, fits)
+            hint = f"nearest are {', '.join(map(str, near))}" if near else ""
+            yield ConfigIssue("data.frames", NO_VALUE, message(count), hint)
             return
 
 
-def teacher_on_meta(config: TrainConfig) -> nn.Module | None:
+def _teacher_on_meta(config: TrainConfig) -> nn.Module | None:
     """The teacher without weights. Raises CheckpointError if its checkpoint cannot be read."""
     if config.teacher.path is None:
         return None
@@ -156,43 +153,26 @@ def teacher_on_meta(config: TrainConfig) -> nn.Module | None:
         return loading.build_from_checkpoint(read_checkpoint(config.teacher.path))
 
 
-def _frame_issues(config: TrainConfig, model: nn.Module, distillation: Distillation | None) -> Iterator[ConfigIssue]:
+def _shape_issues(config: TrainConfig, model: nn.Module, teacher: nn.Module) -> Iterator[ConfigIssue]:
     """Frame counts that the teacher would extend, and latents that do not come in the same shape."""
-    if distillation is None:
-        return
-    data, teacher = config.data, distillation.teacher
-    size = (data.height, data.width)
+    size = (config.data.height, config.data.width)
 
-    def fits(frames: int) -> bool:
-        return share_frames(model, teacher, frames, *size)
+    def message(count: int) -> str:
+        shapes = ["x".join(map(str, network.latent_shape(count, *size))) for network in (teacher, model)]
+        return (
+            f"teacher and model do not both take {count} frames of {size[0]}x{size[1]} whole, to latents of one "
+            f"shape (teacher {shapes[0]}, model {shapes[1]})"
+        )
 
-    for count in frame_counts(data).all():
-        if not fits(count):
-            shapes = [_shape(network.latent_shape(count, *size)) for network in (teacher, model)]
-            message = (
-                f"teacher and model do not both take {count} frames of {size[0]}x{size[1]} whole, to latents of one "
-                f"shape (teacher {shapes[0]}, model {shapes[1]})"
-            )
-            yield ConfigIssue("data.frames", NO_VALUE, message, _nearest(count, fits))
-            return
+    yield from _frame_issues(config, lambda count: share_frames(model, teacher, count, *size), message)
 
 
-def _unread_features(distillation: Distillation | None, objective: Objective) -> Iterator[ConfigIssue]:
+def _unread_features(distillation: Distillation, objective: Objective) -> Iterator[ConfigIssue]:
     """Features that no loss term reads: their projections would get no gradient."""
     weights = [t.weight for t in objective.terms.values() if isinstance(t.term, FeatureDistillation)]
-    if distillation is not None and distillation.features and not any(weights):
+    if distillation.features and not any(weights):
         hint = "set loss.terms.features.weight, or leave them out"
         yield ConfigIssue("teacher.features", NO_VALUE, "no loss term reads them", hint)
-
-
-def _nearest(count: int, fits: Callable[[int], bool]) -> str:
-    """A hint at the four frame counts nearest to `count` that fit."""
-    near = nearest_frames(count, fits)
-    return f"nearest are {', '.join(map(str, near))}" if near else ""
-
-
-def _shape(latents: tuple[int, ...]) -> str:
-    return "x".join(map(str, latents))
 
 
 def _init_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]:
@@ -206,18 +186,16 @@ def _init_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]
             )
 
 
-def _frozen_random(config: TrainConfig, model: nn.Module) -> list[ConfigIssue]:
+def _frozen_random(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]:
     """A frozen part with random weights would stay random."""
     init = config.stage.init_from
-    given = [f"{name}." for name, path in init.items() if path != "random"] if isinstance(init, dict) else []
     if isinstance(init, str) and init != "random":
-        return []
+        return
+    given = [f"{name}." for name, path in init.items() if path != "random"] if isinstance(init, dict) else []
     covered = {id(p) for name, p in model.named_parameters() if name.startswith(tuple(given))}
-    frozen = _parts_with(model, lambda p: not p.requires_grad and id(p) not in covered)
-    if not frozen:
-        return []
-    message = f"stage {config.stage.name} freezes {', '.join(frozen)} with random weights"
-    return [ConfigIssue("stage.init_from", init, message, "set it to a checkpoint")]
+    if frozen := _parts_with(model, lambda p: not p.requires_grad and id(p) not in covered):
+        message = f"stage {config.stage.name} freezes {', '.join(frozen)} with random weights"
+        yield ConfigIssue("stage.init_from", init, message, "set it to a checkpoint")
 
 
 def _weight_issues(objective: Objective) -> Iterator[ConfigIssue]:
@@ -249,14 +227,14 @@ def _step_issues(
     """Forward and backward on shapes alone: do the terms apply, and does every trained part get a gradient?"""
     adversary.load(model, torch.device("meta"), config.run.seed, rank=0)
     counts = frame_counts(config.data).all()
+    height, width = config.data.height, config.data.width
     for frames in counts[:2]:  # the two smallest counts: what holds for two holds for more
-        clip = meta_clip(frames, config.data.height, config.data.width)
+        clip = Clip(torch.zeros(1, 3, frames, height, width, device="meta"), torch.full((1,), -1), [""])
         try:
             out, clip = _forward(model, clip, objective, distillation)
             loss, _ = objective(clip, out, ALL_ON)
-        except (ValueError, RuntimeError, TeacherError) as error:
-            size = f"{config.data.height}x{config.data.width}"
-            yield ConfigIssue("loss", NO_VALUE, f"a clip of {frames} frames of {size} fails: {error}")
+        except (ValueError, RuntimeError) as error:
+            yield ConfigIssue("loss", NO_VALUE, f"a clip of {frames} frames of {height}x{width} fails: {error}")
             return
         try:
             adversary.generator_loss(clip, out, loss, step=ALL_ON)

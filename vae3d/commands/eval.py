@@ -16,13 +16,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from argparse import Namespace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from vae3d.argparse_types import positive_float, positive_int
@@ -31,18 +32,11 @@ from vae3d.distributed import init_inference, process_group_scope
 from vae3d.errors import UserError
 from vae3d.evaluation.html import write_html
 from vae3d.evaluation.pairs import PairError, Protocol, find_pairs
-from vae3d.evaluation.score import Job, collect, plan, read_errors, score_jobs, share, write_errors
+from vae3d.evaluation.score import Job, collect, plan, score_jobs
 from vae3d.evaluation.store import Store, VideoScore
 from vae3d.evaluation.summary import compare, summarize
-from vae3d.evaluation.tables import (
-    comparison_table,
-    set_table,
-    side_by_side,
-    write_json,
-    write_per_frame,
-    write_per_video,
-)
-from vae3d.io import hold_lock, remove_unfinished
+from vae3d.evaluation.tables import comparison_table, set_table, side_by_side, write_per_frame, write_per_video
+from vae3d.io import hold_lock, remove_unfinished, write_json
 from vae3d.metrics import METRICS, PRESETS, MetricSet, build_metrics
 from vae3d.metrics.presets import require_shapes
 
@@ -56,7 +50,7 @@ def size(text: str) -> str | tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> Namespace:
     listing = "\n".join(f"  {name:20} {entry.summary}" for name, entry in METRICS.items())
     panorama = " ".join(PRESETS["panorama"].metrics)
     parser = argparse.ArgumentParser(
@@ -73,14 +67,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--allow_unmatched", action="store_true", help="score only files with a counterpart")
     add = parser.add_argument_group("frames and sizes").add_argument
     add("--num_frames", type=positive_int, help="compare the first n frames; default all")
-    add("--sample_rate", type=positive_int, default=1, help="take every n-th frame")
+    add("--sample_rate", dest="stride", type=positive_int, default=1, help="take every n-th frame")
     add("--strict_frames", action="store_true", help="error for videos with fewer than --num_frames")
-    add(
-        "--frames",
-        choices=("equal", "common"),
-        default="equal",
-        help="common: only the frames that both videos have",
-    )
+    add("--frames", choices=("equal", "common"), default="equal", help="common: only the frames that both videos have")
     add("--cut", choices=("center", "topleft"), help="crop originals to the size of smaller reconstructions")
     add("--resize", type=size, metavar="ref|HxW", help="scale reconstructions to the original's, or both to HxW")
     add(
@@ -88,16 +77,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=positive_int,
         help="scale the short side to this, as Open-Sora does; warns where that enlarges",
     )
-    add("--crop_size", type=positive_int, help="centre-crop to this square after scaling; default no crop")
+    add("--crop_size", dest="crop", type=positive_int, help="centre-crop to this square after scaling; default no crop")
     add("--ignore_fps", action="store_true", help="compare frame by frame although frame rates differ")
     add("--to_8bit", action="store_true", help="score files of more than 8 bits as 8 bits")
     add = parser.add_argument_group("metrics").add_argument
-    add(
-        "--metric",
-        nargs="+",
-        metavar="NAME",
-        help=f"see below; default ssim psnr, or with --preset panorama {panorama}",
-    )
+    default = f"default ssim psnr, or with --preset panorama {panorama}"
+    add("--metric", nargs="+", metavar="NAME", help=f"see below; {default}")
     add("--preset", choices=PRESETS, default="default", help="formulas of a published evaluation; default %(default)s")
     add("--batch_size", type=positive_int, default=1, help="for presets that average over batches")
     add("--rfid_stride", type=positive_int, default=1, help="rfid takes every n-th frame")
@@ -106,14 +91,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--pwc_warp",
         choices=("flolpips", "exact"),
         default="flolpips",
-        help="exact: without the offset of the published warp",
+        help="exact: without the published warp's offset",
     )
-    add(
-        "--on_missing",
-        choices=("stop", "skip"),
-        default="stop",
-        help="skip: do not compute metrics whose weights are missing",
-    )
+    add("--on_missing", choices=("stop", "skip"), default="stop", help="skip: leave out metrics without their weights")
     add = parser.add_argument_group("run and report").add_argument
     add("--device", default="cuda", help="cuda or cpu; without a GPU the CPU computes the same numbers")
     add("--output", type=Path, metavar="DIR", help="default: RECONSTRUCTIONS_eval")
@@ -121,18 +101,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--per_frame", action="store_true", help="also write per_frame.csv")
     add("--no_html", action="store_true", help="no report.html")
     add("--on_error", choices=("stop", "skip"), default="stop", help="what to do with a pair that cannot be scored")
-    add(
-        "--sample_fps",
-        type=positive_float,
-        help="ignored, as by Open-Sora's script",
-    )
+    add("--sample_fps", type=positive_float, help="ignored, as by Open-Sora's script")
     args = parser.parse_args(argv)
     args.metric = args.metric or PRESETS[args.preset].metrics
     args.ref, args.recs = folders(parser, args)
     return args
 
 
-def folders(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[Path, dict[str, Path]]:
+def folders(parser: argparse.ArgumentParser, args: Namespace) -> tuple[Path, dict[str, Path]]:
     """The folder of originals, and the folders of reconstructions by their name in the report."""
     if args.base is not None:
         if args.real_video_dir or args.generated_video_dir or args.compare:
@@ -173,54 +149,41 @@ def join_ranks(device: str) -> tuple[PartialState, torch.device]:
 
 @dataclass
 class Evaluation:
-    """A folder of reconstructions, paired with the originals."""
+    """A folder of reconstructions, paired with the originals. failed: pairs that could not be scored, and why."""
 
     name: str
     rec: Path
     output: Path
     jobs: list[Job]
     unmatched: list[str]
-    errors: list[str]
+    failed: list[str]
 
 
-def evaluate(args: argparse.Namespace) -> int:
+def evaluate(args: Namespace) -> int:
     """Score every reconstruction; returns the exit status, 1 if a pair could not be scored."""
     ranks, device = join_ranks(args.device)
     settings = {"rfid": {"stride": args.rfid_stride}, "rfvd": {"frames": args.rfvd_frames}}
     metrics = build_metrics(  # first, since it names all missing weights
-        args.metric,
-        device,
-        preset=args.preset,
-        on_missing=args.on_missing,
-        pwc_warp=args.pwc_warp,
-        settings=settings,
+        args.metric, device, preset=args.preset, on_missing=args.on_missing, pwc_warp=args.pwc_warp, settings=settings
     )
-    protocol = Protocol(
-        num_frames=args.num_frames,
-        stride=args.sample_rate,
-        frames=args.frames,
-        strict_frames=args.strict_frames,
-        cut=args.cut,
-        resize=args.resize,
-        resolution=args.resolution,
-        crop=args.crop_size,
-        ignore_fps=args.ignore_fps,
-        to_8bit=args.to_8bit,
-    )
+    protocol = Protocol(**{field.name: getattr(args, field.name) for field in fields(Protocol)})
     evaluations = []
     for name, rec in args.recs.items():
         pairs, unmatched = find_pairs(args.ref, rec, args.pair_by, args.allow_unmatched)
-        jobs, errors = plan(pairs, protocol, metrics, args.on_error)
+        jobs, failed = plan(pairs, protocol, metrics, args.on_error)
         shapes = [(job.info.frames, job.info.height, job.info.width) for job in jobs]
         require_shapes(PRESETS[args.preset], shapes, args.batch_size)
-        evaluations.append(Evaluation(name, rec, output_folder(args, name, rec), jobs, unmatched, errors))
+        evaluations.append(Evaluation(name, rec, output_folder(args, rec), jobs, unmatched, failed))
     results, summaries = {}, {}
     for evaluation in evaluations:
-        with lock(evaluation.output, ranks.process_index):
-            videos, errors = score(evaluation, metrics, protocol, ranks, device, args)
+        folder = evaluation.output
+        folder.mkdir(parents=True, exist_ok=True)
+        in_use = PairError(f"{folder} is in use by another evaluation; choose another --output")
+        with hold_lock(folder / f".rank{ranks.process_index}.lock", in_use):
+            videos = score(evaluation, metrics, ranks, device, args)
             if ranks.is_main_process:
                 results[evaluation.name] = videos
-                summaries[evaluation.name] = report(evaluation, videos, errors, metrics, protocol, args)
+                summaries[evaluation.name] = report(evaluation, videos, metrics, protocol, args)
     if ranks.is_main_process and len(evaluations) > 1:
         differences = compare(results, metrics.columns)
         print(f"\n{side_by_side(summaries)}\n\n{comparison_table(differences)}")
@@ -230,7 +193,7 @@ def evaluate(args: argparse.Namespace) -> int:
     return 1 if any(summary["failed"] for summary in summaries.values()) else 0
 
 
-def output_folder(args: argparse.Namespace, name: str, rec: Path) -> Path:
+def output_folder(args: Namespace, rec: Path) -> Path:
     rec = rec.resolve()
     if args.output is None:
         return rec.with_name(f"{rec.name}_eval")
@@ -239,66 +202,44 @@ def output_folder(args: argparse.Namespace, name: str, rec: Path) -> Path:
     return args.output if len(args.recs) == 1 else args.output / rec.name
 
 
-def lock(folder: Path, rank: int) -> AbstractContextManager[object]:
-    """The lock of an output folder, as a context. Raises PairError if another evaluation holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    in_use = PairError(f"{folder} is in use by another evaluation; choose another --output")
-    return hold_lock(folder / f".rank{rank}.lock", in_use)
-
-
 def score(
-    evaluation: Evaluation,
-    metrics: MetricSet,
-    protocol: Protocol,
-    ranks: PartialState,
-    device: torch.device,
-    args: argparse.Namespace,
-) -> tuple[list[VideoScore], list[str]]:
-    """Score this process's share of the pairs. Returns scores and errors of all ranks on the main process, else []."""
+    evaluation: Evaluation, metrics: MetricSet, ranks: PartialState, device: torch.device, args: Namespace
+) -> list[VideoScore]:
+    """Score this rank's share of the pairs. Returns the scores of all ranks; their errors go to evaluation.failed."""
     rank, main = ranks.process_index, ranks.is_main_process
     if main:
         remove_unfinished(evaluation.output)
-        if args.fresh:
-            for file in evaluation.output.glob("rank*.jsonl"):
-                file.unlink()
+        for file in evaluation.output.glob("rank*.jsonl") if args.fresh else ():
+            file.unlink()
     ranks.wait_for_everyone()
     store = Store(evaluation.output, rank, metrics)
-    known_pairs = store.read()
-    todo = [job for job in evaluation.jobs if store.missing(job.key, known_pairs)]
+    store.read()
+    todo = [job for job in evaluation.jobs if store.missing(job.key)]
     ranks.wait_for_everyone()  # all ranks read the store before one writes to it
     if main and len(todo) < len(evaluation.jobs):
         print(f"{len(evaluation.jobs) - len(todo)} of {len(evaluation.jobs)} pairs were scored before")
-    mine = share(todo, rank, ranks.num_processes)
-    with tqdm(total=len(mine), unit="video", desc=evaluation.name, disable=None if main else True) as bar:
-        errors = score_jobs(mine, protocol, store, device, on_error=args.on_error, finished=bar.update)
-    write_errors(store, errors)
-    ranks.wait_for_everyone()
-    if not main:
-        return [], []
-    return collect(evaluation.jobs, store), read_errors(evaluation.output, ranks.num_processes)
+    todo.sort(key=lambda job: (-job.info.frames * job.info.height * job.info.width, job.pair.name))
+    mine = todo[rank :: ranks.num_processes]  # largest first, so that all ranks finish at about the same time
+    progress = tqdm(mine, unit="video", desc=evaluation.name, disable=None if main else True)
+    evaluation.failed += gather_object(score_jobs(progress, store, device, args.on_error))
+    return collect(evaluation.jobs, store)
 
 
 def report(
-    evaluation: Evaluation,
-    videos: list[VideoScore],
-    errors: list[str],
-    metrics: MetricSet,
-    protocol: Protocol,
-    args: argparse.Namespace,
+    evaluation: Evaluation, videos: list[VideoScore], metrics: MetricSet, protocol: Protocol, args: Namespace
 ) -> dict[str, Any]:
     """Print the scores of one reconstruction and write them to its folder; returns the summary."""
-    failed = [*evaluation.errors, *errors]
     if not videos:
-        raise PairError("no pair could be scored:\n" + "\n".join(f"  {reason}" for reason in failed))
+        raise PairError("no pair could be scored:\n" + "\n".join(f"  {reason}" for reason in evaluation.failed))
     summary = summarize(videos, metrics, protocol, args.preset, args.batch_size) | {
         "real_video_dir": str(args.ref),
         "generated_video_dir": str(evaluation.rec),
         "unmatched": evaluation.unmatched,
-        "failed": failed,
+        "failed": evaluation.failed,
     }
     print(set_table(summary))
     absent = [f"{name} is skipped: {reason}" for name, reason in metrics.skipped.items()]
-    for warning in [*summary["warnings"], *evaluation.unmatched, *failed, *absent]:
+    for warning in [*summary["warnings"], *evaluation.unmatched, *evaluation.failed, *absent]:
         print(f"warning: {warning}", file=sys.stderr)
     folder = evaluation.output
     write_json(folder / "summary.json", summary)
@@ -306,7 +247,6 @@ def report(
     if args.per_frame:
         write_per_frame(folder / "per_frame.csv", videos)
     if not args.no_html:
-        pairs = {job.pair.name: job.pair for job in evaluation.jobs}
-        write_html(folder / "report.html", summary, videos, pairs, protocol, metrics.columns)
+        write_html(folder / "report.html", summary, videos, evaluation.jobs, metrics.columns)
     print(f"wrote {os.path.relpath(folder)}")
     return summary

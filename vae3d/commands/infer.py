@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import nn
 
 from vae3d.checkpoints.formats import Checkpoint
@@ -25,7 +24,7 @@ from vae3d.inference.files import (
     reconstruct_files,
     select_rows,
 )
-from vae3d.inference.reconstruct import Reconstructor, Selection
+from vae3d.inference.reconstruct import Reconstructor, Settings
 from vae3d.inference.results import Results
 from vae3d.loading import load_with_checkpoint
 from vae3d.metrics import build_metrics
@@ -33,7 +32,7 @@ from vae3d.models.compiled import compile_steps
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.tiling import Tiled
 from vae3d.models.wan import WanVAE
-from vae3d.precision import autocast_dtype, disable_tf32, slow_conv3d
+from vae3d.precision import disable_tf32, slow_conv3d
 
 if TYPE_CHECKING:
     from vae3d.config.schema import InferConfig
@@ -62,27 +61,9 @@ def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Chec
         spatial.frame_batch = config.frame_batch
     if config.compile:
         compile_steps(model)
-    selection = Selection(
-        start=config.start,
-        num_frames=config.num_frames,
-        stride=config.stride,
-        fps=config.fps,
-        height=config.height,
-        width=config.width,
-        reader=config.reader,
-    )
-    return checkpoint, Reconstructor(
-        model,
-        config.save_dir,
-        selection,
-        codec=config.codec,
-        sample=config.sample,
-        seed=config.seed,
-        dtype=autocast_dtype(config.precision),
-        metrics=metrics,
-        memory_gib=config.memory_gib,
-        open_stream=tiled(model, config.tile, config.tile_overlap).stream if config.tile else None,
-    )
+    settings = Settings(**{field.name: getattr(config, field.name) for field in fields(Settings)})
+    streams = tiled(model, config.tile, config.tile_overlap) if config.tile else model
+    return checkpoint, Reconstructor(model, settings, metrics, streams.stream)
 
 
 def reconstruct(
@@ -98,7 +79,7 @@ def reconstruct(
     """
     table = select_rows(config.source, config.root, config.split, config.num_samples)
     check_not_own_source(reconstructor, config.source)
-    main, results = ranks.is_main_process, Results(reconstructor)
+    main, results = ranks.is_main_process, Results(reconstructor, comparer)
     with results.locked() if main else nullcontext():
         if main:
             networks = {"checkpoint": reconstructor.model}
@@ -110,14 +91,12 @@ def reconstruct(
         cost = measure_first_file(reconstructor, table) if config.cost and main else None
         ranks.wait_for_everyone()
         reconstruct_files(
-            reconstructor,
+            results,
             table,
             skip_errors=config.on_error == "skip",
             rank=ranks.process_index,
             world_size=ranks.num_processes,
-            gather=gather_object,
             cost=cost,
-            comparer=comparer,
         )
 
 

@@ -15,44 +15,35 @@ scripts/convert_checkpoint.py writes from it. Without --out the export is rewrit
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
-from vae3d.commands.measure_scale import load_unscaled, rescale
-from vae3d.errors import UserError
-from vae3d.inference.scale import MeasuredScale, off_scale
+from vae3d.commands.measure_scale import add_export_arguments, load_unscaled, rescale
+from vae3d.inference.scale import LatentStats, off_scale
 from vae3d.latents.cache import LatentCache
 from vae3d.loading import load, open_codec
 
 SHOWN = ("0.1", "50", "99.9")  # percentiles
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path)
     parser.add_argument("--verify", action="store_true", help="compare the hashes of all files of the cache")
     parser.add_argument("--write", type=Path, metavar="EXPORT", help="run, export, or published weights (with --out)")
-    parser.add_argument("--out", type=Path, help="write another export instead")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--shift", action="store_true", help="image VAE: also write the mean")
-    how.add_argument("--per-channel", action="store_true", help="image VAE: write mean and deviation per channel")
+    add_export_arguments(parser)
     parser.add_argument("--of-means", action="store_true", help="without the variance of the posteriors")
     args = parser.parse_args(argv)
-    try:
-        cache = LatentCache(args.cache, verify=args.verify)
-        print_statistics(
-            cache,
-            "" if args.write else "; if the export has not been updated since, use --write EXPORT --per-channel",
-        )
-        if args.write is not None:
-            write(args)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    cache = LatentCache(args.cache, verify=args.verify)
+    print_statistics(
+        cache,
+        "" if args.write else "; if the export has not been updated since, use --write EXPORT --per-channel",
+    )
+    if args.write is not None:
+        write(args)
 
 
 def print_statistics(cache: LatentCache, hint: str) -> None:
@@ -62,11 +53,9 @@ def print_statistics(cache: LatentCache, hint: str) -> None:
     print(f"{cache.folder}: {len(cache)} entries ({cache.meta['store']}, {cache.meta['dtype']}; {settings})")
     print(f"of {vae['checkpoint']} ({vae['model']}), encoder {vae['encoder'][:12]}; {len(cache.classes)} classes")
     names = ("mean", "std", "std_of_mean", "posterior_std", "kurtosis")
-    print(f"{'channel':>7}" + "".join(f"{name:>14}" for name in (*names, *(f"{p} %" for p in SHOWN))))
-    for channel in range(vae["channels"]):
-        row = [stats[name][channel] for name in names] + [stats["percentiles"][p][channel] for p in SHOWN]
-        print(f"{channel:7}" + "".join(f"{'-' if value is None else f'{value:.5f}':>14}" for value in row))
-    print(f"{'all':>7}{stats['shift']:14.5f}{stats['scale']:14.5f}   1 / std = {stats['scaling_factor'] or 0:.5f}")
+    columns = {name: stats[name] for name in names} | {f"{p} %": stats["percentiles"][p] for p in SHOWN}
+    print(pd.DataFrame(columns, dtype=float).to_string(float_format="%.5f", na_rep="-", col_space=12))
+    print(f"all: mean {stats['shift']:.5f}, std {stats['scale']:.5f}, 1 / std {stats['scaling_factor'] or 0:.5f}")
     if stats["other_frames"] is not None:
         for name in ("first_frame", "other_frames"):
             means, stds = (_list(stats[name][key]) for key in ("mean", "std"))
@@ -87,11 +76,11 @@ def write(args: argparse.Namespace) -> None:
     )
 
 
-def scale_of_cache(cache: LatentCache, of_means: bool) -> MeasuredScale:
+def scale_of_cache(cache: LatentCache, of_means: bool) -> LatentStats:
     stats, sizes = cache.statistics, cache.index[["frames", "height", "width"]].drop_duplicates()
     size = tuple(map(int, sizes.iloc[0])) if len(sizes) == 1 else None
     mean, std = stats["mean"], stats["std_of_mean" if of_means else "std"]
-    return MeasuredScale(stats["clips"], size, *(torch.tensor(x, dtype=torch.float64) for x in (mean, std)))
+    return LatentStats(stats["clips"], *(torch.tensor(x, dtype=torch.float64) for x in (mean, std)), size)
 
 
 def print_normalized(

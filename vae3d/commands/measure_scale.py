@@ -20,29 +20,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from torch import nn
 
 from vae3d.argparse_types import non_negative_int, positive_int
+from vae3d.checkpoints import formats
 from vae3d.checkpoints.export import write_export
-from vae3d.checkpoints.formats import (
-    EXPORT_CONFIG,
-    Checkpoint,
-    CheckpointError,
-    load_state,
-    read_checkpoint,
-    read_export_config,
-)
+from vae3d.checkpoints.formats import Checkpoint, CheckpointError
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
-from vae3d.errors import UserError
-from vae3d.inference.scale import MeasuredScale, ScaleError, measure, rescaled, spread_clips, unscalable_reason
+from vae3d.inference.scale import LatentStats, ScaleError, measure, rescaled, spread_clips, unscalable_reason
 from vae3d.io import atomic_dir, atomic_files, naming
 from vae3d.loading import build_from_checkpoint
 from vae3d.precision import as_device
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="run, export, or published weights")
     parser.add_argument("source", help="a CSV, parquet or JSON file, a folder, or one file")
@@ -50,25 +44,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=positive_int, default=1, help="per clip (1)")
     parser.add_argument("--height", type=positive_int, default=256, help="of the centre crop (256)")
     parser.add_argument("--width", type=positive_int, default=256)
+    add_export_arguments(parser)
+    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    checkpoint, model = load_unscaled(args.checkpoint, args.out)
+    rescale(checkpoint, model, measure_source(model, args), args)
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--shift", action="store_true", help="image VAE: also write the mean")
     how.add_argument("--per-channel", action="store_true", help="image VAE: write mean and deviation per channel")
     parser.add_argument("--out", type=Path, help="write another export instead")
-    parser.add_argument("--seed", type=non_negative_int, default=0)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(argv)
-    try:
-        checkpoint, model = load_unscaled(args.checkpoint, args.out)
-        rescale(checkpoint, model, measure_source(model, args), args)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
     """The checkpoint that is rescaled, and its model. Raises UserError if its scale cannot be changed or written."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = formats.read_checkpoint(path)
     if out is None and checkpoint.layout != "export":
         raise CheckpointError(f"{checkpoint.path} ({checkpoint.layout}) is not an export; use --out FOLDER")
     if out is not None and out.exists():
@@ -76,11 +69,11 @@ def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
     model = build_from_checkpoint(checkpoint)
     if why := unscalable_reason(model):
         raise ScaleError(f"{checkpoint.path}: {why}")
-    load_state(model, checkpoint.state, str(checkpoint.path))
+    formats.load_weights(model, checkpoint.state, str(checkpoint.path))
     return checkpoint, model.eval()
 
 
-def measure_source(model: nn.Module, args: argparse.Namespace) -> MeasuredScale:
+def measure_source(model: nn.Module, args: argparse.Namespace) -> LatentStats:
     settings = ClipSettings(args.height, args.width)
     table = read_tables(open_source(args.source), settings, num_val_files=0, max_broken=1.0).train
     errors: list[tuple[str, str]] = []
@@ -91,38 +84,32 @@ def measure_source(model: nn.Module, args: argparse.Namespace) -> MeasuredScale:
     return measured
 
 
-def rescale(checkpoint: Checkpoint, model: nn.Module, measured: MeasuredScale, args: argparse.Namespace) -> Path:
+def rescale(checkpoint: Checkpoint, model: nn.Module, measured: LatentStats, args: argparse.Namespace) -> Path:
     """Write the measured scale into args.out, or else into the export itself; returns that folder."""
     new = rescaled(checkpoint, model, measured, shift=args.shift, per_channel=args.per_channel)
     print_scale(checkpoint, new, measured)
     target = args.out or checkpoint.path.parent
-    write(new, target, **(export_metadata(checkpoint) | {"latents": measured.facts()}))
+    metadata = export_metadata(checkpoint) | {"latents": measured.facts()}
+    with naming(target), atomic_files(target / formats.EXPORT_CONFIG) if target.exists() else atomic_dir(target) as tmp:
+        write_export(new, tmp, **metadata)
     print(f"written to {target}")
     return target
-
-
-def write(checkpoint: Checkpoint, folder: Path, **metadata: Any) -> None:
-    """Write an export beside the folder's other files. Raises FileError, and changes nothing, if that fails."""
-    target = atomic_files(folder / EXPORT_CONFIG) if folder.exists() else atomic_dir(folder)
-    with naming(folder), target as tmp:
-        write_export(checkpoint, tmp, **metadata)
 
 
 def export_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     """The entries of an export's model.yaml beside the model itself, such as run and step."""
     if checkpoint.layout != "export":
         return {}
-    config = read_export_config(checkpoint.path.with_name(EXPORT_CONFIG))
+    config = formats.read_export_config(checkpoint.path.with_name(formats.EXPORT_CONFIG))
     return {key: value for key, value in config.items() if key not in ("vae3d", "model")}
 
 
-def print_scale(old: Checkpoint, new: Checkpoint, measured: MeasuredScale) -> None:
+def print_scale(old: Checkpoint, new: Checkpoint, measured: LatentStats) -> None:
     size = "several sizes" if measured.size is None else " x ".join(map(str, measured.size))
-    print(f"{measured.clips} clips of {size}\n{'channel':>7}{'mean':>12}{'std':>12}")
-    for channel, (mean, std) in enumerate(zip(measured.mean.tolist(), measured.std.tolist(), strict=True)):
-        print(f"{channel:7}{mean:12.5f}{std:12.5f}")
+    print(f"{measured.clips} clips of {size}")
+    print(pd.DataFrame({"mean": measured.mean, "std": measured.std}).to_string(float_format="%.5f", col_space=10))
     mean, std = measured.over_channels()
-    print(f"{'all':>7}{mean:12.5f}{std:12.5f}   1 / std = {1 / std:.5f}")
+    print(f"all: mean {mean:.5f}, std {std:.5f}, 1 / std {1 / std:.5f}")
     for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
         if new.config.get(name) != old.config.get(name):
             print(f"{name}: {_short(old.config.get(name))} -> {_short(new.config[name])}")

@@ -24,7 +24,6 @@ from torch import nn
 import vae3d
 from vae3d.argparse_types import non_negative_int, positive_int
 from vae3d.data.sources import open_source
-from vae3d.errors import UserError
 from vae3d.latents import probe_run
 from vae3d.latents.probe_report import console_table, write_report
 from vae3d.latents.probe_run import ProbeError, ProbeSettings
@@ -35,7 +34,7 @@ from vae3d.pretrained.lpips import LPIPSNet
 from vae3d.pretrained.weights import WeightsMissing
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="[NAME=]PATH")
     parser.add_argument("--source", required=True, help="folder, table (.csv, .parquet, .json), video or image")
@@ -55,17 +54,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    try:
-        report, pictures = probe(args)
-        write_report(args.out, report, pictures)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    report, pictures = probe(args)
+    write_report(args.out, report, pictures)
     print(console_table(report))
     for line in report["warnings"] + report["notes"]:
         print(line, file=sys.stderr)
     print(f"{args.out / 'report.html'}, {args.out / 'probes.json'}")
-    return 0
 
 
 def probe(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:

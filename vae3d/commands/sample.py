@@ -3,66 +3,46 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vae3d import distributed
+from vae3d.diffusion import sampling
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.data import clip_and_latent_size
 from vae3d.diffusion.export import Export, check_same_vae, read_export
 from vae3d.diffusion.quality import distances, draw_reference_sets
-from vae3d.diffusion.sampling import (
-    LATENTS,
-    MAX_IN_GRID,
-    cached_latents,
-    check_latent_rms,
-    clear,
-    per_rank_batches,
-    sample_latents,
-    write_files,
-    write_grid,
-    write_npz,
-)
-from vae3d.diffusion.scale import LatentStats
 from vae3d.distributed import init_inference
 from vae3d.errors import UserError
 from vae3d.hashing import weights_hash
 from vae3d.inference.folder import begin, has_results, locked, resumes
+from vae3d.inference.scale import LatentStats
 from vae3d.io import naming, remove, write_json
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.codec import LatentCodec
 from vae3d.loading import open_codec
+from vae3d.report.images import grid
 from vae3d.running_stats import RunningStats
-from vae3d.training.diffusion_validation import decoded
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import SampleConfig
 
 log = logging.getLogger("vae3d")
-
-
-class Reference(NamedTuple):
-    """Two disjoint sets of cached latents to compare samples with; each has as many as there are samples."""
-
-    cache: LatentCache
-    first: list[int]
-    second: list[int]
-
-    def latents(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([self.cache[index].z for index in indices])
+Reference = tuple[LatentCache, tuple[list[int], list[int]]]  # a cache, and two disjoint sets of as many of its latents
 
 
 def run(config: SampleConfig) -> None:
     """Draw config.count samples, shared among the ranks; the main process writes the files that join all of them."""
     process, device = init_inference(config.device)
-    main = process.is_main_process
+    main, rank, world_size = process.is_main_process, process.process_index, process.num_processes
     export = read_export(config.checkpoint, config.ema)
     labels = sample_labels(config, export.config)
     names = [] if labels is None else [export.config["classes"][label] for label in labels]
@@ -84,39 +64,43 @@ def run(config: SampleConfig) -> None:
     folder = Path(config.out)
     with locked(folder, f"out={folder}") if main else nullcontext():
         prepare_folder(folder, config.overwrite, command, main, device)
-        in_grid = min(config.count, MAX_IN_GRID) if "grid" in write else 0
+        in_grid = min(config.count, sampling.MAX_IN_GRID) if "grid" in write else 0
         kept = config.count if "npz" in write else in_grid
         pictures = np.empty((kept if main else 0, *size, 3), np.uint8)
         latents = torch.empty(config.count if reference and main else 0, *shape)
         stats = RunningStats(codec.channels, device)
-        for mine in per_rank_batches(config.count, config.batch_size, process.process_index, process.num_processes):
-            z = cached_latents(folder, mine, draw).to(device)
+        for mine in sampling.per_rank_batches(config.count, config.batch_size, rank, world_size):
+            z = sampling.cached_latents(folder, mine, draw).to(device)
             stats.update_channels(z)
-            frames = decoded(codec, z, size) if mine else pictures[:0]
+            frames = sampling.decoded(codec, z, size) if mine else pictures[:0]
             if "files" in write:
-                write_files(folder, [f"{i:06d}" + (f"_{names[i]}" if names else "") for i in mine], frames, config.fps)
+                for i, sample in zip(mine, frames, strict=True):
+                    label = f"_{names[i]}".replace("/", "_") if names else ""
+                    sampling.write_frames(folder / f"{i:06d}{label}", sample, config.fps)
             sent = [i < kept for i in mine]
             batch = (mine, frames[sent], z.cpu() if reference else None)
             for indices, some, values in distributed.gather_to_main(batch):
                 pictures[[i for i in indices if i < kept]] = some
                 if values is not None:
                     latents[indices] = values
-        latent_stats = LatentStats.over_ranks(stats, config.count)
+        stats.all_reduce()
         if not main:
             return
         if "grid" in write:
-            write_grid(folder / "grid", pictures[:in_grid], fps=config.fps)
+            sampling.write_frames(folder / "grid", grid(pictures[:in_grid]), config.fps)
         if "npz" in write:
-            write_npz(folder, pictures, labels)
+            sampling.write_npz(folder, pictures, labels)
         log.info("%d samples of %s -> %s", config.count, export.folder, config.out)
-        log.info("their latents (those of the data have mean 0, deviation 1), per channel\n%s", latent_stats.table())
-        if warning := check_latent_rms(latent_stats.rms, export.process(), sampling_settings(config)):
+        latent_stats = LatentStats.of(stats, config.count)
+        log.info("their latents (those of the data have mean 0, deviation 1): %s", latent_stats)
+        rms = math.hypot(*latent_stats.over_channels())
+        if warning := sampling.check_latent_rms(rms, export.process(), sampling_settings(config)):
             log.warning(warning)
         if reference:
             data = compare_with_data(latents, reference, config)
             if "grid" in write:
-                write_grid(folder / "data", decoded(codec, data[:in_grid], size), fps=config.fps)
-        remove(folder / LATENTS)
+                sampling.write_frames(folder / "data", grid(sampling.decoded(codec, data[:in_grid], size)), config.fps)
+        remove(folder / sampling.LATENTS)
 
 
 def sample_labels(config: SampleConfig, metadata: Mapping[str, Any]) -> list[int] | None:
@@ -151,7 +135,7 @@ def open_reference(config: SampleConfig, codec: LatentCodec, shape: Sequence[int
     if (cached := clip_and_latent_size(cache)[1]) != tuple(shape):
         cached, ours = (" x ".join(map(str, sizes)) for sizes in (cached, shape))
         raise UserError(f"against={config.against} has latents of {cached}, the samples are of {ours}")
-    return Reference(cache, *draw_reference_sets(cache, config.count, names or None))
+    return cache, draw_reference_sets(cache, config.count, names or None)
 
 
 def make_sampler(
@@ -167,7 +151,7 @@ def make_sampler(
     def draw(indices: Sequence[int]) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             try:
-                z = sample_latents(
+                z = sampling.sample_latents(
                     network,
                     process,
                     latent_shape,
@@ -208,7 +192,7 @@ def prepare_folder(folder: Path, overwrite: bool, command: Mapping[str, Any], ma
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if overwrite:
-                clear(folder)
+                sampling.clear(folder)
             if has_results(folder) and not resumes(folder, command, f"out={folder}"):
                 hint = "files that sampling did not write" if overwrite else "files; choose another, or overwrite=true"
                 reason = f"out={folder} holds {hint}"
@@ -224,7 +208,8 @@ def prepare_folder(folder: Path, overwrite: bool, command: Mapping[str, Any], ma
 
 def compare_with_data(latents: Tensor, reference: Reference, config: SampleConfig) -> Tensor:
     """Log and write the distances between samples and cached latents; returns the latter."""
-    data, other = (reference.latents(indices) for indices in (reference.first, reference.second))
+    cache, sets = reference
+    data, other = (torch.stack([cache[index].z for index in indices]) for indices in sets)
     found = distances(latents, data, other)
     file = Path(config.out) / "distances.json"
     with naming(file):

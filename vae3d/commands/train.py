@@ -29,13 +29,13 @@ from vae3d.models.taehv import TAEHV
 from vae3d.models.wan import WanVAE
 from vae3d.precision import DTYPES, slow_conv3d
 from vae3d.training.checkpointer import check_may_start
-from vae3d.training.distillation import Distillation
 from vae3d.training.freeze import train_parts
+from vae3d.training.teacher import Distillation
 from vae3d.training.vae_trainer import VaeTrainer
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
-    from vae3d.config.schema import Data, Loss, Teacher, TrainConfig
+    from vae3d.config.schema import Data, Loss, TrainConfig
 
 
 def objective(config: Loss) -> Objective:
@@ -96,11 +96,6 @@ def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingDa
     )
 
 
-def teacher(config: Teacher, device: torch.device | str = "cpu") -> nn.Module | None:
-    """The teacher's network, or None without one. Raises CheckpointError if it cannot be loaded."""
-    return None if config.path is None else load(config.path).to(device)
-
-
 def distillation(config: TrainConfig, teacher: nn.Module | None, student: nn.Module) -> Distillation | None:
     if teacher is None:
         return None
@@ -142,17 +137,19 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
         started = [f"optim.proximal pulls towards stage.init_from={config.stage.init_from}"]
     if config.trainer.compile:
         compile_blocks(model, dynamic=None if len(data.schedule.frames.all()) > 1 else False)
+    adversary, logger = instantiate(config.adversary), instantiate(config.logger)
+    teacher = None if config.teacher.path is None else load(config.teacher.path).to(accelerator.device)
     built = VaeTrainer(
         config,
         folder,
         accelerator,
         model,
         terms,
-        instantiate(config.adversary),
+        adversary,
         data,
         metrics,
-        instantiate(config.logger),
-        distillation(config, teacher(config.teacher, accelerator.device), model),
+        logger,
+        distillation(config, teacher, model),
     )
     built.setup()
     for line in [*summary(config, model, accelerator.num_processes), *data_summary(config, data), *started]:

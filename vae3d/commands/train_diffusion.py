@@ -23,18 +23,10 @@ from vae3d.data.batch_schedule import ClipIndex, FrameCounts
 from vae3d.data.clips import ClipDataset
 from vae3d.data.fingerprint import fingerprint_of, fingerprint_of_cache
 from vae3d.data.loader import check_files_exist, clip_lengths, read_tables, validation_clips
+from vae3d.diffusion import data as diffusion_data
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.build import NETWORKS, PROCESSES, network_config
-from vae3d.diffusion.data import (
-    CachedLatents,
-    LabelledClips,
-    LatentData,
-    clip_and_latent_size,
-    collate_latents,
-    require_labels,
-    split_cache,
-    val_batches,
-)
+from vae3d.diffusion.data import CachedLatents, LatentData
 from vae3d.diffusion.unet import LatentUNet
 from vae3d.distributed import check_ranks_agree, init_training
 from vae3d.inference.scale import unscalable_reason
@@ -103,22 +95,24 @@ def _codec(config: DiffusionConfig, device: torch.device) -> LatentCodec:
 def latent_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
     """The latents to train on: of a cache, or of clips that are encoded batch by batch."""
     build = clip_data if config.cache is None else cache_data
-    return build(config, codec, rank, world_size)
+    data, settings = build(config, codec, rank, world_size), config.data
+    return replace(data, workers=settings.workers, prefetch=settings.prefetch, timeout=settings.timeout)
 
 
 def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
     mode = None if config.vae.sample else "mean"
     cache = LatentCache(config.cache, codec, mode=mode, seed=config.run.seed, flips=config.data.flip)
-    size, latent_shape = clip_and_latent_size(cache)
+    size, latent_shape = diffusion_data.clip_and_latent_size(cache)
     labelled = config.labels != "none"
     if labelled:
-        require_labels(cache.labels, cache.index["key"].tolist(), f"entries of {config.cache}")
-    train, held_out = split_cache(cache.index, config.data.num_val_files if config.validation.every else 0)
+        diffusion_data.require_labels(cache.labels, cache.index["key"].tolist(), f"entries of {config.cache}")
+    num_val_files = config.data.num_val_files if config.validation.every else 0
+    train, held_out = diffusion_data.split_cache(cache.index, num_val_files)
     mine = held_out[: config.validation.clips if config.validation.every else 0][rank::world_size]
     every = CachedLatents(cache, range(len(cache)), labelled)
     return LatentData(
         dataset=CachedLatents(cache, train, labelled),
-        collate=collate_latents,
+        collate=diffusion_data.collate_latents,
         schedule=batch_schedule(config, np.ones(len(train), int), FrameCounts(1, 1), rank, world_size),
         codec=codec,
         size=size,
@@ -127,9 +121,6 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
         classes=cache.classes if labelled else [],
         trained_classes=sorted({cache.labels[place] for place in train}) if labelled else [],
         held_out=[every[ClipIndex(place, place, 1)] for place in mine.tolist()],
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-        timeout=config.data.timeout,
         fingerprint=fingerprint_of_cache(cache.index.iloc[[*train, *held_out]], cache.meta["digest"]),
         notes=[f"{config.cache}: {len(train)} latents to train on ({cache.mode}), {len(held_out)} held out"],
     )
@@ -139,15 +130,13 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
     data, validation = config.data, config.validation
     settings, source = clip_settings(data), instantiate(data.source)
     tables = read_tables(source, settings, data.num_val_files if validation.every else 0, data.max_broken)
-    classes: list[str] = []
-    numbers = {"": NO_LABEL}
     every = pd.concat([tables.train, tables.val], ignore_index=True)
-    labels = labels_of(every, config.labels)
+    names = labels_of(every, config.labels)
+    classes = class_names(names)
+    index_of = {"": NO_LABEL} | {name: index for index, name in enumerate(classes)}
+    labels = np.array([index_of[name] for name in names])
     if config.labels != "none":
-        classes = class_names(labels)
-        numbers |= {name: number for number, name in enumerate(classes)}
-        require_labels([numbers[label] for label in labels], every["path"].tolist(), "files")
-    labels = np.array([numbers[label] for label in labels])
+        diffusion_data.require_labels(labels.tolist(), every["path"].tolist(), "files")
     of_train, of_val = np.split(labels, [len(tables.train)])
     schedule = batch_schedule(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
     held_out, errors = [], tables.errors
@@ -155,11 +144,11 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
     if validation.every:
         enough = clip_lengths(tables.val, settings) >= frames
         clips, more = validation_clips(tables.val, settings, frames, validation.clips, rank, world_size)
-        held_out, errors = val_batches(clips, of_val[enough]), errors + more
+        held_out, errors = diffusion_data.val_batches(clips, of_val[enough]), errors + more
     trained = {codec.latent_shape(count, data.height, data.width)[1] for count in schedule.frames.all()}
     return LatentData(
         dataset=ClipDataset(tables.train, schedule, settings),
-        collate=LabelledClips(of_train),
+        collate=diffusion_data.LabelledClips(of_train),
         schedule=schedule,
         codec=codec,
         size=(frames, data.height, data.width),
@@ -169,9 +158,6 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         trained_classes=np.unique(of_train).tolist() if classes else [],
         held_out=held_out,
         sample=config.vae.sample,
-        workers=data.workers,
-        prefetch=data.prefetch,
-        timeout=data.timeout,
         fingerprint=fingerprint_of(every, stat_files=rank == 0),
         errors=errors,
         notes=[

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import difflib
 import glob
 import math
 import re
@@ -18,7 +18,17 @@ from pydantic import TypeAdapter, ValidationError
 
 from vae3d.checkpoints.location import exists, hub_hint
 from vae3d.config.fields import allowed, allowed_entry, fields_of, nested_schema
-from vae3d.config.issues import MISSING, NO_VALUE, ConfigIssue, is_within, nearest, raise_if_any, without_repeats
+from vae3d.config.issues import (
+    MISSING,
+    NO_VALUE,
+    ConfigIssue,
+    add_new,
+    close_match,
+    is_within,
+    nearest,
+    raise_if_any,
+    walk,
+)
 from vae3d.config.targets import target_issues
 
 C = TypeVar("C")
@@ -74,21 +84,30 @@ class _Readable:
 Rules = Sequence[Rule | Callable[[Any], Iterable[ConfigIssue]]]
 
 
-def check(cfg: DictConfig, schema: type[C], rules: Rules, paths: Callable[[C], Mapping[str, Any]]) -> C:
-    """The configuration as typed objects. paths: key -> path that must exist. Raises ConfigError with every error."""
-    config, issues = check_all(cfg, schema, rules, paths)
-    raise_if_any(issues)
+def check(
+    cfg: DictConfig,
+    issues: Sequence[ConfigIssue] = (),
+    *,
+    schema: type[C],
+    rules: Rules,
+    paths: Callable[[C], Mapping[str, Any]],
+) -> C:
+    """The configuration as typed objects. Raises ConfigError with every error.
+
+    issues: those of the command line. paths: key -> path that must exist.
+    """
+    config, found = check_all(cfg, schema=schema, rules=rules, paths=paths)
+    raise_if_any([*issues, *found])
     return config
 
 
 def check_all(
-    cfg: DictConfig, schema: type[C], rules: Rules, paths: Callable[[C], Mapping[str, Any]]
+    cfg: DictConfig, *, schema: type[C], rules: Rules, paths: Callable[[C], Mapping[str, Any]]
 ) -> tuple[C, list[ConfigIssue]]:
     """As `check`, with the errors instead of an exception. Wrong and missing values have their defaults."""
     config, issues = read(cfg, schema)
-    wrong = {issue.key for issue in issues}
     found = [*check_rules(config, rules, issues), *path_issues(paths(config))]
-    return config, issues + [issue for issue in found if issue.key not in wrong]
+    return config, add_new(issues, found)
 
 
 def read(cfg: DictConfig, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
@@ -96,10 +115,10 @@ def read(cfg: DictConfig, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
     keys and values."""
     issues: list[ConfigIssue] = []
     tree = _resolve(cfg, OmegaConf.to_container(cfg, resolve=False), "", issues)
-    issues += [*target_issues(tree), *_number_issues(tree)]
     config, wrong = _typed(tree, schema)
-    issues += [*wrong, *_missing(tree, config)]
-    return config, without_repeats(issues)
+    for found in (target_issues(tree), _number_issues(tree), wrong, _missing(tree, config)):
+        issues = add_new(issues, found)
+    return config, issues
 
 
 def check_rules(config: Any, rules: Rules, issues: Sequence[ConfigIssue] = ()) -> list[ConfigIssue]:
@@ -137,33 +156,28 @@ def _resolve(cfg: DictConfig, node: Any, key: str, issues: list[ConfigIssue]) ->
     return node
 
 
-def _number_issues(node: Any, key: str = "") -> Iterator[ConfigIssue]:
+def _number_issues(tree: Any) -> Iterator[ConfigIssue]:
     """Of numbers at any depth, in `_target_` nodes too: finite, at most 64 bits, and a seed at least 0."""
-    if isinstance(node, dict):
-        for name, value in node.items():
-            yield from _number_issues(value, f"{key}.{name}" if key else name)
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _number_issues(value, f"{key}[{index}]")
-    elif isinstance(node, float) and not math.isfinite(node):
-        yield ConfigIssue(key, node, "must be a finite number")
-    elif isinstance(node, int) and not -(2**63) <= node < 2**63:
-        yield ConfigIssue(key, node, "must fit into 64 bits")
-    elif isinstance(node, int) and node < 0 and key.split(".")[-1] == "seed":
-        yield ConfigIssue(key, node, "must be at least 0")
+    for key, value in walk(tree):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield ConfigIssue(key, value, "must be a finite number")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            yield ConfigIssue(key, value, "must fit into 64 bits")
+        elif isinstance(value, int) and value < 0 and key.split(".")[-1] == "seed":
+            yield ConfigIssue(key, value, "must be at least 0")
 
 
 def _typed(tree: Any, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
-    """pydantic's objects and errors. Wrong values are removed from the tree, so that their defaults stand in."""
-    adapter = TypeAdapter(schema)
-    present = _without_missing(tree, schema)
+    """pydantic's objects and errors. The defaults of missing and wrong values stand in for them."""
+    adapter, present = TypeAdapter(schema), copy.deepcopy(tree)
     try:
         return adapter.validate_python(present), []
     except ValidationError as error:
         issues = []
         for item in error.errors(include_url=False):
             issue, path = _issue(schema, item)
-            issues.append(issue)
+            if issue.value != MISSING:
+                issues.append(issue)
             parent = present
             for name in path[:-1]:
                 parent = parent.get(name, {})
@@ -174,60 +188,37 @@ def _typed(tree: Any, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
 def _issue(schema: Any, error: Mapping[str, Any]) -> tuple[ConfigIssue, list[str]]:
     """A pydantic error as an issue, and the path of the field or dict entry that is wrong."""
     loc, path, given = [*map(str, error["loc"])], [], error["input"]
-    while True:
+    while schema and loc:
         fields, name = fields_of(schema), loc.pop(0)
-        if name not in fields:
-            hint = nearest(name, fields, "".join(f"{part}." for part in path))
-            path.append(name)
-            return ConfigIssue(".".join(path), NO_VALUE, "unknown key", hint, unknown_key=True), path
-        field = fields[name]
+        prefix = "".join(f"{part}." for part in path)
         path.append(name)
+        if name == "teacher" and name not in fields:  # of a command without one
+            value = given.get("path", given) if isinstance(given, dict) else given
+            hint = "to compare with a teacher, run python scripts/compare.py teacher=PATH ..."
+            return ConfigIssue("teacher", value, "unknown key", hint, malformed=True), path
+        if name not in fields:
+            hint = nearest(name, fields, prefix)
+            return ConfigIssue(f"{prefix}{name}", NO_VALUE, "unknown key", hint, malformed=True), path
+        field = fields[name]
         if typing.get_origin(field.annotation) is dict and loc:
             path.append(loc.pop(0))
         schema = nested_schema(field.annotation)
-        if schema is None or not loc:
-            break
     is_entry = typing.get_origin(field.annotation) is list and loc
     message, hint = f"must be {allowed_entry(field) if is_entry else allowed(field)}", ""
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
     if error["type"] == "literal_error" and isinstance(given, str):
-        close = difflib.get_close_matches(given, re.findall(r"'(\w+)'", error["ctx"]["expected"]), n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else ""
-    return ConfigIssue(".".join(path) + "".join(f"[{index}]" for index in loc), given, message, hint), path
-
-
-def _without_missing(tree: Any, schema: Any) -> Any:
-    """A copy without the keys of the schema that are MISSING, so that their defaults are not checked."""
-    if not isinstance(tree, dict):
-        return tree
-    copy = {}
-    for name, value in tree.items():
-        field = fields_of(schema).get(name)
-        inner = field and nested_schema(field.annotation)
-        if inner and typing.get_origin(field.annotation) is dict and isinstance(value, dict):
-            copy[name] = {str(key): _without_missing(item, inner) for key, item in value.items()}
-        elif value != MISSING:
-            copy[str(name)] = _without_missing(value, inner) if inner else value
-    return copy
+        close = close_match(given, re.findall(r"'(\w+)'", error["ctx"]["expected"]))
+        hint = f"did you mean {close}?" if close else ""
+    key = ".".join(path) + "".join(f"[{index}]" for index in loc)
+    return ConfigIssue(key, given, message, hint, malformed=error["type"].endswith(("_type", "_parsing"))), path
 
 
 def _missing(tree: Any, config: Any) -> Iterator[ConfigIssue]:
     """Values that are required: MISSING in the tree, or in the objects because the tree lacks them."""
-
-    def walk(node: Any, key: str) -> Iterator[str]:
-        if node == MISSING:
-            yield key
-        elif dataclasses.is_dataclass(node):
-            for field in dataclasses.fields(node):
-                yield from walk(getattr(node, field.name), f"{key}.{field.name}")
-        elif isinstance(node, dict):
-            for name, value in node.items():
-                yield from walk(value, f"{key}.{name}")
-
-    for key in dict.fromkeys([*walk(config, ""), *walk(tree, "")]):
-        name = key.lstrip(".")
-        yield ConfigIssue(name, NO_VALUE, "required", f"set {EXAMPLES.get(name, f'{name}=VALUE')}")
+    entries = [*walk(dataclasses.asdict(config)), *walk(tree)]
+    for key in dict.fromkeys(key for key, value in entries if value == MISSING):
+        yield ConfigIssue(key, NO_VALUE, "required", f"set {EXAMPLES.get(key, f'{key}=VALUE')}")
 
 
 def path_issues(paths: Mapping[str, Any]) -> Iterator[ConfigIssue]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,8 +12,8 @@ from pydantic.dataclasses import dataclass
 
 from vae3d.config.check import Rule, check, resume_issues
 from vae3d.config.fields import STRICT, Float, Int, Interval, Precision, Rates, Strings, as_list, setting
-from vae3d.config.issues import MISSING
-from vae3d.config.schema import Data, Debug, Launcher, Optim, Run, register
+from vae3d.config.issues import MISSING, ConfigIssue
+from vae3d.config.schema import Data, Debug, Launcher, Limits, Optim, Run, Steps, register
 from vae3d.config.validate import DECAY_RULE, FRAMES_RULE, SIZE_RULE, batch_issues, source_paths
 
 Method = Literal["ddpm", "ddim", "euler"]
@@ -39,23 +41,13 @@ class Averages:
 
 
 @dataclass(config=STRICT)
-class Training:
+class Training(Steps):
     """Steps, precision, checkpoints."""
 
-    max_steps: Int = setting(100_000, "Optimizer steps.", ge=1)
-    accumulate: Int = setting(1, "Micro-batches per optimizer step.", ge=1)
     precision: Literal["bf16", "fp32"] = setting("bf16", "Autocast over fp32 weights.")
     ema: Averages = Field(default_factory=Averages)
-    max_consecutive_skips: Int = setting(10, "Skipped steps in a row before the run stops. 0: no limit.", ge=0)
-    scale_samples: Int = setting(
-        1000, "Training latents whose mean and standard deviation are measured before the first step.", ge=64
-    )
-    log_every: Int = setting(10, "Steps between log lines.", ge=1)
-    save_every: Int = setting(1000, "Steps between checkpoints. 0: none.", ge=0)
-    save_failures: Int = setting(
-        3, "Checkpoints in a row that cannot be written before the run stops. 0: no limit.", ge=0
-    )
-    keep: Int = setting(3, "Newest checkpoints and exports kept, at least two. 0: all.", ge=0)
+    robust: Limits = Field(default_factory=Limits)
+    scale_samples: Int = setting(1000, "Training latents measured before the first step: mean and deviation.", ge=64)
 
 
 @dataclass(config=STRICT)
@@ -66,7 +58,7 @@ class DiffusionValidation:
     clips: Int = setting(64, "Held-out latents.", ge=1)
     draws: Int = setting(8, "Times and noises for each latent, the same in every validation.", ge=1)
     frames: Int | None = setting(
-        None, "Frames of held-out clips and of samples. null: data.frames.max. Not used for a cache.", ge=1
+        None, "Of held-out clips and samples. null: data.frames.max. Not used for a cache.", ge=1
     )
     samples: Int = setting(16, "Samples drawn.", ge=1)
     steps: Int = setting(50, "Steps of the sampler.", ge=1)
@@ -81,9 +73,7 @@ class DiffusionConfig:
 
     run: Run = Field(default_factory=Run)
     vae: Vae = Field(default_factory=Vae)
-    cache: str | None = setting(
-        None, "Latents of scripts/encode_latents.py. null: encode the clips of `data`, batch by batch."
-    )
+    cache: str | None = setting(None, "Latents of encode_latents.py. null: encode the clips of `data`, batch by batch.")
     labels: Literal["none", "auto", "column", "folder"] = setting(
         "none", "column (`label`), folder (its name); auto: column or, without one, folder. A cache has its own."
     )
@@ -153,7 +143,7 @@ TRAINING_RULES = [
 # fmt: on
 
 
-def check_diffusion(cfg: DictConfig) -> DiffusionConfig:
+def check_diffusion(cfg: DictConfig, issues: Sequence[ConfigIssue] = ()) -> DiffusionConfig:
     """The configuration as typed objects. Raises ConfigError with every error, except those of the autoencoder and the
     data."""
     rules = TRAINING_RULES
@@ -162,17 +152,18 @@ def check_diffusion(cfg: DictConfig) -> DiffusionConfig:
         cfg = OmegaConf.merge(cfg, {"data": {"source": None}})
         message = f"is not read, since cache={cache}"
         rules = [*rules, Rule("data.source", lambda _: given is not None, message, "use one of them")]
-    return check(
-        cfg, DiffusionConfig, rules, lambda c: {"vae.path": c.vae.path, "cache": c.cache, **source_paths(c.data.source)}
-    )
+    return check(cfg, issues, schema=DiffusionConfig, rules=rules, paths=_training_paths)
 
 
-def check_sampling(cfg: DictConfig) -> SampleConfig:
-    """The configuration as typed objects. Raises ConfigError with every error."""
-    return check(
-        cfg, SampleConfig, [SIZE_RULE], lambda c: {"checkpoint": c.checkpoint, "vae": c.vae, "against": c.against}
-    )
+def _training_paths(config: DiffusionConfig) -> dict[str, Any]:
+    return {"vae.path": config.vae.path, "cache": config.cache, **source_paths(config.data.source)}
 
 
+check_sampling = partial(
+    check,
+    schema=SampleConfig,
+    rules=[SIZE_RULE],
+    paths=lambda c: {"checkpoint": c.checkpoint, "vae": c.vae, "against": c.against},
+)
 register("diffusion_defaults", DiffusionConfig)
 register("sample_defaults", SampleConfig)

@@ -14,19 +14,21 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from vae3d.config.issues import MISSING
+
 # Values are as Hydra parses them: numbers may be strings, as from ${oc.env:STEPS}, and names may be numbers.
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 def not_bool(value: Any) -> Any:
     if isinstance(value, bool):
-        raise PydanticCustomError("number", "must be a number")
+        raise PydanticCustomError("number_type", "must be a number")
     return value
 
 
 def as_list(value: Any) -> Any:
     """A single value is a list of it: metrics=psnr."""
-    return [value] if isinstance(value, str | int | float) else value
+    return [value] if isinstance(value, str | int | float) and value != MISSING else value
 
 
 def _folder_name(value: str) -> str:
@@ -68,7 +70,6 @@ FolderName = Annotated[str, AfterValidator(_folder_name)]
 PathPrefix = Annotated[str, AfterValidator(_prefix)]
 Precision = Literal["fp32", "bf16", "fp16"]
 Reader = Literal["auto", "pyav", "decord"]
-Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Split = Literal["train", "val", "test"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,31 +18,28 @@ class ConfigIssue:
     """One error of a configuration.
 
     key: dotted, with indices of lists: data.frames.max, optim.betas[1]. value: as given, NO_VALUE if there is none.
-    unknown_key: the key does not exist, so the value that was meant for another key is missing there.
+    malformed: the key does not exist or its value has the wrong type, so the value that was meant is missing.
     """
 
     key: str
     value: Any
     message: str
     hint: str = ""
-    unknown_key: bool = False
+    malformed: bool = False
 
     def __str__(self) -> str:
         given = "" if self.value is NO_VALUE else f"={_text(self.value)}"
         return f"{self.key}{given}: {self.message}" + (f"; {self.hint}" if self.hint else "")
 
-    def within(self, keys: Iterable[str]) -> bool:
-        """Whether the key is one of `keys` or lies below one."""
-        return any(is_within(self.key, key) for key in keys)
-
 
 class ConfigError(UserError):
-    """All errors of a configuration."""
+    """All errors of a configuration. Equal ones, such as a file that several loss terms lack, are listed once."""
 
     def __init__(self, issues: list[ConfigIssue]) -> None:
-        self.issues = issues
-        count = f"{len(issues)} error" + ("s" if len(issues) > 1 else "")
-        super().__init__(f"the configuration has {count}:\n" + "\n".join(f"  {issue}" for issue in issues))
+        lines = {f"  {issue}": issue for issue in issues}
+        self.issues = list(lines.values())
+        count = f"{len(lines)} error" + ("s" if len(lines) > 1 else "")
+        super().__init__("\n".join([f"the configuration has {count}:", *lines]))
 
 
 def raise_if_any(issues: list[ConfigIssue]) -> None:
@@ -55,20 +52,34 @@ def is_within(key: str, parent: str) -> bool:
     return key == parent or key.startswith((f"{parent}.", f"{parent}["))
 
 
-def without_repeats(issues: Iterable[ConfigIssue]) -> list[ConfigIssue]:
-    """The first issue of each key."""
-    first: dict[str, ConfigIssue] = {}
-    for issue in issues:
-        first.setdefault(issue.key, issue)
-    return list(first.values())
+def add_new(issues: list[ConfigIssue], found: Iterable[ConfigIssue]) -> list[ConfigIssue]:
+    """The issues, and of those found later the ones of other keys."""
+    keys = {issue.key for issue in issues}
+    return issues + [issue for issue in found if issue.key not in keys]
 
 
 def nearest(name: str, options: Iterable[str], prefix: str = "") -> str:
     """A hint at the nearest valid name, or at all of them if none is near."""
     options = list(options)
-    if close := difflib.get_close_matches(name, options, n=1, cutoff=0.5):
-        return f"did you mean {prefix}{close[0]}?"
+    if close := close_match(name, options):
+        return f"did you mean {prefix}{close}?"
     return f"use one of {', '.join(options)}" if options else "there are none"
+
+
+def close_match(name: str, options: Iterable[str]) -> str | None:
+    """The option of which `name` may be a misspelling."""
+    return next(iter(difflib.get_close_matches(name, list(options), n=1, cutoff=0.65)), None)
+
+
+def walk(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, node or value) of everything in a tree of dicts and lists, itself included."""
+    yield key, node
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from walk(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from walk(value, f"{key}[{index}]")
 
 
 def _text(value: Any) -> str:

@@ -3,59 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from omegaconf import DictConfig
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from vae3d.config.check import Rule, check
-from vae3d.config.fields import STRICT, Float, Int, Precision, Reader, Split, as_list, setting
+from vae3d.config.fields import STRICT, Float, Int, as_list, setting
 from vae3d.config.issues import MISSING, ConfigIssue
-from vae3d.config.schema import register
-from vae3d.config.validate import SIZE_RULE
+from vae3d.config.schema import FilesConfig, register
+from vae3d.config.validate import SIZE_RULE, inference_paths
 
 
 @dataclass(config=STRICT)
-class EncodeConfig:
+class EncodeConfig(FilesConfig):
     """Encode a data set into a latent cache."""
 
-    checkpoint: str = setting(MISSING, "A run folder, an export or published weights.")
     source: Any = setting(MISSING, "A table, a JSON list, a folder or one file; or a `_target_` node, as in conf/data.")
     cache: str = setting(MISSING, "Folder to write. The same command resumes.")
-    root: str | None = setting(None, "Folder of relative paths in a table. null: the table's folder.")
-    split: Split | None = setting(None, "Only rows of this split. null: all.")
-    model: dict[str, Any] = setting(dict, "Arguments of the model that differ from the checkpoint's.")
-    height: Int | None = setting(None, "Resize and centre-crop to height x width. null: as the file.", ge=1)
-    width: Int | None = setting(None, "See `height`.", ge=1)
-    short_side: Int | None = setting(
-        None, "Resize the shorter side to this before cropping. null: the smallest size the crop fits in.", ge=1
-    )
+    short_side: Int | None = setting(None, "Shorter side before cropping. null: as the crop needs it.", ge=1)
     frames: Int | None = setting(None, "Frames of a clip. null: all that the file has.", ge=1)
     clips: Literal["one", "all"] = setting("one", "Clips of a file: one, from its middle, or all, one after another.")
-    stride: Int = setting(1, "Take every n-th frame.", ge=1)
-    fps: Float | None = setting(None, "Reduce faster videos to this frame rate. null: keep all.", gt=0)
     panorama: bool = setting(False, "Files are equirectangular panoramas (2:1), never cropped.")
     flip: bool = setting(False, "Also store every clip mirrored, as an entry of its own.")
     labels: Literal["auto", "column", "folder", "none"] = setting(
         "auto", "column (`label`), folder (its name); auto: column or, without one, folder."
     )
-    store: Literal["moments", "mean", "sample"] = setting(
-        "moments", "moments: mean and standard deviation of the posterior."
-    )
+    store: Literal["moments", "mean", "sample"] = setting("moments", "moments: the posterior's mean and deviation.")
     dtype: Literal["fp32", "fp16", "bf16"] = setting("fp16", "Of the stored latents.")
-    writers: Annotated[list[Literal["npy", "webdataset"]], BeforeValidator(as_list)] = setting(
-        list, "Further formats, beside safetensors."
-    )
+    writers: Annotated[list[Literal["npy", "webdataset"]], BeforeValidator(as_list)] = setting(list, "Further formats.")
     shard_size: Int = setting(512, "Clips per file. A killed process loses its unfinished file.", ge=1)
-    precision: Precision = setting("fp32", "Autocast over fp32 weights.")
     batch_size: Int = setting(8, "Clips per forward pass.", ge=1)
     chunk_frames: Int | None = setting(None, "Frames encoded at once. null: as many as the model's stream takes.", ge=1)
-    device: str | None = setting(None, "null: cuda if there is a GPU.")
     workers: Int = setting(4, "Reader processes. 0: read in this process.", ge=0)
     timeout: Float = setting(900.0, "Seconds without a clip from the workers after which it stops. 0: never.", ge=0)
-    reader: Reader = setting("auto", "Library that decodes videos.")
-    seed: Int = setting(0, "Seed of the samples.", ge=0)
     max_broken: Float = setting(0.2, "Stop when a larger share of the clips cannot be encoded.", ge=0, lt=1)
     retry: bool = setting(False, "Encode files with errors again.")
     verify: Literal["stat", "hash"] = setting(
@@ -82,9 +64,5 @@ RULES = [
 # fmt: on
 
 
-def check_encoding(cfg: DictConfig) -> EncodeConfig:
-    """The configuration as typed objects. Raises ConfigError with every error."""
-    return check(cfg, EncodeConfig, RULES, lambda c: {"checkpoint": c.checkpoint, "source": c.source, "root": c.root})
-
-
+check_encoding = partial(check, schema=EncodeConfig, rules=RULES, paths=inference_paths)
 register("latents_defaults", EncodeConfig)

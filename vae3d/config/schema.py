@@ -26,12 +26,12 @@ from vae3d.config.fields import (
     Precision,
     Ramp,
     Reader,
-    Schedule,
     Split,
     Strings,
     setting,
 )
 from vae3d.config.issues import MISSING
+from vae3d.schedules import Schedule
 
 CONF = Path(__file__).parents[1] / "conf"  # the project's conf/, which an installed package carries inside
 
@@ -59,12 +59,8 @@ class Stage:
         MISSING, "Part of the model -> its multiple of `optim.lr`. All other parts are frozen, in eval mode."
     )
     init_from: Any = setting(MISSING, "random, a checkpoint, or {submodule: checkpoint}.")
-    no_micro_batching: bool = setting(
-        False, "Train on whole clips where the model would otherwise split them into chunks."
-    )
-    latent_noise: Float = setting(
-        0.0, "Maximum noise on the decoder's input in training, in standard deviations of a clip's latents.", ge=0
-    )
+    no_micro_batching: bool = setting(False, "Train on whole clips where the model would otherwise split them.")
+    latent_noise: Float = setting(0.0, "Maximum noise on the decoder's input in training, in latent deviations.", ge=0)
 
 
 @dataclass(config=STRICT)
@@ -83,15 +79,11 @@ class Loss:
     """Weighted sum of terms."""
 
     reduction: Literal["sum", "mean"] = setting(
-        MISSING, "sum: over the elements of a frame (KL: of a clip); mean: over elements."
+        MISSING, "sum: over a frame's elements (KL: a clip's); mean: over elements."
     )
     terms: dict[str, LossTerm] = setting(MISSING, "Name, as in the logs -> term.")
-    pixel_weight: Any = setting(
-        None, "Weight of each pixel row in the pixel terms, a `_target_` node such as ErpCosine. null: 1."
-    )
-    logvar: Float | None = setting(
-        None, "Initial log-variance of the pixel terms, which is then learned. null: fixed at 0."
-    )
+    pixel_weight: Any = setting(None, "Weight of pixel rows in the pixel terms, a node such as ErpCosine. null: 1.")
+    logvar: Float | None = setting(None, "Initial log-variance of the pixel terms, then learned. null: fixed at 0.")
     logvar_lr: Float = setting(1.0, "Multiple of `optim.lr` for the log-variance.", gt=0)
 
 
@@ -111,9 +103,7 @@ class Depth:
     """16-bit depth maps instead of colours, where `mapping` is not null."""
 
     mapping: Literal["log", "inverse"] | None = setting(None, "Mapping of metres to [-1, 1]. null: colours.")
-    bounds: Literal["fixed", "percentiles"] = setting(
-        "fixed", "fixed: `near` and `far`; percentiles: the 2nd and 98th of each clip."
-    )
+    bounds: Literal["fixed", "percentiles"] = setting("fixed", "`near` and `far`, or the 2nd and 98th of each clip.")
     near: Float = setting(0.1, "Metres.", gt=0)
     far: Float = setting(20.0, "Metres.")
     unit: Float = setting(1000.0, "Stored value of one metre. The stored value 0 is invalid.", gt=0)
@@ -128,15 +118,11 @@ class Data:
     width: Int = setting(256, "Pixels.", ge=1)
     frames: Frames = Field(default_factory=Frames)
     stride: Int = setting(1, "Take every n-th frame.", ge=1)
-    fps: Float | None = setting(
-        None, "Reduce faster videos to this frame rate. Slower ones keep theirs. null: keep all.", gt=0
-    )
+    fps: Float | None = setting(None, "Reduce faster videos to this frame rate. null: keep all.", gt=0)
     sampling: Literal["contiguous", "first_last_random", "strided"] = setting(
         "contiguous", "first_last_random: first, last and random frames between; strided: the largest stride that fits."
     )
-    short_side: Int | None = setting(
-        None, "Resize the shorter side to this before cropping. null: the smallest size the crop fits in."
-    )
+    short_side: Int | None = setting(None, "Shorter side before cropping. null: as the crop needs it.")
     min_side: Int | None = setting(None, "Skip files whose shorter side has fewer pixels. null: enlarge them.", ge=1)
     crop: Literal["center", "random"] = setting("center", "Position of the crop.")
     flip: bool = setting(False, "Mirror half of the clips.")
@@ -147,9 +133,7 @@ class Data:
     batch_size: Int = setting(8, "Clips per optimizer step, over all ranks.", ge=1)
     workers: Int = setting(4, "Reader processes per rank. 0: read in the training process.", ge=0)
     prefetch: Int = setting(2, "Batches each worker reads ahead.", ge=1)
-    timeout: Float = setting(
-        900.0, "Seconds without a batch from the workers after which the run stops. 0: never.", ge=0
-    )
+    timeout: Float = setting(900.0, "Seconds without a batch after which the run stops. 0: never.", ge=0)
     num_val_files: Int = setting(16, "Files held out for validation where the table has no `split` column.", ge=0)
     max_broken: Float = setting(0.2, "Stop when a larger share of reads fails.", ge=0, lt=1)
     overfit: bool = setting(False, "Train on the first step's clips only.")
@@ -170,9 +154,7 @@ class Optim:
     cycles: Int = setting(1, "Number of decays of cosine_with_restarts.", ge=1)
     power: Float = setting(1.0, "Exponent of polynomial.", gt=0)
     grad_clip: Float = setting(1.0, "Maximum norm of the gradient.", gt=0)
-    proximal: Float = setting(
-        0.0, "lambda of lambda * sum (theta - theta0)^2, theta0 being the initial weights. 0: off.", ge=0
-    )
+    proximal: Float = setting(0.0, "Factor of sum (theta - theta0)^2, theta0 being the initial weights. 0: off.", ge=0)
 
 
 @dataclass(config=STRICT)
@@ -189,9 +171,7 @@ class Ema:
 class Spike:
     """Skips steps whose loss is too large."""
 
-    factor: Float | None = setting(
-        None, "Skip a step whose loss is above this multiple of the running mean. null: off.", gt=1
-    )
+    factor: Float | None = setting(None, "Skip losses above this multiple of the running mean. null: off.", gt=1)
     warmup: Int = setting(100, "Steps taken before the first one may be skipped.", ge=0)
     max_consecutive_skips: Int = setting(
         20, "Skips in a row after which a finite loss is the new mean, and one that is not finite stops the run.", ge=1
@@ -208,12 +188,10 @@ class Validation:
     metrics: Strings = setting(lambda: ["psnr", "ssim"], "See docs/score.md.")
     slow_metrics: Strings = setting(list, "Metrics computed less often, such as rfid.")
     slow_metrics_every: Int = setting(
-        0, "Steps between these, a multiple of `every`. 0: only after the last step.", ge=0
+        0, "Steps between these, a multiple of `every`. 0: after the last step only.", ge=0
     )
     videos: Int = setting(4, "Clips shown in the logger: original, latent, reconstruction.", ge=0)
-    roll: bool = setting(
-        False, "Also compare the reconstruction of a rotated panorama with the rotated reconstruction."
-    )
+    roll: bool = setting(False, "Also compare the reconstruction of a rotated panorama to the rotated reconstruction.")
 
 
 @dataclass(config=STRICT)
@@ -222,31 +200,25 @@ class Publish:
     state), <prefix>_ema_step<N>.pt and <prefix>_final_ema.pt (averaged weights)."""
 
     prefix: FolderName | None = setting(None, "null: no such files.")
-    layout: str = setting(
-        "videox_fun", "Key layout of the averaged weights, in FLAT_LAYOUTS of vae3d/checkpoints/export.py."
-    )
-    measure_scale: Int = setting(
-        0, "Training clips on which the latent scale of every export is measured. 0: the model's own.", ge=0
-    )
-    final_model: bool = setting(
-        False, "TAEHV: write final_model.pth, final_model.safetensors and model.json at the end."
-    )
+    layout: str = setting("videox_fun", "Key layout of averaged weights: FLAT_LAYOUTS of vae3d/checkpoints/export.py.")
+    measure_scale: Int = setting(0, "Training clips to measure the exports' latent scale on. 0: the model's own.", ge=0)
+    final_model: bool = setting(False, "TAEHV: write final_model.pth, final_model.safetensors, model.json at the end.")
 
 
 @dataclass(config=STRICT)
-class Robust:
-    """Fault-tolerance limits."""
+class Limits:
+    """Failures in a row after which the run stops. 0: no limit."""
 
-    max_consecutive_failures: Int = setting(
-        10, "Steps in a row that fail, out of memory or without a file, before the run stops. 0: no limit.", ge=0
-    )
-    zero_gradient: Int = setting(10, "Steps in a row with a gradient of zero before the run stops. 0: no limit.", ge=0)
-    save_failures: Int = setting(
-        3, "Checkpoints in a row that cannot be written before the run stops. 0: no limit.", ge=0
-    )
-    compact_gib: Float | None = setting(
-        None, "Release cached GPU memory when more of it is unused, in GiB. null: never.", ge=0
-    )
+    max_consecutive_failures: Int = setting(10, "Steps that run out of memory or lack a file.", ge=0)
+    save_failures: Int = setting(3, "Checkpoints that cannot be written.", ge=0)
+
+
+@dataclass(config=STRICT)
+class Robust(Limits):
+    """Fault tolerance. Limits are failures in a row after which the run stops, 0: no limit."""
+
+    zero_gradient: Int = setting(10, "Steps with a gradient of zero.", ge=0)
+    compact_gib: Float | None = setting(None, "Release cached GPU memory when more GiB are unused. null: never.", ge=0)
     preflight: bool = setting(True, "Try the shortest and the longest clip, with every loss on, before the first step.")
 
 
@@ -274,23 +246,27 @@ class Teacher:
 
 
 @dataclass(config=STRICT)
-class Trainer:
-    """Steps, precision, checkpoints."""
+class Steps:
+    """Steps and checkpoints."""
 
     max_steps: Int = setting(100_000, "Optimizer steps.", ge=1)
     accumulate: Int = setting(1, "Micro-batches per optimizer step.", ge=1)
+    log_every: Int = setting(10, "Steps between log lines.", ge=1)
+    save_every: Int = setting(1000, "Steps between checkpoints. 0: none.", ge=0)
+    keep: Int = setting(3, "Newest checkpoints, exports and named files kept, at least two. 0: all.", ge=0)
+
+
+@dataclass(config=STRICT)
+class Trainer(Steps):
+    """Steps, precision, checkpoints."""
+
     precision: Precision = setting("bf16", "Autocast over fp32 weights.")
     ema: Ema = Field(default_factory=Ema)
     spike: Spike = Field(default_factory=Spike)
     robust: Robust = Field(default_factory=Robust)
     strategy: Strategy = Field(default_factory=Strategy)
     compile: bool = setting(False, "torch.compile the model's blocks, in place.")
-    log_every: Int = setting(10, "Steps between log lines.", ge=1)
-    save_every: Int = setting(1000, "Steps between checkpoints. 0: none.", ge=0)
-    keep: Int = setting(3, "Newest checkpoints, exports and named files kept, at least two. 0: all.", ge=0)
-    best: str | None = setting(
-        None, "Score of the validation (lpips_alex, rfid, psnr, ...) whose best is kept as exports/best."
-    )
+    best: str | None = setting(None, "Validation score (lpips_alex, rfid, ...) whose best is kept as exports/best.")
     publish: Publish = Field(default_factory=Publish)
 
 
@@ -335,39 +311,43 @@ class TrainConfig:
 
 
 @dataclass(config=STRICT)
-class InferConfig:
-    """Reconstruct videos and images."""
+class FilesConfig:
+    """The autoencoder that a command runs on files, and how it reads them."""
 
     checkpoint: str = setting(MISSING, "A run folder, an export or published weights.")
+    model: dict[str, Any] = setting(dict, "Arguments of the model that differ from the checkpoint's.")
+    root: str | None = setting(None, "Folder of relative paths in a table. null: the table's folder.")
+    split: Split | None = setting(None, "Only rows of this split. null: all.")
+    height: Int | None = setting(None, "Resize and centre-crop to height x width. null: as the file.", ge=1)
+    width: Int | None = setting(None, "See `height`.", ge=1)
+    stride: Int = setting(1, "Take every n-th frame.", ge=1)
+    fps: Float | None = setting(None, "Reduce faster videos to this frame rate. null: keep all.", gt=0)
+    reader: Reader = setting("auto", "Library that decodes videos.")
+    precision: Precision = setting("fp32", "Autocast over fp32 weights.")
+    device: str | None = setting(None, "null: cuda if there is a GPU.")
+    seed: Int = setting(0, "Seed of the samples.", ge=0)
+
+
+@dataclass(config=STRICT)
+class InferConfig(FilesConfig):
+    """Reconstruct videos and images."""
+
     source: str = setting(MISSING, "A table, a JSON list, a folder or one file.")
     save_dir: PathPrefix = setting(MISSING, "Prefix of the folders PREFIX_ori, _rec, _spatial.")
-    root: str | None = setting(None, "Folder of relative paths in a table. null: the table's folder.")
-    model: dict[str, Any] = setting(dict, "Arguments of the model that differ from the checkpoint's.")
     frame_batch: Int = setting(4, "Frames in one pass of a 2D network.", ge=1)
     tile: Int | None = setting(None, "Side of the tiles of causal networks, in pixels. null: no tiles.", ge=1)
     tile_overlap: Int | None = setting(
         None, "Pixels of overlap, blended linearly. null: exact, each tile with all it depends on.", ge=0
     )
     compile: bool = setting(False, "torch.compile, once per shape.")
-    memory_gib: Float | None = setting(
-        None, "GiB that a streaming network may use beyond its weights. null: its default.", gt=0
-    )
-    height: Int | None = setting(None, "Resize and centre-crop to height x width. null: as the file.", ge=1)
-    width: Int | None = setting(None, "See `height`.", ge=1)
+    memory_gib: Float | None = setting(None, "GiB for streaming, beyond the weights. null: the model's default.", gt=0)
     start: Int = setting(0, "First frame.", ge=0)
     num_frames: Int | None = setting(None, "null: to the end.", ge=1)
-    stride: Int = setting(1, "Take every n-th frame.", ge=1)
-    fps: Float | None = setting(None, "Reduce faster videos to this frame rate. null: keep all.", gt=0)
     num_samples: Int | None = setting(None, "Only the first rows of the source. null: all.", ge=1)
-    split: Split | None = setting(None, "Only rows of this split. null: all.")
     sample: bool = setting(False, "Sample the latents, as in training, instead of taking the mode.")
-    seed: Int = setting(0, "Seed of the samples.", ge=0)
-    precision: Precision = setting("fp32", "Autocast over fp32 weights.")
-    device: str | None = setting(None, "null: cuda if there is a GPU.")
     codec: Literal["lossless", "h264"] = setting("lossless", "lossless: RGB, bit-exact; h264: for viewing.")
     metrics: Strings = setting(list, "Computed before the codec. See docs/score.md.")
     cost: bool = setting(False, "Measure speed and memory of encoding and decoding, on the first chunk.")
-    reader: Reader = setting("auto", "Library that decodes videos.")
     on_error: Literal["stop", "skip"] = setting("stop", "What to do with a file that cannot be read.")
     overwrite: bool = setting(False, "Replace results of an earlier command.")
 

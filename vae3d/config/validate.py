@@ -4,37 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
-
-from omegaconf import DictConfig
 
 from vae3d.config.check import Rule, check, check_all, resume_issues
 from vae3d.config.issues import NO_VALUE, ConfigError, ConfigIssue
 from vae3d.config.schema import CompareConfig, InferConfig, TrainConfig
 
 __all__ = ["ConfigError", "check_comparison", "check_inference", "training_issues"]
-
-
-def training_issues(cfg: DictConfig) -> tuple[TrainConfig, list[ConfigIssue]]:
-    """The configuration as typed objects, and every error that needs no model. vae3d.commands.check adds those that
-    do. Wrong and missing values have their defaults."""
-    return check_all(cfg, TrainConfig, TRAINING_RULES, _training_paths)
-
-
-def check_inference(cfg: DictConfig) -> InferConfig:
-    """The configuration as typed objects. Raises ConfigError with every error."""
-    return check(cfg, InferConfig, INFERENCE_RULES, _inference_paths)
-
-
-def check_comparison(cfg: DictConfig) -> CompareConfig:
-    """The configuration as typed objects. Raises ConfigError with every error."""
-    return check(
-        cfg, CompareConfig, COMPARISON_RULES, lambda c: {**_inference_paths(c), "teacher.path": c.teacher.path}
-    )
-
-
-def _inference_paths(config: InferConfig) -> dict[str, Any]:
-    return {"checkpoint": config.checkpoint, "source": config.source, "root": config.root}
 
 
 def _training_paths(config: TrainConfig) -> dict[str, Any]:
@@ -66,15 +43,6 @@ def _precision_issues(config: TrainConfig) -> Iterator[ConfigIssue]:
     if launched not in (None, "no", precision):  # accelerate launch sets "no" by default
         hint = f"use --mixed_precision={precision.replace('fp32', 'no')} there, or change trainer.precision"
         yield ConfigIssue("trainer.precision", precision, f"accelerate launch was given {launched}", hint)
-
-
-def _short_side_issues(config: TrainConfig) -> Iterator[ConfigIssue]:
-    data = config.data
-    largest = max(data.height, data.width)
-    if data.short_side is not None and data.short_side < largest:
-        yield ConfigIssue(
-            "data.short_side", data.short_side, "is smaller than the crop", f"use at least {largest}, or null"
-        )
 
 
 def _adversary(config: TrainConfig) -> dict[str, Any]:
@@ -111,9 +79,12 @@ NOT_CROPPED = "panoramas (data.panorama=true) are never cropped"
 NO_STRIDE = "data.sampling=strided chooses the stride"
 NO_VALIDATION = "validation.every=0 turns validation off"
 TRAINING_RULES = [
-    FRAMES_RULE, DECAY_RULE, batch_issues, resume_issues, _short_side_issues, _precision_issues, _no_weight,
+    FRAMES_RULE, DECAY_RULE, batch_issues, resume_issues, _precision_issues, _no_weight,
     _needs_checkpoints,
     # clips
+    Rule("data.short_side",
+         lambda c: c.data.short_side is not None and c.data.short_side < max(c.data.height, c.data.width),
+         "is smaller than the crop of {c.data.height}x{c.data.width}", "raise it, or use null"),
     Rule("data.roll", lambda c: c.data.roll and not c.data.panorama,
          "needs data.panorama=true", "set it, or data.roll=false"),
     Rule("validation.roll", lambda c: c.validation.roll and not c.data.panorama,
@@ -175,3 +146,18 @@ COMPARISON_RULES = [
     Rule("sample", lambda c: c.sample, "networks are compared by the mode of the latents", "use false"),
 ]
 # fmt: on
+
+
+def inference_paths(config: InferConfig) -> dict[str, Any]:
+    return {key: getattr(config, key) for key in ("checkpoint", "source", "root")}
+
+
+# The configuration as typed objects, and every error that needs no model; vae3d.commands.cli adds those that do.
+training_issues = partial(check_all, schema=TrainConfig, rules=TRAINING_RULES, paths=_training_paths)
+check_inference = partial(check, schema=InferConfig, rules=INFERENCE_RULES, paths=inference_paths)
+check_comparison = partial(
+    check,
+    schema=CompareConfig,
+    rules=COMPARISON_RULES,
+    paths=lambda c: {**inference_paths(c), "teacher.path": c.teacher.path},
+)

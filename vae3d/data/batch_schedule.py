@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Sampler
 
 from vae3d.data.media import DataError
 from vae3d.seeding import seed_of
@@ -118,6 +117,11 @@ class BatchSchedule:
             batches.append([self.clip_at(position, frames) for position in range(first, first + self.micro_batch)])
         return batches
 
+    def micro_batches(self, first: int, last: int) -> Iterator[list[ClipIndex]]:
+        """This rank's micro-batches of the steps first, ..., last - 1: the batch_sampler of a DataLoader."""
+        for step in range(first, last):
+            yield from self.step(step)
+
     def clip_at(self, position: int, frames: int) -> ClipIndex:
         row = self._row_at(position)
         if self.lengths[row] < frames:
@@ -140,17 +144,3 @@ class BatchSchedule:
             rng = np.random.default_rng(seed_of(self.seed, epoch, "shuffle"))
             self._epoch, self._permutation = epoch, rng.permutation(count)
         return int(self._permutation[index])
-
-
-class MicroBatchSampler(Sampler[list[ClipIndex]]):
-    """Batch sampler over this rank's micro-batches of the steps from `first` up to, but without, `last`."""
-
-    def __init__(self, schedule: BatchSchedule, first: int, last: int) -> None:
-        self.schedule, self.first, self.last = schedule, first, last
-
-    def __iter__(self) -> Iterator[list[ClipIndex]]:
-        for step in range(self.first, self.last):
-            yield from self.schedule.step(step)
-
-    def __len__(self) -> int:
-        return (self.last - self.first) * self.schedule.accumulate

@@ -22,13 +22,12 @@ import pandas as pd
 from tqdm import tqdm
 
 from vae3d.argparse_types import positive_int
-from vae3d.data.media import DataError
 from vae3d.data.readers import MediaError, MediaInfo, open_media
 from vae3d.data.rows import NUMBERS
 from vae3d.data.segments import SEGMENT, Bounds, Segment, bounds_of
 from vae3d.data.sources import open_source
-from vae3d.errors import printable
-from vae3d.io import FileError, naming
+from vae3d.errors import UserError, printable
+from vae3d.io import naming
 
 
 def examine(path: str, bounds: Bounds, full: bool) -> MediaInfo | str:
@@ -71,12 +70,11 @@ def _examine_alone(work: Callable[[str, Bounds], MediaInfo | str], path: str, bo
 
 def disagreement(row: pd.Series, info: MediaInfo) -> str | None:
     """The numbers of a row that differ from its file's; None if there are none."""
-    given = {name: row[name] for name in NUMBERS if pd.notna(row[name])}
-    wrong = [
-        f"{name} is {value:g} in the table, {getattr(info, name):g} in the file"
-        for name, value in given.items()
-        if abs(value - getattr(info, name)) > (0.01 * value if name == "fps" else 0)
-    ]
+    wrong = []
+    for name in NUMBERS:
+        given, actual = row[name], getattr(info, name)
+        if abs(given - actual) > (0.01 * given if name == "fps" else 0):  # never for NaN, which means not given
+            wrong.append(f"{name} is {given:g} in the table, {actual:g} in the file")
     return "; ".join(wrong) or None
 
 
@@ -89,17 +87,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=positive_int, default=4)
     args = parser.parse_args(argv)
 
-    if args.clean and not Path(args.clean).resolve().parent.is_dir():
-        print(f"error: --clean {args.clean}: its folder does not exist", file=sys.stderr)
-        return 2
     try:
-        source = open_source(args.table, args.root)
-        table = source.table()
-    except DataError as error:
+        return check(args.table, args.root, args.full, args.clean and Path(args.clean), args.workers)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    results = examine_all(table["path"].tolist(), bounds_of(table), args.full, args.workers)
 
+
+def check(path: str, root: str | None, full: bool, clean: Path | None, workers: int) -> int:
+    """Print the bad rows, and write the good ones to `clean`. Returns the exit status. Raises UserError."""
+    if clean and not clean.resolve().parent.is_dir():
+        raise UserError(f"--clean {clean}: its folder does not exist")
+    source = open_source(path, root)
+    table = source.table()
+    results = examine_all(table["path"].tolist(), bounds_of(table), full, workers)
     good = []
     for (_, row), result in zip(table.iterrows(), results, strict=True):
         if pd.notna(row["error"]):
@@ -113,16 +114,11 @@ def main(argv: list[str] | None = None) -> int:
     for note in getattr(source, "notes", ()):
         print(note)
     print(f"{len(good)} of {len(table)} rows are good, {len(table) - len(good)} bad")
-    if args.clean:
+    if clean:
         optional = [name for name in (*SEGMENT, "split", "text", "label") if table[name].notna().any()]
-        columns = ["path", *NUMBERS, *optional]
-        try:
-            with naming(args.clean):
-                pd.DataFrame(good, columns=columns).to_csv(Path(args.clean), index=False)
-        except FileError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        print(f"wrote the good rows to {args.clean}")
+        with naming(clean):
+            pd.DataFrame(good, columns=["path", *NUMBERS, *optional]).to_csv(clean, index=False)
+        print(f"wrote the good rows to {clean}")
     return 0 if len(good) == len(table) else 1
 
 

@@ -1,6 +1,7 @@
 """Loading a clip: which frames of a file, which crop, and the tensors of one batch.
 
-open_frames opens a file, read_clip reads the chosen frames at the chosen size, to_sample makes tensors of them.
+open_frames opens a file, read_clip reads the chosen frames at the chosen size (readers resize, because a JPEG or a
+video decodes faster at a smaller size), to_sample makes tensors of them.
 ClipDataset does all three for a row of a table, collate stacks samples to a batch.
 """
 
@@ -24,26 +25,19 @@ from vae3d.data.images import resize_circular
 from vae3d.data.media import MediaError, Reader, Size
 from vae3d.data.readers import open_media
 from vae3d.data.segments import WHOLE, Bounds, Segment, bounds_of
-from vae3d.data.transforms import resize_crop_params
 from vae3d.seeding import seed_of
 from vae3d.types import Clip
 
 ATTEMPTS = 10  # files to try for one clip
 PANORAMA_TOLERANCE = 0.01  # relative, of width / (2 * height)
-SAMPLINGS = ("contiguous", "first_last_random", "strided")
 
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """How to cut a clip out of a file.
+    """How to cut a clip out of a file. Fields as in config.schema.Data.
 
-    stride: take every n-th frame. fps: drop frames of faster videos down to this rate; slower videos keep theirs. A
-    video of variable rate is treated as if it had its mean rate throughout.
-    short_side: scale to this before cropping; None: so that the crop covers the short side.
-    min_side: skip files whose shorter side has fewer pixels.
-    crop: center or random. flip: mirror each clip with probability 1/2. sampling: see frame_indices.
-    panorama: files are equirectangular and used whole; others raise MediaError. roll: shift each clip by a random
-    number of columns, with wrap-around. depth: read 16-bit depth maps instead of colours.
+    A video of variable rate is treated as if it had its mean rate throughout. depth: read 16-bit depth maps instead of
+    colours.
     """
 
     height: int
@@ -97,6 +91,39 @@ def frame_indices(
     else:
         chosen = [0, *sorted(1 + rng.choice(last - 1, frames - 2, replace=False)), last]
     return [int(i * step) for i in chosen]
+
+
+@dataclass(frozen=True)
+class ResizeCrop:
+    """Resize to `size` (height, width), then crop `height` x `width` at (top, left)."""
+
+    size: tuple[int, int]
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def crop(self, frames: np.ndarray) -> np.ndarray:
+        """[T, H, W, 3] of `size` -> [T, height, width, 3]."""
+        return frames[:, self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def resize_crop_params(
+    height: int,
+    width: int,
+    target: tuple[int, int],
+    short_side: int | None = None,
+    rng: np.random.Generator | None = None,
+) -> ResizeCrop:
+    """How to crop `target` from a height x width frame, scaled with its aspect ratio.
+
+    short_side: of the scaled frame; None: as small as covers `target`. rng: for a random crop; None takes the centre.
+    """
+    scale = max(target[0] / height, target[1] / width, (short_side or 0) / min(height, width))
+    size = (max(target[0], round(height * scale)), max(target[1], round(width * scale)))
+    free = (size[0] - target[0], size[1] - target[1])
+    top, left = (f // 2 for f in free) if rng is None else (int(rng.integers(f + 1)) for f in free)
+    return ResizeCrop(size, top, left, *target)
 
 
 def open_frames(path: str, settings: ClipSettings, bounds: Bounds = WHOLE) -> Reader:

@@ -15,7 +15,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import quote, unquote
 
 import yaml
@@ -89,11 +89,12 @@ def encoded(folder: str, split: str, column: str) -> datasets.Dataset:
 def image_columns(rows: datasets.Dataset) -> list[str]:
     """Columns of images, or of their stored form {bytes, path}."""
     image = _library().Image
-    return [name for name, kind in rows.features.items() if isinstance(kind, image) or _is_stored(kind)]
-
-
-def _is_stored(kind: Any) -> bool:
-    return isinstance(kind, dict) and set(kind) == {"bytes", "path"}
+    stored = {"bytes", "path"}
+    return [
+        name
+        for name, kind in rows.features.items()
+        if isinstance(kind, image) or (isinstance(kind, dict) and set(kind) == stored)
+    ]
 
 
 @lru_cache(maxsize=4)

@@ -23,11 +23,9 @@ MAPPINGS = {"log": (torch.log, torch.exp), "inverse": (torch.reciprocal, torch.r
 
 @dataclass(frozen=True)
 class DepthSettings:
-    """How to map depth to pixels.
+    """How to map depth to pixels. Fields as in config.schema.Depth.
 
-    mapping: log(metres), or inverse (1 / metres, which gives near objects more of the range). Pixels are linear in it:
-    -1 at the near bound, 1 at the far bound, clipped beyond. bounds: fixed (`near` and `far`, in metres), or
-    percentiles (2nd and 98th of the clip's valid pixels). unit: stored value of one metre.
+    Pixels are linear in log(metres) or 1 / metres: -1 at the near bound, 1 at the far bound, clipped beyond.
     """
 
     mapping: str

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vae3d.data.probe import file_stamp
 from vae3d.data.rows import in_threads
 from vae3d.data.segments import SEGMENT
+from vae3d.data.versions import file_stamp
 from vae3d.restore import check_like
 from vae3d.seeding import seed_of
 
@@ -60,38 +60,29 @@ class DataFingerprint:
         old = DataFingerprint(**{name: saved[name].numpy() for name in SIZES}, names=[])
         added = ~np.isin(self.rows, old.rows)
         removed = ~np.isin(old.rows, self.rows)
-        lines = []
-        if added.any():
-            lines.append(f"{added.sum()} rows are new{self._examples(added)}")
+        before, now = old.rows[~removed], self.rows[~added]
+        lines = self._line("{} rows are new", np.flatnonzero(added))
         if removed.any():
             lines.append(f"{removed.sum()} rows were removed")
-        before = old.rows[~removed]
-        now = self.rows[~added]
         if len(before) != len(now):
             lines.append(f"rows that occurred {len(before)} times occur {len(now)} times")
         elif moved := int((before != now).sum()):
             lines.append(f"the order of the rows changed: {moved} of {len(now)} moved")
         _, here, there = np.intersect1d(self.rows, old.rows, return_indices=True)
-        edited = self.facts[here] != old.facts[there]
-        if edited.any():
-            lines.append(f"{edited.sum()} rows have other numbers, split, label or text{self._examples(here[edited])}")
         size, time = self.files[here].T
         old_size, old_time = old.files[there].T
-        known = (size >= 0) & (old_size >= 0)
-        replaced = known & (size != old_size)
-        touched = known & (size == old_size) & (time != old_time)
-        if replaced.any():
-            lines.append(f"the files of {replaced.sum()} rows have another size{self._examples(here[replaced])}")
-        if touched.any():
-            lines.append(
-                f"the files of {touched.sum()} rows have another modification time, and the same size"
-                f"{self._examples(here[touched])}"
-            )
+        resized = (size >= 0) & (old_size >= 0) & (size != old_size)
+        touched = (size >= 0) & (size == old_size) & (time != old_time)
+        lines += self._line(
+            "{} rows have other numbers, split, label or text", here[self.facts[here] != old.facts[there]]
+        )
+        lines += self._line("the files of {} rows have another size", here[resized])
+        lines += self._line("the files of {} rows have another modification time, and the same size", here[touched])
         return lines
 
-    def _examples(self, chosen: np.ndarray) -> str:
-        names = list(dict.fromkeys(np.asarray(self.names, dtype=object)[chosen]))
-        return f", such as {', '.join(map(str, names[:SHOWN]))}" if names else ""
+    def _line(self, text: str, rows: np.ndarray) -> list[str]:
+        names = list(dict.fromkeys(self.names[row] for row in rows))
+        return [f"{text.format(len(rows))}, such as {', '.join(names[:SHOWN])}"] if names else []
 
 
 def fingerprint_of(table: pd.DataFrame, stat_files: bool = True) -> DataFingerprint:

@@ -75,16 +75,13 @@ def _rows(folder: str, split: str, column: str) -> pd.DataFrame:
     images = encoded(folder, split, column)[:][column]
     external = pc.is_null(pc.struct_field(images, "bytes")).to_pylist()
     files = pc.struct_field(images, "path").to_pylist()
-    paths = [
-        os.path.join(folder, file) if is_external and file else row_path(folder, split, column, row)
-        for row, (is_external, file) in enumerate(zip(external, files, strict=True))
-    ]
-    table = rows_from_paths(paths, [f"{split}/{row}" for row in range(len(paths))]).assign(num_frames=1.0, fps=0.0)
+    paths, errors = [], []
+    for row, (is_external, file) in enumerate(zip(external, files, strict=True)):
+        paths.append(os.path.join(folder, file) if is_external and file else row_path(folder, split, column, row))
+        errors.append("has no image" if is_external and not file else None)
+    table = rows_from_paths(paths, [f"{split}/{row}" for row in range(len(paths))])
     rows = open_splits(folder)[split]
     if "label" in rows.column_names:
         labels = rows.select_columns(["label"])[:]["label"]
         table["label"] = [label if isinstance(label, int | str) and label != NO_LABEL else None for label in labels]
-    table["error"] = [
-        "has no image" if is_external and not file else None for is_external, file in zip(external, files, strict=True)
-    ]
-    return table
+    return table.assign(num_frames=1.0, fps=0.0, error=errors)

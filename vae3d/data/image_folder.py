@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -49,8 +49,8 @@ class ImageFolder:
         names = [name for name in files if is_image(name)]
         self._note_other_files([name for name in files if not is_image(name)], not names)
         table = rows_from_paths([os.path.join(top, name) for name in names], names)
-        splits = _splits_of(names)
-        if splits is None:
+        splits = [FOLDERS.get(name.split(os.sep)[0].lower()) if os.sep in name else None for name in names]
+        if "train" not in splits or not {"val", "test"} & set(splits):
             return table
         table["split"] = splits
         if "test" in splits and "val" not in splits:
@@ -83,9 +83,3 @@ class ImageFolder:
 
 def _kind(name: str) -> str:
     return "numbered images" if is_sequence(name) else os.path.splitext(name)[1].lower() or "without extension"
-
-
-def _splits_of(names: Sequence[str]) -> list[str | None] | None:
-    """The split of each file by its outermost folder; None if the folders are no splits."""
-    found = [FOLDERS.get(name.split(os.sep)[0].lower()) if os.sep in name else None for name in names]
-    return found if "train" in found and {"val", "test"} & set(found) else None

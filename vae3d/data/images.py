@@ -7,7 +7,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -165,12 +165,9 @@ def _check_opaque(path: str | Path, image: Image.Image) -> None:
 
 def _kind(path: str | Path, file: BinaryIO | None) -> str:
     """What a file is that Pillow cannot read."""
-    if file is None:
-        with open(path, "rb") as stream:
-            head = stream.read(64)
-    else:
-        file.seek(0)
-        head = file.read(64)
+    with open(path, "rb") if file is None else nullcontext(file) as stream:
+        stream.seek(0)
+        head = stream.read(64)
     named = [kind for start, kind in SIGNATURES.items() if head.lower().lstrip().startswith(start.lower())]
     if head[4:8] == b"ftyp":
         named.append(BRANDS.get(head[8:12], "a video; rename it to .mp4"))
@@ -191,9 +188,9 @@ def _to_8_bits(path: Path, image: Image.Image) -> Image.Image:
     """16-bit grey to 8 bits; Pillow's own conversion clips nearly everything to white."""
     if image.mode == "F":
         raise MediaError(path, "holds floating-point pixels of unknown range; store it with 8 or 16 bits")
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray(((grey_levels(path, image) + 128) // 257).astype(np.uint8))
+    if image.mode.startswith("I"):
+        return Image.fromarray(((grey_levels(path, image) + 128) // 257).astype(np.uint8))
+    return image
 
 
 def load_grey(path: Path) -> np.ndarray:
@@ -223,8 +220,7 @@ def resize_circular(frame: np.ndarray, size: Size) -> np.ndarray:
     height, width = frame.shape[:2]
     margin = min(width, 2 * -(-width // size[1]) + 2)  # support of the filter
     padded = Image.fromarray(np.pad(frame, ((0, 0), (margin, margin), (0, 0)), mode="wrap"))
-    box = (margin, 0, margin + width, height)
-    return np.asarray(padded.resize((size[1], size[0]), Image.Resampling.BICUBIC, box))
+    return np.asarray(resize(padded, size, (margin, 0, margin + width, height)))
 
 
 def is_sequence(path: str | Path) -> bool:

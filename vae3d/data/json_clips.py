@@ -26,8 +26,6 @@ KINDS = {
     "text": TEXT,
     "label": ((str, int), "a text or a whole number"),
 }
-OPTIONAL = [key for key in KINDS if key != "path"]
-COLUMNS = {"frames": "num_frames"}  # column of the table, where it differs from the key
 COUNTS = ("total", "count", "num", "length")  # keys beside `list` that give its length
 HASHES = 2**63  # file_hashes are below
 
@@ -57,17 +55,19 @@ class JsonClips:
     def table(self) -> pd.DataFrame:
         """Raises DataError if the file is no such list. Invalid clips get an `error`."""
         entries, self.notes = _entries(self.path)
-        errors = [_error(entry) for entry in entries]
-        valid = [_valid_fields(entry) for entry in entries]
-        keys = ["path", *(key for key in OPTIONAL if any(key in entry for entry in valid))]
-        raw = pd.DataFrame({COLUMNS.get(key, key): [entry.get(key) for entry in valid] for key in keys})
-        table = normalise_rows(raw.assign(error=errors), self.root)
+        clips, errors = zip(*map(_checked, entries), strict=True)
+        keys = [key for key in KINDS if key == "path" or any(key in clip for clip in clips)]
+        raw = pd.DataFrame({key: [clip.get(key) for clip in clips] for key in keys}).assign(error=errors)
+        table = normalise_rows(raw.rename(columns={"frames": "num_frames"}), self.root)
         mark_missing_files(table)
         rule = "by their `split`"
         if "split" not in keys and self.val_share is not None:
             table["split"] = self._split(table)
             rule = f"by the hash of the path, val_share={self.val_share:g}"
-        self.notes += [*_ignored_keys(entries), *_counts(table, str(self.path), rule)]
+        ignored = [f"{key} ({count})" for key, count in _keys(entries).items() if key not in KINDS]
+        if ignored:
+            self.notes.append(f"ignored keys of clips: {', '.join(ignored)}")
+        self.notes += _counts(table, str(self.path), rule)
         return table
 
     def _split(self, table: pd.DataFrame) -> np.ndarray:
@@ -99,12 +99,10 @@ def _entries(path: Path) -> tuple[list[Any], list[str]]:
         raise DataError(f'{path} must be a list of clips, or an object {{"list": [...]}}; it is {found}')
     if not entries:
         raise DataError(f"{path} lists no clips")
-    if not any(isinstance(entry, dict) and "path" in entry for entry in entries):
-        hint = "; call their `full_path` `path`" if "full_path" in _keys(entries) else ""
-        if _keys(entries):
-            found = f"their keys are {', '.join(_keys(entries))}"
-        else:
-            found = f"they must be {{'path': ...}}, not {entries[0]!r:.40}"
+    keys = _keys(entries)
+    if "path" not in keys:
+        found = f"their keys are {', '.join(keys)}" if keys else f"they must be {{'path': ...}}, not {entries[0]!r:.40}"
+        hint = "; call their `full_path` `path`" if "full_path" in keys else ""
         raise DataError(f"{path}: no clip has the key `path`; {found}{hint}")
     claims = {key: content[key] for key in COUNTS if key in content} if isinstance(content, dict) else {}
     return entries, [
@@ -118,25 +116,18 @@ def _keys(entries: list[Any]) -> Counter[str]:
     return Counter(key for entry in entries if isinstance(entry, dict) for key in entry)
 
 
-def _error(entry: Any) -> str | None:
-    """The first field of an entry with a wrong type; None if there is none."""
+def _checked(entry: Any) -> tuple[dict[str, Any], str | None]:
+    """The known keys of an entry whose values have the right type, and what is wrong with the others, if anything."""
     if not isinstance(entry, dict):
-        return f"is {json.dumps(entry):.40}, no object with the key `path`"
+        return {}, f"is {json.dumps(entry):.40}, no object with the key `path`"
+    valid = {key: value for key, value in entry.items() if key in KINDS and _is_valid(value, KINDS[key][0])}
     if entry.get("path") is None:
-        return "has no `path`" + ("; call its `full_path` so" if "full_path" in entry else "")
-    valid = _valid_fields(entry)
+        return valid, "has no `path`" + ("; call its `full_path` so" if "full_path" in entry else "")
     for key, (_, expected) in KINDS.items():
         if key not in valid and entry.get(key) is not None:
             value = json.dumps(entry[key])
-            return SEGMENT_ERROR if key in SEGMENT else f"`{key}` is {value:.40}, which is not {expected}"
-    return None
-
-
-def _valid_fields(entry: Any) -> dict[str, Any]:
-    """The known keys of an entry whose values have the right type."""
-    if not isinstance(entry, dict):
-        return {}
-    return {key: value for key, value in entry.items() if key in KINDS and _is_valid(value, KINDS[key][0])}
+            return valid, SEGMENT_ERROR if key in SEGMENT else f"`{key}` is {value:.40}, which is not {expected}"
+    return valid, None
 
 
 def _is_valid(value: Any, kinds: type | tuple[type, ...]) -> bool:
@@ -146,8 +137,3 @@ def _is_valid(value: Any, kinds: type | tuple[type, ...]) -> bool:
     if isinstance(value, str):
         return not any("\ud800" <= character <= "\udfff" for character in value)
     return abs(value) < 2**63 if isinstance(value, int) else value == value
-
-
-def _ignored_keys(entries: list[Any]) -> list[str]:
-    ignored = [f"{key} ({count})" for key, count in _keys(entries).items() if key not in KINDS]
-    return [f"ignored keys of clips: {', '.join(ignored)}"] if ignored else []

@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vae3d.data.batch_schedule import BatchSchedule, ClipIndex, MicroBatchSampler
+from vae3d.data.batch_schedule import BatchSchedule, ClipIndex
 from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, open_frames, read_clip, to_sample
 from vae3d.data.fingerprint import DataFingerprint
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.probe import fill_metadata, probe
 from vae3d.data.readers import is_image
-from vae3d.data.rows import exists, file_hashes, in_threads, invalid_rows
+from vae3d.data.rows import file_hashes, invalid_rows, mark_missing_files
 from vae3d.data.segments import Bounds, bounds_of, count_frames
 from vae3d.data.sources import Source
 from vae3d.data.workers import load
@@ -84,7 +84,7 @@ def skip_small(table: pd.DataFrame, min_side: int | None) -> tuple[pd.DataFrame,
     if min_side is None or table.empty:
         return table, []
     shorter = table[SIZE].min(axis=1)
-    small = (shorter < min_side).to_numpy()
+    small = shorter < min_side
     if small.all():
         raise DataError(
             f"no file has a shorter side of data.min_side={min_side} pixels; the largest has {shorter.max():.0f}"
@@ -126,18 +126,16 @@ def check_files_exist(source: Source, max_broken: float) -> list[str]:
     Raises DataError if more than the share `max_broken` is missing or invalid.
     """
     table = source.table()
-    valid = table[table["error"].isna()]
-    found = in_threads(exists, valid["path"])
-    errors = invalid_rows(table) + [(path, "no such file") for path in valid["path"] if not found[path]]
+    valid = table["error"].isna()
+    mark_missing_files(table)
+    errors = invalid_rows(table)
     _check_broken_share(errors, len(table), max_broken)
-    line = f"data: {len(table)} rows, {sum(found.values())} of {len(found)} files exist"
-    if invalid := len(table) - len(valid):
-        line += f", {invalid} rows are invalid"
-    return [
-        line,
-        *(f"  {path}: {reason}" for path, reason in errors[:SHOWN]),
-        *(f"  {note}" for note in getattr(source, "notes", ())),
-    ]
+    files = table[valid].drop_duplicates("path")["error"]
+    lines = [f"data: {len(table)} rows, {files.isna().sum()} of {len(files)} files exist"]
+    if not valid.all():
+        lines[0] += f", {(~valid).sum()} rows are invalid"
+    lines += [f"  {path}: {reason}" for path, reason in errors[:SHOWN]]
+    return lines + [f"  {note}" for note in getattr(source, "notes", ())]
 
 
 def _check_broken_share(errors: list[tuple[str, str]], rows: int, max_broken: float) -> None:
@@ -167,7 +165,7 @@ class TrainingData:
     errors: list[tuple[str, str]]  # (path, reason) of files that did not open when the table was read
     notes: list[str] = field(default_factory=list)  # lines for the log
     skipped_files: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of files that are too small
-    timeout: float = 0.0  # seconds without a batch until WorkerTimeout; 0: never
+    timeout: float = 0.0  # seconds without a batch until WorkerError; 0: never
     fingerprint: DataFingerprint | None = None  # saved with checkpoints
 
     def clips(self, first: int, last: int, stopping: Callable[[], bool] = lambda: False) -> Iterator[Clip | Unreadable]:
@@ -185,7 +183,7 @@ class TrainingData:
             stopping=stopping,
             item_bytes=schedule.micro_batch * values * (1 if settings.depth is None else 4),
             held=schedule.accumulate,
-            batch_sampler=MicroBatchSampler(schedule, first, last),
+            batch_sampler=schedule.micro_batches(first, last),
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )

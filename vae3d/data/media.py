@@ -32,9 +32,7 @@ class MediaError(UserError):
         """The reason why `path` cannot be read; starts with the file's name if that is one of a sequence."""
         return self.reason if self.path == path else f"{Path(self.path).name} {self.reason}"
 
-    def __reduce__(
-        self,
-    ) -> tuple[type[MediaError], tuple[str, str]]:  # for pickling: workers send it to the main process
+    def __reduce__(self) -> tuple[type[MediaError], tuple[str, str]]:  # to unpickle what a worker process sends
         return MediaError, (self.path, self.reason)
 
 

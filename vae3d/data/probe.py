@@ -9,18 +9,17 @@ import os
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from vae3d.data.dataset_rows import is_row, version_of
-from vae3d.data.images import is_sequence, sequence_files
 from vae3d.data.media import MediaError
 from vae3d.data.readers import media_info
-from vae3d.data.rows import NUMBERS, THREADS, invalid_rows
+from vae3d.data.rows import NUMBERS, THREADS, in_threads, invalid_rows
 from vae3d.data.segments import is_segment
+from vae3d.data.versions import file_stamp
 from vae3d.data.video_index import cache_folder, warn_cache_unwritable
 
 ENTRY = {"path": str, **dict.fromkeys(NUMBERS, (int, float))}  # keys of a cache entry, and their types
@@ -41,19 +40,20 @@ def fill_metadata(table: pd.DataFrame, needed: Sequence[str] = NUMBERS) -> tuple
     if not unknown.any():
         return table, errors
     metadata = probe(table.loc[unknown, "path"].tolist())
-    unread = {path: str(m["error"]) for path, m in metadata.items() if "error" in m}
+    read = pd.DataFrame.from_dict(metadata, orient="index", columns=NUMBERS, dtype=float)
     for name in NUMBERS:
-        found = np.array([metadata[path].get(name, np.nan) for path in table.loc[unknown, "path"]], dtype=float)
-        table.loc[unknown, name] = table.loc[unknown, name].fillna(pd.Series(found, index=table.index[unknown]))
+        table[name] = table[name].fillna(table["path"].map(read[name]))
+    unread = {path: str(m["error"]) for path, m in metadata.items() if "error" in m}
     errors += [(path, unread[path]) for path in table["path"] if path in unread]  # a file may have many rows
     return table[~table["path"].isin(unread)].reset_index(drop=True), errors
 
 
 def probe(paths: list[str]) -> dict[str, Metadata]:
     """Metadata of every file, from the cache if the file has not changed since."""
-    cache = _cache_file(paths)
+    name = hashlib.blake2b(os.path.commonpath(paths).encode(), digest_size=8).hexdigest()
+    cache = cache_folder() / "probe" / f"{name}-{VERSION}.jsonl"
     known = _read_cache(cache)
-    stamps = {path: file_stamp(path) for path in dict.fromkeys(paths)}
+    stamps = in_threads(file_stamp, paths)
     todo = [path for path, stamp in stamps.items() if stamp is None or known.get(path, {}).get("key") != stamp]
     with ThreadPoolExecutor(THREADS) as pool:
         read = pool.map(read_metadata, todo)
@@ -76,21 +76,6 @@ def read_metadata(path: str) -> Metadata:
     return {"num_frames": info.num_frames, "height": info.height, "width": info.width, "fps": info.fps}
 
 
-def file_stamp(path: str) -> list[int] | None:
-    """Bytes and modification time (ns) of a file, or of the dataset of a row; None if it does not exist.
-
-    Of an image sequence: those of its first file, and the number of its files.
-    """
-    if is_row(path):
-        return version_of(path)
-    try:
-        files = sequence_files(path)
-        stat = os.stat(files[0])
-    except (OSError, MediaError):
-        return None
-    return [stat.st_size, stat.st_mtime_ns, *([len(files)] if is_sequence(path) else [])]
-
-
 def _read_cache(cache: Path) -> dict[str, dict]:
     """Path -> entry. Lines that are cut off, damaged, or of another kind are ignored."""
     try:
@@ -100,35 +85,24 @@ def _read_cache(cache: Path) -> dict[str, dict]:
     known = {}
     for line in lines:
         checksum, _, text = line.partition(b" ")
-        if checksum != _checksum(text):
-            continue
-        try:
-            entry = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in ENTRY.items()):
-            known[entry["path"]] = entry
+        if checksum == _checksum(text):
+            with suppress(ValueError, RecursionError):  # ValueError: no JSON
+                entry = json.loads(text)
+                if isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in ENTRY.items()):
+                    known[entry["path"]] = entry
     return known
 
 
 def _write_cache(cache: Path, entries: Sequence[dict]) -> None:
-    if not entries:
-        return
     texts = [json.dumps(entry).encode() for entry in entries]
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with cache.open("ab") as stream:  # starts with a newline: the last line may be cut off
             stream.write(b"".join(b"\n%s %s" % (_checksum(text), text) for text in texts) + b"\n")
     except OSError as error:
-        warn_cache_unwritable(
-            error, "every run opens all files of its table that lack num_frames, height, width or fps"
-        )
+        consequence = "every run opens all files of its table that lack num_frames, height, width or fps"
+        warn_cache_unwritable(error, consequence)
 
 
 def _checksum(text: bytes) -> bytes:
     return b"%08x" % zlib.crc32(text)
-
-
-def _cache_file(paths: list[str]) -> Path:
-    name = hashlib.blake2b(os.path.commonpath(paths).encode(), digest_size=8).hexdigest()
-    return cache_folder() / "probe" / f"{name}-{VERSION}.jsonl"

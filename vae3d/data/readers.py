@@ -23,7 +23,7 @@ from av.video.reformatter import VideoReformatter
 from vae3d.data.dataset_rows import is_row, open_row
 from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
 from vae3d.data.media import MediaError, MediaInfo, Reader, Size, check_indices, one_line
-from vae3d.data.video_index import BLOCK, FRAME, KEYS_BACK, FrameSource, VideoIndex, check_frame, open_index, to_rgb
+from vae3d.data.video_index import KEYS_BACK, FrameSource, VideoIndex, check_frame, open_index, to_rgb
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts"),
@@ -84,16 +84,11 @@ class PyAVReader:
     def __init__(self, path: Path, threads: int = 1) -> None:
         self.path = path
         self.index = open_index(path)
-        self.header, self.info = self.index.header, self.index.header.info
+        self.header, self.info, self.times = self.index.header, self.index.header.info, self.index.times
         self._source = FrameSource(path, self.index, threads)
         self._convert = VideoReformatter()
-        self._rows, self._block = np.empty(0, FRAME), 0  # a part of the index, and the index of its first row
         self._last: tuple[int, np.ndarray] | None = None  # index and pixels of the last frame
         self._restart(self.header.first)
-
-    @property
-    def times(self) -> np.ndarray:
-        return self.index.times()
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
         check_indices(self.path, indices, self.info.num_frames)
@@ -103,7 +98,6 @@ class PyAVReader:
     def close(self) -> None:
         self._decoding = iter(())
         self._source.close()
-        self.index.close()
 
     def _pixels(self, index: int) -> np.ndarray:
         """[H, W, 3] uint8 of a frame as stored."""
@@ -119,7 +113,7 @@ class PyAVReader:
 
         If the frame is incomplete, as with periodic intra refresh, retry from earlier key frames.
         """
-        packet, start = self._row(index)
+        packet, start = self.index.frames[index].tolist()
         is_ahead = self._last is not None and self._last[0] < index
         if not is_ahead or start > self._decoded + 1:
             self._restart(start)
@@ -156,14 +150,8 @@ class PyAVReader:
         self._pending: deque[tuple[int, VideoFrame]] = deque()  # decoded frames, with the numbers of their packets
         self._last = None
 
-    def _row(self, index: int) -> tuple[int, int]:
-        """The packet of a frame, and the packet to start decoding at."""
-        if not self._block <= index < self._block + len(self._rows):
-            self._rows, self._block = self.index.rows("frames", index, BLOCK), index
-        return self._rows[index - self._block].tolist()
-
     def _key_packets_before(self, packet: int) -> Iterator[int]:
-        keys = np.flatnonzero(self.index.rows("packets", 0, packet)["key"])
+        keys = np.flatnonzero(self.index.packets["key"][:packet])
         yield from keys[keys >= self.header.first][: -KEYS_BACK - 1 : -1].tolist()
 
     def _upright(self, pixels: np.ndarray, size: Size | None) -> np.ndarray:
@@ -206,16 +194,19 @@ class DecordReader:
 def _check_for_decord(path: Path, index: VideoIndex) -> None:
     """Raise MediaError for a file that decord decodes wrongly."""
     header = index.header
-    reordered = (np.diff(index.rows("frames")["packet"].astype(int)) < 0).any()
+    # Frames of an open group of pictures need packets before the key frame in front of them.
+    keys = np.maximum.accumulate(np.where(index.packets["key"], np.arange(len(index.packets)), header.first))
+    open_gop = header.ordered != "counted" and (keys[index.frames["packet"]] != index.frames["start"]).any()
+    reordered = (np.diff(index.frames["packet"].astype(int)) < 0).any()
     stored = VideoFormat(header.info.pixels, *header.stored[::-1])
-    unordered = (np.diff(index.times()) <= 0).any()
+    unordered = index.times is not None and (np.diff(index.times) <= 0).any()
     if header.info.bits > 8:
         reason = f"has {header.info.bits} bits per channel, which decord converts to wrong colours"
     elif any(side % 2 for side in header.stored) and stored.chroma_width() < stored.width:
         reason = "has an odd number of rows or columns, which decord converts to wrong colours"
-    elif header.first or not header.contiguous or unordered or (header.ordered != "times" and reordered):
+    elif header.first or index.seek is not None or unordered or (header.ordered != "times" and reordered):
         reason = f"has no reliable timestamps ({header.container}); decord returns wrong frames"
-    elif header.open_gop:
+    elif open_gop:
         reason = "has open groups of pictures; decord returns wrong frames"
     elif sum(header.orientation) % 2:
         reason = "is mirrored, which decord ignores"

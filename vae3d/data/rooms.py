@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -36,7 +36,7 @@ class ErpRooms:
 
     def table(self) -> pd.DataFrame:
         """Raises DataError if no room has enough files, or a validation area does not exist."""
-        rooms = sorted(self._scan())
+        rooms = self._scan()
         where = f"{self.root}/AREA/ROOM/{FOLDER}/{self.pattern}"
         if not any(frames for _, _, frames in rooms):
             raise DataError(f"{where}: no such files; data.source.root takes the folder that holds the areas")
@@ -53,10 +53,15 @@ class ErpRooms:
         held_out = self._held_out(sorted(set(areas)))
         if held_out is not None:
             table["split"] = ["val" if area in held_out else "train" for area in areas]
-        self.notes = [self._count(len(rooms), len(kept), len(set(areas))), _areas(held_out)]
+            self.notes = [f"areas held out for validation: {', '.join(held_out) or 'none'}"]
+        else:
+            self.notes = ["there is only one area; rooms are held out for validation instead of areas"]
+        short = f"; skipped: {len(rooms) - len(kept)} with fewer than {self.min_frames} frames"
+        counts = f"{len(kept)} rooms of {len(set(areas))} areas in {self.root}"
+        self.notes.insert(0, counts + (short if len(rooms) > len(kept) else ""))
         return table
 
-    def _scan(self) -> Iterator[tuple[str, str, int]]:
+    def _scan(self) -> list[tuple[str, str, int]]:
         """Area, room and number of files of every room that has an output folder."""
         try:
             matches = numbered(self.pattern)
@@ -64,12 +69,13 @@ class ErpRooms:
             raise DataError(f"data.source.pattern: {error}") from error
         if not self.root.is_dir():
             raise DataError(f"{self.root}: no such folder; data.source.root takes the folder that holds the areas")
+        rooms = []
         for area in _folders(self.root):
             for room in _folders(self.root / area):
                 output = self.root / area / room / FOLDER
                 if output.is_dir():
-                    with os.scandir(output) as entries:
-                        yield area, room, sum(matches(entry.name) is not None for entry in entries)
+                    rooms.append((area, room, sum(matches(name) is not None for name in os.listdir(output))))
+        return rooms
 
     def _held_out(self, areas: list[str]) -> list[str] | None:
         if self.val_areas is None:
@@ -81,16 +87,6 @@ class ErpRooms:
                 f"least {self.min_frames} frames; there are {', '.join(areas)}"
             )
         return list(self.val_areas)
-
-    def _count(self, rooms: int, kept: int, areas: int) -> str:
-        short = f"; skipped: {rooms - kept} with fewer than {self.min_frames} frames"
-        return f"{kept} rooms of {areas} areas in {self.root}{short if rooms > kept else ''}"
-
-
-def _areas(held_out: list[str] | None) -> str:
-    if held_out is None:
-        return "there is only one area; rooms are held out for validation instead of areas"
-    return f"areas held out for validation: {', '.join(held_out) or 'none'}"
 
 
 def _folders(path: Path) -> list[str]:

@@ -86,8 +86,8 @@ def invalid_rows(table: pd.DataFrame) -> list[tuple[str, str]]:
 
 def mark_missing_files(table: pd.DataFrame) -> None:
     """Set the error of the rows whose file does not exist."""
-    missing = table["error"].isna() & ~table["path"].map(exists)
-    table.loc[missing, "error"] = "no such file"
+    found = in_threads(exists, table["path"])
+    table.loc[table["error"].isna() & ~table["path"].map(found), "error"] = "no such file"
 
 
 def exists(path: str) -> bool:

@@ -44,7 +44,7 @@ def frame_range(bounds: Bounds, times: np.ndarray, fps: float) -> range:
 
 
 def frame_times(reader: Reader) -> np.ndarray:
-    """[frames] seconds since the first frame: stored times of a video file, else of a constant rate."""
+    """[frames] seconds since the first frame; `times` of the reader if its rate is not constant."""
     times = getattr(reader, "times", None)
     return np.arange(reader.info.num_frames) / (reader.info.fps or 1) if times is None else times
 
@@ -57,10 +57,7 @@ class Segment:
 
     def __init__(self, reader: Reader, path: str, bounds: Bounds) -> None:
         try:
-            whole = math.isnan(bounds[0]) and math.isnan(bounds[1])
-            part = range(reader.info.num_frames)
-            if not whole:
-                part = frame_range(bounds, frame_times(reader), reader.info.fps)
+            part = frame_range(bounds, frame_times(reader), reader.info.fps)
         except ValueError as error:
             reader.close()
             raise MediaError(path, str(error)) from error

@@ -16,6 +16,7 @@ import pandas as pd
 from vae3d.data.media import DataError, one_line
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SEPARATORS = {",": "commas", "\t": "tabs"}
 JSON = (".json", ".jsonl")
 TEXT_COLUMNS = ("path", "split", "text", "label")
 MAX_LINE = 2**24  # bytes of a line; a file with longer lines is no table
@@ -24,12 +25,11 @@ ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # by byte-order mark
 
 def kind_of(path: str | Path) -> str | None:
     """File type by name: .csv, .tsv, .parquet, .json or .jsonl; None for others. .csv.gz and .CSV count as .csv."""
-    path = Path(path)
-    kind = path.suffix.lower()
-    if kind == ".gz":
-        kind = path.with_suffix("").suffix.lower()
-        return kind if kind in (*DELIMITERS, *JSON) else None
-    return kind if kind in (*DELIMITERS, *JSON, ".parquet") else None
+    name = Path(str(path).lower())
+    if name.suffix == ".parquet":
+        return name.suffix
+    kind = Path(name.stem).suffix if name.suffix == ".gz" else name.suffix
+    return kind if kind in (*DELIMITERS, *JSON) else None
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -67,8 +67,10 @@ def _csv(path: Path, delimiter: str) -> pd.DataFrame:
         for fields in reader:
             if not fields:  # an empty line
                 continue
-            wrong = len(fields) != len(header)
-            errors.append(_field_count(reader.line_num, len(fields), header, delimiter) if wrong else None)
+            extra = len(fields) - len(header)
+            hint = f'; put "..." around a value that has {SEPARATORS[delimiter]} in it' if extra > 0 else ""
+            counts = f"{len(fields)} fields in line {reader.line_num}, where the first line names {len(header)} columns"
+            errors.append(f"has {counts}{hint}" if extra else None)
             rows.append([field or None for field in (fields + [""] * len(header))[: len(header)]])
     except csv.Error as error:
         hint = "; is a quotation mark never closed?" if "end of data" in str(error) else ""
@@ -81,18 +83,7 @@ def _csv(path: Path, delimiter: str) -> pd.DataFrame:
         raise DataError(
             f"{path}: its fields are separated by {others[0]!r}; expected {delimiter!r}: commas in .csv, tabs in .tsv"
         )
-    table = pd.DataFrame(rows, columns=header, dtype=object)
-    return (
-        table.assign(error=pd.Series(errors, dtype=object))
-        if any(errors)
-        else table.drop(columns="error", errors="ignore")
-    )
-
-
-def _field_count(line: int, count: int, header: list[str], delimiter: str) -> str:
-    named = {",": "commas", "\t": "tabs"}[delimiter]
-    hint = f'; put "..." around a value that has {named} in it' if count > len(header) else ""
-    return f"has {count} fields in line {line}, where the first line names {len(header)} columns{hint}"
+    return pd.DataFrame(rows, columns=header, dtype=object).assign(error=pd.Series(errors, dtype=object))
 
 
 def read_entries(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Versions of source files, so that a resumed command notices that one was replaced."""
+"""Versions of source files, so that a resumed command or a cache notices that one was replaced."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from vae3d.data.dataset_rows import is_row, version_of
-from vae3d.data.images import sequence_files
+from vae3d.data.images import is_sequence, sequence_files
 from vae3d.data.media import MediaError
 from vae3d.hashing import file_hash, json_hash
 from vae3d.io import FileError
@@ -34,3 +34,18 @@ def source_version(path: str, hashed: bool = False) -> dict[str, Any] | None:
     if hashed:
         version["sha256"] = hashes[0] if single else json_hash(hashes)
     return version
+
+
+def file_stamp(path: str) -> list[int] | None:
+    """Bytes and modification time (ns) of a file, or of the dataset of a row; None if it does not exist.
+
+    Of an image sequence: those of its first file, and the number of its files.
+    """
+    if is_row(path):
+        return version_of(path)
+    try:
+        files = sequence_files(path)
+        stat = os.stat(files[0])
+    except (OSError, MediaError):
+        return None
+    return [stat.st_size, stat.st_mtime_ns, *([len(files)] if is_sequence(path) else [])]

@@ -1,11 +1,11 @@
-"""An index of a video file, so that reading frame i costs the same whatever the length of the file.
+"""An index of a video file, so that reading frame i decodes only from the key frame before it.
 
 Frame i is the i-th frame that the decoder returns. It is found like this:
 
 1. open_index returns the index of the file from the cache, or builds it: `build` reads all packets once, and decodes
    the beginning of the file to confirm the order of the frames, or the whole file if its timestamps cannot be trusted.
-2. Row i of `frames` has the number of the packet that frame i comes from, and the number of the packet at which
-   decoding must start. Rows of `packets` have the position of each packet in the file.
+2. Row i of `VideoIndex.frames` has the number of the packet that frame i comes from, and the number of the packet at
+   which decoding must start. Rows of `packets` have the position of each packet in the file.
 3. FrameSource.decode decodes from that start on. Each packet carries its number instead of its timestamp, and the
    decoder passes the number on to the frame; the frame with the number of the packet is frame i.
 
@@ -25,7 +25,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -38,14 +38,13 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
+from pydantic import TypeAdapter
 
 from vae3d.data.media import MediaError, MediaInfo, Size, one_line
 from vae3d.io import atomic_write
 
-MAGIC = b"vae3d video index 3\n"
-HEAD = struct.Struct("<20sII")  # magic, bytes of the JSON, its CRC-32
-PAGE = 1020  # bytes of rows; each page in the cache file ends with its CRC-32
-CRC = struct.Struct("<I")
+VERSION = 4  # of the cache; start value of its CRC-32, so that files of other versions are rebuilt
+CRC_BYTES = 4
 # What libav and PyAV raise for a damaged file. Other exceptions are bugs of ours.
 DECODER_ERRORS = (av.error.FFmpegError, OSError, ValueError, MemoryError, RuntimeError, LookupError, ArithmeticError)
 
@@ -67,9 +66,13 @@ TIMED = {"mov", "matroska", "mpegts", "flv"}
 ONE_FRAME = {"h264", "hevc", "av1", "vp9", "ffv1"}
 BYTE_SEEK = {"mpegts", "mpeg"}  # seek these by byte: positions are exact, timestamps may not be
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
+DECODER_NUMBERS = (  # attributes of a codec context
+    *("width", "height", "bits_per_coded_sample"),
+    *("color_range", "color_primaries", "color_trc", "colorspace"),
+)
 RATES = [Fraction(n) for n in (8, 10, 12, 15, 16, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120)]
 RATES += [Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120)]
-BLOCK = 64  # rows per read
+SEEK_WITHIN = 64  # packets after a seek among which the wanted one must be
 CHECKED = 8  # frames at the beginning whose order is compared with the timestamps
 KEYS_BACK = 4  # earlier key frames to retry from if a frame does not decode completely
 MAX_DELAY = 64  # packets after its own until a frame comes out; no codec reorders by more than 16
@@ -78,29 +81,36 @@ PACKET = np.dtype([("offset", "<i8"), ("size", "<u4"), ("key", "u1")])
 SEEK = np.dtype([("crc", "<u4"), ("dts", "<i8")])  # only of files that need the demuxer
 FRAME = np.dtype([("packet", "<u4"), ("start", "<u4")])  # the packet it comes from, the packet to start decoding at
 TIME = np.dtype("<f8")  # seconds since the first frame
-ROW_TYPES = {"packets": PACKET, "seek": SEEK, "frames": FRAME, "times": TIME}
+ROW_TYPES = {"packets": PACKET, "frames": FRAME, "seek": SEEK, "times": TIME}  # arrays of VideoIndex
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Parameters to open a decoder without the container."""
+    """Parameters to open a decoder without the container. extradata: base64."""
 
     codec: str
     tag: str
-    width: int
-    height: int
-    bits: int
-    extradata: str  # base64
-    colours: tuple[int, int, int, int]  # range, primaries, transfer, matrix
+    numbers: dict[str, int]
+    extradata: str
     reorder: int
+
+    @classmethod
+    def like(cls, context: av.VideoCodecContext) -> Decoder | None:
+        """None if the parameters cannot be passed on."""
+        try:
+            tag = context.codec_tag
+        except UnicodeDecodeError:
+            return None
+        numbers = {name: int(getattr(context, name)) for name in DECODER_NUMBERS}
+        extradata = base64.b64encode(context.extradata or b"").decode()
+        return cls(context.name, tag, numbers, extradata, context.reorder_depth)
 
     def open(self, threads: int) -> av.VideoCodecContext:
         context = av.CodecContext.create(self.codec, "r")
         context.extradata = base64.b64decode(self.extradata) or None
         context.codec_tag = self.tag
-        context.width, context.height = self.width, self.height
-        context.bits_per_coded_sample = self.bits
-        context.color_range, context.color_primaries, context.color_trc, context.colorspace = self.colours
+        for name, number in self.numbers.items():
+            setattr(context, name, number)
         context.thread_count = threads
         # Without the reorder depth, a decoder drops the first frames that come too late.
         context.options = {"has_b_frames": str(self.reorder)}
@@ -112,11 +122,9 @@ class Header:
     """Metadata of an indexed file.
 
     orientation: (transpose, then flip rows, then flip columns) to make frames upright. stored: height and width before
-    that. first: packet to start decoding at. contiguous: whether packets can be read straight from the file, without
-    the demuxer.
+    that. first: packet to start decoding at.
     ordered: how the order of frames is known: "times" from timestamps, "file" as the packets, "decoded" by decoding
     the whole file. "counted": by decoding, but frames cannot be matched to packets, so decoding starts at the first.
-    open_gop: whether some frames need packets before the key frame in front of them.
     """
 
     info: MediaInfo
@@ -126,75 +134,30 @@ class Header:
     orientation: tuple[bool, bool, bool]
     stored: Size
     first: int
-    contiguous: bool
     ordered: str
-    open_gop: bool
-    rate: tuple[int, int] | None  # frames per second if it is constant
 
     @property
     def max_delay(self) -> float:
         """Packets after its own until a frame comes out, at most."""
         return math.inf if self.ordered == "counted" else MAX_DELAY
 
-    @classmethod
-    def from_json(cls, value: dict) -> Header:
-        decoder = value["decoder"] and Decoder(**value["decoder"])
-        lists = {name: tuple(entry) for name, entry in value.items() if isinstance(entry, list)}
-        return cls(**{**value, **lists, "info": MediaInfo(**value["info"]), "decoder": decoder})
 
-    def to_json(self) -> dict:
-        return {**vars(self), "info": vars(self.info), "decoder": self.decoder and vars(self.decoder)}
+HEADER = TypeAdapter(Header)
 
 
+@dataclass(frozen=True)
 class VideoIndex:
-    """The rows of an index, in memory (source: bytes), or read in parts from its cache file, from byte `begin` on."""
+    """The index of a video.
 
-    def __init__(self, header: Header, counts: dict[str, int], source: BinaryIO | bytes, begin: int = 0) -> None:
-        self.header, self.counts, self.source, self.begin = header, counts, source, begin
-        self.offsets: dict[str, int] = {}
-        offset = 0
-        for name, count in counts.items():
-            self.offsets[name] = offset
-            offset += count * ROW_TYPES[name].itemsize
+    packets: [N] PACKET. frames: [frames] FRAME. seek: [N] SEEK, of files that need the demuxer; None: packets can be
+    read straight from the file. times: [frames] seconds since the first frame; None: the rate is constant.
+    """
 
-    def rows(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Rows first, first + 1, ... of a key of ROW_TYPES; all of them if `count` is None.
-
-        Raises MediaError if the cache file is damaged.
-        """
-        dtype = ROW_TYPES[name]
-        left = self.counts[name] - first
-        count = left if count is None else min(count, left)
-        begin, size = self.offsets[name] + first * dtype.itemsize, count * dtype.itemsize
-        if isinstance(self.source, bytes):
-            return np.frombuffer(self.source[begin : begin + size], dtype)
-        page, end = begin // PAGE, -(-(begin + size) // PAGE)
-        step = PAGE + CRC.size
-        stored = os.pread(self.source.fileno(), (end - page) * step, self.begin + page * step)
-        content = b"".join(self._verified_page(stored[i : i + step]) for i in range(0, len(stored), step))
-        begin -= page * PAGE
-        return np.frombuffer(content[begin : begin + size], dtype)
-
-    def _verified_page(self, page: bytes) -> bytes:
-        content, crc = page[: -CRC.size], page[-CRC.size :]
-        if CRC.pack(zlib.crc32(content)) == crc:
-            return content
-        try:
-            Path(self.source.name).unlink(missing_ok=True)
-            action = "was deleted, and is rebuilt when its video is opened next"
-        except OSError as error:
-            action = f"cannot be deleted ({error.strerror}); delete it"
-        raise MediaError(self.source.name, f"this index of a video is damaged; it {action}")
-
-    def times(self) -> np.ndarray:
-        """[frames] float64: seconds since the first frame."""
-        if self.header.rate is None:
-            return self.rows("times")
-        return np.arange(self.counts["frames"]) / float(Fraction(*self.header.rate))
-
-    def close(self) -> None:
-        if not isinstance(self.source, bytes):
-            self.source.close()
+    header: Header
+    packets: np.ndarray
+    frames: np.ndarray
+    seek: np.ndarray | None = None
+    times: np.ndarray | None = None
 
 
 def cache_folder() -> Path:
@@ -211,50 +174,46 @@ def open_index(path: Path) -> VideoIndex:
     cached = cache_folder() / "index" / name[:2] / name[2:]
     index = _load(cached, key)
     if index is None:
-        index = in_memory(*build(path))
+        index = build(path)
         _store(cached, key, index)
     return index
 
 
 def _load(cached: Path, key: list) -> VideoIndex | None:
-    """The cached index; None if there is none, or it is outdated or incomplete."""
+    """The cached index; None if there is none, or it is damaged or outdated."""
     try:
-        source = cached.open("rb")
+        content = cached.read_bytes()
     except OSError:
         return None
-    try:
-        total = os.fstat(source.fileno()).st_size
-        opening = os.pread(source.fileno(), 4096, 0)
-        magic, length, check = HEAD.unpack(opening[: HEAD.size].ljust(HEAD.size))
-        begin = HEAD.size + length
-        if magic == MAGIC and begin <= total:
-            text = (opening + os.pread(source.fileno(), max(0, begin - len(opening)), len(opening)))[HEAD.size : begin]
-            if zlib.crc32(text) == check:
-                value = json.loads(text)
-                size = sum(count * ROW_TYPES[name].itemsize for name, count in value["counts"].items())
-                if value["key"] == key and total == begin + size + -(-size // PAGE) * CRC.size:
-                    return VideoIndex(Header.from_json(value["header"]), value["counts"], source, begin)
-    except OSError:
-        pass
-    source.close()
-    return None
-
-
-def in_memory(header: Header, rows: dict[str, np.ndarray]) -> VideoIndex:
-    counts = {name: len(array) for name, array in rows.items()}
-    return VideoIndex(header, counts, b"".join(array.astype(ROW_TYPES[name]).tobytes() for name, array in rows.items()))
+    head, _, rows = content[CRC_BYTES:].partition(b"\n")
+    if content[:CRC_BYTES] != _crc(head, rows):
+        return None
+    value = json.loads(head)
+    if value["key"] != key:
+        return None
+    arrays, offset = {}, 0
+    for name, count in value["counts"].items():
+        arrays[name] = np.frombuffer(rows, ROW_TYPES[name], count, offset)
+        offset += arrays[name].nbytes
+    return VideoIndex(HEADER.validate_python(value["header"]), **arrays)
 
 
 def _store(cached: Path, key: list, index: VideoIndex) -> None:
-    text = json.dumps({"key": key, "counts": index.counts, "header": index.header.to_json()}).encode()
-    pages = (index.source[i : i + PAGE] for i in range(0, len(index.source), PAGE))
-    rows = b"".join(page + CRC.pack(zlib.crc32(page)) for page in pages)
+    """Write a file of a CRC-32, a line of JSON, and the rows."""
+    arrays = {name: array for name in ROW_TYPES if (array := getattr(index, name)) is not None}
+    counts = {name: len(array) for name, array in arrays.items()}
+    head = json.dumps({"key": key, "counts": counts, "header": asdict(index.header)}).encode()
+    rows = b"".join(array.tobytes() for array in arrays.values())
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(cached) as stream:
-            stream.write(HEAD.pack(MAGIC, len(text), zlib.crc32(text)) + text + rows)
+            stream.write(_crc(head, rows) + head + b"\n" + rows)
     except OSError as error:
         warn_cache_unwritable(error, "each time a video is opened, the whole file is read")
+
+
+def _crc(head: bytes, rows: bytes) -> bytes:
+    return zlib.crc32(rows, zlib.crc32(head, VERSION)).to_bytes(CRC_BYTES, "little")
 
 
 def warn_cache_unwritable(error: OSError, consequence: str) -> None:
@@ -268,8 +227,8 @@ def warn_cache_unwritable(error: OSError, consequence: str) -> None:
 # --- building an index
 
 
-def build(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
-    """Header and rows of a file's index.
+def build(path: Path) -> VideoIndex:
+    """The index of a file.
 
     Reads all packets, and decodes as much as it takes to confirm the order of frames: the beginning; or the whole file,
     twice, if timestamps are missing, repeat, run backwards or are made up by the container.
@@ -282,10 +241,10 @@ def build(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
         context = stream.codec_context
         first = int(np.argmax(packets.rows["key"]))  # 0 if there is no key frame
         expected = _order_by_packets(packets, first, names, context)
-        decoder, codec, container_name = _decoder_of(context), context.name, container.format.name
+        decoder, codec, container_name = Decoder.like(context), context.name, container.format.name
         index = stream.index
         rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
-        aspect, unit = stream.sample_aspect_ratio, stream.time_base
+        aspect, unit = float(stream.sample_aspect_ratio or 1), stream.time_base
 
     # Frame order: as packets define it, if the first decoded frames confirm that, else by decoding them all.
     last = len(packets.rows) - 1
@@ -316,8 +275,9 @@ def build(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
     frames = np.array([(number, starts.get(number, first)) for number in order], FRAME)
 
     times, rate = _times(packets, shown if ordered == "counted" else order, names, unit, rates)
-    keys = np.maximum.accumulate(np.where(packets.rows["key"], np.arange(len(packets.rows)), first))
     orientation, stored = _orientation(path, first_frame), (first_frame.height, first_frame.width)
+    if not 1 / 8 <= aspect <= 8:
+        raise MediaError(path, f"has pixels {aspect:g} times as wide as high; correct its aspect ratio")
     header = Header(
         info=MediaInfo(
             len(order),
@@ -326,7 +286,7 @@ def build(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
             codec,
             first_frame.format.name,
             max(component.bits for component in first_frame.format.components),
-            _aspect(path, aspect, orientation[0]),
+            1 / aspect if orientation[0] else aspect,
         ),
         container=container_name,
         stream=index,
@@ -334,15 +294,10 @@ def build(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
         orientation=orientation,
         stored=stored,
         first=first,
-        contiguous=packets.contiguous and decoder is not None,
         ordered=ordered,
-        open_gop=ordered != "counted" and bool((keys[frames["packet"]] != frames["start"]).any()),
-        rate=None if times is not None else rate.as_integer_ratio(),
     )
-    rows = {"packets": packets.rows, "frames": frames}
-    if times is not None:
-        rows["times"] = times
-    return _verified(path, header, rows, packets.seek, hashes)
+    seek = None if packets.contiguous and decoder is not None else packets.seek
+    return _verified(path, VideoIndex(header, packets.rows, frames, seek, times), packets.seek, hashes)
 
 
 def _video_stream(path: Path, container: InputContainer) -> VideoStream:
@@ -382,11 +337,8 @@ def _read_packets(path: Path, container: InputContainer, stream: VideoStream, na
     rows, seek, pts, dts, discard = [], [], [], [], []
     lead: int | None = 0
     settings, stateful = {"new_extradata": stream.codec_context.extradata}, False
-    _discard_other_streams(container, stream)
     with path.open("rb") as file, media_errors(path, "is damaged or cut short"):
-        for packet in container.demux(stream):
-            if not packet.size:
-                continue
+        for packet in _demux(container, stream):
             if packet.is_corrupt and not names & BYTE_SEEK:
                 _check_whole(path, file, len(rows), stream, names)
                 raise MediaError(path, f"is damaged or cut short: packet {len(rows)} is incomplete")
@@ -432,21 +384,17 @@ def _check_whole(path: Path, file: BinaryIO, packets: int, stream: VideoStream, 
 
 def _promised_end(file: BinaryIO, names: set[str]) -> int | None:
     """End of the file in bytes, by the sizes in the container's outermost headers; None if unknown."""
-    opening = os.pread(file.fileno(), 4096, 0)
-    size = os.fstat(file.fileno()).st_size
+    size, offset = os.fstat(file.fileno()).st_size, 0
     if "matroska" in names:  # EBML header, then one segment; both have an identifier of 4 bytes
-        offset = 0
         for _ in range(2):
-            offset += 4
-            width = 9 - opening[offset].bit_length()
-            length = int.from_bytes(opening[offset : offset + width], "big") & ((1 << 7 * width) - 1)
-            if length == (1 << 7 * width) - 1:  # unknown, as in a live stream
+            head = os.pread(file.fileno(), 8, offset + 4)
+            width = 9 - head[0].bit_length()
+            unknown = (1 << 7 * width) - 1  # as in a live stream
+            length = int.from_bytes(head[:width], "big") & unknown
+            if length == unknown:
                 return None
-            offset += width + length
-            if offset > 4000:
-                break
+            offset += 4 + width + length
         return offset
-    offset = 0
     if "avi" in names:  # RIFF chunks; their size counts from behind itself
         while offset + 12 <= size:
             kind, length = struct.unpack("<4sI", os.pread(file.fileno(), 8, offset))
@@ -504,22 +452,24 @@ def _order_by_packets(
     return "times", order
 
 
-def _decoder_of(context: av.VideoCodecContext) -> Decoder | None:
-    """None if the parameters of the stream cannot be passed to a decoder of ours."""
-    try:
-        tag = context.codec_tag
-    except UnicodeDecodeError:
-        return None
-    return Decoder(
-        context.name,
-        tag,
-        context.width,
-        context.height,
-        context.bits_per_coded_sample,
-        base64.b64encode(context.extradata or b"").decode(),
-        tuple(int(c) for c in (context.color_range, context.color_primaries, context.color_trc, context.colorspace)),
-        context.reorder_depth,
-    )
+def _decoded(path: Path, index: int, start: int, cut: int | None = None) -> Iterator[VideoFrame]:
+    """Frames from packet `start` on, by the container's decoder; pts is the number of the packet of each.
+
+    cut: a packet that may be incomplete, whose errors are ignored. Raises MediaError.
+    """
+    with media_errors(path, "cannot be decoded"), closing(open_container(path)) as container:
+        stream = container.streams[index]
+        stream.codec_context.thread_count = 1
+        packets = itertools.islice(_demux(container, stream), start, None)
+        for number, packet in enumerate(itertools.chain(packets, [None]), start):  # None gives the last frames
+            try:
+                with media_errors(path, f"is damaged: packet {number} cannot be decoded"):
+                    frames = stream.codec_context.decode(packet and _numbered(packet, number))
+            except MediaError:
+                if number != cut:
+                    raise
+            else:
+                yield from frames
 
 
 def _decode_in_order(
@@ -527,35 +477,25 @@ def _decode_in_order(
 ) -> tuple[VideoFrame, list[int | None], list[int]]:
     """(first frame, packet number of each frame, CRC-32 of its pixels), in the order of the decoder, until `enough`.
 
-    Decodes with the container's decoder from packet `first` on. cut: a packet that may be incomplete; if it is, its
-    frame and the frames after it are dropped. Raises MediaError.
+    Starts at packet `first`. cut: a packet that may be incomplete; if it is, its frame and the frames after it are
+    dropped. Raises MediaError.
     """
     first_frame, shown, hashes = None, [], []
     convert = VideoReformatter()
-    with media_errors(path, "cannot be decoded"), closing(open_container(path)) as container:
-        stream = container.streams[index]
-        _discard_other_streams(container, stream)
-        stream.codec_context.thread_count = 1
-        packets = (packet for packet in container.demux(stream) if packet.size)
-        for number, packet in enumerate(itertools.chain(itertools.islice(packets, first, None), [None]), first):
-            try:
-                with media_errors(path, f"is damaged: packet {number} cannot be decoded"):
-                    frames = stream.codec_context.decode(packet and _numbered(packet, number))
-            except MediaError:
-                if number != cut:
-                    raise
-                continue
-            for frame in frames:
-                if shown and frame.is_corrupt and frame.pts == cut:
-                    return first_frame, shown, hashes
-                if first_frame is None:
-                    first_frame = frame
-                    _check_kind(path, frame)
-                check_frame(path, frame, len(shown), (first_frame.height, first_frame.width))
-                shown.append(frame.pts)
-                hashes.append(zlib.crc32(np.ascontiguousarray(to_rgb(path, frame, convert))))
-                if enough(shown):
-                    return first_frame, shown, hashes
+    with closing(_decoded(path, index, first, cut)) as frames:
+        for frame in frames:
+            if shown and frame.is_corrupt and frame.pts == cut:
+                break
+            if first_frame is None:
+                first_frame = frame
+                if transfer := HDR_TRANSFERS.get(int(frame.color_trc)):
+                    reason = "tone-map it to SDR first, 8-bit RGB would look washed out"
+                    raise MediaError(path, f"is HDR ({transfer}); {reason}")
+            check_frame(path, frame, len(shown), (first_frame.height, first_frame.width))
+            shown.append(frame.pts)
+            hashes.append(zlib.crc32(np.ascontiguousarray(to_rgb(path, frame, convert))))
+            if enough(shown):
+                break
     if first_frame is None:
         raise MediaError(path, "holds no frame that can be decoded")
     return first_frame, shown, hashes
@@ -566,23 +506,11 @@ def _decodes_completely(path: Path, index: int, packets: _Packets, number: int) 
     keys = np.flatnonzero(packets.rows["key"][: number + 1])
     start = int(keys[-KEYS_BACK:][0]) if len(keys) else 0
     try:
-        with media_errors(path, "cannot be decoded"), closing(open_container(path)) as container:
-            stream = container.streams[index]
-            _discard_other_streams(container, stream)
-            demuxed = (packet for packet in container.demux(stream) if packet.size)
-            for i, packet in enumerate(itertools.chain(itertools.islice(demuxed, start, None), [None]), start):
-                for frame in stream.codec_context.decode(packet and _numbered(packet, i)):
-                    if frame.pts == number:
-                        return not frame.is_corrupt
+        with closing(_decoded(path, index, start)) as frames:
+            frame = next((frame for frame in frames if frame.pts == number), None)
     except MediaError:
-        pass
-    return False
-
-
-def _check_kind(path: Path, frame: VideoFrame) -> None:
-    transfer = HDR_TRANSFERS.get(int(frame.color_trc))
-    if transfer:
-        raise MediaError(path, f"is HDR ({transfer}); tone-map it to SDR first, 8-bit RGB would look washed out")
+        return False
+    return frame is not None and not frame.is_corrupt
 
 
 def _starts(display_order: Sequence[int], key: np.ndarray, first: int, intra: bool) -> dict[int, int]:
@@ -628,30 +556,26 @@ def _times(
     return ticks * float(unit), mean
 
 
-def _verified(
-    path: Path, header: Header, rows: dict[str, np.ndarray], seek: np.ndarray, hashes: Sequence[int]
-) -> tuple[Header, dict[str, np.ndarray]]:
-    """Header and rows, after a check that decoding from the indexed starts gives the frames with the known hashes.
+def _verified(path: Path, index: VideoIndex, seek: np.ndarray, hashes: Sequence[int]) -> VideoIndex:
+    """The index, after a check that decoding from the indexed starts gives the frames with the known hashes.
 
-    If a start does not, the start before it is used, then the demuxer. Raises MediaError if nothing works.
+    If a start does not, the start before it is used, then the demuxer, with `seek`. Raises MediaError if nothing works.
     """
-    if not header.contiguous:
-        rows = {**rows, "seek": seek}
-    frames = rows["frames"]
-    with closing(FrameSource(path, in_memory(header, rows))) as source:
-        good = header.first
+    first, frames = index.header.first, index.frames
+    with closing(FrameSource(path, index)) as source:
+        good = first
         for start in np.unique(frames["start"][: len(hashes)]).tolist():
             indices = np.flatnonzero(frames["start"][: len(hashes)] == start)
             expected = {int(frames["packet"][i]): hashes[i] for i in indices}
             if _decodes_to(source, start, expected):
                 good = start
-            elif start != header.first:
+            elif start != first:
                 frames["start"][frames["start"] == start] = good
-            elif header.contiguous:
-                return _verified(path, replace(header, contiguous=False), rows, seek, hashes)
+            elif index.seek is None:
+                return _verified(path, replace(index, seek=seek), seek, hashes)
             else:
                 raise MediaError(path, "is damaged: it decodes to other frames each time")
-    return header, rows
+    return index
 
 
 def _decodes_to(source: FrameSource, start: int, expected: dict[int, int]) -> bool:
@@ -687,7 +611,7 @@ class FrameSource:
         with the number of its packet (or its own number, if the order is "counted"). Raises MediaError."""
         header, count = self.index.header, 0
         with media_errors(self.path, "cannot be decoded"):
-            if header.contiguous:
+            if self.index.seek is None:
                 packets, context = self._stored(start), header.decoder.open(self.threads)
             else:
                 packets, context = self._demuxed(start)
@@ -696,7 +620,7 @@ class FrameSource:
                     frames = context.decode(_numbered(packet, number))
                 yield number, self._with_numbers(frames, count)
                 count += len(frames)
-            yield self.index.counts["packets"], self._with_numbers(context.decode(None), count)
+            yield len(self.index.packets), self._with_numbers(context.decode(None), count)
 
     def _with_numbers(self, frames: list[VideoFrame], count: int) -> list[tuple[int, VideoFrame]]:
         if self.index.header.ordered == "counted":
@@ -707,56 +631,50 @@ class FrameSource:
         """Packets read straight from the file."""
         if self.file is None:
             self.file = self.path.open("rb")
-        total = self.index.counts["packets"]
-        for block in range(start, total, BLOCK):
-            for number, row in enumerate(self.index.rows("packets", block, BLOCK).tolist(), block):
-                offset, size, key = row
-                content = os.pread(self.file.fileno(), size, offset)
-                if len(content) < size:
-                    raise MediaError(self.path, f"ends within packet {number} of {total}")
-                packet = av.Packet(
-                    size
-                )  # with padding that the decoder may read; a packet made from `content` has none
-                packet.update(content)
-                packet.is_keyframe = bool(key)
-                yield number, packet
+        total = len(self.index.packets)
+        for number in range(start, total):
+            offset, size, key = self.index.packets[number].tolist()
+            content = os.pread(self.file.fileno(), size, offset)
+            if len(content) < size:
+                raise MediaError(self.path, f"ends within packet {number} of {total}")
+            packet = av.Packet(size)  # with padding that the decoder may read; one made from `content` has none
+            packet.update(content)
+            packet.is_keyframe = bool(key)
+            yield number, packet
 
     def _demuxed(self, start: int) -> tuple[Iterator[tuple[int, av.Packet]], av.VideoCodecContext]:
         """(packets read by the demuxer and compared with the index, its decoder)."""
-        offset, size, _ = self.index.rows("packets", start, 1)[0].tolist()
-        crc, dts = self.index.rows("seek", start, 1)[0].tolist()
+        offset, size, _ = self.index.packets[start].tolist()
+        crc, dts = self.index.seek[start].tolist()
         packets, context = self._open()
         if start:
             by_byte = self.container.format.name in BYTE_SEEK
+            position = offset if by_byte else dts
             stream = self.container.streams[self.index.header.stream]
             with suppress(*DECODER_ERRORS):
-                self.container.seek(offset if by_byte else dts, stream=stream, unsupported_byte_offset=by_byte)
-                for packet in itertools.islice(packets, BLOCK):
-                    position = packet.pos if by_byte else packet.dts
-                    if (position, packet.size, zlib.crc32(packet)) == (offset if by_byte else dts, size, crc):
+                self.container.seek(position, stream=stream, unsupported_byte_offset=by_byte)
+                for packet in itertools.islice(packets, SEEK_WITHIN):
+                    found = packet.pos if by_byte else packet.dts
+                    if (found, packet.size, zlib.crc32(packet)) == (position, size, crc):
                         return self._compared(itertools.chain([packet], packets), start), context
             packets, context = self._open()  # seeking failed: read from the start
-        return self._compared(packets, start, skip=start), context
+        return self._compared(itertools.islice(packets, start, None), start), context
 
     def _open(self) -> tuple[Iterator[av.Packet], av.VideoCodecContext]:
         if self.container is not None:
             self.container.close()
         self.container = open_container(self.path)
         stream = self.container.streams[self.index.header.stream]
-        _discard_other_streams(self.container, stream)
         stream.codec_context.thread_count = self.threads
-        return (packet for packet in self.container.demux(stream) if packet.size), stream.codec_context
+        return _demux(self.container, stream), stream.codec_context
 
-    def _compared(self, packets: Iterator[av.Packet], start: int, skip: int = 0) -> Iterator[tuple[int, av.Packet]]:
-        packets = itertools.islice(packets, skip, None)
-        for block in range(start, self.index.counts["packets"], BLOCK):
-            sizes = self.index.rows("packets", block, BLOCK)["size"]
-            crcs = self.index.rows("seek", block, BLOCK)["crc"]
-            # zip takes no extra packet: it reads the sizes first.
-            for number, (size, crc, packet) in enumerate(zip(sizes, crcs, packets), block):  # noqa: B905
-                if (packet.size, zlib.crc32(packet)) != (size, crc):
-                    raise MediaError(self.path, f"packet {number} differs from the one that was indexed")
-                yield number, packet
+    def _compared(self, packets: Iterator[av.Packet], start: int) -> Iterator[tuple[int, av.Packet]]:
+        sizes, crcs = self.index.packets["size"], self.index.seek["crc"]
+        # range comes first, so that zip takes no extra packet.
+        for number, packet in zip(range(start, len(sizes)), packets):  # noqa: B905
+            if (packet.size, zlib.crc32(packet)) != (sizes[number], crcs[number]):
+                raise MediaError(self.path, f"packet {number} differs from the one that was indexed")
+            yield number, packet
 
     def close(self) -> None:
         if self.file is not None:
@@ -776,11 +694,12 @@ def open_container(path: Path) -> InputContainer:
     return av.open(os.path.abspath(path), options=OPEN_OPTIONS, **METADATA)
 
 
-def _discard_other_streams(container: InputContainer, stream: VideoStream) -> None:
-    """Make the demuxer skip all other streams."""
+def _demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
+    """The non-empty packets of a stream. The demuxer skips all other streams."""
     for other in container.streams:
         if other is not stream and hasattr(other, "discard"):  # PyAV 17 has no such attribute, and reads all streams
             other.discard = DISCARD_ALL
+    return (packet for packet in container.demux(stream) if packet.size)
 
 
 # --- checking and converting frames
@@ -853,14 +772,6 @@ def _orientation(path: Path, frame: VideoFrame) -> tuple[bool, bool, bool]:
     )
 
 
-def _aspect(path: Path, aspect: Fraction | None, exchanged: bool) -> float:
-    """Width / height of a pixel, upright; 1 if the file has none."""
-    aspect = float(aspect or 1)
-    if not 1 / 8 <= aspect <= 8:
-        raise MediaError(path, f"has pixels {aspect:g} times as wide as high; correct its aspect ratio")
-    return 1 / aspect if exchanged else aspect
-
-
 # --- errors
 
 
@@ -872,10 +783,5 @@ def media_errors(path: Path, what: str) -> Iterator[None]:
     except MediaError:
         raise
     except DECODER_ERRORS as error:
-        raise MediaError(path, f"{what}: {_text(error)}") from error
-
-
-def _text(error: BaseException) -> str:
-    if isinstance(error, MemoryError):
-        return "out of memory"
-    return getattr(error, "strerror", None) or one_line(error, 200)
+        text = "out of memory" if isinstance(error, MemoryError) else getattr(error, "strerror", None)
+        raise MediaError(path, f"{what}: {text or one_line(error, 200)}") from error

@@ -24,17 +24,9 @@ GIB = 2**30
 
 
 class WorkerError(DataError):
-    """Data workers return no more batches. Finished steps are valid and can be saved."""
+    """A data worker died, or none returns a batch in time. Finished steps are valid and can be saved."""
 
     on_every_rank = False
-
-
-class WorkerDied(WorkerError):
-    """A data worker was killed, or crashed."""
-
-
-class WorkerTimeout(WorkerError):
-    """No data worker has returned a batch for too long."""
 
 
 def load(
@@ -50,10 +42,10 @@ def load(
 ) -> Iterator[Any]:
     """The batches of DataLoader(dataset, **options).
 
-    timeout: seconds without a batch until WorkerTimeout; 0: never. stopping: whether the run was asked to end; from
+    timeout: seconds without a batch until WorkerError; 0: never. stopping: whether the run was asked to end; from
     then on a batch may take GRACE seconds. item_bytes: of one batch; 0: unknown. held: batches that the caller holds
     at a time.
-    Raises DataError if /dev/shm is too small for the workers' batches; WorkerDied within POLL seconds of a death; and
+    Raises DataError if /dev/shm is too small for the workers' batches; WorkerError within POLL seconds of a death; and
     the errors of a worker.
     """
     if not workers:
@@ -89,28 +81,27 @@ def _restore_sigchld(handler: Any) -> None:
 def _watched(
     batches: Iterator[Any], workers: list[BaseProcess], timeout: float, stopping: Callable[[], bool]
 ) -> Iterator[Any]:
+    start, stop_requested = time.monotonic(), None
     while True:
-        start = time.monotonic()
-        stop_requested: float | None = None
-        while True:
-            try:
-                batch = next(batches)
-                break
-            except StopIteration:
-                return
-            except (RuntimeError, OSError, EOFError) as error:
-                timed_out = str(error).startswith("DataLoader timed out")
-                if dead := _ended(workers, 0 if timed_out else 1):
-                    raise WorkerDied(_death(dead)) from error
-                if not timed_out:
-                    raise
-                now = time.monotonic()
-                stop_requested = (stop_requested or now) if stopping() else None
-                if timeout and now - start >= timeout:
-                    raise WorkerTimeout(_hang(len(workers), now - start, "")) from error
-                if stop_requested is not None and now - stop_requested >= GRACE:
-                    raise WorkerTimeout(_hang(len(workers), now - start, "the run was asked to end, and ")) from error
-        yield batch
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            timed_out = str(error).startswith("DataLoader timed out")
+            if dead := _ended(workers, 0 if timed_out else 1):
+                raise WorkerError(_death(dead)) from error
+            if not timed_out:
+                raise
+            now = time.monotonic()
+            stop_requested = (stop_requested or now) if stopping() else None
+            if timeout and now - start >= timeout:
+                raise WorkerError(_hang(len(workers), now - start, "")) from error
+            if stop_requested is not None and now - stop_requested >= GRACE:
+                raise WorkerError(_hang(len(workers), now - start, "the run was asked to end, and ")) from error
+        else:
+            yield batch
+            start, stop_requested = time.monotonic(), None
 
 
 def _ended(workers: list[BaseProcess], seconds: float) -> list[BaseProcess]:
@@ -129,8 +120,7 @@ def _death(dead: list[BaseProcess]) -> str:
     code = worker.exitcode or 0
     if code >= 0:
         return (
-            f"data worker {worker.pid} has exited with status {code}; see its output above. data.workers=0 reads "
-            "without workers"
+            f"data worker {worker.pid} exited with status {code}; see its output above. data.workers=0 uses no workers"
         )
     name = signal.Signals(-code).name
     hints = {

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from vae3d.arguments import Range, check_fields
+
+Noise = Annotated[float, Range(0, 1)]
 Generators = Sequence[torch.Generator]  # one per sample, so that a sample does not depend on its batch
 
 
@@ -26,25 +30,18 @@ class Sampling:
     Raises ValueError for values out of range.
     """
 
-    steps: int = 50
+    steps: Annotated[int, Range(1, 1e6)] = 50
     method: str | None = None
     guidance: float = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
-    clip: float | None = None
-    eta: float = 0.0
-    shift: float = 1.0
+    interval: tuple[Noise, Noise] = (0.0, 1.0)
+    clip: Annotated[float, Range(1e-6, 1e6)] | None = None
+    eta: Noise = 0.0
+    shift: Annotated[float, Range(1e-6, 1e6)] = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; use at least 1")
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"clip is {self.clip}; use a number of standard deviations above 0, or none")
-        if not 0 <= self.interval[0] <= self.interval[1] <= 1:
+        check_fields(vars(self), type(self))
+        if self.interval[0] > self.interval[1]:
             raise ValueError(f"interval is {tuple(self.interval)}; use two noise levels in [0, 1], ascending")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta is {self.eta}; use 0 (no noise) to 1 (as much as ddpm)")
-        if self.shift <= 0:
-            raise ValueError(f"shift is {self.shift}; use a factor above 0")
 
 
 @dataclass

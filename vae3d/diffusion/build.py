@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from vae3d.arguments import annotations_of, check_value, short
-from vae3d.diffusion import transformer, unet
 from vae3d.diffusion.flow import RectifiedFlow
 from vae3d.diffusion.gaussian import GaussianDiffusion
 from vae3d.diffusion.processes import Process
@@ -19,11 +18,6 @@ from vae3d.models.registry import TARGET, build_model, is_known, target_of
 
 NETWORKS = {target_of(cls): cls for cls in (LatentUNet, VideoTransformer, WanTransformer)}
 PROCESSES = {target_of(cls): cls for cls in (GaussianDiffusion, RectifiedFlow)}
-INFERRED = {
-    LatentUNet: unet.infer_defaults,
-    VideoTransformer: transformer.infer_defaults,
-    WanTransformer: transformer.infer_defaults,
-}
 
 
 def network_config(config: Mapping[str, Any], latent_shape: Sequence[int]) -> dict[str, Any]:
@@ -41,7 +35,7 @@ def network_config(config: Mapping[str, Any], latent_shape: Sequence[int]) -> di
     for name, kind in annotations_of(cls.__init__).items():
         if whole.get(name) is not None:
             check_value(whole[name], kind, name)
-    return INFERRED[cls](whole, latent_shape)
+    return cls.infer_defaults(whole, latent_shape)
 
 
 def build_network(config: Mapping[str, Any], latent_shape: Sequence[int], source: object = "network") -> nn.Module:

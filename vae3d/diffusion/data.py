@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vae3d.data.batch_schedule import BatchSchedule, ClipIndex, MicroBatchSampler
+from vae3d import distributed
+from vae3d.data.batch_schedule import BatchSchedule, ClipIndex
 from vae3d.data.clips import Sample, Unreadable, collate
 from vae3d.data.fingerprint import DataFingerprint
 from vae3d.data.sources import DataError
 from vae3d.data.workers import load
+from vae3d.inference.scale import LatentStats, ScaleError
 from vae3d.latents.cache import NO_LABEL, CacheError, LatentCache
 from vae3d.latents.codec import LatentCodec
+from vae3d.running_stats import RunningStats
 from vae3d.seeding import generator_of, seed_of
 from vae3d.types import Clip
 
@@ -43,7 +46,7 @@ class LatentData:
     latents. trained: numbers of latent frames of the training clips. sample: draw latents from the posterior; else take
     its mean. classes: names. trained_classes: indices of the classes that occur in the training data; numeric
     labels leave gaps, and validation files may have others. held_out: this rank's validation clips, one per batch.
-    timeout: seconds without a batch until WorkerTimeout; 0: never. fingerprint: of the data, for checkpoints.
+    timeout: seconds without a batch until WorkerError; 0: never. fingerprint: of the data, for checkpoints.
     """
 
     dataset: Dataset[Any]
@@ -81,7 +84,7 @@ class LatentData:
             stopping=stopping,
             item_bytes=self.schedule.micro_batch * item_bytes,
             held=self.schedule.accumulate,
-            batch_sampler=MicroBatchSampler(self.schedule, first, last),
+            batch_sampler=self.schedule.micro_batches(first, last),
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
         )
@@ -98,6 +101,26 @@ class LatentData:
             return self.codec.encode(values)
         generators = [generator_of(self.schedule.seed, position, "noise") for position in batch.positions]
         return self.codec.encode(values, "sample", generators)
+
+    def measure(self, count: int, device: torch.device) -> LatentStats:
+        """Statistics of at least `count` latents of all ranks, from the first training steps, even where a run overfits
+        one batch.
+
+        Raises ScaleError if no file can be read.
+        """
+        data = replace(self, schedule=replace(self.schedule, overfit=False))
+        stats = RunningStats(self.latent_shape[0], device)
+        seen = torch.zeros((), dtype=torch.int64, device=device)
+        for batch in data.batches(0, math.ceil(count / self.schedule.batch_size)):
+            if batch.values is not None:
+                z = self.latents(batch, device)
+                stats.update_channels(z)
+                seen += len(z)
+        distributed.all_reduce_sum(seen)
+        stats.all_reduce()
+        if not seen:
+            raise ScaleError("the latents cannot be measured: no file of the first steps can be read")
+        return LatentStats.of(stats, int(seen))
 
 
 class CachedLatents(Dataset[Batch]):

@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vae3d import __version__
-from vae3d.arguments import Count, Deviation, Mean, Range, Size, check_fields, short
-from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error, check_state, load_state, read_state
+from vae3d.arguments import Count, Range, Size, check_fields, short
+from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error, check_state, load_weights, read_weights
 from vae3d.checkpoints.location import warn_if_older
 from vae3d.diffusion.build import build_network, build_process
 from vae3d.diffusion.processes import Process
 from vae3d.io import FileError, atomic_dir, read_yaml, write_text, yaml_text
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.identity import vae_difference
+from vae3d.latents.identity import VaeMetadata, vae_difference
 
 CONFIG = "diffusion.yaml"
 MAX_CONFIG_BYTES = 2**19  # enough for 20,000 classes
@@ -28,15 +29,10 @@ MAX_LATENTS, MAX_PIXELS = 2**28, 2**31  # per sample; larger sizes are not plaus
 ROUNDING = 1e-6  # relative tolerance of latent statistics
 
 
-class VaeConfig(TypedDict):
+class VaeConfig(VaeMetadata):
     """The autoencoder whose latents the model was trained on, in diffusion.yaml."""
 
     path: str
-    model: str
-    encoder: str
-    config: Mapping[str, Any] | None
-    latents_mean: Sequence[Mean]
-    latents_std: Sequence[Deviation]
 
 
 class ExportConfig(TypedDict):
@@ -64,7 +60,7 @@ class Export:
     def network(self) -> nn.Module:
         """The network in eval mode. Raises CheckpointError if the weights do not fit diffusion.yaml."""
         network = build_network(self.config["network"], self.config["latent_shape"])
-        load_state(network, self.weights, str(self.folder))
+        load_weights(network, self.weights, str(self.folder))
         return network.eval()
 
     def process(self) -> Process:
@@ -106,7 +102,7 @@ def read_export(path: str | Path, decay: float | None = None) -> Export:
         raise CheckpointError(f"{folder} has no averages of ema={decay:g}; it has {', '.join(f'{r:g}' for r in rates)}")
     file = weights_file(folder, decay or rates[0], first=decay in (None, rates[0]))
     try:
-        weights = read_state(file)
+        weights = read_weights(file)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error})") from error
     check_state(network, weights, f"{file} ({CONFIG} beside it)")
@@ -146,7 +142,7 @@ def check_same_vae(trained: Mapping[str, Any], codec: LatentCodec, path: str) ->
     why = vae_difference(trained, codec)
     for name in ("latents_mean", "latents_std"):
         there, here = trained[name], list(getattr(codec.model.spec, name))
-        if why is None and not _close(there, here):
+        if why is None and (len(there) != len(here) or not np.allclose(there, here, rtol=ROUNDING, atol=ROUNDING)):
             short = [", ".join(f"{value:.4f}" for value in values) for values in (there, here)]
             why = f"the {name} of its latents is [{short[0]}] there and [{short[1]}] here"
     if why:
@@ -154,8 +150,3 @@ def check_same_vae(trained: Mapping[str, Any], codec: LatentCodec, path: str) ->
             f"{path} is another autoencoder than {trained['path']} ({trained['model']}), on whose latents this "
             f"diffusion model was trained: {why}"
         )
-
-
-def _close(there: Sequence[float], here: Sequence[float]) -> bool:
-    same = len(there) == len(here)
-    return same and all(abs(a - b) <= ROUNDING * max(1.0, abs(a)) for a, b in zip(there, here, strict=True))

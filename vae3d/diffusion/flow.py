@@ -9,16 +9,8 @@ import torch
 from torch import Tensor
 
 from vae3d.arguments import Range, check_fields
-from vae3d.diffusion.base import (
-    Generators,
-    Sampler,
-    Sampling,
-    check_channels,
-    check_unused,
-    mean_square,
-    one_of,
-    per_sample,
-)
+from vae3d.diffusion import base
+from vae3d.diffusion.base import Generators, Sampler, Sampling
 from vae3d.diffusion.layers import from_diffusers
 
 
@@ -51,13 +43,13 @@ class RectifiedFlow:
         return 1000 * timesteps
 
     def add_noise(self, z: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        t = per_sample(timesteps, z)
+        t = base.per_sample(timesteps, z)
         return (1 - t) * z + t * noise
 
     def losses(self, output: Tensor, z: Tensor, noise: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
         """Per sample, [B]: mse of the velocity, and loss, the same. Raises ValueError for wrong channels."""
-        check_channels(output, z, self.learned_sigma)
-        mse = mean_square(output, noise - z)
+        base.check_channels(output, z, self.learned_sigma)
+        mse = base.mean_square(output, noise - z)
         return {"loss": mse, "mse": mse}
 
     def sampler(self, sampling: Sampling) -> Sampler:
@@ -65,8 +57,8 @@ class RectifiedFlow:
 
         Raises ValueError for another method, and for eta.
         """
-        one_of("method", sampling.method or "euler", ("euler",))
-        check_unused("rectified flow", eta=sampling.eta != 0)
+        base.one_of("method", sampling.method or "euler", ("euler",))
+        base.check_unused("rectified flow", eta=sampling.eta != 0)
         scheduler = from_diffusers("FlowMatchEulerDiscreteScheduler")(shift=sampling.shift)
         sigmas = torch.linspace(1, 1 / sampling.steps, sampling.steps)  # the scheduler's own would be shifted twice
         scheduler.set_timesteps(sigmas=sigmas.tolist())
@@ -74,7 +66,7 @@ class RectifiedFlow:
         clip = sampling.clip
 
         def step(output: Tensor, index: int, z: Tensor, generators: Generators) -> Tensor:
-            check_channels(output, z, self.learned_sigma)
+            base.check_channels(output, z, self.learned_sigma)
             if clip is not None:
                 predicted = (z - t[index] * output).clamp(-clip, clip)
                 output = (z - predicted) / t[index]

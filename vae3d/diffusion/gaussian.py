@@ -8,22 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from vae3d.arguments import Range, check_fields
-from vae3d.diffusion.base import (
-    Generators,
-    Sampler,
-    Sampling,
-    check_channels,
-    check_unused,
-    mean_square,
-    one_of,
-    per_sample,
-)
+from vae3d.diffusion import base
+from vae3d.diffusion.base import Generators, Sampler, Sampling
 from vae3d.diffusion.layers import from_diffusers
 
 
@@ -43,17 +35,14 @@ class GaussianDiffusion:
     """
 
     steps: Annotated[int, Range(2, 100_000)] = 1000
-    schedule: str = "linear"
-    prediction: str = "epsilon"
-    variance: str = "fixed_small"
+    schedule: Literal["linear", "cosine"] = "linear"
+    prediction: Literal["epsilon", "v"] = "epsilon"
+    variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
     rescale_learned_sigmas: bool = True
     min_snr: Annotated[float, Range(1e-6, 1e6)] | None = None
 
     def __post_init__(self) -> None:
         check_fields(vars(self), type(self))
-        one_of("schedule", self.schedule, ("linear", "cosine"))
-        one_of("prediction", self.prediction, ("epsilon", "v"))
-        one_of("variance", self.variance, ("fixed_small", "fixed_large", "learned_range"))
         min_steps = 21 if self.schedule == "linear" else 2  # with fewer, the last beta would be 1 or more
         if self.steps < min_steps:
             raise ValueError(f"steps is {self.steps}; a {self.schedule} schedule needs at least {min_steps}")
@@ -106,7 +95,7 @@ class GaussianDiffusion:
         prediction, fraction = self._split(output, z)
         signal, sigma = self._signal_and_sigma(timesteps, z)
         target = noise if self.prediction == "epsilon" else signal * noise - sigma * z
-        mse = mean_square(prediction, target)
+        mse = base.mean_square(prediction, target)
         loss = mse if self.min_snr is None else self._snr_weight(timesteps).to(mse) * mse
         if fraction is None:
             return {"loss": loss, "mse": mse}
@@ -122,9 +111,9 @@ class GaussianDiffusion:
         arXiv 2010.02502).
         Raises ValueError for another method, for steps that do not divide the chain, and for shift.
         """
-        method = one_of("method", sampling.method or "ddpm", ("ddpm", "ddim"))
-        check_unused("Gaussian diffusion", shift=sampling.shift != 1)
-        check_unused("ddpm", eta=method == "ddpm" and sampling.eta != 0)
+        method = base.one_of("method", sampling.method or "ddpm", ("ddpm", "ddim"))
+        base.check_unused("Gaussian diffusion", shift=sampling.shift != 1)
+        base.check_unused("ddpm", eta=method == "ddpm" and sampling.eta != 0)
         # A single step would be the one from the least noise; ddim needs an integer stride.
         possible = [n for n in range(2, self.steps + 1) if method == "ddpm" or self.steps % n == 0]
         if sampling.steps not in possible:
@@ -165,7 +154,7 @@ class GaussianDiffusion:
 
     def _split(self, output: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """Prediction, and with learned_range the interpolation between the log variances, about [-1, 1]."""
-        check_channels(output, z, self.learned_sigma)
+        base.check_channels(output, z, self.learned_sigma)
         prediction, *fraction = output.split(z.shape[1], 1)
         return prediction, fraction[0] if fraction else None
 
@@ -198,4 +187,4 @@ class GaussianDiffusion:
 
     @staticmethod
     def _at(table: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
-        return per_sample(table.to(timesteps.device)[timesteps], z)
+        return base.per_sample(table.to(timesteps.device)[timesteps], z)

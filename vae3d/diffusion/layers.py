@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from vae3d.errors import UserError
+
+MIN_SIDE_OF_PATCHES = 16  # latents with a shorter side of at least this get patches of 2 x 2
 
 
 def zero_module(layer: nn.Module) -> nn.Module:
@@ -23,6 +26,11 @@ def head_dim(width: int, heads: int) -> int:
     if rest or channels % 2 or channels < 6:
         raise ValueError(f"width is {width} for {heads} heads; use an even number of channels per head, at least 6")
     return channels
+
+
+def infer_patch(config: Mapping[str, Any], latent_shape: Sequence[int]) -> dict[str, Any]:
+    """Fill in `patch`, if a transformer's configuration has none, for latents (C, t, h, w)."""
+    return {**config, "patch": config.get("patch") or (2 if min(latent_shape[2:]) >= MIN_SIDE_OF_PATCHES else 1)}
 
 
 def from_diffusers(name: str, module: str = "diffusers") -> Any:

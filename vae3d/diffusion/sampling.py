@@ -19,8 +19,8 @@ from vae3d.diffusion.processes import Process
 from vae3d.hashing import json_hash
 from vae3d.inference.video import write_image, write_video
 from vae3d.io import atomic_write, naming, remove
+from vae3d.latents.codec import LatentCodec
 from vae3d.latents.shards import checksum
-from vae3d.report.images import grid
 from vae3d.seeding import generator_of
 
 OUTPUTS = re.compile(
@@ -71,6 +71,13 @@ def sample_latents(
         return torch.cat(batches)
     finally:
         network.train(training)
+
+
+def decoded(codec: LatentCodec, z: Tensor, size: tuple[int, int, int], batch_size: int = 16) -> np.ndarray:
+    """Normalised latents [N, C, t, h, w] -> [N, T, H, W, 3] uint8. size: frames, height, width."""
+    pixels = torch.cat([codec.decode(part, size[0], size[1:]) for part in z.split(batch_size)])
+    assert pixels.dtype == torch.uint8, "the codec's pixel_range is uint8 wherever files are read and written"
+    return pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
 def check_latent_rms(rms: float, process: Process, sampling: Sampling) -> str | None:
@@ -134,26 +141,15 @@ def cached_latents(folder: Path, indices: Sequence[int], draw: Callable[[Sequenc
     return z
 
 
-def write_grid(stem: Path, frames: np.ndarray, *, columns: int | None = None, fps: float = 8.0) -> Path:
-    """Write samples [N, T, H, W, 3] uint8 as a grid: stem.png for images, stem.mp4 for videos. Returns the path."""
-    picture = grid(frames, columns)
-    if len(picture) == 1:
+def write_frames(stem: Path, frames: np.ndarray, fps: float = 8.0) -> Path:
+    """Write frames [T, H, W, 3] uint8: stem.png for one, stem.mp4 for more. Returns the path."""
+    if len(frames) == 1:
         path = stem.with_name(f"{stem.name}.png")
-        write_image(path, picture[0])
+        write_image(path, frames[0])
     else:
         path = stem.with_name(f"{stem.name}.mp4")
-        write_video(path, picture, fps, "h264")
+        write_video(path, frames, fps, "h264")
     return path
-
-
-def write_files(folder: Path, names: Sequence[str], frames: np.ndarray, fps: float = 8.0) -> None:
-    """Write samples [N, T, H, W, 3] uint8, each as NAME.png or NAME.mp4; a / in a name becomes _."""
-    for name, sample in zip(names, frames, strict=True):
-        stem = folder / name.replace("/", "_")
-        if len(sample) == 1:
-            write_image(stem.with_name(f"{stem.name}.png"), sample[0])
-        else:
-            write_video(stem.with_name(f"{stem.name}.mp4"), sample, fps, "h264")
 
 
 def write_npz(folder: Path, frames: np.ndarray, labels: Sequence[int] | None = None) -> Path:
@@ -164,7 +160,7 @@ def write_npz(folder: Path, frames: np.ndarray, labels: Sequence[int] | None = N
     Raises ValueError for videos, and for another number of labels than images.
     """
     if frames.shape[1] != 1:
-        raise ValueError(f"samples have {frames.shape[1]} frames; the npz holds images, use write_grid for videos")
+        raise ValueError(f"samples have {frames.shape[1]} frames; the npz holds images, use grid or files for videos")
     if labels is not None and len(labels) != len(frames):
         raise ValueError(f"got {len(labels)} labels for {len(frames)} images; pass one each")
     images = frames[:, 0]

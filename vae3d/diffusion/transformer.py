@@ -8,8 +8,7 @@ the papers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +17,12 @@ from torch import Tensor, nn
 
 from vae3d.arguments import Classes, Factor, Range, Width, check_arguments
 from vae3d.diffusion.conditioning import class_ids
-from vae3d.diffusion.layers import head_dim, zero_module
+from vae3d.diffusion.layers import head_dim, infer_patch, zero_module
 from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.frames import pad_space
 
 ROPE_BASE = 100.0
 FREQUENCIES = 128  # of the timestep embedding
-MIN_SIDE_OF_PATCHES = 16  # latents with a shorter side of at least this get patches of 2 x 2
 
 # Tokens [b, t, s, heads, d] (frames x positions) -> sequences with attention within each.
 SEQUENCES = {"full": "b heads (t s) d", "space": "(b t) heads s d", "time": "(b s) heads t d"}
@@ -42,6 +40,8 @@ class VideoTransformer(nn.Module):
     Sides that are not a multiple of `patch` are padded by repeating the edge; the output is cropped.
     Raises ValueError for settings that do not fit each other.
     """
+
+    infer_defaults = staticmethod(infer_patch)
 
     @check_arguments
     def __init__(
@@ -171,8 +171,3 @@ def apply_rope(x: Tensor, angles: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-
-
-def infer_defaults(config: Mapping[str, Any], latent_shape: Sequence[int]) -> dict[str, Any]:
-    """Fill in `patch`, if the configuration has none, for latents (C, t, h, w)."""
-    return {**config, "patch": config.get("patch") or (2 if min(latent_shape[2:]) >= MIN_SIDE_OF_PATCHES else 1)}

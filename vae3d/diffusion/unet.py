@@ -97,6 +97,16 @@ class LatentUNet(nn.Module):
             self.unet.enable_gradient_checkpointing()
         _zero_outputs(self.unet)
 
+    @staticmethod
+    def infer_defaults(config: Mapping[str, Any], latent_shape: Sequence[int]) -> dict[str, Any]:
+        """Fill in `multipliers` and `attention`, if the configuration has none, for latents (C, t, h, w)."""
+        shorter = min(latent_shape[2:])
+        multipliers = config.get("multipliers") or MULTIPLIERS[max(size for size in MULTIPLIERS if size <= shorter)]
+        attention = config.get("attention") or [
+            shorter // 2**level <= MAX_ATTENTION_SIDE for level in range(len(multipliers))
+        ]
+        return {**config, "multipliers": list(multipliers), "attention": list(attention)}
+
     def forward(self, z: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
         """Raises ValueError for latents of videos, and as class_ids does."""
         if z.shape[2] != 1:
@@ -107,16 +117,6 @@ class LatentUNet(nn.Module):
         height, width = z.shape[-2:]
         output = self.unet(pad_space(z, self.stride).squeeze(2), time, ids, return_dict=False)[0]
         return output[..., :height, :width].unsqueeze(2)
-
-
-def infer_defaults(config: Mapping[str, Any], latent_shape: Sequence[int]) -> dict[str, Any]:
-    """Fill in `multipliers` and `attention`, if the configuration has none, for latents (C, t, h, w)."""
-    shorter = min(latent_shape[2:])
-    multipliers = config.get("multipliers") or MULTIPLIERS[max(size for size in MULTIPLIERS if size <= shorter)]
-    attention = config.get("attention") or [
-        shorter // 2**level <= MAX_ATTENTION_SIDE for level in range(len(multipliers))
-    ]
-    return {**config, "multipliers": list(multipliers), "attention": list(attention)}
 
 
 def _zero_outputs(unet: nn.Module) -> None:

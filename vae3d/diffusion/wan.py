@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vae3d.arguments import Classes, Factor, Range, Width, check_arguments
 from vae3d.diffusion.conditioning import class_ids
-from vae3d.diffusion.layers import from_diffusers, head_dim, zero_module
+from vae3d.diffusion.layers import from_diffusers, head_dim, infer_patch, zero_module
 from vae3d.models.layers.frames import pad_space
 
 GATES = (2, 5)  # of a block's six modulations: gates of attention and MLP
@@ -22,6 +22,8 @@ class WanTransformer(nn.Module):
     The output is zero at initialisation, and every block is the identity.
     Raises ValueError for settings that do not fit each other, UserError without diffusers.
     """
+
+    infer_defaults = staticmethod(infer_patch)
 
     @check_arguments
     def __init__(

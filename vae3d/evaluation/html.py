@@ -12,9 +12,11 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from vae3d.evaluation.pairs import Pair, PairReader, Protocol
+from vae3d.evaluation.pairs import PairReader
+from vae3d.evaluation.score import Job
 from vae3d.evaluation.store import VideoScore
-from vae3d.io import naming, write_text
+from vae3d.evaluation.tables import metric_table
+from vae3d.io import write_text
 from vae3d.metrics.base import Better, goodness
 from vae3d.pixels import quantize
 from vae3d.report.html import html_table, img, render, subplots, svg
@@ -29,46 +31,18 @@ ERROR_GAIN = 4  # error maps show |original - reconstruction| times this
 MAX_WARNINGS = 30
 COLOR = "#4c78a8"
 
-PAGE = """{% extends "page.html" %}
-{% block content %}
-<p>{{ summary.videos }} videos, {{ summary.frames }} frames. Original: {{ summary.real_video_dir }}</p>
-{% for warning in warnings %}
-<p class="warning">{{ warning }}</p>
-{% endfor %}
-<h2>Scores</h2>
-{{ table }}
-<p>&uarr; higher is better, &darr; lower is better, &rarr; this value is best. The preset defines how the mean is
-formed. The other columns are statistics of the per-video values; the interval resamples videos.</p>
-<h2>Distribution over videos</h2>
-{{ histograms }}
-<h2>Over the frames</h2>
-<p>Mean over all videos that are long enough, and the range from the 5th to the 95th percentile.</p>
-{{ curves }}
-<h2>Worst and best clips by {{ ranked_by }}</h2>
-<p>Error maps show the absolute difference times {{ gain }}. Frame numbers count the compared frames.</p>
-{% for clip in clips %}
-<h3>{{ clip.name }}</h3><p>{{ clip.scores }}; frames {{ clip.frames }}</p>
-<div class="strip">
-{% for label, picture in clip.rows.items() %}
-<span>{{ label }}</span>{{ picture }}
-{% endfor %}
-</div>
-{% endfor %}
-<h2>How it was computed</h2>
-<pre>{{ details }}</pre>
-{% endblock %}
-"""
+PAGE = Path(__file__).with_name("report.html").read_text()
 
 
 def write_html(
     path: Path,
     summary: Mapping[str, Any],
     videos: Sequence[VideoScore],
-    pairs: Mapping[str, Pair],
-    protocol: Protocol,
+    jobs: Sequence[Job],
     columns: Mapping[str, Better],
 ) -> None:
-    """Write the page. summary: from summary.summarize. pairs: by name. columns: metric -> which values are better."""
+    """Write the page. summary: from summary.summarize. columns: metric -> which values are better."""
+    by_name = {job.pair.name: job for job in jobs}
     columns = {c: better for c, better in columns.items() if any(_values(videos, c))}
     ranked_by, shown = _worst_and_best(videos, columns)
     warnings = [*summary["warnings"], *summary["unmatched"], *summary["failed"]]
@@ -80,30 +54,15 @@ def write_html(
         title=f"Reconstruction quality: {Path(summary['generated_video_dir']).name}",
         summary=summary,
         warnings=warnings,
-        table=_score_table(summary["metrics"]),
+        table=html_table(*metric_table(summary)),
         histograms=_histograms(videos, columns),
         curves=_frame_curves(videos, columns),
         ranked_by=ranked_by,
         gain=ERROR_GAIN,
-        clips=[_clip(video, pairs[video.name], protocol, ranked_by, columns) for video in shown],
+        clips=[_clip(video, by_name[video.name], ranked_by, columns) for video in shown],
         details=json.dumps(details, indent=2, default=str),
     )
-    with naming(path):
-        write_text(path, page)
-
-
-def _score_table(metrics: Mapping[str, Mapping[str, Any]]) -> Markup:
-    keys = ("mean", "std", "median", "p5", "p95")
-    rows = []
-    for column, scores in metrics.items():
-        arrow = {True: " ↑", False: " ↓", None: ""}[scores["higher_is_better"]]
-        if "best_at" in scores:
-            arrow = f" → {scores['best_at']:g}"
-        low, high = scores.get("ci95") or (None, None)
-        interval = "-" if low is None else f"{low:.4f} to {high:.4f}"
-        rows.append([column + arrow, *(number(scores.get(key)) for key in keys), interval])
-    head = ["metric", "mean", "standard deviation", "median", "5 %", "95 %", "95 % interval of the mean"]
-    return html_table(head, rows)
+    write_text(path, page)
 
 
 def _values(videos: Sequence[VideoScore], column: str) -> list[float]:
@@ -155,10 +114,10 @@ def _frame_curves(videos: Sequence[VideoScore], columns: Mapping[str, Better]) -
     return svg(figure)
 
 
-def _clip(video: VideoScore, pair: Pair, protocol: Protocol, by: str, columns: Mapping[str, Better]) -> dict[str, Any]:
+def _clip(video: VideoScore, job: Job, by: str, columns: Mapping[str, Better]) -> dict[str, Any]:
     """Name, scores and rows of frames: original, reconstruction, error."""
     indices = _shown_frames(video, by, columns)
-    with PairReader(pair, protocol) as reader:
+    with PairReader(job.pair, job.protocol) as reader:
         ref, rec = reader.read(indices)
     return {
         "name": video.name,

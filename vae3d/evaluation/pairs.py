@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from torch import Tensor
 from vae3d.data.readers import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaInfo, Size, open_media
 from vae3d.errors import UserError
 
-SUFFIXES = ("_ori", "_rec", "_spatial")
 RGB_FORMATS = ("rgb24", "gbrp", "bgr24", "bgr0", "rgb0", "RGB", "RGBA", "L", "LA", "P")
 CHUNK_PIXELS = 2**22  # of one video
 
@@ -28,7 +28,7 @@ class PairError(UserError):
 
 @dataclass(frozen=True)
 class Pair:
-    """start: the frame of the original at which the reconstruction begins."""
+    """An original and its reconstruction, which begins at frame `start` of the original."""
 
     name: str
     ref: Path
@@ -38,13 +38,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What to compare: the first num_frames frames of every stride-th, and at which size.
+    """Which frames to compare, and at which size: options of `vae3d eval`, which explains them.
 
-    frames: `equal` rejects videos of different lengths, `common` compares the frames that both have. strict_frames:
-    reject videos with fewer than num_frames. cut: `center` or `topleft` crops the original to the size of a smaller
-    reconstruction. resize: `ref` scales the reconstruction to the original's size, (H, W) scales both (bilinear,
-    antialiased). resolution, crop: then scale the short side to it (bilinear, not antialiased, as Open-Sora v1.2
-    eval/vae), and crop the centre.
+    The first num_frames frames of every stride-th. Order: cut, resize (bilinear, antialiased), resolution (bilinear,
+    not antialiased, as Open-Sora v1.2 eval/vae), crop.
     """
 
     num_frames: int | None = None
@@ -91,22 +88,21 @@ def find_pairs(
     refs, recs = _stems(ref), _stems(rec)
     if pair_by == "sorted":
         if len(refs) != len(recs):
-            raise PairError(
-                f"{ref} holds {len(refs)} files, {rec} holds {len(recs)}; pairing by order needs equal numbers"
-            )
+            counts = f"{ref} holds {len(refs)} files, {rec} holds {len(recs)}"
+            raise PairError(f"{counts}; pairing by order needs equal numbers")
         return [Pair(b, refs[a], recs[b]) for a, b in zip(sorted(refs), sorted(recs), strict=True)], []
     common = sorted(refs.keys() & recs.keys())
     only_ref = [f"only in {ref}: {stem}" for stem in sorted(refs.keys() - recs.keys())]
     only_rec = [f"only in {rec}: {stem}" for stem in sorted(recs.keys() - refs.keys())]
     unmatched = [*only_ref, *only_rec]
     if unmatched and not (allow_unmatched and common):
-        shown = "\n".join(f"  {line}" for line in [*_first(only_ref), *_first(only_rec)])
+        shown = "\n".join(f"  {line}" for line in [*first_lines(only_ref), *first_lines(only_rec)])
         hint = "\n  --allow_unmatched scores the pairs" if common else ""
         raise PairError(f"{len(unmatched)} files have no partner of the same name, {len(common)} have:\n{shown}{hint}")
     return [Pair(stem, refs[stem], recs[stem]) for stem in common], unmatched
 
 
-def _first(lines: list[str], count: int = 10) -> list[str]:
+def first_lines(lines: list[str], count: int = 10) -> list[str]:
     """The first lines, and how many more there are."""
     return [*lines[:count], *([f"... {len(lines) - count} more"] if len(lines) > count else [])]
 
@@ -115,11 +111,7 @@ def _stems(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     lower: dict[str, Path] = {}
     for file in _media(folder):
-        stem = str(file.relative_to(folder).with_suffix(""))
-        for suffix in SUFFIXES:
-            if stem.endswith(suffix):
-                stem = stem.removesuffix(suffix)
-                break
+        stem = re.sub(r"_(ori|rec|spatial)\Z", "", str(file.relative_to(folder).with_suffix("")))
         if stem.lower() in lower:
             raise PairError(f"{lower[stem.lower()]} and {file} have the same name; keep one")
         found[stem] = lower[stem.lower()] = file
@@ -150,7 +142,9 @@ def _by_index(ref: Path, rec: Path) -> list[Pair]:
     sources: dict[Path, Path] = {}  # file -> source
     for row in _read_index(table).itertuples():
         source = Path(row.source)
-        file = by_path.get(source.resolve()) or _find_copy(source, by_relative_path)
+        ends = (source.parts[start:] for start in range(len(source.parts)))
+        copies = (by_relative_path[end] for end in ends if end in by_relative_path)  # the longest end first
+        file = by_path.get(source.resolve()) or next(copies, None)
         if row.id not in recs:
             errors.append(f"{table}, {row.id}: not in {rec}")
         elif file is None:
@@ -161,14 +155,8 @@ def _by_index(ref: Path, rec: Path) -> list[Pair]:
             pairs.append(Pair(row.id, file, recs[row.id], int(row.start)))
     if errors:
         hint = f"--ref must be the folder of the sources, and {ref} is not, or not completely"
-        raise PairError("\n  ".join([f"{len(errors)} rows have no pair; {hint}:", *_first(errors)]))
+        raise PairError("\n  ".join([f"{len(errors)} rows have no pair; {hint}:", *first_lines(errors)]))
     return sorted(pairs, key=lambda pair: pair.name)
-
-
-def _find_copy(source: Path, by_relative_path: dict[tuple[str, ...], Path]) -> Path | None:
-    """The file whose path in its folder is the longest end of the source's path."""
-    ends = (source.parts[start:] for start in range(len(source.parts)))
-    return next((by_relative_path[end] for end in ends if end in by_relative_path), None)
 
 
 def _read_index(table: Path) -> pd.DataFrame:
@@ -189,8 +177,8 @@ def inspect(pair: Pair, protocol: Protocol) -> PairInfo:
     frames = len(_frame_indices(pair, a, b, protocol))
     codecs = (f"{a.codec}/{a.pixels}", f"{b.codec}/{b.pixels}")
     lossy = not (a.pixels in RGB_FORMATS and b.pixels in RGB_FORMATS) or bool({"mjpeg", "jpeg"} & {a.codec, b.codec})
-    info = PairInfo(frames, *_compared_size(pair, a, b, protocol), a.fps, codecs, lossy)
-    info.upscaled_from = _upscaled_from(pair, a, b, protocol)
+    (height, width), upscaled_from = _sizes(pair, a, b, protocol)
+    info = PairInfo(frames, height, width, a.fps, codecs, lossy, upscaled_from=upscaled_from)
     if protocol.num_frames is not None and frames < protocol.num_frames:
         short = f"{pair.name} has {frames} of the {protocol.num_frames} frames asked for"
         if protocol.strict_frames:
@@ -250,8 +238,9 @@ def _check_comparable(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Prot
             f"{pair.name}: the original is {ref.height}x{ref.width}, the reconstruction {rec.height}x{rec.width}; "
             f"{hint}--resize ref scales the reconstruction"
         )
-    count = ref.num_frames - pair.start
-    if count != rec.num_frames and protocol.frames != "common" and not _enough(count, rec.num_frames, protocol):
+    count, wanted = ref.num_frames - pair.start, protocol.num_frames
+    enough = wanted is not None and min(count, rec.num_frames) > (wanted - 1) * protocol.stride
+    if count != rec.num_frames and protocol.frames != "common" and not enough:
         causal = rec.num_frames < count and rec.num_frames % 4 == 1
         hint = " (a causal model that takes 4n+1 frames may have dropped the rest)" if causal else ""
         raise PairError(
@@ -267,39 +256,23 @@ def _check_comparable(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Prot
         raise PairError(f"{pair.name} has {max(ref.bits, rec.bits)} bits per channel; --to_8bit scores it as 8 bits")
 
 
-def _enough(ref: int, rec: int, protocol: Protocol) -> bool:
-    """Whether both videos have num_frames frames to compare."""
-    return protocol.num_frames is not None and min(ref, rec) > (protocol.num_frames - 1) * protocol.stride
-
-
-def _scaled_size(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> Size:
-    """The size that frames are scaled to, before cropping."""
-    size = (ref.height, ref.width)
+def _sizes(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> tuple[Size, Size | None]:
+    """The size at which frames are compared, and that of the smallest file that is upscaled, or None."""
+    ref_size, rec_size = (ref.height, ref.width), (rec.height, rec.width)
+    scaled, files = ref_size, [rec_size, ref_size]
     if protocol.cut:
-        size = (rec.height, rec.width)
         if rec.height > ref.height or rec.width > ref.width:
             raise PairError(f"{pair.name}: the reconstruction is larger than the original; --cut cannot help")
+        scaled, files = rec_size, [rec_size]
     if isinstance(protocol.resize, tuple):
-        size = protocol.resize
+        scaled = protocol.resize
     if protocol.resolution is not None:
-        size = _short_side(size, protocol.resolution)
-    return size
-
-
-def _compared_size(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> Size:
-    size = _scaled_size(pair, ref, rec, protocol)
-    if protocol.crop is not None:
-        if min(size) < protocol.crop:
-            raise PairError(f"{pair.name}: frames of {size[0]}x{size[1]} cannot be cropped to {protocol.crop}")
-        size = (protocol.crop, protocol.crop)
-    return size
-
-
-def _upscaled_from(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Protocol) -> Size | None:
-    """The size of the smallest file that is upscaled; None if none is."""
-    height, width = _scaled_size(pair, ref, rec, protocol)
-    sizes = [(rec.height, rec.width), *([] if protocol.cut else [(ref.height, ref.width)])]
-    return min((size for size in sizes if height > size[0] or width > size[1]), key=min, default=None)
+        scaled = _short_side(scaled, protocol.resolution)
+    crop = protocol.crop
+    if crop is not None and min(scaled) < crop:
+        raise PairError(f"{pair.name}: frames of {scaled[0]}x{scaled[1]} cannot be cropped to {crop}")
+    upscaled = [size for size in files if scaled[0] > size[0] or scaled[1] > size[1]]
+    return scaled if crop is None else (crop, crop), min(upscaled, key=min, default=None)
 
 
 def _short_side(size: Size, short: int) -> Size:

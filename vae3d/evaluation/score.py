@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vae3d.data.readers import MediaError
-from vae3d.evaluation.pairs import Pair, PairError, PairInfo, PairReader, Protocol, inspect
+from vae3d.evaluation.pairs import Pair, PairError, PairInfo, PairReader, Protocol, first_lines, inspect
 from vae3d.evaluation.store import Store, VideoScore, pair_key
-from vae3d.io import naming, write_json
 from vae3d.metrics import MetricError, MetricSet, VideoResult
 
 SUSPICIOUS_PSNR = 10.0  # dB; below it the videos are probably not a pair
@@ -27,6 +24,7 @@ class Job:
     """A pair that can be scored. key: see store.pair_key."""
 
     pair: Pair
+    protocol: Protocol
     info: PairInfo
     key: str
 
@@ -45,7 +43,7 @@ def plan(
             reasons = [metric.why_unsupported(info.frames, info.height, info.width) for metric in metrics]
             if reasons := [reason for reason in reasons if reason]:
                 return f"{pair.name}: {'; '.join(reasons)}"
-            return Job(pair, info, pair_key(pair, protocol))
+            return Job(pair, protocol, info, pair_key(pair, protocol))
         except (PairError, MediaError) as error:
             return str(error)
 
@@ -54,44 +52,28 @@ def plan(
     errors = [item for item in found if isinstance(item, str)]
     jobs = [item for item in found if not isinstance(item, str)]
     if errors and (on_error == "stop" or not jobs):
-        listed = "\n".join(f"  {reason}" for reason in errors[:20])
-        more = f"\n  ... {len(errors) - 20} more" if len(errors) > 20 else ""
+        listed = "\n  ".join(first_lines(errors, 20))
         skip = "\n  --on_error skip scores the others" if jobs else ""
-        raise PairError(f"{len(errors)} of {len(pairs)} pairs cannot be scored:\n{listed}{more}{skip}")
+        raise PairError(f"{len(errors)} of {len(pairs)} pairs cannot be scored:\n  {listed}{skip}")
     return jobs, errors
 
 
-def share(jobs: Iterable[Job], rank: int, world_size: int) -> list[Job]:
-    """This rank's jobs: every world_size-th, largest first, so that all ranks finish at about the same time."""
-    ordered = sorted(jobs, key=lambda job: (-job.info.frames * job.info.height * job.info.width, job.pair.name))
-    return ordered[rank::world_size]
+def score_jobs(jobs: Iterable[Job], store: Store, device: torch.device, on_error: str) -> list[str]:
+    """Score the pairs by the metrics that the store does not have yet. Returns errors, if on_error is `skip`.
 
-
-def score_jobs(
-    jobs: Iterable[Job],
-    protocol: Protocol,
-    store: Store,
-    device: torch.device | str,
-    *,
-    on_error: str = "stop",
-    finished: Callable[[], object] = lambda: None,
-) -> list[str]:
-    """Score the pairs that the store does not have yet. Returns errors, if on_error is `skip`.
-
-    Raises PairError, MediaError or MetricError, which name the pair. finished: called after each job.
+    Raises PairError, MediaError or MetricError, which name the pair.
     """
-    stored, errors = store.read(), []
+    errors = []
     for job in jobs:
-        metrics = MetricSet(store.missing(job.key, stored))
+        metrics = MetricSet(store.missing(job.key))
         try:
-            result, warnings = score_pair(job.pair, metrics, protocol, device)
+            result, warnings = score_pair(job.pair, metrics, job.protocol, device)
             store.append(job.key, job.pair.name, result, metrics.metrics, warnings)
         except SCORE_ERRORS as error:
             if on_error == "stop":
                 error.on_every_rank = False
                 raise
             errors.append(str(error))
-        finished()
     return errors
 
 
@@ -121,7 +103,7 @@ class Alignment:
     """Detects a reconstruction that fits the original better one frame earlier or later, on every fourth pixel."""
 
     def __init__(self) -> None:
-        self.errors = {-1: [0.0, 0.0], 1: [0.0, 0.0]}  # shift -> summed error with and without it
+        self.errors = {"early": [0.0, 0.0], "late": [0.0, 0.0]}  # summed error with the shift, and without it
         self.last: tuple[Tensor, Tensor] | None = None
 
     def update(self, ref: Tensor, rec: Tensor) -> None:
@@ -129,35 +111,27 @@ class Alignment:
         if self.last is not None:
             ref, rec = torch.cat([self.last[0], ref]), torch.cat([self.last[1], rec])
         self.last = ref[-1:], rec[-1:]
-        aligned = (ref - rec).square().mean((1, 2, 3)).double()
-        later = (ref[:-1] - rec[1:]).square().mean((1, 2, 3)).double()
-        earlier = (ref[1:] - rec[:-1]).square().mean((1, 2, 3)).double()
-        for shift, error, same in ((1, later, aligned[1:]), (-1, earlier, aligned[:-1])):
+        aligned = _errors(ref, rec)
+        early, late = _errors(ref[1:], rec[:-1]), _errors(ref[:-1], rec[1:])
+        for shift, error, same in (("early", early, aligned[:-1]), ("late", late, aligned[1:])):
             self.errors[shift][0] += float(error.sum())
             self.errors[shift][1] += float(same.sum())
 
     def warnings(self) -> list[str]:
-        shifts = {1: "one frame late", -1: "one frame early"}
         return [
-            f"the reconstruction fits the original better {shifts[shift]}; check alignment and pairing"
+            f"the reconstruction fits the original better one frame {shift}; check alignment and pairing"
             for shift, (shifted, aligned) in self.errors.items()
             if shifted < MISALIGN_RATIO * aligned
         ]
 
 
+def _errors(ref: Tensor, rec: Tensor) -> Tensor:
+    """Mean square error of each frame."""
+    return (ref - rec).square().mean((1, 2, 3)).double()
+
+
 def collect(jobs: Sequence[Job], store: Store) -> list[VideoScore]:
-    """All finished pairs, sorted by name."""
-    stored = store.read()
-    done = [job for job in jobs if not store.missing(job.key, stored)]
-    return [store.score(job.pair.name, job.key, job.info, stored) for job in sorted(done, key=lambda j: j.pair.name)]
-
-
-def write_errors(store: Store, errors: Sequence[str]) -> None:
-    """Write this rank's errors, for read_errors on rank 0."""
-    file = store.file.with_suffix(".errors.json")
-    with naming(file):
-        write_json(file, list(errors))
-
-
-def read_errors(folder: Path, world_size: int) -> list[str]:
-    return [error for r in range(world_size) for error in json.loads((folder / f"rank{r}.errors.json").read_text())]
+    """All finished pairs of all ranks, sorted by name."""
+    store.read()
+    done = [job for job in jobs if not store.missing(job.key)]
+    return [store.score(job.pair.name, job.key, job.info) for job in sorted(done, key=lambda job: job.pair.name)]

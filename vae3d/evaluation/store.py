@@ -52,15 +52,14 @@ class Store:
         self.metrics = metrics
         self.keys = {metric.name: metric_key(metric, metrics.files.get(metric.name, ())) for metric in metrics}
         (folder / "features").mkdir(parents=True, exist_ok=True)
-        if self.file.is_file() and not self.file.read_bytes().endswith(
-            b"\n"
-        ):  # a process was killed while writing a line
+        if self.file.is_file() and not self.file.read_bytes().endswith(b"\n"):  # killed while writing a line
             with self.file.open("a") as stream:
                 stream.write("\n")
+        self.pairs: dict[str, dict[str, Any]] = {}
 
-    def read(self) -> dict[str, dict[str, Any]]:
-        """Pair key -> scores by metric, without those of metrics that have changed since, and warnings."""
-        stored: dict[str, dict[str, Any]] = {}
+    def read(self) -> None:
+        """Read what all ranks have written: scores and warnings of each pair, without metrics that changed since."""
+        self.pairs = {}
         for file in sorted(self.folder.glob("rank*.jsonl")):
             for line in file.read_text().splitlines():
                 try:
@@ -68,12 +67,11 @@ class Store:
                 except json.JSONDecodeError:  # a process was killed while writing; score the video again
                     continue
                 try:
-                    entry = stored.setdefault(record["pair"], {"metrics": {}, "warnings": []})
-                    entry["metrics"] |= {n: m for n, m in record["metrics"].items() if self._is_current(n, m)}
-                    entry["warnings"] += [w for w in record["warnings"] if w not in entry["warnings"]]
+                    pair = self.pairs.setdefault(record["pair"], {"metrics": {}, "warnings": []})
+                    pair["metrics"] |= {n: m for n, m in record["metrics"].items() if self._is_current(n, m)}
+                    pair["warnings"] += [w for w in record["warnings"] if w not in pair["warnings"]]
                 except (KeyError, TypeError, AttributeError) as error:
                     raise FileError(f"{file}: is damaged ({error!r}); --fresh scores all pairs again") from None
-        return stored
 
     def _is_current(self, metric: str, found: dict[str, Any]) -> bool:
         """Whether the metric has not changed since, and its features exist."""
@@ -81,52 +79,48 @@ class Store:
             return False
         return "features" not in found or (self.folder / "features" / found["features"]).is_file()
 
-    def missing(self, key: str, stored: dict[str, dict[str, Any]]) -> list[Metric]:
-        """Metrics without a score of this pair."""
-        done = stored.get(key, {"metrics": {}})["metrics"]
+    def missing(self, key: str) -> list[Metric]:
+        """Metrics without a score of this pair when the store was last read."""
+        done = self.pairs[key]["metrics"] if key in self.pairs else ()
         return [metric for metric in self.metrics if metric.name not in done]
 
     def append(self, key: str, name: str, result: VideoResult, metrics: Sequence[Metric], warnings: list[str]) -> None:
         """Append the scores of a finished pair, fsynced."""
         record = {"name": name, "pair": key, "warnings": warnings, "metrics": {}}
         for metric in metrics:
-            entry: dict[str, Any] = {"key": self.keys[metric.name], "scores": {}, "counts": {}}
-            for column in metric.columns:
-                if column in result.scores:
-                    entry["scores"][column] = asdict(result.scores[column])
-            entry["counts"] = {k: v for k, v in result.counts.items() if k in metric.count_columns}
+            entry = {
+                "key": self.keys[metric.name],
+                "scores": {
+                    column: asdict(result.scores[column]) for column in metric.columns if column in result.scores
+                },
+                "counts": {k: v for k, v in result.counts.items() if k in metric.count_columns},
+            }
             if metric.name in result.features:
-                entry["features"] = self._write_features(key, metric.name, result.features[metric.name])
+                entry["features"] = f"{metric.name}-{key}-{self.keys[metric.name]}.npz"
+                write_features(self.folder / "features" / entry["features"], result.features[metric.name])
             record["metrics"][metric.name] = entry
         with naming(self.file), self.file.open("a") as stream:
             stream.write(json.dumps(record) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
 
-    def _write_features(self, key: str, metric: str, features: tuple[Features, Features]) -> str:
-        path = self.folder / "features" / f"{metric}-{key}-{self.keys[metric]}.npz"
-        with naming(path):
-            write_features(path, features)
-        return path.name
-
-    def score(self, name: str, key: str, info: PairInfo, stored: dict[str, dict[str, Any]]) -> VideoScore:
+    def score(self, name: str, key: str, info: PairInfo) -> VideoScore:
         """The scores of a finished pair; adds its warnings to `info`."""
-        entry = stored[key]
         scores, counts, features = {}, {}, {}
         for metric in self.metrics:
-            found = entry["metrics"][metric.name]
+            found = self.pairs[key]["metrics"][metric.name]
             scores |= {column: Score(**score) for column, score in found["scores"].items()}
             counts |= found["counts"]
             if "features" in found:
                 features[metric.name] = self.folder / "features" / found["features"]
-        info.warnings += [w for w in entry["warnings"] if w not in info.warnings]
+        info.warnings += [w for w in self.pairs[key]["warnings"] if w not in info.warnings]
         return VideoScore(name, info, scores, counts, features)
 
 
 def write_features(file: Path, features: tuple[Features, Features]) -> None:
-    """Write the features of an original and a reconstruction, atomically."""
+    """Write the features of an original and a reconstruction, atomically. Raises FileError."""
     both = zip(("ref", "rec"), features, strict=True)
-    with atomic_write(file) as stream:
+    with naming(file), atomic_write(file) as stream:
         np.savez(stream, **{f"{which}_{k}": v for which, f in both for k, v in f.arrays().items()})
 
 

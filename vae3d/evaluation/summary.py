@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -16,7 +17,7 @@ from vae3d.evaluation.store import VideoScore, read_features
 from vae3d.metrics import MetricError, MetricSet
 from vae3d.metrics.base import Better, Nearest, goodness
 from vae3d.metrics.distribution import SetMetric
-from vae3d.metrics.presets import PRESETS, average, mean
+from vae3d.metrics.presets import PRESETS, average
 from vae3d.pretrained import weights
 
 RESAMPLES = 10_000  # of the bootstrap
@@ -39,10 +40,9 @@ def summarize(
             continue
         for column, better in metric.columns.items():
             columns[column] = {**_column(videos, column, preset, batch_size), **direction(better)}
-    counts: dict[str, int] = {}
+    counts = Counter()
     for video in videos:
-        for name, count in video.counts.items():
-            counts[name] = counts.get(name, 0) + count
+        counts.update(video.counts)
     frames = sum(video.info.frames for video in videos)
     if frames and counts.get("identical_frames") == frames:
         warnings.append("all pairs are identical; check that --rec is not the original")
@@ -76,7 +76,8 @@ def summarize(
         "weights": {
             name: {file.name: weights.sha256(file) for file in files} for name, files in metrics.files.items() if files
         },
-        "versions": _versions(),
+        "versions": {"vae3d": __version__, "python": sys.version.split()[0]}
+        | {package: version(package) for package in PACKAGES},
         "warnings": [*(w for video in videos for w in video.info.warnings), *warnings],
         "per_video": [_video(video) for video in videos],
     }
@@ -89,11 +90,6 @@ def direction(better: Better) -> dict[str, Any]:
     return {"higher_is_better": better}
 
 
-def _versions() -> dict[str, str]:
-    found = {"vae3d": __version__, "python": sys.version.split()[0]}
-    return found | {name: version(name) for name in PACKAGES}
-
-
 def _column(videos: Sequence[VideoScore], column: str, preset: str, batch_size: int) -> dict[str, Any]:
     """Statistics of a metric: `mean` as the preset defines it, the others over per-video values."""
     scores = [video.scores[column] for video in videos]
@@ -104,8 +100,8 @@ def _column(videos: Sequence[VideoScore], column: str, preset: str, batch_size: 
     low, high = bootstrap(values)
     return {
         "mean": average(PRESETS[preset], column, scores, batch_size),
-        "video_mean": mean(values),
-        "frame_mean": mean(frames) if frames else None,
+        "video_mean": statistics.fmean(values),
+        "frame_mean": statistics.fmean(frames) if frames else None,
         "std": statistics.stdev(values) if len(values) > 1 else None,
         "median": statistics.median(values),
         "p5": float(np.percentile(values, 5)),
@@ -126,17 +122,13 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float | None, flo
     """95 % bootstrap interval of the mean (percentiles of 10,000 seeded resamples); (None, None) for one value."""
     if len(values) < 2:
         return None, None
-    means = np.concatenate(list(_resampled_means(np.asarray(values), np.random.default_rng(seed))))
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _resampled_means(values: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Means of all resamples, in pieces of bounded memory."""
-    step = max(1, 2**22 // len(values))
+    array, rng, means = np.asarray(values), np.random.default_rng(seed), []
+    step = max(1, 2**22 // len(array))  # bounds the memory
     for start in range(0, RESAMPLES, step):
-        picks = rng.integers(len(values), size=(min(step, RESAMPLES - start), len(values)))
-        yield values[picks].mean(1)
+        picks = rng.integers(len(array), size=(min(step, RESAMPLES - start), len(array)))
+        means.append(array[picks].mean(1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def compare(results: dict[str, Sequence[VideoScore]], columns: dict[str, Better]) -> list[dict[str, Any]]:
@@ -150,25 +142,15 @@ def compare(results: dict[str, Sequence[VideoScore]], columns: dict[str, Better]
         if [v.name for v in videos] != [v.name for v in base]:
             raise MetricError(f"{name} and {first} hold different videos, so their differences cannot be paired")
         for column, better in columns.items():
-            both = [
-                (a.scores[column].value, b.scores[column].value)
-                for a, b in zip(base, videos, strict=True)
-                if column in a.scores and None not in (a.scores[column].value, b.scores[column].value)
-            ]
+            scores = zip((v.scores.get(column) for v in base), (v.scores.get(column) for v in videos), strict=True)
+            values = [(a.value, b.value) for a, b in scores if a is not None]
+            both = [pair for pair in values if None not in pair]
             gaps = [there - here for here, there in both]
-            if gaps and (better is not None or any(gaps)):  # metrics of the original alone do not differ
-                wins = None
-                if better is not None:
-                    wins = sum(goodness(there, better) > goodness(here, better) for here, there in both)
-                rows.append(
-                    {
-                        "name": name,
-                        "against": first,
-                        "metric": column,
-                        "difference": mean(gaps),
-                        "ci95": list(bootstrap(gaps)),
-                        "better_on": wins,
-                        "videos": len(gaps),
-                    }
-                )
+            if not gaps or (better is None and not any(gaps)):  # metrics of the original alone do not differ
+                continue
+            wins = None
+            if better is not None:
+                wins = sum(goodness(there, better) > goodness(here, better) for here, there in both)
+            row = {"name": name, "against": first, "metric": column, "difference": statistics.fmean(gaps)}
+            rows.append(row | {"ci95": list(bootstrap(gaps)), "better_on": wins, "videos": len(gaps)})
     return rows

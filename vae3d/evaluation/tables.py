@@ -1,17 +1,16 @@
-"""Evaluation results as text, CSV and JSON."""
+"""Evaluation results as text and CSV."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from vae3d.evaluation.store import VideoScore
-from vae3d.io import naming, write_text
+from vae3d.io import write_text
 from vae3d.report.tables import number, text_table
 
 MAX_VIDEOS = 20  # rows of a printed table
@@ -22,7 +21,7 @@ def set_table(summary: dict[str, Any]) -> str:
     """A row per video (at most MAX_VIDEOS) and one for the set; with many metrics, a row per metric."""
     columns = list(summary["metrics"])
     if len(columns) > MAX_COLUMNS:
-        return _metric_table(summary)
+        return text_table(*metric_table(summary))
     videos = summary["per_video"]
     rows: list[Sequence[str] | None] = [
         [video["name"], str(video["frames"]), *(number(video.get(column)) for column in columns)]
@@ -38,17 +37,22 @@ def set_table(summary: dict[str, Any]) -> str:
     return text_table(["video", "frames", *columns], rows)
 
 
-def _metric_table(summary: dict[str, Any]) -> str:
-    keys = ("std", "median", "p5", "p95")
-    rows = [
-        [name, number(m["mean"]), _interval(m.get("ci95")), *(number(m.get(key)) for key in keys)]
-        for name, m in summary["metrics"].items()
-    ]
-    head = [f"{summary['videos']} videos", _mean_label(summary)]
-    return text_table([*head, "95 % interval", "standard deviation", "median", "5 %", "95 %"], rows)
+def metric_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: each metric, with an arrow to its better values, and its statistics."""
+    rows = []
+    for name, metric in summary["metrics"].items():
+        arrow = {True: " ↑", False: " ↓", None: ""}[metric["higher_is_better"]]
+        if "best_at" in metric:
+            arrow = f" → {metric['best_at']:g}"
+        low, high = metric.get("ci95") or (None, None)
+        interval = "-" if low is None else f"{low:.4f} to {high:.4f}"
+        values = [number(metric.get(key)) for key in ("std", "median", "p5", "p95")]
+        rows.append([name + arrow, number(metric["mean"]), interval, *values])
+    head = [f"{summary['videos']} videos", _mean_label(summary), "95 % interval"]
+    return [*head, "standard deviation", "median", "5 %", "95 %"], rows
 
 
-def _mean_label(summary: dict[str, Any]) -> str:
+def _mean_label(summary: Mapping[str, Any]) -> str:
     labels = {"videos": "mean over videos", "frames": "mean over frames", "batches": "mean over batches"}
     return labels.get(summary["preset"]["average"], "over all pixels or frames")
 
@@ -80,12 +84,6 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
     return f"{table}\n* the interval excludes zero"
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically, numbers in full. Raises FileError."""
-    with naming(path):
-        write_text(path, json.dumps(content, indent=2, default=str, allow_nan=False) + "\n")
-
-
 def write_per_video(path: Path, videos: Sequence[VideoScore]) -> None:
     """A row per video: its size, and value, minimum, maximum and standard deviation over frames of every metric."""
     rows = []
@@ -99,7 +97,7 @@ def write_per_video(path: Path, videos: Sequence[VideoScore]) -> None:
                 row |= {f"{column}_min": min(score.frames), f"{column}_max": max(score.frames)}
                 row[f"{column}_std"] = statistics.pstdev(score.frames)
         rows.append(row | video.counts)
-    _write_csv(path, rows)
+    write_text(path, pd.DataFrame(rows).to_csv(index=False))
 
 
 def write_per_frame(path: Path, videos: Sequence[VideoScore]) -> None:
@@ -109,14 +107,4 @@ def write_per_frame(path: Path, videos: Sequence[VideoScore]) -> None:
         for frame in range(video.info.frames):
             values = {c: s.frames[frame] for c, s in video.scores.items() if frame < len(s.frames)}
             rows.append({"name": video.name, "frame": frame, **values})
-    _write_csv(path, rows)
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fields)
-    writer.writeheader()
-    writer.writerows(rows)
-    with naming(path):
-        write_text(path, text.getvalue())
+    write_text(path, pd.DataFrame(rows).to_csv(index=False))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -21,9 +20,9 @@ from vae3d.inference.reconstruct import Reconstructor, identifier, overflow_hint
 from vae3d.inference.video import VideoWriter, write_image
 from vae3d.metrics import MetricSet
 from vae3d.metrics.frame import decibel
-from vae3d.models.interface import nearest_frames, share_frames
-from vae3d.models.latents import convert_latents, latent_space
+from vae3d.models.interface import convert_latents, latent_space, nearest_frames, share_frames
 from vae3d.pixels import NotFiniteError, as_unit, to_uint8
+from vae3d.precision import autocast
 
 PAIRS = list(product(("student", "teacher"), repeat=2))  # (whose encoder, whose decoder)
 SHOWN = [("student", "student"), ("teacher", "student"), ("teacher", "teacher")]
@@ -32,35 +31,27 @@ SCORED_FRAMES = 16  # frames per update of the metrics
 MIN_GAIN = 1.0  # dB above frames of one colour; a reconstruction with less is degenerate
 
 
-class ComparisonError(UserError):
-    """The teacher has another latent space than the student, or a frame count does not fit both."""
-
-
 @dataclass(frozen=True)
 class Network:
     """The student or the teacher.
 
-    path: its checkpoint. precision: fp32, bf16 or fp16; the student's is that of autocast (`dtype`, None for fp32), the
+    path: its checkpoint. precision: fp32, bf16 or fp16; the student's is that of `autocast` over fp32 weights, the
     teacher's that of its weights.
     """
 
     model: nn.Module
     path: str
     precision: str
-    dtype: torch.dtype | None = None
-
-    @property
-    def latent(self) -> str:
-        return latent_space(self.model)
+    autocast: str = "fp32"
 
     def encode(self, video: Tensor) -> Tensor:
         """Video [1, 3, T, H, W] in [-1, 1] -> mode of the posterior, fp32."""
-        with torch.autocast(video.device.type, self.dtype, enabled=self.dtype is not None):
+        with autocast(video.device, self.autocast):
             return self.model.encode(self._cast(video)).mode().float()
 
     def decode(self, z: Tensor, frames: int, size: Size) -> Tensor:
         """Latents -> video [1, 3, T, H, W], unclamped, without the padding of the sides."""
-        with torch.autocast(z.device.type, self.dtype, enabled=self.dtype is not None):
+        with autocast(z.device, self.autocast):
             return self.model.decode(self._cast(z), frames)[..., : size[0], : size[1]]
 
     def cost(self, video: Tensor) -> dict[str, Any]:
@@ -70,13 +61,13 @@ class Network:
         streams = hasattr(self.model, "decode_chunk")
 
         def first_frame() -> Tensor:
-            with torch.autocast(z.device.type, self.dtype, enabled=self.dtype is not None):
+            with autocast(z.device, self.autocast):
                 if streams:
                     return self.model.decode_chunk(self._cast(z[:, :, :1]), None)[0]
                 return self.model.decode(self._cast(z), frames)
 
         latents = "1 latent" if streams else f"{z.shape[2]} latents, the whole clip; it does not stream"
-        return measure_cost(self.model, self._cast(video), self.dtype) | {
+        return measure_cost(self.model, self._cast(video), self.autocast) | {
             "precision": self.precision,
             "first_frame_seconds": timed(first_frame, video.device)[0],
             "first_frame_from": latents,
@@ -87,7 +78,7 @@ class Network:
             "path": self.path,
             "network": type(self.model).__name__,
             "variant": getattr(self.model, "variant", None),
-            "latent": self.latent,
+            "latent": latent_space(self.model),
             "precision": self.precision,
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }
@@ -96,49 +87,46 @@ class Network:
         return tensor.to(next(self.model.parameters()).dtype)
 
 
+@dataclass
 class Comparer:
     """Compares student and teacher file by file.
 
     Codes the first frames in one piece, by the mode of the latents, with every pair of encoder and decoder; scores them
     on 8-bit pixels; writes a video and a picture of each file to <save_dir>_compare.
 
-    student: the reconstructor's model. metrics: for one pair at a time. pictures: frames in each picture. measures:
-    whether this process measures the cost of both networks, on its first file.
-    Raises ComparisonError if the latents differ in channels or strides, or if the reconstructor's num_frames does not
+    networks: student, which is the reconstructor's model, and teacher. metrics: for one pair at a time. pictures:
+    frames in each picture. measures: whether this process measures the cost of both networks, on its first file.
+    Raises UserError if the latents differ in channels or strides, or if the reconstructor's num_frames does not
     fit both networks.
     """
 
-    def __init__(
-        self,
-        reconstructor: Reconstructor,
-        student: Network,
-        teacher: Network,
-        metrics: MetricSet,
-        *,
-        pictures: int = 5,
-        measures: bool = True,
-    ) -> None:
-        self.reconstructor, self.metrics, self.pictures, self.measures = reconstructor, metrics, pictures, measures
-        self.networks = {"student": student, "teacher": teacher}
-        self.costs: dict[str, Any] = {}
+    reconstructor: Reconstructor
+    networks: dict[str, Network]
+    metrics: MetricSet
+    pictures: int
+    measures: bool
+    costs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        student, teacher = self.networks["student"], self.networks["teacher"]
         for what, name in (("latent channels", "channels"), ("pixels", "space_stride"), ("frames", "time_stride")):
             theirs, ours = (getattr(network.model.spec, name) for network in (teacher, student))
             if theirs != ours:
                 unit = what if name == "channels" else f"{what} to a latent"
-                raise ComparisonError(
+                raise UserError(
                     f"teacher.path={teacher.path} has {theirs} {unit} and the checkpoint's model {ours}; "
                     "both need the same latent space"
                 )
-        wanted = reconstructor.selection.num_frames
+        wanted = self.reconstructor.settings.num_frames
         if wanted is not None and not self.takes(wanted):
-            raise ComparisonError(
+            raise UserError(
                 f"num_frames={wanted}: student and teacher do not both code these without padding; nearest are "
                 f"{', '.join(map(str, self.nearest(wanted)))}"
             )
 
     def takes(self, frames: int) -> bool:
         """Whether both code that many frames without padding, to the same number of latents."""
-        student, teacher = (network.model for network in self.networks.values())
+        student, teacher = self.networks["student"].model, self.networks["teacher"].model
         return share_frames(student, teacher, frames, *[student.spec.space_stride] * 2)
 
     def nearest(self, frames: int) -> list[int]:
@@ -171,7 +159,7 @@ class Comparer:
         }
 
     def _count(self, source: str, frames: int) -> int:
-        if self.reconstructor.selection.num_frames is not None:
+        if self.reconstructor.settings.num_frames is not None:
             return frames
         fitting = [n for n in range(1, min(frames, MAX_FRAMES) + 1) if self.takes(n)]
         if not fitting:
@@ -233,11 +221,15 @@ def constant_frame_psnr(frames: np.ndarray) -> dict[str, float]:
 
 def compare_latents(student: Tensor, teacher: Tensor) -> dict[str, Any]:
     """MSE and cosine of latents [1, C, t, h, w] of one latent space; mean and standard deviation of every channel."""
+
+    def channels(z: Tensor) -> dict[str, list[float]]:
+        values = z[0].flatten(1)
+        return {"mean": values.mean(1).tolist(), "std": values.std(1, correction=0).tolist()}
+
     a, b = student.double(), teacher.double()
-    each: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda z: z.mean(1), "std": lambda z: z.std(1, correction=0)}
-    channels = {whose: z[0].flatten(1) for whose, z in (("student", a), ("teacher", b))}
     return {
         "mse": float((a - b).square().mean()),
         "cosine": float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0)),
-        **{whose: {name: fn(z).tolist() for name, fn in each.items()} for whose, z in channels.items()},
+        "student": channels(a),
+        "teacher": channels(b),
     }

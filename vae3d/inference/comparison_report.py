@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
-from vae3d.evaluation.tables import write_json
 from vae3d.inference.comparison import MAX_FRAMES, MIN_GAIN, PAIRS, Comparer, pair_name
+from vae3d.io import write_json
 from vae3d.report.tables import number, text_table
 
 log = logging.getLogger("vae3d")
@@ -31,13 +31,12 @@ def report_comparison(comparer: Comparer, files: Sequence[dict[str, Any]]) -> No
     """Write comparison.json and log it. files: entries of Comparer.file, from all ranks."""
     if not files:
         return
-    means = mean_of([{name: file[name] for name in ("pairs", "baseline", "latents")} for file in files])
     warnings, notes = degenerate_pairs(files), _partial(comparer, files)
     report = {
         **{whose: network.metadata() for whose, network in comparer.networks.items()},
         "units": UNITS,
         "files_compared": len(files),
-        "mean": means,
+        "mean": mean_of([{name: file[name] for name in ("pairs", "baseline", "latents")} for file in files]),
         "cost": comparer.costs,
         "warnings": warnings,
         "notes": notes,
@@ -59,27 +58,23 @@ def mean_of(values: Sequence[Any]) -> Any:
         return {key: mean_of([value[key] for value in values]) for key in first}
     if isinstance(first, list):
         return [mean_of(list(place)) for place in zip(*values, strict=True)]
-    return None if None in values else math.fsum(values) / len(values)
+    return None if None in values else fmean(values)
 
 
 def degenerate_pairs(files: Sequence[dict[str, Any]]) -> list[str]:
     """A warning for each pair that is hardly better than frames of one colour."""
     found = []
     for pair in map(pair_name, PAIRS):
-        below = [file for file in files if file["pairs"][pair]["psnr_video"] < _best(file) + MIN_GAIN]
-        if below:
-            worst = min(below, key=lambda file: file["pairs"][pair]["psnr_video"] - _best(file))
+        gains = [file["pairs"][pair]["psnr_video"] - max(file["baseline"].values()) for file in files]
+        if count := sum(gain < MIN_GAIN for gain in gains):
+            worst = files[gains.index(min(gains))]
             psnr, flat = worst["pairs"][pair]["psnr_video"], worst["baseline"]
             found.append(
-                f"{pair} shows nothing in {len(below)} of {len(files)} files: its PSNR is less than {MIN_GAIN:g} dB "
+                f"{pair} shows nothing in {count} of {len(files)} files: its PSNR is less than {MIN_GAIN:g} dB "
                 f"above that of frames of one colour ({worst['file']}: {psnr:.2f} dB; black {flat['black']:.2f}, "
                 f"mean colour {flat['mean_colour']:.2f})"
             )
     return found
-
-
-def _best(file: dict[str, Any]) -> float:
-    return max(file["baseline"].values())
 
 
 def _partial(comparer: Comparer, files: Sequence[dict[str, Any]]) -> list[str]:
@@ -127,16 +122,12 @@ def _cost_lines(costs: dict[str, Any]) -> list[str]:
     if not costs:
         return []
     head = ["network", "encodes frames/s", "decodes frames/s", "first frame ms", "after"]
-    rows = [
-        [
-            whose,
-            f"{costs[whose]['encode_frames_per_second']:.1f}",
-            f"{costs[whose]['decode_frames_per_second']:.1f}",
-            f"{1000 * costs[whose]['first_frame_seconds']:.1f}",
-            costs[whose]["first_frame_from"].split(",")[0],
-        ]
-        for whose in ("student", "teacher")
-    ]
+    rows = []
+    for whose in ("student", "teacher"):
+        cost = costs[whose]
+        speeds = [f"{cost[f'{step}_frames_per_second']:.1f}" for step in ("encode", "decode")]
+        first_frame = f"{1000 * cost['first_frame_seconds']:.1f}"
+        rows.append([whose, *speeds, first_frame, cost["first_frame_from"].split(",")[0]])
     clip = costs["student"]
     measured = f"{clip['frames']} frames of {clip['height']}x{clip['width']}, {clip['device']}"
     return [f"cost on {costs['file']} ({measured})\n" + text_table(head, rows)]

@@ -7,17 +7,20 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from vae3d.precision import autocast
 
 REPEATS = 3
 PEAK_RESET = Path("/proc/self/clear_refs")  # writing 5 resets VmHWM, see proc(5)
 
 
 @torch.inference_mode()
-def measure_cost(model: nn.Module, video: Tensor, dtype: torch.dtype | None = None) -> dict[str, float | None]:
-    """Encode and decode a clip [1, 3, T, H, W] a few times.
+def measure_cost(model: nn.Module, video: Tensor, precision: str) -> dict[str, Any]:
+    """Encode and decode a clip [1, 3, T, H, W] a few times. precision: of autocast.
 
     Frames per second: of the median run, after a warm-up. Memory in GiB: the peak minus the memory in use before, and
     so without the weights; None for a CPU on another system than Linux.
@@ -25,13 +28,13 @@ def measure_cost(model: nn.Module, video: Tensor, dtype: torch.dtype | None = No
     frames = video.shape[2]
 
     def encode() -> Tensor:
-        with torch.autocast(video.device.type, dtype, enabled=dtype is not None):
+        with autocast(video.device, precision):
             return model.encode(video).mode()
 
     z = encode()
 
     def decode() -> Tensor:
-        with torch.autocast(video.device.type, dtype, enabled=dtype is not None):
+        with autocast(video.device, precision):
             return model.decode(z, frames)
 
     encode_seconds, encode_memory = timed(encode, video.device)
@@ -47,7 +50,7 @@ def measure_cost(model: nn.Module, video: Tensor, dtype: torch.dtype | None = No
         "parameters": sum(p.numel() for p in model.parameters()),
         "compression": math.prod(video.shape[1:]) / math.prod(z.shape[1:]),
         "device": torch.cuda.get_device_name(video.device) if video.device.type == "cuda" else video.device.type,
-        "precision": "fp32" if dtype is None else str(dtype).removeprefix("torch."),
+        "precision": precision,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,17 @@ from vae3d.data.rows import SPLITS
 from vae3d.data.segments import SEGMENT_ERROR, bounds_of
 from vae3d.data.sources import open_source
 from vae3d.data.versions import source_version
+from vae3d.distributed import all_gather_object
 from vae3d.errors import UserError
 from vae3d.hashing import json_hash
-from vae3d.inference.comparison import Comparer
 from vae3d.inference.comparison_report import report_comparison
 from vae3d.inference.cost import measure_cost
 from vae3d.inference.reconstruct import KINDS, FileResult, Reconstructor, identifier
 from vae3d.inference.results import Results
-from vae3d.io import naming, write_json, write_text
+from vae3d.io import write_json, write_text
 from vae3d.metrics import MetricError
 
 log = logging.getLogger("vae3d")
-Gather = Callable[[list], list]
-
-
-class InferenceError(UserError):
-    """Reconstruction cannot start, or failed for some files."""
 
 
 def select_rows(source: str, root: str | None, split: str | None, count: int | None) -> pd.DataFrame:
@@ -63,32 +58,24 @@ def command_record(
 
 
 def check_not_own_source(reconstructor: Reconstructor, source: str) -> None:
-    """Raises InferenceError if the results would be written into the source folder."""
+    """Raises UserError if the results would be written into the source folder."""
     if any(reconstructor.folder(kind).resolve().is_relative_to(Path(source).resolve()) for kind in KINDS):
-        raise InferenceError(f"save_dir={reconstructor.prefix} is inside source={source}; choose another save_dir")
+        raise UserError(
+            f"save_dir={reconstructor.settings.save_dir} is inside source={source}; choose another save_dir"
+        )
 
 
 def reconstruct_files(
-    reconstructor: Reconstructor,
-    table: pd.DataFrame,
-    *,
-    skip_errors: bool,
-    rank: int = 0,
-    world_size: int = 1,
-    gather: Gather = list,
-    cost: dict[str, Any] | None = None,
-    comparer: Comparer | None = None,
-) -> list[FileResult]:
-    """Reconstruct this rank's share of the table. Rank 0 writes index.csv, and prints and stores all ranks' scores.
+    results: Results, table: pd.DataFrame, *, skip_errors: bool, rank: int, world_size: int, cost: dict[str, Any] | None
+) -> None:
+    """Reconstruct this rank's share of the table, and compare it if there is a teacher; rank 0 reports on all.
 
-    Files that a killed run of the same command finished are kept. cost: of measure_cost, for the report. comparer:
-    compares each file with a teacher.
-    Returns all ranks' files in the table's order. Raises MediaError at the first file that cannot be read or scored;
-    with skip_errors InferenceError at the end, which lists them all.
+    Files that a killed run of the same command finished are kept. cost: of measure_cost, for the report.
+    Raises MediaError at the first file that cannot be read or scored; with skip_errors UserError at the end,
+    which lists them all.
     """
-    results = Results(reconstructor, comparer)
-    done: list[FileResult] = []
-    compared: list[dict[str, Any]] = []
+    reconstructor, comparer = results.reconstructor, results.comparer
+    done: list[tuple[FileResult, dict[str, Any] | None]] = []
     failed: list[str] = []
     kept = 0
     share = table.iloc[rank::world_size]
@@ -108,10 +95,7 @@ def reconstruct_files(
                 results.write(source, version, *finished)
             else:
                 kept += 1
-            file, comparison = finished
-            done.append(file)
-            if comparison is not None:
-                compared.append(comparison)
+            done.append(finished)
         except (MediaError, MetricError) as error:
             if isinstance(error, MetricError):
                 error = MediaError(entry["path"], str(error))
@@ -119,37 +103,34 @@ def reconstruct_files(
                 raise error from None
             log.warning("skipped: %s", error)
             failed.append(str(error))
-    done = sorted(gather(done), key=lambda item: item.id)
-    compared = sorted(gather(compared), key=lambda item: item["file"])
-    failed = gather(failed)
-    kept = sum(gather([kept]))
+    ranks = all_gather_object((done, failed, kept))
+    failed = [error for _, errors, _ in ranks for error in errors]
     if rank == 0:
-        if kept:
+        if kept := sum(kept for _, _, kept in ranks):
             log.info("%d of %d files were already finished", kept, len(table))
-        report(reconstructor, done, cost)
+        done = sorted((item for items, _, _ in ranks for item in items), key=lambda item: item[0].id)
+        report(reconstructor, [file for file, _ in done], cost)
         if comparer is not None:
-            report_comparison(comparer, compared)
+            report_comparison(comparer, [comparison for _, comparison in done if comparison is not None])
     if failed:
         reasons = "\n".join(f"  {reason}" for reason in failed)
-        raise InferenceError(f"{len(failed)} of {len(table)} files could not be reconstructed:\n{reasons}")
-    return done
+        raise UserError(f"{len(failed)} of {len(table)} files could not be reconstructed:\n{reasons}")
 
 
 def measure_first_file(reconstructor: Reconstructor, table: pd.DataFrame) -> dict[str, Any]:
     """measure_cost of the model on the first chunk of the first file. Raises MediaError if it cannot be read."""
     usable = table[(table["name"] != "") & (table["error"] != SEGMENT_ERROR)]
     if usable.empty:
-        raise InferenceError("cost=true needs a file to measure on, and no row has a `path`")
+        raise UserError("cost=true needs a file to measure on, and no row has a `path`")
     chunk = reconstructor.first_chunk(usable["path"].iloc[0], bounds_of(usable)[0])
-    return measure_cost(reconstructor.model, chunk, reconstructor.dtype)
+    return measure_cost(reconstructor.model, chunk, reconstructor.settings.precision)
 
 
 def report(reconstructor: Reconstructor, done: Sequence[FileResult], cost: dict[str, Any] | None) -> None:
-    """Write <prefix>_rec/index.csv, and <prefix>_rec/metrics.json if there are scores or costs; log the results."""
+    """Write <save_dir>_rec/index.csv, and <save_dir>_rec/metrics.json if there are scores or costs; log the results."""
     folder = reconstructor.folder("rec")
     folder.mkdir(parents=True, exist_ok=True)
-    with naming(folder / "index.csv"):
-        write_text(folder / "index.csv", pd.DataFrame([item.row() for item in done]).to_csv(index=False))
+    write_text(folder / "index.csv", pd.DataFrame([item.row() for item in done]).to_csv(index=False))
     frames = sum(item.frames for item in done)
     written = [str(reconstructor.folder(kind)) for kind in KINDS if reconstructor.folder(kind).is_dir()]
     log.info("%d files, %d frames -> %s", len(done), frames, ", ".join(written))
@@ -168,5 +149,4 @@ def report(reconstructor: Reconstructor, done: Sequence[FileResult], cost: dict[
         )
     if scores or cost is not None:
         summary = {"videos": len(done), "frames": frames, **scores} | ({} if cost is None else {"cost": cost})
-        with naming(folder / "metrics.json"):
-            write_json(folder / "metrics.json", summary)
+        write_json(folder / "metrics.json", summary)

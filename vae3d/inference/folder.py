@@ -75,5 +75,4 @@ def settings_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> st
 
 def begin(folder: Path, command: Mapping[str, Any]) -> None:
     """Write command.json, before the first result."""
-    with naming(folder / COMMAND):
-        write_json(folder / COMMAND, dict(command))
+    write_json(folder / COMMAND, dict(command))

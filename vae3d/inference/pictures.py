@@ -30,12 +30,13 @@ def side_by_side(panels: Panels) -> Iterator[np.ndarray]:
     """
     frames, height, width = next(iter(panels.values())).shape[:3]
     times = math.ceil(MIN_WIDTH / width)
-    line = np.zeros((LINE + height * times % 2, len(panels) * (width * times + GAP), 3), np.uint8)
+    cell = width * times + GAP
+    labels = Image.new("RGB", (len(panels) * cell, LINE + height * times % 2))
     for index, label in enumerate(panels):
-        line = _draw_text(line, (index * (width * times + GAP) + 4, 3), label)
+        _write(labels, index * cell + 4, 0, label)
     for t in range(frames):
         row = [np.pad(_enlarge(video[t], times), ((0, 0), (0, GAP), (0, 0))) for video in panels.values()]
-        yield np.concatenate([line, np.concatenate(row, 1)])[None]
+        yield np.concatenate([labels, np.concatenate(row, 1)])[None]
 
 
 def contact_sheet(panels: Panels, original: str, count: int) -> np.ndarray:
@@ -50,13 +51,21 @@ def contact_sheet(panels: Panels, original: str, count: int) -> np.ndarray:
         if label != original:
             rows[f"|error| {label}"] = [_fit_width(error_map(panels[original][t], video[t])) for t in chosen]
     height, width = rows[original][0].shape[:2]
-    total_width = MARGIN + len(chosen) * (width + GAP)
-    lines = [_text_line(total_width, {MARGIN + i * (width + GAP) + 4: f"frame {t}" for i, t in enumerate(chosen)})]
-    for label, cells in rows.items():
-        margin = _draw_text(np.zeros((height, MARGIN, 3), np.uint8), (4, max(0, height // 2 - LINE // 2)), label)
-        row = [margin, *(np.pad(cell, ((0, 0), (0, GAP), (0, 0))) for cell in cells)]
-        lines.append(np.pad(np.concatenate(row, 1), ((0, GAP), (0, 0), (0, 0))))
-    return np.concatenate([*lines, *_colour_bar(total_width)])
+    legend = LINE + len(rows) * (height + GAP)  # the first row of pixels below the frames
+    sheet = Image.new("RGB", (MARGIN + len(chosen) * (width + GAP), legend + 2 * LINE))
+    for column, t in enumerate(chosen):
+        _write(sheet, MARGIN + column * (width + GAP) + 4, 0, f"frame {t}")
+    for line, (label, cells) in enumerate(rows.items()):
+        top = LINE + line * (height + GAP)
+        _write(sheet, 4, top + max(0, height // 2 - LINE // 2) - 3, label)
+        for column, cell in enumerate(cells):
+            sheet.paste(Image.fromarray(cell), (MARGIN + column * (width + GAP), top))
+    colours = _colourise(np.linspace(0, 1, MIN_WIDTH))[None].repeat(LINE - 6, 0)
+    sheet.paste(Image.fromarray(colours), (MARGIN, legend + 4))
+    _write(sheet, 4, legend, "|error|, mean of R, G, B")
+    for left, text in (4, "of pixels in [0, 1]"), (MARGIN, "0"), (MARGIN + MIN_WIDTH - 68, f"{MAX_ERROR:g} or more"):
+        _write(sheet, left, legend + LINE, text)
+    return np.array(sheet)
 
 
 def latent_colours(z: Tensor, size: tuple[int, int, int]) -> np.ndarray:
@@ -91,26 +100,9 @@ def _colourise(values: np.ndarray) -> np.ndarray:
     return matplotlib.colormaps[COLOURS](values.clip(0, 1), bytes=True)[..., :3]
 
 
-def _colour_bar(width: int) -> list[np.ndarray]:
-    """The colour scale with its legend."""
-    bar = _text_line(width, {4: "|error|, mean of R, G, B"})
-    bar[4:-2, MARGIN : MARGIN + MIN_WIDTH] = _colourise(np.linspace(0, 1, MIN_WIDTH))
-    ends = {MARGIN: "0", MARGIN + MIN_WIDTH - 68: f"{MAX_ERROR:g} or more"}
-    return [bar, _text_line(width, {4: "of pixels in [0, 1]"} | ends)]
-
-
-def _text_line(width: int, texts: Mapping[int, str]) -> np.ndarray:
-    """A line of text. texts: start column -> text."""
-    line = np.zeros((LINE, width, 3), np.uint8)
-    for column, text in texts.items():
-        line = _draw_text(line, (column, 3), text)
-    return line
-
-
-def _draw_text(picture: np.ndarray, position: Sequence[int], text: str) -> np.ndarray:
-    image = Image.fromarray(picture)
-    ImageDraw.Draw(image).text(tuple(position), text, fill=(255, 255, 255), font=ImageFont.load_default(12))
-    return np.array(image)
+def _write(image: Image.Image, left: int, top: int, text: str) -> None:
+    """Write a line of text, LINE pixels high."""
+    ImageDraw.Draw(image).text((left, top + 3), text, fill="white", font=ImageFont.load_default(12))
 
 
 def _fit_width(frame: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
@@ -14,35 +14,38 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vae3d.data.clips import to_tensor
+from vae3d.data.clips import resize_crop_params, to_tensor
 from vae3d.data.images import is_sequence
 from vae3d.data.readers import MediaError, MediaInfo, Reader, Size, open_media
 from vae3d.data.segments import WHOLE, Bounds, Segment
-from vae3d.data.transforms import resize_crop_params
 from vae3d.inference.video import VideoWriter, write_image
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.models.interface import Stream
 from vae3d.pixels import NotFiniteError, as_unit, to_uint8
+from vae3d.precision import autocast
 from vae3d.seeding import generator_of
 
-KINDS = ("ori", "rec", "spatial", "compare")  # folders <prefix>_<kind>; compare: see inference.comparison
+KINDS = ("ori", "rec", "spatial", "compare")  # folders <save_dir>_<kind>; compare: see inference.comparison
 Chunk = tuple[np.ndarray, int]  # frames [T, H, W, 3] uint8, of which the first so many are coded now; see Stream
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Which frames of a file, and at which size.
+class Settings:
+    """Settings of infer.py, by their names; see config.schema.InferConfig."""
 
-    height, width: resize and centre-crop, or None for the file's own size. fps: reduce faster videos to this rate.
-    """
-
-    start: int = 0
-    num_frames: int | None = None
-    stride: int = 1
-    fps: float | None = None
-    height: int | None = None
-    width: int | None = None
-    reader: str = "auto"
+    save_dir: str
+    start: int
+    num_frames: int | None
+    stride: int
+    fps: float | None
+    height: int | None
+    width: int | None
+    reader: str
+    codec: str
+    sample: bool
+    seed: int
+    precision: str
+    memory_gib: float | None
 
 
 @dataclass
@@ -66,9 +69,12 @@ class FileResult:
     enlarged: bool
     result: VideoResult
 
+    def facts(self) -> dict[str, str | float | bool]:
+        """Everything but the scores."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "result"}
+
     def row(self) -> dict[str, str | float | bool | None]:
-        columns = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "result"}
-        return columns | {column: score.value for column, score in self.result.scores.items()}
+        return self.facts() | {column: score.value for column, score in self.result.scores.items()}
 
 
 def identifier(row: int, source: str) -> str:
@@ -85,49 +91,29 @@ def identifier(row: int, source: str) -> str:
 
 
 def overflow_hint(precision: str) -> str:
-    """Hint for NaN in a precision such as fp16 or torch.float16."""
-    if precision in ("fp16", "torch.float16"):
+    """Hint for NaN in fp32, bf16 or fp16."""
+    if precision == "fp16":
         return "fp16 holds values up to 65504 only: use precision=bf16 or precision=fp32"
     return f"computed in {precision}; do the weights hold NaN?"
 
 
+@dataclass
 class Reconstructor:
-    """Writes <prefix>_ori, <prefix>_rec and, for two-stage models, <prefix>_spatial: the inner 2D VAE's reconstruction.
+    """Writes <save_dir>_ori, <save_dir>_rec and, for two-stage models, <save_dir>_spatial, coded by the inner 2D VAE.
 
-    sample: sample the latents (seeded by `seed` and the file's row) instead of taking the posterior's mode.
-    dtype: of autocast, None for fp32. codec: see inference.video. metrics: computed on the 8-bit pixels, before the
-    codec. memory_gib: about what a streaming model may use besides its weights. open_stream: (height, width,
-    memory_gib) -> Stream, by default the model's own.
+    metrics: computed on the 8-bit pixels, before the codec. open_stream: (height, width, memory_gib) -> Stream.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        prefix: str,
-        selection: Selection,
-        *,
-        codec: str = "lossless",
-        sample: bool = False,
-        seed: int = 0,
-        dtype: torch.dtype | None = None,
-        metrics: MetricSet | None = None,
-        memory_gib: float | None = None,
-        open_stream: Callable[[int, int, float | None], Stream] | None = None,
-    ) -> None:
-        self.model = model
-        self.prefix = prefix
-        self.selection = selection
-        self.codec = codec
-        self.sample = sample
-        self.seed = seed
-        self.dtype = dtype
-        self.metrics = metrics or MetricSet([])
-        self.memory_gib = memory_gib
-        self.open_stream = open_stream or model.stream
-        self.device = next(model.parameters()).device
+    model: nn.Module
+    settings: Settings
+    metrics: MetricSet
+    open_stream: Callable[[int, int, float | None], Stream]
+
+    def __post_init__(self) -> None:
+        self.device = next(self.model.parameters()).device
 
     def folder(self, kind: str) -> Path:
-        return Path(f"{self.prefix}_{kind}")
+        return Path(f"{self.settings.save_dir}_{kind}")
 
     def file(self, source: str, row: int, bounds: Bounds = WHOLE) -> FileResult:
         """Reconstruct one file, or the part between two times; the selection then counts from the first.
@@ -147,7 +133,7 @@ class Reconstructor:
             else:
                 self._image(stream, chunks, name, row)
         except NotFiniteError as error:
-            hint = overflow_hint(str(self.dtype or torch.float32))
+            hint = overflow_hint(self.settings.precision)
             raise MediaError(source, f"the model's pixels: {error.reason}; {hint}") from None
         finally:
             reader.close()
@@ -168,14 +154,13 @@ class Reconstructor:
         )
 
     def _open(self, source: str, bounds: Bounds) -> Segment:
-        return Segment(open_media(source, self.selection.reader, threads=0), source, bounds)
+        return Segment(open_media(source, self.settings.reader, threads=0), source, bounds)
 
     def first_chunk(self, source: str, bounds: Bounds = WHOLE) -> Tensor:
         """The first chunk of a file, [1, 3, T, H, W] in [-1, 1]. Raises MediaError."""
         with closing(self._open(source, bounds)) as reader:
             indices, _, target = self._select(source, reader.info)
-            stream = self._stream(source, target)
-            frames, length = next(self._chunks(reader, indices, target, stream))
+            frames, length = next(self._chunks(reader, indices, target, self._stream(source, target)))
             return self.to_video(frames[:length])
 
     def read_head(self, source: str, bounds: Bounds, count: Callable[[int], int]) -> tuple[np.ndarray, float, int]:
@@ -190,22 +175,22 @@ class Reconstructor:
 
     def _stream(self, source: str, target: Size) -> Stream:
         try:
-            return self.open_stream(*target, self.memory_gib)
+            return self.open_stream(*target, self.settings.memory_gib)
         except ValueError as error:
             raise MediaError(source, f"cannot be encoded at {target[0]}x{target[1]}: {error}") from error
 
     def _select(self, source: str, info: MediaInfo) -> tuple[list[int], float, Size]:
         """Indices, rate and size of the selected frames."""
-        selection = self.selection
-        step = selection.stride * (max(1.0, info.fps / selection.fps) if selection.fps and info.fps else 1.0)
-        if selection.start >= info.num_frames:
-            raise MediaError(source, f"has {info.num_frames} frames; start={selection.start} is past its end")
-        available = math.ceil((info.num_frames - selection.start) / step)
-        wanted = available if selection.num_frames is None else selection.num_frames
+        settings = self.settings
+        step = settings.stride * (max(1.0, info.fps / settings.fps) if settings.fps and info.fps else 1.0)
+        if settings.start >= info.num_frames:
+            raise MediaError(source, f"has {info.num_frames} frames; start={settings.start} is past its end")
+        available = math.ceil((info.num_frames - settings.start) / step)
+        wanted = available if settings.num_frames is None else settings.num_frames
         if wanted > available:
-            raise MediaError(source, f"gives {available} frames from start={selection.start}; num_frames={wanted}")
-        indices = [selection.start + int(i * step) for i in range(wanted)]
-        return indices, info.fps / step, (selection.height or info.height, selection.width or info.width)
+            raise MediaError(source, f"gives {available} frames from start={settings.start}; num_frames={wanted}")
+        indices = [settings.start + int(i * step) for i in range(wanted)]
+        return indices, info.fps / step, (settings.height or info.height, settings.width or info.width)
 
     def _chunks(self, reader: Reader, indices: list[int], target: Size, stream: Stream) -> Iterator[Chunk]:
         """Every chunk of the stream with its lookahead; each frame is read once."""
@@ -227,19 +212,15 @@ class Reconstructor:
 
     def _video(self, stream: Stream, chunks: Iterator[Chunk], name: str, fps: float, row: int) -> None:
         writers: dict[str, VideoWriter] = {}
-        try:
-            start = 0
+        start = 0
+        with ExitStack() as stack:
             for index, chunk in enumerate(chunks):
                 for kind, frames in self._code(stream, chunk, row, index, start).items():
                     if kind not in writers:
-                        writers[kind] = VideoWriter(self.folder(kind) / f"{name}.mp4", fps, self.codec)
+                        writer = VideoWriter(self.folder(kind) / f"{name}.mp4", fps, self.settings.codec)
+                        writers[kind] = stack.enter_context(writer)
                     writers[kind].write(frames)
                 start += chunk[1]
-            for writer in writers.values():
-                writer.close()
-        finally:
-            for writer in writers.values():
-                writer.abandon()
 
     def _image(self, stream: Stream, chunks: Iterator[Chunk], name: str, row: int) -> None:
         for kind, frames in self._code(stream, next(chunks), row, 0, 0).items():
@@ -253,9 +234,9 @@ class Reconstructor:
         """
         frames, length = chunk
         video = self.to_video(frames)
-        generator = generator_of(self.seed, row, index, device=self.device)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            out = stream(video, sample=self.sample, generator=generator)
+        generator = generator_of(self.settings.seed, row, index, device=self.device)
+        with autocast(self.device, self.settings.precision):
+            out = stream(video, sample=self.settings.sample, generator=generator)
             if out.spatial is not None:
                 height, width = video.shape[-2:]
                 spatial = self.model.decode_spatial(out.spatial.latent)[..., :height, :width]

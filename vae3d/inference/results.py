@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from vae3d.evaluation.store import read_features, write_features
 from vae3d.inference import folder as folders
 from vae3d.inference.comparison import Comparer
 from vae3d.inference.reconstruct import KINDS, FileResult, Reconstructor
-from vae3d.io import FileError, naming, read_json, remove, remove_unfinished, write_json
+from vae3d.io import FileError, read_json, remove, remove_unfinished, write_json
 from vae3d.metrics import Score, VideoResult
 
 DONE = ".done"
@@ -31,10 +31,10 @@ MAX_BYTES = 2**30  # of .done/*.json, which has a number per frame and metric
 class Results:
     """The finished files of a save_dir. comparer: None without a teacher."""
 
-    def __init__(self, reconstructor: Reconstructor, comparer: Comparer | None = None) -> None:
+    def __init__(self, reconstructor: Reconstructor, comparer: Comparer | None) -> None:
+        self.reconstructor, self.comparer = reconstructor, comparer
         self.folder = reconstructor.folder
-        self.comparer = comparer
-        self.setting = f"save_dir={reconstructor.prefix}"
+        self.setting = f"save_dir={reconstructor.settings.save_dir}"
         self.records = self.folder("rec") / DONE
 
     @contextmanager
@@ -46,20 +46,16 @@ class Results:
             remove_unfinished(self.records)
             yield
 
-    def begin(self, command: Mapping[str, Any], overwrite: bool) -> bool:
-        """Prepare the folders for a command. Returns whether it resumes.
-
-        Raises FolderError if they hold other results and `overwrite` is false.
-        """
+    def begin(self, command: Mapping[str, Any], overwrite: bool) -> None:
+        """Prepare the folders for a command. Raises FolderError if they hold another's results, unless `overwrite`."""
+        full = [folder for kind in KINDS if folders.has_results(folder := self.folder(kind))]
         if overwrite:
             self.clear()
-        full = [folder for kind in KINDS if folders.has_results(folder := self.folder(kind))]
-        if full and not overwrite:
+        elif full:
             if folders.resumes(self.folder("rec"), command, self.setting):
-                return True
+                return
             raise folders.FolderError(f"{full[0]} is not empty; choose another save_dir, or set overwrite=true")
         folders.begin(self.folder("rec"), command)
-        return False
 
     def clear(self) -> None:
         """Delete what earlier commands with this save_dir wrote, and nothing else."""
@@ -80,9 +76,12 @@ class Results:
             return None
         record = read_json(record_file, MAX_BYTES)
         try:
-            sizes = {self.folder(kind) / output: size for kind, output, size in record["outputs"]}
-            if record["source"] != source_version(source) or any(_size(path) != size for path, size in sizes.items()):
+            if record["source"] != source_version(source):
                 return None
+            for kind, output, size in record["outputs"]:
+                path = self.folder(kind) / output
+                if not path.is_file() or path.stat().st_size != size:
+                    return None
             scores = {column: Score(**score) for column, score in record["scores"].items()}
             features = {metric: read_features(self._features(name, metric)) for metric in record["features"]}
             file = FileResult(**record["file"], result=VideoResult(scores, features, record["counts"]))
@@ -96,42 +95,34 @@ class Results:
     def discard(self, name: str) -> None:
         """Delete the outputs of a file before it is reconstructed."""
         self._record(name).unlink(missing_ok=True)
-        for kind in KINDS:
-            for suffix in (".mp4", ".png"):
-                (self.folder(kind) / f"{name}{suffix}").unlink(missing_ok=True)
+        for _, path in self._outputs(name):
+            path.unlink(missing_ok=True)
 
     def write(self, source: str, version: Any, file: FileResult, comparison: dict[str, Any] | None) -> None:
         """Record a file as finished, after its outputs. version: of the source, taken before it was read."""
-        outputs = [
-            [kind, path.name, path.stat().st_size]
-            for kind in KINDS
-            for path in (self.folder(kind) / f"{file.id}{suffix}" for suffix in (".mp4", ".png"))
-            if path.is_file()
-        ]
+        outputs = [[kind, path.name, path.stat().st_size] for kind, path in self._outputs(file.id) if path.is_file()]
         self.records.mkdir(exist_ok=True)
         for metric, features in file.result.features.items():
-            with naming(self._features(file.id, metric)):
-                write_features(self._features(file.id, metric), features)
+            write_features(self._features(file.id, metric), features)
         costs = self.comparer.costs if self.comparer is not None else {}
         cost = costs if costs.get("file") == file.id else None  # measured on this file
         record = {
             "source": version,
             "outputs": outputs,
-            "file": {field.name: getattr(file, field.name) for field in fields(file) if field.name != "result"},
+            "file": file.facts(),
             "scores": {column: asdict(score) for column, score in file.result.scores.items()},
             "counts": file.result.counts,
             "features": list(file.result.features),
             "comparison": None if comparison is None else {"file": comparison, "cost": cost},
         }
-        with naming(self._record(file.id)):
-            write_json(self._record(file.id), record)
+        write_json(self._record(file.id), record)
+
+    def _outputs(self, name: str) -> list[tuple[str, Path]]:
+        """Kind and path of every output that a file may have."""
+        return [(kind, self.folder(kind) / f"{name}{suffix}") for kind in KINDS for suffix in (".mp4", ".png")]
 
     def _record(self, name: str) -> Path:
         return self.records / f"{name}.json"
 
     def _features(self, name: str, metric: str) -> Path:
         return self.records / f"{name}.{metric}.npz"
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None

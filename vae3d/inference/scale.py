@@ -22,7 +22,7 @@ from vae3d.data.media import MediaError
 from vae3d.data.segments import bounds_of
 from vae3d.errors import UserError
 from vae3d.models.diffusers_vae import DiffusersVAE
-from vae3d.models.latents import LatentNormMixin, latent_space
+from vae3d.models.interface import VideoAutoencoder, latent_space
 from vae3d.models.spatial import SpatialVAE
 from vae3d.precision import no_tf32
 from vae3d.running_stats import RunningStats
@@ -32,20 +32,24 @@ TOLERANCE = 0.1  # of a channel's mean (from 0) and standard deviation (from 1),
 
 
 class ScaleError(UserError):
-    """The scale of the latents cannot be measured or set."""
+    """The scale of the latents is wrong, or cannot be measured or set."""
 
 
 @dataclass(frozen=True)
-class MeasuredScale:
-    """Mean and standard deviation of raw latents, per channel, [C] fp64.
+class LatentStats:
+    """Mean and standard deviation (of the population) of latents, per channel, [C] fp64.
 
-    clips: number measured. size: (T, H, W) of all clips, None if it varies. std: of the population.
+    clips: number measured. size: (T, H, W) of all clips, None if it varies.
     """
 
     clips: int
-    size: tuple[int, int, int] | None
     mean: Tensor
     std: Tensor
+    size: tuple[int, int, int] | None = None
+
+    @classmethod
+    def of(cls, stats: RunningStats, clips: int, size: tuple[int, int, int] | None = None) -> LatentStats:
+        return cls(clips, stats.mean.cpu(), stats.variance.sqrt().cpu(), size)
 
     def over_channels(self) -> tuple[float, float]:
         """Mean and standard deviation of all values of all channels."""
@@ -62,11 +66,24 @@ class MeasuredScale:
             "std": self.std.tolist(),
         }
 
+    def __str__(self) -> str:
+        means, stds = (", ".join(f"{value:.3f}" for value in values.tolist()) for values in (self.mean, self.std))
+        return f"over {self.clips} latents, per channel\n  mean {means}\n  std  {stds}"
+
 
 def off_scale(means: Sequence[float], stds: Sequence[float]) -> list[int]:
     """Channels of normalised latents whose mean is not about 0, or whose standard deviation is not about 1, or NaN."""
     pairs = enumerate(zip(means, stds, strict=True))
     return [channel for channel, (mean, std) in pairs if not (abs(mean) <= TOLERANCE and abs(std - 1) <= TOLERANCE)]
+
+
+def check_normalised(stats: LatentStats, hint: str) -> None:
+    """Raises ScaleError, with the statistics and `hint`, the command that fixes them, if they are off."""
+    if outside := off_scale(stats.mean.tolist(), stats.std.tolist()):
+        raise ScaleError(
+            f"latents of channel {', '.join(map(str, outside))} do not have mean 0 and standard deviation 1 "
+            f"(within {TOLERANCE} each), as diffusion needs; {stats}\n{hint}"
+        )
 
 
 def unscalable_reason(model: nn.Module) -> str | None:
@@ -80,7 +97,7 @@ def unscalable_reason(model: nn.Module) -> str | None:
 
 @no_tf32()
 @torch.no_grad()
-def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> MeasuredScale:
+def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> LatentStats:
     """Encode clips one by one, in the model's precision, and measure samples of their posteriors.
 
     A diffusion model is trained on samples, and latent-diffusion measures them too (`scale_by_std`,
@@ -99,7 +116,7 @@ def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> MeasuredS
         sizes.add(tuple(clip.video.shape[2:]))
     if not count:
         raise ScaleError("the scale of the latents cannot be measured: no clip could be read")
-    return MeasuredScale(count, sizes.pop() if len(sizes) == 1 else None, stats.mean, stats.variance.sqrt())
+    return LatentStats.of(stats, count, sizes.pop() if len(sizes) == 1 else None)
 
 
 def spread_clips(
@@ -124,7 +141,7 @@ def spread_clips(
 def rescaled(
     checkpoint: Checkpoint,
     model: nn.Module,
-    measured: MeasuredScale,
+    measured: LatentStats,
     *,
     shift: bool = False,
     per_channel: bool = False,
@@ -147,7 +164,7 @@ def rescaled(
         if one_factor:
             factors = {name: value for name, (value,) in factors.items() if shift or name == "scaling_factor"}
         return replace(checkpoint, config=checkpoint.config | factors)
-    assert isinstance(model, LatentNormMixin)
+    assert isinstance(model, VideoAutoencoder)
     factors = {"latents_mean": means, "latents_std": stds}
     buffers = {  # an OpenSoraVAE has them among its weights
         name: torch.tensor(values, dtype=torch.float32)[None, :, None, None, None]

@@ -52,33 +52,28 @@ class VideoWriter:
                 self.container.mux(self.stream.encode(picture))
                 self.count += 1
 
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Close the file; after an error delete it."""
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            if self.container is not None:
+                with suppress(OSError):  # the first error is the one to report
+                    self.container.close()
+            remove(self.tmp)
+
     def close(self) -> None:
         """Complete the file and rename it."""
         assert self.container is not None, "no frame was written"
         with naming(self.path):
             self.container.mux(self.stream.encode())
             container, self.container = self.container, None
-            try:
-                container.close()
-                replace_durably(self.tmp, self.path)
-            finally:
-                remove(self.tmp)
-
-    def abandon(self) -> None:
-        """Delete an unfinished file; a complete one stays."""
-        if self.container is not None:
-            container, self.container = self.container, None
-            with suppress(OSError):  # the first error is the one to report
-                container.close()
-            remove(self.tmp)
-
-    def __enter__(self) -> VideoWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-        self.abandon()
+            container.close()
+            replace_durably(self.tmp, self.path)
 
     def _open(self, height: int, width: int) -> None:
         encoder, pixels, options = CODECS[self.codec]

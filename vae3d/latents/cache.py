@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import pandas as pd
 import torch
@@ -14,25 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vae3d.arguments import Count, Range, Size, Width
 from vae3d.hashing import file_hash
 from vae3d.inference.folder import settings_difference
 from vae3d.io import FileError, read_text
+from vae3d.latents import shards
 from vae3d.latents.codec import LatentCodec, Moments
-from vae3d.latents.identity import vae_difference
-from vae3d.latents.shards import (
-    COMPLETE,
-    INDEX,
-    KINDS,
-    META,
-    STATISTICS,
-    CacheError,
-    checksum,
-    damage,
-    marker_file,
-    read_json,
-    read_marker,
-    shard_file,
-)
+from vae3d.latents.identity import VaeMetadata, vae_difference
+from vae3d.latents.shards import COMPLETE, INDEX, KINDS, META, STATISTICS, CacheError
 from vae3d.pixels import value_range
 from vae3d.seeding import generator_of
 
@@ -41,6 +30,7 @@ MAX_CLASSES = 100_000  # larger numeric labels are names, not class indices
 TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MAX_INDEX_BYTES = 2**32
 NO_LABEL = -1
+Finite = Annotated[float, Range(-1e300, 1e300)]
 TEXT_COLUMNS = ("key", "latent", "label", "split", "text", "source")  # of index.csv
 
 
@@ -82,9 +72,16 @@ class LatentCache(Dataset[Latent]):
         verify: bool = False,
     ) -> None:
         self.folder, self.seed = Path(folder), seed
-        self.meta = open_meta(self.folder)
+        if not (self.folder / META).is_file():
+            raise CacheError(
+                f"{self.folder} is not a latent cache: it has no {META}; make one with scripts/encode_latents.py"
+            )
+        if not (self.folder / COMPLETE).is_file():
+            raise CacheError(f"{self.folder} is not complete; run the command that began it again")
+        self.meta = read_meta(self.folder)
         self._check_same_source(codec, transform)
-        complete = read_complete(self.folder)
+        hint = "delete it, and run the command that made the cache again"
+        complete = shards.read_json(self.folder / COMPLETE, Complete, hint)
         self.shards = complete["shards"]
         self._check_integrity(verify)
         self.mode = self._mode(mode)
@@ -93,9 +90,9 @@ class LatentCache(Dataset[Latent]):
             raise CacheError(
                 f"{self.folder / INDEX} has {len(index)} rows; {complete['entries']} were written; encode again"
             )
-        for name, sha256 in complete["sha256"].items():
+        for name in (META, INDEX, STATISTICS):
             try:
-                same = file_hash(self.folder / name) == sha256
+                same = file_hash(self.folder / name) == complete["sha256"][name]
             except (OSError, FileError) as error:
                 raise CacheError(f"{self.folder / name} cannot be read: {error}; encode again") from error
             if not same:
@@ -140,10 +137,8 @@ class LatentCache(Dataset[Latent]):
         key, shard = self._keys[index], self._shards[index]
         entry = {kind: self._tensor(shard, f"{kind}/{key}") for kind in KINDS[self.meta["store"]]}
         if why := self._entry_error(index, entry):
-            marker = marker_file(self.folder, shard)
-            raise CacheError(
-                f"{shard_file(self.folder, shard)}: {key} {why}; the file is damaged: delete {marker} and encode again"
-            )
+            file, marker = shards.shard_file(self.folder, shard), shards.marker_file(self.folder, shard)
+            raise CacheError(f"{file}: {key} {why}; the file is damaged: delete {marker} and encode again")
         mean, *rest = (tensor.float() for tensor in entry.values())
         std = rest[0] if rest else torch.zeros_like(mean)
         return Moments((mean - self.latents_mean) / self.latents_std, std / self.latents_std)
@@ -151,22 +146,20 @@ class LatentCache(Dataset[Latent]):
     @property
     def statistics(self) -> dict[str, Any]:
         """Statistics of the raw latents of all entries; see LatentStatistics.summary."""
-        content = read_json(self.folder / STATISTICS)
         channels = self.meta["vae"]["channels"]
+        defined = Annotated[Sequence[Finite], Size(channels, channels)]
+        values = Annotated[Sequence[Finite | None], Size(channels, channels)]
         lists = ("mean", "std", "std_of_mean", "posterior_std", "covariance_eigenvalues", "kurtosis", "skewness")
-        sound = isinstance(content, dict) and all(_numbers(content.get(name), channels, none=True) for name in lists)
-        sound = sound and all(_numbers([content.get(name)], 1) for name in ("clips", "shift", "scale"))
-        sound = sound and _numbers([content.get("participation_ratio")], 1, none=True)
-        percentiles = content.get("percentiles") if sound else None
-        if not isinstance(percentiles, dict) or not all(_numbers(v, channels) for v in percentiles.values()):
-            raise CacheError(f"{self.folder / STATISTICS} is damaged; delete {self.folder / COMPLETE} and encode again")
-        return content
+        kinds = dict.fromkeys(lists, values) | dict.fromkeys(("clips", "shift", "scale"), Finite)
+        kinds |= {"participation_ratio": Finite | None, "percentiles": Mapping[str, defined]}
+        hint = f"delete {self.folder / COMPLETE} and encode again"
+        return shards.read_json(self.folder / STATISTICS, TypedDict("Statistics", kinds), hint)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # open files cannot be pickled
 
     def _tensor(self, shard: int, name: str) -> Tensor:
-        file = shard_file(self.folder, shard)
+        file = shards.shard_file(self.folder, shard)
         try:
             if shard not in self._open:
                 if len(self._open) >= OPEN_SHARDS:
@@ -174,7 +167,7 @@ class LatentCache(Dataset[Latent]):
                 self._open[shard] = safe_open(file, framework="pt")
             return self._open[shard].get_tensor(name)
         except (OSError, SafetensorError) as error:
-            marker = marker_file(self.folder, shard)
+            marker = shards.marker_file(self.folder, shard)
             raise CacheError(f"{file} cannot be read ({error}); delete {marker} and encode again") from error
 
     def _entry_error(self, index: int, entry: Mapping[str, Tensor]) -> str | None:
@@ -184,7 +177,7 @@ class LatentCache(Dataset[Latent]):
                 return f"{kind} is {tensor.dtype}, but the cache has {self.meta['dtype']}"
             if (shape := "x".join(map(str, tensor.shape))) != self._shapes[index]:
                 return f"{kind} is {shape}, but index.csv says {self._shapes[index]}"
-        if checksum(entry) != self._checksums[index]:
+        if shards.checksum(entry) != self._checksums[index]:
             return "has changed since it was written: its checksum differs"
         if any(not math.isfinite(sum(value_range(tensor))) for tensor in entry.values()):
             return "holds NaN or infinity"
@@ -205,16 +198,17 @@ class LatentCache(Dataset[Latent]):
 
     def _check_integrity(self, verify: bool) -> None:
         for number in range(self.shards):
-            marker = read_marker(self.folder, number, verify=verify)
+            marker_file = shards.marker_file(self.folder, number)
+            marker = shards.read_marker(self.folder, number, verify=verify)
             if marker is None:
-                raise CacheError(f"{marker_file(self.folder, number)} is missing; encode again to make the shard")
+                raise CacheError(f"{marker_file} is missing; encode again to make the shard")
             if marker["of"] != self.meta["digest"]:
                 raise CacheError(
-                    f"{shard_file(self.folder, number)} belongs to another cache ({marker['of']}) than "
+                    f"{shards.shard_file(self.folder, number)} belongs to another cache ({marker['of']}) than "
                     f"{self.folder / META} ({self.meta['digest']}); caches cannot be mixed"
                 )
-            if why := damage(self.folder, number, marker, verify=verify):
-                raise CacheError(f"{why}; delete {marker_file(self.folder, number)} and encode again")
+            if why := shards.damage(self.folder, number, marker, verify=verify):
+                raise CacheError(f"{why}; delete {marker_file} and encode again")
 
     def _mode(self, mode: str | None) -> str:
         store = self.meta["store"]
@@ -224,63 +218,50 @@ class LatentCache(Dataset[Latent]):
         return mode or possible[0]
 
 
-def open_meta(folder: Path) -> dict[str, Any]:
-    """meta.json of a complete cache. Raises CacheError."""
-    if not (folder / META).is_file():
-        raise CacheError(f"{folder} is not a latent cache: it has no {META}; make one with scripts/encode_latents.py")
-    if not (folder / COMPLETE).is_file():
-        raise CacheError(f"{folder} is not complete; run the command that began it again")
-    return read_meta(folder)
+class CachedVae(VaeMetadata):
+    checkpoint: str
+    channels: Width
+    time_stride: Width
+    space_stride: Width
+
+
+class Meta(TypedDict):
+    """What is read of meta.json."""
+
+    vae: CachedVae
+    digest: str
+    precision: str
+    pixel_range: str
+    transform: Mapping[str, Any]
+    store: Literal["moments", "mean", "sample"]
+    dtype: Literal["fp32", "fp16", "bf16"]
+    flip: bool
+    seed: Any
+    clips: Count
+    clips_hash: str
+    shard_size: Count
+    writers: Sequence[str]
+
+
+Hashes = TypedDict("Hashes", {META: str, INDEX: str, STATISTICS: str})
+
+
+class Complete(TypedDict):
+    """What is read of complete.json. sha256: of the files beside it."""
+
+    shards: Count
+    entries: Count
+    sha256: Hashes
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Read meta.json. Raises CacheError if a key is missing or has a wrong type."""
-    file = folder / META
-    meta = read_json(file)
-
-    def require(sound: bool, key: str) -> None:
-        if not sound:
-            raise CacheError(f"{file}: {key} is missing or has a wrong type; encode again")
-
-    require(isinstance(meta, dict), "the content")
-    for key in ("digest", "precision", "pixel_range", "source", "clips_hash"):
-        require(type(meta.get(key)) is str, key)
-    require(isinstance(meta.get("transform"), dict), "transform")
-    require(meta.get("store") in tuple(KINDS), "store")
-    require(meta.get("dtype") in tuple(TORCH_NAMES), "dtype")
-    require(type(meta.get("flip")) is bool, "flip")
-    for key in ("clips", "shard_size"):
-        require(type(meta.get(key)) is int and meta[key] > 0, key)
-    require("seed" in meta and isinstance(meta.get("writers"), list), "seed or writers")
-    vae = meta.get("vae")
-    require(isinstance(vae, dict), "vae")
-    for key in ("checkpoint", "model", "encoder"):
-        require(type(vae.get(key)) is str, f"vae.{key}")
-    require("config" in vae and isinstance(vae["config"], dict | None), "vae.config")
-    for key in ("channels", "time_stride", "space_stride"):
-        require(type(vae.get(key)) is int and 0 < vae[key] < 2**16, f"vae.{key}")
-    for key in ("latents_mean", "latents_std"):
-        require(_numbers(vae.get(key), vae["channels"]), f"vae.{key}")
-    require(all(value > 0 for value in vae["latents_std"]), "vae.latents_std")
+    """Read meta.json. Raises CacheError for a missing key and for a wrong value."""
+    meta = shards.read_json(folder / META, Meta)
+    vae = meta["vae"]
+    for name in ("latents_mean", "latents_std"):
+        if len(vae[name]) != vae["channels"]:
+            raise CacheError(f"{folder / META}: vae.{name} has {len(vae[name])} entries; give {vae['channels']}")
     return meta
-
-
-def read_complete(folder: Path) -> dict[str, Any]:
-    """Read complete.json. Raises CacheError."""
-    file = folder / COMPLETE
-    content = read_json(file)
-    counts = [content.get(name) for name in ("shards", "entries")] if isinstance(content, dict) else [None]
-    hashes = content.get("sha256") if all(type(count) is int and count > 0 for count in counts) else None
-    if not isinstance(hashes, dict) or hashes.keys() != {META, INDEX, STATISTICS}:
-        raise CacheError(f"{file} is damaged; delete it, and run the command that made the cache again")
-    return content
-
-
-def _numbers(values: Any, count: int, none: bool = False) -> bool:
-    """Whether `values` is a list of `count` finite numbers. none: None is allowed, too."""
-    if not isinstance(values, list) or len(values) != count:
-        return False
-    return all((none and v is None) or (type(v) in (int, float) and abs(v) < 1e300) for v in values)
 
 
 def read_index(folder: Path, channels: int, shards: int) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -179,11 +179,16 @@ class ClipReader(Dataset[Read]):
     def __init__(self, items: Sequence[Item], transform: Transform, reader: str = "auto", hashed: bool = False) -> None:
         self.items, self.transform, self.reader, self.hashed = items, transform, reader, hashed
         self._last_version: tuple[str, dict[str, Any] | None] = "", None  # path, version
-        self._opened: tuple[tuple[str, Bounds], Segment] | None = None
+        self._opened: tuple[tuple[str, str], Segment] | None = None
 
     def __getitem__(self, number: int) -> Read:
-        version = self._version(self.items[number].path)
-        return replace(self._read(number), version=version)
+        item = self.items[number]
+        read = Read(number, version=self._version(item.path))
+        try:
+            read.pixels, read.fps = self._pixels(item)
+        except MediaError as error:
+            read.error = error.reason_for(item.path)
+        return read
 
     def _version(self, path: str) -> dict[str, Any] | None:
         version = source_version(path)
@@ -192,25 +197,9 @@ class ClipReader(Dataset[Read]):
             self._last_version = path, source_version(path, hashed=True)
         return self._last_version[1] if self.hashed else version
 
-    def _read(self, number: int) -> Read:
-        item = self.items[number]
-        try:
-            return self._read_clip(number, item, self._open(item))
-        except MediaError as error:
-            return Read(number, error=error.reason_for(item.path))
-
-    def _open(self, item: Item) -> Segment:
-        part = item.path, item.bounds
-        if self._opened is None or repr(self._opened[0]) != repr(
-            part
-        ):  # bounds may be NaN, which does not equal itself
-            if self._opened is not None:
-                self._opened[1].close()
-                self._opened = None
-            self._opened = part, open_frames(item.path, ClipSettings(1, 1, reader=self.reader), item.bounds)
-        return self._opened[1]
-
-    def _read_clip(self, number: int, item: Item, opened: Segment) -> Read:
+    def _pixels(self, item: Item) -> tuple[Tensor, float]:
+        """[3, T, H, W] uint8, and frames per second."""
+        opened = self._open(item)
         info = opened.info
         settings = self.transform.settings(info, self.reader)
         possible, step = int(settings.length(info.num_frames, info.fps)), float(settings.step(info.fps))
@@ -222,4 +211,13 @@ class ClipReader(Dataset[Read]):
             starts = info.num_frames - int((frames - 1) * step)  # number of possible first frames
             start = (int(item.first * step) + 0.5) / starts
         pixels = read_clip(opened, item.path, settings, frames, start)
-        return Read(number, to_tensor(np.ascontiguousarray(pixels)), info.fps / step)
+        return to_tensor(np.ascontiguousarray(pixels)), info.fps / step
+
+    def _open(self, item: Item) -> Segment:
+        part = item.path, str(item.bounds)  # bounds may be NaN, which does not equal itself
+        if self._opened is None or self._opened[0] != part:
+            if self._opened is not None:
+                self._opened[1].close()
+                self._opened = None
+            self._opened = part, open_frames(item.path, ClipSettings(1, 1, reader=self.reader), item.bounds)
+        return self._opened[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ from vae3d.models.spatial import UNKNOWN_FACTOR
 from vae3d.pixels import RANGES, TOLERANCE, PixelError, check_latents, quantize, value_range
 from vae3d.precision import no_tf32
 from vae3d.seeding import Generators, randn_like
-from vae3d.types import Delta, Posterior
+from vae3d.types import Delta
 
-MODES = ("sample", "mean", "moments")
+MODES = ("sample", "mean")
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,15 @@ class LatentCodec:
         """(C, t, h, w) of the latents of a clip."""
         return self.model.latent_shape(frames, height, width)
 
-    def encode(self, pixels: Tensor, mode: str = "mean", generator: Generators = None) -> Tensor | Moments:
+    def encode(self, pixels: Tensor, mode: str = "mean", generator: Generators = None) -> Tensor:
         """Images [B, 3, H, W] or clips [B, 3, T, H, W] in pixel_range -> normalised latents [B, C, t, h, w].
 
-        mode: mean, sample (generator: one for the batch, or one per clip), or moments.
+        mode: mean, or sample (generator: one for the batch, or one per clip).
         Raises PixelError as to_video does, ValueError for another mode.
         """
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; use one of {', '.join(MODES)}")
         moments = self.moments(pixels)
-        if mode == "moments":
-            return moments
         return moments.mean if mode == "mean" else moments.sample(generator)
 
     def moments(self, pixels: Tensor) -> Moments:
@@ -120,7 +118,9 @@ class LatentCodec:
         video = self.to_video(pixels)
         with self._precision_and_chunks(*video.shape[-2:]):
             posterior = self.model.encode(video)
-        return Moments(posterior.mean.float(), _std(posterior))
+        mean = posterior.mean.float()
+        deterministic = isinstance(posterior, Delta)
+        return Moments(mean, torch.zeros_like(mean) if deterministic else posterior.logvar.float().mul(0.5).exp())
 
     @torch.no_grad()
     def decode(self, z: Tensor, num_frames: int | None = None, size: tuple[int, int] | None = None) -> Tensor:
@@ -183,17 +183,9 @@ class LatentCodec:
             self.model.chunk_latents = None
             self.model.chunk_latents = self.model.stream(height, width).chunk_latents
         half = self.dtype != torch.float32
-        with ExitStack() as stack:
-            if not half:
-                stack.enter_context(no_tf32())
-            stack.enter_context(torch.autocast(self.device.type, self.dtype if half else None, enabled=half))
+        autocast = torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
+        with nullcontext() if half else no_tf32(), autocast:
             yield
-
-
-def _std(posterior: Posterior | Delta) -> Tensor:
-    if isinstance(posterior, Delta):
-        return torch.zeros_like(posterior.mean, dtype=torch.float32)
-    return posterior.logvar.float().mul(0.5).exp()
 
 
 def _set_chunks(model: nn.Module, frames: int) -> None:

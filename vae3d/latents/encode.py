@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +23,15 @@ from tqdm import tqdm
 from vae3d import __version__
 from vae3d.data.versions import source_version
 from vae3d.data.workers import load
-from vae3d.evaluation.tables import write_json
 from vae3d.hashing import file_hash, json_hash
 from vae3d.inference.folder import has_results, locked, settings_difference
-from vae3d.io import naming, remove_unfinished, write_text
+from vae3d.io import remove_unfinished, write_json, write_text
+from vae3d.latents import shards
 from vae3d.latents.cache import read_meta
 from vae3d.latents.clips import FLIP, ClipError, ClipReader, Item, Read, Transform
 from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.identity import latent_config, vae_metadata
-from vae3d.latents.shards import (
-    COMPLETE,
-    ERRORS,
-    INDEX,
-    KINDS,
-    META,
-    STATISTICS,
-    WRITERS,
-    CacheError,
-    Shard,
-    damage,
-    read_json,
-    read_marker,
-    read_statistics,
-    write_shard,
-)
+from vae3d.latents.shards import COMPLETE, ERRORS, INDEX, KINDS, META, STATISTICS, WRITERS, CacheError, Shard
 from vae3d.latents.statistics import LatentStatistics, StatisticsError
 from vae3d.precision import DTYPES
 from vae3d.seeding import generator_of
@@ -64,7 +49,7 @@ class EncodeJob:
     errors: of rows without a clip. store: moments (posterior mean and standard deviation), mean, or sample (drawn once,
     by (seed, key)). dtype: of the stored latents. flip: add an entry of every clip mirrored. shard_size: clips per
     shard; a process holds one shard in memory, and a kill loses it. writers: additional layouts, see shards.WRITERS.
-    timeout: seconds without a clip until WorkerTimeout; 0: never. max_broken: fraction of clips that may fail. retry:
+    timeout: seconds without a clip until WorkerError; 0: never. max_broken: fraction of clips that may fail. retry:
     encode shards with errors again. verify: how to detect replaced source files: stat (size and time) or hash (content;
     also checks the shards).
     """
@@ -146,23 +131,19 @@ def encode_cache(job: EncodeJob, rank: int = 0, world_size: int = 1, wait: Calla
     FolderError if another process writes to it.
     """
     with locked(job.folder, f"cache={job.folder}") if rank == 0 else nullcontext():
-        _encode_locked(job, rank, world_size, wait)
-
-
-def _encode_locked(job: EncodeJob, rank: int, world_size: int, wait: Callable[[], None]) -> None:
-    if rank == 0:
-        begin(job.folder, job.meta())
-        for name in ("shards", *WRITERS):
-            remove_unfinished(job.folder / name)
-    wait()
-    digest = read_json(job.folder / META)["digest"]
-    todo = [shard for shard in range(rank, job.shards, world_size) if not _is_done(job, shard, digest)]
-    if todo:
-        (job.folder / COMPLETE).unlink(missing_ok=True)
-        _encode_shards(job, todo, digest, quiet=rank > 0)
-    wait()
-    if rank == 0:
-        finish(job, digest)
+        if rank == 0:
+            begin(job.folder, job.meta())
+            for name in ("shards", *WRITERS):
+                remove_unfinished(job.folder / name)
+        wait()
+        digest = read_meta(job.folder)["digest"]
+        todo = [shard for shard in range(rank, job.shards, world_size) if not _is_done(job, shard, digest)]
+        if todo:
+            (job.folder / COMPLETE).unlink(missing_ok=True)
+            _encode_shards(job, todo, digest, quiet=rank > 0)
+        wait()
+        if rank == 0:
+            finish(job, digest)
 
 
 def begin(folder: Path, meta: dict[str, Any]) -> None:
@@ -180,7 +161,7 @@ def begin(folder: Path, meta: dict[str, Any]) -> None:
 def _is_done(job: EncodeJob, shard: int, digest: str) -> bool:
     """Whether a shard is complete, undamaged, and its source files are unchanged."""
     try:
-        marker = read_marker(job.folder, shard)
+        marker = shards.read_marker(job.folder, shard)
     except CacheError as error:
         log.warning("shard %d is encoded again: %s", shard, error)
         return False
@@ -188,7 +169,8 @@ def _is_done(job: EncodeJob, shard: int, digest: str) -> bool:
         return False
     if "webdataset" in job.writers and any(row != row | _labels(job, row) for row in marker["rows"]):
         return False  # its tar file has old labels
-    why = _replaced(job, shard, marker["sources"]) or damage(job.folder, shard, marker, verify=job.verify == "hash")
+    verify = job.verify == "hash"
+    why = _replaced(job, shard, marker["sources"]) or shards.damage(job.folder, shard, marker, verify=verify)
     if why:
         log.warning("shard %d is encoded again: %s", shard, why)
     return why is None
@@ -211,8 +193,8 @@ def _labels(job: EncodeJob, row: dict[str, Any]) -> dict[str, str]:
     return {"label": item.label, "split": item.split, "text": item.text}
 
 
-def _encode_shards(job: EncodeJob, shards: Sequence[int], digest: str, quiet: bool) -> None:
-    numbers = [number for shard in shards for number in job.span(shard)]
+def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool) -> None:
+    numbers = [number for shard in todo for number in job.span(shard)]
     sides = job.transform.height, job.transform.width, job.transform.frames
     reads: Iterable[Read] = load(
         ClipReader(job.items, job.transform, job.reader, hashed=job.verify == "hash"),
@@ -222,38 +204,24 @@ def _encode_shards(job: EncodeJob, shards: Sequence[int], digest: str, quiet: bo
         held=job.batch_size,
         sampler=numbers,
         batch_size=None,
-        collate_fn=_identity,
     )
     progress = iter(tqdm(reads, total=len(numbers), unit="clip", disable=True if quiet else None))
     errors: list[ClipError] = []
-    for number in shards:
+    for number in todo:
         shard, statistics = Shard(), LatentStatistics(job.codec.channels)
         for batch in _batches(islice(progress, len(job.span(number))), job.batch_size):
             _encode_batch(job, number, batch, shard, statistics)
-        write_shard(job.folder, number, shard, statistics, digest, job.writers)
+        shards.write_shard(job.folder, number, shard, statistics, digest, job.writers)
         errors += shard.errors
         if len(errors) > job.max_broken * len(job.items):
             raise CacheError(_too_many(errors, len(job.items), job.max_broken))
 
 
-def _identity(read: Read) -> Read:
-    return read  # a named function, because lambdas cannot be pickled
-
-
 def _batches(reads: Iterable[Read], size: int) -> Iterator[list[Read]]:
     """Consecutive clips of one shape; errors stand alone."""
-    batch: list[Read] = []
-    for read in reads:
-        if batch and (len(batch) == size or _shape(read) != _shape(batch[0]) or read.pixels is None):
+    for shape, run in groupby(reads, lambda read: None if read.pixels is None else read.pixels.shape):
+        while batch := list(islice(run, 1 if shape is None else size)):
             yield batch
-            batch = []
-        batch.append(read)
-    if batch:
-        yield batch
-
-
-def _shape(read: Read) -> torch.Size | None:
-    return None if read.pixels is None else read.pixels.shape
 
 
 def _encode_batch(job: EncodeJob, number: int, batch: list[Read], shard: Shard, statistics: LatentStatistics) -> None:
@@ -318,7 +286,7 @@ def _row(item: Item, read: Read, key: str, entry: int, shard: int, flip: bool, z
 
 def finish(job: EncodeJob, digest: str) -> None:
     """Write errors, index and statistics of all shards, and last complete.json. Raises CacheError."""
-    markers = [read_marker(job.folder, shard) for shard in range(job.shards)]
+    markers = [shards.read_marker(job.folder, shard) for shard in range(job.shards)]
     if missing := [shard for shard, marker in enumerate(markers) if marker is None or marker["of"] != digest]:
         raise CacheError(
             f"{job.folder}: {len(missing)} of {job.shards} shards are missing ({missing[:MAX_SHOWN]}); do all "
@@ -326,14 +294,12 @@ def finish(job: EncodeJob, digest: str) -> None:
         )
     rows = [row | _labels(job, row) for marker in markers for row in marker["rows"]]
     errors = [*job.errors, *(error for marker in markers for error in marker["errors"])]
-    with naming(job.folder / ERRORS):
-        write_text(job.folder / ERRORS, "".join(json.dumps(error) + "\n" for error in errors))
+    write_text(job.folder / ERRORS, "".join(json.dumps(error) + "\n" for error in errors))
     clips = len(job.items) + len(job.errors)
     if len(errors) > job.max_broken * clips or not rows:
         raise CacheError(_too_many(errors, clips, job.max_broken) + f"; {job.folder / ERRORS} lists all")
-    with naming(job.folder / INDEX):
-        write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(index=False))
-    statistics = read_statistics(job.folder, job.shards).summary()
+    write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(index=False))
+    statistics = shards.read_statistics(job.folder, job.shards).summary()
     write_json(job.folder / STATISTICS, statistics)
     hashes = {name: file_hash(job.folder / name) for name in (META, INDEX, STATISTICS)}
     counts = {"shards": job.shards, "entries": len(rows), "errors": len(errors)}

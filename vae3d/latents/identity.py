@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
+from torch import nn
+
+from vae3d.arguments import Deviation, Mean
 from vae3d.hashing import weights_hash
 from vae3d.inference.folder import settings_difference
 from vae3d.latents.codec import LatentCodec
-from vae3d.models.registry import MODELS
+from vae3d.models.registry import MODELS, TARGET, is_known
 
 FACTORS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")  # settings of the normalisation
 RUNNING = ("frame_batch", "gradient_checkpointing", "chunk_latents")  # settings that change memory, not latents
+
+
+class VaeMetadata(TypedDict):
+    """What files record about an autoencoder and are checked for; vae_metadata has more, for information."""
+
+    model: str
+    encoder: str
+    config: Mapping[str, Any] | None
+    latents_mean: Sequence[Mean]
+    latents_std: Sequence[Deviation]
 
 
 def vae_metadata(codec: LatentCodec, checkpoint: str) -> dict[str, Any]:
@@ -39,8 +52,7 @@ def vae_metadata(codec: LatentCodec, checkpoint: str) -> dict[str, Any]:
 
 def encoder_hash(codec: LatentCodec) -> str:
     modules = codec.model.trainable_parts()["encoder"]
-    states = [(index, module.state_dict()) for index, module in enumerate(modules)]
-    return weights_hash({f"{index}.{name}": tensor for index, state in states for name, tensor in state.items()})
+    return weights_hash(nn.ModuleList(modules).state_dict())
 
 
 def vae_difference(metadata: Mapping[str, Any], codec: LatentCodec) -> str | None:
@@ -54,9 +66,11 @@ def vae_difference(metadata: Mapping[str, Any], codec: LatentCodec) -> str | Non
 
 
 def latent_config(config: Mapping[str, Any], top: bool = True) -> dict[str, Any]:
-    """The settings of a model configuration that change its raw latents, flat, defaults filled in."""
+    """The settings of a model configuration that change its raw latents, flat, with defaults for what it leaves out."""
+    arguments = inspect.signature(MODELS[config[TARGET]]).parameters.values() if is_known(config) else ()
+    defaults = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
     settings: dict[str, Any] = {}
-    for name, value in {**_defaults(config.get("_target_")), **config}.items():
+    for name, value in {**defaults, **config}.items():
         if name in RUNNING or name.startswith("decoder") or (top and name in FACTORS):
             continue
         if isinstance(value, Mapping):
@@ -64,11 +78,3 @@ def latent_config(config: Mapping[str, Any], top: bool = True) -> dict[str, Any]
         else:
             settings[name] = list(value) if isinstance(value, tuple) else value
     return settings
-
-
-def _defaults(target: Any) -> dict[str, Any]:
-    """Default arguments of a model of this project; configurations of published weights leave them out."""
-    if not isinstance(target, str) or target not in MODELS:
-        return {}
-    arguments = inspect.signature(MODELS[target]).parameters.values()
-    return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}

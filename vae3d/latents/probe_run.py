@@ -6,6 +6,7 @@ first `decoded` clips.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -18,16 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae3d.data.clips import ClipSettings, open_frames, read_clip, to_tensor
+from vae3d.arguments import Count, check_fields
+from vae3d.data.clips import ClipSettings, open_frames, read_clip, resize_crop_params, to_tensor
 from vae3d.data.media import MediaError, MediaInfo
 from vae3d.data.segments import bounds_of
 from vae3d.data.sources import DataError
-from vae3d.data.transforms import resize_crop_params
 from vae3d.errors import UserError
 from vae3d.inference.scale import off_scale
 from vae3d.latents import probes
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.statistics import LatentStatistics
+from vae3d.latents.statistics import LatentStatistics, finite
 from vae3d.models.interface import nearest_frames
 from vae3d.models.tiling import Tiled
 from vae3d.models.wan import WanVAE
@@ -50,22 +51,20 @@ class ProbeSettings:
     see models.tiling.Tiled; None: no tiles.
     """
 
-    height: int
-    width: int
-    frames: int = 1
-    count: int = 64
-    decoded: int = 16
-    per_file: int = 1
-    short_side: int | None = None
-    batch: int = 4
+    height: Count
+    width: Count
+    frames: Count = 1
+    count: Count = 64
+    decoded: Count = 16
+    per_file: Count = 1
+    short_side: Count | None = None
+    batch: Count = 4
     seed: int = 0
     tile: int | None = None
     tile_overlap: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "frames", "count", "decoded", "per_file", "batch"):
-            if getattr(self, name) < 1:
-                raise ProbeError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_fields(vars(self), type(self))
 
 
 @dataclass
@@ -242,7 +241,7 @@ def probe_decoder(
     Raises ProbeError if the decoder outputs NaN."""
     mean, std = (torch.tensor(statistics[key], device=codec.device) for key in ("mean", "std"))
     sigmas = (0.0, *probes.NOISE)
-    values: dict[str, dict[str, list[Tensor]]] = {}
+    values: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     decoded, previous = 0, None
     for pixels in batches(clips(), settings.batch, codec.device, settings.decoded):
         z = codec.encode(pixels)
@@ -261,15 +260,14 @@ def probe_decoder(
             measured["tiles"] = probes.tiling_error(codec, TiledCodec(tiled(codec.model, settings)), pixels)
         for probe, results in measured.items():
             for key, value in results.items():
-                values.setdefault(probe, {}).setdefault(key, []).append(value.cpu())
+                values[probe][key].append(value.cpu())
         previous, decoded = z[-1:], decoded + len(z)
-    means = {
-        probe: dict(
-            zip(results, probes.finite(torch.stack([torch.cat(v).mean() for v in results.values()])), strict=True)
-        )
-        for probe, results in values.items()
-    }
+    means = {probe: {key: _mean(parts) for key, parts in results.items()} for probe, results in values.items()}
     return {"interpolation": None, "tiles": None} | means | {"clips_decoded": decoded}
+
+
+def _mean(parts: list[Tensor]) -> float | None:
+    return finite(torch.cat(parts).mean()[None])[0]
 
 
 def _generators(settings: ProbeSettings, first: int, z: Tensor) -> list[torch.Generator]:

@@ -7,7 +7,6 @@ the participation ratio are in latents.statistics.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from vae3d.latents.statistics import finite
 from vae3d.metrics.frame import decibel, gradient_energy
 from vae3d.seeding import randn_like
 
@@ -170,14 +170,9 @@ def first_against_rest(first: Mapping[str, Any], rest: Mapping[str, Any]) -> dic
     return {"mean_gap": finite((a["mean"] - b["mean"]) / b["std"]), "std_ratio": finite(a["std"] / b["std"])}
 
 
-def _halved(x: Tensor) -> Tensor:
-    """Bilinear scaling by exactly 1/2: each pixel is the mean of four."""
-    return F.avg_pool3d(x, (1, 2, 2))
-
-
 # Transforms tau of pixels and latents. side: space stride for pixels, 1 for latents.
 TRANSFORMS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "scale": lambda x, side: _halved(x),
+    "scale": lambda x, side: F.avg_pool3d(x, (1, 2, 2)),  # by 1/2, bilinear: each pixel is the mean of four
     "rot90": lambda x, side: torch.rot90(x, 1, (-2, -1)),
     "flip": lambda x, side: x.flip(-1),
     "shift": lambda x, side: x[..., side:, side:],  # by one latent, cropped
@@ -267,11 +262,6 @@ def psnr(video: Tensor, reference: Tensor) -> Tensor:
     """PSNR per clip, [N] dB, with pixels clamped to [-1, 1]; 100 for equal pixels."""
     error = _mean_square(video.clamp(-1, 1) - reference.clamp(-1, 1)) / 4
     return torch.tensor([decibel(mse) for mse in error.tolist()], dtype=torch.float64)
-
-
-def finite(values: Tensor) -> list[float | None]:
-    """As a list, with None for NaN and infinity."""
-    return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _per_channel(values: Tensor) -> Tensor:

@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vae3d.arguments import check_fields
 from vae3d.errors import UserError
-from vae3d.evaluation.tables import write_json
 from vae3d.hashing import file_hash, json_hash
-from vae3d.io import atomic_dir, atomic_write, naming, read_text
+from vae3d.io import atomic_dir, atomic_write, naming, read_text, write_json
 from vae3d.latents.statistics import LatentStatistics
 
 META = "meta.json"
@@ -189,12 +189,15 @@ def write_webdataset(cache: Path, number: int, shard: Shard) -> None:
 WRITERS: dict[str, Callable[[Path, int, Shard], None]] = {"npy": write_npy, "webdataset": write_webdataset}
 
 
-def read_json(file: Path) -> Any:
-    """Read a JSON file with any text, unlike io.read_json. Raises CacheError."""
+def read_json(file: Path, fields: type | None = None, hint: str = "encode again") -> Any:
+    """Read a JSON file with any text, unlike io.read_json, and check it against a TypedDict. Raises CacheError."""
     try:
-        return json.loads(read_text(file, MAX_JSON_BYTES), parse_constant=_no_constant)
+        content = json.loads(read_text(file, MAX_JSON_BYTES), parse_constant=_no_constant)
+        if fields is not None:
+            check_fields(content, fields)
     except (ValueError, RecursionError) as error:  # ValueError: also FileError, and integers of 5000 digits
-        raise CacheError(f"{file} cannot be read: {error}") from error
+        raise CacheError(f"{file} cannot be used: {error}; {hint}") from error
+    return content
 
 
 def _no_constant(name: str) -> None:

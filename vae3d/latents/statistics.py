@@ -10,7 +10,6 @@ A diffusion model sees samples. Their variance is the variance of the posterior 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,19 +50,18 @@ class ChannelMoments(RunningStats):
 
     def merge(self, other: ChannelMoments) -> None:
         """Add the positions of `other`; third and fourth moments by Pébay, SAND2008-6212."""
+        if not other.count:
+            return
         a, b = self.count, other.count
-        if a and b:
-            n = a + b
-            gap = other.mean - self.mean
-            second_a, second_b = self.scatter.diagonal(), other.scatter.diagonal()
-            fourth = self.fourth + other.fourth + gap**4 * (a * b * (a * a - a * b + b * b) / n**3)
-            fourth = fourth + 6 * gap**2 * (a * a * second_b + b * b * second_a) / n**2
-            self.fourth = fourth + 4 * gap * (a * other.third - b * self.third) / n
-            third = self.third + other.third + gap**3 * (a * b * (a - b) / n**2)
-            self.third = third + 3 * gap * (a * second_b - b * second_a) / n
-            self.variance_sum = self.variance_sum + other.variance_sum
-        elif b:
-            self.third, self.fourth, self.variance_sum = other.third, other.fourth, other.variance_sum
+        n = a + b
+        gap = other.mean - self.mean
+        second_a, second_b = self.scatter.diagonal(), other.scatter.diagonal()
+        fourth = self.fourth + other.fourth + gap**4 * (a * b * (a * a - a * b + b * b) / n**3)
+        fourth = fourth + 6 * gap**2 * (a * a * second_b + b * b * second_a) / n**2
+        self.fourth = fourth + 4 * gap * (a * other.third - b * self.third) / n
+        third = self.third + other.third + gap**3 * (a * b * (a - b) / n**2)
+        self.third = third + 3 * gap * (a * second_b - b * second_a) / n
+        self.variance_sum = self.variance_sum + other.variance_sum
         super().merge(other)
 
     def summary(self) -> dict[str, Any]:
@@ -78,21 +76,15 @@ class ChannelMoments(RunningStats):
         }
 
 
-@dataclass
 class LatentStatistics:
     """Statistics of raw latents: moments of first and other latent frames, and a histogram of fp16 values, [C, 2^16].
 
     In causal video autoencoders the first latent frame stands for a single video frame."""
 
-    channels: int
-    clips: int = 0
-    first: ChannelMoments = field(init=False)
-    rest: ChannelMoments = field(init=False)
-    histogram: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.first, self.rest = ChannelMoments(self.channels), ChannelMoments(self.channels)
-        self.histogram = torch.zeros(self.channels, LEVELS, dtype=torch.int64)
+    def __init__(self, channels: int, clips: int = 0) -> None:
+        self.channels, self.clips = channels, clips
+        self.first, self.rest = ChannelMoments(channels), ChannelMoments(channels)
+        self.histogram = torch.zeros(channels, LEVELS, dtype=torch.int64)
 
     def update(self, mean: Tensor, std: Tensor | None = None) -> None:
         """Add a clip: posterior means, or samples, and posterior standard deviations, [C, t, h, w] each.
@@ -153,8 +145,8 @@ class LatentStatistics:
             "first_frame": self.first.summary(),
             "other_frames": self.rest.summary() if self.rest.count else None,
             "percentiles": {f"{percent:g}": self.percentile(percent) for percent in PERCENTILES},
-            "kurtosis": _numbers(torch.where(varies, whole.fourth / whole.count / variance.square(), undefined)),
-            "skewness": _numbers(torch.where(varies, whole.third / whole.count / variance**1.5, undefined)),
+            "kurtosis": finite(torch.where(varies, whole.fourth / whole.count / variance.square(), undefined)),
+            "skewness": finite(torch.where(varies, whole.third / whole.count / variance**1.5, undefined)),
             "covariance_eigenvalues": eigenvalues.tolist(),
             "participation_ratio": float(eigenvalues.sum().square() / eigenvalues.square().sum())
             if varies.any()
@@ -195,6 +187,6 @@ def _value(rank: Tensor) -> Tensor:
     return signed.to(torch.int16).view(torch.float16).double()
 
 
-def _numbers(values: Tensor) -> list[float | None]:
-    """None stands for NaN, which JSON does not have."""
-    return [None if math.isnan(value) else value for value in values.tolist()]
+def finite(values: Tensor) -> list[float | None]:
+    """As a list, with None for NaN and infinity, which JSON does not have."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]

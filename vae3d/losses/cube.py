@@ -6,32 +6,31 @@ pixels per solid angle of the centre. Invalid pixels have weight 0.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from vae3d import panorama
-from vae3d.losses.objective import ErrorMap, numel_per_frame, require_pixels
+from vae3d.losses.objective import PixelTerm
 from vae3d.losses.perceptual import LPIPS
 from vae3d.losses.pixel_weights import mean_one
 from vae3d.models.layers.frames import frames_of
-from vae3d.types import Clip, Reconstruction
+from vae3d.types import Clip
 
 
-class CubeL1:
+@dataclass(eq=False)
+class CubeL1(PixelTerm):
     """|reconstruction - clip| on cube faces. size: pixels of a face's side, by default half the panorama's height."""
 
-    needs_pixels = True
+    size: int | None = None
 
-    def __init__(self, size: int | None = None) -> None:
-        self.size = size
-
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
+    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
         # Sampling is linear: the faces of the error equal the error of the faces.
-        errors = panorama.cube_faces(frames_of(require_pixels(out) - clip.video), self.size).abs()
+        errors = panorama.cube_faces(frames_of(rec - clip.video), self.size).abs()
         weight = _face_weight(clip, self.size)
         errors = (errors if weight is None else errors * weight).mean((1, 2, 3, 4))
-        return ErrorMap(errors.view(len(clip.video), 1, -1, 1, 1), numel_per_frame(clip.video))
+        return errors.view(len(clip.video), 1, -1, 1, 1)
 
 
 class CubeLPIPS(LPIPS):
@@ -55,23 +54,19 @@ class CubeLPIPS(LPIPS):
         super().__init__(net=net, path=path, frame_batch=frame_batch, gradient_checkpointing=gradient_checkpointing)
         self.size = size
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
-        net = self.network.net
+    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
         size = self.size or clip.video.shape[-2] // 2
-        min_size = self.min_size[net]
+        min_size = self.min_size[self.net]
         if size < min_size:
             raise ValueError(
-                f"LPIPS with the {net} trunk needs cube faces of at least {min_size} pixels; these have {size}: train "
-                f"on panoramas of at least {2 * min_size} rows, or set the term's `size`"
+                f"LPIPS with the {self.net} trunk needs cube faces of at least {min_size} pixels; these have {size}: "
+                f"train on panoramas of at least {2 * min_size} rows, or set the term's `size`"
             )
-        ori, rec = (
-            panorama.cube_faces(frames_of(video), size).flatten(0, 1) for video in (clip.video, require_pixels(out))
-        )
+        ori, rec = (panorama.cube_faces(frames_of(video), size).flatten(0, 1) for video in (clip.video, rec))
         weight = _face_weight(clip, size)
         weight = None if weight is None else weight.flatten(0, 1)
         values = self.distances(ori, rec, weight, len(clip.video))  # [B, 1, T * 6, 1, 1]
-        frames = values.unflatten(2, (-1, 6)).mean(3)
-        return ErrorMap(frames, numel_per_frame(clip.video))
+        return values.unflatten(2, (-1, 6)).mean(3)
 
 
 def _face_weight(clip: Clip, size: int | None) -> Tensor | None:

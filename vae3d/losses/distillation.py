@@ -1,4 +1,4 @@
-"""Losses against a teacher, whose latents and features training/distillation.py computes."""
+"""Losses against a teacher, whose latents and features training/teacher.py computes."""
 
 from __future__ import annotations
 

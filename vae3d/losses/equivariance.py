@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae3d.losses.objective import ErrorMap, numel_per_frame, require_pixels
+from vae3d.arguments import Range, check_fields
+from vae3d.losses.objective import ErrorMap, numel_per_frame
 from vae3d.losses.pixel_weights import mean_one
 from vae3d.models.layers.frames import clips_of, frames_of
 from vae3d.seeding import seed_of
 from vae3d.types import Clip, Reconstruction
 
 NORMS = {"l1": torch.abs, "l2": torch.square}
+Share = Annotated[float, Range(1e-30, 1)]
 
 
 class Transform(NamedTuple):
@@ -35,11 +38,8 @@ class Transform(NamedTuple):
             video = clips_of(frames, len(video))
         return torch.rot90(video.flip(-1) if self.flip else video, self.quarter_turns, (-2, -1))
 
-    def scaled_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of latents after scaling."""
-        return max(1, round(height * self.scale)), max(1, round(width * self.scale))
 
-
+@dataclass(kw_only=True, eq=False)
 class Equivariance:
     """|decode(tau z) - tau x| for a spatial transform tau of a clip x and its latents z.
 
@@ -55,38 +55,26 @@ class Equivariance:
 
     needs_pixels = True
 
-    def __init__(
-        self,
-        *,
-        scales: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
-        rotations: Sequence[int] = (0, 1, 2, 3),
-        flip: bool = False,
-        probability: float = 0.5,
-        norm: str = "l1",
-        seed: int = 0,
-    ) -> None:
-        if not all(0 < scale <= 1 for scale in scales):
-            raise ValueError(f"scales are {list(scales)}; each must be above 0 and at most 1")
-        if not set(rotations) <= {0, 1, 2, 3}:
-            raise ValueError(f"rotations are {list(rotations)}; use quarter turns, 0, 1, 2 or 3")
-        if not 0 < probability <= 1:
-            raise ValueError(f"probability is {probability}; it must be above 0 and at most 1")
-        if norm not in NORMS:
-            raise ValueError(f"norm is {norm!r}; use one of {', '.join(NORMS)}")
-        combinations = product(map(float, scales), (False, True) if flip else (False,), rotations)
+    scales: Sequence[Share] = (0.25, 0.5, 0.75, 1.0)
+    rotations: Sequence[Literal[0, 1, 2, 3]] = (0, 1, 2, 3)
+    flip: bool = False
+    probability: Share = 0.5
+    norm: Literal["l1", "l2"] = "l1"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(vars(self), type(self))
+        combinations = product(map(float, self.scales), (False, True) if self.flip else (False,), self.rotations)
         self.transforms = [Transform(*settings) for settings in combinations if settings != (1.0, False, 0)]
         if not self.transforms:
             raise ValueError("scales and rotations contain only the identity; add another scale or rotation")
-        self.probability = probability
-        self.norm = NORMS[norm]
-        self.seed = seed
 
     def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
         if out.decode is None:
-            raise ValueError("equivariance needs Reconstruction.decode; see models.forward.attach_decoder")
+            raise ValueError("equivariance needs Reconstruction.decode; see models.interface.attach_decoder")
         transforms = [self.draw(position) for position in clip.positions.tolist()]
         # Without a transform 0 times the reconstruction, so that every rank has a gradient of every parameter.
-        zero = require_pixels(out).sum() * 0.0
+        zero = out.video.float().sum() * 0.0
         errors = [zero if tau is None else self._error(tau, clip, out, i) for i, tau in enumerate(transforms)]
         return ErrorMap(torch.stack(errors).view(-1, 1, 1, 1, 1), numel_per_frame(clip.video))
 
@@ -101,11 +89,17 @@ class Equivariance:
         """Mean error of one clip."""
         one = slice(index, index + 1)
         z, video = out.z[one].float(), clip.video[one]
-        stride = _stride(video, z)
-        latent_size = tau.scaled_size(*z.shape[-2:])
+        stride = video.shape[-2] // z.shape[-2]
+        if video.shape[-2:] != tuple(side * stride for side in z.shape[-2:]):
+            height, width = video.shape[-2:]
+            raise ValueError(
+                f"equivariance needs height and width that are multiples of the model's stride; {height}x{width} "
+                f"pixels have latents of {z.shape[-2]}x{z.shape[-1]}"
+            )
+        latent_size = [max(1, round(side * tau.scale)) for side in z.shape[-2:]]
         size = [side * stride for side in latent_size]
         target = tau(video, size)
-        errors = self.norm(out.decode(tau(z, latent_size), target).float() - target)
+        errors = NORMS[self.norm](out.decode(tau(z, latent_size), target).float() - target)
         if clip.weight is not None:
             weight = clip.weight.expand(len(clip.video), -1, video.shape[2], *video.shape[-2:])[one]
             weight = tau(weight, size)
@@ -113,14 +107,3 @@ class Equivariance:
                 weight = weight * (tau(clip.valid[one].float(), size) > 1 - 1e-4)
             errors = errors * mean_one(weight)
         return errors.mean()
-
-
-def _stride(video: Tensor, z: Tensor) -> int:
-    height, width = video.shape[-2:]
-    stride = height // z.shape[-2]
-    if (height, width) != (stride * z.shape[-2], stride * z.shape[-1]):
-        raise ValueError(
-            f"equivariance needs height and width that are multiples of the model's stride; {height}x{width} pixels "
-            f"have latents of {z.shape[-2]}x{z.shape[-1]}"
-        )
-    return stride

@@ -38,6 +38,20 @@ class Term(Protocol):
         """Errors, or None if the term does not apply to this clip."""
 
 
+class PixelTerm:
+    """Base of terms that compare the reconstruction's pixels with the clip's."""
+
+    needs_pixels = True
+
+    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
+        assert out.video is not None, "the term needs pixels; set needs_pixels = True in its class"
+        return ErrorMap(self.errors(out.video.float(), clip), numel_per_frame(clip.video))
+
+    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
+        """ErrorMap.map of a reconstruction [B, 3, T, H, W]."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class WeightedTerm:
     """A term in an Objective. reduction: by default the objective's."""
@@ -56,7 +70,7 @@ class WeightedTerm:
         return self.weight * ramp(step, *self.ramp)
 
 
-class Objective:
+class Objective(nn.Module):
     """Weighted sum of loss terms.
 
     reduction: "sum" sums each term over the elements of a frame and averages over frames and clips (KL: sums over a
@@ -79,6 +93,7 @@ class Objective:
         *,
         logvar: float | None = None,
     ) -> None:
+        super().__init__()
         for chosen in (reduction, *(t.reduction or reduction for t in terms.values())):
             if chosen not in REDUCTIONS:
                 raise ValueError(f"reduction is {chosen!r}; use one of {', '.join(REDUCTIONS)}")
@@ -100,21 +115,12 @@ class Objective:
 
     def load(self, device: torch.device | str) -> None:
         """Load the pretrained networks of terms and move everything to `device`."""
-        if self.logvar is not None:
-            self.logvar.data = self.logvar.data.to(device)
+        self.to(device)
         for t in self.terms.values():
             if hasattr(t.term, "load"):
                 t.term.load(device)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The learned log-variance, if there is one."""
-        return {} if self.logvar is None else {"logvar": self.logvar.data}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if self.logvar is not None:
-            self.logvar.data.copy_(state["logvar"])
-
-    def __call__(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch at optimizer step `step`.
 
         Metrics per term: `loss/<name>` under its reduction, `loss_mean/<name>` per element and `loss_weighted/<name>`,
@@ -172,10 +178,4 @@ class Objective:
 
 def numel_per_frame(x: Tensor) -> int:
     """C * H * W of [B, C, T, H, W]."""
-    _, channels, _, height, width = x.shape
-    return channels * height * width
-
-
-def require_pixels(out: Reconstruction) -> Tensor:
-    assert out.video is not None, "the term needs pixels; set needs_pixels = True in its class"
-    return out.video.float()
+    return x[0, :, 0].numel()

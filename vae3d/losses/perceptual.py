@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from vae3d import panorama
-from vae3d.losses.objective import ErrorMap, numel_per_frame, require_pixels
+from vae3d.losses.objective import PixelTerm
+from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.frames import clips_of, frames_of
 from vae3d.pretrained import weights
 from vae3d.pretrained.lpips import LPIPSNet
-from vae3d.types import Clip, Reconstruction
+from vae3d.types import Clip
 
 
-class LPIPS:
+@dataclass(kw_only=True, eq=False)
+class LPIPS(PixelTerm):
     """LPIPS of every frame. The trunk is frozen and runs in fp32.
 
     net: vgg (as in Open-Sora and latent-diffusion) or alex. path: the trunk's file, by default found by its name.
@@ -27,22 +29,14 @@ class LPIPS:
     The clip's weight applies inside each layer, at its size; see LPIPSNet.
     """
 
-    needs_pixels = True
+    net: str = "vgg"
+    path: str | Path | None = None
+    frame_batch: int = 4
+    gradient_checkpointing: bool = True
+    wrap: int = 0
 
-    def __init__(
-        self,
-        *,
-        net: str = "vgg",
-        path: str | Path | None = None,
-        frame_batch: int = 4,
-        gradient_checkpointing: bool = True,
-        wrap: int = 0,
-    ) -> None:
-        self.network = LPIPSNet(net)
-        self.path = path
-        self.frame_batch = frame_batch
-        self.gradient_checkpointing = gradient_checkpointing
-        self.wrap = wrap
+    def __post_init__(self) -> None:
+        self.network = LPIPSNet(self.net)
 
     def find_weights(self) -> Path:
         """Path of the trunk's file. Raises WeightsMissing if there is none."""
@@ -51,33 +45,25 @@ class LPIPS:
     def load(self, device: torch.device | str) -> None:
         self.network.load(self.path).to(device)
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
+    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
         ori = frames_of(clip.video)
-        rec = frames_of(require_pixels(out))
+        rec = frames_of(rec)
         weight = clip.weight
         if self.wrap:
             ori, rec = panorama.wrap(ori, self.wrap), panorama.wrap(rec, self.wrap)
-            weight = self._wrapped_weight(clip)
+            # 0 in the padding, and still of mean 1
+            width = clip.video.shape[-1]
+            weight = clip.video.new_ones(1, 1, 1, 1, 1) if weight is None else weight
+            weight = weight.expand(-1, -1, -1, clip.video.shape[-2], width)
+            weight = F.pad(weight, (self.wrap, self.wrap)) * (1 + 2 * self.wrap / width)
         if weight is not None:
             clips, frames = clip.video.shape[0], clip.video.shape[2]
             weight = frames_of(weight.expand(clips, 1, frames, -1, -1))
-        return ErrorMap(self.distances(ori, rec, weight, len(clip.video)), numel_per_frame(clip.video))
+        return self.distances(ori, rec, weight, len(clip.video))
 
     def distances(self, ori: Tensor, rec: Tensor, weight: Tensor | None, clips: int) -> Tensor:
         """[clips, 1, N / clips, 1, 1] for images [N, 3, H, W], with weights [N, 1, H, W] where H or W may be 1."""
         tensors = [ori, rec] if weight is None else [ori, rec, weight]
         batches = zip(*(tensor.split(self.frame_batch) for tensor in tensors), strict=True)
-        values = torch.cat([self._distance(*batch) for batch in batches])
-        return clips_of(values, clips)
-
-    def _distance(self, ori: Tensor, rec: Tensor, weight: Tensor | None = None) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled() and rec.requires_grad:
-            return checkpoint(self.network, ori, rec, weight, use_reentrant=False, preserve_rng_state=False)
-        return self.network(ori, rec, weight)
-
-    def _wrapped_weight(self, clip: Clip) -> Tensor:
-        """The clip's weight for wrapped frames: 0 in the padding, and still of mean 1."""
-        width = clip.video.shape[-1]
-        weight = clip.video.new_ones(1, 1, 1, 1, 1) if clip.weight is None else clip.weight
-        weight = weight.expand(-1, -1, -1, clip.video.shape[-2], width)
-        return F.pad(weight, (self.wrap, self.wrap)) * (1 + 2 * self.wrap / width)
+        recompute = self.gradient_checkpointing and rec.requires_grad
+        return clips_of(torch.cat([maybe_checkpoint(self.network, *b, enabled=recompute) for b in batches]), clips)

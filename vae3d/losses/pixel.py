@@ -3,56 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d import panorama
-from vae3d.losses.objective import ErrorMap, numel_per_frame, require_pixels
-from vae3d.types import Clip, Reconstruction
+from vae3d.losses.objective import PixelTerm
+from vae3d.types import Clip
 
 ROOT_EPS = 1e-6  # inside the square root of a gradient's magnitude, for a finite derivative at 0
 
 
-class L1:
+class L1(PixelTerm):
     """|reconstruction - clip|."""
 
-    needs_pixels = True
-
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
-        return ErrorMap((require_pixels(out) - clip.video).abs(), numel_per_frame(clip.video))
+    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
+        return (rec - clip.video).abs()
 
 
-class MSE:
+class MSE(PixelTerm):
     """(reconstruction - clip) ** 2."""
 
-    needs_pixels = True
-
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
-        return ErrorMap((require_pixels(out) - clip.video).square(), numel_per_frame(clip.video))
+    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
+        return (rec - clip.video).square()
 
 
-class Charbonnier:
+class Charbonnier(PixelTerm):
     """sqrt(e ** 2 + eps ** 2), e = reconstruction - clip: L1, smooth around 0 (LapSRN, arXiv 1710.01992, equation 4).
 
     As usual eps is not subtracted: a perfect reconstruction has a loss of eps, with gradient 0.
     Raises ValueError unless eps is positive.
     """
 
-    needs_pixels = True
-
     def __init__(self, eps: float = 1e-3) -> None:
         if eps <= 0:
             raise ValueError(f"eps is {eps}; use a positive number, or L1")
         self.eps = eps
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
-        error = require_pixels(out) - clip.video
-        return ErrorMap((error.square() + self.eps**2).sqrt(), numel_per_frame(clip.video))
+    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
+        return ((rec - clip.video).square() + self.eps**2).sqrt()
 
 
-class Sobel:
+@dataclass(kw_only=True, eq=False)
+class Sobel(PixelTerm):
     """(|Gx * e| + |Gy * e|) / 2 per channel, where e = reconstruction - clip and Gx, Gy are Sobel's kernels.
 
     normalize: divide the kernels by 8, so that a ramp of one level per pixel gives 1. White noise then gives 0.43 times
@@ -62,15 +57,11 @@ class Sobel:
     Windows with an invalid pixel do not count.
     """
 
-    needs_pixels = True
+    normalize: bool = True
+    wrap: bool = False
+    magnitude: bool = False
 
-    def __init__(self, *, normalize: bool = True, wrap: bool = False, magnitude: bool = False) -> None:
-        self.normalize = normalize
-        self.wrap = wrap
-        self.magnitude = magnitude
-
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
-        rec = require_pixels(out)
+    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
         if self.magnitude:
             edges = (self._magnitude(rec) - self._magnitude(clip.video)).abs()
         else:
@@ -79,7 +70,7 @@ class Sobel:
         if clip.valid is not None:
             invalid = F.max_pool3d(self._pad((~clip.valid).float()), (1, 3, 3), stride=1)
             edges = edges * _renormalised(1 - invalid, clip)
-        return ErrorMap(edges, numel_per_frame(clip.video))
+        return edges
 
     def _gradient(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         x = self._pad(frames) / (8 if self.normalize else 1)
@@ -98,7 +89,7 @@ class Sobel:
         return torch.cat([frames[..., :1], frames, frames[..., -1:]], -1)
 
 
-class Wavelet:
+class Wavelet(PixelTerm):
     """|Haar coefficients of the error|, all bands of `levels` levels alike: LTX-Video's DWT loss (arXiv 2501.00103).
 
     The transform is linear, so the error is transformed instead of both videos, and orthonormal: white noise gives its
@@ -110,20 +101,18 @@ class Wavelet:
     Raises ValueError unless levels is positive.
     """
 
-    needs_pixels = True
-
     def __init__(self, *, levels: int = 2, temporal: bool = False) -> None:
         if levels < 1:
             raise ValueError(f"levels is {levels}; use at least 1")
         self.levels = levels
         self.axes = (2, 3, 4) if temporal else (3, 4)
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
-        bands = pyramid(require_pixels(out) - clip.video, self.levels, self.axes, haar).abs()
+    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
+        bands = pyramid(rec - clip.video, self.levels, self.axes, haar).abs()
         if clip.valid is not None:
             invalid = pyramid((~clip.valid).float(), self.levels, self.axes, lambda a, b: (a + b, a + b))
             bands = bands * _renormalised((invalid == 0).float(), clip)
-        return ErrorMap(bands, numel_per_frame(clip.video))
+        return bands
 
 
 PairTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from vae3d.panorama import latitude_weights
 
-
-class PixelWeight(Protocol):
-    def __call__(self, height: int, device: torch.device) -> Tensor:
-        """[H], mean 1."""
+PixelWeight = Callable[[int, torch.device], Tensor]  # (height, device) -> [height], mean 1
 
 
 class ErpCosine:

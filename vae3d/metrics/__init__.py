@@ -9,13 +9,4 @@ from vae3d.metrics.base import Metric, MetricError, MetricSet, Score, VideoResul
 from vae3d.metrics.presets import PRESETS
 from vae3d.metrics.registry import METRICS, build_metrics
 
-__all__ = [
-    "METRICS",
-    "PRESETS",
-    "Metric",
-    "MetricError",
-    "MetricSet",
-    "Score",
-    "VideoResult",
-    "build_metrics",
-]
+__all__ = ["METRICS", "PRESETS", "Metric", "MetricError", "MetricSet", "Score", "VideoResult", "build_metrics"]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from vae3d.errors import UserError
 from vae3d.pixels import RANGES, PixelError, check_frames
-from vae3d.precision import no_tf32
+from vae3d.precision import autocast_off, no_tf32
 
 R = TypeVar("R")
 
@@ -94,35 +95,39 @@ class Metric:
     """Base of all metrics.
 
     name: on the command line. columns: name of each result -> Better. count_columns: keys of VideoResult.counts.
-    pairs: whether it compares neighbouring frames. min_size: pixels of a frame's shorter side. min_frames: of a video.
+    options: attributes that change the scores. pairs: whether it compares neighbouring frames. min_size: pixels of a
+    frame's shorter side. min_frames: of a video.
     """
 
     name: str
     columns: Mapping[str, Better]
     count_columns: Sequence[str] = ()
+    options: Sequence[str] = ()
     pairs = False
     min_size = 1
     min_frames = 1
 
     def update(self, chunk: Chunk) -> None:
-        raise AssertionError("defined by subclasses")
+        raise NotImplementedError
 
     def result(self) -> VideoResult:
         """Scores of the video; the next update starts another one. Raises MetricError if a score is not finite."""
-        raise AssertionError("defined by subclasses")
+        raise NotImplementedError
 
     def reset(self) -> None:
         """Discard the current video."""
 
     def aggregate(self, results: Sequence[VideoResult]) -> dict[str, float | None]:
         """Every column of a set of videos: the mean over those that have a value."""
-        found = {column: [result.scores[column].value for result in results] for column in self.columns}
-        defined = {column: [value for value in values if value is not None] for column, values in found.items()}
-        return {column: math.fsum(v) / len(v) if v else None for column, v in defined.items()}
+        means = {}
+        for column in self.columns:
+            values = [result.scores[column].value for result in results if result.scores[column].value is not None]
+            means[column] = fmean(values) if values else None
+        return means
 
     def settings(self) -> dict[str, Any]:
         """Settings that change the scores, for reports."""
-        return {}
+        return {name: getattr(self, name) for name in self.options}
 
     def why_unsupported(self, frames: int, height: int, width: int) -> str | None:
         """The reason why such a video cannot be scored; None if it can."""
@@ -134,7 +139,10 @@ class Metric:
 
 
 class SeriesMetric(Metric):
-    """A metric with one value per frame, or per pair of neighbours; the video's score is the mean."""
+    """A metric with one value per frame, or per pair of neighbours; the video's score is the mean.
+
+    It is measured without autocast.
+    """
 
     def __init__(self) -> None:
         self._series: dict[str, list[float]] = {}
@@ -142,14 +150,16 @@ class SeriesMetric(Metric):
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
         """Column -> values of the chunk's new frames, or of all its pairs of neighbours."""
-        raise AssertionError("defined by subclasses")
+        raise NotImplementedError
 
     def update(self, chunk: Chunk) -> None:
         if reason := self.why_unsupported(len(chunk.ref), *chunk.ref.shape[-2:]):
             raise MetricError(reason)
         if self.pairs and len(chunk.ref) < 2:  # the video's first frame, alone
             return
-        for column, values in self.measure(chunk).items():
+        with autocast_off(chunk.ref.device):
+            measured = self.measure(chunk)
+        for column, values in measured.items():
             # As floats: small tensors that stay between large temporary ones would fragment the heap.
             self._series.setdefault(column, []).extend(values.double().tolist())
 
@@ -170,18 +180,14 @@ class SeriesMetric(Metric):
             if not math.isfinite(value):
                 what = f"frames {index} and {index + 1}" if self.pairs else f"frame {index}"
                 raise MetricError(f"{column} of {what} is {value}")
-        return (math.fsum(series) / len(series) if series else None), series
+        return (fmean(series) if series else None), series
 
     def reset(self) -> None:
         self._series, self._counts = {}, {}
 
 
 class MetricSet:
-    """Several metrics on the same videos. They share chunks, and features that more than one needs.
-
-        metrics = build_metrics(["psnr", "lpips"])
-        metrics.update(ref, rec)                     # once per chunk
-        metrics.result().scores["psnr"].value
+    """Several metrics on the same videos; they share chunks and features. See vae3d.metrics for its use.
 
     files: metric -> weight files it loaded. skipped: metric -> why it was left out. pixel_range: of the input: unit
     ([0, 1]), signed ([-1, 1]) or uint8.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from statistics import fmean
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d.metrics.base import Chunk, Nearest, Score, SeriesMetric, VideoResult
 from vae3d.metrics.networks import Networks, batch_frames, lpips_features
 from vae3d.metrics.ssim import SSIM, ms_ssim
-from vae3d.precision import autocast_off
 
 PSNR_CAP = 100.0  # dB, for identical frames
 
@@ -37,6 +37,7 @@ class Psnr(SeriesMetric):
     name = "psnr"
     columns = {"psnr": True, "psnr_video": True}
     count_columns = ("identical_frames",)
+    options = ("floor", "eps", "root_eps", "pool")
 
     def __init__(self, floor: float = 1e-10, eps: float = 0.0, root_eps: float = 0.0, pool: str = "frames") -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class Psnr(SeriesMetric):
         if mse is None:
             return VideoResult({column: Score(None) for column in self.columns})
         frames, pooled = [self._decibel(error) for error in errors], self._decibel(mse)
-        value = pooled if self.pool == "video" else math.fsum(frames) / len(frames)
+        value = pooled if self.pool == "video" else fmean(frames)
         counts = {"identical_frames": sum(error == 0 for error in errors)}
         return VideoResult({"psnr": Score(value, frames), "psnr_video": Score(pooled)}, {}, counts)
 
@@ -64,15 +65,13 @@ class Psnr(SeriesMetric):
             return -10 * math.log10(mse + self.eps)
         return decibel(mse, self.floor)
 
-    def settings(self) -> dict[str, Any]:
-        return {"floor": self.floor, "eps": self.eps, "root_eps": self.root_eps, "pool": self.pool}
-
 
 class Ssim(SeriesMetric):
     """Structural similarity. formula: a key of metrics.ssim.SSIM."""
 
     name = "ssim"
     columns = {"ssim": True}
+    options = ("formula",)
     min_size = 11
 
     def __init__(self, formula: str = "gaussian") -> None:
@@ -80,11 +79,7 @@ class Ssim(SeriesMetric):
         self.formula = formula
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        with autocast_off(chunk.ref.device):
-            return {"ssim": SSIM[self.formula](*chunk.new_frames)}
-
-    def settings(self) -> dict[str, Any]:
-        return {"formula": self.formula}
+        return {"ssim": SSIM[self.formula](*chunk.new_frames)}
 
 
 class MsSsim(SeriesMetric):
@@ -96,8 +91,7 @@ class MsSsim(SeriesMetric):
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
         ref, rec = chunk.new_frames
-        with autocast_off(ref.device):
-            return {"ms_ssim": torch.cat([ms_ssim(a, b) for a, b in zip(ref.split(4), rec.split(4), strict=True)])}
+        return {"ms_ssim": torch.cat([ms_ssim(a, b) for a, b in zip(ref.split(4), rec.split(4), strict=True)])}
 
 
 class Lpips(SeriesMetric):
@@ -109,6 +103,7 @@ class Lpips(SeriesMetric):
 
     name = "lpips_alex"
     columns = {"lpips_alex": False}
+    options = ("spatial",)
     net = "alex"
     min_size = 31
 
@@ -117,11 +112,10 @@ class Lpips(SeriesMetric):
         self.spatial, self.network = spatial, networks.lpips(self.net)
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        with autocast_off(chunk.ref.device):
-            if self.net == "alex":  # small features, shared with other metrics
-                return {self.name: self._distance(chunk)}
-            batches = zip(*(part.split(max(1, batch_frames(part) // 4)) for part in chunk.new_frames), strict=True)
-            return {self.name: torch.cat([self._distance(Chunk(ref, rec)) for ref, rec in batches])}
+        if self.net == "alex":  # small features, shared with other metrics
+            return {self.name: self._distance(chunk)}
+        batches = zip(*(part.split(max(1, batch_frames(part) // 4)) for part in chunk.new_frames), strict=True)
+        return {self.name: torch.cat([self._distance(Chunk(ref, rec)) for ref, rec in batches])}
 
     def _distance(self, chunk: Chunk) -> Tensor:
         ref, rec = (
@@ -131,9 +125,6 @@ class Lpips(SeriesMetric):
         if not self.spatial:
             return sum(m.mean((2, 3)) for m in maps)[:, 0]
         return sum(upsampled_mean(m, chunk.ref.shape[-2:]) for m in maps)
-
-    def settings(self) -> dict[str, Any]:
-        return {"spatial": self.spatial}
 
 
 class LpipsVgg(Lpips):
@@ -153,6 +144,7 @@ class Sharpness(SeriesMetric):
 
     name = "sharpness"
     columns = {"sharpness": Nearest(1.0)}
+    options = ("floor",)
     min_size = 2
 
     def __init__(self, floor: float = 1e-6) -> None:
@@ -162,9 +154,6 @@ class Sharpness(SeriesMetric):
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
         ref, rec = (gradient_energy(frames) + self.floor for frames in chunk.new_frames)
         return {"sharpness": rec / ref}
-
-    def settings(self) -> dict[str, Any]:
-        return {"floor": self.floor}
 
 
 def gradient_energy(frames: Tensor) -> Tensor:
@@ -177,12 +166,8 @@ def upsampled_mean(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
     Nothing is upsampled: the operation is linear and separable, so each row and each column has a fixed weight.
     """
-    rows, columns = (
-        _upsampling_weights(small, large, maps) for small, large in zip(maps.shape[-2:], size, strict=True)
-    )
-    return torch.einsum("nhw,h,w->n", maps[:, 0], rows, columns)
-
-
-def _upsampling_weights(small: int, large: int, like: Tensor) -> Tensor:
-    identity = torch.eye(small, dtype=like.dtype, device=like.device)[None]
-    return torch.nn.functional.interpolate(identity, size=large, mode="linear", align_corners=False)[0].mean(1)
+    weights = []
+    for small, large in zip(maps.shape[-2:], size, strict=True):
+        identity = torch.eye(small, dtype=maps.dtype, device=maps.device)[None]
+        weights.append(F.interpolate(identity, size=large, mode="linear", align_corners=False)[0].mean(1))
+    return torch.einsum("nhw,h,w->n", maps[:, 0], *weights)

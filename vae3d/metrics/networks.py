@@ -30,9 +30,9 @@ class Networks:
 
     def flow(self, name: str) -> nn.Module:
         """name: a key of FLOWS."""
-        return self._load_once(
-            name, lambda: (pwcnet.PWCNet(self.pwc_warp) if name == "pwc" else raft.Raft(name)).load()
-        )
+        if name == "pwc":
+            return self._load_once(name, lambda: pwcnet.PWCNet(self.pwc_warp).load())
+        return self._load_once(name, lambda: raft.Raft(name).load())
 
     def inception(self) -> nn.Module:
         return self._load_once("inception", lambda: inception.InceptionV3().load())
@@ -54,19 +54,20 @@ def batch_frames(frames: Tensor) -> int:
 def lpips_features(chunk: Chunk, net: nn.Module, which: str) -> list[Tensor]:
     """Normalised AlexNet features of all frames. which: ref or rec."""
     frames = getattr(chunk, which)
-    return chunk.cached(("lpips", net.net, which), lambda: _batched_features(net, frames))
 
+    def compute() -> list[Tensor]:
+        batches = [net.unit_features(part * 2 - 1) for part in frames.split(batch_frames(frames))]
+        return [torch.cat(layer) for layer in zip(*batches, strict=True)]
 
-def _batched_features(net: nn.Module, frames: Tensor) -> list[Tensor]:
-    batches = [net.unit_features(part * 2 - 1) for part in frames.split(batch_frames(frames))]
-    return batches[0] if len(batches) == 1 else [torch.cat(layer) for layer in zip(*batches, strict=True)]
+    return chunk.cached(("lpips", net.net, which), compute)
 
 
 def flow(chunk: Chunk, networks: Networks, name: str, which: str) -> Tensor:
     """Optical flow from each frame of the chunk to the next, [T-1, 2, H, W] in pixels."""
-    return chunk.cached(("flow", name, which), lambda: _batched_flow(networks.flow(name), getattr(chunk, which)))
-
-
-def _batched_flow(net: nn.Module, frames: Tensor) -> Tensor:
+    net, frames = networks.flow(name), getattr(chunk, which)
     step = batch_frames(frames)
-    return torch.cat([net(frames[i : i + step + 1]) for i in range(0, len(frames) - 1, step)])
+
+    def compute() -> Tensor:
+        return torch.cat([net(frames[i : i + step + 1]) for i in range(0, len(frames) - 1, step)])
+
+    return chunk.cached(("flow", name, which), compute)

@@ -1,22 +1,20 @@
 """Metrics of equirectangular panoramas (ERP).
 
-Rows weighted by their area on the sphere, the seam between left and right edge, the poles, and the six cube faces.
+Rows weighted by their area on the sphere, the seam between left and right edge, the poles, and the six cube faces; and
+whether a model commutes with rolling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vae3d.metrics.base import Chunk, Nearest, SeriesMetric
 from vae3d.metrics.frame import decibels
 from vae3d.metrics.networks import Networks, batch_frames
 from vae3d.metrics.ssim import ssim_map
-from vae3d.panorama import DOWN, SIDES, UP, cube_faces, latitude_weights
-from vae3d.precision import autocast_off
+from vae3d.panorama import DOWN, SIDES, UP, cube_faces, latitude_weights, roll
 
 SEAM = 16  # columns on each side of the seam, at most an eighth of the width
 BANDS = ("n60_90", "n30_60", "n0_30", "s0_30", "s30_60", "s60_90")  # of latitude in degrees, from the top row down
@@ -46,9 +44,8 @@ class WsSsim(SeriesMetric):
     min_size = 11
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        with autocast_off(chunk.ref.device):
-            ref, rec = (F.pad(frames, (5, 5, 0, 0), "circular") for frames in chunk.new_frames)
-            rows = ssim_map(ref, rec).mean((1, 3))
+        ref, rec = (F.pad(frames, (5, 5, 0, 0), "circular") for frames in chunk.new_frames)
+        rows = ssim_map(ref, rec).mean((1, 3))
         weights = latitude_weights(ref.shape[-2], ref.device)[5:-5]
         return {"ws_ssim": rows @ weights / weights.sum()}
 
@@ -112,7 +109,8 @@ class Cube(SeriesMetric):
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
         ref, rec = chunk.new_frames
         faces = cube_faces(rec - ref)  # projecting the error is enough: sampling is linear
-        return _by_face("cube_psnr", faces.double().square().mean((2, 3, 4)), decibels)
+        mse = _by_face("cube_psnr", faces.double().square().mean((2, 3, 4)))
+        return {column: decibels(values) for column, values in mse.items()}
 
 
 class CubeLpips(SeriesMetric):
@@ -127,18 +125,41 @@ class CubeLpips(SeriesMetric):
         self.network = networks.lpips("alex")
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        with autocast_off(chunk.ref.device):
-            ref, rec = (cube_faces(frames * 2 - 1).flatten(0, 1) for frames in chunk.new_frames)
-            batches = zip(ref.split(batch_frames(ref)), rec.split(batch_frames(rec)), strict=True)
-            faces = torch.cat([self.network(a, b) for a, b in batches])
-        return _by_face("cube_lpips", faces.view(-1, 6), lambda value: value)
+        ref, rec = (cube_faces(frames * 2 - 1).flatten(0, 1) for frames in chunk.new_frames)
+        batches = zip(ref.split(batch_frames(ref)), rec.split(batch_frames(rec)), strict=True)
+        faces = torch.cat([self.network(a, b) for a, b in batches])
+        return _by_face("cube_lpips", faces.view(-1, 6))
 
 
-def _by_face(column: str, faces: Tensor, finish: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+@torch.no_grad()
+def roll_consistency(model: nn.Module, video: Tensor, columns: int | None = None) -> float:
+    """PSNR in dB between the reconstruction of a rolled panorama and the rolled reconstruction. 100 if MSE < 1e-10.
+
+    A model without a seam commutes with rolling, so the two are equal.
+    model: a VideoAutoencoder in eval mode. video: [B, 3, T, H, W] in [-1, 1]. columns: shift, by default half the
+    width, rounded down to a multiple of the model's stride, since strided convolutions commute with no other.
+    Raises ValueError for another shift, or a width without a valid one.
+    """
+    width, stride = video.shape[-1], model.spec.space_stride
+    if columns is None:
+        columns = width // 2 // stride * stride
+    if columns % width == 0 or columns % stride:
+        raise ValueError(
+            f"columns={columns} of {width} does not test a model of stride {stride}; "
+            f"use a multiple of {stride} that is not a full turn"
+        )
+    rolled = model(roll(video, columns), sample=False).video
+    expected = roll(model(video, sample=False).video, columns)
+    # / 2: PSNR is defined on pixels in [0, 1].
+    error = (rolled.float().clamp(-1, 1) - expected.float().clamp(-1, 1)) / 2
+    return float(decibels(error.double().square().mean()))
+
+
+def _by_face(column: str, faces: Tensor) -> dict[str, Tensor]:
     """Columns from values [T, 6] per face: mean of all, mean of the sides, up, and down."""
     return {
-        column: finish(faces.mean(1)),
-        f"{column}_sides": finish(faces[:, SIDES].mean(1)),
-        f"{column}_up": finish(faces[:, UP]),
-        f"{column}_down": finish(faces[:, DOWN]),
+        column: faces.mean(1),
+        f"{column}_sides": faces[:, SIDES].mean(1),
+        f"{column}_up": faces[:, UP],
+        f"{column}_down": faces[:, DOWN],
     }

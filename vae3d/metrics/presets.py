@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from vae3d.metrics.base import MetricError, Score
@@ -82,24 +83,18 @@ def average(preset: Preset, column: str, scores: Sequence[Score], batch_size: in
     if not values:
         return None
     if preset.average == "videos" or not any(score.frames for score in scores):
-        return mean(values)
+        return fmean(values)
     if preset.average == "batches":
         return _batch_mean(preset, column, scores, batch_size)
     frames = [value for score in scores for value in score.frames]
     if preset.average == "pixels" and column == "psnr":
         return pooled_psnr(frames)
-    return mean(frames)
-
-
-def mean(values: Sequence[float]) -> float:
-    """Correctly rounded, so independent of the order."""
-    return math.fsum(values) / len(values)
+    return fmean(frames)
 
 
 def pooled_psnr(frames: Sequence[float]) -> float:
     """PSNR in dB of the mean MSE of frames of one size, from their PSNRs. PSNR_CAP means equal frames."""
-    errors = [0.0 if value == PSNR_CAP else 10 ** (-value / 10) for value in frames]
-    mse = mean(errors)
+    mse = fmean(0.0 if value == PSNR_CAP else 10 ** (-value / 10) for value in frames)
     return -10 * math.log10(mse) if mse else PSNR_CAP
 
 
@@ -124,9 +119,9 @@ def _batch_mean(preset: Preset, column: str, scores: Sequence[Score], batch_size
     for start in range(0, len(scores), batch_size):
         batch = [score.frames for score in scores[start : start + batch_size]]
         if column not in preset.whole_batches:
-            means += [mean(at_time) for at_time in zip(*batch, strict=True)]
+            means += [fmean(at_time) for at_time in zip(*batch, strict=True)]
         elif column == "psnr" and any(value == PSNR_CAP for frames in batch for value in frames):
             means.append(PSNR_CAP)  # one equal frame makes the batch's mean infinite, which the tool caps at 100
         else:
-            means.append(mean([value for frames in batch for value in frames]))
-    return mean(means)
+            means.append(fmean([value for frames in batch for value in frames]))
+    return fmean(means)

@@ -20,9 +20,8 @@ SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of MS-SSIM
 A = TypeVar("A", Tensor, np.ndarray)
 
 
-def gaussian(size: int = 11, sigma: float = 1.5) -> np.ndarray:
-    offsets = np.arange(size) - (size - 1) / 2
-    kernel = np.exp(-(offsets**2) / (2 * sigma**2))
+def gaussian() -> np.ndarray:
+    kernel = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     return kernel / kernel.sum()
 
 
@@ -61,30 +60,23 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     Frames need at least 161 pixels.
     """
     x, y = x.double(), y.double()
-    smooth = _smooth_planes if x.device.type == "cpu" else None
     product = torch.ones((), dtype=torch.float64, device=x.device)
     for scale, weight in enumerate(SCALES):
         if scale:
             odd = [side % 2 for side in x.shape[-2:]]
             x, y = F.avg_pool2d(x, 2, padding=odd), F.avg_pool2d(y, 2, padding=odd)
-        ssim, contrast = _similarity(x, y, smooth or _valid_filter(gaussian(), x))
+        ssim, contrast = _similarity(x, y, _gaussian_filter(x))
         part = ssim if scale == len(SCALES) - 1 else contrast
         product = product * part.mean((2, 3)).clamp_min(0) ** weight
     return product.mean(1)
 
 
-SSIM: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "gaussian": ssim_gaussian,
-    "uniform": ssim_uniform,
-    "piq": ssim_piq,
-    "torchmetrics": ssim_torchmetrics,
-}
+SSIM = {"gaussian": ssim_gaussian, "uniform": ssim_uniform, "piq": ssim_piq, "torchmetrics": ssim_torchmetrics}
 
 
 def ssim_map(x: Tensor, y: Tensor) -> Tensor:
     """`ssim_gaussian` before the mean: [T, 3, H - 10, W - 10] in fp64."""
-    smooth = _smooth_planes if x.device.type == "cpu" else _valid_filter(gaussian(), x)
-    return _similarity(x.double(), y.double(), smooth)[0]
+    return _similarity(x.double(), y.double(), _gaussian_filter(x))[0]
 
 
 def _similarity(x: A, y: A, smooth: Callable[[A], A], unbiased: float = 1.0) -> tuple[A, A]:
@@ -125,6 +117,10 @@ def _in_fp64(x: Tensor, y: Tensor, kernel: np.ndarray, unbiased: float = 1.0) ->
         ]
         scores.append(np.mean([m[edge:-edge, edge:-edge].mean() for m in maps]))
     return torch.tensor(scores, dtype=torch.float64)
+
+
+def _gaussian_filter(like: Tensor) -> Callable[[Tensor], Tensor]:
+    return _smooth_planes if like.device.type == "cpu" else _valid_filter(gaussian(), like)
 
 
 def _smooth_planes(x: Tensor) -> Tensor:

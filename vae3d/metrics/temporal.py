@@ -5,7 +5,8 @@ Each has one value per pair of neighbouring frames (t, t + 1); a single frame ha
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from vae3d.metrics.base import Chunk, SeriesMetric
 from vae3d.metrics.frame import decibels
 from vae3d.metrics.networks import Networks, batch_frames, flow, lpips_features
 from vae3d.pixels import quantize
-from vae3d.precision import autocast_off
 
 
 class PairMetric(SeriesMetric):
@@ -61,22 +61,19 @@ class TOf(PairMetric):
     min_size = 16
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        ref, rec = (_grey(frames) for frames in (chunk.ref, chunk.rec))
-        return {"tof": torch.tensor([_flow_difference(ref[t : t + 2], rec[t : t + 2]) for t in range(len(ref) - 1)])}
+        ref, rec = _farneback(chunk.ref), _farneback(chunk.rec)
+        lengths = [np.linalg.norm(a - b, axis=-1).mean(dtype=np.float64) for a, b in zip(ref, rec, strict=True)]
+        return {"tof": torch.tensor(lengths, dtype=torch.float32)}
 
 
-def _grey(frames: Tensor) -> np.ndarray:
+def _farneback(frames: Tensor) -> Iterator[np.ndarray]:
+    """The flow [H, W, 2] from each frame to the next."""
     import cv2
 
     rgb = quantize(frames, "unit").permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in rgb])
-
-
-def _flow_difference(ref: np.ndarray, rec: np.ndarray) -> float:
-    import cv2
-
-    flows = [cv2.calcOpticalFlowFarneback(pair[0], pair[1], None, 0.5, 3, 15, 3, 5, 1.2, 0) for pair in (ref, rec)]
-    return float(np.linalg.norm(flows[0] - flows[1], axis=-1).mean(dtype=np.float64))
+    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in rgb]
+    for first, second in pairwise(grey):
+        yield cv2.calcOpticalFlowFarneback(first, second, None, 0.5, 3, 15, 3, 5, 1.2, 0)
 
 
 class TLpips(PairMetric):
@@ -91,8 +88,7 @@ class TLpips(PairMetric):
         self.network = networks.lpips("alex")
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        with autocast_off(chunk.ref.device):
-            ref, rec = (self._change(chunk, which) for which in ("ref", "rec"))
+        ref, rec = (self._change(chunk, which) for which in ("ref", "rec"))
         return {"tlp": 100 * (ref - rec).abs()}
 
     def _change(self, chunk: Chunk, which: str) -> Tensor:
@@ -120,17 +116,16 @@ class WarpingError(PairMetric):
         networks.flow("raft_large")
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        with autocast_off(chunk.ref.device):
-            forward = flow(chunk, self.networks, "raft_large", "ref")
-            net, step = self.networks.flow("raft_large"), batch_frames(chunk.ref)
-            later, earlier = chunk.ref[1:].split(step), chunk.ref[:-1].split(step)
-            backward = torch.cat([net.flow(a, b) for a, b in zip(later, earlier, strict=True)])
-            visible = ~occluded(forward, backward)
-            self.count(self.count_columns[0], ~visible.flatten(1).any(1))
-            return {
-                "warping_error": _masked_error(chunk.rec, forward, visible),
-                "warping_error_ori": _masked_error(chunk.ref, forward, visible),
-            }
+        forward = flow(chunk, self.networks, "raft_large", "ref")
+        net, step = self.networks.flow("raft_large"), batch_frames(chunk.ref)
+        later, earlier = chunk.ref[1:].split(step), chunk.ref[:-1].split(step)
+        backward = torch.cat([net.flow(a, b) for a, b in zip(later, earlier, strict=True)])
+        visible = ~occluded(forward, backward)
+        self.count(self.count_columns[0], ~visible.flatten(1).any(1))
+        return {
+            "warping_error": _masked_error(chunk.rec, forward, visible),
+            "warping_error_ori": _masked_error(chunk.ref, forward, visible),
+        }
 
 
 def warp(images: Tensor, motion: Tensor) -> Tensor:
@@ -172,6 +167,8 @@ class FloLpips(PairMetric):
     uniform weights (counted in uniform_frames), or nan as in the published code.
     """
 
+    options = ("zero_flow", "pwc_warp")
+
     def __init__(self, networks: Networks, motion: str = "pwc", zero_flow: str = "uniform") -> None:
         super().__init__()
         self.name = "flolpips" if motion == "pwc" else f"flolpips_{motion}"
@@ -179,15 +176,15 @@ class FloLpips(PairMetric):
         self.count_columns = (f"{self.name}_uniform_frames",)
         self.min_size = 31
         self.motion, self.zero_flow, self.networks = motion, zero_flow, networks
+        self.pwc_warp = networks.pwc_warp if motion == "pwc" else None
         self.network = networks.lpips("alex")
         networks.flow(motion)
 
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
-        with autocast_off(chunk.ref.device):
-            flows = [flow(chunk, self.networks, self.motion, which) for which in ("ref", "rec")]
-            features = [[f[:-1] for f in lpips_features(chunk, self.network, which)] for which in ("ref", "rec")]
-            maps = self.network.layer_maps(*features)
-            return {self.name: self._weighted(maps, flows[0] - flows[1])}
+        flows = [flow(chunk, self.networks, self.motion, which) for which in ("ref", "rec")]
+        features = [[f[:-1] for f in lpips_features(chunk, self.network, which)] for which in ("ref", "rec")]
+        maps = self.network.layer_maps(*features)
+        return {self.name: self._weighted(maps, flows[0] - flows[1])}
 
     def _weighted(self, maps: list[Tensor], difference: Tensor) -> Tensor:
         """[T-1]: sum over layers of the weighted mean of a layer's map [T-1, 1, h, w]. difference: of the flows."""
@@ -203,6 +200,3 @@ class FloLpips(PairMetric):
             total = total + (values * weight / mass).sum((1, 2, 3))
         self.count(self.count_columns[0], uniform)
         return total
-
-    def settings(self) -> dict[str, Any]:
-        return {"zero_flow": self.zero_flow, "pwc_warp": self.networks.pwc_warp if self.motion == "pwc" else None}

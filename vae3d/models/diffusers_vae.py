@@ -10,7 +10,7 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import count
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 from torch import Tensor, nn
 
@@ -28,36 +28,33 @@ from vae3d.arguments import (
     short,
 )
 from vae3d.errors import UserError
-from vae3d.models.forward import reconstruct
-from vae3d.models.latents import LatentNormMixin
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers.frames import extend_time, pad_space
 from vae3d.models.streaming import IndependentChunks
 from vae3d.pixels import check_latents, check_video
-from vae3d.types import LatentSpec, Posterior, Reconstruction
+from vae3d.types import LatentSpec, Posterior
 
 log = logging.getLogger("vae3d")
-COGVIDEOX = "AutoencoderKLCogVideoX"
-HUNYUAN = "AutoencoderKLHunyuanVideo"
-KINDS = (COGVIDEOX, HUNYUAN)
+Kind = Literal["AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo"]
+KINDS = COGVIDEOX, HUNYUAN = get_args(Kind)
 
 
-class DiffusersVAE(LatentNormMixin):
-    """A VideoAutoencoder around a VAE of diffusers, whose state-dict keys get the prefix `vae.`.
+class DiffusersVAE(VideoAutoencoder):
+    """A VAE of diffusers, whose state-dict keys get the prefix `vae.`.
 
     kind: one of KINDS. config: the content of its config.json. Keys that the installed diffusers does not have are
     skipped with a warning. Inputs are cast to the dtype of the weights.
 
     Frames: CogVideoX takes 8 n or 8 n + 1: diffusers encodes 8 frames and decodes 2 latents at once, and returns other
     clips misaligned and of another length (12 frames as 9, 13 as 16). HunyuanVideo takes 1 + 4 n, beyond 16 in chunks
-    that it blends. Other clips are extended by repeating their last frame, sides by repeating their edge, and the
-    reconstruction is cropped.
+    that it blends.
     `normalize` returns the video latents that the diffusion model sees. invert_scale_latents, a setting for the first
     image of image-to-video models, is ignored.
     Raises UserError without diffusers, ValueError for a config that does not fit.
     """
 
     @check_arguments
-    def __init__(self, kind: str, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, kind: Kind, config: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.kind = kind
         self.vae = _build(kind, config or {})
@@ -81,10 +78,6 @@ class DiffusersVAE(LatentNormMixin):
         return Posterior.from_moments(self.vae.encode(video.to(self.vae.dtype)).latent_dist.parameters)
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
-        """Raw latents [B, C, t, h, w] -> video, not clamped. num_frames: by default as many as possible.
-
-        Raises ValueError if num_frames does not fit the latents.
-        """
         check_latents(z, self.spec.channels)
         length = z.shape[2]
         pairs = self.kind == COGVIDEOX and length % 2 == 0  # the first latent decodes to 4 frames, not to 1
@@ -93,10 +86,6 @@ class DiffusersVAE(LatentNormMixin):
         if self.latent_frames(frames) != length:
             raise ValueError(f"num_frames is {frames}, which does not fit {length} latent frames")
         return self.vae.decode(z.to(self.vae.dtype)).sample[:, :, :frames]
-
-    def forward(self, video: Tensor, **options: Any) -> Reconstruction:
-        """See VideoAutoencoder.forward."""
-        return reconstruct(self, video, **options)
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         vae = self.vae
@@ -117,9 +106,6 @@ class DiffusersVAE(LatentNormMixin):
 
     def latent_frames(self, frames: int) -> int:
         return -(-self._valid_frames(frames) // self.spec.time_stride)
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        return self.spec.channels, self.latent_frames(frames), *self.spec.latent_size(height, width)
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """The whole video at once: independent chunks would show seams."""
@@ -167,10 +153,8 @@ LEVELS = ("block_out_channels", "down_block_types", "up_block_types")
 CONFIGS: dict[str, type] = {COGVIDEOX: _CogVideoXConfig, HUNYUAN: _HunyuanConfig}
 
 
-def _build(kind: str, config: Mapping[str, Any]) -> nn.Module:
-    """diffusers' model, with random weights."""
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; use one of {', '.join(KINDS)}")
+def _build(kind: Kind, config: Mapping[str, Any]) -> nn.Module:
+    """diffusers' model with random weights, from the entries of its config.json that the installed diffusers takes."""
     try:
         import diffusers
     except ImportError as error:
@@ -178,14 +162,8 @@ def _build(kind: str, config: Mapping[str, Any]) -> nn.Module:
     model = getattr(diffusers, kind, None)
     if model is None:
         raise UserError(f"diffusers {diffusers.__version__} has no {kind}: pip install --upgrade diffusers")
+    parameters = inspect.signature(model.__init__).parameters
     own = {key: value for key, value in config.items() if not key.startswith("_")}  # without _class_name and versions
-    return model(**_check_config(own, kind, inspect.signature(model.__init__).parameters, diffusers.__version__))
-
-
-def _check_config(
-    own: Mapping[str, Any], kind: str, parameters: Mapping[str, inspect.Parameter], version: str
-) -> dict[str, Any]:
-    """Check a config.json and return the entries that the installed diffusers takes."""
     check_fields(own, CONFIGS[kind], key="config")
     levels = {key: len(own.get(key, parameters[key].default)) for key in LEVELS}
     if len({*levels.values()}) > 1:
@@ -194,12 +172,12 @@ def _check_config(
         )
     if unknown := [key for key in own if key not in parameters]:
         names = short(", ".join(unknown))[1:-1]
-        log.warning("diffusers %s has no %s in the config of %s; skipped", version, names, kind)
+        log.warning("diffusers %s has no %s in the config of %s; skipped", diffusers.__version__, names, kind)
     known = {key: value for key, value in own.items() if key in parameters}
     for key in known.keys() - annotations_of(CONFIGS[kind]).keys():  # new in diffusers, with unknown effects
         if known[key] != parameters[key].default:
             raise ValueError(f"{key} is {short(known[key])}; only {parameters[key].default!r} is supported for {kind}")
-    return known
+    return model(**known)
 
 
 def _latent_stats(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
@@ -210,6 +188,4 @@ def _latent_stats(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
         raise ValueError("the config has both shift_factor and latents_mean; remove one")
     mean = [shift or 0.0] * channels if mean is None else mean
     std = [1.0] * channels if std is None else std
-    if not len(mean) == len(std) == channels:
-        raise ValueError(f"latents_mean and latents_std have {len(mean)} and {len(std)} entries; give {channels}")
     return list(map(float, mean)), [value / config["scaling_factor"] for value in std]

@@ -1,34 +1,43 @@
-"""The interface of every video autoencoder, and of the streams that code long videos in chunks.
+"""Base class of every video autoencoder, and the interface of the streams that code long videos in chunks.
 
 Training, inference, evaluation and latent caches call these methods; docs/extend.md shows how to add a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
-from vae3d.seeding import Generators
+from vae3d.pixels import check_video
+from vae3d.seeding import Generators, randn_like, uniform
 from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction
 
 
-@runtime_checkable
-class VideoAutoencoder(Protocol):
+class VideoAutoencoder(nn.Module):
     """Maps video [B, 3, T, H, W] in [-1, 1] to latents [B, C, t, h, w] and back.
 
-    `forward` takes any number of frames and any size and returns the same. A model pads what its network cannot take
-    and crops the result; its docstring says how.
+    `forward` takes any number of frames and any size and returns the same: models extend clips by repeating their last
+    frame, and sides by repeating their edge, to what their network takes, and crop the reconstruction.
     """
 
     spec: LatentSpec
+    latents_mean: Tensor  # [1, C, 1, 1, 1]
+    latents_std: Tensor
 
     def encode(self, video: Tensor) -> Posterior | Delta:
         """Posterior over raw (not normalised) latents. Raises PixelError as pixels.check_video does."""
+        raise NotImplementedError
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
-        """Decode raw latents to num_frames frames, not clamped. Raises PixelError as pixels.check_latents does."""
+        """Decode raw latents to num_frames frames, not clamped; by default as many as possible.
+
+        Raises PixelError as pixels.check_latents does, and ValueError if num_frames does not fit the latents.
+        """
+        raise NotImplementedError
 
     def forward(
         self,
@@ -46,29 +55,64 @@ class VideoAutoencoder(Protocol):
 
         latents: decode these instead of encoding `video`. encode: with `latents`, encode as well, for the posterior.
         sample: sample the posterior, or take its mode. generator: one for the batch, or one per clip.
-        pixels: False skips the pixel decoder, where no loss reads its output. noise: see forward.add_latent_noise.
+        pixels: False skips the pixel decoder, where no loss reads its output. noise: see add_latent_noise.
         """
+        check_video(video, values=False)
+        frames, height, width = video.shape[2:]
+        posterior = self.encode(video) if encode or latents is None else None
+        z = choose_latents(posterior, latents, sample, generator)
+        rec = self.decode(add_latent_noise(z, noise, generator), frames)[..., :height, :width] if pixels else None
+        return Reconstruction(rec, posterior, z)
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         """Modules that a stage may train, by name. Parts may overlap."""
+        raise NotImplementedError
 
     def last_layers(self) -> list[nn.Parameter]:
         """Weights of the layers that output pixels, the last one first. A stage may freeze some of them."""
+        raise NotImplementedError
 
     def frames_valid(self, frames: int) -> bool:
         """Whether a clip of this length needs no padding."""
+        return frames >= 1
+
+    def latent_frames(self, frames: int) -> int:
+        """Latents of a clip of this length, along time."""
+        return -(-frames // self.spec.time_stride)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, t, h, w) of the latents of a clip of this size."""
+        return self.spec.channels, self.latent_frames(frames), *self.spec.latent_size(height, width)
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> Stream:
         """A Stream for one video of this size. memory_gib: about how much memory a chunk may take, where it varies."""
+        raise NotImplementedError
+
+    def register_latent_stats(
+        self, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int, *, persistent: bool = False
+    ) -> dict[str, tuple[float, ...]]:
+        """Register latents_mean and latents_std (None: 0 and 1) and return them as arguments of LatentSpec.
+
+        persistent: save them in the state dict. Raises ValueError unless there is one of each per channel.
+        """
+        mean = [0.0] * channels if mean is None else mean
+        std = [1.0] * channels if std is None else std
+        if not len(mean) == len(std) == channels:
+            raise ValueError(
+                f"latents_mean and latents_std have {len(mean)} and {len(std)} entries; give {channels} each"
+            )
+        for name, values in (("latents_mean", mean), ("latents_std", std)):
+            buffer = torch.tensor(values, dtype=torch.float32)[None, :, None, None, None]
+            self.register_buffer(name, buffer, persistent=persistent)
+        return {"latents_mean": tuple(mean), "latents_std": tuple(std)}
 
     def normalize(self, z: Tensor) -> Tensor:
         """Raw latents to about zero mean and unit variance, as a diffusion model takes them."""
+        return (z - self.latents_mean) / self.latents_std
 
     def denormalize(self, z: Tensor) -> Tensor:
         """Inverse of normalize."""
+        return z * self.latents_std + self.latents_mean
 
 
 class Stream(Protocol):
@@ -95,3 +139,44 @@ def share_frames(a: VideoAutoencoder, b: VideoAutoencoder, frames: int, height: 
 def nearest_frames(frames: int, is_valid: Callable[[int], bool]) -> list[int]:
     """Up to four valid frame counts nearest to `frames`, ascending."""
     return sorted(sorted(filter(is_valid, range(1, frames + 36)), key=lambda n: abs(n - frames))[:4])
+
+
+def choose_latents(
+    posterior: Posterior | Delta | None, latents: Tensor | None, sample: bool, generator: Generators
+) -> Tensor:
+    """The given latents, or else the posterior's sample or mode."""
+    if latents is not None:
+        return latents
+    return posterior.sample(generator) if sample else posterior.mode()
+
+
+def add_latent_noise(z: Tensor, noise: float, generator: Generators) -> Tensor:
+    """z + sigma * std(z) * eps for latents z [B, C, t, h, w], where eps is standard normal.
+
+    sigma is uniform in [0, noise], one draw per clip, as for the decoders of RAE (arXiv 2510.11690, `noise_tau` in
+    bytetriper/RAE) and LTX-Video (arXiv 2501.00103). std(z) is computed per clip, so that `noise` does not depend on
+    the scale of the latents. Gradients pass through std(z): otherwise the encoder could enlarge its latents to drown
+    the noise.
+    """
+    if not noise:
+        return z
+    sigma = noise * uniform(len(z), z.device, generator)
+    std = z.float().flatten(1).std(1, correction=0)
+    return z + (sigma * std).view(-1, 1, 1, 1, 1) * randn_like(z, generator)
+
+
+def attach_decoder(out: Reconstruction, model: VideoAutoencoder) -> Reconstruction:
+    """Set out.decode, with which loss terms decode other latents."""
+    return replace(out, decode=lambda z, video: model(video, latents=z).video)
+
+
+def latent_space(model: nn.Module) -> str:
+    """raw: encode returns the VAE's own latents. normalized: it returns those that a diffusion model sees."""
+    return getattr(model, "latent", "raw")
+
+
+def convert_latents(z: Tensor, source: nn.Module, target: nn.Module) -> Tensor:
+    """Convert latents from the space of `source` to that of `target`, with the statistics of the raw one."""
+    if latent_space(source) == latent_space(target):
+        return z
+    return source.normalize(z) if latent_space(source) == "raw" else target.denormalize(z)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Deviation, Mean, check_arguments
-from vae3d.models.forward import add_latent_noise, choose_latents
-from vae3d.models.latents import LatentNormMixin
+from vae3d.models.interface import VideoAutoencoder, add_latent_noise, choose_latents
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.streaming import IndependentChunks
 from vae3d.models.temporal import TemporalVAE
@@ -22,7 +21,7 @@ from vae3d.seeding import Generators
 from vae3d.types import LatentSpec, Posterior, Reconstruction, SpatialPath
 
 
-class OpenSoraVAE(LatentNormMixin):
+class OpenSoraVAE(VideoAutoencoder):
     """Spatial and temporal VAE in series; a VideoAutoencoder with strides 4 x 8 x 8.
 
     micro_frames: code the clip in independent chunks of this many frames (17 as published, to 5 latents each); None:
@@ -63,10 +62,6 @@ class OpenSoraVAE(LatentNormMixin):
         return self.encode_temporal(self.encode_spatial(video, sample=sample, generator=generator))
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
-        """Raw latents [B, C, t, h, w] -> video [B, 3, T, h*f, w*f], not clamped.
-
-        num_frames: T, by default as many as possible. Raises ValueError if it does not fit the latents.
-        """
         check_latents(z, self.temporal_vae.latent_channels)
         return self.decode_spatial(self.decode_temporal(z, num_frames))
 
@@ -136,18 +131,11 @@ class OpenSoraVAE(LatentNormMixin):
     def last_layers(self) -> list[nn.Parameter]:
         return [*self.spatial_vae.last_layers(), self.temporal_vae.decoder.conv_out.conv.weight]
 
-    def frames_valid(self, frames: int) -> bool:
-        return frames >= 1
-
     def latent_frames(self, frames: int) -> int:
         if self.micro_frames is None:
             return self.temporal_vae.latent_frames(frames)
         whole, rest = divmod(frames, self.micro_frames)
         return whole * self.temporal_vae.latent_frames(self.micro_frames) + self.temporal_vae.latent_frames(rest)
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        size = self.spatial_vae.spec.latent_size(height, width)
-        return self.temporal_vae.latent_channels, self.latent_frames(frames), *size
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """Chunks of micro_frames, which are independent anyway; without micro_frames the whole video."""

@@ -32,14 +32,38 @@ MODELS: dict[str, type[nn.Module]] = {
 }
 
 
-def build_model(config: Any, source: object, key: str = "", classes: Mapping[str, type] = MODELS) -> Any:
+def build_model(
+    config: Any, source: object, key: str = "", classes: Mapping[str, type] = MODELS, kind: type = object
+) -> Any:
     """Build a model with random weights from a configuration of plain dicts, whose `_target_` is a key of `classes`.
 
-    source, key: the file, and the configuration's key in it, for errors.
+    source, key: the file, and the configuration's key in it, for errors. kind: base class of the result.
     Raises FileError for a class that is not in `classes`, and for arguments that are unknown, missing, of another type,
     out of range or inconsistent.
     """
-    return _build(config, object, f"{source}: ", key, classes)
+    choices = [target for target, cls in classes.items() if issubclass(cls, kind)]
+    if not isinstance(config, Mapping):
+        raise FileError(f"{source}: {key} is {short(config)}; give a dict with {TARGET}, one of {', '.join(choices)}")
+    path = f"{key}." if key else ""
+    target = config.get(TARGET)
+    if not isinstance(target, str) or target not in choices:
+        own = ". To load another class that you trust, build it yourself and call vae3d.load(path, model)"
+        raise FileError(
+            f"{source}: {path}{TARGET} is {short(target)}; use one of {', '.join(choices)}"
+            f"{own if classes is MODELS else ''}"
+        )
+    cls = classes[target]
+    given = {name: value for name, value in config.items() if name != TARGET}
+    _check_names(given, cls, f"{source}: {path}", path)
+    for name, annotation in annotations_of(cls.__init__).items():
+        if name in given and inspect.isclass(annotation) and issubclass(annotation, nn.Module):
+            given[name] = build_model(given[name], source, f"{path}{name}", classes, annotation)
+    try:
+        return cls(**given)
+    except ArgumentError as error:
+        raise FileError(f"{source}: {path}{error}") from error
+    except ValueError as error:  # arguments that do not fit together
+        raise FileError(f"{source}: {key or 'model'} ({cls.__name__}): {error}") from error
 
 
 def is_known(config: Any, classes: Mapping[str, type] = MODELS) -> bool:
@@ -47,39 +71,13 @@ def is_known(config: Any, classes: Mapping[str, type] = MODELS) -> bool:
     return isinstance(config, Mapping) and isinstance(config.get(TARGET), str) and config[TARGET] in classes
 
 
-def _build(config: Any, kind: type, source: str, key: str, classes: Mapping[str, type]) -> Any:
-    choices = [target for target, cls in classes.items() if issubclass(cls, kind)]
-    if not isinstance(config, Mapping):
-        raise FileError(f"{source}{key} is {short(config)}; give a dict with {TARGET}, one of {', '.join(choices)}")
-    path = f"{key}." if key else ""
-    target = config.get(TARGET)
-    if not isinstance(target, str) or target not in choices:
-        own = ". To load another class that you trust, build it yourself and call vae3d.load(path, model)"
-        raise FileError(
-            f"{source}{path}{TARGET} is {short(target)}; use one of {', '.join(choices)}"
-            f"{own if classes is MODELS else ''}"
-        )
-    cls = classes[target]
-    given = {name: value for name, value in config.items() if name != TARGET}
-    _check_names(given, cls, source, path)
-    for name, annotation in annotations_of(cls.__init__).items():
-        if name in given and inspect.isclass(annotation) and issubclass(annotation, nn.Module):
-            given[name] = _build(given[name], annotation, source, f"{path}{name}", classes)
-    try:
-        return cls(**given)
-    except ArgumentError as error:
-        raise FileError(f"{source}{path}{error}") from error
-    except ValueError as error:  # arguments that do not fit together
-        raise FileError(f"{source}{key or 'model'} ({cls.__name__}): {error}") from error
-
-
-def _check_names(given: Iterable[str], cls: type, source: str, path: str) -> None:
+def _check_names(given: Iterable[str], cls: type, where: str, path: str) -> None:
     parameters = inspect.signature(cls).parameters
     for name in given:
         if name not in parameters:
             close = difflib.get_close_matches(name[:80], parameters, n=1, cutoff=0.5)
             hint = f"did you mean {path}{close[0]}?" if close else f"use one of {', '.join(parameters)}"
-            raise FileError(f"{source}{path}{name[:80]} is not an argument of {cls.__name__}; {hint}")
+            raise FileError(f"{where}{name[:80]} is not an argument of {cls.__name__}; {hint}")
     missing = [n for n, p in parameters.items() if p.default is p.empty and n not in given]
     if missing:
-        raise FileError(f"{source}{path}{missing[0]} is missing; {cls.__name__} needs {', '.join(missing)}")
+        raise FileError(f"{where}{missing[0]} is missing; {cls.__name__} needs {', '.join(missing)}")

@@ -7,20 +7,20 @@ AutoencoderKL. Images or frames are [N, C, H, W].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Depth, Deviation, Mean, Width, Widths, check_arguments
 from vae3d.errors import UserError
-from vae3d.models.forward import reconstruct
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import pad_space, per_frame
 from vae3d.models.layers.norm import norm_silu
 from vae3d.models.streaming import IndependentChunks
 from vae3d.pixels import check_latents, check_video
-from vae3d.types import LatentSpec, Posterior, Reconstruction
+from vae3d.types import LatentSpec, Posterior
 
 EPS = 1e-6
 UNKNOWN_FACTOR = (
@@ -92,19 +92,12 @@ class Level(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * layers
         self.resnets = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
-        if resample == "down":
-            self.downsamplers = nn.ModuleList([Downsample(out_channels)])
-        elif resample == "up":
-            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
-        self.resample = resample
+        self.downsamplers = nn.ModuleList([Downsample(out_channels)] if resample == "down" else [])
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if resample == "up" else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
-        if self.resample == "down":
-            x = self.downsamplers[0](x)
-        elif self.resample == "up":
-            x = self.upsamplers[0](x)
+        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = layer(x)
         return x
 
 
@@ -187,24 +180,21 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"channels are {list(channels)}; each must be a multiple of groups={groups}")
         self.encoder = Encoder(channels, layers, 2 * latent_channels, groups, attention)
         self.decoder = Decoder(channels, layers, latent_channels, groups, attention)
-        if quant_convs:
-            self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
-            self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.quant_convs = quant_convs
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if quant_convs else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant_convs else nn.Identity()
 
     def encode(self, images: Tensor) -> Tensor:
-        moments = self.encoder(images)
-        return self.quant_conv(moments) if self.quant_convs else moments
+        return self.quant_conv(self.encoder(images))
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(z) if self.quant_convs else z)
+        return self.decoder(self.post_quant_conv(z))
 
     def features(self, z: Tensor) -> Tensor:
-        """What the decoder's last layer takes."""
-        return self.decoder.features(self.post_quant_conv(z) if self.quant_convs else z)
+        """Input of the decoder's last layer."""
+        return self.decoder.features(self.post_quant_conv(z))
 
 
-class SpatialVAE(nn.Module):
+class SpatialVAE(VideoAutoencoder):
     """AutoencoderKL frame by frame: a VideoAutoencoder without temporal compression.
 
     scaling_factor, shift_factor: (z - shift_factor) * scaling_factor has about zero mean and unit variance (SD 0.18215
@@ -259,10 +249,7 @@ class SpatialVAE(nn.Module):
         check_video(video)
         video = pad_space(video, self.spec.space_stride).to(self.module.encoder.conv_in.weight.dtype)
         recompute = self.gradient_checkpointing and needs_grad(self.module.encoder, video)
-
-        def encode(frames: Tensor) -> Tensor:
-            return maybe_checkpoint(self.module.encode, frames, enabled=recompute)
-
+        encode = partial(maybe_checkpoint, self.module.encode, enabled=recompute)
         return Posterior.from_moments(per_frame(encode, video, self.frame_batch))
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
@@ -279,23 +266,12 @@ class SpatialVAE(nn.Module):
 
         return per_frame(decode, z, self.frame_batch)
 
-    def forward(self, video: Tensor, **options: Any) -> Reconstruction:
-        """See VideoAutoencoder.forward."""
-        return reconstruct(self, video, **options)
-
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
-        quant = [self.module.quant_conv] if self.module.quant_convs else []
-        post_quant = [self.module.post_quant_conv] if self.module.quant_convs else []
-        return {"encoder": [self.module.encoder, *quant], "decoder": [*post_quant, self.module.decoder]}
+        module = self.module
+        return {"encoder": [module.encoder, module.quant_conv], "decoder": [module.post_quant_conv, module.decoder]}
 
     def last_layers(self) -> list[nn.Parameter]:
         return [self.module.decoder.conv_out.weight]
-
-    def frames_valid(self, frames: int) -> bool:
-        return frames >= 1
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        return self.spec.channels, frames, *self.spec.latent_size(height, width)
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """Chunks of frame_batch frames; any length gives the same result."""

@@ -44,8 +44,7 @@ class ChunkCoder(Protocol):
 class CausalStream:
     """Codes chunks with a cache of past frames: equal to coding the whole video, in memory independent of its length.
 
-    A last chunk that is too short for the network is extended by repeating its last frame, and height and width by
-    repeating their edge. The reconstruction is cropped back.
+    The last chunk is extended, and cropped back, as clips are.
     """
 
     lookahead = 0

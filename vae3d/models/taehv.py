@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Deviation, Flags, Mean, Width, Widths, check_arguments
-from vae3d.models.forward import reconstruct
-from vae3d.models.latents import LatentNormMixin
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers import taehv_blocks as blocks
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import extend_time, pad_space
 from vae3d.models.layers.taehv_blocks import Cache, run_layers
-from vae3d.models.layers.taehv_frames import RULES, FramePlan, frames_shown, split_runs
+from vae3d.models.layers.taehv_frames import LOOK_AHEAD, RULES, FramePlan, count_frames, longest_clip, split_runs
 from vae3d.models.streaming import chunk_within
 from vae3d.pixels import check_latents, check_video
 from vae3d.seeding import Generators
@@ -70,7 +69,7 @@ VARIANTS = {
 }
 
 
-class TAEHV(LatentNormMixin):
+class TAEHV(VideoAutoencoder):
     """A tiny VideoAutoencoder with a deterministic encoder.
 
     variant: one of VARIANTS. decoder_time_upscale, decoder_space_upscale: which of the three stages double the frame
@@ -81,9 +80,8 @@ class TAEHV(LatentNormMixin):
     chunk_latents: code clips in chunks of this many latents, which changes memory, not results; None: at once.
     gradient_checkpointing: recompute each block in backward.
 
-    Frames: see taehv_frames. Clips of another length are extended by repeating their last frame, height and width by
-    repeating their edge, and reconstructions are cropped. Weights start from torch's defaults, the decoder's last bias
-    from 0.5, mid-grey in the network's own range [0, 1].
+    Frames that it takes: see taehv_frames. Weights start from torch's defaults, the decoder's last bias from 0.5,
+    mid-grey in the network's own range [0, 1].
     Raises ValueError if the arguments do not fit together.
     """
 
@@ -96,7 +94,7 @@ class TAEHV(LatentNormMixin):
         decoder_space_upscale: Flags | None = None,
         channels: Width = 64,
         decoder_channels: Widths | None = None,
-        latent: str | None = None,
+        latent: Literal["raw", "normalized"] | None = None,
         latents_mean: Sequence[Mean] | None = None,
         latents_std: Sequence[Deviation] | None = None,
         chunk_latents: Count | None = None,
@@ -122,8 +120,6 @@ class TAEHV(LatentNormMixin):
         self.patch = kind.patch
         self.rule = RULES[kind.rule]
         self.latent = kind.latent if latent is None else latent
-        if self.latent not in ("raw", "normalized"):
-            raise ValueError(f"latent is {latent!r}; use raw or normalized")
         if self.latent == "normalized" and not (latents_mean is None and latents_std is None):
             raise ValueError("latents_mean and latents_std are for raw latents; leave them out with latent=normalized")
         self.chunk_latents = chunk_latents
@@ -134,7 +130,7 @@ class TAEHV(LatentNormMixin):
             kind.latent_channels,
             2 ** sum(kind.time_down),
             8 * kind.patch,
-            causal=not self.rule.looks_ahead,
+            causal=kind.rule not in LOOK_AHEAD,
             **self.register_latent_stats(latents_mean, latents_std, kind.latent_channels),
         )
 
@@ -151,7 +147,7 @@ class TAEHV(LatentNormMixin):
         latents = []
         cache = None
         for start, stop in self._chunks(plan.latents):
-            count = sum(frames for _, _, frames in split_runs(plan.encoder, self.spec.time_stride, start, stop))
+            count = count_frames(plan.encoder, self.spec.time_stride, start, stop)
             z, cache = self.encode_planned(video[:, :, :count], plan, start, stop, cache)
             video = video[:, :, count:]
             latents.append(z)
@@ -160,12 +156,10 @@ class TAEHV(LatentNormMixin):
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         """Latents [B, C, t, h, w] -> video, not clamped.
 
-        num_frames: of the encoded clip, by default the longest with so many latents. A decimated decoder returns fewer
-        frames, the last of each group. Raises ValueError if num_frames does not fit the latents.
+        num_frames: of the encoded clip. A decimated decoder returns fewer frames, the last of each group.
         """
         check_latents(z, self.spec.channels)
-        stride = self.spec.time_stride
-        frames = self.rule.frames_of(z.shape[2], stride) if num_frames is None else num_frames
+        frames = longest_clip(self.rule, z.shape[2], self.spec.time_stride) if num_frames is None else num_frames
         if frames is None:
             raise ValueError(f"no number of frames fits {z.shape[2]} latent frames of {self.variant}")
         plan = self.plan(frames)
@@ -182,7 +176,7 @@ class TAEHV(LatentNormMixin):
         """See VideoAutoencoder.forward. Raises ValueError for a decimated decoder in training mode."""
         if self.decimated and self.training:
             raise ValueError("a decoder without all of its upscaling cannot be trained; leave decoder_*_upscale out")
-        out = reconstruct(self, video, **options)
+        out = super().forward(video, **options)
         if self.space_shrink > 1 and out.video is not None:
             height, width = (-(-side // self.space_shrink) for side in video.shape[-2:])
             out.video = out.video[..., :height, :width]
@@ -277,7 +271,7 @@ class TAEHV(LatentNormMixin):
 
     def plan(self, frames: int) -> FramePlan:
         """Which frames the network reads and shows for a clip of this length."""
-        return self.rule.plan(frames, self.spec.time_stride)
+        return self.rule(frames, self.spec.time_stride)
 
     def frames_shown(self, frames: int) -> int:
         """Frames that a clip is decoded to: all of them, unless the decoder is decimated in time."""
@@ -300,8 +294,8 @@ class TAEHV(LatentNormMixin):
     def frames_valid(self, frames: int) -> bool:
         return frames >= 1 and self.plan(frames).frames == frames
 
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        return self.spec.channels, self.plan(frames).latents, *self.spec.latent_size(height, width)
+    def latent_frames(self, frames: int) -> int:
+        return self.plan(frames).latents
 
 
 class PlannedStream:
@@ -314,7 +308,7 @@ class PlannedStream:
     def __init__(self, model: TAEHV, chunk_latents: int) -> None:
         self.model = model
         self.chunk_latents = chunk_latents
-        self.lookahead = model.spec.time_stride - 1 if model.rule.looks_ahead else 0
+        self.lookahead = 0 if model.spec.causal else model.spec.time_stride - 1
         self._chunks: Iterator[tuple[int, int]] = iter(())  # (frames, latents up to the chunk's end)
 
     def chunks(self, frames: int) -> list[int]:
@@ -322,7 +316,7 @@ class PlannedStream:
         self._plan = plan = self.model.plan(frames)
         ends = {}  # frame -> latent
         for latents in [*range(self.chunk_latents, plan.latents, self.chunk_latents), plan.latents]:
-            ends[min(frames, frames_shown(plan, stride, latents))] = latents
+            ends[min(frames, count_frames(plan.decoder, stride, 0, latents))] = latents
         lengths = [end - start for start, end in pairwise([0, *ends])]
         self._chunks = iter(list(zip(lengths, ends.values(), strict=True)))
         self._shown = 0  # frames
@@ -341,23 +335,19 @@ class PlannedStream:
                 f"the chunk has {video.shape[2]} frames; chunks() gave it {frames}, with at most {self.lookahead} more "
                 "as lookahead"
             )
-        z = self._encode(pad_space(video, self.model.spec.space_stride), latents)
-        rec, self._decoder_cache = self.model.decode_planned(z, self._plan, self._latents, self._decoder_cache)
-        self._shown += frames
-        self._latents = latents
-        return Reconstruction(rec[:, :, :frames, :height, :width], Delta(z), z)
-
-    def _encode(self, video: Tensor, latents: int) -> Tensor:
-        """Encode up to the latent `latents`. video: from the first frame that has not been shown."""
-        stride, plan = self.model.spec.time_stride, self._plan
-        count = sum(frames for _, _, frames in split_runs(plan.encoder, stride, self._latents, latents))
-        new = video[:, :, self._encoded - self._shown :]
+        model, plan = self.model, self._plan
+        count = count_frames(plan.encoder, model.spec.time_stride, self._latents, latents)
+        video = pad_space(video, model.spec.space_stride)
+        new = video[:, :, self._encoded - self._shown :]  # not encoded as lookahead before
         if not new.shape[2]:
             new = video[:, :, -1:]
         new = extend_time(new, count)[:, :, :count]
+        z, self._encoder_cache = model.encode_planned(new, plan, self._latents, latents, self._encoder_cache)
+        rec, self._decoder_cache = model.decode_planned(z, plan, self._latents, self._decoder_cache)
         self._encoded += count
-        z, self._encoder_cache = self.model.encode_planned(new, plan, self._latents, latents, self._encoder_cache)
-        return z
+        self._shown += frames
+        self._latents = latents
+        return Reconstruction(rec[:, :, :frames, :height, :width], Delta(z), z)
 
 
 def _one_by_one(x: Tensor) -> bool:

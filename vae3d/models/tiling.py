@@ -18,6 +18,7 @@ from vae3d.models.layers.wan_blocks import (
     ResidualBlock,
     UpBlock,
     Upsample,
+    pointwise,
     run_chain,
 )
 from vae3d.models.streaming import CausalStream
@@ -92,14 +93,15 @@ class Tiled:
         x = self.model.to_patches(video)
         x, tiles_cache = self._run_tiles(tiled_layers, x, tiles_cache, return_cache, down=True)
         x, cache = run_chain(whole_layers, x, cache, return_cache)
-        return Posterior.from_moments(self.model.to_moments(x)), (tiles_cache, list(cache))
+        return Posterior.from_moments(pointwise(self.model.conv1, x)), (tiles_cache, list(cache))
 
     @torch.no_grad()
     def decode_chunk(self, z: Tensor, cache: Cache | None, return_cache: bool = True) -> tuple[Tensor, Cache]:
         """As WanVAE.decode_chunk; return_cache=False for a whole clip."""
         tiled_layers, whole_layers = self._decoder
         tiles_cache, cache = cache or (None, None)
-        x, cache = run_chain(whole_layers, self.model.from_latents(z), cache, return_cache)
+        conv = self.model.conv2
+        x, cache = run_chain(whole_layers, pointwise(conv, z.to(conv.weight.dtype)), cache, return_cache)
         x, tiles_cache = self._run_tiles(tiled_layers, x, tiles_cache, return_cache, down=False)
         return self.model.from_patches(x), (tiles_cache, list(cache))
 

@@ -7,114 +7,27 @@ Wan-Video/Wan2.1 and `vae2_2.py` in Wan-Video/Wan2.2.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Any
+from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Depth, Deviation, Factor, Factors, Flags, Mean, Width, check_arguments
-from vae3d.models.forward import reconstruct
-from vae3d.models.latents import LatentNormMixin
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers.borders import Borders
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import extend_time, pad_space
-from vae3d.models.layers.wan_blocks import (
-    AttentionBlock,
-    Conv,
-    DownBlock,
-    Downsample,
-    Head,
-    LayerCache,
-    ResidualBlock,
-    UpBlock,
-    Upsample,
-    pointwise,
-    run_chain,
-)
+from vae3d.models.layers.wan_blocks import Decoder, Encoder, LayerCache, pointwise, run_chain
 from vae3d.models.streaming import CausalStream, chunk_lengths, chunk_within
 from vae3d.pixels import check_latents, check_video
-from vae3d.types import LatentSpec, Posterior, Reconstruction
+from vae3d.types import LatentSpec, Posterior
 
 MAX_CHUNK = 8  # latents of a stream's chunk
 Cache = Sequence[LayerCache]  # of every layer
 
 
-class Encoder(nn.Module):
-    """Video (or patches) to moments.
-
-    first: channels of the first convolution. widths: channels per level. time: which level boundaries halve the frame
-    rate.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        first: int,
-        widths: Sequence[int],
-        time: Sequence[bool],
-        layers: int,
-        shortcuts: bool,
-        borders: Borders,
-    ) -> None:
-        super().__init__()
-        self.conv1 = Conv(in_channels, first, borders)
-        levels = []
-        for level, (before, width) in enumerate(pairwise([first, *widths])):
-            blocks = [ResidualBlock(channels, width, borders) for channels in [before, *[width] * (layers - 1)]]
-            down = [Downsample(width, time[level], borders)] if level < len(time) else []
-            levels += [DownBlock(before, width, blocks, down)] if shortcuts else blocks + down
-        self.downsamples = nn.ModuleList(levels)
-        self.middle = _middle(widths[-1], borders)
-        self.head = Head(widths[-1], out_channels, borders)
-
-    def chain(self) -> list[nn.Module]:
-        return [self.conv1, *self.downsamples, *self.middle, self.head]
-
-
-class Decoder(nn.Module):
-    """Latents to video (or patches). widths, time: in the encoder's order."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        widths: Sequence[int],
-        time: Sequence[bool],
-        layers: int,
-        shortcuts: bool,
-        borders: Borders,
-    ) -> None:
-        super().__init__()
-        widths = widths[::-1]
-        time = time[::-1]
-        self.conv1 = Conv(in_channels, widths[0], borders)
-        self.middle = _middle(widths[0], borders)
-        levels = []
-        before = widths[0]
-        for level, width in enumerate(widths):
-            blocks = [ResidualBlock(channels, width, borders) for channels in [before, *[width] * layers]]
-            last = level == len(time)
-            after = width if shortcuts else width // 2  # Wan2.1 halves the channels with the resolution
-            up = [] if last else [Upsample(width, after, time[level], borders)]
-            levels += [UpBlock(before, width, blocks, up)] if shortcuts else blocks + up
-            before = after
-        self.upsamples = nn.ModuleList(levels)
-        self.head = Head(widths[-1], out_channels, borders)
-
-    def chain(self) -> list[nn.Module]:
-        return [self.conv1, *self.middle, *self.upsamples, self.head]
-
-
-def _middle(width: int, borders: Borders) -> nn.ModuleList:
-    return nn.ModuleList(
-        [ResidualBlock(width, width, borders), AttentionBlock(width), ResidualBlock(width, width, borders)]
-    )
-
-
-class WanVAE(LatentNormMixin):
+class WanVAE(VideoAutoencoder):
     """The VAE of Wan2.1 (the defaults) or Wan2.2; a VideoAutoencoder.
 
     channels, multipliers: width of each level. downsample: which level boundaries halve the frame rate; each halves
@@ -126,9 +39,7 @@ class WanVAE(LatentNormMixin):
     chunk_latents: code clips in chunks of this many latent frames, which changes memory, not results; None: at once.
     gradient_checkpointing: recompute each block in backward.
 
-    Frames: the network takes 1 + n * time_stride. Other clips are extended by repeating their last frame, and their
-    reconstruction is cropped. Height and width are extended likewise to multiples of the space stride; a circular width
-    must be a multiple.
+    The network takes 1 + n * time_stride frames; a circular width must be a multiple of the space stride.
     Raises ValueError if the lists do not fit together.
     """
 
@@ -144,8 +55,8 @@ class WanVAE(LatentNormMixin):
         latent_channels: Width = 16,
         patch: Factor = 1,
         shortcuts: bool = False,
-        pad_w: str = "zeros",
-        pad_h: str = "zeros",
+        pad_w: Literal["zeros", "circular"] = "zeros",
+        pad_h: Literal["zeros", "pole"] = "zeros",
         latents_mean: Sequence[Mean] | None = None,
         latents_std: Sequence[Deviation] | None = None,
         chunk_latents: Count | None = None,
@@ -179,10 +90,7 @@ class WanVAE(LatentNormMixin):
         )
 
     def encode(self, video: Tensor) -> Posterior:
-        """[B, 3, T, H, W] -> posterior over raw latents.
-
-        Raises ValueError for a circular width that the space stride does not divide.
-        """
+        """[B, 3, T, H, W] -> posterior over raw latents. Raises ValueError as require_closed_seam does."""
         check_video(video)
         stride = self.spec.time_stride
         self.require_closed_seam(video.shape[-1])
@@ -192,10 +100,7 @@ class WanVAE(LatentNormMixin):
         return Posterior.from_moments(self._in_chunks(self._moments, video.split(lengths, 2), self.encoder))
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
-        """Raw latents [B, C, t, h, w] -> video, not clamped. num_frames: by default 1 + (t - 1) * time_stride.
-
-        Raises ValueError if num_frames does not fit the latents.
-        """
+        """Raw latents [B, C, t, h, w] -> video, not clamped. num_frames: by default 1 + (t - 1) * time_stride."""
         check_latents(z, self.spec.channels)
         frames = 1 + (z.shape[2] - 1) * self.spec.time_stride if num_frames is None else num_frames
         if self.latent_frames(frames) != z.shape[2]:
@@ -219,35 +124,25 @@ class WanVAE(LatentNormMixin):
                 f"the chunk is {frames} frames of {height}x{width}; give {valid} frames of sides that are multiples of "
                 f"{space}"
             )
-        moments, cache = self._moments(video, cache, return_cache=True)
+        moments, cache = self._moments(video, cache, return_cache=True, recompute=False)
         return Posterior.from_moments(moments), list(cache)
 
     def decode_chunk(self, z: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         """Video of a stream's next latents, not clamped, and the cache for the chunk after; see encode_chunk."""
-        video, cache = self._pixels(z, cache, return_cache=True)
+        video, cache = self._pixels(z, cache, return_cache=True, recompute=False)
         return video, list(cache)
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> CausalStream:
-        """Chunks of `chunk_latents`, or of as many latents as decode in `memory_gib` in fp32, at most MAX_CHUNK.
-
-        Raises ValueError for a circular width that the space stride does not divide.
-        """
+        """Chunks of `chunk_latents`, or of as many latents as decode in `memory_gib` in fp32, at most MAX_CHUNK."""
         self.require_closed_seam(width)
         fitting = chunk_within(memory_gib, lambda latents: self.chunk_memory(latents, height, width), MAX_CHUNK)
         return CausalStream(self, self.chunk_latents or fitting)
 
     def chunk_memory(self, latents: int, height: int, width: int) -> int:
-        """Estimated bytes for decoding a chunk in fp32, with the cache but without weights.
-
-        The activations and the cache of the last level dominate.
-        """
+        """Estimated bytes for decoding a chunk in fp32, with the cache but without weights: those of the last level."""
         fixed, per_latent = (42, 30) if self.patch > 1 else (29, 20)
         channels = self.decoder.head["2"].in_channels / self.patch**2
         return int(4 * height * width * channels * (fixed + per_latent * latents))
-
-    def forward(self, video: Tensor, **options: Any) -> Reconstruction:
-        """See VideoAutoencoder.forward."""
-        return reconstruct(self, video, **options)
 
     def _in_chunks(
         self, step: Callable[..., tuple[Tensor, Cache]], chunks: Sequence[Tensor], part: nn.Module
@@ -269,29 +164,19 @@ class WanVAE(LatentNormMixin):
             outputs.append(output)
         return outputs[0] if single else torch.cat(outputs, 2)
 
-    def _moments(
-        self, video: Tensor, cache: Cache | None, return_cache: bool, recompute: bool = False
-    ) -> tuple[Tensor, Cache]:
+    def _moments(self, video: Tensor, cache: Cache | None, return_cache: bool, recompute: bool) -> tuple[Tensor, Cache]:
         x, cache = run_chain(self.encoder.chain(), self.to_patches(video), cache, return_cache, recompute)
-        return self.to_moments(x), cache
+        return pointwise(self.conv1, x), cache
 
-    def _pixels(
-        self, z: Tensor, cache: Cache | None, return_cache: bool, recompute: bool = False
-    ) -> tuple[Tensor, Cache]:
-        x, cache = run_chain(self.decoder.chain(), self.from_latents(z), cache, return_cache, recompute)
+    def _pixels(self, z: Tensor, cache: Cache | None, return_cache: bool, recompute: bool) -> tuple[Tensor, Cache]:
+        x = pointwise(self.conv2, z.to(self.conv2.weight.dtype))
+        x, cache = run_chain(self.decoder.chain(), x, cache, return_cache, recompute)
         return self.from_patches(x), cache
 
     def to_patches(self, video: Tensor) -> Tensor:
         """Input of the encoder's chain."""
         video = video.to(self.conv1.weight.dtype)
         return rearrange(video, "b c t (h q) (w r) -> b (c r q) t h w", q=self.patch, r=self.patch)
-
-    def to_moments(self, x: Tensor) -> Tensor:
-        return pointwise(self.conv1, x)
-
-    def from_latents(self, z: Tensor) -> Tensor:
-        """Input of the decoder's chain."""
-        return pointwise(self.conv2, z.to(self.conv2.weight.dtype))
 
     def from_patches(self, x: Tensor) -> Tensor:
         return rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=self.patch, r=self.patch)
@@ -318,6 +203,3 @@ class WanVAE(LatentNormMixin):
 
     def latent_frames(self, frames: int) -> int:
         return 1 + -(-(frames - 1) // self.spec.time_stride)
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        return self.spec.channels, self.latent_frames(frames), *self.spec.latent_size(height, width)

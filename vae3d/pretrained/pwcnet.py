@@ -6,7 +6,8 @@ Frames are RGB, as in FloLPIPS, although the weights were trained on BGR. Flow i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from vae3d.precision import autocast_off
 from vae3d.pretrained import weights
 
 FILES = ("network-default.pytorch", "pwc_net.pth.tar")  # of sniklaus/pytorch-pwc and of NVlabs/PWC-Net
+# Every convolution's name here, in sniklaus/pytorch-pwc (where each part has a prefix), and in NVlabs/PWC-Net.
+NAMES = Path(__file__).with_name("pwcnet_names.json")
 WARPS = ("flolpips", "exact")
 CHANNELS = (16, 32, 64, 96, 128, 196)  # of the pyramid's levels, from 1/2 to 1/64 of the frame's size
 DENSE = (128, 128, 96, 64, 32)
@@ -186,29 +189,10 @@ def _resize(x: Tensor, size: list[int] | torch.Size) -> Tensor:
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
-def published_names() -> Iterator[tuple[str, str, str]]:
-    """Each convolution's name here, in sniklaus/pytorch-pwc (where each part has a prefix) and in NVlabs/PWC-Net."""
-    numbers = ("One", "Two", "Thr", "Fou", "Fiv", "Six")
-    for level in range(1, 7):
-        letters = ("a", "aa", "b") if level < 6 else ("aa", "a", "b")
-        for i, letter in enumerate(letters):
-            yield f"extractor.{level - 1}.{2 * i}", f"Extractor.{numbers[level - 1]}.{2 * i}", f"conv{level}{letter}.0"
-    for level in range(2, 7):
-        own, theirs = f"decoders.{level - 2}", numbers[level - 1]
-        if level < 6:
-            yield f"{own}.upflow", f"{theirs}.Upflow", f"deconv{level + 1}"
-            yield f"{own}.upfeat", f"{theirs}.Upfeat", f"upfeat{level + 1}"
-        for i in range(len(DENSE)):
-            yield f"{own}.dense.{i}", f"{theirs}.{numbers[i]}.0", f"conv{level}_{i}.0"
-        yield f"{own}.predict", f"{theirs}.Six.0", f"predict_flow{level}"
-    for i in range(7):
-        yield f"refiner.{2 * i}", f"Refiner.Main.{2 * i}", f"dc_conv{i + 1}.0" if i < 6 else "dc_conv7"
-
-
-def _layouts() -> list[dict[str, str]]:
+def published_layouts() -> list[dict[str, str]]:
     """For each published layout, its tensor names -> ours."""
     layouts: list[dict[str, str]] = [{}, {}, {}]
-    for own, sniklaus, nvlabs in published_names():
+    for own, sniklaus, nvlabs in json.loads(NAMES.read_text()):
         parts = sniklaus.split(".")
         prefixed = [".".join(p if p.isdigit() else prefix + p for p in parts) for prefix in ("module", "net")]
         for layout, name in zip(layouts, (*prefixed, nvlabs), strict=True):
@@ -218,7 +202,7 @@ def _layouts() -> list[dict[str, str]]:
 
 def _to_own_names(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], file: Path) -> dict[str, Tensor]:
     """Rename tensors to ours. Raises WeightsMissing if they are not those of PWC-Net."""
-    names = max(_layouts(), key=lambda layout: len(layout.keys() & state.keys()))
+    names = max(published_layouts(), key=lambda layout: len(layout.keys() & state.keys()))
     # NVlabs's network has a last deconvolution that it never uses.
     foreign = [key for key in state if key not in names and not key.startswith("deconv2.")]
     errors = weights.shape_errors(state, {key: shapes[own] for key, own in names.items()})

@@ -6,9 +6,10 @@ the standard library until a file is read.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -40,12 +41,12 @@ class WeightFile:
     name: str
     url: str
     licence: str
-    used_for: tuple[str, ...]
+    used_for: Sequence[str]
     size: int | None = None
     sha256: str | None = None
     git_blob: str | None = None
     certain: bool = True
-    aliases: tuple[str, ...] = ()
+    aliases: Sequence[str] = ()
     hugging_face: str | None = None
     slim: str | None = None
     alternative_to: str | None = None
@@ -61,84 +62,7 @@ class WeightFile:
         return (self.name, *self.aliases, *([self.slim_name] if self.slim else []))
 
 
-def _torchvision(name: str, used_for: tuple[str, ...], size: int, sha256: str, slim: str | None = None) -> WeightFile:
-    url = f"https://download.pytorch.org/models/{name}"
-    return WeightFile(name, url, "BSD-3-Clause (torchvision)", used_for, size, sha256, slim=slim)
-
-
-FILES = {
-    file.name: file
-    for file in (
-        _torchvision(
-            "vgg16-397923af.pth",
-            ("lpips_vgg", "lpips_loss"),
-            553_433_881,
-            "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
-            slim="features.",
-        ),
-        _torchvision(
-            "alexnet-owt-7be5be79.pth",
-            ("lpips", "lpips_alex", "tlp", "cube_lpips", "flolpips", "flolpips_raft_large", "flolpips_raft_small"),
-            244_408_911,
-            "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
-            slim="features.",
-        ),
-        _torchvision(
-            "raft_large_C_T_SKHT_V2-ff5fadd5.pth",
-            ("flolpips_raft_large", "warping_error"),
-            21_106_607,
-            "ff5fadd56d26b40647388883af1547351ea17868b765c05b27231e72dd16a322",
-        ),
-        _torchvision(
-            "raft_small_C_T_V2-01064c6d.pth",
-            ("flolpips_raft_small",),
-            4_006_189,
-            "01064c6dba73b0fc9fc8edf772248560a00a3acfd62ac6677e9eeebad9680e27",
-        ),
-        WeightFile(
-            "network-default.pytorch",
-            "http://content.sniklaus.com/github/pytorch-pwc/network-default.pytorch",
-            "CC BY-NC-SA 4.0, non-commercial (NVIDIA's PWC-Net)",
-            ("flolpips",),
-            sha256="ad2dc62b63b9d10ad42a6969179b3f996d4115e2ec6421bf532f99cf278ffcd2",
-            certain=False,
-            aliases=("pwc-default", "pwc-network-default.pytorch"),
-        ),
-        WeightFile(
-            "pwc_net.pth.tar",
-            "https://github.com/NVlabs/PWC-Net/raw/master/PyTorch/pwc_net.pth.tar",
-            "CC BY-NC-SA 4.0, non-commercial (NVIDIA's PWC-Net)",
-            ("flolpips",),
-            git_blob="27da4cc96929c0474f8083364712df3a1c50c52e",
-            alternative_to="network-default.pytorch",
-        ),
-        WeightFile(
-            "weights-inception-2015-12-05-6726825d.pth",
-            "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-            "Apache-2.0 (TensorFlow's Inception, converted by torch-fidelity)",
-            ("rfid",),
-            95_628_359,
-            "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-        ),
-        WeightFile(
-            "i3d_torchscript.pt",
-            "https://huggingface.co/flateon/FVD-I3D-torchscript/resolve/1c2d61711c52571ad617a1063e6fa691b212e184/i3d_torchscript.pt",
-            "Apache-2.0 (DeepMind's I3D, converted by StyleGAN-V)",
-            ("rfvd",),
-            51_235_320,
-            "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2",
-            hugging_face="flateon/FVD-I3D-torchscript",
-        ),
-        WeightFile(
-            "i3d_pretrained_400.pt",
-            "https://github.com/JunyaoHu/common_metrics_on_video_quality/raw/main/fvd/videogpt/i3d_pretrained_400.pt",
-            "Apache-2.0 (DeepMind's I3D, converted by VideoGPT)",
-            ("rfvd",),
-            git_blob="a867b87ac3a9097d200598b1d48a1b890d8ec744",
-            alternative_to="i3d_torchscript.pt",
-        ),
-    )
-}
+FILES = {entry["name"]: WeightFile(**entry) for entry in json.loads(Path(__file__).with_suffix(".json").read_text())}
 
 
 class WeightsMissing(UserError):
@@ -156,8 +80,8 @@ def search_path() -> list[Path]:
 def find(*names: str, path: str | Path | None = None) -> Path:
     """Find one of several equivalent files, or check that `path`, if given, exists.
 
-    A file may have an alias, or be slim: its used tensors alone, written by scripts/fetch_weights.py. It must have the
-    published hash, unless VAE3D_ALLOW_UNVERIFIED=1; a file given by `path` is not verified.
+    A file may have an alias, or be slim: its used tensors alone. It must have the published hash, unless
+    VAE3D_ALLOW_UNVERIFIED=1; a file given by `path` is not verified.
     Raises WeightsMissing with sizes, hashes, the places searched and the command that fetches it.
     """
     files = [FILES[name] for name in names]
@@ -270,17 +194,13 @@ def _candidates(files: list[WeightFile]) -> Iterator[tuple[Path, WeightFile]]:
 
 
 def _not_found(files: list[WeightFile]) -> str:
-    first = files[0]
-    places = [
-        *map(str, search_path()),
-        *(f"the Hugging Face cache of {f.hugging_face}" for f in files if f.hugging_face),
-    ]
+    caches = [f"the Hugging Face cache of {file.hugging_face}" for file in files if file.hugging_face]
     other_names = [name for file in files for name in file.names[1:]]
     lines = [
         f"{' or '.join(map(_describe, files))} is not on this machine",
         *([f"  other names: {', '.join(other_names)}"] if other_names else []),
-        f"  searched {', '.join(places)}",
-        f"  fetch it on a connected machine: python scripts/fetch_weights.py {first.name} --dest {search_path()[0]}",
+        f"  searched {', '.join([*map(str, search_path()), *caches])}",
+        f"  fetch it on a connected machine: python scripts/fetch_weights.py {files[0].name} --dest {search_path()[0]}",
         "  or set its folder: export VAE3D_WEIGHTS=/path",
     ]
     return "\n".join(lines)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import DictLoader, Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
@@ -15,29 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PAGE = """<!doctype html>
-<meta charset="utf-8">
-<title>{{ title }}</title>
-<style>
-  body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-  h1, h2, h3 { line-height: 1.2 } h2 { margin-top: 2.5rem } img, svg { max-width: 100%; height: auto }
-  table { border-collapse: collapse }
-  td, th { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }
-  td:first-child, th:first-child { text-align: left }
-  .warning { background: #fff4d6; padding: .3rem .8rem; margin: .3rem 0; white-space: pre-wrap }
-  pre { background: #f5f5f5; padding: 1rem; overflow-x: auto }
-  .strip { display: grid; grid-template-columns: 8rem auto; gap: .3rem .6rem; align-items: center }
-  .strip span { color: #555; text-align: right }
-  {% block style %}{% endblock %}
-</style>
-<h1>{{ title }}</h1>
-{% block content %}{% endblock %}
-"""
-
 TABLE = """<table><tr>{% for cell in head %}<th>{{ cell }}</th>{% endfor %}</tr>
 {%- for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>"""
 
-_environment = Environment(autoescape=True, undefined=StrictUndefined, loader=DictLoader({"page.html": PAGE}))
+_environment = Environment(autoescape=True, undefined=StrictUndefined, loader=FileSystemLoader(Path(__file__).parent))
 
 
 def render(template: str, **values: Any) -> Markup:

@@ -21,8 +21,9 @@ from vae3d.errors import UserError
 from vae3d.io import check_run_folder, is_disk_error, remove, remove_unfinished
 from vae3d.metrics.base import Better, goodness
 from vae3d.restore import check_like
+from vae3d.training.failures import FailureCounter, SpikeError
+from vae3d.training.memory import catch_out_of_memory
 from vae3d.training.runlog import RunLog
-from vae3d.training.spike import FailureCounter, SpikeError
 
 log = logging.getLogger("vae3d")
 
@@ -197,14 +198,10 @@ class Checkpointer:
     def write_checkpoint(self, step: int) -> None:
         """Write a checkpoint and, on the first rank, its outputs.
 
-        Raises SaveError, on all ranks, if the disk of any rank fails.
+        Raises SaveError, on all ranks, if the disk of any rank fails or its memory runs out.
         """
         unfinished = state.unfinished(self.root, step)
         outputs = self._outputs(step)
-
-        def begin() -> None:
-            if self.main:
-                state.begin(unfinished)
 
         def write() -> None:
             if self.main:
@@ -214,18 +211,14 @@ class Checkpointer:
             if own := {name: part for name, part in per_rank.items() if part}:
                 state.write_rank(unfinished, self.rank, own)
 
-        def seal() -> None:
-            if self.main:
-                state.seal(unfinished, step, self.config, self.facts)
-
         def finish() -> None:
-            if self.main:
-                for path in outputs:  # left by an older checkpoint of this step
-                    remove(path)
-                state.finish(unfinished, self.root, step)
+            state.seal(unfinished, step, self.config, self.facts)
+            for path in outputs:  # left by an older checkpoint of this step
+                remove(path)
+            state.finish(unfinished, self.root, step)
 
-        for stage in (begin, write, seal, finish):
-            if reason := run_on_all_ranks(self.device, stage):
+        for stage, runs in ((lambda: state.begin(unfinished), self.main), (write, True), (finish, self.main)):
+            if reason := run_on_all_ranks(self.device, stage, runs):
                 if self.main:
                     _try_to_remove(unfinished)
                 raise SaveError(f"no checkpoint of step {step}: {reason}", self._lost())
@@ -242,11 +235,10 @@ class Checkpointer:
         outputs = self._outputs(step) if resumed else {}
 
         def clean() -> None:
-            if self.main:
-                for folder in (self.folder, self.root, self.folder / "exports", *self.folder.glob(".hydra/rank*")):
-                    remove_unfinished(folder)
+            for folder in (self.folder, self.root, self.folder / "exports", *self.folder.glob(".hydra/rank*")):
+                remove_unfinished(folder)
 
-        if reason := run_on_all_ranks(self.device, clean):
+        if reason := run_on_all_ranks(self.device, clean, self.main):
             raise SaveError(f"{self.folder} cannot be written to: {reason}", "fix that, then run the same command")
         for path in outputs:
             if self.main and not path.exists():
@@ -256,17 +248,12 @@ class Checkpointer:
     def export_best(
         self, best: BestExport, scores: Mapping[str, float], step: int, export: Callable[..., None]
     ) -> None:
-        """Write exports/best if `scores`, equal on all ranks, are the best so far. A disk error only warns."""
+        """Write exports/best if `scores`, equal on all ranks, are the best so far. If that fails, it only warns."""
         value = scores.get(f"val/{best.column}")
         if value is None or not best.beaten_by(value):
             return
         folder = self.folder / "exports" / BEST
-
-        def write() -> None:
-            if self.main:
-                export(folder, best={best.column: value})
-
-        if reason := run_on_all_ranks(self.device, write):
+        if reason := run_on_all_ranks(self.device, lambda: export(folder, best={best.column: value}), self.main):
             self.log.warn(f"{folder} is not of step {step}, the best so far: {reason}; training goes on")
             best.missed = value, step
         else:
@@ -280,30 +267,26 @@ class Checkpointer:
         """Write the missing outputs and delete what exceeds `keep`, on the first rank. Raises SaveError on all."""
 
         def write() -> None:
-            if self.main:
-                for path, writer in outputs.items():
-                    if not path.exists():
-                        writer(path)
-                self._prune()
+            for path, writer in outputs.items():
+                if not path.exists():
+                    writer(path)
+            state.prune(self.folder / "exports", self.keep)
+            for old in state.superseded(self.root, self.keep):
+                for path in self.outputs(old):
+                    remove(path)
+                state.discard(self.root, old)
 
-        if reason := run_on_all_ranks(self.device, write):
+        if reason := run_on_all_ranks(self.device, write, self.main):
             raise SaveError(
                 f"{step_folder(self.root, step)} is complete, but its outputs are not: {reason}",
-                "free disk space, then run the same command again: it writes what is missing",
+                "free disk space or memory, then run the same command again: it writes what is missing",
             )
-
-    def _prune(self) -> None:
-        state.prune(self.folder / "exports", self.keep)
-        for step in state.superseded(self.root, self.keep):
-            for path in self.outputs(step):
-                remove(path)
-            state.discard(self.root, step)
 
     def _lost(self) -> str:
         newest = state.latest_state(self.root)
         since = "all steps since the start" if newest is None else f"the steps after step {state.step_of(newest)}"
         resumes = "starts from the beginning" if newest is None else f"resumes from {newest}"
-        return f"{since} are lost; free disk space, then run the same command again: it {resumes}"
+        return f"{since} are lost; free disk space or memory, then run the same command again: it {resumes}"
 
 
 def _load_item(checkpoint: Path, name: str, load: Callable[[Any], object], item_state: Any) -> None:
@@ -317,11 +300,15 @@ def _load_item(checkpoint: Path, name: str, load: Callable[[Any], object], item_
         raise ResumeError(f"{checkpoint} {error}{weights if name == 'optimizer' else ''}") from error
 
 
-def run_on_all_ranks(device: torch.device, stage: Callable[[], Any]) -> str | None:
-    """Run a stage of saving on all ranks. Returns the disk errors of any rank; other errors propagate."""
+def run_on_all_ranks(device: torch.device, stage: Callable[[], Any], runs: bool = True) -> str | None:
+    """Run a stage of saving on the ranks that have `runs`; every rank must call it.
+
+    Returns the errors of any rank's disk or memory; other errors propagate.
+    """
     reason = None
     try:
-        stage()
+        if runs:
+            _, reason = catch_out_of_memory(stage)
     except (OSError, RuntimeError, SafetensorError) as error:
         if not is_disk_error(error):
             raise

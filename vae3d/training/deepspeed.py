@@ -20,9 +20,9 @@ from vae3d import distributed
 from vae3d.arguments import check_fields
 from vae3d.checkpoints.state import ResumeError
 from vae3d.errors import UserError
-from vae3d.training.data_parallel import check_same_weights
+from vae3d.restore import load_optimizer
 from vae3d.training.memory import first_line, free_cache, is_out_of_memory
-from vae3d.training.optim import load_optimizer_state
+from vae3d.training.strategy import Strategy, check_same_weights
 
 
 class StrategyError(UserError):
@@ -38,13 +38,14 @@ class _RankState(TypedDict):
     partitions: Sequence[Tensor]
 
 
-class DeepSpeedZero:
-    """ZeRO-2 with the methods of ReplicatedDataParallel.
+class DeepSpeedZero(Strategy):
+    """ZeRO-2.
 
     DeepSpeed averages gradients during backward, so ranks agree before each backward pass that all reached it; if one
     has no data or no memory, all leave the step. It cannot undo a backward pass: a step that fails later ends the run.
 
-    config: DeepSpeed's own, without what is filled in here.
+    config: DeepSpeed's own, without what is filled in here. optimizer: its parameters become this rank's partitions,
+    flat and fp32.
     Raises StrategyError for keys that DeepSpeed does not have.
     """
 
@@ -73,8 +74,7 @@ class DeepSpeedZero:
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config={**config, **filled}, dist_init_required=False
         )
-        self.model, self.optimizer = self.engine, EngineOptimizer(self.engine, optimizer)
-        self.grad_norm = 0.0  # before clipping
+        self.model, self.optimizer = self.engine, optimizer
         self._accumulate = accumulate
         self._backwards, self._in_backward = 0, False  # backward passes begun in this step
         self._without_grad: list[str] = []  # after a dry run
@@ -100,7 +100,6 @@ class DeepSpeedZero:
         return message
 
     def skip_local(self) -> None:
-        """Called instead of run_guarded by a rank without data."""
         self._backwards = 0
         distributed.all_ranks_ok(False, self.accelerator.device)
 
@@ -136,35 +135,33 @@ class DeepSpeedZero:
     def average_gradients(self) -> None:
         """Nothing: backward did it."""
 
-    def clip_gradients(self, max_norm: float) -> float:
-        """Nothing: optimizer.step clips. Returns 0, as the norm is not known before."""
-        return 0.0
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Nothing: finish_step clips."""
+        return torch.zeros(())
 
-    def step_was_applied(self) -> bool:
-        """Whether the last optimizer.step changed the weights: DeepSpeed drops gradients that are not finite."""
-        self.grad_norm = float(self.engine.get_global_grad_norm())
-        return self.engine.was_step_applied()
+    def skips_overflow(self) -> bool:
+        return True
+
+    def finish_step(self, grad_norm: float) -> tuple[bool, float]:
+        """Clip, update this rank's partitions, gather the weights, and clear the gradients."""
+        self.engine.step()
+        return self.engine.was_step_applied(), float(self.engine.get_global_grad_norm())
 
     def discard_gradients(self) -> None:
         """Nothing: DeepSpeed cannot drop finite gradients, see can_skip_step."""
 
     def can_skip_step(self) -> bool:
-        """Whether a step that is not taken leaves no trace: only if no backward pass ran in it."""
+        """Only if no backward pass ran in it."""
         return self._backwards == 0
 
     def params_without_grad(self) -> list[str]:
-        """Names of trainable parameters that the last dry run did not reach."""
         return self._without_grad
 
     def params_with_grad(self) -> list[str]:
         """Unknown: DeepSpeed takes gradients away during backward."""
         return []
 
-    def gradient_digest(self) -> int:
-        return 0
-
     def state_dict(self) -> dict[str, Any]:
-        """Nothing that all ranks share."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -173,11 +170,11 @@ class DeepSpeedZero:
 
     def rank_state_dict(self) -> dict[str, Any]:
         """This rank's shard: the flat fp32 weights that it updates, and their moments."""
-        return {"optimizer": self.optimizer.state_dict(), "partitions": self.optimizer.partitions()}
+        return {"optimizer": self.optimizer.state_dict(), "partitions": self.partitions()}
 
     def load_rank_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ResumeError if the checkpoint has no shard for this rank, ArgumentError for another form."""
-        partitions = self.optimizer.partitions()
+        partitions = self.partitions()
         if not state:
             raise ResumeError(
                 f"has no optimizer shard for rank {self.accelerator.process_index} of "
@@ -187,41 +184,13 @@ class DeepSpeedZero:
         check_fields(state, _RankState, key="optimizer")
         if [getattr(p, "shape", None) for p in state["partitions"]] != [p.shape for p in partitions]:
             raise ResumeError("has optimizer shards of another size; DeepSpeed resumes with the same number of ranks")
-        load_optimizer_state(self.optimizer.sharded, state["optimizer"], "optimizer.optimizer")
+        load_optimizer(self.optimizer, state["optimizer"], "optimizer.optimizer")
         with torch.no_grad():
             for mine, saved in zip(partitions, state["partitions"], strict=True):
                 mine.copy_(saved)
 
-
-class EngineOptimizer:
-    """A DeepSpeed engine's step under the interface of torch's optimizers.
-
-    sharded: the optimizer given to deepspeed.initialize, whose parameters then are this rank's flat fp32 partitions.
-    """
-
-    def __init__(self, engine: Any, sharded: torch.optim.Optimizer) -> None:
-        self.engine, self.sharded = engine, sharded
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.sharded.param_groups
-
-    @property
-    def state(self) -> Mapping[Tensor, Any]:
-        return self.sharded.state
-
     def partitions(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def step(self) -> None:
-        """Clip, update this rank's partitions, gather the weights, and clear the gradients."""
-        self.engine.step()
-
-    def zero_grad(self) -> None:
-        """Nothing: step does it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.sharded.state_dict()
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
 def import_deepspeed(device: torch.device) -> Any:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -23,19 +22,16 @@ from vae3d.diffusion.data import Batch, LatentData
 from vae3d.diffusion.export import write_export
 from vae3d.diffusion.processes import QUARTILES, Process, quartile_sums, training_losses
 from vae3d.diffusion.quality import sliced_wasserstein
-from vae3d.diffusion.sampling import sample_latents
-from vae3d.diffusion.scale import check_latent_scale, measure
-from vae3d.pixels import PixelError
+from vae3d.diffusion.sampling import decoded, sample_latents
+from vae3d.inference.scale import check_normalised
+from vae3d.report.images import grid
 from vae3d.seeding import generator_of
 from vae3d.training.data_parallel import ReplicatedDataParallel
-from vae3d.training.diffusion_validation import BATCH, decoded, held_out_losses, log_frames
 from vae3d.training.ema import MultiEma
+from vae3d.training.failures import Count, SpikeGuard
 from vae3d.training.loggers import Logger
-from vae3d.training.memory import catch_out_of_memory
-from vae3d.training.metrics import StepMetrics
-from vae3d.training.optim import adamw_settings
-from vae3d.training.spike import Count, SpikeGuard
-from vae3d.training.trainer import Trainer
+from vae3d.training.step_metrics import StepMetrics
+from vae3d.training.trainer import Trainer, adamw, catch_validation_error
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
@@ -68,9 +64,7 @@ class DiffusionTrainer(Trainer[Batch]):
     ) -> None:
         self.process, self.vae, self.hint = process, vae, hint
         network = network.to(accelerator.device)
-        optimizer = torch.optim.AdamW(
-            network.parameters(), fused=accelerator.device.type == "cuda", **adamw_settings(config.optim)
-        )
+        optimizer = adamw(network.parameters(), config.optim, fused=accelerator.device.type == "cuda")
         super().__init__(
             config,
             folder,
@@ -80,9 +74,7 @@ class DiffusionTrainer(Trainer[Batch]):
             MultiEma(network, **asdict(config.trainer.ema)),
             data,
             logger,
-            spikes=SpikeGuard(max_consecutive_skips=config.trainer.max_consecutive_skips),
-            max_failed_steps=(config.trainer.max_consecutive_skips, "trainer.max_consecutive_skips"),
-            max_failed_saves=(config.trainer.save_failures, "trainer.save_failures"),
+            spikes=SpikeGuard(max_consecutive_skips=config.trainer.robust.max_consecutive_failures),
         )
         identity = {name: vae[name] for name in ("encoder", "latents_mean", "latents_std")}
         self.latents = LatentsState(identity, data.classes, config.vae.path)
@@ -94,13 +86,13 @@ class DiffusionTrainer(Trainer[Batch]):
     def prepare(self) -> None:
         """Measure the latents, unless a checkpoint has their statistics, and encode the held-out clips.
 
-        Raises LatentScaleError if the latents do not have mean 0 and standard deviation 1.
+        Raises ScaleError if the latents do not have mean 0 and standard deviation 1.
         """
         if not self.latents.scale:
-            scale = measure(self.data, self.config.trainer.scale_samples, self.device)
-            check_latent_scale(scale, self.hint)
-            self.latents.scale = scale.as_dict()
-            self.log.say(str(scale))
+            stats = self.data.measure(self.config.trainer.scale_samples, self.device)
+            check_normalised(stats, self.hint)
+            self.latents.scale = {"count": stats.clips, "mean": stats.mean.tolist(), "std": stats.std.tolist()}
+            self.log.say(f"mean and standard deviation {stats}")
         self.held_out = [(self.data.latents(batch, self.device), batch) for batch in self.data.held_out]
         ranks = distributed.gather_to_main([z.cpu() for z, _ in self.held_out])
         self.real = [z for rank in ranks for z in rank]
@@ -143,23 +135,50 @@ class DiffusionTrainer(Trainer[Batch]):
     # ---- validation
 
     def validate(self) -> dict[str, float]:
-        """Log the loss on held-out latents, and samples, of the averaged weights."""
-        self.network.eval()
-        with self.ema.applied():
-            values = held_out_losses(
-                self.network,
-                self.process,
-                self.held_out,
-                self.config.validation.draws,
-                self.config.run.seed,
-                self.accelerator.autocast,
-                self.device,
-            )
-            if self.accelerator.is_main_process:  # the others wait in the next step
-                values |= self._sample()
-        self.network.train()
+        """Log samples, and mean squared errors on the held-out latents of all ranks.
+
+        val/loss and, by quarter of the timesteps, val/loss_q0 to val/loss_q3.
+        """
+
+        def compute() -> tuple[Tensor, dict[str, float]]:
+            samples = self._sample_or_warn() if self.accelerator.is_main_process else {}  # the others wait
+            return self._held_out_sums(), samples
+
+        computed = self.validate_on_all_ranks(compute, memory_hint="lower data.batch_size")
+        if computed is None:
+            return {}
+        sums, samples = computed
+        distributed.all_reduce_mean([sums])
+        total, count = sums.sum(0).tolist()
+        values = {"val/loss": total / count} if count else {}
+        values |= {f"val/loss_q{q}": total / n for q, (total, n) in enumerate(sums.tolist()) if n} | samples
         self.log.scalars(values, self.step)
         return values
+
+    @torch.no_grad()
+    def _held_out_sums(self) -> Tensor:
+        """[QUARTILES, 2]: by quarter of the timesteps, the sum and the number of mean squared errors on this rank.
+
+        Each held-out latent is noised `draws` times, with the same timesteps and noise at every validation.
+        """
+        sums = torch.zeros(QUARTILES, 2, dtype=torch.float64, device=self.device)
+        for z, batch in self.held_out:
+            labels = batch.labels if self.network.num_classes else None
+            for draw in range(self.config.validation.draws):
+                noise = [
+                    generator_of(self.config.run.seed, position, draw, "validation", device=self.device)
+                    for position in batch.positions
+                ]
+                with self.accelerator.autocast():
+                    losses = training_losses(self.network, self.process, z, noise, labels)
+                sums += quartile_sums(losses["mse"], losses["t_normalised"])
+        return sums
+
+    def _sample_or_warn(self) -> dict[str, float]:
+        scores, error = catch_validation_error(self._sample, memory_hint="lower validation.samples")
+        if error is not None:
+            self.log.warn(f"no samples at step {self.step}: {error}")
+        return scores or {}
 
     def _sample(self) -> dict[str, float]:
         """Log samples and, the first time, reconstructed held-out clips. Returns how far they are apart."""
@@ -167,35 +186,23 @@ class DiffusionTrainer(Trainer[Batch]):
         sampling = Sampling(config.steps, config.method, config.guidance, shift=config.shift)
         real = torch.cat(self.real) if self.real else None
 
-        def draw() -> tuple[Tensor, np.ndarray]:
-            with self.accelerator.autocast():
-                z = sample_latents(
-                    self.network,
-                    self.process,
-                    data.latent_shape,
-                    sampling,
-                    seed=self.config.run.seed,
-                    indices=range(config.samples),
-                    labels=[data.trained_classes[i % len(data.trained_classes)] for i in range(config.samples)]
-                    if data.trained_classes
-                    else None,
-                    batch_size=BATCH,
-                    device=self.device,
-                )
-            return z, decoded(data.codec, z, data.size)
-
-        try:
-            drawn, error = catch_out_of_memory(draw)
-        except PixelError as raised:
-            drawn, error = None, str(raised)
-        if drawn is None:
-            self.log.warn(f"no samples at step {self.step}: {error}")
-            return {}
-        z, frames = drawn
-        log_frames(self.log, "samples", frames, self.step)
+        classes = data.trained_classes
+        with self.accelerator.autocast():
+            z = sample_latents(
+                self.network,
+                self.process,
+                data.latent_shape,
+                sampling,
+                seed=self.config.run.seed,
+                indices=range(config.samples),
+                labels=[classes[i % len(classes)] for i in range(config.samples)] if classes else None,
+                batch_size=16,
+                device=self.device,
+            )
+        self.log.frames("val/samples", grid(decoded(data.codec, z, data.size)), self.step)
         if real is not None and not self.shown:
             reconstructed = decoded(data.codec, real[: len(z)], data.size)
-            log_frames(self.log, "held out, as the autoencoder gives it back", reconstructed, self.step)
+            self.log.frames("val/held out, as the autoencoder gives it back", grid(reconstructed), self.step)
             self.shown = True
         values = {"val/sample_rms": float(z.square().mean().sqrt())}  # 1 for the data
         if real is not None:

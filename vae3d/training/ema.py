@@ -26,7 +26,6 @@ class Ema:
     def __init__(
         self, model: nn.Module, decay: float, warmup: bool = True, every: int = 1, device: str = "model"
     ) -> None:
-        self.name = "ema"  # in messages
         self.decay, self.warmup, self.every, self.on_host = decay, warmup, every, device == "cpu"
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad} if decay else {}
         self.shadow = {
@@ -70,18 +69,18 @@ class Ema:
         return dict(self.shadow)
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor], name: str = "ema") -> None:
         """Raises ResumeError if EMA was turned on or off, ArgumentError for averages of other parameters."""
-        check_value(state, Mapping, self.name)
+        check_value(state, Mapping, name)
         if bool(state) != bool(self.shadow):
             raise ResumeError(
                 f"the checkpoint has averages of {len(state)} parameters, this run of {len(self.shadow)}; trainer.ema "
                 "cannot be turned on or off when a run resumes"
             )
-        check_like(state, self.shadow, self.name)
+        check_like(state, self.shadow, name)
         self._wait()
-        for name, shadow in self.shadow.items():
-            shadow.copy_(state[name])
+        for parameter, shadow in self.shadow.items():
+            shadow.copy_(state[parameter])
 
     def _wait(self) -> None:
         """Wait for copies to and from host memory; on the GPU everything is in stream order."""
@@ -94,8 +93,6 @@ class MultiEma:
 
     def __init__(self, model: nn.Module, rates: Sequence[float], **settings: Any) -> None:
         self.rates = {rate: Ema(model, rate, **settings) for rate in rates}
-        for rate, ema in self.rates.items():
-            ema.name = f"ema['{rate:g}']"
 
     def update(self, step: int) -> None:
         for ema in self.rates.values():
@@ -117,7 +114,7 @@ class MultiEma:
                 "changed when a run resumes"
             )
         for name, ema in names.items():
-            ema.load_state_dict(state[name])
+            ema.load_state_dict(state[name], f"ema['{name}']")
 
 
 def _pinned(tensor: Tensor) -> Tensor:

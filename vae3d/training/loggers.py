@@ -26,21 +26,8 @@ class Logger(Protocol):
     def close(self) -> None: ...
 
 
-class NoLogger:
-    def open(self, folder: Path, step: int) -> None:
-        pass
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        pass
-
-    def image(self, name: str, picture: np.ndarray, step: int) -> None:
-        pass
-
-    def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+class NoLogger(Logger):
+    """Writes nothing."""
 
 
 class TensorBoard:

@@ -11,11 +11,10 @@ from vae3d.adversarial.base import Adversary, UpdatePhase
 from vae3d.data.clips import ClipSettings
 from vae3d.errors import UserError
 from vae3d.schedules import ALL_ON
-from vae3d.training.data_parallel import ReplicatedDataParallel
-from vae3d.training.deepspeed import DeepSpeedZero
 from vae3d.training.freeze import PartError
-from vae3d.training.metrics import StepMetrics
+from vae3d.training.step_metrics import StepMetrics
 from vae3d.training.step_status import StepStatus
+from vae3d.training.strategy import Strategy
 from vae3d.types import Clip
 
 
@@ -24,10 +23,10 @@ class PreflightError(UserError):
 
 
 def preflight(
-    strategy: ReplicatedDataParallel | DeepSpeedZero,
+    strategy: Strategy,
     adversary: Adversary,
     forward_backward: Callable[[Sequence[Clip], UpdatePhase, int, StepMetrics], None],
-    sync_status: Callable[[Sequence[Clip], StepMetrics, str | None], StepStatus],
+    sync_status: Callable[[StepMetrics, str | None], StepStatus],
     frames: Sequence[int],
     micro_batch: int,
     settings: ClipSettings,
@@ -51,11 +50,15 @@ def preflight(
         with strategy.dry_run():
             error = strategy.run_guarded(run)
             adversary.sync_remaining(step, 1)
-            status = sync_status([clip], metrics, error)
+            status = sync_status(metrics, error)
             params_without_grad = strategy.params_without_grad() if status.complete and phase.generator else []
         adversary.reset_step()
         require_sound(status, error, metrics, "x".join(map(str, clip.video.shape)))
-        require_all_gradients(params_without_grad)
+        if params_without_grad:
+            raise PartError(
+                f"stage.train names parts that no loss term reaches: {len(params_without_grad)} parameters such as "
+                f"{params_without_grad[0]} got no gradient; take the part out of stage.train or add a term that uses it"
+            )
 
 
 def adamw_moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -67,9 +70,7 @@ def adamw_moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 def require_sound(status: StepStatus, error: str | None, metrics: StepMetrics, shape: str) -> None:
     if status.mismatch:
-        raise PreflightError(
-            f"a micro-batch of {shape}: ranks have gradients of different parameters: {status.mismatch}"
-        )
+        raise PreflightError(f"a micro-batch of {shape}: the ranks differ: {status.mismatch}")
     if not status.complete:
         raise PreflightError(
             f"a micro-batch of {shape} does not fit into memory ({status.failure()}): {error or 'see other ranks'}; "
@@ -80,14 +81,6 @@ def require_sound(status: StepStatus, error: str | None, metrics: StepMetrics, s
         losses = ", ".join(f"{name} {value:.4g}" for name, value in metrics.means().items() if "/" in name)
         raise PreflightError(
             f"a micro-batch of {shape} of noise gives a loss that is not finite: {losses}; check the first such term"
-        )
-
-
-def require_all_gradients(params_without_grad: list[str]) -> None:
-    if params_without_grad:
-        raise PartError(
-            f"stage.train names parts that no loss term reaches: {len(params_without_grad)} parameters such as "
-            f"{params_without_grad[0]} got no gradient; take the part out of stage.train or add a term that uses it"
         )
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class RunLog:
             "commit": _git("rev-parse", "HEAD"),
             "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
             "python": platform.python_version(),
-            "versions": {name: _version(name) for name in PACKAGES},
+            "versions": {name: version(name) for name in PACKAGES},
             "changed_since_checkpoint": {key: list(pair) for key, pair in changed.items()},
             "data_changed_since_checkpoint": list(data_changes),
             "config": config,
@@ -76,10 +76,6 @@ class RunLog:
         self._append("launches.jsonl", entry)
         for line in data_changes:
             self.warn(f"the data changed since step {step}: {line}")
-
-    def begin(self, step: int, max_steps: int) -> None:
-        done = f"the run is complete: it has taken all {max_steps} steps; a larger trainer.max_steps continues it"
-        self.say(done if step >= max_steps else f"training from step {step} to {max_steps}")
 
     def say(self, message: str) -> None:
         if self.main:
@@ -103,15 +99,14 @@ class RunLog:
         shown = {k: v for k, v in values.items() if "/" not in k or k.startswith(("loss/", "val/"))}
         log.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
 
-    def image(self, name: str, picture: np.ndarray, step: int) -> None:
+    def frames(self, name: str, frames: np.ndarray, step: int) -> None:
+        """Show frames [T, H, W, 3] uint8: one as an image, several as a video."""
         if self.main:
             with self._warn_on_os_error(f"a picture of step {step}"):
-                self.logger.image(name, picture, step)
-
-    def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> None:
-        if self.main:
-            with self._warn_on_os_error(f"a video of step {step}"):
-                self.logger.video(name, frames, fps, step)
+                if len(frames) == 1:
+                    self.logger.image(name, frames[0], step)
+                else:
+                    self.logger.video(name, frames, 8.0, step)
 
     def errors(self, errors: Iterable[tuple[str, str]]) -> None:
         """Report each (path, reason) once, in the log and in data_errors.jsonl (data_errors<N>.jsonl on rank N)."""
@@ -184,13 +179,6 @@ def _git(*args: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 # ---- stop signals

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from vae3d import distributed
 from vae3d.data.media import DataError
 from vae3d.distributed import RanksDiffer
 from vae3d.errors import UserError
-from vae3d.training.spike import SpikeGuard, worst
-
-
-class Action(Enum):
-    TAKE = "take"
-    SKIP = "skip"
-    STOP = "stop"
+from vae3d.training.failures import SpikeGuard
 
 
 class Decision(NamedTuple):
-    """reason: why the step is skipped or the run stops. error: what is raised to stop it."""
+    """Whether to take the step and, if not, the reason. error: raised to stop the run instead of skipping the step."""
 
-    action: Action
+    take: bool
     reason: str = ""
-    error: type[UserError] = UserError
+    error: UserError | None = None
 
 
 @dataclass(frozen=True)
@@ -39,8 +33,8 @@ class StepStatus:
 
     loss: mean over ranks. worst: largest loss of any micro-batch, NaN if any is NaN; neither counts unless `complete`.
     out_of_memory, unreadable: ranks that could not finish the step. no_data: ranks whose data loader failed.
-    stop: signal that a rank received, or 0. broken: number of failed reads. mismatch: a parameter that has a gradient
-    on some ranks only, and which; empty if there is none.
+    stop: signal that a rank received, or 0. broken: number of failed reads. mismatch: a gradient or metric that only
+    some ranks have, and which ranks; empty if there is none.
     """
 
     loss: float
@@ -54,7 +48,7 @@ class StepStatus:
 
     @property
     def complete(self) -> bool:
-        """Whether every rank finished its micro-batches, with gradients of the same parameters."""
+        """Whether every rank finished its micro-batches, with gradients and metrics of the same names."""
         return not (self.out_of_memory or self.unreadable or self.no_data or self.mismatch)
 
     @property
@@ -69,19 +63,19 @@ class StepStatus:
         Raises SpikeError if too many consecutive steps were not finite.
         """
         if self.mismatch:
-            return Decision(
-                Action.STOP,
-                f"after the same step the ranks have gradients of different parameters: {self.mismatch}; a loss term "
-                "that applies to some clips only must use the same parameters on every rank",
-                RanksDiffer,
+            error = RanksDiffer(
+                f"the ranks differ after the same step: {self.mismatch}; a loss term that applies to some clips only "
+                "must use the same parameters, and return metrics of the same names, on every rank"
             )
+            return Decision(False, str(error), error)
         if self.no_data:
-            return Decision(Action.STOP, f"rank {_join(self.no_data)} has no more data", DataError)
+            error = DataError(f"rank {_join(self.no_data)} has no more data")
+            return Decision(False, str(error), error)
         if not self.complete:
-            return Decision(Action.SKIP, self.failure())
+            return Decision(False, self.failure())
         if self.finite if spikes is None else spikes.should_step(self.loss, self.worst, grad_norm):
-            return Decision(Action.TAKE)
-        return Decision(Action.SKIP, f"loss {self.loss:g}, at worst {self.worst:g}, gradient norm {grad_norm:g}")
+            return Decision(True)
+        return Decision(False, f"loss {self.loss:g}, at worst {self.worst:g}, gradient norm {grad_norm:g}")
 
     def failure(self) -> str:
         """Why some ranks did not finish the step; empty if all did."""
@@ -97,44 +91,56 @@ class StatusTable:
     The table is allocated once: a rank that is out of memory could not allocate it.
     """
 
-    COLUMNS = ("loss", "worst", "out_of_memory", "unreadable", "no_data", "stop", "broken", "gradients")
+    COLUMNS = ("loss", "worst", "worst_discriminator", "out_of_memory", "unreadable", "no_data", "stop", "broken")
+    COLUMNS += ("names",)
 
     def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
         self.rank = rank
         self.table = torch.zeros(world_size, len(self.COLUMNS), device=device, dtype=torch.float64)
 
-    def sync(self, with_gradient: Callable[[], Sequence[str]], **columns: float) -> StepStatus:
-        """All-reduce this rank's values, one per column. Every rank must call it.
+    def sync(self, losses: Mapping[str, Tensor], names: Sequence[str], **columns: float) -> StepStatus:
+        """All-reduce this rank's row, and read all rows. Every rank must call it.
 
-        gradients: digest of the set of parameters that have a gradient. with_gradient: returns their names, which are
-        compared if the digests differ.
+        losses: columns that are on the device. columns: the others, if they are not 0. names: of gradients and metrics,
+        which must be equal on all ranks that finish the step.
         """
-        self.table.zero_()
-        row = torch.tensor([float(columns[name]) for name in self.COLUMNS], dtype=torch.float64)
-        self.table[self.rank].copy_(row)
-        if distributed.is_distributed():
-            dist.all_reduce(self.table)
+        row = self.table.zero_()[self.rank]
+        values = {**dict.fromkeys(self.COLUMNS, 0.0), "names": _digest(names), **columns}
+        row.copy_(torch.tensor([float(value) for value in values.values()], dtype=torch.float64), non_blocking=True)
+        for column, loss in losses.items():
+            row[self.COLUMNS.index(column)] = loss
+        distributed.all_reduce_sum(self.table)
         ranks = dict(zip(self.COLUMNS, zip(*self.table.tolist(), strict=True), strict=True))
         status = StepStatus(
             loss=sum(ranks["loss"]) / len(ranks["loss"]),
-            worst=worst(ranks["worst"]),
+            worst=_worst(ranks["worst"]) if all(map(math.isfinite, ranks["worst_discriminator"])) else math.nan,
             out_of_memory=_nonzero(ranks["out_of_memory"]),
             unreadable=_nonzero(ranks["unreadable"]),
             no_data=_nonzero(ranks["no_data"]),
             stop=round(max(ranks["stop"])),
             broken=round(sum(ranks["broken"])),
         )
-        if status.complete and len(set(ranks["gradients"])) > 1:
-            return dataclasses.replace(status, mismatch=_mismatch(with_gradient()))
+        if status.complete and len(set(ranks["names"])) > 1:
+            return dataclasses.replace(status, mismatch=_mismatch(names))
         return status
 
 
-def _mismatch(with_gradient: Sequence[str]) -> str:
-    """The first parameter that has a gradient on some ranks only. Every rank must call it."""
-    names = [set(names) for names in distributed.all_gather_object(list(with_gradient))]
-    name = min(set.union(*names) - set.intersection(*names))
-    has, lacks = ([rank for rank, mine in enumerate(names) if (name in mine) == wanted] for wanted in (True, False))
-    return f"{name} has one on rank {_join(has)} and none on rank {_join(lacks)}"
+def _digest(names: Sequence[str]) -> int:
+    """Exact in a float64."""
+    return int.from_bytes(hashlib.blake2b("\n".join(names).encode(), digest_size=6).digest(), "big")
+
+
+def _mismatch(names: Sequence[str]) -> str:
+    """The first name that only some ranks have. Every rank must call it."""
+    ranks = [set(names) for names in distributed.all_gather_object(list(names))]
+    name = min(set.union(*ranks) - set.intersection(*ranks))
+    has, lacks = ([rank for rank, mine in enumerate(ranks) if (name in mine) == wanted] for wanted in (True, False))
+    return f"rank {_join(has)} has {name} and rank {_join(lacks)} has not"
+
+
+def _worst(losses: Iterable[float]) -> float:
+    """The largest; NaN counts as larger than any number."""
+    return max(losses, key=lambda loss: math.inf if math.isnan(loss) else loss)
 
 
 def _nonzero(flags: Iterable[float]) -> tuple[int, ...]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -15,33 +14,36 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
+from vae3d import distributed
 from vae3d.adversarial.base import Adversary, NoAdversary, UpdatePhase
 from vae3d.data.media import DataError
 from vae3d.errors import UserError
-from vae3d.pixels import no_value_checks
+from vae3d.pixels import PixelError, no_value_checks
+from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
 from vae3d.training.checkpointer import BestExport, Checkpointer, DataChanges, Outputs, step_folder
-from vae3d.training.data_parallel import ReplicatedDataParallel, ScalerState
-from vae3d.training.deepspeed import DeepSpeedZero
+from vae3d.training.data_parallel import ScalerState
 from vae3d.training.ema import Ema, MultiEma
+from vae3d.training.failures import FailureCounter, ReadErrors, SpikeError, SpikeGuard, TooManyFailures
+from vae3d.training.freeze import eval_mode
 from vae3d.training.loggers import Logger
-from vae3d.training.memory import idle_gib, release_idle_memory
-from vae3d.training.metrics import MeanMeter, StepMetrics
-from vae3d.training.optim import lr_at
+from vae3d.training.memory import catch_out_of_memory, idle_gib, release_idle_memory
 from vae3d.training.proximal import Proximal
 from vae3d.training.runlog import RunLog, StopRequest, stop_signals
-from vae3d.training.spike import FailureCounter, ReadErrors, SpikeError, SpikeGuard, TooManyFailures
-from vae3d.training.step_status import Action, StatusTable, StepStatus
+from vae3d.training.step_metrics import MeanMeter, StepMetrics
+from vae3d.training.step_status import StatusTable, StepStatus
+from vae3d.training.strategy import Strategy
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
-    from vae3d.config.schema import TrainConfig
+    from vae3d.config.schema import Optim, TrainConfig
 
 MIN_GRAD_NORM = 1e-12  # below it a gradient counts as zero
 
 Batch = TypeVar("Batch")
+T = TypeVar("T")
 
 
 class Trainer(ABC, Generic[Batch]):
@@ -51,10 +53,8 @@ class Trainer(ABC, Generic[Batch]):
     Subclasses implement `load_batches`, `forward_backward`, `validate`, `export` and `check_same_run`, and register
     further state with `self.checkpointer`.
 
-    network: the model that is trained and saved. strategy: holds the module that a step calls, and the optimizer. data:
-    has `fingerprint` and `errors`. max_failed_steps, max_failed_saves, max_zero_gradients: limit of consecutive
-    failures, 0 for none, and its key in the configuration. compact_gib: see release_idle_memory. facts: written to
-    run.json.
+    network: the model that is trained and saved. data: has `fingerprint` and `errors`. max_zero_gradients: limit of
+    consecutive steps, 0 for none. compact_gib: see release_idle_memory. facts: written to run.json.
     """
 
     def __init__(
@@ -63,15 +63,13 @@ class Trainer(ABC, Generic[Batch]):
         folder: Path,
         accelerator: Accelerator,
         network: nn.Module,
-        strategy: ReplicatedDataParallel | DeepSpeedZero,
+        strategy: Strategy,
         ema: Ema | MultiEma,
         data: Any,
         logger: Logger,
         *,
         spikes: SpikeGuard,
-        max_failed_steps: tuple[int, str],
-        max_failed_saves: tuple[int, str],
-        max_zero_gradients: tuple[int, str] = (0, ""),
+        max_zero_gradients: int = 0,
         adversary: Adversary | None = None,
         proximal: Proximal | None = None,
         best: BestExport | None = None,
@@ -85,19 +83,25 @@ class Trainer(ABC, Generic[Batch]):
         self.adversary = adversary or NoAdversary()
         self.proximal = proximal or Proximal(network, weight=0.0)
         self.spikes = spikes
+        limits = config.trainer.robust
         self.failed_steps = FailureCounter(
-            *max_failed_steps,
+            limits.max_consecutive_failures,
+            "trainer.robust.max_consecutive_failures",
             "steps in a row could not be finished",
             "for memory raise trainer.accumulate or lower data.batch_size, data.frames.max, data.height or data.width; "
             f"for files see {folder}/data_errors.jsonl",
         )
         self.zero_gradient = FailureCounter(
-            *max_zero_gradients,
+            max_zero_gradients,
+            "trainer.robust.zero_gradient",
             "steps in a row had no gradient at all",
             "the model learns nothing: are its outputs clamped, or the pixels in another range than the losses expect?",
         )
         failed_saves = FailureCounter(
-            *max_failed_saves, "checkpoints in a row could not be written", "the last complete one stays"
+            limits.save_failures,
+            "trainer.robust.save_failures",
+            "checkpoints in a row could not be written",
+            "the last complete one stays",
         )
         self.read_errors = ReadErrors(config.data.max_broken, folder)
         self.data_changes = DataChanges(data.fingerprint)
@@ -164,6 +168,19 @@ class Trainer(ABC, Generic[Batch]):
     def check_same_run(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
         """Settings that changed since `checkpoint`, key -> (old, new). Raises ResumeError for a different run."""
 
+    def validate_on_all_ranks(self, compute: Callable[[], T], memory_hint: str) -> T | None:
+        """compute() with the averaged weights in eval mode; no collective may be in it.
+
+        None, with a warning, on all ranks, if one of them runs out of memory or gets pixels that are not finite.
+        """
+        with eval_mode(self.network), self.ema.applied():
+            result, error = catch_validation_error(compute, memory_hint)
+        if distributed.all_ranks_ok(error is None, self.device):
+            return result
+        reason = error or "on another rank"
+        self.log.warn(f"validation failed at step {self.step}: {reason}; it counts for no best checkpoint")
+        return None
+
     def prepare(self) -> None:
         """Compute what the run needs from its data, after resuming. Nothing by default."""
 
@@ -215,7 +232,7 @@ class Trainer(ABC, Generic[Batch]):
 
         Raises SaveError if the last checkpoint or an export of it could not be written, SpikeError if the run ends on
         skipped steps, TooManyFailures if a failure repeats, DataError, after saving, if the data loader fails,
-        RanksDiffer, after saving, if ranks have gradients of different parameters, and PreflightError or PartError
+        RanksDiffer, after saving, if ranks have gradients or metrics of other names, and PreflightError or PartError
         before the first step.
         """
         last = self.config.trainer.max_steps
@@ -223,7 +240,8 @@ class Trainer(ABC, Generic[Batch]):
             self.checkpointer.finish_newest(self.step)
             if self.run_preflight and self.step < last:
                 self.preflight()
-            self.log.begin(self.step, last)
+            done = f"the run is complete: it has taken all {last} steps; a larger trainer.max_steps continues it"
+            self.log.say(done if self.step >= last else f"training from step {self.step} to {last}")
             with stop_signals(verbose=self.log.main) as request, self.profiler() as profiler_step:
                 try:
                     self._train(request, last, profiler_step)
@@ -267,43 +285,50 @@ class Trainer(ABC, Generic[Batch]):
 
         # Each rank by itself. A rank that has no readable clip, or runs out of memory, makes no other rank wait.
         out_of_memory = None
-        if data_error is None and all(self.is_readable(batch) for batch in batches):
+        readable = all(self.is_readable(batch) for batch in batches)
+        if data_error is None and readable:
             out_of_memory = self.strategy.run_guarded(lambda: self.forward_backward(batches, phase, step, metrics))
         else:
             self.strategy.skip_local()
         self.adversary.sync_remaining(step, self.config.trainer.accumulate)
 
         # One small all-reduce, after which all ranks make the same decisions.
-        status = self.sync_status(batches, metrics, out_of_memory, stop, data_error)
-        values = {**metrics.reduce(), "loss_max": status.worst} if status.complete else {}
-
-        grad_norm = 0.0
+        errors = [error for batch in batches for error in batch.errors]
+        self.log.errors(errors)
+        status = self.sync_status(
+            metrics,
+            out_of_memory,
+            unreadable=not readable,
+            no_data=data_error is not None,
+            stop=stop,
+            broken=len(errors),
+        )
+        norm: dict[str, Tensor] = {}
         if phase.generator and status.finite:
             self.strategy.average_gradients()
             self.proximal.add_gradient()
-            grad_norm = self.strategy.clip_gradients(self.config.optim.grad_clip)
-        decision = status.decide(grad_norm, self.spikes if phase.generator else None)
+            norm["grad_norm"] = self.strategy.clip_gradients(self.config.optim.grad_clip)
+        values = {**metrics.reduce(**norm), "loss_max": status.worst} if status.complete else {}
+        grad_norm = values.get("grad_norm", 0.0)
+        guarded_norm = 0.0 if self.strategy.skips_overflow() else grad_norm
+        decision = status.decide(guarded_norm, self.spikes if phase.generator else None)
 
-        taken = decision.action is Action.TAKE
+        taken = decision.take
         if taken and phase.generator:
-            self.optimizer.step()
-            taken = self.strategy.step_was_applied()
+            taken, values["grad_norm"] = self.strategy.finish_step(grad_norm)
             if taken:
                 self.ema.update(step)
-        elif not taken:
+        else:
             self.strategy.discard_gradients()
-        self.optimizer.zero_grad()
         if taken and phase.discriminator:
             self.adversary.step()
         elif not taken:
             self.adversary.reset_step()
 
-        if decision.action is Action.STOP:  # on all ranks; a resumed run takes this step again
-            error = data_error or decision.error(decision.reason)
+        if decision.error is not None:  # on all ranks; a resumed run takes this step again
+            error = data_error or decision.error
             self.checkpointer.save_before(error, self.step, self.spikes.consecutive_skips)
             raise error
-        if phase.generator and status.finite:
-            values["grad_norm"] = self.strategy.grad_norm
         values["skipped"] = float(not taken)
         self.step += 1
         if taken:
@@ -311,29 +336,15 @@ class Trainer(ABC, Generic[Batch]):
         self.count_failures(status, values, f"{decision.reason}: {out_of_memory}" if out_of_memory else decision.reason)
         return {**values, "stop": float(status.stop)}
 
-    def sync_status(
-        self,
-        batches: Sequence[Batch],
-        metrics: StepMetrics,
-        out_of_memory: str | None,
-        stop: int = 0,
-        data_error: UserError | None = None,
-    ) -> StepStatus:
-        """All-reduce how the step went on each rank. out_of_memory: the error message, if memory ran out here."""
-        errors = [error for batch in batches for error in batch.errors]
-        self.log.errors(errors)
-        finite = math.isfinite(metrics.worst("loss_discriminator"))
-        return self.status_table.sync(
-            loss=metrics.mean("loss"),
-            worst=metrics.worst("loss") if finite else math.nan,
-            out_of_memory=out_of_memory is not None,
-            unreadable=data_error is None and not all(self.is_readable(batch) for batch in batches),
-            no_data=data_error is not None,
-            stop=stop,
-            broken=len(errors),
-            gradients=self.strategy.gradient_digest(),
-            with_gradient=self.strategy.params_with_grad,
-        )
+    def sync_status(self, metrics: StepMetrics, out_of_memory: str | None, **columns: float) -> StepStatus:
+        """All-reduce how the step went on each rank.
+
+        out_of_memory: the error message, if memory ran out here. columns: further ones of StatusTable.
+        """
+        names = [f"a gradient of {name}" for name in self.strategy.params_with_grad()]
+        names += [f"the metric {name}" for name in metrics.names]
+        losses = {} if out_of_memory else metrics.losses()
+        return self.status_table.sync(losses, names, out_of_memory=out_of_memory is not None, **columns)
 
     def count_failures(self, status: StepStatus, values: dict[str, float], reason: str) -> None:
         """End the run, after saving, if a failure repeats too often. All ranks count the same.
@@ -410,6 +421,36 @@ class Trainer(ABC, Generic[Batch]):
 
     def reset_timer(self) -> None:
         self._timer, self._timed_from = time.perf_counter(), self.step
+
+
+def catch_validation_error(compute: Callable[[], T], memory_hint: str) -> tuple[T | None, str | None]:
+    """compute() and None, or None and the error message, if memory runs out or pixels are not finite."""
+    try:
+        result, error = catch_out_of_memory(compute)
+    except PixelError as raised:
+        return None, str(raised)
+    return result, error and f"{error}; {memory_hint}"
+
+
+def adamw(params: Iterable[Any], optim: Optim, *, fused: bool) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        params, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay, fused=fused
+    )
+
+
+def lr_at(optim: Optim, step: int, max_steps: int) -> float:
+    """Learning rate of optimizer step `step` of a run of `max_steps`."""
+    return learning_rate(
+        step,
+        lr=optim.lr,
+        warmup_steps=optim.warmup_steps,
+        decay_start=optim.decay_start,
+        schedule=optim.schedule,
+        max_steps=max_steps,
+        min_lr=optim.min_lr,
+        cycles=optim.cycles,
+        power=optim.power,
+    )
 
 
 def next_batches(batches: Iterator[Batch], count: int) -> tuple[list[Batch], UserError | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -13,11 +13,18 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from vae3d import distributed
 from vae3d.adversarial.base import Adversary, UpdatePhase
 from vae3d.checkpoints import state
-from vae3d.checkpoints.export import replace_export, write_final_model, write_flat
+from vae3d.checkpoints.export import (
+    final_file,
+    link,
+    published_files,
+    replace_export,
+    write_final_model,
+    write_flat,
+)
 from vae3d.checkpoints.formats import Checkpoint
-from vae3d.checkpoints.publish import final_file, link, published_files
 from vae3d.checkpoints.state import ResumeError
 from vae3d.data.clips import Unreadable
 from vae3d.data.loader import TrainingData
@@ -25,22 +32,21 @@ from vae3d.inference.scale import ScaleError, measure, rescaled, spread_clips
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricError, MetricSet
 from vae3d.metrics.registry import resolve
-from vae3d.models.forward import attach_decoder
+from vae3d.models.interface import attach_decoder
 from vae3d.training.checkpointer import BestExport, Outputs, step_folder
 from vae3d.training.data_parallel import ReplicatedDataParallel
 from vae3d.training.deepspeed import DeepSpeedZero
-from vae3d.training.distillation import Distillation, StudentWithProjections
 from vae3d.training.ema import Ema
-from vae3d.training.freeze import set_mode, train_parts
+from vae3d.training.failures import SpikeGuard
+from vae3d.training.freeze import eval_mode, set_mode, train_parts
 from vae3d.training.loggers import Logger
-from vae3d.training.metrics import StepMetrics
-from vae3d.training.optim import adamw_settings
 from vae3d.training.preflight import preflight
 from vae3d.training.profile import profiled
 from vae3d.training.proximal import Proximal
-from vae3d.training.spike import SpikeGuard
-from vae3d.training.trainer import Trainer
-from vae3d.training.vae_validation import ValidatedClip, log_clips, mean_scores, validate_on_all_ranks
+from vae3d.training.step_metrics import StepMetrics
+from vae3d.training.teacher import Distillation, StudentWithProjections
+from vae3d.training.trainer import Trainer, adamw
+from vae3d.training.vae_validation import ValidatedClip, log_clips, mean_scores, validate
 from vae3d.types import Clip
 
 if TYPE_CHECKING:
@@ -89,7 +95,7 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
         adversary.load(model, accelerator.device, config.run.seed, accelerator.process_index)
         replicated = config.trainer.strategy.name == "replicated"
         fused = accelerator.device.type == "cuda" and replicated  # DeepSpeed may step on the CPU
-        optimizer = torch.optim.AdamW(groups, fused=fused, **adamw_settings(config.optim))
+        optimizer = adamw(groups, config.optim, fused=fused)
         if replicated:
             strategy = ReplicatedDataParallel(accelerator, student, optimizer)
         else:
@@ -112,9 +118,7 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
             data,
             logger,
             spikes=SpikeGuard(**asdict(config.trainer.spike)),
-            max_failed_steps=(robust.max_consecutive_failures, "trainer.robust.max_consecutive_failures"),
-            max_failed_saves=(robust.save_failures, "trainer.robust.save_failures"),
-            max_zero_gradients=(robust.zero_gradient, "trainer.robust.zero_gradient"),
+            max_zero_gradients=robust.zero_gradient,
             adversary=adversary,
             proximal=proximal,
             best=BestExport(config.trainer.best, metrics.columns),
@@ -177,7 +181,7 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
 
     def profiler(self) -> AbstractContextManager[Callable[[], object]]:
         if self.config.debug.mode != "profile" or self.rank > 0:
-            return nullcontext(lambda: None)
+            return super().profiler()
         return profiled(self.folder, self.config.debug.steps)
 
     def perf_metrics(self) -> dict[str, float]:
@@ -205,23 +209,16 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
         return means
 
     def validate_clips(self, metrics: MetricSet) -> list[ValidatedClip]:
-        """The held-out clips of all ranks; none, with a warning, if a rank runs out of memory or pixels are NaN."""
-        config = self.config.validation
-        self.network.eval()
-        with self.ema.applied():
-            clips, error = validate_on_all_ranks(
-                self.network,
-                self.data.held_out,
-                metrics,
-                self.device,
-                config.videos,
-                roll=config.roll,
-                depth=self.config.data.depth.mapping,
-            )
-        set_mode(self.network, self.config.stage.train)
-        if error is not None:
-            self.log.warn(f"validation failed at step {self.step}: {error}; it counts for no best checkpoint")
-        return clips
+        """The held-out clips of all ranks, in order; none, with a warning, if a rank fails."""
+        config, depth = self.config.validation, self.config.data.depth.mapping
+
+        def compute() -> list[ValidatedClip]:
+            held_out, shown = self.data.held_out, config.videos
+            return validate(self.network, held_out, metrics, self.device, shown, roll=config.roll, depth=depth)
+
+        clips = self.validate_on_all_ranks(compute, memory_hint="lower validation.frames")
+        ranks = [] if clips is None else distributed.all_gather_object(clips)
+        return sorted((clip for rank in ranks for clip in rank), key=lambda clip: clip.index)
 
     # ---- checkpoints
 
@@ -282,13 +279,12 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
         counts = [count for count in data.schedule.frames.all() if len(data.schedule.with_at_least(count))]
         count = self.config.trainer.publish.measure_scale
         clips = spread_clips(data.table, data.settings, counts[-1], count, errors)
-        self.network.eval()
         try:
-            measured = measure(self.network, clips, self.config.run.seed)
-            return rescaled(weights, self.network, measured), {"latents": measured.facts()}
+            with eval_mode(self.network):
+                measured = measure(self.network, clips, self.config.run.seed)
+                return rescaled(weights, self.network, measured), {"latents": measured.facts()}
         except (ScaleError, MetricError) as error:
             self.log.warn(f"the export of step {self.step} has the scale of the configuration: {error}")
             return weights, {}
         finally:
-            set_mode(self.network, self.config.stage.train)
             self.log.errors(errors)

@@ -7,21 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vae3d import distributed
 from vae3d.data.depth import depth_of, to_metres
-from vae3d.inference.consistency import roll_consistency
 from vae3d.inference.pictures import grid, latent_colours
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.metrics.depth import abs_rel, delta1
 from vae3d.metrics.distribution import SetMetric
-from vae3d.pixels import NotFiniteError, PixelError, as_unit, to_uint8
-from vae3d.training.memory import catch_out_of_memory
+from vae3d.metrics.panorama import roll_consistency
+from vae3d.pixels import NotFiniteError, as_unit, to_uint8
 from vae3d.training.runlog import RunLog
 from vae3d.types import Clip
 
@@ -38,25 +35,6 @@ class ValidatedClip:
     scores: dict[str, float]
 
 
-def validate_on_all_ranks(
-    model: nn.Module, clips: Sequence[Clip], metrics: MetricSet, device: torch.device, num_shown: int, **settings: Any
-) -> tuple[list[ValidatedClip], str | None]:
-    """`validate` on every rank. Returns the clips of all ranks in order, or none and an error message.
-
-    Every rank must call it. It fails, on all ranks, if one runs out of memory or its reconstructions are not finite.
-    """
-    try:
-        mine, error = catch_out_of_memory(lambda: validate(model, clips, metrics, device, num_shown, **settings))
-        error = error and f"{error}; lower validation.frames"
-    except PixelError as raised:
-        mine, error = None, str(raised)
-        metrics.reset()
-    if not distributed.all_ranks_ok(error is None, device):
-        return [], error or "on another rank"
-    ranks = distributed.all_gather_object(mine)
-    return sorted((clip for rank in ranks for clip in rank), key=lambda clip: clip.index), None
-
-
 def mean_scores(metrics: MetricSet, clips: Sequence[ValidatedClip]) -> dict[str, float]:
     """Column -> mean over the clips; for metrics of sets of clips also the number of samples."""
     results = [clip.result for clip in clips]
@@ -71,11 +49,11 @@ def log_clips(log: RunLog, clips: Sequence[ValidatedClip], step: int) -> None:
     clips = [clip for clip in clips if clip.panels is not None]
     images = [clip.panels[:, 0] for clip in clips if clip.panels.shape[1] == 1]
     if images:
-        log.image("val/target | latent | reconstruction", grid(images), step)
+        log.frames("val/target | latent | reconstruction", grid(images)[None], step)
     for clip in clips:
         if clip.panels.shape[1] > 1:
             name = f"original above latent above reconstruction {clip.index}: {clip.name}"
-            log.video(name, np.concatenate(clip.panels, axis=1), 8, step)
+            log.frames(name, np.concatenate(clip.panels, axis=1), step)
 
 
 @torch.no_grad()
@@ -94,6 +72,7 @@ def validate(
     panels: number of clips to keep for display. roll: also score how well the reconstruction of a rotated panorama
     matches the rotated reconstruction (`roll_psnr`). depth: mapping of depth clips, for AbsRel and delta1 in metres.
     """
+    metrics.reset()  # a validation that failed may have left a clip
     done = []
     for clip in clips:
         clip = clip.to(device)

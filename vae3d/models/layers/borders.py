@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -17,17 +18,13 @@ class Borders:
     height: zeros, none, or pole: beyond its first row an equirectangular panorama continues with the same row, turned
     by 180 degrees, and likewise at its last. The convolution adds zeros by itself; circular and pole padding, of one
     pixel on each side, is written into its input.
-    Raises ValueError for another mode, or for pole without circular.
+    Raises ValueError for pole without circular.
     """
 
-    width: str = "zeros"
-    height: str = "zeros"
+    width: Literal["zeros", "circular", "none"] = "zeros"
+    height: Literal["zeros", "pole", "none"] = "zeros"
 
     def __post_init__(self) -> None:
-        if self.width not in ("zeros", "circular", "none"):
-            raise ValueError(f"pad_w is {self.width!r}; use zeros or circular")
-        if self.height not in ("zeros", "pole", "none"):
-            raise ValueError(f"pad_h is {self.height!r}; use zeros or pole")
         if self.height == "pole" and self.width != "circular":
             raise ValueError("pad_h=pole turns rows around the panorama; it needs pad_w=circular")
 
@@ -56,11 +53,11 @@ class Borders:
         """Write the padding of [..., H + 2 rows, W + 2 columns] from its inside, in place."""
         rows, columns = self.padding
         if rows:
-            frame = self.crop(padded)
-            half = frame.shape[-1] // 2
-            for edge, row in ((padded[..., 0, 1:-1], frame[..., 0, :]), (padded[..., -1, 1:-1], frame[..., -1, :])):
-                edge[..., :half] = row[..., half:]
-                edge[..., half:] = row[..., :half]
+            half, odd = divmod(padded.shape[-1] - 2, 2)
+            if odd:
+                raise ValueError(f"pad_h=pole needs an even number of columns; these are {2 * half + 1}")
+            padded[..., 0, 1:-1] = padded[..., 1, 1:-1].roll(half, -1)
+            padded[..., -1, 1:-1] = padded[..., -2, 1:-1].roll(half, -1)
         if columns:
             padded[..., 0] = padded[..., -2]
             padded[..., -1] = padded[..., 1]
@@ -72,11 +69,9 @@ class Borders:
             grad[..., -2] += grad[..., 0]
             grad[..., 1] += grad[..., -1]
         if rows:
-            frame = self.crop(grad)
-            half = frame.shape[-1] // 2
-            for edge, row in ((grad[..., 0, 1:-1], frame[..., 0, :]), (grad[..., -1, 1:-1], frame[..., -1, :])):
-                row[..., half:] += edge[..., :half]
-                row[..., :half] += edge[..., half:]
+            half = grad.shape[-1] // 2 - 1
+            grad[..., 1, 1:-1] += grad[..., 0, 1:-1].roll(half, -1)
+            grad[..., -2, 1:-1] += grad[..., -1, 1:-1].roll(half, -1)
         return self.crop(grad)
 
 

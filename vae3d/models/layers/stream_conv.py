@@ -40,7 +40,9 @@ def stream_conv(
     zeros. gamma: the norm's gain, [C, 1, 1, 1]; None: no norm and no SiLU. The norm runs in fp32, the convolution in
     autocast's dtype.
     """
-    dtype = _compute_dtype(x)
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     weight, bias = conv.weight.to(dtype), conv.bias.to(dtype)
     if torch.compiler.is_compiling():  # the compiler fuses by itself
         return _stream_conv(x, cache, gamma, weight, bias, borders, return_cache)
@@ -58,13 +60,6 @@ def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
 
 def _norm_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 def _inverse_rms(x: Tensor) -> Tensor:
@@ -261,8 +256,4 @@ def _stack(clips: Sequence[Tensor]) -> Tensor:
     """[T, C, H, W] of each clip -> [B, C, T, H, W], both channels last."""
     if len(clips) == 1:
         return clips[0].transpose(0, 1)[None]
-    count, channels, height, width = clips[0].shape
-    out = clips[0].new_empty((len(clips), count, height, width, channels)).permute(0, 4, 1, 2, 3)
-    for whole, clip in zip(out, clips, strict=True):
-        whole.copy_(clip.transpose(0, 1))
-    return out
+    return torch.stack([clip.permute(0, 2, 3, 1) for clip in clips]).permute(0, 4, 1, 2, 3)

@@ -1,4 +1,4 @@
-"""Frame rules of the TAEHV networks: which frames they read and show, one function per family.
+"""Frame rules of the TAEHV networks, one function per family: which frames they read and show.
 
 The encoder turns `stride` raw frames into a latent, the decoder a latent into `stride` raw frames. A FramePlan lists
 runs of raw frames, (lead, frames). In the encoder a run is `lead` black frames followed by `frames` of the clip, and
@@ -29,28 +29,11 @@ class FramePlan:
     decoder: Runs
 
 
-@dataclass(frozen=True)
-class FrameRule:
-    """Frames and latents of a family.
-
-    plan: (frames, stride) -> FramePlan. frames_of: (latents, stride) -> the longest clip with so many latents, or None.
-    looks_ahead: whether a latent may depend on frames after those that it is decoded to.
-    """
-
-    plan: Callable[[int, int], FramePlan]
-    frames_of: Callable[[int, int], int | None]
-    looks_ahead: bool = False
-
-
 def trimmed(frames: int, stride: int) -> FramePlan:
     """1 + n * stride frames. The last is repeated stride - 1 times; the decoder drops its first stride - 1 frames."""
     latents = 1 + -(-(frames - 1) // stride)
     shown = stride * (latents - 1) + 1
     return FramePlan(shown, latents, ((0, stride * latents),), ((stride - 1, shown),))
-
-
-def trimmed_frames(latents: int, stride: int) -> int:
-    return stride * (latents - 1) + 1
 
 
 def cogvideox(frames: int, stride: int) -> FramePlan:
@@ -59,10 +42,6 @@ def cogvideox(frames: int, stride: int) -> FramePlan:
     if frames <= even - 2 * stride + 1:
         return trimmed(frames, stride)
     return FramePlan(even, even // stride, ((0, even),), ((0, even),))
-
-
-def cogvideox_frames(latents: int, stride: int) -> int:
-    return stride * latents if latents % 2 == 0 else trimmed_frames(latents, stride)
 
 
 def h3(frames: int, stride: int) -> FramePlan:
@@ -75,11 +54,6 @@ def h3(frames: int, stride: int) -> FramePlan:
     return opensora(whole * CHUNK + 5, stride)
 
 
-def h3_frames(latents: int, stride: int) -> int | None:
-    chunks, rest = divmod(latents - 2, 5)
-    return None if rest else CHUNK * chunks + 5
-
-
 def opensora(frames: int, stride: int) -> FramePlan:
     """Any number: chunks of 17 frames and a rest, each behind the black frames that fill its first latent."""
     lengths = [min(CHUNK, frames - start) for start in range(0, frames, CHUNK)]
@@ -87,17 +61,13 @@ def opensora(frames: int, stride: int) -> FramePlan:
     return FramePlan(frames, sum(map(sum, runs)) // stride, runs, runs)
 
 
-def opensora_frames(latents: int, stride: int) -> int:
-    chunks, rest = divmod(latents, 5)
-    return CHUNK * chunks + stride * rest
+RULES = {"trimmed": trimmed, "cogvideox": cogvideox, "h3": h3, "opensora": opensora}
+LOOK_AHEAD = ("trimmed", "cogvideox")  # a latent may depend on frames after those that it is decoded to
 
 
-RULES = {
-    "trimmed": FrameRule(trimmed, trimmed_frames, looks_ahead=True),
-    "cogvideox": FrameRule(cogvideox, cogvideox_frames, looks_ahead=True),
-    "h3": FrameRule(h3, h3_frames),
-    "opensora": FrameRule(opensora, opensora_frames),
-}
+def longest_clip(rule: Callable[[int, int], FramePlan], latents: int, stride: int) -> int | None:
+    """Frames of the longest clip with so many latents, or None."""
+    return next((n for n in range(stride * latents, 0, -1) if rule(n, stride).latents == latents), None)
 
 
 def split_runs(runs: Runs, stride: int, start: int, stop: int) -> Iterator[tuple[bool, int, int]]:
@@ -112,6 +82,6 @@ def split_runs(runs: Runs, stride: int, start: int, stop: int) -> Iterator[tuple
         first += count
 
 
-def frames_shown(plan: FramePlan, stride: int, latents: int) -> int:
-    """Frames that the first `latents` latents of a clip show."""
-    return sum(frames for _, _, frames in split_runs(plan.decoder, stride, 0, latents))
+def count_frames(runs: Runs, stride: int, start: int, stop: int) -> int:
+    """Frames of the clip that `runs` has for the latents start..stop - 1, without leads."""
+    return sum(frames for _, _, frames in split_runs(runs, stride, start, stop))

@@ -1,4 +1,4 @@
-"""Blocks of the Wan2.1 and Wan2.2 VAEs: (x, cache, return_cache) -> (y, cache for the next chunk, or None).
+"""Networks of the Wan2.1 and Wan2.2 VAEs. Blocks are (x, cache, return_cache) -> (y, cache of the next chunk or None).
 
 State-dict keys are those of `wan/modules/vae.py` in Wan-Video/Wan2.1 and `vae2_2.py` in Wan-Video/Wan2.2.
 x: [B, C, T, H, W]. cache: from the chunk before, None at the start of a clip. The first chunk has 1 + n * stride
@@ -8,6 +8,7 @@ frames, later ones n * stride; coding a clip whole or in any such chunks gives t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -154,10 +155,7 @@ class Downsample(nn.Module):
     def _pad(self, frames: Tensor) -> Tensor:
         """One row below and one column to the right."""
         rows, columns = self.borders.padding
-        if not columns:
-            return F.pad(frames, (0, 1, 0, 1))
-        padded = self.borders.pad(frames)[..., rows:, columns:]
-        return padded if rows else F.pad(padded, (0, 0, 0, 1))
+        return F.pad(self.borders.pad(frames)[..., rows:, columns:], (0, 1 - columns, 0, 1 - rows))
 
 
 class Upsample(nn.Module):
@@ -237,6 +235,79 @@ class UpBlock(nn.Module):
         x = x.repeat_interleave(self.repeats, 1)
         x = rearrange(x, "b (c i j k) t h w -> b c (t i) (h j) (w k)", i=self.time, j=2, k=2)
         return x[:, :, self.time - 1 :] if first else x
+
+
+class Encoder(nn.Module):
+    """Video (or patches) to moments.
+
+    first: channels of the first convolution. widths: channels per level. time: which level boundaries halve the frame
+    rate.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        first: int,
+        widths: Sequence[int],
+        time: Sequence[bool],
+        layers: int,
+        shortcuts: bool,
+        borders: Borders,
+    ) -> None:
+        super().__init__()
+        self.conv1 = Conv(in_channels, first, borders)
+        levels = []
+        for level, (before, width) in enumerate(pairwise([first, *widths])):
+            blocks = [ResidualBlock(channels, width, borders) for channels in [before, *[width] * (layers - 1)]]
+            down = [Downsample(width, time[level], borders)] if level < len(time) else []
+            levels += [DownBlock(before, width, blocks, down)] if shortcuts else blocks + down
+        self.downsamples = nn.ModuleList(levels)
+        self.middle = _middle(widths[-1], borders)
+        self.head = Head(widths[-1], out_channels, borders)
+
+    def chain(self) -> list[nn.Module]:
+        return [self.conv1, *self.downsamples, *self.middle, self.head]
+
+
+class Decoder(nn.Module):
+    """Latents to video (or patches). widths, time: in the encoder's order."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        widths: Sequence[int],
+        time: Sequence[bool],
+        layers: int,
+        shortcuts: bool,
+        borders: Borders,
+    ) -> None:
+        super().__init__()
+        widths = widths[::-1]
+        time = time[::-1]
+        self.conv1 = Conv(in_channels, widths[0], borders)
+        self.middle = _middle(widths[0], borders)
+        levels = []
+        before = widths[0]
+        for level, width in enumerate(widths):
+            blocks = [ResidualBlock(channels, width, borders) for channels in [before, *[width] * layers]]
+            last = level == len(time)
+            after = width if shortcuts else width // 2  # Wan2.1 halves the channels with the resolution
+            up = [] if last else [Upsample(width, after, time[level], borders)]
+            levels += [UpBlock(before, width, blocks, up)] if shortcuts else blocks + up
+            before = after
+        self.upsamples = nn.ModuleList(levels)
+        self.head = Head(widths[-1], out_channels, borders)
+
+    def chain(self) -> list[nn.Module]:
+        return [self.conv1, *self.middle, *self.upsamples, self.head]
+
+
+def _middle(width: int, borders: Borders) -> nn.ModuleList:
+    return nn.ModuleList(
+        [ResidualBlock(width, width, borders), AttentionBlock(width), ResidualBlock(width, width, borders)]
+    )
 
 
 def zero_grad_identity(x: Tensor, conv: nn.Conv3d) -> Tensor:

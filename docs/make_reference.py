@@ -1,10 +1,11 @@
 """docs/reference.md, from the schemas and the signatures of the classes that conf/ names:
 
-python -m vae3d.config.reference > docs/reference.md
+python docs/make_reference.py > docs/reference.md
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import typing
@@ -20,7 +21,6 @@ from vae3d.config.fields import allowed, fields_of, nested_schema
 from vae3d.config.issues import MISSING
 from vae3d.config.latents import EncodeConfig
 from vae3d.config.schema import CONF, CompareConfig, InferConfig, TrainConfig
-from vae3d.config.targets import signature_of
 
 COMMANDS = {
     "train.py": TrainConfig,
@@ -43,7 +43,7 @@ GROUPS = {
 INTRO = """\
 # Every setting
 
-Generated from `vae3d/config/` by `python -m vae3d.config.reference > docs/reference.md`. Do not edit.
+Generated from `vae3d/config/` by `python docs/make_reference.py > docs/reference.md`. Do not edit.
 
 `KEY=VALUE` on the command line sets a key. A wrong key or value stops every command before it reads data, with all
 errors in one list. **Required** keys have no default; the files of `conf/` set most of them.
@@ -99,17 +99,18 @@ def targets(folder: Path) -> list[str]:
 
 
 def _class(target: str) -> str:
-    signature = signature_of(target)
-    rows = [
-        f"| `{name}` | {'**required**' if a.default is None else f'`{a.default}`'} | {_type(a.annotation)} |"
-        for name, a in signature.arguments.items()
-    ]
+    module, _, name = target.rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    rows = []
+    for argument in inspect.signature(kind).parameters.values():
+        default = "**required**" if argument.default is argument.empty else f"`{argument.default!r}`"
+        rows.append(f"| `{argument.name}` | {default} | {_type(argument.annotation)} |")
     table = ["| argument | default | type |", "|---|---|---|", *rows, ""] if rows else []
-    return "\n".join([f"#### `{target}`", "", signature.doc, "", *table])
+    return "\n".join([f"#### `{target}`", "", inspect.cleandoc(kind.__doc__ or ""), "", *table])
 
 
 def _type(annotation: str) -> str:
-    return f"`{annotation}`".replace("|", "\\|") if annotation else ""
+    return f"`{annotation}`".replace("|", "\\|") if annotation is not inspect.Parameter.empty else ""
 
 
 if __name__ == "__main__":

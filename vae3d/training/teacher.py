@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.errors import UserError
-from vae3d.models.latents import convert_latents, latent_space
+from vae3d.models.interface import convert_latents, latent_space
 from vae3d.precision import cast_keep_stats
 from vae3d.seeding import generator_of, seed_of
 from vae3d.types import Clip, Reconstruction, TeacherTargets

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests import tiny
-from vae3d.inference.consistency import roll_consistency
+from vae3d.metrics.panorama import roll_consistency
 
 
 class Painter(nn.Module):

@@ -20,28 +20,37 @@ class StepMetrics:
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = defaultdict(list)
 
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._values)
+
     def add(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             self._values[name].append(value.detach().float())
 
-    def mean(self, name: str) -> float:
-        """Mean over micro-batches; 0 if there is none."""
-        values = self._values.get(name)
-        return float(torch.stack(values).mean()) if values else 0.0
-
-    def worst(self, name: str) -> float:
-        """Largest value of any micro-batch, NaN if one is NaN; 0 if there is none."""
-        values = self._values.get(name)
-        return float(torch.stack(values).max()) if values else 0.0
+    def losses(self) -> dict[str, Tensor]:
+        """Columns of StatusTable: `loss` is a mean over micro-batches, the others are maxima; NaN if one is NaN."""
+        losses = {}
+        if "loss" in self._values:
+            values = torch.stack(self._values["loss"])
+            losses = {"loss": values.mean(), "worst": values.max()}
+        if "loss_discriminator" in self._values:
+            losses["worst_discriminator"] = torch.stack(self._values["loss_discriminator"]).max()
+        return losses
 
     def means(self) -> dict[str, float]:
-        return {name: self.mean(name) for name in self._values}
+        return {name: float(torch.stack(values).mean()) for name, values in self._values.items()}
 
-    def reduce(self) -> dict[str, float]:
-        """Means over micro-batches and ranks, in one all-reduce and one transfer. All ranks need the same names."""
-        packed = torch.stack([torch.stack(values).mean() for values in self._values.values()])
-        distributed.all_reduce_mean([packed])
-        return dict(zip(self._values, packed.tolist(), strict=True))
+    def reduce(self, **equal: Tensor) -> dict[str, float]:
+        """Means over micro-batches and ranks, in one all-reduce and one transfer. All ranks need the same names.
+
+        equal: further scalars, which are equal on all ranks.
+        """
+        means = torch.stack([torch.stack(self._values[name]).mean() for name in self.names])
+        distributed.all_reduce_mean([means])
+        packed = torch.cat([means, *(value.reshape(1).to(means.device) for value in equal.values())])
+        values = dict(zip([*self.names, *equal], packed.tolist(), strict=True))
+        return {name: values[name] for name in [*self._values, *equal]}
 
 
 class MeanMeter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -86,11 +86,6 @@ class SpikeGuard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_fields(state, _SpikeState, key="spikes")
         vars(self).update({name: state[name] for name in _SpikeState.__annotations__})
-
-
-def worst(losses: Iterable[float]) -> float:
-    """The largest; NaN counts as larger than any number."""
-    return max(losses, key=lambda loss: math.inf if math.isnan(loss) else loss)
 
 
 class FailureCounter:

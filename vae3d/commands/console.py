@@ -1,0 +1,98 @@
+"""Log lines and error messages of commands, on the console and in a run's log file. Imports no torch."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from tqdm import tqdm
+
+from vae3d.errors import UserError
+from vae3d.io import open_nofollow
+
+R = TypeVar("R")
+# Errors of the disk, or of a path that the user gave; other OSErrors are bugs and keep their traceback.
+UNWRITABLE = {
+    *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ESTALE),
+}
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+class ConsoleHandler(logging.Handler):
+    """Log lines of rank 0, and warnings of every rank, printed above the progress bar."""
+
+    def __init__(self, stream: Any = None) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if rank() == 0 or record.levelno >= logging.WARNING:
+            tqdm.write(self.format(record), file=self.stream)
+
+
+class RunLogFile(logging.FileHandler):
+    """A log file in a run's folder. A full disk does not stop the run: one line on the console names the file.
+
+    Raises FileError if the file is a symbolic link.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.failed = False
+
+    def _open(self) -> IO[str]:
+        return open_nofollow(Path(self.baseFilename), self.mode)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.failed:
+            self.failed = True
+            tqdm.write(f"{self.baseFilename} is incomplete: {error.strerror}", file=sys.stderr)
+
+
+def in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def exit_on_user_error(run: Callable[[], R]) -> R:
+    """Call run(); for a UserError, or a path that cannot be written, print one message and exit with status 2.
+
+    In a sweep the error is raised, and Hydra runs the next job. VAE3D_TRACEBACK=1 shows the traceback.
+    """
+    reraise = in_sweep() or os.environ.get("VAE3D_TRACEBACK") == "1"
+    try:
+        return run()
+    except UserError as error:
+        if reraise:
+            raise
+        print_error(error)
+    except OSError as error:
+        if reraise or error.errno not in UNWRITABLE:
+            raise
+        path = error.filename or "a file cannot be written (VAE3D_TRACEBACK=1 shows which)"
+        print(f"error: {path}: {os.strerror(error.errno)}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def print_error(error: UserError) -> None:
+    """Print an error; if all ranks raise it, once per machine.
+
+    torchrun ends all ranks when the first one exits, so the other ranks wait until rank 0 has printed.
+    """
+    if error.on_every_rank and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)
+    print(f"error: {error}", file=sys.stderr, flush=True)
