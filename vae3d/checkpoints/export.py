@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vae3d import __version__
-from vae3d.checkpoints import ldm, opensora, taehv, wan
+from vae3d.checkpoints import ldm, opensora, taehv, taesd, wan
 from vae3d.checkpoints.formats import EXPORT_CONFIG, Checkpoint, CheckpointError
 from vae3d.checkpoints.published import State, rename_keys
 from vae3d.io import atomic_dir, atomic_path, atomic_write, write_json, write_text, yaml_text
@@ -23,6 +23,7 @@ from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.registry import target_of
 from vae3d.models.spatial import SpatialVAE, per_channel
 from vae3d.models.taehv import TAEHV
+from vae3d.models.taesd import TAESD
 from vae3d.models.temporal import TemporalVAE
 from vae3d.models.wan import WanVAE
 
@@ -51,10 +52,16 @@ def replace_export(checkpoint: Checkpoint, folder: Path, **info: Any) -> None:
 
 
 def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write a folder for diffusers' AutoencoderKL.from_pretrained, or AutoencoderKLWan's."""
+    """Write a folder for from_pretrained of diffusers' AutoencoderKL, AutoencoderKLWan or AutoencoderTiny."""
     if _is_a(checkpoint, WanVAE):
         state = wan.to_diffusers(checkpoint.state)
         config_json = wan.diffusers_config(_wan_config(checkpoint, "diffusers"))
+    elif _is_a(checkpoint, TAESD):
+        try:
+            config_json = taesd.diffusers_config(checkpoint.config)
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.path}: {error}") from error
+        state = taesd.to_diffusers(checkpoint.state)
     else:
         state = checkpoint.part("module")
         config = _require(checkpoint, SpatialVAE, "diffusers")
@@ -141,6 +148,15 @@ def write_taehv(checkpoint: Checkpoint, file: Path) -> None:
         write_json(file.with_suffix(".json"), taehv.info_of(config))
 
 
+def write_taesd(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write VARIANT_encoder.pth and VARIANT_decoder.pth, like the published ones, in fp32."""
+    variant = _require(checkpoint, TAESD, "taesd")["variant"]
+    for part in ("encoder", "decoder"):
+        state = rename_keys({k: t for k, t in checkpoint.state.items() if k.startswith(part)}, [(f"^{part}.", "^")])
+        with atomic_write(folder / f"{variant}_{part}.pth") as stream:
+            torch.save(_contiguous(state), stream)
+
+
 def write_final_model(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a TAEHV in fp32 as final_model.pth, final_model.safetensors and model.json.
 
@@ -162,6 +178,7 @@ WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
     "wan": write_wan,
     "videox_fun": write_videox_fun,
     "taehv": write_taehv,
+    "taesd": write_taesd,
 }
 
 

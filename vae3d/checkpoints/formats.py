@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vae3d.checkpoints import ldm, opensora, taehv, wan
-from vae3d.checkpoints.location import EXPORT_CONFIG, PART, CheckpointError, find_weights, list_some, split_part
+from vae3d.checkpoints import ldm, opensora, taehv, taesd, wan
+from vae3d.checkpoints.location import EXPORT_CONFIG, PART, CheckpointError, find_weights, halves, list_some, split_part
 from vae3d.checkpoints.published import PublishedWeights, State, read_config_json
 from vae3d.errors import UserError
 from vae3d.io import FileError, read_yaml
@@ -41,11 +41,12 @@ LAYOUTS = {
     "wan": Layout(wan.MARKER, wan.read, "AutoencoderKLWan"),
     "wan_diffusers": Layout(wan.MARKER_DIFFUSERS, wan.read_diffusers, "AutoencoderKLWan"),
     "taehv": Layout(taehv.MARKER, taehv.read),
+    "taesd": Layout(taesd.MARKER, taesd.read),
+    "taesd_diffusers": Layout(taesd.MARKER_DIFFUSERS, taesd.read_diffusers, "AutoencoderTiny"),
     "diffusers": Layout(ldm.MARKER_DIFFUSERS, ldm.read_diffusers, "AutoencoderKL"),
     "ldm": Layout(ldm.MARKER, ldm.read_ldm, "AutoencoderKL"),
 }
 # Keys of networks that are recognised but not supported here.
-TAESD = re.compile(r"(^|\.)\d+\.conv\.4\.weight$")
 DIFFUSERS_VIDEO_VAE = "encoder.down_blocks.0.resnets.0.conv1.conv.weight"  # supported with its config.json only
 # What torch.compile, FSDP and activation checkpointing add to names.
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -193,7 +194,7 @@ def recognise(path: Path, part: str | None) -> tuple[str, PublishedWeights]:
 
     The prefix of the VAE (`state_dict.`, `first_stage_model.`, DDP's `module.`) and the names of wrappers are removed.
     """
-    tensors = _open(path)
+    tensors = _open_halves(path)
     vaes = _find_vaes(tensors)
     prefix, layout = _choose(vaes, tensors, path, part)
     excluded = [f"{prefix}{name}" for name in NOT_OF_THE_VAE]
@@ -228,6 +229,24 @@ def _open(path: Path) -> dict[str, LazyTensor | SavedTensor]:
             raise CheckpointError(f"{path}: has {unwrapped} twice, once inside a wrapper such as torch.compile's")
         tensors[unwrapped] = tensor
     return tensors
+
+
+def _open_halves(path: Path) -> dict[str, LazyTensor | SavedTensor]:
+    """The tensors of a file; of a TAESD's encoder or decoder, those of both files, as `encoder.` and `decoder.`."""
+    tensors = _open(path)
+    if not tensors or not all(taesd.HALF.match(key) for key in tensors):
+        return tensors
+    files = halves(path)
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{path}: is one half of a TAESD; the other one, {file.name}, must lie beside it")
+    if not files:
+        raise CheckpointError(
+            f"{path}: looks like the encoder or the decoder of a TAESD; put both into one folder, as "
+            f"NAME_encoder{path.suffix} and NAME_decoder{path.suffix}"
+        )
+    both = zip(("decoder", "encoder"), files, strict=True)
+    return {f"{part}.{key}": tensor for part, file in both for key, tensor in _open(file).items()}
 
 
 def _find_vaes(keys: Collection[str]) -> list[tuple[str, str]]:
@@ -270,14 +289,9 @@ def _describe_unknown(keys: Collection[str]) -> str:
         return "holds no tensors"
     if "" in keys:
         return "is a single tensor, such as latents, not the weights of a model"
-    if any(TAESD.search(key) for key in keys):
-        return (
-            "looks like a TAESD (AutoencoderTiny of diffusers), a VAE of single images that is not supported; TAEHV, "
-            "for videos, is"
-        )
     return (
-        "matches no known layout (vae3d export, Open-Sora 1.2, Wan, TAEHV, diffusers AutoencoderKL, LDM); its keys "
-        f"begin with {list_some(keys)}"
+        "matches no known layout (vae3d export, Open-Sora 1.2, Wan, TAEHV, TAESD, diffusers AutoencoderKL, LDM); its "
+        f"keys begin with {list_some(keys)}"
     )
 
 

@@ -28,6 +28,8 @@ VARIANTS = re.compile(
 )
 # In Wan-AI's repositories these VAEs lie beside a diffusion model under the names above, so they are preferred.
 OFFICIAL_VAES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
+# An encoder and a decoder in two files, as of TAESD: taef2_encoder.pth, taef2_decoder.pth
+HALVES = re.compile(r"(.*)(encoder|decoder)(\.\w+)")
 PART = "::"  # separates a file and a part of it: weights.ckpt::ema_model
 
 
@@ -80,7 +82,7 @@ def find_weights(path: Path) -> Path:
         warn_if_older(path, exports[-1].parent)
         return exports[-1]
     others = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
-    if len(others) == 1:
+    if len(others) == 1 or (others and tuple(others) == halves(others[0])):
         return others[0]
     if others:
         names = list_some(file.name for file in others)
@@ -89,6 +91,12 @@ def find_weights(path: Path) -> Path:
         f"{path}: holds no weights ({', '.join(SUFFIXES)}), no vae/ folder and no exports/ of a run; "
         f"found {list_some(sorted(p.name for p in path.iterdir())) or 'nothing'}"
     )
+
+
+def halves(path: Path) -> tuple[Path, ...]:
+    """The files of the decoder and the encoder, if `path` is named as one of them; else ()."""
+    match = HALVES.fullmatch(path.name)
+    return tuple(path.with_name(f"{match[1]}{part}{match[3]}") for part in ("decoder", "encoder")) if match else ()
 
 
 def warn_if_older(run: Path, export: Path) -> None:

@@ -24,7 +24,7 @@ from vae3d.models.layers.taehv_blocks import TGrow
 from vae3d.models.taehv import BASE, SUPER, TAEHV, VARIANTS
 from vae3d.weight_files import read_metadata
 
-MARKER = "encoder.4.conv.0.weight"  # a key that only these networks have
+MARKER = "encoder.2.conv.weight"  # a key that only these networks have
 INFO_FILE = "model.json"  # beside a file without <its stem>.json
 TGROW = {"base": (7, 13, 19), "super": (7, 14, 21)}  # indices of the TGrow layers in the decoder
 # LightX2V's network for HunyuanVideo 1.5: the same keys, but LeakyReLU and other latents.

@@ -15,6 +15,7 @@ from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
+from vae3d.models.taesd import TAESD
 from vae3d.models.temporal import TemporalVAE
 from vae3d.models.wan import WanVAE
 
@@ -28,7 +29,7 @@ def target_of(cls: type) -> str:
 
 # Add a new model here, so that its exports can be loaded. Its constructor must check its arguments (vae3d.arguments).
 MODELS: dict[str, type[nn.Module]] = {
-    target_of(cls): cls for cls in (SpatialVAE, TemporalVAE, OpenSoraVAE, WanVAE, TAEHV, DiffusersVAE)
+    target_of(cls): cls for cls in (SpatialVAE, TemporalVAE, OpenSoraVAE, WanVAE, TAEHV, TAESD, DiffusersVAE)
 }
 
 

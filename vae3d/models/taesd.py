@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Deviation, Mean, check_arguments
-from vae3d.models.forward import reconstruct
-from vae3d.models.latents import LatentNormMixin
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import pad_space, per_frame
 from vae3d.models.layers.taehv_blocks import Clamp, UpConv, conv
 from vae3d.models.streaming import IndependentChunks
 from vae3d.pixels import check_latents, check_video
-from vae3d.types import Delta, LatentSpec, Reconstruction
+from vae3d.types import Delta, LatentSpec
 
 WIDTH = 64
 
@@ -94,7 +92,7 @@ def decoder(kind: Variant) -> nn.Sequential:
     return nn.Sequential(*layers, Block(WIDTH), conv(WIDTH, 3))
 
 
-class TAESD(LatentNormMixin):
+class TAESD(VideoAutoencoder):
     """A tiny VideoAutoencoder without temporal compression and with a deterministic encoder.
 
     variant: one of VARIANTS. latent: raw or normalized; None: as the variant. latents_mean, latents_std: of raw
@@ -160,21 +158,11 @@ class TAESD(LatentNormMixin):
 
         return per_frame(run, x, self.frame_batch)
 
-    def forward(self, video: Tensor, **options: Any) -> Reconstruction:
-        """See VideoAutoencoder.forward."""
-        return reconstruct(self, video, **options)
-
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         return {"encoder": [self.encoder], "decoder": [self.decoder]}
 
     def last_layers(self) -> list[nn.Parameter]:
         return [self.decoder[-1].weight]
-
-    def frames_valid(self, frames: int) -> bool:
-        return frames >= 1
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        return self.spec.channels, frames, *self.spec.latent_size(height, width)
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """Chunks of frame_batch frames; any length gives the same result."""
