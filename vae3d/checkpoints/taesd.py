@@ -53,10 +53,9 @@ def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
 def _named(path: Path, possible: list[str]) -> str | None:
     """The variant that the name of the file, or of its folder, contains; the longest name if there are several."""
     text = f"{path.parent.name}/{path.name}".lower()
-    found = [
-        (len(name), variant) for variant in possible for name in (variant, *NAMES.get(variant, ())) if name in text
-    ]
-    return max(found)[1] if found else None
+    names = {name: variant for variant in possible for name in (variant, *NAMES.get(variant, ()))}
+    found = max((name for name in names if name in text), key=len, default=None)
+    return names.get(found)
 
 
 def read_diffusers(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
