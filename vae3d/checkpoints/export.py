@@ -151,6 +151,7 @@ def write_taehv(checkpoint: Checkpoint, file: Path) -> None:
 def write_taesd(checkpoint: Checkpoint, folder: Path) -> None:
     """Write VARIANT_encoder.pth and VARIANT_decoder.pth, like the published ones, in fp32."""
     variant = _require(checkpoint, TAESD, "taesd")["variant"]
+    folder.mkdir(parents=True, exist_ok=True)
     for part in ("encoder", "decoder"):
         state = rename_keys({k: t for k, t in checkpoint.state.items() if k.startswith(part)}, [(f"^{part}.", "^")])
         with atomic_write(folder / f"{variant}_{part}.pth") as stream:

@@ -16,7 +16,7 @@ from vae3d.models.taesd import VARIANTS
 
 MARKER = "decoder.7.weight"  # keys that only these networks have
 MARKER_DIFFUSERS = "decoder.layers.6.weight"
-HALF = re.compile(r"\d+\.\D")  # the keys of an encoder or a decoder alone
+HALF = re.compile(r"\d+\.(weight|bias|conv\.|pool\.)")  # the keys of an encoder or a decoder alone
 # Names of the variants in file names, beside their own.
 NAMES = {"taesdxl": ("taesd_xl", "sdxl"), "taesd3": ("taesd_3", "sd3"), "taef1": ("taesd_f", "flux1", "flux_1")}
 # Settings of AutoencoderTiny that do not change its network.
