@@ -15,6 +15,7 @@ scripts/fetch_weights.py runs without packages.
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import pickletools
@@ -43,6 +44,7 @@ MAX_NAME = 4096  # characters of a tensor's name; nested keys in a pickle of som
 MAX_IDENTIFIER = 256  # characters of the name of a class, module or storage
 MAX_DIMS = 64  # of a tensor
 DOWNLOAD = "download it again"
+FP32 = 4  # bytes
 
 # Files without weights: first bytes, description, what to do.
 OTHER_KINDS = (
@@ -575,3 +577,14 @@ def _tensor(arguments: tuple[Any, ...], locate: Locate, *, typed: bool) -> Any:
             f"a tensor of size {size} and stride {stride} does not fit its storage of {available} elements"
         )
     return SavedTensor(size, stride, offset, dtype, locate(storage))
+
+
+def safetensors_header(shapes: dict[str, tuple[int, ...]]) -> bytes:
+    """The header of a safetensors file of fp32 tensors: its length, and JSON padded to eight bytes."""
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + FP32 * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -60,7 +60,7 @@ def flow(net: str) -> tuple[str, dict[str, Tensor]]:
 
 
 def kinetics() -> tuple[str, dict[str, Tensor]]:
-    return i3d.STATE_DICT, i3d.I3D().state_dict()
+    return i3d.STATE_DICT, i3d.I3D(eps=1e-5).state_dict()
 
 
 SHAPES = {

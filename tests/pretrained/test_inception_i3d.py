@@ -80,7 +80,7 @@ def test_inception_has_the_published_keys_but_no_classifier():
 
 
 def test_i3d_has_the_published_keys():
-    assert shapes(I3D()) == I3D_KEYS
+    assert shapes(I3D(eps=1e-3)) == I3D_KEYS
 
 
 @pytest.mark.parametrize("name", ["inception", "i3d"])

