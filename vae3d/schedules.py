@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Literal
+from typing import Literal, get_args
 
 # A step that no run reaches, where every ramp has ended. Alternating updates train one network here, the other at the
 # next step.
@@ -41,7 +41,10 @@ def learning_rate(
     (in diffusers `constant` has no warm-up). The others then hold `lr` until step `decay_start` (None: no hold) and
     decay to `min_lr` at `max_steps`: `linear`; `cosine`, half a period; `cosine_with_restarts`, back at `lr` after each
     of `cycles` descents; `polynomial`, (1 - progress) ** `power` (in diffusers it ends at 1e-7, here at min_lr).
+    Raises ValueError for another schedule.
     """
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"schedule is {schedule!r}; use one of {', '.join(get_args(Schedule))}")
     if step < warmup_steps:
         return lr * step / warmup_steps
     if schedule.startswith("constant"):
