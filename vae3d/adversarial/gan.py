@@ -103,8 +103,8 @@ class Gan(DiscriminatorAdversary):
         return MultiScale([NETWORKS[self.input](**settings) for _ in range(self.scales)])
 
     def load(self, model: nn.Module, device: torch.device, seed: int, rank: int) -> None:
-        super().load(model, device, seed, rank)
         self.averages = torch.zeros(2, self.scales, device=device)  # of the logits of clips and of reconstructions
+        super().load(model, device, seed, rank, also_reduce=[self.averages])
         if self.adaptive_weight is not None:
             self.adaptive_weight.load(model, device)
 
