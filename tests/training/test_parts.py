@@ -14,8 +14,7 @@ from vae3d.schedules import ema_decay, learning_rate, ramp
 from vae3d.training.ema import Ema, MultiEma
 from vae3d.training.failures import SpikeError, SpikeGuard
 from vae3d.training.freeze import PartError, set_mode, train_parts
-from vae3d.training.step_metrics import MeanMeter, StepMetrics
-from vae3d.training.step_status import StatusTable, StepStatus
+from vae3d.training.step_status import MeanMeter, StatusTable, StepMetrics, StepStatus
 
 
 def test_only_named_parts_train_each_with_its_scale():

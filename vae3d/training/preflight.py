@@ -12,8 +12,7 @@ from vae3d.data.clips import ClipSettings
 from vae3d.errors import UserError
 from vae3d.schedules import ALL_ON
 from vae3d.training.freeze import PartError
-from vae3d.training.step_metrics import StepMetrics
-from vae3d.training.step_status import StepStatus
+from vae3d.training.step_status import StepMetrics, StepStatus
 from vae3d.training.strategy import Strategy
 from vae3d.types import Clip
 

@@ -24,7 +24,6 @@ from vae3d.pixels import PixelError, no_value_checks
 from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
 from vae3d.training.checkpointer import BestExport, Checkpointer, DataChanges, Outputs, step_folder
-from vae3d.training.data_parallel import ScalerState
 from vae3d.training.ema import Ema, MultiEma
 from vae3d.training.failures import FailureCounter, ReadErrors, SpikeError, SpikeGuard, TooManyFailures
 from vae3d.training.freeze import eval_mode
@@ -32,9 +31,8 @@ from vae3d.training.loggers import Logger
 from vae3d.training.memory import catch_out_of_memory, idle_gib, release_idle_memory
 from vae3d.training.proximal import Proximal
 from vae3d.training.runlog import RunLog, StopRequest, stop_signals
-from vae3d.training.step_metrics import MeanMeter, StepMetrics
-from vae3d.training.step_status import StatusTable, StepStatus
-from vae3d.training.strategy import Strategy
+from vae3d.training.step_status import MeanMeter, StatusTable, StepMetrics, StepStatus
+from vae3d.training.strategy import ScalerState, Strategy
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig

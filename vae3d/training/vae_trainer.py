@@ -34,7 +34,6 @@ from vae3d.metrics import MetricError, MetricSet
 from vae3d.metrics.registry import resolve
 from vae3d.models.interface import attach_decoder
 from vae3d.training.checkpointer import BestExport, Outputs, step_folder
-from vae3d.training.data_parallel import ReplicatedDataParallel
 from vae3d.training.deepspeed import DeepSpeedZero
 from vae3d.training.ema import Ema
 from vae3d.training.failures import SpikeGuard
@@ -43,7 +42,8 @@ from vae3d.training.loggers import Logger
 from vae3d.training.preflight import preflight
 from vae3d.training.profile import profiled
 from vae3d.training.proximal import Proximal
-from vae3d.training.step_metrics import StepMetrics
+from vae3d.training.step_status import StepMetrics
+from vae3d.training.strategy import ReplicatedDataParallel
 from vae3d.training.teacher import Distillation, StudentWithProjections
 from vae3d.training.trainer import Trainer, adamw
 from vae3d.training.vae_validation import ValidatedClip, log_clips, mean_scores, validate
