@@ -168,16 +168,7 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
                 metrics.add({"loss_discriminator": loss, **gan_metrics})
 
     def preflight(self) -> None:
-        schedule = self.data.schedule
-        preflight(
-            self.strategy,
-            self.adversary,
-            self.forward_backward,
-            self.sync_status,
-            schedule.frames.all(),
-            schedule.micro_batch,
-            self.data.settings,
-        )
+        preflight(self)
 
     def profiler(self) -> AbstractContextManager[Callable[[], object]]:
         if self.config.debug.mode != "profile" or self.rank > 0:
