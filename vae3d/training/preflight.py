@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,17 +11,15 @@ from vae3d.errors import UserError
 from vae3d.schedules import ALL_ON
 from vae3d.training.freeze import PartError
 from vae3d.training.step_status import StepMetrics, StepStatus
+from vae3d.training.trainer import Trainer
 from vae3d.types import Clip
-
-if TYPE_CHECKING:
-    from vae3d.training.vae_trainer import VaeTrainer
 
 
 class PreflightError(UserError):
     """A step that cannot work."""
 
 
-def preflight(trainer: VaeTrainer) -> None:
+def preflight(trainer: Trainer[Clip]) -> None:
     """Find errors of any step before the first: a term that starts at step 50,000 fails now.
 
     Every update phase is tried on a micro-batch of the fewest and of the most frames. No weight, gradient, optimizer
