@@ -118,4 +118,4 @@ def test_latents_are_scaled_in_one_place():
 
 def test_channels_must_divide_into_groups():
     with pytest.raises(ValueError, match=r"channels are \[6, 8\]; each must be a multiple of groups=4"):
-        AutoencoderKL((6, 8), groups=4)
+        SpatialVAE((6, 8), groups=4)
