@@ -27,8 +27,8 @@ from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import convert
 from vae3d.commands.cli import check_training
+from vae3d.config.issues import ConfigError
 from vae3d.config.schema import CONF
-from vae3d.config.validate import ConfigError
 from vae3d.data.readers import open_media
 from vae3d.errors import UserError
 from vae3d.loading import model_config
