@@ -17,12 +17,12 @@ from vae3d.commands.cli import check_training
 from vae3d.commands.launch import FolderCheck
 from vae3d.config.check import read
 from vae3d.config.diffusion import DiffusionConfig, SampleConfig, check_diffusion, check_sampling
-from vae3d.config.issues import NO_VALUE, close_match, is_within
+from vae3d.config.issues import NO_VALUE, ConfigError, close_match, is_within
 from vae3d.config.latents import EncodeConfig, check_encoding
 from vae3d.config.overrides import allow_unknown_keys, override_issues
 from vae3d.config.schema import CONF, InferConfig, TrainConfig
 from vae3d.config.targets import signature_of
-from vae3d.config.validate import ConfigError, check_inference, training_issues
+from vae3d.config.validate import check_inference, training_issues
 
 # Name -> overrides, what the error begins with (key=value), and what it says, too.
 FAULTS = {

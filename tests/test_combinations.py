@@ -19,8 +19,8 @@ from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import train
 from vae3d.commands.cli import check_training
+from vae3d.config.issues import ConfigError
 from vae3d.config.schema import CONF
-from vae3d.config.validate import ConfigError
 
 
 def names(group: str) -> list[str]:

@@ -10,8 +10,8 @@ from PIL import Image
 
 from tests import tiny
 from vae3d.config.diffusion import check_diffusion, check_sampling
+from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding
-from vae3d.config.validate import ConfigError
 from vae3d.diffusion.sampling import write_frames
 from vae3d.report.images import grid
 

@@ -10,7 +10,8 @@ import pytest
 from tests import tiny
 from tests.inference.test_comparison import TEACHER, compare
 from tests.inference.test_wan_infer import write
-from vae3d.config.validate import ConfigError, check_comparison
+from vae3d.config.issues import ConfigError
+from vae3d.config.validate import check_comparison
 from vae3d.errors import UserError
 
 VAL = {"taehv_teacher_tiny": [(300, 15.0), (600, 18.0)], "taehv_tiny": [(100, 14.0), (200, 17.5)]}

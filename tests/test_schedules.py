@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
+from vae3d.config.schema import Optim
 from vae3d.schedules import Schedule, learning_rate
 
 PEERS_END = 1e-7  # what diffusers' polynomial schedule ends at
@@ -37,19 +38,15 @@ def test_equals_diffusers(name, warmup, cycles, power):
     theirs = peers(name, lr, warmup, last, cycles, power)
     if name == "cosine":  # theirs goes up again after the last step
         theirs = theirs[: last + 1] + [0.0] * 4
-    ours = [
-        learning_rate(
-            step,
-            lr=lr,
-            warmup_steps=0 if name == "constant" else warmup,
-            schedule=name,
-            max_steps=last,
-            min_lr=PEERS_END if name == "polynomial" else 0.0,
-            cycles=cycles,
-            power=power,
-        )
-        for step in range(last + 5)
-    ]
+    settings = Optim(
+        lr=lr,
+        warmup_steps=0 if name == "constant" else warmup,
+        schedule=name,
+        min_lr=PEERS_END if name == "polynomial" else 0.0,
+        cycles=cycles,
+        power=power,
+    )
+    ours = [learning_rate(settings, step, max_steps=last) for step in range(last + 5)]
     assert ours == pytest.approx(theirs, rel=0, abs=1e-12 * lr)
 
 
@@ -65,6 +62,6 @@ def test_equals_diffusers(name, warmup, cycles, power):
     ],
 )
 def test_hand_values_with_a_hold_and_a_floor(schedule, rates):
-    settings = {"warmup_steps": 4, "decay_start": 8, "max_steps": 16, "min_lr": 0.2, "cycles": 2, "power": 2.0}
+    settings = Optim(lr=1.0, schedule=schedule, warmup_steps=4, decay_start=8, min_lr=0.2, cycles=2, power=2.0)
     steps = (0, 2, 4, 8, 10, 12, 16)
-    assert [learning_rate(s, lr=1.0, schedule=schedule, **settings) for s in steps] == pytest.approx(rates, rel=1e-12)
+    assert [learning_rate(settings, s, max_steps=16) for s in steps] == pytest.approx(rates, rel=1e-12)

@@ -22,12 +22,13 @@ from tests import tiny
 from tests.test_demo_diffusion import sampled
 from tests.test_demo_distillation import distil
 from tests.test_demo_gan import adversarial
+from vae3d.checkpoints import export
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import convert
 from vae3d.commands.cli import check_training
+from vae3d.config.issues import ConfigError
 from vae3d.config.schema import CONF
-from vae3d.config.validate import ConfigError
 from vae3d.data.readers import open_media
 from vae3d.errors import UserError
 from vae3d.loading import model_config
@@ -128,11 +129,11 @@ def test_a_conversion_that_is_cut_off_leaves_nothing_and_can_be_repeated(
     _, source = pipeline
     command = [str(source), str(tmp_path / "vae"), "--part", "spatial", "--to", "diffusers"]
 
-    def write_text(path, *_, **__):
+    def write_json(path, *_):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", write_text)  # of config.json, after the weights
+        patch.setattr(export, "write_json", write_json)  # of config.json, after the weights
         if isinstance(error, OSError):
             assert tiny.status("convert", *command) == 2
             assert capsys.readouterr().err == f"error: {tmp_path}/vae: cannot be written: No space left on device\n"

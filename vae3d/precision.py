@@ -72,8 +72,3 @@ def slow_conv3d() -> str | None:
     if cudnn is None or not torch.__version__.startswith("2.9.") or cudnn >= 91500:
         return None
     return f"torch {torch.__version__} with cuDNN {cudnn} is slow at 3D convolutions in bf16 and fp16; update either"
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """bf16 or fp16 as a torch.dtype; None for fp32, which runs without autocast."""
-    return None if precision == "fp32" else DTYPES[precision]

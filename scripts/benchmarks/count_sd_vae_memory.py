@@ -25,12 +25,13 @@ from count_wan_memory import PeakMemory
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vae3d import loading, precision
+from vae3d import loading
 from vae3d.adversarial.base import NoAdversary
 from vae3d.commands import train
 from vae3d.config.check import read
 from vae3d.config.schema import CONF, TrainConfig
 from vae3d.models.interface import attach_decoder
+from vae3d.precision import DTYPES
 from vae3d.schedules import ALL_ON
 from vae3d.training.ema import Ema
 from vae3d.training.freeze import set_mode, train_parts
@@ -51,7 +52,7 @@ class Recipe:
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.dtype = precision.autocast_dtype(config.trainer.precision)
+        self.dtype = None if config.trainer.precision == "fp32" else DTYPES[config.trainer.precision]
         self.model = loading.instantiate(config.model).to(device)
         groups = train_parts(self.model, config.stage.train)
         set_mode(self.model, config.stage.train)

@@ -18,7 +18,7 @@ from vae3d.adversarial.gan import Gan
 from vae3d.commands import dry_run
 from vae3d.config import validate
 from vae3d.config.check import check_rules
-from vae3d.training.step_metrics import StepMetrics
+from vae3d.training.step_status import StepMetrics
 from vae3d.types import Clip
 
 START = ["stage=finetune", "stage.init_from=random", "loss=recon_kl", "loss.reduction=mean"]

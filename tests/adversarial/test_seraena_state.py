@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tests import tiny
 from tests.adversarial import toy
 from vae3d.adversarial.replay import ReplayBuffer
-from vae3d.config.validate import ConfigError
+from vae3d.config.issues import ConfigError
 from vae3d.types import Reconstruction
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests import tiny
-from vae3d.config.validate import ConfigError
+from vae3d.config.issues import ConfigError
 from vae3d.data import dataset_rows
 from vae3d.data.check import main as check
 from vae3d.data.dataset_rows import how_to_download, is_row, open_splits, row_path

@@ -13,7 +13,7 @@ from PIL import Image
 from tests import tiny
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.commands import train
-from vae3d.config.validate import ConfigError
+from vae3d.config.issues import ConfigError
 from vae3d.data import loader, probe
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipSettings

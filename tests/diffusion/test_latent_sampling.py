@@ -20,7 +20,7 @@ from tests.diffusion import latent_runs
 from tests.diffusion.toy import shaken
 from vae3d.checkpoints.formats import CheckpointError
 from vae3d.commands import console
-from vae3d.config.validate import ConfigError
+from vae3d.config.issues import ConfigError
 from vae3d.diffusion import sampling
 from vae3d.diffusion.build import build_network, network_config
 from vae3d.diffusion.export import CONFIG, read_export, write_export

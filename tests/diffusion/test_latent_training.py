@@ -22,7 +22,7 @@ from tests import tiny
 from tests.diffusion import latent_runs, rank_training
 from vae3d.checkpoints import state
 from vae3d.commands import launch, train_diffusion
-from vae3d.config.validate import ConfigError
+from vae3d.config.issues import ConfigError
 from vae3d.data.sources import DataError
 from vae3d.diffusion import data
 from vae3d.diffusion.base import Sampling

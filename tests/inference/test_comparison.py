@@ -19,7 +19,8 @@ from tests.inference.test_wan_infer import write
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import compare as compare_command
-from vae3d.config.validate import ConfigError, check_comparison
+from vae3d.config.issues import ConfigError
+from vae3d.config.validate import check_comparison
 from vae3d.errors import UserError
 from vae3d.inference.comparison import constant_frame_psnr
 from vae3d.inference.comparison_report import degenerate_pairs

@@ -11,7 +11,8 @@ from tests import tiny
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import infer
-from vae3d.config.validate import ConfigError, check_inference
+from vae3d.config.issues import ConfigError
+from vae3d.config.validate import check_inference
 from vae3d.loading import model_config
 
 STRIDE_8 = [*tiny.MODEL["spatial"], "model.channels=[8,8,8,8]"]

@@ -18,7 +18,7 @@ from tests.training.test_trainer import fresh_accelerate, weights  # noqa: F401
 from vae3d import loading
 from vae3d.checkpoints.export import write_diffusers, write_export
 from vae3d.checkpoints.formats import Checkpoint, read_checkpoint
-from vae3d.config.validate import ConfigError
+from vae3d.config.issues import ConfigError
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source

@@ -20,8 +20,8 @@ from tests import tiny
 from tests.latents import caches
 from vae3d.commands import encode as encode_command
 from vae3d.commands.encode import padding
+from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding
-from vae3d.config.validate import ConfigError
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.sources import DataError, Folder, open_source
 from vae3d.inference.folder import FolderError

@@ -12,8 +12,8 @@ from tests import tiny
 from tests.losses.test_objective import as_clip
 from tests.training import quick
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
+from vae3d.config.issues import ConfigError
 from vae3d.config.schema import LossTerm
-from vae3d.config.validate import ConfigError
 from vae3d.losses.equivariance import Equivariance, Transform
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.losses.pixel_weights import ErpCosine

@@ -13,8 +13,8 @@ from tests.losses.test_objective import as_clip, reconstruction
 from vae3d.commands import train
 from vae3d.commands.cli import check_training
 from vae3d.config.check import read
+from vae3d.config.issues import ConfigError
 from vae3d.config.schema import TrainConfig
-from vae3d.config.validate import ConfigError
 from vae3d.losses.cube import CubeL1, CubeLPIPS
 from vae3d.losses.latent import KL
 from vae3d.losses.objective import Objective, WeightedTerm

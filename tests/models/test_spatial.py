@@ -27,7 +27,7 @@ def reference(channels=(8, 16, 16), **kwargs) -> Reference:
 
 def test_keys_shapes_and_parameters_are_the_published_ones():
     with torch.device("meta"):
-        model = AutoencoderKL()
+        model = SpatialVAE().module
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == {k: shape for k, (_, shape, _) in KEYS.items()}
     assert sum(p.numel() for p in model.parameters()) == 83_653_863
 
@@ -38,7 +38,7 @@ def test_keys_shapes_and_parameters_are_the_published_ones():
 @pytest.mark.parametrize("images", [1, 4])
 def test_equals_diffusers_on_shared_weights(images, attention, quant_convs):
     theirs = reference(use_quant_conv=quant_convs, use_post_quant_conv=quant_convs, mid_block_add_attention=attention)
-    ours = AutoencoderKL((8, 16, 16), layers=1, groups=4, attention=attention, quant_convs=quant_convs).eval()
+    ours = AutoencoderKL((8, 16, 16), 1, 4, 4, attention, quant_convs).eval()
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(images, 3, 32, 24)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_full_size_equals_diffusers_on_shared_weights():
         up_block_types=("UpDecoderBlock2D",) * 4,
         latent_channels=4,
     ).eval()
-    ours = AutoencoderKL().eval()
+    ours = SpatialVAE().module.eval()
     ours.load_state_dict(theirs.state_dict())
     x = torch.rand(2, 3, 24, 32) * 2 - 1
     with torch.no_grad():
@@ -118,4 +118,4 @@ def test_latents_are_scaled_in_one_place():
 
 def test_channels_must_divide_into_groups():
     with pytest.raises(ValueError, match=r"channels are \[6, 8\]; each must be a multiple of groups=4"):
-        AutoencoderKL((6, 8), groups=4)
+        SpatialVAE((6, 8), groups=4)

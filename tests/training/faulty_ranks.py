@@ -21,7 +21,7 @@ from vae3d.data.sources import DataError
 from vae3d.distributed import RanksDiffer
 from vae3d.training import strategy, vae_trainer
 from vae3d.training.preflight import PreflightError
-from vae3d.training.step_metrics import StepMetrics
+from vae3d.training.step_status import StepMetrics
 from vae3d.training.vae_trainer import VaeTrainer
 
 SETTINGS = {

@@ -12,7 +12,7 @@ from tests import tiny
 from tests.training.test_trainer import fresh_accelerate, weights  # noqa: F401
 from vae3d.checkpoints.state import latest_state, load_state
 from vae3d.commands import train as train_command
-from vae3d.config.validate import ConfigError
+from vae3d.config.issues import ConfigError
 from vae3d.models import compiled
 from vae3d.models.diffusers_vae import DiffusersVAE
 

@@ -13,7 +13,7 @@ from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.state import ResumeError
 from vae3d.commands import train
-from vae3d.config.validate import ConfigError
+from vae3d.config.issues import ConfigError
 from vae3d.losses.distillation import FeatureDistillation, LatentDistillation
 from vae3d.training.teacher import Distillation, TeacherError, capture_activations, one_per_latent
 from vae3d.types import Clip, Delta, Reconstruction, TeacherTargets

@@ -14,7 +14,7 @@ from vae3d import loading
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import train
-from vae3d.config.validate import ConfigError
+from vae3d.config.issues import ConfigError
 from vae3d.training.teacher import Distillation
 from vae3d.types import Clip
 

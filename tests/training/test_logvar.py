@@ -13,8 +13,8 @@ from tests.training import quick
 from tests.training.test_trainer import fresh_accelerate, trace  # noqa: F401
 from vae3d.checkpoints.state import ResumeError, latest_state, load_state
 from vae3d.config.check import read
+from vae3d.config.issues import ConfigError
 from vae3d.config.schema import TrainConfig
-from vae3d.config.validate import ConfigError
 from vae3d.losses.latent import KL
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.losses.pixel import L1, MSE

@@ -9,13 +9,13 @@ import torch
 
 from tests import tiny
 from vae3d.checkpoints.state import ResumeError
+from vae3d.config.schema import Optim
 from vae3d.errors import UserError
 from vae3d.schedules import ema_decay, learning_rate, ramp
 from vae3d.training.ema import Ema, MultiEma
 from vae3d.training.failures import SpikeError, SpikeGuard
 from vae3d.training.freeze import PartError, set_mode, train_parts
-from vae3d.training.step_metrics import MeanMeter, StepMetrics
-from vae3d.training.step_status import StatusTable, StepStatus
+from vae3d.training.step_status import MeanMeter, StatusTable, StepMetrics, StepStatus
 
 
 def test_only_named_parts_train_each_with_its_scale():
@@ -232,16 +232,16 @@ def test_ramp(step, value):
 
 
 def test_learning_rate_warms_up_and_decays():
-    rates = {"lr": 1.0, "warmup_steps": 4, "schedule": "cosine", "max_steps": 104, "min_lr": 0.1}
-    assert [learning_rate(s, **rates) for s in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
-    assert learning_rate(54, **rates) == pytest.approx(0.55)
-    assert learning_rate(104, **rates) == learning_rate(200, **rates) == pytest.approx(0.1)
-    assert learning_rate(10**6, lr=1e-5) == 1e-5
-    with pytest.raises(ValueError, match="schedule is 'linaer'; use one of constant, constant_with_warmup, linear,"):
-        learning_rate(5, lr=1.0, schedule="linaer")
+    optim = Optim(lr=1.0, warmup_steps=4, schedule="cosine", min_lr=0.1)
+    assert [learning_rate(optim, s, 104) for s in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert learning_rate(optim, 54, 104) == pytest.approx(0.55)
+    assert learning_rate(optim, 104, 104) == learning_rate(optim, 200, 104) == pytest.approx(0.1)
+    assert learning_rate(Optim(lr=1e-5), 10**6, 0) == 1e-5
+    with pytest.raises(ValueError, match="Input should be 'constant', 'constant_with_warmup', 'linear',"):
+        Optim(schedule="linaer")
 
 
-WAN_ERP = {"lr": 1e-5, "warmup_steps": 200, "decay_start": 1000, "schedule": "cosine", "max_steps": 5000}
+WAN_ERP = Optim(lr=1e-5, warmup_steps=200, decay_start=1000, schedule="cosine")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ WAN_ERP = {"lr": 1e-5, "warmup_steps": 200, "decay_start": 1000, "schedule": "co
     ],
 )  # fmt: skip
 def test_learning_rate_is_held_between_warm_up_and_decay(step, value):
-    assert learning_rate(step, **WAN_ERP) == pytest.approx(value, rel=1e-12, abs=1e-20)
+    assert learning_rate(WAN_ERP, step, 5000) == pytest.approx(value, rel=1e-12, abs=1e-20)
 
 
 def test_metrics_average_over_the_micro_batches_that_have_them():

@@ -16,7 +16,7 @@ from tests.training.test_trainer import fresh_accelerate, trace, weights  # noqa
 from vae3d.checkpoints.export import FLAT_LAYOUTS
 from vae3d.checkpoints.formats import CheckpointError
 from vae3d.checkpoints.state import ResumeError, latest_state, load_state
-from vae3d.config.validate import ConfigError
+from vae3d.config.issues import ConfigError
 
 NAMED = {"trainer.publish.prefix": "vae_rgb", "trainer.publish.layout": "native"}
 

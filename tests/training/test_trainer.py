@@ -19,7 +19,7 @@ from vae3d.checkpoints.formats import CheckpointError
 from vae3d.checkpoints.state import ResumeError, latest_state, load_state
 from vae3d.commands import train
 from vae3d.data.sources import DataError
-from vae3d.training.freeze import PartError
+from vae3d.training.freeze import PartError, eval_mode
 from vae3d.training.vae_trainer import VaeTrainer
 
 
@@ -288,16 +288,16 @@ def test_validation_scores_held_out_clips_with_the_averaged_weights(videos, tmp_
     assert all(math.isfinite(value) for _, value in trace(tmp_path / "run", "val/tpsnr"))
     scores = trace(tmp_path / "run", "val/psnr")
     assert [step for step, _ in scores] == [1, 2]
-    with t.ema.applied():
+    with t.ema.applied(), eval_mode(t.network):
         clip = t.data.held_out[0].to("cpu")
-        rec = t.network.eval()(clip.video, sample=False).video
+        rec = t.network(clip.video, sample=False).video
     eight = ((rec.clamp(-1, 1) + 1) * 127.5).round() / 255
     mse = (eight - t.data.held_out[0].video / 255).square().mean((0, 1, 3, 4))
     assert t.validate()["val/psnr"] != 0
     expected = (-10 * mse.log10()).mean().item()
     from vae3d.training.vae_validation import validate
 
-    with t.ema.applied():
+    with t.ema.applied(), eval_mode(t.network):
         first = validate(t.network, t.data.held_out, t.metrics, t.device, 1)[0]
     assert first.result.scores["psnr"].value == pytest.approx(expected, abs=1e-3)
     assert first.panels.shape == (3, 5, 16, 16, 3)

@@ -14,8 +14,8 @@ from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.state import latest_state, load_state
 from vae3d.commands import train
 from vae3d.commands.cli import check_training
+from vae3d.config.issues import ConfigError
 from vae3d.config.schema import TrainConfig
-from vae3d.config.validate import ConfigError
 
 ERP = ["data=erp_rooms", "data.width=32", "data.frames.min=3", "data.frames.max=3", "loss=erp_lite"]
 

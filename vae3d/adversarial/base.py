@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.arguments import ArgumentError, Range, check_fields
-from vae3d.distributed import all_reduce_mean
+from vae3d.distributed import all_reduce_mean, reduction_buffer
 from vae3d.restore import check_like, load_optimizer
 from vae3d.schedules import ramp
 from vae3d.seeding import seed_of
@@ -121,7 +121,10 @@ class DiscriminatorAdversary(Adversary):
         """A discriminator with random weights."""
         raise NotImplementedError
 
-    def load(self, model: nn.Module, device: torch.device, seed: int, rank: int) -> None:
+    def load(
+        self, model: nn.Module, device: torch.device, seed: int, rank: int, also_reduce: Sequence[Tensor] = ()
+    ) -> None:
+        """also_reduce: tensors like those that `update` will be given."""
         self.device = device
         self.seed = seed
         self.rank = rank
@@ -131,6 +134,9 @@ class DiscriminatorAdversary(Adversary):
         self.optimizer = torch.optim.AdamW(
             self.discriminator.parameters(), self.lr, tuple(self.betas), weight_decay=self.weight_decay
         )
+        # Allocated before the first step, see ReplicatedDataParallel.
+        statistics = [buffer for buffer in self.discriminator.buffers() if buffer.is_floating_point()]
+        self._reduction_buffer = reduction_buffer([*self.discriminator.parameters(), *statistics, *also_reduce])
 
     def update_phase(self, step: int) -> UpdatePhase:
         return UpdatePhase(generator=True, discriminator=step >= self.discriminator_start)
@@ -154,7 +160,7 @@ class DiscriminatorAdversary(Adversary):
         """
         parameters = list(self.discriminator.parameters())
         statistics = [buffer for buffer in self._buffers.values() if buffer.is_floating_point()]
-        all_reduce_mean([*(p.grad for p in parameters), *statistics, *also_reduce])
+        all_reduce_mean([*(p.grad for p in parameters), *statistics, *also_reduce], self._reduction_buffer)
         norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip or math.inf).item()
         if not math.isfinite(norm):
             self.skipped += 1

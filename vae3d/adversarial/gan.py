@@ -84,6 +84,7 @@ class Gan(DiscriminatorAdversary):
 
     name = "gan"
     title = "the GAN"
+    decay_start = None  # right after the warm-up
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,8 +104,8 @@ class Gan(DiscriminatorAdversary):
         return MultiScale([NETWORKS[self.input](**settings) for _ in range(self.scales)])
 
     def load(self, model: nn.Module, device: torch.device, seed: int, rank: int) -> None:
-        super().load(model, device, seed, rank)
         self.averages = torch.zeros(2, self.scales, device=device)  # of the logits of clips and of reconstructions
+        super().load(model, device, seed, rank, also_reduce=[self.averages])
         if self.adaptive_weight is not None:
             self.adaptive_weight.load(model, device)
 
@@ -112,18 +113,6 @@ class Gan(DiscriminatorAdversary):
         if self.alternate and step >= self.start:
             return UpdatePhase(generator=(step - self.start) % 2 == 0, discriminator=(step - self.start) % 2 == 1)
         return super().update_phase(step)
-
-    def lr_at(self, step: int) -> float:
-        return learning_rate(
-            step - self.discriminator_start,
-            lr=self.lr,
-            schedule=self.schedule,
-            warmup_steps=self.warmup_steps,
-            max_steps=self.max_steps - self.discriminator_start,
-            min_lr=self.min_lr,
-            cycles=self.cycles,
-            power=self.power,
-        )
 
     def generator_loss(self, clip: Clip, out: Reconstruction, loss: Tensor, step: int) -> LossAndMetrics:
         """Raises ValueError if sizes differ, no trained part reaches the pixels, or as AdaptiveWeight does."""
@@ -213,7 +202,9 @@ class Gan(DiscriminatorAdversary):
     def step(self) -> None:
         """Update the discriminator. If the averaged gradient is not finite, on all ranks alike, skip and count it."""
         means = torch.stack(self._logit_means).mean(0)
-        if self.update(self.lr_at(self._step), also_reduce=[means]):
+        first = self.discriminator_start
+        lr = learning_rate(self, self._step - first, self.max_steps - first)
+        if self.update(lr, also_reduce=[means]):
             self.averages.lerp_(means, 1 - self.lecam_decay)
         self.reset_step()
 

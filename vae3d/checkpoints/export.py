@@ -221,11 +221,6 @@ def published_files(folder: Path, prefix: str, step: int) -> tuple[Path, Path]:
     return folder / f"{prefix}_step{step}.pt", folder / f"{prefix}_ema_step{step}.pt"
 
 
-def final_file(folder: Path, prefix: str) -> Path:
-    """The averaged weights of the last step."""
-    return folder / f"{prefix}_final_ema.pt"
-
-
 def link(source: Path, target: Path) -> None:
     """Hard-link `target` to `source`; copy where the file system has no hard links."""
     with atomic_path(target) as tmp:

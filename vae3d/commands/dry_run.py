@@ -29,7 +29,7 @@ from vae3d.pretrained.weights import WeightsMissing
 from vae3d.schedules import ALL_ON
 from vae3d.training.freeze import PartError, params_without_grad, train_parts
 from vae3d.training.teacher import Distillation
-from vae3d.types import Clip, Reconstruction
+from vae3d.types import Clip
 
 if TYPE_CHECKING:
     from vae3d.config.schema import TrainConfig
@@ -51,8 +51,12 @@ def issues(config: TrainConfig) -> list[ConfigIssue]:
     found += [*_frozen_random(config, model), *_weight_issues(objective)]
     if found:
         return found
+    teacher = None
     try:
-        distillation = train.distillation(config, _teacher_on_meta(config), model)
+        if config.teacher.path is not None:
+            with torch.device("meta"):
+                teacher = loading.build_from_checkpoint(read_checkpoint(config.teacher.path))
+        distillation = train.distillation(config, teacher, model)
     except UserError as error:
         found.append(ConfigIssue("teacher", NO_VALUE, str(error)))
     adversary = _built("adversary", config.adversary, loading.instantiate, found)
@@ -145,14 +149,6 @@ def _frame_issues(
             return
 
 
-def _teacher_on_meta(config: TrainConfig) -> nn.Module | None:
-    """The teacher without weights. Raises CheckpointError if its checkpoint cannot be read."""
-    if config.teacher.path is None:
-        return None
-    with torch.device("meta"):
-        return loading.build_from_checkpoint(read_checkpoint(config.teacher.path))
-
-
 def _shape_issues(config: TrainConfig, model: nn.Module, teacher: nn.Module) -> Iterator[ConfigIssue]:
     """Frame counts that the teacher would extend, and latents that do not come in the same shape."""
     size = (config.data.height, config.data.width)
@@ -230,8 +226,13 @@ def _step_issues(
     height, width = config.data.height, config.data.width
     for frames in counts[:2]:  # the two smallest counts: what holds for two holds for more
         clip = Clip(torch.zeros(1, 3, frames, height, width, device="meta"), torch.full((1,), -1), [""])
+        student, settings = model, {"pixels": objective.needs_pixels}
         try:
-            out, clip = _forward(model, clip, objective, distillation)
+            if distillation is not None:
+                clip = distillation.compute_targets(clip)
+                student = distillation.wrap_student(model, frames)
+                settings |= {"latents": distillation.latents(clip, step=0), "encode": objective.needs_posterior}
+            out = attach_decoder(student(clip.video, **settings), model)
             loss, _ = objective(clip, out, ALL_ON)
         except (ValueError, RuntimeError) as error:
             yield ConfigIssue("loss", NO_VALUE, f"a clip of {frames} frames of {height}x{width} fails: {error}")
@@ -249,18 +250,6 @@ def _step_issues(
             message = f"no loss term reaches {', '.join(parts)} on clips of {frames} frames"
             yield ConfigIssue("stage.train", NO_VALUE, message, "freeze it, or choose a loss that reads it")
             return
-
-
-def _forward(
-    model: nn.Module, clip: Clip, objective: Objective, distillation: Distillation | None
-) -> tuple[Reconstruction, Clip]:
-    if distillation is None:
-        return attach_decoder(model(clip.video, pixels=objective.needs_pixels), model), clip
-    clip = distillation.compute_targets(clip)
-    student = distillation.wrap_student(model, clip.video.shape[2])
-    latents = distillation.latents(clip, step=0)
-    out = student(clip.video, latents=latents, encode=objective.needs_posterior, pixels=objective.needs_pixels)
-    return attach_decoder(out, model), clip
 
 
 def cause(error: BaseException) -> str:

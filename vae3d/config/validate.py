@@ -8,10 +8,8 @@ from functools import partial
 from typing import Any
 
 from vae3d.config.check import Rule, check, check_all, resume_issues
-from vae3d.config.issues import NO_VALUE, ConfigError, ConfigIssue
+from vae3d.config.issues import NO_VALUE, ConfigIssue
 from vae3d.config.schema import CompareConfig, InferConfig, TrainConfig
-
-__all__ = ["ConfigError", "check_comparison", "check_inference", "training_issues"]
 
 
 def _training_paths(config: TrainConfig) -> dict[str, Any]:

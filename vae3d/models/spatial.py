@@ -167,13 +167,12 @@ class AutoencoderKL(nn.Module):
 
     def __init__(
         self,
-        channels: Sequence[int] = (128, 256, 512, 512),
-        *,
-        layers: int = 2,
-        latent_channels: int = 4,
-        groups: int = 32,
-        attention: bool = True,
-        quant_convs: bool = True,
+        channels: Sequence[int],
+        layers: int,
+        latent_channels: int,
+        groups: int,
+        attention: bool,
+        quant_convs: bool,
     ) -> None:
         super().__init__()
         if any(c % groups for c in channels):
@@ -222,14 +221,7 @@ class SpatialVAE(VideoAutoencoder):
         gradient_checkpointing: bool = True,
     ) -> None:
         super().__init__()
-        self.module = AutoencoderKL(
-            channels,
-            layers=layers,
-            latent_channels=latent_channels,
-            groups=groups,
-            attention=attention,
-            quant_convs=quant_convs,
-        )
+        self.module = AutoencoderKL(channels, layers, latent_channels, groups, attention, quant_convs)
         self.scaling_factor = scaling_factor
         self.shift_factor = shift_factor = 0.0 if shift_factor is None else shift_factor
         self.frame_batch = frame_batch

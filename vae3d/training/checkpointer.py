@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypedDict
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +25,10 @@ from vae3d.restore import check_like
 from vae3d.training.failures import FailureCounter, SpikeError
 from vae3d.training.memory import catch_out_of_memory
 from vae3d.training.runlog import RunLog
+
+if TYPE_CHECKING:
+    from vae3d.config.diffusion import DiffusionConfig
+    from vae3d.config.schema import TrainConfig
 
 log = logging.getLogger("vae3d")
 
@@ -57,31 +62,32 @@ class Checkpointer:
     Nothing is saved while steps are skipped, since the weights may be ruined: a checkpoint that is due waits for the
     next step that is taken. So a step has succeeded after every checkpoint but the newest.
 
-    save_every: steps between checkpoints; 0 saves none. keep: newest checkpoints and outputs to keep, at least two; 0
-    keeps all. failures: counts consecutive failed saves. outputs, final_outputs: called with a step. facts: written to
-    run.json.
+    outputs, final_outputs: called with a step. facts: written to run.json.
     """
 
     def __init__(
         self,
         folder: Path,
         accelerator: Accelerator,
-        config: Mapping[str, Any],
+        config: TrainConfig | DiffusionConfig,
         run_log: RunLog,
         *,
-        save_every: int,
-        keep: int,
-        max_steps: int,
-        failures: FailureCounter,
         outputs: Callable[[int], Outputs],
         final_outputs: Callable[[int], Outputs],
         facts: Mapping[str, Any],
     ) -> None:
         self.folder, self.root = folder, folder / "checkpoints"
         self.device, self.rank, self.main = accelerator.device, accelerator.process_index, accelerator.is_main_process
-        self.config, self.log = config, run_log
-        self.save_every, self.keep, self.max_steps = save_every, max(keep, 2) if keep else 0, max_steps
-        self.failures, self.outputs, self.final_outputs = failures, outputs, final_outputs
+        self.config, self.log = asdict(config), run_log
+        self.save_every, self.max_steps = config.trainer.save_every, config.trainer.max_steps
+        self.keep = max(config.trainer.keep, 2) if config.trainer.keep else 0
+        self.failures = FailureCounter(
+            config.trainer.robust.save_failures,
+            "trainer.robust.save_failures",
+            "checkpoints in a row could not be written",
+            "the last complete one stays",
+        )
+        self.outputs, self.final_outputs = outputs, final_outputs
         self.facts = {"world_size": accelerator.num_processes, **facts}
         self.items: dict[str, Stateful] = {}
         self.exact: set[str] = set()

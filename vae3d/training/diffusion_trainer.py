@@ -26,11 +26,11 @@ from vae3d.diffusion.sampling import decoded, sample_latents
 from vae3d.inference.scale import check_normalised
 from vae3d.report.images import grid
 from vae3d.seeding import generator_of
-from vae3d.training.data_parallel import ReplicatedDataParallel
 from vae3d.training.ema import MultiEma
 from vae3d.training.failures import Count, SpikeGuard
 from vae3d.training.loggers import Logger
-from vae3d.training.step_metrics import StepMetrics
+from vae3d.training.step_status import StepMetrics
+from vae3d.training.strategy import ReplicatedDataParallel
 from vae3d.training.trainer import Trainer, adamw, catch_validation_error
 
 if TYPE_CHECKING:

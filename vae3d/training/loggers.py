@@ -5,17 +5,20 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 
-class Logger(Protocol):
+class Logger:
+    """Writes nothing; the base class of loggers."""
+
     def open(self, folder: Path, step: int) -> None:
         """Start writing in the run's folder; training starts or resumes at `step`."""
 
-    def scalars(self, values: dict[str, float], step: int) -> None: ...
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """values: by name."""
 
     def image(self, name: str, picture: np.ndarray, step: int) -> None:
         """picture: [H, W, 3] uint8."""
@@ -23,14 +26,15 @@ class Logger(Protocol):
     def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> None:
         """frames: [T, H, W, 3] uint8."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing is written afterwards."""
 
 
 class NoLogger(Logger):
-    """Writes nothing."""
+    """For logger=none."""
 
 
-class TensorBoard:
+class TensorBoard(Logger):
     """Scalars, images and animated images for `tensorboard --logdir runs`."""
 
     def open(self, folder: Path, step: int) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from itertools import product
 
 import torch
 
-from vae3d.adversarial.base import Adversary, UpdatePhase
 from vae3d.data.clips import ClipSettings
 from vae3d.errors import UserError
 from vae3d.schedules import ALL_ON
 from vae3d.training.freeze import PartError
-from vae3d.training.step_metrics import StepMetrics
-from vae3d.training.step_status import StepStatus
-from vae3d.training.strategy import Strategy
+from vae3d.training.step_status import StepMetrics, StepStatus
+from vae3d.training.trainer import Trainer
 from vae3d.types import Clip
 
 
@@ -22,15 +19,7 @@ class PreflightError(UserError):
     """A step that cannot work."""
 
 
-def preflight(
-    strategy: Strategy,
-    adversary: Adversary,
-    forward_backward: Callable[[Sequence[Clip], UpdatePhase, int, StepMetrics], None],
-    sync_status: Callable[[StepMetrics, str | None], StepStatus],
-    frames: Sequence[int],
-    micro_batch: int,
-    settings: ClipSettings,
-) -> None:
+def preflight(trainer: Trainer[Clip]) -> None:
     """Find errors of any step before the first: a term that starts at step 50,000 fails now.
 
     Every update phase is tried on a micro-batch of the fewest and of the most frames. No weight, gradient, optimizer
@@ -38,19 +27,21 @@ def preflight(
     Raises PreflightError, on every rank, if memory runs out or a loss is not finite; PartError if a trainable part gets
     no gradient.
     """
+    strategy, adversary, data = trainer.strategy, trainer.adversary, trainer.data
+    frames = data.schedule.frames.all()
     phases = {adversary.update_phase(step): step for step in (ALL_ON, ALL_ON + 1)}
     for count, (phase, step) in product(dict.fromkeys((frames[0], frames[-1])), phases.items()):
-        clip, metrics = noise(micro_batch, count, settings), StepMetrics()
+        clip, metrics = noise(data.schedule.micro_batch, count, data.settings), StepMetrics()
 
         def run(clip=clip, phase=phase, step=step, metrics=metrics) -> None:
             moments = adamw_moments(strategy.optimizer)
-            forward_backward([clip], phase, step, metrics)
+            trainer.forward_backward([clip], phase, step, metrics)
             del moments
 
         with strategy.dry_run():
             error = strategy.run_guarded(run)
             adversary.sync_remaining(step, 1)
-            status = sync_status(metrics, error)
+            status = trainer.sync_status(metrics, error)
             params_without_grad = strategy.params_without_grad() if status.complete and phase.generator else []
         adversary.reset_step()
         require_sound(status, error, metrics, "x".join(map(str, clip.video.shape)))

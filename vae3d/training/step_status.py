@@ -1,22 +1,87 @@
-"""Step status, all-reduced before any rank updates its weights."""
+"""What a step computed, and how it went: all-reduced before any rank updates its weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from numbers import Real
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vae3d import distributed
+from vae3d.arguments import Size, check_value
 from vae3d.data.media import DataError
 from vae3d.distributed import RanksDiffer
 from vae3d.errors import UserError
 from vae3d.training.failures import SpikeGuard
+
+
+class StepMetrics:
+    """Values of one step, kept on the device. A name that only some micro-batches have is averaged over those."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = defaultdict(list)
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._values)
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._values[name].append(value.detach().float())
+
+    def losses(self) -> dict[str, Tensor]:
+        """Columns of StatusTable: `loss` is a mean over micro-batches, the others are maxima; NaN if one is NaN."""
+        losses = {}
+        if "loss" in self._values:
+            values = torch.stack(self._values["loss"])
+            losses = {"loss": values.mean(), "worst": values.max()}
+        if "loss_discriminator" in self._values:
+            losses["worst_discriminator"] = torch.stack(self._values["loss_discriminator"]).max()
+        return losses
+
+    def means(self) -> dict[str, float]:
+        return {name: float(torch.stack(values).mean()) for name, values in self._values.items()}
+
+    def reduce(self, **equal: Tensor) -> dict[str, float]:
+        """Means over micro-batches and ranks, in one all-reduce and one transfer. All ranks need the same names.
+
+        equal: further scalars, which are equal on all ranks.
+        """
+        means = torch.stack([torch.stack(self._values[name]).mean() for name in self.names])
+        distributed.all_reduce_mean([means])
+        packed = torch.cat([means, *(value.reshape(1).to(means.device) for value in equal.values())])
+        values = dict(zip([*self.names, *equal], packed.tolist(), strict=True))
+        return {name: values[name] for name in [*self._values, *equal]}
+
+
+class MeanMeter:
+    """Means of step metrics between two log lines."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._values[name].append(value)
+
+    def flush(self) -> dict[str, float]:
+        means = {name: sum(values) / len(values) for name, values in self._values.items()}
+        self._values.clear()
+        return means
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return dict(self._values)
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        check_value(state, Mapping[str, Annotated[Sequence[Real], Size(1, 10**6)]], "meter")
+        self._values = defaultdict(list, {name: list(values) for name, values in state.items()})
 
 
 class Decision(NamedTuple):

@@ -24,7 +24,6 @@ from vae3d.pixels import PixelError, no_value_checks
 from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
 from vae3d.training.checkpointer import BestExport, Checkpointer, DataChanges, Outputs, step_folder
-from vae3d.training.data_parallel import ScalerState
 from vae3d.training.ema import Ema, MultiEma
 from vae3d.training.failures import FailureCounter, ReadErrors, SpikeError, SpikeGuard, TooManyFailures
 from vae3d.training.freeze import eval_mode
@@ -32,9 +31,8 @@ from vae3d.training.loggers import Logger
 from vae3d.training.memory import catch_out_of_memory, idle_gib, release_idle_memory
 from vae3d.training.proximal import Proximal
 from vae3d.training.runlog import RunLog, StopRequest, stop_signals
-from vae3d.training.step_metrics import MeanMeter, StepMetrics
-from vae3d.training.step_status import StatusTable, StepStatus
-from vae3d.training.strategy import Strategy
+from vae3d.training.step_status import MeanMeter, StatusTable, StepMetrics, StepStatus
+from vae3d.training.strategy import ScalerState, Strategy
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
@@ -97,12 +95,6 @@ class Trainer(ABC, Generic[Batch]):
             "steps in a row had no gradient at all",
             "the model learns nothing: are its outputs clamped, or the pixels in another range than the losses expect?",
         )
-        failed_saves = FailureCounter(
-            limits.save_failures,
-            "trainer.robust.save_failures",
-            "checkpoints in a row could not be written",
-            "the last complete one stays",
-        )
         self.read_errors = ReadErrors(config.data.max_broken, folder)
         self.data_changes = DataChanges(data.fingerprint)
         self.best = best or BestExport(None, {})
@@ -117,12 +109,8 @@ class Trainer(ABC, Generic[Batch]):
         self.checkpointer = Checkpointer(
             folder,
             accelerator,
-            asdict(config),
+            config,
             self.log,
-            save_every=config.trainer.save_every,
-            keep=config.trainer.keep,
-            max_steps=config.trainer.max_steps,
-            failures=failed_saves,
             outputs=self.outputs,
             final_outputs=self.final_outputs,
             facts=facts or {},
@@ -278,7 +266,7 @@ class Trainer(ABC, Generic[Batch]):
         then empty.
         """
         step, metrics, phase = self.step, StepMetrics(), self.adversary.update_phase(self.step)
-        lr = lr_at(self.config.optim, step, self.config.trainer.max_steps)
+        lr = learning_rate(self.config.optim, step, self.config.trainer.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         torch.manual_seed(seed_of(self.config.run.seed, "step", step, self.rank))
@@ -435,21 +423,6 @@ def catch_validation_error(compute: Callable[[], T], memory_hint: str) -> tuple[
 def adamw(params: Iterable[Any], optim: Optim, *, fused: bool) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         params, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay, fused=fused
-    )
-
-
-def lr_at(optim: Optim, step: int, max_steps: int) -> float:
-    """Learning rate of optimizer step `step` of a run of `max_steps`."""
-    return learning_rate(
-        step,
-        lr=optim.lr,
-        warmup_steps=optim.warmup_steps,
-        decay_start=optim.decay_start,
-        schedule=optim.schedule,
-        max_steps=max_steps,
-        min_lr=optim.min_lr,
-        cycles=optim.cycles,
-        power=optim.power,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -12,18 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from vae3d import distributed
 from vae3d.adversarial.base import Adversary, UpdatePhase
 from vae3d.checkpoints import state
-from vae3d.checkpoints.export import (
-    final_file,
-    link,
-    published_files,
-    replace_export,
-    write_final_model,
-    write_flat,
-)
+from vae3d.checkpoints.export import link, published_files, replace_export, write_final_model, write_flat
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.state import ResumeError
 from vae3d.data.clips import Unreadable
@@ -34,16 +28,15 @@ from vae3d.metrics import MetricError, MetricSet
 from vae3d.metrics.registry import resolve
 from vae3d.models.interface import attach_decoder
 from vae3d.training.checkpointer import BestExport, Outputs, step_folder
-from vae3d.training.data_parallel import ReplicatedDataParallel
 from vae3d.training.deepspeed import DeepSpeedZero
 from vae3d.training.ema import Ema
 from vae3d.training.failures import SpikeGuard
 from vae3d.training.freeze import eval_mode, set_mode, train_parts
 from vae3d.training.loggers import Logger
 from vae3d.training.preflight import preflight
-from vae3d.training.profile import profiled
 from vae3d.training.proximal import Proximal
-from vae3d.training.step_metrics import StepMetrics
+from vae3d.training.step_status import StepMetrics
+from vae3d.training.strategy import ReplicatedDataParallel
 from vae3d.training.teacher import Distillation, StudentWithProjections
 from vae3d.training.trainer import Trainer, adamw
 from vae3d.training.vae_validation import ValidatedClip, log_clips, mean_scores, validate
@@ -168,16 +161,7 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
                 metrics.add({"loss_discriminator": loss, **gan_metrics})
 
     def preflight(self) -> None:
-        schedule = self.data.schedule
-        preflight(
-            self.strategy,
-            self.adversary,
-            self.forward_backward,
-            self.sync_status,
-            schedule.frames.all(),
-            schedule.micro_batch,
-            self.data.settings,
-        )
+        preflight(self)
 
     def profiler(self) -> AbstractContextManager[Callable[[], object]]:
         if self.config.debug.mode != "profile" or self.rank > 0:
@@ -246,7 +230,7 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
         published, files = self.config.trainer.publish, {}
         if published.prefix is not None:
             _, averaged = published_files(self.folder, published.prefix, step)
-            files[final_file(self.folder, published.prefix)] = lambda path: link(averaged, path)
+            files[self.folder / f"{published.prefix}_final_ema.pt"] = lambda path: link(averaged, path)
         if published.final_model:
             files[self.folder / "final_model.pth"] = self._write_final_model  # the last of its three files
         return files
@@ -288,3 +272,26 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
             return weights, {}
         finally:
             self.log.errors(errors)
+
+
+@contextmanager
+def profiled(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
+    """Yields a function to call after every step. One step is skipped, one warms up, then `steps` are recorded.
+
+    Writes profile.json (for chrome://tracing or Perfetto) and profile.txt (operators by time) to `folder`.
+    """
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    sort = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+
+    def write(recorded: profile) -> None:
+        recorded.export_chrome_trace(str(folder / "profile.json"))
+        table = recorded.key_averages().table(sort_by=sort, row_limit=30, max_name_column_width=60)
+        (folder / "profile.txt").write_text(table + "\n")
+
+    with profile(
+        activities=activities,
+        schedule=schedule(wait=1, warmup=1, active=steps, repeat=1),
+        on_trace_ready=write,
+        profile_memory=True,
+    ) as recorder:
+        yield recorder.step
