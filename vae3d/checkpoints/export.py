@@ -261,11 +261,11 @@ def _wan_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
 
 
 def _require_published_size(config: dict[str, Any]) -> None:
-    """Raises CheckpointError if an Open-Sora VAE does not have the size that the original code hard-codes."""
+    """Raises CheckpointError if an Open-Sora VAE is not the network that the original code hard-codes."""
     for part, network in (("spatial", SpatialVAE), ("temporal", TemporalVAE)):
-        published = _defaults(network)
+        published = _defaults(network) | {"_target_": target_of(network)}
         for name, value in config[part].items():
-            if name not in (*RUNTIME_SETTINGS, "_target_") and value != published[name]:
+            if name not in RUNTIME_SETTINGS and value != published.get(name):
                 raise CheckpointError(
                     f"the original code builds one network only: {part} {name} is {value}, not {published[name]}; "
                     "use the layout export"

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from vae3d.arguments import Count, Deviation, Mean, check_arguments
 from vae3d.models.interface import VideoAutoencoder, add_latent_noise, choose_latents
-from vae3d.models.spatial import SpatialVAE
 from vae3d.models.streaming import IndependentChunks
 from vae3d.models.temporal import TemporalVAE
 from vae3d.pixels import check_latents, check_video
@@ -22,24 +21,34 @@ from vae3d.types import LatentSpec, Posterior, Reconstruction, SpatialPath
 
 
 class OpenSoraVAE(VideoAutoencoder):
-    """Spatial and temporal VAE in series; a VideoAutoencoder with strides 4 x 8 x 8.
+    """Spatial and temporal VAE in series; a VideoAutoencoder with the strides of both, 4 x 8 x 8 as published.
 
+    spatial: SpatialVAE as published, or another VideoAutoencoder that codes each frame by itself, such as TAESD.
     micro_frames: code the clip in independent chunks of this many frames (17 as published, to 5 latents each); None:
     as a whole. The results differ, since the temporal VAE's GroupNorm pools over time. Both take any number of frames.
-    latents_mean, latents_std: per channel, for `normalize`; encode and decode use raw latents.
+    latents_mean, latents_std: per channel, for `normalize`; None: 0 and 1. encode and decode use raw latents.
+    Raises ValueError if spatial and temporal VAE do not fit together.
     """
 
     @check_arguments
     def __init__(
         self,
-        spatial: SpatialVAE,
+        spatial: VideoAutoencoder,
         temporal: TemporalVAE,
         *,
         micro_frames: Count | None = 17,
-        latents_mean: Sequence[Mean] = (0.0, 0.0, 0.0, 0.0),
-        latents_std: Sequence[Deviation] = (1.0, 1.0, 1.0, 1.0),
+        latents_mean: Sequence[Mean] | None = None,
+        latents_std: Sequence[Deviation] | None = None,
     ) -> None:
         super().__init__()
+        if spatial.spec.time_stride != 1:
+            raise ValueError(
+                f"spatial is a {type(spatial).__name__}, which compresses time; use a VAE of single frames"
+            )
+        if spatial.spec.channels != temporal.in_channels:
+            raise ValueError(
+                f"temporal.in_channels is {temporal.in_channels}; the latents of spatial have {spatial.spec.channels}"
+            )
         self.register_latent_stats(latents_mean, latents_std, temporal.latent_channels, persistent=True)
         self.spatial_vae = spatial
         self.temporal_vae = temporal

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from vae3d.arguments import Depth, Factors, Flags, Width, check_arguments
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.norm import norm_silu
 from vae3d.types import Posterior
+
+LOGVAR_START = -6.0  # a standard deviation of 0.05
 
 
 class CausalConv3d(nn.Module):
@@ -128,6 +131,10 @@ class TemporalVAE(nn.Module):
     convolutions are causal, but GroupNorm pools over time, so every latent depends on all frames of the clip.
 
     channels, multipliers: width of each level; downsample: which level boundaries halve the frame rate.
+    shortcut: add means of frames to the latents, and the latents to the frames that they came from, as DC-AE does
+    within its blocks (arXiv 2410.10733, section 3.1). The last layers start at zero, so training starts from this
+    trivial code instead of noise. Needs in_channels * stride to be a multiple of latent_channels; each latent channel
+    is the mean of as many frames as that multiple says.
     gradient_checkpointing: recompute each residual block in backward.
     Raises ValueError if the lists do not fit together or a width is not a multiple of `groups`.
     """
@@ -144,6 +151,7 @@ class TemporalVAE(nn.Module):
         layers: Depth = 4,
         groups: Width = 32,
         gradient_checkpointing: bool = False,
+        shortcut: bool = False,
     ) -> None:
         super().__init__()
         if len(downsample) != len(multipliers) - 1:
@@ -159,16 +167,41 @@ class TemporalVAE(nn.Module):
         self.quant_conv = CausalConv3d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = CausalConv3d(latent_channels, latent_channels, 1)
         self.decoder = Decoder(latent_channels, in_channels, widths, downsample, layers, groups)
+        self.in_channels = in_channels
         self.latent_channels = latent_channels
         self.gradient_checkpointing = gradient_checkpointing
+        self.shortcut = shortcut
+        if shortcut:
+            self._start_trivial()
+
+    def _start_trivial(self) -> None:
+        """Let both networks add nothing at first, with a small posterior variance."""
+        if self.in_channels * self.stride % self.latent_channels:
+            raise ValueError(
+                f"shortcut needs in_channels * stride = {self.in_channels * self.stride} to be a multiple of "
+                f"latent_channels, {self.latent_channels}"
+            )
+        for layer in (self.encoder.conv2, self.quant_conv, self.decoder.conv_out):
+            nn.init.zeros_(layer.conv.bias)
+        nn.init.zeros_(self.encoder.conv2.conv.weight)
+        nn.init.zeros_(self.decoder.conv_out.conv.weight)
+        nn.init.constant_(self.quant_conv.conv.bias[self.latent_channels :], LOGVAR_START)
 
     def latent_frames(self, frames: int) -> int:
         return -(-frames // self.stride)
 
     def encode(self, x: Tensor) -> Posterior:
-        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.stride, 0)).to(self.quant_conv.conv.weight.dtype)
-        recompute = self.gradient_checkpointing and needs_grad(self.encoder, x)
-        return Posterior.from_moments(self.quant_conv(self.encoder(x, recompute)))
+        missing = -x.shape[2] % self.stride
+        padded = F.pad(x, (0, 0, 0, 0, missing, 0)).to(self.quant_conv.conv.weight.dtype)
+        recompute = self.gradient_checkpointing and needs_grad(self.encoder, padded)
+        posterior = Posterior.from_moments(self.quant_conv(self.encoder(padded, recompute)))
+        if self.shortcut:
+            x = torch.cat([x[:, :, :1].expand(-1, -1, missing, -1, -1), x], 2)
+            frames = rearrange(x, "b c (t s) h w -> b (c s) t h w", s=self.stride)
+            posterior.mean = posterior.mean + reduce(
+                frames, "b (z n) t h w -> b z t h w", "mean", z=self.latent_channels
+            )
+        return posterior
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         """num_frames: frames to return, by default `stride * t`. Raises ValueError if it does not fit the latents."""
@@ -178,6 +211,10 @@ class TemporalVAE(nn.Module):
                 f"num_frames is {frames}; {z.shape[2]} latent frames decode to "
                 f"{self.stride * (z.shape[2] - 1) + 1} to {self.stride * z.shape[2]} frames"
             )
-        z = self.post_quant_conv(z.to(self.post_quant_conv.conv.weight.dtype))
-        x = self.decoder(z, self.gradient_checkpointing and needs_grad(self.decoder, z))
+        z = z.to(self.post_quant_conv.conv.weight.dtype)
+        h = self.post_quant_conv(z)
+        x = self.decoder(h, self.gradient_checkpointing and needs_grad(self.decoder, h))
+        if self.shortcut:
+            repeated = z.repeat_interleave(self.in_channels * self.stride // self.latent_channels, 1)
+            x = x + rearrange(repeated, "b (c s) t h w -> b c (t s) h w", s=self.stride)
         return x[:, :, -frames % self.stride :]
