@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +24,7 @@ from vae3d.inference.files import (
     reconstruct_files,
     select_rows,
 )
-from vae3d.inference.reconstruct import Reconstructor, Settings
+from vae3d.inference.reconstruct import Reconstructor
 from vae3d.inference.results import Results
 from vae3d.loading import load_with_checkpoint
 from vae3d.metrics import build_metrics
@@ -61,9 +61,8 @@ def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Chec
         spatial.frame_batch = config.frame_batch
     if config.compile:
         compile_steps(model)
-    settings = Settings(**{field.name: getattr(config, field.name) for field in fields(Settings)})
     streams = tiled(model, config.tile, config.tile_overlap) if config.tile else model
-    return checkpoint, Reconstructor(model, settings, metrics, streams.stream)
+    return checkpoint, Reconstructor(model, config, metrics, streams.stream)
 
 
 def reconstruct(
