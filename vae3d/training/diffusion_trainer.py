@@ -17,10 +17,9 @@ from vae3d.arguments import check_fields
 from vae3d.checkpoints import state
 from vae3d.checkpoints.state import ResumeError
 from vae3d.diffusion.base import Sampling
-from vae3d.diffusion.conditioning import drop_labels
 from vae3d.diffusion.data import Batch, LatentData
 from vae3d.diffusion.export import write_export
-from vae3d.diffusion.processes import QUARTILES, Process, quartile_sums, training_losses
+from vae3d.diffusion.processes import QUARTILES, Process, drop_labels, quartile_sums, training_losses
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import decoded, sample_latents
 from vae3d.inference.scale import check_normalised
