@@ -24,12 +24,12 @@ from vae3d.distributed import init_inference
 from vae3d.errors import UserError
 from vae3d.hashing import weights_hash
 from vae3d.inference.folder import begin, has_results, locked, resumes
+from vae3d.inference.pictures import grid
 from vae3d.inference.scale import LatentStats
 from vae3d.io import naming, remove, write_json
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.codec import LatentCodec
 from vae3d.loading import open_codec
-from vae3d.report.images import grid
 from vae3d.running_stats import RunningStats
 
 if TYPE_CHECKING:
