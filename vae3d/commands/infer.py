@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
-from torch import nn
 
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.distributed import init_inference
@@ -61,7 +60,12 @@ def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Chec
         spatial.frame_batch = config.frame_batch
     if config.compile:
         compile_steps(model)
-    streams = tiled(model, config.tile, config.tile_overlap) if config.tile else model
+    streams = model
+    if config.tile:
+        if not isinstance(model, WanVAE):
+            kind = type(model).__name__
+            raise UserError(f"tile={config.tile}: a {kind} cannot be coded in tiles; set frame_batch instead")
+        streams = Tiled(model, config.tile, config.tile_overlap)
     return checkpoint, Reconstructor(model, config, metrics, streams.stream)
 
 
@@ -105,13 +109,3 @@ def set_precision(precision: str) -> None:
         disable_tf32()
     elif warning := slow_conv3d():
         log.warning(warning)
-
-
-def tiled(model: nn.Module, tile: int, overlap: int | None) -> Tiled:
-    """The model in tiles of `tile` pixels. Raises UserError if the model, or the size, does not allow it."""
-    if not isinstance(model, WanVAE):
-        raise UserError(f"tile={tile}: a {type(model).__name__} cannot be coded in tiles; set frame_batch instead")
-    try:
-        return Tiled(model, tile, overlap)
-    except ValueError as error:
-        raise UserError(f"tile={tile}, tile_overlap={overlap}: {error}") from error
