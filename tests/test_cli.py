@@ -44,7 +44,7 @@ def test_every_command_has_a_module_a_configuration_and_a_script(name):
     script = ENTRIES.get(name, f"scripts/{name.replace('-', '_')}.py")
     if script is not None:
         text = (tiny.ROOT / script).read_text()
-        assert f'cli.main(["{name}", *sys.argv[1:]])' in text
+        assert f'cli.main(["{name}", *sys.argv[1:]])' in text or f"from {module} import main" in text
 
 
 def test_an_unknown_command_is_an_error_with_the_nearest_name(capsys):

@@ -39,11 +39,7 @@ def summarize(
             warnings += extra
             continue
         for column, better in metric.columns.items():
-            columns[column] = _column(videos, column, preset, batch_size)
-            if isinstance(better, Nearest):
-                columns[column] |= {"higher_is_better": None, "best_at": better.target}
-            else:
-                columns[column]["higher_is_better"] = better
+            columns[column] = {**_column(videos, column, preset, batch_size), **direction(better)}
     counts = Counter()
     for video in videos:
         counts.update(video.counts)
@@ -85,6 +81,13 @@ def summarize(
         "warnings": [*(w for video in videos for w in video.info.warnings), *warnings],
         "per_video": [_video(video) for video in videos],
     }
+
+
+def direction(better: Better) -> dict[str, Any]:
+    """Which values are better, for summary.json."""
+    if isinstance(better, Nearest):
+        return {"higher_is_better": None, "best_at": better.target}
+    return {"higher_is_better": better}
 
 
 def _column(videos: Sequence[VideoScore], column: str, preset: str, batch_size: int) -> dict[str, Any]:
