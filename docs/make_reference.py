@@ -103,6 +103,8 @@ def _class(target: str) -> str:
     kind = getattr(importlib.import_module(module), name)
     rows = []
     for argument in inspect.signature(kind).parameters.values():
+        if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):  # of a Protocol, until its first instance
+            continue
         default = "**required**" if argument.default is argument.empty else f"`{argument.default!r}`"
         rows.append(f"| `{argument.name}` | {default} | {_type(argument.annotation)} |")
     table = ["| argument | default | type |", "|---|---|---|", *rows, ""] if rows else []

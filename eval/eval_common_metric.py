@@ -5,7 +5,7 @@ import sys
 import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
 
 # isort: split
-from vae3d.commands.eval import main
+from vae3d.commands import cli
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.main(["eval", *sys.argv[1:]]))

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vae3d.commands import eval as script
 from vae3d.inference.video import write_video
 
 
@@ -46,7 +45,7 @@ def evaluate(ori: Path, rec: Path, *more: str) -> int:
     """Exit status. Without report.html, which is slow, unless asked for."""
     words = [w for w in more if w != "--html"]
     quick = [] if "--html" in more else ["--no_html"]
-    return script.main(["--ref", str(ori), "--rec", str(rec), "--device", "cpu", *quick, *words])
+    return tiny.status("eval", "--ref", ori, "--rec", rec, "--device", "cpu", *quick, *words)
 
 
 def report(rec: Path) -> dict:

@@ -13,7 +13,7 @@ from vae3d.config.diffusion import check_diffusion, check_sampling
 from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding
 from vae3d.diffusion.sampling import write_frames
-from vae3d.report.images import grid
+from vae3d.inference.pictures import grid
 
 DISTANCES = {"samples": 0.15, "other latents": 0.125, "noise": 0.25}
 # Script, configuration, its check -> what is missing before the demo ran, of images and of clips.

@@ -11,8 +11,8 @@ import pytest
 from jinja2 import UndefinedError
 from PIL import Image
 
-from vae3d.report.html import html_table, img, render, subplots, svg
-from vae3d.report.images import grid, resize_to_width
+from vae3d.inference.pictures import grid
+from vae3d.report.html import html_table, img, render, resize_to_width, subplots, svg
 
 
 def test_text_is_escaped_and_markup_is_not():

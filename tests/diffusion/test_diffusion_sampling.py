@@ -11,12 +11,12 @@ from PIL import Image
 from tests.diffusion import toy
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.build import build_network
-from vae3d.diffusion.conditioning import drop_labels, guided
 from vae3d.diffusion.flow import RectifiedFlow
 from vae3d.diffusion.gaussian import GaussianDiffusion
-from vae3d.diffusion.sampling import check_latent_rms, per_rank_batches, sample_latents, write_frames, write_npz
+from vae3d.diffusion.processes import drop_labels
+from vae3d.diffusion.sampling import check_latent_rms, guided, per_rank_batches, sample_latents, write_frames, write_npz
+from vae3d.inference.pictures import grid
 from vae3d.inference.scale import LatentStats
-from vae3d.report.images import grid
 from vae3d.running_stats import RunningStats
 
 WAYS = {

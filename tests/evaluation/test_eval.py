@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.scoring import degrade, evaluate, make_pairs, one_pair, original, refused, report, script
+from tests.scoring import degrade, evaluate, make_pairs, one_pair, original, refused, report
+from vae3d.commands import eval as script
 from vae3d.inference.video import write_image, write_video
 
 PSNR = ("--metric", "psnr")

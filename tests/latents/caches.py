@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.latents import families
+from vae3d.config.latents import EncodeConfig
 from vae3d.data.sources import open_source
 from vae3d.latents.clips import ClipReader, Transform, items_of
 from vae3d.latents.codec import LatentCodec
@@ -34,12 +35,11 @@ def codec(name: str = "spatial", **settings: Any) -> LatentCodec:
 
 
 def job(source: Path, folder: Path, ours: LatentCodec | None = None, **settings: Any) -> EncodeJob:
-    told = {name: settings.pop(name) for name in list(settings) if name in Transform.__dataclass_fields__}
-    transform = Transform(**{**SMALL, **told})
-    chosen = {name: settings.pop(name) for name in ("labels", "split") if name in settings}
-    items, errors = items_of(open_source(source).table(), transform, **chosen)
-    settings = {"workers": 0, "shard_size": 2, "batch_size": 2, **settings}
-    return EncodeJob(ours or codec(), "runs/x", str(source), folder, items, errors, transform, **settings)
+    settings = {**SMALL, "workers": 0, "shard_size": 2, "batch_size": 2, **settings}
+    config = EncodeConfig(checkpoint="runs/x", source=str(source), cache=str(folder), **settings)
+    transform = Transform(**{name: getattr(config, name) for name in Transform.__dataclass_fields__})
+    items, errors = items_of(open_source(source).table(), transform, labels=config.labels, split=config.split)
+    return EncodeJob(config, ours or codec(), items, errors, transform)
 
 
 def made(source: Path, folder: Path, ours: LatentCodec | None = None, **settings: Any) -> Path:

@@ -39,8 +39,8 @@ def issues(config: TrainConfig) -> list[ConfigIssue]:
     """What does not fit between model, stage, losses and data."""
     found = list(_metric_issues(config))
     with torch.device("meta"):
-        model = _built("model", config.model, loading.instantiate, found)
-        objective = _built("loss", config.loss, train.objective, found)
+        model = built("model", config.model, loading.instantiate, found)
+        objective = built("loss", config.loss, train.objective, found)
     if model is None or objective is None:
         return found
     found += [*_size_issues(config, model), *_init_issues(config, model), *_layout_issues(config, model)]
@@ -59,7 +59,7 @@ def issues(config: TrainConfig) -> list[ConfigIssue]:
         distillation = train.distillation(config, teacher, model)
     except UserError as error:
         found.append(ConfigIssue("teacher", NO_VALUE, str(error)))
-    adversary = _built("adversary", config.adversary, loading.instantiate, found)
+    adversary = built("adversary", config.adversary, loading.instantiate, found)
     if found:
         return found
     if distillation is not None:
@@ -67,12 +67,15 @@ def issues(config: TrainConfig) -> list[ConfigIssue]:
     return found or list(_step_issues(config, model, objective, adversary, distillation))
 
 
-def _built(key: str, node: Any, build: Callable[[Any], Any], found: list[ConfigIssue]) -> Any:
+def built(key: str, node: Any, build: Callable[[Any], Any], found: list[ConfigIssue]) -> Any:
     """build(node), or None and an issue in `found`."""
     try:
         return build(node)
     except (InstantiationException, ValueError) as error:
-        found.append(ConfigIssue(key, NO_VALUE, f"cannot be built: {cause(error)}"))
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        found.append(ConfigIssue(key, NO_VALUE, f"cannot be built: {type(first).__name__}: {first}"))
         return None
 
 
@@ -250,9 +253,3 @@ def _step_issues(
             message = f"no loss term reaches {', '.join(parts)} on clips of {frames} frames"
             yield ConfigIssue("stage.train", NO_VALUE, message, "freeze it, or choose a loss that reads it")
             return
-
-
-def cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"

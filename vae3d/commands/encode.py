@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vae3d.data.image_folder import ImageFolder
@@ -50,11 +49,7 @@ def run(config: EncodeConfig) -> None:
     if ranks.is_main_process:
         for note in (*getattr(source, "notes", ()), *padding(codec, transform)):
             log.info(note)
-    names = {field.name for field in fields(EncodeJob)} & {field.name for field in fields(config)}
-    settings = {name: getattr(config, name) for name in names - {"checkpoint", "source"}}
-    job = EncodeJob(
-        codec, config.checkpoint, str(config.source), Path(config.cache), items, errors, transform, **settings
-    )
+    job = EncodeJob(config, codec, items, errors, transform)
     encode_cache(job, ranks.process_index, ranks.num_processes, ranks.wait_for_everyone)
 
 

@@ -27,9 +27,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from vae3d.argparse_types import positive_float, positive_int
-from vae3d.commands.launch import print_error
 from vae3d.distributed import init_inference, process_group_scope
-from vae3d.errors import UserError
 from vae3d.evaluation.html import write_html
 from vae3d.evaluation.pairs import PairError, Protocol, find_pairs
 from vae3d.evaluation.score import Job, collect, plan, score_jobs
@@ -128,14 +126,8 @@ def folders(parser: argparse.ArgumentParser, args: Namespace) -> tuple[Path, dic
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        with process_group_scope():
-            return evaluate(args)
-    except UserError as error:
-        print_error(error)
-    except OSError as error:  # a full disk, a folder that cannot be made
-        print_error(UserError(f"{error.filename or args.output or 'the output folder'}: {error.strerror or error}"))
-    return 2
+    with process_group_scope():
+        return evaluate(args)
 
 
 def join_ranks(device: str) -> tuple[PartialState, torch.device]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
-from torch import nn
 
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.distributed import init_inference
@@ -24,7 +23,7 @@ from vae3d.inference.files import (
     reconstruct_files,
     select_rows,
 )
-from vae3d.inference.reconstruct import Reconstructor, Settings
+from vae3d.inference.reconstruct import Reconstructor
 from vae3d.inference.results import Results
 from vae3d.loading import load_with_checkpoint
 from vae3d.metrics import build_metrics
@@ -61,9 +60,13 @@ def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Chec
         spatial.frame_batch = config.frame_batch
     if config.compile:
         compile_steps(model)
-    settings = Settings(**{field.name: getattr(config, field.name) for field in fields(Settings)})
-    streams = tiled(model, config.tile, config.tile_overlap) if config.tile else model
-    return checkpoint, Reconstructor(model, settings, metrics, streams.stream)
+    streams = model
+    if config.tile:
+        if not isinstance(model, WanVAE):
+            kind = type(model).__name__
+            raise UserError(f"tile={config.tile}: a {kind} cannot be coded in tiles; set frame_batch instead")
+        streams = Tiled(model, config.tile, config.tile_overlap)
+    return checkpoint, Reconstructor(model, config, metrics, streams.stream)
 
 
 def reconstruct(
@@ -106,13 +109,3 @@ def set_precision(precision: str) -> None:
         disable_tf32()
     elif warning := slow_conv3d():
         log.warning(warning)
-
-
-def tiled(model: nn.Module, tile: int, overlap: int | None) -> Tiled:
-    """The model in tiles of `tile` pixels. Raises UserError if the model, or the size, does not allow it."""
-    if not isinstance(model, WanVAE):
-        raise UserError(f"tile={tile}: a {type(model).__name__} cannot be coded in tiles; set frame_batch instead")
-    try:
-        return Tiled(model, tile, overlap)
-    except ValueError as error:
-        raise UserError(f"tile={tile}, tile_overlap={overlap}: {error}") from error

@@ -28,6 +28,7 @@ from vae3d.latents import probe_run
 from vae3d.latents.probe_report import console_table, write_report
 from vae3d.latents.probe_run import ProbeError, ProbeSettings
 from vae3d.metrics.frame import Lpips
+from vae3d.models.tiling import Tiled
 from vae3d.models.wan import WanVAE
 from vae3d.precision import as_device
 from vae3d.pretrained.lpips import LPIPSNet
@@ -116,11 +117,11 @@ def named(models: list[str]) -> dict[str, Path]:
 
 
 def tile_notes(models: dict[str, nn.Module], settings: ProbeSettings) -> list[str]:
-    """A note for each model without a tiled mode. Raises ProbeError if a Wan VAE does not support these tiles."""
+    """A note for each model without a tiled mode. Raises UserError if a Wan VAE does not support these tiles."""
     notes = []
     for name, model in models.items():
         if isinstance(model, WanVAE):
-            probe_run.tiled(model, settings)
+            Tiled(model, settings.tile, settings.tile_overlap)
         else:
             notes.append(f"{name}: a {type(model).__name__} cannot be coded in tiles")
     return notes

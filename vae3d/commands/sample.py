@@ -24,12 +24,12 @@ from vae3d.distributed import init_inference
 from vae3d.errors import UserError
 from vae3d.hashing import weights_hash
 from vae3d.inference.folder import begin, has_results, locked, resumes
+from vae3d.inference.pictures import grid
 from vae3d.inference.scale import LatentStats
 from vae3d.io import naming, remove, write_json
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.codec import LatentCodec
 from vae3d.loading import open_codec
-from vae3d.report.images import grid
 from vae3d.running_stats import RunningStats
 
 if TYPE_CHECKING:
@@ -56,10 +56,13 @@ def run(config: SampleConfig) -> None:
     if shape[0] != (channels := export.config["network"]["channels"]):
         raise UserError(f"{export.folder} has latents of {channels} channels, and its autoencoder {shape[0]}")
     reference = None if config.against is None else open_reference(config, codec, shape, names)
-    draw = make_sampler(export, config, shape, labels, device)
+    settings = Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)})
+    draw = make_sampler(export, config, settings, shape, labels, device)
     hashes = {"weights": weights_hash(export.network().state_dict())}
     hashes["autoencoder"] = weights_hash(codec.model.state_dict())
-    command = command_of(config, hashes, names)
+    independent = ("checkpoint", "vae", "out", "overwrite", "device")  # other settings change the samples
+    chosen = {name: value for name, value in asdict(config).items() if name not in independent}
+    command = {**hashes, **chosen, "labels": names}
 
     folder = Path(config.out)
     with locked(folder, f"out={folder}") if main else nullcontext():
@@ -94,7 +97,7 @@ def run(config: SampleConfig) -> None:
         latent_stats = LatentStats.of(stats, config.count)
         log.info("their latents (those of the data have mean 0, deviation 1): %s", latent_stats)
         rms = math.hypot(*latent_stats.over_channels())
-        if warning := sampling.check_latent_rms(rms, export.process(), sampling_settings(config)):
+        if warning := sampling.check_latent_rms(rms, export.process(), settings):
             log.warning(warning)
         if reference:
             data = compare_with_data(latents, reference, config)
@@ -141,6 +144,7 @@ def open_reference(config: SampleConfig, codec: LatentCodec, shape: Sequence[int
 def make_sampler(
     export: Export,
     config: SampleConfig,
+    settings: Sampling,
     latent_shape: Sequence[int],
     labels: Sequence[int] | None,
     device: torch.device,
@@ -155,7 +159,7 @@ def make_sampler(
                     network,
                     process,
                     latent_shape,
-                    sampling_settings(config),
+                    settings,
                     seed=config.seed,
                     indices=indices,
                     labels=None if labels is None else [labels[i] for i in indices],
@@ -169,17 +173,6 @@ def make_sampler(
         return z
 
     return draw
-
-
-def sampling_settings(config: SampleConfig) -> Sampling:
-    names = {field.name for field in fields(Sampling)} & {field.name for field in fields(config)}
-    return Sampling(**{name: getattr(config, name) for name in names})
-
-
-def command_of(config: SampleConfig, hashes: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
-    """The settings that samples depend on; equal ones resume."""
-    independent = ("checkpoint", "vae", "out", "overwrite", "device")
-    return {**hashes, **{k: v for k, v in asdict(config).items() if k not in independent}, "labels": names}
 
 
 def prepare_folder(folder: Path, overwrite: bool, command: Mapping[str, Any], main: bool, device: torch.device) -> None:

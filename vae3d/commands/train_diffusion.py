@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
-from hydra.errors import InstantiationException
 from torch import nn
 
 from vae3d.checkpoints.location import EXPORT_CONFIG, find_weights, split_part
-from vae3d.commands.dry_run import cause
+from vae3d.commands.dry_run import built
 from vae3d.commands.summary import batch_summary, frame_counts, millions
 from vae3d.commands.train import batch_schedule, clip_settings
 from vae3d.config.issues import NO_VALUE, ConfigIssue, raise_if_any
@@ -171,12 +170,8 @@ def complete(config: DiffusionConfig, data: LatentData) -> tuple[DiffusionConfig
     """The configuration with the settings of the denoiser that follow from data, autoencoder and process; and the
     process. Raises ConfigError with every error of both."""
     issues: list[ConfigIssue] = []
-    process, network = None, dict(config.denoiser)
-    try:
-        process = instantiate(config.process)
-    except InstantiationException as error:
-        issues.append(ConfigIssue("process", NO_VALUE, f"cannot be built: {cause(error)}"))
-    else:
+    process, network = built("process", config.process, instantiate, issues), dict(config.denoiser)
+    if process is not None:
         try:
             process.sampler(Sampling(config.validation.steps, config.validation.method, shift=config.validation.shift))
         except ValueError as error:
@@ -204,12 +199,11 @@ def complete(config: DiffusionConfig, data: LatentData) -> tuple[DiffusionConfig
         issues.append(ConfigIssue("denoiser", NO_VALUE, message, hint))
     try:
         network = network_config(network, data.latent_shape)
-        with torch.device("meta"):
-            instantiate(network)
-    except InstantiationException as error:
-        issues.append(ConfigIssue("denoiser", NO_VALUE, f"cannot be built: {cause(error)}"))
     except ValueError as error:
         issues.append(ConfigIssue("denoiser", NO_VALUE, str(error)))
+    else:
+        with torch.device("meta"):
+            built("denoiser", network, instantiate, issues)
     raise_if_any(issues)
     return replace(config, denoiser=network), process
 

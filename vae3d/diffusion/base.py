@@ -21,7 +21,7 @@ class Sampling:
 
     steps: network evaluations, each of twice the batch with guidance.
     method: ddpm or ddim for Gaussian diffusion, euler for rectified flow; None: the first of them.
-    guidance, interval: see conditioning.guided.
+    guidance, interval: see sampling.guided.
     clip: bound of the predicted latents at each step, in standard deviations, such as a high percentile of the training
     latents.
     eta: noise of ddim, 0 (none) to 1 (as much as ddpm).

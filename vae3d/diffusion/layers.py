@@ -6,7 +6,8 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vae3d.errors import UserError
 
@@ -31,6 +32,21 @@ def head_dim(width: int, heads: int) -> int:
 def infer_patch(config: Mapping[str, Any], latent_shape: Sequence[int]) -> dict[str, Any]:
     """Fill in `patch`, if a transformer's configuration has none, for latents (C, t, h, w)."""
     return {**config, "patch": config.get("patch") or (2 if min(latent_shape[2:]) >= MIN_SIDE_OF_PATCHES else 1)}
+
+
+def class_ids(labels: Tensor | None, batch: int, num_classes: int, device: torch.device) -> Tensor | None:
+    """Class embedding indices [B] in [0, num_classes]; labels=None selects the null class, num_classes, for all.
+
+    None for a network without classes (num_classes 0).
+    Raises ValueError for labels without classes, and for any other number of labels than samples.
+    """
+    if labels is None:
+        return torch.full((batch,), num_classes, device=device) if num_classes else None
+    if not num_classes:
+        raise ValueError("labels are given to a network without classes; build it with num_classes, or pass no labels")
+    if labels.shape != (batch,):
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; pass one for each of the {batch} samples")
+    return labels.to(device)
 
 
 def from_diffusers(name: str, module: str = "diffusers") -> Any:

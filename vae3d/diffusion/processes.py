@@ -1,4 +1,4 @@
-"""Training losses of a diffusion process.
+"""Training losses of a diffusion process, and label dropout.
 
 Latents are normalised: mean 0 and standard deviation 1 per channel. All processes have the same interface:
 
@@ -38,6 +38,12 @@ def training_losses(
     output = network(process.add_noise(z, noise, timesteps), process.model_timesteps(timesteps), labels)
     losses = process.losses(output.float(), z, noise, timesteps)
     return losses | {"t_normalised": process.t_normalised(timesteps)}
+
+
+def drop_labels(labels: Tensor, rate: float, num_classes: int, generators: Generators) -> Tensor:
+    """Replace each of the labels [B] by the null class with probability `rate` (arXiv 2207.12598, algorithm 1)."""
+    draws = torch.stack([torch.rand((), generator=g, device=g.device) for g in generators])
+    return torch.where(draws.to(labels.device) < rate, num_classes, labels)
 
 
 def quartile_sums(values: Tensor, t_normalised: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vae3d.diffusion.base import Sampling
-from vae3d.diffusion.conditioning import guided
 from vae3d.diffusion.gaussian import GaussianDiffusion
 from vae3d.diffusion.processes import Process
 from vae3d.hashing import json_hash
@@ -49,7 +48,7 @@ def sample_latents(
     A sample is a function of seed, index and label: batch size, rank and number of samples change it only by rounding.
     Noise is drawn on the CPU, so that it is the same for every device.
     labels: one class per sample; None: unconditional.
-    Raises ValueError as conditioning.guided and Process.sampler do.
+    Raises ValueError as guided and Process.sampler do.
     """
     if labels is not None and len(labels) != len(indices):
         raise ValueError(f"got {len(labels)} labels for {len(indices)} samples; pass one each")
@@ -71,6 +70,39 @@ def sample_latents(
         return torch.cat(batches)
     finally:
         network.train(training)
+
+
+def guided(
+    network: nn.Module,
+    labels: Tensor | None,
+    scale: float,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """Wrap a network in classifier-free guidance: (z, timesteps [B], t in [0, 1]) -> output in fp32.
+
+    output = u + scale (c - u), with the conditional output c and the unconditional u (arXiv 2207.12598, equation 6,
+    with w = scale - 1). Scale 1 is the conditional network, bit for bit. Learned variances are those of c: they are
+    interpolation weights, which cannot be extrapolated.
+    interval: t between which guidance applies, both included; elsewhere the scale is 1 (arXiv 2404.07724).
+    Raises ValueError for guidance without classes or labels, and for labels out of range.
+    """
+    classes = network.num_classes
+    if scale != 1.0 and (labels is None or not classes):
+        raise ValueError(f"guidance scale is {scale:g}, which needs a network with classes, and labels; use 1")
+    if labels is not None and classes and not 0 <= int(labels.min()) <= int(labels.max()) <= classes:
+        raise ValueError(f"labels are {int(labels.min())}..{int(labels.max())}; the network has 0..{classes - 1}")
+
+    def evaluate(z: Tensor, timesteps: Tensor, t: float) -> Tensor:
+        if scale == 1.0 or not interval[0] <= t <= interval[1]:
+            return network(z, timesteps, labels).float()
+        both = torch.cat([labels, torch.full_like(labels, classes)])
+        output = network(torch.cat([z, z]), torch.cat([timesteps, timesteps]), both).float()
+        conditional, unconditional = output.chunk(2)
+        channels = z.shape[1]
+        prediction, base = conditional[:, :channels], unconditional[:, :channels]
+        return torch.cat([base + scale * (prediction - base), conditional[:, channels:]], 1)
+
+    return evaluate
 
 
 def decoded(codec: LatentCodec, z: Tensor, size: tuple[int, int, int], batch_size: int = 16) -> np.ndarray:

@@ -16,8 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.arguments import Classes, Factor, Range, Width, check_arguments
-from vae3d.diffusion.conditioning import class_ids
-from vae3d.diffusion.layers import head_dim, infer_patch, zero_module
+from vae3d.diffusion.layers import class_ids, head_dim, infer_patch, zero_module
 from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.frames import pad_space
 

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 from torch import Tensor, nn
 
 from vae3d.arguments import Classes, Depth, Flags, Range, Size, Width, check_arguments
-from vae3d.diffusion.conditioning import class_ids
-from vae3d.diffusion.layers import from_diffusers, zero_module
+from vae3d.diffusion.layers import class_ids, from_diffusers, zero_module
 from vae3d.models.layers.frames import pad_space
 
 # Shorter side of the latents -> channel multiplier of each level: from 64 on as guided-diffusion's create_model, below

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.arguments import Classes, Factor, Range, Width, check_arguments
-from vae3d.diffusion.conditioning import class_ids
-from vae3d.diffusion.layers import from_diffusers, head_dim, infer_patch, zero_module
+from vae3d.diffusion.layers import class_ids, from_diffusers, head_dim, infer_patch, zero_module
 from vae3d.models.layers.frames import pad_space
 
 GATES = (2, 5)  # of a block's six modulations: gates of attention and MLP

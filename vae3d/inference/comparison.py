@@ -117,7 +117,7 @@ class Comparer:
                     f"teacher.path={teacher.path} has {theirs} {unit} and the checkpoint's model {ours}; "
                     "both need the same latent space"
                 )
-        wanted = self.reconstructor.settings.num_frames
+        wanted = self.reconstructor.config.num_frames
         if wanted is not None and not self.takes(wanted):
             raise UserError(
                 f"num_frames={wanted}: student and teacher do not both code these without padding; nearest are "
@@ -159,7 +159,7 @@ class Comparer:
         }
 
     def _count(self, source: str, frames: int) -> int:
-        if self.reconstructor.settings.num_frames is not None:
+        if self.reconstructor.config.num_frames is not None:
             return frames
         fitting = [n for n in range(1, min(frames, MAX_FRAMES) + 1) if self.takes(n)]
         if not fitting:

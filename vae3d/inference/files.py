@@ -60,9 +60,7 @@ def command_record(
 def check_not_own_source(reconstructor: Reconstructor, source: str) -> None:
     """Raises UserError if the results would be written into the source folder."""
     if any(reconstructor.folder(kind).resolve().is_relative_to(Path(source).resolve()) for kind in KINDS):
-        raise UserError(
-            f"save_dir={reconstructor.settings.save_dir} is inside source={source}; choose another save_dir"
-        )
+        raise UserError(f"save_dir={reconstructor.config.save_dir} is inside source={source}; choose another save_dir")
 
 
 def reconstruct_files(
@@ -123,7 +121,7 @@ def measure_first_file(reconstructor: Reconstructor, table: pd.DataFrame) -> dic
     if usable.empty:
         raise UserError("cost=true needs a file to measure on, and no row has a `path`")
     chunk = reconstructor.first_chunk(usable["path"].iloc[0], bounds_of(usable)[0])
-    return measure_cost(reconstructor.model, chunk, reconstructor.settings.precision)
+    return measure_cost(reconstructor.model, chunk, reconstructor.config.precision)
 
 
 def report(reconstructor: Reconstructor, done: Sequence[FileResult], cost: dict[str, Any] | None) -> None:

@@ -1,9 +1,9 @@
-"""Images to look at: reconstructions side by side, contact sheets with error maps, latents as colours."""
+"""Images to look at: side by side, in a grid, contact sheets with error maps, latents as colours."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -12,10 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vae3d.pixels import to_uint8
-from vae3d.report import images
 
 LINE = 20  # pixels of a line of text
-GAP = 2  # pixels between panels
+GAP = 2  # pixels between panels, and between pictures of a grid
 MIN_WIDTH, MAX_WIDTH = 160, 512  # of a panel: room for its label, and for several panels in a contact sheet
 MARGIN = 200  # pixels on the left of a contact sheet, for the names of its rows
 MAX_ERROR = 0.1  # of pixels in [0, 1]: the end of the colour scale
@@ -83,9 +82,22 @@ def latent_colours(z: Tensor, size: tuple[int, int, int]) -> np.ndarray:
     return to_uint8(2 * F.interpolate(unit[None], size, mode="nearest")[0] - 1)
 
 
-def grid(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """One image [H', W', 3] uint8 of rows of images, each [N, H, W, 3] uint8."""
-    return images.grid(np.concatenate(rows)[:, None], len(rows[0]), even=False)[0]
+def grid(frames: np.ndarray, columns: int | None = None, even: bool = True) -> np.ndarray:
+    """[N, T, H, W, 3] uint8 -> [T, H', W', 3], row by row, by default in about as many rows as columns.
+
+    even: make both sides even, as most video players need them.
+    """
+    count, length, height, width, _ = frames.shape
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    rows = -(-count // columns)
+    total_height, total_width = rows * (height + GAP) - GAP, columns * (width + GAP) - GAP
+    if even:
+        total_height, total_width = total_height + total_height % 2, total_width + total_width % 2
+    picture = np.zeros((length, total_height, total_width, 3), np.uint8)
+    for index, sample in enumerate(frames):
+        top, left = index // columns * (height + GAP), index % columns * (width + GAP)
+        picture[:, top : top + height, left : left + width] = sample
+    return picture
 
 
 def error_map(original: np.ndarray, rec: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,27 +26,11 @@ from vae3d.pixels import NotFiniteError, as_unit, to_uint8
 from vae3d.precision import autocast
 from vae3d.seeding import generator_of
 
+if TYPE_CHECKING:
+    from vae3d.config.schema import InferConfig
+
 KINDS = ("ori", "rec", "spatial", "compare")  # folders <save_dir>_<kind>; compare: see inference.comparison
 Chunk = tuple[np.ndarray, int]  # frames [T, H, W, 3] uint8, of which the first so many are coded now; see Stream
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of infer.py, by their names; see config.schema.InferConfig."""
-
-    save_dir: str
-    start: int
-    num_frames: int | None
-    stride: int
-    fps: float | None
-    height: int | None
-    width: int | None
-    reader: str
-    codec: str
-    sample: bool
-    seed: int
-    precision: str
-    memory_gib: float | None
 
 
 @dataclass
@@ -105,7 +90,7 @@ class Reconstructor:
     """
 
     model: nn.Module
-    settings: Settings
+    config: InferConfig
     metrics: MetricSet
     open_stream: Callable[[int, int, float | None], Stream]
 
@@ -113,7 +98,7 @@ class Reconstructor:
         self.device = next(self.model.parameters()).device
 
     def folder(self, kind: str) -> Path:
-        return Path(f"{self.settings.save_dir}_{kind}")
+        return Path(f"{self.config.save_dir}_{kind}")
 
     def file(self, source: str, row: int, bounds: Bounds = WHOLE) -> FileResult:
         """Reconstruct one file, or the part between two times; the selection then counts from the first.
@@ -133,7 +118,7 @@ class Reconstructor:
             else:
                 self._image(stream, chunks, name, row)
         except NotFiniteError as error:
-            hint = overflow_hint(self.settings.precision)
+            hint = overflow_hint(self.config.precision)
             raise MediaError(source, f"the model's pixels: {error.reason}; {hint}") from None
         finally:
             reader.close()
@@ -154,7 +139,7 @@ class Reconstructor:
         )
 
     def _open(self, source: str, bounds: Bounds) -> Segment:
-        return Segment(open_media(source, self.settings.reader, threads=0), source, bounds)
+        return Segment(open_media(source, self.config.reader, threads=0), source, bounds)
 
     def first_chunk(self, source: str, bounds: Bounds = WHOLE) -> Tensor:
         """The first chunk of a file, [1, 3, T, H, W] in [-1, 1]. Raises MediaError."""
@@ -175,22 +160,22 @@ class Reconstructor:
 
     def _stream(self, source: str, target: Size) -> Stream:
         try:
-            return self.open_stream(*target, self.settings.memory_gib)
+            return self.open_stream(*target, self.config.memory_gib)
         except ValueError as error:
             raise MediaError(source, f"cannot be encoded at {target[0]}x{target[1]}: {error}") from error
 
     def _select(self, source: str, info: MediaInfo) -> tuple[list[int], float, Size]:
         """Indices, rate and size of the selected frames."""
-        settings = self.settings
-        step = settings.stride * (max(1.0, info.fps / settings.fps) if settings.fps and info.fps else 1.0)
-        if settings.start >= info.num_frames:
-            raise MediaError(source, f"has {info.num_frames} frames; start={settings.start} is past its end")
-        available = math.ceil((info.num_frames - settings.start) / step)
-        wanted = available if settings.num_frames is None else settings.num_frames
+        config = self.config
+        step = config.stride * (max(1.0, info.fps / config.fps) if config.fps and info.fps else 1.0)
+        if config.start >= info.num_frames:
+            raise MediaError(source, f"has {info.num_frames} frames; start={config.start} is past its end")
+        available = math.ceil((info.num_frames - config.start) / step)
+        wanted = available if config.num_frames is None else config.num_frames
         if wanted > available:
-            raise MediaError(source, f"gives {available} frames from start={settings.start}; num_frames={wanted}")
-        indices = [settings.start + int(i * step) for i in range(wanted)]
-        return indices, info.fps / step, (settings.height or info.height, settings.width or info.width)
+            raise MediaError(source, f"gives {available} frames from start={config.start}; num_frames={wanted}")
+        indices = [config.start + int(i * step) for i in range(wanted)]
+        return indices, info.fps / step, (config.height or info.height, config.width or info.width)
 
     def _chunks(self, reader: Reader, indices: list[int], target: Size, stream: Stream) -> Iterator[Chunk]:
         """Every chunk of the stream with its lookahead; each frame is read once."""
@@ -217,7 +202,7 @@ class Reconstructor:
             for index, chunk in enumerate(chunks):
                 for kind, frames in self._code(stream, chunk, row, index, start).items():
                     if kind not in writers:
-                        writer = VideoWriter(self.folder(kind) / f"{name}.mp4", fps, self.settings.codec)
+                        writer = VideoWriter(self.folder(kind) / f"{name}.mp4", fps, self.config.codec)
                         writers[kind] = stack.enter_context(writer)
                     writers[kind].write(frames)
                 start += chunk[1]
@@ -234,9 +219,9 @@ class Reconstructor:
         """
         frames, length = chunk
         video = self.to_video(frames)
-        generator = generator_of(self.settings.seed, row, index, device=self.device)
-        with autocast(self.device, self.settings.precision):
-            out = stream(video, sample=self.settings.sample, generator=generator)
+        generator = generator_of(self.config.seed, row, index, device=self.device)
+        with autocast(self.device, self.config.precision):
+            out = stream(video, sample=self.config.sample, generator=generator)
             if out.spatial is not None:
                 height, width = video.shape[-2:]
                 spatial = self.model.decode_spatial(out.spatial.latent)[..., :height, :width]

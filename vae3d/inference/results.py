@@ -34,7 +34,7 @@ class Results:
     def __init__(self, reconstructor: Reconstructor, comparer: Comparer | None) -> None:
         self.reconstructor, self.comparer = reconstructor, comparer
         self.folder = reconstructor.folder
-        self.setting = f"save_dir={reconstructor.settings.save_dir}"
+        self.setting = f"save_dir={reconstructor.config.save_dir}"
         self.records = self.folder("rec") / DONE
 
     @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.data.clips import ClipSettings
-from vae3d.data.loader import validation_clip
+from vae3d.data.loader import clip_lengths, validation_clip
 from vae3d.data.media import MediaError
 from vae3d.data.segments import bounds_of
 from vae3d.errors import UserError
@@ -127,9 +127,8 @@ def spread_clips(
     The files are spread evenly over the long enough rows of the table, since tables are often sorted by class.
     (path, reason) of files that fail is appended to `errors`.
     """
-    lengths = settings.length(table["num_frames"].to_numpy(), table["fps"].to_numpy())
     bounds = bounds_of(table)
-    rows = np.flatnonzero(lengths >= frames)
+    rows = np.flatnonzero(clip_lengths(table, settings) >= frames)
     chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
     for row in rows[chosen]:
         try:

@@ -282,13 +282,7 @@ def read_index(folder: Path, channels: int, shards: int) -> pd.DataFrame:
             "a `flip` that is not True or False": index["flip"].dtype == bool,
             "no label, split, text or source": {"label", "split", "text", "source"} <= set(index.columns),
         }
-    except (
-        OSError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OverflowError,
-    ) as error:  # ValueError: also raised by pandas' parser
+    except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:  # ValueError: also of pandas' parser
         raise CacheError(f"{file} cannot be read: {' '.join(str(error).split())}; encode again") from error
     if wrong := [name for name, sound in checks.items() if not sound]:
         raise CacheError(f"{file} has {wrong[0]}; encode again")

@@ -99,7 +99,10 @@ def items_of(
         errors = [{"key": None, "path": path, "reason": reason} for path, reason in [*broken, *outside]]
     else:
         sound = table[table["error"].isna()]
-        errors = [_error(row) for row in table[table["error"].notna()].itertuples()]
+        errors = [
+            {"key": row.name or None, "path": row.path, "reason": f"row {row.row} {row.error}"}
+            for row in table[table["error"].notna()].itertuples()
+        ]
     items = []
     for row, bounds in zip(sound.itertuples(), bounds_of(sound), strict=True):
         windows = _windows(row, transform)
@@ -149,10 +152,6 @@ def _windows(row: Any, transform: Transform) -> Sequence[int | None]:
 def _frames_of(row: Any, transform: Transform) -> int:
     any_size = ClipSettings(1, 1, transform.stride, transform.fps)  # the size does not matter here
     return int(any_size.length(row.num_frames, row.fps))
-
-
-def _error(row: Any) -> ClipError:
-    return {"key": row.name or None, "path": row.path, "reason": f"row {row.row} {row.error}"}
 
 
 def _text(value: Any) -> str:

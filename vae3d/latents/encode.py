@@ -8,10 +8,10 @@ import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -36,6 +36,9 @@ from vae3d.latents.statistics import LatentStatistics, StatisticsError
 from vae3d.precision import DTYPES
 from vae3d.seeding import generator_of
 
+if TYPE_CHECKING:
+    from vae3d.config.latents import EncodeConfig
+
 MAX_SHOWN = 10  # errors in a message
 # Keys of meta.json, beside autoencoder and transform, that must be equal to resume.
 KEYS = ("pixel_range", "precision", "store", "dtype", "flip", "seed", "clips", "clips_hash", "shard_size", "writers")
@@ -44,63 +47,45 @@ log = logging.getLogger("vae3d")
 
 @dataclass
 class EncodeJob:
-    """What to encode, and how to store it.
+    """What to encode. errors: of rows without a clip."""
 
-    errors: of rows without a clip. store: moments (posterior mean and standard deviation), mean, or sample (drawn once,
-    by (seed, key)). dtype: of the stored latents. flip: add an entry of every clip mirrored. shard_size: clips per
-    shard; a process holds one shard in memory, and a kill loses it. writers: additional layouts, see shards.WRITERS.
-    timeout: seconds without a clip until WorkerError; 0: never. max_broken: fraction of clips that may fail. retry:
-    encode shards with errors again. verify: how to detect replaced source files: stat (size and time) or hash (content;
-    also checks the shards).
-    """
-
+    config: EncodeConfig
     codec: LatentCodec
-    checkpoint: str
-    source: str
-    folder: Path
     items: Sequence[Item]
     errors: Sequence[ClipError]
     transform: Transform
-    store: str = "moments"
-    dtype: str = "fp16"
-    flip: bool = False
-    seed: int = 0
-    shard_size: int = 512
-    batch_size: int = 8
-    workers: int = 4
-    timeout: float = 0.0
-    reader: str = "auto"
-    writers: list[str] = field(default_factory=list)
-    max_broken: float = 0.2
-    retry: bool = False
-    verify: str = "stat"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.cache)
 
     @property
     def shards(self) -> int:
-        return math.ceil(len(self.items) / self.shard_size)
+        return math.ceil(len(self.items) / self.config.shard_size)
 
     def span(self, shard: int) -> range:
         """Indices of a shard's items, the same for any number of processes."""
-        return range(shard * self.shard_size, min(len(self.items), (shard + 1) * self.shard_size))
+        return range(shard * self.config.shard_size, min(len(self.items), (shard + 1) * self.config.shard_size))
 
     def meta(self) -> dict[str, Any]:
         """Content of meta.json; `digest` identifies the settings that must be equal to resume."""
+        config = self.config
         content = {
-            "vae": vae_metadata(self.codec, self.checkpoint),
+            "vae": vae_metadata(self.codec, config.checkpoint),
             "pixel_range": self.codec.pixel_range,
             "precision": str(self.codec.dtype).removeprefix("torch."),
             "transform": asdict(self.transform),
             "transform_hash": json_hash(asdict(self.transform)),
-            "store": self.store,
-            "dtype": self.dtype,
+            "store": config.store,
+            "dtype": config.dtype,
             "latents": "raw; a diffusion model takes (z - latents_mean) / latents_std of the vae",
-            "flip": self.flip,
-            "seed": self.seed if self.store == "sample" else None,
-            "source": self.source,
+            "flip": config.flip,
+            "seed": config.seed if config.store == "sample" else None,
+            "source": str(config.source),
             "clips": len(self.items),
             "clips_hash": json_hash([item.key for item in self.items]),
-            "shard_size": self.shard_size,
-            "writers": self.writers,
+            "shard_size": config.shard_size,
+            "writers": config.writers,
             "versions": {
                 "vae3d": __version__,
                 "torch": torch.__version__,
@@ -165,11 +150,11 @@ def _is_done(job: EncodeJob, shard: int, digest: str) -> bool:
     except CacheError as error:
         log.warning("shard %d is encoded again: %s", shard, error)
         return False
-    if marker is None or marker["of"] != digest or (job.retry and marker["errors"]):
+    if marker is None or marker["of"] != digest or (job.config.retry and marker["errors"]):
         return False
-    if "webdataset" in job.writers and any(row != row | _labels(job, row) for row in marker["rows"]):
+    if "webdataset" in job.config.writers and any(row != row | _labels(job, row) for row in marker["rows"]):
         return False  # its tar file has old labels
-    verify = job.verify == "hash"
+    verify = job.config.verify == "hash"
     why = _replaced(job, shard, marker["sources"]) or shards.damage(job.folder, shard, marker, verify=verify)
     if why:
         log.warning("shard %d is encoded again: %s", shard, why)
@@ -178,30 +163,31 @@ def _is_done(job: EncodeJob, shard: int, digest: str) -> bool:
 
 def _replaced(job: EncodeJob, shard: int, sources: Mapping[str, Any]) -> str | None:
     """Which source file of a shard was replaced since it was encoded; None if none was."""
-    keys = ("sha256", "dataset") if job.verify == "hash" else ("bytes", "modified", "dataset")
+    hashed = job.config.verify == "hash"
+    keys = ("sha256", "dataset") if hashed else ("bytes", "modified", "dataset")
     for path in dict.fromkeys(job.items[number].path for number in job.span(shard)):
-        old, new = sources.get(path), source_version(path, job.verify == "hash")
+        old, new = sources.get(path), source_version(path, hashed)
         if [(old or {}).get(key) for key in keys] != [(new or {}).get(key) for key in keys]:
-            unhashed = job.verify == "hash" and old is not None and "sha256" not in old and "sha256" in (new or {})
+            unhashed = hashed and old is not None and "sha256" not in old and "sha256" in (new or {})
             return f"{path} {'was encoded without verify=hash' if unhashed else 'was replaced since it was encoded'}"
     return None
 
 
 def _labels(job: EncodeJob, row: dict[str, Any]) -> dict[str, str]:
     """Label, split and text of an entry, as the source has them now."""
-    item = job.items[row["number"] // 2 if job.flip else row["number"]]
+    item = job.items[row["number"] // 2 if job.config.flip else row["number"]]
     return {"label": item.label, "split": item.split, "text": item.text}
 
 
 def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool) -> None:
     numbers = [number for shard in todo for number in job.span(shard)]
-    sides = job.transform.height, job.transform.width, job.transform.frames
+    config, sides = job.config, (job.transform.height, job.transform.width, job.transform.frames)
     reads: Iterable[Read] = load(
-        ClipReader(job.items, job.transform, job.reader, hashed=job.verify == "hash"),
-        workers=job.workers,
-        timeout=job.timeout,
+        ClipReader(job.items, job.transform, config.reader, hashed=config.verify == "hash"),
+        workers=config.workers,
+        timeout=config.timeout,
         item_bytes=0 if None in sides else 3 * math.prod(sides),
-        held=job.batch_size,
+        held=config.batch_size,
         sampler=numbers,
         batch_size=None,
     )
@@ -209,12 +195,12 @@ def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool
     errors: list[ClipError] = []
     for number in todo:
         shard, statistics = Shard(), LatentStatistics(job.codec.channels)
-        for batch in _batches(islice(progress, len(job.span(number))), job.batch_size):
+        for batch in _batches(islice(progress, len(job.span(number))), config.batch_size):
             _encode_batch(job, number, batch, shard, statistics)
-        shards.write_shard(job.folder, number, shard, statistics, digest, job.writers)
+        shards.write_shard(job.folder, number, shard, statistics, digest, config.writers)
         errors += shard.errors
-        if len(errors) > job.max_broken * len(job.items):
-            raise CacheError(_too_many(errors, len(job.items), job.max_broken))
+        if len(errors) > config.max_broken * len(job.items):
+            raise CacheError(_too_many(errors, len(job.items), config.max_broken))
 
 
 def _batches(reads: Iterable[Read], size: int) -> Iterator[list[Read]]:
@@ -234,7 +220,7 @@ def _encode_batch(job: EncodeJob, number: int, batch: list[Read], shard: Shard, 
         return
     pixels = torch.stack([read.pixels for read in batch])
     moments = {"": job.codec.raw_moments(pixels)}
-    if job.flip:
+    if job.config.flip:
         moments[FLIP] = job.codec.raw_moments(pixels.flip(-1))
     for index, read in enumerate(batch):
         item = job.items[read.number]
@@ -246,18 +232,18 @@ def _encode_batch(job: EncodeJob, number: int, batch: list[Read], shard: Shard, 
             except StatisticsError as error:
                 shard.errors.append({"key": key, "path": item.path, "reason": str(error)})
                 continue
-            shard.tensors |= {f"{kind}/{key}": z for kind, z in zip(KINDS[job.store], stored, strict=True)}
-            entry = 2 * read.number + flip if job.flip else read.number
+            shard.tensors |= {f"{kind}/{key}": z for kind, z in zip(KINDS[job.config.store], stored, strict=True)}
+            entry = 2 * read.number + flip if job.config.flip else read.number
             shard.rows.append(_row(item, read, key, entry, number, bool(flip), stored[0]))
 
 
 def _stored_tensors(job: EncodeJob, key: str, mean: Tensor, std: Tensor) -> list[Tensor]:
     """The tensors of an entry, in the stored dtype, on the CPU."""
-    if job.store == "sample":
-        tensors = [Moments(mean.cpu(), std.cpu()).sample(generator_of(job.seed, key, "sample"))]
+    if job.config.store == "sample":
+        tensors = [Moments(mean.cpu(), std.cpu()).sample(generator_of(job.config.seed, key, "sample"))]
     else:
-        tensors = [mean, std] if job.store == "moments" else [mean]
-    return [tensor.to("cpu", DTYPES[job.dtype]).contiguous() for tensor in tensors]
+        tensors = [mean, std] if job.config.store == "moments" else [mean]
+    return [tensor.to("cpu", DTYPES[job.config.dtype]).contiguous() for tensor in tensors]
 
 
 def _row(item: Item, read: Read, key: str, entry: int, shard: int, flip: bool, z: Tensor) -> dict[str, Any]:
@@ -296,8 +282,8 @@ def finish(job: EncodeJob, digest: str) -> None:
     errors = [*job.errors, *(error for marker in markers for error in marker["errors"])]
     write_text(job.folder / ERRORS, "".join(json.dumps(error) + "\n" for error in errors))
     clips = len(job.items) + len(job.errors)
-    if len(errors) > job.max_broken * clips or not rows:
-        raise CacheError(_too_many(errors, clips, job.max_broken) + f"; {job.folder / ERRORS} lists all")
+    if len(errors) > job.config.max_broken * clips or not rows:
+        raise CacheError(_too_many(errors, clips, job.config.max_broken) + f"; {job.folder / ERRORS} lists all")
     write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(index=False))
     statistics = shards.read_statistics(job.folder, job.shards).summary()
     write_json(job.folder / STATISTICS, statistics)
@@ -307,7 +293,7 @@ def finish(job: EncodeJob, digest: str) -> None:
     log.info("%d entries of %d clips -> %s", len(rows), len(job.items), job.folder)
     if errors:
         log.warning("%d clips could not be encoded; see %s", len(errors), job.folder / ERRORS)
-    if job.store == "moments" and not any(statistics["posterior_std"]):
+    if job.config.store == "moments" and not any(statistics["posterior_std"]):
         log.info("the encoder is deterministic: store=mean needs half the disk space")
 
 

@@ -257,7 +257,8 @@ def probe_decoder(
         if len(ends) > 1:  # every clip with the previous one
             measured["interpolation"] = probes.interpolation(codec, ends[:-1], ends[1:], pixels.shape[2], lpips)
         if settings.tile is not None and isinstance(codec.model, WanVAE):
-            measured["tiles"] = probes.tiling_error(codec, TiledCodec(tiled(codec.model, settings)), pixels)
+            tiled = Tiled(codec.model, settings.tile, settings.tile_overlap)
+            measured["tiles"] = probes.tiling_error(codec, TiledCodec(tiled), pixels)
         for probe, results in measured.items():
             for key, value in results.items():
                 values[probe][key].append(value.cpu())
@@ -273,14 +274,6 @@ def _mean(parts: list[Tensor]) -> float | None:
 def _generators(settings: ProbeSettings, first: int, z: Tensor) -> list[torch.Generator]:
     """One per clip, so that noise does not depend on the batch size."""
     return [generator_of(settings.seed, "noise", first + index, device=z.device) for index in range(len(z))]
-
-
-def tiled(model: WanVAE, settings: ProbeSettings) -> Tiled:
-    """The model, coded in tiles. Raises ProbeError for a tile size that does not fit it."""
-    try:
-        return Tiled(model, settings.tile, settings.tile_overlap)
-    except ValueError as error:
-        raise ProbeError(f"tile={settings.tile}, tile_overlap={settings.tile_overlap}: {error}") from error
 
 
 @torch.inference_mode()

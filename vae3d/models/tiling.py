@@ -10,6 +10,7 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor, nn
 
+from vae3d.errors import UserError
 from vae3d.models.layers.wan_blocks import (
     Conv,
     DownBlock,
@@ -44,18 +45,20 @@ class Tiled:
     cheaper for small tiles, but attention sees one tile only, so results differ.
     With a circular width, tiles continue across the seam.
 
-    Raises ValueError for sizes that are no multiples of the model's strides, and for pad_h=pole, whose first rows need
+    Raises UserError for sizes that are no multiples of the model's strides, and for pad_h=pole, whose first rows need
     columns from the other side of the panorama.
     """
 
     def __init__(self, model: WanVAE, tile: int, overlap: int | None = None) -> None:
-        stride = model.spec.space_stride
+        stride, where = model.spec.space_stride, f"tile={tile}, tile_overlap={overlap}"
         if tile < stride or tile % stride:
-            raise ValueError(f"tile is {tile}; use a multiple of the model's space stride {stride}")
+            raise UserError(f"{where}: tile is {tile}; use a multiple of the model's space stride {stride}")
         if overlap is not None and (overlap < 2 * stride or overlap % (2 * stride) or 2 * overlap > tile):
-            raise ValueError(f"overlap is {overlap}; use a multiple of {2 * stride} of at most half the tile's {tile}")
+            raise UserError(
+                f"{where}: overlap is {overlap}; use a multiple of {2 * stride} of at most half the tile's {tile}"
+            )
         if model.borders.height == "pole":
-            raise ValueError("pad_h=pole cannot be coded in tiles; use pad_h=zeros, or whole frames")
+            raise UserError(f"{where}: pad_h=pole cannot be coded in tiles; use pad_h=zeros, or whole frames")
         self.model = model
         self.tile = tile // stride  # latents
         self.overlap = overlap

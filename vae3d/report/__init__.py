@@ -1,1 +1,1 @@
-"""Reports: text tables, HTML pages, plots and grids of pictures."""
+"""Reports: text tables, and HTML pages with plots and pictures."""

@@ -39,6 +39,12 @@ def img(image: Image.Image, attributes: str = "", **save_options: Any) -> Markup
     return _img(file.getvalue(), options["format"].lower(), attributes)
 
 
+def resize_to_width(image: Image.Image, width: int) -> Image.Image:
+    """Keep the aspect ratio; pixels of an enlarged image stay sharp."""
+    resampling = Image.Resampling.NEAREST if image.width < width else Image.Resampling.LANCZOS
+    return image.resize((width, max(1, round(image.height * width / image.width))), resampling)
+
+
 def subplots(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of `count` plots of width x height inches each, row by row."""
     from matplotlib.figure import Figure  # slow to import

@@ -17,14 +17,13 @@ from vae3d.arguments import check_fields
 from vae3d.checkpoints import state
 from vae3d.checkpoints.state import ResumeError
 from vae3d.diffusion.base import Sampling
-from vae3d.diffusion.conditioning import drop_labels
 from vae3d.diffusion.data import Batch, LatentData
 from vae3d.diffusion.export import write_export
-from vae3d.diffusion.processes import QUARTILES, Process, quartile_sums, training_losses
+from vae3d.diffusion.processes import QUARTILES, Process, drop_labels, quartile_sums, training_losses
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import decoded, sample_latents
+from vae3d.inference.pictures import grid
 from vae3d.inference.scale import check_normalised
-from vae3d.report.images import grid
 from vae3d.seeding import generator_of
 from vae3d.training.ema import MultiEma
 from vae3d.training.failures import Count, SpikeGuard

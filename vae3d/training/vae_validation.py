@@ -10,12 +10,12 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vae3d.data.depth import depth_of, to_metres
 from vae3d.inference.pictures import grid, latent_colours
 from vae3d.metrics import MetricSet, VideoResult
-from vae3d.metrics.depth import abs_rel, delta1
+from vae3d.metrics.depth import depth_errors
 from vae3d.metrics.distribution import SetMetric
 from vae3d.metrics.panorama import roll_consistency
 from vae3d.pixels import NotFiniteError, as_unit, to_uint8
@@ -47,9 +47,10 @@ def mean_scores(metrics: MetricSet, clips: Sequence[ValidatedClip]) -> dict[str,
 def log_clips(log: RunLog, clips: Sequence[ValidatedClip], step: int) -> None:
     """Show clips with panels: all images as rows of one picture, each video by itself."""
     clips = [clip for clip in clips if clip.panels is not None]
-    images = [clip.panels[:, 0] for clip in clips if clip.panels.shape[1] == 1]
+    images = [clip.panels for clip in clips if clip.panels.shape[1] == 1]
     if images:
-        log.frames("val/target | latent | reconstruction", grid(images)[None], step)
+        picture = grid(np.concatenate(images), columns=3, even=False)
+        log.frames("val/target | latent | reconstruction", picture, step)
     for clip in clips:
         if clip.panels.shape[1] > 1:
             name = f"original above latent above reconstruction {clip.index}: {clip.name}"
@@ -82,13 +83,10 @@ def validate(
         index = int(clip.positions)
         shown = np.stack([ref, latent_colours(out.z[0], ref.shape[:3]), rec]) if index < panels else None
         scores = {"roll_psnr": roll_consistency(model, clip.video)} if roll else {}
-        scores |= _depth_errors(clip, out.video, depth) if depth is not None else {}
+        if depth is not None:
+            metres = (to_metres(depth_of(video.float()), clip.depth_bounds, depth) for video in (clip.video, out.video))
+            scores |= depth_errors(*metres, clip.valid)
         if bad := [name for name, value in scores.items() if not math.isfinite(value)]:
             raise NotFiniteError(f"{', '.join(bad)} is NaN or infinite", f"reconstruction of {clip.paths[0]}")
         done.append(ValidatedClip(index, Path(clip.paths[0]).stem, metrics.result(), shown, scores))
     return done
-
-
-def _depth_errors(clip: Clip, rec: Tensor, mapping: str) -> dict[str, float]:
-    ref, rec = (to_metres(depth_of(video.float()), clip.depth_bounds, mapping) for video in (clip.video, rec))
-    return {"abs_rel": float(abs_rel(ref, rec, clip.valid)), "delta1": float(delta1(ref, rec, clip.valid))}
