@@ -1,23 +1,59 @@
 """Train, fine-tune, run and score video autoencoders.
 
-model = vae3d.build("temporal_vae", "model.temporal.channels=32")   # random weights
-model = vae3d.load("runs/opensora_stage3")                          # a run, an export or published weights
-latents = model.encode(video).mode()                                # video: [B, 3, T, H, W] in [-1, 1]
-reconstruction = model.decode(latents, num_frames=video.shape[2])
+model = vae3d.load("runs/opensora_stage3")              # a run, an export or published weights
+video = vae3d.read_video("clip.mp4", num_frames=17)     # video.frames: [1, 3, T, H, W] in [-1, 1]
+rec = vae3d.reconstruct(model, video.frames)
+vae3d.score(video.frames, rec)                          # {"psnr": ..., "psnr_video": ..., "ssim": ...}
+latents = model.encode(video.frames).mode()
+
+`dir(vae3d)` lists everything; docs/python.md shows how to use it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["build", "load"]
+__all__ = [
+    "LatentCodec",
+    "Video",
+    "VideoAutoencoder",
+    "build",
+    "list_models",
+    "load",
+    "open_codec",
+    "read_video",
+    "reconstruct",
+    "save",
+    "score",
+    "write_video",
+]
+
+if TYPE_CHECKING:
+    from vae3d.api import (
+        LatentCodec,
+        Video,
+        VideoAutoencoder,
+        build,
+        list_models,
+        load,
+        open_codec,
+        read_video,
+        reconstruct,
+        save,
+        score,
+        write_video,
+    )
 
 
 def __getattr__(name: str) -> Any:
     # Imported on demand, since it imports torch, which the check of a configuration does not need.
     if name in __all__:
-        from vae3d import loading
+        from vae3d import api
 
-        return getattr(loading, name)
+        return getattr(api, name)
     raise AttributeError(f"module 'vae3d' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -87,17 +87,21 @@ class ArgumentError(UserError):
 def check_arguments(function: F) -> F:
     """Decorator: check the arguments of every call against the annotations, other than tensors and modules.
 
-    Calls raise ArgumentError.
+    Calls raise ArgumentError. An `__init__` leaves the arguments that were given in `self.init_arguments`.
     """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         kinds = annotations_of(function)
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
+        given = signature.bind(*args, **kwargs).arguments
+        for name, value in given.items():
             if name in kinds:
                 check_value(value, kinds[name], name)
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if function.__name__ == "__init__":
+            args[0].init_arguments = {name: value for name, value in given.items() if name != "self"}
+        return result
 
     return typing.cast(F, checked)
 

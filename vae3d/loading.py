@@ -18,6 +18,7 @@ from vae3d.checkpoints.formats import Checkpoint, CheckpointError, as_checkpoint
 from vae3d.config.schema import CONF
 from vae3d.errors import UserError
 from vae3d.latents.codec import LatentCodec
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.registry import build_model
 from vae3d.models.spatial import SpatialVAE
 from vae3d.precision import DTYPES
@@ -40,7 +41,7 @@ def model_config(name: str, *overrides: str) -> dict[str, Any]:
     return OmegaConf.to_container(composed.model, resolve=True)
 
 
-def build(name: str, *overrides: str) -> nn.Module:
+def build(name: str, *overrides: str) -> VideoAutoencoder:
     """Build a model with random weights, in eval mode, fp32, on the CPU.
 
         model = vae3d.build("temporal_vae", "model.temporal.channels=32")
@@ -51,7 +52,9 @@ def build(name: str, *overrides: str) -> nn.Module:
     return instantiate(model_config(name, *overrides)).eval()
 
 
-def load(path: str | Path, model: nn.Module | None = None, *, part: str | None = None, **changes: Any) -> nn.Module:
+def load(
+    path: str | Path, model: nn.Module | None = None, *, part: str | None = None, **changes: Any
+) -> VideoAutoencoder:
     """Load a model with its weights, in eval mode, fp32, on the CPU.
 
         model = vae3d.load("runs/opensora_stage3")                          # newest export of a run

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from vae3d.arguments import ArgumentError, annotations_of, short
+from vae3d.errors import UserError
 from vae3d.io import FileError
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.opensora import OpenSoraVAE
@@ -65,6 +66,22 @@ def build_model(
         raise FileError(f"{source}: {path}{error}") from error
     except ValueError as error:  # arguments that do not fit together
         raise FileError(f"{source}: {key or 'model'} ({cls.__name__}): {error}") from error
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The configuration that builds a model with the same arguments. Raises UserError for an unknown class."""
+    target = target_of(type(model))
+    if target not in MODELS:
+        raise UserError(f"{target} is not a model of this project ({', '.join(MODELS)})")
+    return {TARGET: target} | {name: _plain(value) for name, value in model.init_arguments.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, nn.Module):
+        return config_of(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def is_known(config: Any, classes: Mapping[str, type] = MODELS) -> bool:

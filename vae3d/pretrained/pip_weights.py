@@ -110,7 +110,7 @@ def read_arrays(content: bytes, source: str) -> dict[str, np.ndarray]:
         tree = _ArrayUnpickler(io.BytesIO(content)).load()
     except FileError as error:
         raise FileError(f"{source}: {error}") from error
-    except Exception as error:  # whatever a damaged pickle makes the interpreter raise
+    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise FileError(f"{source}: is damaged: {error}") from error
     return dict(_flatten(tree, source))
 

@@ -1,0 +1,104 @@
+"""The Python interface: everything is listed, files and tensors in and out, saved models open again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vae3d
+from tests import tiny
+from vae3d.data.media import MediaError
+from vae3d.errors import UserError
+from vae3d.metrics import MetricError
+
+@pytest.fixture(scope="module")
+def model() -> vae3d.VideoAutoencoder:
+    return tiny.model("temporal_vae")
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A video file of 21 frames of 24 x 32."""
+    path = tmp_path / "clip.mp4"
+    tiny.write_video(path, tiny.frames(21, 24, 32))
+    return path
+
+
+def test_everything_is_listed_and_typed():
+    assert set(dir(vae3d)) == {*vae3d.__all__, "__version__"}
+    assert all(callable(getattr(vae3d, name)) for name in vae3d.__all__)
+    assert (tiny.ROOT / "vae3d/py.typed").exists()
+
+
+def test_listing_names_imports_no_torch():
+    code = "import sys, vae3d; dir(vae3d); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, check=False).returncode == 0
+
+
+def test_every_listed_model_is_a_file():
+    assert {"temporal_vae", "wan", "taehv", "taesd"} <= set(vae3d.list_models())
+
+
+def test_a_saved_model_opens_with_the_same_settings_and_weights(model, tmp_path):
+    vae3d.save(model, tmp_path / "saved", note="mine")
+    again = vae3d.load(tmp_path / "saved")
+    assert isinstance(again, vae3d.VideoAutoencoder)
+    assert again.temporal_vae.stride == model.temporal_vae.stride
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_model_of_another_project_is_not_saved(tmp_path):
+    with pytest.raises(UserError, match="Linear"):
+        vae3d.save(torch.nn.Linear(1, 1), tmp_path / "saved")
+
+
+def test_frames_are_read_as_they_are_and_cropped(clip):
+    video = vae3d.read_video(clip)
+    assert video.frames.shape == (1, 3, 21, 24, 32)
+    assert video.fps > 0
+    assert video.frames.abs().max() <= 1
+    part = vae3d.read_video(clip, start=3, num_frames=5, height=16, width=16)
+    assert part.frames.shape == (1, 3, 5, 16, 16)
+    assert torch.equal(vae3d.read_video(clip, start=3, num_frames=5).frames, video.frames[:, :, 3:8])
+    with pytest.raises(MediaError, match="21"):
+        vae3d.read_video(clip, start=20, num_frames=5)
+
+
+def test_what_is_written_lossless_is_read_again(clip, tmp_path):
+    video = vae3d.read_video(clip)
+    vae3d.write_video(tmp_path / "copy.mp4", video.frames, video.fps, codec="lossless")
+    assert torch.equal(vae3d.read_video(tmp_path / "copy.mp4").frames, video.frames)
+    with pytest.raises(UserError, match=r"\[2, 3, "):
+        vae3d.write_video(tmp_path / "x.mp4", video.frames.expand(2, -1, -1, -1, -1), 8)
+
+
+def test_a_file_is_reconstructed_as_its_frames_are(model, clip, tmp_path):
+    video = vae3d.read_video(clip)
+    rec = vae3d.reconstruct(model, video.frames)
+    assert rec.shape == video.frames.shape
+    target = vae3d.reconstruct(model, clip, tmp_path / "rec.mp4", codec="lossless")
+    read = vae3d.read_video(target).frames
+    assert (read - rec).abs().max() <= 1 / 127.5
+    scores = vae3d.score(video.frames, read)
+    assert scores == pytest.approx(vae3d.score(clip, target))
+    assert set(scores) == {"psnr", "psnr_video", "ssim"}
+
+
+def test_identical_clips_have_the_best_ssim_and_wrong_pairs_are_named(clip, tmp_path):
+    video = vae3d.read_video(clip, num_frames=5)
+    assert vae3d.score(video.frames, video.frames, ["ssim"])["ssim"] == pytest.approx(1)
+    vae3d.write_video(tmp_path / "short.mp4", video.frames, 8)
+    with pytest.raises(UserError, match="21 frames"):
+        vae3d.score(clip, tmp_path / "short.mp4")
+    with pytest.raises(UserError, match="two"):
+        vae3d.score(clip, video.frames)
+    with pytest.raises(MetricError, match="sssim"):
+        vae3d.score(video.frames, video.frames, ["sssim"])
+
+
+def test_a_file_needs_a_target(model, clip):
+    with pytest.raises(UserError, match=r"clip\.mp4"):
+        vae3d.reconstruct(model, clip)
