@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 
 import pytest
 import torch
+from PIL import Image
 
 import vae3d
 from tests import tiny
+from vae3d.commands import cli
 from vae3d.data.media import MediaError
 from vae3d.errors import UserError
 from vae3d.metrics import MetricError
+
+PUBLIC = tiny.ROOT / "tests/public_api.py"
+
 
 @pytest.fixture(scope="module")
 def model() -> vae3d.VideoAutoencoder:
@@ -97,6 +103,53 @@ def test_identical_clips_have_the_best_ssim_and_wrong_pairs_are_named(clip, tmp_
         vae3d.score(clip, video.frames)
     with pytest.raises(MetricError, match="sssim"):
         vae3d.score(video.frames, video.frames, ["sssim"])
+
+
+def test_the_file_that_mypy_checks_uses_everything():
+    """.github/workflows/lint.yml runs mypy --strict on it."""
+    names = {node.attr for node in ast.walk(ast.parse(PUBLIC.read_text())) if isinstance(node, ast.Attribute)}
+    assert set(vae3d.__all__) <= names
+
+
+@pytest.mark.parametrize(
+    ("example", "arguments"),
+    [
+        ("reconstruct", ["model", "clip.mp4", "rec.mp4"]),
+        ("latents", ["model", "clip.mp4"]),
+        ("own_loop", ["clip.mp4", "trained"]),
+    ],
+)
+def test_an_example_runs(model, clip, tmp_path, example, arguments):
+    vae3d.save(model, tmp_path / "model")
+    result = tiny.run(sys.executable, str(tiny.ROOT / f"examples/{example}.py"), *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout
+    if example == "own_loop":
+        assert vae3d.load(tmp_path / "trained").variant == "taesd"
+        losses = [float(line.split()[-1]) for line in result.stdout.splitlines()]
+        assert losses[-1] < losses[0]
+
+
+def test_trying_a_video_writes_a_page_with_scores(model, clip, tmp_path, capsys, monkeypatch):
+    vae3d.save(model, tmp_path / "model")
+    assert cli.main(["try", str(clip), str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--frames", "9"]) == 0
+    output = capsys.readouterr()
+    assert f"{tmp_path}/out/index.html" in output.out
+    assert "psnr" in output.out
+    assert "lpips_alex" in output.err  # no weights in tests
+    page = (tmp_path / "out/index.html").read_text()
+    assert "image/webp" in page
+    assert "9 frames of 32 x 24" in page
+    assert vae3d.read_video(tmp_path / "out/reconstruction.mp4").frames.shape == (1, 3, 9, 24, 32)
+    assert vae3d.read_video(tmp_path / "out/side_by_side.mp4").frames.shape[2] == 9
+
+
+def test_an_image_and_a_wrong_file_can_be_tried_too(model, clip, tmp_path, capsys):
+    vae3d.save(model, tmp_path / "model")
+    Image.fromarray(tiny.frames(1, 24, 32)[0]).save(tmp_path / "photo.png")
+    assert cli.main(["try", str(tmp_path / "photo.png"), str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["try", str(tmp_path / "none.mp4"), str(tmp_path / "model")])
+    assert "none.mp4" in capsys.readouterr().err
 
 
 def test_a_file_needs_a_target(model, clip):

@@ -70,7 +70,10 @@ class ArgparseCommand(NamedTuple):
     summary: str
 
 
+# Commands whose module is called otherwise.
+MODULES = {"check-data": "vae3d.data.check", "try": "vae3d.commands.try_video"}
 COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
+    "try": ArgparseCommand("Show what an autoencoder does to a video"),
     "train": HydraCommand("Train a video autoencoder", "train", check_training, metric="val/psnr"),
     "infer": HydraCommand(
         "Reconstruct videos and images",
@@ -101,7 +104,7 @@ COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
 
 def module_of(name: str) -> str:
     """The module of a command."""
-    return "vae3d.data.check" if name == "check-data" else f"vae3d.commands.{name.replace('-', '_')}"
+    return MODULES.get(name, f"vae3d.commands.{name.replace('-', '_')}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
