@@ -14,6 +14,10 @@ def use(checkpoint: str, source: Path) -> dict[str, float | None]:
     built: vae3d.VideoAutoencoder = vae3d.build(names[0])
     model: vae3d.VideoAutoencoder = vae3d.load(checkpoint)
     vae3d.save(built, "out")
+    hub: vae3d.VideoAutoencoder = vae3d.from_pretrained("owner/name", revision="main")
+    url: str = vae3d.push_to_hub(hub, "owner/name", private=True)
+    same: vae3d.VideoAutoencoder = vae3d.VideoAutoencoder.from_pretrained(url)
+    same.push_to_hub("owner/name")
     video: vae3d.Video = vae3d.read_video(source, num_frames=17)
     frames: Tensor = video.frames
     rec: Tensor = vae3d.reconstruct(model, frames)

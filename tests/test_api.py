@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 import vae3d
 from tests import tiny
+from vae3d import hub as hub_module
 from vae3d.commands import cli
 from vae3d.data.media import MediaError
 from vae3d.errors import UserError
 from vae3d.metrics import MetricError
+from vae3d.models.taesd import TAESD
 
 PUBLIC = tiny.ROOT / "tests/public_api.py"
 
@@ -127,6 +132,57 @@ def test_an_example_runs(model, clip, tmp_path, example, arguments):
         assert vae3d.load(tmp_path / "trained").variant == "taesd"
         losses = [float(line.split()[-1]) for line in result.stdout.splitlines()]
         assert losses[-1] < losses[0]
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub in tmp_path/hub, which takes uploads and gives downloads."""
+    root = tmp_path / "hub"
+
+    class Api:
+        def create_repo(self, repository, private, exist_ok):
+            assert exist_ok
+            (root / repository).mkdir(parents=True, exist_ok=True)
+            return f"https://hub/{repository}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            assert commit_message
+            shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
+
+    def download(repository, revision, allow_patterns):
+        if not (root / repository).is_dir():
+            raise LocalEntryNotFoundError(f"{repository} is not in the cache")
+        return str(root / repository)
+
+    monkeypatch.setattr(hub_module, "HfApi", Api)
+    monkeypatch.setattr(hub_module, "snapshot_download", download)
+    return root
+
+
+def test_a_model_goes_to_the_hub_with_a_card_and_comes_back(model, hub):
+    assert model.push_to_hub("me/mine", license="mit") == "https://hub/me/mine"
+    card = (hub / "me/mine/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: vae3d\n")
+    assert "license: mit" in card
+    assert 'vae3d.from_pretrained("me/mine")' in card
+    again = vae3d.VideoAutoencoder.from_pretrained("me/mine")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    with pytest.raises(UserError, match="OpenSoraVAE, not a TAESD"):
+        TAESD.from_pretrained("me/mine")
+
+
+def test_what_the_hub_does_not_give_is_one_error(hub):
+    with pytest.raises(UserError, match=r"me/none: .*not in the cache"):
+        vae3d.from_pretrained("me/none")
+
+
+def test_offline_the_real_hub_is_not_asked(tmp_path):
+    code = "import vae3d; vae3d.from_pretrained('me/none')"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tiny.ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert "UserError: me/none: is no file or folder here" in done.stderr
 
 
 def test_trying_a_video_writes_a_page_with_scores(model, clip, tmp_path, capsys, monkeypatch):

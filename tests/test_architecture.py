@@ -15,8 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ENTRIES = [tiny.ROOT / "train.py", tiny.ROOT / "infer.py", *sorted((tiny.ROOT / "eval").glob("*.py"))]
 SCRIPTS = sorted((tiny.ROOT / "scripts").rglob("*.py"))
 
-# Bottom to top. The first line stands for all modules directly in vae3d/ but loading.py and api.py: they import only
-# each other.
+# Bottom to top. The first line stands for all modules directly in vae3d/ but loading.py, hub.py and api.py: they
+# import only each other.
 LAYERS = [
     "leaves",
     "pretrained",
@@ -33,6 +33,7 @@ LAYERS = [
     "latents",
     "diffusion",
     "loading",
+    "hub",
     "api",
     "training",
     "commands",

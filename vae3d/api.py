@@ -19,6 +19,7 @@ from vae3d.data.clips import resize_crop_params, to_tensor
 from vae3d.data.media import MediaError
 from vae3d.data.readers import Reader, open_media
 from vae3d.errors import UserError
+from vae3d.hub import from_pretrained, push_to_hub
 from vae3d.inference.video import VideoWriter
 from vae3d.latents.codec import LatentCodec
 from vae3d.loading import build, load, open_codec
@@ -33,9 +34,11 @@ __all__ = [
     "Video",
     "VideoAutoencoder",
     "build",
+    "from_pretrained",
     "list_models",
     "load",
     "open_codec",
+    "push_to_hub",
     "read_video",
     "reconstruct",
     "save",

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from vae3d.errors import UserError
 from vae3d.pixels import check_video
 from vae3d.seeding import Generators, randn_like, uniform
 from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing.Self needs Python 3.11
 
 
 class VideoAutoencoder(nn.Module):
@@ -63,6 +68,22 @@ class VideoAutoencoder(nn.Module):
         z = choose_latents(posterior, latents, sample, generator)
         rec = self.decode(add_latent_noise(z, noise, generator), frames)[..., :height, :width] if pixels else None
         return Reconstruction(rec, posterior, z)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, revision: str | None = None, **changes: Any) -> Self:
+        """vae3d.from_pretrained, for a model of this class. Raises UserError for one of another class."""
+        import vae3d  # everything below it is above this module
+
+        model = vae3d.from_pretrained(path, revision=revision, **changes)
+        if not isinstance(model, cls):
+            raise UserError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
+        return model
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """vae3d.push_to_hub of this model."""
+        import vae3d
+
+        return vae3d.push_to_hub(self, repository, **options)
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         """Modules that a stage may train, by name. Parts may overlap."""
