@@ -1,8 +1,9 @@
 """Data parallelism in which a step that fails on one rank is skipped by all.
 
 torch's DistributedDataParallel all-reduces during backward, so a rank that runs out of memory there leaves the others
-hanging (pytorch#44353). Here each rank runs forward and backward by itself, a one-row all-reduce decides whether the
-step counts, and then gradients are averaged. What DDP's overlap would save is the time of one all-reduce.
+hanging (pytorch#44353). Here each rank runs forward and backward by itself. In one all-reduce of a small table, a row
+per rank, all agree that every rank finished with finite losses. Then gradients are averaged and clipped, and all decide
+alike, without further communication, whether to apply the step. DDP's overlap would save the time of one all-reduce.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class ReplicatedDataParallel(Strategy):
         self.accelerator.backward(loss)
 
     @contextmanager
-    def dry_run(self) -> Iterator[None]:
+    def no_update(self) -> Iterator[None]:
         try:
             yield
         finally:

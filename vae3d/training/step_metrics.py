@@ -29,16 +29,17 @@ class StepMetrics:
             self._values[name].append(value.detach().float())
 
     def losses(self) -> dict[str, Tensor]:
-        """Columns of StatusTable: `loss` is a mean over micro-batches, the others are maxima; NaN if one is NaN."""
+        """StatusTable.LOSSES: `loss` is a mean over micro-batches, the others are maxima; NaN if one is NaN."""
         losses = {}
         if "loss" in self._values:
             values = torch.stack(self._values["loss"])
-            losses = {"loss": values.mean(), "worst": values.max()}
+            losses = {"loss": values.mean(), "largest": values.max()}
         if "loss_discriminator" in self._values:
-            losses["worst_discriminator"] = torch.stack(self._values["loss_discriminator"]).max()
+            losses["largest_discriminator"] = torch.stack(self._values["loss_discriminator"]).max()
         return losses
 
     def means(self) -> dict[str, float]:
+        """Of this rank."""
         return {name: float(torch.stack(values).mean()) for name, values in self._values.items()}
 
     def reduce(self, **equal: Tensor) -> dict[str, float]:
@@ -54,19 +55,21 @@ class StepMetrics:
 
 
 class MeanMeter:
-    """Means of step metrics between two log lines."""
+    """Between two log lines: means of the metrics of applied steps, and `skipped`, the number of the other steps."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[float]] = defaultdict(list)
 
-    def add(self, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
+    def add(self, metrics: Mapping[str, float], *, applied: bool) -> None:
+        self._values["skipped"].append(float(not applied))
+        for name, value in metrics.items() if applied else ():
             self._values[name].append(value)
 
     def flush(self) -> dict[str, float]:
+        skipped = sum(self._values.pop("skipped", []))
         means = {name: sum(values) / len(values) for name, values in self._values.items()}
         self._values.clear()
-        return means
+        return {**means, "skipped": skipped}
 
     def state_dict(self) -> dict[str, list[float]]:
         return dict(self._values)
