@@ -347,7 +347,7 @@ class Trainer(ABC, Generic[Batch]):
         terms = ", ".join(f"{name} {value:g}" for name, value in (not_finite or losses).items())
         clips = ", ".join(name for batch in batches for name in self.clip_names(batch))
         cause = out_of_memory or terms or "no readable file"
-        self.log.warn(f"step {self.step}, rank {self.rank}: {cause}; its clips: {clips}", any_rank=True)
+        self.log.warn(f"step {self.step}, rank {self.rank}: {cause}; clips: {clips}", any_rank=True)
 
     def count_failures(self, result: StepResult) -> None:
         """End the run, after saving, if a failure repeats too often. All ranks count the same.
