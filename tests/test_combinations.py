@@ -133,11 +133,11 @@ def test_a_gan_steps_twice_with_every_model_and_stage(videos, exports, tmp_path,
     told, train_step = [], t.train_step
     t.train_step = lambda clips, *rest: (told.append(train_step(clips, *rest)), told[-1])[1]
     t.fit()
-    for values in told:
-        assert values["skipped"] == 0
-        assert {"loss/gan", "gan/weight", "gan/logits_real", "gan/discriminator_grad_norm"} <= values.keys()
-        assert ("gan/adaptive_weight" in values) == (adversary != "relativistic")
-    assert told[-1]["gan/discriminator_grad_norm"] > 0
+    for result in told:
+        assert result.applied
+        assert {"loss/gan", "gan/weight", "gan/logits_real", "gan/discriminator_grad_norm"} <= result.metrics.keys()
+        assert ("gan/adaptive_weight" in result.metrics) == (adversary != "relativistic")
+    assert told[-1].metrics["gan/discriminator_grad_norm"] > 0
 
 
 def test_every_adversary_is_tried_here_or_in_an_experiment():

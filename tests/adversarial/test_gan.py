@@ -268,7 +268,7 @@ def test_the_preflight_runs_both_updates_and_the_penalties(config, tmp_path):
         whole = getattr(t.adversary, name)
         setattr(t.adversary, name, lambda *a, name=name, whole=whole: (seen.append(name), whole(*a))[1])
     before = deepcopy(t.adversary.state_dict())
-    t.run_preflight, t.config.trainer.max_steps = True, 1
+    t.preflight_enabled, t.config.trainer.max_steps = True, 1
     t.fit()
     assert seen[:2] == ["generator_loss", "penalties"]
     assert toy.same(t.adversary.state_dict(), before)

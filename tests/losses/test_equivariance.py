@@ -221,7 +221,7 @@ def test_a_run_decodes_under_autocast_and_in_its_rehearsal(videos, tmp_path):
     t.preflight()
     assert seen == [(torch.bfloat16, 2, 8, 8, 8), *[(torch.bfloat16, 1, 8, 8, 8)] * 2]
     seen.clear()
-    values = t.train_step([next(t.data.clips(0, 1))])
+    values = t.train_step([next(t.data.clips(0, 1))]).metrics
     hook.remove()
     assert len(seen) == 1  # at such a probability nothing is drawn, and nothing decoded
     assert values["loss/equivariance"] == 0.0

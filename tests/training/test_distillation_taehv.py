@@ -70,7 +70,7 @@ def test_features_of_a_wan_decoder_reach_those_of_a_tiny_one(videos, wan, tmp_pa
     ]
     t = train.build_trainer(tiny.training("taehv", videos, *STUDENT, *more), tmp_path)
     clip = next(iter(t.data.clips(0, 1)))
-    losses = [t.train_step([clip])["loss/features"] for _ in range(20)]
+    losses = [t.train_step([clip]).metrics["loss/features"] for _ in range(20)]
     assert losses[-1] < 0.8 * losses[0]
     assert len(t.projections) == 2
     t.checkpointer.save(t.step)

@@ -23,9 +23,9 @@ Positive = Annotated[float, Range(1e-30, 1e30)]
 
 
 class UpdatePhase(NamedTuple):
-    """Which networks a step updates."""
+    """Which networks a step updates: the model that is trained (the generator of a GAN), and its discriminator."""
 
-    generator: bool
+    model: bool
     discriminator: bool
 
 
@@ -45,7 +45,7 @@ class Adversary:
         """
 
     def update_phase(self, step: int) -> UpdatePhase:
-        return UpdatePhase(generator=True, discriminator=False)
+        return UpdatePhase(model=True, discriminator=False)
 
     def generator_loss(self, clip: Clip, out: Reconstruction, loss: Tensor, step: int) -> LossAndMetrics:
         """Weighted loss to add to the objective's `loss`, and metrics."""
@@ -139,7 +139,7 @@ class DiscriminatorAdversary(Adversary):
         self._reduction_buffer = reduction_buffer([*self.discriminator.parameters(), *statistics, *also_reduce])
 
     def update_phase(self, step: int) -> UpdatePhase:
-        return UpdatePhase(generator=True, discriminator=step >= self.discriminator_start)
+        return UpdatePhase(model=True, discriminator=step >= self.discriminator_start)
 
     def weight_at(self, step: int) -> float:
         """Weight of the generator's loss."""

@@ -111,7 +111,7 @@ class Gan(DiscriminatorAdversary):
 
     def update_phase(self, step: int) -> UpdatePhase:
         if self.alternate and step >= self.start:
-            return UpdatePhase(generator=(step - self.start) % 2 == 0, discriminator=(step - self.start) % 2 == 1)
+            return UpdatePhase(model=(step - self.start) % 2 == 0, discriminator=(step - self.start) % 2 == 1)
         return super().update_phase(step)
 
     def generator_loss(self, clip: Clip, out: Reconstruction, loss: Tensor, step: int) -> LossAndMetrics:
@@ -196,7 +196,7 @@ class Gan(DiscriminatorAdversary):
         return penalties
 
     def sync_remaining(self, step: int, micro_batches: int) -> None:
-        if self.adaptive_weight is not None and self.update_phase(step).generator and self.weight_at(step):
+        if self.adaptive_weight is not None and self.update_phase(step).model and self.weight_at(step):
             self.adaptive_weight.sync_remaining(micro_batches)
 
     def step(self) -> None:

@@ -38,13 +38,13 @@ def preflight(trainer: Trainer[Clip]) -> None:
             trainer.forward_backward([clip], phase, step, metrics)
             del moments
 
-        with strategy.dry_run():
+        with strategy.no_update():
             error = strategy.run_guarded(run)
             adversary.sync_remaining(step, 1)
             status = trainer.sync_status(metrics, error)
-            params_without_grad = strategy.params_without_grad() if status.complete and phase.generator else []
+            params_without_grad = strategy.params_without_grad() if status.completed and phase.model else []
         adversary.reset_step()
-        require_sound(status, error, metrics, "x".join(map(str, clip.video.shape)))
+        check_status(status, error, metrics, "x".join(map(str, clip.video.shape)))
         if params_without_grad:
             raise PartError(
                 f"stage.train names parts that no loss term reaches: {len(params_without_grad)} parameters such as "
@@ -59,10 +59,10 @@ def adamw_moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [torch.empty_like(p) for group in optimizer.param_groups for p in group["params"] for _ in range(2)]
 
 
-def require_sound(status: StepStatus, error: str | None, metrics: StepMetrics, shape: str) -> None:
+def check_status(status: StepStatus, error: str | None, metrics: StepMetrics, shape: str) -> None:
     if status.mismatch:
         raise PreflightError(f"a micro-batch of {shape}: the ranks differ: {status.mismatch}")
-    if not status.complete:
+    if not status.completed:
         raise PreflightError(
             f"a micro-batch of {shape} does not fit into memory ({status.failure()}): {error or 'see other ranks'}; "
             "raise trainer.accumulate, lower data.height, data.width or data.frames.max, or set "

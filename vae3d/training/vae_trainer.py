@@ -47,14 +47,17 @@ if TYPE_CHECKING:
 
 
 class VaeTrainer(Trainer[Clip | Unreadable]):
-    """Trains the parts of `model` that config.stage names under `objective`, with an adversary and a teacher if any."""
+    """Trains the parts of `network` that config.stage names under `objective`, with an adversary and a teacher if any.
+
+    A step calls the student: the network or, if a teacher's features are matched, the network with projections.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
         folder: Path,
         accelerator: Accelerator,
-        model: nn.Module,
+        network: nn.Module,
         objective: Objective,
         adversary: Adversary,
         data: TrainingData,
@@ -64,28 +67,23 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
     ) -> None:
         self.objective, self.metrics, self.distillation = objective, metrics, distillation
         robust = config.trainer.robust
-
-        def with_autocast(network: nn.Module) -> nn.Module:
-            # In the network's own forward, since DeepSpeed turns off an autocast around it. evaluation_mode: no DDP.
-            return accelerator.prepare_model(network, evaluation_mode=True)
-
-        network = with_autocast(model.to(accelerator.device))
-        groups = train_parts(model, config.stage.train)
-        set_mode(model, config.stage.train)
-        student, self.projections = model, nn.ModuleList()
+        network = with_autocast(accelerator, network.to(accelerator.device))
+        groups = train_parts(network, config.stage.train)
+        set_mode(network, config.stage.train)
+        student, self.projections = network, nn.ModuleList()
         if distillation is not None:
-            student = distillation.wrap_student(model, data.schedule.frames.all()[-1])
+            student = distillation.wrap_student(network, data.schedule.frames.all()[-1])
         if isinstance(student, StudentWithProjections):
             self.projections = student.projections
             groups.append({"params": list(self.projections.parameters()), "part": "projections", "lr_scale": 1.0})
-            student = with_autocast(student)
+            student = with_autocast(accelerator, student)
         if objective.logvar is not None:
             logvar = {"params": [objective.logvar], "part": "logvar", "lr_scale": config.loss.logvar_lr}
             groups.append({**logvar, "weight_decay": 0.0})
 
-        ema = Ema(model, **asdict(config.trainer.ema))
-        proximal = Proximal(model, config.optim.proximal)
-        adversary.load(model, accelerator.device, config.run.seed, accelerator.process_index)
+        ema = Ema(network, **asdict(config.trainer.ema))
+        proximal = Proximal(network, config.optim.proximal)
+        adversary.load(network, accelerator.device, config.run.seed, accelerator.process_index)
         replicated = config.trainer.strategy.name == "replicated"
         fused = accelerator.device.type == "cuda" and replicated  # DeepSpeed may step on the CPU
         optimizer = adamw(groups, config.optim, fused=fused)
@@ -115,12 +113,12 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
             adversary=adversary,
             proximal=proximal,
             best=BestExport(config.trainer.best, metrics.columns),
-            run_preflight=robust.preflight,
+            preflight_enabled=robust.preflight,
             compact_gib=robust.compact_gib,
-            facts={"strategy": config.trainer.strategy.name},
+            metadata={"strategy": config.trainer.strategy.name},
         )
-        self.checkpointer.register("objective", objective, exact=True)
-        self.checkpointer.register("projections", self.projections, exact=True)
+        self.checkpointer.register("objective", objective, strict=True)
+        self.checkpointer.register("projections", self.projections, strict=True)
         self.checkpointer.register("proximal", proximal)
         self.checkpointer.register("adversary", adversary, optional_rank_state=True)
 
@@ -134,6 +132,9 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
     def is_readable(self, batch: Clip | Unreadable) -> bool:
         return not isinstance(batch, Unreadable)
 
+    def clip_names(self, batch: Clip | Unreadable) -> list[str]:
+        return [path for path, _ in batch.errors] if isinstance(batch, Unreadable) else batch.paths
+
     def forward_backward(self, batches: Sequence[Clip], phase: UpdatePhase, step: int, metrics: StepMetrics) -> None:
         for clip in batches:
             clip = clip.to(self.device)
@@ -146,10 +147,10 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
                 clip = self.distillation.compute_targets(clip)
                 settings["latents"] = self.distillation.latents(clip, step)
                 settings["encode"] = self.objective.needs_posterior
-            with torch.set_grad_enabled(phase.generator):
+            with torch.set_grad_enabled(phase.model):
                 out = attach_decoder(self.strategy.model(clip.video, **settings), self.network)
 
-            if phase.generator:
+            if phase.model:
                 loss, terms = self.objective(clip, out, step)
                 adversarial, gan_metrics = self.adversary.generator_loss(clip, out, loss, step)
                 self.strategy.backward((loss + adversarial) / len(batches))
@@ -295,3 +296,12 @@ def profiled(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
         profile_memory=True,
     ) as recorder:
         yield recorder.step
+
+
+def with_autocast(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """Make the module's own forward run in trainer.precision; DeepSpeed turns off an autocast around it.
+
+    evaluation_mode keeps Accelerate from wrapping the module in DDP, which the strategy replaces. It changes nothing
+    else: the module stays in train mode.
+    """
+    return accelerator.prepare_model(module, evaluation_mode=True)
