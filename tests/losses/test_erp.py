@@ -17,7 +17,7 @@ from vae3d.config.schema import TrainConfig
 from vae3d.config.validate import ConfigError
 from vae3d.losses.cube import CubeL1, CubeLPIPS
 from vae3d.losses.latent import KL
-from vae3d.losses.objective import Objective, WeightedTerm
+from vae3d.losses.objective import Objective, Term, WeightedTerm
 from vae3d.losses.perceptual import LPIPS
 from vae3d.losses.pixel import L1, Sobel
 from vae3d.losses.pixel_weights import ErpCosine
@@ -322,9 +322,7 @@ def erp(*overrides: str) -> Objective:
     return train.objective(typed_loss("loss=erp", *overrides))
 
 
-class Counting:
-    needs_pixels = True
-
+class Counting(Term):
     def __init__(self):
         self.calls = 0
 

@@ -201,11 +201,10 @@ def _frozen_random(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssu
 def _weight_issues(objective: Objective) -> Iterator[ConfigIssue]:
     """Pretrained networks of loss terms that are not on this machine."""
     for weighted in objective.terms.values():
-        if hasattr(weighted.term, "find_weights"):
-            try:
-                weighted.term.find_weights()
-            except WeightsMissing as error:
-                yield ConfigIssue("loss.terms", NO_VALUE, str(error))
+        try:
+            weighted.term.find_weights()
+        except WeightsMissing as error:
+            yield ConfigIssue("loss.terms", NO_VALUE, str(error))
 
 
 def _parts_with(model: nn.Module, holds: Callable[[nn.Parameter], bool]) -> list[str]:
