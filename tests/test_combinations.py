@@ -107,9 +107,9 @@ def test_combination_steps_twice_or_is_refused_with_the_reason(videos, trunks, e
     expected = reason(model, stage, loss)
     if expected is not None:
         with pytest.raises(ConfigError, match=expected):
-            tiny.training(model, videos, *overrides, dry_run=True)
+            tiny.training(model, videos, *overrides, meta_check=True)
         return
-    two_steps(tiny.training(model, videos, *overrides, dry_run=True), tmp_path)
+    two_steps(tiny.training(model, videos, *overrides, meta_check=True), tmp_path)
 
 
 # Of frames and of clips with every model, in a stage of decoders alone and in one of all parts; of other kinds with one.

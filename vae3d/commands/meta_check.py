@@ -40,7 +40,7 @@ def issues(config: TrainConfig) -> list[ConfigIssue]:
     found = list(_metric_issues(config))
     with torch.device("meta"):
         model = _built("model", config.model, loading.instantiate, found)
-        objective = _built("loss", config.loss, train.objective, found)
+        objective = _built("loss", config.loss, train.build_objective, found)
     if model is None or objective is None:
         return found
     found += [*_size_issues(config, model), *_init_issues(config, model), *_layout_issues(config, model)]
@@ -52,7 +52,7 @@ def issues(config: TrainConfig) -> list[ConfigIssue]:
     if found:
         return found
     try:
-        distillation = train.distillation(config, _teacher_on_meta(config), model)
+        distillation = train.build_distillation(config, _teacher_on_meta(config), model)
     except UserError as error:
         found.append(ConfigIssue("teacher", NO_VALUE, str(error)))
     adversary = _built("adversary", config.adversary, loading.instantiate, found)
