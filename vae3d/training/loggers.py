@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 
-class Logger(Protocol):
+class Logger:
     def open(self, folder: Path, step: int) -> None:
         """Start writing in the run's folder; training starts or resumes at `step`."""
 
@@ -30,7 +30,7 @@ class NoLogger(Logger):
     """Writes nothing."""
 
 
-class TensorBoard:
+class TensorBoard(Logger):
     """Scalars, images and animated images for `tensorboard --logdir runs`."""
 
     def open(self, folder: Path, step: int) -> None:
