@@ -22,6 +22,7 @@ from tests import tiny
 from tests.test_demo_diffusion import sampled
 from tests.test_demo_distillation import distil
 from tests.test_demo_gan import adversarial
+from vae3d.checkpoints import export
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import convert
@@ -128,11 +129,11 @@ def test_a_conversion_that_is_cut_off_leaves_nothing_and_can_be_repeated(
     _, source = pipeline
     command = [str(source), str(tmp_path / "vae"), "--part", "spatial", "--to", "diffusers"]
 
-    def write_text(path, *_, **__):
+    def write_json(path, *_, **__):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", write_text)  # of config.json, after the weights
+        patch.setattr(export, "write_json", write_json)  # of config.json, after the weights
         if isinstance(error, OSError):
             assert tiny.status("convert", *command) == 2
             assert capsys.readouterr().err == f"error: {tmp_path}/vae: cannot be written: No space left on device\n"
