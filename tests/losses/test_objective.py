@@ -231,4 +231,8 @@ def test_a_term_of_another_kind_and_one_that_would_have_to_be_trained_are_refuse
         WeightedTerm(torch.nn.Linear(3, 3), 1.0)
     with pytest.raises(ValueError, match="Learned has parameters, which would not be trained; set requires_grad=False"):
         WeightedTerm(Learned(trained=True), 1.0)
-    assert WeightedTerm(Learned(trained=False), 1.0).weight == 1.0
+    term = Learned(trained=False)
+    assert WeightedTerm(term, 1.0).weight == 1.0
+    term.factor = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="would not be trained"):
+        WeightedTerm(term, 1.0)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def build_objective(config: Loss) -> Objective:
-    """The loss; terms of weight 0 are trainer only if they are logged."""
+    """The loss; terms of weight 0 are built only if they are logged."""
     terms = {
         name: WeightedTerm(instantiate(term.term), term.weight, tuple(term.ramp), term.log, term.reduction)
         for name, term in config.terms.items()
@@ -139,18 +139,8 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
         compile_blocks(model, dynamic=None if len(data.schedule.frames.all()) > 1 else False)
     adversary, logger = instantiate(config.adversary), instantiate(config.logger)
     teacher = None if config.teacher.path is None else load(config.teacher.path).to(accelerator.device)
-    trainer = VaeTrainer(
-        config,
-        folder,
-        accelerator,
-        model,
-        objective,
-        adversary,
-        data,
-        metrics,
-        logger,
-        build_distillation(config, teacher, model),
-    )
+    distillation = build_distillation(config, teacher, model)
+    trainer = VaeTrainer(config, folder, accelerator, model, objective, adversary, data, metrics, logger, distillation)
     trainer.setup()
     for line in [*summary(config, model, accelerator.num_processes), *data_summary(config, data), *started]:
         trainer.log.say(line)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -76,7 +76,10 @@ class WeightedTerm:
         name = type(self.term).__name__
         if not isinstance(self.term, Term):
             raise ValueError(f"{name} is not a loss term; make it a subclass of Term in vae3d/losses/objective.py")
-        if any(p.requires_grad for p in _parameters(self.term)):
+        values = (self.term, *vars(self.term).values())
+        modules = [value for value in values if isinstance(value, nn.Module)]
+        parameters = [value for value in values if isinstance(value, nn.Parameter)]
+        if any(p.requires_grad for p in (*parameters, *nn.ModuleList(modules).parameters())):
             raise ValueError(f"{name} has parameters, which would not be trained; set requires_grad=False on them")
 
     def weight_at(self, step: int) -> float:
@@ -190,12 +193,3 @@ class Objective(nn.Module):
 def numel_per_frame(x: Tensor) -> int:
     """C * H * W of [B, C, T, H, W]."""
     return x[0, :, 0].numel()
-
-
-def _parameters(term: Term) -> Iterator[nn.Parameter]:
-    """Parameters that the term holds itself or in a module."""
-    for value in (term, *vars(term).values()):
-        if isinstance(value, nn.Parameter):
-            yield value
-        elif isinstance(value, nn.Module):
-            yield from value.parameters()
