@@ -20,9 +20,9 @@ REDUCTIONS = ("sum", "mean")
 class ErrorMap(NamedTuple):
     """A term's errors, and the number of elements of one frame (KL: of one clip).
 
-    The mean of `map` is the error per element; times `numel` it is the sum that latent-diffusion and Open-Sora use. If
-    `map` has the clip's height and width, the Objective multiplies it by Clip.weight. Terms with other maps (LPIPS: one
-    value per frame) apply the weight themselves, if at all.
+    The mean of `map` is the error per element; times `numel` it is the sum that latent-diffusion and Open-Sora use. A
+    `map` of the clip's height and width is multiplied by the clip's weight in the Objective. Terms with other maps
+    (LPIPS: one value per frame) apply the weight themselves, if at all.
     """
 
     map: Tensor
