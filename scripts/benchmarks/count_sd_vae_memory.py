@@ -56,7 +56,7 @@ class Recipe:
         self.model = loading.instantiate(config.model).to(device)
         groups = train_parts(self.model, config.stage.train)
         set_mode(self.model, config.stage.train)
-        self.objective = train.objective(config.loss)
+        self.objective = train.build_objective(config.loss)
         self.loss_networks = [t.term.network for t in self.objective.terms.values() if hasattr(t.term, "network")]
         self.adversary = loading.instantiate(config.adversary)
         fused = device.type == "cuda"

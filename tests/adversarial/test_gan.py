@@ -15,7 +15,7 @@ from tests.training import quick
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.adversarial.base import UpdatePhase
 from vae3d.adversarial.gan import Gan
-from vae3d.commands import dry_run
+from vae3d.commands import meta_check
 from vae3d.config import validate
 from vae3d.config.check import check_rules
 from vae3d.training.step_status import StepMetrics
@@ -148,7 +148,7 @@ def test_an_adaptive_weight_without_a_layer_is_refused_before_training(config):
     encoder = deepcopy(config)
     encoder.stage.train = {"encoder": 1.0}
     encoder.stage.init_from = "published weights"
-    (error,) = dry_run.issues(encoder)
+    (error,) = meta_check.issues(encoder)
     assert str(error).startswith("adversary: a clip of 2 frames fails: no layer that ends at the pixels trains")
 
 
@@ -161,7 +161,7 @@ def test_the_check_names_what_does_not_go_with_a_gan(config):
                 key
             )
             changed.adversary.update({key: value}) if node is None else setattr(node, key, value)
-        return [*check_rules(changed, validate.TRAINING_RULES), *dry_run.issues(changed)]
+        return [*check_rules(changed, validate.TRAINING_RULES), *meta_check.issues(changed)]
 
     assert errors() == errors(adaptive=False, alternate=True, precision="fp16") == []
     for changes, message in (

@@ -117,7 +117,7 @@ def test_what_cannot_be_scaled_is_refused(videos, tmp_path):
     with pytest.raises(ConfigError, match=r"trainer\.publish\.measure_scale=4: its latents are .*; use 0"):
         tiny.training(
             "taehv", videos, "stage=finetune", "stage.init_from=random", "loss=recon_kl", "data.frames.min=5",
-            "data.frames.max=5", "trainer.publish.measure_scale=4", dry_run=True,
+            "data.frames.max=5", "trainer.publish.measure_scale=4", meta_check=True,
         )  # fmt: skip
     with pytest.raises(ScaleError, match="no clip"):
         measure(tiny.model("spatial"), [])

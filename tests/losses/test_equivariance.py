@@ -206,7 +206,7 @@ def test_what_a_model_cannot_decode_shows_before_the_run(videos):
         tiny.training(
             "wan", videos, "stage=finetune", "stage.init_from=random", "loss=recon_kl", "data.width=32",
             "data.frames.max=1", "data.frames.min=1", "model.pad_w=circular", "model.pad_h=pole",
-            f"++loss.terms={{e: {{term: {term}}}}}", dry_run=True,
+            f"++loss.terms={{e: {{term: {term}}}}}", meta_check=True,
         )  # fmt: skip
 
 

@@ -36,8 +36,8 @@ def teacher(tmp_path_factory):
     return folder
 
 
-def trainer(videos, teacher, folder, *overrides, dry_run=False):
-    config = tiny.training("wan", videos, *STUDENT, f"teacher.path={teacher}", *overrides, dry_run=dry_run)
+def trainer(videos, teacher, folder, *overrides, meta_check=False):
+    config = tiny.training("wan", videos, *STUDENT, f"teacher.path={teacher}", *overrides, meta_check=meta_check)
     return train.build_trainer(config, folder)
 
 
@@ -95,7 +95,7 @@ def test_the_student_decodes_what_it_is_told(teacher, decode, shares):
 @pytest.mark.parametrize("features", [[], FEATURES])
 def test_a_student_comes_nearer_to_its_teacher_which_stays_as_it_is(videos, teacher, tmp_path, features):
     more = ["trainer.max_steps=25", "trainer.save_every=25", "optim.lr=3e-3", "debug=overfit", "data.frames.min=5"]
-    t = trainer(videos, teacher, tmp_path, *more, *features, dry_run=True)
+    t = trainer(videos, teacher, tmp_path, *more, *features, meta_check=True)
     before = {name: tensor.clone() for name, tensor in t.distillation.teacher.state_dict().items()}
     clip = next(iter(t.data.clips(0, 1)))
     metrics = [t.train_step([clip]).metrics for _ in range(25)]
@@ -204,5 +204,5 @@ def test_losses_against_a_teacher_have_their_formulas():
 )  # fmt: skip
 def test_what_does_not_fit_a_teacher_is_told_before_training(videos, teacher, overrides, reason):
     with pytest.raises(ConfigError) as error:
-        tiny.training("wan", videos, *STUDENT, f"teacher.path={teacher}", *overrides, dry_run=True)
+        tiny.training("wan", videos, *STUDENT, f"teacher.path={teacher}", *overrides, meta_check=True)
     assert reason in str(error.value)

@@ -89,7 +89,7 @@ def clip_of_zeros(frames):
 
 def cog(videos, cogvideox, *more):
     return tiny.training(
-        "taehv", videos, *STUDENT, "model.variant=taecvx", f"teacher.path={cogvideox}", *more, dry_run=True
+        "taehv", videos, *STUDENT, "model.variant=taecvx", f"teacher.path={cogvideox}", *more, meta_check=True
     )
 
 

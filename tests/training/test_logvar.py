@@ -119,7 +119,7 @@ def test_what_does_not_go_with_it_is_refused(videos, name):
     overrides, message = FAULTS[name]
     common = ["stage=finetune", "stage.init_from=random", "loss=recon_kl", "loss.logvar=0"]
     with pytest.raises(ConfigError) as error:
-        tiny.training("spatial", videos, *common, *overrides, dry_run=True)
+        tiny.training("spatial", videos, *common, *overrides, meta_check=True)
     assert [message in reason for reason in map(str, error.value.issues)] == [True]
 
 

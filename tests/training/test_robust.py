@@ -15,7 +15,7 @@ from tests.training.quick import trainer
 from tests.training.test_trainer import fresh_accelerate, weights  # noqa: F401
 from vae3d.checkpoints import export, state
 from vae3d.data.clips import Unreadable
-from vae3d.losses.objective import ErrorMap, WeightedTerm
+from vae3d.losses.objective import ErrorMap, Term, WeightedTerm
 from vae3d.training import memory
 from vae3d.training.checkpointer import SaveError, run_on_all_ranks
 from vae3d.training.failures import TooManyFailures
@@ -24,10 +24,8 @@ from vae3d.training.preflight import PreflightError
 LONG = {"trainer.max_steps": 9, "trainer.save_every": 0}
 
 
-class Late:
+class Late(Term):
     """A term that fails only once its ramp has begun."""
-
-    needs_pixels = True
 
     def __init__(self, error):
         self.error = error
@@ -38,10 +36,8 @@ class Late:
         return ErrorMap(out.video * math.inf, 1)
 
 
-class Zero:
+class Zero(Term):
     """A term without any gradient."""
-
-    needs_pixels = True
 
     def __call__(self, clip, out):
         return ErrorMap(out.video * 0, 1)

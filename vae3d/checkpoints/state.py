@@ -140,14 +140,14 @@ def latest_state(root: Path) -> Path | None:
 def find_state(root: Path, asked: str) -> Path:
     """The checkpoint for run.resume_from. root: the checkpoints folder of this run.
 
-    asked: `latest`, step-0005500 or checkpoint-5500 of this run; another run's folder (its latest);
-    RUN/checkpoint-5500; a step folder; a state file.
+    asked: `latest` or step-0005500 of this run; another run's folder (its latest), or one of its step folders; a state
+    file.
     Raises ResumeError, listing the existing checkpoints, if there is none.
     """
     path = Path(asked)
     if path.is_file() or (path / META).is_file():
         return path
-    step_name = re.fullmatch(r"(?:step|checkpoint)-(\d+)", path.name)
+    step_name = re.fullmatch(r"step-(\d+)", path.name)
     folder = root
     if asked != "latest" and (step_name is None or path.name != asked):
         folder = path.parent if step_name else path
@@ -158,7 +158,7 @@ def find_state(root: Path, asked: str) -> Path:
         existing = ", ".join(step.name for step in complete) or "no complete checkpoint"
         raise ResumeError(
             f"run.resume_from={asked}: no such checkpoint in {folder} (it has {existing}); give latest, step-..., "
-            "RUN/checkpoints/step-..., RUN/checkpoint-..., a run's folder, or a training state's .pt"
+            "RUN/checkpoints/step-..., a run's folder, or a training state's .pt"
         )
     return found[0]
 

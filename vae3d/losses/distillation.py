@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from vae3d.losses.objective import ErrorMap, numel_per_frame
+from vae3d.losses.objective import ErrorMap, Term, numel_per_frame
 from vae3d.types import Clip, Reconstruction, TeacherTargets
 
 NORMS = {"mse": torch.square, "l1": torch.abs}
 
 
-class LatentDistillation:
+class LatentDistillation(Term):
     """Error of the posterior's mean against the teacher's latents, to make the encoders interchangeable.
 
     norm: mse, as in `TAEHV_Training_Example.ipynb` of madebyollin/seraena, or l1, sharper according to its author
@@ -36,7 +36,7 @@ class LatentDistillation:
         return ErrorMap(self.norm(mean - target), numel_per_frame(target))
 
 
-class FeatureDistillation:
+class FeatureDistillation(Term):
     """Squared error between projected features of the student's decoder and the teacher's, one frame per latent:
     Turbo-VAED (arXiv 2508.09136, section 3.3). Mean over the pairs of modules in `teacher.features`.
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d.arguments import Range, check_fields
-from vae3d.losses.objective import ErrorMap, numel_per_frame
+from vae3d.losses.objective import ErrorMap, Term, numel_per_frame
 from vae3d.losses.pixel_weights import mean_one
 from vae3d.models.layers.frames import clips_of, frames_of
 from vae3d.seeding import seed_of
@@ -40,7 +40,7 @@ class Transform(NamedTuple):
 
 
 @dataclass(kw_only=True, eq=False)
-class Equivariance:
+class Equivariance(Term):
     """|decode(tau z) - tau x| for a spatial transform tau of a clip x and its latents z.
 
     EQ-VAE (arXiv 2502.09509) and scale equivariance (arXiv 2502.14831). Trains encoder and decoder. Each
@@ -52,8 +52,6 @@ class Equivariance:
     ones are not panoramas. Clips are decoded one by one, since their sizes differ.
     Raises ValueError for invalid arguments, and if the stride does not divide a clip's sides.
     """
-
-    needs_pixels = True
 
     scales: Sequence[Share] = (0.25, 0.5, 0.75, 1.0)
     rotations: Sequence[Literal[0, 1, 2, 3]] = (0, 1, 2, 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,28 +20,38 @@ REDUCTIONS = ("sum", "mean")
 class ErrorMap(NamedTuple):
     """A term's errors, and the number of elements of one frame (KL: of one clip).
 
-    The mean of `map` is the error per element; times `numel` it is the sum that latent-diffusion and Open-Sora use. If
-    `map` has the clip's height and width, the Objective multiplies it by Clip.weight. Terms with other maps (LPIPS: one
-    value per frame) apply the weight themselves, if at all.
+    The mean of `map` is the error per element; times `numel` it is the sum that latent-diffusion and Open-Sora use. A
+    `map` of the clip's height and width is multiplied by the clip's weight in the Objective. Terms with other maps
+    (LPIPS: one value per frame) apply the weight themselves, if at all.
     """
 
     map: Tensor
     numel: int
 
 
-class Term(Protocol):
-    """A loss term. needs_pixels: whether it uses out.video, for which the pixel decoder must run."""
+class Term:
+    """A loss term. Its own parameters are not trained: those of pretrained networks must have requires_grad=False.
 
-    needs_pixels: bool
+    needs_pixels: whether it uses out.video, for which the pixel decoder must run. needs_posterior: whether it uses
+    out.posterior; clips are then encoded even if a teacher's latents are decoded.
+    """
+
+    needs_pixels = True
+    needs_posterior = False
 
     def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap | None:
         """Errors, or None if the term does not apply to this clip."""
+        raise NotImplementedError
+
+    def find_weights(self) -> None:
+        """Raises WeightsMissing if the file of a pretrained network is missing."""
+
+    def load(self, device: torch.device | str) -> None:
+        """Load pretrained networks, onto `device`."""
 
 
-class PixelTerm:
+class PixelTerm(Term):
     """Base of terms that compare the reconstruction's pixels with the clip's."""
-
-    needs_pixels = True
 
     def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
         assert out.video is not None, "the term needs pixels; set needs_pixels = True in its class"
@@ -63,8 +73,14 @@ class WeightedTerm:
     reduction: str | None = None
 
     def __post_init__(self) -> None:
-        if not hasattr(self.term, "needs_pixels"):
-            raise ValueError(f"{type(self.term).__name__} has no needs_pixels; set it to True or False in the class")
+        name = type(self.term).__name__
+        if not isinstance(self.term, Term):
+            raise ValueError(f"{name} is not a loss term; make it a subclass of Term in vae3d/losses/objective.py")
+        values = (self.term, *vars(self.term).values())
+        modules = [value for value in values if isinstance(value, nn.Module)]
+        parameters = [value for value in values if isinstance(value, nn.Parameter)]
+        if any(p.requires_grad for p in (*parameters, *nn.ModuleList(modules).parameters())):
+            raise ValueError(f"{name} has parameters, which would not be trained; set requires_grad=False on them")
 
     def weight_at(self, step: int) -> float:
         return self.weight * ramp(step, *self.ramp)
@@ -110,15 +126,13 @@ class Objective(nn.Module):
 
     @property
     def needs_posterior(self) -> bool:
-        """Whether a term uses the posterior. Clips are then encoded even if a teacher's latents are decoded."""
-        return any(getattr(t.term, "needs_posterior", False) for t in self.terms.values())
+        return any(t.term.needs_posterior for t in self.terms.values())
 
     def load(self, device: torch.device | str) -> None:
         """Load the pretrained networks of terms and move everything to `device`."""
         self.to(device)
         for t in self.terms.values():
-            if hasattr(t.term, "load"):
-                t.term.load(device)
+            t.term.load(device)
 
     def forward(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch at optimizer step `step`.

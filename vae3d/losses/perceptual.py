@@ -38,9 +38,8 @@ class LPIPS(PixelTerm):
     def __post_init__(self) -> None:
         self.network = LPIPSNet(self.net)
 
-    def find_weights(self) -> Path:
-        """Path of the trunk's file. Raises WeightsMissing if there is none."""
-        return weights.find(self.network.file, path=self.path)
+    def find_weights(self) -> None:
+        weights.find(self.network.file, path=self.path)
 
     def load(self, device: torch.device | str) -> None:
         self.network.load(self.path).to(device)

@@ -40,7 +40,7 @@ def issues(config: TrainConfig) -> list[ConfigIssue]:
     found = list(_metric_issues(config))
     with torch.device("meta"):
         model = built("model", config.model, loading.instantiate, found)
-        objective = built("loss", config.loss, train.objective, found)
+        objective = built("loss", config.loss, train.build_objective, found)
     if model is None or objective is None:
         return found
     found += [*_size_issues(config, model), *_init_issues(config, model), *_layout_issues(config, model)]
@@ -56,7 +56,7 @@ def issues(config: TrainConfig) -> list[ConfigIssue]:
         if config.teacher.path is not None:
             with torch.device("meta"):
                 teacher = loading.build_from_checkpoint(read_checkpoint(config.teacher.path))
-        distillation = train.distillation(config, teacher, model)
+        distillation = train.build_distillation(config, teacher, model)
     except UserError as error:
         found.append(ConfigIssue("teacher", NO_VALUE, str(error)))
     adversary = built("adversary", config.adversary, loading.instantiate, found)
@@ -200,11 +200,10 @@ def _frozen_random(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssu
 def _weight_issues(objective: Objective) -> Iterator[ConfigIssue]:
     """Pretrained networks of loss terms that are not on this machine."""
     for weighted in objective.terms.values():
-        if hasattr(weighted.term, "find_weights"):
-            try:
-                weighted.term.find_weights()
-            except WeightsMissing as error:
-                yield ConfigIssue("loss.terms", NO_VALUE, str(error))
+        try:
+            weighted.term.find_weights()
+        except WeightsMissing as error:
+            yield ConfigIssue("loss.terms", NO_VALUE, str(error))
 
 
 def _parts_with(model: nn.Module, holds: Callable[[nn.Parameter], bool]) -> list[str]:
