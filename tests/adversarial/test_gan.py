@@ -19,7 +19,7 @@ from vae3d.commands import meta_check
 from vae3d.config import validate
 from vae3d.config.check import check_rules
 from vae3d.training.step_status import StepMetrics
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 START = ["stage=finetune", "stage.init_from=random", "loss=recon_kl", "loss.reduction=mean"]
 FRAMES = ["data.frames.min=2", "data.frames.max=2"]
@@ -293,7 +293,7 @@ def test_pixels_that_are_not_valid_count_as_reconstructed_perfectly():
     clip, out = toy.pair()
     valid = torch.zeros_like(clip.video[:, :1], dtype=torch.bool)
     valid[..., 4:12, 4:12] = True
-    clip = Clip(clip.video, clip.positions, clip.paths, valid=valid)
+    clip = ClipBatch(clip.video, clip.positions, clip.paths, valid=valid)
     adversary.generator_loss(clip, out, out.video.mean(), 0)[0].backward()
     assert out.video.grad[valid.expand_as(out.video)].abs().min() > 0
     assert not out.video.grad[~valid.expand_as(out.video)].any()
@@ -302,7 +302,7 @@ def test_pixels_that_are_not_valid_count_as_reconstructed_perfectly():
     adversary.discriminator_loss(clip, out, 0)
     fake = seen[0].chunk(2)[1]
     assert torch.equal(fake, torch.where(valid, out.video, clip.video))
-    nothing = Clip(clip.video, clip.positions, clip.paths, valid=torch.zeros_like(valid))
+    nothing = ClipBatch(clip.video, clip.positions, clip.paths, valid=torch.zeros_like(valid))
     assert adversary.discriminator_loss(nothing, out, 0)[1]["gan/pair_accuracy"] == 0
 
 

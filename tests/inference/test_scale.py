@@ -31,7 +31,7 @@ from vae3d.inference.scale import (
     spread_clips,
     unscalable_reason,
 )
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 RAW = {
     "spatial": [],
@@ -41,10 +41,10 @@ RAW = {
 }
 
 
-def clips(count: int = 3, frames: int = 5, size: int = 16) -> list[Clip]:
+def clips(count: int = 3, frames: int = 5, size: int = 16) -> list[ClipBatch]:
     rng = torch.manual_seed(1)
     return [
-        Clip(torch.rand(1, 3, frames, size, size, generator=rng) * 2 - 1, torch.tensor([place]), [""])
+        ClipBatch(torch.rand(1, 3, frames, size, size, generator=rng) * 2 - 1, torch.tensor([place]), [""])
         for place in range(count)
     ]
 

@@ -9,11 +9,11 @@ from vae3d.losses.latent import KL, Identity, LatentL1
 from vae3d.losses.objective import ErrorMap, Objective, Term, WeightedTerm
 from vae3d.losses.perceptual import LPIPS
 from vae3d.losses.pixel import L1, MSE
-from vae3d.types import Clip, Posterior, Reconstruction, SpatialPath
+from vae3d.types import ClipBatch, Posterior, Reconstruction, SpatialPath
 
 
-def as_clip(video: torch.Tensor) -> Clip:
-    return Clip(video, torch.zeros(len(video), dtype=torch.long), [""] * len(video))
+def as_clip(video: torch.Tensor) -> ClipBatch:
+    return ClipBatch(video, torch.zeros(len(video), dtype=torch.long), [""] * len(video))
 
 
 def reconstruction(video: torch.Tensor, seed: int = 1) -> Reconstruction:

@@ -16,7 +16,7 @@ from vae3d.commands import train
 from vae3d.config.issues import ConfigError
 from vae3d.losses.distillation import FeatureDistillation, LatentDistillation
 from vae3d.training.teacher import Distillation, TeacherError, capture_activations, one_per_latent
-from vae3d.types import Clip, Delta, Reconstruction, TeacherTargets
+from vae3d.types import ClipBatch, Delta, Reconstruction, TeacherTargets
 
 FACTORS = ["model.latents_mean=[1,2,3,4]", "model.latents_std=[2,2,2,2]"]
 STUDENT = [
@@ -41,10 +41,10 @@ def trainer(videos, teacher, folder, *overrides, meta_check=False):
     return train.build_trainer(config, folder)
 
 
-def clip_of(frames=5, batch=2, side=16) -> Clip:
+def clip_of(frames=5, batch=2, side=16) -> ClipBatch:
     torch.manual_seed(1)
     video = torch.rand(batch, 3, frames, side, side) * 2 - 1
-    return Clip(video, torch.arange(batch), [""] * batch)
+    return ClipBatch(video, torch.arange(batch), [""] * batch)
 
 
 def test_the_lesson_is_the_teachers_mode_in_the_students_convention(teacher):
@@ -77,7 +77,7 @@ def test_a_raw_student_of_normalized_latents_is_refused(teacher):
 def test_sampled_lessons_depend_on_the_clip_alone(teacher):
     given = Distillation(vae3d.load(teacher), tiny.model("wan"), sample=True, seed=7)
     both = clip_of()
-    one = Clip(both.video[1:], both.positions[1:], [""])
+    one = ClipBatch(both.video[1:], both.positions[1:], [""])
     drawn = given.compute_targets(both).targets.z
     torch.testing.assert_close(drawn[1:], given.compute_targets(one).targets.z)
     assert not torch.equal(drawn, vae3d.load(teacher).encode(both.video).mode())

@@ -29,7 +29,7 @@ from vae3d.pretrained.weights import WeightsMissing
 from vae3d.schedules import ALL_ON
 from vae3d.training.freeze import PartError, params_without_grad, train_parts
 from vae3d.training.teacher import Distillation
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 if TYPE_CHECKING:
     from vae3d.config.schema import TrainConfig
@@ -227,20 +227,20 @@ def _step_issues(
     counts = frame_counts(config.data).all()
     height, width = config.data.height, config.data.width
     for frames in counts[:2]:  # the two smallest counts: what holds for two holds for more
-        clip = Clip(torch.zeros(1, 3, frames, height, width, device="meta"), torch.full((1,), -1), [""])
+        batch = ClipBatch(torch.zeros(1, 3, frames, height, width, device="meta"), torch.full((1,), -1), [""])
         student, settings = model, {"pixels": objective.needs_pixels}
         try:
             if distillation is not None:
-                clip = distillation.compute_targets(clip)
+                batch = distillation.compute_targets(batch)
                 student = distillation.wrap_student(model, frames)
-                settings |= {"latents": distillation.latents(clip, step=0), "encode": objective.needs_posterior}
-            out = attach_decoder(student(clip.video, **settings), model)
-            loss, _ = objective(clip, out, ALL_ON)
+                settings |= {"latents": distillation.latents(batch, step=0), "encode": objective.needs_posterior}
+            out = attach_decoder(student(batch.video, **settings), model)
+            loss, _ = objective(batch, out, ALL_ON)
         except (ValueError, RuntimeError) as error:
             yield ConfigIssue("loss", NO_VALUE, f"a clip of {frames} frames of {height}x{width} fails: {error}")
             return
         try:
-            adversary.generator_loss(clip, out, loss, step=ALL_ON)
+            adversary.generator_loss(batch, out, loss, step=ALL_ON)
         except (ValueError, RuntimeError) as error:
             yield ConfigIssue("adversary", NO_VALUE, f"a clip of {frames} frames fails: {error}")
             return

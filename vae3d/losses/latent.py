@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vae3d.losses.objective import ErrorMap, Term, numel_per_frame
-from vae3d.types import Clip, Reconstruction, SpatialPath
+from vae3d.types import ClipBatch, Reconstruction, SpatialPath
 
 
 class KL(Term):
@@ -20,7 +20,7 @@ class KL(Term):
     needs_pixels = False
     needs_posterior = True
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap | None:
+    def __call__(self, batch: ClipBatch, out: Reconstruction) -> ErrorMap | None:
         if out.posterior is None:
             return None
         kl = out.posterior.kl_map().float()
@@ -35,7 +35,7 @@ class LatentL1(Term):
 
     needs_pixels = False
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
+    def __call__(self, batch: ClipBatch, out: Reconstruction) -> ErrorMap:
         path = _two_stage(out)
         target = path.latent.detach().float()
         return ErrorMap((path.latent_rec.float() - target).abs(), numel_per_frame(target))
@@ -50,9 +50,9 @@ class Identity(Term):
 
     needs_pixels = False
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap | None:
+    def __call__(self, batch: ClipBatch, out: Reconstruction) -> ErrorMap | None:
         path = _two_stage(out)
-        if clip.video.shape[2] > 1:
+        if batch.video.shape[2] > 1:
             return None
         if path.latent.shape != out.z.shape:
             raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vae3d.losses.pixel_weights import PixelWeight, mean_one
 from vae3d.precision import autocast_off
 from vae3d.schedules import ramp
-from vae3d.types import Clip, Reconstruction
+from vae3d.types import ClipBatch, Reconstruction
 
 REDUCTIONS = ("sum", "mean")
 
@@ -39,7 +39,7 @@ class Term:
     needs_pixels = True
     needs_posterior = False
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap | None:
+    def __call__(self, batch: ClipBatch, out: Reconstruction) -> ErrorMap | None:
         """Errors, or None if the term does not apply to this clip."""
         raise NotImplementedError
 
@@ -53,11 +53,11 @@ class Term:
 class PixelTerm(Term):
     """Base of terms that compare the reconstruction's pixels with the clip's."""
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
+    def __call__(self, batch: ClipBatch, out: Reconstruction) -> ErrorMap:
         assert out.video is not None, "the term needs pixels; set needs_pixels = True in its class"
-        return ErrorMap(self.errors(out.video.float(), clip), numel_per_frame(clip.video))
+        return ErrorMap(self.errors(out.video.float(), batch), numel_per_frame(batch.video))
 
-    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
+    def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         """ErrorMap.map of a reconstruction [B, 3, T, H, W]."""
         raise NotImplementedError
 
@@ -134,7 +134,7 @@ class Objective(nn.Module):
         for t in self.terms.values():
             t.term.load(device)
 
-    def forward(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: ClipBatch, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch at optimizer step `step`.
 
         Metrics per term: `loss/<name>` under its reduction, `loss_mean/<name>` per element and `loss_weighted/<name>`,
@@ -142,15 +142,15 @@ class Objective(nn.Module):
         """
         weighted_losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
-        with autocast_off(clip.video.device):
-            clip, out = self._apply_weights(clip, out)
+        with autocast_off(batch.video.device):
+            batch, out = self._apply_weights(batch, out)
             for name, t in self._active_terms(step).items():
-                error = t.term(clip, out)
+                error = t.term(batch, out)
                 if error is None:
                     continue
                 errors = error.map.float()
-                if clip.weight is not None and errors.shape[-2:] == clip.video.shape[-2:]:
-                    errors = errors * clip.weight
+                if batch.weight is not None and errors.shape[-2:] == batch.video.shape[-2:]:
+                    errors = errors * batch.weight
                 mean = errors.mean()
                 value = mean * error.numel if (t.reduction or self.reduction) == "sum" else mean
                 weighted = t.weight_at(step) * value
@@ -162,10 +162,10 @@ class Objective(nn.Module):
                 metrics[f"loss_weighted/{name}"] = weighted.detach()
         if not weighted_losses:
             raise ValueError(
-                f"none of the loss terms {list(self.terms)} applies to a clip of {clip.video.shape[2]} frames"
+                f"none of the loss terms {list(self.terms)} applies to a clip of {batch.video.shape[2]} frames"
             )
         if self.logvar is not None:
-            weighted_losses.append(self.logvar * (numel_per_frame(clip.video) if self.reduction == "sum" else 1))
+            weighted_losses.append(self.logvar * (numel_per_frame(batch.video) if self.reduction == "sum" else 1))
             metrics["loss/logvar"] = self.logvar.detach().clone()
             metrics["loss_weighted/logvar"] = weighted_losses[-1].detach()
         return torch.stack(weighted_losses).sum(), metrics
@@ -178,16 +178,16 @@ class Objective(nn.Module):
         active = {name: t for name, t in self.terms.items() if t.weight_at(step) or t.log or not t.term.needs_pixels}
         return active if any(t.term.needs_pixels for t in active.values()) else self.terms
 
-    def _apply_weights(self, clip: Clip, out: Reconstruction) -> tuple[Clip, Reconstruction]:
-        """Set clip.weight, and replace invalid pixels of the reconstruction by the clip's: no error, no gradient."""
+    def _apply_weights(self, batch: ClipBatch, out: Reconstruction) -> tuple[ClipBatch, Reconstruction]:
+        """Set batch.weight, and replace invalid pixels of the reconstruction by the clip's: no error, no gradient."""
         weight = None
         if self.pixel_weight is not None:
-            weight = self.pixel_weight(clip.video.shape[-2], clip.video.device)[None, None, None, :, None]
-        if clip.valid is not None:
-            weight = mean_one(clip.valid.float() if weight is None else clip.valid * weight)
+            weight = self.pixel_weight(batch.video.shape[-2], batch.video.device)[None, None, None, :, None]
+        if batch.valid is not None:
+            weight = mean_one(batch.valid.float() if weight is None else batch.valid * weight)
             if out.video is not None:
-                out = replace(out, video=torch.where(clip.valid, out.video, clip.video))
-        return replace(clip, weight=weight), out
+                out = replace(out, video=torch.where(batch.valid, out.video, batch.video))
+        return replace(batch, weight=weight), out
 
 
 def numel_per_frame(x: Tensor) -> int:

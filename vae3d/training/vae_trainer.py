@@ -40,13 +40,13 @@ from vae3d.training.strategy import ReplicatedDataParallel
 from vae3d.training.teacher import Distillation, StudentWithProjections
 from vae3d.training.trainer import Trainer, adamw
 from vae3d.training.vae_validation import ValidatedClip, log_clips, mean_scores, validate
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 if TYPE_CHECKING:
     from vae3d.config.schema import TrainConfig
 
 
-class VaeTrainer(Trainer[Clip | Unreadable]):
+class VaeTrainer(Trainer[ClipBatch | Unreadable]):
     """Trains the parts of `network` that config.stage names under `objective`, with an adversary and a teacher if any.
 
     A step calls the student: the network or, if a teacher's features are matched, the network with projections.
@@ -126,38 +126,40 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
         super().setup()
         self.log.skipped_files(self.data.skipped_files)
 
-    def load_batches(self, stopping: Callable[[], bool]) -> Iterator[Clip | Unreadable]:
+    def load_batches(self, stopping: Callable[[], bool]) -> Iterator[ClipBatch | Unreadable]:
         return self.data.clips(self.step, self.config.trainer.max_steps, stopping)
 
-    def is_readable(self, batch: Clip | Unreadable) -> bool:
+    def is_readable(self, batch: ClipBatch | Unreadable) -> bool:
         return not isinstance(batch, Unreadable)
 
-    def clip_names(self, batch: Clip | Unreadable) -> list[str]:
+    def clip_names(self, batch: ClipBatch | Unreadable) -> list[str]:
         return [path for path, _ in batch.errors] if isinstance(batch, Unreadable) else batch.paths
 
-    def forward_backward(self, batches: Sequence[Clip], phase: UpdatePhase, step: int, metrics: StepMetrics) -> None:
-        for clip in batches:
-            clip = clip.to(self.device)
+    def forward_backward(
+        self, batches: Sequence[ClipBatch], phase: UpdatePhase, step: int, metrics: StepMetrics
+    ) -> None:
+        for batch in batches:
+            batch = batch.to(self.device)
             settings: dict[str, Any] = {
                 "pixels": self.objective.needs_pixels,
-                "generator": clip.generators(self.config.run.seed, self.device),
+                "generator": batch.generators(self.config.run.seed, self.device),
                 "noise": self.config.stage.latent_noise,
             }
             if self.distillation is not None:
-                clip = self.distillation.compute_targets(clip)
-                settings["latents"] = self.distillation.latents(clip, step)
+                batch = self.distillation.compute_targets(batch)
+                settings["latents"] = self.distillation.latents(batch, step)
                 settings["encode"] = self.objective.needs_posterior
             with torch.set_grad_enabled(phase.model):
-                out = attach_decoder(self.strategy.model(clip.video, **settings), self.network)
+                out = attach_decoder(self.strategy.model(batch.video, **settings), self.network)
 
             if phase.model:
-                loss, terms = self.objective(clip, out, step)
-                adversarial, gan_metrics = self.adversary.generator_loss(clip, out, loss, step)
+                loss, terms = self.objective(batch, out, step)
+                adversarial, gan_metrics = self.adversary.generator_loss(batch, out, loss, step)
                 self.strategy.backward((loss + adversarial) / len(batches))
                 metrics.add({"loss": loss, **terms, **gan_metrics})
 
             if phase.discriminator:
-                loss, gan_metrics = self.adversary.discriminator_loss(clip, out, step)
+                loss, gan_metrics = self.adversary.discriminator_loss(batch, out, step)
                 (loss / len(batches)).backward()
                 metrics.add({"loss_discriminator": loss, **gan_metrics})
 
