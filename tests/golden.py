@@ -2,9 +2,10 @@
 
     python -m tests.golden record FOLDER      before the change
     python -m tests.golden compare FOLDER     after it: runs everything again; every number must be equal, bit for bit
+    python -m tests.golden publish NAME       the curve of a new experiment, rounded, into tests/golden_curves/
 
 Sums are only made in the same order on the same kind of processor with the same versions of torch and PyAV, so record and
-compare on one machine. tests/golden/ holds the curves of one rank, which the tests compare with a tolerance.
+compare on one machine. The test suite compares one rank with tests/golden_curves/, with a tolerance.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+PUBLISHED = Path(__file__).parent / "golden_curves"
 LATENT = ["unet_tiny", "video_tiny"]
 STEPS = 4
 SIZE = ["data.batch_size=4", f"trainer.max_steps={STEPS}"]
@@ -127,10 +129,11 @@ def make_data(folder: Path) -> None:
     conftest.trunks.__wrapped__(None)
 
 
-def run_all(folder: Path, only: list[str]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Curves by experiment and number of ranks."""
+Curves = dict[str, dict[str, list[dict[str, Any]]]]  # by experiment and number of ranks
+
+
+def run_all(folder: Path, experiments: Sequence[str], numbers_of_ranks: Sequence[int]) -> Curves:
     from tests import tiny
-    from tests.tiny_experiments import EXPERIMENTS
 
     log = folder / "log.txt"
     environment = {"VAE3D_CACHE": str(folder / "cache"), "VAE3D_WEIGHTS": str(folder / "data/weights")}
@@ -138,7 +141,7 @@ def run_all(folder: Path, only: list[str]) -> dict[str, dict[str, list[dict[str,
     (folder / "data").mkdir(parents=True)
     wait([start(lambda: make_data(folder / "data"), log, VAE3D_CACHE=str(folder / "cache"))], log)
     curves = {}
-    for name in only or [*EXPERIMENTS, *LATENT]:
+    for name in experiments:
         prepare, run = (latent_overrides, train_latent) if name in LATENT else (experiment_overrides, train)
         here = folder / name
         here.mkdir()
@@ -150,7 +153,7 @@ def run_all(folder: Path, only: list[str]) -> dict[str, dict[str, list[dict[str,
         wait([start(prepared, log, **environment)], log)
         overrides = json.loads((here / "overrides.json").read_text())
         curves[name] = {}
-        for ranks in (1, 2):
+        for ranks in numbers_of_ranks:
             place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(tiny._free_port())}
             target = here / f"ranks{ranks}"
 
@@ -164,34 +167,79 @@ def run_all(folder: Path, only: list[str]) -> dict[str, dict[str, list[dict[str,
                 ranks_running.append(start(rank_run, log, **environment, **mine))
             wait(ranks_running, log)
             curves[name][str(ranks)] = curve(target)
-        print(f"{name}: {len(curves[name]['1'])} and {len(curves[name]['2'])} lines", flush=True)
+        lines = " and ".join(str(len(lines)) for lines in curves[name].values())
+        print(f"{name}: {lines} lines", flush=True)
     return curves
 
 
 def main() -> int:
+    from tests.tiny_experiments import EXPERIMENTS
+    from vae3d.errors import UserError
+    from vae3d.io import hold_lock
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["record", "compare"])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("experiments", nargs="*", help="by default all")
+    actions = parser.add_subparsers(dest="action", required=True)
+    for action in ("record", "compare"):
+        arguments = actions.add_parser(action)
+        arguments.add_argument("folder", type=Path)
+        arguments.add_argument("experiments", nargs="*", help="by default all")
+    actions.add_parser("publish").add_argument("experiments", nargs="+", choices=EXPERIMENTS, metavar="NAME")
     args = parser.parse_args()
-    scratch = Path(tempfile.gettempdir()) / "vae3d_golden"  # always the same: some splits depend on the paths of files
-    shutil.rmtree(scratch, ignore_errors=True)
-    curves = run_all(scratch, args.experiments)
-    shutil.rmtree(scratch)
-    args.folder.mkdir(parents=True, exist_ok=True)
+    experiments = args.experiments or [*EXPERIMENTS, *LATENT]
+    if args.action == "compare":
+        missing = [name for name in experiments if not (args.folder / f"{name}.json").is_file()]
+        if missing:
+            sys.exit(f"{args.folder} has no recording of {', '.join(missing)}; record it before the change")
+    # Always the same folder: some splits depend on the paths of files.
+    scratch = Path(tempfile.gettempdir()) / "vae3d_golden"
+    running = UserError("another `python -m tests.golden` is running; wait for it")
+    try:
+        with hold_lock(scratch.with_suffix(".lock"), running):
+            shutil.rmtree(scratch, ignore_errors=True)
+            curves = run_all(scratch, experiments, (1,) if args.action == "publish" else (1, 2))
+            shutil.rmtree(scratch)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    if args.action == "publish":
+        return publish(curves)
+    return record(curves, args.folder) if args.action == "record" else compare(curves, args.folder)
+
+
+def publish(curves: Curves) -> int:
+    for name, curve_of in curves.items():
+        lines = [f' "{step}": {json.dumps(values)}' for step, values in rounded(curve_of["1"]).items()]
+        (PUBLISHED / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    return 0
+
+
+def rounded(lines: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """Losses by step, and the last validation's PSNR, to six digits."""
+    steps: dict[int, dict[str, float]] = {}
+    for line in lines:
+        losses = {name: value for name, value in line.items() if name == "loss" or name.startswith("loss/")}
+        steps.setdefault(line["step"], {}).update(losses)
+    for line in [line for line in lines if "val/psnr" in line][-1:]:
+        steps[line["step"]]["val/psnr"] = line["val/psnr"]
+    return {step: {name: float(f"{values[name]:.6g}") for name in values} for step, values in steps.items() if values}
+
+
+def record(curves: Curves, folder: Path) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, curve_of in curves.items():
+        (folder / f"{name}.json").write_text(json.dumps(curve_of, indent=0) + "\n")
+    return 0
+
+
+def compare(curves: Curves, folder: Path) -> int:
     different = 0
     for name, curve_of in curves.items():
-        file = args.folder / f"{name}.json"
-        if args.action == "record":
-            file.write_text(json.dumps(curve_of, indent=0) + "\n")
-            continue
-        before = {ranks: comparable(lines) for ranks, lines in json.loads(file.read_text()).items()}
+        recorded = json.loads((folder / f"{name}.json").read_text())
         for ranks, lines in curve_of.items():
-            if before[ranks] != json.loads(json.dumps(lines)):
+            before = comparable(recorded[ranks])
+            if before != json.loads(json.dumps(lines)):
                 different += 1
-                print(f"{name}, {ranks} ranks: differs {first_difference(before[ranks], lines)}")
-    if args.action == "compare":
-        print(f"{different} of {2 * len(curves)} curves differ")
+                print(f"{name}, {ranks} ranks: differs {first_difference(before, lines)}")
+    print(f"{different} of {2 * len(curves)} curves differ")
     return int(different > 0)
 
 

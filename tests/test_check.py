@@ -100,7 +100,7 @@ FAULTS = {
 def test_each_error_is_one_readable_line(videos, name):
     overrides, start, fragment = FAULTS[name]
     with pytest.raises(ConfigError) as error:
-        tiny.training("temporal_vae", videos, "loss=recon_kl", *overrides, dry_run=True)
+        tiny.training("temporal_vae", videos, "loss=recon_kl", *overrides, meta_check=True)
     (message,) = map(str, error.value.issues)
     assert message.startswith(f"{start}: ")
     assert fragment in message
@@ -112,7 +112,7 @@ def test_all_errors_are_reported_at_once():
     with pytest.raises(ConfigError) as error:
         tiny.training(
             "temporal_vae", "/nowhere.csv", "stage=stage1", "trainer.max_step=5", "data.crop=left", "data.batch_size=0",
-            "loss.terms.kl.term.beta=2", "data.workers=-1", dry_run=True,
+            "loss.terms.kl.term.beta=2", "data.workers=-1", meta_check=True,
         )  # fmt: skip
     message = str(error.value)
     assert message.startswith("the configuration has 7 errors:\n")
@@ -124,7 +124,7 @@ def test_a_wrong_starting_point_does_not_hide_the_models_errors(videos):
     with pytest.raises(ConfigError) as error:
         tiny.training(
             "temporal_vae", videos, "loss=recon_kl", "stage.init_from=/nowhere", "data.height=17",
-            "validation.metrics=[psnrr]", "optim.weight_decay=-1", dry_run=True,
+            "validation.metrics=[psnrr]", "optim.weight_decay=-1", meta_check=True,
         )  # fmt: skip
     for reason in (
         "stage.init_from=/nowhere: ",
@@ -140,7 +140,9 @@ def test_wrong_frame_counts_name_the_nearest(videos, monkeypatch):
 
     monkeypatch.setattr(OpenSoraVAE, "frames_valid", lambda self, frames: frames % 4 == 1)
     with pytest.raises(ConfigError, match="the model does not take 6 frames; nearest are 1, 5, 9, 13"):
-        tiny.training("temporal_vae", videos, "loss=recon_kl", "data.frames.min=6", "data.frames.max=6", dry_run=True)
+        tiny.training(
+            "temporal_vae", videos, "loss=recon_kl", "data.frames.min=6", "data.frames.max=6", meta_check=True
+        )
 
 
 def test_identity_on_unequal_channels_is_refused(videos, spatial_export):
@@ -150,13 +152,13 @@ def test_identity_on_unequal_channels_is_refused(videos, spatial_export):
         tiny.training(
             "temporal_vae", videos, "stage=stage1", f"stage.init_from.spatial_vae={spatial_export}",
             "model.temporal.latent_channels=6", "model.latents_mean=[0,0,0,0,0,0]", "model.latents_std=[1,1,1,1,1,1]",
-            dry_run=True,
+            meta_check=True,
         )  # fmt: skip
 
 
 def test_accelerate_must_not_be_told_another_precision(videos, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what accelerate launch says unasked
-    tiny.training("temporal_vae", videos, "loss=recon_kl", "trainer.precision=bf16", dry_run=True)
+    tiny.training("temporal_vae", videos, "loss=recon_kl", "trainer.precision=bf16", meta_check=True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(ConfigError, match=r"trainer.precision=fp32: .*bf16"):
         tiny.training("temporal_vae", videos, "loss=recon_kl")
@@ -375,12 +377,12 @@ def test_only_near_names_are_proposed(name, options, expected):
 
 
 @pytest.mark.parametrize("override", ["optim.lr=abc", "optim.lrr=1", "trainer.max_steps=true", "optim.betas=0.9"])
-def test_a_wrong_type_does_not_wait_for_the_dry_run(videos, override, monkeypatch):
-    from vae3d.commands import dry_run
+def test_a_wrong_type_does_not_wait_for_the_check_of_the_model(videos, override, monkeypatch):
+    from vae3d.commands import meta_check
 
-    monkeypatch.setattr(dry_run, "issues", None)
+    monkeypatch.setattr(meta_check, "issues", None)
     with pytest.raises(ConfigError) as error:
-        tiny.training("temporal_vae", videos, "loss=recon_kl", override, dry_run=True)
+        tiny.training("temporal_vae", videos, "loss=recon_kl", override, meta_check=True)
     assert len(error.value.issues) == 1
 
 

@@ -107,9 +107,9 @@ def test_combination_steps_twice_or_is_refused_with_the_reason(videos, trunks, e
     expected = reason(model, stage, loss)
     if expected is not None:
         with pytest.raises(ConfigError, match=expected):
-            tiny.training(model, videos, *overrides, dry_run=True)
+            tiny.training(model, videos, *overrides, meta_check=True)
         return
-    two_steps(tiny.training(model, videos, *overrides, dry_run=True), tmp_path)
+    two_steps(tiny.training(model, videos, *overrides, meta_check=True), tmp_path)
 
 
 # Of frames and of clips with every model, in a stage of decoders alone and in one of all parts; of other kinds with one.
@@ -133,11 +133,11 @@ def test_a_gan_steps_twice_with_every_model_and_stage(videos, exports, tmp_path,
     told, train_step = [], t.train_step
     t.train_step = lambda clips, *rest: (told.append(train_step(clips, *rest)), told[-1])[1]
     t.fit()
-    for values in told:
-        assert values["skipped"] == 0
-        assert {"loss/gan", "gan/weight", "gan/logits_real", "gan/discriminator_grad_norm"} <= values.keys()
-        assert ("gan/adaptive_weight" in values) == (adversary != "relativistic")
-    assert told[-1]["gan/discriminator_grad_norm"] > 0
+    for result in told:
+        assert result.applied
+        assert {"loss/gan", "gan/weight", "gan/logits_real", "gan/discriminator_grad_norm"} <= result.metrics.keys()
+        assert ("gan/adaptive_weight" in result.metrics) == (adversary != "relativistic")
+    assert told[-1].metrics["gan/discriminator_grad_norm"] > 0
 
 
 def test_every_adversary_is_tried_here_or_in_an_experiment():
@@ -160,7 +160,7 @@ SMOKE = ("opensora_stage1", "opensora_stage3", "sd_vae_gan_tiny", "taehv_tiny", 
     "experiment", [pytest.param(name, marks=[pytest.mark.smoke] if name in SMOKE else []) for name in EXPERIMENTS]
 )
 def test_experiment_steps_as_recorded(videos, rooms, images, trunks, tmp_path, monkeypatch, experiment):
-    """The losses of tests/golden/ within 1 %: noise of +-1 on every pixel of the videos, more than another video encoder or
+    """The losses of tests/golden_curves/ within 1 %: noise of +-1 on every pixel of the videos, more than another video encoder or
     processor changes, moves them by up to 0.6 %. tests/golden.py holds equality bit by bit."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -172,7 +172,7 @@ def test_experiment_steps_as_recorded(videos, rooms, images, trunks, tmp_path, m
     steps: dict[int, dict[str, float]] = {}
     for line in golden.curve(tmp_path / "run"):
         steps.setdefault(line["step"], {}).update(line)
-    recorded = json.loads((tiny.ROOT / f"tests/golden/{experiment}.json").read_text())
+    recorded = json.loads((golden.PUBLISHED / f"{experiment}.json").read_text())
     assert {int(step) for step in recorded} <= steps.keys()
     for step, values in recorded.items():
         assert {name: steps[int(step)].get(name) for name in values} == pytest.approx(values, rel=1e-2, abs=1e-3), step

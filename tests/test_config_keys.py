@@ -15,7 +15,7 @@ from vae3d.config.fields import fields_of
 # These declare, check and list settings; reading one here does nothing.
 DECLARING = [
     tiny.ROOT / "vae3d/config",
-    *(tiny.ROOT / f"vae3d/commands/{name}.py" for name in ("check", "dry_run", "summary")),
+    *(tiny.ROOT / f"vae3d/commands/{name}.py" for name in ("check", "meta_check", "summary")),
 ]
 READERS = [
     path for path in (tiny.ROOT / "vae3d").rglob("*.py") if not any(path.is_relative_to(part) for part in DECLARING)

@@ -29,7 +29,7 @@ Scores = dict[str, float]
 
 
 def trainer(folder: Path, *overrides: str) -> VaeTrainer:
-    """Without a dry run: tests/test_combinations.py has one of every experiment."""
+    """Without a check on the meta device: tests/test_combinations.py has one of every experiment."""
     config, issues = training_issues(tiny.compose(*overrides, *COMMON))
     raise_if_any(issues)
     return train.build_trainer(config, folder)

@@ -14,7 +14,7 @@ from vae3d import pixels
 from vae3d.metrics import MetricError, build_metrics
 from vae3d.pixels import NotFiniteError, PixelError, check_video, no_value_checks, quantize, to_uint8
 from vae3d.training.vae_validation import validate
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 NAN, INF = float("nan"), float("inf")
 
@@ -48,7 +48,7 @@ def test_validation_of_a_model_that_overflows_is_an_error_that_names_the_clip():
     def model(video, sample):
         return SimpleNamespace(video=video * INF, z=video)
 
-    clip = Clip(torch.zeros(1, 3, 2, 16, 16, dtype=torch.uint8), torch.tensor([0]), ["room/a.mp4"])
+    clip = ClipBatch(torch.zeros(1, 3, 2, 16, 16, dtype=torch.uint8), torch.tensor([0]), ["room/a.mp4"])
     with pytest.raises(NotFiniteError, match=r"reconstruction of room/a\.mp4: 1536 of 1536 values"):
         validate(model, [clip], build_metrics(["psnr"]), torch.device("cpu"), 1)
 

@@ -79,12 +79,12 @@ def compose(*overrides: str, config: str = "train") -> DictConfig:
         return hydra.compose(config, allow_unknown_keys([*named, *overrides]))
 
 
-def training(name: str, table: Path, *overrides: str, dry_run: bool = False) -> TrainConfig:
-    """A checked configuration for a tiny model and two short steps. dry_run: also run the model on the meta device, which
-    takes longer than a run of two steps; for tests of errors that only this finds."""
+def training(name: str, table: Path, *overrides: str, meta_check: bool = False) -> TrainConfig:
+    """A checked configuration for a tiny model and two short steps. meta_check: also run the model on the meta device,
+    which takes longer than a run of two steps; for tests of errors that only this finds."""
     path = [f"data.source.path={table}"] if not any(o.startswith("data=") for o in overrides) else []
     cfg = compose(f"model={name}", *MODEL[name], *TRAINING, *path, *overrides)
-    if dry_run:
+    if meta_check:
         return cli.check_training(cfg)
     config, issues = training_issues(cfg)
     raise_if_any(issues)

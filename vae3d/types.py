@@ -123,7 +123,7 @@ class TeacherTargets:
 
 
 @dataclass
-class Clip:
+class ClipBatch:
     """A batch of clips.
 
     video: [B, 3, T, H, W]; uint8 [0, 255] as loaded, float [-1, 1] after `to`. positions: [B], index of each clip in
@@ -144,18 +144,18 @@ class Clip:
     weight: Tensor | None = None
     targets: TeacherTargets | None = None
 
-    def pin_memory(self) -> Clip:
+    def pin_memory(self) -> ClipBatch:
         """Called by the DataLoader, for asynchronous copies in `to`."""
         return self._each(Tensor.pin_memory)
 
-    def to(self, device: torch.device | str) -> Clip:
+    def to(self, device: torch.device | str) -> ClipBatch:
         """Move to a device; uint8 pixels become float in [-1, 1]."""
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
         if moved.video.dtype == torch.uint8:
             moved.video = moved.video.float().div_(127.5).sub_(1.0)
         return moved
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Clip:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> ClipBatch:
         """A copy with `change` applied to all tensors but positions and targets; positions stay on the CPU."""
         tensors = {name: getattr(self, name) for name in ("video", "valid", "depth_bounds", "weight")}
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})

@@ -25,7 +25,7 @@ from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.losses.perceptual import LPIPS
 from vae3d.losses.pixel import L1
 from vae3d.training.freeze import set_mode, train_parts
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 TEMPORAL = {"temporal_encoder": 1.0, "temporal_decoder": 1.0}
 EVERYTHING = {"all": 1.0}
@@ -97,7 +97,7 @@ def count(number: int, frames: int, *, checkpointing: bool = True, pixels: bool 
                 give_shapes(t.term.network)
         train_parts(model, parts)
         set_mode(model, parts)
-        clip = Clip(torch.zeros(1, 3, frames, size, size), torch.zeros(1, dtype=torch.long), [""])
+        clip = ClipBatch(torch.zeros(1, 3, frames, size, size), torch.zeros(1, dtype=torch.long), [""])
         live = LiveStorages(list(model.parameters()))
         flops = FlopCounterMode(display=False)
         with live, flops, torch.autocast("cpu", torch.bfloat16):

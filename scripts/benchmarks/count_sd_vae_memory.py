@@ -35,7 +35,7 @@ from vae3d.precision import DTYPES
 from vae3d.schedules import ALL_ON
 from vae3d.training.ema import Ema
 from vae3d.training.freeze import set_mode, train_parts
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 RECIPE = ("experiment=sd_vae_gan", "data.source.path=none")
 GIB = 2**30
@@ -56,7 +56,7 @@ class Recipe:
         self.model = loading.instantiate(config.model).to(device)
         groups = train_parts(self.model, config.stage.train)
         set_mode(self.model, config.stage.train)
-        self.objective = train.objective(config.loss)
+        self.objective = train.build_objective(config.loss)
         self.loss_networks = [t.term.network for t in self.objective.terms.values() if hasattr(t.term, "network")]
         self.adversary = loading.instantiate(config.adversary)
         fused = device.type == "cuda"
@@ -71,20 +71,20 @@ class Recipe:
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def passes(self, clip: Clip, done: Callable[[str], None] = lambda what: None, step: int = ALL_ON) -> None:
+    def passes(self, batch: ClipBatch, done: Callable[[str], None] = lambda what: None, step: int = ALL_ON) -> None:
         """Forward and backward of a micro-batch. done: called with the name of each part when it ends."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            out = self.model(clip.video, pixels=self.objective.needs_pixels)
+            out = self.model(batch.video, pixels=self.objective.needs_pixels)
         out = attach_decoder(out, self.model)
         done("forward")
-        loss, _ = self.objective(clip, out, step)
-        adversarial, _ = self.adversary.generator_loss(clip, out, loss, step)
+        loss, _ = self.objective(batch, out, step)
+        adversarial, _ = self.adversary.generator_loss(batch, out, loss, step)
         done("losses")
         ((loss + adversarial) / self.config.trainer.accumulate).backward()
         del loss, adversarial
         done("backward")
         if not isinstance(self.adversary, NoAdversary):
-            adversary_loss, _ = self.adversary.discriminator_loss(clip, out, step)
+            adversary_loss, _ = self.adversary.discriminator_loss(batch, out, step)
             (adversary_loss / self.config.trainer.accumulate).backward()
             done("discriminator")
 
@@ -99,11 +99,11 @@ class Recipe:
             self.adversary.reset_step()
 
 
-def clip_of(config: TrainConfig, device: torch.device) -> Clip:
+def clip_of(config: TrainConfig, device: torch.device) -> ClipBatch:
     """A micro-batch of noise on one rank."""
     data = config.data
     size = (data.batch_size // config.trainer.accumulate, 3, data.frames.max, data.height, data.width)
-    return Clip(torch.rand(size, device=device) * 2 - 1, torch.arange(size[0]), ["noise"] * size[0])
+    return ClipBatch(torch.rand(size, device=device) * 2 - 1, torch.arange(size[0]), ["noise"] * size[0])
 
 
 def bytes_of(tensors: Iterable[Tensor | None]) -> int:
@@ -112,7 +112,7 @@ def bytes_of(tensors: Iterable[Tensor | None]) -> int:
     return sum(storages.values())
 
 
-def persistent(recipe: Recipe, clip: Clip) -> dict[str, int]:
+def persistent(recipe: Recipe, batch: ClipBatch) -> dict[str, int]:
     """Bytes that persist between two micro-batches, by item."""
     model = recipe.model
     found = {
@@ -126,7 +126,7 @@ def persistent(recipe: Recipe, clip: Clip) -> dict[str, int]:
         tensors = [*network.parameters(), *network.buffers(), *(p.grad for p in network.parameters())]
         found["discriminator, its gradients and moments"] = bytes_of([*tensors, *moments(optimizer)])
     in_loss = [x for network in recipe.loss_networks for x in (*network.parameters(), *network.buffers())]
-    return found | {"LPIPS": bytes_of(in_loss), "clip": bytes_of([clip.video])}
+    return found | {"LPIPS": bytes_of(in_loss), "clip": bytes_of([batch.video])}
 
 
 def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
 
@@ -30,13 +31,13 @@ def sound_steps(t: VaeTrainer) -> dict[str, object]:
             update()
 
     t.adversary.step = update_in_the_buffer
-    metrics = [t.train_step(clips_of(t, step)) for step in range(SOUND)]
+    metrics = [t.train_step(clips_of(t, step)).metrics for step in range(SOUND)]
     weights = {name: tensor.clone() for name, tensor in t.network.state_dict().items()}
     critic = {name: tensor.clone() for name, tensor in t.adversary.discriminator.state_dict().items()}
     return {"metrics": metrics, "weights": weights, "critic": critic, "averages": t.adversary.averages.clone()}
 
 
-def faulty_steps(t: VaeTrainer, fails: bool) -> dict[str, dict[str, float]]:
+def faulty_steps(t: VaeTrainer, fails: bool) -> dict[str, dict[str, object]]:
     metrics = {}
     for error in FAULTS:
         hooks = []
@@ -47,7 +48,7 @@ def faulty_steps(t: VaeTrainer, fails: bool) -> dict[str, dict[str, float]]:
         metrics[error] = faulty_step(t, error, fails)
         for undo in hooks:
             undo()
-        metrics[f"after {error}"] = t.train_step(clips_of(t, t.step))
+        metrics[f"after {error}"] = asdict(t.train_step(clips_of(t, t.step)))
     return metrics
 
 

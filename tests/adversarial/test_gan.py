@@ -15,11 +15,11 @@ from tests.training import quick
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.adversarial.base import UpdatePhase
 from vae3d.adversarial.gan import Gan
-from vae3d.commands import dry_run
+from vae3d.commands import meta_check
 from vae3d.config import validate
 from vae3d.config.check import check_rules
 from vae3d.training.step_status import StepMetrics
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 START = ["stage=finetune", "stage.init_from=random", "loss=recon_kl", "loss.reduction=mean"]
 FRAMES = ["data.frames.min=2", "data.frames.max=2"]
@@ -148,7 +148,7 @@ def test_an_adaptive_weight_without_a_layer_is_refused_before_training(config):
     encoder = deepcopy(config)
     encoder.stage.train = {"encoder": 1.0}
     encoder.stage.init_from = "published weights"
-    (error,) = dry_run.issues(encoder)
+    (error,) = meta_check.issues(encoder)
     assert str(error).startswith("adversary: a clip of 2 frames fails: no layer that ends at the pixels trains")
 
 
@@ -161,7 +161,7 @@ def test_the_check_names_what_does_not_go_with_a_gan(config):
                 key
             )
             changed.adversary.update({key: value}) if node is None else setattr(node, key, value)
-        return [*check_rules(changed, validate.TRAINING_RULES), *dry_run.issues(changed)]
+        return [*check_rules(changed, validate.TRAINING_RULES), *meta_check.issues(changed)]
 
     assert errors() == errors(adaptive=False, alternate=True, precision="fp16") == []
     for changes, message in (
@@ -268,7 +268,7 @@ def test_the_preflight_runs_both_updates_and_the_penalties(config, tmp_path):
         whole = getattr(t.adversary, name)
         setattr(t.adversary, name, lambda *a, name=name, whole=whole: (seen.append(name), whole(*a))[1])
     before = deepcopy(t.adversary.state_dict())
-    t.run_preflight, t.config.trainer.max_steps = True, 1
+    t.preflight_enabled, t.config.trainer.max_steps = True, 1
     t.fit()
     assert seen[:2] == ["generator_loss", "penalties"]
     assert toy.same(t.adversary.state_dict(), before)
@@ -293,7 +293,7 @@ def test_pixels_that_are_not_valid_count_as_reconstructed_perfectly():
     clip, out = toy.pair()
     valid = torch.zeros_like(clip.video[:, :1], dtype=torch.bool)
     valid[..., 4:12, 4:12] = True
-    clip = Clip(clip.video, clip.positions, clip.paths, valid=valid)
+    clip = ClipBatch(clip.video, clip.positions, clip.paths, valid=valid)
     adversary.generator_loss(clip, out, out.video.mean(), 0)[0].backward()
     assert out.video.grad[valid.expand_as(out.video)].abs().min() > 0
     assert not out.video.grad[~valid.expand_as(out.video)].any()
@@ -302,7 +302,7 @@ def test_pixels_that_are_not_valid_count_as_reconstructed_perfectly():
     adversary.discriminator_loss(clip, out, 0)
     fake = seen[0].chunk(2)[1]
     assert torch.equal(fake, torch.where(valid, out.video, clip.video))
-    nothing = Clip(clip.video, clip.positions, clip.paths, valid=torch.zeros_like(valid))
+    nothing = ClipBatch(clip.video, clip.positions, clip.paths, valid=torch.zeros_like(valid))
     assert adversary.discriminator_loss(nothing, out, 0)[1]["gan/pair_accuracy"] == 0
 
 

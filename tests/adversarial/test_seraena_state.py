@@ -280,5 +280,5 @@ def test_the_check_names_what_is_wrong_with_seraena(videos, override, message):
     config = tiny.training("spatial", videos, *given)
     assert config.adversary["betas"] == [0.9, 0.99]
     with pytest.raises(ConfigError) as error:
-        tiny.training("spatial", videos, *given, override, dry_run=True)
+        tiny.training("spatial", videos, *given, override, meta_check=True)
     assert [str(issue) for issue in error.value.issues] == [message]

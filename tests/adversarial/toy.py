@@ -10,7 +10,7 @@ from torch import nn
 
 from vae3d.adversarial.gan import Gan
 from vae3d.adversarial.seraena import Seraena
-from vae3d.types import Clip, Reconstruction
+from vae3d.types import ClipBatch, Reconstruction
 
 SETTINGS = {"context_channels": 4, "channels": [8, 8, 16, 16], "buffer_length": 10, "diagnostics_every": 2}
 GAN = {"channels": 8, "layers": 1, "groups": 4, "adaptive": False, "lr": 1e-3}
@@ -39,13 +39,13 @@ def blur(video: torch.Tensor) -> torch.Tensor:
 
 def pair(
     seed: int = 0, batch: int = 2, frames: int = 5, side: int = 16, channels: int = 4
-) -> tuple[Clip, Reconstruction]:
+) -> tuple[ClipBatch, Reconstruction]:
     """Noise, and the same blurred, with latents that contain its mean colour only."""
     video = torch.rand((batch, 3, frames, side, side), generator=torch.Generator().manual_seed(seed)) * 2 - 1
     z = F.adaptive_avg_pool3d(video, (1 + frames // 4, side // 8, side // 8)).mean(1, keepdim=True)
     z = z.repeat(1, channels, 1, 1, 1).requires_grad_()
     out = Reconstruction(blur(video).requires_grad_(), None, z)
-    return Clip(video, torch.arange(batch), [""] * batch), out
+    return ClipBatch(video, torch.arange(batch), [""] * batch), out
 
 
 def train(adversary: Seraena, steps: range, accumulate: int = 1) -> list[float]:

@@ -18,8 +18,7 @@ def saved(root, step, config):
     folder = state.unfinished(root, step)
     state.begin(folder)
     state.write(folder, {}, config)
-    state.seal(folder, step, config, {})
-    return state.finish(folder, root, step)
+    return state.commit(folder, root, step, config, {})
 
 
 def test_a_flipped_bit_of_a_training_state_is_found_when_it_is_loaded(tmp_path):
@@ -29,8 +28,7 @@ def test_a_flipped_bit_of_a_training_state_is_found_when_it_is_loaded(tmp_path):
     content = {"step": 3, "model": {"w": torch.zeros(5000)}, "optimizer": {}}
     state.write(folder, content, {})
     state.write_rank(folder, 0, {"w": torch.ones(5000)})
-    state.seal(folder, 3, {}, {})
-    folder = state.finish(folder, tmp_path, 3)
+    folder = state.commit(folder, tmp_path, 3, {}, {})
     assert state.load_state(folder)["step"] == 3
     assert len(state.load_rank(folder, 0)["w"]) == 5000
     for name, load in (("state.pt", state.load_state), ("rank-0.pt", lambda path: state.load_rank(path, 0))):
@@ -87,8 +85,7 @@ def test_a_damaged_training_state_is_named(tmp_path, mmap):
     state.begin(folder)
     state.write(folder, {"step": 3, "model": {"a": torch.zeros(9)}, "optimizer": {}}, OLD)
     state.write_rank(folder, 0, {"a": torch.zeros(9)})
-    state.seal(folder, 3, OLD, {})
-    folder = state.finish(folder, tmp_path, 3)
+    folder = state.commit(folder, tmp_path, 3, OLD, {})
     whole = (folder / "state.pt").read_bytes()
     damage = [
         b"",

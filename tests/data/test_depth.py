@@ -11,7 +11,7 @@ from vae3d.data.batch_schedule import ClipIndex
 from vae3d.data.clips import ClipSettings, collate, open_frames, read_clip, to_sample
 from vae3d.data.depth import DepthReader, DepthSettings, depth_of, encode_depth, from_metres, nearest, to_metres
 from vae3d.data.readers import MediaError
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 MAPPINGS = ("log", "inverse")
 BOUNDS = torch.tensor([0.1, 20.0])
@@ -171,7 +171,7 @@ def test_a_batch_of_depth_has_masks_and_bounds_and_moves_with_them(tmp_path):
 
 
 def test_clips_of_colours_have_neither(clip):
-    plain = Clip(clip, torch.zeros(2), ["", ""]).to("cpu")
+    plain = ClipBatch(clip, torch.zeros(2), ["", ""]).to("cpu")
     assert plain.valid is None
     assert plain.depth_bounds is None
 

@@ -135,9 +135,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(cached, tmp_path):
     first = latent_runs.trainer(tmp_path / "killed", *told)
     batches = first.data.batches(0, 4)
     for _ in range(3):  # the third step is lost
-        values = first.train_step([next(batches), next(batches)])
-        assert not values.pop("stop")
-        first.log_validate_save(values)
+        result = first.train_step([next(batches), next(batches)])
+        assert not result.status.stop
+        first.log_validate_save(result)
     first.log.close()
     second = latent_runs.trainer(tmp_path / "killed", *told)
     assert second.step == 2

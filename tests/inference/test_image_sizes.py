@@ -56,5 +56,5 @@ def test_training_refuses_sizes_that_the_stride_does_not_divide(videos):
             "stage=finetune",
             "stage.init_from=random",
             "loss=recon_kl",
-            dry_run=True,
+            meta_check=True,
         )

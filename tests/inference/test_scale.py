@@ -31,7 +31,7 @@ from vae3d.inference.scale import (
     spread_clips,
     unscalable_reason,
 )
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 RAW = {
     "spatial": [],
@@ -41,10 +41,10 @@ RAW = {
 }
 
 
-def clips(count: int = 3, frames: int = 5, size: int = 16) -> list[Clip]:
+def clips(count: int = 3, frames: int = 5, size: int = 16) -> list[ClipBatch]:
     rng = torch.manual_seed(1)
     return [
-        Clip(torch.rand(1, 3, frames, size, size, generator=rng) * 2 - 1, torch.tensor([place]), [""])
+        ClipBatch(torch.rand(1, 3, frames, size, size, generator=rng) * 2 - 1, torch.tensor([place]), [""])
         for place in range(count)
     ]
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_scaled_is_refused(videos, tmp_path):
     with pytest.raises(ConfigError, match=r"trainer\.publish\.measure_scale=4: its latents are .*; use 0"):
         tiny.training(
             "taehv", videos, "stage=finetune", "stage.init_from=random", "loss=recon_kl", "data.frames.min=5",
-            "data.frames.max=5", "trainer.publish.measure_scale=4", dry_run=True,
+            "data.frames.max=5", "trainer.publish.measure_scale=4", meta_check=True,
         )  # fmt: skip
     with pytest.raises(ScaleError, match="no clip"):
         measure(tiny.model("spatial"), [])

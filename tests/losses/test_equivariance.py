@@ -18,7 +18,7 @@ from vae3d.losses.equivariance import Equivariance, Transform
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.losses.pixel_weights import ErpCosine
 from vae3d.models.interface import attach_decoder
-from vae3d.types import Clip, Reconstruction
+from vae3d.types import ClipBatch, Reconstruction
 
 MODELS = ("spatial", "temporal_vae", "opensora_v1_2", "wan", "wan22", "taehv")
 TURN, HALF = {"scales": [1.0], "rotations": [1]}, {"scales": [0.5], "rotations": [0]}
@@ -29,14 +29,14 @@ def enlarged(z: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
     return F.interpolate(z, video.shape[2:], mode="nearest")
 
 
-def pooled(video: torch.Tensor, decode=enlarged) -> tuple[Clip, Reconstruction]:
+def pooled(video: torch.Tensor, decode=enlarged) -> tuple[ClipBatch, Reconstruction]:
     z = F.avg_pool3d(video, (1, 2, 2))
     return as_clip(video), Reconstruction(decode(z, video), None, z, decode=decode)
 
 
 def coded(
     name: str, frames: int, size: tuple[int, int], *overrides: str
-) -> tuple[torch.nn.Module, Clip, Reconstruction]:
+) -> tuple[torch.nn.Module, ClipBatch, Reconstruction]:
     model = tiny.model(name, *overrides)
     generator = torch.Generator().manual_seed(0)
     video = torch.rand(1, 3, frames, *size, generator=generator) * 2 - 1
@@ -117,7 +117,7 @@ def test_a_clip_counts_the_same_in_any_batch():
     together = Equivariance()(clip, out).map.flatten()
     assert 0 < (together == 0).sum() < 4  # some draw nothing
     for i in range(4):
-        alone = Clip(video[i : i + 1], clip.positions[i : i + 1], [""])
+        alone = ClipBatch(video[i : i + 1], clip.positions[i : i + 1], [""])
         one = Equivariance()(alone, replace(out, z=out.z[i : i + 1])).map
         torch.testing.assert_close(one.flatten(), together[i : i + 1], rtol=1e-6, atol=0)
 
@@ -206,7 +206,7 @@ def test_what_a_model_cannot_decode_shows_before_the_run(videos):
         tiny.training(
             "wan", videos, "stage=finetune", "stage.init_from=random", "loss=recon_kl", "data.width=32",
             "data.frames.max=1", "data.frames.min=1", "model.pad_w=circular", "model.pad_h=pole",
-            f"++loss.terms={{e: {{term: {term}}}}}", dry_run=True,
+            f"++loss.terms={{e: {{term: {term}}}}}", meta_check=True,
         )  # fmt: skip
 
 
@@ -221,7 +221,7 @@ def test_a_run_decodes_under_autocast_and_in_its_rehearsal(videos, tmp_path):
     t.preflight()
     assert seen == [(torch.bfloat16, 2, 8, 8, 8), *[(torch.bfloat16, 1, 8, 8, 8)] * 2]
     seen.clear()
-    values = t.train_step([next(t.data.clips(0, 1))])
+    values = t.train_step([next(t.data.clips(0, 1))]).metrics
     hook.remove()
     assert len(seen) == 1  # at such a probability nothing is drawn, and nothing decoded
     assert values["loss/equivariance"] == 0.0

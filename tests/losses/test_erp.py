@@ -17,7 +17,7 @@ from vae3d.config.issues import ConfigError
 from vae3d.config.schema import TrainConfig
 from vae3d.losses.cube import CubeL1, CubeLPIPS
 from vae3d.losses.latent import KL
-from vae3d.losses.objective import Objective, WeightedTerm
+from vae3d.losses.objective import Objective, Term, WeightedTerm
 from vae3d.losses.perceptual import LPIPS
 from vae3d.losses.pixel import L1, Sobel
 from vae3d.losses.pixel_weights import ErpCosine
@@ -319,12 +319,10 @@ def typed_loss(*overrides):
 
 def erp(*overrides: str) -> Objective:
     """The requirement's set with stand-ins for what costs time."""
-    return train.objective(typed_loss("loss=erp", *overrides))
+    return train.build_objective(typed_loss("loss=erp", *overrides))
 
 
-class Counting:
-    needs_pixels = True
-
+class Counting(Term):
     def __init__(self):
         self.calls = 0
 
@@ -384,11 +382,11 @@ def test_the_sets_hold_the_terms_they_name():
     assert tuple(sets[name].pixel_weight["blend"] for name in ("erp_best", "erp_depth")) == (0.5, 1.0)
     assert {s.reduction for s in sets.values()} == {"mean"}
     assert sets["erp_depth"].terms["kl"].reduction == "sum"
-    objective = train.objective(sets["erp_best"])
+    objective = train.build_objective(sets["erp_best"])
     assert objective.terms["lpips"].term.wrap == 32
     assert objective.terms["edge"].term.wrap
     assert objective.terms["edge"].term.normalize
-    assert train.objective(typed_loss("loss=recon_kl")).pixel_weight is None
+    assert train.build_objective(typed_loss("loss=recon_kl")).pixel_weight is None
 
 
 def test_settings_of_the_loss_are_checked(videos):

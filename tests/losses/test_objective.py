@@ -6,14 +6,14 @@ from einops import rearrange
 
 from tests import tiny
 from vae3d.losses.latent import KL, Identity, LatentL1
-from vae3d.losses.objective import ErrorMap, Objective, WeightedTerm
+from vae3d.losses.objective import ErrorMap, Objective, Term, WeightedTerm
 from vae3d.losses.perceptual import LPIPS
 from vae3d.losses.pixel import L1, MSE
-from vae3d.types import Clip, Posterior, Reconstruction, SpatialPath
+from vae3d.types import ClipBatch, Posterior, Reconstruction, SpatialPath
 
 
-def as_clip(video: torch.Tensor) -> Clip:
-    return Clip(video, torch.zeros(len(video), dtype=torch.long), [""] * len(video))
+def as_clip(video: torch.Tensor) -> ClipBatch:
+    return ClipBatch(video, torch.zeros(len(video), dtype=torch.long), [""] * len(video))
 
 
 def reconstruction(video: torch.Tensor, seed: int = 1) -> Reconstruction:
@@ -132,7 +132,7 @@ def test_latent_losses_need_a_two_stage_model():
         LatentL1()(as_clip(video), out)
 
 
-class Counting:
+class Counting(Term):
     needs_pixels = False
 
     def __init__(self):
@@ -219,3 +219,20 @@ def test_stage1_gradients_reach_exactly_the_temporal_parts():
         objective(clip, out, 0)[0].backward()
         for name, p in model.named_parameters():
             assert (p.grad is not None and p.grad.abs().sum() > 0) == name.startswith("temporal_vae."), name
+
+
+class Learned(L1):
+    def __init__(self, trained):
+        self.scale = torch.nn.Linear(3, 3).requires_grad_(trained)
+
+
+def test_a_term_of_another_kind_and_one_that_would_have_to_be_trained_are_refused():
+    with pytest.raises(ValueError, match="Linear is not a loss term; make it a subclass of Term in vae3d/losses"):
+        WeightedTerm(torch.nn.Linear(3, 3), 1.0)
+    with pytest.raises(ValueError, match="Learned has parameters, which would not be trained; set requires_grad=False"):
+        WeightedTerm(Learned(trained=True), 1.0)
+    term = Learned(trained=False)
+    assert WeightedTerm(term, 1.0).weight == 1.0
+    term.factor = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="would not be trained"):
+        WeightedTerm(term, 1.0)

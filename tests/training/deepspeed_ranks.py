@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,19 @@ def sharded(config: Any, folder: Path, name: str = "deepspeed_zero2", **changes:
     return quick.trainer(config, folder, **{**SETTINGS, "trainer.accumulate": 2, **strategy, **changes})
 
 
-def steps(t: VaeTrainer, last: int) -> list[dict[str, float]]:
-    return [t.train_step(clips_of(t, step)) for step in range(t.step, last)]
+def steps(t: VaeTrainer, last: int) -> list[dict[str, Any]]:
+    return [asdict(t.train_step(clips_of(t, step))) for step in range(t.step, last)]
 
 
-def skips(t: VaeTrainer, fails: bool) -> list[float]:
-    """`skipped` of steps that one rank leaves before any backward pass, without a file or memory, and of a sound one."""
+def skips(t: VaeTrainer, fails: bool) -> list[bool]:
+    """Whether steps are applied that one rank leaves before any backward pass, without a file or memory, and of a sound one."""
     clips = clips_of(t, t.step)
-    skipped = [t.train_step([clips[0], Unreadable([("gone.mp4", "is empty")])] if fails else clips)["skipped"]]
+    applied = [t.train_step([clips[0], Unreadable([("gone.mp4", "is empty")])] if fails else clips).applied]
     hook = t.network.register_forward_pre_hook(out_of_memory) if fails else None
-    skipped.append(t.train_step(clips_of(t, t.step))["skipped"])
+    applied.append(t.train_step(clips_of(t, t.step)).applied)
     if hook is not None:
         hook.remove()
-    return [*skipped, t.train_step(clips_of(t, t.step))["skipped"]]
+    return [*applied, t.train_step(clips_of(t, t.step)).applied]
 
 
 def ends(t: VaeTrainer, failure: str, fails: bool) -> dict[str, Any]:

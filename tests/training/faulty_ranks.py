@@ -8,8 +8,10 @@ import pickle
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -40,7 +42,7 @@ def out_of_memory(*_: object) -> None:
     raise torch.OutOfMemoryError(NO_MEMORY)
 
 
-def faulty_step(t: VaeTrainer, error: str, fails: bool) -> dict[str, float]:
+def faulty_step(t: VaeTrainer, error: str, fails: bool) -> dict[str, Any]:
     """A step in which this rank meets `error`, if it is the one that fails."""
     clips, hooks = clips_of(t, t.step), []
     if fails and error == "forward":
@@ -56,21 +58,21 @@ def faulty_step(t: VaeTrainer, error: str, fails: bool) -> dict[str, float]:
         time.sleep(1.5)
     if fails and error == "nan":
         clips[1].video = clips[1].to("cpu").video * float("nan")
-    values = t.train_step(clips)
+    values = asdict(t.train_step(clips))
     for hook in hooks:
         hook.remove()
     return values
 
 
-def steps(t: VaeTrainer, fails: bool) -> tuple[dict[str, dict[str, float]], list[float]]:
+def steps(t: VaeTrainer, fails: bool) -> tuple[dict[str, dict[str, Any]], list[float]]:
     """A sound step and a faulty one, by turns; and the learning rate of every step."""
     values, rates = {}, []
     for error in FAULTS:
-        values[f"before {error}"] = t.train_step(clips_of(t, t.step))
+        values[f"before {error}"] = asdict(t.train_step(clips_of(t, t.step)))
         rates.append(t.optimizer.param_groups[0]["lr"])
         values[error] = faulty_step(t, error, fails)
         rates.append(t.optimizer.param_groups[0]["lr"])
-    values["after"] = t.train_step(clips_of(t, t.step))
+    values["after"] = asdict(t.train_step(clips_of(t, t.step)))
     return values, rates
 
 

@@ -16,7 +16,7 @@ from vae3d.commands import train
 from vae3d.config.issues import ConfigError
 from vae3d.losses.distillation import FeatureDistillation, LatentDistillation
 from vae3d.training.teacher import Distillation, TeacherError, capture_activations, one_per_latent
-from vae3d.types import Clip, Delta, Reconstruction, TeacherTargets
+from vae3d.types import ClipBatch, Delta, Reconstruction, TeacherTargets
 
 FACTORS = ["model.latents_mean=[1,2,3,4]", "model.latents_std=[2,2,2,2]"]
 STUDENT = [
@@ -36,15 +36,15 @@ def teacher(tmp_path_factory):
     return folder
 
 
-def trainer(videos, teacher, folder, *overrides, dry_run=False):
-    config = tiny.training("wan", videos, *STUDENT, f"teacher.path={teacher}", *overrides, dry_run=dry_run)
+def trainer(videos, teacher, folder, *overrides, meta_check=False):
+    config = tiny.training("wan", videos, *STUDENT, f"teacher.path={teacher}", *overrides, meta_check=meta_check)
     return train.build_trainer(config, folder)
 
 
-def clip_of(frames=5, batch=2, side=16) -> Clip:
+def clip_of(frames=5, batch=2, side=16) -> ClipBatch:
     torch.manual_seed(1)
     video = torch.rand(batch, 3, frames, side, side) * 2 - 1
-    return Clip(video, torch.arange(batch), [""] * batch)
+    return ClipBatch(video, torch.arange(batch), [""] * batch)
 
 
 def test_the_lesson_is_the_teachers_mode_in_the_students_convention(teacher):
@@ -77,7 +77,7 @@ def test_a_raw_student_of_normalized_latents_is_refused(teacher):
 def test_sampled_lessons_depend_on_the_clip_alone(teacher):
     given = Distillation(vae3d.load(teacher), tiny.model("wan"), sample=True, seed=7)
     both = clip_of()
-    one = Clip(both.video[1:], both.positions[1:], [""])
+    one = ClipBatch(both.video[1:], both.positions[1:], [""])
     drawn = given.compute_targets(both).targets.z
     torch.testing.assert_close(drawn[1:], given.compute_targets(one).targets.z)
     assert not torch.equal(drawn, vae3d.load(teacher).encode(both.video).mode())
@@ -95,10 +95,10 @@ def test_the_student_decodes_what_it_is_told(teacher, decode, shares):
 @pytest.mark.parametrize("features", [[], FEATURES])
 def test_a_student_comes_nearer_to_its_teacher_which_stays_as_it_is(videos, teacher, tmp_path, features):
     more = ["trainer.max_steps=25", "trainer.save_every=25", "optim.lr=3e-3", "debug=overfit", "data.frames.min=5"]
-    t = trainer(videos, teacher, tmp_path, *more, *features, dry_run=True)
+    t = trainer(videos, teacher, tmp_path, *more, *features, meta_check=True)
     before = {name: tensor.clone() for name, tensor in t.distillation.teacher.state_dict().items()}
     clip = next(iter(t.data.clips(0, 1)))
-    metrics = [t.train_step([clip]) for _ in range(25)]
+    metrics = [t.train_step([clip]).metrics for _ in range(25)]
     names = ["loss/latent", "loss/l1", *(["loss/features"] if features else [])]
     assert all(metrics[-1][name] < 0.9 * metrics[0][name] for name in names)
     assert all(torch.equal(tensor, before[name]) for name, tensor in t.distillation.teacher.state_dict().items())
@@ -204,5 +204,5 @@ def test_losses_against_a_teacher_have_their_formulas():
 )  # fmt: skip
 def test_what_does_not_fit_a_teacher_is_told_before_training(videos, teacher, overrides, reason):
     with pytest.raises(ConfigError) as error:
-        tiny.training("wan", videos, *STUDENT, f"teacher.path={teacher}", *overrides, dry_run=True)
+        tiny.training("wan", videos, *STUDENT, f"teacher.path={teacher}", *overrides, meta_check=True)
     assert reason in str(error.value)

@@ -16,7 +16,7 @@ from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import train
 from vae3d.config.issues import ConfigError
 from vae3d.training.teacher import Distillation
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 WAN = ["model.channels=4", "model.multipliers=[1,1,1,1]", "model.downsample=[false,true,true]", "model.layers=1"]
 WAN += ["model.latents_mean=[0.5" + ",0.5" * 15 + "]", "model.latents_std=[2" + ",2" * 15 + "]"]
@@ -51,7 +51,7 @@ def cogvideox(tmp_path_factory):
 
 def test_a_student_of_wan_gets_latents_as_the_diffusion_model_sees_them(wan):
     teacher, student = vae3d.load(wan), tiny.model("taehv")
-    clip = Clip(torch.rand(1, 3, 9, 16, 16) * 2 - 1, torch.zeros(1, dtype=torch.long), [""])
+    clip = ClipBatch(torch.rand(1, 3, 9, 16, 16) * 2 - 1, torch.zeros(1, dtype=torch.long), [""])
     targets = Distillation(teacher, student).compute_targets(clip).targets
     assert torch.equal(targets.z, (teacher.encode(clip.video).mode() - 0.5) / 2)
     assert targets.z.shape == student.encode(clip.video).mean.shape
@@ -70,7 +70,7 @@ def test_features_of_a_wan_decoder_reach_those_of_a_tiny_one(videos, wan, tmp_pa
     ]
     t = train.build_trainer(tiny.training("taehv", videos, *STUDENT, *more), tmp_path)
     clip = next(iter(t.data.clips(0, 1)))
-    losses = [t.train_step([clip])["loss/features"] for _ in range(20)]
+    losses = [t.train_step([clip]).metrics["loss/features"] for _ in range(20)]
     assert losses[-1] < 0.8 * losses[0]
     assert len(t.projections) == 2
     t.checkpointer.save(t.step)
@@ -84,12 +84,12 @@ def test_features_of_a_wan_decoder_reach_those_of_a_tiny_one(videos, wan, tmp_pa
 
 
 def clip_of_zeros(frames):
-    return Clip(torch.zeros(1, 3, frames, 16, 16), torch.zeros(1, dtype=torch.long), [""])
+    return ClipBatch(torch.zeros(1, 3, frames, 16, 16), torch.zeros(1, dtype=torch.long), [""])
 
 
 def cog(videos, cogvideox, *more):
     return tiny.training(
-        "taehv", videos, *STUDENT, "model.variant=taecvx", f"teacher.path={cogvideox}", *more, dry_run=True
+        "taehv", videos, *STUDENT, "model.variant=taecvx", f"teacher.path={cogvideox}", *more, meta_check=True
     )
 
 

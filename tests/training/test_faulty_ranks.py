@@ -37,9 +37,9 @@ def alone(videos, tmp_path_factory) -> dict:
 @pytest.mark.parametrize("error", faulty_ranks.FAULTS)
 def test_an_error_of_one_rank_skips_the_step_on_both_and_the_next_is_taken(both, error):
     for report in both:
-        assert report["steps"][error]["skipped"] == float(error in SKIPPED)
-        assert report["steps"][f"before {error}"]["skipped"] == 0.0
-        assert report["steps"]["after"]["skipped"] == 0.0
+        assert report["steps"][error]["applied"] == (error not in SKIPPED)
+        assert report["steps"][f"before {error}"]["applied"]
+        assert report["steps"]["after"]["applied"]
 
 
 def test_ranks_that_met_errors_hold_equal_weights_and_one_process_the_same(both, alone):
@@ -56,9 +56,14 @@ def test_two_ranks_have_one_ranks_learning_rate_at_every_step(both, alone):
 
 
 def test_the_log_says_which_rank_failed_and_why(both):
-    log = both[0]["log"]
-    assert log.count("out of memory: rank 1") >= 3
-    assert "without a readable file: rank 1" in log
+    first, second = (report["log"] for report in both)
+    assert first.count("out of memory: rank 1") >= 3
+    assert "without a readable file: rank 1" in first
+    assert re.search(r"step \d+ is skipped by all ranks: loss not finite: rank 1", first)
+    assert re.search(rf"step \d+, rank 1: {re.escape(faulty_ranks.NO_MEMORY)}; clips: \S+\.mp4, ", second)
+    assert re.search(r"step \d+, rank 1: no readable file; clips: \S+\.mp4, gone\.mp4", second)
+    assert re.search(r"step \d+, rank 1: loss nan, .*loss/l1 nan.*; clips: \S+\.mp4, ", second)
+    assert not re.search(r"step \d+, rank 0", first)
 
 
 def test_a_checkpoint_that_one_rank_cannot_write_is_given_up_by_both(both):

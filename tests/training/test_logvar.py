@@ -68,7 +68,7 @@ def test_two_steps_move_it_by_the_hand_gradient(videos, tmp_path):
     s, first, second = -0.5, 0.0, 0.0
     clips = t.data.clips(0, 2)
     for step in (1, 2):
-        values = t.train_step([next(clips)])
+        values = t.train_step([next(clips)]).metrics
         assert values["loss/logvar"] == pytest.approx(s, abs=1e-6)
         gradient = ELEMENTS - values["loss/l1"] * math.exp(-s)
         first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
@@ -119,7 +119,7 @@ def test_what_does_not_go_with_it_is_refused(videos, name):
     overrides, message = FAULTS[name]
     common = ["stage=finetune", "stage.init_from=random", "loss=recon_kl", "loss.logvar=0"]
     with pytest.raises(ConfigError) as error:
-        tiny.training("spatial", videos, *common, *overrides, dry_run=True)
+        tiny.training("spatial", videos, *common, *overrides, meta_check=True)
     assert [message in reason for reason in map(str, error.value.issues)] == [True]
 
 

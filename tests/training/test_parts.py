@@ -118,13 +118,13 @@ def test_ema_keeps_only_what_trains_and_can_be_off():
 
 def test_spikes_and_non_finite_losses_are_skipped():
     guard = SpikeGuard(factor=5.0, warmup=3, max_consecutive_skips=10)
-    assert [guard.should_step(loss, loss, 1.0) for loss in (100.0, 1.0, 1.0, 1.0)] == [True] * 4  # still warming up
+    assert all(guard.should_step(loss, loss, finite=True) for loss in (100.0, 1.0, 1.0, 1.0))  # still warming up
     guard.mean = 1.0
-    assert not guard.should_step(5.1, 5.1, 1.0)
-    assert guard.should_step(4.9, 4.9, 1.0)
-    assert not guard.should_step(math.nan, math.nan, 1.0)
-    assert not guard.should_step(1.0, 1.0, math.inf)
-    assert not guard.should_step(1.0, math.inf, 1.0)
+    assert not guard.should_step(5.1, 5.1, finite=True)
+    assert guard.should_step(4.9, 4.9, finite=True)
+    assert not guard.should_step(math.nan, math.nan, finite=False)
+    assert not guard.should_step(1.0, 1.0, finite=False)
+    assert not guard.should_step(1.0, math.inf, finite=False)
     assert guard.consecutive_skips == 3
     copy = SpikeGuard(5.0, 3, 10)
     copy.load_state_dict(guard.state_dict())
@@ -133,66 +133,72 @@ def test_spikes_and_non_finite_losses_are_skipped():
 
 def test_without_a_factor_only_non_finite_losses_are_skipped():
     guard = SpikeGuard(factor=None, warmup=0, max_consecutive_skips=3)
-    assert all(guard.should_step(10.0**i, 10.0**i, 1.0) for i in range(10))
-    assert not guard.should_step(math.inf, math.inf, 1.0)
+    assert all(guard.should_step(10.0**i, 10.0**i, finite=True) for i in range(10))
+    assert not guard.should_step(math.inf, math.inf, finite=False)
 
 
 def test_the_running_mean_is_of_accepted_mean_losses():
     guard = SpikeGuard(factor=5.0, warmup=2, max_consecutive_skips=10)
     for mean, largest in ((2.0, 3.0), (4.0, 9.0)):
-        assert guard.should_step(mean, largest, 1.0)
+        assert guard.should_step(mean, largest, finite=True)
     assert guard.mean == pytest.approx(3.0)
-    assert not guard.should_step(4.0, 15.1, 1.0)  # one rank's spike, which the mean does not show
+    assert not guard.should_step(4.0, 15.1, finite=True)  # one rank's spike, which the mean does not show
     assert guard.mean == pytest.approx(3.0)
-    assert guard.should_step(4.0, 14.9, 1.0)
+    assert guard.should_step(4.0, 14.9, finite=True)
     assert guard.mean == pytest.approx((2.0 + 4.0 + 4.0) / 3)
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run():
     guard = SpikeGuard(factor=2.0, warmup=1, max_consecutive_skips=3)
-    assert guard.should_step(1.0, 1.0, 1.0)
-    assert not guard.should_step(math.nan, math.nan, 1.0)
-    assert not guard.should_step(9.0, 9.0, 1.0)
-    with pytest.raises(SpikeError, match=r"3 steps in a row were skipped: loss 9 \(worst 9\)"):
-        guard.should_step(9.0, 9.0, 1.0)
+    assert guard.should_step(1.0, 1.0, finite=True)
+    assert not guard.should_step(math.nan, math.nan, finite=False)
+    assert not guard.should_step(9.0, 9.0, finite=True)
+    guard.check_limit("loss 9")
+    assert not guard.should_step(9.0, 9.0, finite=True)
+    with pytest.raises(SpikeError, match=r"3 steps in a row were skipped, the last because of loss 9; .* is 1\."):
+        guard.check_limit("loss 9")
 
 
 def test_losses_that_stay_high_become_the_new_level(caplog):
     guard = SpikeGuard(factor=5.0, warmup=1, max_consecutive_skips=3)
-    assert guard.should_step(1.0, 1.0, 1.0)
-    assert [guard.should_step(50.0, 50.0, 1.0) for _ in range(4)] == [False, False, False, True]
+    assert guard.should_step(1.0, 1.0, finite=True)
+    assert [guard.should_step(50.0, 50.0, finite=True) for _ in range(4)] == [False, False, False, True]
     assert guard.mean == 50.0
     (record,) = caplog.records
     assert "running mean of the loss 1;" in record.getMessage()
     assert guard.state_dict() == {"mean": 50.0, "accepted": 2, "consecutive_skips": 0, "all_finite": True}
 
     guard.mean = 1.0  # one of eight ranks far above the others: its level must pass too
-    assert [guard.should_step(10.0, 80.0, 1.0) for _ in range(4)] == [False, False, False, True]
+    assert [guard.should_step(10.0, 80.0, finite=True) for _ in range(4)] == [False, False, False, True]
 
 
-OK = StepStatus(loss=1.0, worst=2.0, out_of_memory=(), unreadable=(), no_data=(), stop=0, broken=0)
+OK = StepStatus(1.0, (2.0, 1.5), out_of_memory=(), unreadable=(), no_data=(), not_finite=(), stop=0, read_errors=0)
 
 
 @pytest.mark.parametrize(
     ("changes", "action", "reason"),
     [
-        ({}, "take", ""),
-        ({"worst": math.nan}, "skip", "loss 1, at worst nan"),
+        ({}, "apply", ""),
+        ({"largest": (math.nan, 1.0), "not_finite": (0,)}, "skip", "^loss not finite: rank 0$"),
         ({"out_of_memory": (1, 3), "unreadable": (2,)}, "skip", "out of memory: rank 1, 3; .*file: rank 2"),
         ({"no_data": (1,), "out_of_memory": (0,)}, "stop", "rank 1 has no more data"),
         ({"mismatch": "x.weight has one on rank 0 and none on rank 1"}, "stop", "x.weight has one on rank 0"),
     ],
 )
-def test_a_step_is_taken_skipped_or_ends_the_run_by_what_all_ranks_report(changes, action, reason):
+def test_a_step_is_applied_skipped_or_ends_the_run_by_what_all_ranks_report(changes, action, reason):
     for spikes in (SpikeGuard(), None):  # None: in a step that trains the discriminator only
         decision = replace(OK, **changes).decide(1.0, spikes)
-        assert decision.take == (action == "take")
+        assert decision.apply == (action == "apply")
         assert (decision.error is not None) == (action == "stop")
         assert re.search(reason, decision.reason)
         if spikes is not None:  # of steps that some rank did not finish the guard learns nothing
-            assert (spikes.accepted, spikes.consecutive_skips) == (int(action == "take"), int("worst" in changes))
+            assert (spikes.accepted, spikes.consecutive_skips) == (int(action == "apply"), int("largest" in changes))
     if not changes:
-        assert not OK.decide(math.inf, SpikeGuard()).take
+        assert OK.decide(math.inf, SpikeGuard())[:3] == (False, "gradient norm inf", ())
+        assert OK.decide(None, SpikeGuard()).apply
+        guard = SpikeGuard(factor=1.5, max_consecutive_skips=9)
+        guard.mean, guard.accepted = 1.0, 1
+        assert OK.decide(1.0, guard)[:3] == (False, "loss 2 is a spike, mean 1: rank 0", (0,))
 
 
 def test_averages_at_several_rates_are_loaded_at_the_same_rates_only():
@@ -210,19 +216,19 @@ def test_averages_at_several_rates_are_loaded_at_the_same_rates_only():
         MultiEma(model, [0.9]).load_state_dict(emas.state_dict())
 
 
-def test_the_worst_loss_is_nan_if_any_is():
+def test_a_step_is_not_finite_if_any_loss_is_not():
     metrics, table = StepMetrics(), StatusTable(0, 1, torch.device("cpu"))
     for loss in (2.0, 7.0, 3.0):
         metrics.add({"loss": torch.tensor(loss), "loss_discriminator": torch.tensor(1.0)})
-    status = table.sync(metrics.losses(), metrics.names, broken=2)
-    assert (status.loss, status.worst, status.broken, status.finite) == (4.0, 7.0, 2, True)
+    status = table.sync(metrics.losses(), metrics.names, read_errors=2)
+    assert (status.loss, status.worst, status.read_errors, status.finite) == (4.0, 7.0, 2, True)
     for bad in ({"loss": torch.tensor(math.nan)}, {"loss_discriminator": torch.tensor(math.inf)}):
-        unsound = StepMetrics()
+        metrics = StepMetrics()
         for values in (bad, {"loss": torch.tensor(9.0), "loss_discriminator": torch.tensor(1.0)}):
-            unsound.add(values)
-        status = table.sync(unsound.losses(), unsound.names)
-        assert math.isnan(status.worst)
-        assert not status.finite
+            metrics.add(values)
+        status = table.sync(metrics.losses(), metrics.names)
+        assert (status.completed, status.finite, status.not_finite) == (True, False, (0,))
+    assert status.worst == 9.0  # of the model, not of the discriminator
 
 
 @pytest.mark.parametrize(("step", "value"), [(0, 0.0), (200, 0.0), (350, 0.5), (500, 1.0), (5000, 1.0)])
@@ -264,8 +270,10 @@ def test_metrics_average_over_the_micro_batches_that_have_them():
 
 def test_a_window_survives_a_resume():
     window, resumed = MeanMeter(), MeanMeter()
-    window.add({"a": 1.0})
+    window.add({"a": 1.0}, applied=True)
     resumed.load_state_dict(window.state_dict())
-    resumed.add({"a": 2.0})
-    assert resumed.flush() == {"a": 1.5}
-    assert resumed.flush() == {}
+    resumed.add({"a": 2.0}, applied=True)
+    for metrics in ({"a": 50.0}, {}):  # a spike, and a step that is not finite
+        resumed.add(metrics, applied=False)
+    assert resumed.flush() == {"a": 1.5, "skipped": 2.0}
+    assert resumed.flush() == {"skipped": 0.0}

@@ -76,7 +76,7 @@ def test_a_layout_that_does_not_fit_is_a_error_of_the_configuration(videos, monk
     spatial = ["stage=finetune", "stage.init_from=random", "loss=recon_kl", "data.frames.max=17"]
     with pytest.raises(ConfigError, match=r"trainer.publish.layout=picky: these are not the weights of a Wan VAE"):
         tiny.training(
-            "spatial", videos, *spatial, "trainer.publish.prefix=rgb", "trainer.publish.layout=picky", dry_run=True
+            "spatial", videos, *spatial, "trainer.publish.prefix=rgb", "trainer.publish.layout=picky", meta_check=True
         )
     with pytest.raises(ConfigError, match=r"trainer.publish.prefix=vae/rgb: "):
         tiny.training("spatial", videos, *spatial, "trainer.publish.prefix=vae/rgb")

@@ -29,13 +29,13 @@ def run(videos, tmp_path_factory):
     ("asked", "step"),
     [
         ("latest", 3),
-        ("checkpoint-2", 2),
+        ("step-2", 2),
         ("step-0000002", 2),
         ("{run}", 3),
-        ("{run}/checkpoint-1", 1),
+        ("{run}/step-1", 1),
         ("{run}/checkpoints", 3),
         ("{run}/checkpoints/step-0000001", 1),
-        ("{run}/checkpoints/checkpoint-2", 2),
+        ("{run}/checkpoints/step-2", 2),
         ("{run}/checkpoints/step-0000002/state.pt", 2),
     ],
 )
@@ -44,7 +44,7 @@ def test_a_checkpoint_is_found_by_name_and_by_path(run, asked, step):
     assert found.name == f"step-{step:07d}" or found.parent.name == f"step-{step:07d}"
 
 
-@pytest.mark.parametrize("asked", ["checkpoint-5500", "{run}/checkpoint-5500", "{run}/checkpoints/step-0005500"])
+@pytest.mark.parametrize("asked", ["step-5500", "{run}/step-5500", "{run}/checkpoints/step-0005500"])
 def test_a_name_that_is_not_there_is_told_with_those_that_are(run, asked):
     with pytest.raises(ResumeError, match=r"no such checkpoint in .*step-0000001, step-0000002, step-0000003"):
         find_state(run / "checkpoints", asked.format(run=run))
@@ -58,7 +58,7 @@ def test_latest_of_a_run_without_checkpoints_is_an_error_not_a_new_start(tmp_pat
 def test_an_incomplete_checkpoint_is_none(run, tmp_path):
     (tmp_path / "checkpoints/step-0000009").mkdir(parents=True)
     with pytest.raises(ResumeError):
-        find_state(tmp_path / "checkpoints", "checkpoint-9")
+        find_state(tmp_path / "checkpoints", "step-9")
 
 
 def test_a_second_process_is_kept_out_of_a_run(videos, run):
@@ -73,13 +73,13 @@ def test_run_resume_false_refuses_to_go_on(videos, run):
 
 def test_another_runs_checkpoint_goes_on_in_a_new_folder_and_leaves_its_own_alone(videos, run, tmp_path):
     before = sorted(path.name for path in (run / "checkpoints").iterdir())
-    new = {"run.resume_from": f"{run}/checkpoint-2", "trainer.max_steps": 4, "trainer.save_every": 1}
+    new = {"run.resume_from": f"{run}/step-2", "trainer.max_steps": 4, "trainer.save_every": 1}
     t = trainer(videos, tmp_path / "new", **new)
     assert t.step == 2
     t.fit()
     assert sorted(path.name for path in (tmp_path / "new/checkpoints").iterdir()) == ["step-0000003", "step-0000004"]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
-    assert f"{run}/checkpoint-2" in (tmp_path / "new/launches.jsonl").read_text()
+    assert f"{run}/step-2" in (tmp_path / "new/launches.jsonl").read_text()
     again = trainer(videos, tmp_path / "new", **new)  # the same command goes on from its own newest
     assert again.step == 4
     again.log.close()

@@ -326,7 +326,7 @@ class OnePixelCritic(NoAdversary):
         self.updates = 0
 
     def update_phase(self, step):
-        return UpdatePhase(generator=step % 2 == 0, discriminator=step % 2 == 1)
+        return UpdatePhase(model=step % 2 == 0, discriminator=step % 2 == 1)
 
     def generator_loss(self, clip, out, recon, step):
         loss = -(out.video[:, :, 0, 0, 0] * self.weight.detach()).mean()
@@ -353,8 +353,8 @@ def test_an_adversary_takes_its_turns_without_touching_the_generator(videos, tmp
     t.adversary = OnePixelCritic()
     for step in range(4):
         before = weights(t)
-        values = t.train_step(next(iter([[clip] for clip in t.data.clips(step, step + 1)])))
+        result = t.train_step(next(iter([[clip] for clip in t.data.clips(step, step + 1)])))
         changed = any(not torch.equal(v, before[k]) for k, v in weights(t).items())
         assert changed == (step % 2 == 0)
-        assert ("adversary/discriminator" in values) == (step % 2 == 1)
+        assert ("adversary/discriminator" in result.metrics) == (step % 2 == 1)
     assert t.adversary.updates == 2

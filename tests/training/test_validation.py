@@ -26,7 +26,7 @@ from vae3d.metrics.registry import Entry
 from vae3d.training.checkpointer import SaveError
 from vae3d.training.loggers import TensorBoard
 from vae3d.training.vae_validation import validate
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 VALIDATES = {"validation.every": 1, "validation.frames": 1, "validation.clips": 2}
 
@@ -35,7 +35,7 @@ def scored(video: torch.Tensor, error: float):
     def model(pixels: torch.Tensor, sample: bool) -> SimpleNamespace:
         return SimpleNamespace(video=pixels + error, z=pixels[..., ::4, ::4])
 
-    clip = Clip(video, torch.tensor([0]), ["a.mp4"])
+    clip = ClipBatch(video, torch.tensor([0]), ["a.mp4"])
     (done,) = validate(model, [clip], build_metrics(["psnr"], "cpu"), torch.device("cpu"), 1)
     return done
 
@@ -60,7 +60,7 @@ def test_psnr_is_of_clamped_pixels_and_a_mean_over_images_not_of_their_pooled_er
     video = torch.full((1, 3, 1, 16, 16), -0.5)
     video[..., 8:] = 1.0  # where the model overshoots, which costs nothing
     metrics = build_metrics(["psnr"], "cpu")
-    clips = [Clip(video.clone(), torch.tensor([place]), ["a.png"]) for place in (0, 1)]
+    clips = [ClipBatch(video.clone(), torch.tensor([place]), ["a.png"]) for place in (0, 1)]
     done = validate(model, clips, metrics, torch.device("cpu"), 0)
     eight = [round((-0.5 + error + 1) * 127.5) - round(0.5 * 127.5) for error in (0.02, 0.2)]
     expected = [10 * math.log10(255**2 / (value**2 / 2)) for value in eight]  # half of the pixels are without error

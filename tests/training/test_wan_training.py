@@ -83,7 +83,7 @@ def test_the_requirements_experiment_needs_vgg_for_lpips_alone(rooms, start, tmp
     small = [*tiny.MODEL["wan"], *tiny.TRAINING, *ERP[1:4], f"data.source.root={rooms}", f"stage.init_from={start}"]
     overrides = ["experiment=wan_erp_rgb", *small]
     config = check_training(tiny.compose(*overrides, "loss.terms.lpips.weight=0"))
-    assert set(train.objective(config.loss).terms) == {"l1", "edge", "kl"}
+    assert set(train.build_objective(config.loss).terms) == {"l1", "edge", "kl"}
     train.build_trainer(config, tmp_path / "run").fit()
     with pytest.raises(ConfigError, match=r"vgg16-397923af.pth .* lpips_loss\) is not on this machine") as why:
         check_training(tiny.compose(*overrides, "loss=erp_best"))

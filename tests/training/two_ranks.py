@@ -1,11 +1,11 @@
-"""One of two ranks, run as a process by test_two_ranks.py: steps on which rank 1 alone meets an unsound clip, and steps
+"""One of two ranks, run as a process by test_two_ranks.py: steps on which rank 1 alone meets a spike or NaN, and steps
 of a tiny Wan VAE on one and on three frames."""
 
 from __future__ import annotations
 
 import pickle
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -22,8 +22,8 @@ SETTINGS = {
     "data.batch_size": 4, "trainer.max_steps": 9, "trainer.save_every": 0, "optim.eps": 0.01, "optim.proximal": 5.0,
     "trainer.spike.factor": 5.0, "trainer.spike.warmup": 2,
 }  # fmt: skip
-SOUND = 3  # steps before the first unsound one
-UNSOUND = {"spike": 8.0, "nan": float("nan")}  # what the pixels of one of the four clips are multiplied by
+SOUND = 3  # steps before the first that is skipped
+FACTORS = {"spike": 8.0, "nan": float("nan")}  # what the pixels of one of the four clips are multiplied by
 
 
 def sound_steps(t: VaeTrainer, accumulate: int) -> dict[str, torch.Tensor]:
@@ -69,13 +69,13 @@ def main(folder: Path) -> None:
 
     reduced, all_reduce = [], torch.distributed.all_reduce
     torch.distributed.all_reduce = lambda *args, **kwargs: (reduced.append(1), all_reduce(*args, **kwargs))[1]
-    clips = t.data.clips(SOUND, SOUND + len(UNSOUND) + 1)
-    for name, factor in UNSOUND.items():
+    clips = t.data.clips(SOUND, SOUND + len(FACTORS) + 1)
+    for name, factor in FACTORS.items():
         first, second = next(clips), next(clips).to("cpu")
         if rank == 1:
             second = replace(second, video=second.video * factor)
-        report["steps"][name] = t.train_step([first, second])
-    report["steps"]["after"] = t.train_step([next(clips), next(clips)])
+        report["steps"][name] = asdict(t.train_step([first, second]))
+    report["steps"]["after"] = asdict(t.train_step([next(clips), next(clips)]))
     report["collectives"] = len(reduced)
     report["weights"], report["spikes"] = t.network.state_dict(), t.spikes.state_dict()
     t.checkpointer.save(t.step)

@@ -14,7 +14,7 @@ from vae3d.distributed import all_reduce_mean, reduction_buffer
 from vae3d.restore import check_like, load_optimizer
 from vae3d.schedules import ramp
 from vae3d.seeding import seed_of
-from vae3d.types import Clip, Reconstruction
+from vae3d.types import ClipBatch, Reconstruction
 
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
 Step = Annotated[int, Range(0, 10**12)]
@@ -23,9 +23,9 @@ Positive = Annotated[float, Range(1e-30, 1e30)]
 
 
 class UpdatePhase(NamedTuple):
-    """Which networks a step updates."""
+    """Which networks a step updates: the model that is trained (the generator of a GAN), and its discriminator."""
 
-    generator: bool
+    model: bool
     discriminator: bool
 
 
@@ -45,13 +45,13 @@ class Adversary:
         """
 
     def update_phase(self, step: int) -> UpdatePhase:
-        return UpdatePhase(generator=True, discriminator=False)
+        return UpdatePhase(model=True, discriminator=False)
 
-    def generator_loss(self, clip: Clip, out: Reconstruction, loss: Tensor, step: int) -> LossAndMetrics:
+    def generator_loss(self, batch: ClipBatch, out: Reconstruction, loss: Tensor, step: int) -> LossAndMetrics:
         """Weighted loss to add to the objective's `loss`, and metrics."""
-        return torch.zeros((), device=clip.video.device), {}
+        return torch.zeros((), device=batch.video.device), {}
 
-    def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> LossAndMetrics:
+    def discriminator_loss(self, batch: ClipBatch, out: Reconstruction, step: int) -> LossAndMetrics:
         raise NotImplementedError
 
     def sync_remaining(self, step: int, micro_batches: int) -> None:
@@ -139,7 +139,7 @@ class DiscriminatorAdversary(Adversary):
         self._reduction_buffer = reduction_buffer([*self.discriminator.parameters(), *statistics, *also_reduce])
 
     def update_phase(self, step: int) -> UpdatePhase:
-        return UpdatePhase(generator=True, discriminator=step >= self.discriminator_start)
+        return UpdatePhase(model=True, discriminator=step >= self.discriminator_start)
 
     def weight_at(self, step: int) -> float:
         """Weight of the generator's loss."""
@@ -195,7 +195,7 @@ class DiscriminatorAdversary(Adversary):
         load_optimizer(self.optimizer, state["optimizer"], "adversary.optimizer")
         self.skipped = state["skipped"]
 
-    def require_pair(self, clip: Clip, out: Reconstruction) -> tuple[Tensor, Tensor]:
+    def require_pair(self, batch: ClipBatch, out: Reconstruction) -> tuple[Tensor, Tensor]:
         """The clip's pixels and their reconstruction, [B, 3, T, H, W].
 
         Raises ValueError if there is no reconstruction, or one of another size.
@@ -204,10 +204,10 @@ class DiscriminatorAdversary(Adversary):
             raise ValueError(
                 f"{self.title} needs reconstructed pixels, but no loss term does; add one, such as loss=recon_kl"
             )
-        real, fake = list(clip.video.shape), list(out.video.shape)
+        real, fake = list(batch.video.shape), list(out.video.shape)
         if fake != real:
             raise ValueError(f"the clip is {real}, its reconstruction {fake}; they must agree")
-        return clip.video, out.video
+        return batch.video, out.video
 
     def require_grad(self, out: Reconstruction) -> None:
         """Raises ValueError if the reconstruction has no gradient to train the generator with."""

@@ -19,7 +19,7 @@ from vae3d.adversarial.frame_groups import group_frames
 from vae3d.arguments import Count, Depth, Width
 from vae3d.precision import autocast, autocast_off
 from vae3d.schedules import ALL_ON, Schedule, learning_rate
-from vae3d.types import Clip, Reconstruction
+from vae3d.types import ClipBatch, Reconstruction
 
 NETWORKS = {"frames": PatchGAN, "clips": PatchGAN3D}
 
@@ -111,15 +111,15 @@ class Gan(DiscriminatorAdversary):
 
     def update_phase(self, step: int) -> UpdatePhase:
         if self.alternate and step >= self.start:
-            return UpdatePhase(generator=(step - self.start) % 2 == 0, discriminator=(step - self.start) % 2 == 1)
+            return UpdatePhase(model=(step - self.start) % 2 == 0, discriminator=(step - self.start) % 2 == 1)
         return super().update_phase(step)
 
-    def generator_loss(self, clip: Clip, out: Reconstruction, loss: Tensor, step: int) -> LossAndMetrics:
+    def generator_loss(self, batch: ClipBatch, out: Reconstruction, loss: Tensor, step: int) -> LossAndMetrics:
         """Raises ValueError if sizes differ, no trained part reaches the pixels, or as AdaptiveWeight does."""
-        weight = torch.tensor(self.weight_at(step), device=clip.video.device)
+        weight = torch.tensor(self.weight_at(step), device=batch.video.device)
         if not self.weight_at(step):
             return weight, {}
-        real, fake = self._inputs(clip, out)
+        real, fake = self._inputs(batch, out)
         self.require_grad(out)
         with autocast_off(fake.device):
             value = self.generator_criterion(real, fake)
@@ -141,9 +141,9 @@ class Gan(DiscriminatorAdversary):
         real_logits = self._logits(frozen, real) if criterion.paired else fake_logits
         return over_scales(criterion.generator, real_logits, fake_logits)
 
-    def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> LossAndMetrics:
+    def discriminator_loss(self, batch: ClipBatch, out: Reconstruction, step: int) -> LossAndMetrics:
         """Raises ValueError if sizes differ."""
-        real, fake = (images.detach() for images in self._inputs(clip, out))
+        real, fake = (images.detach() for images in self._inputs(batch, out))
         self._step = step
         with autocast_off(real.device):
             loss, metrics = self.discriminator_criterion(real, fake)
@@ -196,7 +196,7 @@ class Gan(DiscriminatorAdversary):
         return penalties
 
     def sync_remaining(self, step: int, micro_batches: int) -> None:
-        if self.adaptive_weight is not None and self.update_phase(step).generator and self.weight_at(step):
+        if self.adaptive_weight is not None and self.update_phase(step).model and self.weight_at(step):
             self.adaptive_weight.sync_remaining(micro_batches)
 
     def step(self) -> None:
@@ -225,9 +225,9 @@ class Gan(DiscriminatorAdversary):
         with autocast(self.device, self.precision):
             return [logits.float() for logits in functional_call(self.discriminator, tensors, (x,))]
 
-    def _inputs(self, clip: Clip, out: Reconstruction) -> tuple[Tensor, Tensor]:
+    def _inputs(self, batch: ClipBatch, out: Reconstruction) -> tuple[Tensor, Tensor]:
         """Real and fake frames [B * T, 3, H, W] or clips [B, 3, T, H, W] in fp32; the fake ones have the gradient."""
-        real, fake = (video.float() for video in self.require_pair(clip, out))
-        if clip.valid is not None:
-            fake = torch.where(clip.valid, fake, real)
+        real, fake = (video.float() for video in self.require_pair(batch, out))
+        if batch.valid is not None:
+            fake = torch.where(batch.valid, fake, real)
         return (real, fake) if self.input == "clips" else (group_frames(real, 1), group_frames(fake, 1))

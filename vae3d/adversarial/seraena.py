@@ -18,7 +18,7 @@ from vae3d.adversarial.replay import ReplayBuffer
 from vae3d.arguments import Count, Range, Widths
 from vae3d.precision import autocast, autocast_off
 from vae3d.seeding import generator_of
-from vae3d.types import Clip, Reconstruction
+from vae3d.types import ClipBatch, Reconstruction
 
 
 @dataclass(kw_only=True, eq=False)
@@ -80,12 +80,12 @@ class Seraena(DiscriminatorAdversary):
     def build(self) -> ConditionalPatchDiscriminator:
         return ConditionalPatchDiscriminator(3 * self.frames, self.context_channels, self.channels, norm=self.norm)
 
-    def generator_loss(self, clip: Clip, out: Reconstruction, loss: Tensor, step: int) -> LossAndMetrics:
+    def generator_loss(self, batch: ClipBatch, out: Reconstruction, loss: Tensor, step: int) -> LossAndMetrics:
         """Raises ValueError if sizes do not fit or no trained part reaches the pixels."""
         weight = self.weight_at(step)
         if not weight:
-            return torch.zeros((), device=clip.video.device), {}
-        real, fake, context = self._inputs(clip, out)
+            return torch.zeros((), device=batch.video.device), {}
+        real, fake, context = self._inputs(batch, out)
         self.require_grad(out)
         with autocast_off(fake.device):
             correction, gap = self.correction(real, fake, context)
@@ -110,9 +110,9 @@ class Seraena(DiscriminatorAdversary):
         gap = fake_scores.detach().mean() - real_scores.mean()
         return -gradient / (gradient.std(correction=0) + self.eps), gap
 
-    def discriminator_loss(self, clip: Clip, out: Reconstruction, step: int) -> LossAndMetrics:
+    def discriminator_loss(self, batch: ClipBatch, out: Reconstruction, step: int) -> LossAndMetrics:
         """Raises ValueError if sizes do not fit, or differ from those in the buffer."""
-        real, fake, context = (tensor.detach() for tensor in self._inputs(clip, out))
+        real, fake, context = (tensor.detach() for tensor in self._inputs(batch, out))
         self._check_same_size(fake, context)
         draws = self._generator("draws", step, len(self._pending))
         is_fake = torch.rand((len(real), 1, 1, 1), generator=draws) < 0.5
@@ -164,9 +164,9 @@ class Seraena(DiscriminatorAdversary):
         indices[own] = kept + own
         return indices
 
-    def _inputs(self, clip: Clip, out: Reconstruction) -> tuple[Tensor, Tensor, Tensor]:
+    def _inputs(self, batch: ClipBatch, out: Reconstruction) -> tuple[Tensor, Tensor, Tensor]:
         """Real and fake images and their context, checked, in fp32; only the fakes have a gradient."""
-        real, fake = self.require_pair(clip, out)
+        real, fake = self.require_pair(batch, out)
         z = out.z
         if z.ndim != 5 or z.shape[0] != real.shape[0]:
             raise ValueError(f"latents of {len(real)} clips are [{len(real)}, C, t, h, w]; these are {list(z.shape)}")

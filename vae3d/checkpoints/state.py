@@ -1,10 +1,10 @@
 """Training state on disk: everything that a bit-equal resume needs.
 
 checkpoints/step-0001000/state.pt    shared by all ranks, with the configuration
-checkpoints/step-0001000/rank-0.pt   of one rank
+checkpoints/step-0001000/rank-0.pt   of one rank; only if it has state of its own, as DeepSpeed's shards
 checkpoints/step-0001000/run.json    step and configuration for readers; written last
 
-All ranks write into .step-0001000.tmp, which rank 0 renames when it is complete.
+All ranks write into .step-0001000.tmp: `begin` creates it, `write` and `write_rank` fill it, `commit` renames it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ META = "run.json"  # a folder without it is incomplete
 STATE = "state.pt"
 RANK_STATE = "rank-{rank}.pt"
 # Settings that a resumed run must share with its checkpoint.
-IDENTITY = (
+MUST_MATCH = (
     "model", "stage.name", "stage.train", "adversary", "data.frames", "data.height", "data.width", "data.short_side",
     "data.stride", "data.fps", "data.panorama", "data.depth.mapping", "teacher.features", "run.seed",
 )  # fmt: skip
-# Of those, what may change as optim may: the discriminator's learning rate, often tied to optim and trainer.max_steps.
-FREE = (
+# Exceptions, which may change as optim may: the discriminator's learning rate is often tied to optim.
+MAY_CHANGE = (
     *(f"adversary.{key}" for key in ("lr", "schedule", "warmup_steps", "max_steps", "min_lr", "cycles", "power")),
     *("denoiser.gradient_checkpointing", "denoiser.dropout"),
 )
@@ -72,7 +72,7 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def unfinished(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step is written; finish renames it."""
+    """Where the checkpoint of a step is written; commit renames it."""
     return tmp_path(step_folder(root, step))
 
 
@@ -92,13 +92,12 @@ def write_rank(folder: Path, rank: int, state: Mapping[str, Any]) -> None:
     _write(folder / RANK_STATE.format(rank=rank), dict(state))
 
 
-def seal(folder: Path, step: int, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write run.json, which marks the checkpoint as complete. facts: for readers, beside step and config."""
-    write_json(folder / META, {"step": step, **facts, "config": config})
+def commit(folder: Path, root: Path, step: int, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> Path:
+    """Write run.json and rename the folder, durably, in place of an older checkpoint of the same step.
 
-
-def finish(folder: Path, root: Path, step: int) -> Path:
-    """Rename a sealed checkpoint, durably, in place of an older one of the same step."""
+    metadata: for readers of run.json, beside step and config.
+    """
+    write_json(folder / META, {"step": step, **metadata, "config": config})
     replace_durably(folder, step_folder(root, step))
     return step_folder(root, step)
 
@@ -141,14 +140,14 @@ def latest_state(root: Path) -> Path | None:
 def find_state(root: Path, asked: str) -> Path:
     """The checkpoint for run.resume_from. root: the checkpoints folder of this run.
 
-    asked: `latest`, step-0005500 or checkpoint-5500 of this run; another run's folder (its latest);
-    RUN/checkpoint-5500; a step folder; a state file.
+    asked: `latest` or step-0005500 of this run; another run's folder (its latest), or one of its step folders; a state
+    file.
     Raises ResumeError, listing the existing checkpoints, if there is none.
     """
     path = Path(asked)
     if path.is_file() or (path / META).is_file():
         return path
-    step_name = re.fullmatch(r"(?:step|checkpoint)-(\d+)", path.name)
+    step_name = re.fullmatch(r"step-(\d+)", path.name)
     folder = root
     if asked != "latest" and (step_name is None or path.name != asked):
         folder = path.parent if step_name else path
@@ -159,7 +158,7 @@ def find_state(root: Path, asked: str) -> Path:
         existing = ", ".join(step.name for step in complete) or "no complete checkpoint"
         raise ResumeError(
             f"run.resume_from={asked}: no such checkpoint in {folder} (it has {existing}); give latest, step-..., "
-            "RUN/checkpoints/step-..., RUN/checkpoint-..., a run's folder, or a training state's .pt"
+            "RUN/checkpoints/step-..., a run's folder, or a training state's .pt"
         )
     return found[0]
 
@@ -280,16 +279,16 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[A
 
 
 def check_same_run(
-    folder: Path, config: Mapping[str, Any], identity: tuple[str, ...] = IDENTITY
+    folder: Path, config: Mapping[str, Any], must_match: tuple[str, ...] = MUST_MATCH
 ) -> dict[str, tuple[Any, Any]]:
     """The differences between a checkpoint's configuration and `config`.
 
-    identity: key prefixes that must not differ. Raises ResumeError if one does.
+    must_match: key prefixes that must not differ. Raises ResumeError if one does.
     """
     differing = changes(saved_config(folder), config)
     # A setting that is off now and missing in an older checkpoint was off there too.
     changed = {key: (old, new) for key, (old, new) in differing.items() if old is not None or new}
-    fatal = {key: pair for key, pair in changed.items() if key.startswith(identity) and key not in FREE}
+    fatal = {key: pair for key, pair in changed.items() if key.startswith(must_match) and key not in MAY_CHANGE}
     if fatal:
         lines = "\n".join(f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in fatal.items())
         raise ResumeError(

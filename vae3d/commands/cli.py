@@ -29,22 +29,22 @@ from vae3d.config.schema import CONF, TrainConfig
 from vae3d.config.validate import check_comparison, check_inference, training_issues
 from vae3d.errors import UserError
 
-# The dry run of a VAE's training needs these.
+# The check of a VAE's training on the meta device needs these.
 MODEL_KEYS = ("model", "loss", "teacher", "adversary", "stage.train", "data.frames", "data.height", "data.width")
 
 
 def check_training(cfg: DictConfig, issues: Sequence[ConfigIssue] = ()) -> TrainConfig:
-    """The configuration as typed objects. Raises ConfigError with every error, those of a dry run included.
+    """The configuration as typed objects. Raises ConfigError with every error, those of the model included.
 
-    issues: those of the command line. The dry run imports torch and builds the model. There is none where a key is
-    unknown or a type wrong, since the value that was meant is missing.
+    issues: those of the command line. The model is built on the meta device, which imports torch, unless a key of it is
+    unknown or has a wrong type.
     """
     config, found = training_issues(cfg)
     found = [*issues, *found]
     if not any(issue.malformed or is_within(issue.key, key) for issue in found for key in MODEL_KEYS):
-        from vae3d.commands import dry_run
+        from vae3d.commands import meta_check
 
-        found = add_new(found, dry_run.issues(config))
+        found = add_new(found, meta_check.issues(config))
     raise_if_any(found)
     return config
 

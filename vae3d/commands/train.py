@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from vae3d.config.schema import Data, Loss, TrainConfig
 
 
-def objective(config: Loss) -> Objective:
+def build_objective(config: Loss) -> Objective:
     """The loss; terms of weight 0 are built only if they are logged."""
     terms = {
         name: WeightedTerm(instantiate(term.term), term.weight, tuple(term.ramp), term.log, term.reduction)
@@ -49,13 +49,13 @@ def objective(config: Loss) -> Objective:
     return Objective(terms, config.reduction, weight, logvar=config.logvar)
 
 
-def clip_settings(config: Data) -> ClipSettings:
+def build_clip_settings(config: Data) -> ClipSettings:
     shared = {field.name for field in fields(ClipSettings)} - {"depth"}
     depth = DepthSettings(**vars(config.depth)) if config.depth.mapping else None
     return ClipSettings(**{name: getattr(config, name) for name in shared}, depth=depth)
 
 
-def batch_schedule(
+def build_schedule(
     config: TrainConfig | DiffusionConfig, lengths: np.ndarray, frames: FrameCounts, rank: int, world_size: int
 ) -> BatchSchedule:
     return BatchSchedule(
@@ -70,13 +70,13 @@ def batch_schedule(
     )
 
 
-def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData:
+def build_training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData:
     data, validation = config.data, config.validation
-    settings = clip_settings(data)
+    settings = build_clip_settings(data)
     tables = read_tables(
         instantiate(data.source), settings, data.num_val_files if validation.every else 0, data.max_broken
     )
-    schedule = batch_schedule(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
+    schedule = build_schedule(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
     held_out, errors = [], tables.errors
     if validation.every:
         held_out, more = validation_clips(tables.val, settings, validation.frames, validation.clips, rank, world_size)
@@ -96,7 +96,7 @@ def training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingDa
     )
 
 
-def distillation(config: TrainConfig, teacher: nn.Module | None, student: nn.Module) -> Distillation | None:
+def build_distillation(config: TrainConfig, teacher: nn.Module | None, student: nn.Module) -> Distillation | None:
     if teacher is None:
         return None
     settings = config.teacher
@@ -120,10 +120,10 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     accelerator = init_training(config.trainer.precision)
     check_ranks_agree(asdict(config))
     with accelerator.main_process_first():  # it probes the files; the others read its cache
-        data = training_data(config, accelerator.process_index, accelerator.num_processes)
+        data = build_training_data(config, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree(data.fingerprint.digests())
-    terms = objective(config.loss)
-    terms.load(accelerator.device)
+    objective = build_objective(config.loss)
+    objective.load(accelerator.device)
     validation = config.validation
     measured = [*validation.metrics, *validation.slow_metrics] if validation.every else []
     metrics = build_metrics(measured, accelerator.device)
@@ -139,31 +139,21 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
         compile_blocks(model, dynamic=None if len(data.schedule.frames.all()) > 1 else False)
     adversary, logger = instantiate(config.adversary), instantiate(config.logger)
     teacher = None if config.teacher.path is None else load(config.teacher.path).to(accelerator.device)
-    built = VaeTrainer(
-        config,
-        folder,
-        accelerator,
-        model,
-        terms,
-        adversary,
-        data,
-        metrics,
-        logger,
-        distillation(config, teacher, model),
-    )
-    built.setup()
+    distillation = build_distillation(config, teacher, model)
+    trainer = VaeTrainer(config, folder, accelerator, model, objective, adversary, data, metrics, logger, distillation)
+    trainer.setup()
     for line in [*summary(config, model, accelerator.num_processes), *data_summary(config, data), *started]:
-        built.log.say(line)
+        trainer.log.say(line)
     if isinstance(model, TAEHV) and config.teacher.path is None and {"all", "encoder"} & config.stage.train.keys():
-        built.log.warn(f"no teacher (teacher=none): the latents will drift away from those of {model.variant}")
+        trainer.log.warn(f"no teacher (teacher=none): the latents will drift away from those of {model.variant}")
     if not is_known(config.model):
-        built.log.warn(
+        trainer.log.warn(
             f"{config.model['_target_']} is not in MODELS of vae3d/models/registry.py: only vae3d.load(path, model) "
             "will open the exports of this run"
         )
     if isinstance(model, WanVAE) and config.trainer.precision != "fp32" and (error := slow_conv3d()):
-        built.log.say(error)
-    return built
+        trainer.log.say(error)
+    return trainer
 
 
 def describe(config: TrainConfig) -> None:

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from vae3d.checkpoints.location import EXPORT_CONFIG, find_weights, split_part
-from vae3d.commands.dry_run import built
+from vae3d.commands.meta_check import built
 from vae3d.commands.summary import batch_summary, frame_counts, millions
-from vae3d.commands.train import batch_schedule, clip_settings
+from vae3d.commands.train import build_clip_settings, build_schedule
 from vae3d.config.issues import NO_VALUE, ConfigIssue, raise_if_any
 from vae3d.data.batch_schedule import ClipIndex, FrameCounts
 from vae3d.data.clips import ClipDataset
@@ -112,7 +112,7 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
     return LatentData(
         dataset=CachedLatents(cache, train, labelled),
         collate=diffusion_data.collate_latents,
-        schedule=batch_schedule(config, np.ones(len(train), int), FrameCounts(1, 1), rank, world_size),
+        schedule=build_schedule(config, np.ones(len(train), int), FrameCounts(1, 1), rank, world_size),
         codec=codec,
         size=size,
         latent_shape=latent_shape,
@@ -127,7 +127,7 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
 
 def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
     data, validation = config.data, config.validation
-    settings, source = clip_settings(data), instantiate(data.source)
+    settings, source = build_clip_settings(data), instantiate(data.source)
     tables = read_tables(source, settings, data.num_val_files if validation.every else 0, data.max_broken)
     every = pd.concat([tables.train, tables.val], ignore_index=True)
     names = labels_of(every, config.labels)
@@ -137,7 +137,7 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
     if config.labels != "none":
         diffusion_data.require_labels(labels.tolist(), every["path"].tolist(), "files")
     of_train, of_val = np.split(labels, [len(tables.train)])
-    schedule = batch_schedule(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
+    schedule = build_schedule(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
     held_out, errors = [], tables.errors
     frames = validation.frames or max(schedule.frames.all())
     if validation.every:

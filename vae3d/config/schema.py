@@ -44,9 +44,9 @@ class Run:
     root: str = setting("runs", "Folder of all runs.")
     sweep: str = setting("sweep", "Folder under `run.root` for the jobs of a multirun.")
     seed: Int = setting(0, "Seed of weights, data order, crops and noise.", ge=0)
-    resume: bool = setting(True, "false: stop if the folder already holds checkpoints.")
+    resume: bool = setting(True, "true: continue from the newest checkpoint. false: an error if the folder has one.")
     resume_from: str | None = setting(
-        None, "latest, checkpoint-5500, RUN/checkpoint-5500, a run or a state file. null: the newest, if there is one."
+        None, "latest, step-0005500, RUN/checkpoints/step-0005500, RUN or a state file. null: the newest, if any."
     )
 
 

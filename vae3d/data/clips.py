@@ -26,7 +26,7 @@ from vae3d.data.media import MediaError, Reader, Size
 from vae3d.data.readers import open_media
 from vae3d.data.segments import WHOLE, Bounds, Segment, bounds_of
 from vae3d.seeding import seed_of
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 ATTEMPTS = 10  # files to try for one clip
 PANORAMA_TOLERANCE = 0.01  # relative, of width / (2 * height)
@@ -243,7 +243,7 @@ class Unreadable:
     errors: list[tuple[str, str]]
 
 
-def collate(samples: Sequence[Sample]) -> Clip | Unreadable:
+def collate(samples: Sequence[Sample]) -> ClipBatch | Unreadable:
     """Stack samples of equal frame count."""
     errors = [error for sample in samples for error in sample.errors]
     if any(sample.video is None for sample in samples):
@@ -252,7 +252,7 @@ def collate(samples: Sequence[Sample]) -> Clip | Unreadable:
     def stack(tensors: list[Tensor | None]) -> Tensor | None:
         return None if tensors[0] is None else torch.stack(tensors)
 
-    return Clip(
+    return ClipBatch(
         video=stack([sample.video for sample in samples]),
         positions=torch.tensor([sample.index.position for sample in samples]),
         paths=[sample.path for sample in samples],

@@ -84,7 +84,7 @@ def from_metres(metres: Tensor, bounds: Tensor, mapping: str) -> Tensor:
 def to_metres(depth: Tensor, bounds: Tensor, mapping: str) -> Tensor:
     """Inverse of from_metres: [..., 1, T, H, W], clipped to [-1, 1], -> metres.
 
-    bounds: [..., 2], as in Clip.depth_bounds. Apply depth_of to a video of three channels first.
+    bounds: [..., 2], as in ClipBatch.depth_bounds. Apply depth_of to a video of three channels first.
     """
     forward, back = MAPPINGS[mapping]
     low, high = (forward(bound) for bound in _broadcastable(bounds))

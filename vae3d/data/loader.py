@@ -20,7 +20,7 @@ from vae3d.data.rows import file_hashes, invalid_rows, mark_missing_files
 from vae3d.data.segments import Bounds, bounds_of, count_frames
 from vae3d.data.sources import Source
 from vae3d.data.workers import load
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 SHOWN = 10  # files in a message
 SIZE = ["height", "width"]
@@ -161,14 +161,16 @@ class TrainingData:
     settings: ClipSettings
     workers: int
     prefetch: int
-    held_out: list[Clip]
+    held_out: list[ClipBatch]
     errors: list[tuple[str, str]]  # (path, reason) of files that did not open when the table was read
     notes: list[str] = field(default_factory=list)  # lines for the log
     skipped_files: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of files that are too small
     timeout: float = 0.0  # seconds without a batch until WorkerError; 0: never
     fingerprint: DataFingerprint | None = None  # saved with checkpoints
 
-    def clips(self, first: int, last: int, stopping: Callable[[], bool] = lambda: False) -> Iterator[Clip | Unreadable]:
+    def clips(
+        self, first: int, last: int, stopping: Callable[[], bool] = lambda: False
+    ) -> Iterator[ClipBatch | Unreadable]:
         """Micro-batches of the optimizer steps first, ..., last - 1.
 
         stopping: whether the run ends after the current step. Raises as workers.load does.
@@ -191,7 +193,7 @@ class TrainingData:
 
 def validation_clips(
     table: pd.DataFrame, settings: ClipSettings, frames: int, count: int, rank: int = 0, world_size: int = 1
-) -> tuple[list[Clip], list[tuple[str, str]]]:
+) -> tuple[list[ClipBatch], list[tuple[str, str]]]:
     """This rank's share of one clip from each of the first `count` held-out videos with at least `frames` frames, and
     (path, reason) of files that failed. Raises DataError if no video is long enough.
     """
@@ -211,7 +213,7 @@ def validation_clips(
     return clips, errors
 
 
-def validation_clip(path: str, bounds: Bounds, row: int, settings: ClipSettings, frames: int) -> Clip:
+def validation_clip(path: str, bounds: Bounds, row: int, settings: ClipSettings, frames: int) -> ClipBatch:
     """The same clip of a file every time: from its middle (or over all of it, as data.sampling says), cropped at the
     centre, neither mirrored nor rolled. row: becomes its position. Raises MediaError.
     """

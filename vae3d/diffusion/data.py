@@ -24,7 +24,7 @@ from vae3d.latents.cache import NO_LABEL, CacheError, LatentCache
 from vae3d.latents.codec import LatentCodec
 from vae3d.running_stats import RunningStats
 from vae3d.seeding import generator_of, seed_of
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 
 class Batch(NamedTuple):
@@ -155,7 +155,7 @@ class LabelledClips:
         return Batch(None if isinstance(clip, Unreadable) else clip.video, labels, positions, clip.errors)
 
 
-def val_batches(clips: Sequence[Clip], labels: Sequence[int]) -> list[Batch]:
+def val_batches(clips: Sequence[ClipBatch], labels: Sequence[int]) -> list[Batch]:
     """A batch per validation clip; its position is its row, and so the index of its label."""
     return [
         Batch(clip.video, torch.tensor([labels[int(clip.positions)]]), clip.positions.tolist(), []) for clip in clips

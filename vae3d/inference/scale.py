@@ -26,7 +26,7 @@ from vae3d.models.interface import VideoAutoencoder, latent_space
 from vae3d.models.spatial import SpatialVAE
 from vae3d.precision import no_tf32
 from vae3d.running_stats import RunningStats
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 TOLERANCE = 0.1  # of a channel's mean (from 0) and standard deviation (from 1), for diffusion
 
@@ -97,7 +97,7 @@ def unscalable_reason(model: nn.Module) -> str | None:
 
 @no_tf32()
 @torch.no_grad()
-def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> LatentStats:
+def measure(model: nn.Module, clips: Iterable[ClipBatch], seed: int = 0) -> LatentStats:
     """Encode clips one by one, in the model's precision, and measure samples of their posteriors.
 
     A diffusion model is trained on samples, and latent-diffusion measures them too (`scale_by_std`,
@@ -121,7 +121,7 @@ def measure(model: nn.Module, clips: Iterable[Clip], seed: int = 0) -> LatentSta
 
 def spread_clips(
     table: pd.DataFrame, settings: ClipSettings, frames: int, count: int, errors: list[tuple[str, str]]
-) -> Iterator[Clip]:
+) -> Iterator[ClipBatch]:
     """Yield one clip of `frames` frames from each of `count` files, the same every time (data.loader.validation_clip).
 
     The files are spread evenly over the long enough rows of the table, since tables are often sorted by class.

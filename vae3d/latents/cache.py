@@ -47,7 +47,7 @@ class LatentCache(Dataset[Latent]):
 
     Latents are normalised: with the codec's statistics, if it is given, so that statistics that were measured later
     apply; else with the model's statistics at the time of encoding.
-    mode: sample (posterior noise is a function of (seed, position), as Clip.generators draws it for clips that are
+    mode: sample (posterior noise is a function of (seed, position), as ClipBatch.generators draws it for clips that are
     encoded during training), or mean; None: sample if the cache stores moments. position defaults to the index.
     split: only entries of this split. flips: include entries of mirrored pixels.
     verify: compare the files' hashes now; else their sizes, and checksums of entries when they are read.

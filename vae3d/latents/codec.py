@@ -159,7 +159,7 @@ class LatentCodec:
                 f"[{low:g}, {high:g}]; use one of {', '.join(RANGES)}"
             )
         if self.pixel_range != "signed":
-            video = video / (high / 2) - 1  # bit-equal to Clip.to
+            video = video / (high / 2) - 1  # bit-equal to ClipBatch.to
         return video if video.ndim == 5 else video.unsqueeze(2)
 
     def from_video(self, video: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from vae3d.losses.objective import PixelTerm
 from vae3d.losses.perceptual import LPIPS
 from vae3d.losses.pixel_weights import mean_one
 from vae3d.models.layers.frames import frames_of
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 
 @dataclass(eq=False)
@@ -25,12 +25,12 @@ class CubeL1(PixelTerm):
 
     size: int | None = None
 
-    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
+    def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         # Sampling is linear: the faces of the error equal the error of the faces.
-        errors = panorama.cube_faces(frames_of(rec - clip.video), self.size).abs()
-        weight = _face_weight(clip, self.size)
+        errors = panorama.cube_faces(frames_of(rec - batch.video), self.size).abs()
+        weight = _face_weight(batch, self.size)
         errors = (errors if weight is None else errors * weight).mean((1, 2, 3, 4))
-        return errors.view(len(clip.video), 1, -1, 1, 1)
+        return errors.view(len(batch.video), 1, -1, 1, 1)
 
 
 class CubeLPIPS(LPIPS):
@@ -54,24 +54,24 @@ class CubeLPIPS(LPIPS):
         super().__init__(net=net, path=path, frame_batch=frame_batch, gradient_checkpointing=gradient_checkpointing)
         self.size = size
 
-    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
-        size = self.size or clip.video.shape[-2] // 2
+    def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
+        size = self.size or batch.video.shape[-2] // 2
         min_size = self.min_size[self.net]
         if size < min_size:
             raise ValueError(
                 f"LPIPS with the {self.net} trunk needs cube faces of at least {min_size} pixels; these have {size}: "
                 f"train on panoramas of at least {2 * min_size} rows, or set the term's `size`"
             )
-        ori, rec = (panorama.cube_faces(frames_of(video), size).flatten(0, 1) for video in (clip.video, rec))
-        weight = _face_weight(clip, size)
+        ori, rec = (panorama.cube_faces(frames_of(video), size).flatten(0, 1) for video in (batch.video, rec))
+        weight = _face_weight(batch, size)
         weight = None if weight is None else weight.flatten(0, 1)
-        values = self.distances(ori, rec, weight, len(clip.video))  # [B, 1, T * 6, 1, 1]
+        values = self.distances(ori, rec, weight, len(batch.video))  # [B, 1, T * 6, 1, 1]
         return values.unflatten(2, (-1, 6)).mean(3)
 
 
-def _face_weight(clip: Clip, size: int | None) -> Tensor | None:
+def _face_weight(batch: ClipBatch, size: int | None) -> Tensor | None:
     """[B * T, 6, 1, size, size] of mean 1 per clip, 0 where pixels are invalid; None if all are valid."""
-    if clip.valid is None:
+    if batch.valid is None:
         return None
-    faces = panorama.cube_faces(frames_of(clip.valid.float()), size)
-    return mean_one(faces.unflatten(0, (len(clip.video), -1))).flatten(0, 1)
+    faces = panorama.cube_faces(frames_of(batch.valid.float()), size)
+    return mean_one(faces.unflatten(0, (len(batch.video), -1))).flatten(0, 1)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from vae3d.losses.objective import ErrorMap, numel_per_frame
-from vae3d.types import Clip, Reconstruction, TeacherTargets
+from vae3d.losses.objective import ErrorMap, Term, numel_per_frame
+from vae3d.types import ClipBatch, Reconstruction, TeacherTargets
 
 NORMS = {"mse": torch.square, "l1": torch.abs}
 
 
-class LatentDistillation:
+class LatentDistillation(Term):
     """Error of the posterior's mean against the teacher's latents, to make the encoders interchangeable.
 
     norm: mse, as in `TAEHV_Training_Example.ipynb` of madebyollin/seraena, or l1, sharper according to its author
@@ -25,9 +25,9 @@ class LatentDistillation:
             raise ValueError(f"norm is {norm!r}; use one of {', '.join(NORMS)}")
         self.norm = NORMS[norm]
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
+    def __call__(self, batch: ClipBatch, out: Reconstruction) -> ErrorMap:
         mean = out.posterior.mean.float()
-        target = require_targets(clip).z
+        target = require_targets(batch).z
         if mean.shape != target.shape:
             raise ValueError(
                 f"the model encodes to latents of {_shape(mean)} and the teacher to {_shape(target)}; choose "
@@ -36,7 +36,7 @@ class LatentDistillation:
         return ErrorMap(self.norm(mean - target), numel_per_frame(target))
 
 
-class FeatureDistillation:
+class FeatureDistillation(Term):
     """Squared error between projected features of the student's decoder and the teacher's, one frame per latent:
     Turbo-VAED (arXiv 2508.09136, section 3.3). Mean over the pairs of modules in `teacher.features`.
 
@@ -45,8 +45,8 @@ class FeatureDistillation:
 
     needs_pixels = False
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
-        targets = require_targets(clip).features
+    def __call__(self, batch: ClipBatch, out: Reconstruction) -> ErrorMap:
+        targets = require_targets(batch).features
         if not targets:
             raise ValueError("feature distillation needs teacher.features, as {module of the model: of the teacher}")
         errors = [(out.features[name].float() - targets[name]).square().mean((1, 2, 3, 4)) for name in targets]
@@ -54,12 +54,12 @@ class FeatureDistillation:
         return ErrorMap(torch.stack(errors).mean(0), numel_per_frame(first))
 
 
-def require_targets(clip: Clip) -> TeacherTargets:
-    if clip.targets is None:
+def require_targets(batch: ClipBatch) -> TeacherTargets:
+    if batch.targets is None:
         raise ValueError(
             "distillation needs a teacher; set teacher=vae teacher.path=..., or the weights of its terms to 0"
         )
-    return clip.targets
+    return batch.targets
 
 
 def _shape(latents: torch.Tensor) -> str:

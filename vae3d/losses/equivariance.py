@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d.arguments import Range, check_fields
-from vae3d.losses.objective import ErrorMap, numel_per_frame
+from vae3d.losses.objective import ErrorMap, Term, numel_per_frame
 from vae3d.losses.pixel_weights import mean_one
 from vae3d.models.layers.frames import clips_of, frames_of
 from vae3d.seeding import seed_of
-from vae3d.types import Clip, Reconstruction
+from vae3d.types import ClipBatch, Reconstruction
 
 NORMS = {"l1": torch.abs, "l2": torch.square}
 Share = Annotated[float, Range(1e-30, 1)]
@@ -40,7 +40,7 @@ class Transform(NamedTuple):
 
 
 @dataclass(kw_only=True, eq=False)
-class Equivariance:
+class Equivariance(Term):
     """|decode(tau z) - tau x| for a spatial transform tau of a clip x and its latents z.
 
     EQ-VAE (arXiv 2502.09509) and scale equivariance (arXiv 2502.14831). Trains encoder and decoder. Each
@@ -52,8 +52,6 @@ class Equivariance:
     ones are not panoramas. Clips are decoded one by one, since their sizes differ.
     Raises ValueError for invalid arguments, and if the stride does not divide a clip's sides.
     """
-
-    needs_pixels = True
 
     scales: Sequence[Share] = (0.25, 0.5, 0.75, 1.0)
     rotations: Sequence[Literal[0, 1, 2, 3]] = (0, 1, 2, 3)
@@ -69,14 +67,14 @@ class Equivariance:
         if not self.transforms:
             raise ValueError("scales and rotations contain only the identity; add another scale or rotation")
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
+    def __call__(self, batch: ClipBatch, out: Reconstruction) -> ErrorMap:
         if out.decode is None:
             raise ValueError("equivariance needs Reconstruction.decode; see models.interface.attach_decoder")
-        transforms = [self.draw(position) for position in clip.positions.tolist()]
+        transforms = [self.draw(position) for position in batch.positions.tolist()]
         # Without a transform 0 times the reconstruction, so that every rank has a gradient of every parameter.
         zero = out.video.float().sum() * 0.0
-        errors = [zero if tau is None else self._error(tau, clip, out, i) for i, tau in enumerate(transforms)]
-        return ErrorMap(torch.stack(errors).view(-1, 1, 1, 1, 1), numel_per_frame(clip.video))
+        errors = [zero if tau is None else self._error(tau, batch, out, i) for i, tau in enumerate(transforms)]
+        return ErrorMap(torch.stack(errors).view(-1, 1, 1, 1, 1), numel_per_frame(batch.video))
 
     def draw(self, position: int) -> Transform | None:
         """Transform of the clip at a position of the training order, or None."""
@@ -85,10 +83,10 @@ class Equivariance:
         rng = random.Random(seed_of(self.seed, "equivariance", position))
         return rng.choice(self.transforms) if rng.random() < self.probability else None
 
-    def _error(self, tau: Transform, clip: Clip, out: Reconstruction, index: int) -> Tensor:
+    def _error(self, tau: Transform, batch: ClipBatch, out: Reconstruction, index: int) -> Tensor:
         """Mean error of one clip."""
         one = slice(index, index + 1)
-        z, video = out.z[one].float(), clip.video[one]
+        z, video = out.z[one].float(), batch.video[one]
         stride = video.shape[-2] // z.shape[-2]
         if video.shape[-2:] != tuple(side * stride for side in z.shape[-2:]):
             height, width = video.shape[-2:]
@@ -100,10 +98,10 @@ class Equivariance:
         size = [side * stride for side in latent_size]
         target = tau(video, size)
         errors = NORMS[self.norm](out.decode(tau(z, latent_size), target).float() - target)
-        if clip.weight is not None:
-            weight = clip.weight.expand(len(clip.video), -1, video.shape[2], *video.shape[-2:])[one]
+        if batch.weight is not None:
+            weight = batch.weight.expand(len(batch.video), -1, video.shape[2], *video.shape[-2:])[one]
             weight = tau(weight, size)
-            if clip.valid is not None:
-                weight = weight * (tau(clip.valid[one].float(), size) > 1 - 1e-4)
+            if batch.valid is not None:
+                weight = weight * (tau(batch.valid[one].float(), size) > 1 - 1e-4)
             errors = errors * mean_one(weight)
         return errors.mean()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from vae3d.losses.objective import ErrorMap, numel_per_frame
-from vae3d.types import Clip, Reconstruction, SpatialPath
+from vae3d.losses.objective import ErrorMap, Term, numel_per_frame
+from vae3d.types import ClipBatch, Reconstruction, SpatialPath
 
 
-class KL:
+class KL(Term):
     """KL(posterior || N(0, 1)) in nats. reduction=sum sums over a clip, not a frame (Open-Sora v1.2 `losses.py`).
 
     latent-diffusion's weight of 1e-6 is for a sum beside summed terms. Beside averaged terms, for images of
@@ -20,14 +20,14 @@ class KL:
     needs_pixels = False
     needs_posterior = True
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap | None:
+    def __call__(self, batch: ClipBatch, out: Reconstruction) -> ErrorMap | None:
         if out.posterior is None:
             return None
         kl = out.posterior.kl_map().float()
         return ErrorMap(kl, kl[0].numel())
 
 
-class LatentL1:
+class LatentL1(Term):
     """|reconstructed - encoded| 2D latents, which train the temporal VAE in Open-Sora's stages 1 and 2.
 
     The target is detached: otherwise a trained 2D encoder would make its latents easier to reconstruct.
@@ -35,13 +35,13 @@ class LatentL1:
 
     needs_pixels = False
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
+    def __call__(self, batch: ClipBatch, out: Reconstruction) -> ErrorMap:
         path = _two_stage(out)
         target = path.latent.detach().float()
         return ErrorMap((path.latent_rec.float() - target).abs(), numel_per_frame(target))
 
 
-class Identity:
+class Identity(Term):
     """|temporal latent - 2D latent| of single images, to keep the two latent spaces alike.
 
     use_image_identity_loss in Open-Sora v1.2 `train_vae.py`. Does not apply to clips of several frames.
@@ -50,9 +50,9 @@ class Identity:
 
     needs_pixels = False
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap | None:
+    def __call__(self, batch: ClipBatch, out: Reconstruction) -> ErrorMap | None:
         path = _two_stage(out)
-        if clip.video.shape[2] > 1:
+        if batch.video.shape[2] > 1:
             return None
         if path.latent.shape != out.z.shape:
             raise ValueError(

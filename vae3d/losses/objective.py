@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vae3d.losses.pixel_weights import PixelWeight, mean_one
 from vae3d.precision import autocast_off
 from vae3d.schedules import ramp
-from vae3d.types import Clip, Reconstruction
+from vae3d.types import ClipBatch, Reconstruction
 
 REDUCTIONS = ("sum", "mean")
 
@@ -20,34 +20,44 @@ REDUCTIONS = ("sum", "mean")
 class ErrorMap(NamedTuple):
     """A term's errors, and the number of elements of one frame (KL: of one clip).
 
-    The mean of `map` is the error per element; times `numel` it is the sum that latent-diffusion and Open-Sora use. If
-    `map` has the clip's height and width, the Objective multiplies it by Clip.weight. Terms with other maps (LPIPS: one
-    value per frame) apply the weight themselves, if at all.
+    The mean of `map` is the error per element; times `numel` it is the sum that latent-diffusion and Open-Sora use. A
+    `map` of the clip's height and width is multiplied by the clip's weight in the Objective. Terms with other maps
+    (LPIPS: one value per frame) apply the weight themselves, if at all.
     """
 
     map: Tensor
     numel: int
 
 
-class Term(Protocol):
-    """A loss term. needs_pixels: whether it uses out.video, for which the pixel decoder must run."""
+class Term:
+    """A loss term. Its own parameters are not trained: those of pretrained networks must have requires_grad=False.
 
-    needs_pixels: bool
-
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap | None:
-        """Errors, or None if the term does not apply to this clip."""
-
-
-class PixelTerm:
-    """Base of terms that compare the reconstruction's pixels with the clip's."""
+    needs_pixels: whether it uses out.video, for which the pixel decoder must run. needs_posterior: whether it uses
+    out.posterior; clips are then encoded even if a teacher's latents are decoded.
+    """
 
     needs_pixels = True
+    needs_posterior = False
 
-    def __call__(self, clip: Clip, out: Reconstruction) -> ErrorMap:
+    def __call__(self, batch: ClipBatch, out: Reconstruction) -> ErrorMap | None:
+        """Errors, or None if the term does not apply to this clip."""
+        raise NotImplementedError
+
+    def find_weights(self) -> None:
+        """Raises WeightsMissing if the file of a pretrained network is missing."""
+
+    def load(self, device: torch.device | str) -> None:
+        """Load pretrained networks, onto `device`."""
+
+
+class PixelTerm(Term):
+    """Base of terms that compare the reconstruction's pixels with the clip's."""
+
+    def __call__(self, batch: ClipBatch, out: Reconstruction) -> ErrorMap:
         assert out.video is not None, "the term needs pixels; set needs_pixels = True in its class"
-        return ErrorMap(self.errors(out.video.float(), clip), numel_per_frame(clip.video))
+        return ErrorMap(self.errors(out.video.float(), batch), numel_per_frame(batch.video))
 
-    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
+    def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         """ErrorMap.map of a reconstruction [B, 3, T, H, W]."""
         raise NotImplementedError
 
@@ -63,8 +73,14 @@ class WeightedTerm:
     reduction: str | None = None
 
     def __post_init__(self) -> None:
-        if not hasattr(self.term, "needs_pixels"):
-            raise ValueError(f"{type(self.term).__name__} has no needs_pixels; set it to True or False in the class")
+        name = type(self.term).__name__
+        if not isinstance(self.term, Term):
+            raise ValueError(f"{name} is not a loss term; make it a subclass of Term in vae3d/losses/objective.py")
+        values = (self.term, *vars(self.term).values())
+        modules = [value for value in values if isinstance(value, nn.Module)]
+        parameters = [value for value in values if isinstance(value, nn.Parameter)]
+        if any(p.requires_grad for p in (*parameters, *nn.ModuleList(modules).parameters())):
+            raise ValueError(f"{name} has parameters, which would not be trained; set requires_grad=False on them")
 
     def weight_at(self, step: int) -> float:
         return self.weight * ramp(step, *self.ramp)
@@ -110,17 +126,15 @@ class Objective(nn.Module):
 
     @property
     def needs_posterior(self) -> bool:
-        """Whether a term uses the posterior. Clips are then encoded even if a teacher's latents are decoded."""
-        return any(getattr(t.term, "needs_posterior", False) for t in self.terms.values())
+        return any(t.term.needs_posterior for t in self.terms.values())
 
     def load(self, device: torch.device | str) -> None:
         """Load the pretrained networks of terms and move everything to `device`."""
         self.to(device)
         for t in self.terms.values():
-            if hasattr(t.term, "load"):
-                t.term.load(device)
+            t.term.load(device)
 
-    def forward(self, clip: Clip, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: ClipBatch, out: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch at optimizer step `step`.
 
         Metrics per term: `loss/<name>` under its reduction, `loss_mean/<name>` per element and `loss_weighted/<name>`,
@@ -128,15 +142,15 @@ class Objective(nn.Module):
         """
         weighted_losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
-        with autocast_off(clip.video.device):
-            clip, out = self._apply_weights(clip, out)
+        with autocast_off(batch.video.device):
+            batch, out = self._apply_weights(batch, out)
             for name, t in self._active_terms(step).items():
-                error = t.term(clip, out)
+                error = t.term(batch, out)
                 if error is None:
                     continue
                 errors = error.map.float()
-                if clip.weight is not None and errors.shape[-2:] == clip.video.shape[-2:]:
-                    errors = errors * clip.weight
+                if batch.weight is not None and errors.shape[-2:] == batch.video.shape[-2:]:
+                    errors = errors * batch.weight
                 mean = errors.mean()
                 value = mean * error.numel if (t.reduction or self.reduction) == "sum" else mean
                 weighted = t.weight_at(step) * value
@@ -148,10 +162,10 @@ class Objective(nn.Module):
                 metrics[f"loss_weighted/{name}"] = weighted.detach()
         if not weighted_losses:
             raise ValueError(
-                f"none of the loss terms {list(self.terms)} applies to a clip of {clip.video.shape[2]} frames"
+                f"none of the loss terms {list(self.terms)} applies to a clip of {batch.video.shape[2]} frames"
             )
         if self.logvar is not None:
-            weighted_losses.append(self.logvar * (numel_per_frame(clip.video) if self.reduction == "sum" else 1))
+            weighted_losses.append(self.logvar * (numel_per_frame(batch.video) if self.reduction == "sum" else 1))
             metrics["loss/logvar"] = self.logvar.detach().clone()
             metrics["loss_weighted/logvar"] = weighted_losses[-1].detach()
         return torch.stack(weighted_losses).sum(), metrics
@@ -164,16 +178,16 @@ class Objective(nn.Module):
         active = {name: t for name, t in self.terms.items() if t.weight_at(step) or t.log or not t.term.needs_pixels}
         return active if any(t.term.needs_pixels for t in active.values()) else self.terms
 
-    def _apply_weights(self, clip: Clip, out: Reconstruction) -> tuple[Clip, Reconstruction]:
-        """Set clip.weight, and replace invalid pixels of the reconstruction by the clip's: no error, no gradient."""
+    def _apply_weights(self, batch: ClipBatch, out: Reconstruction) -> tuple[ClipBatch, Reconstruction]:
+        """Set batch.weight, and replace invalid pixels of the reconstruction by the clip's: no error, no gradient."""
         weight = None
         if self.pixel_weight is not None:
-            weight = self.pixel_weight(clip.video.shape[-2], clip.video.device)[None, None, None, :, None]
-        if clip.valid is not None:
-            weight = mean_one(clip.valid.float() if weight is None else clip.valid * weight)
+            weight = self.pixel_weight(batch.video.shape[-2], batch.video.device)[None, None, None, :, None]
+        if batch.valid is not None:
+            weight = mean_one(batch.valid.float() if weight is None else batch.valid * weight)
             if out.video is not None:
-                out = replace(out, video=torch.where(clip.valid, out.video, clip.video))
-        return replace(clip, weight=weight), out
+                out = replace(out, video=torch.where(batch.valid, out.video, batch.video))
+        return replace(batch, weight=weight), out
 
 
 def numel_per_frame(x: Tensor) -> int:

@@ -15,7 +15,7 @@ from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.frames import clips_of, frames_of
 from vae3d.pretrained import weights
 from vae3d.pretrained.lpips import LPIPSNet
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 
 @dataclass(kw_only=True, eq=False)
@@ -38,28 +38,27 @@ class LPIPS(PixelTerm):
     def __post_init__(self) -> None:
         self.network = LPIPSNet(self.net)
 
-    def find_weights(self) -> Path:
-        """Path of the trunk's file. Raises WeightsMissing if there is none."""
-        return weights.find(self.network.file, path=self.path)
+    def find_weights(self) -> None:
+        weights.find(self.network.file, path=self.path)
 
     def load(self, device: torch.device | str) -> None:
         self.network.load(self.path).to(device)
 
-    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
-        ori = frames_of(clip.video)
+    def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
+        ori = frames_of(batch.video)
         rec = frames_of(rec)
-        weight = clip.weight
+        weight = batch.weight
         if self.wrap:
             ori, rec = panorama.wrap(ori, self.wrap), panorama.wrap(rec, self.wrap)
             # 0 in the padding, and still of mean 1
-            width = clip.video.shape[-1]
-            weight = clip.video.new_ones(1, 1, 1, 1, 1) if weight is None else weight
-            weight = weight.expand(-1, -1, -1, clip.video.shape[-2], width)
+            width = batch.video.shape[-1]
+            weight = batch.video.new_ones(1, 1, 1, 1, 1) if weight is None else weight
+            weight = weight.expand(-1, -1, -1, batch.video.shape[-2], width)
             weight = F.pad(weight, (self.wrap, self.wrap)) * (1 + 2 * self.wrap / width)
         if weight is not None:
-            clips, frames = clip.video.shape[0], clip.video.shape[2]
+            clips, frames = batch.video.shape[0], batch.video.shape[2]
             weight = frames_of(weight.expand(clips, 1, frames, -1, -1))
-        return self.distances(ori, rec, weight, len(clip.video))
+        return self.distances(ori, rec, weight, len(batch.video))
 
     def distances(self, ori: Tensor, rec: Tensor, weight: Tensor | None, clips: int) -> Tensor:
         """[clips, 1, N / clips, 1, 1] for images [N, 3, H, W], with weights [N, 1, H, W] where H or W may be 1."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vae3d import panorama
 from vae3d.losses.objective import PixelTerm
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 ROOT_EPS = 1e-6  # inside the square root of a gradient's magnitude, for a finite derivative at 0
 
@@ -19,15 +19,15 @@ ROOT_EPS = 1e-6  # inside the square root of a gradient's magnitude, for a finit
 class L1(PixelTerm):
     """|reconstruction - clip|."""
 
-    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
-        return (rec - clip.video).abs()
+    def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
+        return (rec - batch.video).abs()
 
 
 class MSE(PixelTerm):
     """(reconstruction - clip) ** 2."""
 
-    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
-        return (rec - clip.video).square()
+    def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
+        return (rec - batch.video).square()
 
 
 class Charbonnier(PixelTerm):
@@ -42,8 +42,8 @@ class Charbonnier(PixelTerm):
             raise ValueError(f"eps is {eps}; use a positive number, or L1")
         self.eps = eps
 
-    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
-        return ((rec - clip.video).square() + self.eps**2).sqrt()
+    def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
+        return ((rec - batch.video).square() + self.eps**2).sqrt()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -61,15 +61,15 @@ class Sobel(PixelTerm):
     wrap: bool = False
     magnitude: bool = False
 
-    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
+    def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         if self.magnitude:
-            edges = (self._magnitude(rec) - self._magnitude(clip.video)).abs()
+            edges = (self._magnitude(rec) - self._magnitude(batch.video)).abs()
         else:
-            gx, gy = self._gradient(rec - clip.video)
+            gx, gy = self._gradient(rec - batch.video)
             edges = (gx.abs() + gy.abs()) / 2
-        if clip.valid is not None:
-            invalid = F.max_pool3d(self._pad((~clip.valid).float()), (1, 3, 3), stride=1)
-            edges = edges * _renormalised(1 - invalid, clip)
+        if batch.valid is not None:
+            invalid = F.max_pool3d(self._pad((~batch.valid).float()), (1, 3, 3), stride=1)
+            edges = edges * _renormalised(1 - invalid, batch)
         return edges
 
     def _gradient(self, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,11 +107,11 @@ class Wavelet(PixelTerm):
         self.levels = levels
         self.axes = (2, 3, 4) if temporal else (3, 4)
 
-    def errors(self, rec: Tensor, clip: Clip) -> Tensor:
-        bands = pyramid(rec - clip.video, self.levels, self.axes, haar).abs()
-        if clip.valid is not None:
-            invalid = pyramid((~clip.valid).float(), self.levels, self.axes, lambda a, b: (a + b, a + b))
-            bands = bands * _renormalised((invalid == 0).float(), clip)
+    def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
+        bands = pyramid(rec - batch.video, self.levels, self.axes, haar).abs()
+        if batch.valid is not None:
+            invalid = pyramid((~batch.valid).float(), self.levels, self.axes, lambda a, b: (a + b, a + b))
+            bands = bands * _renormalised((invalid == 0).float(), batch)
         return bands
 
 
@@ -148,8 +148,8 @@ def _transform_pairs(x: Tensor, axis: int, transform: PairTransform) -> Tensor:
     return torch.stack(transform(first, second), axis + 1).flatten(axis, axis + 1).narrow(axis, 0, size)
 
 
-def _renormalised(mask: Tensor, clip: Clip) -> Tensor:
-    """mask [B, 1, T, H, W] of 0 and 1, scaled so that mask * clip.weight has mean 1 per clip."""
-    weight = mask if clip.weight is None else mask * clip.weight
+def _renormalised(mask: Tensor, batch: ClipBatch) -> Tensor:
+    """mask [B, 1, T, H, W] of 0 and 1, scaled so that mask * batch.weight has mean 1 per clip."""
+    weight = mask if batch.weight is None else mask * batch.weight
     mean = weight.mean((1, 2, 3, 4), keepdim=True)
     return mask / torch.where(mean > 0, mean, 1.0)

@@ -1,6 +1,11 @@
 """Training. Read trainer.py first: `fit` is a run, `train_step` a step.
 
-vae_trainer.py, diffusion_trainer.py: what each kind of model computes, validates and exports.
-strategy.py, deepspeed.py: how ranks share a step. step_status.py, failures.py: when a step is skipped or a run stops.
-checkpointer.py: what is saved, and when. preflight.py: the first step's errors before the first step.
+vae_trainer.py, diffusion_trainer.py: what each kind of model computes, validates and exports. vae_validation.py: scores
+of held-out clips.
+teacher.py: Distillation. proximal.py, ema.py, freeze.py: regularisation, averages, and which weights train.
+strategy.py, deepspeed.py: how ranks share a step.
+step_status.py: metrics of a step, and whether it is applied. failures.py: when failures stop a run.
+memory.py: running out of it. checkpointer.py: what is saved, and when.
+preflight.py: the first step's errors before the first step.
+runlog.py: files of a run's log, and stop signals. loggers.py: TensorBoard and others.
 """

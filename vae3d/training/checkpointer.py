@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol, TypedDict
 
 import torch
 from accelerate import Accelerator
@@ -59,10 +59,11 @@ class Checkpointer:
     A checkpoint is written to a hidden folder, fsynced and renamed once it is complete. All ranks run each stage of
     saving, and the next stage only if all succeeded. The last complete checkpoint is never touched.
 
-    Nothing is saved while steps are skipped, since the weights may be ruined: a checkpoint that is due waits for the
-    next step that is taken. So a step has succeeded after every checkpoint but the newest.
+    No checkpoint is saved after a skipped step, since the weights may be NaN: one that is due waits for the next step
+    that is applied. So a step was applied after every checkpoint but the newest. Exceptions: the end of a run is saved
+    unless its last steps were not finite, and an error saves unless the spike guard skipped the steps before it.
 
-    outputs, final_outputs: called with a step. facts: written to run.json.
+    outputs, final_outputs: called with a step. metadata: written to run.json.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Checkpointer:
         *,
         outputs: Callable[[int], Outputs],
         final_outputs: Callable[[int], Outputs],
-        facts: Mapping[str, Any],
+        metadata: Mapping[str, Any],
     ) -> None:
         self.folder, self.root = folder, folder / "checkpoints"
         self.device, self.rank, self.main = accelerator.device, accelerator.process_index, accelerator.is_main_process
@@ -88,21 +89,22 @@ class Checkpointer:
             "the last complete one stays",
         )
         self.outputs, self.final_outputs = outputs, final_outputs
-        self.facts = {"world_size": accelerator.num_processes, **facts}
+        self.metadata = {"world_size": accelerator.num_processes, **metadata}
         self.items: dict[str, Stateful] = {}
-        self.exact: set[str] = set()
+        self.strict: set[str] = set()
         self.optional_rank_state: set[str] = set()
         self.due = False
-        self.last_saved = self.last_taken = -1  # in this process: step of the newest checkpoint, and after an update
+        self.last_saved = -1  # step of the newest checkpoint that this process wrote
+        self.last_applied = -1  # number of steps after the last one that this process applied
 
-    def register(self, name: str, item: Stateful, *, exact: bool = False, optional_rank_state: bool = False) -> None:
+    def register(self, name: str, item: Stateful, *, strict: bool = False, optional_rank_state: bool = False) -> None:
         """Save and load `item` under `name`.
 
-        exact: a saved state must have the keys and shapes of the current one. optional_rank_state: its rank state may
+        strict: a saved state must have the keys and shapes of the current one. optional_rank_state: its rank state may
         be missing, as in a lone state file.
         """
         self.items[name] = item
-        self.exact |= {name} if exact else set()
+        self.strict |= {name} if strict else set()
         self.optional_rank_state |= {name} if optional_rank_state else set()
 
     # ---- loading
@@ -125,7 +127,7 @@ class Checkpointer:
             for name, item in self.items.items():
                 if name not in saved:
                     raise ArgumentError(f"{name} is missing")
-                if name in self.exact:
+                if name in self.strict:
                     check_like(saved[name], item.state_dict(), name)
                 _load_item(checkpoint, name, item.load_state_dict, saved[name])
         with state.restoring(checkpoint, state.RANK_STATE.format(rank=self.rank)):
@@ -141,10 +143,14 @@ class Checkpointer:
 
     # ---- saving
 
-    def save_if_due(self, step: int, *, taken: bool, not_finite: int, end: bool) -> None:
+    def mark_applied(self, step: int) -> None:
+        """The last of `step` steps was applied."""
+        self.last_applied = step
+
+    def save_if_due(self, step: int, *, applied: bool, not_finite: int, end: bool) -> None:
         """Save if a checkpoint is due.
 
-        taken: whether the step was. not_finite: consecutive skipped steps whose loss or gradient was not finite.
+        applied: whether the last step was. not_finite: consecutive skipped steps whose loss or gradient was not finite.
         end: whether the run ends here. Raises SpikeError if it ends on such steps, SaveError if its last save fails,
         TooManyFailures after too many failed saves.
         """
@@ -155,8 +161,9 @@ class Checkpointer:
             raise SpikeError(
                 f"the run ends on {not_finite} skipped steps whose loss or gradient was not finite, so that step "
                 f"{step} is not saved; lower optim.lr, or raise trainer.max_steps to train past it"
+                f"{self.recovery_hint()}"
             )
-        if end or (self.due and taken):
+        if end or (self.due and applied):
             self.save(step, end=end)
 
     def save(self, step: int, end: bool = False) -> None:
@@ -166,7 +173,7 @@ class Checkpointer:
         """
         self.due = False
         try:
-            self.write_checkpoint(step)
+            self._write(step)
         except SaveError as error:
             if end:
                 raise
@@ -176,32 +183,32 @@ class Checkpointer:
             self.last_saved = step
             self.failures.reset()
 
-    def save_before(self, error: UserError, step: int, skipped: int) -> None:
-        """Save the finished steps before the run ends with `error`, on all ranks, and add to its message what is saved.
+    def save_then_raise(self, error: UserError, step: int, skipped: int) -> NoReturn:
+        """End the run with `error`, on all ranks, after saving the finished steps. Adds to the message what is saved.
 
-        skipped: consecutive steps skipped up to here; if there are any, nothing is saved.
+        skipped: consecutive steps that the spike guard skipped up to here; if there are any, nothing is saved.
         """
         if skipped:
-            error.args = (f"{error}{self.way_back()}",)
-        if not self.save_every or skipped or step == 0:
-            return
-        try:
-            if self.last_saved != step:
-                self.write_checkpoint(step)
-        except SaveError as failed:
-            error.args = (f"{error}\n{failed}",)
-        else:
-            self.last_saved = step
-            error.args = (f"{error}\nall {step} finished steps are saved; the same command resumes from there",)
+            error.args = (f"{error}{self.recovery_hint()}",)
+        elif self.save_every and step:
+            try:
+                if self.last_saved != step:
+                    self._write(step)
+            except SaveError as failed:
+                error.args = (f"{error}\n{failed}",)
+            else:
+                self.last_saved = step
+                error.args = (f"{error}\nall {step} finished steps are saved; the same command resumes from there",)
+        raise error
 
-    def way_back(self) -> str:
-        """How to resume if no step succeeded after the newest checkpoint."""
+    def recovery_hint(self) -> str:
+        """How to resume if no step was applied after the newest checkpoint."""
         newest = state.latest_state(self.root)
-        if newest is None or self.last_taken > state.step_of(newest):
+        if newest is None or self.last_applied > state.step_of(newest):
             return ""
         return f". No step succeeded after {newest}: delete it to resume from the checkpoint before it"
 
-    def write_checkpoint(self, step: int) -> None:
+    def _write(self, step: int) -> None:
         """Write a checkpoint and, on the first rank, its outputs.
 
         Raises SaveError, on all ranks, if the disk of any rank fails or its memory runs out.
@@ -217,13 +224,12 @@ class Checkpointer:
             if own := {name: part for name, part in per_rank.items() if part}:
                 state.write_rank(unfinished, self.rank, own)
 
-        def finish() -> None:
-            state.seal(unfinished, step, self.config, self.facts)
+        def commit() -> None:
             for path in outputs:  # left by an older checkpoint of this step
                 remove(path)
-            state.finish(unfinished, self.root, step)
+            state.commit(unfinished, self.root, step, self.config, self.metadata)
 
-        for stage, runs in ((lambda: state.begin(unfinished), self.main), (write, True), (finish, self.main)):
+        for stage, runs in ((lambda: state.begin(unfinished), self.main), (write, True), (commit, self.main)):
             if reason := run_on_all_ranks(self.device, stage, runs):
                 if self.main:
                     _try_to_remove(unfinished)
@@ -231,7 +237,7 @@ class Checkpointer:
         self._write_outputs(step, outputs)
         self.log.say(f"saved {step_folder(self.root, step)}")
 
-    def finish_newest(self, step: int) -> None:
+    def complete_newest(self, step: int) -> None:
         """At the start of a run, remove what a killed process left and write missing outputs of the newest checkpoint.
 
         Raises SaveError, on all ranks, if the disk fails.

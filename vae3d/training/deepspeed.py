@@ -77,7 +77,7 @@ class DeepSpeedZero(Strategy):
         self.model, self.optimizer = self.engine, optimizer
         self._accumulate = accumulate
         self._backwards, self._in_backward = 0, False  # backward passes begun in this step
-        self._without_grad: list[str] = []  # after a dry run
+        self._without_grad: list[str] = []  # in the last pass inside no_update
 
     def run_guarded(self, forward_backward: Callable[[], None]) -> str | None:
         """Run this rank's forward and backward passes. Returns an error message if memory runs out between backwards.
@@ -113,7 +113,7 @@ class DeepSpeedZero(Strategy):
         self._in_backward = False
 
     @contextmanager
-    def dry_run(self) -> Iterator[None]:
+    def no_update(self) -> Iterator[None]:
         """Inside, a step has one micro-batch, whose gradients are computed without the engine, and dropped."""
         accumulate, backward = self._accumulate, self.backward
 

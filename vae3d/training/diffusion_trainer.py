@@ -30,13 +30,13 @@ from vae3d.training.failures import Count, SpikeGuard
 from vae3d.training.loggers import Logger
 from vae3d.training.step_status import StepMetrics
 from vae3d.training.strategy import ReplicatedDataParallel
-from vae3d.training.trainer import Trainer, adamw, catch_validation_error
+from vae3d.training.trainer import Trainer, adamw
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
 
-# Settings that make a run a different one, besides those of the denoiser and the process.
-IDENTITY = (
+# Settings that a resumed run must share with its checkpoint.
+MUST_MATCH = (
     *("denoiser", "process", "vae.sample", "labels", "data.frames", "data.height", "data.width", "data.stride"),
     *("data.fps", "run.seed"),
 )
@@ -101,6 +101,9 @@ class DiffusionTrainer(Trainer[Batch]):
 
     def is_readable(self, batch: Batch) -> bool:
         return batch.values is not None
+
+    def clip_names(self, batch: Batch) -> list[str]:
+        return [f"position {position} of the training order" for position in batch.positions]
 
     def forward_backward(self, batches: Sequence[Batch], phase: UpdatePhase, step: int, metrics: StepMetrics) -> None:
         for batch in batches:
@@ -174,7 +177,7 @@ class DiffusionTrainer(Trainer[Batch]):
         return sums
 
     def _sample_or_warn(self) -> dict[str, float]:
-        scores, error = catch_validation_error(self._sample, memory_hint="lower validation.samples")
+        scores, error = self.catch_validation_error(self._sample, memory_hint="lower validation.samples")
         if error is not None:
             self.log.warn(f"no samples at step {self.step}: {error}")
         return scores or {}
@@ -214,7 +217,7 @@ class DiffusionTrainer(Trainer[Batch]):
         saved = state.saved_config(checkpoint)
         if not all(isinstance(saved.get(part), Mapping) for part in ("denoiser", "process")):
             raise ResumeError(f"{checkpoint} is not of a diffusion model; run.resume_from takes one of those")
-        return state.check_same_run(checkpoint, asdict(self.config), IDENTITY)
+        return state.check_same_run(checkpoint, asdict(self.config), MUST_MATCH)
 
     def export(self, folder: Path, **info: Any) -> None:
         """Write the weights at every averaging rate, and what sampling needs beside them."""

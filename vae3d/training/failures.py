@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -40,7 +39,7 @@ class SpikeGuard:
 
     factor: skip a step if any loss in it exceeds this many times the running mean; None skips only steps that are not
     finite. warmup: accepted steps before the factor applies. max_consecutive_skips: if all of these were finite, the
-    loss has moved to a new level, which is accepted; otherwise SpikeError. 0: no limit.
+    loss has moved to a new level, which is accepted; otherwise check_limit raises. 0: no limit.
     """
 
     MOMENTUM = 0.98
@@ -52,13 +51,12 @@ class SpikeGuard:
         self.consecutive_skips = 0
         self.all_finite = True  # of the consecutive skips
 
-    def should_step(self, mean: float, worst: float, grad_norm: float) -> bool:
-        """Whether to take the step; updates the running mean.
+    def should_step(self, mean: float, worst: float, *, finite: bool) -> bool:
+        """Whether to apply the step; updates the running mean.
 
-        mean, worst: of the loss over micro-batches and ranks; a mean over many ranks hides one spike. grad_norm: of the
-        averaged gradient. Raises SpikeError.
+        mean, worst: of the loss over micro-batches and ranks; a mean over many ranks hides one spike. finite: whether
+        all losses and the averaged gradient are.
         """
-        finite = math.isfinite(mean) and math.isfinite(worst) and math.isfinite(grad_norm)
         warm = self.factor is not None and self.accepted >= self.warmup
         if finite and not (warm and worst > self.factor * self.mean):
             momentum = min(self.MOMENTUM, self.accepted / (self.accepted + 1))
@@ -68,17 +66,27 @@ class SpikeGuard:
             return True
         self.consecutive_skips += 1
         self.all_finite = self.all_finite and finite
-        if self.max_consecutive_skips and self.consecutive_skips >= self.max_consecutive_skips:
-            message = (
-                f"{self.consecutive_skips} steps in a row were skipped: loss {mean:g} (worst {worst:g}), gradient norm "
-                f"{grad_norm:g}, running mean of the loss {self.mean:g}"
+        if self.at_limit and self.all_finite:
+            log.warning(
+                f"{self.consecutive_skips} steps in a row were skipped: loss {mean:g} (worst {worst:g}), running mean "
+                f"of the loss {self.mean:g}; training continues at this level"
             )
-            if not self.all_finite:
-                raise SpikeError(f"{message}; lower optim.lr, or check the data listed in data_errors.jsonl")
-            log.warning("%s; training continues at this level", message)
             # Not just the mean: a rank whose loss stays far above the others' would be skipped forever.
             self.mean, self.consecutive_skips = max(mean, worst / self.factor), 0
         return False
+
+    @property
+    def at_limit(self) -> bool:
+        return 0 < self.max_consecutive_skips <= self.consecutive_skips
+
+    def check_limit(self, reason: str) -> None:
+        """Raises SpikeError after too many skipped steps. reason: why the last one was skipped."""
+        if self.at_limit:
+            raise SpikeError(
+                f"{self.consecutive_skips} steps in a row were skipped, the last because of {reason}; the running mean "
+                f"of the loss is {self.mean:g}. For each step the log names the loss terms that are not finite and the "
+                "clips: take those clips out if they are always the same ones, or lower optim.lr"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _SpikeState.__annotations__}
@@ -130,7 +138,7 @@ class ReadErrors:
             self.reads = self.broken = 0
             raise DataError(
                 f"{broken} of {reads} reads failed, a larger share than data.max_broken={self.max_broken}; "
-                f"{self.folder}/data_errors.jsonl lists the files"
+                f"{self.folder}/data_errors*.jsonl list the files"
             )
 
     def state_dict(self) -> list[int]:

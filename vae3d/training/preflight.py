@@ -12,14 +12,14 @@ from vae3d.schedules import ALL_ON
 from vae3d.training.freeze import PartError
 from vae3d.training.step_status import StepMetrics, StepStatus
 from vae3d.training.trainer import Trainer
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 
 class PreflightError(UserError):
     """A step that cannot work."""
 
 
-def preflight(trainer: Trainer[Clip]) -> None:
+def preflight(trainer: Trainer[ClipBatch]) -> None:
     """Find errors of any step before the first: a term that starts at step 50,000 fails now.
 
     Every update phase is tried on a micro-batch of the fewest and of the most frames. No weight, gradient, optimizer
@@ -31,20 +31,20 @@ def preflight(trainer: Trainer[Clip]) -> None:
     frames = data.schedule.frames.all()
     phases = {adversary.update_phase(step): step for step in (ALL_ON, ALL_ON + 1)}
     for count, (phase, step) in product(dict.fromkeys((frames[0], frames[-1])), phases.items()):
-        clip, metrics = noise(data.schedule.micro_batch, count, data.settings), StepMetrics()
+        batch, metrics = noise(data.schedule.micro_batch, count, data.settings), StepMetrics()
 
-        def run(clip=clip, phase=phase, step=step, metrics=metrics) -> None:
+        def run(batch=batch, phase=phase, step=step, metrics=metrics) -> None:
             moments = adamw_moments(strategy.optimizer)
-            trainer.forward_backward([clip], phase, step, metrics)
+            trainer.forward_backward([batch], phase, step, metrics)
             del moments
 
-        with strategy.dry_run():
+        with strategy.no_update():
             error = strategy.run_guarded(run)
             adversary.sync_remaining(step, 1)
             status = trainer.sync_status(metrics, error)
-            params_without_grad = strategy.params_without_grad() if status.complete and phase.generator else []
+            params_without_grad = strategy.params_without_grad() if status.completed and phase.model else []
         adversary.reset_step()
-        require_sound(status, error, metrics, "x".join(map(str, clip.video.shape)))
+        check_status(status, error, metrics, "x".join(map(str, batch.video.shape)))
         if params_without_grad:
             raise PartError(
                 f"stage.train names parts that no loss term reaches: {len(params_without_grad)} parameters such as "
@@ -59,10 +59,10 @@ def adamw_moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [torch.empty_like(p) for group in optimizer.param_groups for p in group["params"] for _ in range(2)]
 
 
-def require_sound(status: StepStatus, error: str | None, metrics: StepMetrics, shape: str) -> None:
+def check_status(status: StepStatus, error: str | None, metrics: StepMetrics, shape: str) -> None:
     if status.mismatch:
         raise PreflightError(f"a micro-batch of {shape}: the ranks differ: {status.mismatch}")
-    if not status.complete:
+    if not status.completed:
         raise PreflightError(
             f"a micro-batch of {shape} does not fit into memory ({status.failure()}): {error or 'see other ranks'}; "
             "raise trainer.accumulate, lower data.height, data.width or data.frames.max, or set "
@@ -75,14 +75,16 @@ def require_sound(status: StepStatus, error: str | None, metrics: StepMetrics, s
         )
 
 
-def noise(micro_batch: int, frames: int, settings: ClipSettings) -> Clip:
+def noise(micro_batch: int, frames: int, settings: ClipSettings) -> ClipBatch:
     """A clip of random pixels, or depths, as the data loader gives them."""
     shape = (micro_batch, frames, settings.height, settings.width)
     generator = torch.Generator().manual_seed(0)
     positions, names = torch.arange(-micro_batch, 0), ["noise"] * micro_batch
     if settings.depth is None:
         video = torch.randint(0, 256, (shape[0], 3, *shape[1:]), dtype=torch.uint8, generator=generator)
-        return Clip(video, positions, names)
+        return ClipBatch(video, positions, names)
     video = torch.rand(shape[0], 1, *shape[1:], generator=generator).mul_(2).sub_(1).expand(-1, 3, -1, -1, -1)
     valid = torch.ones(shape[0], 1, *shape[1:], dtype=torch.bool)
-    return Clip(video.contiguous(), positions, names, valid=valid, depth_bounds=torch.tensor([[0.1, 20.0]] * shape[0]))
+    return ClipBatch(
+        video.contiguous(), positions, names, valid=valid, depth_bounds=torch.tensor([[0.1, 20.0]] * shape[0])
+    )

@@ -35,7 +35,7 @@ class RunLocked(UserError):
 
 
 class RunLog:
-    """Rank 0 writes; on other ranks every method but `errors` does nothing."""
+    """Rank 0 writes; other ranks write their `errors`, and warnings with `any_rank`."""
 
     def __init__(self, folder: Path, logger: Logger, *, rank: int) -> None:
         self.folder, self.logger, self.rank = folder, logger, rank
@@ -81,8 +81,8 @@ class RunLog:
         if self.main:
             log.info(message)
 
-    def warn(self, message: str) -> None:
-        if self.main:
+    def warn(self, message: str, *, any_rank: bool = False) -> None:
+        if self.main or any_rank:
             log.warning(message)
 
     def advance(self) -> None:

@@ -1,4 +1,9 @@
-"""What a step computed, and how it went: all-reduced before any rank updates its weights."""
+"""What a step computed, and how it went, which all ranks agree on before any of them updates its weights.
+
+completed: every rank ran the forward and backward passes of all its micro-batches. finite: completed, and the losses of
+all ranks are finite. applied: the weights were updated. A step may be finite and not applied: its loss is a spike, or
+its gradient overflowed. A step that is not applied is skipped by all ranks, and changes no weight.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +42,13 @@ class StepMetrics:
             self._values[name].append(value.detach().float())
 
     def losses(self) -> dict[str, Tensor]:
-        """Columns of StatusTable: `loss` is a mean over micro-batches, the others are maxima; NaN if one is NaN."""
+        """StatusTable.LOSSES: `loss` is a mean over micro-batches, the others are maxima; NaN if one is NaN."""
         losses = {}
         if "loss" in self._values:
             values = torch.stack(self._values["loss"])
-            losses = {"loss": values.mean(), "worst": values.max()}
+            losses = {"loss": values.mean(), "largest": values.max()}
         if "loss_discriminator" in self._values:
-            losses["worst_discriminator"] = torch.stack(self._values["loss_discriminator"]).max()
+            losses["largest_discriminator"] = torch.stack(self._values["loss_discriminator"]).max()
         return losses
 
     def means(self) -> dict[str, float]:
@@ -62,19 +67,21 @@ class StepMetrics:
 
 
 class MeanMeter:
-    """Means of step metrics between two log lines."""
+    """Between two log lines: means of the metrics of applied steps, and `skipped`, the number of the other steps."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[float]] = defaultdict(list)
 
-    def add(self, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
+    def add(self, metrics: Mapping[str, float], *, applied: bool) -> None:
+        self._values["skipped"].append(float(not applied))
+        for name, value in metrics.items() if applied else ():
             self._values[name].append(value)
 
     def flush(self) -> dict[str, float]:
+        skipped = sum(self._values.pop("skipped", []))
         means = {name: sum(values) / len(values) for name, values in self._values.items()}
         self._values.clear()
-        return means
+        return {**means, "skipped": skipped}
 
     def state_dict(self) -> dict[str, list[float]]:
         return dict(self._values)
@@ -85,10 +92,14 @@ class MeanMeter:
 
 
 class Decision(NamedTuple):
-    """Whether to take the step and, if not, the reason. error: raised to stop the run instead of skipping the step."""
+    """Whether to apply the step. If not, the reason, and the ranks on which it lies.
 
-    take: bool
+    error: raised to stop the run instead of skipping the step.
+    """
+
+    apply: bool
     reason: str = ""
+    ranks: tuple[int, ...] = ()
     error: UserError | None = None
 
 
@@ -96,68 +107,98 @@ class Decision(NamedTuple):
 class StepStatus:
     """How a step went on all ranks.
 
-    loss: mean over ranks. worst: largest loss of any micro-batch, NaN if any is NaN; neither counts unless `complete`.
-    out_of_memory, unreadable: ranks that could not finish the step. no_data: ranks whose data loader failed.
-    stop: signal that a rank received, or 0. broken: number of failed reads. mismatch: a gradient or metric that only
-    some ranks have, and which ranks; empty if there is none.
+    loss: mean over ranks. largest: by rank, the largest loss of any micro-batch; neither counts unless `finite`.
+    out_of_memory, unreadable: ranks that could not complete the step. no_data: ranks whose data loader failed.
+    not_finite: ranks with a loss, also of the discriminator, that is NaN or infinite. stop: signal that a rank
+    received, or 0. read_errors: number of failed reads. mismatch: a gradient or metric that only some ranks have, and
+    which ranks; empty if there is none.
     """
 
     loss: float
-    worst: float
+    largest: tuple[float, ...]
     out_of_memory: tuple[int, ...]
     unreadable: tuple[int, ...]
     no_data: tuple[int, ...]
+    not_finite: tuple[int, ...]
     stop: int
-    broken: int
+    read_errors: int
     mismatch: str = ""
 
     @property
-    def complete(self) -> bool:
-        """Whether every rank finished its micro-batches, with gradients and metrics of the same names."""
+    def completed(self) -> bool:
+        """Whether every rank did all its micro-batches, with gradients and metrics of the same names."""
         return not (self.out_of_memory or self.unreadable or self.no_data or self.mismatch)
 
     @property
     def finite(self) -> bool:
-        """Whether every rank finished, and all losses are finite."""
-        return self.complete and math.isfinite(self.loss) and math.isfinite(self.worst)
+        return self.completed and not self.not_finite
 
-    def decide(self, grad_norm: float, spikes: SpikeGuard | None) -> Decision:
+    @property
+    def worst(self) -> float:
+        """The largest loss of any micro-batch on any rank."""
+        return max(self.largest)
+
+    def decide(self, grad_norm: float | None, spikes: SpikeGuard | None) -> Decision:
         """What all ranks do with the step.
 
-        spikes: its running mean is updated; None for a step that trains the discriminator only.
-        Raises SpikeError if too many consecutive steps were not finite.
+        grad_norm: None if there is none, or if the strategy skips gradients that overflow. spikes: its running mean is
+        updated; None for a step that trains the discriminator only.
         """
         if self.mismatch:
             error = RanksDiffer(
                 f"the ranks differ after the same step: {self.mismatch}; a loss term that applies to some clips only "
                 "must use the same parameters, and return metrics of the same names, on every rank"
             )
-            return Decision(False, str(error), error)
+            return Decision(False, str(error), error=error)
         if self.no_data:
             error = DataError(f"rank {_join(self.no_data)} has no more data")
-            return Decision(False, str(error), error)
-        if not self.complete:
-            return Decision(False, self.failure())
-        if self.finite if spikes is None else spikes.should_step(self.loss, self.worst, grad_norm):
+            return Decision(False, str(error), self.no_data, error)
+        finite = self.finite and (grad_norm is None or math.isfinite(grad_norm))
+        accepted = finite
+        if self.completed and spikes is not None:
+            accepted = spikes.should_step(self.loss, self.worst, finite=finite)
+        if accepted:
             return Decision(True)
-        return Decision(False, f"loss {self.loss:g}, at worst {self.worst:g}, gradient norm {grad_norm:g}")
+        if not self.finite:
+            return Decision(False, self.failure(), (*self.out_of_memory, *self.unreadable, *self.not_finite))
+        if not finite:
+            return Decision(False, f"gradient norm {grad_norm:g}")
+        ranks = tuple(rank for rank, loss in enumerate(self.largest) if loss == self.worst)
+        return Decision(False, f"loss {self.worst:g} is a spike, mean {self.loss:g}: rank {_join(ranks)}", ranks)
 
     def failure(self) -> str:
-        """Why some ranks did not finish the step; empty if all did."""
-        failures = {"out of memory": self.out_of_memory, "without a readable file": self.unreadable}
+        """Why the step is not finite, with the ranks; empty if it is."""
+        failures = {
+            "out of memory": self.out_of_memory,
+            "without a readable file": self.unreadable,
+            "loss not finite": self.not_finite,
+        }
         return "; ".join(f"{what}: rank {_join(ranks)}" for what, ranks in failures.items() if ranks)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What Trainer.train_step did; equal on all ranks.
+
+    metrics: means over micro-batches and ranks, and loss_max; empty unless the step is finite. reason: why it was not
+    applied; empty if it was.
+    """
+
+    status: StepStatus
+    metrics: dict[str, float]
+    applied: bool
+    reason: str
 
 
 class StatusTable:
     """One row per rank in a table that one all-reduce fills.
 
-    It is the only collective of a failed step, unless an adversary or DeepSpeed has its own.
-
-    The table is allocated once: a rank that is out of memory could not allocate it.
+    It is the only collective of a step that is not finite, unless an adversary or DeepSpeed has its own. The table is
+    allocated once: a rank that is out of memory could not allocate it.
     """
 
-    COLUMNS = ("loss", "worst", "worst_discriminator", "out_of_memory", "unreadable", "no_data", "stop", "broken")
-    COLUMNS += ("names",)
+    LOSSES = ("loss", "largest", "largest_discriminator")
+    COLUMNS = (*LOSSES, "out_of_memory", "unreadable", "no_data", "stop", "read_errors", "names")
 
     def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
         self.rank = rank
@@ -176,16 +217,18 @@ class StatusTable:
             row[self.COLUMNS.index(column)] = loss
         distributed.all_reduce_sum(self.table)
         ranks = dict(zip(self.COLUMNS, zip(*self.table.tolist(), strict=True), strict=True))
+        losses_of_ranks = zip(*(ranks[column] for column in self.LOSSES), strict=True)
         status = StepStatus(
             loss=sum(ranks["loss"]) / len(ranks["loss"]),
-            worst=_worst(ranks["worst"]) if all(map(math.isfinite, ranks["worst_discriminator"])) else math.nan,
-            out_of_memory=_nonzero(ranks["out_of_memory"]),
-            unreadable=_nonzero(ranks["unreadable"]),
-            no_data=_nonzero(ranks["no_data"]),
+            largest=ranks["largest"],
+            out_of_memory=_where(ranks["out_of_memory"]),
+            unreadable=_where(ranks["unreadable"]),
+            no_data=_where(ranks["no_data"]),
+            not_finite=_where(not all(map(math.isfinite, losses)) for losses in losses_of_ranks),
             stop=round(max(ranks["stop"])),
-            broken=round(sum(ranks["broken"])),
+            read_errors=round(sum(ranks["read_errors"])),
         )
-        if status.complete and len(set(ranks["names"])) > 1:
+        if status.completed and len(set(ranks["names"])) > 1:
             return dataclasses.replace(status, mismatch=_mismatch(names))
         return status
 
@@ -203,12 +246,8 @@ def _mismatch(names: Sequence[str]) -> str:
     return f"rank {_join(has)} has {name} and rank {_join(lacks)} has not"
 
 
-def _worst(losses: Iterable[float]) -> float:
-    """The largest; NaN counts as larger than any number."""
-    return max(losses, key=lambda loss: math.inf if math.isnan(loss) else loss)
-
-
-def _nonzero(flags: Iterable[float]) -> tuple[int, ...]:
+def _where(flags: Iterable[float]) -> tuple[int, ...]:
+    """The ranks whose flag is set."""
     return tuple(rank for rank, flag in enumerate(flags) if flag)
 
 

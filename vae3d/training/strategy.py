@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,12 +21,13 @@ from vae3d.training.freeze import params_without_grad
 from vae3d.training.memory import catch_out_of_memory, free_cache
 
 
-class Strategy(Protocol):
+class Strategy(ABC):
     """Runs backward passes, and updates the weights with the gradients of all ranks.
 
     In each step `run_guarded` is called, or `skip_local` on a rank without data; then, on all ranks,
-    `average_gradients` and `clip_gradients` if the generator trains and all losses are finite; then `finish_step`, or
-    `discard_gradients` if there is nothing to update.
+    `average_gradients` and `clip_gradients` if the model trains and all losses are finite; then `finish_step`, or
+    `discard_gradients` if there is nothing to update. A strategy whose ranks have state of their own also has
+    rank_state_dict and load_rank_state_dict, see checkpointer.Stateful.
 
     model: what a step calls. optimizer: of the weights that this rank updates.
     """
@@ -33,47 +35,61 @@ class Strategy(Protocol):
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
+    @abstractmethod
     def run_guarded(self, forward_backward: Callable[[], None]) -> str | None:
         """Run this rank's forward and backward passes. Returns the error message if memory runs out."""
 
+    @abstractmethod
     def skip_local(self) -> None:
         """Called instead of run_guarded by a rank without data."""
 
+    @abstractmethod
     def backward(self, loss: Tensor) -> None: ...
 
-    def dry_run(self) -> AbstractContextManager[None]:
+    @abstractmethod
+    def no_update(self) -> AbstractContextManager[None]:
         """Inside, a step of one micro-batch leaves no trace."""
 
+    @abstractmethod
     def average_gradients(self) -> None:
         """Average over ranks, and undo fp16 loss scaling."""
 
+    @abstractmethod
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Returns the norm before clipping, on the device; 0 if it is known after finish_step only."""
 
+    @abstractmethod
     def skips_overflow(self) -> bool:
         """Whether finish_step leaves the weights as they are if a gradient is not finite."""
 
+    @abstractmethod
     def finish_step(self, grad_norm: float) -> tuple[bool, float]:
         """Update the weights and drop the gradients. grad_norm: from clip_gradients.
 
         Returns whether the weights changed, and the norm before clipping.
         """
 
+    @abstractmethod
     def discard_gradients(self) -> None:
         """Drop the gradients of a step that does not update the weights."""
 
+    @abstractmethod
     def can_skip_step(self) -> bool:
-        """Whether a step that is not taken leaves no trace."""
+        """Whether a step that is not applied leaves no trace."""
 
+    @abstractmethod
     def params_without_grad(self) -> list[str]:
-        """Names of trainable parameters that the backward pass of a dry run did not reach."""
+        """Names of trainable parameters that the backward pass inside no_update did not reach."""
 
+    @abstractmethod
     def params_with_grad(self) -> list[str]:
         """Names of parameters that have a gradient; none if that is unknown."""
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """State that all ranks share."""
 
+    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ResumeError for the state of another strategy."""
 
@@ -82,9 +98,10 @@ class ReplicatedDataParallel(Strategy):
     """Every rank holds the whole model and optimizer; a step that fails on one rank is skipped by all.
 
     torch's DistributedDataParallel all-reduces during backward, so a rank that runs out of memory there leaves the
-    others hanging (pytorch#44353). Here each rank runs forward and backward by itself, a one-row all-reduce decides
-    whether the step counts, and then gradients are averaged. What DDP's overlap would save is the time of one
-    all-reduce.
+    others hanging (pytorch#44353). Here each rank runs forward and backward by itself. In one all-reduce of a small
+    table, a row per rank, all agree that every rank finished with finite losses. Then gradients are averaged and
+    clipped, and all decide alike, without further communication, whether to apply the step. DDP's overlap would save
+    the time of one all-reduce.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -113,7 +130,7 @@ class ReplicatedDataParallel(Strategy):
         self.accelerator.backward(loss)
 
     @contextmanager
-    def dry_run(self) -> Iterator[None]:
+    def no_update(self) -> Iterator[None]:
         try:
             yield
         finally:

@@ -14,7 +14,7 @@ from vae3d.errors import UserError
 from vae3d.models.interface import convert_latents, latent_space
 from vae3d.precision import cast_keep_stats
 from vae3d.seeding import generator_of, seed_of
-from vae3d.types import Clip, Reconstruction, TeacherTargets
+from vae3d.types import ClipBatch, Reconstruction, TeacherTargets
 
 
 class TeacherError(UserError):
@@ -63,23 +63,23 @@ class Distillation:
                 raise TeacherError(f"teacher.features: the {whose} has no module {', '.join(unknown)}")
 
     @torch.no_grad()
-    def compute_targets(self, clip: Clip) -> Clip:
+    def compute_targets(self, batch: ClipBatch) -> ClipBatch:
         """The clip with targets: the teacher's latents in the student's convention, and features. No gradients."""
-        video = clip.video.to(self.dtype)
+        video = batch.video.to(self.dtype)
         posterior = self.teacher.encode(video)
-        z = posterior.sample(self._noise(clip)) if self.sample else posterior.mode()
+        z = posterior.sample(self._noise(batch)) if self.sample else posterior.mode()
         features: dict[str, Tensor] = {}
         if self.features:
             with capture_activations(self.teacher, list(self.features.values()), len(video)) as activations:
                 self.teacher.decode(z.to(self.dtype), video.shape[2])
             features = {name: one_per_latent(activations(inner), z.shape[2]) for name, inner in self.features.items()}
         latents = convert_latents(z.float(), self.teacher, self.student)
-        return replace(clip, targets=TeacherTargets(latents, {name: f.float() for name, f in features.items()}))
+        return replace(batch, targets=TeacherTargets(latents, {name: f.float() for name, f in features.items()}))
 
-    def latents(self, clip: Clip, step: int) -> Tensor | None:
+    def latents(self, batch: ClipBatch, step: int) -> Tensor | None:
         """The latents that the student decodes in this step: the teacher's, or None for its own."""
         own = self.decode == "own" or (self.decode == "mixed" and seed_of(self.seed, "coin", step) % 2)
-        return None if own else clip.targets.z
+        return None if own else batch.targets.z
 
     def wrap_student(self, student: nn.Module, frames: int) -> nn.Module:
         """The module to train: the student, wrapped in StudentWithProjections if features are distilled.
@@ -91,7 +91,7 @@ class Distillation:
         video = torch.zeros(
             1, 3, frames, *[2 * student.spec.space_stride] * 2, device=next(student.parameters()).device
         )
-        target = self.compute_targets(Clip(video, torch.zeros(1, dtype=torch.long), [""])).targets
+        target = self.compute_targets(ClipBatch(video, torch.zeros(1, dtype=torch.long), [""])).targets
         with torch.no_grad(), capture_activations(student, list(self.features), 1) as activations:
             student(video, latents=target.z)
         shapes = {name: one_per_latent(activations(name), target.z.shape[2]).shape for name in self.features}
@@ -104,11 +104,11 @@ class Distillation:
         channels = {name: (shape[1], target.features[name].shape[1]) for name, shape in shapes.items()}
         return StudentWithProjections(student, channels).to(video.device)
 
-    def _noise(self, clip: Clip) -> list[torch.Generator] | None:
-        if clip.video.is_meta:
+    def _noise(self, batch: ClipBatch) -> list[torch.Generator] | None:
+        if batch.video.is_meta:
             return None
-        device = clip.video.device
-        return [generator_of(self.seed, position, "teacher", device=device) for position in clip.positions.tolist()]
+        device = batch.video.device
+        return [generator_of(self.seed, position, "teacher", device=device) for position in batch.positions.tolist()]
 
 
 class StudentWithProjections(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import signal
 import time
@@ -25,13 +26,13 @@ from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
 from vae3d.training.checkpointer import BestExport, Checkpointer, DataChanges, Outputs, step_folder
 from vae3d.training.ema import Ema, MultiEma
-from vae3d.training.failures import FailureCounter, ReadErrors, SpikeError, SpikeGuard, TooManyFailures
+from vae3d.training.failures import FailureCounter, ReadErrors, SpikeGuard, TooManyFailures
 from vae3d.training.freeze import eval_mode
 from vae3d.training.loggers import Logger
 from vae3d.training.memory import catch_out_of_memory, idle_gib, release_idle_memory
 from vae3d.training.proximal import Proximal
 from vae3d.training.runlog import RunLog, StopRequest, stop_signals
-from vae3d.training.step_status import MeanMeter, StatusTable, StepMetrics, StepStatus
+from vae3d.training.step_status import MeanMeter, StatusTable, StepMetrics, StepResult, StepStatus
 from vae3d.training.strategy import ScalerState, Strategy
 
 if TYPE_CHECKING:
@@ -47,12 +48,12 @@ T = TypeVar("T")
 class Trainer(ABC, Generic[Batch]):
     """Takes optimizer steps, logs, validates and saves; a run that was stopped or killed resumes bit for bit.
 
-    `__init__` only wires objects together. Call `setup` once, which resumes and opens the log, then `fit`.
-    Subclasses implement `load_batches`, `forward_backward`, `validate`, `export` and `check_same_run`, and register
-    further state with `self.checkpointer`.
+    A subclass's `__init__` moves the model to its device and builds optimizer and strategy, which compares the weights
+    of all ranks; no file is read or written. Then call `setup` once, which resumes and opens the log, and `fit`.
+    Subclasses implement the abstract methods, and register further state with `self.checkpointer`.
 
     network: the model that is trained and saved. data: has `fingerprint` and `errors`. max_zero_gradients: limit of
-    consecutive steps, 0 for none. compact_gib: see release_idle_memory. facts: written to run.json.
+    consecutive steps, 0 for none. compact_gib: see release_idle_memory. metadata: written to run.json.
     """
 
     def __init__(
@@ -71,9 +72,9 @@ class Trainer(ABC, Generic[Batch]):
         adversary: Adversary | None = None,
         proximal: Proximal | None = None,
         best: BestExport | None = None,
-        run_preflight: bool = False,
+        preflight_enabled: bool = False,
         compact_gib: float | None = None,
-        facts: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.device, self.rank = accelerator.device, accelerator.process_index
@@ -87,7 +88,7 @@ class Trainer(ABC, Generic[Batch]):
             "trainer.robust.max_consecutive_failures",
             "steps in a row could not be finished",
             "for memory raise trainer.accumulate or lower data.batch_size, data.frames.max, data.height or data.width; "
-            f"for files see {folder}/data_errors.jsonl",
+            f"for files see {folder}/data_errors*.jsonl",
         )
         self.zero_gradient = FailureCounter(
             max_zero_gradients,
@@ -98,7 +99,7 @@ class Trainer(ABC, Generic[Batch]):
         self.read_errors = ReadErrors(config.data.max_broken, folder)
         self.data_changes = DataChanges(data.fingerprint)
         self.best = best or BestExport(None, {})
-        self.run_preflight, self.compact_gib = run_preflight, compact_gib
+        self.preflight_enabled, self.compact_gib = preflight_enabled, compact_gib
 
         self.step = 0
         self.stopped_by = 0  # the signal that ended the run
@@ -113,9 +114,9 @@ class Trainer(ABC, Generic[Batch]):
             self.log,
             outputs=self.outputs,
             final_outputs=self.final_outputs,
-            facts=facts or {},
+            metadata=metadata or {},
         )
-        self.checkpointer.register("model", self.network, exact=True)
+        self.checkpointer.register("model", self.network, strict=True)
         self.checkpointer.register("optimizer", self.strategy)
         self.checkpointer.register("scaler", ScalerState(accelerator))
         self.checkpointer.register("ema", self.ema)
@@ -138,15 +139,15 @@ class Trainer(ABC, Generic[Batch]):
         """Whether the batch has data; without, none of its files could be read."""
 
     @abstractmethod
+    def clip_names(self, batch: Batch) -> list[str]:
+        """The batch's clips, to name them in the log."""
+
+    @abstractmethod
     def forward_backward(self, batches: Sequence[Batch], phase: UpdatePhase, step: int, metrics: StepMetrics) -> None:
         """Forward and backward passes of this rank's micro-batches; gradients add up over them.
 
-        phase: whether the step trains the model (generator), its discriminator, or both.
+        phase: whether the step trains the model, its discriminator, or both.
         """
-
-    @abstractmethod
-    def validate(self) -> dict[str, float]:
-        """Compute, log and return validation scores of the averaged weights."""
 
     @abstractmethod
     def export(self, folder: Path, **info: Any) -> None:
@@ -155,19 +156,6 @@ class Trainer(ABC, Generic[Batch]):
     @abstractmethod
     def check_same_run(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
         """Settings that changed since `checkpoint`, key -> (old, new). Raises ResumeError for a different run."""
-
-    def validate_on_all_ranks(self, compute: Callable[[], T], memory_hint: str) -> T | None:
-        """compute() with the averaged weights in eval mode; no collective may be in it.
-
-        None, with a warning, on all ranks, if one of them runs out of memory or gets pixels that are not finite.
-        """
-        with eval_mode(self.network), self.ema.applied():
-            result, error = catch_validation_error(compute, memory_hint)
-        if distributed.all_ranks_ok(error is None, self.device):
-            return result
-        reason = error or "on another rank"
-        self.log.warn(f"validation failed at step {self.step}: {reason}; it counts for no best checkpoint")
-        return None
 
     def prepare(self) -> None:
         """Compute what the run needs from its data, after resuming. Nothing by default."""
@@ -225,8 +213,8 @@ class Trainer(ABC, Generic[Batch]):
         """
         last = self.config.trainer.max_steps
         try:
-            self.checkpointer.finish_newest(self.step)
-            if self.run_preflight and self.step < last:
+            self.checkpointer.complete_newest(self.step)
+            if self.preflight_enabled and self.step < last:
                 self.preflight()
             done = f"the run is complete: it has taken all {last} steps; a larger trainer.max_steps continues it"
             self.log.say(done if self.step >= last else f"training from step {self.step} to {last}")
@@ -235,8 +223,6 @@ class Trainer(ABC, Generic[Batch]):
                     self._train(request, last, profiler_step)
                 finally:
                     self.stopped_by = self.stopped_by or request.signum  # a signal during the last save counts
-        except SpikeError as error:
-            raise SpikeError(f"{error}{self.checkpointer.way_back()}") from error
         finally:
             self.log.close()
         return self.step >= last
@@ -246,24 +232,24 @@ class Trainer(ABC, Generic[Batch]):
         self.reset_timer()
         while self.step < last and not self.stopped_by:
             micro_batches, data_error = next_batches(batches, self.config.trainer.accumulate)
-            values = self.train_step(micro_batches, request.signum, data_error)
-            signum = int(values.pop("stop"))
-            if self.step < last and self.spikes.consecutive_skips == 0:  # else the weights to save might be ruined
-                self.stopped_by = signum
-            self.log_validate_save(values)
+            result = self.train_step(micro_batches, request.signum, data_error)
+            if self.step < last and self.spikes.consecutive_skips == 0:  # else the weights to save might be NaN
+                self.stopped_by = result.status.stop
+            self.log_validate_save(result)
             profiler_step()
         if self.stopped_by:
             saved = "the same command resumes from there" if self.config.trainer.save_every else "nothing is saved"
             self.log.say(f"stopped by {signal.Signals(self.stopped_by).name} after step {self.step}; {saved}")
 
     @no_value_checks()
-    def train_step(
-        self, batches: Sequence[Batch], stop: int = 0, data_error: UserError | None = None
-    ) -> dict[str, float]:
-        """One optimizer step over the micro-batches. Returns metrics averaged over micro-batches and ranks.
+    def train_step(self, batches: Sequence[Batch], stop: int = 0, data_error: UserError | None = None) -> StepResult:
+        """One optimizer step over the micro-batches. The result is the same on all ranks.
 
         stop: a signal that this rank received, or 0. data_error: why the data loader of this rank failed; `batches` is
-        then empty.
+        then empty. A step that fails on one rank for lack of memory or readable files, or with a loss that is not
+        finite, is skipped by all. Any other exception ends its rank alone: the others wait in their next collective
+        until the launcher ends them, as torchrun does at once, or the timeout of distributed.init_training is over.
+        Raises what count_failures raises, RanksDiffer, and data_error (DataError on the other ranks).
         """
         step, metrics, phase = self.step, StepMetrics(), self.adversary.update_phase(self.step)
         lr = learning_rate(self.config.optim, step, self.config.trainer.max_steps)
@@ -289,40 +275,47 @@ class Trainer(ABC, Generic[Batch]):
             unreadable=not readable,
             no_data=data_error is not None,
             stop=stop,
-            broken=len(errors),
+            read_errors=len(errors),
         )
-        norm: dict[str, Tensor] = {}
-        if phase.generator and status.finite:
-            self.strategy.average_gradients()
-            self.proximal.add_gradient()
-            norm["grad_norm"] = self.strategy.clip_gradients(self.config.optim.grad_clip)
-        values = {**metrics.reduce(**norm), "loss_max": status.worst} if status.complete else {}
-        grad_norm = values.get("grad_norm", 0.0)
-        guarded_norm = 0.0 if self.strategy.skips_overflow() else grad_norm
-        decision = status.decide(guarded_norm, self.spikes if phase.generator else None)
+        averages: dict[str, float] = {}
+        if status.finite:
+            norm: dict[str, Tensor] = {}
+            if phase.model:
+                self.strategy.average_gradients()
+                self.proximal.add_gradient()
+                norm["grad_norm"] = self.strategy.clip_gradients(self.config.optim.grad_clip)
+            averages = {**metrics.reduce(**norm), "loss_max": status.worst}
+        grad_norm = averages.get("grad_norm")
+        decision = status.decide(
+            None if self.strategy.skips_overflow() else grad_norm, self.spikes if phase.model else None
+        )
 
-        taken = decision.take
-        if taken and phase.generator:
-            taken, values["grad_norm"] = self.strategy.finish_step(grad_norm)
-            if taken:
+        applied, reason = decision.apply, decision.reason
+        if applied and phase.model:
+            applied, averages["grad_norm"] = self.strategy.finish_step(grad_norm)
+            if applied:
                 self.ema.update(step)
+            else:
+                reason = f"gradient norm {averages['grad_norm']:g}"
         else:
             self.strategy.discard_gradients()
-        if taken and phase.discriminator:
+        if applied and phase.discriminator:
             self.adversary.step()
-        elif not taken:
+        elif not applied:
             self.adversary.reset_step()
 
         if decision.error is not None:  # on all ranks; a resumed run takes this step again
-            error = data_error or decision.error
-            self.checkpointer.save_before(error, self.step, self.spikes.consecutive_skips)
-            raise error
-        values["skipped"] = float(not taken)
+            self.checkpointer.save_then_raise(data_error or decision.error, self.step, self.spikes.consecutive_skips)
         self.step += 1
-        if taken:
-            self.checkpointer.last_taken = self.step
-        self.count_failures(status, values, f"{decision.reason}: {out_of_memory}" if out_of_memory else decision.reason)
-        return {**values, "stop": float(status.stop)}
+        if applied:
+            self.checkpointer.mark_applied(self.step)
+        else:
+            self.log.warn(f"step {self.step} is skipped by all ranks: {reason}")
+            if self.rank in decision.ranks:
+                self.log_own_failure(batches, metrics, out_of_memory)
+        result = StepResult(status, averages, applied, reason)
+        self.count_failures(result)
+        return result
 
     def sync_status(self, metrics: StepMetrics, out_of_memory: str | None, **columns: float) -> StepStatus:
         """All-reduce how the step went on each rank.
@@ -334,26 +327,37 @@ class Trainer(ABC, Generic[Batch]):
         losses = {} if out_of_memory else metrics.losses()
         return self.status_table.sync(losses, names, out_of_memory=out_of_memory is not None, **columns)
 
-    def count_failures(self, status: StepStatus, values: dict[str, float], reason: str) -> None:
+    def log_own_failure(self, batches: Sequence[Batch], metrics: StepMetrics, out_of_memory: str | None) -> None:
+        """Log, on any rank, the error message or the losses for which a step is skipped, and this rank's clips."""
+        values = {} if out_of_memory else metrics.means()
+        not_finite = {name: value for name, value in values.items() if not math.isfinite(value)}
+        losses = {name: value for name, value in values.items() if name.startswith("loss")}
+        terms = ", ".join(f"{name} {value:g}" for name, value in (not_finite or losses).items())
+        clips = ", ".join(name for batch in batches for name in self.clip_names(batch))
+        cause = out_of_memory or terms or "no readable file"
+        self.log.warn(f"step {self.step}, rank {self.rank}: {cause}; clips: {clips}", any_rank=True)
+
+    def count_failures(self, result: StepResult) -> None:
         """End the run, after saving, if a failure repeats too often. All ranks count the same.
 
-        reason: why the step was skipped. Raises DataError for too many unreadable files, otherwise TooManyFailures.
+        Raises DataError for too many unreadable files, SpikeError for too many steps that are not finite, otherwise
+        TooManyFailures.
         """
-        grad_norm = values.get("grad_norm")
+        status, grad_norm = result.status, result.metrics.get("grad_norm")
         skipped = self.spikes.consecutive_skips
         try:
-            self.read_errors.record(status.broken + self.config.data.batch_size, status.broken)
-            if not status.complete:
-                self.log.warn(f"step {self.step} is skipped by all ranks: {reason}")
-            if values["skipped"] and not self.strategy.can_skip_step():
-                # The next step would repeat if the weights were not saved. Right after a resume they might be ruined.
-                skipped = 0 if self.checkpointer.last_taken == self.step - 1 else skipped
+            self.read_errors.record(status.read_errors + self.config.data.batch_size, status.read_errors)
+            if not result.applied and not self.strategy.can_skip_step():
+                # The next step would repeat if the weights were not saved, but right after a resume they might be NaN.
+                skipped = 0 if self.checkpointer.last_applied == self.step - 1 else skipped
                 raise TooManyFailures(
-                    f"step {self.step} failed ({reason or 'its gradient is not finite'}), and DeepSpeed cannot undo "
-                    "the backward passes of one step; torchrun --max-restarts=N resumes by itself. If it happens "
-                    "again, raise trainer.accumulate or lower data.frames.max, data.height and data.width for memory"
+                    f"step {self.step} failed ({result.reason}), and DeepSpeed cannot undo the backward passes of one "
+                    "step; torchrun --max-restarts=N resumes by itself. If it happens again, raise trainer.accumulate "
+                    "or lower data.frames.max, data.height and data.width for memory"
                 )
-            if status.complete:
+            if not result.applied:
+                self.spikes.check_limit(result.reason)
+            if status.completed:
                 self.failed_steps.reset()
             else:
                 self.failed_steps.record(status.failure())
@@ -362,15 +366,14 @@ class Trainer(ABC, Generic[Batch]):
             elif grad_norm is not None:
                 self.zero_gradient.reset()
         except (DataError, TooManyFailures) as error:
-            self.meter.add(values)
-            self.checkpointer.save_before(error, self.step, skipped)
-            raise
+            self.meter.add(result.metrics, applied=result.applied)
+            self.checkpointer.save_then_raise(error, self.step, skipped)
 
-    def log_validate_save(self, values: dict[str, float]) -> None:
+    def log_validate_save(self, result: StepResult) -> None:
         """Log, validate and save, when due."""
         trainer, validation = self.config.trainer, self.config.validation
         finished, stopped = self.step == trainer.max_steps, self.stopped_by > 0
-        self.meter.add(values)
+        self.meter.add(result.metrics, applied=result.applied)
         self.log.advance()
         if self.step % trainer.log_every == 0 or finished or stopped:
             self.log.scalars(self.step_metrics() | self.perf_metrics(), self.step)
@@ -382,7 +385,7 @@ class Trainer(ABC, Generic[Batch]):
             self.reset_timer()
         self.checkpointer.save_if_due(
             self.step,
-            taken=not values["skipped"],
+            applied=result.applied,
             not_finite=0 if self.spikes.all_finite else self.spikes.consecutive_skips,
             end=finished or stopped,
         )
@@ -410,14 +413,33 @@ class Trainer(ABC, Generic[Batch]):
     def reset_timer(self) -> None:
         self._timer, self._timed_from = time.perf_counter(), self.step
 
+    # ---- validation
 
-def catch_validation_error(compute: Callable[[], T], memory_hint: str) -> tuple[T | None, str | None]:
-    """compute() and None, or None and the error message, if memory runs out or pixels are not finite."""
-    try:
-        result, error = catch_out_of_memory(compute)
-    except PixelError as raised:
-        return None, str(raised)
-    return result, error and f"{error}; {memory_hint}"
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Compute, log and return validation scores of the averaged weights."""
+
+    def validate_on_all_ranks(self, compute: Callable[[], T], memory_hint: str) -> T | None:
+        """compute() with the averaged weights in eval mode; no collective may be in it.
+
+        None, with a warning, on all ranks, if one of them runs out of memory or gets pixels that are not finite.
+        """
+        with eval_mode(self.network), self.ema.applied():
+            result, error = self.catch_validation_error(compute, memory_hint)
+        if distributed.all_ranks_ok(error is None, self.device):
+            return result
+        reason = error or "on another rank"
+        self.log.warn(f"validation failed at step {self.step}: {reason}; it counts for no best checkpoint")
+        return None
+
+    @staticmethod
+    def catch_validation_error(compute: Callable[[], T], memory_hint: str) -> tuple[T | None, str | None]:
+        """compute() and None, or None and the error message, if memory runs out or pixels are not finite."""
+        try:
+            result, error = catch_out_of_memory(compute)
+        except PixelError as raised:
+            return None, str(raised)
+        return result, error and f"{error}; {memory_hint}"
 
 
 def adamw(params: Iterable[Any], optim: Optim, *, fused: bool) -> torch.optim.AdamW:

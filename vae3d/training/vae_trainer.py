@@ -40,21 +40,24 @@ from vae3d.training.strategy import ReplicatedDataParallel
 from vae3d.training.teacher import Distillation, StudentWithProjections
 from vae3d.training.trainer import Trainer, adamw
 from vae3d.training.vae_validation import ValidatedClip, log_clips, mean_scores, validate
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 if TYPE_CHECKING:
     from vae3d.config.schema import TrainConfig
 
 
-class VaeTrainer(Trainer[Clip | Unreadable]):
-    """Trains the parts of `model` that config.stage names under `objective`, with an adversary and a teacher if any."""
+class VaeTrainer(Trainer[ClipBatch | Unreadable]):
+    """Trains the parts of `network` that config.stage names under `objective`, with an adversary and a teacher if any.
+
+    A step calls the student: the network or, if a teacher's features are matched, the network with projections.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
         folder: Path,
         accelerator: Accelerator,
-        model: nn.Module,
+        network: nn.Module,
         objective: Objective,
         adversary: Adversary,
         data: TrainingData,
@@ -64,28 +67,23 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
     ) -> None:
         self.objective, self.metrics, self.distillation = objective, metrics, distillation
         robust = config.trainer.robust
-
-        def with_autocast(network: nn.Module) -> nn.Module:
-            # In the network's own forward, since DeepSpeed turns off an autocast around it. evaluation_mode: no DDP.
-            return accelerator.prepare_model(network, evaluation_mode=True)
-
-        network = with_autocast(model.to(accelerator.device))
-        groups = train_parts(model, config.stage.train)
-        set_mode(model, config.stage.train)
-        student, self.projections = model, nn.ModuleList()
+        network = with_autocast(accelerator, network.to(accelerator.device))
+        groups = train_parts(network, config.stage.train)
+        set_mode(network, config.stage.train)
+        student, self.projections = network, nn.ModuleList()
         if distillation is not None:
-            student = distillation.wrap_student(model, data.schedule.frames.all()[-1])
+            student = distillation.wrap_student(network, data.schedule.frames.all()[-1])
         if isinstance(student, StudentWithProjections):
             self.projections = student.projections
             groups.append({"params": list(self.projections.parameters()), "part": "projections", "lr_scale": 1.0})
-            student = with_autocast(student)
+            student = with_autocast(accelerator, student)
         if objective.logvar is not None:
             logvar = {"params": [objective.logvar], "part": "logvar", "lr_scale": config.loss.logvar_lr}
             groups.append({**logvar, "weight_decay": 0.0})
 
-        ema = Ema(model, **asdict(config.trainer.ema))
-        proximal = Proximal(model, config.optim.proximal)
-        adversary.load(model, accelerator.device, config.run.seed, accelerator.process_index)
+        ema = Ema(network, **asdict(config.trainer.ema))
+        proximal = Proximal(network, config.optim.proximal)
+        adversary.load(network, accelerator.device, config.run.seed, accelerator.process_index)
         replicated = config.trainer.strategy.name == "replicated"
         fused = accelerator.device.type == "cuda" and replicated  # DeepSpeed may step on the CPU
         optimizer = adamw(groups, config.optim, fused=fused)
@@ -115,12 +113,12 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
             adversary=adversary,
             proximal=proximal,
             best=BestExport(config.trainer.best, metrics.columns),
-            run_preflight=robust.preflight,
+            preflight_enabled=robust.preflight,
             compact_gib=robust.compact_gib,
-            facts={"strategy": config.trainer.strategy.name},
+            metadata={"strategy": config.trainer.strategy.name},
         )
-        self.checkpointer.register("objective", objective, exact=True)
-        self.checkpointer.register("projections", self.projections, exact=True)
+        self.checkpointer.register("objective", objective, strict=True)
+        self.checkpointer.register("projections", self.projections, strict=True)
         self.checkpointer.register("proximal", proximal)
         self.checkpointer.register("adversary", adversary, optional_rank_state=True)
 
@@ -128,35 +126,40 @@ class VaeTrainer(Trainer[Clip | Unreadable]):
         super().setup()
         self.log.skipped_files(self.data.skipped_files)
 
-    def load_batches(self, stopping: Callable[[], bool]) -> Iterator[Clip | Unreadable]:
+    def load_batches(self, stopping: Callable[[], bool]) -> Iterator[ClipBatch | Unreadable]:
         return self.data.clips(self.step, self.config.trainer.max_steps, stopping)
 
-    def is_readable(self, batch: Clip | Unreadable) -> bool:
+    def is_readable(self, batch: ClipBatch | Unreadable) -> bool:
         return not isinstance(batch, Unreadable)
 
-    def forward_backward(self, batches: Sequence[Clip], phase: UpdatePhase, step: int, metrics: StepMetrics) -> None:
-        for clip in batches:
-            clip = clip.to(self.device)
+    def clip_names(self, batch: ClipBatch | Unreadable) -> list[str]:
+        return [path for path, _ in batch.errors] if isinstance(batch, Unreadable) else batch.paths
+
+    def forward_backward(
+        self, batches: Sequence[ClipBatch], phase: UpdatePhase, step: int, metrics: StepMetrics
+    ) -> None:
+        for batch in batches:
+            batch = batch.to(self.device)
             settings: dict[str, Any] = {
                 "pixels": self.objective.needs_pixels,
-                "generator": clip.generators(self.config.run.seed, self.device),
+                "generator": batch.generators(self.config.run.seed, self.device),
                 "noise": self.config.stage.latent_noise,
             }
             if self.distillation is not None:
-                clip = self.distillation.compute_targets(clip)
-                settings["latents"] = self.distillation.latents(clip, step)
+                batch = self.distillation.compute_targets(batch)
+                settings["latents"] = self.distillation.latents(batch, step)
                 settings["encode"] = self.objective.needs_posterior
-            with torch.set_grad_enabled(phase.generator):
-                out = attach_decoder(self.strategy.model(clip.video, **settings), self.network)
+            with torch.set_grad_enabled(phase.model):
+                out = attach_decoder(self.strategy.model(batch.video, **settings), self.network)
 
-            if phase.generator:
-                loss, terms = self.objective(clip, out, step)
-                adversarial, gan_metrics = self.adversary.generator_loss(clip, out, loss, step)
+            if phase.model:
+                loss, terms = self.objective(batch, out, step)
+                adversarial, gan_metrics = self.adversary.generator_loss(batch, out, loss, step)
                 self.strategy.backward((loss + adversarial) / len(batches))
                 metrics.add({"loss": loss, **terms, **gan_metrics})
 
             if phase.discriminator:
-                loss, gan_metrics = self.adversary.discriminator_loss(clip, out, step)
+                loss, gan_metrics = self.adversary.discriminator_loss(batch, out, step)
                 (loss / len(batches)).backward()
                 metrics.add({"loss_discriminator": loss, **gan_metrics})
 
@@ -295,3 +298,12 @@ def profiled(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
         profile_memory=True,
     ) as recorder:
         yield recorder.step
+
+
+def with_autocast(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """Make the module's own forward run in trainer.precision; DeepSpeed turns off an autocast around it.
+
+    evaluation_mode keeps Accelerate from wrapping the module in DDP, which the strategy replaces. It changes nothing
+    else: the module stays in train mode.
+    """
+    return accelerator.prepare_model(module, evaluation_mode=True)

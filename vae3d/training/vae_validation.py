@@ -20,7 +20,7 @@ from vae3d.metrics.distribution import SetMetric
 from vae3d.metrics.panorama import roll_consistency
 from vae3d.pixels import NotFiniteError, as_unit, to_uint8
 from vae3d.training.runlog import RunLog
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 
 @dataclass
@@ -60,7 +60,7 @@ def log_clips(log: RunLog, clips: Sequence[ValidatedClip], step: int) -> None:
 @torch.no_grad()
 def validate(
     model: nn.Module,
-    clips: Sequence[Clip],
+    clips: Sequence[ClipBatch],
     metrics: MetricSet,
     device: torch.device,
     panels: int,

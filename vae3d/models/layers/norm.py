@@ -18,7 +18,7 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():  # the compiler decides what to recompute
         return _norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
-    if x.is_meta:  # a dry run needs shapes and gradients only; group_norm's meta kernel is a slow decomposition
+    if x.is_meta:  # only shapes and gradients count; group_norm's meta kernel is a slow decomposition
         shape = (-1,) + (1,) * (x.ndim - 2)
         return (x * norm.weight.view(shape) + norm.bias.view(shape)).to(x.dtype)
     return _NormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is unsound: skipped by all ranks, without a trace in the weights."""
+"""Steps whose loss or gradient is not finite: skipped by all ranks, without a trace in the weights."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from tests.training.test_trainer import fresh_accelerate, trainer, weights  # no
 from vae3d.training.failures import SpikeError
 
 
-def test_an_unsound_step_changes_nothing(videos, tmp_path):
+def test_a_step_that_is_not_finite_changes_nothing(videos, tmp_path):
     t = trainer(videos, tmp_path, "trainer.max_steps=3", "trainer.save_every=0")
     clips = list(t.data.clips(0, 2))
     t.train_step(clips[:1])
     before, ema = weights(t), {k: v.clone() for k, v in t.ema.shadow.items()}
     bad = clips[1].to("cpu")
     bad.video[0, 0, 0, 0, 0] = math.nan
-    values = t.train_step([bad])
-    assert values["skipped"] == 1.0
+    assert not t.train_step([bad]).applied
     assert all(torch.equal(v, before[k]) for k, v in weights(t).items())
     assert all(torch.equal(v, ema[k]) for k, v in t.ema.shadow.items())
     assert all(p.grad is None or not p.grad.any() for p in t.network.parameters())
     assert t.step == 2
-    assert t.train_step([clips[1]])["skipped"] == 0.0
+    assert t.train_step([clips[1]]).applied
 
 
 def scaled(t, fused=False):
@@ -40,24 +39,24 @@ def scaled(t, fused=False):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_fp16_scaler_survives_unsound_steps(videos, tmp_path, fused):
+def test_the_fp16_scaler_survives_steps_that_are_not_finite(videos, tmp_path, fused):
     t = trainer(videos, tmp_path, "trainer.max_steps=9", "trainer.save_every=0")
     scaler = scaled(t, fused)
     sound, bad, overflow, again = (clip.to("cpu") for clip in t.data.clips(0, 4))
-    assert t.train_step([sound])["skipped"] == 0.0
+    assert t.train_step([sound]).applied
     before, ema = weights(t), {k: v.clone() for k, v in t.ema.shadow.items()}
 
-    bad.video[0, 0, 0, 0, 0] = math.nan  # the loss is unsound: all skip the step before the scaler hears of it
-    assert t.train_step([bad])["skipped"] == 1.0
+    bad.video[0, 0, 0, 0, 0] = math.nan  # the loss is NaN: all skip the step before the scaler hears of it
+    assert not t.train_step([bad]).applied
     assert scaler.get_scale() == 4.0
 
     hook = t.network.temporal_vae.quant_conv.conv.weight.register_hook(lambda grad: grad * math.inf)
-    assert t.train_step([overflow])["skipped"] == 1.0  # only the scaled gradient is: the scaler skips it
+    assert not t.train_step([overflow]).applied  # only the scaled gradient is: the scaler skips it
     hook.remove()
     assert scaler.get_scale() == 2.0
     assert all(torch.equal(v, before[k]) for k, v in weights(t).items())
     assert all(torch.equal(v, ema[k]) for k, v in t.ema.shadow.items())
-    assert t.train_step([again])["skipped"] == 0.0
+    assert t.train_step([again]).applied
 
 
 def test_fp16_gradients_that_overflow_without_scaling_stop_the_run(videos, tmp_path):
@@ -68,13 +67,13 @@ def test_fp16_gradients_that_overflow_without_scaling_stop_the_run(videos, tmp_p
     t.network.temporal_vae.quant_conv.conv.weight.register_hook(lambda grad: grad * math.inf)
     clips = [clip.to("cpu") for clip in t.data.clips(0, 4)]
     for clip in clips[:3]:  # at 4, 2 and, of two that are counted, at 1
-        assert t.train_step([clip])["skipped"] == 1.0
+        assert not t.train_step([clip]).applied
     with pytest.raises(SpikeError, match="2 steps in a row were skipped"):
         t.train_step(clips[3:])
-    assert scaler.get_scale() == 0.5
+    assert scaler.get_scale() == 0.25
 
 
-def test_nothing_but_unsound_steps_stop_the_run(videos, tmp_path):
+def test_nothing_but_steps_that_are_not_finite_stop_the_run(videos, tmp_path):
     t = trainer(videos, tmp_path, "trainer.max_steps=9", "trainer.spike.max_consecutive_skips=2")
     with torch.no_grad():
         t.network.temporal_vae.quant_conv.conv.weight.fill_(math.inf)

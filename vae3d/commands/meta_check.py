@@ -29,7 +29,7 @@ from vae3d.pretrained.weights import WeightsMissing
 from vae3d.schedules import ALL_ON
 from vae3d.training.freeze import PartError, params_without_grad, train_parts
 from vae3d.training.teacher import Distillation
-from vae3d.types import Clip
+from vae3d.types import ClipBatch
 
 if TYPE_CHECKING:
     from vae3d.config.schema import TrainConfig
@@ -40,7 +40,7 @@ def issues(config: TrainConfig) -> list[ConfigIssue]:
     found = list(_metric_issues(config))
     with torch.device("meta"):
         model = built("model", config.model, loading.instantiate, found)
-        objective = built("loss", config.loss, train.objective, found)
+        objective = built("loss", config.loss, train.build_objective, found)
     if model is None or objective is None:
         return found
     found += [*_size_issues(config, model), *_init_issues(config, model), *_layout_issues(config, model)]
@@ -56,7 +56,7 @@ def issues(config: TrainConfig) -> list[ConfigIssue]:
         if config.teacher.path is not None:
             with torch.device("meta"):
                 teacher = loading.build_from_checkpoint(read_checkpoint(config.teacher.path))
-        distillation = train.distillation(config, teacher, model)
+        distillation = train.build_distillation(config, teacher, model)
     except UserError as error:
         found.append(ConfigIssue("teacher", NO_VALUE, str(error)))
     adversary = built("adversary", config.adversary, loading.instantiate, found)
@@ -200,11 +200,10 @@ def _frozen_random(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssu
 def _weight_issues(objective: Objective) -> Iterator[ConfigIssue]:
     """Pretrained networks of loss terms that are not on this machine."""
     for weighted in objective.terms.values():
-        if hasattr(weighted.term, "find_weights"):
-            try:
-                weighted.term.find_weights()
-            except WeightsMissing as error:
-                yield ConfigIssue("loss.terms", NO_VALUE, str(error))
+        try:
+            weighted.term.find_weights()
+        except WeightsMissing as error:
+            yield ConfigIssue("loss.terms", NO_VALUE, str(error))
 
 
 def _parts_with(model: nn.Module, holds: Callable[[nn.Parameter], bool]) -> list[str]:
@@ -228,20 +227,20 @@ def _step_issues(
     counts = frame_counts(config.data).all()
     height, width = config.data.height, config.data.width
     for frames in counts[:2]:  # the two smallest counts: what holds for two holds for more
-        clip = Clip(torch.zeros(1, 3, frames, height, width, device="meta"), torch.full((1,), -1), [""])
+        batch = ClipBatch(torch.zeros(1, 3, frames, height, width, device="meta"), torch.full((1,), -1), [""])
         student, settings = model, {"pixels": objective.needs_pixels}
         try:
             if distillation is not None:
-                clip = distillation.compute_targets(clip)
+                batch = distillation.compute_targets(batch)
                 student = distillation.wrap_student(model, frames)
-                settings |= {"latents": distillation.latents(clip, step=0), "encode": objective.needs_posterior}
-            out = attach_decoder(student(clip.video, **settings), model)
-            loss, _ = objective(clip, out, ALL_ON)
+                settings |= {"latents": distillation.latents(batch, step=0), "encode": objective.needs_posterior}
+            out = attach_decoder(student(batch.video, **settings), model)
+            loss, _ = objective(batch, out, ALL_ON)
         except (ValueError, RuntimeError) as error:
             yield ConfigIssue("loss", NO_VALUE, f"a clip of {frames} frames of {height}x{width} fails: {error}")
             return
         try:
-            adversary.generator_loss(clip, out, loss, step=ALL_ON)
+            adversary.generator_loss(batch, out, loss, step=ALL_ON)
         except (ValueError, RuntimeError) as error:
             yield ConfigIssue("adversary", NO_VALUE, f"a clip of {frames} frames fails: {error}")
             return
