@@ -74,7 +74,8 @@ class DeepSpeedZero(Strategy):
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config={**config, **filled}, dist_init_required=False
         )
-        self.model, self.optimizer = self.engine, optimizer
+        self.model, self.sharded = self.engine, optimizer
+        self.optimizer = EngineOptimizer(self.engine, optimizer)
         self._accumulate = accumulate
         self._backwards, self._in_backward = 0, False  # backward passes begun in this step
         self._without_grad: list[str] = []  # in the last pass inside no_update
@@ -136,15 +137,13 @@ class DeepSpeedZero(Strategy):
         """Nothing: backward did it."""
 
     def clip_gradients(self, max_norm: float) -> Tensor:
-        """Nothing: finish_step clips."""
+        """Nothing: optimizer.step clips."""
         return torch.zeros(())
 
     def skips_overflow(self) -> bool:
         return True
 
     def finish_step(self, grad_norm: float) -> tuple[bool, float]:
-        """Clip, update this rank's partitions, gather the weights, and clear the gradients."""
-        self.engine.step()
         return self.engine.was_step_applied(), float(self.engine.get_global_grad_norm())
 
     def discard_gradients(self) -> None:
@@ -170,7 +169,7 @@ class DeepSpeedZero(Strategy):
 
     def rank_state_dict(self) -> dict[str, Any]:
         """This rank's shard: the flat fp32 weights that it updates, and their moments."""
-        return {"optimizer": self.optimizer.state_dict(), "partitions": self.partitions()}
+        return {"optimizer": self.sharded.state_dict(), "partitions": self.partitions()}
 
     def load_rank_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ResumeError if the checkpoint has no shard for this rank, ArgumentError for another form."""
@@ -184,13 +183,35 @@ class DeepSpeedZero(Strategy):
         check_fields(state, _RankState, key="optimizer")
         if [getattr(p, "shape", None) for p in state["partitions"]] != [p.shape for p in partitions]:
             raise ResumeError("has optimizer shards of another size; DeepSpeed resumes with the same number of ranks")
-        load_optimizer(self.optimizer, state["optimizer"], "optimizer.optimizer")
+        load_optimizer(self.sharded, state["optimizer"], "optimizer.optimizer")
         with torch.no_grad():
             for mine, saved in zip(partitions, state["partitions"], strict=True):
                 mine.copy_(saved)
 
     def partitions(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [p for group in self.sharded.param_groups for p in group["params"]]
+
+
+class EngineOptimizer:
+    """A DeepSpeed engine's step under the names of torch's optimizers.
+
+    sharded: the optimizer given to deepspeed.initialize; its parameters are then this rank's flat fp32 partitions.
+    """
+
+    def __init__(self, engine: Any, sharded: torch.optim.Optimizer) -> None:
+        self.engine, self.sharded = engine, sharded
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.sharded.param_groups
+
+    @property
+    def state(self) -> Mapping[Tensor, Any]:
+        return self.sharded.state
+
+    def step(self) -> None:
+        """Clip, update this rank's partitions, gather the weights, and clear the gradients."""
+        self.engine.step()
 
 
 def import_deepspeed(device: torch.device) -> Any:

@@ -25,15 +25,15 @@ class Strategy(ABC):
     """Runs backward passes, and updates the weights with the gradients of all ranks.
 
     In each step `run_guarded` is called, or `skip_local` on a rank without data; then, on all ranks,
-    `average_gradients` and `clip_gradients` if the model trains and all losses are finite; then `finish_step`, or
-    `discard_gradients` if there is nothing to update. A strategy whose ranks have state of their own also has
-    rank_state_dict and load_rank_state_dict, see checkpointer.Stateful.
+    `average_gradients` and `clip_gradients` if the model trains and all losses are finite; then `optimizer.step` and
+    `finish_step`, or `discard_gradients` if there is nothing to update. A strategy whose ranks have state of their own
+    also has rank_state_dict and load_rank_state_dict, see checkpointer.Stateful.
 
-    model: what a step calls. optimizer: of the weights that this rank updates.
+    model: what a step calls. optimizer: has `step` and `param_groups`.
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
 
     @abstractmethod
     def run_guarded(self, forward_backward: Callable[[], None]) -> str | None:
@@ -60,11 +60,11 @@ class Strategy(ABC):
 
     @abstractmethod
     def skips_overflow(self) -> bool:
-        """Whether finish_step leaves the weights as they are if a gradient is not finite."""
+        """Whether optimizer.step leaves the weights as they are if a gradient is not finite."""
 
     @abstractmethod
     def finish_step(self, grad_norm: float) -> tuple[bool, float]:
-        """Update the weights and drop the gradients. grad_norm: from clip_gradients.
+        """Called after optimizer.step: drop the gradients. grad_norm: from clip_gradients.
 
         Returns whether the weights changed, and the norm before clipping.
         """
@@ -151,7 +151,6 @@ class ReplicatedDataParallel(Strategy):
         return scaler is not None and scaler.get_scale() > 1
 
     def finish_step(self, grad_norm: float) -> tuple[bool, float]:
-        self.optimizer.step()
         self._unscaled = False
         self.optimizer.zero_grad()
         # Accelerate's step_was_skipped is False for a fused optimizer, which skips inside of its own step.

@@ -292,6 +292,7 @@ class Trainer(ABC, Generic[Batch]):
 
         applied, reason = decision.apply, decision.reason
         if applied and phase.model:
+            self.optimizer.step()
             applied, averages["grad_norm"] = self.strategy.finish_step(grad_norm)
             if applied:
                 self.ema.update(step)
