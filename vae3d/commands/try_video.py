@@ -7,6 +7,8 @@ Without CHECKPOINT it takes TAEF2, a small autoencoder of single images, and dow
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import sys
 import time
 from pathlib import Path
@@ -21,7 +23,7 @@ from vae3d.commands.fetch_weights import provide
 from vae3d.data.readers import media_info
 from vae3d.inference.pictures import contact_sheet, error_map, side_by_side
 from vae3d.inference.video import write_video
-from vae3d.io import write_text
+from vae3d.io import atomic_write, naming, write_text
 from vae3d.metrics import build_metrics
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.pixels import as_unit, to_uint8
@@ -60,12 +62,15 @@ def main(argv: list[str] | None = None) -> int:
     fps = fps or 1.0
     write_video(out / "reconstruction.mp4", result, fps, "h264")
     write_video(out / "side_by_side.mp4", beside, fps, "h264")
+    animation = webp(beside, fps)
+    with naming(out), atomic_write(out / "side_by_side.webp") as stream:
+        stream.write(animation)
     facts = describe(model, video, seconds)
     rows = [[name, number(value)] for name, value in scores.items()]
     page = render(
         PAGE.read_text(),
         title=f"{Path(args.video).name} through {type(model).__name__}",
-        animation=animation(beside, fps),
+        animation=base64.b64encode(animation).decode(),
         sheet=img(
             Image.fromarray(contact_sheet({k: panels[k] for k in ("original", "reconstruction")}, "original", 5))
         ),
@@ -78,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(f"{name}: {value}" for name, value in facts))
     for name, reason in skipped.items():
         print(f"without {name}: {reason}", file=sys.stderr)
-    print(f"\n{out}/index.html          look at this\n{out}/side_by_side.mp4\n{out}/reconstruction.mp4")
+    print(f"\n{out}/index.html shows it; beside it lie reconstruction.mp4, side_by_side.mp4 and side_by_side.webp")
     return 0
 
 
@@ -128,8 +133,10 @@ def describe(model: VideoAutoencoder, video: torch.Tensor, seconds: float) -> li
     ]
 
 
-def animation(frames: np.ndarray, fps: float) -> str:
-    """[T, H, W, 3] uint8 as an <img> that moves, or stands if there is one frame."""
+def webp(frames: np.ndarray, fps: float) -> bytes:
+    """[T, H, W, 3] uint8 as a WebP image that moves, or stands if there is one frame."""
     first, *others = map(Image.fromarray, frames)
     moving = {"save_all": True, "append_images": others, "duration": round(1000 / fps), "loop": 0} if others else {}
-    return img(first, format="WEBP", quality=80, **moving)
+    file = io.BytesIO()
+    first.save(file, "WEBP", quality=80, method=6, **moving)
+    return file.getvalue()
