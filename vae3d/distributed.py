@@ -83,15 +83,12 @@ def check_ranks_agree(settings: Mapping[str, Any]) -> None:
     """Compare nested settings over ranks. Every rank must call it. Raises RanksDiffer, on all ranks."""
     if not is_distributed():
         return
-    ranks = all_gather_object({key: value for key, value in flatten(settings).items() if not _is_per_machine(key)})
+    own = tuple(f"{name}." for name in PER_MACHINE)
+    ranks = all_gather_object({k: value for k, value in flatten(settings).items() if not f"{k}.".startswith(own)})
     keys = sorted({key for rank in ranks for key in rank})
     lines = [f"  {key}: {_by_value(key, ranks)}" for key in keys if any(r.get(key) != ranks[0].get(key) for r in ranks)]
     if lines:
         raise RanksDiffer("the ranks of this run were started with different settings or data:\n" + "\n".join(lines))
-
-
-def _is_per_machine(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in PER_MACHINE)
 
 
 def _by_value(key: str, ranks: list[dict[str, Any]]) -> str:

@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 
 from vae3d.errors import UserError
+from vae3d.report import text_table
 from vae3d.report.html import html_table
 from vae3d.report.html import img as image_tag  # noqa: F401
 from vae3d.report.html import png as figure_tag  # noqa: F401
-from vae3d.report.tables import text_table
 
 ERROR_GAIN = 4  # error maps show |original - reconstruction| times this
 

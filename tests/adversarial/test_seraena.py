@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from tests.adversarial import toy
-from vae3d.adversarial.base import UpdatePhase
+from vae3d.adversarial.base import UpdatePhase, group_frames
 from vae3d.adversarial.discriminators import ConditionalPatchDiscriminator
-from vae3d.adversarial.frame_groups import group_frames, group_latents, ungroup_frames
+from vae3d.adversarial.seraena import group_latents, ungroup_frames
 
 # ---- what is published
 

@@ -10,7 +10,7 @@ from vae3d.evaluation.store import VideoScore
 from vae3d.evaluation.summary import bootstrap, compare, direction, summarize
 from vae3d.evaluation.tables import comparison_table, metric_table, set_table
 from vae3d.metrics import MetricError, Score, build_metrics
-from vae3d.report.tables import text_table
+from vae3d.report import text_table
 
 
 def video(name: str, value: float | None, frames: int = 4) -> VideoScore:

@@ -213,3 +213,14 @@ class DiscriminatorAdversary(Adversary):
         """Raises ValueError if the reconstruction has no gradient to train the generator with."""
         if not out.video.requires_grad:
             raise ValueError(f"no trained part reaches the pixels, on which {self.title} works; use adversary=none")
+
+
+def group_frames(video: Tensor, frames: int) -> Tensor:
+    """[B, 3, T, H, W] -> [B * ceil(T / frames), frames * 3, H, W].
+
+    The last group is filled with frames from the first on, cyclically, as `TAEHV_Training_Example.ipynb` of
+    madebyollin/seraena fills 9 frames to 12 with the first 3.
+    """
+    count = video.shape[2]
+    order = torch.arange(-(-count // frames) * frames, device=video.device) % count
+    return video.transpose(1, 2)[:, order].reshape(-1, frames * video.shape[1], *video.shape[3:])

@@ -12,10 +12,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vae3d.adversarial.adaptive import AdaptiveWeight
-from vae3d.adversarial.base import DiscriminatorAdversary, LossAndMetrics, Positive, Step, UpdatePhase, Weight
+from vae3d.adversarial.base import (
+    DiscriminatorAdversary,
+    LossAndMetrics,
+    Positive,
+    Step,
+    UpdatePhase,
+    Weight,
+    group_frames,
+)
 from vae3d.adversarial.criteria import CRITERIA, gradient_penalty, lecam, over_scales
 from vae3d.adversarial.discriminators import MultiScale, Norm, PatchGAN, PatchGAN3D
-from vae3d.adversarial.frame_groups import group_frames
 from vae3d.arguments import Count, Depth, Width
 from vae3d.precision import autocast, autocast_off
 from vae3d.schedules import ALL_ON, Schedule, learning_rate

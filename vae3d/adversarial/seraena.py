@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae3d.adversarial.base import DiscriminatorAdversary, LossAndMetrics, Positive, Step, Weight
+from vae3d.adversarial.base import DiscriminatorAdversary, LossAndMetrics, Positive, Step, Weight, group_frames
 from vae3d.adversarial.discriminators import SERAENA_STRIDE, ConditionalPatchDiscriminator
-from vae3d.adversarial.frame_groups import group_frames, group_latents, ungroup_frames
 from vae3d.adversarial.replay import ReplayBuffer
 from vae3d.arguments import Count, Range, Widths
 from vae3d.precision import autocast, autocast_off
@@ -25,7 +24,7 @@ from vae3d.types import ClipBatch, Reconstruction
 class Seraena(DiscriminatorAdversary):
     """`seraena.py` and `TAEHV_Training_Example.ipynb` of madebyollin/seraena.
 
-    Groups of frames are images [N, 3 * frames, H, W] in [0, 1] (see frame_groups), with the latents that they were
+    Groups of frames are images [N, 3 * frames, H, W] in [0, 1] (see base.group_frames), with the latents that they were
     decoded from as context.
 
     Generator: let c = -d/dfake of sum_n mean (D(real) - D(fake))^2, with D in eval mode. The target is
@@ -210,3 +209,19 @@ def _gradient_ratio(loss: Tensor, other: Tensor, video: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(loss, video, retain_graph=True)
     (other_gradient,) = torch.autograd.grad(other, video, retain_graph=True, allow_unused=True)
     return gradient.norm() / (torch.zeros_like(gradient) if other_gradient is None else other_gradient).norm()
+
+
+def ungroup_frames(images: Tensor, clips: int, count: int) -> Tensor:
+    """Inverse of group_frames, [clips, 3, count, H, W], without the frames that filled the last group."""
+    frames = images.reshape(clips, -1, 3, *images.shape[2:])
+    return frames[:, :count].transpose(1, 2)
+
+
+def group_latents(z: Tensor, groups: int, *, nearest: bool) -> Tensor:
+    """Latents [B, C, t, h, w] -> [B * groups, C, h, w], one for every group of frames.
+
+    Their mean over time, as published. nearest: for each group the mean of the latents that it overlaps in time.
+    """
+    if not nearest:
+        return z.mean(2).repeat_interleave(groups, 0)
+    return F.adaptive_avg_pool3d(z, (groups, *z.shape[3:])).transpose(1, 2).flatten(0, 1)

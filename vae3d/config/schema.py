@@ -373,11 +373,9 @@ def register(name: str, schema: type) -> None:
     ConfigStore.instance().store(name, asdict(schema()))
 
 
-def _short_hash(items: list[str]) -> str:
-    return hashlib.sha256("\n".join(items).encode()).hexdigest()[:6]
-
-
-OmegaConf.register_new_resolver("short_hash", _short_hash, replace=True)
+OmegaConf.register_new_resolver(
+    "short_hash", lambda items: hashlib.sha256("\n".join(items).encode()).hexdigest()[:6], replace=True
+)
 register("train_defaults", TrainConfig)
 register("infer_defaults", InferConfig)
 register("compare_defaults", CompareConfig)

@@ -19,8 +19,8 @@ from vae3d.evaluation.tables import metric_table
 from vae3d.io import write_text
 from vae3d.metrics.base import Better, goodness
 from vae3d.pixels import quantize
+from vae3d.report import number
 from vae3d.report.html import html_table, img, render, resize_to_width, subplots, svg
-from vae3d.report.tables import number
 
 RANKED_BY = ("lpips_alex", "lpips_vgg", "psnr", "ssim")  # the first that was computed ranks the clips
 CLIPS = 3  # number of best and of worst clips

@@ -11,7 +11,7 @@ import pandas as pd
 
 from vae3d.evaluation.store import VideoScore
 from vae3d.io import write_text
-from vae3d.report.tables import number, text_table
+from vae3d.report import number, text_table
 
 MAX_VIDEOS = 20  # rows of a printed table
 MAX_COLUMNS = 8  # with more metrics, the table has a row per metric

@@ -9,7 +9,7 @@ from typing import Any
 
 from vae3d.inference.comparison import MAX_FRAMES, MIN_GAIN, PAIRS, Comparer, pair_name
 from vae3d.io import write_json
-from vae3d.report.tables import number, text_table
+from vae3d.report import number, text_table
 
 log = logging.getLogger("vae3d")
 UNITS = {

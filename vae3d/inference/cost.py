@@ -65,8 +65,10 @@ def timed(run: Callable[[], Tensor], device: torch.device) -> tuple[float, float
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    memory = None if before is None else max(0, _peak(device) - before) / 2**30
-    return statistics.median(seconds), memory
+    if before is None:
+        return statistics.median(seconds), None
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _read_status("VmHWM")
+    return statistics.median(seconds), max(0, peak - before) / 2**30
 
 
 def _reset_peak(device: torch.device) -> int | None:
@@ -79,11 +81,6 @@ def _reset_peak(device: torch.device) -> int | None:
         return None
     PEAK_RESET.write_text("5")
     return _read_status("VmRSS")
-
-
-def _peak(device: torch.device) -> int:
-    """Peak memory in bytes since _reset_peak."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _read_status("VmHWM")
 
 
 def _read_status(key: str) -> int:

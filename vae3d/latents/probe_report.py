@@ -18,8 +18,8 @@ from vae3d.io import write_json, write_text
 from vae3d.latents import probes
 from vae3d.latents.probes import TRANSFORMS
 from vae3d.pixels import to_uint8
+from vae3d.report import text_table
 from vae3d.report.html import html_table, img, png, render, resize_to_width, subplots
-from vae3d.report.tables import text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

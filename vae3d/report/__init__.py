@@ -1,1 +1,25 @@
-"""Reports: text tables, and HTML pages with plots and pictures."""
+"""Tables as text; HTML pages, with pictures and plots, are in report.html."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def text_table(head: Sequence[str], rows: Iterable[Sequence[str] | None]) -> str:
+    """Align columns to their widest cell, the first to the left, the others to the right; a row of None is a rule."""
+    rows = list(rows)
+    cells = [head, *(row for row in rows if row is not None)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+
+    def line(row: Sequence[str] | None) -> str:
+        if row is None:
+            return rule
+        return "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+
+    return "\n".join(map(line, [head, None, *rows])).rstrip()
+
+
+def number(value: float | None) -> str:
+    """Four decimals, or a dash for None."""
+    return "-" if value is None else f"{value:.4f}"
