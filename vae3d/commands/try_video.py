@@ -29,8 +29,8 @@ from vae3d.models.interface import VideoAutoencoder
 from vae3d.pixels import as_unit, to_uint8
 from vae3d.pretrained import weights
 from vae3d.pretrained.weights import FILES
+from vae3d.report import number, text_table
 from vae3d.report.html import html_table, img, render
-from vae3d.report.tables import number, text_table
 
 DEFAULT = ("taef2_encoder.pth", "taef2_decoder.pth")
 METRICS = ("psnr", "ssim", "lpips", "flicker")
