@@ -31,7 +31,8 @@ TAUGHT_LOSSES = ("distill", "distill_lpips", "taehv")  # of a teacher, here of t
 # `ldm` and those of its kind: the terms of recon_kl_lpips and some more, which no part and no stage changes.
 SD_LOSSES = ("ldm", "sd_vae", "sd_vae_regularized", "sd_vae_lightning")
 PANORAMA_LOSSES = [name for name in names("loss") if name.startswith("erp")]
-TWINS = {"opensora_v1_2": "stage3", "sd_vae": "finetune"}  # temporal_vae and spatial with other factors: a stage
+# Models whose networks or wiring another one has: one stage is tested.
+TWINS = {"opensora_v1_2": "stage3", "sd_vae": "finetune", "taesd": "finetune", "temporal_taef2": "stage3"}
 COMBINATIONS = [
     *itertools.product(
         [n for n in names("model") if n not in TWINS],
@@ -47,7 +48,7 @@ COMBINATIONS = [
     *((name, "finetune", "sd_vae_regularized") for name in names("model") if name not in ("spatial", *TWINS)),
     ("wan", "decoder_only", "sd_vae_regularized"),
 ]
-TWO_STAGE = ("temporal_vae", "opensora_v1_2")
+TWO_STAGE = ("temporal_vae", "opensora_v1_2", "temporal_taef2")
 FRAMES = {"wan": (3, 2), "wan22": (3, 2), "taehv": (5, 4)}  # most, and step, of models that do not take any number
 PIXEL_LOSSES = ("recon_kl", "recon_kl_lpips")
 

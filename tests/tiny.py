@@ -48,6 +48,8 @@ MODEL["wan22"] = [*WAN, "model.multipliers=[1,1]", "model.decoder_channels=16"]
 SERAENA = ["adversary=seraena", "adversary.context_channels=4", "adversary.channels=[8,8,8,8]"]
 GAN = ["adversary=patchgan", "adversary.channels=8", "adversary.layers=1", "adversary.groups=4", "adversary.start=0"]
 MODEL["taehv"] = ["model.variant=taew2_1", "model.channels=8", "model.decoder_channels=[16,8,8,8]"]
+MODEL["taesd"] = ["model.variant=taesd"]
+MODEL["temporal_taef2"] = ["model.temporal.channels=8", "model.temporal.layers=1", "model.micro_frames=5"]
 TRAINING = [
     "data.height=16",
     "data.width=16",
