@@ -186,6 +186,8 @@ def test_offline_the_real_hub_is_not_asked(tmp_path):
 
 
 def test_trying_a_video_writes_a_page_with_scores(model, clip, tmp_path, capsys, monkeypatch):
+    for variable in ("VAE3D_WEIGHTS", "TORCH_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path / "none"))
     vae3d.save(model, tmp_path / "model")
     assert cli.main(["try", str(clip), str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--frames", "9"]) == 0
     output = capsys.readouterr()

@@ -188,7 +188,7 @@ def test_the_hugging_face_cache_is_named_where_nothing_is_found(monkeypatch, tmp
 
 
 def test_published_hashes_are_those_that_torchvision_and_torch_fidelity_abbreviate():
-    hashed = [file for file in FILES.values() if file.name.endswith(".pth")]
+    hashed = [file for file in FILES.values() if file.name.endswith(".pth") and not file.name.startswith("taef2")]
     assert len(hashed) == 5
     for file in hashed:
         assert file.sha256.startswith(file.name.split("-")[-1].removesuffix(".pth"))
