@@ -11,7 +11,7 @@ import vae3d
 source, out = sys.argv[1:]
 torch.manual_seed(0)
 model = vae3d.build("taesd", "model.variant=taesd").train()
-video = vae3d.read_video(source, height=64, width=64).frames
+video = vae3d.read_video(source, height=32, width=32).frames
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 for step in range(20):
