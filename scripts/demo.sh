@@ -15,6 +15,8 @@ for part in "$@"; do
 done
 source scripts/environment.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # more threads only slow down networks this small
+# Threads that spin while they wait for each other are ten times slower where another program uses the cores.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 run() {
   printf '\n$ %s\n' "$*"
