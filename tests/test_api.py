@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.error
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from PIL import Image
 import vae3d
 from tests import tiny
 from vae3d import hub as hub_module
-from vae3d.commands import cli
+from vae3d.commands import cli, try_video
 from vae3d.data.media import MediaError
 from vae3d.errors import UserError
 from vae3d.metrics import MetricError
@@ -199,6 +200,21 @@ def test_trying_a_video_writes_a_page_with_scores(model, clip, tmp_path, capsys,
     assert "9 frames of 32 x 24" in page
     assert vae3d.read_video(tmp_path / "out/reconstruction.mp4").frames.shape == (1, 3, 9, 24, 32)
     assert vae3d.read_video(tmp_path / "out/side_by_side.mp4").frames.shape[2] == 9
+
+
+def test_without_weights_and_network_the_two_ways_out_are_named(clip, tmp_path, capsys, monkeypatch):
+    def provide(*_, **__):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(try_video, "provide", provide)
+    for variable in ("VAE3D_WEIGHTS", "TORCH_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path / "none"))
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["try", str(clip)])
+    printed = capsys.readouterr().err
+    assert "no route" in printed
+    assert "vae3d try VIDEO CHECKPOINT" in printed
+    assert "fetch_weights.py taef2_encoder.pth taef2_decoder.pth" in printed
 
 
 def test_an_image_and_a_wrong_file_can_be_tried_too(model, clip, tmp_path, capsys):

@@ -13,7 +13,13 @@ from tests import tiny
 from vae3d.commands import cli
 from vae3d.config.schema import CONF
 
-ENTRIES = {"train": "train.py", "infer": "infer.py", "eval": "eval/eval_common_metric.py", "check-data": None, "try": None}
+ENTRIES = {
+    "train": "train.py",
+    "infer": "infer.py",
+    "eval": "eval/eval_common_metric.py",
+    "check-data": None,
+    "try": None,
+}
 ENTRIES |= {"encode": "scripts/encode_latents.py", "sample": "scripts/sample_latent_diffusion.py"}
 ENTRIES |= {"train-diffusion": "scripts/train_latent_diffusion.py", "convert": "scripts/convert_checkpoint.py"}
 

@@ -11,6 +11,7 @@ import base64
 import io
 import sys
 import time
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from vae3d import api
 from vae3d.argparse_types import positive_int
 from vae3d.commands.fetch_weights import provide
 from vae3d.data.readers import media_info
+from vae3d.errors import UserError
 from vae3d.inference.pictures import contact_sheet, error_map, side_by_side
 from vae3d.inference.video import write_video
 from vae3d.io import atomic_write, naming, write_text
@@ -96,14 +98,20 @@ def read(path: str, frames: int, height: int) -> api.Video:
 
 
 def default_checkpoint() -> Path:
-    """TAEF2's encoder, beside its decoder, downloaded where it is missing."""
+    """TAEF2's encoder, beside its decoder, downloaded where it is missing. Raises UserError if that fails."""
     found = []
     for name in DEFAULT:
         try:
             found.append(weights.find(name))
-        except weights.WeightsMissing:
+        except weights.WeightsMissing as missing:
             print(f"{name} is not on this machine; downloading it ...", file=sys.stderr)
-            provide(FILES[name], weights.search_path()[0], mirror=None, slim=False)
+            try:
+                provide(FILES[name], weights.search_path()[0], mirror=None, slim=False)
+            except (OSError, HTTPException) as error:
+                raise UserError(
+                    f"{name} cannot be downloaded ({error}); give a checkpoint of yours, vae3d try VIDEO CHECKPOINT, "
+                    f"or on a connected machine: python scripts/fetch_weights.py {' '.join(DEFAULT)}\n{missing}"
+                ) from error
             found.append(weights.find(name))
     return found[0]
 
