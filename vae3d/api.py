@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vae3d.checkpoints.export import replace_export
-from vae3d.checkpoints.formats import Checkpoint
 from vae3d.config.schema import CONF
-from vae3d.data.clips import resize_crop_params, to_tensor
+from vae3d.data.clips import read_resized, to_video
 from vae3d.data.media import MediaError
-from vae3d.data.readers import Reader, open_media
+from vae3d.data.readers import open_media
 from vae3d.errors import UserError
 from vae3d.hub import from_pretrained, push_to_hub
 from vae3d.inference.video import VideoWriter
 from vae3d.latents.codec import LatentCodec
-from vae3d.loading import build, load, open_codec
+from vae3d.loading import build, load, open_codec, save
 from vae3d.metrics import build_metrics
 from vae3d.models.interface import VideoAutoencoder
-from vae3d.models.registry import config_of
 from vae3d.pixels import as_unit, to_uint8
 from vae3d.seeding import generator_of
 
@@ -62,15 +57,6 @@ def list_models() -> list[str]:
     return sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
 
 
-def save(model: VideoAutoencoder, folder: Source, **info: Any) -> None:
-    """Write a model's weights and its configuration to a folder that `load` opens; replaces what is there.
-
-    info: plain values that are written beside the configuration. Raises UserError for a model of another project.
-    """
-    folder = Path(folder)
-    replace_export(Checkpoint(config_of(model), model.state_dict(), folder, "export"), folder, **info)
-
-
 def read_video(
     path: Source,
     *,
@@ -89,8 +75,8 @@ def read_video(
         stop = count if num_frames is None else start + num_frames
         if not 0 <= start < stop <= count:
             raise MediaError(str(path), f"has {count} frames; start={start} and num_frames={num_frames} do not fit")
-        frames = _read(reader, range(start, stop), height, width)
-        return Video(_as_video(frames), reader.info.fps)
+        size = height or reader.info.height, width or reader.info.width
+        return Video(to_video(read_resized(reader, range(start, stop), size)), reader.info.fps)
 
 
 def write_video(path: Source, video: Tensor, fps: float, *, codec: str = "h264") -> None:
@@ -169,7 +155,7 @@ def reconstruct(
             raise MediaError(str(source), "is an image; read it with read_video and reconstruct its tensor")
         with VideoWriter(Path(target), info.fps, codec) as writer:
             for video in code(
-                info.num_frames, info.height, info.width, lambda a, b: _as_video(_read(reader, range(a, b)))
+                info.num_frames, info.height, info.width, lambda a, b: to_video(read_resized(reader, range(a, b)))
             ):
                 writer.write(to_uint8(video[0]))
     return Path(target)
@@ -187,13 +173,13 @@ def score(
     reference, reconstruction: both [B, 3, T, H, W] in [-1, 1], or both files. metrics: see docs/score.md.
     Raises MetricError for unknown metrics and videos that do not fit together, WeightsMissing, MediaError.
     """
-    build = build_metrics(list(metrics), device)
+    metric_set = build_metrics(list(metrics), device)
     if isinstance(reference, Tensor) and isinstance(reconstruction, Tensor):
         results = []
         for clip, other in zip(reference, reconstruction, strict=True):
-            build.update(*(_unit(video, device) for video in (clip, other)))
-            results.append(build.result())
-        return build.aggregate(results)
+            metric_set.update(*(_unit(video, device) for video in (clip, other)))
+            results.append(metric_set.result())
+        return metric_set.aggregate(results)
     if isinstance(reference, Tensor) or isinstance(reconstruction, Tensor):
         raise UserError("give two tensors or two files")
     with closing(open_media(reference)) as ref, closing(open_media(reconstruction)) as rec:
@@ -201,23 +187,10 @@ def score(
             raise UserError(
                 f"{reference} has {ref.info.num_frames} frames and {reconstruction} has {rec.info.num_frames}"
             )
-        for number in range(math.ceil(ref.info.num_frames / FRAMES)):
-            chunk = range(number * FRAMES, min((number + 1) * FRAMES, ref.info.num_frames))
-            build.update(*(as_unit(_read(reader, chunk), device) for reader in (ref, rec)))
-        return build.aggregate([build.result()])
-
-
-def _read(reader: Reader, indices: range, height: int | None = None, width: int | None = None) -> np.ndarray:
-    """[T, H, W, 3] uint8."""
-    info = reader.info
-    target = height or info.height, width or info.width
-    crop = resize_crop_params(*info.size_to_scale(target), target)
-    return crop.crop(reader.read(list(indices), crop.size))
-
-
-def _as_video(frames: np.ndarray) -> Tensor:
-    """[T, H, W, 3] uint8 -> [1, 3, T, H, W] in [-1, 1]."""
-    return to_tensor(frames)[None].float() / 127.5 - 1.0
+        for start in range(0, ref.info.num_frames, FRAMES):
+            chunk = range(start, min(start + FRAMES, ref.info.num_frames))
+            metric_set.update(*(as_unit(read_resized(reader, chunk), device) for reader in (ref, rec)))
+        return metric_set.aggregate([metric_set.result()])
 
 
 def _unit(clip: Tensor, device: torch.device | str) -> Tensor:

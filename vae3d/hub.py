@@ -11,15 +11,12 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from vae3d import __version__
-from vae3d.checkpoints.export import replace_export
-from vae3d.checkpoints.formats import Checkpoint
 from vae3d.errors import UserError
 from vae3d.io import write_text
-from vae3d.loading import load
+from vae3d.loading import load, save
 from vae3d.models.interface import VideoAutoencoder
-from vae3d.models.registry import config_of
 
-# Of a whole pipeline only the VAE.
+# Weights and configurations, without the pictures and the code of a repository. Of a pipeline that is all of its parts.
 WEIGHTS = ("*.safetensors", "*.pth", "*.bin", "*.json", "*.yaml")
 CARD = """---
 library_name: vae3d
@@ -70,7 +67,7 @@ def push_to_hub(
     Raises UserError if the hub refuses.
     """
     with tempfile.TemporaryDirectory() as folder:
-        replace_export(Checkpoint(config_of(model), model.state_dict(), Path(folder), "export"), Path(folder))
+        save(model, folder)
         write_text(Path(folder) / "README.md", model_card(model, repository, license))
         api = HfApi()
         try:

@@ -14,12 +14,13 @@ import hydra
 import torch
 from torch import nn
 
+from vae3d.checkpoints.export import replace_export
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, as_checkpoint_error, load_weights, read_checkpoint
 from vae3d.config.schema import CONF
 from vae3d.errors import UserError
 from vae3d.latents.codec import LatentCodec
 from vae3d.models.interface import VideoAutoencoder
-from vae3d.models.registry import build_model
+from vae3d.models.registry import build_model, config_of
 from vae3d.models.spatial import SpatialVAE
 from vae3d.precision import DTYPES
 
@@ -99,6 +100,15 @@ def build_from_checkpoint(checkpoint: Checkpoint, changes: Mapping[str, Any] | N
     """The model that a checkpoint describes, with random weights. Raises CheckpointError."""
     with as_checkpoint_error():
         return build_model(merge(checkpoint.config, changes or {}), checkpoint.path)
+
+
+def save(model: VideoAutoencoder, folder: str | Path, **info: Any) -> None:
+    """Write a model's weights and its configuration to a folder that `load` opens; replaces what is there.
+
+    info: plain values that are written beside the configuration. Raises UserError for a model of another project.
+    """
+    folder = Path(folder)
+    replace_export(Checkpoint(config_of(model), model.state_dict(), folder, "export"), folder, **info)
 
 
 def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str]:

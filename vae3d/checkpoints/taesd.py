@@ -63,8 +63,7 @@ def read_diffusers(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
     weights.state = _renumber(weights.state, 1)
     config, state = read(weights)
     if weights.config_json:
-        given = {key: tuple(v) if isinstance(v, list) else v for key, v in weights.config_json.items()}
-        check_config_json(given, diffusers_config(config), IGNORED)
+        check_config_json(weights.config_json, diffusers_config(config), IGNORED)
     return config, state
 
 
@@ -93,14 +92,14 @@ def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "_class_name": "AutoencoderTiny",
         "in_channels": 3,
         "out_channels": 3,
-        "encoder_block_out_channels": (64, 64, 64, 64),
-        "decoder_block_out_channels": (64, 64, 64, 64),
+        "encoder_block_out_channels": [64, 64, 64, 64],
+        "decoder_block_out_channels": [64, 64, 64, 64],
         "act_fn": "relu",
         "upsample_fn": "nearest",
         "latent_channels": kind.latent_channels,
         "upsampling_scaling_factor": 2,
-        "num_encoder_blocks": (1, 3, 3, 3),
-        "num_decoder_blocks": (3, 3, 3, 1),
+        "num_encoder_blocks": [1, 3, 3, 3],
+        "num_decoder_blocks": [3, 3, 3, 1],
         "latent_magnitude": 3,
         "latent_shift": 0.5,
         "force_upcast": False,

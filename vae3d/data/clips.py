@@ -126,6 +126,13 @@ def resize_crop_params(
     return ResizeCrop(size, top, left, *target)
 
 
+def read_resized(reader: Reader, indices: Sequence[int], target: Size | None = None) -> np.ndarray:
+    """Frames [T, H, W, 3] uint8, resized and centre-cropped to `target`; None: the size of the file."""
+    target = target or (reader.info.height, reader.info.width)
+    crop = resize_crop_params(*reader.info.size_to_scale(target), target)
+    return crop.crop(reader.read(indices, crop.size))
+
+
 def open_frames(path: str, settings: ClipSettings, bounds: Bounds = WHOLE) -> Reader:
     """A reader of a file, or of the part within `bounds`: of colours, or of depth maps as stored. Raises MediaError."""
     reader = open_media(path, settings.reader) if settings.depth is None else DepthReader(path)
@@ -198,6 +205,11 @@ def to_sample(frames: np.ndarray, index: ClipIndex, path: str, settings: ClipSet
 def to_tensor(frames: np.ndarray) -> Tensor:
     """[T, H, W, 3] array -> [3, T, H, W] tensor."""
     return torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))
+
+
+def to_video(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """[T, H, W, 3] uint8 -> [1, 3, T, H, W] in [-1, 1]."""
+    return to_tensor(frames)[None].to(device).float() / 127.5 - 1.0
 
 
 class ClipDataset(Dataset[Sample]):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae3d.data.clips import to_video
 from vae3d.data.readers import MediaError, Size
 from vae3d.data.segments import WHOLE, Bounds
 from vae3d.errors import UserError
@@ -140,7 +141,7 @@ class Comparer:
         Raises MediaError if it cannot be read or is too short, MetricError if it cannot be scored.
         """
         frames, fps, given = self.reconstructor.read_head(source, bounds, lambda there: self._count(source, there))
-        video = self.reconstructor.to_video(frames)
+        video = to_video(frames, self.reconstructor.device)
         latents, coded = self._coded(source, video)
         name = identifier(row, source)
         if self.measures and not self.costs:

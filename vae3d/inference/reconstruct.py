@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vae3d.data.clips import resize_crop_params, to_tensor
+from vae3d.data.clips import read_resized, resize_crop_params, to_video
 from vae3d.data.images import is_sequence
 from vae3d.data.readers import MediaError, MediaInfo, Reader, Size, open_media
 from vae3d.data.segments import WHOLE, Bounds, Segment
@@ -146,7 +146,7 @@ class Reconstructor:
         with closing(self._open(source, bounds)) as reader:
             indices, _, target = self._select(source, reader.info)
             frames, length = next(self._chunks(reader, indices, target, self._stream(source, target)))
-            return self.to_video(frames[:length])
+            return to_video(frames[:length], self.device)
 
     def read_head(self, source: str, bounds: Bounds, count: Callable[[int], int]) -> tuple[np.ndarray, float, int]:
         """The first of the selected frames, [T, H, W, 3] uint8; their rate (0 for an image); the number selected.
@@ -155,8 +155,7 @@ class Reconstructor:
         """
         with closing(self._open(source, bounds)) as reader:
             indices, fps, target = self._select(source, reader.info)
-            crop = resize_crop_params(*reader.info.size_to_scale(target), target)
-            return crop.crop(reader.read(indices[: count(len(indices))], crop.size)), fps, len(indices)
+            return read_resized(reader, indices[: count(len(indices))], target), fps, len(indices)
 
     def _stream(self, source: str, target: Size) -> Stream:
         try:
@@ -179,21 +178,16 @@ class Reconstructor:
 
     def _chunks(self, reader: Reader, indices: list[int], target: Size, stream: Stream) -> Iterator[Chunk]:
         """Every chunk of the stream with its lookahead; each frame is read once."""
-        crop = resize_crop_params(*reader.info.size_to_scale(target), target)
         buffer = np.empty((0, *target, 3), np.uint8)
         read = 0
         for length in stream.chunks(len(indices)):
             new = indices[read : read + length + stream.lookahead - len(buffer)]
             if new:
-                frames = crop.crop(reader.read(new, crop.size))
+                frames = read_resized(reader, new, target)
                 buffer = np.concatenate([buffer, frames]) if len(buffer) else frames
                 read += len(new)
             yield buffer, length
             buffer = buffer[length:]
-
-    def to_video(self, frames: np.ndarray) -> Tensor:
-        """[T, H, W, 3] uint8 -> [1, 3, T, H, W] in [-1, 1], on the model's device."""
-        return to_tensor(frames)[None].to(self.device).float() / 127.5 - 1.0
 
     def _video(self, stream: Stream, chunks: Iterator[Chunk], name: str, fps: float, row: int) -> None:
         writers: dict[str, VideoWriter] = {}
@@ -218,7 +212,7 @@ class Reconstructor:
         index: of the chunk. start: index of its first frame. Raises NotFiniteError.
         """
         frames, length = chunk
-        video = self.to_video(frames)
+        video = to_video(frames, self.device)
         generator = generator_of(self.config.seed, row, index, device=self.device)
         with autocast(self.device, self.config.precision):
             out = stream(video, sample=self.config.sample, generator=generator)

@@ -162,6 +162,13 @@ def nearest_frames(frames: int, is_valid: Callable[[int], bool]) -> list[int]:
     return sorted(sorted(filter(is_valid, range(1, frames + 36)), key=lambda n: abs(n - frames))[:4])
 
 
+def choose_latent_space(latent: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> str:
+    """`latent`, for latent_space. Raises ValueError for statistics of latents that are normalised already."""
+    if latent == "normalized" and not (mean is None and std is None):
+        raise ValueError("latents_mean and latents_std are for raw latents; leave them out with latent=normalized")
+    return latent
+
+
 def choose_latents(
     posterior: Posterior | Delta | None, latents: Tensor | None, sample: bool, generator: Generators
 ) -> Tensor:

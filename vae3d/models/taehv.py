@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Deviation, Flags, Mean, Width, Widths, check_arguments
-from vae3d.models.interface import VideoAutoencoder
+from vae3d.models.interface import VideoAutoencoder, choose_latent_space
 from vae3d.models.layers import taehv_blocks as blocks
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import extend_time, pad_space
@@ -119,9 +119,7 @@ class TAEHV(VideoAutoencoder):
         self.variant = variant
         self.patch = kind.patch
         self.rule = RULES[kind.rule]
-        self.latent = kind.latent if latent is None else latent
-        if self.latent == "normalized" and not (latents_mean is None and latents_std is None):
-            raise ValueError("latents_mean and latents_std are for raw latents; leave them out with latent=normalized")
+        self.latent = choose_latent_space(latent or kind.latent, latents_mean, latents_std)
         self.chunk_latents = chunk_latents
         self.gradient_checkpointing = gradient_checkpointing
         self.time_upscale = 2 ** sum(time)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Deviation, Mean, check_arguments
-from vae3d.models.interface import VideoAutoencoder
+from vae3d.models.interface import VideoAutoencoder, choose_latent_space
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import pad_space, per_frame
 from vae3d.models.layers.taehv_blocks import Clamp, UpConv, conv
@@ -108,7 +109,7 @@ class TAESD(VideoAutoencoder):
         self,
         *,
         variant: str,
-        latent: str | None = None,
+        latent: Literal["raw", "normalized"] | None = None,
         latents_mean: Sequence[Mean] | None = None,
         latents_std: Sequence[Deviation] | None = None,
         frame_batch: Count | None = 4,
@@ -122,11 +123,7 @@ class TAESD(VideoAutoencoder):
         self.decoder = decoder(kind)
         nn.init.constant_(self.decoder[-1].bias, 0.5)  # mid-grey in the network's own range [0, 1]
         self.variant = variant
-        self.latent = kind.latent if latent is None else latent
-        if self.latent not in ("raw", "normalized"):
-            raise ValueError(f"latent is {latent!r}; use raw or normalized")
-        if self.latent == "normalized" and not (latents_mean is None and latents_std is None):
-            raise ValueError("latents_mean and latents_std are for raw latents; leave them out with latent=normalized")
+        self.latent = choose_latent_space(latent or kind.latent, latents_mean, latents_std)
         self.frame_batch = frame_batch
         self.gradient_checkpointing = gradient_checkpointing
         self.spec = LatentSpec(
