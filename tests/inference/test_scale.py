@@ -31,6 +31,7 @@ from vae3d.inference.scale import (
     spread_clips,
     unscalable_reason,
 )
+from vae3d.models.taesd import TAESD
 from vae3d.types import ClipBatch
 
 RAW = {
@@ -219,3 +220,15 @@ def test_the_script_makes_an_export_of_published_weights(videos, tmp_path, capsy
     assert script(tmp_path / "b", tmp_path / "t.csv") == 2
     assert script(tmp_path / "a", videos, "--out", tmp_path / "b") == 2
     assert "already exists" in capsys.readouterr().err
+
+
+def test_by_pixels_a_channel_that_the_decoder_hears_less_gets_a_larger_deviation():
+    torch.manual_seed(0)
+    model = TAESD(variant="taesd")
+    with torch.no_grad():
+        model.decoder[1].weight[:, 0] *= 0.1
+    clips = [ClipBatch(torch.rand(1, 3, 1, 16, 16) * 2 - 1, torch.tensor([i]), [str(i)]) for i in range(4)]
+    plain, by_pixels = measure(model, clips), measure(model, clips, by_pixels=True)
+    assert torch.equal(plain.mean, by_pixels.mean)
+    assert by_pixels.std[0] > 5 * by_pixels.std[1:].max()
+    assert (plain.std / by_pixels.std).square().mean().item() == pytest.approx(1, rel=1e-6)

@@ -11,6 +11,9 @@ image VAE gets one scaling_factor, 1 / standard deviation of all values, as Stab
 shift_factor, the mean; --per-channel: both for each channel). Other models get latents_mean and
 latents_std for each channel. `normalize` then returns latents of unit variance, also in files that
 scripts/convert_checkpoint.py writes from the export. Without --out the export is rewritten; of a run, the newest.
+
+--by-pixels sets the deviation of each channel so that equal errors of normalised latents change the decoded pixels
+equally, for losses on latents (stages 1 and 2 of a temporal VAE on top). An image VAE also needs --per-channel.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--height", type=positive_int, default=256, help="of the centre crop (256)")
     parser.add_argument("--width", type=positive_int, default=256)
     add_export_arguments(parser)
+    parser.add_argument("--by-pixels", action="store_true", help="scale each channel by its effect on the pixels")
     parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
@@ -78,7 +82,7 @@ def measure_source(model: nn.Module, args: argparse.Namespace) -> LatentStats:
     table = read_tables(open_source(args.source), settings, num_val_files=0, max_broken=1.0).train
     errors: list[tuple[str, str]] = []
     clips = spread_clips(table, settings, args.frames, args.count, errors)
-    measured = measure(model.to(as_device(args.device)), clips, args.seed)
+    measured = measure(model.to(as_device(args.device)), clips, args.seed, by_pixels=args.by_pixels)
     for path, reason in errors:
         print(f"skipped: {path}: {reason}", file=sys.stderr)
     return measured

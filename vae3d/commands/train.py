@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from vae3d.checkpoints.state import starting_state
@@ -18,18 +19,21 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.depth import DepthSettings
 from vae3d.data.fingerprint import fingerprint_of
 from vae3d.data.loader import TrainingData, check_files_exist, clip_lengths, read_tables, validation_clips
-from vae3d.distributed import check_ranks_agree, init_training
+from vae3d.distributed import all_gather_object, check_ranks_agree, init_training
 from vae3d.errors import UserError
+from vae3d.inference.scale import longest_clips
 from vae3d.loading import initialize, instantiate, load, log
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_blocks
+from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.registry import is_known
 from vae3d.models.taehv import TAEHV
 from vae3d.models.wan import WanVAE
 from vae3d.precision import DTYPES, slow_conv3d
 from vae3d.training.checkpointer import check_may_start
 from vae3d.training.freeze import train_parts
+from vae3d.training.linear_code import fit_shortcut
 from vae3d.training.teacher import Distillation
 from vae3d.training.vae_trainer import VaeTrainer
 
@@ -111,6 +115,30 @@ def build_distillation(config: TrainConfig, teacher: nn.Module | None, student: 
     )
 
 
+def fit_shortcut_everywhere(
+    config: TrainConfig, model: OpenSoraVAE, data: TrainingData, device: torch.device
+) -> list[str]:
+    """Fit the shortcut on the first rank, and give all ranks the result. Returns lines that describe it.
+
+    Raises UserError, on every rank, if it cannot be fitted.
+    """
+    errors: list[tuple[str, str]] = []
+    line, failure = "", None
+    if PartialState().is_main_process:
+        clips = longest_clips(data, config.stage.fit_shortcut, errors)
+        try:
+            line = fit_shortcut(model.to(device), clips, config.run.seed)
+        except UserError as error:
+            failure = error
+        model.cpu()
+    layers = nn.ModuleList([model.temporal_vae.shortcut_in, model.temporal_vae.shortcut_out])
+    line, failure, errors, weights = all_gather_object((line, failure, errors, layers.state_dict()))[0]
+    if failure is not None:
+        raise failure
+    layers.load_state_dict(weights)
+    return [line, *(f"skipped: {path}: {reason}" for path, reason in errors)]
+
+
 def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     """Build the trainer, resume it, lock the run's folder and open its log; ready to `fit`."""
     if config.trainer.precision == "fp16" and not torch.cuda.is_available():
@@ -133,6 +161,8 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
         model.micro_frames = None
     anchored = config.optim.proximal > 0  # needs the initial weights also where a checkpoint replaces them
     started = initialize(model, config.stage.init_from) if anchored or not resumes else []
+    if config.stage.fit_shortcut and not resumes:
+        started += fit_shortcut_everywhere(config, model, data, accelerator.device)
     if anchored and resumes:
         started = [f"optim.proximal pulls towards stage.init_from={config.stage.init_from}"]
     if config.trainer.compile:

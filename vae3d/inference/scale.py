@@ -6,7 +6,7 @@ from run to run (SD 0.18215, SDXL 0.13025, FLUX 0.3611), so it is measured, neve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.data.clips import ClipSettings
-from vae3d.data.loader import clip_lengths, validation_clip
+from vae3d.data.loader import TrainingData, clip_lengths, validation_clip
 from vae3d.data.media import MediaError
 from vae3d.data.segments import bounds_of
 from vae3d.errors import UserError
@@ -97,26 +97,48 @@ def unscalable_reason(model: nn.Module) -> str | None:
 
 @no_tf32()
 @torch.no_grad()
-def measure(model: nn.Module, clips: Iterable[ClipBatch], seed: int = 0) -> LatentStats:
+def measure(model: nn.Module, clips: Iterable[ClipBatch], seed: int = 0, *, by_pixels: bool = False) -> LatentStats:
     """Encode clips one by one, in the model's precision, and measure samples of their posteriors.
 
     A diffusion model is trained on samples, and latent-diffusion measures them too (`scale_by_std`,
     ldm/models/diffusion/ddpm.py, on its first batch only). seed: for the samples, with each clip's index.
+    by_pixels: `std` is then inversely proportional to each channel's effect on the decoded pixels, so that equal errors
+    of normalised latents change the pixels equally; their variance is 1 over all channels.
     Raises ScaleError without clips, and for latents that are not finite.
     """
     device = next(model.parameters()).device
-    stats, count, sizes = RunningStats(), 0, set()
+    stats, count, sizes, effect = RunningStats(), 0, set(), torch.zeros(())
+    noise = torch.Generator(device).manual_seed(seed)
     for clip in clips:
         clip = clip.to(device)
         z = model.encode(clip.video).sample(clip.generators(seed, device))
         if not z.isfinite().all():
             raise ScaleError("the latents are not finite; do the weights hold NaN?")
         stats.update_channels(z.cpu())
+        if by_pixels:
+            effect = effect + pixel_effect(model.decode, z, noise).cpu()
         count += len(z)
         sizes.add(tuple(clip.video.shape[2:]))
     if not count:
         raise ScaleError("the scale of the latents cannot be measured: no clip could be read")
-    return LatentStats.of(stats, count, sizes.pop() if len(sizes) == 1 else None)
+    measured = LatentStats.of(stats, count, sizes.pop() if len(sizes) == 1 else None)
+    if by_pixels:
+        counts = measured.std * effect.sqrt()  # of each channel, in pixels
+        measured = replace(measured, std=counts.square().mean().sqrt() / effect.sqrt())
+    return measured
+
+
+def pixel_effect(decode: Callable[[Tensor], Tensor], z: Tensor, generator: torch.Generator) -> Tensor:
+    """How much each channel of latents [B, C, t, h, w] changes the decoded pixels: [C] fp64.
+
+    The mean over latents of the squared derivatives of all pixels, estimated by one backward pass of unit noise.
+    """
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        pixels = decode(z)
+        noise = torch.randn(pixels.shape, generator=generator, device=pixels.device, dtype=pixels.dtype)
+        (gradient,) = torch.autograd.grad(pixels, z, noise)
+    return gradient.double().square().mean((0, 2, 3, 4))
 
 
 def spread_clips(
@@ -135,6 +157,12 @@ def spread_clips(
             yield validation_clip(table["path"].iloc[row], bounds[row], int(row), settings, frames)
         except MediaError as error:
             errors.append((error.path, error.reason))
+
+
+def longest_clips(data: TrainingData, count: int, errors: list[tuple[str, str]]) -> Iterator[ClipBatch]:
+    """spread_clips of training data, with as many frames as training clips have at most."""
+    frames = [n for n in data.schedule.frames.all() if len(data.schedule.with_at_least(n))]
+    return spread_clips(data.table, data.settings, frames[-1], count, errors)
 
 
 def rescaled(

@@ -133,6 +133,9 @@ class OpenSoraVAE(VideoAutoencoder):
             "temporal_encoder": [temporal.encoder, temporal.quant_conv],
             "temporal_decoder": [temporal.post_quant_conv, temporal.decoder],
         }
+        if temporal.shortcut:
+            parts["temporal_encoder"].append(temporal.shortcut_in)
+            parts["temporal_decoder"].append(temporal.shortcut_out)
         parts["encoder"] = parts["spatial_encoder"] + parts["temporal_encoder"]
         parts["decoder"] = parts["temporal_decoder"] + parts["spatial_decoder"]
         return parts

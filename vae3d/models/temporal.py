@@ -7,11 +7,12 @@ ones. x: 2D latents [B, C, T, h, w]; z: temporal latents [B, C', ceil(T/4), h, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.arguments import Depth, Factors, Flags, Width, check_arguments
@@ -131,10 +132,10 @@ class TemporalVAE(nn.Module):
     convolutions are causal, but GroupNorm pools over time, so every latent depends on all frames of the clip.
 
     channels, multipliers: width of each level; downsample: which level boundaries halve the frame rate.
-    shortcut: add means of frames to the latents, and the latents to the frames that they came from, as DC-AE does
-    within its blocks (arXiv 2410.10733, section 3.1). The last layers start at zero, so training starts from this
-    trivial code instead of noise. Needs in_channels * stride to be a multiple of latent_channels; each latent channel
-    is the mean of as many frames as that multiple says.
+    shortcut: add a linear path beside each network, from the `stride` frames of a latent to the latent and back. It
+    starts as a DCT over these frames, lowest frequencies first: the first in_channels latents are their mean, which of
+    an image is the image's own latent. `stage.fit_shortcut` fits it to clips. Both networks start by adding nothing.
+    Without a shortcut they must learn the identity first (compare those of DC-AE, arXiv 2410.10733, section 3.1).
     gradient_checkpointing: recompute each residual block in backward.
     Raises ValueError if the lists do not fit together or a width is not a multiple of `groups`.
     """
@@ -172,20 +173,25 @@ class TemporalVAE(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.shortcut = shortcut
         if shortcut:
-            self._start_trivial()
+            self.shortcut_in = nn.Conv3d(in_channels * self.stride, latent_channels, 1)
+            self.shortcut_out = nn.Conv3d(latent_channels, in_channels * self.stride, 1)
+            self._start_linear()
 
-    def _start_trivial(self) -> None:
-        """Let both networks add nothing at first, with a small posterior variance."""
-        if self.in_channels * self.stride % self.latent_channels:
-            raise ValueError(
-                f"shortcut needs in_channels * stride = {self.in_channels * self.stride} to be a multiple of "
-                f"latent_channels, {self.latent_channels}"
-            )
-        for layer in (self.encoder.conv2, self.quant_conv, self.decoder.conv_out):
-            nn.init.zeros_(layer.conv.bias)
-        nn.init.zeros_(self.encoder.conv2.conv.weight)
-        nn.init.zeros_(self.decoder.conv_out.conv.weight)
+    @torch.no_grad()
+    def _start_linear(self) -> None:
+        """The shortcuts as a DCT, and both networks adding nothing, with a small posterior variance."""
+        for layer in (self.encoder.conv2, self.decoder.conv_out, self.shortcut_in, self.shortcut_out):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+        nn.init.zeros_(self.quant_conv.conv.bias)
         nn.init.constant_(self.quant_conv.conv.bias[self.latent_channels :], LOGVAR_START)
+        frame = torch.arange(self.stride)
+        waves = torch.cos(math.pi / self.stride * frame[:, None] * (frame + 0.5))  # [frequency, frame]
+        waves[1:] *= math.sqrt(2)
+        waves = torch.einsum("fs,cd->fcds", waves, torch.eye(self.in_channels)).flatten(0, 1).flatten(1)
+        waves = waves[: self.latent_channels, :, None, None, None]
+        self.shortcut_in.weight[: len(waves)] = waves / self.stride
+        self.shortcut_out.weight[:, : len(waves)] = waves.transpose(0, 1)
 
     def latent_frames(self, frames: int) -> int:
         return -(-frames // self.stride)
@@ -196,12 +202,13 @@ class TemporalVAE(nn.Module):
         recompute = self.gradient_checkpointing and needs_grad(self.encoder, padded)
         posterior = Posterior.from_moments(self.quant_conv(self.encoder(padded, recompute)))
         if self.shortcut:
-            x = torch.cat([x[:, :, :1].expand(-1, -1, missing, -1, -1), x], 2)
-            frames = rearrange(x, "b c (t s) h w -> b (c s) t h w", s=self.stride)
-            posterior.mean = posterior.mean + reduce(
-                frames, "b (z n) t h w -> b z t h w", "mean", z=self.latent_channels
-            )
+            posterior.mean = posterior.mean + self.shortcut_in(self.frame_groups(x).to(padded.dtype))
         return posterior
+
+    def frame_groups(self, x: Tensor) -> Tensor:
+        """[B, C, T, h, w] -> [B, C * stride, ceil(T / stride), h, w], the first frame repeated in front as needed."""
+        x = torch.cat([x[:, :, :1].expand(-1, -1, -x.shape[2] % self.stride, -1, -1), x], 2)
+        return rearrange(x, "b c (t s) h w -> b (c s) t h w", s=self.stride)
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         """num_frames: frames to return, by default `stride * t`. Raises ValueError if it does not fit the latents."""
@@ -215,6 +222,5 @@ class TemporalVAE(nn.Module):
         h = self.post_quant_conv(z)
         x = self.decoder(h, self.gradient_checkpointing and needs_grad(self.decoder, h))
         if self.shortcut:
-            repeated = z.repeat_interleave(self.in_channels * self.stride // self.latent_channels, 1)
-            x = x + rearrange(repeated, "b (c s) t h w -> b c (t s) h w", s=self.stride)
+            x = x + rearrange(self.shortcut_out(z), "b (c s) t h w -> b c (t s) h w", s=self.stride)
         return x[:, :, -frames % self.stride :]

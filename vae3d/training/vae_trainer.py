@@ -22,7 +22,7 @@ from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.state import ResumeError
 from vae3d.data.clips import Unreadable
 from vae3d.data.loader import TrainingData
-from vae3d.inference.scale import ScaleError, measure, rescaled, spread_clips
+from vae3d.inference.scale import ScaleError, longest_clips, measure, rescaled
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricError, MetricSet
 from vae3d.metrics.registry import resolve
@@ -262,10 +262,8 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
 
     def _with_measured_scale(self, weights: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
         """The weights with the latent scale of training clips of the largest size, and its statistics."""
-        data, errors = self.data, []
-        counts = [count for count in data.schedule.frames.all() if len(data.schedule.with_at_least(count))]
-        count = self.config.trainer.publish.measure_scale
-        clips = spread_clips(data.table, data.settings, counts[-1], count, errors)
+        errors: list[tuple[str, str]] = []
+        clips = longest_clips(self.data, self.config.trainer.publish.measure_scale, errors)
         try:
             with eval_mode(self.network):
                 measured = measure(self.network, clips, self.config.run.seed)
