@@ -242,6 +242,8 @@ def _require(checkpoint: Checkpoint, network: type[nn.Module], layout: str) -> d
     if not _is_a(checkpoint, network):
         found = checkpoint.config["_target_"]
         raise CheckpointError(f"{checkpoint.path} holds a {found}; the {layout} layout is for {target_of(network)}")
+    if checkpoint.config.get("shortcut"):
+        raise CheckpointError(f"{checkpoint.path} has a shortcut, which the {layout} layout does not know")
     return _defaults(network) | checkpoint.config
 
 

@@ -28,6 +28,7 @@ from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_blocks
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.registry import is_known
+from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.wan import WanVAE
 from vae3d.precision import DTYPES, slow_conv3d
@@ -116,7 +117,7 @@ def build_distillation(config: TrainConfig, teacher: nn.Module | None, student: 
 
 
 def fit_shortcut_everywhere(
-    config: TrainConfig, model: OpenSoraVAE, data: TrainingData, device: torch.device
+    config: TrainConfig, model: SpatialVAE | OpenSoraVAE, data: TrainingData, device: torch.device
 ) -> list[str]:
     """Fit the shortcut on the first rank, and give all ranks the result. Returns lines that describe it.
 
@@ -131,7 +132,8 @@ def fit_shortcut_everywhere(
         except UserError as error:
             failure = error
         model.cpu()
-    layers = nn.ModuleList([model.temporal_vae.shortcut_in, model.temporal_vae.shortcut_out])
+    vae = model.temporal_vae if isinstance(model, OpenSoraVAE) else model
+    layers = nn.ModuleList([vae.shortcut_in, vae.shortcut_out])
     line, failure, errors, weights = all_gather_object((line, failure, errors, layers.state_dict()))[0]
     if failure is not None:
         raise failure

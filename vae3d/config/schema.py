@@ -60,7 +60,7 @@ class Stage:
     )
     init_from: Any = setting(MISSING, "random, a checkpoint, or {submodule: checkpoint}.")
     fit_shortcut: Int = setting(
-        0, "Training clips to fit the shortcut of a temporal VAE to, before step 1. 0: it starts as it is.", ge=0
+        0, "Training clips to fit the model's shortcut to, before step 1. 0: it starts as it is.", ge=0
     )
     no_micro_batching: bool = setting(False, "Train on whole clips where the model would otherwise split them.")
     latent_noise: Float = setting(0.0, "Maximum noise on the decoder's input in training, in latent deviations.", ge=0)

@@ -47,9 +47,10 @@ def _adversary(config: TrainConfig) -> dict[str, Any]:
     return config.adversary if isinstance(config.adversary, dict) else {}
 
 
-def _temporal(config: TrainConfig) -> dict[str, Any]:
-    temporal = config.model.get("temporal") if isinstance(config.model, dict) else None
-    return temporal if isinstance(temporal, dict) else {}
+def _has_shortcut(config: TrainConfig) -> bool:
+    """Of the temporal VAE, if there is one."""
+    model = config.model if isinstance(config.model, dict) else {}
+    return bool(model.get("temporal", model).get("shortcut"))
 
 
 def _deepspeed(config: TrainConfig) -> bool:
@@ -84,8 +85,8 @@ NO_VALIDATION = "validation.every=0 turns validation off"
 TRAINING_RULES = [
     FRAMES_RULE, DECAY_RULE, batch_issues, resume_issues, _precision_issues, _no_weight,
     _needs_checkpoints,
-    Rule("stage.fit_shortcut", lambda c: c.stage.fit_shortcut and not _temporal(c).get("shortcut"),
-         "needs a temporal VAE with model.temporal.shortcut=true", "set it, or stage.fit_shortcut=0"),
+    Rule("stage.fit_shortcut", lambda c: c.stage.fit_shortcut and not _has_shortcut(c),
+         "needs a model with a shortcut", "set model.shortcut=true or model.temporal.shortcut=true, or 0"),
     Rule("stage.fit_shortcut", lambda c: c.stage.fit_shortcut and c.optim.proximal,
          "changes the initial weights, towards which optim.proximal pulls", "use 0 for either"),
     # clips

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Depth, Deviation, Mean, Width, Widths, check_arguments
@@ -17,6 +19,7 @@ from vae3d.errors import UserError
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import pad_space, per_frame
+from vae3d.models.layers.linear_code import LOGVAR_START, cosines, set_linear_code
 from vae3d.models.layers.norm import norm_silu
 from vae3d.models.streaming import IndependentChunks
 from vae3d.pixels import check_latents, check_video
@@ -201,6 +204,9 @@ class SpatialVAE(VideoAutoencoder):
     `denormalize` raise UserError, and spec.latents_std is empty. shift_factor None: 0.
     frame_batch: frames that pass through the network at once; None: all.
     gradient_checkpointing: keep only each frame batch's input and recompute the rest in backward.
+    shortcut: add a linear path beside each network, from the patch of pixels behind a latent to the latent and back, as
+    in TemporalVAE: a DCT at first, lowest frequencies first, to which both networks add nothing. Published networks
+    have none.
     keep_last_input: also keep the last layer's input. Otherwise the gradient of this layer alone, which an adaptive
     weight needs, recomputes the whole decoder.
     """
@@ -219,6 +225,7 @@ class SpatialVAE(VideoAutoencoder):
         shift_factor: Mean | Sequence[Mean] | None = 0.0,
         frame_batch: Count | None = 4,
         gradient_checkpointing: bool = True,
+        shortcut: bool = False,
     ) -> None:
         super().__init__()
         self.module = AutoencoderKL(channels, layers, latent_channels, groups, attention, quant_convs)
@@ -235,6 +242,33 @@ class SpatialVAE(VideoAutoencoder):
             latents_mean=per_channel(shift_factor, latent_channels),
             latents_std=tuple(1 / factor for factor in per_channel(scaling_factor, latent_channels)),
         )
+        self.shortcut = shortcut
+        if shortcut:
+            patch = 3 * self.spec.space_stride**2
+            self.shortcut_in = nn.Conv3d(patch, latent_channels, 1)
+            self.shortcut_out = nn.Conv3d(latent_channels, patch, 1)
+            self._start_linear()
+
+    def _start_linear(self) -> None:
+        """The shortcuts as a DCT, and both networks adding nothing, with a small posterior variance."""
+        for layer in (self.module.encoder.conv_out, self.module.decoder.conv_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        moments = self.module.quant_conv if self.module.quant_conv is not None else self.module.encoder.conv_out
+        nn.init.zeros_(moments.bias)
+        nn.init.constant_(moments.bias[self.spec.channels :], LOGVAR_START)
+        size = self.spec.space_stride
+        waves = torch.einsum("yp,xq->yxpq", cosines(size), cosines(size)).view(size**2, size**2)
+        order = torch.tensor([y + x for y in range(size) for x in range(size)]).argsort(stable=True)
+        waves = torch.einsum("fp,cd->fcdp", waves[order], torch.eye(3)).flatten(2).flatten(0, 1)
+        set_linear_code(self.shortcut_in, self.shortcut_out, waves / size**2, waves.T)
+
+    def patches(self, video: Tensor) -> Tensor:
+        """[B, 3, T, H, W] -> [B, 3 f^2, T, ceil(H/f), ceil(W/f)]."""
+        video = pad_space(video, self.spec.space_stride)
+        return rearrange(
+            video, "b c t (h p) (w q) -> b (c p q) t h w", p=self.spec.space_stride, q=self.spec.space_stride
+        )
 
     def encode(self, video: Tensor) -> Posterior:
         """[B, 3, T, H, W] -> posterior over raw latents [B, C, T, ceil(H/f), ceil(W/f)]."""
@@ -242,7 +276,10 @@ class SpatialVAE(VideoAutoencoder):
         video = pad_space(video, self.spec.space_stride).to(self.module.encoder.conv_in.weight.dtype)
         recompute = self.gradient_checkpointing and needs_grad(self.module.encoder, video)
         encode = partial(maybe_checkpoint, self.module.encode, enabled=recompute)
-        return Posterior.from_moments(per_frame(encode, video, self.frame_batch))
+        posterior = Posterior.from_moments(per_frame(encode, video, self.frame_batch))
+        if self.shortcut:
+            posterior.mean = posterior.mean + self.shortcut_in(self.patches(video))
+        return posterior
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         """Raw latents [B, C, T, h, w] -> video [B, 3, T, h*f, w*f], not clamped. num_frames must be T or None."""
@@ -256,11 +293,19 @@ class SpatialVAE(VideoAutoencoder):
                 return self.module.decoder.conv_out(maybe_checkpoint(self.module.features, frames, enabled=recompute))
             return maybe_checkpoint(self.module.decode, frames, enabled=recompute)
 
-        return per_frame(decode, z, self.frame_batch)
+        video = per_frame(decode, z, self.frame_batch)
+        if self.shortcut:
+            f = self.spec.space_stride
+            video = video + rearrange(self.shortcut_out(z), "b (c p q) t h w -> b c t (h p) (w q)", p=f, q=f)
+        return video
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         module = self.module
-        return {"encoder": [module.encoder, module.quant_conv], "decoder": [module.post_quant_conv, module.decoder]}
+        parts = {"encoder": [module.encoder, module.quant_conv], "decoder": [module.post_quant_conv, module.decoder]}
+        if self.shortcut:
+            parts["encoder"].append(self.shortcut_in)
+            parts["decoder"].append(self.shortcut_out)
+        return parts
 
     def last_layers(self) -> list[nn.Parameter]:
         return [self.module.decoder.conv_out.weight]

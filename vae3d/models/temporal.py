@@ -7,7 +7,6 @@ ones. x: 2D latents [B, C, T, h, w]; z: temporal latents [B, C', ceil(T/4), h, w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,10 +16,9 @@ from torch import Tensor, nn
 
 from vae3d.arguments import Depth, Factors, Flags, Width, check_arguments
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
+from vae3d.models.layers.linear_code import LOGVAR_START, cosines, set_linear_code
 from vae3d.models.layers.norm import norm_silu
 from vae3d.types import Posterior
-
-LOGVAR_START = -6.0  # a standard deviation of 0.05
 
 
 class CausalConv3d(nn.Module):
@@ -177,21 +175,15 @@ class TemporalVAE(nn.Module):
             self.shortcut_out = nn.Conv3d(latent_channels, in_channels * self.stride, 1)
             self._start_linear()
 
-    @torch.no_grad()
     def _start_linear(self) -> None:
         """The shortcuts as a DCT, and both networks adding nothing, with a small posterior variance."""
-        for layer in (self.encoder.conv2, self.decoder.conv_out, self.shortcut_in, self.shortcut_out):
-            for parameter in layer.parameters():
-                nn.init.zeros_(parameter)
+        for layer in (self.encoder.conv2, self.decoder.conv_out):
+            nn.init.zeros_(layer.conv.weight)
+            nn.init.zeros_(layer.conv.bias)
         nn.init.zeros_(self.quant_conv.conv.bias)
         nn.init.constant_(self.quant_conv.conv.bias[self.latent_channels :], LOGVAR_START)
-        frame = torch.arange(self.stride)
-        waves = torch.cos(math.pi / self.stride * frame[:, None] * (frame + 0.5))  # [frequency, frame]
-        waves[1:] *= math.sqrt(2)
-        waves = torch.einsum("fs,cd->fcds", waves, torch.eye(self.in_channels)).flatten(0, 1).flatten(1)
-        waves = waves[: self.latent_channels, :, None, None, None]
-        self.shortcut_in.weight[: len(waves)] = waves / self.stride
-        self.shortcut_out.weight[:, : len(waves)] = waves.transpose(0, 1)
+        waves = torch.einsum("fs,cd->fcds", cosines(self.stride), torch.eye(self.in_channels)).flatten(2).flatten(0, 1)
+        set_linear_code(self.shortcut_in, self.shortcut_out, waves / self.stride, waves.T)
 
     def latent_frames(self, frames: int) -> int:
         return -(-frames // self.stride)
