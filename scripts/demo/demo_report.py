@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import demo_clips_report
 import demo_diffusion_report
 import demo_distillation_report
 import demo_gan_report
@@ -23,6 +24,7 @@ from vae3d.errors import UserError
 from vae3d.report.html import render
 
 PARTS = {
+    "clips": demo_clips_report,
     "stages": demo_stages_report,
     "gan": demo_gan_report,
     "panoramas": demo_panoramas_report,

@@ -20,12 +20,16 @@ def cosines(size: int) -> Tensor:
 
 @torch.no_grad()
 def set_linear_code(
-    inward: nn.Module, outward: nn.Module, code: Tensor, back: Tensor, mean: Tensor | None = None
+    inward: nn.Module,
+    outward: nn.Module,
+    code: Tensor,
+    back: Tensor,
+    mean: Tensor | None = None,
 ) -> None:
     """Make 1 x 1 convolutions z = code @ (x - mean) and x = back @ z + mean.
 
-    inward: n -> latents; outward: latents -> n. code: [k, n]; back: [n, k]; with k below the number of latents, the rest
-    is 0; of a larger k the first are used.
+    inward: n -> latents; outward: latents -> n. code: [k, n]; back: [n, k]. If there are more latents than k, the rest
+    is 0; if fewer, the first rows of `code` and columns of `back` are used.
     """
     for parameter in (*inward.parameters(), *outward.parameters()):
         parameter.zero_()
