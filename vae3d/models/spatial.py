@@ -254,7 +254,8 @@ class SpatialVAE(VideoAutoencoder):
         for layer in (self.module.encoder.conv_out, self.module.decoder.conv_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        moments = self.module.quant_conv if self.module.quant_conv is not None else self.module.encoder.conv_out
+        quant = self.module.quant_conv
+        moments = quant if isinstance(quant, nn.Conv2d) else self.module.encoder.conv_out
         nn.init.zeros_(moments.bias)
         nn.init.constant_(moments.bias[self.spec.channels :], LOGVAR_START)
         size = self.spec.space_stride
