@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import ast
-import os
-import shutil
 import subprocess
 import sys
 import urllib.error
 
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 import vae3d
 from tests import tiny
-from vae3d import hub as hub_module
 from vae3d.commands import cli, try_video
+from vae3d.data import clips
 from vae3d.data.media import MediaError
 from vae3d.errors import UserError
-from vae3d.metrics import MetricError
-from vae3d.models.taesd import TAESD
+from vae3d.metrics import MetricError, build_metrics
+from vae3d.pixels import PixelError
 
 PUBLIC = tiny.ROOT / "tests/public_api.py"
 
@@ -99,6 +96,32 @@ def test_a_file_is_reconstructed_as_its_frames_are(model, clip, tmp_path):
     assert set(scores) == {"psnr", "psnr_video", "ssim"}
 
 
+def test_every_frame_of_a_file_is_read_once_and_shown_by_the_bar(clip, tmp_path, monkeypatch, capsys):
+    model = tiny.model("taehv")
+    assert model.stream(24, 32).lookahead > 0
+    read = []
+
+    def read_resized(reader, indices, size):
+        read.extend(indices)
+        return clips.read_resized(reader, indices, size)
+
+    monkeypatch.setattr("vae3d.inference.reconstruct.read_resized", read_resized)
+    target = vae3d.reconstruct(model, clip, tmp_path / "rec.mp4", codec="lossless", progress=True)
+    assert read == list(range(21))
+    assert "21/21" in capsys.readouterr().err
+    rec = vae3d.reconstruct(model, vae3d.read_video(clip).frames)
+    assert (vae3d.read_video(target).frames - rec).abs().max() <= 1 / 127.5
+
+
+def test_metrics_that_are_built_once_score_many(clip):
+    video = vae3d.read_video(clip).frames
+    metrics = build_metrics(["psnr", "flicker"])
+    for other in (video * 0.9, video * 0.8):
+        assert vae3d.score(video, other, metrics) == vae3d.score(video, other, ["psnr", "flicker"])
+    pair = vae3d.score(video.repeat(2, 1, 1, 1, 1), torch.cat([video * 0.9, video * 0.8]), metrics)
+    assert pair["psnr"] == pytest.approx(sum(vae3d.score(video, video * f)["psnr"] for f in (0.9, 0.8)) / 2)
+
+
 def test_identical_clips_have_the_best_ssim_and_wrong_pairs_are_named(clip, tmp_path):
     video = vae3d.read_video(clip, num_frames=5)
     assert vae3d.score(video.frames, video.frames, ["ssim"])["ssim"] == pytest.approx(1)
@@ -109,6 +132,10 @@ def test_identical_clips_have_the_best_ssim_and_wrong_pairs_are_named(clip, tmp_
         vae3d.score(clip, video.frames)
     with pytest.raises(MetricError, match="sssim"):
         vae3d.score(video.frames, video.frames, ["sssim"])
+    with pytest.raises(MetricError, match=r"\[1, 3, 4, "):
+        vae3d.score(video.frames, video.frames[:, :, :4])
+    with pytest.raises(PixelError, match=r"video\[None\]"):
+        vae3d.score(video.frames[0], video.frames[0])
 
 
 def test_the_file_that_mypy_checks_uses_everything():
@@ -133,57 +160,6 @@ def test_an_example_runs(model, clip, tmp_path, example, arguments):
         assert vae3d.load(tmp_path / "trained").variant == "taesd"
         losses = [float(line.split()[-1]) for line in result.stdout.splitlines()]
         assert losses[-1] < losses[0]
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub in tmp_path/hub, which takes uploads and gives downloads."""
-    root = tmp_path / "hub"
-
-    class Api:
-        def create_repo(self, repository, private, exist_ok):
-            assert exist_ok
-            (root / repository).mkdir(parents=True, exist_ok=True)
-            return f"https://hub/{repository}"
-
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            assert commit_message
-            shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
-
-    def download(repository, revision, allow_patterns):
-        if not (root / repository).is_dir():
-            raise LocalEntryNotFoundError(f"{repository} is not in the cache")
-        return str(root / repository)
-
-    monkeypatch.setattr(hub_module, "HfApi", Api)
-    monkeypatch.setattr(hub_module, "snapshot_download", download)
-    return root
-
-
-def test_a_model_goes_to_the_hub_with_a_card_and_comes_back(model, hub):
-    assert model.push_to_hub("me/mine", license="mit") == "https://hub/me/mine"
-    card = (hub / "me/mine/README.md").read_text()
-    assert card.startswith("---\nlibrary_name: vae3d\n")
-    assert "license: mit" in card
-    assert 'vae3d.from_pretrained("me/mine")' in card
-    again = vae3d.VideoAutoencoder.from_pretrained("me/mine")
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
-    with pytest.raises(UserError, match="OpenSoraVAE, not a TAESD"):
-        TAESD.from_pretrained("me/mine")
-
-
-def test_what_the_hub_does_not_give_is_one_error(hub):
-    with pytest.raises(UserError, match=r"me/none: .*not in the cache"):
-        vae3d.from_pretrained("me/none")
-
-
-def test_offline_the_real_hub_is_not_asked(tmp_path):
-    code = "import vae3d; vae3d.from_pretrained('me/none')"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tiny.ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert "UserError: me/none: is no file or folder here" in done.stderr
 
 
 def test_trying_a_video_writes_a_page_with_scores(model, clip, tmp_path, capsys, monkeypatch):

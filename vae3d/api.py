@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from vae3d.config.schema import CONF
 from vae3d.data.clips import read_resized, to_video
@@ -16,12 +18,13 @@ from vae3d.data.media import MediaError
 from vae3d.data.readers import open_media
 from vae3d.errors import UserError
 from vae3d.hub import from_pretrained, push_to_hub
+from vae3d.inference.reconstruct import read_chunks
 from vae3d.inference.video import VideoWriter
 from vae3d.latents.codec import LatentCodec
 from vae3d.loading import build, load, open_codec, save
-from vae3d.metrics import build_metrics
-from vae3d.models.interface import VideoAutoencoder
-from vae3d.pixels import as_unit, to_uint8
+from vae3d.metrics import MetricError, MetricSet, build_metrics
+from vae3d.models.interface import Stream, VideoAutoencoder
+from vae3d.pixels import as_unit, check_video, to_uint8
 from vae3d.seeding import generator_of
 
 __all__ = [
@@ -100,6 +103,7 @@ def reconstruct(
     sample: bool = False,
     seed: int = 0,
     memory_gib: float | None = None,
+    progress: bool = False,
 ) -> Tensor: ...
 
 
@@ -113,6 +117,7 @@ def reconstruct(
     seed: int = 0,
     memory_gib: float | None = None,
     codec: str = "h264",
+    progress: bool = False,
 ) -> Path: ...
 
 
@@ -126,37 +131,44 @@ def reconstruct(
     seed: int = 0,
     memory_gib: float | None = None,
     codec: str = "h264",
+    progress: bool = False,
 ) -> Tensor | Path:
     """Encode and decode a video of any length, chunk by chunk; the memory does not grow with the length of a file.
 
     source: [B, 3, T, H, W] in [-1, 1], which returns as much in [-1, 1] on the CPU; or a file, whose reconstruction is
     written to `target`. sample: sample the latents, instead of taking their mode. memory_gib: see
-    VideoAutoencoder.stream. Raises MediaError, PixelError, and UserError for a file without target.
+    VideoAutoencoder.stream. codec: see write_video. progress: show a bar.
+    Raises MediaError, PixelError, and UserError for a file without target.
     """
     device = next(model.parameters()).device
 
-    def code(frames: int, height: int, width: int, read: Callable[[int, int], Tensor]) -> Iterator[Tensor]:
-        """Reconstructions of the chunks. read: (first, last + 1) -> frames."""
-        stream = model.stream(height, width, memory_gib)
-        start = 0
-        for index, length in enumerate(stream.chunks(frames)):
-            chunk = read(start, min(frames, start + length + stream.lookahead)).to(device)
-            out = stream(chunk, sample=sample, generator=generator_of(seed, index, device=device))
-            yield out.video.clamp(-1, 1).cpu()
-            start += length
+    def code(stream: Stream, chunks: Iterable[Tensor], frames: int) -> Iterator[Tensor]:
+        """Reconstructions of the chunks, which are given with their lookahead."""
+        with tqdm(total=frames, unit="frame", disable=not progress) as bar:
+            for index, chunk in enumerate(chunks):
+                out = stream(chunk.to(device), sample=sample, generator=generator_of(seed, index, device=device))
+                bar.update(out.video.shape[2])
+                yield out.video.clamp(-1, 1).cpu()
 
     if isinstance(source, Tensor):
-        return torch.cat(list(code(*source.shape[2:], lambda a, b: source[:, :, a:b])), 2)
+        check_video(source)
+        frames, height, width = source.shape[2:]
+        stream = model.stream(height, width, memory_gib)
+        lengths = stream.chunks(frames)
+        chunks = (
+            source[:, :, end - n : end + stream.lookahead] for n, end in zip(lengths, accumulate(lengths), strict=True)
+        )
+        return torch.cat(list(code(stream, chunks, frames)), 2)
     if target is None:
         raise UserError(f"{source}: give the file to write, as in reconstruct(model, {str(source)!r}, 'out.mp4')")
     with closing(open_media(source)) as reader:
         info = reader.info
         if not info.fps:
             raise MediaError(str(source), "is an image; read it with read_video and reconstruct its tensor")
+        stream = model.stream(info.height, info.width, memory_gib)
+        read = read_chunks(reader, range(info.num_frames), (info.height, info.width), stream)
         with VideoWriter(Path(target), info.fps, codec) as writer:
-            for video in code(
-                info.num_frames, info.height, info.width, lambda a, b: to_video(read_resized(reader, range(a, b)))
-            ):
+            for video in code(stream, (to_video(frames) for frames, _ in read), info.num_frames):
                 writer.write(to_uint8(video[0]))
     return Path(target)
 
@@ -164,20 +176,26 @@ def reconstruct(
 def score(
     reference: Tensor | Source,
     reconstruction: Tensor | Source,
-    metrics: Sequence[str] = ("psnr", "ssim"),
+    metrics: Sequence[str] | MetricSet = ("psnr", "ssim"),
     *,
     device: torch.device | str = "cpu",
 ) -> dict[str, float | None]:
     """Scores of a reconstruction: column -> mean over frames and clips; None where undefined.
 
-    reference, reconstruction: both [B, 3, T, H, W] in [-1, 1], or both files. metrics: see docs/score.md.
-    Raises MetricError for unknown metrics and videos that do not fit together, WeightsMissing, MediaError.
+    reference, reconstruction: both [B, 3, T, H, W] in [-1, 1], or both files. metrics: names, see docs/score.md; or
+    what vae3d.metrics.build_metrics returns, which keeps its networks from one call to the next.
+    Raises MetricError for unknown metrics and videos that do not fit together, PixelError, WeightsMissing, MediaError.
     """
-    metric_set = build_metrics(list(metrics), device)
+    metric_set = metrics if isinstance(metrics, MetricSet) else build_metrics(list(metrics), device)
     if isinstance(reference, Tensor) and isinstance(reconstruction, Tensor):
+        for video in (reference, reconstruction):
+            check_video(video, values=False)
+        if reference.shape != reconstruction.shape:
+            raise MetricError(f"the videos differ in shape: {list(reference.shape)} and {list(reconstruction.shape)}")
         results = []
-        for clip, other in zip(reference, reconstruction, strict=True):
-            metric_set.update(*(_unit(video, device) for video in (clip, other)))
+        for clips in zip(reference, reconstruction, strict=True):
+            for parts in zip(*(clip.split(FRAMES, 1) for clip in clips), strict=True):
+                metric_set.update(*(_unit(part, device) for part in parts))
             results.append(metric_set.result())
         return metric_set.aggregate(results)
     if isinstance(reference, Tensor) or isinstance(reconstruction, Tensor):
