@@ -13,12 +13,14 @@ from PIL import Image
 
 import vae3d
 from tests import tiny
+from vae3d import api
 from vae3d.commands import cli, try_video
 from vae3d.data import clips
 from vae3d.data.media import MediaError
 from vae3d.errors import UserError
 from vae3d.metrics import MetricError, build_metrics
 from vae3d.pixels import PixelError
+from vae3d.pretrained import weights
 
 PUBLIC = tiny.ROOT / "tests/public_api.py"
 
@@ -170,19 +172,21 @@ def test_trying_a_video_writes_a_page_with_scores(model, clip, tmp_path, capsys,
     output = capsys.readouterr()
     assert f"{tmp_path}/out/index.html" in output.out
     assert "psnr" in output.out
-    assert "lpips_alex" in output.err  # no weights in tests
+    assert "fetch-weights --metrics lpips_alex" in output.err  # no weights in tests
     page = (tmp_path / "out/index.html").read_text()
     assert "image/webp" in page
-    assert "9 frames of 32 x 24" in page
+    assert "the first 9 of 21 frames of 32 x 24" in page
     assert vae3d.read_video(tmp_path / "out/reconstruction.mp4").frames.shape == (1, 3, 9, 24, 32)
     assert vae3d.read_video(tmp_path / "out/side_by_side.mp4").frames.shape[2] == 9
+    assert (tmp_path / "out/side_by_side.webp").is_file()
 
 
-def test_without_weights_and_network_the_two_ways_out_are_named(clip, tmp_path, capsys, monkeypatch):
+def test_without_weights_and_network_files_sizes_and_folder_are_named(clip, tmp_path, capsys, monkeypatch):
     def provide(*_, **__):
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(try_video, "provide", provide)
+    monkeypatch.chdir(tmp_path)
     for variable in ("VAE3D_WEIGHTS", "TORCH_HOME"):
         monkeypatch.setenv(variable, str(tmp_path / "none"))
     with pytest.raises(SystemExit, match="2"):
@@ -190,16 +194,44 @@ def test_without_weights_and_network_the_two_ways_out_are_named(clip, tmp_path, 
     printed = capsys.readouterr().err
     assert "no route" in printed
     assert "vae3d try VIDEO CHECKPOINT" in printed
-    assert "fetch_weights.py taef2_encoder.pth taef2_decoder.pth" in printed
+    assert "fetch-weights taef2_encoder.pth taef2_decoder.pth" in printed
+    for file in (weights.FILES[name] for name in try_video.DEFAULT):
+        assert f"{file.url}  ({file.size:,} bytes)" in printed
+    assert str(tmp_path / "none") in printed
+    assert list(tmp_path.iterdir()) == [clip]
 
 
-def test_an_image_and_a_wrong_file_can_be_tried_too(model, clip, tmp_path, capsys):
-    vae3d.save(model, tmp_path / "model")
-    Image.fromarray(tiny.frames(1, 24, 32)[0]).save(tmp_path / "photo.png")
-    assert cli.main(["try", str(tmp_path / "photo.png"), str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 0
+def test_an_image_is_tried_as_one_and_scored_without_metrics_of_motion(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vae3d.save(model, "model")
+    Image.fromarray(tiny.frames(1, 24, 32)[0]).save("a photo ä.png")
+    assert cli.main(["try", "a photo ä.png", "model"]) == 0
+    printed = capsys.readouterr().out
+    assert "image: 32 x 24" in printed
+    assert "flicker" not in printed
+    names = {file.name for file in (tmp_path / "try_a-photo-ä_model").iterdir()}
+    assert names == {"index.html", "reconstruction.png", "side_by_side.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["none.mp4", "model"], "none.mp4"),
+        (["clip.mp4", "none"], "none"),
+        (["clip.mp4", "model", "--device", "foo"], "foo"),
+        (["clip.mp4", "model", "--out", "clip.mp4"], "clip.mp4"),
+    ],
+)
+def test_what_cannot_be_tried_is_named_and_nothing_written(
+    model, clip, tmp_path, capsys, monkeypatch, arguments, named
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api, "reconstruct", None)  # not reached
+    vae3d.save(model, "model")
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["try", str(tmp_path / "none.mp4"), str(tmp_path / "model")])
-    assert "none.mp4" in capsys.readouterr().err
+        cli.main(["try", *arguments])
+    assert f"error: {'device=' if named == 'foo' else ''}{named}" in capsys.readouterr().err
+    assert {file.name for file in tmp_path.iterdir()} == {"clip.mp4", "model"}
 
 
 def test_a_file_needs_a_target(model, clip):

@@ -142,6 +142,8 @@ def download(
 
     Without a connection the cached files are used. Raises UserError as from_pretrained does.
     """
+    if repository.count("/") != 1:
+        raise UserError(f"{repository}: no such file or folder; a model on the hub is called owner/name")
     api = HfApi(token=token)
     try:
         names = [file.rfilename for file in api.model_info(repository, revision=revision).siblings or ()]
