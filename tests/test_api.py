@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from vae3d.commands import cli, try_video
 from vae3d.data import clips
 from vae3d.data.media import MediaError
 from vae3d.errors import UserError
+from vae3d.latents.cache import LatentCache
 from vae3d.metrics import MetricError, build_metrics
 from vae3d.pixels import PixelError
 from vae3d.pretrained import weights
@@ -59,6 +61,22 @@ def test_a_saved_model_opens_with_the_same_settings_and_weights(model, tmp_path)
     assert isinstance(again, vae3d.VideoAutoencoder)
     assert again.temporal_vae.stride == model.temporal_vae.stride
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_model_is_saved_for_other_programs(tmp_path, caplog):
+    wan = tiny.model("wan", "model.latents_mean=[1,0,0,0]")
+    for layout, name in ("diffusers", "folder"), ("wan", "wan.safetensors"):
+        vae3d.save(wan, tmp_path / name, layout=layout)
+        vae3d.save(wan, tmp_path / name, layout=layout)  # replaces it
+        assert isinstance(vae3d.load(tmp_path / name), type(wan))
+    assert (tmp_path / "folder/config.json").is_file()
+    with pytest.raises(UserError, match="'onnx'.*diffusers"):
+        vae3d.save(wan, tmp_path / "x", layout="onnx")
+    with pytest.raises(UserError, match="TAEHV"):
+        vae3d.save(wan, tmp_path / "x", layout="taehv")
+    with pytest.raises(UserError, match="note"):
+        vae3d.save(wan, tmp_path / "x", layout="wan", note="mine")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_model_of_another_project_is_not_saved(tmp_path):
@@ -146,22 +164,76 @@ def test_the_file_that_mypy_checks_uses_everything():
     assert set(vae3d.__all__) <= names
 
 
-@pytest.mark.parametrize(
-    ("example", "arguments"),
-    [
-        ("reconstruct", ["model", "clip.mp4", "rec.mp4"]),
-        ("latents", ["model", "clip.mp4"]),
-        ("own_loop", ["clip.mp4", "trained"]),
-    ],
-)
-def test_an_example_runs(model, clip, tmp_path, example, arguments):
-    vae3d.save(model, tmp_path / "model")
-    result = tiny.run(sys.executable, str(tiny.ROOT / f"examples/{example}.py"), *arguments, cwd=tmp_path)
-    assert result.returncode == 0, result.stdout
-    if example == "own_loop":
-        assert vae3d.load(tmp_path / "trained").variant == "taesd"
-        losses = [float(line.split()[-1]) for line in result.stdout.splitlines()]
-        assert losses[-1] < losses[0]
+EXAMPLES = {
+    "finetune_wan": ["wan", "clip.mp4", "out", "--size", "16", "--steps", "2"],
+    "metrics": ["clip.mp4", "clip.mp4"],
+    "own_loop": ["clip.mp4", "out"],
+    "reconstruct": ["model", "clip.mp4", "out.mp4"],
+    "taef2_latents": ["taesd", "clip.mp4", "out", "--size", "16", "--frames", "5"],
+}
+
+
+@pytest.fixture(scope="module")
+def ran(model, tmp_path_factory) -> dict[str, tuple[Path, str]]:
+    """The folder of each example that was run, and what it printed."""
+    found = {}
+    for example, arguments in EXAMPLES.items():
+        folder = tmp_path_factory.mktemp(example)
+        tiny.write_video(folder / "clip.mp4", tiny.frames(21, 24, 32))
+        for name, saved in {"model": model, "taesd": tiny.model("taesd"), "wan": tiny.model("wan")}.items():
+            if name in arguments:
+                vae3d.save(saved, folder / name)
+        result = tiny.run(sys.executable, str(tiny.ROOT / f"examples/{example}.py"), *arguments, cwd=folder)
+        assert result.returncode == 0, result.stdout
+        found[example] = folder, result.stdout
+    return found
+
+
+def test_every_example_runs_and_has_a_help():
+    scripts = {file.stem: file for file in (tiny.ROOT / "examples").glob("*.py")}
+    assert set(scripts) == set(EXAMPLES)
+    for file in scripts.values():
+        result = tiny.run(sys.executable, str(file), "--help", cwd=tiny.ROOT)
+        assert result.returncode == 0
+        assert ast.get_docstring(ast.parse(file.read_text())).splitlines()[0] in result.stdout
+
+
+def test_the_own_loop_lowers_the_loss_and_saves(ran):
+    folder, printed = ran["own_loop"]
+    losses = [float(line.split()[-1]) for line in printed.splitlines()]
+    assert losses[-1] < losses[0]
+    assert vae3d.load(folder / "out").variant == "taesd"
+
+
+def test_the_example_of_metrics_scores(ran):
+    assert "psnr             100.0000" in ran["metrics"][1]
+
+
+def test_the_example_of_reconstruction_writes_and_scores(ran, model):
+    folder, printed = ran["reconstruct"]
+    clip = vae3d.read_video(folder / "clip.mp4").frames
+    assert (vae3d.read_video(folder / "out.mp4").frames - vae3d.reconstruct(model, clip)).abs().max() <= 1 / 127.5
+    assert "'psnr': " in printed
+
+
+def test_a_fine_tuned_wan_computes_the_same_in_diffusers_and_keeps_its_encoder(ran):
+    folder, printed = ran["finetune_wan"]
+    assert float(printed.split()[-1]) < 1e-5
+    before, after = vae3d.load(folder / "wan"), vae3d.load(folder / "out")
+    parts = before.trainable_parts(), after.trainable_parts()
+    for name, equal in ("encoder", True), ("decoder", False):
+        pairs = zip(*(torch.nn.ModuleList(part[name]).parameters() for part in parts), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs) == equal
+
+
+def test_the_example_of_latents_caches_and_decodes(ran):
+    folder, printed = ran["taef2_latents"]
+    assert "4 clips" in printed
+    clip = vae3d.read_video(folder / "clip.mp4", num_frames=5, height=16, width=16).frames
+    codec = vae3d.open_codec(folder / "taesd")
+    z = LatentCache(folder / "out", codec)[0].z
+    assert (codec.encode(clip)[0] - z).abs().max() < 1e-3
+    assert vae3d.read_video(folder / "out/first.mp4").frames.shape == (1, 3, 5, 16, 16)
 
 
 def test_trying_a_video_writes_a_page_with_scores(model, clip, tmp_path, capsys, monkeypatch):

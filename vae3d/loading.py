@@ -14,10 +14,11 @@ import hydra
 import torch
 from torch import nn
 
-from vae3d.checkpoints.export import replace_export
+from vae3d.checkpoints.export import WRITERS, replace_export
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, as_checkpoint_error, load_weights, read_checkpoint
 from vae3d.config.schema import CONF
 from vae3d.errors import UserError
+from vae3d.io import atomic_files, naming
 from vae3d.latents.codec import LatentCodec
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.registry import build_model, config_of
@@ -102,13 +103,31 @@ def build_from_checkpoint(checkpoint: Checkpoint, changes: Mapping[str, Any] | N
         return build_model(merge(checkpoint.config, changes or {}), checkpoint.path)
 
 
-def save(model: VideoAutoencoder, folder: str | Path, **info: Any) -> None:
-    """Write a model's weights and its configuration to a folder that `load` opens; replaces what is there.
+def save(model: VideoAutoencoder, path: str | Path, *, layout: str = "export", **info: Any) -> None:
+    """Write a model's weights and its configuration; replaces what is there.
 
-    info: plain values that are written beside the configuration. Raises UserError for a model of another project.
+        vae3d.save(model, "mine")                              # a folder that vae3d.load opens
+        vae3d.save(model, "wan_vae", layout="diffusers")       # for AutoencoderKLWan.from_pretrained
+        vae3d.save(model, "wan.safetensors", layout="wan")     # one file, like Wan2.1_VAE.pth
+
+    layout: export, or that of another program: diffusers, ldm, opensora, wan, videox_fun, taehv or taesd; see
+    docs/checkpoints.md. path: a folder; for ldm, wan, videox_fun and taehv a file. info: plain values that an
+    export holds beside the configuration.
+    Raises CheckpointError if the model does not fit the layout, UserError for a model of another project.
     """
-    folder = Path(folder)
-    replace_export(Checkpoint(config_of(model), model.state_dict(), folder, "export"), folder, **info)
+    if layout not in WRITERS:
+        raise UserError(f"layout is {layout!r}; use one of {', '.join(WRITERS)}")
+    if info and layout != "export":
+        raise UserError(f"{', '.join(info)}: only an export holds further values; leave them out with layout={layout}")
+    path = Path(path)
+    checkpoint = Checkpoint(config_of(model), model.state_dict(), path, "export")
+    if layout == "export":
+        replace_export(checkpoint, path, **info)
+        return
+    with naming(path), atomic_files(path) as tmp:
+        WRITERS[layout](checkpoint, tmp / path.name)
+    for note in checkpoint.notes:
+        log.info("%s: %s", path, note)
 
 
 def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str]:
