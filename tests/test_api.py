@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import inspect
+import io
+import re
+import runpy
+import shlex
 import subprocess
 import sys
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +77,7 @@ def test_a_model_is_saved_for_other_programs(tmp_path, caplog):
         vae3d.save(wan, tmp_path / name, layout=layout)  # replaces it
         assert isinstance(vae3d.load(tmp_path / name), type(wan))
     assert (tmp_path / "folder/config.json").is_file()
-    with pytest.raises(UserError, match="'onnx'.*diffusers"):
+    with pytest.raises(UserError, match=r"'onnx'.*diffusers"):
         vae3d.save(wan, tmp_path / "x", layout="onnx")
     with pytest.raises(UserError, match="TAEHV"):
         vae3d.save(wan, tmp_path / "x", layout="taehv")
@@ -164,62 +171,72 @@ def test_the_file_that_mypy_checks_uses_everything():
     assert set(vae3d.__all__) <= names
 
 
-EXAMPLES = {
-    "finetune_wan": ["wan", "clip.mp4", "out", "--size", "16", "--steps", "2"],
-    "metrics": ["clip.mp4", "clip.mp4"],
-    "own_loop": ["clip.mp4", "out"],
-    "reconstruct": ["model", "clip.mp4", "out.mp4"],
-    "taef2_latents": ["taesd", "clip.mp4", "out", "--size", "16", "--frames", "5"],
-}
+def blocks(language: str) -> list[str]:
+    """The blocks of code of docs/python.md in this language."""
+    text = (tiny.ROOT / "docs/python.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def prepare(folder: Path, model: vae3d.VideoAutoencoder) -> Path:
+    """Write the files that docs/python.md names."""
+    tiny.write_video(folder / "clip.mp4", tiny.frames(21, 24, 32))
+    vae3d.save(model, folder / "runs/opensora_stage3")
+    vae3d.save(tiny.model("wan"), folder / "Wan2.1_VAE.pth", layout="wan")
+    vae3d.save(vae3d.build("taesd", "model.variant=taef2"), folder / "taef2", layout="taesd")
+    for file in (folder / "taef2").iterdir():
+        file.rename(folder / file.name)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def ran(model, tmp_path_factory) -> dict[str, tuple[Path, str]]:
-    """The folder of each example that was run, and what it printed."""
-    found = {}
-    for example, arguments in EXAMPLES.items():
-        folder = tmp_path_factory.mktemp(example)
-        tiny.write_video(folder / "clip.mp4", tiny.frames(21, 24, 32))
-        for name, saved in {"model": model, "taesd": tiny.model("taesd"), "wan": tiny.model("wan")}.items():
-            if name in arguments:
-                vae3d.save(saved, folder / name)
-        result = tiny.run(sys.executable, str(tiny.ROOT / f"examples/{example}.py"), *arguments, cwd=folder)
-        assert result.returncode == 0, result.stdout
-        found[example] = folder, result.stdout
-    return found
+def ran(model, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """The folder in which the examples were run, as docs/python.md says, and what each printed."""
+    folder = prepare(tmp_path_factory.mktemp("examples"), model)
+    commands = [shlex.split(line, comments=True) for line in "".join(blocks("bash")).splitlines()]
+    examples = [(Path(command[1]).stem, command[2:]) for command in commands if command[0] == "python"]
+    return folder, {example: run_example(example, arguments, folder) for example, arguments in examples}
 
 
-def test_every_example_runs_and_has_a_help():
+def run_example(example: str, arguments: list[str], folder: Path) -> str:
+    """Run an example in `folder`, as python examples/EXAMPLE.py ARGUMENTS does; returns what it prints."""
+    script, printed = str(tiny.ROOT / f"examples/{example}.py"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [script, *arguments])
+        with contextlib.suppress(SystemExit) if arguments == ["--help"] else contextlib.nullcontext():
+            runpy.run_path(script, run_name="__main__")
+    return printed.getvalue()
+
+
+def test_every_example_is_on_the_page_and_has_a_help(ran):
     scripts = {file.stem: file for file in (tiny.ROOT / "examples").glob("*.py")}
-    assert set(scripts) == set(EXAMPLES)
-    for file in scripts.values():
-        result = tiny.run(sys.executable, str(file), "--help", cwd=tiny.ROOT)
-        assert result.returncode == 0
-        assert ast.get_docstring(ast.parse(file.read_text())).splitlines()[0] in result.stdout
+    assert set(scripts) == set(ran[1])
+    for example, file in scripts.items():
+        summary = ast.get_docstring(ast.parse(file.read_text())).splitlines()[0]
+        assert summary in run_example(example, ["--help"], tiny.ROOT)
 
 
 def test_the_own_loop_lowers_the_loss_and_saves(ran):
-    folder, printed = ran["own_loop"]
-    losses = [float(line.split()[-1]) for line in printed.splitlines()]
+    folder, printed = ran
+    losses = [float(line.split()[-1]) for line in printed["own_loop"].splitlines()]
     assert losses[-1] < losses[0]
-    assert vae3d.load(folder / "out").variant == "taesd"
+    assert vae3d.load(folder / "trained").variant == "taesd"
 
 
-def test_the_example_of_metrics_scores(ran):
-    assert "psnr             100.0000" in ran["metrics"][1]
-
-
-def test_the_example_of_reconstruction_writes_and_scores(ran, model):
-    folder, printed = ran["reconstruct"]
+def test_the_examples_of_reconstruction_and_metrics_score_alike(ran, model):
+    folder, printed = ran
     clip = vae3d.read_video(folder / "clip.mp4").frames
-    assert (vae3d.read_video(folder / "out.mp4").frames - vae3d.reconstruct(model, clip)).abs().max() <= 1 / 127.5
-    assert "'psnr': " in printed
+    rec = vae3d.read_video(folder / "rec.mp4").frames
+    assert (rec - vae3d.reconstruct(model, clip)).abs().max() <= 1 / 127.5
+    scores = vae3d.score(clip, rec)
+    assert f"'psnr': {scores['psnr']:.4f}" in printed["reconstruct"]
+    assert f"psnr             {scores['psnr']:.4f}" in printed["metrics"]
 
 
 def test_a_fine_tuned_wan_computes_the_same_in_diffusers_and_keeps_its_encoder(ran):
-    folder, printed = ran["finetune_wan"]
-    assert float(printed.split()[-1]) < 1e-5
-    before, after = vae3d.load(folder / "wan"), vae3d.load(folder / "out")
+    folder, printed = ran
+    assert float(printed["finetune_wan"].split()[-1]) < 1e-5
+    before, after = vae3d.load(folder / "Wan2.1_VAE.pth"), vae3d.load(folder / "wan_vae")
     parts = before.trainable_parts(), after.trainable_parts()
     for name, equal in ("encoder", True), ("decoder", False):
         pairs = zip(*(torch.nn.ModuleList(part[name]).parameters() for part in parts), strict=True)
@@ -227,13 +244,44 @@ def test_a_fine_tuned_wan_computes_the_same_in_diffusers_and_keeps_its_encoder(r
 
 
 def test_the_example_of_latents_caches_and_decodes(ran):
-    folder, printed = ran["taef2_latents"]
-    assert "4 clips" in printed
-    clip = vae3d.read_video(folder / "clip.mp4", num_frames=5, height=16, width=16).frames
-    codec = vae3d.open_codec(folder / "taesd")
-    z = LatentCache(folder / "out", codec)[0].z
-    assert (codec.encode(clip)[0] - z).abs().max() < 1e-3
-    assert vae3d.read_video(folder / "out/first.mp4").frames.shape == (1, 3, 5, 16, 16)
+    folder, printed = ran
+    assert "4 clips" in printed["taef2_latents"]
+    clip = vae3d.read_video(folder / "clip.mp4", num_frames=5, height=32, width=32).frames
+    codec = vae3d.open_codec(folder / "taef2_encoder.pth")
+    z = LatentCache(folder / "latents", codec)[0].z
+    assert (codec.encode(clip)[0] - z).abs().max() < 1e-2  # stored in fp16
+    assert vae3d.read_video(folder / "latents/first.mp4").frames.shape == (1, 3, 5, 32, 32)
+
+
+def test_the_python_of_the_page_runs(ran, tmp_path, monkeypatch):
+    monkeypatch.chdir(ran[0])
+    names: dict[str, Any] = {}
+    for block in blocks("python"):
+        if "from_pretrained(" not in block:  # of the hub, see the next test
+            exec(block, names)
+    assert names["frames"].shape == (1, 3, 17, 24, 32)
+
+
+def test_the_calls_of_the_hub_on_the_page_have_the_right_arguments():
+    [block] = [block for block in blocks("python") if "from_pretrained(" in block]
+    calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    assert len(calls) == 3
+    for call in calls:
+        values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        inspect.signature(getattr(vae3d, call.func.attr)).bind(*call.args, **values)
+
+
+def test_the_commands_of_the_page_run(ran, monkeypatch, capsys):
+    folder = ran[0]
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(try_video, "default_checkpoint", lambda: folder / "runs/opensora_stage3")
+    commands = [shlex.split(line, comments=True) for line in "".join(blocks("bash")).splitlines()]
+    tried = [command[1:] for command in commands if command[0] == "vae3d"]
+    assert len(tried) == 2
+    for arguments in tried:
+        assert cli.main([*arguments, "--frames", "2"]) == 0
+    assert (folder / "try_clip/index.html").is_file()
+    assert (folder / "try_clip_opensora_stage3/index.html").is_file()
 
 
 def test_trying_a_video_writes_a_page_with_scores(model, clip, tmp_path, capsys, monkeypatch):
