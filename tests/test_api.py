@@ -123,6 +123,24 @@ def test_a_file_is_reconstructed_as_its_frames_are(model, clip, tmp_path):
     assert set(scores) == {"psnr", "psnr_video", "ssim"}
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "fps", "codec", "named"),
+    [
+        ("x.gif", (3, 2, 8, 8), 8, "h264", "x.gif"),
+        ("x.mp4", (3, 2, 8, 8), 0, "h264", "fps is 0"),
+        ("x.mp4", (3, 2, 8, 8), 8, "vp9", "'vp9'"),
+        ("x.mp4", (3, 0, 8, 8), 8, "h264", r"\[1, 3, 0, 8, 8\]"),
+        ("x.mp4", (2, 3, 8, 8), 8, "h264", r"\[1, 2, 3, 8, 8\]"),
+    ],
+)
+def test_what_is_no_video_is_not_written(tmp_path, name, shape, fps, codec, named):
+    with pytest.raises(UserError, match=named):
+        vae3d.write_video(tmp_path / name, torch.zeros(shape), fps, codec=codec)
+    with pytest.raises(UserError, match=r"nan|NaN"):
+        vae3d.write_video(tmp_path / "nan.mp4", torch.full((3, 2, 8, 8), torch.nan), 8)
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_frame_of_a_file_is_read_once_and_shown_by_the_bar(clip, tmp_path, monkeypatch, capsys):
     model = tiny.model("taehv")
     assert model.stream(24, 32).lookahead > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import accumulate
@@ -85,13 +86,24 @@ def read_video(
 def write_video(path: Source, video: Tensor, fps: float, *, codec: str = "h264") -> None:
     """Write [1, 3, T, H, W] or [3, T, H, W] in [-1, 1] as an .mp4 file.
 
-    codec: h264, for viewing, or lossless, bit-exact RGB. Raises UserError for another shape, NaN or another codec.
+    fps: frames per second, above 0. codec: h264, for viewing, or lossless, bit-exact RGB.
+    Raises PixelError for another shape or NaN, UserError for another codec or suffix, FileError.
     """
-    frames = video[0] if video.dim() == 5 and len(video) == 1 else video
-    if frames.dim() != 4 or len(frames) != 3:
+    clips = video if video.dim() == 5 else video[None]
+    check_video(clips, values=False)
+    if len(clips) != 1:
         raise UserError(f"video has shape {list(video.shape)}; give one video, [1, 3, T, H, W] or [3, T, H, W]")
-    with VideoWriter(Path(path), fps, codec) as writer:
-        writer.write(to_uint8(frames))
+    with _writer(path, fps, codec) as writer:
+        writer.write(to_uint8(clips[0]))
+
+
+def _writer(path: Source, fps: float, codec: str) -> VideoWriter:
+    """Raises UserError for what would be no .mp4 file."""
+    if Path(path).suffix.lower() != ".mp4":
+        raise UserError(f"{path}: videos are written as .mp4; give a name that ends so")
+    if not (math.isfinite(fps) and fps > 0):
+        raise UserError(f"fps is {fps}; give frames per second, above 0")
+    return VideoWriter(Path(path), fps, codec)
 
 
 @overload
@@ -138,7 +150,7 @@ def reconstruct(
     source: [B, 3, T, H, W] in [-1, 1], which returns as much in [-1, 1] on the CPU; or a file, whose reconstruction is
     written to `target`. sample: sample the latents, instead of taking their mode. memory_gib: see
     VideoAutoencoder.stream. codec: see write_video. progress: show a bar.
-    Raises MediaError, PixelError, and UserError for a file without target.
+    Raises MediaError, PixelError, FileError, and UserError for a file without target and as write_video does.
     """
     device = next(model.parameters()).device
 
@@ -167,7 +179,7 @@ def reconstruct(
             raise MediaError(str(source), "is an image; read it with read_video and reconstruct its tensor")
         stream = model.stream(info.height, info.width, memory_gib)
         read = read_chunks(reader, range(info.num_frames), (info.height, info.width), stream)
-        with VideoWriter(Path(target), info.fps, codec) as writer:
+        with _writer(target, info.fps, codec) as writer:
             for video in code(stream, (to_video(frames) for frames, _ in read), info.num_frames):
                 writer.write(to_uint8(video[0]))
     return Path(target)
