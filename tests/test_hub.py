@@ -107,6 +107,10 @@ def test_a_model_goes_to_the_hub_with_a_card_and_comes_back_bit_equal(hub, clien
     assert hub.downloads == downloads  # the second time from the cache
 
 
+def test_a_repository_needs_an_owner(client, saved):
+    assert "owner/name" in client("push", source=str(saved), repository="mine", token=OWNER)["error"]
+
+
 def test_a_card_that_was_written_by_hand_stays(hub, client, saved):
     hub.commit("me/written", {"README.md": b"by hand"})
     client("push", source=str(saved), repository="me/written", token=OWNER)

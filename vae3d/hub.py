@@ -23,12 +23,12 @@ from vae3d import __version__
 from vae3d.checkpoints.formats import CheckpointError
 from vae3d.checkpoints.location import EXPORT_CONFIG, exists, find_weights, halves
 from vae3d.errors import UserError
-from vae3d.io import read_json, write_text
+from vae3d.io import write_text
 from vae3d.loading import load, save
 from vae3d.models.interface import VideoAutoencoder
+from vae3d.weight_files import read_index
 
 log = logging.getLogger("vae3d")
-INDEX = ".index.json"  # the end of the name of a list of shards
 # httpx's error, which the hub's errors and those of a broken connection are; before huggingface_hub 1.0 an OSError.
 HTTP_ERROR = HfHubHTTPError.__mro__[1]
 HUB_ERRORS = (HTTP_ERROR, HFValidationError, OSError)
@@ -99,6 +99,8 @@ def push_to_hub(
     license: for the card, such as mit. message: of the commit. token: one that may write; by default HF_TOKEN, or that
     of `hf auth login`. Raises UserError if the hub does not take it.
     """
+    if repository.count("/") != 1:
+        raise UserError(f"{repository!r} is no name of a repository; give owner/name")
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
@@ -171,9 +173,10 @@ def download(
             if (path := str(beside.with_name(name))) in names:
                 api.hf_hub_download(repository, path, revision=revision)
         file = Path(api.hf_hub_download(repository, weights, revision=revision))
-        if weights.endswith(INDEX):
-            for shard in sorted(set(read_json(file, max_bytes=2**26)["weight_map"].values())):
-                api.hf_hub_download(repository, str(beside.with_name(shard)), revision=revision)
+        if weights.endswith(".json"):  # an index of shards
+            shards = {str(beside.parent / name) for name in set(read_index(file).values())}
+            for shard in sorted(shards.intersection(names)):  # `load` names those that are missing
+                api.hf_hub_download(repository, shard, revision=revision)
     except HUB_ERRORS as error:
         raise UserError(f"{repository}: cannot be downloaded: {reason(error)}") from error
     return file
