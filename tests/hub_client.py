@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub import constants
 from torch import Tensor
 
 import vae3d
@@ -36,13 +37,22 @@ def pull(**arguments: Any) -> dict[str, str]:
     return {"weights": digest(model.state_dict()), "class": type(model).__name__}
 
 
+def offline(on: bool) -> dict[str, str]:
+    """What HF_HUB_OFFLINE=1 sets when huggingface_hub is imported."""
+    constants.HF_HUB_OFFLINE = on
+    return {}
+
+
+CALLS = {"push": push, "pull": pull, "offline": offline}
+
+
 def main() -> None:
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         for line in sys.stdin:
             function, arguments = json.loads(line)
             try:
-                answer = {"push": push, "pull": pull}[function](**arguments)
+                answer = CALLS[function](**arguments)
             except UserError as error:
                 answer = {"error": str(error)}
             print(json.dumps(answer), file=answers, flush=True)
