@@ -6,6 +6,7 @@ import ast
 import contextlib
 import inspect
 import io
+import os
 import re
 import runpy
 import shlex
@@ -60,6 +61,22 @@ def test_listing_names_imports_no_torch():
 
 def test_every_listed_model_is_a_file():
     assert {"temporal_vae", "wan", "taehv", "taesd"} <= set(vae3d.list_models())
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: vae3d.build("tahv"), "tahv.*taehv"),
+        (lambda: vae3d.build("taesd"), "model.variant"),
+        (lambda: vae3d.build("wan", "model.colour=3"), "colour"),
+        (lambda: vae3d.open_codec("x", precision="fp8"), "'fp8'.*bf16"),
+        (lambda: vae3d.read_video("x.mp4", height=0), "height=0"),
+        (lambda: vae3d.save(tiny.model("wan"), os.devnull + "/x"), "/dev/null/x"),
+    ],
+)
+def test_wrong_arguments_are_errors_of_the_user_that_name_them(call, named):
+    with pytest.raises(UserError, match=named):
+        call()
 
 
 def test_a_saved_model_opens_with_the_same_settings_and_weights(model, tmp_path):
@@ -163,6 +180,7 @@ def test_metrics_that_are_built_once_score_many(clip):
     metrics = build_metrics(["psnr", "flicker"])
     for other in (video * 0.9, video * 0.8):
         assert vae3d.score(video, other, metrics) == vae3d.score(video, other, ["psnr", "flicker"])
+        assert vae3d.score(video, other, "psnr").keys() == {"psnr", "psnr_video"}
     pair = vae3d.score(video.repeat(2, 1, 1, 1, 1), torch.cat([video * 0.9, video * 0.8]), metrics)
     assert pair["psnr"] == pytest.approx(sum(vae3d.score(video, video * f)["psnr"] for f in (0.9, 0.8)) / 2)
 

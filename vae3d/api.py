@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vae3d.config.schema import CONF
 from vae3d.data.clips import read_resized, to_video
 from vae3d.data.media import MediaError
 from vae3d.data.readers import open_media
@@ -22,7 +21,7 @@ from vae3d.hub import from_pretrained, push_to_hub
 from vae3d.inference.reconstruct import read_chunks
 from vae3d.inference.video import VideoWriter
 from vae3d.latents.codec import LatentCodec
-from vae3d.loading import build, load, open_codec, save
+from vae3d.loading import build, list_models, load, open_codec, save
 from vae3d.metrics import MetricError, MetricSet, build_metrics
 from vae3d.models.interface import Stream, VideoAutoencoder
 from vae3d.pixels import as_unit, check_video, to_uint8
@@ -56,11 +55,6 @@ class Video(NamedTuple):
     fps: float
 
 
-def list_models() -> list[str]:
-    """Names that `build` takes."""
-    return sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
-
-
 def read_video(
     path: Source,
     *,
@@ -72,8 +66,10 @@ def read_video(
     """Read a video, an image or numbered images, frame by frame as it is shown.
 
     start, num_frames: which frames; None: to the end. height, width: resize and centre-crop; None: as the file.
-    Raises MediaError.
+    Raises MediaError, and UserError for a size that is not positive.
     """
+    if (height is not None and height < 1) or (width is not None and width < 1):
+        raise UserError(f"height={height} and width={width} are no size in pixels")
     with closing(open_media(path)) as reader:
         count = reader.info.num_frames
         stop = count if num_frames is None else start + num_frames
@@ -188,7 +184,7 @@ def reconstruct(
 def score(
     reference: Tensor | Source,
     reconstruction: Tensor | Source,
-    metrics: Sequence[str] | MetricSet = ("psnr", "ssim"),
+    metrics: str | Sequence[str] | MetricSet = ("psnr", "ssim"),
     *,
     device: torch.device | str = "cpu",
 ) -> dict[str, float | None]:
@@ -198,7 +194,8 @@ def score(
     what vae3d.metrics.build_metrics returns, which keeps its networks from one call to the next.
     Raises MetricError for unknown metrics and videos that do not fit together, PixelError, WeightsMissing, MediaError.
     """
-    metric_set = metrics if isinstance(metrics, MetricSet) else build_metrics(list(metrics), device)
+    names = [metrics] if isinstance(metrics, str) else metrics
+    metric_set = names if isinstance(names, MetricSet) else build_metrics(list(names), device)
     if isinstance(reference, Tensor) and isinstance(reconstruction, Tensor):
         for video in (reference, reconstruction):
             check_video(video, values=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.errors import HydraException
 from torch import nn
 
 from vae3d.checkpoints.export import WRITERS, replace_export
@@ -35,12 +36,30 @@ def instantiate(node: Mapping[str, Any]) -> Any:
 
 
 def model_config(name: str, *overrides: str) -> dict[str, Any]:
-    """The `model` node of conf/model/<name>.yaml with overrides such as "model.temporal.channels=32"."""
-    from omegaconf import OmegaConf
+    """The `model` node of conf/model/<name>.yaml with overrides such as "model.temporal.channels=32".
 
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = hydra.compose("model", [f"model={name}", *overrides])
-    return OmegaConf.to_container(composed.model, resolve=True)
+    Raises UserError if the name or a key does not exist, or a value is missing.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    names = list_models()
+    if name not in names:
+        raise UserError(f"no model is called {name}; there are {', '.join(names)}")
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra.compose("model", [f"model={name}", *overrides])
+        missing = [f"model.{key}" for key in OmegaConf.missing_keys(composed.model)]
+        if missing:
+            raise UserError(f"{name} needs {', '.join(missing)}, as in build({name!r}, '{missing[0]}=...')")
+        return OmegaConf.to_container(composed.model, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"{name} with {' '.join(overrides)}: {str(error).splitlines()[0]}") from error
+
+
+def list_models() -> list[str]:
+    """Names that `build` takes."""
+    return sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
 
 
 def build(name: str, *overrides: str) -> VideoAutoencoder:
@@ -48,8 +67,8 @@ def build(name: str, *overrides: str) -> VideoAutoencoder:
 
         model = vae3d.build("temporal_vae", "model.temporal.channels=32")
 
-    name: a file in conf/model. overrides: `key=value` changes to it. Raises hydra.errors.ConfigCompositionException if
-    the name or a key does not exist.
+    name: one of list_models(). overrides: `key=value` changes to it. Raises UserError if the name or a key does not
+    exist, or a value is missing.
     """
     return instantiate(model_config(name, *overrides)).eval()
 
@@ -122,7 +141,8 @@ def save(model: VideoAutoencoder, path: str | Path, *, layout: str = "export", *
     path = Path(path)
     checkpoint = Checkpoint(config_of(model), model.state_dict(), path, "export")
     if layout == "export":
-        replace_export(checkpoint, path, **info)
+        with naming(path):
+            replace_export(checkpoint, path, **info)
         return
     with naming(path), atomic_files(path) as tmp:
         WRITERS[layout](checkpoint, tmp / path.name)
@@ -192,6 +212,8 @@ def open_codec(
     path, changes: as for `load`. precision: fp32, bf16 or fp16. Raises CheckpointError if the checkpoint does not load;
     UserError for settings that the model does not support.
     """
+    if precision not in DTYPES:
+        raise UserError(f"precision is {precision!r}; use one of {', '.join(DTYPES)}")
     checkpoint, model = load_with_checkpoint(path, changes=changes)
     config = merge(checkpoint.config, changes or {})
     try:
