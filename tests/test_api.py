@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import inspect
+import io
 import os
-import shutil
+import re
+import runpy
+import shlex
 import subprocess
 import sys
 import urllib.error
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 import vae3d
 from tests import tiny
-from vae3d import hub as hub_module
+from vae3d import api
 from vae3d.commands import cli, try_video
+from vae3d.data import clips
 from vae3d.data.media import MediaError
 from vae3d.errors import UserError
-from vae3d.metrics import MetricError
-from vae3d.models.taesd import TAESD
+from vae3d.latents.cache import LatentCache
+from vae3d.metrics import MetricError, build_metrics
+from vae3d.pixels import PixelError
+from vae3d.pretrained import weights
 
 PUBLIC = tiny.ROOT / "tests/public_api.py"
 
@@ -54,12 +63,44 @@ def test_every_listed_model_is_a_file():
     assert {"temporal_vae", "wan", "taehv", "taesd"} <= set(vae3d.list_models())
 
 
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: vae3d.build("tahv"), "tahv.*taehv"),
+        (lambda: vae3d.build("taesd"), "model.variant"),
+        (lambda: vae3d.build("wan", "model.colour=3"), "colour"),
+        (lambda: vae3d.open_codec("x", precision="fp8"), "'fp8'.*bf16"),
+        (lambda: vae3d.read_video("x.mp4", height=0), "height=0"),
+        (lambda: vae3d.save(tiny.model("wan"), os.devnull + "/x"), "/dev/null/x"),
+    ],
+)
+def test_wrong_arguments_are_errors_of_the_user_that_name_them(call, named):
+    with pytest.raises(UserError, match=named):
+        call()
+
+
 def test_a_saved_model_opens_with_the_same_settings_and_weights(model, tmp_path):
     vae3d.save(model, tmp_path / "saved", note="mine")
     again = vae3d.load(tmp_path / "saved")
     assert isinstance(again, vae3d.VideoAutoencoder)
     assert again.temporal_vae.stride == model.temporal_vae.stride
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_model_is_saved_for_other_programs(tmp_path, caplog):
+    wan = tiny.model("wan", "model.latents_mean=[1,0,0,0]")
+    for layout, name in ("diffusers", "folder"), ("wan", "wan.safetensors"):
+        vae3d.save(wan, tmp_path / name, layout=layout)
+        vae3d.save(wan, tmp_path / name, layout=layout)  # replaces it
+        assert isinstance(vae3d.load(tmp_path / name), type(wan))
+    assert (tmp_path / "folder/config.json").is_file()
+    with pytest.raises(UserError, match=r"'onnx'.*diffusers"):
+        vae3d.save(wan, tmp_path / "x", layout="onnx")
+    with pytest.raises(UserError, match="TAEHV"):
+        vae3d.save(wan, tmp_path / "x", layout="taehv")
+    with pytest.raises(UserError, match="note"):
+        vae3d.save(wan, tmp_path / "x", layout="wan", note="mine")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_model_of_another_project_is_not_saved(tmp_path):
@@ -99,6 +140,51 @@ def test_a_file_is_reconstructed_as_its_frames_are(model, clip, tmp_path):
     assert set(scores) == {"psnr", "psnr_video", "ssim"}
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "fps", "codec", "named"),
+    [
+        ("x.gif", (3, 2, 8, 8), 8, "h264", "x.gif"),
+        ("x.mp4", (3, 2, 8, 8), 0, "h264", "fps is 0"),
+        ("x.mp4", (3, 2, 8, 8), 8, "vp9", "'vp9'"),
+        ("x.mp4", (3, 0, 8, 8), 8, "h264", r"\[1, 3, 0, 8, 8\]"),
+        ("x.mp4", (2, 3, 8, 8), 8, "h264", r"\[1, 2, 3, 8, 8\]"),
+    ],
+)
+def test_what_is_no_video_is_not_written(tmp_path, name, shape, fps, codec, named):
+    with pytest.raises(UserError, match=named):
+        vae3d.write_video(tmp_path / name, torch.zeros(shape), fps, codec=codec)
+    with pytest.raises(UserError, match=r"nan|NaN"):
+        vae3d.write_video(tmp_path / "nan.mp4", torch.full((3, 2, 8, 8), torch.nan), 8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_frame_of_a_file_is_read_once_and_shown_by_the_bar(clip, tmp_path, monkeypatch, capsys):
+    model = tiny.model("taehv")
+    assert model.stream(24, 32).lookahead > 0
+    read = []
+
+    def read_resized(reader, indices, size):
+        read.extend(indices)
+        return clips.read_resized(reader, indices, size)
+
+    monkeypatch.setattr("vae3d.inference.reconstruct.read_resized", read_resized)
+    target = vae3d.reconstruct(model, clip, tmp_path / "rec.mp4", codec="lossless", progress=True)
+    assert read == list(range(21))
+    assert "21/21" in capsys.readouterr().err
+    rec = vae3d.reconstruct(model, vae3d.read_video(clip).frames)
+    assert (vae3d.read_video(target).frames - rec).abs().max() <= 1 / 127.5
+
+
+def test_metrics_that_are_built_once_score_many(clip):
+    video = vae3d.read_video(clip).frames
+    metrics = build_metrics(["psnr", "flicker"])
+    for other in (video * 0.9, video * 0.8):
+        assert vae3d.score(video, other, metrics) == vae3d.score(video, other, ["psnr", "flicker"])
+        assert vae3d.score(video, other, "psnr").keys() == {"psnr", "psnr_video"}
+    pair = vae3d.score(video.repeat(2, 1, 1, 1, 1), torch.cat([video * 0.9, video * 0.8]), metrics)
+    assert pair["psnr"] == pytest.approx(sum(vae3d.score(video, video * f)["psnr"] for f in (0.9, 0.8)) / 2)
+
+
 def test_identical_clips_have_the_best_ssim_and_wrong_pairs_are_named(clip, tmp_path):
     video = vae3d.read_video(clip, num_frames=5)
     assert vae3d.score(video.frames, video.frames, ["ssim"])["ssim"] == pytest.approx(1)
@@ -109,6 +195,10 @@ def test_identical_clips_have_the_best_ssim_and_wrong_pairs_are_named(clip, tmp_
         vae3d.score(clip, video.frames)
     with pytest.raises(MetricError, match="sssim"):
         vae3d.score(video.frames, video.frames, ["sssim"])
+    with pytest.raises(MetricError, match=r"\[1, 3, 4, "):
+        vae3d.score(video.frames, video.frames[:, :, :4])
+    with pytest.raises(PixelError, match=r"video\[None\]"):
+        vae3d.score(video.frames[0], video.frames[0])
 
 
 def test_the_file_that_mypy_checks_uses_everything():
@@ -117,73 +207,117 @@ def test_the_file_that_mypy_checks_uses_everything():
     assert set(vae3d.__all__) <= names
 
 
-@pytest.mark.parametrize(
-    ("example", "arguments"),
-    [
-        ("reconstruct", ["model", "clip.mp4", "rec.mp4"]),
-        ("latents", ["model", "clip.mp4"]),
-        ("own_loop", ["clip.mp4", "trained"]),
-    ],
-)
-def test_an_example_runs(model, clip, tmp_path, example, arguments):
-    vae3d.save(model, tmp_path / "model")
-    result = tiny.run(sys.executable, str(tiny.ROOT / f"examples/{example}.py"), *arguments, cwd=tmp_path)
-    assert result.returncode == 0, result.stdout
-    if example == "own_loop":
-        assert vae3d.load(tmp_path / "trained").variant == "taesd"
-        losses = [float(line.split()[-1]) for line in result.stdout.splitlines()]
-        assert losses[-1] < losses[0]
+def blocks(language: str) -> list[str]:
+    """The blocks of code of docs/python.md in this language."""
+    text = (tiny.ROOT / "docs/python.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub in tmp_path/hub, which takes uploads and gives downloads."""
-    root = tmp_path / "hub"
-
-    class Api:
-        def create_repo(self, repository, private, exist_ok):
-            assert exist_ok
-            (root / repository).mkdir(parents=True, exist_ok=True)
-            return f"https://hub/{repository}"
-
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            assert commit_message
-            shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
-
-    def download(repository, revision, allow_patterns):
-        if not (root / repository).is_dir():
-            raise LocalEntryNotFoundError(f"{repository} is not in the cache")
-        return str(root / repository)
-
-    monkeypatch.setattr(hub_module, "HfApi", Api)
-    monkeypatch.setattr(hub_module, "snapshot_download", download)
-    return root
+def prepare(folder: Path, model: vae3d.VideoAutoencoder) -> Path:
+    """Write the files that docs/python.md names."""
+    tiny.write_video(folder / "clip.mp4", tiny.frames(21, 24, 32))
+    vae3d.save(model, folder / "runs/opensora_stage3")
+    vae3d.save(tiny.model("wan"), folder / "Wan2.1_VAE.pth", layout="wan")
+    vae3d.save(vae3d.build("taesd", "model.variant=taef2"), folder / "taef2", layout="taesd")
+    for file in (folder / "taef2").iterdir():
+        file.rename(folder / file.name)
+    return folder
 
 
-def test_a_model_goes_to_the_hub_with_a_card_and_comes_back(model, hub):
-    assert model.push_to_hub("me/mine", license="mit") == "https://hub/me/mine"
-    card = (hub / "me/mine/README.md").read_text()
-    assert card.startswith("---\nlibrary_name: vae3d\n")
-    assert "license: mit" in card
-    assert 'vae3d.from_pretrained("me/mine")' in card
-    again = vae3d.VideoAutoencoder.from_pretrained("me/mine")
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
-    with pytest.raises(UserError, match="OpenSoraVAE, not a TAESD"):
-        TAESD.from_pretrained("me/mine")
+@pytest.fixture(scope="module")
+def ran(model, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """The folder in which the examples were run, as docs/python.md says, and what each printed."""
+    folder = prepare(tmp_path_factory.mktemp("examples"), model)
+    commands = [shlex.split(line, comments=True) for line in "".join(blocks("bash")).splitlines()]
+    examples = [(Path(command[1]).stem, command[2:]) for command in commands if command[0] == "python"]
+    return folder, {example: run_example(example, arguments, folder) for example, arguments in examples}
 
 
-def test_what_the_hub_does_not_give_is_one_error(hub):
-    with pytest.raises(UserError, match=r"me/none: .*not in the cache"):
-        vae3d.from_pretrained("me/none")
+def run_example(example: str, arguments: list[str], folder: Path) -> str:
+    """Run an example in `folder`, as python examples/EXAMPLE.py ARGUMENTS does; returns what it prints."""
+    script, printed = str(tiny.ROOT / f"examples/{example}.py"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [script, *arguments])
+        with contextlib.suppress(SystemExit) if arguments == ["--help"] else contextlib.nullcontext():
+            runpy.run_path(script, run_name="__main__")
+    return printed.getvalue()
 
 
-def test_offline_the_real_hub_is_not_asked(tmp_path):
-    code = "import vae3d; vae3d.from_pretrained('me/none')"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tiny.ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert "UserError: me/none: is no file or folder here" in done.stderr
+def test_every_example_is_on_the_page_and_has_a_help(ran):
+    scripts = {file.stem: file for file in (tiny.ROOT / "examples").glob("*.py")}
+    assert set(scripts) == set(ran[1])
+    for example, file in scripts.items():
+        summary = ast.get_docstring(ast.parse(file.read_text())).splitlines()[0]
+        assert summary in run_example(example, ["--help"], tiny.ROOT)
+
+
+def test_the_own_loop_lowers_the_loss_and_saves(ran):
+    folder, printed = ran
+    losses = [float(line.split()[-1]) for line in printed["own_loop"].splitlines()]
+    assert losses[-1] < losses[0]
+    assert vae3d.load(folder / "trained").variant == "taesd"
+
+
+def test_the_examples_of_reconstruction_and_metrics_score_alike(ran, model):
+    folder, printed = ran
+    clip = vae3d.read_video(folder / "clip.mp4").frames
+    rec = vae3d.read_video(folder / "rec.mp4").frames
+    assert (rec - vae3d.reconstruct(model, clip)).abs().max() <= 1 / 127.5
+    scores = vae3d.score(clip, rec)
+    assert f"'psnr': {scores['psnr']:.4f}" in printed["reconstruct"]
+    assert f"psnr             {scores['psnr']:.4f}" in printed["metrics"]
+
+
+def test_a_fine_tuned_wan_computes_the_same_in_diffusers_and_keeps_its_encoder(ran):
+    folder, printed = ran
+    assert float(printed["finetune_wan"].split()[-1]) < 1e-5
+    before, after = vae3d.load(folder / "Wan2.1_VAE.pth"), vae3d.load(folder / "wan_vae")
+    parts = before.trainable_parts(), after.trainable_parts()
+    for name, equal in ("encoder", True), ("decoder", False):
+        pairs = zip(*(torch.nn.ModuleList(part[name]).parameters() for part in parts), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs) == equal
+
+
+def test_the_example_of_latents_caches_and_decodes(ran):
+    folder, printed = ran
+    assert "4 clips" in printed["taef2_latents"]
+    clip = vae3d.read_video(folder / "clip.mp4", num_frames=5, height=32, width=32).frames
+    codec = vae3d.open_codec(folder / "taef2_encoder.pth")
+    z = LatentCache(folder / "latents", codec)[0].z
+    assert (codec.encode(clip)[0] - z).abs().max() < 1e-2  # stored in fp16
+    assert vae3d.read_video(folder / "latents/first.mp4").frames.shape == (1, 3, 5, 32, 32)
+
+
+def test_the_python_of_the_page_runs(ran, tmp_path, monkeypatch):
+    monkeypatch.chdir(ran[0])
+    names: dict[str, Any] = {}
+    for block in blocks("python"):
+        if "from_pretrained(" not in block:  # of the hub, see the next test
+            exec(block, names)
+    assert names["frames"].shape == (1, 3, 17, 24, 32)
+
+
+def test_the_calls_of_the_hub_on_the_page_have_the_right_arguments():
+    [block] = [block for block in blocks("python") if "from_pretrained(" in block]
+    calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    assert len(calls) == 3
+    for call in calls:
+        values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        inspect.signature(getattr(vae3d, call.func.attr)).bind(*call.args, **values)
+
+
+def test_the_commands_of_the_page_run(ran, monkeypatch, capsys):
+    folder = ran[0]
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(try_video, "default_checkpoint", lambda: folder / "runs/opensora_stage3")
+    commands = [shlex.split(line, comments=True) for line in "".join(blocks("bash")).splitlines()]
+    tried = [command[1:] for command in commands if command[0] == "vae3d"]
+    assert len(tried) == 2
+    for arguments in tried:
+        assert cli.main([*arguments, "--frames", "2"]) == 0
+    assert (folder / "try_clip/index.html").is_file()
+    assert (folder / "try_clip_opensora_stage3/index.html").is_file()
 
 
 def test_trying_a_video_writes_a_page_with_scores(model, clip, tmp_path, capsys, monkeypatch):
@@ -194,19 +328,21 @@ def test_trying_a_video_writes_a_page_with_scores(model, clip, tmp_path, capsys,
     output = capsys.readouterr()
     assert f"{tmp_path}/out/index.html" in output.out
     assert "psnr" in output.out
-    assert "lpips_alex" in output.err  # no weights in tests
+    assert "fetch-weights --metrics lpips_alex" in output.err  # no weights in tests
     page = (tmp_path / "out/index.html").read_text()
     assert "image/webp" in page
-    assert "9 frames of 32 x 24" in page
+    assert "the first 9 of 21 frames of 32 x 24" in page
     assert vae3d.read_video(tmp_path / "out/reconstruction.mp4").frames.shape == (1, 3, 9, 24, 32)
     assert vae3d.read_video(tmp_path / "out/side_by_side.mp4").frames.shape[2] == 9
+    assert (tmp_path / "out/side_by_side.webp").is_file()
 
 
-def test_without_weights_and_network_the_two_ways_out_are_named(clip, tmp_path, capsys, monkeypatch):
+def test_without_weights_and_network_files_sizes_and_folder_are_named(clip, tmp_path, capsys, monkeypatch):
     def provide(*_, **__):
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(try_video, "provide", provide)
+    monkeypatch.chdir(tmp_path)
     for variable in ("VAE3D_WEIGHTS", "TORCH_HOME"):
         monkeypatch.setenv(variable, str(tmp_path / "none"))
     with pytest.raises(SystemExit, match="2"):
@@ -214,16 +350,44 @@ def test_without_weights_and_network_the_two_ways_out_are_named(clip, tmp_path, 
     printed = capsys.readouterr().err
     assert "no route" in printed
     assert "vae3d try VIDEO CHECKPOINT" in printed
-    assert "fetch_weights.py taef2_encoder.pth taef2_decoder.pth" in printed
+    assert "fetch-weights taef2_encoder.pth taef2_decoder.pth" in printed
+    for file in (weights.FILES[name] for name in try_video.DEFAULT):
+        assert f"{file.url}  ({file.size:,} bytes)" in printed
+    assert str(tmp_path / "none") in printed
+    assert list(tmp_path.iterdir()) == [clip]
 
 
-def test_an_image_and_a_wrong_file_can_be_tried_too(model, clip, tmp_path, capsys):
-    vae3d.save(model, tmp_path / "model")
-    Image.fromarray(tiny.frames(1, 24, 32)[0]).save(tmp_path / "photo.png")
-    assert cli.main(["try", str(tmp_path / "photo.png"), str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 0
+def test_an_image_is_tried_as_one_and_scored_without_metrics_of_motion(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vae3d.save(model, "model")
+    Image.fromarray(tiny.frames(1, 24, 32)[0]).save("a photo ä.png")
+    assert cli.main(["try", "a photo ä.png", "model"]) == 0
+    printed = capsys.readouterr().out
+    assert "image: 32 x 24" in printed
+    assert "flicker" not in printed
+    names = {file.name for file in (tmp_path / "try_a-photo-ä_model").iterdir()}
+    assert names == {"index.html", "reconstruction.png", "side_by_side.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["none.mp4", "model"], "none.mp4"),
+        (["clip.mp4", "none"], "none"),
+        (["clip.mp4", "model", "--device", "foo"], "foo"),
+        (["clip.mp4", "model", "--out", "clip.mp4"], "clip.mp4"),
+    ],
+)
+def test_what_cannot_be_tried_is_named_and_nothing_written(
+    model, clip, tmp_path, capsys, monkeypatch, arguments, named
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api, "reconstruct", None)  # not reached
+    vae3d.save(model, "model")
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["try", str(tmp_path / "none.mp4"), str(tmp_path / "model")])
-    assert "none.mp4" in capsys.readouterr().err
+        cli.main(["try", *arguments])
+    assert f"error: {'device=' if named == 'foo' else ''}{named}" in capsys.readouterr().err
+    assert {file.name for file in tmp_path.iterdir()} == {"clip.mp4", "model"}
 
 
 def test_a_file_needs_a_target(model, clip):

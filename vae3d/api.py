@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from vae3d.config.schema import CONF
 from vae3d.data.clips import read_resized, to_video
 from vae3d.data.media import MediaError
 from vae3d.data.readers import open_media
 from vae3d.errors import UserError
 from vae3d.hub import from_pretrained, push_to_hub
+from vae3d.inference.reconstruct import read_chunks
 from vae3d.inference.video import VideoWriter
 from vae3d.latents.codec import LatentCodec
-from vae3d.loading import build, load, open_codec, save
-from vae3d.metrics import build_metrics
-from vae3d.models.interface import VideoAutoencoder
-from vae3d.pixels import as_unit, to_uint8
+from vae3d.loading import build, list_models, load, open_codec, save
+from vae3d.metrics import MetricError, MetricSet, build_metrics
+from vae3d.models.interface import Stream, VideoAutoencoder
+from vae3d.pixels import as_unit, check_video, to_uint8
 from vae3d.seeding import generator_of
 
 __all__ = [
@@ -52,11 +55,6 @@ class Video(NamedTuple):
     fps: float
 
 
-def list_models() -> list[str]:
-    """Names that `build` takes."""
-    return sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
-
-
 def read_video(
     path: Source,
     *,
@@ -68,8 +66,10 @@ def read_video(
     """Read a video, an image or numbered images, frame by frame as it is shown.
 
     start, num_frames: which frames; None: to the end. height, width: resize and centre-crop; None: as the file.
-    Raises MediaError.
+    Raises MediaError, and UserError for a size that is not positive.
     """
+    if (height is not None and height < 1) or (width is not None and width < 1):
+        raise UserError(f"height={height} and width={width} are no size in pixels")
     with closing(open_media(path)) as reader:
         count = reader.info.num_frames
         stop = count if num_frames is None else start + num_frames
@@ -82,13 +82,24 @@ def read_video(
 def write_video(path: Source, video: Tensor, fps: float, *, codec: str = "h264") -> None:
     """Write [1, 3, T, H, W] or [3, T, H, W] in [-1, 1] as an .mp4 file.
 
-    codec: h264, for viewing, or lossless, bit-exact RGB. Raises UserError for another shape, NaN or another codec.
+    fps: frames per second, above 0. codec: h264, for viewing, or lossless, bit-exact RGB.
+    Raises PixelError for another shape or NaN, UserError for another codec or suffix, FileError.
     """
-    frames = video[0] if video.dim() == 5 and len(video) == 1 else video
-    if frames.dim() != 4 or len(frames) != 3:
+    clips = video if video.dim() == 5 else video[None]
+    check_video(clips, values=False)
+    if len(clips) != 1:
         raise UserError(f"video has shape {list(video.shape)}; give one video, [1, 3, T, H, W] or [3, T, H, W]")
-    with VideoWriter(Path(path), fps, codec) as writer:
-        writer.write(to_uint8(frames))
+    with _writer(path, fps, codec) as writer:
+        writer.write(to_uint8(clips[0]))
+
+
+def _writer(path: Source, fps: float, codec: str) -> VideoWriter:
+    """Raises UserError for what would be no .mp4 file."""
+    if Path(path).suffix.lower() != ".mp4":
+        raise UserError(f"{path}: videos are written as .mp4; give a name that ends so")
+    if not (math.isfinite(fps) and fps > 0):
+        raise UserError(f"fps is {fps}; give frames per second, above 0")
+    return VideoWriter(Path(path), fps, codec)
 
 
 @overload
@@ -100,6 +111,7 @@ def reconstruct(
     sample: bool = False,
     seed: int = 0,
     memory_gib: float | None = None,
+    progress: bool = False,
 ) -> Tensor: ...
 
 
@@ -113,6 +125,7 @@ def reconstruct(
     seed: int = 0,
     memory_gib: float | None = None,
     codec: str = "h264",
+    progress: bool = False,
 ) -> Path: ...
 
 
@@ -126,37 +139,44 @@ def reconstruct(
     seed: int = 0,
     memory_gib: float | None = None,
     codec: str = "h264",
+    progress: bool = False,
 ) -> Tensor | Path:
     """Encode and decode a video of any length, chunk by chunk; the memory does not grow with the length of a file.
 
     source: [B, 3, T, H, W] in [-1, 1], which returns as much in [-1, 1] on the CPU; or a file, whose reconstruction is
     written to `target`. sample: sample the latents, instead of taking their mode. memory_gib: see
-    VideoAutoencoder.stream. Raises MediaError, PixelError, and UserError for a file without target.
+    VideoAutoencoder.stream. codec: see write_video. progress: show a bar.
+    Raises MediaError, PixelError, FileError, and UserError for a file without target and as write_video does.
     """
     device = next(model.parameters()).device
 
-    def code(frames: int, height: int, width: int, read: Callable[[int, int], Tensor]) -> Iterator[Tensor]:
-        """Reconstructions of the chunks. read: (first, last + 1) -> frames."""
-        stream = model.stream(height, width, memory_gib)
-        start = 0
-        for index, length in enumerate(stream.chunks(frames)):
-            chunk = read(start, min(frames, start + length + stream.lookahead)).to(device)
-            out = stream(chunk, sample=sample, generator=generator_of(seed, index, device=device))
-            yield out.video.clamp(-1, 1).cpu()
-            start += length
+    def code(stream: Stream, chunks: Iterable[Tensor], frames: int) -> Iterator[Tensor]:
+        """Reconstructions of the chunks, which are given with their lookahead."""
+        with tqdm(total=frames, unit="frame", disable=not progress) as bar:
+            for index, chunk in enumerate(chunks):
+                out = stream(chunk.to(device), sample=sample, generator=generator_of(seed, index, device=device))
+                bar.update(out.video.shape[2])
+                yield out.video.clamp(-1, 1).cpu()
 
     if isinstance(source, Tensor):
-        return torch.cat(list(code(*source.shape[2:], lambda a, b: source[:, :, a:b])), 2)
+        check_video(source)
+        frames, height, width = source.shape[2:]
+        stream = model.stream(height, width, memory_gib)
+        lengths = stream.chunks(frames)
+        chunks = (
+            source[:, :, end - n : end + stream.lookahead] for n, end in zip(lengths, accumulate(lengths), strict=True)
+        )
+        return torch.cat(list(code(stream, chunks, frames)), 2)
     if target is None:
         raise UserError(f"{source}: give the file to write, as in reconstruct(model, {str(source)!r}, 'out.mp4')")
     with closing(open_media(source)) as reader:
         info = reader.info
         if not info.fps:
             raise MediaError(str(source), "is an image; read it with read_video and reconstruct its tensor")
-        with VideoWriter(Path(target), info.fps, codec) as writer:
-            for video in code(
-                info.num_frames, info.height, info.width, lambda a, b: to_video(read_resized(reader, range(a, b)))
-            ):
+        stream = model.stream(info.height, info.width, memory_gib)
+        read = read_chunks(reader, range(info.num_frames), (info.height, info.width), stream)
+        with _writer(target, info.fps, codec) as writer:
+            for video in code(stream, (to_video(frames) for frames, _ in read), info.num_frames):
                 writer.write(to_uint8(video[0]))
     return Path(target)
 
@@ -164,20 +184,27 @@ def reconstruct(
 def score(
     reference: Tensor | Source,
     reconstruction: Tensor | Source,
-    metrics: Sequence[str] = ("psnr", "ssim"),
+    metrics: str | Sequence[str] | MetricSet = ("psnr", "ssim"),
     *,
     device: torch.device | str = "cpu",
 ) -> dict[str, float | None]:
     """Scores of a reconstruction: column -> mean over frames and clips; None where undefined.
 
-    reference, reconstruction: both [B, 3, T, H, W] in [-1, 1], or both files. metrics: see docs/score.md.
-    Raises MetricError for unknown metrics and videos that do not fit together, WeightsMissing, MediaError.
+    reference, reconstruction: both [B, 3, T, H, W] in [-1, 1], or both files. metrics: names, see docs/score.md; or
+    what vae3d.metrics.build_metrics returns, which keeps its networks from one call to the next.
+    Raises MetricError for unknown metrics and videos that do not fit together, PixelError, WeightsMissing, MediaError.
     """
-    metric_set = build_metrics(list(metrics), device)
+    names = [metrics] if isinstance(metrics, str) else metrics
+    metric_set = names if isinstance(names, MetricSet) else build_metrics(list(names), device)
     if isinstance(reference, Tensor) and isinstance(reconstruction, Tensor):
+        for video in (reference, reconstruction):
+            check_video(video, values=False)
+        if reference.shape != reconstruction.shape:
+            raise MetricError(f"the videos differ in shape: {list(reference.shape)} and {list(reconstruction.shape)}")
         results = []
-        for clip, other in zip(reference, reconstruction, strict=True):
-            metric_set.update(*(_unit(video, device) for video in (clip, other)))
+        for clips in zip(reference, reconstruction, strict=True):
+            for parts in zip(*(clip.split(FRAMES, 1) for clip in clips), strict=True):
+                metric_set.update(*(_unit(part, device) for part in parts))
             results.append(metric_set.result())
         return metric_set.aggregate(results)
     if isinstance(reference, Tensor) or isinstance(reconstruction, Tensor):

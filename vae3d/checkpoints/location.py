@@ -54,7 +54,10 @@ def hub_hint(path: str | Path) -> str:
         return ""
     name = Path(text).name
     only = "" if "vae" in name.lower() else ' --include "*vae*" "*VAE*"'  # of a whole pipeline only the VAE
-    return f"; if it is a model on the Hugging Face hub: hf download {text}{only} --local-dir {name}, then give {name}"
+    return (
+        f"; if it is a model on the Hugging Face hub: hf download {text}{only} --local-dir {name}, then give {name}; "
+        f"in Python, vae3d.from_pretrained({text!r}) does both"
+    )
 
 
 def find_weights(path: Path) -> Path:

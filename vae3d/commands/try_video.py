@@ -1,7 +1,8 @@
 """Show what a video autoencoder does to a video: vae3d try my.mp4 [CHECKPOINT]
 
-Writes try_<name>/: the reconstruction; original, reconstruction and error side by side; a page with both and scores.
-Without CHECKPOINT it takes TAEF2, a small autoencoder of single images, and downloads it once (5 MB).
+Writes a folder with a page (index.html): original, reconstruction and error side by side, moving, and scores; and both
+videos as files. Without CHECKPOINT it takes TAEF2, a small autoencoder of single images, and downloads it once (5 MB).
+It reconstructs the first frames of a video, made smaller, so that it takes a minute or two without a GPU.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import os
+import re
 import sys
 import time
+from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
 
@@ -21,14 +25,17 @@ from PIL import Image
 from vae3d import api
 from vae3d.argparse_types import positive_int
 from vae3d.commands.fetch_weights import provide
+from vae3d.data.clips import to_video
+from vae3d.data.media import MediaInfo
 from vae3d.data.readers import media_info
 from vae3d.errors import UserError
 from vae3d.inference.pictures import contact_sheet, error_map, side_by_side
-from vae3d.inference.video import write_video
-from vae3d.io import atomic_write, naming, write_text
+from vae3d.inference.video import write_image, write_video
+from vae3d.io import FileError, atomic_write, naming, write_text
 from vae3d.metrics import build_metrics
 from vae3d.models.interface import VideoAutoencoder
-from vae3d.pixels import as_unit, to_uint8
+from vae3d.pixels import to_uint8
+from vae3d.precision import as_device
 from vae3d.pretrained import weights
 from vae3d.pretrained.weights import FILES
 from vae3d.report import number, text_table
@@ -36,115 +43,179 @@ from vae3d.report.html import html_table, img, render
 
 DEFAULT = ("taef2_encoder.pth", "taef2_decoder.pth")
 METRICS = ("psnr", "ssim", "lpips", "flicker")
+ARROWS = {True: " ↑", False: " ↓"}
 PAGE = Path(__file__).with_name("try_video.html")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("video", help="a video, an image or numbered images")
-    parser.add_argument("checkpoint", nargs="?", help="a run, an export or published weights; default TAEF2")
-    parser.add_argument("--out", type=Path, help="folder; default try_<name of the video>")
-    parser.add_argument("--frames", type=positive_int, default=49, help="at most so many, default %(default)s")
-    parser.add_argument("--height", type=positive_int, default=360, help="reduce larger videos, default %(default)s")
+    parser.add_argument("video", help="a video, an image or numbered images (frame_*.png)")
+    parser.add_argument(
+        "checkpoint", nargs="?", help="a run, an export, published weights, or owner/name on the Hugging Face hub"
+    )
+    parser.add_argument("--out", type=Path, help="folder; default try_VIDEO or try_VIDEO_CHECKPOINT")
+    parser.add_argument("--frames", type=positive_int, default=33, help="at most so many, default %(default)s")
+    parser.add_argument("--height", type=positive_int, default=256, help="reduce higher videos, default %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
 
-    out = args.out or Path(f"try_{Path(args.video).stem}")
-    video, fps = read(args.video, args.frames, args.height)
-    model = api.load(args.checkpoint or default_checkpoint()).to(args.device)
+    device = as_device(args.device)
+    info = media_info(args.video)
+    model = api.from_pretrained(args.checkpoint or default_checkpoint()).to(device)
+    video = read(args.video, info, args.frames, args.height)
+    out = make_folder(args.out or default_folder(args.video, args.checkpoint))
+    facts = describe(model, video, info)
+    for name, value in facts.items():
+        print(f"{name}: {value}", flush=True)
     start = time.perf_counter()
-    rec = api.reconstruct(model, video)
-    seconds = time.perf_counter() - start
+    rec = api.reconstruct(model, video, progress=sys.stderr.isatty())
+    speed = video.shape[2] / (time.perf_counter() - start)
+    facts["speed"] = f"{speed:.1f} frames per second, encoding and decoding ({device})"
     original, result = to_uint8(video[0]), to_uint8(rec[0])
-    scores, skipped = score(original, result, args.device)
+    rows, skipped = score(original, result, device)
 
-    errors = np.stack([error_map(a, b) for a, b in zip(original, result, strict=True)])
-    panels = {"original": original, "reconstruction": result, "error": errors}
-    beside = np.concatenate(list(side_by_side(panels)))
-    fps = fps or 1.0
-    write_video(out / "reconstruction.mp4", result, fps, "h264")
-    write_video(out / "side_by_side.mp4", beside, fps, "h264")
-    animation = webp(beside, fps)
-    with naming(out), atomic_write(out / "side_by_side.webp") as stream:
-        stream.write(animation)
-    facts = describe(model, video, seconds)
-    rows = [[name, number(value)] for name, value in scores.items()]
-    page = render(
-        PAGE.read_text(),
-        title=f"{Path(args.video).name} through {type(model).__name__}",
-        animation=base64.b64encode(animation).decode(),
-        sheet=img(
-            Image.fromarray(contact_sheet({k: panels[k] for k in ("original", "reconstruction")}, "original", 5))
-        ),
-        scores=html_table(["score", "mean"], rows),
-        facts=html_table(["", ""], facts),
-        skipped=skipped,
+    write_page(
+        out,
+        f"{Path(args.video).name} through {args.checkpoint or 'TAEF2'}",
+        original,
+        result,
+        info,
+        facts,
+        rows,
+        skipped,
     )
-    write_text(out / "index.html", page)
-    print(text_table(["score", "mean"], rows))
-    print("\n".join(f"{name}: {value}" for name, value in facts))
+    print(f"speed: {facts['speed']}\n\n{text_table(['score', 'mean'], rows)}")
     for name, reason in skipped.items():
         print(f"without {name}: {reason}", file=sys.stderr)
-    print(f"\n{out}/index.html shows it; beside it lie reconstruction.mp4, side_by_side.mp4 and side_by_side.webp")
+    names = ", ".join(sorted(path.name for path in out.iterdir() if path.name != "index.html"))
+    print(f"\n{out / 'index.html'} shows it; beside it: {names}")
     return 0
 
 
-def read(path: str, frames: int, height: int) -> api.Video:
-    """The first frames, with even sides, at most `height` high."""
-    info = media_info(path)
+def default_folder(video: str, checkpoint: str | None) -> Path:
+    """A name without spaces: try_VIDEO, or try_VIDEO_CHECKPOINT."""
+    parts = ["try", Path(video).stem, *([Path(checkpoint).name] if checkpoint else [])]
+    return Path("_".join(re.sub(r"[^\w.-]+", "-", part).strip("-_") for part in parts))
+
+
+def make_folder(out: Path) -> Path:
+    """Make the folder, before the work that takes time. Raises FileError if nothing can be written there."""
+    with naming(out):
+        out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise FileError(f"{out}: cannot be written; choose another folder with --out")
+    return out
+
+
+def read(path: str, info: MediaInfo, frames: int, height: int) -> torch.Tensor:
+    """The first frames, [1, 3, T, H, W] with even sides, at most `height` high."""
     scale = min(1.0, height / info.height)
     size = [max(2, round(side * scale) // 2 * 2) for side in (info.height, info.width)]
-    return api.read_video(path, num_frames=min(frames, info.num_frames), height=size[0], width=size[1])
+    return api.read_video(path, num_frames=min(frames, info.num_frames), height=size[0], width=size[1]).frames
 
 
 def default_checkpoint() -> Path:
-    """TAEF2's encoder, beside its decoder, downloaded where it is missing. Raises UserError if that fails."""
-    found = []
+    """TAEF2's encoder, beside its decoder, downloaded where they are missing. Raises UserError if that fails."""
+    folder = weights.search_path()[0]
     for name in DEFAULT:
         try:
-            found.append(weights.find(name))
-        except weights.WeightsMissing as missing:
-            print(f"{name} is not on this machine; downloading it ...", file=sys.stderr)
+            weights.find(name)
+        except weights.WeightsMissing:
+            print(f"{name} is not on this machine; downloading it to {folder} ...", file=sys.stderr)
             try:
-                provide(FILES[name], weights.search_path()[0], mirror=None, slim=False)
+                provide(FILES[name], folder, mirror=None, slim=False)
             except (OSError, HTTPException) as error:
-                raise UserError(
-                    f"{name} cannot be downloaded ({error}); give a checkpoint of yours, vae3d try VIDEO CHECKPOINT, "
-                    f"or on a connected machine: python scripts/fetch_weights.py {' '.join(DEFAULT)}\n{missing}"
-                ) from error
-            found.append(weights.find(name))
-    return found[0]
+                raise UserError(no_weights(folder, error)) from error
+    return weights.find(DEFAULT[0])
 
 
-def score(original: np.ndarray, result: np.ndarray, device: str) -> tuple[dict[str, float | None], dict[str, str]]:
-    """Scores of [T, H, W, 3] uint8, and why some are missing."""
+def no_weights(folder: Path, error: Exception) -> str:
+    """What to download, how large it is, and where to put it."""
+    lines = [f"TAEF2 is not on this machine and cannot be downloaded: {error}", "Either download these two files:"]
+    lines += [f"  {FILES[name].url}  ({FILES[name].size:,} bytes)" for name in DEFAULT]
+    lines += [
+        f"on a connected machine, as vae3d fetch-weights {' '.join(DEFAULT)} --dest DIR does, and copy them into",
+        f"{folder} (or set VAE3D_WEIGHTS to their folder); or give another autoencoder: vae3d try VIDEO CHECKPOINT",
+    ]
+    return "\n".join(lines)
+
+
+def score(original: np.ndarray, result: np.ndarray, device: torch.device) -> tuple[list[list[str]], dict[str, str]]:
+    """Rows of scores of [T, H, W, 3] uint8, with arrows to the better values; and why some metrics are left out."""
     metrics = build_metrics(METRICS, device, on_missing="skip")
-    frames, height, width = original.shape[:3]
-    fitting = [m.name for m in metrics if m.why_unsupported(frames, height, width) is None]
-    chosen = metrics.subset(fitting)
-    for first in range(0, frames, 16):
-        part = slice(first, first + 16)
-        chosen.update(as_unit(original[part], device), as_unit(result[part], device))
-    scores = {name: value.value for name, value in chosen.result().scores.items()}
-    return scores, metrics.skipped
+    unsupported = {m.name: reason for m in metrics if (reason := m.why_unsupported(*original.shape[:3])) is not None}
+    chosen = metrics.subset([m.name for m in metrics if m.name not in unsupported])
+    scores = api.score(to_video(original), to_video(result), chosen, device=device)
+    rows = [
+        [f"{name}{ARROWS.get(chosen.columns[name], '')}", number(value)]
+        for name, value in scores.items()
+        if value is not None  # changes between frames, of an image
+    ]
+    missing = {
+        name: f"{reason.partition(' (')[0]} is not on this machine: vae3d fetch-weights --metrics {name} gets it"
+        if reason.endswith("is not on this machine")
+        else reason
+        for name, reason in metrics.skipped.items()
+    }
+    return rows, missing | unsupported
 
 
-def describe(model: VideoAutoencoder, video: torch.Tensor, seconds: float) -> list[list[str]]:
+def describe(model: VideoAutoencoder, video: torch.Tensor, info: MediaInfo) -> dict[str, str]:
     frames, height, width = video.shape[2:]
     channels, t, h, w = model.latent_shape(frames, height, width)
     ratio = 3 * frames * height * width / (channels * t * h * w)
-    return [
-        ["video", f"{frames} frames of {width} x {height}"],
-        ["latents", f"{channels} x {t} x {h} x {w}, {ratio:.1f} times fewer numbers"],
-        ["model", f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"],
-        ["speed", f"{frames / seconds:.1f} frames per second, encoding and decoding"],
-    ]
+    size = f"{width} x {height}"
+    if (height, width) != (info.height, info.width):
+        size += f", reduced from {info.width} x {info.height}"
+    part = f"{frames} frames" if frames == info.num_frames else f"the first {frames} of {info.num_frames} frames"
+    return {
+        **({"video": f"{part} of {size}"} if info.fps else {"image": size}),
+        "model": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters",
+        "latents": f"{channels} channels, {t} x {h} x {w}: {ratio:.1f} times fewer numbers than pixels",
+    }
+
+
+def write_page(
+    out: Path,
+    title: str,
+    original: np.ndarray,
+    result: np.ndarray,
+    info: MediaInfo,
+    facts: Mapping[str, str],
+    rows: list[list[str]],
+    skipped: Mapping[str, str],
+) -> None:
+    """Write the page, and reconstruction and comparison as files: of an image as .png, of a video as .mp4 and .webp."""
+    errors = np.stack([error_map(a, b) for a, b in zip(original, result, strict=True)])
+    panels = {"original": original, "reconstruction": result, "error": errors}
+    beside = np.concatenate(list(side_by_side(panels)))
+    moving = webp(beside, info.fps)
+    if info.fps:
+        write_video(out / "reconstruction.mp4", result, info.fps, "h264")
+        write_video(out / "side_by_side.mp4", beside, info.fps, "h264")
+        with naming(out), atomic_write(out / "side_by_side.webp") as stream:
+            stream.write(moving)
+    else:
+        write_image(out / "reconstruction.png", result[0])
+        write_image(out / "side_by_side.png", beside[0])
+    sheet = contact_sheet({name: panels[name] for name in ("original", "reconstruction")}, "original", 4)
+    page = render(
+        PAGE.read_text(),
+        title=title,
+        animation=base64.b64encode(moving).decode(),
+        sheet=img(Image.fromarray(sheet), format="JPEG", quality=90),
+        scores=html_table(["score", "mean"], rows),
+        facts=html_table(["", ""], facts.items()),
+        skipped=skipped,
+    )
+    write_text(out / "index.html", page)
 
 
 def webp(frames: np.ndarray, fps: float) -> bytes:
     """[T, H, W, 3] uint8 as a WebP image that moves, or stands if there is one frame."""
     first, *others = map(Image.fromarray, frames)
-    moving = {"save_all": True, "append_images": others, "duration": round(1000 / fps), "loop": 0} if others else {}
+    duration = round(1000 / fps) if fps else 1000
+    moving = {"save_all": True, "append_images": others, "duration": duration, "loop": 0} if others else {}
     file = io.BytesIO()
-    first.save(file, "WEBP", quality=80, method=6, **moving)
+    first.save(file, "WEBP", quality=80, method=4, **moving)
     return file.getvalue()

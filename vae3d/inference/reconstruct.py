@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields
 from itertools import count
@@ -82,6 +82,20 @@ def overflow_hint(precision: str) -> str:
     return f"computed in {precision}; do the weights hold NaN?"
 
 
+def read_chunks(reader: Reader, indices: Sequence[int], size: Size, stream: Stream) -> Iterator[Chunk]:
+    """The chunks in which `stream` codes these frames, each with its lookahead, at `size`; each frame is read once."""
+    buffer = np.empty((0, *size, 3), np.uint8)
+    read = 0
+    for length in stream.chunks(len(indices)):
+        new = indices[read : read + length + stream.lookahead - len(buffer)]
+        if new:
+            frames = read_resized(reader, new, size)
+            buffer = np.concatenate([buffer, frames]) if len(buffer) else frames
+            read += len(new)
+        yield buffer, length
+        buffer = buffer[length:]
+
+
 @dataclass
 class Reconstructor:
     """Writes <save_dir>_ori, <save_dir>_rec and, for two-stage models, <save_dir>_spatial, coded by the inner 2D VAE.
@@ -111,7 +125,7 @@ class Reconstructor:
             info = reader.info
             indices, fps, target = self._select(source, info)
             stream = self._stream(source, target)
-            chunks = self._chunks(reader, indices, target, stream)
+            chunks = read_chunks(reader, indices, target, stream)
             name = identifier(row, source)
             if info.fps:
                 self._video(stream, chunks, name, fps, row)
@@ -145,7 +159,7 @@ class Reconstructor:
         """The first chunk of a file, [1, 3, T, H, W] in [-1, 1]. Raises MediaError."""
         with closing(self._open(source, bounds)) as reader:
             indices, _, target = self._select(source, reader.info)
-            frames, length = next(self._chunks(reader, indices, target, self._stream(source, target)))
+            frames, length = next(read_chunks(reader, indices, target, self._stream(source, target)))
             return to_video(frames[:length], self.device)
 
     def read_head(self, source: str, bounds: Bounds, count: Callable[[int], int]) -> tuple[np.ndarray, float, int]:
@@ -175,19 +189,6 @@ class Reconstructor:
             raise MediaError(source, f"gives {available} frames from start={config.start}; num_frames={wanted}")
         indices = [config.start + int(i * step) for i in range(wanted)]
         return indices, info.fps / step, (config.height or info.height, config.width or info.width)
-
-    def _chunks(self, reader: Reader, indices: list[int], target: Size, stream: Stream) -> Iterator[Chunk]:
-        """Every chunk of the stream with its lookahead; each frame is read once."""
-        buffer = np.empty((0, *target, 3), np.uint8)
-        read = 0
-        for length in stream.chunks(len(indices)):
-            new = indices[read : read + length + stream.lookahead - len(buffer)]
-            if new:
-                frames = read_resized(reader, new, target)
-                buffer = np.concatenate([buffer, frames]) if len(buffer) else frames
-                read += len(new)
-            yield buffer, length
-            buffer = buffer[length:]
 
     def _video(self, stream: Stream, chunks: Iterator[Chunk], name: str, fps: float, row: int) -> None:
         writers: dict[str, VideoWriter] = {}

@@ -11,6 +11,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from vae3d.errors import UserError
 from vae3d.io import atomic_write, naming, remove, replace_durably, tmp_path
 
 BT601 = 6  # AVCOL_SPC_SMPTE170M, the matrix with which swscale converts RGB; written into the file for players
@@ -27,12 +28,12 @@ class VideoWriter:
     """Writes an .mp4 frame by frame, under a temporary name until it is complete.
 
     codec: lossless or h264. h264 uses 4:4:4 colour if a side is odd, which 4:2:0 does not allow.
-    Raises ValueError for another codec; its methods raise FileError if writing fails.
+    Raises UserError for another codec; its methods raise FileError if writing fails.
     """
 
     def __init__(self, path: Path, fps: float, codec: str = "lossless") -> None:
         if codec not in CODECS:
-            raise ValueError(f"codec is {codec!r}; use one of {', '.join(CODECS)}")
+            raise UserError(f"codec is {codec!r}; use one of {', '.join(CODECS)}")
         self.path = path
         self.tmp = tmp_path(path)
         self.fps = Fraction(fps).limit_denominator(1001)

