@@ -23,7 +23,7 @@ from vae3d.argparse_types import positive_int
 from vae3d.commands.fetch_weights import provide
 from vae3d.data.readers import media_info
 from vae3d.errors import UserError
-from vae3d.inference.pictures import contact_sheet, error_map, side_by_side
+from vae3d.inference.pictures import contact_sheet, error_maps, side_by_side
 from vae3d.inference.video import write_video
 from vae3d.io import atomic_write, naming, write_text
 from vae3d.metrics import build_metrics
@@ -58,8 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     original, result = to_uint8(video[0]), to_uint8(rec[0])
     scores, skipped = score(original, result, args.device)
 
-    errors = np.stack([error_map(a, b) for a, b in zip(original, result, strict=True)])
-    panels = {"original": original, "reconstruction": result, "error": errors}
+    panels = {"original": original, "reconstruction": result, "error": error_maps(original, result)}
     beside = np.concatenate(list(side_by_side(panels)))
     fps = fps or 1.0
     write_video(out / "reconstruction.mp4", result, fps, "h264")
