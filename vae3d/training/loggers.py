@@ -364,6 +364,10 @@ class WandBLogger(ContinuedLogger):
         self.run = self.tracker.run
         return self.run.id
 
+    def unwritten(self, values: Mapping[str, float], step: int) -> dict[str, float]:
+        """Also those of the last step of a killed run: W&B writes a step when the next one begins."""
+        return dict(values) if step >= max(self.written.values(), default=0) else super().unwritten(values, step)
+
     def config(self, values: Mapping[str, Any], step: int) -> None:
         self.tracker.store_init_configuration(dict(values))
 

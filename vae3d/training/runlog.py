@@ -159,7 +159,8 @@ class RunLog:
             write_text(file, "".join(kept))
         for line in lines:
             if (last := _step_of(line)) > step:
-                dropped.update(dict.fromkeys(json.loads(line), last))
+                dropped |= dict.fromkeys(json.loads(line), last)
+        dropped.pop("step", None)
         return dropped
 
     @contextmanager

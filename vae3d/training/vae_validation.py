@@ -54,7 +54,7 @@ def log_clips(log: RunLog, clips: Sequence[ValidatedClip], step: int) -> None:
             continue
         errors = error_maps(clip.panels[0], clip.panels[-1])
         panels = dict(zip((*PANELS, ERROR_LABEL), (*clip.panels, errors), strict=True))
-        name = f"{clip.index}: {clip.name}"
+        name = f"{clip.index} {clip.name}"
         if len(errors) == 1:
             images[name] = [enlarged(panel)[0] for panel in panels.values()]
         else:
