@@ -7,6 +7,7 @@ import json
 import logging
 import struct
 import sys
+import time
 from collections import defaultdict
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -390,7 +391,12 @@ def test_wandb_offline(tmp_path, monkeypatch):
     killed_and_resumed(settings("wandb", mode="offline", tags=["a"]), tmp_path / "run")
     first, second = sorted((tmp_path / "run/wandb").glob("offline-run-*"))
     assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2]  # one run, in two files
-    histories = [wandb_history(next(folder.glob("*.wandb"))) for folder in (first, second)]
+    files = [next(folder.glob("*.wandb")) for folder in (first, second)]
+    for _ in range(100):
+        if "1_validation/psnr" in wandb_history(files[1]):
+            break
+        time.sleep(0.1)  # W&B's process still writes
+    histories = [*map(wandb_history, files)]
     assert histories[0]["2_loss/total"] == LOSSES[:3]
     assert histories[1]["2_loss/total"] == LOSSES[2:]  # W&B may not have had the last step of a killed run
     assert [history["1_validation/psnr"] for history in histories] == [SCORES[:1], SCORES[1:]]
@@ -404,12 +410,12 @@ class FakeWandB(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("wandb")
-        self.started, self.logged, self.config = [], [], SimpleNamespace(update=lambda values, **_: None)
+        self.started, self.logged, self.config = [], [], {}
 
     def init(self, **given):
         self.started.append(given)
-        self.run = SimpleNamespace(id=given["id"] or "new", step=0, log=self.log, finish=lambda: None)
-        return self.run
+        config = SimpleNamespace(update=lambda values, allow_val_change: self.config.update(values))
+        return SimpleNamespace(id=given["id"] or "new", step=0, config=config, log=self.log, finish=lambda: None)
 
     def log(self, values, step=None, **options):
         self.logged.append((values, step))
@@ -435,6 +441,7 @@ def test_wandb_takes_its_arguments_and_a_resume_continues_its_run(tmp_path, monk
     }  # fmt: skip
     assert (second["id"], second["resume"]) == ("new", "allow")
     assert Path(first["dir"]) == tmp_path / "run"
+    assert fake.config == {"optim": {"lr": 1.1}}
     assert [step for values, step in fake.logged if "1_validation/psnr" in values] == [2, 4]
     videos = [values["1_validation_clips/0 a"] for values, _ in fake.logged if "1_validation_clips/0 a" in values]
     assert videos == [("mp4", b"ftyp")] * 2

@@ -59,6 +59,7 @@ TAGS = {  # of metrics without a slash
 }
 REDUCED = "8_loss_reduced"  # losses under loss.reduction, where 2_loss has them per element
 OTHER = "9_other"
+SLOW = 1.0  # seconds
 
 
 def tag_of(name: str, names: Mapping[str, Any] | Sequence[str] = ()) -> str:
@@ -119,7 +120,8 @@ class Loggers(Logger):
     """Several loggers, or none. Takes names of metrics and gives each logger tags.
 
     A logger that cannot be opened is an error when a run starts; when a run resumes, and after that, a logger that
-    fails is a warning, once. While it fails, it is called so seldom that it takes at most about 5% of the time.
+    fails is a warning, once. If it takes more than SLOW seconds to fail, as without network, it is called so seldom
+    that it takes at most about 5% of the time.
     """
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
@@ -175,7 +177,8 @@ class Loggers(Logger):
                 write(logger)
             except Exception as error:  # every package has errors of its own
                 now = time.monotonic()
-                self._pause_until[logger.name] = now + 20 * (now - start)
+                if now - start > SLOW:
+                    self._pause_until[logger.name] = now + 20 * (now - start)
                 if logger.name not in self._warned:
                     self._warned.add(logger.name)
                     log.warning(
@@ -369,7 +372,8 @@ class WandBLogger(ContinuedLogger):
         return dict(values) if step >= max(self.written.values(), default=0) else super().unwritten(values, step)
 
     def config(self, values: Mapping[str, Any], step: int) -> None:
-        self.tracker.store_init_configuration(dict(values))
+        # WandBTracker.store_init_configuration does the same; that of accelerate 1.9 starts another run for it.
+        self.run.config.update(dict(values), allow_val_change=True)
 
     def text(self, tag: str, text: str, step: int) -> None:
         import wandb
@@ -455,9 +459,11 @@ class MLflowLogger(ContinuedLogger):
             mlflow.log_image(picture, key=re.sub(r"[^\w./ -]", "_", tag), step=step, synchronous=True)
 
     def video(self, tag: str, frames: np.ndarray, fps: float, step: int) -> None:
+        import mlflow
+
         if step > self.last_validation:
             with _mp4(f"{tag}_step{step}", frames, fps) as path:
-                self.tracker.log_artifact(str(path), tag.partition("/")[0])
+                mlflow.log_artifact(str(path), tag.partition("/")[0])
 
     def close(self) -> None:
         self.tracker.finish()
@@ -503,20 +509,20 @@ class TrackioLogger(ContinuedLogger):
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         if values := self.unwritten(values, step):
-            self.tracker.log(values, step)
+            self.run.log(values, step=step)  # as TrackioTracker.log, which drops the step before accelerate 1.14
 
     def image(self, tag: str, picture: np.ndarray, step: int) -> None:
         import trackio
 
         if step > self.last_validation:
-            self.tracker.log({tag: trackio.Image(picture)}, step)
+            self.run.log({tag: trackio.Image(picture)}, step=step)
 
     def video(self, tag: str, frames: np.ndarray, fps: float, step: int) -> None:
         import trackio
 
         if step > self.last_validation:
             with _mp4(tag, frames, fps) as path:
-                self.tracker.log({tag: trackio.Video(str(path))}, step)
+                self.run.log({tag: trackio.Video(str(path))}, step=step)
 
     def close(self) -> None:
         self.tracker.finish()
