@@ -175,10 +175,10 @@ def test_arguments_of_loggers_are_typed():
 
 
 def test_other_loggers_are_named_and_must_be_loggers():
-    (logger,) = build_loggers(schema.Logger(), {"mine": Kept()}).loggers
+    (logger,) = build_loggers(schema.Logger(), "runs", {"mine": Kept()}).loggers
     assert logger.name == "mine"
     with pytest.raises(UserError, match=r"logger\.other\.mine"):
-        build_loggers(schema.Logger(), {"mine": object()})
+        build_loggers(schema.Logger(), "runs", {"mine": object()})
 
 
 # ---- a run in TensorBoard
@@ -194,7 +194,7 @@ def run(videos, tmp_path_factory):
     t = trainer(videos, folder, **settings, **{"trainer.max_steps": 2})
     t.fit()
     AcceleratorState._reset_state(True)
-    log = RunLog(folder, build_loggers(schema.Logger(tensorboard=schema.TensorBoard(enabled=True)), {}), rank=0)
+    log = RunLog(folder, build_loggers(schema.Logger(tensorboard=schema.TensorBoard(enabled=True)), "runs", {}), rank=0)
     log.open(2, 4)
     log.scalars({"loss": -1.0}, 3)
     log.close()
@@ -348,7 +348,7 @@ def killed_and_resumed(config: schema.Logger, folder: Path) -> None:
     folder.mkdir()
     video = np.stack([PICTURE] * 3)
     for first, rewound, last in ((0, {}, 3), (1, {"loss": 3, "val/psnr": 2}, 4)):
-        loggers = build_loggers(config, {})
+        loggers = build_loggers(config, folder.parent, {})
         loggers.open(folder, first, rewound)
         loggers.config({"optim": {"lr": 0.1 + first}}, first)
         loggers.text("run/command", "train <x>", first)
@@ -448,8 +448,8 @@ def test_wandb_takes_its_arguments_and_a_resume_continues_its_run(tmp_path, monk
     assert ({"9_run/command": "<pre>train &lt;x&gt;</pre>"}, None) in fake.logged
     killed = FakeWandB()
     monkeypatch.setitem(sys.modules, "wandb", killed)
-    build_loggers(settings("wandb", project="p", entity="e"), {}).open(tmp_path / "run", 0, {})
-    build_loggers(settings("wandb", project="other", entity="e"), {}).open(tmp_path / "run", 1, {})
+    build_loggers(settings("wandb", project="p", entity="e"), tmp_path, {}).open(tmp_path / "run", 0, {})
+    build_loggers(settings("wandb", project="other", entity="e"), tmp_path, {}).open(tmp_path / "run", 1, {})
     assert [given["id"] for given in killed.started] == [None, None]  # not resumed; in another project
 
 
@@ -507,7 +507,7 @@ json.dump([SQLiteStorage.get_run_records("p"), SQLiteStorage.get_logs("p", "run"
 
 
 def test_tensorboard_shows_an_image_as_png_and_a_video_as_gif(tmp_path):
-    loggers = build_loggers(schema.Logger(tensorboard=schema.TensorBoard(enabled=True)), {})
+    loggers = build_loggers(schema.Logger(tensorboard=schema.TensorBoard(enabled=True)), "runs", {})
     loggers.open(tmp_path, 0, {})
     picture = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     loggers.image("val_clips/images", picture, 1)

@@ -36,7 +36,7 @@ from vae3d.training.vae_trainer import VaeTrainer
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
-    from vae3d.config.schema import Data, Logger, Loss, TrainConfig
+    from vae3d.config.schema import Data, Loss, TrainConfig
 
 
 def build_objective(config: Loss) -> Objective:
@@ -97,8 +97,9 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
     )
 
 
-def loggers_of(config: Logger) -> Loggers:
-    return build_loggers(config, {name: instantiate(node) for name, node in config.other.items()})
+def loggers_of(config: TrainConfig | DiffusionConfig) -> Loggers:
+    other = {name: instantiate(node) for name, node in config.logger.other.items()}
+    return build_loggers(config.logger, config.run.root, other)
 
 
 def build_distillation(config: TrainConfig, teacher: nn.Module | None, student: nn.Module) -> Distillation | None:
@@ -142,7 +143,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
         started = [f"optim.proximal pulls towards stage.init_from={config.stage.init_from}"]
     if config.trainer.compile:
         compile_blocks(model, dynamic=None if len(data.schedule.frames.all()) > 1 else False)
-    adversary, logger = instantiate(config.adversary), loggers_of(config.logger)
+    adversary, logger = instantiate(config.adversary), loggers_of(config)
     teacher = None if config.teacher.path is None else load(config.teacher.path).to(accelerator.device)
     distillation = build_distillation(config, teacher, model)
     trainer = VaeTrainer(config, folder, accelerator, model, objective, adversary, data, metrics, logger, distillation)

@@ -66,7 +66,7 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
                     "%s is not in vae3d/diffusion/build.py: the exports of this run cannot be opened", node[TARGET]
                 )
     vae = {"path": os.path.abspath(config.vae.path), **vae_metadata(codec, config.vae.path)}
-    logger, hint = loggers_of(config.logger), scale_hint(config, data)
+    logger, hint = loggers_of(config), scale_hint(config, data)
     trainer = DiffusionTrainer(config, folder, accelerator, network, process, data, vae, logger, hint)
     trainer.setup()
     return trainer

@@ -120,7 +120,7 @@ class Loggers(Logger):
     """Several loggers, or none. Takes names of metrics and gives each logger tags.
 
     A logger that cannot be opened is an error when a run starts; when a run resumes, and after that, a logger that
-    fails is a warning, once. If it takes more than SLOW seconds to fail, as without network, it is called so seldom
+    fails is a warning, once. If it takes more than SLOW seconds to fail, as without network, it is called so rarely
     that it takes at most about 5% of the time.
     """
 
@@ -200,16 +200,17 @@ HINTS = {
 }
 
 
-def build_loggers(config: schema.Logger, other: Mapping[str, Logger]) -> Loggers:
-    """The enabled loggers. other: those of config.other, by name."""
-    loggers: list[Logger] = [TensorBoardLogger()] if config.tensorboard.enabled else []
-    for settings, build in (
-        (config.wandb, WandBLogger),
-        (config.mlflow, MLflowLogger),
-        (config.trackio, TrackioLogger),
-    ):
-        if settings.enabled:
-            loggers.append(build(settings))
+def build_loggers(config: schema.Logger, root: str | Path, other: Mapping[str, Logger]) -> Loggers:
+    """The enabled loggers. root: folder of all runs. other: the loggers of config.other, by name."""
+    loggers: list[Logger] = []
+    if config.tensorboard.enabled:
+        loggers.append(TensorBoardLogger())
+    if config.wandb.enabled:
+        loggers.append(WandBLogger(config.wandb))
+    if config.mlflow.enabled:
+        loggers.append(MLflowLogger(config.mlflow, root))
+    if config.trackio.enabled:
+        loggers.append(TrackioLogger(config.trackio))
     for name, logger in other.items():
         if not isinstance(logger, Logger):
             raise UserError(f"logger.other.{name} is a {type(logger).__name__}; use a subclass of {__name__}.Logger")
@@ -405,11 +406,12 @@ class MLflowLogger(ContinuedLogger):
 
     name = "mlflow"
 
-    def __init__(self, settings: schema.MLflow) -> None:
-        self.settings = settings
+    def __init__(self, settings: schema.MLflow, root: str | Path) -> None:
+        self.settings, self.root = settings, Path(root).absolute()
+        self.local = f"sqlite:///{self.root / 'mlflow.db'}"
 
     def place(self, folder: Path) -> str:
-        return self.settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or self._local(folder)
+        return self.settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or self.local
 
     def start(self, folder: Path, run: str | None) -> str:
         # By default each call tries for minutes to reach a server, while training waits.
@@ -422,17 +424,13 @@ class MLflowLogger(ContinuedLogger):
         self.tracker = _started(
             MLflowTracker(
                 settings.experiment,
-                logging_dir=(folder.absolute().parent / "mlflow").as_uri() if place == self._local(folder) else None,
+                logging_dir=(self.root / "mlflow").as_uri() if place == self.local else None,
                 run_id=settings.run_id or run,
                 run_name=settings.name or folder.name,
                 tags=settings.tags or None,
             )
         )
         return self.tracker.active_run.info.run_id
-
-    @staticmethod
-    def _local(folder: Path) -> str:
-        return f"sqlite:///{folder.absolute().parent / 'mlflow.db'}"
 
     def config(self, values: Mapping[str, Any], step: int) -> None:
         """A parameter of MLflow keeps its first value; the text `configuration` of each launch has the current ones."""
