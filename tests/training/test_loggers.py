@@ -282,7 +282,18 @@ def test_a_logger_that_fails_warns_once_and_the_others_go_on(caplog):
     assert "broken" in record.getMessage()
     assert "No space left on device" in record.getMessage()
     assert len(kept.of("scalars")) == 3
-    assert broken.of("close") == [[]]
+    assert broken.of("close") == [[False]]
+
+
+def test_loggers_learn_that_a_run_failed(videos, tmp_path, monkeypatch):
+    t = trainer(videos, tmp_path, **{"trainer.save_every": 0})
+    kept = Kept()
+    t.log.logger = Loggers([kept])
+    monkeypatch.setattr(t, "train_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        t.fit()
+    t.log.close()
+    assert kept.of("close") == [[True]]
 
 
 def test_a_logger_that_fails_slowly_is_called_seldom(monkeypatch):
@@ -310,7 +321,7 @@ def test_a_logger_that_cannot_be_opened_is_an_error_at_the_start_and_a_warning_o
     kept, broken = Kept(), Kept("broken", {"open": OSError("no network")})
     with pytest.raises(TrackerError, match=r"broken.*no network"):
         Loggers([kept, broken]).open(Path(), 0, {})
-    assert kept.of("close") == [[]]
+    assert kept.of("close") == [[False]]
     loggers = Loggers([kept, broken])
     with caplog.at_level(logging.WARNING):
         loggers.open(Path(), 5, {})
@@ -343,7 +354,7 @@ def settings(name: str, **values) -> schema.Logger:
 
 
 def killed_and_resumed(config: schema.Logger, folder: Path) -> None:
-    """A run of 4 steps, whose first launch is killed after step 3, when a resume continues from step 1."""
+    """A run of 4 steps, whose first launch fails after step 3, when a resume continues from step 1."""
     PartialState()  # as in training; Accelerate's trackers need it
     folder.mkdir()
     video = np.stack([PICTURE] * 3)
@@ -358,7 +369,7 @@ def killed_and_resumed(config: schema.Logger, folder: Path) -> None:
                 loggers.scalars({"val/psnr": 30.0 + step}, step)
                 loggers.image("val_clips/images", PICTURE, step)
                 loggers.video("val_clips/0 a", video, 8.0, step)
-        loggers.close()
+        loggers.close(failed=first == 0)
 
 
 LOSSES, SCORES = [(1, 10.0), (2, 20.0), (3, 30.0), (4, 40.0)], [(2, 32.0), (4, 34.0)]
@@ -410,12 +421,15 @@ class FakeWandB(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("wandb")
-        self.started, self.logged, self.config = [], [], {}
+        self.started, self.logged, self.finished, self.config = [], [], [], {}
 
     def init(self, **given):
         self.started.append(given)
         config = SimpleNamespace(update=lambda values, allow_val_change: self.config.update(values))
-        return SimpleNamespace(id=given["id"] or "new", step=0, config=config, log=self.log, finish=lambda: None)
+        return SimpleNamespace(id=given["id"] or "new", step=0, config=config, log=self.log, finish=self.finish)
+
+    def finish(self, exit_code):
+        self.finished.append(exit_code)
 
     def log(self, values, step=None, **options):
         self.logged.append((values, step))
@@ -441,6 +455,7 @@ def test_wandb_takes_its_arguments_and_a_resume_continues_its_run(tmp_path, monk
     }  # fmt: skip
     assert (second["id"], second["resume"]) == ("new", "allow")
     assert Path(first["dir"]) == tmp_path / "run"
+    assert fake.finished == [1, 0]
     assert fake.config == {"optim": {"lr": 1.1}}
     assert [step for values, step in fake.logged if "1_validation/psnr" in values] == [2, 4]
     videos = [values["1_validation_clips/0 a"] for values, _ in fake.logged if "1_validation_clips/0 a" in values]

@@ -112,8 +112,8 @@ class Logger:
     def video(self, tag: str, frames: np.ndarray, fps: float, step: int) -> None:
         """frames: [T, H, W, 3] uint8."""
 
-    def close(self) -> None:
-        """Nothing is written afterwards."""
+    def close(self, failed: bool = False) -> None:
+        """Nothing is written afterwards. failed: the run ends with an error."""
 
 
 class Loggers(Logger):
@@ -164,9 +164,11 @@ class Loggers(Logger):
     def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> None:
         self._each(lambda logger: logger.video(tag_of(name), frames, fps, step))
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
+        """May be called twice."""
         self._pause_until.clear()
-        self._each(lambda logger: logger.close())
+        self._each(lambda logger: logger.close(failed))
+        self.loggers = []
 
     def _each(self, write: Callable[[Logger], None]) -> None:
         for logger in self.loggers:
@@ -280,7 +282,7 @@ class TensorBoardLogger(Logger):
         )
         self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=encoded)]), step)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self.tracker.finish()
 
 
@@ -397,8 +399,8 @@ class WandBLogger(ContinuedLogger):
             with _mp4(tag, frames, fps) as path:
                 self.tracker.log({tag: wandb.Video(str(path), format="mp4")}, step)
 
-    def close(self) -> None:
-        self.tracker.finish()
+    def close(self, failed: bool = False) -> None:
+        self.run.finish(exit_code=int(failed))
 
 
 class MLflowLogger(ContinuedLogger):
@@ -463,8 +465,10 @@ class MLflowLogger(ContinuedLogger):
             with _mp4(f"{tag}_step{step}", frames, fps) as path:
                 mlflow.log_artifact(str(path), tag.partition("/")[0])
 
-    def close(self) -> None:
-        self.tracker.finish()
+    def close(self, failed: bool = False) -> None:
+        import mlflow
+
+        mlflow.end_run("FAILED" if failed else "FINISHED")
 
 
 class TrackioLogger(ContinuedLogger):
@@ -522,5 +526,5 @@ class TrackioLogger(ContinuedLogger):
             with _mp4(tag, frames, fps) as path:
                 self.run.log({tag: trackio.Video(str(path))}, step=step)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self.tracker.finish()

@@ -138,11 +138,11 @@ class RunLog:
                 for path, reason in files:
                     self._append("data_errors.jsonl", {"path": path, "reason": reason})
 
-    def close(self) -> None:
-        """May be called twice, and after an error."""
+    def close(self, failed: bool = False) -> None:
+        """May be called twice, and after an error. failed: say so to the logger."""
         if self._bar is not None:
             self._bar.close()
-            self.logger.close()
+            self.logger.close(failed)
             self._lock.close()
 
     def _drop_after(self, step: int) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import signal
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -225,7 +226,7 @@ class Trainer(ABC, Generic[Batch]):
                 finally:
                     self.stopped_by = self.stopped_by or request.signum  # a signal during the last save counts
         finally:
-            self.log.close()
+            self.log.close(failed=sys.exc_info()[0] is not None)
         return self.step >= last
 
     def _train(self, request: StopRequest, last: int, profiler_step: Callable[[], object]) -> None:
