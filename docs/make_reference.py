@@ -38,7 +38,6 @@ GROUPS = {
     "data.source": "data",
     "denoiser": "denoiser",
     "process": "process",
-    "logger": "logger",
 }
 INTRO = """\
 # Every setting

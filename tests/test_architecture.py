@@ -41,6 +41,9 @@ LAYERS = [
 
 HYDRA = {"config", "loading", "commands"}
 ACCELERATE = {"training", "commands", "distributed"}
+BROAD_EXCEPT = {
+    "vae3d.training.loggers"
+}  # trackers raise errors of their private classes, and must not stop a training
 
 
 def imports(path: Path) -> set[str]:
@@ -119,7 +122,9 @@ def test_no_broad_except_and_no_unsafe_load(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None
-            assert ast.unparse(node.type) not in ("Exception", "BaseException")
+            kind = ast.unparse(node.type)
+            assert kind != "BaseException"
+            assert kind != "Exception" or name_of(path) in BROAD_EXCEPT
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
 

@@ -306,6 +306,21 @@ def test_latents_of_another_scale_are_refused_until_they_are_mended(from_cache, 
     capsys.readouterr()
 
 
+def test_tensorboard_has_the_same_groups_and_captioned_samples(cached, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = ["logger=tensorboard", "validation.every=2", "trainer.max_steps=2", "validation.samples=3"]
+    t = latent_runs.trainer(tmp_path, *cached, *settings)
+    t.fit()
+    tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()
+    assert {"1_validation/loss", "2_loss/total", "2_loss/mse", "4_optimizer/lr", "5_speed/clips_per_second"} <= {
+        *tags["scalars"]
+    }
+    assert not [tag for tag in tags["scalars"] if tag.startswith("9_other")]
+    assert tags["images"] == ["1_validation_samples/samples", "1_validation_samples/held-out clips, reconstructed"]
+    assert "9_run/parameters/text_summary" in tags["tensors"]
+
+
 def test_one_batch_can_be_overfitted(cached, tmp_path):
     plain, one = (
         latent_runs.trainer(tmp_path / mode, *cached, f"data.overfit={mode}", "data.batch_size=2")

@@ -19,12 +19,11 @@ from tests.training.quick import trainer
 from tests.training.test_trainer import fresh_accelerate, trace, weights  # noqa: F401
 from vae3d.checkpoints.state import load_state
 from vae3d.commands import train
-from vae3d.inference.pictures import latent_colours
+from vae3d.inference.pictures import LINE, MARGIN, error_map, latent_colours
 from vae3d.metrics import METRICS, build_metrics
 from vae3d.metrics.distribution import Rfid
 from vae3d.metrics.registry import Entry
 from vae3d.training.checkpointer import SaveError
-from vae3d.training.loggers import TensorBoard
 from vae3d.training.vae_validation import validate
 from vae3d.types import ClipBatch
 
@@ -93,22 +92,6 @@ def test_latents_without_contrast_are_shown_as_one_colour():
     assert (latent_colours(torch.full((4, 1, 2, 2), 3.0), (1, 4, 4)) == 0).all()
 
 
-class Album(TensorBoard):
-    """Keeps what is logged."""
-
-    def open(self, folder, step):
-        super().open(folder, step)
-        self.images, self.videos = {}, {}
-
-    def image(self, name, picture, step):
-        super().image(name, picture, step)
-        self.images[name] = picture
-
-    def video(self, name, frames, fps, step):
-        super().video(name, frames, fps, step)
-        self.videos[name] = frames
-
-
 def logged(folder) -> dict[str, Image.Image]:
     """The pictures of a run's TensorBoard file."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -119,24 +102,32 @@ def logged(folder) -> dict[str, Image.Image]:
     return {tag: Image.open(io.BytesIO(encoded)) for tag, encoded in last.items()}
 
 
-def test_images_are_shown_in_one_picture_target_latent_and_reconstruction_side_by_side(videos, tmp_path):
-    t = trainer(videos, tmp_path, **VALIDATES, **{"data.num_val_files": 5})
-    t.log.logger = Album()
-    t.log.logger.open(tmp_path, 0)
+def has_text(picture: np.ndarray) -> bool:
+    """Whether anything is written on a black strip."""
+    return picture.max() > 200 and (picture < 50).mean() > 0.5
+
+
+def test_images_are_shown_in_one_table_original_latent_reconstruction_and_error_enlarged_and_labelled(videos, tmp_path):
+    enabled = {"logger.tensorboard.enabled": True, "data.num_val_files": 5}
+    t = trainer(videos, tmp_path, **VALIDATES, **enabled)
     t.validate()
     t.log.close()
-    (shown,) = t.log.logger.images.values()
-    count = len(t.data.held_out)
-    assert shown.shape == (count * 18 - 2, 3 * 18 - 2, 3)
-    for place, clip in enumerate(t.data.held_out):
-        row = shown[18 * place : 18 * place + 16]
-        np.testing.assert_array_equal(row[:, :16], clip.video[0, :, 0].permute(1, 2, 0).numpy())
     ((tag, picture),) = logged(tmp_path).items()
-    assert (tag, picture.format) == ("val/target | latent | reconstruction", "PNG")
-    np.testing.assert_array_equal(np.asarray(picture), shown)
+    assert (tag, picture.format) == ("1_validation_clips/images", "PNG")
+    shown = np.asarray(picture)
+    count = len(t.data.held_out)
+    assert shown.shape == (LINE + count * 162, MARGIN + 4 * 162, 3)
+    assert all(has_text(shown[:LINE, MARGIN + 162 * column :][:, :160]) for column in range(4))
+    for place, clip in enumerate(t.data.held_out):
+        row = shown[LINE + 162 * place :][:160]
+        assert has_text(row[:, :MARGIN])
+        cells = [row[:, MARGIN + 162 * column :][:, :160] for column in range(4)]
+        original = clip.video[0, :, 0].permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(cells[0], original.repeat(10, 0).repeat(10, 1))
+        np.testing.assert_array_equal(cells[3], error_map(cells[0], cells[2]))
 
 
-def test_videos_are_shown_one_by_one_with_their_latents(videos, tmp_path):
+def test_videos_are_shown_one_by_one_with_latents_and_errors_labelled(videos, tmp_path):
     overrides = [
         "loss=recon_kl",
         "data.frames.max=5",
@@ -147,8 +138,11 @@ def test_videos_are_shown_one_by_one_with_their_latents(videos, tmp_path):
     t = train.build_trainer(tiny.training("temporal_vae", videos, *overrides, "trainer.max_steps=1"), tmp_path)
     t.fit()
     ((tag, picture),) = logged(tmp_path).items()
-    assert tag.startswith("original above latent above reconstruction 0: clip")
-    assert (picture.format, picture.n_frames, picture.size) == ("GIF", 5, (16, 48))
+    assert tag.startswith("1_validation_clips/0 clip")
+    assert (picture.format, picture.n_frames, picture.size) == ("GIF", 5, (4 * 162, 2 * LINE + 160))
+    shown = np.asarray(picture.convert("RGB"))
+    assert has_text(shown[:LINE, :160])  # the clip's name
+    assert all(has_text(shown[LINE : 2 * LINE, 162 * column :][:, :160]) for column in range(4))
 
 
 class MeanColours(Rfid):

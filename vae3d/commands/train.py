@@ -35,6 +35,7 @@ from vae3d.precision import DTYPES, slow_conv3d
 from vae3d.training.checkpointer import check_may_start
 from vae3d.training.freeze import train_parts
 from vae3d.training.linear_code import fit_shortcut
+from vae3d.training.loggers import Loggers, build_loggers
 from vae3d.training.teacher import Distillation
 from vae3d.training.vae_trainer import VaeTrainer
 
@@ -99,6 +100,11 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
         data.timeout,
         fingerprint_of(pd.concat([tables.train, tables.val], ignore_index=True), stat_files=rank == 0),
     )
+
+
+def loggers_of(config: TrainConfig | DiffusionConfig) -> Loggers:
+    other = {name: instantiate(node) for name, node in config.logger.other.items()}
+    return build_loggers(config.logger, config.run.root, other)
 
 
 def build_distillation(config: TrainConfig, teacher: nn.Module | None, student: nn.Module) -> Distillation | None:
@@ -169,7 +175,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
         started = [f"optim.proximal pulls towards stage.init_from={config.stage.init_from}"]
     if config.trainer.compile:
         compile_blocks(model, dynamic=None if len(data.schedule.frames.all()) > 1 else False)
-    adversary, logger = instantiate(config.adversary), instantiate(config.logger)
+    adversary, logger = instantiate(config.adversary), loggers_of(config)
     teacher = None if config.teacher.path is None else load(config.teacher.path).to(accelerator.device)
     distillation = build_distillation(config, teacher, model)
     trainer = VaeTrainer(config, folder, accelerator, model, objective, adversary, data, metrics, logger, distillation)

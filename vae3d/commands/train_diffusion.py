@@ -16,7 +16,7 @@ from torch import nn
 from vae3d.checkpoints.location import EXPORT_CONFIG, find_weights, split_part
 from vae3d.commands.meta_check import built
 from vae3d.commands.summary import batch_summary, frame_counts, millions
-from vae3d.commands.train import build_clip_settings, build_schedule
+from vae3d.commands.train import build_clip_settings, build_schedule, loggers_of
 from vae3d.config.issues import NO_VALUE, ConfigIssue, raise_if_any
 from vae3d.data.batch_schedule import ClipIndex, FrameCounts
 from vae3d.data.clips import ClipDataset
@@ -66,7 +66,7 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
                     "%s is not in vae3d/diffusion/build.py: the exports of this run cannot be opened", node[TARGET]
                 )
     vae = {"path": os.path.abspath(config.vae.path), **vae_metadata(codec, config.vae.path)}
-    logger, hint = instantiate(config.logger), scale_hint(config, data)
+    logger, hint = loggers_of(config), scale_hint(config, data)
     trainer = DiffusionTrainer(config, folder, accelerator, network, process, data, vae, logger, hint)
     trainer.setup()
     return trainer

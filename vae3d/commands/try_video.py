@@ -29,7 +29,7 @@ from vae3d.data.clips import to_video
 from vae3d.data.media import MediaInfo
 from vae3d.data.readers import media_info
 from vae3d.errors import UserError
-from vae3d.inference.pictures import contact_sheet, error_map, side_by_side
+from vae3d.inference.pictures import contact_sheet, error_maps, side_by_side
 from vae3d.inference.video import write_image, write_video
 from vae3d.io import FileError, atomic_write, naming, write_text
 from vae3d.metrics import build_metrics
@@ -186,7 +186,7 @@ def write_page(
     skipped: Mapping[str, str],
 ) -> None:
     """Write the page, and reconstruction and comparison as files: of an image as .png, of a video as .mp4 and .webp."""
-    errors = np.stack([error_map(a, b) for a, b in zip(original, result, strict=True)])
+    errors = error_maps(original, result)
     panels = {"original": original, "reconstruction": result, "error": errors}
     beside = np.concatenate(list(side_by_side(panels)))
     moving = webp(beside, info.fps)

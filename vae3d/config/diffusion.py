@@ -13,8 +13,8 @@ from pydantic.dataclasses import dataclass
 from vae3d.config.check import Rule, check, resume_issues
 from vae3d.config.fields import STRICT, Float, Int, Interval, Precision, Rates, Strings, as_list, setting
 from vae3d.config.issues import MISSING, ConfigIssue
-from vae3d.config.schema import Data, Debug, Launcher, Limits, Optim, Run, Steps, register
-from vae3d.config.validate import DECAY_RULE, FRAMES_RULE, SIZE_RULE, batch_issues, source_paths
+from vae3d.config.schema import Data, Debug, Launcher, Limits, Logger, Optim, Run, Steps, register
+from vae3d.config.validate import DECAY_RULE, FRAMES_RULE, SIZE_RULE, batch_issues, logger_issues, source_paths
 
 Method = Literal["ddpm", "ddim", "euler"]
 
@@ -84,7 +84,7 @@ class DiffusionConfig:
     optim: Optim = Field(default_factory=Optim)
     trainer: Training = Field(default_factory=Training)
     validation: DiffusionValidation = Field(default_factory=DiffusionValidation)
-    logger: Any = setting(MISSING, "Where metrics go, a `_target_` node.")
+    logger: Logger = Field(default_factory=Logger)
     launcher: Launcher = Field(default_factory=Launcher)
     debug: Debug = Field(default_factory=Debug)
 
@@ -127,7 +127,7 @@ def _is_node(value: Any) -> bool:
 
 # fmt: off
 TRAINING_RULES = [
-    FRAMES_RULE, DECAY_RULE, batch_issues, resume_issues,
+    FRAMES_RULE, DECAY_RULE, batch_issues, resume_issues, logger_issues,
     Rule("denoiser", lambda c: not _is_node(c.denoiser), "has no `_target_`", "use a file of conf/denoiser"),
     Rule("process", lambda c: not _is_node(c.process), "has no `_target_`", "use a file of conf/process"),
     Rule("data.depth.mapping", lambda c: c.data.depth.mapping is not None, "depth maps have no latents", "use null"),

@@ -1,6 +1,6 @@
 """Typed schema of train.py and infer.py. docs/reference.md is generated from it.
 
-Nodes typed Any hold a `_target_` (model, loss term, adversary, data source, logger): their arguments are those of that
+Nodes typed Any hold a `_target_` (model, loss term, adversary, data source): their arguments are those of that
 class. All other keys are closed. `???` (MISSING) marks what only the user can give.
 """
 
@@ -193,7 +193,7 @@ class Validation:
     slow_metrics_every: Int = setting(
         0, "Steps between these, a multiple of `every`. 0: after the last step only.", ge=0
     )
-    videos: Int = setting(4, "Clips shown in the logger: original, latent, reconstruction.", ge=0)
+    videos: Int = setting(4, "Clips shown in the logger: original, latent, reconstruction, error.", ge=0)
     roll: bool = setting(False, "Also compare the reconstruction of a rotated panorama to the rotated reconstruction.")
 
 
@@ -274,6 +274,68 @@ class Trainer(Steps):
 
 
 @dataclass(config=STRICT)
+class TensorBoard:
+    """TensorBoard, in RUN/tensorboard: `tensorboard --logdir runs`."""
+
+    enabled: bool = setting(False, "As logger=tensorboard sets it.")
+
+
+@dataclass(config=STRICT)
+class WandB:
+    """Weights & Biases: `pip install -e '.[wandb]'`, `wandb login`. Local files in RUN/wandb."""
+
+    enabled: bool = setting(False, "As logger=wandb sets it.")
+    project: str = setting("vae3d", "Project.")
+    entity: str | None = setting(None, "User or team. null: the default of the account.")
+    name: str | None = setting(None, "Name of the run. null: that of its folder.")
+    group: str | None = setting(None, "Group of runs.")
+    tags: Strings = setting(list, "Tags.")
+    notes: str | None = setting(None, "Description.")
+    mode: Literal["online", "offline", "disabled"] | None = setting(
+        None, "offline: upload later with `wandb sync RUN/wandb/offline-run-*`. null: WANDB_MODE, or online."
+    )
+    id: str | None = setting(None, "W&B run to continue. null: on resume the one of the run's folder, else a new one.")
+
+
+@dataclass(config=STRICT)
+class MLflow:
+    """MLflow: `pip install -e '.[mlflow]'`. MLFLOW_EXPERIMENT_NAME and MLFLOW_RUN_ID, if set, replace the settings."""
+
+    enabled: bool = setting(False, "As logger=mlflow sets it.")
+    tracking_uri: str | None = setting(
+        None, "Server or store. null: MLFLOW_TRACKING_URI, or sqlite:///ROOT/mlflow.db, ROOT being `run.root`."
+    )
+    experiment: str = setting("vae3d", "Experiment.")
+    name: str | None = setting(None, "Name of the run. null: that of its folder.")
+    tags: dict[str, str] = setting(dict, "Tag -> value.")
+    run_id: str | None = setting(None, "Run to continue. null: on resume the one of the run's folder, else a new one.")
+
+
+@dataclass(config=STRICT)
+class Trackio:
+    """trackio, in TRACKIO_DIR: `pip install -e '.[trackio]'`, `trackio show`. Needs accelerate>=1.9."""
+
+    enabled: bool = setting(False, "As logger=trackio sets it.")
+    project: str = setting("vae3d", "Project.")
+    name: str | None = setting(
+        None, "Name of the run. null: that of its folder. An existing name is continued on resume."
+    )
+    group: str | None = setting(None, "Group of runs.")
+    space_id: str | None = setting(None, "Hugging Face Space that stores and shows the run. null: this machine only.")
+
+
+@dataclass(config=STRICT)
+class Logger:
+    """Trackers, in addition to metrics.jsonl: logger=wandb, logger=[tensorboard,wandb] or logger=none."""
+
+    tensorboard: TensorBoard = Field(default_factory=TensorBoard)
+    wandb: WandB = Field(default_factory=WandB)
+    mlflow: MLflow = Field(default_factory=MLflow)
+    trackio: Trackio = Field(default_factory=Trackio)
+    other: dict[str, Any] = setting(dict, "Your own: name -> `_target_` node of a vae3d.training.loggers.Logger.")
+
+
+@dataclass(config=STRICT)
 class Launcher:
     """Which process starts the ranks."""
 
@@ -308,7 +370,7 @@ class TrainConfig:
     optim: Optim = Field(default_factory=Optim)
     trainer: Trainer = Field(default_factory=Trainer)
     validation: Validation = Field(default_factory=Validation)
-    logger: Any = setting(MISSING, "Where metrics go, a `_target_` node.")
+    logger: Logger = Field(default_factory=Logger)
     launcher: Launcher = Field(default_factory=Launcher)
     debug: Debug = Field(default_factory=Debug)
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from packaging.version import Version
+
 from vae3d.config.check import Rule, check, check_all, resume_issues
 from vae3d.config.issues import NO_VALUE, ConfigIssue
 from vae3d.config.schema import CompareConfig, InferConfig, TrainConfig
+
+TRACKIO_SINCE = Version("1.9")  # of accelerate, the first with a TrackioTracker
 
 
 def _training_paths(config: TrainConfig) -> dict[str, Any]:
@@ -41,6 +47,20 @@ def _precision_issues(config: TrainConfig) -> Iterator[ConfigIssue]:
     if launched not in (None, "no", precision):  # accelerate launch sets "no" by default
         hint = f"use --mixed_precision={precision.replace('fp32', 'no')} there, or change trainer.precision"
         yield ConfigIssue("trainer.precision", precision, f"accelerate launch was given {launched}", hint)
+
+
+def logger_issues(config: Any) -> Iterator[ConfigIssue]:
+    """Of trackers whose package is not installed."""
+    for name in ("wandb", "mlflow", "trackio"):
+        if not getattr(config.logger, name).enabled:
+            continue
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a folder of that name, such as W&B's own, has no origin
+            hint = f"pip install -e '.[{name}]' in the project's folder, or pip install {name}"
+            yield ConfigIssue("logger", name, f"needs the package {name}, which is not installed", hint)
+        elif name == "trackio" and Version(installed := importlib.metadata.version("accelerate")) < TRACKIO_SINCE:
+            message = f"needs accelerate>={TRACKIO_SINCE}, and {installed} is installed"
+            yield ConfigIssue("logger", name, message, f"pip install 'accelerate>={TRACKIO_SINCE}'")
 
 
 def _adversary(config: TrainConfig) -> dict[str, Any]:
@@ -83,7 +103,7 @@ NOT_CROPPED = "panoramas (data.panorama=true) are never cropped"
 NO_STRIDE = "data.sampling=strided chooses the stride"
 NO_VALIDATION = "validation.every=0 turns validation off"
 TRAINING_RULES = [
-    FRAMES_RULE, DECAY_RULE, batch_issues, resume_issues, _precision_issues, _no_weight,
+    FRAMES_RULE, DECAY_RULE, batch_issues, resume_issues, logger_issues, _precision_issues, _no_weight,
     _needs_checkpoints,
     Rule("stage.fit_shortcut", lambda c: c.stage.fit_shortcut and not _has_shortcut(c),
          "needs a model with a shortcut", "set model.shortcut=true or model.temporal.shortcut=true, or 0"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,26 +13,29 @@ from torch import Tensor
 
 from vae3d.pixels import to_uint8
 
-LINE = 20  # pixels of a line of text
+LINE, TEXT = 20, 12  # pixels of a line of text, and of its font
 GAP = 2  # pixels between panels, and between pictures of a grid
 MIN_WIDTH, MAX_WIDTH = 160, 512  # of a panel: room for its label, and for several panels in a contact sheet
 MARGIN = 200  # pixels on the left of a contact sheet, for the names of its rows
 MAX_ERROR = 0.1  # of pixels in [0, 1]: the end of the colour scale
+ERROR_LABEL = f"|error| x {1 / MAX_ERROR:g}"  # of error_maps
 COLOURS = "inferno"
 Panels = Mapping[str, np.ndarray]  # label -> [T, H, W, 3] uint8
 
 
-def side_by_side(panels: Panels) -> Iterator[np.ndarray]:
-    """Frames [1, H', W', 3] uint8 of the videos in one row, with labels above.
+def side_by_side(panels: Panels, title: str = "") -> Iterator[np.ndarray]:
+    """Frames [1, H', W', 3] uint8 of the videos in one row, with labels above, and the title, if any, above these.
 
     Narrow videos are enlarged. H' and W' are even, as most players require.
     """
     frames, height, width = next(iter(panels.values())).shape[:3]
     times = math.ceil(MIN_WIDTH / width)
     cell = width * times + GAP
-    labels = Image.new("RGB", (len(panels) * cell, LINE + height * times % 2))
+    top = LINE if title else 0
+    labels = Image.new("RGB", (len(panels) * cell, top + LINE + height * times % 2))
+    _write(labels, 4, 0, _shortened(title, labels.width - 8))
     for index, label in enumerate(panels):
-        _write(labels, index * cell + 4, 0, label)
+        _write(labels, index * cell + 4, top, label)
     for t in range(frames):
         row = [np.pad(_enlarge(video[t], times), ((0, 0), (0, GAP), (0, 0))) for video in panels.values()]
         yield np.concatenate([labels, np.concatenate(row, 1)])[None]
@@ -49,22 +52,44 @@ def contact_sheet(panels: Panels, original: str, count: int) -> np.ndarray:
     for label, video in panels.items():
         if label != original:
             rows[f"|error| {label}"] = [_fit_width(error_map(panels[original][t], video[t])) for t in chosen]
-    height, width = rows[original][0].shape[:2]
-    legend = LINE + len(rows) * (height + GAP)  # the first row of pixels below the frames
-    sheet = Image.new("RGB", (MARGIN + len(chosen) * (width + GAP), legend + 2 * LINE))
-    for column, t in enumerate(chosen):
-        _write(sheet, MARGIN + column * (width + GAP) + 4, 0, f"frame {t}")
-    for line, (label, cells) in enumerate(rows.items()):
-        top = LINE + line * (height + GAP)
-        _write(sheet, 4, top + max(0, height // 2 - LINE // 2) - 3, label)
-        for column, cell in enumerate(cells):
-            sheet.paste(Image.fromarray(cell), (MARGIN + column * (width + GAP), top))
+    frames_of_all = table(rows, [f"frame {t}" for t in chosen])
+    legend = len(frames_of_all)  # the first row of pixels below the frames
+    sheet = Image.new("RGB", (frames_of_all.shape[1], legend + 2 * LINE))
+    sheet.paste(Image.fromarray(frames_of_all))
     colours = _colourise(np.linspace(0, 1, MIN_WIDTH))[None].repeat(LINE - 6, 0)
     sheet.paste(Image.fromarray(colours), (MARGIN, legend + 4))
     _write(sheet, 4, legend, "|error|, mean of R, G, B")
     for left, text in (4, "of pixels in [0, 1]"), (MARGIN, "0"), (MARGIN + MIN_WIDTH - 68, f"{MAX_ERROR:g} or more"):
         _write(sheet, left, legend + LINE, text)
     return np.array(sheet)
+
+
+def table(rows: Mapping[str, Sequence[np.ndarray]], columns: Sequence[str]) -> np.ndarray:
+    """[H', W', 3] uint8: frames [H, W, 3] uint8 in rows, with the row's label on the left and the column's above."""
+    height, width = next(iter(rows.values()))[0].shape[:2]
+    picture = Image.new("RGB", (MARGIN + len(columns) * (width + GAP), LINE + len(rows) * (height + GAP)))
+    for column, label in enumerate(columns):
+        _write(picture, MARGIN + column * (width + GAP) + 4, 0, label)
+    for line, (label, cells) in enumerate(rows.items()):
+        top = LINE + line * (height + GAP)
+        _write(picture, 4, top + max(0, height // 2 - LINE // 2) - 3, _shortened(label, MARGIN - 8))
+        for column, cell in enumerate(cells):
+            picture.paste(Image.fromarray(cell), (MARGIN + column * (width + GAP), top))
+    return np.array(picture)
+
+
+def captioned(video: np.ndarray, caption: str) -> np.ndarray:
+    """[T, H, W, 3] uint8, enlarged if it is narrow, with the caption above."""
+    video = enlarged(video)
+    label = Image.new("RGB", (video.shape[2], LINE))
+    _write(label, 4, 0, _shortened(caption, label.width - 8))
+    return np.concatenate([np.repeat(np.array(label)[None], len(video), 0), video], 1)
+
+
+def enlarged(video: np.ndarray) -> np.ndarray:
+    """Frames [T, H, W, 3] uint8, every pixel repeated so often that they are at least MIN_WIDTH wide."""
+    times = math.ceil(MIN_WIDTH / video.shape[2])
+    return video.repeat(times, 1).repeat(times, 2)
 
 
 def latent_colours(z: Tensor, size: tuple[int, int, int]) -> np.ndarray:
@@ -100,6 +125,11 @@ def grid(frames: np.ndarray, columns: int | None = None, even: bool = True) -> n
     return picture
 
 
+def error_maps(original: np.ndarray, rec: np.ndarray) -> np.ndarray:
+    """error_map of all frames of two videos [T, H, W, 3] uint8."""
+    return np.stack([error_map(a, b) for a, b in zip(original, rec, strict=True)])
+
+
 def error_map(original: np.ndarray, rec: np.ndarray) -> np.ndarray:
     """Colours [H, W, 3] uint8 of |error| between two frames [H, W, 3] uint8: 0 is dark, MAX_ERROR or more bright."""
     error = np.abs(original.astype(np.float32) - rec.astype(np.float32)).mean(-1) / 255
@@ -114,7 +144,17 @@ def _colourise(values: np.ndarray) -> np.ndarray:
 
 def _write(image: Image.Image, left: int, top: int, text: str) -> None:
     """Write a line of text, LINE pixels high."""
-    ImageDraw.Draw(image).text((left, top + 3), text, fill="white", font=ImageFont.load_default(12))
+    ImageDraw.Draw(image).text((left, top + 3), text, fill="white", font=ImageFont.load_default(TEXT))
+
+
+def _shortened(text: str, width: int) -> str:
+    """The text with its middle left out where it is wider than `width` pixels."""
+    font, kept = ImageFont.load_default(TEXT), len(text)
+    short = text
+    while font.getlength(short) > width and kept > 2:
+        kept -= 1
+        short = f"{text[: (kept + 1) // 2]}...{text[len(text) - kept // 2 :]}"
+    return short
 
 
 def _fit_width(frame: np.ndarray) -> np.ndarray:

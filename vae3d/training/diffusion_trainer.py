@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -22,12 +23,12 @@ from vae3d.diffusion.export import write_export
 from vae3d.diffusion.processes import QUARTILES, Process, drop_labels, quartile_sums, training_losses
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import decoded, sample_latents
-from vae3d.inference.pictures import grid
+from vae3d.inference.pictures import captioned, grid
 from vae3d.inference.scale import check_normalised
 from vae3d.seeding import generator_of
 from vae3d.training.ema import MultiEma
 from vae3d.training.failures import Count, SpikeGuard
-from vae3d.training.loggers import Logger
+from vae3d.training.loggers import Loggers
 from vae3d.training.step_status import StepMetrics
 from vae3d.training.strategy import ReplicatedDataParallel
 from vae3d.training.trainer import Trainer, adamw
@@ -58,7 +59,7 @@ class DiffusionTrainer(Trainer[Batch]):
         process: Process,
         data: LatentData,
         vae: dict[str, Any],
-        logger: Logger,
+        logger: Loggers,
         hint: str,
     ) -> None:
         self.process, self.vae, self.hint = process, vae, hint
@@ -189,6 +190,7 @@ class DiffusionTrainer(Trainer[Batch]):
         real = torch.cat(self.real) if self.real else None
 
         classes = data.trained_classes
+        labels = [classes[i % len(classes)] for i in range(config.samples)] if classes else None
         with self.accelerator.autocast():
             z = sample_latents(
                 self.network,
@@ -197,19 +199,26 @@ class DiffusionTrainer(Trainer[Batch]):
                 sampling,
                 seed=self.config.run.seed,
                 indices=range(config.samples),
-                labels=[classes[i % len(classes)] for i in range(config.samples)] if classes else None,
+                labels=labels,
                 batch_size=16,
                 device=self.device,
             )
-        self.log.frames("val/samples", grid(decoded(data.codec, z, data.size)), self.step)
+        captions = [f"sample {i}" + (f": {data.classes[labels[i]]}" if labels else "") for i in range(config.samples)]
+        self._show("samples", z, captions)
         if real is not None and not self.shown:
-            reconstructed = decoded(data.codec, real[: len(z)], data.size)
-            self.log.frames("val/held out, as the autoencoder gives it back", grid(reconstructed), self.step)
+            held_out = real[: len(z)]
+            self._show("held-out clips, reconstructed", held_out, [f"held out {i}" for i in range(len(held_out))])
             self.shown = True
         values = {"val/sample_rms": float(z.square().mean().sqrt())}  # 1 for the data
         if real is not None:
             values["val/sliced_wasserstein"] = sliced_wasserstein(z, real.to(z.device))
         return values
+
+    def _show(self, name: str, z: Tensor, captions: Sequence[str]) -> None:
+        """Log latents [N, C, t, h, w], decoded, in a grid."""
+        videos = decoded(self.data.codec, z, self.data.size)
+        shown = np.stack([captioned(video, caption) for video, caption in zip(videos, captions, strict=True)])
+        self.log.frames(f"val_samples/{name}", grid(shown), self.step)
 
     # ---- checkpoints
 

@@ -65,6 +65,27 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def parameter_list(model: nn.Module) -> str:
+    """Every parameter's name and shape, under its part (without parts, under the submodule), which trains or not."""
+    parts = model.trainable_parts() if hasattr(model, "trainable_parts") else {}
+    parts = parts or {name: [child] for name, child in model.named_children()}
+    part_of: dict[int, str] = {}
+    for part, modules in parts.items():  # of parts that overlap, the first
+        for parameter in (p for module in modules for p in module.parameters()):
+            part_of.setdefault(id(parameter), part)
+    members: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        members.setdefault(part_of.get(id(parameter), "in no part"), []).append((name, parameter))
+    lines = []
+    for part, named in members.items():
+        trained = sum(p.numel() for _, p in named if p.requires_grad)
+        frozen = sum(p.numel() for _, p in named) - trained
+        lines.append(f"{part}: {trained:,} parameters train, {frozen:,} are frozen")
+        for name, p in named:
+            lines.append(f"  {name}  {'x'.join(map(str, p.shape)) or '1'}{'' if p.requires_grad else '  frozen'}")
+    return "\n".join(lines)
+
+
 def params_without_grad(model: nn.Module) -> list[str]:
     """Names of trainable parameters that the last backward pass did not reach."""
     return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

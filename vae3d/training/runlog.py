@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,8 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 from vae3d.errors import UserError
-from vae3d.io import hold_lock, open_nofollow, write_text
-from vae3d.training.loggers import Logger
+from vae3d.io import hold_lock, open_nofollow, write_text, yaml_text
+from vae3d.training.loggers import Loggers
 
 log = logging.getLogger("vae3d")
 PACKAGES = ("torch", "accelerate", "hydra-core", "av", "numpy")
@@ -37,7 +38,7 @@ class RunLocked(UserError):
 class RunLog:
     """Rank 0 writes; other ranks write their `errors`, and warnings with `any_rank`."""
 
-    def __init__(self, folder: Path, logger: Logger, *, rank: int) -> None:
+    def __init__(self, folder: Path, logger: Loggers, *, rank: int) -> None:
         self.folder, self.logger, self.rank = folder, logger, rank
         self.main = rank == 0
         self._broken: set[str] = set()
@@ -51,8 +52,7 @@ class RunLog:
         in_use = RunLocked(f"another process is training in {self.folder}; stop it, or give this run another name")
         self._lock = ExitStack()
         self._lock.enter_context(hold_lock(self.folder / ".lock", in_use))
-        self._drop_after(step)
-        self.logger.open(self.folder, step)
+        self.logger.open(self.folder, step, self._drop_after(step))
         self._bar = tqdm(total=max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
 
     def launch(
@@ -74,8 +74,23 @@ class RunLog:
             "config": config,
         }
         self._append("launches.jsonl", entry)
+        self.logger.config(config, step)
+        versions = {"python": entry["python"], **entry["versions"], "commit": entry["commit"]}
+        if entry["uncommitted_changes"]:
+            versions["commit"] += " with uncommitted changes"
+        for name, text in {
+            "command": shlex.join(map(str, entry["command"])),
+            "configuration": yaml_text(config),
+            "versions": "\n".join(f"{package} {number or 'unknown'}" for package, number in versions.items()),
+        }.items():
+            self.text(name, text, step)
         for line in data_changes:
             self.warn(f"the data changed since step {step}: {line}")
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Give the logger a text about the run."""
+        if self.main:
+            self.logger.text(f"run/{name}", text, step)
 
     def say(self, message: str) -> None:
         if self.main:
@@ -95,18 +110,16 @@ class RunLog:
             return
         with self._warn_on_os_error(f"metrics of step {step}"):
             self._append("metrics.jsonl", {"step": step, **values})
-            self.logger.scalars(dict(values), step)
+        self.logger.scalars(values, step)
         shown = {k: v for k, v in values.items() if "/" not in k or k.startswith(("loss/", "val/"))}
         log.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
 
     def frames(self, name: str, frames: np.ndarray, step: int) -> None:
         """Show frames [T, H, W, 3] uint8: one as an image, several as a video."""
-        if self.main:
-            with self._warn_on_os_error(f"a picture of step {step}"):
-                if len(frames) == 1:
-                    self.logger.image(name, frames[0], step)
-                else:
-                    self.logger.video(name, frames, 8.0, step)
+        if self.main and len(frames) == 1:
+            self.logger.image(name, frames[0], step)
+        elif self.main:
+            self.logger.video(name, frames, 8.0, step)
 
     def errors(self, errors: Iterable[tuple[str, str]]) -> None:
         """Report each (path, reason) once, in the log and in data_errors.jsonl (data_errors<N>.jsonl on rank N)."""
@@ -125,23 +138,30 @@ class RunLog:
                 for path, reason in files:
                     self._append("data_errors.jsonl", {"path": path, "reason": reason})
 
-    def close(self) -> None:
-        """May be called twice, and after an error."""
+    def close(self, failed: bool = False) -> None:
+        """May be called twice, and after an error. failed: say so to the logger."""
         if self._bar is not None:
             self._bar.close()
-            with self._warn_on_os_error("the logger's last data"):
-                self.logger.close()
+            self.logger.close(failed)
             self._lock.close()
 
-    def _drop_after(self, step: int) -> None:
-        """Drop metrics of steps after the checkpoint, which a killed run took and this one takes again."""
-        file = self.folder / "metrics.jsonl"
+    def _drop_after(self, step: int) -> dict[str, int]:
+        """Drop metrics of steps after the checkpoint, which a killed run took and this one takes again.
+
+        Returns the last such step of each metric.
+        """
+        file, dropped = self.folder / "metrics.jsonl", {}
         if not file.is_file():
-            return
+            return dropped
         lines = file.read_text(errors="replace").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and -1 < _step_of(line) <= step]
         if kept != lines:
             write_text(file, "".join(kept))
+        for line in lines:
+            if (last := _step_of(line)) > step:
+                dropped |= dict.fromkeys(json.loads(line), last)
+        dropped.pop("step", None)
+        return dropped
 
     @contextmanager
     def _warn_on_os_error(self, what: str) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import signal
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,8 +28,8 @@ from vae3d.seeding import seed_of
 from vae3d.training.checkpointer import BestExport, Checkpointer, DataChanges, Outputs, step_folder
 from vae3d.training.ema import Ema, MultiEma
 from vae3d.training.failures import FailureCounter, ReadErrors, SpikeGuard, TooManyFailures
-from vae3d.training.freeze import eval_mode
-from vae3d.training.loggers import Logger
+from vae3d.training.freeze import eval_mode, parameter_list
+from vae3d.training.loggers import Loggers
 from vae3d.training.memory import catch_out_of_memory, idle_gib, release_idle_memory
 from vae3d.training.proximal import Proximal
 from vae3d.training.runlog import RunLog, StopRequest, stop_signals
@@ -65,7 +66,7 @@ class Trainer(ABC, Generic[Batch]):
         strategy: Strategy,
         ema: Ema | MultiEma,
         data: Any,
-        logger: Logger,
+        logger: Loggers,
         *,
         spikes: SpikeGuard,
         max_zero_gradients: int = 0,
@@ -190,6 +191,7 @@ class Trainer(ABC, Generic[Batch]):
         self.prepare()
         self.log.open(self.step, self.config.trainer.max_steps)
         self.log.launch(self.step, asdict(self.config), changed, self.data_changes.lines)
+        self.log.text("parameters", parameter_list(self.network), self.step)
         for key, (old, new) in changed.items():
             self.log.say(f"{key} changed at step {self.step} from {old} to {new}")
         self.log.errors(self.data.errors)
@@ -224,7 +226,7 @@ class Trainer(ABC, Generic[Batch]):
                 finally:
                     self.stopped_by = self.stopped_by or request.signum  # a signal during the last save counts
         finally:
-            self.log.close()
+            self.log.close(failed=sys.exc_info()[0] is not None)
         return self.step >= last
 
     def _train(self, request: StopRequest, last: int, profiler_step: Callable[[], object]) -> None:

@@ -32,7 +32,7 @@ from vae3d.training.deepspeed import DeepSpeedZero
 from vae3d.training.ema import Ema
 from vae3d.training.failures import SpikeGuard
 from vae3d.training.freeze import eval_mode, set_mode, train_parts
-from vae3d.training.loggers import Logger
+from vae3d.training.loggers import Loggers
 from vae3d.training.preflight import preflight
 from vae3d.training.proximal import Proximal
 from vae3d.training.step_status import StepMetrics
@@ -62,7 +62,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         adversary: Adversary,
         data: TrainingData,
         metrics: MetricSet,
-        logger: Logger,
+        logger: Loggers,
         distillation: Distillation | None = None,
     ) -> None:
         self.objective, self.metrics, self.distillation = objective, metrics, distillation

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vae3d.data.depth import depth_of, to_metres
-from vae3d.inference.pictures import grid, latent_colours
+from vae3d.inference.pictures import ERROR_LABEL, enlarged, error_maps, latent_colours, side_by_side, table
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.metrics.depth import depth_errors
 from vae3d.metrics.distribution import SetMetric
@@ -22,11 +22,13 @@ from vae3d.pixels import NotFiniteError, as_unit, to_uint8
 from vae3d.training.runlog import RunLog
 from vae3d.types import ClipBatch
 
+PANELS = ("original", "latent", "reconstruction")
+
 
 @dataclass
 class ValidatedClip:
-    """index: among the held-out clips. panels: target, latent and reconstruction, [3, T, H, W, 3] uint8, of the first
-    few clips. scores: those that are not computed on 8-bit frames."""
+    """index: among the held-out clips. panels: PANELS, [3, T, H, W, 3] uint8, of the first few clips. scores: those
+    that are not computed on 8-bit frames."""
 
     index: int
     name: str
@@ -45,16 +47,20 @@ def mean_scores(metrics: MetricSet, clips: Sequence[ValidatedClip]) -> dict[str,
 
 
 def log_clips(log: RunLog, clips: Sequence[ValidatedClip], step: int) -> None:
-    """Show clips with panels: all images as rows of one picture, each video by itself."""
-    clips = [clip for clip in clips if clip.panels is not None]
-    images = [clip.panels for clip in clips if clip.panels.shape[1] == 1]
-    if images:
-        picture = grid(np.concatenate(images), columns=3, even=False)
-        log.frames("val/target | latent | reconstruction", picture, step)
+    """Show clips with panels, and the error: all images as rows of one picture, each video by itself."""
+    images = {}
     for clip in clips:
-        if clip.panels.shape[1] > 1:
-            name = f"original above latent above reconstruction {clip.index}: {clip.name}"
-            log.frames(name, np.concatenate(clip.panels, axis=1), step)
+        if clip.panels is None:
+            continue
+        errors = error_maps(clip.panels[0], clip.panels[-1])
+        panels = dict(zip((*PANELS, ERROR_LABEL), (*clip.panels, errors), strict=True))
+        name = f"{clip.index} {clip.name}"
+        if len(errors) == 1:
+            images[name] = [enlarged(panel)[0] for panel in panels.values()]
+        else:
+            log.frames(f"val_clips/{name}", np.concatenate([*side_by_side(panels, name)]), step)
+    if images:
+        log.frames("val_clips/images", table(images, [*PANELS, ERROR_LABEL])[None], step)
 
 
 @torch.no_grad()
