@@ -1,11 +1,15 @@
-"""A griffe extension for mkdocs.yml: "name: meaning." sentences of a docstring become a list of arguments."""
+"""A griffe extension of mkdocs.yml: the arguments in a docstring become a list."""
 
 from __future__ import annotations
 
-import re
+import sys
+from pathlib import Path
 from typing import Any
 
 from griffe import Class, Docstring, Extension, Function
+
+sys.path.insert(0, str(Path(__file__).parent))
+from site_hooks import as_list
 
 
 class ArgumentLists(Extension):
@@ -15,26 +19,11 @@ class ArgumentLists(Extension):
         rewrite(func.docstring, {parameter.name.lstrip("*") for parameter in func.parameters})
 
     def on_class(self, *, cls: Class, **kwargs: Any) -> None:
-        rewrite(cls.docstring, {*cls.attributes})
         init = cls.members.get("__init__")
-        if isinstance(init, Function):
-            names = {parameter.name.lstrip("*") for parameter in init.parameters}
-            for docstring in (cls.docstring, init.docstring):
-                rewrite(docstring, names)
+        names = {parameter.name.lstrip("*") for parameter in init.parameters} if isinstance(init, Function) else set()
+        rewrite(cls.docstring, names | {*cls.attributes})
 
 
 def rewrite(docstring: Docstring | None, names: set[str]) -> None:
     if docstring is not None:
-        docstring.value = "\n\n".join(as_list(part, names) for part in docstring.value.split("\n\n"))
-
-
-def as_list(paragraph: str, names: set[str]) -> str:
-    """A paragraph with its arguments as list items, and what it raises as one of its own."""
-    if not names or paragraph.startswith(("    ", "- ")):  # code, or a list
-        return paragraph
-    name = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
-    text = " ".join(paragraph.splitlines())
-    text = re.sub(r"(?:^|(?<=[.:] ))Raises (?=[A-Z])", "\n\nRaises ", text)
-    item = rf"(?:^|(?<=\. )|(?<=\n\n))((?:{name})(?:, (?:{name}))*): "
-    listed = re.sub(item, lambda m: "\n\n- " + ", ".join(f"`{n}`" for n in m[1].split(", ")) + ": ", text)
-    return listed.strip() if listed != text or "\n\nRaises" in text else paragraph
+        docstring.value = "\n\n".join(as_list(paragraph, names) for paragraph in docstring.value.split("\n\n"))

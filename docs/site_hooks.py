@@ -5,10 +5,12 @@ from __future__ import annotations
 import posixpath
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
@@ -49,6 +51,8 @@ API = {
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
+    from mkdocs.structure.files import File  # not for the tests of this file
+
     for source, target in PAGES.items():
         files.append(File.generated(config, target, content=(ROOT / source).read_text()))
     files.append(File.generated(config, "api.md", content=api_page()))
@@ -58,8 +62,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links between files of the repository, as links between files of the site."""
-    source = {target: name for name, target in PAGES.items()}.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    return with_site_links(markdown, page.file.src_uri)
+
+
+def with_site_links(markdown: str, page: str) -> str:
+    """Links between files of the repository, as links between files of the site. page: path in the site."""
+    source = {target: name for name, target in PAGES.items()}.get(page, f"docs/{page}")
 
     def site_link(match: re.Match[str]) -> str:
         path, hash_, anchor = match[2].partition("#")
@@ -67,7 +75,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return match[0]
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
         target = PAGES.get(target, target.removeprefix("docs/"))
-        return f"{match[1]}{posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or '.')}{hash_}{anchor})"
+        return f"{match[1]}{posixpath.relpath(target, posixpath.dirname(page) or '.')}{hash_}{anchor})"
 
     return LINK.sub(site_link, markdown)
 
@@ -78,3 +86,15 @@ def api_page() -> str:
     for heading, names in API.items():
         lines += [f"## {heading}", "", *(f"::: {name}\n" for name in names)]
     return "\n".join(lines)
+
+
+def as_list(paragraph: str, names: set[str]) -> str:
+    """A paragraph with its arguments as list items, and what it raises as one of its own."""
+    if not names or paragraph.startswith(("    ", "- ")):  # code, or a list
+        return paragraph
+    name = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+    text = " ".join(paragraph.splitlines())
+    text = re.sub(r"(?:^|(?<=[.:] ))Raises (?=\w)", "\n\nRaises ", text)
+    item = rf"(?:^|(?<=\. )|(?<=\n\n))((?:{name})(?:, (?:{name}))*): "
+    listed = re.sub(item, lambda m: "\n\n- " + ", ".join(f"`{n}`" for n in m[1].split(", ")) + ": ", text)
+    return listed.strip() if listed != text or "\n\nRaises" in text else paragraph
