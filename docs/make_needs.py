@@ -85,7 +85,7 @@ class Needs:
     parameters: int
     memory: int  # bytes on each GPU
     replay: int  # bytes of host memory on each rank
-    operations: float  # of the whole run
+    operations: float  # of the whole run; 0 for a toy, on a CPU
     steps: int
     checkpoint: int  # bytes
     export: int
@@ -98,6 +98,10 @@ def names() -> list[str]:
 
 def composed(name: str) -> TrainConfig:
     return counting.composed([], [f"experiment={name}"])
+
+
+def is_toy(config: TrainConfig) -> bool:
+    return config.run.root.startswith("demo")
 
 
 def gpus_of(name: str) -> int:
@@ -127,7 +131,7 @@ def count(name: str) -> Needs:
         with counting.shapes_only():
             recipe = counting.build(config, teacher)
             clips = len(counting.clip_of(config, recipe.device, world_size=gpus).video)
-            operations = gpus * config.trainer.accumulate * operations_of_run(recipe, gpus)
+            operations = 0 if is_toy(config) else gpus * config.trainer.accumulate * operations_of_run(recipe, gpus)
             state, export = bytes_on_disk(recipe)
             replay = replay_bytes(recipe, gpus)
     if recipe.ema.on_host:
@@ -267,7 +271,7 @@ def toy_row(name: str, needs: Needs) -> str:
 
 
 def markdown(found: Mapping[str, Needs]) -> str:
-    toys = [name for name in found if composed(name).run.root.startswith("demo")]
+    toys = [name for name in found if is_toy(composed(name))]
     lines = [
         "| experiment | GPUs | clips on each | trained / all parameters | GPU memory | steps | work | "
         f"{GPU} hours, all GPUs together | disk: one, kept |",

@@ -29,9 +29,9 @@ def ratio(entry: dict[str, Any]) -> float:
 
 def draw(target: Path) -> None:
     rows = sorted(entries(), key=ratio)
-    style = {"svg.hashsalt": "vae3d", "text.color": TEXT, "axes.edgecolor": TEXT, "font.size": 9}
+    style = {"svg.hashsalt": "vae3d", "text.color": TEXT, "axes.edgecolor": TEXT, "font.size": 11}
     with plt.rc_context(style):
-        figure, axes = plt.subplots(figsize=(8.4, 0.36 * len(rows) + 0.5))
+        figure, axes = plt.subplots(figsize=(7.5, 0.38 * len(rows) + 0.5))
         colours = [COUNTED if "counted" in row["against"] else BAR for row in rows]
         axes.barh(range(len(rows)), [ratio(row) for row in rows], color=colours, height=0.6)
         for place, row in enumerate(rows):
@@ -40,10 +40,10 @@ def draw(target: Path) -> None:
         axes.axvline(1, color=TEXT, linewidth=0.8, linestyle=":")
         axes.set_yticks(range(len(rows)), [row["what"] for row in rows])
         axes.tick_params(colors=TEXT, length=0)
-        axes.set_xlim(0, 1.25 * ratio(rows[-1]) + 4)
+        axes.set_xlim(0, 1.2 * ratio(rows[-1]) + 3)
         axes.set_xticks([])
         axes.spines[:].set_visible(False)
-        axes.set_title("Times as fast as ... (one CPU thread)", loc="left", fontsize=10)
+        axes.set_title("Times as fast as ... (one CPU thread)", loc="left", fontsize=12)
         figure.savefig(target, transparent=True, bbox_inches="tight", metadata={"Date": None})
         plt.close(figure)
 
