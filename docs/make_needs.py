@@ -1,7 +1,7 @@
 """What each experiment needs, counted on shapes alone: docs/needs.json, and docs/needs.md from it.
 
-python docs/make_needs.py            # all, in about 15 minutes
-python docs/make_needs.py NAME ...   # only these again
+python docs/make_needs.py            # those that docs/needs.json lacks; all of them take five minutes on a free core
+python docs/make_needs.py NAME ...   # these again
 """
 
 from __future__ import annotations
@@ -128,12 +128,11 @@ def count(name: str) -> Needs:
     config, gpus, teacher = composed(name), gpus_of(name), TEACHERS.get(name)
     with countable():
         stays, tops = counting.count_memory(config, teacher, gpus)
-        with counting.shapes_only():
-            recipe = counting.build(config, teacher)
-            clips = len(counting.clip_of(config, recipe.device, world_size=gpus).video)
-            operations = 0 if is_toy(config) else gpus * config.trainer.accumulate * operations_of_run(recipe, gpus)
-            state, export = bytes_on_disk(recipe)
-            replay = replay_bytes(recipe, gpus)
+        recipe = counting.build(config, teacher, "meta")
+        clips = len(counting.clip_of(config, recipe.device, world_size=gpus).video)
+        operations = 0 if is_toy(config) else gpus * config.trainer.accumulate * operations_of_run(recipe, gpus)
+        state, export = bytes_on_disk(recipe)
+        replay = replay_bytes(recipe, gpus)
     if recipe.ema.on_host:
         stays["averaged weights (EMA)"] = 0
     data, trainer = config.data, config.trainer
@@ -271,7 +270,7 @@ def toy_row(name: str, needs: Needs) -> str:
 
 
 def markdown(found: Mapping[str, Needs]) -> str:
-    toys = [name for name in found if is_toy(composed(name))]
+    toys = [name for name, needs in found.items() if not needs.operations]
     lines = [
         "| experiment | GPUs | clips on each | trained / all parameters | GPU memory | steps | work | "
         f"{GPU} hours, all GPUs together | disk: one, kept |",
@@ -293,11 +292,12 @@ def load() -> dict[str, Needs]:
 
 def main(chosen: Sequence[str]) -> None:
     found = load()
-    for name in chosen or sorted(names(), key=lambda name: (name in found, name)):  # the new ones first
+    for name in chosen or [name for name in names() if name not in found]:
         print(name, file=sys.stderr, flush=True)
         found[name] = count(name)
-        FILE.write_text(json.dumps({name: asdict(found[name]) for name in sorted(found)}, indent=1) + "\n")
-    FILE.with_suffix(".md").write_text(markdown(dict(sorted(found.items()))))
+        found = dict(sorted(found.items()))
+        FILE.write_text(json.dumps({name: asdict(needs) for name, needs in found.items()}, indent=1) + "\n")
+    FILE.with_suffix(".md").write_text(markdown(found))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from vae3d.commands import train
 from vae3d.config.check import read
 from vae3d.config.schema import CONF, TrainConfig
 from vae3d.models.interface import attach_decoder
-from vae3d.precision import DTYPES
+from vae3d.precision import DTYPES, autocast
 from vae3d.schedules import ALL_ON
 from vae3d.training.ema import Ema
 from vae3d.training.freeze import set_mode, train_parts
@@ -61,7 +61,6 @@ class Recipe:
 
     def __init__(self, config: TrainConfig, device: torch.device, teacher: nn.Module | None = None) -> None:
         self.config, self.device = config, device
-        self.dtype = None if config.trainer.precision == "fp32" else DTYPES[config.trainer.precision]
         self.model = loading.instantiate(config.model).to(device)
         groups = train_parts(self.model, config.stage.train)
         set_mode(self.model, config.stage.train)
@@ -88,6 +87,10 @@ class Recipe:
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer] + ([] if isinstance(self.adversary, NoAdversary) else [self.adversary.optimizer])
+
     def passes(
         self,
         batch: ClipBatch,
@@ -101,8 +104,7 @@ class Recipe:
             batch = self.distillation.compute_targets(batch)
             settings["latents"] = self.distillation.latents(batch, step)
             settings["encode"] = self.objective.needs_posterior
-        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
-        with autocast, torch.set_grad_enabled(phase.model):
+        with autocast(self.device, self.config.trainer.precision), torch.set_grad_enabled(phase.model):
             out = self.student(batch.video, **settings)
         out = attach_decoder(out, self.model)
         done("forward")
@@ -176,17 +178,23 @@ def shapes_only():
         yield
 
 
-def build(config: TrainConfig, teacher: Callable[[], nn.Module] | None = None) -> Recipe:
-    """A recipe on fake tensors. teacher: builds the network that teacher.path would open."""
+def build(config: TrainConfig, teacher: Callable[[], nn.Module] | None = None, device: str = "cpu") -> Recipe:
+    """A recipe on fake tensors, or on the meta device, which is faster but has no autocast.
+
+    teacher: builds the network that teacher.path would open.
+    """
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[config.teacher.precision])  # since fake parameters cannot be cast later
     try:
-        network = teacher and teacher()
+        with torch.device(device):
+            network = teacher and teacher()
     finally:
         torch.set_default_dtype(default)
-    recipe = Recipe(config, torch.device("cpu"), network)
-    for network in recipe.loss_networks:
-        give_shapes(network)
+    with torch.device(device):
+        recipe = Recipe(config, torch.device(device), network)
+    if device != "meta":
+        for network in recipe.loss_networks:
+            give_shapes(network)
     recipe.prepare()
     return recipe
 
@@ -203,9 +211,11 @@ def count_memory(
     with shapes_only(), PeakMemory([]) as memory:
         recipe = build(config, teacher)
         clip = clip_of(config, recipe.device, world_size=world_size)
-        recipe.passes(clip)
-        recipe.update()  # creates the moments
-        recipe.passes(clip)  # creates gradients, which stay
+        for optimizer in recipe.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)  # of the micro-batch before
+            optimizer.step()  # creates the moments
         gc.collect()
         stays, base, tops = persistent(recipe, clip), memory.live, {}
 
