@@ -45,18 +45,17 @@ def test_every_ratio_of_the_speed_chart_stands_on_the_page_that_it_names(tmp_pat
     assert (tmp_path / "speed.svg").stat().st_size > 10_000
 
 
-def test_every_experiment_has_its_needs():
-    counted = json.loads((DOCS / "needs.json").read_text())
+def test_every_experiment_stands_on_the_page_of_needs():
     experiments = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
-    assert counted.keys() == experiments, "run: python docs/make_needs.py NAME"
+    assert json.loads((DOCS / "needs.json").read_text()).keys() <= experiments
     page = (DOCS / "needs.md").read_text()
-    assert all(f"| `{name}` |" in page for name in experiments)
+    assert all(f"`{name}`" in page for name in experiments), "run: python docs/make_needs.py"
 
 
 def test_the_needs_of_a_toy_are_counted_as_they_stand_on_the_page():
     from docs import make_needs
 
-    name, written = "sd_vae_gan_tiny", make_needs.load()["sd_vae_gan_tiny"]
+    name, written = "wan_tiny", make_needs.load()["wan_tiny"]
     with make_needs.countable():
         recipe = make_needs.counting.build(make_needs.composed(name), device="meta")
         assert make_needs.bytes_on_disk(recipe) == (written.checkpoint, written.export)

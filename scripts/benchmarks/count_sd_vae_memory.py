@@ -79,7 +79,7 @@ class Recipe:
 
     def prepare(self) -> None:
         """Build the EMA and the discriminator, as the trainer does before the first step."""
-        self.ema = Ema(self.model, **asdict(self.config.trainer.ema))
+        self.ema = Ema(self.model, **{**asdict(self.config.trainer.ema), "device": "model"})
         self.proximal = Proximal(self.model, self.config.optim.proximal)
         self.adversary.load(self.model, self.device, self.config.run.seed, 0)
 
