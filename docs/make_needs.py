@@ -247,6 +247,7 @@ def replay_bytes(recipe: counting.Recipe, world_size: int) -> int:
 
 
 def row(name: str, needs: Needs) -> str:
+    hours = needs.operations / (PEAK * UTILISATION) / 3600
     clip = f"{needs.clips} x {needs.frames} x {needs.height} x {needs.width}"
     cells = [
         f"`{name}`",
@@ -255,8 +256,8 @@ def row(name: str, needs: Needs) -> str:
         f"{needs.trained / 1e6:.1f} / {needs.parameters / 1e6:.1f} M",
         f"{needs.memory / GIB:.1f} GiB",
         f"{needs.steps:,}",
-        f"{needs.operations / 1e18:,.1f} EFLOP",
-        f"{needs.operations / (PEAK * UTILISATION) / 3600:,.0f}",
+        f"{needs.operations / 1e15:,.0f} PFLOP",
+        f"{hours:,.1f}" if hours < 10 else f"{hours:,.0f}",
         f"{(needs.checkpoint + needs.export) / GIB:.1f}, {needs.kept / GIB:.1f} GiB",
     ]
     return "| " + " | ".join(cells) + " |"
@@ -284,6 +285,16 @@ def markdown(found: Mapping[str, Needs]) -> str:
     ]
     missing = [f"`{name}`" for name in names() if name not in found]
     note = f"\nNot counted yet (`python docs/make_needs.py` does it): {', '.join(missing)}.\n" if missing else ""
+    replays = [f"`{name}` {needs.replay / GIB:.1f} GiB" for name, needs in found.items() if needs.replay]
+    lines += (
+        [
+            "",
+            f"Seraena's replay, once full, takes host memory on each rank, and as much for each rank in every "
+            f"checkpoint: {', '.join(replays)}. `adversary.buffer_length` shortens it.",
+        ]
+        if replays
+        else []
+    )
     return INTRO + TRAIN + "\n".join(lines) + "\n" + TOYS + "\n".join(small) + "\n" + note
 
 
