@@ -42,6 +42,8 @@ GROUPS = {
 INTRO = """\
 # Every setting
 
+[vae3d](../README.md) | [All pages](../README.md#where-to-go-next)
+
 Generated from `vae3d/config/` by `python docs/make_reference.py > docs/reference.md`. Do not edit.
 
 `KEY=VALUE` on the command line sets a key. A wrong key or value stops every command before it reads data, with all

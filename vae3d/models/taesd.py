@@ -96,9 +96,10 @@ def decoder(kind: Variant) -> nn.Sequential:
 class TAESD(VideoAutoencoder):
     """A tiny VideoAutoencoder without temporal compression and with a deterministic encoder.
 
-    variant: one of VARIANTS. latent: raw or normalized; None: as the variant. latents_mean, latents_std: of raw
-    latents, per channel, for `normalize`; None: 0 and 1. frame_batch: frames that pass through the network at once;
-    None: all. gradient_checkpointing: keep only each frame batch's input and recompute the rest in backward.
+    variant: taesd, taesdxl, taesd3, taef1, taef2 or taesana. latent: raw or normalized; None: as the variant.
+    latents_mean, latents_std: of raw latents, per channel, for `normalize`; None: 0 and 1. frame_batch: frames that
+    pass through the network at once; None: all. gradient_checkpointing: keep only each frame batch's input and
+    recompute the rest in backward.
 
     Height and width are padded to multiples of the stride by repeating their edge, and reconstructions are cropped.
     Raises ValueError if the arguments do not fit together.

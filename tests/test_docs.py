@@ -1,0 +1,105 @@
+"""The pages: settings that they name, generated figures, and the site's hooks."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+
+import pytest
+
+import vae3d
+from docs import make_speed_chart, site_hooks
+from tests import tiny
+from vae3d.config.schema import CONF
+
+DOCS = tiny.ROOT / "docs"
+PAGES = [tiny.ROOT / "README.md", *sorted(set(DOCS.glob("*.md")) - {DOCS / "reference.md", DOCS / "needs.md"})]
+SECTIONS = ("adversary", "data", "debug", "launcher", "loss", "model", "optim", "run", "stage", "teacher", "trainer")
+SETTING = re.compile(rf"(?<![\w./-])((?:{'|'.join((*SECTIONS, 'validation'))})(?:\.\w+)+)=")
+
+
+def known_settings() -> tuple[set[str], set[str]]:
+    """Keys of docs/reference.md, and the arguments of the classes that nodes name."""
+    text = (DOCS / "reference.md").read_text()
+    return set(re.findall(r"^\| `([\w.]+)` ", text, re.MULTILINE)), set(re.findall(r"^\| `(\w+)` ", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_settings_in_the_pages_exist(page):
+    """`trainer.keep=2` is a key; of nodes, such as model.spatial.frame_batch, the last part is an argument."""
+    keys, arguments = known_settings()
+    for key in SETTING.findall(page.read_text()):
+        free = key.startswith(("loss.terms.", "teacher.features", "stage.init_from."))
+        of_node = key.split(".")[0] in ("model", "adversary") or key.startswith("data.source.")
+        assert free or key in keys or (of_node and key.rpartition(".")[2] in arguments), key
+
+
+def test_every_ratio_of_the_speed_chart_stands_on_the_page_that_it_names(tmp_path):
+    for entry in make_speed_chart.entries():
+        assert entry["quote"] in (DOCS / entry["page"]).read_text().replace("\n", " "), entry["what"]
+        for number in (entry[name] for name in ("ratio", "before", "after") if name in entry):
+            assert f"{number:g}" in (DOCS / entry["page"]).read_text(), entry["what"]
+    make_speed_chart.draw(tmp_path / "speed.svg")
+    assert (tmp_path / "speed.svg").stat().st_size > 10_000
+
+
+def test_every_experiment_stands_on_the_page_of_needs():
+    experiments = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
+    assert json.loads((DOCS / "needs.json").read_text()).keys() <= experiments
+    page = (DOCS / "needs.md").read_text()
+    assert all(f"`{name}`" in page for name in experiments), "run: python docs/make_needs.py"
+
+
+def test_the_needs_of_a_toy_are_counted_as_they_stand_on_the_page():
+    from docs import make_needs
+
+    name, written = "wan_tiny", make_needs.load()["wan_tiny"]
+    with make_needs.countable():
+        recipe = make_needs.counting.build(make_needs.composed(name), device="meta")
+        assert make_needs.bytes_on_disk(recipe) == (written.checkpoint, written.export)
+    assert make_needs.toy_row(name, written) in (DOCS / "needs.md").read_text()
+
+
+def test_the_api_page_has_every_public_name():
+    named = [name for names in site_hooks.API.values() for name in names]
+    assert {f"vae3d.{name}" for name in vae3d.__all__} <= set(named)
+    assert len(named) == len(set(named))
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        assert inspect.getdoc(getattr(importlib.import_module(module), attribute)), name
+        assert f"::: {name}\n" in site_hooks.api_page()
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "expected"),
+    [
+        ("index.md", "docs/train.md#cost", "train.md#cost"),
+        ("index.md", "docs/speed.svg", "speed.svg"),
+        ("wan.md", "../README.md#install", "index.md#install"),
+        ("python.md", "../examples/own_loop.py", "examples/own_loop.py"),
+        ("CONTRIBUTING.md", "docs/extend.md", "extend.md"),
+        ("wan.md", "#cost", "#cost"),
+        ("wan.md", "https://example.org/README.md", "https://example.org/README.md"),
+    ],
+)
+def test_links_of_the_repository_lead_to_the_same_file_of_the_site(page, link, expected):
+    assert site_hooks.with_site_links(f"[x]({link})", page) == f"[x]({expected})"
+
+
+@pytest.mark.parametrize(
+    ("paragraph", "expected"),
+    [
+        (
+            "Read a file. path: which. a, b: sizes. Raises MediaError.",
+            "Read a file.\n\n- `path`: which.\n\n- `a`, `b`: sizes.\n\nRaises MediaError.",
+        ),
+        ("video: of size\n[B].", "- `video`: of size [B]."),
+        ("A note: no argument.", "A note: no argument."),
+        ("    path: code", "    path: code"),
+    ],
+)
+def test_arguments_of_a_docstring_become_a_list(paragraph, expected):
+    found = re.sub(r" *\n\n+", "\n\n", site_hooks.as_list(paragraph, {"path", "a", "b", "video"}))
+    assert found == expected
