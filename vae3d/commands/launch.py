@@ -146,16 +146,21 @@ def last_metric(folder: Path, name: str, step: int) -> float | None:
 
     NaN if the run has the metric at other steps only, as after a failed validation; None if it never has it.
     """
-    file = folder / "metrics.jsonl"
-    values = {}
+    values = {row["step"]: row[name] for row in metric_rows(folder) if name in row}
+    return values.get(step, math.nan) if values else None
+
+
+def metric_rows(folder: Path) -> list[dict[str, float]]:
+    """The lines of the run's metrics.jsonl, without those that a kill or a full disk cut off."""
+    file, rows = folder / "metrics.jsonl", []
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
         try:
-            entry = json.loads(line)
-        except ValueError:  # a line that a kill or a full disk cut off
+            row = json.loads(line)
+        except ValueError:
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and name in entry:
-            values[entry["step"]] = entry[name]
-    return values.get(step, math.nan) if values else None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
 
 
 def with_elastic_record(run: Callable[[], R]) -> R:

@@ -28,17 +28,23 @@ def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None
     data, trainer = config.data, config.trainer
     world = world_size or int(os.environ.get("WORLD_SIZE", config.launcher.nproc))
     lines = [f"{type(model).__name__}: {millions(model.parameters())} parameters"]
+    parts = model.trainable_parts()
     for part, scale in config.stage.train.items():
-        modules = {**model.trainable_parts(), ALL: [model]}[part]
-        trained = millions(p for module in modules for p in module.parameters())
+        trained = millions(p for module in ({**parts, ALL: [model]})[part] for p in module.parameters())
         lines.append(f"  trains {part}: {trained}, learning rate x {scale:g}")
-    lines.append(f"  frozen: {millions(p for p in model.parameters() if not p.requires_grad)}")
+    for part, modules in parts.items():
+        parameters = [p for module in modules for p in module.parameters()]
+        if ALL in config.stage.train:
+            lines.append(f"    {part}: {millions(parameters)}")
+        elif not any(p.requires_grad for p in parameters):
+            lines.append(f"  frozen {part}: {millions(parameters)}")
     counts = frame_counts(data)
     for count in sorted({counts.all()[0], counts.all()[-1]}):
         latent = "x".join(map(str, model.latent_shape(count, data.height, data.width)))
         lines.append(f"  {count} frames of {data.height}x{data.width} -> latent {latent}")
-    terms = ", ".join(f"{term.weight:g} {name}" for name, term in config.loss.terms.items() if term.weight)
-    lines.append(f"loss ({config.loss.reduction}): {terms}")
+    terms = " + ".join(f"{term.weight:g} {name}" for name, term in config.loss.terms.items() if term.weight)
+    reduced = {"sum": "summed over the elements of a frame", "mean": "means over elements"}[config.loss.reduction]
+    lines.append(f"loss: {terms}; {reduced}. Logged per element, with each term's share of the loss")
     if config.teacher.path is not None:
         teacher = config.teacher
         decoded = LATENTS[teacher.decode]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
+from os.path import isfile as is_file
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,19 +14,21 @@ import torch
 from torch import nn
 
 from vae3d.checkpoints.state import starting_state
+from vae3d.commands.closing import command, curves, longer, shown, start_of
 from vae3d.commands.summary import data_summary, frame_counts, summary
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipSettings
 from vae3d.data.depth import DepthSettings
 from vae3d.data.fingerprint import fingerprint_of
 from vae3d.data.loader import TrainingData, check_files_exist, clip_lengths, read_tables, validation_clips
+from vae3d.data.sources import Table
 from vae3d.distributed import check_ranks_agree, init_training
 from vae3d.errors import UserError
 from vae3d.loading import initialize, instantiate, load, log
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_blocks
-from vae3d.models.registry import is_known
+from vae3d.models.registry import TARGET, is_known, target_of
 from vae3d.models.taehv import TAEHV
 from vae3d.models.wan import WanVAE
 from vae3d.precision import DTYPES, slow_conv3d
@@ -154,6 +158,43 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     if isinstance(model, WanVAE) and config.trainer.precision != "fp32" and (error := slow_conv3d()):
         trainer.log.say(error)
     return trainer
+
+
+def next_commands(trainer: VaeTrainer) -> list[tuple[str, str]]:
+    """(purpose, command) that work with the files of this run."""
+    config, run = trainer.config, shown(trainer.folder)
+    found = [longer("train", trainer)]
+    files = [path for clip in trainer.data.held_out for path in clip.paths] or trainer.data.table["path"].tolist()
+    if any((trainer.folder / "exports").glob("step-*")) and config.data.depth.mapping is None:
+        if is_file(files[0]):
+            found.append(
+                ("one video: side by side, scores, a page", f"{start_of('try')} {quote(files[0])} {quote(run)}")
+            )
+        found += _reconstruct(config, trainer.data.table["split"].notna().any(), run)
+    return [pair for pair in (*found, curves(config.logger, trainer.folder)) if pair]
+
+
+def _reconstruct(config: TrainConfig, has_split: bool, run: str) -> list[tuple[str, str]]:
+    """Reconstruct held-out files of the run's data and score them; nothing for data that infer.py does not read."""
+    source, data, out = config.data.source, config.data, f"{run}/reconstructed"
+    if not isinstance(source.get("path"), str):
+        return []
+    is_table = source[TARGET] == target_of(Table)
+    settings = {
+        "checkpoint": run,
+        "source": source["path"],
+        "root": source.get("root"),
+        "split": "val" if is_table and has_split else None,
+        "num_samples": config.validation.clips,
+        "num_frames": config.validation.frames,
+        "height": data.height,
+        "width": data.width,
+    }
+    if config.teacher.path is not None:
+        compared = command("compare", **settings, teacher=config.teacher.path, save_dir=f"{run}/compared")
+        return [("every encoder with every decoder, of model and teacher", compared)]
+    score = f"{start_of('eval')} --base {quote(out)} --metric {' '.join(config.validation.metrics)}"
+    return [("reconstruct files", command("infer", **settings, save_dir=out)), ("score them", score)]
 
 
 def describe(config: TrainConfig) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from vae3d.checkpoints.location import EXPORT_CONFIG, find_weights, split_part
+from vae3d.commands.closing import command, curves, longer, shown
 from vae3d.commands.meta_check import built
 from vae3d.commands.summary import batch_summary, frame_counts, millions
 from vae3d.commands.train import build_clip_settings, build_schedule
@@ -70,6 +71,15 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     trainer = DiffusionTrainer(config, folder, accelerator, network, process, data, vae, logger, hint)
     trainer.setup()
     return trainer
+
+
+def next_commands(trainer: DiffusionTrainer) -> list[tuple[str, str]]:
+    """(purpose, command) that work with the files of this run."""
+    found, run = [longer("train-diffusion", trainer)], shown(trainer.folder)
+    if any((trainer.folder / "exports").glob("step-*")):
+        out = f"{run}/samples"
+        found.append(("samples", command("sample", checkpoint=run, out=out, against=trainer.config.cache)))
+    return [pair for pair in (*found, curves(trainer.config.logger, trainer.folder)) if pair]
 
 
 def describe(config: DiffusionConfig) -> None:

@@ -183,6 +183,7 @@ class Validation:
     """Metrics on held-out files."""
 
     every: Int = setting(1000, "Steps between validations. 0: no validation.", ge=0)
+    on_start: bool = setting(True, "Also before the first step, to compare with. A resume does not repeat it.")
     clips: Int = setting(16, "Held-out clips.", ge=1)
     frames: Int = setting(17, "Frames of each clip.", ge=1)
     metrics: Strings = setting(lambda: ["psnr", "ssim"], "See docs/score.md.")

@@ -22,6 +22,8 @@ from vae3d.pixels import NotFiniteError, as_unit, to_uint8
 from vae3d.training.runlog import RunLog
 from vae3d.types import ClipBatch
 
+BETTER = {"roll_psnr": True, "abs_rel": False, "delta1": True}  # scores beside the metrics': whether higher is better
+
 
 @dataclass
 class ValidatedClip:
