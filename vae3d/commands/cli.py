@@ -47,6 +47,10 @@ def check_training(cfg: DictConfig, issues: Sequence[ConfigIssue] = ()) -> Train
         from vae3d.commands import meta_check
 
         found = add_new(found, meta_check.issues(config))
+        if lacking := [issue for issue in found if issue.weights]:
+            found = [issue for issue in found if not issue.weights]
+            if config.debug.mode != "dry":  # which lists them, and goes on
+                found.append(meta_check.missing_weights(config, lacking))
     raise_if_any(found)
     return config
 
@@ -178,6 +182,7 @@ def run_with_hydra(command: HydraCommand, module: str, program: list[str], argum
     """Compose the configuration from conf/ and `key=value` arguments and run the command; with -m, once per job."""
     import hydra
 
+    from vae3d.commands import sweep
     from vae3d.commands.console import exit_on_user_error
     from vae3d.config.issues import raise_if_any
     from vae3d.config.overrides import allow_unknown_keys, override_issues, without_run_values
@@ -195,7 +200,11 @@ def run_with_hydra(command: HydraCommand, module: str, program: list[str], argum
         return exit_on_user_error(lambda: train(command, module, program, cfg, issues))
 
     job.__module__ = module  # Hydra names the job after it
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=command.config_name)(job)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=command.config_name)(job)()
+    finally:
+        if command.metric is not None and sweep.current is not None:  # also after a job failed, or a signal
+            print(f"\n{sweep.results(sweep.current, command.metric)}", flush=True)
 
 
 def run(command: HydraCommand, module: str, cfg: DictConfig, issues: Sequence[ConfigIssue]) -> None:
@@ -239,6 +248,7 @@ def train_here(module: str, config: Any, cfg: DictConfig) -> None:
     """
     from vae3d.commands import launch
     from vae3d.commands.closing import closing
+    from vae3d.commands.console import in_sweep
     from vae3d.distributed import process_group_scope
 
     command = import_module(module)
@@ -251,7 +261,9 @@ def train_here(module: str, config: Any, cfg: DictConfig) -> None:
         trainer = command.build_trainer(config, folder)
         first_step, start = trainer.step, time.monotonic()
         signum = launch.fit(trainer)
-        trainer.log.say(closing(trainer, first_step, time.monotonic() - start, command.next_commands(trainer)))
+        seconds = time.monotonic() - start
+        # A sweep ends with a table instead.
+        trainer.log.say(closing(trainer, first_step, seconds, [] if in_sweep() else command.next_commands(trainer)))
     if signum:
         sys.exit(128 + signum)
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 
 from vae3d.checkpoints.state import latest_state
-from vae3d.commands.console import in_sweep
 from vae3d.commands.launch import metric_rows
 from vae3d.models.registry import TARGET
 from vae3d.report import text_table
@@ -110,9 +109,6 @@ def longer(name: str, trainer: Trainer) -> tuple[str, str] | None:
     if not more:
         words = [word for word in words if not word.startswith("trainer.max_steps=")]
         words.append(f"trainer.max_steps={2 * last}")
-    if in_sweep():
-        words = [word for word in words if not word.startswith(("run.name=", "run.root="))]
-        words += [f"run.root={trainer.folder.parent}", f"run.name={trainer.folder.name}"]
     return purpose, " ".join([start_of(name), *map(shlex.quote, words)])
 
 

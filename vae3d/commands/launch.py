@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from vae3d.commands.console import exit_on_user_error, print_error, rank
+from vae3d.commands.sweep import begin_sweep, record_job
 from vae3d.config.overrides import quoted
 from vae3d.config.schema import Launcher
 from vae3d.errors import UserError
@@ -59,10 +62,11 @@ def prepare_run_folder(cfg: DictConfig) -> Path:
     return folder
 
 
-class FolderCheck(Callback):
-    """Exits with one message if run.root cannot be created, or if a sweep's multirun.yaml is a symbolic link.
+class RunFolders(Callback):
+    """Exits with one message if run.root cannot be created, or if a sweep's multirun.yaml is a symbolic link. In a
+    sweep, writes how each job ended into its folder, for sweep.results.
 
-    By SystemExit: Hydra turns other exceptions of callbacks into warnings.
+    Exits by SystemExit: Hydra turns other exceptions of callbacks into warnings.
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
@@ -78,6 +82,11 @@ class FolderCheck(Callback):
         if file.is_symlink():
             print(f"error: {file}: is a symbolic link to {os.readlink(file)}; delete it", file=sys.stderr)
             sys.exit(2)
+        begin_sweep(config)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        if config.hydra.mode == RunMode.MULTIRUN:
+            record_job(Path(config.hydra.runtime.output_dir), job_return)
 
 
 def under_torchrun() -> bool:

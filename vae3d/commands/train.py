@@ -170,13 +170,14 @@ def next_commands(trainer: VaeTrainer) -> list[tuple[str, str]]:
             found.append(
                 ("one video: side by side, scores, a page", f"{start_of('try')} {quote(files[0])} {quote(run)}")
             )
-        found += _reconstruct(config, trainer.data.table["split"].notna().any(), run)
+        has_split = trainer.data.table["split"].notna().any()
+        found += _reconstruct(config, has_split, run, f"{run}/reconstructed-{trainer.step}")
     return [pair for pair in (*found, curves(config.logger, trainer.folder)) if pair]
 
 
-def _reconstruct(config: TrainConfig, has_split: bool, run: str) -> list[tuple[str, str]]:
+def _reconstruct(config: TrainConfig, has_split: bool, run: str, out: str) -> list[tuple[str, str]]:
     """Reconstruct held-out files of the run's data and score them; nothing for data that infer.py does not read."""
-    source, data, out = config.data.source, config.data, f"{run}/reconstructed"
+    source, data = config.data.source, config.data
     if not isinstance(source.get("path"), str):
         return []
     is_table = source[TARGET] == target_of(Table)
@@ -191,7 +192,7 @@ def _reconstruct(config: TrainConfig, has_split: bool, run: str) -> list[tuple[s
         "width": data.width,
     }
     if config.teacher.path is not None:
-        compared = command("compare", **settings, teacher=config.teacher.path, save_dir=f"{run}/compared")
+        compared = command("compare", **settings, teacher=config.teacher.path, save_dir=out)
         return [("every encoder with every decoder, of model and teacher", compared)]
     score = f"{start_of('eval')} --base {quote(out)} --metric {' '.join(config.validation.metrics)}"
     return [("reconstruct files", command("infer", **settings, save_dir=out)), ("score them", score)]

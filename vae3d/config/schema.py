@@ -6,13 +6,11 @@ class. All other keys are closed. `???` (MISSING) marks what only the user can g
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -374,9 +372,6 @@ def register(name: str, schema: type) -> None:
     ConfigStore.instance().store(name, asdict(schema()))
 
 
-OmegaConf.register_new_resolver(
-    "short_hash", lambda items: hashlib.sha256("\n".join(items).encode()).hexdigest()[:6], replace=True
-)
 register("train_defaults", TrainConfig)
 register("infer_defaults", InferConfig)
 register("compare_defaults", CompareConfig)
