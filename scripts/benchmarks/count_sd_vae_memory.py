@@ -16,18 +16,15 @@ import argparse
 import gc
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from unittest.mock import patch
 
 import hydra
 import torch
-from count_costs import give_shapes
-from count_wan_memory import PeakMemory
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vae3d import loading
 from vae3d.adversarial.base import NoAdversary
 from vae3d.commands import train
+from vae3d.commands.estimate import fake_tensors, give_shapes
 from vae3d.config.check import read
 from vae3d.config.schema import CONF, TrainConfig
 from vae3d.models.interface import attach_decoder
@@ -35,6 +32,7 @@ from vae3d.precision import DTYPES
 from vae3d.schedules import ALL_ON
 from vae3d.training.ema import Ema
 from vae3d.training.freeze import set_mode, train_parts
+from vae3d.training.memory import PeakMemory
 from vae3d.types import ClipBatch
 
 RECIPE = ("experiment=sd_vae_gan", "data.source.path=none")
@@ -136,8 +134,7 @@ def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def count(overrides: Iterable[str] = ()) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of each persistent item, and the extra peak of each part of a step."""
     config, device = composed(overrides), torch.device("cpu")
-    # Fake parameters cannot be moved, and already are on the right device.
-    with patch.object(nn.Module, "to", lambda module, *_: module), FakeTensorMode(), PeakMemory([]) as memory:
+    with fake_tensors(), PeakMemory([]) as memory:
         recipe = Recipe(config, device)
         for network in recipe.loss_networks:
             give_shapes(network)

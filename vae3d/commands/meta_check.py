@@ -225,6 +225,15 @@ def _found(key: str, value: Any, find: Callable[[], Any]) -> Iterator[ConfigIssu
         yield ConfigIssue(key, value, str(error), weights=(error.name,) if error.name else ())
 
 
+def lacking_weights(config: TrainConfig) -> list[str]:
+    """Lines on the files of pretrained networks that the run will need and that are not here, for debug=dry."""
+    with torch.device("meta"):
+        found = [*_metric_issues(config), *_weight_issues(train.build_objective(config.loss))]
+    if not (names := list(dict.fromkeys(name for issue in found for name in issue.weights))):
+        return []
+    return ["will need, and not on this machine:", *(f"  {line}" for line in sizes(names)), f"  {fetch_command(names)}"]
+
+
 def missing_weights(config: TrainConfig, found: Sequence[ConfigIssue]) -> ConfigIssue:
     """One error for all that lack the file of a pretrained network, with the one command that fetches all files, and
     the settings that need none."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from torch import nn
 
 from vae3d.data.batch_schedule import FrameCounts
@@ -73,6 +75,23 @@ def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
     if short:
         lines.append(f"  {short} have fewer than {counts[-1]} frames and are used in shorter steps only")
     return lines
+
+
+def first_batch(batches: Iterator[Any], table: pd.DataFrame) -> list[str]:
+    """Reads the first batch. Lines: how many frames there are, and how long the batch took.
+
+    table: of the files to train on.
+    """
+    start = time.perf_counter()
+    batch = next(batches)
+    seconds = time.perf_counter() - start
+    video = batch.video if hasattr(batch, "video") else batch.values
+    frames = table["num_frames"].dropna()
+    lines = [f"  {frames.sum():.0f} frames, {frames.mean():.1f} per file"] if len(frames) else []
+    if video is None:
+        return [*lines, "  the first batch cannot be read"]
+    shape = "x".join(map(str, video.shape))
+    return [*lines, f"  the first batch, {shape}, took {seconds:.2f} s to read, with the start of the workers"]
 
 
 def millions(parameters: Iterable[nn.Parameter]) -> str:

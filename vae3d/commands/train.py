@@ -15,13 +15,14 @@ from torch import nn
 
 from vae3d.checkpoints.state import starting_state
 from vae3d.commands.closing import command, curves, longer, shown, start_of
-from vae3d.commands.summary import data_summary, frame_counts, summary
+from vae3d.commands.summary import data_summary, first_batch, frame_counts, summary
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipSettings
 from vae3d.data.depth import DepthSettings
 from vae3d.data.fingerprint import fingerprint_of
-from vae3d.data.loader import TrainingData, check_files_exist, clip_lengths, read_tables, validation_clips
+from vae3d.data.loader import TrainingData, clip_lengths, read_tables, validation_clips
 from vae3d.data.sources import Table
+from vae3d.data.workers import usable_workers
 from vae3d.distributed import check_ranks_agree, init_training
 from vae3d.errors import UserError
 from vae3d.loading import initialize, instantiate, load, log
@@ -82,6 +83,7 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
     )
     schedule = build_schedule(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
     held_out, errors = [], tables.errors
+    workers, note = usable_workers(data.workers)
     if validation.every:
         held_out, more = validation_clips(tables.val, settings, validation.frames, validation.clips, rank, world_size)
         errors = errors + more
@@ -89,11 +91,11 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
         tables.train,
         schedule,
         settings,
-        data.workers,
+        workers,
         data.prefetch,
         held_out,
         errors,
-        tables.notes,
+        [*tables.notes, *note],
         tables.skipped_files,
         data.timeout,
         fingerprint_of(pd.concat([tables.train, tables.val], ignore_index=True), stat_files=rank == 0),
@@ -199,12 +201,22 @@ def _reconstruct(config: TrainConfig, has_split: bool, run: str, out: str) -> li
 
 
 def describe(config: TrainConfig) -> None:
-    """Log what a run would be: parts, parameters, latent shapes, batches, files.
+    """Log what a run would be: parts, parameters, latent shapes, batches, files, missing weights, and estimates of
+    memory, time and disk. Starts nothing, and touches no GPU.
 
-    Builds the model on the meta device. Reads the table, but no video. Raises DataError if too many files are missing.
+    Builds the model on the meta device. Opens the data as training does, and reads the first batch. Raises DataError.
     """
+    from vae3d.commands import estimate  # which imports this module
+    from vae3d.commands.meta_check import lacking_weights
+
     with torch.device("meta"):
         model = instantiate(config.model)
     train_parts(model, config.stage.train)
-    files = check_files_exist(instantiate(config.data.source), config.data.max_broken)
-    log.info("\n".join([*summary(config, model), *files]))
+    world = estimate.world_of(config)
+    log.info("\n".join(summary(config, model, world)))
+    data = build_training_data(config, 0, world)
+    log.info("\n".join([*data_summary(config, data), *first_batch(data.clips(0, 1), data.table)]))
+    for line in lacking_weights(config):
+        log.info(line)
+    needs = estimate.vae_needs(config, data.schedule.micro_batch)
+    log.info("\n".join(estimate.estimates(config, needs, data.schedule, data.item_bytes, data.workers)))

@@ -15,14 +15,16 @@ from torch import nn
 
 from vae3d.checkpoints.location import EXPORT_CONFIG, find_weights, split_part
 from vae3d.commands.closing import command, curves, longer, shown
+from vae3d.commands.estimate import diffusion_needs, estimates, world_of
 from vae3d.commands.meta_check import built
-from vae3d.commands.summary import batch_summary, frame_counts, millions
+from vae3d.commands.summary import batch_summary, first_batch, frame_counts, millions
 from vae3d.commands.train import build_clip_settings, build_schedule
 from vae3d.config.issues import NO_VALUE, ConfigIssue, raise_if_any
 from vae3d.data.batch_schedule import ClipIndex, FrameCounts
 from vae3d.data.clips import ClipDataset
 from vae3d.data.fingerprint import fingerprint_of, fingerprint_of_cache
-from vae3d.data.loader import check_files_exist, clip_lengths, read_tables, validation_clips
+from vae3d.data.loader import clip_lengths, read_tables, validation_clips
+from vae3d.data.workers import usable_workers
 from vae3d.diffusion import data as diffusion_data
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.build import NETWORKS, PROCESSES, network_config
@@ -83,15 +85,18 @@ def next_commands(trainer: DiffusionTrainer) -> list[tuple[str, str]]:
 
 
 def describe(config: DiffusionConfig) -> None:
-    """Log what a run would be: latents, network, process, batches. Takes no step."""
-    if config.cache is None:
-        for line in check_files_exist(instantiate(config.data.source), config.data.max_broken):
-            log.info(line)
+    """Log what a run would be: latents, network, process, batches, and estimates of memory, time and disk. Takes no
+    step, and touches no GPU."""
     codec = _codec(config, torch.device("cpu"))
-    data = latent_data(config, codec, 0, int(os.environ.get("WORLD_SIZE", 1)))
-    config, _ = complete(config, data)
-    for line in summary(config, _network(config), data, data.schedule.world_size):
-        log.info(line)
+    data = latent_data(config, codec, 0, world_of(config))
+    config, process = complete(config, data)
+    with torch.device("meta"):
+        network = _network(config)
+    table = data.dataset.table if isinstance(data.dataset, ClipDataset) else pd.DataFrame({"num_frames": []})
+    lines = [*summary(config, network, data, data.schedule.world_size), *first_batch(data.batches(0, 1), table)]
+    log.info("\n".join(lines))
+    needs = diffusion_needs(config, process, data, data.schedule.micro_batch)
+    log.info("\n".join(estimates(config, needs, data.schedule, data.item_bytes, data.workers)))
 
 
 def _codec(config: DiffusionConfig, device: torch.device) -> LatentCodec:
@@ -105,7 +110,9 @@ def latent_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_si
     """The latents to train on: of a cache, or of clips that are encoded batch by batch."""
     build = clip_data if config.cache is None else cache_data
     data, settings = build(config, codec, rank, world_size), config.data
-    return replace(data, workers=settings.workers, prefetch=settings.prefetch, timeout=settings.timeout)
+    workers, note = usable_workers(settings.workers)
+    notes = [*data.notes, *note]
+    return replace(data, workers=workers, prefetch=settings.prefetch, timeout=settings.timeout, notes=notes)
 
 
 def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
