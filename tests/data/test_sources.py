@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from vae3d.commands import train
+from vae3d.commands import dry_run
 from vae3d.data import check as check_module
 from vae3d.data import probe
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipSettings
-from vae3d.data.loader import check_files_exist, read_tables
+from vae3d.data.loader import read_tables
 from vae3d.data.readers import MediaError, media_info
 from vae3d.data.sources import DataError, Folder, Table
 
@@ -271,21 +271,10 @@ def test_check_of_a_missing_table_is_one_line(tmp_path, capsys):
     )
 
 
-def test_looking_for_files_opens_none_and_refuses_what_no_run_could_read(tmp_path):
-    (tmp_path / "a.mp4").write_bytes(b"never opened")
-    (tmp_path / "t.csv").write_text("path,num_frames\na.mp4,9\na.mp4,\nb.mp4,9\n")
-    assert "1 of 2 files exist" in check_files_exist(Table(tmp_path / "t.csv"), 0.4)[0]
-    with pytest.raises(DataError, match=r"1 of 3 files cannot be read(.|\n)*b\.mp4\): no such file"):
-        check_files_exist(Table(tmp_path / "t.csv"), 0.3)
-    (tmp_path / "clips.tar").touch()
-    with pytest.raises(DataError, match=r"clips\.tar: \.tar is not"):
-        check_files_exist(Folder(tmp_path / "clips.tar"), 0.9)
-
-
 def test_a_dry_run_looks_for_the_files_of_its_table(tmp_path):
     pd.DataFrame({"path": ["x.mp4", "y.mp4"], "num_frames": 99}).to_csv(tmp_path / "t.csv", index=False)
     with pytest.raises(DataError, match="2 of 2 files cannot be read"):
-        train.describe(tiny.training("temporal_vae", tmp_path / "t.csv", "loss=recon_kl"))
+        dry_run.describe(tiny.training("temporal_vae", tmp_path / "t.csv", "loss=recon_kl"))
 
 
 def test_check_names_a_file_that_crashes_the_decoder_and_goes_on(tmp_path, monkeypatch, capsys):

@@ -58,7 +58,7 @@ def check_training(cfg: DictConfig, issues: Sequence[ConfigIssue] = ()) -> Train
 class HydraCommand(NamedTuple):
     """A command that is configured by conf/<config_name>.yaml and `key=value` arguments.
 
-    Its module has `run(config)`; of a training command `build_trainer(config, folder)`, `describe(config)` and
+    Its module has `run(config)`; of a training command `build_trainer(config, folder)` and
     `next_commands(trainer)`. check: module:function that takes a configuration and the errors of the command line, and
     returns typed objects or raises ConfigError. metric: makes it a training command: the metric that a sweep optimizes.
     path_node: KEY=PATH is short for KEY.path=PATH.
@@ -188,6 +188,7 @@ def run_with_hydra(command: HydraCommand, module: str, program: list[str], argum
     from vae3d.config.overrides import allow_unknown_keys, override_issues, without_run_values
     from vae3d.config.schema import CONF
 
+    resolve_name(command.check)  # its module gives Hydra the defaults of the schema
     if node := command.path_node:
         arguments = [re.sub(rf"^{node}=", f"{node}.path=", argument) for argument in arguments]
     overrides = allow_unknown_keys(arguments)
@@ -251,9 +252,10 @@ def train_here(module: str, config: Any, cfg: DictConfig) -> None:
     from vae3d.commands.console import in_sweep
     from vae3d.distributed import process_group_scope
 
-    command = import_module(module)
+    dry = config.debug.mode == "dry"
+    command = import_module("vae3d.commands.dry_run" if dry else module)
     collect_garbage_again()
-    if config.debug.mode == "dry":
+    if dry:
         command.describe(config)
         return
     folder = launch.prepare_run_folder(cfg)

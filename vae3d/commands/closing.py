@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 
 from vae3d.checkpoints.state import latest_state
-from vae3d.commands.launch import metric_rows
+from vae3d.commands.sweep import metric_rows
 from vae3d.models.registry import TARGET
 from vae3d.report import text_table
 from vae3d.training.runlog import duration, short

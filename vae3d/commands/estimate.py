@@ -18,7 +18,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
 from vae3d import loading
@@ -49,13 +49,15 @@ FP32 = 4  # bytes
 @dataclass
 class Needs:
     """stays: bytes that a rank's device holds from step to step, by item. activations: bytes on top, at most. flops: of
-    a micro-batch of the longest clips, forward and backward. state, export: bytes of a checkpoint and of an export."""
+    a micro-batch of the longest clips, forward and backward. state, export: bytes of a checkpoint and of an export.
+    note: what is not counted."""
 
     stays: dict[str, int]
     activations: int
     flops: float
     state: int
     export: int
+    note: str = ""
 
 
 @contextmanager
@@ -71,16 +73,24 @@ def fake_tensors() -> Iterator[None]:
 
 
 def give_shapes(network: nn.Module) -> None:
-    """Replace parameters that stay on the meta device until their file is loaded, such as LPIPS's, by fake ones."""
+    """Replace parameters and buffers on the meta device, such as LPIPS's before their file is loaded, by fake ones."""
     for module in network.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(torch.empty(p.shape), requires_grad=False))
+        for name, p in [*module.named_parameters(recurse=False)]:
+            if p.is_meta:
+                setattr(module, name, nn.Parameter(torch.empty(p.shape), requires_grad=False))
+        for name, buffer in [*module.named_buffers(recurse=False)]:
+            if buffer.is_meta:
+                setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
 
 
 def vae_needs(config: TrainConfig, micro_batch: int) -> Needs:
     """Of the training of an autoencoder on `micro_batch` clips at a time."""
     frames, data = frame_counts(config.data).all()[-1], config.data
     dtype = None if config.trainer.precision == "fp32" else DTYPES[config.trainer.precision]
+    teacher = None
+    if config.teacher.path is not None:
+        with torch.device("meta"):
+            teacher = loading.build_from_checkpoint(read_checkpoint(config.teacher.path))
     with fake_tensors():
         model = loading.instantiate(config.model)
         if config.stage.no_micro_batching and hasattr(model, "micro_frames"):
@@ -93,11 +103,11 @@ def vae_needs(config: TrainConfig, micro_batch: int) -> Needs:
             give_shapes(network)
         adversary = loading.instantiate(config.adversary)
         adversary.load(model, torch.device("cpu"), config.run.seed, 0)
-        teacher = None
-        if config.teacher.path is not None:
-            teacher = loading.build_from_checkpoint(read_checkpoint(config.teacher.path))
+        if teacher is not None:
+            give_shapes(teacher)
         distillation = train.build_distillation(config, teacher, model)
         student = model if distillation is None else distillation.wrap_student(model, frames)
+        uncounted: set[str] = set()
 
         def passes(clips: int) -> None:
             video = torch.rand(clips, 3, frames, data.height, data.width) * 2 - 1
@@ -113,8 +123,12 @@ def vae_needs(config: TrainConfig, micro_batch: int) -> Needs:
             adversarial, _ = adversary.generator_loss(clip, out, loss, ALL_ON)
             (loss + adversarial).backward()
             del loss, adversarial
-            if not isinstance(adversary, NoAdversary):
+            if isinstance(adversary, NoAdversary):
+                return
+            try:
                 adversary.discriminator_loss(clip, out, ALL_ON)[0].backward()
+            except DataDependentOutputException:  # Seraena draws how many pairs it replays
+                uncounted.add("the discriminator's own pass is not counted: its size is drawn at random")
 
         critic = [] if isinstance(adversary, NoAdversary) else [*adversary.discriminator.parameters()]
         trained = [p for p in student.parameters() if p.requires_grad]
@@ -133,7 +147,8 @@ def vae_needs(config: TrainConfig, micro_batch: int) -> Needs:
         "loss networks": sum(size(network.parameters()) for network in in_loss),
         "teacher": 0 if teacher is None else count_of(teacher.parameters()) * DTYPES[config.teacher.precision].itemsize,
     }
-    return Needs(stays, activations, flops, weights + 2 * moving + ema + anchor + 3 * size(critic), weights)
+    state = weights + 2 * moving + ema + anchor + 3 * size(critic)
+    return Needs(stays, activations, flops, state, weights, "; ".join(uncounted))
 
 
 def diffusion_needs(config: DiffusionConfig, process: Process, data: LatentData, micro_batch: int) -> Needs:
@@ -235,6 +250,7 @@ def estimates(
         f"{duration(whole / 1e12 / GPU_TFLOPS)} on a GPU that reaches {GPU_TFLOPS} TFLOP/s, {duration(whole / cpu)} on "
         f"this CPU, where a convolution reaches {cpu / 1e12:.2g}; reading, validation and waiting come on top",
         f"  disk: {disk(config, needs)}",
+        *([f"  {needs.note}"] if needs.note else []),
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -19,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from vae3d.commands.console import exit_on_user_error, print_error, rank
-from vae3d.commands.sweep import begin_sweep, record_job
+from vae3d.commands.sweep import begin_sweep, metric_rows, record_job
 from vae3d.config.overrides import quoted
 from vae3d.config.schema import Launcher
 from vae3d.errors import UserError
@@ -157,19 +156,6 @@ def last_metric(folder: Path, name: str, step: int) -> float | None:
     """
     values = {row["step"]: row[name] for row in metric_rows(folder) if name in row}
     return values.get(step, math.nan) if values else None
-
-
-def metric_rows(folder: Path) -> list[dict[str, float]]:
-    """The lines of the run's metrics.jsonl, without those that a kill or a full disk cut off."""
-    file, rows = folder / "metrics.jsonl", []
-    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
 
 
 def with_elastic_record(run: Callable[[], R]) -> R:

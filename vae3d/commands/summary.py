@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+import numpy as np
 from torch import nn
 
 from vae3d.data.batch_schedule import FrameCounts
@@ -77,20 +77,19 @@ def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
     return lines
 
 
-def first_batch(batches: Iterator[Any], table: pd.DataFrame) -> list[str]:
+def first_batch(batches: Iterator[Any], lengths: np.ndarray) -> list[str]:
     """Reads the first batch. Lines: how many frames there are, and how long the batch took.
 
-    table: of the files to train on.
+    lengths: frames that each training file can give.
     """
     start = time.perf_counter()
     batch = next(batches)
     seconds = time.perf_counter() - start
-    video = batch.video if hasattr(batch, "video") else batch.values
-    frames = table["num_frames"].dropna()
-    lines = [f"  {frames.sum():.0f} frames, {frames.mean():.1f} per file"] if len(frames) else []
-    if video is None:
-        return [*lines, "  the first batch cannot be read"]
-    shape = "x".join(map(str, video.shape))
+    pixels = getattr(batch, "video", getattr(batch, "values", None))
+    lines = [f"  {lengths.sum()} frames, {lengths.mean():.1f} per file"] if lengths.max() > 1 else []
+    if pixels is None:
+        return [*lines, "  no file of the first batch can be read"]
+    shape = "x".join(map(str, pixels.shape))
     return [*lines, f"  the first batch, {shape}, took {seconds:.2f} s to read, with the start of the workers"]
 
 

@@ -84,8 +84,6 @@ def results(sweep: Sweep, metric: str) -> str:
 
 def last_scores(folder: Path) -> dict[str, float]:
     """The scores of a run's last validation, without those that say the same of single frames."""
-    from vae3d.commands.launch import metric_rows  # which imports this module
-
     scores: dict[str, float] = {}
     for row in metric_rows(folder):
         if any(name.startswith("val/") for name in row):
@@ -93,3 +91,16 @@ def last_scores(folder: Path) -> dict[str, float]:
     if scores.get("val/psnr") == scores.get("val/psnr_video"):
         scores.pop("val/psnr_video", None)
     return scores
+
+
+def metric_rows(folder: Path) -> list[dict[str, float]]:
+    """The lines of the run's metrics.jsonl, without those that a kill or a full disk cut off."""
+    file, rows = folder / "metrics.jsonl", []
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows

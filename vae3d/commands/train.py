@@ -15,7 +15,7 @@ from torch import nn
 
 from vae3d.checkpoints.state import starting_state
 from vae3d.commands.closing import command, curves, longer, shown, start_of
-from vae3d.commands.summary import data_summary, first_batch, frame_counts, summary
+from vae3d.commands.summary import data_summary, frame_counts, summary
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipSettings
 from vae3d.data.depth import DepthSettings
@@ -25,7 +25,7 @@ from vae3d.data.sources import Table
 from vae3d.data.workers import usable_workers
 from vae3d.distributed import check_ranks_agree, init_training
 from vae3d.errors import UserError
-from vae3d.loading import initialize, instantiate, load, log
+from vae3d.loading import initialize, instantiate, load
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_blocks
@@ -34,7 +34,6 @@ from vae3d.models.taehv import TAEHV
 from vae3d.models.wan import WanVAE
 from vae3d.precision import DTYPES, slow_conv3d
 from vae3d.training.checkpointer import check_may_start
-from vae3d.training.freeze import train_parts
 from vae3d.training.teacher import Distillation
 from vae3d.training.vae_trainer import VaeTrainer
 
@@ -198,25 +197,3 @@ def _reconstruct(config: TrainConfig, has_split: bool, run: str, out: str) -> li
         return [("every encoder with every decoder, of model and teacher", compared)]
     score = f"{start_of('eval')} --base {quote(out)} --metric {' '.join(config.validation.metrics)}"
     return [("reconstruct files", command("infer", **settings, save_dir=out)), ("score them", score)]
-
-
-def describe(config: TrainConfig) -> None:
-    """Log what a run would be: parts, parameters, latent shapes, batches, files, missing weights, and estimates of
-    memory, time and disk. Starts nothing, and touches no GPU.
-
-    Builds the model on the meta device. Opens the data as training does, and reads the first batch. Raises DataError.
-    """
-    from vae3d.commands import estimate  # which imports this module
-    from vae3d.commands.meta_check import lacking_weights
-
-    with torch.device("meta"):
-        model = instantiate(config.model)
-    train_parts(model, config.stage.train)
-    world = estimate.world_of(config)
-    log.info("\n".join(summary(config, model, world)))
-    data = build_training_data(config, 0, world)
-    log.info("\n".join([*data_summary(config, data), *first_batch(data.clips(0, 1), data.table)]))
-    for line in lacking_weights(config):
-        log.info(line)
-    needs = estimate.vae_needs(config, data.schedule.micro_batch)
-    log.info("\n".join(estimate.estimates(config, needs, data.schedule, data.item_bytes, data.workers)))

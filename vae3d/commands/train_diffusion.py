@@ -15,9 +15,8 @@ from torch import nn
 
 from vae3d.checkpoints.location import EXPORT_CONFIG, find_weights, split_part
 from vae3d.commands.closing import command, curves, longer, shown
-from vae3d.commands.estimate import diffusion_needs, estimates, world_of
 from vae3d.commands.meta_check import built
-from vae3d.commands.summary import batch_summary, first_batch, frame_counts, millions
+from vae3d.commands.summary import batch_summary, frame_counts, millions
 from vae3d.commands.train import build_clip_settings, build_schedule
 from vae3d.config.issues import NO_VALUE, ConfigIssue, raise_if_any
 from vae3d.data.batch_schedule import ClipIndex, FrameCounts
@@ -53,13 +52,13 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     check_may_start(folder, config.run.resume)
     accelerator = init_training(config.trainer.precision)
     check_ranks_agree(asdict(config))
-    codec = _codec(config, accelerator.device)
+    codec = codec_of(config, accelerator.device)
     with accelerator.main_process_first():  # it probes the files; the others read its cache
         data = latent_data(config, codec, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree(data.fingerprint.digests())
     config, process = complete(config, data)
     torch.manual_seed(config.run.seed)
-    network = _network(config)
+    network = network_of(config)
     if accelerator.is_main_process:
         for line in summary(config, network, data, accelerator.num_processes):
             log.info(line)
@@ -84,22 +83,7 @@ def next_commands(trainer: DiffusionTrainer) -> list[tuple[str, str]]:
     return [pair for pair in (*found, curves(trainer.config.logger, trainer.folder)) if pair]
 
 
-def describe(config: DiffusionConfig) -> None:
-    """Log what a run would be: latents, network, process, batches, and estimates of memory, time and disk. Takes no
-    step, and touches no GPU."""
-    codec = _codec(config, torch.device("cpu"))
-    data = latent_data(config, codec, 0, world_of(config))
-    config, process = complete(config, data)
-    with torch.device("meta"):
-        network = _network(config)
-    table = data.dataset.table if isinstance(data.dataset, ClipDataset) else pd.DataFrame({"num_frames": []})
-    lines = [*summary(config, network, data, data.schedule.world_size), *first_batch(data.batches(0, 1), table)]
-    log.info("\n".join(lines))
-    needs = diffusion_needs(config, process, data, data.schedule.micro_batch)
-    log.info("\n".join(estimates(config, needs, data.schedule, data.item_bytes, data.workers)))
-
-
-def _codec(config: DiffusionConfig, device: torch.device) -> LatentCodec:
+def codec_of(config: DiffusionConfig, device: torch.device) -> LatentCodec:
     vae = config.vae
     return open_codec(
         vae.path, pixel_range="uint8", precision=vae.precision, chunk_frames=vae.chunk_frames, device=device
@@ -225,7 +209,7 @@ def complete(config: DiffusionConfig, data: LatentData) -> tuple[DiffusionConfig
     return replace(config, denoiser=network), process
 
 
-def _network(config: DiffusionConfig) -> nn.Module:
+def network_of(config: DiffusionConfig) -> nn.Module:
     """The network that `complete` has checked, with random weights."""
     network = instantiate(config.denoiser)
     network.config = config.denoiser

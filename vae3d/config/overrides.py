@@ -107,10 +107,8 @@ def key_of(override: str) -> str:
 
 
 def job_label(overrides: Iterable[str]) -> str:
-    """What a sweep changes in one of its jobs: lr=1e-05 kl.weight=1e-06. Keys are as short as they differ."""
-    keys = list(filter(None, os.environ.get(SWEPT, "").split(",")))
-    values = {key_of(override): override.partition("=")[2] for override in overrides}
-    return " ".join(f"{_shortest(key, keys)}={values[key]}" for key in keys if key in values)
+    """What a sweep changes in one of its jobs: lr=1e-05 kl.weight=1e-06."""
+    return " ".join(f"{key}={value}" for key, value in _changes(overrides))
 
 
 def job_folder(overrides: Sequence[str]) -> str:
@@ -121,11 +119,17 @@ def job_folder(overrides: Sequence[str]) -> str:
     """
     digest = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:6]
     words = []
-    for word in job_label(overrides).split():
-        key, _, value = word.partition("=")
+    for key, value in _changes(overrides):
         short = re.sub(r"[^A-Za-z0-9.+]+", "-", value.rstrip("/'\"").rpartition("/")[2]).strip("-.")[:24]
         words.append(f"{key.replace('/', '.')}={short}")
     return f"{'_'.join(words)[:80].rstrip('-.') or 'job'}_{digest}"
+
+
+def _changes(overrides: Iterable[str]) -> list[tuple[str, str]]:
+    """(key, value) that differ between the jobs of this sweep. Keys are as short as they differ."""
+    keys = list(filter(None, os.environ.get(SWEPT, "").split(",")))
+    values = {key_of(override): override.partition("=")[2] for override in overrides}
+    return [(_shortest(key, keys), values[key]) for key in keys if key in values]
 
 
 def _shortest(key: str, keys: Sequence[str]) -> str:
