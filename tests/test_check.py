@@ -336,7 +336,7 @@ def test_what_hydra_would_reject_is_an_error_with_the_nearest_name(argument, sta
     with pytest.raises(SystemExit) as end:
         cli.main(["train", "data=folder", argument, "hydra/launcher=joblib", "optim.lr=1e-3,1e-4"])
     assert end.value.code == 2
-    (message,) = capsys.readouterr().err.splitlines()[1:]
+    (message,) = capsys.readouterr().err.splitlines()[2:]
     assert message.strip().startswith(start)
     assert hint in message
 
@@ -359,7 +359,7 @@ def test_a_value_for_the_section_that_names_the_folder_is_one_error_of_the_list(
     ]
     done = tiny.run(*command, cwd=tiny.ROOT)
     assert done.returncode == 2
-    first, *errors = done.stdout.splitlines()
+    _, first, *errors = done.stdout.splitlines()
     assert "2 errors" in first
     assert errors[0].strip().startswith(f"run={argument.partition('=')[2]}: must be a group of the keys name, root")
     assert errors[1].strip().startswith("optim.lr=abc: ")

@@ -86,7 +86,7 @@ def test_the_first_validation_is_before_step_1_and_changes_no_other_number(video
     trainer(videos, tmp_path / "with", **VALIDATED).fit()
     lines = [m for m in caplog.messages if m.startswith("step ")]
     assert [re.match(r"step (\d)/4 ", line)[1] for line in lines] == ["0", "1", "2", "2", "3", "4", "4"]
-    assert [line.split("  ")[-1].startswith("validation of 2 clips: psnr ") for line in lines] == [
+    assert [line.split("  ")[-1].startswith("validation of 1 clip: psnr ") for line in lines] == [
         True, False, False, True, False, False, True,
     ]  # fmt: skip
     trainer(videos, tmp_path / "without", **VALIDATED, **{"validation.on_start": False}).fit()

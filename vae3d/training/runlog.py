@@ -282,7 +282,8 @@ def validation_text(values: Mapping[str, float]) -> str:
         for name, text in scores.items()
         if not name.startswith("loss_q")
     ]
-    clips = f" of {values['val_clips']:.0f} clips" if "val_clips" in values else ""
+    count = values.get("val_clips", 0)
+    clips = f" of {count:.0f} clip{'s' if count > 1 else ''}" if count else ""
     return f"validation{clips}: {', '.join(shown)}"
 
 
