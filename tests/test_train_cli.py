@@ -307,6 +307,25 @@ def test_dry_run_opens_the_data_lists_missing_weights_counts_what_it_will_need_a
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
+def test_missing_weights_are_one_error_with_one_command_and_settings_that_need_none(videos, tmp_path):
+    empty = {"VAE3D_WEIGHTS": str(tmp_path / "none"), "TORCH_HOME": str(tmp_path), "HF_HOME": str(tmp_path)}
+    scores = ["validation.every=1", "validation.frames=5", "validation.metrics=[psnr,rfid]", "trainer.best=rfid"]
+    given = arguments(videos, tmp_path, "run", "stage=stage3", *scores)
+    done = tiny.run(*PYTHON, *given, cwd=tmp_path, **empty)
+    assert done.returncode == 2
+    assert "1 error" in done.stdout
+    assert "loss.terms.lpips" in done.stdout
+    assert "validation.metrics" in done.stdout
+    fetched = re.search(r"python scripts/fetch_weights\.py (.*) --dest (\S+)", done.stdout)
+    assert sorted(fetched[1].split()) == ["vgg16-397923af.pth", "weights-inception-2015-12-05-6726825d.pth"]
+    assert fetched[2] == empty["VAE3D_WEIGHTS"]
+    without = shlex.split(re.search(r"or go on without: (.*)", done.stdout)[1])
+    assert without == ["loss=recon_kl", "validation.metrics=[psnr]", "trainer.best=null"]
+    done = tiny.run(*PYTHON, *given, "loss.terms.lpips.weight=0.5", cwd=tmp_path, **empty)
+    assert "fetch_weights.py" in done.stdout
+    assert "go on without" not in done.stdout  # with this setting of lpips, recon_kl would be an error
+
+
 def test_the_commands_that_a_run_ends_with_work(videos, tmp_path):
     overrides = [
         "loss=recon_kl",

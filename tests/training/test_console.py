@@ -28,7 +28,7 @@ def test_a_line_has_each_term_per_element_its_share_and_the_weighted_total_and_n
         "loss 1237: l1 0.4026 (100%), kl 1.89 (0%)", "lr 0.0059", "grad norm 3427", "25.2 clips/s",
     ]  # fmt: skip
     alone = {"loss": 0.5, "loss/mse": 0.5, "loss_q0": 0.9, "loss_q3": 0.1, "lr": 1e-3}
-    assert fields(alone) == ["loss 0.5 (by quarter of the timesteps 0.9 0.1)", "lr 0.001"]
+    assert fields(alone) == ["loss 0.5 (by quarter of the timesteps 0.9 - - 0.1)", "lr 0.001"]
 
 
 def test_a_line_names_what_is_unusual():
@@ -45,7 +45,7 @@ def test_a_validation_is_one_line_and_frames_that_are_videos_are_not_listed_twic
         "validation of 7 clips: psnr 16.12, ssim 0.4"
     ]
     loss = {"val/loss": 1.0, "val/loss_q0": 2.0, "val/loss_q1": 1.5, "val/sample_rms": 1.1}
-    assert fields(loss) == ["validation: loss 1 (by quarter of the timesteps 2 1.5), sample_rms 1.1"]
+    assert fields(loss) == ["validation: loss 1 (by quarter of the timesteps 2 1.5 - -), sample_rms 1.1"]
 
 
 def test_the_time_left_is_that_of_the_steps_of_this_start_without_its_first():

@@ -13,7 +13,6 @@ from hydra.core.hydra_config import HydraConfig
 
 from vae3d.checkpoints.state import latest_state
 from vae3d.commands.sweep import metric_rows
-from vae3d.models.registry import TARGET
 from vae3d.report import text_table
 from vae3d.training.runlog import duration, short
 
@@ -112,8 +111,8 @@ def longer(name: str, trainer: Trainer) -> tuple[str, str] | None:
     return purpose, " ".join([start_of(name), *map(shlex.quote, words)])
 
 
-def curves(logger: Any, folder: Path) -> tuple[str, str] | None:
-    """(purpose, command) to show the logger's curves; None if there is no such command."""
-    if isinstance(logger, dict) and str(logger.get(TARGET)).endswith("TensorBoard"):
-        return "curves and pictures", f"tensorboard --logdir {shlex.quote(shown(folder.parent))}"
-    return None
+def curves(folder: Path) -> tuple[str, str] | None:
+    """(purpose, command) to show curves beside those of other runs; None if there are none."""
+    if not (folder / "tensorboard").is_dir():
+        return None
+    return "curves and pictures", f"tensorboard --logdir {shlex.quote(shown(folder.parent))}"

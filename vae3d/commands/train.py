@@ -173,7 +173,7 @@ def next_commands(trainer: VaeTrainer) -> list[tuple[str, str]]:
             )
         has_split = trainer.data.table["split"].notna().any()
         found += _reconstruct(config, has_split, run, f"{run}/reconstructed-{trainer.step}")
-    return [pair for pair in (*found, curves(config.logger, trainer.folder)) if pair]
+    return [pair for pair in (*found, curves(trainer.folder)) if pair]
 
 
 def _reconstruct(config: TrainConfig, has_split: bool, run: str, out: str) -> list[tuple[str, str]]:

@@ -78,9 +78,9 @@ def next_commands(trainer: DiffusionTrainer) -> list[tuple[str, str]]:
     """(purpose, command) that work with the files of this run."""
     found, run = [longer("train-diffusion", trainer)], shown(trainer.folder)
     if any((trainer.folder / "exports").glob("step-*")):
-        out = f"{run}/samples"
+        out = f"{run}/samples-{trainer.step}"
         found.append(("samples", command("sample", checkpoint=run, out=out, against=trainer.config.cache)))
-    return [pair for pair in (*found, curves(trainer.config.logger, trainer.folder)) if pair]
+    return [pair for pair in (*found, curves(trainer.folder)) if pair]
 
 
 def codec_of(config: DiffusionConfig, device: torch.device) -> LatentCodec:

@@ -269,8 +269,10 @@ def loss_texts(values: Mapping[str, float]) -> list[str]:
 
 def quarters(values: Mapping[str, float], prefix: str) -> str:
     """A diffusion model's loss by quarter of the timesteps, if it is there."""
-    found = [short(values[f"{prefix}{q}"]) for q in range(4) if f"{prefix}{q}" in values]
-    return f" (by quarter of the timesteps {' '.join(found)})" if found else ""
+    if not any(name.startswith(prefix) for name in values):
+        return ""
+    found = [short(values[f"{prefix}{q}"]) if f"{prefix}{q}" in values else "-" for q in range(4)]
+    return f" (by quarter of the timesteps {' '.join(found)})"
 
 
 def validation_text(values: Mapping[str, float]) -> str:
