@@ -18,7 +18,7 @@ from vae3d.data import check as check_module
 from vae3d.data import probe
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipSettings
-from vae3d.data.loader import read_tables
+from vae3d.data.loader import check_files_exist, read_tables
 from vae3d.data.readers import MediaError, media_info
 from vae3d.data.sources import DataError, Folder, Table
 
@@ -269,6 +269,17 @@ def test_check_of_a_missing_table_is_one_line(tmp_path, capsys):
         capsys.readouterr().err
         == f"error: {tmp_path}/x.csv: no such file; data.source.path takes a CSV or parquet file\n"
     )
+
+
+def test_looking_for_files_opens_none_and_refuses_what_no_run_could_read(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"never opened")
+    (tmp_path / "t.csv").write_text("path,num_frames\na.mp4,9\na.mp4,\nb.mp4,9\n")
+    assert "1 of 2 files exist" in check_files_exist(Table(tmp_path / "t.csv"), 0.4)[0]
+    with pytest.raises(DataError, match=r"1 of 3 files cannot be read(.|\n)*b\.mp4\): no such file"):
+        check_files_exist(Table(tmp_path / "t.csv"), 0.3)
+    (tmp_path / "clips.tar").touch()
+    with pytest.raises(DataError, match=r"clips\.tar: \.tar is not"):
+        check_files_exist(Folder(tmp_path / "clips.tar"), 0.9)
 
 
 def test_a_dry_run_looks_for_the_files_of_its_table(tmp_path):

@@ -58,10 +58,10 @@ def check_training(cfg: DictConfig, issues: Sequence[ConfigIssue] = ()) -> Train
 class HydraCommand(NamedTuple):
     """A command that is configured by conf/<config_name>.yaml and `key=value` arguments.
 
-    Its module has `run(config)`; of a training command `build_trainer(config, folder)` and
-    `next_commands(trainer)`. check: module:function that takes a configuration and the errors of the command line, and
-    returns typed objects or raises ConfigError. metric: makes it a training command: the metric that a sweep optimizes.
-    path_node: KEY=PATH is short for KEY.path=PATH.
+    Its module has `run(config)`; of a training command `build_trainer(config, folder)` and `next_commands(trainer)`.
+    check: module:function that takes a configuration and the errors of the command line, and returns typed objects or
+    raises ConfigError. metric: makes it a training command: the metric that a sweep optimizes. path_node: KEY=PATH is
+    short for KEY.path=PATH.
     """
 
     summary: str

@@ -12,6 +12,7 @@ from vae3d.commands.meta_check import lacking_weights
 from vae3d.commands.summary import data_summary, first_batch, summary
 from vae3d.config.diffusion import DiffusionConfig
 from vae3d.config.schema import TrainConfig
+from vae3d.data.loader import check_files_exist
 from vae3d.loading import instantiate
 from vae3d.training.freeze import train_parts
 
@@ -35,7 +36,8 @@ def describe_training(config: TrainConfig) -> None:
         model = instantiate(config.model)
     train_parts(model, config.stage.train)
     world = world_of(config)
-    log.info("\n".join(summary(config, model, world)))
+    files = check_files_exist(instantiate(config.data.source), config.data.max_broken)
+    log.info("\n".join([*summary(config, model, world), *files]))
     data = train.build_training_data(config, 0, world)
     log.info("\n".join([*data_summary(config, data), *first_batch(data.clips(0, 1), data.schedule.lengths)]))
     if lines := lacking_weights(config):
@@ -46,6 +48,8 @@ def describe_training(config: TrainConfig) -> None:
 
 def describe_diffusion(config: DiffusionConfig) -> None:
     """Of a diffusion model. Its autoencoder is loaded, onto the CPU."""
+    if config.cache is None:
+        log.info("\n".join(check_files_exist(instantiate(config.data.source), config.data.max_broken)))
     codec = train_diffusion.codec_of(config, torch.device("cpu"))
     data = train_diffusion.latent_data(config, codec, 0, world_of(config))
     config, process = train_diffusion.complete(config, data)

@@ -12,6 +12,7 @@ from torch import nn
 
 from vae3d.data.batch_schedule import FrameCounts
 from vae3d.data.loader import TrainingData
+from vae3d.data.media import DataError
 from vae3d.training.freeze import ALL
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
 def first_batch(batches: Iterator[Any], lengths: np.ndarray) -> list[str]:
     """Reads the first batch. Lines: how many frames there are, and how long the batch took.
 
-    lengths: frames that each training file can give.
+    lengths: frames that each training file can give. Raises DataError if no file of the batch can be read.
     """
     start = time.perf_counter()
     batch = next(batches)
@@ -88,7 +89,8 @@ def first_batch(batches: Iterator[Any], lengths: np.ndarray) -> list[str]:
     pixels = getattr(batch, "video", getattr(batch, "values", None))
     lines = [f"  {lengths.sum()} frames, {lengths.mean():.1f} per file"] if lengths.max() > 1 else []
     if pixels is None:
-        return [*lines, "  no file of the first batch can be read"]
+        reasons = "\n".join(f"  {path}: {reason}" for path, reason in batch.errors)
+        raise DataError(f"no file of the first batch can be read:\n{reasons}")
     shape = "x".join(map(str, pixels.shape))
     return [*lines, f"  the first batch, {shape}, took {seconds:.2f} s to read, with the start of the workers"]
 

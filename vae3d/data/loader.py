@@ -16,7 +16,7 @@ from vae3d.data.fingerprint import DataFingerprint
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.probe import fill_metadata, probe
 from vae3d.data.readers import is_image
-from vae3d.data.rows import file_hashes
+from vae3d.data.rows import file_hashes, invalid_rows, mark_missing_files
 from vae3d.data.segments import Bounds, bounds_of, count_frames
 from vae3d.data.sources import Source
 from vae3d.data.workers import load
@@ -118,6 +118,24 @@ def warn_upscaled(table: pd.DataFrame, settings: ClipSettings) -> list[str]:
         return []
     total = f"{len(sizes)} files" if len(sizes) == len(table) else f"{len(sizes)} files (of {len(table)})"
     return [f"{small} of {total} are smaller than {needed} and are enlarged; data.min_side skips such files"]
+
+
+def check_files_exist(source: Source, max_broken: float) -> list[str]:
+    """Check that a source's files exist, without opening any. Returns lines for the log.
+
+    Raises DataError if more than the share `max_broken` is missing or invalid.
+    """
+    table = source.table()
+    valid = table["error"].isna()
+    mark_missing_files(table)
+    errors = invalid_rows(table)
+    _check_broken_share(errors, len(table), max_broken)
+    files = table[valid].drop_duplicates("path")["error"]
+    lines = [f"data: {len(table)} rows, {files.isna().sum()} of {len(files)} files exist"]
+    if not valid.all():
+        lines[0] += f", {(~valid).sum()} rows are invalid"
+    lines += [f"  {path}: {reason}" for path, reason in errors[:SHOWN]]
+    return lines + [f"  {note}" for note in getattr(source, "notes", ())]
 
 
 def _check_broken_share(errors: list[tuple[str, str]], rows: int, max_broken: float) -> None:
