@@ -14,7 +14,7 @@ from tests import tiny
 from vae3d import argparse_types
 from vae3d.commands import cli
 from vae3d.commands.cli import check_training
-from vae3d.commands.launch import FolderCheck
+from vae3d.commands.launch import RunFolders
 from vae3d.config.check import read
 from vae3d.config.diffusion import DiffusionConfig, SampleConfig, check_diffusion, check_sampling
 from vae3d.config.issues import NO_VALUE, ConfigError, close_match, is_within
@@ -336,7 +336,7 @@ def test_what_hydra_would_reject_is_an_error_with_the_nearest_name(argument, sta
     with pytest.raises(SystemExit) as end:
         cli.main(["train", "data=folder", argument, "hydra/launcher=joblib", "optim.lr=1e-3,1e-4"])
     assert end.value.code == 2
-    (message,) = capsys.readouterr().err.splitlines()[1:]
+    (message,) = capsys.readouterr().err.splitlines()[2:]
     assert message.strip().startswith(start)
     assert hint in message
 
@@ -359,7 +359,7 @@ def test_a_value_for_the_section_that_names_the_folder_is_one_error_of_the_list(
     ]
     done = tiny.run(*command, cwd=tiny.ROOT)
     assert done.returncode == 2
-    first, *errors = done.stdout.splitlines()
+    _, first, *errors = done.stdout.splitlines()
     assert "2 errors" in first
     assert errors[0].strip().startswith(f"run={argument.partition('=')[2]}: must be a group of the keys name, root")
     assert errors[1].strip().startswith("optim.lr=abc: ")
@@ -427,8 +427,8 @@ def test_a_signature_read_from_the_source_is_that_of_the_class(target):
 def test_a_root_that_cannot_be_made_is_one_message(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as end:
-        FolderCheck().on_run_start(OmegaConf.create({"run": {"root": str(tmp_path / "file/runs")}}))
+        RunFolders().on_run_start(OmegaConf.create({"run": {"root": str(tmp_path / "file/runs")}}))
     assert end.value.code == 2
     assert f"error: run.root={tmp_path}/file/runs" in capsys.readouterr().err
-    FolderCheck().on_run_start(OmegaConf.create({"run": {"root": str(tmp_path / "runs")}}))
+    RunFolders().on_run_start(OmegaConf.create({"run": {"root": str(tmp_path / "runs")}}))
     assert (tmp_path / "runs").is_dir()

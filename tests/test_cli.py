@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from ast import literal_eval
 from importlib.util import find_spec
+from pkgutil import resolve_name
 
 import pytest
 
@@ -41,11 +43,27 @@ def test_help_lists_every_command_without_torch():
         assert [line.split(maxsplit=1) for line in lines if line.startswith(f"  {name} ")] == [[name, command.summary]]
 
 
+def test_the_first_line_is_printed_before_anything_slow_is_imported():
+    code = "import sys; from vae3d.commands import cli; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], env=tiny.environ(), capture_output=True, text=True, check=True)
+    assert not set(literal_eval(done.stdout)) & {"hydra", "omegaconf", "pydantic", "numpy", "pandas", "torch", "tqdm"}
+
+
+@pytest.mark.parametrize(("arguments", "shown"), [([], True), (["-m"], True), (["--cfg", "job"], False)])
+def test_a_start_says_so_at_once_unless_its_output_is_the_answer(monkeypatch, capsys, arguments, shown):
+    monkeypatch.setattr(cli, "run_with_hydra", lambda *_: None)
+    cli.main(["train", *arguments])
+    captured = capsys.readouterr()
+    assert ("vae3d train" in captured.err) == shown
+    assert captured.out == ""
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_a_module_a_configuration_and_a_script(name):
     command, module = cli.COMMANDS[name], cli.module_of(name)
     assert find_spec(module)
     if isinstance(command, cli.HydraCommand):
+        assert callable(resolve_name(command.check))
         assert (CONF / f"{command.config_name}.yaml").is_file()
     script = ENTRIES.get(name, f"scripts/{name.replace('-', '_')}.py")
     if script is not None:

@@ -6,6 +6,8 @@ import ast
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import sys
 import time
@@ -17,6 +19,7 @@ import pytest
 import torch
 
 from tests import tiny, warm
+from vae3d.commands import cli
 
 TRAIN = str(tiny.ROOT / "train.py")
 PYTHON = [sys.executable, TRAIN]
@@ -159,29 +162,37 @@ def test_sweep_of_vae3d_train_with_torchrun_children_until_sigterm(videos, trunk
         "data.width=32", f"stage.init_from.spatial_vae={spatial_export}", sweep=True,
         train=[sys.executable, str(tmp_path / "console.py"), "train"],
     )  # fmt: skip
-    stopped = sigterm_when_running(process, tmp_path / "sweep", "1-temporal_vae-stage1-*")
+    stopped = sigterm_when_running(process, tmp_path / "sweep", "max_steps=10000_*")
     assert_saved_where_it_ended(stopped)
-    (done,) = (tmp_path / "sweep").glob("0-temporal_vae-stage1-*")
+    (done,) = (tmp_path / "sweep").glob("max_steps=2_*")
     assert [line["step"] for line in trace(done)] == [1, 2]
     for job in (done, stopped):
         launch = json.loads((job / "launches.jsonl").read_text())
         assert launch["config"]["loss"]["terms"]["kl"]["weight"] == 1e-5
-    assert not list((tmp_path / "sweep").glob("2-*"))
+    assert not list((tmp_path / "sweep").glob("max_steps=3_*"))
 
 
-def test_a_crashed_job_does_not_stop_the_sweep_but_tells_and_another_sweep_has_folders_of_its_own(videos, tmp_path):
+def test_a_job_that_fails_does_not_stop_the_sweep_but_is_in_its_table_and_in_the_exit_status(videos, tmp_path):
     ours = arguments(videos, tmp_path, "job", "loss=recon_kl")
     done = tiny.run(*PYTHON, "-m", *ours, "model.temporal.groups=5,4", cwd=tmp_path)
     assert done.returncode == 1
     assert "each must be a multiple of groups=5" in done.stdout
-    (crashed,), (sound,) = (list((tmp_path / "sweep").glob(f"{number}-job-*")) for number in (0, 1))
-    assert not (crashed / "metrics.jsonl").exists()
+    assert "Traceback" not in done.stdout
+    (failed,), (sound,) = (list((tmp_path / "sweep").glob(f"groups={groups}_*")) for groups in (5, 4))
+    assert not (failed / "metrics.jsonl").exists()
     assert [line["step"] for line in trace(sound)] == [1, 2]
+    table = done.stdout[done.stdout.index(f"2 jobs in {tmp_path / 'sweep'}") :]
+    assert [line.split() for line in table.splitlines() if line.startswith("groups=")] == [
+        ["groups=4", "done"], ["groups=5", "failed"],
+    ]  # fmt: skip
+    assert f"failed: {failed}" in table
+    assert "groups=5" in table.partition("failed: ")[2]
 
     done = tiny.run(*PYTHON, "-m", *ours, "optim.lr=2e-3", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
-    (other,) = set((tmp_path / "sweep").glob("0-job-*")) - {crashed}
+    (other,) = (tmp_path / "sweep").glob("job_*")  # of another sweep with a folder of its own
     assert [line["step"] for line in trace(other)] == [1, 2]
+    assert "1 jobs in" in done.stdout
 
 
 def test_a_sweep_under_torchrun_is_refused_with_the_command_to_use(videos, tmp_path):
@@ -259,22 +270,89 @@ def sigterm_when_running(process: warm.Job, sweep: Path, job: str) -> Path:
 
 def test_sigterm_ends_a_sweep(videos, tmp_path):
     process = start(videos, tmp_path, "a,b", *ENDLESS, "data.batch_size=2", sweep=True)
-    assert_saved_where_it_ended(sigterm_when_running(process, tmp_path / "sweep", "0-a-*"))
-    assert not list((tmp_path / "sweep").glob("1-b-*"))
+    assert_saved_where_it_ended(sigterm_when_running(process, tmp_path / "sweep", "name=a_*"))
+    assert not list((tmp_path / "sweep").glob("name=b_*"))
 
 
-def test_dry_run_describes_and_leaves_nothing(videos, tmp_path):
-    done = tiny.run(*PYTHON, "debug=dry", f"data.source.path={videos}", "stage=stage3", "loss=recon_kl", cwd=tmp_path)
+def test_dry_run_opens_the_data_lists_missing_weights_counts_what_it_will_need_and_leaves_nothing(videos, tmp_path):
+    model = [
+        *arguments(videos, tmp_path, "run"),
+        "stage=stage3",
+        "validation.every=1",
+        "validation.metrics=[psnr,rfid]",
+    ]
+    done = tiny.run(
+        *PYTHON, "debug=dry", *model, "validation.frames=5", "data.workers=1000",
+        cwd=tmp_path, VAE3D_WEIGHTS=str(tmp_path), TORCH_HOME=str(tmp_path), HF_HOME=str(tmp_path),
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout
     for line in (
-        "OpenSoraVAE: 393.34 M parameters",
-        "trains temporal_encoder: 144.42 M, learning rate x 1",
-        "33 frames of 256x256 -> latent 4x9x32x32",
-        "batch of 8 clips = 1 ranks x 1 micro-batches x 8 clips",
-        "12 rows, 12 of 12 files exist",
+        r"OpenSoraVAE: 0\.\d\d M parameters",
+        r"trains temporal_encoder: 0\.\d\d M, learning rate x 1",
+        r"5 frames of 16x16 -> latent 4x2x8x8",
+        r"batch of 2 clips = 1 ranks x 1 micro-batches x 2 clips",
+        r"\d+ training files",
+        r"\d+ frames, [\d.]+ per file",
+        r"the first batch, 2x3x\dx16x16, took",
+        r"data\.workers=1000: this machine has \d+ processors",
+        r"weights-inception-2015-12-05-6726825d\.pth, 96 MB",
+        r"vgg16-397923af\.pth, 553 MB",
+        r"fetch_weights\.py \S+ vgg16-397923af\.pth --dest",
+        r"memory of the device, per rank: [\d.]+ MiB = weights",
+        r"memory of the host, per rank: [\d.]+ [MG]iB",
+        r"time: [\d.e-]+ TFLOP per step",
+        r"disk: [\d.]+ MiB at most: 1 x \(checkpoint",
     ):
-        assert line in done.stdout
+        assert re.search(line, done.stdout), (line, done.stdout)
     assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_missing_weights_are_one_error_with_one_command_and_settings_that_need_none(videos, tmp_path):
+    empty = {"VAE3D_WEIGHTS": str(tmp_path / "none"), "TORCH_HOME": str(tmp_path), "HF_HOME": str(tmp_path)}
+    scores = ["validation.every=1", "validation.frames=5", "validation.metrics=[psnr,rfid]", "trainer.best=rfid"]
+    given = arguments(videos, tmp_path, "run", "stage=stage3", *scores)
+    done = tiny.run(*PYTHON, *given, cwd=tmp_path, **empty)
+    assert done.returncode == 2
+    assert "1 error" in done.stdout
+    assert "loss.terms.lpips" in done.stdout
+    assert "validation.metrics" in done.stdout
+    fetched = re.search(r"python scripts/fetch_weights\.py (.*) --dest (\S+)", done.stdout)
+    assert sorted(fetched[1].split()) == ["vgg16-397923af.pth", "weights-inception-2015-12-05-6726825d.pth"]
+    assert fetched[2] == empty["VAE3D_WEIGHTS"]
+    without = shlex.split(re.search(r"or go on without: (.*)", done.stdout)[1])
+    assert without == ["loss=recon_kl", "validation.metrics=[psnr]", "trainer.best=null"]
+    done = tiny.run(*PYTHON, *given, "loss.terms.lpips.weight=0.5", cwd=tmp_path, **empty)
+    assert "fetch_weights.py" in done.stdout
+    assert "go on without" not in done.stdout  # with this setting of lpips, recon_kl would be an error
+
+
+def test_the_commands_that_a_run_ends_with_work(videos, tmp_path):
+    overrides = [
+        "loss=recon_kl",
+        "validation.every=1",
+        "validation.frames=5",
+        "validation.clips=1",
+        "logger=tensorboard",
+    ]
+    done = tiny.run(*PYTHON, *arguments(videos, tmp_path, "run", *overrides), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    closing = done.stdout[done.stdout.index("2 steps of 2 clips in ") :]
+    assert "at step 0  " in closing
+    for path in re.findall(r"^(?:run|checkpoint|export) +(\S+)$", closing, re.MULTILINE):
+        assert (tmp_path / path).exists()
+    commands = [
+        shlex.split(line) for line in closing.splitlines() if re.search(r"^(vae3d|python -m|tensorboard) ", line)
+    ]
+    names = [words[next(i for i, word in enumerate(words) if word in cli.COMMANDS)] for words in commands[:-1]]
+    assert names == ["train", "try", "infer", "eval"]
+    assert commands[-1][:2] == ["tensorboard", "--logdir"]
+    assert (tmp_path / commands[-1][2]).is_dir()
+    for name, words in zip(names, commands, strict=False):
+        arguments_of = words[words.index(name) + 1 :]
+        again = tiny.run(sys.executable, "-m", "vae3d.commands.cli", name, *arguments_of, cwd=tmp_path)
+        assert again.returncode == 0, (words, again.stdout)
+    assert [line["step"] for line in trace(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
+    assert list(tmp_path.glob("try_*/index.html"))
 
 
 FAULTY_TABLES = {

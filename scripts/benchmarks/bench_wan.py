@@ -22,13 +22,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from count_wan_memory import PeakMemory
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vae3d
 from vae3d.argparse_types import positive_int
 from vae3d.checkpoints.wan import to_diffusers
+from vae3d.training.memory import PeakMemory
 
 
 @dataclass

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import vae3d
+from vae3d.commands.estimate import give_shapes
 from vae3d.losses.latent import KL, Identity, LatentL1
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.losses.perceptual import LPIPS
@@ -72,13 +73,6 @@ def stage(number: int, checkpointing: bool, pixels: bool) -> tuple[Objective, di
     if number == 3 or pixels:
         terms |= {"l1": WeightedTerm(L1(), 1.0), "lpips": lpips}
     return Objective(terms, "sum"), TEMPORAL if number < 3 else EVERYTHING
-
-
-def give_shapes(network: nn.Module) -> None:
-    """Replace LPIPS's parameters, which stay on the meta device until their file is loaded, by fake ones."""
-    for module in network.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(torch.empty(p.shape), requires_grad=False))
 
 
 def count(number: int, frames: int, *, checkpointing: bool = True, pixels: bool = False, size: int = 256) -> Cost:

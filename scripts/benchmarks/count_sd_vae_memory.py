@@ -15,20 +15,16 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from dataclasses import asdict
-from unittest.mock import patch
 
 import hydra
 import torch
-from count_costs import give_shapes
-from count_wan_memory import PeakMemory
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vae3d import loading
 from vae3d.adversarial.base import NoAdversary, UpdatePhase
 from vae3d.commands import train
+from vae3d.commands.estimate import fake_tensors, give_shapes
 from vae3d.config.check import read
 from vae3d.config.schema import CONF, TrainConfig
 from vae3d.models.interface import attach_decoder
@@ -36,6 +32,7 @@ from vae3d.precision import DTYPES, autocast
 from vae3d.schedules import ALL_ON
 from vae3d.training.ema import Ema
 from vae3d.training.freeze import set_mode, train_parts
+from vae3d.training.memory import PeakMemory
 from vae3d.training.proximal import Proximal
 from vae3d.training.teacher import StudentWithProjections
 from vae3d.types import ClipBatch
@@ -170,14 +167,6 @@ def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
 
 
-@contextmanager
-def shapes_only():
-    """Fake tensors: shapes without memory."""
-    # Fake parameters cannot be moved, and already are on the right device.
-    with patch.object(nn.Module, "to", lambda module, *_: module), FakeTensorMode():
-        yield
-
-
 def build(config: TrainConfig, teacher: Callable[[], nn.Module] | None = None, device: str = "cpu") -> Recipe:
     """A recipe on fake tensors, or on the meta device, which is faster but has no autocast.
 
@@ -208,7 +197,7 @@ def count_memory(
     config: TrainConfig, teacher: Callable[[], nn.Module] | None = None, world_size: int = 1
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of each persistent item on one of `world_size` ranks, and the extra peak of each part of a step."""
-    with shapes_only(), PeakMemory([]) as memory:
+    with fake_tensors(), PeakMemory([]) as memory:
         recipe = build(config, teacher)
         clip = clip_of(config, recipe.device, world_size=world_size)
         for optimizer in recipe.optimizers:

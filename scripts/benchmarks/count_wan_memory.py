@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import resource
-import weakref
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import vae3d
 from vae3d.argparse_types import positive_int
+from vae3d.training.memory import PeakMemory
 
 CLIPS = ((5, 128, 256), (17, 256, 256), (33, 256, 256), (5, 512, 1024))
 VARIANTS = {
@@ -30,30 +28,6 @@ VARIANTS = {
     "2 latents per chunk, checkpointed": {"gradient_checkpointing": True, "chunk_latents": 2},
     "decoder only, checkpointed": {"gradient_checkpointing": True},
 }
-
-
-class PeakMemory(TorchDispatchMode):
-    """Tracks the bytes of live storages that operators create: `live` now, `peak` at most. apart: not counted."""
-
-    def __init__(self, apart: list[Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known = {x.untyped_storage()._cdata for x in apart}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self._known:
-                storage = x.untyped_storage()
-                self._known.add(storage._cdata)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return out
-
-    def _freed(self, storage: int, size: int) -> None:
-        self.live -= size
-        self._known.discard(storage)
 
 
 def training(clip: tuple[int, int, int], build: Callable[[], nn.Module], decoder_only: bool = False) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from vae3d.commands import train
+from vae3d.commands import dry_run
 from vae3d.data import check as check_module
 from vae3d.data import probe
 from vae3d.data.check import main as check
@@ -285,7 +285,7 @@ def test_looking_for_files_opens_none_and_refuses_what_no_run_could_read(tmp_pat
 def test_a_dry_run_looks_for_the_files_of_its_table(tmp_path):
     pd.DataFrame({"path": ["x.mp4", "y.mp4"], "num_frames": 99}).to_csv(tmp_path / "t.csv", index=False)
     with pytest.raises(DataError, match="2 of 2 files cannot be read"):
-        train.describe(tiny.training("temporal_vae", tmp_path / "t.csv", "loss=recon_kl"))
+        dry_run.describe(tiny.training("temporal_vae", tmp_path / "t.csv", "loss=recon_kl"))
 
 
 def test_check_names_a_file_that_crashes_the_decoder_and_goes_on(tmp_path, monkeypatch, capsys):

@@ -287,7 +287,7 @@ def test_validation_scores_held_out_clips_with_the_averaged_weights(videos, tmp_
     t.fit()
     assert all(math.isfinite(value) for _, value in trace(tmp_path / "run", "val/tpsnr"))
     scores = trace(tmp_path / "run", "val/psnr")
-    assert [step for step, _ in scores] == [1, 2]
+    assert [step for step, _ in scores] == [0, 1, 2]
     with t.ema.applied(), eval_mode(t.network):
         clip = t.data.held_out[0].to("cpu")
         rec = t.network(clip.video, sample=False).video

@@ -1,7 +1,8 @@
 """The `vae3d` command: `vae3d train stage=stage3 ...` runs what `python train.py stage=stage3 ...` runs.
 
-Imports no torch, so that `vae3d --help` and an error in a configuration appear within a second. Several ranks:
-`torchrun --nproc-per-node=8 -m vae3d.commands.cli train ...`, or `torchrun --nproc-per-node=8 train.py ...`.
+Imports nothing slow before the first line is printed, and torch only once the keys of a configuration are right: an
+unknown key is reported within a second. Several ranks: `torchrun --nproc-per-node=8 -m vae3d.commands.cli train ...`,
+or `torchrun --nproc-per-node=8 train.py ...`.
 """
 
 from __future__ import annotations
@@ -9,25 +10,23 @@ from __future__ import annotations
 import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
 
 # isort: split
+import gc
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import hydra
-from omegaconf import DictConfig
-
-from vae3d.commands import launch
-from vae3d.commands.console import exit_on_user_error, in_sweep
-from vae3d.config.diffusion import check_diffusion, check_sampling
-from vae3d.config.issues import ConfigIssue, add_new, close_match, is_within, raise_if_any
-from vae3d.config.latents import check_encoding
-from vae3d.config.overrides import allow_unknown_keys, override_issues, without_run_values
-from vae3d.config.schema import CONF, TrainConfig
-from vae3d.config.validate import check_comparison, check_inference, training_issues
 from vae3d.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from vae3d.config.issues import ConfigIssue
+    from vae3d.config.schema import TrainConfig
 
 # The check of a VAE's training on the meta device needs these.
 MODEL_KEYS = ("model", "loss", "teacher", "adversary", "stage.train", "data.frames", "data.height", "data.width")
@@ -39,12 +38,19 @@ def check_training(cfg: DictConfig, issues: Sequence[ConfigIssue] = ()) -> Train
     issues: those of the command line. The model is built on the meta device, which imports torch, unless a key of it is
     unknown or has a wrong type.
     """
+    from vae3d.config.issues import add_new, is_within, raise_if_any
+    from vae3d.config.validate import training_issues
+
     config, found = training_issues(cfg)
     found = [*issues, *found]
     if not any(issue.malformed or is_within(issue.key, key) for issue in found for key in MODEL_KEYS):
         from vae3d.commands import meta_check
 
         found = add_new(found, meta_check.issues(config))
+        if lacking := [issue for issue in found if issue.weights]:
+            found = [issue for issue in found if not issue.weights]
+            if config.debug.mode != "dry":  # which lists them, and goes on
+                found.append(meta_check.missing_weights(config, lacking))
     raise_if_any(found)
     return config
 
@@ -52,14 +58,15 @@ def check_training(cfg: DictConfig, issues: Sequence[ConfigIssue] = ()) -> Train
 class HydraCommand(NamedTuple):
     """A command that is configured by conf/<config_name>.yaml and `key=value` arguments.
 
-    Its module has `run(config)`; of a training command `build_trainer(config, folder)` and `describe(config)`.
-    check: of a configuration and the errors of the command line; returns typed objects or raises ConfigError. metric:
-    makes it a training command: the metric that a sweep optimizes. path_node: KEY=PATH is short for KEY.path=PATH.
+    Its module has `run(config)`; of a training command `build_trainer(config, folder)` and `next_commands(trainer)`.
+    check: module:function that takes a configuration and the errors of the command line, and returns typed objects or
+    raises ConfigError. metric: makes it a training command: the metric that a sweep optimizes. path_node: KEY=PATH is
+    short for KEY.path=PATH.
     """
 
     summary: str
     config_name: str
-    check: Callable[[DictConfig, Sequence[ConfigIssue]], Any]
+    check: str
     metric: str | None = None
     path_node: str | None = None
 
@@ -74,28 +81,30 @@ class ArgparseCommand(NamedTuple):
 MODULES = {"check-data": "vae3d.data.check", "try": "vae3d.commands.try_video"}
 COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
     "try": ArgparseCommand("Show what an autoencoder does to a video"),
-    "train": HydraCommand("Train a video autoencoder", "train", check_training, metric="val/psnr"),
+    "train": HydraCommand("Train a video autoencoder", "train", "vae3d.commands.cli:check_training", metric="val/psnr"),
     "infer": HydraCommand(
         "Reconstruct videos and images",
         "infer",
-        check_inference,
+        "vae3d.config.validate:check_inference",
         path_node="teacher",  # an unknown key here: its error names scripts/compare.py
     ),
     "compare": HydraCommand(
         "Compare a distilled student with its teacher",
         "compare",
-        check_comparison,
+        "vae3d.config.validate:check_comparison",
         path_node="teacher",  # Hydra would look for teacher=PATH in conf/teacher
     ),
     "eval": ArgparseCommand("Score reconstructed videos against their originals"),
-    "encode": HydraCommand("Encode a data set into a latent cache", "latents", check_encoding),
+    "encode": HydraCommand("Encode a data set into a latent cache", "latents", "vae3d.config.latents:check_encoding"),
     "latent-stats": ArgparseCommand("Print the statistics of a latent cache; write its scale into an export"),
     "measure-scale": ArgparseCommand("Measure the scale of a model's latents; write it into its export"),
     "probe-latents": ArgparseCommand("Compare the latents of several autoencoders"),
     "train-diffusion": HydraCommand(
-        "Train a diffusion model on latents", "diffusion", check_diffusion, metric="val/loss"
+        "Train a diffusion model on latents", "diffusion", "vae3d.config.diffusion:check_diffusion", metric="val/loss"
     ),
-    "sample": HydraCommand("Draw samples from a latent diffusion model", "sample", check_sampling),
+    "sample": HydraCommand(
+        "Draw samples from a latent diffusion model", "sample", "vae3d.config.diffusion:check_sampling"
+    ),
     "check-data": ArgparseCommand("Find the files of a data set that cannot be read"),
     "convert": ArgparseCommand("Convert a checkpoint to the layout of another program"),
     "fetch-weights": ArgparseCommand("Download the pretrained networks that losses and metrics need"),
@@ -121,16 +130,33 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         print(usage())
         return 0
     if name not in COMMANDS:
+        from vae3d.config.issues import close_match
+
         near = close_match(name, COMMANDS)
         hint = f"did you mean {near}?" if near else "`vae3d --help` lists the commands"
         print(f"error: vae3d has no command {name}; {hint}", file=sys.stderr)
         return 2
     command, module = COMMANDS[name], module_of(name)
-    if isinstance(command, HydraCommand):
-        return run_with_hydra(command, module, program, rest)
-    if len(program) > 1:  # not one of the scripts
-        sys.argv[0] = f"vae3d {name}"  # argparse's usage line begins with it
-    return exit_on_user_error(lambda: import_module(module).main(rest))
+    gc.disable()  # nearly all objects that imports make stay: collecting among them takes a quarter of the start
+    try:
+        if isinstance(command, HydraCommand):
+            shows_only = any(a.startswith("-") and a not in ("-m", "--multirun") for a in rest)  # --help, --cfg, ...
+            if os.environ.get("RANK", "0") == "0" and not shows_only:
+                print(f"vae3d {name}: checking the configuration ...", file=sys.stderr, flush=True)
+            return run_with_hydra(command, module, program, rest)
+        if len(program) > 1:  # not one of the scripts
+            sys.argv[0] = f"vae3d {name}"  # argparse's usage line begins with it
+        return run_with_flags(module, rest)
+    finally:
+        gc.enable()
+
+
+def collect_garbage_again() -> None:
+    """After the imports: collect, but never look through what they made. A later job of a sweep freezes nothing: the
+    objects of the job before it must be collected."""
+    if not gc.get_freeze_count():
+        gc.freeze()
+    gc.enable()
 
 
 def usage() -> str:
@@ -140,8 +166,29 @@ def usage() -> str:
     return "\n".join([*lines, "", "`vae3d COMMAND --help` lists a command's settings."])
 
 
+def run_with_flags(module: str, arguments: Sequence[str]) -> int | None:
+    """Run a command with flags and return its exit status."""
+    from vae3d.commands.console import exit_on_user_error
+
+    def run() -> int | None:
+        main = import_module(module).main
+        collect_garbage_again()
+        return main(arguments)
+
+    return exit_on_user_error(run)
+
+
 def run_with_hydra(command: HydraCommand, module: str, program: list[str], arguments: Sequence[str]) -> None:
     """Compose the configuration from conf/ and `key=value` arguments and run the command; with -m, once per job."""
+    import hydra
+
+    from vae3d.commands import sweep
+    from vae3d.commands.console import exit_on_user_error
+    from vae3d.config.issues import raise_if_any
+    from vae3d.config.overrides import allow_unknown_keys, override_issues, without_run_values
+    from vae3d.config.schema import CONF
+
+    resolve_name(command.check)  # its module gives Hydra the defaults of the schema
     if node := command.path_node:
         arguments = [re.sub(rf"^{node}=", f"{node}.path=", argument) for argument in arguments]
     overrides = allow_unknown_keys(arguments)
@@ -154,16 +201,22 @@ def run_with_hydra(command: HydraCommand, module: str, program: list[str], argum
         return exit_on_user_error(lambda: train(command, module, program, cfg, issues))
 
     job.__module__ = module  # Hydra names the job after it
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=command.config_name)(job)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=command.config_name)(job)()
+    finally:
+        if command.metric is not None and sweep.current is not None:  # also after a job failed, or a signal
+            print(f"\n{sweep.results(sweep.current, command.metric)}", flush=True)
 
 
 def run(command: HydraCommand, module: str, cfg: DictConfig, issues: Sequence[ConfigIssue]) -> None:
     """Check the configuration and run the command in this process."""
-    config = command.check(cfg, issues)
+    config = resolve_name(command.check)(cfg, issues)
     from vae3d.distributed import process_group_scope  # imports torch, which a wrong configuration need not wait for
 
     with process_group_scope():
-        import_module(module).run(config)
+        command_module = import_module(module)
+        collect_garbage_again()
+        command_module.run(config)
 
 
 def train(
@@ -173,12 +226,15 @@ def train(
 
     Returns command.metric at the last step, for the sweeper.
     """
+    from vae3d.commands import launch
+    from vae3d.commands.console import in_sweep
+
     if in_sweep() and launch.under_torchrun():  # whose ranks would run different jobs once one of them fails
         raise UserError(
             "a sweep (-m) cannot run under torchrun; let each job start its own ranks:\n"
             "  python train.py -m ... launcher=torchrun launcher.nproc=N"
         )
-    config = command.check(cfg, issues)
+    config = resolve_name(command.check)(cfg, issues)
     if launch.starts_ranks(config.launcher):
         launch.torchrun_child(config.launcher, program)
     else:
@@ -191,15 +247,25 @@ def train_here(module: str, config: Any, cfg: DictConfig) -> None:
 
     Exits with status 128 + N if signal N ended the run; neither `&&` nor a sweep continues then.
     """
+    from vae3d.commands import launch
+    from vae3d.commands.closing import closing
+    from vae3d.commands.console import in_sweep
     from vae3d.distributed import process_group_scope
 
-    command = import_module(module)
-    if config.debug.mode == "dry":
+    dry = config.debug.mode == "dry"
+    command = import_module("vae3d.commands.dry_run" if dry else module)
+    collect_garbage_again()
+    if dry:
         command.describe(config)
         return
     folder = launch.prepare_run_folder(cfg)
     with process_group_scope():
-        signum = launch.fit(command.build_trainer(config, folder))
+        trainer = command.build_trainer(config, folder)
+        first_step, start = trainer.step, time.monotonic()
+        signum = launch.fit(trainer)
+        seconds = time.monotonic() - start
+        # A sweep ends with a table instead.
+        trainer.log.say(closing(trainer, first_step, seconds, [] if in_sweep() else command.next_commands(trainer)))
     if signum:
         sys.exit(128 + signum)
 

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from tqdm import tqdm
 
 from vae3d.errors import UserError
@@ -65,26 +63,36 @@ class RunLogFile(logging.FileHandler):
 
 
 def in_sweep() -> bool:
+    if "hydra" not in sys.modules:
+        return False
+    from hydra.core.hydra_config import HydraConfig  # slow to import, and commands with flags do without
+    from hydra.types import RunMode
+
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def exit_on_user_error(run: Callable[[], R]) -> R:
     """Call run(); for a UserError, or a path that cannot be written, print one message and exit with status 2.
 
-    In a sweep the error is raised, and Hydra runs the next job. VAE3D_TRACEBACK=1 shows the traceback.
+    In a sweep the job ends with an error that Hydra prints without a traceback, and the next job runs.
+    VAE3D_TRACEBACK=1 shows the traceback.
     """
-    reraise = in_sweep() or os.environ.get("VAE3D_TRACEBACK") == "1"
     try:
         return run()
-    except UserError as error:
-        if reraise:
+    except (UserError, OSError) as error:
+        if os.environ.get("VAE3D_TRACEBACK") == "1":
             raise
-        print_error(error)
-    except OSError as error:
-        if reraise or error.errno not in UNWRITABLE:
-            raise
-        path = error.filename or "a file cannot be written (VAE3D_TRACEBACK=1 shows which)"
-        print(f"error: {path}: {os.strerror(error.errno)}", file=sys.stderr, flush=True)
+        if isinstance(error, OSError):
+            if error.errno not in UNWRITABLE:
+                raise
+            path = error.filename or "a file cannot be written (VAE3D_TRACEBACK=1 shows which)"
+            print(f"error: {path}: {os.strerror(error.errno)}", file=sys.stderr, flush=True)
+        else:
+            print_error(error)
+        if in_sweep():
+            from hydra.errors import CompactHydraException
+
+            raise CompactHydraException("its error is in the table of all jobs") from error
     sys.exit(2)
 
 

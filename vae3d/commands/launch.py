@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -13,10 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from vae3d.commands.console import exit_on_user_error, print_error, rank
+from vae3d.commands.sweep import begin_sweep, metric_rows, record_job
 from vae3d.config.overrides import quoted
 from vae3d.config.schema import Launcher
 from vae3d.errors import UserError
@@ -59,10 +61,11 @@ def prepare_run_folder(cfg: DictConfig) -> Path:
     return folder
 
 
-class FolderCheck(Callback):
-    """Exits with one message if run.root cannot be created, or if a sweep's multirun.yaml is a symbolic link.
+class RunFolders(Callback):
+    """Exits with one message if run.root cannot be created, or if a sweep's multirun.yaml is a symbolic link. In a
+    sweep, writes how each job ended into its folder, for sweep.results.
 
-    By SystemExit: Hydra turns other exceptions of callbacks into warnings.
+    Exits by SystemExit: Hydra turns other exceptions of callbacks into warnings.
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
@@ -78,6 +81,11 @@ class FolderCheck(Callback):
         if file.is_symlink():
             print(f"error: {file}: is a symbolic link to {os.readlink(file)}; delete it", file=sys.stderr)
             sys.exit(2)
+        begin_sweep(config)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        if config.hydra.mode == RunMode.MULTIRUN:
+            record_job(Path(config.hydra.runtime.output_dir), job_return)
 
 
 def under_torchrun() -> bool:
@@ -146,15 +154,7 @@ def last_metric(folder: Path, name: str, step: int) -> float | None:
 
     NaN if the run has the metric at other steps only, as after a failed validation; None if it never has it.
     """
-    file = folder / "metrics.jsonl"
-    values = {}
-    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:  # a line that a kill or a full disk cut off
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and name in entry:
-            values[entry["step"]] = entry[name]
+    values = {row["step"]: row[name] for row in metric_rows(folder) if name in row}
     return values.get(step, math.nan) if values else None
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hydra.errors import InstantiationException
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
 from torch import nn
 
 from vae3d import loading
@@ -15,7 +21,9 @@ from vae3d.checkpoints.export import to_layout
 from vae3d.checkpoints.formats import CheckpointError, read_checkpoint
 from vae3d.commands import train
 from vae3d.commands.summary import frame_counts
-from vae3d.config.issues import NO_VALUE, ConfigIssue
+from vae3d.config.issues import NO_VALUE, ConfigIssue, is_within
+from vae3d.config.overrides import key_of
+from vae3d.config.validate import training_issues
 from vae3d.errors import UserError
 from vae3d.inference import scale
 from vae3d.losses.distillation import FeatureDistillation
@@ -25,7 +33,7 @@ from vae3d.metrics.registry import columns_of, find_files, resolve
 from vae3d.models.compiled import blocks_of
 from vae3d.models.interface import attach_decoder, nearest_frames, share_frames
 from vae3d.models.taehv import TAEHV
-from vae3d.pretrained.weights import WeightsMissing
+from vae3d.pretrained.weights import WeightsMissing, fetch_command, find, search_path, sizes
 from vae3d.schedules import ALL_ON
 from vae3d.training.freeze import PartError, params_without_grad, train_parts
 from vae3d.training.teacher import Distillation
@@ -49,8 +57,14 @@ def issues(config: TrainConfig) -> list[ConfigIssue]:
     except PartError as error:
         return [*found, ConfigIssue("stage.train", NO_VALUE, str(error))]
     found += [*_frozen_random(config, model), *_weight_issues(objective)]
-    if found:
-        return found
+    weights = [issue for issue in found if issue.weights]  # no reason to leave out the other checks
+    found = [issue for issue in found if not issue.weights]
+    return [*weights, *(found or _training_issues(config, model, objective))]
+
+
+def _training_issues(config: TrainConfig, model: nn.Module, objective: Objective) -> list[ConfigIssue]:
+    """What does not fit between model, teacher, losses and adversary."""
+    found: list[ConfigIssue] = []
     teacher = None
     try:
         if config.teacher.path is not None:
@@ -98,8 +112,8 @@ def _metric_issues(config: TrainConfig) -> Iterator[ConfigIssue]:
             elif frames < kind.min_frames:
                 yield ConfigIssue(key, given, f"{metric} needs validation.frames of at least {kind.min_frames}")
             else:
-                missing = find_files([metric])[1].get(metric, ())
-                yield from (ConfigIssue(key, given, str(reason)) for reason in missing)
+                for names in METRICS[metric].files:
+                    yield from _found(key, given, partial(find, *names))
         known += metrics
     best, columns = config.trainer.best, columns_of(known)
     if best is not None and columns.get(best) is None:
@@ -199,11 +213,73 @@ def _frozen_random(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssu
 
 def _weight_issues(objective: Objective) -> Iterator[ConfigIssue]:
     """Pretrained networks of loss terms that are not on this machine."""
-    for weighted in objective.terms.values():
-        try:
-            weighted.term.find_weights()
-        except WeightsMissing as error:
-            yield ConfigIssue("loss.terms", NO_VALUE, str(error))
+    for name, weighted in objective.terms.items():
+        yield from _found(f"loss.terms.{name}", NO_VALUE, weighted.term.find_weights)
+
+
+def _found(key: str, value: Any, find: Callable[[], Any]) -> Iterator[ConfigIssue]:
+    """The error of a network whose file `find` does not find."""
+    try:
+        find()
+    except WeightsMissing as error:
+        yield ConfigIssue(key, value, str(error), weights=(error.name,) if error.name else ())
+
+
+def lacking_weights(config: TrainConfig) -> list[str]:
+    """Lines on the files of pretrained networks that the run will need and that are not here, for debug=dry."""
+    with torch.device("meta"):
+        found = [*_metric_issues(config), *_weight_issues(train.build_objective(config.loss))]
+    if not (names := list(dict.fromkeys(name for issue in found for name in issue.weights))):
+        return []
+    return ["will need, and not on this machine:", *(f"  {line}" for line in sizes(names)), f"  {fetch_command(names)}"]
+
+
+def missing_weights(config: TrainConfig, found: Sequence[ConfigIssue]) -> ConfigIssue:
+    """One error for all that lack the file of a pretrained network, with the one command that fetches all files, and
+    the settings that need none."""
+    names = list(dict.fromkeys(name for issue in found for name in issue.weights))
+    lines = [
+        "pretrained networks are not on this machine",
+        *sizes(names),
+        f"searched {', '.join(map(str, search_path()))}",
+        f"fetch on a connected machine: {fetch_command(names)}",
+    ]
+    if not os.environ.get("VAE3D_WEIGHTS"):
+        lines.append("or, if they are elsewhere: export VAE3D_WEIGHTS=FOLDER")
+    if settings := _settings_without(config, found):
+        lines.append(f"or go on without: {' '.join(map(shlex.quote, settings))}")
+    return ConfigIssue(", ".join(dict.fromkeys(issue.key for issue in found)), NO_VALUE, "\n    ".join(lines))
+
+
+def _settings_without(config: TrainConfig, found: Sequence[ConfigIssue]) -> list[str]:
+    """Settings with which the command line runs without the missing files; [] if there are none.
+
+    They are tried: the configuration is composed and checked with them, so a loss that does not fit model and stage is
+    not offered.
+    """
+    settings = []
+    if any(is_within(issue.key, "loss") for issue in found):
+        if config.teacher.path is not None:  # a student learns its teacher's latents by terms that recon_kl lacks
+            return []
+        settings.append("loss=recon_kl")
+    scores: list[str] = []
+    for key in ("metrics", "slow_metrics"):
+        names = resolve(getattr(config.validation, key))
+        kept = [name for name in names if not find_files([name])[1]]
+        scores += kept
+        if kept != names:
+            settings.append(f"validation.{key}=[{','.join(kept)}]")
+    if config.trainer.best is not None and config.trainer.best not in columns_of(scores):
+        settings.append("trainer.best=null")
+    if not (GlobalHydra.instance().is_initialized() and HydraConfig.initialized()):
+        return []
+    keys = [setting.partition("=")[0] for setting in settings]
+    given = [o for o in HydraConfig.get().overrides.task if key_of(o) not in keys]
+    try:
+        changed, wrong = training_issues(compose("train", [*given, *settings]))
+    except HydraException:  # such as loss.terms.lpips.weight=1 of the command line, for a term that is gone
+        return []
+    return [] if wrong or issues(changed) else settings
 
 
 def _parts_with(model: nn.Module, holds: Callable[[nn.Parameter], bool]) -> list[str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 
 from vae3d.data.batch_schedule import FrameCounts
 from vae3d.data.loader import TrainingData
+from vae3d.data.media import DataError
 from vae3d.training.freeze import ALL
 
 if TYPE_CHECKING:
@@ -28,17 +31,23 @@ def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None
     data, trainer = config.data, config.trainer
     world = world_size or int(os.environ.get("WORLD_SIZE", config.launcher.nproc))
     lines = [f"{type(model).__name__}: {millions(model.parameters())} parameters"]
+    parts = model.trainable_parts()
     for part, scale in config.stage.train.items():
-        modules = {**model.trainable_parts(), ALL: [model]}[part]
-        trained = millions(p for module in modules for p in module.parameters())
+        trained = millions(p for module in ({**parts, ALL: [model]})[part] for p in module.parameters())
         lines.append(f"  trains {part}: {trained}, learning rate x {scale:g}")
-    lines.append(f"  frozen: {millions(p for p in model.parameters() if not p.requires_grad)}")
+    for part, modules in parts.items():
+        parameters = [p for module in modules for p in module.parameters()]
+        if ALL in config.stage.train:
+            lines.append(f"    {part}: {millions(parameters)}")
+        elif not any(p.requires_grad for p in parameters):
+            lines.append(f"  frozen {part}: {millions(parameters)}")
     counts = frame_counts(data)
     for count in sorted({counts.all()[0], counts.all()[-1]}):
         latent = "x".join(map(str, model.latent_shape(count, data.height, data.width)))
         lines.append(f"  {count} frames of {data.height}x{data.width} -> latent {latent}")
-    terms = ", ".join(f"{term.weight:g} {name}" for name, term in config.loss.terms.items() if term.weight)
-    lines.append(f"loss ({config.loss.reduction}): {terms}")
+    terms = " + ".join(f"{term.weight:g} {name}" for name, term in config.loss.terms.items() if term.weight)
+    reduced = {"sum": "summed over the elements of a frame", "mean": "means over elements"}[config.loss.reduction]
+    lines.append(f"loss: {terms}; {reduced}. Logged per element, with each term's share of the loss")
     if config.teacher.path is not None:
         teacher = config.teacher
         decoded = LATENTS[teacher.decode]
@@ -67,6 +76,23 @@ def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
     if short:
         lines.append(f"  {short} have fewer than {counts[-1]} frames and are used in shorter steps only")
     return lines
+
+
+def first_batch(batches: Iterator[Any], lengths: np.ndarray) -> list[str]:
+    """Reads the first batch. Lines: how many frames there are, and how long the batch took.
+
+    lengths: frames that each training file can give. Raises DataError if no file of the batch can be read.
+    """
+    start = time.perf_counter()
+    batch = next(batches)
+    seconds = time.perf_counter() - start
+    pixels = getattr(batch, "video", getattr(batch, "values", None))
+    lines = [f"  {lengths.sum()} frames, {lengths.mean():.1f} per file"] if lengths.max() > 1 else []
+    if pixels is None:
+        reasons = "\n".join(f"  {path}: {reason}" for path, reason in batch.errors)
+        raise DataError(f"no file of the first batch can be read:\n{reasons}")
+    shape = "x".join(map(str, pixels.shape))
+    return [*lines, f"  the first batch, {shape}, took {seconds:.2f} s to read, with the start of the workers"]
 
 
 def millions(parameters: Iterable[nn.Parameter]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
+from os.path import isfile as is_file
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,27 +15,29 @@ from accelerate import PartialState
 from torch import nn
 
 from vae3d.checkpoints.state import starting_state
+from vae3d.commands.closing import command, curves, longer, shown, start_of
 from vae3d.commands.summary import data_summary, frame_counts, summary
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipSettings
 from vae3d.data.depth import DepthSettings
 from vae3d.data.fingerprint import fingerprint_of
-from vae3d.data.loader import TrainingData, check_files_exist, clip_lengths, read_tables, validation_clips
+from vae3d.data.loader import TrainingData, clip_lengths, read_tables, validation_clips
+from vae3d.data.sources import Table
+from vae3d.data.workers import usable_workers
 from vae3d.distributed import all_gather_object, check_ranks_agree, init_training
 from vae3d.errors import UserError
 from vae3d.inference.scale import longest_clips
-from vae3d.loading import initialize, instantiate, load, log
+from vae3d.loading import initialize, instantiate, load
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_blocks
 from vae3d.models.opensora import OpenSoraVAE
-from vae3d.models.registry import is_known
+from vae3d.models.registry import TARGET, is_known, target_of
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.wan import WanVAE
 from vae3d.precision import DTYPES, slow_conv3d
 from vae3d.training.checkpointer import check_may_start
-from vae3d.training.freeze import train_parts
 from vae3d.training.linear_code import fit_shortcut
 from vae3d.training.loggers import Loggers, build_loggers
 from vae3d.training.teacher import Distillation
@@ -84,6 +88,7 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
     )
     schedule = build_schedule(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
     held_out, errors = [], tables.errors
+    workers, note = usable_workers(data.workers)
     if validation.every:
         held_out, more = validation_clips(tables.val, settings, validation.frames, validation.clips, rank, world_size)
         errors = errors + more
@@ -91,11 +96,11 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
         tables.train,
         schedule,
         settings,
-        data.workers,
+        workers,
         data.prefetch,
         held_out,
         errors,
-        tables.notes,
+        [*tables.notes, *note],
         tables.skipped_files,
         data.timeout,
         fingerprint_of(pd.concat([tables.train, tables.val], ignore_index=True), stat_files=rank == 0),
@@ -194,13 +199,39 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     return trainer
 
 
-def describe(config: TrainConfig) -> None:
-    """Log what a run would be: parts, parameters, latent shapes, batches, files.
+def next_commands(trainer: VaeTrainer) -> list[tuple[str, str]]:
+    """(purpose, command) that work with the files of this run."""
+    config, run = trainer.config, shown(trainer.folder)
+    found = [longer("train", trainer)]
+    files = [path for clip in trainer.data.held_out for path in clip.paths] or trainer.data.table["path"].tolist()
+    if any((trainer.folder / "exports").glob("step-*")) and config.data.depth.mapping is None:
+        if is_file(files[0]):
+            found.append(
+                ("one video: side by side, scores, a page", f"{start_of('try')} {quote(files[0])} {quote(run)}")
+            )
+        has_split = trainer.data.table["split"].notna().any()
+        found += _reconstruct(config, has_split, run, f"{run}/reconstructed-{trainer.step}")
+    return [pair for pair in (*found, curves(trainer.folder)) if pair]
 
-    Builds the model on the meta device. Reads the table, but no video. Raises DataError if too many files are missing.
-    """
-    with torch.device("meta"):
-        model = instantiate(config.model)
-    train_parts(model, config.stage.train)
-    files = check_files_exist(instantiate(config.data.source), config.data.max_broken)
-    log.info("\n".join([*summary(config, model), *files]))
+
+def _reconstruct(config: TrainConfig, has_split: bool, run: str, out: str) -> list[tuple[str, str]]:
+    """Reconstruct held-out files of the run's data and score them; nothing for data that infer.py does not read."""
+    source, data = config.data.source, config.data
+    if not isinstance(source.get("path"), str):
+        return []
+    is_table = source[TARGET] == target_of(Table)
+    settings = {
+        "checkpoint": run,
+        "source": source["path"],
+        "root": source.get("root"),
+        "split": "val" if is_table and has_split else None,
+        "num_samples": config.validation.clips,
+        "num_frames": config.validation.frames,
+        "height": data.height,
+        "width": data.width,
+    }
+    if config.teacher.path is not None:
+        compared = command("compare", **settings, teacher=config.teacher.path, save_dir=out)
+        return [("every encoder with every decoder, of model and teacher", compared)]
+    score = f"{start_of('eval')} --base {quote(out)} --metric {' '.join(config.validation.metrics)}"
+    return [("reconstruct files", command("infer", **settings, save_dir=out)), ("score them", score)]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from vae3d.checkpoints.location import EXPORT_CONFIG, find_weights, split_part
+from vae3d.commands.closing import command, curves, longer, shown
 from vae3d.commands.meta_check import built
 from vae3d.commands.summary import batch_summary, frame_counts, millions
 from vae3d.commands.train import build_clip_settings, build_schedule, loggers_of
@@ -21,7 +22,8 @@ from vae3d.config.issues import NO_VALUE, ConfigIssue, raise_if_any
 from vae3d.data.batch_schedule import ClipIndex, FrameCounts
 from vae3d.data.clips import ClipDataset
 from vae3d.data.fingerprint import fingerprint_of, fingerprint_of_cache
-from vae3d.data.loader import check_files_exist, clip_lengths, read_tables, validation_clips
+from vae3d.data.loader import clip_lengths, read_tables, validation_clips
+from vae3d.data.workers import usable_workers
 from vae3d.diffusion import data as diffusion_data
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.build import NETWORKS, PROCESSES, network_config
@@ -50,13 +52,13 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     check_may_start(folder, config.run.resume)
     accelerator = init_training(config.trainer.precision)
     check_ranks_agree(asdict(config))
-    codec = _codec(config, accelerator.device)
+    codec = codec_of(config, accelerator.device)
     with accelerator.main_process_first():  # it probes the files; the others read its cache
         data = latent_data(config, codec, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree(data.fingerprint.digests())
     config, process = complete(config, data)
     torch.manual_seed(config.run.seed)
-    network = _network(config)
+    network = network_of(config)
     if accelerator.is_main_process:
         for line in summary(config, network, data, accelerator.num_processes):
             log.info(line)
@@ -72,19 +74,16 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     return trainer
 
 
-def describe(config: DiffusionConfig) -> None:
-    """Log what a run would be: latents, network, process, batches. Takes no step."""
-    if config.cache is None:
-        for line in check_files_exist(instantiate(config.data.source), config.data.max_broken):
-            log.info(line)
-    codec = _codec(config, torch.device("cpu"))
-    data = latent_data(config, codec, 0, int(os.environ.get("WORLD_SIZE", 1)))
-    config, _ = complete(config, data)
-    for line in summary(config, _network(config), data, data.schedule.world_size):
-        log.info(line)
+def next_commands(trainer: DiffusionTrainer) -> list[tuple[str, str]]:
+    """(purpose, command) that work with the files of this run."""
+    found, run = [longer("train-diffusion", trainer)], shown(trainer.folder)
+    if any((trainer.folder / "exports").glob("step-*")):
+        out = f"{run}/samples-{trainer.step}"
+        found.append(("samples", command("sample", checkpoint=run, out=out, against=trainer.config.cache)))
+    return [pair for pair in (*found, curves(trainer.folder)) if pair]
 
 
-def _codec(config: DiffusionConfig, device: torch.device) -> LatentCodec:
+def codec_of(config: DiffusionConfig, device: torch.device) -> LatentCodec:
     vae = config.vae
     return open_codec(
         vae.path, pixel_range="uint8", precision=vae.precision, chunk_frames=vae.chunk_frames, device=device
@@ -95,7 +94,9 @@ def latent_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_si
     """The latents to train on: of a cache, or of clips that are encoded batch by batch."""
     build = clip_data if config.cache is None else cache_data
     data, settings = build(config, codec, rank, world_size), config.data
-    return replace(data, workers=settings.workers, prefetch=settings.prefetch, timeout=settings.timeout)
+    workers, note = usable_workers(settings.workers)
+    notes = [*data.notes, *note]
+    return replace(data, workers=workers, prefetch=settings.prefetch, timeout=settings.timeout, notes=notes)
 
 
 def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
@@ -208,7 +209,7 @@ def complete(config: DiffusionConfig, data: LatentData) -> tuple[DiffusionConfig
     return replace(config, denoiser=network), process
 
 
-def _network(config: DiffusionConfig) -> nn.Module:
+def network_of(config: DiffusionConfig) -> nn.Module:
     """The network that `complete` has checked, with random weights."""
     network = instantiate(config.denoiser)
     network.config = config.denoiser

@@ -55,6 +55,7 @@ class DiffusionValidation:
     """Loss of held-out latents, and samples."""
 
     every: Int = setting(1000, "Steps between validations. 0: no validation.", ge=0)
+    on_start: bool = setting(True, "Also before the first step, to compare with. A resume does not repeat it.")
     clips: Int = setting(64, "Held-out latents.", ge=1)
     draws: Int = setting(8, "Times and noises for each latent, the same in every validation.", ge=1)
     frames: Int | None = setting(

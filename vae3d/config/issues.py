@@ -18,7 +18,8 @@ class ConfigIssue:
     """One error of a configuration.
 
     key: dotted, with indices of lists: data.frames.max, optim.betas[1]. value: as given, NO_VALUE if there is none.
-    malformed: the key does not exist or its value has the wrong type, so the value that was meant is missing.
+    malformed: the key does not exist or its value has the wrong type, so the value that was meant is missing. weights:
+    names of the files of pretrained networks whose absence is the error.
     """
 
     key: str
@@ -26,6 +27,7 @@ class ConfigIssue:
     message: str
     hint: str = ""
     malformed: bool = False
+    weights: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         given = "" if self.value is NO_VALUE else f"={_text(self.value)}"

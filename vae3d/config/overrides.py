@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from vae3d.config.fields import allowed, fields_of
 from vae3d.config.issues import ConfigIssue, nearest
 from vae3d.config.schema import CONF, TrainConfig
+
+SWEPT = "VAE3D_SWEPT"  # environment variable: the keys that differ between the jobs of this sweep, for the jobs too
 
 
 def allow_unknown_keys(arguments: Sequence[str]) -> list[str]:
@@ -90,3 +95,48 @@ def without_run_values(overrides: Sequence[str]) -> tuple[list[str], list[Config
     message = f"must be {allowed(fields_of(TrainConfig)['run'])}"
     issues = [ConfigIssue("run", o.partition("=")[2], message, malformed=True) for o in wrong]
     return [o for o in overrides if o not in wrong], issues
+
+
+def swept_keys(overrides: Iterable[str]) -> list[str]:
+    """The keys that a sweep's overrides give several values, in order."""
+    return [key_of(override) for override in overrides if _parse(override).is_sweep_override()]
+
+
+def key_of(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def job_label(overrides: Iterable[str]) -> str:
+    """What a sweep changes in one of its jobs: lr=1e-05 kl.weight=1e-06."""
+    return " ".join(f"{key}={value}" for key, value in _changes(overrides))
+
+
+def job_folder(overrides: Sequence[str]) -> str:
+    """The folder's name for a job of a sweep: job_label in letters that need no quotes, and a hash of all overrides.
+
+    Values of paths are reduced to their last name. The same overrides give the same name in every sweep, so that a
+    job resumes when a sweep is repeated with more values.
+    """
+    digest = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:6]
+    words = []
+    for key, value in _changes(overrides):
+        short = re.sub(r"[^A-Za-z0-9.+]+", "-", value.rstrip("/'\"").rpartition("/")[2]).strip("-.")[:24]
+        words.append(f"{key.replace('/', '.')}={short}")
+    return f"{'_'.join(words)[:80].rstrip('-.') or 'job'}_{digest}"
+
+
+def _changes(overrides: Iterable[str]) -> list[tuple[str, str]]:
+    """(key, value) that differ between the jobs of this sweep. Keys are as short as they differ."""
+    keys = list(filter(None, os.environ.get(SWEPT, "").split(",")))
+    values = {key_of(override): override.partition("=")[2] for override in overrides}
+    return [(_shortest(key, keys), values[key]) for key in keys if key in values]
+
+
+def _shortest(key: str, keys: Sequence[str]) -> str:
+    """The shortest end of a dotted key that no other key has."""
+    names = key.split(".")
+    ends = [".".join(names[-count:]) for count in range(1, len(names))]
+    return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1), key)
+
+
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)

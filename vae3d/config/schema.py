@@ -6,13 +6,11 @@ class. All other keys are closed. `???` (MISSING) marks what only the user can g
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -186,6 +184,7 @@ class Validation:
     """Metrics on held-out files."""
 
     every: Int = setting(1000, "Steps between validations. 0: no validation.", ge=0)
+    on_start: bool = setting(True, "Also before the first step, to compare with. A resume does not repeat it.")
     clips: Int = setting(16, "Held-out clips.", ge=1)
     frames: Int = setting(17, "Frames of each clip.", ge=1)
     metrics: Strings = setting(lambda: ["psnr", "ssim"], "See docs/score.md.")
@@ -438,9 +437,6 @@ def register(name: str, schema: type) -> None:
     ConfigStore.instance().store(name, asdict(schema()))
 
 
-OmegaConf.register_new_resolver(
-    "short_hash", lambda items: hashlib.sha256("\n".join(items).encode()).hexdigest()[:6], replace=True
-)
 register("train_defaults", TrainConfig)
 register("infer_defaults", InferConfig)
 register("compare_defaults", CompareConfig)

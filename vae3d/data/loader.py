@@ -168,6 +168,12 @@ class TrainingData:
     timeout: float = 0.0  # seconds without a batch until WorkerError; 0: never
     fingerprint: DataFingerprint | None = None  # saved with checkpoints
 
+    @property
+    def item_bytes(self) -> int:
+        """Of the largest batch that a worker reads."""
+        values = 3 * self.schedule.frames.all()[-1] * self.settings.height * self.settings.width
+        return self.schedule.micro_batch * values * (1 if self.settings.depth is None else 4)
+
     def clips(
         self, first: int, last: int, stopping: Callable[[], bool] = lambda: False
     ) -> Iterator[ClipBatch | Unreadable]:
@@ -175,15 +181,14 @@ class TrainingData:
 
         stopping: whether the run ends after the current step. Raises as workers.load does.
         """
-        settings, schedule = self.settings, self.schedule
-        values = 3 * schedule.frames.all()[-1] * settings.height * settings.width
+        schedule = self.schedule
         return load(
-            ClipDataset(self.table, schedule, settings),
+            ClipDataset(self.table, schedule, self.settings),
             workers=self.workers,
             prefetch=self.prefetch,
             timeout=self.timeout,
             stopping=stopping,
-            item_bytes=schedule.micro_batch * values * (1 if settings.depth is None else 4),
+            item_bytes=self.item_bytes,
             held=schedule.accumulate,
             batch_sampler=schedule.micro_batches(first, last),
             collate_fn=collate,

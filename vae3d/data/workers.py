@@ -29,6 +29,22 @@ class WorkerError(DataError):
     on_every_rank = False
 
 
+def usable_workers(wanted: int) -> tuple[int, list[str]]:
+    """At most as many workers as this rank has processors, and a line that says so if they are fewer than wanted."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processors = processor_count()
+    most = max(1, processors // ranks)
+    if wanted <= most:
+        return wanted, []
+    share = f", which {ranks} ranks share" if ranks > 1 else ""
+    return most, [f"data.workers={wanted}: this machine has {processors} processors{share}; {most} workers are used"]
+
+
+def processor_count() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def load(
     dataset: Dataset[Any],
     *,

@@ -67,22 +67,25 @@ class LatentData:
     timeout: float = 0.0
     fingerprint: DataFingerprint | None = None
 
+    @property
+    def item_bytes(self) -> int:
+        """Of the largest batch that a worker reads."""
+        if isinstance(self.dataset, CachedLatents):
+            return self.schedule.micro_batch * 4 * math.prod(self.latent_shape)
+        return self.schedule.micro_batch * 3 * math.prod((self.schedule.frames.all()[-1], *self.size[1:]))
+
     def batches(self, first: int, last: int, stopping: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         """Micro-batches of optimizer steps first..last-1, a pure function of the schedule.
 
         stopping: whether the run ends after this step. Raises as workers.load does.
         """
-        if isinstance(self.dataset, CachedLatents):
-            item_bytes = 4 * math.prod(self.latent_shape)
-        else:
-            item_bytes = 3 * math.prod((self.schedule.frames.all()[-1], *self.size[1:]))
         return load(
             self.dataset,
             workers=self.workers,
             prefetch=self.prefetch,
             timeout=self.timeout,
             stopping=stopping,
-            item_bytes=self.schedule.micro_batch * item_bytes,
+            item_bytes=self.item_bytes,
             held=self.schedule.accumulate,
             batch_sampler=self.schedule.micro_batches(first, last),
             collate_fn=self.collate,

@@ -73,7 +73,14 @@ FILES = {entry["name"]: _from_json(entry) for entry in json.loads(Path(__file__)
 
 
 class WeightsMissing(UserError):
-    """A pretrained network's file is missing, damaged, or has another hash or other tensors than expected."""
+    """A pretrained network's file is missing, damaged, or has another hash or other tensors than expected.
+
+    name: of the file that is not on this machine; None for the other errors.
+    """
+
+    def __init__(self, message: str, name: str | None = None) -> None:
+        super().__init__(message)
+        self.name = name
 
 
 def search_path() -> list[Path]:
@@ -100,7 +107,7 @@ def find(*names: str, path: str | Path | None = None) -> Path:
         if candidate.is_file():
             verify(candidate, file)
             return candidate
-    raise WeightsMissing(_not_found(files))
+    raise WeightsMissing(_not_found(files), files[0].name)
 
 
 def verify(path: Path, file: WeightFile, *, always: bool = False) -> bool:
@@ -200,6 +207,20 @@ def _candidates(files: list[WeightFile]) -> Iterator[tuple[Path, WeightFile]]:
                 yield Path(cached), file
 
 
+def sizes(names: Sequence[str]) -> list[str]:
+    """A line for each file: its name, size and uses."""
+    files = [FILES[name] for name in names]
+    return [
+        f"{file.name}, {f'{file.size / 1e6:.0f} MB' if file.size else 'size unknown'}, for {', '.join(file.used_for)}"
+        for file in files
+    ]
+
+
+def fetch_command(names: Sequence[str]) -> str:
+    """The command that fetches all of these files to where they are found."""
+    return f"python scripts/fetch_weights.py {' '.join(names)} --dest {search_path()[0]}"
+
+
 def _not_found(files: list[WeightFile]) -> str:
     caches = [f"the Hugging Face cache of {file.hugging_face}" for file in files if file.hugging_face]
     other_names = [name for file in files for name in file.names[1:]]
@@ -207,7 +228,7 @@ def _not_found(files: list[WeightFile]) -> str:
         f"{' or '.join(map(_describe, files))} is not on this machine",
         *([f"  other names: {', '.join(other_names)}"] if other_names else []),
         f"  searched {', '.join([*map(str, search_path()), *caches])}",
-        f"  fetch it on a connected machine: python scripts/fetch_weights.py {files[0].name} --dest {search_path()[0]}",
+        f"  fetch it on a connected machine: {fetch_command([files[0].name])}",
         "  or set its folder: export VAE3D_WEIGHTS=/path",
     ]
     return "\n".join(lines)

@@ -235,7 +235,7 @@ class Checkpointer:
                     _try_to_remove(unfinished)
                 raise SaveError(f"no checkpoint of step {step}: {reason}", self._lost())
         self._write_outputs(step, outputs)
-        self.log.say(f"saved {step_folder(self.root, step)}")
+        self.log.say(f"saved {step_folder(self.root, step).relative_to(self.folder)}")
 
     def complete_newest(self, step: int) -> None:
         """At the start of a run, remove what a killed process left and write missing outputs of the newest checkpoint.
@@ -270,7 +270,7 @@ class Checkpointer:
             best.missed = value, step
         else:
             best.value, best.step = value, step
-            self.log.say(f"{best.column} {value:.6g} is the best so far: {folder}")
+            self.log.say(f"{best.column} {value:.6g} is the best so far: {folder.relative_to(self.folder)}")
 
     def _outputs(self, step: int) -> Outputs:
         return self.outputs(step) | (self.final_outputs(step) if step >= self.max_steps else {})

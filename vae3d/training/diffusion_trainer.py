@@ -137,6 +137,10 @@ class DiffusionTrainer(Trainer[Batch]):
 
     # ---- validation
 
+    @property
+    def better(self) -> Mapping[str, bool | None]:
+        return {"loss": False, **{f"loss_q{q}": False for q in range(QUARTILES)}, "sliced_wasserstein": False}
+
     def validate(self) -> dict[str, float]:
         """Log samples, and mean squared errors on the held-out latents of all ranks.
 

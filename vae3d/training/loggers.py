@@ -246,8 +246,8 @@ class TensorBoardLogger(Logger):
     def open(self, folder: Path, step: int, rewound: Mapping[str, int]) -> None:
         from accelerate.tracking import TensorBoardTracker
 
-        # purge_step hides entries that a killed run wrote after its last checkpoint.
-        self.tracker = _started(TensorBoardTracker(self.name, str(folder), purge_step=step + 1))
+        # purge_step hides entries that a killed run wrote after its last checkpoint. A start at step 0 validates again.
+        self.tracker = _started(TensorBoardTracker(self.name, str(folder), purge_step=step + 1 if step else 0))
         self.writer = self.tracker.writer
 
     def config(self, values: Mapping[str, Any], step: int) -> None:

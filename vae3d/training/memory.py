@@ -1,14 +1,19 @@
-"""Out-of-memory errors, and idle GPU memory."""
+"""Out-of-memory errors, idle GPU memory, and the memory of tensors."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
+GIB = 2**30
 
 # Libraries that allocate memory themselves raise plain RuntimeErrors.
 MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
@@ -61,3 +66,27 @@ def release_idle_memory(threshold_gib: float | None) -> float:
         return 0.0
     free_cache()
     return idle
+
+
+class PeakMemory(TorchDispatchMode):
+    """Tracks the bytes of live storages that operators create: `live` now, `peak` at most. apart: not counted."""
+
+    def __init__(self, apart: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = {x.untyped_storage()._cdata for x in apart}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self._known:
+                storage = x.untyped_storage()
+                self._known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _freed(self, storage: int, size: int) -> None:
+        self.live -= size
+        self._known.discard(storage)

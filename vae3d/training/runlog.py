@@ -43,6 +43,7 @@ class RunLog:
         self.main = rank == 0
         self._broken: set[str] = set()
         self._bar: tqdm | None = None
+        self._timer: Countdown | None = None
 
     def open(self, step: int, max_steps: int) -> None:
         """Lock the run's folder and start writing at `step`. Raises RunLocked."""
@@ -53,7 +54,8 @@ class RunLog:
         self._lock = ExitStack()
         self._lock.enter_context(hold_lock(self.folder / ".lock", in_use))
         self.logger.open(self.folder, step, self._drop_after(step))
-        self._bar = tqdm(total=max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+        self._bar = tqdm(total=max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True, leave=False)
+        self._timer = Countdown(step, max_steps)
 
     def launch(
         self, step: int, config: Mapping[str, Any], changed: Mapping[str, Any], data_changes: Sequence[str] = ()
@@ -103,16 +105,16 @@ class RunLog:
     def advance(self) -> None:
         if self._bar is not None:
             self._bar.update()
+            self._timer.advance(time.monotonic())
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Write values to metrics.jsonl and the logger, and the main ones to the console."""
+        """Write values to metrics.jsonl and the logger, and the main ones to the console, in one line."""
         if not self.main:
             return
         with self._warn_on_os_error(f"metrics of step {step}"):
             self._append("metrics.jsonl", {"step": step, **values})
         self.logger.scalars(values, step)
-        shown = {k: v for k, v in values.items() if "/" not in k or k.startswith(("loss/", "val/"))}
-        log.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+        log.info("%s  %s", self._timer.text(step), "  ".join(fields(values)))
 
     def frames(self, name: str, frames: np.ndarray, step: int) -> None:
         """Show frames [T, H, W, 3] uint8: one as an image, several as a video."""
@@ -153,12 +155,13 @@ class RunLog:
         file, dropped = self.folder / "metrics.jsonl", {}
         if not file.is_file():
             return dropped
+        first = step + 1 if step else 0  # a start at step 0 validates again
         lines = file.read_text(errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and -1 < _step_of(line) <= step]
+        kept = [line for line in lines if line.endswith("\n") and -1 < _step_of(line) < first]
         if kept != lines:
             write_text(file, "".join(kept))
         for line in lines:
-            if (last := _step_of(line)) > step:
+            if (last := _step_of(line)) >= first:
                 dropped |= dict.fromkeys(json.loads(line), last)
         dropped.pop("step", None)
         return dropped
@@ -199,6 +202,116 @@ def _git(*args: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+# ---- the console's lines
+
+
+class Countdown:
+    """Counts the steps of a start, from which it knows how long the rest takes."""
+
+    def __init__(self, step: int, max_steps: int) -> None:
+        self.first, self.step, self.max_steps = step, step, max_steps
+        self.started = self.now = 0.0
+
+    def advance(self, now: float) -> None:
+        """A step has ended. now: seconds."""
+        self.step, self.now = self.step + 1, now
+        if self.step == self.first + 1:  # not timed: it starts workers, and compiles
+            self.started = now
+
+    def text(self, step: int) -> str:
+        """Step, percent and time left, which includes validations and saves as they were so far."""
+        done = f"step {step}/{self.max_steps}  {100 * step // self.max_steps}%"
+        timed = self.step - self.first - 1
+        if timed < 1 or step >= self.max_steps:
+            return done
+        return f"{done}  {duration((self.now - self.started) / timed * (self.max_steps - step))} left"
+
+
+def duration(seconds: float) -> str:
+    """The two largest of days, hours, minutes and seconds: 2 h 5 min."""
+    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    left, parts = max(round(seconds), 0), []
+    for size, unit in units:
+        if left >= size or (size == 1 and not parts):
+            parts.append(f"{left // size} {unit}")
+        elif parts:
+            parts.append("")
+        left %= size
+    return " ".join(part for part in parts[:2] if part)
+
+
+def fields(values: Mapping[str, float]) -> list[str]:
+    """The main values of a training step or of a validation, as the console shows them, none twice."""
+    if any(name.startswith("val/") for name in values):
+        return [validation_text(values)]
+    texts = loss_texts(values)
+    if "loss_discriminator" in values:
+        texts.append(f"discriminator {short(values['loss_discriminator'])}")
+    rates: dict[str, list[str]] = {}  # text of the rate -> parts that have it
+    for name, value in values.items():
+        if name.partition("/")[0] == "lr":
+            rates.setdefault(short(value), []).append(name.removeprefix("lr").removeprefix("/"))
+    texts += [f"lr {rate}{' ' + ', '.join(parts) if len(rates) > 1 else ''}" for rate, parts in rates.items()]
+    if "grad_norm" in values:
+        texts.append(f"grad norm {short(values['grad_norm'])}")
+    if "clips_per_second" in values:
+        texts.append(f"{short(values['clips_per_second'])} clips/s")
+    if "memory_idle_gib" in values:  # of a GPU
+        texts.append(f"{values['memory_gib']:.1f} GiB")
+    if values.get("skipped"):
+        texts.append(f"{values['skipped']:.0f} steps skipped")
+    return texts
+
+
+def loss_texts(values: Mapping[str, float]) -> list[str]:
+    """The loss, and of each term its value per element and its share of what is minimized: l1 0.043 (98%).
+
+    A term without a value per element, as a GAN's, has its value. The share is that of the weighted term among the
+    absolute values of all.
+    """
+    names = dict.fromkeys(name.partition("/")[2] for name in values if name.startswith(("loss_mean/", "loss/")))
+    weighted = {name: abs(values[f"loss_weighted/{name}"]) for name in names if f"loss_weighted/{name}" in values}
+    total, terms = sum(weighted.values()), []
+    for name in names:
+        text = f"{name} {short(values.get(f'loss_mean/{name}', values.get(f'loss/{name}')))}"
+        if len(weighted) > 1 and total and name in weighted:
+            text += f" ({100 * weighted[name] / total:.0f}%)"
+        terms.append(text)
+    if "loss" not in values:  # a step of the discriminator only
+        return terms
+    loss = f"loss {short(values['loss'])}"
+    if len(terms) == 1 and terms[0].split()[1] == loss.split()[1]:
+        terms = []
+    return [f"{loss}{': ' if terms else ''}{', '.join(terms)}{quarters(values, 'loss_q')}"]
+
+
+def quarters(values: Mapping[str, float], prefix: str) -> str:
+    """A diffusion model's loss by quarter of the timesteps, if it is there."""
+    if not any(name.startswith(prefix) for name in values):
+        return ""
+    found = [short(values[f"{prefix}{q}"]) if f"{prefix}{q}" in values else "-" for q in range(4)]
+    return f" (by quarter of the timesteps {' '.join(found)})"
+
+
+def validation_text(values: Mapping[str, float]) -> str:
+    scores = {name.removeprefix("val/"): short(value) for name, value in values.items() if name.startswith("val/")}
+    if scores.get("psnr_video") == scores.get("psnr"):  # single frames
+        scores.pop("psnr_video", None)
+    shown = [
+        f"{name} {text}{quarters(values, 'val/loss_q') if name == 'loss' else ''}"
+        for name, text in scores.items()
+        if not name.startswith("loss_q")
+    ]
+    count = values.get("val_clips", 0)
+    clips = f" of {count:.0f} clip{'s' if count > 1 else ''}" if count else ""
+    return f"validation{clips}: {', '.join(shown)}"
+
+
+def short(value: float) -> str:
+    """Four digits."""
+    return f"{value:.4g}"
 
 
 # ---- stop signals

@@ -219,7 +219,9 @@ class Trainer(ABC, Generic[Batch]):
             if self.preflight_enabled and self.step < last:
                 self.preflight()
             done = f"the run is complete: it has taken all {last} steps; a larger trainer.max_steps continues it"
-            self.log.say(done if self.step >= last else f"training from step {self.step} to {last}")
+            self.log.say(done if self.step >= last else f"training from step {self.step} to {last} in {self.folder}")
+            if self.step == 0 and self.config.validation.every and self.config.validation.on_start:
+                self.validate()  # counts for no best checkpoint: these weights are not trained
             with stop_signals(verbose=self.log.main) as request, self.profiler() as profiler_step:
                 try:
                     self._train(request, last, profiler_step)
@@ -417,6 +419,11 @@ class Trainer(ABC, Generic[Batch]):
         self._timer, self._timed_from = time.perf_counter(), self.step
 
     # ---- validation
+
+    @property
+    @abstractmethod
+    def better(self) -> Mapping[str, bool | None]:
+        """Score of the validation -> whether higher is better; None if there is no better."""
 
     @abstractmethod
     def validate(self) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +39,7 @@ from vae3d.training.step_status import StepMetrics
 from vae3d.training.strategy import ReplicatedDataParallel
 from vae3d.training.teacher import Distillation, StudentWithProjections
 from vae3d.training.trainer import Trainer, adamw
-from vae3d.training.vae_validation import ValidatedClip, log_clips, mean_scores, validate
+from vae3d.training.vae_validation import BETTER, ValidatedClip, log_clips, mean_scores, validate
 from vae3d.types import ClipBatch
 
 if TYPE_CHECKING:
@@ -181,6 +181,10 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         return perf
 
     # ---- validation
+
+    @property
+    def better(self) -> Mapping[str, bool | None]:
+        return {**self.metrics.columns, **BETTER}
 
     def validate(self) -> dict[str, float]:
         """Score the held-out clips with the averaged weights, log the means and show some clips."""

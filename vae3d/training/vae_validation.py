@@ -23,6 +23,7 @@ from vae3d.training.runlog import RunLog
 from vae3d.types import ClipBatch
 
 PANELS = ("original", "latent", "reconstruction")
+BETTER = {"roll_psnr": True, "abs_rel": False, "delta1": True}  # scores beside the metrics': whether higher is better
 
 
 @dataclass

@@ -1,0 +1,123 @@
+"""What a run prints: one line per log step, the validation before the first step, and what the console's lines say."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+
+import pytest
+import torch
+
+from tests.training.quick import trainer
+from tests.training.test_trainer import fresh_accelerate  # noqa: F401
+from vae3d.checkpoints.state import latest_state, load_state
+from vae3d.config.issues import ConfigError
+from vae3d.training.runlog import Countdown, duration, fields
+
+STEP = {
+    "loss": 1237.0, "loss/l1": 1236.9, "loss_mean/l1": 0.4026, "loss_weighted/l1": 1236.9,
+    "loss/kl": 1935.0, "loss_mean/kl": 1.89, "loss_weighted/kl": 0.0019, "grad_norm": 3427.0, "loss_max": 1237.0,
+    "skipped": 0.0, "lr/all": 0.0059, "clips_per_second": 25.2, "frames_per_second": 25.2, "memory_gib": 0.8,
+}  # fmt: skip
+VALIDATED = {"validation.every": 2, "validation.clips": 2, "validation.frames": 1, "trainer.max_steps": 4}
+
+
+def test_a_line_has_each_term_per_element_its_share_and_the_weighted_total_and_no_value_twice():
+    assert fields(STEP) == [
+        "loss 1237: l1 0.4026 (100%), kl 1.89 (0%)", "lr 0.0059", "grad norm 3427", "25.2 clips/s",
+    ]  # fmt: skip
+    alone = {"loss": 0.5, "loss/mse": 0.5, "loss_q0": 0.9, "loss_q3": 0.1, "lr": 1e-3}
+    assert fields(alone) == ["loss 0.5 (by quarter of the timesteps 0.9 - - 0.1)", "lr 0.001"]
+
+
+def test_a_line_names_what_is_unusual():
+    gan = {"loss/gan": -0.2, "loss_weighted/gan": -412.3, "loss_discriminator": 0.7, "skipped": 3.0}
+    parts = {"lr/encoder": 1e-5, "lr/decoder": 1e-4, "memory_idle_gib": 0.1}
+    assert fields({**{k: v for k, v in STEP.items() if k != "lr/all"}, **gan, **parts}) == [
+        "loss 1237: l1 0.4026 (75%), kl 1.89 (0%), gan -0.2 (25%)", "discriminator 0.7", "lr 1e-05 encoder",
+        "lr 0.0001 decoder", "grad norm 3427", "25.2 clips/s", "0.8 GiB", "3 steps skipped",
+    ]  # fmt: skip
+
+
+def test_a_validation_is_one_line_and_frames_that_are_videos_are_not_listed_twice():
+    assert fields({"val/psnr": 16.12, "val/psnr_video": 16.12, "val/ssim": 0.4, "val_clips": 7}) == [
+        "validation of 7 clips: psnr 16.12, ssim 0.4"
+    ]
+    loss = {"val/loss": 1.0, "val/loss_q0": 2.0, "val/loss_q1": 1.5, "val/sample_rms": 1.1}
+    assert fields(loss) == ["validation: loss 1 (by quarter of the timesteps 2 1.5 - -), sample_rms 1.1"]
+
+
+def test_the_time_left_is_that_of_the_steps_of_this_start_without_its_first():
+    countdown = Countdown(step=100, max_steps=200)
+    assert countdown.text(100) == "step 100/200  50%"
+    for now in (1000.0, 1002.0, 1004.0):  # the first took long
+        countdown.advance(now)
+    assert countdown.text(103) == "step 103/200  51%  3 min 14 s left"
+    assert countdown.text(200) == "step 200/200  100%"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (59.6, "1 min"), (3605, "1 h"), (7500, "2 h 5 min"), (90061, "1 d 1 h")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def comparable(folder) -> list[dict]:
+    """Without what the machine decides."""
+    return [{k: v for k, v in row.items() if "per_second" not in k and "memory" not in k} for row in rows(folder)]
+
+
+def test_the_first_validation_is_before_step_1_and_changes_no_other_number(videos, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "vae3d")
+    t = trainer(videos, tmp_path / "with", **VALIDATED)
+    state = torch.get_rng_state()
+    t.validate()
+    assert torch.equal(torch.get_rng_state(), state)
+    t.log.close()
+    (tmp_path / "with/metrics.jsonl").unlink()
+    caplog.clear()
+    trainer(videos, tmp_path / "with", **VALIDATED).fit()
+    lines = [m for m in caplog.messages if m.startswith("step ")]
+    assert [re.match(r"step (\d)/4 ", line)[1] for line in lines] == ["0", "1", "2", "2", "3", "4", "4"]
+    assert [line.split("  ")[-1].startswith("validation of 1 clip: psnr ") for line in lines] == [
+        True, False, False, True, False, False, True,
+    ]  # fmt: skip
+    trainer(videos, tmp_path / "without", **VALIDATED, **{"validation.on_start": False}).fit()
+    first, *others = comparable(tmp_path / "with")
+    assert first["step"] == 0
+    assert first["val/psnr"] > 0
+    assert others == comparable(tmp_path / "without")
+    ours, theirs = (load_state(latest_state(tmp_path / name / "checkpoints")) for name in ("with", "without"))
+    for kind in ("model", "ema"):
+        assert all(torch.equal(tensor, theirs[kind][name]) for name, tensor in ours[kind].items())
+
+
+def test_a_resume_does_not_repeat_the_first_validation_and_a_start_at_0_replaces_it(videos, tmp_path):
+    for steps in (2, 4):
+        trainer(videos, tmp_path / "run", **{**VALIDATED, "trainer.max_steps": steps}).fit()
+    assert [row["step"] for row in rows(tmp_path / "run") if "val/psnr" in row] == [0, 2, 4]
+    never_saved = {**VALIDATED, "trainer.max_steps": 2, "trainer.save_every": 0}
+    for _ in range(2):
+        trainer(videos, tmp_path / "again", **never_saved).fit()
+    assert [row["step"] for row in rows(tmp_path / "again") if "val/psnr" in row] == [0, 2]
+
+
+def test_the_first_validation_counts_for_no_best_checkpoint(videos, tmp_path):
+    worse = {**VALIDATED, "trainer.best": "psnr", "optim.lr": 1e-9, "trainer.ema.decay": 0.0}
+    t = trainer(videos, tmp_path, **worse)
+    t.fit()
+    assert t.best.step in (2, 4)
+
+
+def test_on_start_is_a_switch(videos):
+    from tests import tiny
+
+    with pytest.raises(ConfigError, match=r"validation\.on_start=3: must be true or false"):
+        tiny.training("temporal_vae", videos, "validation.on_start=3", "loss=recon_kl")

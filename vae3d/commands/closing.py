@@ -1,0 +1,118 @@
+"""What a run prints when it ends: scores from start to end, where its files are, and the next commands to copy."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from vae3d.checkpoints.state import latest_state
+from vae3d.commands.sweep import metric_rows
+from vae3d.report import text_table
+from vae3d.training.runlog import duration, short
+
+if TYPE_CHECKING:
+    from vae3d.training.trainer import Trainer
+
+Row = Mapping[str, float]
+
+
+def closing(trainer: Trainer, first_step: int, seconds: float, commands: Sequence[tuple[str, str]]) -> str:
+    """The block of lines that ends a run.
+
+    first_step: where this start began. seconds: since then. commands: (purpose, command) that work with this run.
+    """
+    steps, batch = trainer.step - first_step, trainer.config.data.batch_size
+    lines = [f"{steps} steps of {batch} clips in {duration(seconds)}: {steps * batch} clips"] if steps else []
+    rows = validation_rows(trainer.folder)
+    if scores := score_rows(rows, trainer.better):
+        head = ["score", f"at step {rows[0]['step']}", "best", "at step", f"at step {rows[-1]['step']}"]
+        lines += ["", text_table(head, scores), ""]
+    lines += [f"{name:12}{where}" for name, where in places(trainer.folder)]
+    lines += [line for purpose, command in commands for line in ("", f"# {purpose}", command)]
+    return "\n".join(lines)
+
+
+def validation_rows(folder: Path) -> list[Row]:
+    """The lines of metrics.jsonl that have validation scores, by step."""
+    rows = {row["step"]: row for row in metric_rows(folder) if any(name.startswith("val/") for name in row)}
+    return [rows[step] for step in sorted(rows)]
+
+
+def score_rows(rows: Sequence[Row], better: Mapping[str, bool | None]) -> list[list[str]]:
+    """Of each score: name, first value, best value and its step, last value.
+
+    better: whether higher is better, by score; None or missing: a score without a best value.
+    """
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("val/"))
+    found: dict[str, list[str]] = {}
+    for name in names:
+        label, values = name.removeprefix("val/"), {row["step"]: row[name] for row in rows if name in row}
+        direction, best, at = better.get(label), "", ""
+        if direction is not None:
+            step = (max if direction else min)(values, key=values.get)
+            best, at = short(values[step]), str(step)
+        first, last = (short(rows[i][name]) if name in rows[i] else "-" for i in (0, -1))
+        found[label] = [label, first, best, at, last]
+    if "psnr" in found and found["psnr"][1:] == found.get("psnr_video", [])[1:]:  # single frames
+        found.pop("psnr_video")
+    return list(found.values())
+
+
+def places(folder: Path) -> list[tuple[str, str]]:
+    """(what, path) of a run's files that exist."""
+    exports = sorted((folder / "exports").glob("step-*"))
+    tracks = [path.name for path in (folder / "tensorboard",) if path.exists()]
+    found = [
+        ("run", folder),
+        ("checkpoint", latest_state(folder / "checkpoints")),
+        ("export", exports[-1] if exports else None),
+        ("best export", folder / "exports/best"),
+        ("profile", folder / "profile.txt"),
+    ]
+    lines = [(name, shown(path)) for name, path in found if path is not None and path.exists()]
+    logs = [name for name in ("metrics.jsonl", "rank0.log", *tracks) if (folder / name).exists()]
+    return [*lines, ("logs", f"{shown(folder)}/{{{','.join(logs)}}}")]
+
+
+def shown(path: Path) -> str:
+    """Relative to the working directory, if it is in there."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def command(name: str, **settings: Any) -> str:
+    """A `vae3d` command with KEY=VALUE arguments; those that are None are left out."""
+    words = [f"{key}={value}" for key, value in settings.items() if value is not None]
+    return " ".join([start_of(name), *map(shlex.quote, words)])
+
+
+def start_of(name: str) -> str:
+    return f"vae3d {name}" if shutil.which("vae3d") else f"python -m vae3d.commands.cli {name}"
+
+
+def longer(name: str, trainer: Trainer) -> tuple[str, str] | None:
+    """(purpose, command) to train on for as many steps again; None if the run was not started from a command line."""
+    last = trainer.config.trainer.max_steps
+    more = trainer.step < last
+    purpose = f"resume at step {trainer.step}" if more else f"train on, to step {2 * last}"
+    if not HydraConfig.initialized() or latest_state(trainer.folder / "checkpoints") is None:
+        return None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return purpose, f"# the same command{'' if more else f' with trainer.max_steps={2 * last}'}"
+    words = [word.removeprefix("++") for word in HydraConfig.get().overrides.task]
+    if not more:
+        words = [word for word in words if not word.startswith("trainer.max_steps=")]
+        words.append(f"trainer.max_steps={2 * last}")
+    return purpose, " ".join([start_of(name), *map(shlex.quote, words)])
+
+
+def curves(folder: Path) -> tuple[str, str] | None:
+    """(purpose, command) to show curves beside those of other runs; None if there are none."""
+    if not (folder / "tensorboard").is_dir():
+        return None
+    return "curves and pictures", f"tensorboard --logdir {shlex.quote(shown(folder.parent))}"

@@ -1,0 +1,61 @@
+"""debug=dry: log what a run would be, and what it will need. Starts nothing, and uses no GPU."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from vae3d.commands import train, train_diffusion
+from vae3d.commands.estimate import diffusion_needs, estimates, vae_needs, world_of
+from vae3d.commands.meta_check import lacking_weights
+from vae3d.commands.summary import data_summary, first_batch, summary
+from vae3d.config.diffusion import DiffusionConfig
+from vae3d.config.schema import TrainConfig
+from vae3d.data.loader import check_files_exist
+from vae3d.loading import instantiate
+from vae3d.training.freeze import train_parts
+
+log = logging.getLogger("vae3d")
+
+
+def describe(config: TrainConfig | DiffusionConfig) -> None:
+    """Log parts, parameters, shapes, batches and files of a run, and estimates of memory, time and disk.
+
+    Opens the data as training does, and reads the first batch. Raises DataError.
+    """
+    if isinstance(config, DiffusionConfig):
+        describe_diffusion(config)
+    else:
+        describe_training(config)
+
+
+def describe_training(config: TrainConfig) -> None:
+    """Of an autoencoder, which is built on the meta device."""
+    with torch.device("meta"):
+        model = instantiate(config.model)
+    train_parts(model, config.stage.train)
+    world = world_of(config)
+    files = check_files_exist(instantiate(config.data.source), config.data.max_broken)
+    log.info("\n".join([*summary(config, model, world), *files]))
+    data = train.build_training_data(config, 0, world)
+    log.info("\n".join([*data_summary(config, data), *first_batch(data.clips(0, 1), data.schedule.lengths)]))
+    if lines := lacking_weights(config):
+        log.info("\n".join(lines))
+    needs = vae_needs(config, data.schedule.micro_batch)
+    log.info("\n".join(estimates(config, needs, data.schedule, data.item_bytes, data.workers)))
+
+
+def describe_diffusion(config: DiffusionConfig) -> None:
+    """Of a diffusion model. Its autoencoder is loaded, onto the CPU."""
+    if config.cache is None:
+        log.info("\n".join(check_files_exist(instantiate(config.data.source), config.data.max_broken)))
+    codec = train_diffusion.codec_of(config, torch.device("cpu"))
+    data = train_diffusion.latent_data(config, codec, 0, world_of(config))
+    config, process = train_diffusion.complete(config, data)
+    with torch.device("meta"):
+        network = train_diffusion.network_of(config)
+    lines = train_diffusion.summary(config, network, data, data.schedule.world_size)
+    log.info("\n".join([*lines, *first_batch(data.batches(0, 1), data.schedule.lengths)]))
+    needs = diffusion_needs(config, process, data, data.schedule.micro_batch)
+    log.info("\n".join(estimates(config, needs, data.schedule, data.item_bytes, data.workers)))

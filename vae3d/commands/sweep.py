@@ -1,0 +1,106 @@
+"""Sweeps (Hydra's -m): how each job ended, and the table of all jobs at the end. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig
+
+from vae3d.config.overrides import SWEPT, job_label, key_of, swept_keys
+from vae3d.io import write_text
+from vae3d.report import text_table
+
+JOB = "job.json"
+
+
+@dataclass
+class Sweep:
+    """The sweep that this process runs. started: seconds since the epoch."""
+
+    folder: Path
+    started: float
+
+
+current: Sweep | None = None
+
+
+def begin_sweep(config: DictConfig) -> None:
+    """Note the sweep's folder, and in the environment of its jobs the keys that differ between them."""
+    global current
+    params = config.hydra.sweeper.get("params") or {}  # of Optuna, or of the configuration
+    keys = [*map(key_of, params), *swept_keys(config.hydra.overrides.task)]
+    os.environ[SWEPT] = ",".join(dict.fromkeys(keys))
+    current = Sweep(Path(config.hydra.sweep.dir), time.time())
+
+
+def record_job(folder: Path, job: JobReturn) -> None:
+    """Write what a job changed and how it ended into its folder."""
+    overrides = list(job.overrides or [])
+    entry = {"overrides": overrides, "changes": job_label(overrides), "reason": None}
+    if job.status != JobStatus.COMPLETED:
+        error = job._return_value  # the property raises it
+        entry["reason"] = str(error.__cause__ or error) or type(error).__name__
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / JOB, json.dumps(entry, indent=1) + "\n")
+
+
+def results(sweep: Sweep, metric: str) -> str:
+    """A table of the jobs that have ended since the sweep started, the best first, and why jobs failed.
+
+    metric: the one to sort by; val/loss is better if lower, others if higher.
+    """
+    files = [file for file in sorted(sweep.folder.glob(f"*/{JOB}")) if file.stat().st_mtime >= sweep.started - 1]
+    jobs = [(file.parent, json.loads(file.read_text())) for file in files]
+    scores = {folder: last_scores(folder) for folder, _ in jobs}
+
+    def key(job: tuple[Path, dict[str, Any]]) -> tuple[bool, bool, float]:
+        value = scores[job[0]].get(metric)
+        lower = metric == "val/loss"
+        return job[1]["reason"] is not None, value is None, 0.0 if value is None else value if lower else -value
+
+    jobs.sort(key=key)
+    names = list(dict.fromkeys(name for folder, _ in jobs for name in scores[folder]))
+    names.sort(key=lambda name: name != metric)
+    head = ["job", *(name.removeprefix("val/") for name in names), "status"]
+    rows = []
+    for folder, job in jobs:
+        values = [f"{scores[folder][name]:.4g}" if name in scores[folder] else "-" for name in names]
+        rows.append([job["changes"] or folder.name, *values, "failed" if job["reason"] else "done"])
+    lines = [f"{len(jobs)} jobs in {sweep.folder}", "", text_table(head, rows)]
+    reasons: dict[str, list[Path]] = {}
+    for folder, job in jobs:
+        if job["reason"]:
+            reasons.setdefault(job["reason"], []).append(folder)
+    for reason, folders in reasons.items():
+        lines += ["", *(f"failed: {folder}" for folder in folders), reason]
+    return "\n".join(lines)
+
+
+def last_scores(folder: Path) -> dict[str, float]:
+    """The scores of a run's last validation, without those that say the same of single frames."""
+    scores: dict[str, float] = {}
+    for row in metric_rows(folder):
+        if any(name.startswith("val/") for name in row):
+            scores = {name: row[name] for name in row if name.startswith("val/") and "loss_q" not in name}
+    if scores.get("val/psnr") == scores.get("val/psnr_video"):
+        scores.pop("val/psnr_video", None)
+    return scores
+
+
+def metric_rows(folder: Path) -> list[dict[str, float]]:
+    """The lines of the run's metrics.jsonl, without those that a kill or a full disk cut off."""
+    file, rows = folder / "metrics.jsonl", []
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
