@@ -27,8 +27,8 @@ class Client:
     """hub_client in a process. Its HF_HOME is `home`; any other address than the hub's is out of reach."""
 
     def __init__(self, hub: Hub, home: Path) -> None:
-        changes = {"HF_HOME": str(home), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
-        changes |= {"https_proxy": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        changes = {"HF_HOME": str(home), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        changes |= {"https_proxy": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": ""}
         self.log = home / "client.log"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.hub_client"],

@@ -31,6 +31,8 @@ def overrides(experiment: str, folder: Path, videos: Path, rooms: Path, images: 
     """Overrides of train.py; writes first weights, and a teacher where the experiment has one, to `folder`."""
     full = tiny.compose(f"experiment={experiment}")
     name = TINY_OF[full.model._target_.rpartition(".")[2]]
+    if "TAESD" in full.model.get("spatial", {}).get("_target_", ""):
+        name = "temporal_taef2"
     made = [f"experiment={experiment}", *tiny.MODEL[name], *SMALL, f"data.width={64 if full.data.panorama else 32}"]
     if "context_channels" in full.adversary:
         made.append("adversary.channels=[8,8,8,8]")
@@ -45,7 +47,7 @@ def overrides(experiment: str, folder: Path, videos: Path, rooms: Path, images: 
     if OmegaConf.is_missing(full.teacher, "path") or full.teacher.path is not None:
         made += [*_teacher(full.model.variant, folder), *NINE_FRAMES]
     composed = tiny.compose(*made)
-    if composed.stage.name == "stage1":
+    if "spatial_vae" in (OmegaConf.to_container(composed.stage)["init_from"] or {}):
         start, first = "stage.init_from.spatial_vae", composed.model.spatial
     else:
         start, first = "stage.init_from", composed.model
