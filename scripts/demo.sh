@@ -32,13 +32,13 @@ videos() {
 
 clips() { # the last quarter of each clip is held out
   [[ -f demo/clips/clips.csv ]] || run python scripts/demo/make_demo_clips.py demo/clips
-  local loss=sd_vae metrics=(ssim psnr lpips)
-  [[ -f $VAE3D_WEIGHTS/manifest.json ]] || loss=recon_kl metrics=(ssim psnr)
+  local loss="loss=sd_vae loss.terms.lpips.term.net=alex" metrics=(ssim psnr lpips) # with VGG steps take five times as long
+  [[ -f $VAE3D_WEIGHTS/manifest.json ]] || loss="loss=recon_kl" metrics=(ssim psnr)
   run python train.py experiment=demo_clips_spatial
   run python train.py experiment=demo_clips stage=stage2 loss=latent_mse \
     stage.init_from.spatial_vae=demo/runs/clips_spatial stage.fit_shortcut=16
-  run python train.py experiment=demo_clips stage=stage3 loss=$loss stage.init_from=demo/runs/clips_stage2 \
-    optim.lr=2e-4 trainer.max_steps=30
+  run python train.py experiment=demo_clips stage=stage3 $loss stage.init_from=demo/runs/clips_stage2 \
+    optim.lr=2e-4 trainer.max_steps=40
   for name in clips_stage2 clips_stage3; do
     run python infer.py checkpoint=demo/runs/$name source=demo/clips/clips.csv split=val height=144 width=176 \
       num_frames=24 save_dir=demo/out/$name overwrite=true

@@ -247,7 +247,7 @@ def test_demo_commands_are_sound(tmp_path, monkeypatch):
         (tiny.ROOT / "scripts/demo.sh")
         .read_text()
         .replace("\\\n", "")
-        .replace("loss=$loss", "loss=recon_kl")
+        .replace("$loss", "loss=recon_kl")
         .splitlines()
     )
     commands = [line.split("train.py ")[1].split() for line in lines if line.lstrip().startswith("run python train.py")]
