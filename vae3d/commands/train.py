@@ -207,7 +207,10 @@ def next_commands(trainer: VaeTrainer) -> list[tuple[str, str]]:
     if any((trainer.folder / "exports").glob("step-*")) and config.data.depth.mapping is None:
         if is_file(files[0]):
             found.append(
-                ("one video: side by side, scores, a page", f"{start_of('try')} {quote(files[0])} {quote(run)}")
+                (
+                    "one video: side by side, scores, a page",
+                    f"{start_of('try')} {quote(shown(Path(files[0])))} {quote(run)}",
+                )
             )
         has_split = trainer.data.table["split"].notna().any()
         found += _reconstruct(config, has_split, run, f"{run}/reconstructed-{trainer.step}")
