@@ -68,7 +68,7 @@ TRAIN = "## Full size\n\n"
 TOYS = """
 ## Toys
 
-They run on a CPU, in minutes or an hour; their files in `conf/experiment/` have the measured times.
+They run on a CPU, in minutes or an hour.
 
 """
 

@@ -15,7 +15,8 @@ if [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]]; then
     echo "error: cannot create a virtual environment; on Debian and Ubuntu install python3-venv" >&2
     exit 1
   }
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    --config-settings editable_mode=compat --editable '.[dev]' # else a folder named vae3d hides the package
   echo "$wanted" > "$stamp"
 fi
 

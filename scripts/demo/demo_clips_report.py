@@ -43,10 +43,12 @@ def scores(folder: Path) -> list[list[str]]:
 
     def row(title: str, name: str) -> list[str]:
         means = read_json(folder / f"out/{name}_eval/summary.json")["metrics"]
-        return [title, *(f"{means[c]['mean']:.4g}" if c in means else "not fetched" for c in COLUMNS)]
+        digits = {"psnr": 2}
+        shown = (f"{means[c]['mean']:.{digits.get(c, 4)}f}" if c in means else "not fetched" for c in COLUMNS)
+        return [title, *shown]
 
     rows = [row(title, f"{run}_rec") for run, title in RUNS.items()]
-    return [["after", *COLUMNS.values()], row("2D VAE alone", "clips_stage3_spatial"), *rows]
+    return [["after", *COLUMNS.values()], *rows, row("2D VAE of stage 3 alone", "clips_stage3_spatial")]
 
 
 def section(folder: Path) -> str:

@@ -63,7 +63,7 @@ def write_report(folder: Path) -> None:
     report.write_text(render(PAGE, title="vae3d demo", sections=sections))
     for part in parts:
         print(f"{PARTS[part].tables(folder)}\n")
-    print(f"report with pictures and curves: {report.resolve()}")
+    print(f"report with pictures: {report.resolve()}")
 
 
 def main() -> None:

@@ -22,6 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vae3d.errors import UserError
 
+# Threads that spin while they wait for each other are ten times slower where another program uses the cores. Read when
+# torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 

@@ -18,6 +18,7 @@ from vae3d.training.freeze import ALL
 if TYPE_CHECKING:
     from vae3d.config.schema import Data, TrainConfig
 
+SHOWN_FILES = 4  # held-out files that are named
 LATENTS = {"teacher": "the teacher's", "own": "its own", "mixed": "the teacher's or its own"}  # of teacher.decode
 
 
@@ -64,12 +65,16 @@ def batch_summary(batch_size: int, world_size: int, accumulate: int) -> str:
 def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
     """Training files, epochs, and the files that are skipped."""
     lengths, counts = data.schedule.lengths, data.schedule.frames.all()
-    epochs = config.trainer.max_steps * config.data.batch_size / len(lengths)
+    unused = int((lengths < counts[0]).sum())
+    epochs = config.trainer.max_steps * config.data.batch_size / (len(lengths) - unused)
+    held_out = [path for clip in data.held_out for path in clip.paths]
     lines = [f"{len(lengths)} training files, {epochs:.3g} epochs"]
+    if held_out:
+        names = ", ".join(held_out[:SHOWN_FILES]) + (", ..." if len(held_out) > SHOWN_FILES else "")
+        lines.append(f"  held out on this rank: {names}")
     if data.errors:
         lines.append(f"  {len(data.errors)} files cannot be read and are skipped")
     lines += [f"  {note}" for note in data.notes]
-    unused = int((lengths < counts[0]).sum())
     if unused:
         lines.append(f"  {unused} have fewer than {counts[0]} frames and are skipped")
     short = int((lengths < counts[-1]).sum()) - unused

@@ -213,21 +213,28 @@ def next_commands(trainer: VaeTrainer) -> list[tuple[str, str]]:
                 )
             )
         has_split = trainer.data.table["split"].notna().any()
-        found += _reconstruct(config, has_split, run, f"{run}/reconstructed-{trainer.step}")
+        alone = files[0] if trainer.data.held_out and len(set(files)) == 1 and is_file(files[0]) else None
+        found += _reconstruct(config, has_split, alone, run, f"{run}/reconstructed-{trainer.step}")
     return [pair for pair in (*found, curves(trainer.folder)) if pair]
 
 
-def _reconstruct(config: TrainConfig, has_split: bool, run: str, out: str) -> list[tuple[str, str]]:
-    """Reconstruct held-out files of the run's data and score them; nothing for data that infer.py does not read."""
+def _reconstruct(
+    config: TrainConfig, has_split: bool, held_out: str | None, run: str, out: str
+) -> list[tuple[str, str]]:
+    """Reconstruct files of the run's data and score them; nothing for data that infer.py does not read.
+
+    Held-out ones, if the table says which they are, or there is just one, `held_out`.
+    """
     source, data = config.data.source, config.data
     if not isinstance(source.get("path"), str):
         return []
-    is_table = source[TARGET] == target_of(Table)
+    has_split = has_split and source[TARGET] == target_of(Table)
+    alone = held_out is not None and not has_split
     settings = {
         "checkpoint": run,
-        "source": source["path"],
-        "root": source.get("root"),
-        "split": "val" if is_table and has_split else None,
+        "source": shown(Path(held_out)) if alone else source["path"],
+        "root": None if alone else source.get("root"),
+        "split": "val" if has_split else None,
         "num_samples": config.validation.clips,
         "num_frames": config.validation.frames,
         "height": data.height,
@@ -237,4 +244,5 @@ def _reconstruct(config: TrainConfig, has_split: bool, run: str, out: str) -> li
         compared = command("compare", **settings, teacher=config.teacher.path, save_dir=out)
         return [("every encoder with every decoder, of model and teacher", compared)]
     score = f"{start_of('eval')} --base {quote(out)} --metric {' '.join(config.validation.metrics)}"
-    return [("reconstruct files", command("infer", **settings, save_dir=out)), ("score them", score)]
+    purpose = "reconstruct held-out files" if alone or has_split else "reconstruct files, some of which were trained on"
+    return [(purpose, command("infer", **settings, save_dir=out)), ("score them", score)]

@@ -69,9 +69,8 @@ class Table:
     def table(self) -> pd.DataFrame:
         raw = read_table(self.path)
         if "path" not in raw.columns:
-            raise DataError(
-                f"{self.path} has no column `path`; its first line names the columns {', '.join(map(str, raw.columns))}"
-            )
+            names = ", ".join(str(name) for name in raw.columns if name != "error")  # which read_table adds
+            raise DataError(f"{self.path} has no column `path`; its first line names the columns {names}")
         if raw.empty:
             raise DataError(f"{self.path} has no rows")
         return normalise_rows(raw, self.root)

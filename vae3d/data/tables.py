@@ -44,7 +44,7 @@ def read_table(path: Path) -> pd.DataFrame:
     if path.is_dir():
         raise DataError(f"{path} is a folder, not a table; use data=folder, or data=image_folder for images by class")
     if not path.is_file():
-        raise DataError(f"{path}: no such file; data.source.path takes a CSV or parquet file")
+        raise DataError(f"{path}: no such file; give a CSV, TSV or parquet file")
     return _parquet(path) if kind == ".parquet" else _csv(path, DELIMITERS.get(str(kind), ","))
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from vae3d import __version__
 from vae3d.data.versions import source_version
-from vae3d.data.workers import load
+from vae3d.data.workers import load, usable_workers
 from vae3d.hashing import file_hash, json_hash
 from vae3d.inference.folder import has_results, locked, settings_difference
 from vae3d.io import remove_unfinished, write_json, write_text
@@ -184,7 +184,7 @@ def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool
     config, sides = job.config, (job.transform.height, job.transform.width, job.transform.frames)
     reads: Iterable[Read] = load(
         ClipReader(job.items, job.transform, config.reader, hashed=config.verify == "hash"),
-        workers=config.workers,
+        workers=usable_workers(config.workers)[0],
         timeout=config.timeout,
         item_bytes=0 if None in sides else 3 * math.prod(sides),
         held=config.batch_size,

@@ -297,7 +297,7 @@ def quarters(values: Mapping[str, float], prefix: str) -> str:
 
 def validation_text(values: Mapping[str, float]) -> str:
     scores = {name.removeprefix("val/"): short(value) for name, value in values.items() if name.startswith("val/")}
-    if scores.get("psnr_video") == scores.get("psnr"):  # single frames
+    if values.get("val/psnr_video") == values.get("val/psnr"):  # single frames
         scores.pop("psnr_video", None)
     shown = [
         f"{name} {text}{quarters(values, 'val/loss_q') if name == 'loss' else ''}"
