@@ -244,11 +244,7 @@ def test_demo_commands_are_sound(tmp_path, monkeypatch):
     """Before the demo ran, the check of each train.py line of demo.sh misses only what earlier lines make."""
     monkeypatch.chdir(tmp_path)
     lines = (
-        (tiny.ROOT / "scripts/demo.sh")
-        .read_text()
-        .replace("\\\n", "")
-        .replace("$loss", "loss=recon_kl")
-        .splitlines()
+        (tiny.ROOT / "scripts/demo.sh").read_text().replace("\\\n", "").replace("$loss", "loss=recon_kl").splitlines()
     )
     commands = [line.split("train.py ")[1].split() for line in lines if line.lstrip().startswith("run python train.py")]
     videos, rooms = "data.source.path=demo/videos/videos.csv", "data.source.root=demo/rooms"

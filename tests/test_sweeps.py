@@ -81,16 +81,16 @@ def begun(folder: Path, *overrides: str) -> sweep.Sweep:
 
 def test_the_table_has_the_best_first_and_failed_jobs_last_with_their_reasons_once(tmp_path, monkeypatch):
     monkeypatch.setenv(SWEPT, "")
+    monkeypatch.setenv(sweep.SWEEP, "")
     monkeypatch.setattr(sweep, "current", None)
+    begun(tmp_path, "++optim.lr=9")
+    finished(tmp_path / "of an earlier sweep", "++optim.lr=9", psnr=99.0)
     current = begun(tmp_path, "++optim.lr=1,2,3,4", "++run.seed=5")
     assert os.environ[SWEPT] == "optim.lr"
     finished(tmp_path / "a", "++optim.lr=1", psnr=20.0, ssim=0.5, psnr_video=20.0)
     finished(tmp_path / "b", "++optim.lr=2", psnr=30.0, ssim=0.25, psnr_video=30.0)
     for name, lr in (("c", 3), ("d", 4)):
         finished(tmp_path / name, f"++optim.lr={lr}", error=UserError("out of luck"))
-    old = tmp_path / "of an earlier sweep"
-    finished(old, "++optim.lr=9", psnr=99.0)
-    os.utime(old / sweep.JOB, (1, 1))
     text = sweep.results(current, "val/psnr")
     cells = [line.split() for line in text.splitlines() if line.startswith(("job", "lr="))]
     assert cells == [

@@ -123,7 +123,7 @@ def test_training_probes_only_what_it_needs(tmp_path):
 
 
 def test_missing_table_and_binary_table_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere\.csv: no such file; data.source.path takes a CSV or parquet file"):
+    with pytest.raises(DataError, match=r"nowhere\.csv: no such file; give a CSV, TSV or parquet file"):
         Table(tmp_path / "nowhere.csv").table()
     (tmp_path / "t.csv").write_bytes(bytes(range(128, 256)))
     with pytest.raises(DataError, match="is not UTF-8 text"):
@@ -265,10 +265,7 @@ def test_a_folder_in_place_of_a_table_is_named(tmp_path):
 
 def test_check_of_a_missing_table_is_one_line(tmp_path, capsys):
     assert check([str(tmp_path / "x.csv")]) == 2
-    assert (
-        capsys.readouterr().err
-        == f"error: {tmp_path}/x.csv: no such file; data.source.path takes a CSV or parquet file\n"
-    )
+    assert capsys.readouterr().err == f"error: {tmp_path}/x.csv: no such file; give a CSV, TSV or parquet file\n"
 
 
 def test_looking_for_files_opens_none_and_refuses_what_no_run_could_read(tmp_path):

@@ -17,14 +17,15 @@ from vae3d.io import write_text
 from vae3d.report import text_table
 
 JOB = "job.json"
+SWEEP = "VAE3D_SWEEP"  # in the environment of jobs: Sweep.name
 
 
 @dataclass
 class Sweep:
-    """The sweep that this process runs. started: seconds since the epoch."""
+    """The sweep that this process runs. name: what its jobs note, to tell them from those of another in the folder."""
 
     folder: Path
-    started: float
+    name: str
 
 
 current: Sweep | None = None
@@ -36,13 +37,14 @@ def begin_sweep(config: DictConfig) -> None:
     params = config.hydra.sweeper.get("params") or {}  # of Optuna, or of the configuration
     keys = [*map(key_of, params), *swept_keys(config.hydra.overrides.task)]
     os.environ[SWEPT] = ",".join(dict.fromkeys(keys))
-    current = Sweep(Path(config.hydra.sweep.dir), time.time())
+    current = Sweep(Path(config.hydra.sweep.dir), f"{os.getpid()}-{time.time_ns()}")
+    os.environ[SWEEP] = current.name
 
 
 def record_job(folder: Path, job: JobReturn) -> None:
     """Write what a job changed and how it ended into its folder."""
     overrides = list(job.overrides or [])
-    entry = {"overrides": overrides, "changes": job_label(overrides), "reason": None}
+    entry = {"overrides": overrides, "changes": job_label(overrides), "reason": None, "sweep": os.environ.get(SWEEP)}
     if job.status != JobStatus.COMPLETED:
         error = job._return_value  # the property raises it
         entry["reason"] = str(error.__cause__ or error) or type(error).__name__
@@ -51,12 +53,12 @@ def record_job(folder: Path, job: JobReturn) -> None:
 
 
 def results(sweep: Sweep, metric: str) -> str:
-    """A table of the jobs that have ended since the sweep started, the best first, and why jobs failed.
+    """A table of the sweep's jobs that have ended, the best first, and why jobs failed.
 
     metric: the one to sort by; val/loss is better if lower, others if higher.
     """
-    files = [file for file in sorted(sweep.folder.glob(f"*/{JOB}")) if file.stat().st_mtime >= sweep.started - 1]
-    jobs = [(file.parent, json.loads(file.read_text())) for file in files]
+    found = [(file.parent, json.loads(file.read_text())) for file in sorted(sweep.folder.glob(f"*/{JOB}"))]
+    jobs = [(folder, job) for folder, job in found if job["sweep"] == sweep.name]
     scores = {folder: last_scores(folder) for folder, _ in jobs}
 
     def key(job: tuple[Path, dict[str, Any]]) -> tuple[bool, bool, float]:
