@@ -5,13 +5,10 @@ Reads out/clips_stage3_{ori,rec,spatial} and their _eval/summary.json, which scr
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from pathlib import Path
 
 import numpy as np
-from demo_page import ERROR_GAIN, as_html, as_text, enlarged, error_map, read_json, read_video
+from demo_page import ERROR_GAIN, animation_tag, as_html, as_text, error_map, read_json, read_video
 
 RUNS = {"clips_stage2": "stage 2: latents", "clips_stage3": "stage 3: pixels"}
 COLUMNS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS"}
@@ -32,11 +29,7 @@ with released weights. Fast motion and cuts leave blocks, since four frames shar
 def movie(name: str, out: Path) -> str:
     original, spatial, rec = (read_video(out / f"clips_stage3_{kind}/{name}.mp4") for kind in ("ori", "spatial", "rec"))
     frames = np.concatenate([original, spatial, rec, error_map(original, rec)], axis=2)
-    images = [enlarged(frame, ENLARGE) for frame in frames]
-    file = io.BytesIO()
-    images[0].save(file, format="WEBP", save_all=True, append_images=images[1:], duration=60, loop=0, quality=75)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<p><img alt="{html.escape(name)}" src="data:image/webp;base64,{data}"></p>'
+    return f"<p>{animation_tag(name, frames, ENLARGE, duration=60, quality=75)}</p>"
 
 
 def scores(folder: Path) -> list[list[str]]:

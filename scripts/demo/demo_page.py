@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import base64
+import html
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -71,6 +74,16 @@ def error_map(original: np.ndarray, other: np.ndarray) -> np.ndarray:
 def enlarged(frame: np.ndarray, times: int) -> Image.Image:
     image = Image.fromarray(frame)
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+
+
+def animation_tag(name: str, frames: np.ndarray, times: int, *, duration: int, quality: int) -> str:
+    """An endless WebP of frames [T, H, W, 3] uint8, enlarged. duration: of a frame, in ms."""
+    images = [enlarged(frame, times) for frame in frames]
+    file = io.BytesIO()
+    images[0].save(
+        file, format="WEBP", save_all=True, append_images=images[1:], duration=duration, loop=0, quality=quality
+    )
+    return f'<img alt="{html.escape(name)}" src="data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
 def as_text(rows: list[list[str]]) -> str:

@@ -5,14 +5,13 @@ Reads runs/STAGE/metrics.jsonl, out/STAGE_{ori,rec,spatial} and their _eval/summ
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from pathlib import Path
 
 import numpy as np
 from demo_page import (
     ERROR_GAIN,
+    animation_tag,
     as_html,
     as_text,
     enlarged,
@@ -74,10 +73,7 @@ def movie(name: str, out: Path) -> str:
     """One clip as an animation: original, 2D VAE, stage 1, stage 3 side by side."""
     folders = ("stage3_ori", "stage3_spatial", "stage1_rec", "stage3_rec")
     frames = np.concatenate([read_video(out / folder / f"{name}.mp4") for folder in folders], axis=2)
-    images = [enlarged(frame, ENLARGE) for frame in frames]
-    file = io.BytesIO()
-    images[0].save(file, format="WEBP", save_all=True, append_images=images[1:], duration=80, loop=0, quality=85)
-    return f'<img alt="{html.escape(name)}" src="data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return animation_tag(name, frames, ENLARGE, duration=80, quality=85)
 
 
 def curves(histories: dict[str, list[dict[str, float]]]) -> str:
