@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from vae3d.argparse_types import positive_float, positive_int
 from vae3d.distributed import init_inference, process_group_scope
@@ -37,6 +36,7 @@ from vae3d.evaluation.tables import comparison_table, set_table, side_by_side, w
 from vae3d.io import hold_lock, remove_unfinished, write_json
 from vae3d.metrics import METRICS, PRESETS, MetricSet, build_metrics
 from vae3d.metrics.presets import require_shapes
+from vae3d.progress import progress
 
 
 def size(text: str) -> str | tuple[int, int]:
@@ -212,8 +212,8 @@ def score(
         print(f"{len(evaluation.jobs) - len(todo)} of {len(evaluation.jobs)} pairs were scored before")
     todo.sort(key=lambda job: (-job.info.frames * job.info.height * job.info.width, job.pair.name))
     mine = todo[rank :: ranks.num_processes]  # largest first, so that all ranks finish at about the same time
-    progress = tqdm(mine, unit="video", desc=evaluation.name, disable=None if main else True)
-    evaluation.failed += gather_object(score_jobs(progress, store, device, args.on_error))
+    jobs = progress(mine, unit="video", desc=evaluation.name, hidden=not main)
+    evaluation.failed += gather_object(score_jobs(jobs, store, device, args.on_error))
     return collect(evaluation.jobs, store)
 
 

@@ -30,6 +30,7 @@ from vae3d.io import naming, remove, write_json
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.codec import LatentCodec
 from vae3d.loading import open_codec
+from vae3d.progress import progress
 from vae3d.running_stats import RunningStats
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def run(config: SampleConfig) -> None:
         pictures = np.empty((kept if main else 0, *size, 3), np.uint8)
         latents = torch.empty(config.count if reference and main else 0, *shape)
         stats = RunningStats(codec.channels, device)
-        for mine in sampling.per_rank_batches(config.count, config.batch_size, rank, world_size):
+        batches = list(sampling.per_rank_batches(config.count, config.batch_size, rank, world_size))
+        for mine in progress(batches, unit="batch", hidden=not main):
             z = sampling.cached_latents(folder, mine, draw).to(device)
             stats.update_channels(z)
             frames = sampling.decoded(codec, z, size) if mine else pictures[:0]

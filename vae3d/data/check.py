@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from vae3d.argparse_types import positive_int
 from vae3d.data.readers import MediaError, MediaInfo, open_media
@@ -28,6 +27,7 @@ from vae3d.data.segments import SEGMENT, Bounds, Segment, bounds_of
 from vae3d.data.sources import open_source
 from vae3d.errors import UserError, printable
 from vae3d.io import naming
+from vae3d.progress import progress
 
 
 def examine(path: str, bounds: Bounds, full: bool) -> MediaInfo | str:
@@ -47,7 +47,7 @@ def examine(path: str, bounds: Bounds, full: bool) -> MediaInfo | str:
 def examine_all(paths: list[str], bounds: list[Bounds], full: bool, workers: int) -> list[MediaInfo | str]:
     """examine() of every file, in processes: a crash of a decoder ends one of them, and is reported for its file."""
     work, results = partial(examine, full=full), []
-    with tqdm(total=len(paths), unit="file", disable=None) as bar:
+    with progress(total=len(paths), unit="file") as bar:
         while (done := len(results)) < len(paths):
             try:
                 with ProcessPoolExecutor(workers) as pool:

@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from vae3d.data.media import MediaError
 from vae3d.data.readers import media_info
@@ -21,6 +20,7 @@ from vae3d.data.rows import NUMBERS, THREADS, in_threads, invalid_rows
 from vae3d.data.segments import is_segment
 from vae3d.data.versions import file_stamp
 from vae3d.data.video_index import cache_folder, warn_cache_unwritable
+from vae3d.progress import progress
 
 ENTRY = {"path": str, **dict.fromkeys(NUMBERS, (int, float))}  # keys of a cache entry, and their types
 VERSION = 3  # of the cache; 1 counted frames and rates by timestamps, 2 had no checksums
@@ -57,7 +57,7 @@ def probe(paths: list[str]) -> dict[str, Metadata]:
     todo = [path for path, stamp in stamps.items() if stamp is None or known.get(path, {}).get("key") != stamp]
     with ThreadPoolExecutor(THREADS) as pool:
         read = pool.map(read_metadata, todo)
-        results = tqdm(read, total=len(todo), desc="probing files", unit="file", disable=None if todo else True)
+        results = progress(read, total=len(todo), desc="probing files", unit="file", hidden=not todo)
         pairs = zip(todo, results, strict=True)
         while batch := list(itertools.islice(pairs, BATCH)):
             entries = [{"path": path, "key": stamps[path], **metadata} for path, metadata in batch]

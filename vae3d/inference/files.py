@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tqdm import tqdm
 
 from vae3d.data.media import DataError
 from vae3d.data.readers import MediaError
@@ -25,6 +24,7 @@ from vae3d.inference.reconstruct import KINDS, FileResult, Reconstructor, identi
 from vae3d.inference.results import Results
 from vae3d.io import write_json, write_text
 from vae3d.metrics import MetricError
+from vae3d.progress import progress
 
 log = logging.getLogger("vae3d")
 
@@ -77,7 +77,7 @@ def reconstruct_files(
     failed: list[str] = []
     kept = 0
     share = table.iloc[rank::world_size]
-    for _, entry in tqdm(share.iterrows(), total=len(share), unit="file", disable=None if rank == 0 else True):
+    for _, entry in progress(share.iterrows(), total=len(share), unit="file", hidden=rank != 0):
         try:
             if not entry["name"]:
                 raise MediaError(f"row {entry['row']}", "has no `path`")

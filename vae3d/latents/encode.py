@@ -18,7 +18,6 @@ import pandas as pd
 import safetensors
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vae3d import __version__
 from vae3d.data.versions import source_version
@@ -34,6 +33,7 @@ from vae3d.latents.identity import latent_config, vae_metadata
 from vae3d.latents.shards import COMPLETE, ERRORS, INDEX, KINDS, META, STATISTICS, WRITERS, CacheError, Shard
 from vae3d.latents.statistics import LatentStatistics, StatisticsError
 from vae3d.precision import DTYPES
+from vae3d.progress import progress
 from vae3d.seeding import generator_of
 
 if TYPE_CHECKING:
@@ -191,11 +191,11 @@ def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool
         sampler=numbers,
         batch_size=None,
     )
-    progress = iter(tqdm(reads, total=len(numbers), unit="clip", disable=True if quiet else None))
+    clips = iter(progress(reads, total=len(numbers), unit="clip", hidden=quiet))
     errors: list[ClipError] = []
     for number in todo:
         shard, statistics = Shard(), LatentStatistics(job.codec.channels)
-        for batch in _batches(islice(progress, len(job.span(number))), config.batch_size):
+        for batch in _batches(islice(clips, len(job.span(number))), config.batch_size):
             _encode_batch(job, number, batch, shard, statistics)
         shards.write_shard(job.folder, number, shard, statistics, digest, config.writers)
         errors += shard.errors
