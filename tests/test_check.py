@@ -347,6 +347,15 @@ def test_files_of_ones_own_are_not_checked():
     assert override_issues(arguments) == []
 
 
+def test_a_file_of_conf_with_wrong_syntax_is_an_error_with_its_line(tmp_path, monkeypatch):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("run:\n  name: [x\n")
+    monkeypatch.setattr("vae3d.config.overrides.CONF", tmp_path)
+    (issue,) = override_issues(["experiment=mine"])
+    assert (issue.key, issue.value) == ("experiment", "mine")
+    assert "line 3" in issue.message
+
+
 @pytest.mark.parametrize("argument", ["run=5", "+run=5", "run=null"])
 def test_a_value_for_the_section_that_names_the_folder_is_one_error_of_the_list(argument, tmp_path):
     command = [

@@ -6,7 +6,9 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
@@ -83,7 +85,19 @@ def override_issues(overrides: Sequence[str]) -> list[ConfigIssue]:
             if choice not in ("", "null", *files) and "(" not in choice:
                 message = f"there is no such file in conf/{name}"
                 issues.append(ConfigIssue(name, choice, message, nearest(choice, files)))
+            elif choice in files and (wrong := _syntax_error(CONF / name / f"{choice}.yaml")):
+                issues.append(ConfigIssue(name, choice, f"is not valid YAML: {wrong}"))
     return issues
+
+
+def _syntax_error(file: Path) -> str | None:
+    """What is wrong with a YAML file, and in which line; Hydra would end in a traceback."""
+    try:
+        for _ in yaml.parse(file.read_text(encoding="utf-8")):
+            pass
+    except yaml.YAMLError as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def without_run_values(overrides: Sequence[str]) -> tuple[list[str], list[ConfigIssue]]:
