@@ -93,8 +93,9 @@ def override_issues(overrides: Sequence[str]) -> list[ConfigIssue]:
 def _syntax_error(file: Path) -> str | None:
     """What is wrong with a YAML file, and in which line; Hydra would end in a traceback."""
     try:
-        for _ in yaml.parse(file.read_text(encoding="utf-8")):
-            pass
+        with file.open(encoding="utf-8") as stream:
+            for _ in yaml.parse(stream):
+                pass
     except yaml.YAMLError as error:
         return " ".join(str(error).split())
     return None
