@@ -11,20 +11,17 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 import vae3d
-from vae3d.adversarial.base import NoAdversary
-from vae3d.adversarial.replay import ReplayBuffer
-from vae3d.adversarial.seraena import Seraena
+from vae3d.adversarial.base import NoAdversary, UpdatePhase
+from vae3d.commands import step_cost
+from vae3d.commands.estimate import disk_needs
+from vae3d.commands.step_cost import StepCost, TrainingStep
 from vae3d.commands.summary import frame_counts
 from vae3d.config.schema import CONF, TrainConfig
 from vae3d.loading import instantiate
@@ -112,83 +109,62 @@ def gpus_of(name: str) -> int:
     return numbers.get("nnodes", 1) * numbers.get("nproc_per_node", 1)
 
 
-@contextmanager
-def countable():
-    """What shapes alone do not allow, replaced by what costs the same."""
-    with (  # functions, not mocks, which would keep the tensors that they are called with
-        patch("vae3d.models.layers.stream_conv._taps_apart", lambda x: False),  # as on a GPU
-        patch("vae3d.models.opensora._numbers", lambda buffer: ()),  # values of the latents' statistics
-        patch.object(Seraena, "_draw_fakes", lambda *_: None),
-        patch.object(ReplayBuffer, "gather", lambda buffer, indices, images, contexts: (images, contexts)),
-        patch.object(ReplayBuffer, "push", lambda *_: None),
-    ):
-        yield
-
-
 def count(name: str) -> Needs:
     config, gpus, teacher = composed(name), gpus_of(name), TEACHERS.get(name)
-    with countable():
-        stays, tops = counting.count_memory(config, teacher, gpus)
-        recipe = counting.build(config, teacher, "meta")
-        clips = len(counting.clip_of(config, recipe.device, world_size=gpus).video)
-        operations = 0 if is_toy(config) else gpus * config.trainer.accumulate * operations_of_run(recipe, gpus)
-        state, export = bytes_on_disk(recipe)
-        replay = replay_bytes(recipe, gpus)
-    if config.trainer.ema.device == "cpu":
-        stays["averaged weights (EMA)"] = 0
+    clips = counting.micro_batch(config, gpus)
+    needs = step_cost.vae_needs(config, clips, teacher, gpus)
+    with step_cost.countable():
+        step = step_cost.build(config, teacher, "meta")
+        operations = 0 if is_toy(config) else gpus * config.trainer.accumulate * operations_of_run(step, clips)
     data, trainer = config.data, config.trainer
-    state += gpus * replay
-    saves = -(-trainer.max_steps // trainer.save_every)
-    kept = min(saves, max(2, trainer.keep)) if trainer.keep else saves
-    named = export if trainer.publish.prefix else 0  # the training state under its other name is a link
-    total = kept * (state + export + named) + (export if trainer.best else 0)
+    _, kept, each, best = disk_needs(config, needs, gpus)
     return Needs(
         gpus,
         clips,
         data.frames.max,
         data.height,
         data.width,
-        sum(p.numel() for p in recipe.model.parameters() if p.requires_grad),
-        sum(p.numel() for p in recipe.model.parameters()),
-        counting.total(stays, tops),
-        replay,
+        sum(p.numel() for p in step.model.parameters() if p.requires_grad),
+        sum(p.numel() for p in step.model.parameters()),
+        needs.memory,
+        needs.replay,
         operations,
         trainer.max_steps,
-        state,
-        export,
-        total,
+        needs.state + gpus * needs.replay,
+        needs.export,
+        kept * each + best,
     )
 
 
-def operations_of_run(recipe: counting.Recipe, world_size: int) -> float:
+def operations_of_run(training: TrainingStep, clips: int) -> float:
     """Of all micro-batches of one rank that come first in their step, over the whole run."""
-    config, adversary = recipe.config, recipe.adversary
+    config, adversary = training.config, training.adversary
     last = config.trainer.max_steps
     bounds = [0, last]
     if not isinstance(adversary, NoAdversary):
         bounds += [adversary.discriminator_start, adversary.start]
     bounds = sorted({min(bound, last) for bound in bounds})
-    return sum((b - a) * operations_of_step(recipe, a, world_size) for a, b in zip(bounds, bounds[1:], strict=False))
+    return sum((b - a) * operations_of_step(training, a, clips) for a, b in zip(bounds, bounds[1:], strict=False))
 
 
-def operations_of_step(recipe: counting.Recipe, step: int, world_size: int) -> float:
+def operations_of_step(training: TrainingStep, step: int, clips: int) -> float:
     """The mean over the frame counts that may be drawn, and over the two turns of alternating updates.
 
     Counts with as many latents are counted as the middle one of them: over time a network works on whole latents, in
     height and width on frames, so that costs rise linearly between.
     """
-    frames = frame_counts(recipe.config.data)
+    frames = frame_counts(training.config.data)
     weights = {n: (1 - frames.images) / len(frames.choices) for n in frames.choices} if frames.images < 1 else {}
     if frames.images:
         weights[1] = weights.get(1, 0.0) + frames.images
     groups: dict[int, list[int]] = {}
     for number in sorted(weights):
-        groups.setdefault(recipe.model.latent_frames(number), []).append(number)
-    phases = [recipe.adversary.update_phase(step + turn) for turn in (0, 1)]
+        groups.setdefault(training.model.latent_frames(number), []).append(number)
+    phases = [training.adversary.update_phase(step + turn) for turn in (0, 1)]
     phases = phases if phases[0] != phases[1] else phases[:1]
     costs = [
         sum(weights[number] for number in group)
-        * operations_of_passes(recipe, group[len(group) // 2], phase, step, world_size)
+        * operations_of_passes(training, group[len(group) // 2], phase, step, clips)
         / len(phases)
         for group in groups.values()
         for phase in phases
@@ -196,55 +172,15 @@ def operations_of_step(recipe: counting.Recipe, step: int, world_size: int) -> f
     return sum(costs)
 
 
-class Operations(TorchDispatchMode):
-    """Adds up floating-point operations. FlopCounterMode's hooks fail on the inner gradients of an adversary."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if formula := flop_registry.get(func.overloadpacket):
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-def operations_of_passes(recipe: counting.Recipe, frames: int, phase: object, step: int, world_size: int) -> int:
-    batch = counting.clip_of(recipe.config, recipe.device, frames, world_size)
+def operations_of_passes(training: TrainingStep, frames: int, phase: UpdatePhase, step: int, clips: int) -> int:
+    batch = training.noise(clips, frames)
     # The weight of the generator's loss rises from 0 at `start`, where it costs as much as later.
-    on = isinstance(recipe.adversary, NoAdversary) or step >= recipe.adversary.start
-    with Operations() as operations:
-        recipe.passes(batch, step=ALL_ON if on else step, phase=phase)
-    recipe.optimizer.zero_grad()
-    recipe.adversary.reset_step()
-    return operations.total
-
-
-def bytes_on_disk(recipe: counting.Recipe) -> tuple[int, int]:
-    """Bytes of a checkpoint's tensors, and of an export."""
-    trained = counting.bytes_of(recipe.parameters)
-    export = counting.bytes_of(recipe.model.state_dict().values())
-    state = export + 2 * trained + counting.bytes_of(recipe.ema.shadow.values())
-    if recipe.student is not recipe.model:
-        state += counting.bytes_of(recipe.student.projections.parameters())
-    if not isinstance(recipe.adversary, NoAdversary):
-        network = recipe.adversary.discriminator
-        state += counting.bytes_of(network.state_dict().values()) + 2 * counting.bytes_of(network.parameters())
-    return state, export
-
-
-def replay_bytes(recipe: counting.Recipe, world_size: int) -> int:
-    """Bytes of Seraena's replay on one rank at the end of the run, in host memory and in a checkpoint."""
-    adversary, config = recipe.adversary, recipe.config
-    if not isinstance(adversary, Seraena):
-        return 0
-    batch = counting.clip_of(config, recipe.device, world_size=world_size)
-    recipe.passes(batch)
-    [(images, contexts)] = adversary._pending
-    recipe.adversary.reset_step()
-    pushed = (config.trainer.max_steps - adversary.discriminator_start) * config.trainer.accumulate * len(images)
-    return min(adversary.buffer.length, pushed) * sum(2 * x[0].numel() for x in (images, contexts))  # fp16
+    on = isinstance(training.adversary, NoAdversary) or step >= training.adversary.start
+    with StepCost([]) as cost:
+        training.passes(batch, step=ALL_ON if on else step, phase=phase)
+    training.optimizer.zero_grad()
+    training.adversary.reset_step()
+    return cost.flops
 
 
 def row(name: str, needs: Needs) -> str:
@@ -291,7 +227,7 @@ def markdown(found: Mapping[str, Needs]) -> str:
         [
             "",
             f"Seraena's replay, once full, takes host memory on each rank, and as much for each rank in every "
-            f"checkpoint: {', '.join(replays)}. `adversary.buffer_length` shortens it.",
+            f"checkpoint: {', '.join(replays)}. `adversary.buffer_gib` limits it.",
         ]
         if replays
         else []

@@ -63,7 +63,7 @@ FAULTS = {
     "batch": (["data.batch_size=3", "trainer.accumulate=2"], "data.batch_size=3", "a multiple of 2, such as 4"),
     "ranks": (["launcher=torchrun", "launcher.nproc=4", "data.batch_size=2"], "data.batch_size=2", "a multiple of 4, such as 4"),
     "unknown part": (["stage.train={temporal_encodr: 1.0}"], "stage.train", "temporal_encodr; it has spatial_encoder, spatial_decoder, temporal_encoder"),
-    "params_without_grad part": (["loss=latent"], "stage.train", "spatial_decoder, decoder on clips of 1 frames"),
+    "params_without_grad part": (["loss=latent"], "stage.train", "spatial_decoder, decoder on clips of 1 frame"),
     "frozen and random": (["stage.train={temporal_decoder: 1.0}", "~stage.train.spatial_encoder", "~stage.train.spatial_decoder", "~stage.train.temporal_encoder"], "stage.init_from=random", "spatial_encoder, spatial_decoder, temporal_encoder, encoder, decoder"),
     "unknown submodule": (["stage.init_from={spatial: random}"], "stage.init_from.spatial", "spatial_vae, temporal_vae"),
     "nothing to train on": (["loss.terms.l1.weight=0", "loss.terms.kl.weight=0"], "loss.terms", "weight above 0"),

@@ -56,9 +56,10 @@ def test_the_needs_of_a_toy_are_counted_as_they_stand_on_the_page():
     from docs import make_needs
 
     name, written = "wan_tiny", make_needs.load()["wan_tiny"]
-    with make_needs.countable():
-        recipe = make_needs.counting.build(make_needs.composed(name), device="meta")
-        assert make_needs.bytes_on_disk(recipe) == (written.checkpoint, written.export)
+    config = make_needs.composed(name)
+    with make_needs.step_cost.countable():
+        step = make_needs.step_cost.build(config, device="meta")
+        assert step.bytes_on_disk() == (written.checkpoint, written.export)
     assert make_needs.toy_row(name, written) in (DOCS / "needs.md").read_text()
 
 

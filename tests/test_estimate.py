@@ -1,6 +1,8 @@
-"""The estimates of debug=dry, against what a run really has and what a benchmark counts."""
+"""What is counted of a training step, against what a run really has; and never more workers than processors."""
 
 from __future__ import annotations
+
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,14 +13,14 @@ from tests import tiny
 from tests.training.quick import checked, trainer
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.checkpoints.state import latest_state, load_state
-from vae3d.commands import estimate
+from vae3d.commands import estimate, step_cost
 from vae3d.data import workers
 
 
 def test_the_files_of_a_run_have_the_counted_sizes(videos, tmp_path):
     config = checked(videos)
     trainer(config, tmp_path).fit()
-    needs = estimate.vae_needs(config, 2)
+    needs = step_cost.vae_needs(config, 2)
     saved = load_state(latest_state(tmp_path / "checkpoints"))
     state = sum(leaf.nbytes for leaf in tree_leaves(saved) if isinstance(leaf, torch.Tensor))
     export = (tmp_path / "exports/step-0000002/model.safetensors").stat().st_size
@@ -27,15 +29,26 @@ def test_the_files_of_a_run_have_the_counted_sizes(videos, tmp_path):
     assert needs.stays["weights"] == needs.stays["gradients"] == needs.stays["AdamW"] / 2 == needs.export
 
 
-def test_memory_equals_the_benchmarks_count_and_grows_with_the_clips(videos):
+def test_the_moving_average_on_the_host_takes_no_memory_of_the_device(videos):
+    config = deepcopy(checked(videos))
+    config.trainer.ema.decay = 0.9
+    beside, config.trainer.ema.device = step_cost.vae_needs(config, 1), "cpu"
+    host = step_cost.vae_needs(config, 1)
+    assert (host.stays["EMA"], beside.stays["EMA"]) == (0, beside.stays["weights"])
+    assert host.state == beside.state
+
+
+def test_memory_and_operations_grow_with_the_clips_and_operations_equal_torchs_count(videos):
     config = checked(videos)
-    one, two, four = (estimate.vae_needs(config, clips) for clips in (1, 2, 4))
-    assert 0 < one.activations < two.activations
-    assert four.activations - two.activations == 2 * (two.activations - one.activations)
+    one, two, four = (step_cost.vae_needs(config, clips) for clips in (1, 2, 4))
+    tops = [needs.parts["backward"] for needs in (one, two, four)]
+    assert 0 < tops[0] < tops[1]
+    assert tops[2] - tops[1] == pytest.approx(2 * (tops[1] - tops[0]), rel=0.05)
     assert (one.flops, four.flops) == (two.flops / 2, 2 * two.flops)
+    assert abs(one.stays["other"]) < 2**20  # every item is counted, and once
     x, weight = torch.rand(2, 3, 8, 8), torch.rand(4, 3, 3, 3, requires_grad=True)
     counter = FlopCounterMode(display=False)
-    with counter, estimate.StepCost([x, weight]) as cost:
+    with counter, step_cost.StepCost([x, weight]) as cost:
         torch.nn.functional.conv2d(x, weight).sum().backward()
     assert cost.flops == counter.get_total_flops() > 0
 
@@ -43,9 +56,20 @@ def test_memory_equals_the_benchmarks_count_and_grows_with_the_clips(videos):
 @pytest.mark.parametrize("more", [["adversary=seraena", *tiny.SERAENA[1:]], [*tiny.GAN]], ids=["seraena", "patchgan"])
 def test_a_discriminator_counts(videos, more):
     frames = ["data.frames.min=1", "data.frames.max=1", "stage=finetune", "stage.init_from=random", "loss=recon_kl"]
-    needs = estimate.vae_needs(tiny.training("spatial", videos, *frames, *more), 1)
+    config = tiny.training("spatial", videos, *frames, *more)
+    needs = step_cost.vae_needs(config, 1, ranks=2)
     assert needs.stays["discriminator"] > 0
-    assert bool(needs.note) == ("seraena" in more[0])  # which draws how many pairs it replays
+    assert needs.parts["discriminator"] > 0
+    (line,) = (line for line in [estimate.disk(config, needs, 2)] if "checkpoint" in line)
+    if "seraena" not in more[0]:
+        assert needs.replay == 0
+        assert "replay" not in line
+        return
+    pair = 2 * (9 * 16 * 16 + config.adversary["context_channels"] * 8 * 8)
+    assert needs.replay == config.trainer.max_steps * pair
+    assert "replay of 2 ranks" in line
+    config.adversary["buffer_gib"] = 1.5 * pair / 2**30
+    assert step_cost.vae_needs(config, 1).replay == pair
 
 
 def test_never_more_workers_than_processors(monkeypatch):
@@ -54,6 +78,7 @@ def test_never_more_workers_than_processors(monkeypatch):
     most, (line,) = workers.usable_workers(9)
     assert most == 8
     assert "data.workers=9" in line
+    assert "--workers=9" in workers.usable_workers(9, "--workers")[1][0]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert workers.usable_workers(2) == (2, [])
     assert workers.usable_workers(4)[0] == 2

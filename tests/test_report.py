@@ -12,7 +12,9 @@ from jinja2 import UndefinedError
 from PIL import Image
 
 from vae3d.inference.pictures import grid
+from vae3d.report import score_names
 from vae3d.report.html import html_table, img, render, resize_to_width, subplots, svg
+from vae3d.text import plural
 
 
 def test_text_is_escaped_and_markup_is_not():
@@ -67,3 +69,20 @@ def test_enlarged_pixels_stay_sharp():
     image = Image.fromarray(np.array([[[0] * 3, [255] * 3]], np.uint8))
     assert set(np.asarray(resize_to_width(image, 8)).ravel()) == {0, 255}
     assert resize_to_width(Image.new("RGB", (100, 50)), 10).size == (10, 5)
+
+
+def test_psnr_video_is_shown_unless_every_validation_has_the_same_value_for_psnr():
+    """Values that only round alike are not the same."""
+    same, close = {"step": 1, "val/psnr": 20.0, "val/psnr_video": 20.0}, {"val/psnr": 20.0, "val/psnr_video": 20.0001}
+    assert score_names([same, same]) == ["val/psnr"]
+    assert score_names([same, close]) == ["val/psnr", "val/psnr_video"]
+    assert score_names([{"val/loss": 1.0}, same]) == ["val/loss", "val/psnr"]
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "expected"),
+    [(1, "frame", "1 frame"), (0, "frame", "0 frames"), (2, "entry", "2 entries"), (3, "class", "3 classes"),
+     (2, "micro-batch", "2 micro-batches"), (2, "array", "2 arrays"), ("0.5", "epoch", "0.5 epochs"), ("1", "epoch", "1 epoch"), (1, "entry", "1 entry")],
+)  # fmt: skip
+def test_plural(count, noun, expected):
+    assert plural(count, noun) == expected

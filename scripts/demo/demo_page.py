@@ -22,8 +22,6 @@ from vae3d.report.html import html_table
 from vae3d.report.html import img as image_tag  # noqa: F401
 from vae3d.report.html import png as figure_tag  # noqa: F401
 
-ERROR_GAIN = 4  # error maps show |original - reconstruction| times this
-
 
 def exit_on_user_error(run: Callable[[], None]) -> None:
     """Call run(). On a UserError print its message and exit with status 2."""
@@ -64,11 +62,6 @@ def read_video(path: Path) -> np.ndarray:
     """All frames, [T, H, W, 3] uint8."""
     with av.open(str(existing(path))) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
-def error_map(original: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Absolute difference times ERROR_GAIN, uint8."""
-    return (np.abs(original.astype(int) - other) * ERROR_GAIN).clip(0, 255).astype(np.uint8)
 
 
 def enlarged(frame: np.ndarray, times: int) -> Image.Image:

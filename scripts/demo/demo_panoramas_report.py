@@ -14,11 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from demo_page import (
-    ERROR_GAIN,
     as_html,
     as_text,
     enlarged,
-    error_map,
     exit_on_user_error,
     image_tag,
     read_json,
@@ -28,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vae3d import panorama
 from vae3d.argparse_types import non_negative_int
+from vae3d.inference.pictures import ERROR_LABEL, ERROR_NOTE, error_map
 
 RUNS = {
     "wan_tiny": "start",
@@ -53,7 +52,7 @@ rooms with two recipes. Held-out rooms:</p>
 <p><i>Seam gradient error</i>: of the step from the last column to the first, in [0, 1]. <i>Poles</i>: latitudes beyond
 60 degrees. <i>Up face</i>: a 90 degree view of the ceiling.</p>
 <p>Each panorama is turned by half, so that its seam is in the middle. Then: the seam in close-up, the view up to the
-square lamps, and the error, {gain} times amplified.</p>
+square lamps, and the error. {error}.</p>
 {pictures}
 """
 
@@ -83,7 +82,7 @@ def views(frame: np.ndarray, original: np.ndarray) -> dict[str, np.ndarray]:
         "seam in the middle": turned,
         "seam": turned[:, middle],
         "up": faces[panorama.UP].round().byte().movedim(0, -1).numpy(),
-        f"error x {ERROR_GAIN}": np.roll(error_map(original, frame), width // 2, axis=1),
+        ERROR_LABEL: np.roll(error_map(original, frame), width // 2, axis=1),
     }
 
 
@@ -111,7 +110,7 @@ def names(out: Path) -> list[str]:
 def section(folder: Path) -> str:
     out = folder / "out"
     pictures = "\n".join(image_tag(picture(clips(name, out))) for name in names(out))
-    return SECTION.format(table=as_html(table(out)), gain=ERROR_GAIN, pictures=pictures)
+    return SECTION.format(table=as_html(table(out)), error=ERROR_NOTE, pictures=pictures)
 
 
 def tables(folder: Path) -> str:

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import numpy as np
 from demo_page import (
-    ERROR_GAIN,
     animation_tag,
     as_html,
     as_text,
     enlarged,
-    error_map,
     figure_tag,
     history,
     image_tag,
@@ -25,6 +23,7 @@ from demo_page import (
 from matplotlib.figure import Figure
 
 import vae3d
+from vae3d.inference.pictures import ERROR_LABEL, ERROR_NOTE, error_maps
 
 STAGES = {
     "spatial": "2D VAE alone",
@@ -44,7 +43,7 @@ SECTION = """<h2>Three stages</h2>
 and 2 freeze the 2D VAE; stage 3 trains it too.</p>
 <p>Original, through the 2D VAE alone, after stage 1, after stage 3:</p>
 {movies}
-<p>Frames; error maps show the absolute difference, {gain} times amplified.</p>
+<p>Frames. {error}.</p>
 {strips}
 {curves}
 """
@@ -63,7 +62,7 @@ def strips(name: str, out: Path) -> str:
         "original": original,
         "2D VAE alone": spatial,
         "reconstruction": final,
-        f"error &times; {ERROR_GAIN}": error_map(original, final),
+        ERROR_LABEL: error_maps(original, final),
     }
     cells = "\n".join(f"<span>{label}</span>{strip(frames)}" for label, frames in rows.items())
     return f'<h3>{html.escape(name)}</h3>\n<div class="strip">{cells}</div>'
@@ -118,7 +117,7 @@ def section(folder: Path) -> str:
         parameters=parameters(folder / "runs/stage3"),
         table=as_html(scores(out)),
         movies="\n".join(movie(name, out) for name in names),
-        gain=ERROR_GAIN,
+        error=ERROR_NOTE,
         strips="\n".join(strips(name, out) for name in names),
         curves=curves({stage: history(folder / "runs" / stage) for stage in STAGES}),
     )

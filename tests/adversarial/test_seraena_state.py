@@ -170,6 +170,22 @@ def test_a_rank_that_a_checkpoint_did_not_have_begins_with_an_empty_buffer():
     assert len(adversary.buffer) == 0
     with pytest.raises(ValueError, match="buffer holds 8 images; set buffer_length to at least that"):
         toy.seraena(buffer_length=7).load_rank_state_dict(saved)
+    pair = 2 * sum(saved[name][0].numel() for name in ("images", "contexts"))
+    with pytest.raises(ValueError, match=r"holds 8 images, .* GiB; set buffer_gib to at least that"):
+        toy.seraena(buffer_gib=7.5 * pair / 2**30).load_rank_state_dict(saved)
+
+
+def test_the_buffer_keeps_as_many_images_as_fit_into_buffer_gib():
+    whole = toy.seraena()
+    toy.train(whole, range(3))
+    pair = 2 * sum(tensor.numel() for tensor in whole.buffer.pairs[0])
+    limited = toy.seraena(buffer_length=1000, buffer_gib=10.5 * pair / 2**30)
+    toy.train(limited, range(3))
+    assert len(limited.buffer) == len(whole.buffer) == toy.SETTINGS["buffer_length"]
+    assert toy.same(state(limited), state(whole))  # the same pairs were replaced
+    clip, out = toy.pair()
+    with pytest.raises(ValueError, match=r"adversary\.buffer_gib is .* one image of 3 frames takes"):
+        toy.seraena(buffer_gib=0.5 * pair / 2**30).generator_loss(clip, out, torch.zeros(()), 0)
 
 
 def test_draws_depend_on_seed_step_rank_and_micro_batch_and_on_nothing_global():
@@ -272,7 +288,7 @@ def test_pixels_that_no_trained_part_makes_are_refused():
     [
         ("adversary.wieght=2", "adversary.wieght: is not an argument of vae3d.adversarial.seraena.Seraena; did you mean adversary.weight?"),
         ("adversary.norm=layer", "adversary: cannot be built: ArgumentError: adversary.norm is 'layer'; give one of batch, group"),
-        ("adversary.context_channels=16", "adversary: a clip of 1 frames fails: the latents have 4 channels, adversary.context_channels is 16; set it to 4"),
+        ("adversary.context_channels=16", "adversary: a clip of 1 frame fails: the latents have 4 channels, adversary.context_channels is 16; set it to 4"),
     ],
 )  # fmt: skip
 def test_the_check_names_what_is_wrong_with_seraena(videos, override, message):

@@ -207,8 +207,8 @@ def test_everything_that_does_not_fit_is_named(tmp_path):
     with pytest.raises(CheckpointError) as error:
         vae3d.load(tmp_path / "export")
     message = str(error.value)
-    assert "1 tensors missing in the file: module.encoder.conv_in.bias" in message
-    assert "1 tensors unknown to the model: module.extra.weight" in message
+    assert "1 tensor missing in the file: module.encoder.conv_in.bias" in message
+    assert "1 tensor unknown to the model: module.extra.weight" in message
     assert "module.quant_conv.bias [3] [8]" in message
 
 

@@ -413,7 +413,7 @@ def test_an_index_in_a_hugging_face_cache_consists_of_links(tmp_path):
         ("other.index.json", "is a JSON text"),
         ("link.safetensors", "is a link out of the folder"),
         ("absent.safetensors", "1 of its 1 files .*: absent.safetensors"),
-        ("part.safetensors", "1 tensors are in none of its files: w"),
+        ("part.safetensors", "1 tensor in none of its files: w"),
         ("folder", "1 of its 1 files .*: folder"),
     ],
 )

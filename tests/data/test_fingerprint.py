@@ -38,15 +38,15 @@ def changed(folder, before, names, **columns):
 
 def test_rows_that_come_go_move_or_say_something_else_are_counted(folder):
     before = fingerprint(folder, "abc")
-    assert changed(folder, before, "abcd") == "1 rows are new, such as d.mp4"
-    assert changed(folder, before, "ab") == "1 rows were removed"
+    assert changed(folder, before, "abcd") == "1 new row, such as d.mp4"
+    assert changed(folder, before, "ab") == "1 row removed"
     assert "order of the rows changed: 2 of 3" in changed(folder, before, "bac")
     assert "order of the rows changed: 2 of 2" in changed(folder, before, "cda")
     assert "occurred 3 times occur 4 times" in changed(folder, before, "abca")
-    assert "1 rows have other numbers, split, label or text, such as b.mp4" in changed(
+    assert "1 row with other numbers, split, label or text, such as b.mp4" in changed(
         folder, before, "abc", num_frames=[9, 8, 9]
     )
-    assert "3 rows have other" in changed(folder, before, "abc", split="train")
+    assert "3 rows with other" in changed(folder, before, "abc", split="train")
 
 
 def test_files_replaced_under_their_names_are_counted(folder):
@@ -54,8 +54,8 @@ def test_files_replaced_under_their_names_are_counted(folder):
     (folder / "b.mp4").write_bytes(b"12345")
     os.utime(folder / "c.mp4", (2000, 2000))
     message = changed(folder, before, "abc")
-    assert "the files of 1 rows have another size, such as b.mp4" in message
-    assert "the files of 1 rows have another modification time, and the same size, such as c.mp4" in message
+    assert "1 row whose file has another size, such as b.mp4" in message
+    assert "1 row whose file has another modification time, and the same size, such as c.mp4" in message
 
 
 def test_ranks_compare_names_and_not_where_the_folder_lies(folder, tmp_path_factory):

@@ -69,7 +69,7 @@ def test_what_is_skipped_is_reported(tmp_path):
     assert source.notes == [
         f"{tmp_path}: 2 images: train 1, val 1",
         "skipped, because they are no images: 1 without extension, 1 .txt, 1 .mp4",
-        "skipped, because they are in no folder of a split: 1 images",
+        "skipped, because they are in no folder of a split: 1 image",
     ]
 
 
@@ -157,7 +157,7 @@ def test_small_files_are_left_out_as_no_error(tmp_path):
     assert sorted([*tables.train["name"], *tables.val["name"]]) == ["3.png", "4.png", "5.png"]
     assert tables.errors == []
     assert tables.skipped_files[0] == (str(tmp_path / "0.png"), "is 16x40: skipped, because data.min_side=22")
-    assert tables.notes[-1] == "3 files are smaller than data.min_side=22 and skipped"
+    assert tables.notes[-1] == "skipped: 3 files smaller than data.min_side=22"
     with pytest.raises(DataError, match=r"no file has a shorter side of data\.min_side=99 pixels; the largest has 26"):
         read_tables(ImageFolder(tmp_path), ClipSettings(16, 16, min_side=99), num_val_files=1, max_broken=0)
 

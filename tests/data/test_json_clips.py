@@ -80,7 +80,7 @@ def test_what_is_odd_but_harmless_is_noted(folder):
     assert notes[0] == f"`total` of {folder}/odd.json is 3, but its list has 2 clips"
     assert notes[1] == "ignored keys of clips: duration (2), id (1)"
     assert notes[2] == f"{folder}/odd.json lists 2 clips of 2 videos"
-    assert notes[3] == "train 1 clips of 1 videos, val 1 clips of 1 videos, by the hash of the path, val_share=0.02"
+    assert notes[3] == "train 1 clip of 1 video, val 1 clip of 1 video, by the hash of the path, val_share=0.02"
 
 
 BROKEN = {
@@ -250,7 +250,7 @@ def test_a_split_is_taken_as_it_is_and_must_be_whole(folder):
     source = JsonClips(write(folder / "split.json", entries))
     found = tables(source)
     assert (found.train["name"].tolist(), found.val["name"].tolist()) == (["0.mp4"], ["1.mp4"])
-    message = (f"{split} 1 clips of 1 videos" for split in ("train", "val", "test"))
+    message = (f"{split} 1 clip of 1 video" for split in ("train", "val", "test"))
     assert found.notes[-1] == f"{', '.join(message)}, by their `split`"
     del entries[1]["split"]
     entries[2]["split"] = "valid"

@@ -44,7 +44,7 @@ def test_files_without_partner_are_listed_and_left_out_on_request(folders, capsy
     ori, rec = folders
     (rec / "v1.mp4").rename(rec / "w1.mp4")
     message = refused(capsys, ori, rec)
-    assert "2 files have no partner of the same name, 2 have:" in message
+    assert "2 files without a partner of the same name, 2 with one:" in message
     assert f"only in {ori}: v1" in message
     assert f"only in {rec}: w1" in message
     assert "--allow_unmatched" in message
@@ -58,7 +58,7 @@ def test_ten_of_many_unmatched_are_shown_of_either_side(tmp_path, capsys):
         write_image(tmp_path / f"a/a{i:02}.png", tiny.frames(1)[0])
         write_image(tmp_path / f"b/b{i:02}.png", tiny.frames(1)[0])
     message = refused(capsys, tmp_path / "a", tmp_path / "b")
-    assert "24 files have no partner of the same name, 0 have:" in message
+    assert "24 files without a partner of the same name, 0 with one:" in message
     assert message.count(f"only in {tmp_path / 'a'}") == message.count(f"only in {tmp_path / 'b'}") == 10
     assert message.count("... 2 more") == 2
     assert "--allow_unmatched" not in message
@@ -76,7 +76,7 @@ def test_pairing_by_order_is_there_on_request_only(folders, capsys):
     ori, rec = folders
     for i in range(3):
         (rec / f"v{i}.mp4").rename(rec / f"other{i}.mp4")
-    assert "6 files have no partner" in refused(capsys, ori, rec)
+    assert "6 files without a partner" in refused(capsys, ori, rec)
     assert evaluate(ori, rec, *PSNR, "--pair_by", "sorted") == 0
     assert report(rec)["videos"] == 3
     (rec / "other2.mp4").unlink()

@@ -350,7 +350,7 @@ def test_too_many_broken_files_stop_the_job(tmp_path):
     tiny.write_video(source / "cat/short.mp4", tiny.frames(3))
     with pytest.raises(
         CacheError,
-        match=r"3 of 7 clips cannot be encoded, more than max_broken=0.3; the first: .*0.png: gives 1 frames; frames=3",
+        match=r"3 of 7 clips cannot be encoded, more than max_broken=0.3; the first: .*0.png: gives 1 frame; frames=3",
     ):
         caches.made(source, tmp_path / "cache", frames=3, max_broken=0.3)
     assert not (tmp_path / "cache/complete.json").exists()

@@ -202,7 +202,7 @@ def test_it_says_what_it_misses():
 def test_what_a_model_cannot_decode_shows_before_the_run(videos):
     """Although one clip in a hundred draws it: where the poles are padded, half of a row must be whole latents."""
     term = "{_target_: vae3d.losses.equivariance.Equivariance, scales: [0.2], rotations: [0], probability: 0.01}"
-    with pytest.raises(ConfigError, match="loss: a clip of 1 frames of 16x32 fails: "):
+    with pytest.raises(ConfigError, match="loss: a clip of 1 frame of 16x32 fails: "):
         tiny.training(
             "wan", videos, "stage=finetune", "stage.init_from=random", "loss=recon_kl", "data.width=32",
             "data.frames.max=1", "data.frames.min=1", "model.pad_w=circular", "model.pad_h=pole",

@@ -197,7 +197,7 @@ def test_a_load_that_fails_says_why(saved, tmp_path, monkeypatch):
     state = load_file(folder / WEIGHTS)
     key = "encoder.conv_in.conv.weight"
     save_file({name: tensor for name, tensor in state.items() if name != key}, folder / WEIGHTS)
-    with pytest.raises(CheckpointError, match=f"1 tensors missing in the file: vae.{key}"):
+    with pytest.raises(CheckpointError, match=f"1 tensor missing in the file: vae.{key}"):
         vae3d.load(folder)
     save_file(state, folder / WEIGHTS)
     (folder / "config.json").unlink()

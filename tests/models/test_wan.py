@@ -239,7 +239,7 @@ def test_chunks_that_do_not_fit_are_refused():
         _, cache = ours.encode_chunk(wan.clip(ours, 1), None)
     with pytest.raises(ValueError, match=r"5 frames of 16x24; give n \* 4 frames"):
         ours.encode_chunk(wan.clip(ours, 5), cache)
-    with pytest.raises(ValueError, match="1 frames of 17x25"):
+    with pytest.raises(ValueError, match="1 frame of 17x25"):
         ours.encode_chunk(wan.clip(ours, 1, beyond=1), None)
 
 

@@ -65,6 +65,17 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
+def test_the_first_step_has_a_line_where_there_is_no_progress_bar_and_counts_only_once_in_the_metrics(
+    videos, tmp_path, caplog
+):
+    caplog.set_level(logging.INFO, "vae3d")
+    t = trainer(videos, tmp_path, **{"trainer.max_steps": 3, "trainer.log_every": 2, "validation.every": 0})
+    t.fit()
+    lines = [m for m in caplog.messages if m.startswith("step ")]
+    assert [re.match(r"step (\d)/3  \d+%(?:  .* left)?  loss \d", line)[1] for line in lines] == ["1", "2", "3"]
+    assert [row["step"] for row in rows(tmp_path)] == [2, 3]
+
+
 def rows(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

@@ -166,7 +166,7 @@ def test_a_run_says_its_absolute_learning_rate_and_effective_batch(videos, tmp_p
     settings = {"data.batch_size": 4, "trainer.accumulate": 2, "optim.lr": 4.5e-6, "trainer.save_every": 0}
     with caplog.at_level("INFO", "vae3d"):
         t = quick.trainer(videos, tmp_path, **settings)
-    expected = "batch of 4 clips = 1 ranks x 2 micro-batches x 2 clips; 2 steps at learning rate 4.5e-06"
+    expected = "batch of 4 clips = 1 rank x 2 micro-batches x 2 clips; 2 steps at learning rate 4.5e-06"
     assert expected in caplog.text
     t.fit()
     assert {group["lr"] for group in t.optimizer.param_groups} == {4.5e-6}

@@ -98,5 +98,5 @@ def test_a_resume_says_what_changed_in_the_data(videos, tmp_path):
     before, now = [json.loads(line) for line in (tmp_path / "run/launches.jsonl").open()]
     assert before["data_changed_since_checkpoint"] == []
     gone, order = now["data_changed_since_checkpoint"]
-    assert gone.startswith("2 rows were removed")
+    assert gone.startswith("2 rows removed")
     assert "10 of 10 moved" in order

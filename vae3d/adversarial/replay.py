@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vae3d.arguments import ArgumentError, short
 from vae3d.restore import check_like
+from vae3d.text import plural
 
 Pair = tuple[Tensor, Tensor]
 
@@ -16,12 +17,22 @@ Pair = tuple[Tensor, Tensor]
 class ReplayBuffer:
     """Up to `length` pairs of an image [C, H, W] and its context [c, h, w], fp16 on the CPU.
 
-    Memory grows with the pairs, 2 bytes per element. Pairs are replaced, never modified, so a state_dict stays valid.
+    max_bytes: of all pairs, 2 per element; fewer pairs than `length` are kept if they reach it. None: no limit. Memory
+    grows with the pairs. Pairs are replaced, never modified, so a state_dict stays valid.
     """
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    def __init__(self, length: int, max_bytes: int | None = None) -> None:
+        self.length, self.max_bytes = length, max_bytes
         self.pairs: list[Pair] = []
+
+    @staticmethod
+    def bytes_of(image: int, context: int) -> int:
+        """Bytes of a pair, from the numbers of elements."""
+        return (image + context) * torch.float16.itemsize
+
+    def capacity(self, pair_bytes: int) -> int:
+        """How many pairs are kept; 0 if a single one is larger than max_bytes."""
+        return self.length if self.max_bytes is None else min(self.length, self.max_bytes // pair_bytes)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -31,14 +42,15 @@ class ReplayBuffer:
 
         Pairs that are not finite in fp16 are skipped: they would be drawn for thousands of steps.
         """
+        capacity = self.capacity(self.bytes_of(images[0].numel(), contexts[0].numel()))
         for pair in zip(images.to("cpu", torch.float16), contexts.to("cpu", torch.float16), strict=True):
             if not all(tensor.isfinite().all() for tensor in pair):
                 continue
             image, context = (tensor.clone() for tensor in pair)  # a view would keep, and save, the whole batch
-            if len(self.pairs) < self.length:
+            if len(self.pairs) < capacity:
                 self.pairs.append((image, context))
             else:
-                self.pairs[int(torch.randint(self.length, (), generator=generator))] = image, context
+                self.pairs[int(torch.randint(capacity, (), generator=generator))] = image, context
 
     def gather(self, indices: Tensor, images: Tensor, contexts: Tensor) -> Pair:
         """Pairs by index, where indices from len(self) on refer to the given batch; in the batch's dtypes."""
@@ -50,7 +62,7 @@ class ReplayBuffer:
         return {"images": [image for image, _ in self.pairs], "contexts": [context for _, context in self.pairs]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ArgumentError if it holds more than `length` pairs, or other things."""
+        """Raises ArgumentError if it holds more pairs than this buffer may, or other things."""
         check_like(state, {"images": None, "contexts": None}, "buffer")
         for name in ("images", "contexts"):
             entries = state[name]
@@ -58,10 +70,17 @@ class ReplayBuffer:
                 raise ArgumentError(f"buffer.{name} is {short(entries)}, not a list of tensors [C, H, W]")
             check_like(entries, entries[:1] * len(entries), f"buffer.{name}")
         if len(state["images"]) != len(state["contexts"]):
-            raise ArgumentError(f"buffer has {len(state['images'])} images and {len(state['contexts'])} contexts")
+            raise ArgumentError(
+                f"buffer has {plural(len(state['images']), 'image')} and {len(state['contexts'])} contexts"
+            )
         pairs = list(zip(state["images"], state["contexts"], strict=True))
         if len(pairs) > self.length:
             raise ArgumentError(
-                f"the checkpoint's buffer holds {len(pairs)} images; set buffer_length to at least that"
+                f"the checkpoint's buffer holds {plural(len(pairs), 'image')}; set buffer_length to at least that"
+            )
+        if pairs and len(pairs) > self.capacity(pair := self.bytes_of(*(tensor.numel() for tensor in pairs[0]))):
+            raise ArgumentError(
+                f"the checkpoint's buffer holds {plural(len(pairs), 'image')}, {len(pairs) * pair / 2**30:.3g} GiB; "
+                "set buffer_gib to at least that, or to null"
             )
         self.pairs = pairs

@@ -17,6 +17,7 @@ from vae3d.adversarial.replay import ReplayBuffer
 from vae3d.arguments import Count, Range, Widths
 from vae3d.precision import autocast, autocast_off
 from vae3d.seeding import generator_of
+from vae3d.text import plural
 from vae3d.types import ClipBatch, Reconstruction
 
 
@@ -46,7 +47,9 @@ class Seraena(DiscriminatorAdversary):
     frames: per image. context: `mean` of the clip's latents over time, as published, or those `nearest` in time.
     eps: damps small corrections. c scales with 1 / (image area), so the published 1e-5, for 64 x 64, damps larger
     images more.
-    buffer_length: images kept on each rank. grad_clip: norm of the discriminator's gradient; None: no clipping.
+    buffer_length: images kept on each rank, in host memory and in every checkpoint; the published notebook keeps 16384.
+    buffer_gib: GiB that they may take on each rank: fewer images are kept if they reach it. None: no limit.
+    grad_clip: norm of the discriminator's gradient; None: no clipping.
     diagnostics_every: steps between measurements of correction_over_reconstruction; 0: never.
     """
 
@@ -59,6 +62,7 @@ class Seraena(DiscriminatorAdversary):
     context: Literal["mean", "nearest"] = "mean"
     eps: Positive = 1e-5
     buffer_length: Count = 16384
+    buffer_gib: Positive | None = None
     fresh_fraction: Annotated[float, Range(0, 1)] = 0.5
     lr: float = 3e-4
     betas: Sequence[float] = (0.9, 0.99)
@@ -74,7 +78,9 @@ class Seraena(DiscriminatorAdversary):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.buffer = ReplayBuffer(self.buffer_length)
+        self.buffer = ReplayBuffer(
+            self.buffer_length, None if self.buffer_gib is None else int(self.buffer_gib * 2**30)
+        )
 
     def build(self) -> ConditionalPatchDiscriminator:
         return ConditionalPatchDiscriminator(3 * self.frames, self.context_channels, self.channels, norm=self.norm)
@@ -171,8 +177,8 @@ class Seraena(DiscriminatorAdversary):
             raise ValueError(f"latents of {len(real)} clips are [{len(real)}, C, t, h, w]; these are {list(z.shape)}")
         if z.shape[1] != self.context_channels:
             raise ValueError(
-                f"the latents have {z.shape[1]} channels, adversary.context_channels is {self.context_channels}; "
-                f"set it to {z.shape[1]}"
+                f"the latents have {plural(z.shape[1], 'channel')}, adversary.context_channels is "
+                f"{self.context_channels}; set it to {z.shape[1]}"
             )
         if min(real.shape[-2:]) < SERAENA_STRIDE:
             raise ValueError(
@@ -183,6 +189,12 @@ class Seraena(DiscriminatorAdversary):
         if self.norm == "batch" and scores == 1:
             raise ValueError(
                 "one image that small gives the batch norms a single value; use adversary.norm=group, or larger clips"
+            )
+        pair = self.buffer.bytes_of(3 * self.frames * real.shape[-2] * real.shape[-1], z[0, :, 0].numel())
+        if not self.buffer.capacity(pair):
+            raise ValueError(
+                f"adversary.buffer_gib is {self.buffer_gib:g}, and one image of {plural(self.frames, 'frame')} takes "
+                f"{pair / 2**30:.3g} GiB; raise it, or use null for no limit"
             )
         context = group_latents(z.detach().float(), groups, nearest=self.context == "nearest")
         real, fake = (group_frames((video.float() + 1) / 2, self.frames) for video in (real, fake))

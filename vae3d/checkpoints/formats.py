@@ -20,6 +20,7 @@ from vae3d.errors import UserError
 from vae3d.io import FileError, read_yaml
 from vae3d.models import diffusers_vae
 from vae3d.models.registry import TARGET, build_model, is_known, target_of
+from vae3d.text import plural
 from vae3d.weight_files import LazyTensor, SavedTensor, named_tensors, open_tensors, open_tree
 
 
@@ -316,7 +317,9 @@ def check_state(module: nn.Module, state: State, name: str) -> State:
         "of another shape (file, model)": shapes,
         "not floating-point": types,
     }
-    lines = [f"  {len(keys)} tensors {what}: {list_some(sorted(keys))}" for what, keys in errors.items() if keys]
+    lines = [
+        f"  {plural(len(keys), 'tensor')} {what}: {list_some(sorted(keys))}" for what, keys in errors.items() if keys
+    ]
     if lines:
         raise CheckpointError("\n".join([f"{name} does not fit the model:", *lines]))
     return state

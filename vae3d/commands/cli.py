@@ -186,11 +186,12 @@ def run_with_hydra(command: HydraCommand, module: str, program: list[str], argum
     """Compose the configuration from conf/ and `key=value` arguments and run the command; with -m, once per job."""
     import hydra
 
-    from vae3d.commands import sweep
+    from vae3d.commands import launch, sweep
     from vae3d.commands.console import exit_on_user_error
     from vae3d.config.issues import raise_if_any
     from vae3d.config.overrides import allow_unknown_keys, override_issues, without_run_values
     from vae3d.config.schema import CONF
+    from vae3d.io import remove_empty
 
     resolve_name(command.check)  # its module gives Hydra the defaults of the schema
     if node := command.path_node:
@@ -202,7 +203,10 @@ def run_with_hydra(command: HydraCommand, module: str, program: list[str], argum
     def job(cfg: DictConfig) -> float | None:
         if command.metric is None:
             return exit_on_user_error(lambda: run(command, module, cfg, issues))
-        return exit_on_user_error(lambda: train(command, module, program, cfg, issues))
+        try:
+            return exit_on_user_error(lambda: train(command, module, program, cfg, issues))
+        finally:
+            launch.remove_unbegun(launch.run_directory())
 
     job.__module__ = module  # Hydra names the job after it
     try:
@@ -210,6 +214,8 @@ def run_with_hydra(command: HydraCommand, module: str, program: list[str], argum
     finally:
         if command.metric is not None and sweep.current is not None:  # also after a job failed, or a signal
             print(f"\n{sweep.results(sweep.current, command.metric)}", flush=True)
+            sweep.remove_unbegun(sweep.current)
+            remove_empty(*launch.RunFolders.made)
 
 
 def run(command: HydraCommand, module: str, cfg: DictConfig, issues: Sequence[ConfigIssue]) -> None:
@@ -253,13 +259,14 @@ def train_here(module: str, config: Any, cfg: DictConfig) -> None:
     """
     from vae3d.commands import launch
     from vae3d.commands.closing import closing
-    from vae3d.commands.console import in_sweep
+    from vae3d.commands.console import in_sweep, no_log_file
     from vae3d.distributed import process_group_scope
 
     dry = config.debug.mode == "dry"
     command = import_module("vae3d.commands.dry_run" if dry else module)
     collect_garbage_again()
     if dry:
+        no_log_file()
         command.describe(config)
         return
     folder = launch.prepare_run_folder(cfg)

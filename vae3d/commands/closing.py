@@ -13,7 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 
 from vae3d.checkpoints.state import latest_state
 from vae3d.commands.sweep import metric_rows
-from vae3d.report import text_table
+from vae3d.report import score_names, text_table
+from vae3d.text import plural
 from vae3d.training.runlog import duration, short
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ def closing(trainer: Trainer, first_step: int, seconds: float, commands: Sequenc
     first_step: where this start began. seconds: since then. commands: (purpose, command) that work with this run.
     """
     steps, batch = trainer.step - first_step, trainer.config.data.batch_size
-    lines = [f"{steps} steps of {batch} clips in {duration(seconds)}: {steps * batch} clips"] if steps else []
+    lines = []
+    if steps:
+        done = f"{plural(steps, 'step')} of {plural(batch, 'clip')} in {duration(seconds)}"
+        lines.append(f"{done}: {plural(steps * batch, 'clip')}")
     rows = validation_rows(trainer.folder)
     if scores := score_rows(rows, trainer.better):
         head = ["score", f"at step {rows[0]['step']}", "best", "at step", f"at step {rows[-1]['step']}"]
@@ -49,19 +53,16 @@ def score_rows(rows: Sequence[Row], better: Mapping[str, bool | None]) -> list[l
 
     better: whether higher is better, by score; None or missing: a score without a best value.
     """
-    names = dict.fromkeys(name for row in rows for name in row if name.startswith("val/"))
-    found: dict[str, list[str]] = {}
-    for name in names:
+    found = []
+    for name in score_names(rows):
         label, values = name.removeprefix("val/"), {row["step"]: row[name] for row in rows if name in row}
         direction, best, at = better.get(label), "", ""
         if direction is not None:
             step = (max if direction else min)(values, key=values.get)
             best, at = short(values[step]), str(step)
         first, last = (short(rows[i][name]) if name in rows[i] else "-" for i in (0, -1))
-        found[label] = [label, first, best, at, last]
-    if "psnr" in found and found["psnr"][1:] == found.get("psnr_video", [])[1:]:  # single frames
-        found.pop("psnr_video")
-    return list(found.values())
+        found.append([label, first, best, at, last])
+    return found
 
 
 def places(folder: Path) -> list[tuple[str, str]]:

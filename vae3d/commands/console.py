@@ -62,6 +62,13 @@ class RunLogFile(logging.FileHandler):
             tqdm.write(f"{self.baseFilename} is incomplete: {error.strerror}", file=sys.stderr)
 
 
+def no_log_file() -> None:
+    """From now on log to the console only."""
+    for handler in [*logging.getLogger().handlers]:
+        if isinstance(handler, RunLogFile):
+            logging.getLogger().removeHandler(handler)
+
+
 def in_sweep() -> bool:
     if "hydra" not in sys.modules:
         return False

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
 
+from vae3d.checkpoints.formats import read_checkpoint
 from vae3d.commands import train, train_diffusion
-from vae3d.commands.estimate import diffusion_needs, estimates, vae_needs, world_of
+from vae3d.commands.estimate import diffusion_needs, estimates, world_of
 from vae3d.commands.meta_check import lacking_weights
+from vae3d.commands.step_cost import vae_needs
 from vae3d.commands.summary import data_summary, first_batch, summary
 from vae3d.config.diffusion import DiffusionConfig
 from vae3d.config.schema import TrainConfig
 from vae3d.data.loader import check_files_exist
-from vae3d.loading import instantiate
+from vae3d.loading import build_from_checkpoint, instantiate
 from vae3d.training.freeze import train_parts
 
 log = logging.getLogger("vae3d")
@@ -42,7 +45,10 @@ def describe_training(config: TrainConfig) -> None:
     log.info("\n".join([*data_summary(config, data), *first_batch(data.clips(0, 1), data.schedule.lengths)]))
     if lines := lacking_weights(config):
         log.info("\n".join(lines))
-    needs = vae_needs(config, data.schedule.micro_batch)
+    teacher = None
+    if config.teacher.path is not None:
+        teacher = partial(build_from_checkpoint, read_checkpoint(config.teacher.path))
+    needs = vae_needs(config, data.schedule.micro_batch, teacher, world)
     log.info("\n".join(estimates(config, needs, data.schedule, data.item_bytes, data.workers)))
 
 

@@ -25,6 +25,7 @@ from vae3d.commands.measure_scale import add_export_arguments, load_unscaled, re
 from vae3d.inference.scale import LatentStats, off_scale
 from vae3d.latents.cache import LatentCache
 from vae3d.loading import load, open_codec
+from vae3d.text import plural
 
 SHOWN = ("0.1", "50", "99.9")  # percentiles
 
@@ -50,8 +51,10 @@ def print_statistics(cache: LatentCache, hint: str) -> None:
     stats = cache.statistics
     vae, transform = cache.meta["vae"], cache.meta["transform"]
     settings = ", ".join(f"{name}={value}" for name, value in transform.items() if value not in (None, False))
-    print(f"{cache.folder}: {len(cache)} entries ({cache.meta['store']}, {cache.meta['dtype']}; {settings})")
-    print(f"of {vae['checkpoint']} ({vae['model']}), encoder {vae['encoder'][:12]}; {len(cache.classes)} classes")
+    print(f"{cache.folder}: {plural(len(cache), 'entry')} ({cache.meta['store']}, {cache.meta['dtype']}; {settings})")
+    print(
+        f"of {vae['checkpoint']} ({vae['model']}), encoder {vae['encoder'][:12]}; {plural(len(cache.classes), 'class')}"
+    )
     names = ("mean", "std", "std_of_mean", "posterior_std", "kurtosis")
     columns = {name: stats[name] for name in names} | {f"{p} %": stats["percentiles"][p] for p in SHOWN}
     print(pd.DataFrame(columns, dtype=float).to_string(float_format="%.5f", na_rep="-", col_space=12))

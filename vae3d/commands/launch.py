@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
@@ -18,16 +21,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from vae3d.commands.console import exit_on_user_error, print_error, rank
-from vae3d.commands.sweep import begin_sweep, metric_rows, record_job
+from vae3d.commands.sweep import JOB, SETTINGS, begin_sweep, metric_rows, record_job
 from vae3d.config.overrides import quoted
 from vae3d.config.schema import Launcher
 from vae3d.errors import UserError
-from vae3d.io import check_run_folder, naming, write_text
+from vae3d.io import check_run_folder, naming, remove_empty, write_text
 
 if TYPE_CHECKING:
     from vae3d.training.trainer import Trainer
 
 R = TypeVar("R")
+BEFORE_TRAINING = re.compile(rf"\.hydra|rank\d+\.log|{re.escape(JOB)}")  # names in a run's folder
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # torchrun without the traceback that it prints after a signal; by then all ranks have ended.
 TORCHRUN = """\
@@ -61,23 +65,43 @@ def prepare_run_folder(cfg: DictConfig) -> Path:
     return folder
 
 
+def remove_unbegun(folder: Path) -> None:
+    """Remove what this process put into a run's folder if no training began in it, as after a failed check or a dry
+    run, and the folders that are empty then."""
+    if not folder.is_dir() or any(not BEFORE_TRAINING.fullmatch(path.name) for path in folder.iterdir()):
+        return
+    shutil.rmtree(folder / ".hydra" / f"rank{rank()}", ignore_errors=True)
+    (folder / f"rank{rank()}.log").unlink(missing_ok=True)
+    is_inside = RunFolders.root in folder.parents
+    above = takewhile(lambda parent: parent != RunFolders.root, folder.parents) if is_inside else ()
+    remove_empty(folder / ".hydra", folder, *above, *RunFolders.made)
+
+
 class RunFolders(Callback):
     """Exits with one message if run.root cannot be created, or if a sweep's multirun.yaml is a symbolic link. In a
     sweep, writes how each job ended into its folder, for sweep.results.
 
     Exits by SystemExit: Hydra turns other exceptions of callbacks into warnings.
+
+    root: run.root. made: folders that had to be created for it, the innermost first.
     """
 
+    root: ClassVar[Path] = Path()
+    made: ClassVar[list[Path]] = []
+
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        root = Path(str(config.run.root)).absolute()
+        RunFolders.root = root
+        RunFolders.made = [path for path in (root, *root.parents) if not path.exists()]
         try:
-            Path(str(config.run.root)).mkdir(parents=True, exist_ok=True)
+            root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             print(f"error: run.root={config.run.root}: cannot be created: {error.strerror}", file=sys.stderr)
             sys.exit(2)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         self.on_run_start(config)
-        file = Path(config.hydra.sweep.dir) / "multirun.yaml"
+        file = Path(config.hydra.sweep.dir) / SETTINGS
         if file.is_symlink():
             print(f"error: {file}: is a symbolic link to {os.readlink(file)}; delete it", file=sys.stderr)
             sys.exit(2)
@@ -130,7 +154,8 @@ def torchrun_child(launcher: Launcher, program: Sequence[str]) -> None:
     if received:
         sys.exit(128 + received[0])
     if code:
-        raise RuntimeError(f"torchrun exited with {code}; see the log files in {run_directory()}")
+        logs = f"; see the log files in {run_directory()}" if run_directory().is_dir() else ""
+        raise RuntimeError(f"torchrun exited with {code}{logs}")
 
 
 def fit(trainer: Trainer) -> int:

@@ -37,6 +37,7 @@ from vae3d.inference.scale import LatentStats, ScaleError, measure, rescaled, sp
 from vae3d.io import atomic_dir, atomic_files, naming
 from vae3d.loading import build_from_checkpoint
 from vae3d.precision import as_device
+from vae3d.text import plural
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -110,7 +111,7 @@ def export_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def print_scale(old: Checkpoint, new: Checkpoint, measured: LatentStats) -> None:
     size = "several sizes" if measured.size is None else " x ".join(map(str, measured.size))
-    print(f"{measured.clips} clips of {size}")
+    print(f"{plural(measured.clips, 'clip')} of {size}")
     print(pd.DataFrame({"mean": measured.mean, "std": measured.std}).to_string(float_format="%.5f", col_space=10))
     mean, std = measured.over_channels()
     print(f"all: mean {mean:.5f}, std {std:.5f}, 1 / std {1 / std:.5f}")

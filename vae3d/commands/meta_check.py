@@ -35,6 +35,7 @@ from vae3d.models.interface import attach_decoder, nearest_frames, share_frames
 from vae3d.models.taehv import TAEHV
 from vae3d.pretrained.weights import WeightsMissing, fetch_command, find, search_path, sizes
 from vae3d.schedules import ALL_ON
+from vae3d.text import plural
 from vae3d.training.freeze import PartError, params_without_grad, train_parts
 from vae3d.training.teacher import Distillation
 from vae3d.types import ClipBatch
@@ -151,7 +152,9 @@ def _size_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]
             near = " or ".join(str(s) for s in (size // stride * stride, -(-size // stride) * stride) if s)
             message = f"is not a multiple of the model's stride {stride}"
             yield ConfigIssue(f"data.{side}", size, message, f"use {near}")
-    yield from _frame_issues(config, model.frames_valid, lambda count: f"the model does not take {count} frames")
+    yield from _frame_issues(
+        config, model.frames_valid, lambda count: f"the model does not take {plural(count, 'frame')}"
+    )
 
 
 def _frame_issues(
@@ -173,8 +176,8 @@ def _shape_issues(config: TrainConfig, model: nn.Module, teacher: nn.Module) -> 
     def message(count: int) -> str:
         shapes = ["x".join(map(str, network.latent_shape(count, *size))) for network in (teacher, model)]
         return (
-            f"teacher and model do not both take {count} frames of {size[0]}x{size[1]} whole, to latents of one "
-            f"shape (teacher {shapes[0]}, model {shapes[1]})"
+            f"teacher and model do not both take {plural(count, 'frame')} of {size[0]}x{size[1]} whole, to latents of "
+            f"one shape (teacher {shapes[0]}, model {shapes[1]})"
         )
 
     yield from _frame_issues(config, lambda count: share_frames(model, teacher, count, *size), message)
@@ -313,18 +316,20 @@ def _step_issues(
             out = attach_decoder(student(batch.video, **settings), model)
             loss, _ = objective(batch, out, ALL_ON)
         except (ValueError, RuntimeError) as error:
-            yield ConfigIssue("loss", NO_VALUE, f"a clip of {frames} frames of {height}x{width} fails: {error}")
+            yield ConfigIssue(
+                "loss", NO_VALUE, f"a clip of {plural(frames, 'frame')} of {height}x{width} fails: {error}"
+            )
             return
         try:
             adversary.generator_loss(batch, out, loss, step=ALL_ON)
         except (ValueError, RuntimeError) as error:
-            yield ConfigIssue("adversary", NO_VALUE, f"a clip of {frames} frames fails: {error}")
+            yield ConfigIssue("adversary", NO_VALUE, f"a clip of {plural(frames, 'frame')} fails: {error}")
             return
         model.zero_grad()
         if loss.requires_grad:
             loss.backward()
         if params_without_grad(model):
             parts = _parts_with(model, lambda p: p.requires_grad and p.grad is None)
-            message = f"no loss term reaches {', '.join(parts)} on clips of {frames} frames"
+            message = f"no loss term reaches {', '.join(parts)} on clips of {plural(frames, 'frame')}"
             yield ConfigIssue("stage.train", NO_VALUE, message, "freeze it, or choose a loss that reads it")
             return

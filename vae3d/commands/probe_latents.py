@@ -33,6 +33,7 @@ from vae3d.models.wan import WanVAE
 from vae3d.precision import as_device
 from vae3d.pretrained.lpips import LPIPSNet
 from vae3d.pretrained.weights import WeightsMissing
+from vae3d.text import plural
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,7 +85,7 @@ def probe(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ProbeError(f"--out {args.out}: {error.strerror}; name another folder") from error
     found, pictures = {}, {}
     for name, model in models.items():
-        print(f"{name}: {pixels['clips']} clips", file=sys.stderr)
+        print(f"{name}: {plural(pixels['clips'], 'clip')}", file=sys.stderr)
         model.to(device)
         found[name] = probe_run.probe_model(model, clips, settings, lpips)
         pictures[name] = probe_run.decoded_pictures(model, clips, settings, found[name]["statistics"]["std"])

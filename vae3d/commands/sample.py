@@ -32,6 +32,7 @@ from vae3d.latents.codec import LatentCodec
 from vae3d.loading import open_codec
 from vae3d.progress import progress
 from vae3d.running_stats import RunningStats
+from vae3d.text import plural
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import SampleConfig
@@ -51,11 +52,13 @@ def run(config: SampleConfig) -> None:
     size = tuple(own or default for own, default in zip(wanted, export.config["size"], strict=True))
     write = set(config.write) - ({"npz"} if size[0] > 1 else set())
     if not write:
-        raise UserError(f"write=[npz] is for images, and these samples have {size[0]} frames; use grid or files")
+        raise UserError(
+            f"write=[npz] is for images, and these samples have {plural(size[0], 'frame')}; use grid or files"
+        )
     codec = open_autoencoder(export, config, device)
     shape = codec.latent_shape(*size)
     if shape[0] != (channels := export.config["network"]["channels"]):
-        raise UserError(f"{export.folder} has latents of {channels} channels, and its autoencoder {shape[0]}")
+        raise UserError(f"{export.folder} has latents of {plural(channels, 'channel')}, and its autoencoder {shape[0]}")
     reference = None if config.against is None else open_reference(config, codec, shape, names)
     settings = Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)})
     draw = make_sampler(export, config, settings, shape, labels, device)
@@ -95,7 +98,7 @@ def run(config: SampleConfig) -> None:
             sampling.write_frames(folder / "grid", grid(pictures[:in_grid]), config.fps)
         if "npz" in write:
             sampling.write_npz(folder, pictures, labels)
-        log.info("%d samples of %s -> %s", config.count, export.folder, config.out)
+        log.info("%s of %s -> %s", plural(config.count, "sample"), export.folder, config.out)
         latent_stats = LatentStats.of(stats, config.count)
         log.info("their latents (those of the data have mean 0, deviation 1): %s", latent_stats)
         rms = math.hypot(*latent_stats.over_channels())

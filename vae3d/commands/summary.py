@@ -13,6 +13,7 @@ from torch import nn
 from vae3d.data.batch_schedule import FrameCounts
 from vae3d.data.loader import TrainingData
 from vae3d.data.media import DataError
+from vae3d.text import plural
 from vae3d.training.freeze import ALL
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None
     counts = frame_counts(data)
     for count in sorted({counts.all()[0], counts.all()[-1]}):
         latent = "x".join(map(str, model.latent_shape(count, data.height, data.width)))
-        lines.append(f"  {count} frames of {data.height}x{data.width} -> latent {latent}")
+        lines.append(f"  {plural(count, 'frame')} of {data.height}x{data.width} -> latent {latent}")
     terms = " + ".join(f"{term.weight:g} {name}" for name, term in config.loss.terms.items() if term.weight)
     reduced = {"sum": "summed over the elements of a frame", "mean": "means over elements"}[config.loss.reduction]
     lines.append(f"loss: {terms}; {reduced}. Logged per element, with each term's share of the loss")
@@ -53,13 +54,14 @@ def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None
         teacher = config.teacher
         decoded = LATENTS[teacher.decode]
         lines.append(f"teacher: {teacher.path} in {teacher.precision}; the model decodes {decoded} latents")
-    steps = f"{trainer.max_steps} steps at learning rate {config.optim.lr:g}, {trainer.precision}"
+    steps = f"{plural(trainer.max_steps, 'step')} at learning rate {config.optim.lr:g}, {trainer.precision}"
     return [*lines, f"{batch_summary(data.batch_size, world, trainer.accumulate)}; {steps}"]
 
 
 def batch_summary(batch_size: int, world_size: int, accumulate: int) -> str:
     share = batch_size // (world_size * accumulate)
-    return f"batch of {batch_size} clips = {world_size} ranks x {accumulate} micro-batches x {share} clips"
+    shares = plural(world_size, "rank"), plural(accumulate, "micro-batch"), plural(share, "clip")
+    return f"batch of {plural(batch_size, 'clip')} = {' x '.join(shares)}"
 
 
 def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
@@ -68,18 +70,19 @@ def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
     unused = int((lengths < counts[0]).sum())
     epochs = config.trainer.max_steps * config.data.batch_size / (len(lengths) - unused)
     held_out = [path for clip in data.held_out for path in clip.paths]
-    lines = [f"{len(lengths)} training files, {epochs:.3g} epochs"]
+    lines = [f"{plural(len(lengths), 'training file')}, {plural(f'{epochs:.3g}', 'epoch')}"]
     if held_out:
         names = ", ".join(held_out[:SHOWN_FILES]) + (", ..." if len(held_out) > SHOWN_FILES else "")
         lines.append(f"  held out on this rank: {names}")
     if data.errors:
-        lines.append(f"  {len(data.errors)} files cannot be read and are skipped")
+        lines.append(f"  skipped: {plural(len(data.errors), 'file')} that cannot be read")
     lines += [f"  {note}" for note in data.notes]
     if unused:
-        lines.append(f"  {unused} have fewer than {counts[0]} frames and are skipped")
+        lines.append(f"  skipped: {plural(unused, 'file')} with fewer than {plural(counts[0], 'frame')}")
     short = int((lengths < counts[-1]).sum()) - unused
     if short:
-        lines.append(f"  {short} have fewer than {counts[-1]} frames and are used in shorter steps only")
+        fewer = f"{plural(short, 'file')} with fewer than {plural(counts[-1], 'frame')}"
+        lines.append(f"  used in shorter steps only: {fewer}")
     return lines
 
 
@@ -92,7 +95,7 @@ def first_batch(batches: Iterator[Any], lengths: np.ndarray) -> list[str]:
     batch = next(batches)
     seconds = time.perf_counter() - start
     pixels = getattr(batch, "video", getattr(batch, "values", None))
-    lines = [f"  {lengths.sum()} frames, {lengths.mean():.1f} per file"] if lengths.max() > 1 else []
+    lines = [f"  {plural(lengths.sum(), 'frame')}, {lengths.mean():.1f} per file"] if lengths.max() > 1 else []
     if pixels is None:
         reasons = "\n".join(f"  {path}: {reason}" for path, reason in batch.errors)
         raise DataError(f"no file of the first batch can be read:\n{reasons}")

@@ -13,10 +13,11 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
 from vae3d.config.overrides import SWEPT, job_label, key_of, swept_keys
-from vae3d.io import write_text
-from vae3d.report import text_table
+from vae3d.io import remove_empty, write_text
+from vae3d.report import score_names, text_table
+from vae3d.text import plural
 
-JOB = "job.json"
+JOB, SETTINGS = "job.json", "multirun.yaml"  # of a job, written here; of a sweep, written by Hydra
 SWEEP = "VAE3D_SWEEP"  # in the environment of jobs: Sweep.name
 
 
@@ -67,31 +68,45 @@ def results(sweep: Sweep, metric: str) -> str:
         return job[1]["reason"] is not None, value is None, 0.0 if value is None else value if lower else -value
 
     jobs.sort(key=key)
-    names = list(dict.fromkeys(name for folder, _ in jobs for name in scores[folder]))
+    names = [name for name in score_names(scores.values()) if "loss_q" not in name]
     names.sort(key=lambda name: name != metric)
     head = ["job", *(name.removeprefix("val/") for name in names), "status"]
     rows = []
     for folder, job in jobs:
         values = [f"{scores[folder][name]:.4g}" if name in scores[folder] else "-" for name in names]
         rows.append([job["changes"] or folder.name, *values, "failed" if job["reason"] else "done"])
-    lines = [f"{len(jobs)} jobs in {sweep.folder}", "", text_table(head, rows)]
-    reasons: dict[str, list[Path]] = {}
+    lines = [f"{plural(len(jobs), 'job')} in {sweep.folder}", "", text_table(head, rows)]
+    reasons: dict[str, list[str]] = {}
     for folder, job in jobs:
         if job["reason"]:
-            reasons.setdefault(job["reason"], []).append(folder)
-    for reason, folders in reasons.items():
-        lines += ["", *(f"failed: {folder}" for folder in folders), reason]
+            where = str(folder) if has_begun(folder) else job["changes"] or folder.name
+            reasons.setdefault(job["reason"], []).append(where)
+    for reason, failed in reasons.items():
+        lines += ["", *(f"failed: {where}" for where in failed), reason]
     return "\n".join(lines)
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether a job's folder has more than its entry."""
+    return any(path.name != JOB for path in folder.iterdir())
+
+
+def remove_unbegun(sweep: Sweep) -> None:
+    """Remove the entries of jobs in which no training began, and the sweep's folder if nothing else is in it."""
+    for file in sweep.folder.glob(f"*/{JOB}"):
+        if not has_begun(file.parent):
+            file.unlink()
+            remove_empty(file.parent)
+    if [path.name for path in sweep.folder.glob("*")] == [SETTINGS]:
+        (sweep.folder / SETTINGS).unlink()
+        remove_empty(sweep.folder)
+
+
 def last_scores(folder: Path) -> dict[str, float]:
-    """The scores of a run's last validation, without those that say the same of single frames."""
+    """The scores of a run's last validation."""
     scores: dict[str, float] = {}
     for row in metric_rows(folder):
-        if any(name.startswith("val/") for name in row):
-            scores = {name: row[name] for name in row if name.startswith("val/") and "loss_q" not in name}
-    if scores.get("val/psnr") == scores.get("val/psnr_video"):
-        scores.pop("val/psnr_video", None)
+        scores = {name: row[name] for name in row if name.startswith("val/")} or scores
     return scores
 
 

@@ -130,22 +130,24 @@ def build_distillation(config: TrainConfig, teacher: nn.Module | None, student: 
 def fit_shortcut_everywhere(
     config: TrainConfig, model: SpatialVAE | OpenSoraVAE, data: TrainingData, device: torch.device
 ) -> list[str]:
-    """Fit the shortcut on the first rank, and give all ranks the result. Returns lines that describe it.
+    """Fit the shortcut on the first rank, and give all ranks the result. Moves the model to `device`. Returns lines
+    that describe the fit.
 
     Raises UserError, on every rank, if it cannot be fitted.
     """
     errors: list[tuple[str, str]] = []
     line, failure = "", None
+    model.to(device)  # to stay there
     if PartialState().is_main_process:
         clips = longest_clips(data, config.stage.fit_shortcut, errors)
         try:
-            line = fit_shortcut(model.to(device), clips, config.run.seed)
+            line = fit_shortcut(model, clips, config.run.seed)
         except UserError as error:
             failure = error
-        model.cpu()
     vae = model.temporal_vae if isinstance(model, OpenSoraVAE) else model
     layers = nn.ModuleList([vae.shortcut_in, vae.shortcut_out])
-    line, failure, errors, weights = all_gather_object((line, failure, errors, layers.state_dict()))[0]
+    fitted = {name: weight.cpu() for name, weight in layers.state_dict().items()}  # for ranks of other devices
+    line, failure, errors, weights = all_gather_object((line, failure, errors, fitted))[0]
     if failure is not None:
         raise failure
     layers.load_state_dict(weights)

@@ -37,6 +37,7 @@ from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import vae_metadata
 from vae3d.loading import instantiate, open_codec
 from vae3d.models.registry import TARGET, is_known, target_of
+from vae3d.text import plural
 from vae3d.training.checkpointer import check_may_start
 from vae3d.training.diffusion_trainer import DiffusionTrainer
 
@@ -122,7 +123,7 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
         trained_classes=sorted({cache.labels[place] for place in train}) if labelled else [],
         held_out=[every[ClipIndex(place, place, 1)] for place in mine.tolist()],
         fingerprint=fingerprint_of_cache(cache.index.iloc[[*train, *held_out]], cache.meta["digest"]),
-        notes=[f"{config.cache}: {len(train)} latents to train on ({cache.mode}), {len(held_out)} held out"],
+        notes=[f"{config.cache}: {plural(len(train), 'latent')} to train on ({cache.mode}), {len(held_out)} held out"],
     )
 
 
@@ -162,7 +163,7 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         errors=errors,
         notes=[
             *tables.notes,
-            f"{len(labels)} files, {len(tables.val)} of them held out; encoded batch by batch",
+            f"{plural(len(labels), 'file')}, {len(tables.val)} of them held out; encoded batch by batch",
         ],
     )
 
@@ -191,12 +192,12 @@ def complete(config: DiffusionConfig, data: LatentData) -> tuple[DiffusionConfig
     network["num_classes"] = network.get("num_classes") or classes
     sampled, trained = data.latent_shape[1], max(data.trained)
     if sampled > trained:
-        message = f"gives {sampled} latent frames, and training has at most {trained}"
+        message = f"gives {plural(sampled, 'latent frame')}, and training has at most {trained}"
         hint = f"use {config.data.frames.max}, for samples, too"
         issues.append(ConfigIssue("validation.frames", config.validation.frames, message, hint))
     elif network[TARGET] == target_of(LatentUNet) and trained > 1:
         hint = "use denoiser=video_transformer, or data.frames.min=1 data.frames.max=1 validation.frames=1"
-        message = f"the UNet is for images, and these latents have {trained} frames"
+        message = f"the UNet is for images, and these latents have {plural(trained, 'frame')}"
         issues.append(ConfigIssue("denoiser", NO_VALUE, message, hint))
     try:
         network = network_config(network, data.latent_shape)
@@ -220,18 +221,19 @@ def summary(config: DiffusionConfig, network: nn.Module, data: LatentData, world
     """Latents, network, process and batches of a run."""
     codec, trainer, batch = data.codec, config.trainer, config.data.batch_size
     stride, frames, height, width = codec.space_stride, *data.size
-    classes = f"{len(data.trained_classes)} classes" if data.trained_classes else "no classes"
+    epochs = trainer.max_steps * batch / len(data.schedule.lengths)
+    classes = plural(len(data.trained_classes), "class") if data.trained_classes else "no classes"
     return [
         f"{type(codec.model).__name__} of {config.vae.path}: {codec.time_stride} x {stride} x {stride}, "
-        f"{codec.channels} channels",
-        f"  {frames} frames of {height}x{width} -> latent {'x'.join(map(str, data.latent_shape))}",
+        f"{plural(codec.channels, 'channel')}",
+        f"  {plural(frames, 'frame')} of {height}x{width} -> latent {'x'.join(map(str, data.latent_shape))}",
         *(f"  {note}" for note in data.notes),
         f"{type(network).__name__}: {millions(network.parameters())} parameters, {classes}",
         "  " + ", ".join(f"{name}={value}" for name, value in config.denoiser.items() if name != TARGET),
         f"{config.process[TARGET].rpartition('.')[2]}: "
         + ", ".join(f"{name}={value}" for name, value in config.process.items() if name != TARGET),
         f"{batch_summary(batch, world_size, trainer.accumulate)}; "
-        f"{trainer.max_steps} steps ({trainer.max_steps * batch / len(data.schedule.lengths):.3g} epochs) at "
+        f"{plural(trainer.max_steps, 'step')} ({plural(f'{epochs:.3g}', 'epoch')}) at "
         f"learning rate {config.optim.lr:g}, {trainer.precision}",
     ]
 

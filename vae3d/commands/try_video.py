@@ -29,7 +29,7 @@ from vae3d.data.clips import to_video
 from vae3d.data.media import MediaInfo
 from vae3d.data.readers import media_info
 from vae3d.errors import UserError
-from vae3d.inference.pictures import contact_sheet, error_maps, side_by_side
+from vae3d.inference.pictures import ERROR_LABEL, ERROR_NOTE, contact_sheet, error_maps, side_by_side
 from vae3d.inference.video import write_image, write_video
 from vae3d.io import FileError, atomic_write, naming, write_text
 from vae3d.metrics import build_metrics
@@ -40,6 +40,7 @@ from vae3d.pretrained import weights
 from vae3d.pretrained.weights import FILES
 from vae3d.report import number, text_table
 from vae3d.report.html import html_table, img, render
+from vae3d.text import plural
 
 DEFAULT = ("taef2_encoder.pth", "taef2_decoder.pth")
 METRICS = ("psnr", "ssim", "lpips", "flicker")
@@ -167,11 +168,13 @@ def describe(model: VideoAutoencoder, video: torch.Tensor, info: MediaInfo) -> d
     size = f"{width} x {height}"
     if (height, width) != (info.height, info.width):
         size += f", reduced from {info.width} x {info.height}"
-    part = f"{frames} frames" if frames == info.num_frames else f"the first {frames} of {info.num_frames} frames"
+    part = plural(frames, "frame")
+    if frames != info.num_frames:
+        part = f"the first {frames} of {info.num_frames} frames"
     return {
         **({"video": f"{part} of {size}"} if info.fps else {"image": size}),
         "model": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters",
-        "latents": f"{channels} channels, {t} x {h} x {w}: {ratio:.1f} times fewer numbers than pixels",
+        "latents": f"{plural(channels, 'channel')}, {t} x {h} x {w}: {ratio:.1f} times fewer numbers than pixels",
     }
 
 
@@ -187,7 +190,7 @@ def write_page(
 ) -> None:
     """Write the page, and reconstruction and comparison as files: of an image as .png, of a video as .mp4 and .webp."""
     errors = error_maps(original, result)
-    panels = {"original": original, "reconstruction": result, "error": errors}
+    panels = {"original": original, "reconstruction": result, ERROR_LABEL: errors}
     beside = np.concatenate(list(side_by_side(panels)))
     moving = webp(beside, info.fps)
     if info.fps:
@@ -205,6 +208,7 @@ def write_page(
         animation=base64.b64encode(moving).decode(),
         sheet=img(Image.fromarray(sheet), format="JPEG", quality=90),
         scores=html_table(["score", "mean"], rows),
+        error_note=ERROR_NOTE,
         facts=html_table(["", ""], facts.items()),
         skipped=skipped,
     )

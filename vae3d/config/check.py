@@ -36,7 +36,7 @@ C = TypeVar("C")
 EXAMPLES = {
     "data.source.path": "data.source.path=/path/to/videos.csv",
     "data.source.root": "data.source.root=/path/to/areas (ROOT/AREA/ROOM/output/panorama_0000.png)",
-    "stage.init_from": "stage.init_from=CHECKPOINT (a run folder, an export, published weights) or random",
+    "stage.init_from": "stage.init_from=CHECKPOINT (a run folder, an export, published weights)",
     "stage.init_from.spatial_vae": "stage.init_from.spatial_vae=/path/to/2D-VAE (diffusers folder, LDM file or export)",
     "model.variant": "model.variant=taew2_1 (or taehv, taecvx, taew2_2, ...; see conf/model/taehv.yaml)",
     "teacher.path": "teacher.path=PATH (a run folder, an export, published weights, diffusers' folder) or teacher=none",
@@ -218,7 +218,10 @@ def _missing(tree: Any, config: Any) -> Iterator[ConfigIssue]:
     """Values that are required: MISSING in the tree, or in the objects because the tree lacks them."""
     entries = [*walk(dataclasses.asdict(config)), *walk(tree)]
     for key in dict.fromkeys(key for key, value in entries if value == MISSING):
-        yield ConfigIssue(key, NO_VALUE, "required", f"set {EXAMPLES.get(key, f'{key}=VALUE')}")
+        example = EXAMPLES.get(key, f"{key}=VALUE")
+        if key == "stage.init_from" and "all" in config.stage.train:  # no part would stay random
+            example += " or random"
+        yield ConfigIssue(key, NO_VALUE, "required", f"set {example}")
 
 
 def path_issues(paths: Mapping[str, Any]) -> Iterator[ConfigIssue]:

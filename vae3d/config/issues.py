@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vae3d.errors import UserError
+from vae3d.text import plural
 
 MISSING = "???"  # Hydra's mark for a value that only the user can give
 NO_VALUE = object()
@@ -40,8 +41,7 @@ class ConfigError(UserError):
     def __init__(self, issues: list[ConfigIssue]) -> None:
         lines = {f"  {issue}": issue for issue in issues}
         self.issues = list(lines.values())
-        count = f"{len(lines)} error" + ("s" if len(lines) > 1 else "")
-        super().__init__("\n".join([f"the configuration has {count}:", *lines]))
+        super().__init__("\n".join([f"the configuration has {plural(len(lines), 'error')}:", *lines]))
 
 
 def raise_if_any(issues: list[ConfigIssue]) -> None:

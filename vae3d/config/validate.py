@@ -14,6 +14,7 @@ from packaging.version import Version
 from vae3d.config.check import Rule, check, check_all, resume_issues
 from vae3d.config.issues import NO_VALUE, ConfigIssue
 from vae3d.config.schema import CompareConfig, InferConfig, TrainConfig
+from vae3d.text import plural
 
 TRACKIO_SINCE = Version("1.9")  # of accelerate, the first with a TrackioTracker
 
@@ -37,7 +38,7 @@ def batch_issues(config: Any) -> Iterator[ConfigIssue]:
     share = world * accumulate
     if batch % share:
         above = -(-batch // share) * share
-        message = f"does not divide over {world} ranks x trainer.accumulate={accumulate}"
+        message = f"does not divide over {plural(world, 'rank')} x trainer.accumulate={accumulate}"
         yield ConfigIssue("data.batch_size", batch, message, f"use a multiple of {share}, such as {above}")
 
 

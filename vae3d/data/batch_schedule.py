@@ -14,6 +14,7 @@ import numpy as np
 
 from vae3d.data.media import DataError
 from vae3d.seeding import seed_of
+from vae3d.text import plural
 
 
 class ClipIndex(NamedTuple):
@@ -86,7 +87,7 @@ class BatchSchedule:
         too_long = [frames for frames in needed if frames > longest]
         if too_long:
             raise DataError(
-                f"clips of {too_long[0]} frames are requested, but the longest video gives {longest}; "
+                f"clips of {plural(too_long[0], 'frame')} are requested, but the longest video gives {longest}; "
                 "lower data.frames.max (or data.stride, or raise data.fps)"
             )
         self._by_length = np.argsort(self.lengths, kind="stable")

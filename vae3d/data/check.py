@@ -25,9 +25,11 @@ from vae3d.data.readers import MediaError, MediaInfo, open_media
 from vae3d.data.rows import NUMBERS
 from vae3d.data.segments import SEGMENT, Bounds, Segment, bounds_of
 from vae3d.data.sources import open_source
+from vae3d.data.workers import usable_workers
 from vae3d.errors import UserError, printable
 from vae3d.io import naming
 from vae3d.progress import progress
+from vae3d.text import plural
 
 
 def examine(path: str, bounds: Bounds, full: bool) -> MediaInfo | str:
@@ -100,6 +102,9 @@ def check(path: str, root: str | None, full: bool, clean: Path | None, workers: 
         raise UserError(f"--clean {clean}: its folder does not exist")
     source = open_source(path, root)
     table = source.table()
+    workers, notes = usable_workers(workers, "--workers")
+    for note in notes:
+        print(note, file=sys.stderr)
     results = examine_all(table["path"].tolist(), bounds_of(table), full, workers)
     good = []
     for (_, row), result in zip(table.iterrows(), results, strict=True):
@@ -113,7 +118,8 @@ def check(path: str, root: str | None, full: bool, clean: Path | None, workers: 
             print(printable(f"row {row['row']}: {row['path']}: {reason}"))
     for note in getattr(source, "notes", ()):
         print(note)
-    print(f"{len(good)} of {len(table)} rows are good, {len(table) - len(good)} bad")
+    are = "is" if len(table) == 1 else "are"
+    print(f"{len(good)} of {plural(len(table), 'row')} {are} good, {len(table) - len(good)} bad")
     if clean:
         optional = [name for name in (*SEGMENT, "split", "text", "label") if table[name].notna().any()]
         with naming(clean):

@@ -26,6 +26,7 @@ from vae3d.data.media import MediaError, Reader, Size
 from vae3d.data.readers import open_media
 from vae3d.data.segments import WHOLE, Bounds, Segment, bounds_of
 from vae3d.seeding import seed_of
+from vae3d.text import plural
 from vae3d.types import ClipBatch
 
 ATTEMPTS = 10  # files to try for one clip
@@ -157,7 +158,9 @@ def read_clip(
     step = float(settings.step(info.fps))
     span = int((frames - 1) * step) + 1
     if info.num_frames < span:
-        raise MediaError(path, f"has {info.num_frames} frames, fewer than its table says; the clip needs {span}")
+        raise MediaError(
+            path, f"has {plural(info.num_frames, 'frame')}, fewer than its table says; the clip needs {span}"
+        )
     indices = frame_indices(settings.sampling, info.num_frames, frames, step, start, rng)
     target = (settings.height, settings.width)
     if settings.panorama:

@@ -22,6 +22,7 @@ import yaml
 
 from vae3d.data.media import DataError, MediaError, one_line
 from vae3d.data.tables import kind_of
+from vae3d.text import plural
 
 if TYPE_CHECKING:
     import datasets
@@ -48,7 +49,7 @@ def open_row(path: str | Path) -> BinaryIO:
     except DataError as error:
         raise MediaError(path, str(error)) from error
     if row >= len(images):
-        raise MediaError(path, f"the dataset has {len(images)} rows, counted from 0")
+        raise MediaError(path, f"the dataset has {plural(len(images), 'row')}, counted from 0")
     image = images[row][column][0]
     if not image.is_valid or not image["bytes"].is_valid:
         raise MediaError(path, "has no image")

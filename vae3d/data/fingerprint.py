@@ -16,6 +16,7 @@ from vae3d.data.segments import SEGMENT
 from vae3d.data.versions import file_stamp
 from vae3d.restore import check_like
 from vae3d.seeding import seed_of
+from vae3d.text import plural
 
 FACTS = ("split", "num_frames", "height", "width", "fps", "label", "text")
 SIZES = {"rows": (), "facts": (), "files": (2,)}  # tensor -> its size per row
@@ -61,9 +62,9 @@ class DataFingerprint:
         added = ~np.isin(self.rows, old.rows)
         removed = ~np.isin(old.rows, self.rows)
         before, now = old.rows[~removed], self.rows[~added]
-        lines = self._line("{} rows are new", np.flatnonzero(added))
+        lines = self._line("new row", "", np.flatnonzero(added))
         if removed.any():
-            lines.append(f"{removed.sum()} rows were removed")
+            lines.append(f"{plural(removed.sum(), 'row')} removed")
         if len(before) != len(now):
             lines.append(f"rows that occurred {len(before)} times occur {len(now)} times")
         elif moved := int((before != now).sum()):
@@ -73,16 +74,15 @@ class DataFingerprint:
         old_size, old_time = old.files[there].T
         resized = (size >= 0) & (old_size >= 0) & (size != old_size)
         touched = (size >= 0) & (size == old_size) & (time != old_time)
-        lines += self._line(
-            "{} rows have other numbers, split, label or text", here[self.facts[here] != old.facts[there]]
-        )
-        lines += self._line("the files of {} rows have another size", here[resized])
-        lines += self._line("the files of {} rows have another modification time, and the same size", here[touched])
+        other = here[self.facts[here] != old.facts[there]]
+        lines += self._line("row", " with other numbers, split, label or text", other)
+        lines += self._line("row", " whose file has another size", here[resized])
+        lines += self._line("row", " whose file has another modification time, and the same size", here[touched])
         return lines
 
-    def _line(self, text: str, rows: np.ndarray) -> list[str]:
+    def _line(self, noun: str, what: str, rows: np.ndarray) -> list[str]:
         names = list(dict.fromkeys(self.names[row] for row in rows))
-        return [f"{text.format(len(rows))}, such as {', '.join(names[:SHOWN])}"] if names else []
+        return [f"{plural(len(rows), noun)}{what}, such as {', '.join(names[:SHOWN])}"] if names else []
 
 
 def fingerprint_of(table: pd.DataFrame, stat_files: bool = True) -> DataFingerprint:

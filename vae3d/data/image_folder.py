@@ -14,6 +14,7 @@ from vae3d.data.media import DataError
 from vae3d.data.readers import is_image
 from vae3d.data.rows import SPLITS, mark_missing_files, rows_from_paths
 from vae3d.data.sources import files_under, holds_dataset, open_source
+from vae3d.text import plural
 
 FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # name -> split
 
@@ -41,7 +42,7 @@ class ImageFolder:
         usable = table["error"].isna()
         table.loc[usable, "num_frames"], table.loc[usable, "fps"] = 1.0, 0.0
         counts = [f"{name} {count}" for name in SPLITS if (count := (usable & (table["split"] == name)).sum())]
-        self.notes.insert(0, f"{self.path}: {usable.sum()} images{': ' if counts else ''}{', '.join(counts)}")
+        self.notes.insert(0, f"{self.path}: {plural(usable.sum(), 'image')}{': ' if counts else ''}{', '.join(counts)}")
         return table
 
     def _images_under_folder(self) -> pd.DataFrame:
@@ -58,7 +59,7 @@ class ImageFolder:
             table["split"] = table["split"].replace("test", "val")
         outside = table["split"].isna()
         if outside.any():
-            self.notes.append(f"skipped, because they are in no folder of a split: {outside.sum()} images")
+            self.notes.append(f"skipped, because they are in no folder of a split: {plural(outside.sum(), 'image')}")
         return table[~outside].reset_index(drop=True)
 
     def _images_of_source(self) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from vae3d.data.media import DataError
 from vae3d.data.rows import SPLITS, file_hashes, mark_missing_files, normalise_rows
 from vae3d.data.segments import SEGMENT, SEGMENT_ERROR
 from vae3d.data.tables import read_entries
+from vae3d.text import plural
 
 TEXT, NUMBER = (str, "a text"), ((int, float), "a number")
 KINDS = {
@@ -87,7 +88,7 @@ def _counts(table: pd.DataFrame, where: str, rule: str) -> list[str]:
 
 
 def _clips_of(table: pd.DataFrame) -> str:
-    return f"{len(table)} clips of {table['path'].nunique()} videos"
+    return f"{plural(len(table), 'clip')} of {plural(table['path'].nunique(), 'video')}"
 
 
 def _entries(path: Path) -> tuple[list[Any], list[str]]:
@@ -106,7 +107,7 @@ def _entries(path: Path) -> tuple[list[Any], list[str]]:
         raise DataError(f"{path}: no clip has the key `path`; {found}{hint}")
     claims = {key: content[key] for key in COUNTS if key in content} if isinstance(content, dict) else {}
     return entries, [
-        f"`{key}` of {path} is {claim}, but its list has {len(entries)} clips"
+        f"`{key}` of {path} is {claim}, but its list has {plural(len(entries), 'clip')}"
         for key, claim in claims.items()
         if claim != len(entries)
     ]

@@ -20,6 +20,7 @@ from vae3d.data.rows import file_hashes, invalid_rows, mark_missing_files
 from vae3d.data.segments import Bounds, bounds_of, count_frames
 from vae3d.data.sources import Source
 from vae3d.data.workers import load
+from vae3d.text import plural
 from vae3d.types import ClipBatch
 
 SHOWN = 10  # files in a message
@@ -60,7 +61,7 @@ def read_tables(source: Source, settings: ClipSettings, num_val_files: int, max_
     table, skipped_files = skip_small(table, settings.min_side)
     notes = [*getattr(source, "notes", ()), *warn_upscaled(table, settings)]
     if skipped_files:
-        notes.append(f"{len(skipped_files)} files are smaller than data.min_side={settings.min_side} and skipped")
+        notes.append(f"skipped: {plural(len(skipped_files), 'file')} smaller than data.min_side={settings.min_side}")
     if table["split"].notna().any():
         is_val = (table["split"] == "val").to_numpy()
         is_train = (table["split"] == "train").to_numpy()
@@ -131,9 +132,9 @@ def check_files_exist(source: Source, max_broken: float) -> list[str]:
     errors = invalid_rows(table)
     _check_broken_share(errors, len(table), max_broken)
     files = table[valid].drop_duplicates("path")["error"]
-    lines = [f"data: {len(table)} rows, {files.isna().sum()} of {len(files)} files exist"]
+    lines = [f"data: {plural(len(table), 'row')}, {files.isna().sum()} of {len(files)} files exist"]
     if not valid.all():
-        lines[0] += f", {(~valid).sum()} rows are invalid"
+        lines[0] += f", {plural((~valid).sum(), 'invalid row')}"
     lines += [f"  {path}: {reason}" for path, reason in errors[:SHOWN]]
     return lines + [f"  {note}" for note in getattr(source, "notes", ())]
 
@@ -205,7 +206,7 @@ def validation_clips(
     long_enough = table[clip_lengths(table, settings) >= frames]
     if long_enough.empty:
         raise DataError(
-            f"no held-out video has {frames} frames for validation ({len(table)} are held out); "
+            f"no held-out video has {plural(frames, 'frame')} for validation ({len(table)} are held out); "
             "lower validation.frames, give the table a `split` column, or set validation.every=0"
         )
     clips, errors, bounds = [], [], bounds_of(long_enough)

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from vae3d.errors import UserError
+from vae3d.text import plural
 
 Size = tuple[int, int]  # height, width
 ASPECT_TOLERANCE = 0.01  # a pixel aspect ratio this close to 1 counts as square
@@ -75,7 +76,9 @@ class Reader(Protocol):
 def check_indices(path: Path, indices: Sequence[int], num_frames: int) -> None:
     """Raise MediaError for an index that the file does not have."""
     if len(indices) and not 0 <= min(indices) <= max(indices) < num_frames:
-        raise MediaError(path, f"has {num_frames} frames; frames {min(indices)} to {max(indices)} were requested")
+        raise MediaError(
+            path, f"has {plural(num_frames, 'frame')}; frames {min(indices)} to {max(indices)} were requested"
+        )
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -24,6 +24,7 @@ from vae3d.data.dataset_rows import is_row, open_row
 from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
 from vae3d.data.media import MediaError, MediaInfo, Reader, Size, check_indices, one_line
 from vae3d.data.video_index import KEYS_BACK, FrameSource, VideoIndex, check_frame, open_index, to_rgb
+from vae3d.text import plural
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts"),
@@ -177,7 +178,9 @@ class DecordReader:
             raise MediaError(path, f"decord cannot open it: {one_line(error, 200)}") from error
         self.path, self.error = path, decord.DECORDError
         if len(self.video) != self.info.num_frames:
-            raise MediaError(path, f"decord counts {len(self.video)} frames, its packets {self.info.num_frames}")
+            raise MediaError(
+                path, f"decord counts {plural(len(self.video), 'frame')}, its packets {self.info.num_frames}"
+            )
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
         check_indices(self.path, indices, self.info.num_frames)

@@ -16,6 +16,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from vae3d.data.media import DataError
+from vae3d.text import plural
 
 SHARED_MEMORY = Path("/dev/shm")
 POLL = 5.0  # seconds between two checks that the workers are alive
@@ -29,15 +30,19 @@ class WorkerError(DataError):
     on_every_rank = False
 
 
-def usable_workers(wanted: int) -> tuple[int, list[str]]:
-    """At most as many workers as this rank has processors, and a line that says so if they are fewer than wanted."""
+def usable_workers(wanted: int, setting: str = "data.workers") -> tuple[int, list[str]]:
+    """At most as many workers as this rank has processors, and a line that says so if they are fewer than wanted.
+
+    setting: its name in that line.
+    """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     processors = processor_count()
     most = max(1, processors // ranks)
     if wanted <= most:
         return wanted, []
     share = f", which {ranks} ranks share" if ranks > 1 else ""
-    return most, [f"data.workers={wanted}: this machine has {processors} processors{share}; {most} workers are used"]
+    has, used = plural(processors, "processor"), plural(most, "worker")
+    return most, [f"{setting}={wanted}: this machine has {has}{share}; {used} {'is' if most == 1 else 'are'} used"]
 
 
 def processor_count() -> int:

@@ -21,6 +21,7 @@ from vae3d.io import atomic_write, naming, remove
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.shards import checksum
 from vae3d.seeding import generator_of
+from vae3d.text import plural
 
 OUTPUTS = re.compile(
     r"(grid|data)\.(png|mp4)|\d{6,}(_.*)?\.(png|mp4)|samples_[\dx]+\.npz|(distances|command)\.json"
@@ -51,7 +52,7 @@ def sample_latents(
     Raises ValueError as guided and Process.sampler do.
     """
     if labels is not None and len(labels) != len(indices):
-        raise ValueError(f"got {len(labels)} labels for {len(indices)} samples; pass one each")
+        raise ValueError(f"got {plural(len(labels), 'label')} for {plural(len(indices), 'sample')}; pass one each")
     training = network.training
     network.eval()
     try:
@@ -192,9 +193,11 @@ def write_npz(folder: Path, frames: np.ndarray, labels: Sequence[int] | None = N
     Raises ValueError for videos, and for another number of labels than images.
     """
     if frames.shape[1] != 1:
-        raise ValueError(f"samples have {frames.shape[1]} frames; the npz holds images, use grid or files for videos")
+        raise ValueError(
+            f"samples have {plural(frames.shape[1], 'frame')}; the npz holds images, use grid or files for videos"
+        )
     if labels is not None and len(labels) != len(frames):
-        raise ValueError(f"got {len(labels)} labels for {len(frames)} images; pass one each")
+        raise ValueError(f"got {plural(len(labels), 'label')} for {plural(len(frames), 'image')}; pass one each")
     images = frames[:, 0]
     path = folder / f"samples_{'x'.join(map(str, images.shape))}.npz"
     with naming(path):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vae3d.data.readers import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaInfo, Size, open_media
 from vae3d.errors import UserError
+from vae3d.text import plural
 
 RGB_FORMATS = ("rgb24", "gbrp", "bgr24", "bgr0", "rgb0", "RGB", "RGBA", "L", "LA", "P")
 CHUNK_PIXELS = 2**22  # of one video
@@ -88,7 +89,7 @@ def find_pairs(
     refs, recs = _stems(ref), _stems(rec)
     if pair_by == "sorted":
         if len(refs) != len(recs):
-            counts = f"{ref} holds {len(refs)} files, {rec} holds {len(recs)}"
+            counts = f"{ref} holds {plural(len(refs), 'file')}, {rec} holds {len(recs)}"
             raise PairError(f"{counts}; pairing by order needs equal numbers")
         return [Pair(b, refs[a], recs[b]) for a, b in zip(sorted(refs), sorted(recs), strict=True)], []
     common = sorted(refs.keys() & recs.keys())
@@ -98,7 +99,8 @@ def find_pairs(
     if unmatched and not (allow_unmatched and common):
         shown = "\n".join(f"  {line}" for line in [*first_lines(only_ref), *first_lines(only_rec)])
         hint = "\n  --allow_unmatched scores the pairs" if common else ""
-        raise PairError(f"{len(unmatched)} files have no partner of the same name, {len(common)} have:\n{shown}{hint}")
+        lone = plural(len(unmatched), "file")
+        raise PairError(f"{lone} without a partner of the same name, {len(common)} with one:\n{shown}{hint}")
     return [Pair(stem, refs[stem], recs[stem]) for stem in common], unmatched
 
 
@@ -186,7 +188,7 @@ def inspect(pair: Pair, protocol: Protocol) -> PairInfo:
         info.warnings.append(short)
     if a.num_frames - pair.start != b.num_frames and protocol.frames == "common":
         info.warnings.append(
-            f"{pair.name}: of {a.num_frames - pair.start} and {b.num_frames} frames the first {frames}"
+            f"{pair.name}: of {a.num_frames - pair.start} and {plural(b.num_frames, 'frame')} the first {frames}"
         )
     return info
 
@@ -244,7 +246,7 @@ def _check_comparable(pair: Pair, ref: MediaInfo, rec: MediaInfo, protocol: Prot
         causal = rec.num_frames < count and rec.num_frames % 4 == 1
         hint = " (a causal model that takes 4n+1 frames may have dropped the rest)" if causal else ""
         raise PairError(
-            f"{pair.name}: the original has {count} frames, the reconstruction {rec.num_frames}{hint}; "
+            f"{pair.name}: the original has {plural(count, 'frame')}, the reconstruction {rec.num_frames}{hint}; "
             f"--frames common compares the first {min(count, rec.num_frames)}"
         )
     if abs(ref.fps - rec.fps) > 1e-3 * max(ref.fps, rec.fps) and not protocol.ignore_fps:

@@ -12,6 +12,7 @@ import pandas as pd
 from vae3d.evaluation.store import VideoScore
 from vae3d.io import write_text
 from vae3d.report import number, text_table
+from vae3d.text import plural
 
 MAX_VIDEOS = 20  # rows of a printed table
 MAX_COLUMNS = 8  # with more metrics, the table has a row per metric
@@ -48,7 +49,7 @@ def metric_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
         interval = "-" if low is None else f"{low:.4f} to {high:.4f}"
         values = [number(metric.get(key)) for key in ("std", "median", "p5", "p95")]
         rows.append([name + arrow, number(metric["mean"]), interval, *values])
-    head = [f"{summary['videos']} videos", _mean_label(summary), "95 % interval"]
+    head = [f"{plural(summary['videos'], 'video')}", _mean_label(summary), "95 % interval"]
     return [*head, "standard deviation", "median", "5 %", "95 %"], rows
 
 

@@ -24,6 +24,7 @@ from vae3d.metrics.frame import decibel
 from vae3d.models.interface import convert_latents, latent_space, nearest_frames, share_frames
 from vae3d.pixels import NotFiniteError, as_unit, to_uint8
 from vae3d.precision import autocast
+from vae3d.text import plural
 
 PAIRS = list(product(("student", "teacher"), repeat=2))  # (whose encoder, whose decoder)
 SHOWN = [("student", "student"), ("teacher", "student"), ("teacher", "teacher")]
@@ -67,7 +68,7 @@ class Network:
                     return self.model.decode_chunk(self._cast(z[:, :, :1]), None)[0]
                 return self.model.decode(self._cast(z), frames)
 
-        latents = "1 latent" if streams else f"{z.shape[2]} latents, the whole clip; it does not stream"
+        latents = "1 latent" if streams else f"{plural(z.shape[2], 'latent')}, the whole clip; it does not stream"
         return measure_cost(self.model, self._cast(video), self.autocast) | {
             "precision": self.precision,
             "first_frame_seconds": timed(first_frame, video.device)[0],
@@ -165,7 +166,9 @@ class Comparer:
         fitting = [n for n in range(1, min(frames, MAX_FRAMES) + 1) if self.takes(n)]
         if not fitting:
             valid = ", ".join(map(str, self.nearest(frames)))
-            raise MediaError(source, f"has {frames} frames, too few to compare; student and teacher take {valid}")
+            raise MediaError(
+                source, f"has {plural(frames, 'frame')}, too few to compare; student and teacher take {valid}"
+            )
         return fitting[-1]
 
     def _coded(self, source: str, video: Tensor) -> tuple[dict[str, Any], dict[tuple[str, str], np.ndarray]]:

@@ -10,6 +10,7 @@ from typing import Any
 from vae3d.inference.comparison import MAX_FRAMES, MIN_GAIN, PAIRS, Comparer, pair_name
 from vae3d.io import write_json
 from vae3d.report import number, text_table
+from vae3d.text import plural
 
 log = logging.getLogger("vae3d")
 UNITS = {
@@ -104,7 +105,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
     latents = means["latents"]
     return [
         *(f"{whose}: {_network(report[whose])}" for whose in ("student", "teacher")),
-        f"mean over {report['files_compared']} files\n" + text_table(["encoder -> decoder", *columns], rows),
+        f"mean over {plural(report['files_compared'], 'file')}\n" + text_table(["encoder -> decoder", *columns], rows),
         f"latents of the student against the teacher's: MSE {latents['mse']:.6f}, cosine {latents['cosine']:.4f}",
     ]
 
@@ -129,5 +130,5 @@ def _cost_lines(costs: dict[str, Any]) -> list[str]:
         first_frame = f"{1000 * cost['first_frame_seconds']:.1f}"
         rows.append([whose, *speeds, first_frame, cost["first_frame_from"].split(",")[0]])
     clip = costs["student"]
-    measured = f"{clip['frames']} frames of {clip['height']}x{clip['width']}, {clip['device']}"
+    measured = f"{plural(clip['frames'], 'frame')} of {clip['height']}x{clip['width']}, {clip['device']}"
     return [f"cost on {costs['file']} ({measured})\n" + text_table(head, rows)]

@@ -25,6 +25,7 @@ from vae3d.inference.results import Results
 from vae3d.io import write_json, write_text
 from vae3d.metrics import MetricError
 from vae3d.progress import progress
+from vae3d.text import plural
 
 log = logging.getLogger("vae3d")
 
@@ -131,10 +132,11 @@ def report(reconstructor: Reconstructor, done: Sequence[FileResult], cost: dict[
     write_text(folder / "index.csv", pd.DataFrame([item.row() for item in done]).to_csv(index=False))
     frames = sum(item.frames for item in done)
     written = [str(reconstructor.folder(kind)) for kind in KINDS if reconstructor.folder(kind).is_dir()]
-    log.info("%d files, %d frames -> %s", len(done), frames, ", ".join(written))
+    log.info("%s, %s -> %s", plural(len(done), "file"), plural(frames, "frame"), ", ".join(written))
     scores = reconstructor.metrics.aggregate([item.result for item in done]) if done else {}
     for name, mean in scores.items():
-        log.info("%14s %s  (over %d videos)", name, "undefined" if mean is None else f"{mean:.4f}", len(done))
+        shown = "undefined" if mean is None else f"{mean:.4f}"
+        log.info("%14s %s  (over %s)", name, shown, plural(len(done), "video"))
     if enlarged := [item for item in done if item.enlarged]:
         log.warning(
             f"{len(enlarged)} of {len(done)} files, such as {enlarged[0].source}, are smaller than height=, width= and "

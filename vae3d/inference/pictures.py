@@ -19,6 +19,10 @@ MIN_WIDTH, MAX_WIDTH = 160, 512  # of a panel: room for its label, and for sever
 MARGIN = 200  # pixels on the left of a contact sheet, for the names of its rows
 MAX_ERROR = 0.1  # of pixels in [0, 1]: the end of the colour scale
 ERROR_LABEL = f"|error| x {1 / MAX_ERROR:g}"  # of error_maps
+ERROR_NOTE = (
+    f"{ERROR_LABEL} is the absolute difference, dark where there is none and bright from {MAX_ERROR:g} of the range of "
+    "pixels on"
+)
 COLOURS = "inferno"
 Panels = Mapping[str, np.ndarray]  # label -> [T, H, W, 3] uint8
 
@@ -28,16 +32,16 @@ def side_by_side(panels: Panels, title: str = "") -> Iterator[np.ndarray]:
 
     Narrow videos are enlarged. H' and W' are even, as most players require.
     """
-    frames, height, width = next(iter(panels.values())).shape[:3]
-    times = math.ceil(MIN_WIDTH / width)
-    cell = width * times + GAP
+    first = next(iter(panels.values()))
+    height, width = enlarged(first[0]).shape[:2]
+    cell = width + GAP
     top = LINE if title else 0
-    labels = Image.new("RGB", (len(panels) * cell, top + LINE + height * times % 2))
+    labels = Image.new("RGB", (len(panels) * cell, top + LINE + height % 2))
     _write(labels, 4, 0, _shortened(title, labels.width - 8))
     for index, label in enumerate(panels):
         _write(labels, index * cell + 4, top, label)
-    for t in range(frames):
-        row = [np.pad(_enlarge(video[t], times), ((0, 0), (0, GAP), (0, 0))) for video in panels.values()]
+    for t in range(len(first)):
+        row = [np.pad(enlarged(video[t]), ((0, 0), (0, GAP), (0, 0))) for video in panels.values()]
         yield np.concatenate([labels, np.concatenate(row, 1)])[None]
 
 
@@ -86,10 +90,10 @@ def captioned(video: np.ndarray, caption: str) -> np.ndarray:
     return np.concatenate([np.repeat(np.array(label)[None], len(video), 0), video], 1)
 
 
-def enlarged(video: np.ndarray) -> np.ndarray:
-    """Frames [T, H, W, 3] uint8, every pixel repeated so often that they are at least MIN_WIDTH wide."""
-    times = math.ceil(MIN_WIDTH / video.shape[2])
-    return video.repeat(times, 1).repeat(times, 2)
+def enlarged(frames: np.ndarray) -> np.ndarray:
+    """Frames [..., H, W, 3] uint8, every pixel repeated so often that they are at least MIN_WIDTH wide."""
+    times = math.ceil(MIN_WIDTH / frames.shape[-2])
+    return frames.repeat(times, -3).repeat(times, -2)
 
 
 def latent_colours(z: Tensor, size: tuple[int, int, int]) -> np.ndarray:
@@ -161,10 +165,6 @@ def _fit_width(frame: np.ndarray) -> np.ndarray:
     """Resize to a width from MIN_WIDTH to MAX_WIDTH."""
     height, width = frame.shape[:2]
     if width <= MAX_WIDTH:
-        return _enlarge(frame, math.ceil(MIN_WIDTH / width))
+        return enlarged(frame)
     size = MAX_WIDTH, max(1, round(height * MAX_WIDTH / width))
     return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX))
-
-
-def _enlarge(frame: np.ndarray, times: int) -> np.ndarray:
-    return frame.repeat(times, 0).repeat(times, 1)

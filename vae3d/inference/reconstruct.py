@@ -25,6 +25,7 @@ from vae3d.models.interface import Stream
 from vae3d.pixels import NotFiniteError, as_unit, to_uint8
 from vae3d.precision import autocast
 from vae3d.seeding import generator_of
+from vae3d.text import plural
 
 if TYPE_CHECKING:
     from vae3d.config.schema import InferConfig
@@ -182,11 +183,13 @@ class Reconstructor:
         config = self.config
         step = config.stride * (max(1.0, info.fps / config.fps) if config.fps and info.fps else 1.0)
         if config.start >= info.num_frames:
-            raise MediaError(source, f"has {info.num_frames} frames; start={config.start} is past its end")
+            raise MediaError(source, f"has {plural(info.num_frames, 'frame')}; start={config.start} is past its end")
         available = math.ceil((info.num_frames - config.start) / step)
         wanted = available if config.num_frames is None else config.num_frames
         if wanted > available:
-            raise MediaError(source, f"gives {available} frames from start={config.start}; num_frames={wanted}")
+            raise MediaError(
+                source, f"gives {plural(available, 'frame')} from start={config.start}; num_frames={wanted}"
+            )
         indices = [config.start + int(i * step) for i in range(wanted)]
         return indices, info.fps / step, (config.height or info.height, config.width or info.width)
 

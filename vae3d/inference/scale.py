@@ -26,6 +26,7 @@ from vae3d.models.interface import VideoAutoencoder, latent_space
 from vae3d.models.spatial import SpatialVAE
 from vae3d.precision import no_tf32
 from vae3d.running_stats import RunningStats
+from vae3d.text import plural
 from vae3d.types import ClipBatch
 
 TOLERANCE = 0.1  # of a channel's mean (from 0) and standard deviation (from 1), for diffusion
@@ -68,7 +69,7 @@ class LatentStats:
 
     def __str__(self) -> str:
         means, stds = (", ".join(f"{value:.3f}" for value in values.tolist()) for values in (self.mean, self.std))
-        return f"over {self.clips} latents, per channel\n  mean {means}\n  std  {stds}"
+        return f"over {plural(self.clips, 'latent')}, per channel\n  mean {means}\n  std  {stds}"
 
 
 def off_scale(means: Sequence[float], stds: Sequence[float]) -> list[int]:

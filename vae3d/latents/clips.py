@@ -21,6 +21,7 @@ from vae3d.data.probe import fill_metadata
 from vae3d.data.segments import Bounds, Segment, bounds_of, count_frames
 from vae3d.data.sources import DataError
 from vae3d.data.versions import source_version
+from vae3d.text import plural
 
 FLIP = "#flip"  # suffix of the key of an entry with mirrored pixels
 SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")  # not classes
@@ -107,7 +108,7 @@ def items_of(
     for row, bounds in zip(sound.itertuples(), bounds_of(sound), strict=True):
         windows = _windows(row, transform)
         if not windows:
-            reason = f"gives {_frames_of(row, transform)} frames; frames={transform.frames}"
+            reason = f"gives {plural(_frames_of(row, transform), 'frame')}; frames={transform.frames}"
             errors.append({"key": _key(row.name, bounds), "path": row.path, "reason": reason})
         for first in windows:
             key = _key(row.name, bounds)
@@ -204,7 +205,7 @@ class ClipReader(Dataset[Read]):
         possible, step = int(settings.length(info.num_frames, info.fps)), float(settings.step(info.fps))
         frames = self.transform.frames or possible
         if possible < frames:
-            raise MediaError(item.path, f"gives {possible} frames; frames={frames}")
+            raise MediaError(item.path, f"gives {plural(possible, 'frame')}; frames={frames}")
         start = 0.5
         if item.first is not None:
             starts = info.num_frames - int((frames - 1) * step)  # number of possible first frames

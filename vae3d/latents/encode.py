@@ -35,6 +35,7 @@ from vae3d.latents.statistics import LatentStatistics, StatisticsError
 from vae3d.precision import DTYPES
 from vae3d.progress import progress
 from vae3d.seeding import generator_of
+from vae3d.text import plural
 
 if TYPE_CHECKING:
     from vae3d.config.latents import EncodeConfig
@@ -182,9 +183,12 @@ def _labels(job: EncodeJob, row: dict[str, Any]) -> dict[str, str]:
 def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool) -> None:
     numbers = [number for shard in todo for number in job.span(shard)]
     config, sides = job.config, (job.transform.height, job.transform.width, job.transform.frames)
+    workers, notes = usable_workers(config.workers, "workers")
+    for note in notes if not quiet else ():
+        log.info(note)
     reads: Iterable[Read] = load(
         ClipReader(job.items, job.transform, config.reader, hashed=config.verify == "hash"),
-        workers=usable_workers(config.workers)[0],
+        workers=workers,
         timeout=config.timeout,
         item_bytes=0 if None in sides else 3 * math.prod(sides),
         held=config.batch_size,
@@ -290,9 +294,9 @@ def finish(job: EncodeJob, digest: str) -> None:
     hashes = {name: file_hash(job.folder / name) for name in (META, INDEX, STATISTICS)}
     counts = {"shards": job.shards, "entries": len(rows), "errors": len(errors)}
     write_json(job.folder / COMPLETE, counts | {"sha256": hashes})
-    log.info("%d entries of %d clips -> %s", len(rows), len(job.items), job.folder)
+    log.info("%s of %s -> %s", plural(len(rows), "entry"), plural(len(job.items), "clip"), job.folder)
     if errors:
-        log.warning("%d clips could not be encoded; see %s", len(errors), job.folder / ERRORS)
+        log.warning("%s could not be encoded; see %s", plural(len(errors), "clip"), job.folder / ERRORS)
     if job.config.store == "moments" and not any(statistics["posterior_std"]):
         log.info("the encoder is deterministic: store=mean needs half the disk space")
 

@@ -34,25 +34,21 @@ class LatentL1(Term):
     """
 
     needs_pixels = False
+    norm = staticmethod(torch.abs)
 
     def __call__(self, batch: ClipBatch, out: Reconstruction) -> ErrorMap:
         path = _two_stage(out)
         target = path.latent.detach().float()
-        return ErrorMap((path.latent_rec.float() - target).abs(), numel_per_frame(target))
+        return ErrorMap(self.norm(path.latent_rec.float() - target), numel_per_frame(target))
 
 
-class LatentMSE(Term):
+class LatentMSE(LatentL1):
     """(reconstructed - encoded)^2 of 2D latents: LatentL1 for a model that starts near its optimum.
 
     With a linear shortcut most errors are small and around zero, where the gradient of an L1 norm averages out.
     """
 
-    needs_pixels = False
-
-    def __call__(self, batch: ClipBatch, out: Reconstruction) -> ErrorMap:
-        path = _two_stage(out)
-        target = path.latent.detach().float()
-        return ErrorMap((path.latent_rec.float() - target).square(), numel_per_frame(target))
+    norm = staticmethod(torch.square)
 
 
 class Identity(Term):

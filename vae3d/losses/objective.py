@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vae3d.losses.pixel_weights import PixelWeight, mean_one
 from vae3d.precision import autocast_off
 from vae3d.schedules import ramp
+from vae3d.text import plural
 from vae3d.types import ClipBatch, Reconstruction
 
 REDUCTIONS = ("sum", "mean")
@@ -162,7 +163,8 @@ class Objective(nn.Module):
                 metrics[f"loss_weighted/{name}"] = weighted.detach()
         if not weighted_losses:
             raise ValueError(
-                f"none of the loss terms {list(self.terms)} applies to a clip of {batch.video.shape[2]} frames"
+                f"none of the loss terms {list(self.terms)} applies to a clip of "
+                f"{plural(batch.video.shape[2], 'frame')}"
             )
         if self.logvar is not None:
             weighted_losses.append(self.logvar * (numel_per_frame(batch.video) if self.reduction == "sum" else 1))

@@ -32,6 +32,7 @@ from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers.frames import extend_time, pad_space
 from vae3d.models.streaming import IndependentChunks
 from vae3d.pixels import check_latents, check_video
+from vae3d.text import plural
 from vae3d.types import LatentSpec, Posterior
 
 log = logging.getLogger("vae3d")
@@ -84,7 +85,7 @@ class DiffusersVAE(VideoAutoencoder):
         max_frames = self.spec.time_stride * length if pairs else 1 + self.spec.time_stride * (length - 1)
         frames = max_frames if num_frames is None else num_frames
         if self.latent_frames(frames) != length:
-            raise ValueError(f"num_frames is {frames}, which does not fit {length} latent frames")
+            raise ValueError(f"num_frames is {frames}, which does not fit {plural(length, 'latent frame')}")
         return self.vae.decode(z.to(self.vae.dtype)).sample[:, :, :frames]
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:

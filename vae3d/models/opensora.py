@@ -17,6 +17,7 @@ from vae3d.models.streaming import IndependentChunks
 from vae3d.models.temporal import TemporalVAE
 from vae3d.pixels import check_latents, check_video
 from vae3d.seeding import Generators
+from vae3d.text import plural
 from vae3d.types import LatentSpec, Posterior, Reconstruction, SpatialPath
 
 
@@ -118,8 +119,8 @@ class OpenSoraVAE(VideoAutoencoder):
         frames = whole * self.micro_frames + rest * self.temporal_vae.stride if num_frames is None else num_frames
         if self.latent_frames(frames) != z.shape[2]:
             raise ValueError(
-                f"num_frames is {frames}, which does not fit {z.shape[2]} latent frames in chunks of "
-                f"{self.micro_frames} frames"
+                f"num_frames is {frames}, which does not fit {plural(z.shape[2], 'latent frame')} in chunks of "
+                f"{plural(self.micro_frames, 'frame')}"
             )
         lengths = [min(self.micro_frames, frames - start) for start in range(0, frames, self.micro_frames)]
         return torch.cat([self.temporal_vae.decode(p, n) for p, n in zip(z.split(size, 2), lengths, strict=True)], 2)

@@ -26,6 +26,7 @@ from vae3d.models.layers.taehv_frames import LOOK_AHEAD, RULES, FramePlan, count
 from vae3d.models.streaming import chunk_within
 from vae3d.pixels import check_latents, check_video
 from vae3d.seeding import Generators
+from vae3d.text import plural
 from vae3d.types import Delta, LatentSpec, Reconstruction
 
 # Widths of the two published decoders.
@@ -109,7 +110,7 @@ class TAEHV(VideoAutoencoder):
         pixels = 3 * kind.patch**2
         widths = tuple(decoder_channels or (SUPER if kind.decoder == "super" else BASE))
         if len(widths) != 4:
-            raise ValueError(f"decoder_channels has {len(widths)} entries; give 4")
+            raise ValueError(f"decoder_channels has {plural(len(widths), 'entry')}; give 4")
         self.encoder = blocks.encoder(pixels, channels, kind.latent_channels, kind.time_down)
         if kind.decoder == "super":
             self.decoder = blocks.super_decoder(kind.latent_channels, widths, pixels, time)
@@ -159,10 +160,12 @@ class TAEHV(VideoAutoencoder):
         check_latents(z, self.spec.channels)
         frames = longest_clip(self.rule, z.shape[2], self.spec.time_stride) if num_frames is None else num_frames
         if frames is None:
-            raise ValueError(f"no number of frames fits {z.shape[2]} latent frames of {self.variant}")
+            raise ValueError(f"no number of frames fits {plural(z.shape[2], 'latent frame')} of {self.variant}")
         plan = self.plan(frames)
         if plan.latents != z.shape[2]:
-            raise ValueError(f"num_frames is {frames}, which does not fit {z.shape[2]} latent frames of {self.variant}")
+            raise ValueError(
+                f"num_frames is {frames}, which does not fit {plural(z.shape[2], 'latent frame')} of {self.variant}"
+            )
         videos = []
         cache = None
         for start, stop in self._chunks(plan.latents):
@@ -330,7 +333,8 @@ class PlannedStream:
         height, width = video.shape[-2:]
         if not frames or not frames <= video.shape[2] <= frames + self.lookahead:
             raise ValueError(
-                f"the chunk has {video.shape[2]} frames; chunks() gave it {frames}, with at most {self.lookahead} more "
+                f"the chunk has {plural(video.shape[2], 'frame')}; chunks() gave it {frames}, with at most "
+                f"{self.lookahead} more "
                 "as lookahead"
             )
         model, plan = self.model, self._plan
@@ -358,7 +362,7 @@ def _time_flags(variant: str, flags: Sequence[bool] | None) -> tuple[bool, ...]:
     flags = published if flags is None else tuple(flags)
     flags = (False, *flags) if len(flags) == 2 else flags
     if len(flags) != 3:
-        raise ValueError(f"decoder_time_upscale has {len(flags)} entries; give 3, or 2 for the last stages")
+        raise ValueError(f"decoder_time_upscale has {plural(len(flags), 'entry')}; give 3, or 2 for the last stages")
     added = [str(stage) for stage in range(3) if flags[stage] and not published[stage]]
     if added:
         raise ValueError(
@@ -371,7 +375,7 @@ def _time_flags(variant: str, flags: Sequence[bool] | None) -> tuple[bool, ...]:
 def _space_flags(variant: str, flags: Sequence[bool] | None) -> tuple[bool, ...]:
     flags = (True, True, True) if flags is None else tuple(flags)
     if len(flags) != 3:
-        raise ValueError(f"decoder_space_upscale has {len(flags)} entries; give 3")
+        raise ValueError(f"decoder_space_upscale has {plural(len(flags), 'entry')}; give 3")
     if VARIANTS[variant].decoder == "super" and not all(flags):
         raise ValueError(
             f"decoder_space_upscale: the super decoder of {variant} upsamples with learned weights, which cannot be "

@@ -18,6 +18,7 @@ from vae3d.arguments import Depth, Factors, Flags, Width, check_arguments
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.linear_code import LOGVAR_START, cosines, set_linear_code
 from vae3d.models.layers.norm import norm_silu
+from vae3d.text import plural
 from vae3d.types import Posterior
 
 
@@ -155,7 +156,7 @@ class TemporalVAE(nn.Module):
         super().__init__()
         if len(downsample) != len(multipliers) - 1:
             raise ValueError(
-                f"downsample has {len(downsample)} entries for {len(multipliers)} multipliers; "
+                f"downsample has {plural(len(downsample), 'entry')} for {plural(len(multipliers), 'multiplier')}; "
                 f"give one per level boundary, {len(multipliers) - 1}"
             )
         widths = [channels * m for m in multipliers]
@@ -208,7 +209,7 @@ class TemporalVAE(nn.Module):
         if self.latent_frames(frames) != z.shape[2]:
             raise ValueError(
                 f"num_frames is {frames}; {z.shape[2]} latent frames decode to "
-                f"{self.stride * (z.shape[2] - 1) + 1} to {self.stride * z.shape[2]} frames"
+                f"{self.stride * (z.shape[2] - 1) + 1} to {plural(self.stride * z.shape[2], 'frame')}"
             )
         z = z.to(self.post_quant_conv.conv.weight.dtype)
         h = self.post_quant_conv(z)

@@ -21,6 +21,7 @@ from vae3d.models.layers.frames import extend_time, pad_space
 from vae3d.models.layers.wan_blocks import Decoder, Encoder, LayerCache, pointwise, run_chain
 from vae3d.models.streaming import CausalStream, chunk_lengths, chunk_within
 from vae3d.pixels import check_latents, check_video
+from vae3d.text import plural
 from vae3d.types import LatentSpec, Posterior
 
 MAX_CHUNK = 8  # latents of a stream's chunk
@@ -65,7 +66,7 @@ class WanVAE(VideoAutoencoder):
         super().__init__()
         if len(downsample) != len(multipliers) - 1:
             raise ValueError(
-                f"downsample has {len(downsample)} entries for {len(multipliers)} multipliers; "
+                f"downsample has {plural(len(downsample), 'entry')} for {plural(len(multipliers), 'multiplier')}; "
                 f"give one per level boundary, {len(multipliers) - 1}"
             )
         borders = Borders(pad_w, pad_h)
@@ -104,7 +105,7 @@ class WanVAE(VideoAutoencoder):
         check_latents(z, self.spec.channels)
         frames = 1 + (z.shape[2] - 1) * self.spec.time_stride if num_frames is None else num_frames
         if self.latent_frames(frames) != z.shape[2]:
-            raise ValueError(f"num_frames is {frames}, which does not fit {z.shape[2]} latent frames")
+            raise ValueError(f"num_frames is {frames}, which does not fit {plural(z.shape[2], 'latent frame')}")
         video = self._in_chunks(self._pixels, z.split(self.chunk_latents or z.shape[2], 2), self.decoder)
         return video[:, :, :frames]
 
@@ -121,7 +122,8 @@ class WanVAE(VideoAutoencoder):
         if frames < 1 or (frames - (cache is None)) % stride or height % space or width % space:
             valid = f"1 + n * {stride}" if cache is None else f"n * {stride}"
             raise ValueError(
-                f"the chunk is {frames} frames of {height}x{width}; give {valid} frames of sides that are multiples of "
+                f"the chunk is {plural(frames, 'frame')} of {height}x{width}; give {plural(valid, 'frame')} of sides "
+                "that are multiples of "
                 f"{space}"
             )
         moments, cache = self._moments(video, cache, return_cache=True, recompute=False)

@@ -1,8 +1,8 @@
-"""Tables as text; HTML pages, with pictures and plots, are in report.html."""
+"""Tables as text, and what they show; HTML pages, with pictures and plots, are in report.html."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def text_table(head: Sequence[str], rows: Iterable[Sequence[str] | None]) -> str:
@@ -23,3 +23,13 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[str] | None]) -> str
 def number(value: float | None) -> str:
     """Four decimals, or a dash for None."""
     return "-" if value is None else f"{value:.4f}"
+
+
+def score_names(validations: Iterable[Mapping[str, float]]) -> list[str]:
+    """Names `val/...` of the scores to show, in their order: all but psnr_video where every validation has the same
+    value for psnr, as on single frames."""
+    validations = list(validations)
+    names = dict.fromkeys(name for scores in validations for name in scores if name.startswith("val/"))
+    if all(scores.get("val/psnr_video") == scores.get("val/psnr") for scores in validations):
+        names.pop("val/psnr_video", None)
+    return list(names)

@@ -15,6 +15,7 @@ from vae3d.models.spatial import SpatialVAE
 from vae3d.precision import no_tf32
 from vae3d.running_stats import RunningStats
 from vae3d.seeding import seed_of
+from vae3d.text import plural
 from vae3d.training.freeze import eval_mode
 from vae3d.types import ClipBatch
 
@@ -55,7 +56,8 @@ def fit_shortcut(model: SpatialVAE | OpenSoraVAE, clips: Iterable[ClipBatch], se
         effect.sqrt().repeat_interleave(vae.stride) if isinstance(model, OpenSoraVAE) else torch.ones_like(stats.mean)
     )
     kept = set_principal_components(vae.shortcut_in, vae.shortcut_out, stats, scale)
-    return f"shortcut fitted to {count} clips: its latents keep {kept:.2%} of the variance, as it counts in pixels"
+    fitted = f"shortcut fitted to {plural(count, 'clip')}"
+    return f"{fitted}: its latents keep {kept:.2%} of the variance, as it counts in pixels"
 
 
 def set_principal_components(inward: nn.Module, outward: nn.Module, stats: RunningStats, scale: Tensor) -> float:

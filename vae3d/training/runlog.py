@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from vae3d.errors import UserError
 from vae3d.io import hold_lock, open_nofollow, write_text, yaml_text
+from vae3d.report import score_names
+from vae3d.text import plural
 from vae3d.training.loggers import Loggers
 
 log = logging.getLogger("vae3d")
@@ -115,6 +117,12 @@ class RunLog:
             self._append("metrics.jsonl", {"step": step, **values})
         self.logger.scalars(values, step)
         log.info("%s  %s", self._timer.text(step), "  ".join(fields(values)))
+
+    def first_step(self, values: Mapping[str, float], step: int) -> None:
+        """Write the main values of the first step to the console, if it has no progress bar: logs that go to a file
+        would show nothing until the first `scalars`. Does nothing at later steps."""
+        if self.main and self._bar.disable and step == self._timer.first + 1:
+            log.info("%s  %s", self._timer.text(step), "  ".join(fields(values)))
 
     def frames(self, name: str, frames: np.ndarray, step: int) -> None:
         """Show frames [T, H, W, 3] uint8: one as an image, several as a video."""
@@ -261,7 +269,7 @@ def fields(values: Mapping[str, float]) -> list[str]:
     if "memory_idle_gib" in values:  # of a GPU
         texts.append(f"{values['memory_gib']:.1f} GiB")
     if values.get("skipped"):
-        texts.append(f"{values['skipped']:.0f} steps skipped")
+        texts.append(f"{plural(round(values['skipped']), 'step')} skipped")
     return texts
 
 
@@ -296,16 +304,14 @@ def quarters(values: Mapping[str, float], prefix: str) -> str:
 
 
 def validation_text(values: Mapping[str, float]) -> str:
-    scores = {name.removeprefix("val/"): short(value) for name, value in values.items() if name.startswith("val/")}
-    if values.get("val/psnr_video") == values.get("val/psnr"):  # single frames
-        scores.pop("psnr_video", None)
+    scores = {name.removeprefix("val/"): short(values[name]) for name in score_names([values])}
     shown = [
         f"{name} {text}{quarters(values, 'val/loss_q') if name == 'loss' else ''}"
         for name, text in scores.items()
         if not name.startswith("loss_q")
     ]
     count = values.get("val_clips", 0)
-    clips = f" of {count:.0f} clip{'s' if count > 1 else ''}" if count else ""
+    clips = f" of {plural(round(count), 'clip')}" if count else ""
     return f"validation{clips}: {', '.join(shown)}"
 
 

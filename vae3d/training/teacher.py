@@ -14,6 +14,7 @@ from vae3d.errors import UserError
 from vae3d.models.interface import convert_latents, latent_space
 from vae3d.precision import cast_keep_stats
 from vae3d.seeding import generator_of, seed_of
+from vae3d.text import plural
 from vae3d.types import ClipBatch, Reconstruction, TeacherTargets
 
 
@@ -47,7 +48,7 @@ class Distillation:
         self.student = student
         if teacher.spec.channels != student.spec.channels:
             raise TeacherError(
-                f"teacher.path: the teacher has {teacher.spec.channels} latent channels and the model "
+                f"teacher.path: the teacher has {plural(teacher.spec.channels, 'latent channel')} and the model "
                 f"{student.spec.channels}; they must share their latents"
             )
         if latent_space(teacher) == "normalized" and latent_space(student) == "raw":
@@ -174,7 +175,9 @@ def one_per_latent(features: Tensor, latents: int) -> Tensor:
             return features[:, :, k - 1 :: k]
         if frames == 1 + k * (latents - 1):
             return features[:, :, ::k]
-    raise TeacherError(f"teacher.features: {frames} frames of features do not fit {latents} latent frames")
+    raise TeacherError(
+        f"teacher.features: {plural(frames, 'frame')} of features do not fit {plural(latents, 'latent frame')}"
+    )
 
 
 def _size(shape: torch.Size) -> str:

@@ -25,6 +25,7 @@ from vae3d.errors import UserError
 from vae3d.pixels import PixelError, no_value_checks
 from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
+from vae3d.text import plural
 from vae3d.training.checkpointer import BestExport, Checkpointer, DataChanges, Outputs, step_folder
 from vae3d.training.ema import Ema, MultiEma
 from vae3d.training.failures import FailureCounter, ReadErrors, SpikeGuard, TooManyFailures
@@ -218,7 +219,7 @@ class Trainer(ABC, Generic[Batch]):
             self.checkpointer.complete_newest(self.step)
             if self.preflight_enabled and self.step < last:
                 self.preflight()
-            done = f"the run is complete: it has taken all {last} steps; a larger trainer.max_steps continues it"
+            done = f"the run is complete: {plural(last, 'step')}; a larger trainer.max_steps continues it"
             self.log.say(done if self.step >= last else f"training from step {self.step} to {last} in {self.folder}")
             if self.step == 0 and self.config.validation.every and self.config.validation.on_start:
                 self.validate()  # counts for no best checkpoint: these weights are not trained
@@ -385,6 +386,8 @@ class Trainer(ABC, Generic[Batch]):
             self.reset_timer()
             if freed := release_idle_memory(self.compact_gib):
                 self.log.say(f"released {freed:.2f} GiB of idle GPU memory")
+        else:
+            self.log.first_step(result.metrics, self.step)
         if validation.every and (self.step % validation.every == 0 or finished) and not stopped:
             self.checkpointer.export_best(self.best, self.validate(), self.step, self.export)
             self.reset_timer()

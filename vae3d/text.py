@@ -1,0 +1,12 @@
+"""Words of messages."""
+
+from __future__ import annotations
+
+
+def plural(count: int | str, noun: str) -> str:
+    """The count, a number or its text, with its noun: 1 frame, 2 frames, 3 micro-batches, 4 epochs, 5 entries."""
+    if f"{count}" == "1":
+        return f"1 {noun}"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return f"{count} {noun[:-1]}ies"
+    return f"{count} {noun}{'es' if noun.endswith(('s', 'x', 'sh', 'tch')) else 's'}"
