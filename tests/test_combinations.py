@@ -28,8 +28,8 @@ def names(group: str) -> list[str]:
 
 
 TAUGHT_LOSSES = ("distill", "distill_lpips", "taehv")  # of a teacher, here of the model's own kind
-# `ldm` and those of its kind: the terms of recon_kl_lpips and some more, which no part and no stage changes.
-SD_LOSSES = ("ldm", "sd_vae", "sd_vae_regularized", "sd_vae_lightning")
+# The terms of recon_kl_lpips, of other weights, and some more: LPIPS reaches what L1 of recon_kl reaches, in every stage.
+SD_LOSSES = ("ldm", "sd_vae", "sd_vae_regularized", "sd_vae_lightning", "wan")
 PANORAMA_LOSSES = [name for name in names("loss") if name.startswith("erp")]
 # Models whose networks or wiring another one has: one stage is tested.
 TWINS = {"opensora_v1_2": "stage3", "sd_vae": "finetune", "taesd": "finetune", "temporal_taef2": "stage3"}
@@ -37,8 +37,10 @@ COMBINATIONS = [
     *itertools.product(
         [n for n in names("model") if n not in TWINS],
         names("stage"),
-        [n for n in names("loss") if n not in (*PANORAMA_LOSSES, *TAUGHT_LOSSES, *SD_LOSSES)],
+        [n for n in names("loss") if n not in (*PANORAMA_LOSSES, *TAUGHT_LOSSES, *SD_LOSSES, "recon_kl_lpips")],
     ),
+    *itertools.product([n for n in names("model") if n not in TWINS], ["finetune"], ["recon_kl_lpips"]),
+    ("temporal_vae", "stage3", "recon_kl_lpips"),
     *itertools.product(["taehv"], ["finetune", "decoder_only"], TAUGHT_LOSSES),
     *itertools.product(["wan", "spatial", "temporal_vae"], ["finetune"], ["distill"]),
     *((twin, stage, "recon_kl") for twin, stage in TWINS.items()),
@@ -50,7 +52,6 @@ COMBINATIONS = [
 ]
 TWO_STAGE = ("temporal_vae", "opensora_v1_2", "temporal_taef2")
 FRAMES = {"wan": (3, 2), "wan22": (3, 2), "taehv": (5, 4)}  # most, and step, of models that do not take any number
-PIXEL_LOSSES = ("recon_kl", "recon_kl_lpips")
 
 
 def reason(model: str, stage: str, loss: str) -> str | None:
