@@ -321,7 +321,8 @@ def test_bf16_autocast_keeps_fp32_weights(videos, tmp_path):
 
 
 def test_profile_leaves_a_table_and_a_trace(videos, tmp_path):
-    trainer(videos, tmp_path, "debug=profile", "trainer.max_steps=5").fit()
+    images = ["stage=finetune", "stage.init_from=random", "data.frames.min=1", "data.frames.max=1"]
+    trainer(videos, tmp_path, "debug=profile", "trainer.max_steps=5", *images, name="spatial").fit()
     assert "aten::" in (tmp_path / "profile.txt").read_text()
     assert json.loads((tmp_path / "profile.json").read_text())["traceEvents"]
 
