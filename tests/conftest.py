@@ -6,13 +6,14 @@ import math
 import signal
 from pathlib import Path
 
+import hydra
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
-from tests import tiny
+from tests import compose_cache, tiny
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 
@@ -25,10 +26,11 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One thread, empty caches, a weights folder of random networks, and Ctrl-C as in a terminal."""
+    """One thread, empty caches, a weights folder of random networks, Ctrl-C as in a terminal, and a quick hydra.compose."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     patch = pytest.MonkeyPatch()
+    patch.setattr(hydra, "compose", compose_cache.compose)
     patch.setenv("VAE3D_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("VAE3D_ALLOW_UNVERIFIED", "1")
     patch.setenv("VAE3D_WEIGHTS", str(tmp_path_factory.mktemp("weights")))

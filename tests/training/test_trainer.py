@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -34,6 +35,19 @@ def trainer(videos: Path, folder: Path, *overrides: str, name: str = "temporal_v
     return train.build_trainer(tiny.training(name, videos, "loss=recon_kl", "data.frames.max=5", *overrides), folder)
 
 
+@pytest.fixture(scope="module")
+def two_steps(videos, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two_steps")
+    trainer(videos, folder).fit()
+    return folder
+
+
+@pytest.fixture
+def ended(two_steps, tmp_path) -> Path:
+    """A copy of a run that ended after two steps."""
+    return shutil.copytree(two_steps, tmp_path / "ended")
+
+
 def weights(t: VaeTrainer) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in t.network.state_dict().items()}
 
@@ -56,9 +70,8 @@ def test_training_lowers_the_loss_and_writes_what_a_run_must_leave(videos, tmp_p
     assert launch["config"]["optim"]["lr"] == 3e-3
 
 
-def test_every_term_is_logged_raw_weighted_and_per_element(videos, tmp_path):
-    trainer(videos, tmp_path).fit()
-    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+def test_every_term_is_logged_raw_weighted_and_per_element(two_steps):
+    last = json.loads((two_steps / "metrics.jsonl").read_text().splitlines()[-1])
     for term in ("l1", "kl"):
         assert {f"loss/{term}", f"loss_mean/{term}", f"loss_weighted/{term}"} <= last.keys()
     assert {"loss", "grad_norm", "skipped", "lr/temporal_encoder", "clips_per_second", "memory_gib"} <= last.keys()
@@ -138,13 +151,12 @@ def test_two_and_two_steps_are_four(videos, tmp_path):
     assert trace(tmp_path / "whole")[-1] == trace(tmp_path / "parts")[-1]
 
 
-def test_a_changed_learning_rate_is_taken_on_resume_and_written_down(videos, tmp_path):
-    trainer(videos, tmp_path).fit()
-    resumed = trainer(videos, tmp_path, "trainer.max_steps=3", "optim.lr=5e-4", "optim.weight_decay=0.1")
+def test_a_changed_learning_rate_is_taken_on_resume_and_written_down(videos, ended):
+    resumed = trainer(videos, ended, "trainer.max_steps=3", "optim.lr=5e-4", "optim.weight_decay=0.1")
     resumed.fit()
     assert resumed.optimizer.param_groups[0]["lr"] == 5e-4
     assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.1
-    launch = json.loads((tmp_path / "launches.jsonl").read_text().splitlines()[-1])
+    launch = json.loads((ended / "launches.jsonl").read_text().splitlines()[-1])
     assert launch["changed_since_checkpoint"]["optim.lr"] == [1e-3, 5e-4]
     assert launch["step"] == 2
 
@@ -158,35 +170,31 @@ def test_a_changed_learning_rate_is_taken_on_resume_and_written_down(videos, tmp
         ("stage.train.spatial_encoder=0.5", "stage.train.spatial_encoder: 1.0 in the checkpoint, 0.5 now"),
     ],
 )
-def test_another_run_is_not_continued(videos, tmp_path, override, key):
-    trainer(videos, tmp_path).fit()
+def test_another_run_is_not_continued(videos, ended, override, key):
     with pytest.raises(ResumeError, match=key):
-        trainer(videos, tmp_path, "trainer.max_steps=3", override)
+        trainer(videos, ended, "trainer.max_steps=3", override)
 
 
-def test_a_finished_run_stays_as_it_is(videos, tmp_path):
-    trainer(videos, tmp_path).fit()
-    before = (tmp_path / "metrics.jsonl").read_text()
-    trainer(videos, tmp_path).fit()
-    assert (tmp_path / "metrics.jsonl").read_text() == before
+def test_a_finished_run_stays_as_it_is(videos, ended):
+    before = (ended / "metrics.jsonl").read_text()
+    trainer(videos, ended).fit()
+    assert (ended / "metrics.jsonl").read_text() == before
 
 
-def test_metrics_after_the_checkpoint_are_forgotten(videos, tmp_path):
-    trainer(videos, tmp_path).fit()
-    with (tmp_path / "metrics.jsonl").open("a") as stream:
+def test_metrics_after_the_checkpoint_are_forgotten(videos, ended):
+    with (ended / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
-    trainer(videos, tmp_path, "trainer.max_steps=3").fit()
-    steps = [step for step, _ in trace(tmp_path)]
+    trainer(videos, ended, "trainer.max_steps=3").fit()
+    steps = [step for step, _ in trace(ended)]
     assert steps == [1, 2, 3]
-    assert trace(tmp_path)[-1][1] != 1.0
+    assert trace(ended)[-1][1] != 1.0
 
 
-def test_an_unfinished_checkpoint_is_not_taken(videos, tmp_path):
-    trainer(videos, tmp_path).fit()
-    half = tmp_path / "checkpoints/step-0000099"
+def test_an_unfinished_checkpoint_is_not_taken(videos, ended):
+    half = ended / "checkpoints/step-0000099"
     half.mkdir()
     (half / "state.pt").write_bytes(b"half")
-    assert trainer(videos, tmp_path, "trainer.max_steps=3").step == 2
+    assert trainer(videos, ended, "trainer.max_steps=3").step == 2
 
 
 def test_checkpoints_are_kept_to_a_number(videos, tmp_path):
@@ -313,7 +321,8 @@ def test_bf16_autocast_keeps_fp32_weights(videos, tmp_path):
 
 
 def test_profile_leaves_a_table_and_a_trace(videos, tmp_path):
-    trainer(videos, tmp_path, "debug=profile", "trainer.max_steps=5").fit()
+    images = ["stage=finetune", "stage.init_from=random", "data.frames.min=1", "data.frames.max=1"]
+    trainer(videos, tmp_path, "debug=profile", "trainer.max_steps=5", *images, name="spatial").fit()
     assert "aten::" in (tmp_path / "profile.txt").read_text()
     assert json.loads((tmp_path / "profile.json").read_text())["traceEvents"]
 
