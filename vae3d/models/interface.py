@@ -202,8 +202,12 @@ def add_latent_noise(z: Tensor, noise: float, generator: Generators) -> Tensor:
 
 
 def attach_decoder(out: Reconstruction, model: VideoAutoencoder) -> Reconstruction:
-    """Set out.decode, with which loss terms decode other latents."""
-    return replace(out, decode=lambda z, video: model(video, latents=z).video)
+    """Set out.decode and out.reconstruct, with which loss terms decode other latents and code other videos."""
+    return replace(
+        out,
+        decode=lambda z, video: model(video, latents=z).video,
+        reconstruct=lambda video: model(video, sample=False),
+    )
 
 
 def latent_space(model: nn.Module) -> str:
