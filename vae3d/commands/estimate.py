@@ -110,7 +110,7 @@ def vae_needs(config: TrainConfig, micro_batch: int) -> Needs:
         uncounted: set[str] = set()
 
         def passes(clips: int) -> None:
-            video = torch.rand(clips, 3, frames, data.height, data.width) * 2 - 1
+            video = torch.rand(clips, model.pixel_channels, frames, data.height, data.width) * 2 - 1
             batch = ClipBatch(video, torch.arange(clips), ["noise"] * clips)
             clip, settings = batch, {"pixels": objective.needs_pixels}
             if distillation is not None:

@@ -15,6 +15,7 @@ from vae3d.arguments import Count, Range, check_fields
 from vae3d.losses.objective import PixelTerm
 from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.frames import clips_of, frames_of
+from vae3d.pixels import as_rgb
 from vae3d.pretrained import weights
 from vae3d.pretrained.lpips import LPIPSNet, weight_at_size
 from vae3d.types import ClipBatch
@@ -85,7 +86,7 @@ class Gram(PixelTerm):
                 f"the Gram loss with recipe={self.recipe} needs frames of at least {least} pixels; these are "
                 f"{shown[0]}x{shown[1]}: set its `size`"
             )
-        tensors = [frames_of(batch.video), frames_of(rec)]
+        tensors = [frames_of(as_rgb(batch.video)), frames_of(as_rgb(rec))]
         if batch.weight is not None:
             tensors.append(frames_of(batch.weight.expand(clips, 1, frames, -1, -1)))
         recompute = self.gradient_checkpointing and rec.requires_grad

@@ -16,6 +16,7 @@ from vae3d.losses.pixel_weights import mean_one
 from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.frames import clips_of, frames_of
 from vae3d.optical_flow import dis_flow, warp
+from vae3d.pixels import as_rgb
 from vae3d.pretrained import weights
 from vae3d.pretrained.raft import FILES, Raft
 from vae3d.types import ClipBatch, Reconstruction
@@ -88,7 +89,7 @@ class WarpedConsistency(PairTerm):
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         clips = len(rec)
         with torch.no_grad():
-            unit = (batch.video.float() / 2 + 0.5).clamp(0, 1)
+            unit = (as_rgb(batch.video.float()) / 2 + 0.5).clamp(0, 1)
             first, second = (frames_of(x) for x in (unit[:, :, :-1], unit[:, :, 1:]))
             motion = dis_flow(second, first) if self.flow == "dis" else self._raft_flow(second, first)
             visible = torch.exp(-self.alpha * (second - warp(first, motion)).sum(1, keepdim=True).square())
@@ -132,8 +133,8 @@ class FlowLoss(PairTerm):
 
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         with torch.no_grad():
-            target = self._flows(batch.video.float())
-        return (self._flows(rec) - target).abs()
+            target = self._flows(as_rgb(batch.video.float()))
+        return (self._flows(as_rgb(rec)) - target).abs()
 
     def _flows(self, video: Tensor) -> Tensor:
         """[B, 3, T, H, W] in [-1, 1] -> [B, 4, T - 1, H, W]: forwards and backwards, in pixels of the clip."""
