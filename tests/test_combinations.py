@@ -29,7 +29,7 @@ def names(group: str) -> list[str]:
 
 TAUGHT_LOSSES = ("distill", "distill_lpips", "taehv")  # of a teacher, here of the model's own kind
 # The terms of recon_kl_lpips, of other weights, and some more: LPIPS reaches what L1 of recon_kl reaches, in every stage.
-SD_LOSSES = ("ldm", "sd_vae", "sd_vae_regularized", "sd_vae_lightning", "wan")
+SD_LOSSES = ("ldm", "sd_vae", "sd_vae_regularized", "sd_vae_lightning", "wan", "vrae", "cosmos", "flicker")
 PANORAMA_LOSSES = [name for name in names("loss") if name.startswith("erp")]
 # Models whose networks or wiring another one has: one stage is tested.
 TWINS = {"opensora_v1_2": "stage3", "sd_vae": "finetune", "taesd": "finetune", "temporal_taef2": "stage3"}
@@ -108,6 +108,8 @@ def test_combination_steps_twice_or_is_refused_with_the_reason(videos, trunks, e
         overrides += ["teacher=vae", f"teacher.path={exports / model}"]
     if loss in PANORAMA_LOSSES:
         overrides += ["data.height=32", "data.width=64"]
+    if loss == "vrae":
+        overrides += ["loss.terms.gram.term.size=32"]  # instead of 224
     expected = reason(model, stage, loss)
     if expected is not None:
         with pytest.raises(ConfigError, match=expected):

@@ -74,6 +74,7 @@ Depth = Annotated[int, Range(1, 16)]  # blocks of a level
 Widths = Annotated[Sequence[Width], Size(1, 10)]  # of each level; all but the last halve the resolution
 Factors = Annotated[Sequence[Factor], Size(1, 10)]
 Flags = Annotated[Sequence[bool], Size(0, 10)]  # of each level boundary
+PixelChannels = Annotated[int, Range(1, 64)]  # of a video: 3 RGB, 4 RGBA, 1 grey or depth
 Classes = Annotated[int, Range(0, 10**6)]
 Count = Annotated[int, Range(1, 2**31)]  # frames or latents
 Mean = Annotated[float, Range(-1e6, 1e6)]

@@ -22,6 +22,7 @@ from vae3d.errors import UserError
 from vae3d.io import atomic_files, naming
 from vae3d.latents.codec import LatentCodec
 from vae3d.models.interface import VideoAutoencoder
+from vae3d.models.pixel_channels import fit_channels
 from vae3d.models.registry import build_model, config_of
 from vae3d.models.spatial import SpatialVAE
 from vae3d.precision import DTYPES
@@ -112,7 +113,11 @@ def load_with_checkpoint(
         model = build_from_checkpoint(checkpoint, changes)
     elif changes:
         raise ValueError(f"{', '.join(changes)}: arguments of a model that is given cannot be changed")
-    load_weights(model, checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})")
+    state = checkpoint.state
+    if "pixel_channels" in changes:
+        state, note = fit_channels(model, state)
+        log.info("%s: %s", checkpoint.path, note or "has these channels of pixels already")
+    load_weights(model, state, f"{checkpoint.path} ({checkpoint.layout})")
     return checkpoint, model.eval()
 
 
@@ -166,9 +171,15 @@ def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str
             continue
         target = model.get_submodule(name)
         checkpoint = read_checkpoint(path, getattr(target, "variant", None), own_model=True)
-        state = checkpoint.part(name) if name else checkpoint.state
+        state, note = checkpoint.part(name) if name else checkpoint.state, ""
+        if isinstance(target, VideoAutoencoder):
+            state, note = fit_channels(target, state)
         load_weights(target, state, f"{checkpoint.path} ({checkpoint.layout})")
-        lines += [f"{what} starts from {checkpoint.path} ({checkpoint.layout})", *checkpoint.notes]
+        lines += [
+            f"{what} starts from {checkpoint.path} ({checkpoint.layout})",
+            *checkpoint.notes,
+            *([note] if note else []),
+        ]
         latent = checkpoint.config.get("latent")
         if latent is not None and latent != getattr(target, "latent", latent):
             lines.append(f"its latents were {latent} and are {target.latent} from now on")

@@ -56,21 +56,24 @@ def no_value_checks() -> Iterator[None]:
         _check_values = before
 
 
-def check_video(video: Tensor, values: bool = True) -> None:
-    """Raises PixelError unless `video` is [B, 3, T, H, W], floating point and, with `values`, finite and not 0 to 255.
+def check_video(video: Tensor, channels: int = 3, values: bool = True) -> None:
+    """Raises PixelError unless `video` is [B, channels, T, H, W], floating point and, with `values`, finite and not 0
+    to 255.
 
     Values are not checked within no_value_checks and under torch.compile.
     """
-    wanted = "models take [B, 3, T, H, W], floating point, in [-1, 1]"
+    n = channels
+    models = "models take" if n == 3 else "this model takes"
+    wanted = f"{models} [B, {n}, T, H, W], floating point, in [-1, 1]"
     shape = list(video.shape)
     if not video.is_floating_point():
         raise PixelError(f"the video is {video.dtype}, {shape}; {wanted}; use video.float() / 127.5 - 1")
-    if video.ndim != 5 or shape[1] != 3:
+    if video.ndim != 5 or shape[1] != n:
         looks_like = (
-            (video.ndim == 4 and shape[1] == 3, "images", "images[:, :, None]"),
-            (video.ndim == 4 and shape[0] == 3, "one clip", "video[None]"),
-            (video.ndim == 5 and shape[2] == 3, "[B, T, 3, H, W]", "video.transpose(1, 2)"),
-            (video.ndim == 5 and shape[4] == 3, "[B, T, H, W, 3]", "video.movedim(-1, 1)"),
+            (video.ndim == 4 and shape[1] == n, "images", "images[:, :, None]"),
+            (video.ndim == 4 and shape[0] == n, "one clip", "video[None]"),
+            (video.ndim == 5 and shape[2] == n, f"[B, T, {n}, H, W]", "video.transpose(1, 2)"),
+            (video.ndim == 5 and shape[4] == n, f"[B, T, H, W, {n}]", "video.movedim(-1, 1)"),
         )
         for found, what, fix in looks_like:
             if found:
@@ -160,6 +163,28 @@ def _can_check_values(values: Tensor) -> bool:
     return _check_values and has_values and not torch.compiler.is_compiling()
 
 
+# ---- channels
+
+
+def as_rgb(video: Tensor) -> Tensor:
+    """The colours of [..., C, T, H, W] in [-1, 1], of three channels, for networks and metrics that know only these.
+
+    One channel three times; of four, RGBA, the colours over mid-grey; of more, the first three.
+    Raises PixelError for two.
+    """
+    channels = video.shape[-4]
+    if channels == 3:
+        return video
+    if channels == 1:
+        return video.expand(*video.shape[:-4], 3, *video.shape[-3:])
+    if channels == 2:
+        raise PixelError(
+            "a video of 2 channels has no colours; LPIPS, Gram and flow losses, GANs and metrics need 1, 3 or more"
+        )
+    colours = video[..., :3, :, :, :]
+    return colours * (video[..., 3:, :, :, :] + 1) / 2 if channels == 4 else colours
+
+
 # ---- 8 bits
 
 
@@ -177,7 +202,7 @@ def quantize(pixels: Tensor, pixel_range: str = "signed", name: str = "", start:
 
 
 def to_uint8(video: Tensor, name: str = "", start: int = 0) -> np.ndarray:
-    """[3, T, H, W] in [-1, 1] -> [T, H, W, 3] uint8; see quantize."""
+    """[C, T, H, W] in [-1, 1] -> [T, H, W, C] uint8; see quantize."""
     return quantize(video, "signed", name, start).permute(1, 2, 3, 0).cpu().numpy()
 
 

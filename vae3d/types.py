@@ -98,8 +98,9 @@ class Reconstruction:
     video: [B, 3, T, H, W], not clamped; None with pixels=False. posterior: None if latents were given instead of
     encoded. z: [B, C, t, h, w], the raw latents that were decoded, without the noise of stage.latent_noise.
     features: outputs of inner modules by name, [B, C', t', h', w'], for feature distillation.
-    decode: (latents, video) -> video decodes other latents with the same network, to the size of its second argument;
-    set by models.interface.attach_decoder, for loss terms.
+    decode: (latents, video) -> video decodes other latents with the same network, to the size of its second argument.
+    reconstruct: codes another video with the same network, from its posterior's mode. Both are set by
+    models.interface.attach_decoder, for loss terms.
     """
 
     video: Tensor | None
@@ -108,6 +109,7 @@ class Reconstruction:
     spatial: SpatialPath | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
     decode: Callable[[Tensor, Tensor], Tensor] | None = None
+    reconstruct: Callable[[Tensor], Reconstruction] | None = None
 
 
 @dataclass

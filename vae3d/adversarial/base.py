@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vae3d.arguments import ArgumentError, Range, check_fields
 from vae3d.distributed import all_reduce_mean, reduction_buffer
+from vae3d.pixels import as_rgb
 from vae3d.restore import check_like, load_optimizer
 from vae3d.schedules import ramp
 from vae3d.seeding import seed_of
@@ -196,7 +197,7 @@ class DiscriminatorAdversary(Adversary):
         self.skipped = state["skipped"]
 
     def require_pair(self, batch: ClipBatch, out: Reconstruction) -> tuple[Tensor, Tensor]:
-        """The clip's pixels and their reconstruction, [B, 3, T, H, W].
+        """The colours of the clip and of its reconstruction, [B, 3, T, H, W]; see pixels.as_rgb.
 
         Raises ValueError if there is no reconstruction, or one of another size.
         """
@@ -207,7 +208,7 @@ class DiscriminatorAdversary(Adversary):
         real, fake = list(batch.video.shape), list(out.video.shape)
         if fake != real:
             raise ValueError(f"the clip is {real}, its reconstruction {fake}; they must agree")
-        return batch.video, out.video
+        return as_rgb(batch.video), as_rgb(out.video)
 
     def require_grad(self, out: Reconstruction) -> None:
         """Raises ValueError if the reconstruction has no gradient to train the generator with."""

@@ -15,6 +15,7 @@ from vae3d.adversarial.base import DiscriminatorAdversary, LossAndMetrics, Posit
 from vae3d.adversarial.discriminators import SERAENA_STRIDE, ConditionalPatchDiscriminator
 from vae3d.adversarial.replay import ReplayBuffer
 from vae3d.arguments import Count, Range, Widths
+from vae3d.pixels import as_rgb
 from vae3d.precision import autocast, autocast_off
 from vae3d.seeding import generator_of
 from vae3d.text import plural
@@ -94,7 +95,7 @@ class Seraena(DiscriminatorAdversary):
         self.require_grad(out)
         with autocast_off(fake.device):
             correction, gap = self.correction(real, fake, context)
-            pixels = (out.video.float() + 1) / 2
+            pixels = (as_rgb(out.video).float() + 1) / 2
             target = pixels.detach() + ungroup_frames(correction, pixels.shape[0], pixels.shape[2])
             mse = F.mse_loss(pixels, target)
         metrics = {"loss/seraena": mse, "loss_weighted/seraena": weight * mse, "seraena/score_gap": gap}

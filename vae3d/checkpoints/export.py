@@ -244,7 +244,13 @@ def _require(checkpoint: Checkpoint, network: type[nn.Module], layout: str) -> d
         raise CheckpointError(f"{checkpoint.path} holds a {found}; the {layout} layout is for {target_of(network)}")
     if checkpoint.config.get("shortcut"):
         raise CheckpointError(f"{checkpoint.path} has a shortcut, which the {layout} layout does not know")
-    return _defaults(network) | checkpoint.config
+    config = _defaults(network) | checkpoint.config
+    if (channels := config.get("pixel_channels", 3)) != 3:
+        raise CheckpointError(
+            f"{checkpoint.path} has {channels} channels of pixels, which the {layout} layout does not know; use the "
+            "layout export"
+        )
+    return config
 
 
 def _defaults(network: type[nn.Module]) -> dict[str, Any]:

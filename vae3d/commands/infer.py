@@ -56,6 +56,11 @@ def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Chec
             raise UserError(f"metrics: {'; '.join(errors)}")
     checkpoint, model = load_with_checkpoint(config.checkpoint, changes=config.model)
     model = model.to(device)
+    if model.pixel_channels not in (3, 4):
+        raise UserError(
+            f"{config.checkpoint} takes {model.pixel_channels} channels of pixels; infer.py reads RGB and RGBA: use "
+            "vae3d.load and model(video)"
+        )
     if isinstance(spatial := getattr(model, "spatial_vae", model), SpatialVAE):
         spatial.frame_batch = config.frame_batch
     if config.compile:

@@ -52,7 +52,12 @@ def issues(config: TrainConfig) -> list[ConfigIssue]:
         objective = built("loss", config.loss, train.build_objective, found)
     if model is None or objective is None:
         return found
-    found += [*_size_issues(config, model), *_init_issues(config, model), *_layout_issues(config, model)]
+    found += [
+        *_channel_issues(config, model),
+        *_size_issues(config, model),
+        *_init_issues(config, model),
+        *_layout_issues(config, model),
+    ]
     try:
         train_parts(model, config.stage.train)
     except PartError as error:
@@ -142,6 +147,14 @@ def _layout_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssu
             to_layout(model.state_dict(), publish.layout)
         except CheckpointError as error:
             yield ConfigIssue("trainer.publish.layout", publish.layout, str(error))
+
+
+def _channel_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]:
+    """Channels that no file gives."""
+    channels = train.pixel_channels(config.model)
+    if config.data.depth.mapping is None and channels not in (3, 4):
+        message = "files give 3 channels, colours, or 4, colours and alpha"
+        yield ConfigIssue("model.pixel_channels", channels, message, "use 3 or 4, or data.depth.mapping for depth")
 
 
 def _size_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]:
@@ -306,7 +319,9 @@ def _step_issues(
     counts = frame_counts(config.data).all()
     height, width = config.data.height, config.data.width
     for frames in counts[:2]:  # the two smallest counts: what holds for two holds for more
-        batch = ClipBatch(torch.zeros(1, 3, frames, height, width, device="meta"), torch.full((1,), -1), [""])
+        batch = ClipBatch(
+            torch.zeros(1, model.pixel_channels, frames, height, width, device="meta"), torch.full((1,), -1), [""]
+        )
         student, settings = model, {"pixels": objective.needs_pixels}
         try:
             if distillation is not None:

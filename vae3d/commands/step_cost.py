@@ -137,7 +137,7 @@ class TrainingStep:
 
     def noise(self, clips: int, frames: int | None = None) -> ClipBatch:
         """A micro-batch. frames: of each clip; None: the most."""
-        size = (clips, 3, frames or self.frames, self.config.data.height, self.config.data.width)
+        size = (clips, self.model.pixel_channels, frames or self.frames, self.config.data.height, self.config.data.width)
         return ClipBatch(torch.rand(size, device=self.device) * 2 - 1, torch.arange(clips), ["noise"] * clips)
 
     def passes(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from os.path import isfile as is_file
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -59,10 +60,16 @@ def build_objective(config: Loss) -> Objective:
     return Objective(terms, config.reduction, weight, logvar=config.logvar)
 
 
-def build_clip_settings(config: Data) -> ClipSettings:
-    shared = {field.name for field in fields(ClipSettings)} - {"depth"}
+def pixel_channels(model: Mapping[str, Any]) -> int:
+    """Channels of the pixels of a configured model, of its 2D VAE if it has one."""
+    return model.get("spatial", model).get("pixel_channels", 3)
+
+
+def build_clip_settings(config: Data, channels: int = 3) -> ClipSettings:
+    """channels: that the model takes; see pixel_channels."""
+    shared = {field.name for field in fields(ClipSettings)} - {"depth", "channels"}
     depth = DepthSettings(**vars(config.depth)) if config.depth.mapping else None
-    return ClipSettings(**{name: getattr(config, name) for name in shared}, depth=depth)
+    return ClipSettings(**{name: getattr(config, name) for name in shared}, depth=depth, channels=channels)
 
 
 def build_schedule(
@@ -82,7 +89,7 @@ def build_schedule(
 
 def build_training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData:
     data, validation = config.data, config.validation
-    settings = build_clip_settings(data)
+    settings = build_clip_settings(data, pixel_channels(config.model))
     tables = read_tables(
         instantiate(data.source), settings, data.num_val_files if validation.every else 0, data.max_broken
     )

@@ -38,7 +38,7 @@ class ClipSettings:
     """How to cut a clip out of a file. Fields as in config.schema.Data.
 
     A video of variable rate is treated as if it had its mean rate throughout. depth: read 16-bit depth maps instead of
-    colours.
+    colours. channels: of the model's pixels: 3 for colours, 4 with alpha, or how many equal ones for depth.
     """
 
     height: int
@@ -54,6 +54,7 @@ class ClipSettings:
     panorama: bool = False
     roll: bool = False
     depth: DepthSettings | None = None
+    channels: int = 3
 
     def step(self, fps: np.ndarray | float) -> np.ndarray:
         """Distance between two frames of a clip, in frames of a file of this rate."""
@@ -136,7 +137,10 @@ def read_resized(reader: Reader, indices: Sequence[int], target: Size | None = N
 
 def open_frames(path: str, settings: ClipSettings, bounds: Bounds = WHOLE) -> Reader:
     """A reader of a file, or of the part within `bounds`: of colours, or of depth maps as stored. Raises MediaError."""
-    reader = open_media(path, settings.reader) if settings.depth is None else DepthReader(path)
+    if settings.depth is None:
+        reader = open_media(path, settings.reader, alpha=settings.channels == 4)
+    else:
+        reader = DepthReader(path)
     return Segment(reader, path, bounds)
 
 
@@ -148,7 +152,7 @@ def read_clip(
     start: float,
     rng: np.random.Generator | None = None,
 ) -> np.ndarray:
-    """[frames, height, width, 3] uint8; of depth maps [frames, height, width] uint16.
+    """[frames, height, width, settings.channels] uint8; of depth maps [frames, height, width] uint16.
 
     start: where the clip begins, as a fraction in [0, 1) of the possible places. rng: for random crops and random
     frames; None takes the centre crop and evenly spaced frames.
@@ -186,7 +190,7 @@ def _read_panoramas(reader: Reader, path: str, indices: Sequence[int], size: Siz
 class Sample:
     """One loaded clip. video: None if no file could be read. errors: (path, reason) of files that failed."""
 
-    video: Tensor | None  # [3, T, H, W], uint8; of depth maps float32 in [-1, 1]
+    video: Tensor | None  # [C, T, H, W], uint8; of depth maps float32 in [-1, 1]
     index: ClipIndex
     path: str
     errors: list[tuple[str, str]] = field(default_factory=list)
@@ -199,14 +203,14 @@ def to_sample(frames: np.ndarray, index: ClipIndex, path: str, settings: ClipSet
     if settings.depth is None:
         return Sample(to_tensor(frames), index, path)
     try:
-        video, valid, bounds = encode_depth(np.ascontiguousarray(frames), settings.depth)
+        video, valid, bounds = encode_depth(np.ascontiguousarray(frames), settings.depth, settings.channels)
     except ValueError as error:
         raise MediaError(path, str(error)) from error
     return Sample(video, index, path, valid=valid, depth_bounds=bounds)
 
 
 def to_tensor(frames: np.ndarray) -> Tensor:
-    """[T, H, W, 3] array -> [3, T, H, W] tensor."""
+    """[T, H, W, C] array -> [C, T, H, W] tensor."""
     return torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))
 
 

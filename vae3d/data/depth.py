@@ -55,9 +55,9 @@ def nearest(image: np.ndarray, size: Size) -> np.ndarray:
     return image[rows][:, columns]
 
 
-def encode_depth(stored: np.ndarray, settings: DepthSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """[T, H, W] as stored -> video [3, T, H, W] float32 in [-1, 1], 0 where invalid; valid [1, T, H, W] bool;
-    bounds [2], metres of -1 and 1. Raises ValueError if no pixel is valid.
+def encode_depth(stored: np.ndarray, settings: DepthSettings, channels: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, H, W] as stored -> video [channels, T, H, W] of equal channels, float32 in [-1, 1], 0 where
+    invalid; valid [1, T, H, W] bool; bounds [2], metres of -1 and 1. Raises ValueError if no pixel is valid.
     """
     valid = torch.from_numpy(stored != 0)[None]
     if not valid.any():
@@ -69,7 +69,7 @@ def encode_depth(stored: np.ndarray, settings: DepthSettings) -> tuple[Tensor, T
         far = max(far, near * MIN_FAR_NEAR_RATIO)
     bounds = torch.tensor([near, far], dtype=torch.float32)
     video = torch.where(valid, from_metres(metres, bounds, settings.mapping), 0.0)
-    return video.expand(3, -1, -1, -1).contiguous(), valid, bounds
+    return video.expand(channels, -1, -1, -1).contiguous(), valid, bounds
 
 
 def from_metres(metres: Tensor, bounds: Tensor, mapping: str) -> Tensor:
@@ -92,7 +92,7 @@ def to_metres(depth: Tensor, bounds: Tensor, mapping: str) -> Tensor:
 
 
 def depth_of(video: Tensor) -> Tensor:
-    """[..., 3, T, H, W] -> [..., 1, T, H, W], the mean of the channels."""
+    """[..., C, T, H, W] -> [..., 1, T, H, W], the mean of the channels."""
     return video.mean(dim=-4, keepdim=True)
 
 

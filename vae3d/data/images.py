@@ -58,18 +58,19 @@ MIN_DRAFT_SCALE = 2  # a JPEG is decoded at least this many times larger than th
 class ImageReader:
     """One image as a video of one frame.
 
-    file: the encoded image, if it is no file of its own; `path` is then only its name in messages. A JPEG is decoded
+    file: the encoded image, if it is no file of its own; `path` is then only its name in messages. alpha: read RGBA,
+    [1, H, W, 4], and resize colours weighted by their alpha. A JPEG is decoded
     by `read`, at 1/2, 1/4 or 1/8 of its size if that is still at least twice the target, and then resized, as Pillow's
     `thumbnail` does. The result matches that of a full decode to about 50 dB.
-    Raises MediaError for other files, several images in one, transparent pixels, and pixels of unknown range; for the
-    pixels of a JPEG, `read` raises it.
+    Raises MediaError for other files, several images in one, transparent pixels (with `alpha`: images without alpha),
+    and pixels of unknown range; for the pixels of a JPEG, `read` raises it.
     """
 
-    def __init__(self, path: Path, file: BinaryIO | None = None) -> None:
-        self.path, self.file = path, file
+    def __init__(self, path: Path, file: BinaryIO | None = None, alpha: bool = False) -> None:
+        self.path, self.file, self.alpha = path, file, alpha
         self.info = image_info(path, file)
         self.image: Image.Image | None = None
-        if self.info.codec not in ("jpeg", "mpo"):
+        if alpha or self.info.codec not in ("jpeg", "mpo"):
             self.image = self._decode()
             self.info = replace(self.info, height=self.image.height, width=self.image.width)
 
@@ -84,8 +85,11 @@ class ImageReader:
             self.image.close()
 
     def _decode(self, size: Size | None = None) -> Image.Image:
-        """RGB, upright, at `size` or whole."""
+        """RGB, or RGBA with `alpha`, upright, at `size` or whole."""
         with open_image(self.path, self.file) as image:
+            if self.alpha:
+                _check_has_alpha(self.path, image)
+                return ImageOps.exif_transpose(image).convert("RGBA")
             _check_opaque(self.path, image)
             if size is None:
                 return _to_8_bits(self.path, ImageOps.exif_transpose(image)).convert("RGB")
@@ -161,6 +165,14 @@ def _check_opaque(path: str | Path, image: Image.Image) -> None:
         transparent = image.convert("RGBA").getextrema()[3][0] < 255
     if transparent:
         raise MediaError(path, "has transparent pixels; flatten it onto a background of your choice")
+
+
+def _check_has_alpha(path: str | Path, image: Image.Image) -> None:
+    """Raise MediaError for images without alpha, and with one that has other than 8 bits."""
+    if not image.has_transparency_data:
+        raise MediaError(path, f"has no alpha channel ({image.mode}), which a model of 4 channels needs")
+    if image.mode not in ("RGBA", "LA", "PA", "P", "L", "RGB"):
+        raise MediaError(path, f"has an alpha channel beside {image.mode} pixels; store it as RGBA of 8 bits")
 
 
 def _kind(path: str | Path, file: BinaryIO | None) -> str:
@@ -272,8 +284,8 @@ class SequenceReader:
     of another size than the first.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path, self.files = Path(path), sequence_files(path)
+    def __init__(self, path: str | Path, alpha: bool = False) -> None:
+        self.path, self.files, self.alpha = Path(path), sequence_files(path), alpha
         self.info = replace(image_info(self.files[0]), num_frames=len(self.files), fps=SEQUENCE_RATE)
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
@@ -282,8 +294,8 @@ class SequenceReader:
         return np.stack([frames[i] for i in indices])
 
     def frame(self, file: Path, size: Size | None) -> np.ndarray:
-        """[H, W, 3] uint8 of one file."""
-        reader = ImageReader(file)
+        """[H, W, 3 or 4] uint8 of one file."""
+        reader = ImageReader(file, alpha=self.alpha)
         self.check_same_size(file, reader.info.height, reader.info.width)
         return reader.read([0], size)[0]
 

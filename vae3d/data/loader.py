@@ -172,7 +172,7 @@ class TrainingData:
     @property
     def item_bytes(self) -> int:
         """Of the largest batch that a worker reads."""
-        values = 3 * self.schedule.frames.all()[-1] * self.settings.height * self.settings.width
+        values = self.settings.channels * self.schedule.frames.all()[-1] * self.settings.height * self.settings.width
         return self.schedule.micro_batch * values * (1 if self.settings.depth is None else 4)
 
     def clips(

@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
+from PIL import Image
 
 from vae3d.data.dataset_rows import is_row, open_row
 from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
+from vae3d.data.images import resize as resize_image
 from vae3d.data.media import MediaError, MediaInfo, Reader, Size, check_indices, one_line
-from vae3d.data.video_index import KEYS_BACK, FrameSource, VideoIndex, check_frame, open_index, to_rgb
+from vae3d.data.video_index import KEYS_BACK, FrameSource, VideoIndex, check_frame, has_alpha, open_index, to_rgb
 from vae3d.text import plural
 
 VIDEO_SUFFIXES = (
@@ -32,24 +34,25 @@ VIDEO_SUFFIXES = (
 )
 
 
-def open_media(path: str | Path, reader: str = "auto", threads: int = 1) -> Reader:
+def open_media(path: str | Path, reader: str = "auto", threads: int = 1, alpha: bool = False) -> Reader:
     """Open a video or image by its extension, an image sequence (`*` in the name), or a dataset row (dataset_rows.py).
 
     reader: pyav, decord, or auto, which is pyav: it reads all that decord reads, faster. threads: for decoding.
+    alpha: read colours and alpha, [T, H, W, 4], not premultiplied.
     Raises MediaError if the file is missing, empty, not what its extension says, or cannot be decoded faithfully.
     """
     path = Path(path)
     if is_row(path):
-        return ImageReader(path, open_row(path))
+        return ImageReader(path, open_row(path), alpha)
     if is_sequence(path):
-        return SequenceReader(path)
+        return SequenceReader(path, alpha)
     _require_file(path)
     suffix = path.suffix.lower()
     if suffix in IMAGE_SUFFIXES:
-        return ImageReader(path)
+        return ImageReader(path, alpha=alpha)
     if suffix not in VIDEO_SUFFIXES:
         raise MediaError(path, f"unknown extension {suffix!r}; known: {' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}")
-    return READERS[reader](path, threads)
+    return READERS[reader](path, threads, alpha)
 
 
 def media_info(path: str | Path) -> MediaInfo:
@@ -82,14 +85,16 @@ def _require_file(path: Path) -> None:
 class PyAVReader:
     """Decodes from the key frame before a frame, anywhere in the file. See video_index. Raises MediaError."""
 
-    def __init__(self, path: Path, threads: int = 1) -> None:
-        self.path = path
+    def __init__(self, path: Path, threads: int = 1, alpha: bool = False) -> None:
+        self.path, self.alpha = path, alpha
         self.index = open_index(path)
         self.header, self.info, self.times = self.index.header, self.index.header.info, self.index.times
         self._source = FrameSource(path, self.index, threads)
         self._convert = VideoReformatter()
         self._last: tuple[int, np.ndarray] | None = None  # index and pixels of the last frame
         self._restart(self.header.first)
+        if not alpha and has_alpha(VideoFormat(self.info.pixels)):
+            self._pixels(0)  # raises for transparent pixels
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
         check_indices(self.path, indices, self.info.num_frames)
@@ -101,12 +106,12 @@ class PyAVReader:
         self._source.close()
 
     def _pixels(self, index: int) -> np.ndarray:
-        """[H, W, 3] uint8 of a frame as stored."""
+        """[H, W, 3 or 4] uint8 of a frame as stored."""
         if self._last is not None and self._last[0] == index:
             return self._last[1]
         frame = self._frame(index)
         check_frame(self.path, frame, index, self.header.stored)
-        self._last = index, to_rgb(self.path, frame, self._convert)
+        self._last = index, to_rgb(self.path, frame, self._convert, self.alpha)
         return self._last[1]
 
     def _frame(self, index: int) -> VideoFrame:
@@ -166,7 +171,9 @@ class PyAVReader:
 class DecordReader:
     """decord (last release: 2021). Raises MediaError for files that it would decode wrongly."""
 
-    def __init__(self, path: Path, threads: int = 1) -> None:
+    def __init__(self, path: Path, threads: int = 1, alpha: bool = False) -> None:
+        if alpha:
+            raise MediaError(path, "decord reads no alpha; use reader=pyav")
         import decord
 
         with closing(PyAVReader(path)) as reader:  # for metadata and checks that decord lacks
@@ -218,13 +225,22 @@ def _check_for_decord(path: Path, index: VideoIndex) -> None:
     raise MediaError(path, f"{reason}; use reader=pyav")
 
 
-READERS: dict[str, Callable[[Path, int], Reader]] = {"auto": PyAVReader, "pyav": PyAVReader, "decord": DecordReader}
+READERS: dict[str, Callable[[Path, int, bool], Reader]] = {
+    "auto": PyAVReader,
+    "pyav": PyAVReader,
+    "decord": DecordReader,
+}
 
 
 def resize(frame: np.ndarray, size: Size) -> np.ndarray:
-    """[H, W, 3] uint8 -> size, bicubic and antialiased: within one level of Pillow's result, and faster."""
+    """[H, W, C] uint8 -> size, bicubic and antialiased: within one level of Pillow's result, and faster.
+
+    Of RGBA Pillow's own, which weights colours by their alpha.
+    """
     if frame.shape[:2] == tuple(size):
         return frame
+    if frame.shape[2] == 4:
+        return np.asarray(resize_image(Image.fromarray(frame, "RGBA"), size))
     planes = torch.from_numpy(np.require(frame, requirements=["C", "W"])).permute(2, 0, 1)[None]
     scaled = F.interpolate(planes, tuple(size), mode="bicubic", align_corners=False, antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()

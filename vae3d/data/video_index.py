@@ -35,6 +35,7 @@ import numpy as np
 from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
+from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
@@ -75,6 +76,7 @@ RATES += [Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120)]
 SEEK_WITHIN = 64  # packets after a seek among which the wanted one must be
 CHECKED = 8  # frames at the beginning whose order is compared with the timestamps
 KEYS_BACK = 4  # earlier key frames to retry from if a frame does not decode completely
+TRANSPARENT = "has transparent pixels; flatten it onto a background of your choice"
 MAX_DELAY = 64  # packets after its own until a frame comes out; no codec reorders by more than 16
 
 PACKET = np.dtype([("offset", "<i8"), ("size", "<u4"), ("key", "u1")])
@@ -312,7 +314,11 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     if videos[0].codec_context is None:
         raise MediaError(path, "has a codec for which there is no decoder here")
     if videos[0].metadata.get("alpha_mode") == "1":
-        raise MediaError(path, "has transparent pixels; flatten it onto a background of your choice")
+        raise MediaError(
+            path,
+            "has transparent pixels beside its frames, which the decoder does not return; flatten it, or for a model "
+            "of 4 channels convert it: ffmpeg -c:v libvpx-vp9 -i IN -pix_fmt yuva420p -c:v ffv1 OUT.mkv",
+        )
     return videos[0]
 
 
@@ -493,7 +499,7 @@ def _decode_in_order(
                     raise MediaError(path, f"is HDR ({transfer}); {reason}")
             check_frame(path, frame, len(shown), (first_frame.height, first_frame.width))
             shown.append(frame.pts)
-            hashes.append(zlib.crc32(np.ascontiguousarray(to_rgb(path, frame, convert))))
+            hashes.append(zlib.crc32(np.ascontiguousarray(to_rgb(path, frame, convert, has_alpha(frame.format)))))
             if enough(shown):
                 break
     if first_frame is None:
@@ -585,7 +591,7 @@ def _decodes_to(source: FrameSource, start: int, expected: dict[int, int]) -> bo
         for fed, frames in source.decode(start):
             for number, frame in frames:
                 if number in left:
-                    pixels = to_rgb(source.path, frame, convert)
+                    pixels = to_rgb(source.path, frame, convert, has_alpha(frame.format))
                     if frame.is_corrupt or zlib.crc32(np.ascontiguousarray(pixels)) != left.pop(number):
                         return False
             if not left or fed > max(left) + source.index.header.max_delay:
@@ -705,19 +711,29 @@ def _demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet
 # --- checking and converting frames
 
 
-def to_rgb(path: Path, frame: VideoFrame, convert: VideoReformatter) -> np.ndarray:
-    """[H, W, 3] uint8 of a decoded frame as stored, with the file's colour matrix and range.
+def has_alpha(pixels: VideoFormat) -> bool:
+    """Whether pixels of a format may be transparent."""
+    return pixels.has_palette or any(component.is_alpha for component in pixels.components)
+
+
+def to_rgb(path: Path, frame: VideoFrame, convert: VideoReformatter, keep_alpha: bool = False) -> np.ndarray:
+    """[H, W, 3] uint8 (keep_alpha: [H, W, 4]) of a decoded frame as stored, with the file's colour matrix and range.
 
     All readers use this conversion. Each chroma sample covers its 2x2 (or 2x1) pixels, as in the ffmpeg program for
     8 bits and even sizes; POINT makes swscale do the same for more bits. Resizing follows, so that the position of
-    chroma does not depend on the size. Raises MediaError if a pixel is transparent.
+    chroma does not depend on the size. Raises MediaError if a pixel is transparent, or, with keep_alpha, if the format
+    has no alpha.
     """
-    alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+    alpha = has_alpha(frame.format)
     kind = "rgba" if alpha else "rgb24"
     with media_errors(path, "cannot be converted to RGB"):
         pixels = convert.reformat(_even(frame), format=kind, interpolation="POINT", threads=1).to_ndarray()
+    if keep_alpha:
+        if not alpha:
+            raise MediaError(path, f"has no alpha channel ({frame.format.name}), which a model of 4 channels needs")
+        return pixels[: frame.height, : frame.width]
     if alpha and pixels[..., 3].min() < 255:
-        raise MediaError(path, "has transparent pixels; flatten it onto a background of your choice")
+        raise MediaError(path, TRANSPARENT)
     return pixels[: frame.height, : frame.width, :3]
 
 

@@ -19,6 +19,7 @@ from vae3d.data.clips import read_resized, resize_crop_params, to_video
 from vae3d.data.images import is_sequence
 from vae3d.data.readers import MediaError, MediaInfo, Reader, Size, open_media
 from vae3d.data.segments import WHOLE, Bounds, Segment
+from vae3d.inference.pictures import colours
 from vae3d.inference.video import VideoWriter, write_image
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.models.interface import Stream
@@ -154,7 +155,13 @@ class Reconstructor:
         )
 
     def _open(self, source: str, bounds: Bounds) -> Segment:
-        return Segment(open_media(source, self.config.reader, threads=0), source, bounds)
+        """Of a model of four channels only images, as RGBA: .mp4 files have no alpha."""
+        alpha = self.model.pixel_channels == 4
+        reader = Segment(open_media(source, self.config.reader, threads=0, alpha=alpha), source, bounds)
+        if alpha and reader.info.fps:
+            reader.close()
+            raise MediaError(source, "is a video, and infer.py writes images with alpha only; use vae3d.load")
+        return reader
 
     def first_chunk(self, source: str, bounds: Bounds = WHOLE) -> Tensor:
         """The first chunk of a file, [1, 3, T, H, W] in [-1, 1]. Raises MediaError."""
@@ -211,7 +218,7 @@ class Reconstructor:
 
     @torch.inference_mode()
     def _code(self, stream: Stream, chunk: Chunk, row: int, index: int, start: int) -> dict[str, np.ndarray]:
-        """Encode and decode a chunk, and update the metrics. Returns kind -> [T, H, W, 3] uint8.
+        """Encode and decode a chunk, and update the metrics. Returns kind -> [T, H, W, 3 or 4] uint8.
 
         index: of the chunk. start: index of its first frame. Raises NotFiniteError.
         """
@@ -226,5 +233,5 @@ class Reconstructor:
         outputs = {"ori": frames[:length], "rec": to_uint8(out.video[0], start=start)}
         if out.spatial is not None:
             outputs["spatial"] = to_uint8(spatial[0], start=start)
-        self.metrics.update(as_unit(outputs["ori"], self.device), as_unit(outputs["rec"], self.device))
+        self.metrics.update(*(as_unit(colours(outputs[kind]), self.device) for kind in ("ori", "rec")))
         return outputs

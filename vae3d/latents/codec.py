@@ -144,8 +144,11 @@ class LatentCodec:
 
         Raises PixelError for another shape or dtype, and for values outside of the range.
         """
-        if pixels.ndim not in (4, 5) or pixels.shape[1] != 3:
-            raise PixelError(f"pixels have shape {list(pixels.shape)}; use [B, 3, H, W] or [B, 3, T, H, W]")
+        channels = self.model.pixel_channels
+        if pixels.ndim not in (4, 5) or pixels.shape[1] != channels:
+            raise PixelError(
+                f"pixels have shape {list(pixels.shape)}; use [B, {channels}, H, W] or [B, {channels}, T, H, W]"
+            )
         video = pixels.to(self.device)
         if (video.dtype == torch.uint8) != (self.pixel_range == "uint8"):
             raise PixelError(f"pixels are {video.dtype}, but pixel_range={self.pixel_range} is declared")

@@ -16,6 +16,7 @@ from vae3d.losses.objective import PixelTerm
 from vae3d.losses.perceptual import LPIPS
 from vae3d.losses.pixel_weights import mean_one
 from vae3d.models.layers.frames import frames_of
+from vae3d.pixels import as_rgb
 from vae3d.types import ClipBatch
 
 
@@ -62,7 +63,7 @@ class CubeLPIPS(LPIPS):
                 f"LPIPS with the {self.net} trunk needs cube faces of at least {min_size} pixels; these have {size}: "
                 f"train on panoramas of at least {2 * min_size} rows, or set the term's `size`"
             )
-        ori, rec = (panorama.cube_faces(frames_of(video), size).flatten(0, 1) for video in (batch.video, rec))
+        ori, rec = (panorama.cube_faces(frames_of(as_rgb(video)), size).flatten(0, 1) for video in (batch.video, rec))
         weight = _face_weight(batch, size)
         weight = None if weight is None else weight.flatten(0, 1)
         values = self.distances(ori, rec, weight, len(batch.video))  # [B, 1, T * 6, 1, 1]

@@ -13,6 +13,7 @@ from vae3d import panorama
 from vae3d.losses.objective import PixelTerm
 from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.frames import clips_of, frames_of
+from vae3d.pixels import as_rgb
 from vae3d.pretrained import weights
 from vae3d.pretrained.lpips import LPIPSNet
 from vae3d.types import ClipBatch
@@ -20,7 +21,7 @@ from vae3d.types import ClipBatch
 
 @dataclass(kw_only=True, eq=False)
 class LPIPS(PixelTerm):
-    """LPIPS of every frame. The trunk is frozen and runs in fp32.
+    """LPIPS of every frame, of the colours of other than three channels (pixels.as_rgb). The trunk is frozen, in fp32.
 
     net: vgg (as in Open-Sora and latent-diffusion) or alex. path: the trunk's file, by default found by its name.
     frame_batch: frames at a time. gradient_checkpointing: recompute the trunk's activations in backward. wrap: columns
@@ -45,8 +46,7 @@ class LPIPS(PixelTerm):
         self.network.load(self.path).to(device)
 
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
-        ori = frames_of(batch.video)
-        rec = frames_of(rec)
+        ori, rec = frames_of(as_rgb(batch.video)), frames_of(as_rgb(rec))
         weight = batch.weight
         if self.wrap:
             ori, rec = panorama.wrap(ori, self.wrap), panorama.wrap(rec, self.wrap)

@@ -16,7 +16,7 @@ from torch import Tensor
 from vae3d.metrics.base import Chunk, SeriesMetric
 from vae3d.metrics.frame import decibels
 from vae3d.metrics.networks import Networks, batch_frames, flow, lpips_features
-from vae3d.pixels import quantize
+from vae3d.optical_flow import grey_frames, warp
 
 
 class PairMetric(SeriesMetric):
@@ -70,9 +70,7 @@ def _farneback(frames: Tensor) -> Iterator[np.ndarray]:
     """The flow [H, W, 2] from each frame to the next."""
     import cv2
 
-    rgb = quantize(frames, "unit").permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in rgb]
-    for first, second in pairwise(grey):
+    for first, second in pairwise(grey_frames(frames)):
         yield cv2.calcOpticalFlowFarneback(first, second, None, 0.5, 3, 15, 3, 5, 1.2, 0)
 
 
@@ -126,16 +124,6 @@ class WarpingError(PairMetric):
             "warping_error": _masked_error(chunk.rec, forward, visible),
             "warping_error_ori": _masked_error(chunk.ref, forward, visible),
         }
-
-
-def warp(images: Tensor, motion: Tensor) -> Tensor:
-    """Backward warp: [N, C, H, W] sampled bilinearly at each pixel plus its flow [N, 2, H, W]; edges are replicated."""
-    height, width = images.shape[-2:]
-    rows = torch.arange(height, device=images.device, dtype=motion.dtype)[:, None]
-    columns = torch.arange(width, device=images.device, dtype=motion.dtype)
-    x = (columns + motion[:, 0]) * 2 / max(width - 1, 1) - 1
-    y = (rows + motion[:, 1]) * 2 / max(height - 1, 1) - 1
-    return F.grid_sample(images, torch.stack([x, y], -1), padding_mode="border", align_corners=True)
 
 
 def occluded(forward: Tensor, backward: Tensor) -> Tensor:

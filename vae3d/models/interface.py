@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 
 class VideoAutoencoder(nn.Module):
-    """Maps video [B, 3, T, H, W] in [-1, 1] to latents [B, C, t, h, w] and back.
+    """Maps video [B, 3, T, H, W] in [-1, 1] to latents [B, C, t, h, w] and back; pixel_channels may replace the 3.
 
     `forward` takes any number of frames and any size and returns the same: models extend clips by repeating their last
     frame, and sides by repeating their edge, to what their network takes, and crop the reconstruction.
     """
 
     spec: LatentSpec
+    pixel_channels: int = 3  # of videos: 3 RGB, 4 RGBA, 1 grey or depth, or any other number
     latents_mean: Tensor  # [1, C, 1, 1, 1]
     latents_std: Tensor
 
@@ -62,7 +63,7 @@ class VideoAutoencoder(nn.Module):
         sample: sample the posterior, or take its mode. generator: one for the batch, or one per clip.
         pixels: False skips the pixel decoder, where no loss reads its output. noise: see add_latent_noise.
         """
-        check_video(video, values=False)
+        check_video(video, self.pixel_channels, values=False)
         frames, height, width = video.shape[2:]
         posterior = self.encode(video) if encode or latents is None else None
         z = choose_latents(posterior, latents, sample, generator)
@@ -99,6 +100,10 @@ class VideoAutoencoder(nn.Module):
 
     def last_layers(self) -> list[nn.Parameter]:
         """Weights of the layers that output pixels, the last one first. A stage may freeze some of them."""
+        raise NotImplementedError
+
+    def pixel_layers(self) -> PixelLayers:
+        """The layers that read and write pixels, to change the number of their channels."""
         raise NotImplementedError
 
     def frames_valid(self, frames: int) -> bool:
@@ -142,6 +147,18 @@ class VideoAutoencoder(nn.Module):
     def denormalize(self, z: Tensor) -> Tensor:
         """Inverse of normalize."""
         return z * self.latents_std + self.latents_mean
+
+
+class PixelLayers(NamedTuple):
+    """Names, in the state dict, of the tensors whose size follows from the pixels' channels.
+
+    inputs: weights [out, channels * n, ...]. outputs: weights and biases [channels * n, ...]. grey: mid-grey in the
+    outputs' own range, in which white is 1.
+    """
+
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    grey: float = 0.0
 
 
 class Stream(Protocol):
@@ -202,8 +219,12 @@ def add_latent_noise(z: Tensor, noise: float, generator: Generators) -> Tensor:
 
 
 def attach_decoder(out: Reconstruction, model: VideoAutoencoder) -> Reconstruction:
-    """Set out.decode, with which loss terms decode other latents."""
-    return replace(out, decode=lambda z, video: model(video, latents=z).video)
+    """Set out.decode and out.reconstruct, with which loss terms decode other latents and code other videos."""
+    return replace(
+        out,
+        decode=lambda z, video: model(video, latents=z).video,
+        reconstruct=lambda video: model(video, sample=False),
+    )
 
 
 def latent_space(model: nn.Module) -> str:

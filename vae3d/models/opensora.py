@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Deviation, Mean, check_arguments
-from vae3d.models.interface import VideoAutoencoder, add_latent_noise, choose_latents
+from vae3d.models.interface import PixelLayers, VideoAutoencoder, add_latent_noise, choose_latents
 from vae3d.models.streaming import IndependentChunks
 from vae3d.models.temporal import TemporalVAE
 from vae3d.pixels import check_latents, check_video
@@ -54,6 +54,7 @@ class OpenSoraVAE(VideoAutoencoder):
         self.spatial_vae = spatial
         self.temporal_vae = temporal
         self.micro_frames = micro_frames
+        self.pixel_channels = spatial.pixel_channels
 
     @property
     def spec(self) -> LatentSpec:
@@ -87,7 +88,7 @@ class OpenSoraVAE(VideoAutoencoder):
         noise: float = 0.0,
     ) -> Reconstruction:
         """See VideoAutoencoder.forward. `spatial` holds the 2D latents; noise is added to the temporal latents."""
-        check_video(video, values=False)
+        check_video(video, self.pixel_channels, values=False)
         frames, height, width = video.shape[2:]
         latent = posterior = None
         if encode or latents is None:
@@ -124,6 +125,10 @@ class OpenSoraVAE(VideoAutoencoder):
             )
         lengths = [min(self.micro_frames, frames - start) for start in range(0, frames, self.micro_frames)]
         return torch.cat([self.temporal_vae.decode(p, n) for p, n in zip(z.split(size, 2), lengths, strict=True)], 2)
+
+    def pixel_layers(self) -> PixelLayers:
+        inputs, outputs, grey = self.spatial_vae.pixel_layers()
+        return PixelLayers(*([f"spatial_vae.{name}" for name in names] for names in (inputs, outputs)), grey)
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         spatial = self.spatial_vae.trainable_parts()

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vae3d.arguments import Count, Depth, Deviation, Mean, Width, Widths, check_arguments
+from vae3d.arguments import Count, Depth, Deviation, Mean, PixelChannels, Width, Widths, check_arguments
 from vae3d.errors import UserError
-from vae3d.models.interface import VideoAutoencoder
+from vae3d.models.interface import PixelLayers, VideoAutoencoder
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import pad_space, per_frame
 from vae3d.models.layers.linear_code import LOGVAR_START, cosines, set_linear_code
 from vae3d.models.layers.norm import norm_silu
+from vae3d.models.layers.pixel_convs import PixelInput, PixelOutput
 from vae3d.models.streaming import IndependentChunks
 from vae3d.pixels import check_latents, check_video
 from vae3d.types import LatentSpec, Posterior
@@ -118,9 +119,11 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, channels: Sequence[int], layers: int, out_channels: int, groups: int, attention: bool) -> None:
+    def __init__(
+        self, channels: Sequence[int], layers: int, out_channels: int, groups: int, attention: bool, pixels: int = 3
+    ) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.conv_in = PixelInput(pixels, channels[0])
         inputs = [channels[0], *channels[:-1]]
         self.down_blocks = nn.ModuleList(
             Level(a, b, layers, groups, "down" if i < len(channels) - 1 else None)
@@ -138,7 +141,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, channels: Sequence[int], layers: int, in_channels: int, groups: int, attention: bool) -> None:
+    def __init__(
+        self, channels: Sequence[int], layers: int, in_channels: int, groups: int, attention: bool, pixels: int = 3
+    ) -> None:
         super().__init__()
         outputs = list(reversed(channels))
         inputs = [outputs[0], *outputs[:-1]]
@@ -149,7 +154,7 @@ class Decoder(nn.Module):
             for i, (a, b) in enumerate(zip(inputs, outputs, strict=True))
         )
         self.conv_norm_out = nn.GroupNorm(groups, outputs[-1], eps=EPS)
-        self.conv_out = nn.Conv2d(outputs[-1], 3, 3, padding=1)
+        self.conv_out = PixelOutput(outputs[-1], pixels)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.conv_out(self.features(z))
@@ -176,12 +181,13 @@ class AutoencoderKL(nn.Module):
         groups: int,
         attention: bool,
         quant_convs: bool,
+        pixels: int = 3,
     ) -> None:
         super().__init__()
         if any(c % groups for c in channels):
             raise ValueError(f"channels are {list(channels)}; each must be a multiple of groups={groups}")
-        self.encoder = Encoder(channels, layers, 2 * latent_channels, groups, attention)
-        self.decoder = Decoder(channels, layers, latent_channels, groups, attention)
+        self.encoder = Encoder(channels, layers, 2 * latent_channels, groups, attention, pixels)
+        self.decoder = Decoder(channels, layers, latent_channels, groups, attention, pixels)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if quant_convs else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant_convs else nn.Identity()
 
@@ -207,6 +213,7 @@ class SpatialVAE(VideoAutoencoder):
     shortcut: add a linear path beside each network, from the patch of pixels behind a latent to the latent and back, as
     in TemporalVAE: a DCT at first, lowest frequencies first, to which both networks add nothing. Published networks
     have none.
+    pixel_channels: of videos, see docs/models.md.
     keep_last_input: also keep the last layer's input. Otherwise the gradient of this layer alone, which an adaptive
     weight needs, recomputes the whole decoder.
     """
@@ -226,9 +233,11 @@ class SpatialVAE(VideoAutoencoder):
         frame_batch: Count | None = 4,
         gradient_checkpointing: bool = True,
         shortcut: bool = False,
+        pixel_channels: PixelChannels = 3,
     ) -> None:
         super().__init__()
-        self.module = AutoencoderKL(channels, layers, latent_channels, groups, attention, quant_convs)
+        self.module = AutoencoderKL(channels, layers, latent_channels, groups, attention, quant_convs, pixel_channels)
+        self.pixel_channels = pixel_channels
         self.scaling_factor = scaling_factor
         self.shift_factor = shift_factor = 0.0 if shift_factor is None else shift_factor
         self.frame_batch = frame_batch
@@ -244,7 +253,7 @@ class SpatialVAE(VideoAutoencoder):
         )
         self.shortcut = shortcut
         if shortcut:
-            patch = 3 * self.spec.space_stride**2
+            patch = pixel_channels * self.spec.space_stride**2
             self.shortcut_in = nn.Conv3d(patch, latent_channels, 1)
             self.shortcut_out = nn.Conv3d(latent_channels, patch, 1)
             self._start_linear()
@@ -261,7 +270,7 @@ class SpatialVAE(VideoAutoencoder):
         size = self.spec.space_stride
         waves = torch.einsum("yp,xq->yxpq", cosines(size), cosines(size)).view(size**2, size**2)
         order = torch.tensor([y + x for y in range(size) for x in range(size)]).argsort(stable=True)
-        waves = torch.einsum("fp,cd->fcdp", waves[order], torch.eye(3)).flatten(2).flatten(0, 1)
+        waves = torch.einsum("fp,cd->fcdp", waves[order], torch.eye(self.pixel_channels)).flatten(2).flatten(0, 1)
         set_linear_code(self.shortcut_in, self.shortcut_out, waves / size**2, waves.T)
 
     def patches(self, video: Tensor) -> Tensor:
@@ -273,7 +282,7 @@ class SpatialVAE(VideoAutoencoder):
 
     def encode(self, video: Tensor) -> Posterior:
         """[B, 3, T, H, W] -> posterior over raw latents [B, C, T, ceil(H/f), ceil(W/f)]."""
-        check_video(video)
+        check_video(video, self.pixel_channels)
         video = pad_space(video, self.spec.space_stride).to(self.module.encoder.conv_in.weight.dtype)
         recompute = self.gradient_checkpointing and needs_grad(self.module.encoder, video)
         encode = partial(maybe_checkpoint, self.module.encode, enabled=recompute)
@@ -310,6 +319,12 @@ class SpatialVAE(VideoAutoencoder):
 
     def last_layers(self) -> list[nn.Parameter]:
         return [self.module.decoder.conv_out.weight]
+
+    def pixel_layers(self) -> PixelLayers:
+        inputs, outputs = ["module.encoder.conv_in.weight"], ["module.decoder.conv_out"]
+        if self.shortcut:
+            inputs, outputs = [*inputs, "shortcut_in.weight"], [*outputs, "shortcut_out"]
+        return PixelLayers(inputs, [f"{name}.{kind}" for name in outputs for kind in ("weight", "bias")])
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """Chunks of frame_batch frames; any length gives the same result."""

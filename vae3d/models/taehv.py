@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vae3d.arguments import Count, Deviation, Flags, Mean, Width, Widths, check_arguments
-from vae3d.models.interface import VideoAutoencoder, choose_latent_space
+from vae3d.arguments import Count, Deviation, Flags, Mean, PixelChannels, Width, Widths, check_arguments
+from vae3d.models.interface import PixelLayers, VideoAutoencoder, choose_latent_space
 from vae3d.models.layers import taehv_blocks as blocks
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import extend_time, pad_space
@@ -79,7 +79,7 @@ class TAEHV(VideoAutoencoder):
     channels, decoder_channels: widths; None as published. latent: raw or normalized; None as the variant.
     latents_mean, latents_std: of raw latents, per channel, for `normalize`; normalized latents take none.
     chunk_latents: code clips in chunks of this many latents, which changes memory, not results; None: at once.
-    gradient_checkpointing: recompute each block in backward.
+    gradient_checkpointing: recompute each block in backward. pixel_channels: of videos, see docs/models.md.
 
     Frames that it takes: see taehv_frames. Weights start from torch's defaults, the decoder's last bias from 0.5,
     mid-grey in the network's own range [0, 1].
@@ -100,6 +100,7 @@ class TAEHV(VideoAutoencoder):
         latents_std: Sequence[Deviation] | None = None,
         chunk_latents: Count | None = None,
         gradient_checkpointing: bool = False,
+        pixel_channels: PixelChannels = 3,
     ) -> None:
         super().__init__()
         if variant not in VARIANTS:
@@ -107,18 +108,18 @@ class TAEHV(VideoAutoencoder):
         kind = VARIANTS[variant]
         time = _time_flags(variant, decoder_time_upscale)
         space = _space_flags(variant, decoder_space_upscale)
-        pixels = 3 * kind.patch**2
         widths = tuple(decoder_channels or (SUPER if kind.decoder == "super" else BASE))
         if len(widths) != 4:
             raise ValueError(f"decoder_channels has {plural(len(widths), 'entry')}; give 4")
-        self.encoder = blocks.encoder(pixels, channels, kind.latent_channels, kind.time_down)
+        self.encoder = blocks.encoder(pixel_channels, kind.patch, channels, kind.latent_channels, kind.time_down)
         if kind.decoder == "super":
-            self.decoder = blocks.super_decoder(kind.latent_channels, widths, pixels, time)
+            self.decoder = blocks.super_decoder(kind.latent_channels, widths, pixel_channels, kind.patch, time)
         else:
-            self.decoder = blocks.decoder(kind.latent_channels, widths, pixels, time, space)
+            self.decoder = blocks.decoder(kind.latent_channels, widths, pixel_channels, kind.patch, time, space)
         nn.init.constant_(self.decoder[-1].bias, 0.5)
         self.variant = variant
         self.patch = kind.patch
+        self.pixel_channels = pixel_channels
         self.rule = RULES[kind.rule]
         self.latent = choose_latent_space(latent or kind.latent, latents_mean, latents_std)
         self.chunk_latents = chunk_latents
@@ -140,7 +141,7 @@ class TAEHV(VideoAutoencoder):
 
     def encode(self, video: Tensor) -> Delta:
         """[B, 3, T, H, W] -> latents, [B, C, t, h, w]."""
-        check_video(video)
+        check_video(video, self.pixel_channels)
         plan = self.plan(video.shape[2])
         video = pad_space(extend_time(video, sum(frames for _, frames in plan.encoder)), self.spec.space_stride)
         latents = []
@@ -281,6 +282,10 @@ class TAEHV(VideoAutoencoder):
             count -= -min(length, frames) * self.time_upscale // self.spec.time_stride
             frames -= min(length, frames)
         return count
+
+    def pixel_layers(self) -> PixelLayers:
+        last = f"decoder.{len(self.decoder) - 1}"
+        return PixelLayers(["encoder.0.weight"], [f"{last}.weight", f"{last}.bias"], grey=0.5)
 
     def as_video(self, features: Tensor, clips: int) -> Tensor:
         """A layer's output for `clips` clips, [T * B, C, H, W], as [B, C, T, H, W]."""

@@ -13,10 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vae3d.arguments import Count, Deviation, Mean, check_arguments
-from vae3d.models.interface import VideoAutoencoder, choose_latent_space
+from vae3d.arguments import Count, Deviation, Mean, PixelChannels, check_arguments
+from vae3d.models.interface import PixelLayers, VideoAutoencoder, choose_latent_space
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import pad_space, per_frame
+from vae3d.models.layers.pixel_convs import PixelInput, PixelOutput
 from vae3d.models.layers.taehv_blocks import Clamp, UpConv, conv
 from vae3d.models.streaming import IndependentChunks
 from vae3d.pixels import check_latents, check_video
@@ -73,24 +74,30 @@ class Block(nn.Module):
         return (self.conv(x) + x).relu_()
 
 
-def encoder(kind: Variant) -> nn.Sequential:
+def encoder(kind: Variant, pixels: int) -> nn.Sequential:
     if len(kind.widths) == 3:
-        layers = [conv(3, WIDTH), Block(WIDTH)]
+        layers = [PixelInput(pixels, WIDTH), Block(WIDTH)]
     else:  # the first two stages have no blocks of their own
-        layers = [conv(3, 32, stride=2), nn.ReLU(True), conv(32, WIDTH, stride=2), nn.ReLU(True), Block(WIDTH)]
+        layers = [
+            PixelInput(pixels, 32, stride=2),
+            nn.ReLU(True),
+            conv(32, WIDTH, stride=2),
+            nn.ReLU(True),
+            Block(WIDTH),
+        ]
     for stage in range(3):
         layers += [conv(WIDTH, WIDTH, stride=2, bias=False)]
         layers += [Block(WIDTH, kind.pool and stage == 2) for _ in range(3)]
     return nn.Sequential(*layers, conv(WIDTH, kind.latent_channels))
 
 
-def decoder(kind: Variant) -> nn.Sequential:
+def decoder(kind: Variant, pixels: int) -> nn.Sequential:
     """An Identity stands where the published network upsamples, which UpConv does here."""
     layers = [Clamp(), conv(kind.latent_channels, kind.widths[0]), nn.ReLU(True)]
     for stage, (width, after) in enumerate(zip(kind.widths, [*kind.widths[1:], WIDTH], strict=True)):
         layers += [Block(width, kind.pool and stage == 0) for _ in range(3)]
         layers += [nn.Identity(), UpConv(width, after)]
-    return nn.Sequential(*layers, Block(WIDTH), conv(WIDTH, 3))
+    return nn.Sequential(*layers, Block(WIDTH), PixelOutput(WIDTH, pixels))
 
 
 class TAESD(VideoAutoencoder):
@@ -99,7 +106,7 @@ class TAESD(VideoAutoencoder):
     variant: taesd, taesdxl, taesd3, taef1, taef2 or taesana. latent: raw or normalized; None: as the variant.
     latents_mean, latents_std: of raw latents, per channel, for `normalize`; None: 0 and 1. frame_batch: frames that
     pass through the network at once; None: all. gradient_checkpointing: keep only each frame batch's input and
-    recompute the rest in backward.
+    recompute the rest in backward. pixel_channels: of videos, see docs/models.md.
 
     Height and width are padded to multiples of the stride by repeating their edge, and reconstructions are cropped.
     Raises ValueError if the arguments do not fit together.
@@ -115,15 +122,17 @@ class TAESD(VideoAutoencoder):
         latents_std: Sequence[Deviation] | None = None,
         frame_batch: Count | None = 4,
         gradient_checkpointing: bool = False,
+        pixel_channels: PixelChannels = 3,
     ) -> None:
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant is {variant!r}; use one of {', '.join(VARIANTS)}")
         kind = VARIANTS[variant]
-        self.encoder = encoder(kind)
-        self.decoder = decoder(kind)
+        self.encoder = encoder(kind, pixel_channels)
+        self.decoder = decoder(kind, pixel_channels)
         nn.init.constant_(self.decoder[-1].bias, 0.5)  # mid-grey in the network's own range [0, 1]
         self.variant = variant
+        self.pixel_channels = pixel_channels
         self.latent = choose_latent_space(latent or kind.latent, latents_mean, latents_std)
         self.frame_batch = frame_batch
         self.gradient_checkpointing = gradient_checkpointing
@@ -137,7 +146,7 @@ class TAESD(VideoAutoencoder):
 
     def encode(self, video: Tensor) -> Delta:
         """[B, 3, T, H, W] -> latents [B, C, T, ceil(H/f), ceil(W/f)]."""
-        check_video(video)
+        check_video(video, self.pixel_channels)
         video = pad_space(video, self.spec.space_stride).to(self.encoder[0].weight.dtype)
         return Delta(self._per_frame(lambda frames: self.encoder(frames / 2 + 0.5), video, self.encoder))
 
@@ -161,6 +170,10 @@ class TAESD(VideoAutoencoder):
 
     def last_layers(self) -> list[nn.Parameter]:
         return [self.decoder[-1].weight]
+
+    def pixel_layers(self) -> PixelLayers:
+        last = f"decoder.{len(self.decoder) - 1}"
+        return PixelLayers(["encoder.0.weight"], [f"{last}.weight", f"{last}.bias"], grey=0.5)
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """Chunks of frame_batch frames; any length gives the same result."""

@@ -13,8 +13,19 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vae3d.arguments import Count, Depth, Deviation, Factor, Factors, Flags, Mean, Width, check_arguments
-from vae3d.models.interface import VideoAutoencoder
+from vae3d.arguments import (
+    Count,
+    Depth,
+    Deviation,
+    Factor,
+    Factors,
+    Flags,
+    Mean,
+    PixelChannels,
+    Width,
+    check_arguments,
+)
+from vae3d.models.interface import PixelLayers, VideoAutoencoder
 from vae3d.models.layers.borders import Borders
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import extend_time, pad_space
@@ -38,7 +49,7 @@ class WanVAE(VideoAutoencoder):
     panoramas, with the same weights.
     latents_mean, latents_std: per channel, for `normalize`; encode and decode use raw latents.
     chunk_latents: code clips in chunks of this many latent frames, which changes memory, not results; None: at once.
-    gradient_checkpointing: recompute each block in backward.
+    gradient_checkpointing: recompute each block in backward. pixel_channels: of videos, see docs/models.md.
 
     The network takes 1 + n * time_stride frames; a circular width must be a multiple of the space stride.
     Raises ValueError if the lists do not fit together.
@@ -62,6 +73,7 @@ class WanVAE(VideoAutoencoder):
         latents_std: Sequence[Deviation] | None = None,
         chunk_latents: Count | None = None,
         gradient_checkpointing: bool = False,
+        pixel_channels: PixelChannels = 3,
     ) -> None:
         super().__init__()
         if len(downsample) != len(multipliers) - 1:
@@ -71,7 +83,7 @@ class WanVAE(VideoAutoencoder):
             )
         borders = Borders(pad_w, pad_h)
         time = list(downsample)
-        pixels = 3 * patch**2
+        pixels = pixel_channels * patch**2
         widths = [channels * m for m in multipliers]
         self.encoder = Encoder(pixels, 2 * latent_channels, channels, widths, time, layers, shortcuts, borders)
         self.conv1 = nn.Conv3d(2 * latent_channels, 2 * latent_channels, 1)
@@ -79,6 +91,7 @@ class WanVAE(VideoAutoencoder):
         decoder_widths = [(decoder_channels or channels) * m for m in multipliers]
         self.decoder = Decoder(latent_channels, pixels, decoder_widths, time, layers, shortcuts, borders)
         self.patch = patch
+        self.pixel_channels = pixel_channels
         self.borders = borders
         self.chunk_latents = chunk_latents
         self.gradient_checkpointing = gradient_checkpointing
@@ -92,7 +105,7 @@ class WanVAE(VideoAutoencoder):
 
     def encode(self, video: Tensor) -> Posterior:
         """[B, 3, T, H, W] -> posterior over raw latents. Raises ValueError as require_closed_seam does."""
-        check_video(video)
+        check_video(video, self.pixel_channels)
         stride = self.spec.time_stride
         self.require_closed_seam(video.shape[-1])
         frames = video.shape[2] + -(video.shape[2] - 1) % stride
@@ -199,6 +212,9 @@ class WanVAE(VideoAutoencoder):
 
     def last_layers(self) -> list[nn.Parameter]:
         return [self.decoder.head["2"].weight]
+
+    def pixel_layers(self) -> PixelLayers:
+        return PixelLayers(["encoder.conv1.weight"], ["decoder.head.2.weight", "decoder.head.2.bias"])
 
     def frames_valid(self, frames: int) -> bool:
         return frames >= 1 and (frames - 1) % self.spec.time_stride == 0

@@ -95,11 +95,11 @@ class LPIPSNet(nn.Module):
         """
         maps = self.layer_maps(self.unit_features(x), self.unit_features(y))
         if weight is not None:
-            maps = [m * _at_size(weight, m.shape[-2:]) for m in maps]
+            maps = [m * weight_at_size(weight, m.shape[-2:]) for m in maps]
         return sum(m.mean((2, 3), keepdim=True) for m in maps)
 
 
-def _at_size(weight: Tensor, size: Sequence[int]) -> Tensor:
+def weight_at_size(weight: Tensor, size: Sequence[int]) -> Tensor:
     """Average weights [N, 1, H, W], where H or W may be 1, to `size`, and keep each image's mean."""
     small = nn.functional.adaptive_avg_pool2d(weight, [min(a, b) for a, b in zip(weight.shape[-2:], size, strict=True)])
     before, after = (w.mean((2, 3), keepdim=True) for w in (weight, small))

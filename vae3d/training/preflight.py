@@ -81,9 +81,14 @@ def noise(micro_batch: int, frames: int, settings: ClipSettings) -> ClipBatch:
     generator = torch.Generator().manual_seed(0)
     positions, names = torch.arange(-micro_batch, 0), ["noise"] * micro_batch
     if settings.depth is None:
-        video = torch.randint(0, 256, (shape[0], 3, *shape[1:]), dtype=torch.uint8, generator=generator)
+        video = torch.randint(0, 256, (shape[0], settings.channels, *shape[1:]), dtype=torch.uint8, generator=generator)
         return ClipBatch(video, positions, names)
-    video = torch.rand(shape[0], 1, *shape[1:], generator=generator).mul_(2).sub_(1).expand(-1, 3, -1, -1, -1)
+    video = (
+        torch.rand(shape[0], 1, *shape[1:], generator=generator)
+        .mul_(2)
+        .sub_(1)
+        .expand(-1, settings.channels, -1, -1, -1)
+    )
     valid = torch.ones(shape[0], 1, *shape[1:], dtype=torch.bool)
     return ClipBatch(
         video.contiguous(), positions, names, valid=valid, depth_bounds=torch.tensor([[0.1, 20.0]] * shape[0])

@@ -90,7 +90,11 @@ class Distillation:
         if not self.features:
             return student
         video = torch.zeros(
-            1, 3, frames, *[2 * student.spec.space_stride] * 2, device=next(student.parameters()).device
+            1,
+            student.pixel_channels,
+            frames,
+            *[2 * student.spec.space_stride] * 2,
+            device=next(student.parameters()).device,
         )
         target = self.compute_targets(ClipBatch(video, torch.zeros(1, dtype=torch.long), [""])).targets
         with torch.no_grad(), capture_activations(student, list(self.features), 1) as activations:

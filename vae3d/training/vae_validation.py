@@ -13,17 +13,33 @@ import torch
 from torch import nn
 
 from vae3d.data.depth import depth_of, to_metres
-from vae3d.inference.pictures import ERROR_LABEL, enlarged, error_maps, latent_colours, side_by_side, table
+from vae3d.inference.pictures import (
+    ERROR_LABEL,
+    colours,
+    displayable,
+    enlarged,
+    error_maps,
+    latent_colours,
+    side_by_side,
+    table,
+)
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.metrics.depth import depth_errors
 from vae3d.metrics.distribution import SetMetric
+from vae3d.metrics.frame import decibel
 from vae3d.metrics.panorama import roll_consistency
 from vae3d.pixels import NotFiniteError, as_unit, to_uint8
 from vae3d.training.runlog import RunLog
 from vae3d.types import ClipBatch
 
 PANELS = ("original", "latent", "reconstruction")
-BETTER = {"roll_psnr": True, "abs_rel": False, "delta1": True}  # scores beside the metrics': whether higher is better
+BETTER = {
+    "roll_psnr": True,
+    "abs_rel": False,
+    "delta1": True,
+    "alpha_psnr": True,
+    "other_psnr": True,
+}  # scores beside the metrics': whether higher is better
 
 
 @dataclass
@@ -64,6 +80,16 @@ def log_clips(log: RunLog, clips: Sequence[ValidatedClip], step: int) -> None:
         log.frames("val_clips/images", table(images, [*PANELS, ERROR_LABEL])[None], step)
 
 
+def channel_scores(ref: np.ndarray, rec: np.ndarray) -> dict[str, float]:
+    """PSNR in dB of the channels after the first three of frames [T, H, W, C] uint8: `alpha_psnr` of the fourth of
+    four, `other_psnr` of all from the fourth on of more."""
+    channels = ref.shape[3]
+    if channels <= 3:
+        return {}
+    errors = (ref[..., 3:].astype(np.float64) - rec[..., 3:]) / 255
+    return {"alpha_psnr" if channels == 4 else "other_psnr": decibel(float(np.square(errors).mean()))}
+
+
 @torch.no_grad()
 def validate(
     model: nn.Module,
@@ -77,6 +103,7 @@ def validate(
 ) -> list[ValidatedClip]:
     """Reconstruct clips from the posterior's mode and score them as 8-bit pixels, like those of a file.
 
+    Metrics see the colours of other than three channels (pixels.as_rgb); for the others, see channel_scores.
     panels: number of clips to keep for display. roll: also score how well the reconstruction of a rotated panorama
     matches the rotated reconstruction (`roll_psnr`). depth: mapping of depth clips, for AbsRel and delta1 in metres.
     """
@@ -85,11 +112,15 @@ def validate(
     for clip in clips:
         clip = clip.to(device)
         out = model(clip.video, sample=False)
-        ref, rec = to_uint8(clip.video[0], clip.paths[0]), to_uint8(out.video[0], f"reconstruction of {clip.paths[0]}")
-        metrics.update(as_unit(ref, device), as_unit(rec, device))
-        index = int(clip.positions)
-        shown = np.stack([ref, latent_colours(out.z[0], ref.shape[:3]), rec]) if index < panels else None
+        before = to_uint8(clip.video[0], clip.paths[0])
+        after = to_uint8(out.video[0], f"reconstruction of {clip.paths[0]}")
+        metrics.update(*(as_unit(colours(frames), device) for frames in (before, after)))
+        index, shown = int(clip.positions), None
+        if index < panels:
+            latent = latent_colours(out.z[0], before.shape[:3])
+            shown = np.stack([displayable(before), latent, displayable(after)])
         scores = {"roll_psnr": roll_consistency(model, clip.video)} if roll else {}
+        scores |= channel_scores(before, after)
         if depth is not None:
             metres = (to_metres(depth_of(video.float()), clip.depth_bounds, depth) for video in (clip.video, out.video))
             scores |= depth_errors(*metres, clip.valid)

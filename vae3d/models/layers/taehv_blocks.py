@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vae3d.models.layers.borders import Borders
 from vae3d.models.layers.checkpointing import maybe_checkpoint
+from vae3d.models.layers.pixel_convs import PixelInput, PixelOutput
 from vae3d.models.layers.wan_blocks import upsample_conv
 
 Cache = Sequence[Tensor | None]  # of every layer: its last input frames; None if it is not a MemBlock
@@ -118,9 +119,10 @@ def conv(width: int, out_width: int, **options: object) -> nn.Conv2d:
     return nn.Conv2d(width, out_width, 3, padding=1, **options)
 
 
-def encoder(pixels: int, width: int, latents: int, time: Sequence[bool]) -> nn.Sequential:
-    """time: which of the three stages halve the frame rate. Each halves height and width."""
-    layers = [conv(pixels, width), nn.ReLU(True)]
+def encoder(pixels: int, patch: int, width: int, latents: int, time: Sequence[bool]) -> nn.Sequential:
+    """time: which of the three stages halve the frame rate. Each halves height and width. pixels: channels of a video.
+    patch: side of the patches that the network works on."""
+    layers = [PixelInput(pixels, width, patch=patch), nn.ReLU(True)]
     for halve in time:
         layers += [TPool(width, 1 + halve), conv(width, width, stride=2, bias=False)]
         layers += [mem_block(width) for _ in range(3)]
@@ -128,7 +130,7 @@ def encoder(pixels: int, width: int, latents: int, time: Sequence[bool]) -> nn.S
 
 
 def decoder(
-    latents: int, widths: Sequence[int], pixels: int, time: Sequence[bool], space: Sequence[bool]
+    latents: int, widths: Sequence[int], pixels: int, patch: int, time: Sequence[bool], space: Sequence[bool]
 ) -> nn.Sequential:
     """widths: of the three stages and the last layers. time, space: which stages double the frame rate and the sides.
 
@@ -140,15 +142,15 @@ def decoder(
         layers += [mem_block(width) for _ in range(3)]
         layers += [nn.Identity(), TGrow(width, 1 + time[stage])]
         layers += [UpConv(width, after) if space[stage] else conv(width, after, bias=False)]
-    return nn.Sequential(*layers, nn.ReLU(True), conv(widths[-1], pixels))
+    return nn.Sequential(*layers, nn.ReLU(True), PixelOutput(widths[-1], pixels, patch=patch))
 
 
-def super_decoder(latents: int, widths: Sequence[int], pixels: int, time: Sequence[bool]) -> nn.Sequential:
+def super_decoder(latents: int, widths: Sequence[int], pixels: int, patch: int, time: Sequence[bool]) -> nn.Sequential:
     layers = [Pointwise(latents, widths[0])]
     for stage, (width, after) in enumerate(zip(widths, widths[1:], strict=False)):
         layers += [super_mem_block(width) for _ in range(3)]
         layers += [conv(width, 4 * after), nn.ReLU(True), nn.PixelShuffle(2), TGrow(after, 1 + time[stage])]
-    return nn.Sequential(*layers, conv(widths[-1], pixels))
+    return nn.Sequential(*layers, PixelOutput(widths[-1], pixels, patch=patch))
 
 
 def run_layers(
