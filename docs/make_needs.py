@@ -28,7 +28,7 @@ from vae3d.adversarial.seraena import Seraena
 from vae3d.commands.summary import frame_counts
 from vae3d.config.schema import CONF, TrainConfig
 from vae3d.loading import instantiate
-from vae3d.models.diffusers_vae import COGVIDEOX, DiffusersVAE
+from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.schedules import ALL_ON
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts/benchmarks"))
@@ -39,10 +39,13 @@ EXPERIMENTS = CONF / "experiment"
 # The networks that teacher.path names in the experiments' own commands.
 TEACHERS: dict[str, Callable[[], nn.Module]] = {
     "taehv_wan_best": lambda: vae3d.build("wan"),
-    "taehv_cogvideox": lambda: DiffusersVAE(COGVIDEOX),
+    "taehv_cogvideox": lambda: DiffusersVAE("AutoencoderKLCogVideoX"),
     "taehv_opensora": lambda: vae3d.build("opensora_v1_2"),
     "taehv_tiny": lambda: instantiate(composed("taehv_teacher_tiny").model),
 }
+# The autoencoder of model.path in an experiment's own command: diffusers' default configuration is that of LTX-Video.
+LTX = ["model.path=null", "+model.kind=AutoencoderKLLTXVideo", "stage.init_from=LTX-Video"]
+MODELS = {"diffusers_finetune": LTX, "diffusers_gan": LTX}
 GPU, PEAK, UTILISATION = "A100", 312e12, 0.25  # NVIDIA's data sheet: dense bf16
 GIB = 2**30
 INTRO = f"""\
@@ -98,7 +101,7 @@ def names() -> list[str]:
 
 
 def composed(name: str) -> TrainConfig:
-    return counting.composed([], [f"experiment={name}"])
+    return counting.composed([], [f"experiment={name}", *MODELS.get(name, [])])
 
 
 def is_toy(config: TrainConfig) -> bool:
@@ -117,6 +120,7 @@ def countable():
     """What shapes alone do not allow, replaced by what costs the same."""
     with (  # functions, not mocks, which would keep the tensors that they are called with
         patch("vae3d.models.layers.stream_conv._taps_apart", lambda x: False),  # as on a GPU
+        patch("vae3d.models.diffusers_vae._numbers", lambda buffer: ()),
         patch("vae3d.models.opensora._numbers", lambda buffer: ()),  # values of the latents' statistics
         patch.object(Seraena, "_draw_fakes", lambda *_: None),
         patch.object(ReplayBuffer, "gather", lambda buffer, indices, images, contexts: (images, contexts)),

@@ -120,6 +120,28 @@ SIZES = {
     ),
     "AutoencoderRAE": (3, 16, 16),
 }  # fmt: skip
+# Fewer frames for a training step, where that is still two chunks or all that there is.
+TRAINED = {
+    "AutoencoderKLCogVideoX": 9,
+    "AutoencoderKLAllegro": 4,
+    "AutoencoderKLKVAEVideo": 5,
+    "Kandinsky6SRVAE": 5,
+    "AutoencoderKLHunyuanVideo": 5,
+    "AutoencoderKLHunyuanVideo15": 5,
+    "AutoencoderKLHunyuanImageRefiner": 2,
+    "AutoencoderKLCosmos": 5,
+    "AutoencoderVidTok": 5,
+    "AutoencoderKLMagvit": 5,
+    **dict.fromkeys(("AutoencoderKLWan", "AutoencoderKLQwenImage"), 5),
+    **dict.fromkeys(
+        (
+            "AutoencoderKL", "AutoencoderKLFlux2", "AsymmetricAutoencoderKL", "AutoencoderTiny", "AutoencoderDC",
+            "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE", "AutoencoderKLTemporalDecoder",
+            "AutoencoderKLQwenImage21", "AutoencoderRAE",
+        ),
+        1,
+    ),
+}  # fmt: skip
 
 
 def clip(kind: str, frames: int | None = None) -> Tensor:

@@ -17,7 +17,9 @@ from vae3d.models.diffusers_classes import CLASSES, NOT_SERVED, to_pixels
 from vae3d.models.diffusers_vae import DiffusersVAE, entry_of
 
 KINDS = [  # a class whose package is missing is skipped
-    pytest.param(kind, marks=pytest.mark.skipif(bool(entry.needs and not find_spec(entry.needs)), reason=f"needs {entry.needs}"))
+    pytest.param(
+        kind, marks=pytest.mark.skipif(bool(entry.needs and not find_spec(entry.needs)), reason=f"needs {entry.needs}")
+    )
     for kind, entry in CLASSES.items()
 ]
 
@@ -53,7 +55,7 @@ def latents_and_video(ours: DiffusersVAE, video: Tensor) -> tuple[Tensor, Tensor
         z = found.latent if hasattr(found, "latent") else found.latents
     more = {"num_frames": len(x)} if kind == "AutoencoderKLTemporalDecoder" else {}
     if kind == "AutoencoderKLLTXVideo":
-        more["temb"] = torch.zeros(1)
+        more["temb"] = z.new_zeros(1)
         torch.manual_seed(0)  # of the noise that its decoder adds
     decoded = vae.decode(z, **more).sample
     if kind == "AutoencoderKLAllegro":
@@ -68,14 +70,12 @@ CLAMPED = ("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLQwenImage
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
-    """To 1e-6 of the largest value, or of 1."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * max(1, expected.abs().max().item()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_class_computes_the_same_as_in_diffusers_also_in_a_stream(kind):
-    ours = tiny.model(kind)
-    video = tiny.clip(kind)
+    ours, video = tiny.model(kind).double(), tiny.clip(kind).double()  # in which 1e-6 is far above rounding
     frames = video.shape[2]
     assert ours.frames_valid(frames)
     with torch.no_grad():
@@ -104,11 +104,22 @@ def test_a_class_computes_the_same_as_in_diffusers_also_in_a_stream(kind):
         assert torch.equal(torch.cat([part.z for part in parts], 2), whole.z)
 
 
-def gradients(model: DiffusersVAE, video: Tensor) -> dict[str, Tensor]:
-    out = model(video, sample=False)
-    loss = (out.video - video).square().mean() + 1e-3 * out.posterior.kl_map().mean()
+def gradients(model: DiffusersVAE, video: Tensor) -> tuple[dict[str, Tensor], int]:
+    """Gradients by parameter, with the loss; and how many bytes backward needed beside the parameters."""
+    known, sizes = {p.data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in known:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(video, sample=False)
+        loss = (out.video - video).square().mean() + 1e-3 * out.posterior.kl_map().mean()
+    needed = sum(sizes.values())
     loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"loss": loss}, needed
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,31 +139,14 @@ def test_a_class_trains_with_and_without_checkpointing_and_goes_back_to_diffuser
     parts = ours.trainable_parts()
     members = [id(p) for modules in parts.values() for module in modules for p in module.parameters()]
     assert sorted(members) == sorted(id(p) for p in ours.parameters())
-    video = tiny.clip(kind)
-    plain, recomputed = gradients(ours, video), gradients(recomputing, video)
+    video = tiny.clip(kind, tiny.TRAINED.get(kind))
+    (plain, bytes_plain), (recomputed, bytes_recomputed) = gradients(ours, video), gradients(recomputing, video)
     assert plain.keys() == recomputed.keys()
     for name, gradient in plain.items():
-        assert_near(recomputed[name], gradient)
-    assert saved_bytes(recomputing, video) < 0.8 * saved_bytes(ours, video)
-    weight = ours.last_layers()[0]
+        assert torch.equal(recomputed[name], gradient), name
+    assert bytes_recomputed < 0.8 * bytes_plain
+    (weight,) = ours.last_layers()
     before = weight.detach().clone()
-    assert len(weight) % 3 == 0 or kind == "AutoencoderKLQwenImage" or kind == "AutoencoderKLQwenImage21"
     assert weight.grad.abs().max() > 0
     torch.optim.AdamW(ours.parameters(), lr=1e-3).step()
     assert not torch.equal(weight, before)
-
-
-def saved_bytes(model: DiffusersVAE, video: Tensor) -> int:
-    """Bytes of the tensors that backward of model(video) needs, without the parameters."""
-    known = {p.data_ptr() for p in model.parameters()}
-    sizes: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in known:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = model(video, sample=False)
-    assert out.video.requires_grad
-    return sum(sizes.values())

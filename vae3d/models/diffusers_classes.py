@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,8 @@ from torch import Tensor, nn
 from vae3d.models.layers.frames import clips_of, frames_of
 from vae3d.types import Delta, Posterior
 
-if TYPE_CHECKING:
-    from vae3d.models.diffusers_vae import DiffusersVAE
-
 Coded = Posterior | Delta
+Model = Any  # a DiffusersVAE, which imports this module
 Cache = Any  # of a step: what it needs of earlier chunks; None before the first
 
 
@@ -54,9 +52,7 @@ def one_plus(vae: nn.Module, stride: int) -> FrameRule:
 
 
 def multiples(vae: nn.Module, stride: int) -> FrameRule:
-    return FrameRule(
-        f"{stride} n", lambda n: n >= 1 and n % stride == 0, lambda n: n // stride, lambda t: t * stride
-    )
+    return FrameRule(f"{stride} n", lambda n: n >= 1 and n % stride == 0, lambda n: n // stride, lambda t: t * stride)
 
 
 def _cogvideox(vae: nn.Module, stride: int) -> FrameRule:
@@ -106,24 +102,24 @@ def _minimax(vae: nn.Module, stride: int) -> FrameRule:
 # ---- chunks: how many latents each chunk of a clip of t latents has
 
 
-def whole(model: DiffusersVAE, latents: int) -> list[int]:
+def whole(model: Model, latents: int) -> list[int]:
     return [latents]
 
 
-def _batches(model: DiffusersVAE, latents: int) -> list[int]:
+def _batches(model: Model, latents: int) -> list[int]:
     """Of single frames, coded model.frame_batch at a time."""
     return _split(latents, model.frame_batch or latents, model.frame_batch or latents)
 
 
-def _one_by_one(model: DiffusersVAE, latents: int) -> list[int]:
+def _one_by_one(model: Model, latents: int) -> list[int]:
     return [1] * latents
 
 
-def _pairs(model: DiffusersVAE, latents: int) -> list[int]:
+def _pairs(model: Model, latents: int) -> list[int]:
     return _split(latents, 2 + latents % 2, 2)
 
 
-def _segments(model: DiffusersVAE, latents: int) -> list[int]:
+def _segments(model: Model, latents: int) -> list[int]:
     """17 frames, then 16 at a time."""
     size = 16 // model.spec.time_stride
     return _split(latents, size + 1, size)
@@ -137,11 +133,11 @@ def _split(total: int, first: int, size: int) -> list[int]:
 # ---- steps: (model, chunk, cache) -> (coded chunk, cache)
 
 
-def _encode(model: DiffusersVAE, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
+def _encode(model: Model, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
     return _coded(model.vae.encode(x)), None
 
 
-def _decode(model: DiffusersVAE, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+def _decode(model: Model, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
     return _sample(model.vae.decode(z)), None
 
 
@@ -151,27 +147,32 @@ def _coded(output: Any) -> Coded:
         distribution = output.latent_dist
         if hasattr(distribution, "logvar"):
             return Posterior.from_moments(distribution.parameters)
-        return Delta(distribution.mode().float())  # Cosmos' IdentityDistribution
+        return _point(distribution.mode())  # Cosmos' IdentityDistribution
     if isinstance(output, tuple):
-        return Delta(output[0].float())
-    return Delta((output.latent if hasattr(output, "latent") else output.latents).float())
+        return _point(output[0])
+    return _point(output.latent if hasattr(output, "latent") else output.latents)
+
+
+def _point(z: Tensor) -> Delta:
+    """In fp32 or better, as a Posterior."""
+    return Delta(z.to(torch.promote_types(z.dtype, torch.float32)))
 
 
 def _sample(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.sample
 
 
-def _encode_frames(model: DiffusersVAE, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
+def _encode_frames(model: Model, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
     coded = _coded(model.vae.encode(_channels_last(frames_of(x))))
     parts = {name: clips_of(tensor, len(x)) for name, tensor in vars(coded).items()}
     return type(coded)(**parts), None
 
 
-def _decode_frames(model: DiffusersVAE, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+def _decode_frames(model: Model, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
     return clips_of(_sample(model.vae.decode(_channels_last(frames_of(z)))), len(z)), None
 
 
-def _decode_temporal(model: DiffusersVAE, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+def _decode_temporal(model: Model, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
     return clips_of(model.vae.decode(frames_of(z), num_frames=z.shape[2]).sample, len(z)), None
 
 
@@ -179,7 +180,7 @@ def _channels_last(frames: Tensor) -> Tensor:
     return frames.contiguous(memory_format=torch.channels_last)
 
 
-def _decode_ltx(model: DiffusersVAE, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+def _decode_ltx(model: Model, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
     """With the timestep that some LTX decoders are conditioned on."""
     vae = model.vae
     if not vae.config.timestep_conditioning:
@@ -187,7 +188,7 @@ def _decode_ltx(model: DiffusersVAE, z: Tensor, cache: Cache) -> tuple[Tensor, C
     return vae.decode(z, z.new_full((len(z),), model.decode_timestep)).sample, None
 
 
-def _encode_wan(model: DiffusersVAE, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
+def _encode_wan(model: Model, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
     """One latent. The class's own loop, without a state that recomputation in backward would change."""
     vae = model.vae
     patchify, _ = _patching(vae)
@@ -196,7 +197,7 @@ def _encode_wan(model: DiffusersVAE, x: Tensor, cache: Cache) -> tuple[Coded, Ca
     return Posterior.from_moments(vae.quant_conv(moments)), cache
 
 
-def _decode_wan(model: DiffusersVAE, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+def _decode_wan(model: Model, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
     """One latent, not clamped, as the class's own loop is in the end."""
     vae = model.vae
     _, unpatchify = _patching(vae)
@@ -218,34 +219,34 @@ def _patching(vae: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Ten
     )
 
 
-def _encode_wan_frames(model: DiffusersVAE, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
+def _encode_wan_frames(model: Model, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
     coded, _ = _encode_wan(model, frames_of(x)[:, :, None], None)
     parts = {name: clips_of(tensor[:, :, 0], len(x)) for name, tensor in vars(coded).items()}
     return type(coded)(**parts), None
 
 
-def _decode_wan_frames(model: DiffusersVAE, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+def _decode_wan_frames(model: Model, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
     video, _ = _decode_wan(model, frames_of(z)[:, :, None], None)
     return clips_of(video[:, :, 0], len(z)), None
 
 
-def _encode_cogvideox(model: DiffusersVAE, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
+def _encode_cogvideox(model: Model, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
     moments, cache = model.vae.encoder(x, conv_cache=cache)
     quant_conv = model.vae.quant_conv
     return Posterior.from_moments(moments if quant_conv is None else quant_conv(moments)), cache
 
 
-def _decode_cogvideox(model: DiffusersVAE, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+def _decode_cogvideox(model: Model, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
     post_quant_conv = model.vae.post_quant_conv
     return model.vae.decoder(z if post_quant_conv is None else post_quant_conv(z), conv_cache=cache)
 
 
-def _encode_magvit(model: DiffusersVAE, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
+def _encode_magvit(model: Model, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
     moments, cache = _with_features(model.vae.encoder, x, cache)
     return Posterior.from_moments(model.vae.quant_conv(moments)), cache
 
 
-def _decode_magvit(model: DiffusersVAE, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+def _decode_magvit(model: Model, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
     return _with_features(model.vae.decoder, model.vae.post_quant_conv(z), cache)
 
 
@@ -261,33 +262,33 @@ def _with_features(network: nn.Module, x: Tensor, cache: Cache) -> tuple[Tensor,
             layer.prev_features = None
 
 
-def _encode_allegro(model: DiffusersVAE, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
+def _encode_allegro(model: Model, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
     """The whole clip; the class itself only codes tiles of 24 x 320 x 320 and blends them."""
     moments = model.vae.encoder(x)
     return Posterior.from_moments(clips_of(model.vae.quant_conv(frames_of(moments)), len(x))), None
 
 
-def _decode_allegro(model: DiffusersVAE, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+def _decode_allegro(model: Model, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
     return model.vae.decoder(clips_of(model.vae.post_quant_conv(frames_of(z)), len(z))), None
 
 
-def _encode_kvae_video(model: DiffusersVAE, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
+def _encode_kvae_video(model: Model, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
     cache = model.vae._make_encoder_cache() if cache is None else _copy(cache)
     mean, _ = model.vae.encoder(x, cache).chunk(2, 1)  # the class drops the variance, too
-    return Delta(mean.float()), cache
+    return _point(mean), cache
 
 
-def _decode_kvae_video(model: DiffusersVAE, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+def _decode_kvae_video(model: Model, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
     cache = model.vae._make_decoder_cache() if cache is None else _copy(cache)
     return model.vae.decoder(z, cache), cache
 
 
-def _encode_kandinsky(model: DiffusersVAE, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
+def _encode_kandinsky(model: Model, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
     cache = model.vae.encoder.make_cache() if cache is None else _copy(cache)
     return Posterior.from_moments(model.vae.encoder(x, cache)), cache
 
 
-def _decode_kandinsky(model: DiffusersVAE, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+def _decode_kandinsky(model: Model, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
     cache = model.vae.decoder.make_cache() if cache is None else _copy(cache)
     return model.vae.decoder(z, cache), cache
 
@@ -299,7 +300,7 @@ def _copy(cache: Cache) -> Cache:
     return [_copy(item) for item in cache] if isinstance(cache, list) else cache
 
 
-def _encode_vidtok(model: DiffusersVAE, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
+def _encode_vidtok(model: Model, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
     """With the frames that the class's forward adds in front: copies of the first one."""
     vae = model.vae
     if vae.is_causal:
@@ -321,9 +322,7 @@ def _config_stats(vae: nn.Module) -> tuple[Tensor, Tensor]:
     mean = [shift or 0.0] * channels if mean is None else mean
     std = [1.0] * channels if std is None else std
     if len(mean) != len(std) or len(mean) % channels:
-        raise ValueError(
-            f"latents_mean and latents_std have {len(mean)} and {len(std)} entries; give {channels} each"
-        )
+        raise ValueError(f"latents_mean and latents_std have {len(mean)} and {len(std)} entries; give {channels} each")
     return _pooled(torch.tensor(mean), torch.tensor(std) / (config.get("scaling_factor") or 1.0), channels)
 
 
@@ -389,29 +388,33 @@ def _wan_strides(vae: nn.Module) -> tuple[int, int]:
 class DiffusersClass:
     """What DiffusersVAE must know about a class of diffusers.
 
-    of: the models whose VAE it is. strides: (vae) -> (time, space). frames: which clips it takes. chunks: latents of
-    each chunk that a clip is coded in. exact_stream: these chunks, coded one after the other, are a stream with the
-    result of the whole clip. encode, decode: steps. stats: mean and deviation of latents. stats_saved: they are tensors
-    of the weight file. latent: raw, or normalized where the class returns the diffusion model's latents.
-    pixels: range of the class's pixels; signed is [-1, 1], unit [0, 1], imagenet ImageNet's statistics.
-    norm: what normalises, which says whether tiles can be exact. causal: no latent depends on later frames.
-    blocks: classes of the blocks that our gradient checkpointing recomputes; () where diffusers' own is used.
+    of: the models whose VAE it is. published: their latents, as channels and strides. strides: (vae) -> (time, space).
+    frames: which clips it takes. chunks: latents of each chunk that a clip is coded in. exact_stream: these chunks,
+    coded one after the other, are a stream with the result of the whole clip. encode, decode: steps.
+    stats: mean and deviation of latents. stats_saved: they are tensors of the weight file. latent: raw, or normalized
+    where the class returns the diffusion model's latents. pixels: range of the class's pixels; signed is [-1, 1], unit
+    [0, 1], imagenet ImageNet's statistics. norm: what normalises; GroupNorm and attention see whole frames, so that no
+    tiles are exact. blended_tiles: the class's own tiles work here; they blend. causal: no latent depends on later
+    frames. blocks: classes of the blocks that our gradient checkpointing recomputes; () where diffusers' own is used.
     last: the layer that outputs pixels. min_latents: of a side. fixed_size: the frames' only size is image_size.
-    rgb: input channels; more than 3 are opaque alpha, or made by the class from RGB. needs: a package.
+    input_channels: that a config may have: 4 with opaque alpha, 12 of patches, 15 made by the class from RGB.
+    needs: a package.
     """
 
     of: str
+    published: str
     strides: Callable[[nn.Module], tuple[int, int]] = _ratios
     frames: Callable[[nn.Module, int], FrameRule] = one_plus
-    chunks: Callable[[DiffusersVAE, int], list[int]] = whole
+    chunks: Callable[[Model, int], list[int]] = whole
     exact_stream: bool = False
-    encode: Callable[[DiffusersVAE, Tensor, Cache], tuple[Coded, Cache]] = _encode
-    decode: Callable[[DiffusersVAE, Tensor, Cache], tuple[Tensor, Cache]] = _decode
+    encode: Callable[[Model, Tensor, Cache], tuple[Coded, Cache]] = _encode
+    decode: Callable[[Model, Tensor, Cache], tuple[Tensor, Cache]] = _decode
     stats: Callable[[nn.Module], tuple[Tensor, Tensor]] = _config_stats
     stats_saved: bool = False
     latent: Literal["raw", "normalized"] = "raw"
     pixels: Literal["signed", "unit", "imagenet"] = "signed"
     norm: str = "GroupNorm"
+    blended_tiles: bool = False
     causal: bool = False
     blocks: Sequence[str] = ()
     last: str = "decoder.conv_out"
@@ -422,10 +425,10 @@ class DiffusersClass:
     note: str = ""
 
 
-def _image(of: str, **more: Any) -> DiffusersClass:
+def _image(of: str, published: str, **more: Any) -> DiffusersClass:
     """A network of single frames."""
     steps = {"encode": _encode_frames, "decode": _decode_frames, "chunks": _batches, "exact_stream": True}
-    return DiffusersClass(of, frames=any_number, **{"causal": True, **steps, **more})
+    return DiffusersClass(of, published, frames=any_number, **{"causal": True, **steps, **more})
 
 
 WAN = {"strides": _wan_strides, "chunks": _one_by_one, "exact_stream": True, "norm": "RMS norm", "causal": True}
@@ -433,9 +436,13 @@ SEGMENTS = {"chunks": _segments, "exact_stream": True}
 
 CLASSES: dict[str, DiffusersClass] = {
     # images
-    "AutoencoderKL": _image("SD, SDXL, SD3, FLUX.1", strides=_levels("block_out_channels")),
+    "AutoencoderKL": _image(
+        "SD, SDXL, SD3, FLUX.1", "4 or 16, 8 x 8", blended_tiles=True, strides=_levels("block_out_channels")
+    ),
     "AutoencoderKLFlux2": _image(
         "FLUX.2",
+        "32, 8 x 8",
+        blended_tiles=True,
         strides=_levels("block_out_channels"),
         stats=_batch_norm_stats,
         stats_saved=True,
@@ -443,34 +450,46 @@ CLASSES: dict[str, DiffusersClass] = {
     ),
     "AsymmetricAutoencoderKL": _image(
         "SD, for inpainting",
+        "4, 8 x 8",
         strides=_levels("down_block_out_channels"),
         blocks=("ResnetBlock2D", "Attention", "Downsample2D", "Upsample2D"),
         note="decodes without the masked image",
     ),
     "AutoencoderTiny": _image(
         "TAESD of SD, SDXL, SD3, FLUX.1",
+        "4 or 16, 8 x 8",
+        blended_tiles=True,
         strides=_levels("encoder_block_out_channels"),
         stats=_unit_stats,
         latent="normalized",
         norm="none",
+        blocks=("AutoencoderTinyBlock",),  # diffusers' own checkpointing forgets to scale pixels to [0, 1]
         last="decoder.layers.-1",
     ),
     "AutoencoderDC": _image(
         "Sana (DC-AE)",
+        "32, 32 x 32",
+        blended_tiles=True,
         norm="RMS norm, attention",
         blocks=("ResBlock", "EfficientViTBlock", "DCDownBlock2d", "DCUpBlock2d"),
         strides=lambda vae: (1, vae.spatial_compression_ratio),
     ),
     "AutoencoderKLHunyuanImage": _image(
         "HunyuanImage 2.1",
+        "64, 32 x 32",
+        blended_tiles=True,
         strides=lambda vae: (1, vae.config.spatial_compression_ratio),
         blocks=(
-            "HunyuanImageResnetBlock", "HunyuanImageAttentionBlock", "HunyuanImageDownsample", "HunyuanImageUpsample",
+            "HunyuanImageResnetBlock",
+            "HunyuanImageAttentionBlock",
+            "HunyuanImageDownsample",
+            "HunyuanImageUpsample",
         ),
     ),
-    "AutoencoderKLKVAE": _image("Kandinsky (KVAE 2D)", strides=_levels("ch_mult")),
+    "AutoencoderKLKVAE": _image("Kandinsky (KVAE 2D)", "16, 8 x 8", blended_tiles=True, strides=_levels("ch_mult")),
     "AutoencoderKLQwenImage21": _image(
         "Qwen-Image 2",
+        "64, 16 x 16",
         strides=lambda vae: (1, _wan_strides(vae)[1]),
         encode=_encode_wan_frames,
         decode=_decode_wan_frames,
@@ -480,6 +499,7 @@ CLASSES: dict[str, DiffusersClass] = {
     ),
     "AutoencoderRAE": _image(
         "RAE (DINOv2, SigLIP2, MAE)",
+        "768, 16 x 16",
         strides=lambda vae: (1, vae.config.patch_size),
         stats=_unit_stats,
         latent="normalized",
@@ -493,6 +513,8 @@ CLASSES: dict[str, DiffusersClass] = {
     # videos
     "AutoencoderKLLTXVideo": DiffusersClass(
         "LTX-Video",
+        "128, 8 x 32 x 32",
+        blended_tiles=True,
         strides=_ltx_strides,
         decode=_decode_ltx,
         stats=_saved_stats,
@@ -503,6 +525,8 @@ CLASSES: dict[str, DiffusersClass] = {
     ),
     "AutoencoderKLLTX2Video": DiffusersClass(
         "LTX-2",
+        "128, 8 x 32 x 32",
+        blended_tiles=True,
         strides=_ltx_strides,
         decode=_decode_ltx,
         stats=_saved_stats,
@@ -513,14 +537,22 @@ CLASSES: dict[str, DiffusersClass] = {
     ),
     "AutoencoderKLHunyuanVideo": DiffusersClass(
         "HunyuanVideo",
+        "16, 4 x 8 x 8",
+        blended_tiles=True,
         last="decoder.conv_out.conv",
         note="the class codes more than 16 frames in pieces that it blends",
     ),
     "AutoencoderKLHunyuanVideo15": DiffusersClass(
-        "HunyuanVideo 1.5", norm="RMS norm, attention", last="decoder.conv_out.conv"
+        "HunyuanVideo 1.5",
+        "32, 4 x 16 x 16",
+        blended_tiles=True,
+        norm="RMS norm, attention",
+        last="decoder.conv_out.conv",
     ),
     "AutoencoderKLHunyuanImageRefiner": DiffusersClass(
         "HunyuanImage 2.1's refiner",
+        "32, 1 x 16 x 16",
+        blended_tiles=True,
         strides=lambda vae: (1, vae.spatial_compression_ratio),
         frames=any_number,
         norm="RMS norm, attention",
@@ -528,6 +560,7 @@ CLASSES: dict[str, DiffusersClass] = {
     ),
     "AutoencoderKLCogVideoX": DiffusersClass(
         "CogVideoX",
+        "16, 4 x 8 x 8",
         strides=lambda vae: (int(vae.config.temporal_compression_ratio), 2 ** (len(vae.config.block_out_channels) - 1)),
         frames=_cogvideox,
         chunks=_pairs,
@@ -537,17 +570,22 @@ CLASSES: dict[str, DiffusersClass] = {
         last="decoder.conv_out.conv",
         note="the class normalises chunks of 8 frames by themselves, and so do streams",
     ),
-    "AutoencoderKLMochi": DiffusersClass("Mochi 1", last="decoder.proj_out", input_channels=(15,)),
+    "AutoencoderKLMochi": DiffusersClass(
+        "Mochi 1", "12, 6 x 8 x 8", blended_tiles=True, last="decoder.proj_out", input_channels=(15,)
+    ),
     "AutoencoderKLWan": DiffusersClass(
         "Wan2.1, Wan2.2",
+        "16, 4 x 8 x 8; 48, 4 x 16 x 16",
         **WAN,
         encode=_encode_wan,
         decode=_decode_wan,
         blocks=("WanResidualBlock", "WanAttentionBlock", "WanResample"),
+        input_channels=(3, 12),
         note="`model=wan` is the same network, faster, with exact tiles and panoramas",
     ),
     "AutoencoderKLQwenImage": DiffusersClass(
         "Qwen-Image",
+        "16, 4 x 8 x 8",
         **WAN,
         encode=_encode_wan,
         decode=_decode_wan,
@@ -556,12 +594,14 @@ CLASSES: dict[str, DiffusersClass] = {
     ),
     "AutoencoderKLCosmos": DiffusersClass(
         "Cosmos 1",
+        "16, 8 x 8 x 8",
         norm="GroupNorm per frame, attention",
         last="decoder.conv_out.conv_t",
         note="pipelines normalise each latent frame by itself; here the frames are pooled",
     ),
     "AutoencoderKLMagvit": DiffusersClass(
         "EasyAnimate",
+        "16, 4 x 8 x 8",
         chunks=_one_by_one,
         exact_stream=True,
         encode=_encode_magvit,
@@ -570,6 +610,7 @@ CLASSES: dict[str, DiffusersClass] = {
     ),
     "AutoencoderKLAllegro": DiffusersClass(
         "Allegro",
+        "4, 4 x 8 x 8",
         strides=lambda vae: (int(vae.config.temporal_compression_ratio), vae.spatial_compression_ratio),
         frames=multiples,
         encode=_encode_allegro,
@@ -578,6 +619,7 @@ CLASSES: dict[str, DiffusersClass] = {
     ),
     "AutoencoderKLKVAEVideo": DiffusersClass(
         "Kandinsky (KVAE 3D)",
+        "16, 4 x 8 x 8",
         strides=lambda vae: (vae.config.temporal_compress_times, 2 ** (len(vae.config.ch_mult) - 1)),
         frames=_kvae_video,
         **SEGMENTS,
@@ -589,6 +631,7 @@ CLASSES: dict[str, DiffusersClass] = {
     ),
     "Kandinsky6SRVAE": DiffusersClass(
         "Kandinsky 6",
+        "64, 4 x 16 x 16",
         **SEGMENTS,
         encode=_encode_kandinsky,
         decode=_decode_kandinsky,
@@ -599,6 +642,7 @@ CLASSES: dict[str, DiffusersClass] = {
     ),
     "AutoencoderVidTok": DiffusersClass(
         "VidTok",
+        "4, 4 x 8 x 8",
         strides=lambda vae: (vae.temporal_compression_ratio, 2 ** len(vae.encoder.spatial_ds)),
         frames=_vidtok,
         encode=_encode_vidtok,
@@ -608,6 +652,7 @@ CLASSES: dict[str, DiffusersClass] = {
     ),
     "AutoencoderKLMiniMaxH3": DiffusersClass(
         "MiniMax-H3",
+        "24, 4 x 16 x 16",
         frames=_minimax,
         pixels="imagenet",
         norm="LayerNorm, attention",
@@ -617,6 +662,7 @@ CLASSES: dict[str, DiffusersClass] = {
     ),
     "AutoencoderKLTemporalDecoder": DiffusersClass(
         "Stable Video Diffusion",
+        "4, 8 x 8",
         strides=_levels("block_out_channels"),
         frames=any_number,
         encode=_encode_frames,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae3d.arguments import ArgumentError, Count, Range, check_arguments, describe, short
+from vae3d.arguments import ArgumentError, Count, Range, check_arguments, short
 from vae3d.errors import UserError
 from vae3d.models.diffusers_classes import (
     CLASSES,
@@ -49,6 +49,7 @@ class DiffusersVAE(VideoAutoencoder):
     gradient_checkpointing: recompute each block in backward; diffusers' own where that is right, else ours.
     frame_batch: frames that a network of images codes at once; None: all. decode_timestep: what decoders that take a
     timestep (LTX-Video from 0.9.1) are given; 0 decodes latents as they are, diffusers' default.
+    blended_tiles: code large frames in diffusers' own tiles, which overlap and are blended: less memory, other results.
 
     Clips are extended by their last frame to what the class takes, sides by their edge to multiples of the space
     stride; reconstructions are cropped. Inputs are cast to the dtype of the weights. Output is not clamped.
@@ -65,6 +66,7 @@ class DiffusersVAE(VideoAutoencoder):
         gradient_checkpointing: bool = False,
         frame_batch: Count | None = 4,
         decode_timestep: Annotated[float, Range(0, 1)] = 0.0,
+        blended_tiles: bool = False,
     ) -> None:
         super().__init__()
         self.table = entry_of(kind)
@@ -82,6 +84,11 @@ class DiffusersVAE(VideoAutoencoder):
         self._update_spec()
         if self.table.stats_saved:
             self.register_load_state_dict_post_hook(lambda model, _keys: model._read_stats())
+        if blended_tiles:
+            if not self.table.blended_tiles:
+                able = ", ".join(name for name, entry in CLASSES.items() if entry.blended_tiles)
+                raise ValueError(f"blended_tiles: a {kind} is coded in whole frames here; only {able} have tiles")
+            self.vae.enable_tiling()
         if gradient_checkpointing:
             if self.table.blocks:
                 checkpoint_blocks(self.vae, self.table.blocks)
@@ -98,8 +105,7 @@ class DiffusersVAE(VideoAutoencoder):
 
     def _update_spec(self) -> None:
         time, space = self._strides
-        known = not self.latents_mean.is_meta
-        mean, std = (tuple(x.flatten().tolist()) if known else () for x in (self.latents_mean, self.latents_std))
+        mean, std = map(_numbers, (self.latents_mean, self.latents_std))
         causal = self.table.causal and self.vae.config.get("is_causal", True)
         self.spec = LatentSpec(latent_channels(self.vae.config), time, space, causal, mean, std)
 
@@ -118,7 +124,9 @@ class DiffusersVAE(VideoAutoencoder):
             part, cache = self.table.encode(self, chunk, cache)
             coded.append(part)
         found = type(coded[0])(*(torch.cat(parts, 2) for parts in zip(*(vars(c).values() for c in coded), strict=True)))
-        self._check_shape("latents", found.mean, (self.spec.channels, latents, *self.spec.latent_size(*video.shape[-2:])))
+        self._check_shape(
+            "latents", found.mean, (self.spec.channels, latents, *self.spec.latent_size(*video.shape[-2:]))
+        )
         return found
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
@@ -213,6 +221,10 @@ class DiffusersVAE(VideoAutoencoder):
         return DiffusersStream(self)
 
 
+def _numbers(buffer: Tensor) -> tuple[float, ...]:
+    return () if buffer.is_meta else tuple(buffer.flatten().tolist())
+
+
 class DiffusersStream:
     """Codes a video in the chunks that DiffusersVAE codes a clip in; equal to it."""
 
@@ -254,7 +266,9 @@ def entry_of(kind: str) -> DiffusersClass:
 LEVELS = ("block_out_channels", "down_block_types", "up_block_types")
 MAX_INT, MAX_LAYERS, MAX_ENTRIES, MAX_STATS = 2**20, 64, 16, 4096
 COUNTS = re.compile(r"(^|_)(num_|layers_per|blocks$|layers$|num$)")  # keys that say how many layers there are
+MAX_NAME = 64
 STATS = ("latents_mean", "latents_std")
+NULLABLE = (*STATS, "scaling_factor", "patch_size")
 # diffusers does not check its configurations: these are what wrong ones end in.
 BUILD_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, AssertionError)
 BUILD_ERRORS += (RuntimeError, NotImplementedError)
@@ -263,12 +277,10 @@ BUILD_ERRORS += (RuntimeError, NotImplementedError)
 def _build(kind: str, config: Mapping[str, Any]) -> nn.Module:
     """diffusers' model with random weights, from the entries of its config.json that the installed diffusers takes."""
     try:
-        import diffusers.models.autoencoders as library
+        import diffusers
     except ImportError as error:
         raise UserError(f"{kind} is a model of diffusers, which is not installed: pip install diffusers") from error
-    import diffusers
-
-    cls = getattr(library, kind, None)
+    cls = getattr(diffusers, kind, None)
     if cls is None:
         raise UserError(f"diffusers {diffusers.__version__} has no {kind}: pip install --upgrade diffusers")
     package = CLASSES[kind].needs
@@ -284,7 +296,7 @@ def _build(kind: str, config: Mapping[str, Any]) -> nn.Module:
         _check_entry(key, value, parameters[key].default)
     _check_channels(kind, known, parameters)
     defaults = {key: parameters[key].default for key in LEVELS if key in parameters}
-    levels = {key: len(value) for key, value in (defaults | known).items() if key in LEVELS}
+    levels = {key: len(value) for key, value in (defaults | known).items() if key in LEVELS}  # lists, as checked
     if len({*levels.values()}) > 1:
         raise ValueError(
             f"there are {', '.join(f'{n} {key}' for key, n in levels.items())}; give one of each per level"
@@ -305,56 +317,45 @@ def _is_installed(package: str) -> bool:
 
 
 def _check_entry(key: str, value: Any, default: Any) -> None:
-    """Raises ArgumentError for a value of another type than the default, or so large that it would not be built."""
+    """Raises ArgumentError for a value of another type than the default's, or so large that it would not be built."""
     if key == "dropout" and value:
         raise ArgumentError(f"config.dropout is {short(value)}; only 0 is supported, since forward draws no noise")
-    limit = MAX_STATS if key in STATS else MAX_ENTRIES
-    largest = MAX_LAYERS if COUNTS.search(key) and "groups" not in key else MAX_INT
-    kind = _kind_of(default)
-    _check_value(key, value, kind, largest, limit)
-
-
-def _kind_of(default: Any) -> type | None:
-    """bool, int, float, str or list, as a default is; None if it does not say."""
-    if isinstance(default, bool):
-        return bool
-    if isinstance(default, list | tuple):
-        return list
-    return type(default) if isinstance(default, int | float | str) else None
-
-
-def _check_value(key: str, value: Any, kind: type | None, largest: int, limit: int, depth: int = 0) -> None:
-    if isinstance(value, list | tuple) and depth < 2 and kind in (list, None, bool, str):
-        if len(value) > limit:
-            raise ArgumentError(f"config.{key} is {short(value)}; give at most {limit} entries")
-        for index, item in enumerate(value):
-            _check_value(f"{key}[{index}]", item, None, largest, limit, depth + 1)
+    if value is None and (default is None or key in NULLABLE):
         return
-    allowed: Any
-    if kind is list:
-        allowed, fits = Sequence, value is None or isinstance(value, bool)
-    elif kind is bool:
-        allowed, fits = bool, isinstance(value, bool)
-    elif kind is str:
-        allowed, fits = str, isinstance(value, str) and len(value) <= 64
-    elif kind in (int, float):
-        allowed = Annotated[float, Range(0 if kind is int else -1e6, largest)]
-        fits = _is_number(value, kind) and (value >= 0 or kind is float) and abs(value) <= largest
-    else:
-        allowed = f"a number up to {largest}, true, false, null or text"
-        fits = value is None or isinstance(value, bool) or (isinstance(value, str) and len(value) <= 64)
-        fits = fits or (_is_number(value, float) and -1e6 <= value <= largest)
-    if not fits and not (value is None and kind is not int):
-        text = allowed if isinstance(allowed, str) else "a list" if allowed is Sequence else describe(allowed)
-        raise ArgumentError(f"config.{key} is {short(value)}; give {text}")
+    largest = MAX_LAYERS if COUNTS.search(key) and "groups" not in key else MAX_INT
+    kinds: list[Any] = [type(default)] if isinstance(default, bool | int | float | str) else [list, bool, float, str]
+    if isinstance(default, list | tuple):
+        kinds = [list]
+    elif isinstance(default, str):
+        kinds = [str, list]  # one for all levels, or one per level
+    _check_value(key, value, kinds, largest, MAX_STATS if key in STATS else MAX_ENTRIES)
 
 
-def _is_number(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):
-        return False
-    if isinstance(value, int):
-        return value.bit_length() < 64
-    return kind is float and isinstance(value, float) and value == value and abs(value) < float("inf")
+def _check_value(key: str, value: Any, kinds: Sequence[type], largest: int, entries: int, depth: int = 0) -> None:
+    """kinds: what it may be; a float also an integer. largest: number. entries: of a list."""
+    if isinstance(value, list | tuple) and list in kinds and depth < 2:
+        if len(value) > entries:
+            raise ArgumentError(f"config.{key} is {short(value)}; give at most {entries} entries")
+        for index, item in enumerate(value):
+            _check_value(f"{key}[{index}]", item, (list, bool, float, str), largest, entries, depth + 1)
+        return
+    is_bool, is_int = isinstance(value, bool), isinstance(value, int) and not isinstance(value, bool)
+    fits = {
+        bool: is_bool,
+        int: is_int and 0 <= value <= largest,
+        float: (is_int or isinstance(value, float)) and -MAX_INT <= value <= largest,
+        str: isinstance(value, str) and len(value) <= MAX_NAME,
+        list: False,
+    }
+    if not any(fits[kind] for kind in kinds):
+        words = {
+            bool: "true or false",
+            int: f"an integer from 0 to {largest}",
+            float: f"a number up to {largest}",
+            str: f"text of at most {MAX_NAME} characters",
+            list: f"a list of at most {entries} entries",
+        }
+        raise ArgumentError(f"config.{key} is {short(value)}; give {' or '.join(words[kind] for kind in kinds)}")
 
 
 def _check_channels(kind: str, config: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
@@ -363,8 +364,10 @@ def _check_channels(kind: str, config: Mapping[str, Any], parameters: Mapping[st
     for key in ("in_channels", "input_channels", "out_channels", "out_ch", "num_channels"):
         if key in parameters:
             value = config.get(key, parameters[key].default)
-            allowed = table.input_channels if "in" in key else (3, 4) if 4 in table.input_channels else (3,)
+            allowed = (
+                table.input_channels
+                if "in" in key
+                else tuple(n for n in (3, 4, 12) if n == 3 or n in table.input_channels)
+            )
             if value not in allowed:
                 raise ArgumentError(f"config.{key} is {short(value)}; give {' or '.join(map(str, allowed))}")
-
-
