@@ -25,7 +25,7 @@ from vae3d.commands.step_cost import StepCost, TrainingStep
 from vae3d.commands.summary import frame_counts
 from vae3d.config.schema import CONF, TrainConfig
 from vae3d.loading import instantiate
-from vae3d.models.diffusers_vae import COGVIDEOX, DiffusersVAE
+from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.schedules import ALL_ON
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts/benchmarks"))
@@ -36,10 +36,13 @@ EXPERIMENTS = CONF / "experiment"
 # The networks that teacher.path names in the experiments' own commands.
 TEACHERS: dict[str, Callable[[], nn.Module]] = {
     "taehv_wan_best": lambda: vae3d.build("wan"),
-    "taehv_cogvideox": lambda: DiffusersVAE(COGVIDEOX),
+    "taehv_cogvideox": lambda: DiffusersVAE("AutoencoderKLCogVideoX"),
     "taehv_opensora": lambda: vae3d.build("opensora_v1_2"),
     "taehv_tiny": lambda: instantiate(composed("taehv_teacher_tiny").model),
 }
+# The autoencoder of model.path in an experiment's own command: diffusers' default configuration is that of LTX-Video.
+LTX = ["model.path=null", "+model.kind=AutoencoderKLLTXVideo", "stage.init_from=LTX-Video"]
+MODELS = {"diffusers_finetune": LTX, "diffusers_gan": LTX}
 GPU, PEAK, UTILISATION = "A100", 312e12, 0.25  # NVIDIA's data sheet: dense bf16
 GIB = 2**30
 INTRO = f"""\
@@ -95,7 +98,7 @@ def names() -> list[str]:
 
 
 def composed(name: str) -> TrainConfig:
-    return counting.composed([], [f"experiment={name}"])
+    return counting.composed([], [f"experiment={name}", *MODELS.get(name, [])])
 
 
 def is_toy(config: TrainConfig) -> bool:

@@ -32,7 +32,14 @@ TAUGHT_LOSSES = ("distill", "distill_lpips", "taehv")  # of a teacher, here of t
 SD_LOSSES = ("ldm", "sd_vae", "sd_vae_regularized", "sd_vae_lightning", "wan", "vrae", "cosmos", "flicker")
 PANORAMA_LOSSES = [name for name in names("loss") if name.startswith("erp")]
 # Models whose networks or wiring another one has: one stage is tested.
-TWINS = {"opensora_v1_2": "stage3", "sd_vae": "finetune", "taesd": "finetune", "temporal_taef2": "stage3"}
+TWINS = {
+    "opensora_v1_2": "stage3",
+    "sd_vae": "finetune",
+    "taesd": "finetune",
+    "temporal_taef2": "stage3",
+    "diffusers": "finetune",
+    "temporal_diffusers": "stage3",
+}
 MODELS = [name for name in names("model") if name not in TWINS]
 LATENT_LOSSES = [name for name in names("loss") if name.startswith("latent")]
 COMBINATIONS = [
@@ -52,7 +59,7 @@ COMBINATIONS = [
     *((name, "finetune", "sd_vae_regularized") for name in names("model") if name not in ("spatial", *TWINS)),
     ("wan", "decoder_only", "sd_vae_regularized"),
 ]
-TWO_STAGE = ("temporal_vae", "opensora_v1_2", "temporal_taef2")
+TWO_STAGE = ("temporal_vae", "opensora_v1_2", "temporal_taef2", "temporal_diffusers")
 FRAMES = {"wan": (3, 2), "wan22": (3, 2), "taehv": (5, 4)}  # most, and step, of models that do not take any number
 
 
@@ -127,6 +134,7 @@ GANS = [
     ("spatial", "patchgan_multiscale", "finetune"),
     ("wan", "vidtok", "finetune"),
     ("taehv", "relativistic", "decoder_only"),
+    ("diffusers", "patchgan", "decoder_only"),
 ]
 
 

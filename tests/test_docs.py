@@ -10,7 +10,7 @@ import re
 import pytest
 
 import vae3d
-from docs import make_speed_chart, site_hooks
+from docs import make_diffusers_table, make_speed_chart, site_hooks
 from tests import tiny
 from vae3d.config.schema import CONF
 
@@ -43,6 +43,10 @@ def test_every_ratio_of_the_speed_chart_stands_on_the_page_that_it_names(tmp_pat
             assert f"{number:g}" in (DOCS / entry["page"]).read_text(), entry["what"]
     make_speed_chart.draw(tmp_path / "speed.svg")
     assert (tmp_path / "speed.svg").stat().st_size > 10_000
+
+
+def test_the_table_of_diffusers_autoencoders_is_that_of_the_adapter():
+    assert make_diffusers_table.table() in (DOCS / "models.md").read_text(), "run: python docs/make_diffusers_table.py"
 
 
 def test_every_experiment_stands_on_the_page_of_needs():

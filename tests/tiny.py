@@ -50,6 +50,18 @@ GAN = ["adversary=patchgan", "adversary.channels=8", "adversary.layers=1", "adve
 MODEL["taehv"] = ["model.variant=taew2_1", "model.channels=8", "model.decoder_channels=[16,8,8,8]"]
 MODEL["taesd"] = ["model.variant=taesd"]
 MODEL["temporal_taef2"] = ["model.temporal.channels=8", "model.temporal.layers=1", "model.micro_frames=5"]
+KL = "block_out_channels:[8,8],norm_num_groups:2,down_block_types:[DownEncoderBlock2D,DownEncoderBlock2D]"
+KL += ",up_block_types:[UpDecoderBlock2D,UpDecoderBlock2D]"
+MODEL["diffusers"] = ["model.path=null", "+model.kind=AutoencoderKL", f"+model.config={{{KL}}}"]
+MODEL["temporal_diffusers"] = [
+    "model.spatial.path=null",
+    "+model.spatial.kind=AutoencoderKL",
+    f"+model.spatial.config={{{KL}}}",
+    "model.temporal.in_channels=4",
+    "model.temporal.channels=8",
+    "model.temporal.layers=1",
+    "model.micro_frames=5",
+]
 TRAINING = [
     "data.height=16",
     "data.width=16",

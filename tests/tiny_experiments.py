@@ -11,6 +11,7 @@ from tests import tiny
 from vae3d import loading
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
+from vae3d.config.adapter import adapter_issues
 from vae3d.config.schema import CONF
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -24,7 +25,13 @@ TEACHERS = {
     "opensora_v1_2": [*tiny.MODEL["opensora_v1_2"], "model.spatial.channels=[8,8,8,8]"],
 }  # fmt: skip
 NINE_FRAMES = [f"data.frames.{bound}=9" for bound in ("min", "max")]
-TINY_OF = {"SpatialVAE": "spatial", "OpenSoraVAE": "temporal_vae", "WanVAE": "wan", "TAEHV": "taehv"}
+TINY_OF = {
+    "SpatialVAE": "spatial",
+    "OpenSoraVAE": "temporal_vae",
+    "WanVAE": "wan",
+    "TAEHV": "taehv",
+    "DiffusersVAE": "diffusers",
+}
 
 
 def overrides(experiment: str, folder: Path, videos: Path, rooms: Path, images: Path) -> list[str]:
@@ -80,4 +87,5 @@ def _teacher(variant: str, folder: Path) -> list[str]:
 
 def _export(config: dict, folder: Path) -> None:
     """Random weights, under torch's current seed."""
+    assert not list(adapter_issues(config))
     write_export(Checkpoint(config, loading.instantiate(config).state_dict(), folder, ""), folder)

@@ -17,10 +17,12 @@ from torch import nn
 
 from vae3d.checkpoints.export import WRITERS, replace_export
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, as_checkpoint_error, load_weights, read_checkpoint
+from vae3d.config.adapter import adapter_issues
 from vae3d.config.schema import CONF
 from vae3d.errors import UserError
 from vae3d.io import atomic_files, naming
 from vae3d.latents.codec import LatentCodec
+from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.pixel_channels import fit_channels
 from vae3d.models.registry import build_model, config_of
@@ -53,7 +55,10 @@ def model_config(name: str, *overrides: str) -> dict[str, Any]:
         missing = [f"model.{key}" for key in OmegaConf.missing_keys(composed.model)]
         if missing:
             raise UserError(f"{name} needs {', '.join(missing)}, as in build({name!r}, '{missing[0]}=...')")
-        return OmegaConf.to_container(composed.model, resolve=True)
+        tree = {"model": OmegaConf.to_container(composed.model, resolve=True)}
+        for issue in adapter_issues(tree):
+            raise UserError(f"{name}: {issue}")
+        return tree["model"]
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{name} with {' '.join(overrides)}: {str(error).splitlines()[0]}") from error
 
@@ -102,7 +107,11 @@ def load_with_checkpoint(
     """`load`, which also returns the checkpoint: its layout, configuration and weights."""
     changes = changes or {}
     checkpoint = read_checkpoint(
-        path, changes.get("variant", getattr(model, "variant", None)), part, own_model=model is not None
+        path,
+        changes.get("variant", getattr(model, "variant", None)),
+        part,
+        own_model=model is not None,
+        adapter=isinstance(model, DiffusersVAE),
     )
     if (Path(path) / "exports").is_dir():
         log.info("%s: using its newest export, %s", path, checkpoint.path.parent.name)
@@ -170,7 +179,9 @@ def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str
             lines.append(f"{what} starts from random weights")
             continue
         target = model.get_submodule(name)
-        checkpoint = read_checkpoint(path, getattr(target, "variant", None), own_model=True)
+        checkpoint = read_checkpoint(
+            path, getattr(target, "variant", None), own_model=True, adapter=isinstance(target, DiffusersVAE)
+        )
         state, note = checkpoint.part(name) if name else checkpoint.state, ""
         if isinstance(target, VideoAutoencoder):
             state, note = fit_channels(target, state)

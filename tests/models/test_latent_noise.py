@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.models.test_diffusers_vae import TINY
+from tests.models.test_diffusers_vae import HUNYUAN, TINY
 from tests.training import quick
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.models import interface
-from vae3d.models.diffusers_vae import HUNYUAN, DiffusersVAE
+from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.interface import add_latent_noise
 
 MODELS = ("spatial", "temporal_vae", "opensora_v1_2", "wan", "wan22", "taehv", "hunyuan")

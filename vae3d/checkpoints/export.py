@@ -19,6 +19,7 @@ from vae3d.checkpoints import ldm, opensora, taehv, taesd, wan
 from vae3d.checkpoints.formats import EXPORT_CONFIG, Checkpoint, CheckpointError
 from vae3d.checkpoints.published import State, rename_keys
 from vae3d.io import atomic_dir, atomic_path, atomic_write, write_json, write_text, yaml_text
+from vae3d.models.diffusers_vae import PREFIX, DiffusersVAE
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.registry import target_of
 from vae3d.models.spatial import SpatialVAE, per_channel
@@ -52,8 +53,12 @@ def replace_export(checkpoint: Checkpoint, folder: Path, **info: Any) -> None:
 
 
 def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write a folder for from_pretrained of diffusers' AutoencoderKL, AutoencoderKLWan or AutoencoderTiny."""
-    if _is_a(checkpoint, WanVAE):
+    """Write a folder for from_pretrained of diffusers' AutoencoderKL, AutoencoderKLWan or AutoencoderTiny, or of the
+    class that a DiffusersVAE runs."""
+    if _is_a(checkpoint, DiffusersVAE):
+        state = {key.removeprefix(PREFIX): tensor for key, tensor in checkpoint.state.items()}
+        config_json = {"_class_name": checkpoint.config["kind"], **(checkpoint.config.get("config") or {})}
+    elif _is_a(checkpoint, WanVAE):
         state = wan.to_diffusers(checkpoint.state)
         config_json = wan.diffusers_config(_wan_config(checkpoint, "diffusers"))
     elif _is_a(checkpoint, TAESD):

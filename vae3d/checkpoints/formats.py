@@ -18,7 +18,8 @@ from vae3d.checkpoints.location import EXPORT_CONFIG, PART, CheckpointError, fin
 from vae3d.checkpoints.published import PublishedWeights, State, read_config_json
 from vae3d.errors import UserError
 from vae3d.io import FileError, read_yaml
-from vae3d.models import diffusers_vae
+from vae3d.models.diffusers_classes import CLASSES, NOT_SERVED
+from vae3d.models.diffusers_vae import PREFIX, DiffusersVAE
 from vae3d.models.registry import TARGET, build_model, is_known, target_of
 from vae3d.text import plural
 from vae3d.weight_files import LazyTensor, SavedTensor, named_tensors, open_tensors, open_tree
@@ -47,8 +48,10 @@ LAYOUTS = {
     "diffusers": Layout(ldm.MARKER_DIFFUSERS, ldm.read_diffusers, "AutoencoderKL"),
     "ldm": Layout(ldm.MARKER, ldm.read_ldm, "AutoencoderKL"),
 }
-# Keys of networks that are recognised but not supported here.
-DIFFUSERS_VIDEO_VAE = "encoder.down_blocks.0.resnets.0.conv1.conv.weight"  # supported with its config.json only
+# Classes of diffusers that a network of this project opens; DiffusersVAE opens them too, where it is asked to.
+NATIVE = {layout.config_class for layout in LAYOUTS.values() if layout.config_class}
+# A key of networks that open with their config.json only.
+DIFFUSERS_VIDEO_VAE = "encoder.down_blocks.0.resnets.0.conv1.conv.weight"
 # What torch.compile, FSDP and activation checkpointing add to names.
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 NOT_OF_THE_VAE = ("loss.", "model_ema.")  # beside the VAE in latent-diffusion's AutoencoderKL
@@ -75,7 +78,12 @@ class Checkpoint:
 
 
 def read_checkpoint(
-    path: str | Path, variant: str | None = None, part: str | None = None, *, own_model: bool = False
+    path: str | Path,
+    variant: str | None = None,
+    part: str | None = None,
+    *,
+    own_model: bool = False,
+    adapter: bool = False,
 ) -> Checkpoint:
     """Read a folder or a file; README "Checkpoints" lists what is recognised.
 
@@ -83,6 +91,7 @@ def read_checkpoint(
     variant: of a TAEHV whose file does not name it. part: which VAE of a file that holds several; also as in
     weights.ckpt::ema_model. own_model: the caller has a model. The weights are then not compared with the
     configuration, and the configuration of an export with an unknown class is `_target_` alone.
+    adapter: read a folder of diffusers for DiffusersVAE, also where this project has the network itself.
     Raises CheckpointError if there is no readable file, no layout matches its keys, it holds several VAEs and `part`
     matches none, or the configuration builds no model.
     """
@@ -94,8 +103,10 @@ def read_checkpoint(
         config_json = {} if is_export else read_config_json(weights.with_name("config.json"))
         if is_export:
             checkpoint, model = _read_export(weights, part, own_model)
-        elif config_json.get("_class_name") in diffusers_vae.KINDS:
-            checkpoint, model = _read_diffusers_video_vae(weights, config_json)
+        elif (kind := config_json.get("_class_name")) in CLASSES and (adapter or kind not in NATIVE):
+            checkpoint, model = _read_adapted(weights, config_json)
+        elif kind in NOT_SERVED:
+            raise CheckpointError(f"{weights}: its config.json is of a {kind}: {NOT_SERVED[kind]}")
         else:
             checkpoint = _read_published(weights, config_json, variant, part)
             model = None if own_model else meta_model(checkpoint.config, weights)
@@ -142,13 +153,13 @@ def meta_model(config: Any, source: object, key: str = "") -> nn.Module:
         return build_model(config, source, key)
 
 
-def _read_diffusers_video_vae(weights: Path, config_json: dict[str, Any]) -> tuple[Checkpoint, nn.Module]:
-    """A video VAE that runs in diffusers' own code, and its model on the meta device."""
+def _read_adapted(weights: Path, config_json: dict[str, Any]) -> tuple[Checkpoint, nn.Module]:
+    """An autoencoder that runs in diffusers' own code, and its model on the meta device."""
     name = config_json["_class_name"]
     arguments = {key: value for key, value in config_json.items() if not key.startswith("_")}
-    config = {TARGET: target_of(diffusers_vae.DiffusersVAE), "kind": name, "config": arguments}
+    config = {TARGET: target_of(DiffusersVAE), "kind": name, "config": arguments}
     model = meta_model(config, weights.with_name("config.json"))  # before the weights, which may be large
-    state = {f"vae.{key}": tensor for key, tensor in read_weights(weights).items()}
+    state = {f"{PREFIX}{key}": tensor for key, tensor in read_weights(weights).items()}
     return Checkpoint(config, state, weights, name), model
 
 
@@ -291,8 +302,8 @@ def _describe_unknown(keys: Collection[str]) -> str:
     if "" in keys:
         return "is a single tensor, such as latents, not the weights of a model"
     return (
-        "matches no known layout (vae3d export, Open-Sora 1.2, Wan, TAEHV, TAESD, diffusers AutoencoderKL, LDM); its "
-        f"keys begin with {list_some(keys)}"
+        "matches no known layout (vae3d export, Open-Sora 1.2, Wan, TAEHV, TAESD, diffusers AutoencoderKL, LDM), and "
+        f"other autoencoders of diffusers need their config.json beside them; its keys begin with {list_some(keys)}"
     )
 
 

@@ -30,6 +30,7 @@ VARIANTS = re.compile(
 OFFICIAL_VAES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 # An encoder and a decoder in two files, as of TAESD: taef2_encoder.pth, taef2_decoder.pth
 HALVES = re.compile(r"(.*)(encoder|decoder)(\.\w+)")
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 PART = "::"  # separates a file and a part of it: weights.ckpt::ema_model
 
 
@@ -50,7 +51,7 @@ def exists(path: str | Path) -> bool:
 def hub_hint(path: str | Path) -> str:
     """Hint for a missing `path` that may be a model on the Hugging Face hub; empty if it cannot be one."""
     text = str(path)
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) or os.path.exists(Path(text).parent) or text.endswith(SUFFIXES):
+    if not HUB_NAME.fullmatch(text) or os.path.exists(Path(text).parent) or text.endswith(SUFFIXES):
         return ""
     name = Path(text).name
     only = "" if "vae" in name.lower() else ' --include "*vae*" "*VAE*"'  # of a whole pipeline only the VAE
@@ -60,13 +61,30 @@ def hub_hint(path: str | Path) -> str:
     )
 
 
+def cached_repository(path: str | Path) -> Path | None:
+    """The folder of `owner/name` in the Hugging Face hub's cache; None if it is not there, or no such name."""
+    text = str(path)
+    if not HUB_NAME.fullmatch(text) or os.path.lexists(text):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
 def find_weights(path: Path) -> Path:
     """The weight file at `path`: the file itself, or that of an export, a published folder, its `vae` folder, or a run.
+
+    owner/name is a repository in the hub's cache, unless there is such a path.
 
     Raises CheckpointError if there is none, or several without a standard name.
     """
     if os.path.isfile(path):
         return path
+    path = cached_repository(path) or path
     if os.path.lexists(path) and not os.path.isdir(path):
         raise CheckpointError(f"{path}: is neither a file nor a folder, but a device, a pipe or a broken link")
     if not os.path.isdir(path):

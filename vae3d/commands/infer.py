@@ -28,6 +28,7 @@ from vae3d.inference.results import Results
 from vae3d.loading import load_with_checkpoint
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_steps
+from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.tiling import Tiled
 from vae3d.models.wan import WanVAE
@@ -68,8 +69,11 @@ def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Chec
     streams = model
     if config.tile:
         if not isinstance(model, WanVAE):
-            kind = type(model).__name__
-            raise UserError(f"tile={config.tile}: a {kind} cannot be coded in tiles; set frame_batch instead")
+            kind, instead = type(model).__name__, "set frame_batch instead"
+            if isinstance(model, DiffusersVAE):
+                kind = model.kind
+                instead = "use model.blended_tiles=true" if model.table.blended_tiles else "use smaller frames"
+            raise UserError(f"tile={config.tile}: a {kind} cannot be coded in exact tiles; {instead}")
         streams = Tiled(model, config.tile, config.tile_overlap)
     return checkpoint, Reconstructor(model, config, metrics, streams.stream)
 

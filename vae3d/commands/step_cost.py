@@ -137,7 +137,8 @@ class TrainingStep:
 
     def noise(self, clips: int, frames: int | None = None) -> ClipBatch:
         """A micro-batch. frames: of each clip; None: the most."""
-        size = (clips, self.model.pixel_channels, frames or self.frames, self.config.data.height, self.config.data.width)
+        data = self.config.data
+        size = (clips, self.model.pixel_channels, frames or self.frames, data.height, data.width)
         return ClipBatch(torch.rand(size, device=self.device) * 2 - 1, torch.arange(clips), ["noise"] * clips)
 
     def passes(
@@ -270,6 +271,7 @@ def countable() -> Iterator[None]:
     """What shapes alone do not allow is replaced by what costs the same."""
     with (  # by functions, not mocks, which would keep the tensors that they are called with
         patch("vae3d.models.layers.stream_conv._taps_apart", lambda x: False),  # as on a GPU
+        patch("vae3d.models.diffusers_vae._numbers", lambda buffer: ()),
         patch("vae3d.models.opensora._numbers", lambda buffer: ()),  # values of the latents' statistics
         patch.object(Seraena, "_draw_fakes", lambda *_: None),
         patch.object(ReplayBuffer, "gather", lambda buffer, indices, images, contexts: (images, contexts)),

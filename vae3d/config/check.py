@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from vae3d.checkpoints.location import exists, hub_hint
+from vae3d.checkpoints.location import cached_repository, exists, hub_hint
+from vae3d.config.adapter import adapter_issues
 from vae3d.config.fields import allowed, allowed_entry, fields_of, nested_schema
 from vae3d.config.issues import (
     MISSING,
@@ -115,6 +116,7 @@ def read(cfg: DictConfig, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
     keys and values."""
     issues: list[ConfigIssue] = []
     tree = _resolve(cfg, OmegaConf.to_container(cfg, resolve=False), "", issues)
+    issues += adapter_issues(tree)
     config, wrong = _typed(tree, schema)
     for found in (target_issues(tree), _number_issues(tree), wrong, _missing(tree, config)):
         issues = add_new(issues, found)
@@ -227,7 +229,8 @@ def _missing(tree: Any, config: Any) -> Iterator[ConfigIssue]:
 def path_issues(paths: Mapping[str, Any]) -> Iterator[ConfigIssue]:
     """Files and folders, by their keys, that do not exist. Values that are not paths are ignored."""
     for key, path in paths.items():
-        if isinstance(path, str) and path != MISSING and not _exists(path):
+        cached = any(is_within(key, checkpoint) for checkpoint in CHECKPOINT_KEYS) and cached_repository(path)
+        if isinstance(path, str) and path != MISSING and not _exists(path) and not cached:
             yield ConfigIssue(key, path, "no such file or folder", _download_hint(key, path))
 
 
