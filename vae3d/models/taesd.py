@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vae3d.arguments import Count, Depths, Deviation, Mean, Widths, check_arguments
 from vae3d.models.interface import VideoAutoencoder, choose_latent_space
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
-from vae3d.models.layers.frames import pad_space, per_frame
+from vae3d.models.layers.frames import clips_of, pad_space, per_frame
 from vae3d.models.layers.taehv_blocks import Clamp, UpConv, conv, per_stage
 from vae3d.models.streaming import IndependentChunks
 from vae3d.pixels import check_latents, check_video
@@ -176,6 +176,10 @@ class TAESD(VideoAutoencoder):
             return maybe_checkpoint(step, frames.contiguous(memory_format=torch.channels_last), enabled=recompute)
 
         return per_frame(run, x, self.frame_batch)
+
+    def as_video(self, features: Tensor, clips: int) -> Tensor:
+        """A layer's output for the frames of `clips` clips, [B * T, C, H, W], as [B, C, T, H, W]."""
+        return clips_of(features, clips)
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         return {"encoder": [self.encoder], "decoder": [self.decoder]}
