@@ -71,6 +71,7 @@ def _is_finite(value: Any) -> bool:
 Width = Annotated[int, Range(1, 2**16)]  # channels of a layer
 Factor = Annotated[int, Range(1, 64)]  # of a width
 Depth = Annotated[int, Range(1, 16)]  # blocks of a level
+Depths = Annotated[Sequence[Annotated[int, Range(0, 16)]], Size(1, 10)]  # of each level; may be none
 Widths = Annotated[Sequence[Width], Size(1, 10)]  # of each level; all but the last halve the resolution
 Factors = Annotated[Sequence[Factor], Size(1, 10)]
 Flags = Annotated[Sequence[bool], Size(0, 10)]  # of each level boundary

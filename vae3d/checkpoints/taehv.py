@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -21,12 +22,11 @@ from vae3d.arguments import Deviation, Mean, check_fields, short
 from vae3d.checkpoints.published import PublishedWeights, State
 from vae3d.io import MAX_BYTES, FileError, parse_json, read_json
 from vae3d.models.layers.taehv_blocks import TGrow
-from vae3d.models.taehv import BASE, SUPER, TAEHV, VARIANTS
+from vae3d.models.taehv import BASE, BLOCKS, SUPER, TAEHV, VARIANTS
 from vae3d.weight_files import read_metadata
 
 MARKER = "encoder.2.conv.weight"  # a key that only these networks have
 INFO_FILE = "model.json"  # beside a file without <its stem>.json
-TGROW = {"base": (7, 13, 19), "super": (7, 14, 21)}  # indices of the TGrow layers in the decoder
 # LightX2V's network for HunyuanVideo 1.5: the same keys, but LeakyReLU and other latents.
 UNSUPPORTED = ("lighttaehy",)
 
@@ -44,24 +44,50 @@ def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
         rule, latent = info.get("frame_rule", rule), info.get("latent", latent)
     if rule != spec.rule:
         raise ValueError(f"its metadata gives {variant} the frame rule {rule!r}; it must be {spec.rule!r}")
-    growing = [state[f"decoder.{index}.conv.weight"] for index in TGROW[spec.decoder]]
+    tgrow = _decoder_layers(state, "conv.weight")
+    growing = [state[f"decoder.{index}.conv.weight"] for index in tgrow]
+    if len(growing) != len(BLOCKS):
+        raise ValueError(f"its decoder has {len(growing)} stages; a TAEHV has {len(BLOCKS)}")
     widths = [weight.shape[1] for weight in growing]
     if spec.decoder == "super":
         widths, default = [state["decoder.0.weight"].shape[0], *widths], SUPER
     else:
-        widths, default = [*widths, state["decoder.22.weight"].shape[1]], BASE
+        last = _decoder_layers(state, "weight")[-1]
+        widths, default = [*widths, state[f"decoder.{last}.weight"].shape[1]], BASE
+    counts, hidden = _decoder_blocks(state, tgrow, widths, spec.decoder)
     time_up = [len(weight) == 2 * weight.shape[1] for weight in growing]
     config = {
         "_target_": "vae3d.models.taehv.TAEHV",
         "variant": variant,
         "channels": state["encoder.0.weight"].shape[0],
         "decoder_channels": None if widths == list(default) else widths,
+        "decoder_blocks": None if counts == list(BLOCKS) else counts,
+        "decoder_hidden": hidden,
         "decoder_time_upscale": None if time_up == list(spec.time_up) else time_up,
         "latent": latent,
     }
     if latent == "raw":
         config |= {name: info[name] for name in ("latents_mean", "latents_std") if info.get(name)}
     return config, state
+
+
+def _decoder_layers(state: State, tensor: str) -> list[int]:
+    """Indices of the decoder's layers that have this tensor."""
+    return sorted(int(match[1]) for key in state if (match := re.fullmatch(rf"decoder\.(\d+)\.{tensor}", key)))
+
+
+def _decoder_blocks(
+    state: State, tgrow: Sequence[int], widths: Sequence[int], decoder: str
+) -> tuple[list[int], list[int] | None]:
+    """Blocks of every stage, and the channels inside them; None if as published."""
+    inner, factor = ("conv.1.weight", 4) if decoder == "super" else ("conv.0.weight", 1)
+    blocks = _decoder_layers(state, "conv.0.weight")
+    counts, hidden = [], []
+    for start, end, width in zip([0, *tgrow], tgrow, widths, strict=False):
+        stage = [index for index in blocks if start <= index < end]
+        counts.append(len(stage))
+        hidden.append(state[f"decoder.{stage[0]}.{inner}"].shape[0] if stage else factor * width)
+    return counts, None if hidden == [factor * width for width in widths[:3]] else hidden
 
 
 class Info(TypedDict, total=False):

@@ -14,8 +14,8 @@ from typing import Any
 from vae3d.checkpoints.published import PublishedWeights, State, check_config_json
 from vae3d.models.taesd import VARIANTS
 
-MARKER = "decoder.7.weight"  # keys that only these networks have
-MARKER_DIFFUSERS = "decoder.layers.6.weight"
+MARKER = "encoder.8.conv.0.weight"  # keys that only these networks have
+MARKER_DIFFUSERS = "encoder.layers.8.conv.0.weight"
 HALF = re.compile(r"\d+\.(weight|bias|conv\.|pool\.)")  # the keys of an encoder or a decoder alone
 # Names of the variants in file names, beside their own.
 NAMES = {"taesdxl": ("taesd_xl", "sdxl"), "taesd3": ("taesd_3", "sd3"), "taef1": ("taesd_f", "flux1", "flux_1")}
@@ -30,8 +30,9 @@ def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
     """
     state = weights.state
     channels = state["decoder.1.weight"].shape[1]
-    stages = sum(key.startswith("decoder.") and key.count(".") == 2 and key.endswith(".weight") for key in state) - 2
-    pool = "decoder.3.pool.0.weight" in state
+    shape = decoder_shape(state)
+    stages = len(shape["decoder_blocks"]) - 1
+    pool = any(".pool.0." in key for key in state)
     possible = [
         name
         for name, kind in VARIANTS.items()
@@ -47,7 +48,29 @@ def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
         variant = possible[0]
         if len(possible) > 1:
             weights.notes.append(f"read as {variant}; {' and '.join(possible)} have the same network")
-    return {"_target_": "vae3d.models.taesd.TAESD", "variant": variant}, state
+    kind = VARIANTS[variant]
+    published = {
+        "decoder_channels": kind.decoder_channels,
+        "decoder_blocks": kind.decoder_blocks,
+        "decoder_hidden": shape["decoder_channels"],
+    }
+    other = {name: value for name, value in shape.items() if value != list(published[name])}
+    return {"_target_": "vae3d.models.taesd.TAESD", "variant": variant, **other}, state
+
+
+def decoder_shape(state: State) -> dict[str, list[int]]:
+    """Arguments of TAESD for the decoder's channels, blocks and their inner channels, stage by stage."""
+    channels, blocks, hidden = [], [], []
+    layers = sorted({int(key.split(".")[1]) for key in state if key.startswith("decoder.")})
+    for layer in layers:
+        if f"decoder.{layer}.conv.0.weight" in state:
+            blocks[-1] += 1
+            hidden[-1] = state[f"decoder.{layer}.conv.0.weight"].shape[0]
+        elif layer < layers[-1]:  # a convolution that begins a stage
+            channels.append(state[f"decoder.{layer}.weight"].shape[0])
+            blocks.append(0)
+            hidden.append(channels[-1])
+    return {"decoder_channels": channels, "decoder_blocks": blocks, "decoder_hidden": hidden}
 
 
 def _named(path: Path, possible: list[str]) -> str | None:
@@ -86,8 +109,10 @@ def _renumber(state: State, offset: int) -> State:
 def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of AutoencoderTiny. Raises ValueError for a variant that it cannot build."""
     kind = VARIANTS[config["variant"]]
-    if kind.pool or len(kind.widths) != 3:
-        raise ValueError(f"diffusers' AutoencoderTiny has no network like {config['variant']}; use the layout taesd")
+    changed = [name for name in ("decoder_channels", "decoder_blocks", "decoder_hidden") if config.get(name)]
+    if kind.pool or len(kind.widths) != 3 or changed:
+        network = " with ".join([config["variant"], *changed])
+        raise ValueError(f"diffusers' AutoencoderTiny has no network like {network}; use the layout taesd")
     return {
         "_class_name": "AutoencoderTiny",
         "in_channels": 3,

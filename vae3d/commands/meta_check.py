@@ -18,7 +18,7 @@ from torch import nn
 from vae3d import loading
 from vae3d.adversarial.base import Adversary
 from vae3d.checkpoints.export import to_layout
-from vae3d.checkpoints.formats import CheckpointError, read_checkpoint
+from vae3d.checkpoints.formats import CheckpointError, meta_model, read_checkpoint
 from vae3d.commands import train
 from vae3d.commands.summary import frame_counts
 from vae3d.config.issues import NO_VALUE, ConfigIssue, is_within
@@ -32,6 +32,7 @@ from vae3d.metrics import METRICS, MetricError
 from vae3d.metrics.registry import columns_of, find_files, resolve
 from vae3d.models.compiled import blocks_of
 from vae3d.models.interface import attach_decoder, nearest_frames, share_frames
+from vae3d.models.pruning import PruningError, match_layers
 from vae3d.models.taehv import TAEHV
 from vae3d.pretrained.weights import WeightsMissing, fetch_command, find, search_path, sizes
 from vae3d.schedules import ALL_ON
@@ -207,6 +208,9 @@ def _unread_features(distillation: Distillation, objective: Objective) -> Iterat
 def _init_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]:
     init = config.stage.init_from
     names = {name for name, _ in model.named_modules() if name}
+    if isinstance(init, dict) and "prune" in init:
+        yield from _prune_issues(init["prune"], model)
+        return
     for name in init if isinstance(init, dict) else []:
         if name not in names:
             children = ", ".join(dict(model.named_children()))
@@ -215,10 +219,19 @@ def _init_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]
             )
 
 
+def _prune_issues(path: str, model: nn.Module) -> Iterator[ConfigIssue]:
+    """A larger model that does not load, or has other layers."""
+    try:
+        source = meta_model(read_checkpoint(path, getattr(model, "variant", None)).config, path)
+        match_layers(source, model, lambda runs: [names[:count] for names, count in runs])
+    except (CheckpointError, PruningError) as error:
+        yield ConfigIssue("stage.init_from.prune", path, str(error))
+
+
 def _frozen_random(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]:
     """A frozen part with random weights would stay random."""
     init = config.stage.init_from
-    if isinstance(init, str) and init != "random":
+    if (isinstance(init, str) and init != "random") or (isinstance(init, dict) and "prune" in init):
         return
     given = [f"{name}." for name, path in init.items() if path != "random"] if isinstance(init, dict) else []
     covered = {id(p) for name, p in model.named_parameters() if name.startswith(tuple(given))}

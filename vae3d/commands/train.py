@@ -32,7 +32,9 @@ from vae3d.loading import initialize, instantiate, load
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_blocks
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.opensora import OpenSoraVAE
+from vae3d.models.pruning import prune
 from vae3d.models.registry import TARGET, is_known, target_of
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
@@ -131,6 +133,8 @@ def build_distillation(config: TrainConfig, teacher: nn.Module | None, student: 
         decode=settings.decode,
         features=settings.features,
         seed=config.run.seed,
+        cache=settings.cache,
+        cache_gib=settings.cache_gib,
     )
 
 
@@ -161,6 +165,35 @@ def fit_shortcut_everywhere(
     return [line, *(f"skipped: {path}: {reason}" for path, reason in errors)]
 
 
+def prune_everywhere(
+    config: TrainConfig, model: VideoAutoencoder, data: TrainingData, device: torch.device
+) -> list[str]:
+    """Prune stage.init_from.prune to the model on the first rank, and give all ranks the result. Returns lines that
+    describe it.
+
+    Raises UserError, on every rank, if it cannot be pruned.
+    """
+    errors: list[tuple[str, str]] = []
+    lines, failure, settings = [], None, config.stage.prune
+    if PartialState().is_main_process:
+        path = config.stage.init_from["prune"]
+        try:
+            larger = load(path, **({"variant": model.variant} if hasattr(model, "variant") else {})).to(device)
+            clips = [clip.to(device).video for clip in longest_clips(data, settings.clips, errors)]
+            if not clips:
+                raise UserError(f"{path} cannot be pruned: no clip could be read")
+            options = {"importance": settings.importance, "refit": settings.refit, "seed": config.run.seed}
+            lines = [f"{path} {line}" for line in prune(larger, model.to(device), torch.cat(clips), **options)]
+        except UserError as error:
+            failure = error
+        model.cpu()
+    lines, failure, errors, weights = all_gather_object((lines, failure, errors, model.state_dict()))[0]
+    if failure is not None:
+        raise failure
+    model.load_state_dict(weights)
+    return [*lines, *(f"skipped: {path}: {reason}" for path, reason in errors)]
+
+
 def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     """Build the trainer, resume it, lock the run's folder and open its log; ready to `fit`."""
     if config.trainer.precision == "fp16" and not torch.cuda.is_available():
@@ -182,7 +215,12 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     if config.stage.no_micro_batching and hasattr(model, "micro_frames"):
         model.micro_frames = None
     anchored = config.optim.proximal > 0  # needs the initial weights also where a checkpoint replaces them
-    started = initialize(model, config.stage.init_from) if anchored or not resumes else []
+    started = []
+    if isinstance(config.stage.init_from, dict) and "prune" in config.stage.init_from:
+        if not resumes:
+            started = prune_everywhere(config, model, data, accelerator.device)
+    elif anchored or not resumes:
+        started = initialize(model, config.stage.init_from)
     if config.stage.fit_shortcut and not resumes:
         started += fit_shortcut_everywhere(config, model, data, accelerator.device)
     if anchored and resumes:

@@ -49,6 +49,19 @@ class Run:
 
 
 @dataclass(config=STRICT)
+class Prune:
+    """How `stage.init_from={prune: CHECKPOINT}` fills the model with channels and blocks of a larger one."""
+
+    clips: Int = setting(8, "Training clips on which channels are compared and layers fitted.", ge=1)
+    importance: Literal["weight", "activation", "sensitivity", "redundancy"] = setting(
+        "redundancy",
+        "weight: norm of weights; activation: times the power of activations; sensitivity: times the effect on pixels; "
+        "redundancy: of this, what the kept channels cannot replace.",
+    )
+    refit: bool = setting(True, "Fit each layer to the larger model's outputs by least squares.")
+
+
+@dataclass(config=STRICT)
 class Stage:
     """Which parts train, and from which weights they start."""
 
@@ -56,7 +69,10 @@ class Stage:
     train: dict[str, Annotated[Float, Field(gt=0)]] = setting(
         MISSING, "Part of the model -> its multiple of `optim.lr`. All other parts are frozen, in eval mode."
     )
-    init_from: Any = setting(MISSING, "random, a checkpoint, or {submodule: checkpoint}.")
+    init_from: Any = setting(
+        MISSING, "random, a checkpoint, {submodule: checkpoint}, or {prune: checkpoint of a larger model}."
+    )
+    prune: Prune = Field(default_factory=Prune)
     fit_shortcut: Int = setting(
         0, "Training clips to fit the model's shortcut to, before step 1. 0: it starts as it is.", ge=0
     )
@@ -245,6 +261,10 @@ class Teacher:
         "teacher", "Latents that the student decodes. mixed: one or the other at random, each step."
     )
     features: dict[str, str] = setting(dict, "Module of the student -> module of the teacher whose output it learns.")
+    cache: str | None = setting(
+        None, "Folder that keeps its latents and features of every clip, for clips that come again. null: none."
+    )
+    cache_gib: Float = setting(50.0, "GiB of the folder's disk after which nothing is added.", gt=0)
 
 
 @dataclass(config=STRICT)

@@ -83,6 +83,10 @@ def _no_weight(config: TrainConfig) -> Iterator[ConfigIssue]:
         yield ConfigIssue("loss.terms", NO_VALUE, "no term has a weight above 0", "set the weight of one")
 
 
+def _prunes(config: TrainConfig) -> bool:
+    return isinstance(config.stage.init_from, dict) and "prune" in config.stage.init_from
+
+
 def _needs_checkpoints(config: TrainConfig) -> Iterator[ConfigIssue]:
     publish = config.trainer.publish
     if not config.trainer.save_every:
@@ -110,6 +114,16 @@ TRAINING_RULES = [
          "needs a model with a shortcut", "set model.shortcut=true or model.temporal.shortcut=true, or 0"),
     Rule("stage.fit_shortcut", lambda c: c.stage.fit_shortcut and c.optim.proximal,
          "changes the initial weights, towards which optim.proximal pulls", "use 0 for either"),
+    Rule("stage.init_from", lambda c: _prunes(c) and len(c.stage.init_from) > 1,
+         "prunes one model, so it has no other entries", "leave them out"),
+    Rule("stage.init_from.prune", lambda c: _prunes(c) and c.stage.init_from["prune"] == "random",
+         "needs the weights of a larger model", "give its checkpoint"),
+    Rule("optim.proximal", lambda c: _prunes(c) and c.optim.proximal,
+         "pulls towards given weights, which stage.init_from.prune changes", "use 0"),
+    Rule("teacher.cache", lambda c: c.teacher.cache is not None and c.teacher.path is None,
+         "needs a teacher", "set teacher=vae teacher.path=..., or null"),
+    Rule("teacher.cache", lambda c: c.teacher.cache is not None and c.teacher.sample,
+         "keeps one result of a clip, and teacher.sample draws another each time", "set teacher.sample=false, or null"),
     # clips
     Rule("data.short_side",
          lambda c: c.data.short_side is not None and c.data.short_side < max(c.data.height, c.data.width),

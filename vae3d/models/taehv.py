@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vae3d.arguments import Count, Deviation, Flags, Mean, PixelChannels, Width, Widths, check_arguments
+from vae3d.arguments import Count, Depths, Deviation, Flags, Mean, PixelChannels, Width, Widths, check_arguments
 from vae3d.models.interface import PixelLayers, VideoAutoencoder, choose_latent_space
 from vae3d.models.layers import taehv_blocks as blocks
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
@@ -32,6 +32,7 @@ from vae3d.types import Delta, LatentSpec, Reconstruction
 # Widths of the two published decoders.
 BASE = (256, 128, 64, 64)
 SUPER = (512, 256, 128, 64)
+BLOCKS = (3, 3, 3)  # of the decoder's stages
 MAX_CHUNK = 4  # latents of a stream's chunk
 Step = Callable[[Tensor, Cache | None, bool], tuple[Tensor, Cache]]
 
@@ -76,7 +77,9 @@ class TAEHV(VideoAutoencoder):
     variant: a key of VARIANTS, such as taew2_1. decoder_time_upscale, decoder_space_upscale: which of the three stages
     double the frame rate and the sides (two time flags are those of the last two stages); None: as the variant. Leaving
     a stage out gives a cheaper preview with fewer or smaller frames; such a model decodes, but cannot be trained.
-    channels, decoder_channels: widths; None as published. latent: raw or normalized; None as the variant.
+    channels, decoder_channels: widths; None as published. decoder_blocks, decoder_hidden: blocks of each of the
+    decoder's three stages, and the channels inside them (of a super decoder, of its bottlenecks); None as published.
+    latent: raw or normalized; None as the variant.
     latents_mean, latents_std: of raw latents, per channel, for `normalize`; normalized latents take none.
     chunk_latents: code clips in chunks of this many latents, which changes memory, not results; None: at once.
     gradient_checkpointing: recompute each block in backward. pixel_channels: of videos, see docs/models.md.
@@ -95,6 +98,8 @@ class TAEHV(VideoAutoencoder):
         decoder_space_upscale: Flags | None = None,
         channels: Width = 64,
         decoder_channels: Widths | None = None,
+        decoder_blocks: Depths | None = None,
+        decoder_hidden: Widths | None = None,
         latent: Literal["raw", "normalized"] | None = None,
         latents_mean: Sequence[Mean] | None = None,
         latents_std: Sequence[Deviation] | None = None,
@@ -108,14 +113,15 @@ class TAEHV(VideoAutoencoder):
         kind = VARIANTS[variant]
         time = _time_flags(variant, decoder_time_upscale)
         space = _space_flags(variant, decoder_space_upscale)
-        widths = tuple(decoder_channels or (SUPER if kind.decoder == "super" else BASE))
-        if len(widths) != 4:
-            raise ValueError(f"decoder_channels has {plural(len(widths), 'entry')}; give 4")
+        widths = blocks.per_stage("decoder_channels", decoder_channels, SUPER if kind.decoder == "super" else BASE)
+        counts = blocks.per_stage("decoder_blocks", decoder_blocks, BLOCKS)
+        hidden = blocks.per_stage("decoder_hidden", decoder_hidden, (None,) * 3)
         self.encoder = blocks.encoder(pixel_channels, kind.patch, channels, kind.latent_channels, kind.time_down)
+        settings = (kind.latent_channels, widths, pixel_channels, kind.patch, time)
         if kind.decoder == "super":
-            self.decoder = blocks.super_decoder(kind.latent_channels, widths, pixel_channels, kind.patch, time)
+            self.decoder = blocks.super_decoder(*settings, counts, hidden)
         else:
-            self.decoder = blocks.decoder(kind.latent_channels, widths, pixel_channels, kind.patch, time, space)
+            self.decoder = blocks.decoder(*settings, space, counts, hidden)
         nn.init.constant_(self.decoder[-1].bias, 0.5)
         self.variant = variant
         self.patch = kind.patch

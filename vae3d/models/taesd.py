@@ -13,17 +13,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vae3d.arguments import Count, Deviation, Mean, PixelChannels, check_arguments
+from vae3d.arguments import Count, Depths, Deviation, Mean, PixelChannels, Widths, check_arguments
 from vae3d.models.interface import PixelLayers, VideoAutoencoder, choose_latent_space
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
-from vae3d.models.layers.frames import pad_space, per_frame
+from vae3d.models.layers.frames import clips_of, pad_space, per_frame
 from vae3d.models.layers.pixel_convs import PixelInput, PixelOutput
-from vae3d.models.layers.taehv_blocks import Clamp, UpConv, conv
+from vae3d.models.layers.taehv_blocks import Clamp, UpConv, conv, per_stage
 from vae3d.models.streaming import IndependentChunks
 from vae3d.pixels import check_latents, check_video
 from vae3d.types import Delta, LatentSpec
 
 WIDTH = 64
+BLOCKS = 3  # of each stage of the decoder; one follows the last stage
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ class Variant:
     pool: bool = False
     widths: tuple[int, ...] = (WIDTH, WIDTH, WIDTH)
 
+    @property
+    def decoder_channels(self) -> tuple[int, ...]:
+        return *self.widths, WIDTH
+
+    @property
+    def decoder_blocks(self) -> tuple[int, ...]:
+        return *[BLOCKS] * len(self.widths), 1
+
 
 VARIANTS = {
     "taesd": Variant(4),  # Stable Diffusion 1 and 2
@@ -52,12 +61,14 @@ VARIANTS = {
 
 
 class Block(nn.Module):
-    """Residual block of three convolutions. pool: an inverted bottleneck with GroupNorm in front."""
+    """Residual block of three convolutions. pool: an inverted bottleneck with GroupNorm in front. hidden: channels
+    between the convolutions; None: `width`."""
 
-    def __init__(self, width: int, pool: bool = False) -> None:
+    def __init__(self, width: int, pool: bool = False, hidden: int | None = None) -> None:
         super().__init__()
+        hidden = hidden or width
         self.conv = nn.Sequential(
-            conv(width, width), nn.ReLU(True), conv(width, width), nn.ReLU(True), conv(width, width)
+            conv(width, hidden), nn.ReLU(True), conv(hidden, hidden), nn.ReLU(True), conv(hidden, width)
         )
         self.pool = None
         if pool:
@@ -91,19 +102,26 @@ def encoder(kind: Variant, pixels: int) -> nn.Sequential:
     return nn.Sequential(*layers, conv(WIDTH, kind.latent_channels))
 
 
-def decoder(kind: Variant, pixels: int) -> nn.Sequential:
-    """An Identity stands where the published network upsamples, which UpConv does here."""
-    layers = [Clamp(), conv(kind.latent_channels, kind.widths[0]), nn.ReLU(True)]
-    for stage, (width, after) in enumerate(zip(kind.widths, [*kind.widths[1:], WIDTH], strict=True)):
-        layers += [Block(width, kind.pool and stage == 0) for _ in range(3)]
-        layers += [nn.Identity(), UpConv(width, after)]
-    return nn.Sequential(*layers, Block(WIDTH), PixelOutput(WIDTH, pixels))
+def decoder(
+    kind: Variant, pixels: int, widths: Sequence[int], hidden: Sequence[int], counts: Sequence[int]
+) -> nn.Sequential:
+    """widths, hidden, counts: channels, channels inside the blocks and blocks of each stage; the last has the video's
+    resolution. An Identity stands where the published network upsamples, which UpConv does here."""
+    layers = [Clamp(), conv(kind.latent_channels, widths[0]), nn.ReLU(True)]
+    for stage, (width, inner, count) in enumerate(zip(widths, hidden, counts, strict=True)):
+        if stage:
+            layers += [nn.Identity(), UpConv(widths[stage - 1], width)]
+        layers += [Block(width, kind.pool and stage == 0, inner) for _ in range(count)]
+    return nn.Sequential(*layers, PixelOutput(widths[-1], pixels))
 
 
 class TAESD(VideoAutoencoder):
     """A tiny VideoAutoencoder without temporal compression and with a deterministic encoder.
 
-    variant: taesd, taesdxl, taesd3, taef1, taef2 or taesana. latent: raw or normalized; None: as the variant.
+    variant: taesd, taesdxl, taesd3, taef1, taef2 or taesana. decoder_channels, decoder_blocks, decoder_hidden: of a
+    smaller or larger decoder, the channels, the residual blocks, and the channels inside these, of each of its stages
+    from the latents' to the video's resolution (4; taesana: 6); None: as published. latent: raw or normalized; None: as
+    the variant.
     latents_mean, latents_std: of raw latents, per channel, for `normalize`; None: 0 and 1. frame_batch: frames that
     pass through the network at once; None: all. gradient_checkpointing: keep only each frame batch's input and
     recompute the rest in backward. pixel_channels: of videos, see docs/models.md.
@@ -117,6 +135,9 @@ class TAESD(VideoAutoencoder):
         self,
         *,
         variant: str,
+        decoder_channels: Widths | None = None,
+        decoder_blocks: Depths | None = None,
+        decoder_hidden: Widths | None = None,
         latent: Literal["raw", "normalized"] | None = None,
         latents_mean: Sequence[Mean] | None = None,
         latents_std: Sequence[Deviation] | None = None,
@@ -129,7 +150,10 @@ class TAESD(VideoAutoencoder):
             raise ValueError(f"variant is {variant!r}; use one of {', '.join(VARIANTS)}")
         kind = VARIANTS[variant]
         self.encoder = encoder(kind, pixel_channels)
-        self.decoder = decoder(kind, pixel_channels)
+        widths = per_stage("decoder_channels", decoder_channels, kind.decoder_channels)
+        counts = per_stage("decoder_blocks", decoder_blocks, kind.decoder_blocks)
+        hidden = per_stage("decoder_hidden", decoder_hidden, widths)
+        self.decoder = decoder(kind, pixel_channels, widths, hidden, counts)
         nn.init.constant_(self.decoder[-1].bias, 0.5)  # mid-grey in the network's own range [0, 1]
         self.variant = variant
         self.pixel_channels = pixel_channels
@@ -164,6 +188,10 @@ class TAESD(VideoAutoencoder):
             return maybe_checkpoint(step, frames.contiguous(memory_format=torch.channels_last), enabled=recompute)
 
         return per_frame(run, x, self.frame_batch)
+
+    def as_video(self, features: Tensor, clips: int) -> Tensor:
+        """A layer's output for the frames of `clips` clips, [B * T, C, H, W], as [B, C, T, H, W]."""
+        return clips_of(features, clips)
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         return {"encoder": [self.encoder], "decoder": [self.decoder]}

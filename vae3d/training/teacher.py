@@ -15,6 +15,7 @@ from vae3d.models.interface import convert_latents, latent_space
 from vae3d.precision import cast_keep_stats
 from vae3d.seeding import generator_of, seed_of
 from vae3d.text import plural
+from vae3d.training.teacher_cache import TargetCache
 from vae3d.types import ClipBatch, Reconstruction, TeacherTargets
 
 
@@ -28,6 +29,7 @@ class Distillation:
     sample: sample its latents instead of taking the mode. decode: which latents the student decodes: `teacher`, `own`,
     or `mixed`, which picks one of them at random per step. features: module of the student -> module of the teacher
     whose output it should match, by their names in named_modules(). seed: of the random choice and sampled latents.
+    cache: folder of a TargetCache of at most cache_gib GiB, or None.
     Raises TeacherError if their latent spaces differ in shape, or a module does not exist.
     """
 
@@ -41,6 +43,8 @@ class Distillation:
         decode: str = "teacher",
         features: dict[str, str] | None = None,
         seed: int = 0,
+        cache: str | None = None,
+        cache_gib: float = 50.0,
     ) -> None:
         self.teacher = cast_keep_stats(teacher.requires_grad_(False).eval(), dtype)
         self.dtype, self.sample, self.decode, self.features = dtype, sample, decode, dict(features or {})
@@ -63,9 +67,27 @@ class Distillation:
             if unknown := [name for name in names if name not in known]:
                 raise TeacherError(f"teacher.features: the {whose} has no module {', '.join(unknown)}")
 
-    @torch.no_grad()
+        self.cache = None
+        if cache is not None and not next(teacher.parameters()).is_meta:
+            of = {"precision": str(dtype), "features": self.features, "student": latent_space(student)}
+            self.cache = TargetCache(cache, self.teacher, of, cache_gib)
+
     def compute_targets(self, batch: ClipBatch) -> ClipBatch:
-        """The clip with targets: the teacher's latents in the student's convention, and features. No gradients."""
+        """The clip with targets: the teacher's latents in the student's convention, and features. No gradients.
+
+        They are from the cache if it has all of the clips; otherwise they are computed, and added to it.
+        """
+        if self.cache is None:
+            return self._compute_targets(batch)
+        keys = self.cache.keys(batch.video)
+        if (targets := self.cache.read(keys, batch.video.device)) is not None:
+            return replace(batch, targets=targets)
+        batch = self._compute_targets(batch)
+        self.cache.write(keys, batch.targets)
+        return batch
+
+    @torch.no_grad()
+    def _compute_targets(self, batch: ClipBatch) -> ClipBatch:
         video = batch.video.to(self.dtype)
         posterior = self.teacher.encode(video)
         z = posterior.sample(self._noise(batch)) if self.sample else posterior.mode()
@@ -143,16 +165,15 @@ class StudentWithProjections(nn.Module):
 def capture_activations(network: nn.Module, names: Sequence[str], clips: int) -> Iterator[Callable[[str], Tensor]]:
     """Record the outputs of modules. Yields a function: module name -> its output [B, C, T, H, W], chunks concatenated.
 
-    clips: batch size, for networks whose modules return frames [B*T, C, H, W] and that have `as_video` (see TAEHV).
-    Raises TeacherError for outputs of any other form.
+    clips: batch size, for networks whose modules return frames [N, C, H, W] in any number of calls, which `as_video`
+    turns into clips (see TAEHV). Raises TeacherError for outputs of any other form.
     """
     kept: dict[str, list[Tensor]] = {name: [] for name in names}
+    frames = hasattr(network, "as_video")
 
     def keep(name: str, output: Any) -> None:
         features = output[0] if isinstance(output, tuple) else output
-        if features.ndim == 4 and hasattr(network, "as_video"):
-            features = network.as_video(features, clips)
-        if features.ndim != 5:
+        if features.ndim != (4 if frames else 5):
             raise TeacherError(f"teacher.features: {name} returns no video but {_size(features.shape)}; choose another")
         kept[name].append(features)
 
@@ -161,7 +182,7 @@ def capture_activations(network: nn.Module, names: Sequence[str], clips: int) ->
         for name in names
     ]
     try:
-        yield lambda name: torch.cat(kept[name], 2)
+        yield lambda name: network.as_video(torch.cat(kept[name]), clips) if frames else torch.cat(kept[name], 2)
     finally:
         for hook in hooks:
             hook.remove()

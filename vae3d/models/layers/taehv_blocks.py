@@ -17,6 +17,7 @@ from vae3d.models.layers.borders import Borders
 from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.pixel_convs import PixelInput, PixelOutput
 from vae3d.models.layers.wan_blocks import upsample_conv
+from vae3d.text import plural
 
 Cache = Sequence[Tensor | None]  # of every layer: its last input frames; None if it is not a MemBlock
 ZERO_PADDING = Borders()
@@ -58,18 +59,24 @@ class MemBlock(nn.Module):
         return x.relu_() if self.relu else x
 
 
-def mem_block(width: int) -> MemBlock:
-    layers = conv(2 * width, width), nn.ReLU(True), conv(width, width), nn.ReLU(True), conv(width, width)
+def mem_block(width: int, hidden: int | None = None) -> MemBlock:
+    """hidden: channels between the convolutions; None: `width`."""
+    hidden = hidden or width
+    layers = conv(2 * width, hidden), nn.ReLU(True), conv(hidden, hidden), nn.ReLU(True), conv(hidden, width)
     return MemBlock(nn.Sequential(*layers), relu=True)
 
 
-def super_mem_block(width: int) -> MemBlock:
-    """A depthwise 7 x 7 convolution and an inverted bottleneck, as in ConvNeXt (arXiv 2201.03545)."""
+def super_mem_block(width: int, hidden: int | None = None) -> MemBlock:
+    """A depthwise 7 x 7 convolution and an inverted bottleneck, as in ConvNeXt (arXiv 2201.03545).
+
+    hidden: channels of the bottleneck; None: 4 * width.
+    """
+    hidden = hidden or 4 * width
     layers = (
         nn.Conv2d(2 * width, 2 * width, 7, padding=3, groups=2 * width, bias=False),
-        Pointwise(2 * width, 4 * width, bias=True),
+        Pointwise(2 * width, hidden, bias=True),
         nn.ReLU(True),
-        Pointwise(4 * width, width),
+        Pointwise(hidden, width),
     )
     return MemBlock(nn.Sequential(*layers), relu=False)
 
@@ -129,26 +136,50 @@ def encoder(pixels: int, patch: int, width: int, latents: int, time: Sequence[bo
     return nn.Sequential(*layers, conv(width, latents))
 
 
+def per_stage(name: str, given: Sequence[int] | None, default: Sequence[int]) -> tuple[int, ...]:
+    """`given`, or `default` for None. Raises ValueError for another number of entries."""
+    given = tuple(default if given is None else given)
+    if len(given) != len(default):
+        raise ValueError(f"{name} has {plural(len(given), 'entry')}; give {len(default)}")
+    return given
+
+
 def decoder(
-    latents: int, widths: Sequence[int], pixels: int, patch: int, time: Sequence[bool], space: Sequence[bool]
+    latents: int,
+    widths: Sequence[int],
+    pixels: int,
+    patch: int,
+    time: Sequence[bool],
+    space: Sequence[bool],
+    counts: Sequence[int],
+    hidden: Sequence[int | None],
 ) -> nn.Sequential:
     """widths: of the three stages and the last layers. time, space: which stages double the frame rate and the sides.
+    counts, hidden: blocks of each stage, and the channels inside them.
 
     The published network upsamples before TGrow, where an Identity stands here. TGrow is a 1 x 1 convolution, so
     upsampling after it, in UpConv, gives the same on a quarter of the pixels.
     """
     layers = [Clamp(), conv(latents, widths[0]), nn.ReLU(True)]
     for stage, (width, after) in enumerate(zip(widths, widths[1:], strict=False)):
-        layers += [mem_block(width) for _ in range(3)]
+        layers += [mem_block(width, hidden[stage]) for _ in range(counts[stage])]
         layers += [nn.Identity(), TGrow(width, 1 + time[stage])]
         layers += [UpConv(width, after) if space[stage] else conv(width, after, bias=False)]
     return nn.Sequential(*layers, nn.ReLU(True), PixelOutput(widths[-1], pixels, patch=patch))
 
 
-def super_decoder(latents: int, widths: Sequence[int], pixels: int, patch: int, time: Sequence[bool]) -> nn.Sequential:
+def super_decoder(
+    latents: int,
+    widths: Sequence[int],
+    pixels: int,
+    patch: int,
+    time: Sequence[bool],
+    counts: Sequence[int],
+    hidden: Sequence[int | None],
+) -> nn.Sequential:
     layers = [Pointwise(latents, widths[0])]
     for stage, (width, after) in enumerate(zip(widths, widths[1:], strict=False)):
-        layers += [super_mem_block(width) for _ in range(3)]
+        layers += [super_mem_block(width, hidden[stage]) for _ in range(counts[stage])]
         layers += [conv(width, 4 * after), nn.ReLU(True), nn.PixelShuffle(2), TGrow(after, 1 + time[stage])]
     return nn.Sequential(*layers, PixelOutput(widths[-1], pixels, patch=patch))
 

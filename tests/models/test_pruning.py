@@ -1,0 +1,92 @@
+"""Structured pruning: which channels belong together, what is removed without any change, and what a pruned model keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import tiny
+from vae3d.models import pruning
+from vae3d.models.interface import VideoAutoencoder
+from vae3d.models.pruning import PruningError, channel_classes, match_layers, prune
+from vae3d.models.taehv import TAEHV
+from vae3d.models.taesd import TAESD
+from vae3d.types import Delta
+
+def integers(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Decoder weights of few ones: sums are exact in fp64, in any order, and no channel is dead."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.decoder.parameters():
+            p.copy_(torch.rand(p.shape, generator=generator) < 4 / p[0].numel())
+    return model.double().eval()
+
+
+def taesd(**shape) -> TAESD:
+    return integers(TAESD(variant="taesd", **{"decoder_blocks": (1, 1, 1, 1), **shape}))
+
+
+def taehv(variant: str = "taew2_1", **shape) -> TAEHV:
+    return integers(TAEHV(variant=variant, channels=4, **{"decoder_blocks": (1, 1, 1), **shape}))
+
+
+def latents(channels: int, frames: int = 2, side: int = 3) -> Tensor:
+    """The clamp in front of the decoders makes exactly -3, 0 and 3 of them."""
+    generator = torch.Generator().manual_seed(side)
+    return 1000.0 * torch.randint(-1, 2, (1, channels, frames, side, side), generator=generator).double()
+
+
+def clips(frames: int = 1, side: int = 16) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.rand(2, 3, frames, side, side, generator=generator).double() * 2 - 1
+
+
+def classes_of(model: VideoAutoencoder, part: str = "decoder.") -> list[list[pruning.Channels]]:
+    pairs, _ = match_layers(model, model, lambda runs: [names for names, _ in runs])
+    return channel_classes(model, {name: model.get_submodule(name) for name in pairs if name.startswith(part)})
+
+
+def remove(model: VideoAutoencoder, keep: dict[int, int], doubled: bool, part: str = "decoder.") -> None:
+    """Make all but `keep[size]` channels of each class of `size` channels zero, or twins of others, at random places."""
+    generator = torch.Generator().manual_seed(3)
+    for group in classes_of(model, part):
+        count = keep.get(len(group), len(group))
+        order = torch.randperm(len(group), generator=generator).tolist()
+        for number, index in enumerate(order[count:]):
+            twin = group[order[number % count]]
+            for (name, side), places in group[index].nodes.items():
+                if side == "out":
+                    for tensor in model.get_submodule(name)._parameters.values():
+                        if tensor is not None:
+                            tensor.data[places] = tensor.data[twin.nodes[name, side]] if doubled else 0
+
+
+# name: the wide model, the shape of the small one, {channels of a class: channels kept}, latent channels, frames
+NETWORKS = {
+    "taesd": (lambda **shape: taesd(**{"decoder_channels": (9, 8, 7, 6), **shape}),
+              {"decoder_channels": (5, 8, 4, 2)}, {9: 5, 7: 4, 6: 2}, 4, 2),
+    "taesd inside blocks": (lambda **shape: taesd(**{"decoder_channels": (4, 4, 4, 4), "decoder_hidden": (9, 8, 7, 6), **shape}),
+                            {"decoder_hidden": (5, 8, 4, 2)}, {9: 5, 7: 4, 6: 2}, 4, 2),
+    "taehv": (lambda **shape: taehv(**{"decoder_channels": (9, 8, 7, 6), **shape}),
+              {"decoder_channels": (5, 8, 4, 2)}, {9: 5, 7: 4, 6: 2}, 16, 5),
+    "super": (lambda **shape: taehv("taew2_2_super", **{"decoder_channels": (9, 8, 7, 6), "decoder_hidden": (12, 12, 12), **shape}),
+              {"decoder_channels": (5, 8, 4, 2), "decoder_hidden": (10, 10, 10)}, {9: 5, 7: 4, 6: 2, 12: 10}, 48, 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("doubled", [False, True], ids=["zeroed", "doubled"])
+@pytest.mark.parametrize("refit", [False, True], ids=["kept", "refit"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_zeroed_or_doubled_channels_are_removed_without_any_change(network, refit, doubled):
+    build, small, keep, channels, frames = NETWORKS[network]
+    source, student = build(), build(**small)
+    remove(source, keep, doubled)
+    calibration = Delta(latents(channels, source.latent_frames(frames), side=6))
+    source.encode = student.encode = lambda video: calibration
+    prune(source, student, clips(frames, source.spec.space_stride * 6)[:1], refit=refit)
+    z = latents(channels, source.latent_frames(frames))
+    with torch.no_grad():
+        expected = source.decode(z, frames)
+        assert expected.std() > 0
+        assert torch.equal(student.decode(z, frames), expected)

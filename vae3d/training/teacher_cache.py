@@ -1,0 +1,84 @@
+"""A folder that keeps a teacher's targets, for clips that come again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vae3d.io import naming
+from vae3d.types import TeacherTargets
+
+LATENTS = "z"
+FEATURE = "feature:"
+
+
+class TargetCache:
+    """A teacher's latents and features, one file per clip, under the hash of the clip's pixels.
+
+    So they are the same bits as those of the teacher, whatever the order, the ranks, or where a run was killed; another
+    teacher, precision or choice of features has files of its own. It pays if clips repeat: no random crop, no flip.
+
+    folder: shared by any number of runs. of: what the targets depend on beside the teacher's weights. gib: GiB of files
+    after which nothing is added.
+    """
+
+    def __init__(self, folder: str, teacher: nn.Module, of: Mapping[str, Any], gib: float) -> None:
+        digest = hashlib.blake2b(json.dumps(of, sort_keys=True).encode(), digest_size=16)
+        for name, tensor in sorted(teacher.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(_bytes(tensor))
+        self.folder = Path(folder) / digest.hexdigest()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.room = int(gib * 2**30) - sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors"))
+        self.hits = 0
+        self.misses = 0
+
+    def keys(self, video: Tensor) -> list[str]:
+        """A key for each clip of a batch [B, 3, T, H, W]."""
+        shape = str((tuple(video.shape[1:]), str(video.dtype))).encode()
+        return [hashlib.blake2b(_bytes(clip) + shape, digest_size=20).hexdigest() for clip in video]
+
+    def read(self, keys: Sequence[str], device: torch.device) -> TeacherTargets | None:
+        """Targets of a batch, or None unless all of its clips are there. A damaged file counts as missing."""
+        clips = []
+        for key in keys:
+            try:
+                clips.append(load_file(self._file(key), device=str(device)))
+            except (FileNotFoundError, SafetensorError):
+                self.misses += len(keys)
+                return None
+        self.hits += len(keys)
+        tensors = {name: torch.stack([clip[name] for clip in clips]) for name in clips[0]}
+        z = tensors.pop(LATENTS)
+        return TeacherTargets(z, {name.removeprefix(FEATURE): tensor for name, tensor in tensors.items()})
+
+    def write(self, keys: Sequence[str], targets: TeacherTargets) -> None:
+        for index, key in enumerate(keys):
+            tensors = {LATENTS: targets.z[index]}
+            tensors |= {f"{FEATURE}{name}": tensor[index] for name, tensor in targets.features.items()}
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            file = self._file(key)
+            if size > self.room or file.exists():
+                continue
+            self.room -= size
+            tmp = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # another rank may write the same clip
+            with naming(file):
+                file.parent.mkdir(exist_ok=True)
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, tmp)
+                tmp.replace(file)
+
+    def _file(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key[2:]}.safetensors"
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
