@@ -24,7 +24,9 @@ TEACHERS = {
     "opensora_v1_2": [*tiny.MODEL["opensora_v1_2"], "model.spatial.channels=[8,8,8,8]"],
 }  # fmt: skip
 NINE_FRAMES = [f"data.frames.{bound}=9" for bound in ("min", "max")]
-TINY_OF = {"SpatialVAE": "spatial", "OpenSoraVAE": "temporal_vae", "WanVAE": "wan", "TAEHV": "taehv"}
+TINY_OF = {"SpatialVAE": "spatial", "OpenSoraVAE": "temporal_vae", "WanVAE": "wan", "TAEHV": "taehv", "TAESD": "taesd"}
+PRUNED = ["model.variant=taesd", "model.decoder_channels=[5,4,4,3]"]
+LARGER = ["model.variant=taesd", "model.decoder_channels=[6,4,4,4]"]
 
 
 def overrides(experiment: str, folder: Path, videos: Path, rooms: Path, images: Path) -> list[str]:
@@ -44,10 +46,15 @@ def overrides(experiment: str, folder: Path, videos: Path, rooms: Path, images: 
         made.append("validation.slow_metrics=[]")  # its network takes longer than all the rest
     if full.model.get("shortcuts"):
         made += ["model.multipliers=[1,1]"]
-    if OmegaConf.is_missing(full.teacher, "path") or full.teacher.path is not None:
+    if name == "taesd":  # a pruned TAESD
+        _export(loading.model_config("taesd", *LARGER), folder / "teacher")
+        made += [*PRUNED, f"teacher.path={folder / 'teacher'}", f"teacher.cache={folder / 'cache'}"]
+    elif OmegaConf.is_missing(full.teacher, "path") or full.teacher.path is not None:
         made += [*_teacher(full.model.variant, folder), *NINE_FRAMES]
     composed = tiny.compose(*made)
-    if "spatial_vae" in (OmegaConf.to_container(composed.stage)["init_from"] or {}):
+    if "prune" in (OmegaConf.to_container(composed.stage)["init_from"] or {}):
+        start, first = "stage.init_from.prune", OmegaConf.create(loading.model_config("taesd", *LARGER))
+    elif "spatial_vae" in (OmegaConf.to_container(composed.stage)["init_from"] or {}):
         start, first = "stage.init_from.spatial_vae", composed.model.spatial
     else:
         start, first = "stage.init_from", composed.model
