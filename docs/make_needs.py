@@ -38,6 +38,10 @@ TEACHERS: dict[str, Callable[[], nn.Module]] = {
     "taehv_wan_best": lambda: vae3d.build("wan"),
     "taehv_cogvideox": lambda: DiffusersVAE("AutoencoderKLCogVideoX"),
     "taehv_opensora": lambda: vae3d.build("opensora_v1_2"),
+    **{
+        f"small_decoder_{phase}": lambda: vae3d.build("taesd", "model.variant=taef2")
+        for phase in ("features", "pixels", "gan")
+    },
     "taehv_tiny": lambda: instantiate(composed("taehv_teacher_tiny").model),
 }
 # The autoencoder of model.path in an experiment's own command: diffusers' default configuration is that of LTX-Video.

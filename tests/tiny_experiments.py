@@ -30,8 +30,11 @@ TINY_OF = {
     "OpenSoraVAE": "temporal_vae",
     "WanVAE": "wan",
     "TAEHV": "taehv",
+    "TAESD": "taesd",
     "DiffusersVAE": "diffusers",
 }
+PRUNED = ["model.variant=taesd", "model.decoder_channels=[5,4,4,3]"]
+LARGER = ["model.variant=taesd", "model.decoder_channels=[6,4,4,4]"]
 
 
 def overrides(experiment: str, folder: Path, videos: Path, rooms: Path, images: Path) -> list[str]:
@@ -51,10 +54,15 @@ def overrides(experiment: str, folder: Path, videos: Path, rooms: Path, images: 
         made.append("validation.slow_metrics=[]")  # its network takes longer than all the rest
     if full.model.get("shortcuts"):
         made += ["model.multipliers=[1,1]"]
-    if OmegaConf.is_missing(full.teacher, "path") or full.teacher.path is not None:
+    if name == "taesd":  # a pruned TAESD
+        _export(loading.model_config("taesd", *LARGER), folder / "teacher")
+        made += [*PRUNED, f"teacher.path={folder / 'teacher'}", f"teacher.cache={folder / 'cache'}"]
+    elif OmegaConf.is_missing(full.teacher, "path") or full.teacher.path is not None:
         made += [*_teacher(full.model.variant, folder), *NINE_FRAMES]
     composed = tiny.compose(*made)
-    if "spatial_vae" in (OmegaConf.to_container(composed.stage)["init_from"] or {}):
+    if "prune" in (OmegaConf.to_container(composed.stage)["init_from"] or {}):
+        start, first = "stage.init_from.prune", OmegaConf.create(loading.model_config("taesd", *LARGER))
+    elif "spatial_vae" in (OmegaConf.to_container(composed.stage)["init_from"] or {}):
         start, first = "stage.init_from.spatial_vae", composed.model.spatial
     else:
         start, first = "stage.init_from", composed.model

@@ -178,7 +178,9 @@ def prune_everywhere(
     if PartialState().is_main_process:
         path = config.stage.init_from["prune"]
         try:
-            larger = load(path, **({"variant": model.variant} if hasattr(model, "variant") else {})).to(device)
+            with torch.random.fork_rng(devices=[]):  # all ranks go on with the same random numbers
+                larger = load(path, **({"variant": model.variant} if hasattr(model, "variant") else {}))
+            larger = larger.to(device)
             clips = [clip.to(device).video for clip in longest_clips(data, settings.clips, errors)]
             if not clips:
                 raise UserError(f"{path} cannot be pruned: no clip could be read")

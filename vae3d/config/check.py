@@ -38,6 +38,7 @@ EXAMPLES = {
     "data.source.path": "data.source.path=/path/to/videos.csv",
     "data.source.root": "data.source.root=/path/to/areas (ROOT/AREA/ROOM/output/panorama_0000.png)",
     "stage.init_from": "stage.init_from=CHECKPOINT (a run folder, an export, published weights)",
+    "stage.init_from.prune": "stage.init_from.prune=CHECKPOINT of a larger model",
     "stage.init_from.spatial_vae": "stage.init_from.spatial_vae=/path/to/2D-VAE (diffusers folder, LDM file or export)",
     "model.variant": "model.variant=taew2_1 (or taehv, taecvx, taew2_2, ...; see conf/model/taehv.yaml)",
     "teacher.path": "teacher.path=PATH (a run folder, an export, published weights, diffusers' folder) or teacher=none",

@@ -430,20 +430,21 @@ def _measure(source: VideoAutoencoder, video: Tensor, layers: dict[str, nn.Modul
     found = {name: Statistics() for name, layer in layers.items() if not _is_per_channel(layer)}
     generator = torch.Generator().manual_seed(0)
 
-    def hook(name: str) -> Callable[..., None]:
-        def record(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def hook(name: str) -> Callable[..., Any]:
+        def record(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             own, axis = found[name], _axis(layer)
             x = args[0].detach().transpose(axis, -1).flatten(0, -2).double()
             moment = x.T @ x
             own.moment = moment if own.moment is None else own.moment + moment
             own.count += len(x)
-            y = output[0] if isinstance(output, tuple) else output
+            y = (output[0] if isinstance(output, tuple) else output).clone()  # a hook on a view is lost if it changes
 
             def add(gradient: Tensor) -> None:
                 power = gradient.transpose(axis, -1).flatten(0, -2).double().square().sum(0)
                 own.gradient = power if own.gradient is None else own.gradient + power
 
             y.register_hook(add)
+            return (y, *output[1:]) if isinstance(output, tuple) else y
 
         return record
 
@@ -483,7 +484,7 @@ def _choose(
         own = statistics[name]
         gradient = torch.ones(len(weight), dtype=torch.float64)
         if importance in ("sensitivity", "redundancy"):
-            gradient = torch.zeros(len(weight)).double() if own.gradient is None else own.gradient.cpu() / own.count
+            gradient = own.gradient.cpu() / own.count
         size = (weight.cpu().double().square().sum(2) * gradient[:, None]).sum(0).sqrt()  # of each input channel
         moment = torch.eye(len(size), dtype=torch.float64) if importance == "weight" else own.moment.cpu() / own.count
         index = torch.tensor([channels.nodes[name, side] for channels in group])

@@ -1,0 +1,208 @@
+"""Compare decoders of one latent space: speed, operations, memory, PSNR, SSIM, LPIPS; and draw the front.
+
+    python scripts/benchmarks/decoders.py taef2_encoder.pth runs/small_30 runs/small_20 --source clips.csv --split val
+
+The first one is the teacher: its encoder codes every file, each decoder decodes the same latents, and the scores are
+those against the original and against the teacher's decoder. A name may stand in front: `30 %=runs/small_30`.
+Writes decoders.json and decoders.svg to --out. Frames per second are the median of --repeats passes over one clip;
+memory is what decoding takes at most above what was held before: of a process of its own, or of the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import vae3d
+from vae3d.argparse_types import positive_int
+from vae3d.data.clips import ClipSettings
+from vae3d.data.loader import read_tables, validation_clips
+from vae3d.data.sources import open_source
+from vae3d.errors import UserError
+from vae3d.models.interface import VideoAutoencoder, convert_latents, share_frames
+from vae3d.report.html import subplots, svg
+
+METRICS = ("psnr", "ssim", "lpips")
+
+
+def named(text: str) -> tuple[str, str]:
+    """(name, checkpoint) of NAME=CHECKPOINT or CHECKPOINT."""
+    name, _, path = text.rpartition("=")
+    return name or Path(path).name, path
+
+
+def decode_cost(model: VideoAutoencoder, z: Tensor, frames: int, repeats: int) -> dict[str, float]:
+    """Multiply-adds per pixel, and frames per second. z: latents of one clip of this many frames."""
+    with FlopCounterMode(display=False) as counter:
+        video = model.decode(z, frames)
+    pixels = video.shape[2] * video.shape[3] * video.shape[4]
+    seconds = []
+    for _ in range(repeats):
+        _synchronize(z)
+        start = time.perf_counter()
+        model.decode(z, frames)
+        _synchronize(z)
+        seconds.append(time.perf_counter() - start)
+    return {
+        "parameters": sum(p.numel() for p in decoder_of(model).parameters()),
+        "macs_per_pixel": counter.get_total_flops() / 2 / pixels,
+        "frames_per_second": frames / statistics.median(seconds),
+    }
+
+
+def decoder_of(model: VideoAutoencoder) -> torch.nn.ModuleList:
+    return torch.nn.ModuleList(model.trainable_parts()["decoder"])
+
+
+def memory_mib(path: str, shape: Sequence[int], frames: int, device: str) -> float:
+    """MiB that decoding takes above what the process held before, in a process of its own."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import decoders; "
+        "print(decoders.measure_memory(sys.argv[2], eval(sys.argv[3]), int(sys.argv[4]), sys.argv[5]))"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), path, str(tuple(shape)), str(frames), device]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+@torch.no_grad()
+def measure_memory(path: str, shape: tuple[int, ...], frames: int, device: str) -> float:
+    model = vae3d.load(path).to(device)
+    z = torch.zeros(shape, device=device)
+    model.decode(z[..., :2, :2], frames)  # what the first call keeps does not count
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model.decode(z, frames)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    process, done, largest = psutil.Process(), threading.Event(), [0]
+
+    def watch() -> None:
+        while not done.is_set():
+            largest[0] = max(largest[0], process.memory_info().rss)
+            time.sleep(0.001)
+
+    before = process.memory_info().rss
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model.decode(z, frames)
+    done.set()
+    watcher.join()
+    return (largest[0] - before) / 2**20
+
+
+def _synchronize(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def compare(decoders: Sequence[tuple[str, str]], videos: Sequence[Tensor], args: argparse.Namespace) -> list[dict[str, Any]]:
+    models = [vae3d.load(path).to(args.device) for _, path in decoders]
+    teacher = models[0]
+    height, width = args.height, args.width
+    frames = args.frames
+    for (name, _), model in zip(decoders, models, strict=True):
+        if not share_frames(model, teacher, frames, height, width):
+            raise UserError(f"{name} and {decoders[0][0]} do not share latents of {frames} frames of {height}x{width}")
+    rows = []
+    latents = [teacher.encode(video).mode() for video in videos]
+    expected = [teacher.decode(z, video.shape[2]) for z, video in zip(latents, videos, strict=True)]
+    big = torch.zeros(teacher.latent_shape(args.frames, args.speed_size, args.speed_size), device=args.device)[None]
+    for (name, path), model in zip(decoders, models, strict=True):
+        scores, near = [], []
+        for video, z, target in zip(videos, latents, expected, strict=True):
+            size = video.shape[-2:]
+            rec = model.decode(convert_latents(z, teacher, model), video.shape[2])[..., : size[0], : size[1]].clamp(-1, 1)
+            scores.append(vae3d.score(video, rec, metrics=METRICS))
+            target = target[..., : size[0], : size[1]].clamp(-1, 1)
+            near.append((rec - target).square().mean().clamp(min=1e-12).log10().item())
+        row = {"name": name, **decode_cost(model, big, args.frames, args.repeats)}
+        row["memory_mib"] = memory_mib(path, big.shape, args.frames, args.device)
+        row |= {metric: fmean(score[metric] for score in scores) for metric in scores[0]}
+        row["psnr_to_teacher"] = None if model is teacher else fmean(20 * 0.30103 - 10 * value for value in near)
+        rows.append(row)
+        row["macs_share"] = row["macs_per_pixel"] / rows[0]["macs_per_pixel"]
+        print(line(row), flush=True)
+    return rows
+
+
+HEADER = (
+    "| decoder | parameters | MACs per pixel | frames/s | memory, MiB | PSNR, dB | SSIM | LPIPS (AlexNet) | PSNR to the "
+    "first |\n|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    near = "" if row["psnr_to_teacher"] is None else f"{row['psnr_to_teacher']:.2f}"
+    lpips = next(value for key, value in row.items() if key.startswith("lpips"))
+    return (
+        f"| {row['name']} | {row['parameters']:,} | {row['macs_per_pixel']:,.0f} ({row['macs_share']:.0%}) | "
+        f"{row['frames_per_second']:.1f} | {row['memory_mib']:.0f} | {row['psnr']:.2f} | {row['ssim']:.3f} | {lpips:.3f} | {near} |"
+    )
+
+
+def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """PSNR and LPIPS over operations; the line joins the decoders that no cheaper one reaches."""
+    figure, axes = subplots(2, 2, 4.5, 3.6)
+    lpips = next(key for key in rows[0] if key.startswith("lpips"))
+    plots = (("psnr", 1, "PSNR, dB"), (lpips, -1, "LPIPS (AlexNet), lower is better"))
+    for axis, (key, better, label) in zip(axes, plots, strict=True):
+        ordered = sorted(rows, key=lambda row: row["macs_per_pixel"])
+        front = [r for i, r in enumerate(ordered) if all(better * r[key] > better * o[key] for o in ordered[:i])]
+        axis.plot([r["macs_share"] * 100 for r in front], [r[key] for r in front], color="0.6", linewidth=1, zorder=1)
+        axis.scatter([r["macs_share"] * 100 for r in rows], [r[key] for r in rows], zorder=2)
+        for row in rows:
+            axis.annotate(row["name"], (row["macs_share"] * 100, row[key]), textcoords="offset points", xytext=(5, -11), fontsize=8)
+        axis.set_xlabel("operations, % of the first decoder's")
+        axis.set_ylabel(label)
+        axis.set_xlim(left=0, right=112)
+        axis.margins(y=0.15)
+    file.write_text(svg(figure))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("decoders", nargs="+", help="checkpoints, the teacher first; NAME=CHECKPOINT names one")
+    parser.add_argument("--source", required=True, help="a table, a folder or one file of videos and images")
+    parser.add_argument("--split", help="only these rows of the table")
+    parser.add_argument("--out", type=Path, default=Path("decoders"), help="folder for decoders.json and .svg")
+    parser.add_argument("--frames", type=positive_int, default=1, help="of every clip (1)")
+    parser.add_argument("--height", type=positive_int, default=256, help="of the centre crop (256)")
+    parser.add_argument("--width", type=positive_int, default=256, help="of the centre crop (256)")
+    parser.add_argument("--speed-size", type=positive_int, default=256, help="sides of the clip that is timed (256)")
+    parser.add_argument("--repeats", type=positive_int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    settings = ClipSettings(args.height, args.width)
+    tables = read_tables(open_source(args.source), settings, num_val_files=0, max_broken=0.0)
+    table = tables.val if args.split == "val" else tables.train
+    clips, errors = validation_clips(table, settings, args.frames, len(table))
+    if errors or not clips:
+        raise UserError("; ".join(f"{path}: {reason}" for path, reason in errors) or f"{args.source} has no clips")
+    videos = [clip.to(args.device).video for clip in clips]
+    decoders = [named(text) for text in args.decoders]
+    print(f"{len(videos)} clips of {args.frames} x {args.height} x {args.width}; speed and memory at {args.speed_size} x {args.speed_size}")
+    print(HEADER)
+    rows = compare(decoders, videos, args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "decoders.json").write_text(json.dumps(rows, indent=2) + "\n")
+    draw(rows, args.out / "decoders.svg")
+    print(f"wrote {args.out / 'decoders.json'} and {args.out / 'decoders.svg'}")
+
+
+if __name__ == "__main__":
+    main()

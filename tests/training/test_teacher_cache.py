@@ -1,0 +1,128 @@
+"""A teacher's targets from a folder are those of the teacher, bit for bit."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.training.test_trainer import fresh_accelerate  # noqa: F401
+from vae3d import loading
+from vae3d.checkpoints.export import write_export
+from vae3d.checkpoints.formats import Checkpoint
+from vae3d.commands import train
+from vae3d.config.issues import ConfigError
+from vae3d.models.taesd import TAESD
+from vae3d.training.teacher import Distillation
+from vae3d.types import ClipBatch
+
+SHAPE = ["model.decoder_channels=[6,5,4,4]", "model.decoder_blocks=[2,1,1,1]"]
+SETTINGS = [
+    "model.decoder_channels=[4,5,4,3]", "model.decoder_blocks=[1,1,1,1]", "model.frame_batch=null", "data.frames.min=1",
+    "data.frames.max=1", "data.batch_size=4", "data.crop=center", "data.flip=false", "stage=decoder_only", "loss=decoder_pixels", "teacher=vae",
+    "loss.terms.features.weight=0.1", "teacher.features={decoder.3: decoder.4}", "trainer.max_steps=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    """A folder with the export of a small TAESD."""
+    folder = tmp_path_factory.mktemp("larger")
+    config = loading.model_config("taesd", "model.variant=taesd", *SHAPE)
+    torch.manual_seed(3)
+    write_export(Checkpoint(config, loading.instantiate(config).state_dict(), folder, "export"), folder)
+    return folder
+
+
+def settings(larger, *overrides: str) -> list[str]:
+    return [*SETTINGS, f"teacher.path={larger}", f"stage.init_from={{prune: {larger}}}", *overrides]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_cached_teacher_trains_as_the_teacher_itself_also_through_a_stop(videos, larger, tmp_path, ranks):
+    config = tiny.training("taesd", videos, *settings(larger, f"stage.init_from={{encoder: {larger}}}"))
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
+    command = (sys.executable, "-m", "tests.training.cache_ranks", str(tmp_path))
+    codes, printed = tiny.run_ranks(*command, cwd=tiny.ROOT, ranks=ranks)
+    assert codes == [0] * ranks, "\n".join(printed)
+    assert all(f"equal {16 // ranks}" in text for text in printed)  # every clip of the third run was in the cache
+
+
+def batch(*seeds: int) -> ClipBatch:
+    videos = [torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in seeds]
+    return ClipBatch(torch.stack(videos), torch.zeros(len(seeds), dtype=torch.long), [""] * len(seeds))
+
+
+def toy(seed: int) -> TAESD:
+    torch.manual_seed(seed)
+    return TAESD(variant="taesd", decoder_channels=[4, 4, 4, 4], decoder_blocks=[1, 0, 0, 0])
+
+
+def test_another_teacher_or_other_features_have_files_of_their_own(tmp_path):
+    def distillation(seed: int = 0, **options) -> Distillation:
+        return Distillation(toy(seed), toy(9), cache=str(tmp_path), **options)
+
+    first = distillation()
+    z = first.compute_targets(batch(1)).targets.z
+    assert (first.cache.hits, first.cache.misses) == (0, 1)
+    again = distillation()
+    assert torch.equal(again.compute_targets(batch(1)).targets.z, z)
+    assert (again.cache.hits, again.cache.misses) == (1, 0)
+    for other in (distillation(seed=1), distillation(features={"decoder.3": "decoder.3"})):
+        other.compute_targets(batch(1))
+        assert other.cache.hits == 0
+
+
+def test_a_batch_with_a_new_clip_or_a_damaged_file_is_computed(tmp_path):
+    given = Distillation(toy(0), toy(9), cache=str(tmp_path))
+    z = given.compute_targets(batch(1, 2)).targets.z
+    given.compute_targets(batch(2, 3))
+    assert given.cache.hits == 0
+    for file in tmp_path.rglob("*.safetensors"):
+        file.write_bytes(b"cut off")
+    assert torch.equal(given.compute_targets(batch(1, 2)).targets.z, z)
+    assert torch.equal(Distillation(toy(0), toy(9), cache=str(tmp_path)).compute_targets(batch(1, 2)).targets.z, z)
+
+
+def test_a_full_cache_takes_no_more(tmp_path):
+    given = Distillation(toy(0), toy(9), cache=str(tmp_path), cache_gib=1e-7)  # 107 bytes; a clip's latents have 64
+    given.compute_targets(batch(1, 2))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+def test_pruning_at_the_start_of_a_run_is_repeatable_and_a_resumed_run_does_not_prune(videos, larger, tmp_path):
+    config = tiny.training("taesd", videos, *settings(larger))
+    first = train.build_trainer(config, tmp_path / "a")
+    log = tmp_path / "a/rank0.log"
+    assert log.read_text().count("decoder.1: 4 of 6 channels kept") == 1
+    second = train.build_trainer(config, tmp_path / "b")
+    encoder = loading.load(larger).encoder.state_dict()
+    assert all(torch.equal(first.network.encoder.state_dict()[key], tensor) for key, tensor in encoder.items())
+    states = [t.network.state_dict() for t in (first, second)]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    first.fit()
+    second.log.close()
+    config.trainer.max_steps = 5
+    resumed = train.build_trainer(config, tmp_path / "a")
+    assert resumed.step == 4
+    assert log.read_text().count("decoder.1: 4 of 6 channels kept") == 1
+    resumed.log.close()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["optim.proximal=1e-4"], "optim.proximal"),
+        (["stage.init_from.prune=random"], "stage.init_from.prune"),
+        (["stage.init_from.prune=/nowhere"], "/nowhere"),
+        (["+stage.init_from.encoder=random"], "stage.init_from"),
+        (["model.decoder_blocks=[1,1,1,2]"], "decoder"),
+        (["teacher.sample=true", "teacher.cache=x"], "teacher.cache"),
+    ],
+)
+def test_what_cannot_be_pruned_or_cached_is_an_error_before_training(videos, larger, overrides, key):
+    with pytest.raises(ConfigError, match=key):
+        tiny.training("taesd", videos, *settings(larger, *overrides), meta_check=True)
