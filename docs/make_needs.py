@@ -131,6 +131,7 @@ def countable():
 
 def count(name: str) -> Needs:
     config, gpus, teacher = composed(name), gpus_of(name), TEACHERS.get(name)
+    config.teacher.cache = None  # a step that the teacher takes part in
     with countable():
         stays, tops = counting.count_memory(config, teacher, gpus)
         recipe = counting.build(config, teacher, "meta")
