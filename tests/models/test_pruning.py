@@ -14,6 +14,7 @@ from vae3d.models.taehv import TAEHV
 from vae3d.models.taesd import TAESD
 from vae3d.types import Delta
 
+
 def integers(model: nn.Module, seed: int = 0) -> nn.Module:
     """Decoder weights of few ones: sums are exact in fp64, in any order, and no channel is dead."""
     generator = torch.Generator().manual_seed(seed)

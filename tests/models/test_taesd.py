@@ -156,9 +156,9 @@ def test_a_decoder_of_other_widths_and_depths_has_them_and_the_published_one_is_
     assert [shapes[f"{block}.conv.{i}.weight"] for block in (3, 4) for i in (0, 2, 4)] == 2 * [(3, 8), (3, 3), (8, 3)]
     assert [shapes[f"{layer}.weight"] for layer in (6, 8, 11, 12)] == [(6, 8), (5, 6), (4, 5), (3, 4)]
     assert shapes["9.conv.2.weight"] == (7, 7)
-    published = TAESD(
-        variant="taef2", decoder_channels=[64] * 4, decoder_blocks=[3, 3, 3, 1], decoder_hidden=[64] * 4
-    )
+    published = TAESD(variant="taef2", decoder_channels=[64] * 4, decoder_blocks=[3, 3, 3, 1], decoder_hidden=[64] * 4)
     default = TAESD(variant="taef2")
-    assert {k: v.shape for k, v in published.state_dict().items()} == {k: v.shape for k, v in default.state_dict().items()}
+    assert {k: v.shape for k, v in published.state_dict().items()} == {
+        k: v.shape for k, v in default.state_dict().items()
+    }
     assert model.decode(torch.zeros(1, 32, 2, 3, 4)).shape == (1, 3, 2, 24, 32)
