@@ -118,6 +118,7 @@ def gpus_of(name: str) -> int:
 
 def count(name: str) -> Needs:
     config, gpus, teacher = composed(name), gpus_of(name), TEACHERS.get(name)
+    config.teacher.cache = None  # a step that the teacher takes part in
     clips = counting.micro_batch(config, gpus)
     needs = step_cost.vae_needs(config, clips, teacher, gpus)
     with step_cost.countable():

@@ -110,7 +110,9 @@ def _synchronize(x: Tensor) -> None:
 
 
 @torch.no_grad()
-def compare(decoders: Sequence[tuple[str, str]], videos: Sequence[Tensor], args: argparse.Namespace) -> list[dict[str, Any]]:
+def compare(
+    decoders: Sequence[tuple[str, str]], videos: Sequence[Tensor], args: argparse.Namespace
+) -> list[dict[str, Any]]:
     models = [vae3d.load(path).to(args.device) for _, path in decoders]
     teacher = models[0]
     height, width = args.height, args.width
@@ -126,7 +128,9 @@ def compare(decoders: Sequence[tuple[str, str]], videos: Sequence[Tensor], args:
         scores, near = [], []
         for video, z, target in zip(videos, latents, expected, strict=True):
             size = video.shape[-2:]
-            rec = model.decode(convert_latents(z, teacher, model), video.shape[2])[..., : size[0], : size[1]].clamp(-1, 1)
+            rec = model.decode(convert_latents(z, teacher, model), video.shape[2])[..., : size[0], : size[1]].clamp(
+                -1, 1
+            )
             scores.append(vae3d.score(video, rec, metrics=METRICS))
             target = target[..., : size[0], : size[1]].clamp(-1, 1)
             near.append((rec - target).square().mean().clamp(min=1e-12).log10().item())
@@ -151,7 +155,8 @@ def line(row: dict[str, Any]) -> str:
     lpips = next(value for key, value in row.items() if key.startswith("lpips"))
     return (
         f"| {row['name']} | {row['parameters']:,} | {row['macs_per_pixel']:,.0f} ({row['macs_share']:.0%}) | "
-        f"{row['frames_per_second']:.1f} | {row['memory_mib']:.0f} | {row['psnr']:.2f} | {row['ssim']:.3f} | {lpips:.3f} | {near} |"
+        f"{row['frames_per_second']:.1f} | {row['memory_mib']:.0f} | {row['psnr']:.2f} | {row['ssim']:.3f} | "
+        f"{lpips:.3f} | {near} |"
     )
 
 
@@ -166,7 +171,13 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
         axis.plot([r["macs_share"] * 100 for r in front], [r[key] for r in front], color="0.6", linewidth=1, zorder=1)
         axis.scatter([r["macs_share"] * 100 for r in rows], [r[key] for r in rows], zorder=2)
         for row in rows:
-            axis.annotate(row["name"], (row["macs_share"] * 100, row[key]), textcoords="offset points", xytext=(5, -11), fontsize=8)
+            axis.annotate(
+                row["name"],
+                (row["macs_share"] * 100, row[key]),
+                textcoords="offset points",
+                xytext=(5, -11),
+                fontsize=8,
+            )
         axis.set_xlabel("operations, % of the first decoder's")
         axis.set_ylabel(label)
         axis.set_xlim(left=0, right=112)
@@ -178,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("decoders", nargs="+", help="checkpoints, the teacher first; NAME=CHECKPOINT names one")
     parser.add_argument("--source", required=True, help="a table, a folder or one file of videos and images")
-    parser.add_argument("--split", help="only these rows of the table")
+    parser.add_argument("--split", choices=("train", "val"), default="train", help="rows of the table (train)")
     parser.add_argument("--out", type=Path, default=Path("decoders"), help="folder for decoders.json and .svg")
     parser.add_argument("--frames", type=positive_int, default=1, help="of every clip (1)")
     parser.add_argument("--height", type=positive_int, default=256, help="of the centre crop (256)")
@@ -195,7 +206,10 @@ def main() -> None:
         raise UserError("; ".join(f"{path}: {reason}" for path, reason in errors) or f"{args.source} has no clips")
     videos = [clip.to(args.device).video for clip in clips]
     decoders = [named(text) for text in args.decoders]
-    print(f"{len(videos)} clips of {args.frames} x {args.height} x {args.width}; speed and memory at {args.speed_size} x {args.speed_size}")
+    print(
+        f"{len(videos)} clips of {args.frames} x {args.height} x {args.width}; speed and memory at {args.speed_size} x "
+        f"{args.speed_size}"
+    )
     print(HEADER)
     rows = compare(decoders, videos, args)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from vae3d.checkpoints.export import WRITERS, write_export, write_final_model
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
 from vae3d.checkpoints.taehv import read_info
 from vae3d.loading import initialize
-from vae3d.models.taehv import VARIANTS
+from vae3d.models.taehv import TAEHV, VARIANTS
 
 SIXTEEN = [name for name, kind in VARIANTS.items() if kind.latent_channels == 16]
 
@@ -192,3 +192,13 @@ def test_only_these_networks_have_this_layout(tmp_path):
     other = Checkpoint({"_target_": "vae3d.models.spatial.SpatialVAE"}, {}, tmp_path, "")
     with pytest.raises(CheckpointError, match="the taehv layout is for"):
         WRITERS["taehv"](other, tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("variant", ["taew2_1", "taew2_2_super"])
+def test_a_smaller_decoder_is_read_back_with_its_shape(tmp_path, variant):
+    shape = {"decoder_channels": [8, 6, 4, 4], "decoder_blocks": [2, 1, 3], "decoder_hidden": [6, 12, 4]}
+    model = TAEHV(variant=variant, channels=4, **shape)
+    vae3d.save(model, tmp_path / "x.safetensors", layout="taehv")
+    read = vae3d.load(tmp_path / "x.safetensors")
+    assert {name: list(read.init_arguments[name]) for name in shape} == shape
+    assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in model.state_dict().items())

@@ -14,7 +14,7 @@ from tests.checkpoints.test_formats import assert_equal_states
 from tests.models.test_taesd import toy
 from vae3d.checkpoints.export import WRITERS
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
-from vae3d.models.taesd import VARIANTS
+from vae3d.models.taesd import TAESD, VARIANTS
 
 
 def saved(variant: str, path) -> Checkpoint:
@@ -114,3 +114,19 @@ def test_a_config_json_of_another_network_is_refused(tmp_path):
 def test_diffusers_has_no_network_for_the_other_variants(tmp_path, variant):
     with pytest.raises(CheckpointError, match=variant):
         WRITERS["diffusers"](saved(variant, tmp_path), tmp_path / "out")
+
+
+SMALLER = {"decoder_channels": [8, 6, 5, 4], "decoder_blocks": [2, 0, 1, 1], "decoder_hidden": [3, 6, 7, 4]}
+
+
+@pytest.mark.parametrize("shape", [SMALLER, {"decoder_blocks": [0, 1, 1, 1]}, {"decoder_channels": [64, 64, 64, 32]}])
+def test_a_smaller_decoder_is_read_back_with_its_shape(tmp_path, shape):
+    model = TAESD(variant="taef2", **shape)
+    vae3d.save(model, tmp_path / "pair", layout="taesd")
+    vae3d.save(model, tmp_path / "export")
+    for path in ("pair", "export"):
+        read = vae3d.load(tmp_path / path)
+        assert {name: list(read.init_arguments[name]) for name in shape} == shape
+        assert_equal_states(read.state_dict(), model.state_dict())
+    with pytest.raises(CheckpointError, match="AutoencoderTiny has no network like taesd3 with decoder_channels"):
+        vae3d.save(TAESD(variant="taesd3", decoder_channels=[8] * 4), tmp_path / "diffusers", layout="diffusers")

@@ -14,6 +14,7 @@ from vae3d.models.taehv import TAEHV
 from vae3d.models.taesd import TAESD
 from vae3d.types import Delta
 
+
 def integers(model: nn.Module, seed: int = 0) -> nn.Module:
     """Decoder weights of few ones: sums are exact in fp64, in any order, and no channel is dead."""
     generator = torch.Generator().manual_seed(seed)
@@ -76,17 +77,97 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("doubled", [False, True], ids=["zeroed", "doubled"])
-@pytest.mark.parametrize("refit", [False, True], ids=["kept", "refit"])
+@pytest.mark.parametrize(
+    ("importance", "refit"), [("activation", True), ("redundancy", False), ("weight", True)], ids=str
+)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_zeroed_or_doubled_channels_are_removed_without_any_change(network, refit, doubled):
+def test_zeroed_or_doubled_channels_are_removed_without_any_change(network, importance, refit, doubled):
     build, small, keep, channels, frames = NETWORKS[network]
     source, student = build(), build(**small)
     remove(source, keep, doubled)
     calibration = Delta(latents(channels, source.latent_frames(frames), side=6))
     source.encode = student.encode = lambda video: calibration
-    prune(source, student, clips(frames, source.spec.space_stride * 6)[:1], refit=refit)
+    prune(source, student, clips(frames, source.spec.space_stride * 6)[:1], importance=importance, refit=refit)
     z = latents(channels, source.latent_frames(frames))
     with torch.no_grad():
         expected = source.decode(z, frames)
         assert expected.std() > 0
         assert torch.equal(student.decode(z, frames), expected)
+
+
+def test_a_block_that_changes_nothing_is_the_one_that_is_dropped():
+    source = taesd(decoder_channels=(4, 4, 4, 4), decoder_blocks=(1, 3, 1, 1))
+    with torch.no_grad():
+        for p in source.decoder[7].conv[4].parameters():  # the second of three blocks
+            p.zero_()
+    student = taesd(decoder_channels=(4, 4, 4, 4), decoder_blocks=(1, 2, 1, 1))
+    lines = prune(source, student, clips())
+    assert "dropped decoder.7" in lines
+    z = latents(4)
+    with torch.no_grad():
+        assert torch.equal(student.decode(z, 2), source.decode(z, 2))
+
+
+def test_a_pruned_decoder_starts_nearer_to_the_larger_one_than_a_random_one_and_a_refit_brings_it_nearer():
+    torch.manual_seed(0)
+    shape = {"decoder_channels": (16, 16, 8, 8), "decoder_blocks": (1, 1, 1, 1)}
+    source = TAESD(variant="taef2", **shape).eval()
+    small = {**shape, "decoder_channels": (12, 12, 6, 6)}
+    video = clips(side=64).float()
+    errors = {}
+    for name, options in {"random": None, "kept": {"refit": False}, "refit": {"refit": True}}.items():
+        torch.manual_seed(1)
+        student = TAESD(variant="taef2", **small).eval()
+        if options is not None:
+            prune(source, student, video, importance="activation", **options)
+            assert student.decoder[3].pool[1].num_channels == 48  # as many channels of each of its four groups
+        with torch.no_grad():
+            z = source.encode(video).mean
+            errors[name] = (student.decode(z) - source.decode(z)).square().mean().item()
+    assert errors["refit"] < errors["kept"]
+    assert errors["refit"] < 0.5 * errors["random"]
+
+
+@pytest.mark.parametrize("importance", pruning.IMPORTANCE)
+def test_every_importance_leaves_the_models_as_they_were(importance):
+    source, student = taesd(decoder_channels=(6, 4, 4, 4)), taesd(decoder_channels=(4, 4, 4, 3))
+    student.train()
+    before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    prune(source, student, clips(), importance=importance)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in source.state_dict().items())
+    assert student.training
+    assert all(p.requires_grad for model in (source, student) for p in model.parameters())
+    assert (source.frame_batch, student.frame_batch) == (4, 4)
+
+
+def test_an_encoder_is_pruned_as_well():
+    source, student = taehv(decoder_channels=(4, 4, 4, 4)), TAEHV(
+        variant="taew2_1", channels=3, decoder_channels=(4, 4, 4, 4), decoder_blocks=(1, 1, 1)
+    ).double()  # fmt: skip
+    lines = prune(source, student, clips(5))
+    assert any(line.startswith("encoder") and "3 of 4" in line for line in lines)
+    with torch.no_grad():
+        assert student(clips(5)).video.isfinite().all()
+
+
+def test_the_channels_of_an_sd_vae_belong_together_across_its_residual_streams():
+    model = tiny.model("spatial").double()
+    for group in classes_of(model):
+        kinds = {(name, side) for name, side in group[0].nodes}
+        assert len({len(channels.nodes) for channels in group}) == 1
+        assert kinds == set(group[-1].nodes)
+
+
+@pytest.mark.parametrize(
+    ("source", "student", "reason"),
+    [
+        (lambda: taesd(), lambda: TAESD(variant="taesd3").double(), "share their latents"),
+        (lambda: taesd(), lambda: taesd(decoder_blocks=(1, 2, 1, 1)), "in a row"),
+        (lambda: taesd(), lambda: taesd(decoder_channels=(64, 64, 64, 65)), "more channels"),
+        (lambda: tiny.model("wan"), lambda: tiny.model("wan", "model.channels=4"), "cannot be traced"),
+        (lambda: taesd(), lambda: taehv(), "share their latents"),
+    ],
+)
+def test_what_is_no_smaller_version_is_refused(source, student, reason):
+    with pytest.raises(PruningError, match=reason):
+        prune(source(), student(), clips(5))

@@ -129,6 +129,8 @@ def test_checkpointing_changes_no_gradient():
     [
         ({"variant": "taef3"}, "taef3"),
         ({"variant": "taesd", "latent": "scaled"}, "scaled"),
+        ({"variant": "taesd", "decoder_channels": [8, 8, 8]}, "decoder_channels has 3 entries; give 4"),
+        ({"variant": "taesana", "decoder_blocks": [1, 1, 1, 1]}, "decoder_blocks has 4 entries; give 6"),
         ({"variant": "taesd", "latents_std": [1.0] * 4}, "normalized"),
         ({"variant": "taef2", "latents_std": [1.0] * 4}, "32"),
     ],
@@ -143,3 +145,20 @@ def test_raw_latents_are_normalised_by_their_statistics():
     z = torch.randn(1, 32, 1, 2, 2)
     assert torch.allclose(model.normalize(z), (z - 0.5) / 2)
     assert torch.allclose(model.denormalize(model.normalize(z)), z, atol=1e-6)
+
+
+def test_a_decoder_of_other_widths_and_depths_has_them_and_the_published_one_is_the_default():
+    model = TAESD(
+        variant="taef2", decoder_channels=[8, 6, 5, 4], decoder_blocks=[2, 0, 1, 0], decoder_hidden=[3, 6, 7, 4]
+    )
+    shapes = {name: tuple(p.shape[:2]) for name, p in model.decoder.named_parameters() if name.endswith("weight")}
+    assert shapes["1.weight"] == (8, 32)
+    assert [shapes[f"{block}.conv.{i}.weight"] for block in (3, 4) for i in (0, 2, 4)] == 2 * [(3, 8), (3, 3), (8, 3)]
+    assert [shapes[f"{layer}.weight"] for layer in (6, 8, 11, 12)] == [(6, 8), (5, 6), (4, 5), (3, 4)]
+    assert shapes["9.conv.2.weight"] == (7, 7)
+    published = TAESD(variant="taef2", decoder_channels=[64] * 4, decoder_blocks=[3, 3, 3, 1], decoder_hidden=[64] * 4)
+    default = TAESD(variant="taef2")
+    assert {k: v.shape for k, v in published.state_dict().items()} == {
+        k: v.shape for k, v in default.state_dict().items()
+    }
+    assert model.decode(torch.zeros(1, 32, 2, 3, 4)).shape == (1, 3, 2, 24, 32)

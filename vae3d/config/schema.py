@@ -54,8 +54,9 @@ class Prune:
 
     clips: Int = setting(8, "Training clips on which channels are compared and layers fitted.", ge=1)
     importance: Literal["weight", "activation", "sensitivity", "redundancy"] = setting(
-        "redundancy",
-        "weight: norm of weights; activation: times the power of activations; sensitivity: times the effect on pixels; "
+        "activation",
+        "weight: norm of the weights that read a channel; activation: times the power of activations; sensitivity: "
+        "times the effect on pixels; "
         "redundancy: of this, what the kept channels cannot replace.",
     )
     refit: bool = setting(True, "Fit each layer to the larger model's outputs by least squares.")

@@ -69,17 +69,17 @@ def prune(
     student: VideoAutoencoder,
     video: Tensor,
     *,
-    importance: str = "redundancy",
+    importance: str = "activation",
     refit: bool = True,
     seed: int = 0,
 ) -> list[str]:
     """Fill `student` with channels and blocks of `source`, in place. Returns lines that say what was kept.
 
     video: clips [B, 3, T, H, W] in [-1, 1] on which importance is measured, on the models' device.
-    importance: of channels. weight: norm of their weights. activation: their power times that of the weights that read
-    them. sensitivity: also times the effect of what they change on the video. redundancy: of this, what the channels
-    that are kept cannot replace. The weights that read a removed channel are added to those of the kept channels that
-    predict it best, so a channel that is zero, or twice there, is removed without any change.
+    importance: of channels. weight: norm of the weights that read them. activation: their power times that of these
+    weights. sensitivity: also times the effect of what they change on the video. redundancy: of this, what the other
+    channels cannot replace. Channels that are zero, or twice there, go first. The weights that read a removed channel
+    are added to those of the kept channels that predict it best, so this changes nothing.
     refit: then fit each layer, in the order in which they run, to the source's outputs by least squares.
     seed: of random numbers.
     Raises PruningError if the student is no smaller version of the source, or its layers cannot be traced.
@@ -258,9 +258,7 @@ def channel_classes(model: VideoAutoencoder, layers: dict[str, nn.Module]) -> li
             for channel in range(x.shape[axis]):
                 one = torch.zeros_like(x)
                 one.select(axis, channel).copy_(torch.rand(x.select(axis, channel).shape, generator=generator) + 0.5)
-                gradients = torch.autograd.grad(
-                    x, [y for _, y in outputs], one, retain_graph=True, allow_unused=True
-                )
+                gradients = torch.autograd.grad(x, [y for _, y in outputs], one, retain_graph=True, allow_unused=True)
                 for (other, y), gradient in zip(outputs, gradients, strict=True):
                     if gradient is None:
                         continue
@@ -480,17 +478,19 @@ def _choose(
         layer = layers[name]
         if side == "out" or _is_per_channel(layer):
             continue
-        weight = layer.weight.detach().double().flatten(2) if layer.weight.dim() > 2 else layer.weight.detach()[..., None]
+        weight = (
+            layer.weight.detach().double().flatten(2) if layer.weight.dim() > 2 else layer.weight.detach()[..., None]
+        )
         own = statistics[name]
         gradient = torch.ones(len(weight), dtype=torch.float64)
         if importance in ("sensitivity", "redundancy"):
             gradient = own.gradient.cpu() / own.count
         size = (weight.cpu().double().square().sum(2) * gradient[:, None]).sum(0).sqrt()  # of each input channel
-        moment = torch.eye(len(size), dtype=torch.float64) if importance == "weight" else own.moment.cpu() / own.count
+        moment = own.moment.cpu() / own.count
         index = torch.tensor([channels.nodes[name, side] for channels in group])
         for part in index.T:  # a concatenation reads a channel several times
             moments += size[part].square().mean() * moment[part][:, part]
-            power += size[part].square() * moment.diagonal()[part]
+            power += size[part].square() * (1.0 if importance == "weight" else moment.diagonal()[part])
     kept = list(range(len(group)))
     share = count // len({channels.slot for channels in group})
     slots = defaultdict(int)
@@ -500,12 +500,12 @@ def _choose(
     deviation = moments.diagonal().sqrt()
     deviation = torch.where(deviation > 0, deviation, 1.0)
     inverse = torch.linalg.inv(moments / deviation / deviation[:, None] + NEARLY_ZERO * torch.eye(len(group)))
-    twins = _twins(moments).fill_diagonal_(False)
+    equal, free = _equal_channels(moments).fill_diagonal_(False), moments.diagonal() == 0
     while len(kept) > count:
         loss = power[kept]
         if importance == "redundancy":
             loss = loss / inverse.diagonal()  # the share that the others do not predict
-            loss = torch.where(twins[kept][:, kept].any(1), 0.0, loss)
+        loss = torch.where(free[kept] | equal[kept][:, kept].any(1), 0.0, loss)
         order = sorted(range(len(kept)), key=lambda i: (loss[i].item(), weights[kept[i]]))
         worst = next(i for i in order if slots[group[kept[i]].slot] > share)
         slots[group[kept[worst]].slot] -= 1
@@ -513,12 +513,12 @@ def _choose(
         column = inverse[rest, worst]
         inverse = inverse[rest][:, rest] - column[:, None] * column / inverse[worst, worst]
         removed = kept.pop(worst)
-        if (others := twins[removed][kept].nonzero().flatten().tolist()) and importance == "redundancy":
-            power[kept[others[0]]] += power[removed]  # whose readers read the twin from now on
+        if others := equal[removed][kept].nonzero().flatten().tolist():
+            power[kept[others[0]]] += power[removed]  # whose readers read the other from now on
     return [group[index] for index in kept]
 
 
-def _twins(moment: Tensor) -> Tensor:
+def _equal_channels(moment: Tensor) -> Tensor:
     """[C, C], which channels are equal: they have the same power, and the same product, but for rounding."""
     power = moment.diagonal()
     same_power = (power - power[:, None]).abs() <= EQUAL * power
@@ -532,7 +532,9 @@ def _weight_power(group: list[Channels], layers: dict[str, nn.Module]) -> list[f
     for index, channels in enumerate(group):
         for (name, side), places in channels.nodes.items():
             if side == "out":
-                power[index] += sum(p[places].square().sum().item() for p in layers[name]._parameters.values() if p is not None)
+                power[index] += sum(
+                    p[places].square().sum().item() for p in layers[name]._parameters.values() if p is not None
+                )
     return power
 
 
@@ -574,15 +576,17 @@ def _merge_inputs(weight: Tensor, kept: Tensor, statistics: Statistics) -> Tenso
     power = moment.diagonal()
     inner = moment[kept][:, kept]
     ridge = RIDGE * (inner.diagonal().mean().item() or 1.0)
-    equal = _twins(moment)
+    equal = _equal_channels(moment)
     coefficients = torch.linalg.solve(inner + ridge * torch.eye(len(kept)), moment[kept][:, removed])
     for column, index in enumerate(removed.tolist()):
-        twins = equal[kept, index]
-        if power[index] == 0 or twins.any():
+        same = equal[kept, index]
+        if power[index] == 0 or same.any():
             coefficients[:, column] = 0
             if power[index] > 0:
-                coefficients[twins.nonzero()[0, 0], column] = 1
-    added = torch.einsum("oi...,ki->ok...", weight[:, removed.to(weight.device)].double(), coefficients.to(weight.device))
+                coefficients[same.nonzero()[0, 0], column] = 1
+    added = torch.einsum(
+        "oi...,ki->ok...", weight[:, removed.to(weight.device)].double(), coefficients.to(weight.device)
+    )
     return (weight[:, kept.to(weight.device)].double() + added).to(weight)
 
 
