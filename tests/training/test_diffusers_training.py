@@ -91,7 +91,7 @@ def test_a_path_without_a_served_autoencoder_is_an_error_of_model_path(videos, t
         return str(issue)
 
     assert "required" in error()
-    assert "nowhere" in error(f"model.path={tmp_path}/nowhere")
+    assert "no such file" in error(f"model.path={tmp_path}/nowhere")
     assert "config.json" in error(f"model.path={tmp_path}")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     assert "_class_name" in error(f"model.path={tmp_path}")
