@@ -290,7 +290,7 @@ def test_the_config_of_a_diffusion_model_beside_the_official_file_is_not_its_own
     save_file({"blocks.0.weight": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
     assert read_checkpoint(tmp_path).layout == "wan"
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLQwenImage"}))
-    with pytest.raises(CheckpointError, match="AutoencoderKLQwenImage.* does not fit the model"):
+    with pytest.raises(CheckpointError, match=r"AutoencoderKLQwenImage.* does not fit the model"):
         read_checkpoint(tmp_path)
 
 
