@@ -43,7 +43,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "AutoencoderKLQwenImage21": {**WAN, "decoder_base_dim": 4, "dim_mult": [1, 1, 2, 2, 2]},
     "AutoencoderRAE": {
-        "encoder_hidden_size": 16, "encoder_patch_size": 8, "encoder_num_hidden_layers": 1,
+        "encoder_hidden_size": 64, "encoder_patch_size": 8, "encoder_num_hidden_layers": 1,
         "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
         "decoder_intermediate_size": 16, "patch_size": 8, "encoder_input_size": 16,
     },

@@ -18,8 +18,10 @@ from vae3d.commands import train
 from vae3d.commands.cli import check_training
 from vae3d.config.validate import training_issues
 from vae3d.errors import UserError
+from vae3d.loading import initialize
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.taehv import TAEHV, VARIANTS
+from vae3d.models.wan import WanVAE
 from vae3d.pixels import no_value_checks
 
 SMALL = [
@@ -91,7 +93,7 @@ def test_a_path_without_a_served_autoencoder_is_an_error_of_model_path(videos, t
         return str(issue)
 
     assert "required" in error()
-    assert "nowhere" in error(f"model.path={tmp_path}/nowhere")
+    assert "no such file" in error(f"model.path={tmp_path}/nowhere")
     assert "config.json" in error(f"model.path={tmp_path}")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     assert "_class_name" in error(f"model.path={tmp_path}")
@@ -164,3 +166,19 @@ def test_a_repository_is_found_in_the_hubs_cache_only(videos, tmp_path, monkeypa
     _, issues = configured(videos, "model.path=owner/other")
     assert {issue.key for issue in issues} == {"model.path", "stage.init_from"}
     assert "hf download owner/other" in str(issues[0])
+
+
+def test_qwen_images_vae_also_starts_a_wan(tmp_path):
+    """The same network, for what only WanVAE has: panoramas, exact tiles."""
+    theirs = diffusers.AutoencoderKLQwenImage(**diffusers_tiny.CONFIGS["AutoencoderKLWan"]).eval()
+    diffusers_tiny.randomised(theirs).save_pretrained(tmp_path)
+    ours = WanVAE(
+        channels=4, multipliers=(1, 1, 1, 1), layers=1, latent_channels=4, pad_w="circular", **diffusers_tiny.STATS
+    )
+    assert any("starts from" in line for line in initialize(ours, str(tmp_path)))
+    ours = vae3d.load(tmp_path, WanVAE(channels=4, multipliers=(1, 1, 1, 1), layers=1, latent_channels=4))
+    video = diffusers_tiny.clip("AutoencoderKLWan")
+    with torch.no_grad():
+        z = theirs.encode(video).latent_dist.mode()
+        torch.testing.assert_close(ours.encode(video).mode(), z, rtol=0, atol=1e-5)
+    assert isinstance(vae3d.load(tmp_path), DiffusersVAE)

@@ -103,7 +103,9 @@ def read_checkpoint(
         config_json = {} if is_export else read_config_json(weights.with_name("config.json"))
         if is_export:
             checkpoint, model = _read_export(weights, part, own_model)
-        elif (kind := config_json.get("_class_name")) in CLASSES and (adapter or kind not in NATIVE):
+        elif (kind := config_json.get("_class_name")) == wan.QWEN_IMAGE and own_model and not adapter:
+            checkpoint, model = _read_published(weights, wan.from_qwen_image(config_json), variant, part), None
+        elif kind in CLASSES and (adapter or kind not in NATIVE):
             checkpoint, model = _read_adapted(weights, config_json)
         elif kind in NOT_SERVED:
             raise CheckpointError(f"{weights}: its config.json is of a {kind}: {NOT_SERVED[kind]}")

@@ -19,6 +19,7 @@ CONF = Path(__file__).parents[1] / "conf/model"
 # Keys of AutoencoderKLWan's config.json that do not change the network, or are read separately.
 IGNORED = ("dropout", "clip_output", "latents_mean", "latents_std")
 MAX_LEVELS = 10  # of a WanVAE
+QWEN_IMAGE = "AutoencoderKLQwenImage"  # the network of Wan2.1 under another name
 PREFIX = "model."  # VideoX-Fun's AutoencoderKLWan
 MARKER = "encoder.middle.0.residual.0.gamma"  # a key that only these networks have
 MARKER_DIFFUSERS = "encoder.mid_block.resnets.0.norm1.gamma"
@@ -64,6 +65,13 @@ def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
 def read_diffusers(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
     """As read, from diffusers' keys."""
     return read(replace(weights, state=from_diffusers(weights.state)))
+
+
+def from_qwen_image(config_json: dict[str, Any]) -> dict[str, Any]:
+    """config.json of AutoencoderKLWan for the same network, from that of AutoencoderKLQwenImage."""
+    config = {name: value for name, value in config_json.items() if name not in ("_class_name", "input_channels")}
+    channels = config_json.get("input_channels", 3)
+    return {"_class_name": "AutoencoderKLWan", **config, "in_channels": channels, "out_channels": channels}
 
 
 def to_diffusers(state: State) -> State:

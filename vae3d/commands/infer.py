@@ -69,11 +69,11 @@ def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Chec
     streams = model
     if config.tile:
         if not isinstance(model, WanVAE):
-            kind, instead = type(model).__name__, "set frame_batch instead"
+            reason = f"a {type(model).__name__} cannot be coded in tiles; set frame_batch instead"
             if isinstance(model, DiffusersVAE):
-                kind = model.kind
                 instead = "use model.blended_tiles=true" if model.table.blended_tiles else "use smaller frames"
-            raise UserError(f"tile={config.tile}: a {kind} cannot be coded in exact tiles; {instead}")
+                reason = f"diffusers' {model.kind} ({model.table.norm}) has no exact tiles here; {instead}"
+            raise UserError(f"tile={config.tile}: {reason}")
         streams = Tiled(model, config.tile, config.tile_overlap)
     return checkpoint, Reconstructor(model, config, metrics, streams.stream)
 

@@ -13,6 +13,7 @@ from torch import nn
 from vae3d.data.batch_schedule import FrameCounts
 from vae3d.data.loader import TrainingData
 from vae3d.data.media import DataError
+from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.text import plural
 from vae3d.training.freeze import ALL
 
@@ -32,7 +33,8 @@ def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None
     """Parts, parameters, latent shapes, losses and batches of a run. The model's parts must be frozen already."""
     data, trainer = config.data, config.trainer
     world = world_size or int(os.environ.get("WORLD_SIZE", config.launcher.nproc))
-    lines = [f"{type(model).__name__}: {millions(model.parameters())} parameters"]
+    kind = f" ({model.kind})" if isinstance(model, DiffusersVAE) else ""
+    lines = [f"{type(model).__name__}{kind}: {millions(model.parameters())} parameters"]
     parts = model.trainable_parts()
     for part, scale in config.stage.train.items():
         trained = millions(p for module in ({**parts, ALL: [model]})[part] for p in module.parameters())

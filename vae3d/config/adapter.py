@@ -58,8 +58,8 @@ def find_config_json(path: str) -> Path:
     root = cached_repository(path) or Path(path)
     folders = [root / "vae", root] if (root / "model_index.json").is_file() else [root, root / "vae", root.parent]
     for folder in folders if root.is_dir() else folders[-1:]:
-        if (folder / "config.json").is_file() and (root.exists()):
+        if (folder / "config.json").is_file() and root.exists():
             return folder / "config.json"
     if not root.exists():
-        raise FileError(f"{path}: no such file or folder{hub_hint(path)}")
-    raise FileError(f"{path}: has no config.json of an autoencoder of diffusers")
+        raise FileError(f"no such file or folder{hub_hint(path)}")
+    raise FileError("has no config.json of an autoencoder of diffusers")

@@ -357,7 +357,9 @@ def latent_channels(config: Mapping[str, Any]) -> int:
 
 
 def _ratios(vae: nn.Module) -> tuple[int, int]:
-    return vae.temporal_compression_ratio, vae.spatial_compression_ratio
+    names = ("temporal_compression_ratio", "spatial_compression_ratio")
+    time, space = (vae.config[name] if name in vae.config else getattr(vae, name) for name in names)
+    return time, space
 
 
 def _levels(key: str) -> Callable[[nn.Module], tuple[int, int]]:
@@ -591,6 +593,7 @@ CLASSES: dict[str, DiffusersClass] = {
         decode=_decode_wan,
         blocks=("QwenImageResidualBlock", "QwenImageAttentionBlock", "QwenImageResample"),
         input_channels=(3, 4),
+        note="with 3 channels also `model=wan stage.init_from=FOLDER`, for panoramas and exact tiles",
     ),
     "AutoencoderKLCosmos": DiffusersClass(
         "Cosmos 1",

@@ -88,7 +88,7 @@ class DiffusersVAE(VideoAutoencoder):
         if blended_tiles:
             if not self.table.blended_tiles:
                 able = ", ".join(name for name, entry in CLASSES.items() if entry.blended_tiles)
-                raise ValueError(f"blended_tiles: a {kind} is coded in whole frames here; only {able} have tiles")
+                raise ValueError(f"blended_tiles: {kind} is coded in whole frames here; only {able} have tiles")
             self.vae.enable_tiling()
         if gradient_checkpointing:
             if self.table.blocks:
