@@ -26,7 +26,7 @@ from vae3d.inference.scale import spread_clips
 from vae3d.loading import initialize
 from vae3d.training.linear_code import fit_shortcut
 
-FRAMES, METRICS = 17, ("psnr", "ssim", "lpips")
+FRAMES, METRICS = 17, ("psnr", "ssim", "sharpness", "lpips")
 
 
 def repeat_first_of_four(latent: Tensor) -> Tensor:
@@ -37,6 +37,11 @@ def repeat_first_of_four(latent: Tensor) -> Tensor:
 
 def hold(latent: Tensor) -> Tensor:
     return latent[:, :, :1].expand_as(latent)
+
+
+def colour_shift(video: Tensor, reconstruction: Tensor) -> float:
+    """The mean error of the colour that is off most, in levels of 255."""
+    return (reconstruction - video).mean((0, 2, 3, 4)).abs().max().item() * 127.5
 
 
 def main() -> None:
@@ -56,7 +61,8 @@ def main() -> None:
     rows = []
 
     def add(name: str, channels: int | None, code: Callable[[Tensor], Tensor]) -> None:
-        scores = [vae3d.score(video, code(video), metrics=METRICS) for video in videos]
+        pairs = [(video, code(video)) for video in videos]
+        scores = [vae3d.score(*pair, metrics=METRICS) | {"colour_shift": colour_shift(*pair)} for pair in pairs]
         rows.append({"code": name, "channels": channels} | {m: fmean(s[m] for s in scores) for m in scores[0]})
         print(pd.DataFrame(rows[-1:]).to_string(index=False, float_format="%.3f", header=len(rows) == 1), flush=True)
 
