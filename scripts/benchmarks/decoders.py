@@ -145,8 +145,8 @@ def compare(
 
 
 HEADER = (
-    "| decoder | parameters | MACs per pixel | frames/s | memory, MiB | PSNR, dB | SSIM | LPIPS (AlexNet) | PSNR to the "
-    "first |\n|---|---|---|---|---|---|---|---|---|"
+    "| decoder | parameters | MACs per pixel | frames/s | memory, MiB | PSNR, dB | SSIM | LPIPS (AlexNet) | "
+    "PSNR to the first |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -160,15 +160,20 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def front(rows: Sequence[dict[str, Any]], key: str, better: int) -> list[dict[str, Any]]:
+    """The decoders that no cheaper one reaches, by operations. better: 1 if higher scores are better, else -1."""
+    ordered = sorted(rows, key=lambda row: row["macs_per_pixel"])
+    return [r for i, r in enumerate(ordered) if all(better * r[key] > better * o[key] for o in ordered[:i])]
+
+
 def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """PSNR and LPIPS over operations; the line joins the decoders that no cheaper one reaches."""
     figure, axes = subplots(2, 2, 4.5, 3.6)
     lpips = next(key for key in rows[0] if key.startswith("lpips"))
     plots = (("psnr", 1, "PSNR, dB"), (lpips, -1, "LPIPS (AlexNet), lower is better"))
     for axis, (key, better, label) in zip(axes, plots, strict=True):
-        ordered = sorted(rows, key=lambda row: row["macs_per_pixel"])
-        front = [r for i, r in enumerate(ordered) if all(better * r[key] > better * o[key] for o in ordered[:i])]
-        axis.plot([r["macs_share"] * 100 for r in front], [r[key] for r in front], color="0.6", linewidth=1, zorder=1)
+        best = front(rows, key, better)
+        axis.plot([r["macs_share"] * 100 for r in best], [r[key] for r in best], color="0.6", linewidth=1, zorder=1)
         axis.scatter([r["macs_share"] * 100 for r in rows], [r[key] for r in rows], zorder=2)
         for row in rows:
             axis.annotate(
