@@ -30,6 +30,7 @@ def names(group: str) -> list[str]:
 TAUGHT_LOSSES = ("distill", "distill_lpips", "taehv")  # of a teacher, here of the model's own kind
 # The terms of recon_kl_lpips, of other weights, and some more: LPIPS reaches what L1 of recon_kl reaches, in every stage.
 SD_LOSSES = ("ldm", "sd_vae", "sd_vae_regularized", "sd_vae_lightning", "wan", "vrae", "cosmos", "flicker")
+SD_LOSSES += ("decoder_pixels", "decoder_lpips")
 PANORAMA_LOSSES = [name for name in names("loss") if name.startswith("erp")]
 # Models whose networks or wiring another one has: one stage is tested.
 TWINS = {
@@ -115,6 +116,8 @@ def test_combination_steps_twice_or_is_refused_with_the_reason(videos, trunks, e
         overrides += ["teacher=vae", f"teacher.path={exports / model}"]
     if loss in PANORAMA_LOSSES:
         overrides += ["data.height=32", "data.width=64"]
+    if loss == "decoder_lpips":  # AlexNet takes no less
+        overrides += ["data.height=32", "data.width=32"]
     if loss == "vrae":
         overrides += ["loss.terms.gram.term.size=32"]  # instead of 224
     expected = reason(model, stage, loss)

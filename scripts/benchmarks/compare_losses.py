@@ -18,7 +18,7 @@ from statistics import fmean
 import torch
 
 import vae3d
-from vae3d.argparse_types import positive_int
+from vae3d.argparse_types import positive_float, positive_int
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables, validation_clips
 from vae3d.data.sources import open_source
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("clips", help="table of videos with a column split")
     parser.add_argument("losses", nargs="+", type=parse)
     parser.add_argument("--steps", type=positive_int, default=100, help="of one clip each (100)")
-    parser.add_argument("--lr", type=float, default=2e-5, help="of AdamW (2e-5)")
+    parser.add_argument("--lr", type=positive_float, default=2e-5, help="of AdamW (2e-5)")
     parser.add_argument("--size", type=positive_int, default=64, help="of the square crops (64)")
     parser.add_argument("--short-side", type=positive_int, default=144, help="before the crop (144)")
     parser.add_argument("--frames", type=positive_int, default=5, help="of a clip that trains (5)")

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import vae3d
-from vae3d.commands.estimate import give_shapes
+from vae3d.commands.step_cost import give_shapes
 from vae3d.losses.latent import KL, Identity, LatentL1
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.losses.perceptual import LPIPS

@@ -91,7 +91,7 @@ def test_every_model_knows_the_layers_that_end_at_its_pixels(name):
     (gradient,) = torch.autograd.grad(video.square().mean(), last[0], retain_graph=True)
     assert gradient.abs().sum() > 0
     names = {id(p): key for key, p in model.named_parameters()}
-    assert len(last) == (2 if name in ("temporal_vae", "opensora_v1_2", "temporal_taef2") else 1)
+    assert len(last) == (2 if name in ("temporal_vae", "opensora_v1_2", "temporal_taef2", "temporal_diffusers") else 1)
     assert all("decoder" in names[id(p)] for p in last)
     assert last[0].shape[0] in (3, 12)  # colours, or those of patches of 2 x 2
 

@@ -138,7 +138,7 @@ def test_the_start_of_a_run_tells_of_rooms_and_areas(rendered):
         "temporal_vae", rendered, "data=erp_rooms", f"data.source.root={rendered}", "data.width=32", "loss=recon_kl"
     )  # fmt: skip
     lines = data_summary(config, train.build_training_data(config, 0, 1))
-    assert lines[0].startswith("1 training files, ")
+    assert lines[0].startswith("1 training file, ")
     assert lines[1].startswith("  2 rooms of 2 areas in ")
     assert lines[1].endswith("; skipped: 1 with fewer than 5 frames")
     assert lines[2].startswith("  areas held out for validation: area")

@@ -184,7 +184,7 @@ def test_guidance_outside_of_its_interval_is_none():
 @pytest.mark.parametrize(
     ("classes", "labels", "scale", "message"),
     [(3, None, 2.0, "needs a network with classes, and labels"), (0, None, 2.0, "use 1"), (3, [0, 4], 2.0, "has 0..2"),
-     (3, [-1, 2], 1.0, "labels are -1..2"), (3, [0], 1.0, "1 labels for 2 samples"), (0, [0, 0], 1.0, "without classes")],
+     (3, [-1, 2], 1.0, "labels are -1..2"), (3, [0], 1.0, "1 label for 2 samples"), (0, [0, 0], 1.0, "without classes")],
 )  # fmt: skip
 def test_impossible_guidance_is_named(classes, labels, scale, message):
     network = build_network(toy.TINY["transformer"] | {"num_classes": classes}, toy.CLIP)

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from tests import tiny
-from vae3d.models.diffusers_vae import COGVIDEOX, HUNYUAN, DiffusersVAE
+from tests.models.test_diffusers_vae import COGVIDEOX, HUNYUAN
+from vae3d.models.diffusers_vae import DiffusersVAE
 
 DIFFUSERS = {"block_out_channels": [8, 8, 8, 8], "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
 FACTORS = ["model.latents_mean=[0.5,-1,0,0.25]", "model.latents_std=[2,0.5,1,4]"]

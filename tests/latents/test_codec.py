@@ -10,7 +10,6 @@ import torch
 from tests.latents import families
 from vae3d.latents import LatentCodec
 from vae3d.latents.codec import Moments, PixelError
-from vae3d.models.diffusers_vae import COGVIDEOX
 
 UNIT_FACTORS = {
     "spatial": {"scaling_factor": 1.0, "shift_factor": 0.0},
