@@ -60,21 +60,23 @@ def test_numbered_images(tmp_path):
 
 @pytest.mark.parametrize(("codec", "pixels"), [("ffv1", "bgra"), ("qtrle", "argb"), ("prores_ks", "yuva444p10le")])
 def test_videos_keep_their_alpha(tmp_path, codec, pixels):
+    # FFmpeg's ProRes encoder spoils alpha at sides that 16 does not divide.
+    frames = np.ascontiguousarray(rgba()[:, :, :32])
     path = tmp_path / ("a.mkv" if codec == "ffv1" else "a.mov")
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=8)
-        stream.width, stream.height, stream.pix_fmt = 40, 32, pixels
-        for frame in rgba():
+        stream.width, stream.height, stream.pix_fmt = 32, 32, pixels
+        for frame in frames:
             for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba").reformat(format=pixels)):
                 container.mux(packet)
         container.mux(stream.encode(None))
     found = read(path, range(5), alpha=True)
-    assert found.shape == (5, 32, 40, 4)
+    assert found.shape == (5, 32, 32, 4)
     if codec == "prores_ks":
-        assert np.abs(found[..., 3].astype(int) - rgba()[..., 3]).max() <= 2
-        assert np.abs(found.astype(int) - rgba())[..., :3].mean() < 6
+        assert np.abs(found[..., 3].astype(int) - frames[..., 3]).max() <= 2
+        assert np.abs(found.astype(int) - frames)[..., :3].mean() < 6
     else:
-        assert np.array_equal(found, rgba())
+        assert np.array_equal(found, frames)
     with pytest.raises(MediaError, match="has transparent pixels"):
         read(path)
     with pytest.raises(MediaError, match="reader=pyav"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.latents import families
+from tests.models.test_diffusers_vae import COGVIDEOX
 from vae3d.latents import LatentCodec
 from vae3d.latents.codec import Moments, PixelError
 
@@ -101,6 +102,8 @@ def test_ranges_of_pixels_mean_the_same(name):
 
 class Identity(torch.nn.Module):
     """An autoencoder that loses nothing, to see what the codec itself does to pixels."""
+
+    pixel_channels = 3
 
     def __init__(self):
         super().__init__()

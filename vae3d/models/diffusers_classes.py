@@ -106,7 +106,7 @@ def whole(model: Model, latents: int) -> list[int]:
     return [latents]
 
 
-def _batches(model: Model, latents: int) -> list[int]:
+def frame_batches(model: Model, latents: int) -> list[int]:
     """Of single frames, coded model.frame_batch at a time."""
     return _split(latents, model.frame_batch or latents, model.frame_batch or latents)
 
@@ -429,7 +429,7 @@ class DiffusersClass:
 
 def _image(of: str, published: str, **more: Any) -> DiffusersClass:
     """A network of single frames."""
-    steps = {"encode": _encode_frames, "decode": _decode_frames, "chunks": _batches, "exact_stream": True}
+    steps = {"encode": _encode_frames, "decode": _decode_frames, "chunks": frame_batches, "exact_stream": True}
     return DiffusersClass(of, published, frames=any_number, **{"causal": True, **steps, **more})
 
 

@@ -24,6 +24,7 @@ from vae3d.models.diffusers_classes import (
     NOT_SERVED,
     DiffusersClass,
     FrameRule,
+    frame_batches,
     from_pixels,
     latent_channels,
     to_pixels,
@@ -73,7 +74,8 @@ class DiffusersVAE(VideoAutoencoder):
         self.table = entry_of(kind)
         self.kind = kind
         self.vae = _build(kind, config or {})
-        self.frame_batch = frame_batch
+        if self.table.chunks is frame_batches:
+            self.frame_batch = frame_batch
         self.decode_timestep = decode_timestep
         self.latent = self.table.latent
         self.input_channels = self.vae.config.get("in_channels", self.vae.config.get("input_channels", 3))
