@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", help="folder of relative paths; default: the table's folder")
     parser.add_argument("--full", action="store_true", help="decode every frame")
     parser.add_argument("--clean", metavar="OUT.csv", help="write the good rows here")
-    parser.add_argument("--workers", type=positive_int, default=4)
+    parser.add_argument("--workers", type=positive_int, help="processes; default: 4, or one per processor")
     args = parser.parse_args(argv)
 
     try:
@@ -96,16 +96,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def check(path: str, root: str | None, full: bool, clean: Path | None, workers: int) -> int:
+def check(path: str, root: str | None, full: bool, clean: Path | None, workers: int | None) -> int:
     """Print the bad rows, and write the good ones to `clean`. Returns the exit status. Raises UserError."""
     if clean and not clean.resolve().parent.is_dir():
         raise UserError(f"--clean {clean}: its folder does not exist")
     source = open_source(path, root)
     table = source.table()
-    workers, notes = usable_workers(workers, "--workers")
-    for note in notes:
+    usable, notes = usable_workers(workers or 4, "--workers")
+    for note in notes if workers else ():  # no warning about a number that nobody gave
         print(note, file=sys.stderr)
-    results = examine_all(table["path"].tolist(), bounds_of(table), full, workers)
+    results = examine_all(table["path"].tolist(), bounds_of(table), full, usable)
     good = []
     for (_, row), result in zip(table.iterrows(), results, strict=True):
         if pd.notna(row["error"]):

@@ -147,7 +147,9 @@ class DiffusersVAE(VideoAutoencoder):
         for chunk in z.to(self.vae.dtype).split([t for t, _ in self._chunks(length)], 2):
             part, cache = self._decode_chunk(chunk, cache)
             video.append(part)
-        return torch.cat(video, 2)[:, :, :frames]
+        found, space = torch.cat(video, 2), self.spec.space_stride
+        self._check_shape("frames", found[:, :, :frames], (3, frames, space * z.shape[3], space * z.shape[4]))
+        return found[:, :, :frames]
 
     def _decode_chunk(self, z: Tensor, cache: Any) -> tuple[Tensor, Any]:
         if any(getattr(m, "per_channel_scale1", None) is not None for m in self.vae.modules()):
