@@ -103,7 +103,7 @@ def check(path: str, root: str | None, full: bool, clean: Path | None, workers: 
     source = open_source(path, root)
     table = source.table()
     usable, notes = usable_workers(workers or 4, "--workers")
-    for note in notes if workers else ():  # no warning about a number that nobody gave
+    for note in notes if workers else ():  # no warning about the default
         print(note, file=sys.stderr)
     results = examine_all(table["path"].tolist(), bounds_of(table), full, usable)
     good = []
