@@ -13,16 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,6 +31,8 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables, validation_clips
 from vae3d.data.sources import open_source
 from vae3d.errors import UserError
+from vae3d.inference.cost import timed
+from vae3d.metrics.frame import decibel
 from vae3d.models.interface import VideoAutoencoder, convert_latents, share_frames
 from vae3d.report.html import subplots, svg
 
@@ -68,40 +68,18 @@ def decoder_of(model: VideoAutoencoder) -> torch.nn.ModuleList:
     return torch.nn.ModuleList(model.trainable_parts()["decoder"])
 
 
-def memory_mib(path: str, shape: Sequence[int], frames: int, device: str) -> float:
-    """MiB that decoding takes above what the process held before, in a process of its own."""
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import decoders; "
-        "print(decoders.measure_memory(sys.argv[2], eval(sys.argv[3]), int(sys.argv[4]), sys.argv[5]))"
-    )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), path, str(tuple(shape)), str(frames), device]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def memory_mib(path: str, shape: Sequence[int], frames: int, device: str) -> float | None:
+    """MiB that decoding takes above what the process held before, in a process of its own; see inference.cost."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure_memory, path, tuple(shape), frames, device).result()
 
 
 @torch.no_grad()
-def measure_memory(path: str, shape: tuple[int, ...], frames: int, device: str) -> float:
+def measure_memory(path: str, shape: tuple[int, ...], frames: int, device: str) -> float | None:
     model = vae3d.load(path).to(device)
     z = torch.zeros(shape, device=device)
-    model.decode(z[..., :2, :2], frames)  # what the first call keeps does not count
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        model.decode(z, frames)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    process, done, largest = psutil.Process(), threading.Event(), [0]
-
-    def watch() -> None:
-        while not done.is_set():
-            largest[0] = max(largest[0], process.memory_info().rss)
-            time.sleep(0.001)
-
-    before = process.memory_info().rss
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    model.decode(z, frames)
-    done.set()
-    watcher.join()
-    return (largest[0] - before) / 2**20
+    _, gib = timed(lambda: model.decode(z, frames), z.device)
+    return None if gib is None else gib * 2**10
 
 
 def _synchronize(x: Tensor) -> None:
@@ -115,8 +93,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     models = [vae3d.load(path).to(args.device) for _, path in decoders]
     teacher = models[0]
-    height, width = args.height, args.width
-    frames = args.frames
+    frames, height, width = args.frames, args.height, args.width
     for (name, _), model in zip(decoders, models, strict=True):
         if not share_frames(model, teacher, frames, height, width):
             raise UserError(f"{name} and {decoders[0][0]} do not share latents of {frames} frames of {height}x{width}")
@@ -133,11 +110,11 @@ def compare(
             )
             scores.append(vae3d.score(video, rec, metrics=METRICS))
             target = target[..., : size[0], : size[1]].clamp(-1, 1)
-            near.append((rec - target).square().mean().clamp(min=1e-12).log10().item())
+            near.append(decibel((rec - target).square().mean().item() / 4))  # of pixels in [0, 1]
         row = {"name": name, **decode_cost(model, big, args.frames, args.repeats)}
         row["memory_mib"] = memory_mib(path, big.shape, args.frames, args.device)
         row |= {metric: fmean(score[metric] for score in scores) for metric in scores[0]}
-        row["psnr_to_teacher"] = None if model is teacher else fmean(20 * 0.30103 - 10 * value for value in near)
+        row["psnr_to_teacher"] = None if model is teacher else fmean(near)
         rows.append(row)
         row["macs_share"] = row["macs_per_pixel"] / rows[0]["macs_per_pixel"]
         print(line(row), flush=True)
@@ -152,10 +129,11 @@ HEADER = (
 
 def line(row: dict[str, Any]) -> str:
     near = "" if row["psnr_to_teacher"] is None else f"{row['psnr_to_teacher']:.2f}"
+    memory = "" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"
     lpips = next(value for key, value in row.items() if key.startswith("lpips"))
     return (
         f"| {row['name']} | {row['parameters']:,} | {row['macs_per_pixel']:,.0f} ({row['macs_share']:.0%}) | "
-        f"{row['frames_per_second']:.1f} | {row['memory_mib']:.0f} | {row['psnr']:.2f} | {row['ssim']:.3f} | "
+        f"{row['frames_per_second']:.1f} | {memory} | {row['psnr']:.2f} | {row['ssim']:.3f} | "
         f"{lpips:.3f} | {near} |"
     )
 

@@ -163,9 +163,12 @@ def _sample(output: Any) -> Tensor:
 
 
 def _encode_frames(model: Model, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
-    coded = _coded(model.vae.encode(_channels_last(frames_of(x))))
-    parts = {name: clips_of(tensor, len(x)) for name, tensor in vars(coded).items()}
-    return type(coded)(**parts), None
+    return _in_clips(_coded(model.vae.encode(_channels_last(frames_of(x)))), len(x)), None
+
+
+def _in_clips(coded: Coded, clips: int) -> Coded:
+    """Coded frames [B * T, C, h, w] as [B, C, T, h, w]."""
+    return type(coded)(**{name: clips_of(tensor, clips) for name, tensor in vars(coded).items()})
 
 
 def _decode_frames(model: Model, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
@@ -221,8 +224,7 @@ def _patching(vae: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Ten
 
 def _encode_wan_frames(model: Model, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
     coded, _ = _encode_wan(model, frames_of(x)[:, :, None], None)
-    parts = {name: clips_of(tensor[:, :, 0], len(x)) for name, tensor in vars(coded).items()}
-    return type(coded)(**parts), None
+    return _in_clips(type(coded)(**{name: tensor[:, :, 0] for name, tensor in vars(coded).items()}), len(x)), None
 
 
 def _decode_wan_frames(model: Model, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
@@ -433,7 +435,24 @@ def _image(of: str, published: str, **more: Any) -> DiffusersClass:
     return DiffusersClass(of, published, frames=any_number, **{"causal": True, **steps, **more})
 
 
-WAN = {"strides": _wan_strides, "chunks": _one_by_one, "exact_stream": True, "norm": "RMS norm", "causal": True}
+WAN = {
+    "strides": _wan_strides,
+    "chunks": _one_by_one,
+    "exact_stream": True,
+    "encode": _encode_wan,
+    "decode": _decode_wan,
+    "norm": "RMS norm",
+    "causal": True,
+}
+LTX = {
+    "blended_tiles": True,
+    "strides": _ltx_strides,
+    "decode": _decode_ltx,
+    "stats": _saved_stats,
+    "stats_saved": True,
+    "norm": "RMS norm",
+    "last": "decoder.conv_out.conv",
+}
 SEGMENTS = {"chunks": _segments, "exact_stream": True}
 
 CLASSES: dict[str, DiffusersClass] = {
@@ -516,25 +535,13 @@ CLASSES: dict[str, DiffusersClass] = {
     "AutoencoderKLLTXVideo": DiffusersClass(
         "LTX-Video",
         "128, 8 x 32 x 32",
-        blended_tiles=True,
-        strides=_ltx_strides,
-        decode=_decode_ltx,
-        stats=_saved_stats,
-        stats_saved=True,
-        norm="RMS norm",
-        last="decoder.conv_out.conv",
+        **LTX,
         note="the decoder is not causal",
     ),
     "AutoencoderKLLTX2Video": DiffusersClass(
         "LTX-2",
         "128, 8 x 32 x 32",
-        blended_tiles=True,
-        strides=_ltx_strides,
-        decode=_decode_ltx,
-        stats=_saved_stats,
-        stats_saved=True,
-        norm="RMS norm",
-        last="decoder.conv_out.conv",
+        **LTX,
         min_latents=2,
     ),
     "AutoencoderKLHunyuanVideo": DiffusersClass(
@@ -579,8 +586,6 @@ CLASSES: dict[str, DiffusersClass] = {
         "Wan2.1, Wan2.2",
         "16, 4 x 8 x 8; 48, 4 x 16 x 16",
         **WAN,
-        encode=_encode_wan,
-        decode=_decode_wan,
         blocks=("WanResidualBlock", "WanAttentionBlock", "WanResample"),
         input_channels=(3, 12),
         note="`model=wan` is the same network, faster, with exact tiles and panoramas",
@@ -589,8 +594,6 @@ CLASSES: dict[str, DiffusersClass] = {
         "Qwen-Image",
         "16, 4 x 8 x 8",
         **WAN,
-        encode=_encode_wan,
-        decode=_decode_wan,
         blocks=("QwenImageResidualBlock", "QwenImageAttentionBlock", "QwenImageResample"),
         input_channels=(3, 4),
         note="with 3 channels also `model=wan stage.init_from=FOLDER`, for panoramas and exact tiles",

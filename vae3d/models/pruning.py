@@ -13,7 +13,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -49,7 +49,6 @@ class Channels:
 
     nodes: dict[tuple[str, str], list[int]]
     slot: tuple[int, ...] = ()  # group of each GroupNorm that it passes; each group keeps as many
-    rank: int = 0  # position among its class, in the order of the first layer's channels
 
 
 @dataclass
@@ -60,7 +59,6 @@ class Statistics:
     moment: Tensor | None = None
     count: int = 0
     gradient: Tensor | None = None
-    inputs: list[Tensor] = field(default_factory=list)
 
 
 @no_tf32()
@@ -94,11 +92,11 @@ def prune(
         for model in (source, student):
             stack.enter_context(_prepared(model))
         pairs, dropped = match_layers(source, student, lambda runs: _rank_blocks(source, video, runs))
-        changed = _changed_parts(source, student, pairs)
+        changed = _changed_parts(source, student)
         layers = {name: layer for name, layer in source.named_modules() if _owns(layer) and _within(name, changed)}
         classes = channel_classes(source, layers) if changed else []
-        kept, lines = _kept_channels(source, student, pairs, classes, video, importance, layers)
-        _copy(source, student, pairs, kept)
+        kept, statistics, lines = _kept_channels(source, student, pairs, classes, video, importance, layers)
+        _copy(source, student, pairs, kept, statistics)
         if refit and changed:
             _refit(source, student, pairs, kept, video, layers, seed)
     parameters = [sum(p.numel() for p in model.parameters()) for model in (source, student)]
@@ -118,12 +116,12 @@ def match_layers(
     choose: (runs of equal blocks, how many of each to keep) -> names of the blocks kept, in order.
     """
     runs: list[tuple[list[str], int]] = []
-    starts: list[tuple[list[str], int]] = []  # the student's blocks of each run
+    starts: list[list[str]] = []  # the student's blocks of each run
     plain: list[tuple[str, str]] = []
     _align(source, student, "", "", plain, runs, starts)
     pairs = list(plain)
     dropped: list[str] = []
-    for (names, _), (own, _), chosen in zip(runs, starts, choose(runs) if runs else [], strict=True):
+    for (names, _), own, chosen in zip(runs, starts, choose(runs) if runs else [], strict=True):
         pairs += zip(own, chosen, strict=True)
         dropped += [name for name in names if name not in chosen]
     found: dict[str, str] = {}
@@ -131,14 +129,23 @@ def match_layers(
         blocks = source.get_submodule(theirs), student.get_submodule(mine)
         for name, layer in blocks[1].named_modules():
             if _owns(layer):
-                full = ".".join(filter(None, (theirs, name)))
+                full = _join(theirs, name)
                 if name and name not in dict(blocks[0].named_modules()):
                     raise PruningError(f"the larger model has no {full}, which the smaller one has")
-                found[".".join(filter(None, (mine, name)))] = full
+                found[_join(mine, name)] = full
     return found, dropped
 
 
-def _align(source, student, path, own_path, plain, runs, starts) -> None:
+def _align(
+    source: nn.Module,
+    student: nn.Module,
+    path: str,
+    own_path: str,
+    plain: list[tuple[str, str]],
+    runs: list[tuple[list[str], int]],
+    starts: list[list[str]],
+) -> None:
+    """Fill the lists of match_layers from the modules at `path` of the source and `own_path` of the student."""
     theirs, own = list(source.named_children()), list(student.named_children())
     if type(source) is not type(student):
         raise PruningError(f"{own_path or 'the model'} is a {type(student).__name__}, but a {type(source).__name__} "
@@ -166,13 +173,13 @@ def _align(source, student, path, own_path, plain, runs, starts) -> None:
             plain += [(_join(own_path, b), _join(path, a)) for a, b in zip(names, mine, strict=True)]
         else:
             runs.append(([_join(path, name) for name in names], len(mine)))
-            starts.append(([_join(own_path, name) for name in mine], len(mine)))
+            starts.append([_join(own_path, name) for name in mine])
     if position < len(rows[1]):
         raise PruningError(f"{own_path} has layers that the larger model has not, from {rows[1][position][1][0]} on")
 
 
 def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+    return ".".join(filter(None, (path, name)))
 
 
 def _has_lists(module: nn.Module) -> bool:
@@ -287,7 +294,7 @@ def channel_classes(model: VideoAutoencoder, layers: dict[str, nn.Module]) -> li
                            "weights; give the smaller model the same width there")  # fmt: skip
     for name, layer in layers.items():
         if _is_per_channel(layer):
-            for _, _, channel in list(_own_nodes(name, layer))[::2]:
+            for channel in range(_sizes(name, layer)[0]):
                 join((name, "in", channel), (name, "out", channel))
     return _sort_classes(layers, parent, find)
 
@@ -311,16 +318,11 @@ def _sort_classes(
     for group in found:
         first = min(group[0].nodes)
         group.sort(key=lambda channels: channels.nodes[first])
-        for rank, channels in enumerate(group):
-            channels.rank = rank
     return found
 
 
 def _own_nodes(name: str, layer: nn.Module) -> Iterator[Node]:
     inner, outer = _sizes(name, layer)
-    if _is_per_channel(layer):
-        yield from ((name, side, channel) for channel in range(inner) for side in ("in", "out"))
-        return
     yield from ((name, "in", channel) for channel in range(inner))
     yield from ((name, "out", channel) for channel in range(outer))
 
@@ -370,8 +372,8 @@ def _kept_channels(
     video: Tensor,
     importance: str,
     layers: dict[str, nn.Module],
-) -> tuple[dict[tuple[str, str], Tensor], list[str]]:
-    """{(layer of the source, "in" or "out"): kept channels} and lines about them."""
+) -> tuple[dict[tuple[str, str], Tensor], dict[str, Statistics], list[str]]:
+    """{(layer of the source, "in" or "out"): kept channels}, statistics of the layers, and lines about the channels."""
     wanted: dict[tuple[str, str], int] = {}
     for mine, theirs in pairs.items():
         if theirs in layers:
@@ -395,10 +397,7 @@ def _kept_channels(
         if len(kept[key]) != size:
             raise PruningError(f"{key[0]}: {len(kept[key])} of its {sizes[key]} channels ({key[1]}) are kept with "
                                f"the layers around it, but the smaller model has {size}")  # fmt: skip
-    result = {key: torch.tensor(sorted(indices)) for key, indices in kept.items()}
-    for key in result:
-        result[key].statistics = statistics.get(key[0])
-    return result, lines
+    return {key: torch.tensor(sorted(indices)) for key, indices in kept.items()}, statistics, lines
 
 
 def _number_to_keep(
@@ -478,14 +477,13 @@ def _choose(
         layer = layers[name]
         if side == "out" or _is_per_channel(layer):
             continue
-        weight = (
-            layer.weight.detach().double().flatten(2) if layer.weight.dim() > 2 else layer.weight.detach()[..., None]
-        )
+        weight = layer.weight.detach().cpu().double()
+        weight = weight.view(*weight.shape[:2], -1)  # [out, in, kernel]
         own = statistics[name]
         gradient = torch.ones(len(weight), dtype=torch.float64)
         if importance in ("sensitivity", "redundancy"):
             gradient = own.gradient.cpu() / own.count
-        size = (weight.cpu().double().square().sum(2) * gradient[:, None]).sum(0).sqrt()  # of each input channel
+        size = (weight.square().sum(2) * gradient[:, None]).sum(0).sqrt()  # of each input channel
         moment = own.moment.cpu() / own.count
         index = torch.tensor([channels.nodes[name, side] for channels in group])
         for part in index.T:  # a concatenation reads a channel several times
@@ -543,7 +541,11 @@ def _weight_power(group: list[Channels], layers: dict[str, nn.Module]) -> list[f
 
 @torch.no_grad()
 def _copy(
-    source: VideoAutoencoder, student: VideoAutoencoder, pairs: dict[str, str], kept: dict[tuple[str, str], Tensor]
+    source: VideoAutoencoder,
+    student: VideoAutoencoder,
+    pairs: dict[str, str],
+    kept: dict[tuple[str, str], Tensor],
+    statistics: dict[str, Statistics],
 ) -> None:
     """Copy the kept channels; weights that read removed ones are added to those of the channels that predict them."""
     for mine, theirs in pairs.items():
@@ -562,7 +564,7 @@ def _copy(
                 continue
             value = tensor
             if value.dim() > 1 and len(inside) < value.shape[1]:
-                value = _merge_inputs(value, inside, inside.statistics)
+                value = _merge_inputs(value, inside, statistics[theirs])
             _set(target, value[outside.to(value.device)], f"{mine}.{name}")
     state, own = source.state_dict(), student.state_dict()
     for key in own.keys() - {f"{mine}.{name}" for mine in pairs for name in student.get_submodule(mine).state_dict()}:
@@ -716,7 +718,7 @@ def _hook(module: nn.Module, hook: Callable[..., Any], before: bool = False) -> 
         handle.remove()
 
 
-def _changed_parts(source: nn.Module, student: nn.Module, pairs: dict[str, str]) -> set[str]:
+def _changed_parts(source: nn.Module, student: nn.Module) -> set[str]:
     """Children of the model (encoder, decoder, ...) with layers of other shapes or dropped blocks."""
     changed = set()
     for name, child in student.named_children():
