@@ -9,11 +9,15 @@ from ast import literal_eval
 from importlib.util import find_spec
 from pkgutil import resolve_name
 
+import hydra
 import pytest
 
 from tests import tiny
-from vae3d.commands import cli
+from vae3d.checkpoints.export import WRITERS
+from vae3d.commands import cli, flags, help
 from vae3d.config.schema import CONF
+from vae3d.metric_names import PRESET_METRICS, SUMMARIES
+from vae3d.metrics import METRICS, PRESETS
 
 ENTRIES = {
     "train": "train.py",
@@ -47,6 +51,65 @@ def test_the_first_line_is_printed_before_anything_slow_is_imported():
     code = "import sys; from vae3d.commands import cli; print(sorted({m.split('.')[0] for m in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], env=tiny.environ(), capture_output=True, text=True, check=True)
     assert not set(literal_eval(done.stdout)) & {"hydra", "omegaconf", "pydantic", "numpy", "pandas", "torch", "tqdm"}
+
+
+ANSWERED = """
+import contextlib, io, sys
+from vae3d.commands import cli
+
+for arguments in {arguments}:
+    printed = io.StringIO()
+    status = 0
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            cli.main(arguments)
+        except SystemExit as end:
+            status = end.code
+    loaded = [name for name in {slow} if name in sys.modules]
+    print([arguments, status, loaded, printed.getvalue()])
+"""
+SLOW = ("torch", "torchvision", "numpy", "pandas", "pyarrow", "av", "decord", "cv2", "accelerate", "diffusers", "PIL")
+
+
+def test_help_and_errors_of_flags_and_keys_need_no_torch_tables_or_readers(tmp_path):
+    """In one process, after each: a command that imports one of them would show in those after it, so the first counts."""
+    asked = [[name, "--help"] for name in cli.COMMANDS]
+    wrong = {"eval": "--nonsense", "check-data": "--nonsense", "convert": "x", "train": "trainer.max_step=3"}
+    code = ANSWERED.format(arguments=[*asked, *([name, word] for name, word in wrong.items())], slow=SLOW)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=tiny.environ(PYTHONPATH=str(tiny.ROOT)), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    answers = [literal_eval(line) for line in done.stdout.splitlines()]
+    assert [arguments for arguments, *_ in answers[: len(asked)]] == asked
+    for (name, flag), status, loaded, printed in answers:
+        assert loaded == [], (name, flag)
+        assert status == (2 if name in wrong and flag == wrong[name] else 0), printed
+        if isinstance(cli.COMMANDS[name], cli.ArgparseCommand):
+            assert "usage:" in printed
+        else:
+            assert ("Settings, KEY=VALUE" if flag == "--help" else flag.partition("=")[0]) in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_help_of_a_configured_command_is_the_one_that_hydra_prints(capsys, monkeypatch):
+    """Hydra's own takes two seconds."""
+    ours = help.help_text("train", ["model=wan", "stage=finetune"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "model=wan", "stage=finetune", "--help"])
+    with pytest.raises(SystemExit):
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(lambda cfg: None)()
+    assert capsys.readouterr().out == f"{ours}\n"
+
+
+def test_help_of_an_unknown_choice_is_an_error(tmp_path):
+    done = tiny.run(*SCRIPT, "model=wam", "--help", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "model=wam" in done.stdout
+
+
+def test_the_tables_of_flags_agree_with_what_they_stand_for():
+    assert tuple(WRITERS) == flags.LAYOUTS
+    assert PRESETS.keys() == PRESET_METRICS.keys()
+    assert METRICS.keys() == SUMMARIES.keys()
 
 
 @pytest.mark.parametrize(("arguments", "shown"), [([], True), (["-m"], True), (["--cfg", "job"], False)])

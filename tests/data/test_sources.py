@@ -14,8 +14,7 @@ from PIL import Image
 
 from tests import tiny
 from vae3d.commands import dry_run
-from vae3d.data import check as check_module
-from vae3d.data import probe
+from vae3d.data import probe, readers
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import check_files_exist, read_tables
@@ -288,8 +287,8 @@ def test_a_dry_run_looks_for_the_files_of_its_table(tmp_path):
 def test_check_names_a_file_that_crashes_the_decoder_and_goes_on(tmp_path, monkeypatch, capsys):
     for name in ("a", "bad", "c"):
         Image.fromarray(tiny.frames(1)[0]).save(tmp_path / f"{name}.png")
-    opened = check_module.open_media
-    monkeypatch.setattr(check_module, "open_media", lambda path: os._exit(11) if "bad" in str(path) else opened(path))
+    opened = readers.open_media
+    monkeypatch.setattr(readers, "open_media", lambda path: os._exit(11) if "bad" in str(path) else opened(path))
     assert check([str(tmp_path), "--workers", "1"]) == 1
     out = capsys.readouterr().out
     assert f"row 2: {tmp_path}/bad.png: crashes the decoder" in out

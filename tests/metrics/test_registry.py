@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.metrics.clips import pair, result
+from vae3d.metric_names import PRESET_METRICS
 from vae3d.metrics import METRICS, PRESETS, MetricError, build_metrics
 from vae3d.metrics.registry import resolve
 from vae3d.pretrained.weights import FILES, WeightsMissing
@@ -64,9 +65,9 @@ def test_lpips_is_the_one_that_the_preset_uses(preset):
 
 def test_presets_choose_metrics_that_need_no_weights():
     """They are computed by default, also on machines without weights."""
-    assert PRESETS["panorama"].metrics == ("ws_psnr", "ws_ssim", "seam", "polar", "cube")
-    for preset in PRESETS.values():
-        assert not any(METRICS[name].files for name in preset.metrics)
+    assert PRESET_METRICS["panorama"] == ("ws_psnr", "ws_ssim", "seam", "polar", "cube")
+    for names in PRESET_METRICS.values():
+        assert not any(METRICS[name].files for name in names)
 
 
 def test_settings_go_to_their_metric_over_the_presets():

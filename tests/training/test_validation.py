@@ -156,7 +156,7 @@ class MeanColours(Rfid):
 def test_slow_metrics__metrics_come_in_their_turn_and_at_the_end_with_how_many_frames_they_are_of(
     videos, tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(METRICS, "rfid", Entry("", MeanColours))
+    monkeypatch.setitem(METRICS, "rfid", Entry(MeanColours))
     t = trainer(
         videos, tmp_path, **VALIDATES,
         **{"validation.slow_metrics": ["rfid"], "validation.slow_metrics_every": 3, "trainer.max_steps": 5, "trainer.save_every": 0},

@@ -76,15 +76,20 @@ class HydraCommand(NamedTuple):
 
 
 class ArgparseCommand(NamedTuple):
-    """A command with flags. Its module has `main(arguments)`, which returns the exit status."""
+    """A command with flags. Its module has `main(arguments)`, which returns the exit status.
+
+    parse: module:function that reads the flags. It imports no torch, so that --help and a wrong flag are answered at
+    once. None: the command's module imports no torch either.
+    """
 
     summary: str
+    parse: str | None = None
 
 
 # Commands whose module is called otherwise.
 MODULES = {"check-data": "vae3d.data.check", "try": "vae3d.commands.try_video"}
 COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
-    "try": ArgparseCommand("Show what an autoencoder does to a video"),
+    "try": ArgparseCommand("Show what an autoencoder does to a video", "vae3d.commands.flags:parse_try"),
     "train": HydraCommand("Train a video autoencoder", "train", "vae3d.commands.cli:check_training", metric="val/psnr"),
     "infer": HydraCommand(
         "Reconstruct videos and images",
@@ -98,19 +103,28 @@ COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
         "vae3d.config.validate:check_comparison",
         path_node="teacher",  # Hydra would look for teacher=PATH in conf/teacher
     ),
-    "eval": ArgparseCommand("Score reconstructed videos against their originals"),
+    "eval": ArgparseCommand("Score reconstructed videos against their originals", "vae3d.commands.flags:parse_eval"),
     "encode": HydraCommand("Encode a data set into a latent cache", "latents", "vae3d.config.latents:check_encoding"),
-    "latent-stats": ArgparseCommand("Print the statistics of a latent cache; write its scale into an export"),
-    "measure-scale": ArgparseCommand("Measure the scale of a model's latents; write it into its export"),
-    "probe-latents": ArgparseCommand("Compare the latents of several autoencoders"),
+    "latent-stats": ArgparseCommand(
+        "Print the statistics of a latent cache; write its scale into an export",
+        "vae3d.commands.flags:parse_latent_stats",
+    ),
+    "measure-scale": ArgparseCommand(
+        "Measure the scale of a model's latents; write it into its export", "vae3d.commands.flags:parse_measure_scale"
+    ),
+    "probe-latents": ArgparseCommand(
+        "Compare the latents of several autoencoders", "vae3d.commands.flags:parse_probe_latents"
+    ),
     "train-diffusion": HydraCommand(
         "Train a diffusion model on latents", "diffusion", "vae3d.config.diffusion:check_diffusion", metric="val/loss"
     ),
     "sample": HydraCommand(
         "Draw samples from a latent diffusion model", "sample", "vae3d.config.diffusion:check_sampling"
     ),
-    "check-data": ArgparseCommand("Find the files of a data set that cannot be read"),
-    "convert": ArgparseCommand("Convert a checkpoint to the layout of another program"),
+    "check-data": ArgparseCommand("Find the files of a data set that cannot be read", "vae3d.data.check:parse"),
+    "convert": ArgparseCommand(
+        "Convert a checkpoint to the layout of another program", "vae3d.commands.flags:parse_convert"
+    ),
     "fetch-weights": ArgparseCommand("Download the pretrained networks that losses and metrics need"),
 }
 
@@ -150,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
             return run_with_hydra(command, module, program, rest)
         if len(program) > 1:  # not one of the scripts
             sys.argv[0] = f"vae3d {name}"  # argparse's usage line begins with it
-        return run_with_flags(module, rest)
+        return run_with_flags(command, module, rest)
     finally:
         gc.enable()
 
@@ -170,9 +184,14 @@ def usage() -> str:
     return "\n".join([*lines, "", "`vae3d COMMAND --help` lists a command's settings."])
 
 
-def run_with_flags(module: str, arguments: Sequence[str]) -> int | None:
+def run_with_flags(command: ArgparseCommand, module: str, arguments: Sequence[str]) -> int | None:
     """Run a command with flags and return its exit status."""
     from vae3d.commands.console import exit_on_user_error
+
+    if command.parse is not None:
+        resolve_name(command.parse)(arguments)
+        if os.environ.get("RANK", "0") == "0" and "torch" not in sys.modules:
+            print(f"{sys.argv[0]}: importing torch ...", file=sys.stderr, flush=True)
 
     def run() -> int | None:
         main = import_module(module).main
@@ -199,6 +218,8 @@ def run_with_hydra(command: HydraCommand, module: str, program: list[str], argum
     overrides = allow_unknown_keys(arguments)
     exit_on_user_error(lambda: raise_if_any(override_issues(overrides)))
     sys.argv[1:], issues = without_run_values(overrides)
+    if len([a for a in sys.argv[1:] if a.startswith("-")]) == 1 and print_help(command.config_name, sys.argv[1:]):
+        return
 
     def job(cfg: DictConfig) -> float | None:
         if command.metric is None:
@@ -216,6 +237,22 @@ def run_with_hydra(command: HydraCommand, module: str, program: list[str], argum
             print(f"\n{sweep.results(sweep.current, command.metric)}", flush=True)
             sweep.remove_unbegun(sweep.current)
             remove_empty(*launch.RunFolders.made)
+
+
+def print_help(config_name: str, arguments: Sequence[str]) -> bool:
+    """Print the help that `--help` asks for. False for another flag, and for a wrong choice, which Hydra explains."""
+    from hydra.errors import HydraException
+
+    from vae3d.commands.help import FLAGS, help_text
+
+    overrides = [a for a in arguments if a not in FLAGS]
+    if len(overrides) == len(arguments):
+        return False
+    try:
+        print(help_text(config_name, overrides))
+    except HydraException:
+        return False
+    return True
 
 
 def run(command: HydraCommand, module: str, cfg: DictConfig, issues: Sequence[ConfigIssue]) -> None:

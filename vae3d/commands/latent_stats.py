@@ -1,27 +1,18 @@
 """Print the statistics of a latent cache, and write its scale into an export; see docs/latents.md.
 
-    python scripts/latent_stats.py latents/photos
-    python scripts/latent_stats.py latents/photos --verify
-    python scripts/latent_stats.py latents/photos --write runs/sd_vae_gan --per-channel
-    python scripts/latent_stats.py latents/videos --write Wan2.1_VAE.pth --out wan_measured
-
---write gives an image VAE one scaling_factor, 1 / deviation of all values (--shift: also shift_factor, the mean;
---per-channel: both for each channel). Other models get latents_mean and latents_std for each channel. If
-the cache holds moments, the deviation is that of samples and includes the posteriors' variance; --of-means excludes it,
-for diffusion models that train on means. A cache opened with the export then has the new scale, and so do files that
-scripts/convert_checkpoint.py writes from it. Without --out the export is rewritten; of a run, the newest.
+Flags: vae3d.commands.flags.
 """
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from argparse import Namespace
 from typing import Any
 
 import pandas as pd
 import torch
 
-from vae3d.commands.measure_scale import add_export_arguments, load_unscaled, rescale
+from vae3d.commands.flags import parse_latent_stats
+from vae3d.commands.measure_scale import load_unscaled, rescale
 from vae3d.inference.scale import LatentStats, off_scale
 from vae3d.latents.cache import LatentCache
 from vae3d.loading import load, open_codec
@@ -31,13 +22,7 @@ SHOWN = ("0.1", "50", "99.9")  # percentiles
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cache", type=Path)
-    parser.add_argument("--verify", action="store_true", help="compare the hashes of all files of the cache")
-    parser.add_argument("--write", type=Path, metavar="EXPORT", help="run, export, or published weights (with --out)")
-    add_export_arguments(parser)
-    parser.add_argument("--of-means", action="store_true", help="without the variance of the posteriors")
-    args = parser.parse_args(argv)
+    args = parse_latent_stats(argv)
     cache = LatentCache(args.cache, verify=args.verify)
     print_statistics(
         cache,
@@ -70,7 +55,7 @@ def print_statistics(cache: LatentCache, hint: str) -> None:
     )
 
 
-def write(args: argparse.Namespace) -> None:
+def write(args: Namespace) -> None:
     checkpoint, model = load_unscaled(args.write, args.out)
     cache = LatentCache(args.cache, open_codec(args.write))  # an error if another autoencoder made it
     spec = load(rescale(checkpoint, model, scale_of_cache(cache, args.of_means), args)).spec

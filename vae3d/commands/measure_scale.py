@@ -1,35 +1,22 @@
 """Measure mean and standard deviation of an autoencoder's latents, and write them into its export.
 
-See docs/latents.md. scripts/latent_stats.py does the same from a latent cache.
-
-    python scripts/measure_scale.py runs/sd_vae_gan photos
-    python scripts/measure_scale.py runs/wan_finetune videos.csv --frames 17 --height 480 --width 832 --count 200
-    python scripts/measure_scale.py sd_vae_folder photos --out sd_vae_measured
-
-Encodes the centre clip of COUNT files, evenly spread over the source, in fp32, and samples from the posteriors. An
-image VAE gets one scaling_factor, 1 / standard deviation of all values, as Stable Diffusion has it (--shift: also
-shift_factor, the mean; --per-channel: both for each channel). Other models get latents_mean and
-latents_std for each channel. `normalize` then returns latents of unit variance, also in files that
-scripts/convert_checkpoint.py writes from the export. Without --out the export is rewritten; of a run, the newest.
-
---by-pixels sets the deviation of each channel so that equal errors of normalised latents change the decoded pixels
-equally, for losses on latents (stages 1 and 2 of a temporal VAE on top). An image VAE also needs --per-channel.
+Flags: vae3d.commands.flags.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from torch import nn
 
-from vae3d.argparse_types import non_negative_int, positive_int
 from vae3d.checkpoints import formats
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError
+from vae3d.commands.flags import parse_measure_scale
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
@@ -41,27 +28,9 @@ from vae3d.text import plural
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="run, export, or published weights")
-    parser.add_argument("source", help="a CSV, parquet or JSON file, a folder, or one file")
-    parser.add_argument("--count", type=positive_int, default=1000, help="use at most this many files (1000)")
-    parser.add_argument("--frames", type=positive_int, default=1, help="per clip (1)")
-    parser.add_argument("--height", type=positive_int, default=256, help="of the centre crop (256)")
-    parser.add_argument("--width", type=positive_int, default=256)
-    add_export_arguments(parser)
-    parser.add_argument("--by-pixels", action="store_true", help="scale each channel by its effect on the pixels")
-    parser.add_argument("--seed", type=non_negative_int, default=0)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(argv)
+    args = parse_measure_scale(argv)
     checkpoint, model = load_unscaled(args.checkpoint, args.out)
     rescale(checkpoint, model, measure_source(model, args), args)
-
-
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--shift", action="store_true", help="image VAE: also write the mean")
-    how.add_argument("--per-channel", action="store_true", help="image VAE: write mean and deviation per channel")
-    parser.add_argument("--out", type=Path, help="write another export instead")
 
 
 def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
@@ -78,7 +47,7 @@ def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
     return checkpoint, model.eval()
 
 
-def measure_source(model: nn.Module, args: argparse.Namespace) -> LatentStats:
+def measure_source(model: nn.Module, args: Namespace) -> LatentStats:
     settings = ClipSettings(args.height, args.width)
     table = read_tables(open_source(args.source), settings, num_val_files=0, max_broken=1.0).train
     errors: list[tuple[str, str]] = []
@@ -89,7 +58,7 @@ def measure_source(model: nn.Module, args: argparse.Namespace) -> LatentStats:
     return measured
 
 
-def rescale(checkpoint: Checkpoint, model: nn.Module, measured: LatentStats, args: argparse.Namespace) -> Path:
+def rescale(checkpoint: Checkpoint, model: nn.Module, measured: LatentStats, args: Namespace) -> Path:
     """Write the measured scale into args.out, or else into the export itself; returns that folder."""
     new = rescaled(checkpoint, model, measured, shift=args.shift, per_channel=args.per_channel)
     print_scale(checkpoint, new, measured)

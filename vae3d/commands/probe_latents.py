@@ -1,19 +1,12 @@
 """Compare autoencoders by their latents: how easy to diffuse, and how robust the decoders. See docs/latents.md.
 
-    python scripts/probe_latents.py runs/vae_a runs/vae_b --source photos/ --height 256 --width 256 --out probes
-    python scripts/probe_latents.py ours=runs/wan_finetune wan=Wan2.1_VAE.pth --source videos.csv --frames 17 \\
-        --height 256 --width 256 --count 32 --out probes
-    python scripts/probe_latents.py Wan2.1_VAE.pth --source room.mp4 --frames 17 --height 512 --width 512 \\
-        --per_file 8 --tile 256 --tile_overlap 64 --out probes
-
-A model is a path for vae3d.load; NAME= before it distinguishes two of the same file name. Prints a table; writes
-OUT/probes.json and OUT/report.html, which explain each number.
+Flags: vae3d.commands.flags.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +15,7 @@ import torch
 from torch import nn
 
 import vae3d
-from vae3d.argparse_types import non_negative_int, positive_int
+from vae3d.commands.flags import parse_probe_latents
 from vae3d.data.sources import open_source
 from vae3d.latents import probe_run
 from vae3d.latents.probe_report import console_table, write_report
@@ -37,25 +30,7 @@ from vae3d.text import plural
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="[NAME=]PATH")
-    parser.add_argument("--source", required=True, help="folder, table (.csv, .parquet, .json), video or image")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--height", type=positive_int, required=True, help="of a clip, cropped from a file")
-    parser.add_argument("--width", type=positive_int, required=True)
-    parser.add_argument("--frames", type=positive_int, default=1, help="of a clip; 1 for images (1)")
-    parser.add_argument("--count", type=positive_int, default=64, help="use at most this many clips (64)")
-    parser.add_argument("--decoded", type=positive_int, default=16, help="how many of them the decoder probes use (16)")
-    parser.add_argument("--per_file", type=positive_int, default=1, help="clips per file, at random positions (1)")
-    parser.add_argument("--short_side", type=positive_int, help="scale files to this before cropping")
-    parser.add_argument("--batch", type=positive_int, default=4, help="clips per forward pass (4)")
-    parser.add_argument("--seed", type=non_negative_int, default=0)
-    parser.add_argument("--tile", type=positive_int, help="also probe coding in tiles of this many pixels (Wan VAEs)")
-    parser.add_argument(
-        "--tile_overlap", type=non_negative_int, help="blend tiles over this many pixels; default: exact tiles"
-    )
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(argv)
+    args = parse_probe_latents(argv)
     report, pictures = probe(args)
     write_report(args.out, report, pictures)
     print(console_table(report))
@@ -64,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.out / 'report.html'}, {args.out / 'probes.json'}")
 
 
-def probe(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+def probe(args: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """The report, and pictures of every model. Every UserError is raised before the first probe."""
     settings = ProbeSettings(**{field.name: getattr(args, field.name) for field in fields(ProbeSettings)})
     device = as_device(args.device)

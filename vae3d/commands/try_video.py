@@ -1,13 +1,7 @@
-"""Show what a video autoencoder does to a video: vae3d try my.mp4 [CHECKPOINT]
-
-Writes a folder with a page (index.html): original, reconstruction and error side by side, moving, and scores; and both
-videos as files. Without CHECKPOINT it takes TAEF2, a small autoencoder of single images, and downloads it once (5 MB).
-It reconstructs the first frames of a video, made smaller, so that it takes a minute or two without a GPU.
-"""
+"""Show what a video autoencoder does to a video: vae3d try my.mp4 [CHECKPOINT]. Flags: vae3d.commands.flags."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 import os
@@ -23,8 +17,8 @@ import torch
 from PIL import Image
 
 from vae3d import api
-from vae3d.argparse_types import positive_int
 from vae3d.commands.fetch_weights import provide
+from vae3d.commands.flags import parse_try
 from vae3d.data.clips import to_video
 from vae3d.data.media import MediaInfo
 from vae3d.data.readers import media_info
@@ -49,18 +43,9 @@ PAGE = Path(__file__).with_name("try_video.html")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("video", help="a video, an image or numbered images (frame_*.png)")
-    parser.add_argument(
-        "checkpoint", nargs="?", help="a run, an export, published weights, or owner/name on the Hugging Face hub"
-    )
-    parser.add_argument("--out", type=Path, help="folder; default try_VIDEO or try_VIDEO_CHECKPOINT")
-    parser.add_argument("--frames", type=positive_int, default=33, help="at most so many, default %(default)s")
-    parser.add_argument("--height", type=positive_int, default=256, help="reduce higher videos, default %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
+    args = parse_try(argv)
 
-    device = as_device(args.device)
+    device = as_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     info = media_info(args.video)
     model = api.from_pretrained(args.checkpoint or default_checkpoint()).to(device)
     video = read(args.video, info, args.frames, args.height)

@@ -17,7 +17,8 @@ from pydantic_core import PydanticCustomError
 from vae3d.config.issues import MISSING
 
 # Values are as Hydra parses them: numbers may be strings, as from ${oc.env:STEPS}, and names may be numbers.
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+# defer_build: --help needs no validators, and a command only those of its own schema.
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True, defer_build=True)
 
 
 def not_bool(value: Any) -> Any:
@@ -81,6 +82,16 @@ def setting(default: Any, description: str, **limits: Any) -> Any:
 
 def fields_of(schema: Any) -> dict[str, FieldInfo]:
     return schema.__pydantic_fields__
+
+
+def defaults_of(schema: Any) -> dict[str, Any]:
+    """The default of each field, of nested schemas as dicts. Unlike an instance it needs no validators."""
+    return {
+        name: defaults_of(field.default_factory)
+        if dataclasses.is_dataclass(field.default_factory)
+        else field.get_default(call_default_factory=True)
+        for name, field in fields_of(schema).items()
+    }
 
 
 def nested_schema(kind: Any) -> Any:

@@ -6,7 +6,6 @@ class. All other keys are closed. `???` (MISSING) marks what only the user can g
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +25,7 @@ from vae3d.config.fields import (
     Reader,
     Split,
     Strings,
+    defaults_of,
     setting,
 )
 from vae3d.config.issues import MISSING
@@ -455,7 +455,7 @@ class CompareConfig(InferConfig):
 
 def register(name: str, schema: type) -> None:
     """Give Hydra the defaults of a schema under a name for the defaults lists of conf/."""
-    ConfigStore.instance().store(name, asdict(schema()))
+    ConfigStore.instance().store(name, defaults_of(schema))
 
 
 register("train_defaults", TrainConfig)

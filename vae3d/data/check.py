@@ -12,28 +12,31 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from vae3d.argparse_types import positive_int
-from vae3d.data.readers import MediaError, MediaInfo, open_media
-from vae3d.data.rows import NUMBERS
-from vae3d.data.segments import SEGMENT, Bounds, Segment, bounds_of
-from vae3d.data.sources import open_source
-from vae3d.data.workers import usable_workers
 from vae3d.errors import UserError, printable
 from vae3d.io import naming
-from vae3d.progress import progress
 from vae3d.text import plural
+
+# Functions import what takes long (torch, pandas, PyAV), so that --help and a wrong flag are answered at once.
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from vae3d.data.readers import MediaInfo
+    from vae3d.data.segments import Bounds
 
 
 def examine(path: str, bounds: Bounds, full: bool) -> MediaInfo | str:
     """Metadata of a file, or the reason why it, or its part within `bounds`, cannot be used."""
+    from vae3d.data.readers import MediaError, open_media
+    from vae3d.data.segments import Segment
+
     try:
         file = open_media(path)
         reader = Segment(file, path, bounds)
@@ -48,6 +51,8 @@ def examine(path: str, bounds: Bounds, full: bool) -> MediaInfo | str:
 
 def examine_all(paths: list[str], bounds: list[Bounds], full: bool, workers: int) -> list[MediaInfo | str]:
     """examine() of every file, in processes: a crash of a decoder ends one of them, and is reported for its file."""
+    from vae3d.progress import progress
+
     work, results = partial(examine, full=full), []
     with progress(total=len(paths), unit="file") as bar:
         while (done := len(results)) < len(paths):
@@ -72,6 +77,8 @@ def _examine_alone(work: Callable[[str, Bounds], MediaInfo | str], path: str, bo
 
 def disagreement(row: pd.Series, info: MediaInfo) -> str | None:
     """The numbers of a row that differ from its file's; None if there are none."""
+    from vae3d.data.rows import NUMBERS
+
     wrong = []
     for name in NUMBERS:
         given, actual = row[name], getattr(info, name)
@@ -80,15 +87,18 @@ def disagreement(row: pd.Series, info: MediaInfo) -> str | None:
     return "; ".join(wrong) or None
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", help="CSV, parquet or JSON file, a folder, or the folder of a Hugging Face dataset")
     parser.add_argument("--root", help="folder of relative paths; default: the table's folder")
     parser.add_argument("--full", action="store_true", help="decode every frame")
     parser.add_argument("--clean", metavar="OUT.csv", help="write the good rows here")
     parser.add_argument("--workers", type=positive_int, help="processes; default: 4, or one per processor")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
     try:
         return check(args.table, args.root, args.full, args.clean and Path(args.clean), args.workers)
     except UserError as error:
@@ -98,6 +108,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(path: str, root: str | None, full: bool, clean: Path | None, workers: int | None) -> int:
     """Print the bad rows, and write the good ones to `clean`. Returns the exit status. Raises UserError."""
+    import pandas as pd
+
+    from vae3d.data.rows import NUMBERS
+    from vae3d.data.segments import SEGMENT, bounds_of
+    from vae3d.data.sources import open_source
+    from vae3d.data.workers import usable_workers
+
     if clean and not clean.resolve().parent.is_dir():
         raise UserError(f"--clean {clean}: its folder does not exist")
     source = open_source(path, root)

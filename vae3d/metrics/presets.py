@@ -22,8 +22,7 @@ ONLY_EQUAL = 1e-45  # only equal fp32 frames have a smaller MSE
 class Preset:
     """The formulas of one tool.
 
-    source: the tool. settings: metric -> arguments. lpips: which metric `lpips` means. metrics: default metrics of the
-    evaluation command.
+    source: the tool. settings: metric -> arguments. lpips: which metric `lpips` means.
     average: how scores of videos are averaged. videos: mean over videos. frames: mean over all frames. batches: mean
     over batches of videos, sorted by name, for tools that average each batch first, so that a short last batch has the
     weight of a full one. pixels: mean over all frames, and PSNR from the MSE over all pixels.
@@ -35,7 +34,6 @@ class Preset:
     lpips: str = "lpips_alex"
     average: str = "videos"
     whole_batches: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ("ssim", "psnr")
 
 
 PRESETS: dict[str, Preset] = {
@@ -67,10 +65,7 @@ PRESETS: dict[str, Preset] = {
         average="batches",
         whole_batches=("psnr", "lpips_alex"),
     ),
-    "panorama": Preset(
-        "the default's formulas, for 360 degree panoramas",
-        metrics=("ws_psnr", "ws_ssim", "seam", "polar", "cube"),
-    ),
+    "panorama": Preset("the default's formulas, for 360 degree panoramas"),
 }
 
 

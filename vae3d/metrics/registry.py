@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vae3d.metric_names import ALIAS
 from vae3d.metrics import distribution, frame, panorama, temporal
 from vae3d.metrics.base import Better, Metric, MetricError, MetricSet
 from vae3d.metrics.networks import FLOWS, I3D, INCEPTION, LPIPS, Networks
@@ -18,13 +19,12 @@ from vae3d.pretrained import weights
 
 @dataclass(frozen=True)
 class Entry:
-    """How to build one metric.
+    """How to build one metric. vae3d/metric_names.py has a line on it for users.
 
-    summary: a line for users. files: for each network it needs, the alternative weight files. fixed: arguments of the
-    class that define this metric.
+    files: for each network it needs, the alternative weight files. fixed: arguments of the class that define this
+    metric.
     """
 
-    summary: str
     kind: type[Metric]
     files: tuple[tuple[str, ...], ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -34,36 +34,35 @@ class Entry:
         return self.kind(*args, **self.fixed, **settings)
 
 
-def _flolpips(motion: str, network: str) -> Entry:
+def _flolpips(motion: str) -> Entry:
     files = (LPIPS["alex"], FLOWS[motion])
-    return Entry(f"LPIPS weighted by errors of motion, {network}", temporal.FloLpips, files, {"motion": motion})
+    return Entry(temporal.FloLpips, files, {"motion": motion})
 
 
 METRICS: dict[str, Entry] = {
-    "psnr": Entry("PSNR in dB, of frames and of whole videos", frame.Psnr),
-    "ssim": Entry("structural similarity", frame.Ssim),
-    "ms_ssim": Entry("SSIM on five scales", frame.MsSsim),
-    "lpips_alex": Entry("perceptual distance, AlexNet", frame.Lpips, (LPIPS["alex"],)),
-    "lpips_vgg": Entry("perceptual distance, VGG", frame.LpipsVgg, (LPIPS["vgg"],)),
-    "sharpness": Entry("gradient energy over the original's", frame.Sharpness),
-    "flolpips": _flolpips("pwc", "PWC-Net"),
-    "flolpips_raft_large": _flolpips("raft_large", "RAFT"),
-    "flolpips_raft_small": _flolpips("raft_small", "small RAFT"),
-    "flicker": Entry("change from frame to frame, and its excess", temporal.Flicker),
-    "tpsnr": Entry("PSNR in dB of the change from frame to frame", temporal.TPsnr),
-    "tof": Entry("error of Farneback's optical flow in pixels", temporal.TOf),
-    "tlp": Entry("error of the perceptual change from frame to frame", temporal.TLpips, (LPIPS["alex"],)),
-    "warping_error": Entry("error along the original's motion, RAFT", temporal.WarpingError, (FLOWS["raft_large"],)),
-    "ws_psnr": Entry("panoramas: PSNR weighted by latitude", panorama.WsPsnr),
-    "ws_ssim": Entry("panoramas: SSIM weighted by latitude", panorama.WsSsim),
-    "seam": Entry("panoramas: errors where left and right edge meet", panorama.Seam),
-    "polar": Entry("panoramas: PSNR of bands of latitude", panorama.Polar),
-    "cube": Entry("panoramas: PSNR of the views ahead, back, left, right, up, down", panorama.Cube),
-    "cube_lpips": Entry("panoramas: LPIPS of these views, AlexNet", panorama.CubeLpips, (LPIPS["alex"],)),
-    "rfid": Entry("Fréchet distance of all frames, Inception", distribution.Rfid, (INCEPTION,)),
-    "rfvd": Entry("Fréchet distance of all videos, I3D", distribution.Rfvd, (I3D,)),
+    "psnr": Entry(frame.Psnr),
+    "ssim": Entry(frame.Ssim),
+    "ms_ssim": Entry(frame.MsSsim),
+    "lpips_alex": Entry(frame.Lpips, (LPIPS["alex"],)),
+    "lpips_vgg": Entry(frame.LpipsVgg, (LPIPS["vgg"],)),
+    "sharpness": Entry(frame.Sharpness),
+    "flolpips": _flolpips("pwc"),
+    "flolpips_raft_large": _flolpips("raft_large"),
+    "flolpips_raft_small": _flolpips("raft_small"),
+    "flicker": Entry(temporal.Flicker),
+    "tpsnr": Entry(temporal.TPsnr),
+    "tof": Entry(temporal.TOf),
+    "tlp": Entry(temporal.TLpips, (LPIPS["alex"],)),
+    "warping_error": Entry(temporal.WarpingError, (FLOWS["raft_large"],)),
+    "ws_psnr": Entry(panorama.WsPsnr),
+    "ws_ssim": Entry(panorama.WsSsim),
+    "seam": Entry(panorama.Seam),
+    "polar": Entry(panorama.Polar),
+    "cube": Entry(panorama.Cube),
+    "cube_lpips": Entry(panorama.CubeLpips, (LPIPS["alex"],)),
+    "rfid": Entry(distribution.Rfid, (INCEPTION,)),
+    "rfvd": Entry(distribution.Rfvd, (I3D,)),
 }
-ALIAS = "lpips"  # stands for preset.lpips
 
 
 def resolve(names: Sequence[str], preset: str = "default") -> list[str]:
