@@ -4,6 +4,9 @@ Starting Python with torch, hydra, av and pandas takes four seconds, a fork a fr
 `python script.py arguments` or `python -m module arguments` does: same sys.path, `__main__`, output, exit status. Several
 ranks start as torchrun starts them: the environment names the rank, and when one fails the others are stopped. Tests of
 starting itself (torchrun, imports) start a Python of their own.
+
+The test processes of pytest-xdist share the warm process, since it takes eight seconds to start: it listens at a socket,
+and forks a server for each of them, which forks the children.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import uuid
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -88,16 +92,45 @@ def run(command: list[str], cwd: Path, envs: Sequence[dict[str, str]], timeout: 
 
 @cache
 def _server() -> socket.socket:
-    """The connection to this test process's own warm process, which ends when the connection does."""
+    """A connection to a server of this test process's own, which ends when the connection does."""
+    ours = socket.socket(socket.AF_UNIX)
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # the same in all processes of a run
+    address = f"{tempfile.gettempdir()}/vae3d-warm-{run or uuid.uuid4().hex}"
+    while True:
+        try:
+            ours.connect(address)
+            break
+        except FileNotFoundError:
+            _start(address)
+        except ConnectionRefusedError:  # the process that it was of has been killed
+            Path(address).unlink(missing_ok=True)
+    atexit.register(ours.close)
+    return ours
+
+
+def _start(address: str) -> None:
+    """Start the warm process, unless another test process does so just now."""
     from tests import tiny
 
-    ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "tests.warm", str(theirs.fileno())]
-    process = subprocess.Popen(command, cwd=ROOT, env=tiny.environ(), pass_fds=[theirs.fileno()])
-    theirs.close()
+    listener = socket.socket(socket.AF_UNIX)
+    own = f"{address}-{os.getpid()}"
+    listener.bind(own)
+    listener.listen()  # from now on connections wait until the warm process accepts them
+    try:
+        os.link(own, address)
+    except FileExistsError:
+        return
+    finally:
+        os.unlink(own)
+    here, there = socket.socketpair()
+    command = [sys.executable, "-m", "tests.warm", str(listener.fileno()), str(there.fileno())]
+    fds = [listener.fileno(), there.fileno()]
+    process = subprocess.Popen(command, cwd=ROOT, env=tiny.environ(), pass_fds=fds)
+    listener.close()
+    there.close()
     atexit.register(process.wait)
-    atexit.register(ours.close)  # runs before process.wait
-    return ours
+    atexit.register(here.close)  # runs before process.wait
+    atexit.register(Path(address).unlink, missing_ok=True)  # and this before both
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:
@@ -112,6 +145,21 @@ def _receive(connection: socket.socket, size: int) -> bytes:
 
 def _receive_number(connection: socket.socket) -> int:
     return int.from_bytes(_receive(connection, WORD), "big")
+
+
+def _accept(listener: socket.socket, life: socket.socket) -> socket.socket:
+    """Fork a server for each connection, until the test process that started this one ends. Returns in the servers."""
+    while True:
+        ready, _, _ = select.select([listener, life], [], [])
+        if listener not in ready:
+            os._exit(0)
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            life.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return connection
+        connection.close()
 
 
 def _serve(connection: socket.socket) -> tuple[dict[str, Any], dict[str, str]]:
@@ -164,7 +212,8 @@ def main() -> None:
     check_training(tiny.compose("model=spatial", *tiny.MODEL["spatial"], *tiny.TRAINING, *images, "data.source.path=."))
 
     gc.freeze()  # or a child's collections, of which one is its end, copy every page, which takes a second
-    job, env = _serve(socket.socket(fileno=int(sys.argv[1])))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the servers
+    job, env = _serve(_accept(*(socket.socket(fileno=int(number)) for number in sys.argv[1:])))
     os.environ.clear()
     os.environ.update(env)
     os.chdir(job["cwd"])
