@@ -153,13 +153,13 @@ def test_accelerate_launch(videos, tmp_path):
     assert [line["step"] for line in trace(tmp_path / "run")] == [1, 2]
 
 
-def test_sweep_of_vae3d_train_with_torchrun_children_until_sigterm(videos, trunks, spatial_export, tmp_path):
+def test_sweep_of_vae3d_train_with_torchrun_children_until_sigterm(videos, spatial_export, tmp_path):
     """Only here does torchrun itself start the ranks. The first job ends, the second is stopped, the third never starts."""
     (tmp_path / "console.py").write_text("import sys\nfrom vae3d.commands.cli import main\nsys.exit(main())\n")
     process = start(
-        videos, tmp_path, None, "stage=stage1", "loss.terms.kl.weight=1e-5", "launcher=torchrun", "launcher.nproc=2",
-        "trainer.max_steps=2,10000,3", "trainer.save_every=10000", "data.workers=2", "data.frames.min=1", "data.height=32",
-        "data.width=32", f"stage.init_from.spatial_vae={spatial_export}", sweep=True,
+        videos, tmp_path, None, "stage=stage1", "loss=recon_kl", "loss.terms.kl.weight=1e-5", "launcher=torchrun",
+        "launcher.nproc=2", "trainer.max_steps=2,10000,3", "trainer.save_every=10000", "data.workers=2", "data.frames.min=1",
+        f"stage.init_from.spatial_vae={spatial_export}", sweep=True,
         train=[sys.executable, str(tmp_path / "console.py"), "train"],
     )  # fmt: skip
     stopped = sigterm_when_running(process, tmp_path / "sweep", "max_steps=10000_*")
