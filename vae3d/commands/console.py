@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from tqdm import tqdm
-
 from vae3d.errors import UserError
 from vae3d.io import open_nofollow
 
@@ -28,6 +26,12 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def write_above_bar(line: str, stream: Any) -> None:
+    from tqdm import tqdm  # --help and errors of keys do without
+
+    tqdm.write(line, file=stream)
+
+
 class ConsoleHandler(logging.Handler):
     """Log lines of rank 0, and warnings of every rank, printed above the progress bar."""
 
@@ -37,7 +41,7 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if rank() == 0 or record.levelno >= logging.WARNING:
-            tqdm.write(self.format(record), file=self.stream)
+            write_above_bar(self.format(record), self.stream)
 
 
 class RunLogFile(logging.FileHandler):
@@ -59,7 +63,7 @@ class RunLogFile(logging.FileHandler):
             super().handleError(record)
         elif not self.failed:
             self.failed = True
-            tqdm.write(f"{self.baseFilename} is incomplete: {error.strerror}", file=sys.stderr)
+            write_above_bar(f"{self.baseFilename} is incomplete: {error.strerror}", sys.stderr)
 
 
 def no_log_file() -> None:
