@@ -11,6 +11,7 @@ latents = model.encode(video.frames).mode()
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -50,12 +51,19 @@ if TYPE_CHECKING:
     )
 
 
-def __getattr__(name: str) -> Any:
-    # Imported on demand, since it imports torch, which the check of a configuration does not need.
-    if name in __all__:
-        from vae3d import api
+# Names that are not of vae3d.api, which imports what reads and writes videos.
+_MODULES = {
+    **dict.fromkeys(("build", "list_models", "load", "open_codec", "save"), "vae3d.loading"),
+    **dict.fromkeys(("from_pretrained", "push_to_hub"), "vae3d.hub"),
+    "LatentCodec": "vae3d.latents.codec",
+    "VideoAutoencoder": "vae3d.models.interface",
+}
 
-        return getattr(api, name)
+
+def __getattr__(name: str) -> Any:
+    # Imported on demand: torch, which the check of a configuration does not need, and readers, which a model does not.
+    if name in __all__:
+        return getattr(import_module(_MODULES.get(name, "vae3d.api")), name)
     raise AttributeError(f"module 'vae3d' has no attribute {name!r}")
 
 

@@ -12,9 +12,9 @@ import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -28,6 +28,9 @@ from vae3d.data.segments import WHOLE, Bounds, Segment, bounds_of
 from vae3d.seeding import seed_of
 from vae3d.text import plural
 from vae3d.types import ClipBatch
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ATTEMPTS = 10  # files to try for one clip
 PANORAMA_TOLERANCE = 0.01  # relative, of width / (2 * height)

@@ -6,12 +6,15 @@ import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from vae3d.data.media import MediaError, Reader, Size, check_indices
 from vae3d.data.readers import open_media
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SEGMENT = ["start", "end"]  # columns of a table
 ROUNDING = 1e-3  # seconds

@@ -9,11 +9,12 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from vae3d.data.media import DataError, one_line
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SEPARATORS = {",": "commas", "\t": "tabs"}
@@ -49,6 +50,8 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def _parquet(path: Path) -> pd.DataFrame:
+    import pandas as pd  # a quarter of a second, which paths and videos alone do not need
+
     try:
         table = pd.read_parquet(path).reset_index(drop=True)  # the file may have an index
     except (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError) as error:
@@ -60,6 +63,8 @@ def _parquet(path: Path) -> pd.DataFrame:
 
 
 def _csv(path: Path, delimiter: str) -> pd.DataFrame:
+    import pandas as pd
+
     reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
     rows, errors = [], []
     try:
