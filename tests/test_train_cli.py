@@ -259,7 +259,7 @@ def test_a_run_that_fails_takes_its_workers_along(videos, tmp_path):
 
 def sigterm_when_running(process: warm.Job, sweep: Path, job: str) -> Path:
     """Send SIGTERM to the process that sweeps once a job has taken a step; returns the job's folder."""
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not list(sweep.glob(f"{job}/metrics.jsonl")) and process.poll() is None:
         time.sleep(0.05)
     os.kill(process.pids[0], signal.SIGTERM)
