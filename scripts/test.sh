@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
-# Some containers switch it on: every process would then compile the package and the tests anew, 8 seconds each.
+# Some containers switch it on: every process would then compile the package and the tests again, 8 seconds each.
 unset PYTHONDONTWRITEBYTECODE
 
 python -m pytest --numprocesses 2 --dist worksteal "$@"

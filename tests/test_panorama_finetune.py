@@ -46,7 +46,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(frame).save(clips / f"{number}/{i}.png")
     pd.DataFrame({"path": [f"{number}/*.png" for number in range(40)]}).to_csv(clips / "clips.csv", index=False)
     sizes = ["data.height=24", "data.width=24", "data.short_side=32", "data.frames.images=0.75"]
-    steps = ["trainer.max_steps=60", "trainer.ema.decay=0.9"]
+    steps = ["trainer.max_steps=100", "trainer.ema.decay=0.95"]
     run = trainer(folder, "experiment=wan_tiny", f"data.source.path={clips / 'clips.csv'}", *sizes, *steps)
     run.fit()
     run.export(folder / "export")

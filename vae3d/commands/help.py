@@ -17,7 +17,7 @@ FLAGS = ("--help", "-h")
 def help_text(config_name: str, overrides: Sequence[str]) -> str:
     """The template hydra.help.template of conf/, filled as Hydra fills it, in a tenth of its two seconds.
 
-    Hydra reads and copies the defaults list anew for each of 140 choices. Raises hydra.errors.HydraException for an
+    Hydra reads and copies the defaults list again for each of 140 choices. Raises hydra.errors.HydraException for an
     unknown choice.
     """
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
