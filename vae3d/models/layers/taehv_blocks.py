@@ -121,6 +121,10 @@ class UpConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return upsample_conv(x, self.weight, None, ZERO_PADDING)
 
+    def conv_input(self, x: Tensor) -> Tensor:
+        """What the kernel slides over, without its padding."""
+        return F.interpolate(x, scale_factor=2)
+
 
 def conv(width: int, out_width: int, **options: object) -> nn.Conv2d:
     return nn.Conv2d(width, out_width, 3, padding=1, **options)
