@@ -285,35 +285,53 @@ def channel_classes(model: VideoAutoencoder, layers: dict[str, nn.Module]) -> li
             seen.add(name)
             for node in _own_nodes(name, layer):
                 find(node)
-            x, axis = args[0], _axis(layer)
-            for channel in range(x.shape[axis]):
-                for node in sources(x, axis, channel):
+            for channel, nodes in enumerate(sources(args[0], _axis(layer))):
+                for node in nodes:
                     join((name, "in", channel), node)
                     if not _is_per_channel(layers[node[0]]):
                         unnormalised.add(name)
 
         return hook
 
-    def sources(x: Tensor, axis: int, channel: int) -> Iterator[Node]:
-        """Output channels of layers that a channel of x depends on."""
-        if not outputs or not x.requires_grad:
-            return
-        one = torch.zeros_like(x)
-        one.select(axis, channel).copy_(torch.rand(x.select(axis, channel).shape, generator=generator) + 0.5)
-        gradients = torch.autograd.grad(x, [y for _, y in outputs], one, retain_graph=True, allow_unused=True)
+    def reached(x: Tensor, axis: int, channels: Tensor) -> list[Tensor]:
+        """Which channels of each of `outputs` some of these channels (mask) of x depend on."""
+        ones = torch.zeros_like(x).transpose(axis, -1)
+        shape = (*ones.shape[:-1], int(channels.sum()))
+        ones[..., channels.to(x.device)] = (torch.rand(shape, generator=generator) + 0.5).to(x)
+        ones = ones.transpose(axis, -1)
+        gradients = torch.autograd.grad(x, [y for _, y in outputs], ones, retain_graph=True, allow_unused=True)
+        found = []
         for (other, y), gradient in zip(outputs, gradients, strict=True):
-            if gradient is not None:
-                dims = [d for d in range(y.dim()) if d != _axis(layers[other]) % y.dim()]
-                for index in gradient.abs().amax(dims).nonzero().flatten().tolist():
-                    yield other, "out", index
+            size = y.shape[_axis(layers[other])]
+            nonzero = torch.zeros(1, size) if gradient is None else gradient.movedim(_axis(layers[other]), -1)
+            found.append((nonzero != 0).flatten(0, -2).any(0).cpu())
+        return found
+
+    def sources(x: Tensor, axis: int) -> list[list[Node]]:
+        """Of each channel of x, the output channels of layers that it depends on."""
+        count = x.shape[axis]
+        if not outputs or not x.requires_grad:
+            return [[] for _ in range(count)]
+        # Most outputs are read by one channel. The bits of its number say which: two gradients for each bit.
+        numbers, bits = torch.arange(count), (count - 1).bit_length()
+        several, codes = count <= 2 * bits + 1, 0
+        for bit in range(0 if several else bits):
+            on, off = (torch.cat(reached(x, axis, (numbers >> bit) % 2 == value)) for value in (1, 0))
+            codes = codes + (on.long() << bit)
+            several = several or bool((on & off).any())
+        nodes = [(name, "out", index) for name, y in outputs for index in range(y.shape[_axis(layers[name])])]
+        if several:
+            found = [torch.cat(reached(x, axis, numbers == channel)) for channel in range(count)]
+        else:
+            found = [(codes == channel) & (on | off) for channel in range(count)]
+        return [[nodes[index] for index in mask.nonzero().flatten().tolist()] for mask in found]
 
     def pair(query: Tensor, key: Tensor) -> None:
-        for channel in range(query.shape[-1]):
-            found = list(sources(query, -1, channel))
-            for name, _, index in found:
+        for asks, answers in zip(sources(query, -1), sources(key, -1), strict=True):
+            for name, _, index in asks:
                 queries[name].add(index)
-            for node in (*found, *sources(key, -1, channel)):
-                join(node, found[0])
+            for node in (*asks, *answers):
+                join(node, asks[0])
 
     def leave(name: str) -> Callable[..., Any]:
         def hook(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
