@@ -116,7 +116,11 @@ def prune(
             stack.enter_context(_prepared(model))
         pairs, dropped = match_layers(source, student, lambda runs: _rank_blocks(source, video, runs))
         changed = _changed_parts(source, student)
-        layers = {name: layer for name, layer in source.named_modules() if _owns(layer) and _within(name, changed)}
+        layers = {
+            name: layer
+            for name, layer in source.named_modules()
+            if _owns(layer) and not any(layer.children()) and _within(name, changed)
+        }
         classes = channel_classes(source, layers) if changed else []
         kept, statistics, lines = _kept_channels(source, student, pairs, classes, video, importance, layers)
         _copy(source, student, pairs, kept, statistics)
@@ -472,6 +476,8 @@ def _kept_channels(
                 wanted[theirs, side] = size
     sizes = {(name, side): size for name, layer in layers.items()
              for side, size in zip(("in", "out"), _sizes(name, layer), strict=True)}  # fmt: skip
+    norms = {theirs: student.get_submodule(mine) for mine, theirs in pairs.items()}
+    classes = [_merge_groups(group, layers, norms) for group in classes]
     keep = _numbers_to_keep(classes, wanted, sizes)
     attention = {name for group in classes if group[0].queries for name, _ in group[0].nodes}
     statistics = (
@@ -517,6 +523,29 @@ def _kept_channels(
     factors_of = {key: torch.tensor([values.get(index, 1.0) for index in channels[key]], dtype=torch.float64)
                   for key, values in factors.items()}  # fmt: skip
     return Kept({key: torch.tensor(indices) for key, indices in channels.items()}, factors_of), statistics, lines
+
+
+def _merge_groups(group: list[Channels], layers: dict[str, nn.Module], norms: dict[str, nn.Module]) -> list[Channels]:
+    """A class with an entry for each group of its GroupNorms, if the student has fewer groups of the same size.
+
+    Raises PruningError if it has neither as many groups nor groups of that size.
+    """
+    fewer = [name for name, side in group[0].nodes if side == "in" and isinstance(norms.get(name), nn.GroupNorm)
+             and norms[name].num_groups != layers[name].num_groups]  # fmt: skip
+    if not fewer:
+        return group
+    for name in fewer:
+        size, own = (norm.num_channels / norm.num_groups for norm in (layers[name], norms[name]))
+        if size != own:
+            raise PruningError(f"{name} has {norms[name].num_groups} groups of {own:g} channels in the smaller model; "
+                               f"give {layers[name].num_groups} groups, or groups of {size:g}")  # fmt: skip
+    merged: dict[tuple[int, ...], Channels] = {}
+    for channels in group:
+        whole = merged.setdefault(channels.slot, Channels({}, (), channels.unnormalised, {}))
+        for found, own in ((whole.nodes, channels.nodes), (whole.queries, channels.queries)):
+            for key, indices in own.items():
+                found.setdefault(key, []).extend(indices)
+    return list(merged.values())
 
 
 def _channel_factors(
@@ -583,6 +612,10 @@ def _number_to_keep(
     counts = {}
     for key, indices in group[0].nodes.items():
         if key in wanted and sizes[key] == len(indices) * len(group):
+            if wanted[key] % len(indices) and len(group) == 1:
+                raise PruningError(f"{key[0]}: its channels depend on each other (by a norm without weights, or "
+                                   "attention of several heads), so they stay; give the smaller model "
+                                   f"{sizes[key]} channels, not {wanted[key]}")  # fmt: skip
             if wanted[key] % len(indices):
                 raise PruningError(f"{key[0]}: the smaller model has {wanted[key]} channels; give a multiple of "
                                    f"{len(indices)}")  # fmt: skip
@@ -823,7 +856,7 @@ def _refit(
 
     def positions(name: str, y: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-        total = y.numel() // y.shape[1]
+        total = y.numel() // y.shape[_axis(source.get_submodule(name))]
         return torch.randperm(total, generator=generator)[:POSITIONS].to(y.device)
 
     def keep_target(name: str) -> Callable[..., None]:
