@@ -539,6 +539,8 @@ def _merge_groups(group: list[Channels], layers: dict[str, nn.Module], norms: di
         if size != own:
             raise PruningError(f"{name} has {norms[name].num_groups} groups of {own:g} channels in the smaller model; "
                                f"give {layers[name].num_groups} groups, or groups of {size:g}")  # fmt: skip
+    if all(layers[name].num_groups == layers[name].num_channels for name in fewer):
+        return group  # every channel is a group
     merged: dict[tuple[int, ...], Channels] = {}
     for channels in group:
         whole = merged.setdefault(channels.slot, Channels({}, (), channels.unnormalised, {}))
