@@ -493,8 +493,10 @@ def _kept_channels(
         chosen, equal = list(range(len(group))), {}
         if count < len(group):
             chosen, equal = _choose(group, count, layers, statistics, importance)
-            first = next((name for name, side in sorted(group[0].nodes) if side == "out"), min(group[0].nodes)[0])
-            lines.append(f"{first}: {count} of {len(group)} channels kept")
+            first = next((key for key in sorted(group[0].nodes) if key[1] == "out"), min(group[0].nodes))
+            share = len(group[0].nodes[first])
+            what = "channels of queries and keys" if group[0].queries else "channels"
+            lines.append(f"{first[0]}: {share * count} of {share * len(group)} {what} kept")
         for number in chosen:
             channels = group[number]
             for key, indices in channels.nodes.items():
@@ -737,9 +739,9 @@ def _choose(
         removed = kept.pop(worst)
         if others := equal[removed][kept].nonzero().flatten().tolist():
             power[kept[others[0]]] += power[removed]  # whose readers read the other from now on
-    twins = {index: equal[index][kept].nonzero().flatten().tolist() for index in range(len(group))}
+    duplicates = {index: equal[index][kept].nonzero().flatten().tolist() for index in range(len(group))}
     return kept, {
-        index: kept[same[0]] for index, same in twins.items() if same and index not in kept and not free[index]
+        index: kept[same[0]] for index, same in duplicates.items() if same and index not in kept and not free[index]
     }
 
 
