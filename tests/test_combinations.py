@@ -61,7 +61,12 @@ COMBINATIONS = [
     ("wan", "decoder_only", "sd_vae_regularized"),
 ]
 TWO_STAGE = ("temporal_vae", "opensora_v1_2", "temporal_taef2", "temporal_diffusers")
-FRAMES = {"wan": (3, 2), "wan22": (3, 2), "taehv": (5, 4)}  # most, and step, of models that do not take any number
+FRAMES = {
+    "wan": (3, 2),
+    "wan22": (3, 2),
+    "taehv": (5, 4),
+    "opensora_v1_3": (3, 2),
+}  # most, and step, of models that do not take any number
 
 
 def reason(model: str, stage: str, loss: str) -> str | None:

@@ -45,6 +45,8 @@ WAN = ["model.channels=8", "model.multipliers=[1,2]", "model.downsample=[true]",
 WAN += ["model.latent_channels=4", "model.latents_mean=[0,0,0,0]", "model.latents_std=[1,1,1,1]"]
 MODEL["wan"] = WAN
 MODEL["wan22"] = [*WAN, "model.multipliers=[1,1]", "model.decoder_channels=16"]
+MODEL["opensora_v1_3"] = ["model.channels=8", "model.multipliers=[1,1]", "model.downsample=[true]", "model.layers=1"]
+MODEL["opensora_v1_3"] += ["model.latent_channels=4", "model.groups=4", *WAN[-2:], "model.micro_frames=5"]
 SERAENA = ["adversary=seraena", "adversary.context_channels=4", "adversary.channels=[8,8,8,8]"]
 GAN = ["adversary=patchgan", "adversary.channels=8", "adversary.layers=1", "adversary.groups=4", "adversary.start=0"]
 MODEL["taehv"] = ["model.variant=taew2_1", "model.channels=8", "model.decoder_channels=[16,8,8,8]"]

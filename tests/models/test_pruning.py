@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from tests import tiny
+from tests.models import wan
+from tests.models.diffusers_tiny import CONFIGS
 from vae3d.models import pruning
+from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.pruning import PruningError, channel_classes, match_layers, prune
 from vae3d.models.taehv import TAEHV
@@ -48,19 +51,41 @@ def classes_of(model: VideoAutoencoder, part: str = "decoder.") -> list[list[pru
     return channel_classes(model, {name: model.get_submodule(name) for name in pairs if name.startswith(part)})
 
 
-def remove(model: VideoAutoencoder, keep: dict[int, int], doubled: bool, part: str = "decoder.") -> None:
+def remove(model: VideoAutoencoder, keep: dict[int, int], doubled: bool | None, part: str = "decoder.") -> None:
     """Make all but `keep[size]` channels of each class of `size` channels zero, or twins of others, at random places."""
+    groups = classes_of(model, part)
+    remove_all_but(model, groups, [keep.get(len(group), len(group)) for group in groups], doubled)
+
+
+def remove_what_is_pruned(source: VideoAutoencoder, student: VideoAutoencoder, part: str = "decoder.") -> None:
+    """Of each class make as many channels as the student has fewer zero, and twins of others, in turn."""
+    pairs, _ = match_layers(source, student, lambda runs: [names[:count] for names, count in runs])
+    pairs = {mine: theirs for mine, theirs in pairs.items() if theirs.startswith(part)}
+    layers = {theirs: source.get_submodule(theirs) for theirs in pairs.values()}
+    smaller = {theirs: student.get_submodule(mine) for mine, theirs in pairs.items()}
+    groups = [pruning._merge_groups(group, layers, smaller) for group in channel_classes(source, layers)]
+    wanted, sizes = (
+        {(name, side): size for name, layer in found.items()
+         for side, size in zip(("in", "out"), pruning._sizes(name, layer), strict=True)}
+        for found in (smaller, layers)
+    )  # fmt: skip
+    remove_all_but(source, groups, pruning._numbers_to_keep(groups, wanted, sizes), None)
+
+
+def remove_all_but(
+    model: VideoAutoencoder, groups: list[list[pruning.Channels]], keep: list[int], doubled: bool | None
+) -> None:
     generator = torch.Generator().manual_seed(3)
-    for group in classes_of(model, part):
-        count = keep.get(len(group), len(group))
+    for group, count in zip(groups, keep, strict=True):
         order = torch.randperm(len(group), generator=generator).tolist()
         for number, index in enumerate(order[count:]):
             twin = group[order[number % count]]
+            copied = number % 2 == 0 if doubled is None else doubled
             for (name, side), places in group[index].nodes.items():
                 if side == "out":
                     for tensor in model.get_submodule(name)._parameters.values():
                         if tensor is not None:
-                            tensor.data[places] = tensor.data[twin.nodes[name, side]] if doubled else 0
+                            tensor.data[places] = tensor.data[twin.nodes[name, side]] if copied else 0
 
 
 # name: the wide model, the shape of the small one, {channels of a class: channels kept}, latent channels, frames
@@ -93,6 +118,27 @@ def test_zeroed_or_doubled_channels_are_removed_without_any_change(network, impo
         expected = source.decode(z, frames)
         assert expected.std() > 0
         assert torch.equal(student.decode(z, frames), expected)
+
+
+# changes of the tiny model, widths of the small decoder
+WAN = {
+    "wan": ({"channels": 4, "multipliers": (1, 2, 2), "downsample": (False, True)}, (6, 4, 2)),
+    "wan22": ({"channels": 2, "decoder_channels": 4, "multipliers": (1, 2, 2), "downsample": (False, True)}, (6, 6, 3)),
+}
+
+
+@pytest.mark.parametrize("style", WAN)
+def test_zeroed_and_doubled_channels_of_a_wan_decoder_are_removed_but_for_rounding(style):
+    changes, widths = WAN[style]
+    source = wan.model(style, torch.float64, **changes)
+    student = wan.model(style, torch.float64, seed=1, decoder_widths=widths, **changes)
+    remove_what_is_pruned(source, student)
+    prune(source, student, wan.clip(source, 5).double())
+    z = torch.randn(1, source.spec.channels, 3, 2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        expected = source.decode(z)
+        assert expected.std() > 0.01
+        torch.testing.assert_close(student.decode(z), expected, rtol=0, atol=1e-11)
 
 
 def test_a_block_that_changes_nothing_is_the_one_that_is_dropped():
@@ -164,10 +210,70 @@ def test_the_channels_of_an_sd_vae_belong_together_across_its_residual_streams()
         (lambda: taesd(), lambda: TAESD(variant="taesd3").double(), "share their latents"),
         (lambda: taesd(), lambda: taesd(decoder_blocks=(1, 2, 1, 1)), "in a row"),
         (lambda: taesd(), lambda: taesd(decoder_channels=(64, 64, 64, 65)), "more channels"),
-        (lambda: tiny.model("wan"), lambda: tiny.model("wan", "model.channels=4"), "cannot be traced"),
+        (lambda: wan.model(), lambda: wan.model(decoder_blocks=(3, 4, 3, 3)), "in a row"),
+        (lambda: wan.model(), lambda: wan.model(multipliers=(1, 2, 2, 2)), "in the larger model"),
         (lambda: taesd(), lambda: taehv(), "share their latents"),
     ],
 )
 def test_what_is_no_smaller_version_is_refused(source, student, reason):
     with pytest.raises(PruningError, match=reason):
         prune(source(), student(), clips(5))
+
+
+KL = {
+    "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": [4, 8], "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4,
+}  # fmt: skip
+TINY = {
+    "encoder_block_out_channels": [4] * 3, "decoder_block_out_channels": [6, 6, 6], "num_encoder_blocks": [1] * 3,
+    "num_decoder_blocks": [1, 2, 1],
+}  # fmt: skip
+# class of diffusers: its configuration, and what a smaller one changes
+ADAPTED = {
+    "AutoencoderKL": (KL, {"block_out_channels": [2, 4], "norm_num_groups": 2}),
+    "AutoencoderTiny": (TINY, {"decoder_block_out_channels": [4, 4, 4]}),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_zeroed_and_doubled_channels_or_groups_of_diffusers_classes_are_removed_but_for_rounding(kind):
+    config, smaller = ADAPTED[kind]
+    torch.manual_seed(0)
+    source, student = (DiffusersVAE(kind, {**config, **change}).double().eval() for change in ({}, smaller))
+    remove_what_is_pruned(source, student, "vae.")
+    video = clips(2)
+    prune(source, student, video)
+    with torch.no_grad():
+        expected = source(video, sample=False)
+        found = student(video, sample=False)
+    assert expected.video.std() > 1e-3
+    torch.testing.assert_close(found.z, expected.z, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.video, expected.video, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "smaller", "reason"),
+    [
+        ("AutoencoderKL", KL, {"block_out_channels": [2, 4], "norm_num_groups": 1}, "give 4 groups, or groups of"),
+        ("AutoencoderKLLTXVideo", None, {"decoder_block_out_channels": [4] * 4}, "depend on each other"),
+    ],
+)
+def test_diffusers_classes_that_cannot_be_narrower_say_where(kind, config, smaller, reason):
+    config = config or CONFIGS[kind]
+    source, student = (DiffusersVAE(kind, {**config, **change}) for change in ({}, smaller))
+    with pytest.raises(PruningError, match=rf"vae\..*{reason}"):
+        prune(source, student, clips(9).float())
+
+
+def test_blocks_of_a_wan_decoder_are_dropped():
+    source = wan.model(multipliers=(1, 2), downsample=(True,), channels=2)
+    student = wan.model(multipliers=(1, 2), downsample=(True,), channels=2, decoder_blocks=(2, 1))
+    with torch.no_grad():
+        for block in (1, 5, 6):  # of two levels of three blocks, with an upsampling between them
+            for p in source.decoder.upsamples[block].residual["6"].parameters():
+                p.zero_()
+    lines = prune(source, student, wan.clip(source, 3))
+    assert "dropped decoder.upsamples.1, decoder.upsamples.5, decoder.upsamples.6" in lines
+    with torch.no_grad():
+        z = source.encode(wan.clip(source, 5)).mean
+        assert torch.equal(student.decode(z), source.decode(z))

@@ -107,6 +107,13 @@ def naive(layers: torch.nn.Sequential, frames: list[Tensor]) -> list[Tensor]:
 
 def naive_block(weights: dict[str, Tensor], x: Tensor, past: Tensor) -> Tensor:
     h = torch.cat([x, past], 1)
+    if "conv.6.weight" in weights:  # of the wide decoder
+        for place in (0, 2, 4, 6):
+            weight = weights[f"conv.{place}.weight"]
+            groups = h.shape[1] // weight.shape[1]
+            h = F.conv2d(h, weight, weights[f"conv.{place}.bias"], padding=weight.shape[-1] // 2, groups=groups)
+            h = h.relu() if place < 6 else h
+        return (h + x).relu()
     if "conv.4.weight" in weights:  # of the base decoder, not of the super decoder
         for place in (0, 2, 4):
             h = F.conv2d(h, weights[f"conv.{place}.weight"], weights[f"conv.{place}.bias"], padding=1)
@@ -149,7 +156,9 @@ def naive_decode(model: TAEHV, z: Tensor, frames: int) -> Tensor:
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("frames", [1, 2, 4, 5, 8, 9, 12, 13, 18, 22])
-@pytest.mark.parametrize("variant", ["taew2_1", "taecvx", "taeh3", "taeos1_2", "taeltx_2", "taehv1_5_super"])
+@pytest.mark.parametrize(
+    "variant", ["taew2_1", "taecvx", "taeh3", "taeos1_2", "taeltx_2", "taehv1_5_super", "taeltx2_3_wide"]
+)
 def test_agrees_with_a_reference_written_frame_by_frame(variant, frames):
     model = toy(variant, torch.float64)
     video = clip(model, frames)

@@ -127,3 +127,24 @@ def test_what_cannot_be_pruned_or_cached_is_an_error_before_training(videos, lar
     with pytest.raises(ConfigError, match=key):
         start = f"stage.init_from={{prune: {larger}}}"
         tiny.training("taesd", videos, *settings(larger, start, *overrides), meta_check=True)
+
+
+def test_an_encoder_is_distilled_from_cached_latents_while_the_decoder_stays(videos, larger, tmp_path):
+    given = [option for option in SETTINGS if not option.startswith(("stage=", "loss", "teacher.features"))]
+    given += [f"teacher.path={larger}", "stage=finetune", "~stage.train.all", "+stage.train.encoder=1.0"]
+    given += ["stage.init_from=random", "loss=distill", "loss.terms.l1.weight=0", f"teacher.cache={tmp_path / 'cache'}"]
+    states = []
+    for name in ("a", "b"):
+        t = train.build_trainer(tiny.training("taesd", videos, *given), tmp_path / name)
+        before = {key: tensor.clone() for key, tensor in t.network.state_dict().items()}
+        calls = []
+        hook = t.network.decoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        t.fit()
+        hook.remove()
+        after = t.network.state_dict()
+        changed = {key.split(".")[0] for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+        assert changed == {"encoder"}
+        assert not calls  # no pixels are decoded
+        states.append(after)
+    assert t.distillation.cache.misses == 0  # of the second run
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())

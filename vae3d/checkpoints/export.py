@@ -268,6 +268,12 @@ def _defaults(network: type[nn.Module]) -> dict[str, Any]:
 def _wan_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
     """Every constructor argument of a WanVAE. Raises CheckpointError for another network."""
     config = _require(checkpoint, WanVAE, layout)
+    for name in ("decoder_widths", "decoder_blocks"):
+        if config[name] is not None:
+            raise CheckpointError(
+                f"{checkpoint.path} has {name}={list(config[name])}, which the {layout} layout does not know; use the "
+                "layout export"
+            )
     config["decoder_channels"] = config["decoder_channels"] or config["channels"]
     zeros, ones = [0.0] * config["latent_channels"], [1.0] * config["latent_channels"]
     return config | {"latents_mean": config["latents_mean"] or zeros, "latents_std": config["latents_std"] or ones}

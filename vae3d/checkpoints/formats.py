@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vae3d.checkpoints import ldm, opensora, taehv, taesd, wan
+from vae3d.checkpoints import ldm, opensora, opensora_v1_3, taehv, taesd, wan
 from vae3d.checkpoints.location import EXPORT_CONFIG, PART, CheckpointError, find_weights, halves, list_some, split_part
 from vae3d.checkpoints.published import PublishedWeights, State, read_config_json
 from vae3d.errors import UserError
@@ -40,6 +40,7 @@ class Layout:
 
 LAYOUTS = {
     "opensora": Layout(opensora.MARKER, opensora.read),
+    "opensora_v1_3": Layout(opensora_v1_3.MARKER, opensora_v1_3.read),
     "wan": Layout(wan.MARKER, wan.read, "AutoencoderKLWan"),
     "wan_diffusers": Layout(wan.MARKER_DIFFUSERS, wan.read_diffusers, "AutoencoderKLWan"),
     "taehv": Layout(taehv.MARKER, taehv.read),

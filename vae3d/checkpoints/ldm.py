@@ -10,7 +10,7 @@ from typing import Any
 
 from vae3d.checkpoints.published import RENAMES, PublishedWeights, State, check_config_json, count_layers, rename_keys
 
-MARKER = "encoder.down.0.block.0.norm1.weight"  # a key that only this layout has
+MARKER = "encoder.down.0.block.0.conv1.weight"  # a key that only this layout has
 MARKER_DIFFUSERS = "encoder.down_blocks.0.resnets.0.norm1.weight"
 
 TO_LDM = RENAMES["diffusers to ldm"]  # LDM also counts `up` from the smallest resolution, see _flip_up

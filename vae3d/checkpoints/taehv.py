@@ -22,7 +22,7 @@ from vae3d.arguments import Deviation, Mean, check_fields, short
 from vae3d.checkpoints.published import PublishedWeights, State
 from vae3d.io import MAX_BYTES, FileError, parse_json, read_json
 from vae3d.models.layers.taehv_blocks import TGrow
-from vae3d.models.taehv import BASE, BLOCKS, SUPER, TAEHV, VARIANTS
+from vae3d.models.taehv import BLOCKS, TAEHV, VARIANTS, WIDTHS
 from vae3d.weight_files import read_metadata
 
 MARKER = "encoder.2.conv.weight"  # a key that only these networks have
@@ -50,17 +50,17 @@ def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
         raise ValueError(f"its decoder has {len(growing)} stages; a TAEHV has {len(BLOCKS)}")
     widths = [weight.shape[1] for weight in growing]
     if spec.decoder == "super":
-        widths, default = [state["decoder.0.weight"].shape[0], *widths], SUPER
+        widths = [state["decoder.0.weight"].shape[0], *widths]
     else:
         last = _decoder_layers(state, "weight")[-1]
-        widths, default = [*widths, state[f"decoder.{last}.weight"].shape[1]], BASE
+        widths = [*widths, state[f"decoder.{last}.weight"].shape[1]]
     counts, hidden = _decoder_blocks(state, tgrow, widths, spec.decoder)
     time_up = [len(weight) == 2 * weight.shape[1] for weight in growing]
     config = {
         "_target_": "vae3d.models.taehv.TAEHV",
         "variant": variant,
         "channels": state["encoder.0.weight"].shape[0],
-        "decoder_channels": None if widths == list(default) else widths,
+        "decoder_channels": None if widths == list(WIDTHS[spec.decoder]) else widths,
         "decoder_blocks": None if counts == list(BLOCKS) else counts,
         "decoder_hidden": hidden,
         "decoder_time_upscale": None if time_up == list(spec.time_up) else time_up,
@@ -179,7 +179,8 @@ def _find_variant(weights: PublishedWeights, info: dict[str, Any]) -> str:
         raise ValueError("LightTAE of HunyuanVideo 1.5 has these keys but another network (LeakyReLU); not supported")
     channels = state["encoder.17.weight"].shape[0]
     patch = math.isqrt(state["encoder.0.weight"].shape[1] // 3)
-    decoder = "super" if "decoder.0.weight" in state else "base"
+    wide = any(re.fullmatch(r"decoder\.\d+\.conv\.6\.weight", key) for key in state)
+    decoder = "super" if "decoder.0.weight" in state else "wide" if wide else "base"
     possible = [v for v, k in VARIANTS.items() if (k.latent_channels, k.patch, k.decoder) == (channels, patch, decoder)]
     form = f"a {decoder} decoder, {channels} latent channels and patches of {patch}"
     for source, variant in (("the variant you gave", given), ("the variant in its metadata", written)):

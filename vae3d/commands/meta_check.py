@@ -31,6 +31,7 @@ from vae3d.losses.objective import Objective
 from vae3d.metrics import METRICS, MetricError
 from vae3d.metrics.registry import columns_of, find_files, resolve
 from vae3d.models.compiled import blocks_of
+from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.interface import attach_decoder, nearest_frames, share_frames
 from vae3d.models.pruning import PruningError, match_layers
 from vae3d.models.taehv import TAEHV
@@ -222,7 +223,8 @@ def _init_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]
 def _prune_issues(path: str, model: nn.Module) -> Iterator[ConfigIssue]:
     """A larger model that does not load, or has other layers."""
     try:
-        source = meta_model(read_checkpoint(path, getattr(model, "variant", None)).config, path)
+        variant, adapter = getattr(model, "variant", None), isinstance(model, DiffusersVAE)
+        source = meta_model(read_checkpoint(path, variant, adapter=adapter).config, path)
         match_layers(source, model, lambda runs: [names[:count] for names, count in runs])
     except (CheckpointError, PruningError) as error:
         yield ConfigIssue("stage.init_from.prune", path, str(error))

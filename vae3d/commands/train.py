@@ -28,10 +28,11 @@ from vae3d.data.workers import usable_workers
 from vae3d.distributed import all_gather_object, check_ranks_agree, init_training
 from vae3d.errors import UserError
 from vae3d.inference.scale import longest_clips
-from vae3d.loading import initialize, instantiate, load
+from vae3d.loading import initialize, instantiate, load, load_with_checkpoint
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_blocks
+from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.pruning import prune
@@ -179,7 +180,8 @@ def prune_everywhere(
         path = config.stage.init_from["prune"]
         try:
             with torch.random.fork_rng(devices=[]):  # all ranks go on with the same random numbers
-                larger = load(path, **({"variant": model.variant} if hasattr(model, "variant") else {}))
+                variant = {"variant": model.variant} if hasattr(model, "variant") else {}
+                larger = load_with_checkpoint(path, changes=variant, adapter=isinstance(model, DiffusersVAE))[1]
             larger = larger.to(device)
             clips = [clip.to(device).video for clip in longest_clips(data, settings.clips, errors)]
             if not clips:

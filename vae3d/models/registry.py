@@ -14,6 +14,7 @@ from vae3d.errors import UserError
 from vae3d.io import FileError
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.opensora import OpenSoraVAE
+from vae3d.models.opensora_v1_3 import OpenSoraV13VAE
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.taesd import TAESD
@@ -30,7 +31,8 @@ def target_of(cls: type) -> str:
 
 # Add a new model here, so that its exports can be loaded. Its constructor must check its arguments (vae3d.arguments).
 MODELS: dict[str, type[nn.Module]] = {
-    target_of(cls): cls for cls in (SpatialVAE, TemporalVAE, OpenSoraVAE, WanVAE, TAEHV, TAESD, DiffusersVAE)
+    target_of(cls): cls
+    for cls in (SpatialVAE, TemporalVAE, OpenSoraVAE, OpenSoraV13VAE, WanVAE, TAEHV, TAESD, DiffusersVAE)
 }
 
 

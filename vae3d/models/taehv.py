@@ -29,9 +29,8 @@ from vae3d.seeding import Generators
 from vae3d.text import plural
 from vae3d.types import Delta, LatentSpec, Reconstruction
 
-# Widths of the two published decoders.
-BASE = (256, 128, 64, 64)
-SUPER = (512, 256, 128, 64)
+# Widths of the published decoders.
+WIDTHS = {"base": (256, 128, 64, 64), "super": (512, 256, 128, 64), "wide": (1024, 512, 256, 64)}
 BLOCKS = (3, 3, 3)  # of the decoder's stages
 MAX_CHUNK = 4  # latents of a stream's chunk
 Step = Callable[[Tensor, Cache | None, bool], tuple[Tensor, Cache]]
@@ -43,7 +42,7 @@ class Variant:
 
     patch: side of the pixel patches that the network works on. time_down, time_up: which stages halve and double the
     frame rate. rule: a name in taehv_frames.RULES. latent: raw (the VAE's own latents) or normalized (those that the
-    diffusion model sees).
+    diffusion model sees). decoder: a name in WIDTHS.
     """
 
     latent_channels: int
@@ -64,6 +63,7 @@ VARIANTS = {
     "taew2_2": Variant(48, patch=2),  # Wan2.2 5B
     "taehv1_5": Variant(32, patch=2),  # HunyuanVideo 1.5
     "taeltx_2": Variant(128, patch=4, **EIGHT),  # LTX-2, LTX-2.3
+    "taeltx2_3_wide": Variant(128, patch=4, **EIGHT, decoder="wide"),  # LTX-2.3
     "taeh3": Variant(24, patch=2, rule="h3"),  # MiniMax H3
     "taew2_2_super": Variant(48, patch=2, decoder="super"),
     "taehv1_5_super": Variant(32, patch=2, decoder="super"),
@@ -78,7 +78,8 @@ class TAEHV(VideoAutoencoder):
     double the frame rate and the sides (two time flags are those of the last two stages); None: as the variant. Leaving
     a stage out gives a cheaper preview with fewer or smaller frames; such a model decodes, but cannot be trained.
     channels, decoder_channels: widths; None as published. decoder_blocks, decoder_hidden: blocks of each of the
-    decoder's three stages, and the channels inside them (of a super decoder, of its bottlenecks); None as published.
+    decoder's three stages, and the channels inside them (of a super decoder, of its bottlenecks; a wide one has none);
+    None as published.
     latent: raw or normalized; None as the variant.
     latents_mean, latents_std: of raw latents, per channel, for `normalize`; normalized latents take none.
     chunk_latents: code clips in chunks of this many latents, which changes memory, not results; None: at once.
@@ -113,7 +114,7 @@ class TAEHV(VideoAutoencoder):
         kind = VARIANTS[variant]
         time = _time_flags(variant, decoder_time_upscale)
         space = _space_flags(variant, decoder_space_upscale)
-        widths = blocks.per_stage("decoder_channels", decoder_channels, SUPER if kind.decoder == "super" else BASE)
+        widths = blocks.per_stage("decoder_channels", decoder_channels, WIDTHS[kind.decoder])
         counts = blocks.per_stage("decoder_blocks", decoder_blocks, BLOCKS)
         hidden = blocks.per_stage("decoder_hidden", decoder_hidden, (None,) * 3)
         self.encoder = blocks.encoder(pixel_channels, kind.patch, channels, kind.latent_channels, kind.time_down)
@@ -121,7 +122,7 @@ class TAEHV(VideoAutoencoder):
         if kind.decoder == "super":
             self.decoder = blocks.super_decoder(*settings, counts, hidden)
         else:
-            self.decoder = blocks.decoder(*settings, space, counts, hidden)
+            self.decoder = blocks.decoder(*settings, space, counts, hidden, wide=kind.decoder == "wide")
         nn.init.constant_(self.decoder[-1].bias, 0.5)
         self.variant = variant
         self.patch = kind.patch

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vae3d.arguments import (
     Count,
     Depth,
+    Depths,
     Deviation,
     Factor,
     Factors,
@@ -23,12 +24,14 @@ from vae3d.arguments import (
     Mean,
     PixelChannels,
     Width,
+    Widths,
     check_arguments,
 )
 from vae3d.models.interface import PixelLayers, VideoAutoencoder
 from vae3d.models.layers.borders import Borders
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import extend_time, pad_space
+from vae3d.models.layers.taehv_blocks import per_stage
 from vae3d.models.layers.wan_blocks import Decoder, Encoder, LayerCache, pointwise, run_chain
 from vae3d.models.streaming import CausalStream, chunk_lengths, chunk_within
 from vae3d.pixels import check_latents, check_video
@@ -43,7 +46,10 @@ class WanVAE(VideoAutoencoder):
     """The VAE of Wan2.1 (the defaults) or Wan2.2; a VideoAutoencoder.
 
     channels, multipliers: width of each level. downsample: which level boundaries halve the frame rate; each halves
-    height and width. decoder_channels: of Wan2.2's wider decoder. patch: Wan2.2 codes patches of 2 x 2 pixels.
+    height and width. decoder_channels: of Wan2.2's wider decoder. decoder_widths, decoder_blocks: of a smaller decoder,
+    the width and the residual blocks of each level, from the latents to the pixels; None: decoder_channels *
+    multipliers, and layers + 1. Its layers stay those that the multipliers give, whatever its widths.
+    patch: Wan2.2 codes patches of 2 x 2 pixels.
     shortcuts: Wan2.2's averaging and repeating shortcuts around every level.
     pad_w, pad_h: see Borders. The published weights were trained with zeros; circular closes the seam of 360 degree
     panoramas, with the same weights.
@@ -61,6 +67,8 @@ class WanVAE(VideoAutoencoder):
         *,
         channels: Width = 96,
         decoder_channels: Width | None = None,
+        decoder_widths: Widths | None = None,
+        decoder_blocks: Depths | None = None,
         multipliers: Factors = (1, 2, 4, 4),
         downsample: Flags = (False, True, True),
         layers: Depth = 2,
@@ -88,8 +96,10 @@ class WanVAE(VideoAutoencoder):
         self.encoder = Encoder(pixels, 2 * latent_channels, channels, widths, time, layers, shortcuts, borders)
         self.conv1 = nn.Conv3d(2 * latent_channels, 2 * latent_channels, 1)
         self.conv2 = nn.Conv3d(latent_channels, latent_channels, 1)
-        decoder_widths = [(decoder_channels or channels) * m for m in multipliers]
-        self.decoder = Decoder(latent_channels, pixels, decoder_widths, time, layers, shortcuts, borders)
+        full = [(decoder_channels or channels) * m for m in reversed(multipliers)]
+        decoder_widths = per_stage("decoder_widths", decoder_widths, full)
+        blocks = per_stage("decoder_blocks", decoder_blocks, [layers + 1] * len(full))
+        self.decoder = Decoder(latent_channels, pixels, full, decoder_widths, time[::-1], blocks, shortcuts, borders)
         self.patch = patch
         self.pixel_channels = pixel_channels
         self.borders = borders

@@ -81,6 +81,28 @@ def super_mem_block(width: int, hidden: int | None = None) -> MemBlock:
     return MemBlock(nn.Sequential(*layers), relu=False)
 
 
+def wide_mem_block(width: int, hidden: int | None = None) -> MemBlock:
+    """1 x 1 convolutions over all channels, and 3 x 3 ones over groups of about 64, in turn.
+
+    Raises ValueError for channels inside it, and for a width that the groups do not divide.
+    """
+    if hidden is not None:
+        raise ValueError("decoder_hidden: the blocks of a wide decoder have no other channels inside; leave it out")
+    groups = max(1, width // 64)
+    if width % groups:
+        raise ValueError(f"decoder_channels: {width} channels have {groups} groups, which do not divide them")
+    layers = (
+        Pointwise(2 * width, width, bias=True),
+        nn.ReLU(True),
+        conv(width, width, groups=groups),
+        nn.ReLU(True),
+        Pointwise(width, width, bias=True),
+        nn.ReLU(True),
+        conv(width, width, groups=groups),
+    )
+    return MemBlock(nn.Sequential(*layers), relu=True)
+
+
 class TPool(nn.Module):
     """Merge every `stride` frames into one."""
 
@@ -121,6 +143,10 @@ class UpConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return upsample_conv(x, self.weight, None, ZERO_PADDING)
 
+    def conv_input(self, x: Tensor) -> Tensor:
+        """What the kernel slides over, without its padding."""
+        return F.interpolate(x, scale_factor=2)
+
 
 def conv(width: int, out_width: int, **options: object) -> nn.Conv2d:
     return nn.Conv2d(width, out_width, 3, padding=1, **options)
@@ -153,16 +179,18 @@ def decoder(
     space: Sequence[bool],
     counts: Sequence[int],
     hidden: Sequence[int | None],
+    wide: bool = False,
 ) -> nn.Sequential:
     """widths: of the three stages and the last layers. time, space: which stages double the frame rate and the sides.
-    counts, hidden: blocks of each stage, and the channels inside them.
+    counts, hidden: blocks of each stage, and the channels inside them. wide: with wide_mem_block.
 
     The published network upsamples before TGrow, where an Identity stands here. TGrow is a 1 x 1 convolution, so
     upsampling after it, in UpConv, gives the same on a quarter of the pixels.
     """
     layers = [Clamp(), conv(latents, widths[0]), nn.ReLU(True)]
     for stage, (width, after) in enumerate(zip(widths, widths[1:], strict=False)):
-        layers += [mem_block(width, hidden[stage]) for _ in range(counts[stage])]
+        block = wide_mem_block if wide else mem_block
+        layers += [block(width, hidden[stage]) for _ in range(counts[stage])]
         layers += [nn.Identity(), TGrow(width, 1 + time[stage])]
         layers += [UpConv(width, after) if space[stage] else conv(width, after, bias=False)]
     return nn.Sequential(*layers, nn.ReLU(True), PixelOutput(widths[-1], pixels, patch=patch))

@@ -67,6 +67,10 @@ class Conv(nn.Conv3d):
     def forward(self, x: Tensor, cache: LayerCache = None, return_cache: bool = False) -> tuple[Tensor, LayerCache]:
         return stream_conv(x, cache, self, self.borders, return_cache=return_cache)
 
+    def conv_input(self, x: Tensor) -> Tensor:
+        """What the kernel slides over, from a clip: with zero frames in front and padded sides."""
+        return _padded(F.pad(x, (0, 0, 0, 0, 2, 0)), self.borders)
+
 
 class Head(nn.ModuleDict):
     """Norm, SiLU and the last convolution; keys 0 and 2."""
@@ -76,13 +80,16 @@ class Head(nn.ModuleDict):
         self.borders = borders
 
     def forward(self, x: Tensor, cache: LayerCache = None, return_cache: bool = False) -> tuple[Tensor, LayerCache]:
-        return stream_conv(x, cache, self["2"], self.borders, gamma=self["0"].gamma, return_cache=return_cache)
+        return norm_conv(x, cache, self["0"], self["2"], self.borders, return_cache)
 
 
 class ResidualBlock(nn.Module):
-    """Twice norm, SiLU and convolution (keys residual.0, .2, .3, .6), plus a shortcut."""
+    """Twice norm, SiLU and convolution (keys residual.0, .2, .3, .6), plus a shortcut.
 
-    def __init__(self, in_channels: int, out_channels: int, borders: Borders) -> None:
+    shortcut: whether it is a convolution; None: where the channels change.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, borders: Borders, shortcut: bool | None = None) -> None:
         super().__init__()
         self.residual = nn.ModuleDict(
             {
@@ -92,20 +99,52 @@ class ResidualBlock(nn.Module):
                 "6": nn.Conv3d(out_channels, out_channels, 3),
             }
         )
-        self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        shortcut = in_channels != out_channels if shortcut is None else shortcut
+        self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if shortcut else None
         self.borders = borders
 
     def forward(self, x: Tensor, cache: LayerCache = None, return_cache: bool = False) -> tuple[Tensor, LayerCache]:
         block = self.residual
         first, second = cache or (None, None)
-        h, first = stream_conv(x, first, block["2"], self.borders, gamma=block["0"].gamma, return_cache=return_cache)
-        h, second = stream_conv(h, second, block["6"], self.borders, gamma=block["3"].gamma, return_cache=return_cache)
+        h, first = norm_conv(x, first, block["0"], block["2"], self.borders, return_cache)
+        h, second = norm_conv(h, second, block["3"], block["6"], self.borders, return_cache)
         h = h + (x if self.shortcut is None else pointwise(self.shortcut, x))
         return h, (first, second) if return_cache else None
 
 
+def is_hooked(*layers: nn.Module | None) -> bool:
+    """Whether layers must be called as modules, which runs the forward hooks on them; else fused code reads their
+    weights. Results differ by rounding. Compiled code does not see hooks."""
+    return not torch.compiler.is_compiling() and any(
+        layer is not None and (layer._forward_hooks or layer._forward_pre_hooks) for layer in layers
+    )
+
+
+def norm_conv(
+    x: Tensor, cache: LayerCache, norm: RMSNorm | None, conv: nn.Conv3d, borders: Borders, return_cache: bool
+) -> tuple[Tensor, LayerCache]:
+    """Norm and SiLU, unless `norm` is None, then a causal convolution over the frames of `cache` and x."""
+    if not is_hooked(norm, conv):
+        gamma = None if norm is None else norm.gamma
+        return stream_conv(x, cache, conv, borders, gamma=gamma, return_cache=return_cache)
+    x = x if norm is None else F.silu(norm(x))
+    full = x if cache is None else torch.cat([cache, x], 2)
+    missing = 2 - (0 if cache is None else cache.shape[2])
+    y = conv(_padded(F.pad(full, (0, 0, 0, 0, missing, 0)), borders))
+    return y, full[:, :, -2:].clone() if return_cache else None
+
+
+def _padded(x: Tensor, borders: Borders) -> Tensor:
+    """[B, C, T, H, W] with the padding of a 3 x 3 kernel written out."""
+    rows, columns = borders.zero_padding
+    frames = F.pad(borders.pad(frames_of(x)), (columns, columns, rows, rows))
+    return clips_of(frames, len(x))
+
+
 def pointwise(conv: nn.Conv3d, x: Tensor) -> Tensor:
     """A 1 x 1 x 1 convolution, frame by frame."""
+    if is_hooked(conv):
+        return conv(x)
     return clips_of(F.conv2d(frames_of(x), conv.weight[:, :, 0], conv.bias), len(x))
 
 
@@ -166,7 +205,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, time: bool, borders: Borders) -> None:
         super().__init__()
-        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, out_channels, 3, padding=1)})
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, out_channels, 3)})
         self.time_conv = nn.Conv3d(channels, 2 * channels, (3, 1, 1)) if time else None
         self.borders = borders
 
@@ -175,13 +214,15 @@ class Upsample(nn.Module):
         if self.time_conv is not None:
             x, new_cache = self._double_frames(x, cache, return_cache)
         conv = self.resample["1"]
+        if is_hooked(conv):
+            return clips_of(conv(frames_of(_padded(_upsampled(x), self.borders))), len(x)), new_cache
         return clips_of(upsample_conv(frames_of(x), conv.weight, conv.bias, self.borders), len(x)), new_cache
 
     def _double_frames(self, x: Tensor, cache: LayerCache, return_cache: bool) -> tuple[Tensor, LayerCache]:
         first, later = (x[:, :, :1], x[:, :, 1:]) if cache is None else (x[:, :, :0], x)
         if not later.shape[2]:
             return zero_grad_identity(x, self.time_conv), x[:, :, :0].clone() if return_cache else None
-        pairs, new_cache = stream_conv(later, cache, self.time_conv, POINTWISE, return_cache=return_cache)
+        pairs, new_cache = norm_conv(later, cache, None, self.time_conv, POINTWISE, return_cache)
         pairs = rearrange(pairs.permute(0, 2, 3, 4, 1), "b t h w (s c) -> b (t s) h w c", s=2).permute(0, 4, 1, 2, 3)
         return torch.cat([first, pairs], 2) if first.shape[2] else pairs, new_cache
 
@@ -271,32 +312,48 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to video (or patches). widths, time: in the encoder's order."""
+    """Latents to video (or patches).
+
+    full: widths of the levels, from the latents to the pixels, that say which layers there are. widths: of these
+    layers. time: which level boundaries double the frame rate. counts: residual blocks of each level.
+    Raises ValueError for widths that these layers cannot have.
+    """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
+        full: Sequence[int],
         widths: Sequence[int],
         time: Sequence[bool],
-        layers: int,
+        counts: Sequence[int],
         shortcuts: bool,
         borders: Borders,
     ) -> None:
         super().__init__()
-        widths = widths[::-1]
-        time = time[::-1]
         self.conv1 = Conv(in_channels, widths[0], borders)
         self.middle = _middle(widths[0], borders)
         levels = []
-        before = widths[0]
-        for level, width in enumerate(widths):
-            blocks = [ResidualBlock(channels, width, borders) for channels in [before, *[width] * layers]]
+        before, full_before = widths[0], full[0]
+        for level, (width, full_width) in enumerate(zip(widths, full, strict=True)):
             last = level == len(time)
-            after = width if shortcuts else width // 2  # Wan2.1 halves the channels with the resolution
+            shortcut = full_before != full_width
+            if not shortcut and before != width:
+                raise ValueError(
+                    f"decoder_widths is {list(widths)}: levels {level - 1} and {level} share their channels, so they "
+                    "need the same width"
+                )
+            if counts[level] < 1:
+                raise ValueError(f"decoder_blocks is {list(counts)}; give each level at least one block")
+            blocks = [ResidualBlock(before, width, borders, shortcut)]
+            blocks += [ResidualBlock(width, width, borders) for _ in range(counts[level] - 1)]
+            # Wan2.1 halves the channels with the resolution
+            after, full_after = (width, full_width) if shortcuts else (width // 2, full_width // 2)
+            if not last and not shortcuts and full_after == full[level + 1]:
+                after = widths[level + 1]
             up = [] if last else [Upsample(width, after, time[level], borders)]
             levels += [UpBlock(before, width, blocks, up)] if shortcuts else blocks + up
-            before = after
+            before, full_before = after, full_after
         self.upsamples = nn.ModuleList(levels)
         self.head = Head(widths[-1], out_channels, borders)
 
@@ -315,6 +372,10 @@ def zero_grad_identity(x: Tensor, conv: nn.Conv3d) -> Tensor:
     if not (torch.is_grad_enabled() and conv.weight.requires_grad):
         return x
     return x + 0.0 * (conv.weight.sum() + conv.bias.sum()).to(x.dtype)
+
+
+def _upsampled(x: Tensor) -> Tensor:
+    return clips_of(F.interpolate(frames_of(x), scale_factor=2.0), len(x))
 
 
 def upsample_conv(frames: Tensor, weight: Tensor, bias: Tensor | None, borders: Borders) -> Tensor:
