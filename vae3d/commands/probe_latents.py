@@ -28,8 +28,6 @@ from vae3d.latents import probe_run
 from vae3d.latents.probe_report import console_table, write_report
 from vae3d.latents.probe_run import ProbeError, ProbeSettings
 from vae3d.metrics.frame import Lpips
-from vae3d.models.tiling import Tiled
-from vae3d.models.wan import WanVAE
 from vae3d.precision import as_device
 from vae3d.pretrained.lpips import LPIPSNet
 from vae3d.pretrained.weights import WeightsMissing
@@ -50,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--short_side", type=positive_int, help="scale files to this before cropping")
     parser.add_argument("--batch", type=positive_int, default=4, help="clips per forward pass (4)")
     parser.add_argument("--seed", type=non_negative_int, default=0)
-    parser.add_argument("--tile", type=positive_int, help="also probe coding in tiles of this many pixels (Wan VAEs)")
+    parser.add_argument("--tile", type=positive_int, help="also probe coding in tiles of this many pixels")
     parser.add_argument(
         "--tile_overlap", type=non_negative_int, help="blend tiles over this many pixels; default: exact tiles"
     )
@@ -118,13 +116,11 @@ def named(models: list[str]) -> dict[str, Path]:
 
 
 def tile_notes(models: dict[str, nn.Module], settings: ProbeSettings) -> list[str]:
-    """A note for each model without a tiled mode. Raises UserError if a Wan VAE does not support these tiles."""
-    notes = []
-    for name, model in models.items():
-        if isinstance(model, WanVAE):
-            Tiled(model, settings.tile, settings.tile_overlap)
-        else:
-            notes.append(f"{name}: a {type(model).__name__} cannot be coded in tiles")
+    """Which tiles each model is coded in, or why not. Raises UserError for tiles that fit none of the models."""
+    tried = {name: probe_run.try_tiles(model, settings) for name, model in models.items()}
+    if not any(fits for fits, _ in tried.values()):
+        raise UserError("\n  ".join(dict.fromkeys(text for _, text in tried.values())))
+    notes = [f"{name}: {'coded in ' if fits else ''}{text}" for name, (fits, text) in tried.items()]
     return notes
 
 

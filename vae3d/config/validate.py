@@ -177,9 +177,9 @@ TRAINING_RULES = [
     Rule("trainer.ema.every", lambda c: _adversary(c).get("alternate") and c.trainer.ema.every > 1,
          "may average only the discriminator's steps, with adversary.alternate=true", "use 1"),
 ]
+TILE_RULE = Rule("tile_overlap", lambda c: c.tile is None and c.tile_overlap is not None, "needs tile", "set tile")
 INFERENCE_RULES = [
-    SIZE_RULE,
-    Rule("tile_overlap", lambda c: c.tile is None and c.tile_overlap is not None, "needs tile", "set tile"),
+    SIZE_RULE, TILE_RULE,
     Rule("compile", lambda c: c.compile and c.tile is not None, "needs whole frames", "use tile=null"),
     Rule("cost", lambda c: c.cost and c.tile is not None, "needs whole frames", "use tile=null"),
 ]
