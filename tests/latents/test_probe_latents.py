@@ -20,6 +20,7 @@ from vae3d.commands import probe_latents
 from vae3d.data.sources import open_source
 from vae3d.errors import UserError
 from vae3d.latents import probe_run, probes
+from vae3d.latents.codec import LatentCodec
 from vae3d.latents.probe_run import ProbeError, ProbeSettings
 from vae3d.loading import model_config
 

@@ -24,6 +24,7 @@ from torch import nn
 import vae3d
 from vae3d.argparse_types import non_negative_int, positive_int
 from vae3d.data.sources import open_source
+from vae3d.errors import UserError
 from vae3d.latents import probe_run
 from vae3d.latents.probe_report import console_table, write_report
 from vae3d.latents.probe_run import ProbeError, ProbeSettings
@@ -120,8 +121,7 @@ def tile_notes(models: dict[str, nn.Module], settings: ProbeSettings) -> list[st
     tried = {name: probe_run.try_tiles(model, settings) for name, model in models.items()}
     if not any(fits for fits, _ in tried.values()):
         raise UserError("\n  ".join(dict.fromkeys(text for _, text in tried.values())))
-    notes = [f"{name}: {'coded in ' if fits else ''}{text}" for name, (fits, text) in tried.items()]
-    return notes
+    return [f"{name}: {'coded in ' if fits else ''}{text}" for name, (fits, text) in tried.items()]
 
 
 def perceptual(settings: ProbeSettings, device: torch.device, notes: list[str]) -> nn.Module | None:

@@ -154,7 +154,7 @@ def make_tiling(model: VideoAutoencoder, tile: int, overlap: int | None) -> Tili
         tiles = f"tile={tile} " if tile >= 2 * fitting else f"tile={2 * fitting} "
         raise UserError(
             f"{where}: a {model.kind_of_network} cannot be coded in exact tiles, because of its {why}; "
-            f"{tiles}tile_overlap={fitting} blends tiles, which changes the result a little"
+            f"{tiles}tile_overlap={fitting} blends tiles, which changes the result"
         )
     return Tiling(tile, None, stride, reach, model.circular)
 
