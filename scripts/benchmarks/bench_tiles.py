@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -29,20 +29,37 @@ MODELS = {
 }
 
 
-def seconds(run: Callable[[], Tensor], device: torch.device) -> float:
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    start = clock()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock() - start
-
-
 def difference(tiled: Tensor, whole: Tensor) -> str:
     return f"{((tiled - whole).abs().max() / whole.abs().max()).item():.0e}"
 
 
+def measure(run: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, list[str]]:
+    """What it returns, and its peak memory in MiB and seconds, as text."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    gc.collect()
+    results: list[Tensor] = []
+    seconds, memory = timed(lambda: results.append(run()), device, 1, clock)
+    return results[-1], [f"{1024 * memory:.0f}", f"{seconds:.2f}"]
+
+
 @torch.inference_mode()
+def rows(name: str, size: int, tiles: list[int], device: torch.device) -> Iterator[list[str]]:
+    """Of the table, for a model."""
+    arguments, frames, overlap = MODELS[name]
+    torch.manual_seed(0)
+    model = vae3d.build(*arguments).to(device)
+    video = torch.rand(1, 3, frames, size, size, device=device) * 2 - 1
+    z, encoding = measure(lambda: model.encode(video).mode(), device)
+    pixels, decoding = measure(lambda: model.decode(z, frames), device)
+    yield [name, str(frames), "whole frames", *encoding, *decoding, "", ""]
+    for tile in tiles:
+        model.set_tiles(tile, overlap)
+        tiled_z, encoding = measure(lambda: model.encode(video).mode(), device)
+        tiled_pixels, decoding = measure(lambda: model.decode(z, frames), device)
+        errors = [difference(tiled_z, z), difference(tiled_pixels, pixels)]
+        yield [name, str(frames), str(model.tiling), *encoding, *decoding, *errors]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=512, help="height and width of the frames (512)")
@@ -50,29 +67,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    device = torch.device(args.device)
     print("| model | frames | coded in | encode, MiB | s | decode, MiB | s | latents | pixels |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in args.models:
-        arguments, frames, overlap = MODELS[name]
-        torch.manual_seed(0)
-        model = vae3d.build(*arguments).to(device)
-        video = torch.rand(1, 3, frames, args.size, args.size, device=device) * 2 - 1
-        z, pixels = None, None
-        for tile in (None, *args.tiles):
-            model.set_tiles(tile, overlap if tile else None)
-            cells = [name, str(frames), str(model.tiling or "whole frames")]
-            outputs = []
-            for run in (lambda: model.encode(video).mode(), lambda: model.decode(z, frames)):
-                outputs.append(run())
-                z = outputs[0] if z is None else z
-                gc.collect()
-                _, memory = timed(run, device)
-                cells += [f"{1024 * memory:.0f}", f"{seconds(run, device):.2f}"]
-            if pixels is None:
-                pixels = outputs[1]
-            cells += [difference(outputs[0], z), difference(outputs[1], pixels)] if tile else ["", ""]
-            print(f"| {' | '.join(cells)} |", flush=True)
+        for row in rows(name, args.size, args.tiles, torch.device(args.device)):
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

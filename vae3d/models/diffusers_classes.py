@@ -535,7 +535,7 @@ CLASSES: dict[str, DiffusersClass] = {
         "LTX-Video",
         "128, 8 x 32 x 32",
         **LTX,
-        note="the decoder is not causal",
+        note="the decoder is not causal; with injected noise, as in 0.9.1, its tiles are blended",
     ),
     "AutoencoderKLLTX2Video": DiffusersClass(
         "LTX-2",
