@@ -213,10 +213,12 @@ def test_tiles_of_convolutions_are_exact_and_their_margin_is_needed(name):
 
 
 @pytest.mark.parametrize("variant", TAEHV_VARIANTS)
-def test_every_taehv_has_narrow_margins(variant):
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_every_taehv_has_narrow_margins(variant, mode):
     """Layers at a quarter of the resolution or less are not tiled: without that the margins would be 9."""
     model = taehv(variant)
-    model.set_tiles(model.spec.space_stride)
+    with mode():
+        model.set_tiles(model.spec.space_stride)
     assert model.tiling.reach == {"encoder": 3, "decoder": 3 if variant.endswith("super") else 4}
 
 

@@ -54,22 +54,17 @@ def measure_cost(model: nn.Module, video: Tensor, precision: str) -> dict[str, A
     }
 
 
-def timed(
-    run: Callable[[], Tensor],
-    device: torch.device,
-    repeats: int = REPEATS,
-    clock: Callable[[], float] = time.perf_counter,
-) -> tuple[float, float | None]:
-    """Seconds of the median of `repeats` runs after a warm-up, and their peak memory in GiB."""
+def timed(run: Callable[[], Tensor], device: torch.device) -> tuple[float, float | None]:
+    """Seconds of the median run, and its peak memory in GiB."""
     run()
     before = _reset_peak(device)
     seconds = []
-    for _ in range(repeats):
-        start = clock()
+    for _ in range(REPEATS):
+        start = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(clock() - start)
+        seconds.append(time.perf_counter() - start)
     if before is None:
         return statistics.median(seconds), None
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _read_status("VmHWM")

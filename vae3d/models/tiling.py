@@ -211,6 +211,8 @@ def _add(out: Tensor, tile: Tensor, row: Span, column: Span, unit: int) -> None:
 # ---- the reach of layers
 
 
+@torch.inference_mode(False)  # in which operations do not reach the probe one by one
+@torch.no_grad()
 def measure_reach(model: VideoAutoencoder) -> tuple[dict[str, int], str]:
     """Latents on each side that encoder and decoder must see beside those that a result belongs to, and "".
 
@@ -229,8 +231,7 @@ def measure_reach(model: VideoAutoencoder) -> tuple[dict[str, int], str]:
     }
     model.tiling = probe
     try:
-        with torch.no_grad():
-            functional_call(_Autoencode(model), tensors, (video,))
+        functional_call(_Autoencode(model), tensors, (video,))
     finally:
         model.tiling = None
     return probe.reach, ", ".join(dict.fromkeys(probe.found))
