@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vae3d.errors import UserError
 from vae3d.types import Delta, Posterior
 
-if TYPE_CHECKING:
-    from vae3d.models.interface import VideoAutoencoder
-
+Model = Any  # a VideoAutoencoder, which imports this module
 Cache = Any  # of a step: what it needs of earlier chunks; None before the first
 Step = Callable[[Tensor, Cache], tuple[Tensor, Cache]]
 PROBE = 8  # side of the latents on which the reach is measured
@@ -135,7 +133,7 @@ class Tiling:
         return (distance / (2 * margin * unit) + 0.5).clamp(0, 1)
 
 
-def make_tiling(model: VideoAutoencoder, tile: int, overlap: int | None) -> Tiling:
+def make_tiling(model: Model, tile: int, overlap: int | None) -> Tiling:
     """Raises UserError for sizes that are no multiples of the model's stride, and for exact tiles of a model whose
     results depend on whole frames."""
     stride = model.spec.space_stride
@@ -213,7 +211,7 @@ def _add(out: Tensor, tile: Tensor, row: Span, column: Span, unit: int) -> None:
 
 @torch.inference_mode(False)  # in which operations do not reach the probe one by one
 @torch.no_grad()
-def measure_reach(model: VideoAutoencoder) -> tuple[dict[str, int], str]:
+def measure_reach(model: Model) -> tuple[dict[str, int], str]:
     """Latents on each side that encoder and decoder must see beside those that a result belongs to, and "".
 
     From the convolutions that a pass on the meta device runs, so for any configuration. An upper bound, as every one of
@@ -238,7 +236,7 @@ def measure_reach(model: VideoAutoencoder) -> tuple[dict[str, int], str]:
 
 
 class _Autoencode(nn.Module):
-    def __init__(self, model: VideoAutoencoder) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
