@@ -118,7 +118,7 @@ def test_settings_that_cannot_be_are_refused(export, videos, tmp_path, overrides
 
 def test_groupnorm_needs_an_overlap(spatial_export, videos, tmp_path, caplog):
     source = videos.parent / "clip3.mp4"
-    with pytest.raises(UserError, match="tile=16, tile_overlap=None: a SpatialVAE .*GroupNorm.* tile_overlap=4"):
+    with pytest.raises(UserError, match=r"tile=16, tile_overlap=None: a SpatialVAE .*GroupNorm.* tile_overlap=4"):
         run(spatial_export, source, tmp_path / "out", "tile=16")
     caplog.set_level(logging.INFO, "vae3d")
     options = ["tile=16", "tile_overlap=4", "metrics=[psnr]", "cost=true", "num_frames=2"]
