@@ -25,7 +25,7 @@ def row(kind: str, entry: DiffusersClass) -> str:
         entry.published,
         FRAMES[entry.frames.__name__],
         "exact" if entry.exact_stream else "whole",
-        "blended" if entry.blended_tiles else "no",
+        "no" if entry.fixed_size else "blended" if entry.whole_frames else "exact",
         entry.latent,
         "ours" if entry.blocks else "diffusers'",
         entry.note[:1].upper() + entry.note[1:],

@@ -229,15 +229,19 @@ def open_codec(
     chunk_frames: int | None = None,
     device: torch.device | str = "cpu",
     changes: Mapping[str, Any] | None = None,
+    tile: int | None = None,
+    tile_overlap: int | None = None,
 ) -> LatentCodec:
     """Open a checkpoint as a LatentCodec: pixels to normalized latents and back.
 
-    path, changes: as for `load`. precision: fp32, bf16 or fp16. Raises CheckpointError if the checkpoint does not load;
+    path, changes: as for `load`. precision: fp32, bf16 or fp16. tile, tile_overlap: see VideoAutoencoder.set_tiles.
+    Raises CheckpointError if the checkpoint does not load;
     UserError for settings that the model does not support.
     """
     if precision not in DTYPES:
         raise UserError(f"precision is {precision!r}; use one of {', '.join(DTYPES)}")
     checkpoint, model = load_with_checkpoint(path, changes=changes)
+    model.set_tiles(tile, tile_overlap)
     config = merge(checkpoint.config, changes or {})
     try:
         codec = LatentCodec(

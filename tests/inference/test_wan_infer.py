@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +15,6 @@ from tests import tiny
 from tests.inference.test_infer import read, run
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
-from vae3d.config.issues import ConfigError
 from vae3d.data.readers import MediaError
 from vae3d.errors import UserError
 from vae3d.loading import model_config
@@ -97,7 +99,6 @@ def test_a_panorama_is_turned_with_its_reconstruction(export, tmp_path):
     ("overrides", "message"),
     [
         ("tile=16 compile=true", "compile=true: .*tile"),
-        ("tile=16 cost=true", "cost=true: .*tile"),
         ("tile_overlap=8", "tile_overlap=8: .*set tile"),
         ("tile=0", "tile=0: must be .*at least 1, or null"),
         ("tile=7", "tile=7, tile_overlap=None: tile is 7; use a multiple of the model's space stride 2"),
@@ -115,11 +116,31 @@ def test_settings_that_cannot_be_are_refused(export, videos, tmp_path, overrides
     assert not list(tmp_path.iterdir())
 
 
-def test_other_networks_have_no_tiles(spatial_export, videos, tmp_path):
-    with pytest.raises(
-        (UserError, ConfigError), match="tile=16: a SpatialVAE cannot be coded in tiles; set frame_batch"
-    ):
-        run(spatial_export, videos.parent / "clip3.mp4", tmp_path / "out", "tile=16")
+def test_groupnorm_needs_an_overlap(spatial_export, videos, tmp_path, caplog):
+    source = videos.parent / "clip3.mp4"
+    with pytest.raises(UserError, match=r"tile=16, tile_overlap=None: a SpatialVAE .*GroupNorm.* tile_overlap=4"):
+        run(spatial_export, source, tmp_path / "out", "tile=16")
+    caplog.set_level(logging.INFO, "vae3d")
+    options = ["tile=16", "tile_overlap=4", "metrics=[psnr]", "cost=true", "num_frames=2"]
+    run(spatial_export, source, tmp_path / "out", *options)
+    text = "blended tiles of 16 x 16, overlapping by 4"
+    assert f"coded in {text}" in caplog.text
+    scores = json.loads((tmp_path / "out_rec/metrics.json").read_text())
+    assert scores["tiles"] == text
+    assert scores["cost"]["decode_frames_per_second"] > 0
+
+
+def test_both_parts_of_a_two_stage_model_are_in_tiles(videos, tmp_path):
+    """The 2D VAE's own reconstruction too. A tile that covers the frame gives what whole frames give."""
+    export, source = write("temporal_vae", tmp_path / "export"), videos.parent / "clip3.mp4"
+    for name, tiles in (("whole", []), ("one", ["tile=40", "tile_overlap=4"]), ("more", ["tile=16", "tile_overlap=4"])):
+        run(export, source, tmp_path / name, "num_frames=4", *tiles)
+    for kind in ("rec", "spatial"):
+        whole, one, more = (
+            read(next(tmp_path.glob(f"{name}_{kind}/*.mp4"))).astype(int) for name in ("whole", "one", "more")
+        )
+        assert (whole == one).all()
+        assert whole.shape == more.shape
 
 
 def test_a_panorama_whose_width_does_not_fit_is_refused(export, tmp_path):

@@ -16,6 +16,7 @@ from filelock import FileLock
 from PIL import Image
 from safetensors import SafetensorError
 
+import vae3d
 from tests import tiny
 from tests.latents import caches
 from vae3d.commands import encode as encode_command
@@ -409,6 +410,32 @@ def test_the_command_encodes_and_its_codec_reads(spatial_export, photos, tmp_pat
     config = check_encoding(tiny.compose(*told, *node, f"cache={tmp_path / 'node'}", config="latents"))
     encode_command.run(config)
     assert LatentCache(tmp_path / "node").classes == []
+
+
+def test_latents_in_tiles(tmp_path):
+    """Exact tiles change no latents and no identity; blended ones are part of it."""
+    caches.pictures(tmp_path / "photos", count=1, classes=("cat",))
+    export = tmp_path / "export"
+    vae3d.save(tiny.model("taesd", "model.variant=taef2"), export)
+
+    def encoded(name, *tiles):
+        given = [f"checkpoint={export}", f"source={tmp_path / 'photos'}", f"cache={tmp_path / name}", "workers=0"]
+        sizes = ["height=8", "width=121", "dtype=fp32"]
+        encode_command.run(check_encoding(tiny.compose(*given, *sizes, *tiles, config="latents")))
+        cache = LatentCache(tmp_path / name, mode="mean")
+        return cache[0].z, cache.meta
+
+    whole, meta = encoded("whole")
+    exact, exact_meta = encoded("exact", "tile=8")
+    blended, blended_meta = encoded("blended", "tile=32", "tile_overlap=16")
+    torch.testing.assert_close(exact, whole, rtol=0, atol=1e-5)
+    assert exact_meta["digest"] == meta["digest"]
+    assert (blended - whole).abs().max() > 1e-4
+    assert blended_meta["tiles"] == "blended tiles of 32 x 32, overlapping by 16"
+    with pytest.raises(CacheError, match="other settings: tiles is None there and blended tiles of 64"):
+        encoded("whole", "tile=64", "tile_overlap=16")
+    with pytest.raises(ConfigError, match="tile_overlap=16: needs tile"):
+        encoded("whole", "tile_overlap=16")
 
 
 def test_folders_of_splits_are_those_that_training_sees(spatial_export, tmp_path):

@@ -150,14 +150,3 @@ def test_a_class_trains_with_and_without_checkpointing_and_goes_back_to_diffuser
     assert weight.grad.abs().max() > 0
     torch.optim.AdamW(ours.parameters(), lr=1e-3).step()
     assert not torch.equal(weight, before)
-
-
-def test_blended_tiles_are_those_of_diffusers_and_refused_where_a_class_has_none():
-    ours = tiny.model("AutoencoderKL", blended_tiles=True)
-    video = torch.rand(1, 3, 2, 48, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1  # tiles of 32
-    with torch.no_grad():
-        expected = ours.vae.encode(video.transpose(1, 2).flatten(0, 1)).latent_dist.mode()
-        torch.testing.assert_close(ours.encode(video).mode()[0].transpose(0, 1), expected, rtol=0, atol=1e-5)
-        assert (tiny.model("AutoencoderKL").encode(video).mode() - ours.encode(video).mode()).abs().max() > 1e-3
-    with pytest.raises(ValueError, match=r"blended_tiles: AutoencoderKLWan .* whole frames"):
-        tiny.model("AutoencoderKLWan", blended_tiles=True)

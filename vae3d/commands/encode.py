@@ -34,6 +34,8 @@ def run(config: EncodeConfig) -> None:
         chunk_frames=config.chunk_frames,
         device=device,
         changes=config.model,
+        tile=config.tile,
+        tile_overlap=config.tile_overlap,
     )
     source = open_images_or_source(config)
     transform = Transform(**{field.name: getattr(config, field.name) for field in fields(Transform)})
@@ -47,7 +49,7 @@ def run(config: EncodeConfig) -> None:
         }
     )
     if ranks.is_main_process:
-        for note in (*getattr(source, "notes", ()), *padding(codec, transform)):
+        for note in (*getattr(source, "notes", ()), *padding(codec, transform), *tile_notes(codec)):
             log.info(note)
     job = EncodeJob(config, codec, items, errors, transform)
     encode_cache(job, ranks.process_index, ranks.num_processes, ranks.wait_for_everyone)
@@ -72,3 +74,7 @@ def padding(codec: LatentCodec, transform: Transform) -> list[str]:
         nearest = ", ".join(map(str, nearest_frames(transform.frames, fits)))
         notes.append(f"frames={transform.frames} is padded with extra frames; without: {nearest}")
     return notes
+
+
+def tile_notes(codec: LatentCodec) -> list[str]:
+    return [] if codec.model.tiling is None else [f"coded in {codec.model.tiling}"]

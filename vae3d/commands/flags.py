@@ -155,7 +155,7 @@ def parse_probe_latents(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--short_side", type=positive_int, help="scale files to this before cropping")
     parser.add_argument("--batch", type=positive_int, default=4, help="clips per forward pass (4)")
     parser.add_argument("--seed", type=non_negative_int, default=0)
-    parser.add_argument("--tile", type=positive_int, help="also probe coding in tiles of this many pixels (Wan VAEs)")
+    parser.add_argument("--tile", type=positive_int, help="also probe coding in tiles of this many pixels")
     parser.add_argument(
         "--tile_overlap", type=non_negative_int, help="blend tiles over this many pixels; default: exact tiles"
     )

@@ -28,10 +28,7 @@ from vae3d.inference.results import Results
 from vae3d.loading import load_with_checkpoint
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_steps
-from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.spatial import SpatialVAE
-from vae3d.models.tiling import Tiled
-from vae3d.models.wan import WanVAE
 from vae3d.precision import disable_tf32, slow_conv3d
 
 if TYPE_CHECKING:
@@ -66,16 +63,9 @@ def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Chec
         spatial.frame_batch = config.frame_batch
     if config.compile:
         compile_steps(model)
-    streams = model
     if config.tile:
-        if not isinstance(model, WanVAE):
-            reason = f"a {type(model).__name__} cannot be coded in tiles; set frame_batch instead"
-            if isinstance(model, DiffusersVAE):
-                instead = "use model.blended_tiles=true" if model.table.blended_tiles else "use smaller frames"
-                reason = f"diffusers' {model.kind} ({model.table.norm}) has no exact tiles here; {instead}"
-            raise UserError(f"tile={config.tile}: {reason}")
-        streams = Tiled(model, config.tile, config.tile_overlap)
-    return checkpoint, Reconstructor(model, config, metrics, streams.stream)
+        model.set_tiles(config.tile, config.tile_overlap)
+    return checkpoint, Reconstructor(model, config, metrics, model.stream)
 
 
 def reconstruct(

@@ -17,12 +17,11 @@ from torch import nn
 import vae3d
 from vae3d.commands.flags import parse_probe_latents
 from vae3d.data.sources import open_source
+from vae3d.errors import UserError
 from vae3d.latents import probe_run
 from vae3d.latents.probe_report import console_table, write_report
 from vae3d.latents.probe_run import ProbeError, ProbeSettings
 from vae3d.metrics.frame import Lpips
-from vae3d.models.tiling import Tiled
-from vae3d.models.wan import WanVAE
 from vae3d.precision import as_device
 from vae3d.pretrained.lpips import LPIPSNet
 from vae3d.pretrained.weights import WeightsMissing
@@ -93,14 +92,11 @@ def named(models: list[str]) -> dict[str, Path]:
 
 
 def tile_notes(models: dict[str, nn.Module], settings: ProbeSettings) -> list[str]:
-    """A note for each model without a tiled mode. Raises UserError if a Wan VAE does not support these tiles."""
-    notes = []
-    for name, model in models.items():
-        if isinstance(model, WanVAE):
-            Tiled(model, settings.tile, settings.tile_overlap)
-        else:
-            notes.append(f"{name}: a {type(model).__name__} cannot be coded in tiles")
-    return notes
+    """Which tiles each model is coded in, or why not. Raises UserError for tiles that fit none of the models."""
+    tried = {name: probe_run.try_tiles(model, settings) for name, model in models.items()}
+    if not any(fits for fits, _ in tried.values()):
+        raise UserError("\n  ".join(dict.fromkeys(text for _, text in tried.values())))
+    return [f"{name}: {'coded in ' if fits else ''}{text}" for name, (fits, text) in tried.items()]
 
 
 def perceptual(settings: ProbeSettings, device: torch.device, notes: list[str]) -> nn.Module | None:

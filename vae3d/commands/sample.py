@@ -135,6 +135,7 @@ def open_autoencoder(export: Export, config: SampleConfig, device: torch.device)
         raise UserError(f"{path}, the autoencoder of {export.folder}, does not exist; give its path as vae=PATH")
     codec = open_codec(path, pixel_range="uint8", precision=config.precision, device=device)
     check_same_vae(export.config["vae"], codec, str(path))
+    codec.model.set_tiles(config.tile, config.tile_overlap)
     return codec
 
 

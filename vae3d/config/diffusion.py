@@ -14,7 +14,15 @@ from vae3d.config.check import Rule, check, resume_issues
 from vae3d.config.fields import STRICT, Float, Int, Interval, Precision, Rates, Strings, as_list, setting
 from vae3d.config.issues import MISSING, ConfigIssue
 from vae3d.config.schema import Data, Debug, Launcher, Limits, Logger, Optim, Run, Steps, register
-from vae3d.config.validate import DECAY_RULE, FRAMES_RULE, SIZE_RULE, batch_issues, logger_issues, source_paths
+from vae3d.config.validate import (
+    DECAY_RULE,
+    FRAMES_RULE,
+    SIZE_RULE,
+    TILE_RULE,
+    batch_issues,
+    logger_issues,
+    source_paths,
+)
 
 Method = Literal["ddpm", "ddim", "euler"]
 
@@ -109,6 +117,10 @@ class SampleConfig:
     guidance: Float = setting(1.0, "Scale of classifier-free guidance. 1: off.", ge=0)
     interval: Interval = setting(lambda: [0.0, 1.0], "Noise levels with guidance.")
     clip: Float | None = setting(None, "Bound of predicted latents, in standard deviations. null: none.", gt=0)
+    tile: Int | None = setting(None, "Side of tiles that frames are decoded in, in pixels. null: no tiles.", ge=1)
+    tile_overlap: Int | None = setting(
+        None, "Pixels of overlap, blended linearly. null: exact, for networks that can be.", ge=0
+    )
     eta: Float = setting(0.0, "Noise of ddim. 0: none; 1: as much as ddpm.", ge=0, le=1)
     shift: Float = setting(1.0, "Of flow's times. Above 1: more steps at high noise.", gt=0)
     write: Annotated[list[Literal["grid", "files", "npz"]], BeforeValidator(as_list), Field(min_length=1)] = setting(
@@ -163,7 +175,7 @@ def _training_paths(config: DiffusionConfig) -> dict[str, Any]:
 check_sampling = partial(
     check,
     schema=SampleConfig,
-    rules=[SIZE_RULE],
+    rules=[SIZE_RULE, TILE_RULE],
     paths=lambda c: {"checkpoint": c.checkpoint, "vae": c.vae, "against": c.against},
 )
 register("diffusion_defaults", DiffusionConfig)

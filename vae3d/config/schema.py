@@ -409,6 +409,10 @@ class FilesConfig:
     fps: Float | None = setting(None, "Reduce faster videos to this frame rate. null: keep all.", gt=0)
     reader: Reader = setting("auto", "Library that decodes videos.")
     precision: Precision = setting("fp32", "Autocast over fp32 weights.")
+    tile: Int | None = setting(None, "Side of tiles that large frames are coded in, in pixels. null: no tiles.", ge=1)
+    tile_overlap: Int | None = setting(
+        None, "Pixels of overlap, blended linearly. null: exact, for networks that can be.", ge=0
+    )
     device: str | None = setting(None, "null: cuda if there is a GPU.")
     seed: Int = setting(0, "Seed of the samples.", ge=0)
 
@@ -420,10 +424,6 @@ class InferConfig(FilesConfig):
     source: str = setting(MISSING, "A table, a JSON list, a folder or one file.")
     save_dir: PathPrefix = setting(MISSING, "Prefix of the folders PREFIX_ori, _rec, _spatial.")
     frame_batch: Int = setting(4, "Frames in one pass of a 2D network.", ge=1)
-    tile: Int | None = setting(None, "Side of the tiles of causal networks, in pixels. null: no tiles.", ge=1)
-    tile_overlap: Int | None = setting(
-        None, "Pixels of overlap, blended linearly. null: exact, each tile with all it depends on.", ge=0
-    )
     compile: bool = setting(False, "torch.compile, once per shape.")
     memory_gib: Float | None = setting(None, "GiB for streaming, beyond the weights. null: the model's default.", gt=0)
     start: Int = setting(0, "First frame.", ge=0)

@@ -177,14 +177,13 @@ TRAINING_RULES = [
     Rule("trainer.ema.every", lambda c: _adversary(c).get("alternate") and c.trainer.ema.every > 1,
          "may average only the discriminator's steps, with adversary.alternate=true", "use 1"),
 ]
+TILE_RULE = Rule("tile_overlap", lambda c: c.tile is None and c.tile_overlap is not None, "needs tile", "set tile")
 INFERENCE_RULES = [
-    SIZE_RULE,
-    Rule("tile_overlap", lambda c: c.tile is None and c.tile_overlap is not None, "needs tile", "set tile"),
+    SIZE_RULE, TILE_RULE,
     Rule("compile", lambda c: c.compile and c.tile is not None, "needs whole frames", "use tile=null"),
-    Rule("cost", lambda c: c.cost and c.tile is not None, "needs whole frames", "use tile=null"),
 ]
 COMPARISON_RULES = [
-    *INFERENCE_RULES[:-2],
+    *INFERENCE_RULES[:-1],
     Rule("tile", lambda c: c.tile is not None, "networks are compared on whole frames", "use null"),
     Rule("sample", lambda c: c.sample, "networks are compared by the mode of the latents", "use false"),
 ]

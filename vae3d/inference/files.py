@@ -133,6 +133,9 @@ def report(reconstructor: Reconstructor, done: Sequence[FileResult], cost: dict[
     frames = sum(item.frames for item in done)
     written = [str(reconstructor.folder(kind)) for kind in KINDS if reconstructor.folder(kind).is_dir()]
     log.info("%s, %s -> %s", plural(len(done), "file"), plural(frames, "frame"), ", ".join(written))
+    tiles = getattr(reconstructor.model, "tiling", None)
+    if tiles is not None:
+        log.info("coded in %s", tiles)
     scores = reconstructor.metrics.aggregate([item.result for item in done]) if done else {}
     for name, mean in scores.items():
         shown = "undefined" if mean is None else f"{mean:.4f}"
@@ -149,4 +152,5 @@ def report(reconstructor: Reconstructor, done: Sequence[FileResult], cost: dict[
         )
     if scores or cost is not None:
         summary = {"videos": len(done), "frames": frames, **scores} | ({} if cost is None else {"cost": cost})
+        summary |= {} if tiles is None else {"tiles": str(tiles)}
         write_json(folder / "metrics.json", summary)

@@ -32,6 +32,7 @@ from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.identity import latent_config, vae_metadata
 from vae3d.latents.shards import COMPLETE, ERRORS, INDEX, KINDS, META, STATISTICS, WRITERS, CacheError, Shard
 from vae3d.latents.statistics import LatentStatistics, StatisticsError
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.precision import DTYPES
 from vae3d.progress import progress
 from vae3d.seeding import generator_of
@@ -40,6 +41,7 @@ from vae3d.text import plural
 if TYPE_CHECKING:
     from vae3d.config.latents import EncodeConfig
 
+TILES = "tiles"  # key of meta.json, only there if they are blended
 MAX_SHOWN = 10  # errors in a message
 # Keys of meta.json, beside autoencoder and transform, that must be equal to resume.
 KEYS = ("pixel_range", "precision", "store", "dtype", "flip", "seed", "clips", "clips_hash", "shard_size", "writers")
@@ -79,6 +81,7 @@ class EncodeJob:
             "transform_hash": json_hash(asdict(self.transform)),
             "store": config.store,
             "dtype": config.dtype,
+            **blended_tiles(self.codec.model),
             "latents": "raw; a diffusion model takes (z - latents_mean) / latents_std of the vae",
             "flip": config.flip,
             "seed": config.seed if config.store == "sample" else None,
@@ -97,6 +100,11 @@ class EncodeJob:
         return {"digest": json_hash(identity(content)), **content}
 
 
+def blended_tiles(model: VideoAutoencoder) -> dict[str, str]:
+    """An entry for tiles that change latents; exact ones do not."""
+    return {} if model.tiling is None or model.tiling.exact else {TILES: str(model.tiling)}
+
+
 def identity(meta: dict[str, Any]) -> dict[str, Any]:
     """The settings in meta.json that must be equal to resume, flat."""
     config = latent_config(meta["vae"]["config"] or {})
@@ -104,7 +112,7 @@ def identity(meta: dict[str, Any]) -> dict[str, Any]:
         "encoder's weights": meta["vae"]["encoder"],
         **{f"model.{name}": value for name, value in config.items()},
         **{f"transform.{name}": value for name, value in meta["transform"].items()},
-        **{name: meta[name] for name in KEYS},
+        **{name: meta[name] for name in (*KEYS, *([TILES] if TILES in meta else []))},
     }
 
 

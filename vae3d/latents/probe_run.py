@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -29,9 +29,7 @@ from vae3d.inference.scale import off_scale
 from vae3d.latents import probes
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.statistics import LatentStatistics, finite
-from vae3d.models.interface import nearest_frames
-from vae3d.models.tiling import Tiled
-from vae3d.models.wan import WanVAE
+from vae3d.models.interface import VideoAutoencoder, nearest_frames
 from vae3d.seeding import generator_of, randn_like, seed_of
 
 MIN_LATENT_SIDE = 4  # the smallest latents with a spectrum that can also be scaled by 1/2
@@ -48,7 +46,7 @@ class ProbeSettings:
 
     per_file: clips per file, at positions drawn from `seed`. short_side: scale files to it before cropping, as in
     ClipSettings. decoded: number of clips for the probes that decode. batch: clips coded at once. tile, tile_overlap:
-    see models.tiling.Tiled; None: no tiles.
+    see VideoAutoencoder.set_tiles; None: no tiles.
     """
 
     height: Count
@@ -69,19 +67,42 @@ class ProbeSettings:
 
 @dataclass
 class TiledCodec:
-    """A probes.Codec that codes a WanVAE in tiles."""
+    """A probes.Codec that codes in tiles, with another codec's model."""
 
-    model: Tiled
+    codec: LatentCodec
+    tile: int
+    overlap: int | None = None
 
     @property
     def space_stride(self) -> int:
-        return self.model.spec.space_stride
+        return self.codec.space_stride
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self.model.model.normalize(self.model.encode_chunk(pixels, None, return_cache=False)[0].mode())
+        with self._tiles():
+            return self.codec.encode(pixels)
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
-        return self.model.decode_chunk(self.model.model.denormalize(z), None, return_cache=False)[0]
+        with self._tiles():
+            return self.codec.decode(z, num_frames)
+
+    @contextmanager
+    def _tiles(self) -> Iterator[None]:
+        self.codec.model.set_tiles(self.tile, self.overlap)
+        try:
+            yield
+        finally:
+            self.codec.model.set_tiles(None)
+
+
+def try_tiles(model: VideoAutoencoder, settings: ProbeSettings) -> tuple[bool, str]:
+    """Whether the model can be coded in these tiles, and which they are, or why not."""
+    try:
+        model.set_tiles(settings.tile, settings.tile_overlap)
+    except UserError as error:
+        return False, str(error)
+    text = str(model.tiling)
+    model.set_tiles(None)
+    return True, text
 
 
 def check_sizes(models: Mapping[str, nn.Module], settings: ProbeSettings) -> None:
@@ -256,9 +277,9 @@ def probe_decoder(
         ends = z if previous is None else torch.cat([previous, z])
         if len(ends) > 1:  # every clip with the previous one
             measured["interpolation"] = probes.interpolation(codec, ends[:-1], ends[1:], pixels.shape[2], lpips)
-        if settings.tile is not None and isinstance(codec.model, WanVAE):
-            tiled = Tiled(codec.model, settings.tile, settings.tile_overlap)
-            measured["tiles"] = probes.tiling_error(codec, TiledCodec(tiled), pixels)
+        if settings.tile is not None and try_tiles(codec.model, settings)[0]:
+            tiled = TiledCodec(codec, settings.tile, settings.tile_overlap)
+            measured["tiles"] = probes.tiling_error(codec, tiled, pixels)
         for probe, results in measured.items():
             for key, value in results.items():
                 values[probe][key].append(value.cpu())

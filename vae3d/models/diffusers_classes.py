@@ -387,6 +387,8 @@ def _wan_strides(vae: nn.Module) -> tuple[int, int]:
 
 # ---- the table
 
+PER_POSITION = ("none", "RMS norm", "LayerNorm")  # of `norm`: what sees one position only
+
 
 @dataclass(frozen=True)
 class DiffusersClass:
@@ -397,11 +399,11 @@ class DiffusersClass:
     coded one after the other, are a stream with the result of the whole clip. encode, decode: steps.
     stats: mean and deviation of latents. stats_saved: they are tensors of the weight file. latent: raw, or normalized
     where the class returns the diffusion model's latents. pixels: range of the class's pixels; signed is [-1, 1], unit
-    [0, 1], imagenet ImageNet's statistics. norm: what normalises; GroupNorm and attention see whole frames, so that no
-    tiles are exact. blended_tiles: the class's own tiles work here; they blend. causal: no latent depends on later
-    frames. blocks: classes of the blocks that our gradient checkpointing recomputes; () where diffusers' own is used.
-    last: the layer that outputs pixels. min_latents: of a side. fixed_size: the frames' only size is image_size.
-    input_channels: that a config may have: 4 with opaque alpha, 12 of patches, 15 made by the class from RGB.
+    [0, 1], imagenet ImageNet's statistics. norm: what normalises, and attention; see whole_frames. causal: no latent
+    depends on later frames. blocks: classes of the blocks that our gradient checkpointing recomputes; () where
+    diffusers' own is used. last: the layer that outputs pixels. min_latents: of a side. fixed_size: the frames' only
+    size is image_size. input_channels: that a config may have: 4 with opaque alpha, 12 of patches, 15 made by the class
+    from RGB.
     needs: a package.
     """
 
@@ -418,7 +420,6 @@ class DiffusersClass:
     latent: Literal["raw", "normalized"] = "raw"
     pixels: Literal["signed", "unit", "imagenet"] = "signed"
     norm: str = "GroupNorm"
-    blended_tiles: bool = False
     causal: bool = False
     blocks: Sequence[str] = ()
     last: str = "decoder.conv_out"
@@ -427,6 +428,11 @@ class DiffusersClass:
     input_channels: Sequence[int] = (3,)
     needs: str | None = None
     note: str = ""
+
+    @property
+    def whole_frames(self) -> str:
+        """What makes a result depend on whole frames, so that tiles are not exact; "" if nothing does."""
+        return " and ".join(part for part in self.norm.split(", ") if part not in PER_POSITION)
 
 
 def _image(of: str, published: str, **more: Any) -> DiffusersClass:
@@ -441,11 +447,10 @@ WAN = {
     "exact_stream": True,
     "encode": _encode_wan,
     "decode": _decode_wan,
-    "norm": "RMS norm",
+    "norm": "RMS norm, attention",
     "causal": True,
 }
 LTX = {
-    "blended_tiles": True,
     "strides": _ltx_strides,
     "decode": _decode_ltx,
     "stats": _saved_stats,
@@ -457,13 +462,10 @@ SEGMENTS = {"chunks": _segments, "exact_stream": True}
 
 CLASSES: dict[str, DiffusersClass] = {
     # images
-    "AutoencoderKL": _image(
-        "SD, SDXL, SD3, FLUX.1", "4 or 16, 8 x 8", blended_tiles=True, strides=_levels("block_out_channels")
-    ),
+    "AutoencoderKL": _image("SD, SDXL, SD3, FLUX.1", "4 or 16, 8 x 8", strides=_levels("block_out_channels")),
     "AutoencoderKLFlux2": _image(
         "FLUX.2",
         "32, 8 x 8",
-        blended_tiles=True,
         strides=_levels("block_out_channels"),
         stats=_batch_norm_stats,
         stats_saved=True,
@@ -479,7 +481,6 @@ CLASSES: dict[str, DiffusersClass] = {
     "AutoencoderTiny": _image(
         "TAESD of SD, SDXL, SD3, FLUX.1",
         "4 or 16, 8 x 8",
-        blended_tiles=True,
         strides=_levels("encoder_block_out_channels"),
         stats=_unit_stats,
         latent="normalized",
@@ -490,7 +491,6 @@ CLASSES: dict[str, DiffusersClass] = {
     "AutoencoderDC": _image(
         "Sana (DC-AE)",
         "32, 32 x 32",
-        blended_tiles=True,
         norm="RMS norm, attention",
         blocks=("ResBlock", "EfficientViTBlock", "DCDownBlock2d", "DCUpBlock2d"),
         strides=lambda vae: (1, vae.spatial_compression_ratio),
@@ -498,7 +498,6 @@ CLASSES: dict[str, DiffusersClass] = {
     "AutoencoderKLHunyuanImage": _image(
         "HunyuanImage 2.1",
         "64, 32 x 32",
-        blended_tiles=True,
         strides=lambda vae: (1, vae.config.spatial_compression_ratio),
         blocks=(
             "HunyuanImageResnetBlock",
@@ -507,14 +506,14 @@ CLASSES: dict[str, DiffusersClass] = {
             "HunyuanImageUpsample",
         ),
     ),
-    "AutoencoderKLKVAE": _image("Kandinsky (KVAE 2D)", "16, 8 x 8", blended_tiles=True, strides=_levels("ch_mult")),
+    "AutoencoderKLKVAE": _image("Kandinsky (KVAE 2D)", "16, 8 x 8", strides=_levels("ch_mult")),
     "AutoencoderKLQwenImage21": _image(
         "Qwen-Image 2",
         "64, 16 x 16",
         strides=lambda vae: (1, _wan_strides(vae)[1]),
         encode=_encode_wan_frames,
         decode=_decode_wan_frames,
-        norm="RMS norm",
+        norm="RMS norm, attention",
         blocks=("QwenImage21ResidualBlock", "QwenImage21AttentionBlock", "QwenImage21Resample"),
         input_channels=(3, 4),
     ),
@@ -536,7 +535,7 @@ CLASSES: dict[str, DiffusersClass] = {
         "LTX-Video",
         "128, 8 x 32 x 32",
         **LTX,
-        note="the decoder is not causal",
+        note="the decoder is not causal; with injected noise, as in 0.9.1, its tiles are blended",
     ),
     "AutoencoderKLLTX2Video": DiffusersClass(
         "LTX-2",
@@ -547,21 +546,18 @@ CLASSES: dict[str, DiffusersClass] = {
     "AutoencoderKLHunyuanVideo": DiffusersClass(
         "HunyuanVideo",
         "16, 4 x 8 x 8",
-        blended_tiles=True,
         last="decoder.conv_out.conv",
         note="the class codes more than 16 frames in pieces that it blends",
     ),
     "AutoencoderKLHunyuanVideo15": DiffusersClass(
         "HunyuanVideo 1.5",
         "32, 4 x 16 x 16",
-        blended_tiles=True,
         norm="RMS norm, attention",
         last="decoder.conv_out.conv",
     ),
     "AutoencoderKLHunyuanImageRefiner": DiffusersClass(
         "HunyuanImage 2.1's refiner",
         "32, 1 x 16 x 16",
-        blended_tiles=True,
         strides=lambda vae: (1, vae.spatial_compression_ratio),
         frames=any_number,
         norm="RMS norm, attention",
@@ -579,9 +575,7 @@ CLASSES: dict[str, DiffusersClass] = {
         last="decoder.conv_out.conv",
         note="the class normalises chunks of 8 frames by themselves, and so do streams",
     ),
-    "AutoencoderKLMochi": DiffusersClass(
-        "Mochi 1", "12, 6 x 8 x 8", blended_tiles=True, last="decoder.proj_out", input_channels=(15,)
-    ),
+    "AutoencoderKLMochi": DiffusersClass("Mochi 1", "12, 6 x 8 x 8", last="decoder.proj_out", input_channels=(15,)),
     "AutoencoderKLWan": DiffusersClass(
         "Wan2.1, Wan2.2",
         "16, 4 x 8 x 8; 48, 4 x 16 x 16",

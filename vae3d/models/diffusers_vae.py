@@ -10,6 +10,7 @@ import inspect
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Annotated, Any
 
@@ -33,6 +34,7 @@ from vae3d.models.diffusers_classes import (
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers.checkpointing import checkpoint_blocks
 from vae3d.models.layers.frames import extend_time
+from vae3d.models.tiling import code_in_tiles
 from vae3d.pixels import check_latents, check_video
 from vae3d.seeding import Generators
 from vae3d.text import plural
@@ -51,7 +53,6 @@ class DiffusersVAE(VideoAutoencoder):
     gradient_checkpointing: recompute each block in backward; diffusers' own where that is right, else ours.
     frame_batch: frames that a network of images codes at once; None: all. decode_timestep: what decoders that take a
     timestep (LTX-Video from 0.9.1) are given; 0 decodes latents as they are, diffusers' default.
-    blended_tiles: code large frames in diffusers' own tiles, which overlap and are blended: less memory, other results.
 
     Clips are extended by their last frame to what the class takes, sides by their edge to multiples of the space
     stride; reconstructions are cropped. Inputs are cast to the dtype of the weights. Output is not clamped.
@@ -68,7 +69,6 @@ class DiffusersVAE(VideoAutoencoder):
         gradient_checkpointing: bool = False,
         frame_batch: Count | None = 4,
         decode_timestep: Annotated[float, Range(0, 1)] = 0.0,
-        blended_tiles: bool = False,
     ) -> None:
         super().__init__()
         self.table = entry_of(kind)
@@ -87,11 +87,6 @@ class DiffusersVAE(VideoAutoencoder):
         self._update_spec()
         if self.table.stats_saved:
             self.register_load_state_dict_post_hook(lambda model, _keys: model._read_stats())
-        if blended_tiles:
-            if not self.table.blended_tiles:
-                able = ", ".join(name for name, entry in CLASSES.items() if entry.blended_tiles)
-                raise ValueError(f"blended_tiles: {kind} is coded in whole frames here; only {able} have tiles")
-            self.vae.enable_tiling()
         if gradient_checkpointing:
             if self.table.blocks:
                 checkpoint_blocks(self.vae, self.table.blocks)
@@ -124,7 +119,7 @@ class DiffusersVAE(VideoAutoencoder):
         x = self._prepare(extend_time(video, frames))
         coded, cache = [], None
         for chunk in x.split([n for _, n in self._chunks(latents)], 2):
-            part, cache = self.table.encode(self, chunk, cache)
+            part, cache = self._encode_chunk(chunk, cache)
             coded.append(part)
         found = type(coded[0])(*(torch.cat(parts, 2) for parts in zip(*(vars(c).values() for c in coded), strict=True)))
         self._check_shape(
@@ -151,15 +146,45 @@ class DiffusersVAE(VideoAutoencoder):
         self._check_shape("frames", found[:, :, :frames], (3, frames, space * z.shape[3], space * z.shape[4]))
         return found[:, :, :frames]
 
+    def _encode_chunk(self, x: Tensor, cache: Any) -> tuple[Posterior | Delta, Any]:
+        encode = partial(self.table.encode, self)
+        if self.tiling is None:
+            return encode(x, cache)
+        return code_in_tiles(self.tiling, encode, x, cache, self.spec.space_stride)
+
     def _decode_chunk(self, z: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        if any(getattr(m, "per_channel_scale1", None) is not None for m in self.vae.modules()):
+        decode = partial(self.table.decode, self)
+        if self.tiling is not None:
+            decode = partial(self.tiling, "decoder", decode, unit_in=1, unit_out=self.spec.space_stride)
+        if self._draws_noise:
             # LTX-Video 0.9.1 draws noise from the global generator; here the same in every call.
             with torch.random.fork_rng([z.device] if z.is_cuda else []):
                 torch.manual_seed(SEED)
-                video, cache = self.table.decode(self, z, cache)
+                video, cache = decode(z, cache)
         else:
-            video, cache = self.table.decode(self, z, cache)
+            video, cache = decode(z, cache)
         return from_pixels(video[:, :3], self.table.pixels), cache
+
+    @property
+    def _draws_noise(self) -> bool:
+        return any(getattr(m, "per_channel_scale1", None) is not None for m in self.vae.modules())
+
+    @property
+    def kind_of_network(self) -> str:
+        return self.kind
+
+    @property
+    def whole_frames(self) -> str:
+        if self._draws_noise:
+            return "noise, which the decoder draws for every call"
+        return self.table.whole_frames
+
+    def set_tiles(self, tile: int | None, overlap: int | None = None) -> None:
+        """See VideoAutoencoder.set_tiles. Raises UserError for a class whose frames have only one size."""
+        if tile is not None and self.table.fixed_size:
+            side = self.vae.decoder_image_size
+            raise UserError(f"tile={tile}: a {self.kind} takes frames of {side}x{side} only; leave out tile")
+        super().set_tiles(tile, overlap)
 
     def _prepare(self, video: Tensor) -> Tensor:
         """Pixels as the class takes them, sides padded."""
@@ -251,7 +276,7 @@ class DiffusersStream:
     def __call__(self, video: Tensor, *, sample: bool = False, generator: Generators = None) -> Reconstruction:
         model, (frames, height, width) = self.model, video.shape[2:]
         x = model._prepare(extend_time(video, self._full.pop(0)))
-        posterior, self._encoder_cache = model.table.encode(model, x, self._encoder_cache)
+        posterior, self._encoder_cache = model._encode_chunk(x, self._encoder_cache)
         z = posterior.sample(generator) if sample else posterior.mode()
         rec, self._decoder_cache = model._decode_chunk(z.to(model.vae.dtype), self._decoder_cache)
         return Reconstruction(rec[:, :, :frames, :height, :width], posterior, z)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.errors import UserError
+from vae3d.models.tiling import Tiling, make_tiling, measure_reach
 from vae3d.pixels import check_video
 from vae3d.seeding import Generators, randn_like, uniform
 from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction
@@ -33,6 +34,9 @@ class VideoAutoencoder(nn.Module):
     pixel_channels: int = 3  # of videos: 3 RGB, 4 RGBA, 1 grey or depth, or any other number
     latents_mean: Tensor  # [1, C, 1, 1, 1]
     latents_std: Tensor
+    whole_frames: str = ""  # what makes a result depend on whole frames, such as GroupNorm; "": nothing, or see tiling
+    circular: bool = False  # whether frames are closed at their sides, as panoramas are
+    tiling: Tiling | None = None  # see set_tiles
 
     def encode(self, video: Tensor) -> Posterior | Delta:
         """Posterior over raw (not normalised) latents. Raises PixelError as pixels.check_video does."""
@@ -93,6 +97,30 @@ class VideoAutoencoder(nn.Module):
         import vae3d
 
         return vae3d.push_to_hub(self, repository, **options)
+
+    def set_tiles(self, tile: int | None, overlap: int | None = None) -> None:
+        """Code frames in tiles of `tile` x `tile` pixels from now on, to save memory; None: whole frames.
+
+        Every use of the model then does: encode, decode, forward, streams. It is meant for inference.
+        overlap: None is exact: each tile is read with all that it depends on. Layers of the lowest resolution that see
+        whole frames are not tiled. A number of pixels: tiles overlap by it and are blended linearly, as in diffusers,
+        so that results differ; for networks whose GroupNorm or attention sees whole frames at all resolutions.
+        Raises UserError for sizes that do not fit the model's strides, and where exact tiles cannot be.
+        """
+        self.tiling = None if tile is None else make_tiling(self, tile, overlap)
+
+    def tile_reach(self) -> tuple[dict[str, int], str]:
+        """See tiling.measure_reach."""
+        return measure_reach(self)
+
+    def coded_size(self, height: int, width: int) -> tuple[int, int]:
+        """Size in pixels of what the decoder runs on at once, of frames of this size: a tile, or the frames."""
+        return (height, width) if self.tiling is None else self.tiling.largest(height, width)
+
+    @property
+    def kind_of_network(self) -> str:
+        """Its name, for messages."""
+        return type(self).__name__
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         """Modules that a stage may train, by name. Parts may overlap."""

@@ -15,6 +15,7 @@ from vae3d.arguments import Count, Deviation, Mean, check_arguments
 from vae3d.models.interface import PixelLayers, VideoAutoencoder, add_latent_noise, choose_latents
 from vae3d.models.streaming import IndependentChunks
 from vae3d.models.temporal import TemporalVAE
+from vae3d.models.tiling import code_in_tiles
 from vae3d.pixels import check_latents, check_video
 from vae3d.seeding import Generators
 from vae3d.text import plural
@@ -30,6 +31,8 @@ class OpenSoraVAE(VideoAutoencoder):
     latents_mean, latents_std: per channel, for `normalize`; None: 0 and 1. encode and decode use raw latents.
     Raises ValueError if spatial and temporal VAE do not fit together.
     """
+
+    whole_frames = "GroupNorm"
 
     @check_arguments
     def __init__(
@@ -109,12 +112,12 @@ class OpenSoraVAE(VideoAutoencoder):
         return self.spatial_vae.decode(self.spatial_vae.denormalize(latent))
 
     def encode_temporal(self, latent: Tensor) -> Posterior:
-        chunks = [self.temporal_vae.encode(chunk) for chunk in latent.split(self.micro_frames or latent.shape[2], 2)]
+        chunks = [self._encode_chunk(chunk) for chunk in latent.split(self.micro_frames or latent.shape[2], 2)]
         return Posterior(torch.cat([p.mean for p in chunks], 2), torch.cat([p.logvar for p in chunks], 2))
 
     def decode_temporal(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         if self.micro_frames is None:
-            return self.temporal_vae.decode(z, num_frames)
+            return self._decode_chunk(z, num_frames)
         size = self.temporal_vae.latent_frames(self.micro_frames)
         whole, rest = divmod(z.shape[2], size)
         frames = whole * self.micro_frames + rest * self.temporal_vae.stride if num_frames is None else num_frames
@@ -124,7 +127,25 @@ class OpenSoraVAE(VideoAutoencoder):
                 f"{plural(self.micro_frames, 'frame')}"
             )
         lengths = [min(self.micro_frames, frames - start) for start in range(0, frames, self.micro_frames)]
-        return torch.cat([self.temporal_vae.decode(p, n) for p, n in zip(z.split(size, 2), lengths, strict=True)], 2)
+        return torch.cat([self._decode_chunk(p, n) for p, n in zip(z.split(size, 2), lengths, strict=True)], 2)
+
+    def _encode_chunk(self, latent: Tensor) -> Posterior:
+        encode = self.temporal_vae.encode
+        if self.tiling is None:
+            return encode(latent)
+        return code_in_tiles(self.tiling, lambda x, _: (encode(x), None), latent, None, 1)[0]
+
+    def _decode_chunk(self, z: Tensor, num_frames: int | None) -> Tensor:
+        decode = self.temporal_vae.decode
+        if self.tiling is None:
+            return decode(z, num_frames)
+        return self.tiling("decoder", lambda x, _: (decode(x, num_frames), None), z, None, 1, 1)[0]
+
+    def set_tiles(self, tile: int | None, overlap: int | None = None) -> None:
+        """See VideoAutoencoder.set_tiles. The temporal VAE blends tiles, and so does the spatial VAE where
+        they cannot be exact."""
+        super().set_tiles(tile, overlap)
+        self.spatial_vae.set_tiles(tile, overlap if self.spatial_vae.whole_frames else None)
 
     def pixel_layers(self) -> PixelLayers:
         inputs, outputs, grey = self.spatial_vae.pixel_layers()

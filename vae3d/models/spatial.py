@@ -218,6 +218,8 @@ class SpatialVAE(VideoAutoencoder):
     weight needs, recomputes the whole decoder.
     """
 
+    whole_frames = "GroupNorm and attention"
+
     @check_arguments
     def __init__(
         self,
@@ -285,7 +287,7 @@ class SpatialVAE(VideoAutoencoder):
         check_video(video, self.pixel_channels)
         video = pad_space(video, self.spec.space_stride).to(self.module.encoder.conv_in.weight.dtype)
         recompute = self.gradient_checkpointing and needs_grad(self.module.encoder, video)
-        encode = partial(maybe_checkpoint, self.module.encode, enabled=recompute)
+        encode = partial(maybe_checkpoint, self._encode_frames, enabled=recompute)
         posterior = Posterior.from_moments(per_frame(encode, video, self.frame_batch))
         if self.shortcut:
             posterior.mean = posterior.mean + self.shortcut_in(self.patches(video))
@@ -301,13 +303,26 @@ class SpatialVAE(VideoAutoencoder):
         def decode(frames: Tensor) -> Tensor:
             if self.keep_last_input:
                 return self.module.decoder.conv_out(maybe_checkpoint(self.module.features, frames, enabled=recompute))
-            return maybe_checkpoint(self.module.decode, frames, enabled=recompute)
+            return maybe_checkpoint(self._decode_frames, frames, enabled=recompute)
 
         video = per_frame(decode, z, self.frame_batch)
         if self.shortcut:
             f = self.spec.space_stride
             video = video + rearrange(self.shortcut_out(z), "b (c p q) t h w -> b c t (h p) (w q)", p=f, q=f)
         return video
+
+    def _encode_frames(self, frames: Tensor) -> Tensor:
+        """Moments of [N, 3, H, W]."""
+        if self.tiling is None:
+            return self.module.encode(frames)
+        encode = self.module.encode
+        return self.tiling("encoder", lambda x, _: (encode(x), None), frames, None, self.spec.space_stride, 1)[0]
+
+    def _decode_frames(self, z: Tensor) -> Tensor:
+        if self.tiling is None:
+            return self.module.decode(z)
+        decode = self.module.decode
+        return self.tiling("decoder", lambda x, _: (decode(x), None), z, None, 1, self.spec.space_stride)[0]
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         module = self.module

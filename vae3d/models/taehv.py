@@ -239,23 +239,49 @@ class TAEHV(VideoAutoencoder):
                 y, cache = step(chunk, cache, False)
                 outputs.append(y)
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2), cache
-        recompute = self.gradient_checkpointing and needs_grad(part, x)
+        recompute = self.gradient_checkpointing and self.tiling is None and needs_grad(part, x)
         single = self.chunk_latents is None
         return maybe_checkpoint(step, x, cache, recompute and single, enabled=recompute and not single)
 
     def _latents(self, video: Tensor, cache: Cache | None, recompute: bool) -> tuple[Tensor, Cache]:
         x = rearrange(video.to(self.encoder[0].weight.dtype) / 2 + 0.5, "b c t h w -> (t b) c h w")
         x = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
-        x, cache = run_layers(self.encoder, x, len(video), cache, recompute)
-        return self.as_video(x, len(video)), cache
+        if self.tiling is None:
+            x, cache = run_layers(self.encoder, x, len(video), cache, recompute)
+            return self.as_video(x, len(video)), cache
+        cut = blocks.tile_cut(self.encoder, self.tiling.exact, down=True)
+        tiled, whole = self.encoder[:cut], self.encoder[cut:]
+
+        def step(tile: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+            return run_layers(tiled, tile, len(video), cache)
+
+        caches, cache = cache or (None, None)
+        unit = self.spec.space_stride // self.patch
+        x, caches = self.tiling("encoder", step, x, caches, unit, unit // 4 if self.tiling.exact else 1)
+        x, cache = run_layers(whole, x, len(video), cache)
+        return self.as_video(x, len(video)), (caches, cache)
 
     def _pixels(self, z: Tensor, cache: Cache | None, recompute: bool) -> tuple[Tensor, Cache]:
         x = rearrange(z.to(self.decoder[-1].weight.dtype), "b c t h w -> (t b) c h w")
         x = x.contiguous(memory_format=torch.channels_last)
         last = 1 + max(i for i, layer in enumerate(self.decoder) if isinstance(layer, blocks.TGrow))
-        x, cache = run_layers(self.decoder[:last], x, len(z), cache, recompute)
-        batches = x.split(1) if _one_by_one(x) else [x]
-        x = torch.cat([maybe_checkpoint(self.decoder[last:], frames, enabled=recompute) for frames in batches])
+
+        def step(x: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+            x, cache = run_layers(self.decoder[cut:last], x, len(z), cache, recompute)
+            batches = x.split(1) if _one_by_one(x) else [x]
+            y = torch.cat([maybe_checkpoint(self.decoder[last:], frames, enabled=recompute) for frames in batches])
+            return y, cache
+
+        cut = 0
+        if self.tiling is None:
+            x, cache = step(x, cache)
+        else:
+            cut = min(last, blocks.tile_cut(self.decoder, self.tiling.exact, down=False))
+            caches, cache = cache or (None, None)
+            x, cache = run_layers(self.decoder[:cut], x, len(z), cache)
+            unit = self.spec.space_stride // self.space_shrink // self.patch
+            x, caches = self.tiling("decoder", step, x, caches, x.shape[-1] // z.shape[-1], unit)
+            cache = caches, cache
         return self.as_video(2 * F.pixel_shuffle(x, self.patch) - 1, len(z)), cache
 
     def _chunks(self, latents: int) -> list[tuple[int, int]]:
@@ -270,6 +296,7 @@ class TAEHV(VideoAutoencoder):
         """
         if self.decimated:
             raise ValueError("a decoder without all of its upscaling does not reconstruct; leave decoder_*_upscale out")
+        height, width = self.coded_size(height, width)
         fitting = chunk_within(memory_gib, lambda latents: self.chunk_memory(latents, height, width), MAX_CHUNK)
         return PlannedStream(self, self.chunk_latents or fitting)
 

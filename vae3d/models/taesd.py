@@ -18,7 +18,7 @@ from vae3d.models.interface import PixelLayers, VideoAutoencoder, choose_latent_
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import clips_of, pad_space, per_frame
 from vae3d.models.layers.pixel_convs import PixelInput, PixelOutput
-from vae3d.models.layers.taehv_blocks import Clamp, UpConv, conv, per_stage
+from vae3d.models.layers.taehv_blocks import Clamp, UpConv, conv, per_stage, tile_cut
 from vae3d.models.streaming import IndependentChunks
 from vae3d.pixels import check_latents, check_video
 from vae3d.types import Delta, LatentSpec
@@ -172,14 +172,32 @@ class TAESD(VideoAutoencoder):
         """[B, 3, T, H, W] -> latents [B, C, T, ceil(H/f), ceil(W/f)]."""
         check_video(video, self.pixel_channels)
         video = pad_space(video, self.spec.space_stride).to(self.encoder[0].weight.dtype)
-        return Delta(self._per_frame(lambda frames: self.encoder(frames / 2 + 0.5), video, self.encoder))
+        return Delta(self._per_frame(lambda frames: self._encode_frames(frames / 2 + 0.5), video, self.encoder))
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         """Latents [B, C, T, h, w] -> video [B, 3, T, h*f, w*f], not clamped. num_frames must be T or None."""
         check_latents(z, self.spec.channels)
         assert num_frames in (None, z.shape[2]), "a per-frame autoencoder neither adds nor drops frames"
         z = z.to(self.decoder[-1].weight.dtype)
-        return self._per_frame(lambda latents: 2 * self.decoder(latents) - 1, z, self.decoder)
+        return self._per_frame(lambda latents: 2 * self._decode_frames(latents) - 1, z, self.decoder)
+
+    def _encode_frames(self, frames: Tensor) -> Tensor:
+        if self.tiling is None:
+            return self.encoder(frames)
+        cut = tile_cut(self.encoder, self.tiling.exact, down=True)
+        tiled, whole = self.encoder[:cut], self.encoder[cut:]
+        unit = self.spec.space_stride
+        at_cut = unit // 4 if self.tiling.exact else 1
+        return whole(self.tiling("encoder", lambda x, _: (tiled(x), None), frames, None, unit, at_cut)[0])
+
+    def _decode_frames(self, z: Tensor) -> Tensor:
+        if self.tiling is None:
+            return self.decoder(z)
+        cut = tile_cut(self.decoder, self.tiling.exact, down=False)
+        whole, tiled = self.decoder[:cut], self.decoder[cut:]
+        x = whole(z)
+        at_cut = x.shape[-1] // z.shape[-1]
+        return self.tiling("decoder", lambda x, _: (tiled(x), None), x, None, at_cut, self.spec.space_stride)[0]
 
     def _per_frame(self, step: Callable[[Tensor], Tensor], x: Tensor, part: nn.Module) -> Tensor:
         recompute = self.gradient_checkpointing and needs_grad(part, x)

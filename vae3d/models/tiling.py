@@ -1,30 +1,43 @@
-"""Tiled coding of frames that do not fit into memory: exact or blended, also across a panorama's seam."""
+"""Tiled coding of frames that do not fit into memory: exact or blended, also across a panorama's seam.
+
+`VideoAutoencoder.set_tiles` sets a model's `tiling`, through which its encoder and decoder then pass their input.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from itertools import pairwise, product
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vae3d.errors import UserError
-from vae3d.models.layers.wan_blocks import (
-    Conv,
-    DownBlock,
-    Downsample,
-    Head,
-    ResidualBlock,
-    UpBlock,
-    Upsample,
-    pointwise,
-    run_chain,
-)
-from vae3d.models.streaming import CausalStream
-from vae3d.models.wan import Cache, WanVAE
-from vae3d.types import LatentSpec, Posterior
+from vae3d.types import Delta, Posterior
+
+Model = Any  # a VideoAutoencoder, which imports this module
+Cache = Any  # of a step: what it needs of earlier chunks; None before the first
+Step = Callable[[Tensor, Cache], tuple[Tensor, Cache]]
+PROBE = 8  # side of the latents on which the reach is measured
+
+
+class Runner(Protocol):
+    """What models call. exact: whether the layers that see whole frames are kept out of tiles."""
+
+    exact: bool
+
+    def __call__(
+        self, part: str, step: Step, x: Tensor, caches: list[Cache] | None, unit_in: int, unit_out: int
+    ) -> tuple[Tensor, list[Cache]]:
+        """step on every tile of x [..., H, W]; returns their blend and the caches, one per tile.
+
+        part: encoder or decoder. unit_in, unit_out: positions of x and of the result per latent, along a side. A list
+        of caches is emptied on the way, so that old frames are freed before new ones are kept.
+        """
 
 
 @dataclass(frozen=True)
@@ -36,112 +49,68 @@ class Span:
     weight: Tensor
 
 
-class Tiled:
-    """Runs a WanVAE on tiles of `tile` x `tile` pixels.
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles of `tile` x `tile` pixels; a Runner.
 
-    overlap: None is exact. The convolutions above the lowest resolution run on tiles with a margin as wide as their
-    receptive field. The lowest resolution, where attention sees the whole frame, is a few per cent of the work and is
-    not tiled. A number of pixels runs the whole network on tiles that overlap by it, blended linearly, as in diffusers:
-    cheaper for small tiles, but attention sees one tile only, so results differ.
-    With a circular width, tiles continue across the seam.
-
-    Raises UserError for sizes that are no multiples of the model's strides, and for pad_h=pole, whose first rows need
-    columns from the other side of the panorama.
+    overlap: None is exact, each tile is read with a margin as wide as the layers that run on it reach, and cropped. A
+    number of pixels: tiles overlap by it and are blended linearly.
+    stride: pixels per latent. reach: of exact tiles, the margins in latents of encoder and decoder. circular: tiles
+    continue across the seam of the width.
     """
 
-    def __init__(self, model: WanVAE, tile: int, overlap: int | None = None) -> None:
-        stride, where = model.spec.space_stride, f"tile={tile}, tile_overlap={overlap}"
-        if tile < stride or tile % stride:
-            raise UserError(f"{where}: tile is {tile}; use a multiple of the model's space stride {stride}")
-        if overlap is not None and (overlap < 2 * stride or overlap % (2 * stride) or 2 * overlap > tile):
-            raise UserError(
-                f"{where}: overlap is {overlap}; use a multiple of {2 * stride} of at most half the tile's {tile}"
-            )
-        if model.borders.height == "pole":
-            raise UserError(f"{where}: pad_h=pole cannot be coded in tiles; use pad_h=zeros, or whole frames")
-        self.model = model
-        self.tile = tile // stride  # latents
-        self.overlap = overlap
-        self.circular = model.borders.width == "circular"
-        encoder, decoder = model.encoder.chain(), model.decoder.chain()
-        # (layers that run on tiles, layers that run on whole frames)
-        self._encoder = encoder, []
-        self._decoder = decoder, []
-        if overlap is None:
-            last_down = max(i for i, layer in enumerate(encoder) if _resamples(layer))
-            first_up = min(i for i, layer in enumerate(decoder) if _resamples(layer))
-            self._encoder = encoder[: last_down + 1], encoder[last_down + 1 :]
-            self._decoder = decoder[first_up:], decoder[:first_up]
+    tile: int
+    overlap: int | None
+    stride: int
+    reach: dict[str, int]
+    circular: bool = False
 
     @property
-    def spec(self) -> LatentSpec:
-        return self.model.spec
+    def exact(self) -> bool:
+        return self.overlap is None
 
-    def stream(self, height: int, width: int, memory_gib: float | None = None) -> CausalStream:
-        """As WanVAE.stream. Activations are those of one tile; the cache is that of whole frames."""
-        self.model.require_closed_seam(width)
-        chunk = self.model.stream(min(height, self.pixels), min(width, self.pixels), memory_gib).chunk_latents
-        return CausalStream(self, chunk)
+    def __str__(self) -> str:
+        if self.exact:
+            return f"exact tiles of {self.tile} x {self.tile}"
+        return f"blended tiles of {self.tile} x {self.tile}, overlapping by {self.overlap}"
 
-    @property
-    def pixels(self) -> int:
-        """Side of a tile with its margins."""
-        return (self.tile + 2 * self._margin(self._decoder[0])) * self.spec.space_stride
+    def margin(self, part: str) -> int:
+        """Latents that a tile is read with on each side."""
+        return self.reach[part] if self.overlap is None else self.overlap // (2 * self.stride)
 
-    @torch.no_grad()
-    def encode_chunk(self, video: Tensor, cache: Cache | None, return_cache: bool = True) -> tuple[Posterior, Cache]:
-        """As WanVAE.encode_chunk; return_cache=False for a whole clip."""
-        tiled_layers, whole_layers = self._encoder
-        tiles_cache, cache = cache or (None, None)
-        x = self.model.to_patches(video)
-        x, tiles_cache = self._run_tiles(tiled_layers, x, tiles_cache, return_cache, down=True)
-        x, cache = run_chain(whole_layers, x, cache, return_cache)
-        return Posterior.from_moments(pointwise(self.model.conv1, x)), (tiles_cache, list(cache))
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        """Size in pixels of the largest piece of a frame that the decoder runs on, with its margins."""
+        side = self.tile + 2 * self.margin("decoder") * self.stride
+        return min(height, side), min(width, side)
 
-    @torch.no_grad()
-    def decode_chunk(self, z: Tensor, cache: Cache | None, return_cache: bool = True) -> tuple[Tensor, Cache]:
-        """As WanVAE.decode_chunk; return_cache=False for a whole clip."""
-        tiled_layers, whole_layers = self._decoder
-        tiles_cache, cache = cache or (None, None)
-        conv = self.model.conv2
-        x, cache = run_chain(whole_layers, pointwise(conv, z.to(conv.weight.dtype)), cache, return_cache)
-        x, tiles_cache = self._run_tiles(tiled_layers, x, tiles_cache, return_cache, down=False)
-        return self.model.from_patches(x), (tiles_cache, list(cache))
-
-    def _run_tiles(
-        self, layers: Sequence[nn.Module], x: Tensor, caches: list[Cache] | None, return_cache: bool, *, down: bool
+    def __call__(
+        self, part: str, step: Step, x: Tensor, caches: list[Cache] | None, unit_in: int, unit_out: int
     ) -> tuple[Tensor, list[Cache]]:
-        """run_chain on every tile of x, and their blend. caches: one per tile. down: layers of the encoder."""
-        stride = self.spec.space_stride // self.model.patch
-        unit_in, unit_out = (stride, 1) if down else (1, stride)  # positions per latent
         height, width = (side // unit_in for side in x.shape[-2:])
-        margin = self._margin(layers)
-        rows = self._spans(height, margin, False, unit_out)
-        columns = self._spans(width, margin, self.circular, unit_out)
-        out = None
-        new_caches = []
+        margin = self.margin(part)
+        rows = self.spans(height, margin, False, unit_out)
+        columns = self.spans(width, margin, self.circular, unit_out)
+        out, new_caches = None, []
         for i, (row, column) in enumerate(product(rows, columns)):
             tile = _take(_take(x, -2, row, unit_in), -1, column, unit_in)
-            y, new_cache = run_chain(layers, tile, None if caches is None else caches[i], return_cache)
-            new_caches.append(list(new_cache) if return_cache else None)
+            cache = None if caches is None else caches[i]
+            if caches is not None:
+                caches[i] = None
+            y, cache = step(tile, cache)
+            new_caches.append(cache)
+            if len(rows) == len(columns) == 1:
+                return y, new_caches
             if out is None:
-                out = y.new_zeros((*y.shape[:3], height * unit_out, width * unit_out))
+                out = _zeros(y, (height * unit_out, width * unit_out), self.exact)
             _add(out, y, row, column, unit_out)
-        return out, new_caches
+        return out.to(y.dtype), new_caches
 
-    def _margin(self, layers: Sequence[nn.Module]) -> int:
-        """Latents that a tile is read with on each side."""
-        if self.overlap is not None:
-            return self.overlap // (2 * self.spec.space_stride)
-        reach = _reach(layers)
-        down = any(isinstance(layer, Downsample | DownBlock) for layer in layers)
-        return math.ceil(reach / (self.spec.space_stride // self.model.patch)) if down else reach
-
-    def _spans(self, length: int, margin: int, circular: bool, unit: int) -> list[Span]:
+    def spans(self, length: int, margin: int, circular: bool, unit: int) -> list[Span]:
         """Tiles of about equal size along an axis of `length` latents. unit: output positions per latent."""
-        if self.tile + 2 * margin >= length:
+        tile = self.tile // self.stride
+        if tile + 2 * margin >= length:
             return [Span(0, length, torch.ones(length * unit))]
-        count = math.ceil(length / self.tile)
+        count = math.ceil(length / tile)
         edges = [number * length // count for number in range(count + 1)]
         spans = []
         for start, stop in pairwise(edges):
@@ -164,6 +133,50 @@ class Tiled:
         return (distance / (2 * margin * unit) + 0.5).clamp(0, 1)
 
 
+def make_tiling(model: Model, tile: int, overlap: int | None) -> Tiling:
+    """Raises UserError for sizes that are no multiples of the model's stride, and for exact tiles of a model whose
+    results depend on whole frames."""
+    stride = model.spec.space_stride
+    where = f"tile={tile}, tile_overlap={overlap}"
+    if tile < stride or tile % stride:
+        raise UserError(f"{where}: tile is {tile}; use a multiple of the model's space stride {stride}")
+    if overlap is not None:
+        if overlap < 2 * stride or overlap % (2 * stride) or 2 * overlap > tile:
+            raise UserError(
+                f"{where}: overlap is {overlap}; use a multiple of {2 * stride} of at most half the tile's {tile}"
+            )
+        return Tiling(tile, overlap, stride, {}, model.circular)
+    reach, why = ({}, model.whole_frames) if model.whole_frames else model.tile_reach()
+    if why:
+        fitting = tile // 4 // (2 * stride) * 2 * stride or 2 * stride
+        tiles = f"tile={tile} " if tile >= 2 * fitting else f"tile={2 * fitting} "
+        raise UserError(
+            f"{where}: a {model.kind_of_network} cannot be coded in exact tiles, because of its {why}; "
+            f"{tiles}tile_overlap={fitting} blends tiles, which changes the result"
+        )
+    return Tiling(tile, None, stride, reach, model.circular)
+
+
+def code_in_tiles(
+    tiling: Runner,
+    encode: Callable[[Tensor, Cache], tuple[Posterior | Delta, Cache]],
+    x: Tensor,
+    caches: list[Cache] | None,
+    unit_in: int,
+) -> tuple[Posterior | Delta, list[Cache]]:
+    """An encoder that returns posteriors, on tiles; means and log-variances are blended."""
+    kind: type[Posterior | Delta] = Posterior
+
+    def step(tile: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        nonlocal kind
+        coded, cache = encode(tile, cache)
+        kind = type(coded)
+        return torch.cat(list(vars(coded).values()), 1), cache
+
+    moments, caches = tiling("encoder", step, x, caches, unit_in, 1)
+    return kind(*moments.chunk(len(fields(kind)), 1)), caches
+
+
 def _take(x: Tensor, dim: int, span: Span, unit: int) -> Tensor:
     """Slice of x along `dim`. unit: positions per latent."""
     low, high = span.low * unit, span.high * unit
@@ -172,9 +185,18 @@ def _take(x: Tensor, dim: int, span: Span, unit: int) -> Tensor:
     return x.index_select(dim, torch.arange(low, high, device=x.device) % x.shape[dim])
 
 
+def _zeros(like: Tensor, size: tuple[int, int], exact: bool) -> Tensor:
+    """[..., *size] in the memory format of a tile, in fp32 or better for a sum of weighted tiles."""
+    dtype = like.dtype if exact else torch.promote_types(like.dtype, torch.float32)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(like.ndim)
+    zeros = like.new_zeros((*like.shape[:-2], *size), dtype=dtype)
+    return zeros.contiguous(memory_format=last) if last and like.is_contiguous(memory_format=last) else zeros
+
+
 def _add(out: Tensor, tile: Tensor, row: Span, column: Span, unit: int) -> None:
     """Add a tile, times its blend weights, to `out` in place."""
-    weight_rows, weight_columns = (span.weight.to(tile) for span in (row, column))
+    weight_rows, weight_columns = (span.weight.to(out) for span in (row, column))
     top, bottom = (int(edge) for edge in row.weight.nonzero().flatten()[[0, -1]])
     left, right = (int(edge) for edge in column.weight.nonzero().flatten()[[0, -1]])
     tile = tile[..., top : bottom + 1, left : right + 1]
@@ -184,23 +206,120 @@ def _add(out: Tensor, tile: Tensor, row: Span, column: Span, unit: int) -> None:
     out[..., first + top : first + bottom + 1, :].index_add_(-1, columns % out.shape[-1], tile)
 
 
-def _resamples(layer: nn.Module) -> bool:
-    """Whether a layer of a chain changes the resolution."""
-    if isinstance(layer, DownBlock):
-        return layer.space > 1
-    return isinstance(layer, Downsample | Upsample) or (isinstance(layer, UpBlock) and layer.up)
+# ---- the reach of layers
 
 
-def _reach(layers: Sequence[nn.Module], behind: int = 0) -> int:
-    """Pixels of the input on each side on which an output pixel depends. behind: the same for the layers after."""
-    for layer in reversed(layers):
-        if isinstance(layer, DownBlock | UpBlock):
-            inner = layer.downsamples if isinstance(layer, DownBlock) else layer.upsamples
-            behind = _reach(inner, behind)
-        elif isinstance(layer, Downsample):
-            behind = 2 * behind + 2
-        elif isinstance(layer, Upsample):
-            behind = (behind + 2) // 2
-        else:
-            behind += {Conv: 1, Head: 1, ResidualBlock: 2}[type(layer)]
-    return behind
+@torch.inference_mode(False)  # in which operations do not reach the probe one by one
+@torch.no_grad()
+def measure_reach(model: Model) -> tuple[dict[str, int], str]:
+    """Latents on each side that encoder and decoder must see beside those that a result belongs to, and "".
+
+    From the convolutions that a pass on the meta device runs, so for any configuration. An upper bound, as every one of
+    them counts, also of branches that run side by side. The second value says what makes results depend on whole
+    frames, if there is something.
+    """
+    probe = _Probe()
+    frames = next(n for n in range(1, 65) if model.frames_valid(n) and model.latent_frames(n) > 1)
+    side = PROBE * model.spec.space_stride
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    video = torch.empty(1, model.pixel_channels, frames, side, side, dtype=dtype, device="meta")
+    tensors = {
+        f"model.{name}": torch.empty_like(tensor, device="meta")
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    model.tiling = probe
+    try:
+        functional_call(_Autoencode(model), tensors, (video,))
+    finally:
+        model.tiling = None
+    return probe.reach, ", ".join(dict.fromkeys(probe.found))
+
+
+class _Autoencode(nn.Module):
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, video: Tensor) -> Tensor:
+        return self.model.decode(self.model.encode(video).mode())
+
+
+class _Probe:
+    """A Runner that runs every step on whole frames and measures its reach."""
+
+    exact = True
+
+    def __init__(self) -> None:
+        self.reach = {"encoder": 0, "decoder": 0}
+        self.found: list[str] = []
+
+    def __call__(
+        self, part: str, step: Step, x: Tensor, caches: list[Cache] | None, unit_in: int, unit_out: int
+    ) -> tuple[Tensor, list[Cache]]:
+        with _Convolutions(x.shape[-2] // unit_in) as seen:
+            y, cache = step(x, None if caches is None else caches[0])
+        self.reach[part] = max(self.reach[part], math.ceil(seen.reach))
+        self.found += seen.found
+        return y, [cache]
+
+
+class _Convolutions(TorchDispatchMode):
+    """Sums up, in `reach`, how many latents the convolutions reach beyond each side of what they compute.
+
+    A convolution of kernel k at positions of size s (in latents) reaches (k - 1) / 2 * s; one with a stride, k - stride
+    of its input's positions at most, whatever its padding. Upsampling to nearest neighbours and shuffling of pixels
+    stay within a latent, to which the sum is rounded up. found: operations that see whole frames.
+    latents: along a side.
+    """
+
+    WHOLE = {
+        "native_group_norm": "GroupNorm",
+        "bmm": "attention",
+        "_softmax": "attention",
+        "upsample_bilinear2d": "bilinear interpolation",
+        "upsample_bicubic2d": "bicubic interpolation",
+        "randn_like": "noise",
+        "randn": "noise",
+        "normal_": "noise",
+    }
+
+    def __init__(self, latents: int) -> None:
+        super().__init__()
+        self.latents = latents
+        self.reach = 0.0
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in self.WHOLE or "scaled_dot_product" in name:
+            self.found.append(self.WHOLE.get(name, "attention"))
+        if name == "convolution":
+            self._convolution(out, *args)
+        return out
+
+    def _convolution(
+        self,
+        out: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        transposed: bool,
+        *_: Any,
+    ) -> None:
+        """The rows count; all these networks treat columns the same."""
+        kernel = weight.shape[-2:]
+        if max(kernel) == 1:
+            return
+        rows = next((n for n in (out.shape[-2], x.shape[-2] // stride[-1]) if n % self.latents == 0), None)
+        if weight.ndim < 4 or transposed or kernel[0] != kernel[1] or rows is None:
+            self.found.append("convolutions that are not square or change the size otherwise")
+            return
+        span, step = dilation[-1] * (kernel[-1] - 1), stride[-1]
+        beyond = math.ceil(span / 2) if step == 1 else max(0, span + 1 - step)
+        self.reach += beyond * self.latents / rows / step

@@ -6,7 +6,9 @@ Wan-Video/Wan2.1 and `vae2_2.py` in Wan-Video/Wan2.2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -27,12 +29,26 @@ from vae3d.arguments import (
     Widths,
     check_arguments,
 )
+from vae3d.errors import UserError
 from vae3d.models.interface import PixelLayers, VideoAutoencoder
 from vae3d.models.layers.borders import Borders
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import extend_time, pad_space
 from vae3d.models.layers.taehv_blocks import per_stage
-from vae3d.models.layers.wan_blocks import Decoder, Encoder, LayerCache, pointwise, run_chain
+from vae3d.models.layers.wan_blocks import (
+    Conv,
+    Decoder,
+    DownBlock,
+    Downsample,
+    Encoder,
+    Head,
+    LayerCache,
+    ResidualBlock,
+    UpBlock,
+    Upsample,
+    pointwise,
+    run_chain,
+)
 from vae3d.models.streaming import CausalStream, chunk_lengths, chunk_within
 from vae3d.pixels import check_latents, check_video
 from vae3d.text import plural
@@ -160,8 +176,33 @@ class WanVAE(VideoAutoencoder):
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> CausalStream:
         """Chunks of `chunk_latents`, or of as many latents as decode in `memory_gib` in fp32, at most MAX_CHUNK."""
         self.require_closed_seam(width)
+        height, width = self.coded_size(height, width)
         fitting = chunk_within(memory_gib, lambda latents: self.chunk_memory(latents, height, width), MAX_CHUNK)
         return CausalStream(self, self.chunk_latents or fitting)
+
+    @property
+    def circular(self) -> bool:
+        return self.borders.width == "circular"
+
+    def set_tiles(self, tile: int | None, overlap: int | None = None) -> None:
+        """See VideoAutoencoder.set_tiles. Raises UserError for pad_h=pole, whose first rows need columns from the other
+        side of the panorama."""
+        if tile is not None and self.borders.height == "pole":
+            raise UserError(f"tile={tile}: pad_h=pole cannot be coded in tiles; use pad_h=zeros, or whole frames")
+        super().set_tiles(tile, overlap)
+
+    def tile_reach(self) -> tuple[dict[str, int], str]:
+        stride = self.spec.space_stride // self.patch
+        encoder, decoder = self._tiled_layers()
+        return {"encoder": math.ceil(_reach(encoder) / stride), "decoder": _reach(decoder)}, ""
+
+    def _tiled_layers(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Layers of encoder and decoder above the lowest resolution, where attention sees whole frames. The others are
+        a few per cent of the work."""
+        encoder, decoder = self.encoder.chain(), self.decoder.chain()
+        last_down = max(i for i, layer in enumerate(encoder) if _resamples(layer))
+        first_up = min(i for i, layer in enumerate(decoder) if _resamples(layer))
+        return encoder[: last_down + 1], decoder[first_up:]
 
     def chunk_memory(self, latents: int, height: int, width: int) -> int:
         """Estimated bytes for decoding a chunk in fp32, with the cache but without weights: those of the last level."""
@@ -177,7 +218,7 @@ class WanVAE(VideoAutoencoder):
         With gradient checkpointing a single chunk keeps the input of every block. Of several chunks only the caches are
         kept, and each chunk is recomputed as a whole in backward.
         """
-        recompute = self.gradient_checkpointing and needs_grad(part, chunks[0])
+        recompute = self.gradient_checkpointing and self.tiling is None and needs_grad(part, chunks[0])
         single = len(chunks) == 1
         outputs = []
         cache = None
@@ -190,12 +231,30 @@ class WanVAE(VideoAutoencoder):
         return outputs[0] if single else torch.cat(outputs, 2)
 
     def _moments(self, video: Tensor, cache: Cache | None, return_cache: bool, recompute: bool) -> tuple[Tensor, Cache]:
-        x, cache = run_chain(self.encoder.chain(), self.to_patches(video), cache, return_cache, recompute)
-        return pointwise(self.conv1, x), cache
+        x, chain = self.to_patches(video), self.encoder.chain()
+        if self.tiling is None:
+            x, cache = run_chain(chain, x, cache, return_cache, recompute)
+            return pointwise(self.conv1, x), cache
+        cut = len(self._tiled_layers()[0]) if self.tiling.exact else len(chain)
+        caches, cache = cache or (None, None)
+        step = partial(run_chain, chain[:cut], return_cache=return_cache)
+        unit = self.spec.space_stride // self.patch
+        x, caches = self.tiling("encoder", step, x, caches, unit, 1)
+        x, cache = run_chain(chain[cut:], x, cache, return_cache)
+        return pointwise(self.conv1, x), (caches, list(cache))
 
     def _pixels(self, z: Tensor, cache: Cache | None, return_cache: bool, recompute: bool) -> tuple[Tensor, Cache]:
         x = pointwise(self.conv2, z.to(self.conv2.weight.dtype))
-        x, cache = run_chain(self.decoder.chain(), x, cache, return_cache, recompute)
+        chain = self.decoder.chain()
+        if self.tiling is None:
+            x, cache = run_chain(chain, x, cache, return_cache, recompute)
+            return self.from_patches(x), cache
+        cut = len(chain) - len(self._tiled_layers()[1]) if self.tiling.exact else 0
+        caches, cache = cache or (None, None)
+        x, cache = run_chain(chain[:cut], x, cache, return_cache)
+        step = partial(run_chain, chain[cut:], return_cache=return_cache)
+        x, caches = self.tiling("decoder", step, x, caches, 1, self.spec.space_stride // self.patch)
+        cache = caches, list(cache)
         return self.from_patches(x), cache
 
     def to_patches(self, video: Tensor) -> Tensor:
@@ -231,3 +290,25 @@ class WanVAE(VideoAutoencoder):
 
     def latent_frames(self, frames: int) -> int:
         return 1 + -(-(frames - 1) // self.spec.time_stride)
+
+
+def _resamples(layer: nn.Module) -> bool:
+    """Whether a layer of a chain changes the resolution."""
+    if isinstance(layer, DownBlock):
+        return layer.space > 1
+    return isinstance(layer, Downsample | Upsample) or (isinstance(layer, UpBlock) and layer.up)
+
+
+def _reach(layers: Sequence[nn.Module], behind: int = 0) -> int:
+    """Pixels of the input on each side on which an output pixel depends. behind: the same for the layers after."""
+    for layer in reversed(layers):
+        if isinstance(layer, DownBlock | UpBlock):
+            inner = layer.downsamples if isinstance(layer, DownBlock) else layer.upsamples
+            behind = _reach(inner, behind)
+        elif isinstance(layer, Downsample):
+            behind = 2 * behind + 2
+        elif isinstance(layer, Upsample):
+            behind = (behind + 2) // 2
+        else:
+            behind += {Conv: 1, Head: 1, ResidualBlock: 2}[type(layer)]
+    return behind

@@ -212,6 +212,20 @@ def super_decoder(
     return nn.Sequential(*layers, PixelOutput(widths[-1], pixels, patch=patch))
 
 
+def tile_cut(layers: nn.Sequential, exact: bool, *, down: bool) -> int:
+    """Where layers that run on tiles meet those that run on whole frames.
+
+    Exact tiles leave out what is at a quarter of the resolution or less: it needs a sixteenth of the memory, and tiles
+    would need wide margins there. down: of an encoder, which ends with the whole frames.
+    """
+    if not exact:
+        return len(layers) if down else 0
+    if down:
+        return [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d) and layer.stride[0] > 1][1] + 1
+    ups = [i for i, layer in enumerate(layers) if isinstance(layer, UpConv | nn.PixelShuffle)]
+    return ups[-2:][0] if ups else len(layers)
+
+
 def run_layers(
     layers: nn.Sequential, x: Tensor, clips: int, cache: Cache | None, recompute: bool = False
 ) -> tuple[Tensor, Cache]:
