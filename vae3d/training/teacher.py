@@ -96,8 +96,11 @@ class Distillation:
             with capture_activations(self.teacher, list(self.features.values()), len(video)) as activations:
                 self.teacher.decode(z.to(self.dtype), video.shape[2])
             features = {name: one_per_latent(activations(inner), z.shape[2]) for name, inner in self.features.items()}
-        latents = convert_latents(z.float(), self.teacher, self.student)
-        return replace(batch, targets=TeacherTargets(latents, {name: f.float() for name, f in features.items()}))
+        latents = convert_latents(z.float(), self.teacher, self.student).contiguous()  # as a cache returns them: the
+        features = {
+            name: tensor.float().contiguous() for name, tensor in features.items()
+        }  # order of sums depends on it
+        return replace(batch, targets=TeacherTargets(latents, features))
 
     def latents(self, batch: ClipBatch, step: int) -> Tensor | None:
         """The latents that the student decodes in this step: the teacher's, or None for its own."""
