@@ -124,8 +124,8 @@ def still_runs(pid: int) -> bool:
 
 
 def plain(value: object) -> object:
-    """The value with tensors as bytes, comparable with ==, without `teacher.cache`, which the unkilled run has not. Files
-    with equal values may differ, since pickle shares objects."""
+    """The value with tensors as bytes, comparable with ==, and without `teacher.cache`, which the unkilled run has not.
+    Files with equal values may differ, since pickle shares objects."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
     if isinstance(value, dict):

@@ -129,7 +129,7 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
 
 def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
     data, validation = config.data, config.validation
-    settings, source = build_clip_settings(data), instantiate(data.source)
+    settings, source = build_clip_settings(data, codec.model.pixel_channels), instantiate(data.source)
     tables = read_tables(source, settings, data.num_val_files if validation.every else 0, data.max_broken)
     every = pd.concat([tables.train, tables.val], ignore_index=True)
     names = labels_of(every, config.labels)

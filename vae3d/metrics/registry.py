@@ -46,6 +46,8 @@ METRICS: dict[str, Entry] = {
     "lpips_alex": Entry("perceptual distance, AlexNet", frame.Lpips, (LPIPS["alex"],)),
     "lpips_vgg": Entry("perceptual distance, VGG", frame.LpipsVgg, (LPIPS["vgg"],)),
     "sharpness": Entry("gradient energy over the original's", frame.Sharpness),
+    "alpha_psnr": Entry("RGBA: PSNR in dB of alpha", frame.AlphaPsnr),
+    "alpha_ssim": Entry("RGBA: structural similarity of alpha", frame.AlphaSsim),
     "flolpips": _flolpips("pwc", "PWC-Net"),
     "flolpips_raft_large": _flolpips("raft_large", "RAFT"),
     "flolpips_raft_small": _flolpips("raft_small", "small RAFT"),
