@@ -16,10 +16,9 @@ from vae3d.evaluation.pairs import PairReader
 from vae3d.evaluation.score import Job
 from vae3d.evaluation.store import VideoScore
 from vae3d.evaluation.tables import metric_table
-from vae3d.inference.pictures import displayable
 from vae3d.io import write_text
 from vae3d.metrics.base import Better, goodness
-from vae3d.pixels import as_unit, quantize
+from vae3d.pixels import over_grey, quantize
 from vae3d.report import number
 from vae3d.report.html import html_table, img, render, resize_to_width, subplots, svg
 
@@ -118,7 +117,7 @@ def _clip(video: VideoScore, job: Job, by: str, columns: Mapping[str, Better]) -
     """Name, scores and rows of frames: original, reconstruction, error."""
     indices = _shown_frames(video, by, columns)
     with PairReader(job.pair, job.protocol) as reader:
-        ref, rec = (_displayable(frames) for frames in reader.read(indices))
+        ref, rec = (over_grey(frames) if frames.shape[1] == 4 else frames for frames in reader.read(indices))
     return {
         "name": video.name,
         "scores": ", ".join(f"{c} {number(video.scores[c].value)}" for c in columns if c in video.scores),
@@ -140,13 +139,6 @@ def _shown_frames(video: VideoScore, by: str, columns: Mapping[str, Better]) -> 
         nearest = min(range(len(shown)), key=lambda i: abs(shown[i] - worst))
         shown[nearest] = worst
     return shown
-
-
-def _displayable(frames: Tensor) -> Tensor:
-    """Frames [T, 3, H, W] in [0, 1] as they are; RGBA [T, 4, H, W] over a checkerboard."""
-    if frames.shape[1] == 3:
-        return frames
-    return as_unit(displayable(quantize(frames, "unit").permute(0, 2, 3, 1).numpy()))
 
 
 def _frame_row(frames: Tensor) -> Markup:
