@@ -7,23 +7,13 @@ from __future__ import annotations
 
 from vae3d.models.diffusers_classes import CLASSES, NOT_SERVED, DiffusersClass
 
-FRAMES = {
-    "any_number": "any",
-    "one_plus": "1 + n x stride",
-    "multiples": "n x stride",
-    "_cogvideox": "8 n, 1 + 8 n",
-    "_kvae_video": "1 + 4 n, not 21 + 16 n",
-    "_vidtok": "1 + n x stride",
-    "_minimax": "5 + 17 n, from 22",
-}
-
 
 def row(kind: str, entry: DiffusersClass) -> str:
     cells = [
         f"`{kind}`",
         entry.of,
         entry.published,
-        FRAMES[entry.frames.__name__],
+        entry.frames.text,
         "exact" if entry.exact_stream else "whole",
         "no" if entry.fixed_size else "blended" if entry.whole_frames else "exact",
         entry.latent,

@@ -2,10 +2,12 @@
 
     python scripts/check_kills.py /tmp/kills --kills 30                    # train.py
     python scripts/check_kills.py /tmp/kills --kills 10 --diffusion        # train_latent_diffusion.py
+    python scripts/check_kills.py /tmp/kills --kills 10 --cached           # train.py with teacher.cache
 
 Half of the kills come after the last checkpoint is complete, while exports and published files are written. Each run
 is killed once, then started again until it ends. Its checkpoints, exports, published files and metrics must equal those
-of an unkilled run, bit for bit, and nothing else may be left. For developers, on Linux; 30 kills take minutes.
+of an unkilled run, bit for bit, and nothing else may be left. With --cached, the unkilled run has no cache, and each
+killed one has its own, empty. For developers, on Linux; 30 kills take minutes.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-import vae3d.loading  # noqa: F401  (once, before the forks)
+import vae3d.loading  # also once, before the forks
 from vae3d.argparse_types import non_negative_int, positive_int
+from vae3d.checkpoints.export import write_export
+from vae3d.checkpoints.formats import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 8
@@ -38,10 +42,23 @@ VAE += ["stage.init_from=random", "loss=recon_kl", "data.height=16", "data.width
 VAE += ["data.frames.min=1", "data.frames.max=1", "validation.frames=1", "validation.every=4", "validation.clips=2"]
 VAE += ["validation.metrics=[psnr]", "trainer.best=psnr", "trainer.publish.prefix=vae", "trainer.publish.layout=native"]
 VAE += ["trainer.robust.preflight=false"]
+DISTILLATION = ["model=taesd", "model.variant=taesd", "stage=decoder_only", "loss=decoder_pixels", "teacher=vae"]
+DISTILLATION += ["data.height=16", "data.width=16", "data.batch_size=4"]
+DISTILLATION += ["data.frames.min=1", "data.frames.max=1", "data.crop=center", "data.flip=false"]
+DISTILLATION += ["model.decoder_channels=[4,5,4,3]", "model.decoder_blocks=[1,1,1,1]", "model.frame_batch=null"]
+DISTILLATION += ["teacher.features={decoder.3: decoder.4}", "loss.terms.features.weight=0.1"]
+DISTILLATION += ["validation.frames=1", "validation.every=4", "validation.clips=2", "validation.metrics=[psnr]"]
+DISTILLATION += ["trainer.best=psnr", "trainer.publish.layout=native", "trainer.robust.preflight=false"]
 DIFFUSION = ["denoiser=unet", "denoiser.width=16", "denoiser.blocks=1", "denoiser.head_channels=16"]
 DIFFUSION += ["data.height=32", "data.width=32", "data.frames.min=1", "data.frames.max=1"]
 DIFFUSION += ["data.batch_size=4", "trainer.ema.rates=[0.9,0.99]", "labels=none"]
 DIFFUSION += ["validation.every=0", "trainer.scale_samples=64"]
+
+
+READERS = {
+    ".pt": lambda path: torch.load(path, weights_only=True),
+    ".json": lambda path: json.loads(path.read_text()),
+}
 
 
 def start(script: str, arguments: list[str], folder: Path) -> int:
@@ -107,12 +124,12 @@ def still_runs(pid: int) -> bool:
 
 
 def plain(value: object) -> object:
-    """The value with tensors as bytes, comparable with ==. Files with equal values may differ, since pickle shares
-    objects."""
+    """The value with tensors as bytes, comparable with ==, and without `teacher.cache`, which the unkilled run has not.
+    Files with equal values may differ, since pickle shares objects."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
     if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
+        return {key: plain(inner) for key, inner in value.items() if key != "cache"}
     return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
@@ -122,7 +139,7 @@ def contents(folder: Path) -> dict[str, object]:
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
         if path.is_file() and not name.startswith((".hydra", ".lock", "rank0.log", "launches", "metrics")):
-            found[name] = plain(torch.load(path, weights_only=True)) if path.suffix == ".pt" else path.read_bytes()
+            found[name] = plain(READERS.get(path.suffix, Path.read_bytes)(path))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     about_machine = ("per_second", "memory_gib")
     found["metrics.jsonl"] = [{k: v for k, v in line.items() if not k.endswith(about_machine)} for line in lines]
@@ -138,11 +155,23 @@ def make_images(folder: Path, count: int = 80) -> Path:
     return folder
 
 
+def make_teacher(folder: Path) -> Path:
+    """An export of a small TAESD with random weights."""
+    config = vae3d.loading.model_config(
+        "taesd", "model.variant=taesd", "model.decoder_channels=[6,5,4,4]", "model.decoder_blocks=[2,1,1,1]"
+    )
+    torch.manual_seed(0)
+    write_export(Checkpoint(config, vae3d.loading.instantiate(config).state_dict(), folder, "export"), folder)
+    return folder
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="an empty folder for the runs")
     parser.add_argument("--kills", type=positive_int, default=30)
-    parser.add_argument("--diffusion", action="store_true")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--diffusion", action="store_true")
+    kind.add_argument("--cached", action="store_true", help="distil from a teacher whose targets are cached")
     parser.add_argument("--seed", type=non_negative_int, default=0)
     args = parser.parse_args()
     random.seed(args.seed)
@@ -160,14 +189,20 @@ def main() -> int:
         if scaled:
             raise RuntimeError("measure_scale.py failed")
         arguments = [*COMMON, *DIFFUSION, *source]
+    cache = []
+    if args.cached:
+        teacher = make_teacher(folder / "teacher")
+        source = ["data=folder", f"data.source.path={folder / 'images'}", f"teacher.path={teacher}"]
+        arguments = [*COMMON, *DISTILLATION, *source, f"stage.init_from={{encoder: {teacher}}}"]
+        cache = ["teacher.cache=cache"]  # in the folder of each run
     seconds = run_to_end(script, arguments, folder / "whole")
     expected = contents(folder / "whole")
     print(f"a run takes {seconds:.1f} s and leaves {len(expected)} files", flush=True)
     differing = 0
     for number in range(args.kills):
         killed = folder / f"killed{number:03d}"
-        where = kill_once(script, arguments, killed, late=number % 2 == 1)
-        run_to_end(script, arguments, killed)
+        where = kill_once(script, [*arguments, *cache], killed, late=number % 2 == 1)
+        run_to_end(script, [*arguments, *cache], killed)
         found = contents(killed)
         names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         differing += bool(names)

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from vae3d.data.clips import read_resized, to_video
 from vae3d.data.media import MediaError
-from vae3d.data.readers import open_media
+from vae3d.data.readers import open_media, open_pair
 from vae3d.errors import UserError
 from vae3d.hub import from_pretrained, push_to_hub
 from vae3d.inference.reconstruct import read_chunks
-from vae3d.inference.video import VideoWriter
+from vae3d.inference.video import VideoWriter, video_suffix
 from vae3d.latents.codec import LatentCodec
 from vae3d.loading import build, list_models, load, open_codec, save
 from vae3d.metrics import MetricError, MetricSet, build_metrics
@@ -50,7 +50,8 @@ FRAMES = 16  # of a file that are scored at once
 
 
 class Video(NamedTuple):
-    """A video in memory. frames: [1, 3, T, H, W] in [-1, 1]. fps: frames per second; 0 for an image."""
+    """A video in memory. frames: [1, 3, T, H, W] in [-1, 1], or RGBA [1, 4, T, H, W]. fps: frames per second; 0 for an
+    image."""
 
     frames: Tensor
     fps: float
@@ -63,15 +64,18 @@ def read_video(
     num_frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
+    alpha: bool = False,
 ) -> Video:
     """Read a video, an image or numbered images, frame by frame as it is shown.
 
     start, num_frames: which frames; None: to the end. height, width: resize and centre-crop; None: as the file.
-    Raises MediaError, and UserError for a size that is not positive.
+    alpha: read RGBA, not premultiplied.
+    Raises MediaError, also for transparent pixels (with `alpha`: for files without alpha), and UserError for a size
+    that is not positive.
     """
     if (height is not None and height < 1) or (width is not None and width < 1):
         raise UserError(f"height={height} and width={width} are no size in pixels")
-    with closing(open_media(path)) as reader:
+    with closing(open_media(path, alpha=alpha)) as reader:
         count = reader.info.num_frames
         stop = count if num_frames is None else start + num_frames
         if not 0 <= start < stop <= count:
@@ -82,27 +86,31 @@ def read_video(
         return Video(to_video(read_resized(reader, range(start, stop), size)), reader.info.fps)
 
 
-def write_video(path: Source, video: Tensor, fps: float, *, codec: str = "h264") -> None:
-    """Write [1, 3, T, H, W] or [3, T, H, W] in [-1, 1] as an .mp4 file.
+def write_video(path: Source, video: Tensor, fps: float, *, codec: str | None = None) -> None:
+    """Write [1, 3, T, H, W] or [3, T, H, W] in [-1, 1] as an .mp4 file, or RGBA, of 4 channels, as an .mkv file.
 
-    fps: frames per second, above 0. codec: h264, for viewing, or lossless, bit-exact RGB.
+    fps: frames per second, above 0. codec: h264, for viewing, or lossless, bit-exact; None: h264 for RGB, lossless for
+    RGBA, the only one with alpha.
     Raises PixelError for another shape or NaN, UserError for another codec or suffix, FileError.
     """
     clips = video if video.dim() == 5 else video[None]
-    check_video(clips, values=False)
+    channels = clips.shape[1] if clips.dim() == 5 and clips.shape[1] == 4 else 3
+    check_video(clips, channels, values=False)
     if len(clips) != 1:
         raise UserError(f"video has shape {list(video.shape)}; give one video, [1, 3, T, H, W] or [3, T, H, W]")
-    with _writer(path, fps, codec) as writer:
+    with _writer(path, fps, codec, channels) as writer:
         writer.write(to_uint8(clips[0]))
 
 
-def _writer(path: Source, fps: float, codec: str) -> VideoWriter:
-    """Raises UserError for what would be no .mp4 file."""
-    if Path(path).suffix.lower() != ".mp4":
-        raise UserError(f"{path}: videos are written as .mp4; give a name that ends so")
+def _writer(path: Source, fps: float, codec: str | None, channels: int) -> VideoWriter:
+    """Raises UserError for a file of another suffix than such videos have."""
+    suffix = video_suffix(channels)
+    if Path(path).suffix != suffix:
+        kind = "videos with alpha" if channels == 4 else "videos"
+        raise UserError(f"{path}: {kind} are written as {suffix}; give a name that ends so")
     if not (math.isfinite(fps) and fps > 0):
         raise UserError(f"fps is {fps}; give frames per second, above 0")
-    return VideoWriter(Path(path), fps, codec)
+    return VideoWriter(Path(path), fps, codec or ("lossless" if channels == 4 else "h264"))
 
 
 @overload
@@ -127,7 +135,7 @@ def reconstruct(
     sample: bool = False,
     seed: int = 0,
     memory_gib: float | None = None,
-    codec: str = "h264",
+    codec: str | None = None,
     progress: bool = False,
 ) -> Path: ...
 
@@ -141,14 +149,14 @@ def reconstruct(
     sample: bool = False,
     seed: int = 0,
     memory_gib: float | None = None,
-    codec: str = "h264",
+    codec: str | None = None,
     progress: bool = False,
 ) -> Tensor | Path:
     """Encode and decode a video of any length, chunk by chunk; the memory does not grow with the length of a file.
 
     source: [B, 3, T, H, W] in [-1, 1], which returns as much in [-1, 1] on the CPU; or a file, whose reconstruction is
-    written to `target`. sample: sample the latents, instead of taking their mode. memory_gib: see
-    VideoAutoencoder.stream. codec: see write_video. progress: show a bar.
+    written to `target`: of a model of four channels RGBA, as .mkv. sample: sample the latents, instead of taking their
+    mode. memory_gib: see VideoAutoencoder.stream. codec: see write_video. progress: show a bar.
     Raises MediaError, PixelError, FileError, and UserError for a file without target and as write_video does.
     """
     device = next(model.parameters()).device
@@ -162,7 +170,7 @@ def reconstruct(
                 yield out.video.clamp(-1, 1).cpu()
 
     if isinstance(source, Tensor):
-        check_video(source)
+        check_video(source, model.pixel_channels)
         frames, height, width = source.shape[2:]
         stream = model.stream(height, width, memory_gib)
         lengths = stream.chunks(frames)
@@ -172,13 +180,16 @@ def reconstruct(
         return torch.cat(list(code(stream, chunks, frames)), 2)
     if target is None:
         raise UserError(f"{source}: give the file to write, as in reconstruct(model, {str(source)!r}, 'out.mp4')")
-    with closing(open_media(source)) as reader:
+    channels = model.pixel_channels
+    if channels not in (3, 4):
+        raise UserError(f"the model takes {channels} channels of pixels, and files have 3 or 4; give a tensor")
+    with closing(open_media(source, alpha=channels == 4)) as reader:
         info = reader.info
         if not info.fps:
             raise MediaError(str(source), "is an image; read it with read_video and reconstruct its tensor")
         stream = model.stream(info.height, info.width, memory_gib)
         read = read_chunks(reader, range(info.num_frames), (info.height, info.width), stream)
-        with _writer(target, info.fps, codec) as writer:
+        with _writer(target, info.fps, codec, channels) as writer:
             for video in code(stream, (to_video(frames) for frames, _ in read), info.num_frames):
                 writer.write(to_uint8(video[0]))
     return Path(target)
@@ -193,7 +204,8 @@ def score(
 ) -> dict[str, float | None]:
     """Scores of a reconstruction: column -> mean over frames and clips; None where undefined.
 
-    reference, reconstruction: both [B, 3, T, H, W] in [-1, 1], or both files. metrics: names, see docs/score.md; or
+    reference, reconstruction: both [B, 3, T, H, W] in [-1, 1], or both files. RGBA, of 4 channels or of files that both
+    have alpha, is scored as MetricSet.update says. metrics: names, see docs/score.md; or
     what vae3d.metrics.build_metrics returns, which keeps its networks from one call to the next.
     Raises MetricError for unknown metrics and videos that do not fit together, PixelError, WeightsMissing, MediaError.
     """
@@ -201,7 +213,7 @@ def score(
     metric_set = names if isinstance(names, MetricSet) else build_metrics(list(names), device)
     if isinstance(reference, Tensor) and isinstance(reconstruction, Tensor):
         for video in (reference, reconstruction):
-            check_video(video, values=False)
+            check_video(video, 4 if video.dim() == 5 and video.shape[1] == 4 else 3, values=False)
         if reference.shape != reconstruction.shape:
             raise MetricError(f"the videos differ in shape: {list(reference.shape)} and {list(reconstruction.shape)}")
         results = []
@@ -212,7 +224,8 @@ def score(
         return metric_set.aggregate(results)
     if isinstance(reference, Tensor) or isinstance(reconstruction, Tensor):
         raise UserError("give two tensors or two files")
-    with closing(open_media(reference)) as ref, closing(open_media(reconstruction)) as rec:
+    ref, rec = open_pair(reference, reconstruction)
+    with closing(ref), closing(rec):
         if ref.info.num_frames != rec.info.num_frames:
             raise UserError(
                 f"{reference} has {plural(ref.info.num_frames, 'frame')} and {reconstruction} has {rec.info.num_frames}"
@@ -224,5 +237,5 @@ def score(
 
 
 def _unit(clip: Tensor, device: torch.device | str) -> Tensor:
-    """[3, T, H, W] in [-1, 1] -> [T, 3, H, W] in [0, 1]."""
+    """[C, T, H, W] in [-1, 1] -> [T, C, H, W] in [0, 1]."""
     return (clip.transpose(0, 1).to(device).float() / 2 + 0.5).clamp(0, 1)

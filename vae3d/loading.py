@@ -221,6 +221,15 @@ def merge(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **{k: merge(config[k], v) if k in nested else v for k, v in changes.items()}}
 
 
+def require_file_channels(model: nn.Module, path: str | Path) -> None:
+    """Raises UserError for a model whose pixels no video or image has. path: of its checkpoint, for the message."""
+    if model.pixel_channels not in (3, 4):
+        raise UserError(
+            f"{path} takes {model.pixel_channels} channels of pixels; files are read as RGB or RGBA: use vae3d.load "
+            "and model(video), or vae3d.open_codec, from Python"
+        )
+
+
 def open_codec(
     path: str | Path,
     *,

@@ -7,6 +7,8 @@ SUMMARIES = {
     "lpips_alex": "perceptual distance, AlexNet",
     "lpips_vgg": "perceptual distance, VGG",
     "sharpness": "gradient energy over the original's",
+    "alpha_psnr": "RGBA: PSNR in dB of alpha",
+    "alpha_ssim": "RGBA: structural similarity of alpha",
     "flolpips": "LPIPS weighted by errors of motion, PWC-Net",
     "flolpips_raft_large": "LPIPS weighted by errors of motion, RAFT",
     "flolpips_raft_small": "LPIPS weighted by errors of motion, small RAFT",

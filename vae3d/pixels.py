@@ -1,6 +1,7 @@
 """Check the inputs of models and metrics, and convert pixels to 8 bits, here only.
 
 Models take video [B, 3, T, H, W] in [-1, 1], metrics frames [T, 3, H, W] in [0, 1]; files hold [T, H, W, 3] uint8.
+With alpha, all have a fourth channel.
 NaN would become black in 8 bits, so every conversion checks for it.
 """
 
@@ -102,7 +103,7 @@ def check_latents(z: Tensor, channels: int) -> None:
 
 
 def check_frames(frames: Tensor, name: str, pixel_range: str = "unit", start: int = 0) -> Tensor:
-    """Convert frames [T, 3, H, W] in `pixel_range` to [0, 1], for metrics.
+    """Convert frames [T, 3, H, W], or RGBA [T, 4, H, W], in `pixel_range` to [0, 1], for metrics.
 
     name, start: of the video, and the index of its first frame here, for errors.
     Raises PixelError for wrong frames, saying what they look like.
@@ -111,7 +112,7 @@ def check_frames(frames: Tensor, name: str, pixel_range: str = "unit", start: in
     kind = "torch.uint8" if pixel_range == "uint8" else "floating point"
     wanted = f"metrics take [T, 3, H, W], {kind}, in [{low:g}, {high:g}] (pixel_range={pixel_range})"
     shape = list(frames.shape)
-    if frames.ndim != 4 or shape[1] != 3 or 0 in shape:
+    if frames.ndim != 4 or shape[1] not in (3, 4) or 0 in shape:
         looks = ""
         if frames.ndim == 5:
             looks = ", which looks like a batch of videos; call update and result once per video"
@@ -185,6 +186,11 @@ def as_rgb(video: Tensor) -> Tensor:
     return colours * (video[..., 3:, :, :, :] + 1) / 2 if channels == 4 else colours
 
 
+def over_grey(frames: Tensor) -> Tensor:
+    """The colours of RGBA frames [T, 4, H, W] in [0, 1] over mid-grey, as as_rgb: [T, 3, H, W]."""
+    return (frames[:, :3] - 0.5) * frames[:, 3:] + 0.5
+
+
 # ---- 8 bits
 
 
@@ -207,5 +213,5 @@ def to_uint8(video: Tensor, name: str = "", start: int = 0) -> np.ndarray:
 
 
 def as_unit(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """[T, H, W, 3] uint8 -> [T, 3, H, W] float in [0, 1], for metrics."""
+    """[T, H, W, C] uint8 -> [T, C, H, W] float in [0, 1], for metrics."""
     return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float() / 255.0

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -50,17 +48,11 @@ def decode_cost(model: VideoAutoencoder, z: Tensor, frames: int, repeats: int) -
     with FlopCounterMode(display=False) as counter:
         video = model.decode(z, frames)
     pixels = video.shape[2] * video.shape[3] * video.shape[4]
-    seconds = []
-    for _ in range(repeats):
-        _synchronize(z)
-        start = time.perf_counter()
-        model.decode(z, frames)
-        _synchronize(z)
-        seconds.append(time.perf_counter() - start)
+    seconds, _ = timed(lambda: model.decode(z, frames), z.device, repeats)
     return {
         "parameters": sum(p.numel() for p in decoder_of(model).parameters()),
         "macs_per_pixel": counter.get_total_flops() / 2 / pixels,
-        "frames_per_second": frames / statistics.median(seconds),
+        "frames_per_second": frames / seconds,
     }
 
 
@@ -80,11 +72,6 @@ def measure_memory(path: str, shape: tuple[int, ...], frames: int, device: str) 
     z = torch.zeros(shape, device=device)
     _, gib = timed(lambda: model.decode(z, frames), z.device)
     return None if gib is None else gib * 2**10
-
-
-def _synchronize(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
 
 
 @torch.no_grad()

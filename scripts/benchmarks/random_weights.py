@@ -56,7 +56,7 @@ def fid() -> tuple[str, dict[str, Tensor]]:
 def flow(net: str) -> tuple[str, dict[str, Tensor]]:
     with torch.device("meta"):
         network = getattr(torchvision.models.optical_flow, net)(weights=None)
-    return raft.FILES[net][0], network.state_dict()
+    return raft.FILES[net], network.state_dict()
 
 
 def kinetics() -> tuple[str, dict[str, Tensor]]:

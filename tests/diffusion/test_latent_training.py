@@ -427,6 +427,25 @@ def test_clips_are_validated_and_sampled_as_long_as_the_longest_that_is_trained_
     assert (asked.size, asked.held_out[0].values.shape[2]) == ((3, 64, 64), 3)
 
 
+def test_a_class_whose_files_are_all_held_out_is_named(vae, tmp_path, caplog):
+    rows = ["path,label,split"]
+    for i, (label, split) in enumerate([("cat", "train"), ("cat", "val"), ("dog", "train"), ("owl", "val")]):
+        Image.fromarray(tiny.frames(1, 64, 64, seed=i)[0]).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{label},{split}")
+    (tmp_path / "images.csv").write_text("\n".join(rows))
+    told = [f"vae.path={vae}", "data=video_csv", f"data.source.path={tmp_path / 'images.csv'}", "labels=column"]
+    told += ["data.height=64", "data.width=64", "data.frames.min=1", "data.frames.max=1"]
+    config = latent_runs.config(*told, "validation.every=1")
+    found = train_diffusion.latent_data(config, train_diffusion.codec_of(config, torch.device("cpu")), 0, 1)
+    assert [found.classes[index] for index in found.trained_classes] == ["cat", "dog"]
+    (warning,) = [record.message for record in caplog.records if "never be trained" in record.message]
+    assert ": owl;" in warning
+    assert "data.num_val_files=0" in warning
+    caplog.clear()
+    data.warn_of_untrained(["cat", "gap", "owl"], [0, 2, data.NO_LABEL], [2, data.NO_LABEL])
+    assert not caplog.records
+
+
 def test_errors_are_told_together(vae, pictures, tmp_path):
     with pytest.raises(ConfigError) as why:
         latent_runs.config(

@@ -223,10 +223,10 @@ def test_more_than_eight_bits_are_refused_unless_asked_for(tmp_path, capsys):
     assert evaluate(tmp_path / "o", tmp_path / "r", "--to_8bit", *PSNR) == 0
 
 
-def test_hdr_and_transparency_are_refused_and_grey_is_three_equal_channels(tmp_path, capsys):
-    for kind in ("o", "r"):
+def test_hdr_and_transparency_of_one_are_refused_and_grey_is_three_equal_channels(tmp_path, capsys):
+    for kind, channels in (("o", 3), ("r", 4)):
         (tmp_path / kind).mkdir()
-        Image.fromarray(np.full((20, 20, 4), 100, np.uint8)).save(tmp_path / kind / "a.png")
+        Image.fromarray(np.full((20, 20, channels), 100, np.uint8)).save(tmp_path / kind / "a.png")
     assert "a.png: has transparent pixels; flatten it" in refused(capsys, tmp_path / "o", tmp_path / "r")
     for kind in ("o", "r"):
         Image.fromarray(np.full((20, 20), 100 if kind == "o" else 101, np.uint8)).save(tmp_path / kind / "a.png")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import sys
+import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tests import tiny
+from tests import tiny, warm
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d import loading
 from vae3d.checkpoints.export import write_export
@@ -16,6 +20,7 @@ from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import train
 from vae3d.config.issues import ConfigError
 from vae3d.models.taesd import TAESD
+from vae3d.training import teacher_cache
 from vae3d.training.teacher import Distillation
 from vae3d.types import ClipBatch
 
@@ -42,13 +47,43 @@ def settings(larger, *overrides: str) -> list[str]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_cached_teacher_trains_as_the_teacher_itself_also_through_a_stop(videos, larger, tmp_path, ranks):
+def test_a_cached_teacher_trains_as_the_teacher_itself_through_a_stop_and_a_kill_halfway_through_a_file(
+    videos, larger, tmp_path, ranks
+):
     config = tiny.training("taesd", videos, *settings(larger, f"stage.init_from={{encoder: {larger}}}"))
     (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
     command = (sys.executable, "-m", "tests.training.cache_ranks", str(tmp_path))
-    codes, printed = tiny.run_ranks(*command, cwd=tiny.ROOT, ranks=ranks)
+
+    codes, printed = tiny.run_ranks(*command, "compare", cwd=tiny.ROOT, ranks=ranks)
     assert codes == [0] * ranks, "\n".join(printed)
-    assert all(f"equal {16 // ranks}" in text for text in printed)  # every clip of the third run was in the cache
+    clips = 4 // ranks  # of a rank in a step
+    assert all(f"equal {4 * clips}" in text for text in printed)  # every clip of the third run was in the cache
+
+    kill_in_the_middle_of_a_write([*command, "stall", str(2 * clips + clips)], tmp_path, ranks)  # of the third step
+    cached = list((tmp_path / "cache_killed").rglob("*.safetensors"))
+    halves = list((tmp_path / "cache_killed").rglob(".*.tmp"))  # of two ranks, the other may write at that time too
+    assert cached
+    assert halves
+    assert all(load_file(file) for file in cached)
+
+    aged = time.time() - 2 * teacher_cache.STALE
+    for half in halves:
+        os.utime(half, (aged, aged))
+    codes, printed = tiny.run_ranks(*command, "resume", cwd=tiny.ROOT, ranks=ranks)
+    assert codes == [0] * ranks, "\n".join(printed)
+    assert all("equal 2 " in text for text in printed)
+    assert not any(half.exists() for half in halves)
+
+
+def kill_in_the_middle_of_a_write(command: list[str], folder, ranks: int) -> None:
+    with (folder / "log.txt").open("wb") as log:
+        job = warm.Job(command, tiny.ROOT, tiny.rank_environments(ranks), [log.fileno()] * ranks)
+        deadline = time.monotonic() + 100
+        while not (folder / "stalled").exists():
+            assert job.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()  # noqa: PT018
+            time.sleep(0.02)
+        job.signal(signal.SIGKILL)
+        assert job.wait() == [-signal.SIGKILL] * ranks
 
 
 def batch(*seeds: int) -> ClipBatch:
@@ -82,9 +117,21 @@ def test_a_batch_with_a_new_clip_or_a_damaged_file_is_computed(tmp_path):
     given.compute_targets(batch(2, 3))
     assert given.cache.hits == 0
     for file in tmp_path.rglob("*.safetensors"):
-        file.write_bytes(b"cut off")
+        file.write_bytes(file.read_bytes()[:-8])
     assert torch.equal(given.compute_targets(batch(1, 2)).targets.z, z)
-    assert torch.equal(Distillation(toy(0), toy(9), cache=str(tmp_path)).compute_targets(batch(1, 2)).targets.z, z)
+    again = Distillation(toy(0), toy(9), cache=str(tmp_path))
+    again.compute_targets(batch(1, 2))
+    again.compute_targets(batch(1, 2))
+    assert torch.equal(again.compute_targets(batch(1, 2)).targets.z, z)
+    assert again.cache.hits == 4  # the damaged files have been written again
+
+
+def test_a_batch_of_another_size_has_files_of_its_own(tmp_path):
+    """For a convolution of one clip may differ in its last bits from that of four."""
+    given = Distillation(toy(0), toy(9), cache=str(tmp_path))
+    given.compute_targets(batch(1, 2))
+    given.compute_targets(batch(1))
+    assert (given.cache.hits, given.cache.misses) == (0, 3)
 
 
 def test_a_full_cache_takes_no_more(tmp_path):

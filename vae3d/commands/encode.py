@@ -14,7 +14,7 @@ from vae3d.hashing import json_hash
 from vae3d.latents.clips import Transform, items_of
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.encode import EncodeJob, encode_cache
-from vae3d.loading import instantiate, open_codec
+from vae3d.loading import instantiate, open_codec, require_file_channels
 from vae3d.models.interface import nearest_frames
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def run(config: EncodeConfig) -> None:
         tile=config.tile,
         tile_overlap=config.tile_overlap,
     )
+    require_file_channels(codec.model, config.checkpoint)
     source = open_images_or_source(config)
     transform = Transform(**{field.name: getattr(config, field.name) for field in fields(Transform)})
     with ranks.main_process_first():  # it probes the files; the others read its cache

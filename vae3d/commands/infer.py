@@ -25,7 +25,7 @@ from vae3d.inference.files import (
 )
 from vae3d.inference.reconstruct import Reconstructor
 from vae3d.inference.results import Results
-from vae3d.loading import load_with_checkpoint
+from vae3d.loading import load_with_checkpoint, require_file_channels
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_steps
 from vae3d.models.spatial import SpatialVAE
@@ -54,11 +54,11 @@ def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Chec
             raise UserError(f"metrics: {'; '.join(errors)}")
     checkpoint, model = load_with_checkpoint(config.checkpoint, changes=config.model)
     model = model.to(device)
-    if model.pixel_channels not in (3, 4):
-        raise UserError(
-            f"{config.checkpoint} takes {model.pixel_channels} channels of pixels; infer.py reads RGB and RGBA: use "
-            "vae3d.load and model(video)"
-        )
+    require_file_channels(model, config.checkpoint)
+    if model.pixel_channels == 4 and config.codec != "lossless":
+        raise UserError(f"codec={config.codec} keeps no alpha, which {config.checkpoint} has; use codec=lossless")
+    if model.pixel_channels == 3 and (unfit := [metric.name for metric in metrics if metric.alpha]):
+        raise UserError(f"metrics: {', '.join(unfit)} needs alpha, which {config.checkpoint} has not; leave it out")
     if isinstance(spatial := getattr(model, "spatial_vae", model), SpatialVAE):
         spatial.frame_batch = config.frame_batch
     if config.compile:

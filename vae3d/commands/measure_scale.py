@@ -48,7 +48,7 @@ def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
 
 
 def measure_source(model: nn.Module, args: Namespace) -> LatentStats:
-    settings = ClipSettings(args.height, args.width)
+    settings = ClipSettings(args.height, args.width, channels=model.pixel_channels)
     table = read_tables(open_source(args.source), settings, num_val_files=0, max_broken=1.0).train
     errors: list[tuple[str, str]] = []
     clips = spread_clips(table, settings, args.frames, args.count, errors)

@@ -56,6 +56,11 @@ def run(config: SampleConfig) -> None:
             f"write=[npz] is for images, and these samples have {plural(size[0], 'frame')}; use grid or files"
         )
     codec = open_autoencoder(export, config, device)
+    if "npz" in write and codec.model.pixel_channels != 3:
+        raise UserError(
+            f"write=[npz] is for images of 3 channels, and the autoencoder's have {codec.model.pixel_channels}; use "
+            "grid or files"
+        )
     shape = codec.latent_shape(*size)
     if shape[0] != (channels := export.config["network"]["channels"]):
         raise UserError(f"{export.folder} has latents of {plural(channels, 'channel')}, and its autoencoder {shape[0]}")
@@ -73,7 +78,7 @@ def run(config: SampleConfig) -> None:
         prepare_folder(folder, config.overwrite, command, main, device)
         in_grid = min(config.count, sampling.MAX_IN_GRID) if "grid" in write else 0
         kept = config.count if "npz" in write else in_grid
-        pictures = np.empty((kept if main else 0, *size, 3), np.uint8)
+        pictures = np.empty((kept if main else 0, *size, codec.model.pixel_channels), np.uint8)
         latents = torch.empty(config.count if reference and main else 0, *shape)
         stats = RunningStats(codec.channels, device)
         batches = list(sampling.per_rank_batches(config.count, config.batch_size, rank, world_size))

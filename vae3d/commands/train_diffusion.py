@@ -111,6 +111,9 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
     train, held_out = diffusion_data.split_cache(cache.index, num_val_files)
     mine = held_out[: config.validation.clips if config.validation.every else 0][rank::world_size]
     every = CachedLatents(cache, range(len(cache)), labelled)
+    if labelled and rank == 0:
+        labels = np.array(cache.labels)
+        diffusion_data.warn_of_untrained(cache.classes, labels[train].tolist(), labels[held_out].tolist())
     return LatentData(
         dataset=CachedLatents(cache, train, labelled),
         collate=diffusion_data.collate_latents,
@@ -129,7 +132,7 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
 
 def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
     data, validation = config.data, config.validation
-    settings, source = build_clip_settings(data), instantiate(data.source)
+    settings, source = build_clip_settings(data, codec.model.pixel_channels), instantiate(data.source)
     tables = read_tables(source, settings, data.num_val_files if validation.every else 0, data.max_broken)
     every = pd.concat([tables.train, tables.val], ignore_index=True)
     names = labels_of(every, config.labels)
@@ -139,6 +142,8 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
     if config.labels != "none":
         diffusion_data.require_labels(labels.tolist(), every["path"].tolist(), "files")
     of_train, of_val = np.split(labels, [len(tables.train)])
+    if rank == 0:
+        diffusion_data.warn_of_untrained(classes, of_train.tolist(), of_val.tolist())
     schedule = build_schedule(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
     held_out, errors = [], tables.errors
     frames = validation.frames or max(schedule.frames.all())

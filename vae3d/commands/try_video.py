@@ -23,7 +23,7 @@ from vae3d.data.clips import to_video
 from vae3d.data.media import MediaInfo
 from vae3d.data.readers import media_info
 from vae3d.errors import UserError
-from vae3d.inference.pictures import ERROR_LABEL, ERROR_NOTE, contact_sheet, error_maps, side_by_side
+from vae3d.inference.pictures import ERROR_LABEL, ERROR_NOTE, contact_sheet, displayable, error_maps, side_by_side
 from vae3d.inference.video import write_image, write_video
 from vae3d.io import FileError, atomic_write, naming, write_text
 from vae3d.metrics import build_metrics
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     device = as_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     info = media_info(args.video)
     model = api.from_pretrained(args.checkpoint or default_checkpoint()).to(device)
-    video = read(args.video, info, args.frames, args.height)
+    video = read(args.video, info, args.frames, args.height, alpha=model.pixel_channels == 4)
     out = make_folder(args.out or default_folder(args.video, args.checkpoint))
     facts = describe(model, video, info)
     for name, value in facts.items():
@@ -93,11 +93,12 @@ def make_folder(out: Path) -> Path:
     return out
 
 
-def read(path: str, info: MediaInfo, frames: int, height: int) -> torch.Tensor:
-    """The first frames, [1, 3, T, H, W] with even sides, at most `height` high."""
+def read(path: str, info: MediaInfo, frames: int, height: int, alpha: bool = False) -> torch.Tensor:
+    """The first frames, [1, 3, T, H, W], or RGBA, with even sides, at most `height` high."""
     scale = min(1.0, height / info.height)
     size = [max(2, round(side * scale) // 2 * 2) for side in (info.height, info.width)]
-    return api.read_video(path, num_frames=min(frames, info.num_frames), height=size[0], width=size[1]).frames
+    count = min(frames, info.num_frames)
+    return api.read_video(path, num_frames=count, height=size[0], width=size[1], alpha=alpha).frames
 
 
 def default_checkpoint() -> Path:
@@ -149,7 +150,7 @@ def score(original: np.ndarray, result: np.ndarray, device: torch.device) -> tup
 def describe(model: VideoAutoencoder, video: torch.Tensor, info: MediaInfo) -> dict[str, str]:
     frames, height, width = video.shape[2:]
     channels, t, h, w = model.latent_shape(frames, height, width)
-    ratio = 3 * frames * height * width / (channels * t * h * w)
+    ratio = video.shape[1] * frames * height * width / (channels * t * h * w)
     size = f"{width} x {height}"
     if (height, width) != (info.height, info.width):
         size += f", reduced from {info.width} x {info.height}"
@@ -173,18 +174,26 @@ def write_page(
     rows: list[list[str]],
     skipped: Mapping[str, str],
 ) -> None:
-    """Write the page, and reconstruction and comparison as files: of an image as .png, of a video as .mp4 and .webp."""
+    """Write the page, and reconstruction and comparison as files: of an image as .png, of a video as .mp4 and .webp.
+
+    Pictures show RGBA over a checkerboard; the reconstruction of a video keeps it, as .mkv.
+    """
+    stored = result
+    original, result = displayable(original), displayable(result)
     errors = error_maps(original, result)
     panels = {"original": original, "reconstruction": result, ERROR_LABEL: errors}
     beside = np.concatenate(list(side_by_side(panels)))
     moving = webp(beside, info.fps)
     if info.fps:
-        write_video(out / "reconstruction.mp4", result, info.fps, "h264")
+        if stored.shape[-1] == 4:
+            write_video(out / "reconstruction.mkv", stored, info.fps)
+        else:
+            write_video(out / "reconstruction.mp4", stored, info.fps, "h264")
         write_video(out / "side_by_side.mp4", beside, info.fps, "h264")
         with naming(out), atomic_write(out / "side_by_side.webp") as stream:
             stream.write(moving)
     else:
-        write_image(out / "reconstruction.png", result[0])
+        write_image(out / "reconstruction.png", stored[0])
         write_image(out / "side_by_side.png", beside[0])
     sheet = contact_sheet({name: panels[name] for name in ("original", "reconstruction")}, "original", 4)
     page = render(

@@ -430,7 +430,9 @@ class InferConfig(FilesConfig):
     num_frames: Int | None = setting(None, "null: to the end.", ge=1)
     num_samples: Int | None = setting(None, "Only the first rows of the source. null: all.", ge=1)
     sample: bool = setting(False, "Sample the latents, as in training, instead of taking the mode.")
-    codec: Literal["lossless", "h264"] = setting("lossless", "lossless: RGB, bit-exact; h264: for viewing.")
+    codec: Literal["lossless", "h264"] = setting(
+        "lossless", "lossless: bit-exact, RGB in .mp4, RGBA in .mkv; h264: for viewing."
+    )
     metrics: Strings = setting(list, "Computed before the codec. See docs/score.md.")
     cost: bool = setting(False, "Measure speed and memory of encoding and decoding, on the first chunk.")
     on_error: Literal["stop", "skip"] = setting("stop", "What to do with a file that cannot be read.")

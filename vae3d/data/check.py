@@ -5,7 +5,7 @@
 FILE is a table, a JSON list, a folder or a Hugging Face dataset. Each image is decoded; each video (or part of one) at
 its first, middle and last frame, or completely with --full. --clean OUT.csv writes the good rows with num_frames,
 height, width and fps, so that training need not probe the files. Exit status: 1 if any row is bad, 2 if FILE cannot be
-read.
+read. --alpha checks files for a model of RGBA (model.pixel_channels=4): each must have alpha.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from vae3d.data.segments import Bounds
 
 
-def examine(path: str, bounds: Bounds, full: bool) -> MediaInfo | str:
-    """Metadata of a file, or the reason why it, or its part within `bounds`, cannot be used."""
+def examine(path: str, bounds: Bounds, full: bool, alpha: bool = False) -> MediaInfo | str:
+    """Metadata of a file, or the reason why it, or its part within `bounds`, cannot be used: with alpha, as RGBA."""
     from vae3d.data.readers import MediaError, open_media
     from vae3d.data.segments import Segment
 
     try:
-        file = open_media(path)
+        file = open_media(path, alpha=alpha)
         reader = Segment(file, path, bounds)
         count = reader.info.num_frames
         for index in range(count) if full else sorted({0, count // 2, count - 1}):
@@ -49,11 +49,13 @@ def examine(path: str, bounds: Bounds, full: bool) -> MediaInfo | str:
     return file.info
 
 
-def examine_all(paths: list[str], bounds: list[Bounds], full: bool, workers: int) -> list[MediaInfo | str]:
+def examine_all(
+    paths: list[str], bounds: list[Bounds], full: bool, workers: int, alpha: bool = False
+) -> list[MediaInfo | str]:
     """examine() of every file, in processes: a crash of a decoder ends one of them, and is reported for its file."""
     from vae3d.progress import progress
 
-    work, results = partial(examine, full=full), []
+    work, results = partial(examine, full=full, alpha=alpha), []
     with progress(total=len(paths), unit="file") as bar:
         while (done := len(results)) < len(paths):
             try:
@@ -92,6 +94,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("table", help="CSV, parquet or JSON file, a folder, or the folder of a Hugging Face dataset")
     parser.add_argument("--root", help="folder of relative paths; default: the table's folder")
     parser.add_argument("--full", action="store_true", help="decode every frame")
+    parser.add_argument("--alpha", action="store_true", help="read RGBA; files without alpha are bad")
     parser.add_argument("--clean", metavar="OUT.csv", help="write the good rows here")
     parser.add_argument("--workers", type=positive_int, help="processes; default: 4, or one per processor")
     return parser.parse_args(argv)
@@ -100,13 +103,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
-        return check(args.table, args.root, args.full, args.clean and Path(args.clean), args.workers)
+        return check(args.table, args.root, args.full, args.clean and Path(args.clean), args.workers, args.alpha)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def check(path: str, root: str | None, full: bool, clean: Path | None, workers: int | None) -> int:
+def check(path: str, root: str | None, full: bool, clean: Path | None, workers: int | None, alpha: bool = False) -> int:
     """Print the bad rows, and write the good ones to `clean`. Returns the exit status. Raises UserError."""
     import pandas as pd
 
@@ -122,7 +125,7 @@ def check(path: str, root: str | None, full: bool, clean: Path | None, workers: 
     usable, notes = usable_workers(workers or 4, "--workers")
     for note in notes if workers else ():  # no warning about the default
         print(note, file=sys.stderr)
-    results = examine_all(table["path"].tolist(), bounds_of(table), full, usable)
+    results = examine_all(table["path"].tolist(), bounds_of(table), full, usable, alpha)
     good = []
     for (_, row), result in zip(table.iterrows(), results, strict=True):
         if pd.notna(row["error"]):

@@ -51,6 +51,7 @@ SIGNATURES = {  # first bytes of files that often have the name of an image
 }
 BRANDS = {b"avif": "an AVIF file", b"avis": "an AVIF file", b"heic": "a HEIC file", b"mif1": "a HEIC file"}
 REDUCED = 254, 1  # TIFF tag NewSubfileType, and its bit for a smaller copy of another page
+ALPHA_MODES = ("RGBA", "LA", "PA", "P", "L", "RGB")  # of Pillow, which converts them to RGBA exactly
 ORIENTATION = 0x0112  # Exif tag; values 5 to 8 rotate by 90 degrees
 MIN_DRAFT_SCALE = 2  # a JPEG is decoded at least this many times larger than the target
 
@@ -59,18 +60,19 @@ class ImageReader:
     """One image as a video of one frame.
 
     file: the encoded image, if it is no file of its own; `path` is then only its name in messages. alpha: read RGBA,
-    [1, H, W, 4], and resize colours weighted by their alpha. A JPEG is decoded
-    by `read`, at 1/2, 1/4 or 1/8 of its size if that is still at least twice the target, and then resized, as Pillow's
-    `thumbnail` does. The result matches that of a full decode to about 50 dB.
+    [1, H, W, 4], and resize colours weighted by their alpha; None: if the image has it. A JPEG is decoded by `read`, at
+    1/2, 1/4 or 1/8 of its size if that is still at least twice the target, and then resized, as Pillow's `thumbnail`
+    does. The result matches that of a full decode to about 50 dB.
     Raises MediaError for other files, several images in one, transparent pixels (with `alpha`: images without alpha),
     and pixels of unknown range; for the pixels of a JPEG, `read` raises it.
     """
 
-    def __init__(self, path: Path, file: BinaryIO | None = None, alpha: bool = False) -> None:
-        self.path, self.file, self.alpha = path, file, alpha
+    def __init__(self, path: Path, file: BinaryIO | None = None, alpha: bool | None = False) -> None:
+        self.path, self.file = path, file
+        self.alpha = stores_alpha(path, file) if alpha is None else alpha
         self.info = image_info(path, file)
         self.image: Image.Image | None = None
-        if alpha or self.info.codec not in ("jpeg", "mpo"):
+        if self.alpha or self.info.codec not in ("jpeg", "mpo"):
             self.image = self._decode()
             self.info = replace(self.info, height=self.image.height, width=self.image.width)
 
@@ -97,6 +99,12 @@ class ImageReader:
             drawn = image.draft(None, (MIN_DRAFT_SCALE * stored[1], MIN_DRAFT_SCALE * stored[0]))
             box = drawn and drawn[1]  # the last row or column may be a partial one
             return ImageOps.exif_transpose(resize(image.convert("RGB"), stored, box))
+
+
+def stores_alpha(path: Path, file: BinaryIO | None = None) -> bool:
+    """Whether an image has an alpha channel, of 8 bits, or a transparent colour. Raises MediaError."""
+    with open_image(path, file) as image:
+        return image.has_transparency_data and image.mode in ALPHA_MODES
 
 
 def image_info(path: Path, file: BinaryIO | None = None) -> MediaInfo:
@@ -171,7 +179,7 @@ def _check_has_alpha(path: str | Path, image: Image.Image) -> None:
     """Raise MediaError for images without alpha, and with one that has other than 8 bits."""
     if not image.has_transparency_data:
         raise MediaError(path, f"has no alpha channel ({image.mode}), which a model of 4 channels needs")
-    if image.mode not in ("RGBA", "LA", "PA", "P", "L", "RGB"):
+    if image.mode not in ALPHA_MODES:
         raise MediaError(path, f"has an alpha channel beside {image.mode} pixels; store it as RGBA of 8 bits")
 
 
@@ -284,8 +292,9 @@ class SequenceReader:
     of another size than the first.
     """
 
-    def __init__(self, path: str | Path, alpha: bool = False) -> None:
-        self.path, self.files, self.alpha = Path(path), sequence_files(path), alpha
+    def __init__(self, path: str | Path, alpha: bool | None = False) -> None:
+        self.path, self.files = Path(path), sequence_files(path)
+        self.alpha = stores_alpha(self.files[0]) if alpha is None else alpha
         self.info = replace(image_info(self.files[0]), num_frames=len(self.files), fps=SEQUENCE_RATE)
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:

@@ -65,10 +65,13 @@ class MediaInfo:
 
 
 class Reader(Protocol):
+    """info: of the file. alpha: whether frames have a fourth channel."""
+
     info: MediaInfo
+    alpha: bool
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
-        """[len(indices), H, W, 3] uint8. indices: in any order, with repeats. size: resize to it, antialiased."""
+        """[len(indices), H, W, 3 or 4] uint8. indices: in any order, with repeats. size: resize to it, antialiased."""
 
     def close(self) -> None: ...
 

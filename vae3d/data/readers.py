@@ -34,11 +34,11 @@ VIDEO_SUFFIXES = (
 )
 
 
-def open_media(path: str | Path, reader: str = "auto", threads: int = 1, alpha: bool = False) -> Reader:
+def open_media(path: str | Path, reader: str = "auto", threads: int = 1, alpha: bool | None = False) -> Reader:
     """Open a video or image by its extension, an image sequence (`*` in the name), or a dataset row (dataset_rows.py).
 
     reader: pyav, decord, or auto, which is pyav: it reads all that decord reads, faster. threads: for decoding.
-    alpha: read colours and alpha, [T, H, W, 4], not premultiplied.
+    alpha: read colours and alpha, [T, H, W, 4], not premultiplied; None: if the file has alpha (see Reader.alpha).
     Raises MediaError if the file is missing, empty, not what its extension says, or cannot be decoded faithfully.
     """
     path = Path(path)
@@ -55,15 +55,36 @@ def open_media(path: str | Path, reader: str = "auto", threads: int = 1, alpha: 
     return READERS[reader](path, threads, alpha)
 
 
+def open_pair(first: str | Path, second: str | Path, threads: int = 1) -> tuple[Reader, Reader]:
+    """Readers of two files that are compared: of RGBA if both have alpha, else of RGB.
+
+    Raises MediaError as open_media does, also if one of them alone has transparent pixels.
+    """
+    readers: list[Reader] = []
+    try:
+        for path in (first, second):
+            readers.append(open_media(path, threads=threads, alpha=None))
+        if readers[0].alpha != readers[1].alpha:
+            lone = 0 if readers[0].alpha else 1
+            readers[lone].close()
+            readers[lone] = open_media((first, second)[lone], threads=threads)
+    except MediaError:
+        for reader in readers:
+            reader.close()
+        raise
+    return readers[0], readers[1]
+
+
 def media_info(path: str | Path) -> MediaInfo:
-    """Metadata of what open_media opens; of an image from its header, in 50 microseconds. Raises MediaError."""
+    """Metadata of what open_media opens; of an image from its header, in 50 microseconds. Raises MediaError, though not
+    for transparent pixels."""
     path = Path(path)
     if is_row(path):
         return image_info(path, open_row(path))
     if is_image(path):
         _require_file(path)
         return image_info(path)
-    with closing(open_media(path)) as reader:
+    with closing(open_media(path, alpha=None)) as reader:
         return reader.info
 
 
@@ -85,15 +106,16 @@ def _require_file(path: Path) -> None:
 class PyAVReader:
     """Decodes from the key frame before a frame, anywhere in the file. See video_index. Raises MediaError."""
 
-    def __init__(self, path: Path, threads: int = 1, alpha: bool = False) -> None:
-        self.path, self.alpha = path, alpha
-        self.index = open_index(path)
+    def __init__(self, path: Path, threads: int = 1, alpha: bool | None = False) -> None:
+        self.path, self.index = path, open_index(path)
         self.header, self.info, self.times = self.index.header, self.index.header.info, self.index.times
+        stores_alpha = has_alpha(VideoFormat(self.info.pixels))
+        self.alpha = stores_alpha if alpha is None else alpha
         self._source = FrameSource(path, self.index, threads)
         self._convert = VideoReformatter()
         self._last: tuple[int, np.ndarray] | None = None  # index and pixels of the last frame
         self._restart(self.header.first)
-        if not alpha and has_alpha(VideoFormat(self.info.pixels)):
+        if not self.alpha and stores_alpha:
             self._pixels(0)  # raises for transparent pixels
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
@@ -171,7 +193,9 @@ class PyAVReader:
 class DecordReader:
     """decord (last release: 2021). Raises MediaError for files that it would decode wrongly."""
 
-    def __init__(self, path: Path, threads: int = 1, alpha: bool = False) -> None:
+    alpha = False
+
+    def __init__(self, path: Path, threads: int = 1, alpha: bool | None = False) -> None:
         if alpha:
             raise MediaError(path, "decord reads no alpha; use reader=pyav")
         import decord
@@ -225,7 +249,7 @@ def _check_for_decord(path: Path, index: VideoIndex) -> None:
     raise MediaError(path, f"{reason}; use reader=pyav")
 
 
-READERS: dict[str, Callable[[Path, int, bool], Reader]] = {
+READERS: dict[str, Callable[[Path, int, bool | None], Reader]] = {
     "auto": PyAVReader,
     "pyav": PyAVReader,
     "decord": DecordReader,

@@ -65,7 +65,7 @@ class Segment:
             reader.close()
             raise MediaError(path, str(error)) from error
         self.reader, self.path, self.first = reader, path, part.start
-        self.info = replace(reader.info, num_frames=len(part))
+        self.info, self.alpha = replace(reader.info, num_frames=len(part)), reader.alpha
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
         check_indices(self.path, indices, self.info.num_frames)
@@ -95,7 +95,7 @@ def count_frames(table: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str
         path = table["path"].iloc[row]
         try:
             if path not in opened:
-                with closing(open_media(path)) as reader:
+                with closing(open_media(path, alpha=None)) as reader:
                     opened = {path: (frame_times(reader), reader.info.fps)}  # only the last file: a table may be long
             counts[row] = len(frame_range(bounds[row], *opened[path]))
         except MediaError as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -24,7 +25,10 @@ from vae3d.latents.cache import NO_LABEL, CacheError, LatentCache
 from vae3d.latents.codec import LatentCodec
 from vae3d.running_stats import RunningStats
 from vae3d.seeding import generator_of, seed_of
+from vae3d.text import plural
 from vae3d.types import ClipBatch
+
+log = logging.getLogger("vae3d")
 
 
 class Batch(NamedTuple):
@@ -72,7 +76,8 @@ class LatentData:
         """Of the largest batch that a worker reads."""
         if isinstance(self.dataset, CachedLatents):
             return self.schedule.micro_batch * 4 * math.prod(self.latent_shape)
-        return self.schedule.micro_batch * 3 * math.prod((self.schedule.frames.all()[-1], *self.size[1:]))
+        values = self.codec.model.pixel_channels * math.prod((self.schedule.frames.all()[-1], *self.size[1:]))
+        return self.schedule.micro_batch * values
 
     def batches(self, first: int, last: int, stopping: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         """Micro-batches of optimizer steps first..last-1, a pure function of the schedule.
@@ -163,6 +168,18 @@ def val_batches(clips: Sequence[ClipBatch], labels: Sequence[int]) -> list[Batch
     return [
         Batch(clip.video, torch.tensor([labels[int(clip.positions)]]), clip.positions.tolist(), []) for clip in clips
     ]
+
+
+def warn_of_untrained(classes: Sequence[str], train: Iterable[int], held_out: Iterable[int]) -> None:
+    """Warn of classes all of whose files are held out. train, held_out: class of each file; NO_LABEL for none."""
+    untrained = sorted({*held_out} - {*train} - {NO_LABEL})
+    if untrained:
+        names = [classes[index] for index in untrained]
+        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        log.warning(
+            f"validation holds out every file of {plural(len(names), 'class')}, which will never be trained: {shown}; "
+            "add files, choose the held-out ones by a column `split`, or set data.num_val_files=0"
+        )
 
 
 def split_cache(index: pd.DataFrame, num_val_files: int) -> tuple[np.ndarray, np.ndarray]:

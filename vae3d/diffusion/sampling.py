@@ -16,7 +16,7 @@ from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.gaussian import GaussianDiffusion
 from vae3d.diffusion.processes import Process
 from vae3d.hashing import json_hash
-from vae3d.inference.video import write_image, write_video
+from vae3d.inference.video import video_suffix, write_image, write_video
 from vae3d.io import atomic_write, naming, remove
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.shards import checksum
@@ -24,7 +24,7 @@ from vae3d.seeding import generator_of
 from vae3d.text import plural
 
 OUTPUTS = re.compile(
-    r"(grid|data)\.(png|mp4)|\d{6,}(_.*)?\.(png|mp4)|samples_[\dx]+\.npz|(distances|command)\.json"
+    r"(grid|data)\.(png|mp4)|\d{6,}(_.*)?\.(png|mp4|mkv)|samples_[\dx]+\.npz|(distances|command)\.json"
 )  # files that sampling writes
 LATENTS = ".latents"  # folder of the latents, until all files are written
 MAX_RMS_RATIO = 2.0  # samples whose latents are larger or smaller than the data's by this factor cause a warning
@@ -107,7 +107,7 @@ def guided(
 
 
 def decoded(codec: LatentCodec, z: Tensor, size: tuple[int, int, int], batch_size: int = 16) -> np.ndarray:
-    """Normalised latents [N, C, t, h, w] -> [N, T, H, W, 3] uint8. size: frames, height, width."""
+    """Normalised latents [N, C, t, h, w] -> [N, T, H, W, C] uint8. size: frames, height, width."""
     pixels = torch.cat([codec.decode(part, size[0], size[1:]) for part in z.split(batch_size)])
     assert pixels.dtype == torch.uint8, "the codec's pixel_range is uint8 wherever files are read and written"
     return pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
@@ -175,18 +175,22 @@ def cached_latents(folder: Path, indices: Sequence[int], draw: Callable[[Sequenc
 
 
 def write_frames(stem: Path, frames: np.ndarray, fps: float = 8.0) -> Path:
-    """Write frames [T, H, W, 3] uint8: stem.png for one, stem.mp4 for more. Returns the path."""
+    """Write frames [T, H, W, 3] uint8: stem.png for one, stem.mp4 for more; RGBA [T, H, W, 4] as stem.mkv, lossless.
+
+    Returns the path.
+    """
     if len(frames) == 1:
         path = stem.with_name(f"{stem.name}.png")
         write_image(path, frames[0])
     else:
-        path = stem.with_name(f"{stem.name}.mp4")
-        write_video(path, frames, fps, "h264")
+        channels = frames.shape[-1]
+        path = stem.with_name(f"{stem.name}{video_suffix(channels)}")
+        write_video(path, frames, fps, "lossless" if channels == 4 else "h264")
     return path
 
 
 def write_npz(folder: Path, frames: np.ndarray, labels: Sequence[int] | None = None) -> Path:
-    """Write images [N, 1, H, W, 3] uint8 as samples_NxHxWx3.npz for openai/guided-diffusion's evaluator. Returns the
+    """Write images [N, 1, H, W, C] uint8 as samples_NxHxWx3.npz for openai/guided-diffusion's evaluator. Returns the
     path.
 
     arr_0: images [N, H, W, 3]. arr_1: labels [N] int64, if any.

@@ -18,7 +18,7 @@ from vae3d.evaluation.store import VideoScore
 from vae3d.evaluation.tables import metric_table
 from vae3d.io import write_text
 from vae3d.metrics.base import Better, goodness
-from vae3d.pixels import quantize
+from vae3d.pixels import over_grey, quantize
 from vae3d.report import number
 from vae3d.report.html import html_table, img, render, resize_to_width, subplots, svg
 
@@ -117,7 +117,7 @@ def _clip(video: VideoScore, job: Job, by: str, columns: Mapping[str, Better]) -
     """Name, scores and rows of frames: original, reconstruction, error."""
     indices = _shown_frames(video, by, columns)
     with PairReader(job.pair, job.protocol) as reader:
-        ref, rec = reader.read(indices)
+        ref, rec = (over_grey(frames) if frames.shape[1] == 4 else frames for frames in reader.read(indices))
     return {
         "name": video.name,
         "scores": ", ".join(f"{c} {number(video.scores[c].value)}" for c in columns if c in video.scores),

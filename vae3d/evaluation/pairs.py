@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae3d.data.readers import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaInfo, Size, open_media
+from vae3d.data.readers import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaInfo, Size, open_pair
 from vae3d.errors import UserError
 from vae3d.text import plural
 
-RGB_FORMATS = ("rgb24", "gbrp", "bgr24", "bgr0", "rgb0", "RGB", "RGBA", "L", "LA", "P")
+RGB_FORMATS = ("rgb24", "gbrp", "bgr24", "bgr0", "rgb0", "RGB", "RGBA", "L", "LA", "P", "PA")
+RGBA_FORMATS = ("bgra", "argb", "rgba", "abgr", "gbrap")  # of videos
 CHUNK_PIXELS = 2**22  # of one video
 
 
@@ -60,7 +61,7 @@ class Protocol:
 @dataclass
 class PairInfo:
     """frames: number of compared frames. height, width: their size. upscaled_from: size of the smaller file, if it is
-    upscaled."""
+    upscaled. alpha: whether both files have alpha, which is then scored."""
 
     frames: int
     height: int
@@ -70,6 +71,7 @@ class PairInfo:
     lossy: bool
     warnings: list[str] = field(default_factory=list)
     upscaled_from: Size | None = None
+    alpha: bool = False
 
 
 def find_pairs(
@@ -173,14 +175,16 @@ def _read_index(table: Path) -> pd.DataFrame:
 
 def inspect(pair: Pair, protocol: Protocol) -> PairInfo:
     """Read the headers of a pair. Raises PairError if it cannot be compared, MediaError if a file cannot be opened."""
-    with closing(open_media(pair.ref)) as ref, closing(open_media(pair.rec)) as rec:
-        a, b = ref.info, rec.info
+    ref, rec = open_pair(pair.ref, pair.rec)
+    with closing(ref), closing(rec):
+        a, b, alpha = ref.info, rec.info, ref.alpha
     _check_comparable(pair, a, b, protocol)
     frames = len(_frame_indices(pair, a, b, protocol))
     codecs = (f"{a.codec}/{a.pixels}", f"{b.codec}/{b.pixels}")
-    lossy = not (a.pixels in RGB_FORMATS and b.pixels in RGB_FORMATS) or bool({"mjpeg", "jpeg"} & {a.codec, b.codec})
+    exact = all(info.pixels in (*RGB_FORMATS, *RGBA_FORMATS) for info in (a, b))
+    lossy = not exact or bool({"mjpeg", "jpeg"} & {a.codec, b.codec})
     (height, width), upscaled_from = _sizes(pair, a, b, protocol)
-    info = PairInfo(frames, height, width, a.fps, codecs, lossy, upscaled_from=upscaled_from)
+    info = PairInfo(frames, height, width, a.fps, codecs, lossy, upscaled_from=upscaled_from, alpha=alpha)
     if protocol.num_frames is not None and frames < protocol.num_frames:
         short = f"{pair.name} has {frames} of the {protocol.num_frames} frames asked for"
         if protocol.strict_frames:
@@ -198,11 +202,11 @@ class PairReader:
 
     def __init__(self, pair: Pair, protocol: Protocol, device: torch.device | str = "cpu") -> None:
         self.pair, self.protocol, self.device = pair, protocol, device
-        self.ref, self.rec = (open_media(path, threads=0) for path in (pair.ref, pair.rec))
+        self.ref, self.rec = open_pair(pair.ref, pair.rec, threads=0)
         self.indices = _frame_indices(pair, self.ref.info, self.rec.info, protocol)
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Frames of original and reconstruction, [T, 3, H, W] float in [0, 1]. Raises MediaError.
+        """Frames of original and reconstruction, [T, 3 or 4, H, W] float in [0, 1]. Raises MediaError.
 
         indices: count the compared frames.
         """
@@ -303,8 +307,13 @@ def _to_common_size(ref: Tensor, rec: Tensor, protocol: Protocol) -> tuple[Tenso
 
 
 def _scale(frames: Tensor, size: Size, antialias: bool) -> Tensor:
+    """Resize [T, 3, H, W], or RGBA [T, 4, H, W], whose colours are weighted by their alpha."""
     if tuple(frames.shape[-2:]) == tuple(size):
         return frames
+    if frames.shape[1] == 4:
+        alpha = _scale(frames[:, 3:], size, antialias)
+        colours = _scale(frames[:, :3] * frames[:, 3:], size, antialias)
+        return torch.cat([(colours / alpha.clamp_min(1e-6)).clamp(0, 1), alpha], 1)
     return F.interpolate(frames, size, mode="bilinear", align_corners=False, antialias=antialias)
 
 

@@ -41,6 +41,8 @@ def plan(
         try:
             info = inspect(pair, protocol)
             reasons = [metric.why_unsupported(info.frames, info.height, info.width) for metric in metrics]
+            if not info.alpha and (unfit := [metric.name for metric in metrics if metric.alpha]):
+                reasons.append(f"{', '.join(unfit)} needs alpha in both files; leave it out")
             if reasons := [reason for reason in reasons if reason]:
                 return f"{pair.name}: {'; '.join(reasons)}"
             return Job(pair, protocol, info, pair_key(pair, protocol))

@@ -52,6 +52,12 @@ def summarize(
             f"{len(lossy)} of {len(videos)} pairs have a lossy codec, which costs up to several dB; use infer.py "
             "codec=lossless, or score in infer.py by metrics=[...]"
         )
+    with_alpha = [video.name for video in videos if video.info.alpha]
+    if with_alpha and not any(metric.alpha for metric in metrics):
+        warnings.append(
+            f"{len(with_alpha)} of {len(videos)} pairs have alpha, which is not scored itself: the colours are, over "
+            "mid-grey; add --metric alpha_psnr alpha_ssim"
+        )
     upscaled = [video for video in videos if video.info.upscaled_from is not None]
     if upscaled:
         first = upscaled[0].info
@@ -69,6 +75,7 @@ def summarize(
         "absent": metrics.skipped,
         "lossy_input": bool(lossy),
         "upscaled_input": bool(upscaled),
+        "background_of_alpha": "mid-grey (0.5)" if with_alpha else None,
         "preset": {"name": preset, "source": PRESETS[preset].source, "average": PRESETS[preset].average}
         | ({"batch_size": batch_size} if PRESETS[preset].average == "batches" else {}),
         "protocol": vars(protocol),

@@ -16,7 +16,7 @@ from vae3d.data.readers import MediaError, Size
 from vae3d.data.segments import WHOLE, Bounds
 from vae3d.errors import UserError
 from vae3d.inference.cost import measure_cost, timed
-from vae3d.inference.pictures import contact_sheet, side_by_side
+from vae3d.inference.pictures import contact_sheet, displayable, side_by_side
 from vae3d.inference.reconstruct import Reconstructor, identifier, overflow_hint
 from vae3d.inference.video import VideoWriter, write_image
 from vae3d.metrics import MetricSet
@@ -98,8 +98,8 @@ class Comparer:
 
     networks: student, which is the reconstructor's model, and teacher. metrics: for one pair at a time. pictures:
     frames in each picture. measures: whether this process measures the cost of both networks, on its first file.
-    Raises UserError if the latents differ in channels or strides, or if the reconstructor's num_frames does not
-    fit both networks.
+    Raises UserError if pixels differ in channels, or latents in channels or strides, or if the reconstructor's
+    num_frames does not fit both networks.
     """
 
     reconstructor: Reconstructor
@@ -111,6 +111,11 @@ class Comparer:
 
     def __post_init__(self) -> None:
         student, teacher = self.networks["student"], self.networks["teacher"]
+        if teacher.model.pixel_channels != student.model.pixel_channels:
+            raise UserError(
+                f"teacher.path={teacher.path} takes {plural(teacher.model.pixel_channels, 'channel')} of pixels and "
+                f"the checkpoint's model {student.model.pixel_channels}; both need the same videos"
+            )
         for what, name in (("latent channels", "channels"), ("pixels", "space_stride"), ("frames", "time_stride")):
             theirs, ours = (getattr(network.model.spec, name) for network in (teacher, student))
             if theirs != ours:
@@ -203,6 +208,7 @@ class Comparer:
     def _draw(self, name: str, frames: np.ndarray, coded: dict[tuple[str, str], np.ndarray], fps: float) -> None:
         """Write the picture and, unless the file is an image, the video: lossy, in h264, which every player shows."""
         panels = {"original": frames} | {" > ".join(pair): coded[pair] for pair in SHOWN}
+        panels = {label: displayable(video) for label, video in panels.items()}
         folder = self.reconstructor.folder("compare")
         write_image(folder / f"{name}.png", contact_sheet(panels, "original", self.pictures))
         if fps:
@@ -216,8 +222,8 @@ def pair_name(pair: tuple[str, str]) -> str:
 
 
 def constant_frame_psnr(frames: np.ndarray) -> dict[str, float]:
-    """PSNR in dB (pooled MSE) of black frames and of frames of the clip's mean colour. frames: [T, H, W, 3] uint8."""
-    pixels = frames.reshape(-1, 3)
+    """PSNR in dB (pooled MSE) of black frames and of frames of the clip's mean colour. frames: [T, H, W, C] uint8."""
+    pixels = frames.reshape(-1, frames.shape[3])
     squares = np.einsum("nc,nc->c", pixels, pixels, dtype=np.float64) / len(pixels) / 255**2
     colour = pixels.mean(0, dtype=np.float64) / 255
     return {"black": decibel(squares.mean()), "mean_colour": decibel((squares - colour**2).mean())}

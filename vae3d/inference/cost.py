@@ -54,12 +54,12 @@ def measure_cost(model: nn.Module, video: Tensor, precision: str) -> dict[str, A
     }
 
 
-def timed(run: Callable[[], Tensor], device: torch.device) -> tuple[float, float | None]:
-    """Seconds of the median run, and its peak memory in GiB."""
+def timed(run: Callable[[], Tensor], device: torch.device, repeats: int = REPEATS) -> tuple[float, float | None]:
+    """Seconds of the median of `repeats` runs after a warm-up, and their peak memory in GiB."""
     run()
     before = _reset_peak(device)
     seconds = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start = time.perf_counter()
         run()
         if device.type == "cuda":

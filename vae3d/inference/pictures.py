@@ -98,15 +98,17 @@ def enlarged(frames: np.ndarray) -> np.ndarray:
     return frames.repeat(times, -3).repeat(times, -2)
 
 
-def colours(frames: np.ndarray) -> np.ndarray:
-    """pixels.as_rgb of frames [T, H, W, C] uint8: [T, H, W, 3] uint8."""
-    return frames if frames.shape[3] == 3 else to_uint8(as_rgb(to_video(frames))[0])
+def scorable(frames: np.ndarray) -> np.ndarray:
+    """Frames [T, H, W, C] uint8 as metrics take them: RGB and RGBA as they are, of others pixels.as_rgb."""
+    return frames if frames.shape[3] in (3, 4) else to_uint8(as_rgb(to_video(frames))[0])
 
 
 def displayable(frames: np.ndarray) -> np.ndarray:
     """Frames [T, H, W, C] uint8 as [T, H, W, 3]: RGBA over a checkerboard, one channel as grey, of more than four the
     first three. Raises ValueError for two."""
     channels = frames.shape[3]
+    if channels == 3:
+        return frames
     if channels == 2:
         raise ValueError("frames of 2 channels have no colours to show")
     if channels == 1:
@@ -135,10 +137,12 @@ def latent_colours(z: Tensor, size: tuple[int, int, int]) -> np.ndarray:
 
 
 def grid(frames: np.ndarray, columns: int | None = None, even: bool = True) -> np.ndarray:
-    """[N, T, H, W, 3] uint8 -> [T, H', W', 3], row by row, by default in about as many rows as columns.
+    """[N, T, H, W, C] uint8 -> [T, H', W', 3], row by row, by default in about as many rows as columns.
 
-    even: make both sides even, as most video players need them.
+    Of other than three channels as `displayable`. even: make both sides even, as most video players need them.
     """
+    if frames.shape[-1] != 3:
+        frames = np.stack([displayable(video) for video in frames])
     count, length, height, width, _ = frames.shape
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = -(-count // columns)

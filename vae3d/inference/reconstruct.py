@@ -19,8 +19,8 @@ from vae3d.data.clips import read_resized, resize_crop_params, to_video
 from vae3d.data.images import is_sequence
 from vae3d.data.readers import MediaError, MediaInfo, Reader, Size, open_media
 from vae3d.data.segments import WHOLE, Bounds, Segment
-from vae3d.inference.pictures import colours
-from vae3d.inference.video import VideoWriter, write_image
+from vae3d.inference.pictures import scorable
+from vae3d.inference.video import VideoWriter, video_suffix, write_image
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.models.interface import Stream
 from vae3d.pixels import NotFiniteError, as_unit, to_uint8
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vae3d.config.schema import InferConfig
 
 KINDS = ("ori", "rec", "spatial", "compare")  # folders <save_dir>_<kind>; compare: see inference.comparison
-Chunk = tuple[np.ndarray, int]  # frames [T, H, W, 3] uint8, of which the first so many are coded now; see Stream
+Chunk = tuple[np.ndarray, int]  # frames [T, H, W, 3 or 4] uint8, of which the first so many are coded now; see Stream
 
 
 @dataclass
@@ -155,13 +155,8 @@ class Reconstructor:
         )
 
     def _open(self, source: str, bounds: Bounds) -> Segment:
-        """Of a model of four channels only images, as RGBA: .mp4 files have no alpha."""
         alpha = self.model.pixel_channels == 4
-        reader = Segment(open_media(source, self.config.reader, threads=0, alpha=alpha), source, bounds)
-        if alpha and reader.info.fps:
-            reader.close()
-            raise MediaError(source, "is a video, and infer.py writes images with alpha only; use vae3d.load")
-        return reader
+        return Segment(open_media(source, self.config.reader, threads=0, alpha=alpha), source, bounds)
 
     def first_chunk(self, source: str, bounds: Bounds = WHOLE) -> Tensor:
         """The first chunk of a file, [1, 3, T, H, W] in [-1, 1]. Raises MediaError."""
@@ -207,7 +202,8 @@ class Reconstructor:
             for index, chunk in enumerate(chunks):
                 for kind, frames in self._code(stream, chunk, row, index, start).items():
                     if kind not in writers:
-                        writer = VideoWriter(self.folder(kind) / f"{name}.mp4", fps, self.config.codec)
+                        file = f"{name}{video_suffix(frames.shape[-1])}"
+                        writer = VideoWriter(self.folder(kind) / file, fps, self.config.codec)
                         writers[kind] = stack.enter_context(writer)
                     writers[kind].write(frames)
                 start += chunk[1]
@@ -233,5 +229,5 @@ class Reconstructor:
         outputs = {"ori": frames[:length], "rec": to_uint8(out.video[0], start=start)}
         if out.spatial is not None:
             outputs["spatial"] = to_uint8(spatial[0], start=start)
-        self.metrics.update(*(as_unit(colours(outputs[kind]), self.device) for kind in ("ori", "rec")))
+        self.metrics.update(*(as_unit(scorable(outputs[kind]), self.device) for kind in ("ori", "rec")))
         return outputs

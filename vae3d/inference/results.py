@@ -23,7 +23,8 @@ from vae3d.io import FileError, read_json, remove, remove_unfinished, write_json
 from vae3d.metrics import Score, VideoResult
 
 DONE = ".done"
-OUTPUT = r"\.?\d{6,}_.*\.(mp4|png)"
+SUFFIXES = (".mp4", ".mkv", ".png")  # of outputs
+OUTPUT = r"\.?\d{6,}_.*\.(mp4|mkv|png)"
 REPORTS = r"index\.csv|(metrics|comparison|command)\.json"
 MAX_BYTES = 2**30  # of .done/*.json, which has a number per frame and metric
 
@@ -119,7 +120,7 @@ class Results:
 
     def _outputs(self, name: str) -> list[tuple[str, Path]]:
         """Kind and path of every output that a file may have."""
-        return [(kind, self.folder(kind) / f"{name}{suffix}") for kind in KINDS for suffix in (".mp4", ".png")]
+        return [(kind, self.folder(kind) / f"{name}{suffix}") for kind in KINDS for suffix in SUFFIXES]
 
     def _record(self, name: str) -> Path:
         return self.records / f"{name}.json"

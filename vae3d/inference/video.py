@@ -22,18 +22,30 @@ CODECS = {
     "lossless": ("libx264rgb", "rgb24", {"crf": "0", "preset": "veryfast"}),
     "h264": ("libx264", "yuv420p", {"crf": "18", "preset": "medium"}),
 }
+RGBA_CODEC = ("ffv1", "bgra", {})  # bit-exact, in .mkv, since no encoder of .mp4 keeps alpha
+# suffix -> (format, options): no random identifier in an .mkv, so that equal videos are equal bytes
+FORMATS = {".mp4": ("mp4", {}), ".mkv": ("matroska", {"fflags": "+bitexact"})}
+
+
+def video_suffix(channels: int) -> str:
+    """Of the files that VideoWriter makes: .mp4 of RGB, .mkv of RGBA."""
+    return ".mkv" if channels == 4 else ".mp4"
 
 
 class VideoWriter:
-    """Writes an .mp4 frame by frame, under a temporary name until it is complete.
+    """Writes an .mp4 of RGB or an .mkv of RGBA frame by frame, under a temporary name until it is complete.
 
-    codec: lossless or h264. h264 uses 4:4:4 colour if a side is odd, which 4:2:0 does not allow.
+    codec: lossless or h264; .mkv files are lossless (FFV1). h264 uses 4:4:4 colour if a side is odd, which 4:2:0 does
+    not allow.
     Raises UserError for another codec; its methods raise FileError if writing fails.
     """
 
     def __init__(self, path: Path, fps: float, codec: str = "lossless") -> None:
         if codec not in CODECS:
             raise UserError(f"codec is {codec!r}; use one of {', '.join(CODECS)}")
+        self.channels = 4 if path.suffix == ".mkv" else 3
+        if self.channels == 4 and codec != "lossless":
+            raise UserError(f"codec={codec} keeps no alpha; use codec=lossless for videos with alpha")
         self.path = path
         self.tmp = tmp_path(path)
         self.fps = Fraction(fps).limit_denominator(1001)
@@ -42,12 +54,15 @@ class VideoWriter:
         self.count = 0
 
     def write(self, frames: np.ndarray) -> None:
-        """Append [T, H, W, 3] uint8 frames."""
+        """Append [T, H, W, 3] uint8 frames; of an .mkv [T, H, W, 4], not premultiplied."""
+        assert frames.shape[3] == self.channels, (frames.shape, self.path)
         with naming(self.path):
             if self.container is None:
                 self._open(*frames.shape[1:3])
             for frame in frames:
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                picture = av.VideoFrame.from_ndarray(
+                    np.ascontiguousarray(frame), format="rgb24" if self.channels == 3 else "rgba"
+                )
                 picture.pts = self.count
                 picture.time_base = 1 / self.fps
                 self.container.mux(self.stream.encode(picture))
@@ -77,29 +92,30 @@ class VideoWriter:
             replace_durably(self.tmp, self.path)
 
     def _open(self, height: int, width: int) -> None:
-        encoder, pixels, options = CODECS[self.codec]
+        encoder, pixels, options = CODECS[self.codec] if self.channels == 3 else RGBA_CODEC
         if pixels == "yuv420p" and (height % 2 or width % 2):
             pixels = "yuv444p"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         remove(self.tmp)  # a link there would be followed
-        self.container = av.open(str(self.tmp), "w", format="mp4")
+        kind, settings = FORMATS[video_suffix(self.channels)]
+        self.container = av.open(str(self.tmp), "w", format=kind, options=settings)
         self.stream = self.container.add_stream(encoder, rate=self.fps, options=dict(options))
         self.stream.width = width
         self.stream.height = height
         self.stream.pix_fmt = pixels
         self.stream.codec_context.time_base = 1 / self.fps
-        if pixels != "rgb24":
+        if pixels not in ("rgb24", "bgra"):
             self.stream.codec_context.colorspace = BT601
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float, codec: str = "lossless") -> None:
-    """Write [T, H, W, 3] uint8 frames."""
+    """Write [T, H, W, 3] uint8 frames as .mp4, or [T, H, W, 4] as .mkv."""
     with VideoWriter(path, fps, codec) as writer:
         writer.write(frames)
 
 
 def write_image(path: Path, frame: np.ndarray) -> None:
-    """Write one [H, W, 3] uint8 frame, atomically. Raises FileError."""
+    """Write one [H, W, 3 or 4] uint8 frame, atomically. Raises FileError."""
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as stream:

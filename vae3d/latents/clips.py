@@ -45,11 +45,18 @@ class Transform:
     fps: float | None = None
     panorama: bool = False
 
-    def settings(self, info: MediaInfo, reader: str = "auto") -> ClipSettings:
-        """Settings for a file: centre crop, not mirrored, not rolled."""
+    def settings(self, info: MediaInfo, reader: str = "auto", channels: int = 3) -> ClipSettings:
+        """Settings for a file: centre crop, not mirrored, not rolled. channels: 4 reads alpha too."""
         height, width = self.height or info.height, self.width or info.width
         return ClipSettings(
-            height, width, self.stride, self.fps, self.short_side, reader=reader, panorama=self.panorama
+            height,
+            width,
+            self.stride,
+            self.fps,
+            self.short_side,
+            reader=reader,
+            panorama=self.panorama,
+            channels=channels,
         )
 
 
@@ -70,7 +77,7 @@ class Item:
 
 @dataclass
 class Read:
-    """A clip that was read, or the error. number: index of its item. pixels: [3, T, H, W] uint8. fps: 0 for images.
+    """A clip that was read, or the error. number: index of its item. pixels: [C, T, H, W] uint8. fps: 0 for images.
     version: source_version of its file before reading."""
 
     number: int
@@ -174,10 +181,19 @@ class ClipReader(Dataset[Read]):
     """Reads clips by the index of their item; an unreadable file gives an error in its Read.
 
     The last file stays open, so that the clips of one file open it once. hashed: versions include file hashes.
+    channels: 3 for RGB, 4 for RGBA.
     """
 
-    def __init__(self, items: Sequence[Item], transform: Transform, reader: str = "auto", hashed: bool = False) -> None:
+    def __init__(
+        self,
+        items: Sequence[Item],
+        transform: Transform,
+        reader: str = "auto",
+        hashed: bool = False,
+        channels: int = 3,
+    ) -> None:
         self.items, self.transform, self.reader, self.hashed = items, transform, reader, hashed
+        self.channels = channels
         self._last_version: tuple[str, dict[str, Any] | None] = "", None  # path, version
         self._opened: tuple[tuple[str, str], Segment] | None = None
 
@@ -198,10 +214,10 @@ class ClipReader(Dataset[Read]):
         return self._last_version[1] if self.hashed else version
 
     def _pixels(self, item: Item) -> tuple[Tensor, float]:
-        """[3, T, H, W] uint8, and frames per second."""
+        """[channels, T, H, W] uint8, and frames per second."""
         opened = self._open(item)
         info = opened.info
-        settings = self.transform.settings(info, self.reader)
+        settings = self.transform.settings(info, self.reader, self.channels)
         possible, step = int(settings.length(info.num_frames, info.fps)), float(settings.step(info.fps))
         frames = self.transform.frames or possible
         if possible < frames:
@@ -219,5 +235,6 @@ class ClipReader(Dataset[Read]):
             if self._opened is not None:
                 self._opened[1].close()
                 self._opened = None
-            self._opened = part, open_frames(item.path, ClipSettings(1, 1, reader=self.reader), item.bounds)
+            settings = ClipSettings(1, 1, reader=self.reader, channels=self.channels)
+            self._opened = part, open_frames(item.path, settings, item.bounds)
         return self._opened[1]

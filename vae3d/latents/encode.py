@@ -195,10 +195,10 @@ def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool
     for note in notes if not quiet else ():
         log.info(note)
     reads: Iterable[Read] = load(
-        ClipReader(job.items, job.transform, config.reader, hashed=config.verify == "hash"),
+        ClipReader(job.items, job.transform, config.reader, config.verify == "hash", job.codec.model.pixel_channels),
         workers=workers,
         timeout=config.timeout,
-        item_bytes=0 if None in sides else 3 * math.prod(sides),
+        item_bytes=0 if None in sides else job.codec.model.pixel_channels * math.prod(sides),
         held=config.batch_size,
         sampler=numbers,
         batch_size=None,

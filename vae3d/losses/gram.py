@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Range, check_fields
-from vae3d.losses.objective import PixelTerm
+from vae3d.losses.objective import NetworkTerm, PixelTerm
 from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.frames import clips_of, frames_of
 from vae3d.pixels import as_rgb
-from vae3d.pretrained import weights
 from vae3d.pretrained.lpips import LPIPSNet, weight_at_size
 from vae3d.types import ClipBatch
 
@@ -47,7 +46,7 @@ RECIPES = {
 
 
 @dataclass(kw_only=True, eq=False)
-class Gram(PixelTerm):
+class Gram(NetworkTerm, PixelTerm):
     """Mean squared difference of Gram matrices F F^T / n of VGG16's features F [C, n], summed over layers.
 
     recipe: vrae (V-RAE `recon_training/losses.py: PerceptualGramLoss`; weight 100 beside L1 in [0, 1] and LPIPS) or
@@ -70,12 +69,6 @@ class Gram(PixelTerm):
         check_fields(vars(self), type(self))
         self.published = RECIPES[self.recipe]
         self.network = LPIPSNet("vgg")
-
-    def find_weights(self) -> None:
-        weights.find(self.network.file, path=self.path)
-
-    def load(self, device: torch.device | str) -> None:
-        self.network.load(self.path).to(device)
 
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         clips, _, frames, height, width = batch.video.shape

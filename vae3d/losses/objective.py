@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from vae3d.losses.pixel_weights import PixelWeight, mean_one
 from vae3d.precision import autocast_off
+from vae3d.pretrained import weights
+from vae3d.pretrained.lpips import LPIPSNet
+from vae3d.pretrained.raft import Raft
 from vae3d.schedules import ramp
 from vae3d.text import plural
 from vae3d.types import ClipBatch, Reconstruction
@@ -61,6 +65,24 @@ class PixelTerm(Term):
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         """ErrorMap.map of a reconstruction [B, 3, T, H, W]."""
         raise NotImplementedError
+
+
+class NetworkTerm(Term):
+    """Base of terms with a frozen pretrained network, which is loaded by `load`.
+
+    network: None where the term's settings need none. path: the network's file; None: found by its name.
+    """
+
+    network: LPIPSNet | Raft | None = None
+    path: str | Path | None = None
+
+    def find_weights(self) -> None:
+        if self.network is not None:
+            weights.find(self.network.file, path=self.path)
+
+    def load(self, device: torch.device | str) -> None:
+        if self.network is not None:
+            self.network.load(self.path).to(device)
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d import panorama
-from vae3d.losses.objective import PixelTerm
+from vae3d.losses.objective import NetworkTerm, PixelTerm
 from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.frames import clips_of, frames_of
 from vae3d.pixels import as_rgb
-from vae3d.pretrained import weights
 from vae3d.pretrained.lpips import LPIPSNet
 from vae3d.types import ClipBatch
 
 
 @dataclass(kw_only=True, eq=False)
-class LPIPS(PixelTerm):
+class LPIPS(NetworkTerm, PixelTerm):
     """LPIPS of every frame, of the colours of other than three channels (pixels.as_rgb). The trunk is frozen, in fp32.
 
     net: vgg (as in Open-Sora and latent-diffusion) or alex. path: the trunk's file, by default found by its name.
@@ -38,12 +37,6 @@ class LPIPS(PixelTerm):
 
     def __post_init__(self) -> None:
         self.network = LPIPSNet(self.net)
-
-    def find_weights(self) -> None:
-        weights.find(self.network.file, path=self.path)
-
-    def load(self, device: torch.device | str) -> None:
-        self.network.load(self.path).to(device)
 
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         ori, rec = frames_of(as_rgb(batch.video)), frames_of(as_rgb(rec))

@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d.arguments import Count, Range, check_fields
-from vae3d.losses.objective import ErrorMap, PixelTerm, Term, numel_per_frame
+from vae3d.losses.objective import ErrorMap, NetworkTerm, PixelTerm, Term, numel_per_frame
 from vae3d.losses.pixel_weights import mean_one
 from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.frames import clips_of, frames_of
 from vae3d.optical_flow import dis_flow, warp
 from vae3d.pixels import as_rgb
-from vae3d.pretrained import weights
-from vae3d.pretrained.raft import FILES, Raft
+from vae3d.pretrained.raft import Raft
 from vae3d.types import ClipBatch, Reconstruction
 
 
@@ -54,7 +53,7 @@ class TemporalDifference(PairTerm):
 
 
 @dataclass(kw_only=True, eq=False)
-class WarpedConsistency(PairTerm):
+class WarpedConsistency(NetworkTerm, PairTerm):
     """|y_t - warp(y_t-1)| M of a reconstruction y, along the clip's optical flow from frame t to t - 1.
 
     M = exp(-alpha s^2), where s is the sum over channels of x_t - warp(x_t-1) of the clip x in [0, 1]: small where the
@@ -78,14 +77,6 @@ class WarpedConsistency(PairTerm):
         if self.flow != "dis":
             self.network = Raft(self.flow)
 
-    def find_weights(self) -> None:
-        if self.flow != "dis":
-            weights.find(*FILES[self.flow], path=self.path)
-
-    def load(self, device: torch.device | str) -> None:
-        if self.flow != "dis":
-            self.network.load(self.path).to(device)
-
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         clips = len(rec)
         with torch.no_grad():
@@ -105,7 +96,7 @@ class WarpedConsistency(PairTerm):
 
 
 @dataclass(kw_only=True, eq=False)
-class FlowLoss(PairTerm):
+class FlowLoss(NetworkTerm, PairTerm):
     """|flow of the reconstruction - flow of the clip| in pixels, of RAFT, forwards and backwards.
 
     nvidia-cosmos/cosmos-predict1 `tokenizer/training/losses/continuous.py: FlowLoss`, there in bf16, at weight 0.01 in
@@ -124,12 +115,6 @@ class FlowLoss(PairTerm):
     def __post_init__(self) -> None:
         check_fields(vars(self), type(self))
         self.network = Raft(self.net)
-
-    def find_weights(self) -> None:
-        weights.find(*FILES[self.net], path=self.path)
-
-    def load(self, device: torch.device | str) -> None:
-        self.network.load(self.path).to(device)
 
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         with torch.no_grad():

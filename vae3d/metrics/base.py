@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vae3d.errors import UserError
-from vae3d.pixels import RANGES, PixelError, check_frames
+from vae3d.pixels import RANGES, PixelError, check_frames, over_grey
 from vae3d.precision import autocast_off, no_tf32
 
 R = TypeVar("R")
@@ -47,13 +47,14 @@ class Chunk:
     """The next frames of two videos, [T, 3, H, W] in [0, 1], fp32.
 
     start: index of the first new frame in the video. overlap: 1 if frame 0 is the last frame of the previous chunk,
-    for metrics of neighbouring frames; else 0.
+    for metrics of neighbouring frames; else 0. alpha: of the new frames of both, [T, 1, H, W], if the videos have it.
     """
 
     ref: Tensor
     rec: Tensor
     start: int = 0
     overlap: int = 0
+    alpha: tuple[Tensor, Tensor] | None = None
     _cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -96,7 +97,7 @@ class Metric:
 
     name: on the command line. columns: name of each result -> Better. count_columns: keys of VideoResult.counts.
     options: attributes that change the scores. pairs: whether it compares neighbouring frames. min_size: pixels of a
-    frame's shorter side. min_frames: of a video.
+    frame's shorter side. min_frames: of a video. alpha: whether it scores alpha, and so needs RGBA.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Metric:
     pairs = False
     min_size = 1
     min_frames = 1
+    alpha = False
 
     def update(self, chunk: Chunk) -> None:
         raise NotImplementedError
@@ -226,6 +228,7 @@ class MetricSet:
     def update(self, ref: Tensor, rec: Tensor) -> None:
         """Add the next frames of the original and the reconstruction, [T, 3, H, W] in `pixel_range`.
 
+        Of RGBA [T, 4, H, W], the colours are scored over mid-grey, and alpha by metrics of alpha.
         Raises MetricError if they have another shape or range, differ in shape, hold NaN, or a metric does not support
         them.
         """
@@ -236,10 +239,16 @@ class MetricSet:
             raise MetricError(str(error)) from None
         if ref.shape != rec.shape:
             raise MetricError(f"the videos differ in shape: {list(ref.shape)} and {list(rec.shape)}")
+        alpha = None
+        if ref.shape[1] == 4:
+            alpha = ref[:, 3:], rec[:, 3:]
+            ref, rec = over_grey(ref), over_grey(rec)
+        elif unfit := [metric.name for metric in self.metrics if metric.alpha]:
+            raise MetricError(f"{', '.join(unfit)}: the videos have no alpha; leave out, or give RGBA, of 4 channels")
         count, overlap = len(ref), 0
         if self._pairs and self._last is not None:
             ref, rec, overlap = torch.cat([self._last[0], ref]), torch.cat([self._last[1], rec]), 1
-        chunk = Chunk(ref, rec, self._count, overlap)
+        chunk = Chunk(ref, rec, self._count, overlap, alpha)
         for metric in self.metrics:
             metric.update(chunk)
         self._last, self._count = (ref[-1:], rec[-1:]), self._count + count

@@ -1,4 +1,4 @@
-"""Metrics of single frames: PSNR, SSIM, MS-SSIM, LPIPS, sharpness."""
+"""Metrics of single frames: PSNR, SSIM, MS-SSIM, LPIPS, sharpness, and of alpha."""
 
 from __future__ import annotations
 
@@ -154,6 +154,30 @@ class Sharpness(SeriesMetric):
     def measure(self, chunk: Chunk) -> dict[str, Tensor]:
         ref, rec = (gradient_energy(frames) + self.floor for frames in chunk.new_frames)
         return {"sharpness": rec / ref}
+
+
+class AlphaPsnr(SeriesMetric):
+    """10 log10(1 / MSE) in dB of alpha, of each frame."""
+
+    name = "alpha_psnr"
+    columns = {"alpha_psnr": True}
+    alpha = True
+
+    def measure(self, chunk: Chunk) -> dict[str, Tensor]:
+        ref, rec = chunk.alpha
+        return {"alpha_psnr": decibels((ref - rec).double().square().mean((1, 2, 3)))}
+
+
+class AlphaSsim(SeriesMetric):
+    """Structural similarity of alpha; see metrics.ssim.ssim_gaussian."""
+
+    name = "alpha_ssim"
+    columns = {"alpha_ssim": True}
+    min_size = 11
+    alpha = True
+
+    def measure(self, chunk: Chunk) -> dict[str, Tensor]:
+        return {"alpha_ssim": SSIM["gaussian"](*chunk.alpha)}
 
 
 def gradient_energy(frames: Tensor) -> Tensor:

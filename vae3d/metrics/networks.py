@@ -11,7 +11,7 @@ from vae3d.metrics.base import Chunk
 from vae3d.pretrained import i3d, inception, lpips, pwcnet, raft
 
 # Files that each network can be loaded from: alternatives.
-FLOWS = {"pwc": pwcnet.FILES, **raft.FILES}
+FLOWS = {"pwc": pwcnet.FILES} | {net: (file,) for net, file in raft.FILES.items()}
 LPIPS = {net: (file,) for net, (_, file, _) in lpips.TRUNKS.items()}
 INCEPTION = (inception.FILE,)
 I3D = (i3d.TORCHSCRIPT, i3d.STATE_DICT)

@@ -46,6 +46,8 @@ METRICS: dict[str, Entry] = {
     "lpips_alex": Entry(frame.Lpips, (LPIPS["alex"],)),
     "lpips_vgg": Entry(frame.LpipsVgg, (LPIPS["vgg"],)),
     "sharpness": Entry(frame.Sharpness),
+    "alpha_psnr": Entry(frame.AlphaPsnr),
+    "alpha_ssim": Entry(frame.AlphaSsim),
     "flolpips": _flolpips("pwc"),
     "flolpips_raft_large": _flolpips("raft_large"),
     "flolpips_raft_small": _flolpips("raft_small"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -26,48 +26,68 @@ Cache = Any  # of a step: what it needs of earlier chunks; None before the first
 
 @dataclass(frozen=True)
 class FrameRule:
-    """Which clips a network takes. text: in words, for docs and errors.
+    """Which clips a network takes.
 
     is_valid: of a number of frames. latents: latent frames of a valid clip. frames: of a number of latent frames, as
-    the network decodes them; 0 for a number that no clip has.
+    the network decodes them; 0 for a number that no clip has. text: in words, for errors; "": as its FrameRules.
     """
 
-    text: str
     is_valid: Callable[[int], bool]
     latents: Callable[[int], int]
     frames: Callable[[int], int]
+    text: str = ""
 
 
+@dataclass(frozen=True)
+class FrameRules:
+    """The frame rule of a class: build(vae, stride) -> FrameRule. text: in words, for docs."""
+
+    text: str
+    build: Callable[[nn.Module, int], FrameRule]
+
+    def __call__(self, vae: nn.Module, stride: int) -> FrameRule:
+        rule = self.build(vae, stride)
+        return rule if rule.text else replace(rule, text=self.text.replace("n x stride", f"{stride} n"))
+
+
+def frame_rules(text: str) -> Callable[[Callable[[nn.Module, int], FrameRule]], FrameRules]:
+    """Decorate a function (vae, stride) -> FrameRule."""
+    return lambda build: FrameRules(text, build)
+
+
+@frame_rules("any")
 def any_number(vae: nn.Module, stride: int) -> FrameRule:
-    return FrameRule("any", lambda n: n >= 1, lambda n: n, lambda t: t)
+    return FrameRule(lambda n: n >= 1, lambda n: n, lambda t: t)
 
 
+@frame_rules("1 + n x stride")
 def one_plus(vae: nn.Module, stride: int) -> FrameRule:
     return FrameRule(
-        f"1 + {stride} n",
         lambda n: n >= 1 and (n - 1) % stride == 0,
         lambda n: 1 + (n - 1) // stride,
         lambda t: 1 + (t - 1) * stride,
     )
 
 
+@frame_rules("n x stride")
 def multiples(vae: nn.Module, stride: int) -> FrameRule:
-    return FrameRule(f"{stride} n", lambda n: n >= 1 and n % stride == 0, lambda n: n // stride, lambda t: t * stride)
+    return FrameRule(lambda n: n >= 1 and n % stride == 0, lambda n: n // stride, lambda t: t * stride)
 
 
+@frame_rules("8 n, 1 + 8 n")
 def _cogvideox(vae: nn.Module, stride: int) -> FrameRule:
     """diffusers encodes 8 frames and decodes 2 latents at once, and returns other clips misaligned and of another
     length: 12 frames as 9, 13 as 16."""
     if stride != 4:
         raise ValueError(f"temporal_compression_ratio is {stride}; diffusers' chunks of 8 frames need 4")
     return FrameRule(
-        "8 n, 1 + 8 n",
         lambda n: n >= 1 and n % 8 in (0, 1),
         lambda n: -(-n // 4),
         lambda t: 1 + 4 * (t - 1) if t % 2 else 4 * t,
     )
 
 
+@frame_rules("1 + n x stride, without 21 + 16 n")
 def _kvae_video(vae: nn.Module, stride: int) -> FrameRule:
     """A last chunk of one latent is decoded to one frame, as if it were the first: 21 frames come back as 18."""
     rule = one_plus(vae, stride)
@@ -75,16 +95,19 @@ def _kvae_video(vae: nn.Module, stride: int) -> FrameRule:
     def is_valid(frames: int) -> bool:
         return rule.is_valid(frames) and not (frames > 17 and (frames - 1) % 16 == stride)
 
-    return FrameRule(f"{rule.text}, without 21 + 16 n", is_valid, rule.latents, rule.frames)
+    return FrameRule(is_valid, rule.latents, rule.frames)
 
 
+@frame_rules("1 + n x stride")
 def _vidtok(vae: nn.Module, stride: int) -> FrameRule:
+    """Networks that are not causal take whole batches of frames."""
     if vae.is_causal:
         return one_plus(vae, stride)
     size = vae.num_sample_frames_batch_size
-    return FrameRule(f"{size} n", lambda n: n >= 1 and n % size == 0, lambda n: n // stride, lambda t: t * stride)
+    return FrameRule(lambda n: n >= 1 and n % size == 0, lambda n: n // stride, lambda t: t * stride, f"{size} n")
 
 
+@frame_rules("5 + 17 n, from 22")
 def _minimax(vae: nn.Module, stride: int) -> FrameRule:
     """Clips of clip_length frames, encoded each by itself; the last token_drop latents are dropped."""
     clip, tokens = vae.config.clip_length, vae.tokens_chunk_size
@@ -92,10 +115,10 @@ def _minimax(vae: nn.Module, stride: int) -> FrameRule:
     if vae.config.token_drop == 0:
         raise ValueError("token_drop is 0; only clips that overlap are supported")
     return FrameRule(
-        f"{frames} + {clip} n, from {frames + clip}",
         lambda n: n > frames and (n - frames) % clip == 0,
         lambda n: latents + (n - frames) // clip * tokens,
         lambda t: 0 if t <= latents or (t - latents) % tokens else frames + (t - latents) // tokens * clip,
+        f"{frames} + {clip} n, from {frames + clip}",
     )
 
 
@@ -410,7 +433,7 @@ class DiffusersClass:
     of: str
     published: str
     strides: Callable[[nn.Module], tuple[int, int]] = _ratios
-    frames: Callable[[nn.Module, int], FrameRule] = one_plus
+    frames: FrameRules = one_plus
     chunks: Callable[[Model, int], list[int]] = whole
     exact_stream: bool = False
     encode: Callable[[Model, Tensor, Cache], tuple[Coded, Cache]] = _encode

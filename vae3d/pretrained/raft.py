@@ -15,8 +15,8 @@ from vae3d.precision import autocast_off
 from vae3d.pretrained import weights
 
 FILES = {
-    "raft_large": ("raft_large_C_T_SKHT_V2-ff5fadd5.pth",),
-    "raft_small": ("raft_small_C_T_V2-01064c6d.pth",),
+    "raft_large": "raft_large_C_T_SKHT_V2-ff5fadd5.pth",
+    "raft_small": "raft_small_C_T_V2-01064c6d.pth",
 }
 MULTIPLE = 8
 MIN_SIZE = 128  # for smaller frames the coarsest level of the correlation pyramid is a single pixel
@@ -34,14 +34,14 @@ class Raft(nn.Module):
             raise ValueError(f"net is {net!r}; use one of {', '.join(FILES)}")
         from torchvision.models import optical_flow  # slow to import
 
-        self.net = net
+        self.net, self.file = net, FILES[net]
         with torch.device("meta"):
             self.network = getattr(optical_flow, net)(weights=None)
         self.eval().requires_grad_(False)
 
     def load(self, path: str | Path | None = None) -> Raft:
         """Load the weights from `path` or weights.find. Raises WeightsMissing if missing or of another network."""
-        file = weights.find(*FILES[self.net], path=path)
+        file = weights.find(self.file, path=path)
         weights.assign(self.network, weights.read(file), file)
         return self
 

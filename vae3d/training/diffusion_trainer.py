@@ -23,7 +23,7 @@ from vae3d.diffusion.export import write_export
 from vae3d.diffusion.processes import QUARTILES, Process, drop_labels, quartile_sums, training_losses
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import decoded, sample_latents
-from vae3d.inference.pictures import captioned, grid
+from vae3d.inference.pictures import captioned, displayable, grid
 from vae3d.inference.scale import check_normalised
 from vae3d.seeding import generator_of
 from vae3d.training.ema import MultiEma
@@ -221,7 +221,9 @@ class DiffusionTrainer(Trainer[Batch]):
     def _show(self, name: str, z: Tensor, captions: Sequence[str]) -> None:
         """Log latents [N, C, t, h, w], decoded, in a grid."""
         videos = decoded(self.data.codec, z, self.data.size)
-        shown = np.stack([captioned(video, caption) for video, caption in zip(videos, captions, strict=True)])
+        shown = np.stack(
+            [captioned(displayable(video), caption) for video, caption in zip(videos, captions, strict=True)]
+        )
         self.log.frames(f"val_samples/{name}", grid(shown), self.step)
 
     # ---- checkpoints

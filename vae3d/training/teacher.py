@@ -30,7 +30,8 @@ class Distillation:
     or `mixed`, which picks one of them at random per step. features: module of the student -> module of the teacher
     whose output it should match, by their names in named_modules(). seed: of the random choice and sampled latents.
     cache: folder of a TargetCache of at most cache_gib GiB, or None.
-    Raises TeacherError if their latent spaces differ in shape, or a module does not exist.
+    Raises TeacherError if they take other channels of pixels, their latent spaces differ in shape, or a module does not
+    exist.
     """
 
     def __init__(
@@ -54,6 +55,12 @@ class Distillation:
             raise TeacherError(
                 f"teacher.path: the teacher has {plural(teacher.spec.channels, 'latent channel')} and the model "
                 f"{student.spec.channels}; they must share their latents"
+            )
+        if teacher.pixel_channels != student.pixel_channels:
+            raise TeacherError(
+                f"teacher.path: the teacher takes {plural(teacher.pixel_channels, 'channel')} of pixels and the model "
+                f"{student.pixel_channels}; use model.pixel_channels={teacher.pixel_channels}, or fine-tune the "
+                f"teacher with model.pixel_channels={student.pixel_channels} first"
             )
         if latent_space(teacher) == "normalized" and latent_space(student) == "raw":
             raise TeacherError(
@@ -96,8 +103,11 @@ class Distillation:
             with capture_activations(self.teacher, list(self.features.values()), len(video)) as activations:
                 self.teacher.decode(z.to(self.dtype), video.shape[2])
             features = {name: one_per_latent(activations(inner), z.shape[2]) for name, inner in self.features.items()}
-        latents = convert_latents(z.float(), self.teacher, self.student)
-        return replace(batch, targets=TeacherTargets(latents, {name: f.float() for name, f in features.items()}))
+        latents = convert_latents(z.float(), self.teacher, self.student).contiguous()  # as a cache returns them: the
+        features = {
+            name: tensor.float().contiguous() for name, tensor in features.items()
+        }  # order of sums depends on it
+        return replace(batch, targets=TeacherTargets(latents, features))
 
     def latents(self, batch: ClipBatch, step: int) -> Tensor | None:
         """The latents that the student decodes in this step: the teacher's, or None for its own."""

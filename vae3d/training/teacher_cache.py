@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vae3d.io import naming
+from vae3d.io import TMP_NAME, atomic_path, naming
 from vae3d.types import TeacherTargets
 
 LATENTS = "z"
 FEATURE = "feature:"
+STALE = 3600.0  # seconds after which a temporary file is of a killed process; writing one takes far less
 
 
 class TargetCache:
     """A teacher's latents and features, one file per clip, under the hash of the clip's pixels.
 
     So they are the same bits as those of the teacher, whatever the order, the ranks, or where a run was killed; another
-    teacher, precision or choice of features has files of its own. It pays if clips repeat: no random crop, no flip.
+    teacher, precision, batch size or choice of features has files of its own. It pays if clips repeat: no random crop,
+    no flip. A file is complete from when it has its name; a damaged one is computed and written again.
 
     folder: shared by any number of runs. of: what the targets depend on beside the teacher's weights. gib: GiB of files
     after which nothing is added.
@@ -38,24 +41,30 @@ class TargetCache:
             digest.update(_bytes(tensor))
         self.folder = Path(folder) / digest.hexdigest()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.room = int(gib * 2**30) - sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors"))
+        self.room = int(gib * 2**30) - _clean(self.folder)
         self.hits = 0
         self.misses = 0
 
     def keys(self, video: Tensor) -> list[str]:
-        """A key for each clip of a batch [B, 3, T, H, W]."""
-        shape = str((tuple(video.shape[1:]), str(video.dtype))).encode()
+        """A key for each clip of a batch [B, 3, T, H, W]: also of B, which changes the last bits of a convolution."""
+        shape = str((tuple(video.shape), str(video.dtype))).encode()
         return [hashlib.blake2b(_bytes(clip) + shape, digest_size=20).hexdigest() for clip in video]
 
     def read(self, keys: Sequence[str], device: torch.device) -> TeacherTargets | None:
-        """Targets of a batch, or None unless all of its clips are there. A damaged file counts as missing."""
+        """Targets of a batch, or None unless all of its clips are there. Damaged files are deleted."""
         clips = []
         for key in keys:
+            file = self._file(key)
             try:
-                clips.append(load_file(self._file(key), device=str(device)))
-            except (FileNotFoundError, SafetensorError):
-                self.misses += len(keys)
-                return None
+                clips.append(load_file(file, device=str(device)))
+            except FileNotFoundError:
+                break
+            except SafetensorError:
+                file.unlink(missing_ok=True)  # another rank may have done so
+                break
+        if len(clips) < len(keys):
+            self.misses += len(keys)
+            return None
         self.hits += len(keys)
         tensors = {name: torch.stack([clip[name] for clip in clips]) for name in clips[0]}
         z = tensors.pop(LATENTS)
@@ -70,14 +79,29 @@ class TargetCache:
             if size > self.room or file.exists():
                 continue
             self.room -= size
-            tmp = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # another rank may write the same clip
             with naming(file):
                 file.parent.mkdir(exist_ok=True)
-                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, tmp)
-                tmp.replace(file)
+                with atomic_path(file) as tmp:  # another rank may write the same clip
+                    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, tmp)
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key[2:]}.safetensors"
+
+
+def _clean(folder: Path) -> int:
+    """Delete what killed processes left half-written; returns the bytes of the files that stay.
+
+    Other ranks and runs write there meanwhile, so their temporary files stay, and one may be gone once it is looked at.
+    """
+    kept = 0
+    for file in folder.glob("*/*"):
+        with suppress(FileNotFoundError):
+            about = file.stat()
+            if TMP_NAME.fullmatch(file.name) and time.time() - about.st_mtime > STALE:
+                file.unlink()
+            else:
+                kept += about.st_size
+    return kept
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -15,11 +15,11 @@ from torch import nn
 from vae3d.data.depth import depth_of, to_metres
 from vae3d.inference.pictures import (
     ERROR_LABEL,
-    colours,
     displayable,
     enlarged,
     error_maps,
     latent_colours,
+    scorable,
     side_by_side,
     table,
 )
@@ -81,13 +81,13 @@ def log_clips(log: RunLog, clips: Sequence[ValidatedClip], step: int) -> None:
 
 
 def channel_scores(ref: np.ndarray, rec: np.ndarray) -> dict[str, float]:
-    """PSNR in dB of the channels after the first three of frames [T, H, W, C] uint8: `alpha_psnr` of the fourth of
-    four, `other_psnr` of all from the fourth on of more."""
+    """PSNR in dB of the channels after the first three of frames [T, H, W, C] uint8, the mean over frames: `alpha_psnr`
+    of the fourth of four, as the metric of that name; `other_psnr` of all from the fourth on of more."""
     channels = ref.shape[3]
     if channels <= 3:
         return {}
-    errors = (ref[..., 3:].astype(np.float64) - rec[..., 3:]) / 255
-    return {"alpha_psnr" if channels == 4 else "other_psnr": decibel(float(np.square(errors).mean()))}
+    errors = np.square((ref[..., 3:].astype(np.float64) - rec[..., 3:]) / 255).mean((1, 2, 3))
+    return {"alpha_psnr" if channels == 4 else "other_psnr": fmean(decibel(error) for error in errors.tolist())}
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def validate(
 ) -> list[ValidatedClip]:
     """Reconstruct clips from the posterior's mode and score them as 8-bit pixels, like those of a file.
 
-    Metrics see the colours of other than three channels (pixels.as_rgb); for the others, see channel_scores.
+    Metrics see RGBA as MetricSet.update says, of other channels the colours (pixels.as_rgb); see also channel_scores.
     panels: number of clips to keep for display. roll: also score how well the reconstruction of a rotated panorama
     matches the rotated reconstruction (`roll_psnr`). depth: mapping of depth clips, for AbsRel and delta1 in metres.
     """
@@ -114,7 +114,7 @@ def validate(
         out = model(clip.video, sample=False)
         before = to_uint8(clip.video[0], clip.paths[0])
         after = to_uint8(out.video[0], f"reconstruction of {clip.paths[0]}")
-        metrics.update(*(as_unit(colours(frames), device) for frames in (before, after)))
+        metrics.update(*(as_unit(scorable(frames), device) for frames in (before, after)))
         index, shown = int(clip.positions), None
         if index < panels:
             latent = latent_colours(out.z[0], before.shape[:3])
