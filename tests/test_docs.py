@@ -31,7 +31,7 @@ def test_settings_in_the_pages_exist(page):
     """`trainer.keep=2` is a key; of nodes, such as model.spatial.frame_batch, the last part is an argument."""
     keys, arguments = known_settings()
     for key in SETTING.findall(page.read_text()):
-        free = key.startswith(("loss.terms.", "teacher.features", "stage.init_from."))
+        free = key.startswith(("loss.terms.", "teacher.features", "stage.init_from.", "stage.train."))
         of_node = key.split(".")[0] in ("model", "adversary") or key.startswith("data.source.")
         assert free or key in keys or (of_node and key.rpartition(".")[2] in arguments), key
 
