@@ -76,8 +76,8 @@ def reason(model: str, stage: str, loss: str) -> str | None:
     if model not in TWO_STAGE and loss.startswith("latent"):
         return "need a model with a 2D VAE inside"
     trained = OmegaConf.load(CONF / f"stage/{stage}.yaml").stage.train
-    if loss.startswith("latent") and not all(part.startswith("temporal") for part in trained):
-        return "no loss term reaches"  # the 2D VAE gives the target, without gradient
+    if loss.startswith("latent") and not all(part == "encoder" or part.startswith("temporal") for part in trained):
+        return "no loss term reaches"  # the 2D decoder; the 2D encoder gives the target without gradient, but also z
     return None
 
 
