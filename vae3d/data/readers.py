@@ -25,7 +25,17 @@ from vae3d.data.dataset_rows import is_row, open_row
 from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
 from vae3d.data.images import resize as resize_image
 from vae3d.data.media import MediaError, MediaInfo, Reader, Size, check_indices, one_line
-from vae3d.data.video_index import KEYS_BACK, FrameSource, VideoIndex, check_frame, has_alpha, open_index, to_rgb
+from vae3d.data.video_index import (
+    KEYS_BACK,
+    FrameSource,
+    VideoIndex,
+    Wanted,
+    check_frame,
+    has_alpha,
+    keep_source,
+    open_source,
+    to_rgb,
+)
 from vae3d.text import plural
 
 VIDEO_SUFFIXES = (
@@ -87,23 +97,37 @@ class PyAVReader:
 
     def __init__(self, path: Path, threads: int = 1, alpha: bool = False) -> None:
         self.path, self.alpha = path, alpha
-        self.index = open_index(path)
+        self._source: FrameSource | None = open_source(path, threads)
+        self.index = self._source.index
         self.header, self.info, self.times = self.index.header, self.index.header.info, self.index.times
-        self._source = FrameSource(path, self.index, threads)
         self._convert = VideoReformatter()
+        self._failed = False
+        self._wanted = Wanted()
         self._last: tuple[int, np.ndarray] | None = None  # index and pixels of the last frame
         self._restart(self.header.first)
         if not alpha and has_alpha(VideoFormat(self.info.pixels)):
-            self._pixels(0)  # raises for transparent pixels
+            try:
+                self._pixels(0)  # raises for transparent pixels
+            except MediaError:
+                self.close()
+                raise
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
         check_indices(self.path, indices, self.info.num_frames)
+        self._wanted.set(self.index.frames["packet"][np.asarray(indices, dtype=int)].tolist())
         frames = {i: self._upright(self._pixels(i), size) for i in sorted(set(indices))}
         return np.stack([frames[i] for i in indices])
 
     def close(self) -> None:
+        """Keep the file open for the next reader of it, unless something failed."""
         self._decoding = iter(())
-        self._source.close()
+        source, self._source = self._source, None
+        if source is None:
+            return
+        if self._failed:
+            source.close()
+        else:
+            keep_source(source)
 
     def _pixels(self, index: int) -> np.ndarray:
         """[H, W, 3 or 4] uint8 of a frame as stored."""
@@ -120,13 +144,14 @@ class PyAVReader:
         If the frame is incomplete, as with periodic intra refresh, retry from earlier key frames.
         """
         packet, start = self.index.frames[index].tolist()
-        is_ahead = self._last is not None and self._last[0] < index
+        is_ahead = self._last is not None and self._last[0] < index and packet not in self._wanted.skipped
         if not is_ahead or start > self._decoded + 1:
             self._restart(start)
         reason = f"is damaged: frame {index} of {self.info.num_frames} does not decode"
-        for earlier in itertools.chain([None], self._key_packets_before(start)):
+        for earlier in itertools.chain([None], self._starts_to_retry(start)):
             if earlier is not None:
-                self._restart(earlier)
+                self._wanted.set(None)
+                self._restart(earlier, fresh=True)
             try:
                 frame = self._decode_until(packet)
             except MediaError as error:
@@ -134,6 +159,7 @@ class PyAVReader:
             else:
                 if frame is not None and not frame.is_corrupt:
                     return frame
+        self._failed = True
         raise MediaError(self.path, reason)
 
     def _decode_until(self, packet: int) -> VideoFrame | None:
@@ -149,14 +175,18 @@ class PyAVReader:
             self._decoded, frames = step
             self._pending.extend(frames)
 
-    def _restart(self, packet: int) -> None:
-        """Start decoding at `packet`."""
-        self._decoding = self._source.decode(packet)
+    def _restart(self, packet: int, fresh: bool = False) -> None:
+        """Start decoding at `packet`. fresh: with a new decoder."""
+        self._wanted.skipped.clear()
+        self._decoding = self._source.decode(packet, self._wanted, fresh)
         self._decoded = packet - 1  # the last decoded packet
         self._pending: deque[tuple[int, VideoFrame]] = deque()  # decoded frames, with the numbers of their packets
         self._last = None
 
-    def _key_packets_before(self, packet: int) -> Iterator[int]:
+    def _starts_to_retry(self, packet: int) -> Iterator[int]:
+        """`packet` again, if frames were skipped or the decoder was not new; then earlier key packets."""
+        if self._wanted.skipped or self._source.reused:
+            yield packet
         keys = np.flatnonzero(self.index.packets["key"][:packet])
         yield from keys[keys >= self.header.first][: -KEYS_BACK - 1 : -1].tolist()
 
