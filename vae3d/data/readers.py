@@ -1,4 +1,4 @@
-"""Reading single frames of a video or image file, with PyAV or decord.
+"""Reading single frames of a video or image file, with PyAV, decord or torchcodec.
 
 Frames are [T, H, W, 3] uint8 RGB, rotated and mirrored by the file's display matrix. Their indices count in the order
 in which a decoder returns them.
@@ -24,7 +24,7 @@ from PIL import Image
 from vae3d.data.dataset_rows import is_row, open_row
 from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
 from vae3d.data.images import resize as resize_image
-from vae3d.data.media import MediaError, MediaInfo, Reader, Size, check_indices, one_line
+from vae3d.data.media import DataError, MediaError, MediaInfo, Reader, Size, check_indices, one_line
 from vae3d.data.video_index import (
     KEYS_BACK,
     FrameSource,
@@ -47,7 +47,8 @@ VIDEO_SUFFIXES = (
 def open_media(path: str | Path, reader: str = "auto", threads: int = 1, alpha: bool = False) -> Reader:
     """Open a video or image by its extension, an image sequence (`*` in the name), or a dataset row (dataset_rows.py).
 
-    reader: pyav, decord, or auto, which is pyav: it reads all that decord reads, faster. threads: for decoding.
+    reader: pyav, decord, torchcodec, or auto, which is pyav: it reads all that the others read, and measures faster
+    (docs/speed.md). threads: for decoding.
     alpha: read colours and alpha, [T, H, W, 4], not premultiplied.
     Raises MediaError if the file is missing, empty, not what its extension says, or cannot be decoded faithfully.
     """
@@ -202,22 +203,15 @@ class DecordReader:
     """decord (last release: 2021). Raises MediaError for files that it would decode wrongly."""
 
     def __init__(self, path: Path, threads: int = 1, alpha: bool = False) -> None:
-        if alpha:
-            raise MediaError(path, "decord reads no alpha; use reader=pyav")
         import decord
 
-        with closing(PyAVReader(path)) as reader:  # for metadata and checks that decord lacks
-            _check_for_decord(path, reader.index)
-            self.info, self.times = reader.info, reader.times
+        self.path, self.error = path, decord.DECORDError
+        self.info, self.times = _checked(path, "decord", alpha)
         try:
             self.video = decord.VideoReader(str(path), num_threads=threads)
         except (decord.DECORDError, RuntimeError) as error:
             raise MediaError(path, f"decord cannot open it: {one_line(error, 200)}") from error
-        self.path, self.error = path, decord.DECORDError
-        if len(self.video) != self.info.num_frames:
-            raise MediaError(
-                path, f"decord counts {plural(len(self.video), 'frame')}, its packets {self.info.num_frames}"
-            )
+        _check_count(path, "decord", len(self.video), self.info)
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
         check_indices(self.path, indices, self.info.num_frames)
@@ -231,8 +225,56 @@ class DecordReader:
         del self.video
 
 
-def _check_for_decord(path: Path, index: VideoIndex) -> None:
-    """Raise MediaError for a file that decord decodes wrongly."""
+class TorchcodecReader:
+    """torchcodec, which reads all packets of a file when it opens it.
+
+    Raises MediaError for files whose frames it may return wrongly, and DataError if it is not installed.
+    """
+
+    def __init__(self, path: Path, threads: int = 1, alpha: bool = False) -> None:
+        try:
+            from torchcodec.decoders import VideoDecoder
+        except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: there are no libraries of FFmpeg
+            raise DataError(
+                f"reader=torchcodec needs torchcodec for your version of torch, and the shared libraries of FFmpeg: "
+                f"pip install torchcodec; apt install ffmpeg. reader=pyav needs neither. ({one_line(error, 200)})"
+            ) from error
+        self.path = path
+        self.info, self.times = _checked(path, "torchcodec", alpha)
+        try:
+            self.video = VideoDecoder(str(path), num_ffmpeg_threads=threads, seek_mode="exact", dimension_order="NHWC")
+        except (RuntimeError, ValueError) as error:
+            raise MediaError(path, f"torchcodec cannot open it: {one_line(error, 200)}") from error
+        _check_count(path, "torchcodec", len(self.video), self.info)
+
+    def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
+        check_indices(self.path, indices, self.info.num_frames)
+        try:
+            frames = self.video.get_frames_at([int(index) for index in indices]).data.numpy()
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise MediaError(self.path, f"torchcodec cannot decode it: {one_line(error, 200)}") from error
+        return np.stack([resize(frame, size or (self.info.height, self.info.width)) for frame in frames])
+
+    def close(self) -> None:
+        del self.video
+
+
+def _checked(path: Path, library: str, alpha: bool) -> tuple[MediaInfo, np.ndarray | None]:
+    """Metadata and times of a file, after checks that the library lacks. Raises MediaError."""
+    if alpha:
+        raise MediaError(path, f"{library} reads no alpha; use reader=pyav")
+    with closing(PyAVReader(path)) as reader:
+        _check_for(library, path, reader.index)
+        return reader.info, reader.times
+
+
+def _check_count(path: Path, library: str, frames: int, info: MediaInfo) -> None:
+    if frames != info.num_frames:
+        raise MediaError(path, f"{library} counts {plural(frames, 'frame')}, its packets {info.num_frames}")
+
+
+def _check_for(library: str, path: Path, index: VideoIndex) -> None:
+    """Raise MediaError for a file that decord or torchcodec may decode wrongly."""
     header = index.header
     # Frames of an open group of pictures need packets before the key frame in front of them.
     keys = np.maximum.accumulate(np.where(index.packets["key"], np.arange(len(index.packets)), header.first))
@@ -241,15 +283,15 @@ def _check_for_decord(path: Path, index: VideoIndex) -> None:
     stored = VideoFormat(header.info.pixels, *header.stored[::-1])
     unordered = index.times is not None and (np.diff(index.times) <= 0).any()
     if header.info.bits > 8:
-        reason = f"has {header.info.bits} bits per channel, which decord converts to wrong colours"
+        reason = f"has {header.info.bits} bits per channel, which {library} converts to wrong colours"
     elif any(side % 2 for side in header.stored) and stored.chroma_width() < stored.width:
-        reason = "has an odd number of rows or columns, which decord converts to wrong colours"
+        reason = f"has an odd number of rows or columns, which {library} converts to wrong colours"
     elif header.first or index.seek is not None or unordered or (header.ordered != "times" and reordered):
-        reason = f"has no reliable timestamps ({header.container}); decord returns wrong frames"
+        reason = f"has no reliable timestamps ({header.container}); {library} returns wrong frames"
     elif open_gop:
-        reason = "has open groups of pictures; decord returns wrong frames"
+        reason = f"has open groups of pictures; {library} returns wrong frames"
     elif sum(header.orientation) % 2:
-        reason = "is mirrored, which decord ignores"
+        reason = f"is mirrored, which {library} ignores"
     else:
         return
     raise MediaError(path, f"{reason}; use reader=pyav")
@@ -259,6 +301,7 @@ READERS: dict[str, Callable[[Path, int, bool], Reader]] = {
     "auto": PyAVReader,
     "pyav": PyAVReader,
     "decord": DecordReader,
+    "torchcodec": TorchcodecReader,
 }
 
 
