@@ -747,7 +747,7 @@ class FrameSource:
 # --- files that stay open
 
 KEPT = 8  # files per process
-KEPT_PIXELS = 2**24  # of one frame of each of them together: eight of 1080p, whose decoders take about 200 MB
+KEPT_PIXELS = 2**24  # of one frame of each of them together: eight of 1080p
 _kept: OrderedDict[tuple, FrameSource] = OrderedDict()  # by file and its version; the one used last comes last
 _kept_lock = threading.Lock()
 
