@@ -638,7 +638,7 @@ class FrameSource:
         self.file: BinaryIO | None = None
         self.container: InputContainer | None = None
         self.decoder: av.VideoCodecContext | None = None
-        self.reused = False  # whether the decoder was flushed, and not made anew, at the last start
+        self.reused = False  # whether the decoder was flushed, and not a new one, at the last start
         self.version: tuple | None = None  # of the file, if it may be kept open
         header = index.header
         # A flushed decoder and one that skips frames must number frames by their packets.
