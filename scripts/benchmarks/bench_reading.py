@@ -1,15 +1,24 @@
-"""Measure time and memory of reading one random 17-frame clip, resized to 256 x 256, from 10 s of 1280 x 720 H.264.
+"""Measure the time of reading a random 17-frame clip, resized to 256, from H.264, against decord and torchcodec.
 
-    python scripts/benchmarks/bench_reading.py [--repeats 9]
-    python scripts/benchmarks/bench_reading.py --video mine.mp4   # the same from a video of yours
+    python scripts/benchmarks/bench_reading.py [--repeats 9]             # three minutes on an idle core
+    python scripts/benchmarks/bench_reading.py --video mine.mp4          # a video of yours
+    python scripts/benchmarks/bench_reading.py --memory [--video ...]    # against decoding the whole file, with memory
 
-Compares vae3d's readers with decoding the whole file, as torchvision's read_video and Open-Sora 1.2 do. Each reading
-runs in a process of its own on one thread; the methods take turns. Prints medians.
+Milliseconds are CPU time of this process on one thread, medians; readers take turns on the same clips, and ratios are
+medians over pairs. *decord* and *torchcodec* resize as vae3d does, and their frames must be equal to vae3d's;
+*decord sized* lets decord resize, whose pixels differ. Each reading opens the file, except *open again*, where the file
+was read before and vae3d has kept it open. Peers that are not installed are left out. The last lines compare a random
+clip of an hour with one of ten seconds.
+
+--memory compares vae3d's readers with decoding the whole file, as torchvision's read_video and Open-Sora 1.2 do. Each
+reading runs in a process of its own on one thread; the methods take turns. Prints medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import json
 import resource
 import statistics
@@ -17,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,24 +36,45 @@ import numpy as np
 from vae3d.argparse_types import positive_int
 
 FRAMES, SIZE, RATE, SECONDS = 17, 256, 24, 10
+GOAL = 1.1  # times as fast as the fastest peer
+LONG_GOAL = 1.5  # of a one-hour file, times the time of a ten-second one
+CASES = {  # name: height, width, frames between key frames, repetitions of the ten seconds
+    "256x256, GOP 24": (256, 256, 24, 1),
+    "1280x720, GOP 24": (720, 1280, 24, 1),
+    "1280x720, GOP 250": (720, 1280, 250, 1),
+    "320x180, 10 s": (180, 320, 24, 1),
+    "320x180, 1 h": (180, 320, 24, 360),
+}
+NO_GOAL = ("320x180, 10 s", "320x180, 1 h")  # are compared with each other
 
 
-def make_video(path: Path) -> None:
-    """Write a panned smooth pattern with a key frame every second."""
+def make_video(path: Path, height: int = 720, width: int = 1280, gop: int = RATE, repeats: int = 1) -> None:
+    """Write ten seconds of a panned smooth pattern, `repeats` times one after the other."""
     rng = np.random.default_rng(0)
     from PIL import Image
 
     small = Image.fromarray(rng.integers(0, 256, (60, 90, 3), dtype=np.uint8))
-    wide = np.asarray(small.resize((2240, 1440), Image.Resampling.BICUBIC))
+    wide = np.asarray(small.resize((width + 4 * RATE * SECONDS, 2 * height), Image.Resampling.BICUBIC))
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=RATE, options={"g": str(RATE), "crf": "23"})
-        stream.width, stream.height, stream.pix_fmt = 1280, 720, "yuv420p"
+        stream = container.add_stream(
+            "libx264", rate=RATE, options={"g": str(gop), "crf": "23", "sc_threshold": "0", "preset": "fast"}
+        )
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        packets = []
         for i in range(RATE * SECONDS):
-            view = np.ascontiguousarray(wide[i : i + 720, 3 * i : 3 * i + 1280])
+            top = i * height // (RATE * SECONDS)
+            view = np.ascontiguousarray(wide[top : top + height, 3 * i : 3 * i + width])
             frame = av.VideoFrame.from_ndarray(view, format="rgb24")
             frame.pts, frame.time_base = i, Fraction(1, RATE)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        for k in range(repeats):
+            for packet in packets:
+                copy = av.Packet(bytes(packet))
+                shift = round(k * SECONDS / packet.time_base)
+                copy.pts, copy.dts, copy.time_base = packet.pts + shift, packet.dts + shift, packet.time_base
+                copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+                container.mux(copy)
 
 
 def whole_file(path: str, start: float) -> np.ndarray:
@@ -80,6 +111,99 @@ METHODS = {
 }
 
 
+def peers(path: str) -> dict[str, Callable[[str, float], np.ndarray]]:
+    """name -> reading a clip with a library that is installed, as vae3d reads it: [17, 256, 256, 3]."""
+    import torch
+
+    from vae3d.data.clips import resize_crop_params
+    from vae3d.data.readers import media_info, resize
+
+    info = media_info(path)
+    crop = resize_crop_params(*info.size_to_scale((SIZE, SIZE)), (SIZE, SIZE))
+    found: dict[str, Callable[[str, float], np.ndarray]] = {}
+
+    def clip(frames: np.ndarray) -> np.ndarray:
+        return crop.crop(np.stack([resize(frame, crop.size) for frame in frames]))
+
+    def first(count: int, start: float) -> int:
+        return int(start * (count - FRAMES + 1))
+
+    if importlib.util.find_spec("decord"):
+        import decord
+
+        def with_decord(path: str, start: float, **size: int) -> np.ndarray:
+            video = decord.VideoReader(path, num_threads=1, **size)
+            i = first(len(video), start)
+            return clip(video.get_batch(range(i, i + FRAMES)).asnumpy())
+
+        found["decord"] = with_decord
+        found["decord sized"] = functools.partial(with_decord, height=crop.size[0], width=crop.size[1])
+    if importlib.util.find_spec("torchcodec"):
+        from torchcodec.decoders import VideoDecoder
+
+        def with_torchcodec(path: str, start: float, mode: str) -> np.ndarray:
+            video = VideoDecoder(path, num_ffmpeg_threads=1, seek_mode=mode, dimension_order="NHWC")
+            i = first(len(video), start)
+            return clip(video.get_frames_in_range(i, i + FRAMES).data.numpy())
+
+        found["torchcodec"] = functools.partial(with_torchcodec, mode="exact")
+        found["torchcodec approximate"] = functools.partial(with_torchcodec, mode="approximate")
+    torch.set_num_threads(1)
+    return found
+
+
+def compare(path: str, repeats: int) -> dict[str, list[float]]:
+    """name -> milliseconds of each reading. Raises SystemExit if a peer reads other frames."""
+    from vae3d.data.video_index import close_kept_sources
+
+    def ours(path: str, start: float) -> np.ndarray:
+        return only_the_clip(path, start, "auto")
+
+    others = peers(path)
+    times: dict[str, list[float]] = {name: [] for name in ("vae3d", "open again", *others)}
+
+    def timed(name: str, read: Callable[[str, float], np.ndarray], start: float) -> np.ndarray:
+        begin = time.process_time()
+        frames = read(path, start)
+        times[name].append(1e3 * (time.process_time() - begin))
+        return frames
+
+    for read in (ours, *others.values()):
+        read(path, 0.5)  # first-call costs, and the index
+    for start in np.random.default_rng(0).random(repeats):
+        close_kept_sources()
+        expected = timed("vae3d", ours, start)
+        timed("open again", ours, start)
+        for name, read in others.items():
+            frames = timed(name, read, start)
+            if not name.endswith("sized") and not np.array_equal(frames, expected):
+                raise SystemExit(f"{name} reads other frames of {path} than vae3d")
+    return times
+
+
+def report(case: str, times: dict[str, list[float]]) -> None:
+    ours, *_ = names = list(times)
+    print(f"{case}, CPU milliseconds of a clip")
+    for name in names:
+        ratio = statistics.median(peer / own for peer, own in zip(times[name], times[ours], strict=True))
+        print(f"  {name:24}{statistics.median(times[name]):8.1f}{ratio:8.2f} times vae3d's", flush=True)
+    peers = [statistics.median(p / o for p, o in zip(times[name], times[ours], strict=True)) for name in names[2:]]
+    if peers:
+        verdict = f", goal {GOAL} {'reached' if min(peers) >= GOAL else 'missed'}" if case not in NO_GOAL else ""
+        print(f"  fastest peer / vae3d: {min(peers):.2f}{verdict}", flush=True)
+
+
+def report_long(times: dict[str, dict[str, list[float]]]) -> None:
+    short, long = (times.get(f"320x180, {length}") for length in ("10 s", "1 h"))
+    if not short or not long:
+        return
+    print("a clip of one hour / of ten seconds")
+    for name in short:
+        ratio = statistics.median(long[name]) / statistics.median(short[name])
+        goal = f", goal {LONG_GOAL} {'reached' if ratio <= LONG_GOAL else 'missed'}" if name == "vae3d" else ""
+        print(f"  {name:24}{ratio:8.2f}{goal}")
+
+
 def child(method: str, path: str, start: float) -> None:
     """Print the time of one reading, and its peak memory above that of the imports."""
     import torch
@@ -105,23 +229,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=positive_int, default=9)
     parser.add_argument("--video", type=Path, help="a video of yours instead, of at least 17 frames")
+    parser.add_argument("--memory", action="store_true", help="compare with decoding the whole file")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this text in their name, as 320x180")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(args.child[0], args.child[1], float(args.child[2]))
         return
+    if args.video and not args.video.is_file():
+        parser.error(f"--video {args.video}: no such file")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"clip{args.video.suffix if args.video else '.mp4'}"
+        if args.memory:
+            compare_memory(Path(folder), args.video, args.repeats)
+            return
         if args.video:
-            path.symlink_to(args.video.resolve(strict=True))
-        else:
-            make_video(path)
-        make_warm_up(Path(folder) / "warm.mp4")
-        starts = np.random.default_rng(0).random(args.repeats)
-        results = {method: [] for method in METHODS}
-        for start in starts:
-            for method in METHODS:
-                results[method].append(measure(method, path, start))
+            report(args.video.name, compare(str(args.video), args.repeats))
+            return
+        cases = {case: shape for case, shape in CASES.items() if args.only in case}
+        if not cases:
+            parser.error(f"--only {args.only}: is in none of {', '.join(CASES)}")
+        times = {}
+        for number, (case, shape) in enumerate(cases.items()):
+            path = Path(folder) / f"{number}.mp4"
+            make_video(path, *shape)
+            times[case] = compare(str(path), args.repeats)
+            report(case, times[case])
+        report_long(times)
+
+
+def compare_memory(folder: Path, video: Path | None, repeats: int) -> None:
+    """Print time and memory of each of METHODS."""
+    path = folder / f"clip{video.suffix if video else '.mp4'}"
+    if video:
+        path.symlink_to(video.resolve(strict=True))
+    else:
+        make_video(path)
+    make_warm_up(folder / "warm.mp4")
+    starts = np.random.default_rng(0).random(repeats)
+    results = {method: [] for method in METHODS}
+    for start in starts:
+        for method in METHODS:
+            results[method].append(measure(method, path, start))
     base = results["whole file"]
     print(f"{'':16}{'seconds':>9}{'speed':>8}{'MiB':>8}{'memory':>9}")
     for method, runs in results.items():

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
 import shutil
+import sys
+from contextlib import closing
 
 import av
 import numpy as np
@@ -9,7 +13,9 @@ import pytest
 from PIL import Image
 
 from tests import tiny
+from vae3d.data.media import DataError
 from vae3d.data.readers import MediaError, open_media
+from vae3d.data.video_index import KEPT, FrameSource, _kept, close_kept_sources
 
 KINDS = {
     "b_frames.mp4": {"bf": "3", "g": "8"},
@@ -58,11 +64,13 @@ def decode_all(path) -> np.ndarray:
     return np.stack([np.rot90(frame, rotation // 90) for frame, rotation in frames])
 
 
-@pytest.mark.parametrize("reader", ["pyav", "decord"])
+@pytest.mark.parametrize("reader", ["pyav", "decord", "torchcodec"])
 @pytest.mark.parametrize("name", KINDS)
 def test_any_frames_are_those_of_a_full_decode(folder, name, reader):
-    if name in NOT_DECORD and reader == "decord":
-        with pytest.raises(MediaError, match="decord returns wrong frames; use reader=pyav"):
+    if reader == "torchcodec":
+        pytest.importorskip("torchcodec")
+    if name in NOT_DECORD and reader != "pyav":
+        with pytest.raises(MediaError, match=f"{reader} returns wrong frames; use reader=pyav"):
             open_media(folder / name, reader)
         return
     expected = decode_all(folder / name)
@@ -244,3 +252,96 @@ def test_frames_behind_the_end_are_refused(folder):
 def test_errors_survive_the_way_out_of_a_worker_process():
     error = pickle.loads(pickle.dumps(MediaError("a.mp4", "is empty")))
     assert (str(error), error.path, error.reason) == ("a.mp4: is empty", "a.mp4", "is empty")
+
+
+def test_frames_that_no_other_needs_are_skipped_and_read_when_wanted(tmp_path, monkeypatch):
+    path = tmp_path / "b_frames.mp4"
+    tiny.write_video(path, tiny.frames(60, 64, 80), bf="3", g="60")
+    expected = decode_all(path)
+    opened = open_media(path)
+    assert opened.read([50]).shape == expected[[50]].shape
+    skipped = set(opened._wanted.skipped)
+    assert len(skipped) > 15
+    frames = [i for i, (packet, _) in enumerate(opened.index.frames.tolist()) if packet in skipped]
+    for i in (frames[-1], frames[3], 50):
+        np.testing.assert_array_equal(opened.read([i]), expected[[i]])
+    for start in range(0, 60, 6):  # reading on
+        np.testing.assert_array_equal(opened.read(range(start, start + 6)), expected[start : start + 6])
+
+
+@pytest.mark.parametrize("fails", ["the flushed decoder", "skipping"])
+def test_a_frame_that_a_shortcut_does_not_give_is_decoded_without_it(folder, monkeypatch, fails):
+    expected = decode_all(folder / "b_frames.mp4")
+    opened = open_media(folder / "b_frames.mp4")
+    opened.read([3])
+    whole = FrameSource.decode
+
+    def decode(source, start, wanted=None, fresh=True):
+        damaged = not fresh if fails == "the flushed decoder" else wanted.packets is not None
+        return iter([(len(source.index.packets), [])]) if damaged else whole(source, start, wanted, fresh)
+
+    opened._source.reused = True
+    monkeypatch.setattr(FrameSource, "decode", decode)
+    np.testing.assert_array_equal(opened.read([20]), expected[[20]])
+
+
+def test_files_stay_open_but_not_more_than_a_few(folder, tmp_path):
+    close_kept_sources()
+    before, names = len(os.listdir("/proc/self/fd")), []
+    for i in range(3 * KEPT):
+        names.append(tmp_path / f"{i}.mp4")
+        names[-1].symlink_to(folder / "b_frames.mp4")
+        for _ in range(2):
+            with closing(open_media(names[-1])) as opened:
+                opened.read([5])
+    assert len(_kept) == KEPT
+    assert len(os.listdir("/proc/self/fd")) == before + KEPT
+    with closing(open_media(names[-1])) as first, closing(open_media(names[-1])) as second:  # one decoder for each
+        np.testing.assert_array_equal(first.read(range(3, 9)), second.read(range(3, 9)))
+    close_kept_sources()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_is_replaced_while_it_is_kept_open_is_read_anew(tmp_path):
+    path, other = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    tiny.write_video(path, tiny.frames(20))
+    tiny.write_video(other, tiny.frames(20)[::-1])
+    with closing(open_media(path)) as opened:
+        old = opened.read([4])
+    expected = decode_all(other)[[4]]
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1))
+    os.replace(other, path)
+    with closing(open_media(path)) as opened:
+        new = opened.read([4])
+    np.testing.assert_array_equal(new, expected)
+    assert (new != old).any()
+
+
+def read_in_a_child(path, index, queue):
+    with closing(open_media(path)) as opened:
+        queue.put((index, opened.read([index])))
+
+
+def test_files_kept_open_serve_forked_workers(folder):
+    path = folder / "b_frames.mp4"
+    with closing(open_media(path)) as opened:
+        opened.read([7])  # the file is kept
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    children = [context.Process(target=read_in_a_child, args=(path, i, queue)) for i in (11, 30)]
+    for child in children:
+        child.start()
+    read = dict(queue.get() for _ in children)
+    for child in children:
+        child.join()
+    with closing(open_media(path)) as opened:  # the parent's decoder is as it was
+        read[3] = opened.read([3])
+    expected = decode_all(path)
+    for i in (3, 11, 30):
+        np.testing.assert_array_equal(read[i], expected[[i]])
+
+
+def test_torchcodec_that_is_not_there_is_named_with_the_command_that_helps(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(DataError, match="pip install torchcodec"):
+        open_media(folder / "b_frames.mp4", "torchcodec")

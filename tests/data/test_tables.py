@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from vae3d.data.json_clips import JsonClips
 from vae3d.data.media import DataError
+from vae3d.data.rows import absolute_paths
 from vae3d.data.sources import Table, open_source
 
 CSV = "path,text,num_frames\na.mp4,ein Café,5\nb.mp4,,\n"
@@ -133,3 +137,33 @@ def test_a_number_of_any_length_is_an_error_of_its_row(tmp_path):
     table = Table(tmp_path / "t.csv").table()
     assert table["error"].notna().tolist() == [True, True, False]
     assert table["fps"][2] == 24
+
+
+@pytest.mark.parametrize("root", [Path("/"), Path("/data/a b"), Path("data"), Path("../data"), Path(".")])
+def test_paths_are_joined_as_pathlib_and_abspath_join_them(root):
+    names = [
+        "a.mp4",
+        "a/b c.mp4",
+        "a//b",
+        "./a",
+        "../a",
+        "..a",
+        ".a",
+        "a/./b",
+        "a/../../b",
+        "a/.b",
+        "a/b/",
+        "a/..",
+        ".",
+        "",
+        "/a/b",
+    ]
+    names += ["//a/b", "///a", "/a/../b", "/", "/.a/b", "a*b/ü.mp4", "a\\b", "a.", "a/b.."]
+    assert absolute_paths(root, names) == [os.path.abspath(root / name) for name in names]
+
+
+def test_a_million_paths_are_joined_in_a_second():
+    names = [f"part{i % 997}/clip {i}.mp4" for i in range(10**5)]
+    start = time.process_time()
+    absolute_paths(Path("/data"), names)
+    assert time.process_time() - start < 0.1

@@ -1,4 +1,4 @@
-"""Reading single frames of a video or image file, with PyAV or decord.
+"""Reading single frames of a video or image file, with PyAV, decord or torchcodec.
 
 Frames are [T, H, W, 3] uint8 RGB, rotated and mirrored by the file's display matrix. Their indices count in the order
 in which a decoder returns them.
@@ -24,8 +24,18 @@ from PIL import Image
 from vae3d.data.dataset_rows import is_row, open_row
 from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
 from vae3d.data.images import resize as resize_image
-from vae3d.data.media import MediaError, MediaInfo, Reader, Size, check_indices, one_line
-from vae3d.data.video_index import KEYS_BACK, FrameSource, VideoIndex, check_frame, has_alpha, open_index, to_rgb
+from vae3d.data.media import DataError, MediaError, MediaInfo, Reader, Size, check_indices, one_line
+from vae3d.data.video_index import (
+    KEYS_BACK,
+    FrameSource,
+    VideoIndex,
+    Wanted,
+    check_frame,
+    has_alpha,
+    keep_source,
+    open_source,
+    to_rgb,
+)
 from vae3d.text import plural
 
 VIDEO_SUFFIXES = (
@@ -37,7 +47,8 @@ VIDEO_SUFFIXES = (
 def open_media(path: str | Path, reader: str = "auto", threads: int = 1, alpha: bool | None = False) -> Reader:
     """Open a video or image by its extension, an image sequence (`*` in the name), or a dataset row (dataset_rows.py).
 
-    reader: pyav, decord, or auto, which is pyav: it reads all that decord reads, faster. threads: for decoding.
+    reader: pyav, decord, torchcodec, or auto, which is pyav: it reads all that the others read, and measures faster
+    (docs/speed.md). threads: for decoding.
     alpha: read colours and alpha, [T, H, W, 4], not premultiplied; None: if the file has alpha (see Reader.alpha).
     Raises MediaError if the file is missing, empty, not what its extension says, or cannot be decoded faithfully.
     """
@@ -107,25 +118,40 @@ class PyAVReader:
     """Decodes from the key frame before a frame, anywhere in the file. See video_index. Raises MediaError."""
 
     def __init__(self, path: Path, threads: int = 1, alpha: bool | None = False) -> None:
-        self.path, self.index = path, open_index(path)
+        self.path = path
+        self._source: FrameSource | None = open_source(path, threads)
+        self.index = self._source.index
         self.header, self.info, self.times = self.index.header, self.index.header.info, self.index.times
         stores_alpha = has_alpha(VideoFormat(self.info.pixels))
         self.alpha = stores_alpha if alpha is None else alpha
-        self._source = FrameSource(path, self.index, threads)
         self._convert = VideoReformatter()
+        self._failed = False
+        self._wanted = Wanted()
         self._last: tuple[int, np.ndarray] | None = None  # index and pixels of the last frame
         self._restart(self.header.first)
         if not self.alpha and stores_alpha:
-            self._pixels(0)  # raises for transparent pixels
+            try:
+                self._pixels(0)  # raises for transparent pixels
+            except MediaError:
+                self.close()
+                raise
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
         check_indices(self.path, indices, self.info.num_frames)
+        self._wanted.set(self.index.frames["packet"][np.asarray(indices, dtype=int)].tolist())
         frames = {i: self._upright(self._pixels(i), size) for i in sorted(set(indices))}
         return np.stack([frames[i] for i in indices])
 
     def close(self) -> None:
+        """Keep the file open for the next reader of it, unless something failed."""
         self._decoding = iter(())
-        self._source.close()
+        source, self._source = self._source, None
+        if source is None:
+            return
+        if self._failed:
+            source.close()
+        else:
+            keep_source(source)
 
     def _pixels(self, index: int) -> np.ndarray:
         """[H, W, 3 or 4] uint8 of a frame as stored."""
@@ -142,13 +168,14 @@ class PyAVReader:
         If the frame is incomplete, as with periodic intra refresh, retry from earlier key frames.
         """
         packet, start = self.index.frames[index].tolist()
-        is_ahead = self._last is not None and self._last[0] < index
+        is_ahead = self._last is not None and self._last[0] < index and packet not in self._wanted.skipped
         if not is_ahead or start > self._decoded + 1:
             self._restart(start)
         reason = f"is damaged: frame {index} of {self.info.num_frames} does not decode"
-        for earlier in itertools.chain([None], self._key_packets_before(start)):
+        for earlier in itertools.chain([None], self._starts_to_retry(start)):
             if earlier is not None:
-                self._restart(earlier)
+                self._wanted.set(None)
+                self._restart(earlier, fresh=True)
             try:
                 frame = self._decode_until(packet)
             except MediaError as error:
@@ -156,6 +183,7 @@ class PyAVReader:
             else:
                 if frame is not None and not frame.is_corrupt:
                     return frame
+        self._failed = True
         raise MediaError(self.path, reason)
 
     def _decode_until(self, packet: int) -> VideoFrame | None:
@@ -171,14 +199,18 @@ class PyAVReader:
             self._decoded, frames = step
             self._pending.extend(frames)
 
-    def _restart(self, packet: int) -> None:
-        """Start decoding at `packet`."""
-        self._decoding = self._source.decode(packet)
+    def _restart(self, packet: int, fresh: bool = False) -> None:
+        """Start decoding at `packet`. fresh: with a new decoder."""
+        self._wanted.skipped.clear()
+        self._decoding = self._source.decode(packet, self._wanted, fresh)
         self._decoded = packet - 1  # the last decoded packet
         self._pending: deque[tuple[int, VideoFrame]] = deque()  # decoded frames, with the numbers of their packets
         self._last = None
 
-    def _key_packets_before(self, packet: int) -> Iterator[int]:
+    def _starts_to_retry(self, packet: int) -> Iterator[int]:
+        """`packet` again, if frames were skipped or the decoder was not new; then earlier key packets."""
+        if self._wanted.skipped or self._source.reused:
+            yield packet
         keys = np.flatnonzero(self.index.packets["key"][:packet])
         yield from keys[keys >= self.header.first][: -KEYS_BACK - 1 : -1].tolist()
 
@@ -196,22 +228,15 @@ class DecordReader:
     alpha = False
 
     def __init__(self, path: Path, threads: int = 1, alpha: bool | None = False) -> None:
-        if alpha:
-            raise MediaError(path, "decord reads no alpha; use reader=pyav")
         import decord
 
-        with closing(PyAVReader(path)) as reader:  # for metadata and checks that decord lacks
-            _check_for_decord(path, reader.index)
-            self.info, self.times = reader.info, reader.times
+        self.path, self.error = path, decord.DECORDError
+        self.info, self.times = _checked(path, "decord", alpha)
         try:
             self.video = decord.VideoReader(str(path), num_threads=threads)
         except (decord.DECORDError, RuntimeError) as error:
             raise MediaError(path, f"decord cannot open it: {one_line(error, 200)}") from error
-        self.path, self.error = path, decord.DECORDError
-        if len(self.video) != self.info.num_frames:
-            raise MediaError(
-                path, f"decord counts {plural(len(self.video), 'frame')}, its packets {self.info.num_frames}"
-            )
+        _check_count(path, "decord", len(self.video), self.info)
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
         check_indices(self.path, indices, self.info.num_frames)
@@ -225,8 +250,58 @@ class DecordReader:
         del self.video
 
 
-def _check_for_decord(path: Path, index: VideoIndex) -> None:
-    """Raise MediaError for a file that decord decodes wrongly."""
+class TorchcodecReader:
+    """torchcodec, which reads all packets of a file when it opens it.
+
+    Raises MediaError for files whose frames it may return wrongly, and DataError if it is not installed.
+    """
+
+    alpha = False
+
+    def __init__(self, path: Path, threads: int = 1, alpha: bool | None = False) -> None:
+        try:
+            from torchcodec.decoders import VideoDecoder
+        except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: there are no libraries of FFmpeg
+            raise DataError(
+                f"reader=torchcodec needs torchcodec for your version of torch, and the shared libraries of FFmpeg: "
+                f"pip install torchcodec; apt install ffmpeg. reader=pyav needs neither. ({one_line(error, 200)})"
+            ) from error
+        self.path = path
+        self.info, self.times = _checked(path, "torchcodec", alpha)
+        try:
+            self.video = VideoDecoder(str(path), num_ffmpeg_threads=threads, seek_mode="exact", dimension_order="NHWC")
+        except (RuntimeError, ValueError) as error:
+            raise MediaError(path, f"torchcodec cannot open it: {one_line(error, 200)}") from error
+        _check_count(path, "torchcodec", len(self.video), self.info)
+
+    def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
+        check_indices(self.path, indices, self.info.num_frames)
+        try:
+            frames = self.video.get_frames_at([int(index) for index in indices]).data.numpy()
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise MediaError(self.path, f"torchcodec cannot decode it: {one_line(error, 200)}") from error
+        return np.stack([resize(frame, size or (self.info.height, self.info.width)) for frame in frames])
+
+    def close(self) -> None:
+        del self.video
+
+
+def _checked(path: Path, library: str, alpha: bool | None) -> tuple[MediaInfo, np.ndarray | None]:
+    """Metadata and times of a file, after checks that the library lacks. Raises MediaError."""
+    if alpha:
+        raise MediaError(path, f"{library} reads no alpha; use reader=pyav")
+    with closing(PyAVReader(path)) as reader:
+        _check_for(library, path, reader.index)
+        return reader.info, reader.times
+
+
+def _check_count(path: Path, library: str, frames: int, info: MediaInfo) -> None:
+    if frames != info.num_frames:
+        raise MediaError(path, f"{library} counts {plural(frames, 'frame')}, its packets {info.num_frames}")
+
+
+def _check_for(library: str, path: Path, index: VideoIndex) -> None:
+    """Raise MediaError for a file that decord or torchcodec may decode wrongly."""
     header = index.header
     # Frames of an open group of pictures need packets before the key frame in front of them.
     keys = np.maximum.accumulate(np.where(index.packets["key"], np.arange(len(index.packets)), header.first))
@@ -235,15 +310,15 @@ def _check_for_decord(path: Path, index: VideoIndex) -> None:
     stored = VideoFormat(header.info.pixels, *header.stored[::-1])
     unordered = index.times is not None and (np.diff(index.times) <= 0).any()
     if header.info.bits > 8:
-        reason = f"has {header.info.bits} bits per channel, which decord converts to wrong colours"
+        reason = f"has {header.info.bits} bits per channel, which {library} converts to wrong colours"
     elif any(side % 2 for side in header.stored) and stored.chroma_width() < stored.width:
-        reason = "has an odd number of rows or columns, which decord converts to wrong colours"
+        reason = f"has an odd number of rows or columns, which {library} converts to wrong colours"
     elif header.first or index.seek is not None or unordered or (header.ordered != "times" and reordered):
-        reason = f"has no reliable timestamps ({header.container}); decord returns wrong frames"
+        reason = f"has no reliable timestamps ({header.container}); {library} returns wrong frames"
     elif open_gop:
-        reason = "has open groups of pictures; decord returns wrong frames"
+        reason = f"has open groups of pictures; {library} returns wrong frames"
     elif sum(header.orientation) % 2:
-        reason = "is mirrored, which decord ignores"
+        reason = f"is mirrored, which {library} ignores"
     else:
         return
     raise MediaError(path, f"{reason}; use reader=pyav")
@@ -253,6 +328,7 @@ READERS: dict[str, Callable[[Path, int, bool | None], Reader]] = {
     "auto": PyAVReader,
     "pyav": PyAVReader,
     "decord": DecordReader,
+    "torchcodec": TorchcodecReader,
 }
 
 

@@ -44,7 +44,7 @@ def normalise_rows(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
     `raw` needs the column `path`. Its column `error`, if there is one, takes precedence over errors found here.
     """
     names = raw["path"].fillna("").astype(str).str.strip()
-    table = pd.DataFrame({"path": [os.path.abspath(root / name) for name in names], "name": names})
+    table = pd.DataFrame({"path": absolute_paths(root, names.tolist()), "name": names})
     table["row"] = raw.index + 1
     for column in ("text", "label", "split", "error"):
         table[column] = raw[column] if column in raw.columns else None
@@ -70,6 +70,18 @@ def normalise_rows(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
     if "split" in raw.columns:
         mark(~raw["split"].isin(SPLITS), f"`split` is none of {', '.join(SPLITS)}")
     return table
+
+
+def absolute_paths(root: str | Path, names: Iterable[str]) -> list[str]:
+    """os.path.abspath(root / name) of each name. pathlib takes ten times as long, of a million names 5 s."""
+    folder = os.path.join(os.path.abspath(root), "")
+    # A plain name is only concatenated: it has no empty parts and none that start with a dot, as "." and ".." do.
+    return [
+        (name if name[0] == "/" else folder + name)
+        if name and name[0] != "." and name[-1] != "/" and "/." not in name and "//" not in name and os.sep == "/"
+        else os.path.abspath(os.path.join(folder, name))
+        for name in names
+    ]
 
 
 def rows_from_paths(paths: list[str], names: list[str]) -> pd.DataFrame:

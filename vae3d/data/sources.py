@@ -25,7 +25,7 @@ from vae3d.data.images import IMAGE_SUFFIXES, is_sequence, numbered
 from vae3d.data.json_clips import JsonClips
 from vae3d.data.media import DataError
 from vae3d.data.readers import VIDEO_SUFFIXES
-from vae3d.data.rows import normalise_rows, rows_from_paths
+from vae3d.data.rows import absolute_paths, normalise_rows, rows_from_paths
 from vae3d.data.tables import JSON, kind_of, read_table
 
 ARCHIVES = (".tar", ".tgz", ".zip", ".gz", ".7z", ".rar")
@@ -85,8 +85,8 @@ class Folder:
 
     def table(self) -> pd.DataFrame:
         if is_sequence(self.path):
-            files = sequences(self.path)
             top = next(parent for parent in self.path.parents if "*" not in str(parent))
+            names = [str(path.relative_to(top)) for path in sequences(self.path)]
         elif self.path.is_file():
             if not is_media(self.path.name):
                 kind = self.path.suffix or "a file without extension"
@@ -95,14 +95,14 @@ class Folder:
                     f"{self.path}: {kind} is not supported; give a table (.csv, .tsv, .parquet), a list (.json, "
                     f".jsonl), a folder, a video or an image{hint}"
                 )
-            files, top = [self.path], self.path.parent
+            names, top = [self.path.name], self.path.parent
         elif self.path.is_dir():
-            files, top = [self.path / name for name in files_under(self.path) if is_media(name)], self.path
+            names, top = [name for name in files_under(self.path) if is_media(name)], self.path
         else:
             raise DataError(f"{self.path}: no such file or folder{how_to_download(self.path)}")
-        if not files:
+        if not names:
             raise DataError(f"{self.path} holds no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)})")
-        return rows_from_paths([os.path.abspath(f) for f in files], [str(f.relative_to(top)) for f in files])
+        return rows_from_paths(absolute_paths(top, names), names)
 
 
 def files_under(folder: str | Path) -> list[str]:

@@ -9,11 +9,13 @@ Frame i is the i-th frame that the decoder returns. It is found like this:
 3. FrameSource.decode decodes from that start on. Each packet carries its number instead of its timestamp, and the
    decoder passes the number on to the frame; the frame with the number of the packet is frame i.
 
-readers.PyAVReader does the last two steps for the frames of a clip.
+readers.PyAVReader does the last two steps for the frames of a clip. open_source and keep_source keep the files and
+decoders that were used last open.
 """
 
 from __future__ import annotations
 
+import atexit
 import base64
 import hashlib
 import itertools
@@ -21,9 +23,11 @@ import json
 import math
 import os
 import struct
+import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -75,6 +79,9 @@ RATES = [Fraction(n) for n in (8, 10, 12, 15, 16, 20, 24, 25, 30, 48, 50, 60, 90
 RATES += [Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120)]
 SEEK_WITHIN = 64  # packets after a seek among which the wanted one must be
 CHECKED = 8  # frames at the beginning whose order is compared with the timestamps
+# Codecs that mark each frame that no other needs (nal_ref_idc of H.264), so that the decoder can leave it out. In HEVC
+# the mark holds only within a temporal layer.
+SKIPPING = {"h264"}
 KEYS_BACK = 4  # earlier key frames to retry from if a frame does not decode completely
 TRANSPARENT = "has transparent pixels; flatten it onto a background of your choice"
 MAX_DELAY = 64  # packets after its own until a frame comes out; no codec reorders by more than 16
@@ -604,29 +611,76 @@ def _decodes_to(source: FrameSource, start: int, expected: dict[int, int]) -> bo
 # --- decoding from any packet on
 
 
+class Wanted:
+    """The packets whose frames a read needs. The reader sets them; FrameSource.decode asks for each packet.
+
+    packets: their numbers; None: all. skipped: packets whose frames were not decoded, because nothing needs them.
+    """
+
+    def __init__(self) -> None:
+        self.skipped: set[int] = set()
+        self.set(None)
+
+    def set(self, packets: Iterable[int] | None) -> None:
+        self.packets = None if packets is None else frozenset(packets)
+        self.last = max(self.packets or (), default=-1)
+
+    def can_skip(self, packet: int) -> bool:
+        """Whether the read needs no frame of this packet. Later packets are not skipped: the next read may go on."""
+        return self.packets is not None and packet < self.last and packet not in self.packets
+
+
 class FrameSource:
-    """Decodes a file from a given packet on."""
+    """Decodes a file from a given packet on. Its file and decoder stay open, so that the next start costs less."""
 
     def __init__(self, path: Path, index: VideoIndex, threads: int = 1) -> None:
         self.path, self.index, self.threads = path, index, threads
         self.file: BinaryIO | None = None
         self.container: InputContainer | None = None
+        self.decoder: av.VideoCodecContext | None = None
+        self.reused = False  # whether the decoder was flushed, and not a new one, at the last start
+        self.version: tuple | None = None  # of the file, if it may be kept open
+        header = index.header
+        # A flushed decoder and one that skips frames must number frames by their packets.
+        self._reuses = header.ordered != "counted" and index.seek is None
+        self._skips = header.ordered != "counted" and header.info.codec in SKIPPING
 
-    def decode(self, start: int) -> Iterator[tuple[int, list[tuple[int, VideoFrame]]]]:
+    def decode(
+        self, start: int, wanted: Wanted | None = None, fresh: bool = True
+    ) -> Iterator[tuple[int, list[tuple[int, VideoFrame]]]]:
         """Decode from packet `start` on. Yields for each packet its number and the frames that come out after it, each
-        with the number of its packet (or its own number, if the order is "counted"). Raises MediaError."""
-        header, count = self.index.header, 0
+        with the number of its packet (or its own number, if the order is "counted").
+
+        wanted: frames that no other frame and no read needs are not decoded. fresh: with a new decoder, not a flushed
+        one. Raises MediaError.
+        """
+        count = 0
         with media_errors(self.path, "cannot be decoded"):
             if self.index.seek is None:
-                packets, context = self._stored(start), header.decoder.open(self.threads)
+                packets, context = self._stored(start), self._ready_decoder(fresh)
             else:
                 packets, context = self._demuxed(start)
             for number, packet in packets:
-                with media_errors(self.path, f"cannot be decoded at packet {number}"):
+                skipped = wanted is not None and self._skips and wanted.can_skip(number)
+                if self._skips:
+                    context.skip_frame = "NONREF" if skipped else "DEFAULT"
+                try:
                     frames = context.decode(_numbered(packet, number))
+                except DECODER_ERRORS as error:
+                    raise _media_error(self.path, f"cannot be decoded at packet {number}", error) from error
+                if skipped:
+                    wanted.skipped.add(number)
                 yield number, self._with_numbers(frames, count)
                 count += len(frames)
             yield len(self.index.packets), self._with_numbers(context.decode(None), count)
+
+    def _ready_decoder(self, fresh: bool) -> av.VideoCodecContext:
+        self.reused = self._reuses and not fresh and self.decoder is not None
+        if self.reused:
+            self.decoder.flush_buffers()
+        else:
+            self.decoder = self.index.header.decoder.open(self.threads)
+        return self.decoder
 
     def _with_numbers(self, frames: list[VideoFrame], count: int) -> list[tuple[int, VideoFrame]]:
         if self.index.header.ordered == "counted":
@@ -687,7 +741,63 @@ class FrameSource:
             self.file.close()
         if self.container is not None:
             self.container.close()
-        self.file = self.container = None
+        self.file = self.container = self.decoder = None
+
+
+# --- files that stay open
+
+KEPT = 8  # files per process
+KEPT_PIXELS = 2**24  # of one frame of each of them together: eight of 1080p
+_kept: OrderedDict[tuple, FrameSource] = OrderedDict()  # by file and its version; the one used last comes last
+_kept_lock = threading.Lock()
+
+
+def open_source(path: Path, threads: int = 1) -> FrameSource:
+    """The source of a file: one that was kept, if the file has not changed since. Raises MediaError."""
+    stat = path.stat()
+    version = (os.path.abspath(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, cache_folder())
+    if threads == 1:
+        with _kept_lock:
+            source = _kept.pop(version, None)
+        if source is not None:
+            return source
+    source = FrameSource(path, open_index(path), threads)
+    # Not kept: decoders with threads, which do not survive a fork, and files that the demuxer reads.
+    source.version = version if threads == 1 and source.index.seek is None else None
+    return source
+
+
+def keep_source(source: FrameSource) -> None:
+    """Keep a source that was read from open for the next reader of its file, and close those not used for longest.
+
+    Each process keeps its own.
+    """
+    if source.version is None or source.file is None:
+        source.close()
+        return
+    with _kept_lock:
+        closed = [_kept.pop(source.version)] if source.version in _kept else []
+        _kept[source.version] = source
+        while len(_kept) > KEPT or sum(math.prod(kept.index.header.stored) for kept in _kept.values()) > KEPT_PIXELS:
+            closed.append(_kept.popitem(last=False)[1])
+    for old in closed:
+        old.close()
+
+
+def close_kept_sources() -> None:
+    """Close all files that were kept open."""
+    with _kept_lock:
+        sources = list(_kept.values())
+        _kept.clear()
+    for source in sources:
+        source.close()
+
+
+atexit.register(close_kept_sources)
+if hasattr(os, "register_at_fork"):  # a thread of the parent may hold the lock while another forks
+    os.register_at_fork(
+        before=_kept_lock.acquire, after_in_parent=_kept_lock.release, after_in_child=_kept_lock.release
+    )
 
 
 def _numbered(packet: av.Packet, number: int) -> av.Packet:
@@ -799,5 +909,9 @@ def media_errors(path: Path, what: str) -> Iterator[None]:
     except MediaError:
         raise
     except DECODER_ERRORS as error:
-        text = "out of memory" if isinstance(error, MemoryError) else getattr(error, "strerror", None)
-        raise MediaError(path, f"{what}: {text or one_line(error, 200)}") from error
+        raise _media_error(path, what, error) from error
+
+
+def _media_error(path: Path, what: str, error: Exception) -> MediaError:
+    text = "out of memory" if isinstance(error, MemoryError) else getattr(error, "strerror", None)
+    return MediaError(path, f"{what}: {text or one_line(error, 200)}")
