@@ -596,7 +596,8 @@ CLASSES: dict[str, DiffusersClass] = {
         **WAN,
         blocks=("QwenImageResidualBlock", "QwenImageAttentionBlock", "QwenImageResample"),
         input_channels=(3, 4),
-        note="with 3 channels also `model=wan stage.init_from=FOLDER`, for panoramas and exact tiles",
+        note="also `model=wan stage.init_from=FOLDER`, faster, with exact tiles and panoramas; of 4 channels with "
+        "`model.pixel_channels=4`, which codes alpha, too",
     ),
     "AutoencoderKLCosmos": DiffusersClass(
         "Cosmos 1",
