@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from itertools import count
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from vae3d.models.diffusers_classes import (
 )
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers.checkpointing import checkpoint_blocks
+from vae3d.models.layers.circular import make_circular
 from vae3d.models.layers.frames import extend_time
 from vae3d.pixels import check_latents, check_video
 from vae3d.seeding import Generators
@@ -52,6 +53,8 @@ class DiffusersVAE(VideoAutoencoder):
     frame_batch: frames that a network of images codes at once; None: all. decode_timestep: what decoders that take a
     timestep (LTX-Video from 0.9.1) are given; 0 decodes latents as they are, diffusers' default.
     blended_tiles: code large frames in diffusers' own tiles, which overlap and are blended: less memory, other results.
+    pad_w: original is the class's own padding; circular closes the seam of 360 degree panoramas, with the same weights.
+    The width must then be a multiple of the space stride.
 
     Clips are extended by their last frame to what the class takes, sides by their edge to multiples of the space
     stride; reconstructions are cropped. Inputs are cast to the dtype of the weights. Output is not clamped.
@@ -69,6 +72,7 @@ class DiffusersVAE(VideoAutoencoder):
         frame_batch: Count | None = 4,
         decode_timestep: Annotated[float, Range(0, 1)] = 0.0,
         blended_tiles: bool = False,
+        pad_w: Literal["original", "circular"] = "original",
     ) -> None:
         super().__init__()
         self.table = entry_of(kind)
@@ -92,6 +96,13 @@ class DiffusersVAE(VideoAutoencoder):
                 able = ", ".join(name for name, entry in CLASSES.items() if entry.blended_tiles)
                 raise ValueError(f"blended_tiles: {kind} is coded in whole frames here; only {able} have tiles")
             self.vae.enable_tiling()
+        self.circular = pad_w == "circular"
+        if self.circular:
+            if self.table.open_seam:
+                raise ValueError(f"pad_w is circular; the seam of {kind} stays open: {self.table.open_seam}")
+            if blended_tiles:
+                raise ValueError("pad_w is circular, and blended_tiles cut the circle; use one of them")
+            make_circular(self.vae)
         if gradient_checkpointing:
             if self.table.blocks:
                 checkpoint_blocks(self.vae, self.table.blocks)
@@ -188,6 +199,11 @@ class DiffusersVAE(VideoAutoencoder):
     def check_size(self, height: int, width: int) -> None:
         """Raises ValueError for frames that the class does not take, padded or not."""
         space = self.spec.space_stride
+        if self.circular and width % space:
+            raise ValueError(
+                f"the width is {width}; with pad_w=circular it must be a multiple of {space}, since padding would "
+                "break the seam"
+            )
         if self.table.fixed_size:
             side = self.vae.decoder_image_size
             if (height, width) != (side, side):
