@@ -46,7 +46,7 @@ TEACHERS: dict[str, Callable[[], nn.Module]] = {
 }
 # The autoencoder of model.path in an experiment's own command: diffusers' default configuration is that of LTX-Video.
 LTX = ["model.path=null", "+model.kind=AutoencoderKLLTXVideo", "stage.init_from=LTX-Video"]
-MODELS = {"diffusers_finetune": LTX, "diffusers_gan": LTX}
+MODELS = dict.fromkeys(("diffusers_erp", "diffusers_finetune", "diffusers_gan"), LTX)
 GPU, PEAK, UTILISATION = "A100", 312e12, 0.25  # NVIDIA's data sheet: dense bf16
 GIB = 2**30
 INTRO = f"""\

@@ -24,9 +24,10 @@ from vae3d.io import atomic_files, naming
 from vae3d.latents.codec import LatentCodec
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.interface import VideoAutoencoder
-from vae3d.models.pixel_channels import fit_channels
-from vae3d.models.registry import build_model, config_of
+from vae3d.models.pixel_channels import RGB, fit_channels
+from vae3d.models.registry import TARGET, build_model, config_of, target_of
 from vae3d.models.spatial import SpatialVAE
+from vae3d.models.wan import WanVAE
 from vae3d.precision import DTYPES
 
 log = logging.getLogger("vae3d")
@@ -144,9 +145,9 @@ def save(model: VideoAutoencoder, path: str | Path, *, layout: str = "export", *
         vae3d.save(model, "wan_vae", layout="diffusers")       # for AutoencoderKLWan.from_pretrained
         vae3d.save(model, "wan.safetensors", layout="wan")     # one file, like Wan2.1_VAE.pth
 
-    layout: export, or that of another program: diffusers, ldm, opensora, wan, videox_fun, taehv or taesd; see
-    docs/checkpoints.md. path: a folder; for ldm, wan, videox_fun and taehv a file. info: plain values that an
-    export holds beside the configuration.
+    layout: export, or that of another program: diffusers, qwen_image, ldm, opensora, wan, videox_fun, taehv or
+    taesd; see docs/checkpoints.md. path: a folder; for ldm, wan, videox_fun and taehv a file. info: plain values that
+    an export holds beside the configuration.
     Raises CheckpointError if the model does not fit the layout, UserError for a model of another project.
     """
     if layout not in WRITERS:
@@ -186,7 +187,10 @@ def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str
         state, note = checkpoint.part(name) if name else checkpoint.state, ""
         if isinstance(target, VideoAutoencoder):
             state, note = fit_channels(target, state)
-        load_weights(target, state, f"{checkpoint.path} ({checkpoint.layout})")
+        try:
+            load_weights(target, state, f"{checkpoint.path} ({checkpoint.layout})")
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_wan_hint(target, checkpoint)}") from None
         lines += [
             f"{what} starts from {checkpoint.path} ({checkpoint.layout})",
             *checkpoint.notes,
@@ -201,6 +205,17 @@ def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str
                 raise CheckpointError(f"{checkpoint.path} does not fit the model: {difference}")
             lines.append(difference)
     return lines
+
+
+def _wan_hint(model: nn.Module, checkpoint: Checkpoint) -> str:
+    """A line with the settings that would make a WanVAE fit the weights; "" where these would not do it."""
+    if not isinstance(model, WanVAE) or checkpoint.config.get(TARGET) != target_of(WanVAE):
+        return ""
+    name = "wan22" if checkpoint.config.get("shortcuts") else "wan"
+    channels = checkpoint.config.get("pixel_channels", RGB)
+    more = [f"model={name}"] if checkpoint.config.get("patch", 1) != model.patch else []
+    more += [f"model.pixel_channels={channels}"] if channels not in (RGB, model.pixel_channels) else []
+    return f"\nset {' '.join(more)}" if more else ""
 
 
 def scale_difference(model: nn.Module, checkpoint: Checkpoint) -> str:

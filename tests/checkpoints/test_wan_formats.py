@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLWan
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
 import vae3d
@@ -180,8 +180,64 @@ def test_files_of_other_networks_are_refused_with_what_they_are(tmp_path, name):
 
 def test_wan22_is_not_wan21(tmp_path):
     WRITERS["wan"](checkpoint("wan22", tmp_path), tmp_path / "VAE.pth")
-    with pytest.raises(CheckpointError, match=r"\(wan\) does not fit the model:\n.* decoder.upsamples.0.residual.0"):
+    with pytest.raises(
+        CheckpointError, match=r"\(wan\) does not fit the model:\n.* decoder.upsamples.0.residual.0"
+    ) as why:
         initialize(wan.model(), str(tmp_path / "VAE.pth"))
+    assert str(why.value).endswith("set model=wan22")
+    with pytest.raises(CheckpointError) as why:  # of another width, for which there is no such hint
+        initialize(wan.model("wan22", channels=4), str(tmp_path / "VAE.pth"))
+    assert "set model" not in str(why.value)
+
+
+@pytest.mark.parametrize(("style", "channels"), [("wan", 1), ("wan", 4), ("wan22", 1), ("wan22", 4)])
+def test_files_of_a_run_may_have_other_channels_of_pixels(tmp_path, style, channels):
+    """Depth and RGBA: the averaged weights of a run, and diffusers' folders, which hold the number."""
+    saved = checkpoint(style, tmp_path, pixel_channels=channels)
+    write_flat(saved, "videox_fun", tmp_path / "vae_depth_final_ema.pt")
+    WRITERS["diffusers"](saved, tmp_path / "vae")
+    for path in (tmp_path / "vae_depth_final_ema.pt", tmp_path / "vae"):
+        model = vae3d.load(path)
+        assert (model.pixel_channels, model.patch) == (channels, 2 if style == "wan22" else 1)
+        assert_equal_states(model.state_dict(), saved.state)
+    theirs = AutoencoderKLWan.from_pretrained(tmp_path / "vae", local_files_only=True)
+    assert theirs.config.in_channels == channels * model.patch**2
+    with pytest.raises(CheckpointError, match=f"{channels} channels of pixels, which the videox_fun layout"):
+        WRITERS["videox_fun"](saved, tmp_path / "VAE.pth")
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_weights_of_qwen_image_open_train_and_go_back(tmp_path, channels):
+    """3 channels: Qwen-Image and -Edit. 4: Qwen-Image-Layered, whose VAE codes RGBA."""
+    saved = checkpoint("wan", tmp_path, pixel_channels=channels, latents_mean=[0.1] * 4, latents_std=[1.5] * 4)
+    WRITERS["qwen_image"](saved, tmp_path / "vae")
+    theirs = AutoencoderKLQwenImage.from_pretrained(tmp_path / "vae", local_files_only=True).eval()
+    assert (theirs.config.input_channels, theirs.config.latents_std) == (channels, [1.5] * 4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = loading.instantiate(saved.config).eval()
+    assert "starts from" in initialize(ours, str(tmp_path / "theirs"))[0]
+    assert_equal_states(ours.state_dict(), saved.state)
+    video = torch.cat([wan.clip(ours, 5), wan.clip(ours, 5, seed=1)], 1)[:, :channels]
+    with torch.no_grad():
+        z = theirs.encode(video).latent_dist.mode()
+        torch.testing.assert_close(ours.encode(video).mode(), z, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.decode(z).clamp(-1, 1), theirs.decode(z).sample, rtol=0, atol=1e-5)
+    if channels == 4:
+        with pytest.raises(CheckpointError, match=r"conv1.weight \[8, 4, 3, 3, 3\](?s:.*)set model.pixel_channels=4"):
+            initialize(wan.model(), str(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize(
+    ("style", "changes", "message"),
+    [
+        ("wan22", {}, "network of Wan2.1, which has no patch=2, shortcuts=True, decoder_channels=16; use the layout"),
+        ("wan", {"pixel_channels": 1}, "has 1 channels of pixels, which the qwen_image layout does not know"),
+    ],
+)
+def test_networks_that_are_not_qwen_images_are_refused(tmp_path, style, changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        WRITERS["qwen_image"](checkpoint(style, tmp_path, **changes), tmp_path / "vae")
+    assert not (tmp_path / "vae").exists()
 
 
 @pytest.mark.parametrize(

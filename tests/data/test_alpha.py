@@ -15,7 +15,7 @@ from PIL import Image
 import vae3d
 from tests import tiny
 from vae3d.commands import eval as evaluation
-from vae3d.commands import infer, train
+from vae3d.commands import flags, infer, train
 from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding
 from vae3d.config.validate import check_inference
@@ -242,10 +242,10 @@ def test_alpha_that_cannot_be_kept_or_scored_is_named(model, files, tmp_path):
         Image.fromarray(tiny.frames(1)[0]).save(tmp_path / name / "a.png")
     given = ["--ref", str(tmp_path / "ref"), "--rec", str(tmp_path / "rec"), "--metric", "alpha_psnr"]
     with pytest.raises(PairError, match="alpha_psnr"):
-        evaluation.evaluate(evaluation.parse(given))
+        evaluation.evaluate(flags.parse_eval(given))
     Image.fromarray(rgba(1)[0]).save(tmp_path / "ref/a.png")
     with pytest.raises(PairError, match="transparent pixels"):
-        evaluation.evaluate(evaluation.parse([*given[:-1], "psnr"]))
+        evaluation.evaluate(flags.parse_eval([*given[:-1], "psnr"]))
 
 
 def test_latents_of_rgba(model, files, tmp_path):

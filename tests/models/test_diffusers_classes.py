@@ -13,8 +13,10 @@ from torch import Tensor
 import vae3d
 from tests.models import diffusers_tiny as tiny
 from vae3d.errors import UserError
+from vae3d.models.compiled import compile_steps
 from vae3d.models.diffusers_classes import CLASSES, NOT_SERVED, to_pixels
 from vae3d.models.diffusers_vae import DiffusersVAE, entry_of
+from vae3d.models.layers.circular import make_circular
 
 KINDS = [  # a class whose package is missing is skipped
     pytest.param(
@@ -150,3 +152,101 @@ def test_a_class_trains_with_and_without_checkpointing_and_goes_back_to_diffuser
     assert weight.grad.abs().max() > 0
     torch.optim.AdamW(ours.parameters(), lr=1e-3).step()
     assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pad_w"), [("AutoencoderKLHunyuanVideo", "original"), ("AutoencoderKLQwenImage", "circular")]
+)
+def test_channels_last_memory_changes_no_result(kind, pad_w, tmp_path):
+    ours, last = (tiny.model(kind, channels_last=on, pad_w=pad_w).double() for on in (False, True))
+    weights = [p for p in last.parameters() if p.ndim == 5 and p.shape[1] > 1 and p[0, 0].numel() > 1]
+    assert weights
+    assert all(p.is_contiguous(memory_format=torch.channels_last_3d) and not p.is_contiguous() for p in weights)
+    video = panorama(ours)
+    (expected, _), (found, _) = gradients(ours, video), gradients(last, video)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-9)
+    vae3d.save(last, tmp_path / "vae")
+    again = vae3d.load(tmp_path / "vae")
+    assert all(torch.equal(a.float(), b) for a, b in zip(last.parameters(), again.parameters(), strict=True))
+
+
+SEAMLESS = [kind for kind in KINDS if not CLASSES[kind.values[0]].open_seam]
+
+
+def without_noise(model: DiffusersVAE) -> DiffusersVAE:
+    """Without that of LTX-Video 0.9.1's decoder, which is drawn for places and does not roll."""
+    for module in model.modules():
+        if getattr(module, "per_channel_scale1", None) is not None:
+            module.per_channel_scale1 = module.per_channel_scale2 = None
+    return model
+
+
+def panorama(model: DiffusersVAE) -> Tensor:
+    """A clip of a width of four latents, of few frames."""
+    frames, height, _ = tiny.SIZES.get(model.kind, (9, 16, 16))
+    frames = tiny.TRAINED.get(model.kind, frames)
+    size = (1, 3, frames, height, 4 * model.spec.space_stride)
+    return torch.rand(size, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+
+
+@pytest.mark.parametrize("kind", SEAMLESS)
+def test_turning_a_panorama_turns_its_latents_and_its_reconstruction(kind):
+    ours = without_noise(tiny.model(kind, pad_w="circular")).double()
+    video, stride = panorama(ours), ours.spec.space_stride
+    with torch.no_grad():
+        first, second = ours(video, sample=False), ours(video.roll(stride, -1), sample=False)
+        assert_near(second.z, first.z.roll(1, -1))
+        assert_near(second.video, first.video.roll(stride, -1))
+        own = without_noise(tiny.model(kind)).double()
+        assert own.state_dict().keys() == ours.state_dict().keys()
+        open_seam = own.encode(video.roll(stride, -1)).mode() - own.encode(video).mode().roll(1, -1)
+    assert open_seam.abs().max() > 0.01
+    with pytest.raises(ValueError, match=f"the width is {4 * stride - 1}; .* multiple of {stride}"):
+        ours.stream(video.shape[3], 4 * stride - 1)
+
+
+# Two that diffusers' own code checkpoints and two with our blocks, one of each with caches.
+@pytest.mark.parametrize(
+    "kind", ["AutoencoderKL", "AutoencoderKLCogVideoX", "AutoencoderTiny", "AutoencoderKLQwenImage"]
+)
+def test_the_circle_is_closed_in_recomputed_blocks_and_streams_too(kind):
+    ours, recomputing = (
+        tiny.model(kind, pad_w="circular", gradient_checkpointing=checkpointing).double()
+        for checkpointing in (False, True)
+    )
+    video = panorama(ours)
+    (expected, _), (found, _) = gradients(ours, video), gradients(recomputing, video)
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+    with torch.no_grad():
+        whole, stream, start = ours(video, sample=False), ours.stream(*video.shape[3:]), 0
+        for size in stream.chunks(video.shape[2]):
+            part = stream(video[:, :, start : start + size])
+            assert torch.equal(part.video, whole.video[:, :, start : start + size])
+            start += size
+
+
+def test_compiling_does_not_open_the_seam():
+    conv = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3, padding=1))
+    frame = torch.rand(1, 1, 3, 4)
+    zeros = conv(frame)
+    make_circular(conv)
+    expected = conv(frame)
+    assert not torch.equal(expected, zeros)
+    assert torch.equal(torch.compile(conv, backend="eager")(frame), expected)
+    with pytest.raises(UserError, match=r"compile=true: .*pad_w=circular"):
+        compile_steps(tiny.model("AutoencoderKL", pad_w="circular"))
+
+
+def test_a_seam_that_stays_open_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="the seam of AutoencoderKLMiniMaxH3 stays open: its decoder's attention"):
+        tiny.model("AutoencoderKLMiniMaxH3", pad_w="circular")
+    ours = tiny.model("AutoencoderKLMiniMaxH3").double()
+    make_circular(ours.vae)
+    video, stride = tiny.clip("AutoencoderKLMiniMaxH3").double().repeat(1, 1, 1, 1, 4), ours.spec.space_stride
+    with torch.no_grad():
+        z = ours.encode(video).mode()
+        turned = ours.decode(z.roll(1, -1)) - ours.decode(z).roll(stride, -1)
+    assert turned.abs().max() > 1e-4

@@ -212,6 +212,22 @@ def test_tiles_of_convolutions_are_exact_and_their_margin_is_needed(name):
     assert (model.decode(z) - pixels).abs().max() > 1e-5
 
 
+@torch.no_grad()
+def test_exact_tiles_of_a_class_of_diffusers_continue_across_the_seam_of_a_panorama():
+    model = DiffusersVAE("AutoencoderTiny", diffusers_tiny.CONFIGS["AutoencoderTiny"], pad_w="circular").double().eval()
+    diffusers_tiny.randomised(model.vae)
+    stride = model.spec.space_stride
+    model.set_tiles(stride)
+    tile = max(model.tiling.reach.values())
+    video = noise(3, 1, stride, (3 * tile + 1) * stride)
+    assert tiles(model, 1, 3 * tile + 1) > 2
+    tiled = model(video, sample=False)
+    model.set_tiles(None)
+    whole = model(video, sample=False)
+    torch.testing.assert_close(tiled.z, whole.z, rtol=0, atol=1e-6)
+    torch.testing.assert_close(tiled.video, whole.video, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("variant", TAEHV_VARIANTS)
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
 def test_every_taehv_has_narrow_margins(variant, mode):

@@ -255,6 +255,8 @@ def test_columns_are_not_added_across_a_seam():
     ours = wan.model(pad_w="circular")
     with pytest.raises(ValueError, match=r"width is 27; .*pad_w=circular.* multiple of 8"):
         ours(wan.clip(ours, 1, beyond=3))
+    with pytest.raises(ValueError, match=r"width is 56; .*pad_w=circular.* multiple of 16"):  # with patches of 2 pixels
+        wan.model("wan22", pad_w="circular").stream(32, 56)
     assert ours(wan.clip(ours, 1)[..., :13, :]).video.shape[-2:] == (13, 24)  # rows may be
     ours = wan.model(pad_w="circular", pad_h="pole")
     with pytest.raises(ValueError, match=r"width is 24; .*pad_h=pole.* multiple of 16"):

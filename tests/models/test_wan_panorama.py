@@ -21,7 +21,12 @@ def turned(ours, video: torch.Tensor, z: torch.Tensor, steps: int) -> tuple[floa
 
 @pytest.mark.parametrize(
     ("style", "pad_h", "dtype"),
-    [("wan", "zeros", torch.float32), ("wan", "pole", torch.float64), ("wan22", "zeros", torch.float64)],
+    [
+        ("wan", "zeros", torch.float32),
+        ("wan", "pole", torch.float64),
+        ("wan22", "zeros", torch.float64),
+        ("wan22", "pole", torch.float64),
+    ],
 )
 def test_rolls_by_the_stride_commute_with_a_circular_width(style, pad_h, dtype):
     ours = wan.model(style, dtype, pad_w="circular", pad_h=pad_h)

@@ -176,6 +176,12 @@ def test_qwen_images_vae_also_starts_a_wan(tmp_path):
         channels=4, multipliers=(1, 1, 1, 1), layers=1, latent_channels=4, pad_w="circular", **diffusers_tiny.STATS
     )
     assert any("starts from" in line for line in initialize(ours, str(tmp_path)))
+    adapted = vae3d.load(tmp_path, pad_w="circular")
+    panorama = diffusers_tiny.clip("AutoencoderKLWan").repeat(1, 1, 1, 1, 3)
+    with torch.no_grad():
+        circular, expected = ours(panorama, sample=False), adapted(panorama, sample=False)
+        torch.testing.assert_close(circular.z, expected.z, rtol=0, atol=1e-5)
+        torch.testing.assert_close(circular.video, expected.video, rtol=0, atol=1e-5)
     ours = vae3d.load(tmp_path, WanVAE(channels=4, multipliers=(1, 1, 1, 1), layers=1, latent_channels=4))
     video = diffusers_tiny.clip("AutoencoderKLWan")
     with torch.no_grad():

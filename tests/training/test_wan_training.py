@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 
 import vae3d
 from tests import tiny
@@ -16,6 +17,7 @@ from vae3d.commands import train
 from vae3d.commands.cli import check_training
 from vae3d.config.issues import ConfigError
 from vae3d.config.schema import TrainConfig
+from vae3d.config.validate import training_issues
 
 ERP = ["data=erp_rooms", "data.width=32", "data.frames.min=3", "data.frames.max=3", "loss=erp_lite"]
 
@@ -31,6 +33,62 @@ def start(tmp_path_factory):
 
 def configured(rooms, start, *overrides: str) -> TrainConfig:
     return tiny.training("wan", rooms, *ERP, f"data.source.root={rooms}", f"stage.init_from={start}", *overrides)
+
+
+# What a user sets beside experiment=wan_erp_*, the layout of the weights, and the weights' channels of pixels.
+FAMILY = {
+    "wan22": (["model=wan22"], "wan", 3),
+    "qwen_image": ([], "qwen_image", 3),
+    "qwen_image_layered": (["model.pixel_channels=4"], "qwen_image", 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "weights", "more"),
+    [
+        ("wan_erp_best", "wan22", ["loss=erp_lite"]),
+        ("wan_erp_decoder", "qwen_image", ["loss.terms.lpips.weight=0"]),
+        ("wan_erp_best", "qwen_image_layered", ["loss=erp_lite"]),
+        ("wan_erp_depth", "wan22", ["model.pixel_channels=1"]),
+    ],
+)
+def test_the_panorama_recipes_run_on_wan22_and_qwen_image(rooms, tmp_path, monkeypatch, experiment, weights, more):
+    """From published weights to files of averaged weights, with a closed seam where the recipe closes it."""
+    monkeypatch.chdir(tmp_path)
+    overrides, layout, channels = FAMILY[weights]
+    name = "wan22" if weights == "wan22" else "wan"
+    shape = [*tiny.MODEL[name], "model.multipliers=[1,1]"]
+    path = tmp_path / ("Wan2.2_VAE.pth" if layout == "wan" else "vae")
+    vae3d.save(tiny.model(name, *shape, f"model.pixel_channels={channels}"), path, layout=layout)
+    root = rooms
+    if channels == 4:
+        root = tmp_path / "rgba"
+        for file in rooms.glob("*/*/output/panorama_*.png"):
+            target = root / file.relative_to(rooms)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(file).convert("RGBA").save(target)
+    small = [*shape, *tiny.TRAINING[:1], "data.width=32", *tiny.TRAINING[2:], *ERP[2:4], f"data.source.root={root}"]
+    cfg = tiny.compose(
+        f"experiment={experiment}", *overrides, *small, f"stage.init_from={path}", *more,
+        "validation.every=2", "validation.frames=3",
+    )  # fmt: skip
+    config, issues = training_issues(cfg)
+    assert not issues
+    t = train.build_trainer(config, tmp_path / "run")
+    t.fit()
+    assert t.step == 2
+    [published] = (tmp_path / "run").glob("vae_*_final_ema.pt")
+    model, again = vae3d.load(tmp_path / "run"), vae3d.load(published)
+    expected = 1 if "model.pixel_channels=1" in more else channels
+    assert (model.pixel_channels, again.pixel_channels) == (expected, expected)
+    scores = trace(tmp_path / "run", "val/roll_psnr")
+    assert [step for step, _ in scores] == [0, 2]
+    assert all((score == 100) == (experiment == "wan_erp_best") for _, score in scores)
+    stride = model.spec.space_stride
+    assert stride == (4 if weights == "wan22" else 2)
+    if experiment == "wan_erp_best":
+        with pytest.raises(ValueError, match=f"width is {8 * stride - 1}; .*multiple of {stride}"):
+            model.encode(torch.zeros(1, expected, 3, 8, 8 * stride - 1))
 
 
 def test_decoder_only_leaves_the_encoder_and_every_latent_bit_equal(rooms, start, tmp_path):

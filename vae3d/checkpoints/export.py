@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,20 @@ def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
     write_json(folder / "config.json", config_json)
 
 
+def write_qwen_image(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a folder for from_pretrained of diffusers' AutoencoderKLQwenImage, whose network is that of Wan2.1.
+
+    Three channels of pixels are those of Qwen-Image and Qwen-Image-Edit, four of Qwen-Image-Layered.
+    """
+    _require(checkpoint, WanVAE, "qwen_image", channels=(3, 4))
+    try:
+        config_json = wan.qwen_image_config(_wan_config(checkpoint, "qwen_image"))
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}; use the layout diffusers") from error
+    _save(wan.to_diffusers(checkpoint.state), folder / "diffusion_pytorch_model.safetensors")
+    write_json(folder / "config.json", config_json)
+
+
 def _diffusers_factors(config: dict[str, Any]) -> dict[str, Any]:
     """The latent factors of a SpatialVAE in diffusers' config.json.
 
@@ -137,11 +151,13 @@ def write_wan(checkpoint: Checkpoint, file: Path) -> None:
     Other programs hard-code the published mean and standard deviation of the latents. Others are folded into the
     weights, which gives the same normalised latents.
     """
+    _require(checkpoint, WanVAE, "wan")
     _save(_with_published_constants(checkpoint, "wan"), file)
 
 
 def write_videox_fun(checkpoint: Checkpoint, file: Path) -> None:
     """Write one file for VideoX-Fun's AutoencoderKLWan; constants as in write_wan."""
+    _require(checkpoint, WanVAE, "videox_fun")
     _save(wan.to_videox_fun(_with_published_constants(checkpoint, "videox_fun")), file)
 
 
@@ -179,6 +195,7 @@ def write_final_model(checkpoint: Checkpoint, folder: Path) -> None:
 WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
     "export": replace_export,
     "diffusers": write_diffusers,
+    "qwen_image": write_qwen_image,
     "ldm": write_ldm,
     "opensora": write_opensora,
     "wan": write_wan,
@@ -211,7 +228,8 @@ def to_layout(state: State, layout: str) -> State:
 def write_flat(checkpoint: Checkpoint, layout: str, file: Path) -> None:
     """Write one file for torch.load(..., weights_only=True), under the keys of `layout`, atomically.
 
-    Constants of a Wan VAE are folded as in write_wan.
+    Constants of a Wan VAE are folded as in write_wan. Its pixels may have any number of channels: programs that open
+    the file must build their network with as many.
     """
     state = _with_published_constants(checkpoint, layout) if _is_a(checkpoint, WanVAE) else checkpoint.state
     with atomic_write(file) as stream:
@@ -242,17 +260,20 @@ def _is_a(checkpoint: Checkpoint, network: type[nn.Module]) -> bool:
     return checkpoint.config["_target_"] == target_of(network)
 
 
-def _require(checkpoint: Checkpoint, network: type[nn.Module], layout: str) -> dict[str, Any]:
-    """The configuration with the network's defaults filled in. Raises CheckpointError for another network."""
+def _require(
+    checkpoint: Checkpoint, network: type[nn.Module], layout: str, channels: Sequence[int] = (3,)
+) -> dict[str, Any]:
+    """The configuration with the network's defaults filled in. Raises CheckpointError for another network, or other
+    `channels` of pixels than the layout knows."""
     if not _is_a(checkpoint, network):
         found = checkpoint.config["_target_"]
         raise CheckpointError(f"{checkpoint.path} holds a {found}; the {layout} layout is for {target_of(network)}")
     if checkpoint.config.get("shortcut"):
         raise CheckpointError(f"{checkpoint.path} has a shortcut, which the {layout} layout does not know")
     config = _defaults(network) | checkpoint.config
-    if (channels := config.get("pixel_channels", 3)) != 3:
+    if (found := config.get("pixel_channels", 3)) not in channels:
         raise CheckpointError(
-            f"{checkpoint.path} has {channels} channels of pixels, which the {layout} layout does not know; use the "
+            f"{checkpoint.path} has {found} channels of pixels, which the {layout} layout does not know; use the "
             "layout export"
         )
     return config
@@ -266,8 +287,8 @@ def _defaults(network: type[nn.Module]) -> dict[str, Any]:
 
 
 def _wan_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
-    """Every constructor argument of a WanVAE. Raises CheckpointError for another network."""
-    config = _require(checkpoint, WanVAE, layout)
+    """Every constructor argument of a WanVAE. Raises CheckpointError for a decoder of other widths or blocks."""
+    config = _defaults(WanVAE) | checkpoint.config
     for name in ("decoder_widths", "decoder_blocks"):
         if config[name] is not None:
             raise CheckpointError(

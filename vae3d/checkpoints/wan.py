@@ -45,6 +45,7 @@ def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
         mean, std = published_constants(latents, shortcuts)
         used = "those of the published weights" if any(mean) else "0 and 1"
         weights.notes.append(f"the file does not hold its latents' mean and standard deviation; {used} are used")
+    pixel_channels, patch = _pixels(state["encoder.conv1.weight"].shape[1], shortcuts)
     config = {
         "_target_": "vae3d.models.wan.WanVAE",
         "channels": base,
@@ -53,8 +54,9 @@ def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
         "downsample": time,
         "layers": _layers(state),
         "latent_channels": latents,
-        "patch": math.isqrt(state["encoder.conv1.weight"].shape[1] // 3),
+        "patch": patch,
         "shortcuts": shortcuts,
+        "pixel_channels": pixel_channels,
         "latents_mean": list(mean),
         "latents_std": list(std),
     }
@@ -72,6 +74,20 @@ def from_qwen_image(config_json: dict[str, Any]) -> dict[str, Any]:
     config = {name: value for name, value in config_json.items() if name not in ("_class_name", "input_channels")}
     channels = config_json.get("input_channels", 3)
     return {"_class_name": "AutoencoderKLWan", **config, "in_channels": channels, "out_channels": channels}
+
+
+def qwen_image_config(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of diffusers' AutoencoderKLQwenImage. config: all arguments of WanVAE.
+
+    Raises ValueError for a network that this class does not build, such as Wan2.2's.
+    """
+    others = {"patch": 1, "shortcuts": False, "decoder_channels": config["channels"]}
+    if different := [f"{name}={config[name]}" for name, value in others.items() if config[name] != value]:
+        raise ValueError(f"{QWEN_IMAGE} is the network of Wan2.1, which has no {', '.join(different)}")
+    theirs = diffusers_config(config)
+    shared = ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample", "dropout")
+    config_json = {name: theirs[name] for name in (*shared, "latents_mean", "latents_std")}
+    return {"_class_name": QWEN_IMAGE, **config_json, "input_channels": config["pixel_channels"]}
 
 
 def to_diffusers(state: State) -> State:
@@ -119,6 +135,7 @@ def published_constants(channels: int, shortcuts: bool) -> tuple[list[float], li
 def diffusers_config(config: dict[str, Any]) -> dict[str, Any]:
     """config.json of diffusers' AutoencoderKLWan. config: all arguments of WanVAE."""
     time = config["downsample"]
+    pixels = config["pixel_channels"] * config["patch"] ** 2
     return {
         "_class_name": "AutoencoderKLWan",
         "base_dim": config["channels"],
@@ -132,12 +149,21 @@ def diffusers_config(config: dict[str, Any]) -> dict[str, Any]:
         "latents_mean": config["latents_mean"],
         "latents_std": config["latents_std"],
         "is_residual": config["shortcuts"],
-        "in_channels": 3 * config["patch"] ** 2,
-        "out_channels": 3 * config["patch"] ** 2,
+        "in_channels": pixels,
+        "out_channels": pixels,
         "patch_size": config["patch"] if config["patch"] > 1 else None,
         "scale_factor_temporal": 2 ** sum(time),
         "scale_factor_spatial": config["patch"] * 2 ** len(time),
     }
+
+
+def _pixels(channels: int, shortcuts: bool) -> tuple[int, int]:
+    """Channels of the pixels and side of the patches, from the channels that the network takes. Patches of one or two
+    pixels: a network with shortcuts, Wan2.2's, has those of two; three channels are assumed where they fit."""
+    patch = math.isqrt(channels // 3)
+    if patch and channels == 3 * patch**2:
+        return 3, patch
+    return (channels // 4, 2) if shortcuts and channels % 4 == 0 else (channels, 1)
 
 
 def _has_shortcuts(state: State) -> bool:

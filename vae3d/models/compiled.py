@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from vae3d.errors import UserError
+from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.layers import taehv_blocks, wan_blocks
 from vae3d.models.spatial import Level, MidBlock
 from vae3d.models.taehv import TAEHV
@@ -50,7 +52,12 @@ def compile_blocks(model: nn.Module, dynamic: bool | None = False) -> None:
 
 
 def compile_steps(model: nn.Module) -> None:
-    """Compile encode_chunk and decode_chunk, or else forward, per shape. Only a video's first and last chunk differ."""
+    """Compile encode_chunk and decode_chunk, or else forward, per shape. Only a video's first and last chunk differ.
+
+    Raises UserError for a model that torch.compile would leave as it is.
+    """
+    if isinstance(model, DiffusersVAE) and model.circular:
+        raise UserError("compile=true: a DiffusersVAE with pad_w=circular is not compiled; use compile=false")
     if isinstance(model, WanVAE | TAEHV):
         model.encode_chunk = torch.compile(model.encode_chunk, dynamic=False)
         model.decode_chunk = torch.compile(model.decode_chunk, dynamic=False)

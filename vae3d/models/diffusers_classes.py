@@ -427,6 +427,7 @@ class DiffusersClass:
     diffusers' own is used. last: the layer that outputs pixels. min_latents: of a side. fixed_size: the frames' only
     size is image_size. input_channels: that a config may have: 4 with opaque alpha, 12 of patches, 15 made by the class
     from RGB.
+    open_seam: why no circular width closes a panorama's seam; "" where it does.
     needs: a package.
     """
 
@@ -449,6 +450,7 @@ class DiffusersClass:
     min_latents: int = 1
     fixed_size: bool = False
     input_channels: Sequence[int] = (3,)
+    open_seam: str = ""
     needs: str | None = None
     note: str = ""
 
@@ -481,6 +483,7 @@ LTX = {
     "norm": "RMS norm",
     "last": "decoder.conv_out.conv",
 }
+POSITIONS = "its decoder's attention depends on the positions of columns"
 SEGMENTS = {"chunks": _segments, "exact_stream": True}
 
 CLASSES: dict[str, DiffusersClass] = {
@@ -551,6 +554,7 @@ CLASSES: dict[str, DiffusersClass] = {
         blocks=("ViTMAELayer", "Dinov2WithRegistersLayer", "SiglipEncoderLayer"),
         last="decoder.decoder_pred",
         fixed_size=True,
+        open_seam=f"{POSITIONS}, and its frames are square",
         needs="transformers",
     ),
     # videos
@@ -613,7 +617,8 @@ CLASSES: dict[str, DiffusersClass] = {
         **WAN,
         blocks=("QwenImageResidualBlock", "QwenImageAttentionBlock", "QwenImageResample"),
         input_channels=(3, 4),
-        note="with 3 channels also `model=wan stage.init_from=FOLDER`, for panoramas and exact tiles",
+        note="also `model=wan stage.init_from=FOLDER`, faster, with exact tiles and panoramas; of 4 channels with "
+        "`model.pixel_channels=4`, which codes alpha, too",
     ),
     "AutoencoderKLCosmos": DiffusersClass(
         "Cosmos 1",
@@ -681,6 +686,7 @@ CLASSES: dict[str, DiffusersClass] = {
         norm="LayerNorm, attention",
         last="decoder.proj_out",
         min_latents=2,
+        open_seam=POSITIONS,
         note="the class blends overlapping clips, and tiles of frames above 256 x 256",
     ),
     "AutoencoderKLTemporalDecoder": DiffusersClass(

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import count
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from vae3d.models.diffusers_classes import (
 )
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers.checkpointing import checkpoint_blocks
+from vae3d.models.layers.circular import make_circular
 from vae3d.models.layers.frames import extend_time
 from vae3d.models.tiling import code_in_tiles
 from vae3d.pixels import check_latents, check_video
@@ -53,6 +54,10 @@ class DiffusersVAE(VideoAutoencoder):
     gradient_checkpointing: recompute each block in backward; diffusers' own where that is right, else ours.
     frame_batch: frames that a network of images codes at once; None: all. decode_timestep: what decoders that take a
     timestep (LTX-Video from 0.9.1) are given; 0 decodes latents as they are, diffusers' default.
+    pad_w: original is the class's own padding; circular closes the seam of 360 degree panoramas, with the same weights.
+    The width must then be a multiple of the space stride.
+    channels_last: keep the weights of convolutions in channels-last memory, in which convolutions then run. The same
+    results but for rounding; on CPUs no faster.
 
     Clips are extended by their last frame to what the class takes, sides by their edge to multiples of the space
     stride; reconstructions are cropped. Inputs are cast to the dtype of the weights. Output is not clamped.
@@ -69,6 +74,8 @@ class DiffusersVAE(VideoAutoencoder):
         gradient_checkpointing: bool = False,
         frame_batch: Count | None = 4,
         decode_timestep: Annotated[float, Range(0, 1)] = 0.0,
+        pad_w: Literal["original", "circular"] = "original",
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.table = entry_of(kind)
@@ -87,6 +94,13 @@ class DiffusersVAE(VideoAutoencoder):
         self._update_spec()
         if self.table.stats_saved:
             self.register_load_state_dict_post_hook(lambda model, _keys: model._read_stats())
+        self.circular = pad_w == "circular"
+        if self.circular:
+            if self.table.open_seam:
+                raise ValueError(f"pad_w is circular; the seam of {kind} stays open: {self.table.open_seam}")
+            make_circular(self.vae)
+        if channels_last:
+            _to_channels_last(self.vae)
         if gradient_checkpointing:
             if self.table.blocks:
                 checkpoint_blocks(self.vae, self.table.blocks)
@@ -213,6 +227,11 @@ class DiffusersVAE(VideoAutoencoder):
     def check_size(self, height: int, width: int) -> None:
         """Raises ValueError for frames that the class does not take, padded or not."""
         space = self.spec.space_stride
+        if self.circular and width % space:
+            raise ValueError(
+                f"the width is {width}; with pad_w=circular it must be a multiple of {space}, since padding would "
+                "break the seam"
+            )
         if self.table.fixed_size:
             side = self.vae.decoder_image_size
             if (height, width) != (side, side):
@@ -249,6 +268,15 @@ class DiffusersVAE(VideoAutoencoder):
         """The class's own chunks, which give the result of the whole clip; where it has none, the whole video."""
         self.check_size(height, width)
         return DiffusersStream(self)
+
+
+def _to_channels_last(network: nn.Module) -> None:
+    """Weights of 2D and 3D convolutions, in place. Module.to takes one format for both, and fails for the other."""
+    formats = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
+    for module in network.modules():
+        for cls, memory_format in formats.items():
+            if isinstance(module, cls):
+                module.weight.data = module.weight.data.contiguous(memory_format=memory_format)
 
 
 def _numbers(buffer: Tensor) -> tuple[float, ...]:
