@@ -47,7 +47,7 @@ def latents_and_video(ours: DiffusersVAE, video: Tensor) -> tuple[Tensor, Tensor
         vae.use_tiling, vae.kernel, vae.stride = True, tuple(x.shape[2:]), tuple(n // 2 for n in x.shape[2:])
     if kind == "AutoencoderVidTok":
         return vae(x, sample_posterior=False, encoder_mode=True), vae(x, sample_posterior=False).sample
-    if ours.table.frames.__name__ == "any_number" and kind != "AutoencoderKLHunyuanImageRefiner":
+    if ours.table.frames.text == "any" and kind != "AutoencoderKLHunyuanImageRefiner":
         x = x.transpose(1, 2).flatten(0, 1)
         x = x[:, :, None] if kind == "AutoencoderKLQwenImage21" else x
     found = vae.encode(x)
