@@ -234,6 +234,11 @@ def prepare(folder: Path, model: vae3d.VideoAutoencoder) -> Path:
     vae3d.save(vae3d.build("taesd", "model.variant=taef2"), folder / "taef2", layout="taesd")
     for file in (folder / "taef2").iterdir():
         file.rename(folder / file.name)
+    encoder = vae3d.build(
+        "taehv", "model.variant=taew2_1", "model.channels=8", "model.decoder_channels=[8,8,8,8]"
+    ).eval()
+    with torch.no_grad():
+        torch.save(encoder.encode(vae3d.read_video(folder / "clip.mp4").frames).mode(), folder / "clip_latents.pt")
     return folder
 
 
@@ -300,6 +305,39 @@ def test_the_example_of_latents_caches_and_decodes(ran):
     z = LatentCache(folder / "latents", codec)[0].z
     assert (codec.encode(clip)[0] - z).abs().max() < 1e-2  # stored in fp16
     assert vae3d.read_video(folder / "latents/first.mp4").frames.shape == (1, 3, 5, 32, 32)
+
+
+def test_the_example_of_a_decoder_from_latents_trains_and_saves(ran):
+    folder, printed = ran
+    scores = [float(line.split()[3]) for line in printed["decoder_from_latents"].splitlines()]
+    assert len(scores) == 11
+    assert len(set(scores)) > 5  # it trains
+    decoder = vae3d.load(folder / "small")
+    latents = torch.load(folder / "clip_latents.pt", weights_only=True)
+    with torch.no_grad():
+        video = decoder.decode(latents[..., 2:], 21).clamp(-1, 1)
+    original = vae3d.read_video(folder / "clip.mp4").frames
+    assert vae3d.score(original[..., 16:], video)["psnr"] == pytest.approx(scores[-1], abs=0.01)
+    assert vae3d.read_video(folder / "small/right_third.mp4").frames.shape == (1, 3, 21, 24, 32)
+
+
+def test_the_example_of_a_decoder_starts_as_the_image_decoder_that_it_is_given(ran, tmp_path):
+    """Of frames that do not change, and with latents that are TAESD's: the first frame is TAESD's, but for a block."""
+    folder = ran[0]
+    image = vae3d.build("taesd", "model.variant=taesd3").eval()
+    with torch.no_grad():
+        for conv in (module for module in image.decoder[-2].modules() if isinstance(module, torch.nn.Conv2d)):
+            conv.weight.zero_(), conv.bias.zero_()  # of the block at full resolution, which TAEHV has not
+        vae3d.save(image, tmp_path / "taesd3")
+        clip = vae3d.read_video(folder / "clip.mp4", num_frames=1).frames.expand(-1, -1, 5, -1, -1)
+        vae3d.write_video(tmp_path / "still.mp4", clip, fps=8, codec="lossless")
+        torch.save(image.encode(clip[:, :, :2]).mode(), tmp_path / "latents.pt")
+    given = "still.mp4 latents.pt small --variant taew2_1 --steps 3 --crop 2 --latent-frames 2 --lr 0 --image-decoder taesd3"
+    run_example("decoder_from_latents", given.split(), tmp_path)
+    with torch.no_grad():
+        decoded = vae3d.load(tmp_path / "small").decode(torch.load(tmp_path / "latents.pt", weights_only=True), 5)
+        expected = image.decode(image.encode(clip).mode())
+    torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-3)
 
 
 def test_the_python_of_the_page_runs(ran, tmp_path, monkeypatch):
