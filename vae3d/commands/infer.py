@@ -28,6 +28,7 @@ from vae3d.inference.results import Results
 from vae3d.loading import load_with_checkpoint
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_steps
+from vae3d.models.cuda_graphs import graph_steps
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.tiling import Tiled
@@ -66,6 +67,11 @@ def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Chec
         spatial.frame_batch = config.frame_batch
     if config.compile:
         compile_steps(model)
+    if config.cuda_graphs:
+        try:
+            graph_steps(model)
+        except UserError as error:
+            raise UserError(f"cuda_graphs=true: {error}; use cuda_graphs=false") from error
     streams = model
     if config.tile:
         if not isinstance(model, WanVAE):

@@ -424,7 +424,8 @@ class InferConfig(FilesConfig):
     tile_overlap: Int | None = setting(
         None, "Pixels of overlap, blended linearly. null: exact, each tile with all it depends on.", ge=0
     )
-    compile: bool = setting(False, "torch.compile, once per shape.")
+    compile: bool = setting(False, "torch.compile: a stream's first chunk and its steady one, for each size of frames.")
+    cuda_graphs: bool = setting(False, "Replay a stream's steady chunk as a CUDA graph. See docs/speed.md.")
     memory_gib: Float | None = setting(None, "GiB for streaming, beyond the weights. null: the model's default.", gt=0)
     start: Int = setting(0, "First frame.", ge=0)
     num_frames: Int | None = setting(None, "null: to the end.", ge=1)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from vae3d.models.layers import taehv_blocks, wan_blocks
-from vae3d.models.spatial import Level, MidBlock
+from vae3d.models.opensora import OpenSoraVAE
+from vae3d.models.spatial import Level, MidBlock, SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.temporal import ResBlock
 from vae3d.models.wan import WanVAE
@@ -29,7 +30,7 @@ BLOCKS = (
     taehv_blocks.UpConv,
 )
 BACKEND = "inductor"
-RECOMPILE_LIMIT = 64  # graphs per class of blocks: one per shape, with and without gradients
+RECOMPILE_LIMIT = 64  # graphs per class of blocks, or step: one per shape, with and without gradients
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -37,22 +38,42 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(model: nn.Module, dynamic: bool | None = False) -> None:
-    """Compile every block of a model at its first call. dynamic: see torch.compile.
+    """Compile every block of a model at its first call (regional compilation). dynamic: see torch.compile.
 
     Equal blocks share a graph, compilation takes seconds instead of minutes, and gradient checkpointing still works.
     """
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)  # beyond it blocks would run uncompiled
-    with no_tf32():  # sets torch's precision flags as validation will, which would recompile everything otherwise
-        pass
+    _allow_graphs()
     for block in blocks_of(model):
         block.compile(backend=BACKEND, dynamic=dynamic)
 
 
 def compile_steps(model: nn.Module) -> None:
-    """Compile encode_chunk and decode_chunk, or else forward, per shape. Only a video's first and last chunk differ."""
+    """Compile what streams call, for inference.
+
+    The steps of WanVAE and TAEHV are compiled twice for a size of frames, without a cache and with one: streams that
+    start afterwards have fixed_chunks. Other models code chunks of a fixed length and a rest: the second length of a
+    part is compiled for any number of frames.
+    """
+    _allow_graphs()
+    causal = isinstance(model, WanVAE | TAEHV)
+    for owner, name in _steps(model):
+        setattr(owner, name, torch.compile(getattr(owner, name), backend=BACKEND, dynamic=False if causal else None))
+    if causal:
+        model.fixed_chunks = True
+
+
+def _steps(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(module, method) of everything that codes a chunk, without loops over frames."""
     if isinstance(model, WanVAE | TAEHV):
-        model.encode_chunk = torch.compile(model.encode_chunk, dynamic=False)
-        model.decode_chunk = torch.compile(model.decode_chunk, dynamic=False)
-    else:
-        model.compile(dynamic=False)
+        return [(model, "encode_chunk"), (model, "decode_chunk")]
+    if isinstance(model, OpenSoraVAE):
+        return [*_steps(model.spatial_vae), (model.temporal_vae, "encode"), (model.temporal_vae, "decode")]
+    owner = model.module if isinstance(model, SpatialVAE) else model
+    return [(owner, "encode"), (owner, "decode")]
+
+
+def _allow_graphs() -> None:
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)  # beyond it code would run uncompiled
+    with no_tf32():  # sets torch's precision flags as validation will, which would recompile everything otherwise
+        pass

@@ -55,6 +55,8 @@ class WanVAE(VideoAutoencoder):
     Raises ValueError if the lists do not fit together.
     """
 
+    fixed_chunks = False  # streams give encode_chunk and decode_chunk two shapes only; see CausalStream
+
     @check_arguments
     def __init__(
         self,
@@ -151,7 +153,7 @@ class WanVAE(VideoAutoencoder):
         """Chunks of `chunk_latents`, or of as many latents as decode in `memory_gib` in fp32, at most MAX_CHUNK."""
         self.require_closed_seam(width)
         fitting = chunk_within(memory_gib, lambda latents: self.chunk_memory(latents, height, width), MAX_CHUNK)
-        return CausalStream(self, self.chunk_latents or fitting)
+        return CausalStream(self, self.chunk_latents or fitting, self.fixed_chunks)
 
     def chunk_memory(self, latents: int, height: int, width: int) -> int:
         """Estimated bytes for decoding a chunk in fp32, with the cache but without weights: those of the last level."""
