@@ -39,7 +39,7 @@ def test_every_part_runs_on_a_cpu(tmp_path, monkeypatch):
         assert not part["left_out"]
     rows = {name: part["rows"][0] for name, part in found["parts"].items()}
     assert rows["parity"]["fp32_output"] < 1e-4
-    assert 1e-4 < rows["parity"]["bf16_output"] < 0.1
+    assert 1e-4 < rows["parity"]["bf16_output"] < 0.2
     assert rows["streams"]["fp32_output"] < 1e-4
     assert math.isfinite(rows["runs"]["bf16_loss"])
     assert found["parts"]["runs"]["rows"][1]["difference"] == 0  # a resume, bit for bit

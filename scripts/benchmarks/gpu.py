@@ -75,7 +75,7 @@ Row = dict[str, Any]
 Case = tuple[str, Callable[[], Row]]
 SIZES = {"256": (256, 256), "480p": (480, 832), "720p": (720, 1280)}
 # The most that results may differ, relative to the norm. fp32: sums in another order, without TF32.
-LIMITS = {("fp32", "output"): 1e-4, ("fp32", "gradient"): 1e-3, ("bf16", "output"): 0.1, ("bf16", "gradient"): 0.5}
+LIMITS = {("fp32", "output"): 1e-4, ("fp32", "gradient"): 1e-3, ("bf16", "output"): 0.2, ("bf16", "gradient"): 0.5}
 CURVES = 0.1  # the most that the last losses of an fp32 and a bf16 run may differ, relatively
 STEPS = 20
 

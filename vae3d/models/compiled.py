@@ -5,8 +5,11 @@ Compiling the module around a VAE does nothing where its `encode` and `decode` a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vae3d.models.layers import taehv_blocks, wan_blocks
 from vae3d.models.opensora import OpenSoraVAE
@@ -57,9 +60,23 @@ def compile_steps(model: nn.Module) -> None:
     _allow_graphs()
     causal = isinstance(model, WanVAE | TAEHV)
     for owner, name in _steps(model):
-        setattr(owner, name, torch.compile(getattr(owner, name), backend=BACKEND, dynamic=False if causal else None))
+        step = torch.compile(getattr(owner, name), backend=BACKEND, dynamic=False if causal else None)
+        setattr(owner, name, _in_one_layout(step))
     if causal:
         model.fixed_chunks = True
+
+
+def _in_one_layout(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a step its first argument in one memory layout.
+
+    A graph holds for certain strides only, and a chunk has those of the video that it is a view of.
+    """
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+        return step(x.clone(memory_format=layout), *args, **kwargs)
+
+    return run
 
 
 def _steps(model: nn.Module) -> list[tuple[nn.Module, str]]:

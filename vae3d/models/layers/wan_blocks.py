@@ -143,7 +143,7 @@ class Downsample(nn.Module):
         x = clips_of(self.resample["1"](self._pad(frames_of(x))), len(x))
         if self.time_conv is None:
             return x, None
-        last = x[:, :, -1:].clone() if return_cache else None
+        last = x[:, :, -1:].clone(memory_format=torch.channels_last_3d) if return_cache else None
         if cache is not None:
             x = self.time_conv(torch.cat([cache, x], 2))
         elif x.shape[2] > 1:
