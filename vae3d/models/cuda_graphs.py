@@ -38,7 +38,7 @@ def graph_steps(model: nn.Module, capture: Capture | None = None) -> None:
         device = next(model.parameters()).device
         if device.type != "cuda":
             raise UserError(f"CUDA graphs need a GPU, and the model is on {device}")
-        capture = partial(capture_cuda, pool=torch.cuda.graph_pool_handle())
+        capture = partial(capture_cuda, device=device, pool=torch.cuda.graph_pool_handle())
     model.encode_chunk = GraphedStep(model.encode_chunk, capture)
     model.decode_chunk = GraphedStep(model.decode_chunk, capture)
     model.fixed_chunks = True
@@ -78,8 +78,19 @@ class GraphedStep:
         return result, new_cache
 
 
-def capture_cuda(run: Callable[[], Any], pool: Any) -> tuple[Any, Callable[[], None]]:
+def capture_cuda(run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Any, Callable[[], None]]:
     """Record what `run` launches on the GPU: (the tensors that it fills, replay). pool: memory that graphs share."""
+    with torch.cuda.device(device):
+        outputs, graph = _capture(run, pool)
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return outputs, replay
+
+
+def _capture(run: Callable[[], Any], pool: Any) -> tuple[Any, torch.cuda.CUDAGraph]:
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # a cast weight in it would be freed after this, and the graph read it
     try:
@@ -90,11 +101,11 @@ def capture_cuda(run: Callable[[], Any], pool: Any) -> tuple[Any, Callable[[], N
                 run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # others may load data meanwhile
             outputs = run()
     finally:
         torch.set_autocast_cache_enabled(cached)
-    return outputs, graph.replay
+    return outputs, graph
 
 
 def rerun(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
