@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vae3d.models.layers import stream_conv as stream
 from vae3d.models.layers.borders import POINTWISE, Borders
 from vae3d.models.layers.stream_conv import CACHED, _stream_conv, rms_norm, stream_conv, zero_cache
 
@@ -163,3 +164,26 @@ def test_the_cache_before_a_skipped_convolution_looks_as_after_one():
             _, after = stream_conv(x, None, conv, POINTWISE, return_cache=True)
             zeros = zero_cache(x)
         assert (zeros.shape, zeros.dtype, zeros.stride()) == (after.shape, after.dtype, after.stride())
+
+
+def test_taps_on_zeros_before_the_clip_are_skipped_in_inference(monkeypatch):
+    """Bit for bit as without a cache, or with one frame of it; the cache that is returned stays whole."""
+    x, frames, conv, _ = case(CACHED, False, dtype=torch.float32)
+    seen = []
+
+    def count(x, cache, *arguments, run=stream._conv_input):
+        seen.append(None if cache is None else cache.shape[2])
+        return run(x, cache, *arguments)
+
+    monkeypatch.setattr(stream, "_conv_input", count)
+    with torch.no_grad():
+        plain, _ = stream_conv(x, None, conv, Borders())
+        zeros, cache = stream_conv(x[:, :, :1], torch.zeros_like(frames), conv, Borders(), return_cache=True)
+        assert torch.equal(zeros, plain[:, :, :1])
+        assert not cache[:, :, 0].any()
+        frames[:, :, 0] = 0
+        frames[:, :, 1, :, 0, 0] = 0  # a black corner is no black frame
+        stream_conv(x, frames, conv, Borders())
+        stream_conv(x, torch.ones_like(frames), conv, Borders())
+    stream_conv(x, torch.zeros_like(frames), conv, Borders())  # gradients of a cache need all of it
+    assert seen == [None, None, 1, 2, 2]
