@@ -44,6 +44,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -72,6 +73,7 @@ from vae3d.precision import as_device, autocast, no_tf32, slow_conv3d  # noqa: E
 from vae3d.schedules import ALL_ON  # noqa: E402
 
 Row = dict[str, Any]
+HIDDEN = ("frames_per_second", "memory_gib", "run_seconds", "seconds", "frames")  # of the table's last column
 Case = tuple[str, Callable[[], Row]]
 SIZES = {"256": (256, 256), "480p": (480, 832), "720p": (720, 1280)}
 # The most that results may differ, relative to the norm. fp32: sums in another order, without TF32.
@@ -100,29 +102,23 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def seconds(self, run: Callable[[], object], least: float = 1.0, warm_up: int = 2) -> float:
-        """Seconds of the median run, of at least three and of about `least` seconds of them."""
-        for _ in range(warm_up):
-            run()
-        times = []
-        while len(times) < 3 or (sum(times) < least and not self.tiny):
+    def cost(self, run: Callable[[], object], least: float = 1.0) -> Row:
+        """Seconds of the median run, and the peak GiB of torch's memory meanwhile, with weights; None on a CPU.
+
+        After a warm-up, of at least three runs and of about `least` seconds of them; of fewer if they are long.
+        """
+        run()
+        gpu, times = self.device.type == "cuda", []
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        while sum(times) < 4 * least and (len(times) < 3 or (sum(times) < least and not self.tiny)):
             self.synchronize()
             start = time.perf_counter()
             run()
             self.synchronize()
             times.append(time.perf_counter() - start)
-        return statistics.median(times)
-
-    def memory(self, run: Callable[[], object]) -> float | None:
-        """Peak GiB of torch's memory during a run, with the weights; None on a CPU."""
-        if self.device.type != "cuda":
-            run()
-            return None
-        self.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        self.synchronize()
-        return torch.cuda.max_memory_allocated() / 2**30
+        memory = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
+        return {"run_seconds": statistics.median(times), "memory_gib": memory}
 
 
 # ---- parity
@@ -201,12 +197,12 @@ def set_mode(bench: Bench, model: nn.Module, mode: str) -> None:
 def compare_streams(bench: Bench, name: str, mode: str) -> Row:
     torch._dynamo.reset()
     model = tiny.model(name).to(bench.device)
-    model.chunk_latents = 2
     side = 4 * model.spec.space_stride
     videos = [torch.rand(1, 3, frames, side, side, device=bench.device) * 2 - 1 for frames in (21, 14)]
     worst = 0.0
     with no_tf32(), torch.inference_mode():
         whole = [model(video, sample=False).video for video in videos]
+        model.chunk_latents = 2
         set_mode(bench, model, mode)
         for video, expected in zip(videos, whole, strict=True):
             worst = max(worst, norm_error(stream_clip(model, video), expected))
@@ -333,7 +329,8 @@ def runs(bench: Bench) -> list[Case]:
 def decode_speed(bench: Bench, name: str, size: tuple[int, int], latents: int, mode: str) -> Row:
     """Of the steady chunk of a stream, as infer.py precision=bf16 decodes it; of a batch of frames without a cache."""
     torch._dynamo.reset()
-    model = (tiny.model(name) if bench.tiny else vae3d.build(name)).to(bench.device)
+    with bench.device:  # random weights of large models are made faster there
+        model = (tiny.model(name) if bench.tiny else vae3d.build(name)).to(bench.device)
     channels, _, height, width = model.latent_shape(1, *size)
     z = torch.randn(1, channels, latents, height, width, device=bench.device)
     state: dict[str, Any] = {"cache": None}
@@ -350,26 +347,24 @@ def decode_speed(bench: Bench, name: str, size: tuple[int, int], latents: int, m
         frames = [run() for _ in range(2)][-1].shape[2]
         bench.synchronize()
         first = time.perf_counter() - start
-        seconds = bench.seconds(run)
-        memory = bench.memory(run)
-    return {"frames_per_second": frames / seconds, "memory_gib": memory, "frames": frames, "first_seconds": first}
+        cost = bench.cost(run)
+    return {"frames_per_second": frames / cost["run_seconds"], **cost, "frames": frames, "first_seconds": first}
 
 
 def decode(bench: Bench) -> list[Case]:
+    """The compiler takes long: the sizes at which it may matter most come first. SD has no cache, and so no graphs."""
     sizes = {"tiny": (32, 32)} if bench.tiny else SIZES
     latents = {"wan": 2, "taehv": 4, "sd_vae": 8, "wan22": 2}
-    cases = []
-    for mode in ("eager", "graphs", "compiled", "compiled + graphs"):
-        for name, count in latents.items():
-            if "graphs" in mode and name == "sd_vae":
-                continue  # no cache, and so no steps
-            if "+" in mode and name == "wan22":
-                continue
-            cases += [
-                (f"{name} {size}, {mode}", partial(decode_speed, bench, name, sides, count, mode))
-                for size, sides in sizes.items()
-            ]
-    return cases
+    wanted = [(mode, name, size) for mode in ("eager",) for name in ("wan", "taehv", "sd_vae") for size in sizes]
+    by_value = [size for size in ("720p", "256", "480p", "tiny") if size in sizes]
+    wanted += [("compiled", name, size) for size in by_value for name in ("taehv", "sd_vae", "wan")]
+    wanted += [("graphs", name, size) for size in sizes for name in ("wan", "taehv")]
+    wanted += [("eager", "wan22", size) for size in sizes]
+    wanted += [("compiled + graphs", name, size) for size in sizes for name in ("taehv", "wan")]
+    return [
+        (f"{name} {size}, {mode}", partial(decode_speed, bench, name, sizes[size], latents[name], mode))
+        for mode, name, size in wanted
+    ]
 
 
 def training_speed(bench: Bench, settings: Sequence[str], compile: bool) -> Row:
@@ -396,9 +391,9 @@ def training_speed(bench: Bench, settings: Sequence[str], compile: bool) -> Row:
     run()
     bench.synchronize()
     first = time.perf_counter() - start
-    seconds = bench.seconds(run, warm_up=1)
+    cost = bench.cost(run)
     frames = step.frames * clips_at_a_time * config.trainer.accumulate
-    return {"frames_per_second": frames / seconds, "memory_gib": bench.memory(run), "first_seconds": first}
+    return {"frames_per_second": frames / cost["run_seconds"], **cost, "first_seconds": first}
 
 
 def train(bench: Bench) -> list[Case]:
@@ -460,7 +455,7 @@ def read_speed(bench: Bench, run: Callable[[Path, int, int], object], frames: in
     def clip() -> None:
         run(path, int(rng.integers(count - frames)), side)
 
-    seconds = bench.seconds(clip)
+    seconds = bench.cost(clip)["run_seconds"]
     return {"clips_per_second": 1 / seconds, "frames_per_second": frames / seconds, "frames": frames}
 
 
@@ -475,6 +470,12 @@ def by_reader(bench: Bench, reader: str, frames: int) -> Row:
 
 def by_torchcodec(bench: Bench, device: str, frames: int) -> Row:
     from torchcodec.decoders import VideoDecoder
+
+    if device == "cuda":
+        try:
+            VideoDecoder(str(long_video(bench)[0]), device=device)
+        except RuntimeError as error:  # torchcodec of the CPU's, or a GPU without NVDEC
+            return unmeasured(str(error).splitlines()[0])
 
     def run(path: Path, start: int, side: int) -> None:
         video = VideoDecoder(str(path), device=device).get_frames_in_range(start, start + frames).data
@@ -647,7 +648,7 @@ def table(report: Row) -> str:
     for name, part in report["parts"].items():
         for row in part["rows"]:
             speed, memory = (row.get(key) for key in ("frames_per_second", "memory_gib"))
-            rest = {k: v for k, v in row.items() if k not in ("frames_per_second", "memory_gib", "seconds", "frames")}
+            rest = {k: v for k, v in row.items() if k not in HIDDEN}
             cells = ["" if speed is None else f"{speed:.1f}", "" if memory is None else f"{memory:.2f}", figures(rest)]
             cells = [cell.splitlines()[0].replace("|", "/") if cell else "" for cell in cells]
             lines.append(f"| {name} | {row['case']} | {' | '.join(cells)} |")
@@ -663,8 +664,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=positive_int, default=BUDGET, help=f"seconds in all ({BUDGET})")
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="writes OUT.json and OUT.md (gpu)")
     args = parser.parse_args(argv)
-    if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # training runs take a GPU where there is one
     device = as_device(args.device)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     backend = compiled.BACKEND
@@ -675,8 +674,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(args.out.with_suffix(".json"), report)
         args.out.with_suffix(".md").write_text(table(report))
 
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}  # training runs take a GPU where there is one
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with patch.dict(os.environ, hidden), tempfile.TemporaryDirectory() as folder:
             report = measure(Bench(device, args.tiny, Path(folder)), args.parts, args.budget, save)
     finally:
         compiled.BACKEND = backend
