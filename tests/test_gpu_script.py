@@ -1,4 +1,4 @@
-"""scripts/benchmarks/gpu.py, rehearsed on the CPU."""
+"""scripts/benchmarks/gpu.py, on the CPU."""
 
 from __future__ import annotations
 

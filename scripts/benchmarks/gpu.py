@@ -1,7 +1,7 @@
 """Check and measure on one GPU what only a GPU can show, in under five minutes: OUT.json, and OUT.md for docs/speed.md.
 
     python scripts/benchmarks/gpu.py --out gpu
-    python scripts/benchmarks/gpu.py --device cpu --tiny --out /tmp/rehearsal      # the same code on a CPU, in seconds
+    python scripts/benchmarks/gpu.py --device cpu --tiny --out /tmp/gpu # try it on a CPU: the same code, tiny
     python scripts/benchmarks/gpu.py --parts parity decode --budget 600 --out gpu
 
 Nothing is read from the network: weights are random, clips are made here. Parts run in the order of their value, each
@@ -16,7 +16,7 @@ decode    frames per second and memory of decoding: eager, CUDA graphs, compiled
 train     the same of training steps: eager and compiled (blocks)
 reading   clips per second of PyAV, decord, torchcodec and torchcodec on the GPU (NVDEC)
 
---tiny shrinks everything to what a CPU does in seconds. Compiled code is then traced, but run as it is.
+--tiny shrinks everything to what a CPU does in minutes. Compiled code is then traced, but run as it is.
 """
 
 from __future__ import annotations
@@ -659,7 +659,7 @@ def table(report: Row) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--tiny", action="store_true", help="tiny networks and clips, to rehearse")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks and clips, to try the script")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="by default all")
     parser.add_argument("--budget", type=positive_int, default=BUDGET, help=f"seconds in all ({BUDGET})")
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="writes OUT.json and OUT.md (gpu)")

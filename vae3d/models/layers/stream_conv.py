@@ -53,7 +53,7 @@ def stream_conv(
 
 
 def _known_frames(cache: Tensor | None) -> Tensor | None:
-    """On CPUs, the cache without zeros in front, whose taps `_conv` then skips. One pixel tells nearly always."""
+    """On CPUs, the cache without zeros in front, whose taps `_conv` then skips. Nearly always the first pixel shows it."""
     if type(cache) is not Tensor or cache.device.type != "cpu":  # a FakeTensor has no values
         return cache
     first = 0
