@@ -97,6 +97,8 @@ def test_a_panorama_is_turned_with_its_reconstruction(export, tmp_path):
     ("overrides", "message"),
     [
         ("tile=16 compile=true", "compile=true: .*tile"),
+        ("tile=16 cuda_graphs=true", "cuda_graphs=true: .*tile"),
+        ("device=cpu cuda_graphs=true", "cuda_graphs=true: .*GPU.*cpu"),
         ("tile=16 cost=true", "cost=true: .*tile"),
         ("tile_overlap=8", "tile_overlap=8: .*set tile"),
         ("tile=0", "tile=0: must be .*at least 1, or null"),
