@@ -177,9 +177,9 @@ def test_taps_on_zeros_before_the_clip_are_skipped_in_inference(monkeypatch):
 
     monkeypatch.setattr(stream, "_conv_input", count)
     with torch.no_grad():
-        plain, _ = stream_conv(x, None, conv, Borders())
+        plain, _ = stream_conv(x[:, :, :1], None, conv, Borders())
         zeros, cache = stream_conv(x[:, :, :1], torch.zeros_like(frames), conv, Borders(), return_cache=True)
-        assert torch.equal(zeros, plain[:, :, :1])
+        assert torch.equal(zeros, plain)
         assert not cache[:, :, 0].any()
         frames[:, :, 0] = 0
         frames[:, :, 1, :, 0, 0] = 0  # a black corner is no black frame

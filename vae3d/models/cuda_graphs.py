@@ -113,8 +113,10 @@ def rerun(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
     outputs = run()
 
     def replay() -> None:
-        for buffer, tensor in zip(tensors(outputs), tensors(run()), strict=True):
-            buffer.copy_(tensor)
+        results = run()
+        with torch.inference_mode():  # where outputs of both kinds of no-gradient modes can be written
+            for buffer, tensor in zip(tensors(outputs), tensors(results), strict=True):
+                buffer.copy_(tensor)
 
     return outputs, replay
 

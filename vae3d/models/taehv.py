@@ -198,10 +198,11 @@ class TAEHV(VideoAutoencoder):
         """Latents start..stop - 1 of a clip, and the cache. video: the frames that the plan reads for them.
 
         size: latents of each call of encode_chunk; the last call's frames are extended, and its cache is of no use.
-        None: one call per run. A plan of several runs, which each start with an empty cache, goes latent by latent.
+        None: one call per run. Rules whose encoder starts again within a video go latent by latent.
         """
         stride = self.spec.time_stride
-        size = size and (size if len(plan.encoder) == 1 else 1)
+        if size is not None and self.spec.causal:  # as the rules of several runs are
+            size = 1
         latents = []
         for new_run, lead, frames in split_runs(plan.encoder, stride, start, stop):
             chunk, video = video[:, :, :frames], video[:, :, frames:]
