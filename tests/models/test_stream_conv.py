@@ -182,7 +182,7 @@ def test_taps_on_zeros_before_the_clip_are_skipped_in_inference(monkeypatch):
         assert torch.equal(zeros, plain)
         assert not cache[:, :, 0].any()
         frames[:, :, 0] = 0
-        frames[:, :, 1, :, 0, 0] = 0  # a black corner is no black frame
+        frames[:, :, 1, 0, 0] = 0  # a black corner is no black frame
         stream_conv(x, frames, conv, Borders())
         stream_conv(x, torch.ones_like(frames), conv, Borders())
     stream_conv(x, torch.zeros_like(frames), conv, Borders())  # gradients of a cache need all of it

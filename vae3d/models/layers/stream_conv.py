@@ -53,10 +53,10 @@ def stream_conv(
 
 
 def _known_frames(cache: Tensor | None) -> Tensor | None:
-    """On CPUs, the cache without zeros in front, whose taps `_conv` then skips. Nearly always the first pixel shows it."""
+    """On CPUs, the cache without zero frames in front, whose taps `_conv` then skips."""
     if type(cache) is not Tensor or cache.device.type != "cpu":  # a FakeTensor has no values
         return cache
-    first = 0
+    first = 0  # of the frames that are not zero, as nearly always the first pixel shows
     while first < CACHED and not cache[:, :, first, :1, :1].any() and not cache[:, :, first].any():
         first += 1
     return None if first == CACHED else cache[:, :, first:]
