@@ -49,6 +49,10 @@ class Posterior:
         mean, logvar = wide.chunk(2, dim=1)
         return cls(mean, logvar.clamp(-30.0, 20.0))
 
+    def first(self, latents: int) -> Posterior:
+        """Of the first so many latents along time."""
+        return Posterior(self.mean[:, :, :latents], self.logvar[:, :, :latents])
+
     def sample(self, generator: Generators = None) -> Tensor:
         return self.mean + torch.exp(0.5 * self.logvar) * randn_like(self.mean, generator)
 

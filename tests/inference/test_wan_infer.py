@@ -99,6 +99,8 @@ def test_a_panorama_is_turned_with_its_reconstruction(export, tmp_path):
     ("overrides", "message"),
     [
         ("tile=16 compile=true", "compile=true: .*tile"),
+        ("tile=16 cuda_graphs=true", "cuda_graphs=true: .*tile"),
+        ("device=cpu cuda_graphs=true", "cuda_graphs=true: .*GPU.*cpu"),
         ("tile_overlap=8", "tile_overlap=8: .*set tile"),
         ("tile=0", "tile=0: must be .*at least 1, or null"),
         ("tile=7", "tile=7, tile_overlap=None: tile is 7; use a multiple of the model's space stride 2"),

@@ -8,18 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vae3d.models.layers.borders import Borders
-from vae3d.models.layers.stream_conv import _stream_conv, rms_norm, stream_conv
+from vae3d.models.layers import stream_conv as stream
+from vae3d.models.layers.borders import POINTWISE, Borders
+from vae3d.models.layers.stream_conv import CACHED, _stream_conv, rms_norm, stream_conv, zero_cache
 
 BORDERS = [Borders(), Borders("circular"), Borders("circular", "pole")]
-CASES = list(itertools.product([0, 1, 2], [False, True], BORDERS))  # cached frames, norm, borders
+CASES = list(itertools.product([0, CACHED], [False, True], BORDERS))  # cached frames, norm, borders
 
 
-def case(cached: int, norm: bool, borders: Borders = BORDERS[0], dtype: torch.dtype = torch.float64):
-    """x, cached frames with their padding, convolution and gain; two clips of three frames of 3 x 4."""
+def case(cached: int, norm: bool, borders: Borders = BORDERS[0], dtype: torch.dtype = torch.float64, count: int = 3):
+    """x, cached frames with their padding, convolution and gain; two clips of `count` frames of 3 x 4."""
     rows, columns = borders.padding
     torch.manual_seed(0)
-    x = torch.randn(2, 3, 3, 3, 4, dtype=dtype, requires_grad=True)
+    x = torch.randn(2, 3, count, 3, 4, dtype=dtype, requires_grad=True)
     frames = (
         torch.randn(2, 3, cached, 3 + 2 * rows, 4 + 2 * columns, dtype=dtype, requires_grad=True) if cached else None
     )
@@ -47,13 +48,16 @@ def test_gradients_are_those_of_finite_differences(cached, norm, borders):
 
 
 @pytest.mark.parametrize("taps_apart", [True, False])  # as on CPUs, as on GPUs
+@pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize(("cached", "norm", "borders"), CASES)
-def test_result_and_gradients_are_those_of_the_plain_formula(monkeypatch, cached, norm, borders, taps_apart):
+def test_result_and_gradients_are_those_of_the_plain_formula(monkeypatch, cached, norm, borders, count, taps_apart):
     monkeypatch.setattr("vae3d.models.layers.stream_conv._taps_apart", lambda _: taps_apart)
-    x, frames, conv, gamma = case(cached, norm, borders)
+    x, frames, conv, gamma = case(cached, norm, borders, count=count)
     given = [t for t in (x, frames, gamma, conv.weight, conv.bias) if t is not None]
     found = stream_conv(x, frames, conv, borders, gamma=gamma, return_cache=True)
     expected = _stream_conv(x, frames, gamma, conv.weight, conv.bias, borders, True)
+    assert found[1].shape[2] == CACHED
+    assert found[1].stride() == expected[1].stride()  # both are a layout that a compiled step knows
     probes = [torch.randn_like(t) for t in expected]
     mine, theirs = (torch.autograd.grad(results, given, probes) for results in (found, expected))
     for one, other in zip([*found, *mine], [*expected, *theirs], strict=True):
@@ -149,3 +153,37 @@ def test_few_frames_leave_out_taps_that_would_meet_zeros(monkeypatch, count):
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
         found = torch.autograd.grad(out.square().sum(), conv.weight)[0]
         torch.testing.assert_close(found, gradient, rtol=0, atol=1e-12)
+
+
+def test_the_cache_before_a_skipped_convolution_looks_as_after_one():
+    """Upsample skips its time convolution at the first frame: the next chunk's step must not see another layout."""
+    x = torch.randn(2, 3, 1, 3, 4).to(memory_format=torch.channels_last_3d)
+    conv = torch.nn.Conv3d(3, 2, (3, 1, 1))
+    for precision in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision):
+            _, after = stream_conv(x, None, conv, POINTWISE, return_cache=True)
+            zeros = zero_cache(x)
+        assert (zeros.shape, zeros.dtype, zeros.stride()) == (after.shape, after.dtype, after.stride())
+
+
+def test_taps_on_zeros_before_the_clip_are_skipped_in_inference(monkeypatch):
+    """Bit for bit as without a cache, or with one frame of it; the cache that is returned stays whole."""
+    x, frames, conv, _ = case(CACHED, False, dtype=torch.float32)
+    seen = []
+
+    def count(x, cache, *arguments, run=stream._conv_input):
+        seen.append(None if cache is None else cache.shape[2])
+        return run(x, cache, *arguments)
+
+    monkeypatch.setattr(stream, "_conv_input", count)
+    with torch.no_grad():
+        plain, _ = stream_conv(x[:, :, :1], None, conv, Borders())
+        zeros, cache = stream_conv(x[:, :, :1], torch.zeros_like(frames), conv, Borders(), return_cache=True)
+        assert torch.equal(zeros, plain)
+        assert not cache[:, :, 0].any()
+        frames[:, :, 0] = 0
+        frames[:, :, 1, 0, 0] = 0  # a black corner is no black frame
+        stream_conv(x, frames, conv, Borders())
+        stream_conv(x, torch.ones_like(frames), conv, Borders())
+    stream_conv(x, torch.zeros_like(frames), conv, Borders())  # gradients of a cache need all of it
+    assert seen == [None, None, 1, 2, 2]

@@ -28,6 +28,7 @@ from vae3d.inference.results import Results
 from vae3d.loading import load_with_checkpoint, require_file_channels
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_steps
+from vae3d.models.cuda_graphs import graph_steps
 from vae3d.models.spatial import SpatialVAE
 from vae3d.precision import disable_tf32, slow_conv3d
 
@@ -63,6 +64,11 @@ def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Chec
         spatial.frame_batch = config.frame_batch
     if config.compile:
         compile_steps(model)
+    if config.cuda_graphs:
+        try:
+            graph_steps(model)
+        except UserError as error:
+            raise UserError(f"cuda_graphs=true: {error}; use cuda_graphs=false") from error
     if config.tile:
         model.set_tiles(config.tile, config.tile_overlap)
     return checkpoint, Reconstructor(model, config, metrics, model.stream)

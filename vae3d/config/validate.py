@@ -181,9 +181,10 @@ TILE_RULE = Rule("tile_overlap", lambda c: c.tile is None and c.tile_overlap is 
 INFERENCE_RULES = [
     SIZE_RULE, TILE_RULE,
     Rule("compile", lambda c: c.compile and c.tile is not None, "needs whole frames", "use tile=null"),
+    Rule("cuda_graphs", lambda c: c.cuda_graphs and c.tile is not None, "needs whole frames", "use tile=null"),
 ]
 COMPARISON_RULES = [
-    *INFERENCE_RULES[:-1],
+    *INFERENCE_RULES[:-2],
     Rule("tile", lambda c: c.tile is not None, "networks are compared on whole frames", "use null"),
     Rule("sample", lambda c: c.sample, "networks are compared by the mode of the latents", "use false"),
 ]

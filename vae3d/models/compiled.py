@@ -5,13 +5,17 @@ Compiling the module around a VAE does nothing where its `encode` and `decode` a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vae3d.errors import UserError
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.layers import taehv_blocks, wan_blocks
-from vae3d.models.spatial import Level, MidBlock
+from vae3d.models.opensora import OpenSoraVAE
+from vae3d.models.spatial import Level, MidBlock, SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.temporal import ResBlock
 from vae3d.models.wan import WanVAE
@@ -31,7 +35,7 @@ BLOCKS = (
     taehv_blocks.UpConv,
 )
 BACKEND = "inductor"
-RECOMPILE_LIMIT = 64  # graphs per class of blocks: one per shape, with and without gradients
+RECOMPILE_LIMIT = 64  # graphs per class of blocks, or step: one per shape, with and without gradients
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -39,27 +43,59 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(model: nn.Module, dynamic: bool | None = False) -> None:
-    """Compile every block of a model at its first call. dynamic: see torch.compile.
+    """Compile every block of a model at its first call (regional compilation). dynamic: see torch.compile.
 
     Equal blocks share a graph, compilation takes seconds instead of minutes, and gradient checkpointing still works.
     """
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)  # beyond it blocks would run uncompiled
-    with no_tf32():  # sets torch's precision flags as validation will, which would recompile everything otherwise
-        pass
+    _allow_graphs()
     for block in blocks_of(model):
         block.compile(backend=BACKEND, dynamic=dynamic)
 
 
 def compile_steps(model: nn.Module) -> None:
-    """Compile encode_chunk and decode_chunk, or else forward, per shape. Only a video's first and last chunk differ.
+    """Compile what streams call, for inference.
 
+    The steps of WanVAE and TAEHV are compiled twice for a size of frames, without a cache and with one: streams that
+    start afterwards have fixed_chunks. Other models code chunks of a fixed length and a rest: the second length of a
+    part is compiled for any number of frames.
     Raises UserError for a model that torch.compile would leave as it is.
     """
     if isinstance(model, DiffusersVAE) and model.circular:
         raise UserError("compile=true: a DiffusersVAE with pad_w=circular is not compiled; use compile=false")
+    _allow_graphs()
+    causal = isinstance(model, WanVAE | TAEHV)
+    for owner, name in _steps(model):
+        step = torch.compile(getattr(owner, name), backend=BACKEND, dynamic=False if causal else None)
+        setattr(owner, name, _in_one_layout(step))
+    if causal:
+        model.fixed_chunks = True
+
+
+def _in_one_layout(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a step its first argument in one memory layout.
+
+    A graph holds for certain strides only, and a chunk has those of the video that it is a view of.
+    """
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+        return step(x.clone(memory_format=layout), *args, **kwargs)
+
+    return run
+
+
+def _steps(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(module, method) of everything that codes a chunk, without loops over frames."""
     if isinstance(model, WanVAE | TAEHV):
-        model.encode_chunk = torch.compile(model.encode_chunk, dynamic=False)
-        model.decode_chunk = torch.compile(model.decode_chunk, dynamic=False)
-    else:
-        model.compile(dynamic=False)
+        return [(model, "encode_chunk"), (model, "decode_chunk")]
+    if isinstance(model, OpenSoraVAE):
+        return [*_steps(model.spatial_vae), (model.temporal_vae, "encode"), (model.temporal_vae, "decode")]
+    owner = model.module if isinstance(model, SpatialVAE) else model
+    return [(owner, "encode"), (owner, "decode")]
+
+
+def _allow_graphs() -> None:
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)  # beyond it code would run uncompiled
+    with no_tf32():  # sets torch's precision flags as validation will, which would recompile everything otherwise
+        pass

@@ -112,7 +112,9 @@ class OpenSoraVAE(VideoAutoencoder):
         return self.spatial_vae.decode(self.spatial_vae.denormalize(latent))
 
     def encode_temporal(self, latent: Tensor) -> Posterior:
-        chunks = [self._encode_chunk(chunk) for chunk in latent.split(self.micro_frames or latent.shape[2], 2)]
+        if self.micro_frames is None:
+            return self._encode_chunk(latent)
+        chunks = [self._encode_chunk(chunk) for chunk in latent.split(self.micro_frames, 2)]
         return Posterior(torch.cat([p.mean for p in chunks], 2), torch.cat([p.logvar for p in chunks], 2))
 
     def decode_temporal(self, z: Tensor, num_frames: int | None = None) -> Tensor:

@@ -44,34 +44,44 @@ class ChunkCoder(Protocol):
 class CausalStream:
     """Codes chunks with a cache of past frames: equal to coding the whole video, in memory independent of its length.
 
-    The last chunk is extended, and cropped back, as clips are.
+    The last chunk is extended, and cropped back, as clips are. fixed_chunks: the first chunk is one frame, and all
+    others are extended to `chunk_latents`, so that the coder sees two shapes whatever the video's length.
     """
 
     lookahead = 0
 
-    def __init__(self, coder: ChunkCoder, chunk_latents: int) -> None:
+    def __init__(self, coder: ChunkCoder, chunk_latents: int, fixed_chunks: bool = False) -> None:
         self.coder = coder
         self.chunk_latents = chunk_latents
+        self.fixed_chunks = fixed_chunks
         self._encoder_cache = None
         self._decoder_cache = None
 
     def chunks(self, frames: int) -> list[int]:
-        return chunk_lengths(frames, self.chunk_latents, self.coder.spec.time_stride)
+        first = 1 if self.fixed_chunks else self.chunk_latents
+        return chunk_lengths(frames, self.chunk_latents, self.coder.spec.time_stride, first)
 
     def __call__(self, video: Tensor, *, sample: bool = False, generator: Generators = None) -> Reconstruction:
         frames, height, width = video.shape[2:]
-        missing = -(frames - (self._encoder_cache is None)) % self.coder.spec.time_stride
-        video = pad_space(extend_time(video, frames + missing), self.coder.spec.space_stride)
+        stride = self.coder.spec.time_stride
+        first = int(self._encoder_cache is None)  # this frame has a latent of its own
+        latents = first + -(-(frames - first) // stride)
+        coded = self.chunk_latents if self.fixed_chunks and not first else latents
+        video = pad_space(extend_time(video, first + (coded - first) * stride), self.coder.spec.space_stride)
         posterior, self._encoder_cache = self.coder.encode_chunk(video, self._encoder_cache)
+        posterior = posterior.first(latents)
         z = posterior.sample(generator) if sample else posterior.mode()
-        rec, self._decoder_cache = self.coder.decode_chunk(z, self._decoder_cache)
+        rec, self._decoder_cache = self.coder.decode_chunk(extend_time(z, coded), self._decoder_cache)
         return Reconstruction(rec[:, :, :frames, :height, :width], posterior, z)
 
 
-def chunk_lengths(frames: int, chunk_latents: int, time_stride: int) -> list[int]:
-    """Frames of each chunk of `chunk_latents` latents: 1 + n * time_stride in the first, the rest in the last."""
-    size = chunk_latents * time_stride
-    ends = [*range(size - time_stride + 1, frames, size), frames]
+def chunk_lengths(frames: int, chunk_latents: int, time_stride: int, first_latents: int | None = None) -> list[int]:
+    """Frames of each chunk of `chunk_latents` latents: 1 + n * time_stride in the first, the rest in the last.
+
+    first_latents: of the first chunk, by default as of the others.
+    """
+    first = 1 + ((first_latents or chunk_latents) - 1) * time_stride
+    ends = [*range(first, frames, chunk_latents * time_stride), frames]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 

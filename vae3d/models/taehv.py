@@ -90,6 +90,8 @@ class TAEHV(VideoAutoencoder):
     Raises ValueError if the arguments do not fit together.
     """
 
+    fixed_chunks = False  # streams give encode_chunk and decode_chunk one length only; see PlannedStream
+
     @check_arguments
     def __init__(
         self,
@@ -192,21 +194,34 @@ class TAEHV(VideoAutoencoder):
         return out
 
     def encode_planned(
-        self, video: Tensor, plan: FramePlan, start: int, stop: int, cache: Cache | None
+        self, video: Tensor, plan: FramePlan, start: int, stop: int, cache: Cache | None, size: int | None = None
     ) -> tuple[Tensor, Cache | None]:
-        """Latents start..stop - 1 of a clip, and the cache. video: the frames that the plan reads for them."""
+        """Latents start..stop - 1 of a clip, and the cache. video: the frames that the plan reads for them.
+
+        size: latents of each call of encode_chunk; the last call's frames are extended, and its cache is of no use.
+        None: one call per run. Rules whose encoder starts again within a video go latent by latent.
+        """
+        stride = self.spec.time_stride
+        if size is not None and self.spec.causal:  # as the rules of several runs are
+            size = 1
         latents = []
-        for new_run, lead, frames in split_runs(plan.encoder, self.spec.time_stride, start, stop):
+        for new_run, lead, frames in split_runs(plan.encoder, stride, start, stop):
             chunk, video = video[:, :, :frames], video[:, :, frames:]
             black = chunk.new_full((), -1.0).expand(*chunk.shape[:2], lead, *chunk.shape[3:])
-            z, cache = self.encode_chunk(torch.cat([black, chunk], 2) if lead else chunk, None if new_run else cache)
+            chunk = torch.cat([black, chunk], 2) if lead else chunk
+            z, cache = _in_pieces(self.encode_chunk, chunk, None if new_run else cache, size and size * stride)
             latents.append(z)
         return torch.cat(latents, 2), cache
 
-    def decode_planned(self, z: Tensor, plan: FramePlan, start: int, cache: Cache | None) -> tuple[Tensor, Cache]:
-        """The frames that the plan shows for a clip's latents z, the first of which is `start`, and the cache."""
+    def decode_planned(
+        self, z: Tensor, plan: FramePlan, start: int, cache: Cache | None, size: int | None = None
+    ) -> tuple[Tensor, Cache]:
+        """The frames that the plan shows for a clip's latents z, the first of which is `start`, and the cache.
+
+        size: latents of each call of decode_chunk, as in encode_planned; None: one call.
+        """
         stride, grow = self.spec.time_stride, self.time_upscale
-        video, cache = self.decode_chunk(z, cache)
+        video, cache = _in_pieces(self.decode_chunk, z, cache, size)
         shown = []
         for _, lead, frames in split_runs(plan.decoder, stride, start, start + z.shape[2]):
             raw, video = video.tensor_split([(lead + frames) // stride * grow], 2)
@@ -286,8 +301,9 @@ class TAEHV(VideoAutoencoder):
 
     def _chunks(self, latents: int) -> list[tuple[int, int]]:
         """(start, stop) of the latents that are coded at once."""
-        size = self.chunk_latents or latents
-        return [(start, min(start + size, latents)) for start in range(0, latents, size)]
+        if self.chunk_latents is None:  # not a loop over a length that torch.compile would have to know
+            return [(0, latents)]
+        return [(start, min(start + self.chunk_latents, latents)) for start in range(0, latents, self.chunk_latents)]
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> PlannedStream:
         """Chunks of `chunk_latents`, or of as many latents as decode in `memory_gib` in fp32, at most MAX_CHUNK.
@@ -343,6 +359,8 @@ class PlannedStream:
 
     Where latents depend on frames after those that they are decoded to, each chunk comes with these frames
     (`lookahead`). They are encoded at once, and the next call, which is given them again, skips them.
+    With the model's fixed_chunks, encode_chunk and decode_chunk are called for chunk_latents latents whatever the
+    video's length: with and without a cache, two shapes each.
     """
 
     def __init__(self, model: TAEHV, chunk_latents: int) -> None:
@@ -383,17 +401,32 @@ class PlannedStream:
         if not new.shape[2]:
             new = video[:, :, -1:]
         new = extend_time(new, count)[:, :, :count]
-        z, self._encoder_cache = model.encode_planned(new, plan, self._latents, latents, self._encoder_cache)
-        rec, self._decoder_cache = model.decode_planned(z, plan, self._latents, self._decoder_cache)
+        size = self.chunk_latents if model.fixed_chunks else None
+        z, self._encoder_cache = model.encode_planned(new, plan, self._latents, latents, self._encoder_cache, size)
+        rec, self._decoder_cache = model.decode_planned(z, plan, self._latents, self._decoder_cache, size)
         self._encoded += count
         self._shown += frames
         self._latents = latents
         return Reconstruction(rec[:, :, :frames, :height, :width], Delta(z), z)
 
 
+def _in_pieces(
+    step: Callable[[Tensor, Cache | None], tuple[Tensor, Cache]], x: Tensor, cache: Cache | None, size: int | None
+) -> tuple[Tensor, Cache]:
+    """step on `size` frames of x at a time; the last piece is extended, and its result cropped. size None: at once."""
+    if size is None:
+        return step(x, cache)
+    outputs = []
+    for piece in x.split(size, 2):
+        y, cache = step(extend_time(piece, size), cache)
+        outputs.append(y[:, :, : y.shape[2] * piece.shape[2] // size])
+    return torch.cat(outputs, 2), cache
+
+
 def _one_by_one(x: Tensor) -> bool:
-    """Whether independent frames are coded one at a time; see TAEHV._step."""
-    return x.device.type == "cpu" and not torch.is_grad_enabled()
+    """Whether independent frames are coded one at a time; see TAEHV._step. Compiled, a loop over frames would be a
+    graph of its own for each number of frames."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _time_flags(variant: str, flags: Sequence[bool] | None) -> tuple[bool, ...]:

@@ -77,6 +77,8 @@ class WanVAE(VideoAutoencoder):
     Raises ValueError if the lists do not fit together.
     """
 
+    fixed_chunks = False  # streams give encode_chunk and decode_chunk two shapes only; see CausalStream
+
     @check_arguments
     def __init__(
         self,
@@ -178,7 +180,7 @@ class WanVAE(VideoAutoencoder):
         self.require_closed_seam(width)
         height, width = self.coded_size(height, width)
         fitting = chunk_within(memory_gib, lambda latents: self.chunk_memory(latents, height, width), MAX_CHUNK)
-        return CausalStream(self, self.chunk_latents or fitting)
+        return CausalStream(self, self.chunk_latents or fitting, self.fixed_chunks)
 
     @property
     def circular(self) -> bool:

@@ -25,8 +25,8 @@ def per_frame(fn: Callable[[Tensor], Tensor], video: Tensor, frame_batch: int | 
     frame_batch: frames at a time; None: all. Exact for networks that normalise per image.
     """
     frames = frames_of(video)
-    outputs = [fn(batch) for batch in frames.split(frame_batch or len(frames))]
-    return clips_of(torch.cat(outputs), len(video))
+    outputs = fn(frames) if frame_batch is None else torch.cat([fn(batch) for batch in frames.split(frame_batch)])
+    return clips_of(outputs, len(video))
 
 
 def pad_space(video: Tensor, stride: int) -> Tensor:

@@ -23,6 +23,7 @@ from vae3d.models.layers.borders import Borders
 from vae3d.precision import autocast_off
 
 EPS = 1e-12  # of F.normalize, which the published network uses
+CACHED = 2  # frames: the kernel's three taps, without the present one
 
 
 def stream_conv(
@@ -36,17 +37,42 @@ def stream_conv(
 ) -> tuple[Tensor, Tensor | None]:
     """conv(SiLU(RMS norm(x))), and the cache for the next chunk.
 
-    x: [B, C, T, H, W]. cache: the last frames, at most two, of the convolution's input in the chunk before; None for
-    zeros. gamma: the norm's gain, [C, 1, 1, 1]; None: no norm and no SiLU. The norm runs in fp32, the convolution in
+    x: [B, C, T, H, W]. cache: the last two frames of the convolution's input in the chunk before, [B, C, 2, H, W], with
+    zeros for frames before the clip; None at the start, for zeros. Its shape is the same from the first chunk on, so
+    that a compiled step is not compiled again while a cache fills, and a CUDA graph can keep it in one place.
+    gamma: the norm's gain, [C, 1, 1, 1]; None: no norm and no SiLU. The norm runs in fp32, the convolution in
     autocast's dtype.
     """
-    device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    dtype = _conv_dtype(x)
     weight, bias = conv.weight.to(dtype), conv.bias.to(dtype)
     if torch.compiler.is_compiling():  # the compiler fuses by itself
         return _stream_conv(x, cache, gamma, weight, bias, borders, return_cache)
+    if not torch.is_grad_enabled():
+        cache = _known_frames(cache)
     return _StreamConv.apply(x, cache, gamma, weight, bias, borders, return_cache)
+
+
+def _known_frames(cache: Tensor | None) -> Tensor | None:
+    """On CPUs, the cache without zero frames in front, whose taps `_conv` then skips."""
+    if type(cache) is not Tensor or cache.device.type != "cpu":  # a FakeTensor has no values
+        return cache
+    first = 0  # of the frames that are not zero, as nearly always the first pixel shows
+    while first < CACHED and not cache[:, :, first, :1, :1].any() and not cache[:, :, first].any():
+        first += 1
+    return None if first == CACHED else cache[:, :, first:]
+
+
+def zero_cache(x: Tensor) -> Tensor:
+    """The cache that stream_conv returns for zero frames of x's size, with borders that it does not pad."""
+    batch, channels, _, height, width = x.shape
+    size = (batch, channels, CACHED, height, width)
+    return torch.empty(size, dtype=_conv_dtype(x), device=x.device, memory_format=torch.channels_last_3d).zero_()
+
+
+def _conv_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
@@ -80,11 +106,9 @@ def _stream_conv(
     new = x if gamma is None else F.silu(rms_norm(x.to(_norm_dtype(x)), gamma))
     frames = new.to(weight.dtype).transpose(1, 2).flatten(0, 1)
     new = borders.pad(frames).unflatten(0, (len(x), -1)).transpose(1, 2)
-    missing = 2 - (0 if cache is None else cache.shape[2])
-    full = new if cache is None else torch.cat([cache, new], 2)
-    padded = F.pad(full, (0, 0, 0, 0, missing, 0))
-    out = F.conv3d(padded, weight, bias, padding=(0, *borders.zero_padding))
-    return out, full[:, :, -2:].clone() if return_cache else None
+    full = F.pad(new, (0, 0, 0, 0, CACHED, 0)) if cache is None else torch.cat([cache, new], 2)
+    out = F.conv3d(full, weight, bias, padding=(0, *borders.zero_padding))
+    return out, full[:, :, -CACHED:].clone(memory_format=torch.channels_last_3d) if return_cache else None
 
 
 class _StreamConv(torch.autograd.Function):
@@ -104,7 +128,7 @@ class _StreamConv(torch.autograd.Function):
         with autocast_off(x.device):
             frames = _conv_input(x, cache, gamma, weight.dtype, borders)
             out = _conv(frames, x.shape[2], weight, bias, borders.zero_padding)
-        return out, frames[:, :, -2:].clone() if return_cache else None
+        return out, _last_frames(frames) if return_cache else None
 
     @staticmethod
     @once_differentiable
@@ -121,7 +145,8 @@ class _StreamConv(torch.autograd.Function):
             if not needs_input_grad:
                 return None, None, None, grad_weight, grad_bias, None, None
             if grad_cache is not None:
-                grad_frames[:, :, -grad_cache.shape[2] :] += grad_cache
+                known = min(CACHED, frames.shape[2])  # the cache begins with zeros if there are fewer
+                grad_frames[:, :, -known:] += grad_cache[:, :, -known:]
             before = frames.shape[2] - x.shape[2]
             grad_cache_in = grad_frames[:, :, before - cache.shape[2] : before] if cache is not None else None
             grad_new = borders.pad_adjoint_(grad_frames[:, :, before:])
@@ -135,7 +160,7 @@ class _StreamConv(torch.autograd.Function):
 def _conv_input(x: Tensor, cache: Tensor | None, gamma: Tensor | None, dtype: torch.dtype, borders: Borders) -> Tensor:
     """[cache | SiLU(norm(x))], padded; with zero frames in front only where `_conv` needs them."""
     cached = 0 if cache is None else cache.shape[2]
-    before = cached if _taps_apart(x) or x.shape[2] + cached == 1 else 2
+    before = cached if _taps_apart(x) or x.shape[2] + cached == 1 else CACHED
     rows, columns = borders.padding
     batch, channels, count, height, width = x.shape
     if not before and not rows and not columns and gamma is None and x.dtype == dtype:
@@ -157,6 +182,13 @@ def _conv_input(x: Tensor, cache: Tensor | None, gamma: Tensor | None, dtype: to
         inside.copy_(F.silu((wide * _inverse_rms(wide)).mul_(gamma), inplace=True))
     borders.pad_(new)
     return frames
+
+
+def _last_frames(frames: Tensor) -> Tensor:
+    """The cache for the next chunk: a copy, since a view would keep the whole chunk alive."""
+    if frames.shape[2] < CACHED:
+        frames = F.pad(frames, (0, 0, 0, 0, CACHED - frames.shape[2], 0))
+    return frames[:, :, -CACHED:].clone(memory_format=torch.channels_last_3d)
 
 
 def _norm_silu_backward(grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:

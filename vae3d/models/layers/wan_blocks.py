@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vae3d.models.layers.borders import POINTWISE, Borders
 from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.frames import clips_of, frames_of
-from vae3d.models.layers.stream_conv import rms_norm, stream_conv
+from vae3d.models.layers.stream_conv import rms_norm, stream_conv, zero_cache
 
 LayerCache = Any  # None, a tensor, or a tuple of them
 
@@ -182,7 +182,7 @@ class Downsample(nn.Module):
         x = clips_of(self.resample["1"](self._pad(frames_of(x))), len(x))
         if self.time_conv is None:
             return x, None
-        last = x[:, :, -1:].clone() if return_cache else None
+        last = x[:, :, -1:].clone(memory_format=torch.channels_last_3d) if return_cache else None
         if cache is not None:
             x = self.time_conv(torch.cat([cache, x], 2))
         elif x.shape[2] > 1:
@@ -221,7 +221,7 @@ class Upsample(nn.Module):
     def _double_frames(self, x: Tensor, cache: LayerCache, return_cache: bool) -> tuple[Tensor, LayerCache]:
         first, later = (x[:, :, :1], x[:, :, 1:]) if cache is None else (x[:, :, :0], x)
         if not later.shape[2]:
-            return zero_grad_identity(x, self.time_conv), x[:, :, :0].clone() if return_cache else None
+            return zero_grad_identity(x, self.time_conv), zero_cache(x) if return_cache else None
         pairs, new_cache = norm_conv(later, cache, None, self.time_conv, POINTWISE, return_cache)
         pairs = rearrange(pairs.permute(0, 2, 3, 4, 1), "b t h w (s c) -> b (t s) h w c", s=2).permute(0, 4, 1, 2, 3)
         return torch.cat([first, pairs], 2) if first.shape[2] else pairs, new_cache
