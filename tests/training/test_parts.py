@@ -265,7 +265,17 @@ def test_metrics_average_over_the_micro_batches_that_have_them():
     metrics = StepMetrics()
     metrics.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
     metrics.add({"a": torch.tensor(3.0)})
-    assert metrics.reduce() == {"a": 2.0, "b": 5.0}
+    status = StatusTable(0, 1, torch.device("cpu")).sync({}, metrics.names, metrics.means())
+    assert status.metrics == {"a": 2.0, "b": 5.0}
+
+
+def test_a_step_with_more_metrics_than_the_table_holds_is_an_error():
+    table = StatusTable(0, 1, torch.device("cpu"))
+    metrics = {f"m{i:03}": torch.tensor(float(i)) for i in range(table.MAX_METRICS + 1)}
+    with pytest.raises(ValueError, match="513 metrics"):
+        table.sync({}, [], metrics)
+    del metrics["m512"]
+    assert list(table.sync({}, [], metrics).metrics.values()) == [float(i) for i in range(512)]
 
 
 def test_a_window_survives_a_resume():

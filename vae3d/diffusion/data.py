@@ -24,6 +24,7 @@ from vae3d.latents.cache import NO_LABEL, CacheError, LatentCache
 from vae3d.latents.codec import LatentCodec
 from vae3d.running_stats import RunningStats
 from vae3d.seeding import generator_of, seed_of
+from vae3d.transfer import to_device
 from vae3d.types import ClipBatch
 
 
@@ -97,7 +98,7 @@ class LatentData:
 
         Posterior noise is a function of (seed, position), drawn on the CPU, as LatentCache draws it.
         """
-        values = batch.values.to(device, non_blocking=True)
+        values = to_device(batch.values, device)
         if values.dtype != torch.uint8:
             return values
         if not self.sample:

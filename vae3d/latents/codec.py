@@ -16,6 +16,7 @@ from vae3d.models.spatial import UNKNOWN_FACTOR
 from vae3d.pixels import RANGES, TOLERANCE, PixelError, check_latents, quantize, value_range
 from vae3d.precision import no_tf32
 from vae3d.seeding import Generators, randn_like
+from vae3d.transfer import to_device
 from vae3d.types import Delta
 
 MODES = ("sample", "mean")
@@ -152,6 +153,9 @@ class LatentCodec:
         video = pixels.to(self.device)
         if (video.dtype == torch.uint8) != (self.pixel_range == "uint8"):
             raise PixelError(f"pixels are {video.dtype}, but pixel_range={self.pixel_range} is declared")
+        if self.pixel_range == "uint8":  # bit-equal to ClipBatch.to
+            video = video.float() / 127.5 - 1
+            return video if video.ndim == 5 else video.unsqueeze(2)
         video = video.float()
         low, high = RANGES[self.pixel_range]
         measured = value_range(video)
@@ -162,7 +166,7 @@ class LatentCodec:
                 f"[{low:g}, {high:g}]; use one of {', '.join(RANGES)}"
             )
         if self.pixel_range != "signed":
-            video = video / (high / 2) - 1  # bit-equal to ClipBatch.to
+            video = video / (high / 2) - 1
         return video if video.ndim == 5 else video.unsqueeze(2)
 
     def from_video(self, video: Tensor) -> Tensor:
@@ -177,7 +181,7 @@ class LatentCodec:
 
     def latents_std(self, like: Tensor) -> Tensor:
         """Standard deviation of the raw latents, [C, 1, 1, 1], with device and dtype of `like`."""
-        return torch.tensor(self.model.spec.latents_std, device=like.device, dtype=like.dtype)[:, None, None, None]
+        return to_device(torch.tensor(self.model.spec.latents_std, dtype=like.dtype), like.device)[:, None, None, None]
 
     @contextmanager
     def _precision_and_chunks(self, height: int, width: int) -> Iterator[None]:

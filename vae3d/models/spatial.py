@@ -24,6 +24,7 @@ from vae3d.models.layers.norm import norm_silu
 from vae3d.models.layers.pixel_convs import PixelInput, PixelOutput
 from vae3d.models.streaming import IndependentChunks
 from vae3d.pixels import check_latents, check_video
+from vae3d.transfer import to_device
 from vae3d.types import LatentSpec, Posterior
 
 EPS = 1e-6
@@ -356,4 +357,6 @@ def per_channel(factor: float | Sequence[float] | None, channels: int) -> tuple[
 
 def _broadcast(z: Tensor, factor: float | Sequence[float]) -> float | Tensor:
     """A factor, or one per channel, to broadcast against [B, C, t, h, w]."""
-    return z.new_tensor(factor)[:, None, None, None] if isinstance(factor, Sequence) else factor
+    if not isinstance(factor, Sequence):
+        return factor
+    return to_device(torch.tensor(factor, dtype=z.dtype), z.device)[:, None, None, None]

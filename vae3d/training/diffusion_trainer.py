@@ -32,6 +32,7 @@ from vae3d.training.loggers import Loggers
 from vae3d.training.step_status import StepMetrics
 from vae3d.training.strategy import ReplicatedDataParallel
 from vae3d.training.trainer import Trainer, adamw
+from vae3d.transfer import to_device
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
@@ -113,8 +114,10 @@ class DiffusionTrainer(Trainer[Batch]):
                 generator_of(self.config.run.seed, step, position, "diffusion", device=self.device)
                 for position in batch.positions
             ]
-            classes = self.network.num_classes
-            labels = drop_labels(batch.labels, self.config.label_dropout, classes, generators) if classes else None
+            classes, labels = self.network.num_classes, None
+            if classes:
+                labels = to_device(batch.labels, self.device)
+                labels = drop_labels(labels, self.config.label_dropout, classes, generators)
             with self.accelerator.autocast():
                 losses = training_losses(self.network, self.process, z, generators, labels)
             loss = losses["loss"].mean()

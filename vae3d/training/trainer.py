@@ -36,6 +36,7 @@ from vae3d.training.proximal import Proximal
 from vae3d.training.runlog import RunLog, StopRequest, stop_signals
 from vae3d.training.step_status import MeanMeter, StatusTable, StepMetrics, StepResult, StepStatus
 from vae3d.training.strategy import ScalerState, Strategy
+from vae3d.transfer import read
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
@@ -269,31 +270,41 @@ class Trainer(ABC, Generic[Batch]):
             out_of_memory = self.strategy.run_guarded(lambda: self.forward_backward(batches, phase, step, metrics))
         else:
             self.strategy.skip_local()
-        self.adversary.sync_remaining(step, self.config.trainer.accumulate)
+        adversary_error = self.adversary.sync_remaining(step, self.config.trainer.accumulate)
 
-        # One small all-reduce, after which all ranks make the same decisions.
+        # One small all-reduce, after which all ranks make the same decisions. The host waits for the device here, and
+        # for the gradient norms: what follows must read nothing else.
         errors = [error for batch in batches for error in batch.errors]
         self.log.errors(errors)
         status = self.sync_status(
             metrics,
             out_of_memory,
+            adversary_error,
             unreadable=not readable,
             no_data=data_error is not None,
             stop=stop,
             read_errors=len(errors),
         )
+        if status.adversary_error:
+            self.adversary.raise_error()
         averages: dict[str, float] = {}
+        scalars: dict[str, float] = {}
         if status.finite:
-            norm: dict[str, Tensor] = {}
+            on_device: dict[str, Tensor] = {}
             if phase.model:
                 self.strategy.average_gradients()
                 self.proximal.add_gradient()
-                norm["grad_norm"] = self.strategy.clip_gradients(self.config.optim.grad_clip)
-            averages = {**metrics.reduce(**norm), "loss_max": status.worst}
+                on_device["grad_norm"] = self.strategy.clip_gradients(self.config.optim.grad_clip)
+                on_device |= self.strategy.loss_scale()
+            if phase.discriminator:
+                on_device["discriminator"] = self.adversary.average_gradients()
+            values = read(torch.stack([value.double() for value in on_device.values()]))
+            scalars = dict(zip(on_device, values, strict=True))
+            averages = {**status.metrics, **({"grad_norm": scalars["grad_norm"]} if phase.model else {})}
+            averages["loss_max"] = status.worst
         grad_norm = averages.get("grad_norm")
-        decision = status.decide(
-            None if self.strategy.skips_overflow() else grad_norm, self.spikes if phase.model else None
-        )
+        skips_overflow = self.strategy.skips_overflow(scalars.get("loss_scale"))
+        decision = status.decide(None if skips_overflow else grad_norm, self.spikes if phase.model else None)
 
         applied, reason = decision.apply, decision.reason
         if applied and phase.model:
@@ -306,7 +317,7 @@ class Trainer(ABC, Generic[Batch]):
         else:
             self.strategy.discard_gradients()
         if applied and phase.discriminator:
-            self.adversary.step()
+            self.adversary.step(scalars["discriminator"])
         elif not applied:
             self.adversary.reset_step()
 
@@ -323,19 +334,29 @@ class Trainer(ABC, Generic[Batch]):
         self.count_failures(result)
         return result
 
-    def sync_status(self, metrics: StepMetrics, out_of_memory: str | None, **columns: float) -> StepStatus:
-        """All-reduce how the step went on each rank.
+    def sync_status(
+        self,
+        metrics: StepMetrics,
+        out_of_memory: str | None,
+        adversary_error: Tensor | None = None,
+        **columns: float,
+    ) -> StepStatus:
+        """All-reduce and read how the step went on each rank, and its metrics.
 
-        out_of_memory: the error message, if memory ran out here. columns: further ones of StatusTable.
+        out_of_memory: the error message, if memory ran out here. adversary_error: see Adversary.sync_remaining.
+        columns: further ones of StatusTable.
         """
         names = [f"a gradient of {name}" for name in self.strategy.params_with_grad()]
         names += [f"the metric {name}" for name in metrics.names]
-        losses = {} if out_of_memory else metrics.losses()
-        return self.status_table.sync(losses, names, out_of_memory=out_of_memory is not None, **columns)
+        on_device = {} if out_of_memory else metrics.losses()
+        if adversary_error is not None:
+            on_device["adversary_error"] = adversary_error
+        means = {} if out_of_memory else metrics.means()
+        return self.status_table.sync(on_device, names, means, out_of_memory=out_of_memory is not None, **columns)
 
     def log_own_failure(self, batches: Sequence[Batch], metrics: StepMetrics, out_of_memory: str | None) -> None:
         """Log, on any rank, the error message or the losses for which a step is skipped, and this rank's clips."""
-        values = {} if out_of_memory else metrics.means()
+        values = {} if out_of_memory else {name: value.item() for name, value in metrics.means().items()}
         not_finite = {name: value for name, value in values.items() if not math.isfinite(value)}
         losses = {name: value for name, value in values.items() if name.startswith("loss")}
         terms = ", ".join(f"{name} {value:g}" for name, value in (not_finite or losses).items())
