@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from vae3d.arguments import ArgumentError, Range, check_fields
 from vae3d.distributed import all_reduce_mean, reduction_buffer
+from vae3d.layout import place
+from vae3d.optim import can_fuse
 from vae3d.pixels import as_rgb
 from vae3d.restore import check_like, load_optimizer
 from vae3d.schedules import ramp
@@ -147,9 +149,13 @@ class DiscriminatorAdversary(Adversary):
         self.rank = rank
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed_of(seed, self.name))  # of the CPU only
-            self.discriminator = self.build().to(device)
+            self.discriminator = place(self.build(), device)
         self.optimizer = torch.optim.AdamW(
-            self.discriminator.parameters(), self.lr, tuple(self.betas), weight_decay=self.weight_decay
+            self.discriminator.parameters(),
+            self.lr,
+            tuple(self.betas),
+            weight_decay=self.weight_decay,
+            fused=can_fuse(device),
         )
         # Allocated before the first step, see ReplicatedDataParallel.
         statistics = [buffer for buffer in self.discriminator.buffers() if buffer.is_floating_point()]

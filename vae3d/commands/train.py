@@ -28,6 +28,7 @@ from vae3d.data.workers import usable_workers
 from vae3d.distributed import all_gather_object, check_ranks_agree, init_training
 from vae3d.errors import UserError
 from vae3d.inference.scale import longest_clips
+from vae3d.layout import place
 from vae3d.loading import initialize, instantiate, load
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.metrics import build_metrics
@@ -230,7 +231,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     if config.trainer.compile:
         compile_blocks(model, dynamic=None if len(data.schedule.frames.all()) > 1 else False)
     adversary, logger = instantiate(config.adversary), loggers_of(config)
-    teacher = None if config.teacher.path is None else load(config.teacher.path).to(accelerator.device)
+    teacher = None if config.teacher.path is None else place(load(config.teacher.path), accelerator.device)
     distillation = build_distillation(config, teacher, model)
     trainer = VaeTrainer(config, folder, accelerator, model, objective, adversary, data, metrics, logger, distillation)
     trainer.setup()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.errors import UserError
+from vae3d.layout import place
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.spatial import UNKNOWN_FACTOR
 from vae3d.pixels import RANGES, TOLERANCE, PixelError, check_latents, quantize, value_range
@@ -90,7 +91,7 @@ class LatentCodec:
         return next(self.model.parameters()).device
 
     def to(self, device: torch.device | str) -> LatentCodec:
-        self.model.to(device)
+        place(self.model, device)
         return self
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Range, check_fields
+from vae3d.layout import place
 from vae3d.losses.objective import PixelTerm
 from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.frames import clips_of, frames_of
@@ -75,7 +76,7 @@ class Gram(PixelTerm):
         weights.find(self.network.file, path=self.path)
 
     def load(self, device: torch.device | str) -> None:
-        self.network.load(self.path).to(device)
+        place(self.network.load(self.path), device)
 
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         clips, _, frames, height, width = batch.video.shape

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d import panorama
+from vae3d.layout import place
 from vae3d.losses.objective import PixelTerm
 from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.frames import clips_of, frames_of
@@ -43,7 +44,7 @@ class LPIPS(PixelTerm):
         weights.find(self.network.file, path=self.path)
 
     def load(self, device: torch.device | str) -> None:
-        self.network.load(self.path).to(device)
+        place(self.network.load(self.path), device)
 
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         ori, rec = frames_of(as_rgb(batch.video)), frames_of(as_rgb(rec))

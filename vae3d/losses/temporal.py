@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d.arguments import Count, Range, check_fields
+from vae3d.layout import place
 from vae3d.losses.objective import ErrorMap, PixelTerm, Term, numel_per_frame
 from vae3d.losses.pixel_weights import mean_one
 from vae3d.models.layers.checkpointing import maybe_checkpoint
@@ -84,7 +85,7 @@ class WarpedConsistency(PairTerm):
 
     def load(self, device: torch.device | str) -> None:
         if self.flow != "dis":
-            self.network.load(self.path).to(device)
+            place(self.network.load(self.path), device)
 
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         clips = len(rec)
@@ -129,7 +130,7 @@ class FlowLoss(PairTerm):
         weights.find(*FILES[self.net], path=self.path)
 
     def load(self, device: torch.device | str) -> None:
-        self.network.load(self.path).to(device)
+        place(self.network.load(self.path), device)
 
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         with torch.no_grad():

@@ -25,6 +25,8 @@ from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import decoded, sample_latents
 from vae3d.inference.pictures import captioned, grid
 from vae3d.inference.scale import check_normalised
+from vae3d.layout import place
+from vae3d.optim import can_fuse
 from vae3d.seeding import generator_of
 from vae3d.training.ema import MultiEma
 from vae3d.training.failures import Count, SpikeGuard
@@ -64,8 +66,8 @@ class DiffusionTrainer(Trainer[Batch]):
         hint: str,
     ) -> None:
         self.process, self.vae, self.hint = process, vae, hint
-        network = network.to(accelerator.device)
-        optimizer = adamw(network.parameters(), config.optim, fused=accelerator.device.type == "cuda")
+        network = place(network, accelerator.device)
+        optimizer = adamw(network.parameters(), config.optim, fused=can_fuse(accelerator.device))
         super().__init__(
             config,
             folder,

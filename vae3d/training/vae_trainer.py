@@ -23,10 +23,12 @@ from vae3d.checkpoints.state import ResumeError
 from vae3d.data.clips import Unreadable
 from vae3d.data.loader import TrainingData
 from vae3d.inference.scale import ScaleError, longest_clips, measure, rescaled
+from vae3d.layout import place
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricError, MetricSet
 from vae3d.metrics.registry import resolve
 from vae3d.models.interface import attach_decoder
+from vae3d.optim import can_fuse
 from vae3d.training.checkpointer import BestExport, Outputs, step_folder
 from vae3d.training.deepspeed import DeepSpeedZero
 from vae3d.training.ema import Ema
@@ -67,7 +69,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
     ) -> None:
         self.objective, self.metrics, self.distillation = objective, metrics, distillation
         robust = config.trainer.robust
-        network = with_autocast(accelerator, network.to(accelerator.device))
+        network = with_autocast(accelerator, place(network, accelerator.device))
         groups = train_parts(network, config.stage.train)
         set_mode(network, config.stage.train)
         student, self.projections = network, nn.ModuleList()
@@ -85,7 +87,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         proximal = Proximal(network, config.optim.proximal)
         adversary.load(network, accelerator.device, config.run.seed, accelerator.process_index)
         replicated = config.trainer.strategy.name == "replicated"
-        fused = accelerator.device.type == "cuda" and replicated  # DeepSpeed may step on the CPU
+        fused = can_fuse(accelerator.device) and replicated  # DeepSpeed may step on another device
         optimizer = adamw(groups, config.optim, fused=fused)
         if replicated:
             strategy = ReplicatedDataParallel(accelerator, student, optimizer)
