@@ -228,11 +228,12 @@ def open_codec(
     chunk_frames: int | None = None,
     device: torch.device | str = "cpu",
     changes: Mapping[str, Any] | None = None,
+    tf32: bool = False,
 ) -> LatentCodec:
     """Open a checkpoint as a LatentCodec: pixels to normalized latents and back.
 
-    path, changes: as for `load`. precision: fp32, bf16 or fp16. Raises CheckpointError if the checkpoint does not load;
-    UserError for settings that the model does not support.
+    path, changes: as for `load`. precision: fp32, bf16 or fp16. tf32: see LatentCodec. Raises CheckpointError if the
+    checkpoint does not load; UserError for settings that the model does not support.
     """
     if precision not in DTYPES:
         raise UserError(f"precision is {precision!r}; use one of {', '.join(DTYPES)}")
@@ -240,7 +241,12 @@ def open_codec(
     config = merge(checkpoint.config, changes or {})
     try:
         codec = LatentCodec(
-            model, pixel_range=pixel_range, dtype=DTYPES[precision], chunk_frames=chunk_frames, config=config
+            model,
+            pixel_range=pixel_range,
+            dtype=DTYPES[precision],
+            chunk_frames=chunk_frames,
+            config=config,
+            tf32=tf32,
         )
     except ValueError as error:
         raise UserError(f"{checkpoint.path}: {error}") from error

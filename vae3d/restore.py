@@ -74,6 +74,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, name: str = "op
     optimizer.load_state_dict({**saved, "param_groups": forms})
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+    for parameter, moments in optimizer.state.items():  # fused kernels need the layout of the parameter
+        for key, moment in moments.items():
+            if moment.shape == parameter.shape and moment.stride() != parameter.stride():
+                moments[key] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
 def _check_group(saved: Any, group: Mapping[str, Any], name: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,4 +30,29 @@ def to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory. On a GPU it is complete after the next `read`, or once the stream is synchronised."""
     if tensor.is_meta:
         return tensor
-    return host_buffer(tensor.shape, tensor.dtype, tensor.device).copy_(tensor, non_blocking=True)
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)  # with the strides of `tensor`
+    return copy.copy_(tensor, non_blocking=True)
+
+
+def host_copy(value: Any) -> Any:
+    """A copy of nested dicts, lists and tuples whose tensors are in host memory, complete when it returns.
+
+    Tensors that occur twice are copied once.
+    """
+    copies: dict[int, Tensor] = {}
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in copies:
+                copies[id(value)] = to_host(value.detach())
+            return copies[id(value)]
+        if isinstance(value, Mapping):
+            return {key: copied(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(copied(inner) for inner in value)
+        return value
+
+    result = copied(value)
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+    return result

@@ -40,7 +40,7 @@ from vae3d.models.registry import TARGET, is_known, target_of
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.wan import WanVAE
-from vae3d.precision import DTYPES, slow_conv3d
+from vae3d.precision import DTYPES, set_cudnn_benchmark, slow_conv3d
 from vae3d.training.checkpointer import check_may_start
 from vae3d.training.linear_code import fit_shortcut
 from vae3d.training.loggers import Loggers, build_loggers
@@ -208,6 +208,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     with accelerator.main_process_first():  # it probes the files; the others read its cache
         data = build_training_data(config, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree(data.fingerprint.digests())
+    set_cudnn_benchmark(len(data.schedule.frames.all()))  # height and width are fixed
     objective = build_objective(config.loss)
     objective.load(accelerator.device)
     validation = config.validation

@@ -42,8 +42,8 @@ class LatentCodec:
     weights no longer require gradients.
 
     pixel_range: of input and output: uint8 (torch.uint8, 0 to 255), unit ([0, 1]) or signed ([-1, 1]).
-    dtype: of the computation: torch.float32 (without TF32), or torch.bfloat16 or torch.float16 by autocast; autocast
-    outside of the codec has no effect. Moments and latents are fp32.
+    dtype: of the computation: torch.float32, or torch.bfloat16 or torch.float16 by autocast; autocast outside of the
+    codec has no effect. Moments and latents are fp32. tf32: in float32, leave TF32 as it is set; by default it is off.
     chunk_frames: about how many frames to code at once, at least one latent frame; None: as many as the model's stream
     takes. It changes memory, not results. Units of the model, such as the micro_frames of OpenSoraVAE, stay whole.
     config: `_target_` tree of the model, for the metadata of caches.
@@ -59,6 +59,7 @@ class LatentCodec:
         dtype: torch.dtype = torch.float32,
         chunk_frames: int | None = None,
         config: Mapping[str, Any] | None = None,
+        tf32: bool = False,
     ) -> None:
         if pixel_range not in RANGES:
             raise ValueError(f"pixel_range is {pixel_range!r}; use one of {', '.join(RANGES)}")
@@ -69,7 +70,7 @@ class LatentCodec:
         if not model.spec.latents_std and not next(model.parameters()).is_meta:
             raise UserError(f"the scaling factor of the latents is not known; {UNKNOWN_FACTOR}")
         self.model = model.eval().requires_grad_(False)
-        self.pixel_range, self.dtype, self.config = pixel_range, dtype, config
+        self.pixel_range, self.dtype, self.config, self.tf32 = pixel_range, dtype, config, tf32
         self._by_size = chunk_frames is None and getattr(model, "chunk_latents", 0) is None
         if chunk_frames is not None:
             _set_chunks(model, chunk_frames)
@@ -192,7 +193,7 @@ class LatentCodec:
             self.model.chunk_latents = self.model.stream(height, width).chunk_latents
         half = self.dtype != torch.float32
         autocast = torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
-        with nullcontext() if half else no_tf32(), autocast:
+        with nullcontext() if half or self.tf32 else no_tf32(), autocast:
             yield
 
 

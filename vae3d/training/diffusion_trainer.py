@@ -243,8 +243,19 @@ class DiffusionTrainer(Trainer[Batch]):
         for rate, ema in self.ema.rates.items():
             with ema.applied():
                 weights[rate] = {name: tensor.cpu().clone() for name, tensor in self.network.state_dict().items()}
-        metadata = {
-            "step": self.step,
+        write_export(folder, self._export_metadata(self.step, **info), weights)
+
+    def export_of(self, step: int, saved: Mapping[str, Any]) -> Callable[[Path], None]:
+        weights = {
+            rate: {**saved["model"], **ema.in_state_dict(self.network, saved["ema"][f"{rate:g}"])}
+            for rate, ema in self.ema.rates.items()
+        }
+        metadata = self._export_metadata(step)
+        return lambda folder: write_export(folder, metadata, weights)
+
+    def _export_metadata(self, step: int, **info: Any) -> dict[str, Any]:
+        return {
+            "step": step,
             "network": self.network.config,
             "process": self.config.process,
             "latent_shape": list(self.data.latent_shape),
@@ -256,7 +267,6 @@ class DiffusionTrainer(Trainer[Batch]):
             "latents": self.latents.scale,
             **info,
         }
-        write_export(folder, metadata, weights)
 
 
 class _Scale(TypedDict):

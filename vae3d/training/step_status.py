@@ -103,7 +103,7 @@ class StepStatus:
     not_finite: ranks with a loss, also of the discriminator, that is NaN or infinite. stop: signal that a rank
     received, or 0. read_errors: number of failed reads. mismatch: a gradient or metric that only some ranks have, and
     which ranks; empty if there is none. metrics: means over ranks; meaningless unless `completed`. adversary_error:
-    see Adversary.raise_error.
+    see Adversary.raise_error. saving: whether a rank is still writing a checkpoint.
     """
 
     loss: float
@@ -117,6 +117,7 @@ class StepStatus:
     mismatch: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     adversary_error: bool = False
+    saving: bool = False
 
     @property
     def completed(self) -> bool:
@@ -193,7 +194,8 @@ class StatusTable:
     """
 
     LOSSES = ("loss", "largest", "largest_discriminator")
-    COLUMNS = (*LOSSES, "adversary_error", "out_of_memory", "unreadable", "no_data", "stop", "read_errors", "names")
+    COLUMNS = (*LOSSES, "adversary_error", "out_of_memory", "unreadable", "no_data", "stop", "read_errors", "saving")
+    COLUMNS += ("names",)
     MAX_METRICS = 512
 
     def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
@@ -252,6 +254,7 @@ class StatusTable:
             read_errors=round(sum(ranks["read_errors"])),
             metrics={name: means[name] for name in metrics},
             adversary_error=any(ranks["adversary_error"]),
+            saving=any(ranks["saving"]),
         )
         if status.completed and len(set(ranks["names"])) > 1:
             return dataclasses.replace(status, mismatch=_mismatch(names))

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from vae3d.config.schema import Optim, TrainConfig
 
 MIN_GRAD_NORM = 1e-12  # below it a gradient counts as zero
+STEP_TIMEOUT = timedelta(minutes=10)  # of a step's collectives, beside the time that a rank may wait for data
 
 Batch = TypeVar("Batch")
 T = TypeVar("T")
@@ -157,6 +159,10 @@ class Trainer(ABC, Generic[Batch]):
         """Write the averaged weights. info: more entries for the export's metadata."""
 
     @abstractmethod
+    def export_of(self, step: int, saved: Mapping[str, Any]) -> Callable[[Path], None]:
+        """A function that exports the averaged weights of `saved`, see `outputs`."""
+
+    @abstractmethod
     def check_same_run(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
         """Settings that changed since `checkpoint`, key -> (old, new). Raises ResumeError for a different run."""
 
@@ -170,9 +176,14 @@ class Trainer(ABC, Generic[Batch]):
         """Yields a function to call after every step."""
         return nullcontext(lambda: None)
 
-    def outputs(self, step: int) -> Outputs:
-        """Files that belong to the checkpoint of `step`: path -> function that writes it."""
-        return {step_folder(self.folder / "exports", step): self.export}
+    def outputs(self, step: int, saved: Mapping[str, Any] | None = None) -> Outputs:
+        """Files that belong to the checkpoint of `step`: path -> function that writes it.
+
+        saved: a copy of the checkpoint, by registered name, from which to write, in another thread, while training goes
+        on; None: of the current weights. Whatever needs the network is then computed before this returns.
+        """
+        path = step_folder(self.folder / "exports", step)
+        return {path: self.export if saved is None else self.export_of(step, saved)}
 
     def final_outputs(self, step: int) -> Outputs:
         """Files to write after the last step, which are never pruned."""
@@ -230,18 +241,24 @@ class Trainer(ABC, Generic[Batch]):
                 finally:
                     self.stopped_by = self.stopped_by or request.signum  # a signal during the last save counts
         finally:
+            self.checkpointer.close()
             self.log.close(failed=sys.exc_info()[0] is not None)
         return self.step >= last
 
     def _train(self, request: StopRequest, last: int, profiler_step: Callable[[], object]) -> None:
         batches = self.load_batches(lambda: bool(request.signum))
+        first, timeout = self.step, self.step_timeout
         self.reset_timer()
         while self.step < last and not self.stopped_by:
             micro_batches, data_error = next_batches(batches, self.config.trainer.accumulate)
             result = self.train_step(micro_batches, request.signum, data_error)
             if self.step < last and self.spikes.consecutive_skips == 0:  # else the weights to save might be NaN
                 self.stopped_by = result.status.stop
-            self.log_validate_save(result)
+            if self.step == first + 1:  # kernels are compiled and chosen, and the first batch has been read
+                distributed.shorten_timeout(timeout)
+            with distributed.long_timeout(timeout) if self.stands_still() else nullcontext():
+                self.checkpointer.advance(saving=result.status.saving)
+                self.log_validate_save(result)
             profiler_step()
         if self.stopped_by:
             saved = "the same command resumes from there" if self.config.trainer.save_every else "nothing is saved"
@@ -284,6 +301,7 @@ class Trainer(ABC, Generic[Batch]):
             no_data=data_error is not None,
             stop=stop,
             read_errors=len(errors),
+            saving=self.checkpointer.writing,
         )
         if status.adversary_error:
             self.adversary.raise_error()
@@ -395,6 +413,19 @@ class Trainer(ABC, Generic[Batch]):
         except (DataError, TooManyFailures) as error:
             self.meter.add(result.metrics, applied=result.applied)
             self.checkpointer.save_then_raise(error, self.step, skipped)
+
+    @property
+    def step_timeout(self) -> timedelta:
+        """How long a rank waits for another in a step, in which that one may wait for data."""
+        data = self.config.data.timeout
+        return STEP_TIMEOUT + timedelta(seconds=data) if data else distributed.LONG_TIMEOUT
+
+    def stands_still(self) -> bool:
+        """Whether a rank may validate or save now, while the others wait."""
+        validation, save = self.config.validation.every, self.config.trainer.save_every
+        validates = validation and self.step % validation == 0
+        saves = save and (self.step % save == 0 or self.checkpointer.due)
+        return bool(validates or saves or self.step == self.config.trainer.max_steps or self.stopped_by)
 
     def log_validate_save(self, result: StepResult) -> None:
         """Log, validate and save, when due."""

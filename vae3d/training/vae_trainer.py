@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         self.checkpointer.register("objective", objective, strict=True)
         self.checkpointer.register("projections", self.projections, strict=True)
         self.checkpointer.register("proximal", proximal)
-        self.checkpointer.register("adversary", adversary, optional_rank_state=True)
+        self.checkpointer.register("adversary", adversary, optional_rank_state=True, copy_rank_state=False)
 
     def setup(self) -> None:
         super().setup()
@@ -225,14 +226,18 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
             )
         return changed
 
-    def outputs(self, step: int) -> Outputs:
+    def outputs(self, step: int, saved: Mapping[str, Any] | None = None) -> Outputs:
         """The export and, with trainer.publish.prefix, the training state and averaged weights under its names."""
         published = self.config.trainer.publish
-        files = super().outputs(step)
+        files = super().outputs(step, saved)
         if published.prefix is not None:
             training, averaged = published_files(self.folder, published.prefix, step)
             source = step_folder(self.folder / "checkpoints", step) / state.STATE
-            files |= {training: lambda path: link(source, path), averaged: self._write_flat}
+            flat = self._write_flat
+            if saved is not None:
+                weights = self._saved_weights(saved)
+                flat = partial(write_flat, weights, published.layout)
+            files |= {training: lambda path: link(source, path), averaged: flat}
         return files
 
     def final_outputs(self, step: int) -> Outputs:
@@ -254,6 +259,18 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
                 weights, latents = self._with_measured_scale(weights)
                 info |= latents
             replace_export(weights, folder, **info)
+
+    def export_of(self, step: int, saved: Mapping[str, Any]) -> Callable[[Path], None]:
+        weights, latents = self._saved_weights(saved), {}
+        if self.config.trainer.publish.measure_scale:
+            with self.ema.applied():  # which are those of `saved`
+                weights, latents = self._with_measured_scale(weights)
+        info = {"stage": self.config.stage.name, "step": step, "ema": self.config.trainer.ema.decay, **latents}
+        return lambda folder: replace_export(weights, folder, **info)
+
+    def _saved_weights(self, saved: Mapping[str, Any]) -> Checkpoint:
+        averages = self.ema.in_state_dict(self.network, saved["ema"])
+        return Checkpoint(self.config.model, {**saved["model"], **averages}, self.folder, "export")
 
     def _current_weights(self) -> Checkpoint:
         return Checkpoint(self.config.model, self.network.state_dict(), self.folder, "export")
