@@ -67,7 +67,7 @@ class Checkpointer:
     unless its last steps were not finite, and an error saves unless the spike guard skipped the steps before it.
 
     With trainer.async_mode=async, saving copies all state to host memory and returns. A thread of each rank writes its
-    files. Every step tells whether one still writes; once none does, all ranks begin the next stage together, in
+    files. The status of each step says whether one still writes; once none does, all begin the next stage together, in
     `advance`, or report the error then. One checkpoint is written at a time: the next one, and the end of a run, wait.
 
     outputs, final_outputs: called with a step; outputs also with a copy of the state. metadata: written to run.json.
