@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LONG_TIMEOUT = timedelta(hours=2)  # of collectives while one rank probes files, validates, draws samples or saves
+
 BUCKET = 64 * 2**20  # elements of one all-reduce: as few as possible, in bounded memory
 
 # Settings that may differ between machines. Sources are compared by what they contain, not by path.
@@ -37,7 +39,7 @@ def init_training(precision: str) -> Accelerator:
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
-    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # while one rank probes files or draws samples
+    timeout = InitProcessGroupKwargs(timeout=LONG_TIMEOUT)
     AcceleratorState._reset_state()  # jobs of a sweep in one process may differ in precision
     accelerator = Accelerator(
         mixed_precision=precision.replace("fp32", "no"), cpu=_no_accelerator(), kwargs_handlers=[timeout]
@@ -62,6 +64,31 @@ def _no_accelerator() -> bool:
 
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def shorten_timeout(timeout: timedelta) -> None:
+    """Let collectives from now on fail after `timeout`: a rank that died is then noticed soon. Every rank must call it.
+
+    All ranks meet first, under the old timeout. As torchtitan `distributed/utils.py: set_pg_timeouts`.
+    """
+    if is_distributed():
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+        if dist.get_backend() == "nccl":
+            torch.cuda.synchronize()
+        _set_timeout(timeout)
+
+
+@contextmanager
+def long_timeout(after: timedelta) -> Iterator[None]:
+    """Inside, collectives wait for LONG_TIMEOUT; then for `after`. Every rank must enter it."""
+    if is_distributed():
+        _set_timeout(LONG_TIMEOUT)
+    yield
+    shorten_timeout(after)  # not after an error: the others are elsewhere
+
+
+def _set_timeout(timeout: timedelta) -> None:
+    dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
 
 
 @contextmanager
@@ -163,14 +190,22 @@ def all_reduce_mean(tensors: Iterable[Tensor], buffer: Tensor | None = None) -> 
     """
     if not is_distributed():
         return
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        if bucket and (tensor.dtype != bucket[0].dtype or sum(t.numel() for t in bucket) + tensor.numel() > BUCKET):
-            _average(bucket, buffer)
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
+    for bucket in buckets(tensors):
         _average(bucket, buffer)
+
+
+def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype with at most BUCKET elements together; a larger tensor by itself."""
+    bucket: list[Tensor] = []
+    elements = 0
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or elements + tensor.numel() > BUCKET):
+            yield bucket
+            bucket, elements = [], 0
+        bucket.append(tensor)
+        elements += tensor.numel()
+    if bucket:
+        yield bucket
 
 
 def _average(tensors: list[Tensor], buffer: Tensor | None) -> None:

@@ -255,12 +255,13 @@ def open_codec(
     changes: Mapping[str, Any] | None = None,
     tile: int | None = None,
     tile_overlap: int | None = None,
+    tf32: bool = False,
 ) -> LatentCodec:
     """Open a checkpoint as a LatentCodec: pixels to normalized latents and back.
 
     path, changes: as for `load`. precision: fp32, bf16 or fp16. tile, tile_overlap: see VideoAutoencoder.set_tiles.
-    Raises CheckpointError if the checkpoint does not load;
-    UserError for settings that the model does not support.
+    tf32: see LatentCodec.
+    Raises CheckpointError if the checkpoint does not load; UserError for settings that the model does not support.
     """
     if precision not in DTYPES:
         raise UserError(f"precision is {precision!r}; use one of {', '.join(DTYPES)}")
@@ -269,7 +270,12 @@ def open_codec(
     config = merge(checkpoint.config, changes or {})
     try:
         codec = LatentCodec(
-            model, pixel_range=pixel_range, dtype=DTYPES[precision], chunk_frames=chunk_frames, config=config
+            model,
+            pixel_range=pixel_range,
+            dtype=DTYPES[precision],
+            chunk_frames=chunk_frames,
+            config=config,
+            tf32=tf32,
         )
     except ValueError as error:
         raise UserError(f"{checkpoint.path}: {error}") from error

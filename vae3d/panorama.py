@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vae3d.transfer import to_device
+
 # Cube face -> directions of its centre, its right and its top; x is right, y up, z ahead. Faces are seen from inside
 # the cube: `up` continues the front face over its top edge, `down` over its bottom edge.
 FACES = {
@@ -79,7 +81,7 @@ def _face_grid(height: int, width: int, size: int, device: torch.device) -> Tens
     """[1, 6 size, size, 2]: grid_sample coordinates (align_corners=True) of the faces' pixels in a panorama padded by
     one pixel on each side."""
     steps = (torch.arange(size, dtype=torch.float64, device=device) + 0.5) * 2 / size - 1
-    axes = torch.tensor(list(FACES.values()), dtype=torch.float64, device=device)
+    axes = to_device(torch.tensor(list(FACES.values()), dtype=torch.float64), device)
     centre, right, top = axes[:, :, None, None, :].unbind(1)  # each [6, 1, 1, 3]
     x, y, z = (centre + steps[None, None, :, None] * right - steps[None, :, None, None] * top).unbind(-1)
     column = (torch.atan2(x, z) / (2 * math.pi) + 0.5) * width + 0.5

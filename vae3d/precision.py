@@ -10,6 +10,8 @@ from torch import nn
 
 from vae3d.errors import UserError
 
+MAX_BENCHMARKED = 8  # shapes of a training batch: the search for each takes seconds
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -27,6 +29,15 @@ def disable_tf32() -> None:
     """Compute in full fp32: by default convolutions on NVIDIA GPUs use TF32, with 10 bits of mantissa."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def set_cudnn_benchmark(shapes: int) -> bool:
+    """Let cuDNN time its kernels for each new shape, if a training has few. Returns whether it will.
+
+    shapes: of its batches; those of validation come on top. With many frame counts most steps would search.
+    """
+    torch.backends.cudnn.benchmark = shapes <= MAX_BENCHMARKED
+    return torch.backends.cudnn.benchmark
 
 
 def cast_keep_stats(network: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -69,9 +69,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, name: str = "op
         step = 0 if isinstance(saved_step, Real) else torch.zeros(())  # a number in DeepSpeed's Adam
         check_like(moments, {"step": step, "exp_avg": like, "exp_avg_sq": like}, where)
     settings = [{k: v for k, v in group.items() if k not in GROUP_KEYS} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
+    # A fused AdamW counts its steps on the device; torch asks the saved groups where to load the counts.
+    forms = [{**group, "fused": own.get("fused")} for group, own in zip(saved["param_groups"], settings, strict=True)]
+    optimizer.load_state_dict({**saved, "param_groups": forms})
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+    for parameter, moments in optimizer.state.items():  # fused kernels need the layout of the parameter
+        for key, moment in moments.items():
+            if moment.shape == parameter.shape and moment.stride() != parameter.stride():
+                moments[key] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
 def _check_group(saved: Any, group: Mapping[str, Any], name: str) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vae3d.transfer import to_device
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -33,13 +35,13 @@ def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
 
     def noise(shape: torch.Size, generator: torch.Generator | None) -> Tensor:
         device = x.device if generator is None else generator.device
-        return torch.randn(shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+        return torch.randn(shape, generator=generator, device=device, dtype=x.dtype)
 
     if generator is None or isinstance(generator, torch.Generator):
-        return noise(x.shape, generator)
+        return to_device(noise(x.shape, generator), x.device)
     if len(generator) != x.shape[0]:
         raise ValueError(f"got {len(generator)} generators for a batch of {x.shape[0]} clips; give one per clip")
-    return torch.stack([noise(x.shape[1:], g) for g in generator])
+    return to_device(torch.stack([noise(x.shape[1:], g) for g in generator]), x.device)
 
 
 def uniform(clips: int, device: torch.device, generator: Generators = None) -> Tensor:

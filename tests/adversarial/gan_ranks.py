@@ -24,13 +24,13 @@ FAULTS = ("backward", "second", "data", "nan", "discriminator")  # a preflight f
 def sound_steps(t: VaeTrainer) -> dict[str, object]:
     """Run the first steps with a larger eps, so that Adam does not amplify rounding errors; returns the state."""
     t.adversary.optimizer.param_groups[0]["eps"] = 0.01
-    update = t.adversary.step
+    average = t.adversary.average_gradients
 
-    def update_in_the_buffer() -> None:  # with a new one, a rank without memory for it would keep the others waiting
+    def average_in_the_buffer() -> torch.Tensor:  # with a new one, a rank without memory for it would stop the others
         with mock.patch.object(torch.Tensor, "new_empty", side_effect=AssertionError("a new buffer")):
-            update()
+            return average()
 
-    t.adversary.step = update_in_the_buffer
+    t.adversary.average_gradients = average_in_the_buffer
     metrics = [t.train_step(clips_of(t, step)).metrics for step in range(SOUND)]
     weights = {name: tensor.clone() for name, tensor in t.network.state_dict().items()}
     critic = {name: tensor.clone() for name, tensor in t.adversary.discriminator.state_dict().items()}

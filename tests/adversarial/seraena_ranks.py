@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
     adversary.reset_step()
     loss, _ = adversary.discriminator_loss(*toy.pair(seed=7 + rank), 3)
     (loss * (float("nan") if rank else 1.0)).backward()  # which rank 0 must learn from the average
-    adversary.step()
+    adversary.step(float(adversary.average_gradients()))
     report |= {"state": adversary.state_dict(), "own": adversary.rank_state_dict()}
     torch.save(report, folder / f"rank{rank}.pt")
 

@@ -29,7 +29,8 @@ def weigh(model: nn.Module, most: float = 1e4, **losses: torch.Tensor) -> tuple[
     adaptive = AdaptiveWeight(most)
     adaptive.load(model, CPU)
     found = [value.item() for value in adaptive(**losses)]
-    adaptive.sync_remaining(1)
+    if adaptive.sync_remaining(1):
+        adaptive.raise_error()
     return tuple(found)
 
 

@@ -105,7 +105,7 @@ def test_the_generators_pass_neither_iterates_powers_nor_moves_statistics():
         assert toy.same(adversary.discriminator.state_dict(), before)
         adversary.discriminator_loss(clip, out, 0)[0].backward()
         assert toy.same(adversary.discriminator.state_dict(), before)  # kept aside until `step`
-        adversary.step()
+        adversary.step(float(adversary.average_gradients()))
         after = adversary.discriminator.state_dict()
         kept = [name for name, tensor in before.items() if torch.equal(after[name], tensor)]
         assert all(".5.parametrizations" in name for name in kept)  # of one row, which is found at once
@@ -320,7 +320,7 @@ def test_black_and_constant_clips_of_any_length_stay_finite(settings, frames):
         assert out.video.grad.isfinite().all()
         found, more = adversary.discriminator_loss(clip, out, step)
         found.backward()
-        adversary.step()
+        adversary.step(float(adversary.average_gradients()))
         assert all(value.isfinite() for value in (found, *metrics.values(), *more.values()))
     assert adversary.skipped == 0
 
@@ -383,7 +383,7 @@ def test_a_penalty_teaches_the_discriminator():
         adversary = toy.gan(norm="none", r1=r1, lr=1e-2, penalty_every=1)
         for step in range(20):
             adversary.discriminator_loss(clip, out, step)[0].backward()
-            adversary.step()
+            adversary.step(float(adversary.average_gradients()))
         adversary.r1 = 1.0
         steep[r1] = adversary.discriminator_loss(clip, out, 0)[1]["gan/r1"].item()
     assert steep[100.0] < 0.1 * steep[0.0]
@@ -401,7 +401,7 @@ def test_lecam_sees_the_averages_of_the_steps_before_and_then_moves_them():
             torch.testing.assert_close(loss.detach(), metrics["gan/discriminator_loss"] + 0.5 * metrics["gan/lecam"])
             means.append(adversary._logit_means[-1])
             torch.testing.assert_close(adversary.averages, expected)
-        adversary.step()
+        adversary.step(float(adversary.average_gradients()))
         expected = 0.9 * expected + 0.1 * torch.stack(means).mean(0)
         torch.testing.assert_close(adversary.averages, expected)
     assert adversary.averages.abs().min() > 0

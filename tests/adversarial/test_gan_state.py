@@ -44,7 +44,7 @@ def state_of(t):
 def train(adversary, steps):
     for step in steps:
         adversary.discriminator_loss(*toy.pair(seed=step), step)[0].backward()
-        adversary.step()
+        adversary.step(float(adversary.average_gradients()))
 
 
 def test_a_gan_resumes_bit_equal_in_the_middle_of_the_adversarial_phase(config, tmp_path):
@@ -99,7 +99,7 @@ def test_a_gradient_of_the_discriminator_that_is_not_finite_changes_nothing_but_
     clip, out = toy.pair()
     out.video = out.video * float("nan")
     adversary.discriminator_loss(clip, out, 2)[0].backward()
-    adversary.step()
+    adversary.step(float(adversary.average_gradients()))
     assert toy.same(adversary.state_dict(), {**before, "skipped": 1})
     assert adversary.discriminator_loss(*toy.pair(), 3)[1]["gan/skipped"] == 1
 
@@ -178,7 +178,7 @@ def test_a_discriminator_learns_to_tell_blurred_frames_and_its_generator_to_shar
             detail.data -= 0.02 * gradient.sign()
         loss, metrics = adversary.discriminator_loss(clip, out, step)
         loss.backward()
-        adversary.step()
+        adversary.step(float(adversary.average_gradients()))
         right.append(metrics["gan/pair_accuracy"].item())
     assert sum(right[40:50]) / 10 > 0.9
     assert detail.item() > 0.8

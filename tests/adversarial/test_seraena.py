@@ -168,7 +168,7 @@ def test_odd_even_and_single_batches(batch, frames, fresh):
     for step in range(3):
         loss, _ = adversary.discriminator_loss(*toy.pair(step, batch, frames), step)
         loss.backward()
-        adversary.step()
+        adversary.step(float(adversary.average_gradients()))
     assert loss.isfinite()
     assert len(adversary.buffer) == min(10, 3 * batch)
 

@@ -93,7 +93,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count():
     clip, out = toy.pair()
     out.video = out.video * float("nan")
     adversary.discriminator_loss(clip, out, 2)[0].backward()
-    adversary.step()
+    adversary.step(float(adversary.average_gradients()))
     assert toy.same(state(adversary), {**before, "skipped": 1})
     assert adversary.discriminator_loss(*toy.pair(), 3)[1]["seraena/skipped"] == 1
 
@@ -133,7 +133,7 @@ def generator_run(adversary, image, steps):
         (gradient,) = torch.autograd.grad(loss, pixels) if loss else (torch.zeros_like(pixels),)
         image -= 100 * gradient.sum((0, 2), keepdim=True)
         adversary.discriminator_loss(clip, out, step)[0].backward()
-        adversary.step()
+        adversary.step(float(adversary.average_gradients()))
         trace.append({name: value.item() for name, value in metrics.items()})
     return trace
 
@@ -261,7 +261,7 @@ def test_another_resolution_is_refused_in_the_same_step_and_later():
     )
     with pytest.raises(ValueError, match=message):
         adversary.discriminator_loss(*toy.pair(side=24), 0)
-    adversary.step()
+    adversary.step(float(adversary.average_gradients()))
     with pytest.raises(ValueError, match=message):
         adversary.discriminator_loss(*toy.pair(side=24), 1)
     adversary.discriminator_loss(*toy.pair(frames=1), 1)  # of other lengths images are alike

@@ -57,7 +57,7 @@ def train(adversary: Seraena, steps: range, accumulate: int = 1) -> list[float]:
             loss, _ = adversary.discriminator_loss(clip, out, step)
             (loss / accumulate).backward()
             losses.append(loss.item())
-        adversary.step()
+        adversary.step(float(adversary.average_gradients()))
     return losses
 
 

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from tests import tiny
+from tests.device_stub import check_two_waits
 from tests.diffusion import latent_runs, rank_training
 from vae3d.checkpoints import state
 from vae3d.commands import launch, train_diffusion
@@ -65,6 +66,15 @@ def encoded(pictures, vae):
 def losses(folder, name="loss"):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line[name] for line in lines if name in line}
+
+
+@pytest.mark.parametrize("data", ["cached", "encoded"])
+def test_a_step_waits_for_the_device_twice(data, request, tmp_path):
+    """With classes, learned variances and weights by SNR from a cache; with rectified flow and noise on the fly."""
+    process = ["process=flow"] if data == "encoded" else ["process=ddpm_learned_sigma", "process.min_snr=5"]
+    t = latent_runs.trainer(tmp_path, *request.getfixturevalue(data), *process, "label_dropout=0.1")
+    t.setup()
+    check_two_waits(t, steps=2)
 
 
 # ---- what is trained on

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from tests import tiny
+from vae3d import distributed
 from vae3d.checkpoints.state import ResumeError
 from vae3d.config.schema import Optim
 from vae3d.errors import UserError
+from vae3d.precision import MAX_BENCHMARKED, set_cudnn_benchmark
 from vae3d.schedules import ema_decay, learning_rate, ramp
 from vae3d.training.ema import Ema, MultiEma
 from vae3d.training.failures import SpikeError, SpikeGuard
@@ -265,7 +267,17 @@ def test_metrics_average_over_the_micro_batches_that_have_them():
     metrics = StepMetrics()
     metrics.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
     metrics.add({"a": torch.tensor(3.0)})
-    assert metrics.reduce() == {"a": 2.0, "b": 5.0}
+    status = StatusTable(0, 1, torch.device("cpu")).sync({}, metrics.names, metrics.means())
+    assert status.metrics == {"a": 2.0, "b": 5.0}
+
+
+def test_a_step_with_more_metrics_than_the_table_holds_is_an_error():
+    table = StatusTable(0, 1, torch.device("cpu"))
+    metrics = {f"m{i:03}": torch.tensor(float(i)) for i in range(table.MAX_METRICS + 1)}
+    with pytest.raises(ValueError, match="513 metrics"):
+        table.sync({}, [], metrics)
+    del metrics["m512"]
+    assert list(table.sync({}, [], metrics).metrics.values()) == [float(i) for i in range(512)]
 
 
 def test_a_window_survives_a_resume():
@@ -277,3 +289,18 @@ def test_a_window_survives_a_resume():
         resumed.add(metrics, applied=False)
     assert resumed.flush() == {"a": 1.5, "skipped": 2.0}
     assert resumed.flush() == {"skipped": 0.0}
+
+
+def test_cudnn_searches_for_kernels_where_shapes_are_few(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    assert [set_cudnn_benchmark(shapes) for shapes in (1, MAX_BENCHMARKED, MAX_BENCHMARKED + 1)] == [True, True, False]
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_gradients_are_averaged_in_few_buckets_of_bounded_size(monkeypatch):
+    monkeypatch.setattr(distributed, "BUCKET", 10)
+    sizes = [4, 6, 1, 9, 25, 3, 3]
+    tensors = [torch.zeros(size) for size in sizes] + [torch.zeros(2, dtype=torch.float64)]
+    found = list(distributed.buckets(tensors))
+    assert [[t.numel() for t in bucket] for bucket in found] == [[4, 6], [1, 9], [25], [3, 3], [2]]
+    assert all(a is b for a, b in zip((t for bucket in found for t in bucket), tensors, strict=True))

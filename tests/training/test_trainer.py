@@ -346,7 +346,11 @@ class OnePixelCritic(NoAdversary):
         loss = ((out.video - clip.video)[:, :, 0, 0, 0] * self.weight).mean()
         return loss, {"adversary/discriminator": loss}
 
-    def step(self):
+    def average_gradients(self):
+        return self.weight.grad.norm()
+
+    def step(self, grad_norm):
+        assert grad_norm == self.weight.grad.norm()
         self.updates += 1
         self.weight.grad = None
 

@@ -24,7 +24,8 @@ def wan(videos) -> TrainConfig:
         "stage=slow_encoder", "stage.init_from=random", "stage.latent_noise=0.3", "loss=recon_kl", "loss.logvar=-1",
         f"++loss.terms={{l1: {{term: {mse}}}, turned: {{term: {turned}}}}}",
         "data.frames.min=1", "data.frames.max=3", "data.frames.step=2", "data.batch_size=4", "trainer.max_steps=4",
-        "optim.eps=0.01", "optim.lr=1e-2", "loss.terms.kl.weight=10", "model.gradient_checkpointing=true", "trainer.save_every=0",
+        "optim.eps=0.01", "optim.lr=1e-2", "loss.terms.kl.weight=10", "model.gradient_checkpointing=true",
+        "trainer.save_every=1", "trainer.async_mode=async",
         "validation.every=2", "validation.frames=1", "validation.clips=2", "trainer.best=psnr",
     ]  # fmt: skip
     return tiny.training("wan", videos, *more)
@@ -57,8 +58,14 @@ def test_ranks_stay_equal_and_average_gradients_only_of_sound_steps(ranks):
         assert torch.equal(tensor, second["weights"][name]), name
     assert first["spikes"] == second["spikes"] == first["resumed"] == second["resumed"]
     assert first["spikes"]["accepted"] == two_ranks.SOUND + 1
-    assert first["collectives"] == 3 + 1 + 3  # status, gradients and metrics; of the step with the NaN the status only
+    assert first["collectives"] == 2 + 1 + 2  # status with metrics, gradients; of the step with the NaN the status only
     assert first["steps"]["after"] == second["steps"]["after"]
+
+
+def test_collectives_time_out_soon_but_for_the_first_step_and_validations(ranks):
+    long, short = 7200, 600 + 900  # the second with data.timeout
+    for report in ranks:
+        assert report["wan"]["timeouts"] == [short, *[long, short] * 4]  # a checkpoint in each step
 
 
 def test_ranks_of_other_settings_or_data_refuse_to_start_and_name_what_differs(ranks):

@@ -7,9 +7,11 @@ import pickle
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 
 from tests.training import quick
 from vae3d import distributed
@@ -39,9 +41,13 @@ def train(config: TrainConfig, folder: Path) -> dict[str, object]:
     t = train_command.build_trainer(config, folder)
     frames, step = [], t.train_step
     t.train_step = lambda clips, *rest: (frames.append(clips[0].video.shape[2]), step(clips, *rest))[1]
-    t.fit()
+    timeouts, set_timeout = [], dist.distributed_c10d._set_pg_timeout
+    with mock.patch.object(dist.distributed_c10d, "_set_pg_timeout") as patched:
+        patched.side_effect = lambda timeout, *rest: (timeouts.append(timeout.seconds), set_timeout(timeout, *rest))
+        t.fit()
     best = [t.best.step, t.best.value, (folder / "exports/best/model.yaml").is_file()]
-    return {"weights": t.network.state_dict(), "logvar": t.objective.logvar.item(), "frames": frames, "best": best}
+    report = {"logvar": t.objective.logvar.item(), "frames": frames, "best": best, "timeouts": timeouts}
+    return {"weights": t.network.state_dict(), **report}
 
 
 def refused(config: TrainConfig, folder: Path, rank: int) -> list[str]:

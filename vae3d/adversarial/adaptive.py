@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +24,8 @@ class AdaptiveWeight:
     one clip each get the weight of one rank with both. Every micro-batch has its own weight. A rank that skips a
     micro-batch (out of memory, unreadable files) must call `sync_remaining`; the mean is then over the other ranks.
 
-    Raises ValueError rather than silently return 0: without a trained layer, where `loss` does not reach it, and, in
-    `sync_remaining`, where the gradient of `loss` is 0 there. If a gradient is not finite, the weight is NaN, and the
+    Raises ValueError rather than silently return 0: without a trained layer, and where `loss` does not reach it. Where
+    the gradient of `loss` is 0 there, `sync_remaining` says so. If a gradient is not finite, the weight is NaN, and the
     trainer skips the step.
     """
 
@@ -70,7 +72,7 @@ class AdaptiveWeight:
         self.buffer.zero_()
         if gradients is not None:
             torch.cat([g.detach().flatten().float() for g in gradients], out=self.buffer[:-1])
-            self.buffer[-1] = 1.0
+            self.buffer[-1].fill_(1.0)
         if not self.buffer.is_meta:
             all_reduce_sum(self.buffer)
         norms = (self.buffer[:-1] / self.buffer[-1].clamp(min=1)).view(2, -1).norm(dim=1)
@@ -78,17 +80,21 @@ class AdaptiveWeight:
         self._no_reconstruction_grad.append((norms[0] == 0) & (norms[1] > 0))
         return norms
 
-    def sync_remaining(self, micro_batches: int) -> None:
+    def sync_remaining(self, micro_batches: int) -> Tensor:
         """Join the all-reduces of this step that this rank skipped.
 
-        Raises ValueError on all ranks if the weight of a micro-batch is 0 because no other loss has a gradient.
+        Returns a flag on the device, equal on all ranks: whether the weight of a micro-batch is 0 because no other loss
+        has a gradient; then call raise_error.
         """
         while self._all_reduces < micro_batches:
             self._reduced_norms(None)
-        no_gradient = bool(torch.stack(self._no_reconstruction_grad).any())
+        no_gradient = torch.stack(self._no_reconstruction_grad).any()
         self._reset()
-        if no_gradient:
-            raise ValueError(
-                "adversary.adaptive=true gives the adversarial loss a weight of 0: no other loss has a gradient at the "
-                "last layer; start a term on pixels before adversary.start, or use adversary.adaptive=false"
-            )
+        return no_gradient
+
+    @staticmethod
+    def raise_error() -> NoReturn:
+        raise ValueError(
+            "adversary.adaptive=true gives the adversarial loss a weight of 0: no other loss has a gradient at the "
+            "last layer; start a term on pixels before adversary.start, or use adversary.adaptive=false"
+        )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from vae3d.arguments import ArgumentError, Range, check_fields
 from vae3d.distributed import all_reduce_mean, reduction_buffer
+from vae3d.layout import place
+from vae3d.optim import can_fuse
 from vae3d.pixels import as_rgb
 from vae3d.restore import check_like, load_optimizer
 from vae3d.schedules import ramp
@@ -35,8 +37,9 @@ class Adversary:
 
     The generator's loss uses a frozen discriminator, the discriminator's loss detached reconstructions. In each step
     the trainer computes and differentiates both for every micro-batch, then calls `sync_remaining`, and then, on all
-    ranks alike, `step` or `reset_step`. `step` and `generator_loss` may communicate between ranks; `sync_remaining`
-    makes up for the calls of generator_loss that this rank skipped.
+    ranks alike, `average_gradients` and `step`, or `reset_step`. `average_gradients` and `generator_loss` may
+    communicate between ranks; `sync_remaining` makes up for the calls of generator_loss that this rank skipped. None of
+    them may wait for the device: the trainer reads what a decision needs, twice in a step.
     """
 
     def load(self, model: nn.Module, device: torch.device, seed: int, rank: int) -> None:
@@ -55,11 +58,26 @@ class Adversary:
     def discriminator_loss(self, batch: ClipBatch, out: Reconstruction, step: int) -> LossAndMetrics:
         raise NotImplementedError
 
-    def sync_remaining(self, step: int, micro_batches: int) -> None:
-        """Join the collectives of generator_loss calls that this rank skipped in this step (memory, files)."""
+    def sync_remaining(self, step: int, micro_batches: int) -> Tensor | None:
+        """Join the collectives of generator_loss calls that this rank skipped in this step (memory, files).
 
-    def step(self) -> None:
-        """Average the discriminator's gradients over ranks, update it and zero the gradients."""
+        Returns a flag on the device, equal on all ranks: whether `raise_error` must be called. None: it need not.
+        """
+        return None
+
+    def raise_error(self) -> NoReturn:
+        """Raise the error for which sync_remaining returned a flag."""
+        raise NotImplementedError
+
+    def average_gradients(self) -> Tensor:
+        """Average the discriminator's gradients over ranks and clip them.
+
+        Returns their norm before clipping, a scalar on the device.
+        """
+        raise NotImplementedError
+
+    def step(self, grad_norm: float) -> None:
+        """Update the discriminator with the averaged gradients, and zero them. grad_norm: of average_gradients."""
         raise NotImplementedError
 
     def reset_step(self) -> None:
@@ -125,15 +143,19 @@ class DiscriminatorAdversary(Adversary):
     def load(
         self, model: nn.Module, device: torch.device, seed: int, rank: int, also_reduce: Sequence[Tensor] = ()
     ) -> None:
-        """also_reduce: tensors like those that `update` will be given."""
+        """also_reduce: tensors like those that `average_gradients` will be given."""
         self.device = device
         self.seed = seed
         self.rank = rank
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed_of(seed, self.name))  # of the CPU only
-            self.discriminator = self.build().to(device)
+            self.discriminator = place(self.build(), device)
         self.optimizer = torch.optim.AdamW(
-            self.discriminator.parameters(), self.lr, tuple(self.betas), weight_decay=self.weight_decay
+            self.discriminator.parameters(),
+            self.lr,
+            tuple(self.betas),
+            weight_decay=self.weight_decay,
+            fused=can_fuse(device),
         )
         # Allocated before the first step, see ReplicatedDataParallel.
         statistics = [buffer for buffer in self.discriminator.buffers() if buffer.is_floating_point()]
@@ -153,20 +175,23 @@ class DiscriminatorAdversary(Adversary):
         self.discriminator.train()
         return self._buffers
 
-    def update(self, lr: float, also_reduce: Sequence[Tensor] = ()) -> bool:
-        """Average gradients, buffers and `also_reduce` over ranks, clip, and step; returns whether it stepped.
-
-        Each rank normalised by its own clips, so all continue with the mean of their running statistics. If the norm
-        of the gradients is not finite, on all ranks alike, nothing changes but `skipped`.
-        """
+    def average_gradients(self, also_reduce: Sequence[Tensor] = ()) -> Tensor:
+        """Also average buffers and `also_reduce`: each rank normalised by its own clips, so all continue with the mean
+        of their running statistics."""
         parameters = list(self.discriminator.parameters())
         statistics = [buffer for buffer in self._buffers.values() if buffer.is_floating_point()]
         all_reduce_mean([*(p.grad for p in parameters), *statistics, *also_reduce], self._reduction_buffer)
-        norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip or math.inf).item()
-        if not math.isfinite(norm):
+        return nn.utils.clip_grad_norm_(parameters, self.grad_clip or math.inf)
+
+    def update(self, lr: float, grad_norm: float) -> bool:
+        """Update the discriminator and its buffers; returns whether it did.
+
+        If the norm of the gradients is not finite, on all ranks alike, nothing changes but `skipped`.
+        """
+        if not math.isfinite(grad_norm):
             self.skipped += 1
             return False
-        self.grad_norm = norm
+        self.grad_norm = grad_norm
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ class Gan(DiscriminatorAdversary):
 
     def generator_loss(self, batch: ClipBatch, out: Reconstruction, loss: Tensor, step: int) -> LossAndMetrics:
         """Raises ValueError if sizes differ, no trained part reaches the pixels, or as AdaptiveWeight does."""
-        weight = torch.tensor(self.weight_at(step), device=batch.video.device)
+        weight = torch.full((), self.weight_at(step), device=batch.video.device)  # torch.tensor would wait for a GPU
         if not self.weight_at(step):
             return weight, {}
         real, fake = self._inputs(batch, out)
@@ -159,8 +159,8 @@ class Gan(DiscriminatorAdversary):
                 gammas = {"gan/r1": self.r1, "gan/r2": self.r2}
                 loss = loss + self.penalty_every / 2 * sum(gammas[name] * value for name, value in penalties.items())
                 metrics |= penalties
-        metrics["gan/skipped"] = torch.tensor(float(self.skipped), device=real.device)
-        metrics["gan/discriminator_grad_norm"] = torch.tensor(self.grad_norm, device=real.device)
+        metrics["gan/skipped"] = torch.full((), float(self.skipped), device=real.device)
+        metrics["gan/discriminator_grad_norm"] = torch.full((), self.grad_norm, device=real.device)
         return loss, {name: metric.detach() for name, metric in metrics.items()}
 
     def discriminator_criterion(self, real: Tensor, fake: Tensor) -> LossAndMetrics:
@@ -202,17 +202,25 @@ class Gan(DiscriminatorAdversary):
                 penalties[name] = gradient_penalty(logits, images)
         return penalties
 
-    def sync_remaining(self, step: int, micro_batches: int) -> None:
+    def sync_remaining(self, step: int, micro_batches: int) -> Tensor | None:
         if self.adaptive_weight is not None and self.update_phase(step).model and self.weight_at(step):
-            self.adaptive_weight.sync_remaining(micro_batches)
+            return self.adaptive_weight.sync_remaining(micro_batches)
+        return None
 
-    def step(self) -> None:
+    def raise_error(self) -> NoReturn:
+        """Raises ValueError for an adaptive weight of 0."""
+        AdaptiveWeight.raise_error()
+
+    def average_gradients(self) -> Tensor:
+        self._means = torch.stack(self._logit_means).mean(0)
+        return super().average_gradients(also_reduce=[self._means])
+
+    def step(self, grad_norm: float) -> None:
         """Update the discriminator. If the averaged gradient is not finite, on all ranks alike, skip and count it."""
-        means = torch.stack(self._logit_means).mean(0)
         first = self.discriminator_start
         lr = learning_rate(self, self._step - first, self.max_steps - first)
-        if self.update(lr, also_reduce=[means]):
-            self.averages.lerp_(means, 1 - self.lecam_decay)
+        if self.update(lr, grad_norm):
+            self.averages.lerp_(self._means, 1 - self.lecam_decay)
         self.reset_step()
 
     def _reset(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from vae3d.arguments import ArgumentError, short
 from vae3d.restore import check_like
 from vae3d.text import plural
+from vae3d.transfer import to_device
 
 Pair = tuple[Tensor, Tensor]
 
@@ -53,10 +54,23 @@ class ReplayBuffer:
                 self.pairs[int(torch.randint(capacity, (), generator=generator))] = image, context
 
     def gather(self, indices: Tensor, images: Tensor, contexts: Tensor) -> Pair:
-        """Pairs by index, where indices from len(self) on refer to the given batch; in the batch's dtypes."""
+        """Pairs by index, where indices from len(self) on refer to the given batch; in the batch's dtypes and device.
+
+        indices: on the CPU.
+        """
         kept = len(self.pairs)
-        pairs = [self.pairs[i] if i < kept else (images[i - kept], contexts[i - kept]) for i in indices.tolist()]
-        return torch.stack([image.to(images) for image, _ in pairs]), torch.stack([c.to(contexts) for _, c in pairs])
+        old = [self.pairs[i] for i in indices.tolist() if i < kept]
+        # Positions in the batch followed by the old pairs that were drawn, which go to the device in one copy.
+        fresh = indices >= kept
+        places = torch.where(fresh, indices - kept, len(images) - 1 + (~fresh).cumsum(0))
+        places = to_device(places, images.device)
+
+        def chosen(batch: Tensor, drawn: list[Tensor]) -> Tensor:
+            if drawn:
+                batch = torch.cat([batch, to_device(torch.stack(drawn), batch.device).to(batch.dtype)])
+            return batch.index_select(0, places)
+
+        return chosen(images, [image for image, _ in old]), chosen(contexts, [context for _, context in old])
 
     def state_dict(self) -> dict[str, Any]:
         return {"images": [image for image, _ in self.pairs], "contexts": [context for _, context in self.pairs]}

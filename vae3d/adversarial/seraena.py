@@ -19,6 +19,7 @@ from vae3d.pixels import as_rgb
 from vae3d.precision import autocast, autocast_off
 from vae3d.seeding import generator_of
 from vae3d.text import plural
+from vae3d.transfer import to_device, to_host
 from vae3d.types import ClipBatch, Reconstruction
 
 
@@ -122,14 +123,15 @@ class Seraena(DiscriminatorAdversary):
         self._check_same_size(fake, context)
         draws = self._generator("draws", step, len(self._pending))
         is_fake = torch.rand((len(real), 1, 1, 1), generator=draws) < 0.5
-        is_fake = is_fake.to(real.device)
+        is_fake = to_device(is_fake, real.device)
         fakes, contexts = self.buffer.gather(self._draw_fakes(len(real), draws), fake, context)
         images = torch.where(is_fake, fakes, real)
         contexts = torch.where(is_fake, contexts, context)
         loss = self.discriminator_criterion(images, contexts, is_fake)
-        self._pending.append((fake.half(), context.half()))
+        # In host memory once the step's status has been read; a copy in `step` would wait for the GPU again.
+        self._pending.append((to_host(fake.half()), to_host(context.half())))
         self._step = step
-        skipped = torch.tensor(float(self.skipped), device=real.device)
+        skipped = torch.full((), float(self.skipped), device=real.device)
         return loss, {"seraena/discriminator_loss": loss.detach(), "seraena/skipped": skipped}
 
     def discriminator_criterion(self, images: Tensor, contexts: Tensor, is_fake: Tensor) -> Tensor:
@@ -139,9 +141,9 @@ class Seraena(DiscriminatorAdversary):
         with autocast_off(images.device):
             return F.mse_loss(scores.float(), (is_fake.float() * 2 - 1).expand(scores.shape))
 
-    def step(self) -> None:
+    def step(self, grad_norm: float) -> None:
         """Update the discriminator. If the averaged gradient is not finite, on all ranks alike, skip and count it."""
-        if self.update(self.lr):
+        if self.update(self.lr, grad_norm):
             for i, (images, contexts) in enumerate(self._pending):
                 self.buffer.push(images, contexts, self._generator("places", self._step, i))
         self.reset_step()

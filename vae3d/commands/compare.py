@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from vae3d.commands.infer import build_reconstructor, reconstruct, set_precision
 from vae3d.distributed import init_inference
 from vae3d.inference.comparison import Comparer, Network
+from vae3d.layout import place
 from vae3d.loading import load
 from vae3d.metrics import build_metrics
 from vae3d.precision import DTYPES, cast_keep_stats
@@ -23,7 +24,7 @@ def run(config: CompareConfig) -> None:
     ranks, device = init_inference(config.device)
     checkpoint, reconstructor = build_reconstructor(config, device)
     set_precision(config.teacher.precision)
-    teacher = cast_keep_stats(load(config.teacher.path).to(device), DTYPES[config.teacher.precision])
+    teacher = cast_keep_stats(place(load(config.teacher.path), device), DTYPES[config.teacher.precision])
     lpips = [name for name in config.metrics if name.startswith("lpips")]
     comparer = Comparer(
         reconstructor,

@@ -76,6 +76,9 @@ def estimates(
         host.append(f"batches that {plural(workers, 'worker')} read{'s' * (workers == 1)} ahead {amount(ahead)}")
     if needs.replay:
         host.append(f"Seraena's replay {amount(needs.replay)}")
+    copied = needs.state if trainer.async_mode == "async" and trainer.save_every else 0
+    if copied:
+        host.append(f"a copy of the checkpoint while it is written, on the first rank, {amount(copied)}")
     steps = range(min(trainer.max_steps, 200))
     share = sum(map(schedule.frames_at, steps)) / len(steps) / frames
     step_flops = needs.flops * trainer.accumulate * share
@@ -84,8 +87,8 @@ def estimates(
         f"estimates, counted on the shapes of {clips}, forward and backward, with every loss on; not measured:",
         f"  memory of the device, per rank: {amount(needs.memory)} = {stays}, on top in a step "
         f"{amount(max(needs.parts.values()))}; on a GPU add about 1 GiB for CUDA itself",
-        f"  memory of the host, per rank: {amount(here + ahead + needs.replay)} = {', '.join(host)}; without a "
-        "GPU the above comes on top",
+        f"  memory of the host, per rank: {amount(here + ahead + needs.replay + copied)} = {', '.join(host)}; without "
+        "a GPU the above comes on top",
         f"  time: {step_flops / 1e12:.3g} TFLOP per step and rank: {plural(trainer.max_steps, 'step')} take "
         f"{duration(whole / 1e12 / GPU_TFLOPS)} on a GPU that reaches {GPU_TFLOPS} TFLOP/s, {duration(whole / cpu)} on "
         f"this CPU, where a convolution reaches {cpu / 1e12:.2g}; reading, validation and waiting come on top",

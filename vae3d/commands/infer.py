@@ -25,6 +25,7 @@ from vae3d.inference.files import (
 )
 from vae3d.inference.reconstruct import Reconstructor
 from vae3d.inference.results import Results
+from vae3d.layout import place
 from vae3d.loading import load_with_checkpoint, require_file_channels
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_steps
@@ -54,7 +55,7 @@ def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Chec
         if errors := [reason for reason in reasons if reason]:
             raise UserError(f"metrics: {'; '.join(errors)}")
     checkpoint, model = load_with_checkpoint(config.checkpoint, changes=config.model)
-    model = model.to(device)
+    model = place(model, device)
     require_file_channels(model, config.checkpoint)
     if model.pixel_channels == 4 and config.codec != "lossless":
         raise UserError(f"codec={config.codec} keeps no alpha, which {config.checkpoint} has; use codec=lossless")

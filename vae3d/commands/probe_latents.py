@@ -21,6 +21,7 @@ from vae3d.errors import UserError
 from vae3d.latents import probe_run
 from vae3d.latents.probe_report import console_table, write_report
 from vae3d.latents.probe_run import ProbeError, ProbeSettings
+from vae3d.layout import place
 from vae3d.metrics.frame import Lpips
 from vae3d.precision import as_device
 from vae3d.pretrained.lpips import LPIPSNet
@@ -60,7 +61,7 @@ def probe(args: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     found, pictures = {}, {}
     for name, model in models.items():
         print(f"{name}: {plural(pixels['clips'], 'clip')}", file=sys.stderr)
-        model.to(device)
+        place(model, device)
         found[name] = probe_run.probe_model(model, clips, settings, lpips)
         pictures[name] = probe_run.decoded_pictures(model, clips, settings, found[name]["statistics"]["std"])
         model.cpu()
@@ -105,7 +106,7 @@ def perceptual(settings: ProbeSettings, device: torch.device, notes: list[str]) 
         notes.append(f"midway LPIPS is skipped: it needs frames of at least {Lpips.min_size} pixels")
         return None
     try:
-        return LPIPSNet("alex").load().to(device)
+        return place(LPIPSNet("alex").load(), device)
     except WeightsMissing as error:
         notes.append(f"midway LPIPS is skipped: {error}")
         return None

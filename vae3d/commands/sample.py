@@ -29,6 +29,7 @@ from vae3d.inference.scale import LatentStats
 from vae3d.io import naming, remove, write_json
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.codec import LatentCodec
+from vae3d.layout import place
 from vae3d.loading import open_codec
 from vae3d.progress import progress
 from vae3d.running_stats import RunningStats
@@ -161,7 +162,7 @@ def make_sampler(
     device: torch.device,
 ) -> Callable[[Sequence[int]], Tensor]:
     """A function from indices of samples to their latents [B, C, t, h, w]. Raises UserError if they are not finite."""
-    network, process = export.network().to(device), export.process()
+    network, process = place(export.network(), device), export.process()
 
     def draw(indices: Sequence[int]) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):

@@ -26,6 +26,7 @@ from vae3d.adversarial.seraena import Seraena
 from vae3d.commands import train
 from vae3d.commands.summary import frame_counts
 from vae3d.models.interface import attach_decoder
+from vae3d.optim import can_fuse
 from vae3d.precision import DTYPES, autocast
 from vae3d.schedules import ALL_ON
 from vae3d.training.ema import Ema
@@ -123,7 +124,7 @@ class TrainingStep:
         self.objective = train.build_objective(config.loss)
         self.loss_networks = [t.term.network for t in self.objective.terms.values() if hasattr(t.term, "network")]
         self.adversary = loading.instantiate(config.adversary)
-        self.optimizer = adamw(groups, config.optim, fused=device.type == "cuda")
+        self.optimizer = adamw(groups, config.optim, fused=can_fuse(device))
 
     def prepare(self) -> None:
         """Build the EMA and the discriminator, as the trainer does before the first step."""

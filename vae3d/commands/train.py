@@ -28,6 +28,7 @@ from vae3d.data.workers import usable_workers
 from vae3d.distributed import all_gather_object, check_ranks_agree, init_training
 from vae3d.errors import UserError
 from vae3d.inference.scale import longest_clips
+from vae3d.layout import place
 from vae3d.loading import initialize, instantiate, load, load_with_checkpoint
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.metrics import build_metrics
@@ -40,7 +41,7 @@ from vae3d.models.registry import TARGET, is_known, target_of
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.wan import WanVAE
-from vae3d.precision import DTYPES, slow_conv3d
+from vae3d.precision import DTYPES, set_cudnn_benchmark, slow_conv3d
 from vae3d.training.checkpointer import check_may_start
 from vae3d.training.linear_code import fit_shortcut
 from vae3d.training.loggers import Loggers, build_loggers
@@ -209,6 +210,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     with accelerator.main_process_first():  # it probes the files; the others read its cache
         data = build_training_data(config, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree(data.fingerprint.digests())
+    set_cudnn_benchmark(len(data.schedule.frames.all()))  # height and width are fixed
     objective = build_objective(config.loss)
     objective.load(accelerator.device)
     validation = config.validation
@@ -232,7 +234,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     if config.trainer.compile:
         compile_blocks(model, dynamic=None if len(data.schedule.frames.all()) > 1 else False)
     adversary, logger = instantiate(config.adversary), loggers_of(config)
-    teacher = None if config.teacher.path is None else load(config.teacher.path).to(accelerator.device)
+    teacher = None if config.teacher.path is None else place(load(config.teacher.path), accelerator.device)
     distillation = build_distillation(config, teacher, model)
     trainer = VaeTrainer(config, folder, accelerator, model, objective, adversary, data, metrics, logger, distillation)
     trainer.setup()

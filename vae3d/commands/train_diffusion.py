@@ -37,6 +37,7 @@ from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import vae_metadata
 from vae3d.loading import instantiate, open_codec
 from vae3d.models.registry import TARGET, is_known, target_of
+from vae3d.precision import set_cudnn_benchmark
 from vae3d.text import plural
 from vae3d.training.checkpointer import check_may_start
 from vae3d.training.diffusion_trainer import DiffusionTrainer
@@ -57,6 +58,7 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     with accelerator.main_process_first():  # it probes the files; the others read its cache
         data = latent_data(config, codec, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree(data.fingerprint.digests())
+    set_cudnn_benchmark(len(data.trained))  # height and width of latents are fixed
     config, process = complete(config, data)
     torch.manual_seed(config.run.seed)
     network = network_of(config)
@@ -87,7 +89,12 @@ def next_commands(trainer: DiffusionTrainer) -> list[tuple[str, str]]:
 def codec_of(config: DiffusionConfig, device: torch.device) -> LatentCodec:
     vae = config.vae
     return open_codec(
-        vae.path, pixel_range="uint8", precision=vae.precision, chunk_frames=vae.chunk_frames, device=device
+        vae.path,
+        pixel_range="uint8",
+        precision=vae.precision,
+        chunk_frames=vae.chunk_frames,
+        device=device,
+        tf32=config.cache is None,  # as the rest of the training; a cache and the measured scale are exact
     )
 
 

@@ -277,6 +277,9 @@ class Steps:
     log_every: Int = setting(10, "Steps between log lines.", ge=1)
     save_every: Int = setting(1000, "Steps between checkpoints. 0: none.", ge=0)
     keep: Int = setting(3, "Newest checkpoints, exports and named files kept, at least two. 0: all.", ge=0)
+    async_mode: Literal["disabled", "async"] = setting(
+        "disabled", "async: checkpoints are copied to host memory, and written while training goes on."
+    )
 
 
 @dataclass(config=STRICT)

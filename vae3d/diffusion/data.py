@@ -26,6 +26,7 @@ from vae3d.latents.codec import LatentCodec
 from vae3d.running_stats import RunningStats
 from vae3d.seeding import generator_of, seed_of
 from vae3d.text import plural
+from vae3d.transfer import to_device
 from vae3d.types import ClipBatch
 
 log = logging.getLogger("vae3d")
@@ -102,7 +103,7 @@ class LatentData:
 
         Posterior noise is a function of (seed, position), drawn on the CPU, as LatentCache draws it.
         """
-        values = batch.values.to(device, non_blocking=True)
+        values = to_device(batch.values, device)
         if values.dtype != torch.uint8:
             return values
         if not self.sample:

@@ -17,6 +17,7 @@ from vae3d.arguments import Range, check_fields
 from vae3d.diffusion import base
 from vae3d.diffusion.base import Generators, Sampler, Sampling
 from vae3d.diffusion.layers import from_diffusers
+from vae3d.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -160,31 +161,53 @@ class GaussianDiffusion:
 
     def _variational_bound(self, error: Tensor, fraction: Tensor, timesteps: Tensor) -> Tensor:
         """[B] bits per value. error: target minus prediction."""
-        betas, alphas_cumprod = self.betas, self.alphas_cumprod
-        previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-        posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
-        posterior_variance[0] = posterior_variance[1]  # else 0, which has no logarithm
-        low = self._at(posterior_variance.log(), timesteps, error)
-        high = self._at(betas.log(), timesteps, error)
-        # The mean of the reverse step is linear in the predicted latents, and these in the prediction: `slope` is the
-        # distance of the means per error.
-        root = alphas_cumprod if self.prediction == "epsilon" else 1
-        slope = betas * (previous / (1 - alphas_cumprod) / root).sqrt()
+        low = self._at("low", timesteps, error)
+        high = self._at("high", timesteps, error)
         logvar = low + (fraction + 1) / 2 * (high - low)
-        squared_error = (self._at(slope, timesteps, error) * error).square() * (-logvar).exp()
+        squared_error = (self._at("slope", timesteps, error) * error).square() * (-logvar).exp()
         kl = 0.5 * (logvar - low + (low - logvar).exp() - 1 + squared_error)
         nll = 0.5 * (math.log(2 * math.pi) + logvar + squared_error)
         first = (timesteps == 0).view(-1, *[1] * (error.ndim - 1))
         return torch.where(first, nll, kl).flatten(1).mean(1) / math.log(2)
 
     def _snr_weight(self, timesteps: Tensor) -> Tensor:
-        snr = (self.alphas_cumprod / (1 - self.alphas_cumprod)).to(timesteps.device)[timesteps]
+        snr = self._tables_on(timesteps.device)["snr"][timesteps]
         return snr.clamp(max=self.min_snr) / (snr if self.prediction == "epsilon" else snr + 1)
 
     def _signal_and_sigma(self, timesteps: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        signal = self._at(self.alphas_cumprod.sqrt(), timesteps, z)
-        return signal, self._at((1 - self.alphas_cumprod).sqrt(), timesteps, z)
+        return self._at("signal", timesteps, z), self._at("sigma", timesteps, z)
 
-    @staticmethod
-    def _at(table: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
-        return base.per_sample(table.to(timesteps.device)[timesteps], z)
+    def _at(self, table: str, timesteps: Tensor, z: Tensor) -> Tensor:
+        return base.per_sample(self._tables_on(timesteps.device)[table][timesteps], z)
+
+    def _tables_on(self, device: torch.device) -> dict[str, Tensor]:
+        """The tables by timestep, which are copied to a device once."""
+        if device not in self._by_device:
+            self._by_device[device] = {name: to_device(table, device) for name, table in self._tables.items()}
+        return self._by_device[device]
+
+    @cached_property
+    def _by_device(self) -> dict[torch.device, dict[str, Tensor]]:
+        return {}
+
+    @cached_property
+    def _tables(self) -> dict[str, Tensor]:
+        """[steps] fp64 each.
+
+        signal, sigma: of x_t. snr: their ratio, squared. low, high: bounds of the reverse steps' log-variance. slope:
+        the mean of a reverse step is linear in the predicted latents, and these in the prediction; this is the distance
+        of the means per error.
+        """
+        betas, alphas_cumprod = self.betas, self.alphas_cumprod
+        previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+        posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
+        posterior_variance[0] = posterior_variance[1]  # else 0, which has no logarithm
+        root = alphas_cumprod if self.prediction == "epsilon" else 1
+        return {
+            "signal": alphas_cumprod.sqrt(),
+            "sigma": (1 - alphas_cumprod).sqrt(),
+            "snr": alphas_cumprod / (1 - alphas_cumprod),
+            "low": posterior_variance.log(),
+            "high": betas.log(),
+            "slope": betas * (previous / (1 - alphas_cumprod) / root).sqrt(),
+        }

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.errors import UserError
+from vae3d.layout import place
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.spatial import UNKNOWN_FACTOR
 from vae3d.pixels import RANGES, TOLERANCE, PixelError, check_latents, quantize, value_range
 from vae3d.precision import no_tf32
 from vae3d.seeding import Generators, randn_like
+from vae3d.transfer import to_device
 from vae3d.types import Delta
 
 MODES = ("sample", "mean")
@@ -40,8 +42,8 @@ class LatentCodec:
     weights no longer require gradients.
 
     pixel_range: of input and output: uint8 (torch.uint8, 0 to 255), unit ([0, 1]) or signed ([-1, 1]).
-    dtype: of the computation: torch.float32 (without TF32), or torch.bfloat16 or torch.float16 by autocast; autocast
-    outside of the codec has no effect. Moments and latents are fp32.
+    dtype: of the computation: torch.float32, or torch.bfloat16 or torch.float16 by autocast; autocast outside of the
+    codec has no effect. Moments and latents are fp32. tf32: in float32, leave TF32 as it is set; by default it is off.
     chunk_frames: about how many frames to code at once, at least one latent frame; None: as many as the model's stream
     takes. It changes memory, not results. Units of the model, such as the micro_frames of OpenSoraVAE, stay whole.
     config: `_target_` tree of the model, for the metadata of caches.
@@ -57,6 +59,7 @@ class LatentCodec:
         dtype: torch.dtype = torch.float32,
         chunk_frames: int | None = None,
         config: Mapping[str, Any] | None = None,
+        tf32: bool = False,
     ) -> None:
         if pixel_range not in RANGES:
             raise ValueError(f"pixel_range is {pixel_range!r}; use one of {', '.join(RANGES)}")
@@ -67,7 +70,7 @@ class LatentCodec:
         if not model.spec.latents_std and not next(model.parameters()).is_meta:
             raise UserError(f"the scaling factor of the latents is not known; {UNKNOWN_FACTOR}")
         self.model = model.eval().requires_grad_(False)
-        self.pixel_range, self.dtype, self.config = pixel_range, dtype, config
+        self.pixel_range, self.dtype, self.config, self.tf32 = pixel_range, dtype, config, tf32
         self._by_size = chunk_frames is None and getattr(model, "chunk_latents", 0) is None
         if chunk_frames is not None:
             _set_chunks(model, chunk_frames)
@@ -89,7 +92,7 @@ class LatentCodec:
         return next(self.model.parameters()).device
 
     def to(self, device: torch.device | str) -> LatentCodec:
-        self.model.to(device)
+        place(self.model, device)
         return self
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -152,6 +155,9 @@ class LatentCodec:
         video = pixels.to(self.device)
         if (video.dtype == torch.uint8) != (self.pixel_range == "uint8"):
             raise PixelError(f"pixels are {video.dtype}, but pixel_range={self.pixel_range} is declared")
+        if self.pixel_range == "uint8":  # bit-equal to ClipBatch.to
+            video = video.float() / 127.5 - 1
+            return video if video.ndim == 5 else video.unsqueeze(2)
         video = video.float()
         low, high = RANGES[self.pixel_range]
         measured = value_range(video)
@@ -162,7 +168,7 @@ class LatentCodec:
                 f"[{low:g}, {high:g}]; use one of {', '.join(RANGES)}"
             )
         if self.pixel_range != "signed":
-            video = video / (high / 2) - 1  # bit-equal to ClipBatch.to
+            video = video / (high / 2) - 1
         return video if video.ndim == 5 else video.unsqueeze(2)
 
     def from_video(self, video: Tensor) -> Tensor:
@@ -177,7 +183,7 @@ class LatentCodec:
 
     def latents_std(self, like: Tensor) -> Tensor:
         """Standard deviation of the raw latents, [C, 1, 1, 1], with device and dtype of `like`."""
-        return torch.tensor(self.model.spec.latents_std, device=like.device, dtype=like.dtype)[:, None, None, None]
+        return to_device(torch.tensor(self.model.spec.latents_std, dtype=like.dtype), like.device)[:, None, None, None]
 
     @contextmanager
     def _precision_and_chunks(self, height: int, width: int) -> Iterator[None]:
@@ -187,7 +193,7 @@ class LatentCodec:
             self.model.chunk_latents = self.model.stream(height, width).chunk_latents
         half = self.dtype != torch.float32
         autocast = torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
-        with nullcontext() if half else no_tf32(), autocast:
+        with nullcontext() if half or self.tf32 else no_tf32(), autocast:
             yield
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vae3d.layout import place
 from vae3d.losses.pixel_weights import PixelWeight, mean_one
 from vae3d.precision import autocast_off
 from vae3d.pretrained import weights
@@ -82,7 +83,7 @@ class NetworkTerm(Term):
 
     def load(self, device: torch.device | str) -> None:
         if self.network is not None:
-            self.network.load(self.path).to(device)
+            place(self.network.load(self.path), device)
 
 
 @dataclass(frozen=True)

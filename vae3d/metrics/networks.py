@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from vae3d.layout import place
 from vae3d.metrics.base import Chunk
 from vae3d.pretrained import i3d, inception, lpips, pwcnet, raft
 
@@ -42,7 +43,7 @@ class Networks:
 
     def _load_once(self, key: str, load: Callable[[], nn.Module]) -> nn.Module:
         if key not in self._loaded:
-            self._loaded[key] = load().to(self.device)
+            self._loaded[key] = place(load(), self.device)
         return self._loaded[key]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol, TypedDict
@@ -25,6 +27,7 @@ from vae3d.restore import check_like
 from vae3d.training.failures import FailureCounter, SpikeError
 from vae3d.training.memory import catch_out_of_memory
 from vae3d.training.runlog import RunLog
+from vae3d.transfer import host_copy
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
@@ -63,7 +66,11 @@ class Checkpointer:
     that is applied. So a step was applied after every checkpoint but the newest. Exceptions: the end of a run is saved
     unless its last steps were not finite, and an error saves unless the spike guard skipped the steps before it.
 
-    outputs, final_outputs: called with a step. metadata: written to run.json.
+    With trainer.async_mode=async, saving copies all state to host memory and returns. A thread of each rank writes its
+    files. The status of each step says whether one still writes; once none does, all begin the next stage together, in
+    `advance`, or report the error then. One checkpoint is written at a time: the next one, and the end of a run, wait.
+
+    outputs, final_outputs: called with a step; outputs also with a copy of the state. metadata: written to run.json.
     """
 
     def __init__(
@@ -73,7 +80,7 @@ class Checkpointer:
         config: TrainConfig | DiffusionConfig,
         run_log: RunLog,
         *,
-        outputs: Callable[[int], Outputs],
+        outputs: Callable[..., Outputs],
         final_outputs: Callable[[int], Outputs],
         metadata: Mapping[str, Any],
     ) -> None:
@@ -93,17 +100,30 @@ class Checkpointer:
         self.items: dict[str, Stateful] = {}
         self.strict: set[str] = set()
         self.optional_rank_state: set[str] = set()
+        self.uncopied_rank_state: set[str] = set()
+        self.asynchronous = config.trainer.async_mode == "async"
+        self.pending: _Save | None = None
         self.due = False
         self.last_saved = -1  # step of the newest checkpoint that this process wrote
         self.last_applied = -1  # number of steps after the last one that this process applied
 
-    def register(self, name: str, item: Stateful, *, strict: bool = False, optional_rank_state: bool = False) -> None:
+    def register(
+        self,
+        name: str,
+        item: Stateful,
+        *,
+        strict: bool = False,
+        optional_rank_state: bool = False,
+        copy_rank_state: bool = True,
+    ) -> None:
         """Save and load `item` under `name`.
 
         strict: a saved state must have the keys and shapes of the current one. optional_rank_state: its rank state may
-        be missing, as in a lone state file.
+        be missing, as in a lone state file. copy_rank_state: False if training replaces its tensors and never changes
+        them, so that an asynchronous save needs no copy.
         """
         self.items[name] = item
+        self.uncopied_rank_state |= set() if copy_rank_state else {name}
         self.strict |= {name} if strict else set()
         self.optional_rank_state |= {name} if optional_rank_state else set()
 
@@ -172,22 +192,69 @@ class Checkpointer:
         Raises SaveError at the end, TooManyFailures after too many failures.
         """
         self.due = False
+        self.wait()
+        if self.asynchronous and not end:
+            self._record(self._begin(step))
+            return
         try:
             self._write(step)
         except SaveError as error:
             if end:
                 raise
+            self._record(error)
+        else:
+            self._saved(step)
+
+    def _record(self, error: SaveError | None) -> None:
+        """Count a failed save, after which training continues. Raises TooManyFailures."""
+        if error is not None:
             self.log.warn(f"{error.what}; training goes on")
             self.failures.record(str(error))
+
+    def _saved(self, step: int) -> None:
+        self.last_saved = step
+        self.failures.reset()
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes files of an asynchronous save."""
+        return self.pending is not None and self.pending.running
+
+    def advance(self, *, saving: bool) -> None:
+        """Begin the next stage of an asynchronous save once all ranks have finished the last one.
+
+        saving: whether a rank was still writing, equal on all ranks. Raises TooManyFailures after too many failures.
+        """
+        if self.pending is not None and not saving:
+            self._record(self._next_stage())
+
+    def wait(self) -> None:
+        """Finish an asynchronous save. Every rank must call it. Raises TooManyFailures after too many failures."""
+        while self.pending is not None:
+            self._record(self._next_stage())
+
+    def close(self) -> None:
+        """Finish an asynchronous save as far as this rank can by itself, after an error on any rank.
+
+        With several ranks only the files of the current stage are written, and the next start removes them.
+        """
+        if self.pending is None:
+            return
+        if not distributed.is_distributed():
+            while self.pending is not None:
+                if (error := self._next_stage()) is not None:
+                    self.log.warn(str(error))
         else:
-            self.last_saved = step
-            self.failures.reset()
+            self.pending.join()
 
     def save_then_raise(self, error: UserError, step: int, skipped: int) -> NoReturn:
         """End the run with `error`, on all ranks, after saving the finished steps. Adds to the message what is saved.
 
         skipped: consecutive steps that the spike guard skipped up to here; if there are any, nothing is saved.
         """
+        while self.pending is not None:
+            if (failed := self._next_stage()) is not None:
+                self.log.warn(failed.what)
         if skipped:
             error.args = (f"{error}{self.recovery_hint()}",)
         elif self.save_every and step:
@@ -213,29 +280,92 @@ class Checkpointer:
 
         Raises SaveError, on all ranks, if the disk of any rank fails or its memory runs out.
         """
-        unfinished = state.unfinished(self.root, step)
-        outputs = self._outputs(step)
+        unfinished, outputs = state.unfinished(self.root, step), self._outputs(step)
 
         def write() -> None:
-            if self.main:
-                shared = {name: item.state_dict() for name, item in self.items.items()}
-                state.write(unfinished, {"step": step, **shared}, self.config)
-            per_rank = {name: i.rank_state_dict() for name, i in self.items.items() if hasattr(i, "rank_state_dict")}
-            if own := {name: part for name, part in per_rank.items() if part}:
-                state.write_rank(unfinished, self.rank, own)
+            self._write_state(step, self._shared_state() if self.main else None, self._own_state())
 
-        def commit() -> None:
-            for path in outputs:  # left by an older checkpoint of this step
-                remove(path)
-            state.commit(unfinished, self.root, step, self.config, self.metadata)
-
-        for stage, runs in ((lambda: state.begin(unfinished), self.main), (write, True), (commit, self.main)):
+        stages = (
+            (lambda: state.begin(unfinished), self.main),
+            (write, True),
+            (lambda: self._commit(step, outputs), self.main),
+        )
+        for stage, runs in stages:
             if reason := run_on_all_ranks(self.device, stage, runs):
-                if self.main:
-                    _try_to_remove(unfinished)
-                raise SaveError(f"no checkpoint of step {step}: {reason}", self._lost())
+                raise self._not_saved(step, reason)
         self._write_outputs(step, outputs)
         self.log.say(f"saved {step_folder(self.root, step).relative_to(self.folder)}")
+
+    def _shared_state(self) -> dict[str, Any]:
+        return {name: item.state_dict() for name, item in self.items.items()}
+
+    def _own_state(self) -> dict[str, Any]:
+        """Of this rank."""
+        per_rank = {name: i.rank_state_dict() for name, i in self.items.items() if hasattr(i, "rank_state_dict")}
+        return {name: part for name, part in per_rank.items() if part}
+
+    def _write_state(self, step: int, shared: Mapping[str, Any] | None, own: Mapping[str, Any]) -> None:
+        """Write what this rank writes of an unfinished checkpoint."""
+        folder = state.unfinished(self.root, step)
+        if shared is not None:
+            state.write(folder, {"step": step, **shared}, self.config)
+        if own:
+            state.write_rank(folder, self.rank, own)
+
+    def _commit(self, step: int, outputs: Outputs) -> None:
+        for path in outputs:  # left by an older checkpoint of this step
+            remove(path)
+        state.commit(state.unfinished(self.root, step), self.root, step, self.config, self.metadata)
+
+    def _not_saved(self, step: int, reason: str) -> SaveError:
+        if self.main:
+            _try_to_remove(state.unfinished(self.root, step))
+        return SaveError(f"no checkpoint of step {step}: {reason}", self._lost())
+
+    # ---- asynchronous saves
+
+    def _begin(self, step: int) -> SaveError | None:
+        """Copy all state to host memory and begin to write it. Returns the error if that fails on any rank."""
+        copies: dict[str, Any] = {}
+
+        def copy() -> None:
+            if self.main:
+                state.begin(state.unfinished(self.root, step))
+                copies["shared"] = host_copy(self._shared_state())
+                copies["outputs"] = self.outputs(step, copies["shared"])
+            own = self._own_state()
+            kept = {name: part for name, part in own.items() if name in self.uncopied_rank_state}
+            copies["own"] = host_copy({name: part for name, part in own.items() if name not in kept}) | kept
+
+        if reason := run_on_all_ranks(self.device, copy):
+            return self._not_saved(step, reason)
+        shared, own, outputs = copies.get("shared"), copies["own"], copies.get("outputs", {})
+        stages = [lambda: self._write_state(step, shared, own)]
+        if self.main:
+            stages += [lambda: self._commit(step, outputs), lambda: self._write_missing(step, outputs)]
+        else:
+            stages += [lambda: None, lambda: None]
+        self.pending = _Save(step, stages)
+        return None
+
+    def _next_stage(self) -> SaveError | None:
+        """Wait for the current stage of the pending save and begin the next. Returns the error if a rank had one.
+
+        Every rank must call it.
+        """
+        save = self.pending
+        reason = run_on_all_ranks(self.device, save.result)
+        if reason is None and save.stages:
+            save.start()
+            return None
+        self.pending = None
+        if reason is None:
+            self._saved(save.step)
+            self.log.say(f"saved {step_folder(self.root, save.step).relative_to(self.folder)}")
+            return None
+        if save.stages:
+            return self._not_saved(save.step, reason)
+        return self._outputs_missing(save.step, reason)
 
     def complete_newest(self, step: int) -> None:
         """At the start of a run, remove what a killed process left and write missing outputs of the newest checkpoint.
@@ -278,27 +408,56 @@ class Checkpointer:
     def _write_outputs(self, step: int, outputs: Outputs) -> None:
         """Write the missing outputs and delete what exceeds `keep`, on the first rank. Raises SaveError on all."""
 
-        def write() -> None:
-            for path, writer in outputs.items():
-                if not path.exists():
-                    writer(path)
-            state.prune(self.folder / "exports", self.keep)
-            for old in state.superseded(self.root, self.keep):
-                for path in self.outputs(old):
-                    remove(path)
-                state.discard(self.root, old)
+        if reason := run_on_all_ranks(self.device, lambda: self._write_missing(step, outputs), self.main):
+            raise self._outputs_missing(step, reason)
 
-        if reason := run_on_all_ranks(self.device, write, self.main):
-            raise SaveError(
-                f"{step_folder(self.root, step)} is complete, but its outputs are not: {reason}",
-                "free disk space or memory, then run the same command again: it writes what is missing",
-            )
+    def _write_missing(self, step: int, outputs: Outputs) -> None:
+        for path, writer in outputs.items():
+            if not path.exists():
+                writer(path)
+        state.prune(self.folder / "exports", self.keep)
+        for old in state.superseded(self.root, self.keep):
+            for path in self.outputs(old):
+                remove(path)
+            state.discard(self.root, old)
+
+    def _outputs_missing(self, step: int, reason: str) -> SaveError:
+        return SaveError(
+            f"{step_folder(self.root, step)} is complete, but its outputs are not: {reason}",
+            "free disk space or memory, then run the same command again: it writes what is missing",
+        )
 
     def _lost(self) -> str:
         newest = state.latest_state(self.root)
         since = "all steps since the start" if newest is None else f"the steps after step {state.step_of(newest)}"
         resumes = "starts from the beginning" if newest is None else f"resumes from {newest}"
         return f"{since} are lost; free disk space or memory, then run the same command again: it {resumes}"
+
+
+class _Save:
+    """An asynchronous save on this rank: its stages, of which one at a time runs in a thread."""
+
+    def __init__(self, step: int, stages: list[Callable[[], None]]) -> None:
+        self.step, self.stages = step, stages
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.start()
+
+    def start(self) -> None:
+        """Begin the next stage."""
+        self.current = self.thread.submit(self.stages.pop(0))
+        if not self.stages:
+            self.thread.shutdown(wait=False)
+
+    @property
+    def running(self) -> bool:
+        return not self.current.done()
+
+    def join(self) -> None:
+        futures.wait([self.current])
+
+    def result(self) -> None:
+        """Wait for the stage. Raises what it raised."""
+        self.current.result()
 
 
 def _load_item(checkpoint: Path, name: str, load: Callable[[Any], object], item_state: Any) -> None:

@@ -138,9 +138,9 @@ class DeepSpeedZero(Strategy):
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Nothing: optimizer.step clips."""
-        return torch.zeros(())
+        return torch.zeros((), device=self.accelerator.device)
 
-    def skips_overflow(self) -> bool:
+    def skips_overflow(self, loss_scale: float | None) -> bool:
         return True
 
     def finish_step(self, grad_norm: float) -> tuple[bool, float]:

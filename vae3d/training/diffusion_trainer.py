@@ -25,6 +25,8 @@ from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import decoded, sample_latents
 from vae3d.inference.pictures import captioned, displayable, grid
 from vae3d.inference.scale import check_normalised
+from vae3d.layout import place
+from vae3d.optim import can_fuse
 from vae3d.seeding import generator_of
 from vae3d.training.ema import MultiEma
 from vae3d.training.failures import Count, SpikeGuard
@@ -32,6 +34,7 @@ from vae3d.training.loggers import Loggers
 from vae3d.training.step_status import StepMetrics
 from vae3d.training.strategy import ReplicatedDataParallel
 from vae3d.training.trainer import Trainer, adamw
+from vae3d.transfer import to_device
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
@@ -63,8 +66,8 @@ class DiffusionTrainer(Trainer[Batch]):
         hint: str,
     ) -> None:
         self.process, self.vae, self.hint = process, vae, hint
-        network = network.to(accelerator.device)
-        optimizer = adamw(network.parameters(), config.optim, fused=accelerator.device.type == "cuda")
+        network = place(network, accelerator.device)
+        optimizer = adamw(network.parameters(), config.optim, fused=can_fuse(accelerator.device))
         super().__init__(
             config,
             folder,
@@ -113,8 +116,10 @@ class DiffusionTrainer(Trainer[Batch]):
                 generator_of(self.config.run.seed, step, position, "diffusion", device=self.device)
                 for position in batch.positions
             ]
-            classes = self.network.num_classes
-            labels = drop_labels(batch.labels, self.config.label_dropout, classes, generators) if classes else None
+            classes, labels = self.network.num_classes, None
+            if classes:
+                labels = to_device(batch.labels, self.device)
+                labels = drop_labels(labels, self.config.label_dropout, classes, generators)
             with self.accelerator.autocast():
                 losses = training_losses(self.network, self.process, z, generators, labels)
             loss = losses["loss"].mean()
@@ -240,8 +245,19 @@ class DiffusionTrainer(Trainer[Batch]):
         for rate, ema in self.ema.rates.items():
             with ema.applied():
                 weights[rate] = {name: tensor.cpu().clone() for name, tensor in self.network.state_dict().items()}
-        metadata = {
-            "step": self.step,
+        write_export(folder, self._export_metadata(self.step, **info), weights)
+
+    def export_of(self, step: int, saved: Mapping[str, Any]) -> Callable[[Path], None]:
+        weights = {
+            rate: {**saved["model"], **ema.in_state_dict(self.network, saved["ema"][f"{rate:g}"])}
+            for rate, ema in self.ema.rates.items()
+        }
+        metadata = self._export_metadata(step)
+        return lambda folder: write_export(folder, metadata, weights)
+
+    def _export_metadata(self, step: int, **info: Any) -> dict[str, Any]:
+        return {
+            "step": step,
             "network": self.network.config,
             "process": self.config.process,
             "latent_shape": list(self.data.latent_shape),
@@ -253,7 +269,6 @@ class DiffusionTrainer(Trainer[Batch]):
             "latents": self.latents.scale,
             **info,
         }
-        write_export(folder, metadata, weights)
 
 
 class _Scale(TypedDict):

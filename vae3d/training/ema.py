@@ -64,6 +64,15 @@ class Ema:
             else:
                 p.data, self.shadow[name] = self.shadow[name], p.data
 
+    def in_state_dict(self, model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The averages of `state`, a state_dict of this object, under the keys of the model's state_dict.
+
+        A parameter that the model has under two names is there under both.
+        """
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        entries = model.state_dict(keep_vars=True).items()
+        return {key: state[names[value]] for key, value in entries if value in names}
+
     def state_dict(self) -> dict[str, Tensor]:
         self._wait()
         return dict(self.shadow)

@@ -40,10 +40,12 @@ def preflight(trainer: Trainer[ClipBatch]) -> None:
 
         with strategy.no_update():
             error = strategy.run_guarded(run)
-            adversary.sync_remaining(step, 1)
-            status = trainer.sync_status(metrics, error)
+            adversary_error = adversary.sync_remaining(step, 1)
+            status = trainer.sync_status(metrics, error, adversary_error)
             params_without_grad = strategy.params_without_grad() if status.completed and phase.model else []
         adversary.reset_step()
+        if status.adversary_error:
+            adversary.raise_error()
         check_status(status, error, metrics, "x".join(map(str, batch.video.shape)))
         if params_without_grad:
             raise PartError(
@@ -69,7 +71,7 @@ def check_status(status: StepStatus, error: str | None, metrics: StepMetrics, sh
             "model.gradient_checkpointing=true if the model has it"
         )
     if not status.finite:
-        losses = ", ".join(f"{name} {value:.4g}" for name, value in metrics.means().items() if "/" in name)
+        losses = ", ".join(f"{name} {value.item():.4g}" for name, value in metrics.means().items() if "/" in name)
         raise PreflightError(
             f"a micro-batch of {shape} of noise gives a loss that is not finite: {losses}; check the first such term"
         )

@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Annotated, NamedTuple
 
@@ -25,6 +25,7 @@ from vae3d.data.media import DataError
 from vae3d.distributed import RanksDiffer
 from vae3d.errors import UserError
 from vae3d.training.failures import SpikeGuard
+from vae3d.transfer import host_buffer, read
 
 
 class StepMetrics:
@@ -51,19 +52,9 @@ class StepMetrics:
             losses["largest_discriminator"] = torch.stack(self._values["loss_discriminator"]).max()
         return losses
 
-    def means(self) -> dict[str, float]:
-        return {name: float(torch.stack(values).mean()) for name, values in self._values.items()}
-
-    def reduce(self, **equal: Tensor) -> dict[str, float]:
-        """Means over micro-batches and ranks, in one all-reduce and one transfer. All ranks need the same names.
-
-        equal: further scalars, which are equal on all ranks.
-        """
-        means = torch.stack([torch.stack(self._values[name]).mean() for name in self.names])
-        distributed.all_reduce_mean([means])
-        packed = torch.cat([means, *(value.reshape(1).to(means.device) for value in equal.values())])
-        values = dict(zip([*self.names, *equal], packed.tolist(), strict=True))
-        return {name: values[name] for name in [*self._values, *equal]}
+    def means(self) -> dict[str, Tensor]:
+        """By name, the mean over micro-batches, a scalar on the device."""
+        return {name: torch.stack(values).mean() for name, values in self._values.items()}
 
 
 class MeanMeter:
@@ -111,7 +102,8 @@ class StepStatus:
     out_of_memory, unreadable: ranks that could not complete the step. no_data: ranks whose data loader failed.
     not_finite: ranks with a loss, also of the discriminator, that is NaN or infinite. stop: signal that a rank
     received, or 0. read_errors: number of failed reads. mismatch: a gradient or metric that only some ranks have, and
-    which ranks; empty if there is none.
+    which ranks; empty if there is none. metrics: means over ranks; meaningless unless `completed`. adversary_error:
+    see Adversary.raise_error. saving: whether a rank is still writing a checkpoint.
     """
 
     loss: float
@@ -123,6 +115,9 @@ class StepStatus:
     stop: int
     read_errors: int
     mismatch: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    adversary_error: bool = False
+    saving: bool = False
 
     @property
     def completed(self) -> bool:
@@ -191,32 +186,62 @@ class StepResult:
 
 
 class StatusTable:
-    """One row per rank in a table that one all-reduce fills.
+    """One row per rank, and the sums of all metrics, in a tensor that one all-reduce fills and one copy reads.
 
-    It is the only collective of a step that is not finite, unless an adversary or DeepSpeed has its own. The table is
-    allocated once: a rank that is out of memory could not allocate it.
+    It is the only collective of a step that is not finite, unless an adversary or DeepSpeed has its own. The tensor is
+    allocated once: a rank that is out of memory could not allocate it, and one with fewer metrics must still give a
+    tensor of the same size. So a step has room for MAX_METRICS of them.
     """
 
     LOSSES = ("loss", "largest", "largest_discriminator")
-    COLUMNS = (*LOSSES, "out_of_memory", "unreadable", "no_data", "stop", "read_errors", "names")
+    COLUMNS = (*LOSSES, "adversary_error", "out_of_memory", "unreadable", "no_data", "stop", "read_errors", "saving")
+    COLUMNS += ("names",)
+    MAX_METRICS = 512
 
     def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
-        self.rank = rank
-        self.table = torch.zeros(world_size, len(self.COLUMNS), device=device, dtype=torch.float64)
+        rows = world_size * len(self.COLUMNS)
+        self.packed = torch.zeros(rows + self.MAX_METRICS, device=device, dtype=torch.float64)
+        self.row = self.packed[:rows].view(world_size, -1)[rank]
+        self.sums = self.packed[rows:]
+        self.world_size = world_size
+        self.host_row = host_buffer(self.row.shape, self.row.dtype, device)
 
-    def sync(self, losses: Mapping[str, Tensor], names: Sequence[str], **columns: float) -> StepStatus:
-        """All-reduce this rank's row, and read all rows. Every rank must call it.
+    def sync(
+        self,
+        on_device: Mapping[str, Tensor],
+        names: Sequence[str],
+        metrics: Mapping[str, Tensor] | None = None,
+        **columns: float,
+    ) -> StepStatus:
+        """All-reduce this rank's row and metrics, and read those of all. Every rank must call it.
 
-        losses: columns that are on the device. columns: the others, if they are not 0. names: of gradients and metrics,
-        which must be equal on all ranks that finish the step.
+        on_device: columns that are on the device. columns: the others, if they are not 0. metrics: scalars on the
+        device. names: of gradients and metrics, which must be equal on all ranks that finish the step.
+        Raises ValueError for more than MAX_METRICS metrics.
         """
-        row = self.table.zero_()[self.rank]
+        metrics = metrics or {}
+        if len(metrics) > self.MAX_METRICS:
+            raise ValueError(
+                f"a step has {len(metrics)} metrics, and at most {self.MAX_METRICS} can be averaged over ranks"
+            )
+        self.packed.zero_()
         values = {**dict.fromkeys(self.COLUMNS, 0.0), "names": _digest(names), **columns}
-        row.copy_(torch.tensor([float(value) for value in values.values()], dtype=torch.float64), non_blocking=True)
-        for column, loss in losses.items():
-            row[self.COLUMNS.index(column)] = loss
-        distributed.all_reduce_sum(self.table)
-        ranks = dict(zip(self.COLUMNS, zip(*self.table.tolist(), strict=True), strict=True))
+        # The device has read this buffer: the last step waited for what followed.
+        self.host_row.copy_(torch.tensor([float(value) for value in values.values()], dtype=torch.float64))
+        self.row.copy_(self.host_row, non_blocking=True)
+        for column, value in on_device.items():
+            self.row[self.COLUMNS.index(column)] = value
+        if metrics:
+            self.sums[: len(metrics)] = torch.stack([metrics[name] for name in sorted(metrics)])
+        distributed.all_reduce_sum(self.packed)
+
+        numbers, width = read(self.packed), len(self.COLUMNS)
+        rows = [numbers[rank * width : (rank + 1) * width] for rank in range(self.world_size)]
+        ranks = dict(zip(self.COLUMNS, zip(*rows, strict=True), strict=True))
+        sums = numbers[self.world_size * width :][: len(metrics)]
+        means = dict(
+            zip(sorted(metrics), (torch.tensor(sums, dtype=torch.float32) / self.world_size).tolist(), strict=True)
+        )
         losses_of_ranks = zip(*(ranks[column] for column in self.LOSSES), strict=True)
         status = StepStatus(
             loss=sum(ranks["loss"]) / len(ranks["loss"]),
@@ -227,6 +252,9 @@ class StatusTable:
             not_finite=_where(not all(map(math.isfinite, losses)) for losses in losses_of_ranks),
             stop=round(max(ranks["stop"])),
             read_errors=round(sum(ranks["read_errors"])),
+            metrics={name: means[name] for name in metrics},
+            adversary_error=any(ranks["adversary_error"]),
+            saving=any(ranks["saving"]),
         )
         if status.completed and len(set(ranks["names"])) > 1:
             return dataclasses.replace(status, mismatch=_mismatch(names))

@@ -58,8 +58,12 @@ class Strategy(ABC):
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Returns the norm before clipping, on the device; 0 if it is known after finish_step only."""
 
+    def loss_scale(self) -> dict[str, Tensor]:
+        """loss_scale: the factor of an fp16 loss scaler, on the device; empty without one."""
+        return {}
+
     @abstractmethod
-    def skips_overflow(self) -> bool:
+    def skips_overflow(self, loss_scale: float | None) -> bool:
         """Whether optimizer.step leaves the weights as they are if a gradient is not finite."""
 
     @abstractmethod
@@ -145,10 +149,13 @@ class ReplicatedDataParallel(Strategy):
         # Accelerate's own would unscale fp16 gradients, which are unscaled already.
         return nn.utils.clip_grad_norm_(self.parameters, max_norm)
 
-    def skips_overflow(self) -> bool:
-        """An fp16 loss scaler does, and lowers its scale; at 1 that cannot help any more."""
+    def loss_scale(self) -> dict[str, Tensor]:
         scaler = self.accelerator.scaler
-        return scaler is not None and scaler.get_scale() > 1
+        return {} if scaler is None else {"loss_scale": scaler._get_scale_async()}  # get_scale() waits for the device
+
+    def skips_overflow(self, loss_scale: float | None) -> bool:
+        """An fp16 loss scaler does, and lowers its scale; at 1 that cannot help any more."""
+        return loss_scale is not None and loss_scale > 1
 
     def finish_step(self, grad_norm: float) -> tuple[bool, float]:
         self._unscaled = False

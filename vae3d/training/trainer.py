@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -36,12 +37,14 @@ from vae3d.training.proximal import Proximal
 from vae3d.training.runlog import RunLog, StopRequest, stop_signals
 from vae3d.training.step_status import MeanMeter, StatusTable, StepMetrics, StepResult, StepStatus
 from vae3d.training.strategy import ScalerState, Strategy
+from vae3d.transfer import read
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
     from vae3d.config.schema import Optim, TrainConfig
 
 MIN_GRAD_NORM = 1e-12  # below it a gradient counts as zero
+STEP_TIMEOUT = timedelta(minutes=10)  # of a step's collectives, beside the time that a rank may wait for data
 
 Batch = TypeVar("Batch")
 T = TypeVar("T")
@@ -156,6 +159,10 @@ class Trainer(ABC, Generic[Batch]):
         """Write the averaged weights. info: more entries for the export's metadata."""
 
     @abstractmethod
+    def export_of(self, step: int, saved: Mapping[str, Any]) -> Callable[[Path], None]:
+        """A function that exports the averaged weights of `saved`, see `outputs`."""
+
+    @abstractmethod
     def check_same_run(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
         """Settings that changed since `checkpoint`, key -> (old, new). Raises ResumeError for a different run."""
 
@@ -169,9 +176,14 @@ class Trainer(ABC, Generic[Batch]):
         """Yields a function to call after every step."""
         return nullcontext(lambda: None)
 
-    def outputs(self, step: int) -> Outputs:
-        """Files that belong to the checkpoint of `step`: path -> function that writes it."""
-        return {step_folder(self.folder / "exports", step): self.export}
+    def outputs(self, step: int, saved: Mapping[str, Any] | None = None) -> Outputs:
+        """Files that belong to the checkpoint of `step`: path -> function that writes it.
+
+        saved: a copy of the checkpoint, by registered name, from which to write, in another thread, while training goes
+        on; None: of the current weights. Whatever needs the network is then computed before this returns.
+        """
+        path = step_folder(self.folder / "exports", step)
+        return {path: self.export if saved is None else self.export_of(step, saved)}
 
     def final_outputs(self, step: int) -> Outputs:
         """Files to write after the last step, which are never pruned."""
@@ -229,18 +241,24 @@ class Trainer(ABC, Generic[Batch]):
                 finally:
                     self.stopped_by = self.stopped_by or request.signum  # a signal during the last save counts
         finally:
+            self.checkpointer.close()
             self.log.close(failed=sys.exc_info()[0] is not None)
         return self.step >= last
 
     def _train(self, request: StopRequest, last: int, profiler_step: Callable[[], object]) -> None:
         batches = self.load_batches(lambda: bool(request.signum))
+        first, timeout = self.step, self.step_timeout
         self.reset_timer()
         while self.step < last and not self.stopped_by:
             micro_batches, data_error = next_batches(batches, self.config.trainer.accumulate)
             result = self.train_step(micro_batches, request.signum, data_error)
             if self.step < last and self.spikes.consecutive_skips == 0:  # else the weights to save might be NaN
                 self.stopped_by = result.status.stop
-            self.log_validate_save(result)
+            if self.step == first + 1:  # kernels are compiled and chosen, and the first batch has been read
+                distributed.shorten_timeout(timeout)
+            with distributed.long_timeout(timeout) if self.stands_still() else nullcontext():
+                self.checkpointer.advance(saving=result.status.saving)
+                self.log_validate_save(result)
             profiler_step()
         if self.stopped_by:
             saved = "the same command resumes from there" if self.config.trainer.save_every else "nothing is saved"
@@ -269,31 +287,42 @@ class Trainer(ABC, Generic[Batch]):
             out_of_memory = self.strategy.run_guarded(lambda: self.forward_backward(batches, phase, step, metrics))
         else:
             self.strategy.skip_local()
-        self.adversary.sync_remaining(step, self.config.trainer.accumulate)
+        adversary_error = self.adversary.sync_remaining(step, self.config.trainer.accumulate)
 
-        # One small all-reduce, after which all ranks make the same decisions.
+        # One small all-reduce, after which all ranks make the same decisions. The host waits for the device here, and
+        # for the gradient norms: what follows must read nothing else.
         errors = [error for batch in batches for error in batch.errors]
         self.log.errors(errors)
         status = self.sync_status(
             metrics,
             out_of_memory,
+            adversary_error,
             unreadable=not readable,
             no_data=data_error is not None,
             stop=stop,
             read_errors=len(errors),
+            saving=self.checkpointer.writing,
         )
+        if status.adversary_error:
+            self.adversary.raise_error()
         averages: dict[str, float] = {}
+        scalars: dict[str, float] = {}
         if status.finite:
-            norm: dict[str, Tensor] = {}
+            on_device: dict[str, Tensor] = {}
             if phase.model:
                 self.strategy.average_gradients()
                 self.proximal.add_gradient()
-                norm["grad_norm"] = self.strategy.clip_gradients(self.config.optim.grad_clip)
-            averages = {**metrics.reduce(**norm), "loss_max": status.worst}
+                on_device["grad_norm"] = self.strategy.clip_gradients(self.config.optim.grad_clip)
+                on_device |= self.strategy.loss_scale()
+            if phase.discriminator:
+                on_device["discriminator"] = self.adversary.average_gradients()
+            values = read(torch.stack([value.double() for value in on_device.values()]))
+            scalars = dict(zip(on_device, values, strict=True))
+            averages = {**status.metrics, **({"grad_norm": scalars["grad_norm"]} if phase.model else {})}
+            averages["loss_max"] = status.worst
         grad_norm = averages.get("grad_norm")
-        decision = status.decide(
-            None if self.strategy.skips_overflow() else grad_norm, self.spikes if phase.model else None
-        )
+        skips_overflow = self.strategy.skips_overflow(scalars.get("loss_scale"))
+        decision = status.decide(None if skips_overflow else grad_norm, self.spikes if phase.model else None)
 
         applied, reason = decision.apply, decision.reason
         if applied and phase.model:
@@ -306,7 +335,7 @@ class Trainer(ABC, Generic[Batch]):
         else:
             self.strategy.discard_gradients()
         if applied and phase.discriminator:
-            self.adversary.step()
+            self.adversary.step(scalars["discriminator"])
         elif not applied:
             self.adversary.reset_step()
 
@@ -323,19 +352,29 @@ class Trainer(ABC, Generic[Batch]):
         self.count_failures(result)
         return result
 
-    def sync_status(self, metrics: StepMetrics, out_of_memory: str | None, **columns: float) -> StepStatus:
-        """All-reduce how the step went on each rank.
+    def sync_status(
+        self,
+        metrics: StepMetrics,
+        out_of_memory: str | None,
+        adversary_error: Tensor | None = None,
+        **columns: float,
+    ) -> StepStatus:
+        """All-reduce and read how the step went on each rank, and its metrics.
 
-        out_of_memory: the error message, if memory ran out here. columns: further ones of StatusTable.
+        out_of_memory: the error message, if memory ran out here. adversary_error: see Adversary.sync_remaining.
+        columns: further ones of StatusTable.
         """
         names = [f"a gradient of {name}" for name in self.strategy.params_with_grad()]
         names += [f"the metric {name}" for name in metrics.names]
-        losses = {} if out_of_memory else metrics.losses()
-        return self.status_table.sync(losses, names, out_of_memory=out_of_memory is not None, **columns)
+        on_device = {} if out_of_memory else metrics.losses()
+        if adversary_error is not None:
+            on_device["adversary_error"] = adversary_error
+        means = {} if out_of_memory else metrics.means()
+        return self.status_table.sync(on_device, names, means, out_of_memory=out_of_memory is not None, **columns)
 
     def log_own_failure(self, batches: Sequence[Batch], metrics: StepMetrics, out_of_memory: str | None) -> None:
         """Log, on any rank, the error message or the losses for which a step is skipped, and this rank's clips."""
-        values = {} if out_of_memory else metrics.means()
+        values = {} if out_of_memory else {name: value.item() for name, value in metrics.means().items()}
         not_finite = {name: value for name, value in values.items() if not math.isfinite(value)}
         losses = {name: value for name, value in values.items() if name.startswith("loss")}
         terms = ", ".join(f"{name} {value:g}" for name, value in (not_finite or losses).items())
@@ -374,6 +413,19 @@ class Trainer(ABC, Generic[Batch]):
         except (DataError, TooManyFailures) as error:
             self.meter.add(result.metrics, applied=result.applied)
             self.checkpointer.save_then_raise(error, self.step, skipped)
+
+    @property
+    def step_timeout(self) -> timedelta:
+        """How long a rank waits for another in a step, in which that one may wait for data."""
+        data = self.config.data.timeout
+        return STEP_TIMEOUT + timedelta(seconds=data) if data else distributed.LONG_TIMEOUT
+
+    def stands_still(self) -> bool:
+        """Whether a rank may validate or save now, while the others wait."""
+        validation, save = self.config.validation.every, self.config.trainer.save_every
+        validates = validation and self.step % validation == 0
+        saves = save and (self.step % save == 0 or self.checkpointer.due)
+        return bool(validates or saves or self.step == self.config.trainer.max_steps or self.stopped_by)
 
     def log_validate_save(self, result: StepResult) -> None:
         """Log, validate and save, when due."""

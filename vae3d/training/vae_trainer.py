@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,12 @@ from vae3d.checkpoints.state import ResumeError
 from vae3d.data.clips import Unreadable
 from vae3d.data.loader import TrainingData
 from vae3d.inference.scale import ScaleError, longest_clips, measure, rescaled
+from vae3d.layout import place
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricError, MetricSet
 from vae3d.metrics.registry import resolve
 from vae3d.models.interface import attach_decoder
+from vae3d.optim import can_fuse
 from vae3d.training.checkpointer import BestExport, Outputs, step_folder
 from vae3d.training.deepspeed import DeepSpeedZero
 from vae3d.training.ema import Ema
@@ -67,7 +70,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
     ) -> None:
         self.objective, self.metrics, self.distillation = objective, metrics, distillation
         robust = config.trainer.robust
-        network = with_autocast(accelerator, network.to(accelerator.device))
+        network = with_autocast(accelerator, place(network, accelerator.device))
         groups = train_parts(network, config.stage.train)
         set_mode(network, config.stage.train)
         student, self.projections = network, nn.ModuleList()
@@ -85,7 +88,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         proximal = Proximal(network, config.optim.proximal)
         adversary.load(network, accelerator.device, config.run.seed, accelerator.process_index)
         replicated = config.trainer.strategy.name == "replicated"
-        fused = accelerator.device.type == "cuda" and replicated  # DeepSpeed may step on the CPU
+        fused = can_fuse(accelerator.device) and replicated  # DeepSpeed may step on another device
         optimizer = adamw(groups, config.optim, fused=fused)
         if replicated:
             strategy = ReplicatedDataParallel(accelerator, student, optimizer)
@@ -120,7 +123,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         self.checkpointer.register("objective", objective, strict=True)
         self.checkpointer.register("projections", self.projections, strict=True)
         self.checkpointer.register("proximal", proximal)
-        self.checkpointer.register("adversary", adversary, optional_rank_state=True)
+        self.checkpointer.register("adversary", adversary, optional_rank_state=True, copy_rank_state=False)
 
     def setup(self) -> None:
         super().setup()
@@ -223,14 +226,18 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
             )
         return changed
 
-    def outputs(self, step: int) -> Outputs:
+    def outputs(self, step: int, saved: Mapping[str, Any] | None = None) -> Outputs:
         """The export and, with trainer.publish.prefix, the training state and averaged weights under its names."""
         published = self.config.trainer.publish
-        files = super().outputs(step)
+        files = super().outputs(step, saved)
         if published.prefix is not None:
             training, averaged = published_files(self.folder, published.prefix, step)
             source = step_folder(self.folder / "checkpoints", step) / state.STATE
-            files |= {training: lambda path: link(source, path), averaged: self._write_flat}
+            flat = self._write_flat
+            if saved is not None:
+                weights = self._saved_weights(saved)
+                flat = partial(write_flat, weights, published.layout)
+            files |= {training: lambda path: link(source, path), averaged: flat}
         return files
 
     def final_outputs(self, step: int) -> Outputs:
@@ -252,6 +259,18 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
                 weights, latents = self._with_measured_scale(weights)
                 info |= latents
             replace_export(weights, folder, **info)
+
+    def export_of(self, step: int, saved: Mapping[str, Any]) -> Callable[[Path], None]:
+        weights, latents = self._saved_weights(saved), {}
+        if self.config.trainer.publish.measure_scale:
+            with self.ema.applied():  # which are those of `saved`
+                weights, latents = self._with_measured_scale(weights)
+        info = {"stage": self.config.stage.name, "step": step, "ema": self.config.trainer.ema.decay, **latents}
+        return lambda folder: replace_export(weights, folder, **info)
+
+    def _saved_weights(self, saved: Mapping[str, Any]) -> Checkpoint:
+        averages = self.ema.in_state_dict(self.network, saved["ema"])
+        return Checkpoint(self.config.model, {**saved["model"], **averages}, self.folder, "export")
 
     def _current_weights(self) -> Checkpoint:
         return Checkpoint(self.config.model, self.network.state_dict(), self.folder, "export")
