@@ -195,6 +195,11 @@ def test_commands_of_the_pages_name_scripts_and_experiments_that_exist(page):
         assert (CONF / group / f"{name}.yaml").is_file() or name in ("mine", "huber", "slow_encoder"), (group, name)
 
 
+def slug(heading: str) -> str:
+    """The anchor that GitHub and mkdocs give a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_of_the_pages_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
@@ -204,7 +209,7 @@ def test_links_of_the_pages_lead_somewhere(page):
         target = page.parent / path if path else page
         assert target.is_file(), link
         headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
-        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], link
+        assert not anchor or anchor in [slug(heading) for heading in headings], link
 
 
 # --- demo

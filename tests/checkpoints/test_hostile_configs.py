@@ -285,14 +285,14 @@ def refuses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def check(call: Callable[[], object], root: Path) -> str:
-        before = {path: path.stat().st_mtime_ns for path in root.parent.rglob("*")}
+        before = {path: path.lstat().st_mtime_ns for path in root.parent.rglob("*")}
         environment = dict(os.environ)
         start = time.perf_counter()
         with pytest.raises(UserError) as error:
             call()
         assert time.perf_counter() - start < 2
         assert not list(tmp_path.rglob("*"))
-        assert {path: path.stat().st_mtime_ns for path in root.parent.rglob("*")} == before
+        assert {path: path.lstat().st_mtime_ns for path in root.parent.rglob("*")} == before
         assert dict(os.environ) == environment
         assert len(str(error.value)) < 2000
         return str(error.value)

@@ -288,7 +288,8 @@ def test_check_names_a_file_that_crashes_the_decoder_and_goes_on(tmp_path, monke
     for name in ("a", "bad", "c"):
         Image.fromarray(tiny.frames(1)[0]).save(tmp_path / f"{name}.png")
     opened = readers.open_media
-    monkeypatch.setattr(readers, "open_media", lambda path: os._exit(11) if "bad" in str(path) else opened(path))
+    crash = lambda path, **given: os._exit(11) if "bad" in str(path) else opened(path, **given)  # noqa: E731
+    monkeypatch.setattr(readers, "open_media", crash)
     assert check([str(tmp_path), "--workers", "1"]) == 1
     out = capsys.readouterr().out
     assert f"row 2: {tmp_path}/bad.png: crashes the decoder" in out

@@ -7,15 +7,16 @@ import math
 import pytest
 import torch
 
-from tests.metrics.clips import pair, result
-from vae3d.metrics import METRICS, MetricError, MetricSet, build_metrics
+from tests.metrics import clips as made
+from tests.metrics.clips import pair
+from vae3d.metrics import METRICS, MetricError, MetricSet, VideoResult, build_metrics
 from vae3d.metrics.base import goodness
 from vae3d.metrics.temporal import Flicker
 
 NAMES = list(METRICS)
 IDEAL = {
-    **dict.fromkeys(("psnr", "psnr_video", "tpsnr", "ws_psnr"), 100.0),
-    **dict.fromkeys(("ssim", "ms_ssim", "ws_ssim", "seam_ratio", "sharpness"), 1.0),
+    **dict.fromkeys(("psnr", "psnr_video", "alpha_psnr", "tpsnr", "ws_psnr"), 100.0),
+    **dict.fromkeys(("ssim", "ms_ssim", "alpha_ssim", "ws_ssim", "seam_ratio", "sharpness"), 1.0),
     **dict.fromkeys(("lpips_alex", "lpips_vgg", "tof", "tlp", "seam_gradient", "rfid", "rfvd"), 0.0),
     **dict.fromkeys(("flolpips", "flolpips_raft_large", "flolpips_raft_small"), 0.0),
     **dict.fromkeys(METRICS["polar"].kind.columns | METRICS["cube"].kind.columns, 100.0),
@@ -39,6 +40,16 @@ def clips(metrics: MetricSet, count: int = 3) -> tuple[torch.Tensor, torch.Tenso
     rec[::2] += 0.1
     rec[..., :2] += 0.1
     return ref, rec.clamp(0, 1)
+
+
+def result(metrics: MetricSet, ref: torch.Tensor, rec: torch.Tensor, chunk: int | None = None) -> VideoResult:
+    return made.result(metrics, *with_alpha(metrics, ref, rec), chunk)
+
+
+def with_alpha(metrics: MetricSet, *videos: torch.Tensor) -> list[torch.Tensor]:
+    """For metrics of alpha, the first colour is also alpha."""
+    scored = any(metric.alpha for metric in metrics)
+    return [torch.cat([video, video[:, :1]], 1) if scored else video for video in videos]
 
 
 def values(metrics: MetricSet, ref: torch.Tensor, rec: torch.Tensor, chunk: int | None = None) -> dict[str, float]:
@@ -151,7 +162,7 @@ def test_the_smallest_size_is_scored_and_a_smaller_one_refused(metrics):
 def test_a_discarded_video_leaves_nothing_behind(metrics):
     ref, rec = clips(metrics)
     whole, counts = values(metrics, ref, rec), result(metrics, ref, rec).counts
-    metrics.update(ref, ref)
+    metrics.update(*with_alpha(metrics, ref, ref))
     metrics.reset()
     assert values(metrics, ref, rec) == whole
     assert result(metrics, ref, rec).counts == counts

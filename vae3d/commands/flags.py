@@ -14,7 +14,17 @@ from pathlib import Path
 from vae3d.argparse_types import finite_float, non_negative_int, positive_float, positive_int
 from vae3d.metric_names import ALIAS, PRESET_METRICS, SUMMARIES
 
-LAYOUTS = ("export", "diffusers", "ldm", "opensora", "wan", "videox_fun", "taehv", "taesd")  # that convert writes
+LAYOUTS = (
+    "export",
+    "diffusers",
+    "qwen_image",
+    "ldm",
+    "opensora",
+    "wan",
+    "videox_fun",
+    "taehv",
+    "taesd",
+)  # that convert writes
 
 
 def _parser(parse: Callable[..., Namespace], epilog: str | None = None) -> argparse.ArgumentParser:
