@@ -109,6 +109,8 @@ class _Functions(TorchFunctionMode):
             if func in COPIES and not stub.holds(args[0]):
                 stub.wait(func.__name__)
             stub.place([out])
+        elif device is not None and isinstance(out, Tensor):  # made like a tensor of the device, on the host
+            stub._storages.discard(out.untyped_storage()._cdata)
         return out
 
     def _to(self, func, args, kwargs):

@@ -102,4 +102,4 @@ def test_reads_of_values_are_counted(tmp_path):
         x.sum().item()
         x.tolist()
         (2 * x).sum()
-    assert waits() == 1
+    assert waits() == 2

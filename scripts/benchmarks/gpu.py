@@ -49,7 +49,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -218,13 +218,14 @@ def streams(bench: Bench) -> list[Case]:
 # ---- training runs
 
 
-class CountReads(TorchDispatchMode):
-    """Counts reads of single values (`.item()`), which on a GPU wait for it. For CPUs."""
+class CountReads(TorchFunctionMode):
+    """Counts where values of tensors are read, which on a GPU waits for it. For CPUs."""
 
+    READS = (Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__float__, Tensor.__int__)
     count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in self.READS
         return func(*args, **(kwargs or {}))
 
 
