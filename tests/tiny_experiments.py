@@ -52,6 +52,9 @@ def overrides(experiment: str, folder: Path, videos: Path, rooms: Path, images: 
         made.append("trainer.accumulate=2")
     if "rfid" in full.validation.slow_metrics:
         made.append("validation.slow_metrics=[]")  # its network takes longer than all the rest
+    lpips = full.loss.terms.get("lpips")
+    if experiment != "demo" and lpips and lpips.weight and lpips.term.net == "vgg":
+        made.append("loss.terms.lpips.term.net=alex")  # VGG takes longer than all the rest
     if full.model.get("shortcuts"):
         made += ["model.multipliers=[1,1]"]
     if name == "taesd":  # a pruned TAESD
