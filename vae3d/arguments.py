@@ -19,6 +19,7 @@ from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar
 
 from vae3d.errors import UserError
+from vae3d.text import plural
 
 F = TypeVar("F", bound=Callable[..., Any])
 MAX_TEXT = 4096  # characters of a string argument
@@ -220,3 +221,23 @@ def short(value: Any) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# ---- arguments that go together
+
+
+def per_stage(name: str, given: Sequence[int] | None, default: Sequence[int]) -> tuple[int, ...]:
+    """`given`, or `default` for None. Raises ValueError for another number of entries."""
+    given = tuple(default if given is None else given)
+    if len(given) != len(default):
+        raise ValueError(f"{name} has {plural(len(given), 'entry')}; give {len(default)}")
+    return given
+
+
+def check_level_boundaries(multipliers: Sequence[Any], downsample: Sequence[Any]) -> None:
+    """Raises ValueError unless there is one entry of `downsample` between every two levels."""
+    if len(downsample) != len(multipliers) - 1:
+        raise ValueError(
+            f"downsample has {plural(len(downsample), 'entry')} for {plural(len(multipliers), 'multiplier')}; "
+            f"give one per level boundary, {len(multipliers) - 1}"
+        )

@@ -82,7 +82,7 @@ def stall(config: TrainConfig, folder: Path) -> None:
 
 def resume(config: TrainConfig, folder: Path) -> None:
     t, begun = run(config, folder, "killed", "cache_killed")
-    assert_equal(torch.load(folder / f"online{RANK}.pt"), outcome(t, folder / "killed"))
+    assert_equal(torch.load(folder / f"online{RANK}.pt", weights_only=True), outcome(t, folder / "killed"))
     print("equal", begun, t.distillation.cache.hits)
 
 

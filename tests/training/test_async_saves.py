@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 
+from tests.adversarial import toy
 from tests.training import quick
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.checkpoints import state
@@ -16,16 +17,6 @@ from vae3d.training.checkpointer import SaveError
 from vae3d.training.failures import TooManyFailures
 
 ASYNC = {"trainer.async_mode": "async", "trainer.save_every": 2, "trainer.max_steps": 6, "trainer.keep": 0}
-
-
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def saved(folder, step):
@@ -39,14 +30,14 @@ def test_checkpoints_and_exports_are_those_of_ordinary_saves_and_resume_bit_for_
         t = quick.trainer(videos, tmp_path / name, **{**ASYNC, "trainer.async_mode": mode, "trainer.ema.decay": 0.5})
         assert t.fit()
     for step in (2, 4, 6):
-        assert same(saved(tmp_path / "plain", step), saved(tmp_path / "async", step))
+        assert toy.same(saved(tmp_path / "plain", step), saved(tmp_path / "async", step))
         exports = [tmp_path / name / f"exports/step-{step:07d}/model.safetensors" for name in ("plain", "async")]
         assert exports[0].read_bytes() == exports[1].read_bytes()
     state.discard(tmp_path / "async/checkpoints", 6)
     resumed = quick.trainer(videos, tmp_path / "async", **ASYNC, **{"trainer.ema.decay": 0.5})
     assert resumed.step == 4
     assert resumed.fit()
-    assert same(saved(tmp_path / "plain", 6), saved(tmp_path / "async", 6))
+    assert toy.same(saved(tmp_path / "plain", 6), saved(tmp_path / "async", 6))
 
 
 @pytest.fixture

@@ -14,7 +14,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vae3d.arguments import Count, Depth, Deviation, Factors, Flags, Mean, Width, check_arguments
+from vae3d.arguments import (
+    Count,
+    Depth,
+    Deviation,
+    Factors,
+    Flags,
+    Mean,
+    Width,
+    check_arguments,
+    check_level_boundaries,
+)
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import clips_of, extend_time, frames_of, pad_space
@@ -59,11 +69,7 @@ class OpenSoraV13VAE(VideoAutoencoder):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if len(downsample) != len(multipliers) - 1:
-            raise ValueError(
-                f"downsample has {plural(len(downsample), 'entry')} for {plural(len(multipliers), 'multiplier')}; "
-                f"give one per level boundary, {len(multipliers) - 1}"
-            )
+        check_level_boundaries(multipliers, downsample)
         widths = [channels * m for m in multipliers]
         if any(width % groups for width in [channels, *widths]):
             raise ValueError(f"channels * multipliers are {widths}; each must be a multiple of groups={groups}")

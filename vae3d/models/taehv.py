@@ -16,7 +16,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vae3d.arguments import Count, Depths, Deviation, Flags, Mean, PixelChannels, Width, Widths, check_arguments
+from vae3d.arguments import (
+    Count,
+    Depths,
+    Deviation,
+    Flags,
+    Mean,
+    PixelChannels,
+    Width,
+    Widths,
+    check_arguments,
+    per_stage,
+)
 from vae3d.models.interface import PixelLayers, VideoAutoencoder, choose_latent_space
 from vae3d.models.layers import taehv_blocks as blocks
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
@@ -116,9 +127,9 @@ class TAEHV(VideoAutoencoder):
         kind = VARIANTS[variant]
         time = _time_flags(variant, decoder_time_upscale)
         space = _space_flags(variant, decoder_space_upscale)
-        widths = blocks.per_stage("decoder_channels", decoder_channels, WIDTHS[kind.decoder])
-        counts = blocks.per_stage("decoder_blocks", decoder_blocks, BLOCKS)
-        hidden = blocks.per_stage("decoder_hidden", decoder_hidden, (None,) * 3)
+        widths = per_stage("decoder_channels", decoder_channels, WIDTHS[kind.decoder])
+        counts = per_stage("decoder_blocks", decoder_blocks, BLOCKS)
+        hidden = per_stage("decoder_hidden", decoder_hidden, (None,) * 3)
         self.encoder = blocks.encoder(pixel_channels, kind.patch, channels, kind.latent_channels, kind.time_down)
         settings = (kind.latent_channels, widths, pixel_channels, kind.patch, time)
         if kind.decoder == "super":

@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vae3d.arguments import Count, Depths, Deviation, Mean, PixelChannels, Widths, check_arguments
+from vae3d.arguments import Count, Depths, Deviation, Mean, PixelChannels, Widths, check_arguments, per_stage
 from vae3d.models.interface import PixelLayers, VideoAutoencoder, choose_latent_space
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import clips_of, pad_space, per_frame
 from vae3d.models.layers.pixel_convs import PixelInput, PixelOutput
-from vae3d.models.layers.taehv_blocks import Clamp, UpConv, conv, per_stage, tile_cut
+from vae3d.models.layers.taehv_blocks import Clamp, UpConv, conv, tile_cut
 from vae3d.models.streaming import IndependentChunks
 from vae3d.pixels import check_latents, check_video
 from vae3d.types import Delta, LatentSpec

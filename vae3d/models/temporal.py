@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vae3d.arguments import Depth, Factors, Flags, Width, check_arguments
+from vae3d.arguments import Depth, Factors, Flags, Width, check_arguments, check_level_boundaries
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.linear_code import LOGVAR_START, cosines, set_linear_code
 from vae3d.models.layers.norm import norm_silu
@@ -154,11 +154,7 @@ class TemporalVAE(nn.Module):
         shortcut: bool = False,
     ) -> None:
         super().__init__()
-        if len(downsample) != len(multipliers) - 1:
-            raise ValueError(
-                f"downsample has {plural(len(downsample), 'entry')} for {plural(len(multipliers), 'multiplier')}; "
-                f"give one per level boundary, {len(multipliers) - 1}"
-            )
+        check_level_boundaries(multipliers, downsample)
         widths = [channels * m for m in multipliers]
         if any(width % groups for width in widths):
             raise ValueError(f"channels * multipliers are {widths}; each must be a multiple of groups={groups}")

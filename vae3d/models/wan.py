@@ -28,13 +28,14 @@ from vae3d.arguments import (
     Width,
     Widths,
     check_arguments,
+    check_level_boundaries,
+    per_stage,
 )
 from vae3d.errors import UserError
 from vae3d.models.interface import PixelLayers, VideoAutoencoder
 from vae3d.models.layers.borders import Borders
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import extend_time, pad_space
-from vae3d.models.layers.taehv_blocks import per_stage
 from vae3d.models.layers.wan_blocks import (
     Conv,
     Decoder,
@@ -102,11 +103,7 @@ class WanVAE(VideoAutoencoder):
         pixel_channels: PixelChannels = 3,
     ) -> None:
         super().__init__()
-        if len(downsample) != len(multipliers) - 1:
-            raise ValueError(
-                f"downsample has {plural(len(downsample), 'entry')} for {plural(len(multipliers), 'multiplier')}; "
-                f"give one per level boundary, {len(multipliers) - 1}"
-            )
+        check_level_boundaries(multipliers, downsample)
         borders = Borders(pad_w, pad_h)
         time = list(downsample)
         pixels = pixel_channels * patch**2

@@ -17,7 +17,6 @@ from vae3d.models.layers.borders import Borders
 from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.pixel_convs import PixelInput, PixelOutput
 from vae3d.models.layers.wan_blocks import upsample_conv
-from vae3d.text import plural
 
 Cache = Sequence[Tensor | None]  # of every layer: its last input frames; None if it is not a MemBlock
 ZERO_PADDING = Borders()
@@ -160,14 +159,6 @@ def encoder(pixels: int, patch: int, width: int, latents: int, time: Sequence[bo
         layers += [TPool(width, 1 + halve), conv(width, width, stride=2, bias=False)]
         layers += [mem_block(width) for _ in range(3)]
     return nn.Sequential(*layers, conv(width, latents))
-
-
-def per_stage(name: str, given: Sequence[int] | None, default: Sequence[int]) -> tuple[int, ...]:
-    """`given`, or `default` for None. Raises ValueError for another number of entries."""
-    given = tuple(default if given is None else given)
-    if len(given) != len(default):
-        raise ValueError(f"{name} has {plural(len(given), 'entry')}; give {len(default)}")
-    return given
 
 
 def decoder(
