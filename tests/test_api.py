@@ -444,3 +444,10 @@ def test_what_cannot_be_tried_is_named_and_nothing_written(
 def test_a_file_needs_a_target(model, clip):
     with pytest.raises(UserError, match=r"clip\.mp4"):
         vae3d.reconstruct(model, clip)
+
+
+@pytest.mark.parametrize(("name", "channels"), [("clip.MP4", 3), ("clip.MKV", 4)])
+def test_suffixes_of_written_videos_may_be_capitals(tmp_path, name, channels):
+    video = torch.rand(1, channels, 2, 16, 16) * 2 - 1
+    vae3d.write_video(tmp_path / name, video, fps=8, codec="lossless")
+    assert (vae3d.read_video(tmp_path / name, alpha=channels == 4).frames - video).abs().max() <= 1 / 127.5

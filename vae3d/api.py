@@ -94,7 +94,7 @@ def write_video(path: Source, video: Tensor, fps: float, *, codec: str | None = 
     Raises PixelError for another shape or NaN, UserError for another codec or suffix, FileError.
     """
     clips = video if video.dim() == 5 else video[None]
-    channels = clips.shape[1] if clips.dim() == 5 and clips.shape[1] == 4 else 3
+    channels = _channels(clips)
     check_video(clips, channels, values=False)
     if len(clips) != 1:
         raise UserError(f"video has shape {list(video.shape)}; give one video, [1, 3, T, H, W] or [3, T, H, W]")
@@ -102,10 +102,15 @@ def write_video(path: Source, video: Tensor, fps: float, *, codec: str | None = 
         writer.write(to_uint8(clips[0]))
 
 
+def _channels(video: Tensor) -> int:
+    """4 of RGBA [B, 4, T, H, W]; else 3, those that any other shape should have."""
+    return 4 if video.dim() == 5 and video.shape[1] == 4 else 3
+
+
 def _writer(path: Source, fps: float, codec: str | None, channels: int) -> VideoWriter:
     """Raises UserError for a file of another suffix than such videos have."""
     suffix = video_suffix(channels)
-    if Path(path).suffix != suffix:
+    if Path(path).suffix.lower() != suffix:
         kind = "videos with alpha" if channels == 4 else "videos"
         raise UserError(f"{path}: {kind} are written as {suffix}; give a name that ends so")
     if not (math.isfinite(fps) and fps > 0):
@@ -213,7 +218,7 @@ def score(
     metric_set = names if isinstance(names, MetricSet) else build_metrics(list(names), device)
     if isinstance(reference, Tensor) and isinstance(reconstruction, Tensor):
         for video in (reference, reconstruction):
-            check_video(video, 4 if video.dim() == 5 and video.shape[1] == 4 else 3, values=False)
+            check_video(video, _channels(video), values=False)
         if reference.shape != reconstruction.shape:
             raise MetricError(f"the videos differ in shape: {list(reference.shape)} and {list(reconstruction.shape)}")
         results = []

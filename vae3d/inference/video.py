@@ -43,7 +43,7 @@ class VideoWriter:
     def __init__(self, path: Path, fps: float, codec: str = "lossless") -> None:
         if codec not in CODECS:
             raise UserError(f"codec is {codec!r}; use one of {', '.join(CODECS)}")
-        self.channels = 4 if path.suffix == ".mkv" else 3
+        self.channels = 4 if path.suffix.lower() == ".mkv" else 3
         if self.channels == 4 and codec != "lossless":
             raise UserError(f"codec={codec} keeps no alpha; use codec=lossless for videos with alpha")
         self.path = path
