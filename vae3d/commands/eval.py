@@ -61,8 +61,8 @@ class Evaluation:
     failed: list[str]
 
 
-def evaluate(args: Namespace, command: str) -> int:
-    """Score every reconstruction; returns the exit status, 1 if a pair could not be scored."""
+def evaluate(args: Namespace, command: str = "") -> int:
+    """Score every reconstruction; returns the exit status, 1 if a pair could not be scored. command: for the page."""
     ranks, device = join_ranks(args.device)
     settings = {"rfid": {"stride": args.rfid_stride}, "rfvd": {"frames": args.rfvd_frames}}
     metrics = build_metrics(  # first, since it names all missing weights
