@@ -22,7 +22,7 @@ const KEYS = [
   ["?", "this help"],
 ];
 
-const page = { chapters: [], active: null, linking: 0 };
+const page = { chapters: [], active: null, linking: 0, theme: recall("theme") };
 
 function showReport(report) {
   page.chapters.forEach(({ player }) => player?.close());
@@ -192,16 +192,18 @@ function writeLink(built) {
 
 // ---- Theme, help, keys
 
-function applyTheme(theme) {
-  if (theme) document.documentElement.dataset.theme = theme;
+const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+
+// What was chosen on this page or an earlier one, else what the browser prefers.
+function applyTheme() {
+  document.documentElement.dataset.theme = page.theme ?? (prefersDark.matches ? "dark" : "light");
   redrawPlots();
 }
 
 function switchTheme() {
-  const { theme } = document.documentElement.dataset;
-  const dark = theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  applyTheme(dark ? "light" : "dark");
-  remember("theme", dark ? "light" : "dark");
+  page.theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+  remember("theme", page.theme);
+  applyTheme();
 }
 
 function toggleHelp() {
@@ -240,8 +242,8 @@ function onKey(event) {
 
 installFilters();
 installTooltips();
-applyTheme(recall("theme"));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawPlots);
+applyTheme();
+prefersDark.addEventListener("change", applyTheme);
 document.addEventListener("keydown", onKey);
 addEventListener("hashchange", () => location.hash !== page.link && followLink());
 showReport(JSON.parse(document.getElementById("report").textContent));
