@@ -19,7 +19,7 @@ function fill(element, attributes, children) {
     if (typeof value === "function") element.addEventListener(name.slice(2), value);
     else element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return element;
 }
 
@@ -59,7 +59,9 @@ function icon(name) {
 function button(content, label, onclick, { key = "", ...attributes } = {}) {
   const shown = ICONS[content] ? icon(content) : content;
   const tip = key ? `${label} (${key})` : label;
-  return el("button", { type: "button", "aria-label": label, "data-tip": tip, onclick, ...attributes }, shown);
+  const own = { type: "button", "aria-label": label, "data-tip": tip, onclick, ...attributes };
+  if (ICONS[content]) own.class = `icon-button ${attributes.class ?? ""}`.trim();
+  return el("button", own, shown);
 }
 
 function press(element, pressed) {

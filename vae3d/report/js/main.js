@@ -47,7 +47,10 @@ function showReport(report) {
   wide.addEventListener("change", () => (navigation.open = wide.matches));
   document.querySelectorAll("body > header, body > .layout").forEach((old) => old.remove());
   document.body.prepend(buildHeader(report), el("div", { class: "layout" }, navigation, body));
-  page.chapters.forEach((chapter) => chapter.table?.setCurrent(null)); // rows need the height of the box
+  for (const built of page.chapters.filter(({ table }) => table)) {
+    built.table.setCurrent(null); // rows need the height of the box
+    offer(built);
+  }
   followLink() || openFirst();
 }
 
@@ -140,9 +143,8 @@ function buildFacts(report) {
 async function openVideo(built, video, options = {}) {
   for (const other of page.chapters) {
     if (other === built || !other.player?.video) continue;
-    other.player.close();
-    other.player.stage.replaceChildren(el("p", { class: "missing" }, "Choose a video."));
     other.table.setCurrent(null);
+    offer(other);
   }
   page.active = built;
   built.table.setCurrent(video);
@@ -155,10 +157,15 @@ function stepVideo(built, count) {
   if (next) openVideo(built, next, { play: built.player.media?.playing ?? false });
 }
 
-// The first video of each chapter is offered; that of the first one is opened, still.
+// Closes the player and offers the first video of the table.
+function offer(built) {
+  const video = built.table.shown[0] ?? built.chapter.videos[0];
+  built.player.offer(el("button", { type: "button", onclick: () => openVideo(built, video, { play: !calm() }) }, icon("play"), `Open ${video.name}`));
+}
+
+// The first video of the page is opened, still.
 function openFirst() {
   const first = page.chapters.find(({ player }) => player);
-  for (const { player } of page.chapters) player?.stage.replaceChildren(el("p", { class: "missing" }, "Choose a video."));
   if (first) openVideo(first, first.table.shown[0]);
 }
 

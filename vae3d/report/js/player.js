@@ -113,6 +113,7 @@ class Player {
     this.close();
     const token = (this.token = {});
     this.video = video;
+    this.root.classList.remove("unopened");
     this.name.textContent = video.name;
     this.position.textContent = position;
     this.badge.textContent = rank;
@@ -143,6 +144,16 @@ class Player {
     }
     this.root.classList.remove("loading");
     this.changed();
+  }
+
+  // Shows a button instead of a video.
+  offer(content) {
+    this.close();
+    this.root.classList.add("unopened");
+    this.curves.style.removeProperty("min-height");
+    this.about.replaceChildren();
+    this.stage.replaceChildren(el("p", { class: "missing" }, content));
+    this.#syncControls();
   }
 
   close() {
