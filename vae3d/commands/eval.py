@@ -24,11 +24,11 @@ from vae3d.evaluation.score import Job, collect, plan, score_jobs
 from vae3d.evaluation.store import Store, VideoScore
 from vae3d.evaluation.summary import compare, summarize
 from vae3d.evaluation.tables import comparison_table, set_table, side_by_side, write_per_frame, write_per_video
-from vae3d.io import hold_lock, remove, remove_unfinished, write_json
+from vae3d.io import hold_lock, remove_unfinished, write_json
 from vae3d.metrics import PRESETS, MetricSet, build_metrics
 from vae3d.metrics.presets import require_shapes
 from vae3d.progress import progress
-from vae3d.report.page import PAGE, VIDEOS, unpack_page, write_page
+from vae3d.report.page import PAGE, VIDEOS, remove_page, unpack_page, write_page
 
 COMPARISON = "comparison.json"
 
@@ -122,8 +122,7 @@ def make_page(
     if main:
         remove_unfinished(folder / VIDEOS)
         if args.fresh:
-            remove(folder / VIDEOS)
-            remove(folder / PAGE)
+            remove_page(folder)
         unpack_page(folder)
     ranks.wait_for_everyone()
     mine = [row for row in rows if not row.why][ranks.process_index :: ranks.num_processes]

@@ -93,16 +93,22 @@ def make_rows(jobs: Mapping[str, Sequence[Job]], scores: Mapping[str, Sequence[V
 
 
 def ranking(rows: Sequence[Row], columns: Mapping[str, Better]) -> tuple[str | None, list[Row]]:
-    """The metric that ranks the videos by the first reconstruction, and the rows from worst to best; None and the rows
-    as they are without such a metric. Rows without a value come last."""
-    values = {c: [_value(row, c) for row in rows] for c, better in columns.items() if better is not None}
-    directed = [column for column, found in values.items() if any(value is not None for value in found)]
-    if not directed:
+    """The metric that ranks the videos by the first reconstruction, and the rows from worst to best.
+
+    None and the rows as they are without such a metric. Rows without a value come last.
+    """
+    by = rank_column({c: b for c, b in columns.items() if any(_value(row, c) is not None for row in rows)})
+    if by is None:
         return None, list(rows)
-    by = next((column for column in RANKED_BY if column in directed), directed[0])
     scored = [row for row in rows if _value(row, by) is not None]
     order = sorted(scored, key=lambda row: goodness(_value(row, by), columns[by]))
     return by, [*order, *(row for row in rows if _value(row, by) is None)]
+
+
+def rank_column(columns: Mapping[str, Better]) -> str | None:
+    """The first of RANKED_BY, or else the first column that has better and worse values."""
+    directed = [column for column, better in columns.items() if better is not None]
+    return next((column for column in (*RANKED_BY, *directed) if column in directed), None)
 
 
 def _value(row: Row, column: str) -> float | None:
@@ -228,9 +234,8 @@ def _is_panorama(row: Row, metrics: MetricSet, preset: str) -> bool:
 def _video(folder: Path, row: Row, panorama: bool) -> Video:
     info = next(iter(row.jobs.values())).info
     links = {ORIGINAL: next(iter(row.jobs.values())).pair.ref} | {rec: job.pair.rec for rec, job in row.jobs.items()}
-    facts = {"size": f"{info.height}x{info.width}", "frames": str(info.frames)}
-    facts |= {"frames per second": f"{info.fps:g}"} if info.fps else {}
-    facts |= {"codec of the original": info.codecs[0]}
+    size = {"size": f"{info.height}x{info.width}", "frames": str(info.frames)} if row.why else {}  # else of the clip
+    facts = size | {"codec of the original": info.codecs[0]}
     facts |= {f"codec of {rec}": job.info.codecs[1] for rec, job in row.jobs.items()}
     return Video(
         row.id,
