@@ -18,7 +18,9 @@ from tests import report_sample
 from vae3d.report import page as report_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
+)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 
 FLAGS = ["--enable-unsafe-swiftshader", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
@@ -54,11 +56,15 @@ def opened(browser: Any, sample: Path) -> Iterator[Any]:
     contexts, wrong = [], []
 
     def open_page(link: str = "", path: Path = sample, **options: Any) -> Any:
-        context = browser.new_context(**{"reduced_motion": "reduce", "viewport": {"width": 1300, "height": 900}, **options})
+        context = browser.new_context(
+            **{"reduced_motion": "reduce", "viewport": {"width": 1300, "height": 900}, **options}
+        )
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(5000)
-        page.on("request", lambda request: request.url.startswith(("file:", "data:", "blob:")) or wrong.append(request.url))
+        page.on(
+            "request", lambda request: request.url.startswith(("file:", "data:", "blob:")) or wrong.append(request.url)
+        )
         page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto(path.as_uri() + link)
@@ -75,7 +81,10 @@ def opened(browser: Any, sample: Path) -> Iterator[Any]:
 def pixels(page: Any) -> dict[str, np.ndarray]:
     """Name -> [H, W, 3], of the pictures that are shown."""
     found = page.evaluate(READ)
-    decoded = {name: cv2.imdecode(np.frombuffer(base64.b64decode(png), np.uint8), cv2.IMREAD_COLOR) for name, png in found.items()}
+    decoded = {
+        name: cv2.imdecode(np.frombuffer(base64.b64decode(png), np.uint8), cv2.IMREAD_COLOR)
+        for name, png in found.items()
+    }
     return {name: picture[..., ::-1] for name, picture in decoded.items()}
 
 
@@ -97,7 +106,14 @@ def assert_shows(page: Any, frame: int) -> None:
 def test_frames_are_those_of_the_file(opened):
     page = opened()
     assert_shows(page, 0)
-    for key, frame in [("ArrowRight", 1), ("ArrowRight", 2), ("Shift+ArrowRight", 11), ("ArrowRight", 0), ("End", 11), ("ArrowLeft", 10)]:
+    for key, frame in [
+        ("ArrowRight", 1),
+        ("ArrowRight", 2),
+        ("Shift+ArrowRight", 11),
+        ("ArrowRight", 0),
+        ("End", 11),
+        ("ArrowLeft", 10),
+    ]:
         page.keyboard.press(key)
         assert_shows(page, frame)
     page.keyboard.press("Home")
@@ -155,7 +171,11 @@ def test_views_show_the_same_place(opened):
     assert page.locator(".pixel span").count() >= 4
     page.keyboard.press("e")
     page.keyboard.press("]")
-    assert page.locator(".sheet").evaluate_all("all => all.map((one) => one.dataset.layer)") == ["picture", "error", "error"]
+    assert page.locator(".sheet").evaluate_all("all => all.map((one) => one.dataset.layer)") == [
+        "picture",
+        "error",
+        "error",
+    ]
     scale = 0.25 / 2
     assert page.locator(".bar .ticks").inner_text().split()[-1] == f"{scale:.4f}"
     page.wait_for_function("location.hash.includes('gain=2') && location.hash.includes('layer=error')")
@@ -168,7 +188,11 @@ def test_views_show_the_same_place(opened):
     again.locator(".viewport").first.dblclick()
     assert not again.locator(".stage.zoomed").count()
     again.get_by_label("Layer of fine").select_option("change")
-    assert again.locator(".sheet").evaluate_all("all => all.map((one) => one.dataset.layer)") == ["picture", "error", "change"]
+    assert again.locator(".sheet").evaluate_all("all => all.map((one) => one.dataset.layer)") == [
+        "picture",
+        "error",
+        "change",
+    ]
     assert again.locator(".bar-name").all_inner_texts() == ["Error", "Change"]
 
 
