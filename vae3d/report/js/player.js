@@ -159,13 +159,12 @@ class Player {
   close() {
     this.token = null;
     clearInterval(this.timer);
-    this.#closePanoramas();
+    this.#closeSlots();
     this.media?.close();
     this.chart?.destroy();
     this.curves.style.minHeight = `${this.curves.offsetHeight}px`; // nothing jumps while the next one loads
     this.curves.replaceChildren();
     this.media = this.clip = this.chart = this.video = null;
-    this.slots = [];
   }
 
   #ready(frame, play) {
@@ -444,8 +443,7 @@ class Player {
   // Builds the stage for the view that is chosen.
   build() {
     clearInterval(this.timer);
-    this.#closePanoramas();
-    this.slots = [];
+    this.#closeSlots();
     const paired = look.view === "wipe" || look.view === "blink";
     const groups = paired ? [[look.a, look.b]] : this.#names().map((name) => [name]);
     this.figures = groups.map((names) => this.#figure(names));
@@ -718,8 +716,13 @@ class Player {
     slot.canvas.height = panel.height;
   }
 
-  #closePanoramas() {
-    this.slots.forEach((slot) => slot.panorama?.close());
+  // Browsers keep canvases that nothing refers to any more for long: their pixels are freed here.
+  #closeSlots() {
+    for (const { panorama, canvas, lens } of this.slots) {
+      panorama?.close();
+      canvas.width = lens.firstChild.width = 0;
+    }
+    this.slots = [];
   }
 
   // ---- Numbers
