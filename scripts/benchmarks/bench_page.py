@@ -110,7 +110,9 @@ def main() -> int:
     print(f"{args.videos} videos, {args.reconstructions} reconstructions, index.html {size:.1f} MB, {args.runs} runs")
     print(f"until it can be used: {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})")
     first, later, purged = map(max, zip(*megabytes, strict=True))
-    print(f"memory of the page's process: {first:.0f} MB; {later:.0f} MB after ten videos and all rows, {purged:.0f} MB of it")
+    print(
+        f"memory of the page's process: {first:.0f} MB; {later:.0f} MB after ten videos and all rows, {purged:.0f} MB of it"
+    )
     print("are not caches that Chromium drops when memory gets short")
     return int(statistics.median(seconds) > SECONDS or later > MEGABYTES)
 
