@@ -326,7 +326,7 @@ def test_tensorboard_has_the_same_groups_and_captioned_samples(cached, tmp_path)
         *tags["scalars"]
     }
     assert not [tag for tag in tags["scalars"] if tag.startswith("9_other")]
-    assert tags["images"] == ["1_validation_samples/samples", "1_validation_samples/held-out clips, reconstructed"]
+    assert tags["images"] == ["1_validation_samples/samples", "1_validation_samples/reconstructions"]
     assert "9_run/parameters/text_summary" in tags["tensors"]
 
 

@@ -216,7 +216,7 @@ class DiffusionTrainer(Trainer[Batch]):
         self._show("samples", z, captions)
         if real is not None and not self.shown:
             held_out = real[: len(z)]
-            self._show("held-out clips, reconstructed", held_out, [f"held out {i}" for i in range(len(held_out))])
+            self._show("reconstructions", held_out, [f"held out {i}" for i in range(len(held_out))])
             self.shown = True
         values = {"val/sample_rms": float(z.square().mean().sqrt())}  # 1 for the data
         if real is not None:
