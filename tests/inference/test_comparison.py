@@ -261,7 +261,7 @@ def test_pictures_show_what_they_are_given():
     assert picture.shape[1] == 200 + 3 * (24 * times + 2)
     error = (
         error_map(frames[:1, :1, 0], frames[:1, :1, 0])[0, 0],
-        error_map(*np.array([[[[0] * 3]], [[[26] * 3]]], np.uint8))[0, 0],
+        error_map(*np.array([[[[0] * 3]], [[[64] * 3]]], np.uint8))[0, 0],
     )
     assert error[0].sum() < 10 < 500 < error[1].sum()
 
