@@ -209,6 +209,21 @@ def test_small_clips_are_enlarged_and_large_ones_that_move_reduced(size, side):
     assert not shown.shape[1] % 2
 
 
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (3, 2), (16, 4)])
+def test_samples_stand_in_a_grid_with_captions_that_can_be_read_where_it_is_reduced(count, columns, monkeypatch):
+    sizes, write = [], pictures._write
+    monkeypatch.setattr(pictures, "_write", lambda *args: (sizes.append(args[4]), write(*args)))
+    videos = [np.full((2, 8, 8, 3), i, np.uint8) for i in range(count)]
+    shown = pictures.captioned_grid(videos, [str(i) for i in range(count)])
+    side = 160 + GAP
+    size = max(TEXT, round(TEXT * columns * side / 350))  # TensorBoard shows pictures 350 pixels wide
+    assert sizes == [size] * count
+    cell = size + LINE - TEXT + side
+    assert shown.shape == (2, -(-count // columns) * cell - GAP, columns * side - GAP, 3)
+    at = [shown[1, i // columns * cell + cell - 9, i % columns * side + 9, 0] for i in range(count)]
+    assert at == list(range(count))
+
+
 def test_captions_of_hostile_file_names_stay_one_line_of_text(written):
     video = np.zeros((1, 8, 8, 3), np.uint8)
     plain = pictures.strip([[("a", video)]], ["name, step 1"])

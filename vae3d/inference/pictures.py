@@ -62,7 +62,7 @@ def strip(rows: Sequence[Sequence[tuple[str, np.ndarray]]], caption: Sequence[st
     height, width = scaled[0][0].shape[1:3]
     columns = len(rows[0])
     total = columns * (width + GAP) - GAP
-    text = max(TEXT, round(total * TEXT / CARD_WIDTH))
+    text = _text_size(total)
     line = _line(text)
     lines = [part for paragraph in caption for part in _wrapped(paragraph, total - 8, text)]
     top = len(lines) * line
@@ -135,12 +135,17 @@ def table(rows: Mapping[str, Sequence[np.ndarray]], columns: Sequence[str]) -> n
     return np.array(picture)
 
 
-def captioned(video: np.ndarray, caption: str) -> np.ndarray:
-    """[T, H, W, 3] uint8, enlarged if it is narrow, with the caption above."""
-    video = enlarged(video)
-    label = Image.new("RGB", (video.shape[2], LINE))
-    _write(label, 4, 0, _shortened(caption, label.width - 8))
-    return np.concatenate([np.repeat(np.array(label)[None], len(video), 0), video], 1)
+def captioned_grid(videos: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+    """[T, H', W', 3] uint8: videos [T, H, W, 3] uint8 in a grid, enlarged if they are narrow, with captions above."""
+    videos = [enlarged(video) for video in videos]
+    width, columns = videos[0].shape[2], math.ceil(math.sqrt(len(videos)))
+    text = _text_size(columns * (width + GAP))
+    cells = []
+    for video, caption in zip(videos, captions, strict=True):
+        label = Image.new("RGB", (width, _line(text)))
+        _write(label, 4, 0, _shortened(caption, width - 8, text), text)
+        cells.append(np.concatenate([np.repeat(np.array(label)[None], len(video), 0), video], 1))
+    return grid(np.stack(cells), columns)
 
 
 def enlarged(frames: np.ndarray, width: int = MIN_WIDTH) -> np.ndarray:
@@ -228,6 +233,11 @@ def _write(image: Image.Image, left: int, top: int, text: str, size: int = TEXT)
     """Write a line of text, _line(size) pixels high."""
     drop = (_line(size) - size) // 2 - 1
     ImageDraw.Draw(image).text((left, top + drop), _printable(text), fill="white", font=_font(size))
+
+
+def _text_size(width: int) -> int:
+    """The font of a picture of that width, which can be read where the picture is reduced to CARD_WIDTH."""
+    return max(TEXT, round(width * TEXT / CARD_WIDTH))
 
 
 def _line(size: int) -> int:
