@@ -333,8 +333,8 @@ def test_tensorboard_has_the_same_groups_and_captioned_samples(cached, tmp_path,
     assert not [tag for tag in tags["scalars"] if tag.startswith("9_other")]
     assert tags["images"] == ["1_validation_samples/samples", "1_validation_samples/reconstructions"]
     classes = t.data.classes
-    samples = [f"{i}: {classes[t.data.trained_classes[i % len(t.data.trained_classes)]]}" for i in range(3)]
-    assert [text for text in captions if ": " in text] == samples * 2  # before the first step, and at the last
+    samples = [classes[t.data.trained_classes[i % len(t.data.trained_classes)]] for i in range(3)]
+    assert [text for text in captions if text in classes] == samples * 2  # before the first step, and at the last
     assert "9_run/parameters/text_summary" in tags["tensors"]
 
 

@@ -211,7 +211,7 @@ class DiffusionTrainer(Trainer[Batch]):
                 batch_size=16,
                 device=self.device,
             )
-        captions = [f"{i}: {data.classes[labels[i]]}" if labels else str(i) for i in range(config.samples)]
+        captions = [data.classes[labels[i]] if labels else str(i) for i in range(config.samples)]
         self._show("samples", z, captions)
         if real is not None and not self.shown:
             held_out = real[: len(z)]
