@@ -64,7 +64,7 @@ def strip(rows: Sequence[Sequence[tuple[str, np.ndarray]]], caption: Sequence[st
     total = columns * (width + GAP) - GAP
     text = _text_size(total)
     line = _line(text)
-    lines = [part for paragraph in caption for part in _wrapped(paragraph, total - 8, text)]
+    lines = [part for paragraph in filter(None, caption) for part in _wrapped(paragraph, total - 8, text)]
     top = len(lines) * line
     bottom = top + len(rows) * (line + height)
     sides = bottom + GAP + 2 * line, total

@@ -68,7 +68,7 @@ def mean_scores(metrics: MetricSet, clips: Sequence[ValidatedClip]) -> dict[str,
 def log_clips(log: RunLog, clips: Sequence[ValidatedClip], step: int) -> None:
     """Show each clip that has panels by itself, as an image or a video: each reconstruction above its error."""
     for clip in clips:
-        if clip.panels is None:
+        if clip.panels is None or not log.main:
             continue
         original, latent, *reconstructions = clip.panels.items()
         errors = [(ERROR_LABEL, error_maps(original[1], video)) for _, video in reconstructions]
