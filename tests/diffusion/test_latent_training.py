@@ -315,8 +315,13 @@ def test_latents_of_another_scale_are_refused_until_they_are_mended(from_cache, 
     capsys.readouterr()
 
 
-def test_tensorboard_has_the_same_groups_and_captioned_samples(cached, tmp_path):
+def test_tensorboard_has_the_same_groups_and_captioned_samples(cached, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from vae3d.inference import pictures
+
+    captions, write = [], pictures._write
+    monkeypatch.setattr(pictures, "_write", lambda *args: (captions.append(args[3]), write(*args)))
 
     settings = ["logger=tensorboard", "validation.every=2", "trainer.max_steps=2", "validation.samples=3"]
     t = latent_runs.trainer(tmp_path, *cached, *settings)
@@ -326,7 +331,10 @@ def test_tensorboard_has_the_same_groups_and_captioned_samples(cached, tmp_path)
         *tags["scalars"]
     }
     assert not [tag for tag in tags["scalars"] if tag.startswith("9_other")]
-    assert tags["images"] == ["1_validation_samples/samples", "1_validation_samples/held-out clips, reconstructed"]
+    assert tags["images"] == ["1_validation_samples/samples", "1_validation_samples/reconstructions"]
+    classes = t.data.classes
+    samples = [classes[t.data.trained_classes[i % len(t.data.trained_classes)]] for i in range(3)]
+    assert [text for text in captions if text in classes] == samples * 2  # before the first step, and at the last
     assert "9_run/parameters/text_summary" in tags["tensors"]
 
 

@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 from accelerate import PartialState
-from PIL import Image
+from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests import tiny
@@ -367,8 +367,8 @@ def killed_and_resumed(config: schema.Logger, folder: Path) -> None:
             loggers.scalars({"loss": 10.0 * step}, step)
             if step % 2 == 0:
                 loggers.scalars({"val/psnr": 30.0 + step}, step)
-                loggers.image("val_clips/images", PICTURE, step)
-                loggers.video("val_clips/0 a", video, 8.0, step)
+                loggers.image("val_clips/0_a", PICTURE, step, "psnr 31")
+                loggers.video("val_clips/1_a", video, 8.0, step, "psnr 32")
         loggers.close(failed=first == 0)
 
 
@@ -437,11 +437,11 @@ class FakeWandB(ModuleType):
     def Html(self, text):
         return text
 
-    def Image(self, picture):
-        return picture
+    def Image(self, picture, caption):
+        return caption, picture
 
-    def Video(self, path, format):
-        return format, Path(path).read_bytes()[4:8]
+    def Video(self, path, caption, format):
+        return caption, format, Path(path).read_bytes()[4:8]
 
 
 def test_wandb_takes_its_arguments_and_a_resume_continues_its_run(tmp_path, monkeypatch):
@@ -458,8 +458,10 @@ def test_wandb_takes_its_arguments_and_a_resume_continues_its_run(tmp_path, monk
     assert fake.finished == [1, 0]
     assert fake.config == {"optim": {"lr": 1.1}}
     assert [step for values, step in fake.logged if "1_validation/psnr" in values] == [2, 4]
-    videos = [values["1_validation_clips/0 a"] for values, _ in fake.logged if "1_validation_clips/0 a" in values]
-    assert videos == [("mp4", b"ftyp")] * 2
+    images = [values["1_validation_clips/0_a"] for values, _ in fake.logged if "1_validation_clips/0_a" in values]
+    assert images == [("psnr 31", PICTURE)] * 2
+    videos = [values["1_validation_clips/1_a"] for values, _ in fake.logged if "1_validation_clips/1_a" in values]
+    assert videos == [("psnr 32", "mp4", b"ftyp")] * 2
     assert ({"9_run/command": "<pre>train &lt;x&gt;</pre>"}, None) in fake.logged
     killed = FakeWandB()
     monkeypatch.setitem(sys.modules, "wandb", killed)
@@ -488,7 +490,10 @@ def test_mlflow_in_a_file(tmp_path, monkeypatch):
         for path in ("9_run", "1_validation_clips")
     }
     assert folders["9_run"] == ["9_run/command_step0.txt", "9_run/command_step1.txt"]
-    assert folders["1_validation_clips"] == [f"1_validation_clips/0_a_step{step}.mp4" for step in (2, 4)]
+    assert folders["1_validation_clips"] == [f"1_validation_clips/1_a_step{step}.mp4" for step in (2, 4)]
+    images = [file.path for file in client.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
+    assert len(images) == 2
+    assert all("1_validation_clips" in path and "0_a" in path for path in images)
 
 
 def test_trackio_on_this_machine(tmp_path):
@@ -514,24 +519,46 @@ json.dump([SQLiteStorage.get_run_records("p"), SQLiteStorage.get_logs("p", "run"
 
     assert (history("2_loss/total"), history("1_validation/psnr")) == (LOSSES, SCORES)
     assert config["optim.lr"] == 1.1  # of the last launch
-    assert [step for step, _ in history("1_validation_clips/0 a")] == [2, 4]
-    assert history("1_validation_clips/0 a")[0][1]["_type"] == "trackio.video"
+    for tag, kind, caption in (("0_a", "image", "psnr 31"), ("1_a", "video", "psnr 32")):
+        media = history(f"1_validation_clips/{tag}")
+        assert [step for step, _ in media] == [2, 4]
+        assert (media[0][1]["_type"], media[0][1]["caption"]) == (f"trackio.{kind}", caption)
 
 
 # ---- pictures
 
 
-def test_tensorboard_shows_an_image_as_png_and_a_video_as_gif(tmp_path):
+def test_images_and_videos_have_the_same_names_in_all_trackers_whatever_the_file_is_called():
+    kept = [Kept("a"), Kept("b")]
+    loggers = Loggers(kept)
+    hostile = ["a b", "../../x", "<script>", "a\nb", "名", "x" * 300]
+    for index, name in enumerate(hostile):
+        loggers.image(f"val_clips/{index}_{name}", PICTURE, 1, name)
+        loggers.video(f"val_clips/{index}_{name}", PICTURE[None], 8.0, 1, name)
+    expected = ["0_a_b", "1_.._.._x", "2__script_", "3_a_b", "4_名", "5_" + "x" * 58]
+    for logger in kept:
+        for method in ("image", "video"):
+            assert [args[0] for args in logger.of(method)] == [f"1_validation_clips/{name}" for name in expected]
+            assert [args[-1] for args in logger.of(method)] == hostile
+
+
+def test_tensorboard_shows_an_image_as_png_and_a_video_as_png_that_moves_with_exact_colours(tmp_path):
     loggers = build_loggers(schema.Logger(tensorboard=schema.TensorBoard(enabled=True)), "runs", {})
     loggers.open(tmp_path, 0, {})
     picture = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
-    loggers.image("val_clips/images", picture, 1)
-    loggers.video("val_clips/0 a", np.stack([picture, 255 - picture]), 8.0, 1)
+    loggers.image("val_clips/0_a", picture, 1)
+    loggers.video("val_clips/1_a", np.stack([picture, 255 - picture]), 8.0, 1)
     loggers.close()
     events = tensorboard(tmp_path)
     shown = {tag: Image.open(io.BytesIO(events.Images(tag)[0].encoded_image_string)) for tag in events.Tags()["images"]}
     assert {tag: (image.format, getattr(image, "n_frames", 1)) for tag, image in shown.items()} == {
-        "1_validation_clips/images": ("PNG", 1), "1_validation_clips/0 a": ("GIF", 2),
+        "1_validation_clips/0_a": ("PNG", 1), "1_validation_clips/1_a": ("PNG", 2),
     }  # fmt: skip
-    np.testing.assert_array_equal(np.asarray(shown["1_validation_clips/images"]), picture)
-    assert shown["1_validation_clips/0 a"].info["duration"] == 120  # of 125 ms, in a GIF's hundredths of a second
+    np.testing.assert_array_equal(np.asarray(shown["1_validation_clips/0_a"]), picture)
+    moving = shown["1_validation_clips/1_a"]
+    frames = []
+    for frame in ImageSequence.Iterator(moving):
+        frames.append(np.asarray(frame.convert("RGB")))
+        assert frame.info["duration"] == 125
+    np.testing.assert_array_equal(frames, [picture, 255 - picture])
+    assert moving.info["loop"] == 0  # for ever

@@ -308,7 +308,9 @@ def test_validation_scores_held_out_clips_with_the_averaged_weights(videos, tmp_
     with t.ema.applied(), eval_mode(t.network):
         first = validate(t.network, t.data.held_out, t.metrics, t.device, 1)[0]
     assert first.result.scores["psnr"].value == pytest.approx(expected, abs=1e-3)
-    assert first.panels.shape == (3, 5, 16, 16, 3)
+    assert {label: video.shape for label, video in first.panels.items()} == dict.fromkeys(
+        ("original", "latent", "2D VAE alone", "reconstruction"), (5, 16, 16, 3)
+    )
     assert t.network.temporal_vae.encoder.training
     assert list((tmp_path / "run/tensorboard").iterdir())
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import vae3d
 from tests import tiny
@@ -19,10 +19,12 @@ from tests.training.quick import trainer
 from tests.training.test_trainer import fresh_accelerate, trace, weights  # noqa: F401
 from vae3d.checkpoints.state import load_state
 from vae3d.commands import train
-from vae3d.inference.pictures import LINE, MARGIN, error_map, latent_colours
+from vae3d.inference import pictures
+from vae3d.inference.pictures import GAP, LINE, TEXT, colour_bar, error_map, latent_colours
 from vae3d.metrics import METRICS, build_metrics
 from vae3d.metrics.distribution import Rfid
 from vae3d.metrics.registry import Entry
+from vae3d.pixels import to_uint8
 from vae3d.training.checkpointer import SaveError
 from vae3d.training.vae_validation import validate
 from vae3d.types import ClipBatch
@@ -32,7 +34,7 @@ VALIDATES = {"validation.every": 1, "validation.frames": 1, "validation.clips": 
 
 def scored(video: torch.Tensor, error: float):
     def model(pixels: torch.Tensor, sample: bool) -> SimpleNamespace:
-        return SimpleNamespace(video=pixels + error, z=pixels[..., ::4, ::4])
+        return SimpleNamespace(video=pixels + error, z=pixels[..., ::4, ::4], spatial=None)
 
     clip = ClipBatch(video, torch.tensor([0]), ["a.mp4"])
     (done,) = validate(model, [clip], build_metrics(["psnr"], "cpu"), torch.device("cpu"), 1)
@@ -45,8 +47,8 @@ def test_colours_and_depth_are_scored_and_shown_as_8_bits():
         done = scored(video, 10 / 127.5)
         assert done.result.scores["psnr"].value == pytest.approx(20 * math.log10(255 / 10), abs=1e-4)
         shown = pixels[0].permute(1, 2, 3, 0).numpy()
-        np.testing.assert_array_equal(done.panels[0], shown)
-        np.testing.assert_array_equal(done.panels[2], shown + 10)
+        np.testing.assert_array_equal(done.panels["original"], shown)
+        np.testing.assert_array_equal(done.panels["reconstruction"], shown + 10)
 
 
 def test_psnr_is_of_clamped_pixels_and_a_mean_over_images_not_of_their_pooled_error():
@@ -102,32 +104,53 @@ def logged(folder) -> dict[str, Image.Image]:
     return {tag: Image.open(io.BytesIO(encoded)) for tag, encoded in last.items()}
 
 
-def has_text(picture: np.ndarray) -> bool:
-    """Whether anything is written on a black strip."""
-    return picture.max() > 200 and (picture < 50).mean() > 0.5
+@pytest.fixture
+def written(monkeypatch) -> list[str]:
+    """The texts that are written into pictures."""
+    texts, write = [], pictures._write
+    monkeypatch.setattr(pictures, "_write", lambda *args: (texts.append(args[3]), write(*args)))
+    return texts
 
 
-def test_images_are_shown_in_one_table_original_latent_reconstruction_and_error_enlarged_and_labelled(videos, tmp_path):
+def panel(picture: np.ndarray, row: int, column: int, columns: int, side: int) -> np.ndarray:
+    """A panel of a strip of square panels [T, H, W, 3] in two rows, without its label."""
+    total = columns * (side + GAP) - GAP
+    line = max(TEXT, round(total * TEXT / 350)) + LINE - TEXT
+    captions = (picture.shape[-3] - 2 * (side + line) - GAP - 2 * line) // line  # the last two lines are the scale
+    top, left = (captions + row + 1) * line + row * side, column * (side + GAP)
+    return picture[..., top : top + side, left : left + side, :]
+
+
+def test_each_image_is_shown_with_its_latent_reconstruction_and_error_enlarged_labelled_and_scored(
+    videos, tmp_path, written
+):
     enabled = {"logger.tensorboard.enabled": True, "data.num_val_files": 5}
     t = trainer(videos, tmp_path, **VALIDATES, **enabled)
     t.validate()
     t.log.close()
-    ((tag, picture),) = logged(tmp_path).items()
-    assert (tag, picture.format) == ("1_validation_clips/images", "PNG")
-    shown = np.asarray(picture)
-    count = len(t.data.held_out)
-    assert shown.shape == (LINE + count * 162, MARGIN + 4 * 162, 3)
-    assert all(has_text(shown[:LINE, MARGIN + 162 * column :][:, :160]) for column in range(4))
-    for place, clip in enumerate(t.data.held_out):
-        row = shown[LINE + 162 * place :][:160]
-        assert has_text(row[:, :MARGIN])
-        cells = [row[:, MARGIN + 162 * column :][:, :160] for column in range(4)]
-        original = clip.video[0, :, 0].permute(1, 2, 0).numpy()
-        np.testing.assert_array_equal(cells[0], original.repeat(10, 0).repeat(10, 1))
-        np.testing.assert_array_equal(cells[3], error_map(cells[0], cells[2]))
+    shown = logged(tmp_path)
+    names = [clip.paths[0].rpartition("/")[2].partition(".")[0] for clip in t.data.held_out]
+    assert [*shown] == [f"1_validation_clips/{i}_{name}" for i, name in enumerate(names)]
+    for place, (clip, picture) in enumerate(zip(t.data.held_out, shown.values(), strict=True)):
+        assert picture.format == "PNG"
+        strip = np.asarray(picture)[None]
+        original, rec = (panel(strip, 0, column, 2, 224) for column in range(2))
+        pixels = clip.video[0].permute(1, 2, 3, 0).numpy()
+        np.testing.assert_array_equal(original, pixels.repeat(14, 1).repeat(14, 2))
+        np.testing.assert_array_equal(panel(strip, 1, 1, 2, 224)[0], error_map(original[0], rec[0]))
+        error = np.square((rec[0] - original[0].astype(float)) / 255).mean()
+        mine = [text for text in written if text.startswith(f"{place} {names[place]}")]
+        assert mine == [f"{place} {names[place]}, step 0"]
+        psnr = f"psnr {-10 * math.log10(error):.4g}"
+        assert any(text.startswith(psnr) for text in written), (psnr, written)
+    assert [text for text in written if text in ("original", "reconstruction", "latent")] == [
+        "original", "reconstruction", "latent",
+    ] * len(names)  # fmt: skip
 
 
-def test_videos_are_shown_one_by_one_with_latents_and_errors_labelled(videos, tmp_path):
+def test_videos_are_shown_under_the_same_names_with_the_2d_vae_alone_and_its_error_and_scores(
+    videos, tmp_path, written
+):
     overrides = [
         "loss=recon_kl",
         "data.frames.max=5",
@@ -137,12 +160,79 @@ def test_videos_are_shown_one_by_one_with_latents_and_errors_labelled(videos, tm
     ]
     t = train.build_trainer(tiny.training("temporal_vae", videos, *overrides, "trainer.max_steps=1"), tmp_path)
     t.fit()
+    (clip,) = t.data.held_out
     ((tag, picture),) = logged(tmp_path).items()
-    assert tag.startswith("1_validation_clips/0 clip")
-    assert (picture.format, picture.n_frames, picture.size) == ("GIF", 5, (4 * 162, 2 * LINE + 160))
-    shown = np.asarray(picture.convert("RGB"))
-    assert has_text(shown[:LINE, :160])  # the clip's name
-    assert all(has_text(shown[LINE : 2 * LINE, 162 * column :][:, :160]) for column in range(4))
+    name = clip.paths[0].rpartition("/")[2].partition(".")[0]
+    assert (tag, picture.format, picture.n_frames) == (f"1_validation_clips/0_{name}", "PNG", 5)
+    strip = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)])
+    original, alone, rec = (panel(strip, 0, column, 3, 224) for column in range(3))
+    np.testing.assert_array_equal(original[:, ::14, ::14], clip.video[0].permute(1, 2, 3, 0).numpy())
+    with torch.no_grad(), t.ema.applied():
+        expected = to_uint8(t.network.decode_spatial(t.network.encode_spatial(clip.to("cpu").video))[0])
+    np.testing.assert_array_equal(alone[:, ::14, ::14], expected)
+    for column, video in enumerate((alone, rec), 1):
+        for t_, error in enumerate(panel(strip, 1, column, 3, 224)):
+            np.testing.assert_array_equal(error, error_map(original[t_], video[t_]))
+    mean_psnr = np.mean(
+        [-10 * math.log10(np.square((a - b.astype(float)) / 255).mean()) for a, b in zip(alone, original, strict=True)]
+    )
+    assert any(text.startswith(f"2D VAE alone: psnr {mean_psnr:.4g}") for text in written)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert any(text.startswith(f"psnr {last['val/psnr']:.4g}") for text in written)  # of the only clip
+    assert written[0] == f"0 {name}, step 0"
+
+
+def test_errors_of_trained_and_of_untrained_networks_differ_on_the_scale_which_is_drawn_with_numbers(written):
+    def brightness(error: int) -> int:
+        frame = np.full((1, 1, 3), error, np.uint8)
+        return int(error_map(np.zeros_like(frame), frame).astype(int).sum())
+
+    levels = [brightness(error) for error in (0, 1, 2, 5, 13, 26, 45, 64)]  # of 255
+    assert all(b - a > 20 for a, b in zip(levels, levels[1:], strict=False)), levels
+    assert brightness(64) == brightness(255)
+    bar = colour_bar(350)
+    assert written == ["0", "0.01", "0.05", "0.1", ">= 0.25"]
+    at = round(math.sqrt(26 / 255 / 0.25) * 349)
+    assert abs(int(bar[4, at].astype(int).sum()) - brightness(26)) < 10
+
+
+@pytest.mark.parametrize(
+    ("size", "side"), [((8, 8), 224), ((3, 64), 256), ((3, 300), 300), ((3, 500), 250), ((1, 500), 500)]
+)
+def test_small_clips_are_enlarged_and_large_ones_that_move_reduced(size, side):
+    frames, width = size
+    video = np.full((frames, width, width, 3), 200, np.uint8)
+    shown = pictures.strip([[("a", video), ("b", video)]])
+    assert (shown[0, :, :, 0] == 200).any(0).sum() >= 2 * side
+    assert shown.shape[0] == frames
+    assert shown.shape[2] == 2 * side + GAP
+    assert not shown.shape[1] % 2
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (3, 2), (16, 4)])
+def test_samples_stand_in_a_grid_with_captions_that_can_be_read_where_it_is_reduced(count, columns, monkeypatch):
+    sizes, write = [], pictures._write
+    monkeypatch.setattr(pictures, "_write", lambda *args: (sizes.append(args[4]), write(*args)))
+    videos = [np.full((2, 8, 8, 3), i, np.uint8) for i in range(count)]
+    shown = pictures.captioned_grid(videos, [str(i) for i in range(count)])
+    side = 160 + GAP
+    size = max(TEXT, round(TEXT * columns * side / 350))  # TensorBoard shows pictures 350 pixels wide
+    assert sizes == [size] * count
+    cell = size + LINE - TEXT + side
+    assert shown.shape == (2, -(-count // columns) * cell - GAP, columns * side - GAP, 3)
+    at = [shown[1, i // columns * cell + cell - 9, i % columns * side + 9, 0] for i in range(count)]
+    assert at == list(range(count))
+
+
+def test_captions_of_hostile_file_names_stay_one_line_of_text(written):
+    video = np.zeros((1, 8, 8, 3), np.uint8)
+    plain = pictures.strip([[("a", video)]], ["name, step 1"])
+    hostile = pictures.strip([[("a", video)]], ["a\nb\x1b[0m\u202e, step 1"])
+    assert written[7] == r"a\nb\x1b[0m\u202e, step 1"
+    assert hostile.shape == plain.shape
+    long = pictures.strip([[("a", video)]], ["x" * 300 + ", step 1"])
+    assert long.shape[2] == plain.shape[2]
+    assert "..." in "".join(written)
 
 
 class MeanColours(Rfid):

@@ -209,7 +209,7 @@ class Validation:
     slow_metrics_every: Int = setting(
         0, "Steps between these, a multiple of `every`. 0: after the last step only.", ge=0
     )
-    videos: Int = setting(4, "Clips shown in the logger: original, latent, reconstruction, error.", ge=0)
+    videos: Int = setting(4, "Clips shown in the logger: original, 2D VAE alone, reconstruction, latent, errors.", ge=0)
     roll: bool = setting(False, "Also compare the reconstruction of a rotated panorama to the rotated reconstruction.")
 
 

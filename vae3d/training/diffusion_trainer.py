@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from vae3d.diffusion.export import write_export
 from vae3d.diffusion.processes import QUARTILES, Process, drop_labels, quartile_sums, training_losses
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import decoded, sample_latents
-from vae3d.inference.pictures import captioned, displayable, grid
+from vae3d.inference.pictures import captioned_grid, displayable
 from vae3d.inference.scale import check_normalised
 from vae3d.layout import place
 from vae3d.optim import can_fuse
@@ -212,11 +211,11 @@ class DiffusionTrainer(Trainer[Batch]):
                 batch_size=16,
                 device=self.device,
             )
-        captions = [f"sample {i}" + (f": {data.classes[labels[i]]}" if labels else "") for i in range(config.samples)]
+        captions = [data.classes[labels[i]] if labels else str(i) for i in range(config.samples)]
         self._show("samples", z, captions)
         if real is not None and not self.shown:
             held_out = real[: len(z)]
-            self._show("held-out clips, reconstructed", held_out, [f"held out {i}" for i in range(len(held_out))])
+            self._show("reconstructions", held_out, list(map(str, range(len(held_out)))))
             self.shown = True
         values = {"val/sample_rms": float(z.square().mean().sqrt())}  # 1 for the data
         if real is not None:
@@ -226,10 +225,7 @@ class DiffusionTrainer(Trainer[Batch]):
     def _show(self, name: str, z: Tensor, captions: Sequence[str]) -> None:
         """Log latents [N, C, t, h, w], decoded, in a grid."""
         videos = decoded(self.data.codec, z, self.data.size)
-        shown = np.stack(
-            [captioned(displayable(video), caption) for video, caption in zip(videos, captions, strict=True)]
-        )
-        self.log.frames(f"val_samples/{name}", grid(shown), self.step)
+        self.log.frames(f"val_samples/{name}", captioned_grid(list(map(displayable, videos)), captions), self.step)
 
     # ---- checkpoints
 

@@ -79,6 +79,16 @@ def tag_of(name: str, names: Mapping[str, Any] | Sequence[str] = ()) -> str:
     return f"{GROUPS[group]}/{rest}" if group in GROUPS else f"{OTHER}/{name}"
 
 
+def media_tag(name: str) -> str:
+    """The tag of an image or a video: `val_clips/0_a b` is `1_validation_clips/0_a_b`.
+
+    It is the same in all trackers: after the slash, characters that one of them rejects, or that have a meaning in
+    paths, are replaced by _, and long names are cut.
+    """
+    group, _, rest = tag_of(name).partition("/")
+    return f"{group}/{_file_name(rest)}"
+
+
 class TrackerError(UserError):
     """A tracker cannot be opened. Raised on rank 0 only."""
 
@@ -106,11 +116,11 @@ class Logger:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """values: by tag."""
 
-    def image(self, tag: str, picture: np.ndarray, step: int) -> None:
-        """picture: [H, W, 3] uint8."""
+    def image(self, tag: str, picture: np.ndarray, step: int, caption: str) -> None:
+        """picture: [H, W, 3] uint8. caption: to be shown beside it, if there is a place for it; may be empty."""
 
-    def video(self, tag: str, frames: np.ndarray, fps: float, step: int) -> None:
-        """frames: [T, H, W, 3] uint8."""
+    def video(self, tag: str, frames: np.ndarray, fps: float, step: int, caption: str) -> None:
+        """frames: [T, H, W, 3] uint8. caption: as of an image."""
 
     def close(self, failed: bool = False) -> None:
         """Nothing is written afterwards. failed: the run ends with an error."""
@@ -158,11 +168,11 @@ class Loggers(Logger):
         tags = {tag_of(name, values): value for name, value in values.items()}
         self._each(lambda logger: logger.scalars(tags, step))
 
-    def image(self, name: str, picture: np.ndarray, step: int) -> None:
-        self._each(lambda logger: logger.image(tag_of(name), picture, step))
+    def image(self, name: str, picture: np.ndarray, step: int, caption: str = "") -> None:
+        self._each(lambda logger: logger.image(media_tag(name), picture, step, caption))
 
-    def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> None:
-        self._each(lambda logger: logger.video(tag_of(name), frames, fps, step))
+    def video(self, name: str, frames: np.ndarray, fps: float, step: int, caption: str = "") -> None:
+        self._each(lambda logger: logger.video(media_tag(name), frames, fps, step, caption))
 
     def close(self, failed: bool = False) -> None:
         """May be called twice."""
@@ -267,18 +277,18 @@ class TensorBoardLogger(Logger):
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self.tracker.log(dict(values), step)
 
-    def image(self, tag: str, picture: np.ndarray, step: int) -> None:
+    def image(self, tag: str, picture: np.ndarray, step: int, caption: str) -> None:
         self.tracker.log_images({tag: picture[None]}, step, dataformats="NHWC")
 
-    def video(self, tag: str, frames: np.ndarray, fps: float, step: int) -> None:
-        """An animated GIF, as SummaryWriter.add_video makes, which needs moviepy."""
+    def video(self, tag: str, frames: np.ndarray, fps: float, step: int, caption: str) -> None:
+        """An animated PNG. SummaryWriter.add_video makes a GIF, whose 256 colours differ from the frames as much as
+        reconstructions do. TensorBoard does not declare other formats as images."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        # Pillow's own choice of 256 colours takes 60 times as long, seconds per clip, while training waits.
-        colours = {"method": Image.Quantize.FASTOCTREE, "dither": Image.Dither.NONE}
-        first, *others = [Image.fromarray(frame).quantize(256, **colours) for frame in frames]
+        first, *others = [Image.fromarray(frame) for frame in frames]
+        moving = {"save_all": True, "append_images": others, "duration": round(1000 / fps), "loop": 0}
         stream = io.BytesIO()
-        first.save(stream, "GIF", save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
+        first.save(stream, "PNG", compress_level=1, **moving)  # other levels take twice as long
         encoded = Summary.Image(
             height=first.height, width=first.width, colorspace=3, encoded_image_string=stream.getvalue()
         )
@@ -324,17 +334,17 @@ class ContinuedLogger(Logger):
         return {tag: value for tag, value in values.items() if step > self.written.get(tag, -1)}
 
 
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", text)[:60]  # of a file name's 255 bytes trackers add numbers of their own
+
+
 @contextmanager
 def _mp4(tag: str, frames: np.ndarray, fps: float) -> Iterator[Path]:
     """A temporary H.264 file. The packages encode arrays with moviepy or ffmpeg, which are not installed."""
     with TemporaryDirectory() as folder:
-        path = Path(folder, f"{_file_name(tag.rpartition('/')[2])}.mp4")
+        path = Path(folder, f"{tag.rpartition('/')[2]}.mp4")
         write_video(path, frames, fps, "h264")
         yield path
-
-
-def _file_name(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", text)[:100]
 
 
 class WandBLogger(ContinuedLogger):
@@ -390,16 +400,18 @@ class WandBLogger(ContinuedLogger):
         if step >= self.run.step and (values := self.unwritten(values, step)):  # W&B drops earlier steps, noisily
             self.tracker.log(values, step)
 
-    def image(self, tag: str, picture: np.ndarray, step: int) -> None:
-        if step >= self.run.step and step > self.last_validation:
-            self.tracker.log_images({tag: [picture]}, step)
+    def image(self, tag: str, picture: np.ndarray, step: int, caption: str) -> None:
+        import wandb
 
-    def video(self, tag: str, frames: np.ndarray, fps: float, step: int) -> None:
+        if step >= self.run.step and step > self.last_validation:
+            self.tracker.log({tag: wandb.Image(picture, caption=caption)}, step)
+
+    def video(self, tag: str, frames: np.ndarray, fps: float, step: int, caption: str) -> None:
         import wandb
 
         if step >= self.run.step and step > self.last_validation:
             with _mp4(tag, frames, fps) as path:
-                self.tracker.log({tag: wandb.Video(str(path), format="mp4")}, step)
+                self.tracker.log({tag: wandb.Video(str(path), caption=caption, format="mp4")}, step)
 
     def close(self, failed: bool = False) -> None:
         self.run.finish(exit_code=int(failed))
@@ -454,13 +466,13 @@ class MLflowLogger(ContinuedLogger):
         if values := self.unwritten(values, step):
             self.tracker.log(values, step)
 
-    def image(self, tag: str, picture: np.ndarray, step: int) -> None:
+    def image(self, tag: str, picture: np.ndarray, step: int, caption: str) -> None:
         import mlflow
 
         if step > self.last_validation:
-            mlflow.log_image(picture, key=re.sub(r"[^\w./ -]", "_", tag), step=step, synchronous=True)
+            mlflow.log_image(picture, key=tag, step=step, synchronous=True)
 
-    def video(self, tag: str, frames: np.ndarray, fps: float, step: int) -> None:
+    def video(self, tag: str, frames: np.ndarray, fps: float, step: int, caption: str) -> None:
         import mlflow
 
         if step > self.last_validation:
@@ -515,18 +527,18 @@ class TrackioLogger(ContinuedLogger):
         if values := self.unwritten(values, step):
             self.run.log(values, step=step)  # as TrackioTracker.log, which drops the step before accelerate 1.14
 
-    def image(self, tag: str, picture: np.ndarray, step: int) -> None:
+    def image(self, tag: str, picture: np.ndarray, step: int, caption: str) -> None:
         import trackio
 
         if step > self.last_validation:
-            self.run.log({tag: trackio.Image(picture)}, step=step)
+            self.run.log({tag: trackio.Image(picture, caption=caption)}, step=step)
 
-    def video(self, tag: str, frames: np.ndarray, fps: float, step: int) -> None:
+    def video(self, tag: str, frames: np.ndarray, fps: float, step: int, caption: str) -> None:
         import trackio
 
         if step > self.last_validation:
             with _mp4(tag, frames, fps) as path:
-                self.run.log({tag: trackio.Video(str(path))}, step=step)
+                self.run.log({tag: trackio.Video(str(path), caption=caption)}, step=step)
 
     def close(self, failed: bool = False) -> None:
         self.tracker.finish()

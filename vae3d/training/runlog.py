@@ -124,12 +124,12 @@ class RunLog:
         if self.main and self._bar.disable and step == self._timer.first + 1:
             log.info("%s  %s", self._timer.text(step), "  ".join(fields(values)))
 
-    def frames(self, name: str, frames: np.ndarray, step: int) -> None:
+    def frames(self, name: str, frames: np.ndarray, step: int, caption: str = "") -> None:
         """Show frames [T, H, W, 3] uint8: one as an image, several as a video."""
         if self.main and len(frames) == 1:
-            self.logger.image(name, frames[0], step)
+            self.logger.image(name, frames[0], step, caption)
         elif self.main:
-            self.logger.video(name, frames, 8.0, step)
+            self.logger.video(name, frames, 8.0, step, caption)
 
     def errors(self, errors: Iterable[tuple[str, str]]) -> None:
         """Report each (path, reason) once, in the log and in data_errors.jsonl (data_errors<N>.jsonl on rank N)."""

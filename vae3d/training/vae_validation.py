@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -16,12 +16,10 @@ from vae3d.data.depth import depth_of, to_metres
 from vae3d.inference.pictures import (
     ERROR_LABEL,
     displayable,
-    enlarged,
     error_maps,
     latent_colours,
     scorable,
-    side_by_side,
-    table,
+    strip,
 )
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.metrics.depth import depth_errors
@@ -29,10 +27,11 @@ from vae3d.metrics.distribution import SetMetric
 from vae3d.metrics.frame import decibel
 from vae3d.metrics.panorama import roll_consistency
 from vae3d.pixels import NotFiniteError, as_unit, to_uint8
-from vae3d.training.runlog import RunLog
+from vae3d.report import score_names
+from vae3d.training.runlog import RunLog, short
 from vae3d.types import ClipBatch
 
-PANELS = ("original", "latent", "reconstruction")
+SPATIAL = "2D VAE alone"  # the frames through the 2D VAE inside the model, which the temporal VAE cannot exceed
 BETTER = {
     "roll_psnr": True,
     "abs_rel": False,
@@ -44,14 +43,17 @@ BETTER = {
 
 @dataclass
 class ValidatedClip:
-    """index: among the held-out clips. panels: PANELS, [3, T, H, W, 3] uint8, of the first few clips. scores: those
-    that are not computed on 8-bit frames."""
+    """index: among the held-out clips. scores: those that are not computed on 8-bit frames.
+
+    panels: of the first few clips: original, latent, SPATIAL where there is one, reconstruction, [T, H, W, 3] uint8.
+    spatial: scores of SPATIAL."""
 
     index: int
     name: str
     result: VideoResult
-    panels: np.ndarray | None
+    panels: dict[str, np.ndarray] | None
     scores: dict[str, float]
+    spatial: dict[str, float] = field(default_factory=dict)
 
 
 def mean_scores(metrics: MetricSet, clips: Sequence[ValidatedClip]) -> dict[str, float]:
@@ -64,20 +66,28 @@ def mean_scores(metrics: MetricSet, clips: Sequence[ValidatedClip]) -> dict[str,
 
 
 def log_clips(log: RunLog, clips: Sequence[ValidatedClip], step: int) -> None:
-    """Show clips with panels, and the error: all images as rows of one picture, each video by itself."""
-    images = {}
+    """Show each clip that has panels by itself, as an image or a video: each reconstruction above its error."""
     for clip in clips:
-        if clip.panels is None:
+        if clip.panels is None or not log.main:
             continue
-        errors = error_maps(clip.panels[0], clip.panels[-1])
-        panels = dict(zip((*PANELS, ERROR_LABEL), (*clip.panels, errors), strict=True))
-        name = f"{clip.index} {clip.name}"
-        if len(errors) == 1:
-            images[name] = [enlarged(panel)[0] for panel in panels.values()]
-        else:
-            log.frames(f"val_clips/{name}", np.concatenate([*side_by_side(panels, name)]), step)
-    if images:
-        log.frames("val_clips/images", table(images, [*PANELS, ERROR_LABEL])[None], step)
+        original, latent, *reconstructions = clip.panels.items()
+        errors = [(ERROR_LABEL, error_maps(original[1], video)) for _, video in reconstructions]
+        scores = scores_text(values_of(clip.result) | clip.scores)
+        caption = [f"{clip.index} {clip.name}, step {step}", scores]
+        if clip.spatial:
+            caption.append(f"{SPATIAL}: {scores_text(clip.spatial)}")
+        picture = strip([[original, *reconstructions], [latent, *errors]], caption)
+        log.frames(f"val_clips/{clip.index}_{clip.name}", picture, step, caption=scores)
+
+
+def values_of(result: VideoResult) -> dict[str, float]:
+    """Column -> score, without scores that are undefined or of sets of clips."""
+    return {column: score.value for column, score in result.scores.items() if score.value is not None}
+
+
+def scores_text(scores: Mapping[str, float]) -> str:
+    values = {f"val/{name}": value for name, value in scores.items()}
+    return ", ".join(f"{name.removeprefix('val/')} {short(values[name])}" for name in score_names([values]))
 
 
 def channel_scores(ref: np.ndarray, rec: np.ndarray) -> dict[str, float]:
@@ -104,8 +114,9 @@ def validate(
     """Reconstruct clips from the posterior's mode and score them as 8-bit pixels, like those of a file.
 
     Metrics see RGBA as MetricSet.update says, of other channels the colours (pixels.as_rgb); see also channel_scores.
-    panels: number of clips to keep for display. roll: also score how well the reconstruction of a rotated panorama
-    matches the rotated reconstruction (`roll_psnr`). depth: mapping of depth clips, for AbsRel and delta1 in metres.
+    panels: number of clips to keep for display; of models with a 2D VAE inside, it is shown and scored alone on them.
+    roll: also score how well the reconstruction of a rotated panorama matches the rotated reconstruction (`roll_psnr`).
+    depth: mapping of depth clips, for AbsRel and delta1 in metres.
     """
     metrics.reset()  # a validation that failed may have left a clip
     done = []
@@ -115,10 +126,18 @@ def validate(
         before = to_uint8(clip.video[0], clip.paths[0])
         after = to_uint8(out.video[0], f"reconstruction of {clip.paths[0]}")
         metrics.update(*(as_unit(scorable(frames), device) for frames in (before, after)))
-        index, shown = int(clip.positions), None
+        index, result = int(clip.positions), metrics.result()
+        shown, spatial = None, {}
         if index < panels:
-            latent = latent_colours(out.z[0], before.shape[:3])
-            shown = np.stack([displayable(before), latent, displayable(after)])
+            shown = {"original": displayable(before), "latent": latent_colours(out.z[0], before.shape[:3])}
+            if out.spatial is not None:
+                frames = model.decode_spatial(out.spatial.latent)[..., : before.shape[1], : before.shape[2]]
+                alone = to_uint8(frames[0], f"{SPATIAL}: {clip.paths[0]}")
+                of_clips = metrics.subset([m.name for m in metrics if not isinstance(m, SetMetric)])
+                of_clips.update(*(as_unit(scorable(frames), device) for frames in (before, alone)))
+                spatial = values_of(of_clips.result())
+                shown[SPATIAL] = displayable(alone)
+            shown["reconstruction"] = displayable(after)
         scores = {"roll_psnr": roll_consistency(model, clip.video)} if roll else {}
         scores |= channel_scores(before, after)
         if depth is not None:
@@ -126,5 +145,5 @@ def validate(
             scores |= depth_errors(*metres, clip.valid)
         if bad := [name for name, value in scores.items() if not math.isfinite(value)]:
             raise NotFiniteError(f"{', '.join(bad)} is NaN or infinite", f"reconstruction of {clip.paths[0]}")
-        done.append(ValidatedClip(index, Path(clip.paths[0]).stem, metrics.result(), shown, scores))
+        done.append(ValidatedClip(index, Path(clip.paths[0]).stem, result, shown, scores, spatial))
     return done
