@@ -21,6 +21,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
 )
+FIREFOX = next(filter(None, map(shutil.which, ("firefox", "firefox-esr"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 
 FLAGS = ["--enable-unsafe-swiftshader", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
@@ -30,11 +31,16 @@ READ = """() => Object.fromEntries(
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
+def playwright() -> Iterator[Any]:
+    with sync_api.sync_playwright() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def browser(playwright: Any) -> Iterator[Any]:
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    yield browser
+    browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +139,26 @@ def test_frames_are_those_of_the_file(opened):
     )
 
 
+@pytest.mark.skipif(FIREFOX is None, reason="no firefox on the PATH")
+def test_firefox_shows_the_same_frames(playwright, sample):
+    wrong = []
+    firefox = playwright.firefox.launch(channel="moz-firefox", executable_path=FIREFOX)
+    try:
+        page = firefox.new_page()
+    except sync_api.Error as error:
+        firefox.close()
+        pytest.skip(f"playwright cannot drive this firefox: {str(error).splitlines()[0]}")
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(sample.as_uri() + "#video=two&frame=7")
+    page.wait_for_selector(".player:not(.loading) .frame")
+    for key, frame in [("ArrowRight", 8), ("End", 11), ("ArrowLeft", 10)]:
+        page.keyboard.press(key)
+        page.wait_for_timeout(300)
+        assert_shows(page, frame)
+    firefox.close()
+    assert wrong == []
+
+
 def test_views_show_the_same_place(opened):
     page = opened("#video=two&frame=7&view=wipe&a=original&b=fine")
     assert number(page) == 7
@@ -153,7 +179,7 @@ def test_views_show_the_same_place(opened):
     before = stage.get_attribute("data-shown")
     page.keyboard.press("x")
     assert {before, stage.get_attribute("data-shown")} == {"a", "b"}
-    page.get_by_label("Blink", exact=True).select_option("3")
+    page.locator("#chapter-1").get_by_label("Blink", exact=True).select_option("3")
     page.wait_for_function(f"document.querySelector('.stage').dataset.shown === '{before}'")
 
     page.keyboard.press("1")
@@ -184,9 +210,13 @@ def test_views_show_the_same_place(opened):
     again = opened(link)
     assert again.evaluate("location.hash") == link
     assert number(again) == 7
-    assert again.locator(".frame").first.evaluate("one => getComputedStyle(one).transform") == transforms[0]
+    again_transform = again.locator(".frame").first.evaluate("one => getComputedStyle(one).transform")
+    for left, right in zip(
+        *(map(float, re.findall(r"-?[\d.]+", one)) for one in (again_transform, transforms[0])), strict=True
+    ):
+        assert left == pytest.approx(right, abs=0.1)  # of a link's four digits
     again.locator(".viewport").first.dblclick()
-    assert not again.locator(".stage.zoomed").count()
+    again.wait_for_selector("#chapter-1 .stage:not(.zoomed)")
     again.get_by_label("Layer of fine").select_option("change")
     assert again.locator(".sheet").evaluate_all("all => all.map((one) => one.dataset.layer)") == [
         "picture",
@@ -249,7 +279,7 @@ def test_names_of_any_text_stay_text(opened):
         assert link.evaluate("one => decodeURIComponent(one.href)").endswith("/ori/" + name)
     assert page.title() == "Sample <b>report</b>"
     assert page.locator("main img[onerror]").count() == 0
-    assert page.evaluate("[document.body.scrollWidth, innerWidth]") == [1300, 1300]
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_clips_that_do_not_play_say_why(opened):
@@ -287,7 +317,7 @@ def test_one_file_narrow_themes_and_help(opened, tmp_path):
     assert not (tmp_path / "videos").exists()
     page = opened(path=tmp_path / "index.html", viewport={"width": 360, "height": 700}, color_scheme="dark")
     assert_shows(page, 0)
-    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth") and page.evaluate("innerWidth") == 360
     colour = "getComputedStyle(document.body).backgroundColor"
     dark = page.evaluate(colour)
     page.get_by_role("button", name="Dark or light").click()
