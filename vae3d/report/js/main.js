@@ -90,7 +90,7 @@ function buildChapter(chapter, id, titled) {
     add("Differences", "differences", note, differencesOf(chapter, (metric, name) => built.table?.showDifference(metric, name)));
   }
   if (chapter.tables.length) add("Tables", "tables", chapter.tables.map(buildTable));
-  if (chapter.charts.length) add("Charts", "charts", el("div", { class: "curves" }, chapter.charts.map(lineChart)));
+  if (chapter.charts.length) add("Charts", "charts", el("div", { class: "curves wide" }, chapter.charts.map(lineChart)));
   if (chapter.pictures.length) add("Pictures", "pictures", el("div", { class: "pictures" }, chapter.pictures.map(buildPicture)));
   if (chapter.commands) add("Commands", "commands", commands(chapter.commands));
   built.entries = [entry(chapter.title, id, parts.length > 1 ? el("ol", {}, parts) : null)];
