@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor, nn
 
 from tests import tiny
+from tests.evaluation.test_eval_page import content
 from tests.scoring import degrade, evaluate, make_pairs, original, report, write_two_sizes
 from vae3d.evaluation import score as scoring
 from vae3d.evaluation import store as storing
@@ -143,7 +144,7 @@ def test_features_survive_for_distances_between_sets(all_weights, scored, tmp_pa
 
 def launch(ori: Path, rec: Path, output: Path) -> tuple[list[int], str]:
     """Exit codes and output of two ranks, started and stopped as torchrun does."""
-    words = ["--ref", ori, "--rec", rec, "--output", output, "--device", "cpu", "--no_page", *METRICS]
+    words = ["--ref", ori, "--rec", rec, "--output", output, "--device", "cpu", *METRICS]
     codes, printed = tiny.run_ranks(*tiny.script("eval/eval_common_metric.py"), *map(str, words), cwd=output.parent)
     return codes, "".join(printed)
 
@@ -158,6 +159,7 @@ def test_processes_share_the_work_and_another_number_goes_on(tmp_path, folders):
     assert (tmp_path / "two/summary.json").read_bytes() == whole
     lines = {rank: (tmp_path / f"two/rank{rank}.jsonl").read_text().splitlines() for rank in (0, 1)}
     assert sorted(map(len, lines.values())) == [2, 3]
+    assert list(content(tmp_path / "two")[1]) == [f"v{i}" for i in range(5)]  # clips of both ranks
     os.remove(tmp_path / "two/summary.json")
     (tmp_path / "two/rank1.jsonl").write_text(lines[1][0] + "\n" + lines[1][1][:50])  # killed there
     assert evaluate(ori, rec, *METRICS, "--output", str(tmp_path / "two")) == 0

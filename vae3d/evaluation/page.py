@@ -200,7 +200,7 @@ def make_report(
         means = [[c, *(number(s["metrics"][c]["mean"]) for s in summaries.values())] for c in first["metrics"]]
         tables.insert(0, Table("Means", ["metric", *recs], means))
     chapter = Chapter(
-        "Videos" if rows and rows[0].scores else "Scores",
+        "Videos",
         reconstructions=recs,
         metrics=page_metrics(present),
         videos=[_video(folder, row, _is_panorama(row, metrics, first["preset"]["name"])) for row in rows],
@@ -209,7 +209,7 @@ def make_report(
         differences=[_difference(row) for row in differences],
     )
     return Report(
-        f"Reconstruction quality: {', '.join(recs)}",
+        f"Reconstruction quality: {', '.join(Path(s['generated_video_dir']).name for s in summaries.values())}",
         [chapter],
         facts=_facts(summaries),
         commands=command,
