@@ -75,7 +75,9 @@ from vae3d.models.taehv import VARIANTS  # noqa: E402
 from vae3d.models.temporal import TemporalVAE  # noqa: E402
 
 MARKS = ("<!-- networks -->", "<!-- /networks -->")  # in a page, around the table
-ALLOWED = 1e-4  # the most that results may differ, relative to the largest value
+# The most that results may differ, relative to the largest value. Gradients of ReLU and of clamping jump where rounding
+# changes a sign.
+ALLOWED = {"encode": 1e-4, "decode": 1e-4, "train": 1e-3}
 Row = dict[str, Any]
 Run = Callable[[], Any]
 
@@ -409,7 +411,7 @@ def network(bench: Bench, case: Case) -> Row:
         prefix = "peer_" if side == "peer" else ""
         row |= {f"{prefix}flops": flops, f"{prefix}memory_mib": memory / 2**20}
     if "peer" in results:
-        row["difference"] = difference(results["ours"], results["peer"])
+        row["difference"] = difference(results["ours"], results["peer"], ALLOWED[case.work])
     return row
 
 
@@ -440,13 +442,13 @@ def counted(run: Run, side: Coder) -> tuple[int, int]:
     return cost.flops, cost.peak
 
 
-def difference(ours: Tensor, peer: Tensor) -> float:
-    """The largest, relative to the peer's largest value. Raises AssertionError above ALLOWED."""
+def difference(ours: Tensor, peer: Tensor, allowed: float) -> float:
+    """The largest, relative to the peer's largest value. Raises AssertionError above `allowed`."""
     if ours.shape != peer.shape:
         raise AssertionError(f"ours is {list(ours.shape)}, the peer's {list(peer.shape)}")
     found = float((ours - peer).abs().max() / peer.abs().max())
-    if not found <= ALLOWED:
-        raise AssertionError(f"results differ by {found:.1e} of the largest, more than {ALLOWED:g}")
+    if not found <= allowed:
+        raise AssertionError(f"results differ by {found:.1e} of the largest, more than {allowed:g}")
     return found
 
 
