@@ -1,6 +1,7 @@
 """docs/speed.svg, the chart of speed-ups in README.md, from docs/speed.json: python docs/make_speed_chart.py
 
 Each entry quotes the page that has the figure with its command, machine and versions; tests/test_docs.py compares them.
+Those with a `line` instead have the ratio of the last run in docs/networks.json, whose table is in docs/speed.md.
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ def entries() -> list[dict[str, Any]]:
     return json.loads((DOCS / "speed.json").read_text())
 
 
+def runs() -> list[dict[str, Any]]:
+    """Of scripts/benchmarks/bench_networks.py, the newest last."""
+    return json.loads((DOCS / "networks.json").read_text())["runs"]
+
+
 def ratio(entry: dict[str, Any]) -> float:
+    if "line" in entry:
+        return runs()[-1]["rows"][entry["line"]]["ratio"]
     return entry["ratio"] if "ratio" in entry else entry["before"] / entry["after"]
 
 

@@ -45,6 +45,7 @@ ACCELERATE = {"training", "commands", "distributed"}
 BROAD_EXCEPT = {
     "vae3d.training.loggers",  # trackers raise errors of their private classes, and must not stop a training
     "scripts.benchmarks.gpu",  # a case that fails is written down, and must not lose the others
+    "scripts.benchmarks.bench_networks",  # likewise a line
 }
 
 

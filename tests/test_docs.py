@@ -38,11 +38,21 @@ def test_settings_in_the_pages_exist(page):
 
 def test_every_ratio_of_the_speed_chart_stands_on_the_page_that_it_names(tmp_path):
     for entry in make_speed_chart.entries():
+        if "line" in entry:
+            continue  # of the table of networks
         assert entry["quote"] in (DOCS / entry["page"]).read_text().replace("\n", " "), entry["what"]
         for number in (entry[name] for name in ("ratio", "before", "after") if name in entry):
             assert f"{number:g}" in (DOCS / entry["page"]).read_text(), entry["what"]
     make_speed_chart.draw(tmp_path / "speed.svg")
     assert (tmp_path / "speed.svg").stat().st_size > 10_000
+
+
+def test_the_table_of_networks_is_that_of_the_last_run():
+    *earlier, run = make_speed_chart.runs()
+    table = tiny.load_script("bench_networks").table(run, earlier)
+    assert f"<!-- networks -->\n{table}<!-- /networks -->" in (DOCS / "speed.md").read_text()
+    assert run["rows"].keys() == tiny.load_script("bench_networks").LINES.keys()
+    assert not any("error" in row for row in run["rows"].values())
 
 
 def test_the_table_of_diffusers_autoencoders_is_that_of_the_adapter():
