@@ -17,8 +17,6 @@ done
 [[ " $* " == *" all "* ]] && set -- "${PARTS[@]}"
 source scripts/environment.sh
 
-# Keep freed memory: else small networks spend a quarter of their time in the kernel, which zeroes new pages.
-export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-8589934592} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # more threads only slow down networks this small
 # Threads that spin while they wait for each other are ten times slower where another program uses the cores.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}

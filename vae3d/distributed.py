@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vae3d.arguments import flatten
 from vae3d.errors import UserError
+from vae3d.host_memory import keep_freed_memory
 from vae3d.precision import as_device
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def init_training(precision: str) -> Accelerator:
         mixed_precision=precision.replace("fp32", "no"), cpu=_no_accelerator(), kwargs_handlers=[timeout]
     )
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "ranks did not find each other"
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator
 
 
@@ -54,7 +57,10 @@ def init_inference(device: str | None) -> tuple[PartialState, torch.device]:
 
     timeout = timedelta(days=7)  # ranks wait for the one with the longest videos
     ranks = PartialState(cpu=device == "cpu" or _no_accelerator(), timeout=timeout)
-    return ranks, as_device(device) if device else ranks.device
+    where = as_device(device) if device else ranks.device
+    if where.type == "cpu":
+        keep_freed_memory()
+    return ranks, where
 
 
 def _no_accelerator() -> bool:

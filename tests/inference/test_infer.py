@@ -72,6 +72,13 @@ def test_original_is_bit_exact_and_reconstruction_is_the_models(export, videos, 
         assert np.abs(written.astype(int) - to_uint8(expected[0])).max() <= 1
 
 
+def test_half_precision_on_a_cpu_is_close_to_full(export, videos, tmp_path):
+    for precision in ("fp32", "bf16"):
+        run(export, videos, tmp_path / precision, "num_samples=1", f"precision={precision}", "device=cpu")
+    full, half = (read(tmp_path / f"{name}_rec/000001_clip0.mp4").astype(int) for name in ("fp32", "bf16"))
+    assert 0 < np.abs(half - full).mean() < 2  # of 255
+
+
 def test_long_videos_are_coded_piece_by_piece_as_the_model_would(export, tmp_path):
     tiny.write_video(tmp_path / "long.mp4", tiny.frames(40))
     run(export, tmp_path / "long.mp4", tmp_path / "out")

@@ -412,6 +412,19 @@ def test_the_command_encodes_and_its_codec_reads(spatial_export, photos, tmp_pat
     assert LatentCache(tmp_path / "node").classes == []
 
 
+def test_latents_in_half_precision_on_a_cpu(spatial_export, photos, tmp_path):
+    latents = {}
+    for precision in ("fp32", "bf16"):
+        given = [f"checkpoint={spatial_export}", f"source={photos}", f"cache={tmp_path / precision}", "dtype=fp32"]
+        size = ["height=16", "width=16", "workers=0", "device=cpu", f"precision={precision}"]
+        encode_command.run(check_encoding(tiny.compose(*given, *size, config="latents")))
+        cache = LatentCache(tmp_path / precision, mode="mean")
+        assert cache.meta["precision"] == {"fp32": "float32", "bf16": "bfloat16"}[precision]
+        latents[precision] = cache[0].z
+    error = (latents["bf16"] - latents["fp32"]).norm() / latents["fp32"].norm()
+    assert 0 < error < 0.05
+
+
 def test_latents_in_tiles(tmp_path):
     """Exact tiles change no latents and no identity; blended ones are part of it."""
     caches.pictures(tmp_path / "photos", count=1, classes=("cat",))

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 
 from vae3d.models.layers import stream_conv as stream
 from vae3d.models.layers.borders import POINTWISE, Borders
-from vae3d.models.layers.stream_conv import CACHED, _stream_conv, rms_norm, stream_conv, zero_cache
+from vae3d.models.layers.stream_conv import (
+    CACHED,
+    _stream_conv,
+    join_pairs,
+    pair_conv,
+    rms_norm,
+    stream_conv,
+    zero_cache,
+)
 
 BORDERS = [Borders(), Borders("circular"), Borders("circular", "pole")]
 CASES = list(itertools.product([0, CACHED], [False, True], BORDERS))  # cached frames, norm, borders
@@ -187,3 +195,22 @@ def test_taps_on_zeros_before_the_clip_are_skipped_in_inference(monkeypatch):
         stream_conv(x, torch.ones_like(frames), conv, Borders())
     stream_conv(x, torch.zeros_like(frames), conv, Borders())  # gradients of a cache need all of it
     assert seen == [None, None, 1, 2, 2]
+
+
+@pytest.mark.parametrize("taps_apart", [True, False])  # as on CPUs, as on GPUs
+@pytest.mark.parametrize("clips", [1, 2])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_convolution_of_pairs_of_frames_is_that_of_the_joined_frames(monkeypatch, known, count, clips, taps_apart):
+    monkeypatch.setattr("vae3d.models.layers.stream_conv._taps_apart", lambda _: taps_apart)
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(6, 5, 3, padding=1, dtype=torch.float64)
+    x = torch.randn(count * clips, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    before = torch.randn(clips, 3, 4, 5, dtype=torch.float64, requires_grad=True) if known else None
+    given = [t for t in (x, before, conv.weight, conv.bias) if t is not None]
+    found, expected = pair_conv(x, before, clips, conv), conv(join_pairs(x, before, clips))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    probe = torch.randn_like(expected)
+    mine, theirs = (torch.autograd.grad(result, given, probe) for result in (found, expected))
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)

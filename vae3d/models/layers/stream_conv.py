@@ -199,8 +199,8 @@ def _norm_silu_backward(grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor,
     grad = torch.ops.aten.silu_backward(grad.to(wide.dtype), unit * gamma)
     product = grad * unit
     grad_gamma = product.sum((0, 2, 3, 4), keepdim=True)[0]
-    along = (product.mul_(gamma)).mean(1, keepdim=True)
-    grad_x = grad.mul_(gamma).sub_(unit.mul_(along)).mul_(inverse)
+    along = torch.einsum("bcthw,c->bthw", product, gamma.flatten() / len(gamma))[:, None]
+    grad_x = grad.mul_(gamma).addcmul_(unit, along, value=-1).mul_(inverse)
     return grad_x.to(x.dtype), grad_gamma.to(gamma.dtype)
 
 
@@ -217,21 +217,24 @@ def _conv(frames: Tensor, count: int, weight: Tensor, bias: Tensor, padding: tup
     return _stack(clips)
 
 
-def _conv_taps(frames: Tensor, count: int, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
-    """`_conv` for one clip [T, C, H, W], tap by tap."""
+def _conv_taps(
+    frames: Tensor, count: int, weight: Tensor, bias: Tensor, padding: tuple[int, int], clips: int = 1
+) -> Tensor:
+    """`_conv` for clips [T * B, C, H, W], time first, tap by tap. count: of T * B."""
     out = F.conv2d(frames[-count:], weight[:, :, -1], bias, padding=padding)
-    for tap, first, source in _taps(len(frames), count, weight.shape[2]):
+    for tap, first, source in _taps(len(frames), count, weight.shape[2], clips):
         out[first:] += F.conv2d(frames[source], weight[:, :, tap], padding=padding)
     return out
 
 
-def _taps(frames: int, count: int, kernel: int) -> Iterator[tuple[int, int, slice]]:
+def _taps(frames: int, count: int, kernel: int, clips: int) -> Iterator[tuple[int, int, slice]]:
     """Taps on earlier frames: (index, the first of `count` outputs that it reaches, the frames that it reads)."""
     before = frames - count
-    for back in range(1, kernel):
+    for tap in reversed(range(kernel - 1)):
+        back = (kernel - 1 - tap) * clips
         first = max(0, back - before)
         if first < count:
-            yield kernel - 1 - back, first, slice(before + first - back, before + count - back)
+            yield tap, first, slice(before + first - back, before + count - back)
 
 
 def _conv_backward(
@@ -257,21 +260,70 @@ def _conv_backward(
 
 
 def _conv_taps_backward(
-    grad: Tensor, frames: Tensor, count: int, weight: Tensor, padding: tuple[int, int], mask: tuple[bool, bool, bool]
+    grad: Tensor,
+    frames: Tensor,
+    count: int,
+    weight: Tensor,
+    padding: tuple[int, int],
+    mask: tuple[bool, bool, bool],
+    clips: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    grad_frames = torch.zeros_like(frames) if mask[0] else None
     grad_weight = torch.zeros_like(weight) if mask[1] else None
-    last = weight.shape[2] - 1
-    grad_bias = None
-    for tap, first, source in [(last, 0, slice(len(frames) - count, None)), *_taps(len(frames), count, last + 1)]:
-        tap_mask = (mask[0], mask[1], mask[2] and tap == last)
-        inner, kernel, bias = _convolution_backward(grad[first:], frames[source], weight[:, :, tap], padding, tap_mask)
+    kernel = weight.shape[2]
+    grad_frames, grad_tap, grad_bias = _convolution_backward(grad, frames[-count:], weight[:, :, -1], padding, mask)
+    if mask[0] and len(frames) > count:
+        grad_frames = F.pad(grad_frames, (0, 0, 0, 0, 0, 0, len(frames) - count, 0))
+    if mask[1]:
+        grad_weight[:, :, -1] = grad_tap
+    for tap, first, source in _taps(len(frames), count, kernel, clips):
+        tap_mask = (mask[0], mask[1], False)
+        inner, grad_tap, _ = _convolution_backward(grad[first:], frames[source], weight[:, :, tap], padding, tap_mask)
         if mask[0]:
             grad_frames[source] += inner
         if mask[1]:
-            grad_weight[:, :, tap] = kernel
-        grad_bias = bias if tap == last else grad_bias
+            grad_weight[:, :, tap] = grad_tap
     return grad_frames, grad_weight, grad_bias
+
+
+def join_pairs(x: Tensor, before: Tensor | None, clips: int) -> Tensor:
+    """Each frame of [T * B, C, H, W], time first, joined in channels with the frame before it.
+
+    before: the frames before the first, [B, C, H, W]; None for zeros.
+    """
+    before = torch.zeros_like(x[:clips]) if before is None else before
+    return torch.cat([x, torch.cat([before, x[:-clips]])], 1)
+
+
+def pair_conv(x: Tensor, before: Tensor | None, clips: int, conv: nn.Conv2d) -> Tensor:
+    """conv(join_pairs(x, before, clips)); on CPUs by a causal convolution of two time taps, which copies no frames."""
+    if torch.compiler.is_compiling() or not _taps_apart(x):
+        return conv(join_pairs(x, before, clips))
+    dtype = _conv_dtype(x)
+    frames = (x if before is None else torch.cat([before, x])).to(dtype)
+    present, past = conv.weight.to(dtype).chunk(2, 1)
+    return _PairConv.apply(frames, len(x), torch.stack([past, present], 2), conv.bias.to(dtype), conv.padding, clips)
+
+
+class _PairConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, frames: Tensor, count: int, weight: Tensor, bias: Tensor, padding: tuple[int, int], clips: int
+    ) -> Tensor:
+        ctx.save_for_backward(frames, weight)
+        ctx.settings = count, padding, clips
+        with autocast_off(frames.device):
+            return _conv_taps(frames, count, weight, bias, padding, clips)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        frames, weight = ctx.saved_tensors
+        count, padding, clips = ctx.settings
+        needs_grad = ctx.needs_input_grad
+        mask = needs_grad[0], needs_grad[2], needs_grad[3]
+        with autocast_off(grad.device):
+            grad_frames, grad_weight, grad_bias = _conv_taps_backward(grad, frames, count, weight, padding, mask, clips)
+        return grad_frames, None, grad_weight, grad_bias, None, None
 
 
 def _convolution_backward(

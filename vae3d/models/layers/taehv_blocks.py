@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vae3d.models.layers.borders import Borders
 from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.pixel_convs import PixelInput, PixelOutput
-from vae3d.models.layers.wan_blocks import upsample_conv
+from vae3d.models.layers.stream_conv import join_pairs, pair_conv
+from vae3d.models.layers.wan_blocks import is_hooked, upsample_conv
 
 Cache = Sequence[Tensor | None]  # of every layer: its last input frames; None if it is not a MemBlock
 ZERO_PADDING = Borders()
@@ -52,9 +53,12 @@ class MemBlock(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor, clips: int, cache: Tensor | None) -> Tensor:
-        cache = torch.zeros_like(x[:clips]) if cache is None else cache
-        before = torch.cat([cache, x[:-clips]])
-        x = self.conv(torch.cat([x, before], 1)) + x
+        first = self.conv[0]
+        if type(first) is nn.Conv2d and first.groups == 1 and not is_hooked(first):
+            y = pair_conv(x, cache, clips, first)
+        else:
+            y = first(join_pairs(x, cache, clips))
+        x = self.conv[1:](y) + x
         return x.relu_() if self.relu else x
 
 
@@ -111,10 +115,14 @@ class TPool(nn.Module):
         self.conv = Pointwise(stride * width, width)
 
     def forward(self, x: Tensor, clips: int) -> Tensor:
-        if self.stride > 1:
-            groups = x.unflatten(0, (-1, self.stride, clips))
-            x = torch.cat([frame.flatten(0, 1) for frame in groups.unbind(1)], 1)
-        return self.conv(x)
+        """A convolution over time, which does not copy the frames: the pixels of all clips are one row of an image."""
+        if self.stride == 1:
+            return self.conv(x)
+        count, channels, height, width = x.shape
+        rows = x.permute(0, 2, 3, 1).reshape(1, count // clips, clips * height * width, channels).permute(0, 3, 1, 2)
+        weight = self.conv.weight.unflatten(1, (self.stride, channels)).transpose(1, 2)[..., 0].contiguous()
+        y = F.conv2d(rows, weight, stride=(self.stride, 1)).permute(0, 2, 3, 1)
+        return y.reshape(count // self.stride, height, width, -1).permute(0, 3, 1, 2)
 
 
 class TGrow(nn.Module):

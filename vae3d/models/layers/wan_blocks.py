@@ -381,19 +381,11 @@ def _upsampled(x: Tensor) -> Tensor:
 def upsample_conv(frames: Tensor, weight: Tensor, bias: Tensor | None, borders: Borders) -> Tensor:
     """conv2d(nearest-neighbour upsampling of [N, C, H, W] by two, 3 x 3 weight), without the upsampled frames.
 
-    Each output pixel depends on 2 x 2 input pixels, with sums of the kernel's weights. So one 2 x 2 convolution
-    computes the four output pixels of an input pixel, with 4/9 of the multiplications (Shi et al., arXiv 1609.07009).
+    Each output pixel depends on 2 x 2 input pixels, with sums of the kernel's weights: a transposed convolution of
+    stride two with a 4 x 4 kernel, which needs 4/9 of the multiplications.
     """
-    height, width = frames.shape[-2:]
-    rows = torch.stack([torch.stack([weight[:, :, 0], weight[:, :, 1] + weight[:, :, 2]], 2),
-                        torch.stack([weight[:, :, 0] + weight[:, :, 1], weight[:, :, 2]], 2)])  # fmt: skip
-    phases = torch.stack([torch.stack([rows[..., 0], rows[..., 1] + rows[..., 2]], -1),
-                          torch.stack([rows[..., 0] + rows[..., 1], rows[..., 2]], -1)], 1)  # fmt: skip
-    bias = None if bias is None else bias.repeat(4)
-    out = F.conv2d(borders.pad(frames), phases.flatten(0, 2), bias, padding=borders.zero_padding)
-    even_odd = [
-        piece[..., row : row + height, column : column + width]
-        for piece, (row, column) in zip(out.chunk(4, 1), ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True)
-    ]
-    quads = torch.stack([piece.permute(0, 2, 3, 1) for piece in even_odd])
-    return rearrange(quads, "(r s) n h w c -> n (h r) (w s) c", r=2).permute(0, 3, 1, 2)
+    for axis in (2, 3):
+        first, middle, last = weight.unbind(axis)
+        weight = torch.stack([last, middle + last, first + middle, first], axis)
+    padding = [1 + 2 * written for written in borders.padding]  # crops the outputs of written padding, and one more
+    return F.conv_transpose2d(borders.pad(frames), weight.transpose(0, 1), bias, stride=2, padding=padding)
