@@ -85,6 +85,15 @@ def test_another_runs_checkpoint_goes_on_in_a_new_folder_and_leaves_its_own_alon
     again.log.close()
 
 
+def test_a_resume_may_change_reduce_dtype_and_says_so(videos, tmp_path):
+    for steps, dtype in ((1, "fp32"), (2, "bf16")):
+        t = quick.trainer(videos, tmp_path, **{"trainer.max_steps": steps, "trainer.reduce_dtype": dtype})
+        t.fit()
+    launch = json.loads((tmp_path / "launches.jsonl").read_text().splitlines()[-1])
+    assert launch["step"] == 1
+    assert launch["changed_since_checkpoint"]["trainer.reduce_dtype"] == ["fp32", "bf16"]
+
+
 def test_a_resume_says_what_changed_in_the_data(videos, tmp_path):
     table = pd.read_csv(videos).assign(path=lambda t: [str(videos.parent / name) for name in t["path"]])
     table.to_csv(tmp_path / "t.csv", index=False)

@@ -36,6 +36,21 @@ def sound_steps(t: VaeTrainer, accumulate: int) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in t.network.state_dict().items()}
 
 
+def averaged(config: TrainConfig, folder: Path, reduce_dtype: str) -> dict[str, object]:
+    """Gradients of this rank, what average_gradients makes of them, and the weights after steps of real gradients."""
+    t = quick.trainer(config, folder, **SETTINGS, **{"trainer.reduce_dtype": reduce_dtype})
+    generator = torch.Generator().manual_seed(t.rank)
+    for p in t.strategy.parameters:
+        p.grad = torch.randn(p.shape, generator=generator)
+    given = [p.grad.clone() for p in t.strategy.parameters]
+    t.strategy.average_gradients()
+    result = [p.grad.clone() for p in t.strategy.parameters]
+    t.strategy.discard_gradients()
+    report = {"given": given, "result": result, "buffer": t.strategy._buffer.dtype, "weights": sound_steps(t, 1)}
+    t.log.close()
+    return report
+
+
 def train(config: TrainConfig, folder: Path) -> dict[str, object]:
     """Weights and log-variance after a run, and the number of frames of each step's clips."""
     t = train_command.build_trainer(config, folder)
@@ -89,6 +104,7 @@ def main(folder: Path) -> None:
     again = quick.trainer(config, folder / "run", **SETTINGS, **{"trainer.accumulate": 2})
     report["resumed"] = again.spikes.state_dict()
     again.log.close()
+    report["averaged"] = {dtype: averaged(config, folder / dtype, dtype) for dtype in ("fp32", "bf16")}
     report["refused"] = refused(config, folder, rank)
     report["wan"] = train(pickle.loads((folder / "wan.pickle").read_bytes()), folder / "wan")
     torch.save(report, folder / f"rank{rank}.pt")

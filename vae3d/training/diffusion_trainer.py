@@ -27,6 +27,7 @@ from vae3d.inference.pictures import captioned, displayable, grid
 from vae3d.inference.scale import check_normalised
 from vae3d.layout import place
 from vae3d.optim import can_fuse
+from vae3d.precision import DTYPES
 from vae3d.seeding import generator_of
 from vae3d.training.ema import MultiEma
 from vae3d.training.failures import Count, SpikeGuard
@@ -73,7 +74,7 @@ class DiffusionTrainer(Trainer[Batch]):
             folder,
             accelerator,
             network,
-            ReplicatedDataParallel(accelerator, network, optimizer),
+            ReplicatedDataParallel(accelerator, network, optimizer, DTYPES[config.trainer.reduce_dtype]),
             MultiEma(network, **asdict(config.trainer.ema)),
             data,
             logger,

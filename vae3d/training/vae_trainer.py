@@ -30,6 +30,7 @@ from vae3d.metrics import MetricError, MetricSet
 from vae3d.metrics.registry import resolve
 from vae3d.models.interface import attach_decoder
 from vae3d.optim import can_fuse
+from vae3d.precision import DTYPES
 from vae3d.training.checkpointer import BestExport, Outputs, step_folder
 from vae3d.training.deepspeed import DeepSpeedZero
 from vae3d.training.ema import Ema
@@ -91,7 +92,8 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         fused = can_fuse(accelerator.device) and replicated  # DeepSpeed may step on another device
         optimizer = adamw(groups, config.optim, fused=fused)
         if replicated:
-            strategy = ReplicatedDataParallel(accelerator, student, optimizer)
+            reduce_dtype = DTYPES[config.trainer.reduce_dtype]
+            strategy = ReplicatedDataParallel(accelerator, student, optimizer, reduce_dtype)
         else:
             strategy = DeepSpeedZero(
                 accelerator,
