@@ -110,8 +110,12 @@ class DiffusionTrainer(Trainer[Batch]):
     def clip_names(self, batch: Batch) -> list[str]:
         return [f"position {position} of the training order" for position in batch.positions]
 
+    def copy_to_device(self, batch: Batch) -> Batch:
+        values, labels = (to_device(tensor, self.device) for tensor in (batch.values, batch.labels))
+        return batch._replace(values=values, labels=labels)
+
     def forward_backward(self, batches: Sequence[Batch], phase: UpdatePhase, step: int, metrics: StepMetrics) -> None:
-        for batch in batches:
+        for batch in self.inputs.each(batches):
             z = self.data.latents(batch, self.device)  # [B, C, t, h, w], normalised
             generators = [
                 generator_of(self.config.run.seed, step, position, "diffusion", device=self.device)
@@ -119,8 +123,7 @@ class DiffusionTrainer(Trainer[Batch]):
             ]
             classes, labels = self.network.num_classes, None
             if classes:
-                labels = to_device(batch.labels, self.device)
-                labels = drop_labels(labels, self.config.label_dropout, classes, generators)
+                labels = drop_labels(batch.labels, self.config.label_dropout, classes, generators)
             with self.accelerator.autocast():
                 losses = training_losses(self.network, self.process, z, generators, labels)
             loss = losses["loss"].mean()

@@ -140,10 +140,13 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
     def clip_names(self, batch: ClipBatch | Unreadable) -> list[str]:
         return [path for path, _ in batch.errors] if isinstance(batch, Unreadable) else batch.paths
 
+    def copy_to_device(self, batch: ClipBatch) -> ClipBatch:
+        return batch.copy_to(self.device)
+
     def forward_backward(
         self, batches: Sequence[ClipBatch], phase: UpdatePhase, step: int, metrics: StepMetrics
     ) -> None:
-        for batch in batches:
+        for batch in self.inputs.each(batches):
             batch = batch.to(self.device)
             settings: dict[str, Any] = {
                 "pixels": self.objective.needs_pixels,
