@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.device_stub import DEVICE, DeviceStub, on_device
-from vae3d import transfer
+from vae3d import pixels, transfer
 from vae3d.training.trainer import StepBatches
 from vae3d.transfer import InputCopies
 
@@ -129,7 +129,8 @@ class StreamStub(DeviceStub):
             "current_stream": lambda device=None: self.stream,
         }
         with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(transfer, "has_streams", return_value=True))
+            for module in (transfer, pixels):
+                stack.enter_context(mock.patch.object(module, "has_streams", return_value=True))
             record_stream = mock.patch.object(
                 torch.Tensor, "record_stream", lambda x, stream: self.record_stream(x, stream), create=True
             )
