@@ -88,7 +88,10 @@ def long_timeout(after: timedelta) -> Iterator[None]:
 
 
 def _set_timeout(timeout: timedelta) -> None:
-    dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
+    if hasattr(dist, "set_timeout"):
+        dist.set_timeout(timeout, dist.group.WORLD)
+    else:  # torch 2.6, which has the same under a private name
+        dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
 
 
 @contextmanager

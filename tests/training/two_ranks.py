@@ -11,7 +11,6 @@ from unittest import mock
 
 import pandas as pd
 import torch
-import torch.distributed as dist
 
 from tests.training import quick
 from vae3d import distributed
@@ -56,9 +55,9 @@ def train(config: TrainConfig, folder: Path) -> dict[str, object]:
     t = train_command.build_trainer(config, folder)
     frames, step = [], t.train_step
     t.train_step = lambda clips, *rest: (frames.append(clips[0].video.shape[2]), step(clips, *rest))[1]
-    timeouts, set_timeout = [], dist.distributed_c10d._set_pg_timeout
-    with mock.patch.object(dist.distributed_c10d, "_set_pg_timeout") as patched:
-        patched.side_effect = lambda timeout, *rest: (timeouts.append(timeout.seconds), set_timeout(timeout, *rest))
+    timeouts, set_timeout = [], distributed._set_timeout
+    with mock.patch.object(distributed, "_set_timeout") as patched:
+        patched.side_effect = lambda timeout: (timeouts.append(timeout.seconds), set_timeout(timeout))
         t.fit()
     best = [t.best.step, t.best.value, (folder / "exports/best/model.yaml").is_file()]
     report = {"logvar": t.objective.logvar.item(), "frames": frames, "best": best, "timeouts": timeouts}

@@ -161,7 +161,9 @@ class ReplicatedDataParallel(Strategy):
 
     def loss_scale(self) -> dict[str, Tensor]:
         scaler = self.accelerator.scaler
-        return {} if scaler is None else {"loss_scale": scaler._get_scale_async()}  # get_scale() waits for the device
+        if scaler is None:
+            return {}
+        return {"loss_scale": scaler.scale(torch.ones((), device=self.accelerator.device))}  # get_scale() would wait
 
     def skips_overflow(self, loss_scale: float | None) -> bool:
         """An fp16 loss scaler does, and lowers its scale; at 1 that cannot help any more."""
