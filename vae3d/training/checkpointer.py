@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol, TypedDict
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from vae3d import distributed
 from vae3d.arguments import ArgumentError, Size, check_fields, check_value
@@ -24,10 +25,11 @@ from vae3d.errors import UserError
 from vae3d.io import check_run_folder, is_disk_error, remove, remove_unfinished
 from vae3d.metrics.base import Better, goodness
 from vae3d.restore import check_like
+from vae3d.training.ema import Ema, MultiEma
 from vae3d.training.failures import FailureCounter, SpikeError
 from vae3d.training.memory import catch_out_of_memory
 from vae3d.training.runlog import RunLog
-from vae3d.transfer import HostBuffers, host_copy
+from vae3d.transfer import HostBuffers, host_copy, map_tensors
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
@@ -152,7 +154,8 @@ class Checkpointer:
                     raise ArgumentError(f"{name} is missing")
                 if name in self.strict:
                     check_like(saved[name], item.state_dict(), name)
-                _load_item(checkpoint, name, item.load_state_dict, saved[name])
+                loaded = saved[name] if isinstance(item, nn.Module | Ema | MultiEma) else _copied(saved[name])
+                _load_item(checkpoint, name, item.load_state_dict, loaded)
         with state.restoring(checkpoint, state.RANK_STATE.format(rank=self.rank)):
             for name, item in self.items.items():
                 if not hasattr(item, "load_rank_state_dict"):
@@ -475,6 +478,11 @@ class _Save:
     def result(self) -> None:
         """Wait for the stage. Raises what it raised."""
         self.current.result()
+
+
+def _copied(saved: Any) -> Any:
+    """Copies of tensors that are pages of a file, for items that keep what they load; modules copy it themselves."""
+    return map_tensors(Tensor.clone, saved)
 
 
 def _load_item(checkpoint: Path, name: str, load: Callable[[Any], object], item_state: Any) -> None:
