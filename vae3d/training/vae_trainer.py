@@ -146,7 +146,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
     def forward_backward(
         self, batches: Sequence[ClipBatch], phase: UpdatePhase, step: int, metrics: StepMetrics
     ) -> None:
-        for batch in self.inputs.each(batches):
+        for on_host, batch in zip(batches, self.inputs.each(batches), strict=True):
             batch = batch.to(self.device)
             settings: dict[str, Any] = {
                 "pixels": self.objective.needs_pixels,
@@ -154,7 +154,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
                 "noise": self.config.stage.latent_noise,
             }
             if self.distillation is not None:
-                batch = self.distillation.compute_targets(batch)
+                batch = self.distillation.compute_targets(batch, pixels=on_host.video)
                 settings["latents"] = self.distillation.latents(batch, step)
                 settings["encode"] = self.objective.needs_posterior
             with torch.set_grad_enabled(phase.model):
