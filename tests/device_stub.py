@@ -64,6 +64,9 @@ class DeviceStub:
     def holds(self, tensor: Any) -> bool:
         return isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata in self._storages
 
+    def copied(self, source: Tensor, copy: Tensor) -> None:
+        """`copy` was made of `source` on the other side."""
+
     def wait(self, why: str) -> None:
         frames = [f for f in traceback.extract_stack() if "/vae3d/" in f.filename and "/tests/" not in f.filename]
         frames = frames or traceback.extract_stack()[:-3]
@@ -130,6 +133,7 @@ class _Functions(TorchFunctionMode):
             self.stub.place([copy])
         else:
             self.stub._storages.discard(copy.untyped_storage()._cdata)
+        self.stub.copied(source, copy)
         return copy
 
 
@@ -159,9 +163,9 @@ class _Operators(TorchDispatchMode):
         return out
 
 
-def on_device(trainer: Any) -> DeviceStub:
-    """Put a trainer and its state on a new stub."""
-    stub = DeviceStub()
+def on_device(trainer: Any, stub: DeviceStub | None = None) -> DeviceStub:
+    """Put a trainer and its state on a stub, by default a new one."""
+    stub = stub or DeviceStub()
     trainer.device = DEVICE
     adversary, emas = trainer.adversary, getattr(trainer.ema, "rates", {None: trainer.ema}).values()
     modules = [trainer.strategy.model, getattr(trainer, "objective", None), getattr(adversary, "discriminator", None)]

@@ -413,6 +413,15 @@ def test_a_rule_is_skipped_where_a_value_is_wrong_itself():
     assert "data.frames.max" not in keys("data.frames.min=0", "data.frames.max=-1")
 
 
+def test_reduce_dtype_is_not_for_deepspeed():
+    def keys(*overrides):
+        return {issue.key for issue in training_issues(tiny.compose("model=spatial", *overrides))[1]}
+
+    assert "trainer.reduce_dtype" in keys("trainer.reduce_dtype=bf16", "trainer/strategy=deepspeed_zero2")
+    assert "trainer.reduce_dtype" not in keys("trainer.reduce_dtype=bf16")
+    assert "trainer.reduce_dtype" in keys("trainer.reduce_dtype=fp16")
+
+
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_defaults_of_the_schema_are_sound(name):
     """pydantic does not check defaults."""

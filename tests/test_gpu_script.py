@@ -25,13 +25,13 @@ def start(tmp_path, *arguments: str) -> int:
 def test_every_part_runs_on_a_cpu(tmp_path, monkeypatch):
     """One or two cases of each, since all of them compile and take minutes."""
     for name, (cases_of, share) in gpu.PARTS.items():
-        some = slice(1, 3) if name == "runs" else slice(1)
+        some = {"runs": slice(1, 3), "copies": slice(4)}.get(name, slice(1))
         monkeypatch.setitem(gpu.PARTS, name, (lambda bench, of=cases_of, some=some: of(bench)[some], share))
     assert start(tmp_path, "--budget", "3000") == 0
     found = results(tmp_path)
     assert found["ok"]
     assert {"device", "processor", "torch", "python"} <= found["environment"].keys()
-    assert list(found["parts"]) == ["parity", "streams", "runs", "decode", "train", "reading"]
+    assert list(found["parts"]) == ["parity", "streams", "copies", "runs", "decode", "train", "reading"]
     for part in found["parts"].values():
         assert part["budget"] > 0
         assert part["seconds"] > 0

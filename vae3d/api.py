@@ -24,9 +24,10 @@ from vae3d.latents.codec import LatentCodec
 from vae3d.loading import build, list_models, load, open_codec, save
 from vae3d.metrics import MetricError, MetricSet, build_metrics
 from vae3d.models.interface import Stream, VideoAutoencoder
-from vae3d.pixels import as_unit, check_video, to_uint8
+from vae3d.pixels import as_unit, check_video, no_waiting_checks, quantize_unchecked, to_uint8
 from vae3d.seeding import generator_of
 from vae3d.text import plural
+from vae3d.transfer import on_host, to_device
 
 __all__ = [
     "LatentCodec",
@@ -166,13 +167,16 @@ def reconstruct(
     """
     device = next(model.parameters()).device
 
+    @torch.inference_mode()
     def code(stream: Stream, chunks: Iterable[Tensor], frames: int) -> Iterator[Tensor]:
         """Reconstructions of the chunks, which are given with their lookahead."""
         with tqdm(total=frames, unit="frame", disable=not progress) as bar:
             for index, chunk in enumerate(chunks):
-                out = stream(chunk.to(device), sample=sample, generator=generator_of(seed, index, device=device))
+                video = to_device(chunk, device)
+                with no_waiting_checks(device):
+                    out = stream(video, sample=sample, generator=generator_of(seed, index, device=device))
                 bar.update(out.video.shape[2])
-                yield out.video.clamp(-1, 1).cpu()
+                yield out.video.clamp(-1, 1)
 
     if isinstance(source, Tensor):
         check_video(source, model.pixel_channels)
@@ -182,7 +186,7 @@ def reconstruct(
         chunks = (
             source[:, :, end - n : end + stream.lookahead] for n, end in zip(lengths, accumulate(lengths), strict=True)
         )
-        return torch.cat(list(code(stream, chunks, frames)), 2)
+        return torch.cat([video.clone() for video in on_host(code(stream, chunks, frames), device)], 2)
     if target is None:
         raise UserError(f"{source}: give the file to write, as in reconstruct(model, {str(source)!r}, 'out.mp4')")
     channels = model.pixel_channels
@@ -195,8 +199,9 @@ def reconstruct(
         stream = model.stream(info.height, info.width, memory_gib)
         read = read_chunks(reader, range(info.num_frames), (info.height, info.width), stream)
         with _writer(target, info.fps, codec, channels) as writer:
-            for video in code(stream, (to_video(frames) for frames, _ in read), info.num_frames):
-                writer.write(to_uint8(video[0]))
+            videos = code(stream, (to_video(frames, device) for frames, _ in read), info.num_frames)
+            for quantized in on_host((quantize_unchecked(video[0]) for video in videos), device):
+                writer.write(quantized.numpy())
     return Path(target)
 
 

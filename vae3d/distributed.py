@@ -94,7 +94,10 @@ def long_timeout(after: timedelta) -> Iterator[None]:
 
 
 def _set_timeout(timeout: timedelta) -> None:
-    dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
+    if hasattr(dist, "set_timeout"):
+        dist.set_timeout(timeout, dist.group.WORLD)
+    else:  # torch 2.6, which has the same under a private name
+        dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
 
 
 @contextmanager
@@ -180,24 +183,25 @@ def gather_to_main(item: T) -> list[T]:
     return items or []
 
 
-def reduction_buffer(tensors: Sequence[Tensor]) -> Tensor | None:
+def reduction_buffer(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor | None:
     """A buffer with which all_reduce_mean of these tensors, or some of them, allocates nothing; None with one rank."""
     if not is_distributed():
         return None
     sizes = [tensor.numel() for tensor in tensors]
-    return torch.empty(min(sum(sizes), max(BUCKET, *sizes)), dtype=tensors[0].dtype, device=tensors[0].device)
+    return torch.empty(min(sum(sizes), max(BUCKET, *sizes)), dtype=dtype, device=tensors[0].device)
 
 
 @torch.no_grad()
-def all_reduce_mean(tensors: Iterable[Tensor], buffer: Tensor | None = None) -> None:
+def all_reduce_mean(tensors: Iterable[Tensor], buffer: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
     """Replace each tensor by its mean over ranks, in place, in as few all-reduces as fit BUCKET.
 
-    Ranks must give tensors of the same shapes and dtypes in the same order. buffer: see reduction_buffer.
+    Ranks must give tensors of the same shapes and dtypes in the same order. buffer: see reduction_buffer. dtype: in
+    which they are summed, by default their own; sums are divided in the tensors' own.
     """
     if not is_distributed():
         return
     for bucket in buckets(tensors):
-        _average(bucket, buffer)
+        _average(bucket, buffer, dtype or bucket[0].dtype)
 
 
 def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -214,13 +218,17 @@ def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _average(tensors: list[Tensor], buffer: Tensor | None) -> None:
+def _average(tensors: list[Tensor], buffer: Tensor | None, dtype: torch.dtype) -> None:
     sizes = [tensor.numel() for tensor in tensors]
-    if buffer is None or buffer.dtype != tensors[0].dtype:
-        buffer = tensors[0].new_empty(sum(sizes))
+    if buffer is None or buffer.dtype != dtype:
+        buffer = tensors[0].new_empty(sum(sizes), dtype=dtype)
     flat = buffer[: sum(sizes)]
     pieces = [piece.view(tensor.shape) for piece, tensor in zip(flat.split(sizes), tensors, strict=True)]
     torch._foreach_copy_(pieces, tensors)
     dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    torch._foreach_copy_(tensors, pieces)
+    if dtype == tensors[0].dtype:
+        flat /= dist.get_world_size()
+        torch._foreach_copy_(tensors, pieces)
+    else:  # a sum in bfloat16 is rounded; its mean is not rounded again
+        torch._foreach_copy_(tensors, pieces)
+        torch._foreach_div_(tensors, float(dist.get_world_size()))

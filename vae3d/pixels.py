@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vae3d.errors import UserError
+from vae3d.transfer import has_streams, to_device
 
 RANGES = {"uint8": (0.0, 255.0), "unit": (0.0, 1.0), "signed": (-1.0, 1.0)}
 TOLERANCE = 1e-3  # relative to the width of a range; interpolation and bf16 rounding exceed the range by less
@@ -56,6 +58,11 @@ def no_value_checks() -> Iterator[None]:
         yield
     finally:
         _check_values = before
+
+
+def no_waiting_checks(device: torch.device) -> AbstractContextManager[None]:
+    """no_value_checks if `device` is a GPU, for results whose values are checked once they are on the host."""
+    return no_value_checks() if has_streams(device) else nullcontext()
 
 
 def check_video(video: Tensor, channels: int = 3, values: bool = True) -> None:
@@ -156,8 +163,11 @@ def _finite_range(video: Tensor, name: str, start: int = 0) -> tuple[float, floa
         return low, high
     bad = ~video.isfinite()
     frame = start + int(bad.movedim(-3, 0).flatten(1).any(1).nonzero()[0])
-    reason = f"{int(bad.sum())} of {bad.numel()} values are NaN or infinite, the first in frame {frame}"
-    raise NotFiniteError(reason, name)
+    raise NotFiniteError(_not_finite(int(bad.sum()), bad.numel(), frame), name)
+
+
+def _not_finite(count: int, values: int, frame: int) -> str:
+    return f"{count} of {values} values are NaN or infinite, the first in frame {frame}"
 
 
 def _can_check_values(values: Tensor) -> bool:
@@ -201,11 +211,42 @@ def quantize(pixels: Tensor, pixel_range: str = "signed", name: str = "", start:
     name, start: of the video, and the index of its first frame here, for errors.
     Raises NotFiniteError for NaN and infinity.
     """
-    low, high = RANGES[pixel_range]
     pixels = pixels.float()
     if pixels.numel():
         _finite_range(pixels, name, start)
+    return _round_to_bytes(pixels, pixel_range)
+
+
+def _round_to_bytes(pixels: Tensor, pixel_range: str) -> Tensor:
+    low, high = RANGES[pixel_range]
     return pixels.clamp(low, high).sub(low).mul(255 / (high - low)).round().byte()
+
+
+class Quantized(NamedTuple):
+    """8-bit pixels that have not been checked yet, so that nothing has waited for the GPU which computes them.
+
+    pixels: [..., T, H, W, C] uint8, contiguous. not_finite: [T], values of each frame that were NaN or infinite.
+    """
+
+    pixels: Tensor
+    not_finite: Tensor
+
+    def numpy(self, name: str = "", start: int = 0) -> np.ndarray:
+        """The pixels, once they are in host memory. name, start: as for quantize. Raises NotFiniteError."""
+        if count := int(self.not_finite.sum()):
+            frame = start + int(self.not_finite.nonzero()[0])
+            raise NotFiniteError(_not_finite(count, self.pixels.numel(), frame), name)
+        return self.pixels.numpy()
+
+
+def quantize_unchecked(video: Tensor, pixel_range: str = "signed") -> Quantized:
+    """As quantize, of [..., C, T, H, W] in `pixel_range`, but for the check: that is `Quantized.numpy`."""
+    video = video.float()
+    if not has_streams(video.device) and math.isfinite(sum(value_range(video))):  # on a CPU faster than isfinite
+        not_finite = torch.zeros(video.shape[-3], dtype=torch.int64)
+    else:
+        not_finite = (~video.isfinite()).movedim(-3, 0).flatten(1).sum(1)
+    return Quantized(_round_to_bytes(video, pixel_range).movedim(-4, -1).contiguous(), not_finite)
 
 
 def to_uint8(video: Tensor, name: str = "", start: int = 0) -> np.ndarray:
@@ -215,7 +256,8 @@ def to_uint8(video: Tensor, name: str = "", start: int = 0) -> np.ndarray:
 
 def as_unit(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """[T, H, W, C] uint8 -> [T, C, H, W] float in [0, 1], for metrics."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float() / 255.0
+    pixels = to_device(torch.from_numpy(np.ascontiguousarray(frames)), torch.device(device))
+    return pixels.permute(0, 3, 1, 2).float() / 255.0
 
 
 def displayable(frames: np.ndarray) -> np.ndarray:

@@ -154,9 +154,13 @@ class ClipBatch:
         """Called by the DataLoader, for asynchronous copies in `to`."""
         return self._each(Tensor.pin_memory)
 
+    def copy_to(self, device: torch.device | str) -> ClipBatch:
+        """Move to a device as it is, without waiting for a GPU if it is pinned."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
     def to(self, device: torch.device | str) -> ClipBatch:
         """Move to a device; uint8 pixels become float in [-1, 1]."""
-        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self.copy_to(device)
         if moved.video.dtype == torch.uint8:
             moved.video = moved.video.float().div_(127.5).sub_(1.0)
         return moved

@@ -8,8 +8,11 @@ Files may be hostile. This is why reading them is safe:
 - Every tensor must lie within its storage, and every storage within the file, before anything is read.
 - Limits on operations, tensors, names and sizes bound the time and memory that a small file can take.
 
-Tensors stay in the file until they are read. torch and safetensors are imported only where they are needed, because
-scripts/fetch_weights.py runs without packages.
+Tensors stay in the file until they are read, and those of torch.save and safetensors are then pages of the file in
+memory, which the kernel may drop, not a copy: copy them into a module at once, since a file that is cut short meanwhile
+would end the process. A file that is replaced by another of its name does no harm.
+
+torch and safetensors are imported only where they are needed, because scripts/fetch_weights.py runs without packages.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import mmap
 import os
 import pickletools
 import struct
@@ -46,6 +50,7 @@ MAX_IDENTIFIER = 256  # characters of the name of a class, module or storage
 MAX_DIMS = 64  # of a tensor
 DOWNLOAD = "download it again"
 FP32 = 4  # bytes
+ALIGNMENT = 16  # bytes, of the largest element of a tensor
 
 # Files without weights: first bytes, description, what to do.
 OTHER_KINDS = (
@@ -335,9 +340,11 @@ def _open_zip(path: Path, size: int) -> Any:
     if f"{root}constants.pkl" in entries:
         raise FileError(f"{path}: is a TorchScript program, not a state dict; save the model's state_dict()")
 
+    mapping = _map_file(path)
+
     @lru_cache(maxsize=1)  # for tensors that share a storage, which usually follow each other
-    def read(name: str) -> bytearray:
-        return _read_entry(path, entries[name])
+    def read(name: str) -> Buffer:
+        return _read_entry(path, entries[name], mapping)
 
     if f"{root}byteorder" in entries and read(f"{root}byteorder") != b"little":
         raise FileError(f"{path}: was saved on a big-endian machine; save it again on a little-endian one")
@@ -353,8 +360,20 @@ def _open_zip(path: Path, size: int) -> Any:
     return _unpickle(path, io.BytesIO(read(pickles[0])), locate)
 
 
-def _read_entry(path: Path, entry: zipfile.ZipInfo) -> bytearray:
-    """The bytes of an archive's entry. Raises FileError if it is compressed, damaged or not within the archive."""
+def _map_file(path: Path) -> memoryview | None:
+    """The bytes of a file, mapped into memory: writable, without changing the file. None where files cannot be."""
+    try:
+        with path.open("rb") as stream:
+            return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY))
+    except (OSError, ValueError):  # of a file system that cannot, or an empty file
+        return None
+
+
+def _read_entry(path: Path, entry: zipfile.ZipInfo, mapping: memoryview | None = None) -> Buffer:
+    """The bytes of an archive's entry. Raises FileError if it is compressed, damaged or not within the archive.
+
+    mapping: of the file, to which they belong if they are aligned, as torch.save writes them.
+    """
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size or entry.flag_bits & 1:
         raise FileError(
             f"{path}: {entry.filename} is compressed, which torch.save never does; save it again with torch.save"
@@ -363,7 +382,12 @@ def _read_entry(path: Path, entry: zipfile.ZipInfo) -> bytearray:
     if not header.startswith(b"PK\x03\x04"):
         raise FileError(f"{path}: is damaged: {entry.filename} has no header; {DOWNLOAD}")
     start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
-    return _read_bytes(path, start, entry.file_size, entry.CRC)
+    if mapping is None or start % ALIGNMENT or not start <= start + entry.file_size <= len(mapping):
+        return _read_bytes(path, start, entry.file_size, entry.CRC)
+    content = mapping[start : start + entry.file_size]
+    if entry.CRC and zlib.crc32(content) != entry.CRC:
+        raise FileError(_damaged(path, start, entry.file_size))
+    return content
 
 
 def _read_bytes(path: Path, start: int, size: int, crc: int = 0) -> bytearray:
@@ -381,8 +405,12 @@ def _read_bytes(path: Path, start: int, size: int, crc: int = 0) -> bytearray:
         stream.seek(start)
         count = stream.readinto(content)
     if count != size or (crc and zlib.crc32(content) != crc):
-        raise FileError(f"{path}: is damaged (bytes {start} to {start + size}); {DOWNLOAD}")
+        raise FileError(_damaged(path, start, size))
     return content
+
+
+def _damaged(path: Path, start: int, size: int) -> str:
+    return f"{path}: is damaged (bytes {start} to {start + size}); {DOWNLOAD}"
 
 
 def _open_legacy(path: Path, size: int) -> Any:

@@ -11,6 +11,7 @@ its error, and the exit code is then 1.
 
 parity    every model on the device and on the CPU: outputs and gradients, fp32 and bf16
 streams   chunks against whole clips; compiled; as CUDA graphs
+copies    micro-batches and results that are copied beside the computation, gradients summed in bf16
 runs      training runs in fp32 and bf16, a resume, host-device synchronisations of a step
 decode    frames per second and memory of decoding: eager, CUDA graphs, compiled
 train     the same of training steps: eager and compiled (blocks)
@@ -38,9 +39,11 @@ import tempfile
 import time
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -59,6 +63,7 @@ from count_sd_vae_memory import composed, micro_batch  # noqa: E402
 
 import vae3d  # noqa: E402
 from tests import tiny  # noqa: E402
+from vae3d import distributed  # noqa: E402
 from vae3d.argparse_types import positive_int  # noqa: E402
 from vae3d.commands.step_cost import TrainingStep  # noqa: E402
 from vae3d.commands.train import build_trainer  # noqa: E402
@@ -71,6 +76,7 @@ from vae3d.models.taehv import TAEHV  # noqa: E402
 from vae3d.models.wan import WanVAE  # noqa: E402
 from vae3d.precision import as_device, autocast, no_tf32, slow_conv3d  # noqa: E402
 from vae3d.schedules import ALL_ON  # noqa: E402
+from vae3d.transfer import InputCopies, on_host  # noqa: E402
 
 Row = dict[str, Any]
 HIDDEN = ("frames_per_second", "memory_gib", "run_seconds", "seconds", "frames")  # of the table's last column
@@ -213,6 +219,107 @@ def compare_streams(bench: Bench, name: str, mode: str) -> Row:
 def streams(bench: Bench) -> list[Case]:
     modes = ("eager", "graphs", "compiled", "compiled + graphs")
     return [(f"{n}, {mode}", partial(compare_streams, bench, n, mode)) for mode in modes for n in ("wan", "taehv")]
+
+
+# ---- copies beside the computation
+
+
+def work(x: Tensor, rounds: int) -> Tensor:
+    """Something that takes the device a while, and gives the same bits every time."""
+    x = x.float() / 255
+    for _ in range(rounds):
+        x = torch.sin(x) + 0.5 * x.square()
+    return x
+
+
+def compare_times(bench: Bench, plain: Callable[[], list[Tensor]], beside: Callable[[], list[Tensor]]) -> Row:
+    """Seconds of both. Raises AssertionError if their results differ."""
+    for number, (found, expected) in enumerate(zip(beside(), plain(), strict=True)):
+        assert torch.equal(found, expected), f"result {number} differs: copied too late, or its memory was used again"
+    seconds = {name: bench.cost(run, 0.3)["run_seconds"] for name, run in (("plain", plain), ("beside", beside))}
+    return {f"{name}_seconds": value for name, value in seconds.items()}
+
+
+def copied_inputs(bench: Bench) -> Row:
+    side, rounds = (32, 2) if bench.tiny else (512, 40)
+    generator = torch.Generator().manual_seed(0)
+    batches = [[torch.randint(256, (2, 3, 9, side, side), dtype=torch.uint8, generator=generator)] for _ in range(12)]
+    if bench.device.type == "cuda":
+        batches = [[values.pin_memory()] for (values,) in batches]
+
+    def copy(batch: list[Tensor]) -> list[Tensor]:
+        return [batch[0].to(bench.device, non_blocking=True)]
+
+    def plain() -> list[Tensor]:
+        return [work(values.to(bench.device), rounds).sum((0, 2, 3, 4)).cpu() for (values,) in batches]
+
+    def beside() -> list[Tensor]:
+        inputs, sums = InputCopies(bench.device, copy), []
+        for (values,) in inputs.each(batches):
+            sums.append(work(values, rounds).sum((0, 2, 3, 4)))
+            del values
+        return [value.cpu() for value in sums]
+
+    return compare_times(bench, plain, beside)
+
+
+def copied_results(bench: Bench) -> Row:
+    """Chunks of frames, each of which the host then works on, as a writer does."""
+    side, rounds, chunks = (32, 2, 4) if bench.tiny else (512, 60, 8)
+
+    def decoded() -> Iterator[Tensor]:
+        for chunk in range(chunks):
+            x = torch.full((8, side, side, 3), float(chunk), device=bench.device)
+            yield work(x + torch.arange(side, device=bench.device)[:, None], rounds).mul(255).to(torch.uint8)
+
+    def written(frames: Tensor) -> Tensor:
+        compressed = zlib.compress(frames[:1].numpy().tobytes(), 1)
+        return torch.tensor([len(compressed), *frames.sum((1, 2, 3)).tolist()])
+
+    return compare_times(
+        bench,
+        lambda: [written(frames.cpu()) for frames in decoded()],
+        lambda: [written(frames) for frames in on_host(decoded(), bench.device)],
+    )
+
+
+def copied_reconstruction(bench: Bench) -> Row:
+    """vae3d.reconstruct, against the chunks of its stream one after another."""
+    model = tiny.model("wan").to(bench.device)
+    model.chunk_latents = 2
+    video = torch.rand(1, 3, 41, 64, 64) * 2 - 1
+    expected = stream_clip(model, video.to(bench.device)).clamp(-1, 1)
+    error = norm_error(vae3d.reconstruct(model, video), expected)
+    assert error <= LIMITS["fp32", "output"], f"a reconstruction differs from its stream by {error:.2g} of its norm"
+    return {"fp32_output": error}
+
+
+def summed_gradients(bench: Bench) -> Row:
+    """all_reduce_mean of one rank, by NCCL on a GPU: in fp32 exact, in bf16 rounded once. Also the timeout is set."""
+    backend = "nccl" if bench.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with patch.object(distributed, "is_distributed", return_value=True):
+            given = [torch.randn(n, device=bench.device) for n in (1000, 30, 7)]
+            for dtype in (torch.float32, torch.bfloat16):
+                buffer = distributed.reduction_buffer(given, dtype)
+                found = [tensor.clone() for tensor in given]
+                distributed.all_reduce_mean(found, buffer, dtype)
+                for tensor, gradient in zip(found, given, strict=True):
+                    assert torch.equal(tensor, gradient.to(dtype).float()), f"gradients summed in {dtype} differ"
+            distributed.shorten_timeout(timedelta(minutes=5))
+    finally:
+        dist.destroy_process_group()
+    return {"backend": backend}
+
+
+def copies(bench: Bench) -> list[Case]:
+    return [
+        ("micro-batches", partial(copied_inputs, bench)),
+        ("results", partial(copied_results, bench)),
+        ("reconstruct", partial(copied_reconstruction, bench)),
+        ("summed gradients", partial(summed_gradients, bench)),
+    ]
 
 
 # ---- training runs
@@ -512,8 +619,9 @@ def reading(bench: Bench) -> list[Case]:
 PARTS: dict[str, tuple[Callable[[Bench], list[Case]], float]] = {
     "parity": (parity, 0.14),
     "streams": (streams, 0.10),
+    "copies": (copies, 0.02),
     "runs": (runs, 0.14),
-    "decode": (decode, 0.28),
+    "decode": (decode, 0.26),
     "train": (train, 0.27),
     "reading": (reading, 0.07),
 }

@@ -79,8 +79,8 @@ def test_a_damaged_run_json_stops_a_resume_and_names_the_folder_to_delete(tmp_pa
         check_same_run(state.starting_state(tmp_path, resume_from), new())
 
 
-@pytest.mark.parametrize("mmap", [False, True])
-def test_a_damaged_training_state_is_named(tmp_path, mmap):
+@pytest.mark.parametrize("check", [False, True])
+def test_a_damaged_training_state_is_named(tmp_path, check):
     folder = state.unfinished(tmp_path, 3)
     state.begin(folder)
     state.write(folder, {"step": 3, "model": {"a": torch.zeros(9)}, "optimizer": {}}, OLD)
@@ -101,7 +101,7 @@ def test_a_damaged_training_state_is_named(tmp_path, mmap):
         (folder / "state.pt").write_bytes(content)
         (folder / "rank-0.pt").write_bytes(content)
         with pytest.raises(CheckpointError, match=r"state\.pt"):
-            state.load_state(folder, mmap)
+            state.load_state(folder, check)
         with pytest.raises(CheckpointError, match=r"rank-0\.pt"):
             state.load_rank(folder, 0)
     for content in (
@@ -112,7 +112,7 @@ def test_a_damaged_training_state_is_named(tmp_path, mmap):
     ):
         torch.save(content, folder / "state.pt")
         with pytest.raises(CheckpointError, match=r"state\.pt"):
-            state.load_state(folder, mmap)
+            state.load_state(folder, check)
 
 
 def test_a_lone_state_file_without_its_configuration_is_refused(tmp_path):

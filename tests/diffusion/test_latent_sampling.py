@@ -18,6 +18,7 @@ from PIL import Image
 from tests import tiny
 from tests.diffusion import latent_runs
 from tests.diffusion.toy import shaken
+from tests.stream_stub import StreamStub
 from vae3d.checkpoints.formats import CheckpointError
 from vae3d.commands import console
 from vae3d.config.issues import ConfigError
@@ -98,6 +99,15 @@ def results(out) -> list[str]:
 
 def everything(out) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_samples_are_the_same_where_they_are_copied_beside_the_computation(of_images, tmp_path):
+    settings = ["count=5", "batch_size=2", "steps=1", "write=[files,npz]"]
+    expected = everything(drawn(of_images, tmp_path / "cpu", *settings))
+    with StreamStub().active() as stub:
+        found = everything(drawn(of_images, tmp_path / "gpu", *settings))
+    assert len(stub.host_waits) == 3
+    assert found == expected
 
 
 KILLED = """

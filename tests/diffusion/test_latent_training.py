@@ -20,6 +20,7 @@ from PIL import Image
 from tests import tiny
 from tests.device_stub import check_two_waits
 from tests.diffusion import latent_runs, rank_training
+from tests.stream_stub import check_input_copies
 from vae3d.checkpoints import state
 from vae3d.commands import launch, train_diffusion
 from vae3d.config.issues import ConfigError
@@ -75,6 +76,12 @@ def test_a_step_waits_for_the_device_twice(data, request, tmp_path):
     t = latent_runs.trainer(tmp_path, *request.getfixturevalue(data), *process, "label_dropout=0.1")
     t.setup()
     check_two_waits(t, steps=2)
+
+
+@pytest.mark.parametrize("data", ["cached", "encoded"])
+def test_micro_batches_are_copied_ahead(data, request, tmp_path):
+    t = latent_runs.trainer(tmp_path, *request.getfixturevalue(data), "trainer.accumulate=2", "trainer.save_every=0")
+    check_input_copies(t, steps=2, tensors=2)  # values and labels
 
 
 # ---- what is trained on

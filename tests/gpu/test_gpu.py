@@ -30,6 +30,11 @@ def test_a_stream_gives_what_the_whole_clip_gives(tmp_path, monkeypatch, name):
     dict(gpu.streams(bench(tmp_path)))[name]()
 
 
+@pytest.mark.parametrize("name", [name for name, _ in gpu.copies(bench(Path()))])
+def test_copies_beside_the_computation_give_the_same_bits(tmp_path, name):
+    dict(gpu.copies(gpu.Bench(DEVICE, False, tmp_path)))[name]()  # of real size, so that copies and kernels overlap
+
+
 @pytest.mark.parametrize("name", [name for name, _ in gpu.runs(bench(Path()))])
 def test_a_run_trains_and_resumes(tmp_path, name):
     dict(gpu.runs(bench(tmp_path)))[name]()

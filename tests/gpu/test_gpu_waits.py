@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_step_waits_for_the_gpu_twice(system, precision, videos, trunks, tmp_path):
     config = tiny.training("spatial", videos, *CHANGES, *SYSTEMS[system])
-    config.trainer.precision = precision
+    config.trainer.precision, config.trainer.max_steps = precision, 3
     t = train.build_trainer(config, tmp_path)
     batches, reads = list(t.load_batches(lambda: False)), []
 
@@ -33,11 +33,11 @@ def test_a_step_waits_for_the_gpu_twice(system, precision, videos, trunks, tmp_p
         return numbers
 
     with mock.patch.object(step_status, "read", read), mock.patch.object(trainer_module, "read", read):
-        t.train_step(batches[:2])  # cuDNN, cuBLAS and the optimizer set themselves up
+        t.train_step(batches[:2], 0, None, lambda: batches[2:4])  # cuDNN, cuBLAS and the optimizer set themselves up
         reads.clear()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            t.train_step(batches[2:4])
+            t.train_step(batches[2:4], 0, None, lambda: batches[4:6])
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert len(reads) == 2

@@ -17,13 +17,14 @@ from tests import tiny
 from tests.evaluation.test_eval_page import content as shown
 from tests.inference.test_infer import read, run
 from tests.inference.test_wan_infer import write
+from tests.stream_stub import StreamStub
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import compare as compare_command
 from vae3d.config.issues import ConfigError
 from vae3d.config.validate import check_comparison
 from vae3d.errors import UserError
-from vae3d.inference.comparison import Comparer, constant_frame_psnr
+from vae3d.inference.comparison import Comparer, Network, constant_frame_psnr
 from vae3d.inference.comparison_report import degenerate_pairs
 from vae3d.inference.folder import FolderError
 from vae3d.loading import model_config
@@ -65,6 +66,21 @@ def compare(checkpoint, source, prefix, teacher, *overrides) -> dict:
 def eight_bits(video: torch.Tensor) -> torch.Tensor:
     """[1, 3, T, H, W] in [-1, 1] -> [T, 3, H, W] in [0, 1]."""
     return ((video[0].transpose(0, 1).clamp(-1, 1) + 1) * 127.5).round() / 255
+
+
+def test_pairs_are_the_same_where_results_are_copied_beside_the_computation(
+    student, teacher, source, tmp_path, monkeypatch
+):
+    cost, costs = Network.cost, {}
+    monkeypatch.setattr(
+        Network, "cost", lambda self, video: costs.get(self.path) or costs.setdefault(self.path, cost(self, video))
+    )
+    few = ["num_frames=1", "metrics=[psnr]"]
+    expected = compare(student, source, tmp_path / "cpu", teacher, *few)
+    with StreamStub().active() as stub:
+        found = compare(student, source, tmp_path / "gpu", teacher, *few)
+    assert len(stub.host_waits) > len(PAIRS)
+    assert found["files"] == expected["files"]
 
 
 def test_figures_are_those_of_their_definitions(student, teacher, source, tmp_path):

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 import vae3d
 from tests import tiny
 from tests.latents import caches
+from tests.stream_stub import StreamStub
 from vae3d.commands import encode as encode_command
 from vae3d.commands.encode import padding
 from vae3d.config.issues import ConfigError
@@ -72,6 +73,22 @@ def killed(job, when):
         os._exit(0)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+@pytest.mark.parametrize("store", ["moments", "sample"])
+def test_a_cache_is_the_same_where_latents_are_copied_beside_the_computation(store, tmp_path):
+    source = caches.pictures(tmp_path / "pictures")
+    (source / "cat/broken.png").write_bytes(b"")
+    settings = {"store": store, "flip": True, "max_broken": 0.5, "shard_size": 3}
+    expected = caches.files(caches.made(source, tmp_path / "cache", **settings))
+    (tmp_path / "cache").rename(tmp_path / "cpu")
+    with StreamStub().active() as stub:
+        found = caches.files(caches.made(source, tmp_path / "cache", **settings))
+    assert len(stub.host_waits) > 3
+    assert found.keys() == expected.keys()
+    latents = [name for name in found if name.endswith(".safetensors") and "statistics" not in name]
+    assert len(latents) == 3
+    assert all(found[name] == expected[name] for name in (*latents, "index.csv", "data_errors.jsonl"))
 
 
 @pytest.mark.parametrize("when", [0, 1, 3, 4, 9, 12, 18])

@@ -15,6 +15,7 @@ from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.checkpoints import state
 from vae3d.training.checkpointer import SaveError
 from vae3d.training.failures import TooManyFailures
+from vae3d.transfer import HostBuffers, tensors_of
 
 ASYNC = {"trainer.async_mode": "async", "trainer.save_every": 2, "trainer.max_steps": 6, "trainer.keep": 0}
 
@@ -38,6 +39,27 @@ def test_checkpoints_and_exports_are_those_of_ordinary_saves_and_resume_bit_for_
     assert resumed.step == 4
     assert resumed.fit()
     assert toy.same(saved(tmp_path / "plain", 6), saved(tmp_path / "async", 6))
+
+
+def test_every_save_copies_into_memory_that_was_allocated_after_the_first_step(videos, tmp_path, monkeypatch):
+    copies, reserved, copy, reserve = [], [], HostBuffers.copy, HostBuffers.reserve
+
+    def copied(self, value):
+        result = copy(self, value)
+        copies.append([tensor.data_ptr() for tensor in tensors_of(result)])
+        return result
+
+    def reserving(self, value):
+        reserve(self, value)
+        reserved.extend(tensor.data_ptr() for tensor in self._buffers)
+
+    monkeypatch.setattr(HostBuffers, "copy", copied)
+    monkeypatch.setattr(HostBuffers, "reserve", reserving)
+    t = quick.trainer(videos, tmp_path, **{**ASYNC, "trainer.ema.decay": 0.5, "trainer.max_steps": 8})
+    assert t.fit()
+    shared = [places for places in copies if places]
+    assert len(shared) == 3  # the last save is written while training stands still
+    assert shared[0] == shared[1] == shared[2] == reserved
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import torch
 
 from tests import tiny
 from tests.device_stub import DEVICE, HOST, DeviceStub, check_two_waits
+from tests.stream_stub import check_input_copies
 from vae3d.commands import train
 from vae3d.config.schema import TrainConfig
 
@@ -26,6 +27,12 @@ CHANGES += ["trainer.max_steps=2", "trainer.save_every=0", "data.frames.min=3", 
 def test_a_step_of_an_autoencoder_waits_for_the_device_twice(system, videos, trunks, tmp_path):
     config: TrainConfig = tiny.training("spatial", videos, *CHANGES, *SYSTEMS[system])
     check_two_waits(train.build_trainer(config, tmp_path), steps=1 if system == "lpips" else 2)
+
+
+@pytest.mark.parametrize("system", ["plain", "gan"])
+def test_micro_batches_of_an_autoencoder_are_copied_ahead(system, videos, tmp_path):
+    config: TrainConfig = tiny.training("spatial", videos, *CHANGES, *SYSTEMS[system])
+    check_input_copies(train.build_trainer(config, tmp_path), steps=2, tensors=1)
 
 
 def test_the_stub_sees_what_makes_a_gpu_wait():

@@ -141,9 +141,9 @@ def test_every_part_of_a_training_state_is_checked_before_it_is_taken(small, run
     with monkeypatch.context() as patch:  # writing and reading files takes most of the time
         for key in WHOLE:
             for value in (["x"], 1.5, "x"):
-                patch.setattr(state_files, "_read", lambda *_, key=key, value=value: {**good, key: value})
+                patch.setattr(state_files, "_read", lambda *_, key=key, value=value, **__: {**good, key: value})
                 assert key in message(resume, tmp_path / "stranger.pt"), value
-            patch.setattr(state_files, "_read", lambda *_, key=key: {k: v for k, v in good.items() if k != key})
+            patch.setattr(state_files, "_read", lambda *_, key=key, **__: {k: v for k, v in good.items() if k != key})
             message(resume, tmp_path / "stranger.pt")
     (tmp_path / "good.pt").write_bytes(run.read_bytes())
     resume(tmp_path / "good.pt")

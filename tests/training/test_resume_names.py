@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,8 +14,10 @@ from filelock import FileLock
 from tests.training import quick
 from tests.training.quick import trainer
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
-from vae3d.checkpoints.state import ResumeError, find_state
+from vae3d.checkpoints.state import ResumeError, find_state, latest_state, load_state
 from vae3d.training.runlog import RunLocked
+
+MAPS = Path("/proc/self/maps")
 
 OFTEN = {"trainer.save_every": 1, "trainer.max_steps": 3}
 
@@ -83,6 +88,29 @@ def test_another_runs_checkpoint_goes_on_in_a_new_folder_and_leaves_its_own_alon
     again = trainer(videos, tmp_path / "new", **new)  # the same command goes on from its own newest
     assert again.step == 4
     again.log.close()
+
+
+def test_a_resume_may_change_reduce_dtype_and_says_so(videos, tmp_path):
+    for steps, dtype in ((1, "fp32"), (2, "bf16")):
+        t = quick.trainer(videos, tmp_path, **{"trainer.max_steps": steps, "trainer.reduce_dtype": dtype})
+        t.fit()
+    launch = json.loads((tmp_path / "launches.jsonl").read_text().splitlines()[-1])
+    assert launch["step"] == 1
+    assert launch["changed_since_checkpoint"]["trainer.reduce_dtype"] == ["fp32", "bf16"]
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="Linux lists what is mapped into memory there")
+def test_a_resumed_run_keeps_nothing_of_its_file_in_memory(videos, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    t = trainer(videos, tmp_path / "run", **OFTEN)
+    assert t.step
+    assert t.optimizer.state
+    gc.collect()
+    assert str(tmp_path) not in MAPS.read_text()
+    t.log.close()
+    state = load_state(latest_state(tmp_path / "run/checkpoints"))
+    assert str(tmp_path / "run/checkpoints") in MAPS.read_text()  # which it would be
+    del state
 
 
 def test_a_resume_says_what_changed_in_the_data(videos, tmp_path):

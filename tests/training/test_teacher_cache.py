@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny, warm
+from tests.device_stub import check_two_waits
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d import loading
 from vae3d.checkpoints.export import write_export
@@ -94,6 +95,18 @@ def batch(*seeds: int) -> ClipBatch:
 def toy(seed: int) -> TAESD:
     torch.manual_seed(seed)
     return TAESD(variant="taesd", decoder_channels=[4, 4, 4, 4], decoder_blocks=[1, 0, 0, 0])
+
+
+def test_a_step_whose_clips_are_in_the_cache_waits_for_the_device_twice(videos, larger, tmp_path):
+    frozen = settings(larger, f"stage.init_from={{encoder: {larger}}}", f"teacher.cache={tmp_path}/cache")
+    config = tiny.training("taesd", videos, *frozen, "trainer.save_every=0")
+    first = train.build_trainer(config, tmp_path / "first")
+    batches = first.load_batches(lambda: False)
+    first.train_step([next(batches)])
+    assert first.distillation.cache.misses == 4
+    again = train.build_trainer(config, tmp_path / "again")
+    check_two_waits(again, steps=1)
+    assert (again.distillation.cache.hits, again.distillation.cache.misses) == (4, 0)
 
 
 def test_another_teacher_or_other_features_have_files_of_their_own(tmp_path):

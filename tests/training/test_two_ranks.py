@@ -13,6 +13,7 @@ from tests.training import quick, two_ranks
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.commands import train
 from vae3d.config.schema import TrainConfig
+from vae3d.precision import DTYPES
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,26 @@ def test_collectives_time_out_soon_but_for_the_first_step_and_validations(ranks)
     long, short = 7200, 600 + 900  # the second with data.timeout
     for report in ranks:
         assert report["wan"]["timeouts"] == [short, *[long, short] * 4]  # a checkpoint in each step
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gradients_are_summed_over_ranks_in_reduce_dtype_and_divided_in_fp32(ranks, dtype):
+    first, second = (report["averaged"][dtype] for report in ranks)
+    kind = DTYPES[dtype]
+    assert first["buffer"] == kind
+    for a, b, *results in zip(first["given"], second["given"], first["result"], second["result"], strict=True):
+        expected = (a.to(kind) + b.to(kind)).float() / 2
+        for result in results:
+            assert result.dtype == torch.float32
+            assert torch.equal(result, expected)
+    for name, tensor in first["weights"].items():
+        assert torch.equal(tensor, second["weights"][name]), name
+
+
+def test_bf16_reduction_changes_the_weights_a_little(ranks):
+    exact, rounded = (ranks[0]["averaged"][dtype]["weights"] for dtype in ("fp32", "bf16"))
+    differences = [(exact[name] - rounded[name]).abs().max().item() for name in exact]
+    assert 0 < max(differences) < 1e-3
 
 
 def test_ranks_of_other_settings_or_data_refuse_to_start_and_name_what_differs(ranks):

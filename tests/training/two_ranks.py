@@ -11,7 +11,6 @@ from unittest import mock
 
 import pandas as pd
 import torch
-import torch.distributed as dist
 
 from tests.training import quick
 from vae3d import distributed
@@ -36,14 +35,29 @@ def sound_steps(t: VaeTrainer, accumulate: int) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in t.network.state_dict().items()}
 
 
+def averaged(config: TrainConfig, folder: Path, reduce_dtype: str) -> dict[str, object]:
+    """Gradients of this rank, what average_gradients makes of them, and the weights after steps of real gradients."""
+    t = quick.trainer(config, folder, **SETTINGS, **{"trainer.reduce_dtype": reduce_dtype})
+    generator = torch.Generator().manual_seed(t.rank)
+    for p in t.strategy.parameters:
+        p.grad = torch.randn(p.shape, generator=generator)
+    given = [p.grad.clone() for p in t.strategy.parameters]
+    t.strategy.average_gradients()
+    result = [p.grad.clone() for p in t.strategy.parameters]
+    t.strategy.discard_gradients()
+    report = {"given": given, "result": result, "buffer": t.strategy._buffer.dtype, "weights": sound_steps(t, 1)}
+    t.log.close()
+    return report
+
+
 def train(config: TrainConfig, folder: Path) -> dict[str, object]:
     """Weights and log-variance after a run, and the number of frames of each step's clips."""
     t = train_command.build_trainer(config, folder)
     frames, step = [], t.train_step
     t.train_step = lambda clips, *rest: (frames.append(clips[0].video.shape[2]), step(clips, *rest))[1]
-    timeouts, set_timeout = [], dist.distributed_c10d._set_pg_timeout
-    with mock.patch.object(dist.distributed_c10d, "_set_pg_timeout") as patched:
-        patched.side_effect = lambda timeout, *rest: (timeouts.append(timeout.seconds), set_timeout(timeout, *rest))
+    timeouts, set_timeout = [], distributed._set_timeout
+    with mock.patch.object(distributed, "_set_timeout") as patched:
+        patched.side_effect = lambda timeout: (timeouts.append(timeout.seconds), set_timeout(timeout))
         t.fit()
     best = [t.best.step, t.best.value, (folder / "exports/best/model.yaml").is_file()]
     report = {"logvar": t.objective.logvar.item(), "frames": frames, "best": best, "timeouts": timeouts}
@@ -89,6 +103,7 @@ def main(folder: Path) -> None:
     again = quick.trainer(config, folder / "run", **SETTINGS, **{"trainer.accumulate": 2})
     report["resumed"] = again.spikes.state_dict()
     again.log.close()
+    report["averaged"] = {dtype: averaged(config, folder / dtype, dtype) for dtype in ("fp32", "bf16")}
     report["refused"] = refused(config, folder, rank)
     report["wan"] = train(pickle.loads((folder / "wan.pickle").read_bytes()), folder / "wan")
     torch.save(report, folder / f"rank{rank}.pt")

@@ -177,7 +177,7 @@ def starting_state(root: Path, resume_from: str | None) -> Path | None:
         return found
     if flatten(saved_config(newest)).get("run.resume_from") == resume_from:
         return newest
-    given = load_state(found, mmap=True)["step"]
+    given = load_state(found, check=False)["step"]
     if step_of(newest) > given:
         raise ResumeError(
             f"{newest} is newer than run.resume_from={resume_from} (step {given}); give this run another run.name, "
@@ -186,13 +186,15 @@ def starting_state(root: Path, resume_from: str | None) -> Path | None:
     return found
 
 
-def load_state(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """The training state in a step folder or a state file, with tensors on the CPU (mmap: on disk until used).
+def load_state(path: Path, check: bool = True) -> dict[str, Any]:
+    """The training state in a step folder or a state file. Its tensors are pages of the file: copy them, see
+    weight_files.
 
-    Raises CheckpointError if the file is damaged (mmap: without a check of the CRCs) or holds something else.
+    check: compare the CRCs, which reads all of the file. Raises CheckpointError if it is damaged or holds something
+    else.
     """
     file = path / STATE if path.is_dir() else path
-    state = _read(file, path, mmap)
+    state = _read(file, path, check=check, mmap=True)
     if not isinstance(state, dict) or not {"step", "model", "optimizer"} <= state.keys():
         raise CheckpointError(f"{file} holds no training state; to start from weights alone set stage.init_from={file}")
     with as_checkpoint_error():
@@ -228,9 +230,9 @@ def load_rank(path: Path, rank: int) -> dict[str, Any]:
     return own
 
 
-def _read(file: Path, checkpoint: Path, mmap: bool = False) -> Any:
+def _read(file: Path, checkpoint: Path, *, check: bool = True, mmap: bool = False) -> Any:
     try:
-        if not mmap:
+        if check:
             _check_crcs(file)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except DAMAGED as error:
@@ -260,7 +262,7 @@ def saved_config(path: Path) -> dict[str, Any]:
     Raises CheckpointError if run.json is damaged. Such a checkpoint is never skipped silently, since that loses steps.
     """
     if not path.is_dir():
-        state = load_state(path, mmap=True)
+        state = load_state(path, check=False)
         if "config" not in state:
             raise CheckpointError(f"{path} does not hold the configuration of its run; {_hint(path)}")
         return state["config"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -31,9 +31,11 @@ from vae3d.latents.cache import LatentCache
 from vae3d.latents.codec import LatentCodec
 from vae3d.layout import place
 from vae3d.loading import open_codec
+from vae3d.pixels import Quantized
 from vae3d.progress import progress
 from vae3d.running_stats import RunningStats
 from vae3d.text import plural
+from vae3d.transfer import on_host
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import SampleConfig
@@ -83,16 +85,21 @@ def run(config: SampleConfig) -> None:
         latents = torch.empty(config.count if reference and main else 0, *shape)
         stats = RunningStats(codec.channels, device)
         batches = list(sampling.per_rank_batches(config.count, config.batch_size, rank, world_size))
-        for mine in progress(batches, unit="batch", hidden=not main):
-            z = sampling.cached_latents(folder, mine, draw).to(device)
-            stats.update_channels(z)
-            frames = sampling.decoded(codec, z, size) if mine else pictures[:0]
+
+        def samples() -> Iterator[tuple[list[int], Tensor, list[Quantized]]]:
+            for mine in progress(batches, unit="batch", hidden=not main):
+                z = sampling.cached_latents(folder, mine, draw).to(device)
+                stats.update_channels(z)
+                yield mine, z, list(sampling.decode_parts(codec, z, size)) if mine else []
+
+        for mine, z, parts in on_host(samples(), device):
+            frames = np.concatenate([pictures[:0], *(part.numpy(codec.output_name) for part in parts)])
             if "files" in write:
                 for i, sample in zip(mine, frames, strict=True):
                     label = f"_{names[i]}".replace("/", "_") if names else ""
                     sampling.write_frames(folder / f"{i:06d}{label}", sample, config.fps)
             sent = [i < kept for i in mine]
-            batch = (mine, frames[sent], z.cpu() if reference else None)
+            batch = (mine, frames[sent], z if reference else None)
             for indices, some, values in distributed.gather_to_main(batch):
                 pictures[[i for i in indices if i < kept]] = some
                 if values is not None:

@@ -280,6 +280,9 @@ class Steps:
     async_mode: Literal["disabled", "async"] = setting(
         "disabled", "async: checkpoints are copied to host memory, and written while training goes on."
     )
+    reduce_dtype: Literal["fp32", "bf16"] = setting(
+        "fp32", "In which the model's gradients are summed over ranks; clipping and the optimizer take fp32."
+    )
 
 
 @dataclass(config=STRICT)

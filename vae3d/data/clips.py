@@ -27,6 +27,7 @@ from vae3d.data.readers import open_media
 from vae3d.data.segments import WHOLE, Bounds, Segment, bounds_of
 from vae3d.seeding import seed_of
 from vae3d.text import plural
+from vae3d.transfer import to_device
 from vae3d.types import ClipBatch
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def to_tensor(frames: np.ndarray) -> Tensor:
 
 def to_video(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """[T, H, W, 3] uint8 -> [1, 3, T, H, W] in [-1, 1]."""
-    return to_tensor(frames)[None].to(device).float() / 127.5 - 1.0
+    return to_device(to_tensor(frames)[None], torch.device(device)).float() / 127.5 - 1.0
 
 
 class ClipDataset(Dataset[Sample]):

@@ -20,8 +20,10 @@ from vae3d.inference.video import video_suffix, write_image, write_video
 from vae3d.io import atomic_write, naming, remove
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.shards import checksum
+from vae3d.pixels import Quantized
 from vae3d.seeding import generator_of
 from vae3d.text import plural
+from vae3d.transfer import on_host
 
 OUTPUTS = re.compile(
     r"(grid|data)\.(png|mp4)|\d{6,}(_.*)?\.(png|mp4|mkv)|samples_[\dx]+\.npz|(distances|command)\.json"
@@ -107,10 +109,20 @@ def guided(
 
 
 def decoded(codec: LatentCodec, z: Tensor, size: tuple[int, int, int], batch_size: int = 16) -> np.ndarray:
-    """Normalised latents [N, C, t, h, w] -> [N, T, H, W, C] uint8. size: frames, height, width."""
-    pixels = torch.cat([codec.decode(part, size[0], size[1:]) for part in z.split(batch_size)])
-    assert pixels.dtype == torch.uint8, "the codec's pixel_range is uint8 wherever files are read and written"
-    return pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
+    """Normalised latents [N, C, t, h, w] -> [N, T, H, W, C] uint8. size: frames, height, width.
+
+    Raises NotFiniteError.
+    """
+    parts = on_host(decode_parts(codec, z, size, batch_size), codec.device)
+    return np.concatenate([part.numpy(codec.output_name).copy() for part in parts])
+
+
+def decode_parts(
+    codec: LatentCodec, z: Tensor, size: tuple[int, int, int], batch_size: int = 16
+) -> Iterator[Quantized]:
+    """As `decoded`, batch by batch on the codec's device, and not checked."""
+    for part in z.split(batch_size):
+        yield codec.decode_unchecked(part, size[0], size[1:])
 
 
 def check_latent_rms(rms: float, process: Process, sampling: Sampling) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -20,10 +22,11 @@ from vae3d.inference.reconstruct import Reconstructor, identifier, overflow_hint
 from vae3d.metrics import MetricSet, Score, VideoResult
 from vae3d.metrics.frame import decibel
 from vae3d.models.interface import convert_latents, latent_space, nearest_frames, share_frames
-from vae3d.pixels import NotFiniteError, as_unit, displayable, to_uint8
+from vae3d.pixels import NotFiniteError, Quantized, as_unit, displayable, no_waiting_checks, quantize_unchecked
 from vae3d.precision import autocast
 from vae3d.report.page import clip_id, encode_clip, has_clip, write_clip
 from vae3d.text import plural
+from vae3d.transfer import on_host
 
 PAIRS = list(product(("student", "teacher"), repeat=2))  # (whose encoder, whose decoder)
 MAX_FRAMES = 33  # per file, unless num_frames is set: the networks code them in one piece
@@ -184,15 +187,25 @@ class Comparer:
             z = {whose: network.encode(video) for whose, network in self.networks.items()}
         except ValueError as error:
             raise MediaError(source, f"cannot be compared at {size[0]}x{size[1]}: {error}") from error
-        coded = {}
-        for encoder, decoder in PAIRS:
-            latents = convert_latents(z[encoder], self.networks[encoder].model, self.networks[decoder].model)
-            try:
-                coded[encoder, decoder] = to_uint8(self.networks[decoder].decode(latents, frames, tuple(size))[0])
-            except NotFiniteError as error:
-                hint = overflow_hint(self.networks[decoder].precision)
-                pair = f"the {decoder}'s decoder, given the {encoder}'s latents"
-                raise MediaError(source, f"{pair}: {error.reason}; {hint}") from None
+        coded, pending = {}, deque(PAIRS)
+
+        @torch.inference_mode()
+        def decode() -> Iterator[Quantized]:
+            for encoder, decoder in PAIRS:
+                latents = convert_latents(z[encoder], self.networks[encoder].model, self.networks[decoder].model)
+                with no_waiting_checks(video.device):
+                    rec = self.networks[decoder].decode(latents, frames, tuple(size))
+                yield quantize_unchecked(rec[0])
+
+        try:
+            for quantized in on_host(decode(), video.device):
+                coded[pending[0]] = quantized.numpy().copy()
+                pending.popleft()
+        except NotFiniteError as error:
+            encoder, decoder = pending[0]
+            hint = overflow_hint(self.networks[decoder].precision)
+            pair = f"the {decoder}'s decoder, given the {encoder}'s latents"
+            raise MediaError(source, f"{pair}: {error.reason}; {hint}") from None
         teachers = convert_latents(z["teacher"], self.networks["teacher"].model, self.networks["student"].model)
         return compare_latents(z["student"], teachers), coded
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +23,11 @@ from vae3d.inference.pictures import scorable
 from vae3d.inference.video import VideoWriter, video_suffix, write_image
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.models.interface import Stream
-from vae3d.pixels import NotFiniteError, as_unit, to_uint8
+from vae3d.pixels import NotFiniteError, Quantized, as_unit, no_waiting_checks, quantize_unchecked
 from vae3d.precision import autocast
 from vae3d.seeding import generator_of
 from vae3d.text import plural
+from vae3d.transfer import on_host
 
 if TYPE_CHECKING:
     from vae3d.config.schema import InferConfig
@@ -97,6 +98,19 @@ def read_chunks(reader: Reader, indices: Sequence[int], size: Size, stream: Stre
             read += len(new)
         yield buffer, length
         buffer = buffer[length:]
+
+
+@dataclass(frozen=True)
+class CodedChunk:
+    """frames: [T, H, W, 3 or 4] uint8, as read. start: index of the first. decoded: kind -> frames."""
+
+    frames: np.ndarray
+    start: int
+    decoded: dict[str, Quantized]
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """Kind -> [T, H, W, 3 or 4] uint8, from host memory. Raises NotFiniteError."""
+        return {"ori": self.frames} | {kind: pixels.numpy(start=self.start) for kind, pixels in self.decoded.items()}
 
 
 @dataclass
@@ -198,37 +212,42 @@ class Reconstructor:
 
     def _video(self, stream: Stream, chunks: Iterator[Chunk], name: str, fps: float, row: int) -> None:
         writers: dict[str, VideoWriter] = {}
-        start = 0
         with ExitStack() as stack:
-            for index, chunk in enumerate(chunks):
-                for kind, frames in self._code(stream, chunk, row, index, start).items():
+            for coded in on_host(self._code(stream, chunks, row), self.device):
+                outputs = coded.outputs()
+                for kind, frames in outputs.items():
                     if kind not in writers:
                         file = f"{name}{video_suffix(frames.shape[-1])}"
                         writer = VideoWriter(self.folder(kind) / file, fps, self.config.codec)
                         writers[kind] = stack.enter_context(writer)
                     writers[kind].write(frames)
-                start += chunk[1]
+                self._score(outputs)
 
     def _image(self, stream: Stream, chunks: Iterator[Chunk], name: str, row: int) -> None:
-        for kind, frames in self._code(stream, next(chunks), row, 0, 0).items():
-            write_image(self.folder(kind) / f"{name}.png", frames[0])
+        for coded in on_host(self._code(stream, islice(chunks, 1), row), self.device):
+            outputs = coded.outputs()
+            for kind, frames in outputs.items():
+                write_image(self.folder(kind) / f"{name}.png", frames[0])
+            self._score(outputs)
 
     @torch.inference_mode()
-    def _code(self, stream: Stream, chunk: Chunk, row: int, index: int, start: int) -> dict[str, np.ndarray]:
-        """Encode and decode a chunk, and update the metrics. Returns kind -> [T, H, W, 3 or 4] uint8.
-
-        index: of the chunk. start: index of its first frame. Raises NotFiniteError.
-        """
-        frames, length = chunk
-        video = to_video(frames, self.device)
-        generator = generator_of(self.config.seed, row, index, device=self.device)
-        with autocast(self.device, self.config.precision):
-            out = stream(video, sample=self.config.sample, generator=generator)
+    def _code(self, stream: Stream, chunks: Iterator[Chunk], row: int) -> Iterator[CodedChunk]:
+        """Encode and decode the chunks of file number `row`, without waiting for a GPU."""
+        start = 0
+        for index, (frames, length) in enumerate(chunks):
+            video = to_video(frames, self.device)
+            generator = generator_of(self.config.seed, row, index, device=self.device)
+            with autocast(self.device, self.config.precision), no_waiting_checks(self.device):
+                out = stream(video, sample=self.config.sample, generator=generator)
+                if out.spatial is not None:
+                    height, width = video.shape[-2:]
+                    spatial = self.model.decode_spatial(out.spatial.latent)[..., :height, :width]
+            decoded = {"rec": quantize_unchecked(out.video[0])}
             if out.spatial is not None:
-                height, width = video.shape[-2:]
-                spatial = self.model.decode_spatial(out.spatial.latent)[..., :height, :width]
-        outputs = {"ori": frames[:length], "rec": to_uint8(out.video[0], start=start)}
-        if out.spatial is not None:
-            outputs["spatial"] = to_uint8(spatial[0], start=start)
+                decoded["spatial"] = quantize_unchecked(spatial[0])
+            yield CodedChunk(frames[:length], start, decoded)
+            start += length
+
+    def _score(self, outputs: dict[str, np.ndarray]) -> None:
+        """Update the metrics with frames of a chunk."""
         self.metrics.update(*(as_unit(scorable(outputs[kind]), self.device) for kind in ("ori", "rec")))
-        return outputs

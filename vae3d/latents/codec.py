@@ -14,7 +14,17 @@ from vae3d.errors import UserError
 from vae3d.layout import place
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.spatial import UNKNOWN_FACTOR
-from vae3d.pixels import RANGES, TOLERANCE, PixelError, check_latents, quantize, value_range
+from vae3d.pixels import (
+    RANGES,
+    TOLERANCE,
+    PixelError,
+    Quantized,
+    check_latents,
+    no_waiting_checks,
+    quantize,
+    quantize_unchecked,
+    value_range,
+)
 from vae3d.precision import no_tf32
 from vae3d.seeding import Generators, randn_like
 from vae3d.transfer import to_device
@@ -134,13 +144,33 @@ class LatentCodec:
         Raises PixelError for latents of another number of channels, ValueError if num_frames does not fit them, and
         NotFiniteError for uint8 pixels that are NaN, as after an overflow in fp16.
         """
+        return self.from_video(self._decoded(z, num_frames, size))
+
+    @torch.no_grad()
+    def decode_unchecked(
+        self, z: Tensor, num_frames: int | None = None, size: tuple[int, int] | None = None
+    ) -> Quantized:
+        """As `decode` for pixel_range=uint8, without waiting for a GPU: clips [B, T, H, W, 3], checked by `numpy`.
+
+        A check of the latents' values is left out on a GPU.
+        """
+        with no_waiting_checks(self.device):
+            return quantize_unchecked(self._decoded(z, num_frames, size))
+
+    @property
+    def output_name(self) -> str:
+        """Of its pixels, for errors."""
+        return f"the output of the decoder in {str(self.dtype).removeprefix('torch.')}"
+
+    def _decoded(self, z: Tensor, num_frames: int | None, size: tuple[int, int] | None) -> Tensor:
+        """Normalised latents to the model's own pixels, [B, 3, T, H, W] in about [-1, 1]."""
         check_latents(z, self.channels)
         raw = self.model.denormalize(z.to(self.device, torch.float32))
         stride = self.space_stride
         with self._precision_and_chunks(z.shape[-2] * stride, z.shape[-1] * stride):
             video = self.model.decode(raw, num_frames)
         height, width = size or video.shape[-2:]
-        return self.from_video(video[..., :height, :width])
+        return video[..., :height, :width]
 
     def to_video(self, pixels: Tensor) -> Tensor:
         """Pixels in pixel_range -> [B, 3, T, H, W] in [-1, 1] on the codec's device, as models take them.
@@ -152,7 +182,7 @@ class LatentCodec:
             raise PixelError(
                 f"pixels have shape {list(pixels.shape)}; use [B, {channels}, H, W] or [B, {channels}, T, H, W]"
             )
-        video = pixels.to(self.device)
+        video = to_device(pixels, self.device)
         if (video.dtype == torch.uint8) != (self.pixel_range == "uint8"):
             raise PixelError(f"pixels are {video.dtype}, but pixel_range={self.pixel_range} is declared")
         if self.pixel_range == "uint8":  # bit-equal to ClipBatch.to
@@ -177,7 +207,7 @@ class LatentCodec:
         Raises NotFiniteError for NaN if pixel_range is uint8, where it would become black.
         """
         if self.pixel_range == "uint8":
-            return quantize(video, name=f"the output of the decoder in {str(self.dtype).removeprefix('torch.')}")
+            return quantize(video, name=self.output_name)
         video = video.float().clamp(-1, 1)
         return video if self.pixel_range == "signed" else (video + 1) / 2
 

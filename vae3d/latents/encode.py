@@ -6,10 +6,12 @@ import json
 import logging
 import math
 import platform
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +35,12 @@ from vae3d.latents.identity import latent_config, vae_metadata
 from vae3d.latents.shards import COMPLETE, ERRORS, INDEX, KINDS, META, STATISTICS, WRITERS, CacheError, Shard
 from vae3d.latents.statistics import LatentStatistics, StatisticsError
 from vae3d.models.interface import VideoAutoencoder
+from vae3d.pixels import no_waiting_checks
 from vae3d.precision import DTYPES
 from vae3d.progress import progress
 from vae3d.seeding import generator_of
 from vae3d.text import plural
+from vae3d.transfer import on_host
 
 if TYPE_CHECKING:
     from vae3d.config.latents import EncodeConfig
@@ -204,11 +208,20 @@ def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool
         batch_size=None,
     )
     clips = iter(progress(reads, total=len(numbers), unit="clip", hidden=quiet))
+    batches: deque[list[Read]] = deque()
+
+    def encoded() -> Iterator[tuple[int, dict[str, Moments]]]:
+        """Shard and moments of each of `batches`."""
+        for number in todo:
+            for batch in _batches(islice(clips, len(job.span(number))), config.batch_size):
+                batches.append(batch)
+                yield number, _encode_batch(job, batch)
+
     errors: list[ClipError] = []
-    for number in todo:
+    for number, run in groupby(on_host(encoded(), job.codec.device), key=itemgetter(0)):
         shard, statistics = Shard(), LatentStatistics(job.codec.channels)
-        for batch in _batches(islice(clips, len(job.span(number))), config.batch_size):
-            _encode_batch(job, number, batch, shard, statistics)
+        for _, moments in run:
+            _add_batch(job, number, batches.popleft(), moments, shard, statistics)
         shards.write_shard(job.folder, number, shard, statistics, digest, config.writers)
         errors += shard.errors
         if len(errors) > config.max_broken * len(job.items):
@@ -222,18 +235,33 @@ def _batches(reads: Iterable[Read], size: int) -> Iterator[list[Read]]:
             yield batch
 
 
-def _encode_batch(job: EncodeJob, number: int, batch: list[Read], shard: Shard, statistics: LatentStatistics) -> None:
-    """Encode a batch into shard `number`, or add its error."""
+def _encode_batch(job: EncodeJob, batch: list[Read]) -> dict[str, Moments]:
+    """Suffix of the key -> moments of a batch, computed without waiting for a GPU; {} if it is an error."""
+    if batch[0].pixels is None:
+        return {}
+    pixels = torch.stack([read.pixels for read in batch])
+    with no_waiting_checks(job.codec.device):
+        moments = {"": job.codec.raw_moments(pixels)}
+        if job.config.flip:
+            moments[FLIP] = job.codec.raw_moments(pixels.flip(-1))
+    return moments
+
+
+def _add_batch(
+    job: EncodeJob,
+    number: int,
+    batch: list[Read],
+    moments: Mapping[str, Moments],
+    shard: Shard,
+    statistics: LatentStatistics,
+) -> None:
+    """Add a batch to shard `number`, or its error. moments: of _encode_batch, in host memory that is used again."""
     for read in batch:
         shard.sources.setdefault(job.items[read.number].path, read.version)
-    if batch[0].pixels is None:
+    if not moments:
         item = job.items[batch[0].number]
         shard.errors.append({"key": item.key, "path": item.path, "reason": batch[0].error})
         return
-    pixels = torch.stack([read.pixels for read in batch])
-    moments = {"": job.codec.raw_moments(pixels)}
-    if job.config.flip:
-        moments[FLIP] = job.codec.raw_moments(pixels.flip(-1))
     for index, read in enumerate(batch):
         item = job.items[read.number]
         for flip, (suffix, posterior) in enumerate(moments.items()):
@@ -250,12 +278,12 @@ def _encode_batch(job: EncodeJob, number: int, batch: list[Read], shard: Shard, 
 
 
 def _stored_tensors(job: EncodeJob, key: str, mean: Tensor, std: Tensor) -> list[Tensor]:
-    """The tensors of an entry, in the stored dtype, on the CPU."""
+    """Copies of the tensors of an entry, in the stored dtype."""
     if job.config.store == "sample":
-        tensors = [Moments(mean.cpu(), std.cpu()).sample(generator_of(job.config.seed, key, "sample"))]
+        tensors = [Moments(mean, std).sample(generator_of(job.config.seed, key, "sample"))]
     else:
         tensors = [mean, std] if job.config.store == "moments" else [mean]
-    return [tensor.to("cpu", DTYPES[job.config.dtype]).contiguous() for tensor in tensors]
+    return [tensor.to(DTYPES[job.config.dtype], copy=True).contiguous() for tensor in tensors]
 
 
 def _row(item: Item, read: Read, key: str, entry: int, shard: int, flip: bool, z: Tensor) -> dict[str, Any]:

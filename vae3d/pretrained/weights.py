@@ -150,7 +150,10 @@ def assign(network: nn.Module, state: Mapping[str, Tensor], file: Path, name: st
     """
     shapes = {key: t.shape for key, t in network.state_dict().items() if not key.endswith("num_batches_tracked")}
     require_no_errors(shape_errors(state, shapes), file, name or type(network).__name__)
-    network.load_state_dict({key: state[key].float() for key in shapes}, assign=True)
+    import torch
+
+    copies = {key: state[key].to(torch.float32, copy=True) for key in shapes}  # else they would be pages of the file
+    network.load_state_dict(copies, assign=True)
     network.eval().requires_grad_(False)
 
 

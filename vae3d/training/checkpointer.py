@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol, TypedDict
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from vae3d import distributed
 from vae3d.arguments import ArgumentError, Size, check_fields, check_value
@@ -24,10 +25,11 @@ from vae3d.errors import UserError
 from vae3d.io import check_run_folder, is_disk_error, remove, remove_unfinished
 from vae3d.metrics.base import Better, goodness
 from vae3d.restore import check_like
+from vae3d.training.ema import Ema, MultiEma
 from vae3d.training.failures import FailureCounter, SpikeError
 from vae3d.training.memory import catch_out_of_memory
 from vae3d.training.runlog import RunLog
-from vae3d.transfer import host_copy
+from vae3d.transfer import HostBuffers, host_copy, map_tensors
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
@@ -66,9 +68,10 @@ class Checkpointer:
     that is applied. So a step was applied after every checkpoint but the newest. Exceptions: the end of a run is saved
     unless its last steps were not finite, and an error saves unless the spike guard skipped the steps before it.
 
-    With trainer.async_mode=async, saving copies all state to host memory and returns. A thread of each rank writes its
-    files. The status of each step says whether one still writes; once none does, all begin the next stage together, in
-    `advance`, or report the error then. One checkpoint is written at a time: the next one, and the end of a run, wait.
+    With trainer.async_mode=async, saving copies all state to host memory, which is kept for the next save, and returns.
+    A thread of each rank writes its files. The status of each step says whether one still writes; once none does, all
+    begin the next stage together, in `advance`, or report the error then. One checkpoint is written at a time: the next
+    one, and the end of a run, wait.
 
     outputs, final_outputs: called with a step; outputs also with a copy of the state. metadata: written to run.json.
     """
@@ -103,6 +106,8 @@ class Checkpointer:
         self.uncopied_rank_state: set[str] = set()
         self.asynchronous = config.trainer.async_mode == "async"
         self.pending: _Save | None = None
+        self.copies = HostBuffers(), HostBuffers()  # of the shared state, on the first rank, and of each rank's own
+        self.reserving: futures.Future[None] | None = None
         self.due = False
         self.last_saved = -1  # step of the newest checkpoint that this process wrote
         self.last_applied = -1  # number of steps after the last one that this process applied
@@ -149,7 +154,8 @@ class Checkpointer:
                     raise ArgumentError(f"{name} is missing")
                 if name in self.strict:
                     check_like(saved[name], item.state_dict(), name)
-                _load_item(checkpoint, name, item.load_state_dict, saved[name])
+                loaded = saved[name] if isinstance(item, nn.Module | Ema | MultiEma) else _copied(saved[name])
+                _load_item(checkpoint, name, item.load_state_dict, loaded)
         with state.restoring(checkpoint, state.RANK_STATE.format(rank=self.rank)):
             for name, item in self.items.items():
                 if not hasattr(item, "load_rank_state_dict"):
@@ -166,6 +172,18 @@ class Checkpointer:
     def mark_applied(self, step: int) -> None:
         """The last of `step` steps was applied."""
         self.last_applied = step
+        if self.asynchronous and self.save_every and self.main and self.reserving is None:
+            self._reserve()
+
+    def _reserve(self) -> None:
+        """Allocate the memory of asynchronous saves in a thread, so that the first of them need not wait for it.
+
+        Without enough of it, that save says so.
+        """
+        shared = self._shared_state()  # which has the optimizer's moments from the first step on
+        thread = ThreadPoolExecutor(1, "checkpoint-memory")
+        self.reserving = thread.submit(self.copies[0].reserve, shared)
+        thread.shutdown(wait=False)
 
     def save_if_due(self, step: int, *, applied: bool, not_finite: int, end: bool) -> None:
         """Save if a checkpoint is due.
@@ -330,12 +348,14 @@ class Checkpointer:
 
         def copy() -> None:
             if self.main:
+                futures.wait([self.reserving] if self.reserving else [])
                 state.begin(state.unfinished(self.root, step))
-                copies["shared"] = host_copy(self._shared_state())
+                copies["shared"] = host_copy(self._shared_state(), self.copies[0])
                 copies["outputs"] = self.outputs(step, copies["shared"])
             own = self._own_state()
             kept = {name: part for name, part in own.items() if name in self.uncopied_rank_state}
-            copies["own"] = host_copy({name: part for name, part in own.items() if name not in kept}) | kept
+            changing = {name: part for name, part in own.items() if name not in kept}
+            copies["own"] = host_copy(changing, self.copies[1]) | kept
 
         if reason := run_on_all_ranks(self.device, copy):
             return self._not_saved(step, reason)
@@ -458,6 +478,11 @@ class _Save:
     def result(self) -> None:
         """Wait for the stage. Raises what it raised."""
         self.current.result()
+
+
+def _copied(saved: Any) -> Any:
+    """Copies of tensors that are pages of a file, for items that keep what they load; modules copy it themselves."""
+    return map_tensors(Tensor.clone, saved)
 
 
 def _load_item(checkpoint: Path, name: str, load: Callable[[Any], object], item_state: Any) -> None:

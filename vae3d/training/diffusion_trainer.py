@@ -26,6 +26,7 @@ from vae3d.inference.pictures import captioned_grid, displayable
 from vae3d.inference.scale import check_normalised
 from vae3d.layout import place
 from vae3d.optim import can_fuse
+from vae3d.precision import DTYPES
 from vae3d.seeding import generator_of
 from vae3d.training.ema import MultiEma
 from vae3d.training.failures import Count, SpikeGuard
@@ -72,7 +73,7 @@ class DiffusionTrainer(Trainer[Batch]):
             folder,
             accelerator,
             network,
-            ReplicatedDataParallel(accelerator, network, optimizer),
+            ReplicatedDataParallel(accelerator, network, optimizer, DTYPES[config.trainer.reduce_dtype]),
             MultiEma(network, **asdict(config.trainer.ema)),
             data,
             logger,
@@ -108,8 +109,12 @@ class DiffusionTrainer(Trainer[Batch]):
     def clip_names(self, batch: Batch) -> list[str]:
         return [f"position {position} of the training order" for position in batch.positions]
 
+    def copy_to_device(self, batch: Batch) -> Batch:
+        values, labels = (to_device(tensor, self.device) for tensor in (batch.values, batch.labels))
+        return batch._replace(values=values, labels=labels)
+
     def forward_backward(self, batches: Sequence[Batch], phase: UpdatePhase, step: int, metrics: StepMetrics) -> None:
-        for batch in batches:
+        for batch in self.inputs.each(batches):
             z = self.data.latents(batch, self.device)  # [B, C, t, h, w], normalised
             generators = [
                 generator_of(self.config.run.seed, step, position, "diffusion", device=self.device)
@@ -117,8 +122,7 @@ class DiffusionTrainer(Trainer[Batch]):
             ]
             classes, labels = self.network.num_classes, None
             if classes:
-                labels = to_device(batch.labels, self.device)
-                labels = drop_labels(labels, self.config.label_dropout, classes, generators)
+                labels = drop_labels(batch.labels, self.config.label_dropout, classes, generators)
             with self.accelerator.autocast():
                 losses = training_losses(self.network, self.process, z, generators, labels)
             loss = losses["loss"].mean()

@@ -79,14 +79,15 @@ class Distillation:
             of = {"precision": str(dtype), "features": self.features, "student": latent_space(student)}
             self.cache = TargetCache(cache, self.teacher, of, cache_gib)
 
-    def compute_targets(self, batch: ClipBatch) -> ClipBatch:
+    def compute_targets(self, batch: ClipBatch, pixels: Tensor | None = None) -> ClipBatch:
         """The clip with targets: the teacher's latents in the student's convention, and features. No gradients.
 
-        They are from the cache if it has all of the clips; otherwise they are computed, and added to it.
+        They are from the cache if it has all of the clips; otherwise they are computed, and added to it, which waits
+        for the device. pixels: of the clips, in host memory, from which the cache knows them; by default batch.video.
         """
         if self.cache is None or (batch.positions < 0).any():  # the preflight's noise never comes again
             return self._compute_targets(batch)
-        keys = self.cache.keys(batch.video)
+        keys = self.cache.keys(batch.video if pixels is None else pixels)
         if (targets := self.cache.read(keys, batch.video.device)) is not None:
             return replace(batch, targets=targets)
         batch = self._compute_targets(batch)

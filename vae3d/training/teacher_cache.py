@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vae3d.io import TMP_NAME, atomic_path, naming
+from vae3d.transfer import to_device
 from vae3d.types import TeacherTargets
 
 LATENTS = "z"
@@ -56,7 +57,7 @@ class TargetCache:
         for key in keys:
             file = self._file(key)
             try:
-                clips.append(load_file(file, device=str(device)))
+                clips.append(load_file(file))
             except FileNotFoundError:
                 break
             except SafetensorError:
@@ -66,7 +67,7 @@ class TargetCache:
             self.misses += len(keys)
             return None
         self.hits += len(keys)
-        tensors = {name: torch.stack([clip[name] for clip in clips]) for name in clips[0]}
+        tensors = {name: to_device(torch.stack([clip[name] for clip in clips]), device) for name in clips[0]}
         z = tensors.pop(LATENTS)
         return TeacherTargets(z, {name.removeprefix(FEATURE): tensor for name, tensor in tensors.items()})
 

@@ -37,7 +37,7 @@ from vae3d.training.proximal import Proximal
 from vae3d.training.runlog import RunLog, StopRequest, stop_signals
 from vae3d.training.step_status import MeanMeter, StatusTable, StepMetrics, StepResult, StepStatus
 from vae3d.training.strategy import ScalerState, Strategy
-from vae3d.transfer import read
+from vae3d.transfer import InputCopies, read
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
@@ -106,6 +106,7 @@ class Trainer(ABC, Generic[Batch]):
         self.best = best or BestExport(None, {})
         self.preflight_enabled, self.compact_gib = preflight_enabled, compact_gib
 
+        self.inputs = InputCopies(self.device, self.copy_to_device)
         self.step = 0
         self.stopped_by = 0  # the signal that ended the run
         self.meter = MeanMeter()
@@ -146,6 +147,10 @@ class Trainer(ABC, Generic[Batch]):
     @abstractmethod
     def clip_names(self, batch: Batch) -> list[str]:
         """The batch's clips, to name them in the log."""
+
+    @abstractmethod
+    def copy_to_device(self, batch: Batch) -> Batch:
+        """A readable batch on the device, by copies that do not wait for it."""
 
     @abstractmethod
     def forward_backward(self, batches: Sequence[Batch], phase: UpdatePhase, step: int, metrics: StepMetrics) -> None:
@@ -246,12 +251,13 @@ class Trainer(ABC, Generic[Batch]):
         return self.step >= last
 
     def _train(self, request: StopRequest, last: int, profiler_step: Callable[[], object]) -> None:
-        batches = self.load_batches(lambda: bool(request.signum))
+        batches = StepBatches(self.load_batches(lambda: bool(request.signum)), self.config.trainer.accumulate)
         first, timeout = self.step, self.step_timeout
         self.reset_timer()
         while self.step < last and not self.stopped_by:
-            micro_batches, data_error = next_batches(batches, self.config.trainer.accumulate)
-            result = self.train_step(micro_batches, request.signum, data_error)
+            micro_batches, data_error = batches.take()
+            goes_on = self.step + 1 < last and not request.signum
+            result = self.train_step(micro_batches, request.signum, data_error, batches.fetch if goes_on else None)
             if self.step < last and self.spikes.consecutive_skips == 0:  # else the weights to save might be NaN
                 self.stopped_by = result.status.stop
             if self.step == first + 1:  # kernels are compiled and chosen, and the first batch has been read
@@ -265,13 +271,21 @@ class Trainer(ABC, Generic[Batch]):
             self.log.say(f"stopped by {signal.Signals(self.stopped_by).name} after step {self.step}; {saved}")
 
     @no_value_checks()
-    def train_step(self, batches: Sequence[Batch], stop: int = 0, data_error: UserError | None = None) -> StepResult:
+    def train_step(
+        self,
+        batches: Sequence[Batch],
+        stop: int = 0,
+        data_error: UserError | None = None,
+        fetch_next: Callable[[], Sequence[Batch]] | None = None,
+    ) -> StepResult:
         """One optimizer step over the micro-batches. The result is the same on all ranks.
 
         stop: a signal that this rank received, or 0. data_error: why the data loader of this rank failed; `batches` is
-        then empty. A step that fails on one rank for lack of memory or readable files, or with a loss that is not
-        finite, is skipped by all. Any other exception ends its rank alone: the others wait in their next collective
-        until the launcher ends them, as torchrun does at once, or the timeout of distributed.init_training is over.
+        then empty. fetch_next: reads the micro-batches of the next step, the first of which is copied to a GPU while it
+        computes this one.
+        A step that fails on one rank for lack of memory or readable files, or with a loss that is not finite, is
+        skipped by all. Any other exception ends its rank alone: the others wait in their next collective until the
+        launcher ends them, as torchrun does at once, or the timeout of distributed.init_training is over.
         Raises what count_failures raises, RanksDiffer, and data_error (DataError on the other ranks).
         """
         step, metrics, phase = self.step, StepMetrics(), self.adversary.update_phase(self.step)
@@ -288,6 +302,10 @@ class Trainer(ABC, Generic[Batch]):
         else:
             self.strategy.skip_local()
         adversary_error = self.adversary.sync_remaining(step, self.config.trainer.accumulate)
+        if fetch_next is not None and self.inputs.ahead:
+            for batch in fetch_next()[:1]:
+                if self.is_readable(batch):
+                    self.inputs.queue(batch)
 
         # One small all-reduce, after which all ranks make the same decisions. The host waits for the device here, and
         # for the gradient norms: what follows must read nothing else.
@@ -513,10 +531,28 @@ def adamw(params: Iterable[Any], optim: Optim, *, fused: bool) -> torch.optim.Ad
     )
 
 
-def next_batches(batches: Iterator[Batch], count: int) -> tuple[list[Batch], UserError | None]:
-    """The next `count` micro-batches; none, and the error, if the data loader of this rank fails."""
-    try:
-        return [next(batches) for _ in range(count)], None
-    except UserError as error:
-        error.on_every_rank = False
-        return [], error
+class StepBatches(Generic[Batch]):
+    """The micro-batches of one step after another, `count` of each.
+
+    batches: as Trainer.load_batches gives them; has as many as all steps take.
+    """
+
+    def __init__(self, batches: Iterator[Batch], count: int) -> None:
+        self.batches, self.count = batches, count
+        self._fetched: tuple[list[Batch], UserError | None] | None = None
+
+    def fetch(self) -> list[Batch]:
+        """Read those of the next step, if they are not there yet, and return them; none if the data loader failed."""
+        if self._fetched is None:
+            try:
+                self._fetched = [next(self.batches) for _ in range(self.count)], None
+            except UserError as error:
+                error.on_every_rank = False
+                self._fetched = [], error
+        return self._fetched[0]
+
+    def take(self) -> tuple[list[Batch], UserError | None]:
+        """Those of the next step; or none, and the error, if the data loader of this rank failed."""
+        self.fetch()
+        taken, self._fetched = self._fetched, None
+        return taken

@@ -30,6 +30,7 @@ from vae3d.metrics import MetricError, MetricSet
 from vae3d.metrics.registry import resolve
 from vae3d.models.interface import attach_decoder
 from vae3d.optim import can_fuse
+from vae3d.precision import DTYPES
 from vae3d.training.checkpointer import BestExport, Outputs, step_folder
 from vae3d.training.deepspeed import DeepSpeedZero
 from vae3d.training.ema import Ema
@@ -91,7 +92,8 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         fused = can_fuse(accelerator.device) and replicated  # DeepSpeed may step on another device
         optimizer = adamw(groups, config.optim, fused=fused)
         if replicated:
-            strategy = ReplicatedDataParallel(accelerator, student, optimizer)
+            reduce_dtype = DTYPES[config.trainer.reduce_dtype]
+            strategy = ReplicatedDataParallel(accelerator, student, optimizer, reduce_dtype)
         else:
             strategy = DeepSpeedZero(
                 accelerator,
@@ -138,10 +140,13 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
     def clip_names(self, batch: ClipBatch | Unreadable) -> list[str]:
         return [path for path, _ in batch.errors] if isinstance(batch, Unreadable) else batch.paths
 
+    def copy_to_device(self, batch: ClipBatch) -> ClipBatch:
+        return batch.copy_to(self.device)
+
     def forward_backward(
         self, batches: Sequence[ClipBatch], phase: UpdatePhase, step: int, metrics: StepMetrics
     ) -> None:
-        for batch in batches:
+        for on_host, batch in zip(batches, self.inputs.each(batches), strict=True):
             batch = batch.to(self.device)
             settings: dict[str, Any] = {
                 "pixels": self.objective.needs_pixels,
@@ -149,7 +154,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
                 "noise": self.config.stage.latent_noise,
             }
             if self.distillation is not None:
-                batch = self.distillation.compute_targets(batch)
+                batch = self.distillation.compute_targets(batch, pixels=on_host.video)
                 settings["latents"] = self.distillation.latents(batch, step)
                 settings["encode"] = self.objective.needs_posterior
             with torch.set_grad_enabled(phase.model):
