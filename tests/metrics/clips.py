@@ -66,9 +66,10 @@ def _lpips_package(net: str, trunks: Path) -> nn.Module:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of Gaussians fitted to the rows of [N, d] and [M, d], without covariances.
 
-    Centred rows are factors A and B of the covariances A^T A and B^T B.
+    Centred rows are factors A and B of the covariances A^T A and B^T B, and so are the triangles of their QR
+    decompositions, which are not larger than the covariances.
     """
     gap = a.double().mean(0) - b.double().mean(0)
-    a, b = ((x.double() - x.double().mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
+    a, b = (torch.linalg.qr((x.double() - x.double().mean(0)) / math.sqrt(len(x) - 1), "r").R for x in (a, b))
     cross = torch.linalg.svdvals(a @ b.T).sum()
     return max(float(gap.square().sum() + a.square().sum() + b.square().sum() - 2 * cross), 0.0)
