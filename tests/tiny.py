@@ -9,10 +9,11 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import av
 import hydra
@@ -84,6 +85,14 @@ def model(name: str, *overrides: str, seed: int = 0) -> torch.nn.Module:
     """A tiny model with random weights."""
     torch.manual_seed(seed)
     return vae3d.build(name, *MODEL[name], *overrides)
+
+
+@contextlib.contextmanager
+def unfilled_weights() -> Iterator[None]:
+    """Build networks without their random first weights, which takes a second for the classifier of VGG16."""
+    names = ("kaiming_uniform_", "kaiming_normal_", "normal_", "uniform_", "constant_")
+    with mock.patch.multiple(torch.nn.init, **{name: lambda tensor, *_, **__: tensor for name in names}):
+        yield
 
 
 def compose(*overrides: str, config: str = "train") -> DictConfig:

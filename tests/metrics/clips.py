@@ -46,16 +46,17 @@ def value(metric: Metric | MetricSet, ref: Tensor, rec: Tensor, column: str | No
 
 
 def lpips_package(net: str, trunks: Path, spatial: bool = False) -> nn.Module:
+    """The lpips package's network with the trunk's weights."""
     theirs = _lpips_package(net, trunks)
     theirs.spatial = spatial
     return theirs
 
 
-@cache  # its constructor fills a classifier that nothing uses with random numbers
+@cache
 def _lpips_package(net: str, trunks: Path) -> nn.Module:
     import lpips
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tiny.unfilled_weights():
         warnings.simplefilter("ignore")
         theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     trunk = torch.load(trunks / TRUNKS[net][1], weights_only=True)
