@@ -106,7 +106,7 @@ def compose(*overrides: str, config: str = "train") -> DictConfig:
 
 def training(name: str, table: Path, *overrides: str, meta_check: bool = False) -> TrainConfig:
     """A checked configuration for a tiny model and two short steps. meta_check: also run the model on the meta device,
-    which takes longer than a run of two steps; for tests of errors that only this finds."""
+    which takes as long as a run of two steps; for tests of errors that only this finds."""
     path = [f"data.source.path={table}"] if not any(o.startswith("data=") for o in overrides) else []
     cfg = compose(f"model={name}", *MODEL[name], *TRAINING, *path, *overrides)
     if meta_check:
