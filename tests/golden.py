@@ -115,7 +115,7 @@ def train_latent(overrides: list[str], folder: Path) -> None:
 
 def make_data(folder: Path) -> None:
     """The files that the tests' fixtures make."""
-    from tests import conftest
+    from tests import fixtures
 
     class Folders:
         def mktemp(self, name: str) -> Path:
@@ -123,10 +123,10 @@ def make_data(folder: Path) -> None:
             return folder / name
 
     for fixture in ("videos", "images", "rooms"):
-        getattr(conftest, fixture).__wrapped__(Folders())
+        getattr(fixtures, fixture).__wrapped__(Folders())
     os.environ["VAE3D_WEIGHTS"] = str(folder / "weights")
     (folder / "weights").mkdir()
-    conftest.trunks.__wrapped__(None)
+    fixtures.trunks.__wrapped__(None)
 
 
 Curves = dict[str, dict[str, list[dict[str, Any]]]]  # by experiment and number of ranks

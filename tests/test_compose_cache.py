@@ -7,6 +7,7 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+import vae3d.config.diffusion  # noqa: F401  (registers its defaults)
 from tests import compose_cache, tiny
 from vae3d.config.overrides import allow_unknown_keys
 from vae3d.config.schema import CONF
@@ -16,6 +17,8 @@ CALLS = {
     "train": ("train", [*allow_unknown_keys(TRAIN), "run.name=x", "~loss.terms.kl"]),
     "experiment": ("train", ["experiment=wan_erp_tiny", "optim.lr=1", "run.root=a", "run.name=${run.root}/x", "optim.lr=2"]),
     "model": ("model", ["model=wan", *tiny.WAN]),
+    "gan": ("train", ["experiment=sd_vae_gan", "adversary=patchgan", "trainer=cpu"]),
+    "diffusion": ("diffusion", ["latent_experiment=unet_tiny", "++data.batch_size=3"]),
     "other": ("infer", ["++checkpoint='a=b'", "+new=1"]),
 }  # fmt: skip
 WRONG = {

@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -65,11 +65,13 @@ def start(
     ranks: int = 1,
     sweep: bool = False,
     train: Sequence[str] = PYTHON,
+    environment: Mapping[str, str] | None = None,
 ) -> warm.Job:
     """train.py in the background, in warm processes, as torchrun starts it if there are several ranks."""
+    environments = [{**rank, **(environment or {})} for rank in tiny.rank_environments(ranks)]
     command = [*train, *["-m"] * sweep, *(a for a in arguments(videos, folder, name, *extra) if a != "run.name=None")]
     with open(os.devnull, "w") as output:
-        return warm.Job(command, folder, tiny.rank_environments(ranks), [output.fileno()] * ranks)
+        return warm.Job(command, folder, environments, [output.fileno()] * ranks)
 
 
 def wait_for_step(process: warm.Job, run: Path, step: int) -> None:
@@ -160,7 +162,7 @@ def test_sweep_of_vae3d_train_with_torchrun_children_until_sigterm(videos, spati
         videos, tmp_path, None, "stage=stage1", "loss=recon_kl", "loss.terms.kl.weight=1e-5", "launcher=torchrun",
         "launcher.nproc=2", "trainer.max_steps=2,10000,3", "trainer.save_every=10000", "data.workers=2", "data.frames.min=1",
         f"stage.init_from.spatial_vae={spatial_export}", sweep=True,
-        train=[sys.executable, str(tmp_path / "console.py"), "train"],
+        train=[sys.executable, str(tmp_path / "console.py"), "train"], environment=warm.python_of_torchrun(tmp_path),
     )  # fmt: skip
     stopped = sigterm_when_running(process, tmp_path / "sweep", "max_steps=10000_*")
     assert_saved_where_it_ended(stopped)

@@ -9,10 +9,11 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import av
 import hydra
@@ -86,6 +87,14 @@ def model(name: str, *overrides: str, seed: int = 0) -> torch.nn.Module:
     return vae3d.build(name, *MODEL[name], *overrides)
 
 
+@contextlib.contextmanager
+def unfilled_weights() -> Iterator[None]:
+    """Build networks without their random first weights, which takes a second for the classifier of VGG16."""
+    names = ("kaiming_uniform_", "kaiming_normal_", "normal_", "uniform_", "constant_")
+    with mock.patch.multiple(torch.nn.init, **{name: lambda tensor, *_, **__: tensor for name in names}):
+        yield
+
+
 def compose(*overrides: str, config: str = "train") -> DictConfig:
     """A configuration as the command line composes it. Unknown keys are kept for the check."""
     from vae3d.config.overrides import allow_unknown_keys
@@ -97,7 +106,7 @@ def compose(*overrides: str, config: str = "train") -> DictConfig:
 
 def training(name: str, table: Path, *overrides: str, meta_check: bool = False) -> TrainConfig:
     """A checked configuration for a tiny model and two short steps. meta_check: also run the model on the meta device,
-    which takes longer than a run of two steps; for tests of errors that only this finds."""
+    which takes as long as a run of two steps; for tests of errors that only this finds."""
     path = [f"data.source.path={table}"] if not any(o.startswith("data=") for o in overrides) else []
     cfg = compose(f"model={name}", *MODEL[name], *TRAINING, *path, *overrides)
     if meta_check:

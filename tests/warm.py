@@ -3,7 +3,8 @@
 Starting Python with torch, hydra, av and pandas takes four seconds, a fork a fraction of one. The child runs the script as
 `python script.py arguments` or `python -m module arguments` does: same sys.path, `__main__`, output, exit status. Several
 ranks start as torchrun starts them: the environment names the rank, and when one fails the others are stopped. Tests of
-starting itself (torchrun, imports) start a Python of their own.
+starting itself (imports) start a Python of their own. torchrun is started as it is, and its ranks are processes that wait
+for such children: see `python_of_torchrun`.
 
 The test processes of pytest-xdist share the warm process, since it takes eight seconds to start: it listens at a socket,
 and forks a server for each of them, which forks the children.
@@ -18,6 +19,7 @@ import json
 import os
 import runpy
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -37,6 +39,7 @@ PRELOADED = (
     *(f"vae3d.commands.{name}" for name in ("train", "infer", "eval", "encode", "train_diffusion", "sample")),
 )  # fmt: skip
 WORD = 8  # bytes of a number on the wire
+ADDRESS = "VAE3D_WARM"  # environment variable: where the warm process listens, for the ranks of torchrun
 
 
 class Job:
@@ -90,20 +93,49 @@ def run(command: list[str], cwd: Path, envs: Sequence[dict[str, str]], timeout: 
         return codes, [file.read().decode() for file in files]
 
 
+def python_of_torchrun(folder: Path) -> dict[str, str]:
+    """Environment variables with which torchrun starts its ranks in the warm process. Writes a script to `folder`."""
+    script = folder / "python"
+    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S {shlex.quote(__file__)} run "$@"\n')
+    script.chmod(0o755)
+    _server()
+    return {"PYTHON_EXEC": str(script), ADDRESS: _address()}
+
+
+def _wait_as_python(arguments: list[str]) -> None:
+    """Be `python arguments`, which runs in the warm process: pass signals on to it, and end as it ends."""
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until there is a child to pass them on to
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHON_EXEC", ADDRESS)}
+    job = Job(["python", *arguments], Path.cwd(), [environment], [1])
+    for signum in signals:
+        signal.signal(signum, lambda received, _: job.signal(received))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    [code] = job.wait()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
+
+
+@cache
+def _address() -> str:
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # the same in all processes of a run
+    return os.environ.get(ADDRESS) or f"{tempfile.gettempdir()}/vae3d-warm-{run or uuid.uuid4().hex}"
+
+
 @cache
 def _server() -> socket.socket:
-    """A connection to a server of this test process's own, which ends when the connection does."""
+    """A connection to a server of this process's own, which ends when the connection does."""
     ours = socket.socket(socket.AF_UNIX)
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # the same in all processes of a run
-    address = f"{tempfile.gettempdir()}/vae3d-warm-{run or uuid.uuid4().hex}"
     while True:
         try:
-            ours.connect(address)
+            ours.connect(_address())
             break
         except FileNotFoundError:
-            _start(address)
+            _start(_address())
         except ConnectionRefusedError:  # the process that it was of has been killed
-            Path(address).unlink(missing_ok=True)
+            Path(_address()).unlink(missing_ok=True)
     atexit.register(ours.close)
     return ours
 
@@ -243,4 +275,6 @@ def _run(argv: list[str], cwd: str) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "run":
+        _wait_as_python([argument for argument in sys.argv[2:] if argument != "-u"])
     main()

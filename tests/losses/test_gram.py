@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+from tests import tiny
 from tests.losses.test_erp import clip_and_error, loaded, loss_of
 from tests.losses.test_objective import as_clip
 from vae3d.losses.gram import RECIPES, Gram
@@ -20,7 +21,8 @@ COSMOS = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)
 @pytest.fixture(scope="module")
 def features(trunks) -> torch.nn.Module:
     """VGG16's features, with its in-place ReLUs."""
-    network = torchvision.models.vgg16(weights=None).features
+    with tiny.unfilled_weights():
+        network = torchvision.models.vgg16(weights=None).features
     state = torch.load(trunks / "vgg16-397923af.pth", weights_only=True)
     network.load_state_dict({key.removeprefix("features."): value for key, value in state.items()})
     return network.requires_grad_(False)

@@ -46,16 +46,17 @@ def value(metric: Metric | MetricSet, ref: Tensor, rec: Tensor, column: str | No
 
 
 def lpips_package(net: str, trunks: Path, spatial: bool = False) -> nn.Module:
+    """The lpips package's network with the trunk's weights."""
     theirs = _lpips_package(net, trunks)
     theirs.spatial = spatial
     return theirs
 
 
-@cache  # its constructor fills a classifier that nothing uses with random numbers
+@cache
 def _lpips_package(net: str, trunks: Path) -> nn.Module:
     import lpips
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tiny.unfilled_weights():
         warnings.simplefilter("ignore")
         theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     trunk = torch.load(trunks / TRUNKS[net][1], weights_only=True)
@@ -66,9 +67,10 @@ def _lpips_package(net: str, trunks: Path) -> nn.Module:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of Gaussians fitted to the rows of [N, d] and [M, d], without covariances.
 
-    Centred rows are factors A and B of the covariances A^T A and B^T B.
+    Centred rows are factors A and B of the covariances A^T A and B^T B, and so are the triangles of their QR
+    decompositions, which are not larger than the covariances.
     """
     gap = a.double().mean(0) - b.double().mean(0)
-    a, b = ((x.double() - x.double().mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
+    a, b = (torch.linalg.qr((x.double() - x.double().mean(0)) / math.sqrt(len(x) - 1), "r").R for x in (a, b))
     cross = torch.linalg.svdvals(a @ b.T).sum()
     return max(float(gap.square().sum() + a.square().sum() + b.square().sum() - 2 * cross), 0.0)

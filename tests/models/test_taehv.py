@@ -176,7 +176,9 @@ def test_whole_sequential_and_streamed_are_equal(variant):
     """Bit for bit, for every number of frames and sides that are no multiples of the stride."""
     model = toy(variant)
     with torch.inference_mode():
-        for frames in [*range(1, 22)] if variant in RULE_OF.values() else [1, 5, 12]:
+        # Of the first groups of frames all lengths: groups have 17 frames in two rules, and 4 or 8 in the others.
+        counts = range(1, 22 if variant in (RULE_OF["h3"], RULE_OF["opensora"]) else 14)
+        for frames in counts if variant in RULE_OF.values() else [1, 5, 12]:
             video = clip(model, frames, beyond=-3)
             model.chunk_latents = None
             whole = model(video)

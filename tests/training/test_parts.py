@@ -16,7 +16,7 @@ from vae3d.precision import MAX_BENCHMARKED, set_cudnn_benchmark
 from vae3d.schedules import ema_decay, learning_rate, ramp
 from vae3d.training.ema import Ema, MultiEma
 from vae3d.training.failures import SpikeError, SpikeGuard
-from vae3d.training.freeze import PartError, set_mode, train_parts
+from vae3d.training.freeze import PartError, parameters_behind, set_mode, train_parts
 from vae3d.training.step_status import MeanMeter, StatusTable, StepMetrics, StepStatus
 
 
@@ -39,6 +39,23 @@ def test_all_names_every_parameter():
     model = tiny.model("spatial")
     (group,) = train_parts(model, {"all": 1.0})
     assert len(group["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("model", ["wan", "temporal_vae"])
+@pytest.mark.parametrize("reads", ["video", "posterior"])
+def test_parameters_behind_a_loss_are_those_that_backward_gives_a_gradient(model, reads):
+    """Also through checkpointed blocks and blocks with a backward pass of their own, and on the meta device."""
+    switch = "model.temporal.gradient_checkpointing" if model == "temporal_vae" else "model.gradient_checkpointing"
+    with torch.device("meta"):
+        network = tiny.model(model, f"{switch}=true")
+        train_parts(network, {"all": 1.0})
+        network.last_layers()[0].requires_grad_(False)
+        out = network(torch.zeros(1, 3, 3, 16, 16))
+    loss = out.video.mean() if reads == "video" else out.posterior.kl_map().mean()
+    found = parameters_behind(loss)
+    loss.backward()
+    assert found == {p for p in network.parameters() if p.grad is not None}
+    assert 0 < len(found) < len(list(network.parameters()))
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from vae3d.models.taehv import TAEHV
 from vae3d.pretrained.weights import WeightsMissing, fetch_command, find, search_path, sizes
 from vae3d.schedules import ALL_ON
 from vae3d.text import plural
-from vae3d.training.freeze import PartError, params_without_grad, train_parts
+from vae3d.training.freeze import PartError, parameters_behind, train_parts
 from vae3d.training.teacher import Distillation
 from vae3d.types import ClipBatch
 
@@ -329,7 +329,7 @@ def _step_issues(
     adversary: Adversary,
     distillation: Distillation | None,
 ) -> Iterator[ConfigIssue]:
-    """Forward and backward on shapes alone: do the terms apply, and does every trained part get a gradient?"""
+    """Forward on shapes alone: do the terms apply, and does every trained part get a gradient?"""
     adversary.load(model, torch.device("meta"), config.run.seed, rank=0)
     counts = frame_counts(config.data).all()
     height, width = config.data.height, config.data.width
@@ -355,11 +355,8 @@ def _step_issues(
         except (ValueError, RuntimeError) as error:
             yield ConfigIssue("adversary", NO_VALUE, f"a clip of {plural(frames, 'frame')} fails: {error}")
             return
-        model.zero_grad()
-        if loss.requires_grad:
-            loss.backward()
-        if params_without_grad(model):
-            parts = _parts_with(model, lambda p: p.requires_grad and p.grad is None)
+        if missed := {p for p in model.parameters() if p.requires_grad} - parameters_behind(loss):
+            parts = _parts_with(model, missed.__contains__)
             message = f"no loss term reaches {', '.join(parts)} on clips of {plural(frames, 'frame')}"
             yield ConfigIssue("stage.train", NO_VALUE, message, "freeze it, or choose a loss that reads it")
             return

@@ -9,6 +9,7 @@ import math
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -172,7 +173,7 @@ def _number_issues(tree: Any) -> Iterator[ConfigIssue]:
 
 def _typed(tree: Any, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
     """pydantic's objects and errors. The defaults of missing and wrong values stand in for them."""
-    adapter, present = TypeAdapter(schema), copy.deepcopy(tree)
+    adapter, present = _adapter(schema), copy.deepcopy(tree)
     try:
         return adapter.validate_python(present), []
     except ValidationError as error:
@@ -186,6 +187,12 @@ def _typed(tree: Any, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
                 parent = parent.get(name, {})
             parent.pop(path[-1], None)
         return adapter.validate_python(present), issues
+
+
+@cache
+def _adapter(schema: type[C]) -> TypeAdapter[C]:
+    """Building it takes several times as long as using it."""
+    return TypeAdapter(schema)
 
 
 def _issue(schema: Any, error: Mapping[str, Any]) -> tuple[ConfigIssue, list[str]]:

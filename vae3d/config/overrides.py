@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -51,8 +52,14 @@ def quoted(text: str) -> str:
     return QuotedString(text, Quote.single).with_quotes()
 
 
+@cache
 def _parse(override: str) -> Override:
-    return OverridesParser.create().parse_override(override)
+    return _parser().parse_override(override)
+
+
+@cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()
 
 
 def _is_group(name: str) -> bool:

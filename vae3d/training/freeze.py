@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vae3d.errors import UserError
 
@@ -89,3 +89,17 @@ def parameter_list(model: nn.Module) -> str:
 def params_without_grad(model: nn.Module) -> list[str]:
     """Names of trainable parameters that the last backward pass did not reach."""
     return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def parameters_behind(loss: Tensor) -> set[Tensor]:
+    """Those to which loss.backward() would give a gradient, found in the graph, without computing any."""
+    nodes, found = [loss.grad_fn], set()
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        new = {following for following, _ in getattr(node, "next_functions", ())} - seen
+        seen |= new
+        nodes += new
+    return found
