@@ -1,0 +1,113 @@
+"""The process that opens files and runs the models, seen from the server, which does neither.
+
+Files of strangers are decoded there: a decoder that crashes or never ends costs the job, not the server. The same goes
+for memory: where the system kills the process for want of it, the next job starts another.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from vae3d.app.settings import Limits
+from vae3d.errors import UserError
+
+POLL = 0.1  # seconds
+READING = "reading"  # the stage in which a file is decoded
+Progress = Callable[[float, str], None]  # fraction in [0, 1], what is done
+
+
+def _run(connection: Connection, *arguments: Any) -> None:
+    """What the process does. Here, because the server names it without importing torch."""
+    from vae3d.app import worker
+
+    worker.serve(connection, *arguments)
+
+
+class Stopped(Exception):
+    """The job was cancelled."""
+
+
+class Worker:
+    """Starts the process when it is first needed, and again after it ended.
+
+    checkpoints: as on the command line; () is TAEF2. folder: the server's temporary folder, which the process deletes
+    if the server is killed.
+    """
+
+    def __init__(self, checkpoints: tuple[str, ...], device: str | None, folder: Path, limits: Limits) -> None:
+        self.limits = limits
+        self._arguments = checkpoints, device, str(folder), asdict(limits)
+        # Forks a process that has imported torch: starting again after a job was cancelled takes no time.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["vae3d.app.worker"])
+        self._process: Any = None
+        self._connection: Any = None
+
+    def ask(self, request: dict[str, Any], progress: Progress, stop: Callable[[], bool] = lambda: False) -> Any:
+        """The answer to a request of worker.Requests. stop: whether the job was cancelled.
+
+        Raises UserError with what went wrong, Stopped.
+        """
+        self._start()
+        self._connection.send_bytes(json.dumps(request).encode())
+        stage, last = "", time.monotonic()
+        while True:
+            if stop():
+                self.close()
+                raise Stopped
+            if not self._connection.poll(POLL):
+                if stage == READING and time.monotonic() - last > self.limits.wait:
+                    self.close()
+                    raise UserError(
+                        f"the file could not be read: no frame within {self.limits.wait:g} s (`--read-timeout`)"
+                    )
+                continue
+            try:
+                message = json.loads(self._connection.recv_bytes())
+            except (EOFError, ConnectionError):
+                raise UserError(self._why_ended()) from None
+            last = time.monotonic()
+            if "error" in message:
+                raise UserError(message["error"])
+            if "answer" in message:
+                return message["answer"]
+            stage = message["stage"]
+            progress(message["fraction"], message["text"])
+
+    def close(self) -> None:
+        """End the process, if it runs."""
+        if self._process is not None:
+            self._connection.close()
+            self._process.kill()
+            self._process.join()
+            self._process = self._connection = None
+
+    def _start(self) -> None:
+        if self._process is not None and not self._process.is_alive():
+            self.close()
+        if self._process is None:
+            self._connection, theirs = self._context.Pipe()
+            self._process = self._context.Process(target=_run, args=(theirs, *self._arguments), daemon=True)
+            self._process.start()
+            theirs.close()
+
+    def _why_ended(self) -> str:
+        self._process.join()
+        code = self._process.exitcode
+        self.close()
+        if code == -signal.SIGKILL:
+            return (
+                "the process that runs the models was killed, which happens when memory runs out; choose fewer frames, a "
+                "smaller height or fewer checkpoints"
+            )
+        if code < 0:
+            return f"the file crashed its decoder, or the model failed ({signal.Signals(-code).name})"
+        return "an error in vae3d ended the job; the terminal in which `vae3d app` runs shows it"
