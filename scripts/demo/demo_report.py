@@ -32,7 +32,7 @@ PARTS = {
     "diffusion": demo_diffusion_report,
 }
 
-PAGE = """{% extends "page.html" %}
+PAGE = """{% extends "plain.html" %}
 {% block style %}img { image-rendering: pixelated }{% endblock %}
 {% block content %}
 <p>Toy networks, trained on a CPU. They show that the parts work together, not how good they get.</p>

@@ -6,8 +6,8 @@ A page is a folder that opens from disk without a server, and requests nothing f
     videos/ID.js          one clip: its moving pictures and its curves over frames, loaded when it is looked at
     videos/ID.jpg         its thumbnail
 
-or, if all clips together are small, index.html alone, which holds them too. Clips are scripts, since browsers let a page
-from disk neither read JSON beside it nor draw its videos where pixels can be read.
+or, if all clips together are small, index.html alone, which holds them too. Clips are scripts, since browsers let a
+page from disk neither read JSON beside it nor draw its videos where pixels can be read.
 
     videos = []
     for name, pair in pairs:
@@ -19,64 +19,46 @@ from disk neither read JSON beside it nor draw its videos where pixels can be re
 
 from __future__ import annotations
 
+import base64
+import json
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from numbers import Real
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from markupsafe import Markup
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
-Layer = Literal["picture", "error", "change"]
+from vae3d.io import atomic_write, naming, remove, write_text
+from vae3d.report.clip import Clip, Panel
+from vae3d.report.clip import encode_clip as encode_clip
+
+PAGE, VIDEOS = "index.html", "videos"
+SINGLE_FILE_BYTES = 24_000_000  # of all clips and thumbnails
+MAX_ID = 60  # characters
+CALL = "vae3dClip("  # the start of a clip's script
+REPORT_TAG = '<script type="application/json" id="report">'
+CLIP_TAG = '<script type="application/json" class="clip" data-id="([^"]+)">'
+
+_environment = Environment(autoescape=True, undefined=StrictUndefined, loader=FileSystemLoader(Path(__file__).parent))
 
 
 @dataclass(frozen=True)
 class Metric:
     """A column of scores.
 
-    better: "higher", "lower", the best value, or None if there is neither better nor worse. meaning: one or two sentences.
+    better: "higher", "lower", the best value, or None if there is neither better nor worse. meaning: one or two
+    sentences.
     """
 
     label: str
     better: Literal["higher", "lower"] | float | None
     meaning: str = ""
     unit: str = ""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A rectangle of the frames of a clip, in pixels.
-
-    of: "original" or the name of a reconstruction, or of another picture. layer: picture; error, |original -
-    reconstruction|; or change, |frame - frame before|. Both are means over R, G and B, stored as grey from 0 to
-    Clip.scale.
-    """
-
-    of: str
-    layer: Layer
-    x: int
-    y: int
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class Clip:
-    """All pictures of one video, side by side in the frames of one file, so that they cannot get out of step.
-
-    media: an H.264 video (4:2:0) or, of a single frame, a PNG. scale: values of error and change, of pixels in [0, 1],
-    that are white. frames: number of frames. source: height and width of the original, which panels may be reduced from.
-    """
-
-    media: bytes
-    kind: Literal["video/mp4", "image/png"]
-    thumbnail: bytes
-    panels: Sequence[Panel]
-    fps: float
-    frames: int
-    scale: float
-    source: tuple[int, int]
-    notes: Sequence[str] = ()
 
 
 @dataclass
@@ -173,30 +155,155 @@ class Report:
     warnings: Sequence[str] = ()
 
 
-def encode_clip(
-    original: Iterable[np.ndarray],
-    reconstructions: Mapping[str, Iterable[np.ndarray]],
-    fps: float,
-    others: Mapping[str, Iterable[np.ndarray]] | None = None,
-) -> Clip:
-    """Encode the moving pictures of one video, chunk by chunk.
-
-    All arguments give chunks [T, H, W, 3] uint8 of the same frames and size (T may differ between them). others:
-    pictures without error and change, such as latents as colours. fps: 0 for an image.
-    """
-    raise NotImplementedError
+HTML = {(Chapter, "text"), (Report, "text"), (Picture, "html")}  # fields that may be Markup
 
 
 def write_clip(
-    folder: Path, id: str, clip: Clip, curves: Mapping[str, Mapping[str, Sequence[float]]] | None = None
+    folder: Path,
+    id: str,
+    clip: Clip,
+    curves: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    key: str = "",
 ) -> None:
-    """Write videos/ID.js and videos/ID.jpg, atomically. curves: reconstruction -> metric -> value of each frame.
-
-    Raises FileError.
+    """Write videos/ID.js and videos/ID.jpg, atomically. curves: reconstruction -> metric -> value of each frame. key:
+    see read_clip. Raises FileError, and ValueError for an id that is none of a file's name.
     """
-    raise NotImplementedError
+    _check_id(id)
+    entry = {"key": key, "id": id, "panels": clip.panels, "fps": clip.fps, "frames": clip.frames, "scale": clip.scale}
+    entry |= {"source": clip.source, "notes": clip.notes, "curves": curves or {}}
+    media = f'"media": "{_data_uri(clip.media, clip.kind)}"'
+    script = f"{CALL}{to_json(entry)[:-1]}, {media}}});\n"
+    videos = folder / VIDEOS
+    with naming(videos):
+        videos.mkdir(parents=True, exist_ok=True)
+    for name, content in ((f"{id}.jpg", clip.thumbnail), (f"{id}.js", script.encode())):
+        with naming(videos / name), atomic_write(videos / name) as stream:
+            stream.write(content)
+
+
+def read_clip(folder: Path, id: str, key: str) -> Clip | None:
+    """What write_clip wrote with this key, which stands for all that the clip was made of; else None."""
+    script, thumbnail = _clip_files(folder, id)
+    start = f'{CALL}{{"key": {json.dumps(key)}, '.encode()
+    try:
+        with script.open("rb") as stream:
+            if stream.read(len(start)) != start:
+                return None
+            entry = json.loads(script.read_bytes()[len(CALL) : -len(");\n")])
+        kind, media = re.fullmatch("data:(.*);base64,(.*)", entry["media"]).groups()
+        panels = [Panel(**panel) for panel in entry["panels"]]
+        shared = {name: entry[name] for name in ("fps", "frames", "scale", "notes")}
+        return Clip(
+            base64.b64decode(media), kind, thumbnail.read_bytes(), panels, source=tuple(entry["source"]), **shared
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, or damaged: encode it again
+        return None
 
 
 def write_page(folder: Path, report: Report) -> None:
-    """Write index.html; clips of at most SINGLE_FILE_BYTES together are moved into it. Raises FileError."""
-    raise NotImplementedError
+    """Write index.html; clips of at most SINGLE_FILE_BYTES together are moved into it.
+
+    Raises FileError, and ValueError if two videos have the same id or if a video's clip was not written.
+    """
+    videos = [video for chapter in report.chapters for video in chapter.videos]
+    ids = [video.id for video in videos]
+    if len({*ids}) < len(ids):
+        raise ValueError(f"two videos of a page have the same id: {max(ids, key=ids.count)}")
+    shown = {video.id: _clip_files(folder, video.id) for video in videos if video.clip}
+    if absent := [file for files in shown.values() for file in files if not file.is_file()]:
+        raise ValueError(f"{absent[0]} was not written")
+    single = sum(file.stat().st_size for files in shown.values() for file in files) <= SINGLE_FILE_BYTES
+    content = _plain(report)
+    for chapter in content["chapters"]:
+        for video in chapter["videos"]:
+            _, thumbnail = shown.get(video["id"], (None, None))
+            video["thumb"] = thumbnail and (
+                _data_uri(thumbnail.read_bytes(), "image/jpeg") if single else f"{VIDEOS}/{thumbnail.name}"
+            )
+    clips = {id: script.read_text()[len(CALL) : -len(");\n")] for id, (script, _) in shown.items()} if single else {}
+    page = _environment.get_template("page.html").render(
+        title=report.title, report=Markup(to_json(content)), clips={id: Markup(clip) for id, clip in clips.items()}
+    )
+    write_text(folder / PAGE, page)
+    if single:
+        remove(folder / VIDEOS)
+    else:
+        _remove_others(folder / VIDEOS, {file.name for files in shown.values() for file in files})
+
+
+def unpack_page(folder: Path) -> None:
+    """Write the clips inside index.html as videos/ID.js and .jpg again, where these are missing.
+
+    So read_clip finds those of an earlier page."""
+    try:
+        page = (folder / PAGE).read_text()
+        content = json.loads(re.search(f"{REPORT_TAG}(.*?)</script>", page, re.DOTALL)[1])
+        thumbs = {v["id"]: v["thumb"] or "" for chapter in content["chapters"] for v in chapter["videos"]}
+        for id, clip in re.findall(f"{CLIP_TAG}(.*?)</script>", page, re.DOTALL):
+            thumbnail = base64.b64decode(thumbs[id].partition(",")[2])
+            for file, data in zip(_clip_files(folder, id), (f"{CALL}{clip});\n".encode(), thumbnail), strict=True):
+                if not file.is_file():
+                    with naming(file):
+                        file.parent.mkdir(exist_ok=True)
+                        with atomic_write(file) as stream:
+                            stream.write(data)
+    except (OSError, ValueError, KeyError, TypeError):  # no page, or none of ours: encode the clips again
+        return
+
+
+def clip_ids(names: Iterable[str]) -> dict[str, str]:
+    """Name -> id: letters, digits, dots and dashes of the name, and a number if two would be the same."""
+    ids: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        base = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-")[-MAX_ID:].lstrip("._-") or "video"
+        id, count = base, 1
+        while id.lower() in taken:  # some disks do not distinguish capitals
+            count += 1
+            id = f"{base}-{count}"
+        taken.add(id.lower())
+        ids[name] = id
+    return ids
+
+
+def to_json(value: Any) -> str:
+    """JSON that can stand in a script of a page: ASCII without `<`, floats of 5 digits, null for NaN and infinity."""
+    return json.dumps(_plain(value), allow_nan=False).replace("<", "\\u003c")
+
+
+def _plain(value: Any) -> Any:
+    """Dicts, lists, text and numbers. Text that may be HTML, which only Markup is, is escaped."""
+    if isinstance(value, (str, bool, int)) or value is None:
+        return str(value) if isinstance(value, str) else value
+    if isinstance(value, Real):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    if is_dataclass(value):
+        entries = {item.name: getattr(value, item.name) for item in fields(value)}
+        return {k: str(escape(v)) if (type(value), k) in HTML else _plain(v) for k, v in entries.items()}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (Sequence, np.ndarray)):
+        return [_plain(inner) for inner in value]
+    raise TypeError(f"a page cannot hold a {type(value).__name__}")
+
+
+def _clip_files(folder: Path, id: str) -> tuple[Path, Path]:
+    """The script and the thumbnail."""
+    _check_id(id)
+    return folder / VIDEOS / f"{id}.js", folder / VIDEOS / f"{id}.jpg"
+
+
+def _check_id(id: str) -> None:
+    if not re.fullmatch("[A-Za-z0-9_-][A-Za-z0-9._-]*", id):
+        raise ValueError(f"the id {id!r} is no name of a file; use clip_ids")
+
+
+def _data_uri(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _remove_others(videos: Path, names: set[str]) -> None:
+    """Delete clips of an earlier page, which nothing refers to any more."""
+    for file in videos.iterdir() if videos.is_dir() else ():
+        if file.name not in names and file.suffix in (".js", ".jpg"):
+            remove(file)
