@@ -130,7 +130,7 @@ class Jobs:
     def check_upload(self, name: str, size: int | None) -> None:
         if not self.readable(name):
             suffix = Path(name).suffix
-            raise UserError(f"{name}: {suffix or 'a file without a suffix'} is not read; known: {' '.join(self.suffixes)}")
+            raise UserError(f"{name}: {suffix or 'no suffix'} is not read; known: {' '.join(self.suffixes)}")
         if size is not None and size > self.limits.upload:
             raise UserError(too_large(name, self.limits.upload))
         self._check_disk(size or 0)
@@ -167,7 +167,10 @@ class Jobs:
             return job
 
     def remove(self, key: str) -> None:
-        """Cancel a job, or delete the result of one that has ended, and its upload if no other needs it. Raises KeyError."""
+        """Cancel a job, or delete the result of one that has ended, and its upload if no other needs it.
+
+        Raises KeyError.
+        """
         with self._lock:
             job = self.jobs[key]
             if job.state in ("running", "waiting"):  # the thread ends it, and deletes its files
@@ -234,8 +237,8 @@ class Jobs:
         free = shutil.disk_usage(self.folder).free
         if free < size + RESERVE:
             raise DiskFull(
-                f"the disk of {self.folder} has {free / 1e6:.0f} MB left, too little; free some, or set TMPDIR to a folder "
-                "on another disk before you start vae3d app"
+                f"the disk of {self.folder} has {free / 1e6:.0f} MB left, too little; free some, or set TMPDIR to a "
+                "folder on another disk before you start vae3d app"
             )
 
     def _work(self) -> None:

@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_app(argv)
     missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
     if missing:
-        raise UserError(f"vae3d app needs {' and '.join(missing)}: pip install -e '.[app]', or pip install fastapi uvicorn")
+        raise UserError(
+            f"vae3d app needs {' and '.join(missing)}: pip install -e '.[app]', or pip install fastapi uvicorn"
+        )
     import uvicorn
 
     from vae3d.app.server import build_app

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vae3d.app.settings import Limits
 from vae3d.errors import UserError
@@ -39,15 +39,23 @@ class Worker:
     """Starts the process when it is first needed, and again after it ended.
 
     checkpoints: as on the command line; () is TAEF2. folder: the server's temporary folder, which the process deletes
-    if the server is killed.
+    if the server is killed. method: of starting it; forkserver forks one that has imported torch, so that starting again
+    after a job was cancelled takes no time.
     """
 
-    def __init__(self, checkpoints: tuple[str, ...], device: str | None, folder: Path, limits: Limits) -> None:
+    def __init__(
+        self,
+        checkpoints: tuple[str, ...],
+        device: str | None,
+        folder: Path,
+        limits: Limits,
+        method: Literal["forkserver", "fork", "spawn"] = "forkserver",
+    ) -> None:
         self.limits = limits
         self._arguments = checkpoints, device, str(folder), asdict(limits)
-        # Forks a process that has imported torch: starting again after a job was cancelled takes no time.
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["vae3d.app.worker"])
+        self._context = multiprocessing.get_context(method)
+        if method == "forkserver":
+            self._context.set_forkserver_preload(["vae3d.app.worker"])
         self._process: Any = None
         self._connection: Any = None
 
@@ -105,8 +113,8 @@ class Worker:
         self.close()
         if code == -signal.SIGKILL:
             return (
-                "the process that runs the models was killed, which happens when memory runs out; choose fewer frames, a "
-                "smaller height or fewer checkpoints"
+                "the process that runs the models was killed, which happens when memory runs out; choose fewer frames, "
+                "a smaller height or fewer checkpoints"
             )
         if code < 0:
             return f"the file crashed its decoder, or the model failed ({signal.Signals(-code).name})"

@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vae3d.app.jobs import Busy, DiskFull, Job, Jobs
+from vae3d.app.jobs import Busy, DiskFull, Jobs
 from vae3d.app.settings import LATENTS, MAX_NOISE, Settings
 from vae3d.errors import UserError
 from vae3d.io import FileError

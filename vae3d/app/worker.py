@@ -35,11 +35,15 @@ from vae3d.errors import UserError
 from vae3d.inference.pictures import displayable
 from vae3d.inference.video import VideoWriter, video_suffix, write_image
 from vae3d.io import is_disk_error
+from vae3d.metric_names import SUMMARIES
 from vae3d.metrics import MetricSet, VideoResult, build_metrics
+from vae3d.metrics.base import Nearest
 from vae3d.models.interface import VideoAutoencoder
+from vae3d.models.opensora import OpenSoraVAE
 from vae3d.pixels import as_unit, to_uint8
 from vae3d.precision import as_device
-from vae3d.report.page import Chapter, Report, Video, encode_clip, write_clip, write_page
+from vae3d.report.clip import ORIGINAL
+from vae3d.report.page import PAGE, Chapter, Metric, Report, Video, encode_clip, write_clip, write_page
 from vae3d.seeding import generator_of, randn_like
 from vae3d.text import plural
 from vae3d.training.memory import first_line, free_cache, is_out_of_memory
@@ -50,7 +54,6 @@ LATENT_HEIGHT = 144  # pixels of a picture of a channel, about
 SPREAD = 3.0  # standard deviations of a channel from its mean to black or white
 DIVERGING = "coolwarm"
 MEMORY = "out of memory; choose fewer frames, a smaller height or fewer checkpoints"
-Report_ = Callable[..., None]
 
 
 def serve(
@@ -105,7 +108,7 @@ class Runner:
     ) -> None:
         self.checkpoints, self.limits, self.progress = checkpoints, limits, progress
         self.device_name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.names = unique_names([Path(name.rstrip("/")).name for name in checkpoints] or ["TAEF2"])
+        self.names = unique_names([Path(name.rstrip("/")).name for name in checkpoints] or ["TAEF2"], taken=[ORIGINAL])
         self.models: dict[int, VideoAutoencoder] = {}
         self.metrics: MetricSet | None = None
         self.forget()
@@ -122,7 +125,9 @@ class Runner:
             model = self.model(index)
             spec = model.spec
             parameters = sum(p.numel() for p in model.parameters()) / 1e6
-            text = f"{type(model).__name__}, {parameters:.1f} M parameters; latents of {plural(spec.channels, 'channel')}"
+            text = (
+                f"{type(model).__name__}, {parameters:.1f} M parameters; latents of {plural(spec.channels, 'channel')}"
+            )
             text += f", 1/{spec.space_stride} of the size"
             text += f" and 1/{spec.time_stride} of the frames" if spec.time_stride > 1 else ""
             found.append({"name": name, "facts": text})
@@ -137,7 +142,9 @@ class Runner:
             path = self.checkpoints[index] if self.checkpoints else default_checkpoint()
             model = api.from_pretrained(path).to(self.device())
             if model.pixel_channels not in (3, 4):
-                raise UserError(f"{path}: takes {plural(model.pixel_channels, 'channel')} of pixels, and videos have 3 or 4")
+                raise UserError(
+                    f"{path}: takes {plural(model.pixel_channels, 'channel')} of pixels, and videos have 3 or 4"
+                )
             self.models[index] = model.requires_grad_(False)
         return self.models[index]
 
@@ -219,22 +226,30 @@ class Runner:
         fps = clip.info.fps
         self.progress("writing", 0.82, "scoring")
         results = {label: self._score(clip.frames, frames) for label, frames in panels.items()}
+        metrics = describe_metrics(self.metrics, next(iter(results.values())))
         self.progress("writing", 0.9, "writing the page")
         shown = {label: [displayable(frames)] for label, frames in panels.items()}
         write_clip(out, "video", encode_clip([displayable(clip.frames)], shown, fps), curves(results, len(clip.frames)))
-        exact = {"original": clip.frames, **panels}
-        files = {label: write_exact(out, label, frames, fps) for label, frames in exact.items()}
-        scores = {label: {key: score.value for key, score in result.scores.items()} for label, result in results.items()}
-        rows = [Video("video", name, scores=scores, facts=clip.facts(), links={f"{k}, exact": v for k, v in files.items()})]
-        chapters = [Chapter("Reconstruction", reconstructions=list(panels), metrics=describe_metrics(scores), videos=rows)]
+        exact = {ORIGINAL: clip.frames, **panels}
+        stems = unique_names([file_stem(label) for label in exact], "-{}")
+        files = {
+            label: write_exact(out, stem, frames, fps)
+            for stem, (label, frames) in zip(stems, exact.items(), strict=True)
+        }
+        scores = {label: {key: result.scores[key].value for key in metrics} for label, result in results.items()}
+        rows = [
+            Video("video", name, scores=scores, facts=clip.facts(), links={f"{k}, exact": v for k, v in files.items()})
+        ]
+        chapters = [Chapter("Reconstruction", reconstructions=list(panels), metrics=metrics, videos=rows)]
         if settings.latents != "none":
             self.progress("writing", 0.95, "writing the latents")
             chapters.append(self._latents(out, settings, clip, latents))
         if settings.noise:
             facts = {"noise": f"{settings.noise:g} standard deviations of the latents", **facts}
         title = f"{name} through {', '.join(latents)}"
-        write_page(out, Report(title, chapters, facts={**clip.facts(), **facts, "device": str(self.device())}))
-        return {"title": title, "files": files, "facts": facts, "scores": scores}
+        page = Report(title, chapters, facts={**clip.facts(), **facts, "device": str(self.device())})
+        write_page(out, page, single=True)
+        return {"title": title, "page": PAGE, "files": files, "facts": facts, "scores": scores}
 
     def _score(self, original: np.ndarray, rec: np.ndarray) -> VideoResult:
         device = self.device()
@@ -254,14 +269,16 @@ class Runner:
         for number, (name, (model, z)) in enumerate(latents.items()):
             pictures = channel_pictures(model, z, len(clip.frames), settings.latents == "colours")
             height, width = next(iter(pictures.values())).shape[1:3]
-            small = np.stack([cv2.resize(f, (width, height), interpolation=cv2.INTER_AREA) for f in displayable(clip.frames)])
+            small = np.stack(
+                [cv2.resize(f, (width, height), interpolation=cv2.INTER_AREA) for f in displayable(clip.frames)]
+            )
             others = {label: [frames] for label, frames in pictures.items()}
             write_clip(out, f"latents-{number}", encode_clip([small], {}, clip.info.fps, others))
             rows.append(Video(f"latents-{number}", f"latents of {name}"))
         middle, low, high = ("white", "blue", "red") if settings.latents == "colours" else ("grey", "black", "white")
         text = (
-            f"Each channel from {low} through {middle} at its mean in this clip to {high}, {SPREAD:g} standard deviations "
-            "from it. A latent that stands for several frames is shown in each of them."
+            f"Each channel from {low} through {middle} at its mean in this clip to {high}, {SPREAD:g} standard "
+            "deviations from it. A latent that stands for several frames is shown in each of them."
         )
         return Chapter("Latents", text, videos=rows)
 
@@ -314,7 +331,11 @@ def code(model: VideoAutoencoder, clip: Clip, report: Callable[[int], None]) -> 
     shape = " x ".join(map(str, z.shape[2:]))
     ratio = clip.frames.size / z.numel()
     speed = f"{frames / seconds:.1f} frames per second, encoding and decoding"
-    return Coded(z, np.concatenate(parts), f"{plural(z.shape[1], 'channel')} of {shape}, {ratio:.1f} times fewer numbers; {speed}")
+    return Coded(
+        z,
+        np.concatenate(parts),
+        f"{plural(z.shape[1], 'channel')} of {shape}, {ratio:.1f} times fewer numbers; {speed}",
+    )
 
 
 def set_chunks(model: VideoAutoencoder, height: int, width: int) -> None:
@@ -347,11 +368,45 @@ def channel_pictures(model: VideoAutoencoder, z: Tensor, frames: int, colours: b
     mean, std = (fold(values, (1, 2, 3), keepdims=True) for fold in (np.mean, np.std))
     grey = np.rint(((values - mean) / (SPREAD * np.maximum(std, 1e-8)) + 1).clip(0, 2) * 127.5).astype(np.uint8)
     times = max(1, round(LATENT_HEIGHT / grey.shape[2]))
-    # The latent of a frame is the last one that a clip which ends there has.
-    of_frame = [min(model.latent_frames(frame + 1), grey.shape[1]) - 1 for frame in range(frames)]
-    table = matplotlib.colormaps[DIVERGING](np.arange(256), bytes=True)[:, :3] if colours else np.arange(256)[:, None].repeat(3, 1)
+    of_frame = [latent_of_frame(model, frame, frames) for frame in range(frames)]
+    table = (
+        matplotlib.colormaps[DIVERGING](np.arange(256), bytes=True)[:, :3]
+        if colours
+        else np.arange(256)[:, None].repeat(3, 1)
+    )
     enlarged = grey[:, of_frame].repeat(times, 2).repeat(times, 3)
     return {f"channel {index}": table.astype(np.uint8)[picture] for index, picture in enumerate(enlarged)}
+
+
+def latent_of_frame(model: VideoAutoencoder, frame: int, frames: int) -> int:
+    """Index of the latent that stands for a frame of a clip: the last one of a clip that ends with it. OpenSoraVAE
+    extends clips at their beginning: there it is the first one of a clip that begins with it."""
+    if isinstance(model, OpenSoraVAE):
+        return model.latent_frames(frames) - model.latent_frames(frames - frame)
+    return model.latent_frames(frame + 1) - 1
+
+
+def describe_metrics(metrics: MetricSet, result: VideoResult) -> dict[str, Metric]:
+    """The columns that have a value; those of motion have none for an image."""
+    names = {True: "higher", False: "lower", None: None}
+    found = {}
+    for metric in metrics:
+        for column, better in metric.columns.items():
+            if column in result.scores and result.scores[column].value is not None:
+                direction = better.target if isinstance(better, Nearest) else names[better]
+                found[column] = Metric(column, direction, SUMMARIES.get(metric.name, ""))
+    return found
+
+
+def curves(results: Mapping[str, VideoResult], frames: int) -> dict[str, dict[str, list[float | None]]]:
+    """Scores of each frame. Those of pairs of frames stand at the second frame."""
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for label, result in results.items():
+        found[label] = {}
+        for column, score in result.scores.items():
+            if len(score.frames) > 1:
+                found[label][column] = [None] * (frames - len(score.frames)) + score.frames
+    return found
 
 
 def reduced_size(info: MediaInfo, height: int) -> tuple[int, int]:
@@ -360,9 +415,12 @@ def reduced_size(info: MediaInfo, height: int) -> tuple[int, int]:
     return tuple(max(2, round(side * scale) // 2 * 2) for side in (info.height, info.width))
 
 
-def write_exact(out: Path, label: str, frames: np.ndarray, fps: float) -> str:
+def file_stem(label: str) -> str:
+    return label if label == ORIGINAL else f"reconstruction_{re.sub(r'[^A-Za-z0-9.-]+', '-', label).strip('.-')}"
+
+
+def write_exact(out: Path, stem: str, frames: np.ndarray, fps: float) -> str:
     """Write frames without loss, and return the name of the file."""
-    stem = "original" if label == "original" else f"reconstruction_{re.sub(r'[^A-Za-z0-9.-]+', '-', label).strip('.-')}"
     if not fps:
         write_image(out / f"{stem}.png", frames[0])
         return f"{stem}.png"
@@ -377,13 +435,13 @@ def noisy_name(label: str, settings: Settings) -> str:
     return f"{label}, noise" if settings.beside else label
 
 
-def unique_names(names: Sequence[str]) -> list[str]:
-    """The names, those that occur twice numbered."""
+def unique_names(names: Sequence[str], number: str = " ({})", taken: Sequence[str] = ()) -> list[str]:
+    """The names, those that occur twice, or are taken, with a number."""
     found: list[str] = []
     for name in names:
         label, count = name, 1
-        while label in found or label == "original":
+        while label in (*found, *taken):
             count += 1
-            label = f"{name} ({count})"
+            label = name + number.format(count)
         found.append(label)
     return found
