@@ -21,7 +21,7 @@ def test_text_is_escaped_and_markup_is_not():
     table = html_table(["<b>", "x"], [["a & b", "1"]])
     assert table == "<table><tr><th>&lt;b&gt;</th><th>x</th></tr><tr><td>a &amp; b</td><td>1</td></tr></table>"
     page = render(
-        '{% extends "plain.html" %}{% block content %}{{ text }}{{ table }}{% endblock %}',
+        '{% extends "page.html" %}{% block content %}{{ text }}{{ table }}{% endblock %}',
         title="<script>",
         text="<script>alert(1)</script>",
         table=table,

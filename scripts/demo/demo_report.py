@@ -32,7 +32,7 @@ PARTS = {
     "diffusion": demo_diffusion_report,
 }
 
-PAGE = """{% extends "plain.html" %}
+PAGE = """{% extends "page.html" %}
 {% block style %}img { image-rendering: pixelated }{% endblock %}
 {% block content %}
 <p>Toy networks, trained on a CPU. They show that the parts work together, not how good they get.</p>

@@ -23,7 +23,7 @@ _environment = Environment(autoescape=True, undefined=StrictUndefined, loader=Fi
 
 
 def render(template: str, **values: Any) -> Markup:
-    """Fill in a Jinja template, which may extend plain.html (blocks: style, content); text is escaped."""
+    """Fill in a Jinja template, which may extend page.html (blocks: style, content); text is escaped."""
     return Markup(_environment.from_string(template).render(values))
 
 

@@ -25,7 +25,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +44,8 @@ CALL = "vae3dClip("  # the start of a clip's script
 REPORT_TAG = '<script type="application/json" id="report">'
 CLIP_TAG = '<script type="application/json" class="clip" data-id="([^"]+)">'
 
-_environment = Environment(autoescape=True, undefined=StrictUndefined, loader=FileSystemLoader(Path(__file__).parent))
+FOLDER = Path(__file__).parent  # of the template, and of the styles and scripts that it includes
+_environment = Environment(autoescape=True, undefined=StrictUndefined, loader=FileSystemLoader(FOLDER))
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,11 @@ def write_page(folder: Path, report: Report, single: bool = False) -> None:
                 _data_uri(thumbnail.read_bytes(), "image/jpeg") if single else f"{VIDEOS}/{thumbnail.name}"
             )
     clips = {id: script.read_text()[len(CALL) : -len(");\n")] for id, (script, _) in shown.items()} if single else {}
-    page = _environment.get_template("page.html").render(
-        title=report.title, report=Markup(to_json(content)), clips={id: Markup(clip) for id, clip in clips.items()}
+    page = _environment.get_template("index.html").render(
+        title=report.title,
+        report=Markup(to_json(content)),
+        clips={id: Markup(clip) for id, clip in clips.items()},
+        source=lambda path: Markup((FOLDER / path).read_text()),
     )
     write_text(folder / PAGE, page)
     if single:
@@ -273,8 +277,10 @@ def to_json(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """Dicts, lists, text and numbers. Text that may be HTML, which only Markup is, is escaped."""
-    if isinstance(value, (str, bool, int)) or value is None:
+    if isinstance(value, (str, bool)) or value is None:
         return str(value) if isinstance(value, str) else value
+    if isinstance(value, Integral):
+        return int(value)
     if isinstance(value, Real):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     if is_dataclass(value):

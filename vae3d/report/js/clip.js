@@ -1,0 +1,152 @@
+// Loads a clip and its media: one video file that holds all pictures of all frames side by side.
+"use strict";
+
+const waiting = new Map(); // id of a clip -> resolve
+
+// Called by videos/ID.js: scripts, since a page from disk may not read JSON beside it.
+function vae3dClip(clip) {
+  waiting.get(clip.id)?.(clip);
+}
+
+function loadClip(id) {
+  for (const inlined of document.querySelectorAll("script.clip")) {
+    if (inlined.dataset.id === id) return Promise.resolve().then(() => JSON.parse(inlined.textContent));
+  }
+  const path = `videos/${encodeURIComponent(id)}.js`;
+  return new Promise((resolve, reject) => {
+    const script = el("script", { src: path });
+    const close = () => {
+      waiting.delete(id);
+      script.remove(); // its text holds the media once more
+    };
+    waiting.set(id, (clip) => {
+      close();
+      resolve(clip);
+    });
+    script.onerror = () => {
+      close();
+      reject(new Error(`${path} is missing: it belongs beside this page.`));
+    };
+    script.onload = () => {
+      if (!waiting.has(id)) return;
+      close();
+      reject(new Error(`${path} is damaged.`));
+    };
+    document.head.append(script);
+  });
+}
+
+function blobOf(dataUrl) {
+  const comma = dataUrl.indexOf(",");
+  const type = dataUrl.slice(5, dataUrl.indexOf(";"));
+  const bytes = Uint8Array.from(atob(dataUrl.slice(comma + 1)), (character) => character.charCodeAt(0));
+  return new Blob([bytes], { type });
+}
+
+// The frames of an opened clip. onframe(frame) is called when a frame can be drawn, onplay(playing) when it starts or
+// stops.
+class Media {
+  constructor(clip, { onframe, onplay }) {
+    this.fps = clip.fps;
+    this.frames = clip.frames;
+    this.frame = 0;
+    this.onframe = onframe;
+    this.onplay = onplay;
+    this.moving = clip.media.startsWith("data:video/") && clip.frames > 1;
+    const blob = blobOf(clip.media); // a blob of this page: its pixels may be read
+    this.url = URL.createObjectURL(blob);
+    this.element = el(blob.type.startsWith("video/") ? "video" : "img", { alt: "" });
+  }
+
+  // Resolves when the first frame can be drawn; rejects if the browser cannot play it.
+  open() {
+    const media = this.element;
+    const still = media.tagName === "IMG";
+    return new Promise((resolve, reject) => {
+      media.onerror = () => reject(new Error("The browser cannot play this clip: its file is damaged, or H.264 is missing."));
+      media.addEventListener(still ? "load" : "loadeddata", resolve, { once: true });
+      if (!still) {
+        Object.assign(media, { muted: true, playsInline: true, preload: "auto", loop: true });
+        media.addEventListener("seeked", () => this.#seeked());
+        media.addEventListener("play", () => this.onplay(true));
+        media.addEventListener("pause", () => this.#paused());
+        media.addEventListener("ended", () => this.#paused());
+      }
+      media.src = this.url;
+    }).then(() => {
+      if (this.moving) this.#watch();
+    });
+  }
+
+  close() {
+    this.closed = true;
+    if (this.moving) this.element.pause();
+    this.element.onerror = null;
+    this.element.removeAttribute("src");
+    if (this.element.load) this.element.load(); // frees the decoder
+    URL.revokeObjectURL(this.url);
+  }
+
+  get playing() {
+    return this.moving && !this.element.paused && !this.element.ended;
+  }
+
+  play() {
+    if (!this.moving) return;
+    // A pause that comes before the first frame rejects the promise.
+    this.element.play().catch((error) => error.name === "AbortError" || say(`Cannot play: ${error.message}`));
+  }
+
+  pause() {
+    if (this.moving) this.element.pause();
+  }
+
+  // Frame t is shown from t / fps on: its middle is far from both neighbours. A seek under way is let finish, so that a
+  // held key shows frames instead of starting ever new seeks.
+  show(frame) {
+    this.frame = this.wanted = clamp(Math.round(frame), 0, this.frames - 1);
+    if (this.moving && !this.element.seeking) this.#seek();
+    else if (!this.moving) this.onframe(this.frame);
+  }
+
+  #seek() {
+    this.sought = this.wanted;
+    this.element.currentTime = (this.sought + 0.5) / this.fps;
+  }
+
+  #seeked() {
+    if (this.closed || this.wanted === undefined) return; // a loop that starts again seeks, too
+    if (this.sought !== this.wanted) return this.#seek();
+    if (this.playing) this.wanted = undefined;
+    this.onframe(this.frame);
+  }
+
+  #paused() {
+    if (this.closed) return;
+    this.onplay(false);
+    this.show(this.frame); // from somewhere in the frame to its middle
+  }
+
+  // Follows the frames that the browser presents, also those of a seek that come after the event.
+  #watch() {
+    const presented = (mediaTime) => {
+      if (this.closed) return;
+      if (this.playing && !this.element.seeking) this.frame = clamp(Math.round(mediaTime * this.fps), 0, this.frames - 1);
+      this.onframe(this.frame);
+    };
+    if (this.element.requestVideoFrameCallback) {
+      const next = (now, { mediaTime }) => {
+        presented(mediaTime);
+        if (!this.closed) this.element.requestVideoFrameCallback(next);
+      };
+      this.element.requestVideoFrameCallback(next);
+      return;
+    }
+    const tick = () => {
+      if (this.closed) return;
+      if (this.playing) presented(Math.floor(this.element.currentTime * this.fps) / this.fps);
+      requestAnimationFrame(tick);
+    };
+    tick();
+  }
+}
