@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
@@ -161,17 +162,18 @@ def test_noise_is_in_units_of_the_latents_deviation():
     torch.testing.assert_close(noise.std() / z.std(), torch.tensor(0.5), rtol=0.1, atol=0)
 
 
-def test_the_latent_of_a_frame_is_the_one_that_it_changes():
-    for name, frames in (("temporal_vae", 9), ("temporal_vae", 10), ("wan", 9), ("taehv", 9), ("spatial", 3)):
-        model = tiny.model(name)
-        video = torch.zeros(1, 3, frames, 16, 16)
-        with torch.inference_mode():
-            before = model.encode(video).mode()
-            for frame in range(frames):
-                changed = video.clone()
-                changed[:, :, frame] = 1.0
-                first = (model.encode(changed).mode() != before).flatten(3).any(3)[0].any(0).nonzero()[0].item()
-                assert first == worker.latent_of_frame(model, frame, frames), (name, frame)
+def test_the_latent_of_a_frame_follows_how_a_model_extends_clips():
+    """Open-Sora at their beginning, in each of its chunks; Wan, whose first frame has a latent of its own, at their end."""
+    expected = {
+        ("temporal_vae", "model.micro_frames=null", 10): [0, 0, 1, 1, 1, 1, 2, 2, 2, 2],
+        ("temporal_vae", "model.micro_frames=5", 10): [0, 1, 1, 1, 1, 2, 3, 3, 3, 3],
+        ("wan", "model.downsample=[true]", 10): [0, 1, 1, 2, 2, 3, 3, 4, 4, 5],
+        ("spatial", "model.groups=4", 3): [0, 1, 2],
+    }
+    for (name, override, frames), latents in expected.items():
+        model = tiny.model(name, override)
+        assert [worker.latent_of_frame(model, frame, frames) for frame in range(frames)] == latents, name
+        assert model.latent_frames(frames) == latents[-1] + 1
 
 
 def test_pictures_of_channels_show_each_latent_where_its_frames_are():
@@ -417,12 +419,21 @@ def test_files_are_deleted_when_asked_and_when_nobody_looks(tmp_path, videos, ch
 def test_the_worker_deletes_the_folder_of_a_server_that_was_killed(tmp_path, checkpoint):
     folder = tmp_path / "temporary"
     folder.mkdir()
-    running = Worker((checkpoint,), "cpu", folder, Limits(), method="fork")
-    assert running.ask({"do": "describe"}, lambda *_: None)["checkpoints"][0]["name"] == "tiny"
-    running._connection.close()
-    until(lambda: not folder.exists())
-    running._process.join(10)
-    assert running._process.exitcode == 0
+    ours, theirs = multiprocessing.Pipe()
+
+    def child() -> None:
+        ours.close()
+        worker.serve(theirs, [checkpoint], "cpu", str(folder), {})
+
+    process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
+    process.start()
+    ours.send_bytes(b'{"do": "describe"}')
+    assert b'"name": "tiny"' in ours.recv_bytes()
+    ours.close()
+    theirs.close()
+    process.join(60)
+    assert process.exitcode == 0
+    assert not folder.exists()
 
 
 # ---- the command

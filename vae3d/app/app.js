@@ -3,6 +3,8 @@
 // All texts from outside (names, messages) are put in by textContent.
 (() => {
   const POLL = 250; // milliseconds
+  // In the comparison's page: what the page around it says already.
+  const INSIDE = "h1, details.contents, #chapter-1-player > h3, .videos-tools { display: none } .chapter { padding-top: 1rem }";
   const data = JSON.parse(document.getElementById("data").textContent);
   const $ = (id) => document.getElementById(id);
   let source = null; // {kind, key, name}: the chosen file
@@ -153,6 +155,18 @@
     $("noise-value").textContent = Number($("noise").value).toFixed(2);
   }
 
+  // The settings of a job, and its file, if that is still there.
+  function restore(last, files) {
+    for (const name of ["frames", "start", "height", "latents"]) $(name).value = last.settings[name];
+    for (const box of document.querySelectorAll("input[name=checkpoint]")) {
+      box.checked = last.settings.checkpoints.includes(Number(box.value));
+    }
+    const file = files.find(({ key }) => key === last.source.key);
+    if (file) choose({ ...file, kind: last.source.kind });
+    if (file && last.source.kind === "listed") $("listed").value = file.key;
+    follow(last);
+  }
+
   // ---- jobs
 
   async function submit(settings) {
@@ -216,21 +230,31 @@
 
   // ---- the result
 
-  function show(done) {
+  // Opens the page of a result. Where only the noise is another, it takes the place of the page that is there, which
+  // stays at its frame and view.
+  async function openPage(done) {
+    const path = `/results/${done.id}/${done.result.page}`;
     const holder = $("frames-of-result");
     const before = holder.querySelector("iframe");
-    // The same video, frame and view as before, where only the noise is another.
-    const same = shown && before && shown.source.key === done.source.key && shown.name === done.name;
-    const hash = same ? before.contentWindow.location.hash : "";
-    const scroll = same ? before.contentWindow.scrollY : 0;
-    const frame = element("iframe", "", { title: `Comparison of ${done.name}`, className: "coming" });
-    frame.src = `/results/${done.id}/index.html${hash}`;
+    const kept = (one) => JSON.stringify([one.source, { ...one.settings, noise: 0, beside: false }]);
+    if (before && before.contentWindow.replaceReport && shown && kept(shown) === kept(done)) {
+      const response = await fetch(path);
+      if (!response.ok) throw new Error("The result is not there any more; run the job again.");
+      const next = new DOMParser().parseFromString(await response.text(), "text/html");
+      before.contentWindow.replaceReport(next);
+      return;
+    }
+    const frame = element("iframe", "", { title: `Comparison of ${done.name}`, className: "coming", src: path });
     frame.onload = () => {
-      frame.contentWindow.scrollTo(0, scroll);
+      frame.contentDocument.head.append(element("style", INSIDE));
       if (before) before.remove();
       frame.classList.remove("coming");
     };
     holder.append(frame);
+  }
+
+  function show(done) {
+    openPage(done).catch((error) => showError(error.message));
     shown = done;
     $("hint").hidden = true;
     $("tools").hidden = false;
@@ -256,8 +280,9 @@
       return;
     }
     const settings = { ...shown.settings, ...shown.source, noise: Number($("noise").value), beside: $("beside").checked };
-    if (settings.noise === shown.settings.noise && settings.beside === shown.settings.beside) return;
-    submit(settings);
+    const { noise: level, beside } = shown.settings;
+    const same = settings.noise === level && (settings.beside === beside || !level);
+    if (!same) submit(settings);
   }
 
   async function remove() {
@@ -274,7 +299,17 @@
     $("hint").hidden = false;
   }
 
+  // As that of the comparison, whose button changes it for both.
+  const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+
+  function applyTheme() {
+    document.documentElement.dataset.theme = localStorage.getItem("vae3d-theme") || (prefersDark.matches ? "dark" : "light");
+  }
+
   async function start() {
+    applyTheme();
+    prefersDark.addEventListener("change", applyTheme);
+    addEventListener("storage", applyTheme);
     setUpFiles();
     setUpSettings();
     $("form").onsubmit = (event) => {
@@ -298,7 +333,7 @@
       const state = await ask("GET", "/api/state");
       list(state.listed);
       const last = state.jobs.at(-1); // after a reload
-      if (last && last.state !== "cancelled") follow(last);
+      if (last && last.state !== "cancelled") restore(last, [...state.listed, ...state.uploads]);
     } catch (error) {
       showError(error.message);
     }

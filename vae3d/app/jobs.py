@@ -188,10 +188,10 @@ class Jobs:
     def file(self, key: str, name: str) -> Path:
         """A file of a finished job. Raises KeyError unless it is one that the job wrote."""
         job = self.get(key)
-        if job.state != "done":
+        if job.state != "done" or "\0" in name:
             raise KeyError(key)
         path = (job.folder / name).resolve()
-        if "\0" in name or not path.is_relative_to(job.folder.resolve()) or not path.is_file():
+        if not path.is_relative_to(job.folder.resolve()) or not path.is_file():
             raise KeyError(name)
         return path
 

@@ -39,8 +39,8 @@ class Worker:
     """Starts the process when it is first needed, and again after it ended.
 
     checkpoints: as on the command line; () is TAEF2. folder: the server's temporary folder, which the process deletes
-    if the server is killed. method: of starting it; forkserver forks one that has imported torch, so that starting again
-    after a job was cancelled takes no time.
+    if the server is killed. method: of starting it; forkserver forks one that has imported torch, so that starting
+    again after a job was cancelled takes no time.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -141,8 +142,9 @@ def render_page(jobs: Jobs, facts: Mapping[str, Any]) -> str:
     limits = asdict(jobs.limits)
     values = {**facts, "limits": limits, "latents": LATENTS, "max_noise": MAX_NOISE, "defaults": asdict(Settings(()))}
     data = json.dumps(values).replace("<", "\\u003c")
-    assets = {name: (folder / f"app.{name}").read_text() for name in ("css", "js")}
-    return environment.get_template("app.html").render(data=data, **assets)
+    css = (folder.parent / "report/page.css").read_text() + (folder / "app.css").read_text()
+    js = (folder / "app.js").read_text()
+    return environment.get_template("app.html").render(data=Markup(data), css=Markup(css), js=Markup(js))
 
 
 class Guard:

@@ -207,7 +207,7 @@ class Runner:
             name = self.names[index]
 
             def report(done: int) -> None:
-                text = f"{name}: frame {done} of {len(clip.frames)}"
+                text = f"encoding and decoding with {name}: frame {done} of {len(clip.frames)}"
                 self.progress("reconstructing", span[0] + span[1] * done / len(clip.frames), text)
 
             self.coded[index] = code(self.model(index), clip, report)
@@ -240,14 +240,14 @@ class Runner:
         rows = [
             Video("video", name, scores=scores, facts=clip.facts(), links={f"{k}, exact": v for k, v in files.items()})
         ]
-        chapters = [Chapter("Reconstruction", reconstructions=list(panels), metrics=metrics, videos=rows)]
         if settings.latents != "none":
             self.progress("writing", 0.95, "writing the latents")
-            chapters.append(self._latents(out, settings, clip, latents))
+            rows += self._latents(out, settings, clip, latents)
+        chapter = Chapter("", reconstructions=list(panels), metrics=metrics, videos=rows, warnings=self._left_out(clip))
         if settings.noise:
             facts = {"noise": f"{settings.noise:g} standard deviations of the latents", **facts}
         title = f"{name} through {', '.join(latents)}"
-        page = Report(title, chapters, facts={**clip.facts(), **facts, "device": str(self.device())})
+        page = Report(title, [chapter], facts={**clip.facts(), **facts, "device": str(self.device())})
         write_page(out, page, single=True)
         return {"title": title, "page": PAGE, "files": files, "facts": facts, "scores": scores}
 
@@ -263,8 +263,10 @@ class Runner:
 
     def _latents(
         self, out: Path, settings: Settings, clip: Clip, latents: Mapping[str, tuple[VideoAutoencoder, Tensor]]
-    ) -> Chapter:
+    ) -> list[Video]:
         """A clip for each checkpoint: the original, small, and a picture of each channel."""
+        low, middle, high = ("blue", "white", "red") if settings.latents == "colours" else ("black", "grey", "white")
+        scale = f"{low} to {high}: {SPREAD:g} standard deviations below and above the channel's mean, which is {middle}"
         rows = []
         for number, (name, (model, z)) in enumerate(latents.items()):
             pictures = channel_pictures(model, z, len(clip.frames), settings.latents == "colours")
@@ -274,13 +276,18 @@ class Runner:
             )
             others = {label: [frames] for label, frames in pictures.items()}
             write_clip(out, f"latents-{number}", encode_clip([small], {}, clip.info.fps, others))
-            rows.append(Video(f"latents-{number}", f"latents of {name}"))
-        middle, low, high = ("white", "blue", "red") if settings.latents == "colours" else ("grey", "black", "white")
-        text = (
-            f"Each channel from {low} through {middle} at its mean in this clip to {high}, {SPREAD:g} standard "
-            "deviations from it. A latent that stands for several frames is shown in each of them."
-        )
-        return Chapter("Latents", text, videos=rows)
+            shape = " x ".join(map(str, z.shape[1:]))
+            facts = {"latents": f"{shape} (channels, frames, height, width)", "colours": scale}
+            rows.append(Video(f"latents-{number}", f"latents of {name}", facts=facts))
+        return rows
+
+    def _left_out(self, clip: Clip) -> list[str]:
+        """Why some scores are missing."""
+        reasons = dict(self.metrics.skipped)
+        for metric in self.metrics:
+            if (reason := metric.why_unsupported(*clip.frames.shape[:3])) is not None and clip.info.fps:
+                reasons[metric.name] = reason
+        return [f"without {name}: {reason}" for name, reason in reasons.items()]
 
 
 class Clip:
